@@ -1,0 +1,154 @@
+"""The internal types that travel through the spine. Pure: no I/O, no provider's or HTTP's words.
+
+A `Call` is what somebody wants from a model. A provider answers it with `Event`s, pushed one by
+one into a sink, and ends by returning an `Answer`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from os import urandom
+from uuid import UUID
+
+DEFAULT_TENANT = "default"
+DEFAULT_POOL = "gemini"
+
+
+class Kind(StrEnum):
+    """What a request asks for; each kind has a limit of its own, `kind:<value>`."""
+
+    TEXT_ONLY = "text_only"
+    MULTI_MODAL = "multi_modal"
+    IMAGE_GENERATION = "image_generation"
+
+    @property
+    def limit(self) -> str:
+        return f"kind:{self.value}"
+
+
+CLASSIFIER_LIMIT = "kind:classifier"
+
+
+class ClassifiedBy(StrEnum):
+    """Who decided the kind of a request."""
+
+    CALLER = "caller"
+    RULES = "rules"
+    LLM = "llm"
+    KEYWORDS = "keywords"
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """`kind` is None while unsure; `reason` is a short sentence for the record."""
+
+    kind: Kind | None
+    by: ClassifiedBy
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A stored input file: its bytes are in the blob store under `blob_key`."""
+
+    file_id: UUID
+    name: str
+    mime_type: str
+    size_bytes: int
+    blob_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Bytes of one file or picture, in memory."""
+
+    mime_type: str
+    data: bytes
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to a model, as the spine sees it. `media` are the loaded attachments."""
+
+    request_id: UUID
+    prompt: str
+    kind: Kind
+    model: str
+    media: tuple[Media, ...] = ()
+    tenant_id: str = DEFAULT_TENANT
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """LLM tokens that a call used. None means that the provider did not say: never zero."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    thoughts_tokens: int | None = None
+    cached_tokens: int | None = None
+    total_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The limiter has admitted the call; `waited_ms` is the time from asking to being let in."""
+
+    waited_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    media: Media
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """Usage so far; a later report replaces an earlier one."""
+
+    usage: Usage
+
+
+Event = Admitted | Delta | Picture | UsageReport
+Sink = Callable[[Event], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came back. A provider fills it while it streams, so that a partial one can be kept."""
+
+    text: list[str] = field(default_factory=list)
+    pictures: list[Media] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    finish_reason: str | None = None
+    model_version: str | None = None
+    response_id: str | None = None
+
+    @property
+    def whole_text(self) -> str:
+        return "".join(self.text)
+
+
+class Outcome(StrEnum):
+    """How a permit's call ended, as the limiter is told."""
+
+    SUCCESS = "success"
+    IGNORED = "ignored"  # cancelled or refused for reasons that say nothing of the provider
+    DROPPED = "dropped"  # throttled or failed upstream
+
+
+def new_id() -> UUID:
+    """A UUIDv7 (RFC 9562): milliseconds since the epoch, then random bits; sorts by time."""
+    ms = time.time_ns() // 1_000_000
+    value = (ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(urandom(10), "big")
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    return UUID(int=value)

@@ -1,0 +1,216 @@
+"""Every error that Tidegate raises on purpose, in one tree.
+
+TidegateError
+├── ConfigError                 a setting is wrong; stops the start with one line
+├── InvalidRequest              the caller's input is wrong; names the field and what is allowed
+│   ├── PayloadTooLarge         a body, file or prompt is over its limit
+│   ├── UnsupportedMedia        a content type or file type that we do not take
+│   └── FetchRefused            an `image_uri` that we will not, or could not, fetch
+├── RequestTimeout              the client was too slow in sending its request
+├── NotFound                    no such request or file
+├── AdmissionError              the limiter said no
+│   ├── DeadlineExceeded        still waiting when the deadline came
+│   ├── DemandImpossible        no amount of waiting would help; says which limit
+│   ├── QueueFull               too many waiters already
+│   └── LimiterUnavailable      Valkey is away and the policy is `closed`
+├── LeaseLost                   the session that held the permit is gone; results may not be stored
+├── UpstreamError               the provider failed us
+│   ├── UpstreamThrottled       429; for how long, and whether a day's quota is gone
+│   ├── UpstreamUnavailable     5xx, refused or broken connection
+│   ├── UpstreamTimeout         connect, first byte, idle or total time ran out
+│   ├── UpstreamRejected        another 4xx: the same call would fail again
+│   ├── UpstreamUnauthorized    401/403: the key is dead
+│   ├── UpstreamGarbled         the answer is not what the protocol says
+│   ├── PromptBlocked           the provider's safety filter refused the prompt
+│   └── EmptyAnswer             an answer without content; carries the finish reason
+├── StoreUnavailable            PostgreSQL is away
+├── ClaimLost                   another worker has the job now; our result may not be stored
+└── ShuttingDown                this process is stopping
+
+HTTP statuses are assigned in one table, `http/problems.py`. `code` is the stable name of the
+error in records, logs and problem JSON.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TidegateError(Exception):
+    """Root of the tree. `str(error)` is safe to show to a client: never a secret."""
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_ms = retry_after_ms
+
+
+class ConfigError(TidegateError):
+    """A setting is wrong. The message is the one line shown at start-up."""
+
+    code = "config"
+
+    def __init__(self, variable: str, value: str, allowed: str) -> None:
+        super().__init__(f"{variable}={value}: {allowed}")
+        self.variable = variable
+        self.value = value
+        self.allowed = allowed
+
+
+class InvalidRequest(TidegateError):
+    """The caller's input is wrong. `field` names the input, `allowed` says what would be right."""
+
+    code = "invalid_request"
+
+    def __init__(self, field: str, message: str, *, allowed: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.allowed = allowed
+
+
+class PayloadTooLarge(InvalidRequest):
+    code = "too_large"
+
+
+class UnsupportedMedia(InvalidRequest):
+    code = "unsupported_media"
+
+
+class FetchRefused(InvalidRequest):
+    code = "fetch_refused"
+
+
+class RequestTimeout(TidegateError):
+    code = "request_timeout"
+
+
+class NotFound(TidegateError):
+    code = "not_found"
+
+
+class AdmissionError(TidegateError):
+    """The limiter said no. `limit` is the id of the limit that refused, e.g. `kind:text_only`."""
+
+    code = "admission"
+
+    def __init__(self, message: str, *, limit: str, retry_after_ms: int | None = None) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms)
+        self.limit = limit
+
+
+class DeadlineExceeded(AdmissionError):
+    code = "deadline_exceeded"
+
+
+class DemandImpossible(AdmissionError):
+    code = "impossible"
+
+
+class QueueFull(AdmissionError):
+    code = "queue_full"
+
+
+class LimiterUnavailable(AdmissionError):
+    code = "limiter_unavailable"
+    retryable = True
+
+
+class LeaseLost(TidegateError):
+    code = "lease_lost"
+    retryable = True
+
+
+class UpstreamError(TidegateError):
+    """The provider failed us. `status` is its HTTP status where there was one."""
+
+    code = "upstream"
+
+    def __init__(
+        self, message: str, *, status: int | None = None, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms)
+        self.status = status
+
+
+class UpstreamThrottled(UpstreamError):
+    """429. `day_quota` is true when a quota per day is gone and a short wait won't help."""
+
+    code = "upstream_throttled"
+    retryable = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = 429,
+        retry_after_ms: int | None = None,
+        day_quota: bool = False,
+    ) -> None:
+        super().__init__(message, status=status, retry_after_ms=retry_after_ms)
+        self.day_quota = day_quota
+
+
+class UpstreamUnavailable(UpstreamError):
+    code = "upstream_unavailable"
+    retryable = True
+
+
+class UpstreamTimeout(UpstreamError):
+    """`phase` is `connect`, `first_byte`, `idle` or `total`."""
+
+    code = "upstream_timeout"
+    retryable = True
+
+    def __init__(self, message: str, *, phase: str) -> None:
+        super().__init__(message)
+        self.phase = phase
+
+
+class UpstreamRejected(UpstreamError):
+    code = "upstream_rejected"
+
+
+class UpstreamUnauthorized(UpstreamError):
+    code = "upstream_unauthorized"
+
+
+class UpstreamGarbled(UpstreamError):
+    code = "upstream_garbled"
+    retryable = True
+
+
+class PromptBlocked(UpstreamError):
+    """`reason` is the provider's own word, such as `SAFETY`."""
+
+    code = "prompt_blocked"
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message, status=200)
+        self.reason = reason
+
+
+class EmptyAnswer(UpstreamError):
+    """`finish_reason` is the provider's own word, or None where it gave none."""
+
+    code = "empty_answer"
+
+    def __init__(self, message: str, *, finish_reason: str | None) -> None:
+        super().__init__(message, status=200)
+        self.finish_reason = finish_reason
+
+
+class StoreUnavailable(TidegateError):
+    code = "store_unavailable"
+    retryable = True
+
+
+class ClaimLost(TidegateError):
+    code = "claim_lost"
+
+
+class ShuttingDown(TidegateError):
+    code = "shutting_down"
+    retryable = True
