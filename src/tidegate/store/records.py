@@ -1,0 +1,161 @@
+"""What the store takes and gives: plain frozen records, no SQL and no I/O.
+
+Times are aware datetimes in UTC; durations are in milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from tidegate.call import DEFAULT_POOL, DEFAULT_TENANT, Attachment, Classification, Usage
+from tidegate.errors import TidegateError
+from tidegate.store.states import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as it is recorded and shown. `message` is safe to show to a client."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    retry_after_ms: int | None = None
+    upstream_status: int | None = None
+
+    @classmethod
+    def of(cls, error: TidegateError) -> Failure:
+        return cls(
+            code=error.code,
+            message=error.message,
+            retryable=error.retryable,
+            retry_after_ms=error.retry_after_ms,
+            upstream_status=getattr(error, "status", None),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A submitted request, before it is durable. `classification.kind` is None while unsure."""
+
+    request_id: UUID
+    created_at: datetime
+    prompt: str
+    classification: Classification
+    attachments: tuple[Attachment, ...] = ()
+    image_uri: str | None = None
+    model: str | None = None
+    priority: int = 0
+    deadline_at: datetime | None = None
+    tenant_id: str = DEFAULT_TENANT
+    pool: str = DEFAULT_POOL
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """A job that this worker has claimed; every write to it is fenced by `claim`.
+
+    `attempts` counts the upstream attempts begun before this claim.
+    """
+
+    request_id: UUID
+    claim: int
+    attempts: int
+    created_at: datetime
+    prompt: str
+    classification: Classification
+    attachments: tuple[Attachment, ...]
+    image_uri: str | None
+    model: str | None
+    priority: int
+    deadline_at: datetime | None
+    tenant_id: str
+    pool: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A generated picture whose bytes are already in the blob store."""
+
+    file_id: UUID
+    mime_type: str
+    size_bytes: int
+    blob_key: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptResult:
+    """How one attempt upstream ended. `fence` is the permit's (epoch, sequence)."""
+
+    model: str
+    fence: tuple[int, int]
+    admitted_at: datetime
+    finished_at: datetime
+    queue_ms: float
+    upstream_ms: float
+    text: str = ""
+    pictures: tuple[OutputFile, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    finish_reason: str | None = None
+    model_version: str | None = None
+    response_id: str | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRecord:
+    """A finished `/stream` request, recorded once, whole. `result` is None if never admitted."""
+
+    job: NewJob
+    status: Status
+    finished_at: datetime
+    result: AttemptResult | None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A stored file as its owner may fetch it: an upload (`input`) or a generated one (`output`)."""
+
+    file_id: UUID
+    request_id: UUID
+    tenant_id: str
+    role: str
+    name: str
+    mime_type: str
+    size_bytes: int
+    blob_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """Everything that `GET /status/{id}` shows. `place` is 1 for the next in its queue."""
+
+    request_id: UUID
+    tenant_id: str
+    source: str  # job | stream
+    status: Status
+    classification: Classification
+    model: str | None
+    priority: int
+    attempts: int
+    created_at: datetime
+    admitted_at: datetime | None
+    finished_at: datetime | None
+    not_before: datetime | None
+    deadline_at: datetime | None
+    queue_ms: float | None
+    upstream_ms: float | None
+    text: str | None
+    usage: Usage
+    finish_reason: str | None
+    failure: Failure | None
+    place: int | None
+    version: int  # grows with every change; what a long poll waits for
+    files: tuple[FileRecord, ...] = ()
+
+
+Json = dict[str, Any]
