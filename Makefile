@@ -1,0 +1,47 @@
+# Needs only Python 3.11 or newer, make and git: everything else is installed into .venv.
+SHELL := /bin/bash
+PYTEST_ARGS ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check chaos bench setup-system lock clean
+
+help: ## List these targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
+		printf '  make %-13s %s\n' "$$name" "$$what"; done
+
+run: ## Start everything on http://localhost:8000; Ctrl-C stops it (ARGS="--api 2 --workers 2")
+	@scripts/bootstrap.sh run && exec .venv/bin/python -m tidegate up $(ARGS)
+
+test: ## Run the checks and the whole test suite (PYTEST_ARGS="tests/unit -k words")
+	@scripts/bootstrap.sh dev
+	@scripts/setup_system.sh
+	@$(MAKE) --no-print-directory check
+	@.venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+check: ## Lint, format, types and import contracts
+	@scripts/bootstrap.sh dev
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+chaos: ## Kill, pause and cut off parts at full size, and count what really arrived
+	@scripts/bootstrap.sh dev
+	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
+
+bench: ## Measure, and print the figures with the machine that they come from
+	@scripts/bootstrap.sh dev
+	@.venv/bin/python -m bench $(ARGS)
+
+setup-system: ## Install what the tests need from the system's packages, or say what is missing
+	@scripts/setup_system.sh
+
+lock: ## Write uv.lock and requirements.txt anew after a change of pyproject.toml
+	@scripts/bootstrap.sh dev
+	@.venv/bin/uv lock --quiet
+	@.venv/bin/uv export --quiet --frozen --no-dev --no-hashes --no-header --output-file requirements.txt
+
+clean: ## Remove the environment and all caches; your data stays
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

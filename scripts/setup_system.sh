@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What the tests need besides Python: a browser for the browser tests, zsh for the request script.
+# As root it is installed where apt-get is there; otherwise the missing packages are named, and
+# under CI=true that is a failure: a test that cannot run has not passed.
+set -euo pipefail
+
+declare -A package_of=([chromium]=chromium [zsh]=zsh [curl]=curl)
+
+missing() {
+    local command
+    for command in "${!package_of[@]}"; do
+        command -v "$command" >/dev/null || echo "${package_of[$command]}"
+    done
+}
+
+mapfile -t wanted < <(missing)
+((${#wanted[@]})) || exit 0
+
+if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    echo "tidegate: installing ${wanted[*]}" >&2
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq >/dev/null || true
+    apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null || true
+    mapfile -t wanted < <(missing)
+    ((${#wanted[@]})) || exit 0
+fi
+
+echo "tidegate: the tests also need these system packages: ${wanted[*]}" >&2
+if [[ ${CI:-} == true || ${CI:-} == 1 ]]; then
+    exit 1
+fi
