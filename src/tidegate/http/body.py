@@ -1,0 +1,85 @@
+"""A request's body as it arrives, bounded in size, in silence and in slowness.
+
+Invariant: nothing is read once a bound is passed. Only time spent waiting for the client counts
+against it, never our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from tidegate.config import Config
+from tidegate.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How slow a client may be: `grace_ms` in all, and more as its bytes come in."""
+
+    silence_ms: int
+    grace_ms: int = 15_000
+    min_bytes_per_s: int = 1024
+
+
+class Body:
+    """Pieces of the body by `next()`; None at its end.
+
+    `next` raises PayloadTooLarge, RequestTimeout, or starlette's ClientDisconnect when the client
+    has gone. Cancelling it is safe; the body cannot be read on afterwards.
+    """
+
+    def __init__(self, request: Request, config: Config, *, pace: Pace | None = None) -> None:
+        """Raises PayloadTooLarge at once when the announced length is over the limit."""
+        self.received_bytes = 0
+        self._max_bytes = config.max_body_bytes
+        self._pace = pace or Pace(silence_ms=config.receive_timeout_ms)
+        self._stream = request.stream()
+        self._waited_s = 0.0
+        announced = request.headers.get("content-length", "0")
+        if not re.fullmatch(r"[0-9]{1,18}", announced):
+            raise InvalidRequest("Content-Length", "Content-Length is not a number of bytes")
+        if int(announced) > self._max_bytes:
+            raise self._too_large()
+
+    async def next(self) -> bytes | None:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        try:
+            async with asyncio.timeout(self._patience_s()):
+                piece = await anext(self._stream, b"")
+        except TimeoutError:
+            raise RequestTimeout("the request's body arrives too slowly") from None
+        self._waited_s += loop.time() - begun
+        self.received_bytes += len(piece)
+        if self.received_bytes > self._max_bytes:
+            raise self._too_large()
+        return piece or None
+
+    async def read(self, max_bytes: int, *, field: str) -> bytes:
+        """The whole body. Raises PayloadTooLarge, naming `field`, at the first piece over."""
+        whole = bytearray()
+        while (piece := await self.next()) is not None:
+            whole += piece
+            if len(whole) > max_bytes:
+                raise PayloadTooLarge(
+                    field,
+                    f"the body is longer than {max_bytes} bytes",
+                    allowed=f"at most {max_bytes} bytes of this content type",
+                )
+        return bytes(whole)
+
+    def _patience_s(self) -> float:
+        pace = self._pace
+        earned_s = pace.grace_ms / 1000 + self.received_bytes / pace.min_bytes_per_s
+        return max(0.0, min(pace.silence_ms / 1000, earned_s - self._waited_s))
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(
+            "body",
+            f"the request is larger than {self._max_bytes} bytes",
+            allowed=f"at most {self._max_bytes} bytes in all",
+        )
