@@ -1,0 +1,54 @@
+"""One log line per request, and the safety net under all routes.
+
+Invariant: an exception that reaches this middleware is logged once, with its traceback, and goes
+no further: the client has been answered, or its connection is closed unfinished.
+"""
+
+from __future__ import annotations
+
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tidegate.telemetry import Log, get_logger
+
+log = get_logger()
+
+
+class AccessLog:
+    """ASGI middleware; health checks are logged at debug level."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 0
+        request_id: str | None = None
+
+        async def watched(message: Message) -> None:
+            nonlocal status, request_id
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                for name, value in message["headers"]:
+                    if name == b"x-tidegate-request-id":
+                        request_id = value.decode()
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:  # the top of a request's task: logged here, and nowhere else
+            log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
+        finally:
+            quiet = scope["path"].startswith("/health")
+            (log.debug if quiet else log.info)(
+                Log.REQUEST_DONE,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                took_ms=round((time.monotonic() - started) * 1000, 1),
+                **({"request_id": request_id} if request_id else {}),
+            )

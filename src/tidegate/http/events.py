@@ -1,0 +1,98 @@
+"""How a stream's events look on the wire, and the writer that a stalled client can't hold up.
+
+Server-sent events (`delta`, `image`, `usage`, `done`, `error`), or plain text for clients that
+ask for `text/plain`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.types import Scope, Send
+
+from tidegate.errors import TidegateError
+from tidegate.http.problems import problem
+
+ABORT_EXTENSION = "tidegate.abort"
+
+
+class ClientStalled(Exception):
+    """The client has read nothing for so long that its stream is cut."""
+
+
+class EventWriter:
+    """Writes one stream to one client. `started` is true once the response's head is sent.
+
+    A write that takes longer than `stalled_ms` raises ClientStalled.
+    """
+
+    def __init__(self, send: Send, *, plain_text: bool, stalled_ms: int) -> None:
+        self.started = False
+        self._send = send
+        self._plain_text = plain_text
+        self._stalled_s = stalled_ms / 1000
+
+    async def start(self, headers: Mapping[str, str]) -> None:
+        """Send the response's head."""
+        media_type = "text/plain" if self._plain_text else "text/event-stream"
+        whole = {
+            "content-type": f"{media_type}; charset=utf-8",
+            "cache-control": "no-store",
+            "x-accel-buffering": "no",
+            "x-content-type-options": "nosniff",
+            **headers,
+        }
+        raw = [(name.encode(), value.encode()) for name, value in whole.items()]
+        self.started = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+
+    async def delta(self, text: str) -> None:
+        await self._emit("delta", {"text": text}, text)
+
+    async def image(self, url: str, mime_type: str, size_bytes: int) -> None:
+        data = {"url": url, "mime_type": mime_type, "size_bytes": size_bytes}
+        await self._emit("image", data, f"\n![{mime_type}]({url})\n")
+
+    async def usage(self, data: Mapping[str, Any]) -> None:
+        await self._emit("usage", data, "")
+
+    async def done(self, data: Mapping[str, Any]) -> None:
+        """The last event of a stream that succeeded; ends the response."""
+        await self._emit("done", data, "")
+        await self._body(b"", more=False)
+
+    async def error(self, error: TidegateError, request_id: str) -> None:
+        """The last event of a stream that failed; the caller ends the response.
+
+        Plain text has no way to mark an error but its words and a connection cut short.
+        """
+        data = problem(error).model_dump(exclude_none=True) | {"request_id": request_id}
+        await self._emit("error", data, f"\n\n[{error.code}: {error.message}]\n")
+
+    async def end(self) -> None:
+        await self._body(b"", more=False)
+
+    async def _emit(self, event: str, data: Mapping[str, Any], plain: str) -> None:
+        if self._plain_text:
+            chunk = plain.encode()
+        else:
+            chunk = b"event: %b\ndata: %b\n\n" % (event.encode(), orjson.dumps(data))
+        if chunk:
+            await self._body(chunk, more=True)
+
+    async def _body(self, chunk: bytes, *, more: bool) -> None:
+        try:
+            async with asyncio.timeout(self._stalled_s):
+                await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+        except TimeoutError:
+            raise ClientStalled from None
+
+
+def abort(scope: Scope) -> None:
+    """Cut the client's connection at once, where the server offers that."""
+    cut = scope.get("extensions", {}).get(ABORT_EXTENSION)
+    if cut is not None:
+        cut()

@@ -1,0 +1,105 @@
+"""Health: is the process alive, should it get traffic, do the things that it needs answer?
+
+Readiness does not ask Valkey or PostgreSQL: were they down, every process would leave the
+balancer, and nobody could answer 503 or use the local share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from tidegate.errors import TidegateError
+from tidegate.http.services import services_of
+
+_DEADLINE_MS = 2_000
+
+router = APIRouter(prefix="/health", tags=["health"])
+
+
+class Liveness(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    """`reason` says why a process takes no traffic."""
+
+    status: Literal["ready", "not_ready"]
+    reason: str | None = None
+
+
+class Dependency(BaseModel):
+    status: Literal["ok", "failed"]
+    took_ms: float
+    detail: str | None = None
+
+
+class Dependencies(BaseModel):
+    status: Literal["ok", "failed"]
+    valkey: Dependency
+    postgresql: Dependency
+    limiter: str
+
+
+@router.get("/live", response_model=Liveness, summary="The process runs")
+async def live() -> Liveness:
+    return Liveness()
+
+
+@router.get(
+    "/ready",
+    response_model=Readiness,
+    response_model_exclude_none=True,
+    responses={503: {"model": Readiness}},
+    summary="The process takes traffic",
+)
+async def ready(request: Request) -> JSONResponse:
+    services = services_of(request)
+    reason = None
+    if services.draining.is_set():
+        reason = "draining"
+    elif not await services.store.schema_fits():
+        reason = "the database's schema does not fit this version, or was never seen"
+    body = Readiness(status="not_ready" if reason else "ready", reason=reason)
+    return JSONResponse(body.model_dump(exclude_none=True), 503 if reason else 200)
+
+
+@router.get(
+    "/dependencies",
+    response_model=Dependencies,
+    responses={503: {"model": Dependencies}},
+    summary="Valkey and PostgreSQL, asked now, with a deadline",
+)
+async def dependencies(request: Request) -> JSONResponse:
+    services = services_of(request)
+    valkey, postgresql = await asyncio.gather(
+        _probe(services.limiter.ping(_DEADLINE_MS)), _probe(services.store.ping(_DEADLINE_MS))
+    )
+    failed = "failed" in (valkey.status, postgresql.status)
+    body = Dependencies(
+        status="failed" if failed else "ok",
+        valkey=valkey,
+        postgresql=postgresql,
+        limiter=services.limiter.local_state().state,
+    )
+    return JSONResponse(body.model_dump(), 503 if failed else 200)
+
+
+async def _probe(ping: Awaitable[None]) -> Dependency:
+    started = time.monotonic()
+    detail = None
+    try:
+        async with asyncio.timeout(_DEADLINE_MS / 1000):
+            await ping
+    except TidegateError as error:
+        detail = error.message
+    except TimeoutError:
+        detail = f"no answer within {_DEADLINE_MS} ms"
+    took_ms = round((time.monotonic() - started) * 1000, 1)
+    return Dependency(status="failed" if detail else "ok", took_ms=took_ms, detail=detail)

@@ -1,0 +1,203 @@
+"""`POST /submit`, `GET /status/{request_id}` and `GET /files/{file_id}`.
+
+Invariant: a 202 is sent only after the request's row is committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+from urllib.parse import quote
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response, StreamingResponse
+
+from tidegate.call import DEFAULT_TENANT, new_id
+from tidegate.http.forms import Submission, read_submission
+from tidegate.http.problems import Problem
+from tidegate.http.services import Services, services_of
+from tidegate.http.views import Accepted, StatusView, accepted, status_view
+from tidegate.pipeline import Ask
+from tidegate.providers.fetch import check_uri
+from tidegate.store.records import NewJob, RequestRecord
+from tidegate.store.states import Status
+
+_MAX_WAIT_S = 60
+_INLINE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
+
+router = APIRouter()
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of problem JSON for each status."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"model": Problem, "content": content} for status in statuses}
+
+
+_FIELDS: dict[str, Any] = {
+    "data": {"type": "string", "description": "The prompt; `text` is another name for it"},
+    "image_uri": {"type": "string", "format": "uri", "description": "A public picture to fetch"},
+    "type": {
+        "type": "string",
+        "enum": ["text_only", "multi_modal", "image_generation"],
+        "description": "Skips classification",
+    },
+    "model": {"type": "string", "description": "Instead of the model configured for the type"},
+    "priority": {"type": "integer", "minimum": -100, "maximum": 100, "default": 0},
+    "deadline_ms": {
+        "type": "integer",
+        "minimum": 1,
+        "description": "From receipt to admission; later the request expires",
+    },
+}
+_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
+
+BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "properties": _FIELDS},
+                "examples": {
+                    "text": {"value": {"data": "Explain the importance of cybersecurity."}},
+                    "image": {"value": {"data": "Generate an image of a futuristic city."}},
+                    "edit": {
+                        "value": {
+                            "data": "Make this picture a watercolour",
+                            "image_uri": "https://example.com/cat.png",
+                        }
+                    },
+                },
+            },
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {**_FIELDS, "file": _FILES}}
+            },
+        },
+    }
+}
+
+
+def prefix_of(request: Request) -> str:
+    """`/llm` when the client used that prefix, else nothing: links keep to what it used."""
+    return "/llm" if request.url.path.startswith("/llm/") else ""
+
+
+def ask_of(submission: Submission) -> Ask:
+    return Ask(
+        prompt=submission.prompt,
+        attachments=submission.attachments,
+        image_uri=submission.image_uri,
+        kind=submission.kind,
+    )
+
+
+@router.post(
+    "/submit",
+    status_code=202,
+    response_model=Accepted,
+    openapi_extra=BODY,
+    responses=problem_responses(400, 408, 413, 415, 422, 503),
+    summary="Hand in a request; a worker answers it",
+)
+async def submit(request: Request) -> Accepted:
+    """Takes text, files and image prompts, as JSON or multipart. The answer means that the
+    request is stored for good; follow it at `status_url`."""
+    services = services_of(request)
+    received = datetime.now(UTC)
+    submission = await read_submission(request, services.config, services.blobs)
+    if submission.image_uri is not None:
+        check_uri(submission.image_uri)
+    job = _new_job(submission, services, received)
+    await services.store.submit(job)
+    return accepted(job, prefix_of(request))
+
+
+def _new_job(submission: Submission, services: Services, received: datetime) -> NewJob:
+    deadline_ms = submission.deadline_ms or services.config.job_deadline_ms
+    return NewJob(
+        request_id=new_id(),
+        created_at=received,
+        prompt=submission.prompt,
+        classification=services.pipeline.first_look(ask_of(submission)),
+        attachments=submission.attachments,
+        image_uri=submission.image_uri,
+        model=submission.model,
+        priority=submission.priority,
+        deadline_at=received + timedelta(milliseconds=deadline_ms) if deadline_ms else None,
+        tenant_id=DEFAULT_TENANT,
+    )
+
+
+@router.get(
+    "/status/{request_id}",
+    response_model=StatusView,
+    response_model_exclude_none=True,
+    responses=problem_responses(400, 404, 503),
+    summary="Where a request stands, and its answer",
+)
+async def status(
+    request: Request,
+    request_id: UUID,
+    wait: Annotated[
+        float,
+        Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the status to change"),
+    ] = 0,
+) -> StatusView:
+    """With `wait`, answers as soon as the status changes or the time is up. A request that has
+    ended answers at once."""
+    services = services_of(request)
+    record = await services.store.get(request_id, DEFAULT_TENANT)
+    if wait and not record.status.is_end:
+        record = await _changed(services, record, wait)
+    return status_view(record, prefix_of(request))
+
+
+async def _changed(services: Services, record: RequestRecord, wait_s: float) -> RequestRecord:
+    """Follow the record until its status differs, the time is up, or this process drains."""
+    until = time.monotonic() + wait_s
+    draining = asyncio.ensure_future(services.draining.wait())
+    try:
+        first: Status = record.status
+        while record.status is first and (left_s := until - time.monotonic()) > 0:
+            change = asyncio.ensure_future(
+                services.store.wait_change(
+                    record.request_id, record.tenant_id, record.version, round(left_s * 1000)
+                )
+            )
+            try:
+                await asyncio.wait({change, draining}, return_when=asyncio.FIRST_COMPLETED)
+                if not change.done():
+                    break
+                record = change.result()
+            finally:
+                change.cancel()
+        return record
+    finally:
+        draining.cancel()
+
+
+@router.get(
+    "/files/{file_id}",
+    response_class=StreamingResponse,
+    responses=problem_responses(400, 404, 503)
+    | {200: {"content": {"image/png": {}}, "description": "The file's bytes"}},
+    summary="A generated picture or an uploaded file",
+)
+async def file(request: Request, file_id: UUID) -> Response:
+    services = services_of(request)
+    record = await services.store.file(file_id, DEFAULT_TENANT)
+    inline = record.mime_type in _INLINE_TYPES
+    name = quote(record.name or f"{file_id}", safe="")
+    headers = {
+        "Content-Length": str(record.size_bytes),
+        "Content-Disposition": f"{'inline' if inline else 'attachment'}; filename*=UTF-8''{name}",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "private, max-age=31536000, immutable",
+    }
+    body = services.blobs.stream(record.blob_key)
+    return StreamingResponse(body, headers=headers, media_type=record.mime_type)

@@ -1,0 +1,76 @@
+"""The web application: routes, documentation, error bodies and the access log."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, RedirectResponse
+from starlette.staticfiles import StaticFiles
+
+from tidegate import __version__
+from tidegate.http import health, jobs, problems, stream
+from tidegate.http.access import AccessLog
+from tidegate.http.services import Services
+
+_STATIC = Path(__file__).parent / "static"
+_DESCRIPTION = """
+A gateway in front of large language models. It never lets a fleet of services exceed what the
+provider allows, wastes none of it, and remembers every request.
+
+Every path works with and without the prefix `/llm`. Errors are problem JSON (RFC 9457).
+"""
+
+
+def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) -> FastAPI:
+    """The application; `open_services` is entered when it starts and left when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_services() as services:
+            app.state.services = services
+            yield
+
+    app = FastAPI(
+        title="Tidegate",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    routes = APIRouter()
+    for room in (jobs, stream, health):
+        routes.include_router(room.router)
+    app.include_router(routes)
+    app.include_router(routes, prefix="/llm", include_in_schema=False)
+    problems.install(app)
+    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+    _serve_docs(app)
+    app.add_middleware(AccessLog)
+    return app
+
+
+def _serve_docs(app: FastAPI) -> None:
+    """Swagger UI from our own files: no CDN, so that it works in a closed network."""
+    bundle = "/static/vendor/swagger-ui"
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        options: dict[str, Any] = {"tryItOutEnabled": True, "defaultModelsExpandDepth": 0}
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="Tidegate: HTTP API",
+            swagger_js_url=f"{bundle}/swagger-ui-bundle.js",
+            swagger_css_url=f"{bundle}/swagger-ui.css",
+            swagger_favicon_url="/static/favicon.svg",
+            swagger_ui_parameters=options,
+        )
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("/docs")

@@ -1,0 +1,31 @@
+"""What the routes need, in one frozen place; `app.py` fills it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import cast
+
+from starlette.requests import HTTPConnection
+
+from tidegate.config import Config
+from tidegate.limiter import Limiter
+from tidegate.pipeline import Pipeline
+from tidegate.store.blobs import Blobs
+from tidegate.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """`draining` is set once the process is told to stop: long polls then answer at once."""
+
+    config: Config
+    store: Store
+    blobs: Blobs
+    limiter: Limiter
+    pipeline: Pipeline
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def services_of(connection: HTTPConnection) -> Services:
+    return cast(Services, connection.app.state.services)

@@ -1,0 +1,205 @@
+"""The JSON that `/submit` and `/status` answer with."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tidegate.call import Classification, Kind, Usage
+from tidegate.store.records import FileRecord, NewJob, RequestRecord
+from tidegate.store.states import Status
+
+_EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
+
+
+class Classified(BaseModel):
+    """What kind of request it is, who decided that, and why."""
+
+    type: Kind | None = Field(description="null while the rules are unsure and the LLM is asked")
+    classified_by: Literal["caller", "rules", "llm", "keywords"] | None
+    classified_why: str | None = None
+
+
+class Accepted(Classified):
+    """The request is durable: it will be worked on, whatever fails."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "request_id": _EXAMPLE_ID,
+                "status": "queued",
+                "type": "text_only",
+                "classified_by": "rules",
+                "classified_why": "no file, and nothing asks for a picture",
+                "status_url": f"/status/{_EXAMPLE_ID}",
+            }
+        }
+    )
+
+    request_id: str = Field(description="UUIDv7")
+    status: Status
+    status_url: str
+
+
+class FileView(BaseModel):
+    """A file of this server."""
+
+    url: str
+    mime_type: str
+    size_bytes: int
+    name: str = ""
+
+
+class UsageView(BaseModel):
+    """LLM tokens as the provider reported them; null means unknown, never zero."""
+
+    input_tokens: int | None
+    output_tokens: int | None
+    thoughts_tokens: int | None
+    cached_tokens: int | None
+    total_tokens: int | None
+
+
+class ErrorView(BaseModel):
+    """Why a request failed, or why its last attempt did."""
+
+    code: str
+    message: str
+    retryable: bool
+    retry_after_ms: int | None = None
+    upstream_status: int | None = None
+
+
+class StatusView(Classified):
+    """A request's whole life so far."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "request_id": _EXAMPLE_ID,
+                "source": "job",
+                "status": "succeeded",
+                "type": "text_only",
+                "classified_by": "rules",
+                "model": "gemini-2.5-flash",
+                "priority": 0,
+                "attempts": 1,
+                "submitted_at": "2026-01-01T12:00:00Z",
+                "admitted_at": "2026-01-01T12:00:00.020Z",
+                "finished_at": "2026-01-01T12:00:01.400Z",
+                "queue_ms": 20.1,
+                "upstream_ms": 1380.4,
+                "text": "Cybersecurity protects ...",
+                "images": [],
+                "files": [],
+                "usage": {"input_tokens": 12, "output_tokens": 240, "total_tokens": 252},
+                "finish_reason": "STOP",
+            }
+        }
+    )
+
+    request_id: str
+    source: Literal["job", "stream"]
+    status: Status
+    place: int | None = Field(None, description="Place in the queue, 1 is next; null if not queued")
+    model: str | None
+    priority: int
+    attempts: int = Field(description="Calls made to the provider")
+    submitted_at: datetime
+    admitted_at: datetime | None = None
+    finished_at: datetime | None = None
+    deadline_at: datetime | None = None
+    retry_at: datetime | None = Field(None, description="When a queued retry may start")
+    queue_ms: float | None = Field(None, description="Submitted to admitted, last attempt's wait")
+    upstream_ms: float | None = Field(None, description="Length of the call to the provider")
+    text: str | None = None
+    images: list[FileView] = []
+    files: list[FileView] = Field([], description="What was uploaded")
+    usage: UsageView | None = None
+    finish_reason: str | None = None
+    error: ErrorView | None = None
+
+
+def accepted(job: NewJob, prefix: str) -> Accepted:
+    """`prefix` is the path before `/submit` as the client called it: empty or `/llm`."""
+    return Accepted(
+        request_id=str(job.request_id),
+        status=Status.QUEUED,
+        status_url=f"{prefix}/status/{job.request_id}",
+        **_classified(job.classification),
+    )
+
+
+def status_view(record: RequestRecord, prefix: str) -> StatusView:
+    """The record as its owner sees it."""
+    failure = record.failure
+    files = {
+        role: [_file(each, prefix) for each in record.files if each.role == role]
+        for role in ("input", "output")
+    }
+    return StatusView(
+        request_id=str(record.request_id),
+        source="stream" if record.source == "stream" else "job",
+        status=record.status,
+        place=record.place,
+        model=record.model,
+        priority=record.priority,
+        attempts=record.attempts,
+        submitted_at=record.created_at,
+        admitted_at=record.admitted_at,
+        finished_at=record.finished_at,
+        deadline_at=record.deadline_at,
+        retry_at=record.not_before if record.status is Status.QUEUED else None,
+        queue_ms=_rounded(record.queue_ms),
+        upstream_ms=_rounded(record.upstream_ms),
+        text=record.text,
+        images=files["output"],
+        files=files["input"],
+        usage=usage_view(record.usage),
+        finish_reason=record.finish_reason,
+        error=ErrorView(
+            code=failure.code,
+            message=failure.message,
+            retryable=failure.retryable,
+            retry_after_ms=failure.retry_after_ms,
+            upstream_status=failure.upstream_status,
+        )
+        if failure
+        else None,
+        **_classified(record.classification),
+    )
+
+
+def usage_view(usage: Usage) -> UsageView | None:
+    """None where the provider has reported nothing."""
+    view = UsageView(
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        thoughts_tokens=usage.thoughts_tokens,
+        cached_tokens=usage.cached_tokens,
+        total_tokens=usage.total_tokens,
+    )
+    return view if any(value is not None for value in view.model_dump().values()) else None
+
+
+def _classified(classification: Classification) -> dict[str, object]:
+    return {
+        "type": classification.kind,
+        "classified_by": classification.by.value if classification.kind else None,
+        "classified_why": classification.reason,
+    }
+
+
+def _file(record: FileRecord, prefix: str) -> FileView:
+    return FileView(
+        url=f"{prefix}/files/{record.file_id}",
+        mime_type=record.mime_type,
+        size_bytes=record.size_bytes,
+        name=record.name,
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)

@@ -1,0 +1,1 @@
+"""Jobs: taken from PostgreSQL by workers, admitted and called like every other request."""

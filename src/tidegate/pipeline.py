@@ -1,0 +1,220 @@
+"""The spine that live requests, streams and jobs share: classify, prepare, admit, call, settle.
+
+Invariant: a permit is held exactly while its upstream call is open. `run` is a coroutine that
+pushes events into a sink; when it returns, fails or is cancelled, the upstream call is closed and
+the permit is on its way back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+
+from tidegate.call import (
+    CLASSIFIER_LIMIT,
+    Admitted,
+    Answer,
+    Attachment,
+    Call,
+    Classification,
+    ClassifiedBy,
+    Kind,
+    Media,
+    Outcome,
+    Sink,
+)
+from tidegate.classify import by_keywords, by_rules
+from tidegate.config import ClassifierMode, Config
+from tidegate.errors import AdmissionError, LeaseLost, UpstreamError
+from tidegate.limiter import Limiter, Permit
+from tidegate.providers.fetch import ImageFetcher
+from tidegate.providers.gemini import GeminiProcessor
+from tidegate.store.blobs import Blobs
+from tidegate.store.records import AttemptResult, Failure, OutputFile
+from tidegate.telemetry import Log, get_logger
+
+_JUDGEMENTS_CACHED = 10_000
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a caller wants, before its kind is settled and its files are loaded."""
+
+    prompt: str
+    attachments: tuple[Attachment, ...] = ()
+    image_uri: str | None = None
+    kind: Kind | None = None
+
+    @property
+    def mime_types(self) -> tuple[str, ...]:
+        return tuple(attachment.mime_type for attachment in self.attachments)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try upstream as it goes: filled in step by step, so that a cut one can be recorded."""
+
+    answer: Answer = field(default_factory=Answer)
+    fence: tuple[int, int] | None = None
+    admitted_at: datetime | None = None
+    finished_at: datetime | None = None
+    queue_ms: float = 0.0
+    upstream_ms: float = 0.0
+
+
+class Pipeline:
+    """Everything between an accepted request and its recorded end."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        limiter: Limiter,
+        processor: GeminiProcessor,
+        blobs: Blobs,
+        fetcher: ImageFetcher,
+    ) -> None:
+        self._config = config
+        self._limiter = limiter
+        self._processor = processor
+        self._blobs = blobs
+        self._fetcher = fetcher
+        self._judgements: dict[bytes, Classification] = {}
+
+    def first_look(self, ask: Ask) -> Classification:
+        """The kind as far as it is known without asking anybody; `kind` is None while unsure."""
+        if ask.kind is not None:
+            return Classification(ask.kind, ClassifiedBy.CALLER, "the request names its type")
+        has_uri = ask.image_uri is not None
+        if self._config.classifier is ClassifierMode.LLM:
+            return Classification(None, ClassifiedBy.RULES, "the LLM is always asked")
+        ruled = by_rules(ask.prompt, ask.mime_types, image_uri=has_uri)
+        if ruled.kind is None and self._config.classifier is ClassifierMode.KEYWORDS:
+            return by_keywords(ask.prompt, ask.mime_types, image_uri=has_uri)
+        return ruled
+
+    async def decide(self, ask: Ask) -> Classification:
+        """The kind for certain: by the first look, else by the LLM, else by keywords.
+
+        Takes at most `classifier_timeout_ms`. Never fails; cancellation closes the LLM's call.
+        """
+        first = self.first_look(ask)
+        if first.kind is not None:
+            return first
+        key = self._judgement_key(ask)
+        if (known := self._judgements.get(key)) is not None:
+            return known
+        try:
+            async with asyncio.timeout(self._config.classifier_timeout_ms / 1000):
+                judged = await self._judge(ask)
+        except (TimeoutError, UpstreamError, AdmissionError, LeaseLost) as failed:
+            reason = getattr(failed, "code", "timeout")
+            log.info(Log.CLASSIFIER_FELL_BACK, reason=reason)
+            guess = by_keywords(ask.prompt, ask.mime_types, image_uri=ask.image_uri is not None)
+            return Classification(guess.kind, guess.by, f"{guess.reason} (the LLM: {reason})")
+        if len(self._judgements) >= _JUDGEMENTS_CACHED:
+            self._judgements.pop(next(iter(self._judgements)))
+        self._judgements[key] = judged
+        return judged
+
+    async def _judge(self, ask: Ask) -> Classification:
+        deadline_ms = self._config.classifier_timeout_ms
+        types = [*ask.mime_types, *(["image/*"] if ask.image_uri else [])]
+        async with self._limiter.acquire(CLASSIFIER_LIMIT, deadline_ms=deadline_ms) as permit:
+            try:
+                kind, reason = await self._processor.judge(
+                    ask.prompt, types, model=self._config.classifier_model
+                )
+            except UpstreamError:
+                permit.settle(Outcome.DROPPED)
+                raise
+        if types and kind is Kind.TEXT_ONLY:
+            kind = Kind.MULTI_MODAL  # the LLM is asked about pictures; files decide the rest
+        if not types and kind is Kind.MULTI_MODAL:
+            kind = Kind.TEXT_ONLY
+        return Classification(kind, ClassifiedBy.LLM, reason)
+
+    def _judgement_key(self, ask: Ask) -> bytes:
+        parts = (self._config.classifier_model, *ask.mime_types, str(bool(ask.image_uri)))
+        return sha256("\0".join((*parts, ask.prompt)).encode()).digest()
+
+    async def media(self, ask: Ask) -> tuple[Media, ...]:
+        """Load the files and fetch the `image_uri`. Raises FetchRefused and StoreUnavailable."""
+        loaded = [
+            Media(stored.mime_type, await self._blobs.get(stored.blob_key), stored.name)
+            for stored in ask.attachments
+        ]
+        if ask.image_uri is not None:
+            loaded.append(await self._fetcher.fetch(ask.image_uri))
+        return tuple(loaded)
+
+    async def run(
+        self,
+        call: Call,
+        attempt: Attempt,
+        sink: Sink,
+        *,
+        deadline_ms: int | None,
+        on_admitted: Callable[[Permit], Awaitable[None]] | None = None,
+    ) -> None:
+        """Admit the call, make it, and fill `attempt`; events go to `sink` as they come.
+
+        `deadline_ms` bounds the wait for admission. `on_admitted` runs under the permit before
+        the call; what it raises ends the run with no call made. Raises AdmissionError, LeaseLost
+        and UpstreamError. Cancellation leaves neither a waiter nor an open upstream call.
+        """
+        asked = time.monotonic()
+        async with self._limiter.acquire(
+            call.kind.limit, tenant=call.tenant_id, deadline_ms=deadline_ms
+        ) as permit:
+            attempt.queue_ms = (time.monotonic() - asked) * 1000
+            attempt.admitted_at = datetime.now(UTC)
+            attempt.fence = permit.fence
+            if on_admitted is not None:
+                await on_admitted(permit)
+            await self._call(call, attempt, sink, permit)
+
+    async def _call(self, call: Call, attempt: Attempt, sink: Sink, permit: Permit) -> None:
+        started = time.monotonic()
+        outcome = Outcome.IGNORED
+        try:
+            await sink(Admitted(waited_ms=attempt.queue_ms))
+            await self._processor.run(call, attempt.answer, sink)
+            outcome = Outcome.SUCCESS
+        except UpstreamError as failed:
+            outcome = Outcome.DROPPED if failed.retryable else Outcome.IGNORED
+            raise
+        finally:
+            attempt.upstream_ms = (time.monotonic() - started) * 1000
+            attempt.finished_at = datetime.now(UTC)
+            permit.settle(outcome, tokens=attempt.answer.usage.total_tokens)
+
+
+def attempt_result(
+    attempt: Attempt, model: str, pictures: tuple[OutputFile, ...], failure: Failure | None
+) -> AttemptResult | None:
+    """The attempt as the store takes it; None when it was never admitted."""
+    if attempt.admitted_at is None or attempt.fence is None:
+        return None
+    answer = attempt.answer
+    return AttemptResult(
+        model=model,
+        fence=attempt.fence,
+        admitted_at=attempt.admitted_at,
+        finished_at=attempt.finished_at or datetime.now(UTC),
+        queue_ms=attempt.queue_ms,
+        upstream_ms=attempt.upstream_ms,
+        text=answer.whole_text,
+        pictures=pictures,
+        usage=answer.usage,
+        finish_reason=answer.finish_reason,
+        model_version=answer.model_version,
+        response_id=answer.response_id,
+        failure=failure,
+    )
