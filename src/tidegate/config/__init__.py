@@ -1,0 +1,11 @@
+"""All settings: typed, validated, from the environment or `.env`.
+
+Invariant: a process that starts has a whole and sound `Config`; a wrong value stops the start
+with a `ConfigError`, one line that names the variable, its value (never a secret) and what is
+allowed. Each secret may also be given as `NAME_FILE`, the path of a file that holds it.
+"""
+
+from tidegate.config.environment import load
+from tidegate.config.settings import GOOGLE_URL, KINDS, SECRETS, ClassifierMode, Config
+
+__all__ = ["GOOGLE_URL", "KINDS", "SECRETS", "ClassifierMode", "Config", "load"]

@@ -1,0 +1,113 @@
+"""From variables to a `Config`: the environment over `.env` over the defaults, and secret files.
+
+Invariant: whatever is wrong leaves as one `ConfigError` of one line without a secret.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from dotenv import dotenv_values
+from pydantic import ValidationError
+
+from tidegate.config.settings import ALLOWED, SECRETS, Config
+from tidegate.errors import ConfigError
+
+_LONGEST_SHOWN = 200
+
+
+def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")) -> Config:
+    """Read the environment over `.env` over the defaults; an empty value is one not given.
+
+    Raises ConfigError, whose message is the one line to show.
+    """
+    found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    found |= os.environ if environ is None else environ
+    values: dict[str, str] = {}
+    for field in Config.model_fields:
+        name = field.upper()
+        raw = _secret(name, found) if name in SECRETS else found.get(name, "")
+        if raw.strip():
+            values[field] = raw.strip()
+    try:
+        return Config.model_validate(values)
+    except ValidationError as invalid:
+        raise _first(invalid, values) from None
+
+
+def allowed(field: str) -> str:
+    """What a setting may be, in a user's words; reads well after "must be"."""
+    if field in ALLOWED:
+        return ALLOWED[field]
+    info = Config.model_fields[field]
+    types = [one for one in get_args(info.annotation) if one is not type(None)]
+    if get_origin(info.annotation) is Literal:
+        return f"one of {', '.join(map(str, types))}"
+    kind = info.annotation if isinstance(info.annotation, type) else types[0]
+    if issubclass(kind, StrEnum):
+        return f"one of {', '.join(member.value for member in kind)}"
+    if issubclass(kind, bool):
+        return "1 or 0 (or true and false, yes and no)"
+    if issubclass(kind, int | float):
+        return _number("a whole number" if issubclass(kind, int) else "a number", info.metadata)
+    return "text"
+
+
+def _number(what: str, metadata: list[object]) -> str:
+    bounds = {
+        side: getattr(one, side) for one in metadata for side in ("ge", "le") if hasattr(one, side)
+    }
+    return f"{what} from {bounds['ge']}" + (f" to {bounds['le']}" if "le" in bounds else " up")
+
+
+def _from_dotenv(path: Path) -> dict[str, str]:
+    try:
+        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise ConfigError(str(path), "(file)", _unreadable(unreadable)) from None
+
+
+def _secret(name: str, found: Mapping[str, str]) -> str:
+    path = found.get(f"{name}_FILE", "").strip()
+    if not path:
+        return found.get(name, "")
+    if found.get(name, "").strip():
+        raise ConfigError(
+            f"{name}_FILE", _one_line(path), f"set either {name} or {name}_FILE, not both"
+        )
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise ConfigError(f"{name}_FILE", _one_line(path), _unreadable(unreadable)) from None
+    if not text:  # taken as "not set" it would start a gateway of made-up answers by mistake
+        raise ConfigError(f"{name}_FILE", _one_line(path), "must be a file that is not empty")
+    return text
+
+
+def _unreadable(error: OSError | UnicodeDecodeError) -> str:
+    return f"must be a readable file: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+
+
+def _first(invalid: ValidationError, values: Mapping[str, str]) -> ConfigError:
+    problem = invalid.errors(include_url=False, include_input=False)[0]
+    field = str(problem["loc"][0])
+    name = field.upper()
+    value = "(hidden)" if name in SECRETS else _one_line(values[field])
+    own_words = problem["type"] == "value_error"
+    said = str(problem["msg"]).removeprefix("Value error, ")
+    return ConfigError(name, value, said if own_words else f"must be {allowed(field)}")
+
+
+def _one_line(value: str) -> str:
+    """`value` without line breaks and, where it is a URL, without a user, password or query."""
+    scheme, is_url, rest = value.partition("://")
+    if is_url:
+        before, asks, _ = rest.partition("?")
+        _, at, place = before.rpartition("@")
+        value = f"{scheme}://{'***@' if at else ''}{place}{'?***' if asks else ''}"
+    printable = "".join(letter if letter.isprintable() else " " for letter in value)
+    return printable if len(printable) <= _LONGEST_SHOWN else f"{printable[:_LONGEST_SHOWN]}..."
