@@ -18,6 +18,7 @@ from tidegate.config.settings import ALLOWED, SECRETS, Config
 from tidegate.errors import ConfigError
 
 _LONGEST_SHOWN = 200
+_UNITS = {"ms": " of milliseconds", "bytes": " of bytes", "days": " of days"}
 
 
 def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")) -> Config:
@@ -53,7 +54,8 @@ def allowed(field: str) -> str:
     if issubclass(kind, bool):
         return "1 or 0 (or true and false, yes and no)"
     if issubclass(kind, int | float):
-        return _number("a whole number" if issubclass(kind, int) else "a number", info.metadata)
+        what = "a whole number" if issubclass(kind, int) else "a number"
+        return _number(what + _UNITS.get(field.rpartition("_")[2], ""), info.metadata)
     return "text"
 
 
