@@ -1,0 +1,1 @@
+"""Those who answer: one module per upstream dialect, and the emulator."""

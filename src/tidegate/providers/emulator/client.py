@@ -1,0 +1,118 @@
+"""A client of the emulator's control API: what tests and benchmarks read the truth with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import orjson
+
+from tidegate.errors import InvalidRequest
+from tidegate.providers.emulator.ledger import KindStats, LoggedCall
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts by kind; `in_flight` and `max_in_flight` are over all kinds but `other`."""
+
+    kinds: Mapping[str, KindStats]
+    in_flight: int
+    max_in_flight: int
+    last_id: int
+
+    def __getitem__(self, kind: str) -> KindStats:
+        return self.kinds[kind]
+
+
+class EmulatorControl:
+    """Usable as `async with EmulatorControl(url) as control`, else call `close` at the end.
+
+    Every method raises aiohttp.ClientError when the emulator is away.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._session: aiohttp.ClientSession | None = None
+
+    async def stats(self) -> Stats:
+        """The counters now."""
+        body = await self._ask("GET", "stats")
+        kinds = {kind: KindStats(**counts) for kind, counts in body.pop("kinds").items()}
+        return Stats(kinds=kinds, **body)
+
+    async def calls(self, since: int = 0, contains: str = "") -> list[LoggedCall]:
+        """Calls in order of arrival with an id above `since` whose prompt contains `contains`.
+
+        Only a prompt's first 200 characters are searched. Calls in flight are among them, with
+        `outcome` None.
+        """
+        query = {"since": str(since), "contains": contains}
+        body = await self._ask("GET", "calls", query=query)
+        return [LoggedCall(**call) for call in body["calls"]]
+
+    async def reset(self) -> None:
+        """Back to how it started: counters, log, windows, files, faults, behaviour."""
+        await self._ask("POST", "reset")
+
+    async def set_fault(self, fault: str, **order: Any) -> None:
+        """Add an order: see `faults.Fault` for its fields (`count`, `kind`, `match` and more).
+
+        Raises InvalidRequest when it makes no sense.
+        """
+        await self._ask("POST", "faults", body={"faults": [{"fault": fault, **order}]})
+
+    async def clear_faults(self) -> None:
+        await self._ask("PUT", "faults", body={"faults": []})
+
+    async def set_behaviour(self, **changes: Any) -> None:
+        """Replace fields of `settings.Behaviour`, by JSON or its own types.
+
+        Raises InvalidRequest, having changed nothing, when a value makes no sense.
+        """
+        await self._ask("PUT", "behaviour", body=changes)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _ask(
+        self,
+        method: str,
+        name: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10))
+        data = None if body is None else orjson.dumps(body, default=_plain)
+        url = f"{self.url}/_emulator/{name}"
+        async with self._session.request(method, url, params=query, data=data) as response:
+            answer = orjson.loads(await response.read())
+            if response.status == 400:
+                raise InvalidRequest(name, answer["error"]["message"])
+            response.raise_for_status()
+            return answer
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"not JSON: {value!r}")

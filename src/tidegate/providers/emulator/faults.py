@@ -1,0 +1,187 @@
+"""Faults on order: which of them a call gets, and what an error of theirs says.
+
+Invariant: a fault with a count is given to exactly that many matching calls, in their order of
+arrival; the first matching fault in the list wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from random import Random
+from typing import Any, Self
+
+from tidegate.errors import InvalidRequest
+from tidegate.providers.emulator import wire
+from tidegate.providers.emulator.settings import KINDS
+from tidegate.providers.emulator.wire import Json
+
+
+class FaultName(StrEnum):
+    """What can go wrong. The first group ends the call before it is answered."""
+
+    THROTTLED = "throttled"  # 429 with RetryInfo
+    THROTTLED_BARE = "throttled_bare"  # 429 without details
+    DAY_QUOTA = "day_quota"  # 429: a quota per day is gone
+    UNAVAILABLE = "unavailable"  # 503
+    INTERNAL = "internal"  # 500
+    UNAUTHORIZED = "unauthorized"  # 401
+    FORBIDDEN = "forbidden"  # 403
+    ERROR_LIST = "error_list"  # 429 as a list of one error
+    HANG = "hang"  # no header ever comes
+    CUT = "cut"  # the connection closes before the headers
+    # A 200 that goes wrong
+    GARBAGE = "garbage"  # broken JSON
+    ERROR_IN_STREAM = "error_in_stream"  # an error object inside a 200
+    HANG_MID_STREAM = "hang_mid_stream"
+    CUT_MID_STREAM = "cut_mid_stream"
+    # A 200 as the protocol allows it
+    BLOCKED_PROMPT = "blocked_prompt"  # no candidates, promptFeedback
+    NO_CANDIDATES = "no_candidates"  # an empty list
+    UNKNOWN_FINISH = "unknown_finish"  # content, finishReason SOMETHING_NEW
+    SAFETY = "safety"  # a finish without content
+    NO_IMAGE = "no_image"  # likewise
+    SLOW_FIRST_TOKEN = "slow_first_token"
+
+
+BREAKS_OFF = {FaultName.HANG_MID_STREAM, FaultName.CUT_MID_STREAM}
+MID_ANSWER = {FaultName.GARBAGE, FaultName.ERROR_IN_STREAM} | BREAKS_OFF
+BODIES = {
+    FaultName.BLOCKED_PROMPT,
+    FaultName.NO_CANDIDATES,
+    FaultName.UNKNOWN_FINISH,
+    FaultName.SAFETY,
+    FaultName.NO_IMAGE,
+}
+
+
+@dataclass(slots=True)
+class Fault:
+    """An order. Without `count` it stands until removed; without `probability` it always strikes.
+
+    `kind` None means every kind but `other`. `match` is a part of the prompt, or of a file's path.
+    """
+
+    fault: FaultName
+    count: int | None = None
+    probability: float | None = None
+    kind: str | None = None
+    match: str | None = None
+    retry_after_s: float = 2.0  # of `throttled`, `day_quota` and `error_list`
+    delay_ms: int = 5_000  # of `slow_first_token`
+    after_chunks: int = 1  # good chunks before a fault in mid-stream
+    code: int = 503  # of `error_in_stream`
+    reason: str = "SAFETY"  # of `blocked_prompt`
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> Self:
+        """From JSON; raises InvalidRequest naming the field."""
+        known = {item.name for item in fields(cls)}
+        if unknown := set(value) - known:
+            raise InvalidRequest("faults", f"a fault has no field {min(unknown)!r}")
+        names = [name.value for name in FaultName]
+        if value.get("fault") not in names:
+            raise InvalidRequest(
+                "fault", f"{value.get('fault')!r} is no fault", allowed=", ".join(names)
+            )
+        if value.get("kind") not in (None, *KINDS):
+            raise InvalidRequest("kind", f"{value['kind']!r} is none of {', '.join(KINDS)}")
+        for name, kinds in _TYPES.items():
+            given = value.get(name)
+            if given is not None and (isinstance(given, bool) or not isinstance(given, kinds)):
+                raise InvalidRequest(name, f"{name}: {given!r} has the wrong type")
+        return cls(**{**value, "fault": FaultName(value["fault"])})
+
+    def suits(self, kind: str, prompt: str) -> bool:
+        if self.count == 0:
+            return False
+        if self.kind is None and kind == "other":
+            return False
+        if self.kind is not None and self.kind != kind:
+            return False
+        return self.match is None or self.match in prompt
+
+    def error(self, model: str) -> tuple[int, Json | list[Json]] | None:
+        """Status and body, for those that are a plain error response."""
+        match self.fault:
+            case FaultName.THROTTLED:
+                return 429, _minute_quota(model, self.retry_after_s)
+            case FaultName.THROTTLED_BARE:
+                return 429, wire.error(429, "Resource has been exhausted (e.g. check quota).")
+            case FaultName.DAY_QUOTA:
+                return 429, _day_quota(model, self.retry_after_s)
+            case FaultName.ERROR_LIST:
+                return 429, [_minute_quota(model, self.retry_after_s)]
+            case FaultName.UNAVAILABLE:
+                return 503, wire.error(503, "The model is overloaded. Please try again later.")
+            case FaultName.INTERNAL:
+                return 500, wire.error(500, "An internal error has occurred. Please retry.")
+            case FaultName.UNAUTHORIZED:
+                message = "Request had invalid authentication credentials."
+                return 401, wire.error(401, message)
+            case FaultName.FORBIDDEN:
+                message = "Your API key was reported as leaked. Please use another API key."
+                return 403, wire.error(403, message)
+        return None
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "count": int,
+    "probability": (int, float),
+    "match": str,
+    "retry_after_s": (int, float),
+    "delay_ms": int,
+    "after_chunks": int,
+    "code": int,
+    "reason": str,
+}
+
+
+def _minute_quota(model: str, retry_after_s: float) -> Json:
+    return wire.throttled(
+        model,
+        quota_id="GenerateRequestsPerMinutePerProjectPerModel-FreeTier",
+        metric="generate_content_free_tier_requests",
+        value=10,
+        retry_after_s=retry_after_s,
+    )
+
+
+def _day_quota(model: str, retry_after_s: float) -> Json:
+    return wire.throttled(
+        model,
+        quota_id="GenerateRequestsPerDayPerProjectPerModel-FreeTier",
+        metric="generate_content_free_tier_requests",
+        value=250,
+        retry_after_s=retry_after_s,
+    )
+
+
+class Faults:
+    """The orders in force."""
+
+    def __init__(self, orders: Iterable[Mapping[str, Any]], random: Random) -> None:
+        self._orders = [Fault.parse(order) for order in orders]
+        self._random = random
+
+    def replace(self, orders: Iterable[Mapping[str, Any]]) -> None:
+        self._orders = [Fault.parse(order) for order in orders]
+
+    def add(self, orders: Iterable[Mapping[str, Any]]) -> None:
+        self._orders += [Fault.parse(order) for order in orders]
+
+    def strike(self, kind: str, prompt: str) -> Fault | None:
+        """The fault that this call gets, used up by one."""
+        for order in self._orders:
+            if not order.suits(kind, prompt):
+                continue
+            if order.probability is not None and self._random.random() >= order.probability:
+                continue
+            if order.count is not None:
+                order.count -= 1
+            return order
+        return None
+
+    def to_json(self) -> list[Json]:
+        return [asdict(order) for order in self._orders]

@@ -1,0 +1,168 @@
+"""Bodies of Gemini's API: answers, errors with google.rpc details.
+
+Invariant: only this file spells the wire's field names of answers.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tidegate.providers.emulator.limits import Refusal
+
+Json = dict[str, Any]
+_TYPE = "type.googleapis.com/google.rpc."
+_QUOTA_URL = "https://ai.google.dev/gemini-api/docs/rate-limits"
+STATUS_OF = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    413: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+}
+
+
+class WireError(Exception):
+    """An answer that is an error: raised anywhere while serving, sent by the server."""
+
+    def __init__(self, code: int, message: str, details: Sequence[Json] = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.body = error(code, message, details)
+
+
+def error(code: int, message: str, details: Sequence[Json] = ()) -> Json:
+    inner: Json = {"code": code, "message": message, "status": STATUS_OF.get(code, "UNKNOWN")}
+    if details:
+        inner["details"] = list(details)
+    return {"error": inner}
+
+
+def key_missing() -> WireError:
+    return WireError(
+        403,
+        "Method doesn't allow unregistered callers (callers without established identity). "
+        "Please use API Key or other form of API consumer identity to call this API.",
+    )
+
+
+def key_invalid() -> WireError:
+    detail = {
+        "@type": f"{_TYPE}ErrorInfo",
+        "reason": "API_KEY_INVALID",
+        "domain": "googleapis.com",
+        "metadata": {"service": "generativelanguage.googleapis.com"},
+    }
+    return WireError(400, "API key not valid. Please pass a valid API key.", [detail])
+
+
+def throttled(
+    model: str, *, quota_id: str, metric: str, value: int, retry_after_s: float | None
+) -> Json:
+    """429 as Gemini words it; without a time to name there is no RetryInfo."""
+    violation = {
+        "quotaMetric": f"generativelanguage.googleapis.com/{metric}",
+        "quotaId": quota_id,
+        "quotaDimensions": {"location": "global", "model": model},
+        "quotaValue": str(value),
+    }
+    details: list[Json] = [
+        {
+            "@type": f"{_TYPE}Help",
+            "links": [{"description": "Learn more about Gemini API quotas", "url": _QUOTA_URL}],
+        },
+        {"@type": f"{_TYPE}QuotaFailure", "violations": [violation]},
+    ]
+    message = (
+        "You exceeded your current quota, please check your plan and billing details. "
+        f"For more information on this error, head to: {_QUOTA_URL}."
+    )
+    if retry_after_s is not None:
+        message += f"\nPlease retry in {retry_after_s:.9g}s."
+        details.append({"@type": f"{_TYPE}RetryInfo", "retryDelay": f"{retry_after_s:.9g}s"})
+    return error(429, message, details)
+
+
+def refused(refusal: Refusal, model: str) -> Json:
+    """The 429 of a limit that the emulator really enforces."""
+    rate = refusal.rate
+    if rate is None:
+        quota_id, metric = "GenerateConcurrentRequestsPerProject", "generate_concurrent_requests"
+    elif rate.measure == "input_tokens":
+        per = "Day" if rate.per_day else "Minute"
+        quota_id = f"GenerateContentInputTokensPerModelPer{per}-Emulated"
+        metric = "generate_content_input_token_count"
+    else:
+        per = "Day" if rate.per_day else "Minute"
+        quota_id = f"GenerateRequestsPer{per}PerProjectPerModel-Emulated"
+        metric = "generate_requests"
+    retry_after_s = None if rate is None else -(-refusal.retry_after_ns // 1_000_000) / 1000
+    return throttled(
+        model,
+        quota_id=quota_id,
+        metric=metric,
+        value=refusal.bound,
+        retry_after_s=retry_after_s,
+    )
+
+
+def text_part(text: str) -> Json:
+    return {"text": text}
+
+
+def picture_part(mime_type: str, data: bytes) -> Json:
+    return {"inlineData": {"mimeType": mime_type, "data": b64encode(data).decode()}}
+
+
+def usage(
+    input_by_modality: Mapping[str, int], output_tokens: int, thoughts_tokens: int | None
+) -> Json:
+    input_tokens = sum(input_by_modality.values())
+    body: Json = {
+        "promptTokenCount": input_tokens,
+        "totalTokenCount": input_tokens + output_tokens + (thoughts_tokens or 0),
+        "promptTokensDetails": [
+            {"modality": name, "tokenCount": count} for name, count in input_by_modality.items()
+        ],
+    }
+    if output_tokens:
+        body["candidatesTokenCount"] = output_tokens
+    if thoughts_tokens is not None:
+        body["thoughtsTokenCount"] = thoughts_tokens
+    return body
+
+
+def answer(
+    model: str,
+    response_id: str,
+    usage_metadata: Json,
+    *,
+    parts: Sequence[Json] | None,
+    finish_reason: str | None,
+) -> Json:
+    """A whole response, or one chunk of a stream. `parts` None: a candidate without content."""
+    candidate: Json = {"index": 0}
+    if parts is not None:
+        candidate["content"] = {"parts": list(parts), "role": "model"}
+    if finish_reason is not None:
+        candidate["finishReason"] = finish_reason
+    return {
+        "candidates": [candidate],
+        "usageMetadata": usage_metadata,
+        "modelVersion": model,
+        "responseId": response_id,
+    }
+
+
+def blocked(model: str, response_id: str, usage_metadata: Json, reason: str) -> Json:
+    return {
+        "promptFeedback": {"blockReason": reason},
+        "usageMetadata": usage_metadata,
+        "modelVersion": model,
+        "responseId": response_id,
+    }
