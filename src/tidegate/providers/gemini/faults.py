@@ -1,0 +1,225 @@
+"""What went wrong upstream, as one of our errors.
+
+Owns the table from Gemini's error bodies, HTTP statuses and the SDK's exceptions to the
+`UpstreamError`s. Invariant: decided by what arrived on the wire (status, headers, last bytes),
+not by the SDK's wording, since the SDK fails with a TypeError or AttributeError on some error
+bodies; and no message holds the API key or a whole foreign page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from tidegate.errors import (
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamTimeout,
+    UpstreamUnauthorized,
+    UpstreamUnavailable,
+)
+from tidegate.telemetry import redact
+
+MAX_MESSAGE_CHARS = 500
+MAX_RETRY_AFTER_MS = 86_400_000
+CODES = {
+    "CANCELLED": 499,
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "OUT_OF_RANGE": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "INTERNAL": 500,
+    "UNKNOWN": 500,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+# Other 4xx that say "not now" rather than "never": the same call may succeed later.
+TRANSIENT_CODES = (408, 425, 499)
+_DURATION = re.compile(r"^\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*$")
+_RETRY_IN_MESSAGE = re.compile(r"retry in (\d{1,9}(?:\.\d{1,9})?)\s*(ms|s)\b", re.IGNORECASE)
+_DEAD_KEY = re.compile(r"api key (?:not valid|not found|expired|has been)", re.IGNORECASE)
+_GOOGLE_KEY = re.compile(r"AIza[0-9A-Za-z_-]{20,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Wreck:
+    """What is known of a failed exchange: `status` is None when no response had begun."""
+
+    status: int | None
+    headers: Mapping[str, str]
+    tail: bytes
+
+
+def translate(failure: Exception, wreck: Wreck | None, *, secret: str) -> UpstreamError:
+    """Our error for `failure`, raised by the SDK or the HTTP client. `wreck` is None when nothing
+    was sent. `secret` is the API key, removed from every message.
+    """
+    if isinstance(failure, UpstreamError):
+        return failure
+    if wreck is not None and wreck.status is not None:
+        error = error_in(wreck.tail)
+        if wreck.status != 200:
+            return from_status(wreck.status, error or {}, wreck.headers, secret=secret)
+        if error is not None:
+            return from_status(code_of(error), error, wreck.headers, secret=secret)
+    return _without_error_body(failure, sent=wreck is not None)
+
+
+def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
+    import httpx2
+
+    name = type(failure).__name__
+    if isinstance(failure, httpx2.ConnectTimeout):
+        return UpstreamTimeout("connecting to the provider took too long", phase="connect")
+    if isinstance(failure, httpx2.TimeoutException):
+        return UpstreamTimeout("the provider was silent for too long", phase="idle")
+    if isinstance(failure, httpx2.RemoteProtocolError):
+        # One class for two faults: the text tells a cut connection from bytes that aren't HTTP.
+        if "disconnected" in str(failure) or "peer closed" in str(failure):
+            return UpstreamUnavailable("the provider closed the connection in mid-answer")
+        return UpstreamGarbled("the provider's answer is not HTTP")
+    if isinstance(failure, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
+        return UpstreamRejected(f"the request could not be sent ({name})")
+    if isinstance(failure, httpx2.ConnectError):
+        return UpstreamUnavailable("could not connect to the provider")
+    if isinstance(failure, httpx2.TransportError | OSError):
+        return UpstreamUnavailable(f"the connection to the provider broke ({name})")
+    if not sent:
+        return UpstreamRejected(f"the request could not be built ({name})", status=400)
+    return UpstreamGarbled(f"the provider's answer is not what its protocol says ({name})")
+
+
+def error_in(tail: bytes) -> dict[str, Any] | None:
+    """The error object in the last bytes of a response: a JSON body or an SSE event, either an
+    object or a list of one. None when there is none.
+    """
+    text = tail.decode("utf-8", "replace")
+    found = _error_of(text)
+    if found is not None:
+        return found
+    data: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("data:"):
+            data.append(line[5:])
+        elif not line and data:
+            found = _error_of("\n".join(data))
+            if found is not None:
+                return found
+            data = []
+    return None
+
+
+def _error_of(text: str) -> dict[str, Any] | None:
+    if '"error"' not in text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, list) and value:
+        value = value[0]
+    error = value.get("error") if isinstance(value, dict) else None
+    if isinstance(error, str):
+        return {"message": error}
+    return error if isinstance(error, dict) else None
+
+
+def code_of(error: Mapping[str, Any]) -> int:
+    """The HTTP code that an error object means; 500 where it doesn't say."""
+    code = error.get("code")
+    if isinstance(code, str) and code.isascii() and code.isdigit():
+        code = int(code)
+    if isinstance(code, int) and 400 <= code <= 599:
+        return code
+    return CODES.get(str(error.get("status")), 500)
+
+
+def from_status(
+    status: int, error: Mapping[str, Any], headers: Mapping[str, str], *, secret: str
+) -> UpstreamError:
+    """Our error for an HTTP status (or the code of an error object) and its error object."""
+    message = f"the provider answered {status}: {_said(error, secret)}"
+    details = [item for item in _list(error.get("details")) if isinstance(item, dict)]
+    retry_after_ms = _retry_after_ms(error, details, headers)
+    if status == 429:
+        return UpstreamThrottled(
+            message, retry_after_ms=retry_after_ms, day_quota=_day_quota(details)
+        )
+    if status in (401, 403) or (status == 400 and _dead_key(error, details)):
+        return UpstreamUnauthorized(message, status=status)
+    if status >= 500 or status in TRANSIENT_CODES:
+        return UpstreamUnavailable(message, status=status, retry_after_ms=retry_after_ms)
+    if 300 <= status < 500:
+        return UpstreamRejected(message, status=status)
+    return UpstreamGarbled(message, status=status)
+
+
+def _said(error: Mapping[str, Any], secret: str) -> str:
+    message = error.get("message")
+    if not isinstance(message, str) or not message.strip():
+        status = error.get("status")
+        return status[:100] if isinstance(status, str) else "no reason given"
+    return clean(message, secret)
+
+
+def clean(message: str, secret: str) -> str:
+    """A provider's text on one line, cut to a bound, without keys."""
+    if secret:
+        message = message.replace(secret, "***")
+    message = redact(_GOOGLE_KEY.sub("***", " ".join(message.split())))
+    return message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
+
+
+def _retry_after_ms(
+    error: Mapping[str, Any], details: list[dict[str, Any]], headers: Mapping[str, str]
+) -> int | None:
+    for detail in details:
+        if str(detail.get("@type", "")).endswith("RetryInfo"):
+            found = _DURATION.match(str(detail.get("retryDelay", "")))
+            if found:
+                return _bounded_ms(float(found[1]) * 1000)
+    said = _RETRY_IN_MESSAGE.search(str(error.get("message", "")))
+    if said:
+        return _bounded_ms(float(said[1]) * (1 if said[2].lower() == "ms" else 1000))
+    header = headers.get("retry-after", "")
+    found = _DURATION.match(header)
+    if found:
+        return _bounded_ms(float(found[1]) * 1000)
+    try:
+        at = parsedate_to_datetime(header)
+    except (ValueError, TypeError):
+        return None
+    now = datetime.now(UTC)
+    return _bounded_ms((at.replace(tzinfo=at.tzinfo or UTC) - now).total_seconds() * 1000)
+
+
+def _bounded_ms(value: float) -> int:
+    return min(max(0, round(value)), MAX_RETRY_AFTER_MS)
+
+
+def _day_quota(details: list[dict[str, Any]]) -> bool:
+    for detail in details:
+        for violation in _list(detail.get("violations")):
+            if isinstance(violation, dict) and "perday" in str(violation.get("quotaId")).lower():
+                return True
+    return False
+
+
+def _dead_key(error: Mapping[str, Any], details: list[dict[str, Any]]) -> bool:
+    if any(str(detail.get("reason")).startswith("API_KEY_") for detail in details):
+        return True
+    return bool(_DEAD_KEY.search(str(error.get("message", ""))))
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

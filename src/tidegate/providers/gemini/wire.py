@@ -1,0 +1,233 @@
+"""The HTTP transport that we give to the SDK.
+
+Owns the upstream connections. Invariants: every exchange (request sent, response not yet closed)
+is in `open_exchanges`; leaving a `Scope` returns only after all its exchanges are closed, whatever
+cancels it; time runs against a phase only while we wait for the provider; an answer is bounded.
+Importing this file costs 0.2 s (httpx2): only `GeminiProcessor.start` does, in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any
+
+import httpx2
+
+from tidegate.errors import UpstreamGarbled, UpstreamTimeout
+from tidegate.providers.gemini.faults import Wreck
+from tidegate.providers.gemini.timeouts import Timeouts
+
+TAIL_BYTES = 65_536
+MAX_KEEPALIVE_CONNECTIONS = 256
+# Shorter than any common server's: a connection reused as the server closes it fails the call.
+KEEPALIVE_S = 15.0
+_CONNECTED = "connection.connect_tcp.complete"
+_SENDING = "http11.send_request_headers.started"
+
+_scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=None)
+
+
+class Exchange:
+    """One request and its response: what is known of it, and how to close it."""
+
+    __slots__ = ("_body", "_wire", "first_byte_due", "headers", "phase", "socket", "status", "tail")
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._body: _Body | None = None
+        self.phase = "connect"
+        self.first_byte_due = 0.0
+        self.status: int | None = None
+        self.headers: httpx2.Headers = httpx2.Headers()
+        self.tail: deque[bytes] = deque()
+        self.socket: Any = None
+        wire.open_exchanges.add(self)
+
+    def answered(self, response: httpx2.Response) -> _Body:
+        if not isinstance(response.stream, httpx2.AsyncByteStream):
+            raise TypeError("an async transport must give an async stream")
+        self.status, self.headers = response.status_code, response.headers
+        self._body = _Body(self, response.stream, self._wire)
+        return self._body
+
+    def wreck(self) -> Wreck:
+        return Wreck(self.status, self.headers, b"".join(self.tail)[-TAIL_BYTES:])
+
+    async def aclose(self) -> None:
+        if self._body is not None:
+            await self._body.aclose()
+
+    def closed(self) -> None:
+        self._wire.open_exchanges.discard(self)
+
+
+class _Body(httpx2.AsyncByteStream):
+    """A response's bytes, with a deadline for the first, between two, and a bound on all."""
+
+    def __init__(self, exchange: Exchange, inner: httpx2.AsyncByteStream, wire: Wire) -> None:
+        self._exchange = exchange
+        self._inner = inner
+        self._wire = wire
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        exchange, tail = self._exchange, self._exchange.tail
+        chunks = aiter(self._inner)
+        size_bytes = tail_bytes = 0
+        due = exchange.first_byte_due
+        while (chunk := await self._next(chunks, due)) is not None:
+            exchange.phase = "idle"
+            size_bytes += len(chunk)
+            if size_bytes > self._wire.max_answer_bytes:
+                raise UpstreamGarbled(
+                    f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
+                )
+            tail.append(chunk)
+            tail_bytes += len(chunk)
+            while tail_bytes - len(tail[0]) >= TAIL_BYTES:
+                tail_bytes -= len(tail.popleft())
+            yield chunk
+            due = asyncio.get_running_loop().time() + self._wire.timeouts.idle_ms / 1000
+
+    async def _next(self, chunks: AsyncIterator[bytes], due: float) -> bytes | None:
+        # The timeout is round this await alone, so a reader that is slow to ask costs nothing.
+        try:
+            async with asyncio.timeout_at(due) as limit:
+                return await anext(chunks, None)
+        except TimeoutError:
+            if limit.expired():
+                raise ran_out(self._exchange.phase, self._wire.timeouts) from None
+            raise
+
+    async def aclose(self) -> None:
+        try:
+            await self._inner.aclose()
+        finally:
+            self._exchange.closed()
+
+
+class Wire(httpx2.AsyncBaseTransport):
+    """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls.
+
+    `trust_env` is off: proxies of the environment are not used. SSL_CERT_FILE and SSL_CERT_DIR
+    are honoured.
+    """
+
+    def __init__(self, timeouts: Timeouts, max_answer_bytes: int) -> None:
+        self.timeouts = timeouts
+        self.max_answer_bytes = max_answer_bytes
+        self.open_exchanges: set[Exchange] = set()
+        self._inner = httpx2.AsyncHTTPTransport(
+            verify=httpx2.create_ssl_context(),
+            trust_env=False,
+            limits=httpx2.Limits(
+                max_connections=None,
+                max_keepalive_connections=MAX_KEEPALIVE_CONNECTIONS,
+                keepalive_expiry=KEEPALIVE_S,
+            ),
+        )
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        exchange = Exchange(self)
+        scope = _scope.get()
+        if scope is not None:
+            scope.exchanges.append(exchange)
+        try:
+            response = await self._send(request, exchange)
+        except BaseException:
+            # httpcore2 forgets the socket when cancelled in a TLS handshake; the event loop
+            # would hold it open until the provider gave up.
+            if exchange.socket is not None:
+                await uninterrupted(exchange.socket.aclose())
+            exchange.closed()
+            raise
+        body = exchange.answered(response)
+        if "x-goog-upload-command" in request.headers:
+            # Without this header the SDK repeats an upload three times, sleeping in between.
+            response.headers.setdefault("x-goog-upload-status", "unknown")
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await uninterrupted(body.aclose())
+            raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
+        return httpx2.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=body,
+            extensions=response.extensions,
+        )
+
+    async def _send(self, request: httpx2.Request, exchange: Exchange) -> httpx2.Response:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.timeouts.connect_ms / 1000) as limit:
+
+                async def trace(event: str, info: dict[str, Any]) -> None:
+                    if event == _CONNECTED:
+                        exchange.socket = info["return_value"]
+                    elif event == _SENDING:
+                        exchange.phase = "first_byte"
+                        exchange.first_byte_due = loop.time() + self.timeouts.first_byte_ms / 1000
+                        limit.reschedule(exchange.first_byte_due)
+
+                request.extensions = {**request.extensions, "trace": trace}
+                return await self._inner.handle_async_request(request)
+        except TimeoutError:
+            if limit.expired():
+                raise ran_out(exchange.phase, self.timeouts) from None
+            raise
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class Scope:
+    """The exchanges of one call. Leaving it closes what is still open, even when cancelled."""
+
+    def __init__(self) -> None:
+        self.exchanges: list[Exchange] = []
+        self._token: Token[Scope | None] | None = None
+
+    async def __aenter__(self) -> Scope:
+        self._token = _scope.set(self)
+        return self
+
+    async def __aexit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        if self._token is not None:
+            _scope.reset(self._token)
+        await uninterrupted(self._close())
+
+    async def _close(self) -> None:
+        async with AsyncExitStack() as stack:
+            for exchange in self.exchanges:
+                stack.push_async_callback(exchange.aclose)
+
+    def wreck(self) -> Wreck | None:
+        """What is known of the last exchange; None when nothing was sent."""
+        return self.exchanges[-1].wreck() if self.exchanges else None
+
+
+def ran_out(phase: str, timeouts: Timeouts) -> UpstreamTimeout:
+    limit_ms = timeouts.of(phase)
+    return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)
+
+
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Finish `work` even if the caller is cancelled meanwhile, then let the cancellation go on."""
+    task = asyncio.ensure_future(work)
+    interrupted: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as cancelled:
+            interrupted = cancelled
+    if interrupted is not None:
+        raise interrupted
+    task.result()
