@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -44,7 +43,7 @@ class EmulatorServer:
             *(*_COMMAND, "--host", "127.0.0.1", "--port", str(self.port)),
             *("--port-file", str(self._port_file)),
         ]
-        self._process = process.spawn(command, self._log_path, None, self.folder, dict(os.environ))
+        self._process = process.spawn(command, self._log_path, None, self.folder)
 
     def await_ready(self, timeout_s: float = 20.0) -> None:
         """Wait until the launched or adopted process answers. Raises ServerFailed."""
@@ -72,6 +71,8 @@ class EmulatorServer:
         return self.folder / "port"
 
     def _accepts(self) -> bool:
+        if not self._port_file.exists():
+            return False
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return True

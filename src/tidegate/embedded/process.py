@@ -14,12 +14,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 UNPRIVILEGED_USER = "nobody"
 _POLL_S = 0.01
+_LOG_MAX_BYTES = 5_000_000
 _HAS_PROC = Path("/proc/self/stat").exists()
 # Below every system's range of ephemeral ports: a client that keeps knocking at a server which is
 # being restarted would else sooner or later be given that very port as its own, and connect to
@@ -161,14 +162,10 @@ def port_to_keep() -> int:
     return free_port()
 
 
-def spawn(
-    command: Sequence[str],
-    log_path: Path,
-    account: Account | None,
-    cwd: Path,
-    env: Mapping[str, str] | None = None,
-) -> Running:
+def spawn(command: Sequence[str], log_path: Path, account: Account | None, cwd: Path) -> Running:
     """Start `command` in a session of its own, its output appended to `log_path`."""
+    if log_path.exists() and log_path.stat().st_size > _LOG_MAX_BYTES:
+        log_path.rename(log_path.with_suffix(".log.old"))
     with log_path.open("ab") as log:
         child = subprocess.Popen(
             command,
@@ -176,7 +173,6 @@ def spawn(
             stdout=log,
             stderr=log,
             cwd=cwd,
-            env=env,
             start_new_session=True,
             user=account.uid if account else None,
             group=account.gid if account else None,

@@ -1,0 +1,207 @@
+"""The keeper: one detached process per `DATA_DIR` that starts the bundled servers and stops them.
+
+    python -m tidegate.embedded.keeper DATA_DIR
+
+Invariant: servers run while anybody holds `users.lock`, and end within `--idle-s` seconds after
+the last has gone, however it went. A server that dies is started again on the same port. The
+servers of a keeper that was killed are adopted by the next one, without a break.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from tidegate.embedded import process
+from tidegate.embedded.emulator import EmulatorServer
+from tidegate.embedded.folder import (
+    Folder,
+    ServiceName,
+    ServiceState,
+    State,
+    lock_until,
+    opened,
+    try_lock,
+)
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.process import ServerFailed
+from tidegate.embedded.valkey import ValkeyServer
+
+_TICK_S = 0.05
+_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+Server = ValkeyServer | PostgresServer | EmulatorServer
+
+
+class Keeper:
+    """Owns the servers of one folder. One thread per server, and one that watches the users."""
+
+    def __init__(self, folder: Folder, idle_s: float) -> None:
+        self._folder = folder
+        self._idle_s = idle_s
+        self._state = State()
+        self._writing = threading.Lock()
+        self._stopping = threading.Event()
+        self._threads: dict[str, threading.Thread] = {}
+
+    def run(self, began: int | None) -> None:
+        """Keep the servers until nobody needs them; return at once if another keeper is there.
+
+        `began` is a descriptor that is closed once this keeper is in charge.
+        """
+        with opened(self._folder.open_lock("keeper")) as mine:
+            if not lock_until(mine, fcntl.LOCK_EX, time.monotonic() + 1.0):
+                sys.stderr.write(f"another keeper holds {self._folder.path}/keeper.lock\n")
+                return
+            self._state = self._folder.read()
+            with self._changing() as state:
+                state.keeper = process.identify(os.getpid())
+            if began is not None:
+                os.write(began, b"1")
+                os.close(began)
+            with opened(self._folder.open_lock("users")) as users:
+                unused = self._watch(mine, users)
+                self._end(unused)
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self._stopping.set()
+
+    def _watch(self, mine: int, users: int) -> bool:
+        """Return when the servers should end: whether that is because no user is left.
+
+        `users` is then locked, so that a newcomer waits until this keeper has gone.
+        """
+        last_used = time.monotonic()
+        while not self._stopping.wait(_TICK_S):
+            if not self._folder.owns_lock(mine, "keeper"):
+                break  # the folder was removed
+            self._start_wanted()
+            if not try_lock(users, fcntl.LOCK_EX):
+                last_used = time.monotonic()
+                self._folder.hurry.unlink(missing_ok=True)
+                continue
+            if self._folder.hurry.exists() or time.monotonic() - last_used > self._idle_s:
+                return True
+            fcntl.flock(users, fcntl.LOCK_UN)
+        return False
+
+    def _start_wanted(self) -> None:
+        for name in self._folder.wanted():
+            if name not in self._threads:
+                thread = threading.Thread(target=self._keep, args=(name,), name=name)
+                self._threads[name] = thread
+                thread.start()
+
+    def _end(self, unused: bool) -> None:
+        self._stopping.set()
+        for thread in self._threads.values():
+            thread.join()
+        with contextlib.suppress(FileNotFoundError):  # removed with its DATA_DIR
+            if unused:
+                self._folder.want_nothing()
+            with self._changing():
+                self._state.keeper = None
+            self._folder.hurry.unlink(missing_ok=True)
+
+    def _keep(self, name: ServiceName) -> None:
+        """Start one server, restart it when it dies, stop it at the end."""
+        failures = 0
+        server: Server | None = None
+        while not self._stopping.wait(_TICK_S):
+            try:
+                server = server or self._make(name)
+                if server.running is None or not server.running.alive:
+                    server.launch()
+                    self._note(name, server, ready=False)
+                    server.await_ready()
+                    self._note(name, server, ready=True)
+                failures = 0
+            except (ServerFailed, OSError) as failed:
+                traceback.print_exc()
+                self._note_failure(name, str(failed))
+                self._stopping.wait(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+                failures += 1
+        if server is not None:
+            server.stop()
+        with self._changing() as state:
+            state.services.pop(name, None)
+
+    def _make(self, name: ServiceName) -> Server:
+        """The server of that name, adopted if it runs already, on the port that it had."""
+        before = self._state.services.get(name)
+        port = self._state.ports.get(name)
+        if before is not None and port is not None and before.identity.alive:
+            server = self._construct(name, port)
+            server.adopt(before.identity)
+            server.await_ready()
+            self._note(name, server, ready=True)
+            return server
+        if port is None or not process.is_free(port):
+            port = process.port_to_keep()
+        return self._construct(name, port)
+
+    def _construct(self, name: ServiceName, port: int) -> Server:
+        path = self._folder.path / name
+        if name == "valkey":
+            return ValkeyServer(path, port, self._folder.password())
+        if name == "postgres":
+            return PostgresServer(path, port, password=self._folder.password())
+        return EmulatorServer(path, port)
+
+    def _note(self, name: ServiceName, server: Server, *, ready: bool) -> None:
+        running = server.running
+        if running is None:
+            return
+        url = server.url() if isinstance(server, PostgresServer) else server.url
+        with self._changing() as state:
+            state.services[name] = ServiceState(running.identity, url, ready)
+            state.ports[name] = server.port
+
+    def _note_failure(self, name: ServiceName, why: str) -> None:
+        with self._changing() as state:
+            count, _ = state.failures.get(name, (0, ""))
+            state.failures[name] = (count + 1, why)
+            state.services.pop(name, None)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[State]:
+        """Change what is said, by one thread at a time, and say it."""
+        with self._writing:
+            yield self._state
+            try:
+                self._folder.write(self._state)
+            except FileNotFoundError:
+                self._stopping.set()  # the folder was removed: nobody can ask for us any more
+
+
+def main() -> None:
+    """Detach from whoever started this, and keep."""
+    parser = argparse.ArgumentParser(prog="tidegate.embedded.keeper")
+    parser.add_argument("data_dir", type=Path)
+    parser.add_argument("--idle-s", type=float, default=5.0)
+    parser.add_argument("--began-fd", type=int)
+    given = parser.parse_args()
+    # The starter must not be our parent: it could not tell our end from our zombie.
+    if os.fork():
+        os._exit(0)
+    keeper = Keeper(Folder(given.data_dir), given.idle_s)
+    signal.signal(signal.SIGTERM, keeper.stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keeper.run(given.began_fd)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""A user's hold on the bundled servers of one `DATA_DIR`.
+
+Invariant: the servers run at least as long as the lease, or any process that inherited its
+descriptor, lives. The kernel gives the lock up, so that `kill -9` of a user is an ordinary end.
+
+The keeper runs from this package too and must start quickly: what costs time is imported late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tidegate.embedded.folder import (
+    Folder,
+    ServiceName,
+    State,
+    lock_until,
+    opened,
+)
+from tidegate.embedded.process import ServerFailed
+
+_POLL_S = 0.02
+_WATCH_S = 0.5
+
+
+class Lease:
+    """Keeps the servers running until `close`; starts another keeper when the keeper dies."""
+
+    def __init__(self, folder: Folder, descriptor: int, urls: Mapping[str, str], idle_s: float):
+        self._folder = folder
+        self._idle_s = idle_s
+        self._descriptor = descriptor
+        self._urls = urls
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="keeper-watch", daemon=True)
+        self._watcher.start()
+
+    @property
+    def database_url(self) -> str | None:
+        return self._urls.get("postgres")
+
+    @property
+    def redis_url(self) -> str | None:
+        return self._urls.get("valkey")
+
+    @property
+    def emulator_url(self) -> str | None:
+        return self._urls.get("emulator")
+
+    @property
+    def descriptor(self) -> int:
+        """To be inherited by children that shall hold the servers too, as `pass_fds`."""
+        return self._descriptor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self, timeout_s: float = 25.0) -> None:
+        """Let go. If this was the last user, the servers end now: returns when they have."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._watcher.join()
+        os.close(self._descriptor)
+        # Not before: the keeper takes a `hurry` that it finds while we hold the lock for stale.
+        with contextlib.suppress(FileNotFoundError):
+            self._folder.hurry.touch(mode=0o600)
+        deadline = time.monotonic() + timeout_s
+        while self._folder.hurry.exists() and time.monotonic() < deadline:
+            keeper = self._folder.read().keeper
+            if keeper is None or not keeper.alive:
+                self._folder.hurry.unlink(missing_ok=True)
+                return
+            time.sleep(_POLL_S)
+
+    def _watch(self) -> None:
+        from tidegate import telemetry
+        from tidegate.telemetry import Log
+
+        logger = telemetry.get_logger()
+        while not self._closed.wait(_WATCH_S):
+            keeper = self._folder.read().keeper
+            if keeper is not None and keeper.alive:
+                continue
+            if not self._folder.exists:
+                logger.error(Log.EMBEDDED_STARTED, problem="DATA_DIR was removed")
+                return
+            try:
+                _summon(self._folder, self._idle_s, time.monotonic() + 10.0)
+            except (ServerFailed, OSError) as failed:
+                logger.error(Log.EMBEDDED_STARTED, problem=str(failed))
+            else:
+                logger.warning(Log.EMBEDDED_STARTED, reason="the keeper had died")
+
+
+def ensure(
+    data_dir: Path,
+    services: Collection[ServiceName],
+    *,
+    timeout_s: float = 30.0,
+    idle_s: float = 5.0,
+) -> Lease:
+    """Have these servers running in `data_dir`, started by this process or by another one.
+
+    Blocks until all are ready. Any number of processes may call this at once. Raises ServerFailed
+    after `timeout_s` seconds, or as soon as a server fails to start.
+    """
+    folder = Folder(data_dir)
+    deadline = time.monotonic() + timeout_s
+    try:
+        folder.create()
+        descriptor = folder.open_lock("users")
+    except OSError as refused:
+        raise ServerFailed(f"cannot use {folder.data_dir}: {refused.strerror}") from refused
+    try:
+        if not lock_until(descriptor, fcntl.LOCK_SH, deadline):
+            raise ServerFailed(f"the servers in {folder.path} are being stopped, without an end")
+        for name in services:
+            folder.want(name)
+        urls = _await_ready(folder, services, idle_s, deadline)
+        return Lease(folder, descriptor, urls, idle_s)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _await_ready(
+    folder: Folder, services: Collection[ServiceName], idle_s: float, deadline: float
+) -> dict[str, str]:
+    failed_before = {name: count for name, (count, _) in folder.read().failures.items()}
+    while True:
+        state = folder.read()
+        if state.keeper is None or not state.keeper.alive:
+            _summon(folder, idle_s, deadline)
+            continue
+        urls = {name: _url_when_ready(state, name) for name in services}
+        ready: dict[str, str] = {name: url for name, url in urls.items() if url is not None}
+        if len(ready) == len(urls):
+            return ready
+        for name in services:
+            count, why = state.failures.get(name, (0, ""))
+            if count > failed_before.get(name, 0):
+                raise ServerFailed(why)
+        if time.monotonic() > deadline:
+            late = ", ".join(sorted(set(urls) - set(ready)))
+            raise ServerFailed(f"not ready in time: {late} (see {folder.keeper_log})")
+        time.sleep(_POLL_S)
+
+
+def _url_when_ready(state: State, name: ServiceName) -> str | None:
+    found = state.services.get(name)
+    return found.url if found and found.ready and found.identity.alive else None
+
+
+def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
+    """Start a keeper unless one is in charge; return when one is. Raises ServerFailed."""
+    with opened(folder.open_lock("start")) as start:
+        if not lock_until(start, fcntl.LOCK_EX, deadline):
+            raise ServerFailed(f"another process is starting the servers in {folder.path}")
+        keeper = folder.read().keeper
+        if keeper is not None and keeper.alive:
+            return
+        hears, tells = os.pipe()
+        with opened(hears), folder.keeper_log.open("ab") as log:
+            with opened(tells):
+                folder.keeper_log.chmod(0o600)
+                command = [
+                    *(sys.executable, "-m", "tidegate.embedded.keeper", str(folder.data_dir)),
+                    *("--idle-s", str(idle_s), "--began-fd", str(tells)),
+                ]
+                subprocess.run(
+                    command,
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd="/",
+                    env=_without_secrets(),
+                    pass_fds=[tells],
+                    start_new_session=True,
+                )
+            readable, _, _ = select.select([hears], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable or os.read(hears, 1) != b"1":
+                tail = folder.keeper_log.read_text(errors="replace")[-800:].strip()
+                raise ServerFailed(f"the servers' keeper did not start: {tail}")
+
+
+def _without_secrets() -> dict[str, str]:
+    from tidegate.config import SECRETS
+
+    secret = {*SECRETS, *(f"{name}_FILE" for name in SECRETS)}
+    return {name: value for name, value in os.environ.items() if name not in secret}
