@@ -1,0 +1,232 @@
+"""A whole deployment for one test: real servers, real processes, and an emulated provider.
+
+What the provider saw is the truth: `Fleet.truth()` and `Fleet.calls_by_marker()` come from the
+emulator's own counters, never from ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+from tests.waiting import wait_until
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.process import free_port
+from tidegate.embedded.valkey import ValkeyServer
+from tidegate.providers.emulator.client import EmulatorControl, Stats
+
+ROOT = Path(__file__).parent.parent
+LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
+_SETTINGS = {
+    "SEMAPHORE_TIMEOUT": "1",
+    "CLAIM_LEASE_MS": "2000",
+    "SHUTDOWN_GRACE_MS": "10000",
+    "CLASSIFIER": "auto",
+    "LOG_FORMAT": "json",
+    "GEMINI_API_KEY": "test-key",
+}
+
+
+class Child:
+    """One process of ours."""
+
+    def __init__(self, name: str, arguments: list[str], env: Mapping[str, str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                cwd=log.parent,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def __repr__(self) -> str:
+        return f"<{self.name} pid={self.process.pid} ended={self.process.poll()}>"
+
+    def signal(self, how: signal.Signals) -> None:
+        self.process.send_signal(how)
+
+    def kill(self) -> None:
+        """kill -9, and reap."""
+        self.process.kill()
+        self.process.wait(10)
+
+    async def ended(self, timeout_s: float = 30) -> int:
+        """The exit status, once it has one."""
+        await wait_until(lambda: self.process.poll() is not None, timeout_s, f"end of {self}")
+        return int(self.process.returncode)
+
+
+class Fleet:
+    """`async with Fleet(folder, apis=2, workers=2) as fleet`: everything is up inside the block."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        apis: int = 2,
+        workers: int = 2,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.valkey = ValkeyServer(folder / "valkey")
+        self.postgres = PostgresServer(folder / "postgres")
+        self.apis: dict[str, Child] = {}
+        self.workers: list[Child] = []
+        self._counts = (apis, workers)
+        self._settings = {**_SETTINGS, **(settings or {})}
+        self._children: list[Child] = []
+        self.control: EmulatorControl
+        self.http: aiohttp.ClientSession
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stop()
+
+    async def _start(self) -> None:
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=120)
+        )
+        await asyncio.to_thread(self.valkey.start)
+        await asyncio.to_thread(self.postgres.start)
+        port_file = self.folder / "emulator.port"
+        module = "tidegate.providers.emulator"
+        arguments = [module, "--host", "127.0.0.1", "--port", "0", "--port-file", str(port_file)]
+        self._children.append(
+            Child("emulator", arguments, self._environment(""), self.folder / "emulator.log")
+        )
+        await wait_until(lambda: port_file.exists() and port_file.read_text().strip(), 20)
+        self.control = EmulatorControl(f"http://127.0.0.1:{port_file.read_text().strip()}")
+        apis, workers = self._counts
+        for _ in range(apis):
+            self.start_api()
+        for _ in range(workers):
+            self.start_worker()
+        for url in self.apis:
+            await self.ready(url)
+
+    def _environment(self, upstream_url: str) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        return {
+            **kept,
+            "PYTHONPATH": str(ROOT / "src"),
+            "PYTHONDONTWRITEBYTECODE": os.environ.get("PYTHONDONTWRITEBYTECODE", ""),
+            "DATABASE_URL": self.postgres.url(),
+            "REDIS_URL": self.valkey.url,
+            "GEMINI_BASE_URL": upstream_url,
+            "DATA_DIR": str(self.folder / "data"),
+            **self._settings,
+        }
+
+    def start_api(self) -> str:
+        """Start an API process; its URL."""
+        port = free_port()
+        env = {**self._environment(self.control.url), "PORT": str(port)}
+        name = f"api-{port}"
+        child = Child(name, ["tidegate", "serve"], env, self.folder / f"{name}.log")
+        url = f"http://127.0.0.1:{port}"
+        self.apis[url] = child
+        self._children.append(child)
+        return url
+
+    def start_worker(self) -> Child:
+        name = f"worker-{len(self._children)}"
+        env = self._environment(self.control.url)
+        child = Child(name, ["tidegate", "worker"], env, self.folder / f"{name}.log")
+        self.workers.append(child)
+        self._children.append(child)
+        return child
+
+    async def ready(self, url: str) -> None:
+        async def is_ready() -> bool:
+            try:
+                async with self.http.get(f"{url}/health/ready") as response:
+                    return response.status == 200
+            except aiohttp.ClientError:
+                return False
+
+        await wait_until(is_ready, 30, f"{url} ready; see {self.folder}")
+
+    @property
+    def url(self) -> str:
+        """Some API that is alive."""
+        return next(url for url, child in self.apis.items() if child.process.poll() is None)
+
+    async def _stop(self) -> None:
+        for child in self._children:
+            if child.process.poll() is None:
+                child.signal(signal.SIGCONT)
+                child.kill()
+        if hasattr(self, "control"):
+            await self.control.close()
+        await self.http.close()
+        await asyncio.to_thread(self.valkey.stop)
+        await asyncio.to_thread(self.postgres.stop)
+
+    async def truth(self) -> Stats:
+        return await self.control.stats()
+
+    async def calls_by_marker(self) -> Counter[str]:
+        """How often the provider was called for each marked prompt (`[m17]`), all outcomes."""
+        found: Counter[str] = Counter()
+        for call in await self.control.calls():
+            if call.kind != "classifier" and "[" in call.prompt:
+                found[call.prompt.split("[", 1)[1].split("]", 1)[0]] += 1
+        return found
+
+    async def assert_never_over(self, *, reached: bool = False) -> None:
+        """The provider never saw more in flight than allowed; `reached`: it did see that many."""
+        truth = await self.truth()
+        for kind, limit in LIMITS.items():
+            highest = truth[kind].max_in_flight
+            assert highest <= limit, f"{kind}: {highest} in flight, {limit} allowed"
+            assert not reached or highest == limit, f"{kind}: only {highest} of {limit} used"
+
+    async def status(self, request_id: str, wait_s: float = 0) -> dict[str, Any]:
+        """The request's status from any live API; asks again when one dies under the question."""
+        while True:
+            try:
+                url = f"{self.url}/status/{request_id}?wait={wait_s:g}"
+                async with self.http.get(url) as response:
+                    if response.status == 503:
+                        await asyncio.sleep(0.1)
+                        continue
+                    body: dict[str, Any] = await response.json()
+                    assert response.status == 200, body
+                    return body
+            except (aiohttp.ClientError, ConnectionError):
+                await asyncio.sleep(0.05)
+
+    async def end_of(self, request_id: str, timeout_s: float = 90) -> dict[str, Any]:
+        """The request's status once it has ended."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                body = await self.status(request_id, wait_s=10)
+                if body["status"] not in ("queued", "running"):
+                    return body
