@@ -2,7 +2,8 @@
 
 Invariant: this is the only file that spells an event's name. A line is one event with fields; on a
 terminal it is coloured text, elsewhere JSON. Secrets never reach a line: values of fields whose
-name says that they are secret are replaced, and so is a key inside a URL.
+name says that they are secret are replaced, at any depth, and so is a key or a password inside a
+text.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -47,37 +48,78 @@ class Log(StrEnum):
     UPSTREAM_KEY_DEAD = "upstream_key_dead"
 
 
-_SECRET_FIELD = re.compile(r"key$|secret|password|authorization|api_key|cookie", re.IGNORECASE)
+_STRUCTLOG_OWN = ("_record", "_from_structlog")
+_SECRET_FIELD = re.compile(
+    r"key$|secret|password|credential|authorization|cookie|(?:access|refresh|auth|id)_token$",
+    re.IGNORECASE,
+)
+# Of a URL's password: all up to the last "@" of the word, since people leave "/" and "@" bare in
+# it; not the digits of a port.
 _SECRET_IN_TEXT = re.compile(
-    r"(?P<before>[?&](?:key|api_key|upload_id|access_token)=|://[^/\s:@]*:|x-goog-api-key:\s*)"
-    r"[^&\s@'\"]+",
+    r"(?P<before>"
+    r"(?P<password>://[^/\s:@'\"]*:(?!\d+(?:[/?#\s'\",]|$)))"
+    r"|[?&](?:key|api_?key|upload_id|access_token)="
+    r"|(?:x-goog-api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
+    r")"
+    r"(?(password)[^\s'\"]*(?=@)|[^&\s'\"]+)"
+    r"|\bAIza[\w-]{30,}",
     re.IGNORECASE,
 )
 
 
 def redact(text: str) -> str:
-    """`text` without keys in query strings and passwords in URLs."""
-    return _SECRET_IN_TEXT.sub(lambda found: f"{found['before']}***", text)
+    """`text` without Google's keys, secrets in URLs, and the values of secret headers."""
+    return _SECRET_IN_TEXT.sub(lambda found: f"{found['before'] or ''}***", text)
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {
+            name: "***" if _SECRET_FIELD.search(str(name)) else _redacted(inner)
+            for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return redact(repr(value) if isinstance(value, BaseException) else str(value))
 
 
 def _redact_event(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
     for name, value in event.items():
-        if _SECRET_FIELD.search(name):
-            event[name] = "***"
-        elif isinstance(value, str):
-            event[name] = redact(value)
+        if name in _STRUCTLOG_OWN:
+            continue
+        event[name] = "***" if _SECRET_FIELD.search(name) else _redacted(value)
     return event
+
+
+# What other libraries say of each request; some of it at a level below `info` holds its content.
+_NOISY = (
+    *("httpx", "httpx2", "httpcore", "httpcore2", "google_genai", "alembic"),
+    *("aiohttp.access", "asyncio", "multipart", "python_multipart"),
+)
 
 
 def configure_logging(
     style: Literal["auto", "console", "json"], level: str, *, process: str
 ) -> None:
     """Set up structlog and the standard library's loggers to write the same lines to stderr."""
+
+    def add_process(
+        _logger: object, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        # Not a context variable: a thread of its own, such as a heartbeat's, would not see it.
+        event.setdefault("process", process)
+        return event
+
     console = style == "console" or (style == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        add_process,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.ExtraAdder(),
@@ -98,15 +140,18 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for noisy in ("httpx", "httpx2", "google_genai", "alembic", "aiohttp.access", "asyncio"):
+    for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(process=process)
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:

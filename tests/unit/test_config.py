@@ -1,0 +1,258 @@
+"""Settings: what is taken, and the one line that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tidegate.config import GOOGLE_URL, SECRETS, ClassifierMode, Config, load
+from tidegate.config.environment import allowed
+from tidegate.errors import ConfigError
+
+# Each setting that has wrong values, with some of them and a word of what the line must say.
+WRONG = {
+    "DATABASE_URL": (["mysql://db/x", "db:5432", "postgresql+asyncpg://db/x"], "postgresql://"),
+    "REDIS_URL": (["http://valkey", "valkey:6379", "redis://valkey:port/0"], "redis://"),
+    "DATA_DIR": ([__file__], "folder"),
+    "BLOB_URL": (["ftp://bucket", "bucket", "s3://key:word@bucket"], "s3://"),
+    "HOST": (["a b", "http://localhost", "-x", "1.2.3.4:80"], "IP address"),
+    "PORT": (["abc", "-1", "65536", "80.5"], "from 0 to 65535"),
+    "TIDEGATE_DEMO": (["perhaps", "2"], "1 or 0"),
+    "GEMINI_BASE_URL": (["upstream", "ftp://upstream", "http://"], "https://"),
+    "CONNECT_TIMEOUT_MS": (["0", "5s", "86400001"], "from 1 to 86400000"),
+    "FIRST_BYTE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
+    "IDLE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
+    "TOTAL_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
+    "RATE_LIMITS": (["5", "[]", "{text_only: 5}", '"{}"', "nan"], "text_only"),
+    "SEMAPHORE_TIMEOUT": (["0", "0.1", "nan", "inf", "3s", "3601"], "from 0.2 to 3600"),
+    "WHEN_VALKEY_AWAY": (["open"], "closed, local"),
+    "ON_LOST": (["ignore"], "finish, cancel"),
+    "ON_EXPIRY": (["forget"], "reuse, hold"),
+    "CLASSIFIER": (["always"], "llm, auto, keywords"),
+    "CLASSIFIER_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
+    "CLASSIFIER_LIMIT": (["0", "10001"], "from 1 to 10000"),
+    "MAX_PROMPT_CHARS": (["0", "many"], "from 1 up"),
+    "MAX_FILE_BYTES": (["0", "50MB"], "bytes"),
+    "MAX_FILES": (["-1", "1001"], "from 0 to 1000"),
+    "MAX_BODY_BYTES": (["0", "1GB"], "bytes"),
+    "RECEIVE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
+    "STREAM_WAIT_MS": (["0", "soon"], "milliseconds"),
+    "STALLED_READER_MS": (["0", "soon"], "milliseconds"),
+    "MAX_ATTEMPTS": (["0", "101"], "from 1 to 100"),
+    "CLAIM_LEASE_MS": (["0", "soon"], "milliseconds"),
+    "JOB_DEADLINE_MS": (["0", "none"], "from 1 up"),
+    "RETENTION_DAYS": (["0", "forever"], "days"),
+    "SPILL_MAX_BYTES": (["-1", "1GB"], "bytes"),
+    "AUDIT_FULL": (["lose"], "block, drop"),
+    "SHUTDOWN_GRACE_MS": (["0", "soon"], "milliseconds"),
+    "LOG_FORMAT": (["xml"], "auto, console, json"),
+    "LOG_LEVEL": (["loud"], "debug, info, warning, error"),
+}
+ANY_TEXT_WILL_DO = {
+    *("GEMINI_API_KEY", "TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL"),
+}
+
+
+def given(**environ: str) -> Config:
+    return load(environ, dotenv=None)
+
+
+def refusal(**environ: str) -> ConfigError:
+    with pytest.raises(ConfigError) as refused:
+        load(environ, dotenv=None)
+    return refused.value
+
+
+def test_without_any_variable_the_documented_defaults_hold() -> None:
+    config = given()
+    assert config.rate_limits == {"text_only": 5, "multi_modal": 3, "image_generation": 2}
+    assert config.lease_ms == 3000
+    assert (config.host, config.port) == ("127.0.0.1", 8000)
+    assert config.gemini_base_url == GOOGLE_URL
+    assert config.classifier is ClassifierMode.AUTO
+    assert config.when_valkey_away == "closed"
+    assert config.embedded
+    assert config.emulated
+
+
+def test_every_setting_is_read_from_the_variable_of_its_name() -> None:
+    environ = {
+        "DATABASE_URL": "postgresql://db/x",
+        "REDIS_URL": "redis://valkey",
+        "GEMINI_API_KEY": "k",
+        "GEMINI_BASE_URL": "http://upstream:1/",
+        "RATE_LIMITS": '{"text_only": 7}',
+        "SEMAPHORE_TIMEOUT": "0.5",
+        "PORT": " 81 ",
+        "LOG_LEVEL": "DEBUG",
+        "TIDEGATE_DEMO": "1",
+        "JOB_DEADLINE_MS": "",
+        "ON_EXPIRY": "hold",
+        "CLASSIFIER": "Keywords",
+    }
+    config = given(**environ)
+    assert config.database_url is not None
+    assert config.database_url.get_secret_value() == "postgresql://db/x"
+    assert config.gemini_base_url == "http://upstream:1"
+    assert config.rate_limits == {"text_only": 7, "multi_modal": 3, "image_generation": 2}
+    assert config.lease_ms == 500
+    assert (config.port, config.log_level, config.tidegate_demo) == (81, "debug", True)
+    assert config.job_deadline_ms is None
+    assert config.on_expiry == "hold"
+    assert config.classifier is ClassifierMode.KEYWORDS
+    assert not config.embedded
+    assert not config.emulated
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [(name, value, word) for name, (values, word) in WRONG.items() for value in values],
+)
+def test_a_wrong_value_gives_one_line_with_variable_value_and_what_is_allowed(
+    name: str, value: str, word: str
+) -> None:
+    partner = {"DATABASE_URL": "REDIS_URL", "REDIS_URL": "DATABASE_URL"}.get(name)
+    sound = {"DATABASE_URL": "postgresql://db/x", "REDIS_URL": "redis://valkey"}
+    beside = {partner: sound[partner]} if partner else {}
+    line = str(refusal(**{name: value}, **beside))
+    assert line.startswith(f"{name}=")
+    assert word in line.partition(": ")[2]
+    assert "\n" not in line
+    if name in SECRETS:
+        assert value not in line
+    elif ":" not in value:
+        assert line.startswith(f"{name}={value}: ")
+
+
+def test_the_table_of_wrong_values_leaves_no_setting_out() -> None:
+    fields = {field.upper() for field in Config.model_fields}
+    assert set(WRONG) | ANY_TEXT_WILL_DO == fields
+    assert {field for field in fields if allowed(field.lower()) == "text"} == ANY_TEXT_WILL_DO
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"text": 5}, "unknown type 'text'"),
+        ({"text_only": -1}, "text_only must be a whole number from 0"),
+        ({"text_only": 100_001}, "to 100000"),
+        ({"text_only": True}, "text_only must be a whole number"),
+        ({"multi_modal": "3"}, "multi_modal must be a whole number"),
+        ({"multi_modal": 2.0}, "multi_modal must be a whole number"),
+    ],
+)
+def test_a_wrong_limit_is_named_by_its_type(limits: dict[str, object], said: str) -> None:
+    raw = json.dumps(limits)
+    line = str(refusal(RATE_LIMITS=raw))
+    assert line.startswith(f"RATE_LIMITS={raw}: ")
+    assert said in line
+
+
+def test_a_value_of_several_lines_is_shown_as_one_and_not_at_length() -> None:
+    line = str(refusal(PORT="80\n" + "0" * 5000))
+    assert len(line.splitlines()) == 1
+    assert len(line) < 400
+
+
+SECRET = "s3cr3t-w0rd"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"DATABASE_URL": f"mysql://me:{SECRET}@db"},
+        {"DATABASE_URL": f"postgresql://me:{SECRET}@db"},
+        {"REDIS_URL": f"http://:{SECRET}@valkey", "DATABASE_URL": "postgresql://db"},
+        {"REDIS_URL": f"redis://:{SECRET}@valkey:port", "DATABASE_URL": "postgresql://db"},
+        {"GEMINI_API_KEY": SECRET, "PORT": "none"},
+        {"GEMINI_BASE_URL": f"https://me:{SECRET}@upstream"},
+        {"GEMINI_BASE_URL": f"https://upstream?key={SECRET}"},
+        {"BLOB_URL": f"s3://id:{SECRET}@bucket"},
+    ],
+)
+def test_no_secret_is_in_a_refusal_or_in_what_led_to_it(environ: dict[str, str]) -> None:
+    error: BaseException | None = refusal(**environ)
+    while error is not None:
+        assert SECRET not in f"{error} {error!r}"
+        error = error.__cause__ or error.__context__
+
+
+def test_no_secret_is_in_a_config_that_is_printed() -> None:
+    config = given(
+        DATABASE_URL=f"postgresql://me:{SECRET}@db/x",
+        REDIS_URL=f"redis://:{SECRET}@valkey",
+        GEMINI_API_KEY=SECRET,
+    )
+    shown = f"{config} {config!r} {config.model_dump()} {config.model_dump_json()}"
+    assert SECRET not in shown
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
+    values = {
+        "DATABASE_URL": "postgresql://db/x",
+        "REDIS_URL": "redis://valkey",
+        "GEMINI_API_KEY": "k",
+    }
+    path = tmp_path / "secret"
+    path.write_text(f"{values.pop(name)}\n")
+    config = given(**values, **{f"{name}_FILE": str(path)})
+    secret = getattr(config, name.lower())
+    assert secret.get_secret_value() == path.read_text().strip()
+
+
+def test_a_secret_given_twice_or_in_an_unreadable_or_empty_file_stops_the_start(
+    tmp_path: Path,
+) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    twice = refusal(GEMINI_API_KEY=SECRET, GEMINI_API_KEY_FILE=str(empty))
+    assert str(twice).startswith("GEMINI_API_KEY_FILE=")
+    assert "not both" in str(twice)
+    assert SECRET not in str(twice)
+    for path, said in [
+        (empty, "not empty"),
+        (binary, "not UTF-8"),
+        (tmp_path / "missing", "No such file"),
+        (tmp_path, "directory"),
+    ]:
+        line = str(refusal(GEMINI_API_KEY_FILE=str(path)))
+        assert line.startswith(f"GEMINI_API_KEY_FILE={path}: ")
+        assert said in line
+
+
+def test_the_environment_wins_over_dotenv_and_dotenv_over_the_defaults(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("# a comment\nexport PORT=81\nTEXT_MODEL='one'\nLOG_LEVEL=\"error\"\n")
+    config = load({"PORT": "82"}, dotenv)
+    assert (config.port, config.text_model, config.log_level) == (82, "one", "error")
+    assert load({}, tmp_path / "none").port == 8000
+
+
+def test_a_dotenv_that_is_no_text_stops_the_start(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_bytes(b"PORT=\xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load({}, dotenv)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        given().port = 1
+
+
+def test_a_valkey_scheme_becomes_the_one_that_its_client_knows() -> None:
+    for given_url, used in [("valkey://h", "redis://h"), ("valkeys://h", "rediss://h")]:
+        config = given(REDIS_URL=given_url, DATABASE_URL="postgresql://db")
+        assert config.redis_url is not None
+        assert config.redis_url.get_secret_value() == used
+
+
+def test_every_setting_is_described_in_a_sentence() -> None:
+    for field, info in Config.model_fields.items():
+        assert info.description, field
+        assert info.description.endswith("."), field

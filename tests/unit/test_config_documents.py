@@ -1,0 +1,74 @@
+"""The documents about the settings say what the settings say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from dotenv import dotenv_values
+
+from tidegate.config import Config, load
+from tidegate.config.settings import ALLOWED, SECTIONS
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "generate_docs.py"
+
+
+@pytest.fixture
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_docs", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_generated_documents_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_check_names_a_document_that_was_changed_by_hand(
+    generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for path, text in generator.documents().items():
+        path.write_text(text)
+    assert generator.out_of_date() == []
+    changed = tmp_path / "docs" / "configuration.md"
+    changed.write_text(changed.read_text().replace("8000", "9000"))
+    (tmp_path / ".env.example").unlink()
+    assert set(generator.out_of_date()) == {changed, tmp_path / ".env.example"}
+
+
+def test_every_setting_is_in_both_documents() -> None:
+    example = (ROOT / ".env.example").read_text()
+    reference = (ROOT / "docs" / "configuration.md").read_text()
+    for field in Config.model_fields:
+        assert re.search(rf"^#{field.upper()}=", example, re.MULTILINE), field
+        assert f"| `{field.upper()}` |" in reference
+
+
+def test_the_example_with_its_lines_uncommented_is_the_default_configuration(
+    tmp_path: Path,
+) -> None:
+    dotenv = tmp_path / ".env"
+    example = (ROOT / ".env.example").read_text()
+    dotenv.write_text(re.sub(r"^#([A-Z_]+=)", r"\1", example, flags=re.MULTILINE))
+    assert len(dotenv_values(dotenv)) == len(Config.model_fields)
+    assert load({}, dotenv) == load({}, None)
+
+
+def test_the_tables_beside_the_fields_name_fields_only() -> None:
+    assert set(SECTIONS) <= set(Config.model_fields)
+    assert set(ALLOWED) <= set(Config.model_fields)
+    assert next(iter(Config.model_fields)) in SECTIONS

@@ -1,0 +1,166 @@
+"""What a log line may hold, and how it looks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from tidegate.telemetry import Log, configure_logging, get_logger, redact
+
+GOOGLE_KEY = "AIzaSyD-0123456789abcdefghijklmnopqrstuv"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers, root.level = handlers, level
+    structlog.reset_defaults()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("postgresql://me:pass@db/x", "postgresql://me:***@db/x"),
+        ("postgresql://me:p/a@s?s@db:5432/x", "postgresql://me:***@db:5432/x"),
+        ("redis://:pass@valkey:6379/0", "redis://:***@valkey:6379/0"),
+        ("GET /v1beta/models?key=abc&alt=sse", "GET /v1beta/models?key=***&alt=sse"),
+        ("GET /x?alt=sse&api_key=abc", "GET /x?alt=sse&api_key=***"),
+        ("https://h/upload?upload_id=abc", "https://h/upload?upload_id=***"),
+        ("x-goog-api-key: abc", "x-goog-api-key: ***"),
+        ("{'X-Goog-Api-Key': 'abc', 'a': 'b'}", "{'X-Goog-Api-Key': '***', 'a': 'b'}"),
+        ("[(b'x-goog-api-key', b'abc')]", "[(b'x-goog-api-key', b'***')]"),
+        ("authorization: Bearer abc", "authorization: Bearer ***"),
+        (f"the key {GOOGLE_KEY} is dead", "the key *** is dead"),
+    ],
+)
+def test_a_secret_inside_a_text_is_replaced(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://localhost:8000",
+        "http://127.0.0.1:8000/status?wait=20",
+        "listening on http://localhost:8000, ask me@example.org",
+        "http://host:80/?from=me@example.org",
+        "the keyword monkey=banana",
+    ],
+)
+def test_a_text_without_a_secret_stays_as_it_is(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_a_json_line_is_one_event_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json", "info", process="api-1")
+    get_logger().info(Log.JOB_DONE, request_id="abc", input_tokens=5, cached_tokens=None)
+    (line,) = _json_lines(capsys)
+    assert line["event"] == "job_done"
+    assert line["process"] == "api-1"
+    assert line["level"] == "info"
+    assert line["timestamp"].endswith("Z")
+    assert (line["request_id"], line["input_tokens"], line["cached_tokens"]) == ("abc", 5, None)
+
+
+def test_the_console_line_is_text_and_without_colour_when_it_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("console", "info", process="worker-1")
+    get_logger().warning(Log.STORE_AWAY, after_ms=20)
+    shown = capsys.readouterr().err
+    assert "store_away" in shown
+    assert "after_ms=20" in shown
+    assert "worker-1" in shown
+    assert "\x1b" not in shown
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(shown)
+
+
+@pytest.mark.parametrize(("terminal", "is_json"), [(True, False), (False, True)])
+def test_auto_is_console_on_a_terminal_and_json_elsewhere(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+    is_json: bool,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    configure_logging("auto", "info", process="api-1")
+    get_logger().info(Log.STARTED)
+    assert capsys.readouterr().err.startswith("{") is is_json
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_no_secret_reaches_a_line_at_any_depth(
+    style: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(style, "info", process="api-1")
+    log = get_logger()
+    log.info(
+        Log.INTERNAL_ERROR,
+        gemini_api_key="hidden-1",
+        headers={"Authorization": "hidden-2", "Cookie": "hidden-3", "accept": "kept"},
+        tries=[{"access_token": "hidden-4"}, ("redis://:hidden-5@valkey",)],
+        error=ConnectionError("postgresql://me:hidden-6@db refused"),
+    )
+    try:
+        raise RuntimeError("https://upstream/v1?key=hidden-7")
+    except RuntimeError:
+        log.exception(Log.INTERNAL_ERROR)
+    logging.getLogger("uvicorn.access").info('"GET /v1beta/models?key=%s"', "hidden-8")
+    shown = capsys.readouterr().err
+    assert "hidden-" not in shown
+    assert "kept" in shown
+    assert "RuntimeError" in shown
+    assert "/v1beta/models?key=***" in shown
+
+
+def test_token_counts_are_no_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json", "info", process="api-1")
+    get_logger().info(Log.REQUEST_DONE, input_tokens=1, total_tokens=2, tokens=3)
+    (line,) = _json_lines(capsys)
+    assert (line["input_tokens"], line["total_tokens"], line["tokens"]) == (1, 2, 3)
+
+
+def test_lines_below_the_level_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json", "warning", process="api-1")
+    get_logger().info(Log.STARTED)
+    get_logger().warning(Log.STOPPING)
+    logging.getLogger("another.library").info("chatter")
+    assert [line["event"] for line in _json_lines(capsys)] == ["stopping"]
+
+
+def test_other_libraries_do_not_report_each_request_even_at_debug(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("json", "debug", process="api-1")
+    logging.getLogger("httpx").info("HTTP Request: POST")
+    logging.getLogger("python_multipart.multipart").debug("Calling on_part_data with the content")
+    logging.getLogger("another.library").debug("heard")
+    assert [line["event"] for line in _json_lines(capsys)] == ["heard"]
+
+
+def test_a_line_from_a_thread_names_its_process_too(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json", "info", process="worker-2")
+    thread = threading.Thread(target=lambda: get_logger().info(Log.STARTED))
+    thread.start()
+    thread.join()
+    (line,) = _json_lines(capsys)
+    assert line["process"] == "worker-2"
+
+
+def test_event_names_are_distinct_words() -> None:
+    assert len({event.value for event in Log}) == len(Log)
+    assert all(event.value == event.name.lower() for event in Log)
+
+
+def _json_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
