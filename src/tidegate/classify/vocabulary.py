@@ -1,0 +1,261 @@
+"""The words of every language, and how a text is marked with them.
+
+The words are data: one file a language in `languages/`, each a table of labels with its words;
+`a_b` is the phrase "a b", `word*` any word that begins so. Invariant: a word that means different
+things in two languages counts only for the languages that the text seems to be written in.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib.resources import files
+
+from tidegate.classify.text import Token, has_unspaced, plain, tokens
+
+MIN_STEM_CHARS = 2
+MAX_STEM_CHARS = 14
+ACTIVE_SHARE = 0.5
+
+
+class Label(StrEnum):
+    """What a word does in a request."""
+
+    COMMON = "common"  # only tells the language
+    LEAD = "lead"  # may stand directly before a command: please, you, then
+    ASK = "ask"  # wants words: explain, write, what, how
+    COVER = "cover"  # wants words, and what follows is its material: translate, summarise
+    OPENER = "opener"  # a question when it opens one: is, does
+    DRAW = "draw"  # makes pictures by itself: draw, paint
+    MAKE = "make"  # makes anything: create, generate
+    WANT = "want"  # asks for a thing: show me, I need
+    EDIT = "edit"  # changes a picture, if there is one
+    TURN = "turn"  # changes a thing into another: convert, turn
+    PICTURE = "picture"  # a thing that an image model makes: photo, logo
+    TEXT = "text"  # a thing that a text model makes: code, contract, caption
+    LETTERING = "lettering"  # words that can be on a picture: title, text
+    FIGURATIVE = "figurative"  # what one draws without a pencil: conclusions
+    ABSTRACT = "abstract"  # what one paints a picture of in words: the economy
+    IDIOM = "idiom"  # paint a picture (of)
+    FORMAT = "format"  # a drawing written as text: SVG, ASCII, Mermaid
+    TOOL = "tool"  # a language or program, unless it is the thing drawn: Python
+    PREP = "prep"  # ends the noun phrase that a verb governs
+    NEGATION = "negation"
+    STYLE = "style"  # how a picture looks: watercolour, bokeh
+    VISUAL = "visual"  # what is often in a picture: dragon, sunset
+    PERSON = "person"  # tells of somebody, which a picture's description rarely does: I, was
+
+
+@dataclass(frozen=True, slots=True)
+class Syntax:
+    """Word order: which of several verbs governs, and where a noun phrase has its head."""
+
+    verb_last: bool = False
+    head_last: bool = False
+    object_first: bool = False
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    parts: tuple[str, ...]
+    language: str
+    label: Label
+    keeps_accents: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A stretch of the text with what it may mean."""
+
+    start: int
+    end: int
+    labels: frozenset[Label]
+    language: str
+
+    def has(self, *labels: Label) -> bool:
+        return not self.labels.isdisjoint(labels)
+
+
+@dataclass(slots=True)
+class _Table:
+    words: defaultdict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    unspaced: defaultdict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    syntax: dict[str, Syntax] = field(default_factory=dict)
+    typos: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    entry: Entry
+    start: int
+    end: int
+    width: int  # tokens, or characters of an unspaced script
+    exact: bool
+
+
+def _load() -> _Table:
+    table = _Table()
+    for path in sorted(files("tidegate.classify").joinpath("languages").iterdir(), key=str):
+        if path.name.endswith(".toml"):
+            _add(table, path.name.removesuffix(".toml"), path.read_text(encoding="utf-8"))
+    for entries in table.unspaced.values():
+        entries.sort(key=lambda entry: len(entry.parts[0]), reverse=True)
+    return table
+
+
+def _add(table: _Table, language: str, source: str) -> None:
+    data = tomllib.loads(source)
+    flags = set(data.get("syntax", []))
+    keeps, unspaced = "keeps_accents" in flags, "unspaced" in flags
+    table.syntax[language] = Syntax(**{f: True for f in flags - {"keeps_accents", "unspaced"}})
+    for label, words in data["words"].items():
+        for word in words.split():
+            shape = word.casefold() if keeps or unspaced else plain(word.casefold())
+            entry = Entry(tuple(shape.split("_")), language, Label(label), keeps)
+            if unspaced and has_unspaced(shape):
+                table.unspaced[shape[0]].append(
+                    Entry((shape.replace("_", " "),), language, Label(label), keeps)
+                )
+            else:
+                table.words[entry.parts[0]].append(entry)
+    for word in data.get("typos", "").split():
+        for wrong in _misspellings(word):
+            table.typos.setdefault(wrong, word)
+
+
+def _misspellings(word: str) -> Iterator[str]:
+    """One letter lost, doubled or swapped with its neighbour; the first letter is usually right."""
+    for at in range(1, len(word)):
+        yield word[:at] + word[at + 1 :]
+        yield word[:at] + word[at] + word[at:]
+        if at + 1 < len(word):
+            yield word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+
+
+TABLE = _load()
+_SWAPPED_PREFIXES = ("وال", "بال", "لل", "ال", "و", "ب", "ل")
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A text with its tokens and marks, in order."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    marks: tuple[Mark, ...]
+    language: str | None
+
+    def syntax(self, language: str) -> Syntax:
+        return TABLE.syntax[language]
+
+
+def mark(text: str) -> Marked:
+    """Finds the known words; the longest phrase wins where several begin."""
+    words = tokens(text)
+    hits = list(_word_hits(text, words))
+    if has_unspaced(text):
+        hits += _unspaced_hits(text)
+    scores = _scores(hits)
+    top = max(scores.values(), default=0.0)
+    active = {language for language, score in scores.items() if score >= top * ACTIVE_SHARE}
+    best = max(scores, key=lambda language: scores[language]) if scores else None
+    return Marked(text, tuple(words), tuple(_chosen(hits, active, best)), best)
+
+
+def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
+    for at, token in enumerate(words):
+        found = False
+        for shape, kept in _shapes(token):
+            for key in _keys(shape):
+                for entry in TABLE.words.get(key, ()):
+                    if entry.keeps_accents == kept and _follows(text, words, at, entry):
+                        found = True
+                        last = words[at + len(entry.parts) - 1]
+                        exact = not entry.parts[-1].endswith("*")
+                        yield _Hit(entry, token.start, last.end, len(entry.parts), exact)
+        right = None if found else TABLE.typos.get(token.plain)
+        if right is not None:
+            for entry in TABLE.words.get(right, ()):
+                if len(entry.parts) == 1:
+                    yield _Hit(entry, token.start, token.end, 1, True)
+
+
+def _shapes(token: Token) -> Iterator[tuple[str, bool]]:
+    yield token.plain, False
+    yield token.kept, True
+    if "\u0600" <= token.plain[0] <= "\u06ff":
+        for prefix in _SWAPPED_PREFIXES:
+            if token.plain.startswith(prefix) and len(token.plain) > len(prefix) + 2:
+                yield token.plain[len(prefix) :], False
+
+
+def _keys(word: str) -> Iterator[str]:
+    yield word
+    for length in range(MIN_STEM_CHARS, min(len(word), MAX_STEM_CHARS) + 1):
+        yield word[:length] + "*"
+
+
+def _follows(text: str, words: list[Token], at: int, entry: Entry) -> bool:
+    if len(entry.parts) == 1:
+        return True
+    if at + len(entry.parts) > len(words):
+        return False
+    for offset, part in enumerate(entry.parts[1:], start=at + 1):
+        word = words[offset].kept if entry.keeps_accents else words[offset].plain
+        matches = word.startswith(part[:-1]) if part.endswith("*") else word == part
+        gap = text[words[offset - 1].end : words[offset].start]
+        if not matches or re.search(r"[.!?;:,\n]", gap):
+            return False
+    return True
+
+
+def _unspaced_hits(text: str) -> Iterator[_Hit]:
+    kana = re.search("[\u3040-\u30ff]", text) is not None
+    absent = "zh" if kana else "ja"
+    for at, char in enumerate(text):
+        for entry in TABLE.unspaced.get(char, ()):
+            word = entry.parts[0]
+            if entry.language != absent and text.startswith(word, at):
+                yield _Hit(entry, at, at + len(word), len(word), True)
+
+
+def _scores(hits: list[_Hit]) -> dict[str, float]:
+    seen: dict[tuple[str, int], float] = {}
+    for hit in hits:
+        worth = 1.0 if hit.exact else 0.6
+        for step in range(hit.width if hit.width < 4 else 3):
+            key = (hit.entry.language, hit.start + step)
+            seen[key] = max(worth, seen.get(key, 0.0))
+    scores: defaultdict[str, float] = defaultdict(float)
+    for (language, _), worth in seen.items():
+        scores[language] += worth
+    return dict(scores)
+
+
+def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Mark]:
+    by_start: defaultdict[int, list[_Hit]] = defaultdict(list)
+    for hit in hits:
+        by_start[hit.start].append(hit)
+    reach = 0
+    for start in sorted(by_start):
+        if start < reach:
+            continue
+        here = by_start[start]
+        languages = {hit.entry.language for hit in here}
+        usable = [h for h in here if h.entry.language in active]
+        if not usable and len(languages) == 1:
+            usable = [h for h in here if h.exact]
+        if not usable:
+            continue
+        if any(h.entry.language == best for h in usable):
+            usable = [h for h in usable if h.entry.language == best]
+        rank = max((h.width, h.exact, len(h.entry.parts[0])) for h in usable)
+        top = [h for h in usable if (h.width, h.exact, len(h.entry.parts[0])) == rank]
+        reach = top[0].end
+        labels = frozenset(h.entry.label for h in top)
+        yield Mark(start, reach, labels, top[0].entry.language)
