@@ -1,0 +1,68 @@
+"""Errors on their way to a client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import orjson
+import pytest
+
+from tidegate import errors
+from tidegate.http.problems import problem, problem_response, status_of
+
+EXAMPLES = {
+    errors.InvalidRequest: (errors.InvalidRequest("data", "is empty", allowed="a text"), 400),
+    errors.PayloadTooLarge: (errors.PayloadTooLarge("file", "too large"), 413),
+    errors.UnsupportedMedia: (errors.UnsupportedMedia("Content-Type", "no"), 415),
+    errors.FetchRefused: (errors.FetchRefused("image_uri", "private"), 422),
+    errors.RequestTimeout: (errors.RequestTimeout("slow"), 408),
+    errors.NotFound: (errors.NotFound("no such request"), 404),
+    errors.DeadlineExceeded: (errors.DeadlineExceeded("late", limit="kind:text_only"), 504),
+    errors.DemandImpossible: (errors.DemandImpossible("0", limit="kind:text_only"), 422),
+    errors.QueueFull: (errors.QueueFull("full", limit="kind:text_only"), 503),
+    errors.LimiterUnavailable: (errors.LimiterUnavailable("away", limit="kind:text_only"), 503),
+    errors.UpstreamThrottled: (errors.UpstreamThrottled("429", retry_after_ms=47_200), 503),
+    errors.UpstreamTimeout: (errors.UpstreamTimeout("slow", phase="idle"), 504),
+    errors.UpstreamGarbled: (errors.UpstreamGarbled("not JSON"), 502),
+    errors.UpstreamUnauthorized: (errors.UpstreamUnauthorized("key"), 502),
+    errors.EmptyAnswer: (errors.EmptyAnswer("nothing", finish_reason="SAFETY"), 502),
+    errors.StoreUnavailable: (errors.StoreUnavailable("away"), 503),
+}
+
+
+def _leaves(kind: type[errors.TidegateError]) -> Iterator[type[errors.TidegateError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _leaves(child)
+
+
+@pytest.mark.parametrize(("error", "status"), EXAMPLES.values(), ids=lambda v: type(v).__name__)
+def test_each_error_has_its_status(error: errors.TidegateError, status: int) -> None:
+    body = problem(error)
+    assert (status_of(error), body.status, body.code) == (status, status, error.code)
+
+
+def test_no_error_that_can_reach_a_client_falls_back_to_500() -> None:
+    internal = {errors.ConfigError, errors.ClaimLost, errors.AdmissionError}
+    for kind in set(_leaves(errors.TidegateError)) - internal:
+        found = next(each for each in kind.__mro__ if each in _statuses())
+        assert found is not errors.TidegateError, kind
+
+
+def _statuses() -> set[type]:
+    from tidegate.http.problems import STATUS
+
+    return set(STATUS)
+
+
+def test_retry_after_is_whole_seconds_rounded_up() -> None:
+    response = problem_response(errors.UpstreamThrottled("429", retry_after_ms=47_200))
+    assert response.headers["retry-after"] == "48"
+    assert orjson.loads(response.body)["retry_after_ms"] == 47_200
+
+
+def test_a_problem_names_the_field_and_what_is_allowed() -> None:
+    response = problem_response(errors.InvalidRequest("type", "unknown", allowed="text_only"))
+    body = orjson.loads(response.body)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert (body["field"], body["allowed"], body["title"]) == ("type", "text_only", "Bad Request")

@@ -1,0 +1,49 @@
+"""When a failed attempt is tried again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.errors import (
+    PromptBlocked,
+    TidegateError,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamUnavailable,
+)
+from tidegate.jobs.retry import retry_wait_ms
+
+
+@pytest.mark.parametrize(
+    "error", [UpstreamRejected("no"), PromptBlocked("no", reason="SAFETY"), TidegateError("bug")]
+)
+def test_what_would_fail_again_is_not_tried_again(error: TidegateError) -> None:
+    assert retry_wait_ms(error, 1, 5) is None
+
+
+def test_attempts_are_bounded() -> None:
+    assert retry_wait_ms(UpstreamUnavailable("gone"), 4, 5) is not None
+    assert retry_wait_ms(UpstreamUnavailable("gone"), 5, 5) is None
+
+
+@given(st.integers(1, 1000), st.integers(0, 2**32))
+def test_without_the_servers_word_the_wait_grows_with_jitter_up_to_a_minute(
+    attempts: int, seed: int
+) -> None:
+    wait = retry_wait_ms(UpstreamUnavailable("gone"), attempts, 10_000, random.Random(seed))
+    assert wait is not None
+    assert 0 <= wait <= min(60_000, 500 * 2 ** (attempts - 1))
+
+
+@given(st.integers(1, 80_000_000), st.integers(1, 9), st.integers(0, 2**32))
+def test_it_is_never_earlier_than_the_server_directs(
+    directed_ms: int, attempts: int, seed: int
+) -> None:
+    error = UpstreamThrottled("slow down", retry_after_ms=directed_ms)
+    wait = retry_wait_ms(error, attempts, 10, random.Random(seed))
+    assert wait is not None
+    assert directed_ms <= wait <= directed_ms + 15_001
