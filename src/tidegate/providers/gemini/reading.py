@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tidegate.call import Answer, Delta, Event, Kind, Media, Picture, Usage, UsageReport
-from tidegate.errors import EmptyAnswer, PromptBlocked, UpstreamUnavailable
+from tidegate.errors import EmptyAnswer, PromptBlocked, UpstreamGarbled, UpstreamUnavailable
 
 if TYPE_CHECKING:
     from google.genai.types import Candidate, GenerateContentResponse, Part
@@ -26,10 +26,15 @@ class Reading:
         self._answer = answer
         self._block_reason: str | None = None
         self._chunks = 0
+        self._blanks = 0
         self._candidates = 0
 
     def take(self, chunk: GenerateContentResponse) -> list[Event]:
         """The chunk's events: text and pictures, then the usage when it has changed."""
+        if not chunk.model_fields_set - {"sdk_http_response"}:
+            # JSON, but nothing of ours in it: the SDK reads `null`, text and lists like that.
+            self._blanks += 1
+            return []
         self._chunks += 1
         answer = self._answer
         answer.model_version = chunk.model_version or answer.model_version
@@ -63,10 +68,13 @@ class Reading:
         return events
 
     def finish(self) -> None:
-        """The stream has ended. Raises PromptBlocked, EmptyAnswer, or UpstreamUnavailable when it
-        was cut: an answer ends with a finish reason, so content without one is only a part.
+        """The stream has ended. Raises PromptBlocked, EmptyAnswer, UpstreamGarbled when nothing in
+        it was an answer, or UpstreamUnavailable when it was cut: an answer ends with a finish
+        reason, so content without one is only a part.
         """
         answer = self._answer
+        if self._blanks and not self._chunks:
+            raise UpstreamGarbled("the provider's answer is not what its protocol says")
         content = bool(answer.text or answer.pictures)
         if self._block_reason is not None and not content:
             raise PromptBlocked(
