@@ -20,7 +20,7 @@ MAX_CALLS = 100_000
 
 async def control(state: State, request: web.BaseRequest) -> web.Response:
     """GET stats, calls, faults, behaviour; POST reset, faults (adds); PUT faults, behaviour."""
-    if not _is_loopback(request.remote):
+    if not is_loopback(request.remote):
         return json_response(403, error(403, "The control API answers on loopback only."))
     name = request.path.removeprefix(PREFIX)
     try:
@@ -60,8 +60,13 @@ def _calls(state: State, request: web.BaseRequest) -> list[dict[str, Any]]:
     return found[:MAX_CALLS]
 
 
-def _is_loopback(remote: str | None) -> bool:
-    return remote is not None and ip_address(remote.partition("%")[0]).is_loopback
+def is_loopback(remote: str | None) -> bool:
+    """Whether a peer's address, as a socket names it, is this machine's own."""
+    if remote is None:
+        return False
+    address = ip_address(remote.partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 async def _object(request: web.BaseRequest) -> dict[str, Any]:

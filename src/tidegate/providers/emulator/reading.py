@@ -82,7 +82,8 @@ def read_generate(model: str, body: Any, lookup: FileLookup) -> Asked:
                 last_text = text
             if file is not None:
                 attached.append(file)
-    config = get(body, "generationConfig") or {}
+    config = get(body, "generationConfig")
+    config = {} if config is None else config
     if not isinstance(config, dict):
         raise WireError(400, "Invalid value at 'generation_config'")
     prompt = "\n".join(texts)
@@ -97,6 +98,8 @@ def _parts(content: Any) -> Iterator[Any]:
     if not isinstance(content, dict):
         raise WireError(400, "Invalid value at 'contents': expected an object")
     parts = content.get("parts") or ()
+    if not isinstance(parts, list | tuple | dict):
+        raise WireError(400, "Invalid value at 'contents[0].parts': expected a list")
     yield from [parts] if isinstance(parts, dict) else parts
 
 
@@ -132,7 +135,9 @@ def _with_config(
     attached: tuple[Attached, ...],
     chars: int,
 ) -> Asked:
-    modalities = get(config, "responseModalities") or ()
+    modalities = get(config, "responseModalities") or []
+    if not isinstance(modalities, list):
+        raise WireError(400, "Invalid value at 'generation_config.response_modalities'")
     wants_picture = "IMAGE" in [str(item).upper() for item in modalities]
     wants_picture = wants_picture or (not modalities and "image" in model)
     mime = get(config, "responseMimeType")

@@ -163,7 +163,7 @@ def _sound(name: str, value: Any) -> Any:
                 raise InvalidRequest(name, "concurrency must be an object of kind: number")
             _known_keys(name, value, (*KINDS, TOTAL))
             return {kind: whole(name, item, 0, 10**6) for kind, item in value.items()}
-        case "rates":
+        case "rates" if isinstance(value, list | tuple):
             return tuple(RateLimit.parse(item) for item in value)
         case "chunks":
             return whole(name, value, 1, 1000)

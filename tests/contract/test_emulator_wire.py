@@ -1,0 +1,454 @@
+"""The unmodified google-genai SDK against the emulator: every path of the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+import zlib
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from tests.waiting import wait_until
+from tidegate.providers.emulator import Emulator, EmulatorControl, run_emulator
+
+if TYPE_CHECKING:
+    from google.genai import Client
+
+MODEL = "gemini-2.5-flash"
+PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 92
+
+
+@pytest.fixture
+async def emulator() -> AsyncIterator[Emulator]:
+    async with run_emulator() as running:
+        yield running
+
+
+@pytest.fixture
+async def sdk(emulator: Emulator) -> AsyncIterator[Client]:
+    from google.genai import Client
+    from google.genai.types import HttpOptions
+
+    client = Client(api_key="any-key", http_options=HttpOptions(base_url=emulator.url))
+    yield client
+    await client.aio.aclose()
+    client.close()
+
+
+async def call(emulator: Emulator, path: str, body: Any, key: str = "k") -> tuple[int, Any]:
+    headers = {"x-goog-api-key": key} if key else {}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{emulator.url}{path}", json=body) as response,
+    ):
+        assert response.headers["x-tidegate-emulator"] == "1"
+        return response.status, await response.json()
+
+
+async def test_an_answer_quotes_the_prompt_and_counts_its_own_words(sdk: Client) -> None:
+    answer = await sdk.aio.models.generate_content(model=MODEL, contents="Why is the sky blue?")
+    assert answer.text is not None
+    assert "Why is the sky blue?" in answer.text
+    assert "emulated" in answer.text
+    usage = answer.usage_metadata
+    assert usage is not None
+    assert usage.prompt_token_count == 5
+    assert usage.candidates_token_count == len(answer.text.split())
+    assert usage.total_token_count == 5 + len(answer.text.split())
+    assert answer.candidates is not None
+    assert answer.candidates[0].finish_reason == "STOP"
+    assert answer.model_version == MODEL
+
+
+async def test_the_synchronous_sdk_is_served_too(sdk: Client) -> None:
+    def ask() -> tuple[str | None, str]:
+        whole = sdk.models.generate_content(model=MODEL, contents="One two")
+        stream = sdk.models.generate_content_stream(model=MODEL, contents="One two")
+        return whole.text, "".join(chunk.text or "" for chunk in stream)
+
+    whole, streamed = await asyncio.to_thread(ask)
+    assert whole == streamed
+
+
+async def test_a_stream_comes_in_chunks_with_running_usage(sdk: Client, emulator: Emulator) -> None:
+    await emulator.control.set_behaviour(chunks=5)
+    stream = await sdk.aio.models.generate_content_stream(model=MODEL, contents="Hello")
+    chunks = [chunk async for chunk in stream]
+    whole = await sdk.aio.models.generate_content(model=MODEL, contents="Hello")
+    assert len(chunks) == 5
+    assert "".join(chunk.text or "" for chunk in chunks) == whole.text
+    counts = [
+        chunk.usage_metadata.candidates_token_count or 0 for chunk in chunks if chunk.usage_metadata
+    ]
+    assert counts == sorted(set(counts))
+    assert counts[-1] == len((whole.text or "").split())
+    reasons = [chunk.candidates[0].finish_reason for chunk in chunks if chunk.candidates]
+    assert reasons == [None] * 4 + ["STOP"]
+    assert len({chunk.response_id for chunk in chunks}) == 1
+
+
+async def test_chunks_arrive_one_by_one_not_all_at_the_end(sdk: Client, emulator: Emulator) -> None:
+    await emulator.control.set_fault("hang_mid_stream", count=1)
+    stream = await sdk.aio.models.generate_content_stream(model=MODEL, contents="Hello")
+    first = await asyncio.wait_for(anext(stream), 5)
+    assert first.text
+    assert (await emulator.control.stats())["text_only"].in_flight == 1
+
+
+async def test_the_stream_without_sse_is_one_json_array(emulator: Emulator) -> None:
+    body = {"contents": [{"parts": [{"text": "Hello"}]}]}
+    status, answer = await call(emulator, f"/v1beta/models/{MODEL}:streamGenerateContent", body)
+    assert status == 200
+    assert len(answer) == 4
+    assert answer[-1]["candidates"][0]["finishReason"] == "STOP"
+
+
+async def test_camel_case_and_snake_case_are_the_same(emulator: Emulator) -> None:
+    data = b64encode(PNG).decode()
+    camel = {
+        "contents": [{"parts": [{"inlineData": {"mimeType": "image/png", "data": data}}]}],
+        "generationConfig": {"maxOutputTokens": 3},
+    }
+    snake = {
+        "contents": [{"parts": [{"inline_data": {"mime_type": "image/png", "data": data}}]}],
+        "generation_config": {"max_output_tokens": 3},
+    }
+    path = f"/v1beta/models/{MODEL}:generateContent"
+    (_, first), (_, second) = await call(emulator, path, camel), await call(emulator, path, snake)
+    assert first["candidates"] == second["candidates"]
+    assert first["usageMetadata"] == second["usageMetadata"]
+    assert first["candidates"][0]["finishReason"] == "MAX_TOKENS"
+    assert first["usageMetadata"]["candidatesTokenCount"] == 3
+
+
+async def test_files_are_named_by_type_and_size_and_cost_tokens(
+    sdk: Client, emulator: Emulator
+) -> None:
+    from google.genai.types import Part
+
+    contents = [
+        "What is in these?",
+        Part.from_bytes(data=PNG, mime_type="image/png"),
+        Part.from_bytes(data=b"%PDF-" + b"x" * 1000, mime_type="application/pdf"),
+    ]
+    answer = await sdk.aio.models.generate_content(model=MODEL, contents=contents)
+    assert answer.text is not None
+    assert "2 files: image/png (100 bytes), application/pdf (1005 bytes)" in answer.text
+    usage = answer.usage_metadata
+    assert usage is not None
+    assert usage.prompt_token_count == 5 + 258 + 258
+    assert (await emulator.control.stats())["multi_modal"].finished == 1
+
+
+def check_png(data: bytes) -> tuple[int, int]:
+    """Parse every chunk, check each CRC and the size of the pixels; returns width and height."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    place, names, pixels, size = 8, [], b"", (0, 0)
+    while place < len(data):
+        (length,) = struct.unpack(">I", data[place : place + 4])
+        name, body = data[place + 4 : place + 8], data[place + 8 : place + 8 + length]
+        (crc,) = struct.unpack(">I", data[place + 8 + length : place + 12 + length])
+        assert crc == zlib.crc32(name + body)
+        names.append(name)
+        if name == b"IHDR":
+            width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", body)
+            assert (depth, colour, rest) == (8, 2, [0, 0, 0])
+            size = (width, height)
+        elif name == b"IDAT":
+            pixels += body
+        place += 12 + length
+    assert (names[0], names[-1]) == (b"IHDR", b"IEND")
+    raw = zlib.decompress(pixels)
+    assert len(raw) == size[1] * (1 + 3 * size[0])
+    return size
+
+
+@pytest.mark.parametrize(
+    ("model", "modalities"), [("gemini-2.5-flash-image", None), (MODEL, ["TEXT", "IMAGE"])]
+)
+async def test_an_image_model_answers_with_text_and_a_real_png(
+    sdk: Client, emulator: Emulator, model: str, modalities: list[str] | None
+) -> None:
+    from google.genai.types import GenerateContentConfig
+
+    config = GenerateContentConfig(response_modalities=modalities)
+    answer = await sdk.aio.models.generate_content(
+        model=model, contents="Paint me a fox", config=config
+    )
+    assert answer.parts is not None
+    text, picture = answer.parts
+    assert "Paint me a fox" in (text.text or "")
+    assert picture.inline_data is not None
+    assert picture.inline_data.mime_type == "image/png"
+    assert check_png(picture.inline_data.data or b"") == (512, 512)
+    assert (await emulator.control.stats())["image_generation"].finished == 1
+
+
+async def test_an_image_model_streams_the_text_before_the_picture(sdk: Client) -> None:
+    stream = await sdk.aio.models.generate_content_stream(
+        model="gemini-2.5-flash-image", contents="A harbour"
+    )
+    parts = [part async for chunk in stream for part in chunk.parts or []]
+    assert parts[0].text is not None
+    assert parts[1].inline_data is not None
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"type": "string", "enum": ["text_only", "multi_modal", "image_generation"]},
+        "reason": {"type": "string"},
+        "confidence": {"type": "number"},
+    },
+    "required": ["kind"],
+}
+
+
+async def classify(sdk: Client, prompt: str, **config: Any) -> Any:
+    import json
+
+    from google.genai.types import GenerateContentConfig
+
+    whole = GenerateContentConfig(response_mime_type="application/json", **config)
+    answer = await sdk.aio.models.generate_content(model=MODEL, contents=prompt, config=whole)
+    return json.loads(answer.text or "")
+
+
+@pytest.mark.parametrize("name", ["response_schema", "response_json_schema"])
+async def test_a_classifying_call_gets_json_that_fits_its_schema(
+    sdk: Client, emulator: Emulator, name: str
+) -> None:
+    config = {name: SCHEMA}
+    drawn = await classify(sdk, "please draw a dog", **config)
+    written = await classify(sdk, "why do dogs bark", **config)
+    assert drawn["kind"] == "image_generation"
+    assert written["kind"] == "text_only"
+    assert isinstance(written["confidence"], float)
+    assert (await emulator.control.stats())["classifier"].finished == 2
+
+
+async def test_a_pydantic_schema_and_a_plain_enum_are_understood(sdk: Client) -> None:
+    from enum import Enum
+
+    from google.genai.types import GenerateContentConfig
+    from pydantic import BaseModel
+
+    class Choice(Enum):
+        TEXT = "text"
+        IMAGE = "image"
+
+    class Verdict(BaseModel):
+        choice: Choice
+
+    config = GenerateContentConfig(response_mime_type="application/json", response_schema=Verdict)
+    answer = await sdk.aio.models.generate_content(
+        model=MODEL, contents="a photo of rain", config=config
+    )
+    assert answer.parsed == Verdict(choice=Choice.IMAGE)
+    plain = GenerateContentConfig(response_mime_type="text/x.enum", response_schema=Choice)
+    answer = await sdk.aio.models.generate_content(model=MODEL, contents="rain?", config=plain)
+    assert answer.text == "text"
+
+
+async def test_the_answer_of_a_classifier_can_be_ordered(sdk: Client, emulator: Emulator) -> None:
+    await emulator.control.set_behaviour(classifier_answer="multi_modal")
+    assert (await classify(sdk, "x", response_schema=SCHEMA))["kind"] == "multi_modal"
+    await emulator.control.set_behaviour(classifier_answer={"kind": 7})
+    assert await classify(sdk, "x", response_schema=SCHEMA) == {"kind": 7}
+
+
+async def test_the_text_of_an_answer_can_be_ordered(sdk: Client, emulator: Emulator) -> None:
+    await emulator.control.set_behaviour(answer="one  two\nthree four")
+    stream = await sdk.aio.models.generate_content_stream(model=MODEL, contents="x")
+    assert "".join([chunk.text or "" async for chunk in stream]) == "one  two\nthree four"
+
+
+async def test_a_thinking_model_reports_its_thoughts(sdk: Client) -> None:
+    answer = await sdk.aio.models.generate_content(model="gemini-2.5-pro", contents="Hello")
+    usage = answer.usage_metadata
+    assert usage is not None
+    assert usage.thoughts_token_count
+    assert usage.total_token_count == (
+        (usage.prompt_token_count or 0)
+        + (usage.candidates_token_count or 0)
+        + usage.thoughts_token_count
+    )
+
+
+async def test_counting_says_what_generating_will_charge(sdk: Client) -> None:
+    from google.genai.types import Part
+
+    contents = ["Describe it", Part.from_bytes(data=PNG, mime_type="image/png")]
+    counted = await sdk.aio.models.count_tokens(model=MODEL, contents=contents)
+    answer = await sdk.aio.models.generate_content(model=MODEL, contents=contents)
+    assert answer.usage_metadata is not None
+    assert counted.total_tokens == answer.usage_metadata.prompt_token_count == 3 + 258
+
+
+async def test_embeddings_are_of_length_one_and_repeatable(sdk: Client) -> None:
+    first, second = [
+        await sdk.aio.models.embed_content(model="gemini-embedding-001", contents=["a", "b"])
+        for _ in range(2)
+    ]
+    assert first.embeddings is not None
+    assert len(first.embeddings) == 2
+    values = first.embeddings[0].values or []
+    assert sum(value * value for value in values) == pytest.approx(1)
+    assert first.embeddings == second.embeddings
+    assert first.embeddings[0] != first.embeddings[1]
+
+
+async def test_one_content_can_be_embedded_alone(emulator: Emulator) -> None:
+    body = {"content": {"parts": [{"text": "a"}]}, "outputDimensionality": 16}
+    path = "/v1beta/models/gemini-embedding-001:embedContent"
+    status, answer = await call(emulator, path, body)
+    assert status == 200
+    assert len(answer["embedding"]["values"]) == 16
+
+
+async def test_models_are_listed_and_described(sdk: Client) -> None:
+    names = [model.name async for model in await sdk.aio.models.list()]
+    assert f"models/{MODEL}" in names
+    assert (await sdk.aio.models.get(model=MODEL)).name == f"models/{MODEL}"
+
+
+async def test_an_unknown_model_is_not_found_when_models_are_strict(
+    sdk: Client, emulator: Emulator
+) -> None:
+    from google.genai.errors import ClientError
+
+    await emulator.control.set_behaviour(strict_models=True)
+    with pytest.raises(ClientError) as failed:
+        await sdk.aio.models.generate_content(model="gemini-0", contents="x")
+    assert failed.value.code == 404
+    assert (await sdk.aio.models.generate_content(model=MODEL, contents="x")).text
+
+
+UPLOADS: list[tuple[str, int]] = [("empty", 0), ("small", 1000), ("two pieces", 9_000_000)]
+
+
+@pytest.mark.parametrize(("name", "size"), UPLOADS, ids=[name for name, _ in UPLOADS])
+async def test_a_file_is_uploaded_processed_used_and_deleted(
+    sdk: Client, emulator: Emulator, name: str, size: int
+) -> None:
+    from google.genai.errors import ClientError
+    from google.genai.types import UploadFileConfig
+
+    await emulator.control.set_behaviour(file_processing_ms=150)
+    files = sdk.aio.files
+    config = UploadFileConfig(mime_type="image/png", display_name=name)
+    file = await files.upload(file=io.BytesIO(b"x" * size), config=config)
+    assert file.name is not None
+    assert (file.state, file.size_bytes, file.display_name) == ("PROCESSING", size, name)
+    with pytest.raises(ClientError, match="not in an ACTIVE state"):
+        await sdk.aio.models.generate_content(model=MODEL, contents=["What is it?", file])
+
+    async def active() -> bool:
+        return (await files.get(name=file.name or "")).state == "ACTIVE"
+
+    await wait_until(active, 5, "the file is active")
+    answer = await sdk.aio.models.generate_content(model=MODEL, contents=["What is it?", file])
+    assert f"image/png ({size} bytes)" in (answer.text or "")
+    assert [listed.name async for listed in await files.list()] == [file.name]
+    await files.delete(name=file.name)
+    with pytest.raises(ClientError) as failed:
+        await files.get(name=file.name)
+    assert failed.value.code == 403
+
+
+async def test_the_synchronous_sdk_uploads_a_path(sdk: Client, tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    path.write_bytes(b"hello")
+    file = await asyncio.to_thread(sdk.files.upload, file=path)
+    assert (file.size_bytes, file.mime_type) == (5, "text/plain")
+
+
+async def test_files_are_listed_page_by_page(sdk: Client) -> None:
+    from google.genai.types import ListFilesConfig, UploadFileConfig
+
+    config = UploadFileConfig(mime_type="text/plain")
+    made = {
+        (await sdk.aio.files.upload(file=io.BytesIO(b"x"), config=config)).name for _ in range(5)
+    }
+    pager = await sdk.aio.files.list(config=ListFilesConfig(page_size=2))
+    assert {file.name async for file in pager} == made
+
+
+KEYS: list[tuple[str, int, str]] = [
+    ("", 403, "PERMISSION_DENIED"),
+    ("invalid-key", 400, "INVALID_ARGUMENT"),
+]
+
+
+@pytest.mark.parametrize(("key", "status", "name"), KEYS)
+async def test_a_missing_or_invalid_key_is_refused(
+    emulator: Emulator, key: str, status: int, name: str
+) -> None:
+    body = {"contents": [{"parts": [{"text": "Hello"}]}]}
+    found, answer = await call(emulator, f"/v1beta/models/{MODEL}:generateContent", body, key)
+    assert (found, answer["error"]["code"], answer["error"]["status"]) == (status, status, name)
+    assert (await emulator.control.stats())["text_only"].arrived == 0
+
+
+async def test_a_key_in_the_query_is_as_good(emulator: Emulator) -> None:
+    body = {"contents": [{"parts": [{"text": "Hello"}]}]}
+    status, _ = await call(emulator, f"/v1beta/models/{MODEL}:generateContent?key=k", body, "")
+    assert status == 200
+
+
+BAD_BODIES: list[Any] = [
+    [],
+    {},
+    {"contents": []},
+    {"contents": "Hello"},
+    {"contents": ["Hello"]},
+    {"contents": [{"parts": ["Hello"]}]},
+    {"contents": [{"parts": [{"text": 5}]}]},
+    {"contents": [{"parts": [{"inlineData": {"mimeType": "image/png", "data": "AAAAA"}}]}]},
+    {"contents": [{"parts": [{"text": "x"}]}], "generationConfig": []},
+    {"contents": [{"parts": 7}]},
+]
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=str)
+async def test_a_body_that_makes_no_sense_is_an_invalid_argument(
+    emulator: Emulator, body: Any
+) -> None:
+    status, answer = await call(emulator, f"/v1beta/models/{MODEL}:generateContent", body)
+    assert (status, answer["error"]["status"]) == (400, "INVALID_ARGUMENT")
+
+
+async def test_an_unknown_path_is_a_404_in_googles_words(emulator: Emulator) -> None:
+    status, answer = await call(emulator, "/v1beta/models/m:sing", {})
+    assert (status, answer["error"]["status"]) == (404, "NOT_FOUND")
+
+
+async def test_behaviour_and_faults_that_make_no_sense_change_nothing(emulator: Emulator) -> None:
+    from tidegate.errors import InvalidRequest
+
+    control: EmulatorControl = emulator.control
+    wrong: list[Callable[[], Any]] = [
+        lambda: control.set_behaviour(chunks=0),
+        lambda: control.set_behaviour(chunks=3, nonsense=1),
+        lambda: control.set_behaviour(concurrency={"text": 1}),
+        lambda: control.set_behaviour(rates=[{"scope": "total"}]),
+        lambda: control.set_behaviour(first_byte_ms={"uniform": [1]}),
+        lambda: control.set_fault("earthquake"),
+        lambda: control.set_fault("hang", kind="text"),
+        lambda: control.set_fault("hang", count="many"),
+    ]
+    for order in wrong:
+        with pytest.raises(InvalidRequest):
+            await order()
+    _, answer = await call(
+        emulator,
+        f"/v1beta/models/{MODEL}:streamGenerateContent",
+        {"contents": [{"parts": [{"text": "x"}]}]},
+    )
+    assert len(answer) == 4
