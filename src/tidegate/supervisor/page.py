@@ -1,0 +1,114 @@
+"""What `tidegate up` shows: a page that tells what runs where, what to try and how to stop.
+
+Written to standard output; logs go to standard error. Without a terminal it is plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.text import Text
+
+from tidegate import __version__
+from tidegate.config import Config
+from tidegate.supervisor.ground import Ground
+
+_LABEL = "bold cyan"
+_QUIET = "bright_black"
+_INDENT = "  "
+_LABEL_WIDTH = 12
+
+
+class Page:
+    """One terminal, and the words for it."""
+
+    def __init__(self, config: Config, apis: int, workers: int) -> None:
+        self._config = config
+        self._apis = apis
+        self._workers = workers
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Show that something takes a moment; nothing without a terminal."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with self._console.status(f"[{_QUIET}]{what}[/]", spinner_style="cyan"):
+            yield
+
+    def note(self, text: str) -> None:
+        """One line on why the start takes longer."""
+        self._line((f"{_INDENT}{text}", "yellow"))
+
+    def stopping(self) -> None:
+        grace_s = self._config.shutdown_grace_ms / 1000
+        self._line()
+        self._line(
+            (f"{_INDENT}Stopping. ", "bold"),
+            (f"Running calls may finish within {grace_s:g} s; Ctrl-C again ends them.", _QUIET),
+        )
+
+    def stopped(self) -> None:
+        self._line((f"{_INDENT}Stopped. Nothing is left running.", _QUIET))
+
+    def ready(self, ground: Ground, url: str) -> None:
+        """The start-up page."""
+        self._line()
+        self._line((f"{_INDENT}≋ Tidegate", "bold"), (f" {__version__}", _QUIET), f"   {url}")
+        self._line()
+        self._row("API", _count(self._apis, "process"), f"its documentation is at {url}/docs")
+        self._row("Worker", _count(self._workers, "process"), "takes the jobs of POST /submit")
+        self._where(ground)
+        limits = ", ".join(f"{kind} {limit}" for kind, limit in self._config.rate_limits.items())
+        self._row("At once", limits, "calls, over all processes")
+        if ground.emulated:
+            self._line()
+            self._line(
+                (f"{_INDENT}Demo mode. ", "bold yellow"),
+                ("No GEMINI_API_KEY: answers come from the built-in emulator.", "yellow"),
+            )
+        self._try(url.removeprefix("http://"))
+        self._line((f"{_INDENT}Ctrl-C stops everything.", _QUIET))
+        self._line()
+
+    def _where(self, ground: Ground) -> None:
+        folder = str(self._config.data_dir / "embedded")
+        if ground.embedded:
+            self._row("PostgreSQL", "bundled", f"keeps every request and answer, in {folder}")
+            self._row("Valkey", "bundled", "holds the limits")
+        else:
+            self._row("PostgreSQL", "yours", "DATABASE_URL")
+            self._row("Valkey", "yours", "REDIS_URL")
+        if ground.emulated:
+            self._row("Provider", "emulated", "nothing leaves this machine")
+        else:
+            self._row("Provider", "Gemini", ground.config.gemini_base_url)
+        if ground.lease is not None:
+            self._row("Logs", "here", f"and of the bundled servers in {folder}/*/*.log")
+
+    def _try(self, place: str) -> None:
+        self._line()
+        self._line((f"{_INDENT}Try", _LABEL))
+        json = '-H "Content-Type: application/json"'
+        for command in (
+            f"""curl {place}/submit {json} -d '{{"data": "Why is the sea salty?"}}'""",
+            f'curl "{place}/status/<request_id>?wait=20"',
+            f"""curl -N {place}/stream -F 'text=What is modern family?'""",
+        ):
+            self._line(f"{_INDENT}{_INDENT}{command}")
+        self._line()
+
+    def _row(self, label: str, value: str, remark: str) -> None:
+        self._line(
+            (f"{_INDENT}{label:<{_LABEL_WIDTH}}", _LABEL), f"{value:<12}", (f" {remark}", _QUIET)
+        )
+
+    def _line(self, *parts: str | tuple[str, str]) -> None:
+        self._console.print(Text.assemble(*parts))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}es"
