@@ -118,7 +118,7 @@ class StreamRecord:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A stored file as its owner may fetch it: an upload (`input`) or a generated one (`output`)."""
+    """A stored file as its owner may fetch it: an upload (`input`) or a picture (`output`)."""
 
     file_id: UUID
     request_id: UUID

@@ -5,9 +5,9 @@
     submit ──────► queued ────────────── admitted ───────────────────► running
                      │                                                    │
                      ├─► expired    its deadline came first               ├─► succeeded
-                     ├─► cancelled  by its owner                          ├─► failed     no retry helps,
-                     │                                                    │              or none is left
-                     └─► dead  ◄─── its workers died 3 times ─────────────┴─► cancelled  by its owner
+                     ├─► cancelled  by its owner                          ├─► failed
+                     │                                                    │
+                     └─► dead  ◄─── its workers died 3 times ─────────────┴─► cancelled
 
 A stream is recorded once, when it ends, in one of the right-hand states.
 Invariant: an end state never changes, save that a person may requeue a dead job.

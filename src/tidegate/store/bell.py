@@ -1,0 +1,127 @@
+"""Notifications: who waits for a change or for work is woken at once, when NOTIFY works.
+
+Invariant: a notification is only a hint. Everything that waits also polls, so that a lost one, or
+PgBouncer in transaction mode, costs half a second and nothing else. NOTIFY is sent coalesced and
+outside the transaction it speaks of: it takes an instance-wide lock at commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from uuid import UUID
+
+import asyncpg
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store.connection import Connections
+from tidegate.store.queries import sql
+
+WORK = "tidegate_work"
+CHANGED = "tidegate_changed"
+_IDS_PER_MESSAGE = 200  # 37 bytes each; a payload holds 8,000
+_RECONNECT_MS = 500
+_LISTEN_TIMEOUT_MS = 2_000
+
+
+class Bell:
+    """Rings to all processes, and hears them."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._pools: set[str] = set()
+        self._ids: set[UUID] = set()
+        self._ringing: asyncio.Task[None] | None = None
+        self._hearing: asyncio.Task[None] | None = None
+        self._line: asyncpg.Connection | None = None
+        self.on_work: Callable[[], None] = lambda: None
+        self.on_changed: Callable[[Iterable[UUID]], None] = lambda _ids: None
+        self.on_connected: Callable[[], None] = lambda: None
+
+    def work(self, pools: Iterable[str]) -> None:
+        """There may be work in these pools."""
+        self._pools.update(pools)
+        self._ring()
+
+    def changed(self, ids: Iterable[UUID]) -> None:
+        """These requests have changed."""
+        self._ids.update(ids)
+        self._ring()
+
+    def hear(self) -> None:
+        """Begin to listen, on a connection of its own; safe to call often."""
+        if self._hearing is None:
+            self._hearing = asyncio.create_task(self._hear())
+
+    async def aclose(self) -> None:
+        if self._ringing is not None:
+            await asyncio.wait({self._ringing})
+        if self._hearing is not None:
+            self._hearing.cancel()
+            await asyncio.gather(self._hearing, return_exceptions=True)
+        if self._line is not None:
+            self._line.terminate()
+
+    def _ring(self) -> None:
+        if self._ringing is None and (self._pools or self._ids):
+            self._ringing = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        try:
+            while self._pools or self._ids:
+                channels, payloads = self._messages()
+
+                async def send(
+                    connection: asyncpg.Connection,
+                    channels: list[str] = channels,
+                    payloads: list[str] = payloads,
+                ) -> None:
+                    await connection.execute(sql("notify"), channels, payloads)
+
+                await self._connections.run(send)
+        except StoreUnavailable:
+            # Only hints are lost: whoever waits polls as well.
+            self._pools.clear()
+            self._ids.clear()
+        finally:
+            self._ringing = None
+
+    def _messages(self) -> tuple[list[str], list[str]]:
+        messages = [(WORK, pool) for pool in sorted(self._pools)]
+        ids = [str(request_id) for request_id in self._ids]
+        self._pools.clear()
+        self._ids.clear()
+        for start in range(0, len(ids), _IDS_PER_MESSAGE):
+            messages.append((CHANGED, ",".join(ids[start : start + _IDS_PER_MESSAGE])))
+        return [channel for channel, _ in messages], [payload for _, payload in messages]
+
+    async def _hear(self) -> None:
+        while True:
+            # The pool reports an outage; here we only come back when it is over.
+            with suppress(StoreUnavailable, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                await self._hear_until_closed()
+            await asyncio.sleep(_RECONNECT_MS / 1000)
+
+    async def _hear_until_closed(self) -> None:
+        connection = await self._connections.dedicated()
+        self._line = connection
+        closed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        watchdog = loop.call_later(_LISTEN_TIMEOUT_MS / 1000, connection.terminate)
+        try:
+            connection.add_termination_listener(lambda _connection: closed.set())
+            await connection.add_listener(WORK, self._heard)
+            await connection.add_listener(CHANGED, self._heard)
+            watchdog.cancel()
+            self.on_connected()
+            await closed.wait()
+        finally:
+            watchdog.cancel()
+            connection.terminate()
+
+    def _heard(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
+        if channel == WORK:
+            self.on_work()
+        else:
+            self.on_changed([UUID(word) for word in str(payload).split(",") if word])

@@ -1,0 +1,95 @@
+"""The bodies of audit rows: compressed JSON, inline when small, else a blob.
+
+Invariant: a body is never lost for want of the blob store; it then stays in its row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from base64 import b64encode
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.records import AttemptResult, ClaimedJob, Json, NewJob
+from tidegate.store.rows import cleaned
+
+INLINE_BYTES = 8192
+ENCODING = "zlib"
+_WORTH_A_THREAD_BYTES = 50_000
+
+
+def request_body(
+    prompt: str, image_uri: str | None, model: str | None, files: list[Json]
+) -> dict[str, Any]:
+    return {"prompt": prompt, "image_uri": image_uri, "model": model, "files": files}
+
+
+def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
+    files = [
+        {
+            "file_id": file.file_id,
+            "name": file.name,
+            "mime_type": file.mime_type,
+            "size_bytes": file.size_bytes,
+        }
+        for file in job.attachments
+    ]
+    return request_body(job.prompt, job.image_uri, job.model, files)
+
+
+def body_of_result(result: AttemptResult) -> dict[str, Any]:
+    files = [
+        {
+            "file_id": picture.file_id,
+            "mime_type": picture.mime_type,
+            "size_bytes": picture.size_bytes,
+        }
+        for picture in result.pictures
+    ]
+    return {"text": result.text, "files": files, "finish_reason": result.finish_reason}
+
+
+def inline_row(role: str, body: dict[str, Any]) -> Json:
+    """The row of a body, whatever its size, without its id and owner."""
+    raw = orjson.dumps(cleaned(body))
+    return _row(role, len(raw), data=b64encode(zlib.compress(raw)).decode())
+
+
+async def row_of(role: str, body: dict[str, Any], blobs: Blobs) -> Json:
+    """The row of a body; a large one goes to the blobs first."""
+    raw = orjson.dumps(cleaned(body))
+    if len(raw) > _WORTH_A_THREAD_BYTES:
+        packed = await asyncio.to_thread(zlib.compress, raw)
+    else:
+        packed = zlib.compress(raw)
+    if len(packed) > INLINE_BYTES:
+        key = new_key(datetime.now(UTC))
+        try:
+            await blobs.put(key, packed)
+        except StoreUnavailable:
+            pass  # kept inline instead, as the invariant says
+        else:
+            return _row(role, len(raw), blob_key=key)
+    return _row(role, len(raw), data=b64encode(packed).decode())
+
+
+def _row(role: str, size_bytes: int, data: str | None = None, blob_key: str | None = None) -> Json:
+    return {
+        "role": role,
+        "encoding": ENCODING,
+        "size_bytes": size_bytes,
+        "data": data,
+        "blob_key": blob_key,
+    }
+
+
+def unpack(encoding: str, packed: bytes) -> Any:
+    """The JSON value of a stored body."""
+    if encoding != ENCODING:
+        raise ValueError(f"a body in the unknown encoding {encoding!r}")
+    return orjson.loads(zlib.decompress(packed))

@@ -1,0 +1,316 @@
+"""Claiming jobs: taking them from the queue in fairness, and giving them back.
+
+Invariant: a job has at most one claim that counts, `requests.claim`; giving it up by whatever way
+increases that number, so that whoever held it before can write no more. A worker remembers what it
+holds, and gives up what PostgreSQL thinks it holds and it does not: claims whose reply was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.call import Classification, Kind, new_id
+from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.store import bodies, rows
+from tidegate.store.bell import Bell
+from tidegate.store.connection import Connections
+from tidegate.store.liveness import Steadiness
+from tidegate.store.queries import sql
+from tidegate.store.recorder import add_audit
+from tidegate.store.records import ClaimedJob, Failure, Json
+from tidegate.store.states import MAX_LAPSES, Status
+from tidegate.store.writer import GroupWriter
+from tidegate.telemetry import Log, get_logger
+
+_TENANTS_AT_ONCE = 32
+_ROUNDS = 4
+_WORKER_DIED = Failure(
+    code="worker_died",
+    message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
+)
+_EXPIRED = Failure(code="deadline_exceeded", message="its deadline came while it was queued")
+
+
+class Claims:
+    """The worker's side of the queue."""
+
+    def __init__(
+        self, connections: Connections, bell: Bell, *, instance_id: str, lease_ms: int
+    ) -> None:
+        self._connections = connections
+        self._bell = bell
+        self._instance_id = instance_id
+        self._lease_ms = lease_ms
+        self._steadiness = Steadiness(lease_ms)
+        self._held: dict[UUID, int] = {}
+        self._doubtful = False
+        self._claiming = asyncio.Lock()
+        self._last_tenant: dict[tuple[str, str], str] = {}
+        self._runs: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 500)
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    def settled(self, job: ClaimedJob) -> None:
+        """This process is done with the job's claim."""
+        if self._held.get(job.request_id) == job.claim:
+            del self._held[job.request_id]
+
+    async def heartbeat(self) -> None:
+        sent_at = self._steadiness.clock()
+
+        async def beat(connection: asyncpg.Connection) -> None:
+            await connection.execute(sql("beat"), self._instance_id)
+
+        try:
+            await self._connections.run(beat, timeout_ms=max(self._lease_ms // 3, 100))
+        except StoreUnavailable:
+            self._steadiness.missed()
+            raise
+        self._steadiness.beaten(sent_at)
+        if self._doubtful:
+            await self._release_strays()
+
+    async def leave(self) -> None:
+        async def leave(connection: asyncpg.Connection) -> list[str]:
+            return [row["pool"] for row in await connection.fetch(sql("leave"), self._instance_id)]
+
+        self._bell.work(await self._connections.run(leave))
+        self._steadiness.missed()
+        self._held.clear()
+
+    async def claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
+        if limit <= 0:
+            return []
+        if not self._steadiness.fresh:
+            # Claims of a worker that PostgreSQL has not heard of would count as lapsed.
+            await self.heartbeat()
+        task = asyncio.create_task(self._claim(pool, kind, limit))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._undelivered)
+            raise
+        except StoreUnavailable:
+            self._doubtful = True
+            raise
+
+    async def _claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
+        lane = "unsure" if kind is None else kind.value
+        after = self._last_tenant.get((pool, lane), "")
+
+        async def claim(connection: asyncpg.Connection) -> tuple[list[ClaimedJob], int]:
+            ripe = int((await connection.execute(sql("ripen"))).rpartition(" ")[2])
+            taken: list[asyncpg.Record] = []
+            for _ in range(_ROUNDS):
+                last = taken[-1]["tenant_id"] if taken else after
+                taken += await connection.fetch(
+                    sql("claim"),
+                    *(pool, lane, limit - len(taken), self._instance_id, last, _TENANTS_AT_ONCE),
+                )
+                if len(taken) >= limit:
+                    break
+                # Others may have locked the candidates that we saw while more wait behind them.
+                if not await connection.fetchval(sql("any_ready"), pool, lane):
+                    break
+            return await _with_files(connection, taken), ripe
+
+        async with self._claiming:
+            jobs, ripe = await self._connections.run(claim)
+            self._held |= {job.request_id: job.claim for job in jobs}
+        if jobs:
+            self._last_tenant[pool, lane] = jobs[-1].tenant_id
+        if ripe:
+            self._bell.work([pool])
+        return jobs
+
+    def _undelivered(self, task: asyncio.Task[list[ClaimedJob]]) -> None:
+        """The caller was cancelled: nobody will work on these."""
+        self._doubtful = True
+        if not task.cancelled() and task.exception() is None:
+            for job in task.result():
+                self.settled(job)
+
+    async def _release_strays(self) -> None:
+        async with self._claiming:
+            self._doubtful = False
+            held = list(self._held)
+
+            async def release(connection: asyncpg.Connection) -> list[str]:
+                found = await connection.fetch(sql("release_strays"), self._instance_id, held)
+                return [row["pool"] for row in found]
+
+            try:
+                self._bell.work(await self._connections.run(release))
+            except StoreUnavailable:
+                self._doubtful = True
+                raise
+
+    async def classified(self, job: ClaimedJob, classification: Classification) -> None:
+        async def classify(connection: asyncpg.Connection) -> bool:
+            kind, by = classification.kind, classification.by
+            reason = rows.clean(classification.reason)
+            done = await connection.fetchval(
+                sql("set_classified"), job.request_id, job.claim, kind, by, reason
+            )
+            return done is not None
+
+        if not await self._connections.run(classify):
+            self.settled(job)
+            raise ClaimLost(f"another worker has {job.request_id} now")
+        self._bell.changed([job.request_id])
+
+    async def running(self, row: Json, job: ClaimedJob) -> None:
+        try:
+            await self._runs.write(row)
+        except ClaimLost:
+            self.settled(job)
+            raise
+
+    async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
+        by_id = {str(row["id"]): row for row in batch}
+
+        async def begin(connection: asyncpg.Connection) -> set[str]:
+            ordered = rows.dumps(by_id[key] for key in sorted(by_id))
+            begun = await connection.fetch(sql("begin_running"), ordered, self._instance_id)
+            attempts = [
+                {
+                    **by_id[str(row["id"])],
+                    "id": row["attempt_id"],
+                    "created_at": row["attempt_at"],
+                    "request_id": row["id"],
+                    "tenant_id": row["tenant_id"],
+                    "pool": row["pool"],
+                    "kind": row["kind"],
+                    "number": row["attempts"],
+                    "instance_id": self._instance_id,
+                    "outcome": "running",
+                }
+                for row in begun
+            ]
+            if attempts:
+                await connection.execute(sql("add_attempts"), rows.dumps(attempts))
+            return {str(row["id"]) for row in begun}
+
+        begun = await self._connections.run(begin)
+        self._bell.changed(UUID(key) for key in begun)
+        return [
+            None if str(row["id"]) in begun else ClaimLost(f"another worker has {row['id']} now")
+            for row in batch
+        ]
+
+    async def hand_back(self, jobs: Sequence[ClaimedJob]) -> None:
+        claims = rows.dumps({"id": job.request_id, "claim": job.claim} for job in jobs)
+
+        async def give(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            returned: list[asyncpg.Record] = await connection.fetch(sql("hand_back"), claims)
+            await _mark_ambiguous(connection, returned)
+            return returned
+
+        returned = await self._connections.run(give)
+        for job in jobs:
+            self.settled(job)
+        self._bell.changed(row["id"] for row in returned if row["old_status"] == Status.RUNNING)
+        self._bell.work(row["pool"] for row in returned)
+
+    async def retake_lapsed(self) -> list[UUID]:
+        if not self._steadiness.may_judge:
+            return []
+        failure = asdict(_WORKER_DIED)
+
+        async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            locked = [
+                row["id"] for row in await connection.fetch(sql("lock_lapsed"), self._lease_ms)
+            ]
+            if not locked:
+                return []
+            retaken: list[asyncpg.Record] = await connection.fetch(
+                sql("retake"), locked, MAX_LAPSES, orjson.dumps(failure).decode()
+            )
+            await _mark_ambiguous(connection, retaken)
+            dead = [row for row in retaken if row["status"] == Status.DEAD]
+            await _audit(connection, dead, failure, self._instance_id)
+            return retaken
+
+        retaken = await self._connections.run(retake)
+        ids = [UUID(int=row["id"].int) for row in retaken]
+        if retaken:
+            get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
+            for row in retaken:
+                if row["status"] == Status.DEAD:
+                    get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
+            self._bell.changed(ids)
+            self._bell.work(row["pool"] for row in retaken)
+        return ids
+
+    async def expire_due(self) -> int:
+        failure = asdict(_EXPIRED)
+
+        async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            due: list[asyncpg.Record] = await connection.fetch(
+                sql("expire_due"), orjson.dumps(failure).decode()
+            )
+            await _audit(connection, due, failure, self._instance_id)
+            return due
+
+        due = await self._connections.run(expire)
+        self._bell.changed(UUID(int=row["id"].int) for row in due)
+        return len(due)
+
+
+async def _with_files(
+    connection: asyncpg.Connection, taken: list[asyncpg.Record]
+) -> list[ClaimedJob]:
+    if not taken:
+        return []
+    files: dict[UUID, list[asyncpg.Record]] = {row["id"]: [] for row in taken}
+    for file in await connection.fetch(sql("get_input_files"), list(files)):
+        files[file["request_id"]].append(file)
+    return [rows.claimed_job(row, files[row["id"]]) for row in taken]
+
+
+async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.Record]) -> None:
+    """The attempts of jobs that were running: nobody knows what the provider did."""
+    attempts = [
+        {"id": row["attempt_id"], "created_at": row["attempt_at"], "outcome": "ambiguous"}
+        for row in returned
+        if row["old_status"] == Status.RUNNING and row["attempt_id"] is not None
+    ]
+    if attempts:
+        await connection.execute(sql("end_attempts"), rows.dumps(attempts))
+
+
+async def _audit(
+    connection: asyncpg.Connection, ended: list[asyncpg.Record], failure: Json, instance_id: str
+) -> None:
+    request_bodies = [
+        bodies.inline_row(
+            "request", bodies.request_body(row["prompt"], row["image_uri"], row["model"], [])
+        )
+        for row in ended
+    ]
+    await add_audit(
+        connection,
+        [(row, {}, failure, [body]) for row, body in zip(ended, request_bodies, strict=True)],
+        instance_id,
+    )
+
+
+def running_row(job: ClaimedJob, model: str, fence: tuple[int, int], queue_ms: float) -> Json:
+    """What `Claims.running` takes; the time of admission is set by the caller's clock."""
+    return {
+        "id": job.request_id,
+        "claim": job.claim,
+        "attempt_id": new_id(),
+        "model": rows.clean(model),
+        "fence_epoch": fence[0],
+        "fence_sequence": fence[1],
+        "queue_ms": queue_ms,
+    }

@@ -1,0 +1,228 @@
+"""Connections to PostgreSQL: a small pool, hard deadlines, and the knowledge of being away.
+
+Invariant: nothing here waits longer than its deadline, whatever the server does. A connection that
+failed, ran out of time or was used by a cancelled caller is never used again half-way through a
+transaction. While PostgreSQL is away callers are told at once, and one probe looks for its return.
+
+Every piece of work is one transaction and no statement is prepared by name, so that PgBouncer in
+transaction mode may stand in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import asyncpg
+
+from tidegate.errors import StoreUnavailable, TidegateError
+from tidegate.telemetry import Log, get_logger
+
+T = TypeVar("T")
+Work = Callable[[asyncpg.Connection], Awaitable[T]]
+
+CONNECT_TIMEOUT_MS = 1_500
+COMMAND_TIMEOUT_MS = 5_000
+PROBE_TIMEOUT_MS = 1_000
+PROBE_EVERY_MS = 200
+_TRIES = 3
+# One round trip. A frozen client must not hold locks for ever, nor a lost one its statement.
+_BEGIN = (
+    "BEGIN; SET LOCAL jit = off; SET LOCAL statement_timeout = {timeout_ms}; "
+    "SET LOCAL idle_in_transaction_session_timeout = 10000"
+)
+
+# Worth another try on another connection: the work itself was not at fault.
+_TRANSIENT = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,  # shutdown, crash of a neighbour, starting up, cancelled
+    asyncpg.InsufficientResourcesError,  # too many connections, disk full
+    asyncpg.TransactionRollbackError,  # deadlock
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.ReadOnlySQLTransactionError,  # a server that has been demoted
+)
+# The server is there but is not the one we need (yet).
+_UNFIT = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InsufficientPrivilegeError,
+)
+
+
+class Connections:
+    """At most `size` connections, opened as needed."""
+
+    def __init__(self, url: str, *, size: int = 10) -> None:
+        self._url = url
+        self._slots = asyncio.Semaphore(size)
+        self._idle: list[asyncpg.Connection] = []
+        self._busy: set[asyncpg.Connection] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._probe: asyncio.Task[None] | None = None
+        self._away: str | None = None  # why, while away
+        self._closed = False
+        self.on_back: list[Callable[[], None]] = []
+
+    @property
+    def away(self) -> bool:
+        return self._away is not None
+
+    def __repr__(self) -> str:
+        return f"<Connections busy={len(self._busy)} idle={len(self._idle)} away={self._away!r}>"
+
+    def start(self) -> None:
+        """Begin to connect in the background; PostgreSQL may come later."""
+        self._suspect()
+
+    async def aclose(self, timeout_ms: int = 2_000) -> None:
+        """Let work under way end within `timeout_ms`, then cut it off and close everything."""
+        self._closed = True
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_ms / 1000)
+        for connection in [*self._busy, *self._idle]:
+            connection.terminate()
+        self._idle.clear()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def run(self, work: Work[T], *, timeout_ms: int = COMMAND_TIMEOUT_MS) -> T:
+        """Run `work` in a transaction and commit; repeats it when the connection was at fault.
+
+        `work` must therefore be safe to repeat after a commit whose reply was lost. Raises
+        StoreUnavailable, at once while PostgreSQL is known to be away. A cancelled caller leaves
+        at once; the transaction ends by itself within its deadline, either way.
+        """
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+        if self._away is not None:
+            raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
+        task = asyncio.create_task(self._run(work, timeout_ms))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def ping(self, timeout_ms: int) -> None:
+        """One round trip on a connection of its own; raises StoreUnavailable."""
+        try:
+            connection = await self._connect(timeout_ms / 1000)
+        except (*_TRANSIENT, *_UNFIT) as failed:
+            raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+        connection.terminate()
+
+    async def dedicated(self) -> asyncpg.Connection:
+        """A connection outside the pool, for LISTEN; the caller terminates it."""
+        if self._away is not None:
+            raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
+        try:
+            return await self._connect(CONNECT_TIMEOUT_MS / 1000)
+        except (*_TRANSIENT, *_UNFIT) as failed:
+            raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+
+    async def _run(self, work: Work[T], timeout_ms: int) -> T:
+        deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return await self._transaction(work, deadline, timeout_ms)
+            except _UNFIT as unfit:
+                raise StoreUnavailable(f"the database is not ready for us: {unfit}") from unfit
+            except _TRANSIENT as failed:
+                late = asyncio.get_running_loop().time() >= deadline
+                if late:
+                    self._suspect()
+                if late or self.away or tries == _TRIES or self._closed:
+                    raise StoreUnavailable(f"PostgreSQL failed: {_words(failed)}") from failed
+
+    async def _transaction(self, work: Work[T], deadline: float, timeout_ms: int) -> T:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout_at(deadline):
+            await self._slots.acquire()
+        try:
+            connection = await self._take(deadline)
+            # Not by cancelling the query: asyncpg would then open a connection to cancel it,
+            # which a frozen server never closes.
+            watchdog = loop.call_at(deadline, connection.terminate)
+            self._busy.add(connection)
+            try:
+                await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
+                result = await work(connection)
+                await connection.execute("COMMIT")
+            except BaseException:
+                connection.terminate()
+                raise
+            finally:
+                watchdog.cancel()
+                self._busy.discard(connection)
+            if self._closed or self.away:
+                connection.terminate()
+            else:
+                self._idle.append(connection)
+            return result
+        finally:
+            self._slots.release()
+
+    async def _take(self, deadline: float) -> asyncpg.Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        left = deadline - asyncio.get_running_loop().time()
+        try:
+            return await self._connect(min(CONNECT_TIMEOUT_MS / 1000, max(left, 0.001)))
+        except (*_TRANSIENT, *_UNFIT) as failed:
+            self._gone(_words(failed))
+            raise
+
+    async def _connect(self, timeout_s: float) -> asyncpg.Connection:
+        return await asyncpg.connect(
+            self._url,
+            timeout=timeout_s,
+            statement_cache_size=0,
+            server_settings={"application_name": "tidegate"},
+        )
+
+    def _gone(self, reason: str) -> None:
+        if self._away is None:
+            get_logger().warning(Log.STORE_AWAY, reason=reason)
+        self._away = reason
+        while self._idle:
+            self._idle.pop().terminate()
+        self._suspect()
+
+    def _suspect(self) -> None:
+        if self._probe is None and not self._closed:
+            self._probe = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        """Try to connect until it works; the first failure makes PostgreSQL `away`."""
+        try:
+            while True:
+                try:
+                    connection = await self._connect(PROBE_TIMEOUT_MS / 1000)
+                    break
+                except (*_TRANSIENT, *_UNFIT) as failed:
+                    self._gone(_words(failed))
+                await asyncio.sleep(PROBE_EVERY_MS / 1000)
+            self._idle.append(connection)
+        finally:
+            self._probe = None
+        if self._away is not None:
+            self._away = None
+            get_logger().info(Log.STORE_BACK)
+            for tell in self.on_back:
+                tell()
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, TidegateError):
+        return error.message
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))

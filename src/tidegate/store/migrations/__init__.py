@@ -1,0 +1,1 @@
+"""Alembic's folder: raw SQL steps, run only by `tidegate.store.migrate`."""

@@ -1,0 +1,143 @@
+"""Housekeeping: partitions made ahead, and the old deleted.
+
+Invariant: a request that has not ended is never touched, nor its files. Blobs go before the rows
+that name them, so that a run cut short is repeated and leaves nothing behind. No step holds a lock
+for long: a partition that can't be locked at once is left for the next run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from uuid import UUID
+
+import asyncpg
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store import partitions
+from tidegate.store.blobs import Blobs
+from tidegate.store.connection import Connections
+from tidegate.store.queries import sql
+from tidegate.telemetry import Log, get_logger
+
+_BATCH = 500
+_TIMEOUT_MS = 30_000
+_HOUSE_EVERY_S = 3_600
+_HOUSE_RETRY_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What a run has deleted; `skipped` partitions were in use and are left for the next run."""
+
+    requests: int = 0
+    blobs: int = 0
+    partitions: int = 0
+    skipped: int = 0
+
+
+async def keep_house(connections: Connections) -> None:
+    """Make partitions ahead for ever; a task of every process, cheap when there is nothing."""
+    while True:
+        try:
+            await connections.run(_make_ahead, timeout_ms=_TIMEOUT_MS)
+            pause_s = _HOUSE_EVERY_S
+        except StoreUnavailable:
+            pause_s = _HOUSE_RETRY_S
+        await asyncio.sleep(pause_s)
+
+
+async def _make_ahead(connection: asyncpg.Connection) -> None:
+    await partitions.make_ahead(connection, datetime.now(UTC).date())
+
+
+async def prune(connections: Connections, blobs: Blobs, retention_days: int) -> PruneReport:
+    cutoff = datetime.now(UTC).date() - timedelta(days=retention_days)
+    requests, files = await _prune_requests(connections, blobs, cutoff)
+    dropped, skipped, bodies = await _prune_partitions(connections, blobs, cutoff)
+    report = PruneReport(requests, files + bodies, dropped, skipped)
+    get_logger().info(
+        Log.PRUNED, requests=requests, blobs=report.blobs, partitions=dropped, skipped=skipped
+    )
+    return report
+
+
+async def _prune_requests(connections: Connections, blobs: Blobs, cutoff: date) -> tuple[int, int]:
+    before = datetime.combine(cutoff, time.min, UTC)
+    requests = files = 0
+    while True:
+
+        async def candidates(connection: asyncpg.Connection) -> tuple[list[UUID], list[str]]:
+            ids = [
+                row["id"] for row in await connection.fetch(sql("prune_candidates"), before, _BATCH)
+            ]
+            found = await connection.fetch(sql("blobs_of_requests"), ids)
+            return ids, [row["blob_key"] for row in found]
+
+        ids, keys = await connections.run(candidates, timeout_ms=_TIMEOUT_MS)
+        if not ids:
+            break
+        await blobs.delete(keys)
+
+        async def delete(connection: asyncpg.Connection, ids: list[UUID] = ids) -> None:
+            await connection.execute(sql("delete_requests"), ids)
+
+        await connections.run(delete, timeout_ms=_TIMEOUT_MS)
+        requests += len(ids)
+        files += len(keys)
+
+    async def forget(connection: asyncpg.Connection) -> None:
+        await connection.execute(sql("forget_workers"), before)
+
+    await connections.run(forget, timeout_ms=_TIMEOUT_MS)
+    return requests, files
+
+
+async def _prune_partitions(
+    connections: Connections, blobs: Blobs, cutoff: date
+) -> tuple[int, int, int]:
+    async def find(connection: asyncpg.Connection) -> list[tuple[str, str]]:
+        return await partitions.older_than(connection, cutoff)
+
+    dropped = skipped = bodies = 0
+    for table, name in await connections.run(find, timeout_ms=_TIMEOUT_MS):
+        if table == "bodies":
+            bodies += await _delete_body_blobs(connections, blobs, name)
+
+        async def drop(
+            connection: asyncpg.Connection, table: str = table, name: str = name
+        ) -> bool:
+            return await partitions.drop(connection, table, name)
+
+        if await connections.run(drop, timeout_ms=_TIMEOUT_MS):
+            dropped += 1
+        else:
+            skipped += 1
+    for table in partitions.TABLES:
+        name = f"{table}_default"
+        if table == "bodies":
+            bodies += await _delete_body_blobs(connections, blobs, name, cutoff)
+
+        async def clear(connection: asyncpg.Connection, name: str = name) -> None:
+            before = datetime.combine(cutoff, time.min, UTC)
+            await connection.execute(f"DELETE FROM {name} WHERE created_at < $1", before)
+
+        await connections.run(clear, timeout_ms=_TIMEOUT_MS)
+    return dropped, skipped, bodies
+
+
+async def _delete_body_blobs(
+    connections: Connections, blobs: Blobs, name: str, cutoff: date | None = None
+) -> int:
+    before = datetime.combine(cutoff or date.max, time.min, UTC)
+
+    async def read(connection: asyncpg.Connection) -> list[str]:
+        found = await connection.fetch(
+            f"SELECT blob_key FROM {name} WHERE blob_key IS NOT NULL AND created_at < $1", before
+        )
+        return [row["blob_key"] for row in found]
+
+    keys = await connections.run(read, timeout_ms=_TIMEOUT_MS)
+    await blobs.delete(keys)
+    return len(keys)

@@ -1,0 +1,37 @@
+"""Loads the named statements of `queries.sql` once, at import.
+
+Invariant: every statement has a name and a description of one line; a test says so.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+
+_HEAD = re.compile(r"^-- name: (?P<name>\w+)\n-- (?P<does>.+)\n", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    name: str
+    does: str
+    sql: str
+
+
+def _load() -> dict[str, Query]:
+    text = files("tidegate.store").joinpath("queries.sql").read_text(encoding="utf-8")
+    heads = list(_HEAD.finditer(text))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    return {
+        head["name"]: Query(head["name"], head["does"], text[head.end() : end].strip())
+        for head, end in zip(heads, ends, strict=True)
+    }
+
+
+QUERIES = _load()
+
+
+def sql(name: str) -> str:
+    """The text of the statement `name`."""
+    return QUERIES[name].sql

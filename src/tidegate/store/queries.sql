@@ -1,0 +1,393 @@
+-- Every statement of the store. Many rows travel as one JSON array in $1, so that a group commit
+-- is one statement whatever its size. Every write to a job is fenced by its claim.
+
+-- name: submit_requests
+-- Insert many jobs at once; an id that is there already is left as it is, so repeats are safe.
+INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
+    prompt, image_uri, model, priority, created_at, deadline_at)
+SELECT id, tenant_id, pool, 'job', 'queued', kind, classified_by, classified_reason,
+    prompt, image_uri, model, priority, created_at, deadline_at
+FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, kind text,
+    classified_by text, classified_reason text, prompt text, image_uri text, model text,
+    priority integer, created_at timestamptz, deadline_at timestamptz)
+ON CONFLICT (id) DO NOTHING
+
+-- name: add_files
+-- Insert the files of requests written in the same transaction.
+INSERT INTO files (id, request_id, tenant_id, role, position, name, mime_type, size_bytes, blob_key)
+SELECT id, request_id, tenant_id, role, position, name, mime_type, size_bytes, blob_key
+FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, role text,
+    position integer, name text, mime_type text, size_bytes bigint, blob_key text)
+ON CONFLICT (id) DO NOTHING
+
+-- name: get_request
+-- One request of a tenant with its place in its queue; the place is counted up to 10,000.
+SELECT r.*, CASE WHEN r.status = 'queued' THEN 1 + (
+    SELECT count(*) FROM (
+        (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
+            AND q.lane = r.lane AND q.priority > r.priority LIMIT 10000)
+        UNION ALL
+        (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
+            AND q.lane = r.lane AND q.priority = r.priority
+            AND (q.created_at, q.id) < (r.created_at, r.id) LIMIT 10000)
+        LIMIT 10000
+    ) AS before
+) END AS place
+FROM requests r
+WHERE r.id = $1 AND r.tenant_id = $2
+
+-- name: get_request_files
+-- All files of one request in their order, uploads first.
+SELECT * FROM files WHERE request_id = $1 ORDER BY role, position
+
+-- name: get_file
+-- One file by its public id, for its owner only.
+SELECT * FROM files WHERE id = $1 AND tenant_id = $2
+
+-- name: get_versions
+-- The versions of many requests: the one query that all long polls of a process share.
+SELECT id, version FROM requests WHERE id = ANY($1::uuid[])
+
+-- name: beat
+-- Say that this worker is alive.
+INSERT INTO workers (instance_id, seen_at) VALUES ($1, now())
+ON CONFLICT (instance_id) DO UPDATE SET seen_at = now()
+
+-- name: ripen
+-- Let retries whose time has come take their place among the ready.
+UPDATE requests SET not_before = NULL, version = version + 1
+WHERE id IN (
+    SELECT id FROM requests WHERE status = 'queued' AND not_before IS NOT NULL
+        AND not_before <= now()
+    ORDER BY not_before LIMIT 500 FOR UPDATE SKIP LOCKED
+)
+
+-- name: claim
+-- Claim up to $3 ready jobs of pool $1, lane $2 for $4: tenants in turn from after tenant $5.
+WITH RECURSIVE later AS (
+    (SELECT tenant_id, 1 AS n FROM requests
+        WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
+            AND pool = $1 AND lane = $2 AND tenant_id > $5
+        ORDER BY tenant_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT r.tenant_id FROM requests r
+        WHERE r.status = 'queued' AND r.claimed_by IS NULL AND r.not_before IS NULL
+            AND r.pool = $1 AND r.lane = $2 AND r.tenant_id > later.tenant_id
+        ORDER BY r.tenant_id LIMIT 1), later.n + 1
+    FROM later WHERE later.tenant_id IS NOT NULL AND later.n < $6
+), earlier AS (
+    (SELECT tenant_id, 1 AS n FROM requests
+        WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
+            AND pool = $1 AND lane = $2 AND tenant_id <= $5
+        ORDER BY tenant_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT r.tenant_id FROM requests r
+        WHERE r.status = 'queued' AND r.claimed_by IS NULL AND r.not_before IS NULL
+            AND r.pool = $1 AND r.lane = $2 AND r.tenant_id > earlier.tenant_id
+            AND r.tenant_id <= $5
+        ORDER BY r.tenant_id LIMIT 1), earlier.n + 1
+    FROM earlier WHERE earlier.tenant_id IS NOT NULL AND earlier.n < $6
+), tenants AS (
+    (SELECT tenant_id, n FROM later WHERE tenant_id IS NOT NULL
+    UNION ALL
+    SELECT tenant_id, $6 + n FROM earlier WHERE tenant_id IS NOT NULL)
+    ORDER BY n LIMIT $6
+), candidates AS MATERIALIZED (
+    SELECT head.id, tenants.n, head.turn
+    FROM tenants CROSS JOIN LATERAL (
+        SELECT id, row_number() OVER (ORDER BY priority DESC, created_at, id) AS turn
+        FROM requests
+        WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
+            AND pool = $1 AND lane = $2 AND tenant_id = tenants.tenant_id
+        ORDER BY priority DESC, created_at, id
+        LIMIT $3
+    ) AS head
+), picked AS MATERIALIZED (
+    SELECT r.id, candidates.n, candidates.turn
+    FROM candidates JOIN requests r ON r.id = candidates.id
+    WHERE r.status = 'queued' AND r.claimed_by IS NULL AND r.not_before IS NULL
+    ORDER BY candidates.turn, candidates.n
+    LIMIT $3
+    FOR UPDATE OF r SKIP LOCKED
+), claimed AS (
+    UPDATE requests r SET claim = r.claim + 1, claimed_by = $4
+    FROM picked WHERE r.id = picked.id
+    RETURNING r.*, picked.n, picked.turn
+)
+SELECT claimed.*, (SELECT count(*) FROM candidates) AS candidates
+FROM claimed ORDER BY turn, n
+
+-- name: any_ready
+-- Whether any ready job is left in pool $1, lane $2: told apart from a lost race for all of them.
+SELECT EXISTS (
+    SELECT 1 FROM requests WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
+        AND pool = $1 AND lane = $2
+)
+
+-- name: get_input_files
+-- The uploads of many claimed jobs, in their order.
+SELECT * FROM files WHERE request_id = ANY($1::uuid[]) AND role = 'input' ORDER BY position
+
+-- name: set_classified
+-- Record the kind that a claimed job turned out to have.
+UPDATE requests SET kind = $3, classified_by = $4, classified_reason = $5, version = version + 1
+WHERE id = $1 AND claim = $2 AND status = 'queued'
+RETURNING id
+
+-- name: begin_running
+-- Mark admitted jobs as running; a repeat under the same claim counts no second attempt.
+UPDATE requests r SET
+    status = 'running',
+    attempts = r.attempts + (r.status = 'queued')::integer,
+    attempt_id = CASE WHEN r.status = 'queued' THEN row.attempt_id ELSE r.attempt_id END,
+    attempt_at = CASE WHEN r.status = 'queued' THEN now() ELSE r.attempt_at END,
+    admitted_at = row.admitted_at,
+    queue_ms = row.queue_ms,
+    used_model = row.model,
+    version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
+    admitted_at timestamptz, queue_ms double precision)
+WHERE r.id = row.id AND r.claim = row.claim AND r.claimed_by = $2
+    AND r.status IN ('queued', 'running')
+RETURNING r.id, r.attempt_id, r.attempt_at, r.attempts, r.tenant_id, r.pool, r.kind
+
+-- name: add_attempts
+-- Insert attempts; one that is there already takes the newer fence and model.
+INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
+    instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
+    upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
+    finish_reason, model_version, response_id, failure)
+SELECT id, coalesce(created_at, now()), request_id, tenant_id, pool, kind, number, claim,
+    instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
+    upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
+    finish_reason, model_version, response_id, failure
+FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
+    tenant_id text, pool text, kind text, number integer, claim bigint, instance_id text,
+    model text, fence_epoch bigint, fence_sequence bigint, outcome text, admitted_at timestamptz,
+    finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
+    input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
+    total_tokens bigint, finish_reason text, model_version text, response_id text, failure jsonb)
+ON CONFLICT (id, created_at) DO UPDATE SET fence_epoch = excluded.fence_epoch,
+    fence_sequence = excluded.fence_sequence, model = excluded.model,
+    admitted_at = excluded.admitted_at, queue_ms = excluded.queue_ms
+
+-- name: end_requests
+-- Bring claimed jobs to their end state with all that is known of them.
+UPDATE requests r SET
+    status = row.status,
+    finished_at = row.finished_at,
+    admitted_at = coalesce(row.admitted_at, r.admitted_at),
+    queue_ms = coalesce(row.queue_ms, r.queue_ms),
+    upstream_ms = row.upstream_ms,
+    used_model = coalesce(row.model, r.used_model),
+    result = row.result,
+    input_tokens = row.input_tokens,
+    output_tokens = row.output_tokens,
+    thoughts_tokens = row.thoughts_tokens,
+    cached_tokens = row.cached_tokens,
+    total_tokens = row.total_tokens,
+    finish_reason = row.finish_reason,
+    failure = row.failure,
+    claimed_by = NULL,
+    not_before = NULL,
+    version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text,
+    finished_at timestamptz, admitted_at timestamptz, queue_ms double precision,
+    upstream_ms double precision, model text, result text, input_tokens bigint,
+    output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
+    finish_reason text, failure jsonb)
+WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
+RETURNING r.*
+
+-- name: retry_requests
+-- Put claimed jobs back into the queue, not before a given time.
+UPDATE requests r SET
+    status = 'queued',
+    claim = r.claim + 1,
+    claimed_by = NULL,
+    not_before = row.not_before,
+    failure = row.failure,
+    upstream_ms = row.upstream_ms,
+    version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, not_before timestamptz,
+    failure jsonb, upstream_ms double precision)
+WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
+RETURNING r.*
+
+-- name: already_written
+-- Which of these writes were committed before, by a try whose reply was lost.
+SELECT r.id
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text)
+JOIN requests r ON r.id = row.id
+WHERE (r.claim = row.claim AND r.status = row.status AND row.status <> 'queued')
+    OR (r.claim = row.claim + 1 AND row.status = 'queued' AND r.status = 'queued')
+
+-- name: end_attempts
+-- Record how attempts ended.
+UPDATE attempts a SET
+    outcome = row.outcome,
+    finished_at = row.finished_at,
+    upstream_ms = row.upstream_ms,
+    input_tokens = row.input_tokens,
+    output_tokens = row.output_tokens,
+    thoughts_tokens = row.thoughts_tokens,
+    cached_tokens = row.cached_tokens,
+    total_tokens = row.total_tokens,
+    finish_reason = row.finish_reason,
+    model_version = row.model_version,
+    response_id = row.response_id,
+    failure = row.failure
+FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, outcome text,
+    finished_at timestamptz, upstream_ms double precision, input_tokens bigint,
+    output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
+    finish_reason text, model_version text, response_id text, failure jsonb)
+WHERE a.id = row.id AND a.created_at = row.created_at
+
+-- name: add_streams
+-- Insert finished streams whole; one that is there already is left, so repeats are safe.
+INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
+    prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
+    finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure)
+SELECT id, tenant_id, pool, 'stream', status, kind, classified_by, classified_reason,
+    prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
+    finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure
+FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, status text,
+    kind text, classified_by text, classified_reason text, prompt text, image_uri text, model text,
+    used_model text, priority integer, created_at timestamptz, deadline_at timestamptz,
+    admitted_at timestamptz, finished_at timestamptz, attempts integer, queue_ms double precision,
+    upstream_ms double precision, result text, input_tokens bigint, output_tokens bigint,
+    thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
+    failure jsonb)
+ON CONFLICT (id) DO NOTHING
+RETURNING *
+
+-- name: add_audit
+-- Append one audit row per ended request.
+INSERT INTO audit (id, request_id, tenant_id, pool, source, status, kind, classified_by,
+    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
+    submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure)
+SELECT id, request_id, tenant_id, pool, source, status, kind, classified_by,
+    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
+    submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure
+FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
+    source text, status text, kind text, classified_by text, classified_reason text,
+    priority integer, model text, model_version text, response_id text, attempts integer,
+    lapses integer, instance_id text, submitted_at timestamptz, admitted_at timestamptz,
+    finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
+    input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
+    total_tokens bigint, finish_reason text, failure jsonb)
+
+-- name: add_bodies
+-- Append the bodies of audit rows: inline as base64, or the key of a blob.
+INSERT INTO bodies (id, role, tenant_id, pool, encoding, size_bytes, data, blob_key)
+SELECT id, role, tenant_id, pool, encoding, size_bytes, decode(data, 'base64'), blob_key
+FROM json_to_recordset($1::json) AS row (id uuid, role text, tenant_id text, pool text,
+    encoding text, size_bytes bigint, data text, blob_key text)
+
+-- name: hand_back
+-- Give claims up at once, as a worker that stops does; not counted as lapses.
+UPDATE requests r SET status = 'queued', claim = r.claim + 1, claimed_by = NULL,
+    version = r.version + (r.status = 'running')::integer
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint), requests old
+WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running') AND old.id = r.id
+RETURNING r.*, old.status AS old_status
+
+-- name: release_strays
+-- Give up claims of worker $1 that it does not know of: their replies were lost.
+UPDATE requests SET claim = claim + 1, claimed_by = NULL
+WHERE id IN (
+    SELECT id FROM requests WHERE claimed_by = $1 AND status = 'queued'
+        AND NOT (id = ANY($2::uuid[]))
+    FOR UPDATE SKIP LOCKED
+)
+RETURNING id, pool
+
+-- name: leave
+-- Forget this worker; what it still had in the queue is ready again.
+WITH returned AS (
+    UPDATE requests SET claim = claim + 1, claimed_by = NULL
+    WHERE claimed_by = $1 AND status = 'queued'
+    RETURNING pool
+), gone AS (
+    DELETE FROM workers WHERE instance_id = $1
+)
+SELECT DISTINCT pool FROM returned
+
+-- name: lock_lapsed
+-- Jobs of workers not seen for $1 milliseconds, counted from the server's own start at the latest.
+SELECT r.id FROM requests r
+WHERE r.claimed_by IS NOT NULL AND r.status IN ('queued', 'running') AND r.claimed_by IN (
+    SELECT claimant.claimed_by FROM (
+        SELECT DISTINCT claimed_by FROM requests
+        WHERE claimed_by IS NOT NULL AND status IN ('queued', 'running')
+    ) AS claimant
+    LEFT JOIN workers w ON w.instance_id = claimant.claimed_by
+    WHERE greatest(w.seen_at, pg_postmaster_start_time())
+        < now() - $1 * interval '1 millisecond'
+)
+ORDER BY r.id LIMIT 500
+FOR UPDATE OF r SKIP LOCKED
+
+-- name: retake
+-- Return locked, lapsed jobs to the queue; a running one lapses, and at $2 lapses it is dead.
+UPDATE requests r SET
+    claim = r.claim + 1,
+    claimed_by = NULL,
+    lapses = r.lapses + (r.status = 'running')::integer,
+    status = CASE WHEN r.status = 'running' AND r.lapses + 1 >= $2 THEN 'dead' ELSE 'queued' END,
+    finished_at = CASE WHEN r.status = 'running' AND r.lapses + 1 >= $2 THEN now() END,
+    failure = CASE WHEN r.status = 'running' AND r.lapses + 1 >= $2 THEN $3::jsonb
+        ELSE r.failure END,
+    version = r.version + (r.status = 'running')::integer
+FROM requests old
+WHERE r.id = ANY($1::uuid[]) AND old.id = r.id
+RETURNING r.*, old.status AS old_status
+
+-- name: expire_due
+-- End up to 500 queued jobs whose deadline has passed, claimed or not; the claim is fenced off.
+UPDATE requests SET status = 'expired', claim = claim + 1, claimed_by = NULL, not_before = NULL,
+    finished_at = now(), failure = $1::jsonb, version = version + 1
+WHERE id IN (
+    SELECT id FROM requests WHERE status = 'queued' AND deadline_at IS NOT NULL
+        AND deadline_at <= now()
+    ORDER BY deadline_at LIMIT 500 FOR UPDATE SKIP LOCKED
+)
+RETURNING *
+
+-- name: requeue_dead
+-- A person's decision: a dead job gets a fresh start.
+UPDATE requests SET status = 'queued', lapses = 0, claim = claim + 1, claimed_by = NULL,
+    failure = NULL, finished_at = NULL, not_before = NULL, version = version + 1
+WHERE id = $1 AND status = 'dead'
+RETURNING pool
+
+-- name: notify
+-- Wake listeners; sent apart from the change itself, since NOTIFY takes an instance-wide lock.
+SELECT pg_notify(channel, payload) FROM unnest($1::text[], $2::text[]) AS t (channel, payload)
+
+-- name: prune_candidates
+-- Ended requests older than $1, oldest first, at most $2.
+SELECT id FROM requests WHERE status NOT IN ('queued', 'running') AND finished_at < $1
+ORDER BY finished_at LIMIT $2
+
+-- name: blobs_of_requests
+-- The blobs of the files of many requests.
+SELECT blob_key FROM files WHERE request_id = ANY($1::uuid[])
+
+-- name: delete_requests
+-- Delete ended requests with their files.
+DELETE FROM requests WHERE id = ANY($1::uuid[]) AND status NOT IN ('queued', 'running')
+
+-- name: forget_workers
+-- Forget workers that have long been gone and hold nothing.
+DELETE FROM workers w WHERE seen_at < $1
+    AND NOT EXISTS (SELECT 1 FROM requests r WHERE r.claimed_by = w.instance_id
+        AND r.status IN ('queued', 'running'))
+
+-- name: blobs_in_use
+-- Which of these blobs are still referred to.
+SELECT blob_key FROM files WHERE blob_key = ANY($1::text[])

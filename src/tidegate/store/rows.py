@@ -1,0 +1,248 @@
+"""Between records and rows: what is sent to PostgreSQL as JSON, and what comes back.
+
+Invariant: text that PostgreSQL can't hold (NUL, lone surrogates) is replaced here, before it can
+spoil the batch of others. Unknown usage stays null, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import asyncpg
+import orjson
+
+from tidegate.call import Attachment, Classification, ClassifiedBy, Kind, Usage, new_id
+from tidegate.store.records import (
+    AttemptResult,
+    ClaimedJob,
+    Failure,
+    FileRecord,
+    Json,
+    NewJob,
+    OutputFile,
+    RequestRecord,
+)
+from tidegate.store.states import Status
+
+USAGE_COLUMNS = (
+    "input_tokens",
+    "output_tokens",
+    "thoughts_tokens",
+    "cached_tokens",
+    "total_tokens",
+)
+
+
+def dumps(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The JSON array that a statement takes as $1."""
+    return orjson.dumps(list(rows), default=str).decode()
+
+
+def clean(text: str) -> str:
+    """`text` as PostgreSQL can hold it."""
+    if "\x00" in text:
+        text = text.replace("\x00", "\ufffd")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def cleaned(value: Any) -> Any:
+    """The same for every string within a row."""
+    if isinstance(value, str):
+        return clean(str(value))
+    if isinstance(value, dict):
+        return {key: cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [cleaned(item) for item in value]
+    return value
+
+
+def job_row(job: NewJob) -> Json:
+    """The columns that a job or stream has from the start."""
+    row = {
+        "id": job.request_id,
+        "tenant_id": job.tenant_id,
+        "pool": job.pool,
+        "kind": job.classification.kind,
+        "classified_by": job.classification.by,
+        "classified_reason": job.classification.reason,
+        "prompt": job.prompt,
+        "image_uri": job.image_uri,
+        "model": job.model,
+        "priority": job.priority,
+        "created_at": job.created_at,
+        "deadline_at": job.deadline_at,
+    }
+    return {key: cleaned(value) for key, value in row.items()}
+
+
+def input_rows(job: NewJob) -> list[Json]:
+    return [
+        {
+            "id": file.file_id,
+            "request_id": job.request_id,
+            "tenant_id": clean(job.tenant_id),
+            "role": "input",
+            "position": position,
+            "name": clean(file.name),
+            "mime_type": clean(file.mime_type),
+            "size_bytes": file.size_bytes,
+            "blob_key": file.blob_key,
+        }
+        for position, file in enumerate(job.attachments)
+    ]
+
+
+def output_rows(request_id: object, tenant_id: str, pictures: Iterable[OutputFile]) -> list[Json]:
+    return [
+        {
+            "id": picture.file_id,
+            "request_id": request_id,
+            "tenant_id": clean(tenant_id),
+            "role": "output",
+            "position": position,
+            "name": clean(picture.name),
+            "mime_type": clean(picture.mime_type),
+            "size_bytes": picture.size_bytes,
+            "blob_key": picture.blob_key,
+        }
+        for position, picture in enumerate(pictures)
+    ]
+
+
+def failure_row(failure: Failure | None) -> Json | None:
+    return None if failure is None else cleaned(asdict(failure))
+
+
+def result_row(result: AttemptResult) -> Json:
+    """The columns that an attempt's end gives to its request, its attempt and its audit row."""
+    row = {
+        "model": result.model,
+        "admitted_at": result.admitted_at,
+        "finished_at": result.finished_at,
+        "queue_ms": result.queue_ms,
+        "upstream_ms": result.upstream_ms,
+        "result": result.text,
+        "finish_reason": result.finish_reason,
+        "model_version": result.model_version,
+        "response_id": result.response_id,
+        "fence_epoch": result.fence[0],
+        "fence_sequence": result.fence[1],
+        **{column: getattr(result.usage, column) for column in USAGE_COLUMNS},
+    }
+    return {key: cleaned(value) for key, value in row.items()}
+
+
+def audit_row(
+    ended: Mapping[str, Any], attempt: Mapping[str, Any], instance_id: str, failure: Json | None
+) -> Json:
+    """One audit row from the ended request as it now stands and what its last attempt said."""
+    columns = (
+        *("tenant_id", "pool", "source", "status", "kind", "classified_by", "classified_reason"),
+        *("priority", "attempts", "lapses", "admitted_at", "finished_at", "queue_ms"),
+        *("upstream_ms", "finish_reason"),
+        *USAGE_COLUMNS,
+    )
+    return {
+        "id": new_id(),
+        "request_id": ended["id"],
+        "submitted_at": ended["created_at"],
+        "model": ended["used_model"] or ended["model"],
+        "model_version": attempt.get("model_version"),
+        "response_id": attempt.get("response_id"),
+        "instance_id": instance_id,
+        "failure": failure,
+        **{column: ended[column] for column in columns},
+    }
+
+
+def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:
+    return ClaimedJob(
+        request_id=_uuid(row["id"]),
+        claim=row["claim"],
+        attempts=row["attempts"],
+        created_at=row["created_at"],
+        prompt=row["prompt"],
+        classification=_classification(row),
+        attachments=tuple(
+            Attachment(
+                file_id=_uuid(file["id"]),
+                name=file["name"],
+                mime_type=file["mime_type"],
+                size_bytes=file["size_bytes"],
+                blob_key=file["blob_key"],
+            )
+            for file in files
+        ),
+        image_uri=row["image_uri"],
+        model=row["model"],
+        priority=row["priority"],
+        deadline_at=row["deadline_at"],
+        tenant_id=row["tenant_id"],
+        pool=row["pool"],
+    )
+
+
+def request_record(row: asyncpg.Record, files: list[asyncpg.Record]) -> RequestRecord:
+    return RequestRecord(
+        request_id=_uuid(row["id"]),
+        tenant_id=row["tenant_id"],
+        source=row["source"],
+        status=Status(row["status"]),
+        classification=_classification(row),
+        model=row["used_model"] or row["model"],
+        priority=row["priority"],
+        attempts=row["attempts"],
+        created_at=row["created_at"],
+        admitted_at=row["admitted_at"],
+        finished_at=row["finished_at"],
+        not_before=row["not_before"],
+        deadline_at=row["deadline_at"],
+        queue_ms=row["queue_ms"],
+        upstream_ms=row["upstream_ms"],
+        text=row["result"],
+        usage=Usage(**{column: row[column] for column in USAGE_COLUMNS}),
+        finish_reason=row["finish_reason"],
+        failure=_failure(row["failure"]),
+        place=row["place"],
+        version=row["version"],
+        files=tuple(file_record(file) for file in files),
+    )
+
+
+def file_record(row: asyncpg.Record) -> FileRecord:
+    return FileRecord(
+        file_id=_uuid(row["id"]),
+        request_id=_uuid(row["request_id"]),
+        tenant_id=row["tenant_id"],
+        role=row["role"],
+        name=row["name"],
+        mime_type=row["mime_type"],
+        size_bytes=row["size_bytes"],
+        blob_key=row["blob_key"],
+    )
+
+
+def _uuid(value: Any) -> Any:
+    # asyncpg's own UUID subclass is faster to make but not what orjson and msgpack know.
+    from uuid import UUID
+
+    return UUID(int=value.int)
+
+
+def _classification(row: asyncpg.Record) -> Classification:
+    kind = row["kind"]
+    return Classification(
+        kind=None if kind is None else Kind(kind),
+        by=ClassifiedBy(row["classified_by"]),
+        reason=row["classified_reason"],
+    )
+
+
+def _failure(raw: str | None) -> Failure | None:
+    return None if raw is None else Failure(**orjson.loads(raw))

@@ -1,0 +1,188 @@
+"""Finished work kept on disk while PostgreSQL is away.
+
+Invariant: what `keep` returned from is on the disk and will be replayed, in order, by this process
+or by the next one with the same folder; never by two at once, since a file belongs to whoever holds
+its lock. Replaying twice is harmless: every write is fenced or keyed.
+
+A file is lines of `<crc32 as 8 hex digits> <JSON>`; a torn last line was never acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import zlib
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from tidegate.call import new_id
+from tidegate.errors import StoreUnavailable
+from tidegate.store.records import Json
+from tidegate.telemetry import Log, get_logger
+
+_SUFFIX = ".spill"
+_CHUNK = 200
+
+
+@dataclass(slots=True)
+class _File:
+    """A spill file whose lock we hold as long as the descriptor is open."""
+
+    path: Path
+    descriptor: int
+
+    def drop(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+class Spill:
+    """At most `max_bytes` in `folder`, other processes' files included as found at the start."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._active: _File | None = None
+        self._sealed: list[_File] = []
+        self._used_bytes = sum(path.stat().st_size for path in self._folder.glob(f"*{_SUFFIX}"))
+        self._queue: list[tuple[bytes, asyncio.Future[None]]] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._replaying = asyncio.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    async def keep(self, entry: Json) -> None:
+        """Return when `entry` is on the disk; raises StoreUnavailable when there is no room."""
+        body = orjson.dumps(entry)
+        line = b"%08x %s\n" % (zlib.crc32(body), body)
+        if self._used_bytes + len(line) > self._max_bytes:
+            raise StoreUnavailable("PostgreSQL is away and the spill is full")
+        self._used_bytes += len(line)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((line, future))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        await future
+
+    async def replay(self, write: Callable[[list[Json]], Awaitable[None]]) -> int:
+        """Hand every entry to `write`, in chunks; a file goes when it is written. Returns how many.
+
+        `write` raises StoreUnavailable to stop; the file then stays for the next time.
+        """
+        async with self._replaying:
+            if self._active is not None and self._writing is None:
+                self._sealed.append(self._active)
+                self._active = None
+            self._sealed += await asyncio.to_thread(self._adopt)
+            count = 0
+            while self._sealed:
+                file = self._sealed[0]
+                size_bytes = file.path.stat().st_size
+                for chunk in _chunks(file.path):
+                    await write(chunk)
+                    count += len(chunk)
+                self._sealed.pop(0)
+                file.drop()
+                self._used_bytes = max(0, self._used_bytes - size_bytes)
+            if count:
+                get_logger().info(Log.SPILL_REPLAYED, entries=count)
+            return count
+
+    def close(self) -> None:
+        """Give up the locks; what is left is for the next process."""
+        for file in [*self._sealed, *([self._active] if self._active else [])]:
+            os.close(file.descriptor)
+        self._sealed.clear()
+        self._active = None
+
+    async def _write(self) -> None:
+        try:
+            while self._queue:
+                batch, self._queue = self._queue, []
+                failure: OSError | None = None
+                try:
+                    await asyncio.to_thread(self._append, b"".join(line for line, _ in batch))
+                except OSError as failed:
+                    failure = failed
+                for line, future in batch:
+                    if failure is not None:
+                        self._used_bytes -= len(line)
+                    if future.done():
+                        continue
+                    if failure is None:
+                        future.set_result(None)
+                    else:
+                        future.set_exception(StoreUnavailable(f"cannot spill to disk: {failure}"))
+        finally:
+            self._writing = None
+
+    def _append(self, data: bytes) -> None:
+        if self._active is None:
+            self._active = self._create()
+            get_logger().warning(Log.SPILLED, path=str(self._active.path))
+        whole = os.fstat(self._active.descriptor).st_size
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._active.descriptor, data[written:])
+            os.fsync(self._active.descriptor)
+        except OSError:
+            os.ftruncate(self._active.descriptor, whole)
+            raise
+
+    def _create(self) -> _File:
+        # Locked before it has its name: another process would take an unlocked file for a dead
+        # one's and remove it under us.
+        hidden = self._folder / f".{new_id()}"
+        descriptor = os.open(hidden, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        path = self._folder / f"{new_id()}{_SUFFIX}"
+        hidden.rename(path)
+        folder = os.open(self._folder, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return _File(path, descriptor)
+
+    def _adopt(self) -> list[_File]:
+        """Lock the files whose process is gone, oldest first."""
+        mine = {file.path for file in self._sealed}
+        found = []
+        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            if path in mine or (self._active is not None and path == self._active.path):
+                continue
+            try:
+                descriptor = os.open(path, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                continue
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                found.append(_File(path, descriptor))
+            else:
+                os.close(descriptor)
+        return found
+
+
+def _chunks(path: Path) -> Iterator[list[Json]]:
+    chunk: list[Json] = []
+    with path.open("rb") as lines:
+        for line in lines:
+            checksum, _, body = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or b"%08x" % zlib.crc32(body) != checksum:
+                continue  # torn by a crash in the middle of a write
+            chunk.append(orjson.loads(body))
+            if len(chunk) == _CHUNK:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk

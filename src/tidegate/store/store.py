@@ -1,0 +1,383 @@
+"""The store's whole public face: jobs in, claims out, ends recorded, the record read.
+
+Invariant: nothing here waits longer than it says, whatever PostgreSQL does; every write may be
+repeated safely; what was promised to be durable is on a disk. The rooms behind it: `connection`
+(deadlines, outages), `claims` (the queue), `recorder` (ends, written behind), `watch` (waiting).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+import asyncpg
+
+from tidegate.call import Classification, Kind
+from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.store import bodies, rows
+from tidegate.store.bell import Bell
+from tidegate.store.blobs import Blobs
+from tidegate.store.claims import Claims, running_row
+from tidegate.store.connection import Connections
+from tidegate.store.migrate import HEAD, revision_of
+from tidegate.store.prune import PruneReport, keep_house, prune
+from tidegate.store.queries import sql
+from tidegate.store.recorder import Recorder
+from tidegate.store.records import (
+    AttemptResult,
+    ClaimedJob,
+    Failure,
+    FileRecord,
+    Json,
+    NewJob,
+    RequestRecord,
+    StreamRecord,
+)
+from tidegate.store.spill import Spill
+from tidegate.store.states import Status
+from tidegate.store.watch import Watch
+from tidegate.store.writer import GroupWriter
+
+SUBMIT_TIMEOUT_MS = 2_000
+READ_TIMEOUT_MS = 2_000
+_CLOSE_TIMEOUT_MS = 6_000
+
+
+class Store:
+    """One per process. Made by `from_url`, then `start()`; `aclose()` at the end."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        spill: Spill,
+        blobs: Blobs,
+        *,
+        instance_id: str,
+        audit_full: Literal["block", "drop"],
+        claim_lease_ms: int,
+    ) -> None:
+        self.blobs = blobs
+        self.instance_id = instance_id
+        self._connections = connections
+        self._bell = Bell(connections)
+        self._watch = Watch(connections, self._bell)
+        self._claims = Claims(
+            connections, self._bell, instance_id=instance_id, lease_ms=claim_lease_ms
+        )
+        self._recorder = Recorder(
+            connections, self._bell, spill, instance_id=instance_id, when_full=audit_full
+        )
+        self._submits: GroupWriter[NewJob, None] = GroupWriter(
+            self._insert, lambda job: 1_000 + len(job.prompt)
+        )
+        self._house: asyncio.Task[None] | None = None
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        instance_id: str,
+        blobs: Blobs,
+        spill_dir: Path,
+        spill_max_bytes: int,
+        audit_full: Literal["block", "drop"],
+        claim_lease_ms: int,
+    ) -> Store:
+        """`instance_id` must be new with every start of a process: claims hang on it."""
+        return cls(
+            Connections(url),
+            Spill(spill_dir, spill_max_bytes),
+            blobs,
+            instance_id=instance_id,
+            audit_full=audit_full,
+            claim_lease_ms=claim_lease_ms,
+        )
+
+    @property
+    def away(self) -> bool:
+        """Whether PostgreSQL is known not to answer at present."""
+        return self._connections.away
+
+    # Life
+
+    async def start(self) -> None:
+        """Begin to connect in the background: PostgreSQL may come later."""
+        self._connections.start()
+        self._recorder.start()
+        self._house = asyncio.create_task(keep_house(self._connections))
+
+    async def aclose(self) -> None:
+        """Write what is pending, or leave it on the disk, within about 10 s; then disconnect."""
+        if self._house is not None:
+            self._house.cancel()
+            await asyncio.gather(self._house, return_exceptions=True)
+        await self._watch.aclose()
+        await self._recorder.aclose(_CLOSE_TIMEOUT_MS)
+        await self._bell.aclose()
+        await self._connections.aclose()
+
+    async def ping(self, timeout_ms: int) -> None:
+        """Ask PostgreSQL on a fresh connection; raises StoreUnavailable."""
+        await self._connections.ping(timeout_ms)
+
+    async def schema_fits(self) -> bool:
+        """Whether the schema is the one that this code needs, or a later one."""
+
+        async def read(connection: asyncpg.Connection) -> str | None:
+            return await revision_of(connection)
+
+        try:
+            revision = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
+        except StoreUnavailable:
+            return False
+        return revision is not None and revision >= HEAD
+
+    # The caller's side
+
+    async def submit(self, job: NewJob) -> None:
+        """Return when the job is committed; submits at the same time share one transaction.
+
+        Raises StoreUnavailable within about 2 s, whatever PostgreSQL does. After a cancellation or
+        StoreUnavailable the job may be there, whole, or not at all.
+        """
+        try:
+            async with asyncio.timeout(SUBMIT_TIMEOUT_MS / 1000 + 0.5):
+                await self._submits.write(job)
+        except TimeoutError:
+            raise StoreUnavailable("PostgreSQL did not commit the job in time") from None
+
+    async def get(self, request_id: UUID, tenant_id: str) -> RequestRecord:
+        """The request as it now stands; raises NotFound or StoreUnavailable."""
+
+        async def read(connection: asyncpg.Connection) -> RequestRecord | None:
+            row = await connection.fetchrow(sql("get_request"), request_id, tenant_id)
+            if row is None:
+                return None
+            files = await connection.fetch(sql("get_request_files"), request_id)
+            return rows.request_record(row, files)
+
+        record = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
+        if record is None:
+            raise NotFound(f"no request {request_id}")
+        return record
+
+    async def wait_change(
+        self, request_id: UUID, tenant_id: str, version: int, timeout_ms: int
+    ) -> RequestRecord:
+        """The request as soon as its version is not `version`, or after `timeout_ms`.
+
+        With too many watchers in this process it answers at once. Cancellation leaves nothing.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
+        changed = self._watch.watch(request_id)
+        if changed is None:
+            return await self.get(request_id, tenant_id)
+        try:
+            while True:
+                changed.clear()
+                record = await self.get(request_id, tenant_id)
+                self._watch.known(request_id, record.version)
+                if record.version != version:
+                    return record
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await changed.wait()
+                except TimeoutError:
+                    return record
+        finally:
+            self._watch.unwatch(request_id, changed)
+
+    async def file(self, file_id: UUID, tenant_id: str) -> FileRecord:
+        """A stored file by its public id; raises NotFound or StoreUnavailable."""
+
+        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            return await connection.fetchrow(sql("get_file"), file_id, tenant_id)
+
+        row = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
+        if row is None:
+            raise NotFound(f"no file {file_id}")
+        return rows.file_record(row)
+
+    async def record_stream(self, record: StreamRecord) -> None:
+        """Accept a finished stream's record; it is written soon, in a batch.
+
+        Waits when the buffer is full and `audit_full` is `block`; else drops and logs. A cancelled
+        caller has recorded it whole or not at all.
+        """
+        await self._recorder.enqueue(await _stream_entry(record, self.blobs))
+
+    # The worker's side
+
+    async def heartbeat(self) -> None:
+        """Say that this worker lives, every third of the claim lease; raises StoreUnavailable."""
+        await self._claims.heartbeat()
+
+    async def leave(self) -> None:
+        """Say that this worker is going; its queued claims are free at once."""
+        await self._claims.leave()
+
+    async def claim(self, *, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
+        """Up to `limit` queued jobs of the kind, None for those still unsure; tenants in turn.
+
+        Raises StoreUnavailable. A cancelled caller's claims are given back by the next heartbeat.
+        """
+        return await self._claims.claim(pool, kind, limit)
+
+    @property
+    def work_mark(self) -> int:
+        """Read before `claim`, given to `wait_work`: work that came in between then counts."""
+        return self._watch.work_mark
+
+    async def wait_work(self, timeout_ms: int, since: int | None = None) -> None:
+        """Return when new work may be there, at the latest after `timeout_ms` or one second."""
+        await self._watch.wait_work(timeout_ms, since)
+
+    async def expire_due(self) -> int:
+        """End queued jobs whose deadline has passed, at most 500; returns how many."""
+        return await self._claims.expire_due()
+
+    async def classified(self, job: ClaimedJob, classification: Classification) -> None:
+        """Record a job's kind; raises ClaimLost or StoreUnavailable."""
+        await self._claims.classified(job, classification)
+
+    async def running(
+        self, job: ClaimedJob, *, model: str, fence: tuple[int, int], queue_ms: float
+    ) -> None:
+        """Record that the job is admitted, before its upstream call; counts an attempt.
+
+        Raises ClaimLost, or StoreUnavailable, after which it may be recorded nevertheless: repeat
+        it, or `hand_back` the job.
+        """
+        row = running_row(job, model, fence, queue_ms)
+        await self._claims.running({**row, "admitted_at": datetime.now(UTC)}, job)
+
+    async def finish(self, job: ClaimedJob, status: Status, result: AttemptResult) -> None:
+        """Record a job's end. While PostgreSQL is away it is kept on disk, and this returns.
+
+        Raises ClaimLost, or StoreUnavailable when the spill is full. A cancelled caller's end is
+        recorded all the same.
+        """
+        row = {
+            **rows.result_row(result),
+            "id": job.request_id,
+            "claim": job.claim,
+            "status": status,
+            "failure": rows.failure_row(result.failure),
+        }
+        entry = {
+            "op": "end",
+            "row": row,
+            "attempt": rows.result_row(result),
+            "files": rows.output_rows(job.request_id, job.tenant_id, result.pictures),
+            "bodies": [
+                await bodies.row_of("request", bodies.body_of_job(job), self.blobs),
+                await bodies.row_of("response", bodies.body_of_result(result), self.blobs),
+            ],
+        }
+        await self._end(job, entry)
+
+    async def retry(self, job: ClaimedJob, result: AttemptResult, not_before: datetime) -> None:
+        """Record a failed attempt and queue the job again, not before then; as `finish` else."""
+        row = {
+            "id": job.request_id,
+            "claim": job.claim,
+            "status": Status.QUEUED,
+            "not_before": not_before,
+            "upstream_ms": result.upstream_ms,
+            "failure": rows.failure_row(result.failure),
+        }
+        attempt = rows.result_row(result)
+        await self._end(
+            job, {"op": "retry", "row": row, "attempt": attempt, "files": [], "bodies": []}
+        )
+
+    async def fail_unadmitted(self, job: ClaimedJob, status: Status, failure: Failure) -> None:
+        """End a job that was never sent upstream; as `finish` else."""
+        row = {
+            "id": job.request_id,
+            "claim": job.claim,
+            "status": status,
+            "finished_at": datetime.now(UTC),
+            "failure": rows.failure_row(failure),
+        }
+        body = await bodies.row_of("request", bodies.body_of_job(job), self.blobs)
+        await self._end(
+            job, {"op": "end", "row": row, "attempt": None, "files": [], "bodies": [body]}
+        )
+
+    async def hand_back(self, jobs: Sequence[ClaimedJob]) -> None:
+        """Give claims up, so that others may have the jobs at once; raises StoreUnavailable."""
+        if jobs:
+            await self._claims.hand_back(jobs)
+
+    async def retake_lapsed(self) -> list[UUID]:
+        """Return dead workers' jobs to the queue, at most 500; returns their ids.
+
+        Does nothing until this process has had its own heartbeats answered for a whole lease.
+        """
+        return await self._claims.retake_lapsed()
+
+    # The operator's side
+
+    async def requeue(self, request_id: UUID) -> None:
+        """Give a dead job a fresh start; raises NotFound when there is no such dead job."""
+
+        async def requeue(connection: asyncpg.Connection) -> str | None:
+            pool: str | None = await connection.fetchval(sql("requeue_dead"), request_id)
+            return pool
+
+        pool = await self._connections.run(requeue)
+        if pool is None:
+            raise NotFound(f"no dead job {request_id}")
+        self._bell.changed([request_id])
+        self._bell.work([pool])
+
+    async def prune(self, retention_days: int) -> PruneReport:
+        """Delete what ended more than `retention_days` ago, in small steps; safe to cut short."""
+        return await prune(self._connections, self.blobs, retention_days)
+
+    async def _insert(self, jobs: Sequence[NewJob]) -> list[Exception | None]:
+        requests = rows.dumps(rows.job_row(job) for job in jobs)
+        files = [file for job in jobs for file in rows.input_rows(job)]
+
+        async def insert(connection: asyncpg.Connection) -> None:
+            await connection.execute(sql("submit_requests"), requests)
+            if files:
+                await connection.execute(sql("add_files"), rows.dumps(files))
+
+        await self._connections.run(insert, timeout_ms=SUBMIT_TIMEOUT_MS)
+        self._bell.work({job.pool for job in jobs})
+        return [None] * len(jobs)
+
+    async def _end(self, job: ClaimedJob, entry: Json) -> None:
+        written = await self._recorder.record(entry)
+        if written:
+            self._claims.settled(job)
+
+
+async def _stream_entry(record: StreamRecord, blobs: Blobs) -> Json:
+    job, result = record.job, record.result
+    failure = record.failure or (result.failure if result else None)
+    row: Json = {} if result is None else rows.result_row(result)
+    row = {
+        **row,
+        "used_model": None if result is None else rows.clean(result.model),
+        **rows.job_row(job),
+        "status": record.status,
+        "finished_at": record.finished_at,
+        "attempts": 0 if result is None else 1,
+        "failure": rows.failure_row(failure),
+        "claim": 0,
+    }
+    own_bodies = [await bodies.row_of("request", bodies.body_of_job(job), blobs)]
+    files = rows.input_rows(job)
+    if result is not None:
+        files += rows.output_rows(job.request_id, job.tenant_id, result.pictures)
+        own_bodies.append(await bodies.row_of("response", bodies.body_of_result(result), blobs))
+    attempt = None if result is None else rows.result_row(result)
+    return {"op": "stream", "row": row, "attempt": attempt, "files": files, "bodies": own_bodies}

@@ -1,0 +1,56 @@
+"""Fixtures of the store's tests: stores on a real PostgreSQL, and jobs to put into them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from tests.databases import database_template, database_url
+from tidegate.call import new_id
+from tidegate.store.blobs import Blobs
+from tidegate.store.store import Store
+
+__all__ = ["database_template", "database_url"]
+
+MakeStore = Callable[..., Awaitable[Store]]
+
+
+@pytest.fixture
+async def make_store(tmp_path: Path) -> AsyncIterator[MakeStore]:
+    """`await make_store(url, **overrides)`: a started store, closed after the test."""
+    async with AsyncExitStack() as stack:
+
+        async def make(url: str, **overrides: Any) -> Store:
+            values = {
+                "instance_id": f"w-{new_id()}",
+                "blobs": Blobs.from_url("", tmp_path),
+                "spill_dir": tmp_path / f"spill-{new_id()}",
+                "spill_max_bytes": 10_000_000,
+                "audit_full": "block",
+                "claim_lease_ms": 600,
+            }
+            store = Store.from_url(url, **{**values, **overrides})
+            await store.start()
+            stack.push_async_callback(store.aclose)
+            return store
+
+        yield make
+
+
+@pytest.fixture
+async def store(make_store: MakeStore, database_url: str) -> Store:
+    """A store on a healthy, shared server."""
+    return await make_store(database_url)
+
+
+@pytest.fixture
+async def peek(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection that looks into the test's database from outside."""
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()

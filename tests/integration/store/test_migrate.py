@@ -1,0 +1,51 @@
+"""Migrations on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store import partitions
+from tidegate.store.migrate import HEAD, migrate
+
+
+async def test_a_migration_reports_its_revision_and_the_next_has_nothing_to_do(
+    empty_database_url: str,
+) -> None:
+    assert await migrate(empty_database_url) == HEAD
+    assert await migrate(empty_database_url) is None
+
+
+async def test_the_code_needs_the_newest_revision(empty_database_url: str) -> None:
+    folder = Path(partitions.__file__).parent / "migrations" / "versions"
+    assert max(path.name[1:5] for path in folder.glob("r0*.py")) == HEAD
+
+
+async def test_processes_that_migrate_at_once_are_safe(empty_database_url: str) -> None:
+    code = (
+        "import asyncio, sys; from tidegate.store.migrate import migrate; "
+        "print(asyncio.run(migrate(sys.argv[1])))"
+    )
+    children = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", code, empty_database_url), stdout=asyncio.subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    outputs = [(await child.communicate())[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert any(HEAD.encode() in output for output in outputs)
+    connection = await asyncpg.connect(empty_database_url)
+    count = await connection.fetchval("SELECT count(*) FROM alembic_version")
+    await connection.close()
+    assert count == 1
+
+
+async def test_migrating_without_a_server_says_that_the_store_is_away() -> None:
+    with pytest.raises(StoreUnavailable):
+        await migrate("postgresql://nobody@127.0.0.1:1/nothing")
