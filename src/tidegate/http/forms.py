@@ -8,37 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Never, Protocol
+from typing import Any, Never
 from urllib.parse import parse_qsl
 
+import anyio
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from tidegate.call import Attachment, Kind, new_id
 from tidegate.config import Config
-from tidegate.errors import InvalidRequest, UnsupportedMedia
+from tidegate.errors import InvalidRequest, StoreUnavailable, UnsupportedMedia
 from tidegate.http.body import Body, Pace
 from tidegate.http.fields import FIELDS, Fields, from_form, read_fields
 from tidegate.http.multipart import Form, MultipartReader, Upload, boundary_of
 from tidegate.providers.addresses import Address, is_public
+from tidegate.store.blobs import Blobs, new_key
 
 CONTENT_TYPES = (
     "application/json, multipart/form-data (for files) or application/x-www-form-urlencoded"
 )
 CLEAN_UP_S = 10.0
-
-
-class BlobSink(Protocol):
-    """What is needed of the blob store."""
-
-    def new_key(self, now: datetime) -> str: ...
-    async def put(self, key: str, data: bytes) -> None: ...
-    async def put_file(self, key: str, path: Path) -> None: ...
-    async def delete(self, keys: list[str]) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +49,7 @@ class Submission:
 async def read_submission(
     request: Request,
     config: Config,
-    blobs: BlobSink,
+    blobs: Blobs,
     *,
     is_allowed: Callable[[Address], bool] = is_public,
     pace: Pace | None = None,
@@ -208,7 +200,14 @@ def _parse_pairs(raw: bytes) -> dict[str, str]:
     return values
 
 
-async def _keep(uploads: list[Upload], blobs: BlobSink) -> tuple[Attachment, ...]:
+async def discard(submission: Submission, blobs: Blobs) -> None:
+    """Delete the files of a submission that will not be recorded. Not cut off by cancellation."""
+    keys = [attachment.blob_key for attachment in submission.attachments]
+    if keys:
+        await _to_the_end(blobs.delete(keys))
+
+
+async def _keep(uploads: list[Upload], blobs: Blobs) -> tuple[Attachment, ...]:
     """Put every upload into the blob store, or none."""
     now = datetime.now(UTC)
     kept: list[Attachment] = []
@@ -219,35 +218,36 @@ async def _keep(uploads: list[Upload], blobs: BlobSink) -> tuple[Attachment, ...
                 name=upload.name or "file",
                 mime_type=upload.mime_type,
                 size_bytes=upload.spool.size_bytes,
-                blob_key=blobs.new_key(now),
+                blob_key=new_key(now),
             )
             kept.append(attachment)
             # A put that is cut off may still land: let it end, so that deleting comes after it.
             await _to_the_end(_put(attachment.blob_key, upload, blobs))
-    except BaseException:
-        if kept:
-            await _to_the_end(_discard([attachment.blob_key for attachment in kept], blobs))
+    except BaseException as failed:
+        try:
+            await _to_the_end(blobs.delete([attachment.blob_key for attachment in kept]))
+        except StoreUnavailable as left:
+            failed.add_note(f"blobs are left behind: {left}")
         raise
     return tuple(kept)
 
 
-async def _put(key: str, upload: Upload, blobs: BlobSink) -> None:
+async def _put(key: str, upload: Upload, blobs: Blobs) -> None:
     if upload.spool.path is None:
         await blobs.put(key, upload.spool.data)
     else:
         await blobs.put_file(key, upload.spool.path)
 
 
-async def _discard(keys: list[str], blobs: BlobSink) -> None:
-    await blobs.delete(keys)
-
-
-async def _to_the_end(work: Any) -> None:
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
     """Run `work` to its end though we are cancelled meanwhile, then pass the cancellation on."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait([task], timeout=CLEAN_UP_S)
+        # A scope of anyio, such as starlette's, cancels again and again: hence the shield.
+        with anyio.move_on_after(CLEAN_UP_S, shield=True):
+            await asyncio.wait([task])
+        if task.done() and not task.cancelled() and (failed := task.exception()):
+            raise asyncio.CancelledError from failed
         raise

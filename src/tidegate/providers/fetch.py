@@ -129,7 +129,8 @@ class ImageFetcher:
         mime_type = picture_type(bytes(data[:256]))
         if mime_type is None:
             raise refused("is not an image of a type that is taken")
-        return Media(mime_type=mime_type, data=bytes(data), name=response.url.name[:128])
+        name = "".join(letter for letter in response.url.name if letter.isprintable())
+        return Media(mime_type=mime_type, data=bytes(data), name=name[:128])
 
     def _too_large(self) -> FetchRefused:
         return refused(f"is larger than {self._max_bytes} bytes")

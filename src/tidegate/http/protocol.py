@@ -1,0 +1,315 @@
+"""uvicorn's HTTP/1.1 protocol with bounds on what one connection may cost.
+
+Bounds: the size, number and duration of a request's head; what surrounds a body's bytes; pipelined
+requests; a client that does not read. A body that was refused before its end is neither read on
+nor cut with a reset: the response goes out, we say that we are done, and close a little later.
+
+Invariant: no connection stays open without progress for longer than its timers say. This builds
+on internals of uvicorn: `tests/integration/http_input/test_uvicorn_internals.py` pins them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from uvicorn._types import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    Scope,
+)
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+if sys.platform == "linux":
+    from fcntl import ioctl
+    from termios import TIOCOUTQ
+
+# A slow client's error on the record should be the one that the route raises: it comes first.
+_AFTER_THE_ROUTE_S = 5.0
+
+
+def bounded(*, receive_timeout_ms: int, stalled_reader_ms: int) -> type[BoundedProtocol]:
+    """The protocol with timers from the settings of the same names."""
+    timers = {
+        "HEAD_TIMEOUT_S": receive_timeout_ms / 1000,
+        "STALLED_READER_S": stalled_reader_ms / 1000 + _AFTER_THE_ROUTE_S,
+    }
+    return type("BoundedProtocol", (BoundedProtocol,), timers)
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Give it to uvicorn as `http=`; see `bounded` for timers from the settings."""
+
+    MAX_HEADERS = 100
+    MAX_HEAD_BYTES = 64 * 1024
+    MAX_PIPELINED = 16
+    HEAD_TIMEOUT_S = 15.0  # from the connection, or a request's first byte, to its head's end
+    STALLED_READER_S = 30.0  # a response is being written and the client reads nothing of it
+    CLOSING_S = 5.0  # the same when we are closing
+    LINGER_S = 2.0  # how long, and how much, an early response waits for the client to stop
+    LINGER_BYTES = 1024 * 1024
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._in_head = True
+        self._head_bytes = 0
+        self._overhead_bytes = 0  # of a body: what came in beside its content
+        self._body_bytes = 0
+        self._refusal: tuple[int, str, str] | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._write_paused = False
+        self._answered_early = False
+        self._lingering = False
+        self._lingered_bytes = 0
+        self._linger_timer: asyncio.TimerHandle | None = None
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lingering = True  # nothing is to be begun any more
+        for timer in (self._head_timer, self._write_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._write_timer = self._linger_timer = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > self.LINGER_BYTES:
+                self.transport.abort()
+            return
+        while data and not self._lingering and not self.transport.is_closing():
+            # In pieces: what is over a head's bound is never given to the parser.
+            room = self.MAX_HEAD_BYTES - self._head_bytes if self._in_head else len(data)
+            piece, data = data[:room], data[room:]
+            self._feed(piece)
+            if self._in_head and self._head_bytes >= self.MAX_HEAD_BYTES:
+                self._refuse(431, "headers_too_large", "the request's head is larger than 64 KB")
+                return
+
+    def _feed(self, piece: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(piece)
+        else:
+            self._overhead_bytes += len(piece)
+        super().data_received(piece)
+        if self._in_head and self._head_bytes:
+            self._arm_head_timer()
+        if self._overhead_bytes > self.MAX_HEAD_BYTES + 8 * self._body_bytes:
+            self._refuse(400, "bad_request", "the request's chunks and trailers are too large")
+
+    # What the parser calls; an error raised here ends the connection by `send_400_response`
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer: nobody here asks for any, and it must not pass for a header
+        if len(self.headers) >= self.MAX_HEADERS:
+            self._refusal = (431, "too_many_headers", f"more than {self.MAX_HEADERS} headers")
+            raise ValueError(self._refusal[2])
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_bytes = self._overhead_bytes = self._body_bytes = 0
+        self._disarm_head_timer()
+        super().on_headers_complete()
+        if len(self.pipeline) > self.MAX_PIPELINED:
+            self._refusal = (429, "too_many_pipelined", "too many requests at once")
+            raise ValueError(self._refusal[2])
+
+    def on_body(self, body: bytes) -> None:
+        self._overhead_bytes -= len(body)
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head = True
+        self._head_bytes = self._overhead_bytes = self._body_bytes = 0
+
+    # The answer
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        async def answer(
+            scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+        ) -> None:
+            async def send_on(message: ASGISendEvent) -> None:
+                if message["type"] == "http.response.start" and cycle.more_body:
+                    self._answered_early = True
+                    named = [
+                        pair for pair in message.get("headers", ()) if pair[0] != b"connection"
+                    ]
+                    message["headers"] = [*named, (b"connection", b"close")]
+                    await send(message)
+                    cycle.keep_alive = True  # else uvicorn would close, and so reset, at once
+                else:
+                    await send(message)
+
+            try:
+                await app(scope, receive, send_on)
+            finally:
+                self.loop.call_soon(self._watch_closing)
+
+        super()._start_asgi_task(cycle, answer)
+
+    def on_response_complete(self) -> None:
+        if self._answered_early:
+            self.server_state.total_requests += 1
+            self._linger()
+        else:
+            super().on_response_complete()
+            self._watch_closing()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls when the parser fails; we call it for our own bounds too."""
+        status, code, detail = self._refusal or (400, "bad_request", msg)
+        cycle = self.cycle
+        mid_response = bool(self.pipeline) or (
+            cycle is not None and cycle.response_started and not cycle.response_complete
+        )
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.pipeline.clear()
+        if mid_response or self.transport.is_closing():
+            self.transport.close()
+            self._watch_closing()
+            return
+        phrase = HTTPStatus(status).phrase
+        body = orjson.dumps(
+            {
+                "type": f"urn:tidegate:problem:{code}",
+                "title": phrase,
+                "status": status,
+                "detail": detail,
+                "code": code,
+            }
+        )
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/problem+json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+        self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
+        self._linger()
+
+    def _refuse(self, status: int, code: str, detail: str) -> None:
+        self._refusal = (status, code, detail)
+        self.send_400_response(detail)
+
+    # Timers
+
+    def _arm_head_timer(self) -> None:
+        if self._head_timer is None and not self._lingering:
+            self._head_timer = self.loop.call_later(self.HEAD_TIMEOUT_S, self._head_timeout)
+
+    def _disarm_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_timeout(self) -> None:
+        self._head_timer = None
+        if self._lingering or self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Half of the next request came in during a long answer, which is not to be cut.
+            self._arm_head_timer()
+        elif self._head_bytes:
+            self._refuse(408, "request_timeout", "the request's head arrives too slowly")
+        else:
+            # Browsers open connections in advance: an answer to nothing would confuse them.
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Say that we are done, and give the client time to read it before the connection ends.
+
+        Closing while its bytes come in would send a reset, which can destroy the answer.
+        """
+        if self._lingering or self.transport.is_closing():
+            return
+        self._lingering = True
+        self._disarm_head_timer()
+        self._unset_keepalive_if_required()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._linger_timer = self.loop.call_later(self.LINGER_S, self._end_linger)
+        else:
+            self._end_linger()
+
+    def _end_linger(self) -> None:
+        self.transport.close()
+        self._watch_closing()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_paused = True
+        self._watch_writes(self.STALLED_READER_S)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._write_paused = False
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._watch_closing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_closing()
+
+    def _watch_closing(self) -> None:
+        if self.transport.is_closing():
+            self._watch_writes(self.CLOSING_S)
+
+    def _watch_writes(self, interval_s: float) -> None:
+        """Abort the connection if the client takes nothing for `interval_s`."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        if self.transport.get_write_buffer_size():
+            self._write_timer = self.loop.call_later(
+                interval_s, self._check_writes, interval_s, self._unread_bytes()
+            )
+
+    def _check_writes(self, interval_s: float, before: int) -> None:
+        self._write_timer = None
+        if not self._write_paused and not self.transport.is_closing():
+            return
+        if self.transport.get_write_buffer_size() and self._unread_bytes() >= before:
+            self.transport.abort()
+        else:
+            self._watch_writes(interval_s)
+
+    def _unread_bytes(self) -> int:
+        """What the client has yet to take, in our buffer and, where it says so, the kernel's."""
+        ours = self.transport.get_write_buffer_size()
+        if sys.platform != "linux":
+            return ours
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < 0:
+            return ours
+        theirs = ioctl(sock.fileno(), TIOCOUTQ, b"\0\0\0\0")
+        return ours + int.from_bytes(theirs, sys.byteorder)
