@@ -211,10 +211,11 @@ async def test_a_client_that_leaves_is_noticed_within_ten_milliseconds(
     assert (stats.in_flight, stats.client_gone, stats.finished) == (0, 10, 0)
 
 
+@pytest.mark.parametrize("new_one_first", [False, True])
 async def test_closing_one_call_and_opening_the_next_at_once_is_never_over(
-    emulator: Emulator,
+    emulator: Emulator, new_one_first: bool
 ) -> None:
-    """The new request may be read before the disconnect: the kernel knows who has left."""
+    """The server reads the new request before the disconnect: the kernel knows who has left."""
     await emulator.control.set_behaviour(concurrency={"text_only": 2}, first_byte_ms=60_000)
     body = b'{"contents":[{"parts":[{"text":"Hello"}]}]}'
     head = "POST /v1beta/models/m:generateContent?key=k HTTP/1.1\r\nHost: x\r\n"
@@ -225,13 +226,22 @@ async def test_closing_one_call_and_opening_the_next_at_once_is_never_over(
     async def arrived(count: int) -> bool:
         return (await text_only(emulator)).arrived == count
 
+    for opened in sockets:
+        opened.sendall(request[:-2])
     for opened in sockets[:2]:
-        opened.sendall(request)
+        opened.sendall(request[-2:])
     await wait_until(lambda: arrived(2))
     for turn, pair in enumerate(zip(sockets, sockets[2:], strict=False), start=3):
-        # Nothing of the server runs between these two lines.
+        rest = request[-2:]
+        if new_one_first:
+            # A socket that was ready in this turn of the loop is the first in the next turn's list.
+            pair[1].sendall(rest[:1])
+            rest = rest[1:]
+            await asyncio.sleep(0)
+        # Nothing of the server runs between these two lines. The handler of the new call waits for
+        # the last byte, and goes on before the handler of the closed one is cancelled.
         pair[0].close()
-        pair[1].sendall(request)
+        pair[1].sendall(rest)
         await wait_until(partial(arrived, turn))
     stats = await text_only(emulator)
     for opened in sockets[-2:]:

@@ -22,7 +22,7 @@ def draw(prompt: str, size_px: int) -> bytes:
     hue = digest[0] / 256
     start = _colour(hue, 0.55, 0.95)
     end = _colour((hue + 0.15 + digest[1] / 512) % 1, 0.75, 0.55)
-    # Every row is a slice of one diagonal ramp, so a picture costs one pass over 2 * size - 1 pixels.
+    # Every row is a slice of one diagonal ramp of 2 * size - 1 pixels.
     steps = max(2 * size_px - 2, 1)
     ramp = b"".join(
         bytes(round(a + (b - a) * step / steps) for a, b in zip(start, end, strict=True))

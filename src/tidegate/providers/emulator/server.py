@@ -38,6 +38,18 @@ EMBEDDING_DIMENSIONS = 768
 _EMULATED = {EMULATOR_HEADER: "1"}
 
 
+class _Listener(web.Server):
+    """Tells of a lost connection at once: the handler's own cancellation comes two turns later."""
+
+    def __init__(self, state: State, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._state = state
+
+    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
+        self._state.connection_lost(handler)
+        super().connection_lost(handler, exc)
+
+
 class EmulatorServer:
     def __init__(self, state: State) -> None:
         self.state = state
@@ -54,8 +66,12 @@ class EmulatorServer:
                 message, payload, protocol, writer, task, loop, client_max_size=most_bytes
             )
 
-        return web.Server(
-            self.handle, request_factory=make, handler_cancellation=True, access_log=None
+        return _Listener(
+            self.state,
+            self.handle,
+            request_factory=make,
+            handler_cancellation=True,
+            access_log=None,
         )
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:

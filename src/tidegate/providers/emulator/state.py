@@ -47,6 +47,7 @@ class State:
         self.faults = Faults(settings.faults, self.random)
         self._gate = Gate(self.behaviour.concurrency, self.behaviour.rates)
         self._in_flight: dict[int, LoggedCall] = {}
+        self._call_on: dict[object, LoggedCall] = {}  # aiohttp's protocol of a connection -> call
 
     def reset(self) -> None:
         """As at the start: counters, log, windows, files, faults, behaviour, random numbers."""
@@ -83,6 +84,8 @@ class State:
             raise LimitReached(wire.refused(refusal, model))
         self.ledger.start(call)
         self._in_flight[call.id] = call
+        protocol = request.protocol
+        self._call_on[protocol] = call
         fd = self.presence.watch(request, call.id)
         try:
             yield call
@@ -96,6 +99,12 @@ class State:
             self.ledger.end(call, "finished")
             self.presence.forget(fd, call.id)
             del self._in_flight[call.id]
+            self._call_on.pop(protocol, None)
+
+    def connection_lost(self, protocol: object) -> None:
+        """The server has just seen this connection end."""
+        if protocol in self._call_on:
+            self.ledger.end(self._call_on[protocol], "client_gone")
 
     def _refusal(self, kind: str, input_tokens: int) -> Refusal | None:
         in_flight = self.ledger.of(kind).in_flight
