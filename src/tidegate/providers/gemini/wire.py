@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -19,7 +19,6 @@ from typing import Any
 import httpx2
 
 from tidegate.errors import UpstreamGarbled, UpstreamTimeout
-from tidegate.providers.gemini.cancelling import cancelled_once, uninterrupted
 from tidegate.providers.gemini.faults import Wreck
 from tidegate.providers.gemini.timeouts import Timeouts
 
@@ -98,7 +97,7 @@ class _Body(httpx2.AsyncByteStream):
         # The timeout is round this await alone, so a reader that is slow to ask costs nothing.
         try:
             async with asyncio.timeout_at(due) as limit:
-                return await cancelled_once(_next_of(chunks))
+                return await anext(chunks, None)
         except TimeoutError:
             if limit.expired():
                 raise ran_out(self._exchange.phase, self._wire.timeouts) from None
@@ -109,10 +108,6 @@ class _Body(httpx2.AsyncByteStream):
             await self._inner.aclose()
         finally:
             self._exchange.closed()
-
-
-async def _next_of(chunks: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(chunks, None)
 
 
 class Wire(httpx2.AsyncBaseTransport):
@@ -180,9 +175,7 @@ class Wire(httpx2.AsyncBaseTransport):
                         limit.reschedule(exchange.first_byte_due)
 
                 request.extensions = {**request.extensions, "trace": trace}
-                return await cancelled_once(
-                    self._inner.handle_async_request(request), httpx2.Response.aclose
-                )
+                return await self._inner.handle_async_request(request)
         except TimeoutError:
             if limit.expired():
                 raise ran_out(exchange.phase, self.timeouts) from None
@@ -226,3 +219,17 @@ class Scope:
 def ran_out(phase: str, timeouts: Timeouts) -> UpstreamTimeout:
     limit_ms = timeouts.of(phase)
     return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)
+
+
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Finish `work` even if the caller is cancelled meanwhile, then let the cancellation go on."""
+    task = asyncio.ensure_future(work)
+    interrupted: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as cancelled:
+            interrupted = cancelled
+    if interrupted is not None:
+        raise interrupted
+    task.result()
