@@ -10,9 +10,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-HEAD_CHARS = 3000
-TAIL_CHARS = 2000
-NORMAL_CHARS = 8000  # compatibility forms may grow to many characters
+HEAD_CHARS = 1600
+TAIL_CHARS = 1000
+NORMAL_CHARS = 3000  # compatibility forms may grow to many characters
 
 _INVISIBLE = dict.fromkeys(
     [0x00AD, 0x0640, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFE0E, 0xFE0F, 0xFEFF]

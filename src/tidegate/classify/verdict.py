@@ -13,6 +13,8 @@ FIRST_CLAUSES = 5
 LAST_CLAUSES = 4
 SURE_IMAGE_CHARS = 500
 SURE_TEXT_CHARS = 2500
+DESCRIBED_POINTS = 1.2
+SURE_POINTS = 3.0
 
 # Parameters that only image generators have: "--ar 16:9", "/imagine", "<lora:x:0.8>".
 _PARAMETER = re.compile(
@@ -21,7 +23,7 @@ _PARAMETER = re.compile(
 )
 _OPTICS = re.compile(
     r"\b\d{2,3} ?mm\b|\bf ?/ ?\d|\b(?:4|8|16) ?k\b|\b(?:16:9|9:16|4:3|3:2|2:3|21:9|1:1)\b"
-    r"|\b\d{3,4} ?[x×] ?\d{3,4}\b|\biso ?\d{2,4}\b"
+    r"|\b\d{3,4} ?[x\u00d7] ?\d{3,4}\b|\biso ?\d{2,4}\b"
 )
 
 
@@ -78,16 +80,26 @@ def _weigh(marked: Marked, readings: list[Reading], with_image: bool) -> Verdict
         if markup is not None:
             return Verdict(False, False, markup.reason)
         return Verdict(True, _sure_image(marked, readings), strong.reason)
-    if _PARAMETER.search(marked.text):
+    asked = any(r.strong for r in texts) and not marked.text.startswith("/")
+    if _PARAMETER.search(marked.text) and not asked:
         return Verdict(True, not texts, "has an image generator's parameters")
     if texts:
         return _text(marked, readings, texts[0].reason, with_image)
-    if wishes:
-        return Verdict(True, False, wishes[0].reason)
     points = scene_points(marked.marks) + len(_OPTICS.findall(marked.text))
-    if points >= (1.0 if with_image else SCENE_POINTS):
-        return Verdict(True, False, "reads like the description of a picture")
+    if wishes:
+        return Verdict(True, _sure_image(marked, readings), wishes[0].reason)
+    if points >= _points_needed(marked, with_image):
+        sure = points >= SURE_POINTS and _sure_image(marked, readings)
+        return Verdict(True, sure, "reads like the description of a picture")
     return _text(marked, readings, "nothing asks for a picture", with_image)
+
+
+def _points_needed(marked: Marked, with_image: bool) -> float:
+    if with_image:
+        return 1.0
+    first = marked.marks[0] if marked.marks else None
+    described = first is not None and first.has(Label.ARTICLE) and first.start == 0
+    return DESCRIBED_POINTS if described and "?" not in marked.text else SCENE_POINTS
 
 
 def _sure_image(marked: Marked, readings: list[Reading]) -> bool:
@@ -116,5 +128,14 @@ def _text(marked: Marked, readings: list[Reading], reason: str, with_image: bool
     pictures = any(m.has(Label.PICTURE) for m in marked.marks)
     asked = bool(readings) and readings[0].lean is Lean.TEXT and readings[0].strong
     short = len(marked.text) <= SURE_TEXT_CHARS
+    if asked and _opens_with_question(marked) and all(r.lean is not Lean.IMAGE for r in readings):
+        return Verdict(False, short and scene_points(marked.marks) < SURE_POINTS, reason)
     sure = asked and short and not hinted and not (makes and pictures and not with_image)
     return Verdict(False, sure, reason)
+
+
+def _opens_with_question(marked: Marked) -> bool:
+    """Whether the first word that says anything asks for words."""
+    fillers = (Label.LEAD, Label.COMMON, Label.PREP, Label.OPENER)
+    first = next((m for m in marked.marks if not m.has(*fillers) or m.has(Label.ASK)), None)
+    return first is not None and first.has(Label.ASK, Label.COVER) and not first.has(Label.DRAW)

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from importlib.resources import files
 
@@ -27,11 +27,14 @@ class Label(StrEnum):
 
     COMMON = "common"  # only tells the language
     LEAD = "lead"  # may stand directly before a command: please, you, then
+    JOIN = "join"  # and, then: may also stand before a command, and joins two wishes
+    WISH = "wish"  # I want to: perhaps the writer means to do it
     ASK = "ask"  # wants words: explain, write, what, how
     COVER = "cover"  # wants words, and what follows is its material: translate, summarise
     OPENER = "opener"  # a question when it opens one: is, does
     DRAW = "draw"  # makes pictures by itself: draw, paint
     MAKE = "make"  # makes anything: create, generate
+    GENERATE = "generate"  # makes, by an image model's word
     WANT = "want"  # asks for a thing: show me, I need
     EDIT = "edit"  # changes a picture, if there is one
     TURN = "turn"  # changes a thing into another: convert, turn
@@ -43,6 +46,7 @@ class Label(StrEnum):
     IDIOM = "idiom"  # paint a picture (of)
     FORMAT = "format"  # a drawing written as text: SVG, ASCII, Mermaid
     TOOL = "tool"  # a language or program, unless it is the thing drawn: Python
+    ARTICLE = "article"  # a, two: opens a description
     PREP = "prep"  # ends the noun phrase that a verb governs
     NEGATION = "negation"
     STYLE = "style"  # how a picture looks: watercolour, bokeh
@@ -111,21 +115,31 @@ def _load() -> _Table:
 def _add(table: _Table, language: str, source: str) -> None:
     data = tomllib.loads(source)
     flags = set(data.get("syntax", []))
-    keeps, unspaced = "keeps_accents" in flags, "unspaced" in flags
-    table.syntax[language] = Syntax(**{f: True for f in flags - {"keeps_accents", "unspaced"}})
-    for label, words in data["words"].items():
+    order = flags & {field.name for field in fields(Syntax)}
+    table.syntax[language] = Syntax(**dict.fromkeys(order, True))
+    for name, words in data["words"].items():
+        label = Label(name)
         for word in words.split():
-            shape = word.casefold() if keeps or unspaced else plain(word.casefold())
-            entry = Entry(tuple(shape.split("_")), language, Label(label), keeps)
-            if unspaced and has_unspaced(shape):
-                table.unspaced[shape[0]].append(
-                    Entry((shape.replace("_", " "),), language, Label(label), keeps)
-                )
-            else:
-                table.words[entry.parts[0]].append(entry)
+            _add_word(table, flags, language, label, word.casefold())
     for word in data.get("typos", "").split():
         for wrong in _misspellings(word):
             table.typos.setdefault(wrong, word)
+
+
+def _add_word(table: _Table, flags: set[str], language: str, label: Label, word: str) -> None:
+    keeps, unspaced = "keeps_accents" in flags, "unspaced" in flags
+    shape = word if keeps or unspaced else plain(word)
+    if unspaced and has_unspaced(shape):
+        entry = Entry((shape.replace("_", " "),), language, label, keeps)
+        table.unspaced[shape[0]].append(entry)
+        return
+    forms = [shape]
+    if label in (Label.VISUAL, Label.STYLE) and len(shape) >= 4 and "_" not in shape:
+        forms += [shape[:-1] + "*"] if "inflected" in flags else []
+        forms += [shape + "*"] if "suffixed" in flags else []
+    for form in forms:
+        entry = Entry(tuple(form.split("_")), language, label, keeps)
+        table.words[entry.parts[0]].append(entry)
 
 
 def _misspellings(word: str) -> Iterator[str]:
@@ -138,7 +152,7 @@ def _misspellings(word: str) -> Iterator[str]:
 
 
 TABLE = _load()
-_SWAPPED_PREFIXES = ("وال", "بال", "لل", "ال", "و", "ب", "ل")
+_ARABIC_PREFIXES = ("وال", "بال", "لل", "ال", "و", "ب", "ل")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,30 +182,46 @@ def mark(text: str) -> Marked:
 
 
 def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
+    known: dict[str, list[Entry]] = {}
     for at, token in enumerate(words):
-        found = False
-        for shape, kept in _shapes(token):
-            for key in _keys(shape):
-                for entry in TABLE.words.get(key, ()):
-                    if entry.keeps_accents == kept and _follows(text, words, at, entry):
-                        found = True
-                        last = words[at + len(entry.parts) - 1]
-                        exact = not entry.parts[-1].endswith("*")
-                        yield _Hit(entry, token.start, last.end, len(entry.parts), exact)
-        right = None if found else TABLE.typos.get(token.plain)
-        if right is not None:
-            for entry in TABLE.words.get(right, ()):
-                if len(entry.parts) == 1:
-                    yield _Hit(entry, token.start, token.end, 1, True)
+        entries = known.get(token.kept)
+        if entries is None:
+            entries = known[token.kept] = _entries(token)
+        for entry in entries:
+            if _follows(text, words, at, entry):
+                last = words[at + len(entry.parts) - 1]
+                exact = not entry.parts[-1].endswith("*")
+                yield _Hit(entry, token.start, last.end, len(entry.parts), exact)
+
+
+def _entries(token: Token) -> list[Entry]:
+    """What may begin with this word, its misspellings corrected when nothing else does."""
+    entries = [
+        entry
+        for shape, kept in _shapes(token)
+        for key in _keys(shape)
+        for entry in TABLE.words.get(key, ())
+        if entry.keeps_accents == kept
+    ]
+    right = TABLE.typos.get(token.plain)
+    if entries or right is None:
+        return entries
+    return [entry for entry in TABLE.words[right] if len(entry.parts) == 1]
 
 
 def _shapes(token: Token) -> Iterator[tuple[str, bool]]:
     yield token.plain, False
     yield token.kept, True
+    if len(token.plain) > 4 and token.plain.endswith("s") and token.plain not in TABLE.words:
+        yield token.plain[:-1], False
+        if token.plain.endswith("ies"):
+            yield token.plain[:-3] + "y", False
     if "\u0600" <= token.plain[0] <= "\u06ff":
-        for prefix in _SWAPPED_PREFIXES:
+        for prefix in _ARABIC_PREFIXES:
             if token.plain.startswith(prefix) and len(token.plain) > len(prefix) + 2:
                 yield token.plain[len(prefix) :], False
+        if token.plain.endswith("ا") and len(token.plain) > 3:
+            yield token.plain[:-1], False
 
 
 def _keys(word: str) -> Iterator[str]:
