@@ -55,6 +55,9 @@ _CLOSED_V6 = tuple(
     )
 )
 _CLOSED_NAMES = ("localhost", "metadata", "metadata.google.internal")
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_NAME = re.compile(rf"(?!.{{254}}){_LABEL}(\.{_LABEL})*")
+_AUTHORITY = re.compile(r"[^/?#]*//([^/?#]*)")
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f\\]")
 # How inet_aton reads a host: 2130706433, 0x7f.1, 0177.0.0.1, 127.1.
 _LOOKS_NUMERIC = re.compile(r"(.*\.)?(0[xX][0-9a-fA-F]*|[0-9]+)\.?")
@@ -86,11 +89,13 @@ def check_uri(uri: str, is_allowed: Callable[[Address], bool] = is_public) -> UR
     host = (url.raw_host or "").rstrip(".").lower()
     if not host:
         raise refused("names no host")
-    if url.raw_user is not None or url.raw_password is not None or "@" in url.raw_authority:
+    # Of the text itself: the parser drops an empty name, and brackets that hold no address.
+    authority = found[1] if (found := _AUTHORITY.match(uri)) else ""
+    if "@" in authority:
         raise refused("has a user name or password in it")
     if port not in (80, 443) and (port is None or port < 1024):
         raise refused("names a port that is not allowed")
-    _check_host(host, is_allowed)
+    _check_host(host, is_allowed, bracketed="[" in authority)
     return url.with_fragment(None)
 
 
@@ -99,13 +104,13 @@ def refused(problem: str) -> FetchRefused:
     return FetchRefused("image_uri", f"image_uri {problem}", allowed=ALLOWED)
 
 
-def _check_host(host: str, is_allowed: Callable[[Address], bool]) -> None:
+def _check_host(host: str, is_allowed: Callable[[Address], bool], *, bracketed: bool) -> None:
     try:
         address = ip_address(host)
     except ValueError:
         if _LOOKS_NUMERIC.fullmatch(host):
             raise refused("spells an address in numbers in an unusual way") from None
-        if ":" in host or "%" in host:
+        if bracketed or not _NAME.fullmatch(host):
             raise refused("is not a URL") from None
         name_is_closed = host in _CLOSED_NAMES or host.endswith(".localhost")
         if name_is_closed and not is_allowed(IPv4Address("127.0.0.1")):

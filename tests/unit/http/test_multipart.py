@@ -128,7 +128,8 @@ async def test_the_pieces_in_which_a_body_arrives_do_not_matter(
 ) -> None:
     whole = multipart(*parts)
     whole = whole[: end.draw(st.sampled_from([len(whole), len(whole) - 7]))]
-    pieces, at = [], 0
+    pieces: list[bytes] = []
+    at = 0
     while at < len(whole):
         size = cuts[len(pieces) % len(cuts)]
         pieces.append(whole[at : at + size])

@@ -61,10 +61,10 @@ async def test_closed_while_a_cancelled_writer_is_in_its_thread_nothing_is_left(
     begun, go = threading.Event(), threading.Event()
     mkdir = Path.mkdir
 
-    def slow_mkdir(folder: Path, *args: int, **named: bool) -> None:
+    def slow_mkdir(folder: Path, *, parents: bool, exist_ok: bool) -> None:
         begun.set()
         assert go.wait(10)
-        mkdir(folder, *args, **named)
+        mkdir(folder, parents=parents, exist_ok=exist_ok)
 
     monkeypatch.setattr(Path, "mkdir", slow_mkdir)
     spool = Spool(tmp_path / "tmp", memory_bytes=1)
