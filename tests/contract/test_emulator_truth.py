@@ -59,48 +59,63 @@ async def text_only(emulator: Emulator) -> KindStats:
     return (await emulator.control.stats())["text_only"]
 
 
+async def in_flight(emulator: Emulator, count: int) -> bool:
+    return (await emulator.control.stats()).in_flight == count
+
+
 async def test_over_the_concurrency_limit_is_refused_and_counted_as_over(
     emulator: Emulator, session: aiohttp.ClientSession
 ) -> None:
-    await emulator.control.set_behaviour(concurrency={"text_only": 3}, first_byte_ms=150)
-    answers = await asyncio.gather(*(post(session, emulator.url) for _ in range(8)))
-    statuses = sorted(status for status, _ in answers)
-    assert statuses == [200] * 3 + [429] * 5
-    refused = next(body for status, body in answers if status == 429)
-    assert "Concurrent" in str(refused["error"]["details"])
+    await emulator.control.set_behaviour(concurrency={"text_only": 3})
+    await emulator.control.set_fault("hang", count=3)
+    tasks = [asyncio.create_task(post(session, emulator.url)) for _ in range(8)]
+    await wait_until(lambda: sum(task.done() for task in tasks) == 5)
+    answers = [task.result() for task in tasks if task.done()]
+    assert [status for status, _ in answers] == [429] * 5
+    assert "Concurrent" in str(answers[0][1]["error"]["details"])
     stats = await text_only(emulator)
-    assert (stats.over, stats.max_in_flight, stats.in_flight) == (5, 3, 0)
+    assert (stats.over, stats.max_in_flight, stats.in_flight) == (5, 3, 3)
     assert stats.refused == {"concurrency:text_only": 5}
-    assert (stats.arrived, stats.started, stats.finished) == (8, 3, 3)
+    assert (stats.arrived, stats.started, stats.finished) == (8, 3, 0)
+    for task in tasks:
+        task.cancel()
+    await wait_until(partial(in_flight, emulator, 0))
+    assert (await post(session, emulator.url))[0] == 200
+    assert (await text_only(emulator)).over == 5
 
 
 async def test_a_total_limit_bounds_all_kinds_together_and_kinds_are_apart(
     emulator: Emulator, session: aiohttp.ClientSession
 ) -> None:
-    await emulator.control.set_behaviour(
-        concurrency={"text_only": 1, "total": 2}, first_byte_ms=150
-    )
     image = "gemini-2.5-flash-image"
-    answers = await asyncio.gather(
-        post(session, emulator.url),
-        post(session, emulator.url),
-        post(session, emulator.url, model=image),
-        post(session, emulator.url, model=image),
-    )
-    assert sorted(status for status, _ in answers) == [200, 200, 429, 429]
+    await emulator.control.set_behaviour(concurrency={"text_only": 1, "total": 2})
+    await emulator.control.set_fault("hang")
+    first = asyncio.create_task(post(session, emulator.url))
+    await wait_until(partial(in_flight, emulator, 1))
+    assert (await post(session, emulator.url))[0] == 429
+    second = asyncio.create_task(post(session, emulator.url, model=image))
+    await wait_until(partial(in_flight, emulator, 2))
+    assert (await post(session, emulator.url, model=image))[0] == 429
     stats = await emulator.control.stats()
     assert stats["text_only"].refused == {"concurrency:text_only": 1}
     assert stats["image_generation"].refused == {"concurrency:total": 1}
     assert stats.max_in_flight == 2
+    first.cancel()
+    second.cancel()
 
 
 async def test_without_a_limit_the_peak_is_what_was_open_at_once(
     emulator: Emulator, session: aiohttp.ClientSession
 ) -> None:
-    await emulator.control.set_behaviour(first_byte_ms=200)
-    await asyncio.gather(*(post(session, emulator.url) for _ in range(30)))
+    await emulator.control.set_fault("hang")
+    for count in (30, 10):
+        tasks = [asyncio.create_task(post(session, emulator.url)) for _ in range(count)]
+        await wait_until(partial(in_flight, emulator, count))
+        for task in tasks:
+            task.cancel()
+        await wait_until(partial(in_flight, emulator, 0))
     stats = await text_only(emulator)
-    assert (stats.max_in_flight, stats.over, stats.finished) == (30, 0, 30)
+    assert (stats.max_in_flight, stats.over, stats.client_gone) == (30, 0, 40)
 
 
 class Clock:
@@ -193,11 +208,7 @@ async def test_a_client_that_leaves_is_noticed_within_ten_milliseconds(
     for turn in range(1, 11):
         _, writer = await asyncio.open_connection("127.0.0.1", emulator.port)
         writer.write(head.encode() + body)
-
-        async def in_flight() -> bool:
-            return (await text_only(emulator)).in_flight == 1
-
-        await wait_until(in_flight)
+        await wait_until(partial(in_flight, emulator, 1))
         left_ns = time.time_ns()
         writer.close()
 
@@ -273,17 +284,13 @@ async def test_reset_forgets_but_keeps_count_of_what_still_runs(
     await post(session, emulator.url, "ended")
     await emulator.control.set_fault("hang")
     task = asyncio.create_task(post(session, emulator.url, "running"))
-
-    async def in_flight(count: int) -> bool:
-        return (await text_only(emulator)).in_flight == count
-
-    await wait_until(lambda: in_flight(1))
+    await wait_until(partial(in_flight, emulator, 1))
     await emulator.control.reset()
     stats = await text_only(emulator)
     assert (stats.arrived, stats.started, stats.max_in_flight, stats.finished) == (1, 1, 1, 0)
     assert [call.prompt for call in await emulator.control.calls()] == ["running"]
     task.cancel()
-    await wait_until(lambda: in_flight(0))
+    await wait_until(partial(in_flight, emulator, 0))
     assert (await post(session, emulator.url))[0] == 200
     stats = await text_only(emulator)
     assert (stats.finished, stats.client_gone) == (1, 1)
@@ -355,10 +362,10 @@ async def test_its_own_process_writes_its_port_serves_and_stops_cleanly(
         await control.set_fault("hang", count=1)
         hanging = asyncio.create_task(post(session, url))
 
-        async def in_flight() -> bool:
+        async def hangs() -> bool:
             return (await control.stats()).in_flight == 1
 
-        await wait_until(in_flight)
+        await wait_until(hangs)
         assert (await post(session, url))[0] == 429
         assert (await control.stats())["text_only"].over == 1
     running.send_signal(number)
