@@ -90,6 +90,7 @@ def _redacted(value: Any) -> Any:
 def _redact_event(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
+    event.pop("color_message", None)  # uvicorn's second copy of its text, with terminal codes
     for name, value in event.items():
         if name in _STRUCTLOG_OWN:
             continue

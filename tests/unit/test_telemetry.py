@@ -148,6 +148,17 @@ def test_other_libraries_do_not_report_each_request_even_at_debug(
     assert [line["event"] for line in _json_lines(capsys)] == ["heard"]
 
 
+def test_the_text_of_uvicorn_is_there_once_and_without_terminal_codes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("json", "info", process="api-1")
+    coloured = {"color_message": "Started [\x1b[36m%d\x1b[0m]"}
+    logging.getLogger("uvicorn.error").info("Started [%d]", 7, extra=coloured)
+    (line,) = _json_lines(capsys)
+    assert line["event"] == "Started [7]"
+    assert "color_message" not in line
+
+
 def test_a_line_from_a_thread_names_its_process_too(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("json", "info", process="worker-2")
     thread = threading.Thread(target=lambda: get_logger().info(Log.STARTED))
