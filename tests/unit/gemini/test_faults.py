@@ -1,0 +1,175 @@
+"""The table from Gemini's error bodies to our errors."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.errors import (
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamUnauthorized,
+    UpstreamUnavailable,
+)
+from tidegate.providers.gemini import faults
+
+RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
+QUOTA = "type.googleapis.com/google.rpc.QuotaFailure"
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["error", "code", "status", "message", "details", "violations"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+def mapped(status: int, headers: dict[str, str] | None = None, **error: Any) -> UpstreamError:
+    return faults.from_status(status, error, headers or {}, secret="s3cret")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, UpstreamRejected),
+        (401, UpstreamUnauthorized),
+        (403, UpstreamUnauthorized),
+        (404, UpstreamRejected),
+        (408, UpstreamUnavailable),
+        (413, UpstreamRejected),
+        (429, UpstreamThrottled),
+        (499, UpstreamUnavailable),
+        (500, UpstreamUnavailable),
+        (504, UpstreamUnavailable),
+        (301, UpstreamRejected),
+        (204, UpstreamGarbled),
+    ],
+)
+def test_each_status_has_its_error(status: int, kind: type[UpstreamError]) -> None:
+    error = mapped(status)
+    assert type(error) is kind
+    assert error.status == status
+
+
+@pytest.mark.parametrize(
+    ("message", "delay", "header", "expected_ms"),
+    [
+        ("Please retry in 53.0s.", "47s", "9", 47_000),
+        ("Please retry in 53.25s.", None, "9", 53_250),
+        ("Please retry in 640.5ms.", None, None, 640),
+        ("Slow down", None, "9", 9_000),
+        ("Slow down", "0.5s", None, 500),
+        ("Slow down", "soon", None, None),
+        ("Slow down", "-3s", None, None),
+        ("Slow down", "999999999s", None, 86_400_000),
+        ("Slow down", None, "nan", None),
+        ("Slow down", None, None, None),
+    ],
+)
+def test_how_long_to_wait_is_read_from_retry_info_then_the_message_then_the_header(
+    message: str, delay: str | None, header: str | None, expected_ms: int | None
+) -> None:
+    details = [{"@type": RETRY_INFO, "retryDelay": delay}] if delay else []
+    headers = {"retry-after": header} if header else {}
+    error = mapped(429, headers, message=message, details=details)
+    assert error.retry_after_ms == expected_ms
+
+
+def test_a_retry_after_header_may_be_a_date() -> None:
+    at = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    found = mapped(503, {"retry-after": at}).retry_after_ms
+    assert found is not None
+    assert 55_000 < found <= 60_000
+    assert mapped(503, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}).retry_after_ms == 0
+
+
+@pytest.mark.parametrize(
+    ("quota_id", "day"),
+    [
+        ("GenerateRequestsPerDayPerProjectPerModel-FreeTier", True),
+        ("GenerateRequestsPerMinutePerProjectPerModel-FreeTier", False),
+        (None, False),
+    ],
+)
+def test_a_quota_per_day_is_told_from_one_per_minute(quota_id: str | None, day: bool) -> None:
+    details = [{"@type": QUOTA, "violations": [7, {"quotaId": quota_id}]}]
+    error = mapped(429, details=details)
+    assert isinstance(error, UpstreamThrottled)
+    assert error.day_quota is day
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"details": [{"reason": "API_KEY_INVALID"}]},
+        {"message": "API key not valid. Please pass a valid API key."},
+        {"message": "API key expired. Please renew the API key."},
+    ],
+)
+def test_a_400_about_the_key_means_that_the_key_is_dead(error: dict[str, Any]) -> None:
+    assert type(mapped(400, **error)) is UpstreamUnauthorized
+
+
+@pytest.mark.parametrize("field", ["code", "status"])
+def test_the_code_of_an_error_object_is_its_number_or_its_word(field: str) -> None:
+    assert faults.code_of({"code": 429, "status": "RESOURCE_EXHAUSTED"}) == 429
+    assert faults.code_of({"code": "503"}) == 503
+    assert faults.code_of({"status": "PERMISSION_DENIED"}) == 403
+    assert faults.code_of({field: None}) == 500
+    assert faults.code_of({"code": 200}) == 500
+
+
+@pytest.mark.parametrize(
+    ("tail", "code"),
+    [
+        (b'{"error": {"code": 1}}', 1),
+        (b'[{\n "error": {\n "code": 2}}\n]\n', 2),
+        (b'data: {"a": 1}\r\n\r\ndata: {"error": {"code": 3}}\r\n\r\n', 3),
+        (b'cut off"}\n\ndata: [{"error":\ndata: {"code": 4}}]', 4),
+        (b'data:{"error": {"code": 5}}\n\ndata: {"b": 1}\n\n', 5),
+    ],
+)
+def test_an_error_object_is_found_in_the_last_bytes(tail: bytes, code: int) -> None:
+    found = faults.error_in(tail)
+    assert found is not None
+    assert found["code"] == code
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b"\xff\xfe", b'data: {"text": "\\"error\\" is a word"}\n\n', b'{"error": null}']
+)
+def test_no_error_object_is_found_where_there_is_none(tail: bytes) -> None:
+    assert faults.error_in(tail) is None
+
+
+def test_messages_are_one_bounded_line_without_keys() -> None:
+    key = "AIzaSy" + "k" * 33
+    text = f"s3cret and {key}\n at https://u:pw@h/x?key=abc&upload_id=def " + "y" * 2_000
+    message = faults.clean(text, "s3cret")
+    for hidden in ("s3cret", key, "pw", "abc", "def", "\n"):
+        assert hidden not in message
+    assert len(message) < 510
+
+
+@given(JSON, st.integers(100, 599))
+def test_no_error_body_of_any_shape_breaks_the_table(body: Any, status: int) -> None:
+    error = body if isinstance(body, dict) else {"details": body, "message": body}
+    assert isinstance(faults.from_status(status, error, {}, secret=""), UpstreamError)
+    assert 400 <= faults.code_of(error) <= 599
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_the_search_for_an_error_object(tail: bytes) -> None:
+    faults.error_in(b'data: {"error": ' + tail)
