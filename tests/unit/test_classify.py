@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_a_prompt_that_wants_words_is_text(prompt: str) -> None:
         "logo for a coffee shop, flat vector, minimal",
         "genrate an imgae of a cat",
         "DRAW A DRAGON",
-        "draw a dragon",  # full-width letters
+        "\uff44\uff52\uff41\uff57 a dragon",  # full-width letters
         "\u200bdraw\u200b a dragon",
         "Générer une image d'un château",
         "Ge\u0301ne\u0301rer une image d'un cha\u0302teau",  # the same, decomposed
@@ -168,7 +169,7 @@ def steps(prompt: str) -> int:
     """Calls and lines of our own code that a classification runs: no clock, so no flicker."""
     count = 0
 
-    def trace(frame: FrameType, event: str, arg: object) -> Callable[..., object] | None:
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal count
         if "classify" not in frame.f_code.co_filename:
             return None

@@ -17,7 +17,9 @@ NORMAL_CHARS = 3000  # compatibility forms may grow to many characters
 _INVISIBLE = dict.fromkeys(
     [0x00AD, 0x0640, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFE0E, 0xFE0F, 0xFEFF]
 )
-_ALIKE = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "`", "ł": "l", "ø": "o", "ı": "i"})
+_ALIKE = str.maketrans(
+    {"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "`", "ł": "l", "ø": "o", "\u0131": "i"}
+)
 _LATIN_MARKS = re.compile("[\u0300-\u036f\u064b-\u065f\u0670]+")
 
 # Scripts that write no spaces between words (or glue endings on): matched inside, not word by word.
@@ -29,7 +31,7 @@ _CLAUSE_END = re.compile(r"[!?;\n\u3002\u037e\u061f\u0964\u2026]+|\.(?=\s|$)|\.(
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _QUOTES = [
     re.compile(f"{start}[^{start}{end}\n]{{2,400}}{end}")
-    for start, end in ('""', "“”", "„“", "„”", "«»", "»«", "「」", "『』", "‹›", "““")
+    for start, end in ('""', "“”", "„“", "„”", "«»", "»«", "「」", "『』", "\u2039\u203a", "““")
 ]
 _SINGLE_QUOTE = re.compile(r"(?<![^\s(:,])'(?=\S)[^'\n]{2,400}'(?![^\W_])")
 
@@ -64,7 +66,7 @@ def normalise(prompt: str) -> str:
     """Clipped, NFKC, case-folded, without invisible characters; accents are still there."""
     text = unicodedata.normalize("NFKC", clip(prompt)).translate(_INVISIBLE)
     text = unicodedata.normalize("NFC", text.casefold())
-    return text[:NORMAL_CHARS].replace("’", "'").replace("‘", "'").strip()
+    return text[:NORMAL_CHARS].replace("\u2019", "'").replace("\u2018", "'").strip()
 
 
 def plain(word: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tidegate.classify.grammar import SCENE_POINTS, Lean, Reading, read_clause, scene_points
+from tidegate.classify.clause import SCENE_POINTS, Lean, Reading, participles, scene_points
+from tidegate.classify.grammar import read_clause
 from tidegate.classify.text import clauses, normalise, without_quotations
 from tidegate.classify.vocabulary import Label, Marked, mark
 
@@ -86,6 +87,7 @@ def _weigh(marked: Marked, readings: list[Reading], with_image: bool) -> Verdict
     if texts:
         return _text(marked, readings, texts[0].reason, with_image)
     points = scene_points(marked.marks) + len(_OPTICS.findall(marked.text))
+    points += 0.6 * participles(marked) if points > 0 else 0.0
     if wishes:
         return Verdict(True, _sure_image(marked, readings), wishes[0].reason)
     if points >= _points_needed(marked, with_image):
@@ -130,7 +132,14 @@ def _text(marked: Marked, readings: list[Reading], reason: str, with_image: bool
     short = len(marked.text) <= SURE_TEXT_CHARS
     if asked and _opens_with_question(marked) and all(r.lean is not Lean.IMAGE for r in readings):
         return Verdict(False, short and scene_points(marked.marks) < SURE_POINTS, reason)
-    sure = asked and short and not hinted and not (makes and pictures and not with_image)
+    depicts = sum(m.has(Label.VISUAL) for m in marked.marks) > 1
+    sure = (
+        asked
+        and short
+        and not hinted
+        and not (makes and depicts)
+        and not (makes and pictures and not with_image)
+    )
     return Verdict(False, sure, reason)
 
 

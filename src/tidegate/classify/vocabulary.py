@@ -91,6 +91,8 @@ class _Table:
     unspaced: defaultdict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     syntax: dict[str, Syntax] = field(default_factory=dict)
     typos: dict[str, str] = field(default_factory=dict)
+    arabic_prefixes: list[str] = field(default_factory=list)
+    arabic_endings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ def _add(table: _Table, language: str, source: str) -> None:
         label = Label(name)
         for word in words.split():
             _add_word(table, flags, language, label, word.casefold())
+    table.arabic_prefixes += data.get("prefixes", "").split()
+    table.arabic_endings += data.get("endings", "").split()
     for word in data.get("typos", "").split():
         for wrong in _misspellings(word):
             table.typos.setdefault(wrong, word)
@@ -152,7 +156,6 @@ def _misspellings(word: str) -> Iterator[str]:
 
 
 TABLE = _load()
-_ARABIC_PREFIXES = ("وال", "بال", "لل", "ال", "و", "ب", "ل")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +220,12 @@ def _shapes(token: Token) -> Iterator[tuple[str, bool]]:
         if token.plain.endswith("ies"):
             yield token.plain[:-3] + "y", False
     if "\u0600" <= token.plain[0] <= "\u06ff":
-        for prefix in _ARABIC_PREFIXES:
+        for prefix in TABLE.arabic_prefixes:
             if token.plain.startswith(prefix) and len(token.plain) > len(prefix) + 2:
                 yield token.plain[len(prefix) :], False
-        if token.plain.endswith("ا") and len(token.plain) > 3:
-            yield token.plain[:-1], False
+        for ending in TABLE.arabic_endings:
+            if token.plain.endswith(ending) and len(token.plain) > 3:
+                yield token.plain[: -len(ending)], False
 
 
 def _keys(word: str) -> Iterator[str]:
