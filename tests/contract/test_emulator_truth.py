@@ -205,6 +205,7 @@ async def test_a_client_that_leaves_is_noticed_within_ten_milliseconds(
     body = b'{"contents":[{"parts":[{"text":"Hello"}]}]}'
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     late = []
+    tasks_before = len(asyncio.all_tasks())
     for turn in range(1, 11):
         _, writer = await asyncio.open_connection("127.0.0.1", emulator.port)
         writer.write(head.encode() + body)
@@ -218,6 +219,8 @@ async def test_a_client_that_leaves_is_noticed_within_ten_milliseconds(
         await wait_until(gone)
         late.append(((await emulator.control.calls())[-1].ended_ns or 0) - left_ns)
     assert sorted(late)[len(late) // 2] < 10_000_000
+    # Their handlers are cancelled, not left to sleep on.
+    await wait_until(lambda: len(asyncio.all_tasks()) <= tasks_before)
     stats = await text_only(emulator)
     assert (stats.in_flight, stats.client_gone, stats.finished) == (0, 10, 0)
 
