@@ -1,0 +1,376 @@
+"""The limiter as its users see it: permits of a pool, shared by all processes through Valkey.
+
+Owns the tasks, the thread and the three connections of one process in one pool. Invariant: what
+`acquire` let in is counted in the pool until the body has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Self
+
+from tidegate.errors import (
+    AdmissionError,
+    DeadlineExceeded,
+    DemandImpossible,
+    LimiterUnavailable,
+    QueueFull,
+    ShuttingDown,
+    TidegateError,
+)
+from tidegate.limiter.courier import Courier
+from tidegate.limiter.heartbeat import STALLED_S, Heartbeat
+from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.lease import now_ms
+from tidegate.limiter.ledger import Holding, Ledger, Waiter
+from tidegate.limiter.limits import DEFAULT_HARD_MS, PoolPolicy
+from tidegate.limiter.link import Link, LinkDown
+from tidegate.limiter.listener import Listener
+from tidegate.limiter.observer import Observer
+from tidegate.limiter.permit import Acquisition, Permit
+from tidegate.limiter.scripts import load
+from tidegate.limiter.snapshot import LimitView, LocalState, Snapshot
+from tidegate.limiter.wire import InspectReply
+
+logger = logging.getLogger("tidegate.limiter")
+
+MAX_WAITERS = 100_000
+# How long a closing limiter waits for bodies that it has cancelled.
+CLOSE_BODIES_S = 1.0
+
+
+class Limiter:
+    """Permits of one pool for this process. Enter it, or call `start` and `aclose`."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool: str,
+        policy: PoolPolicy,
+        instance_id: str | None = None,
+        observer: Observer | None = None,
+        max_waiters: int = MAX_WAITERS,
+        stalled_s: float = STALLED_S,
+    ) -> None:
+        self.pool = pool
+        self.instance_id = instance_id
+        self._url = url
+        self._keys = Keyspace(pool)
+        self._observer = observer if observer is not None else Observer()
+        self._max_waiters = max_waiters
+        self._stalled_s = stalled_s
+        self._ledger = Ledger()
+        self._link = Link(url)
+        self._courier = Courier(self._link, self._keys, policy, self._ledger, self._observer)
+        self._heartbeat: Heartbeat | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._carrying: asyncio.Task[None] | None = None
+        self._closing = False
+        self._idle = asyncio.Event()
+        self._wait_ewma_ms: dict[str, float] = {}
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        pool: str,
+        policy: PoolPolicy,
+        instance_id: str | None = None,
+        observer: Observer | None = None,
+    ) -> Limiter:
+        """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`).
+
+        `instance_id` only names the process for people: every start is a new session, so that
+        nobody can take over what a process of the same name still holds.
+        """
+        return cls(url, pool=pool, policy=policy, instance_id=instance_id, observer=observer)
+
+    def __repr__(self) -> str:
+        return f"<Limiter {self.pool} {self._courier.state} {self._ledger!r}>"
+
+    @property
+    def policy(self) -> PoolPolicy:
+        """The policy in force, as far as this process knows."""
+        return self._courier.policy
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def start(self) -> None:
+        """Enter the pool. Starts in the state `away` when Valkey does not answer.
+
+        Raises ConfigError for what no retry mends: a server that may evict our keys, or a pool
+        that a process of another layout uses.
+        """
+        loop = asyncio.get_running_loop()
+        courier = self._courier
+        self._heartbeat = Heartbeat(
+            self._url,
+            courier.sid,
+            self._keys,
+            courier.lease,
+            tell_changed=lambda: _tell(loop, courier.refresh),
+            tell_paused=lambda: _tell(loop, courier.paused),
+            stalled_s=self._stalled_s,
+        )
+        listener = Listener(
+            self._url,
+            self._keys.channel(courier.sid),
+            courier.lease,
+            courier.take_push,
+            courier.refresh,
+        )
+        self._carrying = asyncio.create_task(courier.run(), name="tidegate-courier")
+        self._tasks = [
+            asyncio.create_task(listener.run(), name="tidegate-listener"),
+            asyncio.create_task(self._pulse(), name="tidegate-pulse"),
+        ]
+        courier.refresh()
+        self._heartbeat.start()
+        try:
+            async with asyncio.timeout(max(2 * courier.lease.deadline_s(), 0.5)):
+                await courier.joined.wait()
+        except TimeoutError:
+            logger.warning("limiter: starting without Valkey: %s", courier.last_error)
+        except asyncio.CancelledError:
+            await self._stop()
+            raise
+        if courier.fatal is not None:
+            await self._stop()
+            raise courier.fatal
+
+    async def _pulse(self) -> None:
+        """Shows the heartbeat that the loop lives, compares all with Valkey, watches the lease."""
+        lease, ticks = self._courier.lease, 0
+        while True:
+            await asyncio.sleep(lease.lease_ms / 12_000)
+            if self._heartbeat is not None:
+                self._heartbeat.loop_is_alive()
+            self._courier.check_lapse()
+            self._courier.admit_locally()
+            ticks += 1
+            if ticks % 4 == 0:
+                self._courier.refresh()
+
+    # -- permits
+
+    def acquire(
+        self,
+        limit: str,
+        *,
+        tenant: str = "default",
+        tokens: int | None = None,
+        deadline_ms: int | None = None,
+        hard_ms: int | None = None,
+    ) -> Acquisition:
+        """`async with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
+
+        Entering waits for the permit, at most `deadline_ms`; leaving gives it back without a round
+        trip. `hard_ms` is the longest that the call can last: with `on_expiry = "hold"` the permit
+        of a dead process counts for that long (10 minutes if not given). `tenant` and `tokens` are
+        taken for later.
+
+        Raises on entering: DeadlineExceeded, LimiterUnavailable (Valkey is away at the deadline),
+        DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown. Cancelling the
+        wait takes the ticket out; a permit that was granted in that moment is given back.
+        Raises on leaving: LeaseLost, when the session was lost while the body ran; the body is
+        cancelled then.
+        """
+        return Acquisition(self, limit, deadline_ms=deadline_ms, hard_ms=hard_ms)
+
+    def _ask(self, limit: str, deadline_ms: int | None, hard_ms: int | None) -> Waiter:
+        if self._closing:
+            raise ShuttingDown("the limiter is closing")
+        if self._courier.fatal is not None:
+            raise self._courier.fatal
+        if self.policy.limits.get(limit, 0) == 0:
+            raise self._refused(DemandImpossible(f"{limit} lets nobody in", limit=limit))
+        if len(self._ledger.waiting) >= self._max_waiters:
+            retry_ms = self._retry_after_ms(limit)
+            error = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
+            raise self._refused(error)
+        at = now_ms()
+        waiter = self._ledger.ask(
+            limit,
+            hard_ms=DEFAULT_HARD_MS if hard_ms is None else max(1, hard_ms),
+            now_ms=at,
+            deadline_ms=float("inf") if deadline_ms is None else at + deadline_ms,
+        )
+        if deadline_ms is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(max(0, deadline_ms) / 1000, self._expire, waiter)
+            waiter.future.add_done_callback(lambda _: timer.cancel())
+        self._courier.admit_locally()
+        self._courier.kick()
+        return waiter
+
+    def _expire(self, waiter: Waiter) -> None:
+        """The deadline came."""
+        if waiter.future.done():
+            return
+        limit, retry_ms = waiter.limit, self._retry_after_ms(waiter.limit)
+        error: AdmissionError
+        if self._courier.away and (self.policy.when_away == "closed" or not self._share(limit)):
+            error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
+        else:
+            error = DeadlineExceeded(
+                f"no permit of {limit} in time", limit=limit, retry_after_ms=retry_ms
+            )
+        self._ledger.refuse(waiter, self._refused(error), now_ms())
+        self._courier.kick()
+
+    def _share(self, limit: str) -> int:
+        return self._courier.share(limit)
+
+    def _refused(self, error: AdmissionError) -> AdmissionError:
+        self._observer.refused(error.limit, error.code)
+        return error
+
+    def _retry_after_ms(self, limit: str) -> int:
+        """About as long as waiters of this limit wait these days, at least a second."""
+        return max(1000, int(self._wait_ewma_ms.get(limit, 0.0)))
+
+    def _abandon(self, waiter: Waiter) -> None:
+        self._ledger.abandon(waiter.ticket, now_ms())
+        self._courier.kick()
+        self._check_idle()
+
+    def _admitted(self, holding: Holding) -> None:
+        old = self._wait_ewma_ms.get(holding.limit, holding.waited_ms)
+        self._wait_ewma_ms[holding.limit] = old + (holding.waited_ms - old) / 16
+        self._observer.admitted(holding.limit, holding.waited_ms)
+
+    def _release(self, permit: Permit) -> None:
+        self._ledger.release(
+            permit._holding.ticket, outcome=permit.outcome, tokens=permit.tokens, now_ms=now_ms()
+        )
+        self._courier.admit_locally()
+        self._courier.kick()
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self._ledger.held:
+            self._idle.set()
+
+    # -- what can be seen and changed
+
+    def local_state(self) -> LocalState:
+        """This process's part, without I/O."""
+        limits = self.policy.limits
+        return LocalState(
+            state=self._courier.state,
+            held={limit: self._ledger.held_of[limit] for limit in limits},
+            waiting={limit: self._ledger.waiting_in(limit) for limit in limits},
+            silent_ms=self._courier.lease.silent_ms(),
+            sessions=self._courier.sessions,
+            revision=self.policy.revision,
+        )
+
+    async def snapshot(self) -> Snapshot:
+        """The pool as Valkey sees it. Raises LimiterUnavailable when it does not answer."""
+        keys = (self._keys.meta, self._keys.layout)
+        try:
+            raw = await self._link.run(
+                load("inspect"), keys, b"\x80", self._courier.lease.deadline_s()
+            )
+        except LinkDown as error:
+            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+        reply = InspectReply.unpack(raw)
+        return Snapshot(
+            limits={view[0]: LimitView(*view) for view in reply.limits},
+            sessions=reply.sessions,
+            epoch=reply.epoch,
+            revision=reply.revision,
+            recovering_ms=reply.recovering_ms,
+            state=self._courier.state,
+        )
+
+    async def ping(self, timeout_ms: int) -> None:
+        """Raises LimiterUnavailable unless Valkey answers within `timeout_ms`."""
+        try:
+            await self._link.ping(timeout_ms / 1000)
+        except LinkDown as error:
+            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+
+    async def set_policy(self, policy: PoolPolicy) -> None:
+        """Put a policy with a higher revision in force for the whole pool, at once or as soon as
+        Valkey answers. Nothing is revoked: a limit that was lowered drains."""
+        if policy.revision <= self.policy.revision:
+            raise TidegateError(f"revision {self.policy.revision} is in force already")
+        self._courier.set_policy(policy)
+
+    # -- the end
+
+    async def aclose(self, grace_ms: int = 0) -> None:
+        """End the session, so that what it held is free at once.
+
+        Waiters get ShuttingDown. Bodies may end within `grace_ms`; what still runs then is
+        cancelled with LeaseLost and given one second more.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        for waiter in list(self._ledger.waiting.values()):
+            self._ledger.refuse(waiter, ShuttingDown("the limiter is closing"), now_ms())
+        try:
+            if not await self._wait_idle(grace_ms / 1000):
+                self._ledger.fence()
+                await self._wait_idle(CLOSE_BODIES_S)
+            await self._say_goodbye()
+        finally:
+            await self._stop()
+
+    async def _wait_idle(self, timeout_s: float) -> bool:
+        """True once nothing is held."""
+        self._idle.clear()
+        self._check_idle()
+        if self._idle.is_set():
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _say_goodbye(self) -> None:
+        if self._carrying is None or self._courier.away:
+            return
+        self._courier.leave()
+        await asyncio.wait({self._carrying}, timeout=2 * self._courier.lease.deadline_s())
+
+    async def _stop(self) -> None:
+        self._closing = True
+        self._courier.stop_timers()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        tasks = [*self._tasks, self._carrying] if self._carrying is not None else self._tasks
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                logger.error("limiter: a task had failed", exc_info=result)
+        await self._link.aclose()
+        if self._heartbeat is not None:
+            await asyncio.to_thread(self._heartbeat.join, 1.0)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: object) -> None:
+    """Call on the loop from the thread; a loop that has been closed needs no news."""
+    assert callable(call)
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)
