@@ -38,6 +38,7 @@ class Reading:
     negated: bool = False
 
 
+NAMES_TEXT = Reading(Lean.TEXT, "names a text")
 NOTHING = Reading(Lean.NEITHER, "no request was recognised")
 
 VERBS = (
@@ -166,20 +167,24 @@ def _head(clause: Clause, verb: Mark, marks: Sequence[Mark]) -> Mark | None:
     syntax = clause.syntax(verb)
     heads: list[Mark] = []
     for mark in marks:
-        words = clause.between(verb.end, mark.start).split()
-        if heads and (
-            mark.has(Label.JOIN) or CLOSED.search(clause.between(heads[-1].end, mark.start))
-        ):
+        if heads and _phrase_ended(clause, heads[-1], mark):
             break
         if mark.has(*HEADS):
             heads.append(mark)
-        elif (mark.has(Label.PREP) and (heads or _names_something(words))) or (
-            heads and mark.has(*VERBS)
-        ):
-            break
+        elif mark.has(Label.PREP):
+            words = clause.between(verb.end, mark.start).split()
+            if heads or _names_something(words):
+                break
     if not heads:
         return None
     return heads[-1] if syntax.head_last else heads[0]
+
+
+def _phrase_ended(clause: Clause, head: Mark, mark: Mark) -> bool:
+    """Whether a noun phrase with a head is over before the mark: "and", a colon, a next verb."""
+    if mark.has(Label.JOIN) or CLOSED.search(clause.between(head.end, mark.start)):
+        return True
+    return mark.has(*VERBS) and not mark.has(*HEADS) and commands(clause, mark)
 
 
 def _names_something(words: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from tidegate.classify.clause import (
     GENERATED_POINTS,
     HEADS,
     MADE_POINTS,
+    NAMES_TEXT,
     NOTHING,
     PHRASE_END,
     PICTORIAL,
@@ -120,6 +121,8 @@ def _read_verb_last(clause: Clause, verbs: Sequence[Mark]) -> Reading:
 
 def _read_command(clause: Clause, verb: Mark) -> Reading:
     head, marks = object_of(clause, verb)
+    if verb.has(Label.WANT) and _wants_you_to(clause, verb):
+        return NOTHING
     if verb.has(Label.IDIOM):
         return _read_idiom(marks)
     if verb.has(Label.DRAW):
@@ -157,6 +160,14 @@ def _read_turn(clause: Clause, verb: Mark, marks: Sequence[Mark]) -> Reading:
     if head is not None and head.has(Label.PICTURE) and into is not verb:
         return Reading(Lean.IMAGE, "asks to turn something into a picture", strong=True)
     return NOTHING
+
+
+def _wants_you_to(clause: Clause, verb: Mark) -> bool:
+    """ "I want you to": what is wanted is the next verb."""
+    following = next((m for m in clause.marks if m.start >= verb.end), None)
+    if following is None or not following.has(Label.LEAD):
+        return False
+    return not clause.between(verb.end, following.start).strip()
 
 
 def _read_idiom(marks: Sequence[Mark]) -> Reading:
@@ -200,7 +211,7 @@ def _read_phrase(clause: Clause) -> Reading:
     if head is None or head.has(Label.FIGURATIVE):
         return NOTHING
     if head.has(Label.TEXT):
-        return Reading(Lean.TEXT, "names a text")
+        return NAMES_TEXT
     lead = clause.between(clause.span.start, head.start).split()
     if len(lead) > 8 or any(m.has(Label.PERSON, Label.OPENER) for m in marks):
         return NOTHING

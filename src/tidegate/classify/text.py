@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 HEAD_CHARS = 1600
 TAIL_CHARS = 1000
+MAX_WORDS = 600
 NORMAL_CHARS = 3000  # compatibility forms may grow to many characters
 
 _INVISIBLE = dict.fromkeys(
@@ -99,10 +100,11 @@ def _unwrapped(text: str) -> str:
 
 
 def tokens(text: str) -> list[Token]:
-    return [
-        Token(match.group(), plain(match.group()), match.start(), match.end())
-        for match in _TOKEN.finditer(text)
-    ]
+    """The words in order; of a text of single letters only the first and last ones."""
+    matches = list(_TOKEN.finditer(text))
+    if len(matches) > MAX_WORDS:
+        matches = matches[: MAX_WORDS // 2] + matches[-MAX_WORDS // 2 :]
+    return [Token(m.group(), plain(m.group()), m.start(), m.end()) for m in matches]
 
 
 def has_unspaced(text: str) -> bool:

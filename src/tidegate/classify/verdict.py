@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tidegate.classify.clause import SCENE_POINTS, Lean, Reading, participles, scene_points
+from tidegate.classify.clause import (
+    NAMES_TEXT,
+    SCENE_POINTS,
+    Lean,
+    Reading,
+    participles,
+    scene_points,
+)
 from tidegate.classify.grammar import read_clause
 from tidegate.classify.text import clauses, normalise, without_quotations
 from tidegate.classify.vocabulary import Label, Marked, mark
@@ -84,16 +91,21 @@ def _weigh(marked: Marked, readings: list[Reading], with_image: bool) -> Verdict
     asked = any(r.strong for r in texts) and not marked.text.startswith("/")
     if _PARAMETER.search(marked.text) and not asked:
         return Verdict(True, not texts, "has an image generator's parameters")
-    if texts:
+    only_named = all(r is NAMES_TEXT for r in texts) and "?" not in marked.text
+    points = _points(marked)
+    if texts and not (only_named and points >= SURE_POINTS):
         return _text(marked, readings, texts[0].reason, with_image)
-    points = scene_points(marked.marks) + len(_OPTICS.findall(marked.text))
-    points += 0.6 * participles(marked) if points > 0 else 0.0
     if wishes:
         return Verdict(True, _sure_image(marked, readings), wishes[0].reason)
     if points >= _points_needed(marked, with_image):
         sure = points >= SURE_POINTS and _sure_image(marked, readings)
         return Verdict(True, sure, "reads like the description of a picture")
     return _text(marked, readings, "nothing asks for a picture", with_image)
+
+
+def _points(marked: Marked) -> float:
+    points = scene_points(marked.marks) + len(_OPTICS.findall(marked.text))
+    return points + 0.6 * participles(marked) if points > 0 else points
 
 
 def _points_needed(marked: Marked, with_image: bool) -> float:
