@@ -20,7 +20,7 @@ from tidegate.call import Classification, Kind
 from tidegate.classify import by_keywords, by_rules
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
-SPLITS = ("dev", "fresh", "fresh2", "fresh3", "fresh4", "heldout")
+SPLITS = ("dev", "fresh", "fresh2", "fresh3", "fresh4", "fresh5", "heldout")
 
 
 @dataclass(frozen=True, slots=True)

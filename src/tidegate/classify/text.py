@@ -29,6 +29,8 @@ _TOKEN = re.compile(f"(?:[^\\W_{UNSPACED}]|[\u0900-\u0dff])+")
 _UNSPACED_RUN = re.compile(f"[{UNSPACED}]")
 _CLAUSE_END = re.compile(r"[!?;\n\u3002\u037e\u061f\u0964\u2026]+|\.(?=\s|$)|\.(?=\.)")
 
+_INNER_APOSTROPHE = re.compile("(?<=[\u0400-\u04ff])['\u02bc\u2019](?=[\u0400-\u04ff])")
+
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _QUOTES = [
     re.compile(f"{start}[^{start}{end}\n]{{2,400}}{end}")
@@ -66,8 +68,9 @@ def clip(prompt: str) -> str:
 def normalise(prompt: str) -> str:
     """Clipped, NFKC, case-folded, without invisible characters; accents are still there."""
     text = unicodedata.normalize("NFKC", clip(prompt)).translate(_INVISIBLE)
-    text = unicodedata.normalize("NFC", text.casefold())
-    return text[:NORMAL_CHARS].replace("\u2019", "'").replace("\u2018", "'").strip()
+    text = unicodedata.normalize("NFC", text.casefold())[:NORMAL_CHARS]
+    text = _INNER_APOSTROPHE.sub("", text)
+    return text.replace("\u2019", "'").replace("\u2018", "'").strip()
 
 
 def plain(word: str) -> str:
