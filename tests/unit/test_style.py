@@ -30,6 +30,7 @@ BANNER = re.compile(r"^\s*(?:#|--|//|/\*)\s*[-=#*~_+]{3,}")
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "sleeping_tests": {
         "tests/waiting.py": "the one place that polls: everybody else waits by it",
+        "tests/fleet.py": "asks a dying API again, within the deadline of its caller",
     },
 }
 
@@ -145,6 +146,7 @@ def log_events_spelled_outside_telemetry() -> Iterator[tuple[Path, str]]:
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
                 and node.func.attr in LOG_METHODS
+                and "log" in ast.unparse(node.func.value).lower()
                 and node.args
                 and isinstance(node.args[0], ast.Constant | ast.JoinedStr)
             ):
