@@ -100,7 +100,7 @@ class Folder:
         return self.path / "hurry"
 
     def password(self) -> str:
-        """The servers' password, made on first use. Only the keeper may call this."""
+        """The servers' password, made on first use. Only for a keeper, before its threads."""
         path = self.path / "password"
         if not path.exists():
             place.write_private(path, secrets.token_hex(16))

@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 
 from tidegate.embedded import process
 from tidegate.embedded.emulator import EmulatorServer
 from tidegate.embedded.folder import (
+    SERVICES,
     Folder,
     ServiceName,
     ServiceState,
@@ -51,6 +52,7 @@ class Keeper:
         self._folder = folder
         self._idle_s = idle_s
         self._state = State()
+        self._password = ""
         self._writing = threading.Lock()
         self._stopping = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
@@ -65,11 +67,13 @@ class Keeper:
                 sys.stderr.write(f"another keeper holds {self._folder.path}/keeper.lock\n")
                 return
             self._state = self._folder.read()
+            self._password = self._folder.password()
             with self._changing() as state:
                 state.keeper = process.identify(os.getpid())
             if began is not None:
-                os.write(began, b"1")
-                os.close(began)
+                with opened(began), contextlib.suppress(BrokenPipeError):  # it may be gone already
+                    os.write(began, b"1")
+            self._start([name for name in SERVICES if name in self._state.services])
             with opened(self._folder.open_lock("users")) as users:
                 unused = self._watch(mine, users)
                 self._end(unused)
@@ -86,7 +90,7 @@ class Keeper:
         while not self._stopping.wait(_TICK_S):
             if not self._folder.owns_lock(mine, "keeper"):
                 break  # the folder was removed
-            self._start_wanted()
+            self._start(self._folder.wanted())
             if not try_lock(users, fcntl.LOCK_EX):
                 last_used = time.monotonic()
                 self._folder.hurry.unlink(missing_ok=True)
@@ -96,8 +100,8 @@ class Keeper:
             fcntl.flock(users, fcntl.LOCK_UN)
         return False
 
-    def _start_wanted(self) -> None:
-        for name in self._folder.wanted():
+    def _start(self, names: Collection[ServiceName]) -> None:
+        for name in names:
             if name not in self._threads:
                 thread = threading.Thread(target=self._keep, args=(name,), name=name)
                 self._threads[name] = thread
@@ -117,14 +121,19 @@ class Keeper:
     def _keep(self, name: ServiceName) -> None:
         """Start one server, restart it when it dies, stop it at the end."""
         failures = 0
-        server: Server | None = None
-        while not self._stopping.wait(_TICK_S):
+        # Whatever comes next, a server that runs already is ours now, to be stopped at the end.
+        server = self._adopted(name)
+        ready = False
+        while not self._stopping.is_set():
             try:
-                server = server or self._make(name)
+                server = server or self._new(name)
                 if server.running is None or not server.running.alive:
+                    ready = False
                     server.launch()
                     self._note(name, server, ready=False)
+                if not ready:
                     server.await_ready()
+                    ready = True
                     self._note(name, server, ready=True)
                 failures = 0
             except (ServerFailed, OSError) as failed:
@@ -132,21 +141,25 @@ class Keeper:
                 self._note_failure(name, str(failed))
                 self._stopping.wait(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
+            self._stopping.wait(_TICK_S)
         if server is not None:
             server.stop()
         with self._changing() as state:
             state.services.pop(name, None)
 
-    def _make(self, name: ServiceName) -> Server:
-        """The server of that name, adopted if it runs already, on the port that it had."""
+    def _adopted(self, name: ServiceName) -> Server | None:
+        """The server that a killed keeper has left running, if there is one."""
         before = self._state.services.get(name)
         port = self._state.ports.get(name)
-        if before is not None and port is not None and before.identity.alive:
-            server = self._construct(name, port)
-            server.adopt(before.identity)
-            server.await_ready()
-            self._note(name, server, ready=True)
-            return server
+        if before is None or port is None or not before.identity.alive:
+            return None
+        server = self._construct(name, port)
+        server.adopt(before.identity)
+        return server
+
+    def _new(self, name: ServiceName) -> Server:
+        """The server of that name on the port that it had, so that running users find it."""
+        port = self._state.ports.get(name)
         if port is None or not process.is_free(port):
             port = process.port_to_keep()
         return self._construct(name, port)
@@ -154,9 +167,9 @@ class Keeper:
     def _construct(self, name: ServiceName, port: int) -> Server:
         path = self._folder.path / name
         if name == "valkey":
-            return ValkeyServer(path, port, self._folder.password())
+            return ValkeyServer(path, port, self._password)
         if name == "postgres":
-            return PostgresServer(path, port, password=self._folder.password())
+            return PostgresServer(path, port, password=self._password)
         return EmulatorServer(path, port)
 
     def _note(self, name: ServiceName, server: Server, *, ready: bool) -> None:

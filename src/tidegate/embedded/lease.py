@@ -32,6 +32,7 @@ from tidegate.embedded.process import ServerFailed
 
 _POLL_S = 0.02
 _WATCH_S = 0.5
+_TRIES = 3
 
 
 class Lease:
@@ -75,7 +76,10 @@ class Lease:
         self.close()
 
     def close(self, timeout_s: float = 25.0) -> None:
-        """Let go. If this was the last user, the servers end now: returns when they have."""
+        """Let go. If this was the last user, the servers end now: returns when they have.
+
+        Raises ServerFailed where they can't be ended because their keeper does not start.
+        """
         if self._closed.is_set():
             return
         self._closed.set()
@@ -87,9 +91,11 @@ class Lease:
         deadline = time.monotonic() + timeout_s
         while self._folder.hurry.exists() and time.monotonic() < deadline:
             keeper = self._folder.read().keeper
-            if keeper is None or not keeper.alive:
+            if keeper is None:
                 self._folder.hurry.unlink(missing_ok=True)
-                return
+            elif not keeper.alive:
+                # It was killed, and left servers behind: another one must come to end them.
+                _summon(self._folder, self._idle_s, deadline)
             time.sleep(_POLL_S)
 
     def _watch(self) -> None:
@@ -122,7 +128,7 @@ def ensure(
     """Have these servers running in `data_dir`, started by this process or by another one.
 
     Blocks until all are ready. Any number of processes may call this at once. Raises ServerFailed
-    after `timeout_s` seconds, or as soon as a server fails to start.
+    after `timeout_s` seconds, or as soon as a server has failed to start three times.
     """
     folder = Folder(data_dir)
     deadline = time.monotonic() + timeout_s
@@ -158,7 +164,7 @@ def _await_ready(
             return ready
         for name in services:
             count, why = state.failures.get(name, (0, ""))
-            if count > failed_before.get(name, 0):
+            if count - failed_before.get(name, 0) >= _TRIES:
                 raise ServerFailed(why)
         if time.monotonic() > deadline:
             late = ", ".join(sorted(set(urls) - set(ready)))

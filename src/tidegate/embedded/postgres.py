@@ -5,8 +5,8 @@ its binaries in a place that this user can read, with the cluster in a folder th
 the wanted folder lies under one that the user may not enter (a home of mode 0700), the cluster is
 put in a place of the system instead, and the wanted folder says where: no parent is ever opened.
 
-Invariant: never two servers on one cluster. `postmaster.pid` is removed only when the process that
-it names is not a server of this cluster; in all other cases PostgreSQL's own checks decide.
+Invariant: never two servers on one cluster. `postmaster.pid` is removed only when the process
+that it names exists and is not a server of this cluster; else PostgreSQL's own checks decide.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class PostgresServer:
         """The server that runs on this cluster now, whoever started it.
 
         The file of one that has gone is removed when its number belongs to another program now,
-        since PostgreSQL would take that program for a server and refuse to start.
+        or still to its zombie: PostgreSQL would take either for a server and refuse to start.
         """
         path = self._cluster / "postmaster.pid"
         try:
@@ -125,11 +125,10 @@ class PostgresServer:
         except (FileNotFoundError, ValueError, IndexError):
             return None
         found = process.identify(pid)
-        if found is None:
-            return None
-        if str(self._cluster) in process.command_of(pid):
+        if found is not None and str(self._cluster) in process.command_of(pid):
             return Postmaster(found, port)
-        path.unlink(missing_ok=True)
+        if process.exists(pid):
+            path.unlink(missing_ok=True)
         return None
 
     def stop(self) -> None:

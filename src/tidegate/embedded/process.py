@@ -112,6 +112,17 @@ def identify(pid: int) -> Identity | None:
     return Identity(pid, started.strip()) if state and state[0] not in "ZX" else None
 
 
+def exists(pid: int) -> bool:
+    """Whether anything has that number, be it a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def command_of(pid: int) -> str:
     """The command line of a process, its words joined by blanks; empty where it is gone."""
     if _HAS_PROC:

@@ -1,0 +1,290 @@
+"""The keeper of the bundled servers: one per folder, there as long as anybody needs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import time
+from pathlib import Path
+
+import asyncpg
+import pytest
+import redis
+
+from tests.integration.embedded.traces import Traces
+from tests.integration.embedded.user import User
+from tests.waiting import wait_until
+from tidegate.embedded import Lease, ServerFailed, ensure
+from tidegate.embedded.folder import Folder
+from tidegate.embedded.process import Identity
+
+
+def _ensure(data_dir: Path, *services: str) -> Lease:
+    return ensure(data_dir, services, idle_s=0.3)  # type: ignore[arg-type]
+
+
+def _service(data_dir: Path, name: str) -> Identity:
+    return Folder(data_dir).read().services[name].identity
+
+
+def _keeper(data_dir: Path) -> Identity:
+    keeper = Folder(data_dir).read().keeper
+    assert keeper is not None
+    return keeper
+
+
+async def _remember(url: str | None, word: str) -> None:
+    connection = await asyncpg.connect(url)
+    await connection.execute("CREATE TABLE IF NOT EXISTS words (word text)")
+    await connection.execute("INSERT INTO words VALUES ($1)", word)
+    await connection.close()
+
+
+async def _recall(url: str | None) -> list[str] | None:
+    """The words that were remembered, or None while the server is away."""
+    try:
+        connection = await asyncpg.connect(url)
+    except (OSError, asyncpg.PostgresError):
+        return None
+    rows = await connection.fetch("SELECT word FROM words")
+    await connection.close()
+    return [row["word"] for row in rows]
+
+
+def _pings(url: str | None) -> bool:
+    assert url is not None
+    client = redis.Redis.from_url(url, socket_timeout=1)
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+    finally:
+        client.close()
+
+
+async def test_users_that_start_at_once_share_one_keeper(data_dir: Path, traces: Traces) -> None:
+    users = [User(data_dir, "valkey", "postgres") for _ in range(5)]
+    urls = [user.urls for user in users]
+    assert urls == [urls[0]] * 5
+    assert len(traces.pids("tidegate.embedded.keeper")) == 1
+    assert len(traces.pids("valkey-server")) == 1
+    assert len(traces.pids("postgres -D")) == 1
+    for user in users:
+        assert user.leave() == 0
+    await traces.none_left(timeout_s=2.0)
+
+
+async def test_killing_one_user_harms_neither_the_other_nor_the_data(
+    data_dir: Path, traces: Traces
+) -> None:
+    other = User(data_dir, "valkey", "postgres")
+    await _remember(other.urls["postgres"], "kept")
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        before = _service(data_dir, "postgres")
+        other.kill()
+        keeper = _keeper(data_dir)
+        await wait_until(lambda: not traces.pids("-c"), what="the user's end")
+        assert await _recall(lease.database_url) == ["kept"]
+        assert _service(data_dir, "postgres") == before
+        assert _keeper(data_dir) == keeper
+    await traces.none_left()
+
+
+async def test_servers_end_some_time_after_the_last_user_was_killed(
+    data_dir: Path, traces: Traces
+) -> None:
+    user = User(data_dir, "valkey", "postgres")
+    assert user.urls
+    user.kill()
+    assert traces.pids("keeper")
+    await traces.none_left(timeout_s=5.0)
+
+
+async def test_the_last_user_that_leaves_in_order_waits_for_the_servers_end(
+    data_dir: Path, traces: Traces
+) -> None:
+    lease = ensure(data_dir, {"valkey", "postgres"}, idle_s=600)
+    lease.close()
+    assert not traces.pids("valkey-server")
+    assert not traces.pids("postgres -D")
+    await traces.none_left()
+
+
+async def test_a_user_that_leaves_in_order_does_not_stop_what_others_use(
+    data_dir: Path, traces: Traces
+) -> None:
+    with ensure(data_dir, {"valkey"}, idle_s=0.3) as lease:
+        assert User(data_dir, "valkey").leave() == 0
+        before = _service(data_dir, "valkey")
+        await wait_until(lambda: not Folder(data_dir).hurry.exists(), what="the keeper's answer")
+        assert _pings(lease.redis_url)
+        assert _service(data_dir, "valkey") == before
+
+
+async def test_a_killed_keeper_is_replaced_by_one_that_adopts_the_servers(
+    data_dir: Path, traces: Traces
+) -> None:
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        await _remember(lease.database_url, "kept")
+        before = _keeper(data_dir)
+        servers = [_service(data_dir, name) for name in ("valkey", "postgres")]
+        os.kill(before.pid, signal.SIGKILL)
+
+        def replaced() -> bool:
+            keeper = Folder(data_dir).read().keeper
+            return keeper is not None and keeper != before and keeper.alive
+
+        await wait_until(replaced, what="another keeper")
+        await wait_until(lambda: _recall(lease.database_url))
+        assert servers == [_service(data_dir, name) for name in ("valkey", "postgres")]
+        assert len(traces.pids("postgres -D")) == 1
+    assert not traces.pids("postgres -D"), "adopted servers end with the last user as well"
+
+
+async def test_servers_end_with_the_last_user_even_if_their_keeper_was_killed(
+    data_dir: Path, traces: Traces
+) -> None:
+    lease = _ensure(data_dir, "valkey", "postgres")
+    os.kill(_keeper(data_dir).pid, signal.SIGKILL)
+    lease.close()
+    assert not traces.pids("valkey-server")
+    assert not traces.pids("postgres -D")
+
+
+async def test_servers_that_lost_keeper_and_users_are_adopted_by_the_next_user(
+    data_dir: Path, traces: Traces
+) -> None:
+    user = User(data_dir, "valkey", "postgres")
+    urls = user.urls
+    os.kill(_keeper(data_dir).pid, signal.SIGKILL)
+    servers = [_service(data_dir, name) for name in ("valkey", "postgres")]
+    user.kill()
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        assert (lease.redis_url, lease.database_url) == (urls["valkey"], urls["postgres"])
+        assert servers == [_service(data_dir, name) for name in ("valkey", "postgres")]
+
+
+async def test_servers_that_died_with_their_keeper_start_anew_with_their_data(
+    data_dir: Path, traces: Traces
+) -> None:
+    user = User(data_dir, "valkey", "postgres")
+    urls = user.urls
+    await _remember(urls["postgres"], "kept")
+    for identity in (
+        _keeper(data_dir),
+        _service(data_dir, "postgres"),
+        _service(data_dir, "valkey"),
+    ):
+        os.kill(identity.pid, signal.SIGKILL)
+    user.kill()
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        assert (lease.redis_url, lease.database_url) == (urls["valkey"], urls["postgres"])
+        assert await _recall(lease.database_url) == ["kept"]
+
+
+async def test_a_killed_valkey_comes_back_under_the_same_url(
+    data_dir: Path, traces: Traces
+) -> None:
+    with _ensure(data_dir, "valkey") as lease:
+        before = _service(data_dir, "valkey")
+        os.kill(before.pid, signal.SIGKILL)
+        await wait_until(lambda: not before.alive)
+        await wait_until(lambda: _pings(lease.redis_url), what="Valkey's return")
+
+
+async def test_a_killed_postgres_comes_back_under_the_same_url_with_its_data(
+    data_dir: Path, traces: Traces
+) -> None:
+    with _ensure(data_dir, "postgres") as lease:
+        await _remember(lease.database_url, "kept")
+        before = _service(data_dir, "postgres")
+        os.kill(before.pid, signal.SIGKILL)
+        await wait_until(lambda: not before.alive)
+        words = await wait_until(lambda: _recall(lease.database_url), what="PostgreSQL's return")
+        assert words == ["kept"]
+        assert len(traces.pids("postgres -D")) == 1
+
+
+async def test_a_second_start_is_quick_and_finds_data_and_ports(
+    data_dir: Path, traces: Traces
+) -> None:
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        urls = (lease.redis_url, lease.database_url)
+        await _remember(lease.database_url, "kept")
+    began = time.monotonic()
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        assert time.monotonic() - began < 8.0
+        assert (lease.redis_url, lease.database_url) == urls
+        assert await _recall(lease.database_url) == ["kept"]
+
+
+async def test_a_server_that_is_asked_for_later_joins_those_that_run(
+    data_dir: Path, traces: Traces
+) -> None:
+    with _ensure(data_dir, "valkey"):
+        keeper = _keeper(data_dir)
+        with _ensure(data_dir, "emulator") as second:
+            assert second.emulator_url is not None
+            assert second.redis_url is None
+            assert _keeper(data_dir) == keeper
+
+
+async def test_a_server_that_cannot_start_is_told_at_once(data_dir: Path, traces: Traces) -> None:
+    folder = Folder(data_dir)
+    folder.create()
+    (folder.path / "valkey").write_text("in the way")
+    began = time.monotonic()
+    with pytest.raises(ServerFailed, match="File exists"):
+        _ensure(data_dir, "valkey")
+    assert time.monotonic() - began < 8.0
+    (folder.path / "valkey").unlink()
+    with _ensure(data_dir, "valkey") as lease:
+        assert _pings(lease.redis_url), "an old failure is not held against a new user"
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ServerFailed, match=str(tmp_path / "file")):
+        _ensure(tmp_path / "file", "valkey")
+
+
+async def test_removing_the_folder_ends_its_servers(data_dir: Path, traces: Traces) -> None:
+    user = User(data_dir, "valkey", idle_s=600)
+    assert user.urls
+    shutil.rmtree(data_dir)
+    await wait_until(lambda: not traces.pids("valkey-server"))
+    await wait_until(lambda: not traces.pids("tidegate.embedded.keeper"))
+    user.kill()
+
+
+async def test_only_those_who_may_read_the_folder_can_connect(
+    data_dir: Path, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", "a-secret-of-the-user")
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        assert lease.redis_url is not None
+        assert lease.database_url is not None
+        password = lease.redis_url.partition("://:")[2].partition("@")[0]
+        for name in ("state.json", "password", "keeper.log", "users.lock"):
+            mode = (data_dir / "embedded" / name).stat().st_mode
+            assert stat.S_IMODE(mode) == 0o600, name
+        assert not [command for command in traces.commands() if password in command]
+        stranger = redis.Redis.from_url(lease.redis_url.replace(f":{password}@", ""))
+        with pytest.raises(redis.AuthenticationError):
+            stranger.ping()
+        stranger.close()
+        with pytest.raises(asyncpg.InvalidPasswordError):
+            await asyncpg.connect(lease.database_url.replace(password, "wrong"))
+        assert traces.pids("tidegate.embedded.keeper")
+        assert not traces.with_variable("GEMINI_API_KEY")
+
+
+async def test_no_parent_folder_is_opened_to_others(tmp_path: Path, traces: Traces) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    with _ensure(closed / "data", "valkey", "postgres") as lease:
+        assert await wait_until(lambda: _pings(lease.redis_url))
+        for folder in (closed, tmp_path):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -1,0 +1,70 @@
+"""Which processes a test has caused, however far they went from it.
+
+A variable in the environment marks them, inherited by all, detached or not. Valkey writes its title
+over its environment; it is known by its working folder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.waiting import wait_until
+from tidegate.embedded import process
+
+VARIABLE = "TIDEGATE_TEST_MARK"
+
+
+class Traces:
+    """All living processes with one mark, or in one folder, apart from the test itself."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        self._folder = folder
+        self._mark = uuid4().hex
+        patch.setenv(VARIABLE, self._mark)
+
+    def pids(self, word: str = "") -> list[int]:
+        """The marked processes that have `word` in their command line."""
+        wanted = f"{VARIABLE}={self._mark}".encode()
+        found = []
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit() or int(folder.name) == os.getpid():
+                continue
+            try:
+                marked = wanted in (folder / "environ").read_bytes().split(b"\0")
+                marked = marked or (folder / "cwd").readlink().is_relative_to(self._folder)
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if marked and word in process.command_of(int(folder.name)):
+                found.append(int(folder.name))
+        return sorted(found)
+
+    def with_variable(self, name: str) -> list[int]:
+        """The marked processes that were given a variable of this name."""
+        start = f"{name}=".encode()
+        return [
+            pid
+            for pid in self.pids()
+            if any(
+                one.startswith(start)
+                for one in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            )
+        ]
+
+    def commands(self) -> list[str]:
+        return [process.command_of(pid) for pid in self.pids()]
+
+    async def none_left(self, timeout_s: float = 10.0) -> None:
+        """Fail, and end what is there, when marked processes still live after `timeout_s`."""
+        try:
+            await wait_until(lambda: not self.pids(), timeout_s, "an end of all processes")
+        except AssertionError:
+            left = self.commands()
+            told = [path.read_text() for path in self._folder.rglob("embedded/[ks]*.*")]
+            for pid in self.pids():
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"left running: {left}; told: {told}") from None
