@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 HEAD_CHARS = 1600
 TAIL_CHARS = 1000
-MAX_WORDS = 600
+MAX_WORDS = 420
 NORMAL_CHARS = 3000  # compatibility forms may grow to many characters
 
 _INVISIBLE = dict.fromkeys(

@@ -19,6 +19,7 @@ from tidegate.classify.text import Token, has_unspaced, plain, tokens
 
 MIN_STEM_CHARS = 2
 MAX_STEM_CHARS = 14
+_PAUSE = re.compile(r"[.!?;:,\n]")
 ACTIVE_SHARE = 0.5
 
 
@@ -191,7 +192,7 @@ def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
         if entries is None:
             entries = known[token.kept] = _entries(token)
         for entry in entries:
-            if _follows(text, words, at, entry):
+            if len(entry.parts) == 1 or _follows(text, words, at, entry):
                 last = words[at + len(entry.parts) - 1]
                 exact = not entry.parts[-1].endswith("*")
                 yield _Hit(entry, token.start, last.end, len(entry.parts), exact)
@@ -235,17 +236,15 @@ def _keys(word: str) -> Iterator[str]:
 
 
 def _follows(text: str, words: list[Token], at: int, entry: Entry) -> bool:
-    if len(entry.parts) == 1:
-        return True
-    if at + len(entry.parts) > len(words):
+    """Whether the rest of a phrase comes after its first word, with no pause between."""
+    end = at + len(entry.parts)
+    if end > len(words):
         return False
-    for offset, part in enumerate(entry.parts[1:], start=at + 1):
-        word = words[offset].kept if entry.keeps_accents else words[offset].plain
-        matches = word.startswith(part[:-1]) if part.endswith("*") else word == part
-        gap = text[words[offset - 1].end : words[offset].start]
-        if not matches or re.search(r"[.!?;:,\n]", gap):
+    for part, word in zip(entry.parts[1:], words[at + 1 : end], strict=True):
+        shape = word.kept if entry.keeps_accents else word.plain
+        if shape != part and not (part[-1] == "*" and shape.startswith(part[:-1])):
             return False
-    return True
+    return _PAUSE.search(text, words[at].end, words[end - 1].start) is None
 
 
 def _unspaced_hits(text: str) -> Iterator[_Hit]:
