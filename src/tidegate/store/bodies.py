@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from base64 import b64encode
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +22,7 @@ from tidegate.store.rows import cleaned
 INLINE_BYTES = 8192
 ENCODING = "zlib"
 _WORTH_A_THREAD_BYTES = 50_000
+_BLOB_TIMEOUT_S = 5.0
 
 
 def request_body(
@@ -69,11 +71,10 @@ async def row_of(role: str, body: dict[str, Any], blobs: Blobs) -> Json:
         packed = zlib.compress(raw)
     if len(packed) > INLINE_BYTES:
         key = new_key(datetime.now(UTC))
-        try:
-            await blobs.put(key, packed)
-        except StoreUnavailable:
-            pass  # kept inline instead, as the invariant says
-        else:
+        # Else kept inline instead, as the invariant says.
+        with suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(_BLOB_TIMEOUT_S):
+                await blobs.put(key, packed)
             return _row(role, len(raw), blob_key=key)
     return _row(role, len(raw), data=b64encode(packed).decode())
 

@@ -24,6 +24,7 @@ Work = Callable[[asyncpg.Connection], Awaitable[T]]
 
 CONNECT_TIMEOUT_MS = 1_500
 COMMAND_TIMEOUT_MS = 5_000
+SLOW_MS = 1_000  # after this the probe looks whether the server still answers
 PROBE_TIMEOUT_MS = 1_000
 PROBE_EVERY_MS = 200
 _TRIES = 3
@@ -38,6 +39,8 @@ _TRANSIENT = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    # asyncpg's word for a connection whose end was announced between two statements.
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,  # shutdown, crash of a neighbour, starting up, cancelled
     asyncpg.InsufficientResourcesError,  # too many connections, disk full
@@ -103,6 +106,7 @@ class Connections:
         if self._closed:
             raise StoreUnavailable("the store is closed")
         if self._away is not None:
+            await asyncio.sleep(0)  # a caller that tries in a loop must not starve the probe
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
         task = asyncio.create_task(self._run(work, timeout_ms))
         self._tasks.add(task)
@@ -151,6 +155,7 @@ class Connections:
             # Not by cancelling the query: asyncpg would then open a connection to cancel it,
             # which a frozen server never closes.
             watchdog = loop.call_at(deadline, connection.terminate)
+            doubt = loop.call_later(SLOW_MS / 1000, self._suspect)
             self._busy.add(connection)
             try:
                 await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
@@ -161,6 +166,7 @@ class Connections:
                 raise
             finally:
                 watchdog.cancel()
+                doubt.cancel()
                 self._busy.discard(connection)
             if self._closed or self.away:
                 connection.terminate()
@@ -178,6 +184,8 @@ class Connections:
         left = deadline - asyncio.get_running_loop().time()
         try:
             return await self._connect(min(CONNECT_TIMEOUT_MS / 1000, max(left, 0.001)))
+        except asyncpg.TooManyConnectionsError:
+            raise  # it answers, and those that we have go on working
         except (*_TRANSIENT, *_UNFIT) as failed:
             self._gone(_words(failed))
             raise
@@ -196,6 +204,8 @@ class Connections:
         self._away = reason
         while self._idle:
             self._idle.pop().terminate()
+        for connection in self._busy:
+            connection.terminate()
         self._suspect()
 
     def _suspect(self) -> None:
@@ -207,12 +217,13 @@ class Connections:
         try:
             while True:
                 try:
-                    connection = await self._connect(PROBE_TIMEOUT_MS / 1000)
+                    self._idle.append(await self._connect(PROBE_TIMEOUT_MS / 1000))
+                    break
+                except asyncpg.TooManyConnectionsError:
                     break
                 except (*_TRANSIENT, *_UNFIT) as failed:
                     self._gone(_words(failed))
                 await asyncio.sleep(PROBE_EVERY_MS / 1000)
-            self._idle.append(connection)
         finally:
             self._probe = None
         if self._away is not None:

@@ -8,7 +8,7 @@ While PostgreSQL is away, entries wait on the disk and are written when it retur
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Literal
 from uuid import UUID
 
@@ -32,8 +32,7 @@ _REPLAY_EVERY_MS = 5_000
 
 
 class Recorder:
-    """Entries are dicts of JSON values: `op` (end | retry | stream), `row`, `attempt`, `files`,
-    `bodies`; `jobs.py` and `store.py` build them."""
+    """Takes what `entries` makes."""
 
     def __init__(
         self,
@@ -79,7 +78,7 @@ class Recorder:
         await asyncio.gather(*left, return_exceptions=True)
         self._spill.close()
 
-    async def record(self, entry: Json) -> bool:
+    async def record(self, entry: Awaitable[Json]) -> bool:
         """Write `entry`, or keep it on the disk while PostgreSQL is away; True if written.
 
         Raises ClaimLost, or StoreUnavailable when the spill is full too. A cancelled caller's
@@ -120,7 +119,7 @@ class Recorder:
             get_logger().warning(Log.AUDIT_DROPPED, dropping=True)
         self._dropped += 1
 
-    def _start(self, entry: Json, *, patient: bool = False) -> asyncio.Task[bool]:
+    def _start(self, entry: Json | Awaitable[Json], patient: bool = False) -> asyncio.Task[bool]:
         task = asyncio.create_task(self._write_or_keep(entry, patient))
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -132,7 +131,8 @@ class Recorder:
         if error is not None and not isinstance(error, ClaimLost | StoreUnavailable):
             get_logger().error(Log.INTERNAL_ERROR, where="recorder", error=repr(error))
 
-    async def _write_or_keep(self, entry: Json, patient: bool) -> bool:
+    async def _write_or_keep(self, given: Json | Awaitable[Json], patient: bool) -> bool:
+        entry = given if isinstance(given, dict) else await given
         while True:
             try:
                 await self._writer.write(entry)

@@ -8,7 +8,7 @@ repeated safely; what was promised to be durable is on a disk. The rooms behind 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ import asyncpg
 
 from tidegate.call import Classification, Kind
 from tidegate.errors import NotFound, StoreUnavailable
-from tidegate.store import bodies, rows
+from tidegate.store import entries, rows
 from tidegate.store.bell import Bell
 from tidegate.store.blobs import Blobs
 from tidegate.store.claims import Claims, running_row
@@ -75,6 +75,7 @@ class Store:
             self._insert, lambda job: 1_000 + len(job.prompt)
         )
         self._house: asyncio.Task[None] | None = None
+        self._schema_fitted = False
 
     @classmethod
     def from_url(
@@ -126,7 +127,10 @@ class Store:
         await self._connections.ping(timeout_ms)
 
     async def schema_fits(self) -> bool:
-        """Whether the schema is the one that this code needs, or a later one."""
+        """Whether the schema is the one that this code needs, or a later one.
+
+        While PostgreSQL is away, what it last said counts: an outage changes no schema.
+        """
 
         async def read(connection: asyncpg.Connection) -> str | None:
             return await revision_of(connection)
@@ -134,8 +138,9 @@ class Store:
         try:
             revision = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
         except StoreUnavailable:
-            return False
-        return revision is not None and revision >= HEAD
+            return self._schema_fitted
+        self._schema_fitted = revision is not None and revision >= HEAD
+        return self._schema_fitted
 
     # The caller's side
 
@@ -209,7 +214,7 @@ class Store:
         Waits when the buffer is full and `audit_full` is `block`; else drops and logs. A cancelled
         caller has recorded it whole or not at all.
         """
-        await self._recorder.enqueue(await _stream_entry(record, self.blobs))
+        await self._recorder.enqueue(await entries.of_stream(record, self.blobs))
 
     # The worker's side
 
@@ -262,53 +267,15 @@ class Store:
         Raises ClaimLost, or StoreUnavailable when the spill is full. A cancelled caller's end is
         recorded all the same.
         """
-        row = {
-            **rows.result_row(result),
-            "id": job.request_id,
-            "claim": job.claim,
-            "status": status,
-            "failure": rows.failure_row(result.failure),
-        }
-        entry = {
-            "op": "end",
-            "row": row,
-            "attempt": rows.result_row(result),
-            "files": rows.output_rows(job.request_id, job.tenant_id, result.pictures),
-            "bodies": [
-                await bodies.row_of("request", bodies.body_of_job(job), self.blobs),
-                await bodies.row_of("response", bodies.body_of_result(result), self.blobs),
-            ],
-        }
-        await self._end(job, entry)
+        await self._end(job, entries.of_end(job, status, result, self.blobs))
 
     async def retry(self, job: ClaimedJob, result: AttemptResult, not_before: datetime) -> None:
         """Record a failed attempt and queue the job again, not before then; as `finish` else."""
-        row = {
-            "id": job.request_id,
-            "claim": job.claim,
-            "status": Status.QUEUED,
-            "not_before": not_before,
-            "upstream_ms": result.upstream_ms,
-            "failure": rows.failure_row(result.failure),
-        }
-        attempt = rows.result_row(result)
-        await self._end(
-            job, {"op": "retry", "row": row, "attempt": attempt, "files": [], "bodies": []}
-        )
+        await self._end(job, entries.of_retry(job, result, not_before))
 
     async def fail_unadmitted(self, job: ClaimedJob, status: Status, failure: Failure) -> None:
         """End a job that was never sent upstream; as `finish` else."""
-        row = {
-            "id": job.request_id,
-            "claim": job.claim,
-            "status": status,
-            "finished_at": datetime.now(UTC),
-            "failure": rows.failure_row(failure),
-        }
-        body = await bodies.row_of("request", bodies.body_of_job(job), self.blobs)
-        await self._end(
-            job, {"op": "end", "row": row, "attempt": None, "files": [], "bodies": [body]}
-        )
+        await self._end(job, entries.of_unadmitted(job, status, failure, self.blobs))
 
     async def hand_back(self, jobs: Sequence[ClaimedJob]) -> None:
         """Give claims up, so that others may have the jobs at once; raises StoreUnavailable."""
@@ -354,30 +321,7 @@ class Store:
         self._bell.work({job.pool for job in jobs})
         return [None] * len(jobs)
 
-    async def _end(self, job: ClaimedJob, entry: Json) -> None:
+    async def _end(self, job: ClaimedJob, entry: Awaitable[Json]) -> None:
         written = await self._recorder.record(entry)
         if written:
             self._claims.settled(job)
-
-
-async def _stream_entry(record: StreamRecord, blobs: Blobs) -> Json:
-    job, result = record.job, record.result
-    failure = record.failure or (result.failure if result else None)
-    row: Json = {} if result is None else rows.result_row(result)
-    row = {
-        **row,
-        "used_model": None if result is None else rows.clean(result.model),
-        **rows.job_row(job),
-        "status": record.status,
-        "finished_at": record.finished_at,
-        "attempts": 0 if result is None else 1,
-        "failure": rows.failure_row(failure),
-        "claim": 0,
-    }
-    own_bodies = [await bodies.row_of("request", bodies.body_of_job(job), blobs)]
-    files = rows.input_rows(job)
-    if result is not None:
-        files += rows.output_rows(job.request_id, job.tenant_id, result.pictures)
-        own_bodies.append(await bodies.row_of("response", bodies.body_of_result(result), blobs))
-    attempt = None if result is None else rows.result_row(result)
-    return {"op": "stream", "row": row, "attempt": attempt, "files": files, "bodies": own_bodies}

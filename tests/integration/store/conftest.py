@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
-from tests.databases import database_template, database_url
+from tests.databases import database_template, database_url, make_template
 from tidegate.call import new_id
+from tidegate.embedded.postgres import PostgresServer
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 
@@ -54,3 +57,23 @@ async def peek(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(database_url)
     yield connection
     await connection.close()
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A PostgreSQL of the module's own, to stop, kill and pause; every test leaves it running."""
+    server = PostgresServer(tmp_path_factory.mktemp("own"), settings={"fsync": "off"})
+    server.start()
+    asyncio.run(make_template(server))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def own_url(own_server: PostgresServer) -> str:
+    """A migrated database in the module's own server."""
+    name = f"t_{uuid4().hex}"
+    connection = await asyncpg.connect(own_server.url("postgres"))
+    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE template_tidegate')
+    await connection.close()
+    return own_server.url(name)

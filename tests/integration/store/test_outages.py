@@ -1,0 +1,294 @@
+"""PostgreSQL stopped, killed, frozen and cutting connections, on a server of the tests' own."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.integration.store.conftest import MakeStore
+from tests.integration.store.jobs import TEXT, new_job, result
+from tests.waiting import wait_until
+from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.errors import StoreUnavailable
+from tidegate.store.records import ClaimedJob, StreamRecord
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+
+LEASE_MS = 600
+
+
+async def running_job(store: Store) -> ClaimedJob:
+    await store.submit(new_job())
+    (job,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    await store.running(job, model="m", fence=(1, 1), queue_ms=1.0)
+    return job
+
+
+@asynccontextmanager
+async def outage(server: PostgresServer, how: str) -> AsyncIterator[None]:
+    """PostgreSQL away by `stop`, `kill` or `pause`; back when the block ends."""
+    await asyncio.to_thread(getattr(server, how))
+    try:
+        yield
+    finally:
+        back: Callable[[], None] = server.resume if how == "pause" else server.start
+        await asyncio.to_thread(back)
+
+
+async def rows(url: str, query: str) -> list[asyncpg.Record]:
+    connection = await asyncpg.connect(url)
+    try:
+        found: list[asyncpg.Record] = await connection.fetch(query)
+        return found
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("how", ["stop", "kill", "pause"])
+async def test_an_outage_refuses_submits_quickly_and_keeps_ends_until_it_is_over(
+    how: str, own_server: PostgresServer, own_url: str, make_store: MakeStore
+) -> None:
+    store = await make_store(own_url, claim_lease_ms=LEASE_MS)
+    jobs = [await running_job(store) for _ in range(3)]
+    unadmitted = new_job()
+    await store.submit(unadmitted)
+    async with outage(own_server, how):
+        # The first to notice may take its deadline; the others are told at once.
+        for limit_s in (3.0, 0.5):
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailable):
+                await store.submit(new_job("lost to the outage"))
+            assert time.monotonic() - began < limit_s
+            await wait_until(lambda: store.away)
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            await store.get(jobs[0].request_id, "default")
+        await asyncio.gather(
+            *(store.finish(job, Status.SUCCEEDED, result(f"{job.claim}")) for job in jobs)
+        )
+        stream = StreamRecord(new_job("a stream"), Status.SUCCEEDED, jobs[0].created_at, result())
+        await store.record_stream(stream)
+        assert time.monotonic() - began < 1.0
+    for job in jobs:
+
+        async def succeeded(job: ClaimedJob = job) -> bool:
+            try:
+                return (await store.get(job.request_id, "default")).status is Status.SUCCEEDED
+            except StoreUnavailable:
+                return False
+
+        await wait_until(succeeded)
+    await wait_until(lambda: rows_exist(own_url, "SELECT 1 FROM requests WHERE source = 'stream'"))
+    assert (await store.get(unadmitted.request_id, "default")).status is Status.QUEUED
+    audits = await rows(own_url, "SELECT request_id FROM audit")
+    assert len(audits) == len({row["request_id"] for row in audits}) == 4
+    lost = await rows(own_url, "SELECT status FROM requests WHERE prompt = 'lost to the outage'")
+    # Refused, or (an answer lost in the freeze) whole in the queue: never anything else.
+    assert {row["status"] for row in lost} <= {"queued"}
+
+
+async def rows_exist(url: str, query: str) -> bool:
+    return bool(await rows(url, query))
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_claims_are_not_retaken_when_postgresql_returns(
+    how: str, own_server: PostgresServer, own_url: str, make_store: MakeStore
+) -> None:
+    stores = [await make_store(own_url, claim_lease_ms=LEASE_MS) for _ in range(2)]
+    jobs = [await running_job(store) for store in stores]
+    beats = [asyncio.create_task(keep_beating(store)) for store in stores]
+    await wait_until(lambda: all_may_judge(stores))
+    async with outage(own_server, how):
+        await wait_until(lambda: all(store.away for store in stores))
+        # Longer than the lease: by the clock alone both would look dead.
+        left = asyncio.get_running_loop().time() + 2 * LEASE_MS / 1000
+        await wait_until(lambda: asyncio.get_running_loop().time() > left)
+    await wait_until(lambda: not any(store.away for store in stores))
+    end = asyncio.get_running_loop().time() + 3 * LEASE_MS / 1000
+    while asyncio.get_running_loop().time() < end:
+        for store in stores:
+            try:
+                assert await store.retake_lapsed() == []
+            except StoreUnavailable:
+                continue
+        await asyncio.sleep(0.02)
+    assert all_may_judge(stores)
+    for store, job in zip(stores, jobs, strict=True):
+        await store.finish(job, Status.SUCCEEDED, result())
+        assert (await store.get(job.request_id, "default")).status is Status.SUCCEEDED
+    for beat in beats:
+        beat.cancel()
+    await asyncio.gather(*beats, return_exceptions=True)
+
+
+def all_may_judge(stores: list[Store]) -> bool:
+    return all(store._claims._steadiness.may_judge for store in stores)
+
+
+async def keep_beating(store: Store) -> None:
+    while True:
+        with suppress(StoreUnavailable):  # the outage that the test makes
+            await store.heartbeat()
+        await asyncio.sleep(LEASE_MS / 3000)
+
+
+async def test_connections_cut_at_random_moments_lose_and_double_nothing(
+    own_url: str, make_store: MakeStore
+) -> None:
+    stores = [await make_store(own_url, claim_lease_ms=2_000) for _ in range(2)]
+    accepted: set[str] = set()
+    finished: list[str] = []
+    stop = asyncio.Event()
+
+    async def submit(store: Store) -> None:
+        for number in range(60):
+            job = new_job(f"job {number}")
+            while True:
+                try:
+                    await store.submit(job)
+                    break
+                except StoreUnavailable:
+                    continue
+            accepted.add(str(job.request_id))
+
+    async def work(store: Store) -> None:
+        while not stop.is_set():
+            try:
+                await store.heartbeat()
+                jobs = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=5)
+            except StoreUnavailable:
+                continue
+            await asyncio.gather(*(run(store, job) for job in jobs))
+            if not jobs:
+                await asyncio.sleep(0.01)
+
+    async def run(store: Store, job: ClaimedJob) -> None:
+        while True:
+            try:
+                await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+                break
+            except StoreUnavailable:
+                continue
+        await store.finish(job, Status.SUCCEEDED, result())
+        finished.append(str(job.request_id))
+
+    async def cut() -> None:
+        dice = random.Random(7)
+        connection = await asyncpg.connect(own_url, server_settings={"application_name": "cutter"})
+        while not stop.is_set():
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE application_name = 'tidegate' AND datname = current_database() "
+                "AND random() < 0.5"
+            )
+            await asyncio.sleep(dice.uniform(0.0, 0.02))
+        await connection.close()
+
+    tasks = [asyncio.create_task(work(store)) for store in stores] + [asyncio.create_task(cut())]
+    await asyncio.gather(*(submit(store) for store in stores))
+
+    async def all_ended() -> bool:
+        return not await rows_exist(own_url, "SELECT 1 FROM requests WHERE status <> 'succeeded'")
+
+    await wait_until(all_ended, 30)
+    stop.set()
+    await asyncio.gather(*tasks)
+    recorded = await rows(own_url, "SELECT id::text FROM requests")
+    assert {row["id"] for row in recorded} == accepted
+    assert len(accepted) == 120
+    assert sorted(finished) == sorted(accepted)
+    counts = await rows(own_url, "SELECT count(*) AS n FROM audit GROUP BY request_id")
+    assert [row["n"] for row in counts] == [1] * 120
+    attempts = await rows(own_url, "SELECT count(*) AS n FROM attempts GROUP BY request_id")
+    assert [row["n"] for row in attempts] == [1] * 120
+
+
+async def test_a_store_starts_before_its_database_does(
+    own_server: PostgresServer, own_url: str, make_store: MakeStore
+) -> None:
+    async with outage(own_server, "stop"):
+        store = await make_store(own_url)
+        with pytest.raises(StoreUnavailable):
+            await store.ping(500)
+        assert not await store.schema_fits()
+    await wait_until(store.schema_fits)
+    await store.ping(1000)
+    await store.submit(new_job())
+
+
+async def test_a_frozen_server_does_not_outlast_a_ping_or_a_closing(
+    own_server: PostgresServer, own_url: str, make_store: MakeStore, tmp_path: Path
+) -> None:
+    store = await make_store(own_url, spill_dir=tmp_path / "spill")
+    job = await running_job(store)
+    async with outage(own_server, "pause"):
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            await store.ping(300)
+        assert time.monotonic() - began < 1.0
+        finishing = asyncio.create_task(store.finish(job, Status.SUCCEEDED, result("late")))
+        await wait_until(lambda: store._recorder._tasks)
+        began = time.monotonic()
+        await store.aclose()
+        assert time.monotonic() - began < 12.0
+        await finishing
+    again = await make_store(own_url, spill_dir=tmp_path / "spill")
+    record = await again.get(job.request_id, "default")
+    found = (
+        await again.wait_change(job.request_id, "default", record.version, 5000)
+        if (record.status is Status.RUNNING)
+        else record
+    )
+    assert (found.status, found.text) == (Status.SUCCEEDED, "late")
+
+
+async def test_a_full_spill_refuses_what_it_cannot_keep(
+    own_server: PostgresServer, own_url: str, make_store: MakeStore
+) -> None:
+    store = await make_store(own_url, spill_max_bytes=3_000)
+    jobs = [await running_job(store) for _ in range(3)]
+    async with outage(own_server, "stop"):
+        await store.finish(jobs[0], Status.SUCCEEDED, result())
+        with pytest.raises(StoreUnavailable, match="spill is full"):
+            await store.finish(jobs[1], Status.SUCCEEDED, result("x" * 3_000))
+    done = await wait_status(store, jobs[0])
+    assert done is Status.SUCCEEDED
+    await store.finish(jobs[1], Status.SUCCEEDED, result())
+
+
+async def wait_status(store: Store, job: ClaimedJob) -> Status:
+    async def ended() -> Status | None:
+        try:
+            status = (await store.get(job.request_id, "default")).status
+        except StoreUnavailable:
+            return None
+        return status if status.is_end else None
+
+    status: Status = await wait_until(ended)
+    return status
+
+
+async def test_the_answer_of_classification_is_not_kept_back_by_an_outage(
+    own_server: PostgresServer, own_url: str, make_store: MakeStore
+) -> None:
+    store = await make_store(own_url)
+    await store.submit(new_job())
+    (job,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    async with outage(own_server, "stop"):
+        for refused in (
+            store.classified(job, TEXT),
+            store.running(job, model="m", fence=(1, 1), queue_ms=0),
+            store.hand_back([job]),
+            store.heartbeat(),
+        ):
+            with pytest.raises(StoreUnavailable):
+                await refused
