@@ -71,6 +71,6 @@ fi
 groups=(--no-dev)
 [[ $want == dev ]] && groups=(--group dev)
 # --inexact: uv and pip live in .venv as well and are in no lock file.
-.venv/bin/uv sync --quiet --frozen --inexact "${groups[@]}" ||
+.venv/bin/uv sync --quiet --frozen --inexact --compile-bytecode "${groups[@]}" ||
     fail "uv could not install what uv.lock names: see its message above"
 echo "$digest" >".venv/.installed-$want"

@@ -136,7 +136,6 @@ class Fleet:
         return {
             **kept,
             "PYTHONPATH": str(ROOT / "src"),
-            "PYTHONDONTWRITEBYTECODE": os.environ.get("PYTHONDONTWRITEBYTECODE", ""),
             "DATABASE_URL": self.postgres.url(),
             "REDIS_URL": self.valkey.url,
             "GEMINI_BASE_URL": upstream_url,

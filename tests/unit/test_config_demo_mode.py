@@ -77,3 +77,10 @@ def test_one_url_without_the_other_always_stops_the_start(
 def test_a_url_set_to_nothing_counts_as_not_set() -> None:
     with pytest.raises(ConfigError, match="DATABASE_URL"):
         given(HOST="0.0.0.0", **WHOLE | {"DATABASE_URL": " ", "REDIS_URL": ""})
+
+
+def test_a_base_url_without_a_key_stops_the_start_instead_of_being_ignored() -> None:
+    with pytest.raises(ConfigError, match=r"^GEMINI_API_KEY=\(not set\): GEMINI_BASE_URL is set"):
+        load({"GEMINI_BASE_URL": "https://gateway.example"}, None)
+    whole = {"GEMINI_BASE_URL": "https://gateway.example", "GEMINI_API_KEY": "k"}
+    assert not load(whole, None).emulated

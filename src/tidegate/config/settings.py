@@ -312,6 +312,10 @@ class Config(BaseModel):
             if not self.database_url:
                 missing, given = given, missing
             raise ConfigError(missing, "(not set)", f"{given} is set, so this must be set as well")
+        if self.gemini_base_url != GOOGLE_URL and self.gemini_api_key is None:
+            raise ConfigError(
+                "GEMINI_API_KEY", "(not set)", "GEMINI_BASE_URL is set, so this must be set as well"
+            )
         if self.tidegate_demo or self.is_loopback:
             return self
         for name in SECRETS:

@@ -28,7 +28,7 @@ from tidegate.store.states import Status
 _MAX_WAIT_S = 60
 _INLINE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 
-router = APIRouter()
+router = APIRouter(tags=["jobs"])
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -71,9 +71,11 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str
-    field: str | None = Field(None, description="The input that was wrong")
-    allowed: str | None = Field(None, description="What would have been right")
-    limit: str | None = Field(None, description="The limit that refused, such as kind:text_only")
+    field: str | None = Field(default=None, description="The input that was wrong")
+    allowed: str | None = Field(default=None, description="What would have been right")
+    limit: str | None = Field(
+        default=None, description="The limit that refused, such as kind:text_only"
+    )
     retry_after_ms: int | None = None
 
 

@@ -71,6 +71,10 @@ def _serve_docs(app: FastAPI) -> None:
             swagger_ui_parameters=options,
         )
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def favicon() -> RedirectResponse:
+        return RedirectResponse("/static/favicon.svg")
+
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")

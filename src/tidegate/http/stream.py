@@ -44,7 +44,7 @@ from tidegate.telemetry import Log, get_logger
 REQUEST_ID_HEADER = "x-tidegate-request-id"
 
 log = get_logger()
-router = APIRouter()
+router = APIRouter(tags=["streams"])
 
 
 @router.post(
@@ -115,7 +115,8 @@ class StreamedAnswer(Response):
             raise error
 
     async def _work(self, writer: EventWriter, scope: Scope) -> None:
-        status, failure = Status.CANCELLED, Failure("client_left", "the client went away")
+        status = Status.CANCELLED
+        failure: Failure | None = Failure("client_left", "the client went away")
         try:
             await self._answer(writer)
             status, failure = Status.SUCCEEDED, None

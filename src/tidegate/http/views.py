@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.call import Classification, Kind, Usage
+from tidegate.call import Classification, ClassifiedBy, Kind, Usage
 from tidegate.store.records import FileRecord, NewJob, RequestRecord
 from tidegate.store.states import Status
 
@@ -18,7 +18,7 @@ class Classified(BaseModel):
     """What kind of request it is, who decided that, and why."""
 
     type: Kind | None = Field(description="null while the rules are unsure and the LLM is asked")
-    classified_by: Literal["caller", "rules", "llm", "keywords"] | None
+    classified_by: ClassifiedBy | None
     classified_why: str | None = None
 
 
@@ -103,7 +103,9 @@ class StatusView(Classified):
     request_id: str
     source: Literal["job", "stream"]
     status: Status
-    place: int | None = Field(None, description="Place in the queue, 1 is next; null if not queued")
+    place: int | None = Field(
+        default=None, description="Place in the queue, 1 is next; null if not queued"
+    )
     model: str | None
     priority: int
     attempts: int = Field(description="Calls made to the provider")
@@ -111,12 +113,16 @@ class StatusView(Classified):
     admitted_at: datetime | None = None
     finished_at: datetime | None = None
     deadline_at: datetime | None = None
-    retry_at: datetime | None = Field(None, description="When a queued retry may start")
-    queue_ms: float | None = Field(None, description="Submitted to admitted, last attempt's wait")
-    upstream_ms: float | None = Field(None, description="Length of the call to the provider")
+    retry_at: datetime | None = Field(default=None, description="When a queued retry may start")
+    queue_ms: float | None = Field(
+        default=None, description="Submitted to admitted, last attempt's wait"
+    )
+    upstream_ms: float | None = Field(
+        default=None, description="Length of the call to the provider"
+    )
     text: str | None = None
     images: list[FileView] = []
-    files: list[FileView] = Field([], description="What was uploaded")
+    files: list[FileView] = Field(default=[], description="What was uploaded")
     usage: UsageView | None = None
     finish_reason: str | None = None
     error: ErrorView | None = None
@@ -128,7 +134,9 @@ def accepted(job: NewJob, prefix: str) -> Accepted:
         request_id=str(job.request_id),
         status=Status.QUEUED,
         status_url=f"{prefix}/status/{job.request_id}",
-        **_classified(job.classification),
+        type=job.classification.kind,
+        classified_by=_decider(job.classification),
+        classified_why=job.classification.reason,
     )
 
 
@@ -168,7 +176,9 @@ def status_view(record: RequestRecord, prefix: str) -> StatusView:
         )
         if failure
         else None,
-        **_classified(record.classification),
+        type=record.classification.kind,
+        classified_by=_decider(record.classification),
+        classified_why=record.classification.reason,
     )
 
 
@@ -184,12 +194,8 @@ def usage_view(usage: Usage) -> UsageView | None:
     return view if any(value is not None for value in view.model_dump().values()) else None
 
 
-def _classified(classification: Classification) -> dict[str, object]:
-    return {
-        "type": classification.kind,
-        "classified_by": classification.by.value if classification.kind else None,
-        "classified_why": classification.reason,
-    }
+def _decider(classification: Classification) -> ClassifiedBy | None:
+    return classification.by if classification.kind else None
 
 
 def _file(record: FileRecord, prefix: str) -> FileView:

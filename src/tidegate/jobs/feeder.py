@@ -49,6 +49,7 @@ class Feeder:
                 self._slot_freed.clear()
                 await self._slot_freed.wait()
                 continue
+            mark = self._store.work_mark
             try:
                 claimed = await self._store.claim(pool=DEFAULT_POOL, kind=self._kind, limit=free)
             except StoreUnavailable:
@@ -57,7 +58,7 @@ class Feeder:
             for job in claimed:
                 self._start(job)
             if len(claimed) < free:
-                await self._store.wait_work(_IDLE_WAIT_MS)
+                await self._store.wait_work(_IDLE_WAIT_MS, mark)
 
     def _start(self, job: ClaimedJob) -> None:
         task = asyncio.ensure_future(self._work(job))

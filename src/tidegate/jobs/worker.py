@@ -107,7 +107,12 @@ class Worker:
         """Settle the kind of a job that the rules were unsure of; it then queues under it."""
         ask = _ask_of(job)
         decided = await self._pipeline.decide(ask)
-        await self._fenced(lambda: self._store.classified(job, decided))
+
+        async def requeue() -> None:
+            await self._store.classified(job, decided)
+            await self._store.hand_back([job])
+
+        await self._fenced(requeue)
 
     async def _work(self, job: ClaimedJob) -> None:
         try:
