@@ -19,9 +19,9 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from tidegate.config import GOOGLE_URL, SECRETS, Config
+from tidegate.config import SECRETS, Config
 from tidegate.embedded import Lease, ServiceName, ensure
-from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.errors import StoreUnavailable
 from tidegate.telemetry import redact
 
 LIFELINE = "TIDEGATE_LIFELINE_FD"
@@ -55,10 +55,8 @@ def prepared(
     """Have all that `config` leaves out, until the end of the block.
 
     Blocks until it is ready, inside of what `busy` makes of a few words on what it does. Raises
-    ConfigError and `embedded.ServerFailed`.
+    `embedded.ServerFailed`.
     """
-    if config.emulated and config.gemini_base_url != GOOGLE_URL and not database_only:
-        raise ConfigError("GEMINI_API_KEY", "(not set)", "must be set when GEMINI_BASE_URL is set")
     services = _missing(config, database_only)
     lease = None
     if services:

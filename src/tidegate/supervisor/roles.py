@@ -77,7 +77,7 @@ def prune(config: Config, days: int | None) -> PruneReport:
 def _standing(config: Config) -> Iterator[Config]:
     """A whole configuration on a migrated database: of the supervisor's making, or of our own."""
     if is_child():
-        _follow_lifeline(int(os.environ[LIFELINE]), config.shutdown_grace_ms / 1000)
+        follow_lifeline(int(os.environ[LIFELINE]), config.shutdown_grace_ms / 1000)
         yield config
         return
     with prepared(config) as ground:
@@ -155,7 +155,7 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         uvloop.run(main)
 
 
-def _follow_lifeline(descriptor: int, grace_s: float) -> None:
+def follow_lifeline(descriptor: int, grace_s: float) -> None:
     """Stop in order when the other end of the pipe closes: the supervisor never writes to it."""
 
     def follow() -> None:
