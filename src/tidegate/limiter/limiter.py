@@ -66,6 +66,7 @@ class Limiter:
         self._link = Link(url)
         self._courier = Courier(self._link, self._keys, policy, self._ledger, self._observer)
         self._heartbeat: Heartbeat | None = None
+        self._listener: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._carrying: asyncio.Task[None] | None = None
         self._closing = False
@@ -126,7 +127,7 @@ class Limiter:
             tell_paused=lambda: _tell(loop, courier.paused),
             stalled_s=self._stalled_s,
         )
-        listener = Listener(
+        self._listener = Listener(
             self._url,
             self._keys.channel(courier.sid),
             courier.lease,
@@ -135,7 +136,7 @@ class Limiter:
         )
         self._carrying = asyncio.create_task(courier.run(), name="tidegate-courier")
         self._tasks = [
-            asyncio.create_task(listener.run(), name="tidegate-listener"),
+            asyncio.create_task(self._listener.run(), name="tidegate-listener"),
             asyncio.create_task(self._pulse(), name="tidegate-pulse"),
         ]
         courier.refresh()

@@ -56,7 +56,7 @@ class Listener:
                 logger.debug("limiter: subscription lost: %s", error)
             finally:
                 self.subscribed = False
-                connection._close()  # type: ignore[no-untyped-call]
+                connection._close()  # without an await, which a cancelled task must not do
             retry_s = min(max(retry_s * 2, 0.01), self._lease.lease_ms / 6000)
             await asyncio.sleep(retry_s)
 

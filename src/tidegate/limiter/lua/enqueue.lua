@@ -29,9 +29,7 @@ local function enqueue(entries)
   end
   for lane in pairs(lanes) do
     redis.call('HSET', session_key(q.sid), 'lane:' .. lane, '1')
-    redis.call('PEXPIRE', queue_key(lane, q.sid), SESSION_KEEP_MS)
     rehead(lane)
-    redis.call('PEXPIRE', heads_key(lane), SESSION_KEEP_MS)
     touch(lane)
   end
 end

@@ -22,19 +22,18 @@ local function load_pool()
 end
 
 local function save_pool()
-  redis.call('HSET', meta_key, 'run', pool.run, 'epoch', int(pool.epoch),
-    'recover_until', int(pool.recover_until), 'clock', int(pool.now), 'seq', int(pool.seq),
-    'began', int(pool.began))
-  local any = false
+  redis.call('HSET', meta_key, 'clock', int(pool.now), 'seq', int(pool.seq))
+  if pool.changed then
+    redis.call('HSET', meta_key, 'run', pool.run, 'epoch', int(pool.epoch), 'began', int(pool.began),
+      'recover_until', int(pool.recover_until))
+  end
   for limit in pairs(used_changed) do
-    any = true
     if used[limit] == 0 then
       redis.call('HDEL', used_key, limit)
     else
       redis.call('HSET', used_key, limit, int(used[limit]))
     end
   end
-  if any then redis.call('PEXPIRE', used_key, POOL_KEEP_MS) end
 end
 
 local function next_seq()

@@ -69,10 +69,7 @@ local function grant(lane, sid, own, ticket, hard_ms)
   end
   local peer = peers[sid]
   peer.sent = peer.sent + 1
-  if not outbox[sid] then
-    outbox[sid] = {}
-    redis.call('PEXPIRE', held_key(sid), SESSION_KEEP_MS)
-  end
+  if not outbox[sid] then outbox[sid] = {} end
   table.insert(outbox[sid], { tonumber(ticket), seq })
 end
 

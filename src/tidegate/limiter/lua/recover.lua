@@ -51,6 +51,7 @@ local function begin_epoch()
   pool.epoch = math.max(pool.now, pool.epoch + 1, q.epoch + 1)
   pool.run = q.run
   pool.began = pool.now
+  pool.changed = true
   pool.recover_until = pool.now + quiet_ms
 end
 

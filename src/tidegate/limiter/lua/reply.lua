@@ -37,6 +37,7 @@ local function reply(status)
     full and all_held() or false,
     full and pool.hold and all_lapsing() or false,
     full and next_event_ms() or 0,
-    status == 'ok' and q.revision ~= pool.revision and redis.call('HGET', meta_key, 'policy') or false,
+    status == 'ok' and (q.revision ~= pool.revision or conflict == 1)
+      and redis.call('HGET', meta_key, 'policy') or false,
   })
 end

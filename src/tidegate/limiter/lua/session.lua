@@ -52,11 +52,21 @@ local function assert_lapsing(entry)
   end
 end
 
-local function keep_session()
+-- A backstop for the case that nobody is left to reap: in every `full` sync, so at each third of
+-- a lease.
+local function keep_keys()
   redis.call('PEXPIRE', sessions_key, POOL_KEEP_MS)
+  redis.call('PEXPIRE', used_key, POOL_KEEP_MS)
   redis.call('PEXPIRE', session_key(q.sid), SESSION_KEEP_MS)
   redis.call('PEXPIRE', held_key(q.sid), SESSION_KEEP_MS)
   redis.call('PEXPIRE', waiting_key(q.sid), SESSION_KEEP_MS)
+  for _, field in ipairs(redis.call('HKEYS', session_key(q.sid))) do
+    local lane = string.match(field, '^lane:(.*)$')
+    if lane then
+      redis.call('PEXPIRE', queue_key(lane, q.sid), SESSION_KEEP_MS)
+      redis.call('PEXPIRE', heads_key(lane), SESSION_KEEP_MS)
+    end
+  end
 end
 
 local function join()
@@ -72,6 +82,7 @@ local function join()
   if q.epoch > 0 and q.epoch < pool.epoch then
     pool.recover_until = math.max(pool.recover_until,
       pool.began + math.max(pool.lease_ms, q.lease_ms))
+    pool.changed = true
   end
   me.gen = next_seq()
   redis.call('ZADD', sessions_key, int(pool.now + pool.lease_ms), q.sid)

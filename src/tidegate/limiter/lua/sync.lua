@@ -4,7 +4,7 @@
 -- request: sid gen epoch run uptime_ms lease_ms revision batch ack full leave join transfers releases cancels enqueues
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more conflict grants held lapsing next_event_ms policy
 -- units: ms; grants and held are lists of (ticket, seq)
--- uses: keys clock pool recover session release cancel enqueue pump reply
+-- uses: keys clock pool recover session release cancel enqueue pump ask reply
 load_pool()
 recover()
 reap_expired()
@@ -16,7 +16,7 @@ if status == 'ok' then
   for _, entry in ipairs(q.releases) do release(entry) end
   for _, ticket in ipairs(q.cancels) do cancel(ticket) end
   for lane in pairs(reheaded) do rehead(lane) end
-  enqueue(q.enqueues)
+  ask(q.enqueues)
   if q.leave then
     reap(q.sid, false)
     own = nil
@@ -25,5 +25,5 @@ end
 pump(own)
 publish()
 save_pool()
-if own then keep_session() end
+if own and q.full then keep_keys() end
 return reply(status)

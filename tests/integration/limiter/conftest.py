@@ -1,0 +1,71 @@
+"""A pool per test, and the check that nothing of it is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import redis.asyncio
+
+from chaos.limiter.truth import Truth
+from tests.integration.limiter.makers import Maker
+from tidegate.limiter.keys import Keyspace
+
+LIVES_ON = {"meta", "layout", "limits"}
+
+
+@pytest.fixture
+def pool() -> str:
+    return f"t{uuid4().hex[:12]}"
+
+
+@pytest.fixture
+async def maker(pool: str) -> AsyncIterator[Maker]:
+    """Makes limiters of the test's pool, and closes them."""
+    async with AsyncExitStack() as stack:
+        yield Maker(pool, stack)
+
+
+@pytest.fixture
+async def truth() -> AsyncIterator[Truth]:
+    truth = Truth()
+    await truth.start()
+    yield truth
+    await truth.stop()
+
+
+async def leftovers(url: str, pool: str) -> list[str]:
+    """Keys of a pool that should not be there when every session has ended."""
+    keys = Keyspace(pool)
+    client: Any = redis.asyncio.Redis.from_url(url, decode_responses=True)
+    found: list[str] = []
+    try:
+        names = [name async for name in client.scan_iter(match=f"*{{{pool}}}*", count=1000)]
+        for name in names:
+            shape = keys.shape_of(name)
+            if shape is None:
+                found.append(f"{name}: not declared in keys.py")
+            elif (kind := await client.type(name)) != shape.type:
+                found.append(f"{name}: is a {kind}")
+            elif shape.expires and await client.pttl(name) <= 0:
+                found.append(f"{name}: has no end")
+            elif shape.name not in LIVES_ON:
+                found.append(f"{name}: outlives its session")
+    finally:
+        await client.aclose()
+    return found
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_leaks(request: pytest.FixtureRequest, pool: str) -> AsyncIterator[None]:
+    """Of a pool whose sessions have all ended only the record and the policy may be left."""
+    # Asked for first, so that this check runs after the limiters have been closed.
+    if "own_valkey" in request.fixturenames:
+        url = request.getfixturevalue("own_valkey").url
+    else:
+        url = request.getfixturevalue("valkey_url")
+    yield
+    assert await leftovers(url, pool) == []

@@ -1,0 +1,271 @@
+"""Acquiring and releasing over a healthy Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from tests.integration.limiter.makers import (
+    LIMIT,
+    Body,
+    Maker,
+    command,
+    quiet,
+    until_used,
+    until_waiting,
+    used,
+)
+from tests.waiting import wait_until
+from tidegate.embedded.valkey import ValkeyServer
+from tidegate.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    DemandImpossible,
+    QueueFull,
+    ShuttingDown,
+)
+from tidegate.limiter import Limiter, PoolPolicy
+from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.lease import now_ms
+
+
+async def test_never_more_than_the_limit_are_let_in_over_two_limiters(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiters = [await maker(valkey_url, 3) for _ in range(2)]
+    running = peak = done = 0
+
+    async def call(limiter: Limiter) -> None:
+        nonlocal running, peak, done
+        async with limiter.acquire(LIMIT):
+            running += 1
+            peak = max(peak, running)
+            await asyncio.sleep(0.002)
+            running -= 1
+            done += 1
+
+    await asyncio.gather(*(call(limiters[i % 2]) for i in range(200)))
+    assert (peak, done) == (3, 200)
+    await until_used(limiters[0], 0)
+
+
+async def test_a_freed_permit_reaches_the_waiter_of_another_process_by_push(
+    maker: Maker, valkey_url: str
+) -> None:
+    one, two = [await maker(valkey_url, 1) for _ in range(2)]
+    await quiet(one, two)
+    holder = await Body(one).until_admitted()
+    waiter = Body(two)
+
+    await until_waiting(one, 1)
+    before = two._courier.traffic.syncs
+    await holder.end()
+    await waiter.until_admitted(1.0)
+    assert two._courier.traffic.pushes == 1
+    assert two._courier.traffic.syncs == before
+    await waiter.end()
+
+
+async def test_waiters_are_let_in_in_the_order_in_which_they_came_over_all_processes(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiters = [await maker(valkey_url, 1) for _ in range(3)]
+    holder = await Body(limiters[0]).until_admitted()
+    order: list[int] = []
+
+    async def call(number: int) -> None:
+        async with limiters[number % 3].acquire(LIMIT):
+            order.append(number)
+
+    tasks = []
+    for number in range(12):
+        tasks.append(asyncio.create_task(call(number)))
+
+        await until_waiting(limiters[0], number + 1)
+    await holder.end()
+    await asyncio.gather(*tasks)
+    assert order == list(range(12))
+
+
+async def test_fences_rise_from_one_permit_to_the_next(maker: Maker, valkey_url: str) -> None:
+    limiters = [await maker(valkey_url, 2) for _ in range(2)]
+    fences = []
+    for number in range(10):
+        async with limiters[number % 2].acquire(LIMIT) as permit:
+            fences.append(permit.fence)
+    assert fences == sorted(set(fences))
+
+
+async def test_under_load_there_is_at_most_one_script_call_for_an_admission(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiters = [await maker(valkey_url, 5, lease_ms=3000) for _ in range(2)]
+
+    async def call(limiter: Limiter) -> None:
+        for _ in range(20):
+            async with limiter.acquire(LIMIT):
+                await asyncio.sleep(0.001)
+
+    before = sum(limiter._courier.traffic.syncs for limiter in limiters)
+    await asyncio.gather(*(call(limiters[i % 2]) for i in range(40)))
+    syncs = sum(limiter._courier.traffic.syncs for limiter in limiters) - before
+    admitted = sum(limiter._ledger.counts.admitted for limiter in limiters)
+    assert admitted == 800
+    assert syncs / admitted <= 1.0
+
+
+async def test_a_waiter_is_told_within_50_ms_after_its_deadline(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiter = await maker(valkey_url, 1)
+    holder = await Body(limiter).until_admitted()
+    began = now_ms()
+    with pytest.raises(DeadlineExceeded) as caught:
+        async with limiter.acquire(LIMIT, deadline_ms=100):
+            pytest.fail("let in over the limit")
+    assert 99 <= now_ms() - began <= 150
+    assert caught.value.limit == LIMIT
+    assert caught.value.retry_after_ms is not None
+    await holder.end()
+    await until_used(limiter, 0)
+
+
+async def test_what_can_never_be_is_refused_at_once(maker: Maker, valkey_url: str) -> None:
+    limiter = await maker(valkey_url, 0)
+    for limit in (LIMIT, "kind:unknown"):
+        with pytest.raises(DemandImpossible) as caught:
+            async with limiter.acquire(limit):
+                pytest.fail("let in")
+        assert caught.value.limit == limit
+
+
+async def test_the_queue_of_a_process_is_bounded(maker: Maker, valkey_url: str) -> None:
+    limiter = await maker(valkey_url, 1, max_waiters=2)
+    holder = await Body(limiter).until_admitted()
+    bodies = [Body(limiter), Body(limiter)]
+    await wait_until(lambda: limiter.local_state().waiting[LIMIT] == 2)
+    with pytest.raises(QueueFull):
+        async with limiter.acquire(LIMIT):
+            pytest.fail("let in")
+    for body in [holder, *bodies]:
+        await body.end()
+
+
+async def test_a_storm_of_cancellations_leaks_nothing(maker: Maker, valkey_url: str) -> None:
+    limiters = [await maker(valkey_url, 4) for _ in range(2)]
+    chance = random.Random(7)
+    running = peak = 0
+
+    async def call(limiter: Limiter) -> None:
+        nonlocal running, peak
+        async with limiter.acquire(LIMIT):
+            running += 1
+            peak = max(peak, running)
+            try:
+                await asyncio.sleep(chance.random() / 100)
+            finally:
+                running -= 1
+
+    tasks = [asyncio.create_task(call(limiters[i % 2])) for i in range(1500)]
+    loop = asyncio.get_running_loop()
+    for task in tasks:
+        loop.call_later(chance.random() * 0.8, task.cancel)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert peak <= 4
+    await until_used(limiters[0], 0)
+    snapshot = await limiters[0].snapshot()
+    assert snapshot.limits[LIMIT].waiting == 0
+    assert all(not limiter._ledger.held and not limiter._ledger.waiting for limiter in limiters)
+
+
+async def test_closing_frees_at_once_what_was_held_and_refuses_waiters(
+    maker: Maker, valkey_url: str
+) -> None:
+    one, two = [await maker(valkey_url, 1) for _ in range(2)]
+    await quiet(one, two)
+    holder = await Body(one).until_admitted()
+    refused = Body(one)
+    waiter = Body(two)
+
+    await until_waiting(two, 2)
+    await one.aclose()
+    await waiter.until_admitted(1.0)
+    with pytest.raises(ShuttingDown):
+        await refused.task
+    with pytest.raises(Exception, match="is gone"):
+        await holder.task
+    with pytest.raises(ShuttingDown):
+        async with one.acquire(LIMIT):
+            pytest.fail("let in")
+    await waiter.end()
+
+
+async def test_a_cancellation_by_others_stays_a_cancellation(maker: Maker, valkey_url: str) -> None:
+    limiter = await maker(valkey_url)
+    body = await Body(limiter).until_admitted()
+    body.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await body.task
+    await until_used(limiter, 0)
+
+
+async def test_the_highest_revision_is_in_force_for_all_and_a_start_overwrites_none(
+    maker: Maker, valkey_url: str
+) -> None:
+    one, two = [await maker(valkey_url, 1) for _ in range(2)]
+    await one.set_policy(PoolPolicy({LIMIT: 3}, lease_ms=600, revision=5))
+    await wait_until(lambda: two.policy.revision == 5, 1.0, "the other knows")
+    late = await maker(valkey_url, 1)
+    await wait_until(lambda: late.policy.revision == 5)
+    bodies = [await Body(late).until_admitted() for _ in range(3)]
+    assert await used(one) == 3
+    for body in bodies:
+        await body.end()
+
+
+async def test_a_lowered_limit_drains_and_revokes_nothing(maker: Maker, valkey_url: str) -> None:
+    limiter = await maker(valkey_url, 3)
+    bodies = [await Body(limiter).until_admitted() for _ in range(3)]
+    await limiter.set_policy(PoolPolicy({LIMIT: 1}, lease_ms=600, revision=2))
+    waiter = Body(limiter)
+
+    async def queued() -> bool:
+        view = (await limiter.snapshot()).limits[LIMIT]
+        return (view.bound, view.used, view.waiting) == (1, 3, 1)
+
+    await wait_until(queued)
+    for left, body in zip((2, 1), bodies[:2], strict=True):
+        await body.end()
+        await until_used(limiter, left)
+        assert not waiter.admitted.is_set()
+    await bodies[2].end()
+    await waiter.until_admitted()
+    await waiter.end()
+
+
+async def test_a_server_that_may_evict_permits_is_refused(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    await command(own_valkey.url, "CONFIG", "SET", "maxmemory", "100mb")
+    await command(own_valkey.url, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    with pytest.raises(ConfigError, match="maxmemory-policy"):
+        await maker.cold(own_valkey.url).start()
+
+
+async def test_a_pool_of_another_layout_is_refused(maker: Maker, own_valkey: ValkeyServer) -> None:
+    await command(own_valkey.url, "SET", Keyspace(maker.pool).layout, "2")
+    with pytest.raises(ConfigError, match="layout"):
+        await maker.cold(own_valkey.url).start()
+
+
+async def test_a_permit_can_be_given_back_when_the_memory_of_valkey_is_full(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url)
+    body = await Body(limiter).until_admitted()
+    await command(own_valkey.url, "CONFIG", "SET", "maxmemory", "1")
+    await body.end()
+    await until_used(limiter, 0)
+    assert limiter._courier.traffic.failures == 0

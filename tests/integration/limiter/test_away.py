@@ -1,0 +1,222 @@
+"""Valkey away, killed, paused or cut off: what goes on, and what must not happen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from tests.integration.limiter.makers import LEASE_MS, LIMIT, Body, Maker, command, until_used, used
+from tests.waiting import wait_until
+from tidegate.embedded.valkey import ValkeyServer
+from tidegate.errors import DeadlineExceeded, LeaseLost, LimiterUnavailable
+from tidegate.limiter import Limiter
+
+
+async def until_state(limiter: Limiter, *states: str) -> None:
+    await wait_until(lambda: limiter.local_state().state in states, what=f"state {states}")
+
+
+async def until_lapsed(limiter: Limiter) -> None:
+    await wait_until(lambda: limiter.local_state().silent_ms > LEASE_MS, what="a lapsed lease")
+
+
+async def test_a_limiter_starts_while_valkey_is_away_and_lets_in_when_it_comes(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    own_valkey.stop()
+    limiter = maker.cold(own_valkey.url)
+    await limiter.start()
+    assert limiter.local_state().state == "away"
+    waiting = Body(limiter)
+    own_valkey.start()
+    await (await waiting.until_admitted()).end()
+    await limiter.aclose()
+
+
+async def test_permits_are_passed_on_in_order_while_valkey_is_away_within_the_lease(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url, 2, lease_ms=3000)
+    holders = [await Body(limiter).until_admitted() for _ in range(2)]
+    waiters = [Body(limiter) for _ in range(4)]
+    own_valkey.pause()
+    await until_state(limiter, "away")
+    await holders[0].end()
+    await waiters[0].until_admitted(0.5)
+    assert limiter.local_state().held[LIMIT] == 2
+    await holders[1].end()
+    await waiters[1].until_admitted(0.5)
+    await waiters[0].end()
+    await waiters[2].until_admitted(0.5)
+    assert not waiters[3].admitted.is_set()
+    own_valkey.resume()
+    await until_state(limiter, "up")
+    assert await used(limiter) == 2
+    await waiters[1].end()
+    await waiters[3].until_admitted()
+    for body in waiters[2:]:
+        await body.end()
+    await until_used(limiter, 0)
+    assert limiter._ledger.counts.recycled == 3
+
+
+async def test_closed_lets_nobody_in_after_the_lease_and_says_when_to_come_again(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url, 2)
+    running = await Body(limiter).until_admitted()
+    own_valkey.stop()
+    await until_lapsed(limiter)
+    with pytest.raises(LimiterUnavailable) as caught:
+        async with limiter.acquire(LIMIT, deadline_ms=100):
+            pytest.fail("let in")
+    assert caught.value.retry_after_ms is not None
+    patient = Body(limiter)
+    own_valkey.start()
+    await patient.until_admitted()
+    assert await used(limiter) == 2, "what ran through the outage is counted again"
+    for body in (running, patient):
+        await body.end()
+    await until_used(limiter, 0)
+
+
+async def test_local_uses_a_share_after_the_lease_and_tells_of_it_afterwards(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiters = [await maker(own_valkey.url, 5, when_away="local") for _ in range(2)]
+    await wait_until(lambda: all(x.local_state().sessions == 2 for x in limiters))
+    own_valkey.stop()
+    for limiter in limiters:
+        await until_lapsed(limiter)
+    bodies = [Body(limiters[i % 2]) for i in range(6)]
+    await wait_until(lambda: sum(x.local_state().held[LIMIT] for x in limiters) == 4)
+    with pytest.raises(DeadlineExceeded):
+        async with limiters[0].acquire(LIMIT, deadline_ms=100):
+            pytest.fail("over the share of 2")
+    own_valkey.start()
+    for limiter in limiters:
+        await until_state(limiter, "recovering", "up")
+    assert await used(limiters[0]) == 4
+    for limiter in limiters:
+        await until_state(limiter, "up")
+    await wait_until(lambda: sum(body.admitted.is_set() for body in bodies) == 5)
+    for body in bodies:
+        await body.end()
+
+
+async def test_with_cancel_the_bodies_end_before_the_lease_is_over(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiter = await maker(own_valkey.url, on_lost="cancel")
+    body = await Body(limiter).until_admitted()
+    own_valkey.stop()
+    with pytest.raises(LeaseLost):
+        await body.task
+    assert 0.8 * LEASE_MS <= limiter.local_state().silent_ms < LEASE_MS
+    own_valkey.start()
+    await until_state(limiter, "up")
+    await until_used(limiter, 0)
+
+
+async def test_after_an_empty_restart_what_runs_is_counted_and_nobody_new_comes_in_for_a_lease(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiters = [await maker(own_valkey.url, 2) for _ in range(2)]
+    running = [await Body(limiter).until_admitted() for limiter in limiters]
+    waiters = [Body(limiter) for limiter in limiters]
+    own_valkey.kill()
+    own_valkey.start()
+    for limiter in limiters:
+        await until_state(limiter, "recovering")
+    recovering_ms = (await limiters[0].snapshot()).recovering_ms
+    assert recovering_ms > 0
+    for limiter in limiters:
+        await until_state(limiter, "up")
+    assert await used(limiters[0]) == 2
+    assert not any(waiter.admitted.is_set() for waiter in waiters)
+    for body in running:
+        await body.end()
+    for waiter in waiters:
+        await (await waiter.until_admitted()).end()
+    assert all(limiter._ledger.counts.fenced == 0 for limiter in limiters)
+    fences = [body.fence for body in running + waiters if body.fence]
+    assert max(fences[:2]) < min(fences[2:])
+
+
+async def test_flushall_is_a_loss_like_any_other(maker: Maker, own_valkey: ValkeyServer) -> None:
+    limiter = await maker(own_valkey.url, 2)
+    body = await Body(limiter).until_admitted()
+    await command(own_valkey.url, "FLUSHALL")
+    await until_state(limiter, "recovering")
+    await until_state(limiter, "up")
+    assert await used(limiter) == 1
+    await body.end()
+
+
+async def test_when_the_server_slept_longer_than_the_lease_nobody_is_let_in_too_early(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiters = [await maker(own_valkey.url, 2) for _ in range(2)]
+    running = [await Body(limiter).until_admitted() for limiter in limiters]
+    waiter = Body(limiters[0])
+    own_valkey.pause()
+    for limiter in limiters:
+        await until_lapsed(limiter)
+    own_valkey.resume()
+    for limiter in limiters:
+        await until_state(limiter, "recovering", "up")
+    assert await used(limiters[0]) == 2
+    assert not waiter.admitted.is_set()
+    await running[0].end()
+    await (await waiter.until_admitted()).end()
+    await running[1].end()
+
+
+async def test_a_lost_subscription_costs_no_grant_and_comes_back(
+    maker: Maker, valkey_url: str
+) -> None:
+    one, two = [await maker(valkey_url, 1) for _ in range(2)]
+    holder = await Body(one).until_admitted()
+    waiter = Body(two)
+    await command(valkey_url, "CLIENT", "KILL", "TYPE", "pubsub")
+    await holder.end()
+    await waiter.until_admitted(1.0)
+    assert two._listener is not None
+    await wait_until(lambda: two._listener is not None and two._listener.subscribed)
+    await waiter.end()
+
+
+async def test_a_lost_command_connection_costs_no_permit(maker: Maker, valkey_url: str) -> None:
+    limiter = await maker(valkey_url, 2)
+    bodies = [await Body(limiter).until_admitted() for _ in range(2)]
+    await command(valkey_url, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    for body in bodies:
+        await body.end()
+    await until_used(limiter, 0)
+    assert limiter._ledger.counts.fenced == 0
+
+
+async def test_a_change_of_state_is_one_line_and_a_request_is_none(
+    maker: Maker, own_valkey: ValkeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tidegate.limiter")
+    limiter = await maker(own_valkey.url)
+    caplog.clear()
+    own_valkey.stop()
+    await until_lapsed(limiter)
+    for _ in range(20):
+        with pytest.raises(LimiterUnavailable):
+            async with limiter.acquire(LIMIT, deadline_ms=1):
+                pytest.fail("let in")
+    with pytest.raises(LimiterUnavailable):
+        await limiter.ping(100)
+    own_valkey.start()
+    await until_state(limiter, "up")
+    await asyncio.wait_for(limiter.ping(1000), 2)
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        "limiter: away, was up",
+        "limiter: recovering, was away",
+        "limiter: up, was recovering",
+    ]
