@@ -28,9 +28,11 @@ SLOW_MS = 1_000  # after this the probe looks whether the server still answers
 PROBE_TIMEOUT_MS = 1_000
 PROBE_EVERY_MS = 200
 _TRIES = 3
-# One round trip. A frozen client must not hold locks for ever, nor a lost one its statement.
+# One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
+# since the statistics of a queue are always stale, no plan may come to scan it whole.
 _BEGIN = (
-    "BEGIN; SET LOCAL jit = off; SET LOCAL statement_timeout = {timeout_ms}; "
+    "BEGIN; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; "
+    "SET LOCAL statement_timeout = {timeout_ms}; "
     "SET LOCAL idle_in_transaction_session_timeout = 10000"
 )
 
@@ -47,6 +49,14 @@ _TRANSIENT = (
     asyncpg.TransactionRollbackError,  # deadlock
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,  # a server that has been demoted
+)
+# A connection that was cut: says nothing yet of the server.
+_CUT = (
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    ConnectionResetError,
 )
 # The server is there but is not the one we need (yet).
 _UNFIT = (
@@ -186,6 +196,9 @@ class Connections:
             return await self._connect(min(CONNECT_TIMEOUT_MS / 1000, max(left, 0.001)))
         except asyncpg.TooManyConnectionsError:
             raise  # it answers, and those that we have go on working
+        except _CUT:
+            self._suspect()
+            raise
         except (*_TRANSIENT, *_UNFIT) as failed:
             self._gone(_words(failed))
             raise
@@ -214,6 +227,7 @@ class Connections:
 
     async def _look(self) -> None:
         """Try to connect until it works; the first failure makes PostgreSQL `away`."""
+        cuts_left = 2
         try:
             while True:
                 try:
@@ -222,7 +236,9 @@ class Connections:
                 except asyncpg.TooManyConnectionsError:
                     break
                 except (*_TRANSIENT, *_UNFIT) as failed:
-                    self._gone(_words(failed))
+                    cuts_left -= isinstance(failed, _CUT)
+                    if cuts_left < 0 or not isinstance(failed, _CUT):
+                        self._gone(_words(failed))
                 await asyncio.sleep(PROBE_EVERY_MS / 1000)
         finally:
             self._probe = None

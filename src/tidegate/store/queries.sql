@@ -25,11 +25,13 @@ ON CONFLICT (id) DO NOTHING
 SELECT r.*, CASE WHEN r.status = 'queued' THEN 1 + (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
-            AND q.lane = r.lane AND q.priority > r.priority LIMIT 10000)
+            AND q.lane = r.lane AND q.priority > r.priority
+            ORDER BY q.priority LIMIT 10000)
         UNION ALL
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
             AND q.lane = r.lane AND q.priority = r.priority
-            AND (q.created_at, q.id) < (r.created_at, r.id) LIMIT 10000)
+            AND (q.created_at, q.id) < (r.created_at, r.id)
+            ORDER BY q.created_at, q.id LIMIT 10000)
         LIMIT 10000
     ) AS before
 ) END AS place
@@ -119,10 +121,11 @@ FROM claimed ORDER BY turn, n
 
 -- name: any_ready
 -- Whether any ready job is left in pool $1, lane $2: told apart from a lost race for all of them.
-SELECT EXISTS (
-    SELECT 1 FROM requests WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
+SELECT (
+    SELECT true FROM requests WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
         AND pool = $1 AND lane = $2
-)
+    ORDER BY tenant_id LIMIT 1
+) IS NOT NULL
 
 -- name: get_input_files
 -- The uploads of many claimed jobs, in their order.

@@ -140,6 +140,9 @@ class Recorder:
             except StoreUnavailable:
                 try:
                     await self._spill.keep(entry)
+                    # After a mere blip nobody will tell us that PostgreSQL is back.
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(_RETRY_MS / 1000, self._replay_soon.set)
                     return False
                 except StoreUnavailable:
                     if not patient or self._closing:

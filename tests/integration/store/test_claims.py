@@ -1,0 +1,244 @@
+"""Claiming in fairness, dying with claims, and what the planner makes of a long queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from datetime import timedelta
+
+import asyncpg
+import orjson
+import pytest
+
+from tests.integration.store.conftest import MakeStore
+from tests.integration.store.jobs import new_job, now, result
+from tests.waiting import wait_until
+from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.errors import ClaimLost, NotFound
+from tidegate.store.queries import sql
+from tidegate.store.records import ClaimedJob
+from tidegate.store.states import MAX_LAPSES, Status
+from tidegate.store.store import Store
+
+LEASE_MS = 300
+FILL = """
+    INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by,
+        classified_reason, prompt, created_at, priority, deadline_at)
+    SELECT gen_random_uuid(), $1, 'gemini', 'job', 'queued', 'text_only', 'rules', '', 'p',
+        now() - interval '1 day' + n * interval '1 ms', 0, now() + interval '1 day'
+    FROM generate_series(1, $2) AS n
+"""
+
+
+async def claim(store: Store, limit: int) -> list[ClaimedJob]:
+    return await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit)
+
+
+async def test_a_long_queue_of_one_tenant_does_not_delay_anothers_first_job(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    await peek.execute(FILL, "greedy", 5_000)
+    modest = [new_job(tenant_id=name) for name in ("a-modest", "modest", "zz-modest")]
+    for job in modest:
+        await store.submit(job)
+    # One at a time, each finished before the next: nothing in flight tells who had his turn.
+    tenants = []
+    for _ in range(8):
+        (claimed,) = await claim(store, 1)
+        tenants.append(claimed.tenant_id)
+        await store.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        await store.finish(claimed, Status.SUCCEEDED, result())
+    assert set(tenants[:4]) == {"greedy", "a-modest", "modest", "zz-modest"}
+    assert tenants[4:] == ["greedy"] * 4
+
+
+async def test_a_batch_takes_the_tenants_in_turn(store: Store) -> None:
+    for tenant in ("a", "b", "c"):
+        for _ in range(4):
+            await store.submit(new_job(tenant_id=tenant))
+    assert Counter(job.tenant_id for job in await claim(store, 6)) == {"a": 2, "b": 2, "c": 2}
+    # The next batch goes on where the last one stopped.
+    assert [job.tenant_id for job in await claim(store, 4)] == ["a", "b", "c", "a"]
+
+
+async def test_within_a_tenant_priority_comes_first_and_then_age(store: Store) -> None:
+    old = now() - timedelta(minutes=1)
+    jobs = {
+        "young": new_job(),
+        "old": new_job(created_at=old),
+        "urgent": new_job(priority=9),
+    }
+    for job in jobs.values():
+        await store.submit(job)
+    order = [job.request_id for job in await claim(store, 3)]
+    assert order == [jobs[name].request_id for name in ("urgent", "old", "young")]
+
+
+async def test_stores_that_claim_at_once_never_get_the_same_job_and_leave_none(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    await peek.execute(FILL, "a", 150)
+    await peek.execute(FILL, "b", 150)
+    stores = [await make_store(database_url, claim_lease_ms=5_000) for _ in range(3)]
+
+    async def take(store: Store) -> list[ClaimedJob]:
+        taken: list[ClaimedJob] = []
+        while jobs := await claim(store, 7):
+            taken += jobs
+        return taken
+
+    taken = [job for jobs in await asyncio.gather(*map(take, stores)) for job in jobs]
+    assert len({job.request_id for job in taken}) == len(taken)
+    # One that found all candidates locked may stop early, but what it left is still there.
+    taken += await claim(stores[0], 300 - len(taken) or 1)
+    assert len({job.request_id for job in taken}) == 300
+
+
+async def test_a_dead_workers_jobs_return_and_the_killer_is_dead_after_three_lapses(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    judge = await make_store(database_url, claim_lease_ms=LEASE_MS)
+    job, waiting = new_job(), new_job()
+    await judge.submit(job)
+    for lapse in range(1, MAX_LAPSES + 1):
+        victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
+        (claimed,) = await claim(victim, 1)
+        await victim.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        assert await retaken(judge) == [job.request_id]
+        record = await judge.get(job.request_id, "default")
+        assert record.status is (Status.DEAD if lapse == MAX_LAPSES else Status.QUEUED)
+        with pytest.raises(ClaimLost):
+            await victim.finish(claimed, Status.SUCCEEDED, result("too late"))
+    assert record.failure is not None
+    assert record.failure.code == "worker_died"
+    outcomes = await peek.fetch("SELECT outcome FROM attempts")
+    assert [row["outcome"] for row in outcomes] == ["ambiguous"] * MAX_LAPSES
+    assert await peek.fetchval("SELECT count(*) FROM audit WHERE status = 'dead'") == 1
+    # A job that was only queued at a worker that died is not to blame.
+    await judge.submit(waiting)
+    victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
+    await claim(victim, 1)
+    assert await retaken(judge) == [waiting.request_id]
+    assert await peek.fetchval("SELECT max(lapses) FROM requests WHERE status = 'queued'") == 0
+    await judge.requeue(job.request_id)
+    assert (await judge.get(job.request_id, "default")).status is Status.QUEUED
+    with pytest.raises(NotFound):
+        await judge.requeue(job.request_id)
+
+
+async def retaken(judge: Store) -> list[object]:
+    async def beat_and_take() -> list[object]:
+        await judge.heartbeat()
+        return list(await judge.retake_lapsed())
+
+    found: list[object] = await wait_until(beat_and_take)
+    return found
+
+
+async def test_a_worker_that_has_just_started_judges_nobody(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    silent = await make_store(database_url, claim_lease_ms=LEASE_MS)
+    await silent.submit(new_job())
+    (claimed,) = await claim(silent, 1)
+    await peek.execute("UPDATE workers SET seen_at = now() - interval '1 hour'")
+    fresh = await make_store(database_url, claim_lease_ms=LEASE_MS)
+    await fresh.heartbeat()
+    assert await fresh.retake_lapsed() == []
+    await silent.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+
+
+async def test_live_workers_keep_what_they_hold(make_store: MakeStore, database_url: str) -> None:
+    judge, worker = [await make_store(database_url, claim_lease_ms=LEASE_MS) for _ in range(2)]
+    await worker.submit(new_job())
+    await claim(worker, 1)
+    until = asyncio.get_running_loop().time() + 3 * LEASE_MS / 1000
+    while asyncio.get_running_loop().time() < until:
+        await asyncio.gather(judge.heartbeat(), worker.heartbeat())
+        assert await judge.retake_lapsed() == []
+        await asyncio.sleep(LEASE_MS / 5000)
+    assert judge._claims._steadiness.may_judge
+
+
+async def test_a_worker_that_leaves_frees_what_it_had_queued(store: Store) -> None:
+    await store.submit(new_job())
+    (first,) = await claim(store, 1)
+    await store.leave()
+    (second,) = await claim(store, 1)
+    assert second.request_id == first.request_id
+    with pytest.raises(ClaimLost):
+        await store.running(first, model="m", fence=(1, 1), queue_ms=0)
+
+
+async def test_claims_that_a_cancelled_caller_never_saw_are_given_back(store: Store) -> None:
+    await store.submit(new_job())
+    await store.heartbeat()
+    for turns in range(1, 60):
+        claiming = asyncio.create_task(claim(store, 1))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        claiming.cancel()
+        outcome = (await asyncio.gather(claiming, return_exceptions=True))[0]
+        if isinstance(outcome, list):
+            await store.hand_back(outcome)
+
+    async def back() -> list[ClaimedJob]:
+        await store.heartbeat()
+        return await claim(store, 1)
+
+    (job,) = await wait_until(back)
+    assert store._claims.held == 1
+    await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+
+
+@pytest.fixture
+async def long_queue(peek: asyncpg.Connection) -> asyncpg.Connection:
+    """100,000 queued jobs of one tenant, 2,000 of ten others, and as many that have ended."""
+    await peek.execute(FILL, "greedy", 100_000)
+    for number in range(10):
+        await peek.execute(FILL, f"t{number}", 200)
+    await peek.execute(FILL, "done", 20_000)
+    await peek.execute(
+        "UPDATE requests SET status = 'succeeded', finished_at = created_at "
+        "WHERE tenant_id = 'done'"
+    )
+    await peek.execute("ANALYZE requests")
+    return peek
+
+
+async def test_no_hot_statement_scans_the_queue(
+    long_queue: asyncpg.Connection, store: Store
+) -> None:
+    some = await long_queue.fetchrow("SELECT id FROM requests OFFSET 50000 LIMIT 1")
+    one = orjson.dumps([{"id": str(some["id"]), "claim": 0, "status": "queued"}]).decode()
+    hot: dict[str, list[object]] = {
+        "claim": ["gemini", "text_only", 16, "w", "greedy", 32],
+        "any_ready": ["gemini", "text_only"],
+        "ripen": [],
+        "get_request": [some["id"], "greedy"],
+        "get_request_files": [some["id"]],
+        "get_versions": [[some["id"]]],
+        "begin_running": [one, "w"],
+        "end_requests": [one],
+        "retry_requests": [one],
+        "already_written": [one],
+        "hand_back": [one],
+        "release_strays": ["w", []],
+        "leave": ["w"],
+        "lock_lapsed": [1000.0],
+        "retake": [[some["id"]], 3, "{}"],
+        "expire_due": ["{}"],
+        "requeue_dead": [some["id"]],
+        "prune_candidates": [now() - timedelta(days=30), 500],
+    }
+    for name, arguments in hot.items():
+        transaction = long_queue.transaction()
+        await transaction.start()
+        lines = await long_queue.fetch(f"EXPLAIN (ANALYZE, COSTS OFF) {sql(name)}", *arguments)
+        await transaction.rollback()
+        plan = "\n".join(line[0] for line in lines)
+        assert "Seq Scan on requests" not in plan, f"{name}:\n{plan}"
+        took_ms = float(plan.rpartition("Execution Time: ")[2].split()[0])
+        assert took_ms < 100, f"{name}:\n{plan}"
+    jobs = await claim(store, 11)
+    assert len({job.tenant_id for job in jobs}) == 11
