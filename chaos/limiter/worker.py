@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -78,13 +80,18 @@ async def loop_for_ever(limiter: Limiter, caller: Caller, orders: Orders) -> Non
 
 
 async def main(orders: Orders) -> None:
+    me = asyncio.current_task()
+    assert me is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, me.cancel)
     caller = await Caller.connect(orders.truth, orders.name)
     limiter = Limiter.from_url(orders.url, pool=orders.pool, policy=policy_of(orders))
+    listening = asyncio.create_task(caller.listen())  # to the end: closing a call needs it
     async with limiter, asyncio.TaskGroup() as group:
-        group.create_task(caller.listen())
         for _ in range(orders.tasks):
             group.create_task(loop_for_ever(limiter, caller, orders))
+    listening.cancel()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Orders(**json.loads(sys.argv[1]))))
+    with contextlib.suppress(asyncio.CancelledError):  # SIGTERM: an orderly end
+        asyncio.run(main(Orders(**json.loads(sys.argv[1]))))

@@ -1,373 +1,95 @@
-"""Carries what the ledger has to say to Valkey and back: the only caller of `sync`.
+"""Carries what the session has to say to Valkey and back: the only caller of `sync`.
 
-While one `sync` is under way the next batch collects; it leaves when the first returns. Owns the
-state of this process towards its pool:
-
-    away ──joined──> recovering ──one lease──> up
-      ^                  │                      │
-      └── no answer ─────┴──────────────────────┘
-
-Invariants: one `sync` at a time, each with a higher batch number, so that one which was delayed in
-the network and overtaken does nothing; no grant is taken when the lease has lapsed; a lapse without
-any failed call before it means that *we* were paused, and ends what runs here.
+While one `sync` is under way the next batch collects; it leaves when the first returns. Invariant:
+one `sync` at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from secrets import token_hex
 
-from tidegate.errors import ConfigError, DemandImpossible
+from tidegate.errors import ConfigError
 from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.lease import Identity, Lease, now_ms
-from tidegate.limiter.ledger import Batch, Ledger, Waiter
-from tidegate.limiter.limits import PoolPolicy, share_of
+from tidegate.limiter.lease import Lease
+from tidegate.limiter.ledger import Ledger
+from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.link import Link, LinkDown
-from tidegate.limiter.observer import Observer, State
-from tidegate.limiter.scripts import Script, load
-from tidegate.limiter.wire import Join, Push, SyncReply, SyncRequest
-
-logger = logging.getLogger("tidegate.limiter")
-
-# How many grants may come by push before they are acknowledged without anything else to say:
-# half of the server's window (`ACK_WINDOW` in pump.lua).
-ACK_EARLY = 4
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Counts since the start."""
-
-    syncs: int = 0
-    failures: int = 0
-    pushes: int = 0
-    joins: int = 0
+from tidegate.limiter.observer import Observer
+from tidegate.limiter.scripts import load
+from tidegate.limiter.session import Session
+from tidegate.limiter.wire import SyncReply
 
 
 class Courier:
-    """See the module. `fatal` is set by a fault that no retry mends."""
+    """See the module. `joined` is set once the pool has answered, or will never."""
 
     def __init__(
         self, link: Link, keys: Keyspace, policy: PoolPolicy, ledger: Ledger, observer: Observer
     ) -> None:
-        self.sid = token_hex(8)
-        self.policy = policy
-        self.lease = Lease(policy.lease_ms)
-        self.state: State = "away"
-        self.fatal: ConfigError | None = None
-        self.sessions = 0
-        self.last_error = "no answer yet"
-        self.traffic = Traffic()
         self.joined = asyncio.Event()
+        self._wake = asyncio.Event()
         self._link = link
         self._keys = (keys.meta, keys.layout)
-        self._sync: Script = load("sync")
-        self._ledger = ledger
+        self._script = load("sync")
         self._observer = observer
-        self._wake = asyncio.Event()
-        self._batch = 0
-        self._full = True
-        self._must_join = True
-        self._leaving = False
-        self._failing = True
-        self._lapse_seen = True
-        self._sent_seen = 0
-        self._acked = 0
-        self._lapsing: list[tuple[str, int]] = []
         self._timers: dict[str, asyncio.TimerHandle] = {}
-
-    # -- what others ask of it
-
-    def kick(self) -> None:
-        """There is something to say."""
-        self._wake.set()
-
-    def refresh(self) -> None:
-        """Compare all with the server, soon."""
-        self._full = True
-        self._wake.set()
-
-    def take_push(self, push: Push) -> None:
-        """Grants that others' releases made for us. A hint only: what is lost comes by `full`."""
-        identity = self.lease.identity
-        self.traffic.pushes += 1
-        if self._must_join or (push.epoch, push.gen) != (identity.epoch, identity.gen):
-            return
-        if self.check_lapse():
-            return
-        if push.sent - len(push.grants) > self._sent_seen:
-            self.refresh()
-        self._sent_seen = max(self._sent_seen, push.sent)
-        at = now_ms()
-        for ticket, seq in push.grants:
-            self._ledger.grant(ticket, push.epoch, seq, at)
-        if self._sent_seen - self._acked >= ACK_EARLY or self._ledger.unsaid():
-            self.kick()
-
-    def check_lapse(self) -> bool:
-        """True if the lease has lapsed; acts on it the first time. Cheap: call it anywhere."""
-        if not self.lease.lapsed():
-            return False
-        if not self._lapse_seen:
-            self._lapse_seen = True
-            self._must_join = True
-            self._ledger.recycling = False
-            if not self._failing or self.policy.on_lost == "cancel":
-                self._fence("paused" if not self._failing else "Valkey is away")
-            self.refresh()
-        return True
-
-    def set_policy(self, policy: PoolPolicy) -> None:
-        """Join again with a newer policy; the session keeps what it holds."""
-        self.policy = policy
-        self._must_join = True
-        self.refresh()
-
-    def paused(self) -> None:
-        """The heartbeat saw that this process stood still for longer than its lease."""
-        if not self._lapse_seen:
-            self._failing = False
-        self.check_lapse()
-
-    def admit_locally(self) -> None:
-        """Use our share when Valkey is away for longer than the lease and the policy says so."""
-        if self.policy.when_away == "local" and self._failing and self.lease.over():
-            shares = [(limit, self.share(limit)) for limit in self.policy.limits]
-            self._ledger.admit_locally(shares, self.lease.identity.epoch, now_ms())
-
-    def share(self, limit: str) -> int:
-        return share_of(self.policy.limits.get(limit, 0), self.sessions)
-
-    @property
-    def away(self) -> bool:
-        return self.state == "away"
-
-    # -- the loop
+        self.session = Session(
+            policy,
+            ledger,
+            observer,
+            Lease(policy.lease_ms),
+            wake=self._wake.set,
+            alarm=self._set_alarm,
+            settled=self.joined.set,
+        )
 
     async def run(self) -> None:
-        """Until cancelled, `leave` was said, or a fault that no retry mends."""
-        retry_s = 0.0
-        while self.fatal is None:
+        """Until cancelled, the session has left, or a fault that no retry mends."""
+        session, retry_s = self.session, 0.0
+        while session.fatal is None:
             await self._wake.wait()
             self._wake.clear()
             try:
                 left = await self._exchange()
                 retry_s = 0.0
             except LinkDown as error:
-                self._failed(error)
-                retry_s = min(max(retry_s * 2, 0.01), self.lease.lease_ms / 6000)
+                session.failed(str(error))
+                retry_s = min(max(retry_s * 2, 0.01), session.lease.lease_ms / 6000)
                 await asyncio.sleep(retry_s)
-                self.refresh()
+                session.refresh()
                 continue
             except ConfigError as error:
-                self._die(error)
+                session.die(error)
                 return
             if left:
                 return
 
-    def leave(self) -> None:
-        """End the session with the next batch."""
-        self._leaving = True
-        self.refresh()
-
     async def _exchange(self) -> bool:
-        """One `sync`; true if it ended the session."""
-        if not self._something_to_say():
+        """One `sync`, if there is something to say; true if it ended the session."""
+        session = self.session
+        if not session.something_to_say():
             return False
-        deadline_s = self.lease.deadline_s()
+        deadline_s = session.lease.deadline_s()
         server = await self._link.connect(deadline_s)
-        batch = self._ledger.take_join() if self._must_join else self._ledger.take()
-        request = self._request(batch, server.run, server.uptime_ms)
-        sent_ms = now_ms()
-        self.traffic.syncs += 1
+        batch, request = session.prepare(server.run, server.uptime_ms)
+        sent_ms = session.lease.now_ms()
         try:
-            raw = await self._link.run(self._sync, self._keys, request.pack(), deadline_s)
+            raw = await self._link.run(self._script, self._keys, request.pack(), deadline_s)
         except BaseException:
-            self._ledger.restore(batch)
+            session.unanswered(batch)
             raise
-        self._observer.synced(now_ms() - sent_ms, len(batch))
-        reply = SyncReply.unpack(raw)
-        if reply.status == "ok":
-            self._ledger.confirm(batch)
-            self._accepted(batch, request, reply, sent_ms)
-        else:
-            self._ledger.restore(batch)
-            self._rejected(reply)
-        return request.leave and reply.status != "stale"
+        self._observer.synced(session.lease.now_ms() - sent_ms, len(batch))
+        return session.answered(batch, request, SyncReply.unpack(raw), sent_ms)
 
-    def _something_to_say(self) -> bool:
-        return (
-            self._full
-            or self._must_join
-            or self._leaving
-            or self._ledger.unsaid() > 0
-            or self._sent_seen - self._acked >= ACK_EARLY
-        )
-
-    def _request(self, batch: Batch, run: str, uptime_ms: int) -> SyncRequest:
-        at = now_ms()
-        self._batch += 1
-        request = SyncRequest(
-            sid=self.sid,
-            gen=self.lease.identity.gen,
-            epoch=self.lease.identity.epoch,
-            run=run,
-            uptime_ms=uptime_ms,
-            lease_ms=self.lease.lease_ms,
-            revision=self.policy.revision,
-            batch=self._batch,
-            ack=self._sent_seen,
-            full=self._full,
-            leave=self._leaving,
-            join=self._join(batch, at) if batch.joining else None,
-            transfers=[
-                (t.source, t.heir.ticket, t.heir.limit, t.heir.seq, t.heir.hard_left_ms(at))
-                for t in batch.transfers
-            ],
-            releases=[
-                (r.ticket, r.limit, r.outcome, -1 if r.tokens is None else r.tokens)
-                for r in batch.releases
-            ],
-            cancels=batch.cancels,
-            enqueues=[(w.ticket, w.limit, _left_ms(w, at), w.hard_ms) for w in batch.enqueues],
-        )
-        self._full = False
-        return request
-
-    def _join(self, batch: Batch, at: float) -> Join:
-        held = [(h.ticket, h.limit, h.seq, h.hard_left_ms(at)) for h in batch.held]
-        return Join(self.policy, held, self._lapsing)
-
-    # -- what an answer means
-
-    def _accepted(
-        self, batch: Batch, request: SyncRequest, reply: SyncReply, sent_ms: float
-    ) -> None:
-        self.lease.renewed(sent_ms, reply.lease_ms)
-        self._acked = max(self._acked, request.ack)
-        self.sessions = reply.sessions
-        if batch.joining:
-            self._joined(reply)
-        if self.lease.lapsed():
-            # The answer is as old as the lease: we stood still while it came.
-            self._lapse_seen = False
-            self._failing = False
-            self.check_lapse()
-            return
-        self._must_join = False
-        self._failing = False
-        self._lapse_seen = False
-        self._adopt(reply)
-        self._set_state("recovering" if reply.recovering_ms > 0 else "up")
-        at = now_ms()
-        for ticket, seq in reply.grants:
-            self._ledger.grant(ticket, reply.epoch, seq, at)
-        if reply.held is not None:
-            self._sent_seen = max(self._sent_seen, reply.sent)
-            self._ledger.reconcile(reply.held, reply.epoch, at)
-            self._lapsing = reply.lapsing or []
-        self._arm(reply)
-        self.joined.set()
-        if reply.more or self._ledger.unsaid():
-            self.kick()
-
-    def _joined(self, reply: SyncReply) -> None:
-        old = self.lease.identity
-        self.lease.identity = Identity(reply.epoch, reply.gen)
-        self._sent_seen = self._acked = 0
-        self._full = True
-        self._wake.set()
-        self.traffic.joins += 1
-        if reply.epoch != old.epoch:
-            self._observer.recovered(reply.epoch)
-        if reply.conflict:
-            logger.warning(
-                "limiter: another policy with revision %d is in force; ours is not used",
-                reply.revision,
-            )
-
-    def _rejected(self, reply: SyncReply) -> None:
-        """The server does not know us. Whose fault it was decides what becomes of what runs."""
-        self.check_lapse()
-        if reply.status == "layout":
-            self._die(ConfigError("layout", "other", "a newer Tidegate uses this pool"))
-            return
-        if reply.status == "gone" and not self._failing:
-            self._fence("the session was gone")
-        self._must_join = True
-        self.refresh()
-
-    def _adopt(self, reply: SyncReply) -> None:
-        """The pool's policy is the newest that any process brought."""
-        if reply.policy is None or reply.policy == self.policy.pack():
-            return
-        self.policy = PoolPolicy.unpack(reply.policy)
-        logger.info("limiter: policy revision %d is in force", self.policy.revision)
-        for waiter in list(self._ledger.waiting.values()):
-            if self.policy.limits.get(waiter.limit, 0) == 0:
-                error = DemandImpossible(
-                    f"{waiter.limit} lets nobody in any more", limit=waiter.limit
-                )
-                self._ledger.refuse(waiter, error, now_ms())
-
-    def _failed(self, error: LinkDown) -> None:
-        self.traffic.failures += 1
-        self.last_error = str(error)
-        if not self._failing:
-            # Before anything failed: have we been asleep?
-            self.check_lapse()
-            self._failing = True
-        if not self._lapse_seen:
-            self._ledger.recycling = True
-            self._ledger.recycle_unsent(now_ms())
-        self._set_state("away", str(error))
-
-    def _fence(self, reason: str) -> None:
-        count = self._ledger.fence()
-        if count:
-            logger.warning("limiter: %s; %d running calls cancelled", reason, count)
-        self._observer.fenced(count)
-
-    def _die(self, error: ConfigError) -> None:
-        self.fatal = error
-        logger.error("limiter: stopped: %s", error)
-        self.joined.set()
-
-    def _set_state(self, new: State, why: str = "") -> None:
-        old, self.state = self.state, new
-        if new != "away":
-            self._ledger.recycling = new == "recovering"
-        if old == new:
-            return
-        level = logging.WARNING if new == "away" else logging.INFO
-        logger.log(level, "limiter: %s, was %s%s", new, old, f" ({why})" if why else "")
-        self._observer.state_changed(old, new)
-
-    def _arm(self, reply: SyncReply) -> None:
+    def _set_alarm(self, name: str, in_ms: float) -> None:
         """Come back when a lease, a hold or the quiet time after a loss runs out."""
-        if reply.recovering_ms > 0:
-            self._at("recovered", reply.recovering_ms, self.refresh)
-        if 0 < reply.next_event_ms < reply.lease_ms and self._ledger.waiting:
-            self._at("next_event", reply.next_event_ms, self.refresh)
-
-    def _at(self, name: str, in_ms: float, call: Callable[[], None]) -> None:
         old = self._timers.get(name)
         if old is not None:
             old.cancel()
         loop = asyncio.get_running_loop()
-        self._timers[name] = loop.call_later((in_ms + 2) / 1000, call)
+        self._timers[name] = loop.call_later((in_ms + 2) / 1000, self.session.refresh)
 
     def stop_timers(self) -> None:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
-
-
-def _left_ms(waiter: Waiter, at: float) -> int:
-    """Time to the deadline, at least 1; 0 means no deadline."""
-    if waiter.deadline_ms == float("inf"):
-        return 0
-    return max(1, int(waiter.deadline_ms - at) + 1)

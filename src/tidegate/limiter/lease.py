@@ -8,6 +8,7 @@ thread: each field is replaced as a whole.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 FENCE_SHARE = 0.8
@@ -32,9 +33,10 @@ class Identity:
 class Lease:
     """The lease of this process's session."""
 
-    __slots__ = ("_confirmed_ms", "identity", "lease_ms")
+    __slots__ = ("_confirmed_ms", "identity", "lease_ms", "now_ms")
 
-    def __init__(self, lease_ms: int) -> None:
+    def __init__(self, lease_ms: int, clock: Callable[[], float] = now_ms) -> None:
+        self.now_ms = clock
         self.lease_ms = lease_ms
         self.identity = Identity()
         self._confirmed_ms = float("-inf")
@@ -46,7 +48,7 @@ class Lease:
 
     def silent_ms(self) -> float:
         """How long ago the last confirmed request was sent; infinite before the first."""
-        return now_ms() - self._confirmed_ms
+        return self.now_ms() - self._confirmed_ms
 
     def lapsed(self) -> bool:
         """True once we must no longer count on our session."""

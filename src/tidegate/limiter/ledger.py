@@ -93,10 +93,15 @@ class Counts:
     fenced: int = 0
 
 
+def _new_future() -> asyncio.Future[Holding]:
+    return asyncio.get_running_loop().create_future()
+
+
 class Ledger:
     """See the module. `recycling` is set while a freed permit may be passed on in the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_future: Callable[[], asyncio.Future[Holding]] | None = None) -> None:
+        self._new_future = new_future or _new_future
         self.waiting: dict[int, Waiter] = {}
         self.held: dict[int, Holding] = {}
         self.held_of: Counter[str] = Counter()
@@ -127,7 +132,7 @@ class Ledger:
 
     def ask(self, limit: str, *, hard_ms: int, now_ms: float, deadline_ms: float) -> Waiter:
         """A new waiter at the end of its lane."""
-        future: asyncio.Future[Holding] = asyncio.get_running_loop().create_future()
+        future = self._new_future()
         waiter = Waiter(next(self._tickets), limit, hard_ms, now_ms, deadline_ms, future)
         self.waiting[waiter.ticket] = waiter
         self._lanes.setdefault(limit, {})[waiter.ticket] = waiter

@@ -65,6 +65,7 @@ class Limiter:
         self._ledger = Ledger()
         self._link = Link(url)
         self._courier = Courier(self._link, self._keys, policy, self._ledger, self._observer)
+        self._session = self._courier.session
         self._heartbeat: Heartbeat | None = None
         self._listener: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -91,12 +92,12 @@ class Limiter:
         return cls(url, pool=pool, policy=policy, instance_id=instance_id, observer=observer)
 
     def __repr__(self) -> str:
-        return f"<Limiter {self.pool} {self._courier.state} {self._ledger!r}>"
+        return f"<Limiter {self.pool} {self._session.state} {self._ledger!r}>"
 
     @property
     def policy(self) -> PoolPolicy:
         """The policy in force, as far as this process knows."""
-        return self._courier.policy
+        return self._session.policy
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -117,54 +118,54 @@ class Limiter:
         that a process of another layout uses.
         """
         loop = asyncio.get_running_loop()
-        courier = self._courier
+        courier, session = self._courier, self._session
         self._heartbeat = Heartbeat(
             self._url,
-            courier.sid,
+            session.sid,
             self._keys,
-            courier.lease,
-            tell_changed=lambda: _tell(loop, courier.refresh),
-            tell_paused=lambda: _tell(loop, courier.paused),
+            session.lease,
+            tell_changed=lambda: _tell(loop, session.refresh),
+            tell_paused=lambda: _tell(loop, session.paused),
             stalled_s=self._stalled_s,
         )
         self._listener = Listener(
             self._url,
-            self._keys.channel(courier.sid),
-            courier.lease,
-            courier.take_push,
-            courier.refresh,
+            self._keys.channel(session.sid),
+            session.lease,
+            session.take_push,
+            session.refresh,
         )
         self._carrying = asyncio.create_task(courier.run(), name="tidegate-courier")
         self._tasks = [
             asyncio.create_task(self._listener.run(), name="tidegate-listener"),
             asyncio.create_task(self._pulse(), name="tidegate-pulse"),
         ]
-        courier.refresh()
+        session.refresh()
         self._heartbeat.start()
         try:
-            async with asyncio.timeout(max(2 * courier.lease.deadline_s(), 0.5)):
+            async with asyncio.timeout(max(2 * session.lease.deadline_s(), 0.5)):
                 await courier.joined.wait()
         except TimeoutError:
-            logger.warning("limiter: starting without Valkey: %s", courier.last_error)
+            logger.warning("limiter: starting without Valkey: %s", session.last_error)
         except asyncio.CancelledError:
             await self._stop()
             raise
-        if courier.fatal is not None:
+        if session.fatal is not None:
             await self._stop()
-            raise courier.fatal
+            raise session.fatal
 
     async def _pulse(self) -> None:
         """Shows the heartbeat that the loop lives, compares all with Valkey, watches the lease."""
-        lease, ticks = self._courier.lease, 0
+        lease, ticks = self._session.lease, 0
         while True:
             await asyncio.sleep(lease.lease_ms / 12_000)
             if self._heartbeat is not None:
                 self._heartbeat.loop_is_alive()
-            self._courier.check_lapse()
-            self._courier.admit_locally()
+            self._session.check_lapse()
+            self._session.admit_locally()
             ticks += 1
             if ticks % 4 == 0:
-                self._courier.refresh()
+                self._session.refresh()
 
     # -- permits
 
@@ -195,8 +196,8 @@ class Limiter:
     def _ask(self, limit: str, deadline_ms: int | None, hard_ms: int | None) -> Waiter:
         if self._closing:
             raise ShuttingDown("the limiter is closing")
-        if self._courier.fatal is not None:
-            raise self._courier.fatal
+        if self._session.fatal is not None:
+            raise self._session.fatal
         if self.policy.limits.get(limit, 0) == 0:
             raise self._refused(DemandImpossible(f"{limit} lets nobody in", limit=limit))
         if len(self._ledger.waiting) >= self._max_waiters:
@@ -214,8 +215,8 @@ class Limiter:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(max(0, deadline_ms) / 1000, self._expire, waiter)
             waiter.future.add_done_callback(lambda _: timer.cancel())
-        self._courier.admit_locally()
-        self._courier.kick()
+        self._session.admit_locally()
+        self._session.kick()
         return waiter
 
     def _expire(self, waiter: Waiter) -> None:
@@ -224,17 +225,17 @@ class Limiter:
             return
         limit, retry_ms = waiter.limit, self._retry_after_ms(waiter.limit)
         error: AdmissionError
-        if self._courier.away and (self.policy.when_away == "closed" or not self._share(limit)):
+        if self._session.away and (self.policy.when_away == "closed" or not self._share(limit)):
             error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
         else:
             error = DeadlineExceeded(
                 f"no permit of {limit} in time", limit=limit, retry_after_ms=retry_ms
             )
         self._ledger.refuse(waiter, self._refused(error), now_ms())
-        self._courier.kick()
+        self._session.kick()
 
     def _share(self, limit: str) -> int:
-        return self._courier.share(limit)
+        return self._session.share(limit)
 
     def _refused(self, error: AdmissionError) -> AdmissionError:
         self._observer.refused(error.limit, error.code)
@@ -246,7 +247,7 @@ class Limiter:
 
     def _abandon(self, waiter: Waiter) -> None:
         self._ledger.abandon(waiter.ticket, now_ms())
-        self._courier.kick()
+        self._session.kick()
         self._check_idle()
 
     def _admitted(self, holding: Holding) -> None:
@@ -258,8 +259,8 @@ class Limiter:
         self._ledger.release(
             permit._holding.ticket, outcome=permit.outcome, tokens=permit.tokens, now_ms=now_ms()
         )
-        self._courier.admit_locally()
-        self._courier.kick()
+        self._session.admit_locally()
+        self._session.kick()
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -272,11 +273,11 @@ class Limiter:
         """This process's part, without I/O."""
         limits = self.policy.limits
         return LocalState(
-            state=self._courier.state,
+            state=self._session.state,
             held={limit: self._ledger.held_of[limit] for limit in limits},
             waiting={limit: self._ledger.waiting_in(limit) for limit in limits},
-            silent_ms=self._courier.lease.silent_ms(),
-            sessions=self._courier.sessions,
+            silent_ms=self._session.lease.silent_ms(),
+            sessions=self._session.sessions,
             revision=self.policy.revision,
         )
 
@@ -285,7 +286,7 @@ class Limiter:
         keys = (self._keys.meta, self._keys.layout)
         try:
             raw = await self._link.run(
-                load("inspect"), keys, b"\x80", self._courier.lease.deadline_s()
+                load("inspect"), keys, b"\x80", self._session.lease.deadline_s()
             )
         except LinkDown as error:
             raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
@@ -296,7 +297,7 @@ class Limiter:
             epoch=reply.epoch,
             revision=reply.revision,
             recovering_ms=reply.recovering_ms,
-            state=self._courier.state,
+            state=self._session.state,
         )
 
     async def ping(self, timeout_ms: int) -> None:
@@ -311,7 +312,7 @@ class Limiter:
         Valkey answers. Nothing is revoked: a limit that was lowered drains."""
         if policy.revision <= self.policy.revision:
             raise TidegateError(f"revision {self.policy.revision} is in force already")
-        self._courier.set_policy(policy)
+        self._session.set_policy(policy)
 
     # -- the end
 
@@ -348,10 +349,10 @@ class Limiter:
         return True
 
     async def _say_goodbye(self) -> None:
-        if self._carrying is None or self._courier.away:
+        if self._carrying is None or self._session.away:
             return
-        self._courier.leave()
-        await asyncio.wait({self._carrying}, timeout=2 * self._courier.lease.deadline_s())
+        self._session.leave()
+        await asyncio.wait({self._carrying}, timeout=2 * self._session.lease.deadline_s())
 
     async def _stop(self) -> None:
         self._closing = True

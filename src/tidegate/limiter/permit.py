@@ -122,7 +122,7 @@ class Acquisition:
         asked = permit.lost.is_set()
         holding.on_fence = permit.lost.set
         # A body that ends in the moment its process wakes up from a pause has lost its lease too.
-        self._limiter._courier.check_lapse()
+        self._limiter._session.check_lapse()
         self._limiter._release(permit)
         if not permit.lost.is_set():
             return

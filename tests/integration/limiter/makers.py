@@ -85,7 +85,7 @@ async def quiet(*limiters: Limiter) -> None:
     """Give the pool a lease of a minute, so that in a test nothing happens by periodic renewal."""
     bound = limiters[0].policy.limits[LIMIT]
     await limiters[0].set_policy(PoolPolicy({LIMIT: bound}, lease_ms=60_000, revision=9))
-    leases = [limiter._courier.lease for limiter in limiters]
+    leases = [limiter._session.lease for limiter in limiters]
     await wait_until(lambda: all(lease.lease_ms == 60_000 for lease in leases), what="long leases")
 
 

@@ -60,11 +60,11 @@ async def test_a_freed_permit_reaches_the_waiter_of_another_process_by_push(
     waiter = Body(two)
 
     await until_waiting(one, 1)
-    before = two._courier.traffic.syncs
+    before = two._session.traffic.syncs
     await holder.end()
     await waiter.until_admitted(1.0)
-    assert two._courier.traffic.pushes == 1
-    assert two._courier.traffic.syncs == before
+    assert two._session.traffic.pushes == 1
+    assert two._session.traffic.syncs == before
     await waiter.end()
 
 
@@ -108,9 +108,9 @@ async def test_under_load_there_is_at_most_one_script_call_for_an_admission(
             async with limiter.acquire(LIMIT):
                 await asyncio.sleep(0.001)
 
-    before = sum(limiter._courier.traffic.syncs for limiter in limiters)
+    before = sum(limiter._session.traffic.syncs for limiter in limiters)
     await asyncio.gather(*(call(limiters[i % 2]) for i in range(40)))
-    syncs = sum(limiter._courier.traffic.syncs for limiter in limiters) - before
+    syncs = sum(limiter._session.traffic.syncs for limiter in limiters) - before
     admitted = sum(limiter._ledger.counts.admitted for limiter in limiters)
     assert admitted == 800
     assert syncs / admitted <= 1.0
@@ -268,4 +268,4 @@ async def test_a_permit_can_be_given_back_when_the_memory_of_valkey_is_full(
     await command(own_valkey.url, "CONFIG", "SET", "maxmemory", "1")
     await body.end()
     await until_used(limiter, 0)
-    assert limiter._courier.traffic.failures == 0
+    assert limiter._session.traffic.failures == 0

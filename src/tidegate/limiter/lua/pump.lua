@@ -94,7 +94,10 @@ end
 local function pump(own)
   if pool.now < pool.recover_until then return end
   local budget = AT_ONCE
-  for lane in pairs(touched) do budget = pump_lane(lane, own, budget) end
+  local lanes = {}
+  for lane in pairs(touched) do lanes[#lanes + 1] = lane end
+  table.sort(lanes)
+  for _, lane in ipairs(lanes) do budget = pump_lane(lane, own, budget) end
   if budget <= 0 then more = 1 end
 end
 
