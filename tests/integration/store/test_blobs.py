@@ -1,0 +1,82 @@
+"""Blobs in the local folder: whole, durable, by age."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.store.blobs import Blobs, new_key
+
+NOW = datetime(2025, 3, 9, 23, 59, tzinfo=UTC)
+
+
+async def test_bytes_and_files_come_back_as_they_went_in(tmp_path: Path) -> None:
+    blobs = Blobs.from_url("", tmp_path / "data")
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(3_000_000))
+    small_key, large_key = new_key(NOW), new_key(NOW)
+    await blobs.put(small_key, b"small")
+    await blobs.put_file(large_key, large)
+    assert await blobs.get(small_key) == b"small"
+    pieces = [piece async for piece in blobs.stream(large_key)]
+    assert len(pieces) > 1
+    assert b"".join(pieces) == large.read_bytes()
+    await blobs.put(new_key(NOW), b"")
+
+
+async def test_what_is_not_there_is_not_found_and_may_be_deleted(tmp_path: Path) -> None:
+    blobs = Blobs.from_url("", tmp_path)
+    key, missing = new_key(NOW), new_key(NOW)
+    await blobs.put(key, b"x")
+    with pytest.raises(NotFound):
+        await blobs.get(missing)
+    with pytest.raises(NotFound):
+        async for _ in blobs.stream(missing):
+            pass
+    await blobs.delete([missing, key])
+    with pytest.raises(NotFound):
+        await blobs.get(key)
+
+
+async def test_keys_tell_their_day_and_are_listed_by_it(tmp_path: Path) -> None:
+    blobs = Blobs.from_url("", tmp_path)
+    keys = [new_key(NOW), new_key(NOW), new_key(NOW.replace(day=10))]
+    for key in keys:
+        await blobs.put(key, b"x")
+    assert await blobs.days() == ["2025-03-09", "2025-03-10"]
+    found = [key async for batch in blobs.keys_of("2025-03-09") for key in batch]
+    assert sorted(found) == sorted(keys[:2])
+
+
+async def test_a_write_is_on_the_disk_with_its_name_before_put_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = Blobs.from_url("", tmp_path)
+    synced: set[str] = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    key = new_key(NOW)
+    await blobs.put(key, b"x")
+    path = tmp_path / "blobs" / key
+    assert {str(path), str(path.parent)} <= synced
+
+
+async def test_a_store_that_cannot_write_is_unavailable(tmp_path: Path) -> None:
+    blobs = Blobs.from_url("", tmp_path)
+    (tmp_path / "blobs" / "2025-03-09").write_text("a file where the folder should be")
+    with pytest.raises(StoreUnavailable):
+        await blobs.put(new_key(NOW), b"x")
+
+
+def test_the_folder_is_closed_to_others(tmp_path: Path) -> None:
+    Blobs.from_url("", tmp_path)
+    assert (tmp_path / "blobs").stat().st_mode & 0o077 == 0

@@ -1,0 +1,146 @@
+"""Retention: what goes, what stays, and the partitions by day."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, date, datetime, timedelta
+
+import asyncpg
+
+from tests.integration.store.jobs import new_job, now, result
+from tests.waiting import wait_until
+from tidegate.call import DEFAULT_POOL, Attachment, Kind, new_id
+from tidegate.errors import NotFound
+from tidegate.store import partitions
+from tidegate.store.blobs import new_key
+from tidegate.store.records import OutputFile
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+
+
+async def stored(store: Store, data: bytes) -> str:
+    key = new_key(datetime.now(UTC) - timedelta(days=40))
+    await store.blobs.put(key, data)
+    return key
+
+
+async def there(store: Store, key: str) -> bool:
+    try:
+        await store.blobs.get(key)
+    except NotFound:
+        return False
+    return True
+
+
+async def test_pruning_takes_the_old_ended_requests_and_never_a_queued_or_running_one(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    keys = {name: await stored(store, b"x") for name in ("old", "picture", "fresh", "queued")}
+    ended = {}
+    for name in ("old", "fresh"):
+        upload = Attachment(new_id(), "a.pdf", "application/pdf", 1, keys[name])
+        await store.submit(new_job(attachments=(upload,)))
+        (claimed,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+        await store.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        pictures: tuple[OutputFile, ...] = ()
+        if name == "old":
+            pictures = (OutputFile(new_id(), "image/png", 1, keys["picture"]),)
+        await store.finish(claimed, Status.SUCCEEDED, result(pictures=pictures))
+        ended[name] = claimed.request_id
+    upload = Attachment(new_id(), "a.pdf", "application/pdf", 1, keys["queued"])
+    ancient = now() - timedelta(days=400)
+    waiting = new_job(created_at=ancient, attachments=(upload,))
+    running = new_job(created_at=ancient - timedelta(days=1))
+    await store.submit(running)
+    (claimed,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    await store.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+    await store.submit(waiting)
+    await peek.execute(
+        "UPDATE requests SET finished_at = now() - interval '31 days 1 hour' WHERE id = $1",
+        ended["old"],
+    )
+    report = await store.prune(30)
+    assert (report.requests, report.blobs) == (1, 2)
+    left = {row["id"] for row in await peek.fetch("SELECT id FROM requests")}
+    assert left == {ended["fresh"], waiting.request_id, running.request_id}
+    assert {name: await there(store, key) for name, key in keys.items()} == {
+        "old": False,
+        "picture": False,
+        "fresh": True,
+        "queued": True,
+    }
+    assert (await store.prune(30)).requests == 0
+
+
+async def test_old_partitions_are_dropped_with_the_blobs_of_their_bodies(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    old = datetime.now(UTC).date() - timedelta(days=45)
+    async with peek.transaction():
+        await partitions.make_ahead(peek, old)
+    key = await stored(store, b"body")
+    await peek.execute(
+        "INSERT INTO bodies (id, created_at, role, pool, encoding, size_bytes, blob_key) "
+        "VALUES ($1, $2, 'request', 'gemini', 'zlib', 4, $3)",
+        new_id(),
+        datetime.combine(old, datetime.min.time(), UTC) + timedelta(hours=5),
+        key,
+    )
+    report = await store.prune(30)
+    made = (partitions.DAYS_AHEAD + 1) * len(partitions.TABLES)
+    assert (report.partitions, report.skipped, report.blobs) == (made, 0, 1)
+    assert not await there(store, key)
+    name = partitions.name_of("bodies", old)
+    assert await peek.fetchval("SELECT to_regclass($1) IS NULL", name)
+
+
+async def test_a_partition_in_use_is_left_for_the_next_run(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    old = datetime.now(UTC).date() - timedelta(days=45)
+    async with peek.transaction():
+        await partitions.make_ahead(peek, old)
+    name = partitions.name_of("audit", old)
+    async with peek.transaction():
+        await peek.execute(f"LOCK TABLE {name} IN ACCESS SHARE MODE")
+        report = await store.prune(30)
+    assert report.skipped == 1
+    assert (await store.prune(30)).partitions == 1
+
+
+async def test_rows_that_fell_into_the_default_partition_move_to_their_day(
+    peek: asyncpg.Connection,
+) -> None:
+    day = date(2031, 5, 17)
+    when = datetime(2031, 5, 17, 12, tzinfo=UTC)
+    insert = (
+        "INSERT INTO bodies (id, created_at, role, pool, encoding, size_bytes, data) "
+        "VALUES ($1, $2, 'request', 'gemini', 'zlib', 1, 'x')"
+    )
+    await peek.execute(insert, new_id(), when)
+    assert await peek.fetchval("SELECT count(*) FROM bodies_default") == 1
+    for _ in range(2):
+        async with peek.transaction():
+            await partitions.make_ahead(peek, day)
+    assert await peek.fetchval("SELECT count(*) FROM bodies_default") == 0
+    assert await peek.fetchval("SELECT count(*) FROM bodies_20310517") == 1
+
+
+async def test_a_running_store_makes_the_partitions_of_the_coming_days(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    ahead = datetime.now(UTC).date() + timedelta(days=partitions.DAYS_AHEAD)
+    name = partitions.name_of("audit", ahead)
+    await wait_until(lambda: peek.fetchval("SELECT to_regclass($1) IS NOT NULL", name))
+
+
+async def test_processes_that_make_partitions_at_once_do_not_collide(
+    store: Store, database_url: str
+) -> None:
+    async def make() -> None:
+        connection = await asyncpg.connect(database_url)
+        async with connection.transaction():
+            await partitions.make_ahead(connection, date(2032, 1, 1))
+        await connection.close()
+
+    await asyncio.gather(make(), make(), make())
