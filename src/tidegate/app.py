@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -97,6 +98,10 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             config=config, limiter=limiter, processor=processor, blobs=blobs, fetcher=fetcher
         )
         services = Services(config, store, blobs, limiter, pipeline)
+        # What the imports made lives as long as the process: a full collection that walks it
+        # would stop the event loop for a tenth of a second, again and again.
+        gc.collect()
+        gc.freeze()
         log.info(Log.STARTED, role=role, instance_id=instance_id, limits=config.rate_limits)
         yield services
         services.draining.set()

@@ -15,6 +15,7 @@ from collections.abc import Mapping, MutableMapping
 from enum import StrEnum
 from typing import Any, Literal
 
+import orjson
 import structlog
 
 
@@ -98,6 +99,10 @@ def _redact_event(
     return event
 
 
+def _to_json(event: Any, **_options: Any) -> str:
+    return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
 # What other libraries say of each request; some of it at a level below `info` holds its content.
 _NOISY = (
     *("httpx", "httpx2", "httpcore", "httpcore2", "google_genai", "alembic"),
@@ -130,7 +135,7 @@ def configure_logging(
     final: Any = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         if console
-        else structlog.processors.JSONRenderer()
+        else structlog.processors.JSONRenderer(serializer=_to_json)
     )
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,

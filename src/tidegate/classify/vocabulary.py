@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import lru_cache
 from importlib.resources import files
 
 from tidegate.classify.text import Token, has_unspaced, plain, tokens
@@ -186,47 +187,44 @@ def mark(text: str) -> Marked:
 
 
 def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
-    known: dict[str, list[Entry]] = {}
     for at, token in enumerate(words):
-        entries = known.get(token.kept)
-        if entries is None:
-            entries = known[token.kept] = _entries(token)
-        for entry in entries:
+        for entry in _entries(token.plain, token.kept):
             if len(entry.parts) == 1 or _follows(text, words, at, entry):
                 last = words[at + len(entry.parts) - 1]
                 exact = not entry.parts[-1].endswith("*")
                 yield _Hit(entry, token.start, last.end, len(entry.parts), exact)
 
 
-def _entries(token: Token) -> list[Entry]:
+@lru_cache(maxsize=20_000)
+def _entries(plain_word: str, kept: str) -> tuple[Entry, ...]:
     """What may begin with this word, its misspellings corrected when nothing else does."""
-    entries = [
+    entries = tuple(
         entry
-        for shape, kept in _shapes(token)
+        for shape, keeps_accents in _shapes(plain_word, kept)
         for key in _keys(shape)
         for entry in TABLE.words.get(key, ())
-        if entry.keeps_accents == kept
-    ]
-    right = TABLE.typos.get(token.plain)
+        if entry.keeps_accents == keeps_accents
+    )
+    right = TABLE.typos.get(plain_word)
     if entries or right is None:
         return entries
-    return [entry for entry in TABLE.words[right] if len(entry.parts) == 1]
+    return tuple(entry for entry in TABLE.words[right] if len(entry.parts) == 1)
 
 
-def _shapes(token: Token) -> Iterator[tuple[str, bool]]:
-    yield token.plain, False
-    yield token.kept, True
-    if len(token.plain) > 4 and token.plain.endswith("s") and token.plain not in TABLE.words:
-        yield token.plain[:-1], False
-        if token.plain.endswith("ies"):
-            yield token.plain[:-3] + "y", False
-    if "\u0600" <= token.plain[0] <= "\u06ff":
+def _shapes(plain_word: str, kept: str) -> Iterator[tuple[str, bool]]:
+    yield plain_word, False
+    yield kept, True
+    if len(plain_word) > 4 and plain_word.endswith("s") and plain_word not in TABLE.words:
+        yield plain_word[:-1], False
+        if plain_word.endswith("ies"):
+            yield plain_word[:-3] + "y", False
+    if "\u0600" <= plain_word[0] <= "\u06ff":
         for prefix in TABLE.arabic_prefixes:
-            if token.plain.startswith(prefix) and len(token.plain) > len(prefix) + 2:
-                yield token.plain[len(prefix) :], False
+            if plain_word.startswith(prefix) and len(plain_word) > len(prefix) + 2:
+                yield plain_word[len(prefix) :], False
         for ending in TABLE.arabic_endings:
-            if token.plain.endswith(ending) and len(token.plain) > 3:
-                yield token.plain[: -len(ending)], False
+            if plain_word.endswith(ending) and len(plain_word) > 3:
+                yield plain_word[: -len(ending)], False
 
 
 def _keys(word: str) -> Iterator[str]:

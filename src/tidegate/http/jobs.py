@@ -102,7 +102,7 @@ def ask_of(submission: Submission) -> Ask:
     responses=problem_responses(400, 408, 413, 415, 422, 503),
     summary="Hand in a request; a worker answers it",
 )
-async def submit(request: Request) -> Accepted:
+async def submit(request: Request) -> Response:
     """Takes text, files and image prompts, as JSON or multipart. The answer means that the
     request is stored for good; follow it at `status_url`."""
     services = services_of(request)
@@ -112,7 +112,8 @@ async def submit(request: Request) -> Accepted:
         check_uri(submission.image_uri)
     job = _new_job(submission, services, received)
     await services.store.submit(job)
-    return accepted(job, prefix_of(request))
+    body = accepted(job, prefix_of(request)).model_dump_json()
+    return Response(body, status_code=202, media_type="application/json")
 
 
 def _new_job(submission: Submission, services: Services, received: datetime) -> NewJob:

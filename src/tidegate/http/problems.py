@@ -7,6 +7,7 @@ answered as a plain 500.
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import errors
 from tidegate.telemetry import Log, get_logger
@@ -45,6 +47,8 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.ShuttingDown: 503,
 }
 _DEFAULT_RETRY_AFTER_MS = 1_000
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 log = get_logger()
 
@@ -123,6 +127,36 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_surprise)
+
+
+async def answered(handler: Handler, scope: Scope, receive: Receive, send: Send) -> None:
+    """Call a handler without a router; its errors become the same problems as a route's.
+
+    Errors after the head of the response has gone out are raised: nobody can be told.
+    """
+    started = False
+
+    async def watched(message: Message) -> None:
+        nonlocal started
+        started = started or message["type"] == "http.response.start"
+        await send(message)
+
+    request = Request(scope, receive, watched)
+    try:
+        response = await handler(request)
+        await response(scope, receive, watched)
+    except errors.TidegateError as error:
+        if started:
+            raise
+        answer = await _on_own_error(request, error)
+        await answer(scope, receive, send)
+    except ClientDisconnect:
+        return
+    except Exception as error:
+        if not started:
+            answer = await _on_surprise(request, error)
+            await answer(scope, receive, send)
+        raise
 
 
 async def _on_own_error(_request: Request, error: Exception) -> Response:

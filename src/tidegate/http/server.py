@@ -11,10 +11,12 @@ from fastapi import APIRouter, FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidegate import __version__
 from tidegate.http import health, jobs, problems, stream
 from tidegate.http.access import AccessLog
+from tidegate.http.problems import Handler
 from tidegate.http.services import Services
 
 _STATIC = Path(__file__).parent / "static"
@@ -26,6 +28,36 @@ Every path works with and without the prefix `/llm`. Errors are problem JSON (RF
 """
 
 
+class Gateway(FastAPI):
+    """FastAPI, but for the paths that carry the load: their handlers are called directly.
+
+    FastAPI's and Starlette's layers cost as much CPU as all the work on a submitted job. The same
+    handlers are ordinary routes as well, for the documentation.
+    """
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        handlers = {"/submit": jobs.submit, "/stream": stream.stream}
+        direct = {f"{prefix}{path}": h for path, h in handlers.items() for prefix in ("", "/llm")}
+        self._direct = {path: AccessLog(self._called(handler)) for path, handler in direct.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            direct = self._direct.get(scope["path"])
+            if direct is not None:
+                scope["app"] = self
+                await direct(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+    @staticmethod
+    def _called(handler: Handler) -> ASGIApp:
+        async def call(scope: Scope, receive: Receive, send: Send) -> None:
+            await problems.answered(handler, scope, receive, send)
+
+        return call
+
+
 def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) -> FastAPI:
     """The application; `open_services` is entered when it starts and left when it stops."""
 
@@ -35,7 +67,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
             app.state.services = services
             yield
 
-    app = FastAPI(
+    app = Gateway(
         title="Tidegate",
         version=__version__,
         description=_DESCRIPTION,
