@@ -56,7 +56,8 @@ async def prune(connections: Connections, blobs: Blobs, retention_days: int) -> 
     cutoff = datetime.now(UTC).date() - timedelta(days=retention_days)
     requests, files = await _prune_requests(connections, blobs, cutoff)
     dropped, skipped, bodies = await _prune_partitions(connections, blobs, cutoff)
-    report = PruneReport(requests, files + bodies, dropped, skipped)
+    orphans = await _sweep_orphans(connections, blobs, cutoff)
+    report = PruneReport(requests, files + bodies + orphans, dropped, skipped)
     get_logger().info(
         Log.PRUNED, requests=requests, blobs=report.blobs, partitions=dropped, skipped=skipped
     )
@@ -141,3 +142,23 @@ async def _delete_body_blobs(
     keys = await connections.run(read, timeout_ms=_TIMEOUT_MS)
     await blobs.delete(keys)
     return len(keys)
+
+
+async def _sweep_orphans(connections: Connections, blobs: Blobs, cutoff: date) -> int:
+    """Delete old blobs that nothing refers to: uploads whose submit was refused or cut short."""
+    count = 0
+    for day in await blobs.days():
+        if day >= cutoff.isoformat():
+            break
+        async for keys in blobs.keys_of(day):
+
+            async def used(connection: asyncpg.Connection, keys: list[str] = keys) -> set[str]:
+                return {
+                    row["blob_key"] for row in await connection.fetch(sql("blobs_in_use"), keys)
+                }
+
+            in_use = await connections.run(used, timeout_ms=_TIMEOUT_MS)
+            orphans = [key for key in keys if key not in in_use]
+            await blobs.delete(orphans)
+            count += len(orphans)
+    return count

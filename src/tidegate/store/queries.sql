@@ -22,7 +22,11 @@ ON CONFLICT (id) DO NOTHING
 
 -- name: get_request
 -- One request of a tenant with its place in its queue; the place is counted up to 10,000.
-SELECT r.*, CASE WHEN r.status = 'queued' THEN 1 + (
+SELECT r.id, r.tenant_id, r.source, r.status, r.kind, r.classified_by, r.classified_reason,
+    r.model, r.used_model, r.priority, r.attempts, r.created_at, r.admitted_at, r.finished_at,
+    r.not_before, r.deadline_at, r.queue_ms, r.upstream_ms, r.result, r.input_tokens,
+    r.output_tokens, r.thoughts_tokens, r.cached_tokens, r.total_tokens, r.finish_reason,
+    r.failure, r.version, CASE WHEN r.status = 'queued' THEN 1 + (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
             AND q.lane = r.lane AND q.priority > r.priority
@@ -394,3 +398,5 @@ DELETE FROM workers w WHERE seen_at < $1
 -- name: blobs_in_use
 -- Which of these blobs are still referred to.
 SELECT blob_key FROM files WHERE blob_key = ANY($1::text[])
+UNION ALL
+SELECT blob_key FROM bodies WHERE blob_key = ANY($1::text[])

@@ -173,11 +173,13 @@ class Recorder:
         for entry, result in zip(entries, results, strict=True):
             if isinstance(result, StoreUnavailable):
                 raise result
-            if isinstance(result, BaseException):
-                # Fenced off: another worker had the job in the meantime.
+            if isinstance(result, ClaimLost):
                 get_logger().warning(
                     Log.SPILL_REPLAYED, request_id=str(entry["row"]["id"]), refused=repr(result)
                 )
+            elif isinstance(result, BaseException):
+                await self._spill.reject(entry, repr(result))
+                get_logger().error(Log.INTERNAL_ERROR, where="replay", error=repr(result))
 
     async def _commit(self, entries: Sequence[Json]) -> list[Exception | None]:
         async def work(connection: asyncpg.Connection) -> tuple[set[str], list[UUID], set[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import orjson
@@ -133,9 +134,14 @@ def result_row(result: AttemptResult) -> Json:
         "response_id": result.response_id,
         "fence_epoch": result.fence[0],
         "fence_sequence": result.fence[1],
-        **{column: getattr(result.usage, column) for column in USAGE_COLUMNS},
+        **{column: _count(getattr(result.usage, column)) for column in USAGE_COLUMNS},
     }
     return {key: cleaned(value) for key, value in row.items()}
+
+
+def _count(tokens: int | None) -> int | None:
+    """A provider's nonsense is as good as no word, and must not lose the answer."""
+    return tokens if tokens is not None and 0 <= tokens < 2**63 else None
 
 
 def audit_row(
@@ -228,10 +234,8 @@ def file_record(row: asyncpg.Record) -> FileRecord:
     )
 
 
-def _uuid(value: Any) -> Any:
-    # asyncpg's own UUID subclass is faster to make but not what orjson and msgpack know.
-    from uuid import UUID
-
+def _uuid(value: UUID) -> UUID:
+    # asyncpg's UUID is a subclass of its own, which orjson and msgpack do not know.
     return UUID(int=value.int)
 
 

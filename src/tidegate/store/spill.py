@@ -24,6 +24,7 @@ from tidegate.errors import StoreUnavailable
 from tidegate.store.records import Json
 from tidegate.telemetry import Log, get_logger
 
+REJECTED = "rejected.jsonl"
 _SUFFIX = ".spill"
 _CHUNK = 200
 
@@ -94,6 +95,11 @@ class Spill:
             if count:
                 get_logger().info(Log.SPILL_REPLAYED, entries=count)
             return count
+
+    async def reject(self, entry: Json, reason: str) -> None:
+        """Put aside, for a person, what PostgreSQL will never take."""
+        line = orjson.dumps({"reason": reason, "entry": entry}) + b"\n"
+        await asyncio.to_thread(_append_to, self._folder / REJECTED, line)
 
     def close(self) -> None:
         """Give up the locks; what is left is for the next process."""
@@ -171,6 +177,13 @@ class Spill:
             else:
                 os.close(descriptor)
         return found
+
+
+def _append_to(path: Path, line: bytes) -> None:
+    with path.open("ab") as rejected:
+        rejected.write(line)
+        rejected.flush()
+        os.fsync(rejected.fileno())
 
 
 def _chunks(path: Path) -> Iterator[list[Json]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -292,3 +293,56 @@ async def test_the_answer_of_classification_is_not_kept_back_by_an_outage(
         ):
             with pytest.raises(StoreUnavailable):
                 await refused
+
+
+async def test_a_killed_processs_spill_is_replayed_by_the_next_with_its_folder(
+    own_server: PostgresServer, own_url: str, make_store: MakeStore, tmp_path: Path
+) -> None:
+    code = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from tests.integration.store.jobs import new_job, result
+from tidegate.call import Kind
+from tidegate.store.blobs import Blobs
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+
+async def main(url, folder):
+    store = Store.from_url(url, instance_id="doomed", blobs=Blobs.from_url("", folder),
+        spill_dir=folder / "spill", spill_max_bytes=10**7, audit_full="block",
+        claim_lease_ms=60_000)
+    await store.start()
+    for _ in range(5):
+        await store.submit(new_job())
+    jobs = await store.claim(pool="gemini", kind=Kind.TEXT_ONLY, limit=5)
+    for job in jobs:
+        await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+    print("running", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    for job in jobs:
+        await store.finish(job, Status.SUCCEEDED, result("kept on disk"))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
+"""
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code, own_url, str(tmp_path)), stdin=pipe, stdout=pipe
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert await asyncio.wait_for(child.stdout.readline(), 20) == b"running\n"
+    async with outage(own_server, "stop"):
+        child.stdin.write(b"go\n")
+        assert await asyncio.wait_for(child.wait(), 20) == -9
+    # Two of the same folder, as a supervisor would start them.
+    for _ in range(2):
+        await make_store(own_url, spill_dir=tmp_path / "spill")
+
+    async def ended() -> bool:
+        found = await rows(own_url, "SELECT result FROM requests WHERE status = 'succeeded'")
+        return [row["result"] for row in found] == ["kept on disk"] * 5
+
+    await wait_until(ended)
+    assert len(await rows(own_url, "SELECT 1 FROM audit")) == 5
+    await wait_until(lambda: not list((tmp_path / "spill").glob("*.spill")))

@@ -144,3 +144,14 @@ async def test_processes_that_make_partitions_at_once_do_not_collide(
         await connection.close()
 
     await asyncio.gather(make(), make(), make())
+
+
+async def test_an_old_upload_whose_submit_never_came_is_swept(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    orphan, wanted = await stored(store, b"x"), await stored(store, b"y")
+    upload = Attachment(new_id(), "a.pdf", "application/pdf", 1, wanted)
+    await store.submit(new_job(attachments=(upload,)))
+    report = await store.prune(30)
+    assert report.blobs == 1
+    assert (await there(store, orphan), await there(store, wanted)) == (False, True)

@@ -1,0 +1,14 @@
+"""Which blobs are bodies: an index, so that a blob nothing refers to can be told by its key."""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.execute("CREATE INDEX bodies_blob ON bodies (blob_key) WHERE blob_key IS NOT NULL")

@@ -1,0 +1,93 @@
+"""What needs no database: the statements' names, the text PostgreSQL can hold, who may judge."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import orjson
+
+from tidegate.call import Usage
+from tidegate.store import queries, rows
+from tidegate.store.bodies import inline_row, unpack
+from tidegate.store.liveness import Steadiness
+from tidegate.store.records import AttemptResult, Failure
+
+FOLDER = Path(queries.__file__).parent
+
+
+def test_every_statement_is_described_in_one_line_and_used() -> None:
+    text = (FOLDER / "queries.sql").read_text()
+    assert text.count("-- name: ") == len(queries.QUERIES) > 30
+    code = "".join(path.read_text() for path in FOLDER.glob("*.py"))
+    for query in queries.QUERIES.values():
+        assert re.fullmatch(r"[A-Z].{10,98}[.:]?.*\.", query.does), query
+        assert f'"{query.name}"' in code, f"{query.name} is used nowhere"
+        assert ";" not in query.sql
+
+
+def test_text_is_made_such_that_postgresql_can_hold_it() -> None:
+    assert rows.clean("caf\u00e9 \U0001f98a") == "caf\u00e9 \U0001f98a"
+    assert rows.clean("a\x00b") == "a\ufffdb"
+    assert rows.clean("\ud83d half") == "? half"
+    nested = {"a": ["\x00", {"b": "\ud800"}], "n": 3, "none": None}
+    assert rows.cleaned(nested) == {"a": ["\ufffd", {"b": "?"}], "n": 3, "none": None}
+
+
+def test_unknown_and_absurd_usage_stays_null_and_never_becomes_zero() -> None:
+    now = datetime.now(UTC)
+    usage = Usage(input_tokens=0, output_tokens=None, thoughts_tokens=-1, total_tokens=2**70)
+    row = rows.result_row(AttemptResult("m", (1, 1), now, now, 0.0, float("nan"), usage=usage))
+    assert [row[column] for column in rows.USAGE_COLUMNS] == [0, None, None, None, None]
+    assert orjson.loads(rows.dumps([row]))[0]["upstream_ms"] is None
+
+
+def test_a_failure_survives_its_row() -> None:
+    failure = Failure("upstream_throttled", "slow\x00 down", True, 1500, 429)
+    row = rows.failure_row(failure)
+    assert row is not None
+    assert row["message"] == "slow\ufffd down"
+    assert (row["retry_after_ms"], row["upstream_status"]) == (1500, 429)
+
+
+def test_a_body_unpacks_to_what_was_packed() -> None:
+    import base64
+
+    row = inline_row("request", {"prompt": "p" * 10_000})
+    packed = base64.b64decode(row["data"])
+    assert len(packed) < 200 < row["size_bytes"]
+    assert unpack(row["encoding"], packed) == {"prompt": "p" * 10_000}
+
+
+def test_only_a_whole_lease_of_heartbeats_without_a_gap_lets_a_process_judge() -> None:
+    lease_ms = 3_000
+    now = Steadiness.clock()
+
+    def judged(beats_before_s: list[float]) -> bool:
+        steadiness = Steadiness(lease_ms)
+        for before_s in beats_before_s:
+            steadiness.beaten(now - before_s)
+        return steadiness.may_judge
+
+    assert judged([3.5, 2.5, 1.5, 0.5])
+    assert not judged([])
+    assert not judged([2.0, 1.0, 0.0])  # not yet a whole lease
+    assert not judged([9.0, 2.5, 1.5, 0.5])  # a gap starts the clock anew
+    assert not judged([6.5, 5.5, 4.5, 3.5])  # was steady, and has been silent since
+
+
+def test_a_missed_heartbeat_starts_the_clock_anew() -> None:
+    steadiness = Steadiness(300)
+    now = Steadiness.clock()
+    for before_s in (0.35, 0.25, 0.15):
+        steadiness.beaten(now - before_s)
+    assert state_of(steadiness) == (True, True)
+    steadiness.missed()
+    assert state_of(steadiness) == (False, False)
+    steadiness.beaten(now)
+    assert state_of(steadiness) == (True, False)
+
+
+def state_of(steadiness: Steadiness) -> tuple[bool, bool]:
+    return steadiness.fresh, steadiness.may_judge

@@ -1,0 +1,125 @@
+"""The spill on disk, without a database."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store.records import Json
+from tidegate.store.spill import Spill
+
+
+async def replayed(spill: Spill) -> list[Json]:
+    entries: list[Json] = []
+
+    async def take(chunk: list[Json]) -> None:
+        entries.extend(chunk)
+
+    await spill.replay(take)
+    return entries
+
+
+async def test_entries_come_back_in_order_and_once(tmp_path: Path) -> None:
+    spill = Spill(tmp_path, 1_000_000)
+    for number in range(450):
+        await spill.keep({"n": number})
+    assert [entry["n"] for entry in await replayed(spill)] == list(range(450))
+    assert await replayed(spill) == []
+    assert spill.used_bytes == 0
+    assert os.listdir(tmp_path) == []
+    await spill.keep({"n": "after"})
+    assert await replayed(spill) == [{"n": "after"}]
+
+
+async def test_a_replay_that_is_cut_short_starts_again(tmp_path: Path) -> None:
+    spill = Spill(tmp_path, 1_000_000)
+    await spill.keep({"n": 1})
+
+    async def away(_chunk: list[Json]) -> None:
+        raise StoreUnavailable("still away")
+
+    with pytest.raises(StoreUnavailable):
+        await spill.replay(away)
+    await spill.keep({"n": 2})
+    assert await replayed(spill) == [{"n": 1}, {"n": 2}]
+
+
+async def test_what_does_not_fit_is_refused_and_what_fits_is_kept(tmp_path: Path) -> None:
+    spill = Spill(tmp_path, 100)
+    await spill.keep({"n": 1})
+    with pytest.raises(StoreUnavailable):
+        await spill.keep({"n": "x" * 100})
+    await spill.keep({"n": 2})
+    assert await replayed(spill) == [{"n": 1}, {"n": 2}]
+
+
+async def test_a_disk_that_fails_is_said_so_and_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill = Spill(tmp_path, 1_000_000)
+    await spill.keep({"n": 1})
+
+    def broken(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        with pytest.raises(StoreUnavailable, match="No space"):
+            await spill.keep({"n": 2})
+    await spill.keep({"n": 3})
+    assert await replayed(spill) == [{"n": 1}, {"n": 3}]
+
+
+async def test_a_torn_or_spoilt_line_is_skipped_and_the_rest_replayed(tmp_path: Path) -> None:
+    spill = Spill(tmp_path, 1_000_000)
+    for number in range(3):
+        await spill.keep({"n": number})
+    spill.close()
+    (name,) = os.listdir(tmp_path)
+    file = tmp_path / name
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + lines[1].replace(b":1", b":7") + lines[2] + b'0badcafe {"n"')
+    assert await replayed(Spill(tmp_path, 1_000_000)) == [{"n": 0}, {"n": 2}]
+
+
+async def test_the_file_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    owner, other = Spill(tmp_path, 1_000_000), Spill(tmp_path, 1_000_000)
+    await owner.keep({"n": 1})
+    assert await replayed(other) == []
+    owner.close()
+    assert await replayed(other) == [{"n": 1}]
+
+
+async def test_two_that_find_a_dead_process_file_do_not_both_replay_it(tmp_path: Path) -> None:
+    dead = Spill(tmp_path, 1_000_000)
+    await dead.keep({"n": 1})
+    dead.close()
+    spills = [Spill(tmp_path, 1_000_000) for _ in range(3)]
+    found = await asyncio.gather(*(replayed(spill) for spill in spills))
+    assert sorted(found, key=len) == [[], [], [{"n": 1}]]
+
+
+async def test_a_killed_process_leaves_what_it_kept(tmp_path: Path) -> None:
+    code = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from tidegate.store.spill import Spill
+
+async def main():
+    spill = Spill(Path(sys.argv[1]), 1_000_000)
+    await asyncio.gather(*(spill.keep({"n": number}) for number in range(20)))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(tmp_path))
+    assert await child.wait() == -9
+    spill = Spill(tmp_path, 1_000_000)
+    assert spill.used_bytes > 0
+    assert sorted(entry["n"] for entry in await replayed(spill)) == list(range(20))
+    assert spill.used_bytes == 0
