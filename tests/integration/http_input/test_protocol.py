@@ -1,0 +1,269 @@
+"""What one connection may cost: heads, trailers, pipelines, slow and stalled clients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.http_input.server import BIG_BYTES, Client, Running, serving, wait_for
+
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+LOOPS = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+UNREAD_BYTES = 16_000_000
+
+
+def problem_of(client: Client) -> tuple[int, str]:
+    client.read_to_the_end()
+    problem = json.loads(client.received.partition(b"\r\n\r\n")[2])
+    assert problem["status"] == client.status
+    return client.status, problem["code"]
+
+
+@LOOPS
+def test_ten_thousand_headers_are_refused(loop: str, tmp_path: Path) -> None:
+    with serving(tmp_path, loop=loop) as running, running.connect() as client:
+        lines = b"".join(b"X-%d: y\r\n" % n for n in range(10_000))
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\n" + lines + b"\r\n")
+        assert problem_of(client) == (431, "too_many_headers")
+        assert running.seen == []
+        wait_for(lambda: running.connections == 0, "the connection is gone")
+
+
+@pytest.mark.parametrize(("count", "status"), [(100, 200), (101, 431)])
+def test_a_hundred_headers_are_the_limit(count: int, status: int, tmp_path: Path) -> None:
+    with serving(tmp_path) as running, running.connect() as client:
+        lines = b"".join(b"X-%d: y\r\n" % n for n in range(count - 2))
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + lines + b"\r\n")
+        client.read_to_the_end()
+        assert client.status == status
+
+
+@pytest.mark.parametrize("start", [b"GET / HTTP/1.1\r\nX: ", b"GET /", b"GET / HTTP/1.1\r\nX"])
+def test_a_head_without_end_is_refused(start: bytes, tmp_path: Path) -> None:
+    with serving(tmp_path, LINGER_S=0.1) as running, running.connect() as client:
+        client.send(start)
+        client.send_as_long_as_taken(b"x" * 50_000, times=2_000)
+        assert client.sent < UNREAD_BYTES
+        assert problem_of(client) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize(("size", "status"), [(60_000, 200), (70_000, 431)])
+def test_64_kilobytes_of_head_are_the_limit(size: int, status: int, tmp_path: Path) -> None:
+    with serving(tmp_path) as running, running.connect() as client:
+        client.send(b"GET / HTTP/1.1\r\nConnection: close\r\nX: " + b"x" * size + b"\r\n\r\n")
+        client.read_to_the_end()
+        assert client.status == status
+
+
+@LOOPS
+def test_a_head_that_never_ends_times_out_however_steadily_it_drips(
+    loop: str, tmp_path: Path
+) -> None:
+    with serving(tmp_path, loop=loop, HEAD_TIMEOUT_S=0.2) as running:
+        with running.connect() as client:
+            client.socket.settimeout(0.02)
+            client.send(b"GET / HTTP/1.1\r\n")
+            for _ in range(500):
+                client.send(b"X: y\r\n")
+                try:
+                    if client.socket.recv(1, 2):  # MSG_PEEK
+                        break
+                except TimeoutError:
+                    continue
+            client.socket.settimeout(10)
+            assert problem_of(client) == (408, "request_timeout")
+        wait_for(lambda: running.connections == 0, "the connection is gone")
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(tmp_path: Path) -> None:
+    with serving(tmp_path, HEAD_TIMEOUT_S=0.1) as running, running.connect() as client:
+        assert client.read_to_the_end() == b""
+
+
+def test_the_second_request_of_a_connection_is_held_to_the_same_time(tmp_path: Path) -> None:
+    with serving(tmp_path, HEAD_TIMEOUT_S=0.1) as running, running.connect() as client:
+        client.send(GET)
+        client.read_until(b"hello")
+        client.received = b""
+        client.send(b"\r\nGET /")
+        assert problem_of(client) == (408, "request_timeout")
+
+
+def test_half_a_request_does_not_cut_the_answer_before_it(tmp_path: Path) -> None:
+    with serving(tmp_path, HEAD_TIMEOUT_S=0.1) as running, running.connect() as client:
+        client.send(b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\nGET / HT")
+        client.read_until(b"begun")
+        client.socket.settimeout(0.4)
+        with pytest.raises(TimeoutError):
+            client.socket.recv(1)
+        client.socket.settimeout(10)
+        running.go.set()
+        client.read_until(b"0\r\n\r\n")
+        client.send(b"TP/1.1\r\nHost: a\r\n\r\n")
+        client.read_until(b"hello")
+
+
+@LOOPS
+def test_requests_in_turn_and_in_a_pipeline_are_answered_in_order(
+    loop: str, tmp_path: Path
+) -> None:
+    with serving(tmp_path, loop=loop) as running, running.connect() as client:
+        for _ in range(3):
+            client.send(GET)
+            client.read_until(b"hello")
+            client.received = b""
+        posts = [
+            b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n<%d" % n for n in range(9)
+        ]
+        client.send(b"".join(posts))
+        client.read_until(b"<8")
+        assert [client.received.index(b"<%d" % n) for n in range(9)] == sorted(
+            client.received.index(b"<%d" % n) for n in range(9)
+        )
+
+
+def test_a_flood_of_pipelined_requests_is_cut(tmp_path: Path) -> None:
+    with serving(tmp_path) as running, running.connect() as client:
+        client.send(b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n" + GET * 5_000)
+        client.read_to_the_end()
+        assert running.seen == []
+        wait_for(lambda: running.connections == 0, "the connection is gone")
+
+
+SMUGGLING = {
+    "both lengths": b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "both, the other way": b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    "two lengths": b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+    "the same length twice": b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
+    "a list of lengths": b"Content-Length: 5, 5\r\n\r\nhello",
+    "a signed length": b"Content-Length: +5\r\n\r\nhello",
+    "a negative length": b"Content-Length: -5\r\n\r\nhello",
+    "a hexadecimal length": b"Content-Length: 0x5\r\n\r\nhello",
+    "an endless length": b"Content-Length: 99999999999999999999\r\n\r\nhello",
+    "an unknown coding": b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "chunked but not last": b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+    "a vertical tab": b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "a space before the colon": b"Content-Length : 5\r\n\r\nhello",
+    "a folded header": b"X: a\r\n b\r\nContent-Length: 5\r\n\r\nhello",
+    "lines ended by LF alone": b"X: a\nContent-Length: 5\r\n\r\nhello",
+    "lines ended by CR alone": b"X: a\rContent-Length: 5\r\n\r\nhello",
+    "a NUL in a header": b"X: a\0b\r\nContent-Length: 5\r\n\r\nhello",
+    "a header without a name": b": a\r\nContent-Length: 5\r\n\r\nhello",
+    "a size that is no number": b"Transfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n0\r\n\r\n",
+    "a chunk that is longer": b"Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n0\r\n\r\n",
+    "a chunk ended by LF": b"Transfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", SMUGGLING)
+def test_a_request_whose_length_can_be_read_in_two_ways_is_refused(
+    name: str, plain: Running
+) -> None:
+    plain.seen.clear()
+    with plain.connect() as client:
+        smuggled = b"GET / HTTP/1.1\r\nHost: smuggled\r\n\r\n"
+        client.send(b"POST /echo HTTP/1.1\r\nHost: a\r\n" + SMUGGLING[name] + smuggled)
+        assert problem_of(client) == (400, "bad_request")
+        assert not [seen for seen in plain.seen if seen["host"] == "smuggled"]
+
+
+@pytest.mark.parametrize(
+    "start", [b"\x16\x03\x01\x02\0\1\0", b"PRI * HTTP/2.0\r\n\r\n", b"GET\r\n"]
+)
+def test_what_is_not_http_is_refused(start: bytes, plain: Running) -> None:
+    with plain.connect() as client:
+        client.send(start + b"\r\n\r\n")
+        assert problem_of(client) == (400, "bad_request")
+
+
+CHUNKED = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_trailers_do_not_pass_for_headers(tmp_path: Path) -> None:
+    with serving(tmp_path) as running, running.connect() as client:
+        client.send(CHUNKED + b"2\r\nhi\r\n0\r\nAuthorization: me\r\n\r\n")
+        client.read_until(b"hi")
+        assert "authorization" not in running.seen[0]
+
+
+@pytest.mark.parametrize("endless", [b"X: y\r\n" * 1000, b"X: " + b"y" * 50_000, b"y" * 50_000])
+def test_trailers_without_end_are_refused(endless: bytes, tmp_path: Path) -> None:
+    with serving(tmp_path, LINGER_S=0.1) as running, running.connect() as client:
+        client.send(CHUNKED + b"2\r\nhi\r\n0\r\n")
+        client.send_as_long_as_taken(endless, times=5_000)
+        assert client.sent < UNREAD_BYTES
+        assert problem_of(client) == (400, "bad_request")
+
+
+def test_chunk_extensions_without_end_are_refused(tmp_path: Path) -> None:
+    with serving(tmp_path, LINGER_S=0.1) as running, running.connect() as client:
+        client.send(CHUNKED + b"2;")
+        client.send_as_long_as_taken(b"x" * 50_000, times=1_000)
+        assert problem_of(client) == (400, "bad_request")
+
+
+def test_a_body_in_chunks_of_one_byte_is_taken(tmp_path: Path) -> None:
+    with serving(tmp_path) as running, running.connect() as client:
+        client.send(CHUNKED + b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
+        client.read_until(b"x" * 100_000)
+
+
+def test_rubbish_behind_a_request_is_never_answered_inside_its_answer(tmp_path: Path) -> None:
+    with serving(tmp_path) as running, running.connect() as client:
+        client.send(b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.read_until(b"begun")
+        client.send(b"\x01\x02rubbish\r\n\r\n")
+        client.read_to_the_end()
+        assert client.received.count(b"HTTP/1.1") == 1
+        assert b"bad_request" not in client.received
+
+
+@LOOPS
+def test_a_client_that_reads_nothing_of_the_last_answer_is_cut(loop: str, tmp_path: Path) -> None:
+    with serving(tmp_path, loop=loop, CLOSING_S=0.1) as running, running.connect() as client:
+        client.send(b"GET /big HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        client.read_until(b"\r\n\r\n")
+        wait_for(lambda: running.connections == 0, "the connection is gone")
+        assert len(client.read_to_the_end()) < BIG_BYTES
+
+
+@LOOPS
+def test_a_client_that_reads_nothing_of_a_stream_is_cut_and_the_stream_ends(
+    loop: str, tmp_path: Path
+) -> None:
+    changes = {"STALLED_READER_S": 0.1, "stream_wait_ms": 1}
+    with serving(tmp_path, loop=loop, **changes) as running, running.connect() as client:
+        client.send(b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.read_until(b"begun")
+        running.go.set()
+        wait_for(lambda: running.connections == 0, "the connection is gone")
+        wait_for(lambda: running.requests == 0, "nobody works for it any more")
+
+
+@LOOPS
+def test_a_slow_reader_that_goes_on_reading_is_not_cut(loop: str, tmp_path: Path) -> None:
+    changes = {"STALLED_READER_S": 0.2, "CLOSING_S": 0.2}
+    with serving(tmp_path, loop=loop, **changes) as running, running.connect() as client:
+        client.send(b"GET /big HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        body = 0
+        pause = 0.04
+        while data := client.socket.recv(1_000_000):
+            body += len(data)
+            client.socket.settimeout(10)
+            if body < BIG_BYTES // 2:
+                with pytest.raises(AssertionError):
+                    wait_for(lambda: False, "a slow reader's pause", pause)
+        assert body > BIG_BYTES
+
+
+def test_an_idle_connection_is_closed_by_keep_alive_as_ever(tmp_path: Path) -> None:
+    with serving(tmp_path, HEAD_TIMEOUT_S=0.1) as running, running.connect() as client:
+        client.send(GET)
+        client.read_until(b"hello")
+        client.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):  # not by the head's timer
+            client.socket.recv(1)
+        client.send(GET)
+        client.read_until(b"hello")

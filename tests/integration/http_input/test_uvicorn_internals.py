@@ -1,0 +1,54 @@
+"""What `BoundedProtocol` relies on inside uvicorn: an upgrade that changes it must fail here."""
+
+from __future__ import annotations
+
+import inspect
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from tidegate.http.protocol import BoundedProtocol, bounded
+
+
+def test_every_method_that_we_override_is_still_there_with_its_parameters() -> None:
+    ours = {
+        name: method
+        for name, method in vars(BoundedProtocol).items()
+        if inspect.isfunction(method) and hasattr(HttpToolsProtocol, name) and name != "__init__"
+    }
+    assert set(ours) == {
+        *("connection_made", "connection_lost", "data_received", "pause_writing"),
+        *("resume_writing", "shutdown", "timeout_keep_alive_handler", "send_400_response"),
+        *("on_message_begin", "on_header", "on_headers_complete", "on_body"),
+        *("on_message_complete", "on_response_complete", "_start_asgi_task"),
+    }
+    for name, method in ours.items():
+        theirs = inspect.signature(getattr(HttpToolsProtocol, name)).parameters
+        assert list(inspect.signature(method).parameters) == list(theirs), name
+
+
+def test_uvicorn_still_calls_and_reads_what_we_hang_on() -> None:
+    source = inspect.getsource(HttpToolsProtocol)
+    for relied_on in (
+        "self._start_asgi_task(self.cycle, app)",
+        "self._start_asgi_task(cycle, app)",
+        "on_response=self.on_response_complete",
+        "self.send_400_response(msg)",
+        "self.pipeline.appendleft",
+        "self._unset_keepalive_if_required()",
+    ):
+        assert relied_on in source
+    cycle = inspect.getsource(RequestResponseCycle)
+    for relied_on in (
+        "if not self.keep_alive:\n                    self.transport.close()",
+        "self.more_body",
+        "self.disconnected",
+        "self.message_event.set()",
+        'name == b"connection"',
+    ):
+        assert relied_on in cycle
+
+
+def test_the_timers_come_from_the_settings() -> None:
+    protocol = bounded(receive_timeout_ms=2_000, stalled_reader_ms=10_000)
+    assert issubclass(protocol, BoundedProtocol)
+    assert (protocol.HEAD_TIMEOUT_S, protocol.STALLED_READER_S) == (2.0, 15.0)
