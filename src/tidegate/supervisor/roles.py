@@ -42,7 +42,8 @@ def serve(config: Config, fd: int | None = None) -> None:
     # Before the servers are started: a taken port should be told at once.
     listener = socket.socket(fileno=fd) if fd is not None else listen(config)
     with listener, _standing(config) as whole:
-        telemetry.get_logger().info(Log.STARTED, url=url_of(listener))
+        if not is_child():
+            telemetry.get_logger().info(Log.STARTED, url=url_of(listener))
         _run(_serve(whole, listener))
 
 

@@ -35,8 +35,7 @@ def up(config: Config, apis: int, workers: int) -> int:
     page = Page(config, apis, workers)
     with listen(config) as listener:
         with prepared(config, busy=page.busy) as ground:
-            with page.busy("preparing the database"):
-                migrate(ground.config, page.note)
+            migrate(ground.config, page.note)
             family = Family(
                 _children(listener, apis, workers),
                 environment={**os.environ, **environment_of(ground)},
