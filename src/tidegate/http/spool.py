@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
@@ -18,6 +20,17 @@ from tidegate.errors import StoreUnavailable
 
 MEMORY_BYTES = 256 * 1024
 PREFIX = "upload-"
+
+
+def remove_leftovers(folder: Path, *, older_than_s: float = 86_400) -> int:
+    """Remove what killed processes left in `folder`; blocks. Returns how many files it was."""
+    removed = 0
+    for path in folder.glob(f"{PREFIX}*"):
+        with suppress(FileNotFoundError):  # another process was first
+            if time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink()
+                removed += 1
+    return removed
 
 
 class Spool:

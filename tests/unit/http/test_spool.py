@@ -12,7 +12,7 @@ import pytest
 from tests.unit.http.asgi import files_under
 from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
-from tidegate.http.spool import Spool
+from tidegate.http.spool import Spool, remove_leftovers
 
 
 async def test_a_small_file_never_touches_the_disk(tmp_path: Path) -> None:
@@ -82,4 +82,19 @@ async def test_a_disk_that_refuses_is_said_to_be_unavailable(tmp_path: Path) -> 
     spool = Spool(tmp_path / "file", memory_bytes=1)
     with pytest.raises(StoreUnavailable):
         await spool.write(b"xx")
+    await spool.close()
+
+
+async def test_what_a_killed_process_left_is_removed_and_a_running_upload_is_not(
+    tmp_path: Path,
+) -> None:
+    spool = Spool(tmp_path, memory_bytes=1)
+    await spool.write(b"xx")
+    (old := tmp_path / "upload-old").write_bytes(b"x")
+    (other := tmp_path / "not-ours").write_bytes(b"x")
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    assert remove_leftovers(tmp_path) == 1
+    assert set(files_under(tmp_path)) == {spool.path, other}
+    assert remove_leftovers(tmp_path / "absent") == 0
     await spool.close()
