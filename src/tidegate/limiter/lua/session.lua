@@ -42,6 +42,18 @@ local function assert_held(entry)
   if not kept then add_used(limit, 1) end
 end
 
+-- It is back and has said what it holds: what else was held over for it is free, such as grants
+-- that were pushed to it while it was paused.
+local function free_unclaimed()
+  for _, member in ipairs(redis.call('ZRANGE', lapsing_key, 0, -1)) do
+    local sid, limit = string.match(member, '^[^|]*|([^|]*)|(.*)$')
+    if sid == q.sid then
+      redis.call('ZREM', lapsing_key, member)
+      add_used(limit, -1)
+    end
+  end
+end
+
 -- Permits held over for sessions that died before the server forgot them.
 local function assert_lapsing(entry)
   local member, left_ms = entry[1], entry[2]
@@ -89,6 +101,7 @@ local function join()
   redis.call('HSET', session_key(q.sid), 'gen', int(me.gen), 'batch', int(q.batch),
     'sent', '0', 'acked', '0')
   for _, entry in ipairs(q.join.held) do assert_held(entry) end
+  free_unclaimed()
   for _, entry in ipairs(q.join.lapsing) do assert_lapsing(entry) end
   return 'ok'
 end
