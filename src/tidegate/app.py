@@ -93,7 +93,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         )
         await limiter.start()
         stack.push_async_callback(limiter.aclose)
-        fetcher = ImageFetcher(max_bytes=config.max_file_bytes, timeout_ms=config.total_timeout_ms)
+        fetcher = ImageFetcher(max_bytes=config.max_file_bytes, timeout_ms=config.fetch_timeout_ms)
         pipeline = Pipeline(
             config=config, limiter=limiter, processor=processor, blobs=blobs, fetcher=fetcher
         )

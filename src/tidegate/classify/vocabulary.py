@@ -188,7 +188,9 @@ def mark(text: str) -> Marked:
 
 def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
     for at, token in enumerate(words):
-        for entry in _entries(token.plain, token.kept):
+        # Only words of an ordinary length are remembered: a stranger chooses them.
+        find = _entries if len(token.kept) <= MAX_STEM_CHARS else _entries.__wrapped__
+        for entry in find(token.plain, token.kept):
             if len(entry.parts) == 1 or _follows(text, words, at, entry):
                 last = words[at + len(entry.parts) - 1]
                 exact = not entry.parts[-1].endswith("*")

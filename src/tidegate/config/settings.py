@@ -136,6 +136,9 @@ class Config(BaseModel):
     total_timeout_ms: Milliseconds = Field(
         default=600_000, description="How long one call of the provider may take in all."
     )
+    fetch_timeout_ms: Milliseconds = Field(
+        default=20_000, description="How long fetching the picture of an `image_uri` may take."
+    )
 
     rate_limits: dict[str, int] = Field(
         default_factory=DEFAULT_LIMITS.copy,

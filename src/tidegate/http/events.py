@@ -93,6 +93,6 @@ class EventWriter:
 
 def abort(scope: Scope) -> None:
     """Cut the client's connection at once, where the server offers that."""
-    cut = scope.get("extensions", {}).get(ABORT_EXTENSION)
-    if cut is not None:
-        cut()
+    offered = scope.get("extensions", {}).get(ABORT_EXTENSION)
+    if offered is not None:
+        offered["call"]()

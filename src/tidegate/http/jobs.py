@@ -21,7 +21,6 @@ from tidegate.http.problems import Problem
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import Accepted, StatusView, accepted, status_view
 from tidegate.pipeline import Ask
-from tidegate.providers.fetch import check_uri
 from tidegate.store.records import NewJob, RequestRecord
 from tidegate.store.states import Status
 
@@ -108,8 +107,6 @@ async def submit(request: Request) -> Response:
     services = services_of(request)
     received = datetime.now(UTC)
     submission = await read_submission(request, services.config, services.blobs)
-    if submission.image_uri is not None:
-        check_uri(submission.image_uri)
     job = _new_job(submission, services, received)
     await services.store.submit(job)
     body = accepted(job, prefix_of(request)).model_dump_json()

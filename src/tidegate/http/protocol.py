@@ -29,6 +29,8 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from tidegate.http.events import ABORT_EXTENSION
+
 if sys.platform == "linux":
     from fcntl import ioctl
     from termios import TIOCOUTQ
@@ -164,6 +166,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 else:
                     await send(message)
 
+            scope["extensions"] = {ABORT_EXTENSION: {"call": self.transport.abort}}
             try:
                 await app(scope, receive, send_on)
             finally:

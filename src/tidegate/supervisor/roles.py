@@ -100,12 +100,15 @@ class Server(uvicorn.Server):
 
 async def _serve(config: Config, listener: socket.socket) -> None:
     from tidegate.app import create_app
-    from tidegate.http.protocol import BoundedProtocol
+    from tidegate.http.protocol import bounded
 
     app = create_app(config)
     settings = uvicorn.Config(
         app,
-        http=BoundedProtocol,
+        http=bounded(
+            receive_timeout_ms=config.receive_timeout_ms,
+            stalled_reader_ms=config.stalled_reader_ms,
+        ),
         ws="none",
         lifespan="on",
         access_log=False,
