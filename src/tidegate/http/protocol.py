@@ -166,6 +166,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 else:
                     await send(message)
 
+            assert scope["type"] == "http"
             scope["extensions"] = {ABORT_EXTENSION: {"call": self.transport.abort}}
             try:
                 await app(scope, receive, send_on)
