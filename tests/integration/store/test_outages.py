@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -78,6 +80,7 @@ async def test_an_outage_refuses_submits_quickly_and_keeps_ends_until_it_is_over
         stream = StreamRecord(new_job("a stream"), Status.SUCCEEDED, jobs[0].created_at, result())
         await store.record_stream(stream)
         assert time.monotonic() - began < 1.0
+        await wait_until(lambda: time.monotonic() - began > 0.6)
     for job in jobs:
 
         async def succeeded(job: ClaimedJob = job) -> bool:
@@ -86,7 +89,7 @@ async def test_an_outage_refuses_submits_quickly_and_keeps_ends_until_it_is_over
             except StoreUnavailable:
                 return False
 
-        await wait_until(succeeded)
+        await wait_until(succeeded, 4)  # at once, not at the next look into the folder
     await wait_until(lambda: rows_exist(own_url, "SELECT 1 FROM requests WHERE source = 'stream'"))
     assert (await store.get(unadmitted.request_id, "default")).status is Status.QUEUED
     audits = await rows(own_url, "SELECT request_id FROM audit")
@@ -346,3 +349,31 @@ asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
     await wait_until(ended)
     assert len(await rows(own_url, "SELECT 1 FROM audit")) == 5
     await wait_until(lambda: not list((tmp_path / "spill").glob("*.spill")))
+
+
+async def test_a_single_frozen_connection_costs_one_deadline_and_no_more(
+    own_url: str, make_store: MakeStore
+) -> None:
+    store = await make_store(own_url)
+    job = new_job()
+    await store.submit(job)
+    # Backends of the store frozen one by one, while the server goes on accepting others.
+    query = (
+        "SELECT pid FROM pg_stat_activity "
+        "WHERE application_name = 'tidegate' AND datname = current_database()"
+    )
+    pids = [row["pid"] for row in await rows(own_url, query)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        for _ in pids:
+            with suppress(StoreUnavailable):
+                await store.get(job.request_id, "default")
+        assert time.monotonic() - began < 2.5 * len(pids)
+        assert not store.away
+        record = await store.get(job.request_id, "default")
+        assert record.status is Status.QUEUED
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
