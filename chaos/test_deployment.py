@@ -114,3 +114,9 @@ async def test_random_pairs_of_faults_lose_no_job(tmp_path: Path, rounds: int) -
             await fleet.assert_never_over()
             repeats = 10 if "a worker killed" in pair else 0
             await load.assert_called_once(allowed_repeats=repeats)
+
+
+@pytest.mark.parametrize("on_expiry", ["hold", "reuse"])
+async def test_a_worker_frozen_for_10_s(tmp_path: Path, on_expiry: str) -> None:
+    async with Fleet(tmp_path, settings={"ON_EXPIRY": on_expiry}) as fleet:
+        await scenarios.paused_worker(fleet, submits=400, paused_s=10, over=on_expiry == "reuse")

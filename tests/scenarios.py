@@ -224,3 +224,26 @@ async def sigterm_under_load(fleet: Fleet, *, submits: int, streams: int) -> Non
     assert {end.end for end in ends.values()} == {"done"}, [asdict(e) for e in ends.values()]
     await fleet.assert_never_over()
     await load.assert_called_once()
+
+
+async def paused_worker(fleet: Fleet, *, submits: int, paused_s: float, over: bool) -> None:
+    """A worker frozen for longer than all leases comes back: it stores nothing that is not its.
+
+    With `over` (ON_EXPIRY=reuse) the provider may see, while it is frozen, what it held as well.
+    """
+    await fleet.control.set_behaviour(**SLOW)
+    load = Load(fleet)
+    await load.submit(submits)
+    await wait_until(lambda: _finished(fleet, submits // 6), 30)
+    fleet.workers[0].signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    await wait_until(lambda: time.monotonic() - stopped > paused_s, paused_s + 5)
+    fleet.workers[0].signal(signal.SIGCONT)
+    await load.assert_all_succeeded()
+    if not over:
+        await fleet.assert_never_over()
+    await load.assert_called_once(allowed_repeats=sum(LIMITS.values()))
+    # And it works on: the whole limit is used again.
+    later = Load(fleet, "after")
+    await later.submit(24)
+    await later.assert_all_succeeded()

@@ -49,3 +49,10 @@ async def test_cancelled_streams_leave_no_permit_and_no_upstream_call(tmp_path: 
 async def test_sigterm_under_load_fails_nothing_and_repeats_nothing(tmp_path: Path) -> None:
     async with Fleet(tmp_path) as fleet:
         await scenarios.sigterm_under_load(fleet, submits=60, streams=10)
+
+
+async def test_a_paused_worker_that_comes_back_stores_nothing_that_is_not_its(
+    tmp_path: Path,
+) -> None:
+    async with Fleet(tmp_path, apis=1, settings={"ON_EXPIRY": "hold"}) as fleet:
+        await scenarios.paused_worker(fleet, submits=60, paused_s=4, over=False)

@@ -12,8 +12,8 @@ from ipaddress import ip_address
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.abc import AbstractResolver, ResolveResult
 
+from tests.contract.names import Names
 from tests.waiting import wait_until
 from tidegate.errors import FetchRefused
 from tidegate.providers.addresses import Address, is_public
@@ -76,35 +76,6 @@ async def site() -> AsyncIterator[Site]:
 @pytest.fixture
 def fetcher() -> ImageFetcher:
     return ImageFetcher(max_bytes=MAX_BYTES, timeout_ms=5_000, is_allowed=only_here)
-
-
-class Names(AbstractResolver):
-    """A resolver that knows what it is told; the answers of one name are given out in turn."""
-
-    def __init__(self, **names: list[str]) -> None:
-        self._names = names
-        self.asked: list[str] = []
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        self.asked.append(host)
-        known = self._names.get(host.split(".")[0])
-        if known is None:
-            raise OSError(socket.EAI_NONAME, "no such name")
-        return [
-            ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=0,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for address in known
-        ]
-
-    async def close(self) -> None: ...
 
 
 async def tick(seconds: float) -> None:

@@ -317,8 +317,7 @@ RETURNING id, pool
 -- Forget this worker; what it still had in the queue is ready again.
 WITH returned AS (
     UPDATE requests SET claim = claim + 1, claimed_by = NULL
-    WHERE claimed_by = $1 AND status = 'queued'
-    RETURNING pool
+    WHERE claimed_by = $1 AND status = 'queued' RETURNING pool
 ), gone AS (
     DELETE FROM workers WHERE instance_id = $1
 )
@@ -391,12 +390,10 @@ DELETE FROM requests WHERE id = ANY($1::uuid[]) AND status NOT IN ('queued', 'ru
 
 -- name: forget_workers
 -- Forget workers that have long been gone and hold nothing.
-DELETE FROM workers w WHERE seen_at < $1
-    AND NOT EXISTS (SELECT 1 FROM requests r WHERE r.claimed_by = w.instance_id
-        AND r.status IN ('queued', 'running'))
+DELETE FROM workers w WHERE seen_at < $1 AND NOT EXISTS (
+    SELECT 1 FROM requests r WHERE r.claimed_by = w.instance_id AND r.status IN ('queued', 'running'))
 
 -- name: blobs_in_use
 -- Which of these blobs are still referred to.
-SELECT blob_key FROM files WHERE blob_key = ANY($1::text[])
-UNION ALL
+SELECT blob_key FROM files WHERE blob_key = ANY($1::text[]) UNION ALL
 SELECT blob_key FROM bodies WHERE blob_key = ANY($1::text[])
