@@ -12,6 +12,7 @@ from ipaddress import ip_address
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.abc import ResolveResult
 
 from tests.contract.names import Names
 from tests.waiting import wait_until

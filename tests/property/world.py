@@ -59,6 +59,8 @@ class World:
         self.model = PoolModel()
         self.loop = asyncio.new_event_loop()
         self.clients: list[Client] = []
+        # Clients are told nothing about a wait that was refused: nobody looks at its future.
+        self.loop.set_exception_handler(lambda loop, context: None)
         self.local_ms = 1000.0
         self.wall_ms = START_MS
         self.old_requests: list[SyncRequest] = []

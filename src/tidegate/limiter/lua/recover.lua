@@ -12,8 +12,9 @@ local function reap(sid, hold)
     local until_ms, limit = string.match(held[i + 1], '^[^|]*|([^|]*)|(.*)$')
     if hold and tonumber(until_ms) > pool.now then
       redis.call('ZADD', lapsing_key, until_ms, held[i] .. '|' .. sid .. '|' .. limit)
-      redis.call('PEXPIREAT', lapsing_key, int(tonumber(until_ms) + POOL_KEEP_MS), 'NX')
-      redis.call('PEXPIREAT', lapsing_key, int(tonumber(until_ms) + POOL_KEEP_MS), 'GT')
+      local keep_ms = int(tonumber(until_ms) - pool.now + POOL_KEEP_MS)
+      redis.call('PEXPIRE', lapsing_key, keep_ms, 'NX')
+      redis.call('PEXPIRE', lapsing_key, keep_ms, 'GT')
     else
       add_used(limit, -1)
     end
