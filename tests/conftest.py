@@ -10,8 +10,11 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from tests.databases import database_template, database_url
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.valkey import ValkeyServer
+
+__all__ = ["database_template", "database_url"]
 
 # A test must never reach a real provider or a server of the person who runs it.
 for _name in ("GEMINI_API_KEY", "DATABASE_URL", "REDIS_URL", "GEMINI_BASE_URL"):

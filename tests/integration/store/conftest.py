@@ -12,13 +12,11 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from tests.databases import database_template, database_url, make_template
+from tests.databases import make_template
 from tidegate.call import new_id
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
-
-__all__ = ["database_template", "database_url"]
 
 MakeStore = Callable[..., Awaitable[Store]]
 

@@ -1,0 +1,339 @@
+"""One API on a real socket, a worker beside it and an emulated provider, all in this event loop.
+
+A folder of tests takes part by importing the fixture `open_gateway` in its conftest.
+What the provider saw is the truth: `gateway.upstream` reads its counters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import orjson
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from tests.waiting import wait_until
+from tidegate.app import create_app, run_worker
+from tidegate.config import Config
+from tidegate.embedded.valkey import ValkeyServer
+from tidegate.http.protocol import bounded
+from tidegate.http.services import Services
+from tidegate.providers.emulator import EmulatorControl, run_emulator
+from tidegate.providers.emulator.ledger import LoggedCall
+from tidegate.store import bodies
+from tidegate.supervisor.roles import Server
+
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c6360f8cfc000000301010018dd8db00000000049454e44ae426082"
+)
+KEY = "AIzaSyTestKeyThatIsSecret0123456789abcde"
+ENDS = ("succeeded", "failed", "cancelled", "expired", "dead")
+_TIMERS: dict[str, Any] = {
+    "semaphore_timeout": 0.5,
+    "claim_lease_ms": 1_500,
+    "shutdown_grace_ms": 3_000,
+    "classifier_timeout_ms": 1_000,
+    "fetch_timeout_ms": 1_000,
+    "first_byte_timeout_ms": 5_000,
+    "idle_timeout_ms": 5_000,
+}
+
+
+@dataclass
+class Streamed:
+    """What a client saw of one stream. `ended` is false when the connection was cut."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    raw: bytes = b""
+    ended: bool = False
+
+    @property
+    def request_id(self) -> str:
+        return self.headers["x-tidegate-request-id"]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+    @property
+    def text(self) -> str:
+        return "".join(data["text"] for name, data in self.events if name == "delta")
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        """The body of a refusal, or the data of the `error` event."""
+        if self.status != 200:
+            found: dict[str, Any] = orjson.loads(self.raw)
+            return found
+        return dict(self.events)["error"]
+
+
+@dataclass
+class Gateway:
+    """The running API; `workers` are the stop events and tasks of its workers."""
+
+    url: str
+    app: FastAPI
+    config: Config
+    server: Server
+    http: aiohttp.ClientSession
+    upstream: EmulatorControl
+    database: asyncpg.Pool
+    serving: asyncio.Task[None]
+    workers: list[tuple[asyncio.Event, asyncio.Task[None]]] = field(default_factory=list)
+
+    @property
+    def services(self) -> Services:
+        services: Services = self.app.state.services
+        return services
+
+    @property
+    def held(self) -> int:
+        """Permits that the API's own limiter holds."""
+        return sum(self.services.limiter.local_state().held.values())
+
+    @property
+    def waiting(self) -> int:
+        return sum(self.services.limiter.local_state().waiting.values())
+
+    def start_worker(self, **settings: Any) -> asyncio.Event:
+        """Start a worker; setting the event stops it in order."""
+        stop = asyncio.Event()
+        config = self.config.model_copy(update=settings)
+        self.workers.append((stop, asyncio.create_task(run_worker(config, stop))))
+        return stop
+
+    async def stop_worker(self) -> None:
+        """Stop the first worker in order, and wait until it has."""
+        stop, task = self.workers.pop(0)
+        stop.set()
+        await task
+
+    def drain(self) -> None:
+        """What the process does on SIGTERM."""
+        self.server.should_exit = True
+        self.services.draining.set()
+
+    async def get(self, path: str) -> tuple[int, dict[str, Any]]:
+        async with self.http.get(self.url + path) as response:
+            return response.status, orjson.loads(await response.read())
+
+    async def submit(self, prefix: str = "", **body: Any) -> str:
+        """POST /submit as JSON, or multipart where a value is bytes; the id of the 202."""
+        async with self.http.post(f"{self.url}{prefix}/submit", **payload_of(body)) as response:
+            answer = orjson.loads(await response.read())
+            assert response.status == 202, answer
+            return str(answer["request_id"])
+
+    async def status(self, request_id: str) -> dict[str, Any]:
+        status, body = await self.get(f"/status/{request_id}")
+        assert status == 200, body
+        return body
+
+    async def end_of(self, request_id: str, timeout_s: float = 15) -> dict[str, Any]:
+        """The request's record once it has ended."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                code, body = await self.get(f"/status/{request_id}?wait=5")
+                assert code == 200, body
+                if body["status"] in ENDS:
+                    return body
+
+    async def recorded(self, request_id: str) -> dict[str, Any]:
+        """The record of a stream, once it is there."""
+
+        async def found() -> dict[str, Any] | None:
+            code, body = await self.get(f"/status/{request_id}")
+            return body if code == 200 else None
+
+        record: dict[str, Any] = await wait_until(found, 5, f"a record of {request_id}")
+        return record
+
+    async def stream(self, *, accept: str = "", prefix: str = "", **body: Any) -> Streamed:
+        """POST /stream, read to its end."""
+        async with self.open_stream(accept=accept, prefix=prefix, **body) as response:
+            return await read_stream(response)
+
+    @asynccontextmanager
+    async def open_stream(
+        self, *, accept: str = "", prefix: str = "", **body: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        headers = {"Accept": accept} if accept else {}
+        url = f"{self.url}{prefix}/stream"
+        async with self.http.post(url, headers=headers, **payload_of(body)) as response:
+            yield response
+
+    async def calls(self, contains: str = "") -> list[LoggedCall]:
+        """What the provider was asked, the classifier's questions left out."""
+        calls = await self.upstream.calls(contains=contains)
+        return [call for call in calls if call.kind != "classifier"]
+
+    async def in_flight(self, count: int) -> None:
+        """Wait until the provider has `count` calls in flight."""
+
+        async def reached() -> bool:
+            return (await self.upstream.stats()).in_flight == count
+
+        await wait_until(reached, 5, f"{count} calls in flight")
+
+    async def audit(self, request_id: str, timeout_s: float = 5) -> dict[str, Any]:
+        """The one audit row of an ended request, with its bodies as `request` and `response`."""
+
+        async def found() -> list[asyncpg.Record]:
+            rows: list[asyncpg.Record] = await self.database.fetch(
+                "SELECT * FROM audit WHERE request_id = $1::uuid", request_id
+            )
+            return rows
+
+        rows = await wait_until(found, timeout_s, f"an audit row of {request_id}")
+        assert len(rows) == 1
+        row = dict(rows[0])
+        row["request"] = row["response"] = None
+        for body in await self.database.fetch("SELECT * FROM bodies WHERE id = $1", row["id"]):
+            packed = body["data"]
+            if packed is None:
+                packed = await self.services.blobs.get(body["blob_key"])
+            row[body["role"]] = bodies.unpack(body["encoding"], packed)
+        row["failure"] = None if row["failure"] is None else orjson.loads(row["failure"])
+        return row
+
+    async def attempts(self, request_id: str) -> list[asyncpg.Record]:
+        found: list[asyncpg.Record] = await self.database.fetch(
+            "SELECT * FROM attempts WHERE request_id = $1::uuid ORDER BY number", request_id
+        )
+        return found
+
+
+Opener = Callable[..., Awaitable[Gateway]]
+
+
+def payload_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of aiohttp for JSON, or for a form where some value is bytes."""
+    if not any(isinstance(value, bytes) for value in body.values()):
+        return {"json": body}
+    form = aiohttp.FormData()
+    for name, value in body.items():
+        if isinstance(value, bytes):
+            form.add_field(name, value, filename="a.png", content_type="image/png")
+        else:
+            form.add_field(name, str(value))
+    return {"data": form}
+
+
+async def read_stream(response: aiohttp.ClientResponse) -> Streamed:
+    """Read to the end, or to where the connection was cut."""
+    seen = Streamed(response.status, {k.lower(): v for k, v in response.headers.items()})
+    try:
+        async for chunk in response.content.iter_any():
+            seen.raw += chunk
+        seen.ended = True
+    except aiohttp.ClientError:
+        seen.ended = False
+    if seen.headers.get("content-type", "").startswith("text/event-stream"):
+        for block in seen.raw.decode().split("\n\n"):
+            if block.startswith("event: "):
+                name, data = block.removeprefix("event: ").split("\ndata: ", 1)
+                seen.events.append((name, orjson.loads(data)))
+    return seen
+
+
+def small_receive_buffer(name: tuple[Any, ...]) -> socket.socket:
+    """A client's socket that soon takes no more when it is not read."""
+    family, kind, protocol, *_ = name
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    return made
+
+
+@asynccontextmanager
+async def gateway(
+    folder: Path, *, redis_url: str, database_url: str, worker: bool = True, **settings: Any
+) -> AsyncIterator[Gateway]:
+    """Everything up inside the block, stopped in order after it; `settings` are `Config`'s."""
+    async with AsyncExitStack() as stack:
+        emulator = await stack.enter_async_context(run_emulator())
+        config = Config.model_validate(
+            _TIMERS
+            | {
+                "database_url": database_url,
+                "redis_url": redis_url,
+                "gemini_api_key": KEY,
+                "gemini_base_url": emulator.url,
+                "data_dir": folder,
+            }
+            | settings
+        )
+        pool = await asyncpg.create_pool(database_url, min_size=0, max_size=2)
+        stack.push_async_callback(pool.close)
+        http = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
+                timeout=aiohttp.ClientTimeout(total=30),
+            )
+        )
+        running = await _serve(config, http, emulator.control, pool)
+        try:
+            await wait_until(lambda: running.server.started or running.serving.done(), 20)
+            if running.serving.done():
+                running.serving.result()
+            if worker:
+                running.start_worker()
+            yield running
+        finally:
+            for stop, _ in running.workers:
+                stop.set()
+            if hasattr(running.app.state, "services"):
+                running.drain()
+            ended = [task for _, task in running.workers]
+            await asyncio.gather(running.serving, *ended)
+
+
+async def _serve(
+    config: Config, http: aiohttp.ClientSession, upstream: EmulatorControl, pool: asyncpg.Pool
+) -> Gateway:
+    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    app = create_app(config)
+    protocol = bounded(
+        receive_timeout_ms=config.receive_timeout_ms, stalled_reader_ms=config.stalled_reader_ms
+    )
+    server = Server(
+        uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    return Gateway(url, app, config, server, http, upstream, pool, serving)
+
+
+@pytest.fixture
+async def open_gateway(
+    own_valkey: ValkeyServer, database_url: str, tmp_path: Path
+) -> AsyncIterator[Opener]:
+    """Opens gateways on a Valkey and a database of the test's own: `await open_gateway(...)`."""
+    async with AsyncExitStack() as stack:
+
+        async def open_one(**settings: Any) -> Gateway:
+            given = {"redis_url": own_valkey.url, "database_url": database_url} | settings
+            return await stack.enter_async_context(gateway(tmp_path / "data", **given))
+
+        yield open_one
