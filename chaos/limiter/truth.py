@@ -8,6 +8,7 @@ closes takes its worker's calls with it. `L` reports a lost lease.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,6 +23,9 @@ class Truth:
     leases_lost: int = 0
     by_worker: dict[str, int] = field(default_factory=dict)
     port: int = 0
+    # Integral of the open calls over time: what was really used of the permits.
+    open_s: float = 0.0
+    _changed_s: float = 0.0
     _server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -49,7 +53,15 @@ class Truth:
             self.open_calls -= self.by_worker.pop(name)
             writer.close()
 
+    def used_s(self) -> float:
+        """Permit-seconds used up to now."""
+        now_s = time.monotonic()
+        self.open_s += self.open_calls * (now_s - self._changed_s)
+        self._changed_s = now_s
+        return self.open_s
+
     def _count(self, name: str, what: str) -> None:
+        self.used_s()
         if what == "+":
             self.open_calls += 1
             self.total += 1
