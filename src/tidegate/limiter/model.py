@@ -210,7 +210,8 @@ class PoolModel:
             self._free_lapsing(key)
         for member, left_ms in q.join.lapsing:
             ticket_text, sid, limit = member.split("|", 2)
-            self.lapsing.setdefault((int(ticket_text), sid, limit), self.clock + left_ms)
+            if sid not in self.sessions:
+                self.lapsing.setdefault((int(ticket_text), sid, limit), self.clock + left_ms)
         return conflict
 
     def _merge(self, policy: PoolPolicy) -> int:

@@ -78,7 +78,8 @@ class Session:
         self._lapse_seen = True
         self._sent_seen = 0
         self._acked = 0
-        self._lapsing: list[tuple[str, int]] = []
+        # Permits held over for dead sessions, with the end of each by our clock.
+        self._lapsing: list[tuple[str, float]] = []
 
     def kick(self) -> None:
         """There is something to say."""
@@ -217,7 +218,8 @@ class Session:
 
     def _join(self, batch: Batch, at: float) -> Join:
         held = [(h.ticket, h.limit, h.seq, h.hard_left_ms(at)) for h in batch.held]
-        return Join(self.policy, held, self._lapsing)
+        lapsing = [(member, int(end - at)) for member, end in self._lapsing if end - at >= 1]
+        return Join(self.policy, held, lapsing)
 
     # -- what an answer means
 
@@ -246,7 +248,7 @@ class Session:
         if reply.held is not None:
             self._sent_seen = max(self._sent_seen, reply.sent)
             self._ledger.reconcile(reply.held, reply.epoch, at)
-            self._lapsing = reply.lapsing or []
+            self._lapsing = [(member, at + left_ms) for member, left_ms in reply.lapsing or ()]
         self._arm(reply)
         self._settled()
         if reply.more or self._ledger.unsaid():

@@ -54,10 +54,12 @@ local function free_unclaimed()
   end
 end
 
--- Permits held over for sessions that died before the server forgot them.
+-- Permits held over for sessions that died before the server forgot them. One that lives speaks
+-- for itself.
 local function assert_lapsing(entry)
   local member, left_ms = entry[1], entry[2]
-  if redis.call('ZADD', lapsing_key, 'NX', int(pool.now + left_ms), member) == 1 then
+  if not redis.call('ZSCORE', sessions_key, string.match(member, '^[^|]*|([^|]*)|'))
+    and redis.call('ZADD', lapsing_key, 'NX', int(pool.now + left_ms), member) == 1 then
     redis.call('PEXPIRE', lapsing_key, int(left_ms + POOL_KEEP_MS), 'NX')
     redis.call('PEXPIRE', lapsing_key, int(left_ms + POOL_KEEP_MS), 'GT')
     add_used(string.match(member, '^[^|]*|[^|]*|(.*)$'), 1)
