@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
+from weakref import WeakValueDictionary
 
 from tidegate.call import (
     CLASSIFIER_LIMIT,
@@ -29,7 +30,7 @@ from tidegate.call import (
 )
 from tidegate.classify import by_keywords, by_rules
 from tidegate.config import ClassifierMode, Config
-from tidegate.errors import AdmissionError, LeaseLost, UpstreamError
+from tidegate.errors import DeadlineExceeded, NotFound, TidegateError, UpstreamError
 from tidegate.limiter import Limiter, Permit
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor
@@ -38,6 +39,8 @@ from tidegate.store.records import AttemptResult, Failure, OutputFile
 from tidegate.telemetry import Log, get_logger
 
 _JUDGEMENTS_CACHED = 10_000
+_LIMITERS_WORD_MS = 20
+_HARD_MARGIN_MS = 5_000  # closing and recording, after the call's own total time
 
 log = get_logger()
 
@@ -58,8 +61,12 @@ class Ask:
 
 @dataclass(slots=True)
 class Attempt:
-    """One try upstream as it goes: filled in step by step, so that a cut one can be recorded."""
+    """One try upstream as it goes: filled in step by step, so that a cut one can be recorded.
 
+    `queue_ms` is from `waiting_since`, the receipt of the request at first, to admission.
+    """
+
+    waiting_since: datetime
     answer: Answer = field(default_factory=Answer)
     fence: tuple[int, int] | None = None
     admitted_at: datetime | None = None
@@ -86,6 +93,7 @@ class Pipeline:
         self._blobs = blobs
         self._fetcher = fetcher
         self._judgements: dict[bytes, Classification] = {}
+        self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
     def first_look(self, ask: Ask) -> Classification:
         """The kind as far as it is known without asking anybody; `kind` is None while unsure."""
@@ -99,34 +107,60 @@ class Pipeline:
             return by_keywords(ask.prompt, ask.mime_types, image_uri=has_uri)
         return ruled
 
-    async def decide(self, ask: Ask) -> Classification:
+    async def decide(self, ask: Ask, *, within_ms: float | None = None) -> Classification:
         """The kind for certain: by the first look, else by the LLM, else by keywords.
 
-        Takes at most `classifier_timeout_ms`. Never fails; cancellation closes the LLM's call.
+        Takes at most `classifier_timeout_ms`, or `within_ms` where that is less. Raises none of our
+        errors; cancellation closes the LLM's call.
         """
         first = self.first_look(ask)
         if first.kind is not None:
             return first
         key = self._judgement_key(ask)
-        if (known := self._judgements.get(key)) is not None:
-            return known
+        patience_ms = float(self._config.classifier_timeout_ms)
+        if within_ms is not None:
+            patience_ms = max(0.0, min(patience_ms, within_ms))
+        asking = asyncio.Event()
         try:
-            async with asyncio.timeout(self._config.classifier_timeout_ms / 1000):
-                judged = await self._judge(ask)
-        except (TimeoutError, UpstreamError, AdmissionError, LeaseLost) as failed:
-            reason = getattr(failed, "code", "timeout")
-            log.info(Log.CLASSIFIER_FELL_BACK, reason=reason)
-            guess = by_keywords(ask.prompt, ask.mime_types, image_uri=ask.image_uri is not None)
-            return Classification(guess.kind, guess.by, f"{guess.reason} (the LLM: {reason})")
+            async with asyncio.timeout(patience_ms / 1000) as patience:
+                # One question at a time about the same content: the others find its answer.
+                lock = self._judging.setdefault(key, asyncio.Lock())
+                async with lock:
+                    if (known := self._judgements.get(key)) is None:
+                        known = await self._judge(ask, asking, patience.when() or 0)
+                        self._remember(key, known)
+                    return known
+        except TimeoutError:
+            reason = "gave no answer in time" if asking.is_set() else "is over its limit"
+        except DeadlineExceeded:
+            reason = "is over its limit"
+        except TidegateError as failed:
+            reason = f"failed: {failed.code}"
+        log.info(Log.CLASSIFIER_FELL_BACK, reason=reason)
+        guess = by_keywords(ask.prompt, ask.mime_types, image_uri=ask.image_uri is not None)
+        return Classification(guess.kind, guess.by, f"{guess.reason} (the LLM {reason})")
+
+    def _remember(self, key: bytes, judged: Classification) -> None:
         if len(self._judgements) >= _JUDGEMENTS_CACHED:
             self._judgements.pop(next(iter(self._judgements)))
         self._judgements[key] = judged
-        return judged
 
-    async def _judge(self, ask: Ask) -> Classification:
-        deadline_ms = self._config.classifier_timeout_ms
+    async def _judge(self, ask: Ask, asking: asyncio.Event, until: float) -> Classification:
+        """Ask the LLM under its own limit; `asking` is set once it is let in.
+
+        `until` is the loop's time at which the caller gives up.
+        """
         types = [*ask.mime_types, *(["image/*"] if ask.image_uri else [])]
-        async with self._limiter.acquire(CLASSIFIER_LIMIT, deadline_ms=deadline_ms) as permit:
+        left_ms = (until - asyncio.get_running_loop().time()) * 1000
+        # A little earlier than the caller: the limiter knows why nobody was let in.
+        acquisition = self._limiter.acquire(
+            CLASSIFIER_LIMIT,
+            deadline_ms=max(1, round(left_ms) - _LIMITERS_WORD_MS),
+            hard_ms=self._config.classifier_timeout_ms + _HARD_MARGIN_MS,
+        )
+        async with acquisition as permit:
+            asking.set()
+            permit.settle(Outcome.IGNORED)
             try:
                 kind, reason = await self._processor.judge(
                     ask.prompt, types, model=self._config.classifier_model
@@ -134,6 +168,7 @@ class Pipeline:
             except UpstreamError:
                 permit.settle(Outcome.DROPPED)
                 raise
+            permit.settle(Outcome.SUCCESS)
         if types and kind is Kind.TEXT_ONLY:
             kind = Kind.MULTI_MODAL  # the LLM is asked about pictures; files decide the rest
         if not types and kind is Kind.MULTI_MODAL:
@@ -145,11 +180,17 @@ class Pipeline:
         return sha256("\0".join((*parts, ask.prompt)).encode()).digest()
 
     async def media(self, ask: Ask) -> tuple[Media, ...]:
-        """Load the files and fetch the `image_uri`. Raises FetchRefused and StoreUnavailable."""
-        loaded = [
-            Media(stored.mime_type, await self._blobs.get(stored.blob_key), stored.name)
-            for stored in ask.attachments
-        ]
+        """Load the files and fetch the `image_uri`.
+
+        Raises FetchRefused, StoreUnavailable, or NotFound for a file whose bytes are gone.
+        """
+        loaded = []
+        for stored in ask.attachments:
+            try:
+                data = await self._blobs.get(stored.blob_key)
+            except NotFound:
+                raise NotFound(f"the uploaded file {stored.name!r} is not there any more") from None
+            loaded.append(Media(stored.mime_type, data, stored.name))
         if ask.image_uri is not None:
             loaded.append(await self._fetcher.fetch(ask.image_uri))
         return tuple(loaded)
@@ -169,12 +210,16 @@ class Pipeline:
         the call; what it raises ends the run with no call made. Raises AdmissionError, LeaseLost
         and UpstreamError. Cancellation leaves neither a waiter nor an open upstream call.
         """
-        asked = time.monotonic()
         async with self._limiter.acquire(
-            call.kind.limit, tenant=call.tenant_id, deadline_ms=deadline_ms
+            call.kind.limit,
+            tenant=call.tenant_id,
+            deadline_ms=deadline_ms,
+            hard_ms=self._config.total_timeout_ms + _HARD_MARGIN_MS,
         ) as permit:
-            attempt.queue_ms = (time.monotonic() - asked) * 1000
+            permit.settle(Outcome.IGNORED)  # until there has been a call
             attempt.admitted_at = datetime.now(UTC)
+            waited = attempt.admitted_at - attempt.waiting_since
+            attempt.queue_ms = max(0.0, waited.total_seconds() * 1000)
             attempt.fence = permit.fence
             if on_admitted is not None:
                 await on_admitted(permit)

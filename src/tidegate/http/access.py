@@ -1,7 +1,7 @@
 """One log line per request, and the safety net under all routes.
 
 Invariant: an exception that reaches this middleware is logged once, with its traceback, and goes
-no further: the client has been answered, or its connection is closed unfinished.
+no further: the client gets a plain 500, or finds its connection closed before the answer's end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tidegate.errors import TidegateError
+from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.telemetry import Log, get_logger
+
+_REQUEST_ID = REQUEST_ID_HEADER.encode()
 
 log = get_logger()
 
@@ -26,7 +30,7 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        status = 0
+        status = 0  # stays 0 where the client left before it could be answered
         request_id: str | None = None
 
         async def watched(message: Message) -> None:
@@ -34,7 +38,7 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 for name, value in message["headers"]:
-                    if name == b"x-tidegate-request-id":
+                    if name == _REQUEST_ID:
                         request_id = value.decode()
             await send(message)
 
@@ -42,8 +46,11 @@ class AccessLog:
             await self._app(scope, receive, watched)
         except Exception:  # the top of a request's task: logged here, and nowhere else
             log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
+            if not status:
+                answer = problem_response(TidegateError("an internal error; it has been logged"))
+                await answer(scope, receive, watched)
         finally:
-            quiet = scope["path"].startswith("/health")
+            quiet = scope["path"].startswith(("/health", "/llm/health"))
             (log.debug if quiet else log.info)(
                 Log.REQUEST_DONE,
                 method=scope["method"],

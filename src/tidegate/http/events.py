@@ -7,11 +7,12 @@ ask for `text/plain`.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
-from starlette.types import Scope, Send
+from starlette.types import Message, Scope, Send
 
 from tidegate.errors import TidegateError
 from tidegate.http.problems import problem
@@ -26,7 +27,8 @@ class ClientStalled(Exception):
 class EventWriter:
     """Writes one stream to one client. `started` is true once the response's head is sent.
 
-    A write that takes longer than `stalled_ms` raises ClientStalled.
+    A write that takes longer than `stalled_ms` raises ClientStalled. To a client that has left,
+    writes do nothing.
     """
 
     def __init__(self, send: Send, *, plain_text: bool, stalled_ms: int) -> None:
@@ -47,7 +49,7 @@ class EventWriter:
         }
         raw = [(name.encode(), value.encode()) for name, value in whole.items()]
         self.started = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        await self._bounded({"type": "http.response.start", "status": 200, "headers": raw})
 
     async def delta(self, text: str) -> None:
         await self._emit("delta", {"text": text}, text)
@@ -77,18 +79,29 @@ class EventWriter:
 
     async def _emit(self, event: str, data: Mapping[str, Any], plain: str) -> None:
         if self._plain_text:
-            chunk = plain.encode()
+            chunk = plain.encode("utf-8", "replace")
         else:
-            chunk = b"event: %b\ndata: %b\n\n" % (event.encode(), orjson.dumps(data))
+            chunk = b"event: %b\ndata: %b\n\n" % (event.encode(), _json(data))
         if chunk:
             await self._body(chunk, more=True)
 
     async def _body(self, chunk: bytes, *, more: bool) -> None:
+        await self._bounded({"type": "http.response.body", "body": chunk, "more_body": more})
+
+    async def _bounded(self, message: Message) -> None:
         try:
             async with asyncio.timeout(self._stalled_s):
-                await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+                await self._send(message)
         except TimeoutError:
             raise ClientStalled from None
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(data)
+    except TypeError:
+        # Half of a surrogate pair from the provider, which UTF-8 cannot hold.
+        return json.dumps(data).encode()
 
 
 def abort(scope: Scope) -> None:

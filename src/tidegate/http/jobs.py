@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -14,10 +15,12 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive
 
 from tidegate.call import DEFAULT_TENANT, new_id
+from tidegate.errors import NotFound
 from tidegate.http.forms import Submission, read_submission
-from tidegate.http.problems import Problem
+from tidegate.http.problems import REQUEST_ID_HEADER, Problem
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import Accepted, StatusView, accepted, status_view
 from tidegate.pipeline import Ask
@@ -25,7 +28,13 @@ from tidegate.store.records import NewJob, RequestRecord
 from tidegate.store.states import Status
 
 _MAX_WAIT_S = 60
-_INLINE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
+_EXTENSIONS = {
+    "image/png": ".png",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+    "image/gif": ".gif",
+}
+_INLINE_TYPES = tuple(_EXTENSIONS)
 
 router = APIRouter(tags=["jobs"])
 
@@ -37,7 +46,8 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _FIELDS: dict[str, Any] = {
-    "data": {"type": "string", "description": "The prompt; `text` is another name for it"},
+    "data": {"type": "string", "description": "The prompt"},
+    "text": {"type": "string", "description": "Another name for `data`"},
     "image_uri": {"type": "string", "format": "uri", "description": "A public picture to fetch"},
     "type": {
         "type": "string",
@@ -54,12 +64,18 @@ _FIELDS: dict[str, Any] = {
 }
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 
+_VALUES: dict[str, Any] = {
+    "type": "object",
+    "properties": _FIELDS,
+    "additionalProperties": False,
+}
+
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
             "application/json": {
-                "schema": {"type": "object", "properties": _FIELDS},
+                "schema": _VALUES,
                 "examples": {
                     "text": {"value": {"data": "Explain the importance of cybersecurity."}},
                     "image": {"value": {"data": "Generate an image of a futuristic city."}},
@@ -72,8 +88,9 @@ BODY: dict[str, Any] = {
                 },
             },
             "multipart/form-data": {
-                "schema": {"type": "object", "properties": {**_FIELDS, "file": _FILES}}
+                "schema": {**_VALUES, "properties": {**_FIELDS, "file": _FILES, "files": _FILES}}
             },
+            "application/x-www-form-urlencoded": {"schema": _VALUES},
         },
     }
 }
@@ -110,7 +127,8 @@ async def submit(request: Request) -> Response:
     job = _new_job(submission, services, received)
     await services.store.submit(job)
     body = accepted(job, prefix_of(request)).model_dump_json()
-    return Response(body, status_code=202, media_type="application/json")
+    headers = {REQUEST_ID_HEADER: str(job.request_id)}
+    return Response(body, 202, headers, media_type="application/json")
 
 
 def _new_job(submission: Submission, services: Services, received: datetime) -> NewJob:
@@ -149,14 +167,22 @@ async def status(
     services = services_of(request)
     record = await services.store.get(request_id, DEFAULT_TENANT)
     if wait and not record.status.is_end:
-        record = await _changed(services, record, wait)
+        record = await _changed(request, services, record, wait)
     return status_view(record, prefix_of(request))
 
 
-async def _changed(services: Services, record: RequestRecord, wait_s: float) -> RequestRecord:
-    """Follow the record until its status differs, the time is up, or this process drains."""
+async def _changed(
+    request: Request, services: Services, record: RequestRecord, wait_s: float
+) -> RequestRecord:
+    """Follow the record until its status differs or nobody should wait any longer.
+
+    That is when the time is up, this process drains, or the client has gone.
+    """
     until = time.monotonic() + wait_s
-    draining = asyncio.ensure_future(services.draining.wait())
+    enough = {
+        asyncio.ensure_future(services.draining.wait()),
+        asyncio.ensure_future(disconnected(request.receive)),
+    }
     try:
         first: Status = record.status
         while record.status is first and (left_s := until - time.monotonic()) > 0:
@@ -166,15 +192,24 @@ async def _changed(services: Services, record: RequestRecord, wait_s: float) -> 
                 )
             )
             try:
-                await asyncio.wait({change, draining}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({change, *enough}, return_when=asyncio.FIRST_COMPLETED)
                 if not change.done():
                     break
                 record = change.result()
             finally:
                 change.cancel()
+            if any(task.done() for task in enough):
+                break
         return record
     finally:
-        draining.cancel()
+        for task in enough:
+            task.cancel()
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 @router.get(
@@ -185,10 +220,17 @@ async def _changed(services: Services, record: RequestRecord, wait_s: float) -> 
     summary="A generated picture or an uploaded file",
 )
 async def file(request: Request, file_id: UUID) -> Response:
+    """Pictures may be shown in a page; everything else is offered for download."""
     services = services_of(request)
     record = await services.store.file(file_id, DEFAULT_TENANT)
+    pieces = services.blobs.stream(record.blob_key)
+    try:
+        # Before the head goes out: a blob that is gone must not become a broken 200.
+        first = await anext(pieces, b"")
+    except NotFound:
+        raise NotFound(f"the bytes of file {file_id} are not there any more") from None
     inline = record.mime_type in _INLINE_TYPES
-    name = quote(record.name or f"{file_id}", safe="")
+    name = quote(record.name or f"{file_id}{_EXTENSIONS.get(record.mime_type, '')}", safe="")
     headers = {
         "Content-Length": str(record.size_bytes),
         "Content-Disposition": f"{'inline' if inline else 'attachment'}; filename*=UTF-8''{name}",
@@ -197,5 +239,11 @@ async def file(request: Request, file_id: UUID) -> Response:
         "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "private, max-age=31536000, immutable",
     }
-    body = services.blobs.stream(record.blob_key)
+    body = _after(first, pieces)
     return StreamingResponse(body, headers=headers, media_type=record.mime_type)
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece

@@ -1,7 +1,7 @@
 """Errors as RFC 9457 problem JSON, and the only table from an error to an HTTP status.
 
-Invariant: a client never sees a stack trace; an error that we did not foresee is logged and
-answered as a plain 500.
+Invariant: a client never sees a stack trace. An error that we did not foresee is not answered
+here: it goes on to the access log's middleware, the safety net.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tidegate import errors
 from tidegate.telemetry import Log, get_logger
 
 MEDIA_TYPE = "application/problem+json"
+REQUEST_ID_HEADER = "x-tidegate-request-id"
 
 STATUS: dict[type[errors.TidegateError], int] = {
     errors.TidegateError: 500,
@@ -107,10 +108,10 @@ def problem(error: errors.TidegateError) -> Problem:
     )
 
 
-def problem_response(error: errors.TidegateError) -> Response:
+def problem_response(error: errors.TidegateError, request_id: str | None = None) -> Response:
     """`error` as a whole response, with Retry-After where waiting helps."""
     body = problem(error)
-    headers = {}
+    headers = {} if request_id is None else {REQUEST_ID_HEADER: request_id}
     if body.retry_after_ms is not None:
         headers["Retry-After"] = str(max(1, math.ceil(body.retry_after_ms / 1000)))
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
@@ -126,13 +127,12 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_surprise)
 
 
 async def answered(handler: Handler, scope: Scope, receive: Receive, send: Send) -> None:
     """Call a handler without a router; its errors become the same problems as a route's.
 
-    Errors after the head of the response has gone out are raised: nobody can be told.
+    Other errors, and those after the head of the response has gone out, are raised.
     """
     started = False
 
@@ -152,11 +152,6 @@ async def answered(handler: Handler, scope: Scope, receive: Receive, send: Send)
         await answer(scope, receive, send)
     except ClientDisconnect:
         return
-    except Exception as error:
-        if not started:
-            answer = await _on_surprise(request, error)
-            await answer(scope, receive, send)
-        raise
 
 
 async def _on_own_error(_request: Request, error: Exception) -> Response:
@@ -193,8 +188,3 @@ async def _on_http_error(_request: Request, error: Exception) -> Response:
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)  # nobody is there to read it
-
-
-async def _on_surprise(_request: Request, _error: Exception) -> Response:
-    # Starlette re-raises the error after this answer; the access log's middleware records it.
-    return problem_response(errors.TidegateError("an internal error; it has been logged"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -16,9 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tidegate import __version__
 from tidegate.http import health, jobs, problems, stream
 from tidegate.http.access import AccessLog
+from tidegate.http.openapi import described
 from tidegate.http.problems import Handler
 from tidegate.http.services import Services
 
+_LAST_WORDS_S = 5.0
 _STATIC = Path(__file__).parent / "static"
 _DESCRIPTION = """
 A gateway in front of large language models. It never lets a fleet of services exceed what the
@@ -50,6 +53,11 @@ class Gateway(FastAPI):
                 return
         await super().__call__(scope, receive, send)
 
+    def openapi(self) -> dict[str, Any]:
+        if not self.openapi_schema:
+            self.openapi_schema = described(super().openapi())
+        return self.openapi_schema
+
     @staticmethod
     def _called(handler: Handler) -> ASGIApp:
         async def call(scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,6 +74,8 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         async with open_services() as services:
             app.state.services = services
             yield
+            services.draining.set()
+            await _end_streams(services)
 
     app = Gateway(
         title="Tidegate",
@@ -85,6 +95,14 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
     _serve_docs(app)
     app.add_middleware(AccessLog)
     return app
+
+
+async def _end_streams(services: Services) -> None:
+    """Let streams that were cut off tell their clients and be recorded, while that can be done."""
+    if services.streams:
+        await asyncio.wait(set(services.streams), timeout=_LAST_WORDS_S)
+    for late in list(services.streams):
+        late.cancel()
 
 
 def _serve_docs(app: FastAPI) -> None:

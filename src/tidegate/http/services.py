@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from starlette.requests import HTTPConnection
 
@@ -17,7 +17,10 @@ from tidegate.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`draining` is set once the process is told to stop: long polls then answer at once."""
+    """`draining` is set once the process is told to stop: long polls then answer at once.
+
+    `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
+    """
 
     config: Config
     store: Store
@@ -25,6 +28,7 @@ class Services:
     limiter: Limiter
     pipeline: Pipeline
     draining: asyncio.Event = field(default_factory=asyncio.Event)
+    streams: set[asyncio.Task[Any]] = field(default_factory=set)
 
 
 def services_of(connection: HTTPConnection) -> Services:

@@ -1,26 +1,25 @@
 """`POST /stream`: one request, answered while the client waits.
 
-The response's head goes out after admission, so that a refusal is a real 503 or 504. The work
-runs in a task of its own; when the client leaves or stalls, that task is cancelled, which closes
-the upstream call and gives the permit back before anything is recorded.
+The response's head goes out after admission, so that a refusal is a real 503 or 504. The call runs
+in a task of its own. Invariant: however a stream ends, its upstream call is closed and its permit
+on its way back first; then it is recorded, once; then the client, if it is there, is told.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tidegate.call import (
     DEFAULT_TENANT,
     Admitted,
     Call,
-    Classification,
-    ClassifiedBy,
     Delta,
     Event,
     Kind,
@@ -29,10 +28,17 @@ from tidegate.call import (
     UsageReport,
     new_id,
 )
-from tidegate.errors import DeadlineExceeded, ShuttingDown, TidegateError
+from tidegate.errors import (
+    DeadlineExceeded,
+    NotFound,
+    ShuttingDown,
+    StoreUnavailable,
+    TidegateError,
+)
 from tidegate.http.events import ClientStalled, EventWriter, abort
 from tidegate.http.forms import Submission, read_submission
-from tidegate.http.jobs import BODY, ask_of, prefix_of, problem_responses
+from tidegate.http.jobs import BODY, ask_of, disconnected, prefix_of, problem_responses
+from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import usage_view
 from tidegate.pipeline import Attempt, attempt_result
@@ -41,7 +47,9 @@ from tidegate.store.records import Failure, NewJob, OutputFile, StreamRecord
 from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
 
-REQUEST_ID_HEADER = "x-tidegate-request-id"
+_RECORDED_WITHIN_S = 1.0
+_FIRST_LOOK_S = 0.002
+_LATER_LOOKS_S = 0.05
 
 log = get_logger()
 router = APIRouter(tags=["streams"])
@@ -49,8 +57,9 @@ router = APIRouter(tags=["streams"])
 
 @router.post(
     "/stream",
+    response_class=StreamingResponse,
     openapi_extra=BODY,
-    responses=problem_responses(400, 408, 413, 415, 422, 503, 504)
+    responses=problem_responses(400, 408, 413, 415, 422, 500, 502, 503, 504)
     | {
         200: {
             "description": "Events `delta`, `image`, `usage`, then `done` or `error`",
@@ -64,14 +73,40 @@ router = APIRouter(tags=["streams"])
 )
 async def stream(request: Request) -> Response:
     """Waits for admission (30 s unless `deadline_ms` says otherwise), then streams the answer as
-    it comes: server-sent events, or plain text for `Accept: text/plain`."""
+    it comes: server-sent events, or plain text for `Accept: text/plain`. The header
+    `x-tidegate-request-id` names the record, which `/status` shows once the stream has ended."""
     services = services_of(request)
-    received = time.monotonic()
+    received, received_at = time.monotonic(), datetime.now(UTC)
     submission = await read_submission(request, services.config, services.blobs)
-    plain_text = "text/plain" in request.headers.get("accept", "")
+    accepts = request.headers.get("accept", "")
     return StreamedAnswer(
-        services, submission, prefix_of(request), received=received, plain_text=plain_text
+        services,
+        submission,
+        prefix_of(request),
+        received=received,
+        received_at=received_at,
+        plain_text="text/plain" in accepts and "text/event-stream" not in accepts,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a stream ended. `error` is what a client that is still there is told."""
+
+    status: Status
+    failure: Failure | None = None
+    error: TidegateError | None = None
+
+
+_CLIENT_LEFT = _End(Status.CANCELLED, Failure("client_left", "the client went away"))
+_CLIENT_STALLED = _End(
+    Status.CANCELLED, Failure("client_stalled", "the client stopped reading and was cut")
+)
+
+
+def _failed(error: TidegateError) -> _End:
+    status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
+    return _End(status, Failure.of(error), error)
 
 
 class StreamedAnswer(Response):
@@ -84,6 +119,7 @@ class StreamedAnswer(Response):
         prefix: str,
         *,
         received: float,
+        received_at: datetime,
         plain_text: bool,
     ) -> None:
         super().__init__()
@@ -91,83 +127,94 @@ class StreamedAnswer(Response):
         self._submission = submission
         self._prefix = prefix
         self._received = received
+        self._received_at = received_at
         self._plain_text = plain_text
         self._request_id = new_id()
-        self._attempt = Attempt()
+        self._attempt = Attempt(waiting_since=received_at)
         self._outputs: list[OutputFile] = []
-        self._created_at = datetime.now(UTC)
-        self._classification = Classification(None, ClassifiedBy.RULES, "not reached")
+        self._ask = ask_of(submission)
+        self._classification = services.pipeline.first_look(self._ask)
         self._model = submission.model
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Work until the end, or until the client has gone."""
-        config = self._services.config
-        writer = EventWriter(send, plain_text=self._plain_text, stalled_ms=config.stalled_reader_ms)
-        work = asyncio.create_task(self._work(writer, scope))
-        gone = asyncio.create_task(_disconnected(receive))
+        task = asyncio.current_task()
+        assert task is not None
+        self._services.streams.add(task)
+        stalled_ms = self._services.config.stalled_reader_ms
+        writer = EventWriter(send, plain_text=self._plain_text, stalled_ms=stalled_ms)
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            end = await self._run(writer, gone, task)
+            # Shielded, as the record must be kept though this process is stopping.
+            record = asyncio.create_task(self._record(end))
+            self._services.streams.add(record)
+            record.add_done_callback(self._services.streams.discard)
+            await asyncio.shield(record)
+            await self._tell(end, writer, scope, receive, send)
+        except ClientStalled:
+            abort(scope)
+        finally:
+            gone.cancel()
+            self._services.streams.discard(task)
+
+    async def _run(
+        self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
+    ) -> _End:
+        """Make the call; returns when it is over, closed, and its permit given back."""
+        work = asyncio.create_task(self._answer(writer))
+        stopping = False
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the server's grace is over; the client is to be told
+            stopping = True
+            task.uncancel()
         finally:
+            cut = not work.done()
             work.cancel()
-            gone.cancel()
-            await asyncio.wait({work, gone})
-        if not work.cancelled() and (error := work.exception()) is not None:
-            raise error
-
-    async def _work(self, writer: EventWriter, scope: Scope) -> None:
-        status = Status.CANCELLED
-        failure: Failure | None = Failure("client_left", "the client went away")
-        try:
-            await self._answer(writer)
-            status, failure = Status.SUCCEEDED, None
-        except ClientStalled:
-            failure = Failure("client_stalled", "the client stopped reading and was cut")
-            abort(scope)
-        except TidegateError as error:
-            expired = isinstance(error, DeadlineExceeded)
-            status, failure = (Status.EXPIRED if expired else Status.FAILED), Failure.of(error)
-            if not writer.started:
-                raise
-            await self._end_in_error(writer, scope, error)
-        except asyncio.CancelledError:
-            if self._services.draining.is_set() and writer.started:
-                stopping = ShuttingDown("this process is stopping")
-                failure = Failure.of(stopping)
-            raise
-        finally:
-            # Shielded, as the record must be kept though the client has gone.
-            await asyncio.shield(self._record(status, failure))
-        if status is Status.SUCCEEDED:
-            await self._finish(writer)
-
-    async def _end_in_error(self, writer: EventWriter, scope: Scope, error: TidegateError) -> None:
-        try:
-            await writer.error(error, str(self._request_id))
-            if self._plain_text:
-                abort(scope)
-            else:
-                await writer.end()
-        except ClientStalled:
-            abort(scope)
+            await asyncio.wait({work})
+        error = None if work.cancelled() else work.exception()
+        if stopping and (cut or error):
+            return _failed(ShuttingDown("this process is stopping; ask again"))
+        if cut and (work.cancelled() or error):
+            return _CLIENT_LEFT
+        match error:
+            case None:
+                return _End(Status.SUCCEEDED)
+            case ClientStalled():
+                return _CLIENT_STALLED
+            case TidegateError():
+                return _failed(error)
+        log.error(Log.INTERNAL_ERROR, request_id=str(self._request_id), exc_info=error)
+        return _failed(TidegateError("an internal error; it has been logged"))
 
     async def _answer(self, writer: EventWriter) -> None:
-        services, submission = self._services, self._submission
-        ask = ask_of(submission)
-        self._classification = await services.pipeline.decide(ask)
+        pipeline, submission = self._services.pipeline, self._submission
+        self._classification = await pipeline.decide(self._ask, within_ms=self._left_ms())
         kind = self._classification.kind
         assert kind is not None
-        self._model = submission.model or services.config.model_for(kind)
-        media = await services.pipeline.media(ask)
+        self._model = submission.model or self._services.config.model_for(kind)
+        media = await self._media(kind)
         call = Call(self._request_id, submission.prompt, kind, self._model, media, DEFAULT_TENANT)
-        wait_ms = submission.deadline_ms or services.config.stream_wait_ms
-        spent_ms = round((time.monotonic() - self._received) * 1000)
 
         async def sink(event: Event) -> None:
             await self._emit(writer, event, kind)
 
-        await services.pipeline.run(
-            call, self._attempt, sink, deadline_ms=max(1, wait_ms - spent_ms)
-        )
+        await pipeline.run(call, self._attempt, sink, deadline_ms=max(1, self._left_ms()))
+
+    def _left_ms(self) -> int:
+        """Until the deadline, which is for admission; negative when it has passed."""
+        wait_ms = self._submission.deadline_ms or self._services.config.stream_wait_ms
+        return round(wait_ms - (time.monotonic() - self._received) * 1000)
+
+    async def _media(self, kind: Kind) -> tuple[Media, ...]:
+        try:
+            async with asyncio.timeout(self._left_ms() / 1000):
+                return await self._services.pipeline.media(self._ask)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "the deadline came before the files were there", limit=kind.limit
+            ) from None
 
     async def _emit(self, writer: EventWriter, event: Event, kind: Kind) -> None:
         match event:
@@ -195,44 +242,73 @@ class StreamedAnswer(Response):
         self._outputs.append(stored)
         return stored
 
-    async def _finish(self, writer: EventWriter) -> None:
-        attempt, answer = self._attempt, self._attempt.answer
-        try:
-            if (usage := usage_view(answer.usage)) is not None:
-                await writer.usage(usage.model_dump())
-            await writer.done(
-                {
-                    "request_id": str(self._request_id),
-                    "status": Status.SUCCEEDED.value,
-                    "type": self._classification.kind,
-                    "classified_by": self._classification.by.value,
-                    "finish_reason": answer.finish_reason,
-                    "queue_ms": round(attempt.queue_ms, 1),
-                    "upstream_ms": round(attempt.upstream_ms, 1),
-                }
-            )
-        except ClientStalled:
-            log.info(Log.REQUEST_FAILED, request_id=str(self._request_id), code="client_stalled")
-
-    async def _record(self, status: Status, failure: Failure | None) -> None:
+    async def _record(self, end: _End) -> None:
         attempt, submission = self._attempt, self._submission
         job = NewJob(
             request_id=self._request_id,
-            created_at=self._created_at,
+            created_at=self._received_at,
             prompt=submission.prompt,
             classification=self._classification,
             attachments=submission.attachments,
             image_uri=submission.image_uri,
             model=self._model,
+            priority=submission.priority,
             tenant_id=DEFAULT_TENANT,
         )
-        result = attempt_result(attempt, self._model or "", tuple(self._outputs), failure)
+        result = attempt_result(attempt, self._model or "", tuple(self._outputs), end.failure)
         await self._services.store.record_stream(
-            StreamRecord(job, status, datetime.now(UTC), result, failure)
+            StreamRecord(job, end.status, datetime.now(UTC), result, end.failure)
         )
 
+    async def _tell(
+        self, end: _End, writer: EventWriter, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """The last words to a client that is still there."""
+        request_id = str(self._request_id)
+        if end is _CLIENT_STALLED:
+            abort(scope)
+        elif end.error is not None and not writer.started:
+            await problem_response(end.error, request_id)(scope, receive, send)
+        elif end.error is not None:
+            await writer.error(end.error, request_id)
+            if self._plain_text:
+                abort(scope)
+            else:
+                await writer.end()
+        elif end.status is Status.SUCCEEDED:
+            await self._until_recorded()
+            await self._finish(writer)
 
-async def _disconnected(receive: Receive) -> None:
-    """Return when the client has closed its connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def _until_recorded(self) -> None:
+        """Wait, though not for long, until `/status` and `/files` find what `done` speaks of.
+
+        The record is written behind, in batches; while PostgreSQL is away it comes later.
+        """
+        store, pause_s = self._services.store, _FIRST_LOOK_S
+        try:
+            async with asyncio.timeout(_RECORDED_WITHIN_S):
+                while not store.away:
+                    try:
+                        await store.get(self._request_id, DEFAULT_TENANT)
+                        return
+                    except NotFound:
+                        await asyncio.sleep(pause_s)
+                        pause_s = min(2 * pause_s, _LATER_LOOKS_S)
+        except (TimeoutError, StoreUnavailable) as late:
+            log.debug(Log.STORE_AWAY, request_id=str(self._request_id), detail=repr(late))
+
+    async def _finish(self, writer: EventWriter) -> None:
+        attempt, answer = self._attempt, self._attempt.answer
+        if (usage := usage_view(answer.usage)) is not None:
+            await writer.usage(usage.model_dump())
+        await writer.done(
+            {
+                "request_id": str(self._request_id),
+                "status": Status.SUCCEEDED.value,
+                "type": self._classification.kind,
+                "classified_by": self._classification.by.value,
+                "finish_reason": answer.finish_reason,
+                "queue_ms": round(attempt.queue_ms, 1),
+                "upstream_ms": round(attempt.upstream_ms, 1),
+            }
+        )

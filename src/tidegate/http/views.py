@@ -17,8 +17,10 @@ _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
 class Classified(BaseModel):
     """What kind of request it is, who decided that, and why."""
 
-    type: Kind | None = Field(description="null while the rules are unsure and the LLM is asked")
-    classified_by: ClassifiedBy | None
+    type: Kind | None = Field(
+        default=None, description="Null, or not there, while it is not certain yet"
+    )
+    classified_by: ClassifiedBy | None = None
     classified_why: str | None = None
 
 
@@ -53,13 +55,13 @@ class FileView(BaseModel):
 
 
 class UsageView(BaseModel):
-    """LLM tokens as the provider reported them; null means unknown, never zero."""
+    """LLM tokens as the provider reported them; what is null or not there is unknown, not zero."""
 
-    input_tokens: int | None
-    output_tokens: int | None
-    thoughts_tokens: int | None
-    cached_tokens: int | None
-    total_tokens: int | None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    thoughts_tokens: int | None = None
+    cached_tokens: int | None = None
+    total_tokens: int | None = None
 
 
 class ErrorView(BaseModel):
@@ -104,9 +106,9 @@ class StatusView(Classified):
     source: Literal["job", "stream"]
     status: Status
     place: int | None = Field(
-        default=None, description="Place in the queue, 1 is next; null if not queued"
+        default=None, description="Place in the queue, 1 is next; only while queued"
     )
-    model: str | None
+    model: str | None = None
     priority: int
     attempts: int = Field(description="Calls made to the provider")
     submitted_at: datetime
@@ -115,7 +117,8 @@ class StatusView(Classified):
     deadline_at: datetime | None = None
     retry_at: datetime | None = Field(default=None, description="When a queued retry may start")
     queue_ms: float | None = Field(
-        default=None, description="Submitted to admitted, last attempt's wait"
+        default=None,
+        description="From submission to admission; of a retry, from its being taken up again",
     )
     upstream_ms: float | None = Field(
         default=None, description="Length of the call to the provider"

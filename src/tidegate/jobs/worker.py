@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from enum import Enum, auto
 
 from tidegate.call import Call, Event, Kind, Media, new_id
 from tidegate.config import Config
 from tidegate.errors import (
     ClaimLost,
+    ConfigError,
     DeadlineExceeded,
     LeaseLost,
     LimiterUnavailable,
+    QueueFull,
+    ShuttingDown,
     StoreUnavailable,
     TidegateError,
 )
@@ -25,7 +29,7 @@ from tidegate.jobs.retry import retry_wait_ms
 from tidegate.limiter import Permit
 from tidegate.pipeline import Ask, Attempt, Pipeline, attempt_result
 from tidegate.store.blobs import Blobs, new_key
-from tidegate.store.records import ClaimedJob, Failure, OutputFile
+from tidegate.store.records import AttemptResult, ClaimedJob, Failure, OutputFile
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
@@ -33,8 +37,27 @@ from tidegate.telemetry import Log, get_logger
 _UNSURE_WINDOW = 16
 _LARGEST_WINDOW = 256
 _STORE_POLL_S = 0.25
+_LONGEST_PUT_PAUSE_S = 4.0
+_LAST_RECORDS_S = 8.0
+# Says nothing of the job: somebody, perhaps another worker, can do it later.
+_NOT_THE_JOBS_FAULT = (
+    LimiterUnavailable,
+    QueueFull,
+    StoreUnavailable,
+    LeaseLost,
+    ShuttingDown,
+    ConfigError,
+)
 
 log = get_logger()
+
+
+class _Stage(Enum):
+    """How far a job has come in this process; it decides what a stop does to it."""
+
+    WAITING = auto()  # handed back at once
+    CALLING = auto()  # admitted: has the grace to end
+    RECORDING = auto()  # its call is over: must not be repeated, and takes only a moment
 
 
 class Worker:
@@ -45,7 +68,7 @@ class Worker:
         self._store = store
         self._blobs = blobs
         self._pipeline = pipeline
-        self._admitted: set[tuple[object, int]] = set()
+        self._stages: dict[tuple[object, int], _Stage] = {}
         self._feeders = [Feeder(store, None, _UNSURE_WINDOW, self._classify)]
         for kind in Kind:
             # Twice the limit keeps it full even if every other worker is gone.
@@ -59,7 +82,7 @@ class Worker:
         loops = [
             *(self._forever(feeder.run) for feeder in self._feeders),
             self._forever(self._every(beat_s, self._store.heartbeat)),
-            self._forever(self._every(beat_s, self._retake)),
+            self._forever(self._every(beat_s, self._store.retake_lapsed)),
             self._forever(self._every(1.0, self._store.expire_due)),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -77,61 +100,70 @@ class Worker:
 
     async def _drain(self) -> None:
         """Hand back what has not been admitted, then wait for the rest until the grace is over."""
-        grace_s = self._config.shutdown_grace_ms / 1000
-        waiting = [t for t, job in self._tasks().items() if self._key(job) not in self._admitted]
-        await self._give_up(waiting)
-        running = list(self._tasks())
-        if running:
-            await asyncio.wait(running, timeout=grace_s)
-        await self._give_up(list(self._tasks()))
+        await self._give_up(self._at(_Stage.WAITING))
+        if running := list(self._tasks()):
+            await asyncio.wait(running, timeout=self._config.shutdown_grace_ms / 1000)
+        await self._give_up(self._at(_Stage.WAITING, _Stage.CALLING))
+        if recording := list(self._tasks()):
+            await asyncio.wait(recording, timeout=_LAST_RECORDS_S)
 
     def _tasks(self) -> dict[asyncio.Task[None], ClaimedJob]:
         return {task: job for feeder in self._feeders for task, job in feeder.tasks.items()}
 
-    @staticmethod
-    def _key(job: ClaimedJob) -> tuple[object, int]:
-        return job.request_id, job.claim
+    def _at(self, *stages: _Stage) -> dict[asyncio.Task[None], ClaimedJob]:
+        return {
+            task: job
+            for task, job in self._tasks().items()
+            if self._stages.get(_key(job), _Stage.WAITING) in stages
+        }
 
-    async def _give_up(self, tasks: list[asyncio.Task[None]]) -> None:
-        if not tasks:
+    async def _give_up(self, given: dict[asyncio.Task[None], ClaimedJob]) -> None:
+        if not given:
             return
-        jobs = self._tasks()
-        given = [jobs[task] for task in tasks]
-        for task in tasks:
+        for task in given:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.wait(given)
         # A task that ended by itself meanwhile has moved its job on: the fence skips it.
-        await self._store_tolerant(lambda: self._store.hand_back(given))
+        await self._store_tolerant(lambda: self._store.hand_back(list(given.values())))
 
     async def _classify(self, job: ClaimedJob) -> None:
         """Settle the kind of a job that the rules were unsure of; it then queues under it."""
-        ask = _ask_of(job)
-        decided = await self._pipeline.decide(ask)
 
-        async def requeue() -> None:
-            await self._store.classified(job, decided)
-            await self._store.hand_back([job])
+        async def classify() -> None:
+            decided = await self._pipeline.decide(_ask_of(job), within_ms=_left_ms(job))
 
-        await self._fenced(requeue)
+            async def requeue() -> None:
+                await self._store.classified(job, decided)
+                await self._store.hand_back([job])
+
+            await self._fenced(requeue)
+
+        await self._guarded(job, classify)
 
     async def _work(self, job: ClaimedJob) -> None:
+        await self._guarded(job, lambda: self._run_and_record(job))
+
+    async def _guarded(self, job: ClaimedJob, work: Callable[[], Awaitable[None]]) -> None:
+        """The top of a job's task: a job must not stay claimed by a worker that is done with it."""
         try:
-            await self._run_and_record(job)
-        except Exception:  # the top of a job's task: it must not stay claimed by a live worker
+            await work()
+        except Exception:
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
-            failure = Failure("internal", "an internal error; it has been logged")
+            failure = Failure.of(_internal())
             await self._fenced(lambda: self._store.fail_unadmitted(job, Status.FAILED, failure))
         finally:
-            self._admitted.discard(self._key(job))
+            self._stages.pop(_key(job), None)
 
     async def _run_and_record(self, job: ClaimedJob) -> None:
         kind = job.classification.kind
         assert kind is not None
-        attempt = Attempt()
+        # A retry has waited before; what counts now is from its being taken up again.
+        since = job.created_at if job.attempts == 0 else datetime.now(UTC)
+        attempt = Attempt(waiting_since=since)
         model = job.model or self._config.model_for(kind)
 
         async def admitted(permit: Permit) -> None:
-            self._admitted.add(self._key(job))
+            self._stages[_key(job)] = _Stage.CALLING
             await self._store.running(
                 job, model=model, fence=permit.fence, queue_ms=attempt.queue_ms
             )
@@ -145,6 +177,11 @@ class Worker:
             return
         except TidegateError as error:
             failure = error
+        except Exception:  # nobody foresaw it; what the attempt has brought is recorded
+            log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
+            failure = _internal()
+        if attempt.admitted_at is not None:
+            self._stages[_key(job)] = _Stage.RECORDING
         await self._record(job, attempt, model, failure)
 
     async def _run_when_recorded(
@@ -156,41 +193,55 @@ class Worker:
     ) -> None:
         """Run the call; while PostgreSQL is away the permit goes back and is asked for again."""
         while True:
+            left_ms = _left_ms(job)
+            if left_ms is not None and left_ms <= 0:
+                raise DeadlineExceeded("its deadline came while it waited", limit=call.kind.limit)
             try:
                 await self._pipeline.run(
-                    call, attempt, _ignore, deadline_ms=_left_ms(job), on_admitted=admitted
+                    call, attempt, _ignore, deadline_ms=left_ms, on_admitted=admitted
                 )
                 return
             except StoreUnavailable:
-                self._admitted.discard(self._key(job))
+                self._stages.pop(_key(job), None)
                 attempt.admitted_at = None
                 await self._until_store_is_back()
 
     async def _record(
         self, job: ClaimedJob, attempt: Attempt, model: str, error: TidegateError | None
     ) -> None:
+        try:
+            pictures = await self._keep_pictures(attempt.answer.pictures)
+        except StoreUnavailable as away:
+            error, pictures = error or away, ()
         failure = Failure.of(error) if error else None
-        pictures = await self._keep_pictures(attempt.answer.pictures)
         result = attempt_result(attempt, model, pictures, failure)
         wait_ms = None
-        if error is not None:
-            made = job.attempts + (result is not None)
-            wait_ms = retry_wait_ms(error, max(1, made), self._config.max_attempts)
         if result is None:
-            assert failure is not None
-            status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
-            if isinstance(error, LimiterUnavailable | StoreUnavailable | LeaseLost):
+            assert error is not None
+            if isinstance(error, _NOT_THE_JOBS_FAULT):
                 await asyncio.sleep(_STORE_POLL_S)
-                await self._store_tolerant(lambda: self._store.hand_back([job]))
+                await self._fenced(lambda: self._store.hand_back([job]))
                 return
-            await self._fenced(lambda: self._store.fail_unadmitted(job, status, failure))
-        elif wait_ms is not None:
+            await self._end_unadmitted(job, error)
+        else:
+            if error is not None:
+                wait_ms = retry_wait_ms(error, job.attempts + 1, self._config.max_attempts)
+            await self._end(job, result, wait_ms)
+        self._log_end(job, attempt, failure, wait_ms)
+
+    async def _end_unadmitted(self, job: ClaimedJob, error: TidegateError) -> None:
+        status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
+        failure = Failure.of(error)
+        await self._fenced(lambda: self._store.fail_unadmitted(job, status, failure))
+
+    async def _end(self, job: ClaimedJob, result: AttemptResult, wait_ms: int | None) -> None:
+        """Record the end of an attempt: the job's, or with `wait_ms` until the next attempt."""
+        if wait_ms is not None:
             not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms)
             await self._fenced(lambda: self._store.retry(job, result, not_before))
         else:
-            status = Status.FAILED if failure else Status.SUCCEEDED
+            status = Status.FAILED if result.failure else Status.SUCCEEDED
             await self._fenced(lambda: self._store.finish(job, status, result))
-        self._log_end(job, attempt, failure, wait_ms)
 
     @staticmethod
     def _log_end(
@@ -207,13 +258,26 @@ class Worker:
         )
 
     async def _keep_pictures(self, pictures: list[Media]) -> tuple[OutputFile, ...]:
+        """Raises StoreUnavailable when the blob store stays away for long."""
         kept = []
         for picture in pictures:
-            key = new_key(datetime.now(UTC))
-            await self._blobs.put(key, picture.data)
+            key = await self._put(picture.data)
             size = len(picture.data)
             kept.append(OutputFile(new_id(), picture.mime_type, size, key, picture.name))
         return tuple(kept)
+
+    async def _put(self, data: bytes) -> str:
+        pause_s = _STORE_POLL_S
+        while True:
+            key = new_key(datetime.now(UTC))
+            try:
+                await self._blobs.put(key, data)
+                return key
+            except StoreUnavailable:
+                if pause_s > _LONGEST_PUT_PAUSE_S:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
     async def _fenced(self, write: Callable[[], Awaitable[None]]) -> None:
         """Make a fenced write, waiting for PostgreSQL if need be; a lost claim ends it quietly."""
@@ -234,11 +298,6 @@ class Worker:
                 return
             except StoreUnavailable:
                 continue
-
-    async def _retake(self) -> None:
-        retaken = await self._store.retake_lapsed()
-        if retaken:
-            log.warning(Log.JOBS_RETAKEN, jobs=len(retaken))
 
     async def _store_tolerant(self, call: Callable[[], Awaitable[object]]) -> None:
         """Do what can be left out while PostgreSQL is away: it is repeated, or lapses by itself."""
@@ -271,11 +330,19 @@ def _ask_of(job: ClaimedJob) -> Ask:
     return Ask(job.prompt, job.attachments, job.image_uri, job.classification.kind)
 
 
+def _key(job: ClaimedJob) -> tuple[object, int]:
+    return job.request_id, job.claim
+
+
+def _internal() -> TidegateError:
+    return TidegateError("an internal error; it has been logged")
+
+
 def _left_ms(job: ClaimedJob) -> int | None:
+    """Until the job's deadline, negative when it has passed; None without one."""
     if job.deadline_at is None:
         return None
-    left = (job.deadline_at - datetime.now(UTC)).total_seconds()
-    return max(1, round(left * 1000))
+    return round((job.deadline_at - datetime.now(UTC)).total_seconds() * 1000)
 
 
 async def _ignore(_event: Event) -> None:
