@@ -27,7 +27,7 @@ from tidegate.limiter.limits import PoolPolicy
 
 LEASE_MS = 3000
 HARD_MS = 1_000_000
-STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "6000"))
+STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "7200"))
 STEPS_PER_RUN = 60
 
 clients = st.integers(0, 2)

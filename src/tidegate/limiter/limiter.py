@@ -360,15 +360,23 @@ class Limiter:
         if self._heartbeat is not None:
             self._heartbeat.stop()
         tasks = [*self._tasks, self._carrying] if self._carrying is not None else self._tasks
-        for task in tasks:
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                logger.error("limiter: a task had failed", exc_info=result)
+        await _end(tasks)
         await self._link.aclose()
         if self._heartbeat is not None:
             await asyncio.to_thread(self._heartbeat.join, 1.0)
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel until all have ended: a cancellation that meets a deadline inside a client library
+    can be taken for the deadline."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        done, pending = await asyncio.wait(pending, timeout=0.5)
+        for task in done:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("limiter: a task had failed", exc_info=error)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: object) -> None:

@@ -82,10 +82,9 @@ class SyncRequest:
     enqueues: list[tuple[int, str, int, int]] = field(default_factory=list)
 
     def pack(self) -> bytes:
-        request = {name: getattr(self, name) for name in _SYNC_FIELDS}
-        if self.join is None:
-            del request["join"]  # nil in Lua
-        else:
+        values = ((name, getattr(self, name)) for name in _SYNC_FIELDS)
+        request = {name: value for name, value in values if value}
+        if self.join is not None:
             request["join"] = self.join.as_fields()
         return pack(request)
 

@@ -11,6 +11,13 @@ local sessions_key = prefix .. 'sessions'
 local lapsing_key = prefix .. 'lapsing'
 local q = cmsgpack.unpack(ARGV[1])
 
+-- What is zero, false or empty is left out of a request: reading it is a good part of the cost.
+local none = {}
+setmetatable(q, { __index = {
+  gen = 0, epoch = 0, uptime_ms = 0, revision = 0, ack = 0,
+  transfers = none, releases = none, cancels = none, enqueues = none,
+} })
+
 -- A session's own keys outlive the pool's, so that `used` is never younger than what it counts.
 local POOL_KEEP_MS = 3600000
 local SESSION_KEEP_MS = 7200000
