@@ -14,6 +14,8 @@ from chaos.limiter.worker import Orders
 from tests.integration.limiter.makers import LIMIT, Body, Maker
 from tests.waiting import wait_until
 from tidegate.embedded.valkey import ValkeyServer
+from tidegate.errors import LeaseLost
+from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.limiter.lease import now_ms
 
 BOUND = 5
@@ -160,3 +162,16 @@ async def test_a_blocked_event_loop_keeps_its_permits(maker: Maker, valkey_url: 
     await body.end()
     await (await waiter.until_admitted()).end()
     assert limiter._ledger.counts.fenced == 0
+
+
+async def test_a_stalled_event_loop_lets_its_session_lapse(
+    maker: Maker, valkey_url: str, pool: str
+) -> None:
+    policy = PoolPolicy({LIMIT: 1}, lease_ms=LEASE_MS)
+    async with Limiter(valkey_url, pool=pool, policy=policy, stalled_s=0.2) as limiter:
+        body = await Body(limiter).until_admitted()
+        blocked_until = now_ms() + 200 + 2 * LEASE_MS
+        while now_ms() < blocked_until:
+            sum(range(1000))
+        with pytest.raises(LeaseLost):
+            await body.task
