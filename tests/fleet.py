@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.process import free_port
 from tidegate.embedded.valkey import ValkeyServer
@@ -214,13 +214,13 @@ class Fleet:
                 url = f"{self.url}/status/{request_id}?wait={wait_s:g}"
                 async with self.http.get(url) as response:
                     if response.status == 503:
-                        await asyncio.sleep(0.1)
+                        await work_for(0.1)
                         continue
                     body: dict[str, Any] = await response.json()
                     assert response.status == 200, body
                     return body
             except (aiohttp.ClientError, ConnectionError):
-                await asyncio.sleep(0.05)
+                await work_for(0.05)
 
     async def end_of(self, request_id: str, timeout_s: float = 90) -> dict[str, Any]:
         """The request's status once it has ended."""

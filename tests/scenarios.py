@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.fleet import LIMITS, Fleet
 from tests.load import Load, form_for, stream, submit
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 
 SLOW = {"first_byte_ms": {"*": {"uniform": [60, 180]}, "classifier": 20}, "between_ms": 10}
 
@@ -115,7 +115,7 @@ async def _quiet(fleet: Fleet) -> bool:
     first = await fleet.truth()
     if first.in_flight:
         return False
-    await asyncio.sleep(0.4)
+    await work_for(0.4)
     second = await fleet.truth()
     return second.in_flight == 0 and second.last_id == first.last_id
 

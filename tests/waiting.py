@@ -23,3 +23,11 @@ async def wait_until(
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s} s: {what or condition}")
         await asyncio.sleep(0.005)
+
+
+async def work_for(seconds: float) -> None:
+    """Stands for work that takes its time, or for the pace of something repeated.
+
+    Never to wait for something to happen: that is `wait_until`.
+    """
+    await asyncio.sleep(seconds)

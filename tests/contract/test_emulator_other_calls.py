@@ -107,7 +107,7 @@ async def test_a_file_is_uploaded_processed_used_and_deleted(
     from google.genai.errors import ClientError
     from google.genai.types import UploadFileConfig
 
-    await emulator.control.set_behaviour(file_processing_ms=150)
+    await emulator.control.set_behaviour(file_processing_ms=1500)
     files = sdk.aio.files
     config = UploadFileConfig(mime_type="image/png", display_name=name)
     file = await files.upload(file=io.BytesIO(b"x" * size), config=config)

@@ -54,6 +54,7 @@ ENTRIES = {
     "tidegate": "the package itself",
     "tidegate.__main__": "python -m tidegate",
     "tidegate.cli": "the console script in pyproject.toml",
+    "tidegate.limiter.model": "the executable specification: the property tests' oracle",
     "tidegate.providers.emulator.__main__": "python -m tidegate.providers.emulator",
     "tidegate.store.migrations.env": "Alembic loads it by its path",
     "tidegate.store.migrations.versions": "the folder of the steps",

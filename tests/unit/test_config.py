@@ -25,6 +25,7 @@ WRONG = {
     "FIRST_BYTE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "IDLE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "TOTAL_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
+    "FETCH_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "RATE_LIMITS": (["5", "[]", "{text_only: 5}", '"{}"', "nan"], "text_only"),
     "SEMAPHORE_TIMEOUT": (["0", "0.1", "nan", "inf", "3s", "3601"], "from 0.2 to 3600"),
     "WHEN_VALKEY_AWAY": (["open"], "closed, local"),

@@ -30,7 +30,6 @@ BANNER = re.compile(r"^\s*(?:#|--|//|/\*)\s*[-=#*~_+]{3,}")
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "sleeping_tests": {
         "tests/waiting.py": "the one place that polls: everybody else waits by it",
-        "tests/fleet.py": "asks a dying API again, within the deadline of its caller",
     },
 }
 

@@ -21,6 +21,8 @@ GOOGLE_KEY = "AIzaSyD-0123456789abcdefghijklmnopqrstuv"
 def _logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.NOTSET)  # a server in this process changes it
     yield
     root.handlers, root.level = handlers, level
     structlog.reset_defaults()

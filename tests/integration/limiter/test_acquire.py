@@ -17,7 +17,7 @@ from tests.integration.limiter.makers import (
     until_waiting,
     used,
 )
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.embedded.valkey import ValkeyServer
 from tidegate.errors import (
     ConfigError,
@@ -42,7 +42,7 @@ async def test_never_more_than_the_limit_are_let_in_over_two_limiters(
         async with limiter.acquire(LIMIT):
             running += 1
             peak = max(peak, running)
-            await asyncio.sleep(0.002)
+            await work_for(0.002)
             running -= 1
             done += 1
 
@@ -106,7 +106,7 @@ async def test_under_load_there_is_at_most_one_script_call_for_an_admission(
     async def call(limiter: Limiter) -> None:
         for _ in range(20):
             async with limiter.acquire(LIMIT):
-                await asyncio.sleep(0.001)
+                await work_for(0.001)
 
     before = sum(limiter._session.traffic.syncs for limiter in limiters)
     await asyncio.gather(*(call(limiters[i % 2]) for i in range(40)))
@@ -164,7 +164,7 @@ async def test_a_storm_of_cancellations_leaks_nothing(maker: Maker, valkey_url: 
             running += 1
             peak = max(peak, running)
             try:
-                await asyncio.sleep(chance.random() / 100)
+                await work_for(chance.random() / 100)
             finally:
                 running -= 1
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, result
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import ClaimLost, NotFound
 from tidegate.store.queries import sql
@@ -156,7 +156,7 @@ async def test_live_workers_keep_what_they_hold(make_store: MakeStore, database_
     while asyncio.get_running_loop().time() < until:
         await asyncio.gather(judge.heartbeat(), worker.heartbeat())
         assert await judge.retake_lapsed() == []
-        await asyncio.sleep(LEASE_MS / 5000)
+        await work_for(LEASE_MS / 5000)
     assert judge._claims._steadiness.may_judge
 
 

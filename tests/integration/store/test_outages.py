@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import TEXT, new_job, result
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.errors import StoreUnavailable
@@ -124,7 +124,7 @@ async def test_claims_are_not_retaken_when_postgresql_returns(
                 assert await store.retake_lapsed() == []
             except StoreUnavailable:
                 continue
-        await asyncio.sleep(0.02)
+        await work_for(0.02)
     assert all_may_judge(stores)
     for store, job in zip(stores, jobs, strict=True):
         await store.finish(job, Status.SUCCEEDED, result())
@@ -142,7 +142,7 @@ async def keep_beating(store: Store) -> None:
     while True:
         with suppress(StoreUnavailable):  # the outage that the test makes
             await store.heartbeat()
-        await asyncio.sleep(LEASE_MS / 3000)
+        await work_for(LEASE_MS / 3000)
 
 
 async def test_connections_cut_at_random_moments_lose_and_double_nothing(
@@ -173,7 +173,7 @@ async def test_connections_cut_at_random_moments_lose_and_double_nothing(
                 continue
             await asyncio.gather(*(run(store, job) for job in jobs))
             if not jobs:
-                await asyncio.sleep(0.01)
+                await work_for(0.01)
 
     async def run(store: Store, job: ClaimedJob) -> None:
         while True:
@@ -194,7 +194,7 @@ async def test_connections_cut_at_random_moments_lose_and_double_nothing(
                 "WHERE application_name = 'tidegate' AND datname = current_database() "
                 "AND random() < 0.5"
             )
-            await asyncio.sleep(dice.uniform(0.0, 0.02))
+            await work_for(dice.uniform(0.0, 0.02))
         await connection.close()
 
     tasks = [asyncio.create_task(work(store)) for store in stores] + [asyncio.create_task(cut())]
