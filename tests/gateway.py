@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import orjson
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from redis.asyncio import Redis
 
 from tests.waiting import wait_until
 from tidegate.app import create_app, run_worker
 from tidegate.config import Config
-from tidegate.embedded.valkey import ValkeyServer
 from tidegate.http.protocol import bounded
 from tidegate.http.services import Services
 from tidegate.providers.emulator import EmulatorControl, run_emulator
@@ -217,6 +218,7 @@ class Gateway:
 
 
 Opener = Callable[..., Awaitable[Gateway]]
+_keyspaces = cycle(range(1, 16))
 
 
 def payload_of(body: dict[str, Any]) -> dict[str, Any]:
@@ -242,10 +244,9 @@ async def read_stream(response: aiohttp.ClientResponse) -> Streamed:
     except aiohttp.ClientError:
         seen.ended = False
     if seen.headers.get("content-type", "").startswith("text/event-stream"):
-        for block in seen.raw.decode().split("\n\n"):
-            if block.startswith("event: "):
-                name, data = block.removeprefix("event: ").split("\ndata: ", 1)
-                seen.events.append((name, orjson.loads(data)))
+        for block in seen.raw.decode("utf-8", "replace").split("\n\n")[:-1]:
+            name, data = block.removeprefix("event: ").split("\ndata: ", 1)
+            seen.events.append((name, orjson.loads(data)))
     return seen
 
 
@@ -288,6 +289,7 @@ async def gateway(
             await wait_until(lambda: running.server.started or running.serving.done(), 20)
             if running.serving.done():
                 running.serving.result()
+            await wait_until(lambda: running.services.limiter.local_state().state == "up", 10)
             if worker:
                 running.start_worker()
             yield running
@@ -326,14 +328,19 @@ async def _serve(
 
 
 @pytest.fixture
-async def open_gateway(
-    own_valkey: ValkeyServer, database_url: str, tmp_path: Path
-) -> AsyncIterator[Opener]:
-    """Opens gateways on a Valkey and a database of the test's own: `await open_gateway(...)`."""
+async def open_gateway(valkey_url: str, database_url: str, tmp_path: Path) -> AsyncIterator[Opener]:
+    """Opens gateways on a database of the test's own: `await open_gateway(...)`.
+
+    The Valkey is shared, with an empty keyspace in it: one that has just started admits nobody for
+    a whole lease. A test that pauses or stops Valkey gives `redis_url`, of `own_valkey`.
+    """
+    redis_url = f"{valkey_url.rpartition('/')[0]}/{next(_keyspaces)}"
+    async with Redis.from_url(redis_url) as client:
+        await client.flushdb()
     async with AsyncExitStack() as stack:
 
         async def open_one(**settings: Any) -> Gateway:
-            given = {"redis_url": own_valkey.url, "database_url": database_url} | settings
+            given = {"redis_url": redis_url, "database_url": database_url} | settings
             return await stack.enter_async_context(gateway(tmp_path / "data", **given))
 
         yield open_one

@@ -48,6 +48,7 @@ from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
 
 _RECORDED_WITHIN_S = 1.0
+_ABORTED_WITHIN_S = 1.0
 _FIRST_LOOK_S = 0.002
 _LATER_LOOKS_S = 0.05
 
@@ -151,9 +152,10 @@ class StreamedAnswer(Response):
             self._services.streams.add(record)
             record.add_done_callback(self._services.streams.discard)
             await asyncio.shield(record)
-            await self._tell(end, writer, scope, receive, send)
-        except ClientStalled:
-            abort(scope)
+            if await self._tell(end, writer, scope, receive, send):
+                abort(scope)
+                # Until the server has seen it too, or it would complain of an unfinished answer.
+                await asyncio.wait({gone}, timeout=_ABORTED_WITHIN_S)
         finally:
             gone.cancel()
             self._services.streams.discard(task)
@@ -262,22 +264,23 @@ class StreamedAnswer(Response):
 
     async def _tell(
         self, end: _End, writer: EventWriter, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """The last words to a client that is still there."""
+    ) -> bool:
+        """The last words to a client that is still there; true if it is to be cut off."""
         request_id = str(self._request_id)
-        if end is _CLIENT_STALLED:
-            abort(scope)
-        elif end.error is not None and not writer.started:
-            await problem_response(end.error, request_id)(scope, receive, send)
-        elif end.error is not None:
-            await writer.error(end.error, request_id)
-            if self._plain_text:
-                abort(scope)
-            else:
+        try:
+            if end.error is not None and not writer.started:
+                await problem_response(end.error, request_id)(scope, receive, send)
+            elif end.error is not None:
+                await writer.error(end.error, request_id)
+                if self._plain_text:
+                    return True
                 await writer.end()
-        elif end.status is Status.SUCCEEDED:
-            await self._until_recorded()
-            await self._finish(writer)
+            elif end.status is Status.SUCCEEDED:
+                await self._until_recorded()
+                await self._finish(writer)
+        except ClientStalled:
+            return True
+        return end is _CLIENT_STALLED
 
     async def _until_recorded(self) -> None:
         """Wait, though not for long, until `/status` and `/files` find what `done` speaks of.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import aiohttp
 import pytest
@@ -184,7 +185,10 @@ async def test_the_audit_has_a_streams_request_and_response(open_gateway: Opener
 async def test_many_streams_never_have_more_calls_open_than_allowed(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     await gateway.upstream.set_behaviour(first_byte_ms={"uniform": [5, 40]}, between_ms=3)
-    bodies = [{"text": "Explain the tide"}, {"text": "Describe this picture", "file": PNG}]
+    bodies: list[dict[str, Any]] = [
+        {"text": "Explain the tide"},
+        {"text": "Describe this picture", "file": PNG},
+    ]
     streams = [gateway.stream(**bodies[number % 2]) for number in range(40)]
     assert {streamed.names[-1] for streamed in await asyncio.gather(*streams)} == {"done"}
     stats = await gateway.upstream.stats()

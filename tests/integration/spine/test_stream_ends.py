@@ -226,7 +226,9 @@ async def test_a_client_that_does_not_read_is_cut_and_its_call_closed(
 async def test_a_lost_lease_ends_a_stream_in_an_error_event(
     open_gateway: Opener, own_valkey: ValkeyServer
 ) -> None:
-    gateway = await open_gateway(worker=False, on_lost="cancel", semaphore_timeout=0.3)
+    gateway = await open_gateway(
+        worker=False, redis_url=own_valkey.url, on_lost="cancel", semaphore_timeout=0.3
+    )
     await gateway.upstream.set_fault("hang_mid_stream")
     reading = asyncio.create_task(gateway.stream(text="Explain the tide"))
     await gateway.in_flight(1)

@@ -1,0 +1,237 @@
+"""Jobs that meet faults: what is tried again and when, what is not, and what the record says."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+from tidegate.errors import LimiterUnavailable, StoreUnavailable
+from tidegate.pipeline import Pipeline
+from tidegate.store.blobs import Blobs
+from tidegate.store.store import Store
+
+
+async def _outcomes(gateway: Gateway, request_id: str) -> list[tuple[int, str]]:
+    return [(row["number"], row["outcome"]) for row in await gateway.attempts(request_id)]
+
+
+async def test_a_throttled_job_is_tried_again_but_not_before_the_provider_says(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway()
+    await gateway.upstream.set_fault("throttled", count=1, retry_after_s=0.8)
+    request_id = await gateway.submit(data="Explain the tide")
+    await wait_until(lambda: _has_error(gateway, request_id), 5)
+    waiting = await gateway.status(request_id)
+    assert (waiting["status"], waiting["error"]["code"]) == ("queued", "upstream_throttled")
+    assert waiting["error"]["retry_after_ms"] == 800
+    assert waiting["retry_at"] > waiting["admitted_at"]
+    record = await gateway.end_of(request_id)
+    assert (record["status"], record["attempts"]) == ("succeeded", 2)
+    assert "error" not in record
+    first, second = await gateway.calls()
+    assert first.ended_ns is not None
+    assert second.started_ns - first.ended_ns >= 800_000_000
+    assert await _outcomes(gateway, request_id) == [(1, "failed"), (2, "succeeded")]
+    assert (await gateway.audit(request_id))["attempts"] == 2
+
+
+async def _has_error(gateway: Gateway, request_id: str) -> bool:
+    return "error" in await gateway.status(request_id)
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "cut", "cut_mid_stream", "garbage", "internal"])
+async def test_a_fault_in_passing_is_tried_again(fault: str, open_gateway: Opener) -> None:
+    gateway = await open_gateway()
+    await gateway.upstream.set_fault(fault, count=1)
+    record = await gateway.end_of(await gateway.submit(data="Explain the tide"))
+    assert (record["status"], record["attempts"]) == ("succeeded", 2)
+    assert record["text"].count("You asked") == 1, "nothing is left of the first attempt"
+    assert len(await gateway.calls()) == 2
+
+
+async def test_a_fault_that_stays_fails_the_job_after_the_last_attempt(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(max_attempts=3)
+    await gateway.upstream.set_fault("throttled", retry_after_s=0.01)
+    request_id = await gateway.submit(data="Explain the tide")
+    record = await gateway.end_of(request_id)
+    assert (record["status"], record["attempts"]) == ("failed", 3)
+    assert record["error"]["code"] == "upstream_throttled"
+    assert record["error"]["upstream_status"] == 429
+    assert len(await gateway.calls()) == 3
+    audit = await gateway.audit(request_id)
+    assert (audit["status"], audit["failure"]["code"]) == ("failed", "upstream_throttled")
+    assert audit["request"]["prompt"] == "Explain the tide"
+
+
+HOPELESS = {
+    "blocked_prompt": "prompt_blocked",
+    "safety": "empty_answer",
+    "unauthorized": "upstream_unauthorized",
+    "forbidden": "upstream_unauthorized",
+}
+
+
+@pytest.mark.parametrize("fault", HOPELESS)
+async def test_a_fault_that_would_come_again_is_not_tried_again(
+    fault: str, open_gateway: Opener
+) -> None:
+    gateway = await open_gateway()
+    await gateway.upstream.set_fault(fault)
+    record = await gateway.end_of(await gateway.submit(data="Explain the tide"))
+    assert (record["status"], record["attempts"]) == ("failed", 1)
+    assert record["error"]["code"] == HOPELESS[fault]
+    assert record["error"]["message"]
+    assert len(await gateway.calls()) == 1
+
+
+async def test_a_model_that_the_provider_does_not_know_fails_at_once(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway()
+    await gateway.upstream.set_behaviour(strict_models=True)
+    record = await gateway.end_of(await gateway.submit(data="Explain", model="gemini-none"))
+    assert (record["status"], record["error"]["code"]) == ("failed", "upstream_rejected")
+    assert record["attempts"] == 1
+
+
+async def test_a_picture_that_cannot_be_fetched_fails_its_job_clearly(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway()
+    uri = "http://nowhere.invalid/cat.png"
+    request_id = await gateway.submit(
+        data="Make this picture a watercolour", type="image_generation", image_uri=uri
+    )
+    record = await gateway.end_of(request_id)
+    assert (record["status"], record["error"]["code"]) == ("failed", "fetch_refused")
+    assert "image_uri" in record["error"]["message"]
+    assert (record["attempts"], await gateway.calls()) == (0, [])
+    assert (await gateway.audit(request_id))["request"]["image_uri"] == uri
+
+
+async def test_an_upload_whose_bytes_are_gone_fails_its_job_clearly(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    request_id = await gateway.submit(data="Describe this picture", file=b"\x89PNG\r\n\x1a\n" * 9)
+    key = await gateway.database.fetchval("SELECT blob_key FROM files")
+    await gateway.services.blobs.delete([key])
+    gateway.start_worker()
+    record = await gateway.end_of(request_id)
+    assert (record["status"], record["error"]["code"]) == ("failed", "not_found")
+    assert "a.png" in record["error"]["message"]
+    assert key not in record["error"]["message"]
+
+
+async def test_an_error_that_nobody_foresaw_fails_its_job_and_no_other(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = Pipeline.media
+
+    async def broken(self: Pipeline, ask: Any) -> Any:
+        if "poison" in ask.prompt:
+            raise ZeroDivisionError("sensitive words")
+        return await media(self, ask)
+
+    monkeypatch.setattr(Pipeline, "media", broken)
+    gateway = await open_gateway(rate_limits={"text_only": 1})
+    poisoned = [await gateway.submit(data=f"Explain poison {n}") for n in range(8)]
+    good = await gateway.submit(data="Explain the tide")
+    for request_id in poisoned:
+        record = await gateway.end_of(request_id)
+        assert (record["status"], record["error"]["code"]) == ("failed", "internal")
+        assert "sensitive" not in record["error"]["message"]
+        assert (await gateway.audit(request_id))["failure"]["code"] == "internal"
+    assert (await gateway.end_of(good))["status"] == "succeeded"
+    streamed = await gateway.stream(text="Explain poison")
+    assert (streamed.status, streamed.problem["code"]) == (500, "internal")
+    assert (await gateway.recorded(streamed.request_id))["error"]["code"] == "internal"
+
+
+async def test_an_error_that_nobody_foresaw_in_classifying_fails_its_job(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(self: Pipeline, ask: Any, **_named: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Pipeline, "decide", broken)
+    gateway = await open_gateway()
+    record = await gateway.end_of(await gateway.submit(data="Nice!"))
+    assert (record["status"], record["error"]["code"]) == ("failed", "internal")
+
+
+async def test_an_error_after_the_call_keeps_what_the_attempt_brought(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Pipeline.run
+
+    async def broken(self: Pipeline, *given: Any, **named: Any) -> None:
+        await run(self, *given, **named)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Pipeline, "run", broken)
+    gateway = await open_gateway()
+    request_id = await gateway.submit(data="Explain the tide")
+    record = await gateway.end_of(request_id)
+    assert (record["status"], record["error"]["code"]) == ("failed", "internal")
+    assert record["usage"]["total_tokens"] > 0
+    assert await _outcomes(gateway, request_id) == [(1, "failed")]
+
+
+async def test_a_generated_picture_is_kept_though_the_blob_store_fails_for_a_moment(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, failures = Blobs.put, [StoreUnavailable("the blob store failed")] * 2
+
+    async def flaky(self: Blobs, key: str, data: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        await put(self, key, data)
+
+    monkeypatch.setattr(Blobs, "put", flaky)
+    gateway = await open_gateway()
+    record = await gateway.end_of(await gateway.submit(data="Generate an image of a fox"))
+    assert (record["status"], record["attempts"], len(record["images"])) == ("succeeded", 1, 1)
+    assert len(await gateway.calls()) == 1
+
+
+async def test_a_job_that_cannot_be_handed_back_at_once_is_handed_back_later(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, hand_back = Pipeline.run, Store.hand_back
+    no_permits = [LimiterUnavailable("Valkey is away", limit="kind:text_only")]
+    no_store = [StoreUnavailable("PostgreSQL is away")]
+
+    async def refused(self: Pipeline, *given: Any, **named: Any) -> None:
+        if no_permits:
+            raise no_permits.pop()
+        await run(self, *given, **named)
+
+    async def away(self: Store, jobs: Any) -> None:
+        if no_store:
+            raise no_store.pop()
+        await hand_back(self, jobs)
+
+    monkeypatch.setattr(Pipeline, "run", refused)
+    monkeypatch.setattr(Store, "hand_back", away)
+    gateway = await open_gateway()
+    record = await gateway.end_of(await gateway.submit(data="Explain the tide"))
+    assert (record["status"], record["attempts"]) == ("succeeded", 1)
+    assert not no_permits
+    assert not no_store
+
+
+async def test_a_full_kind_does_not_hold_up_another(open_gateway: Opener) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": 1})
+    await gateway.upstream.set_fault("hang", match="forever")
+    for number in range(20):
+        await gateway.submit(data=f"Explain forever {number}")
+    await gateway.in_flight(1)
+    async with asyncio.timeout(5):
+        record = await gateway.end_of(await gateway.submit(data="Generate an image of a fox"))
+    assert record["status"] == "succeeded"
