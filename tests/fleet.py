@@ -88,10 +88,10 @@ class Fleet:
         self.apis: dict[str, Child] = {}
         self.workers: list[Child] = []
         self._counts = (apis, workers)
-        self._settings = {**_SETTINGS, **(settings or {})}
+        self.settings = {**_SETTINGS, **(settings or {})}
         self._children: list[Child] = []
-        self.control: EmulatorControl
         self.http: aiohttp.ClientSession
+        self.control: EmulatorControl
 
     async def __aenter__(self) -> Self:
         try:
@@ -140,7 +140,7 @@ class Fleet:
             "REDIS_URL": self.valkey.url,
             "GEMINI_BASE_URL": upstream_url,
             "DATA_DIR": str(self.folder / "data"),
-            **self._settings,
+            **self.settings,
         }
 
     def start_api(self) -> str:

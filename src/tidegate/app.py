@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from uuid import uuid4
 
 from fastapi import FastAPI
@@ -93,6 +94,8 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         )
         await limiter.start()
         stack.push_async_callback(limiter.aclose)
+        changing = asyncio.create_task(put_in_force(limiter, policy_of(config)))
+        stack.callback(changing.cancel)
         fetcher = ImageFetcher(max_bytes=config.max_file_bytes, timeout_ms=config.fetch_timeout_ms)
         pipeline = Pipeline(
             config=config, limiter=limiter, processor=processor, blobs=blobs, fetcher=fetcher
@@ -106,6 +109,20 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         yield services
         services.draining.set()
         log.info(Log.STOPPED, role=role, instance_id=instance_id)
+
+
+async def put_in_force(limiter: Limiter, wanted: PoolPolicy) -> None:
+    """Give the pool this deployment's limits when it has others, from a start with other settings.
+
+    The last start wins, at once for all processes; what runs is not revoked, a lowered limit
+    drains. Waits while Valkey is away.
+    """
+    await limiter.joined()
+    before = limiter.policy
+    changed = replace(wanted, revision=before.revision + 1)
+    if replace(changed, revision=before.revision) != before:
+        log.warning(Log.LIMITS_CHANGED, before=before.limits, after=wanted.limits)
+        await limiter.set_policy(changed)
 
 
 def policy_of(config: Config) -> PoolPolicy:

@@ -34,7 +34,7 @@ class Log(StrEnum):
     JOBS_RETAKEN = "jobs_retaken"
     WORKER_LOOP_FAILED = "worker_loop_failed"
     CLASSIFIER_FELL_BACK = "classifier_fell_back"
-    LIMITER_STATE = "limiter_state"
+    LIMITS_CHANGED = "limits_changed"
     STORE_AWAY = "store_away"
     STORE_BACK = "store_back"
     SPILLED = "spilled"

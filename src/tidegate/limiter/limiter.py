@@ -307,6 +307,10 @@ class Limiter:
         except LinkDown as error:
             raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
 
+    async def joined(self) -> None:
+        """Return once the pool has answered for the first time; while Valkey is away, wait."""
+        await self._courier.joined.wait()
+
     async def set_policy(self, policy: PoolPolicy) -> None:
         """Put a policy with a higher revision in force for the whole pool, at once or as soon as
         Valkey answers. Nothing is revoked: a limit that was lowered drains."""

@@ -73,6 +73,7 @@ class Session:
         self._batch = 0
         self._full = True
         self._must_join = True
+        self._policy_due = False
         self._leaving = False
         self._failing = True
         self._lapse_seen = True
@@ -123,7 +124,7 @@ class Session:
     def set_policy(self, policy: PoolPolicy) -> None:
         """Join again with a newer policy; the session keeps what it holds."""
         self.policy = policy
-        self._must_join = True
+        self._policy_due = True
         self.refresh()
 
     def paused(self) -> None:
@@ -155,7 +156,8 @@ class Session:
     def prepare(self, run: str, uptime_ms: int) -> tuple[Batch, SyncRequest]:
         """The next request, for a server that says this of itself. Answer it by `answered`,
         `unanswered` or `failed`."""
-        batch = self._ledger.take_join() if self._must_join else self._ledger.take()
+        joining = self._must_join or self._policy_due
+        batch = self._ledger.take_join() if joining else self._ledger.take()
         self.traffic.syncs += 1
         return batch, self._request(batch, run, uptime_ms)
 
@@ -181,6 +183,7 @@ class Session:
         return (
             self._full
             or self._must_join
+            or self._policy_due
             or self._leaving
             or self._ledger.unsaid() > 0
             or self._sent_seen - self._acked >= ACK_EARLY
@@ -240,6 +243,9 @@ class Session:
         self._must_join = False
         self._failing = False
         self._lapse_seen = False
+        # A policy that came while a request was under way is still to be said.
+        if request.join is not None and request.join.policy == self.policy:
+            self._policy_due = False
         self._adopt(reply)
         self._set_state("recovering" if reply.recovering_ms > 0 else "up")
         at = self.lease.now_ms()
@@ -265,7 +271,7 @@ class Session:
             self._observer.recovered(reply.epoch)
         if reply.conflict:
             logger.warning(
-                "limiter: another policy with revision %d is in force; ours is not used",
+                "limiter: another policy with revision %d is in force",
                 reply.revision,
             )
 
@@ -284,7 +290,11 @@ class Session:
         """The pool's policy is the newest that any process brought."""
         if reply.policy is None or reply.policy == self.policy.pack():
             return
-        self.policy = PoolPolicy.unpack(reply.policy)
+        newest = PoolPolicy.unpack(reply.policy)
+        if newest.revision < self.policy.revision:
+            return  # ours is on its way
+        self.policy = newest
+        self._policy_due = False
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
         for waiter in list(self._ledger.waiting.values()):
             if self.policy.limits.get(waiter.limit, 0) == 0:

@@ -269,3 +269,22 @@ async def test_a_permit_can_be_given_back_when_the_memory_of_valkey_is_full(
     await body.end()
     await until_used(limiter, 0)
     assert limiter._session.traffic.failures == 0
+
+
+async def test_a_policy_that_comes_while_a_request_is_under_way_is_not_lost(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiter = await maker(valkey_url, 2)
+    for bound in range(3, 40):
+        changed = PoolPolicy({LIMIT: bound}, lease_ms=600, revision=limiter.policy.revision + 1)
+        waiting = [asyncio.create_task(Body(limiter).until_admitted()) for _ in range(2)]
+        await asyncio.sleep(0)  # the waiters' request is being sent
+        await limiter.set_policy(changed)
+        for body in await asyncio.gather(*waiting):
+            await body.end()
+
+        async def in_force(bound: int = bound) -> bool:
+            return (await limiter.snapshot()).limits[LIMIT].bound == bound
+
+        await wait_until(in_force, 5, f"a limit of {bound}")
+        assert limiter.policy == changed
