@@ -42,7 +42,7 @@ ENDS = ("succeeded", "failed", "cancelled", "expired", "dead")
 _TIMERS: dict[str, Any] = {
     "semaphore_timeout": 0.5,
     "claim_lease_ms": 1_500,
-    "shutdown_grace_ms": 3_000,
+    "shutdown_grace_ms": 1_000,
     "classifier_timeout_ms": 1_000,
     "fetch_timeout_ms": 1_000,
     "first_byte_timeout_ms": 5_000,

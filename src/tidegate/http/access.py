@@ -6,17 +6,33 @@ no further: the client gets a plain 500, or finds its connection closed before t
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tidegate.errors import TidegateError
+from tidegate.http.events import abort, disconnected
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.telemetry import Log, get_logger
 
+_CUT_WITHIN_S = 1.0
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 
 log = get_logger()
+
+
+async def _cut(scope: Scope, receive: Receive) -> None:
+    """End an answer that was begun, and wait until the server has seen that it is over.
+
+    It would write a line of its own about an answer that is not complete.
+    """
+    abort(scope)
+    try:
+        async with asyncio.timeout(_CUT_WITHIN_S):
+            await disconnected(receive)
+    except TimeoutError:
+        return
 
 
 class AccessLog:
@@ -49,6 +65,8 @@ class AccessLog:
             if not status:
                 answer = problem_response(TidegateError("an internal error; it has been logged"))
                 await answer(scope, receive, watched)
+            else:
+                await _cut(scope, receive)
         finally:
             quiet = scope["path"].startswith(("/health", "/llm/health"))
             (log.debug if quiet else log.info)(

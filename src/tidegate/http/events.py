@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
-from starlette.types import Message, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.errors import TidegateError
 from tidegate.http.problems import problem
@@ -102,6 +102,12 @@ def _json(data: Mapping[str, Any]) -> bytes:
     except TypeError:
         # Half of a surrogate pair from the provider, which UTF-8 cannot hold.
         return json.dumps(data).encode()
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client's connection is closed. The request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def abort(scope: Scope) -> None:

@@ -15,10 +15,10 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive
 
 from tidegate.call import DEFAULT_TENANT, new_id
 from tidegate.errors import NotFound
+from tidegate.http.events import disconnected
 from tidegate.http.forms import Submission, read_submission
 from tidegate.http.problems import REQUEST_ID_HEADER, Problem
 from tidegate.http.services import Services, services_of
@@ -204,12 +204,6 @@ async def _changed(
     finally:
         for task in enough:
             task.cancel()
-
-
-async def disconnected(receive: Receive) -> None:
-    """Return when the client has closed its connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 @router.get(

@@ -35,9 +35,9 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.http.events import ClientStalled, EventWriter, abort
+from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.forms import Submission, read_submission
-from tidegate.http.jobs import BODY, ask_of, disconnected, prefix_of, problem_responses
+from tidegate.http.jobs import BODY, ask_of, prefix_of, problem_responses
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import usage_view

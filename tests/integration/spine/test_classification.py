@@ -125,7 +125,7 @@ async def test_the_same_prompt_is_asked_about_once_however_many_come_at_once(
 async def test_at_most_two_questions_run_at_once_and_they_use_no_other_limit(
     open_gateway: Opener,
 ) -> None:
-    gateway = await open_gateway(classifier_timeout_ms=5_000)
+    gateway = await open_gateway(classifier_timeout_ms=5_000, shutdown_grace_ms=100)
     await gateway.upstream.set_fault("hang", match="forever")
     for number in range(5):
         await gateway.submit(data=f"Explain forever {number}")

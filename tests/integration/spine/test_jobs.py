@@ -227,7 +227,7 @@ async def test_a_job_that_cannot_be_handed_back_at_once_is_handed_back_later(
 
 
 async def test_a_full_kind_does_not_hold_up_another(open_gateway: Opener) -> None:
-    gateway = await open_gateway(rate_limits={"text_only": 1})
+    gateway = await open_gateway(rate_limits={"text_only": 1}, shutdown_grace_ms=100)
     await gateway.upstream.set_fault("hang", match="forever")
     for number in range(20):
         await gateway.submit(data=f"Explain forever {number}")

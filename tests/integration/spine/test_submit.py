@@ -108,7 +108,7 @@ async def test_jobs_go_by_priority_then_in_order_of_arrival(open_gateway: Opener
 async def test_a_deadline_that_passes_in_the_queue_expires_the_job_without_a_call(
     open_gateway: Opener,
 ) -> None:
-    gateway = await open_gateway(rate_limits={"text_only": 1})
+    gateway = await open_gateway(rate_limits={"text_only": 1}, shutdown_grace_ms=100)
     await gateway.upstream.set_fault("hang", match="Explain forever")
     await gateway.submit(data="Explain forever")
     await gateway.in_flight(1)

@@ -1,0 +1,164 @@
+"""What goes wrong inside stays inside: plain problems for clients, one log line, no secret."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from io import StringIO
+from typing import Any
+
+import orjson
+import pytest
+import structlog
+
+from tests.gateway import KEY, Opener
+from tests.waiting import wait_until
+from tidegate.http.views import UsageView
+from tidegate.pipeline import Pipeline
+from tidegate.store.blobs import Blobs
+from tidegate.store.store import Store
+from tidegate.telemetry import configure_logging
+
+Lines = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    """All that was logged so far, from level debug on, as JSON lines."""
+    root, written = logging.getLogger(), StringIO()
+    level = root.level
+    configure_logging("json", "debug", process="test")
+    (handler,) = root.handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(written)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+    def read() -> list[dict[str, Any]]:
+        return [orjson.loads(line) for line in written.getvalue().splitlines()]
+
+    yield read
+    root.removeHandler(handler)
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def _named(lines: list[dict[str, Any]], *events: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["event"] in events]
+
+
+async def _boom(*_given: Any, **_named: Any) -> Any:
+    raise ZeroDivisionError("sensitive words")
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+@pytest.mark.parametrize("path", ["/submit", "/stream", "/status", "/files"])
+async def test_an_error_that_nobody_foresaw_is_a_plain_500_and_one_line(
+    path: str, prefix: str, open_gateway: Opener, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setattr(Store, "submit", _boom)
+    monkeypatch.setattr(Store, "get", _boom)
+    monkeypatch.setattr(Store, "file", _boom)
+    monkeypatch.setattr(Pipeline, "decide", _boom)
+    a_file = "/019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
+    posted = path in ("/submit", "/stream")
+    async with gateway.http.request(
+        "POST" if posted else "GET",
+        f"{gateway.url}{prefix}{path}{'' if posted else a_file}",
+        json={"data": "Explain the tide"} if posted else None,
+    ) as response:
+        body = orjson.loads(await response.read())
+        assert (response.status, response.content_type) == (500, "application/problem+json")
+        assert (body["code"], body["status"]) == ("internal", 500)
+        assert "sensitive" not in str(body)
+        assert "Traceback" not in str(body)
+    found = _named(lines(), "internal_error")
+    assert len(found) == 1, found
+    assert "ZeroDivisionError: sensitive words" in found[0]["exception"]
+    errors = [line for line in lines() if line["level"] in ("error", "critical")]
+    assert errors == found
+    (done,) = _named(lines(), "request_done")
+    assert (done["status"], done["path"].startswith(f"{prefix}{path}")) == (500, True)
+
+
+async def test_an_error_in_mid_answer_cuts_the_connection_and_is_one_line(
+    open_gateway: Opener, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    monkeypatch.setattr(UsageView, "model_dump", lambda *_given, **_named: 1 / 0)
+    streamed = await gateway.stream(text="Explain the tide")
+    assert (streamed.status, streamed.ended) == (200, False)
+    assert "done" not in streamed.names
+    await wait_until(lambda: _named(lines(), "request_done"), 5)
+    errors = [line for line in lines() if line["level"] in ("error", "critical")]
+    assert [line["event"] for line in errors] == ["internal_error"], errors
+
+
+async def test_a_request_is_one_line_with_its_id(open_gateway: Opener, lines: Lines) -> None:
+    gateway = await open_gateway()
+    request_id = await gateway.submit(data="Explain the tide")
+    streamed = await gateway.stream(text="Explain the tide")
+    refused = await gateway.stream(text="Explain the tide", deadline_ms=1, type="poem")
+    await gateway.end_of(request_id)
+    await wait_until(lambda: len(_named(lines(), "job_done")) == 1, 5)
+    done = {line["path"]: line for line in _named(lines(), "request_done") if "request_id" in line}
+    assert done["/submit"]["request_id"] == request_id
+    assert done["/stream"]["request_id"] == streamed.request_id
+    assert refused.status == 400
+    posts = [line for line in _named(lines(), "request_done") if line["method"] == "POST"]
+    assert [line["status"] for line in posts] == [202, 200, 400]
+    (job,) = _named(lines(), "job_done")
+    assert (job["request_id"], job["type"]) == (request_id, "text_only")
+
+
+@pytest.mark.parametrize("fault", ["unauthorized", "forbidden", "cut", "garbage", "throttled"])
+async def test_no_secret_is_logged_or_shown_when_a_call_fails(
+    fault: str, open_gateway: Opener, lines: Lines
+) -> None:
+    gateway = await open_gateway(max_attempts=1)
+    await gateway.upstream.set_fault(fault)
+    record = await gateway.end_of(await gateway.submit(data="Explain the tide"))
+    assert record["status"] == "failed"
+    streamed = await gateway.stream(text="Explain the tide")
+    assert streamed.names[-1] == "error"
+    logged = orjson.dumps(lines()).decode()
+    assert "job_done" in logged
+    for shown in (logged, str(record), streamed.raw.decode()):
+        assert KEY not in shown
+        assert "Explain the tide" not in logged, "nor what people ask"
+
+
+async def test_stalled_and_cut_streams_are_no_errors_of_ours(
+    open_gateway: Opener, lines: Lines
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_fault("hang_mid_stream", count=1)
+    async with gateway.open_stream(text="Explain the tide"):
+        await gateway.in_flight(1)
+    await gateway.in_flight(0)
+    await gateway.upstream.set_fault("error_in_stream", count=1)
+    cut = await gateway.stream(text="Explain the tide", accept="text/plain")
+    assert not cut.ended
+    await wait_until(lambda: len(_named(lines(), "request_done")) == 2, 5)
+    assert [line for line in lines() if line["level"] in ("error", "critical")] == []
+
+
+async def test_a_file_that_breaks_off_is_one_line(
+    open_gateway: Opener, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway()
+    record = await gateway.end_of(await gateway.submit(data="Generate an image of a fox"))
+    stream = Blobs.stream
+
+    async def broken(self: Blobs, key: str) -> Any:
+        async for piece in stream(self, key):
+            yield piece[:100]
+            _ = 1 / 0
+
+    monkeypatch.setattr(Blobs, "stream", broken)
+    async with gateway.http.get(gateway.url + record["images"][0]["url"]) as response:
+        assert response.status == 200
+        with pytest.raises(Exception, match=r"payload|closed"):
+            await response.read()
+    await wait_until(lambda: _named(lines(), "internal_error"), 5)
+    assert len(_named(lines(), "internal_error")) == 1

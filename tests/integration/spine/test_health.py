@@ -1,0 +1,111 @@
+"""Health: alive, ready, and what the process depends on, whatever state that is in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.databases import make_template
+from tests.gateway import Opener
+from tests.waiting import wait_until
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.valkey import ValkeyServer
+
+
+@pytest.fixture
+async def own_postgres(tmp_path: Path) -> AsyncIterator[PostgresServer]:
+    """A PostgreSQL of the test's own, with a migrated database, to pause and stop."""
+    server = PostgresServer(tmp_path / "postgres", settings={"fsync": "off"})
+    await asyncio.to_thread(server.start)
+    template = await make_template(server)
+    connection = await asyncpg.connect(server.url("postgres"))
+    await connection.execute(f"CREATE DATABASE own TEMPLATE {template}")
+    await connection.close()
+    yield server
+    server.resume()
+    await asyncio.to_thread(server.stop)
+
+
+async def test_all_is_well(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    assert await gateway.get("/health/live") == (200, {"status": "ok"})
+    assert await gateway.get("/health/ready") == (200, {"status": "ready"})
+    status, body = await gateway.get("/health/dependencies")
+    assert (status, body["status"], body["limiter"]) == (200, "ok", "up")
+    for name in ("valkey", "postgresql"):
+        assert (body[name]["status"], body[name]["detail"]) == ("ok", None)
+        assert 0 < body[name]["took_ms"] < 2_000
+
+
+async def test_a_process_that_drains_is_alive_but_not_ready(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    gateway.services.draining.set()
+    status, body = await gateway.get("/health/ready")
+    assert (status, body) == (503, {"status": "not_ready", "reason": "draining"})
+    assert (await gateway.get("/health/live"))[0] == 200
+
+
+async def test_a_database_that_was_never_migrated_is_not_ready(
+    open_gateway: Opener, empty_database_url: str
+) -> None:
+    gateway = await open_gateway(worker=False, database_url=empty_database_url)
+    status, body = await gateway.get("/health/ready")
+    assert (status, body["status"]) == (503, "not_ready")
+    assert "schema" in body["reason"]
+
+
+@pytest.mark.parametrize("how", ["paused", "stopped"])
+async def test_without_valkey_it_stays_ready_and_says_what_is_wrong_in_time(
+    how: str, open_gateway: Opener, own_valkey: ValkeyServer
+) -> None:
+    gateway = await open_gateway(worker=False, redis_url=own_valkey.url)
+    if how == "paused":
+        own_valkey.pause()
+    else:
+        await asyncio.to_thread(own_valkey.stop)
+    started = time.monotonic()
+    status, body = await gateway.get("/health/dependencies")
+    assert time.monotonic() - started < 3
+    assert (status, body["valkey"]["status"], body["postgresql"]["status"]) == (
+        *(503, "failed", "ok"),
+    )
+    assert body["valkey"]["detail"]
+    assert (await gateway.get("/health/ready"))[0] == 200
+    refused = await gateway.stream(text="Explain the tide", deadline_ms=1_200)
+    assert (refused.status, refused.problem["code"]) == (503, "limiter_unavailable")
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+async def test_without_postgresql_all_answers_come_in_time_and_streams_go_on(
+    open_gateway: Opener, own_postgres: PostgresServer
+) -> None:
+    gateway = await open_gateway(worker=False, database_url=own_postgres.url("own"))
+    assert (await gateway.get("/health/ready"))[0] == 200
+    request_id = await gateway.submit(data="Explain the tide")
+    own_postgres.pause()
+    started = time.monotonic()
+    status, body = await gateway.get("/health/dependencies")
+    assert time.monotonic() - started < 3
+    assert (status, body["postgresql"]["status"], body["valkey"]["status"]) == (
+        *(503, "failed", "ok"),
+    )
+    assert (await gateway.get("/health/ready"))[0] == 200
+    # The record is late; `done` and the answer are not.
+    started = time.monotonic()
+    streamed = await gateway.stream(text="Generate an image of a fox")
+    assert time.monotonic() - started < 3
+    assert streamed.names == ["delta", "image", "usage", "done"]
+    status, body = await gateway.get(f"/status/{request_id}")
+    assert (status, body["code"]) == (503, "store_unavailable")
+    async with gateway.http.post(f"{gateway.url}/submit", json={"data": "Hello"}) as response:
+        assert response.status == 503
+        assert "retry-after" in response.headers
+    own_postgres.resume()
+    await wait_until(lambda: not gateway.services.store.away, 10)
+    record = await gateway.recorded(streamed.request_id)
+    assert (record["status"], len(record["images"])) == ("succeeded", 1)

@@ -1,0 +1,189 @@
+"""The API's description: what it says is what the API does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.gateway import PNG, Gateway, Opener
+from tidegate.config import Config
+from tidegate.http.fields import read_fields
+from tidegate.http.problems import STATUS
+
+PROBLEM = "application/problem+json"
+PATHS = {
+    "/submit": "post",
+    "/stream": "post",
+    "/status/{request_id}": "get",
+    "/files/{file_id}": "get",
+    "/health/live": "get",
+    "/health/ready": "get",
+    "/health/dependencies": "get",
+}
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+}
+
+
+def broken(value: Any, schema: dict[str, Any], document: dict[str, Any], at: str = "$") -> str:
+    """Why `value` is not what `schema` says, or nothing: the part of JSON Schema that we use."""
+    if "$ref" in schema:
+        target = document
+        for step in schema["$ref"].removeprefix("#/").split("/"):
+            target = target[step]
+        return broken(value, target, document, at)
+    if "anyOf" in schema:
+        found = [broken(value, option, document, at) for option in schema["anyOf"]]
+        return "" if "" in found else found[0]
+    if "const" in schema and value != schema["const"]:
+        return f"{at}: not {schema['const']}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{at}: {value!r} is none of {schema['enum']}"
+    if "type" in schema and not isinstance(value, TYPES[schema["type"]]):
+        return f"{at}: {value!r} is no {schema['type']}"
+    if isinstance(value, dict):
+        if missing := set(schema.get("required", ())) - value.keys():
+            return f"{at}: without {missing}"
+        known = schema.get("properties", {})
+        if schema.get("additionalProperties", True) is False and value.keys() - known.keys():
+            return f"{at}: unknown {value.keys() - known.keys()}"
+        for name, item in value.items():
+            if why := broken(item, known.get(name, {}), document, f"{at}.{name}"):
+                return why
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            if why := broken(item, schema.get("items", {}), document, f"{at}[{index}]"):
+                return why
+    return ""
+
+
+async def _document(gateway: Gateway) -> dict[str, Any]:
+    status, document = await gateway.get("/openapi.json")
+    assert status == 200
+    return document
+
+
+def _references(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        own = {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
+        return own.union(*(_references(item) for item in value.values()))
+    if isinstance(value, list):
+        return set().union(*(_references(item) for item in value))
+    return set()
+
+
+async def test_it_is_whole_and_names_every_path_once(open_gateway: Opener) -> None:
+    document = await _document(await open_gateway(worker=False))
+    assert document["openapi"].startswith("3.1")
+    assert document["info"]["version"]
+    assert {path: next(iter(item)) for path, item in document["paths"].items()} == PATHS
+    for reference in _references(document):
+        target: Any = document
+        for step in reference.removeprefix("#/").split("/"):
+            target = target[step]
+        assert target, reference
+    operations = [
+        item[method] for path, method in PATHS.items() for item in [document["paths"][path]]
+    ]
+    ids = [operation["operationId"] for operation in operations]
+    assert len(set(ids)) == len(ids)
+    assert all(operation["summary"] and operation["tags"] for operation in operations)
+
+
+async def test_errors_are_problem_json_and_nothing_else(open_gateway: Opener) -> None:
+    document = await _document(await open_gateway(worker=False))
+    assert "HTTPValidationError" not in str(document)
+    for path, method in PATHS.items():
+        for status, response in document["paths"][path][method]["responses"].items():
+            if status < "400" or path.startswith("/health"):
+                continue
+            assert list(response["content"]) == [PROBLEM], (path, status)
+            schema = response["content"][PROBLEM]["schema"]
+            assert schema == {"$ref": "#/components/schemas/Problem"}
+    stated = {int(status) for status in document["paths"]["/stream"]["post"]["responses"]}
+    assert {status for status in STATUS.values() if status not in (404,)} <= stated
+
+
+async def test_submit_documents_every_content_type_and_field_that_it_takes(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    document = await _document(gateway)
+    content = document["paths"]["/submit"]["post"]["requestBody"]["content"]
+    assert set(content) == {
+        *("application/json", "multipart/form-data", "application/x-www-form-urlencoded"),
+    }
+    values = {"data", "text", "image_uri", "type", "model", "priority", "deadline_ms"}
+    for media, described in content.items():
+        files = {"file", "files"} if media == "multipart/form-data" else set()
+        assert set(described["schema"]["properties"]) == values | files
+    for name, example in content["application/json"]["examples"].items():
+        assert broken(example["value"], content["application/json"]["schema"], document) == ""
+        assert read_fields(example["value"], Config(), is_allowed=lambda _: True).prompt, name
+        if "image_uri" not in example["value"]:
+            assert await gateway.submit(**example["value"])
+
+
+async def test_every_example_of_an_answer_is_what_its_schema_says(open_gateway: Opener) -> None:
+    document = await _document(await open_gateway(worker=False))
+    schemas = document["components"]["schemas"]
+    with_examples = {name for name, schema in schemas.items() if "example" in schema}
+    assert with_examples == {"Accepted", "StatusView", "Problem"}
+    for name in with_examples:
+        assert broken(schemas[name]["example"], schemas[name], document) == ""
+
+
+def test_the_comparison_sees_what_is_wrong() -> None:
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
+    assert broken({"a": 1}, schema, {}) == ""
+    assert broken({}, schema, {})
+    assert broken({"a": "1"}, schema, {})
+    assert broken({"a": 1, "b": 2}, schema | {"additionalProperties": False}, {})
+
+
+async def test_real_answers_are_what_the_description_says(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    document = await _document(gateway)
+    schemas = document["components"]["schemas"]
+    async with gateway.http.post(f"{gateway.url}/submit", json={"data": "Nice!"}) as response:
+        accepted = await response.json()
+    assert broken(accepted, schemas["Accepted"], document) == ""
+    records = [await gateway.status(accepted["request_id"])]
+    await gateway.upstream.set_fault("throttled", match="Explain failing")
+    gateway.start_worker(max_attempts=1)
+    for body in (
+        {"data": "Generate an image of a fox"},
+        {"data": "Describe this picture", "file": PNG},
+        {"data": "Explain failing"},
+        {"data": "Explain", "deadline_ms": 60_000},
+    ):
+        records.append(await gateway.end_of(await gateway.submit(**body)))
+    assert {record["status"] for record in records} == {"queued", "succeeded", "failed"}
+    for record in records:
+        assert broken(record, schemas["StatusView"], document) == ""
+    problems = [(await gateway.get(path))[1] for path in ("/status/x", "/nothing")]
+    problems.append((await gateway.stream(text="Explain failing")).problem)
+    for problem in problems:
+        assert broken(problem, schemas["Problem"], document) == ""
+    for path, name in (
+        ("ready", "Readiness"),
+        ("live", "Liveness"),
+        ("dependencies", "Dependencies"),
+    ):
+        assert broken((await gateway.get(f"/health/{path}"))[1], schemas[name], document) == ""
+
+
+@pytest.mark.parametrize("path", ["/docs", "/", "/static/vendor/swagger-ui/swagger-ui.css"])
+async def test_the_documentation_is_served_from_here(path: str, open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    async with gateway.http.get(gateway.url + path) as response:
+        text = await response.text()
+        assert response.status == 200
+        assert "https://cdn" not in text
