@@ -7,7 +7,8 @@ own; no more than `window` jobs of a kind are claimed here at any time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import StoreUnavailable
@@ -36,29 +37,46 @@ class Feeder:
         self._window = window
         self._work = work
         self._slot_freed = asyncio.Event()
+        self._closing = asyncio.Event()
         self.tasks: dict[asyncio.Task[None], ClaimedJob] = {}
 
     def __repr__(self) -> str:
         return f"<Feeder {self._kind or 'unsure'}: {len(self.tasks)} of {self._window}>"
 
+    def close(self) -> None:
+        """Claim no more. A claim that is under way still comes in, and its jobs are started."""
+        self._closing.set()
+
     async def run(self) -> None:
-        """Claim and start jobs until cancelled; jobs already started go on."""
-        while True:
+        """Claim and start jobs until closed; jobs already started go on.
+
+        Cancelled in the middle of a claim, it leaves that claim to the store's next heartbeat.
+        """
+        while not self._closing.is_set():
             free = self._window - len(self.tasks)
             if free < max(1, self._window // 4):
                 self._slot_freed.clear()
-                await self._slot_freed.wait()
+                await self._unless_closed(self._slot_freed.wait())
                 continue
             mark = self._store.work_mark
             try:
                 claimed = await self._store.claim(pool=DEFAULT_POOL, kind=self._kind, limit=free)
             except StoreUnavailable:
-                await asyncio.sleep(_AWAY_WAIT_S)  # the store logs its change of state
+                # The store logs its change of state.
+                await self._unless_closed(asyncio.sleep(_AWAY_WAIT_S))
                 continue
             for job in claimed:
                 self._start(job)
             if len(claimed) < free:
-                await self._store.wait_work(_IDLE_WAIT_MS, mark)
+                await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark))
+
+    async def _unless_closed(self, wait: Coroutine[Any, Any, object]) -> None:
+        tasks = [asyncio.ensure_future(wait), asyncio.ensure_future(self._closing.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _start(self, job: ClaimedJob) -> None:
         task = asyncio.ensure_future(self._work(job))

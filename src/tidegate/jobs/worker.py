@@ -38,6 +38,7 @@ _UNSURE_WINDOW = 16
 _LARGEST_WINDOW = 256
 _STORE_POLL_S = 0.25
 _LONGEST_PUT_PAUSE_S = 4.0
+_LAST_CLAIM_S = 1.0
 _LAST_RECORDS_S = 8.0
 # Says nothing of the job: somebody, perhaps another worker, can do it later.
 _NOT_THE_JOBS_FAULT = (
@@ -90,13 +91,20 @@ class Worker:
             await stop.wait()
         finally:
             # The heartbeat goes on while the last jobs finish, or their claims would lapse.
-            for task in tasks[: len(self._feeders)]:
-                task.cancel()
+            await self._close_feeders(tasks[: len(self._feeders)])
             await self._drain()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._store_tolerant(self._store.leave)
+
+    async def _close_feeders(self, running: list[asyncio.Task[None]]) -> None:
+        """Not by cancelling, if it can be helped: jobs just claimed are handed back at once."""
+        for feeder in self._feeders:
+            feeder.close()
+        await asyncio.wait(running, timeout=_LAST_CLAIM_S)
+        for task in running:
+            task.cancel()
 
     async def _drain(self) -> None:
         """Hand back what has not been admitted, then wait for the rest until the grace is over."""
@@ -317,10 +325,11 @@ class Worker:
         return loop
 
     async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
-        """Keep a loop alive through errors that nobody foresaw; each is logged."""
+        """Keep a loop alive, until its own end, through errors that nobody foresaw; all logged."""
         while True:
             try:
                 await loop()
+                return
             except Exception:  # the top of a task: logged, and the loop starts again
                 log.exception(Log.WORKER_LOOP_FAILED)
                 await asyncio.sleep(1)

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import aiohttp
-import pytest
 
 from tests.gateway import Gateway, Opener, read_stream, small_receive_buffer
 from tests.waiting import wait_until
@@ -99,19 +98,24 @@ FAULTS: dict[str, tuple[dict[str, Any], str, int]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_upstream_is_the_last_event_and_in_the_record(
-    fault: str, open_gateway: Opener
+    open_gateway: Opener,
 ) -> None:
     gateway = await open_gateway(worker=False, idle_timeout_ms=300)
-    order, code, status = FAULTS[fault]
-    await gateway.upstream.set_fault(fault, count=1, **order)
+    for fault in FAULTS:
+        await gateway.upstream.reset()
+        await gateway.upstream.set_fault(fault, count=1, **FAULTS[fault][0])
+        await _assert_told_and_recorded(gateway, fault)
+
+
+async def _assert_told_and_recorded(gateway: Gateway, fault: str) -> None:
+    _, code, status = FAULTS[fault]
     streamed = await gateway.stream(text="Explain the tide")
-    assert (streamed.status, streamed.ended) == (200, True)
-    assert streamed.names[-1] == "error"
+    assert (streamed.status, streamed.ended) == (200, True), fault
+    assert streamed.names[-1] == "error", fault
     assert streamed.names.count("error") == 1
     assert "done" not in streamed.names
-    assert (streamed.problem["code"], streamed.problem["status"]) == (code, status)
+    assert (streamed.problem["code"], streamed.problem["status"]) == (code, status), fault
     assert streamed.problem["request_id"] == streamed.request_id
     assert {"type", "title", "detail"} <= streamed.problem.keys()
     if fault == "throttled":
