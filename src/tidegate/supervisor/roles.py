@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MARGIN_S = 5.0
+# Longer than clients and balancers keep an idle connection (60 s is common): whoever closes first
+# must not be us, or a request that is on its way meets a closed door.
+_KEEP_ALIVE_S = 75
 
 
 def serve(config: Config, fd: int | None = None) -> None:
@@ -114,6 +117,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
     )
     # Its notes on starting and stopping say nothing that ours do not.
