@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.process import free_port
 from tidegate.embedded.valkey import ValkeyServer
 from tidegate.providers.emulator.client import EmulatorControl, Stats
+from tidegate.providers.emulator.ledger import LoggedCall
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
@@ -191,12 +192,12 @@ class Fleet:
     async def truth(self) -> Stats:
         return await self.control.stats()
 
-    async def calls_by_marker(self) -> Counter[str]:
-        """How often the provider was called for each marked prompt (`[m17]`), all outcomes."""
-        found: Counter[str] = Counter()
+    async def calls_by_marker(self) -> defaultdict[str, list[LoggedCall]]:
+        """The provider's calls for each marked prompt (`[m17]`), all outcomes, oldest first."""
+        found: defaultdict[str, list[LoggedCall]] = defaultdict(list)
         for call in await self.control.calls():
             if call.kind != "classifier" and "[" in call.prompt:
-                found[call.prompt.split("[", 1)[1].split("]", 1)[0]] += 1
+                found[call.prompt.split("[", 1)[1].split("]", 1)[0]].append(call)
         return found
 
     async def assert_never_over(self, *, reached: bool = False) -> None:
