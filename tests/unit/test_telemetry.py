@@ -22,7 +22,9 @@ def _logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).setLevel(logging.NOTSET)  # a server in this process changes it
+        logger = logging.getLogger(name)  # a server in this process has silenced them
+        logger.setLevel(logging.NOTSET)
+        logger.propagate, logger.disabled = True, False
     yield
     root.handlers, root.level = handlers, level
     structlog.reset_defaults()

@@ -98,7 +98,7 @@ async def test_a_worker_with_nothing_to_do_stops_at_once(open_gateway: Opener) -
 async def test_two_workers_share_the_limit_and_call_nothing_twice(open_gateway: Opener) -> None:
     gateway = await open_gateway()
     gateway.start_worker()
-    await gateway.upstream.set_behaviour(first_byte_ms={"uniform": [10, 40]})
+    await gateway.upstream.set_behaviour(first_byte_ms={"uniform": [100, 200]})
     ids = [await gateway.submit(data=f"Explain {number}") for number in range(40)]
     for request_id in ids:
         record = await gateway.end_of(request_id)
