@@ -24,7 +24,7 @@ def _logging_as_before() -> Iterator[None]:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)  # a server in this process has silenced them
         logger.setLevel(logging.NOTSET)
-        logger.propagate, logger.disabled = True, False
+        logger.handlers, logger.propagate, logger.disabled = [], True, False
     yield
     root.handlers, root.level = handlers, level
     structlog.reset_defaults()
