@@ -230,6 +230,7 @@ class Pipeline:
         outcome = Outcome.IGNORED
         try:
             await sink(Admitted(waited_ms=attempt.queue_ms))
+            await permit.confirm()
             await self._processor.run(call, attempt.answer, sink)
             outcome = Outcome.SUCCESS
         except UpstreamError as failed:

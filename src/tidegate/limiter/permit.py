@@ -8,6 +8,7 @@ from a cancellation by anybody else as `asyncio.timeout` does it, by `Task.uncan
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,11 @@ class Permit:
     share, has no sequence of its own: its fence may equal that of the permit before it.
     """
 
-    __slots__ = ("_holding", "lost", "outcome", "tokens")
+    __slots__ = ("_check_lapse", "_holding", "lost", "outcome", "tokens")
 
-    def __init__(self, holding: Holding) -> None:
+    def __init__(self, holding: Holding, check_lapse: Callable[[], object]) -> None:
         self._holding = holding
+        self._check_lapse = check_lapse
         self.lost = asyncio.Event()
         self.outcome = "success"
         self.tokens: int | None = None
@@ -46,6 +48,17 @@ class Permit:
     @property
     def waited_ms(self) -> float:
         return self._holding.waited_ms
+
+    async def confirm(self) -> None:
+        """Await this right before what the permit is for.
+
+        A process that stood still since it was let in learns here that its lease is over, instead
+        of making one more call first: the body is cancelled, and LeaseLost leaves the `async with`.
+        Costs no round trip.
+        """
+        self._check_lapse()
+        if self.lost.is_set():
+            await asyncio.sleep(0)  # the cancellation arrives here
 
     def settle(self, outcome: str = "success", tokens: int | None = None) -> None:
         """Remember how the call ended and what it used; the release carries it.
@@ -95,7 +108,7 @@ class Acquisition:
         except BaseException:
             self._limiter._abandon(waiter)
             raise
-        permit = Permit(holding)
+        permit = Permit(holding, self._limiter._session.check_lapse)
         self._task, self._cancelling, self._permit = task, task.cancelling(), permit
         holding.on_fence = self._fence
         if holding.fenced:  # between the grant and our waking up

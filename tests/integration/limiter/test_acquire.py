@@ -23,6 +23,7 @@ from tidegate.errors import (
     ConfigError,
     DeadlineExceeded,
     DemandImpossible,
+    LeaseLost,
     QueueFull,
     ShuttingDown,
 )
@@ -288,3 +289,26 @@ async def test_a_policy_that_comes_while_a_request_is_under_way_is_not_lost(
 
         await wait_until(in_force, 5, f"a limit of {bound}")
         assert limiter.policy == changed
+
+
+async def test_a_permit_is_not_confirmed_once_its_process_has_stood_still_for_a_lease(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiter = await maker(valkey_url)
+    lease, confirmed = limiter._session.lease, []
+    clock = lease.now_ms
+
+    async def stand_still_under_a_permit() -> None:
+        async with limiter.acquire(LIMIT) as permit:
+            await permit.confirm()
+            confirmed.append("before")
+            lease.now_ms = lambda: clock() + lease.lease_ms  # what a pause does to the clock
+            await permit.confirm()
+            confirmed.append("after")
+
+    with pytest.raises(LeaseLost):
+        await stand_still_under_a_permit()
+    assert confirmed == ["before"]
+    lease.now_ms = clock
+    async with limiter.acquire(LIMIT) as permit:
+        await permit.confirm()
