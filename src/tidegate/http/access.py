@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -68,12 +69,17 @@ class AccessLog:
             else:
                 await _cut(scope, receive)
         finally:
-            quiet = scope["path"].startswith(("/health", "/llm/health"))
-            (log.debug if quiet else log.info)(
-                Log.REQUEST_DONE,
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                took_ms=round((time.monotonic() - started) * 1000, 1),
+            fields = {
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "took_ms": round((time.monotonic() - started) * 1000, 1),
                 **({"request_id": request_id} if request_id else {}),
-            )
+            }
+            # After the answers that are ready to go out: in a burst they would wait for the lines.
+            asyncio.get_running_loop().call_soon(_say_done, fields)
+
+
+def _say_done(fields: dict[str, Any]) -> None:
+    quiet = fields["path"].startswith(("/health", "/llm/health"))
+    (log.debug if quiet else log.info)(Log.REQUEST_DONE, **fields)

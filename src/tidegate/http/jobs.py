@@ -98,7 +98,7 @@ BODY: dict[str, Any] = {
 
 def prefix_of(request: Request) -> str:
     """`/llm` when the client used that prefix, else nothing: links keep to what it used."""
-    return "/llm" if request.url.path.startswith("/llm/") else ""
+    return "/llm" if request.scope["path"].startswith("/llm/") else ""
 
 
 def ask_of(submission: Submission) -> Ask:
