@@ -1,6 +1,6 @@
 """How long `POST /submit` takes when 100 come at once, while the provider hangs.
 
-    python -m bench.submit [--apis 1] [--rounds 30]
+    python -m bench.submit [--apis 1] [--rounds 200]
 
 Each round sends 100 requests at the same moment, one on each of 100 open connections, and waits for
 all the answers. The provider is told to hang, so that no call ever ends. The client is bare
@@ -63,7 +63,7 @@ async def measure(apis: int, rounds: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--apis", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=200)
     options = parser.parse_args()
     taken = asyncio.run(measure(options.apis, options.rounds))
     at = {p: taken[min(len(taken) - 1, int(len(taken) * p / 100))] for p in (50, 90, 99)}
