@@ -2,7 +2,7 @@
 
 import sys
 
-from tidegate.cli import main
+from tidegate.__main__ import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["serve"]

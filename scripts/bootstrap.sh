@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv match uv.lock: `bootstrap.sh run` for the product, `bootstrap.sh dev` with the tools.
+# Makes .venv match uv.lock: `bootstrap.sh run` for the product with all its extras, `bootstrap.sh dev`
+# with the tools as well.
 # Quick when nothing changed: a stamp in .venv holds the digest of what was installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -71,6 +72,6 @@ fi
 groups=(--no-dev)
 [[ $want == dev ]] && groups=(--group dev)
 # --inexact: uv and pip live in .venv as well and are in no lock file.
-.venv/bin/uv sync --quiet --frozen --inexact --compile-bytecode "${groups[@]}" ||
+.venv/bin/uv sync --quiet --frozen --inexact --compile-bytecode --all-extras "${groups[@]}" ||
     fail "uv could not install what uv.lock names: see its message above"
 echo "$digest" >".venv/.installed-$want"

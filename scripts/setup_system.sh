@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# What the tests need besides Python: a browser for the browser tests, zsh for the request script.
+# What the tests need besides Python: a browser for the browser tests, zsh for the request script,
+# and the servers of Debian that the limiter is tested with, next to the one that a wheel brings.
 # As root it is installed where apt-get is there; otherwise the missing packages are named, and
 # under CI=true that is a failure: a test that cannot run has not passed.
 set -euo pipefail
 
-declare -A package_of=([chromium]=chromium [zsh]=zsh [curl]=curl)
+declare -A package_of=(
+    [chromium]=chromium [zsh]=zsh [curl]=curl
+    [redis-server]=redis-server [valkey-server]=valkey-server
+)
 
 missing() {
     local command
@@ -21,6 +25,10 @@ if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq >/dev/null || true
     apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null || true
+    # The tests start servers of their own: one that came just now must not run as a service.
+    for name in "${wanted[@]}"; do
+        [[ $name != *-server ]] || systemctl disable --now --quiet "$name" 2>/dev/null || true
+    done
     mapfile -t wanted < <(missing)
     ((${#wanted[@]})) || exit 0
 fi

