@@ -12,16 +12,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from redis.backoff import NoBackoff
-from redis.connection import ConnectionInterface, ConnectionPool
+from redis.connection import ConnectionInterface
 from redis.exceptions import NoScriptError, RedisError
-from redis.retry import Retry
 
 from tidegate.errors import ConfigError
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import Lease, now_ms
-from tidegate.limiter.link import MIN_CONNECT_S, ServerFacts, read_facts
+from tidegate.limiter.link import ServerFacts, read_facts
 from tidegate.limiter.scripts import load
+from tidegate.limiter.servers import Server
 from tidegate.limiter.wire import Renewal, RenewReply
 
 logger = logging.getLogger("tidegate.limiter")
@@ -43,7 +42,7 @@ class Heartbeat:
         tell_paused: Callable[[], None],
         stalled_s: float = STALLED_S,
     ) -> None:
-        self._url = url
+        self._servers = Server(url, keys.meta)
         self._sid = sid
         self._keys = (keys.meta, keys.layout)
         self._lease = lease
@@ -110,15 +109,7 @@ class Heartbeat:
 
     def _connected(self) -> ServerFacts:
         if self._server is None:
-            pool = ConnectionPool.from_url(
-                self._url,
-                protocol=2,
-                retry=Retry(NoBackoff(), 0),
-                decode_responses=False,
-                socket_connect_timeout=max(self._lease.deadline_s(), MIN_CONNECT_S),
-                socket_timeout=max(self._lease.deadline_s(), MIN_CONNECT_S),
-            )
-            self._connection = pool.make_connection()
+            self._connection = self._servers.connect_blocking(self._lease.deadline_s())
             self._server = read_facts(self._exchange("INFO", "server", "memory"))
         return self._server
 
@@ -131,7 +122,6 @@ class Heartbeat:
 
     def _exchange(self, *command: Any) -> Any:
         assert self._connection is not None
-        self._connection.connect()  # type: ignore[no-untyped-call]
         self._connection.send_command(*command, check_health=False)  # type: ignore[no-untyped-call]
         return self._connection.read_response()
 

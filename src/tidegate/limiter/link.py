@@ -1,8 +1,9 @@
 """The command connection to Valkey: one, on the loop, with a hard deadline on every call.
 
 Invariant: a connection on which anything went wrong, cancellation included, is thrown away, so a
-late answer can never be taken for the answer to another question. redis-py's retries are off:
-they would hide an outage. Foreign errors become `LinkDown` or `ConfigError` here and nowhere else.
+late answer can never be taken for the answer to another question; the next one asks anew where the
+server is, so that a refusal by a replica or by a node that has lost our slot leads away from it.
+Foreign errors become `LinkDown` or `ConfigError` here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,16 +12,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from tidegate.errors import ConfigError
 from tidegate.limiter.scripts import Script
-
-# Connecting takes several round trips; a lease of a few hundred ms must not make it impossible.
-MIN_CONNECT_S = 0.25
+from tidegate.limiter.servers import MIN_CONNECT_S, Server
 
 
 class LinkDown(Exception):
@@ -50,10 +47,8 @@ def read_facts(info: bytes) -> ServerFacts:
 class Link:
     """See the module. Calls wait for each other; `server` is set while connected."""
 
-    def __init__(self, url: str) -> None:
-        self._pool = ConnectionPool.from_url(
-            url, protocol=2, retry=Retry(NoBackoff(), 0), decode_responses=False
-        )
+    def __init__(self, url: str, key: str = "") -> None:
+        self._servers = Server(url, key)
         self._connection: AbstractConnection | None = None
         self._lock = asyncio.Lock()
         self.server: ServerFacts | None = None
@@ -66,8 +61,10 @@ class Link:
     async def _connect(self, deadline_s: float) -> ServerFacts:
         if self.server is not None:
             return self.server
-        connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-        self._connection = connection
+        try:
+            self._connection = await self._servers.connect(deadline_s)
+        except (OSError, TimeoutError, RedisError) as error:
+            raise LinkDown(str(error) or type(error).__name__) from error
         info = await self._exchange(("INFO", "server", "memory"), max(deadline_s, MIN_CONNECT_S))
         self.server = read_facts(info)
         return self.server
@@ -101,7 +98,6 @@ class Link:
         settled = False
         try:
             async with asyncio.timeout(deadline_s):
-                await connection.connect()  # type: ignore[no-untyped-call]
                 await connection.send_command(*command, check_health=False)
                 answer = await connection.read_response()
             settled = True

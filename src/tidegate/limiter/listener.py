@@ -1,7 +1,8 @@
 """The subscription: hears which of our tickets others' releases let in.
 
-Invariant: a hint only. Whatever is lost here is found by the next `full` sync; so every fresh
-subscription asks for one.
+Invariants: a hint only. Whatever is lost here is found by the next `full` sync; so every fresh
+subscription asks for one. It is held at the server that the link speaks to: one that was demoted,
+or has lost our slot, would keep the connection and never say a word.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
+from tidegate.errors import ConfigError
 from tidegate.limiter.lease import Lease
-from tidegate.limiter.link import MIN_CONNECT_S
+from tidegate.limiter.link import ServerFacts, read_facts
+from tidegate.limiter.servers import MIN_CONNECT_S, Server
 from tidegate.limiter.wire import Push
 
 logger = logging.getLogger("tidegate.limiter")
 
 
 class Listener:
-    """Keeps one connection subscribed to `channel` until its task is cancelled."""
+    """Keeps one connection subscribed to `channel` until its task is cancelled.
+
+    `spoken_to` says which server the link is connected to, None when to none.
+    """
 
     def __init__(
         self,
@@ -33,10 +37,11 @@ class Listener:
         lease: Lease,
         on_push: Callable[[Push], None],
         on_subscribed: Callable[[], None],
+        spoken_to: Callable[[], ServerFacts | None] = lambda: None,
     ) -> None:
-        self._pool = ConnectionPool.from_url(
-            url, protocol=2, retry=Retry(NoBackoff(), 0), decode_responses=False
-        )
+        self._server = Server(url, channel)
+        self._spoken_to = spoken_to
+        self._run = ""
         self._channel = channel
         self._lease = lease
         self._on_push = on_push
@@ -47,26 +52,36 @@ class Listener:
         """Listen for ever, subscribing again after every fault."""
         retry_s = 0.0
         while True:
-            connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+            connection: AbstractConnection | None = None
             try:
+                connection = await self._server.connect(self._lease.deadline_s())
                 await self._subscribe(connection)
                 retry_s = 0.0
                 await self._listen(connection)
-            except (OSError, TimeoutError, RedisError) as error:
+            except (OSError, TimeoutError, RedisError, ConfigError) as error:
                 logger.debug("limiter: subscription lost: %s", error)
             finally:
                 self.subscribed = False
-                connection._close()  # without an await, which a cancelled task must not do
+                if connection is not None:
+                    # without an await, which a cancelled task must not do
+                    connection._close()  # type: ignore[no-untyped-call]
             retry_s = min(max(retry_s * 2, 0.01), self._lease.lease_ms / 6000)
             await asyncio.sleep(retry_s)
 
     async def _subscribe(self, connection: AbstractConnection) -> None:
         async with asyncio.timeout(max(self._lease.deadline_s(), MIN_CONNECT_S)):
-            await connection.connect()  # type: ignore[no-untyped-call]
+            await connection.send_command("INFO", "server", "memory", check_health=False)
+            self._run = read_facts(await connection.read_response()).run
+            self._check_place()
             await connection.send_command("SSUBSCRIBE", self._channel, check_health=False)
             await connection.read_response()
         self.subscribed = True
         self._on_subscribed()
+
+    def _check_place(self) -> None:
+        spoken_to = self._spoken_to()
+        if spoken_to is not None and spoken_to.run != self._run:
+            raise ConnectionError("subscribed at another server than the one we speak to")
 
     async def _listen(self, connection: AbstractConnection) -> None:
         """Read until something breaks; a silent connection is tested by a ping."""
@@ -74,6 +89,7 @@ class Listener:
         pinged = False
         try:
             while True:
+                self._check_place()
                 if reading is None:
                     reading = asyncio.ensure_future(connection.read_response())
                 done, _ = await asyncio.wait({reading}, timeout=self._lease.deadline_s())
@@ -86,6 +102,8 @@ class Listener:
                 message, reading, pinged = reading.result(), None, False
                 if isinstance(message, list) and message[0] == b"smessage":
                     self._on_push(Push.unpack(message[2]))
+                elif isinstance(message, list) and message[0] == b"sunsubscribe":
+                    raise ConnectionError("the server has given our slot away")
         finally:
             if reading is not None:
                 reading.cancel()
