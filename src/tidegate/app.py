@@ -8,22 +8,23 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from uuid import uuid4
 
 from fastapi import FastAPI
 
 from tidegate import config as configuration
-from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL
+from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.config import Config
 from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.pipeline import Pipeline
+from tidegate.policy import PolicyKeeper, deployed, policy_to_start_with
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor, Timeouts
 from tidegate.store.blobs import Blobs
+from tidegate.store.policies import Policies
 from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
 
@@ -57,81 +58,75 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
 
     Starts even when Valkey or PostgreSQL is away: they are reconnected to.
     """
-    assert config.database_url is not None
-    assert config.redis_url is not None
-    assert config.gemini_api_key is not None
+    wanted = deployed(config)
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
-        store = Store.from_url(
-            config.database_url.get_secret_value(),
-            instance_id=instance_id,
-            blobs=blobs,
-            spill_dir=config.data_dir / "spill",
-            spill_max_bytes=config.spill_max_bytes,
-            audit_full=config.audit_full,
-            claim_lease_ms=config.claim_lease_ms,
-        )
+        store = _store_of(config, blobs, instance_id)
         await store.start()
         stack.push_async_callback(store.aclose)
-        processor = GeminiProcessor(
-            api_key=config.gemini_api_key.get_secret_value(),
-            base_url=config.gemini_base_url,
-            timeouts=Timeouts(
-                connect_ms=config.connect_timeout_ms,
-                first_byte_ms=config.first_byte_timeout_ms,
-                idle_ms=config.idle_timeout_ms,
-                total_ms=config.total_timeout_ms,
-            ),
-        )
+        processor = _processor_of(config)
         await processor.start()
         stack.push_async_callback(processor.aclose)
-        limiter = Limiter.from_url(
-            config.redis_url.get_secret_value(),
-            pool=DEFAULT_POOL,
-            policy=policy_of(config),
-            instance_id=instance_id,
+        limiter, keeper = await stack.enter_async_context(
+            open_pool(config, store.policies, instance_id, wanted)
         )
-        await limiter.start()
-        stack.push_async_callback(limiter.aclose)
-        changing = asyncio.create_task(put_in_force(limiter, policy_of(config)))
-        stack.callback(changing.cancel)
+        keeping = asyncio.create_task(keeper.run())
+        stack.callback(keeping.cancel)
         fetcher = ImageFetcher(max_bytes=config.max_file_bytes, timeout_ms=config.fetch_timeout_ms)
         pipeline = Pipeline(
             config=config, limiter=limiter, processor=processor, blobs=blobs, fetcher=fetcher
         )
-        services = Services(config, store, blobs, limiter, pipeline)
+        services = Services(config, store, blobs, limiter, pipeline, keeper)
         # What the imports made lives as long as the process: a full collection that walks it
         # would stop the event loop for a tenth of a second, again and again.
         gc.collect()
         gc.freeze()
-        log.info(Log.STARTED, role=role, instance_id=instance_id, limits=config.rate_limits)
+        limits = {kind.value: pipeline.at_once(kind) for kind in Kind}
+        log.info(Log.STARTED, role=role, instance_id=instance_id, limits=limits)
         yield services
         services.draining.set()
         log.info(Log.STOPPED, role=role, instance_id=instance_id)
 
 
-async def put_in_force(limiter: Limiter, wanted: PoolPolicy) -> None:
-    """Give the pool this deployment's limits when it has others, from a start with other settings.
+@asynccontextmanager
+async def open_pool(
+    config: Config, policies: Policies, instance_id: str, wanted: PoolPolicy
+) -> AsyncIterator[tuple[Limiter, PolicyKeeper]]:
+    """The limiter, with what is on record in force, and the keeper of its policy."""
+    assert config.redis_url is not None
+    limiter = Limiter.from_url(
+        config.redis_url.get_secret_value(),
+        pool=DEFAULT_POOL,
+        policy=await policy_to_start_with(policies, DEFAULT_POOL, wanted),
+        instance_id=instance_id,
+    )
+    async with limiter:
+        yield limiter, PolicyKeeper(limiter, policies, wanted=wanted, set_by=instance_id)
 
-    The last start wins, at once for all processes; what runs is not revoked, a lowered limit
-    drains. Waits while Valkey is away.
-    """
-    await limiter.joined()
-    before = limiter.policy
-    changed = replace(wanted, revision=before.revision + 1)
-    if replace(changed, revision=before.revision) != before:
-        log.warning(Log.LIMITS_CHANGED, before=before.limits, after=wanted.limits)
-        await limiter.set_policy(changed)
+
+def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
+    assert config.database_url is not None
+    return Store.from_url(
+        config.database_url.get_secret_value(),
+        instance_id=instance_id,
+        blobs=blobs,
+        spill_dir=config.data_dir / "spill",
+        spill_max_bytes=config.spill_max_bytes,
+        audit_full=config.audit_full,
+        claim_lease_ms=config.claim_lease_ms,
+    )
 
 
-def policy_of(config: Config) -> PoolPolicy:
-    """The pool's policy as the deployment states it."""
-    limits = {f"kind:{kind}": limit for kind, limit in config.rate_limits.items()}
-    return PoolPolicy(
-        limits={**limits, CLASSIFIER_LIMIT: config.classifier_limit},
-        lease_ms=config.lease_ms,
-        when_away=config.when_valkey_away,
-        on_lost=config.on_lost,
-        on_expiry=config.on_expiry,
+def _processor_of(config: Config) -> GeminiProcessor:
+    assert config.gemini_api_key is not None
+    return GeminiProcessor(
+        api_key=config.gemini_api_key.get_secret_value(),
+        base_url=config.gemini_base_url,
+        timeouts=Timeouts(
+            connect_ms=config.connect_timeout_ms,
+            first_byte_ms=config.first_byte_timeout_ms,
+            idle_ms=config.idle_timeout_ms,
+            total_ms=config.total_timeout_ms,
+        ),
     )

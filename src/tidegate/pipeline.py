@@ -95,6 +95,10 @@ class Pipeline:
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
+    def at_once(self, kind: Kind) -> int:
+        """How many calls of a kind may run at once, over all processes, as is in force now."""
+        return self._limiter.policy.bound(kind.limit)
+
     def first_look(self, ask: Ask) -> Classification:
         """The kind as far as it is known without asking anybody; `kind` is None while unsure."""
         if ask.kind is not None:

@@ -35,6 +35,7 @@ class Log(StrEnum):
     WORKER_LOOP_FAILED = "worker_loop_failed"
     CLASSIFIER_FELL_BACK = "classifier_fell_back"
     LIMITS_CHANGED = "limits_changed"
+    LIMITS_CONFLICT = "limits_conflict"
     STORE_AWAY = "store_away"
     STORE_BACK = "store_back"
     SPILLED = "spilled"

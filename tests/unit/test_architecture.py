@@ -43,7 +43,10 @@ RESERVED = {
     "structlog": ("telemetry.py",),
     "dotenv": ("config/",),
 }
-PURE = ("call.py", "demand.py", "classify/", "limiter/limits.py", "limiter/model.py", "*states.py")
+PURE = (
+    *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model.py", "*states.py"),
+    *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
+)
 DOES_IO = {
     *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),
     *("threading", "multiprocessing", "pathlib", "shutil", "tempfile", "logging", "sqlite3"),
@@ -54,6 +57,9 @@ DOES_IO = {
 ENTRIES = {
     "tidegate": "the package itself",
     "tidegate.__main__": "the console script in pyproject.toml, and python -m tidegate",
+    "tidegate.integrations.aiohttp": "for users of aiohttp",
+    "tidegate.integrations.httpx": "for users of httpx",
+    "tidegate.integrations.httpx2": "for users of httpx2",
     "tidegate.limiter.model": "the executable specification: the property tests' oracle",
     "tidegate.providers.emulator.__main__": "python -m tidegate.providers.emulator",
     "tidegate.store.migrations.env": "Alembic loads it by its path",
@@ -141,6 +147,7 @@ def test_pure_files_import_no_library_that_does_io() -> None:
 
 LATE_LIBRARIES = ["google.genai", "alembic", "sqlalchemy", "httpx2"]
 IMPORTED_LATE = {
+    "tidegate.integrations.httpx2": "for users of httpx2, who have imported it",
     "tidegate.providers.gemini.wire": "a transport of httpx2: imported when a processor starts",
 }
 

@@ -20,6 +20,7 @@ WRONG = {
     "HOST": (["a b", "http://localhost", "-x", "1.2.3.4:80"], "IP address"),
     "PORT": (["abc", "-1", "65536", "80.5"], "from 0 to 65535"),
     "TIDEGATE_DEMO": (["perhaps", "2"], "1 or 0"),
+    "ADMIN_TOKEN": (["fifteen-letters", "sixteen letters and spaces"], "16 characters"),
     "GEMINI_BASE_URL": (["upstream", "ftp://upstream", "http://"], "https://"),
     "CONNECT_TIMEOUT_MS": (["0", "5s", "86400001"], "from 1 to 86400000"),
     "FIRST_BYTE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
@@ -27,6 +28,7 @@ WRONG = {
     "TOTAL_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "FETCH_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "RATE_LIMITS": (["5", "[]", "{text_only: 5}", '"{}"', "nan"], "text_only"),
+    "TIDEGATE_POLICY": (["nowhere.toml", "."], "a file that is there"),
     "SEMAPHORE_TIMEOUT": (["0", "0.1", "nan", "inf", "3s", "3601"], "from 0.2 to 3600"),
     "WHEN_VALKEY_AWAY": (["open"], "closed, local"),
     "ON_LOST": (["ignore"], "finish, cancel"),
@@ -196,6 +198,7 @@ def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
         "DATABASE_URL": "postgresql://db/x",
         "REDIS_URL": "redis://valkey",
         "GEMINI_API_KEY": "k",
+        "ADMIN_TOKEN": "a-token-of-some-length",
     }
     path = tmp_path / "secret"
     path.write_text(f"{values.pop(name)}\n")

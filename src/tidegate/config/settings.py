@@ -12,7 +12,6 @@ from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
-from urllib.parse import SplitResult, urlsplit
 
 from pydantic import (
     BaseModel,
@@ -23,13 +22,16 @@ from pydantic import (
     model_validator,
 )
 
+from tidegate.config.addresses import is_address, is_host_name, split_url
 from tidegate.errors import ConfigError
 
 GOOGLE_URL = "https://generativelanguage.googleapis.com"
 DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
 KINDS = tuple(DEFAULT_LIMITS)
 MOST_AT_ONCE = 100_000
-SECRETS = ("DATABASE_URL", "REDIS_URL", "GEMINI_API_KEY")
+NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL", "GEMINI_API_KEY")
+SECRETS = (*NEEDED_IN_THE_OPEN, "ADMIN_TOKEN")
+SHORTEST_TOKEN = 16
 Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
 
 # What is allowed, where the type alone doesn't say it in a user's words.
@@ -39,7 +41,9 @@ ALLOWED = {
     "data_dir": "the path of a folder, or of one to be made",
     "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
     "host": "an IP address or a host name",
+    "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
     "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
+    "tidegate_policy": "the path of a file that is there",
     "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
     f" by type ({', '.join(KINDS)})",
 }
@@ -53,7 +57,6 @@ SECTIONS = {
     "max_attempts": "Jobs and the record",
     "log_format": "Logs",
 }
-_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.(?!-)[A-Za-z0-9-]{1,63})*\.?")
 
 
 class ClassifierMode(StrEnum):
@@ -102,6 +105,11 @@ class Config(BaseModel):
         description="Allow the bundled servers and the emulated provider on an address that "
         "others can reach. For demonstrations only: the answers are made up.",
     )
+    admin_token: SecretStr | None = Field(
+        default=None,
+        description="What `/admin` asks for, as Authorization: Bearer. Without one it answers "
+        "only while HOST is a loopback address, and only to this machine.",
+    )
 
     gemini_api_key: SecretStr | None = Field(
         default=None,
@@ -144,6 +152,12 @@ class Config(BaseModel):
         default_factory=DEFAULT_LIMITS.copy,
         description="How many calls of each type may run at once, over all processes together. "
         "A type left out keeps its default.",
+    )
+    tidegate_policy: Path | None = Field(
+        default=None,
+        description="A file with all limits, rates, weights and priorities: see docs/limits.md. "
+        "Not set: tidegate.toml in the folder that the product is started from, if it is there. "
+        "What it says comes before RATE_LIMITS and the settings below.",
     )
     semaphore_timeout: Annotated[float, Field(ge=0.2, le=3600)] = Field(
         default=3.0,
@@ -268,24 +282,36 @@ class Config(BaseModel):
         folder = value.expanduser()
         return _sound("data_dir", folder, folder.is_dir() or not folder.exists())
 
+    @field_validator("tidegate_policy")
+    @classmethod
+    def _policy(cls, value: Path) -> Path:
+        path = value.expanduser()
+        return _sound("tidegate_policy", path, path.is_file())
+
+    @field_validator("admin_token")
+    @classmethod
+    def _token(cls, value: SecretStr) -> SecretStr:
+        token = value.get_secret_value()
+        sound = len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()
+        return _sound("admin_token", value, sound and " " not in token)
+
     @field_validator("host")
     @classmethod
     def _address(cls, value: str) -> str:
         bare = value.removeprefix("[").removesuffix("]")
-        known = _is_address(bare) or _HOST_NAME.fullmatch(bare) is not None
-        return _sound("host", bare.lower(), known)
+        return _sound("host", bare.lower(), is_address(bare) or is_host_name(bare))
 
     @field_validator("blob_url")
     @classmethod
     def _bucket(cls, value: str) -> str:
-        url = _split(value)
+        url = split_url(value)
         bucket = url.scheme in ("s3", "gs", "az") and not (url.username or url.query)
         return _sound("blob_url", value, bucket or not value)
 
     @field_validator("gemini_base_url")
     @classmethod
     def _http(cls, value: str) -> str:
-        url = _split(value)
+        url = split_url(value)
         plain = bool(url.hostname) and not (url.username or url.password or url.query)
         return _sound(
             "gemini_base_url", value.rstrip("/"), plain and url.scheme in ("http", "https")
@@ -304,7 +330,7 @@ class Config(BaseModel):
         # redis-py speaks to Valkey, but does not know the two schemes named after it.
         text = re.sub(r"^valkey(s?)://", r"redis\1://", value.get_secret_value())
         return _sound(
-            "redis_url", SecretStr(text), _split(text).scheme in ("redis", "rediss", "unix")
+            "redis_url", SecretStr(text), split_url(text).scheme in ("redis", "rediss", "unix")
         )
 
     @model_validator(mode="after")
@@ -321,7 +347,7 @@ class Config(BaseModel):
             )
         if self.tidegate_demo or self.is_loopback:
             return self
-        for name in SECRETS:
+        for name in NEEDED_IN_THE_OPEN:
             if getattr(self, name.lower()) is None:
                 raise ConfigError(
                     name,
@@ -333,7 +359,7 @@ class Config(BaseModel):
 
     @property
     def is_loopback(self) -> bool:
-        if _is_address(self.host):
+        if is_address(self.host):
             return ip_address(self.host).is_loopback
         return self.host == "localhost"
 
@@ -364,21 +390,3 @@ def _sound(field: str, value: Value, is_sound: bool) -> Value:
     if not is_sound:
         raise ValueError(f"must be {ALLOWED[field]}")
     return value
-
-
-def _split(text: str) -> SplitResult:
-    """The parts of a URL, all empty where it is none."""
-    try:
-        parts = urlsplit(text)
-        _ = parts.port  # raises for a port that is no number
-    except ValueError:
-        return SplitResult("", "", "", "", "")
-    return parts
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True

@@ -11,6 +11,7 @@ from starlette.requests import HTTPConnection
 from tidegate.config import Config
 from tidegate.limiter import Limiter
 from tidegate.pipeline import Pipeline
+from tidegate.policy import PolicyKeeper
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 
@@ -27,6 +28,7 @@ class Services:
     blobs: Blobs
     limiter: Limiter
     pipeline: Pipeline
+    keeper: PolicyKeeper
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
 

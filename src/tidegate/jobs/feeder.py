@@ -1,7 +1,7 @@
 """Keeps a bounded window of claimed jobs in this process, one window for each kind.
 
 Invariant: a kind whose limit is full never holds up another kind, since each has a window of its
-own; no more than `window` jobs of a kind are claimed here at any time.
+own; no more than `window` jobs of a kind, as it is just then, are claimed here at any time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Feeder:
         self,
         store: Store,
         kind: Kind | None,
-        window: int,
+        window: Callable[[], int],
         work: Callable[[ClaimedJob], Awaitable[None]],
     ) -> None:
         self._store = store
@@ -41,7 +41,7 @@ class Feeder:
         self.tasks: dict[asyncio.Task[None], ClaimedJob] = {}
 
     def __repr__(self) -> str:
-        return f"<Feeder {self._kind or 'unsure'}: {len(self.tasks)} of {self._window}>"
+        return f"<Feeder {self._kind or 'unsure'}: {len(self.tasks)} of {self._window()}>"
 
     def close(self) -> None:
         """Claim no more. A claim that is under way still comes in, and its jobs are started."""
@@ -53,8 +53,9 @@ class Feeder:
         Cancelled in the middle of a claim, it leaves that claim to the store's next heartbeat.
         """
         while not self._closing.is_set():
-            free = self._window - len(self.tasks)
-            if free < max(1, self._window // 4):
+            window = self._window()
+            free = window - len(self.tasks)
+            if free < max(1, window // 4):
                 self._slot_freed.clear()
                 await self._unless_closed(self._slot_freed.wait())
                 continue

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
+from functools import partial
 
 from tidegate.call import Call, Event, Kind, Media, new_id
 from tidegate.config import Config
@@ -70,11 +71,14 @@ class Worker:
         self._blobs = blobs
         self._pipeline = pipeline
         self._stages: dict[tuple[object, int], _Stage] = {}
-        self._feeders = [Feeder(store, None, _UNSURE_WINDOW, self._classify)]
-        for kind in Kind:
-            # Twice the limit keeps it full even if every other worker is gone.
-            window = min(_LARGEST_WINDOW, 2 * config.rate_limits[kind] + 2)
-            self._feeders.append(Feeder(store, kind, window, self._work))
+        self._feeders = [
+            Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify),
+            *(Feeder(store, kind, partial(self._window, kind), self._work) for kind in Kind),
+        ]
+
+    def _window(self, kind: Kind) -> int:
+        # Twice the limit in force keeps it full even if every other worker is gone.
+        return min(_LARGEST_WINDOW, 2 * self._pipeline.at_once(kind) + 2)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what runs within the grace, hand back the rest."""

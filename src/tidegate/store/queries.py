@@ -1,4 +1,4 @@
-"""Loads the named statements of `queries.sql` once, at import.
+"""Loads the named statements of the files `*.sql` beside it once, at import.
 
 Invariant: every statement has a name and a description of one line; a test says so.
 """
@@ -19,8 +19,7 @@ class Query:
     sql: str
 
 
-def _load() -> dict[str, Query]:
-    text = files("tidegate.store").joinpath("queries.sql").read_text(encoding="utf-8")
+def _load(text: str) -> dict[str, Query]:
     heads = list(_HEAD.finditer(text))
     ends = [head.start() for head in heads[1:]] + [len(text)]
     return {
@@ -29,7 +28,12 @@ def _load() -> dict[str, Query]:
     }
 
 
-QUERIES = _load()
+QUERIES = {
+    name: query
+    for file in files("tidegate.store").iterdir()
+    if file.name.endswith(".sql")
+    for name, query in _load(file.read_text(encoding="utf-8")).items()
+}
 
 
 def sql(name: str) -> str:

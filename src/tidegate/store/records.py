@@ -158,4 +158,20 @@ class RequestRecord:
     files: tuple[FileRecord, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyRecord:
+    """A pool's policy as it was in force from `created_at` on, until the next revision.
+
+    origin: `deployment` or `live`. `digest` is the same for the same policy.
+    """
+
+    revision: int
+    origin: str
+    digest: str
+    policy: dict[str, Any]
+    set_by: str
+    reason: str = ""
+    created_at: datetime | None = None  # None until it is on record
+
+
 Json = dict[str, Any]

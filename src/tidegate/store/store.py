@@ -24,6 +24,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
 from tidegate.store.migrate import HEAD, revision_of
+from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
 from tidegate.store.queries import sql
 from tidegate.store.recorder import Recorder
@@ -71,6 +72,7 @@ class Store:
         self._recorder = Recorder(
             connections, self._bell, spill, instance_id=instance_id, when_full=audit_full
         )
+        self.policies = Policies(connections)
         self._submits: GroupWriter[NewJob, None] = GroupWriter(
             self._insert, lambda job: 1_000 + len(job.prompt)
         )

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from tidegate import __version__
+from tidegate.call import Kind
 from tidegate.config import Config
+from tidegate.policy import deployed
 from tidegate.supervisor.ground import Ground
 
 _LABEL = "bold cyan"
@@ -62,7 +64,8 @@ class Page:
         self._row("API", _count(self._apis, "process"), f"its documentation is at {url}/docs")
         self._row("Worker", _count(self._workers, "process"), "takes the jobs of POST /submit")
         self._where(ground)
-        limits = ", ".join(f"{kind} {limit}" for kind, limit in self._config.rate_limits.items())
+        policy = deployed(self._config)
+        limits = ", ".join(f"{kind.value} {policy.bound(kind.limit)}" for kind in Kind)
         self._row("At once", limits, "calls, over all processes")
         if ground.emulated:
             self._line()

@@ -1,0 +1,72 @@
+"""The policy that a deployment states: `tidegate.toml` over the environment over the defaults.
+
+Invariant: whatever is wrong leaves as one ConfigError that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from tidegate.call import CLASSIFIER_LIMIT, Kind
+from tidegate.config import Config
+from tidegate.errors import ConfigError
+from tidegate.limiter.limits import PoolPolicy
+from tidegate.policy.plain import of_plain
+
+USUAL_FILE = Path("tidegate.toml")
+_LONGEST_BYTES = 1_000_000
+
+
+def deployed(config: Config) -> PoolPolicy:
+    """What this deployment asks for, as revision 1. Raises ConfigError."""
+    path = config.tidegate_policy
+    if path is None and USUAL_FILE.is_file():
+        path = USUAL_FILE
+    if path is None:
+        return of_plain(_filled({}, config))
+    return from_file(path, config)
+
+
+def from_file(path: Path, config: Config) -> PoolPolicy:
+    """The policy of a file; `config` fills in what it does not say. Raises ConfigError."""
+    stated = _read(path)
+    try:
+        of_plain(stated)  # on its own first: what is wrong is then the file's
+        return of_plain(_filled(stated, config))
+    except ConfigError as wrong:
+        raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        if len(data) > _LONGEST_BYTES:
+            allowed = f"must be a file of at most {_LONGEST_BYTES} bytes"
+            raise ConfigError(str(path), f"({len(data)} bytes)", allowed)
+        return tomllib.loads(data.decode())
+    except OSError as unreadable:
+        allowed = f"must be a readable file: {unreadable.strerror}"
+        raise ConfigError(str(path), "(file)", allowed) from None
+    except UnicodeDecodeError:
+        raise ConfigError(str(path), "(file)", "must be UTF-8 text") from None
+    except tomllib.TOMLDecodeError as broken:
+        raise ConfigError(str(path), "(file)", f"must be TOML: {broken}") from None
+
+
+def _filled(stated: dict[str, Any], config: Config) -> dict[str, Any]:
+    """`stated` with what the environment says of the rest."""
+    kinds = {Kind(kind).limit: limit for kind, limit in config.rate_limits.items()}
+    pool = {
+        "lease_ms": config.lease_ms,
+        "when_away": config.when_valkey_away,
+        "on_lost": config.on_lost,
+        "on_expiry": config.on_expiry,
+    }
+    limits = {**kinds, CLASSIFIER_LIMIT: config.classifier_limit}
+    return {
+        **stated,
+        "limits": limits | stated.get("limits", {}),
+        "pool": pool | stated.get("pool", {}),
+    }

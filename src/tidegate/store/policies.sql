@@ -1,0 +1,25 @@
+-- The statements on the record of policies: see policies.py.
+
+-- name: lock_policies
+-- Let no other process decide on the policy of pool $1 until this transaction ends.
+SELECT pg_advisory_xact_lock(7423001, hashtext($1))
+
+-- name: get_policies
+-- The newest $2 revisions of the policy of pool $1, the one in force first.
+SELECT revision, origin, digest, policy, set_by, reason, created_at
+FROM policies WHERE pool = $1 ORDER BY revision DESC LIMIT $2
+
+-- name: deployed_before
+-- Which of the digests $2 were a deployment's policy of pool $1 at any time.
+SELECT DISTINCT digest FROM policies
+WHERE pool = $1 AND origin = 'deployment' AND digest = ANY($2::text[])
+
+-- name: add_policy
+-- Put a revision of the policy of pool $1 on record; one that is there already is left.
+INSERT INTO policies (pool, revision, origin, digest, policy, set_by, reason)
+VALUES ($1, $2, $3, $4, $5::jsonb, $6, $7)
+ON CONFLICT (pool, revision) DO NOTHING
+
+-- name: prune_policies
+-- Forget live revisions of pool $1 up to $2; those of deployments tell older files from newer.
+DELETE FROM policies WHERE pool = $1 AND origin = 'live' AND revision <= $2

@@ -1,0 +1,107 @@
+"""The policy that a deployment states: file over environment over defaults."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tidegate.config import Config, load
+from tidegate.errors import ConfigError
+from tidegate.limiter.limits import PoolPolicy, Rate
+from tidegate.policy import deployed
+from tidegate.policy.plain import of_plain
+from tidegate.policy.scopes import AT_ONCE
+
+EXAMPLE = Path(__file__).parents[3] / "tidegate.example.toml"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def given(**environ: str) -> Config:
+    return load(environ, dotenv=None)
+
+
+def test_without_a_file_the_environment_says_it_all() -> None:
+    config = given(RATE_LIMITS='{"text_only": 7}', SEMAPHORE_TIMEOUT="1.5", ON_EXPIRY="hold")
+    assert deployed(config) == PoolPolicy(
+        {
+            "kind:text_only": 7,
+            "kind:multi_modal": 3,
+            "kind:image_generation": 2,
+            "kind:classifier": 2,
+        },
+        lease_ms=1500,
+        on_expiry="hold",
+    )
+
+
+def test_a_file_comes_before_the_environment_which_fills_in_the_rest(folder: Path) -> None:
+    (folder / "tidegate.toml").write_text(
+        '[limits]\n"kind:text_only" = 9\n"rpm:m" = 60\n[pool]\nlease_ms = 800\n'
+    )
+    policy = deployed(given(RATE_LIMITS='{"text_only": 7, "multi_modal": 8}', ON_LOST="cancel"))
+    assert policy == PoolPolicy(
+        {
+            "kind:text_only": 9,
+            "kind:multi_modal": 8,
+            "kind:image_generation": 2,
+            "kind:classifier": 2,
+            "rpm:m": Rate(60, 60_000),
+        },
+        lease_ms=800,
+        on_lost="cancel",
+    )
+
+
+def test_the_setting_names_another_file(folder: Path) -> None:
+    (folder / "tidegate.toml").write_text('[limits]\n"kind:text_only" = 9\n')
+    other = folder / "other.toml"
+    other.write_text('[limits]\n"kind:text_only" = 11\n')
+    assert deployed(given(TIDEGATE_POLICY=str(other))).bound("kind:text_only") == 11
+    assert deployed(given()).bound("kind:text_only") == 9
+
+
+def test_a_file_that_is_named_must_be_there(folder: Path) -> None:
+    with pytest.raises(ConfigError) as missing:
+        given(TIDEGATE_POLICY=str(folder / "nowhere.toml"))
+    assert str(missing.value).startswith("TIDEGATE_POLICY=")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"[limits", "must be TOML: "),
+        (b"\xff\xfe", "must be UTF-8 text"),
+        (b"#" * 1_000_001, "at most 1000000 bytes"),
+        (b'[limits]\n"kind:text_only" = "5"', "limits.kind:text_only=5: must be a whole number"),
+        (b"limits = 5", "limits=5: must be a table"),
+        (b"pool = 5", "pool=5: must be a table"),
+        (b'[pool]\nwhen_away = "open"', "pool.when_away=open: must be one of closed, local"),
+    ],
+)
+def test_a_mistake_names_the_file_and_the_key(folder: Path, text: bytes, said: str) -> None:
+    (folder / "tidegate.toml").write_bytes(text)
+    with pytest.raises(ConfigError) as wrong:
+        deployed(given())
+    line = str(wrong.value)
+    assert line.startswith("tidegate.toml")
+    assert said in line
+    assert "\n" not in line
+
+
+def test_the_example_is_sound_and_shows_every_section_scope_and_option() -> None:
+    stated = tomllib.loads(EXAMPLE.read_text())
+    policy = of_plain(stated)
+    assert set(stated) == {"limits", "weights", "bands", "pool"}
+    scopes = {name.partition(":")[0] for name in policy.limits}
+    assert scopes >= {*AT_ONCE, "rpm", "tpm", "itpm", "ipm", "rpd"}
+    options = set(PoolPolicy.__dataclass_fields__) - {"limits", "weights", "bands", "revision"}
+    assert set(stated["pool"]) == options
+    # Its bands are the default ones: copying the file changes no priorities.
+    assert policy.bands[1:] == PoolPolicy({}).bands[1:]
