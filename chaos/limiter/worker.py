@@ -1,6 +1,8 @@
 """One process under test: many tasks that acquire, make a call of a fixed length, and release.
 
 `python -m chaos.limiter.worker '{"url": ..., "pool": ..., "truth": port, ...}'`
+
+SIGTERM ends it in good order. SIGUSR1 blocks its event loop for `block_ms`.
 """
 
 from __future__ import annotations
@@ -8,10 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from chaos.limiter.truth import Caller
@@ -23,11 +29,16 @@ LIMIT = "kind:text_only"
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What a worker is told. `storm` cancels that share of all waits and calls at random."""
+    """What a worker is told. `storm` cancels that share of all waits and calls at random.
+
+    truth: a port of loopback, or the path of a Unix socket. history: tell the truth who asked for
+    what. tenants: task i asks for the i-th of them, and begins anew when they are used up.
+    spread_ms: over so long the tasks begin, each at a moment chosen by chance.
+    """
 
     url: str
     pool: str
-    truth: int
+    truth: int | str
     name: str
     limit: int = 5
     lease_ms: int = 500
@@ -38,6 +49,12 @@ class Orders:
     on_lost: str = "finish"
     on_expiry: str = "reuse"
     storm: float = 0.0
+    history: bool = False
+    tenants: Sequence[str] = ("default",)
+    stalled_s: float = 30.0
+    block_ms: float = 0.0
+    spread_ms: float = 0.0
+    policy: dict[str, Any] = field(default_factory=dict)
 
 
 def policy_of(orders: Orders) -> PoolPolicy:
@@ -45,50 +62,96 @@ def policy_of(orders: Orders) -> PoolPolicy:
         "when_away": orders.when_away,
         "on_lost": orders.on_lost,
         "on_expiry": orders.on_expiry,
+        **orders.policy,
     }
     return PoolPolicy({LIMIT: orders.limit}, lease_ms=orders.lease_ms, **fields)
 
 
-async def call(limiter: Limiter, caller: Caller, orders: Orders) -> None:
-    async with limiter.acquire(LIMIT, hard_ms=orders.hard_ms):
-        opened = asyncio.ensure_future(caller.say("+"))
+class Tasks:
+    """The tasks of one process. Every call is open at the truth for less time than its permit."""
+
+    def __init__(self, limiter: Limiter, caller: Caller, orders: Orders) -> None:
+        self._limiter = limiter
+        self._caller = caller
+        self._orders = orders
+        self._calls = count(1)
+
+    async def loop_for_ever(self, tenant: str) -> None:
+        chance, orders = random.Random(), self._orders
+        await asyncio.sleep(chance.random() * orders.spread_ms / 1000)
+        while True:
+            try:
+                if chance.random() < orders.storm:
+                    async with asyncio.timeout(chance.random() * orders.call_ms / 500):
+                        await self._call(tenant)
+                else:
+                    await self._call(tenant)
+            except LeaseLost:
+                await self._tell("L")
+            except (AdmissionError, TimeoutError):
+                continue
+
+    async def _call(self, tenant: str) -> None:
+        orders, number = self._orders, next(self._calls)
+        begun: asyncio.Future[None] | None = None
+        if orders.history:
+            self._tell(f"?{number} {tenant} 0 - {LIMIT}")
         try:
-            await asyncio.shield(opened)
-            await asyncio.sleep(orders.call_ms / 1000)
+            acquisition = self._limiter.acquire(LIMIT, tenant=tenant, hard_ms=orders.hard_ms)
+            async with acquisition as permit:
+                await permit.confirm()
+                begun = self._tell(f"+{number} {permit.fence[0]}")
+                try:
+                    await asyncio.shield(begun)
+                    await asyncio.sleep(orders.call_ms / 1000)
+                finally:
+                    await _undisturbed(asyncio.ensure_future(self._close(number, begun)))
         finally:
-            await asyncio.shield(asyncio.ensure_future(close(caller, opened)))
+            if begun is None and orders.history:
+                self._tell(f"!{number}")
+
+    async def _close(self, number: int, begun: asyncio.Future[None]) -> None:
+        await begun
+        await self._tell(f"-{number}")
+
+    def _tell(self, message: str) -> asyncio.Future[None]:
+        return self._caller.tell(f"{message}\n" if self._orders.history else message[0])
 
 
-async def close(caller: Caller, opened: asyncio.Future[None]) -> None:
-    await opened
-    await caller.say("-")
-
-
-async def loop_for_ever(limiter: Limiter, caller: Caller, orders: Orders) -> None:
-    chance = random.Random()
-    while True:
+async def _undisturbed(closing: asyncio.Future[None]) -> None:
+    """Wait for it through every cancellation: the permit must outlive the call."""
+    cancelled: asyncio.CancelledError | None = None
+    while not closing.done():
         try:
-            if chance.random() < orders.storm:
-                async with asyncio.timeout(chance.random() * orders.call_ms / 500):
-                    await call(limiter, caller, orders)
-            else:
-                await call(limiter, caller, orders)
-        except LeaseLost:
-            await caller.say("L")
-        except (AdmissionError, TimeoutError):
-            continue
+            await asyncio.shield(closing)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
+def _end_without_truth(listening: asyncio.Future[None]) -> None:
+    if not listening.cancelled():
+        os._exit(3)
 
 
 async def main(orders: Orders) -> None:
     me = asyncio.current_task()
     assert me is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, me.cancel)
-    caller = await Caller.connect(orders.truth, orders.name)
-    limiter = Limiter.from_url(orders.url, pool=orders.pool, policy=policy_of(orders))
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, me.cancel)
+    # What a library that never yields does to the loop; threads go on.
+    loop.add_signal_handler(signal.SIGUSR1, time.sleep, orders.block_ms / 1000)
+    caller = await Caller.connect(orders.truth, orders.name, history=orders.history)
+    policy = policy_of(orders)
+    limiter = Limiter(orders.url, pool=orders.pool, policy=policy, stalled_s=orders.stalled_s)
     listening = asyncio.create_task(caller.listen())  # to the end: closing a call needs it
+    listening.add_done_callback(_end_without_truth)
+    tasks = Tasks(limiter, caller, orders)
     async with limiter, asyncio.TaskGroup() as group:
-        for _ in range(orders.tasks):
-            group.create_task(loop_for_ever(limiter, caller, orders))
+        for number in range(orders.tasks):
+            tenant = orders.tenants[number % len(orders.tenants)]
+            group.create_task(tasks.loop_for_ever(tenant))
     listening.cancel()
 
 

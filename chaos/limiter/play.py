@@ -1,0 +1,57 @@
+"""Plays one fault on its stage, over and over, and judges what the truth saw."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from chaos.limiter.faults import FAULTS, Fault
+from chaos.limiter.report import Outcome, Round, first_of_new_epoch_s, judge
+from chaos.limiter.scene import BACK_S, Scene, Size, open_scene
+from tests.waiting import wait_until
+
+
+async def play(name: str, size: Size, seconds: float, chance: random.Random) -> Outcome:
+    """Do the fault for `seconds`, at least once."""
+    fault = FAULTS[name]
+    outcome = Outcome(name, fault.what, fault.promise, size.limit, left_out=fault.missing())
+    if outcome.left_out:
+        return outcome
+    async with open_scene(
+        fault.way,
+        size,
+        dict(fault.orders),
+        chance,
+        append_only=fault.append_only,
+        own_clock=fault.own_clock,
+    ) as scene:
+        try:
+            await _rounds(scene, name, seconds, outcome)
+            outcome.problems += await scene.finish()
+        except AssertionError as error:
+            outcome.problems.append(str(error))
+        judge(fault, outcome, scene.truth.log, scene.frozen, scene.lease_s)
+    return outcome
+
+
+async def _rounds(scene: Scene, name: str, seconds: float, outcome: Outcome) -> None:
+    fault, loop = FAULTS[name], asyncio.get_running_loop()
+    end_s, number = loop.time() + seconds, 0
+    while number == 0 or loop.time() < end_s:
+        await asyncio.sleep(scene.chance.uniform(0.2, 0.2 + scene.lease_s / 2))
+        since_ns = await fault.act(scene, scene.busiest(), number)
+        recovery_s = await scene.recovered(since_ns)
+        grants_s = await _granted_again(scene, fault, since_ns)
+        outcome.rounds.append(Round(recovery_s, grants_s))
+        number += 1
+
+
+async def _granted_again(scene: Scene, fault: Fault, since_ns: int) -> float | None:
+    """Seconds until a permit of a new epoch is in use, if the fault must lead to one."""
+    if fault.grants is None:
+        return None
+
+    def granted() -> float | None:
+        return first_of_new_epoch_s(scene.truth.log, since_ns)
+
+    return float(await wait_until(granted, BACK_S, "a permit of a new epoch"))

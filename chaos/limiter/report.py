@@ -1,0 +1,141 @@
+"""What was seen of a fault, what of it breaks a promise, and the table of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from chaos.history import NS, Curve, Event, Span, in_flight, overtaking
+from chaos.limiter.faults import SLACK_S, Fault
+from chaos.limiter.worker import LIMIT
+
+# How long a worker that stood still may take to end its calls: it has to be given the processor.
+WAKE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One time that the fault was done; seconds from its end. None: it did not come."""
+
+    recovery_s: float | None
+    grants_s: float | None
+
+
+@dataclass
+class Outcome:
+    """All rounds of one fault. `problems` is what breaks a promise, in words."""
+
+    name: str
+    what: str
+    promise: str
+    limit: int
+    rounds: list[Round] = field(default_factory=list)
+    calls: int = 0
+    peak: int = 0
+    over_s: float = 0.0
+    used: float = 0.0
+    overtaken: int = 0
+    left_out: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None:
+    """Seconds from `since_ns` to the first call with a permit of a later epoch than all before."""
+    before = max((e.epoch for e in events if e.what == "begin" and e.at_ns < since_ns), default=0)
+    for event in events:
+        if event.what == "begin" and event.at_ns >= since_ns and event.epoch > before:
+            return (event.at_ns - since_ns) / NS
+    return None
+
+
+def judge(
+    fault: Fault, outcome: Outcome, events: Sequence[Event], frozen: Sequence[Span], lease_s: float
+) -> None:
+    """Fill in what was seen, and say what of it was not promised."""
+    curve = in_flight(events, LIMIT)
+    outcome.calls = sum(event.what == "begin" for event in events)
+    outcome.peak, outcome.over_s = curve.peak(), curve.above_s(outcome.limit)
+    outcome.used = _used(in_flight(events, LIMIT, without=frozen), outcome.limit)
+    outcome.overtaken = overtaking(events, within_process=True).places
+    excused = [Span(s.worker, s.from_ns, s.to_ns + int(WAKE_S * NS)) for s in frozen]
+    counted = in_flight(events, LIMIT, without=excused if fault.promise != "0 over" else ())
+    peak, at_ns = counted.peak_at_once()
+    if peak > outcome.limit:
+        at_s = (at_ns - events[0].at_ns) / NS
+        over_s = counted.above_s(outcome.limit)
+        outcome.problems.append(
+            f"{peak} of {outcome.limit} at once {at_s:.2f} s after the start, {over_s:.3f} s in all"
+        )
+    _judge_times(fault, outcome, lease_s)
+
+
+def _used(curve: Curve, limit: int) -> float:
+    """The part of the permits that was used from the first to the last moment of full use."""
+    full = [at for at, level in zip(curve.times, curve.levels, strict=True) if level >= limit]
+    return curve.mean(full[0], full[-1]) / limit if len(full) > 1 else 0.0
+
+
+def _judge_times(fault: Fault, outcome: Outcome, lease_s: float) -> None:
+    for number, seen in enumerate(outcome.rounds, start=1):
+        if seen.recovery_s is None:
+            outcome.problems.append(f"round {number}: the permits are not used again")
+        elif fault.recovery is not None and seen.recovery_s > fault.recovery * lease_s + SLACK_S:
+            outcome.problems.append(f"round {number}: recovered after {seen.recovery_s:.2f} s")
+        if fault.grants is not None:
+            late = seen.grants_s is None or seen.grants_s > fault.grants * lease_s + SLACK_S
+            if late:
+                outcome.problems.append(f"round {number}: granted again after {seen.grants_s} s")
+
+
+_HEAD = (
+    "fault",
+    "rounds",
+    "calls",
+    "peak/limit",
+    "over s",
+    "used",
+    "recovery s",
+    "grants s",
+    "order",
+    "",
+)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """One line for each fault, then what broke a promise."""
+    rows = [_HEAD, *(_row(outcome) for outcome in outcomes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    for outcome in outcomes:
+        lines += [f"BROKEN {outcome.name}: {problem}" for problem in outcome.problems]
+    return "\n".join(lines)
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    if outcome.left_out:
+        return (outcome.what, "0", *["-"] * 7, f"left out: {outcome.left_out}")
+    return (
+        outcome.what,
+        str(len(outcome.rounds)),
+        str(outcome.calls),
+        f"{outcome.peak}/{outcome.limit}",
+        f"{outcome.over_s:.2f}",
+        f"{outcome.used:.1%}",
+        _spread([seen.recovery_s for seen in outcome.rounds]),
+        _spread([seen.grants_s for seen in outcome.rounds]),
+        str(outcome.overtaken),
+        "BROKEN" if outcome.problems else f"kept ({outcome.promise})",
+    )
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    """Median and greatest, where there is anything."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{median(known):.2f}/{max(known):.2f}" if len(known) > 1 else f"{known[0]:.2f}"
