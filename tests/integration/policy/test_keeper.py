@@ -1,0 +1,179 @@
+"""Deployments, people and losses, on a real Valkey and a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from structlog.testing import capture_logs
+
+from tests.databases import make_template
+from tests.integration.policy.conftest import Member, Start
+from tests.waiting import wait_until
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.valkey import ValkeyServer
+from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.limiter import PoolPolicy
+from tidegate.policy import keeper as keeping
+from tidegate.policy.plain import Plain
+from tidegate.telemetry import Log
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepers look every tenth of a second."""
+    monkeypatch.setattr(keeping, "_WATCH_S", 0.1)
+    monkeypatch.setattr(keeping, "_RETRY_S", 0.1)
+
+
+def to(limit: int) -> Callable[[Plain], Plain]:
+    return lambda plain: {**plain, "limits": {**plain["limits"], "kind:text_only": limit}}
+
+
+async def in_force(limit: int, *members: Member) -> None:
+    await wait_until(lambda: all(member.limit == limit for member in members), 5, f"{limit}")
+
+
+async def recorded(member: Member, *expected: tuple[int, str, int]) -> None:
+    async def is_so() -> bool:
+        try:
+            return await member.record() == list(expected)
+        except StoreUnavailable:
+            return False
+
+    await wait_until(is_so, 5, f"a record of {expected}")
+
+
+async def test_a_new_deployment_wins_everywhere_and_an_older_one_never(start: Start) -> None:
+    old = await start(5)
+    await recorded(old, (1, "deployment", 5))
+    new = await start(7)
+    await in_force(7, old, new)
+    with capture_logs() as logs:
+        older = await start(5)
+
+        def conflict() -> dict[str, Any] | None:
+            found = [line for line in logs if line["event"] == Log.LIMITS_CONFLICT]
+            return dict(found[0]) if found else None
+
+        told = await wait_until(conflict, 5, "the conflict in the log")
+    assert told["differs"] == ["limits.kind:text_only: 7 -> 5"]
+    assert told["revision"] == 2
+    await in_force(7, old, new, older)
+    await recorded(older, (1, "deployment", 5), (2, "deployment", 7))
+
+
+async def test_what_is_set_live_is_in_force_everywhere_and_outlives_every_start(
+    start: Start,
+) -> None:
+    one, other = await start(5), await start(5)
+    await recorded(one, (1, "deployment", 5))
+    changed = await one.keeper.change(to(3), set_by="ann", reason="the provider is ill")
+    assert (changed.number, changed.set_by) == (2, "ann")
+    await in_force(3, one, other)
+    await in_force(3, await start(5), await start(9))
+    newest = (await other.keeper.history(1))[0]
+    assert (newest.set_by, newest.reason) == ("ann", "the provider is ill")
+    await one.keeper.adopt_wanted(set_by="ann")
+    await in_force(5, one, other)
+    await in_force(9, await start(9), one, other)
+
+
+async def test_of_many_that_start_at_once_with_one_new_policy_one_puts_it_on_record(
+    start: Start,
+) -> None:
+    first = await start(5)
+    await recorded(first, (1, "deployment", 5))
+    many = await asyncio.gather(*(start(6, name=f"api-{n}") for n in range(8)))
+    await in_force(6, first, *many)
+    await recorded(first, (1, "deployment", 5), (2, "deployment", 6))
+
+
+async def test_changes_at_once_are_all_on_record_and_the_last_is_in_force(start: Start) -> None:
+    members = [await start(5) for _ in range(3)]
+    await recorded(members[0], (1, "deployment", 5))
+    await asyncio.gather(
+        *(member.keeper.change(to(10 + n), set_by="ann") for n, member in enumerate(members))
+    )
+    record = await members[0].record()
+    assert [number for number, *_ in record] == [1, 2, 3, 4]
+    assert {limit for _, _, limit in record[1:]} == {10, 11, 12}
+    await in_force(record[-1][2], *members)
+
+
+async def test_an_empty_valkey_does_not_forget_what_was_set_live(
+    start: Start, own_valkey: ValkeyServer
+) -> None:
+    member = await start(5, url=own_valkey.url)
+    await recorded(member, (1, "deployment", 5))
+    await member.keeper.change(to(3), set_by="ann")
+    await in_force(3, member)
+    member.keeping.cancel()
+    await member.limiter.aclose()
+    own_valkey.kill()
+    own_valkey.start()
+    again = await start(5, url=own_valkey.url)
+    assert again.limit == 3
+    await recorded(again, (1, "deployment", 5), (2, "live", 3))
+
+
+async def test_a_change_that_changes_nothing_or_is_not_sound_leaves_no_trace(start: Start) -> None:
+    member = await start(5)
+    await recorded(member, (1, "deployment", 5))
+    assert (await member.keeper.change(to(5), set_by="ann")).number == 1
+    with pytest.raises(ConfigError):
+        await member.keeper.change(to(-1), set_by="ann")
+    await recorded(member, (1, "deployment", 5))
+
+
+async def test_without_postgresql_limits_work_and_its_return_brings_what_is_on_record(
+    start: Start, tmp_path: Path
+) -> None:
+    server = PostgresServer(tmp_path / "postgres", settings={"fsync": "off"})
+    server.start()
+    try:
+        template = await make_template(server)
+        name = f"t_{uuid4().hex}"
+        connection = await asyncpg.connect(server.url("postgres"))
+        await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE {template}')
+        await connection.close()
+        url = server.url(name)
+        first = await start(5, database=url)
+        await recorded(first, (1, "deployment", 5))
+        await first.keeper.change(to(3), set_by="ann")
+        server.stop()
+        late = await start(8, database=url)
+        assert late.limit == 3  # as Valkey has it
+        with pytest.raises(StoreUnavailable):
+            await late.keeper.change(to(4), set_by="ann")
+        server.start()
+        await recorded(late, (1, "deployment", 5), (2, "live", 3))
+        await in_force(3, first, late)
+    finally:
+        server.stop()
+
+
+async def test_a_change_that_reached_the_record_alone_is_put_in_force_by_those_who_run(
+    start: Start, own_valkey: ValkeyServer, valkey_url: str
+) -> None:
+    """As a command leaves it, whose process ended while Valkey was away."""
+    running = await start(5)
+    await recorded(running, (1, "deployment", 5))
+    elsewhere = await start(5, url=own_valkey.url, name="cli")
+    await elsewhere.keeper.change(to(2), set_by="ann")
+    await in_force(2, running)
+
+
+async def test_a_change_past_the_record_is_put_on_it(start: Start) -> None:
+    member = await start(5)
+    await recorded(member, (1, "deployment", 5))
+    await member.limiter.set_policy(
+        PoolPolicy({"kind:text_only": 4}, lease_ms=400, revision=2),
+    )
+    await recorded(member, (1, "deployment", 5), (2, "live", 4))
+    await in_force(4, await start(9), member)
