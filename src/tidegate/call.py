@@ -80,6 +80,7 @@ class Call:
     model: str
     media: tuple[Media, ...] = ()
     tenant_id: str = DEFAULT_TENANT
+    priority: int = 0  # from -100 to 100, higher first
 
 
 @dataclass(frozen=True, slots=True)

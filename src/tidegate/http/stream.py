@@ -197,7 +197,10 @@ class StreamedAnswer(Response):
         assert kind is not None
         self._model = submission.model or self._services.config.model_for(kind)
         media = await self._media(kind)
-        call = Call(self._request_id, submission.prompt, kind, self._model, media, DEFAULT_TENANT)
+        call = Call(
+            *(self._request_id, submission.prompt, kind, self._model, media, DEFAULT_TENANT),
+            priority=submission.priority,
+        )
 
         async def sink(event: Event) -> None:
             await self._emit(writer, event, kind)

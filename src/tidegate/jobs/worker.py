@@ -183,7 +183,7 @@ class Worker:
         failure: TidegateError | None = None
         try:
             media = await self._pipeline.media(_ask_of(job))
-            call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id)
+            call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
             await self._run_when_recorded(job, call, attempt, admitted)
         except ClaimLost:
             return

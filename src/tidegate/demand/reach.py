@@ -1,0 +1,78 @@
+"""Which limits of a policy a call falls under, and its place among the priorities. Pure.
+
+Invariant: a call always takes the limit of its kind, which is there or refuses it; of the others
+those that the policy has.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from tidegate.limiter.limits import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Quota, Rate
+from tidegate.policy.scopes import AT_ONCE, MEASURES, TOTAL
+
+MOST_PRIORITY = 100
+
+
+class Reach:
+    """The limits of one policy by whom they bind; made anew when the policy is another one."""
+
+    def __init__(self, policy: PoolPolicy) -> None:
+        self.policy = policy
+        self._bound: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
+        for limit_id in sorted(policy.limits, key=_usual_order):
+            whom = whom_it_binds(limit_id)
+            if whom is not None:
+                self._bound[whom].append((limit_id, counts_images(policy.limit(limit_id))))
+
+    def limits(self, kind: str, model: str, tenant: str, images: int) -> tuple[str, ...]:
+        """The ids of all limits that a call falls under, that of its kind first.
+
+        `images`: how many it makes; without any, limits on images are none of its own.
+        """
+        first = f"kind:{kind}"
+        found = [first]
+        for whom in (f"kind/{kind}", plain_model(model), f"tenant/{tenant}", TOTAL):
+            if whom in self._bound:
+                found += [
+                    limit_id
+                    for limit_id, of_images in self._bound[whom]
+                    if limit_id != first and (images or not of_images)
+                ]
+        return tuple(found)
+
+
+def whom_it_binds(limit_id: str) -> str | None:
+    """A model, `kind/<kind>`, `tenant/<tenant>` or `total`; None for what no call falls under."""
+    scope, _, name = limit_id.partition(":")
+    if scope in MEASURES or scope == "model":
+        return plain_model(name)
+    if scope == "pool":
+        return TOTAL if name == TOTAL else None
+    return f"{scope}/{name}" if scope in AT_ONCE else None
+
+
+def plain_model(model: str) -> str:
+    """A model's name without the folder that Gemini's API lists it in."""
+    return model.removeprefix("models/")
+
+
+def counts_images(limit: Limit | None) -> bool:
+    return isinstance(limit, Rate | Quota) and limit.unit == "images"
+
+
+def band_of(priority: int, bands: tuple[Band, ...]) -> str:
+    """The band of a request's priority from -100 to 100: 0 is `normal`, or the middle one, and
+    the rest is spread evenly over the bands above and below."""
+    names = [band.name for band in bands]
+    usual = names.index(DEFAULT_PRIORITY) if DEFAULT_PRIORITY in names else len(names) // 2
+    steps = min(abs(priority), MOST_PRIORITY)
+    if not steps:
+        return names[usual]
+    room = usual if priority > 0 else len(names) - 1 - usual
+    away = min(room, 1 + (steps - 1) * room // MOST_PRIORITY)
+    return names[usual - away if priority > 0 else usual + away]
+
+
+def _usual_order(limit_id: str) -> tuple[bool, str]:
+    return limit_id.partition(":")[0] in MEASURES, limit_id
