@@ -128,7 +128,7 @@ async def lose_all_connections(scene: Scene, name: str, number: int) -> int:
     """Nobody's bytes arrive, and nobody is told; new connections get no answer either."""
     for proxy in scene.proxies.values():
         proxy.swallow()
-    await asyncio.sleep((0.5, LONG)[number % 2] * scene.lease_s)
+    await asyncio.sleep((LONG, 0.5)[number % 2] * scene.lease_s)
     for proxy in scene.proxies.values():
         proxy.forward()
     return now()

@@ -17,10 +17,9 @@ Promise = Literal["0 over", "only what stands still"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One sort of fault. Bars are in leases plus `SLACK_S`; None where nothing is promised.
+    """One sort of fault. Bars are in leases, without the slack; None where nothing is promised.
 
     recovery: until all permits are used again. grants: until a permit of a new epoch is in use.
-    pair: two at once, each to another worker, chosen by chance.
     """
 
     what: str
@@ -40,7 +39,6 @@ class Fault:
         return Clock.missing() if self.own_clock else ""
 
 
-SLACK_S = 0.3
 STALLED = {"stalled_s": 1.0, "block_ms": 3500.0}
 # Longer than a process that is cut off may believe in its lease.
 LONG_CALLS = {"call_ms": 2000.0, "hard_ms": 5000}

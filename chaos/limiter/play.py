@@ -30,7 +30,9 @@ async def play(name: str, size: Size, seconds: float, chance: random.Random) -> 
             outcome.problems += await scene.finish()
         except AssertionError as error:
             outcome.problems.append(str(error))
-        judge(fault, outcome, scene.truth.log, scene.frozen, scene.lease_s)
+        judge(fault, outcome, scene.truth.log, scene.frozen, size)
+        if outcome.problems and scene.deeds:
+            outcome.problems.append("chance chose " + "; ".join(scene.deeds))
     return outcome
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from chaos.history import NS, Curve, Event, Span, in_flight, overtaking
-from chaos.limiter.faults import SLACK_S, Fault
+from chaos.limiter.faults import Fault
+from chaos.limiter.scene import Size
 from chaos.limiter.worker import LIMIT
 
 # How long a worker that stood still may take to end its calls: it has to be given the processor.
@@ -50,7 +51,7 @@ def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None
 
 
 def judge(
-    fault: Fault, outcome: Outcome, events: Sequence[Event], frozen: Sequence[Span], lease_s: float
+    fault: Fault, outcome: Outcome, events: Sequence[Event], frozen: Sequence[Span], size: Size
 ) -> None:
     """Fill in what was seen, and say what of it was not promised."""
     curve = in_flight(events, LIMIT)
@@ -67,7 +68,7 @@ def judge(
         outcome.problems.append(
             f"{peak} of {outcome.limit} at once {at_s:.2f} s after the start, {over_s:.3f} s in all"
         )
-    _judge_times(fault, outcome, lease_s)
+    _judge_times(fault, outcome, size)
 
 
 def _used(curve: Curve, limit: int) -> float:
@@ -76,16 +77,19 @@ def _used(curve: Curve, limit: int) -> float:
     return curve.mean(full[0], full[-1]) / limit if len(full) > 1 else 0.0
 
 
-def _judge_times(fault: Fault, outcome: Outcome, lease_s: float) -> None:
+def _judge_times(fault: Fault, outcome: Outcome, size: Size) -> None:
+    def late(took_s: float | None, bar: float | None) -> bool:
+        if bar is None:
+            return False
+        return took_s is None or took_s > bar * size.lease_ms / 1000 + size.slack_s
+
     for number, seen in enumerate(outcome.rounds, start=1):
         if seen.recovery_s is None:
             outcome.problems.append(f"round {number}: the permits are not used again")
-        elif fault.recovery is not None and seen.recovery_s > fault.recovery * lease_s + SLACK_S:
+        elif late(seen.recovery_s, fault.recovery):
             outcome.problems.append(f"round {number}: recovered after {seen.recovery_s:.2f} s")
-        if fault.grants is not None:
-            late = seen.grants_s is None or seen.grants_s > fault.grants * lease_s + SLACK_S
-            if late:
-                outcome.problems.append(f"round {number}: granted again after {seen.grants_s} s")
+        if late(seen.grants_s, fault.grants):
+            outcome.problems.append(f"round {number}: granted again after {seen.grants_s} s")
 
 
 _HEAD = (

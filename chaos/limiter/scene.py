@@ -33,22 +33,27 @@ Way = Literal["straight", "proxies", "cables", "replica"]
 
 START_S = 60.0
 BACK_S = 20.0
-# How much of the permits must be used again after a fault, for so long.
-BACK_SHARE = 0.9
+# For so long the permits must be used again after a fault.
 BACK_WINDOW_NS = NS
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large: `tasks` in each worker, all of which always want a permit."""
+    """How large: `tasks` in each worker, all of which always want a permit.
+
+    spread_ms: over so long a worker's tasks begin, so that the waiters of all workers mix.
+    back_share: how much of the permits must be used again after a fault. slack_s: how much later
+    than promised that may be, for the time that the processes themselves take.
+    """
 
     workers: int = 4
     tasks: int = 300
     limit: int = 16
     lease_ms: int = 1000
     call_ms: float = 100.0
-    # Over so long a worker's tasks begin, so that the waiters of all workers mix.
     spread_ms: float = 1500.0
+    back_share: float = 0.9
+    slack_s: float = 0.3
 
 
 @dataclass
@@ -84,7 +89,8 @@ class Scene:
         if name in self.proxies:
             url = self.proxies[name].url
         shape: dict[str, Any] = asdict(self.size)
-        del shape["workers"]
+        for of_the_scene in ("workers", "back_share", "slack_s"):
+            del shape[of_the_scene]
         orders: dict[str, Any] = {"pool": self.pool, "history": True} | shape | self.orders
         if name in self.cables:
             url = self.server.url_at(self.cables[name].address)
@@ -137,7 +143,11 @@ class Scene:
             self.check_workers()
             known_ns = time.monotonic_ns()
             found = self.used().recovered_ns(
-                self.size.limit, since_ns, known_ns, window_ns=BACK_WINDOW_NS, share=BACK_SHARE
+                self.size.limit,
+                since_ns,
+                known_ns,
+                window_ns=BACK_WINDOW_NS,
+                share=self.size.back_share,
             )
             if found is not None:
                 return found / NS
