@@ -198,7 +198,12 @@ class StreamedAnswer(Response):
         self._model = submission.model or self._services.config.model_for(kind)
         media = await self._media(kind)
         call = Call(
-            *(self._request_id, submission.prompt, kind, self._model, media, DEFAULT_TENANT),
+            request_id=self._request_id,
+            prompt=submission.prompt,
+            kind=kind,
+            model=self._model,
+            media=media,
+            tenant_id=DEFAULT_TENANT,
             priority=submission.priority,
         )
 
