@@ -1,0 +1,77 @@
+"""Transports of `httpx2` that put any SDK which uses it under the limiter.
+
+    transport = AsyncLimitedTransport(limiter, Demand("kind:text_only", deadline_ms=30_000))
+    async with httpx2.AsyncClient(transport=transport) as client:
+        ...
+
+Invariant: see `transport.py`. Importing this imports `httpx2`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx2
+
+from tidegate.integrations.answer import Usage
+from tidegate.integrations.demand import Demanded
+from tidegate.integrations.transport import AsyncBody, AsyncTransport, SyncBody, SyncTransport
+
+if TYPE_CHECKING:
+    from tidegate.limiter import Limiter
+    from tidegate.limiter.threads import SyncLimiter
+
+# The limiter bounds the calls: a pool that bounds them too would let permits wait in vain.
+UNBOUNDED = httpx2.Limits(max_connections=None, max_keepalive_connections=100)
+
+
+class _AsyncBody(AsyncBody, httpx2.AsyncByteStream):
+    pass
+
+
+class _SyncBody(SyncBody, httpx2.SyncByteStream):
+    pass
+
+
+class AsyncLimitedTransport(
+    AsyncTransport[httpx2.Request, httpx2.Response], httpx2.AsyncBaseTransport
+):
+    """For `httpx2.AsyncClient(transport=...)`."""
+
+    _response = httpx2.Response
+    _body = _AsyncBody
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        demand: Demanded[httpx2.Request],
+        *,
+        inner: httpx2.AsyncBaseTransport | None = None,
+        usage: Usage | None = None,
+    ) -> None:
+        """demand: what each request needs, or a function of the request; None is nothing.
+        inner: what sends; by default an `AsyncHTTPTransport` without a bound on its connections.
+            Certificates, proxies and HTTP/2 are options of it.
+        usage: reads from the decoded body of a 2xx answer the LLM tokens that it used.
+        """
+        super().__init__(
+            limiter, demand, inner or httpx2.AsyncHTTPTransport(limits=UNBOUNDED), usage
+        )
+
+
+class LimitedTransport(SyncTransport[httpx2.Request, httpx2.Response], httpx2.BaseTransport):
+    """For `httpx2.Client(transport=...)`, over the limiter for threads."""
+
+    _response = httpx2.Response
+    _body = _SyncBody
+
+    def __init__(
+        self,
+        limiter: SyncLimiter,
+        demand: Demanded[httpx2.Request],
+        *,
+        inner: httpx2.BaseTransport | None = None,
+        usage: Usage | None = None,
+    ) -> None:
+        """As `AsyncLimitedTransport`; by default it sends through an `HTTPTransport`."""
+        super().__init__(limiter, demand, inner or httpx2.HTTPTransport(limits=UNBOUNDED), usage)
