@@ -7,7 +7,9 @@ TidegateError
 │   ├── UnsupportedMedia        a content type or file type that we do not take
 │   └── FetchRefused            an `image_uri` that we will not, or could not, fetch
 ├── RequestTimeout              the client was too slow in sending its request
-├── NotFound                    no such request or file
+├── Unauthenticated             no credential, or a wrong one
+├── Forbidden                   not for this caller, whatever it shows
+├── NotFound                    no such request, file or limit
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
@@ -85,6 +87,14 @@ class FetchRefused(InvalidRequest):
 
 class RequestTimeout(TidegateError):
     code = "request_timeout"
+
+
+class Unauthenticated(TidegateError):
+    code = "unauthenticated"
+
+
+class Forbidden(TidegateError):
+    code = "forbidden"
 
 
 class NotFound(TidegateError):

@@ -16,6 +16,8 @@ EXAMPLES = {
     errors.UnsupportedMedia: (errors.UnsupportedMedia("Content-Type", "no"), 415),
     errors.FetchRefused: (errors.FetchRefused("image_uri", "private"), 422),
     errors.RequestTimeout: (errors.RequestTimeout("slow"), 408),
+    errors.Unauthenticated: (errors.Unauthenticated("no token"), 401),
+    errors.Forbidden: (errors.Forbidden("not from there"), 403),
     errors.NotFound: (errors.NotFound("no such request"), 404),
     errors.DeadlineExceeded: (errors.DeadlineExceeded("late", limit="kind:text_only"), 504),
     errors.DemandImpossible: (errors.DemandImpossible("0", limit="kind:text_only"), 422),
@@ -53,6 +55,12 @@ def _statuses() -> set[type]:
     from tidegate.http.problems import STATUS
 
     return set(STATUS)
+
+
+def test_who_has_not_shown_who_he_is_is_told_how() -> None:
+    response = problem_response(errors.Unauthenticated("no token"))
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert "www-authenticate" not in problem_response(errors.Forbidden("no")).headers
 
 
 def test_retry_after_is_whole_seconds_rounded_up() -> None:

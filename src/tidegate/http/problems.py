@@ -32,6 +32,8 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.UnsupportedMedia: 415,
     errors.FetchRefused: 422,
     errors.RequestTimeout: 408,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.DeadlineExceeded: 504,
     errors.DemandImpossible: 422,
@@ -114,6 +116,8 @@ def problem_response(error: errors.TidegateError, request_id: str | None = None)
     headers = {} if request_id is None else {REQUEST_ID_HEADER: request_id}
     if body.retry_after_ms is not None:
         headers["Retry-After"] = str(max(1, math.ceil(body.retry_after_ms / 1000)))
+    if isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
         headers["Connection"] = "close"  # the rest of the body is still on its way
     return JSONResponse(

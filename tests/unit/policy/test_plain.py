@@ -188,7 +188,12 @@ limits: st.SearchStrategy[int | Limit] = st.one_of(
     bounds,
     st.builds(Concurrency, bounds, st.booleans(), st.none() | st.just(Adaptive(1))),
     st.builds(
-        Rate, bounds, st.integers(1_000, 10**7), units, st.none() | st.integers(0, 900), st.booleans()
+        Rate,
+        bounds,
+        st.integers(1_000, 10**7),
+        units,
+        st.none() | st.integers(0, 900),
+        st.booleans(),
     ),
     st.builds(Quota, bounds, units, st.sampled_from(["UTC", "America/Los_Angeles"]), st.booleans()),
 )

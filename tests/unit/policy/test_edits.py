@@ -1,0 +1,61 @@
+"""Changes to a policy, key by key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tidegate.errors import ConfigError, NotFound
+from tidegate.policy.edits import edit
+
+BEFORE: dict[str, Any] = {
+    "limits": {"kind:text_only": 5, "rpm:m": 60},
+    "weights": {"acme": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "removed", "after"),
+    [
+        ({"kind:text_only": 7}, [], {"limits": {"kind:text_only": 7, "rpm:m": 60}}),
+        (
+            {"limits.rpm:m": {"bound": 9}},
+            [],
+            {"limits": {**BEFORE["limits"], "rpm:m": {"bound": 9}}},
+        ),
+        ({"rpm:gemini-2.5-flash": 1}, ["rpm:m"], None),
+        ({"weights.other": 2}, ["weights.acme"], {"weights": {"other": 2}}),
+        ({"pool.lease_ms": 900}, [], {"pool": {"lease_ms": 900}}),
+        ({"bands": [{"name": "a"}]}, [], {"bands": [{"name": "a"}]}),
+        ({"tenant:a.b": 1}, [], {"limits": {**BEFORE["limits"], "tenant:a.b": 1}}),
+        ({}, [], {}),
+    ],
+)
+def test_keys_are_set_and_removed(
+    changes: dict[str, Any], removed: list[str], after: dict[str, Any] | None
+) -> None:
+    if after is None:
+        after = {"limits": {"kind:text_only": 5, "rpm:gemini-2.5-flash": 1}}
+    assert edit(changes, removed)(BEFORE) == {**BEFORE, **after}
+    assert BEFORE["limits"] == {"kind:text_only": 5, "rpm:m": 60}, "the old one is left as it was"
+
+
+@pytest.mark.parametrize("key", ["lease_ms", "limits", "weights.", "pool", "other.x", ""])
+def test_a_key_that_cannot_be_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError):
+        edit({key: 1})(BEFORE)
+    with pytest.raises(ConfigError):
+        edit({}, [key])(BEFORE)
+
+
+def test_what_is_not_there_cannot_be_removed() -> None:
+    for key in ("rpm:x", "weights.other", "pool.lease_ms"):
+        with pytest.raises(NotFound):
+            edit({}, [key])(BEFORE)
+
+
+def test_the_limit_of_a_kind_cannot_be_removed() -> None:
+    for key in ("kind:text_only", "limits.kind:text_only"):
+        with pytest.raises(ConfigError, match="0 lets nobody in"):
+            edit({}, [key])(BEFORE)
