@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -49,15 +49,15 @@ def _quietly(_what: str) -> AbstractContextManager[None]:
 def prepared(
     config: Config,
     *,
-    database_only: bool = False,
+    only: Collection[ServiceName] = ("postgres", "valkey", "emulator"),
     busy: Callable[[str], AbstractContextManager[None]] = _quietly,
 ) -> Iterator[Ground]:
-    """Have all that `config` leaves out, until the end of the block.
+    """Have all that `config` leaves out, or `only` some of it, until the end of the block.
 
     Blocks until it is ready, inside of what `busy` makes of a few words on what it does. Raises
     `embedded.ServerFailed`.
     """
-    services = _missing(config, database_only)
+    services = _missing(config) & set(only)
     lease = None
     if services:
         with busy("starting the bundled servers"):
@@ -70,11 +70,11 @@ def prepared(
                 lease.close()
 
 
-def _missing(config: Config, database_only: bool) -> set[ServiceName]:
+def _missing(config: Config) -> set[ServiceName]:
     services: set[ServiceName] = set()
     if config.embedded:
-        services |= {"postgres"} if database_only else {"postgres", "valkey"}
-    if config.emulated and not database_only:
+        services |= {"postgres", "valkey"}
+    if config.emulated:
         services.add("emulator")
     return services
 

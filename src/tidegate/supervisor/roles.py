@@ -72,7 +72,7 @@ def prune(config: Config, days: int | None) -> PruneReport:
         finally:
             await connections.aclose()
 
-    with prepared(config, database_only=True) as ground:
+    with prepared(config, only={"postgres"}) as ground:
         assert ground.config.database_url is not None
         return asyncio.run(work(ground.config.database_url.get_secret_value()))
 

@@ -115,7 +115,7 @@ def migrate() -> None:
 
     config = _load()
     telemetry.configure_logging(config.log_format, "warning", process="migrate")
-    with prepared(config, database_only=True) as ground:
+    with prepared(config, only={"postgres"}) as ground:
         revision = run(ground.config, lambda why: typer.echo(f"tidegate: {why}", err=True))
     typer.echo(f"schema brought to revision {revision}" if revision else "schema is up to date")
 

@@ -1,0 +1,54 @@
+"""A command's way into a running pool: its limiter and the record of its policy, for a moment.
+
+Invariant: nothing is left behind: the command's session ends, and bundled servers that it had to
+start are stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+from uuid import uuid4
+
+from tidegate.config import Config
+from tidegate.limiter import Limiter
+from tidegate.policy import PolicyKeeper, deployed
+from tidegate.supervisor.ground import prepared
+
+T = TypeVar("T")
+Work = Callable[[Limiter, PolicyKeeper], Awaitable[T]]
+
+_ANSWER_WITHIN_MS = 2_000
+
+
+def in_pool(config: Config, work: Work[T]) -> T:
+    """Run `work` with the limiter and the keeper of the deployment that `config` describes.
+
+    Raises ConfigError, LimiterUnavailable where Valkey does not answer, and what `work` raises.
+    """
+    wanted = deployed(config)
+    with prepared(config, only={"postgres", "valkey"}) as ground:
+        whole = ground.config
+
+        async def run() -> T:
+            from tidegate.app import open_pool
+            from tidegate.store.connection import Connections
+            from tidegate.store.policies import Policies
+
+            assert whole.database_url is not None
+            connections = Connections(whole.database_url.get_secret_value())
+            connections.start()
+            name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+            try:
+                async with open_pool(whole, Policies(connections), name, wanted) as pool:
+                    limiter, keeper = pool
+                    await limiter.ping(_ANSWER_WITHIN_MS)
+                    await limiter.joined()
+                    return await work(limiter, keeper)
+            finally:
+                await connections.aclose()
+
+        return asyncio.run(run())
