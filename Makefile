@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check chaos bench setup-system lock clean
+.PHONY: help run test check chaos bench bench-limiter setup-system lock clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -35,6 +35,10 @@ bench: ## Measure, and print the figures with the machine that they come from
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python -m bench
 
+bench-limiter: ## The limiter against its peers, in one run (ARGS="--only ours --scenario load-50-20")
+	@scripts/bootstrap.sh dev
+	@.venv/bin/python -m bench.limiter $(ARGS)
+
 setup-system: ## Install what the tests need from the system's packages, or say what is missing
 	@scripts/setup_system.sh
 
@@ -44,5 +48,5 @@ lock: ## Write uv.lock and requirements.txt anew after a change of pyproject.tom
 	@.venv/bin/uv export --quiet --frozen --all-extras --no-dev --no-hashes --no-header --output-file requirements.txt
 
 clean: ## Remove the environment and all caches; your data stays
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	@rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,147 @@
+"""`make bench-limiter`, or `python -m bench.limiter --only ours --scenario load-50-20`.
+
+Measures our limiter, its peers and the floors one after another in one run, prints the tables, and
+with `--write` puts them into `docs/benchmarks.md`. Ratios can be compared between machines;
+microseconds cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import redis
+from rich.console import Console
+from rich.table import Table
+
+from bench.limiter import machine
+from bench.limiter.bars import Results, verdicts
+from bench.limiter.scenarios import BESIDE, OURS_ONLY, RATES, SHARED, Figures, Setting
+from bench.limiter.stage import NeverReady
+from bench.limiter.tables import Grid, grids
+from bench.peers.catalogue import (
+    ENTRIES,
+    EVALSHA,
+    LOCAL,
+    LOCAL_THREADS,
+    OURS,
+    PEERS,
+    RATE_PEERS,
+    ROOT,
+    Entry,
+    EnvironmentMissing,
+)
+
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- limiter: written by the benchmark -->", "<!-- limiter: end -->"
+ALL = {**SHARED, **OURS_ONLY, **RATES, **BESIDE}
+
+
+def plan(only: set[str], wanted: set[str]) -> Iterator[tuple[str, Entry]]:
+    """What to run, scenario by scenario: neighbours in a table are neighbours in time."""
+    for scenario in ALL:
+        if wanted and scenario not in wanted:
+            continue
+        for entry in _measured_in(scenario):
+            if not only or entry.name in only or (entry.ours and "ours" in only):
+                yield scenario, entry
+
+
+def _measured_in(scenario: str) -> list[Entry]:
+    if scenario in OURS_ONLY or scenario in BESIDE:
+        return [OURS]
+    if scenario in RATES:
+        return [OURS, *RATE_PEERS]
+    if scenario == "uncontended":
+        return [EVALSHA, OURS, *PEERS]
+    if scenario.startswith("load"):
+        return [LOCAL, LOCAL_THREADS, OURS, *PEERS]
+    return [OURS, *PEERS]
+
+
+def measure(scenario: str, entry: Entry, setting: Setting) -> Figures:
+    """The figures, or under `failed` why there are none."""
+    try:
+        return ALL[scenario](entry, setting)
+    except (NeverReady, EnvironmentMissing, redis.RedisError) as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def run(steps: list[tuple[str, Entry]], setting: Setting) -> Results:
+    found: dict[str, dict[str, Figures]] = defaultdict(dict)
+
+    def one(scenario: str, entry: Entry) -> None:
+        began_s = time.monotonic()
+        figures = found[entry.name][scenario] = measure(scenario, entry, setting)
+        said = figures.get("failed", "")
+        print(
+            f"{scenario:14} {entry.name:26} {time.monotonic() - began_s:5.1f} s {said}", flush=True
+        )
+
+    beside = [
+        threading.Thread(target=one, args=step, daemon=True) for step in steps if step[0] in BESIDE
+    ]
+    for thread in beside:
+        thread.start()
+    for scenario, entry in steps:
+        if scenario not in BESIDE:
+            one(scenario, entry)
+    for thread in beside:
+        thread.join()
+    return Results(found)
+
+
+def show(tables: list[Grid]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 230)
+    for grid in tables:
+        table = Table(title=grid.title, title_justify="left")
+        for header in grid.headers:
+            table.add_column(header, overflow="fold")
+        for row in grid.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def write(tables: list[Grid], about: list[str]) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    lines = "\n".join(f"- {line}" for line in about)
+    body = "\n".join(grid.markdown() for grid in tables)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{body}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.limiter", description=__doc__)
+    names = [entry.name for entry in ENTRIES]
+    parser.add_argument("--only", action="append", choices=["ours", *names], default=[])
+    parser.add_argument("--scenario", action="append", choices=ALL, default=[])
+    parser.add_argument("--seconds", type=float, default=5.0, help="measured in each load")
+    parser.add_argument("--asyncio", action="store_true", help="asyncio's own loop, not uvloop")
+    parser.add_argument("--json", type=Path, help="put every figure into this file")
+    parser.add_argument("--write", action="store_true", help="put the tables into the document")
+    arguments = parser.parse_args()
+    setting = Setting(arguments.seconds, uvloop=not arguments.asyncio)
+    about = machine.describe(setting, sys.argv[1:])
+    began_s = time.monotonic()
+    steps = list(plan(set(arguments.only), set(arguments.scenario)))
+    results = run(steps, setting)
+    about.append(f"{len(steps)} measurements in {(time.monotonic() - began_s) / 60:.0f} minutes")
+    tables = grids(results)
+    show(tables)
+    print("\n".join(about))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results.by_limiter, indent=1))
+    if arguments.write:
+        write(tables, about)
+    return int(any(one.verdict == "missed" for one in verdicts(results)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
