@@ -40,6 +40,8 @@ class Fault:
 
 
 STALLED = {"stalled_s": 1.0, "block_ms": 3500.0}
+# Longer than a worker stands still: only its being cancelled ends them when it goes on.
+LONGER_CALLS = {"call_ms": 9000.0, "hard_ms": 12_000}
 # Longer than a process that is cut off may believe in its lease.
 LONG_CALLS = {"call_ms": 2000.0, "hard_ms": 5000}
 
@@ -55,6 +57,7 @@ FAULTS: dict[str, Fault] = {
     "stop-reuse": Fault(
         "a worker stopped for 2.5 leases, reuse",
         acts.stop_and_count_from_it,
+        orders=LONGER_CALLS,
         promise="only what stands still",
         recovery=1.0,
     ),
@@ -62,7 +65,7 @@ FAULTS: dict[str, Fault] = {
     "stall": Fault(
         "an event loop stalled until its session is given up",
         acts.block,
-        orders=STALLED,
+        orders={**STALLED, **LONGER_CALLS},
         promise="only what stands still",
     ),
     "stall-hold": Fault(

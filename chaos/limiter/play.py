@@ -6,7 +6,7 @@ import asyncio
 import random
 
 from chaos.limiter.faults import FAULTS, Fault
-from chaos.limiter.report import Outcome, Round, first_of_new_epoch_s, judge
+from chaos.limiter.report import WAKE_S, Outcome, Round, first_of_new_epoch_s, judge
 from chaos.limiter.scene import BACK_S, Scene, Size, open_scene
 from tests.waiting import wait_until
 
@@ -42,6 +42,9 @@ async def _rounds(scene: Scene, name: str, seconds: float, outcome: Outcome) -> 
     while number == 0 or loop.time() < end_s:
         await asyncio.sleep(scene.chance.uniform(0.2, 0.2 + scene.lease_s / 2))
         since_ns = await fault.act(scene, scene.busiest(), number)
+        if scene.frozen:
+            # Seen long enough to tell whether what stood still has really ended its calls.
+            await asyncio.sleep(2 * WAKE_S)
         recovery_s = await scene.recovered(since_ns)
         grants_s = await _granted_again(scene, fault, since_ns)
         outcome.rounds.append(Round(recovery_s, grants_s))
