@@ -146,7 +146,10 @@ class UpstreamError(TidegateError):
 
 
 class UpstreamThrottled(UpstreamError):
-    """429. `day_quota` is true when a quota per day is gone and a short wait won't help."""
+    """429. `day_quota` is true when a quota per day is gone and a short wait won't help.
+
+    unit: what there was too much of, `requests` or `tokens`; None where the provider did not say.
+    """
 
     code = "upstream_throttled"
     retryable = True
@@ -158,9 +161,11 @@ class UpstreamThrottled(UpstreamError):
         status: int | None = 429,
         retry_after_ms: int | None = None,
         day_quota: bool = False,
+        unit: str | None = None,
     ) -> None:
         super().__init__(message, status=status, retry_after_ms=retry_after_ms)
         self.day_quota = day_quota
+        self.unit = unit
 
 
 class UpstreamUnavailable(UpstreamError):

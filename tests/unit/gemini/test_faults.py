@@ -96,18 +96,20 @@ def test_a_retry_after_header_may_be_a_date() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quota_id", "day"),
+    ("quota_id", "day", "unit"),
     [
-        ("GenerateRequestsPerDayPerProjectPerModel-FreeTier", True),
-        ("GenerateRequestsPerMinutePerProjectPerModel-FreeTier", False),
-        (None, False),
+        ("GenerateRequestsPerDayPerProjectPerModel-FreeTier", True, "requests"),
+        ("GenerateRequestsPerMinutePerProjectPerModel-FreeTier", False, "requests"),
+        ("GenerateContentInputTokensPerModelPerMinute-PaidTier1", False, "tokens"),
+        ("GenerateContentInputTokensPerModelPerDay", True, "tokens"),
+        (None, False, None),
     ],
 )
-def test_a_quota_per_day_is_told_from_one_per_minute(quota_id: str | None, day: bool) -> None:
+def test_a_quota_is_told_by_its_name(quota_id: str | None, day: bool, unit: str | None) -> None:
     details = [{"@type": QUOTA, "violations": [7, {"quotaId": quota_id}]}]
     error = mapped(429, details=details)
     assert isinstance(error, UpstreamThrottled)
-    assert error.day_quota is day
+    assert (error.day_quota, error.unit) == (day, unit)
 
 
 @pytest.mark.parametrize(

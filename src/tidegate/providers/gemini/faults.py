@@ -152,8 +152,12 @@ def from_status(
     details = [item for item in _list(error.get("details")) if isinstance(item, dict)]
     retry_after_ms = _retry_after_ms(error, details, headers)
     if status == 429:
+        quotas = " ".join(_quota_ids(details))
         return UpstreamThrottled(
-            message, retry_after_ms=retry_after_ms, day_quota=_day_quota(details)
+            message,
+            retry_after_ms=retry_after_ms,
+            day_quota="perday" in quotas,
+            unit=next((unit for unit in ("tokens", "requests") if unit in quotas), None),
         )
     if status in (401, 403) or (status == 400 and _dead_key(error, details)):
         return UpstreamUnauthorized(message, status=status)
@@ -207,12 +211,15 @@ def _bounded_ms(value: float) -> int:
     return min(max(0, round(value)), MAX_RETRY_AFTER_MS)
 
 
-def _day_quota(details: list[dict[str, Any]]) -> bool:
-    for detail in details:
-        for violation in _list(detail.get("violations")):
-            if isinstance(violation, dict) and "perday" in str(violation.get("quotaId")).lower():
-                return True
-    return False
+def _quota_ids(details: list[dict[str, Any]]) -> list[str]:
+    """The quotas that a call was over, such as generaterequestsperdayperprojectpermodel-freetier:
+    in lower case, since their spelling varies."""
+    return [
+        str(violation.get("quotaId")).lower()
+        for detail in details
+        for violation in _list(detail.get("violations"))
+        if isinstance(violation, dict)
+    ]
 
 
 def _dead_key(error: Mapping[str, Any], details: list[dict[str, Any]]) -> bool:

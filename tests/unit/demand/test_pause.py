@@ -1,0 +1,82 @@
+"""What a 429 pauses, and for how long."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from tidegate.demand.pause import LONGEST_MS, USUAL_RAMP_MS, Pause, pause_after
+from tidegate.demand.reach import Reach
+from tidegate.errors import UpstreamThrottled
+from tidegate.policy.plain import of_plain
+
+NOON = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
+HOUR_MS = 3_600_000
+KIND, MODEL, TOTAL = "kind:text_only", "model:m", "pool:total"
+
+
+def paused(
+    error: UpstreamThrottled, *limits: str, now: datetime = NOON, zone: str | None = None
+) -> Pause | None:
+    tables = {"rpd:m": {"bound": 5, "zone": zone}} if zone else {}
+    policy = of_plain({"limits": {**dict.fromkeys((KIND, *limits), 5), **tables}})
+    asked = Reach(policy).limits("text_only", "m", "acme", 0)
+    return pause_after(error, asked, "models/m", policy, now)
+
+
+def throttled(unit: str | None = None, *, day: bool = False) -> UpstreamThrottled:
+    return UpstreamThrottled("429", retry_after_ms=47_000, day_quota=day, unit=unit)
+
+
+@pytest.mark.parametrize(
+    ("limits", "unit", "blamed"),
+    [
+        ((), None, KIND),
+        ((TOTAL, "rpm:total", "rpm:kind/text_only", "tenant:acme"), None, KIND),
+        ((TOTAL, MODEL), None, MODEL),
+        ((MODEL, "rpm:m"), None, "rpm:m"),
+        ((MODEL, "rpm:m", "itpm:m"), "requests", "rpm:m"),
+        ((MODEL, "rpm:m", "itpm:m"), "tokens", "itpm:m"),
+        ((MODEL, "rpm:m", "tpm:m"), "tokens", "tpm:m"),
+        ((MODEL, "rpm:m"), "tokens", MODEL),
+        (("rpm:m",), "tokens", KIND),
+        ((MODEL, "rpd:m"), "requests", MODEL),
+        (("model:m2", "rpm:m2"), None, KIND),
+    ],
+)
+def test_the_limit_nearest_to_the_cause_is_paused(
+    limits: tuple[str, ...], unit: str | None, blamed: str
+) -> None:
+    assert paused(throttled(unit), *limits) == Pause(blamed, 47_000, USUAL_RAMP_MS)
+
+
+def test_a_day_that_is_used_up_is_over_at_midnight_where_its_quota_says() -> None:
+    los_angeles = paused(throttled(day=True), "rpm:m", "rpd:m")
+    assert los_angeles == Pause("rpd:m", 19 * HOUR_MS, USUAL_RAMP_MS)
+    berlin = paused(throttled(day=True), zone="Europe/Berlin")
+    assert berlin == Pause("rpd:m", 10 * HOUR_MS, USUAL_RAMP_MS)
+    assert paused(throttled(day=True), MODEL) == Pause(MODEL, 19 * HOUR_MS, USUAL_RAMP_MS)
+    assert paused(throttled("tokens", day=True), "rpd:m", "tpd:m") == Pause(
+        "tpd:m", 19 * HOUR_MS, USUAL_RAMP_MS
+    )
+
+
+def test_a_day_on_which_the_clocks_change_is_as_long_as_it_is() -> None:
+    # Midnight in Los Angeles at 08:00 UTC; on 2026-11-01 the day has 25 hours.
+    start = datetime(2026, 11, 1, 7, 0, tzinfo=UTC)
+    found = paused(throttled(day=True), "rpd:m", now=start)
+    assert found is not None
+    assert found.for_ms == 25 * HOUR_MS
+
+
+def test_what_says_nothing_of_time_pauses_nothing() -> None:
+    assert paused(UpstreamThrottled("429"), "rpm:m") is None
+    assert paused(UpstreamThrottled("429", retry_after_ms=0), "rpm:m") is None
+
+
+def test_no_answer_can_pause_for_longer_than_it_could_mean() -> None:
+    found = paused(UpstreamThrottled("429", retry_after_ms=86_400_000), "rpm:m")
+    assert found == Pause("rpm:m", LONGEST_MS, USUAL_RAMP_MS)
+    short = paused(UpstreamThrottled("429", retry_after_ms=800), "rpm:m")
+    assert short == Pause("rpm:m", 800, 800)
