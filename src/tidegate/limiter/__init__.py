@@ -11,20 +11,43 @@ Knows nothing of language models, HTTP or PostgreSQL, and can be used alone:
 the tests step beside it.
 """
 
+from tidegate.limiter.demand import Demand
+from tidegate.limiter.flow import Tokens
 from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.limits import PoolPolicy
+from tidegate.limiter.limits import Adaptive, Band, Concurrency, PoolPolicy, Quota, Rate
 from tidegate.limiter.observer import Observer, State
 from tidegate.limiter.permit import Acquisition, Permit
-from tidegate.limiter.snapshot import LimitView, LocalState, Snapshot
+from tidegate.limiter.snapshot import (
+    Change,
+    LimitView,
+    LocalState,
+    PermitView,
+    QueueView,
+    SessionView,
+    Snapshot,
+    TenantView,
+)
 
 __all__ = [
     "Acquisition",
+    "Adaptive",
+    "Band",
+    "Change",
+    "Concurrency",
+    "Demand",
     "LimitView",
     "Limiter",
     "LocalState",
     "Observer",
     "Permit",
+    "PermitView",
     "PoolPolicy",
+    "QueueView",
+    "Quota",
+    "Rate",
+    "SessionView",
     "Snapshot",
     "State",
+    "TenantView",
+    "Tokens",
 ]

@@ -1,7 +1,8 @@
-"""Carries what the session has to say to Valkey and back: the only caller of `sync`.
+"""Carries what the session has to say to Valkey and back: the only caller of `sync` and `tend`.
 
-While one `sync` is under way the next batch collects; it leaves when the first returns. Invariant:
-one `sync` at a time.
+While one call is under way the next batch collects; it leaves when the first returns. What nobody
+waits for, such as the news that a permit was passed on inside this process, waits some milliseconds
+for company. Invariant: one call at a time.
 """
 
 from __future__ import annotations
@@ -19,29 +20,56 @@ from tidegate.limiter.scripts import load
 from tidegate.limiter.session import Session
 from tidegate.limiter.wire import SyncReply
 
+LINGER_S = 0.005
+# A permit that was freed while nobody waits is kept for the next one here no longer than this.
+LINGER_IDLE_S = 0.001
+
 
 class Courier:
     """See the module. `joined` is set once the pool has answered, or will never."""
 
     def __init__(
-        self, link: Link, keys: Keyspace, policy: PoolPolicy, ledger: Ledger, observer: Observer
+        self,
+        link: Link,
+        keys: Keyspace,
+        policy: PoolPolicy,
+        ledger: Ledger,
+        observer: Observer,
+        name: str,
     ) -> None:
         self.joined = asyncio.Event()
         self._wake = asyncio.Event()
         self._link = link
         self._keys = (keys.meta, keys.layout)
-        self._script = load("sync")
+        self._sync = load("sync")
+        self._tend = load("tend")
+        self._ledger = ledger
         self._observer = observer
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._linger: asyncio.TimerHandle | None = None
         self.session = Session(
             policy,
             ledger,
             observer,
             Lease(policy.lease_ms),
-            wake=self._wake.set,
+            name=name,
+            wake=self._kick,
             alarm=self._set_alarm,
             settled=self.joined.set,
         )
+
+    def _kick(self) -> None:
+        if self._wake.is_set():
+            return
+        if self.session.something_urgent():
+            self._wake.set()
+        elif self._linger is None:
+            delay_s = LINGER_IDLE_S if self._ledger.idle else LINGER_S
+            self._linger = asyncio.get_running_loop().call_later(delay_s, self._go)
+
+    def _go(self) -> None:
+        self._linger = None
+        self._wake.set()
 
     async def run(self) -> None:
         """Until cancelled, the session has left, or a fault that no retry mends."""
@@ -65,16 +93,20 @@ class Courier:
                 return
 
     async def _exchange(self) -> bool:
-        """One `sync`, if there is something to say; true if it ended the session."""
+        """One call, if there is something to say; true if it ended the session."""
         session = self.session
         if not session.something_to_say():
             return False
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
         deadline_s = session.lease.deadline_s()
-        server = await self._link.connect(deadline_s)
+        server = self._link.server or await self._link.connect(deadline_s)
         batch, request = session.prepare(server.run, server.uptime_ms)
+        script = self._sync if session.is_ordinary(request) else self._tend
         sent_ms = session.lease.now_ms()
         try:
-            raw = await self._link.run(self._script, self._keys, request.pack(), deadline_s)
+            raw = await self._link.run(script, self._keys, request.pack(), deadline_s)
         except BaseException:
             session.unanswered(batch)
             raise
@@ -82,14 +114,16 @@ class Courier:
         return session.answered(batch, request, SyncReply.unpack(raw), sent_ms)
 
     def _set_alarm(self, name: str, in_ms: float) -> None:
-        """Come back when a lease, a hold or the quiet time after a loss runs out."""
+        """Come back when a lease, a hold, a rate or the quiet time after a loss runs out."""
         old = self._timers.get(name)
         if old is not None:
             old.cancel()
         loop = asyncio.get_running_loop()
-        self._timers[name] = loop.call_later((in_ms + 2) / 1000, self.session.refresh)
+        self._timers[name] = loop.call_later((in_ms + 1) / 1000, self.session.refresh)
 
     def stop_timers(self) -> None:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        if self._linger is not None:
+            self._linger.cancel()

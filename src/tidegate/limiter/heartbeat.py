@@ -91,14 +91,7 @@ class Heartbeat:
         if identity.gen == 0:
             return
         server = self._connected()
-        request = Renewal(
-            self._sid,
-            identity.gen,
-            identity.epoch,
-            server.run,
-            server.uptime_ms,
-            self._lease.lease_ms,
-        )
+        request = Renewal(self._sid, identity.gen, identity.epoch, server.run)
         sent_ms = now_ms()
         reply = RenewReply.unpack(self._evaluate(request.pack()))
         self.renewals += 1

@@ -20,6 +20,7 @@ from tidegate.limiter.permit import Permit
 class Hold:
     """One permit. `take` waits for it, `release` or `finish` gives it back.
 
+    acquire: makes the acquisition; called on the loop, by `take`.
     stop: awaited when the permit is lost, overdue or dropped, before it is given back. It has to
         end what the permit is for.
     hard_ms: how long after its grant the permit is overdue; None is never.
@@ -27,7 +28,7 @@ class Hold:
     """
 
     __slots__ = (
-        "_acquisition",
+        "_acquire",
         "_admitted",
         "_dropped",
         "_hard_ms",
@@ -41,12 +42,12 @@ class Hold:
 
     def __init__(
         self,
-        acquisition: AbstractAsyncContextManager[Permit | None],
+        acquire: Callable[[], AbstractAsyncContextManager[Permit | None]],
         stop: Callable[[], Awaitable[None]],
         *,
         hard_ms: int | None = None,
     ) -> None:
-        self._acquisition = acquisition
+        self._acquire = acquire
         self._stop = stop
         self._hard_ms = hard_ms
         self._released = asyncio.Event()
@@ -78,7 +79,7 @@ class Hold:
             raise
 
     async def _own(self, admitted: asyncio.Future[Permit | None]) -> None:
-        async with self._acquisition as permit:
+        async with self._acquire() as permit:
             self.permit = permit
             if admitted.done():  # cancelled in the moment of the grant
                 return

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LAYOUT = 1
+LAYOUT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class KeyShape:
     """One kind of key. `ttl` says how long it lives, or why it has no end."""
 
     name: str
-    type: Literal["string", "hash", "zset"]
+    type: Literal["string", "hash", "zset", "list"]
     fields: str
     ttl: str
     expires: bool
@@ -29,19 +29,37 @@ SESSION_KEEP = "2 h after its session's last sync; gone with the session"
 
 SHAPES = (
     KeyShape("meta", "hash",
-             "run epoch began recover_until clock seq revision lease_ms hold policy",
-             "none: the record of the pool, with the revision of its policy", False),
+             "run epoch began recover_until clock seq revision lease_ms hold bands queue_max "
+             "hand_off reap_ms policy parked timed_at starving; per limit d: definition, u: used, "
+             "w: waits:virtual time:credit of each band, p: pause, a: adapted, x: shadowed, "
+             "b: spent as asserted in this epoch",
+             "none: the record of the pool, with its policy", False),
     KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),
-    KeyShape("limits", "hash", "limit -> how many", "none: part of the policy", False),
-    KeyShape("used", "hash", "limit -> permits held or held over", POOL_KEEP, True),
+    KeyShape("history", "list", "the last policies: revision, ms, who, blob",
+             "none: who changed what, 100 at most", False),
+    KeyShape("tenants", "hash", "w: weight; while it waits n: waiting, s: last stamp",
+             "none: part of the policy", False),
     KeyShape("sessions", "zset", "session by expiry in ms", POOL_KEEP, True),
-    KeyShape("lapsing", "zset", "ticket|session|limit by hard deadline in ms",
+    KeyShape("lapsing", "zset", "ticket|session|lane by hard deadline in ms",
              "1 h after the last hard deadline in it", True),
-    KeyShape("session:", "hash", "gen batch sent acked blocked lane:*", SESSION_KEEP, True),
-    KeyShape("held:", "hash", "ticket -> seq|hard deadline in ms|limit", SESSION_KEEP, True),
-    KeyShape("waiting:", "hash", "ticket -> deadline in ms|hard_ms|lane", SESSION_KEEP, True),
-    KeyShape("queue:", "zset", "per lane and session: ticket by stamp", SESSION_KEEP, True),
-    KeyShape("heads:", "zset", "per lane: session by the stamp of its first ticket",
+    KeyShape("timed", "zset", "limit by the ms at which it has room again", POOL_KEEP, True),
+    KeyShape("starving", "zset", "session|flow that was sent to and fro, by sequence",
+             POOL_KEEP, True),
+    KeyShape("park:", "zset", "per limit|band: waiting tenant by start tag", SESSION_KEEP, True),
+    KeyShape("line:", "zset", "per limit|band|tenant: session|flow by its first ticket's stamp",
+             SESSION_KEEP, True),
+    KeyShape("past:", "zset", "per limit|band: tenant that waits no more by start tag", POOL_KEEP,
+             True),
+    KeyShape("log:", "list", "per limit: ms of each admission in the window", "the window", True),
+    KeyShape("rate:", "hash", "per limit: amount by bucket", "two windows", True),
+    KeyShape("quota:", "hash", "per limit: used reset_at", "1 h after its reset", True),
+    KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at; at:flow -> "
+             "limit|bounces", SESSION_KEEP, True),
+    KeyShape("held:", "hash", "ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
+             SESSION_KEEP, True),
+    KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to be told",
+             SESSION_KEEP, True),
+    KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",
              SESSION_KEEP, True),
 )  # fmt: skip
 

@@ -1,8 +1,7 @@
-"""What this process waits for, holds and has still to say: decided here, sent by `courier.py`.
+"""What this process waits for and holds: decided here, said by `outbox.py`, sent by `courier.py`.
 
-Does no I/O. Invariants: a ticket is waiting, held or gone, and each is granted or given up once;
-what was said in a batch that may not have arrived is said again, until a later batch is confirmed;
-a permit that is passed on inside the process is never also given back.
+Does no I/O. Invariants: a ticket is waiting, held or gone, and each is granted or given up once; a
+permit that is passed on inside the process is never also given back.
 """
 
 from __future__ import annotations
@@ -10,76 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice
 
-MAX_ENTRIES = 500
+from tidegate.limiter.entries import Batch, Holding, Release, Transfer, Waiter
+from tidegate.limiter.flow import Flow
+from tidegate.limiter.outbox import Outbox
+from tidegate.limiter.wire import OUTCOMES, USAGE_LATER
 
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    """A ticket in the queue. `deadline_ms` and `asked_ms` are of the lease's clock."""
-
-    ticket: int
-    limit: str
-    hard_ms: int
-    asked_ms: float
-    deadline_ms: float
-    future: asyncio.Future[Holding]
-    sent: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Holding:
-    """A permit in use. `on_fence` cancels the body that uses it."""
-
-    ticket: int
-    limit: str
-    epoch: int
-    seq: int
-    hard_until_ms: float
-    waited_ms: float
-    fenced: bool = False
-    on_fence: Callable[[], None] | None = None
-
-    def hard_left_ms(self, now_ms: float) -> int:
-        return max(1, int(self.hard_until_ms - now_ms))
-
-
-@dataclass(slots=True)
-class Release:
-    """A permit given back. `sent` once it has been in a batch, which may have arrived."""
-
-    ticket: int
-    limit: str
-    epoch: int
-    seq: int
-    outcome: str
-    tokens: int | None
-    sent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """A permit passed on inside the process: what the server counts under `source` is `heir`'s."""
-
-    source: int
-    heir: Holding
-
-
-@dataclass(slots=True)
-class Batch:
-    """What one call of the script carries; kept until it is known to have arrived."""
-
-    joining: bool = False
-    held: list[Holding] = field(default_factory=list)
-    transfers: list[Transfer] = field(default_factory=list)
-    releases: list[Release] = field(default_factory=list)
-    cancels: list[int] = field(default_factory=list)
-    enqueues: list[Waiter] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.transfers) + len(self.releases) + len(self.cancels) + len(self.enqueues)
+# Fences of one permit that is passed on inside a process; the server's are this far apart.
+CHAIN = 1000
+MAX_FLOWS = 10_000
 
 
 @dataclass(slots=True)
@@ -87,6 +27,7 @@ class Counts:
     """How often things happened since the start; the tests' and benchmarks' ground."""
 
     admitted: int = 0
+    handed_on: int = 0
     recycled: int = 0
     local: int = 0
     strays: int = 0
@@ -98,114 +39,218 @@ def _new_future() -> asyncio.Future[Holding]:
 
 
 class Ledger:
-    """See the module. `recycling` is set while a freed permit may be passed on in the process."""
+    """See the module. `recycling` is set while a freed permit may be passed on in the process
+    whatever the server says, since it says nothing; `idle` while nobody waits in the whole pool.
+    """
 
     def __init__(self, new_future: Callable[[], asyncio.Future[Holding]] | None = None) -> None:
         self._new_future = new_future or _new_future
         self.waiting: dict[int, Waiter] = {}
         self.held: dict[int, Holding] = {}
         self.held_of: Counter[str] = Counter()
+        self.spent_since: Counter[str] = Counter()
         self.counts = Counts()
         self.recycling = False
+        self.idle = False
+        self.outbox = Outbox()
         self._tickets = count(1)
-        self._lanes: dict[str, dict[int, Waiter]] = {}
-        self._enqueues: dict[int, Waiter] = {}
-        self._cancels: list[int] = []
-        self._releases: list[Release] = []
-        # By heir, so that a permit passed on many times while Valkey is away is one entry; those
-        # which may have arrived stay as they were said.
-        self._transfers: dict[int, Transfer] = {}
-        self._said_transfers: list[Transfer] = []
-        # Tickets given up or passed on, until the server is known to have heard of it.
-        self._parting: set[int] = set()
+        self._flows: dict[tuple[int, str, tuple[str, ...]], Flow] = {}
+        self._lanes: dict[tuple[int, tuple[str, ...]], dict[str, Flow]] = {}
+        self._local_tags: Counter[str] = Counter()
 
     def __repr__(self) -> str:
-        return f"<Ledger waiting={len(self.waiting)} held={len(self.held)} unsaid={self.unsaid()}>"
+        return (
+            f"<Ledger waiting={len(self.waiting)} held={len(self.held)} unsaid={len(self.outbox)}>"
+        )
 
-    def unsaid(self) -> int:
-        """How many entries are to be sent."""
-        transfers = len(self._transfers) + len(self._said_transfers)
-        return len(self._enqueues) + len(self._cancels) + len(self._releases) + transfers
+    def flow(self, band: int, tenant: str, limits: tuple[str, ...]) -> Flow:
+        """The flow of that name, one object for all that ask for it."""
+        name = (band, tenant, limits)
+        flow = self._flows.get(name)
+        if flow is None:
+            if len(self._flows) >= MAX_FLOWS:
+                self._flows = {n: f for n, f in self._flows.items() if f.waiting or f.held}
+            flow = self._flows[name] = Flow(band, tenant, limits)
+        return flow
 
     def waiting_in(self, limit: str) -> int:
-        return len(self._lanes.get(limit, ()))
+        flows = (flow for lane in self._lanes.values() for flow in lane.values())
+        return sum(len(flow.waiting) for flow in flows if limit in flow.limits)
 
-    def ask(self, limit: str, *, hard_ms: int, now_ms: float, deadline_ms: float) -> Waiter:
-        """A new waiter at the end of its lane."""
-        future = self._new_future()
-        waiter = Waiter(next(self._tickets), limit, hard_ms, now_ms, deadline_ms, future)
-        self.waiting[waiter.ticket] = waiter
-        self._lanes.setdefault(limit, {})[waiter.ticket] = waiter
-        self._enqueues[waiter.ticket] = waiter
+    # -- waiting
+
+    def ask(
+        self,
+        flow: Flow,
+        *,
+        amounts: str = "",
+        hard_ms: int,
+        now_ms: float,
+        deadline_ms: float,
+        once: bool = False,
+    ) -> Waiter:
+        """A new waiter at the end of its flow; let in at once by a permit that is spare."""
+        ticket, cost_ms = next(self._tickets), round(flow.cost_ms)
+        member = f"{ticket}|{hard_ms}|{cost_ms}|{amounts}"
+        waiter = Waiter(
+            ticket, flow, member, hard_ms, cost_ms, now_ms, deadline_ms, self._new_future(), once
+        )
+        if not flow.waiting and self._take_spare(waiter, now_ms):
+            return waiter
+        if self.idle or not flow.waiting:
+            self.outbox.urgent = True
+        self.waiting[ticket] = waiter
+        if not flow.waiting:
+            self._lanes.setdefault(flow.lane, {})[flow.key] = flow
+        flow.waiting[ticket] = waiter
+        self.outbox.enqueue(waiter)
         return waiter
+
+    def _take_spare(self, waiter: Waiter, now_ms: float) -> bool:
+        release = self.outbox.take_spare(waiter.flow) if self.idle else None
+        if release is None:
+            return False
+        heir = self._hold(waiter, release.epoch, release.seq + 1, now_ms)
+        self.outbox.transfer(Transfer(release.ticket, heir, "", release.took_ms))
+        self.counts.handed_on += 1
+        return True
 
     def abandon(self, ticket: int, now_ms: float) -> None:
         """The waiter gave up. A grant that reached it already, or crosses this, is given back."""
         waiter = self._forget(ticket)
         if waiter is None:
             if ticket in self.held:
-                self.release(ticket, outcome="ignored", tokens=None, now_ms=now_ms)
+                self.release(ticket, outcome="ignored", actual="", now_ms=now_ms)
         elif waiter.sent:
-            self._cancel(ticket)
+            self.outbox.cancel(ticket, waiter.flow, waiter.member)
 
     def _forget(self, ticket: int) -> Waiter | None:
         waiter = self.waiting.pop(ticket, None)
         if waiter is not None:
-            lane = self._lanes[waiter.limit]
-            del lane[ticket]
-            if not lane:
-                del self._lanes[waiter.limit]
-            self._enqueues.pop(ticket, None)
+            flow = waiter.flow
+            del flow.waiting[ticket]
+            if not flow.waiting:
+                flow.hint = None
+                lane = self._lanes[flow.lane]
+                del lane[flow.key]
+                if not lane:
+                    del self._lanes[flow.lane]
+            self.outbox.unqueue(ticket)
         return waiter
 
-    def _cancel(self, ticket: int) -> None:
-        self._cancels.append(ticket)
-        self._parting.add(ticket)
+    def refuse(self, waiter: Waiter, error: Exception, now_ms: float) -> None:
+        """End a wait with an error."""
+        self.abandon(waiter.ticket, now_ms)
+        if not waiter.future.done():
+            waiter.future.set_exception(error)
 
-    def release(self, ticket: int, *, outcome: str, tokens: int | None, now_ms: float) -> None:
-        """Give a permit back, or pass it on to the next waiter here while `recycling`."""
+    def refused(self, ticket: int) -> Waiter | None:
+        """The server did not take a ticket: it is in no queue."""
+        return self._forget(ticket)
+
+    # -- giving back and passing on
+
+    def release(
+        self, ticket: int, *, outcome: str, actual: str, now_ms: float, usage_later: bool = False
+    ) -> None:
+        """Give a permit back, or pass it on to the next waiter here where that is fair."""
         holding = self.held.pop(ticket, None)
         if holding is None:
             return
-        self.held_of[holding.limit] -= 1
-        passed_to_us = self._transfers.pop(ticket, None)
-        source = ticket if passed_to_us is None else passed_to_us.source
-        release = Release(source, holding.limit, holding.epoch, holding.seq, outcome, tokens)
-        self._parting.add(source)
-        if holding.fenced or not self.recycling or not self._pass_on(release, now_ms):
-            self._releases.append(release)
+        flow = holding.flow
+        flow.held -= 1
+        for name in flow.limits:
+            self.held_of[name] -= 1
+        took_ms = now_ms - holding.held_from_ms
+        if outcome == "success":
+            flow.learn(took_ms)
+        off_ms = abs(took_ms - holding.cost_ms)
+        said_ms = max(1, round(took_ms)) if off_ms > max(5.0, holding.cost_ms / 4) else 0
+        later = USAGE_LATER if usage_later else 0
+        release = Release(
+            ticket, flow, holding.epoch, holding.seq, OUTCOMES[outcome] + later, said_ms, actual
+        )
+        self.outbox.parting.add(ticket)
+        if holding.fenced or not self._pass_on(release, now_ms):
+            self._give(release, spare=not holding.fenced)
+
+    def _give(self, release: Release, *, spare: bool) -> None:
+        chain_goes_on = release.flow.plain and release.seq % CHAIN < CHAIN - 1
+        self.outbox.give(release, spare=spare and self.idle and chain_goes_on)
+        if not self.idle:
+            self.outbox.urgent = True
 
     def _pass_on(self, release: Release, now_ms: float) -> bool:
-        waiter = self._first_of(release.limit)
-        if waiter is None:
+        flow = release.flow
+        if self.recycling:
+            heir = self._next_anyhow(flow)
+        elif flow.plain and release.seq % CHAIN < CHAIN - 1:
+            heir = self._next_by_hint(flow.lane)
+        else:
+            heir = None
+        if heir is None:
             return False
-        heir = self._hold(waiter, release.epoch, release.seq, now_ms)
-        self._transfers[heir.ticket] = Transfer(release.ticket, heir)
-        self.counts.recycled += 1
+        seq = release.seq + (1 if release.seq % CHAIN < CHAIN - 1 else 0)
+        holding = self._hold(heir, release.epoch, seq, now_ms)
+        self.outbox.transfer(Transfer(release.ticket, holding, heir.member, release.took_ms))
+        if self.recycling:
+            self.counts.recycled += 1
+        else:
+            self.counts.handed_on += 1
+            # The last one that we know of: ask who comes next.
+            if self._next_by_hint(flow.lane) is None:
+                self.outbox.urgent = True
         return True
 
-    def _first_of(self, limit: str) -> Waiter | None:
-        """The first waiter of a lane whose task has not been cancelled in this very moment."""
-        for waiter in self._lanes.get(limit, {}).values():
-            if not waiter.future.done():
-                return waiter
-        return None
+    def _next_by_hint(self, lane: tuple[int, tuple[str, ...]]) -> Waiter | None:
+        best: tuple[int, Waiter] | None = None
+        for flow in self._lanes.get(lane, {}).values():
+            found = flow.next_by_hint()
+            if found is not None and (best is None or found[0] < best[0]):
+                best = found
+        return best[1] if best else None
+
+    def _next_anyhow(self, flow: Flow) -> Waiter | None:
+        """Nobody can be asked: the fair order among our own waiters for the same limits."""
+        if flow.rates:
+            return None
+        found = [
+            (other.band, self._local_tags[other.tenant], waiter.asked_ms, waiter.ticket, waiter)
+            for (_, limits), lane in self._lanes.items()
+            if limits == flow.limits
+            for other in lane.values()
+            if (waiter := other.first()) is not None
+        ]
+        if not found:
+            return None
+        waiter = min(found)[4]
+        chosen = waiter.flow
+        self._local_tags[chosen.tenant] += max(1, waiter.cost_ms * 100 // chosen.weight)
+        return waiter
 
     def recycle_unsent(self, now_ms: float) -> None:
         """Valkey is away: pass on what was freed but never said."""
-        self._releases = [
-            release
-            for release in self._releases
-            if release.sent or not self._pass_on(release, now_ms)
-        ]
+        for release in self.outbox.unsent():
+            if self._pass_on(release, now_ms):
+                self.outbox.keep(release)
 
-    def admit_locally(self, shares: Iterable[tuple[str, int]], epoch: int, now_ms: float) -> None:
-        """Valkey is away for longer than the lease: use this process's own share."""
-        for limit, share in shares:
-            while self.held_of[limit] < share:
-                waiter = self._first_of(limit)
-                if waiter is None:
-                    break
+    def start_recycling(self) -> None:
+        """From now on the order of waiters is ours."""
+        if not self.recycling:
+            self._local_tags.clear()
+        self.recycling = True
+
+    def settle_later(self, ticket: int, actual: str) -> None:
+        """The usage of a call whose permit was given back as `usage_later`."""
+        self.outbox.settle(ticket, actual)
+
+    # -- being let in
+
+    def admit_locally(self, allows: Callable[[Waiter], bool], epoch: int, now_ms: float) -> None:
+        """Valkey is away for longer than the lease: let in whom `allows` lets."""
+        flows = [flow for lane in self._lanes.values() for flow in lane.values()]
+        for flow in sorted(flows, key=lambda flow: flow.band):
+            while (waiter := flow.first()) is not None and allows(waiter):
                 self._hold(waiter, epoch, 0, now_ms)
                 self.counts.local += 1
 
@@ -214,27 +259,40 @@ class Ledger:
         waiter = self.waiting.get(ticket)
         if waiter is not None:
             self._hold(waiter, epoch, seq, now_ms)
-        elif ticket not in self.held and ticket not in self._parting:
+        elif ticket not in self.held and ticket not in self.outbox.parting:
             self.counts.strays += 1
-            self._cancel(ticket)
+            self.outbox.cancel(ticket, None, "")
+            self.outbox.urgent = True
 
     def _hold(self, waiter: Waiter, epoch: int, seq: int, now_ms: float) -> Holding:
         self._forget(waiter.ticket)
+        flow = waiter.flow
         holding = Holding(
             waiter.ticket,
-            waiter.limit,
+            flow,
             epoch,
             seq,
+            waiter.cost_ms,
+            now_ms,
             now_ms + waiter.hard_ms,
             now_ms - waiter.asked_ms,
         )
         self.held[waiter.ticket] = holding
-        self.held_of[waiter.limit] += 1
+        flow.held += 1
+        for name in flow.limits:
+            self.held_of[name] += 1
+        if flow.rates:
+            self.spent_since.update(flow.spends(waiter.amounts))
         self.counts.admitted += 1
         # A future that is done belongs to a task that is being cancelled: it will abandon.
         if not waiter.future.done():
             waiter.future.set_result(holding)
         return holding
+
+    def stamp(self, waiters: Iterable[Waiter], stamps: Iterable[int]) -> None:
+        """Where the server put the tickets of a batch."""
+        for waiter, stamp in zip(waiters, stamps, strict=False):
+            waiter.stamp = stamp
 
     def fence(self) -> int:
         """Our session is gone: cancel every body. They stay in the ledger until they have ended."""
@@ -244,67 +302,36 @@ class Ledger:
             if holding.on_fence is not None:
                 holding.on_fence()
         self.counts.fenced += len(fenced)
+        self.outbox.forget_spare()
         return len(fenced)
 
+    # -- batches
+
+    def flows_to_hint(self, most: int) -> list[Flow]:
+        """Flows that wait for what this process holds permits of, of those that may hand on."""
+        held = {holding.flow.lane for holding in self.held.values() if holding.flow.plain}
+        lanes = (self._lanes[lane] for lane in held if lane in self._lanes)
+        return list(islice((flow for lane in lanes for flow in lane.values()), most))
+
+    def drop_hints(self) -> None:
+        for lane in self._lanes.values():
+            for flow in lane.values():
+                flow.hint = None
+
     def take(self) -> Batch:
-        """The next batch to send, at most `MAX_ENTRIES` of each sort."""
-        enqueues = list(islice(self._enqueues.values(), MAX_ENTRIES))
-        for waiter in enqueues:
-            waiter.sent = True
-            del self._enqueues[waiter.ticket]
-        batch = Batch(
-            transfers=[*self._said_transfers, *self._transfers.values()],
-            releases=self._releases[:MAX_ENTRIES],
-            cancels=self._cancels[:MAX_ENTRIES],
-            enqueues=enqueues,
-        )
-        for release in batch.releases:
-            release.sent = True
-        self._said_transfers.clear()
-        self._transfers.clear()
-        del self._releases[:MAX_ENTRIES]
-        del self._cancels[:MAX_ENTRIES]
-        return batch
+        """The next batch to send."""
+        return self.outbox.take()
 
     def take_join(self) -> Batch:
-        """A batch that tells a server which knows nothing of us all that we hold and wait for.
-
-        The server forgets what it had of this session, so cancels and transfers have no object
-        any more; releases still have: the permit may be held over.
-        """
-        self._parting.difference_update(self._cancels)
-        self._parting.difference_update(t.source for t in self._said_transfers)
-        self._parting.difference_update(t.source for t in self._transfers.values())
-        self._cancels.clear()
-        self._said_transfers.clear()
-        self._transfers.clear()
-        self._enqueues = dict(self.waiting)
-        batch = self.take()
-        batch.joining = True
-        batch.held = list(self.held.values())
-        return batch
-
-    def confirm(self, batch: Batch) -> None:
-        """The server has done what the batch said."""
-        self._parting.difference_update(batch.cancels)
-        self._parting.difference_update(release.ticket for release in batch.releases)
-        self._parting.difference_update(transfer.source for transfer in batch.transfers)
+        """The batch of a session that joins."""
+        self.drop_hints()
+        return self.outbox.take_join(self.waiting, self.held.values())
 
     def restore(self, batch: Batch) -> None:
         """The batch may or may not have arrived: say it again, before anything newer."""
-        self._said_transfers[:0] = batch.transfers
-        self._releases[:0] = batch.releases
-        self._cancels[:0] = batch.cancels
-        again = {w.ticket: w for w in batch.enqueues if w.ticket in self.waiting}
-        self._enqueues = again | self._enqueues
+        self.outbox.restore(batch, self.waiting)
 
     def reconcile(self, held: Iterable[tuple[int, int]], epoch: int, now_ms: float) -> None:
         """Compare with all that the server says we hold: pick up grants whose push was lost."""
         for ticket, seq in held:
             self.grant(ticket, epoch, seq, now_ms)
-
-    def refuse(self, waiter: Waiter, error: Exception, now_ms: float) -> None:
-        """End a wait with an error."""
-        self.abandon(waiter.ticket, now_ms)
-        if not waiter.future.done():
-            waiter.future.set_exception(error)

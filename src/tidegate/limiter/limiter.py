@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, Unpack
 
 from tidegate.errors import (
     AdmissionError,
@@ -18,21 +19,23 @@ from tidegate.errors import (
     LimiterUnavailable,
     QueueFull,
     ShuttingDown,
-    TidegateError,
 )
 from tidegate.limiter.courier import Courier
+from tidegate.limiter.decorate import AcquireOptions, P, R, limited
+from tidegate.limiter.demand import Demand
+from tidegate.limiter.entries import Holding, Waiter
+from tidegate.limiter.flow import Flow, Tokens, tokens_of
 from tidegate.limiter.heartbeat import STALLED_S, Heartbeat
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import now_ms
-from tidegate.limiter.ledger import Holding, Ledger, Waiter
-from tidegate.limiter.limits import DEFAULT_HARD_MS, PoolPolicy
-from tidegate.limiter.link import Link, LinkDown
+from tidegate.limiter.ledger import Ledger
+from tidegate.limiter.limits import DEFAULT_HARD_MS, DEFAULT_PRIORITY, PoolPolicy, check_tenant
+from tidegate.limiter.link import Link
 from tidegate.limiter.listener import Listener
 from tidegate.limiter.observer import Observer
-from tidegate.limiter.permit import Acquisition, Permit
-from tidegate.limiter.scripts import load
-from tidegate.limiter.snapshot import LimitView, LocalState, Snapshot
-from tidegate.limiter.wire import InspectReply
+from tidegate.limiter.operations import Operations
+from tidegate.limiter.permit import Acquisition, Attempt, Permit
+from tidegate.limiter.snapshot import LocalState
 
 logger = logging.getLogger("tidegate.limiter")
 
@@ -41,7 +44,7 @@ MAX_WAITERS = 100_000
 CLOSE_BODIES_S = 1.0
 
 
-class Limiter:
+class Limiter(Operations):
     """Permits of one pool for this process. Enter it, or call `start` and `aclose`."""
 
     def __init__(
@@ -63,8 +66,10 @@ class Limiter:
         self._max_waiters = max_waiters
         self._stalled_s = stalled_s
         self._ledger = Ledger()
-        self._link = Link(url)
-        self._courier = Courier(self._link, self._keys, policy, self._ledger, self._observer)
+        self._link = Link(url, self._keys.meta)
+        self._courier = Courier(
+            self._link, self._keys, policy, self._ledger, self._observer, instance_id or ""
+        )
         self._session = self._courier.session
         self._heartbeat: Heartbeat | None = None
         self._listener: Listener | None = None
@@ -73,6 +78,9 @@ class Limiter:
         self._closing = False
         self._idle = asyncio.Event()
         self._wait_ewma_ms: dict[str, float] = {}
+        self._bands_of: PoolPolicy | None = None
+        self._bands: dict[str, int] = {}
+        self._usual_band = 1
 
     @classmethod
     def from_url(
@@ -134,6 +142,7 @@ class Limiter:
             session.lease,
             session.take_push,
             session.refresh,
+            lambda: self._link.server,
         )
         self._carrying = asyncio.create_task(courier.run(), name="tidegate-courier")
         self._tasks = [
@@ -171,71 +180,145 @@ class Limiter:
 
     def acquire(
         self,
-        limit: str,
-        *,
+        *limits: str,
         tenant: str = "default",
-        tokens: int | None = None,
+        priority: str | None = None,
+        tokens: int | Tokens | None = None,
+        images: int = 0,
         deadline_ms: int | None = None,
         hard_ms: int | None = None,
     ) -> Acquisition:
-        """`async with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
+        """`async with limiter.acquire("kind:text_only", "pool:total", deadline_ms=30_000) as permit:`
 
-        Entering waits for the permit, at most `deadline_ms`; leaving gives it back without a round
-        trip. `hard_ms` is the longest that the call can last: with `on_expiry = "hold"` the permit
-        of a dead process counts for that long (10 minutes if not given). `tenant` and `tokens` are
-        taken for later.
+        Entering waits for all of `limits` together, at most `deadline_ms`; leaving gives the permit
+        back without a round trip. `tenant` is whose share it is; `priority` the name of a band;
+        `tokens` and `images` an estimate for limits that count them. `hard_ms` is the longest that
+        the call can last: with `on_expiry = "hold"` the permit of a dead process counts for that
+        long (10 minutes if not given).
 
         Raises on entering: DeadlineExceeded, LimiterUnavailable (Valkey is away at the deadline),
-        DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown. Cancelling the
-        wait takes the ticket out; a permit that was granted in that moment is given back.
+        DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown; ConfigError for
+        an unknown priority or a tenant's name that can't be one; ValueError for a limit of tokens
+        without `tokens`. Cancelling the wait takes the ticket out; a permit that was granted in
+        that moment is given back.
         Raises on leaving: LeaseLost, when the session was lost while the body ran; the body is
         cancelled then.
         """
-        return Acquisition(self, limit, deadline_ms=deadline_ms, hard_ms=hard_ms)
+        wanted = None if tokens is None else tokens_of(tokens)
+        return Acquisition(
+            self,
+            Demand(
+                limits, tenant, priority, wanted, images, deadline_ms, hard_ms or DEFAULT_HARD_MS
+            ),
+        )
 
-    def _ask(self, limit: str, deadline_ms: int | None, hard_ms: int | None) -> Waiter:
+    def try_acquire(
+        self,
+        *limits: str,
+        tenant: str = "default",
+        priority: str | None = None,
+        tokens: int | Tokens | None = None,
+        images: int = 0,
+        hard_ms: int | None = None,
+    ) -> Attempt:
+        """`async with limiter.try_acquire("kind:text_only") as permit:` where `permit` is None if it
+        can't be had at once, which takes no longer than the server's next answer, or while Valkey
+        is away. Otherwise as `acquire`."""
+        wanted = None if tokens is None else tokens_of(tokens)
+        within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
+        demand = Demand(
+            limits,
+            tenant,
+            priority,
+            wanted,
+            images,
+            within_ms,
+            hard_ms or DEFAULT_HARD_MS,
+            once=True,
+        )
+        return Attempt(Acquisition(self, demand))
+
+    def limited(
+        self, *limits: str, **options: Unpack[AcquireOptions]
+    ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
+        """A decorator: each call of the coroutine function runs under a permit. Options as
+        `acquire` takes them."""
+        return limited(self, *limits, **options)
+
+    def _flow(self, demand: Demand) -> Flow:
+        policy = self._session.policy
+        if policy is not self._bands_of:
+            self._bands_of = policy
+            self._bands = {band.name: number for number, band in enumerate(policy.bands, 1)}
+            usual = DEFAULT_PRIORITY if DEFAULT_PRIORITY in self._bands else policy.bands[0].name
+            self._usual_band = self._bands[usual]
+        band = self._usual_band
+        if demand.priority is not None and demand.priority not in self._bands:
+            policy.band(demand.priority)
+        if demand.priority is not None:
+            band = self._bands[demand.priority]
+        limits = demand.limits
+        if len(limits) != 1:
+            if not limits:
+                raise ValueError("acquire needs a limit")
+            limits = tuple(sorted(set(limits)))
+        flow = self._ledger.flow(band, demand.tenant, limits)
+        if flow.revision != policy.revision:
+            check_tenant(demand.tenant)
+            flow.refresh(policy)
+        return flow
+
+    def _ask(self, demand: Demand) -> tuple[Waiter, asyncio.TimerHandle | None]:
         if self._closing:
             raise ShuttingDown("the limiter is closing")
         if self._session.fatal is not None:
             raise self._session.fatal
-        if self.policy.limits.get(limit, 0) == 0:
-            raise self._refused(DemandImpossible(f"{limit} lets nobody in", limit=limit))
+        try:
+            flow = self._flow(demand)
+        except DemandImpossible as error:
+            raise self._refused(error) from None
         if len(self._ledger.waiting) >= self._max_waiters:
-            retry_ms = self._retry_after_ms(limit)
-            error = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
-            raise self._refused(error)
+            limit, retry_ms = flow.limits[0], self._retry_after_ms(flow.limits[0])
+            full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
+            raise self._refused(full)
         at = now_ms()
+        deadline_ms = demand.deadline_ms
         waiter = self._ledger.ask(
-            limit,
-            hard_ms=DEFAULT_HARD_MS if hard_ms is None else max(1, hard_ms),
+            flow,
+            amounts=flow.amounts(demand.tokens, demand.images),
+            hard_ms=max(1, demand.hard_ms),
             now_ms=at,
             deadline_ms=float("inf") if deadline_ms is None else at + deadline_ms,
+            once=demand.once,
         )
-        if deadline_ms is not None:
-            loop = asyncio.get_running_loop()
-            timer = loop.call_later(max(0, deadline_ms) / 1000, self._expire, waiter)
-            waiter.future.add_done_callback(lambda _: timer.cancel())
-        self._session.admit_locally()
+        timer = None
+        if not waiter.future.done():
+            if deadline_ms is not None:
+                loop = asyncio.get_running_loop()
+                timer = loop.call_later(max(0, deadline_ms) / 1000, self._expire, waiter)
+            if self._session.away:
+                self._session.admit_locally()
         self._session.kick()
-        return waiter
+        return waiter, timer
 
     def _expire(self, waiter: Waiter) -> None:
         """The deadline came."""
         if waiter.future.done():
             return
-        limit, retry_ms = waiter.limit, self._retry_after_ms(waiter.limit)
+        limit = waiter.flow.limits[0]
+        retry_ms = self._retry_after_ms(limit)
         error: AdmissionError
-        if self._session.away and (self.policy.when_away == "closed" or not self._share(limit)):
+        local = self.policy.when_away == "local" and self._session.has_share(waiter.flow.limits)
+        if self._session.away and not local:
             error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
         else:
             error = DeadlineExceeded(
-                f"no permit of {limit} in time", limit=limit, retry_after_ms=retry_ms
+                f"no permit of {' '.join(waiter.flow.limits)} in time",
+                limit=limit,
+                retry_after_ms=retry_ms,
             )
         self._ledger.refuse(waiter, self._refused(error), now_ms())
         self._session.kick()
-
-    def _share(self, limit: str) -> int:
-        return self._session.share(limit)
 
     def _refused(self, error: AdmissionError) -> AdmissionError:
         self._observer.refused(error.limit, error.code)
@@ -251,23 +334,36 @@ class Limiter:
         self._check_idle()
 
     def _admitted(self, holding: Holding) -> None:
-        old = self._wait_ewma_ms.get(holding.limit, holding.waited_ms)
-        self._wait_ewma_ms[holding.limit] = old + (holding.waited_ms - old) / 16
-        self._observer.admitted(holding.limit, holding.waited_ms)
+        for name in holding.flow.limits:
+            old = self._wait_ewma_ms.get(name, holding.waited_ms)
+            self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
+        self._observer.admitted(holding.flow.limits[0], holding.waited_ms)
 
     def _release(self, permit: Permit) -> None:
+        holding = permit._holding
         self._ledger.release(
-            permit._holding.ticket, outcome=permit.outcome, tokens=permit.tokens, now_ms=now_ms()
+            holding.ticket,
+            outcome=permit.outcome,
+            actual=holding.flow.actual(permit.tokens, permit.images),
+            now_ms=now_ms(),
+            usage_later=permit.usage_later,
         )
-        self._session.admit_locally()
+        if self._session.away:
+            self._session.admit_locally()
         self._session.kick()
         self._check_idle()
 
+    def _report(self, permit: Permit) -> None:
+        holding = permit._holding
+        actual = holding.flow.actual(permit.tokens, permit.images)
+        self._ledger.settle_later(holding.ticket, actual)
+        self._session.kick()
+
     def _check_idle(self) -> None:
-        if not self._ledger.held:
+        if self._closing and not self._ledger.held:
             self._idle.set()
 
-    # -- what can be seen and changed
+    # -- what can be seen
 
     def local_state(self) -> LocalState:
         """This process's part, without I/O."""
@@ -281,42 +377,9 @@ class Limiter:
             revision=self.policy.revision,
         )
 
-    async def snapshot(self) -> Snapshot:
-        """The pool as Valkey sees it. Raises LimiterUnavailable when it does not answer."""
-        keys = (self._keys.meta, self._keys.layout)
-        try:
-            raw = await self._link.run(
-                load("inspect"), keys, b"\x80", self._session.lease.deadline_s()
-            )
-        except LinkDown as error:
-            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
-        reply = InspectReply.unpack(raw)
-        return Snapshot(
-            limits={view[0]: LimitView(*view) for view in reply.limits},
-            sessions=reply.sessions,
-            epoch=reply.epoch,
-            revision=reply.revision,
-            recovering_ms=reply.recovering_ms,
-            state=self._session.state,
-        )
-
-    async def ping(self, timeout_ms: int) -> None:
-        """Raises LimiterUnavailable unless Valkey answers within `timeout_ms`."""
-        try:
-            await self._link.ping(timeout_ms / 1000)
-        except LinkDown as error:
-            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
-
     async def joined(self) -> None:
         """Return once the pool has answered for the first time; while Valkey is away, wait."""
         await self._courier.joined.wait()
-
-    async def set_policy(self, policy: PoolPolicy) -> None:
-        """Put a policy with a higher revision in force for the whole pool, at once or as soon as
-        Valkey answers. Nothing is revoked: a limit that was lowered drains."""
-        if policy.revision <= self.policy.revision:
-            raise TidegateError(f"revision {self.policy.revision} is in force already")
-        self._session.set_policy(policy)
 
     # -- the end
 

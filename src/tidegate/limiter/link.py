@@ -82,6 +82,12 @@ class Link:
                 answer = await self._exchange(("EVAL", script.source, *arguments), deadline_s)
         return bytes(answer)
 
+    async def command(self, command: tuple[Any, ...], deadline_s: float) -> Any:
+        """One plain command. Raises LinkDown, ConfigError."""
+        async with self._lock:
+            await self._connect(deadline_s)
+            return await self._exchange(command, deadline_s)
+
     async def ping(self, deadline_s: float) -> None:
         """Raises LinkDown unless the server answers in time, waiting for our turn included."""
         try:

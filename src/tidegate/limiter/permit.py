@@ -10,13 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from tidegate.errors import LeaseLost
-from tidegate.limiter.ledger import Holding
+from tidegate.errors import DeadlineExceeded, LeaseLost, LimiterUnavailable
+from tidegate.limiter.demand import Demand
+from tidegate.limiter.entries import Holding
+from tidegate.limiter.flow import Tokens, tokens_of
 
 if TYPE_CHECKING:
     from tidegate.limiter.limiter import Limiter
+
+Outcome = Literal["success", "ignored", "dropped"]
 
 
 class Permit:
@@ -24,22 +28,36 @@ class Permit:
 
     lost: set when the session behind the permit is gone; the body is being cancelled then.
     waited_ms: from asking to being let in.
-    A permit that was passed on inside the process while Valkey was away, or taken from the local
-    share, has no sequence of its own: its fence may equal that of the permit before it.
+    A permit taken from the local share while Valkey is away has no sequence: 0.
     """
 
-    __slots__ = ("_check_lapse", "_holding", "lost", "outcome", "tokens")
+    __slots__ = (
+        "_check_lapse", "_holding", "_report", "images", "lost", "outcome", "tokens", "usage_later",
+    )  # fmt: skip
 
-    def __init__(self, holding: Holding, check_lapse: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        holding: Holding,
+        check_lapse: Callable[[], object],
+        report: Callable[[Permit], None],
+    ) -> None:
         self._holding = holding
         self._check_lapse = check_lapse
+        self._report = report
         self.lost = asyncio.Event()
-        self.outcome = "success"
-        self.tokens: int | None = None
+        self.outcome: str = "success"
+        self.tokens: Tokens | None = None
+        self.images: int | None = None
+        self.usage_later = False
 
     @property
-    def limit(self) -> str:
-        return self._holding.limit
+    def limits(self) -> tuple[str, ...]:
+        """The limits that it counts under."""
+        return self._holding.flow.limits
+
+    @property
+    def tenant(self) -> str:
+        return self._holding.flow.tenant
 
     @property
     def fence(self) -> tuple[int, int]:
@@ -60,38 +78,44 @@ class Permit:
         if self.lost.is_set():
             await asyncio.sleep(0)  # the cancellation arrives here
 
-    def settle(self, outcome: str = "success", tokens: int | None = None) -> None:
+    def settle(
+        self,
+        outcome: Outcome | str = "success",
+        tokens: int | Tokens | None = None,
+        images: int | None = None,
+    ) -> None:
         """Remember how the call ended and what it used; the release carries it.
 
-        outcome: `success`, `ignored` or `dropped`. tokens: actual usage, None if unknown.
+        outcome: `success`, `ignored` (it says nothing of the provider) or `dropped` (throttled or
+        failed). tokens, images: actual usage; None if unknown, then the reservation stands.
         """
-        self.outcome = outcome
-        self.tokens = tokens
+        self.outcome = str(outcome)
+        self.tokens = None if tokens is None else tokens_of(tokens)
+        self.images = images
+
+    def usage_follows(self) -> None:
+        """The usage will be told by `report_usage` after the permit was given back."""
+        self.usage_later = True
+
+    def report_usage(self, tokens: int | Tokens | None = None, images: int | None = None) -> None:
+        """Tell the usage of a call whose permit was given back after `usage_follows`."""
+        self.tokens = None if tokens is None else tokens_of(tokens)
+        self.images = images
+        self._report(self)
 
     def __repr__(self) -> str:
-        return f"<Permit {self.limit} fence={self.fence} lost={self.lost.is_set()}>"
+        names = " ".join(self.limits)
+        return f"<Permit {names} fence={self.fence} lost={self.lost.is_set()}>"
 
 
 class Acquisition:
     """What `Limiter.acquire` returns: enter it to wait for the permit, leave it to release."""
 
-    __slots__ = (
-        "_cancelling",
-        "_deadline_ms",
-        "_hard_ms",
-        "_limit",
-        "_limiter",
-        "_permit",
-        "_task",
-    )
+    __slots__ = ("_cancelling", "_demand", "_limiter", "_permit", "_task")
 
-    def __init__(
-        self, limiter: Limiter, limit: str, *, deadline_ms: int | None, hard_ms: int | None
-    ) -> None:
+    def __init__(self, limiter: Limiter, demand: Demand) -> None:
         self._limiter = limiter
-        self._limit = limit
-        self._deadline_ms = deadline_ms
-        self._hard_ms = hard_ms
+        self._demand = demand
         self._permit: Permit | None = None
         self._task: asyncio.Task[object] | None = None
         self._cancelling = 0
@@ -102,18 +126,22 @@ class Acquisition:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("acquire needs a task")
-        waiter = self._limiter._ask(self._limit, self._deadline_ms, self._hard_ms)
+        limiter = self._limiter
+        waiter, timer = limiter._ask(self._demand)
         try:
             holding = await waiter.future
         except BaseException:
-            self._limiter._abandon(waiter)
+            limiter._abandon(waiter)
             raise
-        permit = Permit(holding, self._limiter._session.check_lapse)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        permit = Permit(holding, limiter._session.check_lapse, limiter._report)
         self._task, self._cancelling, self._permit = task, task.cancelling(), permit
         holding.on_fence = self._fence
         if holding.fenced:  # between the grant and our waking up
             self._fence()
-        self._limiter._admitted(holding)
+        limiter._admitted(holding)
         return permit
 
     def _fence(self) -> None:
@@ -141,5 +169,33 @@ class Acquisition:
             return
         ours = not asked or task.uncancel() <= self._cancelling
         if kind is None or (ours and asked and issubclass(kind, asyncio.CancelledError)):
-            message = f"the session that held a permit of {permit.limit} is gone"
+            message = f"the session that held a permit of {' '.join(permit.limits)} is gone"
             raise LeaseLost(message) from error
+
+
+class Attempt:
+    """What `Limiter.try_acquire` returns: entering gives the permit, or None without waiting for
+    more than the server's answer."""
+
+    __slots__ = ("_acquisition", "_entered")
+
+    def __init__(self, acquisition: Acquisition) -> None:
+        self._acquisition = acquisition
+        self._entered = False
+
+    async def __aenter__(self) -> Permit | None:
+        try:
+            permit = await self._acquisition.__aenter__()
+        except (DeadlineExceeded, LimiterUnavailable):
+            return None
+        self._entered = True
+        return permit
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._entered:
+            await self._acquisition.__aexit__(kind, error, traceback)

@@ -12,22 +12,29 @@ before it means that *we* were paused, and ends what runs here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
-from tidegate.errors import ConfigError, DemandImpossible
+from tidegate.errors import ConfigError, DeadlineExceeded, DemandImpossible, QueueFull
+from tidegate.limiter.compose import compose
+from tidegate.limiter.entries import Batch, Waiter
+from tidegate.limiter.flow import Flow
 from tidegate.limiter.lease import Identity, Lease
-from tidegate.limiter.ledger import Batch, Ledger, Waiter
-from tidegate.limiter.limits import PoolPolicy, share_of
+from tidegate.limiter.ledger import Ledger
+from tidegate.limiter.limits import PoolPolicy
+from tidegate.limiter.local import LocalShare
 from tidegate.limiter.observer import Observer, State
-from tidegate.limiter.wire import Join, Push, SyncReply, SyncRequest
+from tidegate.limiter.remembered import Remembered
+from tidegate.limiter.wire import Join, Push, SyncReply, SyncRequest, Whole
 
 logger = logging.getLogger("tidegate.limiter")
 
 # How many grants may come by push before they are acknowledged without anything else to say:
 # half of the server's window (`ACK_WINDOW` in pump.lua).
 ACK_EARLY = 4
+# How many flows one request asks to be hinted at.
+MAX_WANTS = 16
 
 
 @dataclass(slots=True)
@@ -43,7 +50,7 @@ class Traffic:
 class Session:
     """See the module. `wake` is called when there is something to say, `alarm(name, in_ms)` when
     there will be. `fatal` is set by a fault that no retry mends; `joined` is called at every
-    confirmed answer.
+    confirmed answer. `name` is the process, for people.
     """
 
     def __init__(
@@ -53,18 +60,22 @@ class Session:
         observer: Observer,
         lease: Lease,
         *,
+        name: str = "",
         wake: Callable[[], None],
         alarm: Callable[[str, float], None],
         settled: Callable[[], None],
     ) -> None:
         self.sid = token_hex(8)
+        self.name = name
         self.policy = policy
+        self.policy_by = "deployment"
         self.lease = lease
         self.state: State = "away"
         self.fatal: ConfigError | None = None
         self.sessions = 0
         self.last_error = "no answer yet"
         self.traffic = Traffic()
+        self.remembered = Remembered()
         self._ledger = ledger
         self._observer = observer
         self._wake = wake
@@ -72,6 +83,7 @@ class Session:
         self._settled = settled
         self._batch = 0
         self._full = True
+        self._tend = False
         self._must_join = True
         self._policy_due = False
         self._leaving = False
@@ -79,8 +91,7 @@ class Session:
         self._lapse_seen = True
         self._sent_seen = 0
         self._acked = 0
-        # Permits held over for dead sessions, with the end of each by our clock.
-        self._lapsing: list[tuple[str, float]] = []
+        self._local = LocalShare()
 
     def kick(self) -> None:
         """There is something to say."""
@@ -105,7 +116,7 @@ class Session:
         at = self.lease.now_ms()
         for ticket, seq in push.grants:
             self._ledger.grant(ticket, push.epoch, seq, at)
-        if self._sent_seen - self._acked >= ACK_EARLY or self._ledger.unsaid():
+        if self._sent_seen - self._acked >= ACK_EARLY or self._ledger.outbox.urgent:
             self.kick()
 
     def check_lapse(self) -> bool:
@@ -116,15 +127,18 @@ class Session:
             self._lapse_seen = True
             self._must_join = True
             self._ledger.recycling = False
+            self._forget_hints()
             if not self._failing or self.policy.on_lost == "cancel":
                 self._fence("paused" if not self._failing else "Valkey is away")
             self.refresh()
         return True
 
-    def set_policy(self, policy: PoolPolicy) -> None:
+    def set_policy(self, policy: PoolPolicy, by: str) -> None:
         """Join again with a newer policy; the session keeps what it holds."""
         self.policy = policy
+        self.policy_by = by
         self._policy_due = True
+        self._forget_hints()
         self.refresh()
 
     def paused(self) -> None:
@@ -133,14 +147,28 @@ class Session:
             self._failing = False
         self.check_lapse()
 
+    def stop_handing_on(self) -> None:
+        """A limit was paused here: the next permits are the server's to give."""
+        self._forget_hints()
+        self._full = True
+
+    def _forget_hints(self) -> None:
+        self._ledger.idle = False
+        self._ledger.outbox.forget_spare()
+        self._ledger.drop_hints()
+
     def admit_locally(self) -> None:
         """Use our share when Valkey is away for longer than the lease and the policy says so."""
         if self.policy.when_away == "local" and self._failing and self.lease.over():
-            shares = [(limit, self.share(limit)) for limit in self.policy.limits]
-            self._ledger.admit_locally(shares, self.lease.identity.epoch, self.lease.now_ms())
+            at = self.lease.now_ms()
+            self._local.set(self.policy, self.sessions, self._ledger.held_of)
+            self._ledger.admit_locally(
+                lambda waiter: self._local.allows(waiter, at), self.lease.identity.epoch, at
+            )
 
-    def share(self, limit: str) -> int:
-        return share_of(self.policy.limits.get(limit, 0), self.sessions)
+    def has_share(self, limits: Sequence[str]) -> bool:
+        """Whether this process may use any of these limits alone, while Valkey is away."""
+        return all(self.sessions > 0 and self.policy.bound(n) >= self.sessions for n in limits)
 
     @property
     def away(self) -> bool:
@@ -166,7 +194,8 @@ class Session:
     ) -> bool:
         """The server's answer to a request that was sent at `sent_ms`. True if we have left."""
         if reply.status == "ok":
-            self._ledger.confirm(batch)
+            self._ledger.outbox.confirm(batch)
+            self._ledger.stamp(batch.enqueues, reply.stamps)
             self._accepted(batch, request, reply, sent_ms)
         else:
             self._ledger.restore(batch)
@@ -182,16 +211,38 @@ class Session:
         """True if a request is due."""
         return (
             self._full
+            or self._tend
             or self._must_join
             or self._policy_due
             or self._leaving
-            or self._ledger.unsaid() > 0
+            or len(self._ledger.outbox) > 0
             or self._sent_seen - self._acked >= ACK_EARLY
         )
+
+    def something_urgent(self) -> bool:
+        """True if a request must not wait for others to come along."""
+        return (
+            self._ledger.outbox.urgent
+            or self._full
+            or self._tend
+            or self._must_join
+            or self._policy_due
+            or self._leaving
+            or self._sent_seen - self._acked >= ACK_EARLY
+        )
+
+    @staticmethod
+    def is_ordinary(request: SyncRequest) -> bool:
+        """True for what the quicker script can do."""
+        return not (request.full or request.leave or request.join)
 
     def _request(self, batch: Batch, run: str, uptime_ms: int) -> SyncRequest:
         at = self.lease.now_ms()
         self._batch += 1
+        # A script of its own does what is out of the ordinary; it is asked for by `full`.
+        full = self._full or self._tend or batch.joining
+        fields = compose(batch, self._ledger.flows_to_hint(MAX_WANTS), at)
+        held = fields.pop("held")
         request = SyncRequest(
             sid=self.sid,
             gen=self.lease.identity.gen,
@@ -202,34 +253,33 @@ class Session:
             revision=self.policy.revision,
             batch=self._batch,
             ack=self._sent_seen,
-            full=self._full,
+            full=full,
             leave=self._leaving,
-            join=self._join(batch, at) if batch.joining else None,
-            transfers=[
-                (t.source, t.heir.ticket, t.heir.limit, t.heir.seq, t.heir.hard_left_ms(at))
-                for t in batch.transfers
-            ],
-            releases=[
-                (r.ticket, r.limit, r.outcome, -1 if r.tokens is None else r.tokens)
-                for r in batch.releases
-            ],
-            cancels=batch.cancels,
-            enqueues=[(w.ticket, w.limit, _left_ms(w, at), w.hard_ms) for w in batch.enqueues],
+            resets=self.remembered.resets(self.policy, at) if full else {},
+            join=self._join(held, at) if batch.joining else None,
+            **fields,
         )
-        self._full = False
+        self._full = self._tend = False
         return request
 
-    def _join(self, batch: Batch, at: float) -> Join:
-        held = [(h.ticket, h.limit, h.seq, h.hard_left_ms(at)) for h in batch.held]
-        lapsing = [(member, int(end - at)) for member, end in self._lapsing if end - at >= 1]
-        return Join(self.policy, held, lapsing)
+    def _join(self, held: list[tuple[int, int, int, int, int]], at: float) -> Join:
+        return Join(
+            self.policy,
+            self.policy_by,
+            self.name,
+            held,
+            self.remembered.lapsing(at),
+            self.remembered.spent(self._ledger.spent_since),
+            self.remembered.paused(at),
+        )
 
     # -- what an answer means
 
     def _accepted(
         self, batch: Batch, request: SyncRequest, reply: SyncReply, sent_ms: float
     ) -> None:
-        self.lease.renewed(sent_ms, reply.lease_ms)
+        if not self.is_ordinary(request):
+            self.lease.renewed(sent_ms, reply.lease_ms)
         self._acked = max(self._acked, request.ack)
         self.sessions = reply.sessions
         if batch.joining:
@@ -246,19 +296,58 @@ class Session:
         # A policy that came while a request was under way is still to be said.
         if request.join is not None and request.join.policy == self.policy:
             self._policy_due = False
-        self._adopt(reply)
         self._set_state("recovering" if reply.recovering_ms > 0 else "up")
         at = self.lease.now_ms()
         for ticket, seq in reply.grants:
             self._ledger.grant(ticket, reply.epoch, seq, at)
-        if reply.held is not None:
-            self._sent_seen = max(self._sent_seen, reply.sent)
-            self._ledger.reconcile(reply.held, reply.epoch, at)
-            self._lapsing = [(member, at + left_ms) for member, left_ms in reply.lapsing or ()]
+        for ticket in reply.refused:
+            self._refuse_full(ticket, at)
+        for waiter in batch.enqueues:
+            if waiter.once and waiter.ticket in self._ledger.waiting:
+                limit = waiter.flow.limits[0]
+                error = DeadlineExceeded("no permit at once", limit=limit, retry_after_ms=1000)
+                self._ledger.refuse(waiter, error, at)
+        if reply.whole is not None:
+            self._compare(reply, reply.whole, at)
+        self._ledger.idle = reply.parked == 0 and reply.timed_ms == 0 and reply.recovering_ms == 0
+        self._take_hints(request, reply)
         self._arm(reply)
         self._settled()
-        if reply.more or self._ledger.unsaid():
+        if reply.more:
+            self._tend = True
+        if reply.more or self._ledger.outbox.urgent:
             self.kick()
+
+    def _compare(self, reply: SyncReply, whole: Whole, at: float) -> None:
+        self._sent_seen = max(self._sent_seen, reply.sent)
+        self._adopt(whole)
+        self._ledger.reconcile(whole.held, reply.epoch, at)
+        self._ledger.spent_since.clear()
+        self.remembered.learn(whole, at)
+        if whole.conflict:
+            message = "limiter: another policy with revision %d is in force"
+            logger.warning(message, reply.revision)
+        if 0 < whole.next_event_ms < reply.lease_ms and self._ledger.waiting:
+            self._alarm("next_event", whole.next_event_ms)
+
+    def _take_hints(self, request: SyncRequest, reply: SyncReply) -> None:
+        flows = self._ledger.flows_to_hint(MAX_WANTS)
+        hints = {request.flows[hint.flow - 1]: hint for hint in reply.hints}
+        for flow in flows:
+            flow.hint = hints.get(flow.key)
+
+    def _refuse_full(self, ticket: int, at: float) -> None:
+        waiter = self._ledger.waiting.get(ticket)
+        if waiter is None:
+            return
+        waiter.sent = False  # it is in no queue
+        bound = self.policy.queue_per_tenant
+        error = QueueFull(
+            f"{waiter.flow.tenant} has {bound} waiters already",
+            limit=waiter.flow.limits[0],
+            retry_after_ms=1000,
+        )
+        self._ledger.refuse(waiter, error, at)
 
     def _joined(self, reply: SyncReply) -> None:
         old = self.lease.identity
@@ -269,50 +358,54 @@ class Session:
         self.traffic.joins += 1
         if reply.epoch != old.epoch:
             self._observer.recovered(reply.epoch)
-        if reply.conflict:
-            logger.warning(
-                "limiter: another policy with revision %d is in force",
-                reply.revision,
-            )
 
     def _rejected(self, reply: SyncReply) -> None:
         """The server does not know us. Whose fault it was decides what becomes of what runs."""
+        if reply.status == "tend":
+            self._tend = True
+            self._wake()
+            return
         self.check_lapse()
         if reply.status == "layout":
-            self.die(ConfigError("layout", "other", "a newer Tidegate uses this pool"))
+            self.die(ConfigError("layout", "other", "another version of Tidegate uses this pool"))
             return
         if reply.status == "gone" and not self._failing:
             self._fence("the session was gone")
         self._must_join = True
+        self._forget_hints()
         self.refresh()
 
-    def _adopt(self, reply: SyncReply) -> None:
+    def _adopt(self, whole: Whole) -> None:
         """The pool's policy is the newest that any process brought."""
-        if reply.policy is None or reply.policy == self.policy.pack():
+        if whole.policy is None or whole.policy == self.policy.pack():
             return
-        newest = PoolPolicy.unpack(reply.policy)
+        newest = PoolPolicy.unpack(whole.policy)
         if newest.revision < self.policy.revision:
             return  # ours is on its way
         self.policy = newest
         self._policy_due = False
+        self._forget_hints()
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
         for waiter in list(self._ledger.waiting.values()):
-            if self.policy.limits.get(waiter.limit, 0) == 0:
-                error = DemandImpossible(
-                    f"{waiter.limit} lets nobody in any more", limit=waiter.limit
-                )
-                self._ledger.refuse(waiter, error, self.lease.now_ms())
+            self._check_possible(waiter)
+
+    def _check_possible(self, waiter: Waiter) -> None:
+        try:
+            waiter.flow.refresh(self.policy)
+        except DemandImpossible as error:
+            self._ledger.refuse(waiter, error, self.lease.now_ms())
 
     def failed(self, reason: str) -> None:
         """A call did not succeed: Valkey is away."""
         self.traffic.failures += 1
         self.last_error = reason
+        self._forget_hints()
         if not self._failing:
             # Before anything failed: have we been asleep?
             self.check_lapse()
             self._failing = True
         if not self._lapse_seen:
-            self._ledger.recycling = True
+            self._ledger.start_recycling()
             self._ledger.recycle_unsent(self.lease.now_ms())
         self._set_state("away", reason)
 
@@ -330,8 +423,10 @@ class Session:
 
     def _set_state(self, new: State, why: str = "") -> None:
         old, self.state = self.state, new
-        if new != "away":
-            self._ledger.recycling = new == "recovering"
+        if new == "recovering":
+            self._ledger.start_recycling()
+        elif new == "up":
+            self._ledger.recycling = False
         if old == new:
             return
         level = logging.WARNING if new == "away" else logging.INFO
@@ -339,15 +434,11 @@ class Session:
         self._observer.state_changed(old, new)
 
     def _arm(self, reply: SyncReply) -> None:
-        """Come back when a lease, a hold or the quiet time after a loss runs out."""
+        """Come back when the quiet time after a loss ends, or a limit that only time frees."""
         if reply.recovering_ms > 0:
             self._alarm("recovered", reply.recovering_ms)
-        if 0 < reply.next_event_ms < reply.lease_ms and self._ledger.waiting:
-            self._alarm("next_event", reply.next_event_ms)
+        if reply.timed_ms > 0 and self._ledger.waiting:
+            self._alarm("timed", reply.timed_ms)
 
 
-def _left_ms(waiter: Waiter, at: float) -> int:
-    """Time to the deadline, at least 1; 0 means no deadline."""
-    if waiter.deadline_ms == float("inf"):
-        return 0
-    return max(1, int(waiter.deadline_ms - at) + 1)
+__all__ = ["ACK_EARLY", "Flow", "Session", "Traffic"]

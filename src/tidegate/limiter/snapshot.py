@@ -4,19 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.observer import State
+from tidegate.limiter.wire import InspectReply, lane_of
 
 
 @dataclass(frozen=True, slots=True)
 class LimitView:
-    """One limit over all processes. `used` counts permits held, `lapsing` included."""
+    """One limit over all processes. `used` counts permits held, `lapsing` included, or what is
+    spent of a rate. `waiting` are the tickets that this limit holds up. `current` is the bound that
+    an adaptive limit has found. `room_in_ms`: when only time frees it, in how long."""
 
     limit: str
+    sort: str
     bound: int
     used: int
     waiting: int
     lapsing: int
+    current: int
+    shadowed: int
+    paused_ms: int
+    paused_by: str
+    room_in_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A process in the pool. `blocked`: it takes no grants, being paused or unreachable."""
+
+    sid: str
+    name: str
+    left_ms: int
+    held: int
+    blocked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TenantView:
+    tenant: str
+    waiting: int
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class PermitView:
+    """A permit in use. `left_ms` is the time to its call's hard deadline."""
+
+    sid: str
+    process: str
+    ticket: int
+    seq: int
+    left_ms: int
+    band: int
+    tenant: str
+    limits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """What one process has waiting of one flow, and the limit that holds its first ticket up; None
+    while the process takes no grants."""
+
+    sid: str
+    process: str
+    band: int
+    tenant: str
+    limits: tuple[str, ...]
+    held_up_by: str | None
+    waiting: int
+    first_ticket: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +87,20 @@ class Snapshot:
     revision: int
     recovering_ms: int
     state: State
+    processes: tuple[SessionView, ...] = ()
+    tenants: tuple[TenantView, ...] = ()
+    queues: tuple[QueueView, ...] = ()
+    permits: tuple[PermitView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A policy that was in force, of the last hundred. `at_ms` since 1970."""
+
+    revision: int
+    at_ms: int
+    by: str
+    policy: PoolPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +113,38 @@ class LocalState:
     silent_ms: float
     sessions: int
     revision: int
+
+
+def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
+    """The answer of `inspect` as a snapshot."""
+    names = {row[0]: row[1] for row in reply.sessions}
+    return Snapshot(
+        limits={row[0]: LimitView(*row) for row in sorted(reply.limits)},
+        sessions=sum(row[2] > 0 for row in reply.sessions),
+        epoch=reply.epoch,
+        revision=reply.revision,
+        recovering_ms=reply.recovering_ms,
+        state=state,
+        processes=tuple(SessionView(*row[:4], bool(row[4])) for row in reply.sessions),
+        tenants=tuple(TenantView(*row) for row in sorted(reply.tenants)),
+        queues=tuple(_queue(row, names) for row in reply.queues),
+        permits=tuple(_permit(row, names) for row in sorted(reply.permits)),
+    )
+
+
+def _flow(flow: str) -> tuple[int, str, tuple[str, ...]]:
+    band, tenant, _ = flow.split("|", 2)
+    return int(band), tenant, tuple(lane_of(flow).split(" "))
+
+
+def _queue(row: list[Any], names: Mapping[str, str]) -> QueueView:
+    sid, flow, at, waiting, _stamp, member = row
+    first = int(member.split("|")[0]) if member else 0
+    return QueueView(
+        sid, names.get(sid, ""), *_flow(flow), at if at != "!" else None, waiting, first
+    )
+
+
+def _permit(row: list[Any], names: Mapping[str, str]) -> PermitView:
+    sid, ticket, seq, left_ms, flow = row
+    return PermitView(sid, names.get(sid, ""), ticket, seq, left_ms, *_flow(flow))

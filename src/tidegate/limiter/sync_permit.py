@@ -101,7 +101,7 @@ class Held:
         """Wait for the permit. An exception that interrupts the waiting gives the ticket back."""
         if self._hold is not None:
             raise RuntimeError("an acquisition can be entered once")
-        hold = self._hold = Hold(self._acquire(), self._stop, hard_ms=self._hard_ms)
+        hold = self._hold = Hold(self._acquire, self._stop, hard_ms=self._hard_ms)
         taking = self._limiter.submit(hold.take)
         try:
             permit = taking.result()

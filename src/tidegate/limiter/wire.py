@@ -1,6 +1,7 @@
 """What goes over the wire between a process and its pool, packed by msgpack.
 
-Invariant: the fields of each type, in order, are those of the script's header.
+Invariant: the fields of each type, in order, are those of the script's header. Within a layout
+fields are only added at the end, and what is not known is ignored: two versions work side by side.
 """
 
 from __future__ import annotations
@@ -10,11 +11,23 @@ from typing import Any, Literal, NamedTuple, cast
 
 import msgpack
 
-from tidegate.limiter.limits import PoolPolicy
+from tidegate.limiter.limits import (
+    BUCKETS,
+    Band,
+    Concurrency,
+    Limit,
+    PoolPolicy,
+    Rate,
+    as_limit,
+)
 
-# ok; the pool began a new epoch; the session is not there; a later batch overtook this one;
-# a process of another layout has the pool.
-Status = Literal["ok", "epoch", "gone", "stale", "layout"]
+# ok; ask again by `tend`; the pool began a new epoch; the session is not there; a later batch
+# overtook this one; a process of another layout has the pool.
+Status = Literal["ok", "tend", "epoch", "gone", "stale", "layout"]
+
+# Added to an outcome: the usage will be told after the release.
+USAGE_LATER = 10
+OUTCOMES = {"success": 0, "ignored": 1, "dropped": 2}
 
 
 def pack(value: object) -> bytes:
@@ -22,27 +35,77 @@ def pack(value: object) -> bytes:
     return cast(bytes, msgpack.packb(value, use_bin_type=False))
 
 
+def definition(limit: Limit) -> str:
+    """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own."""
+    shadow = int(limit.shadow)
+    if isinstance(limit, Concurrency):
+        least = limit.adaptive.minimum if limit.adaptive else 0
+        return f"c|{limit.bound}|{shadow}|{least}|0|0"
+    if isinstance(limit, Rate):
+        exact = int(limit.exact)
+        return f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
+    return f"q|{limit.bound}|{shadow}|0|0|0"
+
+
+def band_shares(bands: tuple[Band, ...]) -> str:
+    """Per band, in thousandths: its least share, and what is kept free for the bands above it."""
+    parts, above = [], 0
+    for band in bands:
+        parts.append(f"{round(band.min_share * 1000)}:{above}")
+        above += round(band.headroom * 1000)
+    return ",".join(parts)
+
+
+def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
+    """The name of a flow; `band` counts from 1, the highest."""
+    return f"{band}|{tenant}|{' '.join(limits)}"
+
+
+def lane_of(flow: str) -> str:
+    """The limits of a flow, as one string."""
+    return flow.split("|", 2)[2]
+
+
 @dataclass(frozen=True, slots=True)
 class Join:
     """What a process says when it enters a pool, for the first time or again.
 
-    policy: the newest policy it knows. held: (ticket, limit, seq, hard_ms) of every call that it
-    holds open. lapsing: (member, left_ms) of permits held over for dead sessions, as last seen.
+    policy: the newest policy it knows, and who made it. name: the process, for people. held:
+    (ticket, flow, seq, hard_ms, cost_ms) of every call that it holds open. lapsing: (member,
+    left_ms) of permits held over for dead sessions, as last seen. spent: (limit, spent as last
+    seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said).
     """
 
     policy: PoolPolicy
-    held: list[tuple[int, str, int, int]]
+    by: str
+    name: str
+    held: list[tuple[int, int, int, int, int]]
     lapsing: list[tuple[str, int]]
+    spent: list[tuple[str, int, int]] = field(default_factory=list)
+    pauses: list[tuple[str, int, int, str]] = field(default_factory=list)
 
     def as_fields(self) -> dict[str, Any]:
         policy = {
             "revision": self.policy.revision,
-            "limits": dict(self.policy.limits),
+            "limits": {n: definition(as_limit(limit)) for n, limit in self.policy.limits.items()},
+            "weights": dict(self.policy.weights),
+            "bands": band_shares(self.policy.bands),
+            "queue_max": self.policy.queue_per_tenant,
             "lease_ms": self.policy.lease_ms,
             "hold": self.policy.on_expiry == "hold",
+            "hand_off": self.policy.hand_off,
+            "reap_ms": self.policy.reap_closed_ms,
+            "by": self.by,
             "blob": self.policy.pack(),
         }
-        return {"policy": policy, "held": self.held, "lapsing": self.lapsing}
+        return {
+            "policy": policy,
+            "name": self.name,
+            "held": self.held,
+            "lapsing": self.lapsing,
+            "spent": self.spent,
+            "pauses": self.pauses,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +116,6 @@ class Renewal:
     gen: int
     epoch: int
     run: str
-    uptime_ms: int
-    lease_ms: int
 
     def pack(self) -> bytes:
         return pack(asdict(self))
@@ -62,7 +123,13 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True)
 class SyncRequest:
-    """Request of `sync`. Entries are lists in the order that the fragments' comments give."""
+    """Request of `sync` and `tend`. Entries are lists in the order that the fragments' comments
+    give; `flows` names the flows that they speak of, counted from 1, 0 for none.
+
+    transfers: from, to, seq, hard_ms, flow, member, took_ms. releases: ticket, flow, outcome,
+    took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow, member.
+    enqueues: flow, member. wants: flow, cost_ms. A member is ticket|hard_ms|cost_ms|amounts.
+    """
 
     sid: str
     gen: int
@@ -75,11 +142,15 @@ class SyncRequest:
     ack: int = 0
     full: bool = False
     leave: bool = False
+    flows: list[str] = field(default_factory=list)
+    wants: list[tuple[int, int]] = field(default_factory=list)
+    resets: dict[str, int] = field(default_factory=dict)
     join: Join | None = None
-    transfers: list[tuple[int, int, str, int, int]] = field(default_factory=list)
-    releases: list[tuple[int, str, str, int]] = field(default_factory=list)
-    cancels: list[int] = field(default_factory=list)
-    enqueues: list[tuple[int, str, int, int]] = field(default_factory=list)
+    transfers: list[tuple[int, int, int, int, int, str, int]] = field(default_factory=list)
+    releases: list[tuple[int, int, int, int, str]] = field(default_factory=list)
+    settles: list[tuple[int, str]] = field(default_factory=list)
+    cancels: list[tuple[int, int, str]] = field(default_factory=list)
+    enqueues: list[tuple[int, str]] = field(default_factory=list)
 
     def pack(self) -> bytes:
         values = ((name, getattr(self, name)) for name in _SYNC_FIELDS)
@@ -92,8 +163,34 @@ class SyncRequest:
 _SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 
+class Whole(NamedTuple):
+    """What a `full` request gets on top. `spent` holds (limit, spent), `pauses` (limit, left_ms,
+    ramp_ms, said); `policy` is None where ours is in force."""
+
+    now_ms: int
+    held: list[tuple[int, int]]
+    lapsing: list[tuple[str, int]]
+    next_event_ms: int
+    conflict: int
+    spent: list[tuple[str, int]]
+    pauses: list[tuple[str, int, int, str]]
+    policy: bytes | None
+
+
+class Hint(NamedTuple):
+    """Waiters of `flow` up to the stamp `horizon` may be let in by permits that we free; one of
+    stamp s has the virtual start `tag + (s - head) * step`."""
+
+    flow: int
+    horizon: int
+    tag: int
+    head: int
+    step: int
+
+
 class SyncReply(NamedTuple):
-    """Reply of `sync`. `held`, `lapsing` and `policy` are None where they were not asked for."""
+    """Reply of `sync` and `tend`. `stamps` belong to the enqueues, 0 for those let in or refused;
+    `timed_ms` is when something may go that only time frees, 0 for never."""
 
     status: Status
     epoch: int
@@ -104,26 +201,48 @@ class SyncReply(NamedTuple):
     sessions: int
     sent: int
     more: int
-    conflict: int
+    parked: int
+    timed_ms: int
     grants: list[tuple[int, int]]
-    held: list[tuple[int, int]] | None
-    lapsing: list[tuple[str, int]] | None
-    next_event_ms: int
-    policy: bytes | None
+    stamps: list[int]
+    refused: list[int]
+    hints: list[Hint]
+    whole: Whole | None
 
     @classmethod
     def unpack(cls, raw: bytes) -> SyncReply:
-        values = msgpack.unpackb(raw, raw=True)
-        values[0] = values[0].decode()
-        for index in (11, 12, 14):
-            if values[index] is False:
-                values[index] = None
-        reply = cls(*values[:15])
-        if reply.lapsing is None:
-            return reply
-        return reply._replace(
-            lapsing=[(cast(Any, member).decode(), left) for member, left in reply.lapsing]
+        values = msgpack.unpackb(raw, raw=True, use_list=False)
+        whole = values[15]
+        return cls._make(
+            (
+                values[0].decode(),
+                *values[1:11],
+                _listed(values[11]),
+                _listed(values[12]),
+                _listed(values[13]),
+                [Hint(*hint) for hint in _listed(values[14])],
+                _whole(whole) if whole else None,
+            )
         )
+
+
+def _listed(value: Any) -> Any:
+    """Lua has one type for lists and maps: an empty one may arrive as either."""
+    return value or ()
+
+
+def _whole(values: Any) -> Whole:
+    now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, *_ = values
+    return Whole(
+        now_ms,
+        _listed(held),
+        [(member.decode(), left_ms) for member, left_ms in _listed(lapsing)],
+        next_event_ms,
+        conflict,
+        [(name.decode(), amount) for name, amount in _listed(spent)],
+        [(name.decode(), left, ramp, said.decode()) for name, left, ramp, said in _listed(pauses)],
+        policy or None,
+    )
 
 
 class RenewReply(NamedTuple):
@@ -154,14 +273,43 @@ class Push(NamedTuple):
 
 
 class InspectReply(NamedTuple):
-    """Reply of `inspect`; `limits` holds (limit, bound, used, waiting, lapsing)."""
+    """Reply of `inspect`: see its header for the rows of the lists."""
 
+    now_ms: int
     epoch: int
     recovering_ms: int
     revision: int
-    sessions: int
-    limits: list[tuple[str, int, int, int, int]]
+    parked: int
+    seq: int
+    sessions: list[Any]
+    limits: list[Any]
+    tenants: list[Any]
+    permits: list[Any]
+    queues: list[Any]
 
     @classmethod
     def unpack(cls, raw: bytes) -> InspectReply:
-        return cls(*msgpack.unpackb(raw)[:5])
+        values = msgpack.unpackb(raw)
+        return cls._make([*values[:6], *(list(_listed(value)) for value in values[6:11])])
+
+
+__all__ = [
+    "BUCKETS",
+    "OUTCOMES",
+    "USAGE_LATER",
+    "Hint",
+    "InspectReply",
+    "Join",
+    "Push",
+    "RenewReply",
+    "Renewal",
+    "Status",
+    "SyncReply",
+    "SyncRequest",
+    "Whole",
+    "band_shares",
+    "definition",
+    "flow_of",
+    "lane_of",
+    "pack",
+]

@@ -14,7 +14,7 @@ from chaos.limiter.truth import Truth
 from tests.integration.limiter.makers import Maker
 from tidegate.limiter.keys import Keyspace
 
-LIVES_ON = {"meta", "layout", "limits"}
+LIVES_ON = {"meta", "layout", "history", "past:", "log:", "rate:", "quota:", "timed"}
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 -- does: reads the server's clock; tests put a fragment in its place that reads a key
 -- keys: none
 -- args: none
--- returns: wall_clock_ms()
+-- returns: T.wall_clock_ms()
 -- units: ms since 1970
-local function wall_clock_ms()
-  local time = redis.call('TIME')
+function T.wall_clock_ms()
+  local time = call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end

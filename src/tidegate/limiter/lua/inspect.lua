@@ -1,24 +1,69 @@
 -- does: shows a pool without changing it
 -- keys: meta layout
 -- args: request
--- request: now_ms
--- returns: epoch recovering_ms revision sessions limits
--- units: ms; limits is a list of (limit, bound, used, waiting, lapsing)
--- uses: keys clock pool
-load_pool()
-local now = math.max(wall_clock_ms(), pool.clock)
+-- request: permits
+-- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues
+-- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket)
+-- uses: keys clock pool limits rates
+T.load_pool()
+pool.now = math.max(T.wall_clock_ms(), pool.clock)
 local lapsing = {}
-for _, member in ipairs(redis.call('ZRANGE', lapsing_key, 0, -1)) do
-  local limit = string.match(member, '^[^|]*|[^|]*|(.*)$')
-  lapsing[limit] = (lapsing[limit] or 0) + 1
-end
-local list, raw = {}, redis.call('HGETALL', limits_key)
-for i = 1, #raw, 2 do
-  local limit, waiting = raw[i], 0
-  for _, sid in ipairs(redis.call('ZRANGE', heads_key(limit), 0, -1)) do
-    waiting = waiting + redis.call('ZCARD', queue_key(limit, sid))
+for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
+  for _, name in ipairs(T.names_in(string.match(member, '^[^|]*|[^|]*|(.*)$'))) do
+    lapsing[name] = (lapsing[name] or 0) + 1
   end
-  list[#list + 1] = { limit, tonumber(raw[i + 1]), used_of(limit), waiting, lapsing[limit] or 0 }
 end
-return cmsgpack.pack({ pool.epoch, math.max(0, pool.recover_until - now), pool.revision,
-  redis.call('ZCOUNT', sessions_key, '(' .. int(now), '+inf'), list })
+local sessions, permits, queues, waiting = {}, {}, {}, {}
+local alive = call('ZRANGE', T.sessions_key, 0, -1, 'WITHSCORES')
+for i = 1, #alive, 2 do
+  local sid, name, blocked, held = alive[i], '', 0, 0
+  local raw = call('HGETALL', T.session_key(sid))
+  for k = 1, #raw, 2 do
+    local ticket = string.match(raw[k], '^h:(.*)$')
+    if ticket then
+      held = held + 1
+      local seq, until_ms, flow = string.match(raw[k + 1], '^([^|]*)|([^|]*)|[^|]*|[^|]*|(.*)$')
+      if q.permits then
+        permits[#permits + 1] = { sid, tonumber(ticket), tonumber(seq),
+          tonumber(until_ms) - pool.now, flow }
+      end
+    elseif string.match(raw[k], '^at:') then
+      local flow, at = string.match(raw[k], '^at:(.*)$'), string.match(raw[k + 1], '^(.*)|%d+$')
+      local key = T.prefix .. 'queue:' .. sid .. '|' .. flow
+      local count, first = call('ZCARD', key), call('ZRANGE', key, 0, 0, 'WITHSCORES')
+      waiting[at] = (waiting[at] or 0) + count
+      queues[#queues + 1] = { sid, flow, at, count, tonumber(first[2] or 0), first[1] or '' }
+    elseif raw[k] == 'name' then
+      name = raw[k + 1]
+    elseif raw[k] == 'blocked' then
+      blocked = 1
+    end
+  end
+  sessions[#sessions + 1] = { sid, name, tonumber(alive[i + 1]) - pool.now, held, blocked }
+end
+local list, record = {}, call('HGETALL', T.meta_key)
+local fields = {}
+for i = 1, #record, 2 do fields[record[i]] = record[i + 1] end
+for field in pairs(fields) do
+  local name = string.match(field, '^d:(.*)$')
+  if name then
+    local limit = T.limit_of(name)
+    local used = limit.sort == 'c' and limit.used or T.rates().spent(limit)
+    local paused_ms = limit.pause and math.max(0, limit.pause.until_ms - pool.now) or 0
+    local at = call('ZSCORE', T.timed_key, name)
+    list[#list + 1] = { name, limit.sort, limit.bound, used, waiting[name] or 0, lapsing[name] or 0,
+      limit.current and math.floor(limit.current / 1000) or limit.bound,
+      tonumber(fields['x:' .. name] or 0), paused_ms, limit.pause and limit.pause.said or '',
+      at and math.max(0, tonumber(at) - pool.now) or 0 }
+  end
+end
+local tenants = {}
+for field, value in pairs(fields) do
+  local name = string.match(field, '^n:(.*)$')
+  if name then
+    tenants[#tenants + 1] = { name, tonumber(string.match(value, '^%d+')),
+      tonumber(fields['t:' .. name] or 1) }
+  end
+end
+return cmsgpack.pack({ pool.now, pool.epoch, math.max(0, pool.recover_until - pool.now),
+  pool.revision, pool.parked, pool.seq, sessions, list, tenants, permits, queues })

@@ -1,15 +1,47 @@
--- does: loads and saves the pool's record, and counts permits per limit in memory until saved
--- keys: meta limits used
--- args: none
--- returns: pool, load_pool(), save_pool(), used_of(), add_used(), limit_of(), touch(), next_seq()
+-- does: loads and saves the pool's record, whose fields are kept in memory until the end
+-- keys: meta
+-- args: flows
+-- returns: pool, load_pool(), save_pool(), put(), write(), next_seq(), tenant_of(), step_of()
 -- units: ms
 local pool = {}
-local used, used_changed, bounds = {}, {}, {}
-local touched = {}
+T.changed, T.tenants, T.limits, T.found, T.names = {}, {}, {}, {}, {}
 
-local function load_pool()
-  local f = redis.call('HMGET', meta_key, 'run', 'epoch', 'recover_until', 'clock', 'seq',
-    'lease_ms', 'revision', 'hold', 'began')
+local POOL_FIELDS = { 'run', 'epoch', 'recover_until', 'clock', 'seq', 'lease_ms', 'revision',
+  'hold', 'began', 'parked', 'timed_at', 'starving', 'bands', 'queue_max', 'hand_off', 'reap_ms',
+  'reap_at', 'sessions' }
+
+-- The limits of a lane, which are one string.
+function T.names_in(lane)
+  local list = T.names[lane]
+  if not list then
+    list = {}
+    for name in string.gmatch(lane, '[^ ]+') do list[#list + 1] = name end
+    T.names[lane] = list
+  end
+  return list
+end
+
+-- One read fetches the record with all that it says of the limits and tenants of the request.
+function T.load_pool()
+  local fields, first = { unpack(POOL_FIELDS) }, {}
+  for _, flow in ipairs(q.flows) do
+    local tenant, lane = string.match(flow, '^[^|]*|([^|]*)|(.*)$')
+    if not first['t:' .. tenant] then
+      first['t:' .. tenant] = #fields + 1
+      fields[#fields + 1] = 'n:' .. tenant
+      fields[#fields + 1] = 't:' .. tenant
+    end
+    for _, name in ipairs(T.names_in(lane)) do
+      if not first['l:' .. name] then
+        first['l:' .. name] = #fields + 1
+        for _, letter in ipairs({ 'd:', 'u:', 'w:', 'p:', 'a:' }) do
+          fields[#fields + 1] = letter .. name
+        end
+      end
+    end
+  end
+  local f = call('HMGET', T.meta_key, unpack(fields))
+  T.found, T.first = f, first
   pool.run = f[1] or ''
   pool.epoch = tonumber(f[2] or 0)
   pool.recover_until = tonumber(f[3] or 0)
@@ -19,51 +51,84 @@ local function load_pool()
   pool.revision = tonumber(f[7] or 0)
   pool.hold = f[8] == '1'
   pool.began = tonumber(f[9] or 0)
+  pool.parked = tonumber(f[10] or 0)
+  pool.timed_at = tonumber(f[11] or 0)
+  pool.starving = tonumber(f[12] or 0)
+  pool.bands = f[13] or '0:0'
+  pool.queue_max = tonumber(f[14] or 0)
+  pool.hand_off = f[15] ~= '0'
+  pool.reap_ms = tonumber(f[16] or 0)
+  pool.reap_at = tonumber(f[17] or 0)
+  pool.sessions = tonumber(f[18] or 0)
+  pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 
-local function save_pool()
-  redis.call('HSET', meta_key, 'clock', int(pool.now), 'seq', int(pool.seq))
-  if pool.changed then
-    redis.call('HSET', meta_key, 'run', pool.run, 'epoch', int(pool.epoch), 'began', int(pool.began),
-      'recover_until', int(pool.recover_until))
+-- What was fetched of a limit or a tenant, or is fetched now. Once only: it is in memory then.
+function T.fetch(what, ...)
+  local at = T.first and T.first[what]
+  if at then
+    T.first[what] = nil
+    return T.found, at
   end
-  for limit in pairs(used_changed) do
-    if used[limit] == 0 then
-      redis.call('HDEL', used_key, limit)
+  return call('HMGET', T.meta_key, ...), 1
+end
+
+-- A field of the record to be written at the end; false takes it out.
+function T.put(field, value) T.changed[field] = value end
+
+function T.write(key, fields)
+  local set, gone = {}, {}
+  for field, value in pairs(fields) do
+    if value then
+      set[#set + 1] = field
+      set[#set + 1] = value
     else
-      redis.call('HSET', used_key, limit, int(used[limit]))
+      gone[#gone + 1] = field
     end
   end
+  for i = 1, #set, 1000 do call('HSET', key, unpack(set, i, math.min(i + 999, #set))) end
+  for i = 1, #gone, 1000 do call('HDEL', key, unpack(gone, i, math.min(i + 999, #gone))) end
 end
 
-local function next_seq()
-  pool.seq = pool.seq + 1
+function T.save_pool()
+  local changed = T.changed
+  changed.clock = T.int(pool.now)
+  changed.seq = T.int(pool.seq)
+  if pool.parked ~= pool.was_parked then changed.parked = T.int(pool.parked) end
+  if pool.timed_at ~= pool.was_timed then changed.timed_at = T.int(pool.timed_at) end
+  if pool.starving ~= pool.was_starving then changed.starving = T.int(pool.starving) end
+  for _, limit in pairs(T.limits) do
+    if limit.changed then T.save_limit(limit) end
+  end
+  for name, tenant in pairs(T.tenants) do
+    if tenant.changed then
+      -- With nobody left in a tenant's queues its stamps may begin anew.
+      changed['n:' .. name] = tenant.waiting > 0
+        and T.int(tenant.waiting) .. '|' .. T.int(tenant.stamp)
+    end
+  end
+  T.write(T.meta_key, changed)
+end
+
+-- Numbers of sequence are a thousand apart: a permit that is handed on inside a process takes the
+-- next one each time, so that fences stay unique and grow along its life.
+function T.next_seq()
+  pool.seq = pool.seq + 1000
   return pool.seq
 end
 
--- A touched lane is one where somebody might be let in now.
-local function touch(lane) touched[lane] = true end
-
-local function used_of(limit)
-  local count = used[limit]
-  if not count then
-    count = tonumber(redis.call('HGET', used_key, limit) or 0)
-    used[limit] = count
+function T.tenant_of(name)
+  local tenant = T.tenants[name]
+  if not tenant then
+    local f, at = T.fetch('t:' .. name, 'n:' .. name, 't:' .. name)
+    local waiting, stamp = string.match(f[at] or '0|0', '^(%d+)|(%d+)$')
+    tenant = { waiting = tonumber(waiting), stamp = tonumber(stamp), weight = tonumber(f[at + 1] or 1) }
+    T.tenants[name] = tenant
   end
-  return count
+  return tenant
 end
 
-local function add_used(limit, delta)
-  used[limit] = used_of(limit) + delta
-  used_changed[limit] = true
-  if delta < 0 then touch(limit) end
-end
-
-local function limit_of(limit)
-  local bound = bounds[limit]
-  if not bound then
-    bound = tonumber(redis.call('HGET', limits_key, limit) or 0)
-    bounds[limit] = bound
-  end
-  return bound
+-- What `cost_ms` of use adds to a tenant's virtual time.
+function T.step_of(cost_ms, tenant)
+  return math.max(1, math.floor(cost_ms * 100 / tenant.weight))
 end

@@ -1,110 +1,304 @@
--- does: lets waiters in, oldest first, into whatever is free in the touched lanes
--- keys: limits used sessions session held waiting queue heads
--- args: none
--- returns: pump(own), publish(), granted, more
+-- does: lets newcomers and waiters in, into whatever is free under the touched limits
+-- keys: sessions session queue park line timed starving
+-- args: enqueues full
+-- returns: say_all(), pump(), publish(), granted, stamps, refused, more
 -- units: ms
-local ACK_WINDOW = 8
-local AT_ONCE = 500
-local granted, more = {}, 0
-local peers, outbox = {}, {}
+T.ACK_WINDOW = 8
+T.AT_ONCE = 500
+T.granted, T.stamps, T.refused, T.more = {}, {}, {}, 0
+T.peers, T.outbox = {}, {}
+T.budget = T.AT_ONCE
+
+function T.load_place(queue)
+  T.set_place(queue, call('HGET', T.session_key(queue.sid), 'at:' .. queue.flow))
+end
 
 -- A killed process must not swallow grants: its channel has no subscriber. A paused one looks
 -- reachable: it is left alone once `ACK_WINDOW` grants of it are not acknowledged.
-local function peer_of(sid)
-  local peer = peers[sid]
+function T.peer_of(sid)
+  local peer = T.peers[sid]
   if peer then return peer end
   peer = { reachable = false, alive = false }
-  peers[sid] = peer
-  local expiry = redis.call('ZSCORE', sessions_key, sid)
+  T.peers[sid] = peer
+  local expiry = call('ZSCORE', T.sessions_key, sid)
   if expiry and tonumber(expiry) > pool.now then
-    local f = redis.call('HMGET', session_key(sid), 'gen', 'sent', 'acked')
+    local f = call('HMGET', T.session_key(sid), 'gen', 'sent', 'acked')
     peer.alive = true
     peer.gen, peer.sent, peer.acked = tonumber(f[1]), tonumber(f[2]), tonumber(f[3])
-    peer.reachable = redis.call('PUBSUB', 'SHARDNUMSUB', channel(sid))[2] > 0
+    peer.reachable = call('PUBSUB', 'SHARDNUMSUB', T.channel(sid))[2] > 0
   end
   return peer
 end
 
-local function deliverable(sid, own)
-  if sid == own then return true end
-  local peer = peer_of(sid)
-  if peer.reachable and peer.sent - peer.acked < ACK_WINDOW then return true end
+function T.deliverable(sid)
+  if sid == own.sid then return true end
+  local peer = T.peer_of(sid)
+  if peer.reachable and peer.sent - peer.acked < T.ACK_WINDOW then return true end
   if peer.alive and not peer.blocked then
     peer.blocked = true
-    redis.call('HSET', session_key(sid), 'blocked', '1')
+    call('HSET', T.session_key(sid), 'blocked', '1')
   end
   return false
 end
 
-local function first_in(lane, own)
-  local from = 0
-  while true do
-    local page = redis.call('ZRANGE', heads_key(lane), from, from + 15)
-    for _, sid in ipairs(page) do
-      if deliverable(sid, own) then return sid end
-    end
-    if #page < 16 then return nil end
-    from = from + 16
+function T.admit(queue, ticket, hard_ms, cost_ms, list)
+  local seq, charges = T.next_seq(), {}
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local charged = T.take(T.limit_of(name), queue.band, list[i] or 1)
+    if charged then charges[#charges + 1] = charged end
   end
-end
-
-local function pop(lane, sid)
-  local ticket = redis.call('ZPOPMIN', queue_key(lane, sid))[1]
-  local next_one = redis.call('ZRANGE', queue_key(lane, sid), 0, 0, 'WITHSCORES')
-  if next_one[2] then
-    redis.call('ZADD', heads_key(lane), next_one[2], sid)
-  else
-    redis.call('ZREM', heads_key(lane), sid)
-  end
-  return ticket
-end
-
-local function grant(lane, sid, own, ticket, hard_ms)
-  local seq = next_seq()
-  redis.call('HSET', held_key(sid), ticket, int(seq) .. '|' .. int(pool.now + hard_ms) .. '|' .. lane)
-  add_used(lane, 1)
-  if sid == own then
-    granted[#granted + 1] = { tonumber(ticket), seq }
+  local value = T.value_of(seq, hard_ms, cost_ms, table.concat(charges, ','), queue.flow)
+  if queue.sid == own.sid then
+    T.set_held(ticket, value)
+    T.granted[#T.granted + 1] = { tonumber(ticket), seq }
     return
   end
-  local peer = peers[sid]
+  local peer, out = T.peers[queue.sid], T.outbox[queue.sid]
   peer.sent = peer.sent + 1
-  if not outbox[sid] then outbox[sid] = {} end
-  table.insert(outbox[sid], { tonumber(ticket), seq })
+  if not out then
+    out = { grants = {}, held = {} }
+    T.outbox[queue.sid] = out
+  end
+  out.grants[#out.grants + 1] = { tonumber(ticket), seq }
+  out.held['h:' .. ticket] = value
 end
 
-local function pump_lane(lane, own, budget)
-  while budget > 0 and used_of(lane) < limit_of(lane) do
-    local sid = first_in(lane, own)
-    if not sid then return budget end
-    local ticket = pop(lane, sid)
-    local entry = ticket and redis.call('HGET', waiting_key(sid), ticket)
-    budget = budget - 1
-    if entry then
-      redis.call('HDEL', waiting_key(sid), ticket)
-      local deadline, hard_ms = string.match(entry, '^([^|]*)|([^|]*)|')
-      if deadline == '0' or tonumber(deadline) > pool.now then
-        grant(lane, sid, own, ticket, tonumber(hard_ms))
+-- A ticket that finds room and nobody before it goes straight in; the others queue up. entry:
+-- flow, member (ticket|hard_ms|cost_ms|amounts). A repeated batch (`full`) may name tickets that
+-- are there already: they keep their place.
+function T.ask(entries)
+  local adding, fresh = {}, {}
+  for i, entry in ipairs(entries) do
+    local queue, member = own.queues[entry[1]], entry[2]
+    local ticket, hard_ms, cost_ms, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
+    local tenant, here = T.tenant_of(queue.tenant), q.full and call('ZSCORE', T.queue_key(queue), member)
+    T.stamps[i] = 0
+    if here then
+      T.stamps[i] = tonumber(here)
+    elseif not (q.full and own.held[ticket]) then
+      local limit
+      if not queue.at and pool.now >= pool.recover_until then
+        limit = T.blocker(queue, T.amounts_in(text), nil, nil)
+      else
+        limit = T.limit_of(T.names_in(queue.lane)[1])
+      end
+      if not limit then
+        T.admit(queue, ticket, tonumber(hard_ms), 0, T.amounts_in(text))
+      elseif tenant.waiting >= pool.queue_max then
+        T.refused[#T.refused + 1] = tonumber(ticket)
+      else
+        tenant.stamp, tenant.waiting, tenant.changed = tenant.stamp + 1, tenant.waiting + 1, true
+        T.stamps[i] = tenant.stamp
+        if not adding[queue] then
+          adding[queue] = {}
+          fresh[#fresh + 1] = queue
+        end
+        local list = adding[queue]
+        list[#list + 1] = T.int(tenant.stamp)
+        list[#list + 1] = member
+        if not queue.at then T.park(queue, limit, tenant.stamp) end
+        T.touch(limit)
       end
     end
   end
-  return budget
+  for _, queue in ipairs(fresh) do
+    local list = adding[queue]
+    for i = 1, #list, 1000 do
+      call('ZADD', T.queue_key(queue), unpack(list, i, math.min(i + 999, #list)))
+    end
+  end
 end
 
-local function pump(own)
+-- All that a process says, in the order that frees first.
+function T.say_all()
+  for _, entry in ipairs(q.transfers) do T.transfer(entry) end
+  for _, entry in ipairs(q.releases) do T.release(entry) end
+  for _, entry in ipairs(q.settles) do T.settle(entry) end
+  for _, entry in ipairs(q.cancels) do T.cancel(entry) end
+  T.rehead_own()
+  T.ask(q.enqueues)
+end
+
+-- The band whose turn it is under a limit, and those that wait below it. Strictly the highest,
+-- but a lower one that waits collects its least share of every admission.
+function T.turn_of(limit)
+  local list = {}
+  for number, band in ipairs(limit.bands) do
+    if band.waits > 0 and T.has_room(limit, number, 1) then list[#list + 1] = number end
+  end
+  for i = 2, #list do
+    local band = limit.bands[list[i]]
+    if band.credit >= 1000 then return list[i], list end
+  end
+  return list[1], list
+end
+
+function T.settle_turn(limit, number, list)
+  if #list < 2 then return end
+  if number ~= list[1] then
+    limit.bands[number].credit = limit.bands[number].credit - 1000
+    return
+  end
+  local shares = T.bands_of_pool()
+  for i = 2, #list do
+    local band = limit.bands[list[i]]
+    band.credit = math.min(2000, band.credit + shares[math.min(list[i], #shares)].share)
+  end
+end
+
+function T.let_in(limit, queue, member, next_stamp)
+  local ticket, hard_ms, cost_ms, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
+  local tenant = T.tenant_of(queue.tenant)
+  call('ZREM', T.queue_key(queue), member)
+  tenant.waiting, tenant.changed = tenant.waiting - 1, true
+  cost_ms = tonumber(cost_ms)
+  for _, name in ipairs(T.names_in(queue.lane)) do
+    local each = T.limit_of(name)
+    if each == limit or each.bands[queue.band].waits > 0 then
+      T.charge(each, queue, T.step_of(cost_ms, tenant), true)
+    end
+  end
+  T.admit(queue, ticket, tonumber(hard_ms), cost_ms, T.amounts_in(text))
+  if not next_stamp then
+    T.load_place(queue)
+    T.vacate(queue)
+    return
+  end
+  call('ZADD', T.line_key(limit, queue), T.int(next_stamp), queue.id)
+  if pool.starving > 0 then
+    T.load_place(queue)
+    T.forget_starving(queue)
+    T.save_place(queue)
+  end
+end
+
+-- Held up by another limit than it was parked at. One that is sent to and fro goes first at last.
+function T.move(queue, limit, stamp)
+  T.load_place(queue)
+  T.unpark(queue)
+  queue.bounces = queue.bounces + 1
+  if queue.bounces == T.STARVES then
+    call('ZADD', T.starving_key, T.int(pool.seq), queue.id)
+    pool.starving = pool.starving + 1
+  end
+  T.park(queue, limit, stamp)
+end
+
+-- Looks at the first queue of a band; true if there may be more to do under this limit.
+function T.step(limit, number, list)
+  local tenant = call('ZRANGE', T.park_key(limit, number), 0, 0)[1]
+  local id = call('ZRANGE', T.prefix .. 'line:' .. limit.name .. '|' .. number .. '|' .. tenant, 0, 0)[1]
+  local queue = T.queue_of(id)
+  queue.at = limit.name
+  T.budget = T.budget - 1
+  if not T.deliverable(queue.sid) then
+    T.load_place(queue)
+    T.unpark(queue)
+    T.forget_starving(queue)
+    queue.at = '!'
+    T.save_place(queue)
+    return true
+  end
+  local member, stamp, next_stamp = T.first_of(queue)
+  local other, full = T.blocker(queue, T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$')), stamp,
+    limit.name)
+  if not other then
+    T.let_in(limit, queue, member, next_stamp)
+    T.settle_turn(limit, number, list)
+    return true
+  end
+  if other == limit then return false end
+  T.move(queue, other, stamp)
+  if not full then T.touch(other) end
+  return true
+end
+
+-- What is free is kept for those who were sent to and fro too often, in their order.
+function T.serve_starving()
+  for _, id in ipairs(call('ZRANGE', T.starving_key, 0, 7)) do
+    local queue = T.queue_of(id)
+    T.load_place(queue)
+    if T.deliverable(queue.sid) then
+      local member, _, next_stamp = T.first_of(queue)
+      local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
+      local room = true
+      for i, name in ipairs(T.names_in(queue.lane)) do
+        room = T.has_room(T.limit_of(name), queue.band, list[i] or 1) and room
+      end
+      if room then
+        T.let_in(T.limit_of(queue.at), queue, member, next_stamp)
+      else
+        for _, name in ipairs(T.names_in(queue.lane)) do
+          local limit = T.limit_of(name)
+          if limit.sort == 'c' then limit.reserved = (limit.reserved or 0) + 1 end
+        end
+      end
+    end
+  end
+end
+
+function T.touch_due()
+  if pool.timed_at == 0 or pool.now < pool.timed_at then return end
+  for _, name in ipairs(call('ZRANGEBYSCORE', T.timed_key, '-inf', T.int(pool.now))) do
+    call('ZREM', T.timed_key, name)
+    T.touched[name] = true
+  end
+end
+
+function T.parked_at(limit)
+  local waits = 0
+  for _, band in ipairs(limit.bands) do waits = waits + band.waits end
+  return waits
+end
+
+-- A limit that only time frees has a moment at which somebody looks again.
+function T.set_timers()
+  local due = pool.timed_at > 0 and pool.now >= pool.timed_at
+  for name, limit in pairs(T.limits) do
+    if limit.retry_at and T.parked_at(limit) > 0 then
+      call('ZADD', T.timed_key, T.int(limit.retry_at), name)
+      due = true
+    end
+  end
+  if due then
+    local first = call('ZRANGE', T.timed_key, 0, 0, 'WITHSCORES')
+    pool.timed_at = tonumber(first[2] or 0)
+  end
+end
+
+function T.pump()
   if pool.now < pool.recover_until then return end
-  local budget = AT_ONCE
-  local lanes = {}
-  for lane in pairs(touched) do lanes[#lanes + 1] = lane end
-  table.sort(lanes)
-  for _, lane in ipairs(lanes) do budget = pump_lane(lane, own, budget) end
-  if budget <= 0 then more = 1 end
+  T.touch_due()
+  if pool.starving > 0 then T.serve_starving() end
+  local name = next(T.touched)
+  while name and T.budget > 0 do
+    local list = {}
+    for each in pairs(T.touched) do list[#list + 1] = each end
+    table.sort(list)
+    for _, each in ipairs(list) do
+      T.touched[each] = nil
+      local limit, going = T.limit_of(each), true
+      while going and T.budget > 0 and pool.parked > 0 do
+        local number, list = T.turn_of(limit)
+        going = number ~= nil and T.step(limit, number, list)
+      end
+      if T.budget <= 0 then T.touched[each] = true end
+    end
+    name = next(T.touched)
+  end
+  if T.budget <= 0 then
+    -- Whoever comes next goes on.
+    T.more = 1
+    for each in pairs(T.touched) do T.limit_of(each).retry_at = pool.now end
+  end
+  T.set_timers()
 end
 
-local function publish()
-  for sid, grants in pairs(outbox) do
-    local peer = peers[sid]
-    redis.call('HSET', session_key(sid), 'sent', int(peer.sent))
-    redis.call('SPUBLISH', channel(sid), cmsgpack.pack({ pool.epoch, peer.gen, peer.sent, grants }))
+function T.publish()
+  for sid, out in pairs(T.outbox) do
+    local peer = T.peers[sid]
+    out.held.sent = T.int(peer.sent)
+    T.write(T.session_key(sid), out.held)
+    call('SPUBLISH', T.channel(sid), cmsgpack.pack({ pool.epoch, peer.gen, peer.sent, out.grants }))
   end
 end

@@ -1,50 +1,84 @@
 -- does: advances the pool's clock, reaps dead sessions, and begins a new epoch when the past is lost
--- keys: meta used sessions session held waiting queue heads lapsing
+-- keys: meta sessions session queue park line lapsing starving owed
 -- args: epoch run uptime_ms lease_ms
--- returns: reap(sid, hold), recount(), recover(), reap_expired()
+-- returns: reap(sid, hold), recount(), recover(), reap_expired(), reap_closed(), note_sessions()
 -- units: ms
-local REAP_AT_ONCE = 64
+T.REAP_AT_ONCE = 64
+
+function T.hold_over(ticket, sid, held)
+  call('ZADD', T.lapsing_key, T.int(held.until_ms), ticket .. '|' .. sid .. '|' .. held.lane)
+  local keep_ms = T.int(held.until_ms - pool.now + T.POOL_KEEP_MS)
+  call('PEXPIRE', T.lapsing_key, keep_ms, 'NX')
+  call('PEXPIRE', T.lapsing_key, keep_ms, 'GT')
+end
+
+function T.places_of(sid, raw)
+  local list = {}
+  raw = raw or call('HGETALL', T.session_key(sid))
+  for i = 1, #raw, 2 do
+    local flow = string.match(raw[i], '^at:(.*)$')
+    if flow then
+      local queue = T.queue_of(sid .. '|' .. flow)
+      T.set_place(queue, raw[i + 1])
+      list[#list + 1] = queue
+    end
+  end
+  return list
+end
 
 -- Ends a session. With `hold` its permits stay counted until the hard deadline of their calls.
-local function reap(sid, hold)
-  local held = redis.call('HGETALL', held_key(sid))
-  for i = 1, #held, 2 do
-    local until_ms, limit = string.match(held[i + 1], '^[^|]*|([^|]*)|(.*)$')
-    if hold and tonumber(until_ms) > pool.now then
-      redis.call('ZADD', lapsing_key, until_ms, held[i] .. '|' .. sid .. '|' .. limit)
-      local keep_ms = int(tonumber(until_ms) - pool.now + POOL_KEEP_MS)
-      redis.call('PEXPIRE', lapsing_key, keep_ms, 'NX')
-      redis.call('PEXPIRE', lapsing_key, keep_ms, 'GT')
-    else
-      add_used(limit, -1)
+function T.reap(sid, hold)
+  local raw = call('HGETALL', T.session_key(sid))
+  for i = 1, #raw, 2 do
+    local ticket = string.match(raw[i], '^h:(.*)$')
+    if ticket then
+      local held = T.read_held(raw[i + 1])
+      if hold and held.until_ms > pool.now then
+        T.hold_over(ticket, sid, held)
+      else
+        T.give_back_lane(held.lane)
+      end
     end
   end
-  for _, field in ipairs(redis.call('HKEYS', session_key(sid))) do
-    local lane = string.match(field, '^lane:(.*)$')
-    if lane then
-      redis.call('UNLINK', queue_key(lane, sid))
-      redis.call('ZREM', heads_key(lane), sid)
-    end
+  for _, queue in ipairs(T.places_of(sid, raw)) do
+    local tenant = T.tenant_of(queue.tenant)
+    tenant.waiting = tenant.waiting - call('ZCARD', T.queue_key(queue))
+    tenant.changed = true
+    T.vacate(queue)
+    call('UNLINK', T.queue_key(queue))
   end
-  redis.call('UNLINK', held_key(sid), waiting_key(sid), session_key(sid))
-  redis.call('ZREM', sessions_key, sid)
+  call('UNLINK', T.session_key(sid), T.prefix .. 'owed:' .. sid)
+  call('ZREM', T.sessions_key, sid)
 end
+
+function T.lapsing_lane(member) return string.match(member, '^[^|]*|[^|]*|(.*)$') end
 
 -- Counts again from what is sure to be there when no session is left: the permits held over.
-local function recount()
-  redis.call('DEL', used_key)
-  used, used_changed = {}, {}
-  for _, member in ipairs(redis.call('ZRANGE', lapsing_key, 0, -1)) do
-    add_used(string.match(member, '^[^|]*|[^|]*|(.*)$'), 1)
+function T.recount()
+  for _, field in ipairs(call('HKEYS', T.meta_key)) do
+    local name = string.match(field, '^u:(.*)$')
+    if name then
+      T.limit_of(name).used = 0
+      T.limit_of(name).changed = true
+    end
+  end
+  for _, limit in pairs(T.limits) do
+    if limit.sort == 'c' and limit.used ~= 0 then limit.used, limit.changed = 0, true end
+  end
+  for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
+    T.count_lane(T.lapsing_lane(member))
   end
 end
 
-local function begin_epoch()
+function T.begin_epoch()
   local known = pool.epoch > 0 or q.epoch > 0
-  for _, sid in ipairs(redis.call('ZRANGE', sessions_key, 0, -1)) do
-    reap(sid, pool.hold)
+  for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
+    T.reap(sid, pool.hold)
   end
-  recount()
+  T.recount()
+  for _, field in ipairs(call('HKEYS', T.meta_key)) do
+    if string.match(field, '^b:') then T.put(field, false) end
+  end
   local quiet_ms = math.max(pool.lease_ms, q.lease_ms)
   -- Nobody knows of this pool: those who might have seen it on an earlier run of the server
   -- have had since its start to come back.
@@ -52,32 +86,62 @@ local function begin_epoch()
   pool.epoch = math.max(pool.now, pool.epoch + 1, q.epoch + 1)
   pool.run = q.run
   pool.began = pool.now
-  pool.changed = true
   pool.recover_until = pool.now + quiet_ms
+  T.put('run', pool.run)
+  T.put('epoch', T.int(pool.epoch))
+  T.put('began', T.int(pool.began))
+  T.put('recover_until', T.int(pool.recover_until))
 end
 
 -- The past is lost when the server is another one or empty; when its clock was set back; or when
 -- nobody spoke to it for half a lease and a session ran out meanwhile: then the server or its
 -- clock was away, not the session, and everybody may still be running what he held.
-local function recover()
-  local wall = wall_clock_ms()
+function T.recover()
+  local wall = T.wall_clock_ms()
   local jump_ms = math.max(pool.lease_ms, 1) / 2
   local set_back = pool.clock - wall > jump_ms
   pool.now = wall
   if not set_back and pool.clock > wall then pool.now = pool.clock end
   local silent = pool.epoch > 0 and wall - pool.clock > jump_ms
-    and #redis.call('ZRANGEBYSCORE', sessions_key, '-inf', wall, 'LIMIT', 0, 1) > 0
+    and #call('ZRANGEBYSCORE', T.sessions_key, '-inf', wall, 'LIMIT', 0, 1) > 0
   if pool.epoch == 0 or pool.run ~= q.run or q.epoch > pool.epoch or set_back or silent then
-    begin_epoch()
+    T.begin_epoch()
   end
 end
 
-local function reap_expired()
-  local dead = redis.call('ZRANGEBYSCORE', sessions_key, '-inf', pool.now, 'LIMIT', 0, REAP_AT_ONCE)
-  for _, sid in ipairs(dead) do reap(sid, pool.hold) end
-  local over = redis.call('ZRANGEBYSCORE', lapsing_key, '-inf', pool.now, 'LIMIT', 0, REAP_AT_ONCE)
-  for _, member in ipairs(over) do
-    redis.call('ZREM', lapsing_key, member)
-    add_used(string.match(member, '^[^|]*|[^|]*|(.*)$'), -1)
+function T.free_lapsing(member)
+  call('ZREM', T.lapsing_key, member)
+  T.give_back_lane(T.lapsing_lane(member))
+end
+
+function T.reap_expired()
+  local dead = call('ZRANGEBYSCORE', T.sessions_key, '-inf', pool.now, 'LIMIT', 0, T.REAP_AT_ONCE)
+  for _, sid in ipairs(dead) do T.reap(sid, pool.hold) end
+  local over = call('ZRANGEBYSCORE', T.lapsing_key, '-inf', pool.now, 'LIMIT', 0, T.REAP_AT_ONCE)
+  for _, member in ipairs(over) do T.free_lapsing(member) end
+end
+
+-- A process whose connection the kernel closed is most likely dead: where the policy says so, it
+-- is reaped when it has not come back within the grace.
+function T.reap_closed()
+  if pool.reap_ms == 0 or pool.now < pool.recover_until then return end
+  for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
+    if sid ~= q.sid then
+      if call('PUBSUB', 'SHARDNUMSUB', T.channel(sid))[2] > 0 then
+        call('HDEL', T.session_key(sid), 'closed_at')
+      else
+        call('HSETNX', T.session_key(sid), 'closed_at', T.int(pool.now))
+        local since = tonumber(call('HGET', T.session_key(sid), 'closed_at'))
+        if pool.now - since >= pool.reap_ms then T.reap(sid, pool.hold) end
+      end
+    end
   end
+end
+
+-- When a session runs out next, so that the others need not look before.
+function T.note_sessions()
+  local first = call('ZRANGE', T.sessions_key, 0, 0, 'WITHSCORES')
+  T.put('reap_at', first[2] or '0')
+  pool.sessions = call('ZCARD', T.sessions_key)
+  T.put('sessions', T.int(pool.sessions))
 end

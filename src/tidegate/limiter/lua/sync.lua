@@ -1,29 +1,25 @@
--- does: all that a process has to say to its pool, in one step; frees first, lets in last
+-- does: what a process has to say in passing: frees first, lets in last; the rest is for `tend`
 -- keys: meta layout
 -- args: request
--- request: sid gen epoch run uptime_ms lease_ms revision batch ack full leave join transfers releases cancels enqueues
--- returns: status epoch gen lease_ms recovering_ms revision sessions sent more conflict grants held lapsing next_event_ms policy
--- units: ms; grants and held are lists of (ticket, seq)
--- uses: keys clock pool recover session release cancel enqueue pump ask reply
-load_pool()
-recover()
-reap_expired()
-local status = check_session()
-local own = nil
-if status == 'ok' then
-  own = q.sid
-  for _, entry in ipairs(q.transfers) do transfer(entry) end
-  for _, entry in ipairs(q.releases) do release(entry) end
-  for _, ticket in ipairs(q.cancels) do cancel(ticket) end
-  for lane in pairs(reheaded) do rehead(lane) end
-  ask(q.enqueues)
-  if q.leave then
-    reap(q.sid, false)
-    own = nil
-  end
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack full leave flows wants resets join transfers releases settles cancels enqueues
+-- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
+-- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
+-- uses: keys clock pool limits rates places held session pump hints reply
+T.load_pool()
+local wall = T.wall_clock_ms()
+pool.now = math.max(wall, pool.clock)
+if pool.run ~= q.run or q.epoch ~= pool.epoch or wall < pool.clock or wall >= pool.reap_at then
+  return T.reply('tend')
 end
-pump(own)
-publish()
-save_pool()
-if own and q.full then keep_keys() end
-return reply(status)
+T.load_own()
+if own.blocked then return T.reply('tend') end
+local status = T.check_session()
+if status == 'ok' then
+  own.sid = q.sid
+  T.say_all()
+end
+T.pump()
+if status == 'ok' then T.flush_own() end
+T.publish()
+T.save_pool()
+return T.reply(status)

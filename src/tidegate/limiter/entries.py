@@ -1,0 +1,92 @@
+"""What a process keeps of its waiters and permits, and what one call of the script carries."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tidegate.limiter.flow import Flow
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A ticket in the queue. `deadline_ms` and `asked_ms` are of the lease's clock; `member` is the
+    ticket as the server keeps it; `stamp` its place there, 0 while unknown. `once`: it takes the
+    first answer for its last."""
+
+    ticket: int
+    flow: Flow
+    member: str
+    hard_ms: int
+    cost_ms: int
+    asked_ms: float
+    deadline_ms: float
+    future: asyncio.Future[Holding]
+    once: bool = False
+    sent: bool = False
+    stamp: int = 0
+
+    @property
+    def amounts(self) -> str:
+        return self.member.rpartition("|")[2]
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """A permit in use. `on_fence` cancels the body that uses it."""
+
+    ticket: int
+    flow: Flow
+    epoch: int
+    seq: int
+    cost_ms: int
+    held_from_ms: float
+    hard_until_ms: float
+    waited_ms: float
+    fenced: bool = False
+    on_fence: Callable[[], None] | None = None
+
+    def hard_left_ms(self, now_ms: float) -> int:
+        return max(1, int(self.hard_until_ms - now_ms))
+
+
+@dataclass(slots=True)
+class Release:
+    """A permit given back. `sent` once it has been in a batch, which may have arrived."""
+
+    ticket: int
+    flow: Flow
+    epoch: int
+    seq: int
+    outcome: int
+    took_ms: int
+    actual: str
+    sent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A permit passed on inside the process: what the server counts under `source` is `heir`'s."""
+
+    source: int
+    heir: Holding
+    member: str
+    took_ms: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one call of the script carries; kept until it is known to have arrived."""
+
+    joining: bool = False
+    held: list[Holding] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    releases: list[Release] = field(default_factory=list)
+    settles: list[tuple[int, str]] = field(default_factory=list)
+    cancels: list[tuple[int, Flow | None, str]] = field(default_factory=list)
+    enqueues: list[Waiter] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        said = len(self.transfers) + len(self.releases) + len(self.settles)
+        return said + len(self.cancels) + len(self.enqueues)

@@ -1,0 +1,171 @@
+"""What waiters have in common that may take each other's place: a band, a tenant, and its limits.
+
+Does no I/O. Invariant: a flow's `key` is its name on the wire, and never changes; what the policy
+says of its limits is read anew when the policy's revision is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tidegate.errors import DemandImpossible
+from tidegate.limiter.limits import Concurrency, Limit, PoolPolicy, Unit
+from tidegate.limiter.wire import Hint, flow_of
+
+if TYPE_CHECKING:
+    from tidegate.limiter.entries import Waiter
+
+# What a call is taken to last before the first one of its flow has ended.
+FIRST_COST_MS = 1000.0
+_LEARN = 1 / 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """LLM tokens of a call: an estimate before it, or what it used."""
+
+    input: int = 0
+    output: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.input + self.output
+
+
+def tokens_of(tokens: int | Tokens) -> Tokens:
+    """A number is a total whose parts are not known: it counts as input."""
+    return Tokens(tokens) if isinstance(tokens, int) else tokens
+
+
+def amount_of(unit: Unit, tokens: Tokens | None, images: int | None) -> int | None:
+    """How much of a unit a call takes or used; None where that is not known."""
+    if unit == "requests":
+        return 1
+    if unit == "images":
+        return images
+    if tokens is None:
+        return None
+    if unit == "tokens":
+        return tokens.total
+    return tokens.input if unit == "input_tokens" else tokens.output
+
+
+class Flow:
+    """See the module. `cost_ms` is how long its calls last, as far as is known; `hint` is set while
+    the server lets us pass permits on in it."""
+
+    __slots__ = (
+        "band",
+        "cost_ms",
+        "held",
+        "hint",
+        "key",
+        "lane",
+        "limits",
+        "list",
+        "plain",
+        "rates",
+        "revision",
+        "tenant",
+        "waiting",
+        "weight",
+    )  # fmt: skip
+
+    def __init__(self, band: int, tenant: str, limits: tuple[str, ...]) -> None:
+        self.band = band
+        self.tenant = tenant
+        self.limits = limits
+        self.key = flow_of(band, tenant, limits)
+        # Permits may be passed on between flows of one lane and band.
+        self.lane = (band, limits)
+        self.waiting: dict[int, Waiter] = {}
+        self.held = 0
+        self.cost_ms = FIRST_COST_MS
+        self.hint: Hint | None = None
+        self.revision = -1
+        self.list: tuple[Limit, ...] = ()
+        self.rates = False
+        self.plain = False
+        self.weight = 1
+
+    def __repr__(self) -> str:
+        return f"<Flow {self.key} waiting={len(self.waiting)} held={self.held}>"
+
+    def refresh(self, policy: PoolPolicy) -> None:
+        """Read what the policy says. Raises DemandImpossible for a limit that lets nobody in."""
+        found = [policy.limit(name) for name in self.limits]
+        for name, limit in zip(self.limits, found, strict=True):
+            if limit is None or limit.bound == 0:
+                raise DemandImpossible(f"{name} lets nobody in", limit=name)
+        self.list = tuple(limit for limit in found if limit is not None)
+        self.rates = any(not isinstance(limit, Concurrency) for limit in self.list)
+        self.plain = policy.hand_off and not any(
+            not isinstance(limit, Concurrency) or limit.adaptive for limit in self.list
+        )
+        self.weight = policy.weights.get(self.tenant, 1)
+        self.revision = policy.revision
+
+    def amounts(self, tokens: Tokens | None, images: int) -> str:
+        """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
+
+        Clamped to what a limit can ever give. Raises ValueError where a limit counts tokens and
+        nobody said how many.
+        """
+        if not self.rates:
+            return ""
+        parts = []
+        for name, limit in zip(self.limits, self.list, strict=True):
+            amount: int | None = 1
+            if not isinstance(limit, Concurrency):
+                amount = amount_of(limit.unit, tokens, images)
+                if amount is None:
+                    raise ValueError(f"{name} counts {limit.unit}: say tokens=")
+                amount = min(max(0, amount), limit.bound)
+            parts.append(str(amount))
+        return ",".join(parts)
+
+    def actual(self, tokens: Tokens | None, images: int | None) -> str:
+        """What a call really used, `-` where it is not known: empty where nothing is to be said."""
+        if not self.rates or (tokens is None and images is None):
+            return ""
+        parts = []
+        for limit in self.list:
+            amount = None
+            if not isinstance(limit, Concurrency) and limit.unit != "requests":
+                amount = amount_of(limit.unit, tokens, images)
+            parts.append("-" if amount is None else str(max(0, amount)))
+        return ",".join(parts)
+
+    def spends(self, amounts: str) -> Mapping[str, int]:
+        """What an admission takes of the limits that are not concurrencies."""
+        if not self.rates:
+            return {}
+        found = zip(self.limits, self.list, amounts.split(","), strict=True)
+        return {name: int(amount) for name, limit, amount in found
+                if not isinstance(limit, Concurrency)}  # fmt: skip
+
+    def learn(self, took_ms: float) -> None:
+        """A call of this flow lasted so long."""
+        if self.cost_ms == FIRST_COST_MS:
+            self.cost_ms = max(1.0, took_ms)
+        else:
+            self.cost_ms += (max(1.0, took_ms) - self.cost_ms) * _LEARN
+
+    def first(self) -> Waiter | None:
+        """The first waiter whose task has not been cancelled in this very moment."""
+        for waiter in self.waiting.values():
+            if not waiter.future.done():
+                return waiter
+        return None
+
+    def next_by_hint(self) -> tuple[int, Waiter] | None:
+        """The first waiter that may be let in by a permit of ours, with its virtual start."""
+        hint = self.hint
+        if hint is None:
+            return None
+        waiter = self.first()
+        if waiter is None or not 0 < waiter.stamp <= hint.horizon:
+            return None
+        return hint.tag + (waiter.stamp - hint.head) * hint.step, waiter

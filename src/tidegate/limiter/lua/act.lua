@@ -1,0 +1,40 @@
+-- does: what people and adapters do to a pool: pause a limit, end a pause, revoke a session
+-- keys: meta layout
+-- args: request
+-- request: verb limit for_ms ramp_ms said sid ticket
+-- returns: done
+-- units: ms
+-- uses: keys clock pool limits rates places held session recover pump
+T.load_pool()
+pool.now = math.max(T.wall_clock_ms(), pool.clock)
+local done = 0
+if q.verb == 'pause' then
+  local limit, until_ms = T.limit_of(q.limit), pool.now + q.for_ms
+  -- A shorter pause never ends a longer one.
+  if not limit.pause or limit.pause.until_ms < until_ms then
+    limit.pause = { until_ms = until_ms, ramp_ms = q.ramp_ms, passed = 0, said = q.said }
+    limit.pause_changed, limit.changed = true, true
+    call('ZADD', T.timed_key, T.int(until_ms), q.limit)
+    call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS + q.for_ms)
+    pool.timed_at = tonumber(call('ZRANGE', T.timed_key, 0, 0, 'WITHSCORES')[2])
+    done = 1
+  end
+elseif q.verb == 'resume' then
+  local limit = T.limit_of(q.limit)
+  if limit.pause then
+    limit.pause, limit.pause_changed, limit.changed = nil, true, true
+    done = 1
+  end
+  T.touch(limit)
+elseif q.verb == 'revoke' then
+  for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
+    if sid == q.sid or call('HGET', T.session_key(sid), 'name') == q.sid then
+      T.reap(sid, false)
+      done = done + 1
+    end
+  end
+end
+T.pump()
+T.publish()
+T.save_pool()
+return cmsgpack.pack({ done })

@@ -1,0 +1,199 @@
+-- does: takes permits back, passes them on inside a process, and settles what they used
+-- keys: session queue lapsing owed
+-- args: flows transfers releases cancels settles enqueues full
+-- returns: load_own(), flush_own(), transfer(), release(), cancel(), settle(), rehead_own(), own
+-- units: ms; amounts in each limit's unit, in the order of the lane
+-- `own.held` is what this session holds, as far as the request speaks of it: ticket -> value.
+local own = { held = {}, written = {}, queues = {}, reheaded = {} }
+
+-- One read fetches the session's record, the places of its flows, and the tickets spoken of.
+function T.load_own()
+  local fields, tickets = { 'gen', 'batch', 'sent', 'acked', 'blocked' }, {}
+  for i, flow in ipairs(q.flows) do
+    own.queues[i] = T.queue_of(q.sid .. '|' .. flow)
+    fields[#fields + 1] = 'at:' .. flow
+  end
+  for _, e in ipairs(q.transfers) do
+    tickets[#tickets + 1] = e[1]
+    tickets[#tickets + 1] = e[2]
+  end
+  for _, e in ipairs(q.releases) do tickets[#tickets + 1] = e[1] end
+  for _, e in ipairs(q.cancels) do tickets[#tickets + 1] = e[1] end
+  if q.full then
+    for _, e in ipairs(q.enqueues) do tickets[#tickets + 1] = string.match(e[2], '^%d+') end
+  end
+  local first = #fields
+  for i, ticket in ipairs(tickets) do fields[first + i] = 'h:' .. ticket end
+  local f = {}
+  for i = 1, #fields, 1000 do
+    local found = call('HMGET', T.session_key(q.sid), unpack(fields, i, math.min(i + 999, #fields)))
+    for k, value in ipairs(found) do f[i + k - 1] = value end
+  end
+  own.gen, own.batch, own.sent = tonumber(f[1] or 0), tonumber(f[2] or 0), tonumber(f[3] or 0)
+  own.acked, own.blocked = tonumber(f[4] or 0), f[5]
+  for i in ipairs(q.flows) do T.set_place(own.queues[i], f[5 + i]) end
+  for i, ticket in ipairs(tickets) do own.held[tostring(ticket)] = f[first + i] end
+end
+
+function T.set_own(field, value)
+  own.written[field] = value
+  own.dirty = true
+end
+
+function T.set_held(ticket, value)
+  ticket = tostring(ticket)
+  own.held[ticket] = value
+  T.set_own('h:' .. ticket, value)
+end
+
+function T.flush_own()
+  if not own.dirty then return end
+  T.write(T.session_key(q.sid), own.written)
+  own.dirty, own.written = nil, {}
+end
+
+function T.value_of(seq, hard_ms, cost_ms, charges, flow)
+  return T.int(seq) .. '|' .. T.int(pool.now + hard_ms) .. '|' .. T.int(cost_ms) .. '|' .. charges
+    .. '|' .. flow
+end
+
+function T.read_held(value)
+  local until_ms, cost_ms, charges, flow = string.match(value, '^[^|]*|([^|]*)|([^|]*)|([^|]*)|(.*)$')
+  local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
+  return { until_ms = tonumber(until_ms), cost_ms = tonumber(cost_ms), charges = charges,
+    flow = flow, band = tonumber(band), tenant = tenant, lane = lane }
+end
+
+function T.give_back_lane(lane)
+  for _, name in ipairs(T.names_in(lane)) do T.give_back(T.limit_of(name)) end
+end
+
+function T.count_lane(lane)
+  for _, name in ipairs(T.names_in(lane)) do
+    local limit = T.limit_of(name)
+    if limit.sort == 'c' then
+      limit.used = limit.used + 1
+      limit.changed = true
+    end
+  end
+end
+
+-- A ticket leaves its queue; false if it was not there.
+function T.unqueue(queue, member)
+  if not queue or call('ZREM', T.queue_key(queue), member) == 0 then return false end
+  local tenant = T.tenant_of(queue.tenant)
+  tenant.waiting = tenant.waiting - 1
+  tenant.changed = true
+  own.reheaded[queue] = true
+  return true
+end
+
+-- entry: from, to, seq, hard_ms, flow, member, took_ms. The permit was passed on inside the process
+-- already, so `to` is held whatever we find.
+function T.transfer(entry)
+  local from, to, seq, hard_ms, member = entry[1], entry[2], entry[3], entry[4], entry[6]
+  local queue = own.queues[entry[5]]
+  local before, there = own.held[tostring(from)], own.held[tostring(to)]
+  local cost_ms = 0
+  if T.unqueue(queue, member) then
+    cost_ms = tonumber(string.match(member, '^%d+|%d+|(%d+)'))
+    queue.steps = (queue.steps or 0) + T.step_of(cost_ms, T.tenant_of(queue.tenant))
+  end
+  if before then
+    local held = T.read_held(before)
+    if held.cost_ms > 0 and entry[7] > 0 then T.correct(held, entry[7]) end
+    T.set_held(from, false)
+    if there then T.give_back_lane(held.lane) end
+  elseif not there then
+    T.count_lane(queue.lane)
+  end
+  if not there then T.set_held(to, T.value_of(seq, hard_ms, cost_ms, '', queue.flow)) end
+end
+
+-- Its tenants are charged for what was handed on, then their queues stand by their new heads.
+function T.rehead_own()
+  for queue in pairs(own.reheaded) do
+    if queue.steps and queue.at and queue.at ~= '!' then
+      T.charge(T.limit_of(queue.at), queue, queue.steps, false)
+    end
+    T.rehead(queue)
+  end
+end
+
+function T.settle_charges(charges, lane, list)
+  if charges == '' then return end
+  local actual = {}
+  for i, name in ipairs(T.names_in(lane)) do actual[name] = list[i] end
+  for name, amount, index in string.gmatch(charges, '([^,=]+)=(%d+)@(%d+)') do
+    if actual[name] then
+      T.rates().settle(T.limit_of(name), tonumber(index), tonumber(amount), actual[name])
+    end
+  end
+end
+
+-- What a call cost more or less than its tenant was charged for.
+function T.correct(held, took_ms)
+  local tenant = T.tenant_of(held.tenant)
+  local delta = T.step_of(took_ms, tenant) - T.step_of(held.cost_ms, tenant)
+  for _, name in ipairs(T.names_in(held.lane)) do
+    local limit = T.limit_of(name)
+    local band = limit.bands[held.band]
+    if band.waits > 0 then
+      local tag, parked = T.tag_of(limit, held)
+      local key = parked and T.park_key(limit, held.band) or T.past_key(limit, held.band)
+      call('ZADD', key, T.int(math.max(band.virtual, tag + delta)), held.tenant)
+      if not parked then call('PEXPIRE', key, T.POOL_KEEP_MS) end
+    end
+  end
+end
+
+-- entry: ticket, flow, outcome, took_ms, actual amounts. Doing it twice does nothing the second
+-- time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be told later.
+function T.release(entry)
+  local ticket, queue, outcome = entry[1], own.queues[entry[2]], entry[3]
+  local value = own.held[tostring(ticket)]
+  if not value then
+    if queue and call('ZREM', T.lapsing_key, ticket .. '|' .. q.sid .. '|' .. queue.lane) == 1 then
+      T.give_back_lane(queue.lane)
+    end
+    return
+  end
+  T.set_held(ticket, false)
+  local held = T.read_held(value)
+  for _, name in ipairs(T.names_in(held.lane)) do
+    local limit = T.limit_of(name)
+    if limit.current then T.adapt(limit, outcome % 10) end
+    T.give_back(limit)
+  end
+  if outcome >= 10 then
+    if held.charges ~= '' then
+      call('HSET', T.prefix .. 'owed:' .. q.sid, ticket, held.charges .. '|' .. held.lane)
+    end
+  else
+    T.settle_charges(held.charges, held.lane, T.amounts_in(entry[5]))
+  end
+  if held.cost_ms > 0 and entry[4] > 0 then T.correct(held, entry[4]) end
+end
+
+-- entry: ticket, actual amounts. The usage of a call whose permit was given back before.
+function T.settle(entry)
+  local owed = call('HGET', T.prefix .. 'owed:' .. q.sid, entry[1])
+  if not owed then return end
+  call('HDEL', T.prefix .. 'owed:' .. q.sid, entry[1])
+  local charges, lane = string.match(owed, '^([^|]*)|(.*)$')
+  T.settle_charges(charges, lane, T.amounts_in(entry[2]))
+end
+
+-- entry: ticket, flow, member. A grant that crossed the cancel is given back, unused.
+function T.cancel(entry)
+  local ticket = entry[1]
+  if T.unqueue(own.queues[entry[2]], entry[3]) then return end
+  local value = own.held[tostring(ticket)]
+  if not value then return end
+  T.set_held(ticket, false)
+  local held = T.read_held(value)
+  T.give_back_lane(held.lane)
+  for name, amount, index in string.gmatch(held.charges, '([^,=]+)=(%d+)@(%d+)') do
+    T.rates().settle(T.limit_of(name), tonumber(index), tonumber(amount), 0)
+  end
+end

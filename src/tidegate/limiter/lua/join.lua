@@ -1,0 +1,148 @@
+-- does: lets a session join, with the policy it knows and all that it holds; keeps its keys alive
+-- keys: meta layout history sessions session queue park line lapsing owed
+-- args: sid epoch batch join lease_ms
+-- returns: join(), keep_keys(), touch_own(), conflict
+-- units: ms
+T.conflict = 0
+T.HISTORY = 100
+
+function T.clear_policy()
+  for _, field in ipairs(call('HKEYS', T.meta_key)) do
+    if string.match(field, '^[dt]:') then call('HDEL', T.meta_key, field) end
+  end
+end
+
+-- Those loaded before have the old bounds: what they count is kept.
+function T.reload_limits()
+  T.save_pool()
+  T.changed, T.limits, T.tenants, T.bands, T.first = {}, {}, {}, nil, nil
+end
+
+-- The highest revision wins; a start-up never overwrites a newer one.
+function T.merge_policy(policy)
+  if policy.revision == pool.revision and call('HGET', T.meta_key, 'policy') ~= policy.blob then
+    T.conflict = 1
+  end
+  if policy.revision <= pool.revision then return end
+  T.reload_limits()
+  T.clear_policy()
+  for name, definition in pairs(policy.limits) do
+    call('HSET', T.meta_key, 'd:' .. name, definition)
+    T.touched[name] = true
+  end
+  for name, weight in pairs(policy.weights) do
+    call('HSET', T.meta_key, 't:' .. name, T.int(weight))
+  end
+  pool.revision, pool.lease_ms, pool.hold = policy.revision, policy.lease_ms, policy.hold
+  pool.bands, pool.queue_max = policy.bands, policy.queue_max
+  pool.hand_off, pool.reap_ms = policy.hand_off, policy.reap_ms
+  call('HSET', T.meta_key, 'revision', T.int(policy.revision), 'lease_ms', T.int(policy.lease_ms),
+    'hold', policy.hold and '1' or '0', 'bands', policy.bands, 'queue_max', T.int(policy.queue_max),
+    'hand_off', policy.hand_off and '1' or '0', 'reap_ms', T.int(policy.reap_ms),
+    'policy', policy.blob)
+  call('LPUSH', T.prefix .. 'history', cmsgpack.pack({ policy.revision, pool.now, policy.by, policy.blob }))
+  call('LTRIM', T.prefix .. 'history', 0, T.HISTORY - 1)
+end
+
+-- What the process says it holds is the truth: it counts even above the limit, which then drains.
+-- entry: ticket, flow, seq, hard_ms, cost_ms.
+function T.assert_held(entry)
+  local ticket, queue = tostring(entry[1]), own.queues[entry[2]]
+  local member = ticket .. '|' .. q.sid .. '|' .. queue.lane
+  T.set_held(ticket, T.value_of(entry[3], entry[4], entry[5], '', queue.flow))
+  if call('ZREM', T.lapsing_key, member) == 0 then T.count_lane(queue.lane) end
+end
+
+-- It is back and has said what it holds: what else was held over for it is free, such as grants
+-- that were pushed to it while it was paused.
+function T.free_unclaimed()
+  for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
+    if string.match(member, '^[^|]*|([^|]*)|') == q.sid then T.free_lapsing(member) end
+  end
+end
+
+-- Permits held over for sessions that died before the server forgot them. One that lives speaks
+-- for itself.
+function T.assert_lapsing(entry)
+  local member, left_ms = entry[1], entry[2]
+  if not call('ZSCORE', T.sessions_key, string.match(member, '^[^|]*|([^|]*)|'))
+    and call('ZADD', T.lapsing_key, 'NX', T.int(pool.now + left_ms), member) == 1 then
+    call('PEXPIRE', T.lapsing_key, T.int(left_ms + T.POOL_KEEP_MS), 'NX')
+    call('PEXPIRE', T.lapsing_key, T.int(left_ms + T.POOL_KEEP_MS), 'GT')
+    T.count_lane(T.lapsing_lane(member))
+  end
+end
+
+-- Rates after a loss: the most that anybody had seen spent, and what each has admitted since.
+-- entry: limit, seen, since.
+function T.assert_spent(entry)
+  local limit, field = T.limit_of(entry[1]), 'b:' .. entry[1]
+  if limit.sort == 'c' then return end
+  local base = tonumber(call('HGET', T.meta_key, field) or 0)
+  local extra = math.max(0, entry[2] - math.max(base, base == 0 and T.rates().spent(limit) or 0))
+  T.rates().assert_spent(limit, extra + entry[3])
+  T.put(field, T.int(math.max(base, entry[2], 1)))
+end
+
+-- entry: limit, left_ms, ramp_ms, said.
+function T.assert_pause(entry)
+  local limit, until_ms = T.limit_of(entry[1]), pool.now + entry[2]
+  if limit.pause and limit.pause.until_ms >= until_ms then return end
+  limit.pause = { until_ms = until_ms, ramp_ms = entry[3], passed = 0, said = entry[4] }
+  limit.pause_changed, limit.changed = true, true
+end
+
+function T.join()
+  local other = call('GET', KEYS[2])
+  if other and other ~= '2' then
+    if call('ZCOUNT', 'tg:1:' .. string.match(T.prefix, '({.*})') .. ':sessions',
+      T.int(pool.now), '+inf') > 0 or other ~= '1' then return 'layout' end
+  end
+  call('SET', KEYS[2], '2')
+  if q.batch <= own.batch then return 'stale' end
+  T.reap(q.sid, false)
+  own.held, own.written, own.dirty = {}, {}, nil
+  if call('ZCARD', T.sessions_key) == 0 then T.recount() end
+  T.merge_policy(q.join.policy)
+  local lost = q.epoch > 0 and q.epoch < pool.epoch
+  -- Whoever lived in an earlier epoch proves that there was one: the full quiet time is due.
+  if lost then
+    pool.recover_until = math.max(pool.recover_until,
+      pool.began + math.max(pool.lease_ms, q.lease_ms))
+    T.put('recover_until', T.int(pool.recover_until))
+  end
+  me.gen, me.sent = T.next_seq(), 0
+  call('ZADD', T.sessions_key, T.int(pool.now + pool.lease_ms), q.sid)
+  call('HSET', T.session_key(q.sid), 'gen', T.int(me.gen), 'batch', T.int(q.batch),
+    'sent', '0', 'acked', '0', 'name', q.join.name)
+  for _, entry in ipairs(q.join.held) do T.assert_held(entry) end
+  T.free_unclaimed()
+  for _, entry in ipairs(q.join.lapsing) do T.assert_lapsing(entry) end
+  if lost then
+    for _, entry in ipairs(q.join.spent) do T.assert_spent(entry) end
+    for _, entry in ipairs(q.join.pauses) do T.assert_pause(entry) end
+  end
+  return 'ok'
+end
+
+function T.touch_own()
+  for _, queue in ipairs(T.places_of(q.sid)) do
+    if queue.at ~= '!' then T.touch(T.limit_of(queue.at)) end
+  end
+end
+
+-- A backstop for the case that nobody is left to reap: at each third of a lease.
+function T.keep_keys()
+  call('PEXPIRE', T.sessions_key, T.POOL_KEEP_MS)
+  call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
+  call('PEXPIRE', T.starving_key, T.POOL_KEEP_MS)
+  call('PEXPIRE', T.session_key(q.sid), T.SESSION_KEEP_MS)
+  call('PEXPIRE', T.prefix .. 'owed:' .. q.sid, T.SESSION_KEEP_MS)
+  for _, queue in ipairs(T.places_of(q.sid)) do
+    call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS)
+    if queue.at ~= '!' then
+      call('PEXPIRE', T.line_key(T.limit_of(queue.at), queue), T.SESSION_KEEP_MS)
+      call('PEXPIRE', T.park_key(T.limit_of(queue.at), queue.band), T.SESSION_KEEP_MS)
+    end
+  end
+end

@@ -1,0 +1,168 @@
+-- does: loads limits, says whether one has room, and takes and gives back
+-- keys: meta timed log rate quota
+-- args: resets
+-- returns: limit_of(), cap_of(), has_room(), take(), give_back(), adapt(), touch(), touched
+-- units: ms; a band's `above` in thousandths of a limit
+T.touched = {}
+
+
+-- Per band: the least share of admissions, and what is kept free for the bands above, in thousandths.
+function T.bands_of_pool()
+  if not T.bands then
+    T.bands = {}
+    for share, above in string.gmatch(pool.bands, '(%d+):(%d+)') do
+      T.bands[#T.bands + 1] = { share = tonumber(share), above = tonumber(above) }
+    end
+  end
+  return T.bands
+end
+
+-- A band that nobody waited in yet has nothing to remember.
+T.band_list = { __index = function(list, number)
+  for i = #list + 1, number do rawset(list, i, { waits = 0, virtual = 0, credit = 0 }) end
+  return rawget(list, number)
+end }
+
+function T.limit_of(name)
+  local limit = T.limits[name]
+  if limit then return limit end
+  local f, at = T.fetch('l:' .. name, 'd:' .. name, 'u:' .. name, 'w:' .. name, 'p:' .. name,
+    'a:' .. name)
+  local defined, waiting, paused = f[at], f[at + 2], f[at + 3]
+  limit = { name = name, sort = 'c', bound = 0, used = tonumber(f[at + 1] or 0),
+    bands = setmetatable({}, T.band_list) }
+  if defined then
+    local sort, bound, shadow, one, two, three =
+      string.match(defined, '^(%a)|(%d+)|(%d)|(%d+)|(%d+)|(%d+)')
+    limit.sort, limit.bound, limit.shadow = sort, tonumber(bound), shadow == '1'
+    if sort == 'c' then
+      limit.least = tonumber(one)
+    elseif sort == 'r' then
+      limit.span, limit.exact = tonumber(one) + tonumber(two) + 1, three == '1'
+    end
+  end
+  local number = 0
+  if waiting then
+    for waits, virtual, credit in string.gmatch(waiting, '(%d+):(%d+):(%d+)') do
+      number = number + 1
+      limit.bands[number] =
+        { waits = tonumber(waits), virtual = tonumber(virtual), credit = tonumber(credit) }
+    end
+  end
+  if paused then
+    local until_ms, ramp_ms, passed = string.match(paused, '^(%d+)|(%d+)|(%d+)|')
+    limit.pause = { until_ms = tonumber(until_ms), ramp_ms = tonumber(ramp_ms),
+      passed = tonumber(passed), said = string.match(paused, '^%d+|%d+|%d+|(.*)$') }
+  end
+  if limit.least and limit.least > 0 then
+    local current, dropped_at = string.match(f[at + 4] or '', '^(%d+)|(%d+)')
+    limit.current = math.min(tonumber(current or limit.bound * 1000), limit.bound * 1000)
+    limit.dropped_at = tonumber(dropped_at or 0)
+  end
+  T.limits[name] = limit
+  return limit
+end
+
+T.save_limit = function(limit)
+  local name, parts = limit.name, {}
+  T.put('u:' .. name, limit.used ~= 0 and T.int(limit.used))
+  for number, band in ipairs(limit.bands) do
+    parts[number] = T.int(band.waits) .. ':' .. T.int(band.virtual) .. ':' .. T.int(band.credit)
+  end
+  T.put('w:' .. name, table.concat(parts, ','))
+  if limit.pause_changed then
+    local pause = limit.pause
+    T.put('p:' .. name, pause and T.int(pause.until_ms) .. '|' .. T.int(pause.ramp_ms) .. '|'
+      .. T.int(pause.passed) .. '|' .. pause.said)
+  end
+  if limit.current then
+    T.put('a:' .. name, T.int(limit.current) .. '|' .. T.int(limit.dropped_at))
+  end
+  if limit.sort ~= 'c' then T.rates().save(limit) end
+  if limit.shadowed then call('HINCRBY', T.meta_key, 'x:' .. name, limit.shadowed) end
+end
+
+-- A touched limit is one under which somebody might be let in now.
+function T.touch(limit)
+  if limit.name then T.touched[limit.name] = true end
+end
+
+-- How many calls a band may have under a concurrency.
+function T.cap_of(limit, band)
+  local bound = limit.current and math.floor(limit.current / 1000) or limit.bound
+  local list = T.bands_of_pool()
+  local above = list[math.min(band, #list)].above
+  if above == 0 then return bound end
+  return math.max(math.min(bound, 1), math.floor(bound * (1000 - above) / 1000))
+end
+
+-- Room again at `at`, unless something is given back before.
+function T.room_again(limit, at)
+  limit.retry_at = at
+  return false
+end
+
+-- After a pause the calls come back one by one, over `ramp_ms`, instead of all at once.
+function T.pause_lets(limit)
+  local pause = limit.pause
+  if pool.now < pause.until_ms then return T.room_again(limit, pause.until_ms) end
+  local since_ms = pool.now - pause.until_ms
+  if since_ms >= pause.ramp_ms then
+    limit.pause, limit.pause_changed, limit.changed = nil, true, true
+    return true
+  end
+  local allowed = 1 + math.floor(limit.bound * since_ms / pause.ramp_ms)
+  if pause.passed < allowed then return true end
+  local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, limit.bound))
+  return T.room_again(limit, math.max(at, pool.now + 1))
+end
+
+function T.is_full(limit, band, amount)
+  if limit.pause and not T.pause_lets(limit) then return true end
+  if limit.sort == 'c' then
+    return limit.used + (limit.reserved or 0) >= T.cap_of(limit, band)
+  end
+  return not T.rates().fits(limit, amount)
+end
+
+function T.has_room(limit, band, amount)
+  return limit.shadow or not T.is_full(limit, band, amount)
+end
+
+-- Returns what a settlement needs to know of it, for a rate.
+function T.take(limit, band, amount)
+  limit.changed = true
+  if limit.shadow and T.is_full(limit, band, amount) then
+    limit.shadowed = (limit.shadowed or 0) + 1
+  end
+  if limit.pause and pool.now >= limit.pause.until_ms then
+    limit.pause.passed = limit.pause.passed + 1
+    limit.pause_changed = true
+  end
+  if limit.sort == 'c' then
+    limit.used = limit.used + 1
+    return nil
+  end
+  return T.rates().take(limit, amount)
+end
+
+function T.give_back(limit)
+  if limit.sort ~= 'c' then return end
+  limit.used = limit.used - 1
+  limit.changed = true
+  T.touch(limit)
+end
+
+-- Additive increase while it is used up, multiplicative decrease at most once a second (Chiu and
+-- Jain 1989). In thousandths, so that both worlds count alike.
+T.ADAPT_PAUSE_MS = 1000
+function T.adapt(limit, outcome)
+  local full = limit.used >= math.floor(limit.current / 1000)
+  if outcome == 0 and full then
+    limit.current = math.min(limit.bound * 1000, limit.current + math.floor(1000000 / limit.current))
+  elseif outcome == 2 and pool.now - limit.dropped_at >= T.ADAPT_PAUSE_MS then
+    limit.current = math.max(limit.least * 1000, math.floor(limit.current * 7 / 10))
+    limit.dropped_at = pool.now
+  end
+  limit.changed = true
+end

@@ -1,0 +1,176 @@
+-- does: keeps each waiting queue at the limit that holds it up, in the order of virtual time
+-- keys: session queue park line past starving
+-- args: sid flows
+-- returns: queue_of(), park(), unpark(), rehead(), charge(), blocker(), amounts_in()
+-- units: virtual time in hundredths of a ms of use per weight
+-- A queue is what one session has waiting of one flow (band, tenant, lane). At a limit, tenants
+-- stand in `park` by their start tag (start-time fair queueing, Goyal, Vin and Cheng 1996), and a
+-- tenant's queues in `line` by the stamp of their first ticket.
+T.queues, T.amounts = {}, {}
+T.STARVES = 8
+
+function T.queue_key(queue) return T.prefix .. 'queue:' .. queue.id end
+function T.park_key(limit, band) return T.prefix .. 'park:' .. limit.name .. '|' .. band end
+function T.past_key(limit, band) return T.prefix .. 'past:' .. limit.name .. '|' .. band end
+function T.line_key(limit, queue)
+  return T.prefix .. 'line:' .. limit.name .. '|' .. queue.band .. '|' .. queue.tenant
+end
+
+-- `at` is the limit where it is parked, `!` while its session takes no grants, nil while empty.
+function T.queue_of(id)
+  local queue = T.queues[id]
+  if not queue then
+    local sid, flow = string.match(id, '^([^|]*)|(.*)$')
+    local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
+    queue = { id = id, sid = sid, flow = flow, band = tonumber(band), tenant = tenant, lane = lane,
+      bounces = 0 }
+    T.queues[id] = queue
+  end
+  return queue
+end
+
+function T.set_place(queue, place)
+  if place then
+    local limit, bounces = string.match(place, '^(.*)|(%d+)$')
+    queue.at, queue.bounces = limit, tonumber(bounces)
+  else
+    queue.at, queue.bounces = nil, 0
+  end
+end
+
+function T.save_place(queue)
+  local key, field = T.session_key(queue.sid), 'at:' .. queue.flow
+  if queue.at then
+    call('HSET', key, field, queue.at .. '|' .. queue.bounces)
+  else
+    call('HDEL', key, field)
+  end
+end
+
+function T.amounts_in(text)
+  if text == '' then return none end
+  local list = T.amounts[text]
+  if not list then
+    list = {}
+    for amount in string.gmatch(text, '[^,]+') do list[#list + 1] = tonumber(amount) or false end
+    T.amounts[text] = list
+  end
+  return list
+end
+
+function T.first_of(queue)
+  local head = call('ZRANGE', T.queue_key(queue), 0, 1, 'WITHSCORES')
+  return head[1], tonumber(head[2] or 0), tonumber(head[4])
+end
+
+function T.tag_of(limit, queue)
+  local tag = call('ZSCORE', T.park_key(limit, queue.band), queue.tenant)
+  if tag then return tonumber(tag), true end
+  local before = call('ZSCORE', T.past_key(limit, queue.band), queue.tenant)
+  return math.max(limit.bands[queue.band].virtual, tonumber(before or 0)), false
+end
+
+function T.park(queue, limit, stamp)
+  local band = limit.bands[queue.band]
+  call('ZADD', T.line_key(limit, queue), T.int(stamp), queue.id)
+  local tag, parked = T.tag_of(limit, queue)
+  if not parked then
+    call('ZADD', T.park_key(limit, queue.band), T.int(tag), queue.tenant)
+    call('ZREM', T.past_key(limit, queue.band), queue.tenant)
+  end
+  band.waits = band.waits + 1
+  pool.parked = pool.parked + 1
+  limit.changed = true
+  queue.at = limit.name
+  T.save_place(queue)
+end
+
+-- A tenant that goes takes no credit along: its tag is kept while it lies ahead.
+function T.unpark(queue)
+  local limit = T.limit_of(queue.at)
+  local band = limit.bands[queue.band]
+  call('ZREM', T.line_key(limit, queue), queue.id)
+  if call('EXISTS', T.line_key(limit, queue)) == 0 then
+    local tag = tonumber(call('ZSCORE', T.park_key(limit, queue.band), queue.tenant))
+    call('ZREM', T.park_key(limit, queue.band), queue.tenant)
+    if tag > band.virtual then
+      local past = T.past_key(limit, queue.band)
+      call('ZADD', past, T.int(tag), queue.tenant)
+      call('ZREMRANGEBYSCORE', past, '-inf', T.int(band.virtual))
+      call('PEXPIRE', past, T.POOL_KEEP_MS)
+    end
+  end
+  band.waits = band.waits - 1
+  if band.waits == 0 then band.credit = 0 end
+  pool.parked = pool.parked - 1
+  limit.changed = true
+end
+
+function T.forget_starving(queue)
+  if queue.bounces >= T.STARVES and call('ZREM', T.starving_key, queue.id) == 1 then
+    pool.starving = pool.starving - 1
+  end
+  queue.bounces = 0
+end
+
+function T.vacate(queue)
+  if queue.at ~= '!' then T.unpark(queue) end
+  T.forget_starving(queue)
+  queue.at = nil
+  T.save_place(queue)
+end
+
+-- Puts a queue where its first ticket, as it is now, belongs.
+function T.rehead(queue)
+  if not queue.at then return end
+  local member, stamp = T.first_of(queue)
+  if not member then
+    T.vacate(queue)
+  elseif queue.at ~= '!' then
+    call('ZADD', T.line_key(T.limit_of(queue.at), queue), T.int(stamp), queue.id)
+  end
+end
+
+-- Adds `step` to a tenant's tag at a limit, and moves the limit's time on to where it stood. What
+-- was handed on out of order moves it only to where the front stands.
+function T.charge(limit, queue, step, in_order)
+  local band = limit.bands[queue.band]
+  local tag, parked
+  if queue.at == limit.name then
+    tag = tonumber(call('ZINCRBY', T.park_key(limit, queue.band), T.int(step), queue.tenant)) - step
+  else
+    tag, parked = T.tag_of(limit, queue)
+    local key = parked and T.park_key(limit, queue.band) or T.past_key(limit, queue.band)
+    call('ZADD', key, T.int(tag + step), queue.tenant)
+    if not parked then call('PEXPIRE', key, T.POOL_KEEP_MS) end
+  end
+  if not in_order then
+    local front = call('ZRANGE', T.park_key(limit, queue.band), 0, 0, 'WITHSCORES')
+    tag = math.min(tag, tonumber(front[2] or tag))
+  end
+  band.virtual = math.max(band.virtual, tag)
+  limit.changed = true
+end
+
+-- Whether a queue may take from a limit where others are parked: not past a higher band, nor past
+-- a tenant whose turn comes before, nor past an older ticket of its own tenant.
+function T.its_turn(queue, limit, stamp)
+  for higher = 1, queue.band - 1 do
+    if limit.bands[higher].waits > 0 then return false end
+  end
+  if limit.bands[queue.band].waits == 0 then return true end
+  local front = call('ZRANGE', T.park_key(limit, queue.band), 0, 0, 'WITHSCORES')
+  if T.tag_of(limit, queue) > tonumber(front[2]) then return false end
+  local own = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
+  return not own[2] or stamp ~= nil and tonumber(own[2]) >= stamp
+end
+
+-- The limit that holds a ticket up, or nil, and whether it is full. `here` is where it is parked.
+function T.blocker(queue, list, stamp, here)
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local limit = T.limit_of(name)
+    if not T.has_room(limit, queue.band, list[i] or 1) then return limit, true end
+    if name ~= here and not T.its_turn(queue, limit, stamp) then return limit, false end
+  end
+  return nil, false
+end

@@ -1,0 +1,36 @@
+-- does: all that a process has to say to its pool: joins, leaves, recovers, reaps and compares too
+-- keys: meta layout
+-- args: request
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack full leave flows wants resets join transfers releases settles cancels enqueues
+-- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
+-- whole: now_ms held lapsing next_event_ms conflict spent pauses policy
+-- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
+-- uses: keys clock pool limits rates places held recover session join pump hints reply whole
+T.load_pool()
+T.recover()
+T.reap_expired()
+T.reap_closed()
+T.load_own()
+local status = q.join and T.join() or nil
+if not q.join then status = T.check_session() end
+if status == 'ok' then
+  own.sid = q.sid
+  call('ZADD', T.sessions_key, 'XX', T.int(pool.now + pool.lease_ms), q.sid)
+  if own.blocked and not q.join then T.unblock() end
+  T.say_all()
+  if q.full then T.touch_own() end
+  T.flush_own()
+  if q.leave then
+    own.dirty, own.written = nil, {}
+    T.reap(q.sid, false)
+    own.sid = nil
+  end
+end
+T.pump()
+if own.sid then T.flush_own() end
+T.publish()
+T.note_sessions()
+local all = own.sid and q.full and T.whole() or false
+T.save_pool()
+if all then T.keep_keys() end
+return T.reply(status, all)

@@ -1,0 +1,117 @@
+"""What people and adapters see of a pool and do to it, beside asking for permits.
+
+Each is one call of a script, or travels with the session's next one. Raises LimiterUnavailable
+when Valkey does not answer within a third of the lease.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+
+from tidegate.errors import LimiterUnavailable, TidegateError
+from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.limits import PoolPolicy
+from tidegate.limiter.link import Link, LinkDown
+from tidegate.limiter.scripts import ScriptName, load
+from tidegate.limiter.session import Session
+from tidegate.limiter.snapshot import Change, PermitView, Snapshot, read_snapshot
+from tidegate.limiter.wire import InspectReply, pack
+
+# A pause "until further notice" ends in a hundred years.
+FOR_EVER_MS = 100 * 365 * 86_400_000
+RAMP_MS = 10_000
+
+
+class Operations:
+    """The part of a `Limiter` that is not about its own permits."""
+
+    _link: Link
+    _keys: Keyspace
+    _session: Session
+
+    async def _run(self, name: ScriptName, request: dict[str, Any]) -> bytes:
+        keys = (self._keys.meta, self._keys.layout)
+        try:
+            return await self._link.run(
+                load(name), keys, pack(request), self._session.lease.deadline_s()
+            )
+        except LinkDown as error:
+            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+
+    async def snapshot(self, *, permits: bool = False) -> Snapshot:
+        """The pool as Valkey sees it; with each permit in use if asked for."""
+        raw = await self._run("inspect", {"permits": permits})
+        return read_snapshot(InspectReply.unpack(raw), self._session.state)
+
+    async def permits(self) -> tuple[PermitView, ...]:
+        """Every permit in use, by process."""
+        return (await self.snapshot(permits=True)).permits
+
+    async def penalise(
+        self,
+        limit: str,
+        *,
+        for_ms: int = FOR_EVER_MS,
+        reason: str = "",
+        by: str = "",
+        ramp_ms: int = RAMP_MS,
+    ) -> bool:
+        """Let nobody in under `limit` for a time, over all processes at once.
+
+        Afterwards calls come back over `ramp_ms`. A pause that would end later stays: False then.
+        """
+        said = f"{by}: {reason}" if reason else by
+        request = {
+            "verb": "pause", "limit": limit, "for_ms": max(1, for_ms), "ramp_ms": max(1, ramp_ms),
+            "said": said,
+        }  # fmt: skip
+        self._session.stop_handing_on()
+        done = bool(msgpack.unpackb(await self._run("act", request))[0])
+        self._session.refresh()
+        return done
+
+    async def resume(self, limit: str, *, by: str = "") -> bool:
+        """End a pause now, without a ramp. False if there was none."""
+        request = {"verb": "resume", "limit": limit, "said": by}
+        done = bool(msgpack.unpackb(await self._run("act", request))[0])
+        self._session.refresh()
+        return done
+
+    async def revoke(self, session: str) -> int:
+        """Take back all that a process holds whose death is certain, named by its session or its
+        `instance_id`. If it lives it finds its session gone, and cancels its calls. Returns how
+        many sessions were ended."""
+        done = msgpack.unpackb(await self._run("act", {"verb": "revoke", "sid": session}))[0]
+        return int(done)
+
+    async def history(self) -> list[Change]:
+        """The last policies, the newest first."""
+        try:
+            rows = await self._link.command(
+                ("LRANGE", f"{self._keys.prefix}history", "0", "-1"),
+                self._session.lease.deadline_s(),
+            )
+        except LinkDown as error:
+            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+        return [_change(row) for row in rows]
+
+    async def ping(self, timeout_ms: int) -> None:
+        """Raises LimiterUnavailable unless Valkey answers within `timeout_ms`."""
+        try:
+            await self._link.ping(timeout_ms / 1000)
+        except LinkDown as error:
+            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+
+    async def set_policy(self, policy: PoolPolicy, *, by: str = "") -> None:
+        """Put a policy with a higher revision in force for the whole pool, at once or as soon as
+        Valkey answers. Nothing is revoked: a limit that was lowered drains."""
+        if policy.revision <= self._session.policy.revision:
+            raise TidegateError(f"revision {self._session.policy.revision} is in force already")
+        self._session.set_policy(policy, by)
+
+
+def _change(row: bytes) -> Change:
+    revision, at_ms, by, blob = msgpack.unpackb(row, raw=True)[:4]
+    return Change(revision, at_ms, by.decode(), PoolPolicy.unpack(blob))

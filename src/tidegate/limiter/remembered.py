@@ -1,0 +1,70 @@
+"""What this process remembers of its pool for the case that the server forgets it.
+
+Pure. Told anew at every comparison of all, a third of a lease apart; said again when we join a
+pool that lost its past. Invariant: what is said is never less than what was so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+from tidegate.limiter.limits import PoolPolicy, Quota
+from tidegate.limiter.wire import Whole
+
+
+def next_midnight_ms(zone: str, now_ms: float) -> int:
+    """The next midnight in a time zone, in ms since 1970."""
+    local = datetime.fromtimestamp(now_ms / 1000, UTC).astimezone(ZoneInfo(zone))
+    day = (local + timedelta(days=1)).date()
+    midnight = datetime(day.year, day.month, day.day, tzinfo=ZoneInfo(zone))
+    return int(midnight.timestamp() * 1000)
+
+
+class Remembered:
+    """See the module. Ends are by the lease's clock."""
+
+    def __init__(self) -> None:
+        # Permits held over for dead sessions, with the end of each.
+        self._lapsing: list[tuple[str, float]] = []
+        self._spent: dict[str, int] = {}
+        # limit -> end, ramp_ms, said
+        self.pauses: dict[str, tuple[float, int, str]] = {}
+        # By how much the server's clock is ahead of the lease's.
+        self._ahead_ms: float | None = None
+
+    def learn(self, whole: Whole, at_ms: float) -> None:
+        """The server told everything."""
+        self._ahead_ms = whole.now_ms - at_ms
+        self._lapsing = [(member, at_ms + left_ms) for member, left_ms in whole.lapsing]
+        self._spent = dict(whole.spent)
+        self.pauses = {
+            name: (at_ms + left_ms, ramp_ms, said) for name, left_ms, ramp_ms, said in whole.pauses
+        }
+
+    def lapsing(self, at_ms: float) -> list[tuple[str, int]]:
+        """(member, left_ms) of the permits held over."""
+        return [(member, int(end - at_ms)) for member, end in self._lapsing if end - at_ms >= 1]
+
+    def spent(self, since: Mapping[str, int]) -> list[tuple[str, int, int]]:
+        """(limit, as last seen, admitted here `since`) of the rates and quotas."""
+        names = sorted({*self._spent, *since})
+        return [(name, self._spent.get(name, 0), since.get(name, 0)) for name in names]
+
+    def paused(self, at_ms: float) -> list[tuple[str, int, int, str]]:
+        """(limit, left_ms, ramp_ms, said) of the pauses that go on."""
+        return [
+            (name, int(end - at_ms), ramp_ms, said)
+            for name, (end, ramp_ms, said) in sorted(self.pauses.items())
+            if end - at_ms >= 1
+        ]
+
+    def resets(self, policy: PoolPolicy, at_ms: float) -> dict[str, int]:
+        """When each day quota begins anew, by the server's clock."""
+        quotas = {n: limit.zone for n, limit in policy.limits.items() if isinstance(limit, Quota)}
+        if not quotas:
+            return {}
+        now_ms = time.time() * 1000 if self._ahead_ms is None else at_ms + self._ahead_ms
+        return {name: next_midnight_ms(zone, now_ms) for name, zone in quotas.items()}
