@@ -15,7 +15,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from weakref import ref
 
-from aiohttp import ClientHandlerType, ClientRequest, ClientResponse
+from aiohttp import (
+    ClientConnectionError,
+    ClientHandlerType,
+    ClientPayloadError,
+    ClientRequest,
+    ClientResponse,
+)
 
 from tidegate.integrations.answer import Review, Usage
 from tidegate.integrations.demand import Demand, Demanded, demand_of
@@ -24,6 +30,7 @@ from tidegate.integrations.exchange import Exchange
 if TYPE_CHECKING:
     from tidegate.limiter import Limiter
 
+OVERLOAD = (ClientConnectionError, ClientPayloadError, TimeoutError)
 STREAMED = frozenset({"text/event-stream", "application/x-ndjson"})
 
 
@@ -51,7 +58,7 @@ class LimitMiddleware:
         demand = demand_of(self._demand, request)
         if demand is None:
             return await handler(request)
-        exchange = Exchange(self._limiter, demand)
+        exchange = Exchange(self._limiter, demand, OVERLOAD)
         await exchange.begin()
         try:
             async with exchange.using():

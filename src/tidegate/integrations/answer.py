@@ -12,6 +12,8 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Literal
 
+from tidegate.errors import UpstreamTimeout
+
 if TYPE_CHECKING:
     from tidegate.limiter import Tokens
 
@@ -34,6 +36,11 @@ _RETRY_INFO = re.compile(rb'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"')
 
 def outcome_of_status(status: int) -> Outcome:
     return "dropped" if status in OVERLOADED else "success"
+
+
+def outcome_of_error(error: BaseException, overload: tuple[type[Exception], ...]) -> Outcome:
+    """How a call went that ended with `error`; only what speaks of overload is `dropped`."""
+    return "dropped" if isinstance(error, (UpstreamTimeout, *overload)) else "ignored"
 
 
 def retry_after_ms(headers: Mapping[str, str], now: datetime) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from tidegate.integrations.answer import Outcome, outcome_of_status
+from tidegate.integrations.answer import Outcome, outcome_of_error, outcome_of_status
 from tidegate.limiter.hold import Hold
 
 if TYPE_CHECKING:
@@ -30,16 +30,24 @@ class Exchange:
         "_hold",
         "_limiter",
         "_outcome",
+        "_overload",
         "_scopes",
         "_unused",
         "_users",
     )
 
-    def __init__(self, limiter: Limiter, demand: Demand) -> None:
-        acquisition = limiter.acquire(*demand.ids, **demand.options)
+    def __init__(
+        self, limiter: Limiter, demand: Demand, overload: tuple[type[Exception], ...]
+    ) -> None:
+        """`overload`: the client's errors that speak of an upstream with too much to do."""
         self._limiter = limiter
         self._demand = demand
-        self._hold = Hold(acquisition, self._stop, hard_ms=demand.hard_ms)
+        self._overload = overload
+        self._hold = Hold(
+            lambda: limiter.acquire(*demand.ids, **demand.options),
+            self._stop,
+            hard_ms=demand.hard_ms,
+        )
         self._scopes: set[asyncio.Timeout] = set()
         self._users = 0
         self._unused = asyncio.Event()
@@ -57,7 +65,7 @@ class Exchange:
         try:
             await self._hold.confirm()
         except BaseException:
-            self._hold.release()
+            self._release("ignored", None)
             raise
 
     @asynccontextmanager
@@ -113,7 +121,9 @@ class Exchange:
         now = asyncio.get_running_loop().time()
         for scope in self._scopes:
             scope.reschedule(now)
-        await self._unused.wait()
+        # Whoever has been interrupted may be closing the answer already.
+        while self._users:
+            await self._unused.wait()
         if self._close is not None:
             await self._close()
 
@@ -127,7 +137,7 @@ class Exchange:
 
     async def fail(self, error: BaseException) -> None:
         """Sending or reading ended with `error`."""
-        await self._end("dropped" if isinstance(error, Exception) else "ignored", None)
+        await self._end(outcome_of_error(error, self._overload), None)
 
     async def abandon(self) -> None:
         """Nobody reads the answer any further. Does nothing after `complete` or `fail`."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # The limiter bounds the calls: a pool that bounds them too would let permits wait in vain.
 UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 
+OVERLOAD = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+
 
 class _AsyncBody(AsyncBody, httpx.AsyncByteStream):
     pass
@@ -38,6 +40,7 @@ class AsyncLimitedTransport(
 ):
     """For `httpx.AsyncClient(transport=...)`."""
 
+    _overload = OVERLOAD
     _response = httpx.Response
     _body = _AsyncBody
 
@@ -62,6 +65,7 @@ class AsyncLimitedTransport(
 class LimitedTransport(SyncTransport[httpx.Request, httpx.Response], httpx.BaseTransport):
     """For `httpx.Client(transport=...)`, over the limiter for threads."""
 
+    _overload = OVERLOAD
     _response = httpx.Response
     _body = _SyncBody
 

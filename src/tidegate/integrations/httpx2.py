@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # The limiter bounds the calls: a pool that bounds them too would let permits wait in vain.
 UNBOUNDED = httpx2.Limits(max_connections=None, max_keepalive_connections=100)
 
+OVERLOAD = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+
 
 class _AsyncBody(AsyncBody, httpx2.AsyncByteStream):
     pass
@@ -38,6 +40,7 @@ class AsyncLimitedTransport(
 ):
     """For `httpx2.AsyncClient(transport=...)`."""
 
+    _overload = OVERLOAD
     _response = httpx2.Response
     _body = _AsyncBody
 
@@ -62,6 +65,7 @@ class AsyncLimitedTransport(
 class LimitedTransport(SyncTransport[httpx2.Request, httpx2.Response], httpx2.BaseTransport):
     """For `httpx2.Client(transport=...)`, over the limiter for threads."""
 
+    _overload = OVERLOAD
     _response = httpx2.Response
     _body = _SyncBody
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tidegate.integrations.answer import Outcome, outcome_of_status
+from tidegate.integrations.answer import Outcome, outcome_of_error, outcome_of_status
 from tidegate.limiter.sync_permit import SyncPermit
 
 if TYPE_CHECKING:
@@ -31,12 +31,17 @@ class SyncExchange:
         "_limiter",
         "_open",
         "_outcome",
+        "_overload",
         "_permit",
     )
 
-    def __init__(self, limiter: SyncLimiter, demand: Demand) -> None:
+    def __init__(
+        self, limiter: SyncLimiter, demand: Demand, overload: tuple[type[Exception], ...]
+    ) -> None:
+        """`overload`: the client's errors that speak of an upstream with too much to do."""
         self._limiter = limiter
         self._demand = demand
+        self._overload = overload
         self._held = limiter.hold(demand.ids, demand.options, self._close_unused)
         self._permit: SyncPermit | None = None
         # Taken by whoever sends, reads or closes; a thread of the limiter's only tries.
@@ -56,7 +61,7 @@ class SyncExchange:
         try:
             self._permit.confirm()
         except BaseException:
-            self._held.release()
+            self._shut("ignored", None)
             raise
 
     @contextmanager
@@ -92,7 +97,7 @@ class SyncExchange:
 
     def fail(self, error: BaseException) -> None:
         """Sending or reading ended with `error`."""
-        self._shut("dropped" if isinstance(error, Exception) else "ignored", None)
+        self._shut(outcome_of_error(error, self._overload), None)
 
     def abandon(self) -> None:
         """Nobody reads the answer any further. Does nothing after `complete` or `fail`."""

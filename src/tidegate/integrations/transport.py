@@ -111,8 +111,9 @@ class SyncBody:
 
 
 class _Transport(Generic[RequestT, ResponseT]):
-    """What both transports know. `_response` and `_body` are the library's."""
+    """What both transports know. `_response`, `_body` and `_overload` are the library's."""
 
+    _overload: ClassVar[tuple[type[Exception], ...]]
     _response: ClassVar[Callable[..., Any]]
     _body: ClassVar[Callable[..., Any]]
 
@@ -172,7 +173,7 @@ class AsyncTransport(_Transport[RequestT, ResponseT]):
         if demand is None:
             response = await self._inner.handle_async_request(request)
             return response
-        exchange = Exchange(self._limiter, demand)
+        exchange = Exchange(self._limiter, demand, self._overload)
         await exchange.begin()
         try:
             async with exchange.using():
@@ -208,7 +209,7 @@ class SyncTransport(_Transport[RequestT, ResponseT]):
         if demand is None:
             response = self._inner.handle_request(request)
             return response
-        exchange = SyncExchange(self._limiter, demand)
+        exchange = SyncExchange(self._limiter, demand, self._overload)
         exchange.begin()
         try:
             with exchange.using():

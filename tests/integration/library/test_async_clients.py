@@ -184,8 +184,7 @@ async def test_an_answer_that_is_dropped_is_closed_and_its_permit_given_back(
         if isinstance(http, Aiohttp):
             # Until then aiohttp keeps what nobody else has.
             await http.aclose()
-        gc.collect()
-    await until_free(limiter)
+        await wait_until(lambda: gc.collect() >= 0 and held(limiter) == 0)
     await until_closed_upstream(emulator)
 
 

@@ -106,9 +106,9 @@ async def test_an_answer_that_is_dropped_is_closed_and_its_permit_given_back(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", ResourceWarning)
         del answer
-        gc.collect()
-    assert "neither read to its end nor closed" in {str(one.message) for one in warned}.pop()
-    await wait_until(lambda: held(limiter) == 0)
+        # The thread that brought it may have it a moment longer.
+        await wait_until(lambda: gc.collect() >= 0 and held(limiter) == 0)
+    assert any("neither read to its end nor closed" in str(one.message) for one in warned)
     await until_in_flight(emulator, 0)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from tidegate.errors import LeaseLost, UpstreamTimeout
 from tidegate.integrations.answer import (
     MAX_KEPT_BYTES,
     Review,
+    outcome_of_error,
     outcome_of_status,
     retry_after_ms,
     retry_info_ms,
@@ -65,6 +67,24 @@ def test_only_overload_is_a_dropped_call() -> None:
         (200, 400, 404, 500), "success"
     )
     assert {outcome_of_status(status) for status in (429, 503, 529)} == {"dropped"}
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (OSError(), "dropped"),
+        (ConnectionResetError(), "dropped"),
+        (UpstreamTimeout("overdue", phase="total"), "dropped"),
+        (LeaseLost("gone"), "ignored"),
+        (ValueError(), "ignored"),
+        (KeyboardInterrupt(), "ignored"),
+    ],
+    ids=repr,
+)
+def test_only_errors_that_speak_of_overload_are_dropped_calls(
+    error: BaseException, outcome: str
+) -> None:
+    assert outcome_of_error(error, (OSError,)) == outcome
 
 
 def review(status: int, **options: Any) -> Review:
