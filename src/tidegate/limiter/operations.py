@@ -32,13 +32,17 @@ class Operations:
     _session: Session
 
     async def _run(self, name: ScriptName, request: dict[str, Any]) -> bytes:
+        """Twice, since the connection may have been closed while it was not used: all that is
+        asked here may be asked again."""
         keys = (self._keys.meta, self._keys.layout)
+        deadline_s = self._session.lease.deadline_s()
         try:
-            return await self._link.run(
-                load(name), keys, pack(request), self._session.lease.deadline_s()
-            )
-        except LinkDown as error:
-            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+            return await self._link.run(load(name), keys, pack(request), deadline_s)
+        except LinkDown:
+            try:
+                return await self._link.run(load(name), keys, pack(request), deadline_s)
+            except LinkDown as error:
+                raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
 
     async def snapshot(self, *, permits: bool = False) -> Snapshot:
         """The pool as Valkey sees it; with each permit in use if asked for."""

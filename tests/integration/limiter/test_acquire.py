@@ -72,7 +72,7 @@ async def test_a_freed_permit_reaches_the_waiter_of_another_process_by_push(
 async def test_waiters_are_let_in_in_the_order_in_which_they_came_over_all_processes(
     maker: Maker, valkey_url: str
 ) -> None:
-    limiters = [await maker(valkey_url, 1) for _ in range(3)]
+    limiters = [await maker(valkey_url, 1, hand_off=False) for _ in range(3)]
     holder = await Body(limiters[0]).until_admitted()
     order: list[int] = []
 
@@ -90,8 +90,11 @@ async def test_waiters_are_let_in_in_the_order_in_which_they_came_over_all_proce
     assert order == list(range(12))
 
 
-async def test_fences_rise_from_one_permit_to_the_next(maker: Maker, valkey_url: str) -> None:
-    limiters = [await maker(valkey_url, 2) for _ in range(2)]
+@pytest.mark.parametrize(("bound", "hand_off"), [(1, True), (2, False)])
+async def test_fences_rise_from_one_permit_to_the_next(
+    maker: Maker, valkey_url: str, bound: int, hand_off: bool
+) -> None:
+    limiters = [await maker(valkey_url, bound, hand_off=hand_off) for _ in range(2)]
     fences = []
     for number in range(10):
         async with limiters[number % 2].acquire(LIMIT) as permit:
@@ -256,7 +259,7 @@ async def test_a_server_that_may_evict_permits_is_refused(
 
 
 async def test_a_pool_of_another_layout_is_refused(maker: Maker, own_valkey: ValkeyServer) -> None:
-    await command(own_valkey.url, "SET", Keyspace(maker.pool).layout, "2")
+    await command(own_valkey.url, "SET", Keyspace(maker.pool).layout, "9")
     with pytest.raises(ConfigError, match="layout"):
         await maker.cold(own_valkey.url).start()
 

@@ -124,7 +124,7 @@ async def test_with_cancel_the_bodies_end_before_the_lease_is_over(
 async def test_after_an_empty_restart_what_runs_is_counted_and_nobody_new_comes_in_for_a_lease(
     maker: Maker, own_valkey: ValkeyServer
 ) -> None:
-    limiters = [await maker(own_valkey.url, 2) for _ in range(2)]
+    limiters = [await maker(own_valkey.url, 2, hand_off=False) for _ in range(2)]
     running = [await Body(limiter).until_admitted() for limiter in limiters]
     waiters = [Body(limiter) for limiter in limiters]
     own_valkey.kill()

@@ -1,12 +1,12 @@
 -- does: says which of its own waiters a session may let in by permits that it frees itself
--- keys: sessions park line
+-- keys: park line
 -- args: wants
 -- returns: hints()
 -- units: stamps of a tenant's tickets; virtual time as in places
--- Only waiters that are among the next ones anyway, as far ahead as there is one or two for every
--- process; only in lanes where nobody else waits for the same limits.
-T.AHEAD_LEAST = 8
-T.AHEAD_PER_SESSION = 4
+-- Only waiters whose turn comes within `AHEAD_MS` anyway, so that nobody is passed by more than that;
+-- only in lanes where nobody else waits for the same limits. It saves short calls the way to the
+-- server and back; of long ones only the very next may go in so.
+T.AHEAD_MS = 20
 
 function T.may_hand_on(queue)
   for _, name in ipairs(T.names_in(queue.lane)) do
@@ -20,7 +20,7 @@ function T.may_hand_on(queue)
   return true
 end
 
-function T.hints(sessions)
+function T.hints()
   local list = {}
   if not pool.hand_off or pool.starving > 0 or pool.now < pool.recover_until then return list end
   for _, want in ipairs(q.wants) do
@@ -29,12 +29,13 @@ function T.hints(sessions)
       local limit = T.limit_of(queue.at)
       local tag = T.tag_of(limit, queue)
       local first = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
-      local tenants_here = call('ZCARD', T.park_key(limit, queue.band))
-      local step_size = T.step_of(want[2], T.tenant_of(queue.tenant))
-      local behind = math.floor((limit.bands[queue.band].virtual - tag) / step_size)
-      local ahead = math.ceil((T.AHEAD_LEAST + T.AHEAD_PER_SESSION * sessions) / tenants_here)
+      local tenants = call('ZCARD', T.park_key(limit, queue.band))
+      local step = T.step_of(want[2], T.tenant_of(queue.tenant))
+      local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / want[2])
+      local behind = math.floor((limit.bands[queue.band].virtual - tag) / step)
       list[#list + 1] =
-        { want[1], tonumber(first[2]) + behind + ahead, tag, tonumber(first[2]), step_size }
+        { want[1], tonumber(first[2]) + behind + math.ceil(ahead / tenants) - 1, tag,
+          tonumber(first[2]), step }
     end
   end
   return list

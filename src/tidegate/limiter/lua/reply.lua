@@ -9,6 +9,6 @@ function T.reply(status, all)
     status, pool.epoch, me.gen, pool.lease_ms, math.max(0, pool.recover_until - pool.now),
     pool.revision, pool.sessions, me.sent, T.more, pool.parked,
     pool.timed_at > 0 and math.max(1, pool.timed_at - pool.now) or 0,
-    T.granted, T.stamps, T.refused, ok and own.sid and T.hints(pool.sessions) or {}, all or false,
+    T.granted, T.stamps, T.refused, ok and own.sid and T.hints() or {}, all or false,
   })
 end
