@@ -41,7 +41,7 @@ class Listener:
     ) -> None:
         self._server = Server(url, channel)
         self._spoken_to = spoken_to
-        self._run = ""
+        self.run_id = ""
         self._channel = channel
         self._lease = lease
         self._on_push = on_push
@@ -71,7 +71,7 @@ class Listener:
     async def _subscribe(self, connection: AbstractConnection) -> None:
         async with asyncio.timeout(max(self._lease.deadline_s(), MIN_CONNECT_S)):
             await connection.send_command("INFO", "server", "memory", check_health=False)
-            self._run = read_facts(await connection.read_response()).run
+            self.run_id = read_facts(await connection.read_response()).run
             self._check_place()
             await connection.send_command("SSUBSCRIBE", self._channel, check_health=False)
             await connection.read_response()
@@ -80,7 +80,7 @@ class Listener:
 
     def _check_place(self) -> None:
         spoken_to = self._spoken_to()
-        if spoken_to is not None and spoken_to.run != self._run:
+        if spoken_to is not None and spoken_to.run != self.run_id:
             raise ConnectionError("subscribed at another server than the one we speak to")
 
     async def _listen(self, connection: AbstractConnection) -> None:

