@@ -45,7 +45,8 @@ RESERVED = {
 }
 PURE = (
     *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model.py", "*states.py"),
-    *("policy/plain.py", "policy/scopes.py", "policy/revisions.py", "policy/edits.py"),
+    *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
+    *("policy/edits.py", "policy/words.py"),
 )
 DOES_IO = {
     *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),

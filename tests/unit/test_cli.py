@@ -33,6 +33,19 @@ def test_a_wrong_setting_is_told_in_one_line(command: tuple[str, ...], tmp_path:
     assert done.stderr == "tidegate: PORT=abc: must be a whole number from 0 to 65535\n"
 
 
+@pytest.mark.parametrize("command", [("up",), ("serve",), ("worker",), ("config", "check")])
+def test_a_mistake_in_the_policy_file_is_told_in_one_line(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "tidegate.toml").write_text('[limits]\n"rpm:m" = "60"\n')
+    done = _run(tmp_path, *command)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "tidegate: tidegate.toml: limits.rpm:m=60: must be a whole number or a table\n"
+    )
+
+
 def test_a_wrong_secret_is_never_shown(tmp_path: Path) -> None:
     done = _run(tmp_path, "config", "check", DATABASE_URL="mysql://me:sesame@host/x", REDIS_URL="x")
     assert done.returncode == 2
@@ -57,7 +70,7 @@ def test_a_custom_provider_without_a_key_is_not_answered_by_the_emulator(tmp_pat
 def test_check_starts_nothing_and_shows_what_the_settings_come_to(tmp_path: Path) -> None:
     done = _run(tmp_path, "config", "check", RATE_LIMITS='{"text_only": 7}')
     assert done.returncode == 0
-    assert "text_only           7 at once" in done.stdout
+    assert "kind:text_only      7 at once" in done.stdout
     assert "emulated" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

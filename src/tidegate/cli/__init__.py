@@ -49,9 +49,13 @@ def _leave(message: str, code: int) -> None:
 
 
 def _load() -> Config:
+    """The settings, with a policy file that is sound."""
     from tidegate.config import load
+    from tidegate.policy import deployed
 
-    return load()
+    config = load()
+    deployed(config)
+    return config
 
 
 def _show_version(wanted: bool) -> None:
@@ -140,11 +144,15 @@ def prune(
 @settings.command("check")
 def check() -> None:
     """Say whether the settings are sound, and what they come to; start nothing."""
+    from tidegate.policy import deployed
+    from tidegate.policy.words import in_words
+
     config = _load()
+    policy = deployed(config)
     servers = "bundled, in DATA_DIR" if config.embedded else "yours"
     typer.echo("The settings are sound.")
     typer.echo(f"  listens on          {config.host} port {config.port}")
     typer.echo(f"  PostgreSQL, Valkey  {servers}")
     typer.echo(f"  provider            {'emulated' if config.emulated else config.gemini_base_url}")
-    for kind, limit in config.rate_limits.items():
-        typer.echo(f"  {kind:<19} {limit} at once")
+    for name, limit in policy.limits.items():
+        typer.echo(f"  {name:<19} {in_words(limit)}")

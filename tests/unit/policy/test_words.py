@@ -1,0 +1,41 @@
+"""Limits and spans as a terminal shows them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.limiter.limits import Adaptive, Concurrency, Limit, Quota, Rate
+from tidegate.policy.words import in_words, span_in_words
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (5, "5 at once"),
+        (Concurrency(5, shadow=True), "5 at once, only counted"),
+        (Concurrency(9, adaptive=Adaptive(2)), "9 at once, adapts itself from 2"),
+        (Rate(60, 60_000), "60 requests a minute"),
+        (Rate(9, 1_000, "input_tokens"), "9 input tokens a second"),
+        (Rate(9, 90_000, "images", shadow=True), "9 images in 90 s, only counted"),
+        (Quota(7, "tokens", "UTC"), "7 tokens a day (UTC)"),
+    ],
+)
+def test_a_limit_in_words(limit: int | Limit, said: str) -> None:
+    assert in_words(limit) == said
+
+
+@pytest.mark.parametrize(
+    ("span_ms", "said"),
+    [
+        (0, "0 ms"),
+        (850.4, "850 ms"),
+        (47_000, "47 s"),
+        (59_700, "1 min"),
+        (185_000, "3 min 5 s"),
+        (7_800_000, "2 h 10 min"),
+        (86_400_000, "24 h"),
+        (300_000_000, "3 days"),
+    ],
+)
+def test_a_span_in_words(span_ms: float, said: str) -> None:
+    assert span_in_words(span_ms) == said
