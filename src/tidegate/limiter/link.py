@@ -47,7 +47,7 @@ def read_facts(info: bytes) -> ServerFacts:
 class Link:
     """See the module. Calls wait for each other; `server` is set while connected."""
 
-    def __init__(self, url: str, key: str = "") -> None:
+    def __init__(self, url: str, key: str) -> None:
         self._servers = Server(url, key)
         self._connection: AbstractConnection | None = None
         self._lock = asyncio.Lock()

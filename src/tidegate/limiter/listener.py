@@ -37,7 +37,7 @@ class Listener:
         lease: Lease,
         on_push: Callable[[Push], None],
         on_subscribed: Callable[[], None],
-        spoken_to: Callable[[], ServerFacts | None] = lambda: None,
+        spoken_to: Callable[[], ServerFacts | None],
     ) -> None:
         self._server = Server(url, channel)
         self._spoken_to = spoken_to

@@ -37,7 +37,7 @@ def documented_for(where: str) -> str:
     """The rules of a row of the second table: what some kinds of place need besides."""
     row = re.search(rf"^\| {re.escape(where)} \| `([^`]+)` \|$", _text(), re.MULTILINE)
     assert row is not None, where
-    return row[1]
+    return row[1].replace("\\|", "|")  # as a table has it
 
 
 def _text() -> str:
