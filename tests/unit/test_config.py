@@ -14,7 +14,10 @@ from tidegate.errors import ConfigError
 # Each setting that has wrong values, with some of them and a word of what the line must say.
 WRONG = {
     "DATABASE_URL": (["mysql://db/x", "db:5432", "postgresql+asyncpg://db/x"], "postgresql://"),
-    "REDIS_URL": (["http://valkey", "valkey:6379", "redis://valkey:port/0"], "redis://"),
+    "REDIS_URL": (
+        ["http://valkey", "valkey:6379", "redis://valkey:port/0", "redis+x://h"],
+        "redis://",
+    ),
     "DATA_DIR": ([__file__], "folder"),
     "BLOB_URL": (["ftp://bucket", "bucket", "s3://key:word@bucket"], "s3://"),
     "HOST": (["a b", "http://localhost", "-x", "1.2.3.4:80"], "IP address"),
@@ -250,7 +253,12 @@ def test_a_config_cannot_be_changed() -> None:
 
 
 def test_a_valkey_scheme_becomes_the_one_that_its_client_knows() -> None:
-    for given_url, used in [("valkey://h", "redis://h"), ("valkeys://h", "rediss://h")]:
+    for given_url, used in [
+        ("valkey://h", "redis://h"),
+        ("valkeys://h", "rediss://h"),
+        ("valkey+sentinel://a:1,b:2/front", "redis+sentinel://a:1,b:2/front"),
+        ("rediss+cluster://a:1,b:2", "rediss+cluster://a:1,b:2"),
+    ]:
         config = given(REDIS_URL=given_url, DATABASE_URL="postgresql://db")
         assert config.redis_url is not None
         assert config.redis_url.get_secret_value() == used

@@ -37,7 +37,8 @@ Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
 # What is allowed, where the type alone doesn't say it in a user's words.
 ALLOWED = {
     "database_url": "a URL that starts with postgresql://",
-    "redis_url": "a URL that starts with redis://, rediss:// or unix://",
+    "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
+    "redis+cluster://",
     "data_dir": "the path of a folder, or of one to be made",
     "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
     "host": "an IP address or a host name",
@@ -81,7 +82,8 @@ class Config(BaseModel):
     redis_url: SecretStr | None = Field(
         default=None,
         description="The Valkey or Redis that holds the limits, as "
-        "redis://user:password@host:6379/0; rediss:// is the same over TLS.",
+        "redis://user:password@host:6379/0; rediss:// is the same over TLS. See "
+        "docs/servers.md for redis+sentinel:// and redis+cluster://.",
     )
     data_dir: Path = Field(
         default=Path("data"),
@@ -327,10 +329,14 @@ class Config(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _redis(cls, value: SecretStr) -> SecretStr:
-        # redis-py speaks to Valkey, but does not know the two schemes named after it.
-        text = re.sub(r"^valkey(s?)://", r"redis\1://", value.get_secret_value())
+        # redis-py speaks to Valkey, but does not know the schemes named after it.
+        text = re.sub(r"^valkey(s?)(://|\+)", r"redis\1\2", value.get_secret_value())
+        # Not taken apart: several hosts with a port each are allowed there.
+        several = re.match(r"rediss?\+(sentinel|cluster)://.", text) is not None
         return _sound(
-            "redis_url", SecretStr(text), split_url(text).scheme in ("redis", "rediss", "unix")
+            "redis_url",
+            SecretStr(text),
+            several or split_url(text).scheme in ("redis", "rediss", "unix"),
         )
 
     @model_validator(mode="after")
