@@ -31,6 +31,7 @@ class Fault:
     grants: float | None = None
     append_only: bool = False
     own_clock: bool = False
+    rounds: int = 1  # at least: in each of them the act is another
 
     def missing(self) -> str:
         """Why this machine can't do it; empty where it can."""
@@ -78,12 +79,12 @@ FAULTS: dict[str, Fault] = {
         grants=1.0,
         append_only=True,
     ),
-    "pause-valkey": Fault("Valkey stands still", acts.pause_valkey),
+    "pause-valkey": Fault("Valkey stands still", acts.pause_valkey, rounds=3),
     "promote": Fault(
         "the primary dies, its replica is promoted", acts.promote, "replica", grants=1.0
     ),
     "split": Fault("a replica is promoted beside the old primary", acts.split, "replica"),
-    "lose-all": Fault("all connections half-open", acts.lose_all_connections, "proxies"),
+    "lose-all": Fault("all connections half-open", acts.lose_all_connections, "proxies", rounds=2),
     "lose-one": Fault("one connection half-open", acts.lose_one_connection, "proxies"),
     "cut-off": Fault("one worker cut off", acts.cut_off, "proxies"),
     "cut-off-cancel": Fault(
@@ -100,8 +101,8 @@ FAULTS: dict[str, Fault] = {
         promise="only what stands still",
     ),
     "slow": Fault("latency of 0 to 60 ms each way", acts.slow_network, "proxies"),
-    "clock": Fault("Valkey's clock steps", acts.step_clock, own_clock=True),
-    "partition": Fault("the network cable of workers pulled", acts.pull_cables, "cables"),
+    "clock": Fault("Valkey's clock steps", acts.step_clock, own_clock=True, rounds=6),
+    "partition": Fault("the network cable of workers pulled", acts.pull_cables, "cables", rounds=3),
 }
 
 # What can be done at the same time as anything else here.

@@ -11,8 +11,10 @@ from chaos.limiter.scene import BACK_S, Scene, Size, open_scene
 from tests.waiting import wait_until
 
 
-async def play(name: str, size: Size, seconds: float, chance: random.Random) -> Outcome:
-    """Do the fault for `seconds`, at least once."""
+async def play(
+    name: str, size: Size, seconds: float, chance: random.Random, *, rounds: int | None = None
+) -> Outcome:
+    """Do the fault for `seconds`, and at least for its `rounds`, or those given."""
     fault = FAULTS[name]
     outcome = Outcome(name, fault.what, fault.promise, size.limit, left_out=fault.missing())
     if outcome.left_out:
@@ -26,7 +28,7 @@ async def play(name: str, size: Size, seconds: float, chance: random.Random) -> 
         own_clock=fault.own_clock,
     ) as scene:
         try:
-            await _rounds(scene, name, seconds, outcome)
+            await _rounds(scene, fault, seconds, rounds or fault.rounds, outcome)
             outcome.problems += await scene.finish()
         except AssertionError as error:
             outcome.problems.append(str(error))
@@ -36,10 +38,12 @@ async def play(name: str, size: Size, seconds: float, chance: random.Random) -> 
     return outcome
 
 
-async def _rounds(scene: Scene, name: str, seconds: float, outcome: Outcome) -> None:
-    fault, loop = FAULTS[name], asyncio.get_running_loop()
+async def _rounds(
+    scene: Scene, fault: Fault, seconds: float, at_least: int, outcome: Outcome
+) -> None:
+    loop = asyncio.get_running_loop()
     end_s, number = loop.time() + seconds, 0
-    while number == 0 or loop.time() < end_s:
+    while number < at_least or loop.time() < end_s:
         await asyncio.sleep(scene.chance.uniform(0.2, 0.2 + scene.lease_s / 2))
         since_ns = await fault.act(scene, scene.busiest(), number)
         if scene.frozen:
