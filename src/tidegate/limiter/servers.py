@@ -36,6 +36,8 @@ MIN_CONNECT_S = 0.25
 MAX_HOPS = 4
 MAX_KNOWN_NODES = 64
 
+_BASES = ("redis", "rediss", "unix")
+_SCHEMES = "is not redis, rediss, unix, redis+sentinel or redis+cluster"
 _SLOTS = ("CLUSTER", "SLOTS")
 _PORTS = {"": 0, "sentinel": 26379, "cluster": 6379}
 # Options of a connection that are ours to choose, whatever the URL says.
@@ -81,12 +83,10 @@ class Target(NamedTuple):
 
 def read_url(url: str) -> Target:
     """Take a URL apart. Raises ConfigError, which never shows the password in it."""
-    scheme, _, rest = url.partition("://")
-    if scheme.startswith("valkey"):  # redis-py speaks to Valkey, but does not know its schemes
-        scheme = scheme.replace("valkey", "redis", 1)
+    scheme, rest = _scheme_of(url), url.partition("://")[2]
     base, _, finder = scheme.partition("+")
-    if finder not in _PORTS or (finder and base not in ("redis", "rediss")):
-        raise _wrong(scheme, "is not redis, rediss, unix, redis+sentinel or redis+cluster")
+    if finder not in _PORTS or base not in (_BASES[:2] if finder else _BASES):
+        raise _wrong(scheme, _SCHEMES)
     if not finder:
         return Target("", (), "", f"{scheme}://{rest}", "")
     parts = urlsplit(f"//{rest}")
@@ -107,6 +107,13 @@ def read_url(url: str) -> Target:
         return Target(finder, seeds, "", server_url, server_url)
     options |= {name: value for name, value in watcher.items() if value}
     return Target(finder, seeds, service, server_url, f"{base}://host?{urlencode(options)}")
+
+
+def _scheme_of(url: str) -> str:
+    """Empty where there is none: what stands in its place may hold a password."""
+    scheme, found, _ = url.partition("://")
+    # redis-py speaks to Valkey, but does not know the schemes named after it.
+    return scheme.replace("valkey", "redis", 1) if found else ""
 
 
 def owner_of(slot: int, slots: Any, asked: Address) -> Address | None:
@@ -146,7 +153,7 @@ class Server:
         self._slot = key_slot(key.encode())
         self._seeds = self._target.seeds
         self._turn = 0
-        scheme = url.partition("://")[0]
+        scheme = _scheme_of(url)
         try:
             self._make(Ask(None))
         except ValueError as error:
