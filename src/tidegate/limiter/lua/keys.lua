@@ -23,7 +23,8 @@ T.POOL_KEEP_MS = 3600000
 T.SESSION_KEEP_MS = 7200000
 
 function T.session_key(sid) return T.prefix .. 'session:' .. sid end
+function T.owed_key(sid) return T.prefix .. 'owed:' .. sid end
 function T.channel(sid) return T.prefix .. 'grants:' .. sid end
 
 -- tostring() keeps 14 digits only.
-function T.int(number) return string.format('%.0f', number) end
+function T.int(number) return string.format('%d', number) end
