@@ -44,6 +44,13 @@ class Operations:
             except LinkDown as error:
                 raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
 
+    async def _act(self, request: dict[str, Any]) -> int:
+        """Carries the run that we know of: on another server, whose past may be lost, nobody is let
+        in by this."""
+        server = self._link.server
+        request = {**request, "run": server.run if server else ""}
+        return int(msgpack.unpackb(await self._run("act", request))[0])
+
     async def snapshot(self, *, permits: bool = False) -> Snapshot:
         """The pool as Valkey sees it; with each permit in use if asked for."""
         raw = await self._run("inspect", {"permits": permits})
@@ -72,14 +79,14 @@ class Operations:
             "said": said,
         }  # fmt: skip
         self._session.stop_handing_on()
-        done = bool(msgpack.unpackb(await self._run("act", request))[0])
+        done = bool(await self._act(request))
         self._session.refresh()
         return done
 
     async def resume(self, limit: str, *, by: str = "") -> bool:
         """End a pause now, without a ramp. False if there was none."""
         request = {"verb": "resume", "limit": limit, "said": by}
-        done = bool(msgpack.unpackb(await self._run("act", request))[0])
+        done = bool(await self._act(request))
         self._session.refresh()
         return done
 
@@ -87,8 +94,7 @@ class Operations:
         """Take back all that a process holds whose death is certain, named by its session or its
         `instance_id`. If it lives it finds its session gone, and cancels its calls. Returns how
         many sessions were ended."""
-        done = msgpack.unpackb(await self._run("act", {"verb": "revoke", "sid": session}))[0]
-        return int(done)
+        return await self._act({"verb": "revoke", "sid": session})
 
     async def history(self) -> list[Change]:
         """The last policies, the newest first."""

@@ -1,13 +1,16 @@
 -- does: what people and adapters do to a pool: pause a limit, end a pause, revoke a session
 -- keys: meta layout
 -- args: request
--- request: verb limit for_ms ramp_ms said sid ticket
+-- request: verb limit for_ms ramp_ms said sid run
 -- returns: done
 -- units: ms
 -- uses: keys clock pool limits rates places held session recover pump
 T.load_pool()
-pool.now = math.max(T.wall_clock_ms(), pool.clock)
-local done = 0
+local wall, done = T.wall_clock_ms(), 0
+-- Where the past may be lost nobody is let in, and no trace is left of our having been here: `tend`
+-- is to find it out.
+pool.doubtful = pool.run ~= q.run or wall < pool.clock or wall >= pool.reap_at
+pool.now = wall
 if q.verb == 'pause' then
   local limit, until_ms = T.limit_of(q.limit), pool.now + q.for_ms
   -- A shorter pause never ends a longer one.
@@ -33,8 +36,25 @@ elseif q.verb == 'revoke' then
       done = done + 1
     end
   end
+  -- What is held over for one that was reaped before.
+  local held_over = 0
+  for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
+    if string.match(member, '^[^|]*|([^|]*)|') == q.sid then
+      T.free_lapsing(member)
+      held_over = 1
+    end
+  end
+  done = done + held_over
+  if not pool.doubtful then T.note_sessions() end
 end
-T.pump()
+if pool.doubtful then
+  for name in pairs(T.touched) do
+    T.look_again(name, pool.now)
+    pool.timed_at = pool.now
+  end
+else
+  T.pump()
+end
 T.publish()
 T.save_pool()
 return cmsgpack.pack({ done })

@@ -8,7 +8,7 @@ local own = { held = {}, written = {}, queues = {}, reheaded = {} }
 
 -- One read fetches the session's record, the places of its flows, and the tickets spoken of.
 function T.load_own()
-  local fields, tickets = { 'gen', 'batch', 'sent', 'acked', 'blocked' }, {}
+  local fields, tickets = { 'gen', 'batch', 'sent', 'acked', 'blocked', 'closed_at' }, {}
   for i, flow in ipairs(q.flows) do
     own.queues[i] = T.queue_of(q.sid .. '|' .. flow)
     fields[#fields + 1] = 'at:' .. flow
@@ -30,8 +30,8 @@ function T.load_own()
     for k, value in ipairs(found) do f[i + k - 1] = value end
   end
   own.gen, own.batch, own.sent = tonumber(f[1] or 0), tonumber(f[2] or 0), tonumber(f[3] or 0)
-  own.acked, own.blocked = tonumber(f[4] or 0), f[5]
-  for i in ipairs(q.flows) do T.set_place(own.queues[i], f[5 + i]) end
+  own.acked, own.blocked, own.closed_at = tonumber(f[4] or 0), f[5], f[6]
+  for i in ipairs(q.flows) do T.set_place(own.queues[i], f[6 + i]) end
   for i, ticket in ipairs(tickets) do own.held[tostring(ticket)] = f[first + i] end
 end
 
@@ -71,11 +71,22 @@ end
 function T.count_lane(lane)
   for _, name in ipairs(T.names_in(lane)) do
     local limit = T.limit_of(name)
-    if limit.sort == 'c' then
-      limit.used = limit.used + 1
-      limit.changed = true
+    limit.used = limit.used + 1
+    limit.changed = true
+  end
+end
+
+-- What a permit takes of the rates of its lane: position=amount@bucket.
+function T.spend(queue, list)
+  local charges = {}
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local limit = T.limit_of(name)
+    if limit.sort ~= 'c' then
+      local charged = T.rates().take(limit, list[i] or 1)
+      if charged then charges[#charges + 1] = i .. '=' .. charged end
     end
   end
+  return table.concat(charges, ',')
 end
 
 -- A ticket leaves its queue; false if it was not there.
@@ -84,35 +95,42 @@ function T.unqueue(queue, member)
   local tenant = T.tenant_of(queue.tenant)
   tenant.waiting = tenant.waiting - 1
   tenant.changed = true
-  own.reheaded[queue] = true
+  if not queue.reheaded then
+    queue.reheaded = true
+    own.reheaded[#own.reheaded + 1] = queue
+  end
   return true
 end
 
 -- entry: from, to, seq, hard_ms, flow, member, took_ms. The permit was passed on inside the process
--- already, so `to` is held whatever we find.
+-- already, so `to` is held whatever we find. Where neither is there, this was said before and `to`
+-- has ended meanwhile: its release follows.
 function T.transfer(entry)
   local from, to, seq, hard_ms, member = entry[1], entry[2], entry[3], entry[4], entry[6]
   local queue = own.queues[entry[5]]
   local before, there = own.held[tostring(from)], own.held[tostring(to)]
-  local cost_ms = 0
+  local cost_ms, charges = 0, ''
   if T.unqueue(queue, member) then
     cost_ms = tonumber(string.match(member, '^%d+|%d+|(%d+)'))
     queue.steps = (queue.steps or 0) + T.step_of(cost_ms, T.tenant_of(queue.tenant))
   end
+  local lane
   if before then
     local held = T.read_held(before)
+    lane = held.lane
     if held.cost_ms > 0 and entry[7] > 0 then T.correct(held, entry[7]) end
     T.set_held(from, false)
-    if there then T.give_back_lane(held.lane) end
-  elseif not there then
-    T.count_lane(queue.lane)
+    if there or lane ~= queue.lane then T.give_back_lane(lane) end
   end
-  if not there then T.set_held(to, T.value_of(seq, hard_ms, cost_ms, '', queue.flow)) end
+  if there then return end
+  if lane ~= queue.lane then T.count_lane(queue.lane) end
+  if before then charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$'))) end
+  T.set_held(to, T.value_of(seq, hard_ms, cost_ms, charges, queue.flow))
 end
 
 -- Its tenants are charged for what was handed on, then their queues stand by their new heads.
 function T.rehead_own()
-  for queue in pairs(own.reheaded) do
+  for _, queue in ipairs(own.reheaded) do
     if queue.steps and queue.at and queue.at ~= '!' then
       T.charge(T.limit_of(queue.at), queue, queue.steps, false)
     end
@@ -122,11 +140,11 @@ end
 
 function T.settle_charges(charges, lane, list)
   if charges == '' then return end
-  local actual = {}
-  for i, name in ipairs(T.names_in(lane)) do actual[name] = list[i] end
-  for name, amount, index in string.gmatch(charges, '([^,=]+)=(%d+)@(%d+)') do
-    if actual[name] then
-      T.rates().settle(T.limit_of(name), tonumber(index), tonumber(amount), actual[name])
+  local names = T.names_in(lane)
+  for i, amount, ends in string.gmatch(charges, '(%d+)=(%d+)@(%d+)') do
+    i = tonumber(i)
+    if list[i] then
+      T.rates().settle(T.limit_of(names[i]), tonumber(ends), tonumber(amount), list[i])
     end
   end
 end
@@ -167,7 +185,8 @@ function T.release(entry)
   end
   if outcome >= 10 then
     if held.charges ~= '' then
-      call('HSET', T.prefix .. 'owed:' .. q.sid, ticket, held.charges .. '|' .. held.lane)
+      call('HSET', T.owed_key(q.sid), ticket, held.charges .. '|' .. held.lane)
+      call('PEXPIRE', T.owed_key(q.sid), T.SESSION_KEEP_MS)
     end
   else
     T.settle_charges(held.charges, held.lane, T.amounts_in(entry[5]))
@@ -177,9 +196,9 @@ end
 
 -- entry: ticket, actual amounts. The usage of a call whose permit was given back before.
 function T.settle(entry)
-  local owed = call('HGET', T.prefix .. 'owed:' .. q.sid, entry[1])
+  local owed = call('HGET', T.owed_key(q.sid), entry[1])
   if not owed then return end
-  call('HDEL', T.prefix .. 'owed:' .. q.sid, entry[1])
+  call('HDEL', T.owed_key(q.sid), entry[1])
   local charges, lane = string.match(owed, '^([^|]*)|(.*)$')
   T.settle_charges(charges, lane, T.amounts_in(entry[2]))
 end
@@ -193,7 +212,6 @@ function T.cancel(entry)
   T.set_held(ticket, false)
   local held = T.read_held(value)
   T.give_back_lane(held.lane)
-  for name, amount, index in string.gmatch(held.charges, '([^,=]+)=(%d+)@(%d+)') do
-    T.rates().settle(T.limit_of(name), tonumber(index), tonumber(amount), 0)
-  end
+  local nothing = setmetatable({}, { __index = function() return 0 end })
+  T.settle_charges(held.charges, held.lane, nothing)
 end

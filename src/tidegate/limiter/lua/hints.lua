@@ -4,14 +4,15 @@
 -- returns: hints()
 -- units: stamps of a tenant's tickets; virtual time as in places
 -- Only waiters whose turn comes within `AHEAD_MS` anyway, so that nobody is passed by more than that;
--- only in lanes where nobody else waits for the same limits. It saves short calls the way to the
+-- only in lanes where nobody else waits for the same limits, and none that has to hear how each call
+-- went. It saves short calls the way to the
 -- server and back; of long ones only the very next may go in so.
 T.AHEAD_MS = 20
 
 function T.may_hand_on(queue)
   for _, name in ipairs(T.names_in(queue.lane)) do
     local limit = T.limit_of(name)
-    if limit.sort ~= 'c' or limit.pause then return false end
+    if limit.sort ~= 'c' or limit.pause or limit.current then return false end
     if not limit.shadow and limit.used > T.cap_of(limit, queue.band) then return false end
     for number, band in ipairs(limit.bands) do
       if band.waits > 0 and (name ~= queue.at or number ~= queue.band) then return false end

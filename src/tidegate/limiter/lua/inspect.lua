@@ -28,7 +28,7 @@ for i = 1, #alive, 2 do
           tonumber(until_ms) - pool.now, flow }
       end
     elseif string.match(raw[k], '^at:') then
-      local flow, at = string.match(raw[k], '^at:(.*)$'), string.match(raw[k + 1], '^(.*)|%d+$')
+      local flow, at = string.match(raw[k], '^at:(.*)$'), string.match(raw[k + 1], '^([^|]*)|')
       local key = T.prefix .. 'queue:' .. sid .. '|' .. flow
       local count, first = call('ZCARD', key), call('ZRANGE', key, 0, 0, 'WITHSCORES')
       waiting[at] = (waiting[at] or 0) + count

@@ -6,10 +6,28 @@
 T.conflict = 0
 T.HISTORY = 100
 
-function T.clear_policy()
+function T.clear_policy(policy)
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
-    if string.match(field, '^[dt]:') then call('HDEL', T.meta_key, field) end
+    local letter, name = string.match(field, '^([dta]):(.*)$')
+    -- What an adaptive limit has found out stays.
+    local adaptive = letter == 'a' and string.match(policy.limits[name] or '', '^c|%d+|%d|[1-9]')
+    if letter and not adaptive then call('HDEL', T.meta_key, field) end
   end
+end
+
+-- What is spent of rates that are to be counted in another way: it is taken for spent now.
+function T.take_along(limits)
+  local spent = {}
+  for name, definition in pairs(limits) do
+    local limit = T.limit_of(name)
+    local sort, exact = string.match(definition, '^(%a)|.*|(%d)$')
+    if limit.sort ~= 'c' and (sort ~= limit.sort or (exact == '1') ~= (limit.exact or false)) then
+      if sort ~= 'c' then spent[name] = math.min(limit.bound, T.rates().spent(limit)) end
+      T.rates().forget(limit)
+      limit.dirty = nil
+    end
+  end
+  return spent
 end
 
 -- Those loaded before have the old bounds: what they count is kept.
@@ -24,8 +42,9 @@ function T.merge_policy(policy)
     T.conflict = 1
   end
   if policy.revision <= pool.revision then return end
+  local spent = T.take_along(policy.limits)
   T.reload_limits()
-  T.clear_policy()
+  T.clear_policy(policy)
   for name, definition in pairs(policy.limits) do
     call('HSET', T.meta_key, 'd:' .. name, definition)
     T.touched[name] = true
@@ -42,15 +61,26 @@ function T.merge_policy(policy)
     'policy', policy.blob)
   call('LPUSH', T.prefix .. 'history', cmsgpack.pack({ policy.revision, pool.now, policy.by, policy.blob }))
   call('LTRIM', T.prefix .. 'history', 0, T.HISTORY - 1)
+  for name, amount in pairs(spent) do T.rates().assert_spent(T.limit_of(name), amount) end
 end
 
 -- What the process says it holds is the truth: it counts even above the limit, which then drains.
--- entry: ticket, flow, seq, hard_ms, cost_ms.
-function T.assert_held(entry)
+-- entry: ticket, flow, seq, hard_ms, cost_ms. `charges` is what each ticket took of rates, as far
+-- as that is still known.
+function T.assert_held(entry, charges)
   local ticket, queue = tostring(entry[1]), own.queues[entry[2]]
   local member = ticket .. '|' .. q.sid .. '|' .. queue.lane
-  T.set_held(ticket, T.value_of(entry[3], entry[4], entry[5], '', queue.flow))
+  T.set_held(ticket, T.value_of(entry[3], entry[4], entry[5], charges[ticket] or '', queue.flow))
   if call('ZREM', T.lapsing_key, member) == 0 then T.count_lane(queue.lane) end
+end
+
+function T.charges_of(sid)
+  local charges, raw = {}, call('HGETALL', T.session_key(sid))
+  for i = 1, #raw, 2 do
+    local ticket = string.match(raw[i], '^h:(.*)$')
+    if ticket then charges[ticket] = T.read_held(raw[i + 1]).charges end
+  end
+  return charges
 end
 
 -- It is back and has said what it holds: what else was held over for it is free, such as grants
@@ -100,7 +130,8 @@ function T.join()
   end
   call('SET', KEYS[2], '2')
   if q.batch <= own.batch then return 'stale' end
-  T.reap(q.sid, false)
+  local charges = T.charges_of(q.sid)
+  T.reap(q.sid, false, true)
   own.held, own.written, own.dirty = {}, {}, nil
   if call('ZCARD', T.sessions_key) == 0 then T.recount() end
   T.merge_policy(q.join.policy)
@@ -115,10 +146,10 @@ function T.join()
   call('ZADD', T.sessions_key, T.int(pool.now + pool.lease_ms), q.sid)
   call('HSET', T.session_key(q.sid), 'gen', T.int(me.gen), 'batch', T.int(q.batch),
     'sent', '0', 'acked', '0', 'name', q.join.name)
-  for _, entry in ipairs(q.join.held) do T.assert_held(entry) end
+  for _, entry in ipairs(q.join.held) do T.assert_held(entry, charges) end
   T.free_unclaimed()
-  for _, entry in ipairs(q.join.lapsing) do T.assert_lapsing(entry) end
   if lost then
+    for _, entry in ipairs(q.join.lapsing) do T.assert_lapsing(entry) end
     for _, entry in ipairs(q.join.spent) do T.assert_spent(entry) end
     for _, entry in ipairs(q.join.pauses) do T.assert_pause(entry) end
   end
@@ -137,7 +168,7 @@ function T.keep_keys()
   call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
   call('PEXPIRE', T.starving_key, T.POOL_KEEP_MS)
   call('PEXPIRE', T.session_key(q.sid), T.SESSION_KEEP_MS)
-  call('PEXPIRE', T.prefix .. 'owed:' .. q.sid, T.SESSION_KEEP_MS)
+  call('PEXPIRE', T.owed_key(q.sid), T.SESSION_KEEP_MS)
   for _, queue in ipairs(T.places_of(q.sid)) do
     call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS)
     if queue.at ~= '!' then

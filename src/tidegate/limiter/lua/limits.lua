@@ -5,7 +5,6 @@
 -- units: ms; a band's `above` in thousandths of a limit
 T.touched = {}
 
-
 -- Per band: the least share of admissions, and what is kept free for the bands above, in thousandths.
 function T.bands_of_pool()
   if not T.bands then
@@ -29,7 +28,7 @@ function T.limit_of(name)
   local f, at = T.fetch('l:' .. name, 'd:' .. name, 'u:' .. name, 'w:' .. name, 'p:' .. name,
     'a:' .. name)
   local defined, waiting, paused = f[at], f[at + 2], f[at + 3]
-  limit = { name = name, sort = 'c', bound = 0, used = tonumber(f[at + 1] or 0),
+  limit = { name = name, sort = 'c', bound = 0, used = tonumber(f[at + 1] or 0), reserved = 0,
     bands = setmetatable({}, T.band_list) }
   if defined then
     local sort, bound, shadow, one, two, three =
@@ -69,11 +68,11 @@ T.save_limit = function(limit)
   for number, band in ipairs(limit.bands) do
     parts[number] = T.int(band.waits) .. ':' .. T.int(band.virtual) .. ':' .. T.int(band.credit)
   end
-  T.put('w:' .. name, table.concat(parts, ','))
+  T.put('w:' .. name, #parts > 0 and table.concat(parts, ','))
   if limit.pause_changed then
     local pause = limit.pause
     T.put('p:' .. name, pause and T.int(pause.until_ms) .. '|' .. T.int(pause.ramp_ms) .. '|'
-      .. T.int(pause.passed) .. '|' .. pause.said)
+      .. T.int(pause.passed) .. '|' .. pause.said or false)
   end
   if limit.current then
     T.put('a:' .. name, T.int(limit.current) .. '|' .. T.int(limit.dropped_at))
@@ -102,7 +101,8 @@ function T.room_again(limit, at)
   return false
 end
 
--- After a pause the calls come back one by one, over `ramp_ms`, instead of all at once.
+-- After a pause the calls come back one by one, over `ramp_ms`, instead of all at once; `passed` is
+-- in the limit's unit.
 function T.pause_lets(limit)
   local pause = limit.pause
   if pool.now < pause.until_ms then return T.room_again(limit, pause.until_ms) end
@@ -120,7 +120,7 @@ end
 function T.is_full(limit, band, amount)
   if limit.pause and not T.pause_lets(limit) then return true end
   if limit.sort == 'c' then
-    return limit.used + (limit.reserved or 0) >= T.cap_of(limit, band)
+    return limit.used + limit.reserved >= T.cap_of(limit, band)
   end
   return not T.rates().fits(limit, amount)
 end
@@ -136,21 +136,18 @@ function T.take(limit, band, amount)
     limit.shadowed = (limit.shadowed or 0) + 1
   end
   if limit.pause and pool.now >= limit.pause.until_ms then
-    limit.pause.passed = limit.pause.passed + 1
+    limit.pause.passed = limit.pause.passed + math.max(1, math.min(amount, limit.bound))
     limit.pause_changed = true
   end
-  if limit.sort == 'c' then
-    limit.used = limit.used + 1
-    return nil
-  end
-  return T.rates().take(limit, amount)
+  -- Permits are counted under every sort of limit: a live change may make it a concurrency.
+  limit.used = limit.used + 1
+  if limit.sort ~= 'c' then return T.rates().take(limit, amount) end
 end
 
 function T.give_back(limit)
-  if limit.sort ~= 'c' then return end
   limit.used = limit.used - 1
   limit.changed = true
-  T.touch(limit)
+  if limit.sort == 'c' then T.touch(limit) end
 end
 
 -- Additive increase while it is used up, multiplicative decrease at most once a second (Chiu and
@@ -161,7 +158,8 @@ function T.adapt(limit, outcome)
   if outcome == 0 and full then
     limit.current = math.min(limit.bound * 1000, limit.current + math.floor(1000000 / limit.current))
   elseif outcome == 2 and pool.now - limit.dropped_at >= T.ADAPT_PAUSE_MS then
-    limit.current = math.max(limit.least * 1000, math.floor(limit.current * 7 / 10))
+    limit.current = math.min(limit.bound * 1000,
+      math.max(limit.least * 1000, math.floor(limit.current * 7 / 10)))
     limit.dropped_at = pool.now
   end
   limit.changed = true

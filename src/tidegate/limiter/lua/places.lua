@@ -1,7 +1,7 @@
 -- does: keeps each waiting queue at the limit that holds it up, in the order of virtual time
 -- keys: session queue park line past starving
 -- args: sid flows
--- returns: queue_of(), park(), unpark(), rehead(), charge(), blocker(), amounts_in()
+-- returns: queue_of(), park(), unpark(), rehead(), charge(), blocker(), blocker_of_new(), amounts_in()
 -- units: virtual time in hundredths of a ms of use per weight
 -- A queue is what one session has waiting of one flow (band, tenant, lane). At a limit, tenants
 -- stand in `park` by their start tag (start-time fair queueing, Goyal, Vin and Cheng 1996), and a
@@ -16,14 +16,15 @@ function T.line_key(limit, queue)
   return T.prefix .. 'line:' .. limit.name .. '|' .. queue.band .. '|' .. queue.tenant
 end
 
--- `at` is the limit where it is parked, `!` while its session takes no grants, nil while empty.
+-- `at` is the limit where it is parked, `!` while its session takes no grants, nil while empty;
+-- `bounces` is how often the ticket of stamp `bounced` was sent from limit to limit.
 function T.queue_of(id)
   local queue = T.queues[id]
   if not queue then
     local sid, flow = string.match(id, '^([^|]*)|(.*)$')
     local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
     queue = { id = id, sid = sid, flow = flow, band = tonumber(band), tenant = tenant, lane = lane,
-      bounces = 0 }
+      bounces = 0, bounced = 0 }
     T.queues[id] = queue
   end
   return queue
@@ -31,17 +32,17 @@ end
 
 function T.set_place(queue, place)
   if place then
-    local limit, bounces = string.match(place, '^(.*)|(%d+)$')
-    queue.at, queue.bounces = limit, tonumber(bounces)
+    local limit, bounces, bounced = string.match(place, '^(.*)|(%d+)|(%d+)$')
+    queue.at, queue.bounces, queue.bounced = limit, tonumber(bounces), tonumber(bounced)
   else
-    queue.at, queue.bounces = nil, 0
+    queue.at, queue.bounces, queue.bounced = nil, 0, 0
   end
 end
 
 function T.save_place(queue)
   local key, field = T.session_key(queue.sid), 'at:' .. queue.flow
   if queue.at then
-    call('HSET', key, field, queue.at .. '|' .. queue.bounces)
+    call('HSET', key, field, queue.at .. '|' .. queue.bounces .. '|' .. T.int(queue.bounced))
   else
     call('HDEL', key, field)
   end
@@ -73,9 +74,11 @@ end
 function T.park(queue, limit, stamp)
   local band = limit.bands[queue.band]
   call('ZADD', T.line_key(limit, queue), T.int(stamp), queue.id)
+  call('PEXPIRE', T.line_key(limit, queue), T.SESSION_KEEP_MS)
   local tag, parked = T.tag_of(limit, queue)
   if not parked then
     call('ZADD', T.park_key(limit, queue.band), T.int(tag), queue.tenant)
+    call('PEXPIRE', T.park_key(limit, queue.band), T.SESSION_KEEP_MS)
     call('ZREM', T.past_key(limit, queue.band), queue.tenant)
   end
   band.waits = band.waits + 1
@@ -109,8 +112,10 @@ end
 function T.forget_starving(queue)
   if queue.bounces >= T.STARVES and call('ZREM', T.starving_key, queue.id) == 1 then
     pool.starving = pool.starving - 1
+    -- What was kept free for it is anybody's.
+    for _, name in ipairs(T.names_in(queue.lane)) do T.touch(T.limit_of(name)) end
   end
-  queue.bounces = 0
+  queue.bounces, queue.bounced = 0, 0
 end
 
 function T.vacate(queue)
@@ -128,6 +133,10 @@ function T.rehead(queue)
     T.vacate(queue)
   elseif queue.at ~= '!' then
     call('ZADD', T.line_key(T.limit_of(queue.at), queue), T.int(stamp), queue.id)
+    if queue.bounces >= T.STARVES and queue.bounced ~= stamp then
+      T.forget_starving(queue)
+      T.save_place(queue)
+    end
   end
 end
 
@@ -162,15 +171,35 @@ function T.its_turn(queue, limit, stamp)
   local front = call('ZRANGE', T.park_key(limit, queue.band), 0, 0, 'WITHSCORES')
   if T.tag_of(limit, queue) > tonumber(front[2]) then return false end
   local own = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
-  return not own[2] or stamp ~= nil and tonumber(own[2]) >= stamp
+  return not own[2] or tonumber(own[2]) >= stamp
 end
 
 -- The limit that holds a ticket up, or nil, and whether it is full. `here` is where it is parked.
 function T.blocker(queue, list, stamp, here)
   for i, name in ipairs(T.names_in(queue.lane)) do
-    local limit = T.limit_of(name)
-    if not T.has_room(limit, queue.band, list[i] or 1) then return limit, true end
-    if name ~= here and not T.its_turn(queue, limit, stamp) then return limit, false end
+    local limit, amount = T.limit_of(name), list[i] or 1
+    if not T.has_room(limit, queue.band, amount) then return limit, true end
+    -- What takes nothing of a rate does not stand in its line.
+    if amount > 0 and name ~= here and not T.its_turn(queue, limit, stamp) then
+      return limit, false
+    end
   end
   return nil, false
+end
+
+-- The limit at which a newcomer has to wait: where somebody waits already, the pump decides whose
+-- turn it is, even if there is room.
+function T.blocker_of_new(queue, list)
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local limit, amount = T.limit_of(name), list[i] or 1
+    if amount > 0 and T.parked_at(limit) > 0 or not T.has_room(limit, queue.band, amount) then
+      return limit
+    end
+  end
+end
+
+function T.parked_at(limit)
+  local waits = 0
+  for _, band in ipairs(limit.bands) do waits = waits + band.waits end
+  return waits
 end

@@ -40,7 +40,11 @@ function T.load_pool()
       end
     end
   end
-  local f = call('HMGET', T.meta_key, unpack(fields))
+  local f = {}
+  for i = 1, #fields, 1000 do
+    local found = call('HMGET', T.meta_key, unpack(fields, i, math.min(i + 999, #fields)))
+    for k, value in ipairs(found) do f[i + k - 1] = value end
+  end
   T.found, T.first = f, first
   pool.run = f[1] or ''
   pool.epoch = tonumber(f[2] or 0)
@@ -92,7 +96,7 @@ end
 
 function T.save_pool()
   local changed = T.changed
-  changed.clock = T.int(pool.now)
+  if not pool.doubtful then changed.clock = T.int(pool.now) end
   changed.seq = T.int(pool.seq)
   if pool.parked ~= pool.was_parked then changed.parked = T.int(pool.parked) end
   if pool.timed_at ~= pool.was_timed then changed.timed_at = T.int(pool.timed_at) end
@@ -108,6 +112,7 @@ function T.save_pool()
     end
   end
   T.write(T.meta_key, changed)
+  pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 
 -- Numbers of sequence are a thousand apart: a permit that is handed on inside a process takes the

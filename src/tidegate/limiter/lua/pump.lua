@@ -78,7 +78,7 @@ function T.ask(entries)
     elseif not (q.full and own.held[ticket]) then
       local limit
       if not queue.at and pool.now >= pool.recover_until then
-        limit = T.blocker(queue, T.amounts_in(text), nil, nil)
+        limit = T.blocker_of_new(queue, T.amounts_in(text))
       else
         limit = T.limit_of(T.names_in(queue.lane)[1])
       end
@@ -96,8 +96,12 @@ function T.ask(entries)
         local list = adding[queue]
         list[#list + 1] = T.int(tenant.stamp)
         list[#list + 1] = member
-        if not queue.at then T.park(queue, limit, tenant.stamp) end
-        T.touch(limit)
+        -- Behind others of its own queue it changes nothing.
+        if not queue.at then
+          T.park(queue, limit, tenant.stamp)
+          T.touch(limit)
+          list.fresh = true
+        end
       end
     end
   end
@@ -106,6 +110,7 @@ function T.ask(entries)
     for i = 1, #list, 1000 do
       call('ZADD', T.queue_key(queue), unpack(list, i, math.min(i + 999, #list)))
     end
+    if list.fresh then call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS) end
   end
 end
 
@@ -116,15 +121,17 @@ function T.say_all()
   for _, entry in ipairs(q.settles) do T.settle(entry) end
   for _, entry in ipairs(q.cancels) do T.cancel(entry) end
   T.rehead_own()
+  if pool.starving > 0 then T.serve_starving() end
   T.ask(q.enqueues)
 end
 
--- The band whose turn it is under a limit, and those that wait below it. Strictly the highest,
--- but a lower one that waits collects its least share of every admission.
+-- The band whose turn it is under a limit, and all that wait. Strictly the highest, but a lower one
+-- that waits collects its least share of every admission.
 function T.turn_of(limit)
   local list = {}
   for number, band in ipairs(limit.bands) do
-    if band.waits > 0 and T.has_room(limit, number, 1) then list[#list + 1] = number end
+    -- How much of a rate its first ticket needs is seen when its turn has come.
+    if band.waits > 0 and T.has_room(limit, number, 0) then list[#list + 1] = number end
   end
   for i = 2, #list do
     local band = limit.bands[list[i]]
@@ -135,14 +142,13 @@ end
 
 function T.settle_turn(limit, number, list)
   if #list < 2 then return end
-  if number ~= list[1] then
-    limit.bands[number].credit = limit.bands[number].credit - 1000
-    return
-  end
   local shares = T.bands_of_pool()
   for i = 2, #list do
     local band = limit.bands[list[i]]
-    band.credit = math.min(2000, band.credit + shares[math.min(list[i], #shares)].share)
+    if band.waits > 0 then
+      band.credit = math.min(2000, band.credit + shares[math.min(list[i], #shares)].share)
+      if list[i] == number then band.credit = math.max(0, band.credit - 1000) end
+    end
   end
 end
 
@@ -176,9 +182,11 @@ end
 function T.move(queue, limit, stamp)
   T.load_place(queue)
   T.unpark(queue)
-  queue.bounces = queue.bounces + 1
+  if queue.bounced ~= stamp then T.forget_starving(queue) end
+  queue.bounces, queue.bounced = queue.bounces + 1, stamp
   if queue.bounces == T.STARVES then
     call('ZADD', T.starving_key, T.int(pool.seq), queue.id)
+    call('PEXPIRE', T.starving_key, T.POOL_KEEP_MS)
     pool.starving = pool.starving + 1
   end
   T.park(queue, limit, stamp)
@@ -213,24 +221,36 @@ function T.step(limit, number, list)
   return true
 end
 
+-- Whether what a queue lacks is given back by calls that end; else nothing need be kept for it.
+function T.can_be_saved_for(queue, list)
+  local room, can = true, true
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local limit = T.limit_of(name)
+    if not T.has_room(limit, queue.band, list[i] or 1) then
+      room = false
+      can = can and limit.sort == 'c' and not limit.pause and T.cap_of(limit, queue.band) > 0
+    end
+  end
+  return room, can
+end
+
 -- What is free is kept for those who were sent to and fro too often, in their order.
 function T.serve_starving()
+  if T.served or pool.now < pool.recover_until then return end
+  T.served = true
   for _, id in ipairs(call('ZRANGE', T.starving_key, 0, 7)) do
     local queue = T.queue_of(id)
     T.load_place(queue)
     if T.deliverable(queue.sid) then
       local member, _, next_stamp = T.first_of(queue)
       local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
-      local room = true
-      for i, name in ipairs(T.names_in(queue.lane)) do
-        room = T.has_room(T.limit_of(name), queue.band, list[i] or 1) and room
-      end
+      local room, can_be_saved_for = T.can_be_saved_for(queue, list)
       if room then
         T.let_in(T.limit_of(queue.at), queue, member, next_stamp)
-      else
+      elseif can_be_saved_for then
         for _, name in ipairs(T.names_in(queue.lane)) do
           local limit = T.limit_of(name)
-          if limit.sort == 'c' then limit.reserved = (limit.reserved or 0) + 1 end
+          limit.reserved = limit.reserved + 1
         end
       end
     end
@@ -245,10 +265,9 @@ function T.touch_due()
   end
 end
 
-function T.parked_at(limit)
-  local waits = 0
-  for _, band in ipairs(limit.bands) do waits = waits + band.waits end
-  return waits
+function T.look_again(name, at)
+  call('ZADD', T.timed_key, 'LT', T.int(at), name)
+  call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
 end
 
 -- A limit that only time frees has a moment at which somebody looks again.
@@ -256,7 +275,8 @@ function T.set_timers()
   local due = pool.timed_at > 0 and pool.now >= pool.timed_at
   for name, limit in pairs(T.limits) do
     if limit.retry_at and T.parked_at(limit) > 0 then
-      call('ZADD', T.timed_key, T.int(limit.retry_at), name)
+      -- Somebody with a greater demand may have looked last.
+      T.look_again(name, limit.retry_at)
       due = true
     end
   end

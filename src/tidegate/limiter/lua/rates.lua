@@ -1,10 +1,11 @@
 -- does: counts what is spent of rates and day quotas
 -- keys: log rate quota
 -- args: resets
--- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), save()
+-- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), forget(), save()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
--- sixtieth of the window, the oldest in full. A day quota knows the moment of its reset.
+-- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
+-- it means the same when the window is changed. A day quota knows the moment of its reset.
 T.DAY_MS = 86400000
 
 T.rates = function()
@@ -34,12 +35,12 @@ T.rates = function()
     limit.width = math.ceil(limit.span / 60)
     limit.buckets, limit.spent = {}, 0
     for i = 1, #raw, 2 do
-      local index = tonumber(raw[i])
-      if (index + 1) * limit.width + limit.span <= pool.now then
+      local ends = tonumber(raw[i])
+      if ends + limit.span <= pool.now then
         gone[#gone + 1] = raw[i]
       else
-        limit.buckets[index] = tonumber(raw[i + 1])
-        limit.spent = limit.spent + limit.buckets[index]
+        limit.buckets[ends] = tonumber(raw[i + 1])
+        limit.spent = limit.spent + limit.buckets[ends]
       end
     end
     if #gone > 0 then call('HDEL', key_of(limit), unpack(gone)) end
@@ -48,13 +49,11 @@ T.rates = function()
   local function load_quota(limit)
     local found = call('HMGET', key_of(limit), 'used', 'reset_at')
     local told = q.resets[limit.name] or 0
-    limit.spent, limit.reset_at = tonumber(found[1] or 0), tonumber(found[2] or 0)
-    if limit.reset_at <= pool.now then
-      limit.spent = 0
-      limit.reset_at = told > pool.now and told or pool.now + T.DAY_MS
-    elseif told > pool.now then
-      limit.reset_at = told
-    end
+    local before = tonumber(found[2] or 0)
+    limit.spent, limit.reset_at = tonumber(found[1] or 0), before
+    if before <= pool.now then limit.spent, limit.reset_at = 0, pool.now + T.DAY_MS end
+    if told > pool.now then limit.reset_at = told end
+    if limit.reset_at ~= before then limit.dirty, limit.changed = true, true end
   end
 
   local function loaded(limit)
@@ -77,11 +76,11 @@ T.rates = function()
       return at and tonumber(at) + limit.span or pool.now + limit.span
     end
     local list = {}
-    for index in pairs(limit.buckets) do list[#list + 1] = index end
+    for ends in pairs(limit.buckets) do list[#list + 1] = ends end
     table.sort(list)
-    for _, index in ipairs(list) do
-      over = over - limit.buckets[index]
-      if over <= 0 then return (index + 1) * limit.width + limit.span end
+    for _, ends in ipairs(list) do
+      over = over - limit.buckets[ends]
+      if over <= 0 then return ends + limit.span end
     end
     return pool.now + limit.span
   end
@@ -90,25 +89,26 @@ T.rates = function()
     loaded(limit)
     if amount == 0 then return true end
     -- More than the limit can ever give waits for all of it, instead of for ever.
-    amount = math.min(amount, limit.bound)
+    amount = limit.exact and 1 or math.min(amount, limit.bound)
     if limit.bound > 0 and limit.spent + amount <= limit.bound then return true end
     return T.room_again(limit, limit.bound > 0 and fits_at(limit, amount) or pool.now + T.DAY_MS)
   end
 
-  local function spend(limit, index, amount)
+  local function spend(limit, ends, amount)
     limit.spent = limit.spent + amount
     if limit.sort == 'q' then
       limit.dirty = true
     else
-      limit.buckets[index] = (limit.buckets[index] or 0) + amount
+      limit.buckets[ends] = (limit.buckets[ends] or 0) + amount
       limit.dirty = limit.dirty or {}
-      limit.dirty[index] = true
+      limit.dirty[ends] = true
     end
     limit.changed = true
   end
 
-  local function index_now(limit)
-    return limit.sort == 'q' and limit.reset_at or math.floor(pool.now / limit.width)
+  local function ends_now(limit)
+    if limit.sort == 'q' then return limit.reset_at end
+    return (math.floor(pool.now / limit.width) + 1) * limit.width
   end
 
   function f.take(limit, amount)
@@ -121,22 +121,24 @@ T.rates = function()
       call('PEXPIRE', key_of(limit), limit.span)
       return nil
     end
-    local index = index_now(limit)
-    spend(limit, index, amount)
-    return limit.name .. '=' .. T.int(amount) .. '@' .. T.int(index)
+    local ends = ends_now(limit)
+    spend(limit, ends, amount)
+    return T.int(amount) .. '@' .. T.int(ends)
   end
 
   -- What was reserved too much goes back to where it was taken from, while that still counts;
-  -- what was used on top counts from now.
-  function f.settle(limit, index, reserved, actual)
+  -- what was used on top counts from now, or in the day that it belongs to. A limit that was
+  -- made one of another sort meanwhile has nothing to settle.
+  function f.settle(limit, ends, reserved, actual)
+    if limit.sort == 'c' or limit.exact then return end
     loaded(limit)
     local extra = actual - reserved
     if limit.sort == 'q' then
-      if index == limit.reset_at then spend(limit, index, math.max(extra, -limit.spent)) end
+      if ends >= limit.reset_at then spend(limit, ends, math.max(extra, -limit.spent)) end
     elseif extra > 0 then
-      spend(limit, index_now(limit), extra)
-    elseif limit.buckets[index] then
-      spend(limit, index, math.max(extra, -limit.buckets[index]))
+      spend(limit, ends_now(limit), extra)
+    elseif limit.buckets[ends] then
+      spend(limit, ends, math.max(extra, -limit.buckets[ends]))
     end
     if extra < 0 then T.touch(limit) end
   end
@@ -146,15 +148,22 @@ T.rates = function()
     return limit.spent
   end
 
+  -- The limit is to be counted in another way from now on.
+  function f.forget(limit) call('UNLINK', key_of(limit)) end
+
   -- After a loss: a session says what it had seen spent, and what it has admitted itself since.
   function f.assert_spent(limit, amount)
     loaded(limit)
     if amount <= 0 then return end
-    if not limit.exact then return spend(limit, index_now(limit), amount) end
+    if not limit.exact then return spend(limit, ends_now(limit), amount) end
     amount = math.min(amount, limit.bound)
-    for _ = 1, amount do call('RPUSH', key_of(limit), T.int(pool.now)) end
+    local times = {}
+    for i = 1, math.min(amount, 500) do times[i] = T.int(pool.now) end
+    for i = 1, amount, 500 do
+      call('RPUSH', key_of(limit), unpack(times, 1, math.min(500, amount - i + 1)))
+    end
     limit.spent = limit.spent + amount
-    call('PEXPIRE', key_of(limit), limit.span)
+    if amount > 0 then call('PEXPIRE', key_of(limit), limit.span) end
   end
 
   function f.save(limit)
@@ -165,8 +174,8 @@ T.rates = function()
       call('PEXPIRE', key, T.int(limit.reset_at - pool.now + T.POOL_KEEP_MS))
       return
     end
-    for index in pairs(limit.dirty) do
-      call('HSET', key, T.int(index), T.int(limit.buckets[index]))
+    for ends in pairs(limit.dirty) do
+      call('HSET', key, T.int(ends), T.int(limit.buckets[ends]))
     end
     call('PEXPIRE', key, T.int(2 * limit.span))
   end

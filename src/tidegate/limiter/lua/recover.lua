@@ -26,8 +26,9 @@ function T.places_of(sid, raw)
   return list
 end
 
--- Ends a session. With `hold` its permits stay counted until the hard deadline of their calls.
-function T.reap(sid, hold)
+-- Ends a session. With `hold` its permits stay counted until the hard deadline of their calls; with
+-- `comes_back` what it is still to tell of calls that ended stays known.
+function T.reap(sid, hold, comes_back)
   local raw = call('HGETALL', T.session_key(sid))
   for i = 1, #raw, 2 do
     local ticket = string.match(raw[i], '^h:(.*)$')
@@ -47,24 +48,43 @@ function T.reap(sid, hold)
     T.vacate(queue)
     call('UNLINK', T.queue_key(queue))
   end
-  call('UNLINK', T.session_key(sid), T.prefix .. 'owed:' .. sid)
+  call('UNLINK', T.session_key(sid))
+  if not comes_back then call('UNLINK', T.owed_key(sid)) end
   call('ZREM', T.sessions_key, sid)
 end
 
 function T.lapsing_lane(member) return string.match(member, '^[^|]*|[^|]*|(.*)$') end
 
+-- Nobody waits any more: those who did are gone without having been reaped.
+function T.forget_parked(limit)
+  for number, band in ipairs(limit.bands) do
+    if band.waits > 0 then
+      for _, tenant in ipairs(call('ZRANGE', T.park_key(limit, number), 0, -1)) do
+        call('UNLINK', T.prefix .. 'line:' .. limit.name .. '|' .. number .. '|' .. tenant)
+      end
+      call('UNLINK', T.park_key(limit, number))
+      band.waits, band.credit = 0, 0
+    end
+  end
+end
+
 -- Counts again from what is sure to be there when no session is left: the permits held over.
 function T.recount()
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
-    local name = string.match(field, '^u:(.*)$')
-    if name then
-      T.limit_of(name).used = 0
-      T.limit_of(name).changed = true
+    local letter, name = string.match(field, '^(%a):(.*)$')
+    if letter == 'u' or letter == 'w' then
+      local limit = T.limit_of(name)
+      limit.used, limit.changed = 0, true
+      T.forget_parked(limit)
+    elseif letter == 'n' then
+      T.tenant_of(name).waiting, T.tenant_of(name).changed = 0, true
     end
   end
   for _, limit in pairs(T.limits) do
-    if limit.sort == 'c' and limit.used ~= 0 then limit.used, limit.changed = 0, true end
+    if limit.used ~= 0 then limit.used, limit.changed = 0, true end
   end
+  pool.parked, pool.starving = 0, 0
+  call('UNLINK', T.starving_key)
   for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
     T.count_lane(T.lapsing_lane(member))
   end
@@ -77,7 +97,7 @@ function T.begin_epoch()
   end
   T.recount()
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
-    if string.match(field, '^b:') then T.put(field, false) end
+    if string.match(field, '^b:') then call('HDEL', T.meta_key, field) end
   end
   local quiet_ms = math.max(pool.lease_ms, q.lease_ms)
   -- Nobody knows of this pool: those who might have seen it on an earlier run of the server
@@ -93,6 +113,12 @@ function T.begin_epoch()
   T.put('recover_until', T.int(pool.recover_until))
 end
 
+-- The key itself may have run out while everybody was away.
+function T.somebody_ran_out(wall)
+  return #call('ZRANGEBYSCORE', T.sessions_key, '-inf', wall, 'LIMIT', 0, 1) > 0
+    or pool.sessions > 0 and call('EXISTS', T.sessions_key) == 0
+end
+
 -- The past is lost when the server is another one or empty; when its clock was set back; or when
 -- nobody spoke to it for half a lease and a session ran out meanwhile: then the server or its
 -- clock was away, not the session, and everybody may still be running what he held.
@@ -103,7 +129,7 @@ function T.recover()
   pool.now = wall
   if not set_back and pool.clock > wall then pool.now = pool.clock end
   local silent = pool.epoch > 0 and wall - pool.clock > jump_ms
-    and #call('ZRANGEBYSCORE', T.sessions_key, '-inf', wall, 'LIMIT', 0, 1) > 0
+    and T.somebody_ran_out(wall)
   if pool.epoch == 0 or pool.run ~= q.run or q.epoch > pool.epoch or set_back or silent then
     T.begin_epoch()
   end

@@ -12,6 +12,7 @@ function T.check_session()
   if q.batch <= own.batch then return 'stale' end
   me.gen, me.sent = own.gen, own.sent
   T.set_own('batch', T.int(q.batch))
+  if own.closed_at then T.set_own('closed_at', false) end
   if q.ack > own.acked then T.set_own('acked', T.int(q.ack)) end
   return 'ok'
 end

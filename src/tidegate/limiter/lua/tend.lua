@@ -32,5 +32,5 @@ T.publish()
 T.note_sessions()
 local all = own.sid and q.full and T.whole() or false
 T.save_pool()
-if all then T.keep_keys() end
+if own.sid and (q.full or q.join) then T.keep_keys() end
 return T.reply(status, all)
