@@ -97,7 +97,10 @@ class Heartbeat:
         self.renewals += 1
         if reply.status == "ok":
             self._lease.renewed(sent_ms, reply.lease_ms)
-        elif self._lease.identity == identity:
+            return
+        # Perhaps the pool lives elsewhere by now, and only this connection does not know.
+        self._disconnect()
+        if self._lease.identity == identity:
             self._tell_changed()
 
     def _connected(self) -> ServerFacts:

