@@ -1,76 +1,64 @@
 """Arrivals under a rate: what part of it they used, and what a provider would have refused. Pure.
 
-Times are in nanoseconds and in order.
+An arrival is (time in ns, amount), in order of time; the amount is 1 where requests are counted.
+The emulator's own counters say no, so that nothing is refused here that it would let in.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, deque
 from collections.abc import Sequence
+from itertools import accumulate
 
+from tidegate.providers.emulator.limits import Counter, FixedWindow, SlidingWindow, TokenBucket
+
+Arrivals = Sequence[tuple[int, int]]
 # A provider's fixed windows may begin at any moment: so many are tried, and the worst one counts.
 PHASES = 60
 
 
-def rate_used(times_ns: Sequence[int], bound: int, window_ns: int, windows: int) -> float:
-    """Arrivals over the possible ones, over that many whole windows' worth of arrivals: how long
-    it took until the first one after them came. The open end counts when it did not come."""
-    if not times_ns:
-        return 0.0
+def rate_used(arrivals: Arrivals, bound: int, window_ns: int, windows: int) -> float:
+    """What was used over what is possible, by the time until that many whole windows' worth had
+    arrived and the next came; when they did not come, the part of them that did."""
     expected = bound * windows
-    if len(times_ns) > expected:
-        return expected / bound * window_ns / (times_ns[expected] - times_ns[0])
-    return len(times_ns) / expected
+    sums = list(accumulate(amount for _, amount in arrivals))
+    full = bisect_left(sums, expected)
+    if full + 1 >= len(arrivals):
+        return (sums[-1] if sums else 0) / expected
+    took_ns = arrivals[full + 1][0] - arrivals[0][0]
+    return sums[full] / bound * window_ns / took_ns
 
 
-def refusals(times_ns: Sequence[int], bound: int, window_ns: int) -> dict[str, int]:
-    """How many a provider would have refused, for each of the ways in which providers count."""
+def refusals(arrivals: Arrivals, bound: int, window_ns: int) -> dict[str, int]:
+    """How many would have been refused, for each of the ways in which providers count."""
+    phases = [phase * window_ns // PHASES for phase in range(PHASES)]
     return {
         "fixed window": max(
-            (
-                _fixed(times_ns, bound, window_ns, phase * window_ns // PHASES)
-                for phase in range(PHASES)
-            ),
-            default=0,
+            _refused(FixedWindow(bound, window_ns), arrivals, phase) for phase in phases
         ),
-        "sliding window": _sliding(times_ns, bound, window_ns),
-        "bucket": _bucket(times_ns, bound, window_ns),
+        "sliding window": _refused(SlidingWindow(bound, window_ns), arrivals, 0),
+        "bucket": _refused(TokenBucket(bound, window_ns), arrivals, 0),
     }
 
 
-def most_in_window(times_ns: Sequence[int], window_ns: int) -> int:
-    """The most in any window of that length, wherever it lies."""
+def most_in_window(arrivals: Arrivals, window_ns: int) -> int:
+    """The largest amount in any window of that length, wherever it lies."""
+    times = [at_ns for at_ns, _ in arrivals]
+    sums = [0, *accumulate(amount for _, amount in arrivals)]
     return max(
-        (bisect_left(times_ns, at_ns + window_ns) - place for place, at_ns in enumerate(times_ns)),
+        (
+            sums[bisect_left(times, at_ns + window_ns)] - sums[place]
+            for place, at_ns in enumerate(times)
+        ),
         default=0,
     )
 
 
-def _fixed(times_ns: Sequence[int], bound: int, window_ns: int, phase_ns: int) -> int:
-    windows = Counter((at_ns - phase_ns) // window_ns for at_ns in times_ns)
-    return sum(max(0, count - bound) for count in windows.values())
-
-
-def _sliding(times_ns: Sequence[int], bound: int, window_ns: int) -> int:
-    refused, let_in = 0, deque[int]()
-    for at_ns in times_ns:
-        while let_in and let_in[0] <= at_ns - window_ns:
-            let_in.popleft()
-        if len(let_in) < bound:
-            let_in.append(at_ns)
-        else:
+def _refused(counter: Counter, arrivals: Arrivals, shift_ns: int) -> int:
+    refused = 0
+    for at_ns, amount in arrivals:
+        if counter.wait_ns(amount, at_ns + shift_ns):
             refused += 1
-    return refused
-
-
-def _bucket(times_ns: Sequence[int], bound: int, window_ns: int) -> int:
-    refused, level, filled_ns = 0, float(bound), times_ns[0] if times_ns else 0
-    for at_ns in times_ns:
-        level = min(float(bound), level + (at_ns - filled_ns) * bound / window_ns)
-        filled_ns = at_ns
-        if level >= 1:
-            level -= 1
         else:
-            refused += 1
+            counter.take(amount, at_ns + shift_ns)
     return refused

@@ -175,6 +175,13 @@ def _rpm(results: Results) -> tuple[str, bool]:
     return f"{used:.1%}, {refused:.0f} times 429", used >= 0.98 and refused == 0
 
 
+def _tpm(results: Results) -> tuple[str, bool]:
+    refused = [results.ours(scenario, "refused") for scenario in ("tpm-under", "tpm-over")]
+    used = [results.ours(scenario, "used") for scenario in ("tpm-under", "tpm-over")]
+    shown = " and ".join(f"{value:.0f}" for value in refused)
+    return f"{shown} times 429, {used[0]:.1%} and {used[1]:.1%} used", not any(refused)
+
+
 BARS = (
     _Bar("permit-seconds used, limit 5, 200 ms calls", ">= 99 %", _used("load-5-200", 0.99)),
     _Bar("permit-seconds used, limit 50, 200 ms calls", ">= 99 %", _used("load-50-200", 0.99)),
@@ -207,6 +214,11 @@ BARS = (
         "RPM 60 with send jitter; fixed window, sliding window, bucket",
         ">= 98 % used, 0 times 429",
         _rpm,
+    ),
+    _Bar(
+        "TPM, estimates off by 3x down and up, after 50 calls of calibration",
+        "0 times 429",
+        _tpm,
     ),
     _Bar("recovery after kill -9", "<= lease + 0.3 s", _at_most("crash", "again_s", 3.3, " s")),
     _Bar(

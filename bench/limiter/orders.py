@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +30,15 @@ class Orders:
     lease_ms: int = 3000
     window_ms: int = 0
     jitter_ms: int = 0
+    vary: float = 0.0
     rounds: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+
+    def call_s(self) -> float:
+        """How long the next call takes."""
+        if not self.vary:
+            return self.call_ms / 1000
+        return self.call_ms / 1000 * random.uniform(1 - self.vary, 1 + self.vary)
 
     @property
     def part_of_bound(self) -> int:

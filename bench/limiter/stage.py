@@ -31,6 +31,7 @@ READY_S = 20.0
 MOST_CLIENTS = 15_000
 MOST_FILES = 20_000
 PART_HOLDER_S = 5.0
+SETTLE_S = 0.1
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -96,6 +97,18 @@ class Stage:
                 if self._workers[number].poll() is not None or time.monotonic() > deadline_s:
                     raise NeverReady(self.said(number))
                 time.sleep(0.02)
+
+    def await_calls(self, warm_s: float) -> None:
+        """Until the first calls have begun, or `READY_S` has gone by, and `warm_s` longer."""
+        deadline_s = time.monotonic() + READY_S
+        while not any(map(self._begun, range(self._orders.workers))):
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(0.02)
+        time.sleep(warm_s)
+
+    def _begun(self, number: int) -> bool:
+        return any(record.kind == Kind.BEGAN for record in calllog.read(self._log(number)))
 
     def _spawn(self, orders: Orders) -> subprocess.Popen[bytes]:
         paths = [str(ROOT), str(ROOT / "src")] if self.entry.ours else [str(ROOT)]
@@ -166,7 +179,13 @@ class Stage:
         return Trace.of(self._records(), self.killed_ns)
 
     def _records(self) -> list[list[Record]]:
-        return [calllog.read(self._log(number)) for number in range(self._orders.workers)]
+        """Up to now, from all workers alike. What bears an earlier time may come a moment later."""
+        now_ns = time.monotonic_ns()
+        time.sleep(SETTLE_S)
+        return [
+            [record for record in calllog.read(self._log(number)) if record.at_ns <= now_ns]
+            for number in range(self._orders.workers)
+        ]
 
     def _log(self, number: int) -> Path:
         return self._path / f"calls-{number}"

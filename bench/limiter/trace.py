@@ -18,18 +18,20 @@ from bench.limiter.calllog import Kind, Record
 class Trace:
     """The steps of the number of open calls: `times_ns[i]` brings it to `open_calls[i]`.
 
-    `starts` are the beginnings as (time, worker, task); `errors` counts what limiters raised.
+    `moves` are the same steps as (time, worker, +1 or -1); `starts` are the beginnings as (time,
+    worker, task); `errors` counts what limiters raised.
     """
 
     times_ns: Sequence[int]
     open_calls: Sequence[int]
+    moves: Sequence[tuple[int, int, int]]
     starts: Sequence[tuple[int, int, int]]
     errors: int
 
     @classmethod
     def of(cls, logs: Sequence[Iterable[Record]], killed_ns: Mapping[int, int]) -> Trace:
         """From each worker's records; `killed_ns` says when workers were killed."""
-        steps: list[tuple[int, int]] = []
+        moves: list[tuple[int, int, int]] = []
         starts: list[tuple[int, int, int]] = []
         errors = 0
         for worker, records in enumerate(logs):
@@ -37,18 +39,20 @@ class Trace:
             for record in records:
                 if record.kind == Kind.BEGAN:
                     opened += 1
-                    steps.append((record.at_ns, 1))
+                    moves.append((record.at_ns, worker, 1))
                     starts.append((record.at_ns, worker, record.task))
                 elif record.kind == Kind.ENDED:
                     opened -= 1
-                    steps.append((record.at_ns, -1))
+                    moves.append((record.at_ns, worker, -1))
                 elif record.kind == Kind.FAILED:
                     errors += 1
             if worker in killed_ns:
-                steps += [(killed_ns[worker], -1)] * opened
-        steps.sort()  # at the same instant ends come first: they do not overlap
-        times = [at_ns for at_ns, _ in steps]
-        return cls(times, list(accumulate(step for _, step in steps)), sorted(starts), errors)
+                moves += [(killed_ns[worker], worker, -1)] * opened
+        # At the same instant ends come first: they do not overlap.
+        moves.sort(key=lambda move: (move[0], move[2]))
+        times_ns = [at_ns for at_ns, _, _ in moves]
+        open_calls = list(accumulate(step for _, _, step in moves))
+        return cls(times_ns, open_calls, moves, sorted(starts), errors)
 
     def peak(self, since_ns: int = 0, until_ns: int = 1 << 62) -> int:
         """The most calls that were open at once."""
@@ -103,8 +107,19 @@ class Trace:
                 return self.times_ns[place]
         return None
 
-    def first_start_ns(self, since_ns: int) -> int | None:
-        return next((start[0] for start in self.starts if start[0] > since_ns), None)
+    def first_growth_ns(self, down_ns: int, up_ns: int) -> int | None:
+        """When, after `up_ns`, a worker first had more calls open than at any time from `down_ns`
+        to then: it was given a permit, and did not pass on one of its own."""
+        opened, most = Counter[int](), Counter[int]()
+        for at_ns, worker, step in self.moves:
+            opened[worker] += step
+            if at_ns <= down_ns:
+                most[worker] = opened[worker]
+            elif opened[worker] > most[worker]:
+                most[worker] = opened[worker]
+                if at_ns > up_ns:
+                    return at_ns
+        return None
 
 
 def jain(counts: Sequence[int]) -> float:

@@ -41,7 +41,8 @@ async def _call_for_ever(
     adapter: Any, acquire: Any, orders: Orders, log: CallLog, task: int
 ) -> None:
     before_call = getattr(adapter, "before_call", None)
-    errors, call_s = Errors(log), orders.call_ms / 1000
+    weighed = getattr(adapter, "WEIGHED", False)
+    errors = Errors(log)
     while True:
         try:
             async with acquire(task) as permit:
@@ -49,10 +50,10 @@ async def _call_for_ever(
                     await asyncio.sleep(random.uniform(0, orders.jitter_ms / 1000))
                 if before_call is not None:
                     await before_call(permit)
-                log.add(Kind.BEGAN, task)
+                log.add(Kind.BEGAN, permit if weighed else task)
                 try:
-                    if call_s:
-                        await asyncio.sleep(call_s)
+                    if orders.call_ms:
+                        await asyncio.sleep(orders.call_s())
                 finally:
                     log.add(Kind.ENDED, task)
         except Exception as error:  # noqa: BLE001  # limiters differ in what they raise
@@ -70,13 +71,13 @@ async def _tasks(adapter: Any, orders: Orders) -> None:
 
 
 def _block_for_ever(acquire: Any, orders: Orders, log: CallLog, task: int) -> None:
-    errors, call_s = Errors(log), orders.call_ms / 1000
+    errors = Errors(log)
     while True:
         try:
             with acquire(task):
                 log.add(Kind.BEGAN, task)
                 try:
-                    time.sleep(call_s)
+                    time.sleep(orders.call_s())
                 finally:
                     log.add(Kind.ENDED, task)
         except Exception as error:  # noqa: BLE001  # limiters differ in what they raise

@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def ours(self) -> bool:
-        return self.adapter == "ours"
+        return self.adapter.startswith("ours")
 
 
 OURS = Entry("tidegate", version("tidegate"), "ours")

@@ -7,8 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from bench.limiter.orders import Orders
-from tidegate.limiter import Acquisition, Limiter, Permit, PoolPolicy
-from tidegate.limiter.limits import Rate
+from tidegate.limiter import Acquisition, Limiter, Permit, PoolPolicy, Rate
 
 CALLS = "kind:text_only"
 ARRIVALS = "rpm:bench"
