@@ -19,7 +19,7 @@ if q.verb == 'pause' then
     limit.pause_changed, limit.changed = true, true
     call('ZADD', T.timed_key, T.int(until_ms), q.limit)
     call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS + q.for_ms)
-    pool.timed_at = tonumber(call('ZRANGE', T.timed_key, 0, 0, 'WITHSCORES')[2])
+    T.note_timers()
     done = 1
   end
 elseif q.verb == 'resume' then
@@ -48,10 +48,8 @@ elseif q.verb == 'revoke' then
   if not pool.doubtful then T.note_sessions() end
 end
 if pool.doubtful then
-  for name in pairs(T.touched) do
-    T.look_again(name, pool.now)
-    pool.timed_at = pool.now
-  end
+  for name in pairs(T.touched) do T.look_again(name, pool.now) end
+  T.note_timers()
 else
   T.pump()
 end

@@ -9,9 +9,15 @@ T.HISTORY = 100
 function T.clear_policy(policy)
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
     local letter, name = string.match(field, '^([dta]):(.*)$')
-    -- What an adaptive limit has found out stays.
-    local adaptive = letter == 'a' and string.match(policy.limits[name] or '', '^c|%d+|%d|[1-9]')
-    if letter and not adaptive then call('HDEL', T.meta_key, field) end
+    local bound = letter == 'a' and string.match(policy.limits[name] or '', '^c|(%d+)|%d|[1-9]')
+    if bound then
+      -- What an adaptive limit has found out stays, within its bound.
+      local current, dropped_at = string.match(call('HGET', T.meta_key, field), '^(%d+)|(%d+)')
+      current = math.min(tonumber(current), bound * 1000)
+      call('HSET', T.meta_key, field, T.int(current) .. '|' .. dropped_at)
+    elseif letter then
+      call('HDEL', T.meta_key, field)
+    end
   end
 end
 

@@ -50,12 +50,16 @@ function T.limit_of(name)
   end
   if paused then
     local until_ms, ramp_ms, passed = string.match(paused, '^(%d+)|(%d+)|(%d+)|')
-    limit.pause = { until_ms = tonumber(until_ms), ramp_ms = tonumber(ramp_ms),
-      passed = tonumber(passed), said = string.match(paused, '^%d+|%d+|%d+|(.*)$') }
+    if pool.now < until_ms + ramp_ms then
+      limit.pause = { until_ms = tonumber(until_ms), ramp_ms = tonumber(ramp_ms),
+        passed = tonumber(passed), said = string.match(paused, '^%d+|%d+|%d+|(.*)$') }
+    else
+      limit.pause_changed, limit.changed = true, true
+    end
   end
   if limit.least and limit.least > 0 then
     local current, dropped_at = string.match(f[at + 4] or '', '^(%d+)|(%d+)')
-    limit.current = math.min(tonumber(current or limit.bound * 1000), limit.bound * 1000)
+    limit.current = tonumber(current or limit.bound * 1000)
     limit.dropped_at = tonumber(dropped_at or 0)
   end
   T.limits[name] = limit
@@ -74,7 +78,7 @@ T.save_limit = function(limit)
     T.put('p:' .. name, pause and T.int(pause.until_ms) .. '|' .. T.int(pause.ramp_ms) .. '|'
       .. T.int(pause.passed) .. '|' .. pause.said or false)
   end
-  if limit.current then
+  if limit.adapted then
     T.put('a:' .. name, T.int(limit.current) .. '|' .. T.int(limit.dropped_at))
   end
   if limit.sort ~= 'c' then T.rates().save(limit) end
@@ -106,12 +110,7 @@ end
 function T.pause_lets(limit)
   local pause = limit.pause
   if pool.now < pause.until_ms then return T.room_again(limit, pause.until_ms) end
-  local since_ms = pool.now - pause.until_ms
-  if since_ms >= pause.ramp_ms then
-    limit.pause, limit.pause_changed, limit.changed = nil, true, true
-    return true
-  end
-  local allowed = 1 + math.floor(limit.bound * since_ms / pause.ramp_ms)
+  local allowed = 1 + math.floor(limit.bound * (pool.now - pause.until_ms) / pause.ramp_ms)
   if pause.passed < allowed then return true end
   local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, limit.bound))
   return T.room_again(limit, math.max(at, pool.now + 1))
@@ -161,6 +160,8 @@ function T.adapt(limit, outcome)
     limit.current = math.min(limit.bound * 1000,
       math.max(limit.least * 1000, math.floor(limit.current * 7 / 10)))
     limit.dropped_at = pool.now
+  else
+    return
   end
-  limit.changed = true
+  limit.adapted, limit.changed = true, true
 end

@@ -270,6 +270,10 @@ function T.look_again(name, at)
   call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
 end
 
+function T.note_timers()
+  pool.timed_at = tonumber(call('ZRANGE', T.timed_key, 0, 0, 'WITHSCORES')[2] or 0)
+end
+
 -- A limit that only time frees has a moment at which somebody looks again.
 function T.set_timers()
   local due = pool.timed_at > 0 and pool.now >= pool.timed_at
@@ -280,10 +284,7 @@ function T.set_timers()
       due = true
     end
   end
-  if due then
-    local first = call('ZRANGE', T.timed_key, 0, 0, 'WITHSCORES')
-    pool.timed_at = tonumber(first[2] or 0)
-  end
+  if due then T.note_timers() end
 end
 
 function T.pump()

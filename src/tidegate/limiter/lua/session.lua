@@ -20,7 +20,9 @@ end
 -- It takes grants again: its queues stand where they stood, by the age of their tickets.
 function T.unblock()
   call('HDEL', T.session_key(q.sid), 'blocked')
-  for _, queue in ipairs(T.places_of(q.sid)) do
+  local list = T.places_of(q.sid)
+  table.sort(list, function(one, other) return one.id < other.id end)
+  for _, queue in ipairs(list) do
     if queue.at == '!' then
       local member, stamp = T.first_of(queue)
       local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
