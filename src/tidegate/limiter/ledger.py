@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 
 from tidegate.limiter.entries import Batch, Holding, Release, Transfer, Waiter
 from tidegate.limiter.flow import Flow
 from tidegate.limiter.outbox import Outbox
-from tidegate.limiter.wire import OUTCOMES, USAGE_LATER
+from tidegate.limiter.wire import OUTCOMES, USAGE_LATER, Hint
 
 # Fences of one permit that is passed on inside a process; the server's are this far apart.
 CHAIN = 1000
@@ -313,10 +313,14 @@ class Ledger:
         lanes = (self._lanes[lane] for lane in held if lane in self._lanes)
         return list(islice((flow for lane in lanes for flow in lane.values()), most))
 
-    def drop_hints(self) -> None:
+    def take_hints(self, hints: Mapping[str, Hint]) -> None:
+        """What the server lets us pass on from now on, by the key of the flow; nothing else."""
         for lane in self._lanes.values():
             for flow in lane.values():
-                flow.hint = None
+                flow.hint = hints.get(flow.key)
+
+    def drop_hints(self) -> None:
+        self.take_hints({})
 
     def take(self) -> Batch:
         """The next batch to send."""

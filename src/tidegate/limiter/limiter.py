@@ -12,29 +12,22 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from tidegate.errors import (
-    AdmissionError,
-    DeadlineExceeded,
-    DemandImpossible,
-    LimiterUnavailable,
-    QueueFull,
-    ShuttingDown,
-)
+from tidegate.errors import ShuttingDown
 from tidegate.limiter.courier import Courier
 from tidegate.limiter.decorate import AcquireOptions, P, R, limited
 from tidegate.limiter.demand import Demand
-from tidegate.limiter.entries import Holding, Waiter
-from tidegate.limiter.flow import Flow, Tokens, tokens_of
+from tidegate.limiter.desk import Desk
+from tidegate.limiter.flow import Tokens, tokens_of
 from tidegate.limiter.heartbeat import STALLED_S, Heartbeat
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import now_ms
 from tidegate.limiter.ledger import Ledger
-from tidegate.limiter.limits import DEFAULT_HARD_MS, DEFAULT_PRIORITY, PoolPolicy, check_tenant
+from tidegate.limiter.limits import DEFAULT_HARD_MS, PoolPolicy
 from tidegate.limiter.link import Link
 from tidegate.limiter.listener import Listener
 from tidegate.limiter.observer import Observer
 from tidegate.limiter.operations import Operations
-from tidegate.limiter.permit import Acquisition, Attempt, Permit
+from tidegate.limiter.permit import Acquisition, Attempt
 from tidegate.limiter.snapshot import LocalState
 
 logger = logging.getLogger("tidegate.limiter")
@@ -63,7 +56,6 @@ class Limiter(Operations):
         self._url = url
         self._keys = Keyspace(pool)
         self._observer = observer if observer is not None else Observer()
-        self._max_waiters = max_waiters
         self._stalled_s = stalled_s
         self._ledger = Ledger()
         self._link = Link(url, self._keys.meta)
@@ -75,12 +67,7 @@ class Limiter(Operations):
         self._listener: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._carrying: asyncio.Task[None] | None = None
-        self._closing = False
-        self._idle = asyncio.Event()
-        self._wait_ewma_ms: dict[str, float] = {}
-        self._bands_of: PoolPolicy | None = None
-        self._bands: dict[str, int] = {}
-        self._usual_band = 1
+        self._desk = Desk(self._ledger, self._session, self._observer, max_waiters)
 
     @classmethod
     def from_url(
@@ -188,7 +175,7 @@ class Limiter(Operations):
         deadline_ms: int | None = None,
         hard_ms: int | None = None,
     ) -> Acquisition:
-        """`async with limiter.acquire("kind:text_only", "pool:total", deadline_ms=30_000) as permit:`
+        """`async with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
 
         Entering waits for all of `limits` together, at most `deadline_ms`; leaving gives the permit
         back without a round trip. `tenant` is whose share it is; `priority` the name of a band;
@@ -205,12 +192,14 @@ class Limiter(Operations):
         cancelled then.
         """
         wanted = None if tokens is None else tokens_of(tokens)
-        return Acquisition(
-            self,
-            Demand(
-                limits, tenant, priority, wanted, images, deadline_ms, hard_ms or DEFAULT_HARD_MS
-            ),
+        hard_ms = hard_ms or DEFAULT_HARD_MS
+        return self.acquire_for(
+            Demand(limits, tenant, priority, wanted, images, deadline_ms, hard_ms)
         )
+
+    def acquire_for(self, demand: Demand) -> Acquisition:
+        """As `acquire`, for a demand that is there already."""
+        return Acquisition(self._desk, demand)
 
     def try_acquire(
         self,
@@ -221,8 +210,8 @@ class Limiter(Operations):
         images: int = 0,
         hard_ms: int | None = None,
     ) -> Attempt:
-        """`async with limiter.try_acquire("kind:text_only") as permit:` where `permit` is None if it
-        can't be had at once, which takes no longer than the server's next answer, or while Valkey
+        """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if it can't
+        be had at once, which takes no longer than the server's next answer, or while Valkey
         is away. Otherwise as `acquire`."""
         wanted = None if tokens is None else tokens_of(tokens)
         within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
@@ -236,7 +225,7 @@ class Limiter(Operations):
             hard_ms or DEFAULT_HARD_MS,
             once=True,
         )
-        return Attempt(Acquisition(self, demand))
+        return Attempt(self.acquire_for(demand))
 
     def limited(
         self, *limits: str, **options: Unpack[AcquireOptions]
@@ -244,124 +233,6 @@ class Limiter(Operations):
         """A decorator: each call of the coroutine function runs under a permit. Options as
         `acquire` takes them."""
         return limited(self, *limits, **options)
-
-    def _flow(self, demand: Demand) -> Flow:
-        policy = self._session.policy
-        if policy is not self._bands_of:
-            self._bands_of = policy
-            self._bands = {band.name: number for number, band in enumerate(policy.bands, 1)}
-            usual = DEFAULT_PRIORITY if DEFAULT_PRIORITY in self._bands else policy.bands[0].name
-            self._usual_band = self._bands[usual]
-        band = self._usual_band
-        if demand.priority is not None and demand.priority not in self._bands:
-            policy.band(demand.priority)
-        if demand.priority is not None:
-            band = self._bands[demand.priority]
-        limits = demand.limits
-        if len(limits) != 1:
-            if not limits:
-                raise ValueError("acquire needs a limit")
-            limits = tuple(sorted(set(limits)))
-        flow = self._ledger.flow(band, demand.tenant, limits)
-        if flow.revision != policy.revision:
-            check_tenant(demand.tenant)
-            flow.refresh(policy)
-        return flow
-
-    def _ask(self, demand: Demand) -> tuple[Waiter, asyncio.TimerHandle | None]:
-        if self._closing:
-            raise ShuttingDown("the limiter is closing")
-        if self._session.fatal is not None:
-            raise self._session.fatal
-        try:
-            flow = self._flow(demand)
-        except DemandImpossible as error:
-            raise self._refused(error) from None
-        if len(self._ledger.waiting) >= self._max_waiters:
-            limit, retry_ms = flow.limits[0], self._retry_after_ms(flow.limits[0])
-            full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
-            raise self._refused(full)
-        at = now_ms()
-        deadline_ms = demand.deadline_ms
-        waiter = self._ledger.ask(
-            flow,
-            amounts=flow.amounts(demand.tokens, demand.images),
-            hard_ms=max(1, demand.hard_ms),
-            now_ms=at,
-            deadline_ms=float("inf") if deadline_ms is None else at + deadline_ms,
-            once=demand.once,
-        )
-        timer = None
-        if not waiter.future.done():
-            if deadline_ms is not None:
-                loop = asyncio.get_running_loop()
-                timer = loop.call_later(max(0, deadline_ms) / 1000, self._expire, waiter)
-            if self._session.away:
-                self._session.admit_locally()
-        self._session.kick()
-        return waiter, timer
-
-    def _expire(self, waiter: Waiter) -> None:
-        """The deadline came."""
-        if waiter.future.done():
-            return
-        limit = waiter.flow.limits[0]
-        retry_ms = self._retry_after_ms(limit)
-        error: AdmissionError
-        local = self.policy.when_away == "local" and self._session.has_share(waiter.flow.limits)
-        if self._session.away and not local:
-            error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
-        else:
-            error = DeadlineExceeded(
-                f"no permit of {' '.join(waiter.flow.limits)} in time",
-                limit=limit,
-                retry_after_ms=retry_ms,
-            )
-        self._ledger.refuse(waiter, self._refused(error), now_ms())
-        self._session.kick()
-
-    def _refused(self, error: AdmissionError) -> AdmissionError:
-        self._observer.refused(error.limit, error.code)
-        return error
-
-    def _retry_after_ms(self, limit: str) -> int:
-        """About as long as waiters of this limit wait these days, at least a second."""
-        return max(1000, int(self._wait_ewma_ms.get(limit, 0.0)))
-
-    def _abandon(self, waiter: Waiter) -> None:
-        self._ledger.abandon(waiter.ticket, now_ms())
-        self._session.kick()
-        self._check_idle()
-
-    def _admitted(self, holding: Holding) -> None:
-        for name in holding.flow.limits:
-            old = self._wait_ewma_ms.get(name, holding.waited_ms)
-            self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
-        self._observer.admitted(holding.flow.limits[0], holding.waited_ms)
-
-    def _release(self, permit: Permit) -> None:
-        holding = permit._holding
-        self._ledger.release(
-            holding.ticket,
-            outcome=permit.outcome,
-            actual=holding.flow.actual(permit.tokens, permit.images),
-            now_ms=now_ms(),
-            usage_later=permit.usage_later,
-        )
-        if self._session.away:
-            self._session.admit_locally()
-        self._session.kick()
-        self._check_idle()
-
-    def _report(self, permit: Permit) -> None:
-        holding = permit._holding
-        actual = holding.flow.actual(permit.tokens, permit.images)
-        self._ledger.settle_later(holding.ticket, actual)
-        self._session.kick()
-
-    def _check_idle(self) -> None:
-        if self._closing and not self._ledger.held:
-            self._idle.set()
 
     # -- what can be seen
 
@@ -389,9 +260,9 @@ class Limiter(Operations):
         Waiters get ShuttingDown. Bodies may end within `grace_ms`; what still runs then is
         cancelled with LeaseLost and given one second more.
         """
-        if self._closing:
+        if self._desk.closing:
             return
-        self._closing = True
+        self._desk.closing = True
         for waiter in list(self._ledger.waiting.values()):
             self._ledger.refuse(waiter, ShuttingDown("the limiter is closing"), now_ms())
         try:
@@ -404,13 +275,14 @@ class Limiter(Operations):
 
     async def _wait_idle(self, timeout_s: float) -> bool:
         """True once nothing is held."""
-        self._idle.clear()
-        self._check_idle()
-        if self._idle.is_set():
+        idle = self._desk.idle
+        idle.clear()
+        self._desk.check_idle()
+        if idle.is_set():
             return True
         try:
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+                await idle.wait()
         except TimeoutError:
             return False
         return True
@@ -422,7 +294,7 @@ class Limiter(Operations):
         await asyncio.wait({self._carrying}, timeout=2 * self._session.lease.deadline_s())
 
     async def _stop(self) -> None:
-        self._closing = True
+        self._desk.closing = True
         self._courier.stop_timers()
         if self._heartbeat is not None:
             self._heartbeat.stop()

@@ -8,7 +8,6 @@ from a cancellation by anybody else as `asyncio.timeout` does it, by `Task.uncan
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +17,7 @@ from tidegate.limiter.entries import Holding
 from tidegate.limiter.flow import Tokens, tokens_of
 
 if TYPE_CHECKING:
-    from tidegate.limiter.limiter import Limiter
+    from tidegate.limiter.desk import Desk
 
 Outcome = Literal["success", "ignored", "dropped"]
 
@@ -32,18 +31,12 @@ class Permit:
     """
 
     __slots__ = (
-        "_check_lapse", "_holding", "_report", "images", "lost", "outcome", "tokens", "usage_later",
+        "_desk", "_holding", "images", "lost", "outcome", "tokens", "usage_later",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        holding: Holding,
-        check_lapse: Callable[[], object],
-        report: Callable[[Permit], None],
-    ) -> None:
+    def __init__(self, holding: Holding, desk: Desk) -> None:
         self._holding = holding
-        self._check_lapse = check_lapse
-        self._report = report
+        self._desk = desk
         self.lost = asyncio.Event()
         self.outcome: str = "success"
         self.tokens: Tokens | None = None
@@ -74,7 +67,7 @@ class Permit:
         of making one more call first: the body is cancelled, and LeaseLost leaves the `async with`.
         Costs no round trip.
         """
-        self._check_lapse()
+        self._desk.check_lapse()
         if self.lost.is_set():
             await asyncio.sleep(0)  # the cancellation arrives here
 
@@ -101,7 +94,7 @@ class Permit:
         """Tell the usage of a call whose permit was given back after `usage_follows`."""
         self.tokens = None if tokens is None else tokens_of(tokens)
         self.images = images
-        self._report(self)
+        self._desk.report(self._holding, self.tokens, self.images)
 
     def __repr__(self) -> str:
         names = " ".join(self.limits)
@@ -111,10 +104,10 @@ class Permit:
 class Acquisition:
     """What `Limiter.acquire` returns: enter it to wait for the permit, leave it to release."""
 
-    __slots__ = ("_cancelling", "_demand", "_limiter", "_permit", "_task")
+    __slots__ = ("_cancelling", "_demand", "_desk", "_permit", "_task")
 
-    def __init__(self, limiter: Limiter, demand: Demand) -> None:
-        self._limiter = limiter
+    def __init__(self, desk: Desk, demand: Demand) -> None:
+        self._desk = desk
         self._demand = demand
         self._permit: Permit | None = None
         self._task: asyncio.Task[object] | None = None
@@ -126,22 +119,22 @@ class Acquisition:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("acquire needs a task")
-        limiter = self._limiter
-        waiter, timer = limiter._ask(self._demand)
+        desk = self._desk
+        waiter, timer = desk.ask(self._demand)
         try:
             holding = await waiter.future
         except BaseException:
-            limiter._abandon(waiter)
+            desk.abandon(waiter)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-        permit = Permit(holding, limiter._session.check_lapse, limiter._report)
+        permit = Permit(holding, desk)
         self._task, self._cancelling, self._permit = task, task.cancelling(), permit
         holding.on_fence = self._fence
         if holding.fenced:  # between the grant and our waking up
             self._fence()
-        limiter._admitted(holding)
+        desk.admitted(holding)
         return permit
 
     def _fence(self) -> None:
@@ -163,8 +156,10 @@ class Acquisition:
         asked = permit.lost.is_set()
         holding.on_fence = permit.lost.set
         # A body that ends in the moment its process wakes up from a pause has lost its lease too.
-        self._limiter._session.check_lapse()
-        self._limiter._release(permit)
+        self._desk.check_lapse()
+        self._desk.release(
+            holding, permit.outcome, permit.tokens, permit.images, permit.usage_later
+        )
         if not permit.lost.is_set():
             return
         ours = not asked or task.uncancel() <= self._cancelling

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
-from tidegate.errors import ConfigError, DeadlineExceeded, DemandImpossible, QueueFull
+from tidegate.errors import ConfigError
+from tidegate.limiter.answers import Answers
 from tidegate.limiter.compose import compose
-from tidegate.limiter.entries import Batch, Waiter
-from tidegate.limiter.flow import Flow
+from tidegate.limiter.entries import Batch
 from tidegate.limiter.lease import Identity, Lease
 from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import PoolPolicy
@@ -92,6 +92,7 @@ class Session:
         self._sent_seen = 0
         self._acked = 0
         self._local = LocalShare()
+        self._answers = Answers(ledger, observer)
 
     def kick(self) -> None:
         """There is something to say."""
@@ -207,18 +208,6 @@ class Session:
         self._ledger.restore(batch)
         self._full = True
 
-    def something_to_say(self) -> bool:
-        """True if a request is due."""
-        return (
-            self._full
-            or self._tend
-            or self._must_join
-            or self._policy_due
-            or self._leaving
-            or len(self._ledger.outbox) > 0
-            or self._sent_seen - self._acked >= ACK_EARLY
-        )
-
     def something_urgent(self) -> bool:
         """True if a request must not wait for others to come along."""
         return (
@@ -230,6 +219,10 @@ class Session:
             or self._leaving
             or self._sent_seen - self._acked >= ACK_EARLY
         )
+
+    def something_to_say(self) -> bool:
+        """True if a request is due."""
+        return self.something_urgent() or len(self._ledger.outbox) > 0
 
     @staticmethod
     def is_ordinary(request: SyncRequest) -> bool:
@@ -298,19 +291,11 @@ class Session:
             self._policy_due = False
         self._set_state("recovering" if reply.recovering_ms > 0 else "up")
         at = self.lease.now_ms()
-        for ticket, seq in reply.grants:
-            self._ledger.grant(ticket, reply.epoch, seq, at)
-        for ticket in reply.refused:
-            self._refuse_full(ticket, at)
-        for waiter in batch.enqueues:
-            if waiter.once and waiter.ticket in self._ledger.waiting:
-                limit = waiter.flow.limits[0]
-                error = DeadlineExceeded("no permit at once", limit=limit, retry_after_ms=1000)
-                self._ledger.refuse(waiter, error, at)
+        self._answers.take(batch, reply, self.policy, at)
         if reply.whole is not None:
             self._compare(reply, reply.whole, at)
         self._ledger.idle = reply.parked == 0 and reply.timed_ms == 0 and reply.recovering_ms == 0
-        self._take_hints(request, reply)
+        self._ledger.take_hints({request.flows[h.flow - 1]: h for h in reply.hints})
         self._arm(reply)
         self._settled()
         if reply.more:
@@ -329,25 +314,6 @@ class Session:
             logger.warning(message, reply.revision)
         if 0 < whole.next_event_ms < reply.lease_ms and self._ledger.waiting:
             self._alarm("next_event", whole.next_event_ms)
-
-    def _take_hints(self, request: SyncRequest, reply: SyncReply) -> None:
-        flows = self._ledger.flows_to_hint(MAX_WANTS)
-        hints = {request.flows[hint.flow - 1]: hint for hint in reply.hints}
-        for flow in flows:
-            flow.hint = hints.get(flow.key)
-
-    def _refuse_full(self, ticket: int, at: float) -> None:
-        waiter = self._ledger.waiting.get(ticket)
-        if waiter is None:
-            return
-        waiter.sent = False  # it is in no queue
-        bound = self.policy.queue_per_tenant
-        error = QueueFull(
-            f"{waiter.flow.tenant} has {bound} waiters already",
-            limit=waiter.flow.limits[0],
-            retry_after_ms=1000,
-        )
-        self._ledger.refuse(waiter, error, at)
 
     def _joined(self, reply: SyncReply) -> None:
         old = self.lease.identity
@@ -386,14 +352,7 @@ class Session:
         self._policy_due = False
         self._forget_hints()
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
-        for waiter in list(self._ledger.waiting.values()):
-            self._check_possible(waiter)
-
-    def _check_possible(self, waiter: Waiter) -> None:
-        try:
-            waiter.flow.refresh(self.policy)
-        except DemandImpossible as error:
-            self._ledger.refuse(waiter, error, self.lease.now_ms())
+        self._answers.refuse_impossible(self.policy, self.lease.now_ms())
 
     def failed(self, reason: str) -> None:
         """A call did not succeed: Valkey is away."""
@@ -439,6 +398,3 @@ class Session:
             self._alarm("recovered", reply.recovering_ms)
         if reply.timed_ms > 0 and self._ledger.waiting:
             self._alarm("timed", reply.timed_ms)
-
-
-__all__ = ["ACK_EARLY", "Flow", "Session", "Traffic"]

@@ -125,7 +125,10 @@ def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
         revision=reply.revision,
         recovering_ms=reply.recovering_ms,
         state=state,
-        processes=tuple(SessionView(*row[:4], bool(row[4])) for row in reply.sessions),
+        processes=tuple(
+            SessionView(sid, name, left_ms, held, bool(blocked))
+            for sid, name, left_ms, held, blocked in reply.sessions
+        ),
         tenants=tuple(TenantView(*row) for row in sorted(reply.tenants)),
         queues=tuple(_queue(row, names) for row in reply.queues),
         permits=tuple(_permit(row, names) for row in sorted(reply.permits)),

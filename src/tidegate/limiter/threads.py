@@ -18,10 +18,12 @@ from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, Unpack
 
 from tidegate.errors import ShuttingDown
-from tidegate.limiter.decorate import AcquireOptions
+from tidegate.limiter.decorate import AcquireOptions, AttemptOptions
+from tidegate.limiter.demand import Demand
 from tidegate.limiter.limiter import Limiter
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.observer import Observer
+from tidegate.limiter.operations import FOR_EVER_MS, RAMP_MS
 from tidegate.limiter.snapshot import LocalState, Snapshot
 from tidegate.limiter.sync_permit import Held, SyncAcquisition, SyncAttempt
 
@@ -173,7 +175,7 @@ class SyncLimiter:
         """
         return SyncAcquisition(self, lambda: self._limiter.acquire(*limits, **options))
 
-    def try_acquire(self, *limits: str, **options: Unpack[AcquireOptions]) -> SyncAttempt:
+    def try_acquire(self, *limits: str, **options: Unpack[AttemptOptions]) -> SyncAttempt:
         """`with limiter.try_acquire("kind:text_only") as permit:`; None if none is free at once."""
         return SyncAttempt(self, lambda: self._limiter.try_acquire(*limits, **options))
 
@@ -204,16 +206,13 @@ class SyncLimiter:
 
         return decorate
 
-    def hold(
-        self, limits: tuple[str, ...], options: AcquireOptions, close: Callable[[], object]
-    ) -> Held:
+    def hold(self, demand: Demand, close: Callable[[], object]) -> Held:
         """A permit for a use whose end another object sees; see `Held`.
 
-        It is overdue `hard_ms` after its grant.
+        It is overdue when the `hard_ms` of the demand are over.
         """
-        hard_ms = options.get("hard_ms")
         return Held(
-            self, lambda: self._limiter.acquire(*limits, **options), hard_ms=hard_ms, close=close
+            self, lambda: self._limiter.acquire_for(demand), hard_ms=demand.hard_ms, close=close
         )
 
     # -- what can be seen and changed
@@ -230,10 +229,22 @@ class SyncLimiter:
         """The pool as Valkey sees it. Raises LimiterUnavailable when it does not answer."""
         return self.submit(self._limiter.snapshot).result()
 
-    def penalise(self, limit: str, **options: Any) -> None:
-        """As `Limiter.penalise`."""
-        self.submit(lambda: self._limiter.penalise(limit, **options)).result()
+    def penalise(
+        self,
+        limit: str,
+        *,
+        for_ms: int = FOR_EVER_MS,
+        reason: str = "",
+        by: str = "",
+        ramp_ms: int = RAMP_MS,
+    ) -> bool:
+        """Pause a limit in all processes, as `Limiter.penalise`."""
+        return self.submit(
+            lambda: self._limiter.penalise(
+                limit, for_ms=for_ms, reason=reason, by=by, ramp_ms=ramp_ms
+            )
+        ).result()
 
-    def resume(self, limit: str, *, by: str) -> None:
-        """As `Limiter.resume`."""
-        self.submit(lambda: self._limiter.resume(limit, by=by)).result()
+    def resume(self, limit: str, *, by: str = "") -> bool:
+        """End a pause, as `Limiter.resume`."""
+        return self.submit(lambda: self._limiter.resume(limit, by=by)).result()

@@ -1,0 +1,173 @@
+"""Where tasks ask for permits and give them back: between the limiter's users and its ledger.
+
+Does no I/O. Invariant: whoever asked gets a permit or an error, once; what was let in is given back
+without an await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from tidegate.errors import (
+    AdmissionError,
+    DeadlineExceeded,
+    DemandImpossible,
+    LimiterUnavailable,
+    QueueFull,
+    ShuttingDown,
+)
+from tidegate.limiter.demand import Demand
+from tidegate.limiter.entries import Holding, Waiter
+from tidegate.limiter.flow import Flow, Tokens
+from tidegate.limiter.lease import now_ms
+from tidegate.limiter.ledger import Ledger
+from tidegate.limiter.limits import DEFAULT_PRIORITY, PoolPolicy, check_tenant
+from tidegate.limiter.observer import Observer
+from tidegate.limiter.session import Session
+
+
+class Desk:
+    """See the module. `closing` turns everybody away; `idle` is set when nothing is held then."""
+
+    def __init__(
+        self, ledger: Ledger, session: Session, observer: Observer, max_waiters: int
+    ) -> None:
+        self.closing = False
+        self.idle = asyncio.Event()
+        self._ledger = ledger
+        self._session = session
+        self._observer = observer
+        self._max_waiters = max_waiters
+        self._wait_ewma_ms: dict[str, float] = {}
+        self._bands_of: PoolPolicy | None = None
+        self._bands: dict[str, int] = {}
+        self._usual_band = 1
+
+    def check_lapse(self) -> None:
+        """Act on a lease that has lapsed."""
+        self._session.check_lapse()
+
+    def flow_of(self, demand: Demand) -> Flow:
+        policy = self._session.policy
+        if policy is not self._bands_of:
+            self._bands_of = policy
+            self._bands = {band.name: number for number, band in enumerate(policy.bands, 1)}
+            usual = DEFAULT_PRIORITY if DEFAULT_PRIORITY in self._bands else policy.bands[0].name
+            self._usual_band = self._bands[usual]
+        band = self._usual_band
+        if demand.priority is not None and demand.priority not in self._bands:
+            policy.band(demand.priority)
+        if demand.priority is not None:
+            band = self._bands[demand.priority]
+        limits = demand.limits
+        if len(limits) != 1:
+            if not limits:
+                raise ValueError("acquire needs a limit")
+            limits = tuple(sorted(set(limits)))
+        flow = self._ledger.flow(band, demand.tenant, limits)
+        if flow.revision != policy.revision:
+            check_tenant(demand.tenant)
+            flow.refresh(policy)
+        return flow
+
+    def ask(self, demand: Demand) -> tuple[Waiter, asyncio.TimerHandle | None]:
+        if self.closing:
+            raise ShuttingDown("the limiter is closing")
+        if self._session.fatal is not None:
+            raise self._session.fatal
+        try:
+            flow = self.flow_of(demand)
+        except DemandImpossible as error:
+            raise self._refused(error) from None
+        if len(self._ledger.waiting) >= self._max_waiters:
+            limit, retry_ms = flow.limits[0], self._retry_after_ms(flow.limits[0])
+            full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
+            raise self._refused(full)
+        at = now_ms()
+        deadline_ms = demand.deadline_ms
+        waiter = self._ledger.ask(
+            flow,
+            amounts=flow.amounts(demand.tokens, demand.images),
+            hard_ms=max(1, demand.hard_ms),
+            now_ms=at,
+            deadline_ms=float("inf") if deadline_ms is None else at + deadline_ms,
+            once=demand.once,
+        )
+        timer = None
+        if not waiter.future.done():
+            if deadline_ms is not None:
+                loop = asyncio.get_running_loop()
+                timer = loop.call_later(max(0, deadline_ms) / 1000, self._expire, waiter)
+            if self._session.away:
+                self._session.admit_locally()
+        self._session.kick()
+        return waiter, timer
+
+    def _expire(self, waiter: Waiter) -> None:
+        """The deadline came."""
+        if waiter.future.done():
+            return
+        limit = waiter.flow.limits[0]
+        retry_ms = self._retry_after_ms(limit)
+        error: AdmissionError
+        local = self._session.policy.when_away == "local" and self._session.has_share(
+            waiter.flow.limits
+        )
+        if self._session.away and not local:
+            error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
+        else:
+            error = DeadlineExceeded(
+                f"no permit of {' '.join(waiter.flow.limits)} in time",
+                limit=limit,
+                retry_after_ms=retry_ms,
+            )
+        self._ledger.refuse(waiter, self._refused(error), now_ms())
+        self._session.kick()
+
+    def _refused(self, error: AdmissionError) -> AdmissionError:
+        self._observer.refused(error.limit, error.code)
+        return error
+
+    def _retry_after_ms(self, limit: str) -> int:
+        """About as long as waiters of this limit wait these days, at least a second."""
+        return max(1000, int(self._wait_ewma_ms.get(limit, 0.0)))
+
+    def abandon(self, waiter: Waiter) -> None:
+        self._ledger.abandon(waiter.ticket, now_ms())
+        self._session.kick()
+        self.check_idle()
+
+    def admitted(self, holding: Holding) -> None:
+        for name in holding.flow.limits:
+            old = self._wait_ewma_ms.get(name, holding.waited_ms)
+            self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
+        self._observer.admitted(holding.flow.limits[0], holding.waited_ms)
+
+    def release(
+        self,
+        holding: Holding,
+        outcome: str,
+        tokens: Tokens | None,
+        images: int | None,
+        usage_later: bool,
+    ) -> None:
+        self._ledger.release(
+            holding.ticket,
+            outcome=outcome,
+            actual=holding.flow.actual(tokens, images),
+            now_ms=now_ms(),
+            usage_later=usage_later,
+        )
+        if self._session.away:
+            self._session.admit_locally()
+        self._session.kick()
+        self.check_idle()
+
+    def report(self, holding: Holding, tokens: Tokens | None, images: int | None) -> None:
+        """The usage of a call whose permit was given back before."""
+        self._ledger.settle_later(holding.ticket, holding.flow.actual(tokens, images))
+        self._session.kick()
+
+    def check_idle(self) -> None:
+        if self.closing and not self._ledger.held:
+            self.idle.set()
