@@ -45,7 +45,7 @@ function T.admit(queue, ticket, hard_ms, cost_ms, list)
   local seq, charges = T.next_seq(), {}
   for i, name in ipairs(T.names_in(queue.lane)) do
     local charged = T.take(T.limit_of(name), queue.band, list[i] or 1)
-    if charged then charges[#charges + 1] = charged end
+    if charged then charges[#charges + 1] = i .. '=' .. charged end
   end
   local value = T.value_of(seq, hard_ms, cost_ms, table.concat(charges, ','), queue.flow)
   if queue.sid == own.sid then
