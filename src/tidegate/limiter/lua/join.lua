@@ -27,8 +27,9 @@ function T.take_along(limits)
   for name, definition in pairs(limits) do
     local limit = T.limit_of(name)
     local sort, exact = string.match(definition, '^(%a)|.*|(%d)$')
-    if limit.sort ~= 'c' and (sort ~= limit.sort or (exact == '1') ~= (limit.exact or false)) then
-      if sort ~= 'c' then spent[name] = math.min(limit.bound, T.rates().spent(limit)) end
+    local same = sort == limit.sort and (exact == '1') == (limit.exact or false)
+    if limit.sort ~= 'c' and sort ~= 'c' and not same then
+      spent[name] = math.min(limit.bound, T.rates().spent(limit))
       T.rates().forget(limit)
       limit.dirty = nil
     end

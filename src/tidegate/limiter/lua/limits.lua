@@ -83,6 +83,7 @@ T.save_limit = function(limit)
   end
   if limit.sort ~= 'c' then T.rates().save(limit) end
   if limit.shadowed then call('HINCRBY', T.meta_key, 'x:' .. name, limit.shadowed) end
+  limit.changed, limit.pause_changed, limit.adapted, limit.shadowed = nil, nil, nil, nil
 end
 
 -- A touched limit is one under which somebody might be let in now.

@@ -109,9 +109,11 @@ function T.save_pool()
       -- With nobody left in a tenant's queues its stamps may begin anew.
       changed['n:' .. name] = tenant.waiting > 0
         and T.int(tenant.waiting) .. '|' .. T.int(tenant.stamp)
+      tenant.changed = nil
     end
   end
   T.write(T.meta_key, changed)
+  T.changed = {}
   pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 

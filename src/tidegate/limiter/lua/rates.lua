@@ -167,14 +167,15 @@ T.rates = function()
   end
 
   function f.save(limit)
-    if not limit.dirty then return end
-    local key = key_of(limit)
+    local dirty, key = limit.dirty, key_of(limit)
+    if not dirty then return end
+    limit.dirty = nil
     if limit.sort == 'q' then
       call('HSET', key, 'used', T.int(limit.spent), 'reset_at', T.int(limit.reset_at))
       call('PEXPIRE', key, T.int(limit.reset_at - pool.now + T.POOL_KEEP_MS))
       return
     end
-    for ends in pairs(limit.dirty) do
+    for ends in pairs(dirty) do
       call('HSET', key, T.int(ends), T.int(limit.buckets[ends]))
     end
     call('PEXPIRE', key, T.int(2 * limit.span))

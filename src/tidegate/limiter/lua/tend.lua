@@ -30,7 +30,11 @@ T.pump()
 if own.sid then T.flush_own() end
 T.publish()
 T.note_sessions()
-local all = own.sid and q.full and T.whole() or false
+local all = false
+if own.sid and q.full then
+  T.save_pool()
+  all = T.whole()
+end
 T.save_pool()
 if own.sid and (q.full or q.join) then T.keep_keys() end
 return T.reply(status, all)
