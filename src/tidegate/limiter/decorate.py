@@ -19,15 +19,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class AcquireOptions(TypedDict, total=False):
-    """The keywords of `Limiter.acquire`."""
+class AttemptOptions(TypedDict, total=False):
+    """The keywords of `Limiter.try_acquire`."""
 
     tenant: str
-    priority: str
+    priority: str | None
     tokens: int | Tokens | None
     images: int
-    deadline_ms: int | None
     hard_ms: int | None
+
+
+class AcquireOptions(AttemptOptions, total=False):
+    """The keywords of `Limiter.acquire`."""
+
+    deadline_ms: int | None
 
 
 def limited(

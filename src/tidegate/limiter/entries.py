@@ -90,3 +90,13 @@ class Batch:
     def __len__(self) -> int:
         said = len(self.transfers) + len(self.releases) + len(self.settles)
         return said + len(self.cancels) + len(self.enqueues)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Counts since the start."""
+
+    syncs: int = 0
+    failures: int = 0
+    pushes: int = 0
+    joins: int = 0

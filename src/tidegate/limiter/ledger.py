@@ -234,6 +234,11 @@ class Ledger:
             if self._pass_on(release, now_ms):
                 self.outbox.keep(release)
 
+    def recycle_forgotten(self, now_ms: float) -> None:
+        """The server lost its past: what it may have heard of counts as never said."""
+        self.outbox.unsay_releases()
+        self.recycle_unsent(now_ms)
+
     def start_recycling(self) -> None:
         """From now on the order of waiters is ours."""
         if not self.recycling:

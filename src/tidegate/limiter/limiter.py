@@ -33,6 +33,8 @@ from tidegate.limiter.snapshot import LocalState
 logger = logging.getLogger("tidegate.limiter")
 
 MAX_WAITERS = 100_000
+# With `reap_closed_ms`: how often a process looks whose connection is closed, at most.
+MIN_LOOK_MS = 25
 # How long a closing limiter waits for bodies that it has cancelled.
 CLOSE_BODIES_S = 1.0
 
@@ -152,15 +154,18 @@ class Limiter(Operations):
 
     async def _pulse(self) -> None:
         """Shows the heartbeat that the loop lives, compares all with Valkey, watches the lease."""
-        lease, ticks = self._session.lease, 0
+        lease, compared_ms = self._session.lease, now_ms()
         while True:
-            await asyncio.sleep(lease.lease_ms / 12_000)
+            every_ms = lease.lease_ms / 3
+            if self.policy.reap_closed_ms:
+                every_ms = min(every_ms, max(MIN_LOOK_MS, self.policy.reap_closed_ms / 4))
+            await asyncio.sleep(min(lease.lease_ms / 12, every_ms) / 1000)
             if self._heartbeat is not None:
                 self._heartbeat.loop_is_alive()
             self._session.check_lapse()
             self._session.admit_locally()
-            ticks += 1
-            if ticks % 4 == 0:
+            if now_ms() - compared_ms >= every_ms * 0.95:
+                compared_ms = now_ms()
                 self._session.refresh()
 
     # -- permits

@@ -68,6 +68,11 @@ class Outbox:
         self._spare.clear()
         return [release for release in self._releases.values() if not release.sent]
 
+    def unsay_releases(self) -> None:
+        """Whoever heard of them has forgotten it."""
+        for release in self._releases.values():
+            release.sent = False
+
     def keep(self, release: Release) -> None:
         """It was passed on instead."""
         del self._releases[release.ticket]

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from secrets import token_hex
 
 from tidegate.errors import ConfigError
 from tidegate.limiter.answers import Answers
 from tidegate.limiter.compose import compose
-from tidegate.limiter.entries import Batch
+from tidegate.limiter.entries import Batch, Traffic
 from tidegate.limiter.lease import Identity, Lease
 from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import PoolPolicy
@@ -35,16 +34,6 @@ logger = logging.getLogger("tidegate.limiter")
 ACK_EARLY = 4
 # How many flows one request asks to be hinted at.
 MAX_WANTS = 16
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Counts since the start."""
-
-    syncs: int = 0
-    failures: int = 0
-    pushes: int = 0
-    joins: int = 0
 
 
 class Session:
@@ -337,6 +326,10 @@ class Session:
             return
         if reply.status == "gone" and not self._failing:
             self._fence("the session was gone")
+        if reply.status == "epoch" and not self._lapse_seen:
+            # Only what we assert will count: what was given back is free, whoever heard of it.
+            self._ledger.start_recycling()
+            self._ledger.recycle_forgotten(self.lease.now_ms())
         self._must_join = True
         self._forget_hints()
         self.refresh()

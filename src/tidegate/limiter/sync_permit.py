@@ -12,11 +12,11 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tidegate.errors import LeaseLost, ShuttingDown, TidegateError
 from tidegate.limiter.hold import Hold
-from tidegate.limiter.permit import Permit
+from tidegate.limiter.permit import Outcome, Permit
 
 if TYPE_CHECKING:
     from tidegate.limiter import Tokens
@@ -61,8 +61,7 @@ class SyncPermit:
 
     def settle(
         self,
-        outcome: Literal["success", "ignored", "dropped"] = "success",
-        *,
+        outcome: Outcome | str = "success",
         tokens: int | Tokens | None = None,
         images: int | None = None,
     ) -> None:

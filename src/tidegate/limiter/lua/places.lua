@@ -141,7 +141,7 @@ function T.rehead(queue)
 end
 
 -- Adds `step` to a tenant's tag at a limit, and moves the limit's time on to where it stood. What
--- was handed on out of order moves it only to where the front stands.
+-- was handed on out of order moves it to where the front stands then.
 function T.charge(limit, queue, step, in_order)
   local band = limit.bands[queue.band]
   local tag, parked
@@ -155,7 +155,7 @@ function T.charge(limit, queue, step, in_order)
   end
   if not in_order then
     local front = call('ZRANGE', T.park_key(limit, queue.band), 0, 0, 'WITHSCORES')
-    tag = math.min(tag, tonumber(front[2] or tag))
+    tag = tonumber(front[2] or tag)
   end
   band.virtual = math.max(band.virtual, tag)
   limit.changed = true

@@ -1,0 +1,247 @@
+"""What a pool consists of: its limits, its sessions, their queues and their permits.
+
+Invariant: nothing is counted that can be derived: what is used of a limit *is* the permits under
+it, who waits *is* the queues that are parked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from tidegate.limiter.limits import Band, Concurrency, Limit, Quota, Rate
+from tidegate.limiter.model.spending import Charge, Spending
+
+# Where a queue stands whose session takes no grants.
+BLOCKED = "!"
+# What a limit is that no policy names: nobody gets in.
+NO_LIMIT = Concurrency(0)
+
+ADAPT_PAUSE_MS = 1000
+
+
+class Flow(NamedTuple):
+    """What waiters have in common that stand in one queue. Bands count from 1, the highest."""
+
+    band: int
+    tenant: str
+    lane: tuple[str, ...]
+
+
+@lru_cache(maxsize=10_000)
+def read_flow(key: str) -> Flow:
+    band, tenant, lane = key.split("|", 2)
+    return Flow(int(band), tenant, tuple(lane.split(" ")))
+
+
+class Member(NamedTuple):
+    """A ticket as it stands in its queue. `amounts` are in the order of the lane; where there is
+    none it takes 1."""
+
+    ticket: int
+    hard_ms: int
+    cost_ms: int
+    amounts: tuple[int | None, ...]
+
+    def amount(self, position: int) -> int:
+        return amount_at(self.amounts, position) or 0
+
+
+@lru_cache(maxsize=10_000)
+def read_member(text: str) -> Member:
+    ticket, hard_ms, cost_ms, amounts = text.split("|", 3)
+    return Member(
+        int(ticket), int(hard_ms), int(cost_ms), tuple(_amount(a) for a in split(amounts))
+    )
+
+
+def split(amounts: str) -> list[str]:
+    return amounts.split(",") if amounts else []
+
+
+def _amount(text: str) -> int:
+    return int(text) if text.isdigit() else 1
+
+
+def amount_at(amounts: tuple[int | None, ...], position: int) -> int | None:
+    return amounts[position] if position < len(amounts) else 1
+
+
+def read_actual(text: str) -> list[int | None]:
+    """What a call really used, by position in its lane; None where that is not known."""
+    return [int(amount) if amount.isdigit() else None for amount in split(text)]
+
+
+@dataclass(slots=True)
+class Held:
+    """A permit. `charges`: position in the lane -> what it took of that rate."""
+
+    seq: int
+    until: int
+    cost_ms: int
+    charges: dict[int, Charge]
+    flow: str
+
+
+@dataclass(slots=True, eq=False)
+class Queue:
+    """What one session has waiting of one flow: member -> stamp, oldest first.
+
+    at: the limit that holds it up, or `BLOCKED`. bounces: how often the ticket of stamp `bounced`
+    was sent from limit to limit; since `starving` what it needs is kept free for it.
+    """
+
+    sid: str
+    key: str
+    flow: Flow
+    tickets: dict[str, int] = field(default_factory=dict)
+    at: str | None = None
+    bounces: int = 0
+    bounced: int = 0
+    starving: int | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.sid}|{self.key}"
+
+    def first(self) -> tuple[str, int]:
+        return next(iter(self.tickets.items()))
+
+
+@dataclass(slots=True)
+class Session:
+    """A process's liveness. `queues` by flow: those that are not empty."""
+
+    gen: int
+    batch: int
+    expiry: int
+    name: str
+    sent: int = 0
+    acked: int = 0
+    blocked: bool = False
+    closed_at: int | None = None
+    held: dict[int, Held] = field(default_factory=dict)
+    queues: dict[str, Queue] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Pause:
+    """Nobody is let in until `until`, and then one by one over `ramp_ms`; `passed` is how much
+    has been."""
+
+    until: int
+    ramp_ms: int
+    said: str
+    passed: int = 0
+
+
+class Lapsing(NamedTuple):
+    """A permit held over for a dead session."""
+
+    ticket: int
+    sid: str
+    lane: str
+
+
+@dataclass(slots=True)
+class BandState:
+    """What waits under a limit in one band, and whose turn it is.
+
+    lines: tenant -> its queues here, by id. tags: tenant -> virtual start, also of those who went
+    and are ahead of `virtual`, the band's time. credit: thousandths of a turn that it has saved.
+    """
+
+    lines: dict[str, dict[str, Queue]] = field(default_factory=dict)
+    tags: dict[str, int] = field(default_factory=dict)
+    virtual: int = 0
+    credit: int = 0
+
+    @property
+    def waits(self) -> int:
+        return sum(map(len, self.lines.values()))
+
+    def tag(self, tenant: str) -> int:
+        if tenant in self.lines:
+            return self.tags[tenant]
+        return max(self.virtual, self.tags.get(tenant, 0))
+
+    def front(self) -> tuple[int, str]:
+        """Whose turn it is: the least tag, and the tenant."""
+        return min((self.tags[tenant], tenant) for tenant in self.lines)
+
+    def line_front(self, tenant: str) -> tuple[int, Queue]:
+        """The oldest first ticket of a tenant's queues here, and the queue."""
+        heads = ((queue.first()[1], queue.id) for queue in self.lines[tenant].values())
+        stamp, queue_id = min(heads)
+        return stamp, self.lines[tenant][queue_id]
+
+
+@dataclass(slots=True)
+class LimitState:
+    """One limit. `under` are the permits that count under it: (session, ticket). `current` is what
+    an adaptive one has found out, in thousandths. `retry_at` and `reserved` are of one call."""
+
+    name: str
+    limit: Limit = NO_LIMIT
+    under: set[tuple[str, int]] = field(default_factory=set)
+    bands: dict[int, BandState] = field(default_factory=dict)
+    spending: Spending = field(default_factory=Spending)
+    pause: Pause | None = None
+    current: int | None = None
+    dropped_at: int = 0
+    shadowed: int = 0
+    asserted: int = 0
+    retry_at: int | None = None
+    reserved: int = 0
+
+    @property
+    def used(self) -> int:
+        return len(self.under)
+
+    @property
+    def waits(self) -> int:
+        return sum(band.waits for band in self.bands.values())
+
+    @property
+    def is_rate(self) -> bool:
+        return isinstance(self.limit, Rate | Quota)
+
+    @property
+    def minimum(self) -> int:
+        """The least that an adaptive limit goes down to; 0 where it does not adapt."""
+        if isinstance(self.limit, Concurrency) and self.limit.adaptive:
+            return self.limit.adaptive.minimum
+        return 0
+
+    def band(self, number: int) -> BandState:
+        return self.bands.setdefault(number, BandState())
+
+    def parked(self, number: int) -> int:
+        return self.bands[number].waits if number in self.bands else 0
+
+    def waiting_bands(self) -> list[int]:
+        return [number for number in sorted(self.bands) if self.bands[number].lines]
+
+    def adapted(self) -> int:
+        return self.limit.bound * 1000 if self.current is None else self.current
+
+    def adapt(self, outcome: int, now: int) -> None:
+        """One more for a round of successes while it is used up; less at a dropped call, at most
+        once a second."""
+        most = self.limit.bound * 1000
+        if outcome == 0 and self.used >= self.adapted() // 1000:
+            step = 1_000_000 // self.adapted() if self.adapted() else 0
+            self.current = min(most, self.adapted() + step)
+        elif outcome == 2 and now - self.dropped_at >= ADAPT_PAUSE_MS:
+            less = max(self.minimum * 1000, self.adapted() * 7 // 10)
+            self.current, self.dropped_at = min(most, less), now
+
+
+def read_bands(bands: tuple[Band, ...]) -> list[tuple[int, int]]:
+    """Per band, in thousandths: its least share, and what is kept free for the bands above."""
+    found, above = [], 0
+    for band in bands:
+        found.append((round(band.min_share * 1000), above))
+        above += round(band.headroom * 1000)
+    return found
