@@ -10,9 +10,8 @@ from typing import Self
 
 from redis.crc import key_slot
 
-from tests.integration.servers.daemon import Daemon
+from tests.integration.servers.daemon import Daemon, fresh_port
 from tests.waiting import wait_until
-from tidegate.embedded.process import port_to_keep
 from tidegate.limiter.keys import Keyspace
 
 SLOTS = 16384
@@ -41,7 +40,7 @@ class Cluster:
             "repl-diskless-sync-delay 0",
             f"user tidegate on >{PASSWORD} {rules}",
         )
-        self._buses = [port_to_keep() for _ in range(MASTERS + replicas)]
+        self._buses = [fresh_port() for _ in range(MASTERS + replicas)]
         self.nodes = [
             Daemon(folder, *lines, f"cluster-port {bus}", make=make) for bus in self._buses
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -21,7 +22,19 @@ MAKES = {
     "valkey-server": Path(shutil.which("valkey-server") or "valkey-server"),
     "redis-server": Path(shutil.which("redis-server") or "redis-server"),
 }
+# Chosen long before a server listens there: no other test process, and none here, may choose it.
+_TAKEN: set[int] = set()
+_LANES = 16
+_LANE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _LANES
 _PLAIN = ("bind 127.0.0.1", 'save ""', "appendonly no")
+
+
+def fresh_port() -> int:
+    """A port that nobody else will be given."""
+    while (port := port_to_keep()) in _TAKEN or port % _LANES != _LANE:
+        continue
+    _TAKEN.add(port)
+    return port
 
 
 def version_of(make: str) -> str:
@@ -46,7 +59,7 @@ class Daemon:
         sentinel: bool = False,
         access: dict[str, Any] | None = None,
     ) -> None:
-        self.port = port_to_keep()
+        self.port = fresh_port()
         self.folder = folder / str(self.port)
         self.folder.mkdir(parents=True)
         self._make = make

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.limiter.makers import LIMIT, Maker
-from tests.integration.servers.daemon import MAKES, Daemon
+from tests.integration.servers.daemon import MAKES, Daemon, fresh_port
 from tests.waiting import wait_until
-from tidegate.embedded.process import free_port
 from tidegate.errors import LimiterUnavailable
 
 Deed = Callable[[Daemon], object]
@@ -26,7 +25,7 @@ def enough_replicas(server: Daemon) -> None:
 
 
 def demoted(server: Daemon) -> None:
-    server.say("REPLICAOF", "127.0.0.1", free_port())
+    server.say("REPLICAOF", "127.0.0.1", fresh_port())
 
 
 def promoted(server: Daemon) -> None:
