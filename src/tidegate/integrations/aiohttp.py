@@ -1,6 +1,6 @@
 """A client middleware of `aiohttp` that puts any SDK which uses it under the limiter.
 
-    limit = LimitMiddleware(limiter, Demand("kind:text_only", deadline_ms=30_000))
+    limit = LimitMiddleware(limiter, Demand(("kind:text_only",), deadline_ms=30_000))
     async with aiohttp.ClientSession(middlewares=(limit,)) as session:
         ...
 
@@ -24,7 +24,7 @@ from aiohttp import (
 )
 
 from tidegate.integrations.answer import Review, Usage
-from tidegate.integrations.demand import Demand, Demanded, demand_of
+from tidegate.integrations.demanded import Demanded, Penalised, demand_of, penalised_by
 from tidegate.integrations.exchange import Exchange
 
 if TYPE_CHECKING:
@@ -41,15 +41,23 @@ class LimitMiddleware:
     """
 
     def __init__(
-        self, limiter: Limiter, demand: Demanded[ClientRequest], *, usage: Usage | None = None
+        self,
+        limiter: Limiter,
+        demand: Demanded[ClientRequest],
+        *,
+        usage: Usage | None = None,
+        penalise: Penalised = None,
     ) -> None:
         """demand: what each request needs, or a function of the request; None is nothing.
         usage: reads from the body of a 2xx answer the LLM tokens that it used. The middleware
             reads the body for it, unless it is streamed: then the usage is unknown.
+        penalise: the limit that a 429 pauses in all processes, when it says for how long; or a
+            function of the demand.
         """
         self._limiter = limiter
         self._demand = demand
         self._usage = usage
+        self._penalise = penalise
 
     async def __call__(self, request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
         """Raises what `Limiter.acquire` raises, before anything is sent; LeaseLost or
@@ -58,26 +66,26 @@ class LimitMiddleware:
         demand = demand_of(self._demand, request)
         if demand is None:
             return await handler(request)
-        exchange = Exchange(self._limiter, demand, OVERLOAD)
+        exchange = Exchange(self._limiter, demand, penalised_by(self._penalise, demand), OVERLOAD)
         await exchange.begin()
         try:
             async with exchange.using():
                 response = await handler(request)
                 exchange.answered(response.status, _closer(exchange, response))
-            await self._watch(exchange, response, demand)
+            await self._watch(exchange, response)
         except BaseException as error:
             await exchange.fail(error)
             raise
         return response
 
-    async def _watch(self, exchange: Exchange, response: ClientResponse, demand: Demand) -> None:
+    async def _watch(self, exchange: Exchange, response: ClientResponse) -> None:
         """See to it that the permit is given back when the answer ends."""
         review = Review(
             response.status,
             response.headers,
             now=datetime.now(UTC),
             usage=None if response.content_type in STREAMED else self._usage,
-            pauses=demand.penalise is not None,
+            pauses=exchange.penalised is not None,
             decode=bytes,  # aiohttp has done it
         )
         if review.pause_ms is not None:

@@ -10,16 +10,15 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tidegate.errors import UpstreamTimeout
 
 if TYPE_CHECKING:
     from tidegate.limiter import Tokens
+    from tidegate.limiter.permit import Outcome
 
 logger = logging.getLogger("tidegate.integrations")
-
-Outcome = Literal["success", "ignored", "dropped"]
 
 # From the decoded body of a 2xx answer to the LLM tokens that it used; None is unknown.
 Usage = Callable[[bytes], "int | Tokens | None"]

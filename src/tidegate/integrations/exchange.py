@@ -8,17 +8,21 @@ whoever sends or reads is interrupted and the answer closed before the permit is
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from tidegate.integrations.answer import Outcome, outcome_of_error, outcome_of_status
+from tidegate.errors import LimiterUnavailable
+from tidegate.integrations.answer import outcome_of_error, outcome_of_status
 from tidegate.limiter.hold import Hold
 
 if TYPE_CHECKING:
     from tidegate.errors import TidegateError
-    from tidegate.integrations.demand import Demand
-    from tidegate.limiter import Limiter, Tokens
+    from tidegate.limiter import Demand, Limiter, Tokens
+    from tidegate.limiter.permit import Outcome
+
+logger = logging.getLogger("tidegate.integrations")
 
 
 class Exchange:
@@ -34,20 +38,24 @@ class Exchange:
         "_scopes",
         "_unused",
         "_users",
+        "penalised",
     )
 
     def __init__(
-        self, limiter: Limiter, demand: Demand, overload: tuple[type[Exception], ...]
+        self,
+        limiter: Limiter,
+        demand: Demand,
+        penalised: str | None,
+        overload: tuple[type[Exception], ...],
     ) -> None:
-        """`overload`: the client's errors that speak of an upstream with too much to do."""
+        """penalised: the limit that `pause` pauses.
+        overload: the client's errors that speak of an upstream with too much to do.
+        """
         self._limiter = limiter
         self._demand = demand
         self._overload = overload
-        self._hold = Hold(
-            lambda: limiter.acquire(*demand.ids, **demand.options),
-            self._stop,
-            hard_ms=demand.hard_ms,
-        )
+        self._hold = Hold(lambda: limiter.acquire_for(demand), self._stop, hard_ms=demand.hard_ms)
+        self.penalised = penalised
         self._scopes: set[asyncio.Timeout] = set()
         self._users = 0
         self._unused = asyncio.Event()
@@ -56,7 +64,7 @@ class Exchange:
         self._outcome: Outcome = "ignored"
 
     def __repr__(self) -> str:
-        return f"<Exchange {self._demand.ids} {self._hold!r}>"
+        return f"<Exchange {self._demand.limits} {self._hold!r}>"
 
     async def begin(self) -> None:
         """Wait for the permit, right before sending. Raises what `Limiter.acquire` raises, or
@@ -177,6 +185,11 @@ class Exchange:
         return self._hold.drop()
 
     async def pause(self, for_ms: int) -> None:
-        """Pause the limit that the demand names for this, for all processes."""
-        if self._demand.penalise is not None:
-            await self._limiter.penalise(self._demand.penalise, for_ms=for_ms, reason="429")
+        """The upstream said 429, and for how long: pause a limit in all processes."""
+        if self.penalised is None:
+            return
+        try:
+            await self._limiter.penalise(self.penalised, for_ms=for_ms, reason="429", by="upstream")
+        except LimiterUnavailable as away:
+            # Nothing of the answer is lost by it: the next 429 tries again.
+            logger.warning("a 429 could not pause %s: %s", self.penalised, away)

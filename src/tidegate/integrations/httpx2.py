@@ -1,6 +1,6 @@
 """Transports of `httpx2` that put any SDK which uses it under the limiter.
 
-    transport = AsyncLimitedTransport(limiter, Demand("kind:text_only", deadline_ms=30_000))
+    transport = AsyncLimitedTransport(limiter, Demand(("kind:text_only",)))
     async with httpx2.AsyncClient(transport=transport) as client:
         ...
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import httpx2
 
 from tidegate.integrations.answer import Usage
-from tidegate.integrations.demand import Demanded
+from tidegate.integrations.demanded import Demanded, Penalised
 from tidegate.integrations.transport import AsyncBody, AsyncTransport, SyncBody, SyncTransport
 
 if TYPE_CHECKING:
@@ -51,15 +51,18 @@ class AsyncLimitedTransport(
         *,
         inner: httpx2.AsyncBaseTransport | None = None,
         usage: Usage | None = None,
+        penalise: Penalised = None,
     ) -> None:
         """demand: what each request needs, or a function of the request; None is nothing.
         inner: what sends; by default an `AsyncHTTPTransport` without a bound on its connections.
             Certificates, proxies and HTTP/2 are options of it.
         usage: reads from the decoded body of a 2xx answer the LLM tokens that it used.
+        penalise: the limit that a 429 pauses in all processes, when it says for how long; or a
+            function of the demand.
         """
-        super().__init__(
-            limiter, demand, inner or httpx2.AsyncHTTPTransport(limits=UNBOUNDED), usage
-        )
+        sender = inner or httpx2.AsyncHTTPTransport(limits=UNBOUNDED)
+        super().__init__(demand, sender, usage, penalise)
+        self._limiter = limiter
 
 
 class LimitedTransport(SyncTransport[httpx2.Request, httpx2.Response], httpx2.BaseTransport):
@@ -76,6 +79,9 @@ class LimitedTransport(SyncTransport[httpx2.Request, httpx2.Response], httpx2.Ba
         *,
         inner: httpx2.BaseTransport | None = None,
         usage: Usage | None = None,
+        penalise: Penalised = None,
     ) -> None:
         """As `AsyncLimitedTransport`; by default it sends through an `HTTPTransport`."""
-        super().__init__(limiter, demand, inner or httpx2.HTTPTransport(limits=UNBOUNDED), usage)
+        sender = inner or httpx2.HTTPTransport(limits=UNBOUNDED)
+        super().__init__(demand, sender, usage, penalise)
+        self._limiter = limiter

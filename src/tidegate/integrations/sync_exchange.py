@@ -6,18 +6,22 @@ is noticed when the next bytes have come, or at once where nobody is sending or 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tidegate.integrations.answer import Outcome, outcome_of_error, outcome_of_status
+from tidegate.errors import LimiterUnavailable
+from tidegate.integrations.answer import outcome_of_error, outcome_of_status
 from tidegate.limiter.sync_permit import SyncPermit
 
 if TYPE_CHECKING:
-    from tidegate.integrations.demand import Demand
-    from tidegate.limiter import Tokens
+    from tidegate.limiter import Demand, Tokens
+    from tidegate.limiter.permit import Outcome
     from tidegate.limiter.threads import SyncLimiter
+
+logger = logging.getLogger("tidegate.integrations")
 
 
 class SyncExchange:
@@ -33,16 +37,24 @@ class SyncExchange:
         "_outcome",
         "_overload",
         "_permit",
+        "penalised",
     )
 
     def __init__(
-        self, limiter: SyncLimiter, demand: Demand, overload: tuple[type[Exception], ...]
+        self,
+        limiter: SyncLimiter,
+        demand: Demand,
+        penalised: str | None,
+        overload: tuple[type[Exception], ...],
     ) -> None:
-        """`overload`: the client's errors that speak of an upstream with too much to do."""
+        """penalised: the limit that `pause` pauses.
+        overload: the client's errors that speak of an upstream with too much to do.
+        """
         self._limiter = limiter
         self._demand = demand
         self._overload = overload
-        self._held = limiter.hold(demand.ids, demand.options, self._close_unused)
+        self.penalised = penalised
+        self._held = limiter.hold(demand, self._close_unused)
         self._permit: SyncPermit | None = None
         # Taken by whoever sends, reads or closes; a thread of the limiter's only tries.
         self._in_use = threading.RLock()
@@ -51,7 +63,7 @@ class SyncExchange:
         self._outcome: Outcome = "ignored"
 
     def __repr__(self) -> str:
-        return f"<SyncExchange {self._demand.ids} open={self._open}>"
+        return f"<SyncExchange {self._demand.limits} open={self._open}>"
 
     def begin(self) -> None:
         """Wait for the permit, right before sending. Raises what `SyncLimiter.acquire` raises, or
@@ -111,9 +123,14 @@ class SyncExchange:
         return self._open and self._held.drop()
 
     def pause(self, for_ms: int) -> None:
-        """Pause the limit that the demand names for this, for all processes."""
-        if self._demand.penalise is not None:
-            self._limiter.penalise(self._demand.penalise, for_ms=for_ms, reason="429")
+        """The upstream said 429, and for how long: pause a limit in all processes."""
+        if self.penalised is None:
+            return
+        try:
+            self._limiter.penalise(self.penalised, for_ms=for_ms, reason="429", by="upstream")
+        except LimiterUnavailable as away:
+            # Nothing of the answer is lost by it: the next 429 tries again.
+            logger.warning("a 429 could not pause %s: %s", self.penalised, away)
 
     def _shut(self, outcome: Outcome, tokens: int | Tokens | None) -> None:
         with self._in_use:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from tidegate.integrations.answer import Review, Usage
-from tidegate.integrations.demand import Demand, Demanded, demand_of
+from tidegate.integrations.demanded import Demanded, Penalised, demand_of, penalised_by
 from tidegate.integrations.exchange import Exchange
 from tidegate.integrations.sync_exchange import SyncExchange
 
@@ -117,18 +117,18 @@ class _Transport(Generic[RequestT, ResponseT]):
     _response: ClassVar[Callable[..., Any]]
     _body: ClassVar[Callable[..., Any]]
 
-    def __init__(self, demand: Demanded[RequestT], inner: Any, usage: Usage | None) -> None:
+    def __init__(
+        self, demand: Demanded[RequestT], inner: Any, usage: Usage | None, penalise: Penalised
+    ) -> None:
         self._demand = demand
         self._inner = inner
         self._usage = usage
+        self._penalise = penalise
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} over {self._inner!r}>"
 
-    def _demanded(self, request: RequestT) -> Demand | None:
-        return demand_of(self._demand, request)
-
-    def _review(self, response: ResponseT, demand: Demand) -> Review:
+    def _review(self, response: ResponseT, pauses: bool) -> Review:
         make, headers, status = type(self)._response, response.headers, response.status_code
 
         def decode(raw: bytes) -> bytes:
@@ -140,7 +140,7 @@ class _Transport(Generic[RequestT, ResponseT]):
             headers,
             now=datetime.now(UTC),
             usage=self._usage,
-            pauses=demand.penalise is not None,
+            pauses=pauses,
             decode=decode,
         )
 
@@ -158,28 +158,25 @@ class _Transport(Generic[RequestT, ResponseT]):
 class AsyncTransport(_Transport[RequestT, ResponseT]):
     """Lets each request in by what `demand` says, and sends it through `inner`."""
 
-    def __init__(
-        self, limiter: Limiter, demand: Demanded[RequestT], inner: Any, usage: Usage | None
-    ) -> None:
-        super().__init__(demand, inner, usage)
-        self._limiter = limiter
+    _limiter: Limiter
 
     async def handle_async_request(self, request: RequestT) -> ResponseT:
         """Raises what `Limiter.acquire` raises, before anything is sent; LeaseLost or
         UpstreamTimeout when the permit is lost or overdue while sending. Cancellation gives the
         permit back."""
         response: ResponseT
-        demand = self._demanded(request)
+        demand = demand_of(self._demand, request)
         if demand is None:
             response = await self._inner.handle_async_request(request)
             return response
-        exchange = Exchange(self._limiter, demand, self._overload)
+        penalised = penalised_by(self._penalise, demand)
+        exchange = Exchange(self._limiter, demand, penalised, self._overload)
         await exchange.begin()
         try:
             async with exchange.using():
                 response = await self._inner.handle_async_request(request)
                 exchange.answered(response.status_code, response.stream.aclose)
-            review = self._review(response, demand)
+            review = self._review(response, penalised is not None)
             if review.pause_ms is not None:
                 await exchange.pause(review.pause_ms)
             return self._handed_on(response, exchange, review)
@@ -195,27 +192,24 @@ class AsyncTransport(_Transport[RequestT, ResponseT]):
 class SyncTransport(_Transport[RequestT, ResponseT]):
     """As `AsyncTransport`, for threads."""
 
-    def __init__(
-        self, limiter: SyncLimiter, demand: Demanded[RequestT], inner: Any, usage: Usage | None
-    ) -> None:
-        super().__init__(demand, inner, usage)
-        self._limiter = limiter
+    _limiter: SyncLimiter
 
     def handle_request(self, request: RequestT) -> ResponseT:
         """Raises what `SyncLimiter.acquire` raises before anything is sent; LeaseLost or
         UpstreamTimeout, as soon as `inner` returns, when the permit is lost or overdue."""
         response: ResponseT
-        demand = self._demanded(request)
+        demand = demand_of(self._demand, request)
         if demand is None:
             response = self._inner.handle_request(request)
             return response
-        exchange = SyncExchange(self._limiter, demand, self._overload)
+        penalised = penalised_by(self._penalise, demand)
+        exchange = SyncExchange(self._limiter, demand, penalised, self._overload)
         exchange.begin()
         try:
             with exchange.using():
                 response = self._inner.handle_request(request)
                 exchange.answered(response.status_code, response.stream.close)
-            review = self._review(response, demand)
+            review = self._review(response, penalised is not None)
             if review.pause_ms is not None:
                 exchange.pause(review.pause_ms)
             return self._handed_on(response, exchange, review)

@@ -15,6 +15,7 @@ from tests.integration.library.makers import LIMIT, MakeLimiter, MakeSync, held,
 from tests.integration.library.upstream import Upstream, run_upstream
 from tests.waiting import wait_until
 from tidegate.integrations.answer import Usage
+from tidegate.integrations.demanded import Penalised
 from tidegate.limiter import Limiter
 from tidegate.limiter.threads import SyncLimiter
 from tidegate.providers.emulator import Behaviour, Emulator, EmulatorSettings, run_emulator
@@ -74,8 +75,13 @@ async def make_http(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..
     """Makes clients of each library in turn: `make_http(limiter, demand)`."""
     async with AsyncExitStack() as stack:
 
-        def make(limiter: Limiter, demand: Demanded, usage: Usage | None = None) -> Http:
-            http = connect(request.param, limiter, demand, usage)
+        def make(
+            limiter: Limiter,
+            demand: Demanded,
+            usage: Usage | None = None,
+            penalise: Penalised = None,
+        ) -> Http:
+            http = connect(request.param, limiter, demand, usage, penalise)
             stack.push_async_callback(http.aclose)
             return http
 

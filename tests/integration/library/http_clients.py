@@ -13,8 +13,8 @@ from tidegate.integrations import aiohttp as ours_aiohttp
 from tidegate.integrations import httpx as ours_httpx
 from tidegate.integrations import httpx2 as ours_httpx2
 from tidegate.integrations.answer import Usage
-from tidegate.integrations.demand import Demand
-from tidegate.limiter import Limiter
+from tidegate.integrations.demanded import Penalised
+from tidegate.limiter import Demand, Limiter
 
 
 class OpenAnswer(Protocol):
@@ -98,14 +98,21 @@ CLIENT_ERRORS = (httpx.TransportError, httpx2.TransportError, aiohttp.ClientErro
 NAMES = ("httpx", "httpx2", "aiohttp")
 
 
-def connect(name: str, limiter: Limiter, demand: Demanded, usage: Usage | None = None) -> Http:
+def connect(
+    name: str,
+    limiter: Limiter,
+    demand: Demanded,
+    usage: Usage | None = None,
+    penalise: Penalised = None,
+) -> Http:
     """A client of the library `name` under `limiter`."""
+    options: Any = {"usage": usage, "penalise": penalise}
     match name:
         case "httpx":
-            one = ours_httpx.AsyncLimitedTransport(limiter, demand, usage=usage)
+            one = ours_httpx.AsyncLimitedTransport(limiter, demand, **options)
             return _Httpx(httpx.AsyncClient(transport=one, timeout=20))
         case "httpx2":
-            two = ours_httpx2.AsyncLimitedTransport(limiter, demand, usage=usage)
+            two = ours_httpx2.AsyncLimitedTransport(limiter, demand, **options)
             return _Httpx(httpx2.AsyncClient(transport=two, timeout=20))
-    middleware = ours_aiohttp.LimitMiddleware(limiter, demand, usage=usage)
+    middleware = ours_aiohttp.LimitMiddleware(limiter, demand, **options)
     return Aiohttp(aiohttp.ClientSession(middlewares=(middleware,)))

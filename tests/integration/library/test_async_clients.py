@@ -23,11 +23,11 @@ from tests.integration.library.makers import (
 from tests.integration.library.upstream import Upstream
 from tests.waiting import wait_until
 from tidegate.errors import DeadlineExceeded, LeaseLost, UpstreamTimeout
-from tidegate.integrations.demand import Demand
+from tidegate.limiter import Demand
 from tidegate.providers.emulator import Emulator
 
 MakeHttp = Callable[..., Http]
-ONE = Demand(LIMIT, deadline_ms=20_000)
+ONE = Demand((LIMIT,), deadline_ms=20_000)
 
 
 async def in_flight(emulator: Emulator) -> int:
@@ -231,7 +231,7 @@ async def test_past_the_deadline_nothing_is_sent(
     make_limiter: MakeLimiter, make_http: MakeHttp, emulator: Emulator
 ) -> None:
     limiter = await make_limiter()
-    http = make_http(limiter, Demand(LIMIT, deadline_ms=30))
+    http = make_http(limiter, Demand((LIMIT,), deadline_ms=30))
     async with limiter.acquire(LIMIT):
         with pytest.raises(DeadlineExceeded) as refused:
             await http.send("POST", whole(emulator.url), ask("late"))
@@ -322,7 +322,7 @@ async def test_a_call_that_is_overdue_is_closed(
     make_limiter: MakeLimiter, make_http: MakeHttp, emulator: Emulator, read: bool
 ) -> None:
     limiter = await make_limiter()
-    answer = await hanging(emulator, make_http(limiter, Demand(LIMIT, hard_ms=200)))
+    answer = await hanging(emulator, make_http(limiter, Demand((LIMIT,), hard_ms=200)))
     if not read:
         await until_closed_upstream(emulator)
     with pytest.raises(UpstreamTimeout) as overdue:

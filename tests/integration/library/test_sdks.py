@@ -18,12 +18,11 @@ from tests.integration.library.makers import LIMIT, MODEL, MakeLimiter, MakeSync
 from tests.integration.library.upstream import Upstream
 from tests.waiting import wait_until
 from tidegate.errors import DeadlineExceeded
-from tidegate.integrations.demand import Demand
 from tidegate.integrations.httpx2 import AsyncLimitedTransport, LimitedTransport
-from tidegate.limiter import Limiter
+from tidegate.limiter import Demand, Limiter
 from tidegate.providers.emulator import Emulator
 
-ONE = Demand(LIMIT, deadline_ms=20_000)
+ONE = Demand((LIMIT,), deadline_ms=20_000)
 
 
 @asynccontextmanager
@@ -82,7 +81,7 @@ async def test_a_refusal_leaves_googles_sdk_as_it_is(
 ) -> None:
     limiter = await make_limiter()
     async with (
-        google(limiter, emulator, Demand(LIMIT, deadline_ms=20)) as sdk,
+        google(limiter, emulator, Demand((LIMIT,), deadline_ms=20)) as sdk,
         limiter.acquire(LIMIT),
     ):
         with pytest.raises(DeadlineExceeded):
@@ -134,7 +133,7 @@ async def test_a_refusal_leaves_openais_sdk_as_it_is_and_is_not_repeated(
     make_limiter: MakeLimiter, upstream: Upstream
 ) -> None:
     limiter = await make_limiter()
-    transport = AsyncLimitedTransport(limiter, Demand(LIMIT, deadline_ms=20))
+    transport = AsyncLimitedTransport(limiter, Demand((LIMIT,), deadline_ms=20))
     async with httpx2.AsyncClient(transport=transport) as http, limiter.acquire(LIMIT):
         sdk = AsyncOpenAI(api_key="k", base_url=f"{upstream.url}/v1", http_client=http)
         with pytest.raises(DeadlineExceeded):

@@ -13,7 +13,7 @@ from tests.integration.library.http_clients import CLIENT_ERRORS, Http
 from tests.integration.library.makers import LIMIT, MakeLimiter, ask, held, stream, waiting, whole
 from tests.waiting import wait_until, work_for
 from tidegate.errors import DeadlineExceeded
-from tidegate.integrations.demand import Demand
+from tidegate.limiter import Demand
 from tidegate.providers.emulator import Emulator
 
 CALLS = 150
@@ -64,7 +64,7 @@ async def test_calls_that_end_in_every_way_are_never_over_and_leave_nothing(
 ) -> None:
     dice = Random(random.randrange(10**9))  # by the seed that pytest-randomly prints
     limiters = [await make_limiter(3) for _ in range(2)]
-    demands = [Demand(LIMIT, deadline_ms=400), Demand(LIMIT, hard_ms=30_000)]
+    demands = [Demand((LIMIT,), deadline_ms=400), Demand((LIMIT,), hard_ms=30_000)]
     storms = [
         Storm(make_http(limiter, lambda _: dice.choice(demands)), emulator, dice)
         for limiter in limiters

@@ -21,11 +21,11 @@ from tests.waiting import wait_until
 from tidegate.errors import DeadlineExceeded, LeaseLost, UpstreamTimeout
 from tidegate.integrations import httpx as ours_httpx
 from tidegate.integrations import httpx2 as ours_httpx2
-from tidegate.integrations.demand import Demand
+from tidegate.limiter import Demand
 from tidegate.limiter.threads import SyncLimiter
 from tidegate.providers.emulator import Emulator
 
-ONE = Demand(LIMIT, deadline_ms=20_000)
+ONE = Demand((LIMIT,), deadline_ms=20_000)
 HEADERS = {"x-goog-api-key": "k"}
 MakeClient = Callable[..., Any]
 
@@ -130,7 +130,7 @@ async def test_past_the_deadline_nothing_is_sent(
     make_sync: MakeSync, make_client: MakeClient, emulator: Emulator
 ) -> None:
     limiter = make_sync()
-    client = make_client(limiter, Demand(LIMIT, deadline_ms=30))
+    client = make_client(limiter, Demand((LIMIT,), deadline_ms=30))
 
     def two_at_once() -> None:
         with limiter.acquire(LIMIT), pytest.raises(DeadlineExceeded):
@@ -191,7 +191,7 @@ async def test_a_call_that_is_overdue_is_closed(
     make_sync: MakeSync, make_client: MakeClient, emulator: Emulator
 ) -> None:
     limiter = make_sync()
-    answer = await hanging(emulator, make_client(limiter, Demand(LIMIT, hard_ms=100)))
+    answer = await hanging(emulator, make_client(limiter, Demand((LIMIT,), hard_ms=100)))
     await until_in_flight(emulator, 0)
     await wait_until(lambda: held(limiter) == 0)
     with pytest.raises(UpstreamTimeout):

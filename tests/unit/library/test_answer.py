@@ -18,7 +18,8 @@ from tidegate.integrations.answer import (
     retry_after_ms,
     retry_info_ms,
 )
-from tidegate.integrations.demand import Demand, demand_of
+from tidegate.integrations.demanded import demand_of, penalised_by
+from tidegate.limiter import Demand
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 
@@ -146,16 +147,20 @@ def test_nothing_is_paused_unless_the_demand_wants_it_and_it_is_a_429() -> None:
         assert (seen.pause_ms, seen.wants_body) == (None, False)
 
 
-def test_a_demand_names_at_least_one_limit() -> None:
-    assert Demand("kind:a").ids == ("kind:a",)
-    assert Demand(("kind:a", "rpm:b")).ids == ("kind:a", "rpm:b")
-    for nothing in ("", ()):
-        with pytest.raises(ValueError, match="at least one limit"):
-            Demand(nothing)
-
-
 def test_a_demand_may_depend_on_the_request() -> None:
-    one = Demand("kind:a")
+    one = Demand(("kind:a",))
     assert demand_of(one, "any") is one
-    by_length = lambda request: one if len(request) > 2 else None  # noqa: E731
-    assert (demand_of(by_length, "long"), demand_of(by_length, "no")) == (one, None)
+    assert demand_of(lambda request: one if request else None, "some") is one
+    assert demand_of(lambda request: one if request else None, "") is None
+
+
+def test_limits_that_are_one_string_are_a_mistake() -> None:
+    with pytest.raises(TypeError, match="kind:a"):
+        demand_of(Demand("kind:a"), "any")  # type: ignore[arg-type]
+
+
+def test_what_a_429_pauses_may_depend_on_the_demand() -> None:
+    one = Demand(("kind:a", "rpm:b"))
+    assert penalised_by(None, one) is None
+    assert penalised_by("rpm:x", one) == "rpm:x"
+    assert penalised_by(lambda demand: demand.limits[-1], one) == "rpm:b"
