@@ -22,10 +22,12 @@ from tidegate.limiter.snapshot import (
     LimitView,
     LocalState,
     PermitView,
+    Place,
     QueueView,
     SessionView,
     Snapshot,
     TenantView,
+    Why,
 )
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Observer",
     "Permit",
     "PermitView",
+    "Place",
     "PoolPolicy",
     "QueueView",
     "Quota",
@@ -50,4 +53,5 @@ __all__ = [
     "State",
     "TenantView",
     "Tokens",
+    "Why",
 ]

@@ -92,6 +92,11 @@ class Limiter(Operations):
         return f"<Limiter {self.pool} {self._session.state} {self._ledger!r}>"
 
     @property
+    def session(self) -> str:
+        """The name of this process's session in the pool."""
+        return self._session.sid
+
+    @property
     def policy(self) -> PoolPolicy:
         """The policy in force, as far as this process knows."""
         return self._session.policy

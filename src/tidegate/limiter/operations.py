@@ -16,7 +16,15 @@ from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.link import Link, LinkDown
 from tidegate.limiter.scripts import ScriptName, load
 from tidegate.limiter.session import Session
-from tidegate.limiter.snapshot import Change, PermitView, Snapshot, read_snapshot
+from tidegate.limiter.snapshot import (
+    Change,
+    PermitView,
+    Place,
+    Snapshot,
+    Why,
+    read_place,
+    read_snapshot,
+)
 from tidegate.limiter.wire import InspectReply, pack
 
 # A pause "until further notice" ends in a hundred years.
@@ -59,6 +67,26 @@ class Operations:
     async def permits(self) -> tuple[PermitView, ...]:
         """Every permit in use, by process."""
         return (await self.snapshot(permits=True)).permits
+
+    async def place(self, session: str, ticket: int) -> Place | None:
+        """How far from its turn a ticket of a session is; None if it does not wait."""
+        raw = await self._run("place", {"sid": session, "ticket": str(ticket)})
+        return read_place(msgpack.unpackb(raw))
+
+    async def why(self, session: str, ticket: int) -> Why | None:
+        """Why a ticket waits: which limit holds it up, and who has it; None if it does not wait.
+
+        `session` is a session or the `instance_id` of its process.
+        """
+        snapshot = await self.snapshot(permits=True)
+        sids = [p.sid for p in snapshot.processes if session in (p.sid, p.name)]
+        for sid in sids:
+            place = await self.place(sid, ticket)
+            if place is not None:
+                limit = snapshot.limits.get(place.held_up_by or "")
+                holders = tuple(p for p in snapshot.permits if place.held_up_by in p.limits)
+                return Why(place, limit, holders)
+        return None
 
     async def penalise(
         self,

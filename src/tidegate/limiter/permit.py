@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tidegate.errors import DeadlineExceeded, LeaseLost, LimiterUnavailable
 from tidegate.limiter.demand import Demand
-from tidegate.limiter.entries import Holding
+from tidegate.limiter.entries import Holding, Waiter
 from tidegate.limiter.flow import Tokens, tokens_of
 
 if TYPE_CHECKING:
@@ -104,14 +104,20 @@ class Permit:
 class Acquisition:
     """What `Limiter.acquire` returns: enter it to wait for the permit, leave it to release."""
 
-    __slots__ = ("_cancelling", "_demand", "_desk", "_permit", "_task")
+    __slots__ = ("_cancelling", "_demand", "_desk", "_permit", "_task", "_waiter")
 
     def __init__(self, desk: Desk, demand: Demand) -> None:
         self._desk = desk
         self._demand = demand
         self._permit: Permit | None = None
+        self._waiter: Waiter | None = None
         self._task: asyncio.Task[object] | None = None
         self._cancelling = 0
+
+    @property
+    def ticket(self) -> int | None:
+        """The number of its ticket, while it waits: for `Limiter.place` and `Limiter.why`."""
+        return None if self._waiter is None else self._waiter.ticket
 
     async def __aenter__(self) -> Permit:
         if self._permit is not None:
@@ -121,12 +127,14 @@ class Acquisition:
             raise RuntimeError("acquire needs a task")
         desk = self._desk
         waiter, timer = desk.ask(self._demand)
+        self._waiter = waiter
         try:
             holding = await waiter.future
         except BaseException:
             desk.abandon(waiter)
             raise
         finally:
+            self._waiter = None
             if timer is not None:
                 timer.cancel()
         permit = Permit(holding, desk)

@@ -94,6 +94,35 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """How far from its turn a waiting ticket is.
+
+    held_up_by: the limit that it waits for; None while its process takes no grants. ahead: tickets
+    of its tenant before it. wait_ms: an estimate, from what calls of this flow last and from the
+    tenant's share against those who wait beside it; None where nothing is known. paused_ms and
+    paused_by: when that limit is paused.
+    """
+
+    tenant: str
+    band: int
+    limits: tuple[str, ...]
+    held_up_by: str | None
+    ahead: int
+    wait_ms: int | None
+    paused_ms: int = 0
+    paused_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """Why a ticket waits: its place, the limit that holds it up, and who has that limit."""
+
+    place: Place
+    limit: LimitView | None
+    holders: tuple[PermitView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """A policy that was in force, of the last hundred. `at_ms` since 1970."""
 
@@ -151,3 +180,17 @@ def _queue(row: list[Any], names: Mapping[str, str]) -> QueueView:
 def _permit(row: list[Any], names: Mapping[str, str]) -> PermitView:
     sid, ticket, seq, left_ms, flow = row
     return PermitView(sid, names.get(sid, ""), ticket, seq, left_ms, *_flow(flow))
+
+
+def read_place(values: list[Any]) -> Place | None:
+    """The answer of `place`; None for a ticket that does not wait."""
+    found, *rest = values
+    if not found:
+        return None
+    flow, at, ahead, rivals, weight, cost_ms, bound, room_in_ms, paused_ms, said = rest
+    band, tenant, limits = _flow(flow)
+    wait_ms = None
+    if bound > 0:
+        share = weight / max(rivals, weight)
+        wait_ms = int(max(room_in_ms, paused_ms, (ahead + 1) * cost_ms / (bound * share)))
+    return Place(tenant, band, limits, at or None, int(ahead), wait_ms, paused_ms, said)

@@ -42,35 +42,23 @@ class Member(NamedTuple):
     ticket: int
     hard_ms: int
     cost_ms: int
-    amounts: tuple[int | None, ...]
+    amounts: tuple[int, ...]
 
     def amount(self, position: int) -> int:
-        return amount_at(self.amounts, position) or 0
+        return self.amounts[position] if position < len(self.amounts) else 1
 
 
 @lru_cache(maxsize=10_000)
 def read_member(text: str) -> Member:
     ticket, hard_ms, cost_ms, amounts = text.split("|", 3)
-    return Member(
-        int(ticket), int(hard_ms), int(cost_ms), tuple(_amount(a) for a in split(amounts))
-    )
-
-
-def split(amounts: str) -> list[str]:
-    return amounts.split(",") if amounts else []
-
-
-def _amount(text: str) -> int:
-    return int(text) if text.isdigit() else 1
-
-
-def amount_at(amounts: tuple[int | None, ...], position: int) -> int | None:
-    return amounts[position] if position < len(amounts) else 1
+    read = tuple(1 if amount is None else amount for amount in read_actual(amounts))
+    return Member(int(ticket), int(hard_ms), int(cost_ms), read)
 
 
 def read_actual(text: str) -> list[int | None]:
     """What a call really used, by position in its lane; None where that is not known."""
-    return [int(amount) if amount.isdigit() else None for amount in split(text)]
+    amounts = text.split(",") if text else []
+    return [int(amount) if amount.isdigit() else None for amount in amounts]
 
 
 @dataclass(slots=True)
@@ -89,7 +77,7 @@ class Queue:
     """What one session has waiting of one flow: member -> stamp, oldest first.
 
     at: the limit that holds it up, or `BLOCKED`. bounces: how often the ticket of stamp `bounced`
-    was sent from limit to limit; since `starving` what it needs is kept free for it.
+    was sent from limit to limit. starving: the sequence at which that became too often.
     """
 
     sid: str
@@ -99,7 +87,7 @@ class Queue:
     at: str | None = None
     bounces: int = 0
     bounced: int = 0
-    starving: int | None = None
+    starving: int = 0
 
     @property
     def id(self) -> str:

@@ -1,0 +1,225 @@
+"""What a process says of its permits: passed on, given back, settled, cancelled.
+
+Invariants: saying something twice does nothing the second time; a permit counts under every limit
+of its lane from its admission until it is given back, whatever the policy says meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidegate.limiter.model.places import Places
+from tidegate.limiter.model.spending import Charge
+from tidegate.limiter.model.state import (
+    BLOCKED,
+    Flow,
+    Held,
+    Lapsing,
+    LimitState,
+    Queue,
+    Session,
+    read_actual,
+    read_flow,
+    read_member,
+)
+from tidegate.limiter.wire import USAGE_LATER, SyncRequest
+
+
+@dataclass(slots=True)
+class Reheaded:
+    """A queue that lost tickets without their turn having come, and what they cost."""
+
+    queue: Queue
+    steps: int | None = None
+
+
+class Permits(Places):
+    """See the module. `owed` is what sessions have still to tell of calls that ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lapsing: dict[Lapsing, int] = {}
+        self.owed: dict[str, dict[int, tuple[dict[int, Charge], Flow]]] = {}
+        self._reheaded: dict[str, Reheaded] = {}
+
+    def next_seq(self) -> int:
+        """A thousand apart: a permit that is passed on inside a process takes the next ones."""
+        self.seq += 1000
+        return self.seq
+
+    # -- counting
+
+    def count(self, lane: tuple[str, ...], sid: str, ticket: int) -> None:
+        for name in lane:
+            self.limit(name).under.add((sid, ticket))
+
+    def uncount(self, lane: tuple[str, ...], sid: str, ticket: int) -> None:
+        for name in lane:
+            limit = self.limit(name)
+            limit.under.discard((sid, ticket))
+            if not limit.is_rate:
+                self.touched.add(name)
+
+    def take(self, limit: LimitState, band: int, amount: int) -> Charge | None:
+        """An admission under one limit. Returns what a settlement needs of a rate."""
+        if limit.limit.shadow and self.is_full(limit, band, amount):
+            limit.shadowed += 1
+        if limit.pause is not None and self.now >= limit.pause.until:
+            limit.pause.passed += max(1, min(amount, limit.limit.bound))
+        return self._spend(limit, amount)
+
+    def _spend(self, limit: LimitState, amount: int) -> Charge | None:
+        if not limit.is_rate:
+            return None
+        self.spent(limit)
+        return limit.spending.take(limit.limit, amount, self.now)
+
+    def settle_charges(
+        self, charges: dict[int, Charge], flow: Flow, actual: list[int | None]
+    ) -> None:
+        """Correct what was reserved by what was used; what is not known stays as it is."""
+        for position, charge in charges.items():
+            used = actual[position] if position < len(actual) else None
+            limit = self.limit(flow.lane[position])
+            if used is None or not limit.is_rate or getattr(limit.limit, "exact", False):
+                continue
+            self.spent(limit)
+            if limit.spending.settle(limit.limit, charge, used, self.now):
+                self.touched.add(limit.name)
+
+    def correct(self, held: Held, took_ms: int) -> None:
+        """A call lasted longer or shorter than its tenant was charged for."""
+        if held.cost_ms <= 0 or took_ms <= 0:
+            return
+        flow = read_flow(held.flow)
+        delta = self.step(took_ms, flow.tenant) - self.step(held.cost_ms, flow.tenant)
+        for limit in self.lane(flow):
+            band = limit.band(flow.band)
+            if band.lines:
+                band.tags[flow.tenant] = max(band.virtual, band.tag(flow.tenant) + delta)
+
+    def free_lapsing(self, permit: Lapsing) -> bool:
+        if self.lapsing.pop(permit, None) is None:
+            return False
+        self.uncount(tuple(permit.lane.split(" ")), permit.sid, permit.ticket)
+        return True
+
+    # -- entries
+
+    def say_back(self, q: SyncRequest, session: Session) -> None:
+        """All entries of a request that give back or give up."""
+        self._reheaded = {}
+        for transfer in q.transfers:
+            self._transfer(q, session, *transfer)
+        for release in q.releases:
+            self._release(q, session, *release)
+        for ticket, actual in q.settles:
+            charges, flow = self.owed.get(q.sid, {}).pop(ticket, ({}, None))
+            if flow is not None:
+                self.settle_charges(charges, flow, read_actual(actual))
+        for cancel in q.cancels:
+            self._cancel(q, session, *cancel)
+        for each in self._reheaded.values():
+            self._rehead(each)
+
+    def _unqueue(self, session: Session, key: str, member: str) -> bool:
+        queue = session.queues.get(key)
+        if queue is None or queue.tickets.pop(member, None) is None:
+            return False
+        self._reheaded.setdefault(key, Reheaded(queue))
+        return True
+
+    def _transfer(
+        self,
+        q: SyncRequest,
+        session: Session,
+        source: int,
+        to: int,
+        seq: int,
+        hard_ms: int,
+        flow_number: int,
+        member_text: str,
+        took_ms: int,
+    ) -> None:
+        """The permit was passed on inside the process already: `to` is held whatever we find.
+
+        Where it has been granted meanwhile it is one permit too many, and the old one is free.
+        Where neither is there this was said before and `to` has ended: its release follows.
+        """
+        key = q.flows[flow_number - 1]
+        flow, cost_ms = read_flow(key), 0
+        if self._unqueue(session, key, member_text):
+            cost_ms = read_member(member_text).cost_ms
+            each = self._reheaded[key]
+            each.steps = (each.steps or 0) + self.step(cost_ms, flow.tenant)
+        before, there = session.held.get(source), to in session.held
+        if before is not None:
+            self.correct(before, took_ms)
+            del session.held[source]
+            lane = read_flow(before.flow).lane
+            self.uncount(lane, q.sid, source)
+            if not there and lane == flow.lane:
+                # Nothing is freed by it.
+                self.touched.difference_update(lane) if False else None
+        if there:
+            return
+        charges: dict[int, Charge] = {}
+        if before is not None:
+            amounts = read_member(member_text).amount if member_text else None
+            for position, limit in enumerate(self.lane(flow)):
+                charge = self._spend(limit, amounts(position) if amounts else 1)
+                if charge is not None:
+                    charges[position] = charge
+        self.count(flow.lane, q.sid, to)
+        session.held[to] = Held(seq, self.now + hard_ms, cost_ms, charges, key)
+
+    def _rehead(self, each: Reheaded) -> None:
+        """The tenant is charged for what was passed on, then its queue stands by its new head."""
+        queue = each.queue
+        if each.steps is not None and queue.at is not None and queue.at != BLOCKED:
+            self.charge(self.limit(queue.at), queue.flow, each.steps, in_order=False)
+        if not queue.tickets:
+            self.vacate(queue)
+        elif queue.starving and queue.bounced != queue.first()[1]:
+            self.forget_starving(queue)
+
+    def _release(
+        self,
+        q: SyncRequest,
+        session: Session,
+        ticket: int,
+        flow_number: int,
+        outcome: int,
+        took_ms: int,
+        actual: str,
+    ) -> None:
+        held = session.held.pop(ticket, None)
+        if held is None:
+            lane = q.flows[flow_number - 1].split("|", 2)[2]
+            self.free_lapsing(Lapsing(ticket, q.sid, lane))
+            return
+        flow = read_flow(held.flow)
+        for limit in self.lane(flow):
+            if limit.minimum:
+                limit.adapt(outcome % USAGE_LATER, self.now)
+            limit.under.discard((q.sid, ticket))
+            if not limit.is_rate:
+                self.touched.add(limit.name)
+        if outcome < USAGE_LATER:
+            self.settle_charges(held.charges, flow, read_actual(actual))
+        elif held.charges:
+            self.owed.setdefault(q.sid, {})[ticket] = held.charges, flow
+        self.correct(held, took_ms)
+
+    def _cancel(
+        self, q: SyncRequest, session: Session, ticket: int, flow_number: int, member: str
+    ) -> None:
+        """A grant that crossed it is given back, unused."""
+        key = q.flows[flow_number - 1] if flow_number else ""
+        if self._unqueue(session, key, member):
+            return
+        held = session.held.pop(ticket, None)
+        if held is not None:
+            flow = read_flow(held.flow)
+            self.uncount(flow.lane, q.sid, ticket)
+            self.settle_charges(held.charges, flow, [0] * len(flow.lane))

@@ -1,0 +1,244 @@
+"""Where queues stand and whose turn it is: start-time fair queueing at each limit.
+
+Goyal, Vin and Cheng, "Start-time fair queueing" (SIGCOMM 1996): a tenant's turn comes by the
+virtual time at which its service starts; what it uses, divided by its weight, moves its next start
+on; the limit's own time is the start of what is served, so that nobody who was idle has saved up
+anything. Invariant: a queue that is not empty stands at one limit, the one that holds it up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from tidegate.limiter.limits import Concurrency, PoolPolicy
+from tidegate.limiter.model.state import (
+    BLOCKED,
+    Flow,
+    LimitState,
+    Member,
+    Queue,
+    Session,
+    read_bands,
+)
+
+# A ticket that was sent from limit to limit so often gets what it needs kept free.
+STARVES = 8
+
+
+class Places:
+    """The limits and the queues of a pool. Fields under `of one call` are set anew by each."""
+
+    def __init__(self) -> None:
+        self.policy: PoolPolicy | None = None
+        self.limits: dict[str, LimitState] = {}
+        self.sessions: dict[str, Session] = {}
+        self.queues_of: defaultdict[str, dict[str, Queue]] = defaultdict(dict)
+        self.stamps: dict[str, int] = {}
+        self._starving: set[Queue] = set()
+        self.seq = 0
+        self.recover_until = 0
+        # of one call
+        self.now = 0
+        self.resets: Mapping[str, int] = {}
+        self.touched: set[str] = set()
+
+    # -- what the policy says
+
+    def limit(self, name: str) -> LimitState:
+        """A limit as it is now: a pause that is over is none."""
+        limit = self.limits.get(name)
+        if limit is None:
+            limit = self.limits[name] = LimitState(name)
+        if limit.pause is not None and self.now >= limit.pause.until + limit.pause.ramp_ms:
+            limit.pause = None
+        return limit
+
+    def lane(self, flow: Flow) -> list[LimitState]:
+        return [self.limit(name) for name in flow.lane]
+
+    def weight(self, tenant: str) -> int:
+        return self.policy.weights.get(tenant, 1) if self.policy else 1
+
+    def step(self, cost_ms: int, tenant: str) -> int:
+        """What so much use adds to a tenant's virtual time."""
+        return max(1, cost_ms * 100 // self.weight(tenant))
+
+    def band_rule(self, band: int) -> tuple[int, int]:
+        """Least share and what is kept free above, in thousandths."""
+        rules = read_bands(self.policy.bands) if self.policy else [(0, 0)]
+        return rules[min(band, len(rules)) - 1]
+
+    def quiet(self) -> bool:
+        """The past was lost a moment ago: everybody is to say first what he holds."""
+        return self.now < self.recover_until
+
+    # -- derived
+
+    def waiting(self, tenant: str) -> int:
+        return sum(len(queue.tickets) for queue in self.queues_of[tenant].values())
+
+    @property
+    def parked(self) -> int:
+        return sum(limit.waits for limit in self.limits.values())
+
+    def starving(self) -> list[Queue]:
+        """Those for whom something is kept free, in their order."""
+        return sorted(self._starving, key=lambda queue: (queue.starving, queue.id))
+
+    # -- room
+
+    def cap(self, limit: LimitState, band: int) -> int:
+        """How many calls a band may have under a concurrency."""
+        bound = limit.adapted() // 1000 if limit.minimum else limit.limit.bound
+        above = self.band_rule(band)[1]
+        if above == 0:
+            return bound
+        return max(min(bound, 1), bound * (1000 - above) // 1000)
+
+    def spent(self, limit: LimitState) -> int:
+        return limit.spending.look(limit.limit, self.now, self.resets.get(limit.name, 0))
+
+    def _pause_lets(self, limit: LimitState) -> bool:
+        pause, bound = limit.pause, limit.limit.bound
+        if pause is None:
+            return True
+        if self.now < pause.until:
+            limit.retry_at = pause.until
+            return False
+        if pause.passed < 1 + bound * (self.now - pause.until) // pause.ramp_ms:
+            return True
+        at = pause.until + -(-pause.passed * pause.ramp_ms // max(1, bound))
+        limit.retry_at = max(at, self.now + 1)
+        return False
+
+    def is_full(self, limit: LimitState, band: int, amount: int) -> bool:
+        """True if `amount` does not fit; where only time frees, `retry_at` says when it will."""
+        if not self._pause_lets(limit):
+            return True
+        if isinstance(limit.limit, Concurrency):
+            return limit.used + limit.reserved >= self.cap(limit, band)
+        spent, bound = self.spent(limit), limit.limit.bound
+        if amount == 0 or (bound > 0 and spent + min(amount, bound) <= bound):
+            return False
+        limit.retry_at = limit.spending.room_at(limit.limit, amount, self.now)
+        return True
+
+    def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
+        return limit.limit.shadow or not self.is_full(limit, band, amount)
+
+    # -- places
+
+    def park(self, queue: Queue, limit: LimitState) -> None:
+        band, tenant = limit.band(queue.flow.band), queue.flow.tenant
+        band.tags[tenant] = band.tag(tenant)
+        band.lines.setdefault(tenant, {})[queue.id] = queue
+        queue.at = limit.name
+
+    def unpark(self, queue: Queue) -> None:
+        """A tenant that goes takes no credit along: its tag is kept while it lies ahead."""
+        assert queue.at is not None
+        band, tenant = self.limit(queue.at).band(queue.flow.band), queue.flow.tenant
+        del band.lines[tenant][queue.id]
+        if not band.lines[tenant]:
+            del band.lines[tenant]
+            if band.tags[tenant] <= band.virtual:
+                del band.tags[tenant]
+        if not band.lines:
+            band.credit = 0
+
+    def forget_starving(self, queue: Queue) -> None:
+        """What was kept free for it is anybody's."""
+        if queue in self._starving:
+            self._starving.discard(queue)
+            self.touched.update(queue.flow.lane)
+        queue.bounces, queue.bounced = 0, 0
+
+    def vacate(self, queue: Queue) -> None:
+        """The queue is empty or its session gone."""
+        if queue.at != BLOCKED:
+            self.unpark(queue)
+        self.forget_starving(queue)
+        queue.at = None
+        del self.queues_of[queue.flow.tenant][queue.id]
+        del self.sessions[queue.sid].queues[queue.key]
+
+    def move(self, queue: Queue, limit: LimitState) -> None:
+        """Held up by another limit than it stood at. What is sent to and fro goes first at last."""
+        stamp = queue.first()[1]
+        self.unpark(queue)
+        if queue.bounced != stamp:
+            self.forget_starving(queue)
+        queue.bounces, queue.bounced = queue.bounces + 1, stamp
+        if queue.bounces == STARVES:
+            queue.starving = self.seq
+            self._starving.add(queue)
+        self.park(queue, limit)
+
+    def block(self, queue: Queue) -> None:
+        """Its session takes no grants."""
+        self.unpark(queue)
+        self.forget_starving(queue)
+        queue.at = BLOCKED
+
+    def charge(self, limit: LimitState, flow: Flow, step: int, *, in_order: bool) -> None:
+        """Move a tenant's start on, and the limit's time to where it stood; for what was handed on
+        out of order, only to where the front stands."""
+        band = limit.band(flow.band)
+        tag = band.tag(flow.tenant)
+        band.tags[flow.tenant] = tag + step
+        if not in_order and band.lines:
+            tag = min(tag, band.front()[0])
+        band.virtual = max(band.virtual, tag)
+
+    # -- who is held up by what
+
+    def _its_turn(self, queue: Queue, limit: LimitState, stamp: int) -> bool:
+        """Not past a higher band, nor past a tenant whose turn comes before, nor past an older
+        ticket of its own tenant."""
+        if any(limit.parked(higher) for higher in range(1, queue.flow.band)):
+            return False
+        band, tenant = limit.band(queue.flow.band), queue.flow.tenant
+        if not band.lines:
+            return True
+        if band.tag(tenant) > band.front()[0]:
+            return False
+        return tenant not in band.lines or band.line_front(tenant)[0] >= stamp
+
+    def blocker(self, queue: Queue, member: Member, stamp: int) -> tuple[LimitState | None, bool]:
+        """The limit that holds the first ticket of a queue up, and whether it is full."""
+        for position, limit in enumerate(self.lane(queue.flow)):
+            amount = member.amount(position)
+            if not self.has_room(limit, queue.flow.band, amount):
+                return limit, True
+            # What takes nothing of a rate does not stand in its line.
+            elsewhere = amount > 0 and limit.name != queue.at
+            if elsewhere and not self._its_turn(queue, limit, stamp):
+                return limit, False
+        return None, False
+
+    def blocker_of_new(self, flow: Flow, member: Member) -> LimitState | None:
+        """The limit at which a newcomer has to wait: nobody passes those who wait already."""
+        for position, limit in enumerate(self.lane(flow)):
+            amount = member.amount(position)
+            if (amount > 0 and limit.waits) or not self.has_room(limit, flow.band, amount):
+                return limit
+        return None
+
+    def turn(self, limit: LimitState) -> tuple[int, list[int]]:
+        """The band whose turn it is, 0 for none, and all that could go. Strictly the highest, but
+        a lower one that has saved up for a turn has it."""
+        bands = [n for n in limit.waiting_bands() if self.has_room(limit, n, 0)]
+        for number in bands[1:]:
+            if limit.band(number).credit >= 1000:
+                return number, bands
+        return (bands[0] if bands else 0), bands
+
+    def pay_turn(self, limit: LimitState, chosen: int, bands: list[int]) -> None:
+        """Every admission gives each lower band that waits its least share of a turn."""
+        for number in bands[1:]:
+            band = limit.band(number)
+            if band.lines:
+                band.credit = min(2000, band.credit + self.band_rule(number)[0])
+                if number == chosen:
+                    band.credit = max(0, band.credit - 1000)

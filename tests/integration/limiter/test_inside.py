@@ -1,0 +1,110 @@
+"""What can be seen of a pool, and what people may do to it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.integration.limiter.makers import LIMIT, Body, Maker, until_used, until_waiting
+from tests.waiting import wait_until
+from tidegate.errors import DeadlineExceeded, LeaseLost
+from tidegate.limiter import Limiter
+
+
+async def test_a_waiting_ticket_knows_its_place_and_what_holds_it_up(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiter = await maker(valkey_url, 1)
+    holder = await Body(limiter).until_admitted()
+    bodies = [Body(limiter) for _ in range(3)]
+    await until_waiting(limiter, 3)
+    snapshot = await limiter.snapshot()
+    assert snapshot.tenants[0].waiting == 3
+    (queue,) = snapshot.queues
+    assert queue.held_up_by == LIMIT
+    last = queue.first_ticket + 2
+    place = await limiter.place(limiter.session, last)
+    assert place is not None
+    assert (place.ahead, place.held_up_by, place.tenant) == (2, LIMIT, "default")
+    assert place.wait_ms is not None
+    assert place.wait_ms > 0
+    why = await limiter.why(limiter.session, last)
+    assert why is not None
+    assert [permit.tenant for permit in why.holders] == ["default"]
+    assert await limiter.why(limiter.session, 10_000) is None
+    for body in [holder, *bodies]:
+        await body.end()
+    assert await limiter.place(limiter.session, last) is None
+
+
+async def test_a_pause_holds_everybody_up_and_says_who_made_it(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiters = [await maker(valkey_url, 2) for _ in range(2)]
+    assert await limiters[0].penalise(LIMIT, reason="429", by="gemini")
+    waiter = Body(limiters[1])
+    await until_waiting(limiters[0], 1)
+    view = (await limiters[0].snapshot()).limits[LIMIT]
+    assert view.paused_by == "gemini: 429"
+    with pytest.raises(DeadlineExceeded):
+        async with limiters[0].acquire(LIMIT, deadline_ms=50):
+            pytest.fail("let in during a pause")
+    assert await limiters[0].resume(LIMIT, by="ann")
+    assert not await limiters[0].resume(LIMIT)
+    await waiter.until_admitted()
+    await waiter.end()
+
+
+async def test_after_a_pause_calls_come_back_one_by_one(maker: Maker, valkey_url: str) -> None:
+    limiter = await maker(valkey_url, 10)
+    await limiter.penalise(LIMIT, for_ms=100, ramp_ms=1000)
+    began = asyncio.get_running_loop().time()
+    bodies = [Body(limiter) for _ in range(10)]
+    await bodies[0].until_admitted()
+    assert asyncio.get_running_loop().time() - began >= 0.1
+    await asyncio.gather(*(body.until_admitted() for body in bodies))
+    assert asyncio.get_running_loop().time() - began >= 0.9
+    await asyncio.gather(*(body.end() for body in bodies))
+
+
+async def test_a_revoked_process_gives_its_permits_back_and_cancels_its_calls(
+    maker: Maker, valkey_url: str
+) -> None:
+    one, two = [await maker(valkey_url, 1) for _ in range(2)]
+    body = await Body(one).until_admitted()
+    waiter = Body(two)
+    await until_waiting(two, 1)
+    (permit,) = await two.permits()
+    assert permit.limits == (LIMIT,)
+    assert await two.revoke(permit.sid) == 1
+    await waiter.until_admitted()
+    with pytest.raises(LeaseLost):
+        await body.task
+    await waiter.end()
+
+
+async def test_try_acquire_takes_what_is_free_and_waits_for_nothing(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiter = await maker(valkey_url, 1)
+    async with limiter.try_acquire(LIMIT) as permit:
+        assert permit is not None
+        async with limiter.try_acquire(LIMIT) as second:
+            assert second is None
+        assert not permit.lost.is_set()
+    await until_used(limiter, 0)
+
+
+async def test_one_can_look_who_changed_the_policy(maker: Maker, valkey_url: str) -> None:
+    limiter: Limiter = await maker(valkey_url, 1)
+    changed = maker.cold(valkey_url, 3).policy
+    await limiter.set_policy(type(changed)(changed.limits, lease_ms=600, revision=2), by="ann")
+
+    async def there() -> bool:
+        return len(await limiter.history()) == 2
+
+    await wait_until(there, 5.0, "the second policy")
+    newest, oldest = await limiter.history()
+    assert (newest.revision, newest.by, newest.policy.bound(LIMIT)) == (2, "ann", 3)
+    assert (oldest.revision, oldest.by) == (1, "deployment")
