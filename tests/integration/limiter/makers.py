@@ -16,7 +16,7 @@ LEASE_MS = 600
 
 
 class Maker:
-    """Makes limiters of one pool. `bound` is the limit; other keywords go to the policy."""
+    """Makes limiters of one pool. `bound` is the limit; other fields go to the policy."""
 
     def __init__(self, pool: str, stack: AsyncExitStack) -> None:
         self.pool = pool
@@ -30,13 +30,14 @@ class Maker:
         observer: Observer | None = None,
         max_waiters: int = 100_000,
         lease_ms: int = LEASE_MS,
-        **policy: Any,
+        policy: PoolPolicy | None = None,
+        **fields: Any,
     ) -> Limiter:
-        """A limiter that has not been started."""
+        """A limiter that has not been started; of `policy`, or of one limit."""
         return Limiter(
             url,
             pool=self.pool,
-            policy=PoolPolicy({LIMIT: bound}, lease_ms=lease_ms, **policy),
+            policy=policy or PoolPolicy({LIMIT: bound}, lease_ms=lease_ms, **fields),
             observer=observer,
             max_waiters=max_waiters,
         )
