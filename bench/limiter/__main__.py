@@ -40,6 +40,8 @@ from bench.peers.catalogue import (
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- limiter: written by the benchmark -->", "<!-- limiter: end -->"
+# Measured again, so many times at most, when others had more of the machine than this.
+NOISY, REPEATS = 0.1, 2
 ALL = {**SHARED, **OURS_ONLY, **RATES, **BESIDE}
 
 
@@ -65,20 +67,29 @@ def _measured_in(scenario: str) -> list[Entry]:
     return [OURS, *PEERS]
 
 
-def measure(scenario: str, entry: Entry, setting: Setting) -> Figures:
-    """The figures, or under `failed` why there are none."""
-    try:
-        return ALL[scenario](entry, setting)
-    except (NeverReady, EnvironmentMissing, redis.RedisError) as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+def measure(scenario: str, entry: Entry, setting: Setting, patience_s: float) -> Figures:
+    """The figures, or under `failed` why there are none.
+
+    When other work took the machine meanwhile, it is measured again; the quietest time counts.
+    """
+    found: list[Figures] = []
+    for _ in range(1 + REPEATS):
+        machine.await_quiet(patience_s)
+        try:
+            found.append(ALL[scenario](entry, setting))
+        except (NeverReady, EnvironmentMissing, redis.RedisError) as error:
+            return {"failed": f"{type(error).__name__}: {error}"}
+        if found[-1].get("others", 0.0) < NOISY:
+            break
+    return min(found, key=lambda figures: figures.get("others", 0.0))
 
 
-def run(steps: list[tuple[str, Entry]], setting: Setting) -> Results:
+def run(steps: list[tuple[str, Entry]], setting: Setting, patience_s: float) -> Results:
     found: dict[str, dict[str, Figures]] = defaultdict(dict)
 
     def one(scenario: str, entry: Entry) -> None:
         began_s = time.monotonic()
-        figures = found[entry.name][scenario] = measure(scenario, entry, setting)
+        figures = found[entry.name][scenario] = measure(scenario, entry, setting, patience_s)
         said = figures.get("failed", "")
         print(
             f"{scenario:14} {entry.name:26} {time.monotonic() - began_s:5.1f} s {said}", flush=True
@@ -95,6 +106,13 @@ def run(steps: list[tuple[str, Entry]], setting: Setting) -> Results:
     for thread in beside:
         thread.join()
     return Results(found)
+
+
+def _others(results: Results) -> Iterator[float]:
+    for scenarios in results.by_limiter.values():
+        for figures in scenarios.values():
+            if "others" in figures:
+                yield figures["others"]
 
 
 def show(tables: list[Grid]) -> None:
@@ -123,16 +141,24 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=["ours", *names], default=[])
     parser.add_argument("--scenario", action="append", choices=ALL, default=[])
     parser.add_argument("--seconds", type=float, default=5.0, help="measured in each load")
+    parser.add_argument(
+        "--patience", type=float, default=5.0, help="seconds to wait each time for a quiet machine"
+    )
     parser.add_argument("--asyncio", action="store_true", help="asyncio's own loop, not uvloop")
     parser.add_argument("--json", type=Path, help="put every figure into this file")
     parser.add_argument("--write", action="store_true", help="put the tables into the document")
     arguments = parser.parse_args()
     setting = Setting(arguments.seconds, uvloop=not arguments.asyncio)
-    about = machine.describe(setting, sys.argv[1:])
+    about = machine.describe(setting.uvloop, sys.argv[1:])
     began_s = time.monotonic()
     steps = list(plan(set(arguments.only), set(arguments.scenario)))
-    results = run(steps, setting)
+    results = run(steps, setting, arguments.patience)
     about.append(f"{len(steps)} measurements in {(time.monotonic() - began_s) / 60:.0f} minutes")
+    if others := sorted(_others(results)):
+        about.append(
+            f"other work took {others[len(others) // 2]:.0%} of the machine in the median load, "
+            f"{others[-1]:.0%} in the worst"
+        )
     tables = grids(results)
     show(tables)
     print("\n".join(about))

@@ -33,9 +33,10 @@ class Results:
 
     def own_cpu_us(self, entry: Entry, scenario: str) -> float:
         """Processor time of the workers per admission, less what the same loop costs without any
-        limiter."""
+        limiter, at the same load or at limit 50 with 20 ms calls."""
         floor = LOCAL_THREADS if entry.threads else LOCAL
-        return self.of(entry, scenario, "workers_us") - self.of(floor, scenario, "workers_us")
+        same = scenario if scenario in self.by_limiter[floor.name] else "load-50-20"
+        return self.of(entry, scenario, "workers_us") - self.of(floor, same, "workers_us")
 
     def over(self, entry: Entry, scenario: str) -> float:
         return max(0.0, self.of(entry, scenario, "peak") - self.of(entry, scenario, "bound"))

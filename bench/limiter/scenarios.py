@@ -79,6 +79,7 @@ def load(entry: Entry, setting: Setting, orders: Orders, warm_s: float = WARM_S)
         "jain": jain([tasks[w, t] for w in range(orders.workers) for t in range(orders.tasks)]),
         "errors": trace.errors,
         "alive": alive,
+        "others": before.others(after),
         "starts": starts,
     }
     if trace.errors or alive < orders.workers:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import redis
 
-from bench.limiter import calllog
+from bench.limiter import calllog, machine
 from bench.limiter.calllog import Kind, Record
 from bench.limiter.orders import Orders
 from bench.limiter.trace import Trace
@@ -49,6 +49,15 @@ class Cost:
     script_calls: int
     script_cpu_us: int
     reads: int
+    harness_cpu_ns: int
+    machine_busy_ns: int
+
+    def others(self, later: Cost) -> float:
+        """The part of the machine that went, up to `later`, to what is not ours."""
+        busy_ns = later.machine_busy_ns - self.machine_busy_ns
+        for own in ("workers_cpu_ns", "valkey_cpu_ns", "harness_cpu_ns"):
+            busy_ns -= getattr(later, own) - getattr(self, own)
+        return max(0.0, busy_ns / (later.at_ns - self.at_ns) / (os.cpu_count() or 1))
 
 
 class Stage:
@@ -213,6 +222,8 @@ class Stage:
             script_calls=sum(fields["calls"] for fields in scripts),
             script_cpu_us=sum(fields["usec"] for fields in scripts),
             reads=stats["total_reads_processed"],
+            harness_cpu_ns=time.process_time_ns(),
+            machine_busy_ns=machine.busy_ns(),
         )
 
     def connections(self) -> int:

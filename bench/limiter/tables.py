@@ -77,13 +77,8 @@ def _cell(cell: Cell, results: Results, entry: Entry) -> str:
 
 
 def _figure(scenario: str, figure: str, form: str = "{:.0f}") -> Cell:
-    """A figure of a scenario; what went wrong when there is none."""
-
     def cell(results: Results, entry: Entry) -> str:
-        figures = results.by_limiter[entry.name][scenario]
-        if "failed" in figures:
-            return "failed"
-        value = figures[figure]
+        value = results.by_limiter[entry.name][scenario][figure]
         return "never" if value is None else form.format(value)
 
     return cell
@@ -91,8 +86,10 @@ def _figure(scenario: str, figure: str, form: str = "{:.0f}") -> Cell:
 
 def _used(scenario: str) -> Cell:
     def cell(results: Results, entry: Entry) -> str:
+        if "failed" in results.by_limiter[entry.name][scenario]:
+            return "failed"
         shown = _figure(scenario, "used", "{:.1%}")(results, entry)
-        over = results.over(entry, scenario) if shown != "failed" else 0
+        over = results.over(entry, scenario)
         return f"{shown}, over by {over:.0f}" if over else shown
 
     return cell

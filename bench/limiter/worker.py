@@ -20,7 +20,7 @@ from bench.limiter.calllog import CallLog, Kind
 from bench.limiter.orders import Orders
 
 PAUSE_AFTER_ERROR_S = 0.01
-BATCHES = 3
+BATCHES = 5
 
 
 class Errors:
