@@ -217,6 +217,13 @@ class SyncLimiter:
 
     # -- what can be seen and changed
 
+    def run(self, ask: Callable[[Limiter], Coroutine[Any, Any, R]]) -> R:
+        """Anything else that a `Limiter` can do: `limiter.run(lambda inner: inner.history())`.
+
+        Do not acquire by it: a permit belongs to the task that asked for it.
+        """
+        return self.submit(lambda: ask(self._limiter)).result()
+
     def local_state(self) -> LocalState:
         """This process's part, without asking Valkey."""
 
@@ -227,7 +234,7 @@ class SyncLimiter:
 
     def snapshot(self) -> Snapshot:
         """The pool as Valkey sees it. Raises LimiterUnavailable when it does not answer."""
-        return self.submit(self._limiter.snapshot).result()
+        return self.run(lambda limiter: limiter.snapshot())
 
     def penalise(
         self,
@@ -239,12 +246,9 @@ class SyncLimiter:
         ramp_ms: int = RAMP_MS,
     ) -> bool:
         """Pause a limit in all processes, as `Limiter.penalise`."""
-        return self.submit(
-            lambda: self._limiter.penalise(
-                limit, for_ms=for_ms, reason=reason, by=by, ramp_ms=ramp_ms
-            )
-        ).result()
+        options: dict[str, Any] = {"reason": reason, "by": by, "ramp_ms": ramp_ms}
+        return self.run(lambda limiter: limiter.penalise(limit, for_ms=for_ms, **options))
 
     def resume(self, limit: str, *, by: str = "") -> bool:
         """End a pause, as `Limiter.resume`."""
-        return self.submit(lambda: self._limiter.resume(limit, by=by)).result()
+        return self.run(lambda limiter: limiter.resume(limit, by=by))

@@ -13,6 +13,7 @@ import redis
 from tests.integration.library.http_clients import NAMES, Demanded, Http, connect
 from tests.integration.library.makers import LIMIT, MakeLimiter, MakeSync, held, policy, waiting
 from tests.integration.library.upstream import Upstream, run_upstream
+from tests.integration.limiter.conftest import leftovers
 from tests.waiting import wait_until
 from tidegate.integrations.answer import Usage
 from tidegate.integrations.demanded import Penalised
@@ -24,6 +25,13 @@ from tidegate.providers.emulator import Behaviour, Emulator, EmulatorSettings, r
 @pytest.fixture
 def pool() -> str:
     return f"t{uuid4().hex[:12]}"
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_leaks(valkey_url: str, pool: str) -> AsyncIterator[None]:
+    """Of a pool whose sessions have all ended only the record and the policy may be left."""
+    yield
+    assert await leftovers(valkey_url, pool) == []
 
 
 @pytest.fixture
@@ -46,8 +54,10 @@ async def make_limiter(valkey_url: str, pool: str) -> AsyncIterator[MakeLimiter]
     async with AsyncExitStack() as stack:
         made: list[Limiter] = []
 
-        async def make(bound: int = 1) -> Limiter:
-            limiter = Limiter.from_url(valkey_url, pool=pool, policy=policy(bound))
+        async def make(bound: int = 1, instance_id: str | None = None) -> Limiter:
+            limiter = Limiter.from_url(
+                valkey_url, pool=pool, policy=policy(bound), instance_id=instance_id
+            )
             made.append(await stack.enter_async_context(limiter))
             return limiter
 

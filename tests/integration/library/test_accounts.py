@@ -156,3 +156,4 @@ async def test_threads_try_pause_resume_and_settle(make_sync: MakeSync) -> None:
     assert limiter.resume(REQUESTS, by="test")
     with limiter.acquire(REQUESTS, deadline_ms=20_000):
         assert held(limiter) == 0
+    assert [change.revision for change in limiter.run(Limiter.history)] == [1]

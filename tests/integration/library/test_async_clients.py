@@ -288,6 +288,17 @@ async def test_a_reader_whose_permit_is_lost_gets_lease_lost_and_the_call_ends(
     await until_closed_upstream(emulator)
 
 
+async def test_a_reader_whose_process_is_revoked_gets_lease_lost(
+    make_limiter: MakeLimiter, make_http: MakeHttp, emulator: Emulator
+) -> None:
+    limiter, other = await make_limiter(1, "taken for dead"), await make_limiter()
+    task = await reading(await hanging(emulator, make_http(limiter, ONE)))
+    assert await other.revoke("taken for dead") == 1
+    with pytest.raises(LeaseLost):
+        await task
+    await until_closed_upstream(emulator)
+
+
 async def test_an_answer_that_nobody_reads_is_closed_when_its_permit_is_lost(
     make_limiter: MakeLimiter, make_http: MakeHttp, emulator: Emulator
 ) -> None:
