@@ -168,6 +168,22 @@ def window_maximum(events: Iterable[Event], limit: str, window_ns: int) -> Arriv
     return Arrivals(most_calls, most_tokens)
 
 
+def flows_again_ns(
+    events: Iterable[Event], limit: str, since_ns: int, known_ns: int, *, window_ns: int, least: int
+) -> int | None:
+    """How long after `since_ns` a window began in which at least `least` calls of a rate began;
+    None if none had by `known_ns`."""
+    begins = [e.at_ns for e in events if e.what == "begin" and limit in e.limits]
+    first = bisect_left(begins, since_ns)
+    for index in range(first, len(begins)):
+        start = begins[index]
+        if start + window_ns > known_ns:
+            return None
+        if bisect_left(begins, start + window_ns) - index >= least:
+            return start - since_ns
+    return None
+
+
 class Overtaking(NamedTuple):
     """The call that went before the most others that had asked earlier and still waited."""
 

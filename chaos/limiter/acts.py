@@ -28,6 +28,11 @@ async def nothing(scene: Scene, name: str, number: int) -> int:
     return now()
 
 
+async def rest(scene: Scene, name: str, number: int) -> int:
+    await asyncio.sleep(10.0)
+    return now()
+
+
 async def kill(scene: Scene, name: str, number: int) -> int:
     since = now()
     scene.fleet.kill(name)
@@ -142,6 +147,14 @@ async def lose_one_connection(scene: Scene, name: str, number: int) -> int:
     return since
 
 
+async def close_connections(scene: Scene, name: str, number: int) -> int:
+    """Every connection is closed, as by a proxy that restarts; new ones work at once."""
+    since = now()
+    for proxy in scene.proxies.values():
+        proxy.cut()
+    return since
+
+
 async def cut_off(scene: Scene, name: str, number: int) -> int:
     """One worker alone loses its way to Valkey for longer than the lease."""
     scene.proxies[name].swallow()
@@ -175,7 +188,13 @@ async def step_clock(scene: Scene, name: str, number: int) -> int:
     return since
 
 
-async def step_clock_far(scene: Scene, name: str, number: int) -> int:
+async def step_clock_visibly(scene: Scene, name: str, number: int) -> int:
+    """The same without the step of less than half a lease, which nobody can tell from waiting: it
+    shortens the window of a rate."""
+    return await step_clock(scene, name, 1 + number % (len(CLOCK_STEPS_MS) - 1))
+
+
+async def step_clock_some_seconds(scene: Scene, name: str, number: int) -> int:
     assert scene.clock is not None
     since = now()
     scene.clock.step_ms(scene.chance.choice((10_000, -10_000)))

@@ -5,21 +5,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from chaos.limiter import acts, network
-from chaos.limiter.scene import Act, Scene, Way
+from chaos.limiter.scene import RATE, Act, Scene, Way
 from chaos.limiter.servers import Clock
+from chaos.limiter.worker import LIMIT
 
 # Never over; or over only by what a worker holds that stands still, while it does.
 Promise = Literal["0 over", "only what stands still"]
 
 
+class Bar(NamedTuple):
+    """How long something may take: leases and seconds, added."""
+
+    leases: float
+    seconds: float
+
+
+WITHIN_A_LEASE = Bar(1.0, 0.3)
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One sort of fault. Bars are in leases, without the slack; None where nothing is promised.
+    """One sort of fault. Bars are None where nothing is promised.
 
     recovery: until all permits are used again. grants: until a permit of a new epoch is in use.
+    in_order: within a process nobody is overtaken. fair: how far from the weights shares may be.
     """
 
     what: str
@@ -27,8 +39,11 @@ class Fault:
     way: Way = "straight"
     orders: Mapping[str, Any] = field(default_factory=dict)
     promise: Promise = "0 over"
-    recovery: float | None = None
-    grants: float | None = None
+    recovery: Bar | None = None
+    grants: Bar | None = None
+    in_order: bool = False
+    fair: float | None = None
+    size: Mapping[str, Any] = field(default_factory=dict)
     append_only: bool = False
     own_clock: bool = False
     rounds: int = 1  # at least: in each of them the act is another
@@ -40,6 +55,35 @@ class Fault:
         return Clock.missing() if self.own_clock else ""
 
 
+WEIGHTS = {"a": 1, "b": 2, "c": 4}
+IMAGE, TOTAL = "kind:image_generation", "pool:total"
+# What the tasks of every scene ask for: two kinds of calls, of three tenants each, which share a
+# third limit. There is room in it for both, so that `LIMIT` can be used up.
+MIXED: dict[str, Any] = {
+    "limits": {IMAGE: 6, TOTAL: 22},
+    "demands": [
+        {"limits": [limit, TOTAL], "tenant": tenant}
+        for limit in (LIMIT, LIMIT, IMAGE)
+        for tenant in ("a", "b", "c")
+    ],
+    "policy": {"weights": WEIGHTS},
+}
+# Calls as many as two rates let in, one of requests and one of tokens.
+RATES: dict[str, Any] = {
+    "call_ms": 20.0,
+    "limits": {RATE: ["rate", 60, 2000, "requests"], "tpm:x": ["rate", 6000, 2000, "tokens"]},
+    "demands": [
+        {"limits": [LIMIT, RATE], "tenant": "a"},
+        {"limits": [LIMIT, "tpm:x"], "tenant": "b", "tokens": 100},
+        {"limits": [LIMIT, "tpm:x"], "tenant": "b", "tokens": 250},
+    ],
+}
+FAIR: dict[str, Any] = {
+    "limits": {},
+    "demands": [{"limits": [LIMIT], "tenant": tenant} for tenant in WEIGHTS],
+}
+IN_ORDER: dict[str, Any] = {"policy": {"hand_off": False}}
+REAPING: dict[str, Any] = {"policy": {"weights": WEIGHTS, "reap_closed_ms": 200}}
 STALLED = {"stalled_s": 1.0, "block_ms": 3500.0}
 # Longer than a worker stands still: only its being cancelled ends them when it goes on.
 LONGER_CALLS = {"call_ms": 9000.0, "hard_ms": 12_000}
@@ -49,7 +93,12 @@ LONG_CALLS = {"call_ms": 2000.0, "hard_ms": 5000}
 FAULTS: dict[str, Fault] = {
     "calm": Fault("no fault", acts.nothing),
     "storm": Fault("half of all waits and calls cancelled", acts.nothing, orders={"storm": 0.5}),
-    "kill": Fault("kill -9 of a worker", acts.kill, recovery=1.0),
+    "order": Fault("no fault, hand-off off", acts.nothing, orders=IN_ORDER, in_order=True),
+    "fair": Fault("no fault, tenants of weights 1, 2 and 4", acts.rest, orders=FAIR, fair=0.05),
+    "kill": Fault("kill -9 of a worker", acts.kill, recovery=WITHIN_A_LEASE),
+    "kill-reap": Fault(
+        "the same, closed connections reaped", acts.kill, orders=REAPING, recovery=Bar(0.0, 0.5)
+    ),
     "stop-hold": Fault(
         "a worker stopped for 2.5 leases, hold",
         acts.stop,
@@ -60,7 +109,7 @@ FAULTS: dict[str, Fault] = {
         acts.stop_and_count_from_it,
         orders=LONGER_CALLS,
         promise="only what stands still",
-        recovery=1.0,
+        recovery=WITHIN_A_LEASE,
     ),
     "block": Fault("an event loop blocked for 2.5 leases", acts.block, orders={"block_ms": 2500.0}),
     "stall": Fault(
@@ -72,20 +121,32 @@ FAULTS: dict[str, Fault] = {
     "stall-hold": Fault(
         "the same, hold", acts.block, orders={**STALLED, "on_expiry": "hold", "hard_ms": 10_000}
     ),
-    "restart-empty": Fault("Valkey restarts empty", acts.restart_empty, grants=1.0),
+    "restart-empty": Fault("Valkey restarts empty", acts.restart_empty, grants=WITHIN_A_LEASE),
+    "restart-roster": Fault(
+        "the same, lease of 5 s, everybody back",
+        acts.restart_empty,
+        grants=Bar(0.0, 1.0),
+        size={"lease_ms": 5000},
+    ),
     "restart-stale": Fault(
         "Valkey restarts with an old append-only file",
         acts.restart_stale,
-        grants=1.0,
+        grants=WITHIN_A_LEASE,
         append_only=True,
     ),
     "pause-valkey": Fault("Valkey stands still", acts.pause_valkey, rounds=3),
     "promote": Fault(
-        "the primary dies, its replica is promoted", acts.promote, "replica", grants=1.0
+        "the primary dies, its replica is promoted", acts.promote, "replica", grants=WITHIN_A_LEASE
     ),
     "split": Fault("a replica is promoted beside the old primary", acts.split, "replica"),
     "lose-all": Fault("all connections half-open", acts.lose_all_connections, "proxies", rounds=2),
     "lose-one": Fault("one connection half-open", acts.lose_one_connection, "proxies"),
+    "close": Fault(
+        "all connections closed, closed ones reaped",
+        acts.close_connections,
+        "proxies",
+        REAPING,
+    ),
     "cut-off": Fault("one worker cut off", acts.cut_off, "proxies"),
     "cut-off-cancel": Fault(
         "one worker cut off in long calls, cancel",
@@ -102,6 +163,19 @@ FAULTS: dict[str, Fault] = {
     ),
     "slow": Fault("latency of 0 to 60 ms each way", acts.slow_network, "proxies"),
     "clock": Fault("Valkey's clock steps", acts.step_clock, own_clock=True, rounds=6),
+    "rate": Fault("rates, no fault", acts.nothing, orders=RATES),
+    "rate-kill": Fault("rates, kill -9 of a worker", acts.kill, orders=RATES),
+    "rate-stop": Fault("rates, a worker stopped", acts.stop, orders=RATES),
+    "rate-restart": Fault("rates, Valkey restarts empty", acts.restart_empty, orders=RATES),
+    "rate-pause": Fault("rates, Valkey stands still", acts.pause_valkey, orders=RATES, rounds=3),
+    "rate-clock": Fault(
+        "rates, Valkey's clock steps",
+        acts.step_clock_visibly,
+        orders=RATES,
+        own_clock=True,
+        rounds=5,
+    ),
+    "rate-cut-off": Fault("rates, one worker cut off", acts.cut_off, "proxies", RATES),
     "partition": Fault("the network cable of workers pulled", acts.pull_cables, "cables", rounds=3),
 }
 
@@ -121,7 +195,7 @@ _PARTS: tuple[Act, ...] = (
 
 async def pair(scene: Scene, name: str, number: int) -> int:
     """Two different faults at once, the second up to a lease after the first, to two workers."""
-    parts = [*_PARTS, acts.step_clock_far] if scene.clock is not None else list(_PARTS)
+    parts = [*_PARTS, acts.step_clock_some_seconds] if scene.clock is not None else list(_PARTS)
     first, second = scene.chance.sample(parts, 2)
     other = scene.chance.choice([one for one in scene.names if one != name])
     scene.deeds.append(f"{first.__name__}({name}) and {second.__name__}({other})")

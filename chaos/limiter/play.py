@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
-from chaos.limiter.faults import FAULTS, Fault
+from chaos.limiter.faults import FAULTS, MIXED, Fault
 from chaos.limiter.report import WAKE_S, Outcome, Round, first_of_new_epoch_s, judge
 from chaos.limiter.scene import BACK_S, Scene, Size, open_scene
 from tests.waiting import wait_until
@@ -16,13 +17,14 @@ async def play(
 ) -> Outcome:
     """Do the fault for `seconds`, and at least for its `rounds`, or those given."""
     fault = FAULTS[name]
+    size = replace(size, **fault.size)
     outcome = Outcome(name, fault.what, fault.promise, size.limit, left_out=fault.missing())
     if outcome.left_out:
         return outcome
     async with open_scene(
         fault.way,
         size,
-        dict(fault.orders),
+        {**MIXED, **fault.orders},
         chance,
         append_only=fault.append_only,
         own_clock=fault.own_clock,
@@ -32,7 +34,7 @@ async def play(
             outcome.problems += await scene.finish()
         except AssertionError as error:
             outcome.problems.append(str(error))
-        judge(fault, outcome, scene.truth.log, scene.frozen, size)
+        judge(fault, outcome, scene.truth.log, scene.frozen, size, scene.orders_of("w0"))
         if outcome.problems and scene.deeds:
             outcome.problems.append("chance chose " + "; ".join(scene.deeds))
     return outcome

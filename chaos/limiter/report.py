@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from chaos.history import NS, Curve, Event, Span, in_flight, overtaking
-from chaos.limiter.faults import Fault
-from chaos.limiter.scene import Size
-from chaos.limiter.worker import LIMIT
+from chaos.history import NS, Curve, Event, Span, in_flight, overtaking, shares, window_maximum
+from chaos.limiter.faults import Bar, Fault
+from chaos.limiter.scene import Size, concurrency_of
+from chaos.limiter.worker import LIMIT, Orders
 
 # How long a worker that stood still may take to end its calls: it has to be given the processor.
 WAKE_S = 0.5
@@ -38,6 +38,7 @@ class Outcome:
     used: float = 0.0
     overtaken: int = 0
     left_out: str = ""
+    notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -51,7 +52,12 @@ def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None
 
 
 def judge(
-    fault: Fault, outcome: Outcome, events: Sequence[Event], frozen: Sequence[Span], size: Size
+    fault: Fault,
+    outcome: Outcome,
+    events: Sequence[Event],
+    frozen: Sequence[Span],
+    size: Size,
+    orders: Orders,
 ) -> None:
     """Fill in what was seen, and say what of it was not promised."""
     curve = in_flight(events, LIMIT)
@@ -60,15 +66,38 @@ def judge(
     outcome.used = _used(in_flight(events, LIMIT, without=frozen), outcome.limit)
     outcome.overtaken = overtaking(events, within_process=True).places
     excused = [Span(s.worker, s.from_ns, s.to_ns + int(WAKE_S * NS)) for s in frozen]
-    counted = in_flight(events, LIMIT, without=excused if fault.promise != "0 over" else ())
-    peak, at_ns = counted.peak_at_once()
-    if peak > outcome.limit:
-        at_s = (at_ns - events[0].at_ns) / NS
-        over_s = counted.above_s(outcome.limit)
-        outcome.problems.append(
-            f"{peak} of {outcome.limit} at once {at_s:.2f} s after the start, {over_s:.3f} s in all"
-        )
+    for limit, bound in concurrency_of(orders):
+        counted = in_flight(events, limit, without=excused if fault.promise != "0 over" else ())
+        peak, at_ns = counted.peak_at_once()
+        if peak > bound:
+            when = f"{(at_ns - events[0].at_ns) / NS:.2f} s after the start"
+            over_s = f"{counted.above_s(bound):.3f} s in all"
+            outcome.problems.append(f"{limit}: {peak} of {bound} at once {when}, {over_s}")
+    _judge_rates(outcome, events, orders)
+    _judge_order(fault, outcome, events, orders)
     _judge_times(fault, outcome, size)
+
+
+def _judge_rates(outcome: Outcome, events: Sequence[Event], orders: Orders) -> None:
+    for limit, spec in orders.limits.items():
+        if isinstance(spec, int):
+            continue
+        _, bound, window_ms, unit = spec
+        most = window_maximum(events, limit, window_ms * 1_000_000)
+        seen = most.tokens if unit == "tokens" else most.calls
+        outcome.notes.append(f"{limit} {seen}/{bound}")
+        if seen > bound:
+            outcome.problems.append(f"{limit}: {seen} of {bound} {unit} within {window_ms} ms")
+
+
+def _judge_order(fault: Fault, outcome: Outcome, events: Sequence[Event], orders: Orders) -> None:
+    if fault.in_order and outcome.overtaken:
+        outcome.problems.append(f"{outcome.overtaken} that had asked before were overtaken")
+    if fault.fair is not None:
+        seen = shares(events, orders.policy["weights"])
+        outcome.notes.append(f"shares {seen.off:.1%} off in {seen.together_s:.0f} s")
+        if seen.off > fault.fair:
+            outcome.problems.append(f"the shares are {seen.off:.1%} off: {dict(seen.shares)}")
 
 
 def _used(curve: Curve, limit: int) -> float:
@@ -78,10 +107,11 @@ def _used(curve: Curve, limit: int) -> float:
 
 
 def _judge_times(fault: Fault, outcome: Outcome, size: Size) -> None:
-    def late(took_s: float | None, bar: float | None) -> bool:
+    def late(took_s: float | None, bar: Bar | None) -> bool:
         if bar is None:
             return False
-        return took_s is None or took_s > bar * size.lease_ms / 1000 + size.slack_s
+        bar_s = bar.leases * size.lease_ms / 1000 + bar.seconds + size.slack_s
+        return took_s is None or took_s > bar_s
 
     for number, seen in enumerate(outcome.rounds, start=1):
         if seen.recovery_s is None:
@@ -133,7 +163,7 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         _spread([seen.recovery_s for seen in outcome.rounds]),
         _spread([seen.grants_s for seen in outcome.rounds]),
         str(outcome.overtaken),
-        "BROKEN" if outcome.problems else f"kept ({outcome.promise})",
+        ", ".join(["BROKEN" if outcome.problems else f"kept ({outcome.promise})", *outcome.notes]),
     )
 
 

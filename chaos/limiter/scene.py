@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from uuid import uuid4
 
-from chaos.history import NS, Curve, Span, in_flight
+from chaos.history import NS, Curve, Span, flows_again_ns, in_flight
 from chaos.limiter.fleet import Fleet
 from chaos.limiter.network import Cable
 from chaos.limiter.proxy import Proxy
@@ -31,6 +31,8 @@ from tidegate.limiter import Limiter
 # own; through one proxy each to a primary that has a replica.
 Way = Literal["straight", "proxies", "cables", "replica"]
 
+# A limit of this name says that a fault is measured by its use, not by that of `LIMIT`.
+RATE = "rpm:x"
 START_S = 60.0
 BACK_S = 20.0
 # For so long the permits must be used again after a fault.
@@ -53,7 +55,7 @@ class Size:
     call_ms: float = 100.0
     spread_ms: float = 1500.0
     back_share: float = 0.9
-    slack_s: float = 0.3
+    slack_s: float = 0.0
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Scene:
     def lease_s(self) -> float:
         return self.size.lease_ms / 1000
 
-    def _orders_of(self, name: str) -> Orders:
+    def orders_of(self, name: str) -> Orders:
         url, truth = self.server.url, self.truth.port
         if name in self.proxies:
             url = self.proxies[name].url
@@ -104,7 +106,7 @@ class Scene:
 
     def launch(self, name: str) -> None:
         prefix = self.cables[name].enter if name in self.cables else ()
-        self.fleet.start(self._orders_of(name), prefix)
+        self.fleet.start(self.orders_of(name), prefix)
 
     @contextlib.contextmanager
     def standing_still(self, name: str, *, longer_s: float = 0.0) -> Iterator[None]:
@@ -120,7 +122,7 @@ class Scene:
         def all_used() -> bool:
             self.check_workers()
             there = len(self.truth.by_worker) == self.size.workers
-            return there and self.truth.open_calls == self.size.limit
+            return there and self._in_full_use(0, time.monotonic_ns()) is not None
 
         await wait_until(all_used, START_S, "all workers, and all permits in use")
 
@@ -136,19 +138,28 @@ class Scene:
         """Permits in use over time; what a worker held while it stood still was not."""
         return in_flight(self.truth.log, LIMIT, without=self.frozen)
 
+    def _in_full_use(self, since_ns: int, known_ns: int) -> int | None:
+        """Ns from `since_ns` to when what the fault is measured by was used up, and stayed so."""
+        size = self.size
+        rate = self.orders.get("limits", {}).get(RATE)
+        if rate is not None:
+            _, bound, window_ms, _ = rate
+            # The limiter's window is longer by the slack that it gives to arrivals.
+            window_ns, least = int(window_ms * 1.05e6), int(bound * size.back_share)
+            return flows_again_ns(
+                self.truth.log, RATE, since_ns, known_ns, window_ns=window_ns, least=least
+            )
+        window_ns = BACK_WINDOW_NS if since_ns else 1
+        return self.used().recovered_ns(
+            size.limit, since_ns, known_ns, window_ns=window_ns, share=size.back_share
+        )
+
     async def recovered(self, since_ns: int) -> float | None:
         """Seconds from `since_ns` until all permits were in use again, and stayed so."""
         end_s = time.monotonic() + BACK_S
         while True:
             self.check_workers()
-            known_ns = time.monotonic_ns()
-            found = self.used().recovered_ns(
-                self.size.limit,
-                since_ns,
-                known_ns,
-                window_ns=BACK_WINDOW_NS,
-                share=self.size.back_share,
-            )
+            found = self._in_full_use(since_ns, time.monotonic_ns())
             if found is not None:
                 return found / NS
             if time.monotonic() > end_s:
@@ -157,7 +168,7 @@ class Scene:
 
     async def finish(self) -> list[str]:
         """End all workers in good order; what of the pool is left that should not be."""
-        orders = self._orders_of("watcher")
+        orders = self.orders_of("watcher")
         watcher = Limiter.from_url(self.server.url, pool=self.pool, policy=policy_of(orders))
         async with watcher:
             status = await self.fleet.end()
@@ -166,15 +177,21 @@ class Scene:
 
             async def empty() -> bool:
                 snapshot = await watcher.snapshot()
-                view = snapshot.limits[LIMIT]
-                return snapshot.sessions == 1 and view.used == 0 and view.waiting == 0
+                views = [snapshot.limits[name] for name, _ in concurrency_of(orders)]
+                taken = any(view.used or view.waiting for view in views)
+                return snapshot.sessions == 1 and not taken
 
             try:
                 await wait_until(empty, self.lease_s + orders.hard_ms / 1000 + 5, "an empty pool")
             except AssertionError:
-                view = (await watcher.snapshot()).limits[LIMIT]
-                bad.append(f"the pool does not become empty: {view}")
+                bad.append(f"the pool does not become empty: {await watcher.snapshot()}")
         return bad + await leftovers(self.server.url, self.pool)
+
+
+def concurrency_of(orders: Orders) -> list[tuple[str, int]]:
+    """The limits that count calls in flight, `LIMIT` first, with the bound of each."""
+    more = [(name, spec) for name, spec in orders.limits.items() if isinstance(spec, int)]
+    return [(LIMIT, orders.limit), *more]
 
 
 @contextlib.asynccontextmanager

@@ -23,6 +23,7 @@ from typing import Any
 from chaos.limiter.truth import Caller
 from tidegate.errors import AdmissionError, LeaseLost
 from tidegate.limiter import Limiter, PoolPolicy
+from tidegate.limiter.limits import Band, Limit, Rate
 
 LIMIT = "kind:text_only"
 
@@ -32,8 +33,11 @@ class Orders:
     """What a worker is told. `storm` cancels that share of all waits and calls at random.
 
     truth: a port of loopback, or the path of a Unix socket. history: tell the truth who asked for
-    what. tenants: task i asks for the i-th of them, and begins anew when they are used up.
-    spread_ms: over so long the tasks begin, each at a moment chosen by chance.
+    what. limits: besides `LIMIT`, a number or `["rate", bound, window_ms, unit]` each. demands:
+    what the tasks ask for, each `{"limits": [...]}` and perhaps tenant, priority and tokens; task i
+    asks for the i-th, and they begin anew when they are used up. Without any, all ask for `LIMIT`,
+    as one of `tenants`. policy: further fields of the pool's. spread_ms: over so long the tasks
+    begin, each at a moment chosen by chance.
     """
 
     url: str
@@ -54,6 +58,8 @@ class Orders:
     stalled_s: float = 30.0
     block_ms: float = 0.0
     spread_ms: float = 0.0
+    limits: dict[str, Any] = field(default_factory=dict)
+    demands: Sequence[dict[str, Any]] = ()
     policy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,7 +70,18 @@ def policy_of(orders: Orders) -> PoolPolicy:
         "on_expiry": orders.on_expiry,
         **orders.policy,
     }
-    return PoolPolicy({LIMIT: orders.limit}, lease_ms=orders.lease_ms, **fields)
+    if "bands" in fields:
+        fields["bands"] = tuple(Band(*band) for band in fields["bands"])
+    limits = {LIMIT: orders.limit, **{name: _limit(spec) for name, spec in orders.limits.items()}}
+    return PoolPolicy(limits, lease_ms=orders.lease_ms, **fields)
+
+
+def _limit(spec: Any) -> int | Limit:
+    return spec if isinstance(spec, int) else Rate(*spec[1:])
+
+
+def demands_of(orders: Orders) -> list[dict[str, Any]]:
+    return list(orders.demands) or [{"limits": [LIMIT], "tenant": one} for one in orders.tenants]
 
 
 class Tasks:
@@ -76,28 +93,31 @@ class Tasks:
         self._orders = orders
         self._calls = count(1)
 
-    async def loop_for_ever(self, tenant: str) -> None:
+    async def loop_for_ever(self, demand: dict[str, Any]) -> None:
         chance, orders = random.Random(), self._orders
         await asyncio.sleep(chance.random() * orders.spread_ms / 1000)
         while True:
             try:
                 if chance.random() < orders.storm:
                     async with asyncio.timeout(chance.random() * orders.call_ms / 500):
-                        await self._call(tenant)
+                        await self._call(demand)
                 else:
-                    await self._call(tenant)
+                    await self._call(demand)
             except LeaseLost:
                 await self._tell("L")
             except (AdmissionError, TimeoutError):
                 continue
 
-    async def _call(self, tenant: str) -> None:
+    async def _call(self, demand: dict[str, Any]) -> None:
         orders, number = self._orders, next(self._calls)
         begun: asyncio.Future[None] | None = None
+        limits, wanted = demand["limits"], {"tenant": "default", **demand}
+        del wanted["limits"]
         if orders.history:
-            self._tell(f"?{number} {tenant} 0 - {LIMIT}")
+            tokens, priority = wanted.get("tokens", 0), wanted.get("priority", "-")
+            self._tell(f"?{number} {wanted['tenant']} {tokens} {priority} {','.join(limits)}")
         try:
-            acquisition = self._limiter.acquire(LIMIT, tenant=tenant, hard_ms=orders.hard_ms)
+            acquisition = self._limiter.acquire(*limits, hard_ms=orders.hard_ms, **wanted)
             async with acquisition as permit:
                 await permit.confirm()
                 begun = self._tell(f"+{number} {permit.fence[0]}")
@@ -149,9 +169,9 @@ async def main(orders: Orders) -> None:
     listening.add_done_callback(_end_without_truth)
     tasks = Tasks(limiter, caller, orders)
     async with limiter, asyncio.TaskGroup() as group:
+        demands = demands_of(orders)
         for number in range(orders.tasks):
-            tenant = orders.tenants[number % len(orders.tenants)]
-            group.create_task(tasks.loop_for_ever(tenant))
+            group.create_task(tasks.loop_for_ever(demands[number % len(demands)]))
     listening.cancel()
 
 

@@ -8,9 +8,11 @@ from chaos.history import NS, Event, Span
 from chaos.limiter.faults import FAULTS, Fault
 from chaos.limiter.report import Outcome, Round, first_of_new_epoch_s, judge, table
 from chaos.limiter.scene import Size
-from chaos.limiter.worker import LIMIT
+from chaos.limiter.worker import LIMIT, Orders
 
 SIZE = Size(limit=1, lease_ms=1000)
+RATE = ["rate", 2, 1500, "requests"]
+ORDERS = Orders(url="", pool="", truth=0, name="", limit=1, limits={"pool:total": 3, "rpm:x": RATE})
 
 
 def call(worker: str, number: int, begin_s: float, end_s: float) -> list[Event]:
@@ -24,7 +26,7 @@ def judged(
     outcome = Outcome("x", "a fault", fault.promise, SIZE.limit)
     outcome.rounds = [Round(of_round.get("recovery_s"), of_round.get("grants_s"))]
     events = sorted((event for one in calls for event in one), key=lambda event: event.at_ns)
-    judge(fault, outcome, events, frozen, SIZE)
+    judge(fault, outcome, events, frozen, SIZE, ORDERS)
     return outcome
 
 
@@ -42,7 +44,7 @@ def test_what_is_promised_and_kept() -> None:
 
 def test_one_call_too_many_breaks_it() -> None:
     outcome = judged(FAULTS["calm"], OVER, recovery_s=0.0)
-    assert outcome.problems == ["2 of 1 at once 2.50 s after the start, 0.500 s in all"]
+    assert outcome.problems == [f"{LIMIT}: 2 of 1 at once 2.50 s after the start, 0.500 s in all"]
     assert "BROKEN" in table([outcome])
 
 
