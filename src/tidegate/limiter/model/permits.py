@@ -6,6 +6,7 @@ of its lane from its admission until it is given back, whatever the policy says 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tidegate.limiter.model.places import Places
@@ -16,6 +17,7 @@ from tidegate.limiter.model.state import (
     Held,
     Lapsing,
     LimitState,
+    Member,
     Queue,
     Session,
     read_actual,
@@ -53,15 +55,15 @@ class Permits(Places):
         for name in lane:
             self.limit(name).under.add((sid, ticket))
 
-    def uncount(self, lane: tuple[str, ...], sid: str, ticket: int) -> None:
+    def uncount(self, lane: tuple[str, ...], sid: str, ticket: int, *, touch: bool = True) -> None:
         for name in lane:
             limit = self.limit(name)
             limit.under.discard((sid, ticket))
-            if not limit.is_rate:
+            if touch and not limit.is_rate:
                 self.touched.add(name)
 
-    def take(self, limit: LimitState, band: int, amount: int) -> Charge | None:
-        """An admission under one limit. Returns what a settlement needs of a rate."""
+    def admission(self, limit: LimitState, band: int, amount: int) -> Charge | None:
+        """One call gets in under one limit. Returns what a settlement needs of a rate."""
         if limit.limit.shadow and self.is_full(limit, band, amount):
             limit.shadowed += 1
         if limit.pause is not None and self.now >= limit.pause.until:
@@ -81,7 +83,7 @@ class Permits(Places):
         for position, charge in charges.items():
             used = actual[position] if position < len(actual) else None
             limit = self.limit(flow.lane[position])
-            if used is None or not limit.is_rate or getattr(limit.limit, "exact", False):
+            if used is None or not limit.settles:
                 continue
             self.spent(limit)
             if limit.spending.settle(limit.limit, charge, used, self.now):
@@ -157,21 +159,26 @@ class Permits(Places):
             self.correct(before, took_ms)
             del session.held[source]
             lane = read_flow(before.flow).lane
-            self.uncount(lane, q.sid, source)
-            if not there and lane == flow.lane:
-                # Nothing is freed by it.
-                self.touched.difference_update(lane) if False else None
+            passed_on = lane == flow.lane and not there
+            self.uncount(lane, q.sid, source, touch=not passed_on)
         if there:
             return
         charges: dict[int, Charge] = {}
         if before is not None:
-            amounts = read_member(member_text).amount if member_text else None
-            for position, limit in enumerate(self.lane(flow)):
-                charge = self._spend(limit, amounts(position) if amounts else 1)
-                if charge is not None:
-                    charges[position] = charge
+            member = read_member(member_text or f"{to}|0|0|")
+            charges = self.spend_lane(flow, member, self._spend)
         self.count(flow.lane, q.sid, to)
         session.held[to] = Held(seq, self.now + hard_ms, cost_ms, charges, key)
+
+    def spend_lane(
+        self, flow: Flow, member: Member, spend: Callable[[LimitState, int], Charge | None]
+    ) -> dict[int, Charge]:
+        """What one call takes of each limit of its lane, by position."""
+        found = (
+            (position, spend(limit, member.amount(position)))
+            for position, limit in enumerate(self.lane(flow))
+        )
+        return {position: charge for position, charge in found if charge is not None}
 
     def _rehead(self, each: Reheaded) -> None:
         """The tenant is charged for what was passed on, then its queue stands by its new head."""
@@ -180,7 +187,7 @@ class Permits(Places):
             self.charge(self.limit(queue.at), queue.flow, each.steps, in_order=False)
         if not queue.tickets:
             self.vacate(queue)
-        elif queue.starving and queue.bounced != queue.first()[1]:
+        elif queue in self._starving and queue.bounced != queue.first()[1]:
             self.forget_starving(queue)
 
     def _release(

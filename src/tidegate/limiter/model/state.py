@@ -196,6 +196,11 @@ class LimitState:
         return isinstance(self.limit, Rate | Quota)
 
     @property
+    def settles(self) -> bool:
+        """Whether usage is corrected after a call: an exact log counts admissions."""
+        return self.is_rate and not (isinstance(self.limit, Rate) and self.limit.exact)
+
+    @property
     def minimum(self) -> int:
         """The least that an adaptive limit goes down to; 0 where it does not adapt."""
         if isinstance(self.limit, Concurrency) and self.limit.adaptive:

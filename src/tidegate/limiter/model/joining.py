@@ -1,0 +1,160 @@
+"""How sessions enter a pool and leave it, what they bring along, and how a pool begins anew.
+
+Invariant: what a process says it holds is the truth, and counts even above the limit, which then
+drains; the highest revision of the policy wins.
+"""
+
+from __future__ import annotations
+
+from tidegate.limiter.limits import PoolPolicy, as_limit
+from tidegate.limiter.model.pump import Pump
+from tidegate.limiter.model.spending import counted_alike
+from tidegate.limiter.model.state import (
+    NO_LIMIT,
+    Held,
+    Lapsing,
+    Pause,
+    Session,
+    read_flow,
+)
+from tidegate.limiter.wire import Status, SyncRequest
+
+
+class Joining(Pump):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = 0
+        self.conflict = 0
+
+    @property
+    def lease_ms(self) -> int:
+        return self.policy.lease_ms if self.policy else 0
+
+    @property
+    def hold(self) -> bool:
+        return self.policy is not None and self.policy.on_expiry == "hold"
+
+    @property
+    def revision(self) -> int:
+        return self.policy.revision if self.policy else 0
+
+    def forget_stamps(self) -> None:
+        """With nobody left in a tenant's queues its stamps may begin anew."""
+        self.stamps = {tenant: n for tenant, n in self.stamps.items() if self.waiting(tenant)}
+
+    def begin_epoch(self, q: SyncRequest) -> None:
+        known = self.epoch > 0 or q.epoch > 0
+        for sid in list(self.sessions):
+            self.reap(sid, hold=self.hold)
+        for limit in self.limits.values():
+            limit.asserted = 0
+        quiet_ms = max(self.lease_ms, q.lease_ms)
+        if not known:
+            # Nobody knows of this pool: those who might have seen it on an earlier run of the
+            # server have had since its start to come back.
+            quiet_ms = max(0, quiet_ms - q.uptime_ms)
+        self.epoch = max(self.now, self.epoch + 1, q.epoch + 1)
+        self.began, self.recover_until = self.now, self.now + quiet_ms
+
+    def reap(self, sid: str, *, hold: bool, comes_back: bool = False) -> None:
+        """End a session. With `hold` its permits stay counted until the hard deadline of their
+        calls; with `comes_back` what it is still to tell of calls that ended stays known."""
+        session = self.sessions.get(sid)
+        if session is not None:
+            for ticket, held in session.held.items():
+                lane = read_flow(held.flow).lane
+                if hold and held.until > self.now:
+                    self.lapsing[Lapsing(ticket, sid, " ".join(lane))] = held.until
+                else:
+                    self.uncount(lane, sid, ticket)
+            for queue in list(session.queues.values()):
+                self.vacate(queue)
+            del self.sessions[sid]
+        if not comes_back:
+            self.owed.pop(sid, None)
+
+    def join(self, q: SyncRequest) -> Status:
+        """The session begins anew with what it says that it holds."""
+        assert q.join is not None
+        before = self.sessions.get(q.sid)
+        if before is not None and q.batch <= before.batch:
+            return "stale"
+        charges = {t: held.charges for t, held in before.held.items()} if before else {}
+        self.reap(q.sid, hold=False, comes_back=True)
+        self._merge(q.join.policy)
+        lost = 0 < q.epoch < self.epoch
+        if lost:
+            # Whoever lived in an earlier epoch proves that there was one.
+            quiet_ms = max(self.lease_ms, q.lease_ms)
+            self.recover_until = max(self.recover_until, self.began + quiet_ms)
+        session = Session(self.next_seq(), q.batch, self.now + self.lease_ms, q.join.name)
+        self.sessions[q.sid] = session
+        for ticket, number, seq, hard_ms, cost_ms in q.join.held:
+            key = q.flows[number - 1]
+            lane = read_flow(key).lane
+            self.lapsing.pop(Lapsing(ticket, q.sid, " ".join(lane)), None)
+            self.count(lane, q.sid, ticket)
+            until = self.now + hard_ms
+            session.held[ticket] = Held(seq, until, cost_ms, charges.get(ticket, {}), key)
+        # What else was held over for it is free: it says itself what it holds.
+        for permit in [permit for permit in self.lapsing if permit.sid == q.sid]:
+            self.free_lapsing(permit)
+        if lost:
+            self._remember(q)
+        return "ok"
+
+    def _remember(self, q: SyncRequest) -> None:
+        """What the server lost and the session has seen."""
+        assert q.join is not None
+        for member, left_ms in q.join.lapsing:
+            ticket, sid, lane = member.split("|", 2)
+            permit = Lapsing(int(ticket), sid, lane)
+            if sid not in self.sessions and permit not in self.lapsing:
+                self.lapsing[permit] = self.now + left_ms
+                self.count(tuple(lane.split(" ")), sid, int(ticket))
+        for name, seen, since in q.join.spent:
+            self._assert_spent(name, seen, since)
+        for name, left_ms, ramp_ms, said in q.join.pauses:
+            pause = self.limit(name).pause
+            if pause is None or pause.until < self.now + left_ms:
+                self.limit(name).pause = Pause(self.now + left_ms, ramp_ms, said)
+
+    def _assert_spent(self, name: str, seen: int, since: int) -> None:
+        """Rates after a loss: the most that anybody had seen spent, and what each has admitted
+        since."""
+        limit = self.limit(name)
+        if not limit.is_rate:
+            return
+        base = limit.asserted
+        known = max(base, self.spent(limit) if base == 0 else 0)
+        self.spent(limit)
+        limit.spending.add(limit.limit, max(0, seen - known) + since, self.now)
+        limit.asserted = max(base, seen, 1)
+
+    def _merge(self, policy: PoolPolicy) -> None:
+        """The highest revision wins; a start-up never overwrites a newer one."""
+        if policy.revision == self.revision and self.policy and policy.pack() != self.policy.pack():
+            self.conflict = 1
+        if policy.revision <= self.revision:
+            return
+        spent = {}
+        for name, new in policy.limits.items():
+            limit = self.limit(name)
+            if not counted_alike(limit.limit, as_limit(new)):
+                spent[name] = min(limit.limit.bound, self.spent(limit))
+                limit.spending.forget(limit.limit)
+        self.forget_stamps()
+        self.policy = policy
+        for name, limit in self.limits.items():
+            limit.limit = policy.limit(name) or NO_LIMIT
+            limit.retry_at = None
+            if not limit.minimum:
+                limit.current, limit.dropped_at = None, 0
+            elif limit.current is not None:
+                limit.current = min(limit.current, limit.limit.bound * 1000)
+        self.touched |= set(policy.limits)
+        for name, amount in spent.items():
+            self.spent(self.limit(name))
+            self.limit(name).spending.add(self.limit(name).limit, amount, self.now)
