@@ -18,6 +18,17 @@ ScriptName = Literal["sync", "tend", "renew", "inspect", "place", "act"]
 # Releases must work when the server's memory is full: a permit may not leak for want of a byte.
 _FLAGS = "#!lua flags=allow-oom\n"
 
+# Making a function costs more than calling it: those which an ordinary request can do without are
+# made when the first of them is asked for.
+_LATER = """T.later = { %s }
+setmetatable(T, { __index = function(_, name)
+  while #T.later > 0 do
+    table.remove(T.later, 1)()
+    local found = rawget(T, name)
+    if found ~= nil then return found end
+  end
+end })"""
+
 
 @dataclass(frozen=True, slots=True)
 class Script:
@@ -54,5 +65,8 @@ def load(name: ScriptName, *, clock: str | None = None) -> Script:
         clock if clock is not None and part == "clock" else fragment(part)
         for part in header["uses"].split()
     ]
+    later = [f"function()\n{fragment(part)}\nend" for part in header.get("later", "").split()]
+    if later:
+        parts.append(_LATER % ",\n".join(later))
     source = (_FLAGS + "\n".join([*parts, main])).encode()
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest(), header)

@@ -4,7 +4,8 @@
 -- request: verb limit for_ms ramp_ms said sid run
 -- returns: done
 -- units: ms
--- uses: keys clock pool limits rates places held session recover pump
+-- uses: keys clock pool limits places held session recover say
+-- later: giving room parking pump rates
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0
 -- Where the past may be lost nobody is let in, and no trace is left of our having been here: `tend`
@@ -51,8 +52,7 @@ if pool.doubtful then
   for name in pairs(T.touched) do T.look_again(name, pool.now) end
   T.note_timers()
 else
-  T.pump()
+  T.settle_down()
 end
-T.publish()
 T.save_pool()
 return cmsgpack.pack({ done })

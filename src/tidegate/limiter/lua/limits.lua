@@ -1,9 +1,9 @@
--- does: loads limits, says whether one has room, and takes and gives back
--- keys: meta timed log rate quota
--- args: resets
--- returns: limit_of(), cap_of(), has_room(), take(), give_back(), adapt(), touch(), touched
+-- does: loads limits with what is counted under them, and saves them
+-- keys: meta
+-- args: none
+-- returns: limit_of(), save_limit(), cap_of(), touch(), touched
 -- units: ms; a band's `above` in thousandths of a limit
-T.touched = {}
+T.touched, T.bands = {}, false
 
 -- Per band: the least share of admissions, and what is kept free for the bands above, in thousandths.
 function T.bands_of_pool()
@@ -98,71 +98,4 @@ function T.cap_of(limit, band)
   local above = list[math.min(band, #list)].above
   if above == 0 then return bound end
   return math.max(math.min(bound, 1), math.floor(bound * (1000 - above) / 1000))
-end
-
--- Room again at `at`, unless something is given back before.
-function T.room_again(limit, at)
-  limit.retry_at = at
-  return false
-end
-
--- After a pause the calls come back one by one, over `ramp_ms`, instead of all at once; `passed` is
--- in the limit's unit.
-function T.pause_lets(limit)
-  local pause = limit.pause
-  if pool.now < pause.until_ms then return T.room_again(limit, pause.until_ms) end
-  local allowed = 1 + math.floor(limit.bound * (pool.now - pause.until_ms) / pause.ramp_ms)
-  if pause.passed < allowed then return true end
-  local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, limit.bound))
-  return T.room_again(limit, math.max(at, pool.now + 1))
-end
-
-function T.is_full(limit, band, amount)
-  if limit.pause and not T.pause_lets(limit) then return true end
-  if limit.sort == 'c' then
-    return limit.used + limit.reserved >= T.cap_of(limit, band)
-  end
-  return not T.rates().fits(limit, amount)
-end
-
-function T.has_room(limit, band, amount)
-  return limit.shadow or not T.is_full(limit, band, amount)
-end
-
--- Returns what a settlement needs to know of it, for a rate.
-function T.take(limit, band, amount)
-  limit.changed = true
-  if limit.shadow and T.is_full(limit, band, amount) then
-    limit.shadowed = (limit.shadowed or 0) + 1
-  end
-  if limit.pause and pool.now >= limit.pause.until_ms then
-    limit.pause.passed = limit.pause.passed + math.max(1, math.min(amount, limit.bound))
-    limit.pause_changed = true
-  end
-  -- Permits are counted under every sort of limit: a live change may make it a concurrency.
-  limit.used = limit.used + 1
-  if limit.sort ~= 'c' then return T.rates().take(limit, amount) end
-end
-
-function T.give_back(limit)
-  limit.used = limit.used - 1
-  limit.changed = true
-  if limit.sort == 'c' then T.touch(limit) end
-end
-
--- Additive increase while it is used up, multiplicative decrease at most once a second (Chiu and
--- Jain 1989). In thousandths, so that both worlds count alike.
-T.ADAPT_PAUSE_MS = 1000
-function T.adapt(limit, outcome)
-  local full = limit.used >= math.floor(limit.current / 1000)
-  if outcome == 0 and full then
-    limit.current = math.min(limit.bound * 1000, limit.current + math.floor(1000000 / limit.current))
-  elseif outcome == 2 and pool.now - limit.dropped_at >= T.ADAPT_PAUSE_MS then
-    limit.current = math.min(limit.bound * 1000,
-      math.max(limit.least * 1000, math.floor(limit.current * 7 / 10)))
-    limit.dropped_at = pool.now
-  else
-    return
-  end
-  limit.adapted, limit.changed = true, true
 end

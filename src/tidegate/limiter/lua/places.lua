@@ -39,15 +39,6 @@ function T.set_place(queue, place)
   end
 end
 
-function T.save_place(queue)
-  local key, field = T.session_key(queue.sid), 'at:' .. queue.flow
-  if queue.at then
-    call('HSET', key, field, queue.at .. '|' .. queue.bounces .. '|' .. T.int(queue.bounced))
-  else
-    call('HDEL', key, field)
-  end
-end
-
 function T.amounts_in(text)
   if text == '' then return none end
   local list = T.amounts[text]
@@ -69,60 +60,6 @@ function T.tag_of(limit, queue)
   if tag then return tonumber(tag), true end
   local before = call('ZSCORE', T.past_key(limit, queue.band), queue.tenant)
   return math.max(limit.bands[queue.band].virtual, tonumber(before or 0)), false
-end
-
-function T.park(queue, limit, stamp)
-  local band = limit.bands[queue.band]
-  call('ZADD', T.line_key(limit, queue), T.int(stamp), queue.id)
-  call('PEXPIRE', T.line_key(limit, queue), T.SESSION_KEEP_MS)
-  local tag, parked = T.tag_of(limit, queue)
-  if not parked then
-    call('ZADD', T.park_key(limit, queue.band), T.int(tag), queue.tenant)
-    call('PEXPIRE', T.park_key(limit, queue.band), T.SESSION_KEEP_MS)
-    call('ZREM', T.past_key(limit, queue.band), queue.tenant)
-  end
-  band.waits = band.waits + 1
-  pool.parked = pool.parked + 1
-  limit.changed = true
-  queue.at = limit.name
-  T.save_place(queue)
-end
-
--- A tenant that goes takes no credit along: its tag is kept while it lies ahead.
-function T.unpark(queue)
-  local limit = T.limit_of(queue.at)
-  local band = limit.bands[queue.band]
-  call('ZREM', T.line_key(limit, queue), queue.id)
-  if call('EXISTS', T.line_key(limit, queue)) == 0 then
-    local tag = tonumber(call('ZSCORE', T.park_key(limit, queue.band), queue.tenant))
-    call('ZREM', T.park_key(limit, queue.band), queue.tenant)
-    if tag > band.virtual then
-      local past = T.past_key(limit, queue.band)
-      call('ZADD', past, T.int(tag), queue.tenant)
-      call('ZREMRANGEBYSCORE', past, '-inf', T.int(band.virtual))
-      call('PEXPIRE', past, T.POOL_KEEP_MS)
-    end
-  end
-  band.waits = band.waits - 1
-  if band.waits == 0 then band.credit = 0 end
-  pool.parked = pool.parked - 1
-  limit.changed = true
-end
-
-function T.forget_starving(queue)
-  if queue.bounces >= T.STARVES and call('ZREM', T.starving_key, queue.id) == 1 then
-    pool.starving = pool.starving - 1
-    -- What was kept free for it is anybody's.
-    for _, name in ipairs(T.names_in(queue.lane)) do T.touch(T.limit_of(name)) end
-  end
-  queue.bounces, queue.bounced = 0, 0
-end
-
-function T.vacate(queue)
-  if queue.at ~= '!' then T.unpark(queue) end
-  T.forget_starving(queue)
-  queue.at = nil
-  T.save_place(queue)
 end
 
 -- Puts a queue where its first ticket, as it is now, belongs.
@@ -159,47 +96,4 @@ function T.charge(limit, queue, step, in_order)
   end
   band.virtual = math.max(band.virtual, tag)
   limit.changed = true
-end
-
--- Whether a queue may take from a limit where others are parked: not past a higher band, nor past
--- a tenant whose turn comes before, nor past an older ticket of its own tenant.
-function T.its_turn(queue, limit, stamp)
-  for higher = 1, queue.band - 1 do
-    if limit.bands[higher].waits > 0 then return false end
-  end
-  if limit.bands[queue.band].waits == 0 then return true end
-  local front = call('ZRANGE', T.park_key(limit, queue.band), 0, 0, 'WITHSCORES')
-  if T.tag_of(limit, queue) > tonumber(front[2]) then return false end
-  local own = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
-  return not own[2] or tonumber(own[2]) >= stamp
-end
-
--- The limit that holds a ticket up, or nil, and whether it is full. `here` is where it is parked.
-function T.blocker(queue, list, stamp, here)
-  for i, name in ipairs(T.names_in(queue.lane)) do
-    local limit, amount = T.limit_of(name), list[i] or 1
-    if not T.has_room(limit, queue.band, amount) then return limit, true end
-    -- What takes nothing of a rate does not stand in its line.
-    if amount > 0 and name ~= here and not T.its_turn(queue, limit, stamp) then
-      return limit, false
-    end
-  end
-  return nil, false
-end
-
--- The limit at which a newcomer has to wait: where somebody waits already, the pump decides whose
--- turn it is, even if there is room.
-function T.blocker_of_new(queue, list)
-  for i, name in ipairs(T.names_in(queue.lane)) do
-    local limit, amount = T.limit_of(name), list[i] or 1
-    if amount > 0 and T.parked_at(limit) > 0 or not T.has_room(limit, queue.band, amount) then
-      return limit
-    end
-  end
-end
-
-function T.parked_at(limit)
-  local waits = 0
-  for _, band in ipairs(limit.bands) do waits = waits + band.waits end
-  return waits
 end

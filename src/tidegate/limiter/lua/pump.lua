@@ -1,17 +1,11 @@
--- does: lets newcomers and waiters in, into whatever is free under the touched limits
+-- does: lets waiters in, into whatever is free under the touched limits
 -- keys: sessions session queue park line timed starving
--- args: enqueues full
--- returns: say_all(), pump(), publish(), granted, stamps, refused, more
+-- args: none
+-- returns: pump(), publish(), admit(), serve_starving(), look_again(), note_timers()
 -- units: ms
 T.ACK_WINDOW = 8
 T.AT_ONCE = 500
-T.granted, T.stamps, T.refused, T.more = {}, {}, {}, 0
-T.peers, T.outbox = {}, {}
-T.budget = T.AT_ONCE
-
-function T.load_place(queue)
-  T.set_place(queue, call('HGET', T.session_key(queue.sid), 'at:' .. queue.flow))
-end
+T.peers, T.budget = {}, T.AT_ONCE
 
 -- A killed process must not swallow grants: its channel has no subscriber. A paused one looks
 -- reachable: it is left alone once `ACK_WINDOW` grants of it are not acknowledged.
@@ -61,68 +55,6 @@ function T.admit(queue, ticket, hard_ms, cost_ms, list)
   end
   out.grants[#out.grants + 1] = { tonumber(ticket), seq }
   out.held['h:' .. ticket] = value
-end
-
--- A ticket that finds room and nobody before it goes straight in; the others queue up. entry:
--- flow, member (ticket|hard_ms|cost_ms|amounts). A repeated batch (`full`) may name tickets that
--- are there already: they keep their place.
-function T.ask(entries)
-  local adding, fresh = {}, {}
-  for i, entry in ipairs(entries) do
-    local queue, member = own.queues[entry[1]], entry[2]
-    local ticket, hard_ms, cost_ms, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
-    local tenant, here = T.tenant_of(queue.tenant), q.full and call('ZSCORE', T.queue_key(queue), member)
-    T.stamps[i] = 0
-    if here then
-      T.stamps[i] = tonumber(here)
-    elseif not (q.full and own.held[ticket]) then
-      local limit
-      if not queue.at and pool.now >= pool.recover_until then
-        limit = T.blocker_of_new(queue, T.amounts_in(text))
-      else
-        limit = T.limit_of(T.names_in(queue.lane)[1])
-      end
-      if not limit then
-        T.admit(queue, ticket, tonumber(hard_ms), 0, T.amounts_in(text))
-      elseif tenant.waiting >= pool.queue_max then
-        T.refused[#T.refused + 1] = tonumber(ticket)
-      else
-        tenant.stamp, tenant.waiting, tenant.changed = tenant.stamp + 1, tenant.waiting + 1, true
-        T.stamps[i] = tenant.stamp
-        if not adding[queue] then
-          adding[queue] = {}
-          fresh[#fresh + 1] = queue
-        end
-        local list = adding[queue]
-        list[#list + 1] = T.int(tenant.stamp)
-        list[#list + 1] = member
-        -- Behind others of its own queue it changes nothing.
-        if not queue.at then
-          T.park(queue, limit, tenant.stamp)
-          T.touch(limit)
-          list.fresh = true
-        end
-      end
-    end
-  end
-  for _, queue in ipairs(fresh) do
-    local list = adding[queue]
-    for i = 1, #list, 1000 do
-      call('ZADD', T.queue_key(queue), unpack(list, i, math.min(i + 999, #list)))
-    end
-    if list.fresh then call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS) end
-  end
-end
-
--- All that a process says, in the order that frees first.
-function T.say_all()
-  for _, entry in ipairs(q.transfers) do T.transfer(entry) end
-  for _, entry in ipairs(q.releases) do T.release(entry) end
-  for _, entry in ipairs(q.settles) do T.settle(entry) end
-  for _, entry in ipairs(q.cancels) do T.cancel(entry) end
-  T.rehead_own()
-  if pool.starving > 0 then T.serve_starving() end
-  T.ask(q.enqueues)
 end
 
 -- The band whose turn it is under a limit, and all that wait. Strictly the highest, but a lower one

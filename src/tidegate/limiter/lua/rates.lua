@@ -7,6 +7,7 @@
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
 -- it means the same when the window is changed. A day quota knows the moment of its reset.
 T.DAY_MS = 86400000
+T.rate_functions = false
 
 T.rates = function()
   if T.rate_functions then return T.rate_functions end

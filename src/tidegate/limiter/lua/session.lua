@@ -1,7 +1,7 @@
 -- does: checks that a session is still the one it believes to be, and takes its acknowledgement
 -- keys: session
 -- args: sid gen epoch batch ack
--- returns: check_session(), unblock(), me
+-- returns: check_session(), me
 -- units: ms
 local me = { gen = 0, sent = 0 }
 
@@ -15,20 +15,4 @@ function T.check_session()
   if own.closed_at then T.set_own('closed_at', false) end
   if q.ack > own.acked then T.set_own('acked', T.int(q.ack)) end
   return 'ok'
-end
-
--- It takes grants again: its queues stand where they stood, by the age of their tickets.
-function T.unblock()
-  call('HDEL', T.session_key(q.sid), 'blocked')
-  local list = T.places_of(q.sid)
-  table.sort(list, function(one, other) return one.id < other.id end)
-  for _, queue in ipairs(list) do
-    if queue.at == '!' then
-      local member, stamp = T.first_of(queue)
-      local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
-      local limit = T.blocker(queue, list, stamp, nil) or T.limit_of(T.names_in(queue.lane)[1])
-      T.park(queue, limit, stamp)
-      T.touch(limit)
-    end
-  end
 end

@@ -4,7 +4,8 @@
 -- request: sid gen epoch run uptime_ms lease_ms revision batch ack full leave flows wants resets join transfers releases settles cancels enqueues
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
--- uses: keys clock pool limits rates places held session pump hints reply
+-- uses: keys clock pool limits places held session say hints reply
+-- later: giving room parking pump rates
 T.load_pool()
 local wall = T.wall_clock_ms()
 pool.now = math.max(wall, pool.clock)
@@ -18,8 +19,7 @@ if status == 'ok' then
   own.sid = q.sid
   T.say_all()
 end
-T.pump()
+T.settle_down()
 if status == 'ok' then T.flush_own() end
-T.publish()
 T.save_pool()
 return T.reply(status)

@@ -5,7 +5,8 @@
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
 -- whole: now_ms held lapsing next_event_ms conflict spent pauses policy
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
--- uses: keys clock pool limits rates places held recover session join pump hints reply whole
+-- uses: keys clock pool limits places held recover session join say hints reply whole
+-- later: giving room parking pump rates
 T.load_pool()
 T.recover()
 T.reap_expired()
@@ -26,9 +27,8 @@ if status == 'ok' then
     own.sid = nil
   end
 end
-T.pump()
+T.settle_down()
 if own.sid then T.flush_own() end
-T.publish()
 T.note_sessions()
 local all = false
 if own.sid and q.full then

@@ -1,0 +1,77 @@
+-- does: does what a process says, in the order that frees first, and lets in whom it can
+-- keys: queue
+-- args: transfers releases settles cancels enqueues full
+-- returns: say_all(), settle_down(), granted, stamps, refused, more
+-- units: ms
+T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry = {}, {}, {}, 0, {}, false
+
+-- A ticket that finds room and nobody before it goes straight in; the others queue up. entry:
+-- flow, member (ticket|hard_ms|cost_ms|amounts). A repeated batch (`full`) may name tickets that
+-- are there already: they keep their place.
+function T.ask(entries)
+  local adding, fresh = {}, {}
+  for i, entry in ipairs(entries) do
+    local queue, member = own.queues[entry[1]], entry[2]
+    local ticket, hard_ms, cost_ms, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
+    local tenant, here = T.tenant_of(queue.tenant), q.full and call('ZSCORE', T.queue_key(queue), member)
+    T.stamps[i] = 0
+    if here then
+      T.stamps[i] = tonumber(here)
+    elseif not (q.full and own.held[ticket]) then
+      local limit
+      if not queue.at and pool.now >= pool.recover_until then
+        limit = T.blocker_of_new(queue, T.amounts_in(text))
+      else
+        limit = T.limit_of(T.names_in(queue.lane)[1])
+      end
+      if not limit then
+        T.admit(queue, ticket, tonumber(hard_ms), 0, T.amounts_in(text))
+      elseif tenant.waiting >= pool.queue_max then
+        T.refused[#T.refused + 1] = tonumber(ticket)
+      else
+        tenant.stamp, tenant.waiting, tenant.changed = tenant.stamp + 1, tenant.waiting + 1, true
+        T.stamps[i] = tenant.stamp
+        if not adding[queue] then
+          adding[queue] = {}
+          fresh[#fresh + 1] = queue
+        end
+        local list = adding[queue]
+        list[#list + 1] = T.int(tenant.stamp)
+        list[#list + 1] = member
+        -- Behind others of its own queue it changes nothing.
+        if not queue.at then
+          T.park(queue, limit, tenant.stamp)
+          T.touch(limit)
+          list.fresh = true
+        end
+      end
+    end
+  end
+  for _, queue in ipairs(fresh) do
+    local list = adding[queue]
+    for i = 1, #list, 1000 do
+      call('ZADD', T.queue_key(queue), unpack(list, i, math.min(i + 999, #list)))
+    end
+    if list.fresh then call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS) end
+  end
+end
+
+-- All that a process says, in the order that frees first.
+function T.say_all()
+  for _, entry in ipairs(q.transfers) do T.transfer(entry) end
+  for _, entry in ipairs(q.releases) do T.release(entry) end
+  for _, entry in ipairs(q.settles) do T.settle(entry) end
+  for _, entry in ipairs(q.cancels) do T.cancel(entry) end
+  T.rehead_own()
+  if pool.starving > 0 then T.serve_starving() end
+  T.ask(q.enqueues)
+end
+
+-- Lets in whom it can, where anything has changed that somebody may wait for.
+function T.settle_down()
+  if next(T.touched) or pool.starving > 0 or T.retry
+    or pool.timed_at > 0 and pool.now >= pool.timed_at then
+    T.pump()
+  end
+  if next(T.outbox) then T.publish() end
+end
