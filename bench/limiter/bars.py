@@ -94,7 +94,9 @@ def _used_against_peers(results: Results) -> tuple[str, bool]:
             results.of(entry, "load-50-20", "used") * (results.over(entry, "load-50-20") == 0)
         )
     )
-    best = max(never_over.values(), default=0.0)
+    if not never_over:
+        raise KeyError("no peer was measured")
+    best = max(never_over.values())
     return f"{used:.1%}; best peer {best:.1%}", used >= best
 
 
@@ -126,7 +128,8 @@ def _valkey_cpu(results: Results) -> tuple[str, bool]:
     ours = results.ours("load-50-20", "valkey_us")
     peers = results.peers(lambda entry: results.of(entry, "load-50-20", "valkey_us"))
     least = min(peers.values(), default=float("inf"))
-    return f"{ours:.1f} us; least of the peers {least:.0f} us", ours <= 30 and ours < least
+    shown = f"; least of the peers {least:.0f} us" if peers else ""
+    return f"{ours:.1f} us{shown}", ours <= 30 and ours < least
 
 
 def _process_cpu(results: Results) -> tuple[str, bool]:
