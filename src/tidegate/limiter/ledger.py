@@ -192,7 +192,8 @@ class Ledger:
             return False
         seq = release.seq + (1 if release.seq % CHAIN < CHAIN - 1 else 0)
         holding = self._hold(heir, release.epoch, seq, now_ms)
-        self.outbox.transfer(Transfer(release.ticket, holding, heir.member, release.took_ms))
+        member = heir.member if heir.sent else ""  # in no queue yet
+        self.outbox.transfer(Transfer(release.ticket, holding, member, release.took_ms))
         if self.recycling:
             self.counts.recycled += 1
         else:

@@ -41,6 +41,7 @@ end
 
 -- What a call cost more or less than its tenant was charged for.
 function T.correct(held, took_ms)
+  T.moves = T.moves + 1
   local tenant = T.tenant_of(held.tenant)
   local delta = T.step_of(took_ms, tenant) - T.step_of(held.cost_ms, tenant)
   for _, name in ipairs(T.names_in(held.lane)) do

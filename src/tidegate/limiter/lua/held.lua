@@ -64,20 +64,56 @@ function T.read_held(value)
     flow = flow, band = tonumber(band), tenant = tenant, lane = lane }
 end
 
--- A ticket leaves its queue; false if it was not there.
-function T.unqueue(queue, member)
-  if not queue or call('ZREM', T.queue_key(queue), member) == 0 then return false end
+-- So many tickets have left a queue.
+function T.left(queue, count)
   local tenant = T.tenant_of(queue.tenant)
-  tenant.waiting = tenant.waiting - 1
+  tenant.waiting = tenant.waiting - count
   tenant.changed = true
   if not queue.reheaded then
     queue.reheaded = true
     own.reheaded[#own.reheaded + 1] = queue
   end
+end
+
+-- A ticket leaves its queue; false if it was not there.
+function T.unqueue(queue, member)
+  if not queue or call('ZREM', T.queue_key(queue), member) == 0 then return false end
+  T.left(queue, 1)
   return true
 end
 
--- entry: from, to, seq, hard_ms, flow, member, took_ms. The permit was passed on inside the process
+-- The tickets of many transfers leave their queues together. Only a repeated batch (`full`) may name
+-- one that has left before, other than those which were granted meanwhile.
+function T.unqueue_heirs()
+  local leaving, order = {}, {}
+  for _, entry in ipairs(q.transfers) do
+    local queue, member = own.queues[entry[5]], entry[6]
+    if member ~= '' and not own.held[tostring(entry[2])] then
+      if not leaving[queue] then
+        leaving[queue] = {}
+        order[#order + 1] = queue
+      end
+      table.insert(leaving[queue], member)
+      entry.left = true
+    end
+  end
+  for _, queue in ipairs(order) do
+    local members, gone = leaving[queue], 0
+    for i = 1, #members, 1000 do
+      gone = gone + call('ZREM', T.queue_key(queue), unpack(members, i, math.min(i + 999, #members)))
+    end
+    T.left(queue, gone)
+  end
+end
+
+function T.counts_rates(lane)
+  for _, name in ipairs(T.names_in(lane)) do
+    if T.limit_of(name).sort ~= 'c' then return true end
+  end
+  return false
+end
+
+-- entry: from, to, seq, hard_ms, flow, member (empty if it was in no queue), took_ms. The permit was passed on inside the process
 -- already, so `to` is held whatever we find. Where neither is there, this was said before and `to`
 -- has ended meanwhile: its release follows.
 function T.transfer(entry)
@@ -85,7 +121,7 @@ function T.transfer(entry)
   local queue = own.queues[entry[5]]
   local before, there = own.held[tostring(from)], own.held[tostring(to)]
   local cost_ms, charges = 0, ''
-  if T.unqueue(queue, member) then
+  if entry.left or q.full and member ~= '' and T.unqueue(queue, member) then
     cost_ms = tonumber(string.match(member, '^%d+|%d+|(%d+)'))
     queue.steps = (queue.steps or 0) + T.step_of(cost_ms, T.tenant_of(queue.tenant))
   end
@@ -99,7 +135,9 @@ function T.transfer(entry)
   end
   if there then return end
   if lane ~= queue.lane then T.count_lane(queue.lane) end
-  if before then charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$'))) end
+  if before and T.counts_rates(queue.lane) then
+    charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$')))
+  end
   T.set_held(to, T.value_of(seq, hard_ms, cost_ms, charges, queue.flow))
 end
 

@@ -28,9 +28,11 @@ function T.hints()
     local queue = own.queues[want[1]]
     if queue.at and queue.at ~= '!' and T.may_hand_on(queue) then
       local limit = T.limit_of(queue.at)
-      local tag = T.tag_of(limit, queue)
+      local known = queue.known_at == T.moves
+      local tag = known and queue.tag or T.tag_of(limit, queue)
       local first = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
-      local tenants = call('ZCARD', T.park_key(limit, queue.band))
+      local alone = known and queue.alone
+      local tenants = alone and 1 or call('ZCARD', T.park_key(limit, queue.band))
       local step = T.step_of(want[2], T.tenant_of(queue.tenant))
       local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / want[2])
       local behind = math.floor((limit.bands[queue.band].virtual - tag) / step)

@@ -23,6 +23,7 @@ function T.parked_at(limit)
 end
 
 function T.park(queue, limit, stamp)
+  T.moves = T.moves + 1
   local band = limit.bands[queue.band]
   call('ZADD', T.line_key(limit, queue), T.int(stamp), queue.id)
   call('PEXPIRE', T.line_key(limit, queue), T.SESSION_KEEP_MS)
@@ -41,6 +42,7 @@ end
 
 -- A tenant that goes takes no credit along: its tag is kept while it lies ahead.
 function T.unpark(queue)
+  T.moves = T.moves + 1
   local limit = T.limit_of(queue.at)
   local band = limit.bands[queue.band]
   call('ZREM', T.line_key(limit, queue), queue.id)

@@ -6,7 +6,7 @@
 -- A queue is what one session has waiting of one flow (band, tenant, lane). At a limit, tenants
 -- stand in `park` by their start tag (start-time fair queueing, Goyal, Vin and Cheng 1996), and a
 -- tenant's queues in `line` by the stamp of their first ticket.
-T.queues, T.amounts = {}, {}
+T.queues, T.amounts, T.moves = {}, {}, 0
 T.STARVES = 8
 
 function T.queue_key(queue) return T.prefix .. 'queue:' .. queue.id end
@@ -83,16 +83,20 @@ function T.charge(limit, queue, step, in_order)
   local band = limit.bands[queue.band]
   local tag, parked
   if queue.at == limit.name then
-    tag = tonumber(call('ZINCRBY', T.park_key(limit, queue.band), T.int(step), queue.tenant)) - step
+    queue.tag = tonumber(call('ZINCRBY', T.park_key(limit, queue.band), T.int(step), queue.tenant))
+    tag = queue.tag - step
   else
     tag, parked = T.tag_of(limit, queue)
     local key = parked and T.park_key(limit, queue.band) or T.past_key(limit, queue.band)
     call('ZADD', key, T.int(tag + step), queue.tenant)
     if not parked then call('PEXPIRE', key, T.POOL_KEEP_MS) end
   end
+  T.moves = T.moves + 1
   if not in_order then
-    local front = call('ZRANGE', T.park_key(limit, queue.band), 0, 0, 'WITHSCORES')
+    local front = call('ZRANGE', T.park_key(limit, queue.band), 0, 1, 'WITHSCORES')
     tag = tonumber(front[2] or tag)
+    -- What is known of the place is good for hints, if nothing more moves.
+    queue.known_at, queue.alone = T.moves, #front == 2
   end
   band.virtual = math.max(band.virtual, tag)
   limit.changed = true

@@ -58,6 +58,7 @@ end
 
 -- All that a process says, in the order that frees first.
 function T.say_all()
+  if not q.full then T.unqueue_heirs() end
   for _, entry in ipairs(q.transfers) do T.transfer(entry) end
   for _, entry in ipairs(q.releases) do T.release(entry) end
   for _, entry in ipairs(q.settles) do T.settle(entry) end
