@@ -8,7 +8,7 @@ from statistics import median
 
 from chaos.history import NS, Curve, Event, Span, in_flight, overtaking, shares, window_maximum
 from chaos.limiter.faults import Bar, Fault
-from chaos.limiter.scene import Size, concurrency_of
+from chaos.limiter.scene import RATE, Size, concurrency_of
 from chaos.limiter.worker import LIMIT, Orders
 
 # How long a worker that stood still may take to end its calls: it has to be given the processor.
@@ -37,6 +37,7 @@ class Outcome:
     over_s: float = 0.0
     used: float = 0.0
     overtaken: int = 0
+    overtaken_across: int = 0
     left_out: str = ""
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -65,6 +66,7 @@ def judge(
     outcome.peak, outcome.over_s = curve.peak(), curve.above_s(outcome.limit)
     outcome.used = _used(in_flight(events, LIMIT, without=frozen), outcome.limit)
     outcome.overtaken = overtaking(events, within_process=True).places
+    outcome.overtaken_across = overtaking(events, within_process=False).places
     excused = [Span(s.worker, s.from_ns, s.to_ns + int(WAKE_S * NS)) for s in frozen]
     for limit, bound in concurrency_of(orders):
         counted = in_flight(events, limit, without=excused if fault.promise != "0 over" else ())
@@ -84,14 +86,25 @@ def _judge_rates(outcome: Outcome, events: Sequence[Event], orders: Orders) -> N
             continue
         _, bound, window_ms, unit = spec
         most = window_maximum(events, limit, window_ms * 1_000_000)
+        if limit == RATE:
+            outcome.used = _flow(events, bound, window_ms)
         seen = most.tokens if unit == "tokens" else most.calls
         outcome.notes.append(f"{limit} {seen}/{bound}")
         if seen > bound:
             outcome.problems.append(f"{limit}: {seen} of {bound} {unit} within {window_ms} ms")
 
 
+def _flow(events: Sequence[Event], bound: int, window_ms: int) -> float:
+    """The part of `RATE` that was used from its first call to its last."""
+    begins = [e.at_ns for e in events if e.what == "begin" and RATE in e.limits]
+    if not begins:
+        return 0.0
+    windows = (begins[-1] - begins[0]) / (window_ms * 1_000_000)
+    return len(begins) / (bound * (windows + 1))
+
+
 def _judge_order(fault: Fault, outcome: Outcome, events: Sequence[Event], orders: Orders) -> None:
-    if fault.in_order and outcome.overtaken:
+    if fault.most_overtaken is not None and outcome.overtaken > fault.most_overtaken:
         outcome.problems.append(f"{outcome.overtaken} that had asked before were overtaken")
     if fault.fair is not None:
         seen = shares(events, orders.policy["weights"])
@@ -162,7 +175,7 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.used:.1%}",
         _spread([seen.recovery_s for seen in outcome.rounds]),
         _spread([seen.grants_s for seen in outcome.rounds]),
-        str(outcome.overtaken),
+        f"{outcome.overtaken}/{outcome.overtaken_across}",
         ", ".join(["BROKEN" if outcome.problems else f"kept ({outcome.promise})", *outcome.notes]),
     )
 

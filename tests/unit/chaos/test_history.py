@@ -9,6 +9,7 @@ from chaos.history import (
     Curve,
     Event,
     Span,
+    flows_again_ns,
     from_emulator,
     in_flight,
     limits_of,
@@ -151,6 +152,21 @@ def test_calls_of_another_limit_and_ends_do_not_arrive() -> None:
     events = calls((0, 1), (0.5, 2))
     assert window_maximum(events, "kind:other", 60 * NS) == (0, 0)
     assert window_maximum(events, LIMIT, 60 * NS).calls == 2
+
+
+def flows_again_s(begins: list[float], since_s: float, known_s: float) -> float | None:
+    events = calls(*((begin, begin + 0.1) for begin in begins))
+    found = flows_again_ns(
+        events, LIMIT, int(since_s * NS), int(known_s * NS), window_ns=2 * NS, least=3
+    )
+    return None if found is None else found / NS
+
+
+def test_a_rate_flows_again_when_a_window_is_full_again() -> None:
+    assert flows_again_s([0, 1, 1.5, 4, 5, 5.5], 2, 9) == pytest.approx(2.0)
+    assert flows_again_s([0, 1, 1.5, 4, 6, 7, 7.5], 2, 9) == pytest.approx(4.0)
+    assert flows_again_s([0, 1, 1.5, 4, 5, 5.5], 2, 5.6) is None  # not known yet
+    assert flows_again_s([0, 1, 1.5, 4], 2, 60) is None
 
 
 # -- order

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from chaos.history import NS, Event, Span
@@ -11,8 +13,12 @@ from chaos.limiter.scene import Size
 from chaos.limiter.worker import LIMIT, Orders
 
 SIZE = Size(limit=1, lease_ms=1000)
-RATE = ["rate", 2, 1500, "requests"]
-ORDERS = Orders(url="", pool="", truth=0, name="", limit=1, limits={"pool:total": 3, "rpm:x": RATE})
+ORDERS = Orders(
+    *("", "", 0, "w0", 1),
+    limits={"pool:total": 3},
+    policy={"weights": {"a": 1, "b": 2, "c": 4}},
+)
+WITH_RATE = replace(ORDERS, limits={"rpm:x": ["rate", 2, 1500, "requests"]})
 
 
 def call(worker: str, number: int, begin_s: float, end_s: float) -> list[Event]:
@@ -21,12 +27,17 @@ def call(worker: str, number: int, begin_s: float, end_s: float) -> list[Event]:
 
 
 def judged(
-    fault: Fault, calls: list[list[Event]], *, frozen: tuple[Span, ...] = (), **of_round: float
+    fault: Fault,
+    calls: list[list[Event]],
+    *,
+    frozen: tuple[Span, ...] = (),
+    orders: Orders = ORDERS,
+    **of_round: float,
 ) -> Outcome:
     outcome = Outcome("x", "a fault", fault.promise, SIZE.limit)
     outcome.rounds = [Round(of_round.get("recovery_s"), of_round.get("grants_s"))]
     events = sorted((event for one in calls for event in one), key=lambda event: event.at_ns)
-    judge(fault, outcome, events, frozen, SIZE, ORDERS)
+    judge(fault, outcome, events, frozen, SIZE, orders)
     return outcome
 
 
@@ -70,6 +81,44 @@ def test_grants_that_are_late_or_never_come_break_it() -> None:
     late = judged(FAULTS["restart-empty"], GOOD, recovery_s=0.0, grants_s=1.4)
     assert "granted again after 1.4 s" in late.problems[0]
     assert judged(FAULTS["restart-empty"], GOOD, recovery_s=0.0).problems != []
+
+
+def test_limits_beside_the_first_are_judged_too() -> None:
+    wide = [[e._replace(limits=("pool:total",)) for e in call("w0", n, 0.1, 1)] for n in range(4)]
+    outcome = judged(FAULTS["calm"], [*GOOD, *wide], recovery_s=0.0)
+    assert outcome.problems == ["pool:total: 4 of 3 at once 0.10 s after the start, 0.900 s in all"]
+
+
+def test_a_rate_is_judged_by_its_sliding_windows() -> None:
+    def arrivals(*seconds: float) -> list[list[Event]]:
+        spans = [call("w0", n, second, second) for n, second in enumerate(seconds)]
+        return [[event._replace(limits=("rpm:x",)) for event in span] for span in spans]
+
+    fault = FAULTS["rate"]
+    few = [*GOOD, *arrivals(0.0, 1.4, 1.5, 3.0)]
+    kept = judged(fault, few, orders=WITH_RATE, recovery_s=0.0)
+    assert (kept.problems, kept.notes) == ([], ["rpm:x 2/2"])
+    assert kept.used == pytest.approx(4 / 6)
+    many = [*GOOD, *arrivals(0.0, 1.0, 1.4)]
+    over = judged(fault, many, orders=WITH_RATE, recovery_s=0.0)
+    assert over.problems == ["rpm:x: 3 of 2 requests within 1500 ms"]
+
+
+def test_a_tenant_that_gets_too_little_breaks_it() -> None:
+    asked = Event(0, "ask", "w0", 90, "a", (LIMIT,))
+    waiters = [asked._replace(call=90 + n, tenant=tenant) for n, tenant in enumerate("abc")]
+    runs = [[e._replace(tenant=t) for e in call("w0", n, n, n + 1)] for n, t in enumerate("abc")]
+    outcome = judged(FAULTS["fair"], [waiters, *runs], recovery_s=0.0)
+    assert outcome.problems[0].startswith("the shares are 133.3% off")
+    assert outcome.notes == ["shares 133.3% off in 3 s"]
+
+
+def test_who_overtakes_too_many_breaks_it() -> None:
+    asked = Event(0, "ask", "w0", 10, limits=(LIMIT,))
+    early = [asked._replace(call=10 + n) for n in range(4)]
+    late = [asked._replace(at_ns=1, call=2), *call("w0", 2, 3.5, 4)]
+    outcome = judged(FAULTS["order"], [early, *GOOD, late], recovery_s=0.0)
+    assert outcome.problems == ["4 that had asked before were overtaken"]
 
 
 def test_the_first_permit_of_a_new_epoch() -> None:
