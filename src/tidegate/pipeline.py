@@ -16,7 +16,6 @@ from hashlib import sha256
 from weakref import WeakValueDictionary
 
 from tidegate.call import (
-    CLASSIFIER_LIMIT,
     Admitted,
     Answer,
     Attachment,
@@ -30,16 +29,27 @@ from tidegate.call import (
 )
 from tidegate.classify import by_keywords, by_rules
 from tidegate.config import ClassifierMode, Config
-from tidegate.errors import DeadlineExceeded, NotFound, TidegateError, UpstreamError
-from tidegate.limiter import Limiter, Permit
+from tidegate.demand import Demand, Demands, Learned, pause_after
+from tidegate.errors import (
+    DeadlineExceeded,
+    LimiterUnavailable,
+    NotFound,
+    TidegateError,
+    UpstreamError,
+    UpstreamThrottled,
+)
+from tidegate.limiter import Acquisition, Limiter, Permit
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor
+from tidegate.providers.gemini.request import MAX_JUDGE_TOKENS, MAX_JUDGED_CHARS
 from tidegate.store.blobs import Blobs
 from tidegate.store.records import AttemptResult, Failure, OutputFile
 from tidegate.telemetry import Log, get_logger
 
 _JUDGEMENTS_CACHED = 10_000
 _LIMITERS_WORD_MS = 20
+_PROVIDER = "gemini"
+_REASON_CHARS = 200
 _HARD_MARGIN_MS = 5_000  # closing and recording, after the call's own total time
 
 log = get_logger()
@@ -92,12 +102,17 @@ class Pipeline:
         self._processor = processor
         self._blobs = blobs
         self._fetcher = fetcher
+        self._demands = Demands()
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
     def at_once(self, kind: Kind) -> int:
         """How many calls of a kind may run at once, over all processes, as is in force now."""
         return self._limiter.policy.bound(kind.limit)
+
+    def estimates(self) -> tuple[Learned, ...]:
+        """How good this process's estimates of LLM tokens are."""
+        return self._demands.estimator.error()
 
     def first_look(self, ask: Ask) -> Classification:
         """The kind as far as it is known without asking anybody; `kind` is None while unsure."""
@@ -156,23 +171,30 @@ class Pipeline:
         """
         types = [*ask.mime_types, *(["image/*"] if ask.image_uri else [])]
         left_ms = (until - asyncio.get_running_loop().time()) * 1000
-        # A little earlier than the caller: the limiter knows why nobody was let in.
-        acquisition = self._limiter.acquire(
-            CLASSIFIER_LIMIT,
-            deadline_ms=max(1, round(left_ms) - _LIMITERS_WORD_MS),
-            hard_ms=self._config.classifier_timeout_ms + _HARD_MARGIN_MS,
+        model = self._config.classifier_model
+        demand = self._demands.of_question(
+            ask.prompt[:MAX_JUDGED_CHARS],
+            model,
+            self._limiter.policy,
+            max_output_tokens=MAX_JUDGE_TOKENS,
         )
-        async with acquisition as permit:
+        # A little earlier than the caller: the limiter knows why nobody was let in.
+        deadline_ms = max(1, round(left_ms) - _LIMITERS_WORD_MS)
+        hard_ms = self._config.classifier_timeout_ms + _HARD_MARGIN_MS
+        async with self._admission(demand, deadline_ms, hard_ms) as permit:
             asking.set()
-            permit.settle(Outcome.IGNORED)
+            answer, outcome = Answer(), Outcome.IGNORED
             try:
                 kind, reason = await self._processor.judge(
-                    ask.prompt, types, model=self._config.classifier_model
+                    ask.prompt, types, model=model, answer=answer
                 )
-            except UpstreamError:
-                permit.settle(Outcome.DROPPED)
+                outcome = Outcome.SUCCESS
+            except UpstreamError as failed:
+                outcome = Outcome.DROPPED
+                await self._pause_if_throttled(failed, demand, model)
                 raise
-            permit.settle(Outcome.SUCCESS)
+            finally:
+                self._settle(permit, outcome, demand, answer)
         if types and kind is Kind.TEXT_ONLY:
             kind = Kind.MULTI_MODAL  # the LLM is asked about pictures; files decide the rest
         if not types and kind is Kind.MULTI_MODAL:
@@ -214,36 +236,76 @@ class Pipeline:
         the call; what it raises ends the run with no call made. Raises AdmissionError, LeaseLost
         and UpstreamError. Cancellation leaves neither a waiter nor an open upstream call.
         """
-        async with self._limiter.acquire(
-            call.kind.limit,
-            tenant=call.tenant_id,
-            deadline_ms=deadline_ms,
-            hard_ms=self._config.total_timeout_ms + _HARD_MARGIN_MS,
-        ) as permit:
-            permit.settle(Outcome.IGNORED)  # until there has been a call
+        demand = self._demands.of(call, self._limiter.policy)
+        hard_ms = self._config.total_timeout_ms + _HARD_MARGIN_MS
+        async with self._admission(demand, deadline_ms, hard_ms) as permit:
+            permit.settle(Outcome.IGNORED, tokens=0, images=0)  # until there has been a call
             attempt.admitted_at = datetime.now(UTC)
             waited = attempt.admitted_at - attempt.waiting_since
             attempt.queue_ms = max(0.0, waited.total_seconds() * 1000)
             attempt.fence = permit.fence
             if on_admitted is not None:
                 await on_admitted(permit)
-            await self._call(call, attempt, sink, permit)
+            await sink(Admitted(waited_ms=attempt.queue_ms))
+            await permit.confirm()
+            await self._call(call, attempt, sink, permit, demand)
 
-    async def _call(self, call: Call, attempt: Attempt, sink: Sink, permit: Permit) -> None:
+    async def _call(
+        self, call: Call, attempt: Attempt, sink: Sink, permit: Permit, demand: Demand
+    ) -> None:
         started = time.monotonic()
         outcome = Outcome.IGNORED
         try:
-            await sink(Admitted(waited_ms=attempt.queue_ms))
-            await permit.confirm()
             await self._processor.run(call, attempt.answer, sink)
             outcome = Outcome.SUCCESS
         except UpstreamError as failed:
             outcome = Outcome.DROPPED if failed.retryable else Outcome.IGNORED
+            await self._pause_if_throttled(failed, demand, call.model)
             raise
         finally:
             attempt.upstream_ms = (time.monotonic() - started) * 1000
             attempt.finished_at = datetime.now(UTC)
-            permit.settle(outcome, tokens=attempt.answer.usage.total_tokens)
+            self._settle(permit, outcome, demand, attempt.answer)
+
+    def _admission(self, demand: Demand, deadline_ms: int | None, hard_ms: int) -> Acquisition:
+        return self._limiter.acquire(
+            *demand.limits,
+            tenant=demand.tenant,
+            priority=demand.priority,
+            tokens=demand.tokens,
+            images=demand.images,
+            deadline_ms=deadline_ms,
+            hard_ms=hard_ms,
+        )
+
+    def _settle(self, permit: Permit, outcome: Outcome, demand: Demand, answer: Answer) -> None:
+        """Tell the limiter what a call used, as far as is known, and learn from it."""
+        whole = outcome is Outcome.SUCCESS
+        images = len(answer.pictures) if whole else None
+        permit.settle(outcome, tokens=demand.used(answer.usage, whole=whole), images=images)
+        self._demands.learn(demand, answer.usage, whole=whole)
+
+    async def _pause_if_throttled(self, failed: UpstreamError, demand: Demand, model: str) -> None:
+        """Let no other process run into the same 429; before our own permit goes to anybody."""
+        if not isinstance(failed, UpstreamThrottled):
+            return
+        now, policy = datetime.now(UTC), self._limiter.policy
+        pause = pause_after(failed, demand.limits, model, policy, now)
+        if pause is None:
+            return
+        try:
+            paused = await self._limiter.penalise(
+                pause.limit,
+                for_ms=pause.for_ms,
+                ramp_ms=pause.ramp_ms,
+                reason=failed.message[:_REASON_CHARS],
+                by=_PROVIDER,
+            )
+        except LimiterUnavailable as away:
+            log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=away.message)
+            return
+        if paused:
+            log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=pause.for_ms, by=_PROVIDER)
 
 
 def attempt_result(

@@ -164,7 +164,9 @@ async def test_a_sinks_everyday_errors_are_not_taken_for_the_providers(
 
 async def test_cancelling_the_judge_closes_its_call() -> None:
     async with raw_upstream(before_headers) as upstream, gemini(upstream.url) as ours:
-        task = asyncio.create_task(ours.judge("a fox", [], model="gemini-2.5-flash-lite"))
+        task = asyncio.create_task(
+            ours.judge("a fox", [], model="gemini-2.5-flash-lite", answer=Answer())
+        )
         await wait_until(lambda: upstream.received, 5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

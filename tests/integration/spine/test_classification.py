@@ -88,6 +88,8 @@ async def test_keywords_decide_when_the_llm_fails_or_is_slow_and_the_record_says
         assert (record["status"], record["type"]) == ("succeeded", "image_generation")
         assert record["classified_by"] == "keywords"
         assert record["classified_why"].endswith(f"(the LLM {why})"), fault
+        # A 429 has paused it, for the next ones' good.
+        await gateway.services.limiter.resume("kind:classifier")
         stats = (await gateway.upstream.stats())["classifier"]
         assert (stats.arrived, stats.in_flight) == (1, 0)
     # A guess is not remembered: the next one asks again.

@@ -127,10 +127,11 @@ class GeminiProcessor:
                 self._forget_later(sdk, uploaded)
 
     async def judge(
-        self, prompt: str, mime_types: Sequence[str], *, model: str
+        self, prompt: str, mime_types: Sequence[str], *, model: str, answer: Answer
     ) -> tuple[Kind, str]:
         """Ask an LLM what the request wants: its kind and a short reason. The prompt is data, cut
-        to 4,000 characters. Raises UpstreamError's subclasses; the caller bounds and cancels it.
+        to 4,000 characters; `answer` is filled with what came. Raises UpstreamError's subclasses;
+        the caller bounds and cancels it.
         """
         sdk = await self._started()
         async with self._bounded(sdk) as scope:
@@ -140,7 +141,6 @@ class GeminiProcessor:
                     contents=request.judge_question(prompt, mime_types),
                     config=request.judge_settings(mime_types),  # type: ignore[arg-type]
                 )
-                answer = Answer()
                 reading = Reading(Kind.TEXT_ONLY, answer)
                 reading.take(response)
             if not answer.text:
