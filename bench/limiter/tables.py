@@ -37,13 +37,10 @@ def grids(results: Results) -> list[Grid]:
     """All tables for which there are results."""
     measured = [entry for entry in ENTRIES if entry.name in results.by_limiter]
     found = [_grid("Side by side", GLANCE, [OURS, *PEERS, LOCAL, LOCAL_THREADS, EVALSHA], results)]
-    found.append(
-        Grid(
-            "Our figures against their bars",
-            ("figure", "bar", f"ours ({OURS.label})", "verdict"),
-            [(one.figure, one.bar, one.ours, one.verdict) for one in verdicts(results)],
-        )
-    )
+    if OURS.name in results.by_limiter:
+        rows = [(one.figure, one.bar, one.ours, one.verdict) for one in verdicts(results)]
+        headers = ("figure", "bar", f"ours ({OURS.label})", "verdict")
+        found.append(Grid("Our figures against their bars", headers, rows))
     found += [
         _grid(_load_title(scenario), _load_columns(scenario), measured, results)
         for scenario in LOADS
