@@ -32,7 +32,7 @@ SHAPES = (
              "run epoch began recover_until clock seq revision lease_ms hold bands queue_max "
              "hand_off reap_ms policy parked timed_at starving; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, p: pause, a: adapted, x: shadowed, "
-             "b: spent as asserted in this epoch",
+             "e: how long calls take, b: spent as asserted in this epoch",
              "none: the record of the pool, with its policy", False),
     KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),
     KeyShape("history", "list", "the last policies: revision, ms, who, blob",

@@ -34,6 +34,11 @@ class Counts:
     fenced: int = 0
 
 
+def _learned(release: Release) -> int:
+    """How long the call took, if that says anything of others."""
+    return release.took_ms if release.outcome == OUTCOMES["success"] else 0
+
+
 def _new_future() -> asyncio.Future[Holding]:
     return asyncio.get_running_loop().create_future()
 
@@ -111,7 +116,7 @@ class Ledger:
         if release is None:
             return False
         heir = self._hold(waiter, release.epoch, release.seq + 1, now_ms)
-        self.outbox.transfer(Transfer(release.ticket, heir, "", release.took_ms))
+        self.outbox.transfer(Transfer(release.ticket, heir, "", _learned(release)))
         self.counts.handed_on += 1
         return True
 
@@ -164,8 +169,7 @@ class Ledger:
         took_ms = now_ms - holding.held_from_ms
         if outcome == "success":
             flow.learn(took_ms)
-        off_ms = abs(took_ms - holding.cost_ms)
-        said_ms = max(1, round(took_ms)) if off_ms > max(5.0, holding.cost_ms / 4) else 0
+        said_ms = max(1, round(took_ms))
         later = USAGE_LATER if usage_later else 0
         release = Release(
             ticket, flow, holding.epoch, holding.seq, OUTCOMES[outcome] + later, said_ms, actual
@@ -193,7 +197,7 @@ class Ledger:
         seq = release.seq + (1 if release.seq % CHAIN < CHAIN - 1 else 0)
         holding = self._hold(heir, release.epoch, seq, now_ms)
         member = heir.member if heir.sent else ""  # in no queue yet
-        self.outbox.transfer(Transfer(release.ticket, holding, member, release.took_ms))
+        self.outbox.transfer(Transfer(release.ticket, holding, member, _learned(release)))
         if self.recycling:
             self.counts.recycled += 1
         else:

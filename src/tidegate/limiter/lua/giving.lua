@@ -39,8 +39,10 @@ function T.settle_charges(charges, lane, list)
   end
 end
 
--- What a call cost more or less than its tenant was charged for.
+-- What a call cost more or less than its tenant was charged for. Who waits gets back what it was
+-- charged too much, even if that is more than it lies ahead; who does not gains no credit.
 function T.correct(held, took_ms)
+  if held.cost_ms == 0 or math.abs(took_ms - held.cost_ms) * 8 <= held.cost_ms then return end
   T.moves = T.moves + 1
   local tenant = T.tenant_of(held.tenant)
   local delta = T.step_of(took_ms, tenant) - T.step_of(held.cost_ms, tenant)
@@ -50,7 +52,8 @@ function T.correct(held, took_ms)
     if band.waits > 0 then
       local tag, parked = T.tag_of(limit, held)
       local key = parked and T.park_key(limit, held.band) or T.past_key(limit, held.band)
-      call('ZADD', key, T.int(math.max(band.virtual, tag + delta)), held.tenant)
+      tag = parked and tag + delta or math.max(band.virtual, tag + delta)
+      call('ZADD', key, T.int(tag), held.tenant)
       if not parked then call('PEXPIRE', key, T.POOL_KEEP_MS) end
     end
   end
@@ -82,7 +85,10 @@ function T.release(entry)
   else
     T.settle_charges(held.charges, held.lane, T.amounts_in(entry[5]))
   end
-  if held.cost_ms > 0 and entry[4] > 0 then T.correct(held, entry[4]) end
+  if entry[4] > 0 then
+    if outcome % 10 == 0 then T.learn(held.lane, entry[4]) end
+    T.correct(held, entry[4])
+  end
 end
 
 -- entry: ticket, actual amounts. The usage of a call whose permit was given back before.

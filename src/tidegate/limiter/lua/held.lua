@@ -123,13 +123,18 @@ function T.transfer(entry)
   local cost_ms, charges = 0, ''
   if entry.left or q.full and member ~= '' and T.unqueue(queue, member) then
     cost_ms = tonumber(string.match(member, '^%d+|%d+|(%d+)'))
+    if queue.at and queue.at ~= '!' then cost_ms = T.cost_at(T.limit_of(queue.at), cost_ms) end
     queue.steps = (queue.steps or 0) + T.step_of(cost_ms, T.tenant_of(queue.tenant))
   end
   local lane
   if before then
     local held = T.read_held(before)
     lane = held.lane
-    if held.cost_ms > 0 and entry[7] > 0 then T.correct(held, entry[7]) end
+    if entry[7] > 0 then
+      T.learn(lane, entry[7])
+      -- A little off is not worth the way.
+      if math.abs(entry[7] - held.cost_ms) * 8 > held.cost_ms then T.correct(held, entry[7]) end
+    end
     T.set_held(from, false)
     if there or lane ~= queue.lane then T.give_back_lane(lane) end
   end

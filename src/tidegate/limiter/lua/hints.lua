@@ -33,8 +33,9 @@ function T.hints()
       local first = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
       local alone = known and queue.alone
       local tenants = alone and 1 or call('ZCARD', T.park_key(limit, queue.band))
-      local step = T.step_of(want[2], T.tenant_of(queue.tenant))
-      local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / want[2])
+      local cost_ms = T.cost_at(limit, want[2])
+      local step = T.step_of(cost_ms, T.tenant_of(queue.tenant))
+      local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / cost_ms)
       local behind = math.floor((limit.bands[queue.band].virtual - tag) / step)
       list[#list + 1] =
         { want[1], tonumber(first[2]) + behind + math.ceil(ahead / tenants) - 1, tag,

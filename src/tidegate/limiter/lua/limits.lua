@@ -1,7 +1,7 @@
 -- does: loads limits with what is counted under them, and saves them
 -- keys: meta
 -- args: none
--- returns: limit_of(), save_limit(), cap_of(), touch(), touched
+-- returns: limit_of(), save_limit(), cap_of(), cost_at(), learn(), touch(), touched
 -- units: ms; a band's `above` in thousandths of a limit
 T.touched, T.bands = {}, false
 
@@ -26,9 +26,10 @@ function T.limit_of(name)
   local limit = T.limits[name]
   if limit then return limit end
   local f, at = T.fetch('l:' .. name, 'd:' .. name, 'u:' .. name, 'w:' .. name, 'p:' .. name,
-    'a:' .. name)
+    'a:' .. name, 'e:' .. name)
   local defined, waiting, paused = f[at], f[at + 2], f[at + 3]
   limit = { name = name, sort = 'c', bound = 0, used = tonumber(f[at + 1] or 0), reserved = 0,
+    cost_ms = tonumber(f[at + 5] or 0),
     bands = setmetatable({}, T.band_list) }
   if defined then
     local sort, bound, shadow, one, two, three =
@@ -53,8 +54,6 @@ function T.limit_of(name)
     if pool.now < until_ms + ramp_ms then
       limit.pause = { until_ms = tonumber(until_ms), ramp_ms = tonumber(ramp_ms),
         passed = tonumber(passed), said = string.match(paused, '^%d+|%d+|%d+|(.*)$') }
-    else
-      limit.pause_changed, limit.changed = true, true
     end
   end
   if limit.least and limit.least > 0 then
@@ -78,12 +77,14 @@ T.save_limit = function(limit)
     T.put('p:' .. name, pause and T.int(pause.until_ms) .. '|' .. T.int(pause.ramp_ms) .. '|'
       .. T.int(pause.passed) .. '|' .. pause.said or false)
   end
+  if limit.learned then T.put('e:' .. name, T.int(limit.cost_ms)) end
   if limit.adapted then
     T.put('a:' .. name, T.int(limit.current) .. '|' .. T.int(limit.dropped_at))
   end
   if limit.sort ~= 'c' then T.rates().save(limit) end
   if limit.shadowed then call('HINCRBY', T.meta_key, 'x:' .. name, limit.shadowed) end
   limit.changed, limit.pause_changed, limit.adapted, limit.shadowed = nil, nil, nil, nil
+  limit.learned = nil
 end
 
 -- A touched limit is one under which somebody might be let in now.
@@ -98,4 +99,22 @@ function T.cap_of(limit, band)
   local above = list[math.min(band, #list)].above
   if above == 0 then return bound end
   return math.max(math.min(bound, 1), math.floor(bound * (1000 - above) / 1000))
+end
+
+-- What a call under this limit is charged until it has ended: what the last ones took on average, or
+-- what its process thinks where none has ended yet.
+function T.cost_at(limit, cost_ms)
+  return limit.cost_ms > 0 and limit.cost_ms or cost_ms
+end
+
+-- A call under these limits took so long.
+function T.learn(lane, took_ms)
+  for _, name in ipairs(T.names_in(lane)) do
+    local limit = T.limit_of(name)
+    local more = limit.cost_ms > 0 and math.floor((took_ms - limit.cost_ms) / 8) or took_ms
+    if more ~= 0 then
+      limit.cost_ms = math.max(1, limit.cost_ms + more)
+      limit.learned, limit.changed = true, true
+    end
+  end
 end

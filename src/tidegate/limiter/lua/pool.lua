@@ -34,7 +34,7 @@ function T.load_pool()
     for _, name in ipairs(T.names_in(lane)) do
       if not first['l:' .. name] then
         first['l:' .. name] = #fields + 1
-        for _, letter in ipairs({ 'd:', 'u:', 'w:', 'p:', 'a:' }) do
+        for _, letter in ipairs({ 'd:', 'u:', 'w:', 'p:', 'a:', 'e:' }) do
           fields[#fields + 1] = letter .. name
         end
       end

@@ -117,7 +117,7 @@ class Joining(Pump):
         for name, seen, since in q.join.spent:
             self._assert_spent(name, seen, since)
         for name, left_ms, ramp_ms, said in q.join.pauses:
-            pause = self.limit(name).pause
+            pause = self.pause_of(self.limit(name))
             if pause is None or pause.until < self.now + left_ms:
                 self.limit(name).pause = Pause(self.now + left_ms, ramp_ms, said)
 

@@ -66,8 +66,9 @@ class Permits(Places):
         """One call gets in under one limit. Returns what a settlement needs of a rate."""
         if limit.limit.shadow and self.is_full(limit, band, amount):
             limit.shadowed += 1
-        if limit.pause is not None and self.now >= limit.pause.until:
-            limit.pause.passed += max(1, min(amount, limit.limit.bound))
+        pause = self.pause_of(limit)
+        if pause is not None and self.now >= pause.until:
+            pause.passed += max(1, min(amount, limit.limit.bound))
         return self._spend(limit, amount)
 
     def _spend(self, limit: LimitState, amount: int) -> Charge | None:
@@ -91,14 +92,17 @@ class Permits(Places):
 
     def correct(self, held: Held, took_ms: int) -> None:
         """A call lasted longer or shorter than its tenant was charged for."""
-        if held.cost_ms <= 0 or took_ms <= 0:
+        if not held.cost_ms or abs(took_ms - held.cost_ms) * 8 <= held.cost_ms:
             return
         flow = read_flow(held.flow)
         delta = self.step(took_ms, flow.tenant) - self.step(held.cost_ms, flow.tenant)
         for limit in self.lane(flow):
             band = limit.band(flow.band)
             if band.lines:
-                band.tags[flow.tenant] = max(band.virtual, band.tag(flow.tenant) + delta)
+                tag = band.tag(flow.tenant) + delta
+                # Who waits gets back what it was charged too much; who does not gains no credit.
+                waits = flow.tenant in band.lines
+                band.tags[flow.tenant] = tag if waits else max(band.virtual, tag)
 
     def free_lapsing(self, permit: Lapsing) -> bool:
         if self.lapsing.pop(permit, None) is None:
@@ -153,12 +157,17 @@ class Permits(Places):
         if self._unqueue(session, key, member_text):
             cost_ms = read_member(member_text).cost_ms
             each = self._reheaded[key]
+            if each.queue.at is not None and each.queue.at != BLOCKED:
+                cost_ms = self.limit(each.queue.at).cost(cost_ms)
             each.steps = (each.steps or 0) + self.step(cost_ms, flow.tenant)
         before, there = session.held.get(source), to in session.held
         if before is not None:
-            self.correct(before, took_ms)
-            del session.held[source]
             lane = read_flow(before.flow).lane
+            if took_ms > 0:
+                for limit in self.lane(read_flow(before.flow)):
+                    limit.learn(took_ms)
+                self.correct(before, took_ms)
+            del session.held[source]
             passed_on = lane == flow.lane and not there
             self.uncount(lane, q.sid, source, touch=not passed_on)
         if there:
@@ -216,7 +225,10 @@ class Permits(Places):
             self.settle_charges(held.charges, flow, read_actual(actual))
         elif held.charges:
             self.owed.setdefault(q.sid, {})[ticket] = held.charges, flow
-        self.correct(held, took_ms)
+        if took_ms > 0:
+            for limit in self.lane(flow) if outcome % USAGE_LATER == 0 else ():
+                limit.learn(took_ms)
+            self.correct(held, took_ms)
 
     def _cancel(
         self, q: SyncRequest, session: Session, ticket: int, flow_number: int, member: str

@@ -17,6 +17,7 @@ from tidegate.limiter.model.state import (
     Flow,
     LimitState,
     Member,
+    Pause,
     Queue,
     Session,
     read_bands,
@@ -46,13 +47,15 @@ class Places:
     # -- what the policy says
 
     def limit(self, name: str) -> LimitState:
-        """A limit as it is now: a pause that is over is none."""
         limit = self.limits.get(name)
         if limit is None:
             limit = self.limits[name] = LimitState(name)
-        if limit.pause is not None and self.now >= limit.pause.until + limit.pause.ramp_ms:
-            limit.pause = None
         return limit
+
+    def pause_of(self, limit: LimitState) -> Pause | None:
+        """Its pause, the time included over which calls come back after it."""
+        pause = limit.pause
+        return pause if pause and self.now < pause.until + pause.ramp_ms else None
 
     def lane(self, flow: Flow) -> list[LimitState]:
         return [self.limit(name) for name in flow.lane]
@@ -100,7 +103,7 @@ class Places:
         return limit.spending.look(limit.limit, self.now, self.resets.get(limit.name, 0))
 
     def _pause_lets(self, limit: LimitState) -> bool:
-        pause, bound = limit.pause, limit.limit.bound
+        pause, bound = self.pause_of(limit), limit.limit.bound
         if pause is None:
             return True
         if self.now < pause.until:
@@ -183,12 +186,12 @@ class Places:
 
     def charge(self, limit: LimitState, flow: Flow, step: int, *, in_order: bool) -> None:
         """Move a tenant's start on, and the limit's time to where it stood; for what was handed on
-        out of order, only to where the front stands."""
+        out of order, to where the front stands then."""
         band = limit.band(flow.band)
         tag = band.tag(flow.tenant)
         band.tags[flow.tenant] = tag + step
         if not in_order and band.lines:
-            tag = min(tag, band.front()[0])
+            tag = band.front()[0]
         band.virtual = max(band.virtual, tag)
 
     # -- who is held up by what

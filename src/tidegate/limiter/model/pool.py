@@ -95,7 +95,8 @@ class PoolModel(Joining):
         """Let nobody in under a limit. A shorter pause never ends a longer one."""
         in_doubt = self._begin_act(run, wall)
         limit, until, done = self.limit(name), wall + for_ms, 0
-        if limit.pause is None or limit.pause.until < until:
+        pause = self.pause_of(limit)
+        if pause is None or pause.until < until:
             limit.pause, done = Pause(until, ramp_ms, said), 1
             self.timed[name] = until
         self._end_act(in_doubt=in_doubt)
@@ -105,8 +106,8 @@ class PoolModel(Joining):
         """End a pause."""
         in_doubt = self._begin_act(run, wall)
         limit = self.limit(name)
-        done = int(limit.pause is not None)
-        limit.pause = None
+        done = int(self.pause_of(limit) is not None)
+        limit.pause = None if done else limit.pause
         self.touched.add(name)
         self._end_act(in_doubt=in_doubt)
         return done

@@ -135,8 +135,9 @@ class Pump(Permits):
         del queue.tickets[text]
         for each in self.lane(flow):
             if each is limit or each.parked(flow.band):
-                self.charge(each, flow, self.step(member.cost_ms, flow.tenant), in_order=True)
-        self._admit(queue.sid, queue.key, text, member.cost_ms)
+                step = self.step(each.cost(member.cost_ms), flow.tenant)
+                self.charge(each, flow, step, in_order=True)
+        self._admit(queue.sid, queue.key, text, limit.cost(member.cost_ms))
         if not queue.tickets:
             self.vacate(queue)
         elif self._starving:
@@ -181,11 +182,13 @@ class Pump(Permits):
             if not lacking:
                 assert queue.at is not None
                 self._let_in(queue, self.limit(queue.at))
-            elif not any(
-                limit.is_rate or limit.pause or self.cap(limit, band) == 0 for limit in lacking
-            ):
+            elif all(self._is_given_back(limit, band) for limit in lacking):
                 for limit in self.lane(queue.flow):
                     limit.reserved += 1
+
+    def _is_given_back(self, limit: LimitState, band: int) -> bool:
+        """Whether calls that end make room under a limit."""
+        return not limit.is_rate and not self.pause_of(limit) and self.cap(limit, band) > 0
 
     def pump(self) -> None:
         if self.quiet():
@@ -239,7 +242,7 @@ class Pump(Permits):
     def _may_pass_on(self, queue: Queue) -> bool:
         """Where nobody else waits for the same limits, and none has to hear how each call went."""
         for limit in self.lane(queue.flow):
-            if limit.is_rate or limit.pause or limit.minimum:
+            if limit.is_rate or self.pause_of(limit) or limit.minimum:
                 return False
             if not limit.limit.shadow and limit.used > self.cap(limit, queue.flow.band):
                 return False
@@ -266,6 +269,7 @@ class Pump(Permits):
         limit = self.limit(queue.at)
         band = limit.band(flow.band)
         first, _ = band.line_front(flow.tenant)
+        cost_ms = limit.cost(cost_ms)
         tag, step = band.tag(flow.tenant), self.step(cost_ms, flow.tenant)
         ahead = 1 + self.cap(limit, flow.band) * AHEAD_MS // cost_ms
         behind = (band.virtual - tag) // step

@@ -182,6 +182,16 @@ class LimitState:
     asserted: int = 0
     retry_at: int | None = None
     reserved: int = 0
+    cost_ms: int = 0
+
+    def cost(self, cost_ms: int) -> int:
+        """What a call is charged until it has ended."""
+        return self.cost_ms or cost_ms
+
+    def learn(self, took_ms: int) -> None:
+        """A call took so long."""
+        more = (took_ms - self.cost_ms) // 8 if self.cost_ms else took_ms
+        self.cost_ms = max(1, self.cost_ms + more)
 
     @property
     def used(self) -> int:
