@@ -18,6 +18,7 @@ from tidegate.telemetry import Log, get_logger
 
 _IDLE_WAIT_MS = 1_000
 _AWAY_WAIT_S = 0.25
+_FULL_WAIT_S = 0.25
 
 log = get_logger()
 
@@ -57,7 +58,8 @@ class Feeder:
             free = window - len(self.tasks)
             if free < max(1, window // 4):
                 self._slot_freed.clear()
-                await self._unless_closed(self._slot_freed.wait())
+                # Or the window has grown: the limit was raised.
+                await self._unless_closed(self._slot_freed.wait(), _FULL_WAIT_S)
                 continue
             mark = self._store.work_mark
             try:
@@ -71,10 +73,12 @@ class Feeder:
             if len(claimed) < free:
                 await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark))
 
-    async def _unless_closed(self, wait: Coroutine[Any, Any, object]) -> None:
+    async def _unless_closed(
+        self, wait: Coroutine[Any, Any, object], timeout_s: float | None = None
+    ) -> None:
         tasks = [asyncio.ensure_future(wait), asyncio.ensure_future(self._closing.wait())]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()

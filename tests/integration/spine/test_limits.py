@@ -1,0 +1,169 @@
+"""Several limits, rates and pauses, as a provider that enforces its own sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.gateway import PNG, Gateway, Opener
+from tests.waiting import wait_until
+from tidegate.limiter import LimitView
+from tidegate.policy.edits import edit
+
+MODEL = "gemini-2.5-flash"
+DAY_MS = 86_400_000
+WriteFile = Callable[[str], Path]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> WriteFile:
+    def write(limits: str) -> Path:
+        path = tmp_path / "policy.toml"
+        path.write_text(f"[limits]\n{limits}\n")
+        return path
+
+    return write
+
+
+async def view(gateway: Gateway, limit: str) -> LimitView:
+    return (await gateway.services.limiter.snapshot()).limits[limit]
+
+
+async def test_calls_of_different_types_share_the_limit_of_their_model(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy(f'"model:{MODEL}" = 2'))
+    await gateway.upstream.set_behaviour(first_byte_ms=50)
+    ids = [await gateway.submit(data=f"Explain number {n}") for n in range(8)]
+    ids += [await gateway.submit(data="Describe this", file=PNG) for _ in range(4)]
+    records = [await gateway.end_of(request_id) for request_id in ids]
+    assert {record["status"] for record in records} == {"succeeded"}
+    assert {record["type"] for record in records} == {"text_only", "multi_modal"}
+    assert (await gateway.upstream.stats()).max_in_flight == 2
+
+
+async def test_a_full_limit_of_one_model_does_not_hold_up_another(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy('"model:slow" = 1'), worker=False)
+    await gateway.upstream.set_fault("hang", match="hold it")
+    holding = asyncio.create_task(gateway.stream(text="hold it", model="slow", type="text_only"))
+    await gateway.in_flight(1)
+    waiting = asyncio.create_task(gateway.stream(text="after it", model="slow", type="text_only"))
+    await wait_until(lambda: gateway.waiting)
+    assert (await gateway.stream(text="past it", model="quick", type="text_only")).names[
+        -1
+    ] == "done"
+    assert not waiting.done()
+    for task in (holding, waiting):
+        task.cancel()
+    await asyncio.gather(holding, waiting, return_exceptions=True)
+
+
+async def test_a_limit_that_is_raised_live_is_used_at_once_by_the_worker_too(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": 1})
+    await gateway.upstream.set_fault("hang", count=30)
+    for n in range(30):
+        await gateway.submit(data=f"Explain number {n}")
+    await gateway.in_flight(1)
+    await gateway.services.keeper.change(edit({"kind:text_only": 30}), set_by="ann")
+    await gateway.in_flight(30)
+    gateway.start_worker()  # of a deployment that still says 1
+    await gateway.services.limiter.snapshot()
+    assert gateway.services.limiter.policy.bound("kind:text_only") == 30
+
+
+async def test_a_429_holds_up_everybody_for_as_long_as_the_provider_says(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy(f'"rpm:{MODEL}" = 600'), worker=False)
+    await gateway.upstream.set_fault("throttled", count=1, retry_after_s=1.5)
+    refused = await gateway.stream(text="Explain one")
+    assert refused.problem["code"] == "upstream_throttled"
+    paused = await view(gateway, f"rpm:{MODEL}")
+    assert 0 < paused.paused_ms <= 1_500
+    assert paused.paused_by.startswith("gemini: the provider answered 429")
+    answered = await gateway.stream(text="Explain two")
+    assert answered.names[-1] == "done"
+    refused_at, answered_at = [call.started_ns for call in await gateway.calls()]
+    assert answered_at - refused_at >= 1_500_000_000
+    assert (await view(gateway, f"rpm:{MODEL}")).paused_ms == 0
+
+
+async def test_a_days_quota_that_is_gone_pauses_to_midnight_until_somebody_knows_better(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    limits = f'"rpm:{MODEL}" = 600\n"rpd:{MODEL}" = 1000'
+    gateway = await open_gateway(tidegate_policy=policy(limits), worker=False)
+    await gateway.upstream.set_fault("day_quota", count=1)
+    assert (await gateway.stream(text="Explain one")).problem["code"] == "upstream_throttled"
+    paused = await view(gateway, f"rpd:{MODEL}")
+    assert 0 < paused.paused_ms <= DAY_MS + 3_600_000
+    assert (await view(gateway, f"rpm:{MODEL}")).paused_ms == 0
+    late = await gateway.stream(text="Explain two", deadline_ms=300)
+    assert late.problem["code"] == "deadline_exceeded"
+    assert await gateway.services.limiter.resume(f"rpd:{MODEL}", by="ann")
+    assert (await gateway.stream(text="Explain three")).names[-1] == "done"
+    assert len(await gateway.calls()) == 2
+
+
+async def test_a_call_is_settled_for_the_tokens_that_it_used(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    limits = f'"itpm:{MODEL}" = 100_000\n"otpm:{MODEL}" = 100_000\n"ipm:gemini-2.5-flash-image" = 9'
+    gateway = await open_gateway(tidegate_policy=policy(limits), worker=False)
+    answered = await gateway.stream(text="水" * 4_000)
+    usage = dict(answered.events)["usage"]
+
+    async def settled() -> bool:
+        spent = [(await view(gateway, f"{rate}:{MODEL}")).used for rate in ("itpm", "otpm")]
+        return spent == [usage["input_tokens"], usage["output_tokens"]]
+
+    await wait_until(settled, 5, f"{usage} settled")
+    assert (await view(gateway, "ipm:gemini-2.5-flash-image")).used == 0
+    await gateway.stream(text="Generate an image of a fox")
+    assert (await view(gateway, "ipm:gemini-2.5-flash-image")).used == 1
+
+
+async def test_a_call_that_was_never_made_gives_its_tokens_back(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    limits = f'"itpm:{MODEL}" = 100_000\n"model:{MODEL}" = 1'
+    gateway = await open_gateway(tidegate_policy=policy(limits), worker=False)
+    await gateway.upstream.set_fault("hang", match="hold it")
+    holding = asyncio.create_task(gateway.stream(text="hold it", type="text_only"))
+    await gateway.in_flight(1)
+    spent = (await view(gateway, f"itpm:{MODEL}")).used
+    late = await gateway.stream(text="x" * 4_000, deadline_ms=100, type="text_only")
+    assert late.problem["code"] == "deadline_exceeded"
+    assert (await view(gateway, f"itpm:{MODEL}")).used == spent
+    holding.cancel()
+    await asyncio.gather(holding, return_exceptions=True)
+
+
+async def test_with_its_rates_in_the_policy_a_provider_never_answers_429(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    """Of Chinese its tokens are guessed nearly three times too high, until that is learned. The
+    classifier's questions count as well."""
+    rate = "{ bound = %d, type = 'rate', window_ms = 1000, slack_ms = 400 }"
+    limits = f'"rpm:total" = {rate % 20}\n"itpm:total" = {rate % 2_000}\n"kind:text_only" = 50'
+    gateway = await open_gateway(tidegate_policy=policy(limits))
+    await gateway.upstream.set_behaviour(
+        rates=[
+            {"scope": "total", "limit": 20, "window_s": 1.0},
+            {"scope": "total", "limit": 2_000, "window_s": 1.0, "measure": "input_tokens"},
+        ]
+    )
+    rng = random.Random(4)
+    ids = [await gateway.submit(data="水" * rng.randint(40, 1_200)) for _ in range(24)]
+    records = [await gateway.end_of(request_id, 60) for request_id in ids]
+    assert {record["status"] for record in records} == {"succeeded"}
+    assert {record["attempts"] for record in records} == {1}
+    assert {call.outcome for call in await gateway.calls()} == {"finished"}
