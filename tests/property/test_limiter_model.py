@@ -2,13 +2,15 @@
 
 Two sorts of run. In the *strict* one clients give up in time (`on_lost = "cancel"`), clocks run
 evenly and limits are only raised: then no fault, and no number of them, may ever let more calls
-run than the limit. In the *loose* one clocks jump and limits fall: both worlds must still agree.
+run than the limit. In the *loose* one clocks jump, limits fall, change their sort and vanish, and
+living sessions are revoked: both worlds must still agree.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import redis
 from hypothesis import HealthCheck, settings
@@ -22,16 +24,23 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.property.world import LIMITS, Client, World
-from tidegate.limiter.limits import PoolPolicy
+from tests.property.idle import free_but_waiting
+from tests.property.policies import CONCURRENCIES, LANES, LEASE_MS, TENANTS, Shape, shapes
+from tests.property.world import Client, Fate, World
+from tidegate.errors import DemandImpossible
+from tidegate.limiter.entries import Waiter
+from tidegate.limiter.flow import Tokens
 
-LEASE_MS = 3000
-HARD_MS = 1_000_000
+HARD_MS = 10_000_000
 STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "7200"))
 STEPS_PER_RUN = 60
 
 clients = st.integers(0, 2)
-fates = st.sampled_from(["ok"] * 6 + ["reply lost", "request lost", "twice"])
+some = st.integers(0, 20)
+fates: st.SearchStrategy[Fate] = st.sampled_from(
+    ["ok", "ok", "ok", "ok", "ok", "ok", "reply lost", "request lost", "twice"]
+)
+limits = st.sampled_from([*CONCURRENCIES, "rpm:x", "tpm:x"])
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -40,18 +49,13 @@ class PoolMachine(RuleBasedStateMachine):
     server: ClassVar[redis.Redis]
     steps: ClassVar[int] = 0
 
-    @initialize(
-        strict=st.booleans(), hold=st.booleans(), bound=st.integers(0, 3), cancel=st.booleans()
-    )
-    def begin(self, strict: bool, hold: bool, bound: int, cancel: bool) -> None:
+    @initialize(strict=st.booleans(), shape=shapes(), at_once=st.sampled_from([500, 500, 7]))
+    def begin(self, strict: bool, shape: Shape, at_once: int) -> None:
         self.strict = strict
-        self.hold = hold
-        fields: dict[str, Any] = {
-            "on_expiry": "hold" if hold else "reuse",
-            "on_lost": "cancel" if strict or cancel else "finish",
-        }
-        limits = {"kind:a": bound, "kind:b": 2}
-        self.world = World(self.server, PoolPolicy(limits, lease_ms=LEASE_MS, **fields))
+        if strict:
+            shape = replace(shape, cancel=True, reap_closed_ms=0, wild="")
+        self.shape = shape
+        self.world = World(self.server, shape.policy(1), at_once)
         for _ in range(3):
             self.world.new_client()
 
@@ -60,16 +64,43 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- what users do
 
-    @rule(who=clients, limit=st.sampled_from(LIMITS), left_ms=st.sampled_from([0, 500, 20_000]))
-    def ask(self, who: int, limit: str, left_ms: int) -> None:
+    @rule(
+        who=clients,
+        lane=st.sampled_from(LANES),
+        tenant=st.sampled_from(TENANTS),
+        band=st.integers(1, 3),
+        tokens=st.sampled_from([0, 100, 400, 900]),
+        left_ms=st.sampled_from([0, 0, 5000, 100_000]),
+        times=st.sampled_from([1, 1, 2, 5]),
+    )
+    def ask(
+        self,
+        who: int,
+        lane: tuple[str, ...],
+        tenant: str,
+        band: int,
+        tokens: int,
+        left_ms: int,
+        times: int,
+    ) -> None:
         client, at = self.client(who), self.world.local_ms
         if client.paused:
             return
-        deadline = at + left_ms if left_ms else float("inf")
-        waiter = client.ledger.ask(limit, hard_ms=HARD_MS, now_ms=at, deadline_ms=deadline)
-        client.asked.append(waiter)
+        flow = client.ledger.flow(band, tenant, lane)
+        try:
+            flow.refresh(client.session.policy)
+        except DemandImpossible:
+            return
+        deadline_ms = at + left_ms if left_ms else float("inf")
+        amounts = flow.amounts(Tokens(tokens), 1)
+        for _ in range(times):
+            client.asked.append(
+                client.ledger.ask(
+                    flow, amounts=amounts, hard_ms=HARD_MS, now_ms=at, deadline_ms=deadline_ms
+                )
+            )
 
-    @rule(who=clients, which=st.integers(0, 20))
+    @rule(who=clients, which=some)
     def give_up(self, who: int, which: int) -> None:
         client = self.client(who)
         waiting = list(client.ledger.waiting.values())
@@ -78,22 +109,62 @@ class PoolMachine(RuleBasedStateMachine):
             waiter.future.cancel()
             client.ledger.abandon(waiter.ticket, self.world.local_ms)
 
-    @rule(who=clients, which=st.integers(0, 20))
-    def end_a_call(self, who: int, which: int) -> None:
+    @rule(
+        who=clients,
+        which=some,
+        outcome=st.sampled_from(["success", "success", "ignored", "dropped"]),
+        used=st.sampled_from([None, 0, 100, 1500]),
+        later=st.booleans(),
+    )
+    def end_a_call(self, who: int, which: int, outcome: str, used: int | None, later: bool) -> None:
         client = self.client(who)
         held = list(client.ledger.held)
         if held and not client.paused:
-            self.end(client, held[which % len(held)])
+            self.end(client, held[which % len(held)], outcome, used, later)
 
-    def end(self, client: Client, ticket: int) -> None:
-        client.ledger.release(ticket, outcome="success", tokens=None, now_ms=self.world.local_ms)
+    @rule(who=clients, which=some)
+    def end_a_call_and_ask_for_the_next(self, who: int, which: int) -> None:
+        client = self.client(who)
+        held = list(client.ledger.held.values())
+        if held and not client.paused:
+            holding = held[which % len(held)]
+            self.end(client, holding.ticket)
+            flow = holding.flow
+            self.ask(who, flow.limits, flow.tenant, flow.band, 100, 0, 1)
+
+    def end(
+        self,
+        client: Client,
+        ticket: int,
+        outcome: str = "success",
+        used: int | None = None,
+        later: bool = False,
+    ) -> None:
+        flow = client.ledger.held[ticket].flow
+        actual = flow.actual(None if used is None else Tokens(used), None)
+        if later:
+            client.usage_due.append((ticket, actual))
+        client.ledger.release(
+            ticket,
+            outcome=outcome,
+            actual="" if later else actual,
+            now_ms=self.world.local_ms,
+            usage_later=later,
+        )
+
+    @rule(who=clients, which=some)
+    def tell_the_usage_of_a_call_that_ended(self, who: int, which: int) -> None:
+        client = self.client(who)
+        if client.usage_due and not client.paused:
+            ticket, actual = client.usage_due.pop(which % len(client.usage_due))
+            client.ledger.settle_later(ticket, actual)
 
     # -- what the network and the servers do
 
-    @rule(who=clients, fate=fates)
-    def exchange(self, who: int, fate: str) -> None:
+    @rule(who=clients, fate=fates, tend=st.sampled_from([False, False, True]))
+    def exchange(self, who: int, fate: Fate, tend: bool) -> None:
         if not self.client(who).paused:
-            self.world.exchange(self.client(who), fate)
+            self.world.exchange(self.client(who), fate, tend=tend)
 
     @rule(who=clients)
     def compare_all(self, who: int) -> None:
@@ -101,20 +172,38 @@ class PoolMachine(RuleBasedStateMachine):
             self.client(who).session.refresh()
             self.world.exchange(self.client(who), "ok")
 
-    @rule(which=st.integers(0, 20))
-    def a_delayed_request_arrives(self, which: int) -> None:
+    @rule()
+    def everybody_compares_all(self) -> None:
+        for _ in range(2):
+            for client in self.world.clients:
+                if not client.paused:
+                    client.session.check_lapse()
+                    self.hear_pushes(client)
+                    client.session.refresh()
+                    self.world.exchange(client, "ok")
+        if all(client.subscribed and not client.paused for client in self.world.clients):
+            assert not free_but_waiting(self.world.model)
+
+    @rule(which=some, tend=st.booleans())
+    def a_delayed_request_arrives(self, which: int, tend: bool) -> None:
         old = self.world.old_requests
         alive = {client.sid for client in self.world.clients}
         if old:
             request = old.pop(which % len(old))
             if request.sid in alive:
-                self.world.sync(request)
+                ordinary = not (request.full or request.leave or request.join)
+                self.world.call(request, tend=tend or not ordinary)
 
     @rule(who=clients)
     def deliver_a_push(self, who: int) -> None:
         client = self.client(who)
         if client.mailbox and not client.paused:
             client.session.take_push(client.mailbox.pop(0))
+
+    def hear_pushes(self, client: Client) -> None:
+        for push in client.mailbox:
+            client.session.take_push(push)
+        client.mailbox.clear()
 
     @rule(who=clients)
     def lose_the_pushes(self, who: int) -> None:
@@ -133,14 +222,23 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             self.world.subscribe(client)
 
-    @rule(who=clients)
-    def kill_a_process(self, who: int) -> None:
-        self.world.kill(self.client(who))
+    @rule(who=clients, attested=st.booleans())
+    def kill_a_process(self, who: int, attested: bool) -> None:
+        dead = self.client(who)
+        self.world.kill(dead)
         self.world.new_client()
+        if attested:
+            self.world.revoke(dead.sid)
 
-    @rule(by_ms=st.sampled_from([1, 100, 400, 1000, 2000, LEASE_MS, 2 * LEASE_MS]))
+    @rule(by_ms=st.sampled_from([1, 100, 1000, 5000, 10_000, 20_000, LEASE_MS, 2 * LEASE_MS]))
     def time_passes(self, by_ms: int) -> None:
         self.world.advance(by_ms)
+
+    @rule(by_ms=st.sampled_from([5000, 20_000]))
+    def time_passes_with_heartbeats(self, by_ms: int) -> None:
+        self.world.advance(by_ms)
+        for who in range(3):
+            self.heartbeat(who)
 
     def somebody_is_paused(self) -> bool:
         return any(client.paused for client in self.world.clients)
@@ -157,33 +255,50 @@ class PoolMachine(RuleBasedStateMachine):
         if not same_run:
             self.world.restart()
 
-    @precondition(lambda self: self.hold)
+    @precondition(lambda self: self.shape.hold)
     @rule(who=clients)
     def pause_a_process_or_let_it_go_on(self, who: int) -> None:
         self.client(who).paused = not self.client(who).paused
 
     @precondition(lambda self: not self.strict)
-    @rule(by_ms=st.sampled_from([-10_000, -2000, -100, 700, 1600, 10_000]))
+    @rule(by_ms=st.sampled_from([-100_000, -20_000, -1000, 7000, 16_000, 100_000]))
     def the_clock_of_the_server_jumps(self, by_ms: int) -> None:
         self.world.jump(by_ms)
 
-    @rule(who=clients, bound=st.integers(0, 4))
-    def change_a_limit(self, who: int, bound: int) -> None:
+    # -- what people do
+
+    @rule(who=clients, shape=shapes())
+    def change_the_policy(self, who: int, shape: Shape) -> None:
         world, client = self.world, self.client(who)
-        old = client.session.policy
-        now = world.model.bound("kind:a")
-        if client.paused or (self.strict and bound < max(now, old.limits["kind:a"])):
+        if client.paused:
             return
-        limits = {**old.limits, "kind:a": bound}
-        revision = max(old.revision, world.model.revision) + 1
-        client.session.set_policy(
-            PoolPolicy(limits, old.lease_ms, old.when_away, old.on_lost, old.on_expiry, revision)
-        )
+        self.shape = self.shape.raised(shape) if self.strict else shape
+        known = [c.session.policy.revision for c in world.clients]
+        revision = max([*known, world.model.revision]) + 1
+        client.session.set_policy(self.shape.policy(revision), "somebody")
+
+    @rule(
+        name=limits,
+        for_ms=st.sampled_from([1000, 10_000, 50_000]),
+        ramp_ms=st.sampled_from([1, 10_000]),
+    )
+    def pause_a_limit(self, name: str, for_ms: int, ramp_ms: int) -> None:
+        self.world.pause(name, for_ms, ramp_ms)
+
+    @rule(name=limits)
+    def end_a_pause(self, name: str) -> None:
+        self.world.resume(name)
+
+    @precondition(lambda self: not self.strict)
+    @rule(who=clients)
+    def revoke_a_session(self, who: int) -> None:
+        client = self.client(who)
+        self.world.revoke(client.sid if who else client.session.name)
 
     # -- what must hold
 
     @invariant()
-    def both_worlds_agree_and_nobody_is_over(self) -> None:
+    def nobody_is_over(self) -> None:
         if not hasattr(self, "world"):
             return
         type(self).steps += 1
@@ -193,14 +308,16 @@ class PoolMachine(RuleBasedStateMachine):
                 self.expire(client)
                 for ticket in [t for t, h in client.ledger.held.items() if h.fenced]:
                     self.end(client, ticket)
-        self.world.check_state()
-        if self.strict:
-            for limit in LIMITS:
-                top = max(
-                    [self.world.model.bound(limit)]
-                    + [client.session.policy.limits[limit] for client in self.world.clients]
-                )
-                assert self.world.really_open(limit) <= top, f"over {limit}"
+                self.world.admissions.check_fences(client.sid, client.ledger.held.values())
+        if self.strict and not self.shape.shadow:
+            for name in CONCURRENCIES:
+                policies = [client.session.policy for client in self.world.clients]
+                top = max([self.world.model.limit(name).limit.bound, self.shape_bound(name)])
+                top = max([top, *(policy.bound(name) for policy in policies)])
+                assert self.world.really_open(name) <= top, f"over {name}"
+
+    def shape_bound(self, name: str) -> int:
+        return self.shape.policy(1).bound(name)
 
     def expire(self, client: Client) -> None:
         """What the timers of the waiters do."""
@@ -226,36 +343,43 @@ class PoolMachine(RuleBasedStateMachine):
             client.session.check_lapse()
             if not client.subscribed:
                 world.subscribe(client)
-        for _ in range(200):
-            for client in world.clients:
-                self.expire(client)
-                client.session.refresh()
-                world.exchange(client, "ok")
-                for push in client.mailbox:
-                    client.session.take_push(push)
-                client.mailbox.clear()
-                for ticket in list(client.ledger.held):
-                    self.end(client, ticket)
-            world.advance(LEASE_MS // 3)
-            if not any(self.can_be_let_in(client) for client in world.clients):
-                break
-        for client in world.clients:
-            assert not self.can_be_let_in(client), "a waiter was forgotten"
             for waiter in list(client.ledger.waiting.values()):
-                client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
+                if "rpd:x" in waiter.flow.limits:  # which may have to wait for another day
+                    client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
+        for _ in range(200):
+            self.go_round()
+            if not any(self.can_be_let_in(c, w) for c, w in self.all_waiting()):
+                break
+        for client, waiter in self.all_waiting():
+            assert not self.can_be_let_in(client, waiter), "a waiter was forgotten"
+            client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
+        for client in world.clients:
             assert all(waiter.future.done() for waiter in client.asked)
             client.session.leave()
             world.exchange(client, "ok")
-        world.check_state()
         assert world.leftovers() == []
         for client in world.clients:
             for waiter in client.asked:
                 if not waiter.future.cancelled():
                     waiter.future.exception()  # looked at, so that asyncio does not complain
 
-    def can_be_let_in(self, client: Client) -> bool:
-        bound = self.world.model.bound
-        return any(bound(waiter.limit) > 0 for waiter in client.ledger.waiting.values())
+    def go_round(self) -> None:
+        """Everybody compares all, and ends all calls; then time passes, less than a lease."""
+        for client in self.world.clients:
+            self.expire(client)
+            client.session.refresh()
+            self.world.exchange(client, "ok")
+            self.hear_pushes(client)
+            for ticket in list(client.ledger.held):
+                self.end(client, ticket)
+        self.world.advance(LEASE_MS * 2 // 3)
+
+    def all_waiting(self) -> list[tuple[Client, Waiter]]:
+        return [(c, waiter) for c in self.world.clients for waiter in c.ledger.waiting.values()]
+
+    def can_be_let_in(self, client: Client, waiter: Waiter) -> bool:
+        found = [self.world.model.limit(name) for name in waiter.flow.limits]
+        return all(limit.limit.bound > 0 for limit in found)
 
 
 def test_lua_does_what_the_model_says_through_all_faults(valkey_url: str) -> None:

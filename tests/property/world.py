@@ -7,33 +7,45 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import redis
 
+from tests.property.admissions import Admissions
+from tests.property.state import DUMP, of_model, of_valkey
+from tidegate.limiter.entries import Batch, Waiter
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import Lease
-from tidegate.limiter.ledger import Batch, Ledger, Waiter
+from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.model import PoolModel
 from tidegate.limiter.observer import Observer
-from tidegate.limiter.scripts import Script, load
+from tidegate.limiter.scripts import ScriptName, load
 from tidegate.limiter.session import Session
-from tidegate.limiter.wire import Push, Renewal, RenewReply, SyncReply, SyncRequest
+from tidegate.limiter.wire import Push, Renewal, RenewReply, SyncReply, SyncRequest, pack
 
 CLOCK = """
-local function wall_clock_ms() return tonumber(redis.call('GET', prefix .. 'testclock')) end
+function T.wall_clock_ms() return tonumber(call('GET', T.prefix .. 'testclock')) end
 """
-SYNC, RENEW = load("sync", clock=CLOCK), load("renew", clock=CLOCK)
-LIMITS = ("kind:a", "kind:b")
 START_MS = 1_700_000_000_000
+Fate = Literal["ok", "reply lost", "request lost", "twice"]
+
+
+@cache
+def script_source(name: ScriptName, at_once: int) -> bytes:
+    """A script that reads our clock, and leaves the rest to the next after `at_once` steps."""
+    source = load(name, clock=CLOCK).source
+    changed = source.replace(b"T.AT_ONCE = 500", b"T.AT_ONCE = %d" % at_once)
+    assert name in ("renew",) or b"T.AT_ONCE = %d" % at_once in changed
+    return changed
 
 
 @dataclass(eq=False)
 class Client:
-    """One process: its session, its ledger, its mailbox of pushes."""
+    """One process: its session, its ledger, its mailbox of pushes, and what it has yet to tell."""
 
     session: Session
     ledger: Ledger
@@ -42,6 +54,7 @@ class Client:
     paused: bool = False
     mailbox: list[Push] = field(default_factory=list)
     asked: list[Waiter] = field(default_factory=list)
+    usage_due: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def sid(self) -> str:
@@ -51,12 +64,14 @@ class Client:
 class World:
     """Valkey, the model, the clients and the time."""
 
-    def __init__(self, server: redis.Redis, policy: PoolPolicy) -> None:
+    def __init__(self, server: redis.Redis, policy: PoolPolicy, at_once: int) -> None:
         self.server: Any = server
         self.policy = policy
         self.pool = f"p{uuid4().hex[:12]}"
         self.keys = Keyspace(self.pool)
+        self.at_once = at_once
         self.model = PoolModel()
+        self.model.at_once = at_once
         self.loop = asyncio.new_event_loop()
         self.clients: list[Client] = []
         # Clients are told nothing about a wait that was refused: nobody looks at its future.
@@ -64,9 +79,8 @@ class World:
         self.local_ms = 1000.0
         self.wall_ms = START_MS
         self.old_requests: list[SyncRequest] = []
-        self.last_fence = (0, 0)
-        # A server that loses its data and whose clock is set back can't know what it gave before.
-        self.set_back = False
+        self.admissions = Admissions(self.model)
+        self._shas: dict[tuple[str, int], str] = {}
         self._runs = count(1)
         self.run = "run-0"
         self._set_clock()
@@ -83,16 +97,21 @@ class World:
 
     def jump(self, by_ms: int) -> None:
         """The server's clock alone."""
-        self.set_back |= by_ms < 0
         self.wall_ms += by_ms
+        if by_ms < 0:
+            self.admissions.clock_was_set_back()
         self._set_clock()
 
     def flush(self) -> None:
-        names = list(self.server.scan_iter(match=f"*{{{self.pool}}}*", count=1000))
-        if names:
-            self.server.delete(*names)
+        self.wipe()
         self._set_clock()
         self.model.flush()
+        self.admissions.all_was_lost()
+
+    def wipe(self) -> None:
+        names = self.server.keys(f"*{{{self.pool}}}*")
+        if names:
+            self.server.delete(*names)
 
     def restart(self) -> None:
         """Another run of the server over the same data."""
@@ -108,6 +127,7 @@ class World:
             ledger,
             Observer(),
             lease,
+            name=f"process-{len(self.clients)}",
             wake=_nothing,
             alarm=lambda name, in_ms: None,
             settled=_nothing,
@@ -139,66 +159,94 @@ class World:
     def close(self) -> None:
         for client in list(self.clients):
             self.kill(client)
+        self.wipe()
         self.loop.close()
 
     # -- steps that both worlds take
 
-    def exchange(self, client: Client, fate: str) -> None:
-        """One sync of a client; `fate` says what the network does to it."""
+    def exchange(self, client: Client, fate: Fate, *, tend: bool = False) -> None:
+        """One request of a client; `fate` says what the network does to it."""
         batch, request = client.session.prepare(self.run, 0)
+        tend = tend or not client.session.is_ordinary(request)
         if fate == "request lost":
             self._unanswered(client, batch)
             self.old_requests.append(request)
             return
-        reply = self.sync(request)
+        reply = self.call(request, tend=tend)
         if fate == "reply lost":
             self._unanswered(client, batch)
             self.old_requests.append(request)
             return
         if fate == "twice":
-            self.sync(request)
+            self.call(request, tend=tend)
         client.session.answered(batch, request, reply, self.local_ms)
+        self.admissions.check_fences(client.sid, client.ledger.held.values())
 
     def _unanswered(self, client: Client, batch: Batch) -> None:
         client.session.unanswered(batch)
         client.session.failed("cut off")
 
-    def sync(self, request: SyncRequest) -> SyncReply:
-        """In both worlds, which must agree; in no world is anybody let in over the limit."""
-        raw = SyncReply.unpack(self._run(SYNC, request.pack()))
-        real = raw._replace(
-            grants=[(ticket, seq) for ticket, seq in raw.grants],
-            held=None if raw.held is None else sorted((t, s) for t, s in raw.held),
-            lapsing=None if raw.lapsing is None else sorted((m, x) for m, x in raw.lapsing),
-        )
-        expected = self.model.sync(request, self.wall_ms)
-        assert real == expected
-        pushed = self._collect_pushes()
-        fences = [(real.epoch, seq) for _, seq in real.grants]
-        fences += [(push.epoch, seq) for push in pushed for _, seq in push.grants]
-        self._check_grants(request.sid, real, pushed, sorted(fences))
+    def call(self, request: SyncRequest, *, tend: bool) -> SyncReply:
+        """In both worlds, which must agree."""
+        name: ScriptName = "tend" if tend else "sync"
+        real = _sorted(SyncReply.unpack(self._run(name, request.pack())))
+        self.admissions.hear(request, self.wall_ms)
+        if tend:
+            expected = self.model.tend(request, self.wall_ms)
+        else:
+            expected = self.model.sync(request, self.wall_ms)
+        assert real == _sorted(expected)
+        granted = [(request.sid, real.epoch, grant) for grant in real.grants]
+        for sid, push in self._collect_pushes():
+            granted += [(sid, push.epoch, grant) for grant in push.grants]
+        self.check_state()
+        self.admissions.check(granted, real, self.wall_ms)
         return real
 
     def renew(self, client: Client) -> None:
         identity, lease = client.session.lease.identity, client.session.lease
-        request = Renewal(client.sid, identity.gen, identity.epoch, self.run, 0, lease.lease_ms)
-        real = RenewReply.unpack(self._run(RENEW, request.pack()))
+        request = Renewal(client.sid, identity.gen, identity.epoch, self.run)
+        real = RenewReply.unpack(self._run("renew", request.pack()))
         assert real == self.model.renew(request, self.wall_ms)
         if real.status == "ok":
             lease.renewed(self.local_ms, real.lease_ms)
         else:
             client.session.refresh()
 
-    def _run(self, script: Script, packed: bytes) -> bytes:
-        keys = (self.keys.meta, self.keys.layout)
-        try:
-            raw = self.server.evalsha(script.sha, 2, *keys, packed)
-        except redis.exceptions.NoScriptError:
-            raw = self.server.eval(script.source, 2, *keys, packed)
+    def pause(self, name: str, for_ms: int, ramp_ms: int) -> None:
+        request = {"verb": "pause", "limit": name, "for_ms": for_ms, "ramp_ms": ramp_ms}
+        done = self.model.pause(name, for_ms, ramp_ms, "by|me", run=self.run, wall=self.wall_ms)
+        self._act({**request, "said": "by|me"}, done)
+
+    def resume(self, name: str) -> None:
+        done = self.model.resume(name, run=self.run, wall=self.wall_ms)
+        self._act({"verb": "resume", "limit": name, "said": ""}, done)
+
+    def revoke(self, who: str) -> None:
+        done = self.model.revoke(who, run=self.run, wall=self.wall_ms)
+        self._act({"verb": "revoke", "sid": who}, done)
+
+    def _act(self, request: dict[str, Any], done: int) -> None:
+        raw = self._run("act", pack({**request, "run": self.run}))
+        assert raw == pack([done])
+        granted = [
+            (sid, push.epoch, grant)
+            for sid, push in self._collect_pushes()
+            for grant in push.grants
+        ]
+        self.check_state()
+        self.admissions.check(granted, None, self.wall_ms)
+
+    def _run(self, name: ScriptName, packed: bytes) -> bytes:
+        source = script_source(name, self.at_once)
+        sha = self._shas.get((name, self.at_once))
+        if sha is None:
+            sha = self._shas[name, self.at_once] = self.server.script_load(source)
+        raw = self.server.evalsha(sha, 2, self.keys.meta, self.keys.layout, packed)
         assert isinstance(raw, bytes)
         return raw
 
-    def _collect_pushes(self) -> list[Push]:
+    def _collect_pushes(self) -> list[tuple[str, Push]]:
         seen = []
         by_sid = {client.sid: client for client in self.clients}
         for sid, expected in self.model.pushed:
@@ -207,43 +255,48 @@ class World:
             push = push._replace(grants=[(ticket, seq) for ticket, seq in push.grants])
             assert push == expected
             by_sid[sid].mailbox.append(push)
-            seen.append(push)
+            seen.append((sid, push))
         self.model.pushed.clear()
         return seen
 
-    def _check_grants(
-        self, sid: str, reply: SyncReply, pushed: list[Push], fences: list[tuple[int, int]]
-    ) -> None:
-        if not fences:
-            return
-        assert reply.recovering_ms == 0, "let in during the quiet time"
-        assert fences[0] > self.last_fence or self.set_back, "a fence that is not younger"
-        assert len(set(fences)) == len(fences)
-        self.last_fence = fences[-1]
-        sequences = {seq for _, seq in fences}
-        lanes = {
-            held.limit
-            for session in self.model.sessions.values()
-            for held in session.held.values()
-            if held.seq in sequences
-        }
-        for lane in lanes:
-            assert self.model.used(lane) <= self.model.bound(lane), "let in over the limit"
-
     def check_state(self) -> None:
-        """What Lua counted is what the model derives."""
-        raw = self.server.hgetall(f"{self.keys.prefix}used")
-        used = {limit.decode(): int(number) for limit, number in raw.items()}
-        assert used == {x: self.model.used(x) for x in LIMITS if self.model.used(x)}
+        """What Lua counted and kept is what the model derives."""
+        raw = self.server.eval(DUMP, 0, f"*{{{self.pool}}}*")
+        real, expected = of_valkey(raw, self.keys), of_model(self.model)
+        differing = [
+            f"{name}: {real[name]} is not {expected[name]}"
+            for name in expected
+            if real[name] != expected[name]
+        ]
+        assert not differing, "\n".join(differing)
 
     def really_open(self, limit: str) -> int:
         """Calls that are running, over all processes, as an upstream would count them."""
         return sum(client.ledger.held_of[limit] for client in self.clients)
 
     def leftovers(self) -> list[str]:
-        known = {"meta", "layout", "limits", "testclock"}
-        names = self.server.scan_iter(match=f"*{{{self.pool}}}*", count=1000)
-        return [n for n in (name.decode() for name in names) if n.rsplit(":", 1)[-1] not in known]
+        """Keys that should have gone with the last session."""
+        live_on = ("meta", "layout", "history", "timed", "past:", "log:", "rate:", "quota:")
+        names = [name.decode() for name in self.server.keys(f"*{{{self.pool}}}*")]
+        return [n for n in names if not n.split("}:", 1)[1].startswith((*live_on, "testclock"))]
+
+
+def _sorted(reply: SyncReply) -> SyncReply:
+    """Lists whose order means nothing, in one order; the others as lists of tuples."""
+    whole = reply.whole
+    if whole is not None:
+        whole = whole._replace(
+            held=sorted((t, s) for t, s in whole.held),
+            lapsing=sorted((m, x) for m, x in whole.lapsing),
+            spent=sorted((n, x) for n, x in whole.spent),
+            pauses=sorted((n, x, r, s) for n, x, r, s in whole.pauses),
+        )
+    return reply._replace(
+        grants=[(ticket, seq) for ticket, seq in reply.grants],
+        stamps=list(reply.stamps),
+        refused=list(reply.refused),
+        whole=whole,
+    )
 
 
 def _nothing() -> None:

@@ -1,0 +1,120 @@
+"""What was let in, as the provider would count it: nobody over a limit, no window over its rate,
+no fence twice.
+
+Told of every request and every grant. Invariants are checked at the moment of admission: what
+happens later, such as a limit that is lowered, never takes an admission back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tidegate.limiter.entries import Holding
+from tidegate.limiter.limits import Concurrency, Rate
+from tidegate.limiter.model import PoolModel
+from tidegate.limiter.model.state import read_actual, read_flow, read_member
+from tidegate.limiter.wire import SyncReply, SyncRequest
+
+Grant = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Admission:
+    """One call let in: what counts of it under each rate."""
+
+    at: int
+    amounts: dict[str, int]
+
+
+@dataclass(slots=True)
+class Admissions:
+    """See the module. `since` nothing before which is held against the pool."""
+
+    model: PoolModel
+    last_fence: tuple[int, int] = (0, 0)
+    set_back: bool = False
+    _asked: dict[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
+    _admitted: dict[tuple[str, int], Admission] = field(default_factory=dict)
+    _holders: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
+
+    def clock_was_set_back(self) -> None:
+        """A server that loses its data and whose clock is set back can't know what it gave."""
+        self.set_back = True
+        self._admitted.clear()
+
+    def all_was_lost(self) -> None:
+        """The server starts anew from what the processes have seen of its rates."""
+        self._admitted.clear()
+
+    def hear(self, request: SyncRequest, now: int) -> None:
+        """What a process says: its tickets, and what its calls really used."""
+        for number, member in request.enqueues:
+            ticket = read_member(member).ticket
+            self._asked[request.sid, ticket] = request.flows[number - 1], member
+        for ticket, _, _, _, actual in request.releases:
+            self._settle(request.sid, ticket, actual)
+        for ticket, actual in request.settles:
+            self._settle(request.sid, ticket, actual)
+        for ticket, _, _ in request.cancels:
+            admission = self._admitted.get((request.sid, ticket))
+            if admission is not None:
+                admission.amounts.clear()
+
+    def _settle(self, sid: str, ticket: int, actual: str) -> None:
+        """A reservation that was too great may have been used by others."""
+        admission = self._admitted.get((sid, ticket))
+        if admission is None:
+            return
+        flow = read_flow(self._asked[sid, ticket][0])
+        for name, used in zip(flow.lane, read_actual(actual), strict=False):
+            if used is not None and name in admission.amounts:
+                admission.amounts[name] = min(admission.amounts[name], used)
+
+    def check(
+        self, granted: list[tuple[str, int, Grant]], reply: SyncReply | None, now: int
+    ) -> None:
+        """Admissions of this moment, over all sessions."""
+        if not granted:
+            return
+        assert not self.model.quiet(), "let in during the quiet time"
+        assert reply is None or reply.recovering_ms == 0
+        fences = sorted((epoch, seq) for _, epoch, (_, seq) in granted)
+        assert len(set(fences)) == len(fences)
+        assert fences[0] > self.last_fence or self.set_back, "a fence that is not younger"
+        self.last_fence = fences[-1]
+        names: set[str] = set()
+        for sid, epoch, (ticket, seq) in granted:
+            assert seq % 1000 == 0
+            self._holders[epoch, seq] = sid, ticket
+            flow_key, member = self._asked[sid, ticket]
+            flow = read_flow(flow_key)
+            amounts = enumerate(map(read_member(member).amount, range(len(flow.lane))))
+            self._admitted[sid, ticket] = Admission(
+                now, {flow.lane[position]: amount for position, amount in amounts}
+            )
+            names.update(flow.lane)
+        for name in names:
+            self._check_limit(name, now)
+
+    def _check_limit(self, name: str, now: int) -> None:
+        state = self.model.limit(name)
+        limit = state.limit
+        if limit.shadow:
+            return
+        assert state.pause is None or now >= state.pause.until, f"let in while {name} is paused"
+        if isinstance(limit, Concurrency):
+            assert state.used <= limit.bound, f"let in over {name}"
+        elif isinstance(limit, Rate):
+            spent = sum(
+                min(limit.bound, admission.amounts.get(name, 0))
+                for admission in self._admitted.values()
+                if now - limit.window_ms < admission.at <= now
+            )
+            assert spent <= limit.bound, f"{spent} of {name} in a window"
+
+    def check_fences(self, sid: str, held: Iterable[Holding]) -> None:
+        """No two permits of the pool have the same fence, passed on or not."""
+        for holding in held:
+            fence = holding.epoch, holding.seq
+            assert self._holders.setdefault(fence, (sid, holding.ticket)) == (sid, holding.ticket)

@@ -1,0 +1,59 @@
+"""Work conservation: whether somebody waits while all that his call needs is free.
+
+Judged apart from the model's own rules of turns, from what is used and what is spent.
+"""
+
+from __future__ import annotations
+
+from tidegate.limiter.limits import Concurrency
+from tidegate.limiter.model import PoolModel
+from tidegate.limiter.model.state import LimitState, Queue, read_member
+
+
+def free_but_waiting(model: PoolModel) -> list[str]:
+    """Queues of processes that live whose first ticket could go: nothing it needs is full, paused,
+    kept for somebody who starves, or a rate in whose line others stand before it."""
+    if model.quiet() or model.starving():
+        return []
+    queues = [
+        queue
+        for sid, session in model.sessions.items()
+        if sid in model.subscribed
+        for queue in session.queues.values()
+    ]
+    return [queue.id for queue in queues if all(_free(model, queue, i) for i in _positions(queue))]
+
+
+def _positions(queue: Queue) -> range:
+    return range(len(queue.flow.lane))
+
+
+def _free(model: PoolModel, queue: Queue, position: int) -> bool:
+    limit = model.limit(queue.flow.lane[position])
+    if limit.limit.shadow:
+        return True
+    if model.pause_of(limit) is not None:
+        return False
+    if isinstance(limit.limit, Concurrency):
+        return limit.used < model.cap(limit, queue.flow.band)
+    amount = read_member(queue.first()[0]).amount(position)
+    if amount == 0:
+        return True
+    return _fits(model, limit, amount) and not _others_before(limit, queue)
+
+
+def _fits(model: PoolModel, limit: LimitState, amount: int) -> bool:
+    spent = limit.spending.look(limit.limit, model.now, 0)
+    bound = limit.limit.bound
+    return bound > 0 and spent + min(amount, bound) <= bound
+
+
+def _others_before(limit: LimitState, queue: Queue) -> bool:
+    """A great demand at the head of a rate's line is waited for, or it would never fit."""
+    here = [
+        other
+        for band in limit.bands.values()
+        for line in band.lines.values()
+        for other in line.values()
+    ]
+    return any(other is not queue for other in here)

@@ -1,0 +1,124 @@
+"""The policies that the property tests move between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tidegate.limiter.limits import Adaptive, Band, Concurrency, Limit, PoolPolicy, Quota, Rate
+
+LEASE_MS = 30_000
+WINDOW_MS = 60_000
+# Over the concurrencies a call needs one, two or three of them; some need rates too. In the order
+# that the client gives them.
+LANES = (
+    ("kind:a",),
+    ("kind:b",),
+    ("kind:a", "pool:all"),
+    ("kind:b", "pool:all"),
+    ("kind:a", "kind:b"),
+    ("kind:a", "kind:b", "pool:all"),
+    ("kind:a", "rpm:x"),
+    ("kind:b", "tpm:x"),
+    ("pool:all", "rpm:x", "tpm:x"),
+    ("kind:a", "rpd:x"),
+)
+CONCURRENCIES = ("kind:a", "kind:b", "pool:all")
+TENANTS = ("t1", "t2", "t3")
+BANDS = (
+    (Band("high"), Band("normal", min_share=0.2), Band("low", min_share=0.1)),
+    (Band("high", headroom=0.4), Band("normal", min_share=0.3), Band("low")),
+    (Band("high"), Band("rest", min_share=0.3)),
+)
+WEIGHTS: tuple[Mapping[str, int], ...] = ({}, {"t2": 3}, {"t1": 2, "t3": 8})
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What differs from policy to policy. `wild` are changes that take limits away, or count them
+    in another way."""
+
+    a: int = 1
+    b: int = 2
+    all: int = 3
+    bands: int = 0
+    weights: int = 0
+    hold: bool = False
+    cancel: bool = True
+    hand_off: bool = True
+    queue_max: int = 1000
+    shadow: bool = False
+    adaptive: bool = False
+    reap_closed_ms: int = 0
+    wild: str = ""
+
+    def policy(self, revision: int) -> PoolPolicy:
+        limits: dict[str, int | Limit] = {
+            "kind:a": self.a,
+            "kind:b": Concurrency(self.b, adaptive=Adaptive(1) if self.adaptive else None),
+            "pool:all": Concurrency(self.all, shadow=self.shadow),
+            "rpm:x": Rate(3, WINDOW_MS),
+            "tpm:x": Rate(1000, WINDOW_MS, "tokens"),
+            "rpd:x": Quota(6),
+        }
+        if self.wild == "gone":
+            del limits["pool:all"]
+        elif self.wild == "other sort":
+            limits["rpm:x"] = Concurrency(2)
+            limits["pool:all"] = Rate(4, WINDOW_MS)
+        elif self.wild == "counted otherwise":
+            limits["rpm:x"] = Rate(3, WINDOW_MS, "images")
+            limits["rpd:x"] = Rate(6, WINDOW_MS)
+        elif self.wild == "longer window":
+            limits["tpm:x"] = Rate(800, 3 * WINDOW_MS, "tokens")
+        return PoolPolicy(
+            limits,
+            lease_ms=LEASE_MS,
+            on_lost="cancel" if self.cancel else "finish",
+            on_expiry="hold" if self.hold else "reuse",
+            revision=revision,
+            weights=WEIGHTS[self.weights],
+            bands=BANDS[self.bands],
+            queue_per_tenant=self.queue_max,
+            reap_closed_ms=self.reap_closed_ms,
+            hand_off=self.hand_off,
+        )
+
+    def raised(self, other: Shape) -> Shape:
+        """The other one, but with no limit lower than here, and the same promises."""
+        return replace(
+            other,
+            a=max(self.a, other.a),
+            b=max(self.b, other.b),
+            all=max(self.all, other.all),
+            hold=self.hold,
+            cancel=self.cancel,
+            shadow=self.shadow,
+            adaptive=self.adaptive,
+            reap_closed_ms=0,
+            wild="",
+        )
+
+
+def shapes() -> st.SearchStrategy[Shape]:
+    fields: dict[str, st.SearchStrategy[Any]] = {
+        "a": st.integers(0, 3),
+        "b": st.integers(1, 3),
+        "all": st.integers(1, 4),
+        "bands": st.integers(0, len(BANDS) - 1),
+        "weights": st.integers(0, len(WEIGHTS) - 1),
+        "hold": st.booleans(),
+        "cancel": st.booleans(),
+        "hand_off": st.sampled_from([True, True, False]),
+        "queue_max": st.sampled_from([2, 1000, 1000]),
+        "shadow": st.sampled_from([False, False, True]),
+        "adaptive": st.booleans(),
+        "reap_closed_ms": st.sampled_from([0, 0, 5000]),
+        "wild": st.sampled_from(
+            ["", "", "", "gone", "other sort", "counted otherwise", "longer window"]
+        ),
+    }
+    return st.builds(Shape, **fields)
