@@ -150,8 +150,7 @@ async def test_a_call_that_was_never_made_gives_its_tokens_back(
 async def test_with_its_rates_in_the_policy_a_provider_never_answers_429(
     open_gateway: Opener, policy: WriteFile
 ) -> None:
-    """Of Chinese its tokens are guessed nearly three times too high, until that is learned. The
-    classifier's questions count as well."""
+    """Of Chinese its tokens are guessed nearly three times too high, until that is learned."""
     rate = "{ bound = %d, type = 'rate', window_ms = 1000, slack_ms = 400 }"
     limits = f'"rpm:total" = {rate % 20}\n"itpm:total" = {rate % 2_000}\n"kind:text_only" = 50'
     gateway = await open_gateway(tidegate_policy=policy(limits))
@@ -162,7 +161,8 @@ async def test_with_its_rates_in_the_policy_a_provider_never_answers_429(
         ]
     )
     rng = random.Random(4)
-    ids = [await gateway.submit(data="水" * rng.randint(40, 1_200)) for _ in range(24)]
+    prompts = ["水" * rng.randint(40, 1_200) for _ in range(24)]
+    ids = [await gateway.submit(data=prompt, type="text_only") for prompt in prompts]
     records = [await gateway.end_of(request_id, 60) for request_id in ids]
     assert {record["status"] for record in records} == {"succeeded"}
     assert {record["attempts"] for record in records} == {1}
