@@ -139,11 +139,13 @@ class Flow:
         return ",".join(parts)
 
     def spends(self, amounts: str) -> Mapping[str, int]:
-        """What an admission takes of the limits that are not concurrencies."""
+        """What an admission takes of the limits that are not concurrencies. Asked for before one
+        of them became a rate it may say nothing of amounts: 1 of each, as the server takes it."""
         if not self.rates:
             return {}
-        found = zip(self.limits, self.list, amounts.split(","), strict=True)
-        return {name: int(amount) for name, limit, amount in found
+        said = [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.list)
+        found = zip(self.limits, self.list, said, strict=True)
+        return {name: amount for name, limit, amount in found
                 if not isinstance(limit, Concurrency)}  # fmt: skip
 
     def learn(self, took_ms: float) -> None:
