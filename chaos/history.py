@@ -143,10 +143,12 @@ def in_flight(
 
 
 class Arrivals(NamedTuple):
-    """The most that began within one sliding window, counted apart."""
+    """The most that began within one sliding window, counted apart, and when that window ended."""
 
-    calls: int
-    tokens: int
+    calls: int = 0
+    tokens: int = 0
+    calls_ns: int = 0
+    tokens_ns: int = 0
 
 
 def window_maximum(events: Iterable[Event], limit: str, window_ns: int) -> Arrivals:
@@ -155,17 +157,19 @@ def window_maximum(events: Iterable[Event], limit: str, window_ns: int) -> Arriv
     Two calls exactly a window apart are not in the same window.
     """
     inside: deque[Event] = deque()
-    calls = tokens = most_calls = most_tokens = 0
+    tokens, most = 0, Arrivals()
     for event in events:
         if event.what != "begin" or limit not in event.limits:
             continue
         inside.append(event)
-        calls, tokens = calls + 1, tokens + event.tokens
+        tokens += event.tokens
         while inside[0].at_ns <= event.at_ns - window_ns:
             tokens -= inside.popleft().tokens
-            calls -= 1
-        most_calls, most_tokens = max(most_calls, calls), max(most_tokens, tokens)
-    return Arrivals(most_calls, most_tokens)
+        if len(inside) > most.calls:
+            most = most._replace(calls=len(inside), calls_ns=event.at_ns)
+        if tokens > most.tokens:
+            most = most._replace(tokens=tokens, tokens_ns=event.at_ns)
+    return most
 
 
 def flows_again_ns(

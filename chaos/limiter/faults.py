@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from chaos.limiter import acts, network
@@ -168,6 +168,9 @@ FAULTS: dict[str, Fault] = {
     "rate": Fault("rates, no fault", acts.nothing, orders=RATES),
     "rate-kill": Fault("rates, kill -9 of a worker", acts.kill, orders=RATES),
     "rate-stop": Fault("rates, a worker stopped", acts.stop, orders=RATES),
+    "rate-block": Fault(
+        "rates, an event loop blocked", acts.block, orders={**RATES, "block_ms": 2500.0}
+    ),
     "rate-restart": Fault("rates, Valkey restarts empty", acts.restart_empty, orders=RATES),
     "rate-pause": Fault("rates, Valkey stands still", acts.pause_valkey, orders=RATES, rounds=3),
     "rate-clock": Fault(
@@ -200,7 +203,8 @@ async def pair(scene: Scene, name: str, number: int) -> int:
     parts = [*_PARTS, acts.step_clock_some_seconds] if scene.clock is not None else list(_PARTS)
     first, second = scene.chance.sample(parts, 2)
     other = scene.chance.choice([one for one in scene.names if one != name])
-    scene.deeds.append(f"{first.__name__}({name}) and {second.__name__}({other})")
+    did = f"{first.__name__}({name}) and {second.__name__}({other})"
+    scene.deeds.append((acts.now(), did))
 
     async def later() -> int:
         await asyncio.sleep(scene.chance.uniform(0.0, scene.lease_s))
@@ -212,11 +216,20 @@ async def pair(scene: Scene, name: str, number: int) -> int:
     return max(end.result() for end in ends)
 
 
-FAULTS["pairs"] = Fault(
+_TWO = Fault(
     "two of them at once, by chance",
     pair,
     "proxies",
     {"block_ms": 2500.0},
     promise="only what stands still",
     own_clock=Clock.missing() == "",
+)
+FAULTS["pairs"] = _TWO
+FAULTS["pairs-hold"] = replace(
+    _TWO,
+    what="the same, hold",
+    orders={"block_ms": 2500.0, "on_expiry": "hold", "hard_ms": 10_000},
+)
+FAULTS["rate-pairs"] = replace(
+    _TWO, what="rates, two of them at once", orders={"block_ms": 2500.0, **RATES}
 )

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 from chaos.limiter.faults import FAULTS, MIXED, Fault
-from chaos.limiter.report import WAKE_S, Outcome, Round, first_of_new_epoch_s, judge
+from chaos.limiter.report import WAKE_S, Outcome, Round, first_of_new_epoch_s, judge, since_start
 from chaos.limiter.scene import BACK_S, Scene, Size, open_scene
 from tests.waiting import wait_until
 
@@ -36,7 +36,8 @@ async def play(
             outcome.problems.append(str(error))
         judge(fault, outcome, scene.truth.log, scene.frozen, size, scene.orders_of("w0"))
         if outcome.problems and scene.deeds:
-            outcome.problems.append("chance chose " + "; ".join(scene.deeds))
+            deeds = [f"{since_start(at, scene.truth.log)}: {did}" for at, did in scene.deeds]
+            outcome.problems += deeds
     return outcome
 
 

@@ -72,12 +72,16 @@ def judge(
         counted = in_flight(events, limit, without=excused if fault.promise != "0 over" else ())
         peak, at_ns = counted.peak_at_once()
         if peak > bound:
-            when = f"{(at_ns - events[0].at_ns) / NS:.2f} s after the start"
+            when = since_start(at_ns, events)
             over_s = f"{counted.above_s(bound):.3f} s in all"
             outcome.problems.append(f"{limit}: {peak} of {bound} at once {when}, {over_s}")
     _judge_rates(outcome, events, orders)
     _judge_order(fault, outcome, events, orders)
     _judge_times(fault, outcome, size)
+
+
+def since_start(at_ns: int, events: Sequence[Event]) -> str:
+    return f"{(at_ns - events[0].at_ns) / NS:.2f} s after the start"
 
 
 def _judge_rates(outcome: Outcome, events: Sequence[Event], orders: Orders) -> None:
@@ -88,10 +92,13 @@ def _judge_rates(outcome: Outcome, events: Sequence[Event], orders: Orders) -> N
         most = window_maximum(events, limit, window_ms * 1_000_000)
         if limit == RATE:
             outcome.used = _flow(events, bound, window_ms)
-        seen = most.tokens if unit == "tokens" else most.calls
+        seen, at_ns = most.calls, most.calls_ns
+        if unit == "tokens":
+            seen, at_ns = most.tokens, most.tokens_ns
         outcome.notes.append(f"{limit} {seen}/{bound}")
         if seen > bound:
-            outcome.problems.append(f"{limit}: {seen} of {bound} {unit} within {window_ms} ms")
+            when = f"up to {since_start(at_ns, events)}"
+            outcome.problems.append(f"{limit}: {seen} of {bound} {unit} in {window_ms} ms {when}")
 
 
 def _flow(events: Sequence[Event], bound: int, window_ms: int) -> float:

@@ -75,7 +75,7 @@ class Scene:
     proxies: dict[str, Proxy] = field(default_factory=dict)
     cables: dict[str, Cable] = field(default_factory=dict)
     frozen: list[Span] = field(default_factory=list)
-    deeds: list[str] = field(default_factory=list)  # what chance chose
+    deeds: list[tuple[int, str]] = field(default_factory=list)  # what chance chose, and when
     pool: str = field(default_factory=lambda: f"chaos-{uuid4().hex[:8]}")
 
     @property

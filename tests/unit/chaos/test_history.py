@@ -144,13 +144,13 @@ def test_tokens_are_counted_apart_from_calls() -> None:
             log("0 begin w0.1 a; 1 begin w0.2 a; 12 begin w0.3 a"), (10, 10, 500), strict=True
         )
     ]
-    assert window_maximum(events, LIMIT, 10 * NS) == (2, 500)
-    assert window_maximum(events, LIMIT, 13 * NS) == (3, 520)
+    assert window_maximum(events, LIMIT, 10 * NS) == (2, 500, 1 * NS, 12 * NS)
+    assert window_maximum(events, LIMIT, 13 * NS) == (3, 520, 12 * NS, 12 * NS)
 
 
 def test_calls_of_another_limit_and_ends_do_not_arrive() -> None:
     events = calls((0, 1), (0.5, 2))
-    assert window_maximum(events, "kind:other", 60 * NS) == (0, 0)
+    assert window_maximum(events, "kind:other", 60 * NS) == (0, 0, 0, 0)
     assert window_maximum(events, LIMIT, 60 * NS).calls == 2
 
 

@@ -101,7 +101,7 @@ def test_a_rate_is_judged_by_its_sliding_windows() -> None:
     assert kept.used == pytest.approx(4 / 6)
     many = [*GOOD, *arrivals(0.0, 1.0, 1.4)]
     over = judged(fault, many, orders=WITH_RATE, recovery_s=0.0)
-    assert over.problems == ["rpm:x: 3 of 2 requests within 1500 ms"]
+    assert over.problems == ["rpm:x: 3 of 2 requests in 1500 ms up to 1.40 s after the start"]
 
 
 def test_a_tenant_that_gets_too_little_breaks_it() -> None:
