@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from chaos.history import from_emulator, in_flight
 from tests import scenarios
-from tests.fleet import Fleet
+from tests.fleet import LIMITS, Fleet
 from tests.load import Load
 
 Fault = Callable[[Fleet], Awaitable[None]]
@@ -25,6 +26,11 @@ def say(line: str) -> None:
 async def test_200_submits_and_20_streams_at_once(tmp_path: Path) -> None:
     async with Fleet(tmp_path) as fleet:
         await scenarios.mixed_load(fleet, submits=200, streams=20)
+        # The emulator's log, judged call by call, says what its counters say.
+        events, truth = from_emulator(await fleet.control.calls()), await fleet.truth()
+        for kind, limit in LIMITS.items():
+            peak = in_flight(events, f"kind:{kind}").peak()
+            assert peak == truth[kind].max_in_flight == limit
 
 
 async def test_kill_9_of_a_worker_and_an_api(tmp_path: Path) -> None:

@@ -71,6 +71,14 @@ async def restart_empty(scene: Scene, name: str, number: int) -> int:
     return now()
 
 
+async def take_away(scene: Scene, name: str, number: int) -> int:
+    """Valkey is not there for longer than the lease, and comes back empty."""
+    await asyncio.to_thread(scene.server.kill)
+    await asyncio.sleep(LONG * scene.lease_s)
+    await asyncio.to_thread(scene.server.start)
+    return now()
+
+
 async def restart_stale(scene: Scene, name: str, number: int) -> int:
     """Valkey comes back with what its append-only file held some leases ago."""
     await asyncio.to_thread(scene.server.copy_append_only)

@@ -136,6 +136,10 @@ FAULTS: dict[str, Fault] = {
         grants=WITHIN_A_LEASE,
         append_only=True,
     ),
+    "away": Fault("Valkey away for 2.5 leases, closed", acts.take_away),
+    "away-local": Fault(
+        "the same, local share", acts.take_away, orders={"when_away": "local", "on_lost": "cancel"}
+    ),
     "pause-valkey": Fault("Valkey stands still", acts.pause_valkey, rounds=3),
     "promote": Fault(
         "the primary dies, its replica is promoted", acts.promote, "replica", grants=WITHIN_A_LEASE
