@@ -30,7 +30,8 @@ SESSION_KEEP = "2 h after its session's last sync; gone with the session"
 SHAPES = (
     KeyShape("meta", "hash",
              "run epoch began recover_until clock seq revision lease_ms hold bands queue_max "
-             "hand_off reap_ms policy parked timed_at starving; per limit d: definition, u: used, "
+             "hand_off reap_ms policy parked timed_at starving reap_at sessions roster fresh "
+             "empty vouched; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, p: pause, a: adapted, x: shadowed, "
              "e: how long calls take, b: spent as asserted in this epoch",
              "none: the record of the pool, with its policy", False),
@@ -45,6 +46,11 @@ SHAPES = (
     KeyShape("timed", "zset", "limit by the ms at which it has room again", POOL_KEEP, True),
     KeyShape("starving", "zset", "session|flow that was sent to and fro, by sequence",
              POOL_KEEP, True),
+    KeyShape("seen", "zset", "session by the version of the roster that it knows", POOL_KEEP, True),
+    KeyShape("fresh", "zset", "session that not all others know yet by its probation's end in ms",
+             POOL_KEEP, True),
+    KeyShape("expected", "zset", "session that is to come back after an empty restart", POOL_KEEP,
+             True),
     KeyShape("park:", "zset", "per limit|band: waiting tenant by start tag", SESSION_KEEP, True),
     KeyShape("line:", "zset", "per limit|band|tenant: session|flow by its first ticket's stamp",
              SESSION_KEEP, True),

@@ -14,6 +14,9 @@ from zoneinfo import ZoneInfo
 from tidegate.limiter.limits import PoolPolicy, Quota
 from tidegate.limiter.wire import Whole
 
+# A new session is let in after half a lease at the latest, whether all others know of it or not.
+VOUCH_SHARE = 0.4
+
 
 def next_midnight_ms(zone: str, now_ms: float) -> int:
     """The next midnight in a time zone, in ms since 1970."""
@@ -32,17 +35,39 @@ class Remembered:
         self._spent: dict[str, int] = {}
         # limit -> end, ramp_ms, said
         self.pauses: dict[str, tuple[float, int, str]] = {}
+        # The sessions that are there, and the version of that list; when it was confirmed.
+        self.roster_version = 0
+        self._roster: set[str] = set()
+        self._confirmed_ms = float("-inf")
         # By how much the server's clock is ahead of the lease's.
         self._ahead_ms: float | None = None
 
-    def learn(self, whole: Whole, at_ms: float) -> None:
-        """The server told everything."""
+    def learn(self, whole: Whole, at_ms: float, *, recovering: bool) -> bool:
+        """The server told everything. True if it has not heard yet which sessions we know now."""
         self._ahead_ms = whole.now_ms - at_ms
         self._lapsing = [(member, at_ms + left_ms) for member, left_ms in whole.lapsing]
         self._spent = dict(whole.spent)
         self.pauses = {
             name: (at_ms + left_ms, ramp_ms, said) for name, left_ms, ramp_ms, said in whole.pauses
         }
+        version, sids = whole.roster
+        news = version != self.roster_version
+        if sids is not None:
+            # While it recovers, those who were there before are still to come.
+            self._roster = self._roster | set(sids) if recovering else set(sids)
+        self.roster_version = version
+        self._confirmed_ms = at_ms
+        return news
+
+    def forget_version(self) -> None:
+        """Another epoch: its versions are others."""
+        self.roster_version = 0
+
+    def roster(self, at_ms: float, lease_ms: int) -> list[str]:
+        """The sessions that were there; nobody if what we know may be too old to vouch for."""
+        if at_ms - self._confirmed_ms > lease_ms * VOUCH_SHARE:
+            return []
+        return sorted(self._roster)
 
     def lapsing(self, at_ms: float) -> list[tuple[str, int]]:
         """(member, left_ms) of the permits held over."""

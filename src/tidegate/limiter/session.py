@@ -95,12 +95,12 @@ class Session:
     def take_push(self, push: Push) -> None:
         """Grants that others' releases made for us. A hint only: what is lost comes by `full`."""
         identity = self.lease.identity
-        self.traffic.pushes += 1
+        self.traffic.pushes += len(push.grants) > 0
         if self._must_join or (push.epoch, push.gen) != (identity.epoch, identity.gen):
             return
         if self.check_lapse():
             return
-        if push.sent - len(push.grants) > self._sent_seen:
+        if not push.grants or push.sent - len(push.grants) > self._sent_seen:
             self.refresh()
         self._sent_seen = max(self._sent_seen, push.sent)
         at = self.lease.now_ms()
@@ -235,6 +235,7 @@ class Session:
             revision=self.policy.revision,
             batch=self._batch,
             ack=self._sent_seen,
+            roster=self.remembered.roster_version,
             full=full,
             leave=self._leaving,
             resets=self.remembered.resets(self.policy, at) if full else {},
@@ -253,6 +254,7 @@ class Session:
             self.remembered.lapsing(at),
             self.remembered.spent(self._ledger.spent_since),
             self.remembered.paused(at),
+            self.remembered.roster(at, self.lease.lease_ms),
         )
 
     # -- what an answer means
@@ -297,7 +299,9 @@ class Session:
         self._adopt(whole)
         self._ledger.reconcile(whole.held, reply.epoch, at)
         self._ledger.spent_since.clear()
-        self.remembered.learn(whole, at)
+        if self.remembered.learn(whole, at, recovering=reply.recovering_ms > 0):
+            self._full = True  # the others wait to hear that we know
+            self._wake()
         if whole.conflict:
             message = "limiter: another policy with revision %d is in force"
             logger.warning(message, reply.revision)
@@ -312,6 +316,7 @@ class Session:
         self._wake()
         self.traffic.joins += 1
         if reply.epoch != old.epoch:
+            self.remembered.forget_version()
             self._observer.recovered(reply.epoch)
 
     def _rejected(self, reply: SyncReply) -> None:

@@ -73,7 +73,8 @@ class Join:
     policy: the newest policy it knows, and who made it. name: the process, for people. held:
     (ticket, flow, seq, hard_ms, cost_ms) of every call that it holds open. lapsing: (member,
     left_ms) of permits held over for dead sessions, as last seen. spent: (limit, spent as last
-    seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said).
+    seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said). roster: the sessions
+    that were there, if we can vouch for that.
     """
 
     policy: PoolPolicy
@@ -83,6 +84,7 @@ class Join:
     lapsing: list[tuple[str, int]]
     spent: list[tuple[str, int, int]] = field(default_factory=list)
     pauses: list[tuple[str, int, int, str]] = field(default_factory=list)
+    roster: list[str] = field(default_factory=list)
 
     def as_fields(self) -> dict[str, Any]:
         policy = {
@@ -105,6 +107,7 @@ class Join:
             "lapsing": self.lapsing,
             "spent": self.spent,
             "pauses": self.pauses,
+            "roster": self.roster,
         }
 
 
@@ -140,6 +143,7 @@ class SyncRequest:
     revision: int
     batch: int
     ack: int = 0
+    roster: int = 0
     full: bool = False
     leave: bool = False
     flows: list[str] = field(default_factory=list)
@@ -165,7 +169,8 @@ _SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 class Whole(NamedTuple):
     """What a `full` request gets on top. `spent` holds (limit, spent), `pauses` (limit, left_ms,
-    ramp_ms, said); `policy` is None where ours is in force."""
+    ramp_ms, said); `policy` is None where ours is in force; `roster` is the version of the list of
+    sessions, and the list where we do not have it."""
 
     now_ms: int
     held: list[tuple[int, int]]
@@ -175,6 +180,7 @@ class Whole(NamedTuple):
     spent: list[tuple[str, int]]
     pauses: list[tuple[str, int, int, str]]
     policy: bytes | None
+    roster: tuple[int, list[str] | None]
 
 
 class Hint(NamedTuple):
@@ -232,7 +238,7 @@ def _listed(value: Any) -> Any:
 
 
 def _whole(values: Any) -> Whole:
-    now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, *_ = values
+    now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster, *_ = values
     return Whole(
         now_ms,
         _listed(held),
@@ -242,7 +248,12 @@ def _whole(values: Any) -> Whole:
         [(name.decode(), amount) for name, amount in _listed(spent)],
         [(name.decode(), left, ramp, said.decode()) for name, left, ramp, said in _listed(pauses)],
         policy or None,
+        _roster(*roster),
     )
+
+
+def _roster(version: int, sids: Any) -> tuple[int, list[str] | None]:
+    return version, None if sids is False else [sid.decode() for sid in _listed(sids)]
 
 
 class RenewReply(NamedTuple):

@@ -14,7 +14,10 @@ from chaos.limiter.truth import Truth
 from tests.integration.limiter.makers import Maker
 from tidegate.limiter.keys import Keyspace
 
-LIVES_ON = {"meta", "layout", "history", "past:", "log:", "rate:", "quota:", "timed"}
+LIVES_ON = {
+    *("meta", "layout", "history", "timed", "expected"),
+    *("past:", "log:", "rate:", "quota:"),
+}
 
 
 @pytest.fixture

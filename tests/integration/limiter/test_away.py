@@ -121,36 +121,76 @@ async def test_with_cancel_the_bodies_end_before_the_lease_is_over(
     await until_used(limiter, 0)
 
 
-async def test_after_an_empty_restart_what_runs_is_counted_and_nobody_new_comes_in_for_a_lease(
-    maker: Maker, own_valkey: ValkeyServer
-) -> None:
-    limiters = [await maker(own_valkey.url, 2, hand_off=False) for _ in range(2)]
+async def restarted_empty(
+    maker: Maker, valkey: ValkeyServer, *, one_is_missing: bool
+) -> tuple[list[Limiter], list[Body], list[Body]]:
+    """Two limiters with a running call and a waiter each, at a server that has just forgotten all."""
+    limiters = [await maker(valkey.url, 2, lease_ms=3000, hand_off=False) for _ in range(2)]
+    if one_is_missing:
+        missing = await maker(valkey.url, 2, lease_ms=3000, hand_off=False)
     running = [await Body(limiter).until_admitted() for limiter in limiters]
     waiters = [Body(limiter) for limiter in limiters]
-    own_valkey.kill()
-    own_valkey.start()
-    for limiter in limiters:
-        await until_state(limiter, "recovering")
-    recovering_ms = (await limiters[0].snapshot()).recovering_ms
-    assert recovering_ms > 0
-    for limiter in limiters:
-        await until_state(limiter, "up")
-    assert await used(limiters[0]) == 2
-    assert not any(waiter.admitted.is_set() for waiter in waiters)
+    everybody = 3 if one_is_missing else 2
+    await wait_until(
+        lambda: all(len(x._session.remembered._roster) == everybody for x in limiters),
+        what="a complete roster",
+    )
+    if one_is_missing:
+        await missing._stop()  # as if it was killed
+    epoch = (await limiters[0].snapshot()).epoch
+    valkey.kill()
+    valkey.start()
+
+    async def back() -> bool:
+        joined = [limiter._session.lease.identity.epoch for limiter in limiters]
+        return all(each > epoch for each in joined)
+
+    await wait_until(back, 10.0, "both in the new epoch")
+    return limiters, running, waiters
+
+
+async def end_all(running: list[Body], waiters: list[Body]) -> None:
     for body in running:
         await body.end()
     for waiter in waiters:
         await (await waiter.until_admitted()).end()
+
+
+async def test_after_an_empty_restart_it_goes_on_when_all_are_back_who_were_there(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiters, running, waiters = await restarted_empty(maker, own_valkey, one_is_missing=False)
+    for limiter in limiters:
+        await until_state(limiter, "up")
+    assert (await limiters[0].snapshot()).recovering_ms == 0
+    assert await used(limiters[0]) == 2
+    assert not any(waiter.admitted.is_set() for waiter in waiters)
+    await end_all(running, waiters)
     assert all(limiter._ledger.counts.fenced == 0 for limiter in limiters)
     fences = [body.fence for body in running + waiters if body.fence]
     assert max(fences[:2]) < min(fences[2:])
 
 
+async def test_after_an_empty_restart_nobody_comes_in_for_a_lease_while_one_is_missing(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    limiters, running, waiters = await restarted_empty(maker, own_valkey, one_is_missing=True)
+    assert (await limiters[0].snapshot()).recovering_ms > 0
+    assert await used(limiters[0]) == 2
+    for body in running:
+        await body.end()
+    for limiter in limiters:
+        await until_state(limiter, "up")
+    assert sum(limiter._ledger.counts.recycled for limiter in limiters) == 2
+    await end_all([], waiters)
+
+
 async def test_flushall_is_a_loss_like_any_other(maker: Maker, own_valkey: ValkeyServer) -> None:
     limiter = await maker(own_valkey.url, 2)
     body = await Body(limiter).until_admitted()
+    epoch = (await limiter.snapshot()).epoch
     await command(own_valkey.url, "FLUSHALL")
-    await until_state(limiter, "recovering")
+    await wait_until(lambda: limiter._session.lease.identity.epoch > epoch, what="a new epoch")
     await until_state(limiter, "up")
     assert await used(limiter) == 1
     await body.end()

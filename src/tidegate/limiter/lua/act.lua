@@ -4,7 +4,7 @@
 -- request: verb limit for_ms ramp_ms said sid run
 -- returns: done
 -- units: ms
--- uses: keys clock pool limits places held session recover say
+-- uses: keys clock pool limits places held session recover roster say
 -- later: giving room parking pump rates
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0

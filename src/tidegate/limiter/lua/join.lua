@@ -137,7 +137,7 @@ function T.join()
   end
   call('SET', KEYS[2], '2')
   if q.batch <= own.batch then return 'stale' end
-  local charges = T.charges_of(q.sid)
+  local charges, since = T.charges_of(q.sid), call('HGET', T.session_key(q.sid), 'since')
   T.reap(q.sid, false, true)
   own.held, own.written, own.dirty = {}, {}, nil
   if call('ZCARD', T.sessions_key) == 0 then T.recount() end
@@ -152,13 +152,15 @@ function T.join()
   me.gen, me.sent = T.next_seq(), 0
   call('ZADD', T.sessions_key, T.int(pool.now + pool.lease_ms), q.sid)
   call('HSET', T.session_key(q.sid), 'gen', T.int(me.gen), 'batch', T.int(q.batch),
-    'sent', '0', 'acked', '0', 'name', q.join.name)
+    'sent', '0', 'acked', '0', 'name', q.join.name, 'since', since or '0')
+  T.enter_roster(since)
   for _, entry in ipairs(q.join.held) do T.assert_held(entry, charges) end
   T.free_unclaimed()
   if lost then
     for _, entry in ipairs(q.join.lapsing) do T.assert_lapsing(entry) end
     for _, entry in ipairs(q.join.spent) do T.assert_spent(entry) end
     for _, entry in ipairs(q.join.pauses) do T.assert_pause(entry) end
+    T.vouch()
   end
   return 'ok'
 end
@@ -174,6 +176,8 @@ function T.keep_keys()
   call('PEXPIRE', T.sessions_key, T.POOL_KEEP_MS)
   call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
   call('PEXPIRE', T.starving_key, T.POOL_KEEP_MS)
+  call('PEXPIRE', T.seen_key, T.POOL_KEEP_MS)
+  call('PEXPIRE', T.fresh_key, T.POOL_KEEP_MS)
   call('PEXPIRE', T.session_key(q.sid), T.SESSION_KEEP_MS)
   call('PEXPIRE', T.owed_key(q.sid), T.SESSION_KEEP_MS)
   for _, queue in ipairs(T.places_of(q.sid)) do

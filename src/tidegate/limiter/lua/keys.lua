@@ -8,7 +8,7 @@
 local call = redis.call
 local none = {}
 local q = setmetatable(cmsgpack.unpack(ARGV[1]), { __index = {
-  gen = 0, epoch = 0, uptime_ms = 0, revision = 0, ack = 0, flows = none, wants = none,
+  gen = 0, epoch = 0, uptime_ms = 0, revision = 0, ack = 0, roster = 0, flows = none, wants = none,
   transfers = none, releases = none, cancels = none, enqueues = none, settles = none,
   resets = none,
 } })

@@ -8,7 +8,7 @@ T.changed, T.tenants, T.limits, T.found, T.names = {}, {}, {}, {}, {}
 
 local POOL_FIELDS = { 'run', 'epoch', 'recover_until', 'clock', 'seq', 'lease_ms', 'revision',
   'hold', 'began', 'parked', 'timed_at', 'starving', 'bands', 'queue_max', 'hand_off', 'reap_ms',
-  'reap_at', 'sessions' }
+  'reap_at', 'sessions', 'roster', 'fresh' }
 
 -- The limits of a lane, which are one string.
 function T.names_in(lane)
@@ -64,6 +64,7 @@ function T.load_pool()
   pool.reap_ms = tonumber(f[16] or 0)
   pool.reap_at = tonumber(f[17] or 0)
   pool.sessions = tonumber(f[18] or 0)
+  pool.roster, pool.fresh = tonumber(f[19] or 0), tonumber(f[20] or 0)
   pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 

@@ -25,9 +25,10 @@ function T.peer_of(sid)
 end
 
 function T.deliverable(sid)
-  if sid == own.sid then return true end
+  local fresh = T.is_fresh(sid)
+  if sid == own.sid and not fresh then return true end
   local peer = T.peer_of(sid)
-  if peer.reachable and peer.sent - peer.acked < T.ACK_WINDOW then return true end
+  if not fresh and peer.reachable and peer.sent - peer.acked < T.ACK_WINDOW then return true end
   if peer.alive and not peer.blocked then
     peer.blocked = true
     call('HSET', T.session_key(sid), 'blocked', '1')

@@ -49,8 +49,10 @@ function T.reap(sid, hold, comes_back)
     call('UNLINK', T.queue_key(queue))
   end
   call('UNLINK', T.session_key(sid))
-  if not comes_back then call('UNLINK', T.owed_key(sid)) end
   call('ZREM', T.sessions_key, sid)
+  if comes_back then return end
+  call('UNLINK', T.owed_key(sid))
+  T.leave_roster(sid)
 end
 
 function T.lapsing_lane(member) return string.match(member, '^[^|]*|[^|]*|(.*)$') end
@@ -99,6 +101,11 @@ function T.begin_epoch()
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
     if string.match(field, '^b:') then call('HDEL', T.meta_key, field) end
   end
+  call('UNLINK', T.prefix .. 'seen', T.prefix .. 'fresh', T.prefix .. 'expected')
+  pool.fresh = 0
+  T.put('fresh', '0')
+  T.put('empty', pool.epoch == 0 and '1')
+  T.put('vouched', false)
   local quiet_ms = math.max(pool.lease_ms, q.lease_ms)
   -- Nobody knows of this pool: those who might have seen it on an earlier run of the server
   -- have had since its start to come back.

@@ -3,7 +3,17 @@
 -- args: transfers releases settles cancels enqueues full
 -- returns: say_all(), settle_down(), granted, stamps, refused, more
 -- units: ms
-T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry = {}, {}, {}, 0, {}, false
+T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
+  {}, {}, {}, 0, {}, false, {}
+
+-- A new session is not let in before all others know of it; see roster.
+function T.is_fresh(sid)
+  if pool.fresh == 0 or not sid then return false end
+  if T.fresh_ones[sid] == nil then
+    T.fresh_ones[sid] = call('ZSCORE', T.prefix .. 'fresh', sid) ~= false
+  end
+  return T.fresh_ones[sid]
+end
 
 -- A ticket that finds room and nobody before it goes straight in; the others queue up. entry:
 -- flow, member (ticket|hard_ms|cost_ms|amounts). A repeated batch (`full`) may name tickets that
@@ -19,7 +29,7 @@ function T.ask(entries)
       T.stamps[i] = tonumber(here)
     elseif not (q.full and own.held[ticket]) then
       local limit
-      if not queue.at and pool.now >= pool.recover_until then
+      if not queue.at and pool.now >= pool.recover_until and not T.is_fresh(own.sid) then
         limit = T.blocker_of_new(queue, T.amounts_in(text))
       else
         limit = T.limit_of(T.names_in(queue.lane)[1])

@@ -1,11 +1,11 @@
 -- does: all that a process has to say to its pool: joins, leaves, recovers, reaps and compares too
 -- keys: meta layout
 -- args: request
--- request: sid gen epoch run uptime_ms lease_ms revision batch ack full leave flows wants resets join transfers releases settles cancels enqueues
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
--- whole: now_ms held lapsing next_event_ms conflict spent pauses policy
+-- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
--- uses: keys clock pool limits places held recover session join say hints reply whole
+-- uses: keys clock pool limits places held recover roster session join say hints reply whole
 -- later: giving room parking pump rates
 T.load_pool()
 T.recover()
@@ -16,6 +16,7 @@ local status = q.join and T.join() or nil
 if not q.join then status = T.check_session() end
 if status == 'ok' then
   own.sid = q.sid
+  T.acknowledge()
   call('ZADD', T.sessions_key, 'XX', T.int(pool.now + pool.lease_ms), q.sid)
   if own.blocked and not q.join then T.unblock() end
   T.say_all()

@@ -49,10 +49,19 @@ function T.spent_and_paused()
   return spent, pauses
 end
 
+-- Who is there, for a session that does not know it yet; beyond so many nobody vouches for anybody.
+T.MOST_ON_ROSTER = 256
+function T.roster()
+  if pool.sessions > T.MOST_ON_ROSTER then return { 0, {} } end
+  if q.roster == pool.roster then return { pool.roster, false } end
+  return { pool.roster, call('ZRANGE', T.sessions_key, 0, -1) }
+end
+
 function T.whole()
   local spent, pauses = T.spent_and_paused()
   return {
     pool.now, T.all_held(), pool.hold and T.all_lapsing() or {}, T.next_event_ms(), T.conflict, spent, pauses,
     (q.revision ~= pool.revision or T.conflict == 1) and call('HGET', T.meta_key, 'policy') or false,
+    T.roster(),
   }
 end

@@ -1,0 +1,91 @@
+-- does: sees to it that every session knows of every other that may hold anything
+-- keys: meta sessions session seen fresh expected
+-- args: sid roster join
+-- returns: enter_roster(), acknowledge(), leave_roster(), vouch(), call_up()
+-- units: ms
+-- After an empty restart the quiet lease may end as soon as all have come back who may hold a permit.
+-- Only those who were there can name them. So a new session is let in once all others have said that
+-- they know of it, or when who has not said so for half a lease may not vouch for anybody.
+T.seen_key = T.prefix .. 'seen'
+T.fresh_key = T.prefix .. 'fresh'
+T.expected_key = T.prefix .. 'expected'
+T.MOST_TO_ANNOUNCE = 64
+
+-- A message without grants: compare everything.
+function T.call_up(sid)
+  local peer = T.peer_of(sid)
+  if peer.reachable then
+    call('SPUBLISH', T.channel(sid), cmsgpack.pack({ pool.epoch, peer.gen, peer.sent, {} }))
+  end
+end
+
+function T.call_up_others()
+  for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
+    if sid ~= q.sid then T.call_up(sid) end
+  end
+end
+
+function T.change_roster()
+  pool.roster = pool.roster + 1
+  T.put('roster', T.int(pool.roster))
+end
+
+function T.count_fresh()
+  pool.fresh = call('ZCARD', T.fresh_key)
+  T.put('fresh', T.int(pool.fresh))
+end
+
+-- One that was there joins again only to say something new.
+function T.enter_roster(was_there)
+  if was_there then return end
+  T.change_roster()
+  call('ZADD', T.seen_key, T.int(pool.roster), q.sid)
+  call('HSET', T.session_key(q.sid), 'since', T.int(pool.roster))
+  local sessions = call('ZCARD', T.sessions_key)
+  if sessions > 1 then
+    call('ZADD', T.fresh_key, T.int(pool.now + math.floor(pool.lease_ms / 2)), q.sid)
+    if pool.now >= pool.recover_until and sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
+  end
+  T.count_fresh()
+end
+
+function T.leave_roster(sid)
+  T.change_roster()
+  call('ZREM', T.seen_key, sid)
+  if call('ZREM', T.fresh_key, sid) == 1 then T.count_fresh() end
+end
+
+-- What a session knows, and who is known to all by that.
+function T.acknowledge()
+  if q.roster > 0 then call('ZADD', T.seen_key, 'XX', 'GT', T.int(q.roster), q.sid) end
+  if pool.fresh == 0 then return end
+  local least = tonumber(call('ZRANGE', T.seen_key, 0, 0, 'WITHSCORES')[2])
+  local fresh = call('ZRANGE', T.fresh_key, 0, -1, 'WITHSCORES')
+  for i = 1, #fresh, 2 do
+    local since = tonumber(call('HGET', T.session_key(fresh[i]), 'since'))
+    if tonumber(fresh[i + 1]) <= pool.now or since <= least then
+      call('ZREM', T.fresh_key, fresh[i])
+      if fresh[i] ~= q.sid then T.call_up(fresh[i]) end
+    end
+  end
+  T.count_fresh()
+end
+
+-- Whoever comes back after an empty restart names those who were there.
+function T.vouch()
+  local f = call('HMGET', T.meta_key, 'empty', 'vouched')
+  if not f[1] or pool.now >= pool.recover_until then return end
+  for _, sid in ipairs(q.join.roster) do
+    if not call('ZSCORE', T.sessions_key, sid) then call('ZADD', T.expected_key, 0, sid) end
+  end
+  call('ZREM', T.expected_key, q.sid)
+  call('PEXPIRE', T.expected_key, T.POOL_KEEP_MS)
+  if #q.join.roster > 0 then T.put('vouched', '1') end
+  if (f[2] or #q.join.roster > 0) and call('EXISTS', T.expected_key) == 0 then
+    pool.began = pool.now - math.max(pool.lease_ms, q.lease_ms)
+    pool.recover_until = pool.now
+    T.put('began', T.int(pool.began))
+    T.put('recover_until', T.int(pool.recover_until))
+    T.call_up_others()
+  end
+end
