@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidegate import __version__
+from tidegate.cli import inside, limits
 from tidegate.embedded.process import ServerFailed
 from tidegate.errors import ConfigError, TidegateError
 
@@ -25,6 +26,9 @@ app = typer.Typer(
 )
 settings = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(settings, name="config")
+app.add_typer(limits.app, name="limits")
+app.add_typer(inside.app, name="permits")
+app.command()(inside.why)
 
 _INTERRUPTED = 130
 

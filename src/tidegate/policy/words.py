@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tidegate.limiter.limits import Concurrency, Limit, Quota, as_limit
 
+_FOR_EVER_MS = 10 * 365 * 86_400_000
 _WINDOWS = {1_000: "a second", 60_000: "a minute", 3_600_000: "an hour"}
 _UNITS = {"input_tokens": "input tokens", "output_tokens": "output tokens"}
 
@@ -39,3 +40,10 @@ def span_in_words(span_ms: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     return f"{hours // 24} days"
+
+
+def pause_in_words(left_ms: float) -> str:
+    """`for 47 s more`, or `until it is resumed` where nobody meant an end."""
+    if left_ms > _FOR_EVER_MS:
+        return "until it is resumed"
+    return f"for {span_in_words(left_ms)} more"

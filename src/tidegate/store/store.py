@@ -38,6 +38,7 @@ from tidegate.store.records import (
     RequestRecord,
     StreamRecord,
 )
+from tidegate.store.running import Running
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
 from tidegate.store.watch import Watch
@@ -73,6 +74,7 @@ class Store:
             connections, self._bell, spill, instance_id=instance_id, when_full=audit_full
         )
         self.policies = Policies(connections)
+        self.running_calls = Running(connections)
         self._submits: GroupWriter[NewJob, None] = GroupWriter(
             self._insert, lambda job: 1_000 + len(job.prompt)
         )

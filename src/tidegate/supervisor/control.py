@@ -14,18 +14,18 @@ from typing import TypeVar
 from uuid import uuid4
 
 from tidegate.config import Config
-from tidegate.limiter import Limiter
-from tidegate.policy import PolicyKeeper, deployed
+from tidegate.policy import deployed
+from tidegate.policy.control import Control
 from tidegate.supervisor.ground import prepared
 
 T = TypeVar("T")
-Work = Callable[[Limiter, PolicyKeeper], Awaitable[T]]
+Work = Callable[[Control], Awaitable[T]]
 
 _ANSWER_WITHIN_MS = 2_000
 
 
 def in_pool(config: Config, work: Work[T]) -> T:
-    """Run `work` with the limiter and the keeper of the deployment that `config` describes.
+    """Run `work` with the pool of the deployment that `config` describes.
 
     Raises ConfigError, LimiterUnavailable where Valkey does not answer, and what `work` raises.
     """
@@ -37,6 +37,7 @@ def in_pool(config: Config, work: Work[T]) -> T:
             from tidegate.app import open_pool
             from tidegate.store.connection import Connections
             from tidegate.store.policies import Policies
+            from tidegate.store.running import Running
 
             assert whole.database_url is not None
             connections = Connections(whole.database_url.get_secret_value())
@@ -47,7 +48,7 @@ def in_pool(config: Config, work: Work[T]) -> T:
                     limiter, keeper = pool
                     await limiter.ping(_ANSWER_WITHIN_MS)
                     await limiter.joined()
-                    return await work(limiter, keeper)
+                    return await work(Control(limiter, keeper, Running(connections)))
             finally:
                 await connections.aclose()
 

@@ -21,6 +21,15 @@ PATHS = {
     "/health/live": "get",
     "/health/ready": "get",
     "/health/dependencies": "get",
+    "/admin/limits": "get",
+    "/admin/limits/history": "get",
+    "/admin/limits/{limit_id}": "put",
+    "/admin/limits/{limit_id}/pause": "post",
+    "/admin/limits/{limit_id}/resume": "post",
+    "/admin/permits": "get",
+    "/admin/permits/{process}": "delete",
+    "/admin/why/{what}": "get",
+    "/admin/estimates": "get",
 }
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,

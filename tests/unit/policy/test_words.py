@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tidegate.limiter.limits import Adaptive, Concurrency, Limit, Quota, Rate
-from tidegate.policy.words import in_words, span_in_words
+from tidegate.policy.words import in_words, pause_in_words, span_in_words
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,8 @@ def test_a_limit_in_words(limit: int | Limit, said: str) -> None:
 )
 def test_a_span_in_words(span_ms: float, said: str) -> None:
     assert span_in_words(span_ms) == said
+
+
+def test_a_pause_without_an_end_is_not_told_in_days() -> None:
+    assert pause_in_words(47_000) == "for 47 s more"
+    assert pause_in_words(100 * 365 * 86_400_000) == "until it is resumed"

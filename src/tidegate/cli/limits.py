@@ -1,0 +1,231 @@
+"""`tidegate limits`: what is in force, and changing it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidegate.cli.pool import Json, Reason, in_pool, show_json, show_table, who
+from tidegate.errors import ConfigError, LimiterUnavailable
+
+if TYPE_CHECKING:
+    from tidegate.policy.control import Control, Overview
+    from tidegate.policy.revisions import Revision
+    from tidegate.store.records import PolicyRecord
+
+app = typer.Typer(help="See and change the limits of the running deployment.", no_args_is_help=True)
+
+_IN_FORCE_WITHIN_S = 5.0
+_LOOK_AGAIN_S = 0.02
+_SPAN = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>ms|s|m|h|d)")
+_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+LimitId = Annotated[str, typer.Argument(help="A limit's id, such as kind:text_only.")]
+
+
+@app.command()
+def show(json: Json = False) -> None:
+    """Show all limits with who uses and who waits for them."""
+    overview = in_pool(lambda control: control.overview(without_us=True))
+    if json:
+        show_json(overview)
+        return
+    _show_heading(overview)
+    show_table(
+        "",
+        ("limit", "", "used", "waiting", "remark"),
+        [
+            (one.limit, one.words, str(one.used), str(one.waiting), _remark(one, overview))
+            for one in overview.limits
+        ],
+    )
+    if overview.queues:
+        typer.echo()
+        show_table(
+            "Waiting",
+            ("process", "tenant", "held up by", "tickets", "first (for tidegate why)"),
+            [
+                (
+                    queue.process,
+                    queue.tenant,
+                    queue.held_up_by or "its process, which takes no grants",
+                    str(queue.waiting),
+                    f"{queue.process}/{queue.first_ticket}",
+                )
+                for queue in overview.queues
+            ],
+        )
+
+
+def _show_heading(overview: Overview) -> None:
+    now = overview.in_force
+    line = f"Revision {now.revision}"
+    if now.set_by is not None:
+        line += f", {now.origin}, set by {now.set_by}"
+    if now.since is not None:
+        line += f" at {now.since:%Y-%m-%d %H:%M:%S} UTC"
+    if now.reason:
+        line += f": {now.reason}"
+    typer.echo(line)
+    typer.echo(f"{len(overview.processes)} processes in the pool {overview.pool}")
+    if overview.recovering_ms:
+        typer.echo(f"Nobody is let in for {overview.recovering_ms} ms: Valkey lost its data")
+    typer.echo()
+
+
+def _remark(one: Any, overview: Overview) -> str:
+    from tidegate.policy.words import pause_in_words
+
+    remarks = []
+    if one.paused_ms:
+        by = f" by {one.paused_by}" if one.paused_by else ""
+        remarks.append(f"paused{by}, {pause_in_words(one.paused_ms)}")
+    if one.current != one.bound:
+        remarks.append(f"now {one.current} at once")
+    if one.lapsing:
+        remarks.append(f"{one.lapsing} held for processes that are gone")
+    if one.shadowed:
+        remarks.append(f"would have held up {one.shadowed}")
+    return "; ".join(remarks)
+
+
+@app.command("set")
+def set_(
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="KEY=VALUE: a limit's id, weights.TENANT, pool.OPTION or bands, and a value as "
+            "in tidegate.toml.",
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(help="A key to take away.", metavar="KEY")
+    ] = None,
+    deployed: Annotated[
+        bool,
+        typer.Option("--deployed", help="Put what the file and the environment say in force."),
+    ] = False,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Change limits, for all processes at once and for good."""
+    from tidegate.policy.edits import edit
+
+    wanted = dict(_parsed(change) for change in changes or [])
+    if deployed == bool(wanted or remove):
+        raise ConfigError(
+            "limits set",
+            "(nothing)" if not deployed else "--deployed",
+            "give changes, or --deployed",
+        )
+
+    async def change(control: Control) -> Revision:
+        keeper = control.keeper
+        if deployed:
+            now = await keeper.adopt_wanted(set_by=who(), reason=reason)
+        else:
+            now = await keeper.change(edit(wanted, remove or []), set_by=who(), reason=reason)
+        await _in_force(control, now.number)
+        return now
+
+    now = in_pool(change)
+    if json:
+        show_json({"revision": now.number, "set_by": now.set_by, "policy": now.policy})
+    else:
+        typer.echo(f"revision {now.number} is in force")
+
+
+@app.command()
+def pause(
+    limit: LimitId,
+    for_: Annotated[
+        str | None,
+        typer.Option("--for", help="How long: 30s, 10m, 2h, 1d. Without it until it is resumed."),
+    ] = None,
+    reason: Reason = "",
+) -> None:
+    """Let nobody in under a limit; what runs goes on."""
+    for_ms = None if for_ is None else _span_ms(for_)
+    paused = in_pool(lambda control: control.pause(limit, for_ms, by=who(), reason=reason))
+    if paused:
+        typer.echo(f"{limit} is paused {f'for {for_}' if for_ else 'until it is resumed'}")
+    else:
+        typer.echo(f"{limit} is paused already, and for longer")
+
+
+@app.command()
+def resume(limit: LimitId) -> None:
+    """End a pause."""
+    resumed = in_pool(lambda control: control.resume(limit, by=who()))
+    typer.echo(f"{limit} is resumed" if resumed else f"{limit} was not paused")
+
+
+@app.command()
+def history(
+    most: Annotated[int, typer.Option(min=1, max=1_000, help="How many, the newest first.")] = 20,
+    json: Json = False,
+) -> None:
+    """Show which policies were in force since when, who set them, and why."""
+    records = in_pool(lambda control: control.keeper.history(most))
+    if json:
+        show_json(records)
+        return
+    show_table(
+        "",
+        ("revision", "since (UTC)", "from", "set by", "changes", "reason"),
+        [
+            (
+                str(record.revision),
+                "" if record.created_at is None else f"{record.created_at:%Y-%m-%d %H:%M:%S}",
+                record.origin,
+                record.set_by,
+                _changes(record, records[place + 1] if place + 1 < len(records) else None),
+                record.reason,
+            )
+            for place, record in enumerate(records)
+        ],
+    )
+
+
+def _changes(record: PolicyRecord, before: PolicyRecord | None) -> str:
+    from tidegate.policy.revisions import differences
+
+    if before is None:
+        return ""
+    return "\n".join(differences(before.policy, record.policy)) or "none"
+
+
+async def _in_force(control: Control, revision: int) -> None:
+    """Wait until Valkey has it, so that the command's end does not take it along."""
+    try:
+        async with asyncio.timeout(_IN_FORCE_WITHIN_S):
+            while True:
+                if (await control.limiter.snapshot()).revision >= revision:
+                    return
+                await asyncio.sleep(_LOOK_AGAIN_S)
+    except TimeoutError:
+        message = f"revision {revision} is on record, but Valkey has not taken it yet"
+        raise LimiterUnavailable(message, limit="") from None
+
+
+def _parsed(change: str) -> tuple[str, Any]:
+    """`KEY=VALUE`, the value as TOML; what is no TOML is a text."""
+    import tomllib
+
+    key, is_there, value = change.partition("=")
+    if not is_there or not key.strip():
+        raise ConfigError("limits set", change, "must be KEY=VALUE")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _span_ms(text: str) -> int:
+    found = _SPAN.fullmatch(text.strip())
+    if found is None or float(found["number"]) <= 0:
+        raise ConfigError("--for", text, "must be a number and ms, s, m, h or d, such as 10m")
+    return max(1, round(float(found["number"]) * _UNITS_MS[found["unit"]]))

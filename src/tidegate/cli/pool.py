@@ -1,0 +1,65 @@
+"""What the commands on a running pool share: how they reach it, who does it, how they show it."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from tidegate.policy.control import Control
+
+T = TypeVar("T")
+
+Json = Annotated[bool, typer.Option("--json", help="Show it as JSON.")]
+Reason = Annotated[str, typer.Option(help="Why; it goes on record.")]
+
+
+def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
+    """Run `work` on the pool of the deployment that the settings describe."""
+    from tidegate import telemetry
+    from tidegate.config import load
+    from tidegate.supervisor.control import in_pool as run
+
+    config = load()
+    telemetry.configure_logging(config.log_format, "error", process="command")
+    return run(config, work)
+
+
+def who() -> str:
+    """The person at the terminal, as it goes on record."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        name = "somebody"
+    return f"{name}@{socket.gethostname()}"
+
+
+def show_json(value: object) -> None:
+    import orjson
+
+    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def show_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table on the terminal; numbers to the right. Without a terminal it is plain text."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=None, header_style="bold")
+    for number, column in enumerate(columns):
+        figures = bool(rows) and all(row[number].replace("-", "0").isdecimal() for row in rows)
+        table.add_column(column, justify="right" if figures else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False, width=None if _is_terminal() else 160).print(table)
+
+
+def _is_terminal() -> bool:
+    import sys
+
+    return sys.stdout.isatty()

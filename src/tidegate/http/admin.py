@@ -1,0 +1,204 @@
+"""`/admin`: the limits of the running deployment, seen and changed.
+
+Invariant: every route is behind `admit_admin`; what is changed says who did it and why.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from tidegate.demand import Learned
+from tidegate.errors import ConfigError, InvalidRequest
+from tidegate.http.admin_body import described, read_json
+from tidegate.http.admin_gate import admit_admin
+from tidegate.http.jobs import problem_responses
+from tidegate.http.services import services_of
+from tidegate.policy.control import Control, Overview, ShownPermit
+from tidegate.policy.edits import edit
+from tidegate.policy.why import Reason, why
+from tidegate.store.records import PolicyRecord
+
+_LONGEST_PAUSE_MS = 366 * 86_400_000
+
+router = APIRouter(
+    prefix="/admin",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(400, 401, 403, 408, 413, 415, 503),
+)
+LimitId = Annotated[str, Path(description="A limit's id, such as `kind:text_only` or `rpm:total`")]
+
+
+class Signed(BaseModel):
+    """Who does it, and why; both go on record."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: str = Field(default="admin", min_length=1, max_length=100)
+    reason: str = Field(default="", max_length=500)
+
+
+class NewLimit(Signed):
+    limit: Any = Field(
+        description="A number, or a table as in tidegate.toml", examples=[5, {"bound": 60}]
+    )
+
+
+class Changes(Signed):
+    """Keys are limits' ids, `weights.<tenant>`, `pool.<option>` and `bands`."""
+
+    set: dict[str, Any] = Field(default_factory=dict, examples=[{"kind:text_only": 5}])
+    remove: list[str] = Field(default_factory=list, max_length=10_000)
+
+
+class NewPause(Signed):
+    for_ms: int | None = Field(
+        default=None, ge=1, le=_LONGEST_PAUSE_MS, description="Without it: until it is resumed"
+    )
+
+
+class InForceNow(BaseModel):
+    """The revision that is in force now."""
+
+    revision: int
+    set_by: str
+    reason: str
+    policy: dict[str, Any]
+
+
+class Done(BaseModel):
+    """Whether it changed anything."""
+
+    done: bool
+
+
+class Revoked(BaseModel):
+    sessions: int
+
+
+def control_of(request: Request) -> Control:
+    services = services_of(request)
+    return Control(services.limiter, services.keeper, services.store.running_calls)
+
+
+@router.get("/limits", summary="All limits, who waits for them, and the policy in force")
+async def limits(request: Request) -> Overview:
+    return await control_of(request).overview()
+
+
+@router.patch(
+    "/limits",
+    responses=problem_responses(404),
+    openapi_extra=described(Changes),
+    summary="Change limits, weights, priorities or options of the pool, all at once",
+)
+async def change_limits(request: Request) -> InForceNow:
+    changes = await read_json(request, Changes)
+    return await _changed(request, changes, changes.set, changes.remove)
+
+
+@router.get("/limits/history", summary="What policy was in force since when, and who set it")
+async def history(
+    request: Request, most: Annotated[int, Query(ge=1, le=1_000)] = 50
+) -> list[PolicyRecord]:
+    return await services_of(request).keeper.history(most)
+
+
+@router.put(
+    "/limits/{limit_id:path}",
+    openapi_extra=described(NewLimit),
+    summary="Set one limit; in force everywhere at once",
+)
+async def set_limit(request: Request, limit_id: LimitId) -> InForceNow:
+    new = await read_json(request, NewLimit)
+    return await _changed(request, new, {f"limits.{limit_id}": new.limit}, [])
+
+
+@router.delete(
+    "/limits/{limit_id:path}", responses=problem_responses(404), summary="Take one limit away"
+)
+async def remove_limit(
+    request: Request,
+    limit_id: LimitId,
+    by: Annotated[str, Query(min_length=1, max_length=100)] = "admin",
+    reason: Annotated[str, Query(max_length=500)] = "",
+) -> InForceNow:
+    return await _changed(request, Signed(by=by, reason=reason), {}, [f"limits.{limit_id}"])
+
+
+@router.post(
+    "/limits/{limit_id:path}/pause",
+    responses=problem_responses(404),
+    openapi_extra=described(NewPause),
+    summary="Let nobody in under a limit for a time",
+)
+async def pause(request: Request, limit_id: LimitId) -> Done:
+    """`done` is false where a pause that lasts longer stays."""
+    new = await read_json(request, NewPause)
+    done = await control_of(request).pause(limit_id, new.for_ms, by=new.by, reason=new.reason)
+    return Done(done=done)
+
+
+@router.post(
+    "/limits/{limit_id:path}/resume",
+    responses=problem_responses(404),
+    openapi_extra=described(Signed),
+    summary="End a pause",
+)
+async def resume(request: Request, limit_id: LimitId) -> Done:
+    """`done` is false where there was no pause."""
+    signed = await read_json(request, Signed)
+    return Done(done=await control_of(request).resume(limit_id, by=signed.by))
+
+
+@router.get("/permits", summary="Every permit in use, by process")
+async def permits(request: Request) -> list[ShownPermit]:
+    return await control_of(request).permits()
+
+
+@router.delete(
+    "/permits/{process:path}",
+    responses=problem_responses(404),
+    summary="Take back all that a dead process holds",
+)
+async def revoke(
+    request: Request,
+    process: Annotated[str, Path(description="Its name or its session")],
+    by: Annotated[str, Query(min_length=1, max_length=100)] = "admin",
+) -> Revoked:
+    """Only for a process whose death is certain: one that lives cancels its calls when it finds
+    out, and until then the provider may see more calls than allowed."""
+    return Revoked(sessions=await control_of(request).revoke(process, by=by))
+
+
+@router.get(
+    "/why/{what:path}",
+    responses=problem_responses(404),
+    summary="Why a request or a ticket waits",
+)
+async def why_it_waits(
+    request: Request,
+    what: Annotated[str, Path(description="The id of a request, or process/ticket")],
+) -> Reason:
+    return await why(control_of(request), what)
+
+
+@router.get("/estimates", summary="How good the estimates of LLM tokens of this process are")
+async def estimates(request: Request) -> list[Learned]:
+    return list(services_of(request).pipeline.estimates())
+
+
+async def _changed(
+    request: Request, signed: Signed, set_: dict[str, Any], remove: list[str]
+) -> InForceNow:
+    try:
+        now = await services_of(request).keeper.change(
+            edit(set_, remove), set_by=signed.by, reason=signed.reason
+        )
+    except ConfigError as wrong:
+        said = f"{wrong.variable} {wrong.allowed}"
+        raise InvalidRequest(wrong.variable, said, allowed=wrong.allowed) from None
+    return InForceNow(revision=now.number, set_by=now.set_by, reason=now.reason, policy=now.policy)
