@@ -17,10 +17,12 @@ class Answers:
         self._ledger = ledger
         self._observer = observer
 
-    def take(self, batch: Batch, reply: SyncReply, policy: PoolPolicy, at_ms: float) -> None:
-        """What the server decided about a batch."""
+    def take(
+        self, batch: Batch, reply: SyncReply, policy: PoolPolicy, sent_ms: float, at_ms: float
+    ) -> None:
+        """What the server decided about a batch that was sent at `sent_ms`."""
         for ticket, seq in reply.grants:
-            self._ledger.grant(ticket, reply.epoch, seq, at_ms)
+            self._ledger.grant(ticket, reply.epoch, seq, at_ms, sent_ms)
         for ticket in reply.refused:
             self._refuse_full(ticket, policy, at_ms)
         for waiter in batch.enqueues:

@@ -43,6 +43,10 @@ class Desk:
         self._bands: dict[str, int] = {}
         self._usual_band = 1
 
+    def is_late(self, holding: Holding) -> bool:
+        """True for a call that would arrive too late after its admission for its rates."""
+        return now_ms() - holding.admitted_ms > holding.flow.slack_ms
+
     def check_lapse(self) -> None:
         """Act on a lease that has lapsed."""
         self._session.check_lapse()

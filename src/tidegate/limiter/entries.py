@@ -34,7 +34,8 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """A permit in use. `on_fence` cancels the body that uses it."""
+    """A permit in use. `admitted_ms` is when the server let it in, at the earliest; `on_fence`
+    cancels the body that uses it."""
 
     ticket: int
     flow: Flow
@@ -42,6 +43,7 @@ class Holding:
     seq: int
     cost_ms: int
     held_from_ms: float
+    admitted_ms: float
     hard_until_ms: float
     waited_ms: float
     fenced: bool = False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tidegate.errors import DemandImpossible
-from tidegate.limiter.limits import Concurrency, Limit, PoolPolicy, Unit
+from tidegate.limiter.limits import Concurrency, Limit, PoolPolicy, Rate, Unit
 from tidegate.limiter.wire import Hint, flow_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def amount_of(unit: Unit, tokens: Tokens | None, images: int | None) -> int | No
 
 class Flow:
     """See the module. `cost_ms` is how long its calls last, as far as is known; `hint` is set while
-    the server lets us pass permits on in it."""
+    the server lets us pass permits on in it. `slack_ms` is how much later than admitted its calls
+    may be sent."""
 
     __slots__ = (
         "band",
@@ -68,10 +69,11 @@ class Flow:
         "plain",
         "rates",
         "revision",
+        "slack_ms",
         "tenant",
         "waiting",
         "weight",
-    )  # fmt: skip
+    )
 
     def __init__(self, band: int, tenant: str, limits: tuple[str, ...]) -> None:
         self.band = band
@@ -88,6 +90,7 @@ class Flow:
         self.list: tuple[Limit, ...] = ()
         self.rates = False
         self.plain = False
+        self.slack_ms = float("inf")
         self.weight = 1
 
     def __repr__(self) -> str:
@@ -104,6 +107,8 @@ class Flow:
         self.plain = policy.hand_off and not any(
             not isinstance(limit, Concurrency) or limit.adaptive for limit in self.list
         )
+        slacks = [limit.slack for limit in self.list if isinstance(limit, Rate)]
+        self.slack_ms = min(slacks, default=float("inf"))
         self.weight = policy.weights.get(self.tenant, 1)
         self.revision = policy.revision
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 FENCE_SHARE = 0.8
+# More than FENCE_SHARE and the third of a lease from one renewal to the next.
+ALL_LAPSED_SHARE = 1.25
 
 # CLOCK_BOOTTIME goes on while the machine is suspended; elsewhere the platform's best.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -54,9 +56,10 @@ class Lease:
         """True once we must no longer count on our session."""
         return self.silent_ms() > self.lease_ms * FENCE_SHARE
 
-    def over(self) -> bool:
-        """True once the server has surely taken the session back."""
-        return self.silent_ms() > self.lease_ms
+    def all_lapsed(self) -> bool:
+        """True once the lease of every other session that was cut off with us has lapsed too: they
+        may have been confirmed later, by as much as lies between two renewals."""
+        return self.silent_ms() > self.lease_ms * ALL_LAPSED_SHARE
 
     def deadline_s(self) -> float:
         """How long one call to the server may take, so that trouble shows within the lease."""

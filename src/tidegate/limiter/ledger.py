@@ -264,17 +264,27 @@ class Ledger:
                 self._hold(waiter, epoch, 0, now_ms)
                 self.counts.local += 1
 
-    def grant(self, ticket: int, epoch: int, seq: int, now_ms: float) -> None:
-        """The server let a ticket in. One that nobody waits for any more is given back."""
+    def grant(
+        self, ticket: int, epoch: int, seq: int, now_ms: float, admitted_ms: float | None = None
+    ) -> None:
+        """The server let a ticket in, not before `admitted_ms`. One that nobody waits for any more
+        is given back."""
         waiter = self.waiting.get(ticket)
         if waiter is not None:
-            self._hold(waiter, epoch, seq, now_ms)
+            self._hold(waiter, epoch, seq, now_ms, admitted_ms)
         elif ticket not in self.held and ticket not in self.outbox.parting:
             self.counts.strays += 1
             self.outbox.cancel(ticket, None, "")
             self.outbox.urgent = True
 
-    def _hold(self, waiter: Waiter, epoch: int, seq: int, now_ms: float) -> Holding:
+    def _hold(
+        self,
+        waiter: Waiter,
+        epoch: int,
+        seq: int,
+        now_ms: float,
+        admitted_ms: float | None = None,
+    ) -> Holding:
         self._forget(waiter.ticket)
         flow = waiter.flow
         holding = Holding(
@@ -284,6 +294,7 @@ class Ledger:
             seq,
             waiter.cost_ms,
             now_ms,
+            now_ms if admitted_ms is None else admitted_ms,
             now_ms + waiter.hard_ms,
             now_ms - waiter.asked_ms,
         )
@@ -348,4 +359,4 @@ class Ledger:
     def reconcile(self, held: Iterable[tuple[int, int]], epoch: int, now_ms: float) -> None:
         """Compare with all that the server says we hold: pick up grants whose push was lost."""
         for ticket, seq in held:
-            self.grant(ticket, epoch, seq, now_ms)
+            self.grant(ticket, epoch, seq, now_ms, float("-inf"))

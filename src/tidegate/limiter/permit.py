@@ -8,6 +8,8 @@ from a cancellation by anybody else as `asyncio.timeout` does it, by `Task.uncan
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -31,12 +33,15 @@ class Permit:
     """
 
     __slots__ = (
-        "_desk", "_holding", "images", "lost", "outcome", "tokens", "usage_later",
+        "_ask_again", "_desk", "_holding", "images", "lost", "outcome", "tokens", "usage_later",
     )  # fmt: skip
 
-    def __init__(self, holding: Holding, desk: Desk) -> None:
+    def __init__(
+        self, holding: Holding, desk: Desk, ask_again: Callable[[], Awaitable[None]]
+    ) -> None:
         self._holding = holding
         self._desk = desk
+        self._ask_again = ask_again
         self.lost = asyncio.Event()
         self.outcome: str = "success"
         self.tokens: Tokens | None = None
@@ -65,11 +70,15 @@ class Permit:
 
         A process that stood still since it was let in learns here that its lease is over, instead
         of making one more call first: the body is cancelled, and LeaseLost leaves the `async with`.
-        Costs no round trip.
+        Under a rate, one that was let in longer ago than the rate's slack gives that back and asks
+        again, so that its call is not counted in a window that it does not belong to; this raises
+        what `acquire` raises. Otherwise it costs no round trip.
         """
         self._desk.check_lapse()
         if self.lost.is_set():
             await asyncio.sleep(0)  # the cancellation arrives here
+        while self._desk.is_late(self._holding):
+            await self._ask_again()
 
     def settle(
         self,
@@ -125,25 +134,57 @@ class Acquisition:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("acquire needs a task")
-        desk = self._desk
-        waiter, timer = desk.ask(self._demand)
+        holding = await self._wait(self._demand)
+        permit = Permit(holding, self._desk, self._ask_again)
+        self._task, self._cancelling, self._permit = task, task.cancelling(), permit
+        self._hand_over(holding)
+        await self._until_in_time()
+        return permit
+
+    async def _wait(self, demand: Demand) -> Holding:
+        waiter, timer = self._desk.ask(demand)
         self._waiter = waiter
         try:
-            holding = await waiter.future
+            return await waiter.future
         except BaseException:
-            desk.abandon(waiter)
+            self._desk.abandon(waiter)
             raise
         finally:
             self._waiter = None
             if timer is not None:
                 timer.cancel()
-        permit = Permit(holding, desk)
-        self._task, self._cancelling, self._permit = task, task.cancelling(), permit
+
+    def _hand_over(self, holding: Holding) -> None:
         holding.on_fence = self._fence
         if holding.fenced:  # between the grant and our waking up
             self._fence()
-        desk.admitted(holding)
-        return permit
+        self._desk.admitted(holding)
+
+    async def _until_in_time(self) -> None:
+        """Who was let in too long ago, in a process that stood still, asks again."""
+        try:
+            while self._permit is not None and self._desk.is_late(self._permit._holding):
+                await self._ask_again()
+        except BaseException:
+            permit, self._permit = self._permit, None
+            if permit is not None:
+                self._desk.release(permit._holding, "ignored", Tokens(), 0, usage_later=False)
+            raise
+
+    async def _ask_again(self) -> None:
+        """Give the permit back unused, and wait for another one."""
+        assert self._permit is not None
+        old = self._permit._holding
+        self._desk.release(old, "ignored", Tokens(), 0, usage_later=False)
+        waited_ms = old.waited_ms
+        demand = self._demand
+        if demand.deadline_ms is not None:
+            left_ms = max(0, demand.deadline_ms - round(waited_ms))
+            demand = replace(demand, deadline_ms=left_ms)
+        holding = await self._wait(demand)
+        holding.waited_ms += waited_ms
+        self._permit._holding = holding
+        self._hand_over(holding)
 
     def _fence(self) -> None:
         assert self._permit is not None

@@ -39,12 +39,12 @@ class Remembered:
         self.roster_version = 0
         self._roster: set[str] = set()
         self._confirmed_ms = float("-inf")
-        # By how much the server's clock is ahead of the lease's.
+        # By how much the server's clock is ahead of the lease's, at the most.
         self._ahead_ms: float | None = None
 
-    def learn(self, whole: Whole, at_ms: float, *, recovering: bool) -> bool:
-        """The server told everything. True if it has not heard yet which sessions we know now."""
-        self._ahead_ms = whole.now_ms - at_ms
+    def learn(self, whole: Whole, sent_ms: float, at_ms: float, *, recovering: bool) -> bool:
+        """The server told everything, asked at `sent_ms`. True if it has not heard yet which sessions we know now."""
+        self._ahead_ms = whole.now_ms - sent_ms
         self._lapsing = [(member, at_ms + left_ms) for member, left_ms in whole.lapsing]
         self._spent = dict(whole.spent)
         self.pauses = {
@@ -68,6 +68,10 @@ class Remembered:
         if at_ms - self._confirmed_ms > lease_ms * VOUCH_SHARE:
             return []
         return sorted(self._roster)
+
+    def here(self, server_ms: float) -> float:
+        """A moment of the server's by our clock, at the earliest; minus infinity if not known."""
+        return float("-inf") if self._ahead_ms is None else server_ms - self._ahead_ms
 
     def lapsing(self, at_ms: float) -> list[tuple[str, int]]:
         """(member, left_ms) of the permits held over."""

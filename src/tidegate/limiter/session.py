@@ -104,8 +104,9 @@ class Session:
             self.refresh()
         self._sent_seen = max(self._sent_seen, push.sent)
         at = self.lease.now_ms()
+        admitted_ms = self.remembered.here(push.at_ms)
         for ticket, seq in push.grants:
-            self._ledger.grant(ticket, push.epoch, seq, at)
+            self._ledger.grant(ticket, push.epoch, seq, at, admitted_ms)
         if self._sent_seen - self._acked >= ACK_EARLY or self._ledger.outbox.urgent:
             self.kick()
 
@@ -149,7 +150,7 @@ class Session:
 
     def admit_locally(self) -> None:
         """Use our share when Valkey is away for longer than the lease and the policy says so."""
-        if self.policy.when_away == "local" and self._failing and self.lease.over():
+        if self.policy.when_away == "local" and self._failing and self.lease.all_lapsed():
             at = self.lease.now_ms()
             self._local.set(self.policy, self.sessions, self._ledger.held_of)
             self._ledger.admit_locally(
@@ -282,9 +283,9 @@ class Session:
             self._policy_due = False
         self._set_state("recovering" if reply.recovering_ms > 0 else "up")
         at = self.lease.now_ms()
-        self._answers.take(batch, reply, self.policy, at)
+        self._answers.take(batch, reply, self.policy, sent_ms, at)
         if reply.whole is not None:
-            self._compare(reply, reply.whole, at)
+            self._compare(reply, reply.whole, sent_ms, at)
         self._ledger.idle = reply.parked == 0 and reply.timed_ms == 0 and reply.recovering_ms == 0
         self._ledger.take_hints({request.flows[h.flow - 1]: h for h in reply.hints})
         self._arm(reply)
@@ -294,12 +295,12 @@ class Session:
         if reply.more or self._ledger.outbox.urgent:
             self.kick()
 
-    def _compare(self, reply: SyncReply, whole: Whole, at: float) -> None:
+    def _compare(self, reply: SyncReply, whole: Whole, sent_ms: float, at: float) -> None:
         self._sent_seen = max(self._sent_seen, reply.sent)
         self._adopt(whole)
         self._ledger.reconcile(whole.held, reply.epoch, at)
         self._ledger.spent_since.clear()
-        if self.remembered.learn(whole, at, recovering=reply.recovering_ms > 0):
+        if self.remembered.learn(whole, sent_ms, at, recovering=reply.recovering_ms > 0):
             self._full = True  # the others wait to hear that we know
             self._wake()
         if whole.conflict:

@@ -271,16 +271,18 @@ class RenewReply(NamedTuple):
 
 
 class Push(NamedTuple):
-    """A message on a session's channel. `sent` counts the grants pushed to it up to this one."""
+    """A message on a session's channel. `sent` counts the grants pushed to it up to this one;
+    `at_ms` is the server's time."""
 
     epoch: int
     gen: int
     sent: int
     grants: list[tuple[int, int]]
+    at_ms: int
 
     @classmethod
     def unpack(cls, raw: bytes) -> Push:
-        return cls(*msgpack.unpackb(raw)[:4])
+        return cls(*msgpack.unpackb(raw)[:5])
 
 
 class InspectReply(NamedTuple):

@@ -233,3 +233,25 @@ async def test_a_day_quota_waits_for_midnight_in_its_zone(maker: Maker, valkey_u
     view = (await limiter.snapshot()).limits["rpd:x"]
     assert view.used == 2
     assert 0 < view.room_in_ms <= 25 * 3_600_000
+
+
+async def test_a_call_that_would_arrive_too_late_after_its_admission_asks_again(
+    maker: Maker, valkey_url: str
+) -> None:
+    rate = Rate(5, window_ms=60_000, slack_ms=50)
+    limiter = await open_limiter(maker, valkey_url, policy_of({"rpm:x": rate, TOTAL: 5}))
+    async with limiter.acquire("rpm:x", TOTAL) as permit:
+        first, began = permit.fence, now_ms()
+        await permit.confirm()
+        assert permit.fence == first
+        while now_ms() - began < 80:
+            pass  # the event loop stands still
+        await permit.confirm()
+        assert permit.fence > first
+        assert await used(limiter) == {"rpm:x": 2, TOTAL: 1}
+    async with limiter.acquire(TOTAL) as permit:
+        first, began = permit.fence, now_ms()
+        while now_ms() - began < 80:
+            pass
+        await permit.confirm()
+        assert permit.fence == first

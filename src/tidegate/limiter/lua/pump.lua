@@ -253,6 +253,6 @@ function T.publish()
     local peer = T.peers[sid]
     out.held.sent = T.int(peer.sent)
     T.write(T.session_key(sid), out.held)
-    call('SPUBLISH', T.channel(sid), cmsgpack.pack({ pool.epoch, peer.gen, peer.sent, out.grants }))
+    call('SPUBLISH', T.channel(sid), cmsgpack.pack({ pool.epoch, peer.gen, peer.sent, out.grants, pool.now }))
   end
 end

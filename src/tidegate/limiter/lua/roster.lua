@@ -15,7 +15,7 @@ T.MOST_TO_ANNOUNCE = 64
 function T.call_up(sid)
   local peer = T.peer_of(sid)
   if peer.reachable then
-    call('SPUBLISH', T.channel(sid), cmsgpack.pack({ pool.epoch, peer.gen, peer.sent, {} }))
+    call('SPUBLISH', T.channel(sid), cmsgpack.pack({ pool.epoch, peer.gen, peer.sent, {}, pool.now }))
   end
 end
 
