@@ -104,8 +104,8 @@ function T.begin_epoch()
   call('UNLINK', T.prefix .. 'seen', T.prefix .. 'fresh', T.prefix .. 'expected')
   pool.fresh = 0
   T.put('fresh', '0')
-  T.put('empty', pool.epoch == 0 and '1')
-  T.put('vouched', false)
+  -- At once: whoever joins in this very call may vouch.
+  T.write(T.meta_key, { empty = pool.epoch == 0 and '1', vouched = false })
   local quiet_ms = math.max(pool.lease_ms, q.lease_ms)
   -- Nobody knows of this pool: those who might have seen it on an earlier run of the server
   -- have had since its start to come back.
