@@ -43,7 +43,8 @@ class Remembered:
         self._ahead_ms: float | None = None
 
     def learn(self, whole: Whole, sent_ms: float, at_ms: float, *, recovering: bool) -> bool:
-        """The server told everything, asked at `sent_ms`. True if it has not heard yet which sessions we know now."""
+        """The server told everything, asked at `sent_ms`. True if it has not heard yet which
+        sessions we know now."""
         self._ahead_ms = whole.now_ms - sent_ms
         self._lapsing = [(member, at_ms + left_ms) for member, left_ms in whole.lapsing]
         self._spent = dict(whole.spent)

@@ -124,7 +124,7 @@ async def test_with_cancel_the_bodies_end_before_the_lease_is_over(
 async def restarted_empty(
     maker: Maker, valkey: ValkeyServer, *, one_is_missing: bool
 ) -> tuple[list[Limiter], list[Body], list[Body]]:
-    """Two limiters with a running call and a waiter each, at a server that has just forgotten all."""
+    """Two limiters with a running call and a waiter each, at a server that has forgotten all."""
     limiters = [await maker(valkey.url, 2, lease_ms=3000, hand_off=False) for _ in range(2)]
     if one_is_missing:
         missing = await maker(valkey.url, 2, lease_ms=3000, hand_off=False)
