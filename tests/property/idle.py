@@ -11,14 +11,15 @@ from tidegate.limiter.model.state import LimitState, Queue, read_member
 
 
 def free_but_waiting(model: PoolModel) -> list[str]:
-    """Queues of processes that live whose first ticket could go: nothing it needs is full, paused,
-    kept for somebody who starves, or a rate in whose line others stand before it."""
+    """Queues of processes that live and are known to all, whose first ticket could go: nothing it
+    needs is full, paused, kept for somebody who starves, or a rate in whose line others stand
+    before it."""
     if model.quiet() or model.starving():
         return []
     queues = [
         queue
         for sid, session in model.sessions.items()
-        if sid in model.subscribed
+        if sid in model.subscribed and sid not in model.fresh
         for queue in session.queues.values()
     ]
     return [queue.id for queue in queues if all(_free(model, queue, i) for i in _positions(queue))]

@@ -80,7 +80,19 @@ def _read(
         "run": meta.get("run", ""),
         "numbers": {
             name: number(name)
-            for name in ("epoch", "began", "recover_until", "clock", "seq", "parked", "starving")
+            for name in (
+                "epoch",
+                "began",
+                "recover_until",
+                "clock",
+                "seq",
+                "parked",
+                "starving",
+                "roster",
+                "empty",
+                "vouched",
+                "fresh",
+            )
         },
         "noted": (number("sessions"), number("reap_at"), number("timed_at")),
         "used": {name: int(n) for name, n in family(meta, "u:").items()},
@@ -101,6 +113,9 @@ def _read(
         "lapsing": zsets.get("lapsing", {}),
         "timed": zsets.get("timed", {}),
         "starving": zsets.get("starving", {}),
+        "seen": zsets.get("seen", {}),
+        "fresh": zsets.get("fresh", {}),
+        "expected": set(zsets.get("expected", {})),
         "queues": family(zsets, "queue:"),
         "park": family(zsets, "park:"),
         "line": family(zsets, "line:"),
@@ -148,6 +163,10 @@ def of_model(model: PoolModel) -> State:
             "seq": model.seq,
             "parked": model.parked,
             "starving": len(model.starving()),
+            "roster": model.version,
+            "empty": int(model.empty),
+            "vouched": int(model.vouched),
+            "fresh": len(model.fresh),
         },
         "noted": (model.noted_sessions, model.reap_at, min(model.timed.values(), default=0)),
         "used": {limit.name: limit.used for limit in limits if limit.used},
@@ -177,6 +196,9 @@ def of_model(model: PoolModel) -> State:
         "lapsing": {"|".join(map(str, permit)): end for permit, end in model.lapsing.items()},
         "timed": dict(model.timed),
         "starving": {queue.id: queue.starving for queue in model.starving()},
+        "seen": model.seen,
+        "fresh": model.fresh,
+        "expected": model.expected,
         "queues": {queue.id: dict(queue.tickets) for queue in queues},
         "park": {
             where: {tenant: band.tags[tenant] for tenant in band.lines}
@@ -217,6 +239,7 @@ def _session(model: PoolModel, sid: str) -> dict[str, str]:
         "sent": str(session.sent),
         "acked": str(session.acked),
         "name": session.name,
+        "since": str(session.since),
     }
     if session.blocked:
         fields["blocked"] = "1"

@@ -174,15 +174,24 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def everybody_compares_all(self) -> None:
+        listening = [client for client in self.world.clients if not client.paused]
         for _ in range(2):
-            for client in self.world.clients:
-                if not client.paused:
-                    client.session.check_lapse()
-                    self.hear_pushes(client)
-                    client.session.refresh()
-                    self.world.exchange(client, "ok")
+            for client in listening:
+                client.session.check_lapse()
+                client.session.refresh()
+                self.speak(client)
+        while any(client.mailbox or client.session.something_to_say() for client in listening):
+            for client in listening:
+                self.speak(client)
         if all(client.subscribed and not client.paused for client in self.world.clients):
-            assert not free_but_waiting(self.world.model)
+            waiting = free_but_waiting(self.world.model)
+            assert not waiting, "waits though all it needs is free"
+
+    def speak(self, client: Client) -> None:
+        """As its courier does: as long as there is something to hear or to say."""
+        self.hear_pushes(client)
+        if client.session.something_to_say():
+            self.world.exchange(client, "ok")
 
     @rule(which=some, tend=st.booleans())
     def a_delayed_request_arrives(self, which: int, tend: bool) -> None:

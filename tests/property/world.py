@@ -195,7 +195,7 @@ class World:
             expected = self.model.tend(request, self.wall_ms)
         else:
             expected = self.model.sync(request, self.wall_ms)
-        assert real == _sorted(expected)
+        _assert_same(real._asdict(), _sorted(expected)._asdict())
         granted = [(request.sid, real.epoch, grant) for grant in real.grants]
         for sid, push in self._collect_pushes():
             granted += [(sid, push.epoch, grant) for grant in push.grants]
@@ -263,12 +263,7 @@ class World:
         """What Lua counted and kept is what the model derives."""
         raw = self.server.eval(DUMP, 0, f"*{{{self.pool}}}*")
         real, expected = of_valkey(raw, self.keys), of_model(self.model)
-        differing = [
-            f"{name}: {real[name]} is not {expected[name]}"
-            for name in expected
-            if real[name] != expected[name]
-        ]
-        assert not differing, "\n".join(differing)
+        _assert_same(real, expected)
 
     def really_open(self, limit: str) -> int:
         """Calls that are running, over all processes, as an upstream would count them."""
@@ -290,6 +285,7 @@ def _sorted(reply: SyncReply) -> SyncReply:
             lapsing=sorted((m, x) for m, x in whole.lapsing),
             spent=sorted((n, x) for n, x in whole.spent),
             pauses=sorted((n, x, r, s) for n, x, r, s in whole.pauses),
+            roster=(whole.roster[0], whole.roster[1] and sorted(whole.roster[1])),
         )
     return reply._replace(
         grants=[(ticket, seq) for ticket, seq in reply.grants],
@@ -297,6 +293,15 @@ def _sorted(reply: SyncReply) -> SyncReply:
         refused=list(reply.refused),
         whole=whole,
     )
+
+
+def _assert_same(real: dict[str, Any], expected: dict[str, Any]) -> None:
+    differing = [
+        f"{name}: {real[name]} is not {expected[name]}"
+        for name in expected
+        if real[name] != expected[name]
+    ]
+    assert not differing, "\n".join(differing)
 
 
 def _nothing() -> None:

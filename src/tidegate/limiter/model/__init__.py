@@ -9,6 +9,7 @@ who waits *is* the queues that are parked. Times are ms of the server's clock, h
     places     where queues stand, whose turn it is
     permits    what a process says of its permits
     pump       letting in
+    roster     who is there, and who knows of whom
     joining    entering and leaving, policies, a pool that begins anew
     pool       the scripts
 """

@@ -7,7 +7,7 @@ drains; the highest revision of the policy wins.
 from __future__ import annotations
 
 from tidegate.limiter.limits import PoolPolicy, as_limit
-from tidegate.limiter.model.pump import Pump
+from tidegate.limiter.model.roster import Roster
 from tidegate.limiter.model.spending import counted_alike
 from tidegate.limiter.model.state import (
     NO_LIMIT,
@@ -20,12 +20,11 @@ from tidegate.limiter.model.state import (
 from tidegate.limiter.wire import Status, SyncRequest
 
 
-class Joining(Pump):
+class Joining(Roster):
     """See the module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.began = 0
         self.conflict = 0
 
     @property
@@ -50,6 +49,7 @@ class Joining(Pump):
             self.reap(sid, hold=self.hold)
         for limit in self.limits.values():
             limit.asserted = 0
+        self.forget_roster(empty=self.epoch == 0)
         quiet_ms = max(self.lease_ms, q.lease_ms)
         if not known:
             # Nobody knows of this pool: those who might have seen it on an earlier run of the
@@ -74,6 +74,7 @@ class Joining(Pump):
             del self.sessions[sid]
         if not comes_back:
             self.owed.pop(sid, None)
+            self.leave_roster(sid)
 
     def join(self, q: SyncRequest) -> Status:
         """The session begins anew with what it says that it holds."""
@@ -91,6 +92,7 @@ class Joining(Pump):
             self.recover_until = max(self.recover_until, self.began + quiet_ms)
         session = Session(self.next_seq(), q.batch, self.now + self.lease_ms, q.join.name)
         self.sessions[q.sid] = session
+        self.enter_roster(q.sid, session, before)
         for ticket, number, seq, hard_ms, cost_ms in q.join.held:
             key = q.flows[number - 1]
             lane = read_flow(key).lane
@@ -120,6 +122,7 @@ class Joining(Pump):
             pause = self.pause_of(self.limit(name))
             if pause is None or pause.until < self.now + left_ms:
                 self.limit(name).pause = Pause(self.now + left_ms, ramp_ms, said)
+        self.vouch(q)
 
     def _assert_spent(self, name: str, seen: int, since: int) -> None:
         """Rates after a loss: the most that anybody had seen spent, and what each has admitted

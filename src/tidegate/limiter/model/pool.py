@@ -70,6 +70,7 @@ class PoolModel(Joining):
         if status == "ok":
             assert session is not None
             self.own = q.sid
+            self.acknowledge(q)
             session.expiry = self.now + self.lease_ms
             if session.blocked:
                 self.unblock(session)
@@ -235,6 +236,7 @@ class PoolModel(Joining):
                 if pause and pause.until > self.now
             ],
             policy=policy.pack() if policy and tell else None,
+            roster=self.roster(q),
         )
 
     def _rates(self) -> list[str]:

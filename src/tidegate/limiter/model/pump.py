@@ -42,6 +42,8 @@ class Pump(Permits):
         self.subscribed: set[str] = set()
         self.pushed: list[tuple[str, Push]] = []
         self.timed: dict[str, int] = {}
+        # Sessions that not all others know yet, and until when they are to wait for that.
+        self.fresh: dict[str, int] = {}
         # of one call
         self.own: str | None = None
         self.budget = 0
@@ -54,12 +56,12 @@ class Pump(Permits):
 
     def _deliverable(self, sid: str) -> bool:
         """A killed process must not swallow grants, nor a paused one more than a few."""
-        if sid == self.own:
+        session, known = self.sessions.get(sid), sid not in self.fresh
+        if known and sid == self.own:
             return True
-        session = self.sessions.get(sid)
         if session is None or session.expiry <= self.now:
             return False
-        if sid in self.subscribed and session.sent - session.acked < ACK_WINDOW:
+        if known and sid in self.subscribed and session.sent - session.acked < ACK_WINDOW:
             return True
         session.blocked = True
         return False
@@ -82,7 +84,7 @@ class Pump(Permits):
     def publish(self) -> None:
         for sid, grants in self.given_to.items():
             session = self.sessions[sid]
-            self.pushed.append((sid, Push(self.epoch, session.gen, session.sent, grants)))
+            self.pushed.append((sid, Push(self.epoch, session.gen, session.sent, grants, self.now)))
 
     # -- newcomers
 
@@ -109,7 +111,7 @@ class Pump(Permits):
         """The stamp of a new ticket; 0 if it went straight in, -1 if it is refused."""
         flow, queue = read_flow(key), session.queues.get(key)
         limit: LimitState | None = self.limit(flow.lane[0])
-        if queue is None and not self.quiet():
+        if queue is None and not self.quiet() and sid not in self.fresh:
             limit = self.blocker_of_new(flow, read_member(member))
         if limit is None:
             self._admit(sid, key, member, 0)

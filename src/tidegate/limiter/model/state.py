@@ -99,7 +99,8 @@ class Queue:
 
 @dataclass(slots=True)
 class Session:
-    """A process's liveness. `queues` by flow: those that are not empty."""
+    """A process's liveness. `queues` by flow: those that are not empty. `since`: the version of the
+    roster at which it came."""
 
     gen: int
     batch: int
@@ -109,6 +110,7 @@ class Session:
     acked: int = 0
     blocked: bool = False
     closed_at: int | None = None
+    since: int = 0
     held: dict[int, Held] = field(default_factory=dict)
     queues: dict[str, Queue] = field(default_factory=dict)
 

@@ -1,0 +1,150 @@
+"""Whose turn comes, judged on the model alone: shares, bands, order, and that nobody starves.
+
+What holds here holds for the Lua, which the other property test steps beside the model.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.property.crowd import Crowd, bands_of, tenants_of
+from tidegate.limiter.limits import Band, PoolPolicy, Rate
+
+WEIGHTS = {"a": 1, "b": 2, "c": 4, "d": 8}
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("bound", [1, 5, 50])
+def test_shares_follow_weights_within_a_twentieth(bound: int, processes: int) -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": bound}, weights=WEIGHTS), processes)
+    for number, tenant in enumerate(WEIGHTS):
+        for offset in range(2):
+            process = crowd.processes[(number + offset) % processes]
+            crowd.ask(process, tenant, "kind:x", times=bound + 10)
+    crowd.run(4 * bound)
+    shares = tenants_of(crowd.run(2000))
+    for tenant, weight in WEIGHTS.items():
+        assert shares[tenant] == pytest.approx(2000 * weight / 15, rel=0.05)
+
+
+def test_shares_are_of_time_not_of_calls() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 4}))
+    process = crowd.processes[0]
+    crowd.ask(process, "short", "kind:x", took_ms=500, times=20)
+    crowd.ask(process, "long", "kind:x", took_ms=1500, times=20)
+    crowd.run(400)
+    shares = tenants_of(crowd.run(2000))
+    assert shares["short"] / shares["long"] == pytest.approx(3, rel=0.05)
+
+
+def test_lanes_that_share_a_limit_share_it_by_weight() -> None:
+    policy = PoolPolicy({"kind:x": 8, "kind:y": 8, "pool:all": 4}, weights={"b": 3})
+    crowd = Crowd(policy, 2)
+    crowd.ask(crowd.processes[0], "a", "kind:x", "pool:all", times=20)
+    crowd.ask(crowd.processes[1], "b", "kind:y", "pool:all", times=20)
+    crowd.run(50)
+    shares = tenants_of(crowd.run(2000))
+    assert shares["b"] / shares["a"] == pytest.approx(3, rel=0.05)
+
+
+def test_every_band_gets_its_least_share_and_the_highest_all_the_rest() -> None:
+    bands = (Band("high"), Band("normal", min_share=0.1), Band("low", min_share=0.05))
+    crowd = Crowd(PoolPolicy({"kind:x": 5}, bands=bands))
+    for band in (1, 2, 3):
+        crowd.ask(crowd.processes[0], "t", "kind:x", band=band, times=20)
+    crowd.run(100)
+    shares = bands_of(crowd.run(2000))
+    assert 200 <= shares[2] <= 220
+    assert 100 <= shares[3] <= 110
+
+
+def test_a_band_without_a_least_share_waits_for_the_higher_ones() -> None:
+    bands = (Band("high"), Band("low"))
+    crowd = Crowd(PoolPolicy({"kind:x": 2}, bands=bands))
+    process = crowd.processes[0]
+    crowd.ask(process, "t", "kind:x", band=1, times=10)
+    crowd.ask(process, "t", "kind:x", band=2, times=10)
+    assert bands_of(crowd.run(300))[2] == 0
+
+
+def test_headroom_is_kept_free_of_lower_bands() -> None:
+    bands = (Band("high", headroom=0.4), Band("low"))
+    crowd = Crowd(PoolPolicy({"kind:x": 5}, bands=bands))
+    process = crowd.processes[0]
+    crowd.ask(process, "t", "kind:x", band=2, times=10)
+    assert len(crowd.running) == 3
+    crowd.ask(process, "t", "kind:x", band=1, times=3)
+    assert len(crowd.running) == 5
+    assert bands_of(crowd.admitted[-2:]) == {1: 2}
+
+
+def test_a_call_that_needs_two_busy_limits_does_not_starve() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 3, "kind:y": 3}), 3)
+    one, two, both = crowd.processes
+    crowd.ask(one, "one", "kind:x", times=20)
+    crowd.ask(two, "two", "kind:y", took_ms=700, times=20)
+    crowd.ask(both, "both", "kind:x", "kind:y", times=5)
+    for _ in range(20):
+        assert tenants_of(crowd.run(100))["both"] >= 5
+
+
+def test_what_is_kept_for_one_that_starves_is_free_when_it_gives_up() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 1, "kind:y": 1}), 3)
+    one, two, both = crowd.processes
+    crowd.ask(one, "one", "kind:x", times=3)
+    crowd.ask(two, "two", "kind:y", times=3)
+    [call] = crowd.ask(both, "both", "kind:x", "kind:y")
+    while not crowd.model.starving():
+        crowd.end_one(ask_again=True)
+    crowd.end_one()
+    assert len(crowd.running) == 1  # the other half is kept for it
+    crowd.cancel(both, call)
+    assert len(crowd.running) == 2
+
+
+def test_a_tenants_own_waiters_go_in_their_order_over_all_processes() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 1}), 3)
+    crowd.ask(crowd.processes[0], "other", "kind:x", times=5)
+    asked = [
+        call.ticket
+        for number in range(30)
+        for call in crowd.ask(crowd.processes[number * 7 % 3], "own", "kind:x")
+    ]
+    calls = crowd.run(60)
+    own = [call.ticket for call in calls if "|own|" in call.flow]
+    assert own[:30] == asked
+
+
+def test_who_was_idle_has_saved_up_nothing() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 4}), 2)
+    busy, idle = crowd.processes
+    crowd.ask(busy, "busy", "kind:x", times=20)
+    crowd.run(1000)
+    crowd.ask(idle, "idle", "kind:x", times=20)
+    shares = tenants_of(crowd.run(100))
+    assert 40 <= shares["idle"] <= 60
+
+
+def test_who_asks_again_as_it_gives_back_does_not_pass_those_who_wait() -> None:
+    crowd = Crowd(PoolPolicy({"kind:x": 2}), 2)
+    busy, late = crowd.processes
+    crowd.ask(busy, "busy", "kind:x", times=2)  # which never wait
+    crowd.ask(late, "late", "kind:x", times=10)
+    shares = tenants_of(crowd.run(40))
+    assert 15 <= shares["late"] <= 25
+
+
+def test_a_great_demand_is_not_passed_by_small_ones_for_ever() -> None:
+    crowd = Crowd(PoolPolicy({"tpm:x": Rate(1000, 60_000, "tokens")}), 2)
+    small, great = crowd.processes
+    crowd.ask(small, "small", "tpm:x", amounts="100", times=8)
+    [call] = crowd.ask(great, "great", "tpm:x", amounts="900")
+    for _ in range(1000):
+        if call in crowd.admitted:
+            break
+        crowd.now_ms += 1000
+        crowd.ask(small, "small", "tpm:x", amounts="100")
+        for process in crowd.processes:
+            crowd.compare(process)
+    assert call in crowd.admitted
+    assert len(crowd.admitted) < 30
