@@ -1,0 +1,56 @@
+"""What is written after `tidegate limits`, before anything is asked of a pool."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from tidegate.cli import app
+from tidegate.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Nothing here may reach a pool; what would is kept."""
+    calls: list[object] = []
+
+    def ask(work: object) -> bool:
+        calls.append(work)
+        return True
+
+    monkeypatch.setattr("tidegate.cli.limits.in_pool", ask)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["set"], "give changes, or --deployed"),
+        (["set", "--deployed", "kind:text_only=1"], "give changes, or --deployed"),
+        (["set", "--deployed", "--remove", "rpm:x"], "give changes, or --deployed"),
+        (["set", "kind:text_only"], "must be KEY=VALUE"),
+        (["set", "=5"], "must be KEY=VALUE"),
+        (["pause", "kind:text_only", "--for", "soon"], "such as 10m"),
+        (["pause", "kind:text_only", "--for", "0s"], "such as 10m"),
+        (["pause", "kind:text_only", "--for", "10"], "such as 10m"),
+    ],
+)
+def test_a_mistake_is_found_at_once(arguments: list[str], said: str, asked: list[object]) -> None:
+    done = CliRunner().invoke(app, ["limits", *arguments])
+    assert isinstance(done.exception, ConfigError)
+    assert said in str(done.exception)
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("span", "said"),
+    [
+        (["--for", "30s"], "is paused for 30s"),
+        (["--for", "1.5h"], "is paused for 1.5h"),
+        ([], "is paused until it is resumed"),
+    ],
+)
+def test_a_pause_says_how_long_it_is(span: list[str], said: str, asked: list[object]) -> None:
+    done = CliRunner().invoke(app, ["limits", "pause", "kind:text_only", *span])
+    assert (done.exit_code, done.stdout) == (0, f"kind:text_only {said}\n")
+    assert len(asked) == 1
