@@ -55,7 +55,7 @@ class Log(StrEnum):
 
 _STRUCTLOG_OWN = ("_record", "_from_structlog")
 _SECRET_FIELD = re.compile(
-    r"key$|secret|password|credential|authorization|cookie|(?:access|refresh|auth|id)_token$",
+    r"key$|secret|password|credential|authorization|cookie|(?:access|refresh|auth|id|admin)_token$",
     re.IGNORECASE,
 )
 # Of a URL's password: all up to the last "@" of the word, since people leave "/" and "@" bare in

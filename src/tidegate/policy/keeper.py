@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy import revisions
 from tidegate.policy.plain import Plain, digest, to_plain
-from tidegate.policy.revisions import Decision, Origin, Revision, differences
+from tidegate.policy.revisions import Decision, Found, Origin, Revision, differences
 from tidegate.store.policies import Policies
 from tidegate.store.records import PolicyRecord
 from tidegate.telemetry import Log, get_logger
@@ -89,7 +89,7 @@ class PolicyKeeper:
         a policy that is not sound, and StoreUnavailable, after which it may be on record
         nevertheless: the processes then put it in force within some seconds.
         """
-        found = self._limiter.policy
+        found = await self._found()
         return await self._decided(
             "",
             lambda head, _: revisions.change(
@@ -109,17 +109,27 @@ class PolicyKeeper:
         return await self._policies.history(self._limiter.pool, most)
 
     async def _start(self) -> None:
-        found, wanted = self._limiter.policy, to_plain(self.wanted)
+        found, wanted = await self._found(), to_plain(self.wanted)
         await self._decided(
             digest(wanted),
             lambda head, seen: revisions.start(head, seen, found, wanted, self._set_by),
         )
 
     async def _watch(self) -> None:
-        found = self._limiter.policy
         newest = await self._policies.newest(self._limiter.pool)
-        if newest is None or newest.revision != found.revision:
+        if newest is None or newest.revision != self._limiter.policy.revision:
+            found = await self._found()
             await self._decided("", lambda head, _: revisions.watch(head, found))
+
+    async def _found(self) -> Found:
+        """What the limiter has in force, with who put it there where Valkey can say so."""
+        try:
+            changes = await self._limiter.history()
+        except LimiterUnavailable:
+            changes = []
+        policy = self._limiter.policy
+        by = next((one.by for one in changes if one.revision == policy.revision), "")
+        return Found(policy, by)
 
     async def _decided(
         self, seen_digest: str, decide: Callable[[Revision | None, bool], Decision]
@@ -138,7 +148,7 @@ class PolicyKeeper:
     async def _put_in_force(self, decision: Decision) -> None:
         force, before = decision.force, self._limiter.policy
         if force.number > before.revision:
-            await self._limiter.set_policy(force.pool_policy)
+            await self._limiter.set_policy(force.pool_policy, by=force.set_by)
             log.warning(
                 Log.LIMITS_CHANGED,
                 revision=force.number,

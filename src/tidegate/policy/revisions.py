@@ -66,16 +66,29 @@ class Decision:
     conflict: Conflict | None = None
 
 
-def start(
-    head: Revision | None, seen: bool, found: PoolPolicy, wanted: Plain, set_by: str
-) -> Decision:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the limiter has in force, and who put it there as far as it knows."""
+
+    policy: PoolPolicy
+    set_by: str = ""
+
+    @property
+    def number(self) -> int:
+        return self.policy.revision
+
+    @property
+    def plain(self) -> Plain:
+        return to_plain(self.policy)
+
+
+def start(head: Revision | None, seen: bool, found: Found, wanted: Plain, set_by: str) -> Decision:
     """What a process that starts with the policy `wanted` does.
 
     `head`: the newest on record. `seen`: whether `wanted` was a deployment's at any time.
-    `found`: what the limiter has in force.
     """
-    ours = Revision(max(found.revision, 1), Origin.DEPLOYMENT, wanted, set_by)
-    if head is None and to_plain(found) == wanted:
+    ours = Revision(found.number, Origin.DEPLOYMENT, wanted, set_by)
+    if head is None and found.plain == wanted:
         return Decision(ours, (ours,))
     adopted = adopt(head, found)
     now = adopted or head
@@ -89,12 +102,12 @@ def start(
         conflict = Conflict.OLDER
     else:
         conflict = None
-        now = Revision(max(now.number, found.revision) + 1, Origin.DEPLOYMENT, wanted, set_by)
+        now = Revision(max(now.number, found.number) + 1, Origin.DEPLOYMENT, wanted, set_by)
         new = (*new, now)
     return _enforced(now, new, found, conflict)
 
 
-def watch(head: Revision | None, found: PoolPolicy) -> Decision:
+def watch(head: Revision | None, found: Found) -> Decision:
     """What a process does now and then: the record and the limiter have the same in force."""
     adopted = adopt(head, found)
     now = adopted or head
@@ -104,7 +117,7 @@ def watch(head: Revision | None, found: PoolPolicy) -> Decision:
 
 def change(
     head: Revision | None,
-    found: PoolPolicy,
+    found: Found,
     edit: Callable[[Plain], Plain],
     *,
     set_by: str,
@@ -120,30 +133,34 @@ def change(
     policy = to_plain(of_plain(edit(now.policy)))
     if digest(policy) == now.digest and (origin is now.origin or origin is Origin.LIVE):
         return decided
-    number = max(now.number, found.revision) + 1
+    number = max(now.number, found.number) + 1
     changed = Revision(number, origin, policy, set_by, reason)
     return Decision(changed, (*decided.new, changed))
 
 
-def adopt(head: Revision | None, found: PoolPolicy) -> Revision | None:
+def adopt(head: Revision | None, found: Found) -> Revision | None:
     """What is in force but not on record. It was set live, unless there is no record at all: then
     it is from before there were records, and a deployment's."""
     if head is None:
         reason = "in force before there was a record"
-        return Revision(found.revision, Origin.DEPLOYMENT, to_plain(found), "unknown", reason)
-    if found.revision <= head.number:
+        return Revision(found.number, Origin.DEPLOYMENT, found.plain, _who(found), reason)
+    if found.number <= head.number:
         return None
-    policy = to_plain(found)
+    policy = found.plain
     origin = head.origin if digest(policy) == head.digest else Origin.LIVE
-    return Revision(found.revision, origin, policy, "unknown", "found in force")
+    return Revision(found.number, origin, policy, _who(found), "found in force")
+
+
+def _who(found: Found) -> str:
+    return found.set_by or "unknown"
 
 
 def _enforced(
-    now: Revision, new: tuple[Revision, ...], found: PoolPolicy, conflict: Conflict | None
+    now: Revision, new: tuple[Revision, ...], found: Found, conflict: Conflict | None
 ) -> Decision:
     """`now` as it is to be in force: with a higher number, where the limiter has another one."""
     # As this version reads the record: a later one may have put more into it.
-    if now.number == found.revision and to_plain(found) != to_plain(now.pool_policy):
+    if now.number == found.number and found.plain != to_plain(now.pool_policy):
         reason = f"revision {now.number} had another meaning in the limiter"
         now = Revision(now.number + 1, now.origin, now.policy, now.set_by, reason)
         new = (*new, now)

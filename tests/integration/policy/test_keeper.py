@@ -173,7 +173,8 @@ async def test_a_change_past_the_record_is_put_on_it(start: Start) -> None:
     member = await start(5)
     await recorded(member, (1, "deployment", 5))
     await member.limiter.set_policy(
-        PoolPolicy({"kind:text_only": 4}, lease_ms=400, revision=2),
+        PoolPolicy({"kind:text_only": 4}, lease_ms=400, revision=2), by="bob"
     )
     await recorded(member, (1, "deployment", 5), (2, "live", 4))
+    assert (await member.keeper.history(1))[0].set_by == "bob"
     await in_force(4, await start(9), member)

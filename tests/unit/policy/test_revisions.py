@@ -13,7 +13,7 @@ from tidegate.errors import ConfigError
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.policy import revisions
 from tidegate.policy.plain import Plain, digest, to_plain
-from tidegate.policy.revisions import Conflict, Decision, Origin, Revision, differences
+from tidegate.policy.revisions import Conflict, Decision, Found, Origin, Revision, differences
 
 
 def plain(limit: int) -> Plain:
@@ -47,17 +47,17 @@ class Pool:
         wanted = plain(limit)
         deployed = {r.digest for r in self.record if r.origin is Origin.DEPLOYMENT}
         seen = digest(wanted) in deployed
-        return self.take(revisions.start(self.head, seen, self.found, wanted, "api-1"))
+        return self.take(revisions.start(self.head, seen, Found(self.found), wanted, "api-1"))
 
     def set(self, limit: int) -> Decision:
         return self.take(
             revisions.change(
-                self.head, self.found, lambda _: plain(limit), set_by="ann", reason="more"
+                self.head, Found(self.found), lambda _: plain(limit), set_by="ann", reason="more"
             )
         )
 
     def watch(self) -> Decision:
-        return self.take(revisions.watch(self.head, self.found))
+        return self.take(revisions.watch(self.head, Found(self.found, "bob")))
 
     def lose_valkey(self, starting: int) -> None:
         """An empty Valkey takes what the next process starts with."""
@@ -110,7 +110,7 @@ def test_a_person_may_go_back_to_the_deployments_policy_and_new_ones_win_again()
     pool.set(3)
     decision = revisions.change(
         pool.head,
-        pool.found,
+        Found(pool.found),
         lambda _: plain(5),
         set_by="ann",
         reason="",
@@ -152,6 +152,7 @@ def test_a_change_made_past_the_record_is_put_on_it_as_live() -> None:
     pool.watch()
     assert pool.head is not None
     assert (pool.head.number, pool.head.origin, pool.head.policy) == (4, Origin.LIVE, plain(2))
+    assert pool.head.set_by == "bob"
     assert pool.start(6).conflict is Conflict.LIVE
 
 
@@ -167,7 +168,7 @@ def test_of_two_with_one_number_the_one_on_record_is_in_force() -> None:
 def test_a_record_of_a_later_version_does_not_grow_for_what_this_one_cannot_read() -> None:
     policy = {"limits": {"kind:text_only": {"bound": 5, "burst": 2}}, "later": 1}
     head = Revision(3, Origin.LIVE, policy, "ann")
-    found = head.pool_policy
+    found = Found(head.pool_policy)
     assert revisions.watch(head, found).new == ()
     assert revisions.start(head, False, found, plain(8), "api-1").new == ()
 
