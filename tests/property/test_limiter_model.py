@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import redis
 from hypothesis import HealthCheck, settings
@@ -19,13 +19,12 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
 
 from tests.property.idle import free_but_waiting
-from tests.property.policies import CONCURRENCIES, LANES, LEASE_MS, TENANTS, Shape, shapes
+from tests.property.policies import CONCURRENCIES, LANES, LEASE_MS, Shape, shapes
 from tests.property.world import Client, Fate, World
 from tidegate.errors import DemandImpossible
 from tidegate.limiter.entries import Waiter
@@ -38,9 +37,37 @@ STEPS_PER_RUN = 60
 clients = st.integers(0, 2)
 some = st.integers(0, 20)
 fates: st.SearchStrategy[Fate] = st.sampled_from(
-    ["ok", "ok", "ok", "ok", "ok", "ok", "reply lost", "request lost", "twice"]
+    ["ok", "ok", "ok", "reply lost", "request lost", "twice"]
 )
 limits = st.sampled_from([*CONCURRENCIES, "rpm:x", "tpm:x"])
+# Mostly the same few flows, so that waiters meet.
+flows = st.tuples(
+    st.sampled_from([1, 2, 2, 2, 2, 3]),
+    st.sampled_from(["t1", "t1", "t1", "t2", "t2", "t3"]),
+    st.sampled_from([LANES[0], LANES[0], LANES[2], *LANES]),
+)
+Flow = tuple[int, str, tuple[str, ...]]
+Deed = Literal["ask", "ask", "say", "hear", "end", "next", "give up", "tend"]
+deeds: st.SearchStrategy[tuple[int, Deed]] = st.tuples(
+    clients,
+    st.sampled_from(
+        ["ask", "ask", "say", "say", "hear", "hear", "end", "next", "next", "give up", "tend"]
+    ),
+)
+Misfortune = Literal[
+    "lost pushes",
+    "lost subscription",
+    "killed",
+    "killed and revoked",
+    "paused",
+    "server restarted",
+    "server emptied",
+    "server restarted empty",
+    "clock jumped",
+    "revoked",
+]
+jumps = st.sampled_from([-100_000, -20_000, -1000, 7000, 16_000, 100_000])
+misfortunes = st.sampled_from(get_args(Misfortune))
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -49,8 +76,13 @@ class PoolMachine(RuleBasedStateMachine):
     server: ClassVar[redis.Redis]
     steps: ClassVar[int] = 0
 
-    @initialize(strict=st.booleans(), shape=shapes(), at_once=st.sampled_from([500, 500, 7]))
-    def begin(self, strict: bool, shape: Shape, at_once: int) -> None:
+    @initialize(
+        strict=st.booleans(),
+        shape=shapes(),
+        at_once=st.sampled_from([500, 500, 7]),
+        settled=st.sampled_from([True, True, True, False]),
+    )
+    def begin(self, strict: bool, shape: Shape, at_once: int, settled: bool) -> None:
         self.strict = strict
         if strict:
             shape = replace(shape, cancel=True, reap_closed_ms=0, wild="")
@@ -58,6 +90,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.world = World(self.server, shape.policy(1), at_once)
         for _ in range(3):
             self.world.new_client()
+        if settled:
+            self.everybody_compares_all()
+            for _ in range(2):
+                self.time_passes_with_heartbeats(LEASE_MS // 2 + 1)
+                self.everybody_compares_all()
 
     def client(self, index: int) -> Client:
         return self.world.clients[index]
@@ -66,39 +103,60 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(
         who=clients,
-        lane=st.sampled_from(LANES),
-        tenant=st.sampled_from(TENANTS),
-        band=st.integers(1, 3),
+        flow=flows,
         tokens=st.sampled_from([0, 100, 400, 900]),
         left_ms=st.sampled_from([0, 0, 5000, 100_000]),
         times=st.sampled_from([1, 1, 2, 5]),
     )
-    def ask(
-        self,
-        who: int,
-        lane: tuple[str, ...],
-        tenant: str,
-        band: int,
-        tokens: int,
-        left_ms: int,
-        times: int,
-    ) -> None:
+    def ask(self, who: int, flow: Flow, tokens: int, left_ms: int, times: int) -> None:
         client, at = self.client(who), self.world.local_ms
         if client.paused:
             return
-        flow = client.ledger.flow(band, tenant, lane)
+        kind = client.ledger.flow(*flow)
         try:
-            flow.refresh(client.session.policy)
+            kind.refresh(client.session.policy)
         except DemandImpossible:
             return
         deadline_ms = at + left_ms if left_ms else float("inf")
-        amounts = flow.amounts(Tokens(tokens), 1)
+        amounts = kind.amounts(Tokens(tokens), 1)
         for _ in range(times):
             client.asked.append(
                 client.ledger.ask(
-                    flow, amounts=amounts, hard_ms=HARD_MS, now_ms=at, deadline_ms=deadline_ms
+                    kind, amounts=amounts, hard_ms=HARD_MS, now_ms=at, deadline_ms=deadline_ms
                 )
             )
+
+    @rule(flow=flows, done=st.lists(deeds, min_size=3, max_size=12), which=some)
+    def work(self, flow: Flow, done: list[tuple[int, Deed]], which: int) -> None:
+        """Ordinary traffic of a flow, over several processes."""
+        for who, deed in done:
+            self.do(who, deed, flow, which)
+
+    @rule(flow=flows, other=flows, done=st.lists(deeds, min_size=6, max_size=16), which=some)
+    def work_in_two_flows(
+        self, flow: Flow, other: Flow, done: list[tuple[int, Deed]], which: int
+    ) -> None:
+        for number, (who, deed) in enumerate(done):
+            self.do(who, deed, other if number % 3 == 0 else flow, which)
+
+    def do(self, who: int, deed: Deed, flow: Flow, which: int) -> None:
+        client = self.client(who)
+        if client.paused:
+            return
+        if deed == "ask":
+            self.ask(who, flow, 100, 0, 2)
+        elif deed == "say":
+            self.world.exchange(client, "ok")
+        elif deed == "tend":
+            self.world.exchange(client, "ok", tend=True)
+        elif deed == "hear":
+            self.hear_pushes(client)
+        elif deed == "end":
+            self.end_a_call(who, which, "success", None, False)
+        elif deed == "next":
+            self.end_a_call_and_ask_for_the_next(who, which)
+        else:
+            self.give_up(who, which)
 
     @rule(who=clients, which=some)
     def give_up(self, who: int, which: int) -> None:
@@ -122,15 +180,13 @@ class PoolMachine(RuleBasedStateMachine):
         if held and not client.paused:
             self.end(client, held[which % len(held)], outcome, used, later)
 
-    @rule(who=clients, which=some)
     def end_a_call_and_ask_for_the_next(self, who: int, which: int) -> None:
         client = self.client(who)
         held = list(client.ledger.held.values())
         if held and not client.paused:
-            holding = held[which % len(held)]
-            self.end(client, holding.ticket)
-            flow = holding.flow
-            self.ask(who, flow.limits, flow.tenant, flow.band, 100, 0, 1)
+            flow = held[which % len(held)].flow
+            self.end(client, held[which % len(held)].ticket)
+            self.ask(who, (flow.band, flow.tenant, flow.limits), 100, 0, 1)
 
     def end(
         self,
@@ -159,18 +215,12 @@ class PoolMachine(RuleBasedStateMachine):
             ticket, actual = client.usage_due.pop(which % len(client.usage_due))
             client.ledger.settle_later(ticket, actual)
 
-    # -- what the network and the servers do
+    # -- what the network does, and time
 
     @rule(who=clients, fate=fates, tend=st.sampled_from([False, False, True]))
     def exchange(self, who: int, fate: Fate, tend: bool) -> None:
         if not self.client(who).paused:
             self.world.exchange(self.client(who), fate, tend=tend)
-
-    @rule(who=clients)
-    def compare_all(self, who: int) -> None:
-        if not self.client(who).paused:
-            self.client(who).session.refresh()
-            self.world.exchange(self.client(who), "ok")
 
     @rule()
     def everybody_compares_all(self) -> None:
@@ -203,76 +253,59 @@ class PoolMachine(RuleBasedStateMachine):
                 ordinary = not (request.full or request.leave or request.join)
                 self.world.call(request, tend=tend or not ordinary)
 
-    @rule(who=clients)
-    def deliver_a_push(self, who: int) -> None:
-        client = self.client(who)
-        if client.mailbox and not client.paused:
-            client.session.take_push(client.mailbox.pop(0))
-
     def hear_pushes(self, client: Client) -> None:
         for push in client.mailbox:
             client.session.take_push(push)
         client.mailbox.clear()
 
-    @rule(who=clients)
-    def lose_the_pushes(self, who: int) -> None:
-        self.client(who).mailbox.clear()
+    @rule(by_ms=st.sampled_from([1, 100, 1000, 5000, 20_000, LEASE_MS, 2 * LEASE_MS]))
+    def time_passes(self, by_ms: int) -> None:
+        self.world.advance(by_ms)
 
-    @rule(who=clients)
-    def heartbeat(self, who: int) -> None:
-        if not self.client(who).paused:
-            self.world.renew(self.client(who))
+    @rule(by_ms=st.sampled_from([100, 1000, 5000, 20_000]))
+    def time_passes_with_heartbeats(self, by_ms: int) -> None:
+        self.world.advance(by_ms)
+        for client in self.world.clients:
+            if not client.paused:
+                self.world.renew(client)
 
-    @rule(who=clients)
-    def lose_the_subscription_or_find_it_again(self, who: int) -> None:
-        client = self.client(who)
+    # -- what goes wrong
+
+    @rule(what=misfortunes, who=clients, by_ms=jumps)
+    def a_misfortune(self, what: Misfortune, who: int, by_ms: int) -> None:
+        world, client = self.world, self.client(who)
+        if what == "lost pushes":
+            client.mailbox.clear()
+        elif what == "lost subscription":
+            self.lose_the_subscription_or_find_it_again(client)
+        elif what in ("killed", "killed and revoked"):
+            world.kill(client)
+            world.new_client()
+            if what == "killed and revoked":
+                world.revoke(client.sid)
+        elif what == "paused":
+            # With "reuse", who stood still is over until he learns of it.
+            client.paused = self.shape.hold and not client.paused
+        elif what.startswith("server"):
+            self.trouble_with_the_server(what)
+        elif not self.strict and what == "clock jumped":
+            world.jump(by_ms)
+        elif not self.strict:
+            world.revoke(client.sid if who else client.session.name)
+
+    def lose_the_subscription_or_find_it_again(self, client: Client) -> None:
         if client.subscribed:
             self.world.unsubscribe(client)
         else:
             self.world.subscribe(client)
 
-    @rule(who=clients, attested=st.booleans())
-    def kill_a_process(self, who: int, attested: bool) -> None:
-        dead = self.client(who)
-        self.world.kill(dead)
-        self.world.new_client()
-        if attested:
-            self.world.revoke(dead.sid)
-
-    @rule(by_ms=st.sampled_from([1, 100, 1000, 5000, 10_000, 20_000, LEASE_MS, 2 * LEASE_MS]))
-    def time_passes(self, by_ms: int) -> None:
-        self.world.advance(by_ms)
-
-    @rule(by_ms=st.sampled_from([5000, 20_000]))
-    def time_passes_with_heartbeats(self, by_ms: int) -> None:
-        self.world.advance(by_ms)
-        for who in range(3):
-            self.heartbeat(who)
-
-    def somebody_is_paused(self) -> bool:
-        return any(client.paused for client in self.world.clients)
-
-    @precondition(lambda self: not self.somebody_is_paused())
-    @rule()
-    def the_server_restarts_with_its_data(self) -> None:
-        self.world.restart()
-
-    @precondition(lambda self: not self.somebody_is_paused())
-    @rule(same_run=st.booleans())
-    def the_server_loses_everything(self, same_run: bool) -> None:
-        self.world.flush()
-        if not same_run:
+    def trouble_with_the_server(self, what: Misfortune) -> None:
+        if any(client.paused for client in self.world.clients):
+            return
+        if what != "server restarted":
+            self.world.flush()
+        if what != "server emptied":
             self.world.restart()
-
-    @precondition(lambda self: self.shape.hold)
-    @rule(who=clients)
-    def pause_a_process_or_let_it_go_on(self, who: int) -> None:
-        self.client(who).paused = not self.client(who).paused
-
-    @precondition(lambda self: not self.strict)
-    @rule(by_ms=st.sampled_from([-100_000, -20_000, -1000, 7000, 16_000, 100_000]))
-    def the_clock_of_the_server_jumps(self, by_ms: int) -> None:
-        self.world.jump(by_ms)
 
     # -- what people do
 
@@ -288,21 +321,14 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(
         name=limits,
-        for_ms=st.sampled_from([1000, 10_000, 50_000]),
+        for_ms=st.sampled_from([0, 1000, 10_000, 50_000]),
         ramp_ms=st.sampled_from([1, 10_000]),
     )
-    def pause_a_limit(self, name: str, for_ms: int, ramp_ms: int) -> None:
-        self.world.pause(name, for_ms, ramp_ms)
-
-    @rule(name=limits)
-    def end_a_pause(self, name: str) -> None:
-        self.world.resume(name)
-
-    @precondition(lambda self: not self.strict)
-    @rule(who=clients)
-    def revoke_a_session(self, who: int) -> None:
-        client = self.client(who)
-        self.world.revoke(client.sid if who else client.session.name)
+    def pause_a_limit_or_end_its_pause(self, name: str, for_ms: int, ramp_ms: int) -> None:
+        if for_ms:
+            self.world.pause(name, for_ms, ramp_ms)
+        else:
+            self.world.resume(name)
 
     # -- what must hold
 

@@ -26,7 +26,7 @@ ACK_WINDOW = 8
 # Steps of one call of the script.
 AT_ONCE = 500
 # Only waiters whose turn comes so soon anyway are let in by a permit passed on in their process.
-AHEAD_MS = 20
+AHEAD_MS = 50
 MOST_STARVING = 8
 
 Grant = tuple[int, int]
