@@ -171,7 +171,9 @@ FAULTS: dict[str, Fault] = {
     "clock": Fault("Valkey's clock steps", acts.step_clock, own_clock=True, rounds=6),
     "rate": Fault("rates, no fault", acts.nothing, orders=RATES),
     "rate-kill": Fault("rates, kill -9 of a worker", acts.kill, orders=RATES),
-    "rate-stop": Fault("rates, a worker stopped", acts.stop, orders=RATES),
+    "rate-stop": Fault(
+        "rates, a worker stopped", acts.stop, orders=RATES, promise="only what stands still"
+    ),
     "rate-block": Fault(
         "rates, an event loop blocked", acts.block, orders={**RATES, "block_ms": 2500.0}
     ),
