@@ -21,10 +21,11 @@ Grant = tuple[int, int]
 
 @dataclass(slots=True)
 class Admission:
-    """One call let in: what counts of it under each rate."""
+    """One call let in: what counts of it under each rate, and for how long."""
 
     at: int
     amounts: dict[str, int]
+    windows: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -89,9 +90,12 @@ class Admissions:
             self._holders[epoch, seq] = sid, ticket
             flow_key, member = self._asked[sid, ticket]
             flow = read_flow(flow_key)
-            amounts = enumerate(map(read_member(member).amount, range(len(flow.lane))))
+            amounts = map(read_member(member).amount, range(len(flow.lane)))
+            limits = {name: self.model.limit(name).limit for name in flow.lane}
             self._admitted[sid, ticket] = Admission(
-                now, {flow.lane[position]: amount for position, amount in amounts}
+                now,
+                dict(zip(flow.lane, amounts, strict=True)),
+                {name: x.window_ms for name, x in limits.items() if isinstance(x, Rate)},
             )
             names.update(flow.lane)
         for name in names:
@@ -109,7 +113,7 @@ class Admissions:
             spent = sum(
                 min(limit.bound, admission.amounts.get(name, 0))
                 for admission in self._admitted.values()
-                if now - limit.window_ms < admission.at <= now
+                if now - min(limit.window_ms, admission.windows.get(name, 0)) < admission.at
             )
             assert spent <= limit.bound, f"{spent} of {name} in a window"
 

@@ -105,7 +105,7 @@ class Shape:
 
 def shapes() -> st.SearchStrategy[Shape]:
     fields: dict[str, st.SearchStrategy[Any]] = {
-        "a": st.integers(0, 3),
+        "a": st.sampled_from([0, 1, 2, 3, 3]),
         "b": st.integers(1, 3),
         "all": st.integers(1, 4),
         "bands": st.integers(0, len(BANDS) - 1),
@@ -113,7 +113,7 @@ def shapes() -> st.SearchStrategy[Shape]:
         "hold": st.booleans(),
         "cancel": st.booleans(),
         "hand_off": st.sampled_from([True, True, False]),
-        "queue_max": st.sampled_from([2, 1000, 1000]),
+        "queue_max": st.sampled_from([3, 1000, 1000, 1000]),
         "shadow": st.sampled_from([False, False, True]),
         "adaptive": st.booleans(),
         "reap_closed_ms": st.sampled_from([0, 0, 5000]),

@@ -24,8 +24,8 @@ from hypothesis.stateful import (
 )
 
 from tests.property.idle import free_but_waiting
-from tests.property.policies import CONCURRENCIES, LANES, LEASE_MS, Shape, shapes
-from tests.property.world import Client, Fate, World
+from tests.property.policies import CONCURRENCIES, LANES, LEASE_MS, TENANTS, Shape, shapes
+from tests.property.world import Client, Fate, Pace, World
 from tidegate.errors import DemandImpossible
 from tidegate.limiter.entries import Waiter
 from tidegate.limiter.flow import Tokens
@@ -40,19 +40,16 @@ fates: st.SearchStrategy[Fate] = st.sampled_from(
     ["ok", "ok", "ok", "reply lost", "request lost", "twice"]
 )
 limits = st.sampled_from([*CONCURRENCIES, "rpm:x", "tpm:x"])
-# Mostly the same few flows, so that waiters meet.
-flows = st.tuples(
-    st.sampled_from([1, 2, 2, 2, 2, 3]),
-    st.sampled_from(["t1", "t1", "t1", "t2", "t2", "t3"]),
-    st.sampled_from([LANES[0], LANES[0], LANES[2], *LANES]),
+# A run has a few flows, so that waiters meet.
+flows = st.integers(0, 3)
+kinds_of_flow = st.tuples(
+    st.sampled_from([1, 2, 2, 2, 3]), st.sampled_from(TENANTS), st.sampled_from(LANES)
 )
 Flow = tuple[int, str, tuple[str, ...]]
-Deed = Literal["ask", "ask", "say", "hear", "end", "next", "give up", "tend"]
+Deed = Literal["ask", "say", "hear", "end", "next", "give up", "tell", "tend"]
+often: list[Deed] = ["ask", "say", "say", "hear", "end", "next"]
 deeds: st.SearchStrategy[tuple[int, Deed]] = st.tuples(
-    clients,
-    st.sampled_from(
-        ["ask", "ask", "say", "say", "hear", "hear", "end", "next", "next", "give up", "tend"]
-    ),
+    clients, st.sampled_from([*(often * 3), "give up", "tell", "tend"])
 )
 Misfortune = Literal[
     "lost pushes",
@@ -67,7 +64,9 @@ Misfortune = Literal[
     "revoked",
 ]
 jumps = st.sampled_from([-100_000, -20_000, -1000, 7000, 16_000, 100_000])
-misfortunes = st.sampled_from(get_args(Misfortune))
+misfortunes: st.SearchStrategy[Misfortune] = st.sampled_from(
+    ["lost pushes", "lost subscription", "lost subscription", *get_args(Misfortune)]
+)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -79,22 +78,24 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(
         strict=st.booleans(),
         shape=shapes(),
-        at_once=st.sampled_from([500, 500, 7]),
+        pace=st.builds(Pace, st.sampled_from([500, 500, 7]), st.sampled_from([8, 1, 2])),
         settled=st.sampled_from([True, True, True, False]),
+        kinds=st.lists(kinds_of_flow, min_size=1, max_size=4),
     )
-    def begin(self, strict: bool, shape: Shape, at_once: int, settled: bool) -> None:
+    def begin(
+        self, strict: bool, shape: Shape, pace: Pace, settled: bool, kinds: list[Flow]
+    ) -> None:
         self.strict = strict
+        self.kinds = kinds
         if strict:
             shape = replace(shape, cancel=True, reap_closed_ms=0, wild="")
         self.shape = shape
-        self.world = World(self.server, shape.policy(1), at_once)
+        self.world = World(self.server, shape.policy(1), pace)
         for _ in range(3):
             self.world.new_client()
         if settled:
-            self.everybody_compares_all()
             for _ in range(2):
-                self.time_passes_with_heartbeats(LEASE_MS // 2 + 1)
-                self.everybody_compares_all()
+                self.a_third_of_a_lease_passes_and_everybody_compares_all()
 
     def client(self, index: int) -> Client:
         return self.world.clients[index]
@@ -108,7 +109,10 @@ class PoolMachine(RuleBasedStateMachine):
         left_ms=st.sampled_from([0, 0, 5000, 100_000]),
         times=st.sampled_from([1, 1, 2, 5]),
     )
-    def ask(self, who: int, flow: Flow, tokens: int, left_ms: int, times: int) -> None:
+    def ask(self, who: int, flow: int, tokens: int, left_ms: int, times: int) -> None:
+        self.ask_in(who, self.kinds[flow % len(self.kinds)], tokens, left_ms, times)
+
+    def ask_in(self, who: int, flow: Flow, tokens: int, left_ms: int, times: int) -> None:
         client, at = self.client(who), self.world.local_ms
         if client.paused:
             return
@@ -126,20 +130,28 @@ class PoolMachine(RuleBasedStateMachine):
                 )
             )
 
-    @rule(flow=flows, done=st.lists(deeds, min_size=3, max_size=12), which=some)
-    def work(self, flow: Flow, done: list[tuple[int, Deed]], which: int) -> None:
+    @rule(flow=flows, done=st.lists(deeds, min_size=6, max_size=20), which=some)
+    def work(self, flow: int, done: list[tuple[int, Deed]], which: int) -> None:
         """Ordinary traffic of a flow, over several processes."""
-        for who, deed in done:
-            self.do(who, deed, flow, which)
+        for number, (who, deed) in enumerate(done):
+            self.do(who, deed, flow, which + number)
 
-    @rule(flow=flows, other=flows, done=st.lists(deeds, min_size=6, max_size=16), which=some)
+    @rule(flow=flows, other=flows, done=st.lists(deeds, min_size=6, max_size=20), which=some)
     def work_in_two_flows(
-        self, flow: Flow, other: Flow, done: list[tuple[int, Deed]], which: int
+        self, flow: int, other: int, done: list[tuple[int, Deed]], which: int
     ) -> None:
         for number, (who, deed) in enumerate(done):
-            self.do(who, deed, other if number % 3 == 0 else flow, which)
+            self.do(who, deed, other if number % 3 == 0 else flow, which + number)
 
-    def do(self, who: int, deed: Deed, flow: Flow, which: int) -> None:
+    @rule(flow=flows, who=clients, done=st.lists(deeds, min_size=6, max_size=20), which=some)
+    def work_in_one_process(
+        self, flow: int, who: int, done: list[tuple[int, Deed]], which: int
+    ) -> None:
+        """Where permits are passed on without asking anybody."""
+        for number, (_, deed) in enumerate(done):
+            self.do(who, deed, flow, which + number)
+
+    def do(self, who: int, deed: Deed, flow: int, which: int) -> None:
         client = self.client(who)
         if client.paused:
             return
@@ -152,13 +164,15 @@ class PoolMachine(RuleBasedStateMachine):
         elif deed == "hear":
             self.hear_pushes(client)
         elif deed == "end":
-            self.end_a_call(who, which, "success", None, False)
+            used = (None, 0, 100, 1500)[which % 4]
+            self.end_a_call(who, which, "success", used, which % 3 == 0)
         elif deed == "next":
             self.end_a_call_and_ask_for_the_next(who, which)
+        elif deed == "tell":
+            self.tell_the_usage_of_a_call_that_ended(who, which)
         else:
             self.give_up(who, which)
 
-    @rule(who=clients, which=some)
     def give_up(self, who: int, which: int) -> None:
         client = self.client(who)
         waiting = list(client.ledger.waiting.values())
@@ -186,7 +200,7 @@ class PoolMachine(RuleBasedStateMachine):
         if held and not client.paused:
             flow = held[which % len(held)].flow
             self.end(client, held[which % len(held)].ticket)
-            self.ask(who, (flow.band, flow.tenant, flow.limits), 100, 0, 1)
+            self.ask_in(who, (flow.band, flow.tenant, flow.limits), 100, 0, 1)
 
     def end(
         self,
@@ -208,7 +222,6 @@ class PoolMachine(RuleBasedStateMachine):
             usage_later=later,
         )
 
-    @rule(who=clients, which=some)
     def tell_the_usage_of_a_call_that_ended(self, who: int, which: int) -> None:
         client = self.client(who)
         if client.usage_due and not client.paused:
@@ -223,6 +236,11 @@ class PoolMachine(RuleBasedStateMachine):
             self.world.exchange(self.client(who), fate, tend=tend)
 
     @rule()
+    def a_third_of_a_lease_passes_and_everybody_compares_all(self) -> None:
+        """As it happens again and again while all is well."""
+        self.time_passes_with_heartbeats(LEASE_MS // 3)
+        self.everybody_compares_all()
+
     def everybody_compares_all(self) -> None:
         listening = [client for client in self.world.clients if not client.paused]
         for _ in range(2):
@@ -258,7 +276,7 @@ class PoolMachine(RuleBasedStateMachine):
             client.session.take_push(push)
         client.mailbox.clear()
 
-    @rule(by_ms=st.sampled_from([1, 100, 1000, 5000, 20_000, LEASE_MS, 2 * LEASE_MS]))
+    @rule(by_ms=st.sampled_from([1, 100, 1000, 5000, 5000, 20_000, 2 * LEASE_MS]))
     def time_passes(self, by_ms: int) -> None:
         self.world.advance(by_ms)
 
@@ -378,15 +396,19 @@ class PoolMachine(RuleBasedStateMachine):
             client.session.check_lapse()
             if not client.subscribed:
                 world.subscribe(client)
-            for waiter in list(client.ledger.waiting.values()):
-                if "rpd:x" in waiter.flow.limits:  # which may have to wait for another day
+            for number, waiter in enumerate(list(client.ledger.waiting.values())):
+                # Rates may keep many for long, a quota for another day.
+                slow = number > 3 and (
+                    "rpm:x" in waiter.flow.limits or "tpm:x" in waiter.flow.limits
+                )
+                if slow or "rpd:x" in waiter.flow.limits:
                     client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
-        for _ in range(200):
-            self.go_round()
-            if not any(self.can_be_let_in(c, w) for c, w in self.all_waiting()):
+        for number in range(200):
+            self.go_round(compare=number % 3 == 0)
+            if not any(self.can_be_let_in(waiter) for _, waiter in self.all_waiting()):
                 break
         for client, waiter in self.all_waiting():
-            assert not self.can_be_let_in(client, waiter), "a waiter was forgotten"
+            assert not self.can_be_let_in(waiter), "a waiter was forgotten"
             client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
         for client in world.clients:
             assert all(waiter.future.done() for waiter in client.asked)
@@ -398,21 +420,22 @@ class PoolMachine(RuleBasedStateMachine):
                 if not waiter.future.cancelled():
                     waiter.future.exception()  # looked at, so that asyncio does not complain
 
-    def go_round(self) -> None:
-        """Everybody compares all, and ends all calls; then time passes, less than a lease."""
+    def go_round(self, *, compare: bool) -> None:
+        """Everybody says what there is to say, and ends all calls; then time passes."""
         for client in self.world.clients:
             self.expire(client)
-            client.session.refresh()
-            self.world.exchange(client, "ok")
-            self.hear_pushes(client)
+            if compare:
+                client.session.refresh()
+            self.speak(client)
             for ticket in list(client.ledger.held):
                 self.end(client, ticket)
-        self.world.advance(LEASE_MS * 2 // 3)
+            self.speak(client)
+        self.time_passes_with_heartbeats(LEASE_MS // 3)
 
     def all_waiting(self) -> list[tuple[Client, Waiter]]:
         return [(c, waiter) for c in self.world.clients for waiter in c.ledger.waiting.values()]
 
-    def can_be_let_in(self, client: Client, waiter: Waiter) -> bool:
+    def can_be_let_in(self, waiter: Waiter) -> bool:
         found = [self.world.model.limit(name) for name in waiter.flow.limits]
         return all(limit.limit.bound > 0 for limit in found)
 

@@ -21,22 +21,6 @@ function T.clear_policy(policy)
   end
 end
 
--- What is spent of rates that are to be counted in another way: it is taken for spent now.
-function T.take_along(limits)
-  local spent = {}
-  for name, definition in pairs(limits) do
-    local limit = T.limit_of(name)
-    local sort, exact = string.match(definition, '^(%a)|.*|(%d)$')
-    local same = sort == limit.sort and (exact == '1') == (limit.exact or false)
-    if limit.sort ~= 'c' and sort ~= 'c' and not same then
-      spent[name] = math.min(limit.bound, T.rates().spent(limit))
-      T.rates().forget(limit)
-      limit.dirty = nil
-    end
-  end
-  return spent
-end
-
 -- Those loaded before have the old bounds: what they count is kept.
 function T.reload_limits()
   T.save_pool()
@@ -49,7 +33,6 @@ function T.merge_policy(policy)
     T.conflict = 1
   end
   if policy.revision <= pool.revision then return end
-  local spent = T.take_along(policy.limits)
   T.reload_limits()
   T.clear_policy(policy)
   for name, definition in pairs(policy.limits) do
@@ -68,7 +51,10 @@ function T.merge_policy(policy)
     'policy', policy.blob)
   call('LPUSH', T.prefix .. 'history', cmsgpack.pack({ policy.revision, pool.now, policy.by, policy.blob }))
   call('LTRIM', T.prefix .. 'history', 0, T.HISTORY - 1)
-  for name, amount in pairs(spent) do T.rates().assert_spent(T.limit_of(name), amount) end
+  for name in pairs(policy.limits) do
+    local limit = T.limit_of(name)
+    if limit.sort ~= 'c' then T.rates().take_along(limit) end
+  end
 end
 
 -- What the process says it holds is the truth: it counts even above the limit, which then drains.

@@ -1,7 +1,7 @@
 -- does: counts what is spent of rates and day quotas
 -- keys: log rate quota
 -- args: resets
--- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), forget(), save()
+-- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), take_along(), save()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -149,9 +149,6 @@ T.rates = function()
     return limit.spent
   end
 
-  -- The limit is to be counted in another way from now on.
-  function f.forget(limit) call('UNLINK', key_of(limit)) end
-
   -- After a loss: a session says what it had seen spent, and what it has admitted itself since.
   function f.assert_spent(limit, amount)
     loaded(limit)
@@ -165,6 +162,19 @@ T.rates = function()
     end
     limit.spent = limit.spent + amount
     if amount > 0 then call('PEXPIRE', key_of(limit), limit.span) end
+  end
+
+  -- What was counted in another way, before the policy said this one, is taken for spent now.
+  function f.take_along(limit)
+    local amount, span = 0, limit.span or T.DAY_MS
+    for _, other in ipairs({ { sort = 'q' }, { sort = 'r', exact = true }, { sort = 'r' } }) do
+      other.name, other.span = limit.name, span
+      if key_of(other) ~= key_of(limit) and call('EXISTS', key_of(other)) == 1 then
+        amount = amount + f.spent(other)
+        call('UNLINK', key_of(other))
+      end
+    end
+    f.assert_spent(limit, math.min(limit.bound, amount))
   end
 
   function f.save(limit)

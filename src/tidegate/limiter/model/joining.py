@@ -6,9 +6,8 @@ drains; the highest revision of the policy wins.
 
 from __future__ import annotations
 
-from tidegate.limiter.limits import PoolPolicy, as_limit
+from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.model.roster import Roster
-from tidegate.limiter.model.spending import counted_alike
 from tidegate.limiter.model.state import (
     NO_LIMIT,
     Held,
@@ -142,15 +141,10 @@ class Joining(Roster):
             self.conflict = 1
         if policy.revision <= self.revision:
             return
-        spent = {}
-        for name, new in policy.limits.items():
-            limit = self.limit(name)
-            if not counted_alike(limit.limit, as_limit(new)):
-                spent[name] = min(limit.limit.bound, self.spent(limit))
-                limit.spending.forget(limit.limit)
         self.forget_stamps()
         self.policy = policy
-        for name, limit in self.limits.items():
+        for name in {*self.limits, *policy.limits}:
+            limit = self.limit(name)
             limit.limit = policy.limit(name) or NO_LIMIT
             limit.retry_at = None
             if not limit.minimum:
@@ -158,6 +152,7 @@ class Joining(Roster):
             elif limit.current is not None:
                 limit.current = min(limit.current, limit.limit.bound * 1000)
         self.touched |= set(policy.limits)
-        for name, amount in spent.items():
-            self.spent(self.limit(name))
-            self.limit(name).spending.add(self.limit(name).limit, amount, self.now)
+        for limit in map(self.limit, policy.limits):
+            if limit.is_rate:
+                self.spent(limit)
+                limit.spending.take_along(limit.limit, self.now)

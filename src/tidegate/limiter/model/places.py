@@ -37,6 +37,7 @@ class Places:
         self.queues_of: defaultdict[str, dict[str, Queue]] = defaultdict(dict)
         self.stamps: dict[str, int] = {}
         self._starving: set[Queue] = set()
+        self.starves = STARVES
         self.seq = 0
         self.recover_until = 0
         # of one call
@@ -173,7 +174,7 @@ class Places:
         if queue.bounced != stamp:
             self.forget_starving(queue)
         queue.bounces, queue.bounced = queue.bounces + 1, stamp
-        if queue.bounces == STARVES:
+        if queue.bounces == self.starves:
             queue.starving = self.seq
             self._starving.add(queue)
         self.park(queue, limit)

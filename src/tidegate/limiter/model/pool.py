@@ -27,8 +27,8 @@ class PoolModel(Joining):
 
     def flush(self) -> None:
         """FLUSHALL, or a restart without data."""
-        kept = {"subscribed": self.subscribed, "pushed": self.pushed, "at_once": self.at_once}
-        vars(self).update(vars(PoolModel()) | kept)
+        kept = ("subscribed", "pushed", "at_once", "starves")
+        vars(self).update(vars(PoolModel()) | {name: vars(self)[name] for name in kept})
 
     def _begin(self, q: SyncRequest | None) -> None:
         for limit in self.limits.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import ceil
 
-from tidegate.limiter.limits import BUCKETS, Concurrency, Limit, Quota, Rate
+from tidegate.limiter.limits import BUCKETS, Limit, Quota, Rate
 
 DAY_MS = 86_400_000
 
@@ -120,20 +120,18 @@ class Spending:
         else:
             self._spend(limit, self._end_now(limit, now), amount)
 
-    def forget(self, limit: Limit) -> None:
-        """It is to be counted in another way from now on."""
-        if isinstance(limit, Quota):
-            self.used = self.reset_at = 0
-        elif isinstance(limit, Rate) and limit.exact:
+    def take_along(self, limit: Limit, now: int) -> None:
+        """What was counted in another way, before the policy said this one, is taken for spent
+        now. Call it after `look`."""
+        span, amount = (span_of(limit) if isinstance(limit, Rate) else DAY_MS), 0
+        exact = isinstance(limit, Rate) and limit.exact
+        if not exact:
+            amount += sum(at + span > now for at in self.log)
             self.log = []
-        else:
+        if exact or isinstance(limit, Quota):
+            amount += sum(n for end, n in self.buckets.items() if end + span > now)
             self.buckets = {}
-
-
-def counted_alike(one: Limit, other: Limit) -> bool:
-    """Whether what was counted for `one` goes on for `other`."""
-    if isinstance(one, Concurrency) or isinstance(other, Concurrency):
-        return True
-    if isinstance(one, Rate) and isinstance(other, Rate):
-        return one.exact == other.exact
-    return isinstance(one, Quota) and isinstance(other, Quota)
+        if isinstance(limit, Rate):
+            amount += self.used if self.reset_at > now else 0
+            self.used = self.reset_at = 0
+        self.add(limit, min(limit.bound, amount), now)
