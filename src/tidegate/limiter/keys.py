@@ -33,13 +33,12 @@ SHAPES = (
              "hand_off reap_ms policy parked timed_at starving reap_at sessions roster fresh "
              "empty vouched; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, p: pause, a: adapted, x: shadowed, "
-             "e: how long calls take, b: spent as asserted in this epoch",
+             "e: how long calls take, b: spent as asserted in this epoch; per tenant t: weight, "
+             "n: waiting|last stamp while it waits",
              "none: the record of the pool, with its policy", False),
     KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),
     KeyShape("history", "list", "the last policies: revision, ms, who, blob",
              "none: who changed what, 100 at most", False),
-    KeyShape("tenants", "hash", "w: weight; while it waits n: waiting, s: last stamp",
-             "none: part of the policy", False),
     KeyShape("sessions", "zset", "session by expiry in ms", POOL_KEEP, True),
     KeyShape("lapsing", "zset", "ticket|session|lane by hard deadline in ms",
              "1 h after the last hard deadline in it", True),
@@ -57,11 +56,11 @@ SHAPES = (
     KeyShape("past:", "zset", "per limit|band: tenant that waits no more by start tag", POOL_KEEP,
              True),
     KeyShape("log:", "list", "per limit: ms of each admission in the window", "the window", True),
-    KeyShape("rate:", "hash", "per limit: amount by bucket", "two windows", True),
+    KeyShape("rate:", "hash", "per limit: amount by the end of its bucket in ms", "two windows",
+             True),
     KeyShape("quota:", "hash", "per limit: used reset_at", "1 h after its reset", True),
-    KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at; at:flow -> "
-             "limit|bounces", SESSION_KEEP, True),
-    KeyShape("held:", "hash", "ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
+    KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since; at:flow -> "
+             "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
              SESSION_KEEP, True),
     KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to be told",
              SESSION_KEEP, True),

@@ -8,17 +8,26 @@ from importlib.resources import files
 
 import pytest
 
-from tidegate.limiter.keys import SHAPES, Keyspace
-from tidegate.limiter.model import ACK_WINDOW
+from tidegate.limiter import session
+from tidegate.limiter.keys import LAYOUT, SHAPES, Keyspace
+from tidegate.limiter.model import ACK_WINDOW, places, pump, roster, spending, state
 from tidegate.limiter.scripts import ScriptName, fragment, load, read_header
-from tidegate.limiter.session import ACK_EARLY
-from tidegate.limiter.wire import InspectReply, Renewal, RenewReply, SyncReply, SyncRequest
+from tidegate.limiter.wire import (
+    InspectReply,
+    Renewal,
+    RenewReply,
+    SyncReply,
+    SyncRequest,
+    Whole,
+)
 
 FRAGMENTS = sorted(
     entry.name.removesuffix(".lua")
     for entry in files("tidegate.limiter").joinpath("lua").iterdir()
     if entry.name.endswith(".lua")
 )
+LUA = "\n".join(fragment(name) for name in FRAGMENTS)
+SCRIPTS: tuple[ScriptName, ...] = ("sync", "tend", "renew", "inspect", "place", "act")
 WORDS = {"does", "keys", "args", "returns", "units"}
 
 
@@ -27,31 +36,45 @@ def test_every_fragment_says_what_it_does(name: str) -> None:
     assert set(read_header(fragment(name))) >= WORDS
 
 
+def test_every_fragment_is_part_of_a_script() -> None:
+    used: set[str] = set()
+    for name in SCRIPTS:
+        header = load(name).header
+        used |= {name, *header["uses"].split(), *header.get("later", "").split()}
+    assert used == set(FRAGMENTS)
+
+
 @pytest.mark.parametrize(
     ("name", "request_type", "reply_type"),
-    [("sync", SyncRequest, SyncReply), ("renew", Renewal, RenewReply)],
+    [
+        ("sync", SyncRequest, SyncReply),
+        ("tend", SyncRequest, SyncReply),
+        ("renew", Renewal, RenewReply),
+    ],
 )
 def test_the_header_names_what_python_sends_and_reads(
     name: ScriptName, request_type: type, reply_type: type
 ) -> None:
     header = load(name).header
-    assert set(header["request"].split()) == {field.name for field in fields(request_type)}
-    returns = header["returns"].partition(";")[0].split()
-    assert returns == list(reply_type._fields)  # type: ignore[attr-defined]
+    assert header["request"].split() == [field.name for field in fields(request_type)]
+    assert header["returns"].split() == list(reply_type._fields)  # type: ignore[attr-defined]
 
 
-def test_what_inspect_returns_is_what_python_reads() -> None:
+def test_what_else_the_scripts_return_is_what_python_reads() -> None:
     assert load("inspect").header["returns"].split() == list(InspectReply._fields)
+    assert load("tend").header["whole"].split() == list(Whole._fields)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)
-def test_lua_uses_no_field_of_the_request_that_python_does_not_send(name: str) -> None:
+def test_lua_uses_no_field_of_a_request_that_no_header_names(name: str) -> None:
     used = set(re.findall(r"\bq\.([a-z_]+)", fragment(name)))
-    assert used <= {field.name for field in fields(SyncRequest)}
+    named = {field for script in SCRIPTS for field in load(script).header["request"].split()}
+    assert used <= named
 
 
 def test_every_key_that_lua_builds_is_declared() -> None:
-    built = set(re.findall(r"prefix \.\. '([a-z]+:?)'", fragment("keys"))) - {"grants:"}
+    built = set(re.findall(r"prefix \.\. '([a-z]+:?)'", LUA)) - {"grants:"}
+    built |= set(re.findall(r"'(log:|rate:|quota:)'", LUA))
     assert built | {"meta", "layout"} == {shape.name for shape in SHAPES}
 
 
@@ -62,19 +85,35 @@ def test_every_key_has_an_end_or_a_reason_for_none() -> None:
 
 def test_all_keys_of_a_pool_are_in_one_slot() -> None:
     keys = Keyspace("gemini")
-    assert {re.findall(r"\{.*\}", key)[0] for key in (keys.meta, keys.layout, keys.channel("x"))}
+    tags = {re.findall(r"\{.*\}", key)[0] for key in (keys.meta, keys.layout, keys.channel("x"))}
+    assert tags == {"{gemini}"}
     assert keys.shape_of(keys.meta) is not None
     assert keys.shape_of(f"{keys.prefix}unheard-of") is None
 
 
-def test_the_windows_of_lua_and_python_fit() -> None:
-    window = re.search(r"ACK_WINDOW = (\d+)", fragment("pump"))
-    assert window is not None
-    assert int(window[1]) == ACK_WINDOW
-    assert ACK_EARLY * 2 == ACK_WINDOW
+def test_the_layout_is_the_same_in_both_languages() -> None:
+    assert re.findall(r"call\('SET', KEYS\[2\], '(\d+)'\)", fragment("join")) == [str(LAYOUT)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACK_WINDOW", ACK_WINDOW),
+        ("ACK_WINDOW", 2 * session.ACK_EARLY),
+        ("AT_ONCE", pump.AT_ONCE),
+        ("AHEAD_MS", pump.AHEAD_MS),
+        ("STARVES", places.STARVES),
+        ("ADAPT_PAUSE_MS", state.ADAPT_PAUSE_MS),
+        ("DAY_MS", spending.DAY_MS),
+        ("MOST_TO_ANNOUNCE", roster.MOST_TO_ANNOUNCE),
+        ("MOST_ON_ROSTER", roster.MOST_ON_ROSTER),
+    ],
+)
+def test_figures_are_the_same_in_lua_and_in_the_model(name: str, value: int) -> None:
+    assert re.findall(rf"^T\.{name} = (\d+)$", LUA, re.MULTILINE) == [str(value)]
 
 
 def test_a_clock_of_the_test_takes_the_place_of_the_real_one() -> None:
-    script = load("sync", clock="local function wall_clock_ms() return 7 end")
+    script = load("sync", clock="function T.wall_clock_ms() return 7 end")
     assert b"'TIME'" not in script.source
     assert script.sha != load("sync").sha
