@@ -48,7 +48,7 @@ class Admissions:
         """The server starts anew from what the processes have seen of its rates."""
         self._admitted.clear()
 
-    def hear(self, request: SyncRequest, now: int) -> None:
+    def hear(self, request: SyncRequest) -> None:
         """What a process says: its tickets, and what its calls really used."""
         for number, member in request.enqueues:
             ticket = read_member(member).ticket
@@ -72,12 +72,11 @@ class Admissions:
             if used is not None and name in admission.amounts:
                 admission.amounts[name] = min(admission.amounts[name], used)
 
-    def check(
-        self, granted: list[tuple[str, int, Grant]], reply: SyncReply | None, now: int
-    ) -> None:
+    def check(self, granted: list[tuple[str, int, Grant]], reply: SyncReply | None) -> None:
         """Admissions of this moment, over all sessions."""
         if not granted:
             return
+        now = self.model.now
         assert not self.model.quiet(), "let in during the quiet time"
         assert reply is None or reply.recovering_ms == 0
         fences = sorted((epoch, seq) for _, epoch, (_, seq) in granted)

@@ -98,6 +98,7 @@ def _read(
         "used": {name: int(n) for name, n in family(meta, "u:").items()},
         "bands": bands,
         "pauses": {name: text.split("|", 3) for name, text in family(meta, "p:").items()},
+        "cost_ms": {name: int(ms) for name, ms in family(meta, "e:").items()},
         "adapted": {name: tuple(map(int, a.split("|"))) for name, a in family(meta, "a:").items()},
         "shadowed": {name: int(n) for name, n in family(meta, "x:").items()},
         "asserted": {name: int(n) for name, n in family(meta, "b:").items()},
@@ -176,6 +177,7 @@ def of_model(model: PoolModel) -> State:
             if band.waits or band.virtual or band.credit
         },
         "pauses": {limit.name: _pause(limit) for limit in limits if limit.pause},
+        "cost_ms": {limit.name: limit.cost_ms for limit in limits if limit.cost_ms},
         "adapted": {x.name: (x.current, x.dropped_at) for x in limits if x.current is not None},
         "shadowed": {limit.name: limit.shadowed for limit in limits if limit.shadowed},
         "asserted": {limit.name: limit.asserted for limit in limits if limit.asserted},

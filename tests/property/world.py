@@ -207,7 +207,7 @@ class World:
         """In both worlds, which must agree."""
         name: ScriptName = "tend" if tend else "sync"
         real = _sorted(SyncReply.unpack(self._run(name, request.pack())))
-        self.admissions.hear(request, self.wall_ms)
+        self.admissions.hear(request)
         if tend:
             expected = self.model.tend(request, self.wall_ms)
         else:
@@ -217,7 +217,7 @@ class World:
         for sid, push in self._collect_pushes():
             granted += [(sid, push.epoch, grant) for grant in push.grants]
         self.check_state()
-        self.admissions.check(granted, real, self.wall_ms)
+        self.admissions.check(granted, real)
         return real
 
     def renew(self, client: Client) -> None:
@@ -252,7 +252,7 @@ class World:
             for grant in push.grants
         ]
         self.check_state()
-        self.admissions.check(granted, None, self.wall_ms)
+        self.admissions.check(granted, None)
 
     def _run(self, name: ScriptName, packed: bytes) -> bytes:
         sha = self._shas.get(name)

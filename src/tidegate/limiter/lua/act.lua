@@ -11,7 +11,7 @@ local wall, done = T.wall_clock_ms(), 0
 -- Where the past may be lost nobody is let in, and no trace is left of our having been here: `tend`
 -- is to find it out.
 pool.doubtful = pool.run ~= q.run or wall < pool.clock or wall >= pool.reap_at
-pool.now = wall
+pool.now = pool.clock - wall > pool.lease_ms / 2 and wall or math.max(wall, pool.clock)
 if q.verb == 'pause' then
   local limit, until_ms = T.limit_of(q.limit), pool.now + q.for_ms
   -- A shorter pause never ends a longer one.

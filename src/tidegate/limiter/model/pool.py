@@ -95,7 +95,7 @@ class PoolModel(Joining):
     def pause(self, name: str, for_ms: int, ramp_ms: int, said: str, *, run: str, wall: int) -> int:
         """Let nobody in under a limit. A shorter pause never ends a longer one."""
         in_doubt = self._begin_act(run, wall)
-        limit, until, done = self.limit(name), wall + for_ms, 0
+        limit, until, done = self.limit(name), self.now + for_ms, 0
         pause = self.pause_of(limit)
         if pause is None or pause.until < until:
             limit.pause, done = Pause(until, ramp_ms, said), 1
@@ -136,7 +136,7 @@ class PoolModel(Joining):
         """Where the past may be lost nobody is let in, and `tend` is to find it out."""
         self._begin(None)
         in_doubt = self._in_doubt(run, wall)
-        self.now = wall
+        self.now = wall if self.clock - wall > self.lease_ms / 2 else max(wall, self.clock)
         return in_doubt
 
     def _end_act(self, *, in_doubt: bool) -> None:
