@@ -90,7 +90,6 @@ class Outbox:
             del self._enqueues[waiter.ticket]
         batch = Batch(
             transfers=self._transfers[:MAX_ENTRIES],
-            settles=self._settles[:MAX_ENTRIES],
             cancels=self._cancels[:MAX_ENTRIES],
             enqueues=enqueues,
         )
@@ -101,7 +100,10 @@ class Outbox:
         for release in batch.releases:
             release.sent = True
             del self._releases[release.ticket]
-        del self._settles[:MAX_ENTRIES]
+        # The usage of a call may only be told once the server has heard that it ended.
+        if not self._releases:
+            batch.settles = self._settles[:MAX_ENTRIES]
+            del self._settles[:MAX_ENTRIES]
         del self._cancels[:MAX_ENTRIES]
         self._spare.clear()
         self.urgent = len(self) > 0
