@@ -22,6 +22,7 @@ from rich.table import Table
 
 from bench.limiter import machine
 from bench.limiter.bars import Results
+from bench.limiter.machine import Patience
 from bench.limiter.scenarios import BESIDE, OURS_ONLY, RATES, SHARED, Figures, Setting
 from bench.limiter.stage import NeverReady
 from bench.limiter.tables import Grid, grids
@@ -72,42 +73,51 @@ def _measured_in(scenario: str) -> list[Entry]:
     return [OURS, *PEERS]
 
 
-def measure(scenario: str, entry: Entry, setting: Setting, patience_s: float) -> Figures:
+def measure(scenario: str, entry: Entry, setting: Setting, patience: Patience) -> Figures:
     """The figures, or under `failed` why there are none.
 
-    When other work took the machine meanwhile, it is measured again; the quietest time counts.
+    When other work took the machine meanwhile, it is measured again while there is patience; the
+    quietest time counts.
     """
     found: list[Figures] = []
-    for _ in range(1 + REPEATS):
-        machine.await_quiet(patience_s)
+    while len(found) <= REPEATS:
+        patience.await_quiet()
+        began_s = time.monotonic()
         try:
             found.append(ALL[scenario](entry, setting))
         except (NeverReady, EnvironmentMissing, redis.RedisError) as error:
             return {"failed": f"{type(error).__name__}: {error}"}
-        if found[-1].get("others", 0.0) < NOISY:
+        if len(found) > 1:
+            patience.spend(time.monotonic() - began_s)
+        if found[-1].get("others", 0.0) < NOISY or not patience.left_s:
             break
     return min(found, key=lambda figures: figures.get("others", 0.0))
 
 
-def run(steps: list[tuple[str, Entry]], setting: Setting, patience_s: float) -> Results:
+def run(
+    steps: list[tuple[str, Entry]], setting: Setting, patience: Patience, file: Path | None
+) -> Results:
+    """Every step; after each, all figures so far are in `file`."""
     found: dict[str, dict[str, Figures]] = defaultdict(dict)
 
-    def one(scenario: str, entry: Entry) -> None:
+    def one(scenario: str, entry: Entry, patience: Patience) -> None:
         began_s = time.monotonic()
-        figures = found[entry.name][scenario] = measure(scenario, entry, setting, patience_s)
-        said = figures.get("failed", "")
-        print(
-            f"{scenario:14} {entry.name:26} {time.monotonic() - began_s:5.1f} s {said}", flush=True
-        )
+        figures = found[entry.name][scenario] = measure(scenario, entry, setting, patience)
+        took_s, said = time.monotonic() - began_s, figures.get("failed", "")
+        print(f"{scenario:14} {entry.name:26} {took_s:5.1f} s {said}", flush=True)
 
     beside = [
-        threading.Thread(target=one, args=step, daemon=True) for step in steps if step[0] in BESIDE
+        threading.Thread(target=one, args=(*step, Patience(0)), daemon=True)
+        for step in steps
+        if step[0] in BESIDE
     ]
     for thread in beside:
         thread.start()
     for scenario, entry in steps:
         if scenario not in BESIDE:
-            one(scenario, entry)
+            one(scenario, entry, patience)
+            if file is not None:
+                file.write_text(json.dumps(found, indent=1))
     for thread in beside:
         thread.join()
     return Results(found)
@@ -147,7 +157,7 @@ def main() -> None:
     parser.add_argument("--scenario", action="append", choices=ALL, default=[])
     parser.add_argument("--seconds", type=float, default=5.0, help="measured in each load")
     parser.add_argument(
-        "--patience", type=float, default=5.0, help="seconds to wait each time for a quiet machine"
+        "--patience", type=float, default=180.0, help="seconds, in all, to wait for a quiet machine"
     )
     parser.add_argument("--asyncio", action="store_true", help="asyncio's own loop, not uvloop")
     parser.add_argument("--json", type=Path, help="put every figure into this file")
@@ -157,7 +167,7 @@ def main() -> None:
     about = machine.describe(setting.uvloop, sys.argv[1:])
     began_s = time.monotonic()
     steps = list(plan(set(arguments.only), set(arguments.scenario)))
-    results = run(steps, setting, arguments.patience)
+    results = run(steps, setting, Patience(arguments.patience), arguments.json)
     about.append(f"{len(steps)} measurements in {(time.monotonic() - began_s) / 60:.0f} minutes")
     if others := sorted(_others(results)):
         about.append(

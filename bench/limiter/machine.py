@@ -15,6 +15,7 @@ from bench.peers.catalogue import EVENT_LOOP, ROOT
 STAT = Path("/proc/stat")
 QUIET = 0.1
 LOOK_S = 0.4
+LONGEST_WAIT_S = 20.0
 
 
 def describe(uvloop: bool, arguments: list[str]) -> list[str]:
@@ -39,15 +40,25 @@ def busy_ns() -> int:
     return (user + nice + system + irq + softirq) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
-def await_quiet(patience_s: float) -> None:
-    """Return when others leave the machine alone, or when patience is over."""
-    deadline_s = time.monotonic() + patience_s
-    while time.monotonic() < deadline_s:
-        before_ns, began_s = busy_ns(), time.monotonic()
-        time.sleep(LOOK_S)
-        possible_ns = (time.monotonic() - began_s) * 1e9 * (os.cpu_count() or 1)
-        if (busy_ns() - before_ns) / possible_ns < QUIET:
-            break
+class Patience:
+    """So many seconds, in a whole run, for waiting until others leave the machine alone and for
+    measuring again what they disturbed."""
+
+    def __init__(self, left_s: float) -> None:
+        self.left_s = left_s
+
+    def await_quiet(self) -> None:
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < min(self.left_s, LONGEST_WAIT_S):
+            before_ns, looked_s = busy_ns(), time.monotonic()
+            time.sleep(LOOK_S)
+            possible_ns = (time.monotonic() - looked_s) * 1e9 * (os.cpu_count() or 1)
+            if (busy_ns() - before_ns) / possible_ns < QUIET:
+                break
+        self.spend(time.monotonic() - began_s)
+
+    def spend(self, seconds: float) -> None:
+        self.left_s = max(0.0, self.left_s - seconds)
 
 
 def _cpu() -> str:
