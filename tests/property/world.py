@@ -6,6 +6,7 @@ The clients are the product's own `Session` and `Ledger`; only the network and t
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -23,7 +24,7 @@ from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.model import PoolModel
 from tidegate.limiter.observer import Observer
-from tidegate.limiter.scripts import ScriptName, load
+from tidegate.limiter.scripts import ScriptName, fragment, load
 from tidegate.limiter.session import Session
 from tidegate.limiter.wire import Push, Renewal, RenewReply, SyncReply, SyncRequest, pack
 
@@ -41,6 +42,13 @@ class Pace:
 
     at_once: int = 500
     starves: int = 8
+
+
+@cache
+def lua_figure(part: str, name: str) -> int:
+    """A figure that may be tuned; a unit test compares it with the model's."""
+    [value] = re.findall(rf"^T\.{name} = (\d+)$", fragment(part), re.MULTILINE)
+    return int(value)
 
 
 @cache
@@ -87,6 +95,7 @@ class World:
         self.pace = pace
         self.model = PoolModel()
         self.model.at_once, self.model.starves = pace.at_once, pace.starves
+        self.model.ahead_ms = lua_figure("hints", "AHEAD_MS")
         self.loop = asyncio.new_event_loop()
         self.clients: list[Client] = []
         # Clients are told nothing about a wait that was refused: nobody looks at its future.

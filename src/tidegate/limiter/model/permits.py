@@ -92,7 +92,7 @@ class Permits(Places):
 
     def correct(self, held: Held, took_ms: int) -> None:
         """A call lasted longer or shorter than its tenant was charged for."""
-        if not held.cost_ms or abs(took_ms - held.cost_ms) * 8 <= held.cost_ms:
+        if not held.cost_ms or abs(took_ms - held.cost_ms) * 4 <= held.cost_ms:
             return
         flow = read_flow(held.flow)
         delta = self.step(took_ms, flow.tenant) - self.step(held.cost_ms, flow.tenant)

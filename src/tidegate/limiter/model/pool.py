@@ -27,7 +27,7 @@ class PoolModel(Joining):
 
     def flush(self) -> None:
         """FLUSHALL, or a restart without data."""
-        kept = ("subscribed", "pushed", "at_once", "starves")
+        kept = ("subscribed", "pushed", "at_once", "ahead_ms", "starves")
         vars(self).update(vars(PoolModel()) | {name: vars(self)[name] for name in kept})
 
     def _begin(self, q: SyncRequest | None) -> None:

@@ -26,7 +26,7 @@ ACK_WINDOW = 8
 # Steps of one call of the script.
 AT_ONCE = 500
 # Only waiters whose turn comes so soon anyway are let in by a permit passed on in their process.
-AHEAD_MS = 50
+AHEAD_MS = 150
 MOST_STARVING = 8
 
 Grant = tuple[int, int]
@@ -39,6 +39,7 @@ class Pump(Permits):
         super().__init__()
         self.epoch = 0
         self.at_once = AT_ONCE
+        self.ahead_ms = AHEAD_MS
         self.subscribed: set[str] = set()
         self.pushed: list[tuple[str, Push]] = []
         self.timed: dict[str, int] = {}
@@ -273,7 +274,7 @@ class Pump(Permits):
         first, _ = band.line_front(flow.tenant)
         cost_ms = limit.cost(cost_ms)
         tag, step = band.tag(flow.tenant), self.step(cost_ms, flow.tenant)
-        ahead = 1 + self.cap(limit, flow.band) * AHEAD_MS // cost_ms
+        ahead = 1 + self.cap(limit, flow.band) * self.ahead_ms // cost_ms
         behind = (band.virtual - tag) // step
         horizon = first + behind - (-ahead // len(band.lines)) - 1
         return Hint(number, horizon, tag, first, step)
