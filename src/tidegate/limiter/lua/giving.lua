@@ -42,7 +42,7 @@ end
 -- What a call cost more or less than its tenant was charged for. Who waits gets back what it was
 -- charged too much, even if that is more than it lies ahead; who does not gains no credit.
 function T.correct(held, took_ms)
-  if held.cost_ms == 0 or math.abs(took_ms - held.cost_ms) * 8 <= held.cost_ms then return end
+  if held.cost_ms == 0 or math.abs(took_ms - held.cost_ms) * 4 <= held.cost_ms then return end
   T.moves = T.moves + 1
   local tenant = T.tenant_of(held.tenant)
   local delta = T.step_of(took_ms, tenant) - T.step_of(held.cost_ms, tenant)
@@ -63,7 +63,7 @@ end
 -- time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be told later.
 function T.release(entry)
   local ticket, queue, outcome = entry[1], own.queues[entry[2]], entry[3]
-  local value = own.held[tostring(ticket)]
+  local value = own.held[ticket]
   if not value then
     if queue and call('ZREM', T.lapsing_key, ticket .. '|' .. q.sid .. '|' .. queue.lane) == 1 then
       T.give_back_lane(queue.lane)
@@ -104,7 +104,7 @@ end
 function T.cancel(entry)
   local ticket = entry[1]
   if T.unqueue(own.queues[entry[2]], entry[3]) then return end
-  local value = own.held[tostring(ticket)]
+  local value = own.held[ticket]
   if not value then return end
   T.set_held(ticket, false)
   local held = T.read_held(value)

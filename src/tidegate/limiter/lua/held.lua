@@ -20,7 +20,7 @@ function T.load_own()
   for _, e in ipairs(q.releases) do tickets[#tickets + 1] = e[1] end
   for _, e in ipairs(q.cancels) do tickets[#tickets + 1] = e[1] end
   if q.full then
-    for _, e in ipairs(q.enqueues) do tickets[#tickets + 1] = string.match(e[2], '^%d+') end
+    for _, e in ipairs(q.enqueues) do tickets[#tickets + 1] = tonumber(string.match(e[2], '^%d+')) end
   end
   local first = #fields
   for i, ticket in ipairs(tickets) do fields[first + i] = 'h:' .. ticket end
@@ -32,7 +32,7 @@ function T.load_own()
   own.gen, own.batch, own.sent = tonumber(f[1] or 0), tonumber(f[2] or 0), tonumber(f[3] or 0)
   own.acked, own.blocked, own.closed_at = tonumber(f[4] or 0), f[5], f[6]
   for i in ipairs(q.flows) do T.set_place(own.queues[i], f[6 + i]) end
-  for i, ticket in ipairs(tickets) do own.held[tostring(ticket)] = f[first + i] end
+  for i, ticket in ipairs(tickets) do own.held[ticket] = f[first + i] end
 end
 
 function T.set_own(field, value)
@@ -41,7 +41,6 @@ function T.set_own(field, value)
 end
 
 function T.set_held(ticket, value)
-  ticket = tostring(ticket)
   own.held[ticket] = value
   T.set_own('h:' .. ticket, value)
 end
@@ -53,8 +52,7 @@ function T.flush_own()
 end
 
 function T.value_of(seq, hard_ms, cost_ms, charges, flow)
-  return T.int(seq) .. '|' .. T.int(pool.now + hard_ms) .. '|' .. T.int(cost_ms) .. '|' .. charges
-    .. '|' .. flow
+  return string.format('%d|%d|%d|%s|%s', seq, pool.now + hard_ms, cost_ms, charges, flow)
 end
 
 function T.read_held(value)
@@ -88,7 +86,7 @@ function T.unqueue_heirs()
   local leaving, order = {}, {}
   for _, entry in ipairs(q.transfers) do
     local queue, member = own.queues[entry[5]], entry[6]
-    if member ~= '' and not own.held[tostring(entry[2])] then
+    if member ~= '' and not own.held[entry[2]] then
       if not leaving[queue] then
         leaving[queue] = {}
         order[#order + 1] = queue
@@ -106,6 +104,7 @@ function T.unqueue_heirs()
   end
 end
 
+-- Nothing of rates is counted where there are none, and nothing changes hands within one lane.
 function T.counts_rates(lane)
   for _, name in ipairs(T.names_in(lane)) do
     if T.limit_of(name).sort ~= 'c' then return true end
@@ -113,37 +112,37 @@ function T.counts_rates(lane)
   return false
 end
 
--- entry: from, to, seq, hard_ms, flow, member (empty if it was in no queue), took_ms. The permit was passed on inside the process
--- already, so `to` is held whatever we find. Where neither is there, this was said before and `to`
--- has ended meanwhile: its release follows.
+-- entry: from, to, seq, hard_ms, flow, member (empty if it was in no queue), took_ms. The permit was
+-- passed on inside the process already, so `to` is held whatever we find. Where neither is there,
+-- this was said before and `to` has ended meanwhile: its release follows.
 function T.transfer(entry)
-  local from, to, seq, hard_ms, member = entry[1], entry[2], entry[3], entry[4], entry[6]
+  local from, to, member, took_ms = entry[1], entry[2], entry[6], entry[7]
   local queue = own.queues[entry[5]]
-  local before, there = own.held[tostring(from)], own.held[tostring(to)]
+  local before, there = own.held[from], own.held[to]
   local cost_ms, charges = 0, ''
   if entry.left or q.full and member ~= '' and T.unqueue(queue, member) then
     cost_ms = tonumber(string.match(member, '^%d+|%d+|(%d+)'))
     if queue.at and queue.at ~= '!' then cost_ms = T.cost_at(T.limit_of(queue.at), cost_ms) end
     queue.steps = (queue.steps or 0) + T.step_of(cost_ms, T.tenant_of(queue.tenant))
   end
-  local lane
+  local same_lane = before and string.sub(before, -#queue.lane - 1) == '|' .. queue.lane
   if before then
-    local held = T.read_held(before)
-    lane = held.lane
-    if entry[7] > 0 then
-      T.learn(lane, entry[7])
+    local lane = same_lane and queue.lane or T.read_held(before).lane
+    if took_ms > 0 then
+      T.learn(lane, took_ms)
       -- A little off is not worth the way.
-      if math.abs(entry[7] - held.cost_ms) * 8 > held.cost_ms then T.correct(held, entry[7]) end
+      local charged_ms = tonumber(string.match(before, '^%d+|%d+|(%d+)'))
+      if math.abs(took_ms - charged_ms) * 4 > charged_ms then T.correct(T.read_held(before), took_ms) end
     end
     T.set_held(from, false)
-    if there or lane ~= queue.lane then T.give_back_lane(lane) end
+    if there or not same_lane then T.give_back_lane(lane) end
   end
   if there then return end
-  if lane ~= queue.lane then T.count_lane(queue.lane) end
+  if not same_lane then T.count_lane(queue.lane) end
   if before and T.counts_rates(queue.lane) then
     charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$')))
   end
-  T.set_held(to, T.value_of(seq, hard_ms, cost_ms, charges, queue.flow))
+  T.set_held(to, T.value_of(entry[3], entry[4], cost_ms, charges, queue.flow))
 end
 
 -- Its tenants are charged for what was handed on, then their queues stand by their new heads.

@@ -7,7 +7,7 @@
 -- only in lanes where nobody else waits for the same limits, and none that has to hear how each call
 -- went. It saves short calls the way to the
 -- server and back; of long ones only the very next may go in so.
-T.AHEAD_MS = 50
+T.AHEAD_MS = 150
 
 function T.may_hand_on(queue)
   for _, name in ipairs(T.names_in(queue.lane)) do

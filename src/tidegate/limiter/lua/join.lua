@@ -61,7 +61,7 @@ end
 -- entry: ticket, flow, seq, hard_ms, cost_ms. `charges` is what each ticket took of rates, as far
 -- as that is still known.
 function T.assert_held(entry, charges)
-  local ticket, queue = tostring(entry[1]), own.queues[entry[2]]
+  local ticket, queue = entry[1], own.queues[entry[2]]
   local member = ticket .. '|' .. q.sid .. '|' .. queue.lane
   T.set_held(ticket, T.value_of(entry[3], entry[4], entry[5], charges[ticket] or '', queue.flow))
   if call('ZREM', T.lapsing_key, member) == 0 then T.count_lane(queue.lane) end
@@ -71,7 +71,7 @@ function T.charges_of(sid)
   local charges, raw = {}, call('HGETALL', T.session_key(sid))
   for i = 1, #raw, 2 do
     local ticket = string.match(raw[i], '^h:(.*)$')
-    if ticket then charges[ticket] = T.read_held(raw[i + 1]).charges end
+    if ticket then charges[tonumber(ticket)] = T.read_held(raw[i + 1]).charges end
   end
   return charges
 end

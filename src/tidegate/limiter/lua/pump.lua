@@ -44,7 +44,7 @@ function T.admit(queue, ticket, hard_ms, cost_ms, list)
   end
   local value = T.value_of(seq, hard_ms, cost_ms, table.concat(charges, ','), queue.flow)
   if queue.sid == own.sid then
-    T.set_held(ticket, value)
+    T.set_held(tonumber(ticket), value)
     T.granted[#T.granted + 1] = { tonumber(ticket), seq }
     return
   end

@@ -15,41 +15,51 @@ function T.is_fresh(sid)
   return T.fresh_ones[sid]
 end
 
+-- A repeated batch (`full`) may name tickets that are there already: they keep their place.
+function T.is_there(i, queue, member)
+  local stamp = call('ZSCORE', T.queue_key(queue), member)
+  if stamp then T.stamps[i] = tonumber(stamp) end
+  return stamp or own.held[tonumber(string.match(member, '^%d+'))]
+end
+
+-- The limit at which the first ticket of a queue has to wait; nil if it was let in.
+function T.let_in_or_wait(queue, member)
+  if pool.now < pool.recover_until or T.is_fresh(own.sid) then
+    return T.limit_of(T.names_in(queue.lane)[1])
+  end
+  local ticket, hard_ms, text = string.match(member, '^(%d+)|(%d+)|%d+|(.*)$')
+  local limit = T.blocker_of_new(queue, T.amounts_in(text))
+  if not limit then T.admit(queue, ticket, tonumber(hard_ms), 0, T.amounts_in(text)) end
+  return limit
+end
+
 -- A ticket that finds room and nobody before it goes straight in; the others queue up. entry:
--- flow, member (ticket|hard_ms|cost_ms|amounts). A repeated batch (`full`) may name tickets that
--- are there already: they keep their place.
+-- flow, member (ticket|hard_ms|cost_ms|amounts).
 function T.ask(entries)
   local adding, fresh = {}, {}
   for i, entry in ipairs(entries) do
     local queue, member = own.queues[entry[1]], entry[2]
-    local ticket, hard_ms, cost_ms, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
-    local tenant, here = T.tenant_of(queue.tenant), q.full and call('ZSCORE', T.queue_key(queue), member)
+    local tenant = T.tenant_of(queue.tenant)
     T.stamps[i] = 0
-    if here then
-      T.stamps[i] = tonumber(here)
-    elseif not (q.full and own.held[ticket]) then
-      local limit
-      if not queue.at and pool.now >= pool.recover_until and not T.is_fresh(own.sid) then
-        limit = T.blocker_of_new(queue, T.amounts_in(text))
-      else
-        limit = T.limit_of(T.names_in(queue.lane)[1])
-      end
-      if not limit then
-        T.admit(queue, ticket, tonumber(hard_ms), 0, T.amounts_in(text))
+    if not (q.full and T.is_there(i, queue, member)) then
+      -- Behind others of its own queue it changes nothing.
+      local limit = not queue.at and T.let_in_or_wait(queue, member)
+      if limit == nil then
+        T.stamps[i] = 0
       elseif tenant.waiting >= pool.queue_max then
-        T.refused[#T.refused + 1] = tonumber(ticket)
+        T.refused[#T.refused + 1] = tonumber(string.match(member, '^%d+'))
       else
         tenant.stamp, tenant.waiting, tenant.changed = tenant.stamp + 1, tenant.waiting + 1, true
         T.stamps[i] = tenant.stamp
-        if not adding[queue] then
-          adding[queue] = {}
+        local list = adding[queue]
+        if not list then
+          list = {}
+          adding[queue] = list
           fresh[#fresh + 1] = queue
         end
-        local list = adding[queue]
-        list[#list + 1] = T.int(tenant.stamp)
+        list[#list + 1] = tenant.stamp
         list[#list + 1] = member
-        -- Behind others of its own queue it changes nothing.
-        if not queue.at then
+        if limit then
           T.park(queue, limit, tenant.stamp)
           T.touch(limit)
           list.fresh = true
