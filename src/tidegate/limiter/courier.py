@@ -20,7 +20,7 @@ from tidegate.limiter.scripts import load
 from tidegate.limiter.session import Session
 from tidegate.limiter.wire import SyncReply
 
-LINGER_S = 0.008
+LINGER_S = 0.016
 # A permit that was freed while nobody waits is kept for the next one here no longer than this.
 LINGER_IDLE_S = 0.001
 

@@ -29,6 +29,9 @@ elseif q.verb == 'resume' then
     limit.pause, limit.pause_changed, limit.changed = nil, true, true
     done = 1
   end
+  -- Where something else holds it up, the pump sets another timer.
+  call('ZREM', T.timed_key, q.limit)
+  T.note_timers()
   T.touch(limit)
 elseif q.verb == 'revoke' then
   for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do

@@ -109,6 +109,7 @@ class PoolModel(Joining):
         limit = self.limit(name)
         done = int(self.pause_of(limit) is not None)
         limit.pause = None if done else limit.pause
+        self.timed.pop(name, None)
         self.touched.add(name)
         self._end_act(in_doubt=in_doubt)
         return done
