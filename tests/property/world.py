@@ -106,7 +106,7 @@ class World:
         self.admissions = Admissions(self.model)
         self._shas: dict[str, str] = {}
         self._started_ms = START_MS - 1_000_000
-        self._runs = count(1)
+        self._runs, self._sids = count(1), count(1)
         self.run = "run-0"
         self._set_clock()
 
@@ -158,6 +158,7 @@ class World:
             alarm=lambda name, in_ms: None,
             settled=_nothing,
         )
+        session.sid = f"s{next(self._sids):03}"  # by which ties are broken: the same in every run
         client = Client(session, ledger, self.server.pubsub())
         self.clients.append(client)
         self.subscribe(client)
