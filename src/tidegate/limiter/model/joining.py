@@ -40,7 +40,10 @@ class Joining(Roster):
 
     def forget_stamps(self) -> None:
         """With nobody left in a tenant's queues its stamps may begin anew."""
-        self.stamps = {tenant: n for tenant, n in self.stamps.items() if self.queues_of[tenant]}
+        for tenant in self.left:
+            if not self.queues_of[tenant]:
+                self.stamps.pop(tenant, None)
+        self.left.clear()
 
     def begin_epoch(self, q: SyncRequest) -> None:
         known = self.epoch > 0 or q.epoch > 0

@@ -36,6 +36,8 @@ class Places:
         self.sessions: dict[str, Session] = {}
         self.queues_of: defaultdict[str, dict[str, Queue]] = defaultdict(dict)
         self.stamps: dict[str, int] = {}
+        # Tenants that left a queue and whose stamps may be forgotten.
+        self.left: set[str] = set()
         self._starving: set[Queue] = set()
         self.starves = STARVES
         self.seq = 0
@@ -165,6 +167,7 @@ class Places:
         self.forget_starving(queue)
         queue.at = None
         del self.queues_of[queue.flow.tenant][queue.id]
+        self.left.add(queue.flow.tenant)
         del self.sessions[queue.sid].queues[queue.key]
 
     def move(self, queue: Queue, limit: LimitState) -> None:

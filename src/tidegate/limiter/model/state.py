@@ -158,7 +158,7 @@ class BandState:
 
     def front(self) -> tuple[int, str]:
         """Whose turn it is: the least tag, and the tenant."""
-        return min((self.tags[tenant], tenant) for tenant in self.lines)
+        return min(zip(map(self.tags.__getitem__, self.lines), self.lines, strict=True))
 
     def line_front(self, tenant: str) -> tuple[int, Queue]:
         """The oldest first ticket of a tenant's queues here, and the queue."""
