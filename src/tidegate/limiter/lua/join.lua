@@ -76,6 +76,16 @@ function T.charges_of(sid)
   return charges
 end
 
+-- The list of sessions ran out before the session's own keys, as when the clock leaps by an hour:
+-- what they say was counted anew without them.
+function T.forget_leftover()
+  for _, queue in ipairs(T.places_of(q.sid)) do
+    call('UNLINK', T.queue_key(queue))
+    queue.at, queue.bounces, queue.bounced = nil, 0, 0
+  end
+  call('UNLINK', T.session_key(q.sid))
+end
+
 -- It is back and has said what it holds: what else was held over for it is free, such as grants
 -- that were pushed to it while it was paused.
 function T.free_unclaimed()
@@ -124,7 +134,12 @@ function T.join()
   call('SET', KEYS[2], '2')
   if q.batch <= own.batch then return 'stale' end
   local charges, since = T.charges_of(q.sid), call('HGET', T.session_key(q.sid), 'since')
-  T.reap(q.sid, false, true)
+  if call('ZSCORE', T.sessions_key, q.sid) then
+    T.reap(q.sid, false, true)
+  else
+    since = nil
+    T.forget_leftover()
+  end
   own.held, own.written, own.dirty = {}, {}, nil
   if call('ZCARD', T.sessions_key) == 0 then T.recount() end
   T.merge_policy(q.join.policy)
