@@ -143,7 +143,8 @@ class Traffic(RuleBasedStateMachine):
         held = list(client.ledger.held.values())
         if held and not client.paused:
             flow = held[which % len(held)].flow
-            self.end(client, held[which % len(held)].ticket)
+            used = (None, 100, 1500, 0)[which % 4]
+            self.end(client, held[which % len(held)].ticket, used=used, later=which % 5 == 0)
             self.ask_in(who, (flow.band, flow.tenant, flow.limits), 100, 0, 1)
 
     def end(
