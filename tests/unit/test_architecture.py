@@ -44,7 +44,7 @@ RESERVED = {
     "dotenv": ("config/",),
 }
 PURE = (
-    *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model.py", "*states.py"),
+    *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model/", "*states.py"),
     *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
     *("policy/edits.py", "policy/words.py"),
 )
