@@ -26,10 +26,13 @@ class Fleet:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs = logs
 
-    def start(self, orders: Orders, prefix: Sequence[str] = ()) -> None:
-        """`prefix` is a command that runs the worker's: one that enters a namespace."""
+    def start(
+        self, orders: Orders, prefix: Sequence[str] = (), *, source: Path = ROOT / "src"
+    ) -> None:
+        """`prefix` is a command that runs the worker's: one that enters a namespace. `source` is
+        where the worker has the product from."""
         python = [sys.executable, "-m", "chaos.limiter.worker", json.dumps(asdict(orders))]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+        paths = os.pathsep.join([str(ROOT), str(source)])
         environment = {**os.environ, "PYTHONPATH": paths}
         command = [*prefix, *python]
         if self._logs is None:

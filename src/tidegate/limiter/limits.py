@@ -206,7 +206,7 @@ class PoolPolicy:
             on_expiry=on_expiry,
             revision=revision,
             weights=dict(weights),
-            bands=tuple(Band(*band) for band in bands),
+            bands=tuple(Band(*band[:3]) for band in bands),
             queue_per_tenant=queue_per_tenant,
             reap_closed_ms=reap_closed_ms,
             hand_off=hand_off,

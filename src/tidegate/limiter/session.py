@@ -303,9 +303,6 @@ class Session:
         if self.remembered.learn(whole, sent_ms, at, recovering=reply.recovering_ms > 0):
             self._full = True  # the others wait to hear that we know
             self._wake()
-        if whole.conflict:
-            message = "limiter: another policy with revision %d is in force"
-            logger.warning(message, reply.revision)
         if 0 < whole.next_event_ms < reply.lease_ms and self._ledger.waiting:
             self._alarm("next_event", whole.next_event_ms)
 
@@ -342,11 +339,14 @@ class Session:
 
     def _adopt(self, whole: Whole) -> None:
         """The pool's policy is the newest that any process brought."""
-        if whole.policy is None or whole.policy == self.policy.pack():
+        if whole.policy is None:
             return
         newest = PoolPolicy.unpack(whole.policy)
-        if newest.revision < self.policy.revision:
-            return  # ours is on its way
+        # Another version of us packs the same policy with more fields, or fewer.
+        if newest.revision < self.policy.revision or newest.pack() == self.policy.pack():
+            return
+        if whole.conflict:
+            logger.warning("limiter: another policy of revision %d is in force", newest.revision)
         self.policy = newest
         self._policy_due = False
         self._forget_hints()

@@ -148,7 +148,7 @@ def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
     """The answer of `inspect` as a snapshot."""
     names = {row[0]: row[1] for row in reply.sessions}
     return Snapshot(
-        limits={row[0]: LimitView(*row) for row in sorted(reply.limits)},
+        limits={row[0]: LimitView(*row[:11]) for row in sorted(reply.limits)},
         sessions=sum(row[2] > 0 for row in reply.sessions),
         epoch=reply.epoch,
         revision=reply.revision,
@@ -156,9 +156,9 @@ def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
         state=state,
         processes=tuple(
             SessionView(sid, name, left_ms, held, bool(blocked))
-            for sid, name, left_ms, held, blocked in reply.sessions
+            for sid, name, left_ms, held, blocked, *_ in reply.sessions
         ),
-        tenants=tuple(TenantView(*row) for row in sorted(reply.tenants)),
+        tenants=tuple(TenantView(*row[:3]) for row in sorted(reply.tenants)),
         queues=tuple(_queue(row, names) for row in reply.queues),
         permits=tuple(_permit(row, names) for row in sorted(reply.permits)),
     )
@@ -170,7 +170,7 @@ def _flow(flow: str) -> tuple[int, str, tuple[str, ...]]:
 
 
 def _queue(row: list[Any], names: Mapping[str, str]) -> QueueView:
-    sid, flow, at, waiting, _stamp, member = row
+    sid, flow, at, waiting, _stamp, member, *_ = row
     first = int(member.split("|")[0]) if member else 0
     return QueueView(
         sid, names.get(sid, ""), *_flow(flow), at if at != "!" else None, waiting, first
@@ -178,7 +178,7 @@ def _queue(row: list[Any], names: Mapping[str, str]) -> QueueView:
 
 
 def _permit(row: list[Any], names: Mapping[str, str]) -> PermitView:
-    sid, ticket, seq, left_ms, flow = row
+    sid, ticket, seq, left_ms, flow, *_ = row
     return PermitView(sid, names.get(sid, ""), ticket, seq, left_ms, *_flow(flow))
 
 
@@ -187,7 +187,7 @@ def read_place(values: list[Any]) -> Place | None:
     found, *rest = values
     if not found:
         return None
-    flow, at, ahead, rivals, weight, cost_ms, bound, room_in_ms, paused_ms, said = rest
+    flow, at, ahead, rivals, weight, cost_ms, bound, room_in_ms, paused_ms, said, *_ = rest
     band, tenant, limits = _flow(flow)
     wait_ms = None
     if bound > 0:

@@ -223,10 +223,10 @@ class SyncReply(NamedTuple):
             (
                 values[0].decode(),
                 *values[1:11],
-                _listed(values[11]),
+                _pairs(values[11]),
                 _listed(values[12]),
                 _listed(values[13]),
-                [Hint(*hint) for hint in _listed(values[14])],
+                [Hint(*hint[:5]) for hint in _listed(values[14])],
                 _whole(whole) if whole else None,
             )
         )
@@ -237,22 +237,30 @@ def _listed(value: Any) -> Any:
     return value or ()
 
 
+def _pairs(rows: Any) -> Any:
+    """A later version may say more in each row."""
+    return tuple(row[:2] for row in _listed(rows))
+
+
 def _whole(values: Any) -> Whole:
     now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster, *_ = values
     return Whole(
         now_ms,
-        _listed(held),
-        [(member.decode(), left_ms) for member, left_ms in _listed(lapsing)],
+        _pairs(held),
+        [(member.decode(), left_ms) for member, left_ms in _pairs(lapsing)],
         next_event_ms,
         conflict,
-        [(name.decode(), amount) for name, amount in _listed(spent)],
-        [(name.decode(), left, ramp, said.decode()) for name, left, ramp, said in _listed(pauses)],
+        [(name.decode(), amount) for name, amount in _pairs(spent)],
+        [
+            (name.decode(), *ms, said.decode())
+            for name, *ms, said in (p[:4] for p in _listed(pauses))
+        ],
         policy or None,
         _roster(*roster),
     )
 
 
-def _roster(version: int, sids: Any) -> tuple[int, list[str] | None]:
+def _roster(version: int, sids: Any, *_: Any) -> tuple[int, list[str] | None]:
     return version, None if sids is False else [sid.decode() for sid in _listed(sids)]
 
 
@@ -282,7 +290,8 @@ class Push(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes) -> Push:
-        return cls(*msgpack.unpackb(raw)[:5])
+        epoch, gen, sent, grants, at_ms, *_ = msgpack.unpackb(raw)
+        return cls(epoch, gen, sent, [row[:2] for row in grants], at_ms)
 
 
 class InspectReply(NamedTuple):
