@@ -1,7 +1,7 @@
 -- does: counts what is spent of rates and day quotas
 -- keys: log rate quota
 -- args: resets
--- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), take_along(), save()
+-- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), take_along(), rewind(), save()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -175,6 +175,24 @@ T.rates = function()
       end
     end
     f.assert_spent(limit, math.min(limit.bound, amount))
+  end
+
+  -- The clock was set back: what was counted is as old as before.
+  function f.rewind(limit, by_ms)
+    local key = key_of(limit)
+    if limit.exact then
+      local times = call('LRANGE', key, 0, -1)
+      call('UNLINK', key)
+      for i, at in ipairs(times) do times[i] = T.int(tonumber(at) - by_ms) end
+      for i = 1, #times, 1000 do call('RPUSH', key, unpack(times, i, math.min(i + 999, #times))) end
+      call('PEXPIRE', key, limit.span)
+    elseif limit.sort == 'r' then
+      local raw, moved = call('HGETALL', key), {}
+      for i = 1, #raw, 2 do moved[T.int(tonumber(raw[i]) - by_ms)] = raw[i + 1] end
+      call('UNLINK', key)
+      T.write(key, moved)
+      call('PEXPIRE', key, T.int(2 * limit.span))
+    end
   end
 
   function f.save(limit)

@@ -126,6 +126,25 @@ function T.somebody_ran_out(wall)
     or pool.sessions > 0 and call('EXISTS', T.sessions_key) == 0
 end
 
+-- The clock was set back: what is remembered by its time is as old as before, and as far ahead.
+function T.rewind(by_ms)
+  for _, field in ipairs(call('HKEYS', T.meta_key)) do
+    local letter, name = string.match(field, '^(%a):(.*)$')
+    if letter == 'd' and T.limit_of(name).sort == 'r' then T.rates().rewind(T.limit_of(name), by_ms) end
+    if letter == 'p' and T.limit_of(name).pause then
+      local limit = T.limit_of(name)
+      limit.pause.until_ms = limit.pause.until_ms - by_ms
+      limit.pause_changed, limit.changed = true, true
+    end
+  end
+  for _, key in ipairs({ T.timed_key, T.lapsing_key }) do
+    for _, member in ipairs(call('ZRANGE', key, 0, -1)) do
+      call('ZINCRBY', key, T.int(-by_ms), member)
+    end
+  end
+  if pool.timed_at > 0 then pool.timed_at = math.max(1, pool.timed_at - by_ms) end
+end
+
 -- The past is lost when the server is another one or empty; when its clock was set back; or when
 -- nobody spoke to it for half a lease and a session ran out meanwhile: then the server or its
 -- clock was away, not the session, and everybody may still be running what he held.
@@ -138,7 +157,9 @@ function T.recover()
   local silent = pool.epoch > 0 and wall - pool.clock > jump_ms
     and T.somebody_ran_out(wall)
   if pool.epoch == 0 or pool.run ~= q.run or q.epoch > pool.epoch or set_back or silent then
+    local by_ms = set_back and pool.clock - wall or 0
     T.begin_epoch()
+    if by_ms > 0 then T.rewind(by_ms) end
   end
 end
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from tidegate.limiter.limits import PoolPolicy
+from tidegate.limiter.limits import PoolPolicy, Rate
 from tidegate.limiter.model.joining import Joining
 from tidegate.limiter.model.state import BLOCKED, Pause, Session
 from tidegate.limiter.wire import Renewal, RenewReply, Status, SyncReply, SyncRequest, Whole
@@ -260,8 +260,22 @@ class PoolModel(Joining):
         silent = self.epoch > 0 and wall - self.clock > jump_ms and ran_out
         lost = self.epoch == 0 or self.run != q.run or q.epoch > self.epoch
         if lost or set_back or silent:
+            by_ms = self.clock - wall if set_back else 0
             self.begin_epoch(q)
             self.run = q.run
+            if by_ms > 0:
+                self._rewind(by_ms)
+
+    def _rewind(self, by_ms: int) -> None:
+        """The clock was set back: what is remembered by its time is as old as before."""
+        for limit in self.limits.values():
+            pause = self.pause_of(limit)
+            if isinstance(limit.limit, Rate):
+                limit.spending.rewind(by_ms)
+            if pause is not None:
+                pause.until -= by_ms
+        self.timed = {name: at - by_ms for name, at in self.timed.items()}
+        self.lapsing = {permit: until - by_ms for permit, until in self.lapsing.items()}
 
     def _reap_expired(self) -> None:
         for sid in [sid for sid, s in self.sessions.items() if s.expiry <= self.now]:

@@ -120,6 +120,11 @@ class Spending:
         else:
             self._spend(limit, self._end_now(limit, now), amount)
 
+    def rewind(self, by_ms: int) -> None:
+        """The clock was set back: what was counted is as old as before."""
+        self.log = [at - by_ms for at in self.log]
+        self.buckets = {end - by_ms: amount for end, amount in self.buckets.items()}
+
     def take_along(self, limit: Limit, now: int) -> None:
         """What was counted in another way, before the policy said this one, is taken for spent
         now. Call it after `look`."""
