@@ -24,6 +24,7 @@ from tests.property.policies import CONCURRENCIES, LEASE_MS, Shape, shapes
 from tests.property.traffic import HARD_MS, Flow, Traffic, clients, kinds_of_flow
 from tests.property.world import Client, Pace, World
 from tidegate.limiter.entries import Waiter
+from tidegate.limiter.limits import Rate
 
 STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "5000"))
 STEPS_PER_RUN = 60
@@ -187,9 +188,7 @@ class PoolMachine(Traffic):
                 world.subscribe(client)
             for number, waiter in enumerate(list(client.ledger.waiting.values())):
                 # Rates may keep many for long, a quota for another day.
-                slow = number > 3 and (
-                    "rpm:x" in waiter.flow.limits or "tpm:x" in waiter.flow.limits
-                )
+                slow = number > 3 and self.needs_a_rate(waiter)
                 if slow or "rpd:x" in waiter.flow.limits:
                     client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
         for number in range(200):
@@ -223,6 +222,17 @@ class PoolMachine(Traffic):
 
     def all_waiting(self) -> list[tuple[Client, Waiter]]:
         return [(c, waiter) for c in self.world.clients for waiter in c.ledger.waiting.values()]
+
+    def needs_a_rate(self, waiter: Waiter) -> bool:
+        """By any policy that is or may come to be in force."""
+        known = [client.session.policy for client in self.world.clients]
+        policies = [*known, self.shape.policy(1), self.world.model.policy]
+        return any(
+            isinstance(policy.limit(name), Rate)
+            for policy in policies
+            if policy is not None
+            for name in waiter.flow.limits
+        )
 
     def can_be_let_in(self, waiter: Waiter) -> bool:
         found = [self.world.model.limit(name) for name in waiter.flow.limits]
