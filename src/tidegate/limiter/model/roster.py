@@ -12,6 +12,8 @@ from tidegate.limiter.wire import Push, SyncRequest
 
 # Beyond so many sessions a newcomer is not announced, or nobody is named.
 MOST_TO_ANNOUNCE = 64
+# So many newcomers are looked at by one call.
+MOST_AT_ONCE = 64
 MOST_ON_ROSTER = 256
 
 
@@ -67,7 +69,8 @@ class Roster(Pump):
         """What a session knows, and who is known to all by that."""
         self.seen[q.sid] = max(self.seen[q.sid], q.roster)
         least = min(self.seen.values())
-        for sid, until in list(self.fresh.items()):
+        eldest = sorted(self.fresh.items(), key=lambda each: (each[1], each[0]))
+        for sid, until in eldest[:MOST_AT_ONCE]:
             if until <= self.now or self.sessions[sid].since <= least:
                 del self.fresh[sid]
                 if sid != q.sid:

@@ -1,0 +1,242 @@
+"""What many processes and many waiters cost Valkey: `python -m bench.footprint`.
+
+Speaks the limiter's own wire to a Valkey of its own, in place of a thousand processes: how long the
+scripts work that each process calls again and again whether it has anything to say or not, how much
+memory a waiter takes, and how many bytes a grant by push has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from tidegate.embedded.valkey import ValkeyServer
+from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.limits import PoolPolicy
+from tidegate.limiter.scripts import ScriptName, load
+from tidegate.limiter.wire import Join, Push, Renewal, SyncReply, SyncRequest, flow_of
+
+LIMIT = "kind:text_only"
+# Longer than the default, so that a thousand sessions outlive each other's turns here.
+LEASE_MS = 10_000
+UPTIME_MS = 1_000_000
+HARD_MS = 600_000
+EXPECTED_MS = 200
+
+
+class Peer:
+    """One session, as its process would speak for it."""
+
+    def __init__(self, pool: Pool, number: int) -> None:
+        self.sid = f"{number:016x}"
+        self._pool = pool
+        self._gen = self._epoch = self._batch = 0
+        self._roster = 0
+
+    def join(self) -> None:
+        join = Join(self._pool.policy, "bench", f"process-{self.sid}", [], [])
+        reply = self.say("tend", join=join, full=True)
+        self._gen, self._epoch = reply.gen, reply.epoch
+
+    def compare(self) -> None:
+        """What a process does at every third of its lease."""
+        reply = self.say("tend", full=True)
+        if reply.whole is not None:
+            self._roster = reply.whole.roster[0]
+
+    def renew(self) -> None:
+        self._pool.run("renew", Renewal(self.sid, self._gen, self._epoch, self._pool.run_id).pack())
+
+    def say(self, script: ScriptName, **fields: Any) -> SyncReply:
+        self._batch += 1
+        request = SyncRequest(
+            sid=self.sid,
+            gen=self._gen,
+            epoch=self._epoch,
+            run=self._pool.run_id,
+            uptime_ms=UPTIME_MS,
+            lease_ms=LEASE_MS,
+            revision=1,
+            batch=self._batch,
+            roster=self._roster,
+            **fields,
+        )
+        reply = SyncReply.unpack(self._pool.run(script, request.pack()))
+        if reply.status == "tend":
+            return self.say("tend", **{**fields, "full": True})
+        if reply.status != "ok":
+            raise RuntimeError(f"{script}: {reply.status}")
+        return reply
+
+
+class Pool:
+    """A pool on a server, with what its scripts cost."""
+
+    def __init__(self, client: redis.Redis, name: str) -> None:
+        self.client = client
+        self.keys = Keyspace(name)
+        self.policy = PoolPolicy({LIMIT: 1}, lease_ms=LEASE_MS)
+        self.run_id = client.info("server")["run_id"]
+        self._tickets = count(1)
+
+    def run(self, name: ScriptName, packed: bytes) -> bytes:
+        script = load(name)
+        arguments = (2, self.keys.meta, self.keys.layout, packed)
+        try:
+            answer: Any = self.client.evalsha(script.sha, *arguments)
+        except redis.exceptions.NoScriptError:
+            answer = self.client.eval(script.source.decode(), *arguments)
+        return bytes(answer)
+
+    def enter(self, sessions: int) -> list[Peer]:
+        peers = [Peer(self, number) for number in range(sessions)]
+        for peer in peers:
+            peer.join()
+        return peers
+
+    def settle(self, peers: list[Peer]) -> None:
+        """Until all are known to each other, and none is on probation any more."""
+        until_s = time.monotonic() + LEASE_MS / 2000
+        while time.monotonic() < until_s:
+            for peer in peers:
+                peer.renew()
+        for peer in peers:
+            peer.compare()
+
+    def enqueue(self, peer: Peer, tenants: Iterable[str]) -> None:
+        """One ticket for each; what finds room goes in."""
+        asked = list(tenants)
+        flows = [flow_of(2, tenant, (LIMIT,)) for tenant in dict.fromkeys(asked)]
+        numbers = {flow: number for number, flow in enumerate(flows, 1)}
+        entries = [
+            (
+                numbers[flow_of(2, tenant, (LIMIT,))],
+                f"{next(self._tickets)}|{HARD_MS}|{EXPECTED_MS}|",
+            )
+            for tenant in asked
+        ]
+        peer.say("sync", flows=flows, enqueues=entries)
+
+
+def script_us(client: redis.Redis) -> float:
+    """Time that scripts have taken up to now."""
+    stats = client.info("commandstats")
+    return float(stats["cmdstat_evalsha"]["usec"]) if "cmdstat_evalsha" in stats else 0.0
+
+
+def server_us(client: redis.Redis) -> float:
+    cpu = client.info("cpu")
+    return (float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"])) * 1_000_000
+
+
+def longest_ms(client: redis.Redis) -> float:
+    """The longest that a script has held the server, those left out that were compiled first;
+    1 ms if none took longer."""
+    slow = [one["duration"] for one in client.slowlog_get(1000) if b"EVALSHA" in one["command"]]
+    return max(slow, default=1000) / 1000
+
+
+def cost_of(client: redis.Redis, peers: list[Peer], verb: str, rounds: int) -> str:
+    """Of one call of each peer, some rounds long, while nothing else happens."""
+    before = script_us(client), server_us(client)
+    for _ in range(rounds):
+        for peer in peers:
+            getattr(peer, verb)()
+    calls = rounds * len(peers)
+    script, server = script_us(client) - before[0], server_us(client) - before[1]
+    return f"{script / calls:.0f} us in the script, {server / calls:.0f} us of Valkey's CPU"
+
+
+def heartbeats(client: redis.Redis, sessions: int) -> None:
+    pool = Pool(client, f"beats{sessions}")
+    peers = [Peer(pool, number) for number in range(sessions)]
+    print(f"{sessions} processes")
+    print(f"  join: {cost_of(client, peers, 'join', 1)}")
+    print(f"  first tend: {cost_of(client, peers, 'compare', 1)}")
+    pool.settle(peers)
+    print(f"  longest of all so far: {longest_ms(client):.1f} ms")
+    print(f"  tend: {cost_of(client, peers, 'compare', 2)}")
+    print(f"  renew: {cost_of(client, peers, 'renew', 2)}")
+
+
+def memory(client: redis.Redis, sessions: int, tenants: int, waiters: int) -> None:
+    pool = Pool(client, f"memory{sessions}-{tenants}")
+    peers = pool.enter(sessions)
+    pool.settle(peers)
+    flows = max(1, tenants * 10 // sessions) if sessions > 1 else tenants
+    before = int(client.info("memory")["used_memory"])
+    each = waiters // sessions
+    for number, peer in enumerate(peers):
+        own = [f"tenant{(number + k) % tenants}" for k in range(flows)]
+        for first in range(0, each, 1000):
+            some = range(first, min(first + 1000, each))
+            pool.enqueue(peer, [own[k % len(own)] for k in some])
+    used = int(client.info("memory")["used_memory"]) - before
+    queues = list(client.scan_iter(match=f"{pool.keys.prefix}queue:*", count=10_000))
+    waiting = sum(int(client.zcard(queue)) for queue in queues)
+    print(
+        f"{waiting} waiters of {tenants} tenants in {sessions} processes, {len(queues)} queues: "
+        f"{used / 1_000_000:.1f} MB, {used / waiting:.0f} bytes each"
+    )
+
+
+def pushes(client: redis.Redis) -> None:
+    """One process frees what another waits for."""
+    pool = Pool(client, "pushes")
+    peers = pool.enter(2)
+    pool.settle(peers)
+    holder, waiter = peers
+    listening = client.pubsub()  # type: ignore[no-untyped-call]
+    listening.ssubscribe(pool.keys.channel(waiter.sid))
+    flow = flow_of(2, "tenant1", (LIMIT,))
+    holder.say("sync", flows=[flow], enqueues=[(1, f"1|{HARD_MS}|{EXPECTED_MS}|")])
+    waiter.say("sync", flows=[flow], enqueues=[(1, f"2|{HARD_MS}|{EXPECTED_MS}|")])
+    holder.say("sync", flows=[flow], releases=[(1, 1, 0, EXPECTED_MS, "")])
+    until_s = time.monotonic() + 5
+    while time.monotonic() < until_s:
+        message = listening.get_sharded_message(timeout=1.0)
+        if message and message["type"] == "smessage":
+            data, channel = message["data"], message["channel"]
+            frame = b"*3\r\n$8\r\nsmessage\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
+            size = len(frame % (len(channel), channel, len(data), data))
+            grants = len(Push.unpack(data).grants)
+            print(f"a push of {grants} grant: {len(data)} bytes, {size} on the wire")
+            return
+    raise RuntimeError("no push came")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.footprint", description=__doc__)
+    parser.add_argument("--processes", type=int, default=1000)
+    parser.add_argument("--tenants", type=int, default=1000)
+    parser.add_argument("--waiters", type=int, default=100_000)
+    size = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        server = ValkeyServer(Path(folder))
+        server.start()
+        client = redis.Redis.from_url(server.url)
+        client.config_set("slowlog-log-slower-than", 1000)
+        client.config_set("slowlog-max-len", 1000)
+        try:
+            for sessions in (min(100, size.processes), size.processes):
+                heartbeats(client, sessions)
+                client.flushall()
+            memory(client, 1, 1, size.waiters)
+            client.flushall()
+            memory(client, size.processes, size.tenants, size.waiters)
+            client.flushall()
+            pushes(client)
+        finally:
+            client.close()
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()
