@@ -24,6 +24,7 @@ from tidegate.limiter.scripts import ScriptName, load
 from tidegate.limiter.wire import Join, Push, Renewal, SyncReply, SyncRequest, flow_of
 
 LIMIT = "kind:text_only"
+ROOMY = "kind:classifier"
 # Longer than the default, so that a thousand sessions outlive each other's turns here.
 LEASE_MS = 10_000
 UPTIME_MS = 1_000_000
@@ -38,7 +39,7 @@ class Peer:
         self.sid = f"{number:016x}"
         self._pool = pool
         self._gen = self._epoch = self._batch = 0
-        self._roster = 0
+        self._roster = self._open = 0
 
     def join(self) -> None:
         join = Join(self._pool.policy, "bench", f"process-{self.sid}", [], [])
@@ -53,6 +54,16 @@ class Peer:
 
     def renew(self) -> None:
         self._pool.run("renew", Renewal(self.sid, self._gen, self._epoch, self._pool.run_id).pack())
+
+    def turn(self) -> None:
+        """One call ends and the next begins, with nothing else to say in the same breath."""
+        flow = flow_of(2, f"tenant{self.sid}", (ROOMY,))
+        ticket, self._open = self._open, self._open + 1
+        releases = [(ticket, 1, 0, EXPECTED_MS, "")] if ticket else []
+        member = f"{self._open}|{HARD_MS}|{EXPECTED_MS}|"
+        reply = self.say("sync", flows=[flow], releases=releases, enqueues=[(1, member)])
+        if len(reply.grants) != 1:
+            raise RuntimeError("not let in")
 
     def say(self, script: ScriptName, **fields: Any) -> SyncReply:
         self._batch += 1
@@ -82,7 +93,7 @@ class Pool:
     def __init__(self, client: redis.Redis, name: str) -> None:
         self.client = client
         self.keys = Keyspace(name)
-        self.policy = PoolPolicy({LIMIT: 1}, lease_ms=LEASE_MS)
+        self.policy = PoolPolicy({LIMIT: 1, ROOMY: 100_000}, lease_ms=LEASE_MS)
         self.run_id = client.info("server")["run_id"]
         self._tickets = count(1)
 
@@ -164,6 +175,7 @@ def heartbeats(client: redis.Redis, sessions: int) -> None:
     print(f"  longest of all so far: {longest_ms(client):.1f} ms")
     print(f"  tend: {cost_of(client, peers, 'compare', 2)}")
     print(f"  renew: {cost_of(client, peers, 'renew', 2)}")
+    print(f"  sync of one release and one admission: {cost_of(client, peers, 'turn', 3)}")
 
 
 def memory(client: redis.Redis, sessions: int, tenants: int, waiters: int) -> None:
