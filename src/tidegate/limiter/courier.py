@@ -8,6 +8,7 @@ for company. Invariant: one call at a time.
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from tidegate.errors import ConfigError
 from tidegate.limiter.keys import Keyspace
@@ -19,6 +20,8 @@ from tidegate.limiter.observer import Observer
 from tidegate.limiter.scripts import load
 from tidegate.limiter.session import Session
 from tidegate.limiter.wire import SyncReply
+
+logger = logging.getLogger("tidegate.limiter")
 
 LINGER_S = 0.016
 # A permit that was freed while nobody waits is kept for the next one here no longer than this.
@@ -89,6 +92,13 @@ class Courier:
             except ConfigError as error:
                 session.die(error)
                 return
+            except Exception as fault:
+                logger.exception("limiter: a fault of its own")
+                session.failed(f"{type(fault).__name__}: {fault}")
+                retry_s = session.lease.lease_ms / 6000
+                await asyncio.sleep(retry_s)
+                session.refresh()
+                continue
             if left:
                 return
 

@@ -55,7 +55,7 @@ async def test_a_server_that_refuses_writes_is_an_outage(
         begin(server)
         await wait_until(lambda: limiter.local_state().state == "away", what="an outage")
         assert said in limiter._session.last_error
-        await wait_until(limiter._session.lease.over, what="the end of the lease")
+        await wait_until(limiter._session.lease.all_lapsed, what="the end of the lease")
         with pytest.raises(LimiterUnavailable):
             async with limiter.acquire(LIMIT, deadline_ms=1):
                 pass

@@ -90,7 +90,7 @@ async def test_no_head_goes_out_while_the_stream_waits_for_its_turn(open_gateway
 
 async def test_streams_and_jobs_queue_in_order_of_arrival(open_gateway: Opener) -> None:
     gateway = await open_gateway(rate_limits={"text_only": 1})
-    await gateway.upstream.set_behaviour(first_byte_ms=150)
+    await gateway.upstream.set_behaviour(first_byte_ms=1500)
     running = asyncio.create_task(gateway.stream(text="Explain running"))
     await gateway.in_flight(1)
     await gateway.upstream.set_behaviour(first_byte_ms=0)
