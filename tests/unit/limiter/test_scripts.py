@@ -106,6 +106,7 @@ def test_the_layout_is_the_same_in_both_languages() -> None:
         ("ADAPT_PAUSE_MS", state.ADAPT_PAUSE_MS),
         ("DAY_MS", spending.DAY_MS),
         ("MOST_TO_ANNOUNCE", roster.MOST_TO_ANNOUNCE),
+        ("MOST_AT_ONCE", roster.MOST_AT_ONCE),
         ("MOST_ON_ROSTER", roster.MOST_ON_ROSTER),
     ],
 )
