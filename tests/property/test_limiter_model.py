@@ -131,8 +131,12 @@ class PoolMachine(Traffic):
         name=limits,
         for_ms=st.sampled_from([0, 1000, 10_000, 50_000]),
         ramp_ms=st.sampled_from([1, 10_000]),
+        after_ms=st.sampled_from([0, 0, LEASE_MS]),
     )
-    def pause_a_limit_or_end_its_pause(self, name: str, for_ms: int, ramp_ms: int) -> None:
+    def pause_a_limit_or_end_its_pause(
+        self, name: str, for_ms: int, ramp_ms: int, after_ms: int
+    ) -> None:
+        self.world.advance(after_ms)
         if for_ms:
             self.world.pause(name, for_ms, ramp_ms)
         else:

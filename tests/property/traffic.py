@@ -156,7 +156,8 @@ class Traffic(RuleBasedStateMachine):
         later: bool = False,
     ) -> None:
         flow = client.ledger.held[ticket].flow
-        actual = flow.actual(None if used is None else Tokens(used), None)
+        known = used is not None
+        actual = flow.actual(Tokens(used or 0) if known else None, 2 if known else None)
         if later:
             client.usage_due.append((ticket, actual))
         client.ledger.release(

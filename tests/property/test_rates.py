@@ -1,0 +1,200 @@
+"""Rates, quotas and their settlement step by step, on the real Lua and the model: what a random
+walk seldom comes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from tests.property.policies import LEASE_MS
+from tests.property.world import Client, Pace, World
+from tidegate.limiter.flow import Tokens
+from tidegate.limiter.limits import Concurrency, Limit, PoolPolicy, Quota, Rate
+from tidegate.limiter.model.spending import DAY_MS
+
+LIMIT = "some:limit"
+MINUTE_MS = 60_000
+NOT_KNOWN = None
+
+
+def policy(limit: Limit, revision: int = 1) -> PoolPolicy:
+    return PoolPolicy({LIMIT: limit}, lease_ms=LEASE_MS, revision=revision)
+
+
+class Bench:
+    """One process in a pool with one limit."""
+
+    def __init__(self, server: redis.Redis) -> None:
+        self.world = World(server, policy(Rate(1000, MINUTE_MS, "tokens")), Pace())
+        self.client: Client = self.world.new_client()
+
+    def say(self) -> None:
+        """Until there is nothing left to say: both worlds agree in each answer."""
+        while self.client.session.something_to_say():
+            self.world.exchange(self.client, "ok")
+
+    def put_in_force(self, limit: Limit) -> None:
+        revision = self.client.session.policy.revision + 1
+        self.client.session.set_policy(policy(limit, revision), "somebody")
+        self.say()
+
+    def ask(self, tokens: int) -> int:
+        """The ticket of a call, let in or not."""
+        client, at = self.client, self.world.local_ms
+        flow = client.ledger.flow(1, "t", (LIMIT,))
+        flow.refresh(client.session.policy)
+        waiter = client.ledger.ask(
+            flow,
+            amounts=flow.amounts(Tokens(tokens), 1),
+            hard_ms=1_000_000,
+            now_ms=at,
+            deadline_ms=float("inf"),
+        )
+        self.say()
+        return waiter.ticket
+
+    def end(self, ticket: int, used: int | None, *, unaware: bool = False) -> None:
+        """`unaware`: its usage is told as it was before the policy changed."""
+        flow = self.client.ledger.held[ticket].flow
+        if not unaware:
+            flow.refresh(self.client.session.policy)
+        actual = flow.actual(None if used is None else Tokens(used), None)
+        self.client.ledger.release(
+            ticket, outcome="success", actual=actual, now_ms=self.world.local_ms
+        )
+        self.say()
+
+    def wait(self, ms: int) -> None:
+        """Time passes while all is well."""
+        for passed in range(0, ms, LEASE_MS // 2):
+            self.world.advance(min(LEASE_MS // 2, ms - passed))
+            self.world.renew(self.client)
+        self.client.session.refresh()
+        self.say()
+
+    @property
+    def spent(self) -> int:
+        return self.world.model.spent(self.world.model.limit(LIMIT))
+
+    @property
+    def running(self) -> int:
+        return len(self.client.ledger.held)
+
+
+@pytest.fixture
+def bench(valkey_url: str) -> Iterator[Bench]:
+    made = Bench(redis.Redis.from_url(valkey_url))
+    made.say()
+    yield made
+    made.world.close()
+
+
+def test_tokens_are_reserved_and_corrected_by_what_was_used(bench: Bench) -> None:
+    first, second = bench.ask(400), bench.ask(400)
+    assert (bench.spent, bench.running) == (800, 2)
+    bench.end(first, 100)
+    assert bench.spent == 500
+    bench.end(second, 700)
+    assert bench.spent == 800
+    bench.ask(300)
+    assert bench.running == 0  # 800 + 300 is more than there is
+
+
+def test_unknown_usage_keeps_the_reservation(bench: Bench) -> None:
+    bench.end(bench.ask(400), NOT_KNOWN)
+    assert bench.spent == 400
+
+
+def test_more_than_a_limit_can_give_waits_for_all_of_it(bench: Bench) -> None:
+    first, great = bench.ask(100), bench.ask(5000)
+    bench.end(first, 100)
+    assert great not in bench.client.ledger.held
+    bench.wait(MINUTE_MS + 2000)
+    assert great in bench.client.ledger.held
+    assert bench.spent == 1000
+
+
+def test_a_late_settlement_never_credits_a_later_window(bench: Bench) -> None:
+    late = bench.ask(900)
+    bench.wait(MINUTE_MS + 2000)
+    bench.ask(900)
+    assert bench.spent == 900
+    bench.end(late, 0)
+    assert bench.spent == 900
+
+
+def test_what_was_used_on_top_counts_however_late(bench: Bench) -> None:
+    late = bench.ask(100)
+    bench.wait(MINUTE_MS + 2000)
+    bench.end(late, 600)
+    assert bench.spent == 500
+
+
+@pytest.mark.parametrize("limit", [Rate(5, MINUTE_MS), Rate(1000, 2 * MINUTE_MS, "tokens")])
+def test_a_limit_that_is_counted_otherwise_meanwhile_loses_nothing(
+    bench: Bench, limit: Rate
+) -> None:
+    call = bench.ask(700)
+    bench.put_in_force(limit)
+    assert bench.spent == min(700, limit.bound)
+    bench.end(call, 100, unaware=True)
+    assert bench.spent == (5 if limit.exact else 100)
+
+
+def test_a_limit_that_was_a_concurrency_meanwhile_loses_nothing(bench: Bench) -> None:
+    call = bench.ask(700)
+    bench.put_in_force(Concurrency(1))
+    assert bench.world.model.limit(LIMIT).used == 1
+    bench.ask(1)
+    assert bench.running == 1
+    bench.put_in_force(Rate(800, MINUTE_MS, "tokens"))
+    assert bench.spent == 701  # the waiter of before takes 1
+    bench.end(call, 300)
+    assert bench.spent == 301
+
+
+def test_usage_told_of_a_limit_that_is_none_of_tokens_any_more_changes_nothing(
+    bench: Bench,
+) -> None:
+    call = bench.ask(700)
+    bench.put_in_force(Concurrency(1))
+    bench.end(call, 100, unaware=True)
+    assert bench.world.model.limit(LIMIT).used == 0
+
+
+def test_a_quota_begins_anew_at_its_midnight_and_not_before(bench: Bench) -> None:
+    bench.put_in_force(Quota(2))
+    bench.ask(1)
+    bench.ask(1)
+    third = bench.ask(1)
+    assert third not in bench.client.ledger.held
+    state = bench.world.model.limit(LIMIT).spending
+    left_ms = state.reset_at - bench.world.wall_ms
+    assert 0 < left_ms <= DAY_MS
+    bench.wait(left_ms - 1000)
+    assert third not in bench.client.ledger.held
+    bench.wait(2000)
+    assert third in bench.client.ledger.held
+    assert bench.spent == 1
+
+
+def test_a_settlement_of_yesterday_never_credits_today(bench: Bench) -> None:
+    bench.put_in_force(Quota(1000, unit="tokens"))
+    yesterday = bench.ask(900)
+    bench.wait(bench.world.model.limit(LIMIT).spending.reset_at - bench.world.wall_ms + 1000)
+    today = bench.ask(500)
+    assert bench.spent == 500
+    bench.end(yesterday, 0)
+    assert bench.spent == 500
+    bench.end(today, 200)
+    assert bench.spent == 200
+
+
+def test_a_live_change_of_the_policy_keeps_what_is_still_to_be_settled(bench: Bench) -> None:
+    call = bench.ask(700)
+    bench.put_in_force(Rate(2000, MINUTE_MS, "tokens"))
+    bench.end(call, 100)
+    assert bench.spent == 100
