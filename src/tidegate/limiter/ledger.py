@@ -356,7 +356,18 @@ class Ledger:
         """The batch may or may not have arrived: say it again, before anything newer."""
         self.outbox.restore(batch, self.waiting)
 
-    def reconcile(self, held: Iterable[tuple[int, int]], epoch: int, now_ms: float) -> None:
-        """Compare with all that the server says we hold: pick up grants whose push was lost."""
-        for ticket, seq in held:
-            self.grant(ticket, epoch, seq, now_ms, float("-inf"))
+    def reconcile(
+        self,
+        held: Iterable[tuple[int, int, int]],
+        epoch: int,
+        now_ms: float,
+        here: Callable[[float], float],
+    ) -> None:
+        """Compare with all that the server says we hold: pick up grants whose push was lost, or is
+        still to be read. `here` tells a moment of the server's by our clock, at the earliest.
+        What we spent until now is in what the server told."""
+        for ticket, seq, until_ms in held:
+            waiter = self.waiting.get(ticket)
+            admitted_ms = here(until_ms - waiter.hard_ms) if waiter else None
+            self.grant(ticket, epoch, seq, now_ms, admitted_ms)
+        self.spent_since.clear()

@@ -37,6 +37,8 @@ MAX_WAITERS = 100_000
 MIN_LOOK_MS = 25
 # How long a closing limiter waits for bodies that it has cancelled.
 CLOSE_BODIES_S = 1.0
+# How long it tries to tell the server, so that nothing waits for its lease: at least.
+GOODBYE_S = 1.0
 
 
 class Limiter(Operations):
@@ -298,10 +300,13 @@ class Limiter(Operations):
         return True
 
     async def _say_goodbye(self) -> None:
-        if self._carrying is None or self._session.away:
+        if self._carrying is None:
             return
+        # Perhaps it is away only because we stood still and missed its last answer.
+        calls = 1 if self._session.away else 2
         self._session.leave()
-        await asyncio.wait({self._carrying}, timeout=2 * self._session.lease.deadline_s())
+        timeout_s = max(calls * self._session.lease.deadline_s(), GOODBYE_S)
+        await asyncio.wait({self._carrying}, timeout=timeout_s)
 
     async def _stop(self) -> None:
         self._desk.closing = True

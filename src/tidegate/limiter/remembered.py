@@ -7,6 +7,7 @@ pool that lost its past. Invariant: what is said is never less than what was so.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -16,6 +17,8 @@ from tidegate.limiter.wire import Whole
 
 # A new session is let in after half a lease at the latest, whether all others know of it or not.
 VOUCH_SHARE = 0.4
+# How many comparisons tell how far ahead the server's clock is: about one and a third leases.
+AHEAD_KEPT = 4
 
 
 def next_midnight_ms(zone: str, now_ms: float) -> int:
@@ -39,13 +42,14 @@ class Remembered:
         self.roster_version = 0
         self._roster: set[str] = set()
         self._confirmed_ms = float("-inf")
-        # By how much the server's clock is ahead of the lease's, at the most.
-        self._ahead_ms: float | None = None
+        # By how much the server's clock is ahead of the lease's, at the most: as each of the last
+        # comparisons saw it, too much by the time that the question was under way.
+        self._seen_ahead_ms: deque[float] = deque(maxlen=AHEAD_KEPT)
 
     def learn(self, whole: Whole, sent_ms: float, at_ms: float, *, recovering: bool) -> bool:
         """The server told everything, asked at `sent_ms`. True if it has not heard yet which
         sessions we know now."""
-        self._ahead_ms = whole.now_ms - sent_ms
+        self._seen_ahead_ms.append(whole.now_ms - sent_ms)
         self._lapsing = [(member, at_ms + left_ms) for member, left_ms in whole.lapsing]
         self._spent = dict(whole.spent)
         self.pauses = {
@@ -61,8 +65,13 @@ class Remembered:
         return news
 
     def forget_version(self) -> None:
-        """Another epoch: its versions are others."""
+        """Another epoch: its versions are others, and its clock may be."""
         self.roster_version = 0
+        self._seen_ahead_ms.clear()
+
+    @property
+    def _ahead_ms(self) -> float | None:
+        return min(self._seen_ahead_ms, default=None)
 
     def roster(self, at_ms: float, lease_ms: int) -> list[str]:
         """The sessions that were there; nobody if what we know may be too old to vouch for."""
@@ -72,7 +81,8 @@ class Remembered:
 
     def here(self, server_ms: float) -> float:
         """A moment of the server's by our clock, at the earliest; minus infinity if not known."""
-        return float("-inf") if self._ahead_ms is None else server_ms - self._ahead_ms
+        ahead_ms = self._ahead_ms
+        return float("-inf") if ahead_ms is None else server_ms - ahead_ms
 
     def lapsing(self, at_ms: float) -> list[tuple[str, int]]:
         """(member, left_ms) of the permits held over."""
@@ -96,5 +106,6 @@ class Remembered:
         quotas = {n: limit.zone for n, limit in policy.limits.items() if isinstance(limit, Quota)}
         if not quotas:
             return {}
-        now_ms = time.time() * 1000 if self._ahead_ms is None else at_ms + self._ahead_ms
+        ahead_ms = self._ahead_ms
+        now_ms = time.time() * 1000 if ahead_ms is None else at_ms + ahead_ms
         return {name: next_midnight_ms(zone, now_ms) for name, zone in quotas.items()}

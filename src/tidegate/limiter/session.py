@@ -298,9 +298,9 @@ class Session:
     def _compare(self, reply: SyncReply, whole: Whole, sent_ms: float, at: float) -> None:
         self._sent_seen = max(self._sent_seen, reply.sent)
         self._adopt(whole)
-        self._ledger.reconcile(whole.held, reply.epoch, at)
-        self._ledger.spent_since.clear()
-        if self.remembered.learn(whole, sent_ms, at, recovering=reply.recovering_ms > 0):
+        news = self.remembered.learn(whole, sent_ms, at, recovering=reply.recovering_ms > 0)
+        self._ledger.reconcile(whole.held, reply.epoch, at, self.remembered.here)
+        if news:
             self._full = True  # the others wait to hear that we know
             self._wake()
         if 0 < whole.next_event_ms < reply.lease_ms and self._ledger.waiting:

@@ -168,12 +168,13 @@ _SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 
 class Whole(NamedTuple):
-    """What a `full` request gets on top. `spent` holds (limit, spent), `pauses` (limit, left_ms,
-    ramp_ms, said); `policy` is None where ours is in force; `roster` is the version of the list of
-    sessions, and the list where we do not have it."""
+    """What a `full` request gets on top. `held` holds (ticket, seq, until_ms: when its hard limit
+    ends by the server's clock), `spent` (limit, spent), `pauses` (limit, left_ms, ramp_ms, said);
+    `policy` is None where ours is in force; `roster` is the version of the list of sessions, and
+    the list where we do not have it."""
 
     now_ms: int
-    held: list[tuple[int, int]]
+    held: list[tuple[int, int, int]]
     lapsing: list[tuple[str, int]]
     next_event_ms: int
     conflict: int
@@ -246,7 +247,7 @@ def _whole(values: Any) -> Whole:
     now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster, *_ = values
     return Whole(
         now_ms,
-        _pairs(held),
+        [tuple(row[:3]) for row in _listed(held)],
         [(member.decode(), left_ms) for member, left_ms in _pairs(lapsing)],
         next_event_ms,
         conflict,

@@ -139,7 +139,7 @@ async def shares(limiters: list[Limiter], per_task: dict[str, str], calls: int) 
             call(limiter, tenant, priority)
             for limiter in limiters
             for tenant, priority in per_task.items()
-            for _ in range(6)
+            for _ in range(12)
         )
     )
     return Counter(order[calls // 5 : calls])
@@ -148,7 +148,7 @@ async def shares(limiters: list[Limiter], per_task: dict[str, str], calls: int) 
 async def test_tenants_share_by_their_weights(maker: Maker, valkey_url: str) -> None:
     policy = policy_of({TEXT: 2}, weights={"b": 2, "c": 5})
     limiters = [await open_limiter(maker, valkey_url, policy) for _ in range(2)]
-    count = await shares(limiters, {"a": "normal", "b": "normal", "c": "normal"}, 600)
+    count = await shares(limiters, {"a": "normal", "b": "normal", "c": "normal"}, 1500)
     total = sum(count.values())
     for tenant, weight in (("a", 1), ("b", 2), ("c", 5)):
         assert abs(count[tenant] / total - weight / 8) < 0.05, count

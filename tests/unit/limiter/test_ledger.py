@@ -109,7 +109,7 @@ async def test_a_task_that_is_cancelled_as_it_is_let_in_gives_the_permit_back(
 async def test_a_lost_push_is_found_by_comparing(ledger: Ledger) -> None:
     waiter = ask(ledger)
     said(ledger)
-    ledger.reconcile([(waiter.ticket, 5)], 1, 0.0)
+    ledger.reconcile([(waiter.ticket, 5, 1_000)], 1, 0.0, float)
     assert waiter.future.result().seq == 5
 
 
@@ -118,7 +118,7 @@ async def test_what_is_being_given_back_is_not_taken_up_again_by_comparing(
 ) -> None:
     waiter = held(ledger)
     release(ledger, waiter)
-    ledger.reconcile([(waiter.ticket, CHAIN)], 1, 0.0)
+    ledger.reconcile([(waiter.ticket, CHAIN, 1_000)], 1, 0.0, float)
     batch = ledger.take()
     assert [release.ticket for release in batch.releases] == [waiter.ticket]
     assert batch.cancels == []
@@ -313,3 +313,13 @@ async def test_a_waiter_from_before_its_limit_became_a_rate_spends_one(ledger: L
     waiter.flow.refresh(PoolPolicy({"kind:a": Rate(3, 60_000)}))
     ledger.grant(waiter.ticket, 1, CHAIN, 0.0)
     assert ledger.spent_since == {"kind:a": 1}
+
+
+async def test_a_grant_that_a_comparison_finds_is_as_old_as_the_server_says(
+    ledger: Ledger,
+) -> None:
+    waiter = ask(ledger)
+    rows = [(waiter.ticket, CHAIN, 5_000 + waiter.hard_ms), (waiter.ticket + 1, CHAIN, 9_000)]
+    ledger.reconcile(rows, 1, 30.0, lambda server_ms: server_ms - 4_990)
+    assert ledger.held[waiter.ticket].admitted_ms == 10
+    assert ledger.counts.strays == 1

@@ -13,12 +13,14 @@ function T.next_event_ms()
   return math.max(1, first - pool.now)
 end
 
+-- (ticket, seq, until_ms) of each.
 function T.all_held()
   local list, raw = {}, call('HGETALL', T.session_key(q.sid))
   for i = 1, #raw, 2 do
     local ticket = string.match(raw[i], '^h:(.*)$')
     if ticket then
-      list[#list + 1] = { tonumber(ticket), tonumber(string.match(raw[i + 1], '^([^|]*)|')) }
+      local seq, until_ms = string.match(raw[i + 1], '^([^|]*)|([^|]*)|')
+      list[#list + 1] = { tonumber(ticket), tonumber(seq), tonumber(until_ms) }
     end
   end
   return list

@@ -226,7 +226,7 @@ class PoolModel(Joining):
         tell = policy is not None and (q.revision != self.revision or self.conflict == 1)
         return Whole(
             now_ms=self.now,
-            held=[(ticket, held.seq) for ticket, held in session.held.items()],
+            held=[(ticket, held.seq, held.until) for ticket, held in session.held.items()],
             lapsing=lapsing if self.hold else [],
             next_event_ms=max(1, min(ends) - self.now),
             conflict=self.conflict,
