@@ -7,6 +7,7 @@ fields are only added at the end, and what is not known is ignored: two versions
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from typing import Any, Literal, NamedTuple, cast
 
 import msgpack
@@ -159,11 +160,16 @@ class SyncRequest:
     def pack(self) -> bytes:
         values = ((name, getattr(self, name)) for name in _SYNC_FIELDS)
         request = {name: value for name, value in values if value}
+        for name in _FLAT:
+            if name in request:
+                request[name] = list(chain.from_iterable(request[name]))
         if self.join is not None:
             request["join"] = self.join.as_fields()
         return pack(request)
 
 
+# Packed without lists of their own: a script takes longer to unpack many small ones.
+_FLAT = ("transfers", "releases", "enqueues")
 _SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 

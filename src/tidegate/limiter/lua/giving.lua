@@ -4,12 +4,11 @@
 -- returns: release(), cancel(), settle(), give_back_lane(), count_lane(), spend()
 -- units: ms; amounts in each limit's unit, in the order of the lane
 function T.give_back_lane(lane)
-  for _, name in ipairs(T.names_in(lane)) do T.give_back(T.limit_of(name)) end
+  for _, limit in ipairs(T.limits_in(lane)) do T.give_back(limit) end
 end
 
 function T.count_lane(lane)
-  for _, name in ipairs(T.names_in(lane)) do
-    local limit = T.limit_of(name)
+  for _, limit in ipairs(T.limits_in(lane)) do
     limit.used = limit.used + 1
     limit.changed = true
   end
@@ -59,11 +58,9 @@ function T.correct(held, took_ms)
   end
 end
 
--- entry: ticket, flow, outcome, took_ms, actual amounts. Doing it twice does nothing the second
--- time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be told later.
-function T.release(entry)
-  local ticket, queue, outcome = entry[1], own.queues[entry[2]], entry[3]
-  local value = own.held[ticket]
+-- Doing it twice does nothing the second time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be told later.
+function T.release(ticket, number, outcome, took_ms, actual)
+  local queue, value = own.queues[number], own.held[ticket]
   if not value then
     if queue and call('ZREM', T.lapsing_key, ticket .. '|' .. q.sid .. '|' .. queue.lane) == 1 then
       T.give_back_lane(queue.lane)
@@ -72,8 +69,7 @@ function T.release(entry)
   end
   T.set_held(ticket, false)
   local held = T.read_held(value)
-  for _, name in ipairs(T.names_in(held.lane)) do
-    local limit = T.limit_of(name)
+  for _, limit in ipairs(T.limits_in(held.lane)) do
     if limit.current then T.adapt(limit, outcome % 10) end
     T.give_back(limit)
   end
@@ -83,11 +79,11 @@ function T.release(entry)
       call('PEXPIRE', T.owed_key(q.sid), T.SESSION_KEEP_MS)
     end
   else
-    T.settle_charges(held.charges, held.lane, T.amounts_in(entry[5]))
+    T.settle_charges(held.charges, held.lane, T.amounts_in(actual))
   end
-  if entry[4] > 0 then
-    if outcome % 10 == 0 then T.learn(held.lane, entry[4]) end
-    T.correct(held, entry[4])
+  if took_ms > 0 then
+    if outcome % 10 == 0 then T.learn(held.lane, took_ms) end
+    T.correct(held, took_ms)
   end
 end
 

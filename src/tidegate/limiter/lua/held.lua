@@ -13,22 +13,22 @@ function T.load_own()
     own.queues[i] = T.queue_of(q.sid .. '|' .. flow)
     fields[#fields + 1] = 'at:' .. flow
   end
-  for _, e in ipairs(q.transfers) do
-    tickets[#tickets + 1] = e[1]
-    tickets[#tickets + 1] = e[2]
+  for i = 1, #q.transfers, 7 do
+    local from, to, member = q.transfers[i], q.transfers[i + 1], q.transfers[i + 5]
+    tickets[#tickets + 1] = from
+    -- Of the others it shows when they leave their queues.
+    if q.full or member == '' then tickets[#tickets + 1] = to end
   end
-  for _, e in ipairs(q.releases) do tickets[#tickets + 1] = e[1] end
+  for i = 1, #q.releases, 5 do tickets[#tickets + 1] = q.releases[i] end
   for _, e in ipairs(q.cancels) do tickets[#tickets + 1] = e[1] end
   if q.full then
-    for _, e in ipairs(q.enqueues) do tickets[#tickets + 1] = tonumber(string.match(e[2], '^%d+')) end
+    for i = 2, #q.enqueues, 2 do
+      tickets[#tickets + 1] = tonumber(string.match(q.enqueues[i], '^%d+'))
+    end
   end
   local first = #fields
   for i, ticket in ipairs(tickets) do fields[first + i] = 'h:' .. ticket end
-  local f = {}
-  for i = 1, #fields, 1000 do
-    local found = call('HMGET', T.session_key(q.sid), unpack(fields, i, math.min(i + 999, #fields)))
-    for k, value in ipairs(found) do f[i + k - 1] = value end
-  end
+  local f = T.read(T.session_key(q.sid), fields)
   own.gen, own.batch, own.sent = tonumber(f[1] or 0), tonumber(f[2] or 0), tonumber(f[3] or 0)
   own.acked, own.blocked, own.closed_at = tonumber(f[4] or 0), f[5], f[6]
   for i in ipairs(q.flows) do T.set_place(own.queues[i], f[6 + i]) end
@@ -81,46 +81,44 @@ function T.unqueue(queue, member)
 end
 
 -- The tickets of many transfers leave their queues together. Only a repeated batch (`full`) may name
--- one that has left before, other than those which were granted meanwhile.
+-- one that has left before, other than those which were granted meanwhile: who is missing tells that
+-- there are such.
 function T.unqueue_heirs()
   local leaving, order = {}, {}
-  for _, entry in ipairs(q.transfers) do
-    local queue, member = own.queues[entry[5]], entry[6]
-    if member ~= '' and not own.held[entry[2]] then
+  for i = 1, #q.transfers, 7 do
+    local queue, member = own.queues[q.transfers[i + 4]], q.transfers[i + 5]
+    if member ~= '' then
       if not leaving[queue] then
-        leaving[queue] = {}
+        leaving[queue] = { fields = {}, members = {} }
         order[#order + 1] = queue
       end
-      table.insert(leaving[queue], member)
-      entry.left = true
+      local list = leaving[queue]
+      list.fields[#list.fields + 1] = 'h:' .. q.transfers[i + 1]
+      list.members[#list.members + 1] = member
     end
   end
   for _, queue in ipairs(order) do
-    local members, gone = leaving[queue], 0
+    local fields, members, gone = leaving[queue].fields, leaving[queue].members, 0
     for i = 1, #members, 1000 do
       gone = gone + call('ZREM', T.queue_key(queue), unpack(members, i, math.min(i + 999, #members)))
     end
     T.left(queue, gone)
+    if gone < #members then
+      for i, value in ipairs(T.read(T.session_key(q.sid), fields)) do
+        own.held[tonumber(string.sub(fields[i], 3))] = value
+      end
+    end
   end
 end
 
--- Nothing of rates is counted where there are none, and nothing changes hands within one lane.
-function T.counts_rates(lane)
-  for _, name in ipairs(T.names_in(lane)) do
-    if T.limit_of(name).sort ~= 'c' then return true end
-  end
-  return false
-end
-
--- entry: from, to, seq, hard_ms, flow, member (empty if it was in no queue), took_ms. The permit was
--- passed on inside the process already, so `to` is held whatever we find. Where neither is there,
--- this was said before and `to` has ended meanwhile: its release follows.
-function T.transfer(entry)
-  local from, to, member, took_ms = entry[1], entry[2], entry[6], entry[7]
-  local queue = own.queues[entry[5]]
+-- The permit was passed on inside the process already, so `to` is held whatever we find. Where
+-- neither is there, this was said before and `to` has ended meanwhile: its release follows. `member`
+-- is empty if it was in no queue.
+function T.transfer(from, to, seq, hard_ms, number, member, took_ms)
+  local queue = own.queues[number]
   local before, there = own.held[from], own.held[to]
   local cost_ms, charges = 0, ''
-  if entry.left or q.full and member ~= '' and T.unqueue(queue, member) then
+  if member ~= '' and (q.full and T.unqueue(queue, member) or not q.full and not there) then
     cost_ms = tonumber(string.match(member, '^%d+|%d+|(%d+)'))
     if queue.at and queue.at ~= '!' then cost_ms = T.cost_at(T.limit_of(queue.at), cost_ms) end
     queue.steps = (queue.steps or 0) + T.step_of(cost_ms, T.tenant_of(queue.tenant))
@@ -139,10 +137,11 @@ function T.transfer(entry)
   end
   if there then return end
   if not same_lane then T.count_lane(queue.lane) end
-  if before and T.counts_rates(queue.lane) then
+  -- Nothing of rates is counted where there are none, and nothing changes hands within one lane.
+  if before and T.limits_in(queue.lane).rated then
     charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$')))
   end
-  T.set_held(to, T.value_of(entry[3], entry[4], cost_ms, charges, queue.flow))
+  T.set_held(to, T.value_of(seq, hard_ms, cost_ms, charges, queue.flow))
 end
 
 -- Its tenants are charged for what was handed on, then their queues stand by their new heads.

@@ -24,7 +24,7 @@ end
 -- Those loaded before have the old bounds: what they count is kept.
 function T.reload_limits()
   T.save_pool()
-  T.changed, T.limits, T.tenants, T.bands, T.first = {}, {}, {}, false, false
+  T.changed, T.limits, T.lanes, T.tenants, T.bands, T.first = {}, {}, {}, {}, false, false
 end
 
 -- The highest revision wins; a start-up never overwrites a newer one.

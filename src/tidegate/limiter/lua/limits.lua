@@ -1,9 +1,9 @@
 -- does: loads limits with what is counted under them, and saves them
 -- keys: meta
 -- args: none
--- returns: limit_of(), save_limit(), cap_of(), cost_at(), learn(), touch(), touched
+-- returns: limit_of(), limits_in(), save_limit(), cap_of(), cost_at(), learn(), touch(), touched
 -- units: ms; a band's `above` in thousandths of a limit
-T.touched, T.bands = {}, false
+T.touched, T.bands, T.lanes = {}, false, {}
 
 -- Per band: the least share of admissions, and what is kept free for the bands above, in thousandths.
 function T.bands_of_pool()
@@ -65,6 +65,20 @@ function T.limit_of(name)
   return limit
 end
 
+-- The limits of a lane, in its order; `rated` if one of them is no concurrency.
+function T.limits_in(lane)
+  local list = T.lanes[lane]
+  if not list then
+    list = { rated = false }
+    for i, name in ipairs(T.names_in(lane)) do
+      list[i] = T.limit_of(name)
+      list.rated = list.rated or list[i].sort ~= 'c'
+    end
+    T.lanes[lane] = list
+  end
+  return list
+end
+
 T.save_limit = function(limit)
   local name, parts = limit.name, {}
   T.put('u:' .. name, limit.used ~= 0 and T.int(limit.used))
@@ -109,8 +123,7 @@ end
 
 -- A call under these limits took so long.
 function T.learn(lane, took_ms)
-  for _, name in ipairs(T.names_in(lane)) do
-    local limit = T.limit_of(name)
+  for _, limit in ipairs(T.limits_in(lane)) do
     local more = limit.cost_ms > 0 and math.floor((took_ms - limit.cost_ms) / 8) or took_ms
     if more ~= 0 then
       limit.cost_ms = math.max(1, limit.cost_ms + more)

@@ -1,7 +1,7 @@
 -- does: loads and saves the pool's record, whose fields are kept in memory until the end
 -- keys: meta
 -- args: flows
--- returns: pool, load_pool(), save_pool(), put(), write(), next_seq(), tenant_of(), step_of()
+-- returns: pool, load_pool(), save_pool(), put(), read(), write(), next_seq(), tenant_of(), step_of()
 -- units: ms
 local pool = {}
 T.changed, T.tenants, T.limits, T.found, T.names = {}, {}, {}, {}, {}
@@ -19,6 +19,17 @@ function T.names_in(lane)
     T.names[lane] = list
   end
   return list
+end
+
+-- What a hash holds in these fields, however many.
+function T.read(key, fields)
+  if #fields <= 1000 then return call('HMGET', key, unpack(fields)) end
+  local values = {}
+  for i = 1, #fields, 1000 do
+    local found = call('HMGET', key, unpack(fields, i, math.min(i + 999, #fields)))
+    for k, value in ipairs(found) do values[i + k - 1] = value end
+  end
+  return values
 end
 
 -- One read fetches the record with all that it says of the limits and tenants of the request.
@@ -40,11 +51,7 @@ function T.load_pool()
       end
     end
   end
-  local f = {}
-  for i = 1, #fields, 1000 do
-    local found = call('HMGET', T.meta_key, unpack(fields, i, math.min(i + 999, #fields)))
-    for k, value in ipairs(found) do f[i + k - 1] = value end
-  end
+  local f = T.read(T.meta_key, fields)
   T.found, T.first = f, first
   pool.run = f[1] or ''
   pool.epoch = tonumber(f[2] or 0)

@@ -33,12 +33,12 @@ function T.let_in_or_wait(queue, member)
   return limit
 end
 
--- A ticket that finds room and nobody before it goes straight in; the others queue up. entry:
--- flow, member (ticket|hard_ms|cost_ms|amounts).
+-- A ticket that finds room and nobody before it goes straight in; the others queue up. `entries`:
+-- flow, member (ticket|hard_ms|cost_ms|amounts), and so on.
 function T.ask(entries)
   local adding, fresh = {}, {}
-  for i, entry in ipairs(entries) do
-    local queue, member = own.queues[entry[1]], entry[2]
+  for i = 1, #entries / 2 do
+    local queue, member = own.queues[entries[2 * i - 1]], entries[2 * i]
     local tenant = T.tenant_of(queue.tenant)
     T.stamps[i] = 0
     if not (q.full and T.is_there(i, queue, member)) then
@@ -79,8 +79,8 @@ end
 -- All that a process says, in the order that frees first.
 function T.say_all()
   if not q.full then T.unqueue_heirs() end
-  for _, entry in ipairs(q.transfers) do T.transfer(entry) end
-  for _, entry in ipairs(q.releases) do T.release(entry) end
+  for i = 1, #q.transfers, 7 do T.transfer(unpack(q.transfers, i, i + 6)) end
+  for i = 1, #q.releases, 5 do T.release(unpack(q.releases, i, i + 4)) end
   for _, entry in ipairs(q.settles) do T.settle(entry) end
   for _, entry in ipairs(q.cancels) do T.cancel(entry) end
   T.rehead_own()
