@@ -12,6 +12,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+import hiredis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
@@ -104,7 +105,8 @@ class Link:
         settled = False
         try:
             async with asyncio.timeout(deadline_s):
-                await connection.send_command(*command, check_health=False)
+                packed = hiredis.pack_command(command)
+                await connection.send_packed_command(packed, check_health=False)
                 answer = await connection.read_response()
             settled = True
         except NoScriptError:

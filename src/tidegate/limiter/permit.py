@@ -33,7 +33,7 @@ class Permit:
     """
 
     __slots__ = (
-        "_ask_again", "_desk", "_holding", "images", "lost", "outcome", "tokens", "usage_later",
+        "_ask_again", "_desk", "_holding", "_lost", "images", "outcome", "tokens", "usage_later",
     )  # fmt: skip
 
     def __init__(
@@ -42,11 +42,22 @@ class Permit:
         self._holding = holding
         self._desk = desk
         self._ask_again = ask_again
-        self.lost = asyncio.Event()
+        self._lost: asyncio.Event | None = None
         self.outcome: str = "success"
         self.tokens: Tokens | None = None
         self.images: int | None = None
         self.usage_later = False
+
+    @property
+    def lost(self) -> asyncio.Event:
+        if self._lost is None:
+            self._lost = asyncio.Event()
+        return self._lost
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether `lost` is set, without making one: hardly any permit needs it."""
+        return self._lost is not None and self._lost.is_set()
 
     @property
     def limits(self) -> tuple[str, ...]:
@@ -65,6 +76,10 @@ class Permit:
     def waited_ms(self) -> float:
         return self._holding.waited_ms
 
+    def lose(self) -> None:
+        """The session behind it is gone."""
+        self.lost.set()
+
     async def confirm(self) -> None:
         """Await this right before what the permit is for.
 
@@ -75,7 +90,7 @@ class Permit:
         what `acquire` raises. Otherwise it costs no round trip.
         """
         self._desk.check_lapse()
-        if self.lost.is_set():
+        if self.is_lost:
             await asyncio.sleep(0)  # the cancellation arrives here
         while self._desk.is_late(self._holding):
             await self._ask_again()
@@ -107,7 +122,7 @@ class Permit:
 
     def __repr__(self) -> str:
         names = " ".join(self.limits)
-        return f"<Permit {names} fence={self.fence} lost={self.lost.is_set()}>"
+        return f"<Permit {names} fence={self.fence} lost={self.is_lost}>"
 
 
 class Acquisition:
@@ -189,7 +204,7 @@ class Acquisition:
     def _fence(self) -> None:
         assert self._permit is not None
         assert self._task is not None
-        self._permit.lost.set()
+        self._permit.lose()
         self._task.cancel("the limiter's session was lost")
 
     async def __aexit__(
@@ -202,14 +217,14 @@ class Acquisition:
         assert permit is not None
         assert task is not None
         holding = permit._holding
-        asked = permit.lost.is_set()
-        holding.on_fence = permit.lost.set
+        asked = permit.is_lost
+        holding.on_fence = permit.lose
         # A body that ends in the moment its process wakes up from a pause has lost its lease too.
         self._desk.check_lapse()
         self._desk.release(
             holding, permit.outcome, permit.tokens, permit.images, permit.usage_later
         )
-        if not permit.lost.is_set():
+        if not permit.is_lost:
             return
         ours = not asked or task.uncancel() <= self._cancelling
         if kind is None or (ours and asked and issubclass(kind, asyncio.CancelledError)):

@@ -117,26 +117,27 @@ end
 function T.transfer(from, to, seq, hard_ms, number, member, took_ms)
   local queue = own.queues[number]
   local before, there = own.held[from], own.held[to]
-  local cost_ms, charges = 0, ''
+  local cost_ms, charges, lane = 0, '', nil
   if member ~= '' and (q.full and T.unqueue(queue, member) or not q.full and not there) then
-    cost_ms = tonumber(string.match(member, '^%d+|%d+|(%d+)'))
-    if queue.at and queue.at ~= '!' then cost_ms = T.cost_at(T.limit_of(queue.at), cost_ms) end
+    local limit = queue.at and queue.at ~= '!' and T.limit_of(queue.at)
+    cost_ms = limit and limit.cost_ms > 0 and limit.cost_ms
+      or tonumber(string.match(member, '^%d+|%d+|(%d+)'))
     queue.steps = (queue.steps or 0) + T.step_of(cost_ms, T.tenant_of(queue.tenant))
   end
-  local same_lane = before and string.sub(before, -#queue.lane - 1) == '|' .. queue.lane
   if before then
-    local lane = same_lane and queue.lane or T.read_held(before).lane
+    local charged_ms, flow = string.match(before, '^%d+|%d+|(%d+)|[^|]*|(.*)$')
+    charged_ms = tonumber(charged_ms)
+    lane = flow == queue.flow and queue.lane or string.match(flow, '^[^|]*|[^|]*|(.*)$')
     if took_ms > 0 then
       T.learn(lane, took_ms)
       -- A little off is not worth the way.
-      local charged_ms = tonumber(string.match(before, '^%d+|%d+|(%d+)'))
       if math.abs(took_ms - charged_ms) * 4 > charged_ms then T.correct(T.read_held(before), took_ms) end
     end
     T.set_held(from, false)
-    if there or not same_lane then T.give_back_lane(lane) end
+    if there or lane ~= queue.lane then T.give_back_lane(lane) end
   end
   if there then return end
-  if not same_lane then T.count_lane(queue.lane) end
+  if lane ~= queue.lane then T.count_lane(queue.lane) end
   -- Nothing of rates is counted where there are none, and nothing changes hands within one lane.
   if before and T.limits_in(queue.lane).rated then
     charges = T.spend(queue, T.amounts_in(string.match(member, '[^|]*$')))
