@@ -165,8 +165,11 @@ def pause(entry: Entry, setting: Setting, **options: Any) -> Figures:
 
 
 def restart(entry: Entry, setting: Setting, kill: bool = False, **options: Any) -> Figures:
-    """Valkey is killed and comes back empty; with `kill`, one worker dies at the same time."""
-    orders = replace(FAULT, uvloop=setting.uvloop, options=options)
+    """Valkey is killed and comes back empty; with `kill`, one worker dies at the same time.
+
+    Calls are short, since a new grant shows only when a worker gets more permits than it had.
+    """
+    orders = replace(FAULT, call_ms=200.0, uvloop=setting.uvloop, options=options)
     with Stage(entry, orders) as stage:
         stage.start_workers()
         stage.await_calls(WARM_S)

@@ -27,7 +27,8 @@ logger = logging.getLogger("tidegate.limiter")
 class Listener:
     """Keeps one connection subscribed to `channel` until its task is cancelled.
 
-    `spoken_to` says which server the link is connected to, None when to none.
+    `spoken_to` says which server the link is connected to, None when to none. `compare` has the
+    session compare all with the server: pushes may be lost, or the server itself.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Listener:
         channel: str,
         lease: Lease,
         on_push: Callable[[Push], None],
-        on_subscribed: Callable[[], None],
+        compare: Callable[[], None],
         spoken_to: Callable[[], ServerFacts | None],
     ) -> None:
         self._server = Server(url, channel)
@@ -45,7 +46,7 @@ class Listener:
         self._channel = channel
         self._lease = lease
         self._on_push = on_push
-        self._on_subscribed = on_subscribed
+        self._compare = compare
         self.subscribed = False
 
     async def run(self) -> None:
@@ -60,6 +61,8 @@ class Listener:
                 await self._listen(connection)
             except (OSError, TimeoutError, RedisError, ConfigError) as error:
                 logger.debug("limiter: subscription lost: %s", error)
+                if self.subscribed:
+                    self._compare()
             finally:
                 self.subscribed = False
                 if connection is not None:
@@ -76,11 +79,13 @@ class Listener:
             await connection.send_command("SSUBSCRIBE", self._channel, check_health=False)
             await connection.read_response()
         self.subscribed = True
-        self._on_subscribed()
+        self._compare()
 
     def _check_place(self) -> None:
         spoken_to = self._spoken_to()
         if spoken_to is not None and spoken_to.run != self.run_id:
+            # The link sees that its server is gone only when it speaks.
+            self._compare()
             raise ConnectionError("subscribed at another server than the one we speak to")
 
     async def _listen(self, connection: AbstractConnection) -> None:
