@@ -12,7 +12,7 @@ from tests.integration.limiter.makers import LEASE_MS, LIMIT, Body, Maker, comma
 from tests.waiting import wait_until
 from tidegate.embedded.valkey import ValkeyServer
 from tidegate.errors import DeadlineExceeded, LeaseLost, LimiterUnavailable
-from tidegate.limiter import Limiter
+from tidegate.limiter import Limiter, PoolPolicy
 
 
 async def until_state(limiter: Limiter, *states: str) -> None:
@@ -169,6 +169,24 @@ async def test_after_an_empty_restart_it_goes_on_when_all_are_back_who_were_ther
     assert all(limiter._ledger.counts.fenced == 0 for limiter in limiters)
     fences = [body.fence for body in running + waiters if body.fence]
     assert max(fences[:2]) < min(fences[2:])
+
+
+async def test_a_process_that_says_nothing_hears_at_once_that_its_server_was_another(
+    own_valkey: ValkeyServer, pool: str
+) -> None:
+    policy = PoolPolicy({LIMIT: 1}, lease_ms=60_000)
+    async with Limiter(own_valkey.url, pool=pool, policy=policy) as limiter:
+        epoch = (await limiter.snapshot()).epoch
+        await wait_until(
+            lambda: limiter._listener is not None and limiter._listener.subscribed,
+            what="a subscription",
+        )
+        own_valkey.kill()
+        own_valkey.start()
+        # Long before it would have compared all with the server, a third of a lease apart.
+        await wait_until(
+            lambda: limiter._session.lease.identity.epoch > epoch, what="the new epoch"
+        )
 
 
 async def test_after_an_empty_restart_nobody_comes_in_for_a_lease_while_one_is_missing(
