@@ -29,6 +29,7 @@ from tidegate.limiter.snapshot import (
     TenantView,
     Why,
 )
+from tidegate.limiter.threads import SyncLimiter
 
 __all__ = [
     "Acquisition",
@@ -51,6 +52,7 @@ __all__ = [
     "SessionView",
     "Snapshot",
     "State",
+    "SyncLimiter",
     "TenantView",
     "Tokens",
     "Why",

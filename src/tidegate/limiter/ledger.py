@@ -185,17 +185,15 @@ class Ledger:
             self.outbox.urgent = True
 
     def _pass_on(self, release: Release, now_ms: float) -> bool:
-        flow = release.flow
-        if self.recycling:
-            heir = self._next_anyhow(flow)
-        elif flow.plain and release.seq % CHAIN < CHAIN - 1:
-            heir = self._next_by_hint(flow.lane)
-        else:
-            heir = None
+        flow, heir = release.flow, None
+        if release.seq % CHAIN < CHAIN - 1:  # else its fence would be the next permit's
+            if self.recycling:
+                heir = self._next_anyhow(flow)
+            elif flow.plain:
+                heir = self._next_by_hint(flow.lane)
         if heir is None:
             return False
-        seq = release.seq + (1 if release.seq % CHAIN < CHAIN - 1 else 0)
-        holding = self._hold(heir, release.epoch, seq, now_ms)
+        holding = self._hold(heir, release.epoch, release.seq + 1, now_ms)
         member = heir.member if heir.sent else ""  # in no queue yet
         self.outbox.transfer(Transfer(release.ticket, holding, member, _learned(release)))
         if self.recycling:

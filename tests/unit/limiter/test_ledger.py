@@ -166,10 +166,16 @@ async def test_a_limit_that_must_hear_of_every_call_is_never_passed_on(ledger: L
     assert not waiter.future.done()
 
 
-async def test_a_fence_never_reaches_the_one_that_the_server_gives_next(ledger: Ledger) -> None:
+@pytest.mark.parametrize("away", [False, True])
+async def test_a_fence_never_reaches_the_one_that_the_server_gives_next(
+    ledger: Ledger, *, away: bool
+) -> None:
     waiters = [held(ledger), *(ask(ledger) for _ in range(CHAIN + 1))]
-    ledger.stamp(waiters[1:], range(1, CHAIN + 2))
-    hint(ledger, waiters[1], horizon=10 * CHAIN)
+    if away:
+        ledger.start_recycling()
+    else:
+        ledger.stamp(waiters[1:], range(1, CHAIN + 2))
+        hint(ledger, waiters[1], horizon=10 * CHAIN)
     for waiter in waiters[:CHAIN]:
         release(ledger, waiter)
     fences = [w.future.result().seq for w in waiters if w.future.done()]
