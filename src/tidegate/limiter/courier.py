@@ -23,7 +23,7 @@ from tidegate.limiter.wire import SyncReply
 
 logger = logging.getLogger("tidegate.limiter")
 
-LINGER_S = 0.024
+LINGER_S = 0.03
 # A permit that was freed while nobody waits is kept for the next one here no longer than this.
 LINGER_IDLE_S = 0.001
 

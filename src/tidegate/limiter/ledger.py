@@ -270,10 +270,12 @@ class Ledger:
         waiter = self.waiting.get(ticket)
         if waiter is not None:
             self._hold(waiter, epoch, seq, now_ms, admitted_ms)
-        elif ticket not in self.held and ticket not in self.outbox.parting:
+            return
+        if ticket not in self.held and ticket not in self.outbox.parting:
             self.counts.strays += 1
             self.outbox.cancel(ticket, None, "")
-            self.outbox.urgent = True
+        # Else it was let in here in the same moment: the server's permit is free when it hears so.
+        self.outbox.urgent = True
 
     def _hold(
         self,
@@ -365,6 +367,8 @@ class Ledger:
         still to be read. `here` tells a moment of the server's by our clock, at the earliest.
         What we spent until now is in what the server told."""
         for ticket, seq, until_ms in held:
+            if ticket in self.held or ticket in self.outbox.parting:
+                continue
             waiter = self.waiting.get(ticket)
             admitted_ms = here(until_ms - waiter.hard_ms) if waiter else None
             self.grant(ticket, epoch, seq, now_ms, admitted_ms)

@@ -182,6 +182,19 @@ async def test_a_fence_never_reaches_the_one_that_the_server_gives_next(
     assert fences == list(range(CHAIN, 2 * CHAIN))
 
 
+async def test_a_grant_of_one_who_was_let_in_here_already_is_told_at_once(ledger: Ledger) -> None:
+    first, heir, next_one = held(ledger), ask(ledger), ask(ledger)
+    said(ledger)
+    ledger.stamp([heir, next_one], (1, 2))
+    hint(ledger, heir, horizon=2)
+    release(ledger, first)
+    ledger.outbox.urgent = False
+    ledger.grant(heir.ticket, 1, 7 * CHAIN, 20.0)
+    assert ledger.outbox.urgent
+    assert ledger.held[heir.ticket].seq == CHAIN + 1
+    assert [t.heir.ticket for t in said(ledger).transfers] == [heir.ticket]
+
+
 async def test_a_permit_freed_while_nobody_waits_goes_to_the_next_who_asks(
     ledger: Ledger,
 ) -> None:
