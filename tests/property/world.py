@@ -308,7 +308,7 @@ def _sorted(reply: SyncReply) -> SyncReply:
     whole = reply.whole
     if whole is not None:
         whole = whole._replace(
-            held=sorted(tuple(row) for row in whole.held),
+            held=sorted((t, s, u) for t, s, u in whole.held),
             lapsing=sorted((m, x) for m, x in whole.lapsing),
             spent=sorted((n, x) for n, x in whole.spent),
             pauses=sorted((n, x, r, s) for n, x, r, s in whole.pauses),
