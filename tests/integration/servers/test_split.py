@@ -44,10 +44,12 @@ async def split(old: Daemon, new: Daemon, truth: Truth, pool: str, *, old_stops:
             await wait_until(lambda: truth.open_calls == 0, 20, "the end of the calls there")
         new.resume()
         new.say("REPLICAOF", "NO", "ONE")
-        calls = truth.total
         fleet.start(orders(new, pool, truth, "new"))
         await wait_until(lambda: truth.by_worker.get("new"), 20, "calls at the new master")
+        calls = truth.total  # only now: the old master's clients may have made many since
         await wait_until(lambda: truth.total > calls + 200, 20, "more of them")
+        if not old_stops:
+            await wait_until(lambda: truth.peak > LIMIT, 20, "calls at both at once")
 
 
 @pytest.mark.timeout(60)
