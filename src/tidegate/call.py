@@ -84,6 +84,23 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, as far as the front needs to know.
+
+    key_id: of the API key that was shown; None without one. models: patterns of the models that
+    may be asked (`gemini-*`); None means all. most_priority: a higher one is lowered to it.
+    """
+
+    tenant_id: str = DEFAULT_TENANT
+    key_id: str | None = None
+    models: tuple[str, ...] | None = None
+    most_priority: int = 100
+
+
+ANYBODY = Caller()
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """LLM tokens that a call used. None means that the provider did not say: never zero."""
 

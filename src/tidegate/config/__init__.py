@@ -6,6 +6,7 @@ allowed. Each secret may also be given as `NAME_FILE`, the path of a file that h
 """
 
 from tidegate.config.environment import load
-from tidegate.config.settings import GOOGLE_URL, KINDS, SECRETS, ClassifierMode, Config
+from tidegate.config.places import GOOGLE_URL
+from tidegate.config.settings import KINDS, SECRETS, ClassifierMode, Config
 
 __all__ = ["GOOGLE_URL", "KINDS", "SECRETS", "ClassifierMode", "Config", "load"]

@@ -1,49 +1,29 @@
 """Every setting, with its type, bounds, default and description: the only place that has them.
 
-`.env.example` and `docs/configuration.md` are written from here by `scripts/generate_docs.py`.
-A validator raises ValueError with the rest of a sentence, "must be ...", and never the value.
+Those on where things are stand in `places`. `.env.example` and `docs/configuration.md` are written
+from here by `scripts/generate_docs.py`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from enum import StrEnum
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-from tidegate.config.addresses import is_address, is_host_name, split_url
+from tidegate.config import places
+from tidegate.config.places import GOOGLE_URL, Milliseconds, Places, sound
 from tidegate.errors import ConfigError
 
-GOOGLE_URL = "https://generativelanguage.googleapis.com"
 DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
 KINDS = tuple(DEFAULT_LIMITS)
 MOST_AT_ONCE = 100_000
 NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL", "GEMINI_API_KEY")
 SECRETS = (*NEEDED_IN_THE_OPEN, "ADMIN_TOKEN")
-SHORTEST_TOKEN = 16
-Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
 
-# What is allowed, where the type alone doesn't say it in a user's words.
-ALLOWED = {
-    "database_url": "a URL that starts with postgresql://",
-    "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
-    "redis+cluster://",
-    "data_dir": "the path of a folder, or of one to be made",
-    "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
-    "host": "an IP address or a host name",
-    "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
-    "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
+ALLOWED = places.ALLOWED | {
     "tidegate_policy": "the path of a file that is there",
     "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
     f" by type ({', '.join(KINDS)})",
@@ -68,87 +48,8 @@ class ClassifierMode(StrEnum):
     KEYWORDS = "keywords"
 
 
-class Config(BaseModel):
+class Config(Places):
     """Every setting of a deployment. Field names are the variables' names in lower case."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
-
-    database_url: SecretStr | None = Field(
-        default=None,
-        description="The PostgreSQL (15 or newer) that keeps every request and answer, as "
-        "postgresql://user:password@host/database. Set it together with REDIS_URL; without "
-        "both, a bundled PostgreSQL and Valkey start in DATA_DIR.",
-    )
-    redis_url: SecretStr | None = Field(
-        default=None,
-        description="The Valkey or Redis that holds the limits, as "
-        "redis://user:password@host:6379/0; rediss:// is the same over TLS. See "
-        "docs/servers.md for redis+sentinel:// and redis+cluster://.",
-    )
-    data_dir: Path = Field(
-        default=Path("data"),
-        description="Where the bundled servers, uploads and generated images are kept.",
-    )
-    blob_url: str = Field(
-        default="",
-        description="A bucket for uploads and generated images instead of a folder in DATA_DIR, "
-        "as s3://, gs:// or az://; its credentials come from the cloud's own variables.",
-    )
-    host: str = Field(
-        default="127.0.0.1",
-        description="The address to listen on. Any but a loopback address needs DATABASE_URL, "
-        "REDIS_URL and GEMINI_API_KEY (or TIDEGATE_DEMO=1).",
-    )
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        default=8000, description="The port to listen on; 0 takes any free one."
-    )
-    tidegate_demo: bool = Field(
-        default=False,
-        description="Allow the bundled servers and the emulated provider on an address that "
-        "others can reach. For demonstrations only: the answers are made up.",
-    )
-    admin_token: SecretStr | None = Field(
-        default=None,
-        description="What `/admin` asks for, as Authorization: Bearer. Without one it answers "
-        "only while HOST is a loopback address, and only to this machine.",
-    )
-
-    gemini_api_key: SecretStr | None = Field(
-        default=None,
-        description="Your key for the Gemini API. Without one the built-in emulator answers.",
-    )
-    gemini_base_url: str = Field(
-        default=GOOGLE_URL,
-        description="Where the Gemini API is, for a proxy or an emulator in its place.",
-    )
-    text_model: str = Field(
-        default="gemini-2.5-flash", description="The model for requests of text alone."
-    )
-    multi_modal_model: str = Field(
-        default="gemini-2.5-flash", description="The model for requests with files."
-    )
-    image_model: str = Field(
-        default="gemini-2.5-flash-image", description="The model that makes images."
-    )
-    classifier_model: str = Field(
-        default="gemini-2.5-flash-lite",
-        description="The model that is asked whether a request wants an image.",
-    )
-    connect_timeout_ms: Milliseconds = Field(
-        default=5_000, description="How long connecting to the provider may take."
-    )
-    first_byte_timeout_ms: Milliseconds = Field(
-        default=60_000, description="How long the provider may take to begin its answer."
-    )
-    idle_timeout_ms: Milliseconds = Field(
-        default=60_000, description="The longest silence within a provider's answer."
-    )
-    total_timeout_ms: Milliseconds = Field(
-        default=600_000, description="How long one call of the provider may take in all."
-    )
-    fetch_timeout_ms: Milliseconds = Field(
-        default=20_000, description="How long fetching the picture of an `image_uri` may take."
-    )
 
     rate_limits: dict[str, int] = Field(
         default_factory=DEFAULT_LIMITS.copy,
@@ -278,66 +179,11 @@ class Config(BaseModel):
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("data_dir")
-    @classmethod
-    def _folder(cls, value: Path) -> Path:
-        folder = value.expanduser()
-        return _sound("data_dir", folder, folder.is_dir() or not folder.exists())
-
     @field_validator("tidegate_policy")
     @classmethod
     def _policy(cls, value: Path) -> Path:
         path = value.expanduser()
-        return _sound("tidegate_policy", path, path.is_file())
-
-    @field_validator("admin_token")
-    @classmethod
-    def _token(cls, value: SecretStr) -> SecretStr:
-        token = value.get_secret_value()
-        sound = len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()
-        return _sound("admin_token", value, sound and " " not in token)
-
-    @field_validator("host")
-    @classmethod
-    def _address(cls, value: str) -> str:
-        bare = value.removeprefix("[").removesuffix("]")
-        return _sound("host", bare.lower(), is_address(bare) or is_host_name(bare))
-
-    @field_validator("blob_url")
-    @classmethod
-    def _bucket(cls, value: str) -> str:
-        url = split_url(value)
-        bucket = url.scheme in ("s3", "gs", "az") and not (url.username or url.query)
-        return _sound("blob_url", value, bucket or not value)
-
-    @field_validator("gemini_base_url")
-    @classmethod
-    def _http(cls, value: str) -> str:
-        url = split_url(value)
-        plain = bool(url.hostname) and not (url.username or url.password or url.query)
-        return _sound(
-            "gemini_base_url", value.rstrip("/"), plain and url.scheme in ("http", "https")
-        )
-
-    @field_validator("database_url")
-    @classmethod
-    def _postgres(cls, value: SecretStr) -> SecretStr:
-        # Not taken apart: several hosts with a port each are allowed here.
-        scheme = value.get_secret_value().partition("://")[0]
-        return _sound("database_url", value, scheme in ("postgresql", "postgres"))
-
-    @field_validator("redis_url")
-    @classmethod
-    def _redis(cls, value: SecretStr) -> SecretStr:
-        # redis-py speaks to Valkey, but does not know the schemes named after it.
-        text = re.sub(r"^valkey(s?)(://|\+)", r"redis\1\2", value.get_secret_value())
-        # Not taken apart: several hosts with a port each are allowed there.
-        several = re.match(r"rediss?\+(sentinel|cluster)://.", text) is not None
-        return _sound(
-            "redis_url",
-            SecretStr(text),
-            several or split_url(text).scheme in ("redis", "rediss", "unix"),
-        )
+        return sound(ALLOWED["tidegate_policy"], path, path.is_file())
 
     @model_validator(mode="after")
     def _never_by_mistake(self) -> Self:
@@ -364,22 +210,6 @@ class Config(BaseModel):
         return self
 
     @property
-    def is_loopback(self) -> bool:
-        if is_address(self.host):
-            return ip_address(self.host).is_loopback
-        return self.host == "localhost"
-
-    @property
-    def embedded(self) -> bool:
-        """Whether Valkey and PostgreSQL are the bundled ones."""
-        return self.database_url is None
-
-    @property
-    def emulated(self) -> bool:
-        """Whether the provider is the built-in emulator."""
-        return self.gemini_api_key is None
-
-    @property
     def lease_ms(self) -> int:
         return round(self.semaphore_timeout * 1000)
 
@@ -387,12 +217,3 @@ class Config(BaseModel):
         """The configured model of a kind (`text_only`, `multi_modal`, `image_generation`)."""
         names = {"text_only": self.text_model, "multi_modal": self.multi_modal_model}
         return names.get(kind, self.image_model)
-
-
-Value = TypeVar("Value")
-
-
-def _sound(field: str, value: Value, is_sound: bool) -> Value:
-    if not is_sound:
-        raise ValueError(f"must be {ALLOWED[field]}")
-    return value
