@@ -20,9 +20,12 @@ from tidegate.http.services import Services
 from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.pipeline import Pipeline
-from tidegate.policy import PolicyKeeper, deployed, policy_to_start_with
+from tidegate.policy import PolicyKeeper, deployed, deployed_upstreams, policy_to_start_with
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor, Timeouts
+from tidegate.providers.relay import RelayWire
+from tidegate.relay.spine import Relay
+from tidegate.relay.targets import Targets
 from tidegate.store.blobs import Blobs
 from tidegate.store.policies import Policies
 from tidegate.store.store import Store
@@ -58,7 +61,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
 
     Starts even when Valkey or PostgreSQL is away: they are reconnected to.
     """
-    wanted = deployed(config)
+    wanted, others = deployed(config), deployed_upstreams(config)
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
@@ -71,13 +74,33 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         limiter, keeper = await stack.enter_async_context(
             open_pool(config, store.policies, instance_id, wanted)
         )
-        keeping = asyncio.create_task(keeper.run())
-        stack.callback(keeping.cancel)
+        limiters, keepers = {DEFAULT_POOL: limiter}, {DEFAULT_POOL: keeper}
+        for pool, policy in others.policies.items():
+            limiters[pool], keepers[pool] = await stack.enter_async_context(
+                open_pool(config, store.policies, instance_id, policy, pool)
+            )
+        for one in keepers.values():
+            keeping = asyncio.create_task(one.run())
+            stack.callback(keeping.cancel)
+        wire = RelayWire(_timeouts_of(config))
+        await wire.start()
+        stack.push_async_callback(wire.aclose)
+        relay = Relay(config=config, targets=Targets(others), pools=limiters, wire=wire)
         fetcher = ImageFetcher(max_bytes=config.max_file_bytes, timeout_ms=config.fetch_timeout_ms)
         pipeline = Pipeline(
             config=config, limiter=limiter, processor=processor, blobs=blobs, fetcher=fetcher
         )
-        services = Services(config, store, blobs, limiter, pipeline, keeper)
+        services = Services(
+            config=config,
+            store=store,
+            blobs=blobs,
+            limiter=limiter,
+            pipeline=pipeline,
+            keeper=keeper,
+            relay=relay,
+            keepers=keepers,
+            limiters=limiters,
+        )
         # What the imports made lives as long as the process: a full collection that walks it
         # would stop the event loop for a tenth of a second, again and again.
         gc.collect()
@@ -91,14 +114,18 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
 
 @asynccontextmanager
 async def open_pool(
-    config: Config, policies: Policies, instance_id: str, wanted: PoolPolicy
+    config: Config,
+    policies: Policies,
+    instance_id: str,
+    wanted: PoolPolicy,
+    pool: str = DEFAULT_POOL,
 ) -> AsyncIterator[tuple[Limiter, PolicyKeeper]]:
-    """The limiter, with what is on record in force, and the keeper of its policy."""
+    """The limiter of a pool, with what is on record in force, and the keeper of its policy."""
     assert config.redis_url is not None
     limiter = Limiter.from_url(
         config.redis_url.get_secret_value(),
-        pool=DEFAULT_POOL,
-        policy=await policy_to_start_with(policies, DEFAULT_POOL, wanted),
+        pool=pool,
+        policy=await policy_to_start_with(policies, pool, wanted),
         instance_id=instance_id,
     )
     async with limiter:
@@ -123,10 +150,14 @@ def _processor_of(config: Config) -> GeminiProcessor:
     return GeminiProcessor(
         api_key=config.gemini_api_key.get_secret_value(),
         base_url=config.gemini_base_url,
-        timeouts=Timeouts(
-            connect_ms=config.connect_timeout_ms,
-            first_byte_ms=config.first_byte_timeout_ms,
-            idle_ms=config.idle_timeout_ms,
-            total_ms=config.total_timeout_ms,
-        ),
+        timeouts=_timeouts_of(config),
+    )
+
+
+def _timeouts_of(config: Config) -> Timeouts:
+    return Timeouts(
+        connect_ms=config.connect_timeout_ms,
+        first_byte_ms=config.first_byte_timeout_ms,
+        idle_ms=config.idle_timeout_ms,
+        total_ms=config.total_timeout_ms,
     )

@@ -30,6 +30,8 @@ class Kind(StrEnum):
 
 
 CLASSIFIER_LIMIT = "kind:classifier"
+# What asks no model for anything, such as the list of models: limited only where a limit says so.
+OTHER_KIND = "other"
 
 
 class ClassifiedBy(StrEnum):
@@ -39,6 +41,7 @@ class ClassifiedBy(StrEnum):
     RULES = "rules"
     LLM = "llm"
     KEYWORDS = "keywords"
+    BODY = "body"  # a native request says it itself
 
 
 @dataclass(frozen=True, slots=True)

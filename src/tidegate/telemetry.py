@@ -51,6 +51,8 @@ class Log(StrEnum):
     EMBEDDED_STARTED = "embedded_started"
     INTERNAL_ERROR = "internal_error"
     UPSTREAM_KEY_DEAD = "upstream_key_dead"
+    UPSTREAM_OUT = "upstream_out"
+    UPSTREAM_BACK = "upstream_back"
 
 
 _STRUCTLOG_OWN = ("_record", "_from_structlog")

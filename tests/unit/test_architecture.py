@@ -45,7 +45,8 @@ RESERVED = {
 PURE = (
     *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model/", "*states.py"),
     *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
-    *("policy/edits.py", "policy/words.py"),
+    *("policy/edits.py", "policy/words.py", "relay/paths.py", "relay/asked.py", "relay/usage.py"),
+    *("relay/targets.py", "relay/health.py", "relay/headers.py", "relay/usage_event.py"),
 )
 DOES_IO = {
     *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),

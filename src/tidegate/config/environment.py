@@ -40,6 +40,13 @@ def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".
         raise _first(invalid, values) from None
 
 
+def secret(name: str, dotenv: Path | None = Path(".env")) -> str:
+    """A secret whose variable the policy's file names: from the environment over `.env`, or from
+    the file that `<name>_FILE` names; empty where there is none. Raises ConfigError."""
+    found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    return _secret(name, found | os.environ).strip()
+
+
 def allowed(field: str) -> str:
     """What a setting may be, in a user's words; reads well after "must be"."""
     if field in ALLOWED:

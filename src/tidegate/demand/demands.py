@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_TENANT, Call, Kind, Usage
 from tidegate.demand.estimator import Estimate, Estimator, tokens_of
+from tidegate.demand.pieces import Pieces
 from tidegate.demand.reach import Reach, band_of
 from tidegate.limiter import Tokens
 from tidegate.limiter.limits import PoolPolicy
@@ -67,6 +68,31 @@ class Demands:
             estimate=self.estimator.estimate(
                 call.model, call.kind.value, call.prompt, call.media, images=images
             ),
+        )
+
+    def of_native(
+        self,
+        model: str,
+        kind: str,
+        pieces: Pieces,
+        policy: PoolPolicy,
+        *,
+        tenant: str,
+        priority: int,
+        images: int = 0,
+        max_output_tokens: int | None = None,
+    ) -> Demand:
+        """What a request in a provider's own dialect needs. Its limits may be none where the
+        policy has none on its kind."""
+        estimate = self.estimator.of_pieces(
+            model, kind, pieces, images=images, max_output_tokens=max_output_tokens
+        )
+        return Demand(
+            limits=self._limits(policy, kind, model, tenant, images),
+            tenant=tenant,
+            priority=band_of(priority, policy.bands),
+            images=images,
+            estimate=estimate,
         )
 
     def of_question(

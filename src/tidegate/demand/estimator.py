@@ -74,7 +74,22 @@ class Estimator:
         max_output_tokens: int | None = None,
     ) -> Estimate:
         """`images`: how many the answer will hold. `max_output_tokens`: the call's own bound."""
-        input_pieces, output_pieces = pieces_of(prompt, media), answer_of(images)
+        pieces = pieces_of(prompt, media)
+        return self.of_pieces(
+            model, kind, pieces, images=images, max_output_tokens=max_output_tokens
+        )
+
+    def of_pieces(
+        self,
+        model: str,
+        kind: str,
+        input_pieces: Pieces,
+        *,
+        images: int = 0,
+        max_output_tokens: int | None = None,
+    ) -> Estimate:
+        """The same for an input whose pieces are known."""
+        output_pieces = answer_of(images)
         taken = self._predict(model, _INPUT, input_pieces)
         given = self._predict(model, _output(kind), output_pieces)
         most = given.upper if max_output_tokens is None else max(1, max_output_tokens)

@@ -48,6 +48,7 @@ _PAGE = re.compile(rb"/Type\s*/Page(?![A-Za-z])")
 _TEXT_TYPES = re.compile(r"text/|application/(?:json|xml|yaml|toml|javascript|x-sh|csv|sql)\b")
 _SAMPLE_BYTES = 65_536
 _SEARCHED_BYTES = 1_000_000
+_USUAL_FILE_BYTES = 200_000
 
 ANSWER_TOKENS = 800.0
 PICTURE_TOKENS = 1_290.0
@@ -55,9 +56,9 @@ PICTURE_TOKENS = 1_290.0
 
 def pieces_of(prompt: str, media: Iterable[Media]) -> dict[Modality, float]:
     """The pieces of a prompt with its files; never empty."""
-    found = _text(prompt)
+    found = pieces_of_text(prompt)
     for file in media:
-        for modality, tokens in _file(file).items():
+        for modality, tokens in pieces_of_file(file.mime_type, file.data, len(file.data)).items():
             found[modality] = found.get(modality, 0.0) + tokens
     return found or {Modality.LATIN: 1.0}
 
@@ -69,7 +70,8 @@ def answer_of(images: int) -> dict[Modality, float]:
     return {Modality.ANSWER: ANSWER_TOKENS}
 
 
-def _text(text: str) -> dict[Modality, float]:
+def pieces_of_text(text: str) -> dict[Modality, float]:
+    """The pieces of a text; none of an empty one."""
     letters = len(text)
     if text.isascii():
         counted = {Modality.LATIN: letters}
@@ -92,18 +94,25 @@ def _text(text: str) -> dict[Modality, float]:
     }
 
 
-def _file(file: Media) -> dict[Modality, float]:
-    size = len(file.data)
-    family = file.mime_type.partition("/")[0]
+def pieces_of_file(mime_type: str, data: bytes, size_bytes: int) -> dict[Modality, float]:
+    """The pieces of a file of `size_bytes`, of which `data` is all or the beginning."""
+    family = mime_type.partition("/")[0]
     if family == "image":
-        return {Modality.IMAGE: _image(file.data)}
+        return {Modality.IMAGE: _image(data)}
     if family == "audio":
-        return {Modality.AUDIO: _timed(Modality.AUDIO, size / _audio_bytes_a_second(file.data))}
+        return {Modality.AUDIO: _timed(Modality.AUDIO, size_bytes / _audio_bytes_a_second(data))}
     if family == "video":
-        return {Modality.VIDEO: _timed(Modality.VIDEO, size / _BYTES_A_SECOND[Modality.VIDEO])}
-    if _TEXT_TYPES.match(file.mime_type):
-        return _text_file(file.data)
-    return {Modality.DOCUMENT: float(_TILE_TOKENS * _pages(file.data))}
+        return {
+            Modality.VIDEO: _timed(Modality.VIDEO, size_bytes / _BYTES_A_SECOND[Modality.VIDEO])
+        }
+    if _TEXT_TYPES.match(mime_type):
+        return _text_file(data, size_bytes)
+    return {Modality.DOCUMENT: float(_TILE_TOKENS * _pages(data, size_bytes))}
+
+
+def unseen_file(mime_type: str) -> dict[Modality, float]:
+    """The pieces of a file that is somewhere else: as of one of a usual size."""
+    return pieces_of_file(mime_type, b"", _USUAL_FILE_BYTES)
 
 
 def _image(data: bytes) -> float:
@@ -129,19 +138,20 @@ def _audio_bytes_a_second(data: bytes) -> float:
     return _BYTES_A_SECOND[Modality.AUDIO]
 
 
-def _text_file(data: bytes) -> dict[Modality, float]:
+def _text_file(data: bytes, size_bytes: int) -> dict[Modality, float]:
     """As text; of a long file its beginning speaks for the rest."""
     sample = data[:_SAMPLE_BYTES]
-    scale = len(data) / max(1, len(sample))
+    scale = size_bytes / max(1, len(sample))
     return {
         modality: tokens * scale
-        for modality, tokens in _text(sample.decode("utf-8", "ignore")).items()
+        for modality, tokens in pieces_of_text(sample.decode("utf-8", "ignore")).items()
     } or {Modality.LATIN: 1.0}
 
 
-def _pages(data: bytes) -> int:
+def _pages(data: bytes, size_bytes: int) -> int:
     """Pages of a PDF that names them in the clear, else by its size."""
     named = len(_PAGE.findall(data, 0, _SEARCHED_BYTES)) if data.startswith(b"%PDF") else 0
     if named:
-        return ceil(named * max(1.0, len(data) / _SEARCHED_BYTES))
-    return max(1, ceil(len(data) / _BYTES_A_PAGE))
+        searched_bytes = min(len(data), _SEARCHED_BYTES)
+        return ceil(named * max(1.0, size_bytes / searched_bytes))
+    return max(1, ceil(size_bytes / _BYTES_A_PAGE))

@@ -1,13 +1,14 @@
 """Which limits of a policy a call falls under, and its place among the priorities. Pure.
 
-Invariant: a call always takes the limit of its kind, which is there or refuses it; of the others
-those that the policy has.
+Invariant: where a policy limits kinds at all, a call takes the limit of its kind, which is there or
+refuses it; of the others those that the policy has.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 
+from tidegate.call import OTHER_KIND, Kind
 from tidegate.limiter.limits import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Quota, Rate
 from tidegate.policy.scopes import AT_ONCE, MEASURES, TOTAL
 
@@ -19,6 +20,7 @@ class Reach:
 
     def __init__(self, policy: PoolPolicy) -> None:
         self.policy = policy
+        self._limits_kinds = any(kind.limit in policy.limits for kind in Kind)
         self._bound: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
         for limit_id in sorted(policy.limits, key=_usual_order):
             whom = whom_it_binds(limit_id)
@@ -31,7 +33,8 @@ class Reach:
         `images`: how many it makes; without any, limits on images are none of its own.
         """
         first = f"kind:{kind}"
-        found = [first]
+        required = self._limits_kinds and kind != OTHER_KIND
+        found = [first] if required or first in self.policy.limits else []
         for whom in (f"kind/{kind}", plain_model(model), f"tenant/{tenant}", TOTAL):
             if whom in self._bound:
                 found += [

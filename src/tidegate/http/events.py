@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -18,6 +19,7 @@ from tidegate.errors import TidegateError
 from tidegate.http.problems import problem
 
 ABORT_EXTENSION = "tidegate.abort"
+GONE_EXTENSION = "tidegate.gone"
 
 
 class ClientStalled(Exception):
@@ -115,3 +117,34 @@ def abort(scope: Scope) -> None:
     offered = scope.get("extensions", {}).get(ABORT_EXTENSION)
     if offered is not None:
         offered["call"]()
+
+
+@contextmanager
+def cancelled_when_gone(scope: Scope, receive: Receive) -> Iterator[asyncio.Event]:
+    """Cancel this task when the client's connection is lost; the event is set then.
+
+    The request's body must have been read. A server that can tell costs nothing until it does;
+    with any other a task listens for it.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone, over = asyncio.Event(), False
+
+    def tell() -> None:
+        if not gone.is_set() and not over:
+            gone.set()
+            task.cancel("the client has gone")
+
+    offered = scope.get("extensions", {}).get(GONE_EXTENSION)
+    listening = None
+    if offered is not None:
+        offered["call"](tell)
+    else:
+        listening = asyncio.create_task(disconnected(receive))
+        listening.add_done_callback(lambda done: None if done.cancelled() else tell())
+    try:
+        yield gone
+    finally:
+        over = True
+        if listening is not None:
+            listening.cancel()

@@ -49,6 +49,14 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.StoreUnavailable: 503,
     errors.ShuttingDown: 503,
 }
+# Where a provider would use another one, so that its SDK does what it does with the provider.
+NATIVE_STATUS: dict[type[errors.TidegateError], int] = {
+    errors.DeadlineExceeded: 429,
+    errors.QueueFull: 429,
+    errors.DemandImpossible: 400,
+    errors.UpstreamThrottled: 429,
+    errors.UnsupportedMedia: 400,
+}
 _DEFAULT_RETRY_AFTER_MS = 1_000
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -89,6 +97,12 @@ class Problem(BaseModel):
 def status_of(error: errors.TidegateError) -> int:
     """The HTTP status of the nearest ancestor in the table."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def native_status_of(error: errors.TidegateError) -> int:
+    """The same for an answer in a provider's dialect."""
+    found = (NATIVE_STATUS.get(kind, STATUS.get(kind)) for kind in type(error).__mro__)
+    return next(status for status in found if status is not None)
 
 
 def problem(error: errors.TidegateError) -> Problem:

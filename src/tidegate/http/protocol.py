@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -29,7 +30,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from tidegate.http.events import ABORT_EXTENSION
+from tidegate.http.events import ABORT_EXTENSION, GONE_EXTENSION
 
 if sys.platform == "linux":
     from fcntl import ioctl
@@ -74,6 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._lingering = False
         self._lingered_bytes = 0
         self._linger_timer: asyncio.TimerHandle | None = None
+        self._when_gone: list[Callable[[], None]] = []
 
     # The connection
 
@@ -88,6 +90,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._head_timer = self._write_timer = self._linger_timer = None
         super().connection_lost(exc)
+        for tell in self._when_gone:
+            tell()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
@@ -167,10 +171,15 @@ class BoundedProtocol(HttpToolsProtocol):
                     await send(message)
 
             assert scope["type"] == "http"
-            scope["extensions"] = {ABORT_EXTENSION: {"call": self.transport.abort}}
+            told: list[Callable[[], None]] = self._when_gone
+            scope["extensions"] = {
+                ABORT_EXTENSION: {"call": self.transport.abort},
+                GONE_EXTENSION: {"call": told.append},
+            }
             try:
                 await app(scope, receive, send_on)
             finally:
+                told.clear()  # answers of one connection are made one after another
                 self.loop.call_soon(self._watch_closing)
 
         super()._start_asgi_task(cycle, answer)

@@ -17,9 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tidegate import __version__
 from tidegate.http import admin, health, jobs, problems, stream
 from tidegate.http.access import AccessLog
+from tidegate.http.native import native
 from tidegate.http.openapi import described
 from tidegate.http.problems import Handler
 from tidegate.http.services import Services
+from tidegate.relay.paths import is_native
 
 _LAST_WORDS_S = 5.0
 _STATIC = Path(__file__).parent / "static"
@@ -43,8 +45,12 @@ class Gateway(FastAPI):
         handlers = {"/submit": jobs.submit, "/stream": stream.stream}
         direct = {f"{prefix}{path}": h for path, h in handlers.items() for prefix in ("", "/llm")}
         self._direct = {path: AccessLog(self._called(handler)) for path, handler in direct.items()}
+        self._native = AccessLog(self._relayed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and is_native(scope["path"]):
+            await self._native(scope, receive, send)
+            return
         if scope["type"] == "http" and scope["method"] == "POST":
             direct = self._direct.get(scope["path"])
             if direct is not None:
@@ -52,6 +58,9 @@ class Gateway(FastAPI):
                 await direct(scope, receive, send)
                 return
         await super().__call__(scope, receive, send)
+
+    async def _relayed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await native(self.state.services, scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from tidegate.config import Config
 from tidegate.limiter import Limiter
 from tidegate.pipeline import Pipeline
 from tidegate.policy import PolicyKeeper
+from tidegate.relay.spine import Relay
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 
@@ -20,6 +22,7 @@ from tidegate.store.store import Store
 class Services:
     """`draining` is set once the process is told to stop: long polls then answer at once.
 
+    `limiters` and `keepers` are those of every pool; `limiter` and `keeper` of the pool `gemini`.
     `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
     """
 
@@ -29,6 +32,9 @@ class Services:
     limiter: Limiter
     pipeline: Pipeline
     keeper: PolicyKeeper
+    relay: Relay
+    keepers: Mapping[str, PolicyKeeper]
+    limiters: Mapping[str, Limiter]
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -226,17 +227,15 @@ class Limiter(Operations):
         be had at once, which takes no longer than the server's next answer, or while Valkey
         is away. Otherwise as `acquire`."""
         wanted = None if tokens is None else tokens_of(tokens)
-        within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
-        demand = Demand(
-            limits,
-            tenant,
-            priority,
-            wanted,
-            images,
-            within_ms,
-            hard_ms or DEFAULT_HARD_MS,
-            once=True,
-        )
+        hard_ms = hard_ms or DEFAULT_HARD_MS
+        demand = Demand(limits, tenant, priority, wanted, images, None, hard_ms, once=True)
+        return self.try_acquire_for(demand)
+
+    def try_acquire_for(self, demand: Demand) -> Attempt:
+        """As `try_acquire`, for a demand that is there already: one that takes the first answer."""
+        if demand.deadline_ms is None:
+            within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
+            demand = replace(demand, deadline_ms=within_ms)
         return Attempt(self.acquire_for(demand))
 
     def limited(

@@ -10,33 +10,48 @@ from pathlib import Path
 from typing import Any
 
 from tidegate.call import CLASSIFIER_LIMIT, Kind
-from tidegate.config import Config
+from tidegate.config import Config, secret
 from tidegate.errors import ConfigError
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.policy.plain import of_plain
+from tidegate.policy.upstreams import Deployment, deployment_of
 
 USUAL_FILE = Path("tidegate.toml")
+_NOT_OF_THE_POOL = ("upstreams", "routes")
 _LONGEST_BYTES = 1_000_000
 
 
 def deployed(config: Config) -> PoolPolicy:
-    """What this deployment asks for, as revision 1. Raises ConfigError."""
-    path = config.tidegate_policy
-    if path is None and USUAL_FILE.is_file():
-        path = USUAL_FILE
-    if path is None:
-        return of_plain(_filled({}, config))
-    return from_file(path, config)
+    """What this deployment asks for in the pool `gemini`, as revision 1. Raises ConfigError."""
+    path = _path(config)
+    return of_plain(_filled({}, config)) if path is None else from_file(path, config)
 
 
 def from_file(path: Path, config: Config) -> PoolPolicy:
     """The policy of a file; `config` fills in what it does not say. Raises ConfigError."""
-    stated = _read(path)
+    stated = {key: value for key, value in _read(path).items() if key not in _NOT_OF_THE_POOL}
     try:
         of_plain(stated)  # on its own first: what is wrong is then the file's
         return of_plain(_filled(stated, config))
     except ConfigError as wrong:
         raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+
+
+def deployed_upstreams(config: Config) -> Deployment:
+    """The upstreams of this deployment, with their policies. Raises ConfigError."""
+    path = _path(config)
+    if path is None:
+        return deployment_of({}, config, secret)
+    try:
+        return deployment_of(_read(path), config, secret)
+    except ConfigError as wrong:
+        raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+
+
+def _path(config: Config) -> Path | None:
+    if config.tidegate_policy is not None:
+        return config.tidegate_policy
+    return USUAL_FILE if USUAL_FILE.is_file() else None
 
 
 def _read(path: Path) -> dict[str, Any]:

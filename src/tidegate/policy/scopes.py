@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tidegate.call import CLASSIFIER_LIMIT, Kind
+from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter.limits import Unit
 
 AT_ONCE = ("pool", "kind", "model", "tenant")
 TOTAL = "total"
-KIND_NAMES = (*(kind.value for kind in Kind), CLASSIFIER_LIMIT.partition(":")[2])
+KIND_NAMES = (*(kind.value for kind in Kind), CLASSIFIER_LIMIT.partition(":")[2], OTHER_KIND)
 _MEASURES: dict[str, Unit] = {
     "r": "requests",
     "t": "tokens",

@@ -90,7 +90,11 @@ def _row(role: str, size_bytes: int, data: str | None = None, blob_key: str | No
 
 
 def unpack(encoding: str, packed: bytes) -> Any:
-    """The JSON value of a stored body."""
+    """The JSON value of a stored body; a native one as the text that travelled."""
+    if encoding == "raw":
+        return packed.decode("utf-8", "replace")
+    if encoding == "zlib-raw":
+        return zlib.decompress(packed).decode("utf-8", "replace")
     if encoding != ENCODING:
         raise ValueError(f"a body in the unknown encoding {encoding!r}")
     return orjson.loads(zlib.decompress(packed))

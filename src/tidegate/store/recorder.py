@@ -208,7 +208,7 @@ async def _write_entries(
 
     Returns the ids that are written, now or before; those that changed; the pools with work.
     """
-    ops: dict[str, dict[str, Json]] = {"end": {}, "retry": {}, "stream": {}}
+    ops: dict[str, dict[str, Json]] = {"end": {}, "retry": {}, "stream": {}, "relay": {}}
     for entry in sorted(entries, key=lambda entry: str(entry["row"]["id"])):
         ops[entry["op"]][str(entry["row"]["id"])] = entry
     rows: dict[str, asyncpg.Record] = {}
@@ -221,6 +221,8 @@ async def _write_entries(
         rows |= retried
     if ops["stream"]:
         rows |= await _rows(connection, "add_streams", ops["stream"])
+    if ops["relay"]:
+        await _add_relayed(connection, list(ops["relay"].values()))
     by_id = {key: entry for group in ops.values() for key, entry in group.items()}
     fresh = [(by_id[key], row) for key, row in rows.items()]
     await _add_files(connection, fresh)
@@ -234,7 +236,7 @@ async def _write_entries(
         ],
         instance_id,
     )
-    written = set(rows) | set(ops["stream"])
+    written = set(rows) | set(ops["stream"]) | set(ops["relay"])
     missing = [
         {"id": key, "claim": entry["row"]["claim"], "status": entry["row"]["status"]}
         for key, entry in by_id.items()
@@ -251,6 +253,13 @@ async def _rows(
 ) -> dict[str, asyncpg.Record]:
     found = await connection.fetch(sql(name), dumps(entry["row"] for entry in entries.values()))
     return {str(row["id"]): row for row in found}
+
+
+async def _add_relayed(connection: asyncpg.Connection, entries: list[Json]) -> None:
+    await connection.execute(sql("add_relayed"), dumps(entry["row"] for entry in entries))
+    found = [body for entry in entries for body in entry["bodies"]]
+    if found:
+        await connection.execute(sql("add_relayed_bodies"), dumps(found))
 
 
 async def _add_files(

@@ -134,12 +134,12 @@ def result_row(result: AttemptResult) -> Json:
         "response_id": result.response_id,
         "fence_epoch": result.fence[0],
         "fence_sequence": result.fence[1],
-        **{column: _count(getattr(result.usage, column)) for column in USAGE_COLUMNS},
+        **{column: count_of(getattr(result.usage, column)) for column in USAGE_COLUMNS},
     }
     return {key: cleaned(value) for key, value in row.items()}
 
 
-def _count(tokens: int | None) -> int | None:
+def count_of(tokens: int | None) -> int | None:
     """A provider's nonsense is as good as no word, and must not lose the answer."""
     return tokens if tokens is not None and 0 <= tokens < 2**63 else None
 
@@ -165,6 +165,36 @@ def audit_row(
         "failure": failure,
         **{column: ended[column] for column in columns},
     }
+
+
+def relayed_record(row: asyncpg.Record) -> RequestRecord:
+    """A native call, from its audit row; its answer is in its body."""
+    kind = row["kind"]
+    return RequestRecord(
+        request_id=_uuid(row["request_id"]),
+        tenant_id=row["tenant_id"],
+        source=row["source"],
+        status=Status(row["status"]),
+        classification=Classification(
+            None if kind is None else Kind(kind), ClassifiedBy.BODY, row["endpoint"]
+        ),
+        model=row["model"],
+        priority=row["priority"],
+        attempts=row["attempts"],
+        created_at=row["submitted_at"],
+        admitted_at=row["admitted_at"],
+        finished_at=row["finished_at"],
+        not_before=None,
+        deadline_at=None,
+        queue_ms=row["queue_ms"],
+        upstream_ms=row["upstream_ms"],
+        text=None,
+        usage=Usage(**{column: row[column] for column in USAGE_COLUMNS}),
+        finish_reason=row["finish_reason"],
+        failure=_failure(row["failure"]),
+        place=None,
+        version=1,
+    )
 
 
 def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:

@@ -38,6 +38,7 @@ from tidegate.store.records import (
     RequestRecord,
     StreamRecord,
 )
+from tidegate.store.relayed import RelayLog
 from tidegate.store.running import Running
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
@@ -72,6 +73,9 @@ class Store:
         )
         self._recorder = Recorder(
             connections, self._bell, spill, instance_id=instance_id, when_full=audit_full
+        )
+        self.relayed = RelayLog(
+            connections, self._recorder, blobs, instance_id=instance_id, when_full=audit_full
         )
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
@@ -114,6 +118,7 @@ class Store:
         """Begin to connect in the background: PostgreSQL may come later."""
         self._connections.start()
         self._recorder.start()
+        self.relayed.start()
         self._house = asyncio.create_task(keep_house(self._connections))
 
     async def aclose(self) -> None:
@@ -122,6 +127,7 @@ class Store:
             self._house.cancel()
             await asyncio.gather(self._house, return_exceptions=True)
         await self._watch.aclose()
+        await self.relayed.aclose(_CLOSE_TIMEOUT_MS // 3)
         await self._recorder.aclose(_CLOSE_TIMEOUT_MS)
         await self._bell.aclose()
         await self._connections.aclose()
@@ -166,7 +172,8 @@ class Store:
         async def read(connection: asyncpg.Connection) -> RequestRecord | None:
             row = await connection.fetchrow(sql("get_request"), request_id, tenant_id)
             if row is None:
-                return None
+                relayed = await connection.fetchrow(sql("get_relayed"), request_id, tenant_id)
+                return None if relayed is None else rows.relayed_record(relayed)
             files = await connection.fetch(sql("get_request_files"), request_id)
             return rows.request_record(row, files)
 

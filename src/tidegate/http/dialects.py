@@ -1,0 +1,121 @@
+"""Our errors in the words of the dialect that the client speaks. Pure.
+
+An SDK tells errors by status and shape, and tries again by `Retry-After`: so "no room in time" is
+a 429 here, as the provider itself would say it. Invariant: the same facts as in problem JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+
+from tidegate import errors
+from tidegate.http.problems import native_status_of
+from tidegate.relay.paths import Dialect
+
+Headers = list[tuple[bytes, bytes]]
+
+# https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
+_GOOGLE = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    409: "ABORTED",
+    413: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+_OPENAI = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
+_BAD_REQUEST = "type.googleapis.com/google.rpc.BadRequest"
+_ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
+_USUAL_RETRY_MS = 1_000
+
+
+def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of an answer that says `error`."""
+    status = native_status_of(error)
+    after_ms = error.retry_after_ms
+    if after_ms is None and status in (429, 503, 504):
+        after_ms = _USUAL_RETRY_MS
+    headers: Headers = [(b"content-type", b"application/json")]
+    if after_ms is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(after_ms / 1000))).encode()))
+    if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
+        headers.append((b"connection", b"close"))
+    body = orjson.dumps(body_of(dialect, error, status, after_ms))
+    headers.append((b"content-length", str(len(body)).encode()))
+    return status, headers, body
+
+
+def event(dialect: Dialect, error: errors.TidegateError) -> bytes:
+    """The last event of a stream that failed in the middle."""
+    body = orjson.dumps(body_of(dialect, error, native_status_of(error), error.retry_after_ms))
+    name = b"event: error\n" if dialect is Dialect.ANTHROPIC else b""
+    return b"%bdata: %b\n\n" % (name, body)
+
+
+def body_of(
+    dialect: Dialect, error: errors.TidegateError, status: int, after_ms: int | None
+) -> dict[str, Any]:
+    """The body as an object."""
+    if dialect is Dialect.GEMINI:
+        return {"error": _google(error, status, after_ms)}
+    if dialect is Dialect.ANTHROPIC:
+        kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": error.message}}
+    kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    limit = getattr(error, "limit", None)
+    said: dict[str, Any] = {
+        "message": error.message,
+        "type": kind,
+        "param": getattr(error, "field", None),
+        "code": _code(error),
+    }
+    return {"error": said | ({"limit": limit} if limit else {})}
+
+
+def _code(error: errors.TidegateError) -> str:
+    if isinstance(error, errors.Unauthenticated):
+        return "invalid_api_key"
+    if isinstance(error, errors.NotFound):
+        return "model_not_found"
+    return error.code
+
+
+def _google(error: errors.TidegateError, status: int, after_ms: int | None) -> dict[str, Any]:
+    domain = {"@type": _ERROR_INFO, "reason": error.code.upper(), "domain": "tidegate"}
+    limit = getattr(error, "limit", None)
+    details: list[dict[str, Any]] = [domain | ({"metadata": {"limit": limit}} if limit else {})]
+    if after_ms is not None:
+        details.append({"@type": _RETRY_INFO, "retryDelay": f"{after_ms / 1000:g}s"})
+    field = getattr(error, "field", None)
+    if field is not None:
+        violation = {"field": field, "description": error.message}
+        details.append({"@type": _BAD_REQUEST, "fieldViolations": [violation]})
+    fallback = "INTERNAL" if status >= 500 else "INVALID_ARGUMENT"
+    return {
+        "code": status,
+        "message": error.message,
+        "status": _GOOGLE.get(status, fallback),
+        "details": details,
+    }

@@ -1,0 +1,297 @@
+"""The native fronts: OpenAI's, Gemini's and Anthropic's paths, as one raw ASGI application.
+
+Invariants: bodies go through as bytes; an error is in the client's dialect; every call that was
+authenticated is on the record, whatever became of it; when the client goes, the upstream call is
+closed and its permit given back at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from starlette.types import Receive, Scope, Send
+
+from tidegate.call import ANYBODY, Caller, new_id
+from tidegate.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    PayloadTooLarge,
+    RequestTimeout,
+    ShuttingDown,
+    TidegateError,
+    UpstreamUnauthorized,
+)
+from tidegate.http.dialects import event, refusal
+from tidegate.http.events import abort, cancelled_when_gone
+from tidegate.http.problems import REQUEST_ID_HEADER
+from tidegate.http.services import Services
+from tidegate.relay.call import CallFailed, Life, NativeCall, Out
+from tidegate.relay.headers import to_send
+from tidegate.relay.paths import Dialect, Endpoint, dialect_of, endpoint_of
+from tidegate.store.records import Failure
+from tidegate.store.relayed import RelayRecord
+from tidegate.store.states import Status
+from tidegate.telemetry import get_logger
+
+_REQUEST_ID = REQUEST_ID_HEADER.encode()
+_KEY_IN_QUERY = "key"
+_MOST_WAIT_MS = 86_400_000
+_LONGEST_TAG = 200
+
+log = get_logger()
+
+
+class ClientGone(Exception):
+    """The client left before its request was whole."""
+
+
+async def native(services: Services, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request to a native path."""
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    path: str = scope["path"]
+    hint = dialect_of(path, frozenset(name for name, _ in headers), scope["query_string"])
+    endpoint = endpoint_of(scope["method"], path, hint)
+    dialect = hint if endpoint is None else endpoint.dialect
+    front = _Front(services, scope, receive, send, dialect)
+    if endpoint is None:
+        await front.refuse(NotFound(f"there is no {scope['method']} {path}"))
+    else:
+        await front.answer(endpoint)
+
+
+class _Front:
+    """One request, until it is answered and recorded."""
+
+    def __init__(
+        self, services: Services, scope: Scope, receive: Receive, send: Send, dialect: Dialect
+    ) -> None:
+        self._services = services
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._dialect = dialect
+        self._request_id = new_id()
+        self._received = time.monotonic()
+        self._received_at = datetime.now(UTC)
+        self._out = Out(self._start, self._body)
+        self._life = Life()
+        self._ends_whole = True  # what went out ends with whole events, as far as we know
+
+    async def answer(self, endpoint: Endpoint) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._services.streams.add(task)
+        try:
+            await self._answer(endpoint, task)
+        finally:
+            self._services.streams.discard(task)
+
+    async def _answer(self, endpoint: Endpoint, task: asyncio.Task[Any]) -> None:
+        try:
+            body = await self._read()
+            call = self._call(endpoint, ANYBODY, body)
+            await self._services.store.relayed.room()
+        except TidegateError as error:
+            await self.refuse(error)
+            return
+        except ClientGone:
+            return
+        status, failure = await self._run(call, task)
+        self._record(call, status, failure)
+        if status is Status.SUCCEEDED:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _run(
+        self, call: NativeCall, task: asyncio.Task[Any]
+    ) -> tuple[Status, Failure | None]:
+        """Make the call, and tell the client how it failed if it did."""
+        with cancelled_when_gone(self._scope, self._receive) as gone:
+            status, failure = Status.FAILED, None
+            try:
+                await self._services.relay.run(call, self._out, self._life)
+                status = Status.SUCCEEDED
+            except CallFailed as failed:
+                failure = Failure.of(failed.error)
+                await self._tell_failed(failed)
+            except TidegateError as error:
+                failure = Failure.of(error)
+                if isinstance(error, DeadlineExceeded):
+                    status = Status.EXPIRED
+                await self._tell(error)
+            except asyncio.CancelledError:
+                # Ours, because the client left; or the server's, which stops.
+                task.uncancel()
+                if gone.is_set():
+                    status = Status.CANCELLED
+                    failure = Failure("client_left", "the client went away")
+                else:
+                    stopping = ShuttingDown("this process is stopping; ask again")
+                    failure = Failure.of(stopping)
+                    await self._tell(stopping)
+            await _take_cancellation(gone, task)
+        return status, failure
+
+    async def _read(self) -> bytes:
+        """The whole body, within the bounds of size and silence."""
+        config = self._services.config
+        pieces: list[bytes] = []
+        size_bytes = 0
+        try:
+            async with asyncio.timeout(config.receive_timeout_ms / 1000) as patience:
+                while True:
+                    message = await self._receive()
+                    if message["type"] != "http.request":
+                        raise ClientGone
+                    piece = message.get("body", b"")
+                    size_bytes += len(piece)
+                    if size_bytes > config.max_body_bytes:
+                        allowed = f"at most {config.max_body_bytes} bytes"
+                        raise PayloadTooLarge("body", "the body is too large", allowed=allowed)
+                    pieces.append(piece)
+                    if not message.get("more_body", False):
+                        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                    wait_s = config.receive_timeout_ms / 1000
+                    patience.reschedule(asyncio.get_running_loop().time() + wait_s)
+        except TimeoutError:
+            raise RequestTimeout("the request's body arrives too slowly") from None
+
+    def _call(self, endpoint: Endpoint, caller: Caller, body: bytes) -> NativeCall:
+        headers: list[tuple[bytes, bytes]] = self._scope["headers"]
+        wait_ms, priority, subject = self._services.config.stream_wait_ms, 0, None
+        for name, value in headers:
+            if name == b"x-tidegate-deadline-ms":
+                wait_ms = _whole(name, value, 1, _MOST_WAIT_MS)
+            elif name == b"x-tidegate-priority":
+                priority = _whole(name, value, -100, 100)
+            elif name == b"x-tidegate-subject":
+                subject = _tag(name, value)
+        return NativeCall(
+            request_id=self._request_id,
+            endpoint=endpoint,
+            method=self._scope["method"],
+            query=_without_key(self._scope["query_string"].decode("latin-1")),
+            headers=to_send(headers),
+            body=body,
+            caller=caller,
+            received=self._received,
+            received_at=self._received_at,
+            wait_ms=wait_ms,
+            priority=priority,
+            subject=subject,
+        )
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        headers.append((_REQUEST_ID, str(self._request_id).encode()))
+        self._out.started = True
+        self._life.http_status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _body(self, piece: bytes) -> None:
+        self._ends_whole = piece.endswith((b"\n\n", b"\r\n\r\n"))
+        await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def refuse(self, error: TidegateError) -> None:
+        """Answer with an error of ours."""
+        status, headers, body = refusal(self._dialect, error)
+        await self._whole(status, headers, body)
+
+    async def _whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        await self._start(status, headers)
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _tell_failed(self, failed: CallFailed) -> None:
+        """In the upstream's own words where it had any; but its word on our key is not for
+        clients, who would take it for theirs."""
+        if self._out.started or not failed.status:
+            await self._tell(failed.error)
+            return
+        if isinstance(failed.error, UpstreamUnauthorized):
+            await self._tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
+            return
+        headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]
+        after_ms = failed.error.retry_after_ms
+        if after_ms and not any(name == b"retry-after" for name, _ in headers):
+            headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
+        self._life.keep(failed.body)
+        await self._whole(failed.status, headers, failed.body)
+
+    async def _tell(self, error: TidegateError) -> None:
+        """What can still be told: all, the last event of a stream, or a connection cut short."""
+        if not self._out.started:
+            await self.refuse(error)
+        elif self._life.streams and self._ends_whole:
+            body = event(self._dialect, error)
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        else:
+            abort(self._scope)
+
+    def _record(self, call: NativeCall, status: Status, failure: Failure | None) -> None:
+        life, target = self._life, self._life.target
+        self._services.store.relayed.put(
+            RelayRecord(
+                request_id=self._request_id,
+                tenant_id=call.caller.tenant_id,
+                pool=target.upstream.pool if target else "",
+                endpoint=self._scope["path"],
+                status=status,
+                http_status=life.http_status,
+                received_at=self._received_at,
+                finished_at=life.finished_at or datetime.now(UTC),
+                request=call.body,
+                response=life.answer if life.pieces else b"",
+                kind=life.kind.value if life.kind else None,
+                model=target.model if target else life.model,
+                priority=call.priority,
+                tries=life.tries,
+                admitted_at=life.admitted_at,
+                queue_ms=life.queue_ms,
+                upstream_ms=life.upstream_ms,
+                usage=life.told.usage,
+                finish_reason=life.told.finish_reason,
+                response_id=life.told.response_id,
+                failure=failure,
+                streamed=life.streams,
+                key_id=call.caller.key_id,
+                subject=call.subject,
+            )
+        )
+
+
+async def _take_cancellation(gone: asyncio.Event, task: asyncio.Task[Any]) -> None:
+    """A client that left in the moment of the end: the cancellation still to come is ours."""
+    if gone.is_set() and task.cancelling():
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            task.uncancel()
+
+
+def _without_key(query: str) -> str:
+    if _KEY_IN_QUERY not in query:
+        return query
+    pairs = parse_qsl(query, keep_blank_values=True)
+    return urlencode([(name, value) for name, value in pairs if name != _KEY_IN_QUERY])
+
+
+def _whole(name: bytes, value: bytes, least: int, most: int) -> int:
+    text = value.decode("latin-1").strip()
+    digits = text.removeprefix("-")
+    if not digits.isdecimal() or len(digits) > 9 or not least <= int(text) <= most:
+        header = name.decode()
+        allowed = f"a whole number from {least} to {most}"
+        raise InvalidRequest(header, f"{header} must be {allowed}", allowed=allowed)
+    return int(text)
+
+
+def _tag(name: bytes, value: bytes) -> str:
+    text = value.decode("latin-1").strip()
+    if not 1 <= len(text) <= _LONGEST_TAG or not text.isprintable():
+        header = name.decode()
+        allowed = f"1 to {_LONGEST_TAG} printable characters"
+        raise InvalidRequest(header, f"{header} must be {allowed}", allowed=allowed)
+    return text

@@ -1,0 +1,264 @@
+"""The upstreams of a deployment: accounts at providers, what they serve, who stands in for whom.
+
+Read from `[upstreams.NAME]` and `[[routes]]` of the policy's file. The account of GEMINI_API_KEY is
+always there, as `gemini`. Each upstream is a pool of its own for the limiter. Invariant: a key is
+never in the file, only the name of the variable that holds it. Pure, but for reading that variable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from tidegate.call import DEFAULT_POOL
+from tidegate.config import Config
+from tidegate.config.addresses import split_url
+from tidegate.errors import ConfigError
+from tidegate.limiter.limits import PoolPolicy
+from tidegate.policy.plain import of_plain
+
+DIALECTS = ("openai", "gemini", "anthropic")
+PROVIDERS: dict[str, dict[str, str]] = {
+    "gemini": {
+        "gemini": "https://generativelanguage.googleapis.com",
+        "openai": "https://generativelanguage.googleapis.com/v1beta/openai",
+    },
+    "openai": {"openai": "https://api.openai.com/v1"},
+    "anthropic": {"anthropic": "https://api.anthropic.com"},
+}
+USUAL_AT_ONCE = 64
+_POLICY_KEYS = ("limits", "weights", "bands", "pool")
+_KEYS = (
+    *("provider", "dialects", "key", "models", "aliases", "weight", "prices", "asks_usage"),
+    *_POLICY_KEYS,
+)
+_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+_PRICES = ("input", "output", "cached", "image")
+
+ReadSecret = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """In money per million LLM tokens; `image` in money per picture. None: not known."""
+
+    input: float | None = None
+    output: float | None = None
+    cached: float | None = None
+    image: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """One account. base_urls: dialect -> URL without a slash at its end. models: patterns of what
+    it serves. aliases: a client's name for a model -> the provider's. weight: its share where
+    several serve a model. prices: pattern -> price. asks_usage: whether a stream may be asked for
+    its usage by `stream_options`."""
+
+    name: str
+    base_urls: Mapping[str, str]
+    key: str = field(repr=False)
+    models: tuple[str, ...] = ("*",)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    weight: int = 1
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    asks_usage: bool = True
+
+    @property
+    def pool(self) -> str:
+        return self.name
+
+    def fit(self, model: str) -> int:
+        """How closely it names `model`: 0 not at all, more for more than `*`."""
+        if model in self.aliases:
+            return 1_000
+        fits = [len(one) for one in self.models if fnmatchcase(model, one)]
+        return max(fits, default=0)
+
+    def price(self, model: str) -> Price | None:
+        """Of the pattern that names `model` most closely."""
+        fits = [one for one in self.prices if fnmatchcase(model, one)]
+        return self.prices[max(fits, key=len)] if fits else None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A chain for the models that fit `model`: each target `(upstream, its model or None)` is
+    tried when those before it are throttled or out."""
+
+    model: str
+    targets: tuple[tuple[str, str | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """All that a policy's file says beside the limits of the pool `gemini`."""
+
+    upstreams: tuple[Upstream, ...]
+    routes: tuple[Route, ...] = ()
+    policies: Mapping[str, PoolPolicy] = field(default_factory=dict)
+
+
+def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret) -> Deployment:
+    """`secret` gives the value of a variable, empty where it is not set. Raises ConfigError."""
+    tables = _table("upstreams", stated.get("upstreams", {}))
+    own = _table(f"upstreams.{DEFAULT_POOL}", tables.get(DEFAULT_POOL, {}))
+    found = [_of_environment(own, config)]
+    policies = {}
+    for name, value in tables.items():
+        if name == DEFAULT_POOL:
+            continue
+        path = f"upstreams.{name}"
+        if _NAME.fullmatch(name) is None:
+            raise ConfigError(path, name, "must be lower-case letters, digits, - and _")
+        table = _table(path, value)
+        found.append(_upstream(name, path, table, secret))
+        policies[name] = _policy(path, table, stated)
+    routes = _routes(stated.get("routes", []), {one.name for one in found})
+    return Deployment(tuple(found), routes, policies)
+
+
+def _of_environment(table: Mapping[str, Any], config: Config) -> Upstream:
+    """The account of GEMINI_API_KEY; its limits are those at the top of the file."""
+    path = f"upstreams.{DEFAULT_POOL}"
+    for key in table:
+        if key not in _OWN_KEYS:
+            allowed = (
+                f"is not for this one, which comes from GEMINI_*; known: {', '.join(_OWN_KEYS)}"
+            )
+            raise ConfigError(f"{path}.{key}", "(set)", allowed)
+    base = config.gemini_base_url.removesuffix("/v1beta")
+    key = config.gemini_api_key.get_secret_value() if config.gemini_api_key else ""
+    urls = {"gemini": base, "openai": f"{base}/v1beta/openai"}
+    if config.emulated or not config.gemini_base_url.startswith(PROVIDERS["gemini"]["gemini"]):
+        urls["anthropic"] = base  # the emulator speaks it too
+    return Upstream(DEFAULT_POOL, urls, key, **_options(path, table))
+
+
+def _upstream(name: str, path: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstream:
+    for key in table:
+        if key not in _KEYS:
+            raise ConfigError(f"{path}.{key}", "(set)", f"is not known; known: {', '.join(_KEYS)}")
+    provider = table.get("provider")
+    if provider is not None and provider not in PROVIDERS:
+        raise ConfigError(
+            f"{path}.provider", str(provider), f"must be one of {', '.join(PROVIDERS)}"
+        )
+    urls = dict(PROVIDERS[provider]) if provider else {}
+    for dialect, url in _table(f"{path}.dialects", table.get("dialects", {})).items():
+        urls[dialect] = _base_url(f"{path}.dialects.{dialect}", dialect, url)
+    if not urls:
+        raise ConfigError(f"{path}.dialects", "(not set)", "must be set, or provider")
+    variable = table.get("key")
+    if not isinstance(variable, str) or re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) is None:
+        raise ConfigError(f"{path}.key", "(hidden)", "must be the name of the variable that has it")
+    value = secret(variable)
+    if not value:
+        raise ConfigError(variable, "(not set)", f"must be set: {path} has its key from it")
+    return Upstream(name, urls, value, **_options(path, table))
+
+
+def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "models" in table:
+        found["models"] = _texts(f"{path}.models", table["models"])
+    if "aliases" in table:
+        aliases = _table(f"{path}.aliases", table["aliases"])
+        _texts(f"{path}.aliases", list(aliases.values()))
+        found["aliases"] = dict(aliases)
+    if "weight" in table:
+        weight = table["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= 1000:
+            raise ConfigError(
+                f"{path}.weight", str(weight), "must be a whole number from 1 to 1000"
+            )
+        found["weight"] = weight
+    if "asks_usage" in table:
+        if not isinstance(table["asks_usage"], bool):
+            raise ConfigError(
+                f"{path}.asks_usage", str(table["asks_usage"]), "must be true or false"
+            )
+        found["asks_usage"] = table["asks_usage"]
+    if "prices" in table:
+        prices = _table(f"{path}.prices", table["prices"])
+        found["prices"] = {
+            str(model): _price(f"{path}.prices.{model}", price) for model, price in prices.items()
+        }
+    return found
+
+
+def _price(path: str, value: object) -> Price:
+    table = _table(path, value)
+    for key, amount in table.items():
+        if key not in _PRICES:
+            raise ConfigError(f"{path}.{key}", str(amount), f"known: {', '.join(_PRICES)}")
+        sound = isinstance(amount, int | float) and not isinstance(amount, bool)
+        if not sound or not 0 <= amount <= 1_000_000:
+            raise ConfigError(f"{path}.{key}", str(amount), "must be an amount of money, 0 or more")
+    return Price(**{key: float(amount) for key, amount in table.items()})
+
+
+def _policy(path: str, table: Mapping[str, Any], stated: Mapping[str, Any]) -> PoolPolicy:
+    plain = {key: table[key] for key in _POLICY_KEYS if key in table}
+    plain.setdefault("limits", {"pool:total": USUAL_AT_ONCE})
+    for key in ("weights", "bands"):  # who gets how much is said once for all
+        if key in stated:
+            plain.setdefault(key, stated[key])
+    try:
+        return of_plain(plain)
+    except ConfigError as wrong:
+        raise ConfigError(f"{path}.{wrong.variable}", wrong.value, wrong.allowed) from None
+
+
+def _routes(value: object, names: set[str]) -> tuple[Route, ...]:
+    if not isinstance(value, list):
+        raise ConfigError("routes", str(value)[:100], "must be a list of tables, [[routes]]")
+    found = []
+    for place, item in enumerate(value):
+        path = f"routes[{place}]"
+        table = _table(path, item)
+        if set(table) != {"model", "try"}:
+            raise ConfigError(path, ", ".join(table), "must have `model` and `try`")
+        (model,) = _texts(f"{path}.model", [table["model"]])
+        targets = []
+        for target in _texts(f"{path}.try", table["try"]):
+            upstream, _, of_it = target.partition("/")
+            if upstream not in names:
+                allowed = (
+                    f"must be an upstream, or upstream/model; known: {', '.join(sorted(names))}"
+                )
+                raise ConfigError(f"{path}.try", target, allowed)
+            targets.append((upstream, of_it or None))
+        found.append(Route(model, tuple(targets)))
+    return tuple(found)
+
+
+def _base_url(path: str, dialect: str, url: object) -> str:
+    if dialect not in DIALECTS:
+        raise ConfigError(path, str(url), f"is not known; known: {', '.join(DIALECTS)}")
+    parts = split_url(url) if isinstance(url, str) else split_url("")
+    plain = bool(parts.hostname) and not (parts.username or parts.password or parts.query)
+    if not plain or parts.scheme not in ("http", "https"):
+        raise ConfigError(
+            path, "(hidden)", "must be an http:// or https:// URL without a user or query"
+        )
+    return str(url).rstrip("/")
+
+
+def _texts(path: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise ConfigError(path, str(value)[:100], "must be a list of texts, not empty")
+    for one in value:
+        if not 1 <= len(one) <= 200:
+            raise ConfigError(path, one[:100], "each must have 1 to 200 characters")
+    return tuple(value)
+
+
+def _table(path: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(path, str(value)[:100], "must be a table")
+    return value

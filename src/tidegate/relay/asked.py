@@ -1,0 +1,201 @@
+"""What a native body asks for, as far as admission must know: model, kind, pieces, bounds. Pure.
+
+One walk over the parsed body serves all dialects: every text counts as text, whatever field it is
+in, and files are known by the few shapes that dialects give them. Invariant: a field that nobody
+here knows never makes a request wrong; the body itself is passed on as it came.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode
+from binascii import Error as NotBase64
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from tidegate.call import Kind
+from tidegate.demand.pieces import Modality, pieces_of_file, pieces_of_text, unseen_file
+from tidegate.errors import InvalidRequest
+from tidegate.relay.paths import Dialect, Endpoint, Operation
+
+# Enough to find a picture's size in, and a multiple of 4 characters.
+_HEAD_CHARS = 65_536
+_MOST_VALUES = 200_000
+_DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
+_INLINE_MIME = ("mimeType", "mime_type", "media_type")
+_URI = ("fileUri", "file_uri", "file_id", "image_url", "url")
+_OUTPUT_BOUNDS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "maxOutputTokens")
+
+
+@dataclass(slots=True)
+class Asked:
+    """A native request. model: as the client names it. kind: what limits it falls under. images:
+    how many pictures it makes. pieces: of its input, with a first guess of their LLM tokens.
+    wants_usage: whether a stream must be asked to tell its usage."""
+
+    model: str
+    kind: Kind
+    streams: bool = False
+    images: int = 0
+    pieces: dict[Modality, float] = field(default_factory=dict)
+    max_output_tokens: int | None = None
+    wants_usage: bool = False
+
+
+def parsed(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object; raises InvalidRequest."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as broken:
+        raise InvalidRequest("body", f"the body is not JSON: {broken}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("body", "the body is not a JSON object", allowed="a JSON object")
+    return value
+
+
+def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
+    """What a request asks for. Raises InvalidRequest where it names no model."""
+    model = body.get("model") if endpoint.model is None else endpoint.model
+    if not isinstance(model, str) or not 1 <= len(model) <= 200:
+        raise InvalidRequest("model", "model is missing", allowed="the name of a model, as a text")
+    walk = _Walk()
+    walk.over(body)
+    settings = _settings(endpoint.dialect, body)
+    images = _images(endpoint, model, body, settings)
+    kind = Kind.MULTI_MODAL if walk.files else Kind.TEXT_ONLY
+    streams = endpoint.streams or body.get("stream") is True
+    return Asked(
+        model=model,
+        kind=Kind.IMAGE_GENERATION if images else kind,
+        streams=streams,
+        images=images,
+        pieces=walk.pieces(),
+        max_output_tokens=_bound(settings, endpoint.operation),
+        wants_usage=streams and _hides_usage(endpoint, body),
+    )
+
+
+def _settings(dialect: Dialect, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    if dialect is not Dialect.GEMINI:
+        return body
+    found = body.get("generationConfig", body.get("generation_config"))
+    return found if isinstance(found, Mapping) else {}
+
+
+def _images(
+    endpoint: Endpoint, model: str, body: Mapping[str, Any], settings: Mapping[str, Any]
+) -> int:
+    """How many pictures the answer will hold; 0 where it is not asked for any."""
+    if endpoint.operation is Operation.IMAGES:
+        return _whole(body.get("n"), 1)
+    if endpoint.operation is not Operation.INFER:
+        return 0
+    wanted = settings.get(
+        "responseModalities", settings.get("response_modalities", body.get("modalities"))
+    )
+    if isinstance(wanted, list):
+        return int(any(isinstance(one, str) and one.lower() == "image" for one in wanted))
+    return int("-image" in model)
+
+
+def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
+    if operation is Operation.EMBED:
+        return 1
+    for name in _OUTPUT_BOUNDS:
+        value = settings.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value * _whole(settings.get("n", settings.get("candidateCount")), 1)
+    return None
+
+
+def _whole(value: object, usual: int) -> int:
+    sound = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 100
+    return value if sound and isinstance(value, int) else usual
+
+
+def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Chat completions stream no usage unless they are asked to."""
+    if endpoint.path not in ("/chat/completions", "/completions"):
+        return False
+    options = body.get("stream_options")
+    return not (isinstance(options, Mapping) and options.get("include_usage") is True)
+
+
+class _Walk:
+    """Finds the texts and files of a body, without recursion: its depth is the client's choice."""
+
+    def __init__(self) -> None:
+        self.files = 0
+        self._texts: list[str] = []
+        self._pieces: dict[Modality, float] = {}
+        self._numbers = 0
+
+    def pieces(self) -> dict[Modality, float]:
+        found = pieces_of_text("".join(self._texts))
+        if self._numbers:  # an input that was cut into LLM tokens by the client
+            found[Modality.LATIN] = found.get(Modality.LATIN, 0.0) + self._numbers
+        for modality, tokens in self._pieces.items():
+            found[modality] = found.get(modality, 0.0) + tokens
+        return found or {Modality.LATIN: 1.0}
+
+    def over(self, body: Mapping[str, Any]) -> None:
+        left: list[Any] = list(body.values())
+        for _ in range(_MOST_VALUES):
+            if not left:
+                return
+            value = left.pop()
+            if isinstance(value, str):
+                self._text(value)
+            elif isinstance(value, dict):
+                self._object(value, left)
+            elif isinstance(value, list):
+                if value and type(value[0]) is int:
+                    self._numbers += len(value)
+                else:
+                    left += value
+
+    def _text(self, text: str) -> None:
+        if text.startswith("data:") and (url := _DATA_URL.match(text)) is not None:
+            self._file(url["mime"] or "application/octet-stream", text, url.end())
+        else:
+            self._texts.append(text)
+
+    def _object(self, value: dict[str, Any], left: list[Any]) -> None:
+        data = value.get("data")
+        if isinstance(data, str):
+            mime = next((value[key] for key in _INLINE_MIME if key in value), None)
+            if mime is None and isinstance(value.get("format"), str):
+                mime = f"audio/{value['format']}"
+            if isinstance(mime, str):
+                self._file(mime, data, 0)
+                return
+        for key in _URI:
+            uri = value.get(key)
+            if isinstance(uri, str) and not uri.startswith("data:"):
+                self._linked(value)
+                return
+        left += value.values()
+
+    def _file(self, mime: str, text: str, start: int) -> None:
+        self.files += 1
+        size_bytes = (len(text) - start) * 3 // 4
+        head = text[start : start + _HEAD_CHARS]
+        try:
+            decoded = b64decode(head + "=" * (-len(head) % 4))
+        except (NotBase64, ValueError):
+            decoded = b""
+        self._add(pieces_of_file(mime, decoded, size_bytes))
+
+    def _linked(self, value: dict[str, Any]) -> None:
+        """A file that is somewhere else: its sort is known, its size is not."""
+        self.files += 1
+        mime = next((value[key] for key in _INLINE_MIME if isinstance(value.get(key), str)), None)
+        is_picture = "image_url" in value or "url" in value
+        self._add(unseen_file(mime or ("image/*" if is_picture else "application/pdf")))
+
+    def _add(self, pieces: Mapping[Modality, float]) -> None:
+        for modality, tokens in pieces.items():
+            self._pieces[modality] = self._pieces.get(modality, 0.0) + tokens

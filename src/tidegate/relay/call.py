@@ -1,0 +1,123 @@
+"""A native call as it travels: what the front took in, and what became of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+from tidegate.call import Caller, Kind, Usage
+from tidegate.errors import UpstreamError
+from tidegate.relay.paths import Endpoint
+from tidegate.relay.targets import Target
+from tidegate.relay.usage import HEAD_BYTES, TAIL_BYTES, Told, told_by
+
+KEPT_BYTES = 16_000_000
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCall:
+    """What the front took in. headers: those that may go on to an upstream, as text. query: without
+    its `?` and without a key. received: on the monotonic clock. wait_ms: from receipt to
+    admission. subject: whom it is about, for erasing."""
+
+    request_id: UUID
+    endpoint: Endpoint
+    method: str
+    query: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    caller: Caller
+    received: float
+    received_at: datetime
+    wait_ms: int
+    priority: int = 0
+    subject: str | None = None
+
+    def left_ms(self) -> int:
+        """Until its deadline for admission; negative when it has passed."""
+        return round(self.wait_ms - (time.monotonic() - self.received) * 1000)
+
+
+@dataclass(slots=True)
+class Out:
+    """The way back to the client. `started` is true once the head of an answer has gone out."""
+
+    start: Callable[[int, Headers], Awaitable[None]]
+    body: Callable[[bytes], Awaitable[None]]
+    started: bool = False
+
+
+@dataclass(slots=True)
+class Life:
+    """What became of a call; filled step by step, so that one that was cut can be recorded.
+
+    http_status: what the client was told; 0 while nothing. pieces: of the upstream's answer, as it
+    came, up to `KEPT_BYTES`; answer_bytes counts all.
+    """
+
+    kind: Kind | None = None
+    model: str | None = None
+    streams: bool = False
+    target: Target | None = None
+    tries: int = 0
+    fence: tuple[int, int] | None = None
+    admitted_at: datetime | None = None
+    finished_at: datetime | None = None
+    queue_ms: float = 0.0
+    upstream_ms: float = 0.0
+    http_status: int = 0
+    told: Told = field(default_factory=lambda: Told(Usage()))
+    pieces: list[bytes] = field(default_factory=list)
+    answer_bytes: int = 0
+
+    def keep(self, piece: bytes) -> None:
+        if self.answer_bytes < KEPT_BYTES:
+            self.pieces.append(piece)
+        else:  # only the end, where the usage is told
+            self.pieces[-1] = (self.pieces[-1] + piece)[-TAIL_BYTES:]
+        self.answer_bytes += len(piece)
+
+    @property
+    def answer(self) -> bytes:
+        """What was kept of it."""
+        if len(self.pieces) != 1:
+            self.pieces = [b"".join(self.pieces)]
+        return self.pieces[0]
+
+    def read_usage(self, endpoint: Endpoint) -> None:
+        """Find in the answer what it says of itself."""
+        answer = self.answer
+        self.told = told_by(endpoint.dialect, answer[:HEAD_BYTES], answer[-TAIL_BYTES:])
+
+    def begin_again(self) -> None:
+        """Another try: what the last one brought is not the answer."""
+        self.pieces, self.answer_bytes = [], 0
+        self.told = Told(Usage())
+
+
+class CallFailed(Exception):
+    """An upstream's refusal or fault, with its own words where it had any.
+
+    status 0: it gave no answer.
+    """
+
+    def __init__(
+        self,
+        error: UpstreamError,
+        target: Target,
+        *,
+        status: int = 0,
+        headers: Headers | None = None,
+        body: bytes = b"",
+    ) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.target = target
+        self.status = status
+        self.headers = headers or []
+        self.body = body

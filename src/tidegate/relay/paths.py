@@ -1,0 +1,145 @@
+"""What a path of a native front means: whose dialect, which operation, which model. Pure.
+
+Invariant: a path that is not known here is not relayed, so that nothing of an account can be
+reached through us but calls of models, the list of models, and files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Dialect(StrEnum):
+    """Whose words a client speaks."""
+
+    OPENAI = "openai"
+    GEMINI = "gemini"
+    ANTHROPIC = "anthropic"
+
+
+class Operation(StrEnum):
+    """What a call does, as far as admission and accounting see it.
+
+    INFER asks a model for text or pictures, EMBED for vectors, IMAGES for pictures alone; COUNT,
+    MODELS, FILES and UPLOAD ask for nothing of it, and take a limit only where there is one for
+    `kind:other`.
+    """
+
+    INFER = "infer"
+    EMBED = "embed"
+    IMAGES = "images"
+    COUNT = "count"
+    MODELS = "models"
+    FILES = "files"
+    UPLOAD = "upload"
+
+    @property
+    def is_counted(self) -> bool:
+        return self in (Operation.INFER, Operation.EMBED, Operation.IMAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A native path. path: below the upstream's base URL, beginning with a slash, with `{model}`
+    where the model stands. model: as the path has it; None where the body names it. streams: the
+    path alone says that the answer is a stream."""
+
+    dialect: Dialect
+    operation: Operation
+    path: str
+    model: str | None = None
+    streams: bool = False
+
+    def path_for(self, model: str) -> str:
+        """Its path when the call goes to `model`."""
+        return self.path.replace("{model}", model) if self.model is not None else self.path
+
+
+_OPENAI_CALLS = {
+    "/v1/chat/completions": Operation.INFER,
+    "/v1/completions": Operation.INFER,
+    "/v1/responses": Operation.INFER,
+    "/v1/embeddings": Operation.EMBED,
+    "/v1/images/generations": Operation.IMAGES,
+}
+_ANTHROPIC_CALLS = {
+    "/v1/messages": Operation.INFER,
+    "/v1/messages/count_tokens": Operation.COUNT,
+}
+# A method that is not named here is one of the future: it asks a model for something.
+_GEMINI_OPERATIONS = {
+    "countTokens": Operation.COUNT,
+    "computeTokens": Operation.COUNT,
+    "embedContent": Operation.EMBED,
+    "batchEmbedContents": Operation.EMBED,
+}
+# Begins work that goes on after the call, which can be neither admitted nor accounted.
+_STARTS_WORK = re.compile(r"^(?:batchGenerate|asyncBatch)|LongRunning$")
+_GEMINI_CALL = re.compile(
+    r"(?P<folder>/v1(?:alpha|beta)?/(?:models|tunedModels)/)(?P<model>[\w.\-@]{1,200}):(?P<do>\w+)"
+)
+_GEMINI_MODELS = re.compile(r"/v1(?:alpha|beta)?/models(?:/[\w.\-]+)?")
+_GEMINI_FILES = re.compile(r"/v1(?:alpha|beta)?/files(?:/[\w-]+(?::download)?)?")
+_GEMINI_UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files")
+_MODELS = re.compile(r"/v1/models(?:/[\w.\-:@]{1,200})?")
+_ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
+
+
+def is_native(path: str) -> bool:
+    """Whether a path belongs to a native front, known or not: its errors are in that dialect."""
+    return path.startswith(_ROOTS)
+
+
+def dialect_of(path: str, headers: frozenset[bytes], query: bytes) -> Dialect:
+    """Whose words a request is likely in: by its path, and where two share it by its key.
+
+    `headers`: the names that it bears, in lower case.
+    """
+    if not path.startswith("/v1/") or b"x-goog-api-key" in headers or b"key=" in query:
+        return Dialect.GEMINI
+    if b"anthropic-version" in headers or path.startswith("/v1/messages"):
+        return Dialect.ANTHROPIC
+    return Dialect.OPENAI
+
+
+def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
+    """The endpoint of a request, or None where it is none. `dialect` is what `dialect_of` says: it
+    decides where the path alone does not."""
+    if method == "POST":
+        if (operation := _OPENAI_CALLS.get(path)) is not None:
+            return Endpoint(Dialect.OPENAI, operation, path.removeprefix("/v1"))
+        if (operation := _ANTHROPIC_CALLS.get(path)) is not None:
+            return Endpoint(Dialect.ANTHROPIC, operation, path)
+        if (call := _GEMINI_CALL.fullmatch(path)) is not None:
+            return _gemini_call(call)
+    if method in ("POST", "PUT") and _GEMINI_UPLOAD.fullmatch(path):
+        return Endpoint(Dialect.GEMINI, Operation.UPLOAD, path)
+    if method == "DELETE" and dialect is Dialect.GEMINI and _GEMINI_FILES.fullmatch(path):
+        return Endpoint(Dialect.GEMINI, Operation.FILES, path) if path.count("/") == 3 else None
+    return _listed(path, dialect) if method == "GET" else None
+
+
+def _gemini_call(call: re.Match[str]) -> Endpoint | None:
+    do = call["do"]
+    if _STARTS_WORK.search(do):
+        return None
+    return Endpoint(
+        Dialect.GEMINI,
+        _GEMINI_OPERATIONS.get(do, Operation.INFER),
+        f"{call['folder']}{{model}}:{do}",
+        model=call["model"],
+        streams=do.startswith("stream"),
+    )
+
+
+def _listed(path: str, dialect: Dialect) -> Endpoint | None:
+    if dialect is Dialect.GEMINI:
+        if _GEMINI_MODELS.fullmatch(path):
+            return Endpoint(dialect, Operation.MODELS, path)
+        return Endpoint(dialect, Operation.FILES, path) if _GEMINI_FILES.fullmatch(path) else None
+    if _MODELS.fullmatch(path) is None:
+        return None
+    below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
+    return Endpoint(dialect, Operation.MODELS, below)

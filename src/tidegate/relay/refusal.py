@@ -1,0 +1,72 @@
+"""What an upstream's refusal means: for the client, for the upstream's health, for everybody."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from tidegate.demand import Demand, pause_after
+from tidegate.errors import LimiterUnavailable, UpstreamGarbled, UpstreamThrottled
+from tidegate.limiter import Limiter
+from tidegate.providers.gemini import faults
+from tidegate.providers.relay import Exchange
+from tidegate.relay.call import CallFailed
+from tidegate.relay.headers import to_return
+from tidegate.relay.targets import Target
+from tidegate.telemetry import Log, get_logger
+
+_REFUSAL_BYTES = 1_000_000
+_SPENT_MS = 600_000  # an account without money: nobody says when it will have some again
+_REASON_CHARS = 200
+
+log = get_logger()
+
+
+async def refusal_of(exchange: Exchange, target: Target) -> CallFailed:
+    """An answer that is not a success, read to its end. Raises UpstreamError where that fails."""
+    body = await exchange.read(_REFUSAL_BYTES)
+    status = exchange.status
+    if status < 400:
+        raise UpstreamGarbled(f"the provider answered {status}, which is not followed")
+    said = faults.error_in(body) or {}
+    named = {
+        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
+    }
+    error = faults.from_status(status, said, named, secret=target.upstream.key)
+    if isinstance(error, UpstreamThrottled) and said.get("code") == "insufficient_quota":
+        error = UpstreamThrottled(error.message, retry_after_ms=_SPENT_MS)
+    return CallFailed(
+        error,
+        target,
+        status=status,
+        headers=to_return(exchange.headers, same_length=False),
+        body=body,
+    )
+
+
+async def pause_if_throttled(failed: CallFailed, demand: Demand, limiter: Limiter) -> None:
+    """Let no other process run into the same 429; before our own permit goes to anybody."""
+    error = failed.error
+    if not isinstance(error, UpstreamThrottled) or not demand.limits:
+        return
+    model, policy = failed.target.model, limiter.policy
+    pause = pause_after(error, demand.limits, model, policy, datetime.now(UTC))
+    if pause is None:
+        return
+    try:
+        paused = await limiter.penalise(
+            pause.limit,
+            for_ms=pause.for_ms,
+            ramp_ms=pause.ramp_ms,
+            reason=error.message[:_REASON_CHARS],
+            by=failed.target.upstream.name,
+        )
+    except LimiterUnavailable as away:
+        log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=away.message)
+        return
+    if paused:
+        log.warning(
+            Log.LIMIT_PAUSED,
+            limit=pause.limit,
+            for_ms=pause.for_ms,
+            by=failed.target.upstream.name,
+        )

@@ -1,0 +1,155 @@
+"""What an answer says that it cost, found in its bytes without taking it apart. Pure.
+
+A provider tells the usage in an object under one key, near the end. It is looked for from the end:
+inside of a text the quotes of that key would be escaped, so no answer can pretend to it. Invariant:
+what is not said stays unknown, never zero.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tidegate.call import Usage
+from tidegate.relay.paths import Dialect
+
+HEAD_BYTES = 4_096
+TAIL_BYTES = 65_536
+_LONGEST_OBJECT = 16_384
+_DECODER = json.JSONDecoder()
+_KEYS = {
+    Dialect.OPENAI: re.compile(rb'"usage"\s*:\s*(?=\{)'),
+    Dialect.ANTHROPIC: re.compile(rb'"usage"\s*:\s*(?=\{)'),
+    Dialect.GEMINI: re.compile(rb'"usageMetadata"\s*:\s*(?=\{)'),
+}
+_ID = {
+    Dialect.OPENAI: re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"'),
+    Dialect.ANTHROPIC: re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"'),
+    Dialect.GEMINI: re.compile(rb'"responseId"\s*:\s*"([^"\\]{1,200})"'),
+}
+_FINISH = {
+    Dialect.OPENAI: re.compile(rb'"finish_reason"\s*:\s*"([^"\\]{1,100})"'),
+    Dialect.ANTHROPIC: re.compile(rb'"stop_reason"\s*:\s*"([^"\\]{1,100})"'),
+    Dialect.GEMINI: re.compile(rb'"finishReason"\s*:\s*"([^"\\]{1,100})"'),
+}
+_PICTURES = {
+    Dialect.OPENAI: re.compile(rb'"b64_json"\s*:\s*"|"url"\s*:\s*"'),
+    Dialect.GEMINI: re.compile(rb'"inlineData"\s*:\s*\{'),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an answer says of itself."""
+
+    usage: Usage
+    finish_reason: str | None = None
+    response_id: str | None = None
+
+
+def told_by(dialect: Dialect, head: bytes, tail: bytes) -> Told:
+    """What is in the first and the last bytes of an answer; both are all of a short one."""
+    raw = last_usage(dialect, tail)
+    if dialect is Dialect.ANTHROPIC:
+        # The input is told in the first event of a stream, the output in the last.
+        raw = {**(last_usage(dialect, head) or {}), **(raw or {})} or None
+    identity = _ID[dialect].search(head)
+    finish = None
+    for finish in _FINISH[dialect].finditer(tail):  # noqa: B007 -- the last one counts
+        pass
+    return Told(
+        usage=Usage() if raw is None else usage_of(dialect, raw),
+        finish_reason=finish[1].decode("utf-8", "replace") if finish else None,
+        response_id=identity[1].decode("utf-8", "replace") if identity else None,
+    )
+
+
+def last_usage(dialect: Dialect, data: bytes) -> dict[str, Any] | None:
+    """The last object under the dialect's key."""
+    places = [found.end() for found in _KEYS[dialect].finditer(data)]
+    for place in reversed(places):
+        text = data[place : place + _LONGEST_OBJECT].decode("utf-8", "replace")
+        try:
+            value, _ = _DECODER.raw_decode(text)
+        except (ValueError, RecursionError):
+            continue  # cut off
+        if isinstance(value, dict):
+            return value
+    return None
+
+
+def pictures_in(dialect: Dialect, body: bytes) -> int:
+    """How many pictures a whole answer holds."""
+    pattern = _PICTURES.get(dialect)
+    return 0 if pattern is None else len(pattern.findall(body))
+
+
+def usage_of(dialect: Dialect, raw: Mapping[str, Any]) -> Usage:
+    """The usage in a provider's own words."""
+    if dialect is Dialect.GEMINI:
+        return _gemini(raw)
+    return _anthropic(raw) if dialect is Dialect.ANTHROPIC else _openai(raw)
+
+
+def _openai(raw: Mapping[str, Any]) -> Usage:
+    taken = _count(raw, "prompt_tokens", "input_tokens")
+    given = _count(raw, "completion_tokens", "output_tokens")
+    details = _part(raw, "completion_tokens_details", "output_tokens_details")
+    thoughts = _count(details, "reasoning_tokens")
+    total = _count(raw, "total_tokens")
+    if given is None and taken is not None and total is not None:
+        given = max(0, total - taken)  # an embedding says no more
+    return Usage(
+        input_tokens=taken,
+        # The thoughts are in it; ours are apart.
+        output_tokens=given if given is None or thoughts is None else max(0, given - thoughts),
+        thoughts_tokens=thoughts,
+        cached_tokens=_count(
+            _part(raw, "prompt_tokens_details", "input_tokens_details"), "cached_tokens"
+        ),
+        total_tokens=total,
+    )
+
+
+def _gemini(raw: Mapping[str, Any]) -> Usage:
+    taken, total = _count(raw, "promptTokenCount"), _count(raw, "totalTokenCount")
+    tools = _count(raw, "toolUsePromptTokenCount")
+    given, thoughts = _count(raw, "candidatesTokenCount"), _count(raw, "thoughtsTokenCount")
+    if given is None and total is not None and taken is not None:
+        # It leaves out what is 0.
+        given = max(0, total - taken - (thoughts or 0) - (tools or 0))
+    return Usage(
+        input_tokens=taken if taken is None or tools is None else taken + tools,
+        output_tokens=given,
+        thoughts_tokens=thoughts,
+        cached_tokens=_count(raw, "cachedContentTokenCount"),
+        total_tokens=total,
+    )
+
+
+def _anthropic(raw: Mapping[str, Any]) -> Usage:
+    fresh, given = _count(raw, "input_tokens"), _count(raw, "output_tokens")
+    written = _count(raw, "cache_creation_input_tokens") or 0
+    cached = _count(raw, "cache_read_input_tokens")
+    taken = None if fresh is None else fresh + written + (cached or 0)
+    total = None if taken is None or given is None else taken + given
+    return Usage(taken, given, None, cached, total)
+
+
+def _part(raw: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, Mapping):
+            return value
+    return {}
+
+
+def _count(raw: Mapping[str, Any], *names: str) -> int | None:
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+    return None

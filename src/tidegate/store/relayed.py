@@ -1,0 +1,261 @@
+"""The record of native calls: one audit row and two bodies each, written behind, by COPY.
+
+Invariant: the hot path only appends to a bounded buffer. What COPY could not write goes, row by
+row, to the recorder, which keeps it on the disk while PostgreSQL is away; a repeated row is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from base64 import b64encode
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.call import Usage
+from tidegate.errors import StoreUnavailable
+from tidegate.store import rows
+from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.bodies import INLINE_BYTES
+from tidegate.store.connection import Connections
+from tidegate.store.recorder import Recorder
+from tidegate.store.records import Failure, Json
+from tidegate.store.states import Status
+from tidegate.telemetry import Log, get_logger
+
+log = get_logger()
+
+SOURCE = "relay"
+MAX_WAITING = 10_000
+MAX_WAITING_BYTES = 64_000_000
+_BATCH_ROWS = 500
+_LINGER_S = 0.02
+_SMALL_BYTES = 400  # compressing less saves nothing
+_QUICK = 1  # a level of zlib: this is on the processor that relays
+_BLOB_TIMEOUT_S = 5.0
+_USAGE = rows.USAGE_COLUMNS
+_AUDIT_COLUMNS = (
+    *("id", "created_at", "request_id", "tenant_id", "pool", "source", "status", "kind"),
+    *("classified_by", "classified_reason", "priority", "model", "response_id", "attempts"),
+    *("lapses", "instance_id", "submitted_at", "admitted_at", "finished_at", "queue_ms"),
+    *("upstream_ms", *_USAGE, "finish_reason", "failure"),
+    *("endpoint", "http_status", "streamed", "key_id", "subject"),
+)
+_BODY_COLUMNS = (
+    *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
+    "blob_key",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RelayRecord:
+    """One native call as it ended. `request` and `response` are the bytes as they travelled."""
+
+    request_id: UUID
+    tenant_id: str
+    pool: str
+    endpoint: str
+    status: Status
+    http_status: int
+    received_at: datetime
+    finished_at: datetime
+    request: bytes
+    response: bytes
+    kind: str | None = None
+    model: str | None = None
+    priority: int = 0
+    tries: int = 0
+    admitted_at: datetime | None = None
+    queue_ms: float = 0.0
+    upstream_ms: float = 0.0
+    usage: Usage = field(default_factory=Usage)
+    finish_reason: str | None = None
+    response_id: str | None = None
+    failure: Failure | None = None
+    streamed: bool = False
+    key_id: str | None = None
+    subject: str | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return 1_000 + len(self.request) + len(self.response)
+
+
+class RelayLog:
+    """One per process. `start`, then `put` or `room`; `aclose` at the end."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        recorder: Recorder,
+        blobs: Blobs,
+        *,
+        instance_id: str,
+        when_full: Literal["block", "drop"],
+    ) -> None:
+        self._connections = connections
+        self._recorder = recorder
+        self._blobs = blobs
+        self._instance_id = instance_id
+        self._when_full = when_full
+        self._waiting: deque[RelayRecord] = deque()
+        self._waiting_bytes = 0
+        self._more = asyncio.Event()
+        self._room = asyncio.Event()
+        self._dropped = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def aclose(self, timeout_ms: int) -> None:
+        """Write what is waiting within `timeout_ms`."""
+        if self._task is None:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_ms / 1000):
+                while self._waiting_bytes:
+                    self._more.set()
+                    self._room.clear()
+                    await self._room.wait()
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
+
+    async def room(self) -> None:
+        """Before a call: with `block`, wait while the record can't keep up."""
+        while self._when_full == "block" and self.is_full:
+            self._room.clear()
+            await self._room.wait()
+
+    def put(self, record: RelayRecord) -> None:
+        """Take in the record of a call that has ended; with `drop`, not while it is full."""
+        if self._when_full == "drop" and self.is_full:
+            if not self._dropped:
+                log.warning(Log.AUDIT_DROPPED, dropping=True)
+            self._dropped += 1
+            return
+        if self._dropped:
+            log.warning(Log.AUDIT_DROPPED, dropping=False, dropped=self._dropped)
+            self._dropped = 0
+        self._waiting.append(record)
+        self._waiting_bytes += record.size_bytes
+        self._more.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._more.wait()
+            await asyncio.sleep(_LINGER_S)  # a batch costs as much as a row
+            self._more.clear()
+            while self._waiting:
+                count = min(len(self._waiting), _BATCH_ROWS)
+                batch = [self._waiting.popleft() for _ in range(count)]
+                try:
+                    await self._write(batch)
+                except Exception:  # the top of a task: logged, and it goes on
+                    log.exception(Log.INTERNAL_ERROR, where="relay log")
+                finally:
+                    self._waiting_bytes -= sum(record.size_bytes for record in batch)
+                    self._room.set()
+
+    async def _write(self, batch: list[RelayRecord]) -> None:
+        packed = [await self._packed(record) for record in batch]
+        audit = [self._audit_values(record) for record in batch]
+        bodies = [_body_values(record, *body) for record, both in packed for body in both]
+
+        async def copy(connection: asyncpg.Connection) -> None:
+            await connection.copy_records_to_table(
+                "audit", records=audit, columns=_AUDIT_COLUMNS, timeout=None
+            )
+            await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
+
+        try:
+            await self._connections.run(copy)
+        except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
+            log.debug(Log.STORE_AWAY, detail=repr(no))
+            for values, (record, both) in zip(audit, packed, strict=True):
+                await self._recorder.enqueue(_entry(record, values, both))
+
+    def _audit_values(self, record: RelayRecord) -> tuple[Any, ...]:
+        failure = rows.failure_row(record.failure)
+        usage = (rows.count_of(getattr(record.usage, column)) for column in _USAGE)
+        return (
+            *(record.request_id, record.received_at, record.request_id, record.tenant_id),
+            *(record.pool, SOURCE, record.status.value, record.kind, "body", ""),
+            *(record.priority, _text(record.model), _text(record.response_id), record.tries, 0),
+            *(self._instance_id, record.received_at, record.admitted_at, record.finished_at),
+            *(record.queue_ms, record.upstream_ms, *usage, _text(record.finish_reason)),
+            None if failure is None else orjson.dumps(failure).decode(),
+            *(record.endpoint, record.http_status, record.streamed, record.key_id),
+            _text(record.subject),
+        )
+
+    async def _packed(self, record: RelayRecord) -> tuple[RelayRecord, list[_Packed]]:
+        both = []
+        for role, raw in (("request", record.request), ("response", record.response)):
+            if raw:
+                both.append(await self._pack(role, raw))
+        return record, both
+
+    async def _pack(self, role: str, raw: bytes) -> _Packed:
+        size = len(raw)
+        encoding, data = ("raw", raw) if size < _SMALL_BYTES else ("zlib-raw", b"")
+        if not data:
+            big = size > 50_000
+            data = await asyncio.to_thread(_zip, raw) if big else _zip(raw)
+        if len(data) > INLINE_BYTES:
+            key = new_key(datetime.now(UTC))
+            with suppress(StoreUnavailable, TimeoutError):  # then it stays in its row
+                async with asyncio.timeout(_BLOB_TIMEOUT_S):
+                    await self._blobs.put(key, data)
+                return role, encoding, size, None, key
+        return role, encoding, size, data, None
+
+
+# role, encoding, size_bytes, data, blob_key
+_Packed = tuple[str, str, int, bytes | None, str | None]
+
+
+def _zip(raw: bytes) -> bytes:
+    return zlib.compress(raw, _QUICK)
+
+
+def _body_values(
+    record: RelayRecord,
+    role: str,
+    encoding: str,
+    size_bytes: int,
+    data: bytes | None,
+    blob_key: str | None,
+) -> tuple[Any, ...]:
+    owner = (record.tenant_id, record.pool)
+    place = (record.request_id, record.received_at, role)
+    return (*place, *owner, encoding, size_bytes, data, blob_key)
+
+
+def _entry(record: RelayRecord, values: tuple[Any, ...], both: list[_Packed]) -> Json:
+    """The same for the recorder, as JSON."""
+    row = dict(zip(_AUDIT_COLUMNS, values, strict=True))
+    if row["failure"] is not None:
+        row["failure"] = orjson.loads(row["failure"])
+    bodies = []
+    for packed in both:
+        body = dict(zip(_BODY_COLUMNS, _body_values(record, *packed), strict=True))
+        if body["data"] is not None:
+            body["data"] = b64encode(body["data"]).decode()
+        bodies.append(body)
+    return {"op": "relay", "row": row, "attempt": None, "files": [], "bodies": bodies}
+
+
+def _text(text: str | None) -> str | None:
+    return None if text is None else rows.clean(text)
