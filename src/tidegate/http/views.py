@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -103,7 +103,7 @@ class StatusView(Classified):
     )
 
     request_id: str
-    source: Literal["job", "stream"]
+    source: Literal["job", "stream", "relay"]
     status: Status
     place: int | None = Field(
         default=None, description="Place in the queue, 1 is next; only while queued"
@@ -152,7 +152,7 @@ def status_view(record: RequestRecord, prefix: str) -> StatusView:
     }
     return StatusView(
         request_id=str(record.request_id),
-        source="stream" if record.source == "stream" else "job",
+        source=cast(Literal["job", "stream", "relay"], record.source),
         status=record.status,
         place=record.place,
         model=record.model,

@@ -52,10 +52,10 @@ class Told:
 
 def told_by(dialect: Dialect, head: bytes, tail: bytes) -> Told:
     """What is in the first and the last bytes of an answer; both are all of a short one."""
-    raw = last_usage(dialect, tail)
+    raw = _usage_in(dialect, tail, last=True)
     if dialect is Dialect.ANTHROPIC:
         # The input is told in the first event of a stream, the output in the last.
-        raw = {**(last_usage(dialect, head) or {}), **(raw or {})} or None
+        raw = {**(_usage_in(dialect, head, last=False) or {}), **(raw or {})} or None
     identity = _ID[dialect].search(head)
     finish = None
     for finish in _FINISH[dialect].finditer(tail):  # noqa: B007 -- the last one counts
@@ -67,10 +67,10 @@ def told_by(dialect: Dialect, head: bytes, tail: bytes) -> Told:
     )
 
 
-def last_usage(dialect: Dialect, data: bytes) -> dict[str, Any] | None:
-    """The last object under the dialect's key."""
+def _usage_in(dialect: Dialect, data: bytes, *, last: bool) -> dict[str, Any] | None:
+    """The first or the last object under the dialect's key that is whole."""
     places = [found.end() for found in _KEYS[dialect].finditer(data)]
-    for place in reversed(places):
+    for place in reversed(places) if last else places:
         text = data[place : place + _LONGEST_OBJECT].decode("utf-8", "replace")
         try:
             value, _ = _DECODER.raw_decode(text)

@@ -1,0 +1,150 @@
+"""What native bodies ask for."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from typing import Any
+
+import pytest
+
+from tests.unit.demand.pictures import png
+from tidegate.call import Kind
+from tidegate.demand.pieces import Modality
+from tidegate.errors import InvalidRequest
+from tidegate.relay.asked import Asked, asked_of, parsed
+from tidegate.relay.paths import Dialect, endpoint_of
+
+PICTURE = b64encode(png(1000, 800)).decode()
+
+
+def asked(path: str, body: dict[str, Any]) -> Asked:
+    endpoint = endpoint_of("POST", path, Dialect.OPENAI)
+    assert endpoint is not None
+    return asked_of(endpoint, body)
+
+
+def chat(**body: Any) -> Asked:
+    return asked("/v1/chat/completions", {"model": "m", **body})
+
+
+def gemini(do: str = "generateContent", **body: Any) -> Asked:
+    return asked(f"/v1beta/models/g:{do}", body)
+
+
+def test_text_is_text_only() -> None:
+    found = chat(messages=[{"role": "user", "content": "x" * 400}])
+    assert (found.model, found.kind, found.images) == ("m", Kind.TEXT_ONLY, 0)
+    assert found.pieces[Modality.LATIN] == pytest.approx(100, abs=3)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PICTURE}"}},
+        {"type": "input_image", "image_url": f"data:image/png;base64,{PICTURE}"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}},
+        {"inlineData": {"mimeType": "image/png", "data": PICTURE}},
+        {"inline_data": {"mime_type": "image/png", "data": PICTURE}},
+    ],
+)
+def test_a_picture_is_known_in_every_dialect_and_counted_by_its_size(part: dict[str, Any]) -> None:
+    found = chat(messages=[{"role": "user", "content": [{"text": "What is it?"}, part]}])
+    assert found.kind is Kind.MULTI_MODAL
+    assert found.pieces[Modality.IMAGE] == 4 * 258  # two tiles by two
+    assert found.pieces[Modality.LATIN] < 20
+
+
+@pytest.mark.parametrize(
+    ("part", "modality"),
+    [
+        ({"input_audio": {"data": b64encode(b"x" * 64_000).decode(), "format": "mp3"}}, "audio"),
+        ({"file": {"file_data": f"data:application/pdf;base64,{PICTURE}"}}, "document"),
+        ({"fileData": {"mimeType": "video/mp4", "fileUri": "https://host/files/a"}}, "video"),
+        ({"image_url": {"url": "https://host/cat.png"}}, "image"),
+        ({"type": "input_file", "file_id": "file-1"}, "document"),
+    ],
+)
+def test_other_files_count_by_their_sort(part: dict[str, Any], modality: str) -> None:
+    found = chat(messages=[{"content": [part]}])
+    assert found.kind is Kind.MULTI_MODAL
+    assert found.pieces[Modality(modality)] > 0
+
+
+def test_base64_is_never_counted_as_text() -> None:
+    found = chat(messages=[{"content": [{"image_url": {"url": "data:;base64," + "A" * 100_000}}]}])
+    assert sum(found.pieces.values()) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("found", "images"),
+    [
+        (asked("/v1/images/generations", {"model": "m", "prompt": "a cat"}), 1),
+        (asked("/v1/images/generations", {"model": "m", "prompt": "a cat", "n": 3}), 3),
+        (gemini(generationConfig={"responseModalities": ["TEXT", "IMAGE"]}), 1),
+        (gemini(generation_config={"response_modalities": ["image"]}), 1),
+        (asked("/v1beta/models/gemini-x-image:generateContent", {"contents": []}), 1),
+        (gemini(contents=[]), 0),
+        (asked("/v1beta/models/gemini-x-image:countTokens", {"contents": []}), 0),
+    ],
+)
+def test_what_makes_pictures_is_image_generation(found: Asked, images: int) -> None:
+    assert found.images == images
+    assert (found.kind is Kind.IMAGE_GENERATION) == bool(images)
+
+
+@pytest.mark.parametrize(
+    ("found", "bound"),
+    [
+        (chat(max_tokens=50), 50),
+        (chat(max_completion_tokens=60, n=2), 120),
+        (asked("/v1/responses", {"model": "m", "input": "x", "max_output_tokens": 70}), 70),
+        (gemini(generationConfig={"maxOutputTokens": 80}), 80),
+        (chat(max_tokens=None), None),
+        (chat(max_tokens=True), None),
+        (asked("/v1/embeddings", {"model": "m", "input": "x"}), 1),
+    ],
+)
+def test_the_bound_on_the_answer(found: Asked, bound: int | None) -> None:
+    assert found.max_output_tokens == bound
+
+
+def test_an_input_of_token_numbers_counts_each() -> None:
+    found = asked("/v1/embeddings", {"model": "m", "input": [[1, 2, 3], [4, 5]]})
+    assert sum(found.pieces.values()) == pytest.approx(5, abs=1.1)
+
+
+@pytest.mark.parametrize(
+    ("found", "streams", "wants"),
+    [
+        (chat(stream=True), True, True),
+        (chat(stream=True, stream_options={"include_usage": True}), True, False),
+        (chat(stream=True, stream_options={"include_usage": False}), True, True),
+        (chat(), False, False),
+        (asked("/v1/responses", {"model": "m", "stream": True}), True, False),
+        (gemini("streamGenerateContent"), True, False),
+    ],
+)
+def test_streams_and_their_usage(found: Asked, streams: bool, wants: bool) -> None:
+    assert (found.streams, found.wants_usage) == (streams, wants)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"1"])
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parsed(body)
+    assert refused.value.field == "body"
+
+
+@pytest.mark.parametrize("model", [None, "", 5, ["m"], "x" * 201])
+def test_a_body_without_a_model_is_refused(model: object) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        asked("/v1/chat/completions", {"model": model})
+    assert refused.value.field == "model"
+
+
+def test_depth_and_unknown_fields_are_no_fault() -> None:
+    deep: Any = "end"
+    for _ in range(900):
+        deep = {"next": [deep]}
+    found = chat(messages=[], field_of_next_year=deep)
+    assert found.kind is Kind.TEXT_ONLY

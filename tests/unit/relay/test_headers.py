@@ -1,0 +1,59 @@
+"""Which headers pass."""
+
+from __future__ import annotations
+
+from tidegate.relay.headers import to_return, to_send, with_key
+from tidegate.relay.paths import Dialect
+
+
+def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
+    given = [
+        (b"host", b"here"),
+        (b"authorization", b"Bearer theirs"),
+        (b"x-api-key", b"theirs"),
+        (b"x-goog-api-key", b"theirs"),
+        (b"cookie", b"a=b"),
+        (b"connection", b"close, X-Hop"),
+        (b"x-hop", b"1"),
+        (b"transfer-encoding", b"chunked"),
+        (b"content-length", b"5"),
+        (b"x-forwarded-for", b"10.0.0.1"),
+        (b"x-tidegate-priority", b"5"),
+        (b"idempotency-key", b"k"),
+        (b"accept-encoding", b"gzip"),
+        (b"content-type", b"application/json"),
+        (b"x-stainless-lang", b"python"),
+        (b"anthropic-beta", b"new"),
+    ]
+    sent = with_key(to_send(given), Dialect.ANTHROPIC, "ours")
+    assert sent == [
+        ("content-type", "application/json"),
+        ("x-stainless-lang", "python"),
+        ("anthropic-beta", "new"),
+        ("accept-encoding", "identity"),
+        ("x-api-key", "ours"),
+    ]
+
+
+def test_the_key_is_shown_as_the_dialect_has_it() -> None:
+    assert with_key([], Dialect.OPENAI, "k") == [("authorization", "Bearer k")]
+    assert with_key([], Dialect.GEMINI, "k") == [("x-goog-api-key", "k")]
+
+
+def test_what_comes_back() -> None:
+    given = [
+        (b"Content-Type", b"application/json"),
+        (b"Content-Length", b"10"),
+        (b"Connection", b"X-Odd"),
+        (b"X-Odd", b"1"),
+        (b"Set-Cookie", b"tracked=1"),
+        (b"Transfer-Encoding", b"chunked"),
+        (b"X-Tidegate-Request-Id", b"forged"),
+        (b"x-ratelimit-remaining-requests", b"9"),
+    ]
+    assert to_return(given) == [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"10"),
+        (b"x-ratelimit-remaining-requests", b"9"),
+    ]
+    assert (b"content-length", b"10") not in to_return(given, same_length=False)

@@ -1,0 +1,87 @@
+"""What native paths mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.relay.paths import Dialect, Operation, dialect_of, endpoint_of, is_native
+
+NONE: frozenset[bytes] = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "dialect", "operation", "below"),
+    [
+        ("POST", "/v1/chat/completions", "openai", "infer", "/chat/completions"),
+        ("POST", "/v1/responses", "openai", "infer", "/responses"),
+        ("POST", "/v1/embeddings", "openai", "embed", "/embeddings"),
+        ("POST", "/v1/images/generations", "openai", "images", "/images/generations"),
+        ("GET", "/v1/models", "openai", "models", "/models"),
+        ("GET", "/v1/models/gpt-x", "openai", "models", "/models/gpt-x"),
+        ("POST", "/v1/messages", "anthropic", "infer", "/v1/messages"),
+        ("POST", "/upload/v1beta/files", "gemini", "upload", "/upload/v1beta/files"),
+        ("GET", "/v1beta/models", "gemini", "models", "/v1beta/models"),
+        ("GET", "/v1beta/files/abc-1", "gemini", "files", "/v1beta/files/abc-1"),
+        ("DELETE", "/v1beta/files/abc-1", "gemini", "files", "/v1beta/files/abc-1"),
+    ],
+)
+def test_known_paths(method: str, path: str, dialect: str, operation: str, below: str) -> None:
+    found = endpoint_of(method, path, dialect_of(path, NONE, b""))
+    assert found is not None
+    assert (found.dialect, found.operation, found.path) == (dialect, operation, below)
+    assert found.model is None
+    assert is_native(path)
+
+
+@pytest.mark.parametrize(
+    ("do", "operation", "streams"),
+    [
+        ("generateContent", Operation.INFER, False),
+        ("streamGenerateContent", Operation.INFER, True),
+        ("countTokens", Operation.COUNT, False),
+        ("embedContent", Operation.EMBED, False),
+        ("batchEmbedContents", Operation.EMBED, False),
+        ("somethingOfNextYear", Operation.INFER, False),
+    ],
+)
+@pytest.mark.parametrize("version", ["v1", "v1beta", "v1alpha"])
+def test_calls_of_gemini_name_their_model_in_the_path(
+    version: str, do: str, operation: Operation, streams: bool
+) -> None:
+    found = endpoint_of("POST", f"/{version}/models/gemini-x:{do}", Dialect.GEMINI)
+    assert found is not None
+    assert (found.operation, found.streams, found.model) == (operation, streams, "gemini-x")
+    assert found.path_for("other-1") == f"/{version}/models/other-1:{do}"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/files"),
+        ("GET", "/v1/responses/resp_1"),
+        ("DELETE", "/v1/responses/resp_1"),
+        ("POST", "/v1beta/models/x:batchGenerateContent"),
+        ("POST", "/v1beta/models/x:predictLongRunning"),
+        ("POST", "/v1beta/models/a?b:generateContent"),
+        ("POST", "/v1beta/models/../files:generateContent"),
+        ("GET", "/v1/chat/completions"),
+        ("GET", "/v1/models/a/b"),
+        ("DELETE", "/v1beta/files"),
+        ("DELETE", "/v1beta/models/x"),
+        ("GET", "/upload/v1beta/files"),
+    ],
+)
+def test_what_is_not_known_is_not_relayed(method: str, path: str) -> None:
+    assert endpoint_of(method, path, dialect_of(path, NONE, b"")) is None
+
+
+def test_a_path_of_two_dialects_is_told_by_the_key() -> None:
+    assert dialect_of("/v1/models", NONE, b"") is Dialect.OPENAI
+    assert dialect_of("/v1/models", frozenset({b"x-goog-api-key"}), b"") is Dialect.GEMINI
+    assert dialect_of("/v1/models", NONE, b"key=abc") is Dialect.GEMINI
+    assert dialect_of("/v1/models", frozenset({b"anthropic-version"}), b"") is Dialect.ANTHROPIC
+
+
+@pytest.mark.parametrize("path", ["/submit", "/llm/stream", "/status/1", "/docs", "/v1", "/v10/x"])
+def test_the_products_own_paths_are_not_native(path: str) -> None:
+    assert not is_native(path)
