@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, Caller, new_id
 from tidegate.errors import (
@@ -32,7 +33,8 @@ from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import to_send
-from tidegate.relay.paths import Dialect, Endpoint, dialect_of, endpoint_of
+from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of
+from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure
 from tidegate.store.relayed import RelayRecord
 from tidegate.store.states import Status
@@ -93,8 +95,9 @@ class _Front:
 
     async def _answer(self, endpoint: Endpoint, task: asyncio.Task[Any]) -> None:
         try:
-            body = await self._read()
-            call = self._call(endpoint, ANYBODY, body)
+            uploads = endpoint.operation is Operation.UPLOAD
+            call = self._call(endpoint, ANYBODY, b"" if uploads else await self._read())
+            check_files(call)
             await self._services.store.relayed.room()
         except TidegateError as error:
             await self.refuse(error)
@@ -110,10 +113,12 @@ class _Front:
         self, call: NativeCall, task: asyncio.Task[Any]
     ) -> tuple[Status, Failure | None]:
         """Make the call, and tell the client how it failed if it did."""
-        with cancelled_when_gone(self._scope, self._receive) as gone:
+        uploads = call.endpoint.operation is Operation.UPLOAD
+        listen = _never if uploads else self._receive
+        with cancelled_when_gone(self._scope, listen) as gone:
             status, failure = Status.FAILED, None
             try:
-                await self._services.relay.run(call, self._out, self._life)
+                await self._made(call)
                 status = Status.SUCCEEDED
             except CallFailed as failed:
                 failure = Failure.of(failed.error)
@@ -136,29 +141,40 @@ class _Front:
             await _take_cancellation(gone, task)
         return status, failure
 
+    async def _made(self, call: NativeCall) -> None:
+        if call.endpoint.operation is not Operation.UPLOAD:
+            await self._services.relay.run(call, self._out, self._life)
+            return
+        host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
+        own_url = f"{self._scope['scheme']}://{host.decode('latin-1')}"
+        pieces = self._pieces(MAX_BYTES)
+        await upload(self._services.relay, call, pieces, own_url, self._out, self._life)
+
     async def _read(self) -> bytes:
         """The whole body, within the bounds of size and silence."""
-        config = self._services.config
-        pieces: list[bytes] = []
-        size_bytes = 0
-        try:
-            async with asyncio.timeout(config.receive_timeout_ms / 1000) as patience:
-                while True:
+        most_bytes = self._services.config.max_body_bytes
+        pieces = [piece async for piece in self._pieces(most_bytes)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def _pieces(self, most_bytes: int) -> AsyncIterator[bytes]:
+        """The body as it comes."""
+        silence_s = self._services.config.receive_timeout_ms / 1000
+        size_bytes, more = 0, True
+        while more:
+            try:
+                async with asyncio.timeout(silence_s):
                     message = await self._receive()
-                    if message["type"] != "http.request":
-                        raise ClientGone
-                    piece = message.get("body", b"")
-                    size_bytes += len(piece)
-                    if size_bytes > config.max_body_bytes:
-                        allowed = f"at most {config.max_body_bytes} bytes"
-                        raise PayloadTooLarge("body", "the body is too large", allowed=allowed)
-                    pieces.append(piece)
-                    if not message.get("more_body", False):
-                        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-                    wait_s = config.receive_timeout_ms / 1000
-                    patience.reschedule(asyncio.get_running_loop().time() + wait_s)
-        except TimeoutError:
-            raise RequestTimeout("the request's body arrives too slowly") from None
+            except TimeoutError:
+                raise RequestTimeout("the request's body arrives too slowly") from None
+            if message["type"] != "http.request":
+                raise ClientGone
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            size_bytes += len(piece)
+            if size_bytes > most_bytes:
+                allowed = f"at most {most_bytes} bytes"
+                raise PayloadTooLarge("body", "the body is too large", allowed=allowed)
+            if piece:
+                yield piece
 
     def _call(self, endpoint: Endpoint, caller: Caller, body: bytes) -> NativeCall:
         headers: list[tuple[bytes, bytes]] = self._scope["headers"]
@@ -260,6 +276,12 @@ class _Front:
                 subject=call.subject,
             )
         )
+
+
+async def _never() -> Message:
+    """Stands for `receive` where the body is still being read by somebody else."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("nobody sets this future")
 
 
 async def _take_cancellation(gone: asyncio.Event, task: asyncio.Task[Any]) -> None:

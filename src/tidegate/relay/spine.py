@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime
 from random import random
@@ -37,6 +37,7 @@ from tidegate.relay.asked import Asked, asked_of, parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import to_return, with_key
 from tidegate.relay.health import Health, RetryBudget
+from tidegate.relay.paths import Dialect
 from tidegate.relay.permission import check_model
 from tidegate.relay.refusal import pause_if_throttled, refusal_of
 from tidegate.relay.request_body import body_for
@@ -91,10 +92,14 @@ class Relay:
     def _chain(self, call: NativeCall, asked: Asked | None) -> list[Target]:
         if asked is not None:
             return self.targets.of(call.endpoint.dialect, asked.model)
-        speaking = self.targets.speaking(call.endpoint.dialect)
+        return [self.first_of(call.endpoint.dialect)]
+
+    def first_of(self, dialect: Dialect) -> Target:
+        """For what concerns no model. Raises NotFound where nobody speaks the dialect."""
+        speaking = self.targets.speaking(dialect)
         if not speaking:
-            raise NotFound(f"no upstream speaks the {call.endpoint.dialect} dialect")
-        return [Target(one, call.endpoint.model or "") for one in speaking[:1]]
+            raise NotFound(f"no upstream speaks the {dialect} dialect")
+        return Target(speaking[0], "")
 
     def usable(self, targets: list[Target]) -> list[Target]:
         """Those that may be asked now. Raises UpstreamUnavailable where none may."""
@@ -137,7 +142,10 @@ class Relay:
             once,
         )
 
-    async def open(self, call: NativeCall, target: Target, body: bytes | None) -> Exchange:
+    async def open(
+        self, call: NativeCall, target: Target, body: bytes | AsyncIterator[bytes] | None
+    ) -> Exchange:
+        """Send the request to an upstream. Raises UpstreamError."""
         dialect = call.endpoint.dialect
         base = target.upstream.base_urls[dialect]
         text = f"{base}{call.endpoint.path_for(target.model)}"

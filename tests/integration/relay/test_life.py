@@ -1,0 +1,182 @@
+"""A native call from its admission to its record, whatever ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.integration.relay.conftest import MODEL
+from tests.waiting import wait_until
+
+Ask = Callable[..., Awaitable[tuple[int, Any]]]
+BODY = {"contents": [{"parts": [{"text": "Say hello"}]}]}
+
+
+def url_of(gateway: Gateway, do: str = "generateContent") -> str:
+    return f"{gateway.url}/v1beta/models/{MODEL}:{do}"
+
+
+async def test_bytes_go_through_as_they_are_and_everything_is_recorded(gateway: Gateway) -> None:
+    raw = b'{"contents" :[{"parts":[{"text":"Say hello"}]}], "fieldOfNextYear": 1.10}'
+    headers = {"Content-Type": "application/json", "x-tidegate-subject": "user-7"}
+    async with gateway.http.post(url_of(gateway), data=raw, headers=headers) as response:
+        answer = await response.read()
+        assert response.status == 200
+        request_id = response.headers["x-tidegate-request-id"]
+        assert float(response.headers["x-tidegate-queue-ms"]) >= 0
+        assert response.headers["x-tidegate-upstream"] == "gemini"
+    row = await gateway.audit(request_id)
+    assert row["request"] == raw.decode()
+    assert row["response"] == answer.decode()
+    usage = json.loads(answer)["usageMetadata"]
+    assert row["input_tokens"] == usage["promptTokenCount"]
+    assert row["output_tokens"] == usage["candidatesTokenCount"]
+    assert (row["source"], row["status"], row["http_status"]) == ("relay", "succeeded", 200)
+    assert (row["kind"], row["model"], row["subject"]) == ("text_only", MODEL, "user-7")
+    record = await gateway.status(request_id)
+    assert (record["source"], record["status"]) == ("relay", "succeeded")
+    assert record["usage"]["output_tokens"] == usage["candidatesTokenCount"]
+
+
+async def test_the_limit_holds_and_those_over_it_wait(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 3})
+    await gateway.upstream.set_behaviour(first_byte_ms=30)
+
+    async def one() -> int:
+        async with gateway.http.post(url_of(gateway), json=BODY) as response:
+            await response.read()
+            return response.status
+
+    assert set(await asyncio.gather(*(one() for _ in range(20)))) == {200}
+    stats = await gateway.upstream.stats()
+    assert stats.max_in_flight == 3
+    assert gateway.held == 0
+
+
+async def test_a_wait_that_is_too_long_is_told_with_a_time(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_fault("hang", match="hold it")
+    held = {"contents": [{"parts": [{"text": "hold it"}]}]}
+    holding = asyncio.create_task(gateway.http.post(url_of(gateway), json=held))
+    await gateway.in_flight(1)
+    headers = {"x-tidegate-deadline-ms": "50"}
+    async with gateway.http.post(url_of(gateway), json=BODY, headers=headers) as response:
+        body = await response.json()
+        assert (response.status, body["error"]["status"]) == (429, "RESOURCE_EXHAUSTED")
+        assert int(response.headers["Retry-After"]) >= 1
+        request_id = response.headers["x-tidegate-request-id"]
+    assert any(one["@type"].endswith("RetryInfo") for one in body["error"]["details"])
+    assert (await gateway.audit(request_id))["status"] == "expired"
+    holding.cancel()
+
+
+@pytest.mark.parametrize("do", ["generateContent", "streamGenerateContent?alt=sse"])
+async def test_a_client_that_leaves_frees_the_permit_and_the_provider(
+    open_gateway: Opener, do: str
+) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_behaviour(chunks=50, between_ms=50, first_byte_ms=200)
+    async with aiohttp.ClientSession() as leaving:
+        task = asyncio.create_task(leaving.post(url_of(gateway, do), json=BODY))
+        await gateway.in_flight(1)
+        task.cancel()
+    await gateway.in_flight(0)
+    await wait_until(lambda: gateway.held == 0, 2, "the permit back")
+    assert [call.outcome for call in await gateway.calls()] == ["client_gone"]
+    rows = await wait_until(
+        lambda: gateway.database.fetch("SELECT * FROM audit WHERE source = 'relay'"), 5
+    )
+    assert [row["status"] for row in rows] == ["cancelled"]
+
+
+async def test_a_client_that_leaves_in_the_queue_leaves_nothing(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_fault("hang", match="hello")
+    holding = asyncio.create_task(gateway.http.post(url_of(gateway), json=BODY))
+    await gateway.in_flight(1)
+    async with aiohttp.ClientSession() as leaving:
+        task = asyncio.create_task(leaving.post(url_of(gateway), json=BODY))
+        await wait_until(lambda: gateway.waiting == 1)
+        task.cancel()
+    await wait_until(lambda: gateway.waiting == 0, 2, "an empty queue")
+    holding.cancel()
+    await wait_until(lambda: gateway.held == 0, 2, "the permit back")
+
+
+async def test_a_thousand_random_leavers_leak_nothing(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 5})
+    await gateway.upstream.set_behaviour(first_byte_ms=5, chunks=3, between_ms=5)
+
+    async def one(number: int) -> None:
+        do = "generateContent" if number % 2 else "streamGenerateContent?alt=sse"
+        try:
+            async with (
+                asyncio.timeout(number % 29 / 1000 + 0.001),
+                aiohttp.ClientSession() as session,
+                session.post(url_of(gateway, do), json=BODY) as response,
+            ):
+                await response.read()
+        except (TimeoutError, aiohttp.ClientError):
+            return
+
+    for begin in range(0, 1000, 100):
+        await asyncio.gather(*(one(number) for number in range(begin, begin + 100)))
+    await wait_until(lambda: gateway.held == gateway.waiting == 0, 10, "nothing held or waiting")
+    await gateway.in_flight(0)
+    assert (await gateway.upstream.stats()).max_in_flight <= 5
+
+
+@pytest.mark.parametrize(
+    ("headers", "field"),
+    [
+        ({"x-tidegate-deadline-ms": "soon"}, "x-tidegate-deadline-ms"),
+        ({"x-tidegate-deadline-ms": "0"}, "x-tidegate-deadline-ms"),
+        ({"x-tidegate-priority": "101"}, "x-tidegate-priority"),
+        ({"x-tidegate-subject": "x" * 201}, "x-tidegate-subject"),
+    ],
+)
+async def test_a_wrong_header_is_named(gateway: Gateway, headers: Any, field: str) -> None:
+    async with gateway.http.post(url_of(gateway), json=BODY, headers=headers) as response:
+        body = await response.json()
+    assert response.status == 400
+    assert field in body["error"]["message"]
+    assert await gateway.calls() == []
+
+
+async def test_a_priority_comes_first(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_behaviour(first_byte_ms=100)
+
+    async def one(text: str, priority: str) -> None:
+        body = {"contents": [{"parts": [{"text": text}]}]}
+        headers = {"x-tidegate-priority": priority}
+        async with gateway.http.post(url_of(gateway), json=body, headers=headers) as response:
+            assert response.status == 200
+
+    tasks = [asyncio.create_task(one("first", "0"))]
+    await gateway.in_flight(1)
+    tasks += [asyncio.create_task(one("later", "-50")), asyncio.create_task(one("soon", "50"))]
+    await wait_until(lambda: gateway.waiting == 2)
+    await asyncio.gather(*tasks)
+    assert [call.prompt for call in await gateway.calls()] == ["first", "soon", "later"]
+
+
+async def test_with_postgresql_away_calls_go_on_and_are_recorded_later(
+    gateway: Gateway, ask: Ask
+) -> None:
+    await gateway.database.execute("ALTER TABLE audit RENAME TO audit_away")
+    status, _ = await ask("Say hello")
+    assert status == 200
+    await gateway.database.execute("ALTER TABLE audit_away RENAME TO audit")
+    rows = await wait_until(
+        lambda: gateway.database.fetch("SELECT * FROM audit WHERE source = 'relay'"),
+        15,
+        "the record of what was answered meanwhile",
+    )
+    assert len(rows) == 1
