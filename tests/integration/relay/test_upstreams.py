@@ -1,0 +1,230 @@
+"""Several upstreams: who is asked, who stands in for whom, and what is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+from tidegate.providers.emulator import Emulator, run_emulator
+from tidegate.relay.health import FAULTS
+
+BODY = {"contents": [{"parts": [{"text": "Say hello"}]}]}
+FILE = """
+[upstreams.gemini]
+models = ["gemini-*"]
+{own}
+[upstreams.second]
+dialects = {{ gemini = "{url}" }}
+key = "SECOND_KEY"
+models = ["gemini-*", "only-second"]
+aliases = {{ quick = "gemini-2.5-flash-lite" }}
+{more}
+[upstreams.second.limits]
+"pool:total" = {bound}
+"""
+WriteFile = Callable[..., Path]
+
+
+@pytest.fixture
+async def second() -> AsyncIterator[Emulator]:
+    async with run_emulator() as running:
+        yield running
+
+
+@pytest.fixture
+def policy(tmp_path: Path, second: Emulator, monkeypatch: pytest.MonkeyPatch) -> WriteFile:
+    monkeypatch.setenv("SECOND_KEY", "key-of-the-second")
+
+    def write(*, bound: int = 4, own: str = "", more: str = "", end: str = "") -> Path:
+        path = tmp_path / "policy.toml"
+        path.write_text(FILE.format(url=second.url, bound=bound, own=own, more=more) + end)
+        return path
+
+    return write
+
+
+async def ask(
+    gateway: Gateway, model: str = "gemini-2.5-flash", do: str = "generateContent", **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    url = f"{gateway.url}/v1beta/models/{model}:{do}"
+    async with gateway.http.post(url, json=BODY, headers=headers) as response:
+        body = await response.read()
+        return response.status, {k.lower(): v for k, v in response.headers.items()}, body
+
+
+async def warm(gateway: Gateway) -> None:
+    """Until the first upstream's pool, which is new, lets calls in at once."""
+
+    async def first() -> bool:
+        return (await ask(gateway))[1]["x-tidegate-upstream"] == "gemini"
+
+    await wait_until(first, 5, "the first upstream")
+    await gateway.upstream.reset()
+
+
+CHAIN = '[[routes]]\nmodel = "*"\ntry = ["gemini", "second"]\n'
+
+
+async def test_a_model_goes_to_who_serves_it_under_that_pools_limits(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy(bound=2))
+    await second.control.set_behaviour(first_byte_ms=20)
+    answers = await asyncio.gather(*(ask(gateway, "only-second") for _ in range(8)))
+    assert {status for status, _, _ in answers} == {200}
+    assert {headers["x-tidegate-upstream"] for _, headers, _ in answers} == {"second"}
+    stats = await second.control.stats()
+    assert stats.max_in_flight == 2
+    assert await gateway.calls() == []
+
+
+async def test_an_alias_is_another_name_for_a_model(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy())
+    assert (await ask(gateway, "quick"))[0] == 200
+    (call,) = await second.control.calls()
+    assert call.model == "gemini-2.5-flash-lite"
+
+
+async def test_a_model_that_nobody_serves_is_not_found(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy())
+    status, _, body = await ask(gateway, "claude-9")
+    assert status == 404
+    assert b"claude-9" in body
+
+
+async def test_equals_share_by_weight(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    file = policy(bound=100, more="weight = 3")
+    gateway = await open_gateway(worker=False, tidegate_policy=file, rate_limits={"text_only": 100})
+    answers = [
+        answer
+        for _ in range(10)
+        for answer in await asyncio.gather(*(ask(gateway) for _ in range(20)))
+    ]
+    seen = Counter(headers["x-tidegate-upstream"] for _, headers, _ in answers)
+    assert 0.6 < seen["second"] / 200 < 0.9
+
+
+async def test_what_finds_no_room_here_goes_to_who_has_some(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    gateway = await open_gateway(
+        worker=False, tidegate_policy=policy(bound=3, end=CHAIN), rate_limits={"text_only": 2}
+    )
+    await gateway.upstream.set_behaviour(first_byte_ms=300)
+    await second.control.set_behaviour(first_byte_ms=300)
+    await asyncio.gather(*(ask(gateway) for _ in range(10)))
+    assert (await gateway.upstream.stats()).max_in_flight == 2
+    assert (await second.control.stats()).max_in_flight == 3
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "throttled", "cut"])
+async def test_another_stands_in_before_anything_has_gone_out(
+    open_gateway: Opener, policy: WriteFile, second: Emulator, fault: str
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy(end=CHAIN))
+    await warm(gateway)
+    await gateway.upstream.set_fault(fault)
+    status, headers, _ = await ask(gateway)
+    assert (status, headers["x-tidegate-upstream"]) == (200, "second")
+    row = await gateway.audit(headers["x-tidegate-request-id"])
+    assert (row["pool"], row["attempts"]) == ("second", 2)
+    assert gateway.held == 0
+
+
+async def test_nobody_stands_in_once_something_has_gone_out(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy(end=CHAIN))
+    await warm(gateway)
+    await second.control.reset()
+    await gateway.upstream.set_fault("cut_mid_stream")
+    url = f"{gateway.url}/v1beta/models/gemini-2.5-flash:streamGenerateContent?alt=sse"
+    async with gateway.http.post(url, json=BODY) as response:
+        assert response.status == 200
+        seen = await response.content.read()
+    assert b'"error"' in seen
+    assert await second.control.calls() == []
+
+
+async def test_one_that_is_out_is_left_out_and_comes_back(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy(end=CHAIN))
+    await warm(gateway)
+    await gateway.upstream.set_fault("unavailable")
+    for _ in range(FAULTS):
+        assert (await ask(gateway))[0] == 200
+    before = len(await gateway.calls())
+    assert (await ask(gateway))[0] == 200
+    assert len(await gateway.calls()) == before
+    await gateway.upstream.clear_faults()
+    gateway.services.relay.health["gemini"].open_until = 0.0
+
+    async def back() -> bool:
+        return (await ask(gateway))[1]["x-tidegate-upstream"] == "gemini"
+
+    await wait_until(back, 5, "the first upstream again")
+    assert gateway.services.relay.health["gemini"].state == "ok"
+
+
+async def test_a_refused_key_is_not_told_to_clients_as_theirs(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(worker=False, gemini_api_key="invalid-key")
+    status, headers, body = await ask(gateway)
+    assert status == 502
+    assert b"this gateway's own key" in body
+    assert gateway.services.relay.health["gemini"].key_dead
+    assert (await gateway.audit(headers["x-tidegate-request-id"]))["failure"]["code"] == (
+        "upstream_unauthorized"
+    )
+    assert (await ask(gateway))[0] == 502  # and nobody was asked
+    assert len(await gateway.upstream.calls()) <= 1
+
+
+async def test_a_throttled_call_is_tried_again_after_the_time_that_was_said(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_fault("throttled", count=1, retry_after_s=0.3)
+    status, headers, _ = await ask(gateway)
+    assert status == 200
+    assert (await gateway.audit(headers["x-tidegate-request-id"]))["attempts"] == 2
+    outcomes = [call.outcome for call in await gateway.calls()]
+    assert outcomes[-1] == "finished"
+    assert len(outcomes) == 2
+
+
+async def test_a_refusal_is_passed_on_in_the_providers_own_words(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_fault("throttled", retry_after_s=120)
+    status, headers, body = await ask(gateway, **{"x-tidegate-deadline-ms": "1000"})
+    assert status == 429
+    assert b"RESOURCE_EXHAUSTED" in body
+    assert b"RetryInfo" in body
+    assert headers["retry-after"] == "120"
+    row = await gateway.audit(headers["x-tidegate-request-id"])
+    assert (row["http_status"], row["response"]) == (429, body.decode())
+    assert len(await gateway.calls()) == 1
+
+
+async def test_retries_are_a_part_of_the_traffic(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 50})
+    gateway.services.relay._budget.saved = 0.0
+    await gateway.upstream.set_fault("unavailable")
+    gateway.services.relay.noted = lambda _failed: None  # type: ignore[method-assign]
+    await asyncio.gather(*(ask(gateway) for _ in range(50)))
+    assert 50 <= len(await gateway.calls()) <= 60
