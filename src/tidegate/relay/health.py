@@ -4,7 +4,7 @@ CLOSED (asked) -- `FAULTS` real faults in a row --> OPEN (left out, for longer e
 OPEN -- its time is over --> HALF-OPEN (one request may try) -- success --> CLOSED, else OPEN
 
 A throttling is no fault: it says that the upstream works. Invariant: an upstream that is out is
-asked again after at most `LONGEST_S`, and a success closes it at once.
+asked again after at most `LONGEST_S` (`DEAD_KEY_S` where it refused our key), and a success closes it at once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 FAULTS = 5
-FIRST_S = 2.0
-LONGEST_S = 60.0
+FIRST_S = 1.0
+# Short, as one request is all that it costs to see that an upstream is back; a key that was refused
+# is mended by a person.
+LONGEST_S = 8.0
+DEAD_KEY_S = 60.0
 # Of the traffic may be tried again, and so many at once after a quiet time.
 RETRY_SHARE = 0.2
 RETRIES_AT_ONCE = 10.0
@@ -73,7 +76,7 @@ class Health:
             return False
         first = self._rounds == 0 or (key_dead and not self.key_dead)
         self.key_dead = self.key_dead or key_dead
-        pause_s = LONGEST_S if key_dead else min(LONGEST_S, FIRST_S * 2**self._rounds)
+        pause_s = DEAD_KEY_S if key_dead else min(LONGEST_S, FIRST_S * 2**self._rounds)
         self.open_until = self.clock() + pause_s
         self.probing_until = 0.0
         self._rounds = min(self._rounds + 1, 10)

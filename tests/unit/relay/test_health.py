@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tidegate.relay.health import FAULTS, FIRST_S, LONGEST_S, Health, RetryBudget
+from tidegate.relay.health import DEAD_KEY_S, FAULTS, FIRST_S, LONGEST_S, Health, RetryBudget
 
 
 class Clock:
@@ -71,7 +71,7 @@ def test_a_refused_key_is_out_at_once_and_said_once() -> None:
     assert health.failed("401", key_dead=True)
     assert not health.failed("401", key_dead=True)
     assert (health.state, health.key_dead) == ("out", True)
-    clock.now += LONGEST_S
+    clock.now += DEAD_KEY_S
     assert health.admits()
     assert health.succeeded()
     assert not health.key_dead
