@@ -18,6 +18,7 @@ from tidegate.limiter.limits import PoolPolicy
 _CLASSIFIER = CLASSIFIER_LIMIT.partition(":")[2]
 # The judge's instruction and schema, which come on top of each prompt.
 _JUDGE_CHARS = 1_200
+_LEARN_FROM_ONE_IN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +29,21 @@ class Demand:
     tenant: str
     priority: str
     images: int
-    estimate: Estimate
+    estimate: Estimate | None = None
 
     @property
-    def tokens(self) -> Tokens:
-        """What to reserve: rarely less than it will use."""
+    def tokens(self) -> Tokens | None:
+        """What to reserve: rarely less than it will use. None: it was not estimated, since nobody
+        counts it."""
+        if self.estimate is None:
+            return None
         return Tokens(self.estimate.input_tokens, self.estimate.output_tokens)
 
     def used(self, usage: Usage, *, whole: bool) -> Tokens | None:
         """What to settle for, None where nothing is known. `whole`: the answer came to its end;
         of one that was cut the provider may have made more than it told us of."""
         input_tokens, output_tokens = tokens_of(usage)
-        if input_tokens is None and output_tokens is None:
+        if self.estimate is None or (input_tokens is None and output_tokens is None):
             return None
         if input_tokens is None:
             input_tokens = self.estimate.input_tokens
@@ -53,9 +57,12 @@ class Demand:
 class Demands:
     """One per process."""
 
-    def __init__(self, estimator: Estimator | None = None) -> None:
+    def __init__(self, estimator: Estimator | None = None, *, kinds_optional: bool = False) -> None:
+        """`kinds_optional`: a kind without a limit in the policy is not bound by one."""
         self.estimator = estimator or Estimator()
+        self._kinds_optional = kinds_optional
         self._reach = Reach(PoolPolicy({}))
+        self._turn = -1  # the first call is one to learn from
 
     def of(self, call: Call, policy: PoolPolicy) -> Demand:
         """What a call needs under the policy in force."""
@@ -82,13 +89,18 @@ class Demands:
         images: int = 0,
         max_output_tokens: int | None = None,
     ) -> Demand:
-        """What a request in a provider's own dialect needs. Its limits may be none where the
-        policy has none on its kind."""
-        estimate = self.estimator.of_pieces(
-            model, kind, pieces, images=images, max_output_tokens=max_output_tokens
-        )
+        """What a request in a provider's own dialect needs; its limits may be none. Where no limit
+        counts LLM tokens only some calls are estimated, so that the estimator goes on learning: it
+        costs as much as all the rest."""
+        limits = self._limits(policy, kind, model, tenant, images)
+        self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
+        estimate = None
+        if not self._turn or self._reach.counts_tokens:
+            estimate = self.estimator.of_pieces(
+                model, kind, pieces, images=images, max_output_tokens=max_output_tokens
+            )
         return Demand(
-            limits=self._limits(policy, kind, model, tenant, images),
+            limits=limits,
             tenant=tenant,
             priority=band_of(priority, policy.bands),
             images=images,
@@ -111,6 +123,8 @@ class Demands:
 
     def learn(self, demand: Demand, usage: Usage, *, whole: bool) -> None:
         """Take in what a call used; an answer that was cut teaches its input alone."""
+        if demand.estimate is None:
+            return
         known = usage if whole else Usage(input_tokens=usage.input_tokens)
         self.estimator.learn(demand.estimate, known)
 
@@ -118,5 +132,5 @@ class Demands:
         self, policy: PoolPolicy, kind: str, model: str, tenant: str, images: int
     ) -> tuple[str, ...]:
         if self._reach.policy is not policy:
-            self._reach = Reach(policy)
+            self._reach = Reach(policy, kinds_optional=self._kinds_optional)
         return self._reach.limits(kind, model, tenant, images)

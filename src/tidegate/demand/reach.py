@@ -1,14 +1,14 @@
 """Which limits of a policy a call falls under, and its place among the priorities. Pure.
 
-Invariant: where a policy limits kinds at all, a call takes the limit of its kind, which is there or
-refuses it; of the others those that the policy has.
+Invariant: a call takes the limit of its kind, which is there or refuses it, unless the pool is one
+whose kinds need no limit; of the others those that the policy has.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 
-from tidegate.call import OTHER_KIND, Kind
+from tidegate.call import OTHER_KIND
 from tidegate.limiter.limits import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Quota, Rate
 from tidegate.policy.scopes import AT_ONCE, MEASURES, TOTAL
 
@@ -18,9 +18,10 @@ MOST_PRIORITY = 100
 class Reach:
     """The limits of one policy by whom they bind; made anew when the policy is another one."""
 
-    def __init__(self, policy: PoolPolicy) -> None:
+    def __init__(self, policy: PoolPolicy, *, kinds_optional: bool = False) -> None:
         self.policy = policy
-        self._limits_kinds = any(kind.limit in policy.limits for kind in Kind)
+        self.counts_tokens = any(_counts_tokens(policy.limit(one)) for one in policy.limits)
+        self._kinds_optional = kinds_optional
         self._bound: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
         for limit_id in sorted(policy.limits, key=_usual_order):
             whom = whom_it_binds(limit_id)
@@ -33,7 +34,7 @@ class Reach:
         `images`: how many it makes; without any, limits on images are none of its own.
         """
         first = f"kind:{kind}"
-        required = self._limits_kinds and kind != OTHER_KIND
+        required = not self._kinds_optional and kind != OTHER_KIND
         found = [first] if required or first in self.policy.limits else []
         for whom in (f"kind/{kind}", plain_model(model), f"tenant/{tenant}", TOTAL):
             if whom in self._bound:
@@ -62,6 +63,10 @@ def plain_model(model: str) -> str:
 
 def counts_images(limit: Limit | None) -> bool:
     return isinstance(limit, Rate | Quota) and limit.unit == "images"
+
+
+def _counts_tokens(limit: Limit | None) -> bool:
+    return isinstance(limit, Rate | Quota) and "tokens" in limit.unit
 
 
 def band_of(priority: int, bands: tuple[Band, ...]) -> str:

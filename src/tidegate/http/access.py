@@ -15,12 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tidegate.errors import TidegateError
 from tidegate.http.events import abort, disconnected
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
-from tidegate.telemetry import Log, get_logger
+from tidegate.telemetry import Log, RequestLog, get_logger
 
 _CUT_WITHIN_S = 1.0
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 
 log = get_logger()
+log_request = RequestLog()
 
 
 async def _cut(scope: Scope, receive: Receive) -> None:
@@ -77,9 +78,12 @@ class AccessLog:
                 **({"request_id": request_id} if request_id else {}),
             }
             # After the answers that are ready to go out: in a burst they would wait for the lines.
-            asyncio.get_running_loop().call_soon(_say_done, fields)
+            asyncio.get_running_loop().call_soon(say_done, fields)
 
 
-def _say_done(fields: dict[str, Any]) -> None:
-    quiet = fields["path"].startswith(("/health", "/llm/health"))
-    (log.debug if quiet else log.info)(Log.REQUEST_DONE, **fields)
+def say_done(fields: dict[str, Any]) -> None:
+    """The line of a request that has been answered."""
+    if fields["path"].startswith(("/health", "/llm/health")):
+        log.debug(Log.REQUEST_DONE, **fields)
+    else:
+        log_request(fields)

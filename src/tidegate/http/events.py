@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -119,32 +118,41 @@ def abort(scope: Scope) -> None:
         offered["call"]()
 
 
-@contextmanager
-def cancelled_when_gone(scope: Scope, receive: Receive) -> Iterator[asyncio.Event]:
-    """Cancel this task when the client's connection is lost; the event is set then.
+class Presence:
+    """Cancels a task when its client's connection is lost; `gone` is true then.
 
-    The request's body must have been read. A server that can tell costs nothing until it does;
-    with any other a task listens for it.
+    The request's body must have been read. A server that can tell costs nothing until it does; with
+    any other a task listens for it. `end` it when the answer is out.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    gone, over = asyncio.Event(), False
 
-    def tell() -> None:
-        if not gone.is_set() and not over:
-            gone.set()
-            task.cancel("the client has gone")
+    __slots__ = ("_listening", "_over", "_task", "gone")
 
-    offered = scope.get("extensions", {}).get(GONE_EXTENSION)
-    listening = None
-    if offered is not None:
-        offered["call"](tell)
-    else:
-        listening = asyncio.create_task(disconnected(receive))
-        listening.add_done_callback(lambda done: None if done.cancelled() else tell())
-    try:
-        yield gone
-    finally:
-        over = True
-        if listening is not None:
-            listening.cancel()
+    def __init__(self, scope: Scope, receive: Receive, task: asyncio.Task[Any]) -> None:
+        self.gone = False
+        self._over = False
+        self._task = task
+        self._listening: asyncio.Task[None] | None = None
+        offered = scope.get("extensions", {}).get(GONE_EXTENSION)
+        if offered is not None:
+            offered["call"](self._tell)
+        else:
+            self._listening = asyncio.create_task(disconnected(receive))
+            self._listening.add_done_callback(
+                lambda done: None if done.cancelled() else self._tell()
+            )
+
+    def _tell(self) -> None:
+        if not self.gone and not self._over:
+            self.gone = True
+            self._task.cancel("the client has gone")
+
+    async def end(self) -> None:
+        """Nothing is cancelled from now on; a cancellation that was still to come is taken."""
+        self._over = True
+        if self._listening is not None:
+            self._listening.cancel()
+        if self.gone and self._task.cancelling():
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                self._task.uncancel()

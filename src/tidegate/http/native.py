@@ -27,8 +27,9 @@ from tidegate.errors import (
     TidegateError,
     UpstreamUnauthorized,
 )
+from tidegate.http.access import log_request
 from tidegate.http.dialects import event, refusal
-from tidegate.http.events import abort, cancelled_when_gone
+from tidegate.http.events import Presence, abort
 from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
@@ -38,7 +39,7 @@ from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure
 from tidegate.store.relayed import RelayRecord
 from tidegate.store.states import Status
-from tidegate.telemetry import get_logger
+from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _KEY_IN_QUERY = "key"
@@ -53,21 +54,32 @@ class ClientGone(Exception):
 
 
 async def native(services: Services, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request to a native path."""
+    """Answer a request to a native path; its line is in the log, whatever becomes of it."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
-    path: str = scope["path"]
+    path, method = scope["path"], scope["method"]
     hint = dialect_of(path, frozenset(name for name, _ in headers), scope["query_string"])
-    endpoint = endpoint_of(scope["method"], path, hint)
+    endpoint = endpoint_of(method, path, hint)
     dialect = hint if endpoint is None else endpoint.dialect
     front = _Front(services, scope, receive, send, dialect)
-    if endpoint is None:
-        await front.refuse(NotFound(f"there is no {scope['method']} {path}"))
-    else:
-        await front.answer(endpoint)
+    try:
+        if endpoint is None:
+            await front.refuse(NotFound(f"there is no {method} {path}"))
+        else:
+            await front.answer(endpoint)
+    except Exception:  # the top of a request's task: logged here, and nowhere else
+        log.exception(Log.INTERNAL_ERROR, method=method, path=path)
+        await front.tell(TidegateError("an internal error; it has been logged"))
+    finally:
+        front.say_done()
 
 
 class _Front:
     """One request, until it is answered and recorded."""
+
+    __slots__ = (
+        *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
+        *("_received_at", "_out", "_life", "_ends_whole", "_task", "_slow"),
+    )
 
     def __init__(
         self, services: Services, scope: Scope, receive: Receive, send: Send, dialect: Dialect
@@ -83,68 +95,63 @@ class _Front:
         self._out = Out(self._start, self._body)
         self._life = Life()
         self._ends_whole = True  # what went out ends with whole events, as far as we know
-
-    async def answer(self, endpoint: Endpoint) -> None:
+        self._slow = False
         task = asyncio.current_task()
         assert task is not None
-        self._services.streams.add(task)
-        try:
-            await self._answer(endpoint, task)
-        finally:
-            self._services.streams.discard(task)
+        self._task: asyncio.Task[Any] = task
 
-    async def _answer(self, endpoint: Endpoint, task: asyncio.Task[Any]) -> None:
+    async def answer(self, endpoint: Endpoint) -> None:
+        self._services.streams.add(self._task)
         try:
-            uploads = endpoint.operation is Operation.UPLOAD
+            await self._answer(endpoint)
+        finally:
+            self._services.streams.discard(self._task)
+
+    async def _answer(self, endpoint: Endpoint) -> None:
+        uploads = endpoint.operation is Operation.UPLOAD
+        try:
             call = self._call(endpoint, ANYBODY, b"" if uploads else await self._read())
-            check_files(call)
-            await self._services.store.relayed.room()
+            if not endpoint.operation.is_counted:
+                check_files(call)
+            if self._services.store.relayed.is_full:
+                await self._services.store.relayed.room()
         except TidegateError as error:
             await self.refuse(error)
             return
         except ClientGone:
             return
-        status, failure = await self._run(call, task)
+        presence = Presence(self._scope, _never if uploads else self._receive, self._task)
+        try:
+            status, failure = await self._run(call, presence)
+        finally:
+            await presence.end()
         self._record(call, status, failure)
-        if status is Status.SUCCEEDED:
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _run(
-        self, call: NativeCall, task: asyncio.Task[Any]
-    ) -> tuple[Status, Failure | None]:
+    async def _run(self, call: NativeCall, presence: Presence) -> tuple[Status, Failure | None]:
         """Make the call, and tell the client how it failed if it did."""
-        uploads = call.endpoint.operation is Operation.UPLOAD
-        listen = _never if uploads else self._receive
-        with cancelled_when_gone(self._scope, listen) as gone:
-            status, failure = Status.FAILED, None
-            try:
-                await self._made(call)
-                status = Status.SUCCEEDED
-            except CallFailed as failed:
-                failure = Failure.of(failed.error)
-                await self._tell_failed(failed)
-            except TidegateError as error:
-                failure = Failure.of(error)
-                if isinstance(error, DeadlineExceeded):
-                    status = Status.EXPIRED
-                await self._tell(error)
-            except asyncio.CancelledError:
-                # Ours, because the client left; or the server's, which stops.
-                task.uncancel()
-                if gone.is_set():
-                    status = Status.CANCELLED
-                    failure = Failure("client_left", "the client went away")
-                else:
-                    stopping = ShuttingDown("this process is stopping; ask again")
-                    failure = Failure.of(stopping)
-                    await self._tell(stopping)
-            await _take_cancellation(gone, task)
-        return status, failure
+        try:
+            if call.endpoint.operation is Operation.UPLOAD:
+                await self._upload(call)
+            else:
+                await self._services.relay.run(call, self._out, self._life)
+            return Status.SUCCEEDED, None
+        except CallFailed as failed:
+            await self._tell_failed(failed)
+            return Status.FAILED, Failure.of(failed.error)
+        except TidegateError as error:
+            await self.tell(error)
+            expired = isinstance(error, DeadlineExceeded)
+            return Status.EXPIRED if expired else Status.FAILED, Failure.of(error)
+        except asyncio.CancelledError:
+            # Ours, because the client left; or the server's, which stops.
+            self._task.uncancel()
+            if presence.gone:
+                return Status.CANCELLED, Failure("client_left", "the client went away")
+            stopping = ShuttingDown("this process is stopping; ask again")
+            await self.tell(stopping)
+            return Status.FAILED, Failure.of(stopping)
 
-    async def _made(self, call: NativeCall) -> None:
-        if call.endpoint.operation is not Operation.UPLOAD:
-            await self._services.relay.run(call, self._out, self._life)
-            return
+    async def _upload(self, call: NativeCall) -> None:
         host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
         own_url = f"{self._scope['scheme']}://{host.decode('latin-1')}"
         pieces = self._pieces(MAX_BYTES)
@@ -153,28 +160,49 @@ class _Front:
     async def _read(self) -> bytes:
         """The whole body, within the bounds of size and silence."""
         most_bytes = self._services.config.max_body_bytes
-        pieces = [piece async for piece in self._pieces(most_bytes)]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        message = await self._next()
+        piece: bytes = message.get("body", b"")
+        if not message.get("more_body", False) and len(piece) <= most_bytes:
+            return piece
+        return b"".join([one async for one in self._pieces(most_bytes, message)])
 
-    async def _pieces(self, most_bytes: int) -> AsyncIterator[bytes]:
-        """The body as it comes."""
-        silence_s = self._services.config.receive_timeout_ms / 1000
+    async def _pieces(
+        self, most_bytes: int, message: Message | None = None
+    ) -> AsyncIterator[bytes]:
+        """The body as it comes, from `message` on where there is one."""
         size_bytes, more = 0, True
         while more:
-            try:
-                async with asyncio.timeout(silence_s):
-                    message = await self._receive()
-            except TimeoutError:
-                raise RequestTimeout("the request's body arrives too slowly") from None
-            if message["type"] != "http.request":
-                raise ClientGone
+            message = await self._next() if message is None else message
             piece, more = message.get("body", b""), message.get("more_body", False)
+            message = None
             size_bytes += len(piece)
             if size_bytes > most_bytes:
                 allowed = f"at most {most_bytes} bytes"
                 raise PayloadTooLarge("body", "the body is too large", allowed=allowed)
             if piece:
                 yield piece
+
+    async def _next(self) -> Message:
+        """The next part of the request, if it comes in time: by a plain timer, since a timeout's
+        context costs as much as all the rest."""
+        silence_s = self._services.config.receive_timeout_ms / 1000
+        timer = asyncio.get_running_loop().call_later(silence_s, self._too_slow)
+        try:
+            message = await self._receive()
+        except asyncio.CancelledError:
+            if not self._slow:
+                raise
+            self._task.uncancel()
+            raise RequestTimeout("the request's body arrives too slowly") from None
+        finally:
+            timer.cancel()
+        if message["type"] != "http.request":
+            raise ClientGone
+        return message
+
+    def _too_slow(self) -> None:
+        self._slow = True
+        self._task.cancel()
 
     def _call(self, endpoint: Endpoint, caller: Caller, body: bytes) -> NativeCall:
         headers: list[tuple[bytes, bytes]] = self._scope["headers"]
@@ -207,9 +235,9 @@ class _Front:
         self._life.http_status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def _body(self, piece: bytes) -> None:
+    async def _body(self, piece: bytes, more: bool) -> None:
         self._ends_whole = piece.endswith((b"\n\n", b"\r\n\r\n"))
-        await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def refuse(self, error: TidegateError) -> None:
         """Answer with an error of ours."""
@@ -224,10 +252,10 @@ class _Front:
         """In the upstream's own words where it had any; but its word on our key is not for
         clients, who would take it for theirs."""
         if self._out.started or not failed.status:
-            await self._tell(failed.error)
+            await self.tell(failed.error)
             return
         if isinstance(failed.error, UpstreamUnauthorized):
-            await self._tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
+            await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
             return
         headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]
         after_ms = failed.error.retry_after_ms
@@ -236,7 +264,7 @@ class _Front:
         self._life.keep(failed.body)
         await self._whole(failed.status, headers, failed.body)
 
-    async def _tell(self, error: TidegateError) -> None:
+    async def tell(self, error: TidegateError) -> None:
         """What can still be told: all, the last event of a stream, or a connection cut short."""
         if not self._out.started:
             await self.refuse(error)
@@ -245,6 +273,18 @@ class _Front:
             await self._send({"type": "http.response.body", "body": body, "more_body": False})
         else:
             abort(self._scope)
+
+    def say_done(self) -> None:
+        took_ms = (time.monotonic() - self._received) * 1000
+        log_request(
+            {
+                "method": self._scope["method"],
+                "path": self._scope["path"],
+                "status": self._life.http_status,
+                "took_ms": round(took_ms, 1),
+                "request_id": str(self._request_id),
+            }
+        )
 
     def _record(self, call: NativeCall, status: Status, failure: Failure | None) -> None:
         life, target = self._life, self._life.target
@@ -282,15 +322,6 @@ async def _never() -> Message:
     """Stands for `receive` where the body is still being read by somebody else."""
     await asyncio.get_running_loop().create_future()
     raise AssertionError("nobody sets this future")
-
-
-async def _take_cancellation(gone: asyncio.Event, task: asyncio.Task[Any]) -> None:
-    """A client that left in the moment of the end: the cancellation still to come is ours."""
-    if gone.is_set() and task.cancelling():
-        try:
-            await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            task.uncancel()
 
 
 def _without_key(query: str) -> str:

@@ -45,11 +45,10 @@ class Gateway(FastAPI):
         handlers = {"/submit": jobs.submit, "/stream": stream.stream}
         direct = {f"{prefix}{path}": h for path, h in handlers.items() for prefix in ("", "/llm")}
         self._direct = {path: AccessLog(self._called(handler)) for path, handler in direct.items()}
-        self._native = AccessLog(self._relayed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and is_native(scope["path"]):
-            await self._native(scope, receive, send)
+            await native(self.state.services, scope, receive, send)
             return
         if scope["type"] == "http" and scope["method"] == "POST":
             direct = self._direct.get(scope["path"])
@@ -58,9 +57,6 @@ class Gateway(FastAPI):
                 await direct(scope, receive, send)
                 return
         await super().__call__(scope, receive, send)
-
-    async def _relayed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await native(self.state.services, scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:

@@ -60,6 +60,11 @@ class Exchange:
         except (aiohttp.ClientError, OSError) as broken:
             raise self._translated(broken) from None
 
+    @property
+    def at_end(self) -> bool:
+        """Whether all of the body has been read."""
+        return self._content.at_eof()
+
     async def read(self, max_bytes: int) -> bytes:
         """The whole body, or its first `max_bytes`."""
         whole = bytearray()
@@ -101,6 +106,17 @@ class Exchange:
         )
 
 
+class _Opening:
+    """A request whose answer has not begun; `late` once it is being cancelled for that."""
+
+    __slots__ = ("due", "late", "task")
+
+    def __init__(self, task: asyncio.Task[Any], due: float) -> None:
+        self.task = task
+        self.due = due
+        self.late = False
+
+
 class RelayWire:
     """One per process. `start` before the first call, `aclose` at the end."""
 
@@ -108,6 +124,7 @@ class RelayWire:
         self.idle_s = timeouts.idle_ms / 1000
         self.total_s = timeouts.total_ms / 1000
         self.exchanges: set[Exchange] = set()
+        self._openings: set[_Opening] = set()
         self.time = asyncio.get_running_loop().time
         self._timeouts = timeouts
         self._sweeper: asyncio.Task[None] | None = None
@@ -148,14 +165,18 @@ class RelayWire:
 
         Cancelling closes the connection.
         """
-        named: Any = CIMultiDict(headers)
-        first_byte_s = self._timeouts.first_byte_ms / 1000
+        task = asyncio.current_task()
+        assert task is not None
+        opening = _Opening(task, self.time() + self._timeouts.first_byte_ms / 1000)
+        self._openings.add(opening)
         try:
-            async with asyncio.timeout(first_byte_s):
-                response = await self._session.request(
-                    method, url, headers=named, data=body, allow_redirects=False
-                )
-        except TimeoutError:
+            response = await self._session.request(
+                method, url, headers=CIMultiDict(headers), data=body, allow_redirects=False
+            )
+        except asyncio.CancelledError:
+            if not opening.late:
+                raise
+            task.uncancel()
             raise self.ran_out("first_byte") from None
         except aiohttp.ClientConnectorError:
             raise UpstreamUnavailable("could not connect to the provider") from None
@@ -172,6 +193,8 @@ class RelayWire:
         except (aiohttp.ClientError, OSError) as broken:
             name = type(broken).__name__
             raise UpstreamUnavailable(f"the connection to the provider broke ({name})") from None
+        finally:
+            self._openings.discard(opening)
         exchange = Exchange(self, response)
         exchange.begin(self.time())
         self.exchanges.add(exchange)
@@ -191,3 +214,7 @@ class RelayWire:
             for exchange in list(self.exchanges):
                 if (phase := exchange.overdue(now)) is not None:
                     exchange.cut(phase)
+            for opening in list(self._openings):
+                if now > opening.due and not opening.late:
+                    opening.late = True
+                    opening.task.cancel()

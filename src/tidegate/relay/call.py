@@ -19,7 +19,7 @@ KEPT_BYTES = 16_000_000
 Headers = list[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NativeCall:
     """What the front took in. headers: those that may go on to an upstream, as text. query: without
     its `?` and without a key. received: on the monotonic clock. wait_ms: from receipt to
@@ -45,10 +45,11 @@ class NativeCall:
 
 @dataclass(slots=True)
 class Out:
-    """The way back to the client. `started` is true once the head of an answer has gone out."""
+    """The way back to the client: a head, then pieces, of which the last one has no more after it.
+    `started` is true once the head of an answer has gone out."""
 
     start: Callable[[int, Headers], Awaitable[None]]
-    body: Callable[[bytes], Awaitable[None]]
+    body: Callable[[bytes, bool], Awaitable[None]]
     started: bool = False
 
 

@@ -4,7 +4,8 @@ CLOSED (asked) -- `FAULTS` real faults in a row --> OPEN (left out, for longer e
 OPEN -- its time is over --> HALF-OPEN (one request may try) -- success --> CLOSED, else OPEN
 
 A throttling is no fault: it says that the upstream works. Invariant: an upstream that is out is
-asked again after at most `LONGEST_S` (`DEAD_KEY_S` where it refused our key), and a success closes it at once.
+asked again after at most `LONGEST_S` (`DEAD_KEY_S` where it refused our key), and a success closes
+it at once.
 """
 
 from __future__ import annotations

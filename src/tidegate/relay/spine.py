@@ -17,7 +17,7 @@ from typing import Any
 
 from yarl import URL
 
-from tidegate.call import OTHER_KIND, Outcome
+from tidegate.call import DEFAULT_POOL, OTHER_KIND, Outcome
 from tidegate.config import Config
 from tidegate.demand import Demand, Demands
 from tidegate.errors import (
@@ -65,7 +65,9 @@ class Relay:
         self.health = {name: Health() for name in targets.upstreams}
         self._pools = pools
         self._wire = wire
-        self._demands = {name: Demands() for name in targets.upstreams}
+        self._demands = {
+            name: Demands(kinds_optional=name != DEFAULT_POOL) for name in targets.upstreams
+        }
         self._budget = RetryBudget()
         self._hard_ms = config.total_timeout_ms + _HARD_MARGIN_MS
         self._urls: dict[str, URL] = {}
@@ -341,15 +343,19 @@ class _Work:
         assert life.target is not None
         headers.append((b"x-tidegate-upstream", life.target.upstream.name.encode()))
         await out.start(exchange.status, headers)
+        if without is None:
+            more = True
+            while more:
+                piece = await exchange.next()
+                life.keep(piece)
+                more = not exchange.at_end
+                await out.body(piece, more)
+            return
         while piece := await exchange.next():
             life.keep(piece)
-            if without is not None:
-                piece = without.take(piece)
-                if not piece:
-                    continue
-            await out.body(piece)
-        if without is not None and (rest := without.rest()):
-            await out.body(rest)
+            if piece := without.take(piece):
+                await out.body(piece, True)
+        await out.body(without.rest(), False)
 
 
 def _is_events(exchange: Exchange) -> bool:

@@ -15,6 +15,8 @@ from tidegate.errors import NotFound
 from tidegate.policy.upstreams import Deployment, Upstream
 from tidegate.relay.paths import Dialect
 
+_MODELS_KEPT = 1_000
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -31,16 +33,22 @@ class Targets:
         self.upstreams = {one.name: one for one in deployment.upstreams}
         self._routes = deployment.routes
         self._random = random or Random()
+        # The targets of a model, and whether their order is drawn.
+        self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
 
     def of(self, dialect: Dialect, model: str) -> list[Target]:
         """The chain for a model. Raises NotFound where nobody serves it in that dialect."""
-        plain = model.removeprefix("models/")
-        found = self._routed(dialect, plain)
-        if found is None:
-            found = self._drawn(self._best(dialect, plain))
-        if not found:
-            raise NotFound(f"no upstream serves the model {model!r} in the {dialect} dialect")
-        return found
+        known = self._known.get((dialect, model))
+        if known is None:
+            plain = model.removeprefix("models/")
+            routed = self._routed(dialect, plain)
+            known = (self._best(dialect, plain), True) if routed is None else (routed, False)
+            if not known[0]:
+                raise NotFound(f"no upstream serves the model {model!r} in the {dialect} dialect")
+            if len(self._known) < _MODELS_KEPT:
+                self._known[dialect, model] = known
+        found, by_lot = known
+        return self._drawn(found) if by_lot else list(found)
 
     def speaking(self, dialect: Dialect) -> list[Upstream]:
         """All upstreams of a dialect, in the order of the file."""

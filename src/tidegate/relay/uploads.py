@@ -50,7 +50,8 @@ async def upload(
             await out.start(exchange.status, headers)
             while piece := await exchange.next():
                 life.keep(piece)
-                await out.body(piece)
+                await out.body(piece, True)
+            await out.body(b"", False)
         finally:
             exchange.close()
     except UpstreamError as error:

@@ -36,7 +36,7 @@ SOURCE = "relay"
 MAX_WAITING = 10_000
 MAX_WAITING_BYTES = 64_000_000
 _BATCH_ROWS = 500
-_LINGER_S = 0.02
+_LINGER_S = 0.05
 _SMALL_BYTES = 400  # compressing less saves nothing
 _QUICK = 1  # a level of zlib: this is on the processor that relays
 _BLOB_TIMEOUT_S = 5.0
@@ -54,7 +54,7 @@ _BODY_COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RelayRecord:
     """One native call as it ended. `request` and `response` are the bytes as they travelled."""
 

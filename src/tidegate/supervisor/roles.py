@@ -117,6 +117,7 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,  # whom a proxy speaks for decides nothing here
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
     )

@@ -8,6 +8,7 @@ import pytest
 
 from tidegate.call import Call, Kind, Usage
 from tidegate.demand import Demand, Demands
+from tidegate.demand.pieces import Modality
 from tidegate.limiter import PoolPolicy, Tokens
 from tidegate.policy.plain import of_plain
 
@@ -33,26 +34,31 @@ def demand() -> Demand:
     return Demands().of(call(), POLICY)
 
 
+def reserved(asked: Demand) -> Tokens:
+    assert asked.tokens is not None
+    return asked.tokens
+
+
 def test_a_call_asks_for_its_limits_its_tokens_and_its_place() -> None:
     asked = Demands().of(call(tenant_id="acme", priority=50), POLICY)
     assert asked.limits == ("kind:text_only", "model:m", "itpm:m")
     assert (asked.tenant, asked.priority, asked.images) == ("acme", "high", 0)
-    assert asked.tokens.input >= 300
-    assert asked.tokens.output >= 800
+    assert reserved(asked).input >= 300
+    assert reserved(asked).output >= 800
 
 
 def test_one_that_makes_an_image_asks_for_one() -> None:
     asked = Demands().of(call(Kind.IMAGE_GENERATION), POLICY)
     assert asked.images == 1
     assert "ipm:m" in asked.limits
-    assert asked.tokens.output >= 1_290
+    assert reserved(asked).output >= 1_290
 
 
 def test_the_classifiers_question_falls_under_its_own_limit_and_the_models() -> None:
     asked = Demands().of_question("is it a picture?", "m", POLICY, max_output_tokens=512)
     assert asked.limits == ("kind:classifier", "model:m", "itpm:m")
     assert asked.priority == "normal"
-    assert asked.tokens.output == 512
+    assert reserved(asked).output == 512
 
 
 def test_another_policy_is_seen_at_once() -> None:
@@ -68,7 +74,7 @@ def test_what_is_not_known_stays_reserved(whole: bool) -> None:
     asked = demand()
     assert asked.used(Usage(), whole=whole) is None
     only_input = asked.used(Usage(input_tokens=90), whole=whole)
-    assert only_input == Tokens(90, asked.tokens.output)
+    assert only_input == Tokens(90, reserved(asked).output)
     only_total = asked.used(Usage(total_tokens=90), whole=whole)
     assert only_total is None
 
@@ -81,7 +87,7 @@ def test_a_whole_answer_is_settled_for_what_it_used() -> None:
 def test_of_a_cut_answer_the_provider_may_have_made_more_than_it_told() -> None:
     asked = demand()
     cut = Usage(input_tokens=90, output_tokens=10)
-    assert asked.used(cut, whole=False) == Tokens(90, asked.tokens.output)
+    assert asked.used(cut, whole=False) == Tokens(90, reserved(asked).output)
     long = Usage(input_tokens=90, output_tokens=100_000)
     assert asked.used(long, whole=False) == Tokens(90, 100_000)
 
@@ -97,3 +103,32 @@ def test_a_whole_answer_teaches_both_sides_and_a_cut_one_its_input() -> None:
         "input": 2,
         "output:text_only": 1,
     }
+
+
+def native(demands: Demands, policy: PoolPolicy) -> Demand:
+    pieces = {Modality.LATIN: 100.0}
+    return demands.of_native("m", "text_only", pieces, policy, tenant="acme", priority=0)
+
+
+def test_a_native_request_is_estimated_where_a_limit_counts_tokens() -> None:
+    demands = Demands()
+    assert all(native(demands, POLICY).tokens is not None for _ in range(20))
+
+
+def test_where_none_does_it_learns_from_some() -> None:
+    demands, policy = Demands(), PoolPolicy({"kind:text_only": 5})
+    asked = [native(demands, policy) for _ in range(80)]
+    known = [one for one in asked if one.tokens is not None]
+    assert len(known) == 10
+    assert asked[0] is known[0]
+    for one in asked:
+        assert one.used(Usage(90, 10), whole=True) in (None, Tokens(90, 10))
+        demands.learn(one, Usage(90, 10), whole=True)
+    assert {track.calls for track in demands.estimator.error()} == {10}
+
+
+def test_a_pool_whose_kinds_are_optional_needs_no_limit_on_them() -> None:
+    optional = Demands(kinds_optional=True)
+    assert native(optional, PoolPolicy({"pool:total": 5})).limits == ("pool:total",)
+    assert native(optional, PoolPolicy({})).limits == ()
+    assert native(Demands(), PoolPolicy({})).limits == ("kind:text_only",)
