@@ -112,8 +112,13 @@ class Config(Places):
     )
     stream_wait_ms: Milliseconds = Field(
         default=30_000,
-        description="How long a stream waits for its turn before it is refused, "
-        "where the request gives no deadline_ms.",
+        description="How long a stream or a native call waits for its turn before it is refused, "
+        "where the request gives no deadline.",
+    )
+    keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = Field(
+        default=0,
+        description="While a native stream waits longer than this, comments keep its connection "
+        "alive; from then on a refusal is an event in a 200. 0: never.",
     )
     stalled_reader_ms: Milliseconds = Field(
         default=30_000, description="How long a client may stop reading before it is cut off."

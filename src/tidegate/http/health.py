@@ -40,11 +40,21 @@ class Dependency(BaseModel):
     detail: str | None = None
 
 
+class UpstreamHealth(BaseModel):
+    """How native calls of this process find an upstream: `ok`, `out` after some faults in a row, or
+    `trying` again. `key_refused`: it takes our key for wrong. `detail` is the last fault."""
+
+    status: Literal["ok", "out", "trying"]
+    key_refused: bool = False
+    detail: str | None = None
+
+
 class Dependencies(BaseModel):
     status: Literal["ok", "failed"]
     valkey: Dependency
     postgresql: Dependency
     limiter: str
+    upstreams: dict[str, UpstreamHealth]
 
 
 @router.get("/live", response_model=Liveness, summary="The process runs")
@@ -87,6 +97,12 @@ async def dependencies(request: Request) -> JSONResponse:
         valkey=valkey,
         postgresql=postgresql,
         limiter=services.limiter.local_state().state,
+        upstreams={
+            name: UpstreamHealth(
+                status=health.state, key_refused=health.key_dead, detail=health.why or None
+            )
+            for name, health in services.relay.health.items()
+        },
     )
     return JSONResponse(body.model_dump(), 503 if failed else 200)
 

@@ -78,7 +78,7 @@ class _Front:
 
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
-        *("_received_at", "_out", "_life", "_ends_whole", "_task", "_slow"),
+        *("_received_at", "_out", "_life", "_ends_whole", "_task", "_slow", "_head_sent"),
     )
 
     def __init__(
@@ -95,7 +95,7 @@ class _Front:
         self._out = Out(self._start, self._body)
         self._life = Life()
         self._ends_whole = True  # what went out ends with whole events, as far as we know
-        self._slow = False
+        self._slow = self._head_sent = False
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
@@ -121,9 +121,12 @@ class _Front:
         except ClientGone:
             return
         presence = Presence(self._scope, _never if uploads else self._receive, self._task)
+        comfort = self._comforting(endpoint)
         try:
             status, failure = await self._run(call, presence)
         finally:
+            if comfort is not None:
+                comfort.cancel()
             await presence.end()
         self._record(call, status, failure)
 
@@ -229,11 +232,40 @@ class _Front:
             subject=subject,
         )
 
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:
+        """What keeps the connection of a stream alive while it waits, where that is wanted."""
+        after_ms = self._services.config.keep_alive_after_ms
+        gemini = endpoint.dialect is Dialect.GEMINI
+        events = b"alt=sse" in self._scope["query_string"] if gemini else True
+        if not after_ms or not events or not endpoint.operation.is_counted:
+            return None
+        return asyncio.create_task(self._comfort(after_ms / 1000))
+
+    async def _comfort(self, every_s: float) -> None:
+        """Comments, which clients pass over. From the first one on the answer is a 200: what goes
+        wrong then is told as an event."""
+        while True:
+            await asyncio.sleep(every_s)
+            if self._out.started or not self._life.streams:
+                return
+            if not self._head_sent:
+                self._head_sent = True
+                self._life.http_status = 200
+                headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+                await self._send(self._head(200, headers))
+            comment = b": waiting for admission\n\n"
+            await self._send({"type": "http.response.body", "body": comment, "more_body": True})
+
+    def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> Message:
         headers.append((_REQUEST_ID, str(self._request_id).encode()))
+        return {"type": "http.response.start", "status": status, "headers": headers}
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._out.started = True
-        self._life.http_status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        if not self._head_sent:
+            self._head_sent = True
+            self._life.http_status = status
+            await self._send(self._head(status, headers))
 
     async def _body(self, piece: bytes, more: bool) -> None:
         self._ends_whole = piece.endswith((b"\n\n", b"\r\n\r\n"))
@@ -251,7 +283,7 @@ class _Front:
     async def _tell_failed(self, failed: CallFailed) -> None:
         """In the upstream's own words where it had any; but its word on our key is not for
         clients, who would take it for theirs."""
-        if self._out.started or not failed.status:
+        if self._head_sent or not failed.status:
             await self.tell(failed.error)
             return
         if isinstance(failed.error, UpstreamUnauthorized):
@@ -266,7 +298,7 @@ class _Front:
 
     async def tell(self, error: TidegateError) -> None:
         """What can still be told: all, the last event of a stream, or a connection cut short."""
-        if not self._out.started:
+        if not self._head_sent:
             await self.refuse(error)
         elif self._life.streams and self._ends_whole:
             body = event(self._dialect, error)

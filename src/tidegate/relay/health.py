@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 FAULTS = 5
 FIRST_S = 1.0
@@ -25,6 +26,7 @@ RETRY_SHARE = 0.2
 RETRIES_AT_ONCE = 10.0
 
 Clock = Callable[[], float]
+State = Literal["ok", "out", "trying"]
 
 
 @dataclass(slots=True)
@@ -40,8 +42,7 @@ class Health:
     _rounds: int = field(default=0)
 
     @property
-    def state(self) -> str:
-        """`ok`, `out` or `trying`."""
+    def state(self) -> State:
         if not self._rounds:
             return "ok"
         return "out" if self.clock() < self.open_until else "trying"

@@ -40,6 +40,7 @@ from tidegate.relay.health import Health, RetryBudget
 from tidegate.relay.paths import Dialect
 from tidegate.relay.permission import check_model
 from tidegate.relay.refusal import pause_if_throttled, refusal_of
+from tidegate.relay.remaining import Remaining
 from tidegate.relay.request_body import body_for
 from tidegate.relay.targets import Target, Targets
 from tidegate.relay.usage import pictures_in
@@ -63,6 +64,7 @@ class Relay:
     ) -> None:
         self.targets = targets
         self.health = {name: Health() for name in targets.upstreams}
+        self.remaining = {pool: Remaining(limiter) for pool, limiter in pools.items()}
         self._pools = pools
         self._wire = wire
         self._demands = {
@@ -292,7 +294,7 @@ class _Work:
         started = time.perf_counter()
         outcome = Outcome.IGNORED
         try:
-            await self._exchange(target)
+            await self._exchange(target, demand)
             outcome = Outcome.SUCCESS
         except CallFailed as failed:
             outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
@@ -318,7 +320,7 @@ class _Work:
         permit.settle(outcome, tokens=demand.used(life.told.usage, whole=whole), images=images)
         self._relay.learn(target, demand, life, whole=whole)
 
-    async def _exchange(self, target: Target) -> None:
+    async def _exchange(self, target: Target, demand: Demand) -> None:
         relay, life = self._relay, self._life
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
@@ -329,19 +331,22 @@ class _Work:
                     raise await refusal_of(exchange, target)
                 relay.worked(target)
                 life.http_status = exchange.status
-                await self._pass_on(exchange, hides)
+                await self._pass_on(exchange, target, demand, hides)
             finally:
                 exchange.close()
         except UpstreamError as error:
             raise CallFailed(error, target) from None
 
-    async def _pass_on(self, exchange: Exchange, hides_usage: bool) -> None:
+    async def _pass_on(
+        self, exchange: Exchange, target: Target, demand: Demand, hides_usage: bool
+    ) -> None:
         life, out = self._life, self._out
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         headers = to_return(exchange.headers, same_length=without is None)
         headers.append((b"x-tidegate-queue-ms", b"%.1f" % life.queue_ms))
-        assert life.target is not None
-        headers.append((b"x-tidegate-upstream", life.target.upstream.name.encode()))
+        headers.append((b"x-tidegate-upstream", target.upstream.name.encode()))
+        if left := self._relay.remaining[target.upstream.pool].of(demand.limits):
+            headers.append((b"x-tidegate-remaining", left))
         await out.start(exchange.status, headers)
         if without is None:
             more = True

@@ -180,3 +180,53 @@ async def test_with_postgresql_away_calls_go_on_and_are_recorded_later(
         "the record of what was answered meanwhile",
     )
     assert len(rows) == 1
+
+
+async def test_the_answer_says_what_is_left(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 7})
+
+    async def left() -> str:
+        async with gateway.http.post(url_of(gateway), json=BODY) as response:
+            return response.headers.get("x-tidegate-remaining", "")
+
+    found = await wait_until(left, 5, "what is left")
+    limit, _, number = found.partition("=")
+    assert limit == "kind:text_only"
+    assert 5 <= int(number) <= 7
+
+
+async def test_comments_keep_a_waiting_stream_alive(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1}, keep_alive_after_ms=30)
+    await gateway.upstream.set_fault("hang", match="hold it", count=1)
+    held = {"contents": [{"parts": [{"text": "hold it"}]}]}
+    holding = asyncio.create_task(gateway.http.post(url_of(gateway), json=held))
+    await gateway.in_flight(1)
+    stream = url_of(gateway, "streamGenerateContent?alt=sse")
+    async with gateway.http.post(stream, json=BODY) as response:
+        assert response.status == 200
+        assert (await response.content.readline()).startswith(b": waiting")
+        holding.cancel()
+        rest = await response.read()
+    assert rest.count(b"data: {") == 4
+    assert b"error" not in rest
+
+
+async def test_a_refusal_after_a_comment_is_an_event(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1}, keep_alive_after_ms=20)
+    await gateway.upstream.set_fault("hang", match="hold it", count=1)
+    held = {"contents": [{"parts": [{"text": "hold it"}]}]}
+    holding = asyncio.create_task(gateway.http.post(url_of(gateway), json=held))
+    await gateway.in_flight(1)
+    stream = url_of(gateway, "streamGenerateContent?alt=sse")
+    headers = {"x-tidegate-deadline-ms": "200"}
+    async with gateway.http.post(stream, json=BODY, headers=headers) as response:
+        seen = await response.read()
+        assert response.status == 200
+    last = seen.decode().strip().rpartition("data: ")[2]
+    assert json.loads(last)["error"]["status"] == "RESOURCE_EXHAUSTED"
+    holding.cancel()
+
+
+async def test_health_shows_the_upstreams(gateway: Gateway) -> None:
+    _, body = await gateway.get("/health/dependencies")
+    assert body["upstreams"] == {"gemini": {"status": "ok", "key_refused": False, "detail": None}}
