@@ -27,6 +27,7 @@ RawHeaders = Iterable[tuple[bytes, bytes]]
 
 _KEEPALIVE_S = 15.0
 _SWEEP_S = 0.25
+_URLS_KEPT = 2_000
 _MOST_HEADER_BYTES = 32_768
 
 
@@ -125,6 +126,7 @@ class RelayWire:
         self.total_s = timeouts.total_ms / 1000
         self.exchanges: set[Exchange] = set()
         self._openings: set[_Opening] = set()
+        self._urls: dict[str, URL] = {}
         self.time = asyncio.get_running_loop().time
         self._timeouts = timeouts
         self._sweeper: asyncio.Task[None] | None = None
@@ -153,6 +155,15 @@ class RelayWire:
         for exchange in list(self.exchanges):
             exchange.close()
         await self._session.close()
+
+    def url(self, text: str) -> URL:
+        """A URL that is whole and quoted already; kept, since taking one apart is dear."""
+        known = self._urls.get(text)
+        if known is None:
+            known = URL(text, encoded=True)
+            if len(self._urls) < _URLS_KEPT:
+                self._urls[text] = known
+        return known
 
     async def open(
         self,

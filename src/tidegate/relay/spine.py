@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from random import random
 from typing import Any
 
-from yarl import URL
-
 from tidegate.call import DEFAULT_POOL, OTHER_KIND, Outcome
 from tidegate.config import Config
 from tidegate.demand import Demand, Demands
@@ -37,7 +35,8 @@ from tidegate.relay.asked import Asked, asked_of, parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import to_return, with_key
 from tidegate.relay.health import Health, RetryBudget
-from tidegate.relay.paths import Dialect
+from tidegate.relay.models import Models, is_plain
+from tidegate.relay.paths import Dialect, Operation
 from tidegate.relay.permission import check_model
 from tidegate.relay.refusal import pause_if_throttled, refusal_of
 from tidegate.relay.remaining import Remaining
@@ -51,7 +50,6 @@ MOST_TRIES = 4
 _HARD_MARGIN_MS = 5_000
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
-_URLS_KEPT = 2_000
 
 log = get_logger()
 
@@ -72,7 +70,7 @@ class Relay:
         }
         self._budget = RetryBudget()
         self._hard_ms = config.total_timeout_ms + _HARD_MARGIN_MS
-        self._urls: dict[str, URL] = {}
+        self._models = Models(wire)
 
     async def run(self, call: NativeCall, out: Out, life: Life) -> None:
         """Make the call; its answer goes to `out` as it comes, and `life` is filled.
@@ -81,6 +79,8 @@ class Relay:
         after `out.started` nothing more can be told to the client but that it failed. Cancellation
         leaves neither a waiter nor an open upstream call.
         """
+        if call.endpoint.operation is Operation.MODELS and await self._listed(call, out, life):
+            return
         body: dict[str, Any] = {}
         asked: Asked | None = None
         if call.endpoint.operation.is_counted or call.body:
@@ -93,9 +93,27 @@ class Relay:
         work = _Work(self, call, body, asked, out, life)
         await work.until_answered(self._chain(call, asked))
 
+    async def _listed(self, call: NativeCall, out: Out, life: Life) -> bool:
+        """Answer for the list of models, where it is not the only upstream's own."""
+        upstreams = self.targets.speaking(call.endpoint.dialect)
+        if not call.endpoint.path.endswith("/models") or not upstreams:
+            return False
+        if is_plain(call.caller, upstreams):
+            return False
+        body = await self._models.listed(call, upstreams)
+        life.keep(body)
+        length = (b"content-length", str(len(body)).encode())
+        await out.start(200, [(b"content-type", b"application/json"), length])
+        await out.body(body, False)
+        return True
+
     def _chain(self, call: NativeCall, asked: Asked | None) -> list[Target]:
         if asked is not None:
             return self.targets.of(call.endpoint.dialect, asked.model)
+        name = call.endpoint.path.rpartition("/models/")[2]
+        if call.endpoint.operation is Operation.MODELS and name != call.endpoint.path:
+            check_model(call.caller, name)
+            return self.targets.of(call.endpoint.dialect, name)
         return [self.first_of(call.endpoint.dialect)]
 
     def first_of(self, dialect: Dialect) -> Target:
@@ -155,13 +173,8 @@ class Relay:
         text = f"{base}{call.endpoint.path_for(target.model)}"
         if call.query:
             text = f"{text}?{call.query}"
-        url = self._urls.get(text)
-        if url is None:
-            url = URL(text, encoded=True)
-            if len(self._urls) < _URLS_KEPT:
-                self._urls[text] = url
         headers = with_key(call.headers, dialect, target.upstream.key)
-        return await self._wire.open(call.method, url, headers, body)
+        return await self._wire.open(call.method, self._wire.url(text), headers, body)
 
     def may_try_again(self) -> bool:
         return self._budget.spend()

@@ -228,3 +228,30 @@ async def test_retries_are_a_part_of_the_traffic(open_gateway: Opener) -> None:
     gateway.services.relay.noted = lambda failed: None  # type: ignore[method-assign]
     await asyncio.gather(*(ask(gateway) for _ in range(50)))
     assert 50 <= len(await gateway.calls()) <= 60
+
+
+async def test_the_list_of_models_is_that_of_all_who_serve_some(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy())
+    _, body = await gateway.get("/v1beta/models")
+    names = [model["name"] for model in body["models"]]
+    assert "models/quick" in names
+    assert "models/gemini-2.5-flash" in names
+    assert len(names) == len(set(names))
+    status, one = await gateway.get("/v1beta/models/gemini-2.5-pro")
+    assert (status, one["name"]) == (200, "models/gemini-2.5-pro")
+    assert (await gateway.get("/v1beta/models/claude-9"))[0] == 404
+
+
+async def test_one_that_gives_no_list_spoils_nobody_elses(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy())
+    await second.control.set_fault("unavailable", kind="other")
+    status, body = await gateway.get("/v1beta/models")
+    assert status == 200
+    assert "models/gemini-2.5-flash" in [model["name"] for model in body["models"]]
+    await gateway.upstream.set_fault("unavailable", kind="other")
+    gateway.services.relay._models._lists.clear()
+    assert (await gateway.get("/v1beta/models"))[0] == 503

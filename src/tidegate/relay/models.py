@@ -1,0 +1,132 @@
+"""The list of models, as all upstreams of a dialect together have it.
+
+Invariant: a caller sees the models that it may ask here, under the names by which it may ask them;
+an upstream that gives no list leaves out its own, and spoils nobody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import orjson
+
+from tidegate.call import Caller
+from tidegate.errors import UpstreamError, UpstreamGarbled
+from tidegate.policy.upstreams import Upstream
+from tidegate.providers.relay import RelayWire
+from tidegate.relay.call import CallFailed, NativeCall
+from tidegate.relay.headers import to_send, with_key
+from tidegate.relay.paths import Dialect
+from tidegate.relay.refusal import refusal_of
+from tidegate.relay.targets import Target
+
+_KEPT_S = 60.0
+_LONGEST_BYTES = 4_000_000
+# path, key of the list, key of a model's name
+_SHAPES = {
+    Dialect.OPENAI: ("/models", "data", "id"),
+    Dialect.ANTHROPIC: ("/v1/models?limit=1000", "data", "id"),
+    Dialect.GEMINI: ("/v1beta/models?pageSize=1000", "models", "name"),
+}
+_FOLDER = "models/"
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    at: float
+    models: list[dict[str, Any]]
+
+
+class Models:
+    """One per process; each upstream's list is kept for a minute."""
+
+    def __init__(self, wire: RelayWire) -> None:
+        self._wire = wire
+        self._lists: dict[tuple[str, Dialect], _Listed] = {}
+
+    async def listed(self, call: NativeCall, upstreams: list[Upstream]) -> bytes:
+        """The body of the answer. Raises CallFailed where no upstream gave a list."""
+        dialect = call.endpoint.dialect
+        found = await asyncio.gather(
+            *(self._of(call, one) for one in upstreams), return_exceptions=True
+        )
+        models: dict[str, dict[str, Any]] = {}
+        failure: BaseException | None = None
+        for upstream, result in zip(upstreams, found, strict=True):
+            if isinstance(result, BaseException):
+                failure = result
+                continue
+            for model in _shown(dialect, upstream, result):
+                models.setdefault(str(model[_SHAPES[dialect][2]]), model)
+        if failure is not None and len(models) == 0:
+            raise failure
+        allowed = [one for name, one in models.items() if _may_see(call.caller, name)]
+        return orjson.dumps(_whole(dialect, allowed))
+
+    async def _of(self, call: NativeCall, upstream: Upstream) -> list[dict[str, Any]]:
+        dialect = call.endpoint.dialect
+        known = self._lists.get((upstream.name, dialect))
+        if known is None or time.monotonic() - known.at > _KEPT_S:
+            models = await self._asked(call, upstream)
+            known = self._lists[upstream.name, dialect] = _Listed(time.monotonic(), models)
+        return known.models
+
+    async def _asked(self, call: NativeCall, upstream: Upstream) -> list[dict[str, Any]]:
+        dialect, target = call.endpoint.dialect, Target(upstream, "")
+        path, key, name = _SHAPES[dialect]
+        url = f"{upstream.base_urls[dialect]}{path}"
+        given = [pair for pair in call.headers if pair[0] == "anthropic-version"]
+        headers = with_key([*given, *to_send([])], dialect, upstream.key)
+        try:
+            exchange = await self._wire.open("GET", self._wire.url(url), headers, None)
+            try:
+                if exchange.status >= 300:
+                    raise await refusal_of(exchange, target)
+                body = orjson.loads(await exchange.read(_LONGEST_BYTES))
+                models = [one for one in body[key] if isinstance(one[name], str)]
+            finally:
+                exchange.close()
+        except UpstreamError as error:
+            raise CallFailed(error, target) from None
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise CallFailed(UpstreamGarbled("the list of models is not one"), target) from None
+        return models
+
+
+def is_plain(caller: Caller, upstreams: list[Upstream]) -> bool:
+    """Whether the only upstream's own list says it all."""
+    only = upstreams[0]
+    return (
+        len(upstreams) == 1 and caller.models is None and only.models == ("*",) and not only.aliases
+    )
+
+
+def _shown(
+    dialect: Dialect, upstream: Upstream, models: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Those that may be asked by their own name, and the aliases."""
+    key = _SHAPES[dialect][2]
+    folder = _FOLDER if dialect is Dialect.GEMINI else ""
+    found = [one for one in models if upstream.fit(one[key].removeprefix(folder))]
+    by_name = {one[key].removeprefix(folder): one for one in models}
+    for alias, name in upstream.aliases.items():
+        found.append({**by_name.get(name, {}), key: f"{folder}{alias}"})
+    return found
+
+
+def _may_see(caller: Caller, name: str) -> bool:
+    plain = name.removeprefix(_FOLDER)
+    return caller.models is None or any(fnmatchcase(plain, one) for one in caller.models)
+
+
+def _whole(dialect: Dialect, models: list[dict[str, Any]]) -> dict[str, Any]:
+    if dialect is Dialect.GEMINI:
+        return {"models": models}
+    if dialect is Dialect.ANTHROPIC:
+        ends = [models[0]["id"], models[-1]["id"]] if models else [None, None]
+        return {"data": models, "has_more": False, "first_id": ends[0], "last_id": ends[1]}
+    return {"object": "list", "data": models}
