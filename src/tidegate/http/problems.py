@@ -35,6 +35,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
+    errors.IdempotencyConflict: 409,
     errors.DeadlineExceeded: 504,
     errors.DemandImpossible: 422,
     errors.QueueFull: 503,

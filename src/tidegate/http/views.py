@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
-from tidegate.store.records import FileRecord, NewJob, RequestRecord
+from tidegate.store.records import Earlier, FileRecord, NewJob, RequestRecord
 from tidegate.store.states import Status
 
 _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
@@ -131,15 +131,15 @@ class StatusView(Classified):
     error: ErrorView | None = None
 
 
-def accepted(job: NewJob, prefix: str) -> Accepted:
+def accepted(request: NewJob | Earlier, prefix: str) -> Accepted:
     """`prefix` is the path before `/submit` as the client called it: empty or `/llm`."""
     return Accepted(
-        request_id=str(job.request_id),
-        status=Status.QUEUED,
-        status_url=f"{prefix}/status/{job.request_id}",
-        type=job.classification.kind,
-        classified_by=_decider(job.classification),
-        classified_why=job.classification.reason,
+        request_id=str(request.request_id),
+        status=request.status if isinstance(request, Earlier) else Status.QUEUED,
+        status_url=f"{prefix}/status/{request.request_id}",
+        type=request.classification.kind,
+        classified_by=_decider(request.classification),
+        classified_why=request.classification.reason,
     )
 
 

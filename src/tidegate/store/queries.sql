@@ -1,17 +1,6 @@
 -- Every statement of the store. Many rows travel as one JSON array in $1, so that a group commit
 -- is one statement whatever its size. Every write to a job is fenced by its claim.
 
--- name: submit_requests
--- Insert many jobs at once; an id that is there already is left as it is, so repeats are safe.
-INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
-    prompt, image_uri, model, priority, created_at, deadline_at)
-SELECT id, tenant_id, pool, 'job', 'queued', kind, classified_by, classified_reason,
-    prompt, image_uri, model, priority, created_at, deadline_at
-FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, kind text,
-    classified_by text, classified_reason text, prompt text, image_uri text, model text,
-    priority integer, created_at timestamptz, deadline_at timestamptz)
-ON CONFLICT (id) DO NOTHING
-
 -- name: add_files
 -- Insert the files of requests written in the same transaction.
 INSERT INTO files (id, request_id, tenant_id, role, position, name, mime_type, size_bytes, blob_key)
