@@ -11,6 +11,8 @@ TidegateError
 ├── Forbidden                   not for this caller, whatever it shows
 ├── NotFound                    no such request, file or limit
 ├── IdempotencyConflict         the idempotency key was used before, for something else
+├── AlreadyEnded                too late to cancel it
+├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
@@ -108,6 +110,14 @@ class IdempotencyConflict(TidegateError):
     code = "idempotency_conflict"
     field = "Idempotency-Key"
     allowed = "the same request again, or a new key"
+
+
+class AlreadyEnded(TidegateError):
+    code = "already_ended"
+
+
+class RequestCancelled(TidegateError):
+    code = "cancelled"
 
 
 class AdmissionError(TidegateError):

@@ -5,8 +5,6 @@ Invariant: a 202 is sent only after the request's row is committed.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -19,15 +17,14 @@ from fastapi.responses import Response, StreamingResponse
 
 from tidegate.call import DEFAULT_TENANT, new_id
 from tidegate.errors import IdempotencyConflict, NotFound, StoreUnavailable
-from tidegate.http.events import disconnected
+from tidegate.http.following import until_changed
 from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
 from tidegate.http.problems import REQUEST_ID_HEADER, Problem
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import Accepted, StatusView, accepted, status_view
 from tidegate.pipeline import Ask
-from tidegate.store.records import Earlier, NewJob, RequestRecord
-from tidegate.store.states import Status
+from tidegate.store.records import Earlier, NewJob
 
 _MAX_WAIT_S = 60
 _EXTENSIONS = {
@@ -196,43 +193,8 @@ async def status(
     services = services_of(request)
     record = await services.store.get(request_id, DEFAULT_TENANT)
     if wait and not record.status.is_end:
-        record = await _changed(request, services, record, wait)
+        record = await until_changed(request, services, record, wait)
     return status_view(record, prefix_of(request))
-
-
-async def _changed(
-    request: Request, services: Services, record: RequestRecord, wait_s: float
-) -> RequestRecord:
-    """Follow the record until its status differs or nobody should wait any longer.
-
-    That is when the time is up, this process drains, or the client has gone.
-    """
-    until = time.monotonic() + wait_s
-    enough = {
-        asyncio.ensure_future(services.draining.wait()),
-        asyncio.ensure_future(disconnected(request.receive)),
-    }
-    try:
-        first: Status = record.status
-        while record.status is first and (left_s := until - time.monotonic()) > 0:
-            change = asyncio.ensure_future(
-                services.store.wait_change(
-                    record.request_id, record.tenant_id, record.version, round(left_s * 1000)
-                )
-            )
-            try:
-                await asyncio.wait({change, *enough}, return_when=asyncio.FIRST_COMPLETED)
-                if not change.done():
-                    break
-                record = change.result()
-            finally:
-                change.cancel()
-            if any(task.done() for task in enough):
-                break
-        return record
-    finally:
-        for task in enough:
-            task.cancel()
 
 
 @router.get(

@@ -36,6 +36,8 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.IdempotencyConflict: 409,
+    errors.AlreadyEnded: 409,
+    errors.RequestCancelled: 409,
     errors.DeadlineExceeded: 504,
     errors.DemandImpossible: 422,
     errors.QueueFull: 503,

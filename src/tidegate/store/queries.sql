@@ -144,7 +144,7 @@ UPDATE requests r SET
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
     admitted_at timestamptz, queue_ms double precision)
 WHERE r.id = row.id AND r.claim = row.claim AND r.claimed_by = $2
-    AND r.status IN ('queued', 'running')
+    AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
 RETURNING r.id, r.attempt_id, r.attempt_at, r.attempts, r.tenant_id, r.pool, r.kind
 
 -- name: add_attempts
@@ -356,7 +356,8 @@ RETURNING *
 -- name: requeue_dead
 -- A person's decision: a dead job gets a fresh start.
 UPDATE requests SET status = 'queued', lapses = 0, claim = claim + 1, claimed_by = NULL,
-    failure = NULL, finished_at = NULL, not_before = NULL, version = version + 1
+    failure = NULL, finished_at = NULL, not_before = NULL, cancel_asked_at = NULL,
+    version = version + 1
 WHERE id = $1 AND status = 'dead'
 RETURNING pool
 

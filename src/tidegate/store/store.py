@@ -21,6 +21,7 @@ from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store import entries, rows
 from tidegate.store.bell import Bell
 from tidegate.store.blobs import Blobs
+from tidegate.store.cancels import Cancels
 from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
 from tidegate.store.migrate import HEAD, revision_of
@@ -75,6 +76,7 @@ class Store:
         )
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
+        self.cancels = Cancels(connections, self._bell, instance_id=instance_id)
         self._submits = Submits(connections, self._bell)
         self._house: asyncio.Task[None] | None = None
         self._schema_fitted = False

@@ -229,6 +229,9 @@ async def test_no_hot_statement_scans_the_queue(
         "retake": [[some["id"]], 3, "{}"],
         "expire_due": ["{}"],
         "requeue_dead": [some["id"]],
+        "cancel_queued": [some["id"], "{}"],
+        "asked_of_worker": ["w", [some["id"]]],
+        "cancel_returned": ["{}"],
         "prune_candidates": [now() - timedelta(days=30), 500],
     }
     for name, arguments in hot.items():

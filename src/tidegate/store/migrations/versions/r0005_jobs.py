@@ -12,6 +12,12 @@ depends_on = None
 STEPS = (
     # What was asked under an idempotency key: SHA-256.
     "ALTER TABLE requests ADD COLUMN idempotency_digest bytea",
+    # When the owner of a running job asked for its end.
+    "ALTER TABLE requests ADD COLUMN cancel_asked_at timestamptz",
+    """
+    CREATE INDEX requests_cancelling ON requests (claimed_by)
+        WHERE cancel_asked_at IS NOT NULL AND status IN ('queued', 'running')
+    """,
 )
 
 
