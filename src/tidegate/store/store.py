@@ -24,6 +24,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.cancels import Cancels
 from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
+from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
 from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
@@ -76,6 +77,7 @@ class Store:
         )
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
+        self.listing = Listing(connections)
         self.cancels = Cancels(connections, self._bell, instance_id=instance_id)
         self._submits = Submits(connections, self._bell)
         self._house: asyncio.Task[None] | None = None

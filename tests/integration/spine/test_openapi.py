@@ -18,6 +18,7 @@ PATHS = {
     "/stream": "post",
     "/status/{request_id}": "get",
     "/files/{file_id}": "get",
+    "/requests": "get",
     "/requests/{request_id}": "delete",
     "/health/live": "get",
     "/health/ready": "get",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import asyncpg
 import orjson
@@ -28,6 +29,9 @@ FILL = """
         now() - interval '1 day' + n * interval '1 ms', 0, now() + interval '1 day'
     FROM generate_series(1, $2) AS n
 """
+
+
+LISTED = ["greedy", datetime.min.replace(tzinfo=UTC), now(), now(), UUID(int=2**128 - 1)]
 
 
 async def claim(store: Store, limit: int) -> list[ClaimedJob]:
@@ -232,6 +236,8 @@ async def test_no_hot_statement_scans_the_queue(
         "cancel_queued": [some["id"], "{}"],
         "asked_of_worker": ["w", [some["id"]]],
         "cancel_returned": ["{}"],
+        "list_requests": [*LISTED, None, None, None, None, 51, 51],
+        "list_reach": [*LISTED, 20_000],
         "prune_candidates": [now() - timedelta(days=30), 500],
     }
     for name, arguments in hot.items():

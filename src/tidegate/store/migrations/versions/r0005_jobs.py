@@ -18,6 +18,7 @@ STEPS = (
     CREATE INDEX requests_cancelling ON requests (claimed_by)
         WHERE cancel_asked_at IS NOT NULL AND status IN ('queued', 'running')
     """,
+    "CREATE INDEX requests_listed ON requests (tenant_id, created_at, id)",
 )
 
 
