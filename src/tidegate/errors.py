@@ -13,6 +13,7 @@ TidegateError
 ├── IdempotencyConflict         the idempotency key was used before, for something else
 ├── AlreadyEnded                too late to cancel it
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
+├── TooManyFollowers            this process streams the status of enough requests already
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
@@ -118,6 +119,11 @@ class AlreadyEnded(TidegateError):
 
 class RequestCancelled(TidegateError):
     code = "cancelled"
+
+
+class TooManyFollowers(TidegateError):
+    code = "too_many_followers"
+    retryable = True
 
 
 class AdmissionError(TidegateError):

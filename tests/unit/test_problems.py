@@ -21,6 +21,7 @@ EXAMPLES = {
     errors.NotFound: (errors.NotFound("no such request"), 404),
     errors.IdempotencyConflict: (errors.IdempotencyConflict("another request"), 409),
     errors.AlreadyEnded: (errors.AlreadyEnded("the request has ended: succeeded"), 409),
+    errors.TooManyFollowers: (errors.TooManyFollowers("too many"), 503),
     errors.DeadlineExceeded: (errors.DeadlineExceeded("late", limit="kind:text_only"), 504),
     errors.DemandImpossible: (errors.DemandImpossible("0", limit="kind:text_only"), 422),
     errors.QueueFull: (errors.QueueFull("full", limit="kind:text_only"), 503),

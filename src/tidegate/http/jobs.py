@@ -20,6 +20,7 @@ from tidegate.errors import IdempotencyConflict, NotFound, StoreUnavailable
 from tidegate.http.following import until_changed
 from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
+from tidegate.http.live import LIVE, live_status, wants_events
 from tidegate.http.problems import REQUEST_ID_HEADER, Problem
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import Accepted, StatusView, accepted, status_view
@@ -177,7 +178,7 @@ def _new_job(
     "/status/{request_id}",
     response_model=StatusView,
     response_model_exclude_none=True,
-    responses=problem_responses(400, 404, 503),
+    responses=problem_responses(400, 404, 503) | LIVE,
     summary="Where a request stands, and its answer",
 )
 async def status(
@@ -187,11 +188,14 @@ async def status(
         float,
         Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the status to change"),
     ] = 0,
-) -> StatusView:
+) -> StatusView | Response:
     """With `wait`, answers as soon as the status changes or the time is up. A request that has
-    ended answers at once."""
+    ended answers at once. With `Accept: text/event-stream` every change is an event `status`, and
+    the last event is `done`; `Last-Event-ID` goes on where a connection was lost."""
     services = services_of(request)
     record = await services.store.get(request_id, DEFAULT_TENANT)
+    if wants_events(request):
+        return live_status(request, services, record, prefix_of(request))
     if wait and not record.status.is_end:
         record = await until_changed(request, services, record, wait)
     return status_view(record, prefix_of(request))

@@ -38,6 +38,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.IdempotencyConflict: 409,
     errors.AlreadyEnded: 409,
     errors.RequestCancelled: 409,
+    errors.TooManyFollowers: 503,
     errors.DeadlineExceeded: 504,
     errors.DemandImpossible: 422,
     errors.QueueFull: 503,

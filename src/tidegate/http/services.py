@@ -21,6 +21,7 @@ class Services:
     """`draining` is set once the process is told to stop: long polls then answer at once.
 
     `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
+    `followers` are those that stream the status of a request.
     """
 
     config: Config
@@ -31,6 +32,7 @@ class Services:
     keeper: PolicyKeeper
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
+    followers: set[asyncio.Task[Any]] = field(default_factory=set)
 
 
 def services_of(connection: HTTPConnection) -> Services:

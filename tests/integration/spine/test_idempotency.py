@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+
 from tests.gateway import PNG, Gateway, Opener, gateway, payload_of
 
 ASKED = {"data": "Explain the tide", "priority": 3, "deadline_ms": 60_000}
