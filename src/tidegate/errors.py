@@ -10,6 +10,10 @@ TidegateError
 ├── Unauthenticated             no credential, or a wrong one
 ├── Forbidden                   not for this caller, whatever it shows
 ├── NotFound                    no such request, file or limit
+├── IdempotencyConflict         the idempotency key was used before, for something else
+├── AlreadyEnded                too late to cancel it
+├── RequestCancelled            its owner cancelled it: why it failed, on record
+├── TooManyFollowers            this process streams the status of enough requests already
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
@@ -99,6 +103,27 @@ class Forbidden(TidegateError):
 
 class NotFound(TidegateError):
     code = "not_found"
+
+
+class IdempotencyConflict(TidegateError):
+    """The key stands for an earlier request, which asked for something else."""
+
+    code = "idempotency_conflict"
+    field = "Idempotency-Key"
+    allowed = "the same request again, or a new key"
+
+
+class AlreadyEnded(TidegateError):
+    code = "already_ended"
+
+
+class RequestCancelled(TidegateError):
+    code = "cancelled"
+
+
+class TooManyFollowers(TidegateError):
+    code = "too_many_followers"
+    retryable = True
 
 
 class AdmissionError(TidegateError):

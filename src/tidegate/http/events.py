@@ -75,6 +75,19 @@ class EventWriter:
         data = problem(error).model_dump(exclude_none=True) | {"request_id": request_id}
         await self._emit("error", data, f"\n\n[{error.code}: {error.message}]\n")
 
+    async def status(self, event: str, data: bytes, event_id: str) -> None:
+        """An event of a request's life, by whose id a client that comes back is told the rest."""
+        named = b"id: %b\nevent: %b\n" % (event_id.encode(), event.encode())
+        await self._body(b"%bdata: %b\n\n" % (named, data), more=True)
+
+    async def come_back(self, after_ms: int) -> None:
+        """How long the client should wait before it comes back, once the connection is gone."""
+        await self._body(b"retry: %d\n\n" % after_ms, more=True)
+
+    async def keep_alive(self) -> None:
+        """A comment, for proxies that cut what is silent."""
+        await self._body(b": keep-alive\n\n", more=True)
+
     async def end(self) -> None:
         await self._body(b"", more=False)
 

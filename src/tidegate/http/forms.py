@@ -44,6 +44,7 @@ class Submission:
     model: str | None
     priority: int
     deadline_ms: int | None
+    digests: tuple[str, ...] = ()  # SHA-256 of each attachment, where they were asked for
 
 
 async def read_submission(
@@ -53,8 +54,9 @@ async def read_submission(
     *,
     is_allowed: Callable[[Address], bool] = is_public,
     pace: Pace | None = None,
+    digests: bool = False,
 ) -> Submission:
-    """Read, check and keep one request.
+    """Read, check and keep one request; `digests` says whether to take those of its files.
 
     The files of the Submission are in `blobs`; a caller that does not go on to record it deletes
     them. Raises InvalidRequest, PayloadTooLarge, UnsupportedMedia, FetchRefused, RequestTimeout,
@@ -81,12 +83,15 @@ async def read_submission(
                 "there is neither a prompt nor a file",
                 allowed="a text in 'data' (or 'text'), a file in 'file', or an 'image_uri'",
             )
-        return _submission(fields, await _keep(form.uploads, blobs))
+        taken = [await upload.spool.sha256() for upload in form.uploads if digests]
+        return _submission(fields, await _keep(form.uploads, blobs), tuple(taken))
     finally:
         await _to_the_end(form.close())
 
 
-def _submission(fields: Fields, attachments: tuple[Attachment, ...]) -> Submission:
+def _submission(
+    fields: Fields, attachments: tuple[Attachment, ...], digests: tuple[str, ...]
+) -> Submission:
     return Submission(
         prompt=fields.prompt,
         attachments=attachments,
@@ -95,6 +100,7 @@ def _submission(fields: Fields, attachments: tuple[Attachment, ...]) -> Submissi
         model=fields.model,
         priority=fields.priority,
         deadline_ms=fields.deadline_ms,
+        digests=digests,
     )
 
 

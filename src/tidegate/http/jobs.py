@@ -5,9 +5,8 @@ Invariant: a 202 is sent only after the request's row is committed.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -17,15 +16,16 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from tidegate.call import DEFAULT_TENANT, new_id
-from tidegate.errors import NotFound
-from tidegate.http.events import disconnected
-from tidegate.http.forms import Submission, read_submission
+from tidegate.errors import IdempotencyConflict, NotFound, StoreUnavailable
+from tidegate.http.following import until_changed
+from tidegate.http.forms import Submission, discard, read_submission
+from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
+from tidegate.http.live import LIVE, live_status, wants_events
 from tidegate.http.problems import REQUEST_ID_HEADER, Problem
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import Accepted, StatusView, accepted, status_view
 from tidegate.pipeline import Ask
-from tidegate.store.records import NewJob, RequestRecord
-from tidegate.store.states import Status
+from tidegate.store.records import Earlier, NewJob
 
 _MAX_WAIT_S = 60
 _EXTENSIONS = {
@@ -114,8 +114,8 @@ def ask_of(submission: Submission) -> Ask:
     "/submit",
     status_code=202,
     response_model=Accepted,
-    openapi_extra=BODY,
-    responses=problem_responses(400, 408, 413, 415, 422, 503),
+    openapi_extra=BODY | {"parameters": [PARAMETER]},
+    responses=problem_responses(400, 408, 409, 413, 415, 422, 503),
     summary="Hand in a request; a worker answers it",
 )
 async def submit(request: Request) -> Response:
@@ -123,15 +123,41 @@ async def submit(request: Request) -> Response:
     request is stored for good; follow it at `status_url`."""
     services = services_of(request)
     received = datetime.now(UTC)
-    submission = await read_submission(request, services.config, services.blobs)
-    job = _new_job(submission, services, received)
-    await services.store.submit(job)
-    body = accepted(job, prefix_of(request)).model_dump_json()
-    headers = {REQUEST_ID_HEADER: str(job.request_id)}
+    key = key_of(request)
+    submission = await read_submission(
+        request, services.config, services.blobs, digests=key is not None
+    )
+    job = _new_job(submission, services, received, key)
+    taken = await _submitted(job, submission, services)
+    body = accepted(taken, prefix_of(request)).model_dump_json()
+    headers = {REQUEST_ID_HEADER: str(taken.request_id)}
+    if taken is not job:
+        headers[REPLAYED_HEADER] = "true"
     return Response(body, 202, headers, media_type="application/json")
 
 
-def _new_job(submission: Submission, services: Services, received: datetime) -> NewJob:
+async def _submitted(job: NewJob, submission: Submission, services: Services) -> NewJob | Earlier:
+    """The job, once it is committed, or the one that was before it under the same key."""
+    try:
+        earlier = await services.store.submit(job)
+    except IdempotencyConflict:
+        await _forget(submission, services)
+        raise
+    if earlier is None:
+        return job
+    await _forget(submission, services)
+    return earlier
+
+
+async def _forget(submission: Submission, services: Services) -> None:
+    # What is left behind while the blob store is away goes with the other orphans.
+    with suppress(StoreUnavailable):
+        await discard(submission, services.blobs)
+
+
+def _new_job(
+    submission: Submission, services: Services, received: datetime, key: str | None
+) -> NewJob:
     deadline_ms = submission.deadline_ms or services.config.job_deadline_ms
     return NewJob(
         request_id=new_id(),
@@ -144,6 +170,7 @@ def _new_job(submission: Submission, services: Services, received: datetime) -> 
         priority=submission.priority,
         deadline_at=received + timedelta(milliseconds=deadline_ms) if deadline_ms else None,
         tenant_id=DEFAULT_TENANT,
+        once=idempotency_of(key, submission),
     )
 
 
@@ -151,7 +178,7 @@ def _new_job(submission: Submission, services: Services, received: datetime) -> 
     "/status/{request_id}",
     response_model=StatusView,
     response_model_exclude_none=True,
-    responses=problem_responses(400, 404, 503),
+    responses=problem_responses(400, 404, 503) | LIVE,
     summary="Where a request stands, and its answer",
 )
 async def status(
@@ -161,49 +188,17 @@ async def status(
         float,
         Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the status to change"),
     ] = 0,
-) -> StatusView:
+) -> StatusView | Response:
     """With `wait`, answers as soon as the status changes or the time is up. A request that has
-    ended answers at once."""
+    ended answers at once. With `Accept: text/event-stream` every change is an event `status`, and
+    the last event is `done`; `Last-Event-ID` goes on where a connection was lost."""
     services = services_of(request)
     record = await services.store.get(request_id, DEFAULT_TENANT)
+    if wants_events(request):
+        return live_status(request, services, record, prefix_of(request))
     if wait and not record.status.is_end:
-        record = await _changed(request, services, record, wait)
+        record = await until_changed(request, services, record, wait)
     return status_view(record, prefix_of(request))
-
-
-async def _changed(
-    request: Request, services: Services, record: RequestRecord, wait_s: float
-) -> RequestRecord:
-    """Follow the record until its status differs or nobody should wait any longer.
-
-    That is when the time is up, this process drains, or the client has gone.
-    """
-    until = time.monotonic() + wait_s
-    enough = {
-        asyncio.ensure_future(services.draining.wait()),
-        asyncio.ensure_future(disconnected(request.receive)),
-    }
-    try:
-        first: Status = record.status
-        while record.status is first and (left_s := until - time.monotonic()) > 0:
-            change = asyncio.ensure_future(
-                services.store.wait_change(
-                    record.request_id, record.tenant_id, record.version, round(left_s * 1000)
-                )
-            )
-            try:
-                await asyncio.wait({change, *enough}, return_when=asyncio.FIRST_COMPLETED)
-                if not change.done():
-                    break
-                record = change.result()
-            finally:
-                change.cancel()
-            if any(task.done() for task in enough):
-                break
-        return record
-    finally:
-        for task in enough:
-            task.cancel()
 
 
 @router.get(

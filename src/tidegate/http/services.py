@@ -24,6 +24,7 @@ class Services:
 
     `limiters` and `keepers` are those of every pool; `limiter` and `keeper` of the pool `gemini`.
     `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
+    `followers` are those that stream the status of a request.
     """
 
     config: Config
@@ -37,6 +38,7 @@ class Services:
     limiters: Mapping[str, Limiter]
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
+    followers: set[asyncio.Task[Any]] = field(default_factory=set)
 
 
 def services_of(connection: HTTPConnection) -> Services:

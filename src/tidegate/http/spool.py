@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from contextlib import suppress
+from hashlib import file_digest, sha256
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
@@ -65,6 +66,15 @@ class Spool:
         if self.path is not None:
             await self._to_disk(last=True)
 
+    async def sha256(self) -> str:
+        """Of the finished content, hexadecimal. Raises StoreUnavailable when the disk fails."""
+        if self.path is None:
+            return sha256(self._buffer).hexdigest()
+        try:
+            return await to_thread.run_sync(_sha256_of, self.path)
+        except OSError as failed:
+            raise StoreUnavailable(f"an upload could not be read: {failed.strerror}") from failed
+
     async def close(self) -> None:
         """Idempotent."""
         self._buffer.clear()
@@ -99,3 +109,8 @@ class Spool:
                 self._file.close()
             if self.path is not None:
                 self.path.unlink(missing_ok=True)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as content:
+        return file_digest(content, "sha256").hexdigest()

@@ -8,7 +8,8 @@ from typing import Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
-from tidegate.store.records import FileRecord, NewJob, RequestRecord
+from tidegate.store.listing import Listed
+from tidegate.store.records import Earlier, FileRecord, NewJob, RequestRecord
 from tidegate.store.states import Status
 
 _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
@@ -131,15 +132,46 @@ class StatusView(Classified):
     error: ErrorView | None = None
 
 
-def accepted(job: NewJob, prefix: str) -> Accepted:
+class RequestItem(BaseModel):
+    """A request in short."""
+
+    request_id: str
+    source: Literal["job", "stream"]
+    status: Status
+    type: Kind | None = None
+    model: str | None = None
+    priority: int
+    attempts: int
+    submitted_at: datetime
+    admitted_at: datetime | None = None
+    finished_at: datetime | None = None
+    queue_ms: float | None = None
+    upstream_ms: float | None = None
+    total_tokens: int | None = None
+    error_code: str | None = Field(
+        default=None, description="Why it failed, or why its last attempt did"
+    )
+    status_url: str
+
+
+class RequestPage(BaseModel):
+    """Some of your requests, newest first."""
+
+    items: list[RequestItem]
+    next_cursor: str | None = Field(
+        default=None, description="Give it as `cursor` for the next page; not there on the last"
+    )
+
+
+def accepted(request: NewJob | Earlier, prefix: str) -> Accepted:
     """`prefix` is the path before `/submit` as the client called it: empty or `/llm`."""
     return Accepted(
-        request_id=str(job.request_id),
-        status=Status.QUEUED,
-        status_url=f"{prefix}/status/{job.request_id}",
-        type=job.classification.kind,
-        classified_by=_decider(job.classification),
-        classified_why=job.classification.reason,
+        request_id=str(request.request_id),
+        status=request.status if isinstance(request, Earlier) else Status.QUEUED,
+        status_url=f"{prefix}/status/{request.request_id}",
+        type=request.classification.kind,
+        classified_by=_decider(request.classification),
+        classified_why=request.classification.reason,
     )
 
 
@@ -182,6 +214,26 @@ def status_view(record: RequestRecord, prefix: str) -> StatusView:
         type=record.classification.kind,
         classified_by=_decider(record.classification),
         classified_why=record.classification.reason,
+    )
+
+
+def item_view(listed: Listed, prefix: str) -> RequestItem:
+    return RequestItem(
+        request_id=str(listed.request_id),
+        source="stream" if listed.source == "stream" else "job",
+        status=listed.status,
+        type=listed.kind,
+        model=listed.model,
+        priority=listed.priority,
+        attempts=listed.attempts,
+        submitted_at=listed.created_at,
+        admitted_at=listed.admitted_at,
+        finished_at=listed.finished_at,
+        queue_ms=_rounded(listed.queue_ms),
+        upstream_ms=_rounded(listed.upstream_ms),
+        total_tokens=listed.total_tokens,
+        error_code=listed.failure_code,
+        status_url=f"{prefix}/status/{listed.request_id}",
     )
 
 

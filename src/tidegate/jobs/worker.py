@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from enum import Enum, auto
 from functools import partial
+from uuid import UUID
 
 from tidegate.call import Call, Event, Kind, Media, new_id
 from tidegate.config import Config
@@ -27,9 +27,11 @@ from tidegate.errors import (
 )
 from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.retry import retry_wait_ms
+from tidegate.jobs.stages import Stage, Stages, Tasks
 from tidegate.limiter import Permit
 from tidegate.pipeline import Ask, Attempt, Pipeline, attempt_result
 from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.cancels import CANCELLED
 from tidegate.store.records import AttemptResult, ClaimedJob, Failure, OutputFile
 from tidegate.store.states import Status
 from tidegate.store.store import Store
@@ -40,6 +42,7 @@ _LARGEST_WINDOW = 256
 _STORE_POLL_S = 0.25
 _LONGEST_PUT_PAUSE_S = 4.0
 _LAST_CLAIM_S = 1.0
+_CANCELS_EVERY_MS = 1_000
 _LAST_RECORDS_S = 8.0
 # Says nothing of the job: somebody, perhaps another worker, can do it later.
 _NOT_THE_JOBS_FAULT = (
@@ -54,14 +57,6 @@ _NOT_THE_JOBS_FAULT = (
 log = get_logger()
 
 
-class _Stage(Enum):
-    """How far a job has come in this process; it decides what a stop does to it."""
-
-    WAITING = auto()  # handed back at once
-    CALLING = auto()  # admitted: has the grace to end
-    RECORDING = auto()  # its call is over: must not be repeated, and takes only a moment
-
-
 class Worker:
     """One process's share of the queue."""
 
@@ -70,7 +65,7 @@ class Worker:
         self._store = store
         self._blobs = blobs
         self._pipeline = pipeline
-        self._stages: dict[tuple[object, int], _Stage] = {}
+        self._stages = Stages(self._tasks)
         self._feeders = [
             Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify),
             *(Feeder(store, kind, partial(self._window, kind), self._work) for kind in Kind),
@@ -89,6 +84,8 @@ class Worker:
             self._forever(self._every(beat_s, self._store.heartbeat)),
             self._forever(self._every(beat_s, self._store.retake_lapsed)),
             self._forever(self._every(1.0, self._store.expire_due)),
+            self._forever(self._every(1.0, self._store.cancels.cancel_returned)),
+            self._forever(self._heed_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
@@ -112,24 +109,17 @@ class Worker:
 
     async def _drain(self) -> None:
         """Hand back what has not been admitted, then wait for the rest until the grace is over."""
-        await self._give_up(self._at(_Stage.WAITING))
+        await self._give_up(self._stages.at(Stage.WAITING))
         if running := list(self._tasks()):
             await asyncio.wait(running, timeout=self._config.shutdown_grace_ms / 1000)
-        await self._give_up(self._at(_Stage.WAITING, _Stage.CALLING))
+        await self._give_up(self._stages.at(Stage.WAITING, Stage.CALLING))
         if recording := list(self._tasks()):
             await asyncio.wait(recording, timeout=_LAST_RECORDS_S)
 
-    def _tasks(self) -> dict[asyncio.Task[None], ClaimedJob]:
+    def _tasks(self) -> Tasks:
         return {task: job for feeder in self._feeders for task, job in feeder.tasks.items()}
 
-    def _at(self, *stages: _Stage) -> dict[asyncio.Task[None], ClaimedJob]:
-        return {
-            task: job
-            for task, job in self._tasks().items()
-            if self._stages.get(_key(job), _Stage.WAITING) in stages
-        }
-
-    async def _give_up(self, given: dict[asyncio.Task[None], ClaimedJob]) -> None:
+    async def _give_up(self, given: Tasks) -> None:
         if not given:
             return
         for task in given:
@@ -137,6 +127,22 @@ class Worker:
         await asyncio.wait(given)
         # A task that ended by itself meanwhile has moved its job on: the fence skips it.
         await self._store_tolerant(lambda: self._store.hand_back(list(given.values())))
+
+    async def _heed_cancels(self) -> None:
+        """Give up, at the latest after a second, what its owners do not want any more."""
+        while True:
+            heard = await self._store.cancels.wait(_CANCELS_EVERY_MS)
+            mine = {job.request_id for job in self._tasks().values()}
+            if mine:
+                await self._store_tolerant(partial(self._heed, heard & mine))
+
+    async def _heed(self, heard: set[UUID]) -> None:
+        asked = await self._store.cancels.asked(heard)
+        for task, job in self._stages.at(Stage.CALLING).items():
+            if job.request_id in asked:
+                self._stages.call_off(task, job)
+        waiting = self._stages.at(Stage.WAITING).items()
+        await self._give_up({task: job for task, job in waiting if job.request_id in asked})
 
     async def _classify(self, job: ClaimedJob) -> None:
         """Settle the kind of a job that the rules were unsure of; it then queues under it."""
@@ -164,7 +170,7 @@ class Worker:
             failure = Failure.of(_internal())
             await self._fenced(lambda: self._store.fail_unadmitted(job, Status.FAILED, failure))
         finally:
-            self._stages.pop(_key(job), None)
+            self._stages.leave(job)
 
     async def _run_and_record(self, job: ClaimedJob) -> None:
         kind = job.classification.kind
@@ -175,7 +181,7 @@ class Worker:
         model = job.model or self._config.model_for(kind)
 
         async def admitted(permit: Permit) -> None:
-            self._stages[_key(job)] = _Stage.CALLING
+            self._stages.enter(job, Stage.CALLING)
             await self._store.running(
                 job, model=model, fence=permit.fence, queue_ms=attempt.queue_ms
             )
@@ -189,11 +195,16 @@ class Worker:
             return
         except TidegateError as error:
             failure = error
+        except asyncio.CancelledError:
+            if not self._stages.is_called_off(job):
+                raise
+            _end_cancelling()
+            failure = CANCELLED
         except Exception:  # nobody foresaw it; what the attempt has brought is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
             failure = _internal()
         if attempt.admitted_at is not None:
-            self._stages[_key(job)] = _Stage.RECORDING
+            self._stages.enter(job, Stage.RECORDING)
         await self._record(job, attempt, model, failure)
 
     async def _run_when_recorded(
@@ -214,7 +225,7 @@ class Worker:
                 )
                 return
             except StoreUnavailable:
-                self._stages.pop(_key(job), None)
+                self._stages.leave(job)
                 attempt.admitted_at = None
                 await self._until_store_is_back()
 
@@ -252,7 +263,7 @@ class Worker:
             not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms)
             await self._fenced(lambda: self._store.retry(job, result, not_before))
         else:
-            status = Status.FAILED if result.failure else Status.SUCCEEDED
+            status = _status_of(result)
             await self._fenced(lambda: self._store.finish(job, status, result))
 
     @staticmethod
@@ -343,8 +354,17 @@ def _ask_of(job: ClaimedJob) -> Ask:
     return Ask(job.prompt, job.attachments, job.image_uri, job.classification.kind)
 
 
-def _key(job: ClaimedJob) -> tuple[object, int]:
-    return job.request_id, job.claim
+def _status_of(result: AttemptResult) -> Status:
+    if result.failure is None:
+        return Status.SUCCEEDED
+    return Status.CANCELLED if result.failure.code == CANCELLED.code else Status.FAILED
+
+
+def _end_cancelling() -> None:
+    """This task was cancelled to end its call, and goes on."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
 
 
 def _internal() -> TidegateError:

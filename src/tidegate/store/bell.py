@@ -20,6 +20,7 @@ from tidegate.store.queries import sql
 
 WORK = "tidegate_work"
 CHANGED = "tidegate_changed"
+CANCEL = "tidegate_cancel"
 _IDS_PER_MESSAGE = 200  # 37 bytes each; a payload holds 8,000
 _RECONNECT_MS = 500
 _LISTEN_TIMEOUT_MS = 2_000
@@ -32,11 +33,13 @@ class Bell:
         self._connections = connections
         self._pools: set[str] = set()
         self._ids: set[UUID] = set()
+        self._cancelled: set[UUID] = set()
         self._ringing: asyncio.Task[None] | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._line: asyncpg.Connection | None = None
         self.on_work: Callable[[], None] = lambda: None
         self.on_changed: Callable[[Iterable[UUID]], None] = lambda _ids: None
+        self.on_cancel: Callable[[Iterable[UUID]], None] = lambda _ids: None
         self.on_connected: Callable[[], None] = lambda: None
 
     def work(self, pools: Iterable[str]) -> None:
@@ -47,6 +50,11 @@ class Bell:
     def changed(self, ids: Iterable[UUID]) -> None:
         """These requests have changed."""
         self._ids.update(ids)
+        self._ring()
+
+    def cancel(self, ids: Iterable[UUID]) -> None:
+        """Their owners want these requests ended."""
+        self._cancelled.update(ids)
         self._ring()
 
     def hear(self) -> None:
@@ -64,12 +72,12 @@ class Bell:
             self._line.terminate()
 
     def _ring(self) -> None:
-        if self._ringing is None and (self._pools or self._ids):
+        if self._ringing is None and self._has_news():
             self._ringing = asyncio.create_task(self._send())
 
     async def _send(self) -> None:
         try:
-            while self._pools or self._ids:
+            while self._has_news():
                 channels, payloads = self._messages()
 
                 async def send(
@@ -82,18 +90,21 @@ class Bell:
                 await self._connections.run(send)
         except StoreUnavailable:
             # Only hints are lost: whoever waits polls as well.
-            self._pools.clear()
-            self._ids.clear()
+            self._messages()
         finally:
             self._ringing = None
 
+    def _has_news(self) -> bool:
+        return bool(self._pools or self._ids or self._cancelled)
+
     def _messages(self) -> tuple[list[str], list[str]]:
         messages = [(WORK, pool) for pool in sorted(self._pools)]
-        ids = [str(request_id) for request_id in self._ids]
         self._pools.clear()
-        self._ids.clear()
-        for start in range(0, len(ids), _IDS_PER_MESSAGE):
-            messages.append((CHANGED, ",".join(ids[start : start + _IDS_PER_MESSAGE])))
+        for channel, news in ((CHANGED, self._ids), (CANCEL, self._cancelled)):
+            ids = [str(request_id) for request_id in news]
+            news.clear()
+            for start in range(0, len(ids), _IDS_PER_MESSAGE):
+                messages.append((channel, ",".join(ids[start : start + _IDS_PER_MESSAGE])))
         return [channel for channel, _ in messages], [payload for _, payload in messages]
 
     async def _hear(self) -> None:
@@ -111,8 +122,8 @@ class Bell:
         watchdog = loop.call_later(_LISTEN_TIMEOUT_MS / 1000, connection.terminate)
         try:
             connection.add_termination_listener(lambda _connection: closed.set())
-            await connection.add_listener(WORK, self._heard)
-            await connection.add_listener(CHANGED, self._heard)
+            for channel in (WORK, CHANGED, CANCEL):
+                await connection.add_listener(channel, self._heard)
             watchdog.cancel()
             self.on_connected()
             await closed.wait()
@@ -123,5 +134,6 @@ class Bell:
     def _heard(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
         if channel == WORK:
             self.on_work()
-        else:
-            self.on_changed([UUID(word) for word in str(payload).split(",") if word])
+            return
+        ids = [UUID(word) for word in str(payload).split(",") if word]
+        (self.on_cancel if channel == CANCEL else self.on_changed)(ids)

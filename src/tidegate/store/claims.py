@@ -17,12 +17,12 @@ import orjson
 
 from tidegate.call import Classification, Kind, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
-from tidegate.store import bodies, rows
+from tidegate.store import rows
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
 from tidegate.store.liveness import Steadiness
 from tidegate.store.queries import sql
-from tidegate.store.recorder import add_audit
+from tidegate.store.recorder import audit_unanswered
 from tidegate.store.records import ClaimedJob, Failure, Json
 from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.store.writer import GroupWriter
@@ -236,7 +236,7 @@ class Claims:
             )
             await _mark_ambiguous(connection, retaken)
             dead = [row for row in retaken if row["status"] == Status.DEAD]
-            await _audit(connection, dead, failure, self._instance_id)
+            await audit_unanswered(connection, dead, failure, self._instance_id)
             return retaken
 
         retaken = await self._connections.run(retake)
@@ -257,7 +257,7 @@ class Claims:
             due: list[asyncpg.Record] = await connection.fetch(
                 sql("expire_due"), orjson.dumps(failure).decode()
             )
-            await _audit(connection, due, failure, self._instance_id)
+            await audit_unanswered(connection, due, failure, self._instance_id)
             return due
 
         due = await self._connections.run(expire)
@@ -285,22 +285,6 @@ async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg
     ]
     if attempts:
         await connection.execute(sql("end_attempts"), rows.dumps(attempts))
-
-
-async def _audit(
-    connection: asyncpg.Connection, ended: list[asyncpg.Record], failure: Json, instance_id: str
-) -> None:
-    request_bodies = [
-        bodies.inline_row(
-            "request", bodies.request_body(row["prompt"], row["image_uri"], row["model"], [])
-        )
-        for row in ended
-    ]
-    await add_audit(
-        connection,
-        [(row, {}, failure, [body]) for row, body in zip(ended, request_bodies, strict=True)],
-        instance_id,
-    )
 
 
 def running_row(job: ClaimedJob, model: str, fence: tuple[int, int], queue_ms: float) -> Json:

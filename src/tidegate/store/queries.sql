@@ -1,17 +1,6 @@
 -- Every statement of the store. Many rows travel as one JSON array in $1, so that a group commit
 -- is one statement whatever its size. Every write to a job is fenced by its claim.
 
--- name: submit_requests
--- Insert many jobs at once; an id that is there already is left as it is, so repeats are safe.
-INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
-    prompt, image_uri, model, priority, created_at, deadline_at)
-SELECT id, tenant_id, pool, 'job', 'queued', kind, classified_by, classified_reason,
-    prompt, image_uri, model, priority, created_at, deadline_at
-FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, kind text,
-    classified_by text, classified_reason text, prompt text, image_uri text, model text,
-    priority integer, created_at timestamptz, deadline_at timestamptz)
-ON CONFLICT (id) DO NOTHING
-
 -- name: add_files
 -- Insert the files of requests written in the same transaction.
 INSERT INTO files (id, request_id, tenant_id, role, position, name, mime_type, size_bytes, blob_key)
@@ -155,7 +144,7 @@ UPDATE requests r SET
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
     admitted_at timestamptz, queue_ms double precision)
 WHERE r.id = row.id AND r.claim = row.claim AND r.claimed_by = $2
-    AND r.status IN ('queued', 'running')
+    AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
 RETURNING r.id, r.attempt_id, r.attempt_at, r.attempts, r.tenant_id, r.pool, r.kind
 
 -- name: add_attempts
@@ -367,7 +356,8 @@ RETURNING *
 -- name: requeue_dead
 -- A person's decision: a dead job gets a fresh start.
 UPDATE requests SET status = 'queued', lapses = 0, claim = claim + 1, claimed_by = NULL,
-    failure = NULL, finished_at = NULL, not_before = NULL, version = version + 1
+    failure = NULL, finished_at = NULL, not_before = NULL, cancel_asked_at = NULL,
+    version = version + 1
 WHERE id = $1 AND status = 'dead'
 RETURNING pool
 

@@ -16,6 +16,7 @@ import asyncpg
 
 from tidegate.call import new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.store import bodies
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
 from tidegate.store.queries import sql
@@ -301,14 +302,31 @@ async def add_audit(
 
     Each is (the row as it now stands, its last attempt, its failure, its bodies).
     """
-    audits, bodies = [], []
+    audits, packed = [], []
     for row, attempt, failure, own_bodies in ended:
         audit = audit_row(row, attempt, instance_id, failure)
         audits.append(audit)
         for body in own_bodies:
             owner = {"id": audit["id"], "tenant_id": row["tenant_id"], "pool": row["pool"]}
-            bodies.append({**body, **owner})
+            packed.append({**body, **owner})
     if audits:
         await connection.execute(sql("add_audit"), dumps(audits))
-    if bodies:
-        await connection.execute(sql("add_bodies"), dumps(bodies))
+    if packed:
+        await connection.execute(sql("add_bodies"), dumps(packed))
+
+
+async def audit_unanswered(
+    connection: asyncpg.Connection, ended: list[asyncpg.Record], failure: Json, instance_id: str
+) -> None:
+    """The same for requests that ended here in the database, without a worker's answer."""
+    asked = [
+        bodies.inline_row(
+            "request", bodies.request_body(row["prompt"], row["image_uri"], row["model"], [])
+        )
+        for row in ended
+    ]
+    await add_audit(
+        connection,
+        [(row, {}, failure, [body]) for row, body in zip(ended, asked, strict=True)],
+        instance_id,
+    )

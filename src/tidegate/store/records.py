@@ -37,6 +37,14 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Idempotency:
+    """A caller's key, and the digest (SHA-256, hexadecimal) of all that was asked under it."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class NewJob:
     """A submitted request, before it is durable. `classification.kind` is None while unsure."""
 
@@ -51,6 +59,16 @@ class NewJob:
     deadline_at: datetime | None = None
     tenant_id: str = DEFAULT_TENANT
     pool: str = DEFAULT_POOL
+    once: Idempotency | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The request that was submitted before under the same key, as it now stands."""
+
+    request_id: UUID
+    status: Status
+    classification: Classification
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from tidegate.call import Attachment, Classification, ClassifiedBy, Kind, Usage,
 from tidegate.store.records import (
     AttemptResult,
     ClaimedJob,
+    Earlier,
     Failure,
     FileRecord,
     Json,
@@ -79,6 +80,8 @@ def job_row(job: NewJob) -> Json:
         "created_at": job.created_at,
         "deadline_at": job.deadline_at,
     }
+    if job.once is not None:
+        row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -262,6 +265,10 @@ def file_record(row: asyncpg.Record) -> FileRecord:
         size_bytes=row["size_bytes"],
         blob_key=row["blob_key"],
     )
+
+
+def earlier(row: asyncpg.Record) -> Earlier:
+    return Earlier(_uuid(row["id"]), Status(row["status"]), _classification(row))
 
 
 def _uuid(value: UUID) -> UUID:

@@ -21,8 +21,10 @@ from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store import entries, rows
 from tidegate.store.bell import Bell
 from tidegate.store.blobs import Blobs
+from tidegate.store.cancels import Cancels
 from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
+from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
 from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
@@ -31,6 +33,7 @@ from tidegate.store.recorder import Recorder
 from tidegate.store.records import (
     AttemptResult,
     ClaimedJob,
+    Earlier,
     Failure,
     FileRecord,
     Json,
@@ -42,10 +45,9 @@ from tidegate.store.relayed import RelayLog
 from tidegate.store.running import Running
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
+from tidegate.store.submits import Submits
 from tidegate.store.watch import Watch
-from tidegate.store.writer import GroupWriter
 
-SUBMIT_TIMEOUT_MS = 2_000
 READ_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_MS = 6_000
 
@@ -79,9 +81,9 @@ class Store:
         )
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
-        self._submits: GroupWriter[NewJob, None] = GroupWriter(
-            self._insert, lambda job: 1_000 + len(job.prompt)
-        )
+        self.listing = Listing(connections)
+        self.cancels = Cancels(connections, self._bell, instance_id=instance_id)
+        self._submits = Submits(connections, self._bell)
         self._house: asyncio.Task[None] | None = None
         self._schema_fitted = False
 
@@ -154,17 +156,15 @@ class Store:
 
     # The caller's side
 
-    async def submit(self, job: NewJob) -> None:
+    async def submit(self, job: NewJob) -> Earlier | None:
         """Return when the job is committed; submits at the same time share one transaction.
 
-        Raises StoreUnavailable within about 2 s, whatever PostgreSQL does. After a cancellation or
-        StoreUnavailable the job may be there, whole, or not at all.
+        None for a new job, else the one that was submitted under its key before; nothing of `job`
+        is recorded then. Raises IdempotencyConflict, or StoreUnavailable within about 2 s, whatever
+        PostgreSQL does. After a cancellation or StoreUnavailable the job may be there, whole, or
+        not at all.
         """
-        try:
-            async with asyncio.timeout(SUBMIT_TIMEOUT_MS / 1000 + 0.5):
-                await self._submits.write(job)
-        except TimeoutError:
-            raise StoreUnavailable("PostgreSQL did not commit the job in time") from None
+        return await self._submits.submit(job)
 
     async def get(self, request_id: UUID, tenant_id: str) -> RequestRecord:
         """The request as it now stands; raises NotFound or StoreUnavailable."""
@@ -318,19 +318,6 @@ class Store:
     async def prune(self, retention_days: int) -> PruneReport:
         """Delete what ended more than `retention_days` ago, in small steps; safe to cut short."""
         return await prune(self._connections, self.blobs, retention_days)
-
-    async def _insert(self, jobs: Sequence[NewJob]) -> list[Exception | None]:
-        requests = rows.dumps(rows.job_row(job) for job in jobs)
-        files = [file for job in jobs for file in rows.input_rows(job)]
-
-        async def insert(connection: asyncpg.Connection) -> None:
-            await connection.execute(sql("submit_requests"), requests)
-            if files:
-                await connection.execute(sql("add_files"), rows.dumps(files))
-
-        await self._connections.run(insert, timeout_ms=SUBMIT_TIMEOUT_MS)
-        self._bell.work({job.pool for job in jobs})
-        return [None] * len(jobs)
 
     async def _end(self, job: ClaimedJob, entry: Awaitable[Json]) -> None:
         written = await self._recorder.record(entry)

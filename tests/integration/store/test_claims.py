@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import asyncpg
 import orjson
@@ -28,6 +29,9 @@ FILL = """
         now() - interval '1 day' + n * interval '1 ms', 0, now() + interval '1 day'
     FROM generate_series(1, $2) AS n
 """
+
+
+LISTED = ["greedy", datetime.min.replace(tzinfo=UTC), now(), now(), UUID(int=2**128 - 1)]
 
 
 async def claim(store: Store, limit: int) -> list[ClaimedJob]:
@@ -229,6 +233,11 @@ async def test_no_hot_statement_scans_the_queue(
         "retake": [[some["id"]], 3, "{}"],
         "expire_due": ["{}"],
         "requeue_dead": [some["id"]],
+        "cancel_queued": [some["id"], "{}"],
+        "asked_of_worker": ["w", [some["id"]]],
+        "cancel_returned": ["{}"],
+        "list_requests": [*LISTED, None, None, None, None, 51, 51],
+        "list_reach": [*LISTED, 20_000],
         "prune_candidates": [now() - timedelta(days=30), 500],
     }
     for name, arguments in hot.items():
