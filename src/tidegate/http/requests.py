@@ -42,7 +42,7 @@ class Query(BaseModel):
     status: Status | None = None
     type: Kind | None = None
     model: str | None = Field(default=None, min_length=1, max_length=128, description="Its name")
-    source: Literal["job", "stream"] | None = None
+    source: Literal["job", "stream", "relay"] | None = None
     since: datetime | None = Field(
         default=None, description="The earliest time of submission; without a zone it is in UTC"
     )

@@ -136,7 +136,7 @@ class RequestItem(BaseModel):
     """A request in short."""
 
     request_id: str
-    source: Literal["job", "stream"]
+    source: Literal["job", "stream", "relay"]
     status: Status
     type: Kind | None = None
     model: str | None = None
@@ -220,7 +220,7 @@ def status_view(record: RequestRecord, prefix: str) -> StatusView:
 def item_view(listed: Listed, prefix: str) -> RequestItem:
     return RequestItem(
         request_id=str(listed.request_id),
-        source="stream" if listed.source == "stream" else "job",
+        source=cast(Literal["job", "stream", "relay"], listed.source),
         status=listed.status,
         type=listed.kind,
         model=listed.model,

@@ -230,3 +230,26 @@ async def test_a_refusal_after_a_comment_is_an_event(open_gateway: Opener) -> No
 async def test_health_shows_the_upstreams(gateway: Gateway) -> None:
     _, body = await gateway.get("/health/dependencies")
     assert body["upstreams"] == {"gemini": {"status": "ok", "key_refused": False, "detail": None}}
+
+
+async def test_native_calls_are_listed_among_the_others(gateway: Gateway, ask: Ask) -> None:
+    first = await gateway.submit(data="Explain the tide")
+    assert (await ask("Say hello"))[0] == 200
+    last = await gateway.submit(data="Explain the ebb")
+
+    async def listed() -> list[dict[str, Any]] | None:
+        found: list[dict[str, Any]] = []
+        after = ""
+        while True:
+            _, page = await gateway.get(f"/requests?limit=2{after}")
+            found += page["items"]
+            if "next_cursor" not in page:
+                return found if len(found) == 3 else None
+            after = f"&cursor={page['next_cursor']}"
+
+    items = await wait_until(listed, 5, "three requests")
+    assert [item["source"] for item in items] == ["job", "relay", "job"]
+    assert (items[0]["request_id"], items[2]["request_id"]) == (last, first)
+    _, only = await gateway.get("/requests?source=relay&type=text_only")
+    assert [item["request_id"] for item in only["items"]] == [items[1]["request_id"]]
+    assert (await gateway.get(items[1]["status_url"]))[0] == 200
