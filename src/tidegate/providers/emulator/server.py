@@ -10,6 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
+from tidegate.providers.emulator.anthropic import AnthropicFront
 from tidegate.providers.emulator.control import PREFIX, control
 from tidegate.providers.emulator.delivery import failed
 from tidegate.providers.emulator.dialect import LimitReached, Refused
@@ -17,7 +18,7 @@ from tidegate.providers.emulator.gemini import GeminiFront
 from tidegate.providers.emulator.openai import OpenAIFront
 from tidegate.providers.emulator.state import State
 
-Front = GeminiFront | OpenAIFront
+Front = GeminiFront | OpenAIFront | AnthropicFront
 
 
 class _Listener(web.Server):
@@ -37,6 +38,7 @@ class EmulatorServer:
         self.state = state
         self._gemini = GeminiFront(state)
         self._openai = OpenAIFront(state)
+        self._anthropic = AnthropicFront(state)
 
     def web_server(self) -> web.Server:
         """An aiohttp server that cancels a handler as soon as its client leaves."""
@@ -73,4 +75,6 @@ class EmulatorServer:
 
     def _front(self, request: web.BaseRequest) -> Front:
         """By the path, where only one API has it; else by the way in which the key is sent."""
+        if self._anthropic.wants(request):
+            return self._anthropic
         return self._openai if self._openai.wants(request) else self._gemini
