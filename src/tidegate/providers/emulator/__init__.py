@@ -1,4 +1,4 @@
-"""An emulator of Gemini's API: its own process, enforced limits, faults on order, ground truth.
+"""An emulator of providers' APIs: its own process, enforced limits, faults on order, ground truth.
 
 Invariant: what it counts is what really arrived here. The counters and the call log are kept by
 the server that answers, never by a client, so that tests and benchmarks can trust them.

@@ -11,17 +11,30 @@ import aiohttp
 import orjson
 
 from tidegate.errors import InvalidRequest
-from tidegate.providers.emulator.ledger import KindStats, LoggedCall
+from tidegate.providers.emulator.ledger import Billed, Ending, KindStats, LoggedCall
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counts by kind; `in_flight` and `max_in_flight` are over all kinds but `other`."""
+    """Counts by kind; `in_flight` and `max_in_flight` are over all kinds but `other`.
+
+    `tokens` are LLM tokens really billed, by model and by how the calls ended.
+    """
 
     kinds: Mapping[str, KindStats]
     in_flight: int
     max_in_flight: int
     last_id: int
+    tokens: Mapping[str, Mapping[str, Billed]]
+
+    def billed(self, outcome: Ending | None = None, model: str | None = None) -> Billed:
+        """The sum over all calls that ended so, of that model; None stands for all."""
+        total = Billed()
+        for name, by_outcome in self.tokens.items():
+            for ending, billed in by_outcome.items():
+                if model in (None, name) and outcome in (None, ending):
+                    total.add(billed)
+        return total
 
     def __getitem__(self, kind: str) -> KindStats:
         return self.kinds[kind]
@@ -41,7 +54,11 @@ class EmulatorControl:
         """The counters now."""
         body = await self._ask("GET", "stats")
         kinds = {kind: KindStats(**counts) for kind, counts in body.pop("kinds").items()}
-        return Stats(kinds=kinds, **body)
+        tokens = {
+            model: {outcome: Billed(**counts) for outcome, counts in by_outcome.items()}
+            for model, by_outcome in body.pop("tokens").items()
+        }
+        return Stats(kinds=kinds, tokens=tokens, **body)
 
     async def calls(self, since: int = 0, contains: str = "") -> list[LoggedCall]:
         """Calls in order of arrival with an id above `since` whose prompt contains `contains`.

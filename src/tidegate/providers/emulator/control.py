@@ -10,7 +10,7 @@ import orjson
 from aiohttp import web
 
 from tidegate.errors import InvalidRequest
-from tidegate.providers.emulator.generate import json_response
+from tidegate.providers.emulator.delivery import json_response
 from tidegate.providers.emulator.state import State
 from tidegate.providers.emulator.wire import error
 

@@ -1,4 +1,4 @@
-"""Faults on order: which of them a call gets, and what an error of theirs says.
+"""Faults on order: which of them a call gets. What it looks like is up to the dialect.
 
 Invariant: a fault with a count is given to exactly that many matching calls, in their order of
 arrival; the first matching fault in the list wins.
@@ -13,9 +13,7 @@ from random import Random
 from typing import Any, Self
 
 from tidegate.errors import InvalidRequest
-from tidegate.providers.emulator import wire
 from tidegate.providers.emulator.settings import KINDS
-from tidegate.providers.emulator.wire import Json
 
 
 class FaultName(StrEnum):
@@ -102,29 +100,6 @@ class Fault:
             return False
         return self.match is None or self.match in prompt
 
-    def error(self, model: str) -> tuple[int, Json | list[Json]] | None:
-        """Status and body, for those that are a plain error response."""
-        match self.fault:
-            case FaultName.THROTTLED:
-                return 429, _minute_quota(model, self.retry_after_s)
-            case FaultName.THROTTLED_BARE:
-                return 429, wire.error(429, "Resource has been exhausted (e.g. check quota).")
-            case FaultName.DAY_QUOTA:
-                return 429, _day_quota(model, self.retry_after_s)
-            case FaultName.ERROR_LIST:
-                return 429, [_minute_quota(model, self.retry_after_s)]
-            case FaultName.UNAVAILABLE:
-                return 503, wire.error(503, "The model is overloaded. Please try again later.")
-            case FaultName.INTERNAL:
-                return 500, wire.error(500, "An internal error has occurred. Please retry.")
-            case FaultName.UNAUTHORIZED:
-                message = "Request had invalid authentication credentials."
-                return 401, wire.error(401, message)
-            case FaultName.FORBIDDEN:
-                message = "Your API key was reported as leaked. Please use another API key."
-                return 403, wire.error(403, message)
-        return None
-
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "count": int,
@@ -136,26 +111,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "code": int,
     "reason": str,
 }
-
-
-def _minute_quota(model: str, retry_after_s: float) -> Json:
-    return wire.throttled(
-        model,
-        quota_id="GenerateRequestsPerMinutePerProjectPerModel-FreeTier",
-        metric="generate_content_free_tier_requests",
-        value=10,
-        retry_after_s=retry_after_s,
-    )
-
-
-def _day_quota(model: str, retry_after_s: float) -> Json:
-    return wire.throttled(
-        model,
-        quota_id="GenerateRequestsPerDayPerProjectPerModel-FreeTier",
-        metric="generate_content_free_tier_requests",
-        value=250,
-        retry_after_s=retry_after_s,
-    )
 
 
 class Faults:
@@ -183,5 +138,5 @@ class Faults:
             return order
         return None
 
-    def to_json(self) -> list[Json]:
+    def to_json(self) -> list[dict[str, Any]]:
         return [asdict(order) for order in self._orders]

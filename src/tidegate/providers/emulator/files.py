@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any
 
+from tidegate.providers.emulator.dialect import Json
 from tidegate.providers.emulator.reading import Attached, get
-from tidegate.providers.emulator.wire import Json, WireError
+from tidegate.providers.emulator.wire import WireError
 
 MAX_FILES = 10_000
 KEPT_S = 48 * 3600

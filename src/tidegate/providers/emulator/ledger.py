@@ -17,6 +17,8 @@ from tidegate.providers.emulator.settings import KINDS
 
 Ending = Literal["finished", "failed", "client_gone", "refused"]
 PROMPT_CHARS = 200
+MOST_MODELS = 1000  # with totals of their own: a client may name any
+OTHER_MODELS = "(others)"
 
 
 @dataclass(slots=True)
@@ -36,8 +38,33 @@ class KindStats:
 
 
 @dataclass(slots=True)
+class Billed:
+    """LLM tokens of ended calls: `output_tokens` with the thoughts among them.
+
+    Of a finished call this is the usage that the client was told (in a stream that does not tell
+    it: what it would have told). Of one that broke off it is the input, and the output that had
+    been sent, or nothing when no byte of an answer had been; a whole answer counts in full from
+    its first byte on, since all of it had been made.
+    """
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    thoughts_tokens: int = 0
+
+    def add(self, other: Billed) -> None:
+        self.calls += other.calls
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+        self.thoughts_tokens += other.thoughts_tokens
+
+
+@dataclass(slots=True)
 class LoggedCall:
-    """One call. Times are ns of the wall clock; `outcome` is None while it is in flight."""
+    """One call. Times are ns of the wall clock; `outcome` is None while it is in flight.
+
+    Its LLM tokens are as `Billed` counts them, so far.
+    """
 
     id: int
     kind: str
@@ -51,11 +78,16 @@ class LoggedCall:
     limit: str | None = None  # which limit refused it
     fault: str | None = None  # which fault it was given
     bytes: int = 0
+    dialect: str = "gemini"
+    input_tokens: int = 0
+    output_tokens: int = 0
+    thoughts_tokens: int = 0
 
 
 class Ledger:
     def __init__(self, log_size: int) -> None:
         self._stats = {kind: KindStats() for kind in KINDS}
+        self._billed: dict[str, dict[str, Billed]] = {}
         self._log: deque[LoggedCall] = deque(maxlen=log_size)
         self._last_id = 0
         self._in_flight_total = 0
@@ -69,13 +101,16 @@ class Ledger:
         """In flight over all kinds but `other`."""
         return self._in_flight_total
 
-    def arrive(self, kind: str, model: str, method: str, prompt: str) -> LoggedCall:
+    def arrive(
+        self, kind: str, model: str, method: str, prompt: str, dialect: str = "gemini"
+    ) -> LoggedCall:
         """Log an arrival; `start` or `refuse` must follow at once."""
         self._last_id += 1
         digest = sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
         call = LoggedCall(
             self._last_id, kind, model, method, prompt[:PROMPT_CHARS], digest, time.time_ns()
         )
+        call.dialect = dialect
         self._log.append(call)
         self._stats[kind].arrived += 1
         return call
@@ -101,6 +136,8 @@ class Ledger:
         if call.outcome is not None:
             return
         call.outcome, call.ended_ns = outcome, time.time_ns()
+        if call.input_tokens or call.output_tokens:
+            self._bill(call, outcome)
         stats = self._stats[call.kind]
         stats.in_flight -= 1
         if call.kind != "other":
@@ -112,6 +149,21 @@ class Ledger:
                 stats.client_gone += 1
             case _:
                 stats.failed += 1
+
+    def charge(
+        self, call: LoggedCall, input_tokens: int, output_tokens: int, thoughts_tokens: int = 0
+    ) -> None:
+        """What the call costs with the bytes that go out next; the last word stands at its end."""
+        if call.outcome is None:
+            call.input_tokens = input_tokens
+            call.output_tokens = output_tokens
+            call.thoughts_tokens = thoughts_tokens
+
+    def _bill(self, call: LoggedCall, outcome: Ending) -> None:
+        known = call.model in self._billed or len(self._billed) < MOST_MODELS
+        by_outcome = self._billed.setdefault(call.model if known else OTHER_MODELS, {})
+        cost = Billed(1, call.input_tokens, call.output_tokens, call.thoughts_tokens)
+        by_outcome.setdefault(outcome, Billed()).add(cost)
 
     def sent(self, call: LoggedCall, count_bytes: int) -> None:
         call.bytes += count_bytes
@@ -131,6 +183,7 @@ class Ledger:
 
     def reset(self) -> None:
         """Forget what has ended. Calls in flight stay in flight, so that their end still counts."""
+        self._billed.clear()
         running = [call for call in self._log if call.outcome is None]
         self._log.clear()
         self._log.extend(running)
@@ -147,4 +200,8 @@ class Ledger:
             "in_flight": self._in_flight_total,
             "max_in_flight": self._max_in_flight_total,
             "last_id": self._last_id,
+            "tokens": {
+                model: {outcome: asdict(billed) for outcome, billed in by_outcome.items()}
+                for model, by_outcome in self._billed.items()
+            },
         }

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tidegate.providers.emulator.wire import Json, WireError
+from tidegate.providers.emulator.dialect import Json
+from tidegate.providers.emulator.wire import WireError
 
 PICTURE_TOKENS = 258  # of one picture, or one page of a document, as input
 _MODALITY_OF = {"image": "IMAGE", "audio": "AUDIO", "video": "VIDEO", "text": "TEXT"}
@@ -159,7 +160,7 @@ def _with_config(
         prompt=prompt,
         last_text=last_text,
         attached=attached,
-        input_by_modality=_tokens(chars, attached),
+        input_by_modality=count_by_modality(chars, attached),
         schema=schema if mime in ("application/json", "text/x.enum") else None,
         plain_enum=mime == "text/x.enum",
         wants_picture=wants_picture and kind == "image_generation",
@@ -168,7 +169,8 @@ def _with_config(
     )
 
 
-def _tokens(chars: int, attached: tuple[Attached, ...]) -> dict[str, int]:
+def count_by_modality(chars: int, attached: tuple[Attached, ...]) -> dict[str, int]:
+    """Input tokens of so many characters of text and of the files that came along."""
     counted = {"TEXT": math.ceil(chars / 4)}
     for file in attached:
         family = file.mime_type.partition("/")[0]

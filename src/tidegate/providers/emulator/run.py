@@ -22,7 +22,7 @@ STOP_GRACE_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Emulator:
-    """A running emulator. `url` is the base URL to give to an SDK, without `/v1beta`."""
+    """A running emulator. `url` is what Google's SDK wants; OpenAI's wants `/v1` behind it."""
 
     url: str
     port: int

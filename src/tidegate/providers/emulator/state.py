@@ -15,22 +15,13 @@ from typing import Any
 
 from aiohttp import web
 
-from tidegate.providers.emulator import wire
+from tidegate.providers.emulator.dialect import LimitReached
 from tidegate.providers.emulator.faults import Faults
 from tidegate.providers.emulator.files import Files
 from tidegate.providers.emulator.ledger import Ledger, LoggedCall
 from tidegate.providers.emulator.limits import Gate, Refusal
 from tidegate.providers.emulator.presence import Presence
 from tidegate.providers.emulator.settings import EmulatorSettings
-from tidegate.providers.emulator.wire import Json
-
-
-class LimitReached(Exception):
-    """A limit that the emulator enforces said no; `body` is the 429."""
-
-    def __init__(self, body: Json) -> None:
-        super().__init__(body["error"]["message"])
-        self.body = body
 
 
 class State:
@@ -74,14 +65,15 @@ class State:
         method: str,
         prompt: str,
         input_tokens: int = 0,
+        dialect: str = "gemini",
     ) -> Iterator[LoggedCall]:
         """Count a call in, and out again at the end. Raises LimitReached when a limit says no."""
         self._notice_departed()
-        call = self.ledger.arrive(kind, model, method, prompt)
+        call = self.ledger.arrive(kind, model, method, prompt, dialect)
         refusal = self._refusal(kind, input_tokens)
         if refusal is not None:
             self.ledger.refuse(call, refusal.limit, over=refusal.rate is None)
-            raise LimitReached(wire.refused(refusal, model))
+            raise LimitReached(refusal, model)
         self.ledger.start(call)
         self._in_flight[call.id] = call
         protocol = request.protocol

@@ -1,4 +1,4 @@
-"""Bodies of Gemini's API: answers, errors with google.rpc details.
+"""Gemini's dialect: bodies of answers, errors with google.rpc details.
 
 Invariant: only this file spells the wire's field names of answers.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from tidegate.providers.emulator.dialect import Dialect, Failure, Json, Refused, wait_s
+from tidegate.providers.emulator.faults import Fault, FaultName
 from tidegate.providers.emulator.limits import Refusal
 
-Json = dict[str, Any]
 _TYPE = "type.googleapis.com/google.rpc."
 _QUOTA_URL = "https://ai.google.dev/gemini-api/docs/rate-limits"
 STATUS_OF = {
@@ -27,13 +27,11 @@ STATUS_OF = {
 }
 
 
-class WireError(Exception):
+class WireError(Refused):
     """An answer that is an error: raised anywhere while serving, sent by the server."""
 
     def __init__(self, code: int, message: str, details: Sequence[Json] = ()) -> None:
-        super().__init__(message)
-        self.code = code
-        self.body = error(code, message, details)
+        super().__init__(Failure(code, error(code, message, details)))
 
 
 def error(code: int, message: str, details: Sequence[Json] = ()) -> Json:
@@ -88,7 +86,7 @@ def throttled(
     return error(429, message, details)
 
 
-def refused(refusal: Refusal, model: str) -> Json:
+def refused(refusal: Refusal, model: str) -> Failure:
     """The 429 of a limit that the emulator really enforces."""
     rate = refusal.rate
     if rate is None:
@@ -101,14 +99,14 @@ def refused(refusal: Refusal, model: str) -> Json:
         per = "Day" if rate.per_day else "Minute"
         quota_id = f"GenerateRequestsPer{per}PerProjectPerModel-Emulated"
         metric = "generate_requests"
-    retry_after_s = None if rate is None else -(-refusal.retry_after_ns // 1_000_000) / 1000
-    return throttled(
+    body = throttled(
         model,
         quota_id=quota_id,
         metric=metric,
         value=refusal.bound,
-        retry_after_s=retry_after_s,
+        retry_after_s=wait_s(refusal),
     )
+    return Failure(429, body)
 
 
 def text_part(text: str) -> Json:
@@ -166,3 +164,54 @@ def blocked(model: str, response_id: str, usage_metadata: Json, reason: str) -> 
         "modelVersion": model,
         "responseId": response_id,
     }
+
+
+def throttled_on_order(fault: Fault, model: str) -> Failure | None:
+    match fault.fault:
+        case FaultName.THROTTLED:
+            return Failure(429, _minute_quota(model, fault.retry_after_s))
+        case FaultName.THROTTLED_BARE:
+            return Failure(429, error(429, "Resource has been exhausted (e.g. check quota)."))
+        case FaultName.DAY_QUOTA:
+            return Failure(429, _day_quota(model, fault.retry_after_s))
+        case FaultName.ERROR_LIST:
+            return Failure(429, [_minute_quota(model, fault.retry_after_s)])
+    return None
+
+
+def _minute_quota(model: str, retry_after_s: float) -> Json:
+    return throttled(
+        model,
+        quota_id="GenerateRequestsPerMinutePerProjectPerModel-FreeTier",
+        metric="generate_content_free_tier_requests",
+        value=10,
+        retry_after_s=retry_after_s,
+    )
+
+
+def _day_quota(model: str, retry_after_s: float) -> Json:
+    return throttled(
+        model,
+        quota_id="GenerateRequestsPerDayPerProjectPerModel-FreeTier",
+        metric="generate_content_free_tier_requests",
+        value=250,
+        retry_after_s=retry_after_s,
+    )
+
+
+GEMINI = Dialect(
+    name="gemini",
+    error=lambda code, message: Failure(code, error(code, message)),
+    refused=refused,
+    plain={
+        FaultName.UNAVAILABLE: (503, "The model is overloaded. Please try again later."),
+        FaultName.INTERNAL: (500, "An internal error has occurred. Please retry."),
+        FaultName.UNAUTHORIZED: (401, "Request had invalid authentication credentials."),
+        FaultName.FORBIDDEN: (
+            403,
+            "Your API key was reported as leaked. Please use another API key.",
+        ),
+    },
+    throttled=throttled_on_order,
+    inside=error,
+)

@@ -1,0 +1,209 @@
+"""The responses API: whole, and as a stream of named events.
+
+Invariant: every event carries the next `sequence_number`; the last one is the whole response, as
+it would have come without a stream.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+
+import orjson
+
+from tidegate.providers.emulator import answers, conversation
+from tidegate.providers.emulator.conversation import (
+    Called,
+    Composed,
+    Moment,
+    compose,
+    named_event,
+    stream_steps,
+    whole_steps,
+)
+from tidegate.providers.emulator.delivery import Script, Step, broken_object
+from tidegate.providers.emulator.dialect import Json
+from tidegate.providers.emulator.faults import Fault, FaultName
+from tidegate.providers.emulator.openai.errors import OPENAI
+from tidegate.providers.emulator.openai.reading import Wanted
+from tidegate.providers.emulator.settings import Behaviour
+
+_GARBAGE = b'{"type": "response.output_text.delta", "del'
+_ECHOED: Json = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
+    "truncation": "disabled",
+}
+
+
+def script(wanted: Wanted, body: Json, behaviour: Behaviour, fault: Fault | None) -> Script:
+    response = _Response(wanted, body, compose(wanted.asked, wanted.called, behaviour, fault))
+    return conversation.script(
+        wanted.asked,
+        response.composed,
+        response.stream() if wanted.streamed else response.whole(),
+        streamed=wanted.streamed,
+        broken=_broken_event if wanted.streamed else _broken_body,
+        headers={"x-request-id": response.id},
+    )
+
+
+def _broken_body(_: int, fault: Fault) -> bytes:
+    return broken_object(OPENAI, _GARBAGE, fault)
+
+
+def _broken_event(index: int, fault: Fault) -> bytes:
+    """An `error` event is flat: the fields of the error object stand in it."""
+    if fault.fault is FaultName.GARBAGE:
+        return b"event: response.output_text.delta\ndata: " + _GARBAGE + b"\n\n"
+    error = orjson.loads(broken_object(OPENAI, _GARBAGE, fault))["error"]
+    named = error | {"type": "error", "code": error["code"] or error["type"]}
+    return named_event(named | {"sequence_number": index})
+
+
+class _Response:
+    """One answer in the shapes of this API."""
+
+    def __init__(self, wanted: Wanted, body: Json, composed: Composed) -> None:
+        self.wanted = wanted
+        self.composed = composed
+        self.id = f"resp_{answers.new_response_id()}"
+        self._body = body
+        self._created = int(time.time())
+        self._sequence = count()
+
+    def whole(self) -> list[Step]:
+        return whole_steps(self.composed, self._ended(), self.composed.output_tokens)
+
+    def stream(self) -> list[Step]:
+        begun = self._response("in_progress", [], None)
+        head = self._event("response.created", response=begun)
+        head += self._event("response.in_progress", response=begun)
+        pieces = [
+            Step(self._piece(moment), moment.output_tokens) for moment in self.composed.moments()
+        ]
+        ended = self._ended()
+        tail = self._event(f"response.{ended['status']}", response=ended)
+        return stream_steps(head, pieces or [Step(b"", self.composed.output_tokens)], tail)
+
+    def _piece(self, moment: Moment) -> bytes:
+        events = b""
+        if moment.opens:
+            events += self._opened(moment)
+        place = {"item_id": self._item_id(moment.block), "output_index": moment.block}
+        if moment.call is None:
+            text = {**place, "content_index": 0, "delta": moment.text, "logprobs": []}
+            events += self._event("response.output_text.delta", **text)
+        else:
+            name = "response.function_call_arguments.delta"
+            events += self._event(name, **place, delta=moment.text)
+        return events + (self._closed(moment) if moment.closes else b"")
+
+    def _opened(self, moment: Moment) -> bytes:
+        item = self._item(moment.block, moment.call, "in_progress")
+        events = self._event("response.output_item.added", output_index=moment.block, item=item)
+        if moment.call is None:
+            events += self._event(
+                "response.content_part.added", **self._content(moment), part=_text_part("")
+            )
+        return events
+
+    def _closed(self, moment: Moment) -> bytes:
+        if moment.call is None:
+            text = self.composed.said or ""
+            events = self._event(
+                "response.output_text.done", **self._content(moment), text=text, logprobs=[]
+            )
+            events += self._event(
+                "response.content_part.done", **self._content(moment), part=_text_part(text)
+            )
+        else:
+            events = self._event(
+                "response.function_call_arguments.done",
+                item_id=self._item_id(moment.block),
+                output_index=moment.block,
+                name=moment.call.name,
+                arguments=moment.call.arguments,
+            )
+        item = self._item(moment.block, moment.call, "completed")
+        return events + self._event(
+            "response.output_item.done", output_index=moment.block, item=item
+        )
+
+    def _content(self, moment: Moment) -> Json:
+        item_id = self._item_id(moment.block)
+        return {"item_id": item_id, "output_index": moment.block, "content_index": 0}
+
+    def _item_id(self, block: int) -> str:
+        return f"item_{self.id}_{block}"
+
+    def _item(self, block: int, call: Called | None, status: str) -> Json:
+        done = status == "completed"
+        if call is not None:
+            return {
+                "id": self._item_id(block),
+                "type": "function_call",
+                "status": status,
+                "call_id": call.id,
+                "name": call.name,
+                "arguments": call.arguments if done else "",
+            }
+        return {
+            "id": self._item_id(block),
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": [_text_part(self.composed.said or "")] if done else [],
+        }
+
+    def _ended(self) -> Json:
+        reason = {"length": "max_output_tokens", "blocked": "content_filter"}.get(
+            self.composed.finish
+        )
+        blocks: list[Called | None] = [*self.composed.calls]
+        if self.composed.text:
+            blocks.insert(0, None)
+        output = [self._item(block, call, "completed") for block, call in enumerate(blocks)]
+        status = "incomplete" if reason else "completed"
+        ended = self._response(status, output, self._usage())
+        return ended | {"incomplete_details": {"reason": reason} if reason else None}
+
+    def _response(self, status: str, output: list[Json], usage: Json | None) -> Json:
+        echoed = {name: self._body.get(name, value) for name, value in _ECHOED.items()}
+        return echoed | {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.wanted.asked.model,
+            "output": output,
+            "usage": usage,
+        }
+
+    def _event(self, name: str, /, **fields: object) -> bytes:
+        return named_event({"type": name, "sequence_number": next(self._sequence), **fields})
+
+    def _usage(self) -> Json:
+        read, wrote = self.wanted.asked.input_tokens, self.composed.output_tokens
+        return {
+            "input_tokens": read,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": wrote,
+            "output_tokens_details": {"reasoning_tokens": self.composed.thoughts_tokens},
+            "total_tokens": read + wrote,
+        }
+
+
+def _text_part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
