@@ -1,0 +1,71 @@
+"""What we have on record is what the provider billed, whatever happened on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import aiohttp
+
+from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+
+LEAVES = "leave me"
+CALLS = 150
+
+
+def fronts(text: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    said = [{"role": "user", "content": text}]
+    parts = {"contents": [{"parts": [{"text": text}]}]}
+    return (
+        ("/v1/chat/completions", {"model": "m", "messages": said}),
+        ("/v1/responses", {"model": "m", "input": text}),
+        ("/v1beta/models/m:generateContent", parts),
+        ("/v1beta/models/m:streamGenerateContent?alt=sse", parts),
+        ("/v1/messages", {"model": "m", "max_tokens": 90, "messages": said}),
+    )
+
+
+async def one(gateway: Gateway, number: int) -> None:
+    leaves = number % 7 == 0
+    path, body = fronts(LEAVES if leaves else f"Tell me number {number}")[number % 5]
+    streamed = {"stream": True} if path.startswith("/v1/") and number % 2 else {}
+    try:
+        async with (
+            asyncio.timeout(1 if leaves else 30),
+            aiohttp.ClientSession() as session,
+            session.post(gateway.url + path, json=body | streamed) as response,
+        ):
+            await response.read()
+    except (TimeoutError, aiohttp.ClientError):
+        return
+
+
+async def test_totals_of_settled_calls_are_the_providers_own(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 40})
+    await gateway.upstream.set_behaviour(first_byte_ms=5, between_ms=3)
+    await gateway.upstream.set_fault("hang_mid_stream", match=LEAVES)
+    for fault in ("unavailable", "throttled_bare", "internal", "cut_mid_stream"):
+        await gateway.upstream.set_fault(fault, probability=0.05)
+    await asyncio.gather(*(one(gateway, number) for number in range(CALLS)))
+    await wait_until(lambda: gateway.held == gateway.waiting == 0, 10, "the end of all")
+    await gateway.in_flight(0)
+
+    async def recorded() -> bool:
+        count: int = await gateway.database.fetchval("SELECT count(*) FROM audit")
+        return count == CALLS
+
+    await wait_until(recorded, 10, "all records")
+    ours = await gateway.database.fetchrow(
+        "SELECT sum(input_tokens) AS taken, sum(output_tokens) AS given, count(*) AS calls"
+        " FROM audit WHERE status = 'succeeded'"
+    )
+    theirs = (await gateway.upstream.stats()).billed("finished")
+    assert ours["calls"] > CALLS // 2
+    assert (ours["taken"], ours["given"]) == (theirs.input_tokens, theirs.output_tokens)
+    unknown = await gateway.database.fetch(
+        "SELECT input_tokens, output_tokens, total_tokens FROM audit"
+        " WHERE status = 'cancelled' AND endpoint = '/v1/responses'"
+    )
+    assert unknown
+    assert {tuple(row.values()) for row in unknown} == {(None, None, None)}  # never zero
