@@ -18,14 +18,14 @@ from tidegate.store.records import Idempotency
 
 HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "idempotency-replayed"
-_MOST_CHARS = 255
-_ALLOWED = f"1 to {_MOST_CHARS} printable characters of ASCII, such as a UUID"
+MOST_CHARS = 255
+_ALLOWED = f"1 to {MOST_CHARS} printable characters of ASCII, such as a UUID"
 
 PARAMETER: dict[str, Any] = {
     "name": HEADER,
     "in": "header",
     "required": False,
-    "schema": {"type": "string", "minLength": 1, "maxLength": _MOST_CHARS},
+    "schema": {"type": "string", "minLength": 1, "maxLength": MOST_CHARS},
     "description": "The same key with the same request gives the same `request_id` again, and "
     "one job; with a different request it is refused with 409. Kept as long as the request.",
 }
@@ -39,9 +39,13 @@ def key_of(request: Request) -> str | None:
     key = given[0]
     if len(given) > 1:
         raise InvalidRequest(HEADER, "there is more than one Idempotency-Key", allowed=_ALLOWED)
-    if not (1 <= len(key) <= _MOST_CHARS and key.isascii() and key.isprintable()):
+    if not is_key(key):
         raise InvalidRequest(HEADER, "this is not an idempotency key", allowed=_ALLOWED)
     return key
+
+
+def is_key(text: str) -> bool:
+    return 1 <= len(text) <= MOST_CHARS and text.isascii() and text.isprintable()
 
 
 def idempotency_of(key: str | None, submission: Submission) -> Idempotency | None:

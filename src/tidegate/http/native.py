@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -21,8 +20,6 @@ from tidegate.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NotFound,
-    PayloadTooLarge,
-    RequestTimeout,
     ShuttingDown,
     TidegateError,
     UpstreamUnauthorized,
@@ -30,13 +27,15 @@ from tidegate.errors import (
 from tidegate.http.access import log_request
 from tidegate.http.dialects import event, refusal
 from tidegate.http.events import Presence, abort
+from tidegate.http.incoming import ClientGone, Incoming
+from tidegate.http.once import Once, wanted_of
 from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import to_send
 from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
-from tidegate.store.records import Failure
+from tidegate.store.records import Failure, Idempotency
 from tidegate.store.relayed import RelayRecord
 from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
@@ -47,10 +46,6 @@ _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
 
 log = get_logger()
-
-
-class ClientGone(Exception):
-    """The client left before its request was whole."""
 
 
 async def native(services: Services, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,7 +73,8 @@ class _Front:
 
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
-        *("_received_at", "_out", "_life", "_ends_whole", "_task", "_slow", "_head_sent"),
+        *("_received_at", "_out", "_life", "_ends_whole", "_task", "_incoming", "_head_sent"),
+        *("_recorded", "_content_type"),
     )
 
     def __init__(
@@ -95,10 +91,14 @@ class _Front:
         self._out = Out(self._start, self._body)
         self._life = Life()
         self._ends_whole = True  # what went out ends with whole events, as far as we know
-        self._slow = self._head_sent = False
+        self._head_sent = False
+        self._recorded = False  # already, by the request that this one repeats
+        self._content_type = ""
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
+        silence_s = services.config.receive_timeout_ms / 1000
+        self._incoming = Incoming(receive, task, silence_s)
 
     async def answer(self, endpoint: Endpoint) -> None:
         self._services.streams.add(self._task)
@@ -109,8 +109,11 @@ class _Front:
 
     async def _answer(self, endpoint: Endpoint) -> None:
         uploads = endpoint.operation is Operation.UPLOAD
+        most_bytes = self._services.config.max_body_bytes
         try:
-            call = self._call(endpoint, ANYBODY, b"" if uploads else await self._read())
+            call = self._call(
+                endpoint, ANYBODY, b"" if uploads else await self._incoming.whole(most_bytes)
+            )
             if not endpoint.operation.is_counted:
                 check_files(call)
             if self._services.store.relayed.is_full:
@@ -128,13 +131,16 @@ class _Front:
             if comfort is not None:
                 comfort.cancel()
             await presence.end()
-        self._record(call, status, failure)
+        if not self._recorded:
+            self._record(call, status, failure)
 
     async def _run(self, call: NativeCall, presence: Presence) -> tuple[Status, Failure | None]:
         """Make the call, and tell the client how it failed if it did."""
         try:
             if call.endpoint.operation is Operation.UPLOAD:
                 await self._upload(call)
+            elif (wanted := wanted_of(call, self._scope["headers"])) is not None:
+                await self._once(call, wanted)
             else:
                 await self._services.relay.run(call, self._out, self._life)
             return Status.SUCCEEDED, None
@@ -154,58 +160,26 @@ class _Front:
             await self.tell(stopping)
             return Status.FAILED, Failure.of(stopping)
 
+    async def _once(self, call: NativeCall, wanted: Idempotency) -> None:
+        """Under an idempotency key."""
+        once = Once(self._services.store.native_keys, call, wanted)
+        given = await once.given_before(self._services.config.total_timeout_ms)
+        if given is not None:
+            self._request_id, self._recorded = given.request_id, True
+            await once.replay(given, self._out)
+            return
+        try:
+            await self._services.relay.run(call, self._out, self._life)
+        except BaseException:
+            await asyncio.shield(once.failed())
+            raise
+        await once.ended(self._life, self._content_type)
+
     async def _upload(self, call: NativeCall) -> None:
         host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
         own_url = f"{self._scope['scheme']}://{host.decode('latin-1')}"
-        pieces = self._pieces(MAX_BYTES)
+        pieces = self._incoming.pieces(MAX_BYTES)
         await upload(self._services.relay, call, pieces, own_url, self._out, self._life)
-
-    async def _read(self) -> bytes:
-        """The whole body, within the bounds of size and silence."""
-        most_bytes = self._services.config.max_body_bytes
-        message = await self._next()
-        piece: bytes = message.get("body", b"")
-        if not message.get("more_body", False) and len(piece) <= most_bytes:
-            return piece
-        return b"".join([one async for one in self._pieces(most_bytes, message)])
-
-    async def _pieces(
-        self, most_bytes: int, message: Message | None = None
-    ) -> AsyncIterator[bytes]:
-        """The body as it comes, from `message` on where there is one."""
-        size_bytes, more = 0, True
-        while more:
-            message = await self._next() if message is None else message
-            piece, more = message.get("body", b""), message.get("more_body", False)
-            message = None
-            size_bytes += len(piece)
-            if size_bytes > most_bytes:
-                allowed = f"at most {most_bytes} bytes"
-                raise PayloadTooLarge("body", "the body is too large", allowed=allowed)
-            if piece:
-                yield piece
-
-    async def _next(self) -> Message:
-        """The next part of the request, if it comes in time: by a plain timer, since a timeout's
-        context costs as much as all the rest."""
-        silence_s = self._services.config.receive_timeout_ms / 1000
-        timer = asyncio.get_running_loop().call_later(silence_s, self._too_slow)
-        try:
-            message = await self._receive()
-        except asyncio.CancelledError:
-            if not self._slow:
-                raise
-            self._task.uncancel()
-            raise RequestTimeout("the request's body arrives too slowly") from None
-        finally:
-            timer.cancel()
-        if message["type"] != "http.request":
-            raise ClientGone
-        return message
-
-    def _too_slow(self) -> None:
-        self._slow = True
-        self._task.cancel()
 
     def _call(self, endpoint: Endpoint, caller: Caller, body: bytes) -> NativeCall:
         headers: list[tuple[bytes, bytes]] = self._scope["headers"]
@@ -262,6 +236,9 @@ class _Front:
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._out.started = True
+        self._content_type = next(
+            (value.decode("latin-1") for name, value in headers if name == b"content-type"), ""
+        )
         if not self._head_sent:
             self._head_sent = True
             self._life.http_status = status

@@ -90,6 +90,7 @@ async def _prune_requests(connections: Connections, blobs: Blobs, cutoff: date) 
 
     async def forget(connection: asyncpg.Connection) -> None:
         await connection.execute(sql("forget_workers"), before)
+        await connection.execute(sql("forget_native_keys"))
 
     await connections.run(forget, timeout_ms=_TIMEOUT_MS)
     return requests, files

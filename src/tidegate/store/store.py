@@ -26,6 +26,7 @@ from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
 from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
+from tidegate.store.native_keys import NativeKeys
 from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
 from tidegate.store.queries import sql
@@ -79,6 +80,7 @@ class Store:
         self.relayed = RelayLog(
             connections, self._recorder, blobs, instance_id=instance_id, when_full=audit_full
         )
+        self.native_keys = NativeKeys(connections)
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
         self.listing = Listing(connections)

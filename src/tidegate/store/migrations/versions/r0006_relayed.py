@@ -1,4 +1,4 @@
-"""Native calls on the record: audit rows that belong to no job."""
+"""Native calls on the record, audit rows that belong to no job; and their idempotency keys."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ STEPS = (
     CREATE INDEX audit_relayed ON audit (tenant_id, created_at DESC, id DESC)
         WHERE source = 'relay'
     """,
+    """
+    CREATE TABLE native_keys (
+        tenant_id text NOT NULL,
+        idempotency_key text NOT NULL,
+        digest bytea NOT NULL,
+        request_id uuid NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT now(),
+        ended_at timestamptz,
+        http_status integer,
+        content_type text,
+        answer bytea,
+        PRIMARY KEY (tenant_id, idempotency_key)
+    )
+    """,
+    "CREATE INDEX native_keys_age ON native_keys (created_at)",
 )
 
 
