@@ -19,15 +19,16 @@ class ClientGone(Exception):
 
 
 class Incoming:
-    """Read it in `task`. Raises PayloadTooLarge, RequestTimeout or ClientGone."""
+    """Read it in `task`, which is cancelled when the client is too slow: `is_slow` is true then, for
+    where another task does the reading. Raises PayloadTooLarge, RequestTimeout or ClientGone."""
 
-    __slots__ = ("_receive", "_silence_s", "_slow", "_task")
+    __slots__ = ("_receive", "_silence_s", "_task", "is_slow")
 
     def __init__(self, receive: Receive, task: asyncio.Task[Any], silence_s: float) -> None:
         self._receive = receive
         self._task = task
         self._silence_s = silence_s
-        self._slow = False
+        self.is_slow = False
 
     async def whole(self, most_bytes: int) -> bytes:
         """All of it."""
@@ -56,7 +57,7 @@ class Incoming:
         try:
             message = await self._receive()
         except asyncio.CancelledError:
-            if not self._slow:
+            if not self.is_slow:
                 raise
             self._task.uncancel()
             raise RequestTimeout("the request's body arrives too slowly") from None
@@ -67,5 +68,5 @@ class Incoming:
         return message
 
     def _too_slow(self) -> None:
-        self._slow = True
+        self.is_slow = True
         self._task.cancel()

@@ -20,6 +20,7 @@ from tidegate.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NotFound,
+    RequestTimeout,
     ShuttingDown,
     TidegateError,
     UpstreamUnauthorized,
@@ -154,6 +155,10 @@ class _Front:
         except asyncio.CancelledError:
             # Ours, because the client left; or the server's, which stops.
             self._task.uncancel()
+            if self._incoming.is_slow:  # an upload, which is read by the one who sends it on
+                slow = RequestTimeout("the request's body arrives too slowly")
+                await self.tell(slow)
+                return Status.FAILED, Failure.of(slow)
             if presence.gone:
                 return Status.CANCELLED, Failure("client_left", "the client went away")
             stopping = ShuttingDown("this process is stopping; ask again")

@@ -69,6 +69,7 @@ async def warm(gateway: Gateway) -> None:
     await gateway.upstream.reset()
 
 
+ONLY = '[[routes]]\nmodel = "only-second"\ntry = ["second"]\n'
 CHAIN = '[[routes]]\nmodel = "*"\ntry = ["gemini", "second"]\n'
 
 
@@ -121,8 +122,13 @@ async def test_what_finds_no_room_here_goes_to_who_has_some(
     open_gateway: Opener, policy: WriteFile, second: Emulator
 ) -> None:
     gateway = await open_gateway(
-        worker=False, tidegate_policy=policy(bound=3, end=CHAIN), rate_limits={"text_only": 2}
+        worker=False,
+        tidegate_policy=policy(bound=3, end=ONLY + CHAIN),
+        rate_limits={"text_only": 2},
     )
+    await warm(gateway)
+    assert (await ask(gateway, "only-second"))[0] == 200
+    await second.control.reset()
     await gateway.upstream.set_behaviour(first_byte_ms=300)
     await second.control.set_behaviour(first_byte_ms=300)
     await asyncio.gather(*(ask(gateway) for _ in range(10)))
