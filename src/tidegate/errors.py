@@ -10,6 +10,7 @@ TidegateError
 ├── Unauthenticated             no credential, or a wrong one
 ├── Forbidden                   not for this caller, whatever it shows
 ├── NotFound                    no such request, file or limit
+├── QuotaExceeded               a tenant has as much here as it may; says of what
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
@@ -94,11 +95,32 @@ class Unauthenticated(TidegateError):
 
 
 class Forbidden(TidegateError):
+    """`field` and `allowed` are as those of InvalidRequest, where an input is what is refused."""
+
     code = "forbidden"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, allowed: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.field = field
+        self.allowed = allowed
 
 
 class NotFound(TidegateError):
     code = "not_found"
+
+
+class QuotaExceeded(TidegateError):
+    """`limit` is the name of the tenant's cap, e.g. `most_queued_jobs`; `allowed` in words."""
+
+    code = "quota_exceeded"
+    retryable = True
+
+    def __init__(self, message: str, *, limit: str, allowed: str, retry_after_ms: int) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms)
+        self.limit = limit
+        self.allowed = allowed
 
 
 class AdmissionError(TidegateError):

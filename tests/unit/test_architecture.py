@@ -45,7 +45,8 @@ RESERVED = {
 PURE = (
     *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model/", "*states.py"),
     *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
-    *("policy/edits.py", "policy/words.py"),
+    *("policy/edits.py", "policy/words.py", "policy/tenancy.py"),
+    *("store/api_keys.py", "http/openings.py"),
 )
 DOES_IO = {
     *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),

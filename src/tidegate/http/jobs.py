@@ -16,10 +16,11 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from tidegate.call import DEFAULT_TENANT, new_id
-from tidegate.errors import NotFound
+from tidegate.call import Caller, new_id
+from tidegate.errors import Forbidden, NotFound, QuotaExceeded
+from tidegate.http.caller import Reader, caller_of, check_models
 from tidegate.http.events import disconnected
-from tidegate.http.forms import Submission, read_submission
+from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.problems import REQUEST_ID_HEADER, Problem
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import Accepted, StatusView, accepted, status_view
@@ -101,12 +102,13 @@ def prefix_of(request: Request) -> str:
     return "/llm" if request.scope["path"].startswith("/llm/") else ""
 
 
-def ask_of(submission: Submission) -> Ask:
+def ask_of(submission: Submission, caller: Caller) -> Ask:
     return Ask(
         prompt=submission.prompt,
         attachments=submission.attachments,
         image_uri=submission.image_uri,
         kind=submission.kind,
+        tenant_id=caller.tenant_id,
     )
 
 
@@ -115,7 +117,7 @@ def ask_of(submission: Submission) -> Ask:
     status_code=202,
     response_model=Accepted,
     openapi_extra=BODY,
-    responses=problem_responses(400, 408, 413, 415, 422, 503),
+    responses=problem_responses(400, 401, 403, 408, 413, 415, 422, 429, 503),
     summary="Hand in a request; a worker answers it",
 )
 async def submit(request: Request) -> Response:
@@ -123,27 +125,43 @@ async def submit(request: Request) -> Response:
     request is stored for good; follow it at `status_url`."""
     services = services_of(request)
     received = datetime.now(UTC)
+    caller = await caller_of(request)
     submission = await read_submission(request, services.config, services.blobs)
-    job = _new_job(submission, services, received)
-    await services.store.submit(job)
+    job = _new_job(submission, services, received, caller)
+    try:
+        check_models(caller, job.model, job.classification, services.config)
+        room = services.store.queued.room(caller, jobs=1, size_bytes=_size_of(submission))
+        async with room:
+            await services.store.submit(job)
+    except (Forbidden, QuotaExceeded):
+        await discard(submission, services.blobs)
+        raise
     body = accepted(job, prefix_of(request)).model_dump_json()
     headers = {REQUEST_ID_HEADER: str(job.request_id)}
     return Response(body, 202, headers, media_type="application/json")
 
 
-def _new_job(submission: Submission, services: Services, received: datetime) -> NewJob:
+def _size_of(submission: Submission) -> int:
+    """What a submission adds to the bytes of a tenant's queue, as the store counts them."""
+    files = sum(attachment.size_bytes for attachment in submission.attachments)
+    return len(submission.prompt.encode("utf-8", "replace")) + files
+
+
+def _new_job(
+    submission: Submission, services: Services, received: datetime, caller: Caller
+) -> NewJob:
     deadline_ms = submission.deadline_ms or services.config.job_deadline_ms
     return NewJob(
         request_id=new_id(),
         created_at=received,
         prompt=submission.prompt,
-        classification=services.pipeline.first_look(ask_of(submission)),
+        classification=services.pipeline.first_look(ask_of(submission, caller)),
         attachments=submission.attachments,
         image_uri=submission.image_uri,
         model=submission.model,
-        priority=submission.priority,
+        priority=min(submission.priority, caller.most_priority),
         deadline_at=received + timedelta(milliseconds=deadline_ms) if deadline_ms else None,
-        tenant_id=DEFAULT_TENANT,
+        tenant_id=caller.tenant_id,
     )
 
 
@@ -151,12 +169,13 @@ def _new_job(submission: Submission, services: Services, received: datetime) -> 
     "/status/{request_id}",
     response_model=StatusView,
     response_model_exclude_none=True,
-    responses=problem_responses(400, 404, 503),
+    responses=problem_responses(400, 401, 403, 404, 429, 503),
     summary="Where a request stands, and its answer",
 )
 async def status(
     request: Request,
     request_id: UUID,
+    caller: Reader,
     wait: Annotated[
         float,
         Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the status to change"),
@@ -165,9 +184,10 @@ async def status(
     """With `wait`, answers as soon as the status changes or the time is up. A request that has
     ended answers at once."""
     services = services_of(request)
-    record = await services.store.get(request_id, DEFAULT_TENANT)
+    record = await services.store.get(request_id, caller.tenant_id)
     if wait and not record.status.is_end:
-        record = await _changed(request, services, record, wait)
+        with services.openings.long_poll(caller):
+            record = await _changed(request, services, record, wait)
     return status_view(record, prefix_of(request))
 
 
@@ -209,14 +229,14 @@ async def _changed(
 @router.get(
     "/files/{file_id}",
     response_class=StreamingResponse,
-    responses=problem_responses(400, 404, 503)
+    responses=problem_responses(400, 401, 403, 404, 503)
     | {200: {"content": {"image/png": {}}, "description": "The file's bytes"}},
     summary="A generated picture or an uploaded file",
 )
-async def file(request: Request, file_id: UUID) -> Response:
+async def file(request: Request, file_id: UUID, caller: Reader) -> Response:
     """Pictures may be shown in a page; everything else is offered for download."""
     services = services_of(request)
-    record = await services.store.file(file_id, DEFAULT_TENANT)
+    record = await services.store.file(file_id, caller.tenant_id)
     pieces = services.blobs.stream(record.blob_key)
     try:
         # Before the head goes out: a blob that is gone must not become a broken 200.

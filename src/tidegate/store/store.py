@@ -27,6 +27,7 @@ from tidegate.store.migrate import HEAD, revision_of
 from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
 from tidegate.store.queries import sql
+from tidegate.store.queued import Queued
 from tidegate.store.recorder import Recorder
 from tidegate.store.records import (
     AttemptResult,
@@ -41,6 +42,7 @@ from tidegate.store.records import (
 from tidegate.store.running import Running
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
+from tidegate.store.tenants import Tenants
 from tidegate.store.watch import Watch
 from tidegate.store.writer import GroupWriter
 
@@ -75,6 +77,8 @@ class Store:
         )
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
+        self.tenants = Tenants(connections)
+        self.queued = Queued(connections)
         self._submits: GroupWriter[NewJob, None] = GroupWriter(
             self._insert, lambda job: 1_000 + len(job.prompt)
         )

@@ -1,0 +1,56 @@
+"""The caller of a request of ours, and what it may ask for.
+
+Invariant: nothing of a request's body is read before its caller is known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from tidegate.call import Caller, Classification, Kind, Scope
+from tidegate.config import Config
+from tidegate.errors import Forbidden
+from tidegate.http.services import services_of
+
+
+async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
+    """Raises what `Gate.identify` raises."""
+    gate = services_of(request).gate
+    headers, query = request.scope["headers"], request.scope["query_string"]
+    if scope is Scope.INFER and (caller := gate.known(headers, query)) is not None:
+        return caller
+    return await gate.identify(headers, query, scope)
+
+
+async def _reader(request: Request) -> Caller:
+    return await caller_of(request, Scope.READ)
+
+
+Reader = Annotated[Caller, Depends(_reader)]
+
+
+def check_model(caller: Caller, model: str) -> None:
+    """Raises Forbidden, naming the model and what is allowed."""
+    if not caller.may_ask(model):
+        raise Forbidden(
+            f"tenant {caller.tenant_id} may not ask the model {model}",
+            field="model",
+            allowed=", ".join(caller.models or ()) or "no model",
+        )
+
+
+def check_models(
+    caller: Caller, model: str | None, classification: Classification, config: Config
+) -> None:
+    """The model that was named, else all those that the request may turn out to need."""
+    if caller.models is None:
+        return
+    if model is not None:
+        check_model(caller, model)
+        return
+    kinds = (classification.kind,) if classification.kind is not None else tuple(Kind)
+    for kind in kinds:
+        check_model(caller, config.model_for(kind))
