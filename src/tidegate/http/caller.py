@@ -13,16 +13,19 @@ from starlette.requests import Request
 from tidegate.call import Caller, Classification, Kind, Scope
 from tidegate.config import Config
 from tidegate.errors import Forbidden
+from tidegate.http.access import CALLER_IN_SCOPE
 from tidegate.http.services import services_of
 
 
 async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
-    """Raises what `Gate.identify` raises."""
+    """Who asks, whom the access log names as well. Raises what `Gate.identify` raises."""
     gate = services_of(request).gate
     headers, query = request.scope["headers"], request.scope["query_string"]
-    if scope is Scope.INFER and (caller := gate.known(headers, query)) is not None:
-        return caller
-    return await gate.identify(headers, query, scope)
+    caller = gate.known(headers, query) if scope is Scope.INFER else None
+    if caller is None:
+        caller = await gate.identify(headers, query, scope)
+    request.scope[CALLER_IN_SCOPE] = caller
+    return caller
 
 
 async def _reader(request: Request) -> Caller:

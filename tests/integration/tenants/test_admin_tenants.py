@@ -145,5 +145,7 @@ async def test_no_key_is_ever_in_the_log(
         return "job_done" in said and request_id in said
 
     await wait_until(is_done, 10, "the job's line")
-    assert made.prefix in said
+    done = [line for line in said.splitlines() if "request_done" in line and "/submit" in line]
+    assert f"key_id={made.prefix}" in done[0]
+    assert "tenant=default" in done[0]
     assert secret not in said
