@@ -7,7 +7,7 @@ import gc
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from uuid import uuid4
 
 from fastapi import FastAPI
@@ -15,6 +15,8 @@ from fastapi import FastAPI
 from tidegate import config as configuration
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.config import Config
+from tidegate.errors import StoreUnavailable
+from tidegate.http.auth import Gate
 from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.worker import Worker
@@ -92,6 +94,9 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         pipeline = Pipeline(
             config=config, limiter=limiter, processor=processor, blobs=blobs, fetcher=fetcher
         )
+        gate = Gate(store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms)
+        if role == "api":
+            await stack.enter_async_context(_guarding(gate))
         services = Services(
             config=config,
             store=store,
@@ -102,6 +107,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             relay=relay,
             keepers=keepers,
             limiters=limiters,
+            gate=gate,
         )
         # What the imports made lives as long as the process: a full collection that walks it
         # would stop the event loop for a tenth of a second, again and again.
@@ -115,6 +121,18 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         yield services
         services.draining.set()
         log.info(Log.STOPPED, role=role, instance_id=instance_id)
+
+
+@asynccontextmanager
+async def _guarding(gate: Gate) -> AsyncIterator[None]:
+    """Keep what the gate knows the newest; at the end, put on record which keys were used."""
+    watching = asyncio.create_task(gate.run())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        with suppress(StoreUnavailable):
+            await gate.note_uses()
 
 
 @asynccontextmanager

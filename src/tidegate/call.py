@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from os import urandom
 from uuid import UUID
 
@@ -86,6 +87,34 @@ class Call:
     priority: int = 0  # from -100 to 100, higher first
 
 
+class Scope(StrEnum):
+    """What an API key may be used for."""
+
+    INFER = "infer"  # call models: live, streamed, or as jobs
+    READ = "read"  # see its tenant's own requests, answers and files
+    ADMIN = "admin"  # all of /admin, whatever tenant the key is of
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """How much of this service one tenant may hold. None means without a bound.
+
+    Jobs and bytes are counted over all processes, streams and long polls in each by itself.
+    """
+
+    most_queued_jobs: int | None = None
+    most_queued_bytes: int | None = None
+    most_streams: int | None = None
+    most_long_polls: int | None = None
+
+    @property
+    def on_queue(self) -> bool:
+        return self.most_queued_jobs is not None or self.most_queued_bytes is not None
+
+
+NO_CAPS = Caps()
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, as far as the front needs to know.
@@ -98,6 +127,14 @@ class Caller:
     key_id: str | None = None
     models: tuple[str, ...] | None = None
     most_priority: int = 100
+    caps: Caps = NO_CAPS
+
+    def may_ask(self, model: str) -> bool:
+        """Whether a model is among those allowed, with or without Gemini's `models/` before it."""
+        if self.models is None:
+            return True
+        plain = model.removeprefix("models/")
+        return any(fnmatchcase(plain, pattern) for pattern in self.models)
 
 
 ANYBODY = Caller()

@@ -14,6 +14,7 @@ TidegateError
 ├── AlreadyEnded                too late to cancel it
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── TooManyFollowers            this process streams the status of enough requests already
+├── QuotaExceeded               a tenant has as much here as it may; says of what
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
@@ -98,7 +99,16 @@ class Unauthenticated(TidegateError):
 
 
 class Forbidden(TidegateError):
+    """`field` and `allowed` are as those of InvalidRequest, where an input is what is refused."""
+
     code = "forbidden"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, allowed: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.field = field
+        self.allowed = allowed
 
 
 class NotFound(TidegateError):
@@ -124,6 +134,18 @@ class RequestCancelled(TidegateError):
 class TooManyFollowers(TidegateError):
     code = "too_many_followers"
     retryable = True
+
+
+class QuotaExceeded(TidegateError):
+    """`limit` is the name of the tenant's cap, e.g. `most_queued_jobs`; `allowed` in words."""
+
+    code = "quota_exceeded"
+    retryable = True
+
+    def __init__(self, message: str, *, limit: str, allowed: str, retry_after_ms: int) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms)
+        self.limit = limit
+        self.allowed = allowed
 
 
 class AdmissionError(TidegateError):

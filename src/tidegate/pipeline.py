@@ -16,6 +16,7 @@ from hashlib import sha256
 from weakref import WeakValueDictionary
 
 from tidegate.call import (
+    DEFAULT_TENANT,
     Admitted,
     Answer,
     Attachment,
@@ -63,6 +64,7 @@ class Ask:
     attachments: tuple[Attachment, ...] = ()
     image_uri: str | None = None
     kind: Kind | None = None
+    tenant_id: str = DEFAULT_TENANT
 
     @property
     def mime_types(self) -> tuple[str, ...]:
@@ -176,6 +178,7 @@ class Pipeline:
             ask.prompt[:MAX_JUDGED_CHARS],
             model,
             self._limiter.policy,
+            tenant=ask.tenant_id,
             max_output_tokens=MAX_JUDGE_TOKENS,
         )
         # A little earlier than the caller: the limiter knows why nobody was let in.

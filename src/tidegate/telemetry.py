@@ -55,6 +55,10 @@ class Log(StrEnum):
     UPSTREAM_KEY_DEAD = "upstream_key_dead"
     UPSTREAM_OUT = "upstream_out"
     UPSTREAM_BACK = "upstream_back"
+    NO_API_KEY = "no_api_key"
+    TENANT_CHANGED = "tenant_changed"
+    KEY_MADE = "key_made"
+    KEY_REVOKED = "key_revoked"
 
 
 _STRUCTLOG_OWN = ("_record", "_from_structlog")
@@ -68,16 +72,16 @@ _SECRET_IN_TEXT = re.compile(
     r"(?P<before>"
     r"(?P<password>://[^/\s:@'\"]*:(?!\d+(?:[/?#\s'\",]|$)))"
     r"|[?&](?:key|api_?key|upload_id|access_token)="
-    r"|(?:x-goog-api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
+    r"|(?:x-(?:goog-)?api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
     r")"
     r"(?(password)[^\s'\"]*(?=@)|[^&\s'\"]+)"
-    r"|\bAIza[\w-]{30,}",
+    r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}",
     re.IGNORECASE,
 )
 
 
 def redact(text: str) -> str:
-    """`text` without Google's keys, secrets in URLs, and the values of secret headers."""
+    """`text` without Google's keys and ours, secrets in URLs, and the values of secret headers."""
     return _SECRET_IN_TEXT.sub(lambda found: f"{found['before'] or ''}***", text)
 
 

@@ -47,6 +47,8 @@ PURE = (
     *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
     *("policy/edits.py", "policy/words.py", "relay/paths.py", "relay/asked.py", "relay/usage.py"),
     *("relay/targets.py", "relay/health.py", "relay/headers.py", "relay/usage_event.py"),
+    "policy/tenancy.py",
+    *("store/api_keys.py", "http/openings.py"),
 )
 DOES_IO = {
     *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),

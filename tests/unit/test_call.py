@@ -9,7 +9,7 @@ from uuid import RFC_4122, uuid4
 import pytest
 
 from tidegate import call
-from tidegate.call import CLASSIFIER_LIMIT, Answer, Call, Kind, Usage, new_id
+from tidegate.call import CLASSIFIER_LIMIT, Answer, Call, Caller, Kind, Usage, new_id
 
 
 def test_an_id_is_a_uuid_of_version_7_that_holds_the_time_in_milliseconds() -> None:
@@ -73,3 +73,22 @@ def test_a_call_cannot_be_changed_on_its_way() -> None:
     made = Call(uuid4(), "a prompt", Kind.TEXT_ONLY, "a model")
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.prompt = "another"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("models", "model", "may"),
+    [
+        (None, "anything", True),
+        ((), "anything", False),
+        (("gemini-*",), "gemini-2.5-flash", True),
+        (("gemini-*",), "models/gemini-2.5-flash", True),
+        (("gemini-*",), "gpt-5", False),
+        (("gemini-*",), "Gemini-2.5-flash", False),
+        (("gemini-2.5-flash",), "gemini-2.5-flash-image", False),
+        (("gpt-5", "gemini-3-?"), "gemini-3-a", True),
+    ],
+)
+def test_a_caller_may_ask_the_models_that_its_patterns_name(
+    models: tuple[str, ...] | None, model: str, may: bool
+) -> None:
+    assert Caller(models=models).may_ask(model) is may

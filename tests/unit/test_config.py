@@ -24,6 +24,8 @@ WRONG = {
     "PORT": (["abc", "-1", "65536", "80.5"], "from 0 to 65535"),
     "TIDEGATE_DEMO": (["perhaps", "2"], "1 or 0"),
     "ADMIN_TOKEN": (["fifteen-letters", "sixteen letters and spaces"], "16 characters"),
+    "AUTH": (["yes", "1"], "auto, on, off"),
+    "AUTH_OUTAGE_MS": (["0", "10m"], "milliseconds"),
     "GEMINI_BASE_URL": (["upstream", "ftp://upstream", "http://"], "https://"),
     "CONNECT_TIMEOUT_MS": (["0", "5s", "86400001"], "from 1 to 86400000"),
     "FIRST_BYTE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),

@@ -84,3 +84,17 @@ def test_a_base_url_without_a_key_stops_the_start_instead_of_being_ignored() -> 
         load({"GEMINI_BASE_URL": "https://gateway.example"}, None)
     whole = {"GEMINI_BASE_URL": "https://gateway.example", "GEMINI_API_KEY": "k"}
     assert not load(whole, None).emulated
+
+
+@pytest.mark.parametrize(
+    ("auth", "host", "asked"),
+    [
+        *(("auto", "127.0.0.1", False), ("auto", "0.0.0.0", True), ("AUTO", "10.0.0.1", True)),
+        *(("on", "127.0.0.1", True), ("off", "0.0.0.0", False), ("", "0.0.0.0", True)),
+    ],
+)
+def test_keys_are_asked_for_in_the_open_unless_switched_off_in_so_many_words(
+    auth: str, host: str, asked: bool
+) -> None:
+    config = given(HOST=host, AUTH=auth, TIDEGATE_DEMO="1")
+    assert config.asks_for_keys is asked

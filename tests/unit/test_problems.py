@@ -22,6 +22,10 @@ EXAMPLES = {
     errors.IdempotencyConflict: (errors.IdempotencyConflict("another request"), 409),
     errors.AlreadyEnded: (errors.AlreadyEnded("the request has ended: succeeded"), 409),
     errors.TooManyFollowers: (errors.TooManyFollowers("too many"), 503),
+    errors.QuotaExceeded: (
+        errors.QuotaExceeded("full", limit="most_streams", allowed="2", retry_after_ms=1_000),
+        429,
+    ),
     errors.DeadlineExceeded: (errors.DeadlineExceeded("late", limit="kind:text_only"), 504),
     errors.DemandImpossible: (errors.DemandImpossible("0", limit="kind:text_only"), 422),
     errors.QueueFull: (errors.QueueFull("full", limit="kind:text_only"), 503),
@@ -70,6 +74,14 @@ def test_retry_after_is_whole_seconds_rounded_up() -> None:
     response = problem_response(errors.UpstreamThrottled("429", retry_after_ms=47_200))
     assert response.headers["retry-after"] == "48"
     assert orjson.loads(response.body)["retry_after_ms"] == 47_200
+
+
+def test_a_quota_says_of_what_how_much_and_when_to_come_back() -> None:
+    error = errors.QuotaExceeded("full", limit="most_streams", allowed="2", retry_after_ms=1_500)
+    response = problem_response(error)
+    body = orjson.loads(response.body)
+    assert response.headers["retry-after"] == "2"
+    assert (body["code"], body["limit"], body["allowed"]) == ("quota_exceeded", "most_streams", "2")
 
 
 def test_a_problem_names_the_field_and_what_is_allowed() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidegate import __version__
-from tidegate.cli import inside, limits
+from tidegate.cli import inside, keys, limits, tenants
 from tidegate.embedded.process import ServerFailed
 from tidegate.errors import ConfigError, TidegateError
 
@@ -28,6 +28,8 @@ settings = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(settings, name="config")
 app.add_typer(limits.app, name="limits")
 app.add_typer(inside.app, name="permits")
+app.add_typer(tenants.app, name="tenants")
+app.add_typer(keys.app, name="keys")
 app.command()(inside.why)
 
 _INTERRUPTED = 130
@@ -158,5 +160,6 @@ def check() -> None:
     typer.echo(f"  listens on          {config.host} port {config.port}")
     typer.echo(f"  PostgreSQL, Valkey  {servers}")
     typer.echo(f"  provider            {'emulated' if config.emulated else config.gemini_base_url}")
+    typer.echo(f"  API keys            {'asked for' if config.asks_for_keys else 'not asked for'}")
     for name, limit in policy.limits.items():
         typer.echo(f"  {name:<19} {in_words(limit)}")

@@ -114,7 +114,7 @@ def set_(
     """Change limits, for all processes at once and for good."""
     from tidegate.policy.edits import edit
 
-    wanted = dict(_parsed(change) for change in changes or [])
+    wanted = dict(parsed(change) for change in changes or [])
     if deployed == bool(wanted or remove):
         raise ConfigError(
             "limits set",
@@ -128,7 +128,7 @@ def set_(
             now = await keeper.adopt_wanted(set_by=who(), reason=reason)
         else:
             now = await keeper.change(edit(wanted, remove or []), set_by=who(), reason=reason)
-        await _in_force(control, now.number)
+        await in_force(control, now.number)
         return now
 
     now = in_pool(change)
@@ -148,7 +148,7 @@ def pause(
     reason: Reason = "",
 ) -> None:
     """Let nobody in under a limit; what runs goes on."""
-    for_ms = None if for_ is None else _span_ms(for_)
+    for_ms = None if for_ is None else span_ms("--for", for_)
     paused = in_pool(lambda control: control.pause(limit, for_ms, by=who(), reason=reason))
     if paused:
         typer.echo(f"{limit} is paused {f'for {for_}' if for_ else 'until it is resumed'}")
@@ -198,7 +198,7 @@ def _changes(record: PolicyRecord, before: PolicyRecord | None) -> str:
     return "\n".join(differences(before.policy, record.policy)) or "none"
 
 
-async def _in_force(control: Control, revision: int) -> None:
+async def in_force(control: Control, revision: int) -> None:
     """Wait until Valkey has it, so that the command's end does not take it along."""
     try:
         async with asyncio.timeout(_IN_FORCE_WITHIN_S):
@@ -211,21 +211,22 @@ async def _in_force(control: Control, revision: int) -> None:
         raise LimiterUnavailable(message, limit="") from None
 
 
-def _parsed(change: str) -> tuple[str, Any]:
+def parsed(change: str, command: str = "limits set") -> tuple[str, Any]:
     """`KEY=VALUE`, the value as TOML; what is no TOML is a text."""
     import tomllib
 
     key, is_there, value = change.partition("=")
     if not is_there or not key.strip():
-        raise ConfigError("limits set", change, "must be KEY=VALUE")
+        raise ConfigError(command, change, "must be KEY=VALUE")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
 
 
-def _span_ms(text: str) -> int:
+def span_ms(option: str, text: str) -> int:
+    """`text` in milliseconds. Raises ConfigError, naming the option."""
     found = _SPAN.fullmatch(text.strip())
     if found is None or float(found["number"]) <= 0:
-        raise ConfigError("--for", text, "must be a number and ms, s, m, h or d, such as 10m")
+        raise ConfigError(option, text, "must be a number and ms, s, m, h or d, such as 10m")
     return max(1, round(float(found["number"]) * _UNITS_MS[found["unit"]]))

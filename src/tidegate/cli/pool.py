@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from tidegate.policy.control import Control
+    from tidegate.store.tenants import Tenants
 
 T = TypeVar("T")
 
@@ -23,6 +24,17 @@ def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
     from tidegate import telemetry
     from tidegate.config import load
     from tidegate.supervisor.control import in_pool as run
+
+    config = load()
+    telemetry.configure_logging(config.log_format, "error", process="command")
+    return run(config, work)
+
+
+def with_tenants(work: Callable[[Tenants], Awaitable[T]]) -> T:
+    """Run `work` on the record of tenants and keys, which needs no Valkey."""
+    from tidegate import telemetry
+    from tidegate.config import load
+    from tidegate.supervisor.control import with_tenants as run
 
     config = load()
     telemetry.configure_logging(config.log_format, "error", process="command")

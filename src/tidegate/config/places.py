@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
@@ -85,7 +85,18 @@ class Places(BaseModel):
     admin_token: SecretStr | None = Field(
         default=None,
         description="What `/admin` asks for, as Authorization: Bearer. Without one it answers "
-        "only while HOST is a loopback address, and only to this machine.",
+        "only while HOST is a loopback address, and only to this machine; with AUTH in force an "
+        "API key of the scope admin gets in as well.",
+    )
+    auth: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Whether callers must show an API key: see docs/tenants.md. auto asks for one "
+        "on any HOST but a loopback address; off asks nobody, wherever it listens.",
+    )
+    auth_outage_ms: Milliseconds = Field(
+        default=600_000,
+        description="How long API keys that were seen before go on working while PostgreSQL is "
+        "away; after it requests get 503.",
     )
 
     gemini_api_key: SecretStr | None = Field(
@@ -138,6 +149,11 @@ class Places(BaseModel):
         sound = len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()
         return _sound("admin_token", value, sound and " " not in token)
 
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _lower_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
     @field_validator("host")
     @classmethod
     def _address(cls, value: str) -> str:
@@ -185,6 +201,11 @@ class Places(BaseModel):
         if is_address(self.host):
             return ip_address(self.host).is_loopback
         return self.host == "localhost"
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether callers must show an API key."""
+        return self.auth == "on" or (self.auth == "auto" and not self.is_loopback)
 
     @property
     def embedded(self) -> bool:

@@ -108,12 +108,21 @@ class Demands:
         )
 
     def of_question(
-        self, prompt: str, model: str, policy: PoolPolicy, *, max_output_tokens: int
+        self,
+        prompt: str,
+        model: str,
+        policy: PoolPolicy,
+        *,
+        max_output_tokens: int,
+        tenant: str = DEFAULT_TENANT,
     ) -> Demand:
-        """What the classifier's question needs: of its own limit, and of those on the model."""
+        """What the classifier's question needs: of its own limit, and of those on the model.
+
+        It takes its tenant's turn, but nothing of the tenant's limits: the question is ours.
+        """
         return Demand(
             limits=self._limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
-            tenant=DEFAULT_TENANT,
+            tenant=tenant,
             priority=band_of(0, policy.bands),
             images=0,
             estimate=self.estimator.estimate(

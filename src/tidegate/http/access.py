@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tidegate.call import ANYBODY, Caller
 from tidegate.errors import TidegateError
 from tidegate.http.events import abort, disconnected
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
@@ -19,6 +20,7 @@ from tidegate.telemetry import Log, RequestLog, get_logger
 
 _CUT_WITHIN_S = 1.0
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
+CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: whoever finds out who asks puts it there
 
 log = get_logger()
 log_request = RequestLog()
@@ -70,12 +72,13 @@ class AccessLog:
             else:
                 await _cut(scope, receive)
         finally:
-            fields = {
+            fields: dict[str, Any] = {
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": status,
                 "took_ms": round((time.monotonic() - started) * 1000, 1),
                 **({"request_id": request_id} if request_id else {}),
+                **who(scope.get(CALLER_IN_SCOPE)),
             }
             # After the answers that are ready to go out: in a burst they would wait for the lines.
             asyncio.get_running_loop().call_soon(say_done, fields)
@@ -87,3 +90,11 @@ def say_done(fields: dict[str, Any]) -> None:
         log.debug(Log.REQUEST_DONE, **fields)
     else:
         log_request(fields)
+
+
+def who(caller: Caller | None) -> dict[str, str]:
+    """The tenant, and the key by its prefix, where a request named one."""
+    if caller is None or caller is ANYBODY:
+        return {}
+    key = {} if caller.key_id is None else {"key_id": caller.key_id}
+    return {"tenant": caller.tenant_id, **key}

@@ -81,7 +81,8 @@ class Revoked(BaseModel):
 
 def control_of(request: Request) -> Control:
     services = services_of(request)
-    return Control(services.limiter, services.keeper, services.store.running_calls)
+    store = services.store
+    return Control(services.limiter, services.keeper, store.running_calls, store.tenants)
 
 
 @router.get("/limits", summary="All limits, who waits for them, and the policy in force")

@@ -1,7 +1,8 @@
-"""Who may see and change the limits of a running deployment.
+"""Who may see and change the limits, tenants and keys of a running deployment.
 
-With ADMIN_TOKEN whoever shows it. Without one, only this machine, and only while HOST is a loopback
-address. Invariant: no page in a browser and no proxy in front gets in without the token: a request
+Whoever shows ADMIN_TOKEN or, where API keys are asked for, a key of the scope `admin`. Where they
+are not, and there is no ADMIN_TOKEN, this machine alone, and only while HOST is a loopback address.
+Invariant: no page in a browser and no proxy in front gets in without a token or a key: a request
 that bears a mark of either is refused.
 """
 
@@ -13,7 +14,9 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
+from tidegate.call import Scope as ScopeOfKey
 from tidegate.errors import Forbidden, Unauthenticated
+from tidegate.http.caller import caller_of
 from tidegate.http.services import services_of
 
 _SCHEME = "bearer"
@@ -23,23 +26,33 @@ _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "
 
 async def admit_admin(request: Request) -> None:
     """A dependency of all admin routes. Raises Unauthenticated or Forbidden."""
-    config = services_of(request).config
-    if config.admin_token is not None:
-        _check_token(request, config.admin_token.get_secret_value())
+    services = services_of(request)
+    config, token = services.config, services.config.admin_token
+    shown = _shown(request)
+    if token is not None and shown is not None and _is_same(shown, token.get_secret_value()):
         return
+    if services.gate.on:
+        await caller_of(request, ScopeOfKey.ADMIN)
+        return
+    if token is not None:
+        if shown is None:
+            raise Unauthenticated("show ADMIN_TOKEN as Authorization: Bearer <token>")
+        raise Unauthenticated("the token is not the right one")
     if not config.is_loopback:
         raise Forbidden("set ADMIN_TOKEN to use /admin: HOST is not a loopback address")
     if not _from_this_machine(request):
         raise Forbidden("without ADMIN_TOKEN, /admin answers only to programs of this machine")
 
 
-def _check_token(request: Request, token: str) -> None:
+def _shown(request: Request) -> str | None:
+    """What a bearer shows; None without one."""
     scheme, _, shown = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != _SCHEME:
-        raise Unauthenticated("show ADMIN_TOKEN as Authorization: Bearer <token>")
+    return shown.strip() if scheme.lower() == _SCHEME else None
+
+
+def _is_same(shown: str, token: str) -> bool:
     # In time that says nothing of how much of it was right.
-    if not hmac.compare_digest(shown.strip().encode("utf-8", "replace"), token.encode()):
-        raise Unauthenticated("the token is not the right one")
+    return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
 
 
 def _from_this_machine(request: Request) -> bool:

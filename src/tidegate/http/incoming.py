@@ -19,8 +19,9 @@ class ClientGone(Exception):
 
 
 class Incoming:
-    """Read it in `task`, which is cancelled when the client is too slow: `is_slow` is true then, for
-    where another task does the reading. Raises PayloadTooLarge, RequestTimeout or ClientGone."""
+    """Read it in `task`, which is cancelled when the client is too slow; `is_slow` is true then,
+    for where another task does the reading. Raises PayloadTooLarge, RequestTimeout or ClientGone.
+    """
 
     __slots__ = ("_receive", "_silence_s", "_task", "is_slow")
 

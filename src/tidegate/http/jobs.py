@@ -15,8 +15,15 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from tidegate.call import DEFAULT_TENANT, new_id
-from tidegate.errors import IdempotencyConflict, NotFound, StoreUnavailable
+from tidegate.call import Caller, new_id
+from tidegate.errors import (
+    Forbidden,
+    IdempotencyConflict,
+    NotFound,
+    QuotaExceeded,
+    StoreUnavailable,
+)
+from tidegate.http.caller import Reader, caller_of, check_models
 from tidegate.http.following import until_changed
 from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
@@ -101,12 +108,13 @@ def prefix_of(request: Request) -> str:
     return "/llm" if request.scope["path"].startswith("/llm/") else ""
 
 
-def ask_of(submission: Submission) -> Ask:
+def ask_of(submission: Submission, caller: Caller) -> Ask:
     return Ask(
         prompt=submission.prompt,
         attachments=submission.attachments,
         image_uri=submission.image_uri,
         kind=submission.kind,
+        tenant_id=caller.tenant_id,
     )
 
 
@@ -115,7 +123,7 @@ def ask_of(submission: Submission) -> Ask:
     status_code=202,
     response_model=Accepted,
     openapi_extra=BODY | {"parameters": [PARAMETER]},
-    responses=problem_responses(400, 408, 409, 413, 415, 422, 503),
+    responses=problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 503),
     summary="Hand in a request; a worker answers it",
 )
 async def submit(request: Request) -> Response:
@@ -124,11 +132,12 @@ async def submit(request: Request) -> Response:
     services = services_of(request)
     received = datetime.now(UTC)
     key = key_of(request)
+    caller = await caller_of(request)
     submission = await read_submission(
         request, services.config, services.blobs, digests=key is not None
     )
-    job = _new_job(submission, services, received, key)
-    taken = await _submitted(job, submission, services)
+    job = _new_job(submission, services, received, caller, key)
+    taken = await _submitted(job, submission, services, caller)
     body = accepted(taken, prefix_of(request)).model_dump_json()
     headers = {REQUEST_ID_HEADER: str(taken.request_id)}
     if taken is not job:
@@ -136,11 +145,18 @@ async def submit(request: Request) -> Response:
     return Response(body, 202, headers, media_type="application/json")
 
 
-async def _submitted(job: NewJob, submission: Submission, services: Services) -> NewJob | Earlier:
+async def _submitted(
+    job: NewJob, submission: Submission, services: Services, caller: Caller
+) -> NewJob | Earlier:
     """The job, once it is committed, or the one that was before it under the same key."""
     try:
-        earlier = await services.store.submit(job)
-    except IdempotencyConflict:
+        check_models(caller, job.model, job.classification, services.config)
+        earlier = await services.store.earlier(job)
+        if earlier is None:
+            room = services.store.queued.room(caller, jobs=1, size_bytes=_size_of(submission))
+            async with room:
+                earlier = await services.store.submit(job)
+    except (Forbidden, IdempotencyConflict, QuotaExceeded):
         await _forget(submission, services)
         raise
     if earlier is None:
@@ -155,21 +171,31 @@ async def _forget(submission: Submission, services: Services) -> None:
         await discard(submission, services.blobs)
 
 
+def _size_of(submission: Submission) -> int:
+    """What a submission adds to the bytes of a tenant's queue, as the store counts them."""
+    files = sum(attachment.size_bytes for attachment in submission.attachments)
+    return len(submission.prompt.encode("utf-8", "replace")) + files
+
+
 def _new_job(
-    submission: Submission, services: Services, received: datetime, key: str | None
+    submission: Submission,
+    services: Services,
+    received: datetime,
+    caller: Caller,
+    key: str | None,
 ) -> NewJob:
     deadline_ms = submission.deadline_ms or services.config.job_deadline_ms
     return NewJob(
         request_id=new_id(),
         created_at=received,
         prompt=submission.prompt,
-        classification=services.pipeline.first_look(ask_of(submission)),
+        classification=services.pipeline.first_look(ask_of(submission, caller)),
         attachments=submission.attachments,
         image_uri=submission.image_uri,
         model=submission.model,
-        priority=submission.priority,
+        priority=min(submission.priority, caller.most_priority),
         deadline_at=received + timedelta(milliseconds=deadline_ms) if deadline_ms else None,
-        tenant_id=DEFAULT_TENANT,
+        tenant_id=caller.tenant_id,
         once=idempotency_of(key, submission),
     )
 
@@ -178,12 +204,13 @@ def _new_job(
     "/status/{request_id}",
     response_model=StatusView,
     response_model_exclude_none=True,
-    responses=problem_responses(400, 404, 503) | LIVE,
+    responses=problem_responses(400, 401, 403, 404, 429, 503) | LIVE,
     summary="Where a request stands, and its answer",
 )
 async def status(
     request: Request,
     request_id: UUID,
+    caller: Reader,
     wait: Annotated[
         float,
         Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the status to change"),
@@ -193,25 +220,26 @@ async def status(
     ended answers at once. With `Accept: text/event-stream` every change is an event `status`, and
     the last event is `done`; `Last-Event-ID` goes on where a connection was lost."""
     services = services_of(request)
-    record = await services.store.get(request_id, DEFAULT_TENANT)
+    record = await services.store.get(request_id, caller.tenant_id)
     if wants_events(request):
-        return live_status(request, services, record, prefix_of(request))
+        return live_status(request, services, record, prefix_of(request), caller)
     if wait and not record.status.is_end:
-        record = await until_changed(request, services, record, wait)
+        with services.openings.long_poll(caller):
+            record = await until_changed(request, services, record, wait)
     return status_view(record, prefix_of(request))
 
 
 @router.get(
     "/files/{file_id}",
     response_class=StreamingResponse,
-    responses=problem_responses(400, 404, 503)
+    responses=problem_responses(400, 401, 403, 404, 503)
     | {200: {"content": {"image/png": {}}, "description": "The file's bytes"}},
     summary="A generated picture or an uploaded file",
 )
-async def file(request: Request, file_id: UUID) -> Response:
+async def file(request: Request, file_id: UUID, caller: Reader) -> Response:
     """Pictures may be shown in a page; everything else is offered for download."""
     services = services_of(request)
-    record = await services.store.file(file_id, DEFAULT_TENANT)
+    record = await services.store.file(file_id, caller.tenant_id)
     pieces = services.blobs.stream(record.blob_key)
     try:
         # Before the head goes out: a blob that is gone must not become a broken 200.

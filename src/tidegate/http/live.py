@@ -17,7 +17,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tidegate.errors import InvalidRequest, NotFound, StoreUnavailable, TooManyFollowers
+from tidegate.call import Caller
+from tidegate.errors import (
+    InvalidRequest,
+    NotFound,
+    QuotaExceeded,
+    StoreUnavailable,
+    TooManyFollowers,
+)
 from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.http.services import Services
@@ -49,7 +56,7 @@ def wants_events(request: Request) -> bool:
 
 
 def live_status(
-    request: Request, services: Services, record: RequestRecord, prefix: str
+    request: Request, services: Services, record: RequestRecord, prefix: str, caller: Caller
 ) -> Response:
     """The response that follows `record`. Raises InvalidRequest.
 
@@ -64,20 +71,26 @@ def live_status(
     version = None if seen is None else int(seen["version"])
     if seen and seen["done"] and record.status.is_end and version == record.version:
         return Response(status_code=204)
-    return LiveStatus(services, record, prefix, version)
+    return LiveStatus(services, record, prefix, version, caller)
 
 
 class LiveStatus(Response):
     """Follows one request until it ends, its client leaves, or the process drains."""
 
     def __init__(
-        self, services: Services, record: RequestRecord, prefix: str, seen: int | None
+        self,
+        services: Services,
+        record: RequestRecord,
+        prefix: str,
+        seen: int | None,
+        caller: Caller,
     ) -> None:
         super().__init__()
         self._services = services
         self._record = record
         self._prefix = prefix
         self._seen = seen
+        self._caller = caller
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,6 +99,11 @@ class LiveStatus(Response):
         if len(followers) >= MOST_FOLLOWERS:
             full = TooManyFollowers("too many clients follow requests here; poll, or ask again")
             await problem_response(full)(scope, receive, send)
+            return
+        try:
+            opening = self._services.openings.long_poll(self._caller)
+        except QuotaExceeded as many:
+            await problem_response(many)(scope, receive, send)
             return
         followers.add(task)
         writer = EventWriter(
@@ -106,6 +124,7 @@ class LiveStatus(Response):
             for each in over:
                 each.cancel()
             followers.discard(task)
+            opening.close()
 
     async def _follow(self, writer: EventWriter, over: set[asyncio.Task[Any]]) -> None:
         while True:

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from starlette.types import Message, Receive, Scope, Send
 
-from tidegate.call import ANYBODY, Caller, new_id
+from tidegate.call import ANYBODY, new_id
 from tidegate.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -25,7 +25,7 @@ from tidegate.errors import (
     TidegateError,
     UpstreamUnauthorized,
 )
-from tidegate.http.access import log_request
+from tidegate.http.access import log_request, who
 from tidegate.http.dialects import event, refusal
 from tidegate.http.events import Presence, abort
 from tidegate.http.incoming import ClientGone, Incoming
@@ -75,7 +75,7 @@ class _Front:
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
         *("_received_at", "_out", "_life", "_ends_whole", "_task", "_incoming", "_head_sent"),
-        *("_recorded", "_content_type"),
+        *("_recorded", "_content_type", "_caller"),
     )
 
     def __init__(
@@ -93,6 +93,7 @@ class _Front:
         self._life = Life()
         self._ends_whole = True  # what went out ends with whole events, as far as we know
         self._head_sent = False
+        self._caller = ANYBODY
         self._recorded = False  # already, by the request that this one repeats
         self._content_type = ""
         task = asyncio.current_task()
@@ -131,6 +132,8 @@ class _Front:
         finally:
             if comfort is not None:
                 comfort.cancel()
+            if opening is not None:
+                opening.close()
             await presence.end()
         if not self._recorded:
             self._record(call, status, failure)
@@ -186,7 +189,7 @@ class _Front:
         pieces = self._incoming.pieces(MAX_BYTES)
         await upload(self._services.relay, call, pieces, own_url, self._out, self._life)
 
-    def _call(self, endpoint: Endpoint, caller: Caller, body: bytes) -> NativeCall:
+    def _call(self, endpoint: Endpoint, body: bytes) -> NativeCall:
         headers: list[tuple[bytes, bytes]] = self._scope["headers"]
         wait_ms, priority, subject = self._services.config.stream_wait_ms, 0, None
         for name, value in headers:
@@ -203,7 +206,7 @@ class _Front:
             query=_without_key(self._scope["query_string"].decode("latin-1")),
             headers=to_send(headers),
             body=body,
-            caller=caller,
+            caller=self._caller,
             received=self._received,
             received_at=self._received_at,
             wait_ms=wait_ms,
@@ -297,6 +300,7 @@ class _Front:
                 "status": self._life.http_status,
                 "took_ms": round(took_ms, 1),
                 "request_id": str(self._request_id),
+                **who(self._caller),
             }
         )
 

@@ -10,6 +10,12 @@ from typing import Any
 
 from tidegate.http.problems import MEDIA_TYPE
 
+_SCHEMES: dict[str, Any] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, tg_..."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "x-goog-api-key": {"type": "apiKey", "in": "header", "name": "x-goog-api-key"},
+    "key": {"type": "apiKey", "in": "query", "name": "key"},
+}
 _FOREIGN = ("HTTPValidationError", "ValidationError")
 
 
@@ -26,4 +32,7 @@ def described(schema: dict[str, Any]) -> dict[str, Any]:
                     del responses[status]
     for name in _FOREIGN:
         schema["components"]["schemas"].pop(name, None)
+    schema["components"]["securitySchemes"] = _SCHEMES
+    # Where AUTH asks for keys; an empty entry says that it may not.
+    schema["security"] = [*({name: []} for name in _SCHEMES), {}]
     return schema

@@ -39,6 +39,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.AlreadyEnded: 409,
     errors.RequestCancelled: 409,
     errors.TooManyFollowers: 503,
+    errors.QuotaExceeded: 429,
     errors.DeadlineExceeded: 504,
     errors.DemandImpossible: 422,
     errors.QueueFull: 503,
@@ -93,7 +94,7 @@ class Problem(BaseModel):
     field: str | None = Field(default=None, description="The input that was wrong")
     allowed: str | None = Field(default=None, description="What would have been right")
     limit: str | None = Field(
-        default=None, description="The limit that refused, such as kind:text_only"
+        default=None, description="The limit that refused, such as kind:text_only or most_streams"
     )
     retry_after_ms: int | None = None
 

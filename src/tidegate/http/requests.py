@@ -16,8 +16,9 @@ from fastapi import Query as FromQuery
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.call import DEFAULT_TENANT, Kind
+from tidegate.call import Kind
 from tidegate.errors import AlreadyEnded, InvalidRequest
+from tidegate.http.caller import Reader, caller_of
 from tidegate.http.following import until_changed
 from tidegate.http.jobs import prefix_of, problem_responses
 from tidegate.http.problems import REQUEST_ID_HEADER
@@ -68,16 +69,18 @@ class Query(BaseModel):
 @router.get(
     "/requests",
     response_model_exclude_none=True,
-    responses=problem_responses(400, 503),
+    responses=problem_responses(400, 401, 403, 503),
     summary="Your requests, newest first",
 )
-async def listed(request: Request, query: Annotated[Query, FromQuery()]) -> RequestPage:
+async def listed(
+    request: Request, caller: Reader, query: Annotated[Query, FromQuery()]
+) -> RequestPage:
     """Jobs, and streams that have ended, without their texts. Go on with `cursor` until there is
     no `next_cursor`: a page may hold fewer than `limit`, even none, while there are more. What is
     submitted meanwhile does not move the pages."""
     place = START if query.cursor is None else _place_of(query.cursor)
     page = await services_of(request).store.listing.page(
-        DEFAULT_TENANT, query.filter(), query.limit, place
+        caller.tenant_id, query.filter(), query.limit, place
     )
     prefix = prefix_of(request)
     return RequestPage(
@@ -90,7 +93,7 @@ async def listed(request: Request, query: Annotated[Query, FromQuery()]) -> Requ
     "/requests/{request_id}",
     response_model=StatusView,
     response_model_exclude_none=True,
-    responses=problem_responses(400, 404, 409, 503)
+    responses=problem_responses(400, 401, 403, 404, 409, 503)
     | {
         202: {
             "model": StatusView,
@@ -103,7 +106,8 @@ async def listed(request: Request, query: Annotated[Query, FromQuery()]) -> Requ
 async def cancel(request: Request, request_id: UUID) -> Response:
     """A queued request is ended at once; of a running one the call to the provider is closed, and
     what had come is kept. Cancelling again changes nothing. What has ended otherwise is 409."""
-    services, tenant_id = services_of(request), DEFAULT_TENANT
+    services, caller = services_of(request), await caller_of(request)
+    tenant_id = caller.tenant_id
     before = await services.store.cancels.cancel(request_id, tenant_id)
     record = await services.store.get(request_id, tenant_id)
     if before is Status.RUNNING and record.status is Status.RUNNING:

@@ -10,6 +10,8 @@ from typing import Any, cast
 from starlette.requests import HTTPConnection
 
 from tidegate.config import Config
+from tidegate.http.auth import Gate
+from tidegate.http.openings import Openings
 from tidegate.limiter import Limiter
 from tidegate.pipeline import Pipeline
 from tidegate.policy import PolicyKeeper
@@ -36,6 +38,8 @@ class Services:
     relay: Relay
     keepers: Mapping[str, PolicyKeeper]
     limiters: Mapping[str, Limiter]
+    gate: Gate
+    openings: Openings = field(default_factory=Openings)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
     followers: set[asyncio.Task[Any]] = field(default_factory=set)

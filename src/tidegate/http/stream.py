@@ -17,9 +17,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tidegate.call import (
-    DEFAULT_TENANT,
     Admitted,
     Call,
+    Caller,
     Delta,
     Event,
     Kind,
@@ -30,14 +30,17 @@ from tidegate.call import (
 )
 from tidegate.errors import (
     DeadlineExceeded,
+    Forbidden,
     NotFound,
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
 )
+from tidegate.http.caller import caller_of, check_models
 from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
-from tidegate.http.forms import Submission, read_submission
+from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.jobs import BODY, ask_of, prefix_of, problem_responses
+from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import usage_view
@@ -60,7 +63,7 @@ router = APIRouter(tags=["streams"])
     "/stream",
     response_class=StreamingResponse,
     openapi_extra=BODY,
-    responses=problem_responses(400, 408, 413, 415, 422, 500, 502, 503, 504)
+    responses=problem_responses(400, 401, 403, 408, 413, 415, 422, 429, 500, 502, 503, 504)
     | {
         200: {
             "description": "Events `delta`, `image`, `usage`, then `done` or `error`",
@@ -78,16 +81,26 @@ async def stream(request: Request) -> Response:
     `x-tidegate-request-id` names the record, which `/status` shows once the stream has ended."""
     services = services_of(request)
     received, received_at = time.monotonic(), datetime.now(UTC)
-    submission = await read_submission(request, services.config, services.blobs)
-    accepts = request.headers.get("accept", "")
-    return StreamedAnswer(
-        services,
-        submission,
-        prefix_of(request),
-        received=received,
-        received_at=received_at,
-        plain_text="text/plain" in accepts and "text/event-stream" not in accepts,
-    )
+    caller = await caller_of(request)
+    opening = services.openings.stream(caller)
+    try:
+        submission = await read_submission(request, services.config, services.blobs)
+        accepts = request.headers.get("accept", "")
+        answer = StreamedAnswer(
+            services,
+            submission,
+            prefix_of(request),
+            caller=caller,
+            opening=opening,
+            received=received,
+            received_at=received_at,
+            plain_text="text/plain" in accepts and "text/event-stream" not in accepts,
+        )
+        await answer.check_models()
+    except BaseException:
+        opening.close()
+        raise
+    return answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +124,7 @@ def _failed(error: TidegateError) -> _End:
 
 
 class StreamedAnswer(Response):
-    """The response whose sending is the work itself."""
+    """The response whose sending is the work itself. It closes its `opening` at its end."""
 
     def __init__(
         self,
@@ -119,6 +132,8 @@ class StreamedAnswer(Response):
         submission: Submission,
         prefix: str,
         *,
+        caller: Caller,
+        opening: Opening,
         received: float,
         received_at: datetime,
         plain_text: bool,
@@ -127,15 +142,27 @@ class StreamedAnswer(Response):
         self._services = services
         self._submission = submission
         self._prefix = prefix
+        self._caller = caller
+        self._opening = opening
+        self._priority = min(submission.priority, caller.most_priority)
         self._received = received
         self._received_at = received_at
         self._plain_text = plain_text
         self._request_id = new_id()
         self._attempt = Attempt(waiting_since=received_at)
         self._outputs: list[OutputFile] = []
-        self._ask = ask_of(submission)
+        self._ask = ask_of(submission, caller)
         self._classification = services.pipeline.first_look(self._ask)
         self._model = submission.model
+
+    async def check_models(self) -> None:
+        """Raises Forbidden for a model that the caller may not ask."""
+        try:
+            config = self._services.config
+            check_models(self._caller, self._model, self._classification, config)
+        except Forbidden:
+            await discard(self._submission, self._services.blobs)
+            raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Work until the end, or until the client has gone."""
@@ -159,6 +186,7 @@ class StreamedAnswer(Response):
         finally:
             gone.cancel()
             self._services.streams.discard(task)
+            self._opening.close()
 
     async def _run(
         self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
@@ -203,8 +231,8 @@ class StreamedAnswer(Response):
             kind=kind,
             model=self._model,
             media=media,
-            tenant_id=DEFAULT_TENANT,
-            priority=submission.priority,
+            tenant_id=self._caller.tenant_id,
+            priority=self._priority,
         )
 
         async def sink(event: Event) -> None:
@@ -262,8 +290,8 @@ class StreamedAnswer(Response):
             attachments=submission.attachments,
             image_uri=submission.image_uri,
             model=self._model,
-            priority=submission.priority,
-            tenant_id=DEFAULT_TENANT,
+            priority=self._priority,
+            tenant_id=self._caller.tenant_id,
         )
         result = attempt_result(attempt, self._model or "", tuple(self._outputs), end.failure)
         await self._services.store.record_stream(
@@ -300,7 +328,7 @@ class StreamedAnswer(Response):
             async with asyncio.timeout(_RECORDED_WITHIN_S):
                 while not store.away:
                     try:
-                        await store.get(self._request_id, DEFAULT_TENANT)
+                        await store.get(self._request_id, self._caller.tenant_id)
                         return
                     except NotFound:
                         await asyncio.sleep(pause_s)

@@ -351,7 +351,8 @@ class Worker:
 
 
 def _ask_of(job: ClaimedJob) -> Ask:
-    return Ask(job.prompt, job.attachments, job.image_uri, job.classification.kind)
+    kind = job.classification.kind
+    return Ask(job.prompt, job.attachments, job.image_uri, kind, job.tenant_id)
 
 
 def _status_of(result: AttemptResult) -> Status:

@@ -19,6 +19,7 @@ from tidegate.policy.keeper import PolicyKeeper
 from tidegate.policy.plain import to_plain
 from tidegate.policy.words import in_words
 from tidegate.store.running import Running, RunningCall
+from tidegate.store.tenants import Tenants
 from tidegate.telemetry import Log, get_logger
 
 log = get_logger()
@@ -82,12 +83,18 @@ class ShownPermit:
 
 
 class Control:
-    """One pool, through this process's limiter. Raises LimiterUnavailable while Valkey is away."""
+    """One pool, through this process's limiter. Raises LimiterUnavailable while Valkey is away.
 
-    def __init__(self, limiter: Limiter, keeper: PolicyKeeper, running: Running) -> None:
+    `tenants` are those on record; what they weigh and their limits are part of the pool's policy.
+    """
+
+    def __init__(
+        self, limiter: Limiter, keeper: PolicyKeeper, running: Running, tenants: Tenants
+    ) -> None:
         self.limiter = limiter
         self.keeper = keeper
         self.running = running
+        self.tenants = tenants
 
     async def overview(self, *, without_us: bool = False) -> Overview:
         """`without_us`: this process is only there to look."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import orjson
@@ -64,7 +63,7 @@ class Models:
                 models.setdefault(str(model[_SHAPES[dialect][2]]), model)
         if failure is not None and len(models) == 0:
             raise failure
-        allowed = [one for name, one in models.items() if _may_see(call.caller, name)]
+        allowed = [one for name, one in models.items() if call.caller.may_ask(name)]
         return orjson.dumps(_whole(dialect, allowed))
 
     async def _of(self, call: NativeCall, upstream: Upstream) -> list[dict[str, Any]]:
@@ -116,11 +115,6 @@ def _shown(
     for alias, name in upstream.aliases.items():
         found.append({**by_name.get(name, {}), key: f"{folder}{alias}"})
     return found
-
-
-def _may_see(caller: Caller, name: str) -> bool:
-    plain = name.removeprefix(_FOLDER)
-    return caller.models is None or any(fnmatchcase(plain, one) for one in caller.models)
 
 
 def _whole(dialect: Dialect, models: list[dict[str, Any]]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from tidegate.store.native_keys import NativeKeys
 from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
 from tidegate.store.queries import sql
+from tidegate.store.queued import Queued
 from tidegate.store.recorder import Recorder
 from tidegate.store.records import (
     AttemptResult,
@@ -47,6 +48,7 @@ from tidegate.store.running import Running
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
 from tidegate.store.submits import Submits
+from tidegate.store.tenants import Tenants
 from tidegate.store.watch import Watch
 
 READ_TIMEOUT_MS = 2_000
@@ -86,6 +88,8 @@ class Store:
         self.listing = Listing(connections)
         self.cancels = Cancels(connections, self._bell, instance_id=instance_id)
         self._submits = Submits(connections, self._bell)
+        self.tenants = Tenants(connections)
+        self.queued = Queued(connections)
         self._house: asyncio.Task[None] | None = None
         self._schema_fitted = False
 
@@ -157,6 +161,10 @@ class Store:
         return self._schema_fitted
 
     # The caller's side
+
+    async def earlier(self, job: NewJob) -> Earlier | None:
+        """The request that has the job's idempotency key already; raises as `submit` does."""
+        return await self._submits.earlier(job)
 
     async def submit(self, job: NewJob) -> Earlier | None:
         """Return when the job is committed; submits at the same time share one transaction.

@@ -43,6 +43,21 @@ class Submits:
         except TimeoutError:
             raise StoreUnavailable("PostgreSQL did not commit the job in time") from None
 
+    async def earlier(self, job: NewJob) -> Earlier | None:
+        """The request that has the job's key already. Raises IdempotencyConflict where it asked for
+        something else, and StoreUnavailable."""
+        if job.once is None:
+            return None
+
+        async def find(connection: asyncpg.Connection) -> _Keyed:
+            return await _find(connection, [job])
+
+        found = await self._connections.run(find, timeout_ms=TIMEOUT_MS)
+        outcome = _outcome(job, found) if found else None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Outcome]:
         # Two processes that insert the same keys wait for one another: in one order, lest they
         # wait in a circle.

@@ -10,13 +10,16 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from uuid import uuid4
 
 from tidegate.config import Config
 from tidegate.policy import deployed
 from tidegate.policy.control import Control
 from tidegate.supervisor.ground import prepared
+
+if TYPE_CHECKING:
+    from tidegate.store.tenants import Tenants
 
 T = TypeVar("T")
 Work = Callable[[Control], Awaitable[T]]
@@ -38,6 +41,7 @@ def in_pool(config: Config, work: Work[T]) -> T:
             from tidegate.store.connection import Connections
             from tidegate.store.policies import Policies
             from tidegate.store.running import Running
+            from tidegate.store.tenants import Tenants
 
             assert whole.database_url is not None
             connections = Connections(whole.database_url.get_secret_value())
@@ -48,7 +52,30 @@ def in_pool(config: Config, work: Work[T]) -> T:
                     limiter, keeper = pool
                     await limiter.ping(_ANSWER_WITHIN_MS)
                     await limiter.joined()
-                    return await work(Control(limiter, keeper, Running(connections)))
+                    tenants = Tenants(connections)
+                    return await work(Control(limiter, keeper, Running(connections), tenants))
+            finally:
+                await connections.aclose()
+
+        return asyncio.run(run())
+
+
+def with_tenants(config: Config, work: Callable[[Tenants], Awaitable[T]]) -> T:
+    """Run `work` on the record of tenants and keys alone, whatever Valkey does.
+
+    Raises StoreUnavailable, and what `work` raises.
+    """
+    with prepared(config, only={"postgres"}) as ground:
+        url = ground.config.database_url
+        assert url is not None
+
+        async def run() -> T:
+            from tidegate.store.connection import Connections
+            from tidegate.store.tenants import Tenants
+
+            connections = Connections(url.get_secret_value())
+            try:
+                return await work(Tenants(connections))
             finally:
                 await connections.aclose()
 

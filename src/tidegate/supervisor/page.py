@@ -67,6 +67,8 @@ class Page:
         policy = deployed(self._config)
         limits = ", ".join(f"{kind.value} {policy.bound(kind.limit)}" for kind in Kind)
         self._row("At once", limits, "calls, over all processes")
+        if self._config.asks_for_keys:
+            self._row("Callers", "show a key", "tidegate keys create makes one; see AUTH")
         if ground.emulated:
             self._line()
             self._line(
@@ -96,10 +98,11 @@ class Page:
         self._line()
         self._line((f"{_INDENT}Try", _LABEL))
         json = '-H "Content-Type: application/json"'
+        key = ' -H "x-api-key: <key>"' if self._config.asks_for_keys else ""
         for command in (
-            f"""curl {place}/submit {json} -d '{{"data": "Why is the sea salty?"}}'""",
-            f'curl "{place}/status/<request_id>?wait=20"',
-            f"""curl -N {place}/stream -F 'text=What is modern family?'""",
+            f"""curl {place}/submit{key} {json} -d '{{"data": "Why is the sea salty?"}}'""",
+            f'curl{key} "{place}/status/<request_id>?wait=20"',
+            f"""curl -N {place}/stream{key} -F 'text=What is modern family?'""",
         ):
             self._line(f"{_INDENT}{_INDENT}{command}")
         self._line()

@@ -55,7 +55,7 @@ async def test_without_a_token_only_programs_of_this_machine_get_in(open_gateway
 async def test_without_a_token_nobody_gets_in_where_others_could_reach_it(
     open_gateway: Opener,
 ) -> None:
-    gateway = await open_gateway(worker=False, host="0.0.0.0")
+    gateway = await open_gateway(worker=False, host="0.0.0.0", auth="off")
     status, problem = await ask(gateway, "GET", "/limits")
     assert status == 403
     assert "ADMIN_TOKEN" in problem["detail"]

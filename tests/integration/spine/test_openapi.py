@@ -32,6 +32,10 @@ PATHS = {
     "/admin/permits/{process}": "delete",
     "/admin/why/{what}": "get",
     "/admin/estimates": "get",
+    "/admin/tenants": "get",
+    "/admin/tenants/{tenant_id}": "get",
+    "/admin/keys": "get",
+    "/admin/keys/{prefix}": "delete",
 }
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,

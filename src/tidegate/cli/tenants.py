@@ -1,0 +1,239 @@
+"""`tidegate tenants`: who may call, with what share, limits and caps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidegate.cli.limits import in_force, parsed
+from tidegate.cli.pool import Json, Reason, in_pool, show_json, show_table, who
+from tidegate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tidegate.policy.control import Control
+    from tidegate.policy.tenants import ShownTenant
+
+app = typer.Typer(help="See and change tenants of the running deployment.", no_args_is_help=True)
+
+_NONE = "none"
+TenantName = Annotated[str, typer.Argument(help="A tenant's name, such as acme.")]
+_CAPS = {
+    "most_queued_jobs": "--queued-jobs",
+    "most_queued_bytes": "--queued-bytes",
+    "most_streams": "--streams",
+    "most_long_polls": "--long-polls",
+    "budget_day_money": "--day-money",
+    "budget_month_money": "--month-money",
+    "budget_day_tokens": "--day-tokens",
+    "budget_month_tokens": "--month-tokens",
+    "retention_days": "--retention-days",
+}
+
+
+def _cap(help_: str) -> Any:
+    return typer.Option(help=f"{help_}; none takes the bound away.", metavar="N|none")
+
+
+@app.command("list")
+def list_(json: Json = False) -> None:
+    """Show all tenants."""
+    from tidegate.policy.tenants import list_tenants
+
+    found = in_pool(list_tenants)
+    if json:
+        show_json([_plain(one) for one in found])
+        return
+    show_table(
+        "",
+        ("tenant", "weight", "limits", "keys", "may", "created (UTC)"),
+        [
+            (
+                one.tenant.tenant_id,
+                str(one.weight),
+                "\n".join(_limits(one)),
+                str(one.tenant.keys),
+                "\n".join(_bounds(one)),
+                f"{one.tenant.created_at:%Y-%m-%d %H:%M}",
+            )
+            for one in found
+        ],
+    )
+
+
+@app.command()
+def show(tenant: TenantName, json: Json = False) -> None:
+    """Show one tenant."""
+    from tidegate.policy.tenants import show_tenant
+
+    _say(in_pool(lambda control: show_tenant(control, tenant)), json)
+
+
+@app.command("set")
+def set_(
+    tenant: TenantName,
+    weight: Annotated[
+        int | None, typer.Option(min=1, max=1_000, help="Its share against other tenants.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A limit of its own, such as tenant:acme=5 or rpm:tenant/acme=60; none as the "
+            "value takes it away.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    priority_cap: Annotated[
+        int | None,
+        typer.Option(min=-100, max=100, help="A higher priority is lowered to it."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A model or pattern that it may ask; these replace those before."),
+    ] = None,
+    all_models: Annotated[bool, typer.Option("--all-models", help="It may ask any.")] = False,
+    queued_jobs: Annotated[str | None, _cap("Most jobs in the queue")] = None,
+    queued_bytes: Annotated[str | None, _cap("Most bytes of queued prompts and files")] = None,
+    streams: Annotated[str | None, _cap("Most streams open in each process")] = None,
+    long_polls: Annotated[str | None, _cap("Most long polls open in each process")] = None,
+    day_money: Annotated[str | None, _cap("Budget a day in money")] = None,
+    month_money: Annotated[str | None, _cap("Budget a month in money")] = None,
+    day_tokens: Annotated[str | None, _cap("Budget a day in LLM tokens")] = None,
+    month_tokens: Annotated[str | None, _cap("Budget a month in LLM tokens")] = None,
+    retention_days: Annotated[str | None, _cap("Days that its requests are kept")] = None,
+    disable: Annotated[bool, typer.Option("--disable", help="Its keys open nothing.")] = False,
+    enable: Annotated[bool, typer.Option("--enable", help="Its keys work again.")] = False,
+    reason: Reason = "",
+    json: Json = False,
+) -> None:
+    """Make a tenant, or change what is named; in force everywhere within a second."""
+    bounds = (
+        *(queued_jobs, queued_bytes, streams, long_polls),
+        *(day_money, month_money, day_tokens, month_tokens, retention_days),
+    )
+    changes = _changed_bounds(bounds)
+    if priority_cap is not None:
+        changes["most_priority"] = priority_cap
+    if model or all_models:
+        _one_of("--all-models", all_models, "--model", bool(model))
+        changes["models"] = model or None
+    _one_of("--disable", disable, "--enable", enable)
+    disabled = True if disable else False if enable else None
+    _say(_set(tenant, changes, weight, limit or [], disabled, reason), json)
+
+
+@app.command()
+def remove(
+    tenant: TenantName,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    reason: Reason = "",
+) -> None:
+    """Take a tenant, its keys, its weight and its limits away; its requests stay on record."""
+    from tidegate.policy.tenants import remove_tenant
+
+    if not yes:
+        typer.confirm(f"Do all keys of {tenant} stop working now?", abort=True)
+
+    async def work(control: Control) -> None:
+        await remove_tenant(control, tenant, by=who(), reason=reason)
+        await in_force(control, control.limiter.policy.revision)
+
+    in_pool(work)
+    typer.echo(f"{tenant} is removed")
+
+
+def _set(
+    tenant: str,
+    changes: dict[str, Any],
+    weight: int | None,
+    limits: list[str],
+    disabled: bool | None,
+    reason: str,
+) -> ShownTenant:
+    from tidegate.policy.tenants import Wanted, set_tenant
+
+    given = dict(parsed(one, "--limit") for one in limits)
+    wanted = Wanted(
+        changes=changes,
+        weight=weight,
+        limits={name: None if value == _NONE else value for name, value in given.items()},
+        disabled=disabled,
+    )
+
+    async def work(control: Control) -> ShownTenant:
+        shown = await set_tenant(control, tenant, wanted, by=who(), reason=reason)
+        await in_force(control, control.limiter.policy.revision)
+        return shown
+
+    return in_pool(work)
+
+
+def _say(one: ShownTenant, json: bool) -> None:
+    if json:
+        show_json(_plain(one))
+        return
+    tenant = one.tenant
+    typer.echo(f"{tenant.tenant_id}{'' if tenant.disabled_at is None else ' (disabled)'}")
+    typer.echo(f"  weight  {one.weight}")
+    typer.echo(f"  keys    {tenant.keys}")
+    for label, lines in (("limits", _limits(one)), ("may", _bounds(one))):
+        for line in lines:
+            typer.echo(f"  {label:<7} {line}")
+
+
+def _limits(one: ShownTenant) -> list[str]:
+    from tidegate.policy.plain import limit_of
+    from tidegate.policy.words import in_words
+
+    return [
+        f"{name}: {in_words(limit_of(name, value, strict=False))}"
+        for name, value in sorted(one.limits.items())
+    ]
+
+
+def _bounds(one: ShownTenant) -> list[str]:
+    tenant = one.tenant
+    lines = [] if tenant.disabled_at is None else ["nothing: it is disabled"]
+    if tenant.models is not None:
+        lines.append(f"ask {', '.join(tenant.models) or 'no model'}")
+    if tenant.most_priority < 100:
+        lines.append(f"have priorities up to {tenant.most_priority}")
+    for name, option in _CAPS.items():
+        if (value := getattr(tenant, name)) is not None:
+            lines.append(f"{option.removeprefix('--').replace('-', ' ')}: {value:g}")
+    return lines
+
+
+def _plain(one: ShownTenant) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    values = asdict(one.tenant)
+    name = values.pop("tenant_id")
+    return {"tenant": name, "weight": one.weight, "limits": one.limits, **values}
+
+
+def _changed_bounds(texts: tuple[str | None, ...]) -> dict[str, Any]:
+    """Those of _CAPS that were given, in its order."""
+    return {
+        name: _number(option, text)
+        for (name, option), text in zip(_CAPS.items(), texts, strict=True)
+        if text is not None
+    }
+
+
+def _number(option: str, text: str) -> int | float | None:
+    if text.strip().lower() == _NONE:
+        return None
+    allowed = "a number" if option.endswith("-money") else "a whole number"
+    try:
+        value = float(text) if option.endswith("-money") else int(text)
+    except ValueError:
+        raise ConfigError(option, text, f"must be {allowed}, or {_NONE}") from None
+    if not 0 <= value <= 10**12:
+        raise ConfigError(option, text, f"must be {allowed} from 0 up, or {_NONE}")
+    return value
+
+
+def _one_of(option: str, is_given: bool, other: str, other_is_given: bool) -> None:
+    if is_given and other_is_given:
+        raise ConfigError(option, "(given)", f"must not be given together with {other}")

@@ -1,0 +1,339 @@
+"""Who calls: from the API key that a request shows to the tenant, and to what it may do.
+
+The hot path asks `known`, which does no I/O. What it does not know, `identify` asks PostgreSQL for,
+and remembers. The version number of all tenants and keys is looked at every 0.4 s; a new one has
+everything that is remembered read anew.
+
+Invariant: nobody is let in by what was remembered unless that was known to be the newest within the
+last 0.9 s; or PostgreSQL does not answer, and it was within `AUTH_OUTAGE_MS`. So a revoked key is
+refused everywhere within a second. Keys are remembered by their digest, and never logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import NoReturn
+
+from tidegate.call import ANYBODY, Caller, Scope
+from tidegate.errors import (
+    ConfigError,
+    Forbidden,
+    InvalidRequest,
+    StoreUnavailable,
+    Unauthenticated,
+)
+from tidegate.http.credentials import TENANT_HEADER, Shown, shown_in
+from tidegate.limiter.limits import check_tenant
+from tidegate.store.api_keys import digest_of, is_same, prefix_of
+from tidegate.store.tenants import FoundKey, Tenants
+from tidegate.store.writer import GroupWriter
+from tidegate.telemetry import Log, get_logger
+
+LOOK_EVERY_S = 0.4
+FRESH_S = 0.9
+REFUSED_FOR_S = 5.0
+MOST_KNOWN = 10_000
+MOST_REFUSED = 10_000
+MOST_NAMED = 1_000
+_READ_AT_ONCE = 500
+_USE_NOTED_EVERY_S = 60.0
+_FIND_TRIES = 3
+_HOW = (
+    "show an API key as Authorization: Bearer tg_..., x-api-key: tg_..., x-goog-api-key: tg_... "
+    "or ?key=tg_..."
+)
+
+log = get_logger()
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A key that works, until `ends_at` on our clock; read at `version` or later."""
+
+    caller: Caller
+    scopes: frozenset[Scope]
+    tenant: bytes
+    ends_at: float
+    version: int
+    disabled: bool
+
+
+class Gate:
+    """One per API process. `on`: callers must show a key; else everybody is let in."""
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        *,
+        on: bool,
+        outage_ms: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.on = on
+        self._tenants = tenants
+        self._outage_s = outage_ms / 1000
+        self._clock = clock
+        self._known: dict[bytes, _Known] = {}
+        self._refused: dict[bytes, tuple[float, str]] = {}
+        self._named: dict[bytes, Caller] = {}
+        self._used: dict[str, float] = {}
+        self._version = 0
+        self._newest_at = float("-inf")  # when what is known was the newest for certain
+        self._away = False
+        self._looking: asyncio.Task[None] | None = None
+        self._finds: GroupWriter[str, tuple[int, FoundKey | None]] = GroupWriter(
+            self._find, lambda _prefix: 1
+        )
+
+    def __repr__(self) -> str:
+        return f"<Gate on={self.on} known={len(self._known)} away={self._away}>"
+
+    # Asked for each request
+
+    def known(self, headers: Headers, query: bytes) -> Caller | None:
+        """The caller of a call to a model, where that is known here and now.
+
+        None says nothing: `identify` then finds out, or says what is wrong. `headers` have lower
+        case names, as ASGI gives them.
+        """
+        shown = shown_in(headers, query)
+        if not self.on:
+            return ANYBODY if shown.tenant is None else self._named.get(shown.tenant)
+        if shown.key is None or shown.several:
+            return None
+        now = self._clock()
+        one = self._known.get(digest_of(shown.key))
+        if one is None or now >= one.ends_at or one.disabled or not self._may_trust(now):
+            return None
+        if Scope.INFER not in one.scopes or shown.tenant not in (None, one.tenant):
+            return None
+        self._note_use(one, now)
+        return one.caller
+
+    async def identify(
+        self, headers: Headers, query: bytes, scope: Scope | str = Scope.INFER
+    ) -> Caller:
+        """The caller, who may do `scope`.
+
+        Raises Unauthenticated, Forbidden, InvalidRequest for a tenant's name that can't be, and
+        StoreUnavailable.
+        """
+        scope = Scope(scope)
+        shown = shown_in(headers, query)
+        if not self.on:
+            if scope is Scope.ADMIN:
+                raise Forbidden("API keys are not asked for here, so none opens /admin")
+            return self._unasked(shown)
+        if shown.several:
+            raise Unauthenticated("several API keys were shown: show one")
+        if shown.key is None:
+            raise Unauthenticated(_HOW)
+        one = await self._of_key(shown.key)
+        if one.disabled:
+            raise Forbidden(f"the tenant {one.caller.tenant_id} is disabled")
+        if scope not in one.scopes:
+            raise Forbidden(
+                f"the key tg_{one.caller.key_id} lacks the scope {scope}",
+                allowed=", ".join(sorted(one.scopes)),
+            )
+        if shown.tenant not in (None, one.tenant):
+            raise Forbidden(
+                "the key is of another tenant", field=TENANT_HEADER, allowed=one.caller.tenant_id
+            )
+        self._note_use(one, self._clock())
+        return one.caller
+
+    def _unasked(self, shown: Shown) -> Caller:
+        """Nobody is asked for a key: the header alone says which tenant it is."""
+        if shown.tenant is None:
+            return ANYBODY
+        caller = self._named.get(shown.tenant)
+        if caller is None:
+            caller = Caller(tenant_id=tenant_named(shown.tenant))
+            if len(self._named) >= MOST_NAMED:
+                self._named.clear()
+            self._named[shown.tenant] = caller
+        return caller
+
+    async def _of_key(self, key: bytes) -> _Known:
+        digest = digest_of(key)
+        if not self._may_trust(self._clock()):
+            await self._look()
+        now = self._clock()
+        one = self._known.get(digest)
+        if one is not None and self._may_trust(now):
+            if now < one.ends_at:
+                return one
+            self._refuse(digest, f"the key tg_{one.caller.key_id} has expired")
+        refused = self._refused.get(digest)
+        if refused is not None and now < refused[0]:
+            raise Unauthenticated(refused[1])
+        prefix = prefix_of(key)
+        if prefix is None:
+            raise Unauthenticated(f"that is no API key of this service; {_HOW}")
+        for _ in range(_FIND_TRIES):
+            asked_at = self._clock()
+            version, found = await self._finds.write(prefix)
+            if version >= self._version:  # else the newest has come in while we asked
+                return self._admitted(digest, found, asked_at, version)
+        raise StoreUnavailable("API keys are being changed; try again")
+
+    # What is remembered
+
+    def _admitted(
+        self, digest: bytes, found: FoundKey | None, asked_at: float, version: int
+    ) -> _Known:
+        wrong = _wrong_with(found, digest)
+        if found is None or wrong is not None:
+            self._refuse(digest, wrong or "")
+        one = _known_of(found, asked_at, version)
+        if len(self._known) >= MOST_KNOWN:
+            self._known.pop(next(iter(self._known)))
+        self._known[digest] = one
+        return one
+
+    def _refuse(self, digest: bytes, why: str) -> NoReturn:
+        self._known.pop(digest, None)
+        if len(self._refused) >= MOST_REFUSED:
+            self._refused.clear()
+        self._refused[digest] = (self._clock() + REFUSED_FOR_S, why)
+        raise Unauthenticated(why)
+
+    def _may_trust(self, now: float) -> bool:
+        age_s = now - self._newest_at
+        return age_s < FRESH_S or (self._away and age_s < self._outage_s)
+
+    def _note_use(self, one: _Known, now: float) -> None:
+        if one.caller.key_id is not None:
+            self._used[one.caller.key_id] = now
+
+    async def _find(self, prefixes: Sequence[str]) -> list[tuple[int, FoundKey | None]]:
+        version, found = await self._tenants.find(sorted(set(prefixes)))
+        return [(version, found.get(prefix)) for prefix in prefixes]
+
+    # What keeps it the newest
+
+    async def run(self) -> None:
+        """Look for changes, for ever; where keys are asked for."""
+        told = False
+        noted_at = self._clock()
+        while self.on:
+            try:
+                await self._look()
+                if not told and not self._away:
+                    await self._tell_if_there_is_no_key()
+                    told = True
+                if self._clock() - noted_at >= _USE_NOTED_EVERY_S:
+                    noted_at = self._clock()
+                    await self.note_uses()
+            except StoreUnavailable as away:
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def note_uses(self) -> None:
+        """Put on record when keys were last used. Raises StoreUnavailable."""
+        used, self._used = self._used, {}
+        if not used:
+            return
+        now, wall = self._clock(), time.time()
+        at = {key: datetime.fromtimestamp(wall - (now - then), UTC) for key, then in used.items()}
+        await self._tenants.used(at)
+
+    async def refresh(self) -> None:
+        """Have a change that was just made in force here when this returns."""
+        if self._looking is not None:  # it may have begun before the change
+            await self._look()
+        await self._look()
+
+    async def _look(self) -> None:
+        """Bring what is known up to date; all who ask meanwhile wait for the same answer."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look_now())
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)
+
+    def _looked(self, _task: asyncio.Task[None]) -> None:
+        self._looking = None
+
+    async def _look_now(self) -> None:
+        asked_at = self._clock()
+        try:
+            version = await self._tenants.version()
+            if version != self._version:
+                await self._read_anew(version)
+        except StoreUnavailable as away:
+            log.debug(Log.STORE_AWAY, detail=away.message)
+            self._away = True
+            return
+        self._away = False
+        self._newest_at = asked_at
+
+    async def _read_anew(self, version: int) -> None:
+        """Replace all that is known by what it is at `version` or later."""
+        old = [(digest, one) for digest, one in self._known.items() if one.version < version]
+        for start in range(0, len(old), _READ_AT_ONCE):
+            batch = old[start : start + _READ_AT_ONCE]
+            asked_at = self._clock()
+            read_at, found = await self._tenants.find([one.caller.key_id or "" for _, one in batch])
+            for digest, one in batch:
+                now = found.get(one.caller.key_id or "")
+                if now is None or _wrong_with(now, digest) is not None:
+                    self._known.pop(digest, None)
+                elif digest in self._known:
+                    self._known[digest] = _known_of(now, asked_at, read_at)
+        # And those that were found at an older version while we read.
+        self._known = {digest: one for digest, one in self._known.items() if one.version >= version}
+        self._refused.clear()
+        self._version = version
+
+    async def _tell_if_there_is_no_key(self) -> None:
+        if not await self._tenants.any_key():
+            hint = "every request is refused until there is one: tidegate keys create"
+            log.warning(Log.NO_API_KEY, hint=hint)
+
+
+def tenant_named(raw: bytes) -> str:
+    """The tenant that the header names. Raises InvalidRequest."""
+    try:
+        name = raw.decode()
+        check_tenant(name)
+    except (UnicodeDecodeError, ConfigError):
+        name = ""
+    if not name.isprintable() or not name:
+        raise InvalidRequest(
+            TENANT_HEADER,
+            f"{TENANT_HEADER} is not a tenant's name",
+            allowed="1 to 200 characters without spaces, | { or }",
+        )
+    return name
+
+
+def _wrong_with(found: FoundKey | None, digest: bytes) -> str | None:
+    """Why a key does not work. Only who has shown the whole key is told what became of it."""
+    if found is None or not is_same(found.digest, digest):
+        return "the API key is not the right one"
+    if found.revoked:
+        return f"the key tg_{found.caller.key_id} was revoked"
+    if found.expires_in_s is not None and found.expires_in_s <= 0:
+        return f"the key tg_{found.caller.key_id} has expired"
+    return None
+
+
+def _known_of(found: FoundKey, asked_at: float, version: int) -> _Known:
+    lasts_s = float("inf") if found.expires_in_s is None else found.expires_in_s
+    return _Known(
+        caller=found.caller,
+        scopes=found.scopes,
+        tenant=found.caller.tenant_id.encode(),
+        ends_at=asked_at + lasts_s,
+        version=version,
+        disabled=found.disabled,
+    )

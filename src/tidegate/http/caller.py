@@ -1,0 +1,49 @@
+"""The caller of a request of ours, and what it may ask for.
+
+Invariant: nothing of a request's body is read before its caller is known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from tidegate.call import Caller, Classification, Kind, Scope
+from tidegate.config import Config
+from tidegate.http.access import CALLER_IN_SCOPE
+from tidegate.http.services import services_of
+from tidegate.relay.permission import check_model
+
+
+async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
+    """Who asks, whom the access log names as well. Raises what `Gate.identify` raises."""
+    gate = services_of(request).gate
+    headers, query = request.scope["headers"], request.scope["query_string"]
+    caller = gate.known(headers, query) if scope is Scope.INFER else None
+    if caller is None:
+        caller = await gate.identify(headers, query, scope)
+    request.scope[CALLER_IN_SCOPE] = caller
+    return caller
+
+
+async def _reader(request: Request) -> Caller:
+    return await caller_of(request, Scope.READ)
+
+
+Reader = Annotated[Caller, Depends(_reader)]
+
+
+def check_models(
+    caller: Caller, model: str | None, classification: Classification, config: Config
+) -> None:
+    """The model that was named, else all those that the request may turn out to need."""
+    if caller.models is None:
+        return
+    if model is not None:
+        check_model(caller, model)
+        return
+    kinds = (classification.kind,) if classification.kind is not None else tuple(Kind)
+    for kind in kinds:
+        check_model(caller, config.model_for(kind))

@@ -1,0 +1,94 @@
+"""Tenants whole, as people see and change them: what is on record, and their part of the policy.
+
+Invariant: a change is checked before any of it is made. It is two steps, first the policy's, then
+the record's; one that was cut short between them is made whole by repeating it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tidegate.errors import ConfigError, NotFound
+from tidegate.limiter.limits import check_tenant
+from tidegate.policy.control import Control
+from tidegate.policy.plain import Plain, to_plain
+from tidegate.policy.tenancy import share_edit, share_of, without
+from tidegate.store.tenants import Tenant, check_changes
+
+
+@dataclass(frozen=True, slots=True)
+class ShownTenant:
+    """A tenant with its weight and its limits in the pool."""
+
+    tenant: Tenant
+    weight: int
+    limits: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A change of a tenant; None leaves a thing as it is. `changes`: see `store.tenants.SETTABLE`.
+
+    limits: by id; one that is None is taken away.
+    """
+
+    changes: Mapping[str, Any]
+    weight: int | None = None
+    limits: Mapping[str, Any] | None = None
+    disabled: bool | None = None
+
+
+async def list_tenants(control: Control) -> list[ShownTenant]:
+    """Raises StoreUnavailable."""
+    plain = to_plain(control.limiter.policy)
+    return [_shown(one, plain) for one in await control.tenants.list_tenants()]
+
+
+async def show_tenant(control: Control, tenant_id: str) -> ShownTenant:
+    """Raises NotFound and StoreUnavailable."""
+    return _shown(await control.tenants.get(tenant_id), to_plain(control.limiter.policy))
+
+
+async def set_tenant(
+    control: Control, tenant_id: str, wanted: Wanted, *, by: str, reason: str = ""
+) -> ShownTenant:
+    """Make a tenant or change it. Raises ConfigError and StoreUnavailable."""
+    check_name(tenant_id)
+    check_changes(wanted.changes)
+    edit = share_edit(tenant_id, weight=wanted.weight, limits=wanted.limits)
+    if edit is not None:
+        await control.keeper.change(edit, set_by=by, reason=reason or f"tenant {tenant_id}")
+    tenant = await control.tenants.set(tenant_id, wanted.changes, by=by, disabled=wanted.disabled)
+    return _shown(tenant, to_plain(control.limiter.policy))
+
+
+async def remove_tenant(control: Control, tenant_id: str, *, by: str, reason: str = "") -> None:
+    """Take a tenant, its keys, its weight and its limits away; its requests stay on record.
+
+    Raises NotFound where there was none of it, and StoreUnavailable.
+    """
+    plain = to_plain(control.limiter.policy)
+    share = share_of(plain, tenant_id)
+    is_named = bool(share.limits) or tenant_id in plain.get("weights", {})
+    try:
+        await control.tenants.remove(tenant_id, by=by)
+    except NotFound:
+        if not is_named:
+            raise
+    if is_named:
+        reason = reason or f"tenant {tenant_id} removed"
+        await control.keeper.change(without(tenant_id), set_by=by, reason=reason)
+
+
+def check_name(tenant_id: str) -> None:
+    """Raises ConfigError for a name that a tenant can't have."""
+    check_tenant(tenant_id)
+    if not tenant_id.isprintable():
+        raise ConfigError("tenant", ascii(tenant_id), "must be printable")
+
+
+def _shown(tenant: Tenant, plain: Plain) -> ShownTenant:
+    share = share_of(plain, tenant.tenant_id)
+    return ShownTenant(tenant, share.weight, share.limits)

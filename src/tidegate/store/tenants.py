@@ -1,0 +1,338 @@
+"""Tenants and their API keys, as they are on record.
+
+Invariant: every change also raises the one version number, in the same transaction: who has seen a
+number has seen all changes up to it. Of a key nothing is kept that could be shown as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import asyncpg
+import orjson
+
+from tidegate.call import DEFAULT_TENANT, Caller, Caps, Scope
+from tidegate.errors import ConfigError, NotFound, StoreUnavailable
+from tidegate.store.api_keys import NewKey, make_key
+from tidegate.store.connection import Connections
+from tidegate.store.queries import sql
+from tidegate.store.rows import clean
+from tidegate.telemetry import Log, get_logger
+
+MOST_TENANTS = 10_000
+MOST_KEYS = 1_000
+MOST_PATTERNS = 200
+_LONGEST_PATTERN = 128
+_TIMEOUT_MS = 2_000
+_LOOK_TIMEOUT_MS = 500
+USUAL_SCOPES = (Scope.INFER, Scope.READ)
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A tenant as far as the record has it: its weight and limits are part of the policy.
+
+    None means without a bound. `keys` counts those that work. Money is in the currency of the
+    prices.
+    """
+
+    tenant_id: str
+    most_priority: int
+    models: tuple[str, ...] | None
+    most_queued_jobs: int | None
+    most_queued_bytes: int | None
+    most_streams: int | None
+    most_long_polls: int | None
+    budget_day_money: float | None
+    budget_month_money: float | None
+    budget_day_tokens: int | None
+    budget_month_tokens: int | None
+    retention_days: int | None
+    created_at: datetime
+    disabled_at: datetime | None
+    keys: int
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key as it is shown in lists."""
+
+    prefix: str
+    tenant_id: str
+    name: str
+    scopes: tuple[Scope, ...]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+    @property
+    def state(self) -> str:
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and self.expires_at <= datetime.now(UTC):
+            return "expired"
+        return "works"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundKey:
+    """A key as the front checks it, with what its tenant may do. `expires_in_s` may be negative."""
+
+    digest: bytes
+    caller: Caller
+    scopes: frozenset[Scope]
+    revoked: bool
+    disabled: bool
+    expires_in_s: float | None
+
+
+SETTABLE = tuple(
+    one.name
+    for one in fields(Tenant)
+    if one.name not in ("tenant_id", "created_at", "disabled_at", "keys")
+)
+
+
+class Tenants:
+    """The tables of tenants and keys. Every method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    # What the front asks
+
+    async def version(self) -> int:
+        """Answers or raises within half a second."""
+
+        async def read(connection: asyncpg.Connection) -> int:
+            return await _version(connection)
+
+        return await self._connections.run(read, timeout_ms=_LOOK_TIMEOUT_MS)
+
+    async def find(self, prefixes: Sequence[str]) -> tuple[int, dict[str, FoundKey]]:
+        """The keys with these prefixes, at the version that is returned or at a later one."""
+
+        async def read(connection: asyncpg.Connection) -> tuple[int, list[asyncpg.Record]]:
+            version = await _version(connection)
+            return version, await connection.fetch(sql("find_keys"), list(prefixes))
+
+        version, rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        return version, {row["prefix"]: _found(row) for row in rows}
+
+    async def any_key(self) -> bool:
+        async def read(connection: asyncpg.Connection) -> bool:
+            return bool(await connection.fetchval(sql("any_key")))
+
+        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+
+    async def used(self, at: Mapping[str, datetime]) -> None:
+        """Note when keys were last used."""
+        rows = orjson.dumps([{"prefix": key, "used_at": when} for key, when in at.items()])
+
+        async def write(connection: asyncpg.Connection) -> None:
+            await connection.execute(sql("keys_used"), rows.decode())
+
+        await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+
+    # What a person does with keys
+
+    async def create_key(
+        self,
+        tenant_id: str,
+        *,
+        name: str = "",
+        scopes: Iterable[Scope] = USUAL_SCOPES,
+        expires_at: datetime | None = None,
+    ) -> tuple[Key, NewKey]:
+        """The key on record, and the key itself, to be shown once. Raises NotFound."""
+        made, given = make_key(), sorted({scope.value for scope in scopes})
+
+        async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            row = await connection.fetchrow(
+                sql("add_key"),
+                *(made.prefix, tenant_id, made.digest, clean(name), given, expires_at),
+            )
+            await connection.execute(sql("count_change"))
+            return row
+
+        try:
+            row = await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        except asyncpg.ForeignKeyViolationError:
+            raise NotFound(f"there is no tenant {tenant_id}") from None
+        if row is None:  # once in many lifetimes
+            raise StoreUnavailable("another key has the same prefix; try again")
+        log.warning(Log.KEY_MADE, key_id=made.prefix, tenant=tenant_id, scopes=given)
+        return _key(row), made
+
+    async def revoke_key(self, prefix: str, *, by: str) -> Key:
+        """End a key; safe to repeat. Raises NotFound."""
+
+        async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            row = await connection.fetchrow(sql("revoke_key"), prefix)
+            await connection.execute(sql("count_change"))
+            return row
+
+        row = await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        if row is None:
+            raise NotFound(f"there is no key with the prefix {prefix}")
+        log.warning(Log.KEY_REVOKED, key_id=prefix, tenant=row["tenant_id"], by=by)
+        return _key(row)
+
+    async def list_keys(self, tenant_id: str | None = None, prefix: str = "") -> list[Key]:
+        """The oldest 1,000, those that do not work any more included."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("list_keys"), tenant_id, prefix, MOST_KEYS
+            )
+            return found
+
+        return [_key(row) for row in await self._connections.run(read, timeout_ms=_TIMEOUT_MS)]
+
+    # What a person does with tenants
+
+    async def list_tenants(self) -> list[Tenant]:
+        """All tenants (10,000 at the utmost) by id; the tenant `default` is always there."""
+        return await self._read(None)
+
+    async def get(self, tenant_id: str) -> Tenant:
+        """Raises NotFound."""
+        found = await self._read(tenant_id)
+        if not found:
+            raise NotFound(f"there is no tenant {tenant_id}")
+        return found[0]
+
+    async def set(
+        self,
+        tenant_id: str,
+        changes: Mapping[str, Any],
+        *,
+        by: str,
+        disabled: bool | None = None,
+    ) -> Tenant:
+        """Make a tenant, or change what `changes` names (see SETTABLE) and leave the rest.
+
+        Raises ConfigError for a value that can't be.
+        """
+        check_changes(changes)
+
+        async def write(connection: asyncpg.Connection) -> None:
+            await connection.execute(sql("add_tenant"), tenant_id)
+            now = await connection.fetchrow(sql("lock_tenant"), tenant_id)
+            whole = {name: now[name] for name in SETTABLE} | dict(changes)
+            whole["disabled"] = now["disabled_at"] is not None if disabled is None else disabled
+            row = orjson.dumps(whole, default=str).decode()
+            await connection.execute(sql("set_tenant"), tenant_id, row)
+            await connection.execute(sql("forget_queued"), tenant_id)
+            await connection.execute(sql("count_change"))
+
+        await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes=dict(changes))
+        return await self.get(tenant_id)
+
+    async def remove(self, tenant_id: str, *, by: str) -> None:
+        """Forget a tenant and its keys; its requests stay on record. Raises NotFound."""
+        if tenant_id == DEFAULT_TENANT:
+            raise ConfigError("tenant", tenant_id, "is always there; disable it instead")
+
+        async def write(connection: asyncpg.Connection) -> str | None:
+            removed = await connection.fetchval(sql("remove_tenant"), tenant_id)
+            await connection.execute(sql("count_change"))
+            return cast("str | None", removed)
+
+        if await self._connections.run(write, timeout_ms=_TIMEOUT_MS) is None:
+            raise NotFound(f"there is no tenant {tenant_id}")
+        log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes="removed")
+
+    async def _read(self, tenant_id: str | None) -> list[Tenant]:
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("list_tenants"), tenant_id, MOST_TENANTS
+            )
+            return found
+
+        return [_tenant(row) for row in await self._connections.run(read, timeout_ms=_TIMEOUT_MS)]
+
+
+def check_changes(changes: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a name or a value that a tenant can't have."""
+    for name, value in changes.items():
+        if name not in SETTABLE:
+            raise ConfigError(name, str(value), f"is not known; known: {', '.join(SETTABLE)}")
+        if name == "models":
+            _check_patterns(value)
+        elif name == "most_priority":
+            _check_number(name, value, -100, 100)
+        elif value is not None:
+            _check_number(name, value, 1 if name == "retention_days" else 0, 10**12)
+
+
+def _check_number(name: str, value: object, least: int, most: int) -> None:
+    kinds = (int, float) if name.endswith("_money") else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        what = "a number" if float in kinds else "a whole number"
+        raise ConfigError(name, str(value), f"must be {what} from {least} to {most}")
+
+
+def _check_patterns(value: object) -> None:
+    if value is None:
+        return
+    sound = isinstance(value, list | tuple) and len(value) <= MOST_PATTERNS
+    if not sound or not all(_is_pattern(one) for one in cast("list[object]", value)):
+        allowed = f"must be up to {MOST_PATTERNS} names or patterns such as gemini-*"
+        raise ConfigError("models", str(value)[:200], allowed)
+
+
+def _is_pattern(one: object) -> bool:
+    return (
+        isinstance(one, str)
+        and 0 < len(one) <= _LONGEST_PATTERN
+        and one.isascii()
+        and one.isprintable()
+        and " " not in one
+    )
+
+
+async def _version(connection: asyncpg.Connection) -> int:
+    version: int = await connection.fetchval(sql("access_version"))
+    return version
+
+
+def _found(row: asyncpg.Record) -> FoundKey:
+    caps = Caps(**{one.name: row[one.name] for one in fields(Caps)})
+    caller = Caller(
+        tenant_id=row["tenant_id"],
+        key_id=row["prefix"],
+        models=None if row["models"] is None else tuple(row["models"]),
+        most_priority=row["most_priority"],
+        caps=caps,
+    )
+    return FoundKey(
+        digest=bytes(row["digest"]),
+        caller=caller,
+        # A scope that this version does not know opens nothing here.
+        scopes=frozenset(Scope(one) for one in row["scopes"] if one in set(Scope)),
+        revoked=row["revoked"],
+        disabled=row["disabled"],
+        expires_in_s=row["expires_in_s"],
+    )
+
+
+def _key(row: asyncpg.Record) -> Key:
+    scopes = tuple(Scope(one) for one in row["scopes"] if one in set(Scope))
+    values = {one.name: row[one.name] for one in fields(Key)}
+    return Key(**values | {"scopes": scopes})
+
+
+def _tenant(row: asyncpg.Record) -> Tenant:
+    values = {one.name: row[one.name] for one in fields(Tenant) if one.name != "tenant_id"}
+    values["models"] = None if row["models"] is None else tuple(row["models"])
+    for name in ("budget_day_money", "budget_month_money"):
+        values[name] = None if row[name] is None else float(row[name])
+    return Tenant(tenant_id=row["id"], **values)

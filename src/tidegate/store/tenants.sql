@@ -1,0 +1,93 @@
+-- Statements on tenants and API keys: see tenants.py.
+
+-- name: access_version
+-- The number that grows with every change of a tenant or key.
+SELECT version FROM access
+
+-- name: count_change
+-- Say that a tenant or key has changed; locks the number until the change is committed.
+UPDATE access SET version = version + 1
+
+-- name: find_keys
+-- The keys with the prefixes $1, with what their tenants may do.
+SELECT k.prefix, k.digest, k.tenant_id, k.scopes, k.revoked_at IS NOT NULL AS revoked,
+    extract(epoch FROM k.expires_at - now())::double precision AS expires_in_s,
+    t.disabled_at IS NOT NULL AS disabled, t.models, t.most_priority, t.most_queued_jobs,
+    t.most_queued_bytes, t.most_streams, t.most_long_polls
+FROM keys k JOIN tenants t ON t.id = k.tenant_id
+WHERE k.prefix = ANY($1::text[])
+
+-- name: any_key
+-- Whether there is a key that works.
+SELECT EXISTS (
+    SELECT 1 FROM keys WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()))
+
+-- name: keys_used
+-- Note when keys were last used; one that another process is writing just now is left.
+UPDATE keys k SET last_used_at = row.used_at
+FROM json_to_recordset($1::json) AS row (prefix text, used_at timestamptz)
+WHERE k.prefix = row.prefix AND (k.last_used_at IS NULL OR k.last_used_at < row.used_at)
+    AND k.prefix IN (
+        SELECT prefix FROM keys
+        WHERE prefix IN (SELECT prefix FROM json_to_recordset($1::json) AS used (prefix text))
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+
+-- name: add_key
+-- Insert a key of tenant $2; a repeat finds it there, another key with its prefix is left alone.
+INSERT INTO keys (prefix, tenant_id, digest, name, scopes, expires_at)
+VALUES ($1, $2, $3, $4, $5::text[], $6)
+ON CONFLICT (prefix) DO UPDATE SET name = excluded.name WHERE keys.digest = excluded.digest
+RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at
+
+-- name: revoke_key
+-- End a key for good; one that is revoked already stays as it is.
+UPDATE keys SET revoked_at = coalesce(revoked_at, now()) WHERE prefix = $1
+RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at
+
+-- name: list_keys
+-- Up to $3 keys in order of their making, of tenant $1 where given, whose prefix starts with $2.
+SELECT prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at
+FROM keys
+WHERE ($1::text IS NULL OR tenant_id = $1) AND starts_with(prefix, $2)
+ORDER BY created_at, prefix LIMIT $3
+
+-- name: list_tenants
+-- Up to $2 tenants by id, or the one whose id is $1.
+SELECT t.*, (SELECT count(*) FROM keys k WHERE k.tenant_id = t.id AND k.revoked_at IS NULL
+    AND (k.expires_at IS NULL OR k.expires_at > now())) AS keys
+FROM tenants t WHERE $1::text IS NULL OR t.id = $1 ORDER BY t.id LIMIT $2
+
+-- name: add_tenant
+-- Make a tenant; one that is there is left as it is.
+INSERT INTO tenants (id) VALUES ($1) ON CONFLICT (id) DO NOTHING
+
+-- name: set_tenant
+-- Bring the columns of a tenant to the values of $2, all of which are given.
+UPDATE tenants t SET
+    most_priority = row.most_priority,
+    models = row.models,
+    most_queued_jobs = row.most_queued_jobs,
+    most_queued_bytes = row.most_queued_bytes,
+    most_streams = row.most_streams,
+    most_long_polls = row.most_long_polls,
+    budget_day_money = row.budget_day_money,
+    budget_month_money = row.budget_month_money,
+    budget_day_tokens = row.budget_day_tokens,
+    budget_month_tokens = row.budget_month_tokens,
+    retention_days = row.retention_days,
+    disabled_at = CASE WHEN row.disabled THEN coalesce(t.disabled_at, now()) END
+FROM json_to_record($2::json) AS row (most_priority integer, models text[],
+    most_queued_jobs bigint, most_queued_bytes bigint, most_streams integer,
+    most_long_polls integer, budget_day_money numeric, budget_month_money numeric,
+    budget_day_tokens bigint, budget_month_tokens bigint, retention_days integer, disabled boolean)
+WHERE t.id = $1
+
+-- name: lock_tenant
+-- One tenant, which no other process can change until this transaction ends.
+SELECT t.*, 0 AS keys FROM tenants t WHERE id = $1 FOR UPDATE
+
+-- name: remove_tenant
+-- Forget a tenant with its keys; its requests stay until their time is over.
+DELETE FROM tenants WHERE id = $1
+RETURNING id

@@ -1,0 +1,151 @@
+"""`/admin/tenants` and `/admin/keys`: what they show, what a change does, and what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+
+
+async def admin(gateway: Gateway, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    async with gateway.http.request(method, f"{gateway.url}/admin{path}", json=body) as response:
+        if response.status >= 400:
+            assert response.content_type == "application/problem+json"
+        return response.status, orjson.loads(await response.read())
+
+
+async def test_a_tenant_is_made_changed_shown_and_removed(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    status, shown = await admin(gateway, "GET", "/tenants")
+    assert (status, [one["tenant"] for one in shown]) == (200, ["default"])
+    wanted = {
+        "weight": 4,
+        "limits": {"tenant:acme": 5, "rpm:tenant/acme": 60},
+        "most_priority": 0,
+        "models": ["gemini-*"],
+        "most_streams": 10,
+        "budget_day_money": 12.5,
+        "budget_month_tokens": 10**9,
+        "by": "ann",
+        "reason": "a new customer",
+    }
+    status, shown = await admin(gateway, "PUT", "/tenants/acme", wanted)
+    assert status == 200
+    assert {name: shown[name] for name in wanted if name not in ("by", "reason")} == {
+        name: value for name, value in wanted.items() if name not in ("by", "reason")
+    }
+    policy = gateway.services.limiter.policy
+    assert policy.weights == {"acme": 4}
+    assert policy.bound("tenant:acme") == 5
+    newest = (await gateway.services.keeper.history(1))[0]
+    assert (newest.set_by, newest.reason) == ("ann", "a new customer")
+
+    change = {"models": None, "limits": {"tenant:acme": None}, "disabled": True}
+    status, shown = await admin(gateway, "PUT", "/tenants/acme", change)
+    assert status == 200
+    assert (shown["models"], shown["limits"]) == (None, {"rpm:tenant/acme": 60})
+    assert (shown["most_streams"], shown["weight"]) == (10, 4), "what is not named stays"
+    assert shown["disabled"]
+    assert shown["disabled_at"]
+    assert (await admin(gateway, "GET", "/tenants/acme"))[1] == shown
+
+    assert (await admin(gateway, "POST", "/keys", {"tenant": "acme"}))[0] == 201
+    assert await admin(gateway, "DELETE", "/tenants/acme") == (200, {"removed": True})
+    assert (await admin(gateway, "GET", "/tenants/acme"))[0] == 404
+    assert (await admin(gateway, "GET", "/keys"))[1] == []
+    policy = gateway.services.limiter.policy
+    assert dict(policy.weights) == {}
+    assert "rpm:tenant/acme" not in policy.limits
+    assert (await admin(gateway, "DELETE", "/tenants/acme"))[0] == 404
+
+
+async def test_a_key_is_shown_once_and_listed_by_its_prefix(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    new = {"name": "ci", "scopes": ["infer"], "expires_at": "2999-01-01T00:00:00Z"}
+    async with gateway.http.post(f"{gateway.url}/admin/keys", json=new) as response:
+        made = orjson.loads(await response.read())
+        assert (response.status, response.headers["cache-control"]) == (201, "no-store")
+    key = made.pop("key")
+    assert key.startswith(f"tg_{made['prefix']}_")
+    assert (made["tenant"], made["scopes"], made["state"]) == ("default", ["infer"], "works")
+    other = (await admin(gateway, "POST", "/keys", {}))[1]
+    assert other["scopes"] == ["infer", "read"]
+    _, listed = await admin(gateway, "GET", "/keys")
+    assert listed[0] == made
+    assert key not in orjson.dumps(listed).decode()
+    for start in (made["prefix"][:5], f"tg_{made['prefix']}", key):
+        assert (await admin(gateway, "GET", f"/keys?prefix={start}"))[1] == [made]
+    assert (await admin(gateway, "GET", "/keys?tenant=nobody"))[1] == []
+    status, revoked = await admin(gateway, "DELETE", f"/keys/tg_{made['prefix']}?by=ann")
+    assert (status, revoked["state"]) == (200, "revoked")
+    again = await admin(gateway, "DELETE", f"/keys/{made['prefix']}")
+    assert again == (200, revoked), "revoked once, and then for good"
+    row = await gateway.database.fetchrow("SELECT * FROM keys WHERE prefix = $1", made["prefix"])
+    assert key.rpartition("_")[2] not in repr(dict(row))
+
+
+MISTAKES: list[tuple[str, str, Any, int, str]] = [
+    ("PUT", "/tenants/acme", {"weight": 0}, 400, "weight"),
+    ("PUT", "/tenants/acme", {"weight": 1001}, 400, "weight"),
+    ("PUT", "/tenants/acme", {"limits": {"kind:text_only": 9}}, 400, "limits.kind:text_only"),
+    ("PUT", "/tenants/acme", {"limits": {"tenant:other": 9}}, 400, "limits.tenant:other"),
+    ("PUT", "/tenants/acme", {"limits": {"tenant:acme": "x"}}, 400, "limits.tenant:acme"),
+    ("PUT", "/tenants/acme", {"models": ["a b"]}, 400, "models"),
+    ("PUT", "/tenants/acme", {"most_priority": 101}, 400, "most_priority"),
+    ("PUT", "/tenants/acme", {"most_streams": -1}, 400, "most_streams"),
+    ("PUT", "/tenants/acme", {"retention_days": 0}, 400, "retention_days"),
+    ("PUT", "/tenants/acme", {"colour": "red"}, 400, "colour"),
+    ("PUT", "/tenants/a%20b", {}, 400, "tenant"),
+    ("PUT", "/tenants/a%00b", {}, 400, "tenant"),
+    ("DELETE", "/tenants/default", None, 400, "tenant"),
+    ("DELETE", "/tenants/nobody", None, 404, "nobody"),
+    ("GET", "/tenants/nobody", None, 404, "nobody"),
+    ("POST", "/keys", {"tenant": "nobody"}, 404, "nobody"),
+    ("POST", "/keys", {"scopes": ["root"]}, 400, "scopes.0"),
+    ("POST", "/keys", {"scopes": []}, 400, "scopes"),
+    ("POST", "/keys", {"expires_at": "2001-01-01T00:00:00Z"}, 400, "expires_at"),
+    ("POST", "/keys", {"expires_at": "2999-01-01T00:00:00"}, 400, "expires_at"),
+    ("DELETE", "/keys/nokey", None, 400, "prefix"),
+    ("DELETE", "/keys/0123456789", None, 404, "0123456789"),
+]
+
+
+async def test_mistakes_change_nothing_and_are_named(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    for method, path, body, code, said in MISTAKES:
+        status, problem = await admin(gateway, method, path, body)
+        assert status == code, (path, body, problem)
+        assert said in f"{problem.get('field')} {problem['detail']}", (path, body, problem)
+    assert gateway.services.limiter.policy.revision == 1
+    assert [one["tenant"] for one in (await admin(gateway, "GET", "/tenants"))[1]] == ["default"]
+
+
+async def test_no_key_is_ever_in_the_log(
+    open_gateway: Opener, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = await open_gateway(auth="on")
+    _, made = await gateway.services.store.tenants.create_key("default")
+    secret = made.text.rpartition("_")[2]
+    url = f"{gateway.url}/submit?key={made.text}"
+    async with gateway.http.post(url, json={"data": f"my key is {made.text}"}) as response:
+        request_id = (await response.json())["request_id"]
+    for headers in ({"x-api-key": made.text}, {"Authorization": f"Bearer {made.text}x"}):
+        async with gateway.http.get(f"{gateway.url}/status/x", headers=headers) as response:
+            assert response.status in (400, 401)
+    said = ""
+
+    def is_done() -> bool:
+        nonlocal said
+        captured = capsys.readouterr()
+        said += captured.out + captured.err
+        return "job_done" in said and request_id in said
+
+    await wait_until(is_done, 10, "the job's line")
+    done = [line for line in said.splitlines() if "request_done" in line and "/submit" in line]
+    assert f"key_id={made.prefix}" in done[0]
+    assert "tenant=default" in done[0]
+    assert secret not in said

@@ -1,0 +1,92 @@
+"""One tenant sees nothing of another's, whatever route it takes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.gateway import PNG, Opener
+from tests.integration.tenants.asking import ask, key_of, submitted
+from tests.waiting import wait_until
+from tidegate.policy.edits import edit
+
+
+async def test_requests_files_and_status_are_the_owners_alone(open_gateway: Opener) -> None:
+    gateway = await open_gateway(auth="on")
+    acme, other = [await key_of(gateway, name) for name in ("acme", "other")]
+    request_id = await submitted(gateway, acme, data="Describe this", file=PNG)
+    picture_id = await submitted(gateway, acme, data="Generate an image of a fox")
+
+    async def ended() -> bool:
+        _, body = await ask(gateway, "GET", f"/status/{picture_id}?wait=5", acme)
+        return bool(body["status"] == "succeeded")
+
+    await wait_until(ended, 10, "the picture")
+    _, mine = await ask(gateway, "GET", f"/status/{request_id}", acme)
+    _, picture = await ask(gateway, "GET", f"/status/{picture_id}", acme)
+    urls = [mine["files"][0]["url"], picture["images"][0]["url"]]
+    paths = [f"/status/{request_id}", f"/status/{request_id}?wait=1", *urls]
+    for prefix in ("", "/llm"):
+        for path in paths:
+            assert (await ask(gateway, "GET", prefix + path, acme))[0] == 200, path
+            status, problem = await ask(gateway, "GET", prefix + path, other)
+            assert (status, problem["code"]) == (404, "not_found"), path
+            assert "acme" not in str(problem)
+
+
+async def test_a_stream_is_recorded_for_its_tenant_and_answers_only_it(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    acme, other = [await key_of(gateway, name) for name in ("acme", "other")]
+    async with gateway.http.post(
+        f"{gateway.url}/stream", json={"text": "Explain"}, headers=acme
+    ) as response:
+        request_id = response.headers["x-tidegate-request-id"]
+        assert response.status == 200
+        assert b"event: done" in await response.read()
+    assert (await ask(gateway, "GET", f"/status/{request_id}", acme))[0] == 200
+    assert (await ask(gateway, "GET", f"/status/{request_id}", other))[0] == 404
+    row = await gateway.audit(request_id)
+    assert row["tenant_id"] == "acme"
+
+
+async def test_a_tenants_own_limit_holds_up_its_jobs_alone(open_gateway: Opener) -> None:
+    gateway = await open_gateway(auth="on")
+    await gateway.services.keeper.change(edit({"tenant:acme": 1}), set_by="test")
+    await gateway.upstream.set_fault("hang", count=1)
+    acme, other = [await key_of(gateway, name) for name in ("acme", "other")]
+    await submitted(gateway, acme, data="Hold it", type="text_only")
+    await gateway.in_flight(1)
+    held = await submitted(gateway, acme, data="Explain", type="text_only")
+    free = await submitted(gateway, other, data="Explain", type="text_only")
+
+    async def done() -> bool:
+        _, body = await ask(gateway, "GET", f"/status/{free}?wait=5", other)
+        return bool(body["status"] == "succeeded")
+
+    await wait_until(done, 10, "the other tenant's job")
+    assert (await ask(gateway, "GET", f"/status/{held}", acme))[1]["status"] == "queued"
+    assert len(await gateway.calls()) == 2
+
+
+async def test_the_classifiers_question_takes_its_tenants_turn(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    acme = await key_of(gateway, "acme")
+    await gateway.upstream.set_fault("hang", count=1)
+    asking = asyncio.create_task(
+        ask(gateway, "POST", "/stream", acme, {"text": "A lighthouse at dusk, oil on canvas"})
+    )
+    seen: list[str] = []
+
+    async def asked() -> bool:
+        seen[:] = [
+            permit.tenant
+            for permit in await gateway.services.limiter.permits()
+            if permit.limits == ("kind:classifier",)
+        ]
+        return bool(seen)
+
+    await wait_until(asked, 5, "the question")
+    assert seen == ["acme"]
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)

@@ -1,0 +1,72 @@
+"""What is written after `tidegate tenants` and `keys`, before anything is asked of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tidegate.cli import app
+from tidegate.errors import ConfigError
+
+
+class Asked(Exception):
+    """Nothing here may reach a server: what would, ends so."""
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(_work: Callable[[Any], Awaitable[Any]]) -> None:
+        raise Asked
+
+    monkeypatch.setattr("tidegate.cli.tenants.in_pool", ask)
+    monkeypatch.setattr("tidegate.cli.keys.with_tenants", ask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tenants", "set", "acme", "--limit", "tenant:acme"], "must be KEY=VALUE"),
+        (["tenants", "set", "acme", "--queued-jobs", "many"], "must be a whole number, or none"),
+        (["tenants", "set", "acme", "--queued-jobs", "1.5"], "must be a whole number, or none"),
+        (["tenants", "set", "acme", "--streams", "-1"], "from 0 up"),
+        (["tenants", "set", "acme", "--day-money", "nan"], "must be a number from 0 up"),
+        (["tenants", "set", "acme", "--model", "m", "--all-models"], "together with --model"),
+        (["tenants", "set", "acme", "--disable", "--enable"], "together with --enable"),
+        (["keys", "create", "--expires", "soon"], "such as 10m"),
+        (["keys", "create", "--expires", "0d"], "such as 10m"),
+        (["keys", "revoke", "x"], "a key's prefix of 10 characters"),
+    ],
+)
+def test_a_mistake_is_found_before_any_server_is_asked(arguments: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, ConfigError), done
+    assert said in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tenants", "list"],
+        ["tenants", "set", "acme"],
+        ["tenants", "set", "acme", "--weight", "3", "--limit", "tenant:acme=none", "--enable"],
+        ["tenants", "set", "acme", "--day-money", "1.5", "--day-tokens", "NONE"],
+        ["tenants", "remove", "acme", "--yes"],
+        ["keys", "create", "--scope", "admin", "--scope", "read", "--expires", "30d"],
+        ["keys", "list", "--prefix", "tg_abc"],
+        ["keys", "revoke", "tg_0123456789"],
+    ],
+)
+def test_what_is_sound_is_asked_of_a_server(arguments: list[str]) -> None:
+    assert isinstance(CliRunner().invoke(app, arguments).exception, Asked)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tenants", "set", "acme", "--weight", "0"], ["keys", "create", "--scope", "x"]]
+)
+def test_options_of_the_wrong_kind_are_refused_by_name(arguments: list[str]) -> None:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert arguments[-2] in done.output
