@@ -26,6 +26,7 @@ from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
 from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
+from tidegate.store.outbox import Outbox, webhook_of
 from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
 from tidegate.store.queries import sql
@@ -77,6 +78,7 @@ class Store:
         )
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
+        self.outbox = Outbox(connections)
         self.listing = Listing(connections)
         self.cancels = Cancels(connections, self._bell, instance_id=instance_id)
         self._submits = Submits(connections, self._bell)
@@ -168,7 +170,7 @@ class Store:
             if row is None:
                 return None
             files = await connection.fetch(sql("get_request_files"), request_id)
-            return rows.request_record(row, files)
+            return rows.request_record(row, files, await webhook_of(connection, row))
 
         record = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
         if record is None:
