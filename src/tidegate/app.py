@@ -19,6 +19,7 @@ from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Gate
 from tidegate.http.server import build
 from tidegate.http.services import Services
+from tidegate.jobs.webhook import WebhookSender
 from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.pipeline import Pipeline
@@ -56,7 +57,17 @@ async def run_worker(config: Config, stop: asyncio.Event) -> None:
             blobs=services.blobs,
             pipeline=services.pipeline,
         )
-        await worker.run(stop)
+        sending = asyncio.create_task(_send_webhooks(config, services.store))
+        try:
+            await worker.run(stop)
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+
+async def _send_webhooks(config: Config, store: Store) -> None:
+    if config.webhook_secret is not None:
+        await WebhookSender(config, store).run()
 
 
 @asynccontextmanager

@@ -34,6 +34,7 @@ class Log(StrEnum):
     JOB_RETRY = "job_retry"
     JOB_DEAD = "job_dead"
     JOBS_RETAKEN = "jobs_retaken"
+    WEBHOOK_GIVEN_UP = "webhook_given_up"
     WORKER_LOOP_FAILED = "worker_loop_failed"
     CLASSIFIER_FELL_BACK = "classifier_fell_back"
     LIMITS_CHANGED = "limits_changed"

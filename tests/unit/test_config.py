@@ -52,6 +52,19 @@ WRONG = {
     "CLAIM_LEASE_MS": (["0", "soon"], "milliseconds"),
     "JOB_DEADLINE_MS": (["0", "none"], "from 1 up"),
     "RETENTION_DAYS": (["0", "forever"], "days"),
+    "WEBHOOK_SECRET": (
+        (
+            "whsec_QUFB",
+            "A" * 32,
+            "whsec_" + "A" * 28,
+            "whsec_" + "A" * 88,
+            "whsec_!",
+            "xwhsec_QUFB",
+        ),
+        "whsec_",
+    ),
+    "WEBHOOK_ALLOW_PRIVATE": (("maybe",), "1 or 0"),
+    "WEBHOOK_TIMEOUT_MS": (("0", "x"), "a whole number of milliseconds"),
     "SPILL_MAX_BYTES": (["-1", "1GB"], "bytes"),
     "AUDIT_FULL": (["lose"], "block, drop"),
     "SHUTDOWN_GRACE_MS": (["0", "soon"], "milliseconds"),
@@ -204,6 +217,7 @@ def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
         "REDIS_URL": "redis://valkey",
         "GEMINI_API_KEY": "k",
         "ADMIN_TOKEN": "a-token-of-some-length",
+        "WEBHOOK_SECRET": "whsec_" + "A" * 32,
     }
     path = tmp_path / "secret"
     path.write_text(f"{values.pop(name)}\n")

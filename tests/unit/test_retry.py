@@ -15,7 +15,7 @@ from tidegate.errors import (
     UpstreamThrottled,
     UpstreamUnavailable,
 )
-from tidegate.jobs.retry import retry_wait_ms
+from tidegate.jobs.retry import retry_wait_ms, webhook_wait_ms
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,13 @@ def test_it_is_never_earlier_than_the_server_directs(
     wait = retry_wait_ms(error, attempts, 10, random.Random(seed))
     assert wait is not None
     assert directed_ms <= wait <= directed_ms + 15_001
+
+
+def test_a_webhook_waits_longer_each_time_with_jitter_and_is_given_up_in_the_end() -> None:
+    rng = random.Random(1)
+    seconds = [5, 30, 120, 600, 3_600, 21_600]
+    for tries, expected in enumerate(seconds, start=1):
+        waits = [webhook_wait_ms(tries, rng) for _ in range(100)]
+        assert all(wait and 800 * expected <= wait <= 1200 * expected for wait in waits)
+        assert len(set(waits)) > 50
+    assert webhook_wait_ms(7) is None

@@ -7,11 +7,12 @@ from here by `scripts/generate_docs.py`.
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from tidegate.config import places
 from tidegate.config.places import GOOGLE_URL, Milliseconds, Places, sound
@@ -21,10 +22,11 @@ DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
 KINDS = tuple(DEFAULT_LIMITS)
 MOST_AT_ONCE = 100_000
 NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL", "GEMINI_API_KEY")
-SECRETS = (*NEEDED_IN_THE_OPEN, "ADMIN_TOKEN")
+SECRETS = (*NEEDED_IN_THE_OPEN, "ADMIN_TOKEN", "WEBHOOK_SECRET")
 
 ALLOWED = places.ALLOWED | {
     "tidegate_policy": "the path of a file that is there",
+    "webhook_secret": "whsec_ and 24 to 64 bytes in base64",
     "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
     f" by type ({', '.join(KINDS)})",
 }
@@ -135,6 +137,19 @@ class Config(Places):
         description="How long a job may wait for its turn before it expires, where the request "
         "gives no deadline_ms. Not set: as long as needed.",
     )
+    webhook_secret: SecretStr | None = Field(
+        default=None,
+        description="Signs webhooks (see docs/jobs.md), as whsec_ and random bytes in base64. "
+        "Without one no webhook_url is taken.",
+    )
+    webhook_allow_private: bool = Field(
+        default=False,
+        description="Send webhooks to private, loopback and link-local addresses too. Only where "
+        "everybody who may submit may also reach what is there.",
+    )
+    webhook_timeout_ms: Milliseconds = Field(
+        default=15_000, description="How long the receiver of a webhook may take to answer."
+    )
     retention_days: Annotated[int, Field(ge=1)] = Field(
         default=30, description="How long requests and answers are kept (tidegate prune)."
     )
@@ -183,6 +198,17 @@ class Config(Places):
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _signing(cls, value: SecretStr) -> SecretStr:
+        head, mark, coded = value.get_secret_value().partition("whsec_")
+        try:
+            key = b64decode(coded, validate=True)
+        except ValueError:
+            key = b""
+        is_sound = bool(mark) and not head and 24 <= len(key) <= 64
+        return sound(ALLOWED["webhook_secret"], value, is_sound)
 
     @field_validator("tidegate_policy")
     @classmethod

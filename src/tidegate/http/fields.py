@@ -17,7 +17,10 @@ from tidegate.errors import InvalidRequest, PayloadTooLarge
 from tidegate.providers.addresses import Address, check_uri, is_public
 
 PROMPT_FIELDS = ("data", "text")
-FIELDS = (*PROMPT_FIELDS, "image_uri", "type", "model", "priority", "deadline_ms")
+FIELDS = (
+    *PROMPT_FIELDS,
+    *("image_uri", "type", "model", "priority", "deadline_ms", "webhook_url"),
+)
 FILE_FIELDS = ("file", "files")
 MAX_PRIORITY = 100
 MAX_DEADLINE_MS = 7 * 86_400_000
@@ -36,6 +39,7 @@ class Fields:
     model: str | None = None
     priority: int = 0
     deadline_ms: int | None = None
+    webhook_url: str | None = None
 
 
 def read_fields(
@@ -59,6 +63,7 @@ def read_fields(
             if "deadline_ms" in given
             else None
         ),
+        webhook_url=_webhook_url(given.get("webhook_url"), config),
     )
 
 
@@ -165,6 +170,19 @@ def _image_uri(value: Any, is_allowed: Callable[[Address], bool]) -> str | None:
     uri = _text("image_uri", value)
     check_uri(uri, is_allowed)
     return uri
+
+
+def _webhook_url(value: Any, config: Config) -> str | None:
+    if value is None:
+        return None
+    url = _text("webhook_url", value)
+    if config.webhook_secret is None:
+        raise InvalidRequest(
+            "webhook_url", "webhooks are off here", allowed="none while WEBHOOK_SECRET is not set"
+        )
+    private = config.webhook_allow_private
+    check_uri(url, lambda address: private or is_public(address), field="webhook_url")
+    return url
 
 
 def _json_name(value: Any) -> str:

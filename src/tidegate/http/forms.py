@@ -44,6 +44,7 @@ class Submission:
     model: str | None
     priority: int
     deadline_ms: int | None
+    webhook_url: str | None = None
     digests: tuple[str, ...] = ()  # SHA-256 of each attachment, where they were asked for
 
 
@@ -54,9 +55,13 @@ async def read_submission(
     *,
     is_allowed: Callable[[Address], bool] = is_public,
     pace: Pace | None = None,
+    as_job: bool = False,
     digests: bool = False,
 ) -> Submission:
-    """Read, check and keep one request; `digests` says whether to take those of its files.
+    """Read, check and keep one request.
+
+    `as_job`: whether it is one that others may be told the end of. `digests`: whether to take those
+    of its files.
 
     The files of the Submission are in `blobs`; a caller that does not go on to record it deletes
     them. Raises InvalidRequest, PayloadTooLarge, UnsupportedMedia, FetchRefused, RequestTimeout,
@@ -83,6 +88,8 @@ async def read_submission(
                 "there is neither a prompt nor a file",
                 allowed="a text in 'data' (or 'text'), a file in 'file', or an 'image_uri'",
             )
+        if fields.webhook_url is not None and not as_job:
+            raise InvalidRequest("webhook_url", "only a job has a webhook", allowed="POST /submit")
         taken = [await upload.spool.sha256() for upload in form.uploads if digests]
         return _submission(fields, await _keep(form.uploads, blobs), tuple(taken))
     finally:
@@ -100,6 +107,7 @@ def _submission(
         model=fields.model,
         priority=fields.priority,
         deadline_ms=fields.deadline_ms,
+        webhook_url=fields.webhook_url,
         digests=digests,
     )
 

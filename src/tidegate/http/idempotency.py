@@ -59,6 +59,7 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
         "image_uri": submission.image_uri,
         "priority": submission.priority,
         "deadline_ms": submission.deadline_ms,
+        "webhook_url": submission.webhook_url,
         "files": [
             [file.name, file.mime_type, digest]
             for file, digest in zip(submission.attachments, submission.digests, strict=True)

@@ -71,36 +71,42 @@ _FIELDS: dict[str, Any] = {
 }
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 
-_VALUES: dict[str, Any] = {
-    "type": "object",
-    "properties": _FIELDS,
-    "additionalProperties": False,
-}
-
-BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": _VALUES,
-                "examples": {
-                    "text": {"value": {"data": "Explain the importance of cybersecurity."}},
-                    "image": {"value": {"data": "Generate an image of a futuristic city."}},
-                    "edit": {
-                        "value": {
-                            "data": "Make this picture a watercolour",
-                            "image_uri": "https://example.com/cat.png",
-                        }
-                    },
-                },
-            },
-            "multipart/form-data": {
-                "schema": {**_VALUES, "properties": {**_FIELDS, "file": _FILES, "files": _FILES}}
-            },
-            "application/x-www-form-urlencoded": {"schema": _VALUES},
-        },
+_WEBHOOK: dict[str, Any] = {
+    "webhook_url": {
+        "type": "string",
+        "format": "uri",
+        "description": "Is told of the end, signed: see docs/jobs.md. Needs WEBHOOK_SECRET",
     }
 }
+_EXAMPLES = {
+    "text": {"value": {"data": "Explain the importance of cybersecurity."}},
+    "image": {"value": {"data": "Generate an image of a futuristic city."}},
+    "edit": {
+        "value": {
+            "data": "Make this picture a watercolour",
+            "image_uri": "https://example.com/cat.png",
+        }
+    },
+}
+
+
+def _body_of(fields: dict[str, Any]) -> dict[str, Any]:
+    values = {"type": "object", "properties": fields, "additionalProperties": False}
+    with_files = {**values, "properties": {**fields, "file": _FILES, "files": _FILES}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": values, "examples": _EXAMPLES},
+                "multipart/form-data": {"schema": with_files},
+                "application/x-www-form-urlencoded": {"schema": values},
+            },
+        }
+    }
+
+
+BODY = _body_of(_FIELDS)
+_JOB_BODY = _body_of(_FIELDS | _WEBHOOK)
 
 
 def prefix_of(request: Request) -> str:
@@ -122,7 +128,7 @@ def ask_of(submission: Submission, caller: Caller) -> Ask:
     "/submit",
     status_code=202,
     response_model=Accepted,
-    openapi_extra=BODY | {"parameters": [PARAMETER]},
+    openapi_extra=_JOB_BODY | {"parameters": [PARAMETER]},
     responses=problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 503),
     summary="Hand in a request; a worker answers it",
 )
@@ -134,7 +140,7 @@ async def submit(request: Request) -> Response:
     key = key_of(request)
     caller = await caller_of(request)
     submission = await read_submission(
-        request, services.config, services.blobs, digests=key is not None
+        request, services.config, services.blobs, as_job=True, digests=key is not None
     )
     job = _new_job(submission, services, received, caller, key)
     taken = await _submitted(job, submission, services, caller)
@@ -197,6 +203,7 @@ def _new_job(
         deadline_at=received + timedelta(milliseconds=deadline_ms) if deadline_ms else None,
         tenant_id=caller.tenant_id,
         once=idempotency_of(key, submission),
+        webhook_url=submission.webhook_url,
     )
 
 

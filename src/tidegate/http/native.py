@@ -113,9 +113,10 @@ class _Front:
         uploads = endpoint.operation is Operation.UPLOAD
         most_bytes = self._services.config.max_body_bytes
         try:
-            call = self._call(
-                endpoint, ANYBODY, b"" if uploads else await self._incoming.whole(most_bytes)
-            )
+            await self._identify()
+            body = b"" if uploads else await self._incoming.whole(most_bytes)
+            call = self._call(endpoint, body)
+            opening = self._opening(call)
             if not endpoint.operation.is_counted:
                 check_files(call)
             if self._services.store.relayed.is_full:

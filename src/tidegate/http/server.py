@@ -15,7 +15,16 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidegate import __version__
-from tidegate.http import admin, admin_tenants, health, jobs, problems, requests, stream
+from tidegate.http import (
+    admin,
+    admin_tenants,
+    admin_webhooks,
+    health,
+    jobs,
+    problems,
+    requests,
+    stream,
+)
 from tidegate.http.access import AccessLog
 from tidegate.http.native import native
 from tidegate.http.openapi import described
@@ -91,7 +100,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         redoc_url=None,
     )
     routes = APIRouter()
-    for room in (jobs, requests, stream, health, admin, admin_tenants):
+    for room in (jobs, requests, stream, health, admin, admin_tenants, admin_webhooks):
         routes.include_router(room.router)
     app.include_router(routes)
     app.include_router(routes, prefix="/llm", include_in_schema=False)

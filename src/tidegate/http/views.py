@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
 from tidegate.store.listing import Listed
-from tidegate.store.records import Earlier, FileRecord, NewJob, RequestRecord
+from tidegate.store.records import Earlier, FileRecord, NewJob, RequestRecord, WebhookRecord
 from tidegate.store.states import Status
 
 _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
@@ -75,6 +75,17 @@ class ErrorView(BaseModel):
     upstream_status: int | None = None
 
 
+class WebhookView(BaseModel):
+    """What became of telling your `webhook_url` that the request has ended."""
+
+    id: str | None = Field(default=None, description="As in the header `webhook-id`")
+    state: Literal["waiting", "pending", "delivered", "given_up"]
+    tries: int
+    next_try_at: datetime | None = None
+    answer_status: int | None = Field(default=None, description="Of the last answer")
+    problem: str | None = None
+
+
 class StatusView(Classified):
     """A request's whole life so far."""
 
@@ -130,6 +141,7 @@ class StatusView(Classified):
     usage: UsageView | None = None
     finish_reason: str | None = None
     error: ErrorView | None = None
+    webhook: WebhookView | None = None
 
 
 class RequestItem(BaseModel):
@@ -211,6 +223,7 @@ def status_view(record: RequestRecord, prefix: str) -> StatusView:
         )
         if failure
         else None,
+        webhook=None if record.webhook is None else _webhook(record.webhook),
         type=record.classification.kind,
         classified_by=_decider(record.classification),
         classified_why=record.classification.reason,
@@ -251,6 +264,17 @@ def usage_view(usage: Usage) -> UsageView | None:
 
 def _decider(classification: Classification) -> ClassifiedBy | None:
     return classification.by if classification.kind else None
+
+
+def _webhook(record: WebhookRecord) -> WebhookView:
+    return WebhookView(
+        id=None if record.webhook_id is None else str(record.webhook_id),
+        state=record.state,
+        tries=record.tries,
+        next_try_at=record.due_at,
+        answer_status=record.answer_status,
+        problem=record.problem,
+    )
 
 
 def _file(record: FileRecord, prefix: str) -> FileView:

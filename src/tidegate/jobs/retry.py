@@ -1,4 +1,4 @@
-"""Whether and when a failed attempt is tried again. Pure."""
+"""Whether and when what has failed is tried again: an attempt, or a webhook. Pure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from tidegate.errors import TidegateError
 _FIRST_WAIT_MS = 500
 _LONGEST_WAIT_MS = 60_000
 _LONGEST_SERVER_WAIT_MS = 86_400_000
+
+
+# After each try to deliver a webhook but the last.
+_WEBHOOK_WAITS_MS = (5_000, 30_000, 120_000, 600_000, 3_600_000, 21_600_000)
+_WEBHOOK_JITTER = 0.2
+
+
+def webhook_wait_ms(tries: int, rng: random.Random | None = None) -> int | None:
+    """Milliseconds until a webhook is tried again, or None when it is given up.
+
+    `tries` counts those made. Jitter spreads those that a receiver's outage has gathered.
+    """
+    if tries > len(_WEBHOOK_WAITS_MS):
+        return None
+    spread = (rng or random).uniform(1 - _WEBHOOK_JITTER, 1 + _WEBHOOK_JITTER)
+    return round(_WEBHOOK_WAITS_MS[tries - 1] * spread)
 
 
 def retry_wait_ms(

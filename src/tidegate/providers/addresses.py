@@ -73,35 +73,47 @@ def is_public(address: Address) -> bool:
     return address in _OPEN_V6 and not any(address in network for network in _CLOSED_V6)
 
 
-def check_uri(uri: str, is_allowed: Callable[[Address], bool] = is_public) -> URL:
-    """Parse `uri`, refusing all that can be refused without asking DNS. Raises FetchRefused."""
+def check_uri(
+    uri: str, is_allowed: Callable[[Address], bool] = is_public, *, field: str = "image_uri"
+) -> URL:
+    """Parse `uri`, refusing all that can be refused without asking DNS.
+
+    Raises FetchRefused, which names `field`.
+    """
+    try:
+        return _checked(uri, is_allowed)
+    except ValueError as wrong:
+        raise refused(str(wrong), field) from None
+
+
+def _checked(uri: str, is_allowed: Callable[[Address], bool]) -> URL:
     if len(uri) > MAX_URI_CHARS:
-        raise refused(f"is longer than {MAX_URI_CHARS} characters")
+        raise ValueError(f"is longer than {MAX_URI_CHARS} characters")
     if _UNSAFE.search(uri):
-        raise refused("has spaces, backslashes or control characters in it")
+        raise ValueError("has spaces, backslashes or control characters in it")
     try:
         url = URL(uri)
         port = url.port
     except ValueError:
-        raise refused("is not a URL") from None
+        raise ValueError("is not a URL") from None
     if url.scheme not in ("http", "https"):
-        raise refused("is neither http:// nor https://")
+        raise ValueError("is neither http:// nor https://")
     host = (url.raw_host or "").rstrip(".").lower()
     if not host:
-        raise refused("names no host")
+        raise ValueError("names no host")
     # Of the text itself: the parser drops an empty name, and brackets that hold no address.
     authority = found[1] if (found := _AUTHORITY.match(uri)) else ""
     if "@" in authority:
-        raise refused("has a user name or password in it")
+        raise ValueError("has a user name or password in it")
     if port not in (80, 443) and (port is None or port < 1024):
-        raise refused("names a port that is not allowed")
+        raise ValueError("names a port that is not allowed")
     _check_host(host, is_allowed, bracketed="[" in authority)
     return url.with_fragment(None)
 
 
-def refused(problem: str) -> FetchRefused:
-    """The one error of this room; `problem` continues the sentence that begins "image_uri"."""
-    return FetchRefused("image_uri", f"image_uri {problem}", allowed=ALLOWED)
+def refused(problem: str, field: str = "image_uri") -> FetchRefused:
+    """The one error of this room; `problem` continues the sentence that begins with the field."""
+    return FetchRefused(field, f"{field} {problem}", allowed=ALLOWED)
 
 
 def _check_host(host: str, is_allowed: Callable[[Address], bool], *, bracketed: bool) -> None:
@@ -109,12 +121,12 @@ def _check_host(host: str, is_allowed: Callable[[Address], bool], *, bracketed: 
         address = ip_address(host)
     except ValueError:
         if _LOOKS_NUMERIC.fullmatch(host):
-            raise refused("spells an address in numbers in an unusual way") from None
+            raise ValueError("spells an address in numbers in an unusual way") from None
         if bracketed or not _NAME.fullmatch(host):
-            raise refused("is not a URL") from None
+            raise ValueError("is not a URL") from None
         name_is_closed = host in _CLOSED_NAMES or host.endswith(".localhost")
         if name_is_closed and not is_allowed(IPv4Address("127.0.0.1")):
-            raise refused("does not name a public host") from None
+            raise ValueError("does not name a public host") from None
         return
     if not is_allowed(address):
-        raise refused("does not name a public host")
+        raise ValueError("does not name a public host")

@@ -8,19 +8,17 @@ along (no cookies, credentials, referrer or proxy). One session per fetch: nothi
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from ipaddress import ip_address
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
-from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 from tidegate.call import Media
 from tidegate.errors import FetchRefused
 from tidegate.providers.addresses import Address, check_uri, is_public, refused
+from tidegate.providers.guard import guarded_session, why_not_sent
 from tidegate.providers.pictures import PICTURE_TYPES, picture_type
 
 __all__ = ["ImageFetcher", "check_uri"]
@@ -34,10 +32,6 @@ _HEADERS = {
 }
 # Servers that do not say, or say so of everything.
 _UNSAID = ("application/octet-stream", "binary/octet-stream")
-
-
-class _AddressRefused(OSError):
-    """The name led to an address that may not be connected to."""
 
 
 class ImageFetcher:
@@ -69,32 +63,10 @@ class ImageFetcher:
         except TimeoutError:
             raise refused(f"did not arrive within {self._timeout_ms} ms") from None
         except aiohttp.ClientError as failed:
-            raise self._translated(failed) from None
+            raise refused(why_not_sent(failed)) from None
 
     def _session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(
-            resolver=self._resolver or ThreadedResolver(),
-            socket_factory=self._open_socket,
-            use_dns_cache=False,
-            force_close=True,
-            limit=1,
-        )
-        return aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None),
-            headers=_HEADERS,
-        )
-
-    def _open_socket(self, info: aiohttp.AddrInfoType) -> socket.socket:
-        """Called with the very address that the connection is then made to."""
-        family, kind, protocol, _, where = info
-        address = ip_address(str(where[0]).split("%", 1)[0])
-        if not self._is_allowed(address):
-            raise _AddressRefused("the address is not public")
-        return socket.socket(family=family, type=kind, proto=protocol)
+        return guarded_session(self._is_allowed, self._resolver, _HEADERS)
 
     async def _follow(self, session: aiohttp.ClientSession, url: URL) -> Media:
         for _ in range(MAX_REDIRECTS + 1):
@@ -134,14 +106,3 @@ class ImageFetcher:
 
     def _too_large(self) -> FetchRefused:
         return refused(f"is larger than {self._max_bytes} bytes")
-
-    def _translated(self, failed: aiohttp.ClientError) -> FetchRefused:
-        if isinstance(failed, aiohttp.ClientConnectorDNSError):
-            return refused("names a host that cannot be found")
-        if isinstance(failed, aiohttp.ClientConnectorError):
-            if "the address is not public" in str(failed.os_error):
-                return refused("does not lead to a public address")
-            return refused("could not be connected to")
-        if isinstance(failed, aiohttp.InvalidURL):
-            return refused("is not a URL")
-        return refused("was not answered properly")

@@ -19,6 +19,7 @@ from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.store import bodies
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
+from tidegate.store.outbox import add_webhooks
 from tidegate.store.queries import sql
 from tidegate.store.records import Json
 from tidegate.store.rows import audit_row, dumps
@@ -298,7 +299,7 @@ async def add_audit(
     ended: Sequence[tuple[asyncpg.Record, Json, Json | None, list[Json]]],
     instance_id: str,
 ) -> None:
-    """Append audit rows and their bodies for requests that ended in this transaction.
+    """Append audit rows, their bodies and webhooks for requests that ended in this transaction.
 
     Each is (the row as it now stands, its last attempt, its failure, its bodies).
     """
@@ -311,6 +312,7 @@ async def add_audit(
             packed.append({**body, **owner})
     if audits:
         await connection.execute(sql("add_audit"), dumps(audits))
+    await add_webhooks(connection, [row for row, *_ in ended])
     if packed:
         await connection.execute(sql("add_bodies"), dumps(packed))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from tidegate.call import DEFAULT_POOL, DEFAULT_TENANT, Attachment, Classification, Usage
@@ -60,6 +60,7 @@ class NewJob:
     tenant_id: str = DEFAULT_TENANT
     pool: str = DEFAULT_POOL
     once: Idempotency | None = None
+    webhook_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,21 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class WebhookRecord:
+    """What became of telling `webhook_url` of a request's end.
+
+    state: `waiting` for the end, then `pending`, and at last `delivered` or `given_up`.
+    """
+
+    state: Literal["waiting", "pending", "delivered", "given_up"]
+    webhook_id: UUID | None = None
+    tries: int = 0
+    due_at: datetime | None = None
+    answer_status: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord:
     """Everything that `GET /status/{id}` shows. `place` is 1 for the next in its queue."""
 
@@ -174,6 +190,7 @@ class RequestRecord:
     place: int | None
     version: int  # grows with every change; what a long poll waits for
     files: tuple[FileRecord, ...] = ()
+    webhook: WebhookRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)

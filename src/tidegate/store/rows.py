@@ -25,6 +25,7 @@ from tidegate.store.records import (
     NewJob,
     OutputFile,
     RequestRecord,
+    WebhookRecord,
 )
 from tidegate.store.states import Status
 
@@ -82,6 +83,8 @@ def job_row(job: NewJob) -> Json:
     }
     if job.once is not None:
         row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
+    if job.webhook_url is not None:
+        row["webhook_url"] = job.webhook_url
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -227,7 +230,9 @@ def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:
     )
 
 
-def request_record(row: asyncpg.Record, files: list[asyncpg.Record]) -> RequestRecord:
+def request_record(
+    row: asyncpg.Record, files: list[asyncpg.Record], webhook: WebhookRecord | None
+) -> RequestRecord:
     return RequestRecord(
         request_id=_uuid(row["id"]),
         tenant_id=row["tenant_id"],
@@ -251,6 +256,7 @@ def request_record(row: asyncpg.Record, files: list[asyncpg.Record]) -> RequestR
         place=row["place"],
         version=row["version"],
         files=tuple(file_record(file) for file in files),
+        webhook=webhook,
     )
 
 

@@ -27,6 +27,7 @@ from tidegate.store.connection import Connections
 from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
 from tidegate.store.native_keys import NativeKeys
+from tidegate.store.outbox import Outbox, webhook_of
 from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
 from tidegate.store.queries import sql
@@ -85,6 +86,7 @@ class Store:
         self.native_keys = NativeKeys(connections)
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
+        self.outbox = Outbox(connections)
         self.listing = Listing(connections)
         self.cancels = Cancels(connections, self._bell, instance_id=instance_id)
         self._submits = Submits(connections, self._bell)
@@ -185,7 +187,7 @@ class Store:
                 relayed = await connection.fetchrow(sql("get_relayed"), request_id, tenant_id)
                 return None if relayed is None else rows.relayed_record(relayed)
             files = await connection.fetch(sql("get_request_files"), request_id)
-            return rows.request_record(row, files)
+            return rows.request_record(row, files, await webhook_of(connection, row))
 
         record = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
         if record is None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import orjson
 import pytest
 
-from tests.fleet import Fleet
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 
@@ -155,22 +153,3 @@ async def test_a_cancel_that_races_with_the_end_has_one_winner(open_gateway: Ope
         assert len(await gateway.calls(f"[{number}]")) <= 1
     assert (await gateway.upstream.stats()).in_flight == 0
     await wait_until(lambda: _none_used(gateway), 2)
-
-
-async def test_a_cancel_outlives_the_worker_that_was_to_heed_it(tmp_path: Path) -> None:
-    async with Fleet(tmp_path / "fleet", apis=1, workers=1) as fleet:
-        await fleet.control.set_fault("hang")
-        async with fleet.http.post(f"{fleet.url}/submit", json={"data": "Explain"}) as response:
-            request_id = (await response.json())["request_id"]
-
-        async def called() -> bool:
-            return (await fleet.truth()).in_flight == 1
-
-        await wait_until(called, 15)
-        fleet.workers[0].kill()
-        async with fleet.http.delete(f"{fleet.url}/requests/{request_id}") as response:
-            assert (response.status, (await response.json())["status"]) == (202, "running")
-        fleet.start_worker()
-        record = await fleet.end_of(request_id, 20)
-        assert (record["status"], record["attempts"]) == ("cancelled", 1)
-        assert (await fleet.truth())["text_only"].arrived == 1

@@ -36,6 +36,7 @@ PATHS = {
     "/admin/tenants/{tenant_id}": "get",
     "/admin/keys": "get",
     "/admin/keys/{prefix}": "delete",
+    "/admin/webhooks/{webhook_id}/redeliver": "post",
 }
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
@@ -133,6 +134,7 @@ def test_submit_documents_every_content_type_and_field_that_it_takes(
         *("application/json", "multipart/form-data", "application/x-www-form-urlencoded"),
     }
     values = {"data", "text", "image_uri", "type", "model", "priority", "deadline_ms"}
+    values |= {"webhook_url"}
     for media, described in content.items():
         files = {"file", "files"} if media == "multipart/form-data" else set()
         assert set(described["schema"]["properties"]) == values | files

@@ -1,0 +1,34 @@
+-- Statements of the webhooks that wait to be delivered: see outbox.py.
+
+-- name: add_webhooks
+-- Insert webhooks, in the transaction that ends their requests.
+INSERT INTO webhooks (id, request_id, tenant_id, pool, event, url)
+SELECT id, request_id, tenant_id, pool, event, url
+FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
+    event text, url text)
+
+-- name: claim_webhooks
+-- Claim up to $1 due webhooks, those that wait longest first; due again after $2 milliseconds.
+UPDATE webhooks SET tries = tries + 1, due_at = now() + $2 * interval '1 millisecond'
+WHERE id IN (
+    SELECT id FROM webhooks WHERE state = 'pending' AND due_at <= now()
+    ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
+)
+RETURNING id, request_id, tenant_id, event, url, tries
+
+-- name: settle_webhook
+-- Record how try $2 of webhook $1 went; the next one is due in $6 milliseconds.
+UPDATE webhooks SET state = $3, answer_status = $4, problem = $5,
+    due_at = now() + $6 * interval '1 millisecond',
+    ended_at = CASE WHEN $3 = 'pending' THEN NULL ELSE now() END
+WHERE id = $1 AND tries = $2 AND state = 'pending'
+
+-- name: redeliver_webhook
+-- A person's decision: webhook $1 is due now, with all its tries before it.
+UPDATE webhooks SET state = 'pending', tries = 0, due_at = now(), ended_at = NULL WHERE id = $1
+RETURNING id
+
+-- name: get_webhook
+-- The latest webhook of request $1.
+SELECT id, state, tries, due_at, answer_status, problem FROM webhooks
+WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 1

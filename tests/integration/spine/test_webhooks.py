@@ -1,0 +1,229 @@
+"""Webhooks: told of each end, signed, tried again, and never more than they should be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import orjson
+import pytest
+from aiohttp import web
+
+from tests.gateway import Gateway, Opener
+from tests.integration.spine.receiver import SECRET, Receiver, receiving
+from tests.waiting import wait_until
+from tidegate.jobs import webhook
+from tidegate.jobs.webhook import signature
+
+SETTINGS: dict[str, Any] = {"webhook_secret": SECRET, "webhook_allow_private": True}
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(webhook, "webhook_wait_ms", lambda tries: 20 if tries < 4 else None)
+
+
+async def _settled(gateway: Gateway, request_id: str, state: str = "delivered") -> dict[str, Any]:
+    async def shown() -> dict[str, Any] | None:
+        found: dict[str, Any] = (await gateway.status(request_id))["webhook"]
+        return found if found["state"] == state else None
+
+    found: dict[str, Any] = await wait_until(shown, 10, f"a webhook that is {state}")
+    return found
+
+
+async def test_the_end_of_a_job_is_told_once_and_signed(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    gateway = await open_gateway(worker=False, **SETTINGS)
+    hook = f"{receiver.url}/hooks?from=tidegate"
+    request_id = await gateway.submit(data="Explain the tide", webhook_url=hook)
+    assert (await gateway.status(request_id))["webhook"] == {"state": "waiting", "tries": 0}
+    gateway.start_worker()
+    record = await gateway.end_of(request_id)
+    shown = await _settled(gateway, request_id)
+    (told,) = receiver.received
+    assert told.is_signed()
+    assert told.headers["content-type"] == "application/json"
+    assert told.event["type"] == "request.succeeded"
+    data = told.event["data"]
+    assert data["status_url"] == f"/status/{request_id}"
+    for name in ("request_id", "status", "type", "model", "attempts", "text", "finish_reason"):
+        assert data[name] == record[name], name
+    assert data["usage"]["total_tokens"] == record["usage"]["total_tokens"]
+    assert shown == {
+        "id": told.webhook_id,
+        "state": "delivered",
+        "tries": 1,
+        "answer_status": 204,
+    }
+
+
+async def test_every_kind_of_end_is_told(open_gateway: Opener, receiver: Receiver) -> None:
+    gateway = await open_gateway(max_attempts=1, rate_limits={"text_only": 3}, **SETTINGS)
+    await gateway.upstream.set_fault("unavailable", match="failing")
+    await gateway.upstream.set_fault("hang", match="forever")
+    hook = {"webhook_url": receiver.url}
+    ids = {
+        "failed": await gateway.submit(data="Explain failing", **hook),
+        "cancelled": await gateway.submit(data="Explain forever", **hook),
+        "expired": await gateway.submit(data="Draw a fox", deadline_ms=1, **hook),
+    }
+    await gateway.submit(data="Explain the tide")
+    await gateway.in_flight(1)
+    await gateway.http.delete(f"{gateway.url}/requests/{ids['cancelled']}")
+    await wait_until(lambda: len(receiver.received) == 3, 10)
+    told = {each.event["data"]["request_id"]: each.event for each in receiver.received}
+    for status, request_id in ids.items():
+        assert told[request_id]["type"] == f"request.{status}"
+        assert told[request_id]["data"]["error"]["code"]
+
+
+async def test_what_is_not_taken_is_tried_again_with_the_same_id_until_it_is(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    gateway = await open_gateway(**SETTINGS)
+    receiver.answers = [500, 302, 404]
+    request_id = await gateway.submit(data="Explain the tide", webhook_url=receiver.url)
+    shown = await _settled(gateway, request_id)
+    assert (shown["tries"], shown["answer_status"], "problem" in shown) == (4, 204, False)
+    assert len(receiver.received) == 4, "the redirect was not followed"
+    assert len({each.webhook_id for each in receiver.received}) == 1
+    assert all(each.is_signed() for each in receiver.received)
+
+
+async def test_a_receiver_that_is_gone_or_never_takes_it_is_given_up_and_can_be_asked_again(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    gateway = await open_gateway(**SETTINGS)
+    for answers, tries in (([410], 1), ([503] * 4, 4)):
+        receiver.answers, receiver.received = list(answers), []
+        request_id = await gateway.submit(data="Explain the tide", webhook_url=receiver.url)
+        shown = await _settled(gateway, request_id, "given_up")
+        assert (shown["tries"], shown["answer_status"]) == (tries, answers[-1])
+        assert str(answers[-1]) in shown["problem"]
+        assert "next_try_at" not in shown
+        url = f"{gateway.url}/admin/webhooks/{shown['id']}/redeliver"
+        async with gateway.http.post(url) as response:
+            assert (response.status, await response.json()) == (200, {"done": True})
+        again = await _settled(gateway, request_id)
+        assert (again["id"], again["tries"]) == (shown["id"], 1)
+        assert len(receiver.received) == tries + 1
+    async with gateway.http.post(f"{gateway.url}/admin/webhooks/{uuid4()}/redeliver") as response:
+        assert response.status == 404
+
+
+async def test_a_receiver_that_does_not_answer_or_answers_without_end_holds_nobody_up(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    release = asyncio.Event()
+
+    async def silent() -> web.StreamResponse:
+        await release.wait()
+        return web.Response()
+
+    gateway = await open_gateway(**SETTINGS | {"webhook_timeout_ms": 200})
+    receiver.answers = [silent]
+    slow = await gateway.submit(data="Explain the tide", webhook_url=receiver.url)
+    await wait_until(lambda: receiver.received, 10)
+    other = await gateway.submit(data="Explain the moon", webhook_url=receiver.url)
+    await _settled(gateway, other)
+    shown = await _settled(gateway, slow)
+    assert shown["tries"] >= 2
+    release.set()
+
+
+async def test_an_endless_answer_is_not_read(open_gateway: Opener, receiver: Receiver) -> None:
+    gateway = await open_gateway(**SETTINGS)
+    sent, closed = [0], asyncio.Event()
+
+    class Endless(web.StreamResponse):
+        async def write_eof(self, data: bytes = b"") -> None:
+            try:
+                while True:
+                    await self.write(bytes(65_536))
+                    sent[0] += 65_536
+            finally:
+                closed.set()
+
+    async def endless() -> web.StreamResponse:
+        return Endless()
+
+    receiver.answers = [endless]
+    request_id = await gateway.submit(data="Explain the tide", webhook_url=receiver.url)
+    assert (await _settled(gateway, request_id))["tries"] == 1
+    await asyncio.wait_for(closed.wait(), 5)
+    assert sent[0] < 50_000_000
+
+
+@pytest.mark.parametrize("private", [False, True])
+async def test_addresses_that_are_not_public_are_refused_unless_allowed(
+    private: bool, open_gateway: Opener, receiver: Receiver
+) -> None:
+    gateway = await open_gateway(**SETTINGS | {"webhook_allow_private": private})
+    for url in (receiver.url, "http://10.0.0.1/x", "https://localhost/x", "http://[::1]:8080/"):
+        body = {"data": "Explain the tide", "webhook_url": url}
+        async with gateway.http.post(f"{gateway.url}/submit", json=body) as response:
+            answer = orjson.loads(await response.read())
+            assert response.status == (202 if private else 422), answer
+            if not private:
+                assert (answer["field"], answer["code"]) == ("webhook_url", "fetch_refused")
+                assert "webhook_url" in answer["detail"]
+
+
+async def test_a_name_that_leads_to_a_private_address_is_not_connected_to(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    gateway = await open_gateway(**SETTINGS | {"webhook_allow_private": False})
+    request_id = await gateway.submit(
+        data="Explain the tide", webhook_url="https://example.com/hook"
+    )
+    # As a name would that was changed after it had been checked.
+    rebound = receiver.url.replace("127.0.0.1", "localhost")
+    await gateway.database.execute("UPDATE requests SET webhook_url = $1", rebound)
+    await gateway.end_of(request_id)
+    shown = await _settled(gateway, request_id, "given_up")
+    assert "public" in shown["problem"]
+    assert receiver.received == []
+
+
+async def test_where_webhooks_are_off_or_make_no_sense_they_are_refused_by_name(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    hook = {"webhook_url": "https://example.com/hook"}
+    body = {"data": "Explain the tide", **hook}
+    async with gateway.http.post(f"{gateway.url}/submit", json=body) as response:
+        problem = orjson.loads(await response.read())
+        assert (response.status, problem["field"]) == (400, "webhook_url")
+        assert "WEBHOOK_SECRET" in problem["allowed"]
+
+
+async def test_a_stream_has_no_webhook(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, **SETTINGS)
+    refused = await gateway.stream(text="Explain", webhook_url="https://example.com/hook")
+    assert (refused.status, refused.problem["field"]) == (400, "webhook_url")
+
+
+async def test_a_long_text_is_left_to_the_status(open_gateway: Opener, receiver: Receiver) -> None:
+    gateway = await open_gateway(**SETTINGS)
+    await gateway.upstream.set_behaviour(answer="x" * 100_001)
+    request_id = await gateway.submit(data="Explain the tide", webhook_url=receiver.url)
+    await _settled(gateway, request_id)
+    assert "text" not in receiver.received[0].event["data"]
+    assert len((await gateway.status(request_id))["text"]) == 100_001
+
+
+def test_the_signature_is_that_of_the_convention() -> None:
+    # Computed apart: echo -n 'msg_1.1614265330.{"test":1}' | openssl dgst -sha256 -mac HMAC ...
+    expected = "v1,dGhvIbuuuh6sCAEahCNcVz2Ffe++10anA4e/XwzNkyY="
+    assert signature(b"k" * 24, "msg_1", 1614265330, b'{"test":1}') == expected
