@@ -24,6 +24,7 @@ from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.pipeline import Pipeline
 from tidegate.policy import PolicyKeeper, deployed, deployed_upstreams, policy_to_start_with
+from tidegate.policy.upstreams import Deployment
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor, Timeouts
 from tidegate.providers.relay import RelayWire
@@ -77,6 +78,8 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
     Starts even when Valkey or PostgreSQL is away: they are reconnected to.
     """
     wanted, others = deployed(config), deployed_upstreams(config)
+    if role != "api":  # nobody asks a worker for anything but jobs, which are the pool gemini's
+        others = others.only(DEFAULT_POOL)
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
@@ -86,21 +89,11 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         processor = _processor_of(config)
         await processor.start()
         stack.push_async_callback(processor.aclose)
-        limiter, keeper = await stack.enter_async_context(
-            open_pool(config, store.policies, instance_id, wanted)
+        limiters, keepers = await stack.enter_async_context(
+            _open_pools(config, store.policies, instance_id, wanted, others)
         )
-        limiters, keepers = {DEFAULT_POOL: limiter}, {DEFAULT_POOL: keeper}
-        for pool, policy in others.policies.items():
-            limiters[pool], keepers[pool] = await stack.enter_async_context(
-                open_pool(config, store.policies, instance_id, policy, pool)
-            )
-        for one in keepers.values():
-            keeping = asyncio.create_task(one.run())
-            stack.callback(keeping.cancel)
-        wire = RelayWire(_timeouts_of(config))
-        await wire.start()
-        stack.push_async_callback(wire.aclose)
-        relay = Relay(config=config, targets=Targets(others), pools=limiters, wire=wire)
+        limiter, keeper = limiters[DEFAULT_POOL], keepers[DEFAULT_POOL]
+        relay = await stack.enter_async_context(_open_relay(config, others, limiters))
         fetcher = ImageFetcher(max_bytes=config.max_file_bytes, timeout_ms=config.fetch_timeout_ms)
         pipeline = Pipeline(
             config=config, limiter=limiter, processor=processor, blobs=blobs, fetcher=fetcher
@@ -144,6 +137,39 @@ async def _guarding(gate: Gate) -> AsyncIterator[None]:
         watching.cancel()
         with suppress(StoreUnavailable):
             await gate.note_uses()
+
+
+@asynccontextmanager
+async def _open_pools(
+    config: Config,
+    policies: Policies,
+    instance_id: str,
+    wanted: PoolPolicy,
+    others: Deployment,
+) -> AsyncIterator[tuple[dict[str, Limiter], dict[str, PolicyKeeper]]]:
+    """The limiters of all pools by name, and the keepers of their policies, at work."""
+    limiters: dict[str, Limiter] = {}
+    keepers: dict[str, PolicyKeeper] = {}
+    async with AsyncExitStack() as stack:
+        for pool, policy in ({DEFAULT_POOL: wanted} | dict(others.policies)).items():
+            limiters[pool], keepers[pool] = await stack.enter_async_context(
+                open_pool(config, policies, instance_id, policy, pool)
+            )
+            keeping = asyncio.create_task(keepers[pool].run())
+            stack.callback(keeping.cancel)
+        yield limiters, keepers
+
+
+@asynccontextmanager
+async def _open_relay(
+    config: Config, others: Deployment, limiters: dict[str, Limiter]
+) -> AsyncIterator[Relay]:
+    wire = RelayWire(_timeouts_of(config))
+    await wire.start()
+    try:
+        yield Relay(config=config, targets=Targets(others), pools=limiters, wire=wire)
+    finally:
+        await wire.aclose()
 
 
 @asynccontextmanager

@@ -30,8 +30,10 @@ from tidegate.http.dialects import event, refusal
 from tidegate.http.events import Presence, abort
 from tidegate.http.incoming import ClientGone, Incoming
 from tidegate.http.once import Once, wanted_of
+from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
+from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import to_send
 from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of
@@ -138,6 +140,20 @@ class _Front:
             await presence.end()
         if not self._recorded:
             self._record(call, status, failure)
+
+    async def _identify(self) -> None:
+        """Find out who asks; nothing of the body is read before."""
+        gate = self._services.gate
+        headers, query = self._scope["headers"], self._scope["query_string"]
+        caller = gate.known(headers, query)
+        self._caller = await gate.identify(headers, query) if caller is None else caller
+
+    def _opening(self, call: NativeCall) -> Opening | None:
+        """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
+        if call.caller.caps.most_streams is None or not call.endpoint.operation.is_counted:
+            return None
+        streams = call.endpoint.streams or parsed(call.body).get("stream") is True
+        return self._services.openings.stream(call.caller) if streams else None
 
     async def _run(self, call: NativeCall, presence: Presence) -> tuple[Status, Failure | None]:
         """Make the call, and tell the client how it failed if it did."""
