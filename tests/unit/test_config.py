@@ -47,6 +47,7 @@ WRONG = {
     "MAX_BODY_BYTES": (["0", "1GB"], "bytes"),
     "RECEIVE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "STREAM_WAIT_MS": (["0", "soon"], "milliseconds"),
+    "KEEP_ALIVE_AFTER_MS": (["-1", "soon"], "milliseconds"),
     "STALLED_READER_MS": (["0", "soon"], "milliseconds"),
     "MAX_ATTEMPTS": (["0", "101"], "from 1 to 100"),
     "CLAIM_LEASE_MS": (["0", "soon"], "milliseconds"),
