@@ -5,29 +5,41 @@ from __future__ import annotations
 import getpass
 import socket
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+
+from tidegate.call import DEFAULT_POOL
 
 if TYPE_CHECKING:
     from tidegate.policy.control import Control
     from tidegate.store.tenants import Tenants
 
 T = TypeVar("T")
+_chosen: ContextVar[str] = ContextVar("tidegate_pool", default=DEFAULT_POOL)
 
 Json = Annotated[bool, typer.Option("--json", help="Show it as JSON.")]
 Reason = Annotated[str, typer.Option(help="Why; it goes on record.")]
 
 
+Pool = Annotated[str, typer.Option("--pool", help="Whose limits: the name of an upstream.")]
+
+
+def choose_pool(pool: Pool = DEFAULT_POOL) -> None:
+    """What `--pool` before a command does."""
+    _chosen.set(pool)
+
+
 def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
-    """Run `work` on the pool of the deployment that the settings describe."""
+    """Run `work` on the chosen pool of the deployment that the settings describe."""
     from tidegate import telemetry
     from tidegate.config import load
     from tidegate.supervisor.control import in_pool as run
 
     config = load()
     telemetry.configure_logging(config.log_format, "error", process="command")
-    return run(config, work)
+    return run(config, work, _chosen.get())
 
 
 def with_tenants(work: Callable[[Tenants], Awaitable[T]]) -> T:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from tidegate.call import DEFAULT_POOL
 from tidegate.demand import Learned
 from tidegate.errors import ConfigError, InvalidRequest
 from tidegate.http.admin_body import described, read_json
@@ -23,10 +24,23 @@ from tidegate.store.records import PolicyRecord
 
 _LONGEST_PAUSE_MS = 366 * 86_400_000
 
+
+async def in_pool(
+    request: Request,
+    pool: Annotated[str, Query(description="Whose limits: the name of an upstream")] = DEFAULT_POOL,
+) -> None:
+    """A dependency of what concerns one pool. Raises InvalidRequest."""
+    known = services_of(request).limiters
+    if pool not in known:
+        names = ", ".join(known)
+        raise InvalidRequest("pool", f"there is no pool {pool}", allowed=f"one of {names}")
+    request.state.pool = pool
+
+
 router = APIRouter(
     prefix="/admin",
     tags=["admin"],
-    dependencies=[Depends(admit_admin)],
+    dependencies=[Depends(admit_admin), Depends(in_pool)],
     responses=problem_responses(400, 401, 403, 408, 413, 415, 503),
 )
 LimitId = Annotated[str, Path(description="A limit's id, such as `kind:text_only` or `rpm:total`")]
@@ -80,9 +94,11 @@ class Revoked(BaseModel):
 
 
 def control_of(request: Request) -> Control:
-    services = services_of(request)
+    services, pool = services_of(request), request.state.pool
     store = services.store
-    return Control(services.limiter, services.keeper, store.running_calls, store.tenants)
+    return Control(
+        services.limiters[pool], services.keepers[pool], store.running_calls, store.tenants
+    )
 
 
 @router.get("/limits", summary="All limits, who waits for them, and the policy in force")
@@ -105,7 +121,7 @@ async def change_limits(request: Request) -> InForceNow:
 async def history(
     request: Request, most: Annotated[int, Query(ge=1, le=1_000)] = 50
 ) -> list[PolicyRecord]:
-    return await services_of(request).keeper.history(most)
+    return await control_of(request).keeper.history(most)
 
 
 @router.put(
@@ -196,7 +212,7 @@ async def _changed(
     request: Request, signed: Signed, set_: dict[str, Any], remove: list[str]
 ) -> InForceNow:
     try:
-        now = await services_of(request).keeper.change(
+        now = await control_of(request).keeper.change(
             edit(set_, remove), set_by=signed.by, reason=signed.reason
         )
     except ConfigError as wrong:

@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 
 from tidegate.call import DEFAULT_TENANT, Scope
 from tidegate.errors import ConfigError, InvalidRequest
-from tidegate.http.admin import Signed, control_of
+from tidegate.http.admin import Signed, control_of, in_pool
 from tidegate.http.admin_body import described, read_json
 from tidegate.http.admin_gate import admit_admin
 from tidegate.http.jobs import problem_responses
@@ -28,7 +28,7 @@ from tidegate.store.tenants import SETTABLE, Key
 router = APIRouter(
     prefix="/admin",
     tags=["tenants"],
-    dependencies=[Depends(admit_admin)],
+    dependencies=[Depends(admit_admin), Depends(in_pool)],
     responses=problem_responses(400, 401, 403, 408, 413, 415, 503),
 )
 TenantId = Annotated[str, Path(description="A tenant's name", min_length=1, max_length=200)]

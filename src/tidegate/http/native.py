@@ -227,7 +227,7 @@ class _Front:
             received=self._received,
             received_at=self._received_at,
             wait_ms=wait_ms,
-            priority=priority,
+            priority=min(priority, self._caller.most_priority),
             subject=subject,
         )
 

@@ -147,7 +147,7 @@ class Relay:
             asked.pieces if asked else {},
             self.limiter_of(target).policy,
             tenant=call.caller.tenant_id,
-            priority=min(call.priority, call.caller.most_priority),
+            priority=call.priority,
             images=asked.images if asked else 0,
             max_output_tokens=asked.max_output_tokens if counted and asked else 1,
         )

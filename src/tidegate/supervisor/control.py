@@ -13,8 +13,11 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 from uuid import uuid4
 
+from tidegate.call import DEFAULT_POOL
 from tidegate.config import Config
-from tidegate.policy import deployed
+from tidegate.errors import ConfigError
+from tidegate.limiter import PoolPolicy
+from tidegate.policy import deployed, deployed_upstreams
 from tidegate.policy.control import Control
 from tidegate.supervisor.ground import prepared
 
@@ -27,12 +30,12 @@ Work = Callable[[Control], Awaitable[T]]
 _ANSWER_WITHIN_MS = 2_000
 
 
-def in_pool(config: Config, work: Work[T]) -> T:
-    """Run `work` with the pool of the deployment that `config` describes.
+def in_pool(config: Config, work: Work[T], pool: str = DEFAULT_POOL) -> T:
+    """Run `work` with a pool of the deployment that `config` describes.
 
     Raises ConfigError, LimiterUnavailable where Valkey does not answer, and what `work` raises.
     """
-    wanted = deployed(config)
+    wanted = _policy_of(config, pool)
     with prepared(config, only={"postgres", "valkey"}) as ground:
         whole = ground.config
 
@@ -48,8 +51,8 @@ def in_pool(config: Config, work: Work[T]) -> T:
             connections.start()
             name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
             try:
-                async with open_pool(whole, Policies(connections), name, wanted) as pool:
-                    limiter, keeper = pool
+                policies = Policies(connections)
+                async with open_pool(whole, policies, name, wanted, pool) as (limiter, keeper):
                     await limiter.ping(_ANSWER_WITHIN_MS)
                     await limiter.joined()
                     tenants = Tenants(connections)
@@ -58,6 +61,16 @@ def in_pool(config: Config, work: Work[T]) -> T:
                 await connections.aclose()
 
         return asyncio.run(run())
+
+
+def _policy_of(config: Config, pool: str) -> PoolPolicy:
+    if pool == DEFAULT_POOL:
+        return deployed(config)
+    others = deployed_upstreams(config).policies
+    if pool not in others:
+        names = ", ".join((DEFAULT_POOL, *others))
+        raise ConfigError("--pool", pool, f"must be one of {names}")
+    return others[pool]
 
 
 def with_tenants(config: Config, work: Callable[[Tenants], Awaitable[T]]) -> T:
