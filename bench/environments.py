@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,17 +31,20 @@ def python_with(name: str, wanted: Sequence[str], oldest: tuple[int, int] = (3, 
     return found
 
 
-def node_modules_with(name: str, package: str, version: str) -> Path:
-    """The folder of one npm package in exactly that version. Raises EnvironmentMissing."""
+def node_modules_with(name: str, wanted: Mapping[str, str], pinned: Mapping[str, str]) -> Path:
+    """The folder of npm packages in exactly the versions of `wanted`; `pinned` are those of what
+    they need. Raises EnvironmentMissing."""
     folder = CACHE / name
-    stamp, found = folder / "installed", folder / "node_modules" / package
-    if not (stamp.exists() and stamp.read_text() == version and found.is_dir()):
+    stamp, found = folder / "installed", folder / "node_modules"
+    asked = json.dumps({"private": True, "dependencies": {**wanted}, "overrides": {**pinned}})
+    if not (stamp.exists() and stamp.read_text() == asked and found.is_dir()):
         npm = program("npm", "npm")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        options = ["--no-audit", "--no-fund", "--omit=dev", "--ignore-scripts", "--silent"]
-        run([npm, "install", *options, "--prefix", folder, f"{package}@{version}"], folder)
-        stamp.write_text(version)
+        (folder / "package.json").write_text(asked)
+        options = ("--no-audit", "--no-fund", "--omit=dev", "--ignore-scripts", "--silent")
+        run([npm, "install", *options], folder)
+        stamp.write_text(asked)
     return found
 
 
