@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check chaos bench bench-limiter setup-system lock clean
+.PHONY: help run test check chaos bench bench-limiter bench-gateway setup-system lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -39,6 +39,11 @@ bench: ## Measure, and print the figures with the machine that they come from
 bench-limiter: ## The limiter against its peers, in one run (ARGS="--only ours --scenario load-50-20")
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python -m bench.limiter $(ARGS)
+
+bench-gateway: ## Our relay and job path beside other gateways, in one run (ARGS="--quick --only tidegate")
+	@scripts/bootstrap.sh dev
+	@scripts/setup_system.sh bench
+	@.venv/bin/python -m bench.gateway $(ARGS)
 
 setup-system: ## Install what the tests need from the system's packages, or say what is missing
 	@scripts/setup_system.sh

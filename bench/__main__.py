@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 
-BENCHMARKS = ("bench.limiter", "bench.submit")
+BENCHMARKS = ("bench.limiter", "bench.submit", "bench.gateway")
 
 
 def main() -> int:

@@ -2,18 +2,25 @@
 # What the tests need besides Python: a browser for the browser tests, zsh for the request script,
 # and the servers of Debian that the limiter is tested with, next to the one that a wheel brings.
 # As root it is installed where apt-get is there; otherwise the missing packages are named, and
-# under CI=true that is a failure: a test that cannot run has not passed.
+# under CI=true that is a failure: a test that cannot run has not passed. `setup_system.sh bench`
+# does the same for the benchmark of gateways, which goes on without what it cannot have.
 set -euo pipefail
 
 declare -A package_of=(
     [chromium]=chromium [zsh]=zsh [curl]=curl
     [redis-server]=redis-server [valkey-server]=valkey-server
 )
+whose="the tests also need"
+if [[ ${1:-} == bench ]]; then
+    package_of=([gcc]="gcc libc6-dev" [nginx]=nginx [node]=nodejs [npm]=npm)
+    whose="the benchmark also measures with"
+    PATH=$PATH:/usr/sbin
+fi
 
 missing() {
     local command
     for command in "${!package_of[@]}"; do
-        command -v "$command" >/dev/null || echo "${package_of[$command]}"
+        command -v "$command" >/dev/null || printf '%s\n' ${package_of[$command]}
     done
 }
 
@@ -27,13 +34,14 @@ if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null || true
     # The tests start servers of their own: one that came just now must not run as a service.
     for name in "${wanted[@]}"; do
-        [[ $name != *-server ]] || systemctl disable --now --quiet "$name" 2>/dev/null || true
+        [[ $name != *-server && $name != nginx ]] ||
+            systemctl disable --now --quiet "$name" 2>/dev/null || true
     done
     mapfile -t wanted < <(missing)
     ((${#wanted[@]})) || exit 0
 fi
 
-echo "tidegate: the tests also need these system packages: ${wanted[*]}" >&2
+echo "tidegate: $whose these system packages: ${wanted[*]}" >&2
 if [[ ${CI:-} == true || ${CI:-} == 1 ]]; then
     exit 1
 fi

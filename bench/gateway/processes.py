@@ -1,0 +1,121 @@
+"""A program under test with all of its processes: started, watched and ended.
+
+Invariant: leaving a `Program` ends every process that it is the ancestor of.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bench import machine
+
+_PROC = Path("/proc")
+_STOP_S = 15.0
+_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, alive now."""
+    children = defaultdict(list)
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit() and (fields := _stat(int(entry.name))):
+            children[int(fields[1])].append(int(entry.name))
+    found = [pid]
+    for parent in found:
+        found += children[parent]
+    return [one for one in found if _stat(one)]
+
+
+def cpu_ns(pids: Sequence[int]) -> int:
+    """Processor time of processes, with that of their children that have ended."""
+    total = 0
+    for pid in pids:
+        fields = _stat(pid)
+        if fields:
+            total += (int(fields[13]) + int(fields[14])) * _TICK_NS
+            total += machine.cpu_ns(pid)
+    return total
+
+
+def resident_bytes(pids: Sequence[int]) -> int:
+    """Memory of processes; what they share counts in each."""
+    total = 0
+    for pid in pids:
+        try:
+            total += int((_PROC / str(pid) / "statm").read_text().split()[1]) * _PAGE_BYTES
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return total
+
+
+def words_of(pid: int) -> list[str]:
+    """The command line of a process; empty where it is gone."""
+    try:
+        raw = (_PROC / str(pid) / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return raw.decode(errors="replace").split("\0")
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of `/proc/PID/stat` from the state on; empty where the process is gone."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    fields = text.rpartition(")")[2].split()
+    return [] if fields[0] in "ZX" else fields
+
+
+class Program:
+    """A program that was started; its output is in `log`."""
+
+    def __init__(
+        self, command: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], log: Path
+    ) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=cwd,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def pids(self, which: Callable[[list[str]], bool] = lambda _words: True) -> list[int]:
+        """Those of its processes whose command line is wanted."""
+        return [pid for pid in family(self._process.pid) if which(words_of(pid))]
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def said(self) -> str:
+        """The last lines that it printed."""
+        return " / ".join(self.log.read_text(errors="replace").strip().splitlines()[-3:])
+
+    def stop(self) -> None:
+        """In order, and after a while by force."""
+        everyone = family(self._process.pid) if self.alive else []
+        if self.alive:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for pid in everyone:
+            if words_of(pid):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue

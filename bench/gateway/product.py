@@ -1,0 +1,122 @@
+"""Our product as it is deployed: API processes and workers with a Valkey and a PostgreSQL of their
+own, limits that bind nobody, and everything on the record.
+
+Invariant: leaving it ends all that it started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import asyncpg
+
+from bench.environments import ROOT
+from bench.gateway.processes import Program, cpu_ns, family
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.process import free_port
+from tidegate.embedded.valkey import ValkeyServer
+
+# Above what is ever open here: the limits are asked and kept, and hold up nobody.
+_AT_ONCE = 5000
+_KINDS = ("text_only", "multi_modal", "image_generation")
+_ON_DISK = Path("/var/tmp")
+
+
+class Product:
+    """`with Product(upstream.url, apis=1) as product:` starts it; it may not be ready yet."""
+
+    def __init__(self, upstream_url: str, *, apis: int, workers: int = 0) -> None:
+        self.port = free_port()
+        self._stack = ExitStack()
+        self._upstream_url = upstream_url
+        self._counts = (apis, workers)
+        self.valkey: ValkeyServer
+        self.postgres: PostgresServer
+        self.program: Program
+
+    def __enter__(self) -> Self:
+        # PostgreSQL writes to a disk, as it would for anybody.
+        place = _ON_DISK if _ON_DISK.is_dir() else None
+        folder = Path(
+            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=place))
+        )
+        try:
+            self.valkey = ValkeyServer(folder / "valkey")
+            self.postgres = PostgresServer(folder / "postgres")
+            self._stack.callback(self.postgres.stop)
+            self._stack.callback(self.valkey.stop)
+            self.valkey.start()
+            self.postgres.start()
+            apis, workers = self._counts
+            self.program = Program(
+                _command(apis, workers),
+                cwd=folder,
+                env=self._environment(folder),
+                log=folder / "tidegate.log",
+            )
+            self._stack.callback(self.program.stop)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _environment(self, folder: Path) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        return {
+            **kept,
+            "PYTHONPATH": str(ROOT / "src"),
+            "PORT": str(self.port),
+            "REDIS_URL": self.valkey.url,
+            "DATABASE_URL": self.postgres.url(),
+            "GEMINI_API_KEY": "bench",
+            "GEMINI_BASE_URL": self._upstream_url,
+            "RATE_LIMITS": json.dumps(dict.fromkeys(_KINDS, _AT_ONCE)),
+            "DATA_DIR": str(folder / "data"),
+            "LOG_FORMAT": "json",
+        }
+
+    def pids(self, role: str) -> list[int]:
+        """The processes of one role: `serve`, `worker`, `valkey` or `postgres`."""
+        if role == "valkey":
+            return family(self.valkey.pid)
+        if role == "postgres":
+            return family(self.postgres.pid)
+        return self.program.pids(lambda words: role in words)
+
+    def cpu_ns(self) -> dict[str, int]:
+        """What each role has used up to now."""
+        return {role: cpu_ns(self.pids(role)) for role in ("serve", "worker", "valkey", "postgres")}
+
+    def query(self, sql: str) -> list[Any]:
+        async def run() -> list[Any]:
+            connection = await asyncpg.connect(self.postgres.url())
+            try:
+                return list(await connection.fetch(sql))
+            finally:
+                await connection.close()
+
+        return asyncio.run(run())
+
+
+def _command(apis: int, workers: int) -> Sequence[str | Path]:
+    program = (sys.executable, "-m", "tidegate")
+    if (apis, workers) == (1, 0):
+        return (*program, "serve")
+    return (*program, "up", "--api", str(apis), "--workers", str(workers))

@@ -1,0 +1,126 @@
+"""The arithmetic of the gateways' benchmark: a wrong figure would be believed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from bench.gateway.bars import BARS, DIRECT, Results, verdicts
+from bench.gateway.entries import BARE, ENTRIES, LITELLM_PROXY, OURS, PORTKEY_GATEWAY
+from bench.gateway.processes import cpu_ns, family, resident_bytes
+from bench.gateway.tables import direct_line, grids
+from bench.grid import Grid, write
+
+Found = dict[str, dict[str, dict[str, Any]]]
+JOBS = {
+    "jobs": 5000,
+    "apis": 1,
+    "workers": 2,
+    "by_rules": 5000,
+    "per_s": 1000.0,
+    "submits_per_s": 2000.0,
+    "submit_p99_ms": 40.0,
+    "most_in_flight": 9,
+    **{f"{role}_us": 100.0 for role in ("serve", "worker", "postgres", "valkey")},
+}
+
+
+def found() -> Found:
+    """Figures with which every bar is just met."""
+    return {
+        DIRECT: {"closed": {"per_s": 100_000.0}, "delayed": {"p50_ms": 50.0, "p99_ms": 51.0}},
+        BARE.name: {"closed": {"gateway_us": 100.0}, "streams": {"gateway_us": 1000.0}},
+        OURS.name: {
+            "closed": {"gateway_us": 200.0, "valkey_us": 30.0, "postgres_us": 20.0, "per_s": 9.0},
+            "delayed": {"p50_ms": 53.0, "p99_ms": 66.0},
+            "streams": {"gateway_us": 1600.0},
+            "memory": {"early_bytes": 1e8, "late_bytes": 1.03e8, "requests": 200_000},
+            "opened": {"most_open": 2000, "whole": 2000},
+            "jobs": dict(JOBS),
+        },
+        PORTKEY_GATEWAY.name: {"closed": {"gateway_us": 800.0}},
+        LITELLM_PROXY.name: {"closed": {"gateway_us": 8000.0}},
+    }
+
+
+def words(of: Found) -> list[str]:
+    return [one.verdict for one in verdicts(Results(of))]
+
+
+def test_figures_at_their_bars_are_ok() -> None:
+    assert words(found()) == ["ok"] * len(BARS)
+
+
+def test_figures_beyond_their_bars_are_missed() -> None:
+    worse = found()
+    ours = worse[OURS.name]
+    ours["closed"]["gateway_us"] = 201.0
+    ours["delayed"]["p99_ms"] = 66.1
+    ours["streams"]["gateway_us"] = 1601.0
+    ours["memory"]["late_bytes"] = 1.04e8
+    ours["opened"]["whole"] = 1999
+    ours["jobs"]["per_s"] = 999.0
+    assert words(worse) == ["missed"] * len(BARS)
+
+
+def test_jobs_that_a_model_had_to_judge_do_not_count() -> None:
+    judged = found()
+    judged[OURS.name]["jobs"]["by_rules"] = 4999
+    assert words(judged)[-1] == "missed"
+
+
+def test_what_was_not_measured_or_failed_is_never_ok() -> None:
+    assert words({}) == ["not measured"] * len(BARS)
+    failed = {name: {"closed": {"failed": "NotServing"}} for name in found()}
+    assert words(failed) == ["not measured"] * len(BARS)
+
+
+def test_memory_over_a_few_requests_tells_nothing() -> None:
+    few = found()
+    few[OURS.name]["memory"]["requests"] = 20_000
+    assert words(few).count("not measured") == 1
+
+
+def rows_of(title: str, of: Found) -> list[dict[str, str]]:
+    (grid,) = [one for one in grids(Results(of)) if one.title == title]
+    return [dict(zip(grid.headers, row, strict=True)) for row in grid.rows]
+
+
+def test_a_row_compares_with_the_bare_relay_and_names_what_is_missing() -> None:
+    given = found()
+    given[LITELLM_PROXY.name]["half"] = {"failed": "NotServing: it | ended"}
+    rows = {row["gateway"]: row for row in rows_of("Side by side", given)}
+    assert list(rows) == [entry.name for entry in ENTRIES if entry.name in given]
+    ours = rows[OURS.name]
+    assert (ours["x bare"], ours["Valkey / PostgreSQL CPU us"]) == ("2.00", "30 / 20")
+    assert ours["added p50 / p99 ms, 50 ms upstream"] == "3.0 / 15.0"
+    assert rows[PORTKEY_GATEWAY.name]["added p50 / p99 ms, 50 ms upstream"] == "-"
+    assert rows[LITELLM_PROXY.name][""] == "NotServing: it / ended"
+    assert rows_of("The job path", given)[0]["succeeded a s"] == "1000"
+
+
+def test_what_is_between_nothing_is_told_when_it_was_measured() -> None:
+    line = direct_line(Results(found()))
+    assert line is not None
+    assert "100,000 requests a second" in line
+    assert direct_line(Results({})) is None
+
+
+def test_tables_replace_what_is_between_their_own_markers(tmp_path: Path) -> None:
+    file = tmp_path / "figures.md"
+    text = "a\n<!-- {0}: written by the benchmark -->\nold\n<!-- {0}: end -->\nb\n"
+    file.write_text(text.format("gateway") + text.format("limiter"))
+    write("gateway", [Grid("New", ("x", "y"), [("1", "2")])], ["a line"], file)
+    assert file.read_text() == (
+        "a\n<!-- gateway: written by the benchmark -->\n\n- a line\n\n### New\n\n| x | y |\n"
+        "| --- | --- |\n| 1 | 2 |\n\n<!-- gateway: end -->\nb\n" + text.format("limiter")
+    )
+
+
+def test_a_process_is_told_what_it_has_used_and_holds() -> None:
+    own = os.getpid()
+    assert own in family(os.getppid())
+    before_ns = cpu_ns([own])
+    assert 0 < before_ns <= cpu_ns([own])
+    assert resident_bytes([own]) > 1_000_000
