@@ -35,7 +35,8 @@ log = get_logger()
 SOURCE = "relay"
 MAX_WAITING = 10_000
 MAX_WAITING_BYTES = 64_000_000
-_BATCH_ROWS = 500
+_BATCH_ROWS = 200
+_AT_ONCE = 8
 _LINGER_S = 0.05
 _SMALL_BYTES = 400  # compressing less saves nothing
 _QUICK = 1  # a level of zlib: this is on the processor that relays
@@ -169,8 +170,12 @@ class RelayLog:
                     self._room.set()
 
     async def _write(self, batch: list[RelayRecord]) -> None:
-        packed = [await self._packed(record) for record in batch]
-        audit = [self._audit_values(record) for record in batch]
+        packed, audit = [], []
+        for number, record in enumerate(batch, 1):
+            packed.append(await self._packed(record))
+            audit.append(self._audit_values(record))
+            if not number % _AT_ONCE:
+                await asyncio.sleep(0)  # a whole batch would hold up everybody for milliseconds
         bodies = [_body_values(record, *body) for record, both in packed for body in both]
 
         async def copy(connection: asyncpg.Connection) -> None:
