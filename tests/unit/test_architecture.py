@@ -150,6 +150,7 @@ def test_pure_files_import_no_library_that_does_io() -> None:
 LATE_LIBRARIES = ["google.genai", "alembic", "sqlalchemy", "httpx2"]
 IMPORTED_LATE = {
     "tidegate.integrations.httpx2": "for users of httpx2, who have imported it",
+    "tidegate.providers.gemini.carrier": "as the wire, which it carries",
     "tidegate.providers.gemini.wire": "a transport of httpx2: imported when a processor starts",
 }
 

@@ -19,15 +19,11 @@ from typing import Any
 import httpx2
 
 from tidegate.errors import UpstreamGarbled, UpstreamTimeout
+from tidegate.providers.gemini.carrier import CONNECTED, Carrier
 from tidegate.providers.gemini.faults import Wreck
 from tidegate.providers.gemini.timeouts import Timeouts
 
 TAIL_BYTES = 65_536
-MAX_KEEPALIVE_CONNECTIONS = 256
-# Shorter than any common server's: a connection reused as the server closes it fails the call.
-KEEPALIVE_S = 15.0
-_CONNECTED = "connection.connect_tcp.complete"
-_SENDING = "http11.send_request_headers.started"
 
 _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=None)
 
@@ -35,7 +31,7 @@ _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=N
 class Exchange:
     """One request and its response: what is known of it, and how to close it."""
 
-    __slots__ = ("_body", "_wire", "first_byte_due", "headers", "phase", "socket", "status", "tail")
+    __slots__ = ("_body", "_wire", "first_byte_due", "headers", "phase", "status", "tail")
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -45,7 +41,6 @@ class Exchange:
         self.status: int | None = None
         self.headers: httpx2.Headers = httpx2.Headers()
         self.tail: deque[bytes] = deque()
-        self.socket: Any = None
         wire.open_exchanges.add(self)
 
     def answered(self, response: httpx2.Response) -> _Body:
@@ -111,25 +106,13 @@ class _Body(httpx2.AsyncByteStream):
 
 
 class Wire(httpx2.AsyncBaseTransport):
-    """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls.
-
-    `trust_env` is off: proxies of the environment are not used. SSL_CERT_FILE and SSL_CERT_DIR
-    are honoured.
-    """
+    """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls."""
 
     def __init__(self, timeouts: Timeouts, max_answer_bytes: int) -> None:
         self.timeouts = timeouts
         self.max_answer_bytes = max_answer_bytes
         self.open_exchanges: set[Exchange] = set()
-        self._inner = httpx2.AsyncHTTPTransport(
-            verify=httpx2.create_ssl_context(),
-            trust_env=False,
-            limits=httpx2.Limits(
-                max_connections=None,
-                max_keepalive_connections=MAX_KEEPALIVE_CONNECTIONS,
-                keepalive_expiry=KEEPALIVE_S,
-            ),
-        )
+        self._inner = Carrier()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         exchange = Exchange(self)
@@ -139,13 +122,7 @@ class Wire(httpx2.AsyncBaseTransport):
         try:
             response = await self._send(request, exchange)
         except BaseException:
-            # httpcore2 forgets the socket when cancelled in a TLS handshake; the event loop
-            # would hold it open until the provider gave up.
-            try:
-                if exchange.socket is not None:
-                    await uninterrupted(exchange.socket.aclose())
-            finally:
-                exchange.closed()
+            exchange.closed()
             raise
         body = exchange.answered(response)
         if "x-goog-upload-command" in request.headers:
@@ -166,15 +143,12 @@ class Wire(httpx2.AsyncBaseTransport):
         try:
             async with asyncio.timeout(self.timeouts.connect_ms / 1000) as limit:
 
-                async def trace(event: str, info: dict[str, Any]) -> None:
-                    if event == _CONNECTED:
-                        exchange.socket = info["return_value"]
-                    elif event == _SENDING:
-                        exchange.phase = "first_byte"
-                        exchange.first_byte_due = loop.time() + self.timeouts.first_byte_ms / 1000
-                        limit.reschedule(exchange.first_byte_due)
+                def connected() -> None:
+                    exchange.phase = "first_byte"
+                    exchange.first_byte_due = loop.time() + self.timeouts.first_byte_ms / 1000
+                    limit.reschedule(exchange.first_byte_due)
 
-                request.extensions = {**request.extensions, "trace": trace}
+                request.extensions = {**request.extensions, CONNECTED: connected}
                 return await self._inner.handle_async_request(request)
         except TimeoutError:
             if limit.expired():
