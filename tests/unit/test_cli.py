@@ -70,7 +70,7 @@ def test_a_custom_provider_without_a_key_is_not_answered_by_the_emulator(tmp_pat
 def test_check_starts_nothing_and_shows_what_the_settings_come_to(tmp_path: Path) -> None:
     done = _run(tmp_path, "config", "check", RATE_LIMITS='{"text_only": 7}')
     assert done.returncode == 0
-    assert "kind:text_only      7 at once" in done.stdout
+    assert "kind:text_only        7 at once" in done.stdout
     assert "emulated" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -105,3 +105,17 @@ def test_children_read_exactly_the_settings_of_their_supervisor(tmp_path: Path) 
     whole = config.load(given, dotenv=None)
     ground = Ground(whole, lease=None, embedded=False, emulated=False)
     assert config.load(environment_of(ground), dotenv) == whole
+
+
+def test_the_settings_check_shows_upstreams_and_misses_their_keys(tmp_path: Path) -> None:
+    (tmp_path / "tidegate.toml").write_text(
+        '[upstreams.openai]\nprovider = "openai"\nkey = "OPENAI_API_KEY"\nmodels = ["gpt-*"]\n'
+        '[upstreams.openai.limits]\n"pool:total" = 7\n'
+    )
+    missing = _run(tmp_path, "config", "check")
+    assert missing.returncode != 0
+    assert "OPENAI_API_KEY=(not set)" in missing.stderr
+    found = _run(tmp_path, "config", "check", OPENAI_API_KEY="sk-a-secret")
+    assert "upstream openai: gpt-* (openai at https://api.openai.com/v1)" in found.stdout
+    assert "7 at once" in found.stdout
+    assert "sk-a-secret" not in found.stdout

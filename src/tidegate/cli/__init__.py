@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidegate import __version__
+from tidegate.call import DEFAULT_POOL
 from tidegate.cli import inside, keys, limits, tenants
 from tidegate.cli.pool import choose_pool
 from tidegate.embedded.process import ServerFailed
@@ -16,6 +17,7 @@ from tidegate.errors import ConfigError, TidegateError
 
 if TYPE_CHECKING:
     from tidegate.config import Config
+    from tidegate.limiter import PoolPolicy
 
 app = typer.Typer(
     name="tidegate",
@@ -153,16 +155,29 @@ def prune(
 @settings.command("check")
 def check() -> None:
     """Say whether the settings are sound, and what they come to; start nothing."""
-    from tidegate.policy import deployed
-    from tidegate.policy.words import in_words
+    from tidegate.policy import deployed, deployed_upstreams
 
     config = _load()
-    policy = deployed(config)
+    policy, deployment = deployed(config), deployed_upstreams(config)
     servers = "bundled, in DATA_DIR" if config.embedded else "yours"
     typer.echo("The settings are sound.")
     typer.echo(f"  listens on          {config.host} port {config.port}")
     typer.echo(f"  PostgreSQL, Valkey  {servers}")
-    typer.echo(f"  provider            {'emulated' if config.emulated else config.gemini_base_url}")
+    typer.echo(f"  provider            {'emulated' if config.emulated else 'real'}")
     typer.echo(f"  API keys            {'asked for' if config.asks_for_keys else 'not asked for'}")
+    for upstream in deployment.upstreams:
+        places = "; ".join(f"{one} at {url}" for one, url in upstream.base_urls.items())
+        if config.emulated and upstream.name == DEFAULT_POOL:
+            places = "the emulator"
+        typer.echo(f"  upstream {upstream.name}: {', '.join(upstream.models)} ({places})")
+        _say_limits(deployment.policies.get(upstream.name, policy))
+    for route in deployment.routes:
+        chain = ", then ".join(f"{name}/{model or route.model}" for name, model in route.targets)
+        typer.echo(f"  route {route.model}: {chain}")
+
+
+def _say_limits(policy: PoolPolicy) -> None:
+    from tidegate.policy.words import in_words
+
     for name, limit in policy.limits.items():
-        typer.echo(f"  {name:<19} {in_words(limit)}")
+        typer.echo(f"    {name:<21} {in_words(limit)}")
