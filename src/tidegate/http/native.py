@@ -22,6 +22,7 @@ from tidegate.errors import (
     NotFound,
     RequestTimeout,
     ShuttingDown,
+    StoreUnavailable,
     TidegateError,
     UpstreamUnauthorized,
 )
@@ -122,7 +123,7 @@ class _Front:
             if not endpoint.operation.is_counted:
                 check_files(call)
             if self._services.store.relayed.is_full:
-                await self._services.store.relayed.room()
+                await self._room(call)
         except TidegateError as error:
             await self.refuse(error)
             return
@@ -140,6 +141,14 @@ class _Front:
             await presence.end()
         if not self._recorded:
             self._record(call, status, failure)
+
+    async def _room(self, call: NativeCall) -> None:
+        """Wait until the record can keep up again; no longer than for anything else."""
+        try:
+            async with asyncio.timeout(max(0, call.left_ms()) / 1000):
+                await self._services.store.relayed.room()
+        except TimeoutError:
+            raise StoreUnavailable("the record cannot keep up") from None
 
     async def _identify(self) -> None:
         """Find out who asks; nothing of the body is read before."""

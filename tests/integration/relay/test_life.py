@@ -253,3 +253,12 @@ async def test_native_calls_are_listed_among_the_others(gateway: Gateway, ask: A
     _, only = await gateway.get("/requests?source=relay&type=text_only")
     assert [item["request_id"] for item in only["items"]] == [items[1]["request_id"]]
     assert (await gateway.get(items[1]["status_url"]))[0] == 200
+
+
+async def test_a_record_that_cannot_keep_up_holds_nobody_for_ever(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, ask: Ask
+) -> None:
+    monkeypatch.setattr("tidegate.store.relayed.MAX_WAITING", 0)
+    status, body = await ask("Say hello", **{"x-tidegate-deadline-ms": "50"})
+    assert (status, body["error"]["status"]) == (503, "UNAVAILABLE")
+    assert await gateway.calls() == []
