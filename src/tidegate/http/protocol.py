@@ -96,8 +96,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._lingering:
             self._lingered_bytes += len(data)
-            if self._lingered_bytes > self.LINGER_BYTES:
-                self.transport.abort()
+            if self._lingered_bytes > self.LINGER_BYTES and not self.transport.is_closing():
+                # Not cut: a reset could destroy the answer before a busy client has read it. One
+                # that finds no taker for its bytes looks up sooner.
+                self.transport.pause_reading()
             return
         while data and not self._lingering and not self.transport.is_closing():
             # In pieces: what is over a head's bound is never given to the parser.

@@ -48,6 +48,7 @@ class PolicyKeeper:
         self, limiter: Limiter, policies: Policies, *, wanted: PoolPolicy, set_by: str
     ) -> None:
         self.wanted = wanted
+        self.settled = asyncio.Event()  # what becomes of this deployment's policy is decided
         self._limiter = limiter
         self._policies = policies
         self._set_by = set_by
@@ -64,6 +65,7 @@ class PolicyKeeper:
             try:
                 await settle()
                 settle = self._watch
+                self.settled.set()
             except StoreUnavailable as away:
                 log.debug(Log.STORE_AWAY, detail=away.message)
                 pause_s = _RETRY_S

@@ -76,7 +76,10 @@ async def test_what_is_set_live_is_in_force_everywhere_and_outlives_every_start(
     changed = await one.keeper.change(to(3), set_by="ann", reason="the provider is ill")
     assert (changed.number, changed.set_by) == (2, "ann")
     await in_force(3, one, other)
-    await in_force(3, await start(5), await start(9))
+    same, unlike = await start(5), await start(9)
+    for member in (same, unlike):
+        await asyncio.wait_for(member.keeper.settled.wait(), 5)
+    await in_force(3, same, unlike)
     newest = (await other.keeper.history(1))[0]
     assert (newest.set_by, newest.reason) == ("ann", "the provider is ill")
     await one.keeper.adopt_wanted(set_by="ann")
