@@ -11,14 +11,12 @@ import asyncio
 import time
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, new_id
 from tidegate.errors import (
     DeadlineExceeded,
-    InvalidRequest,
     NotFound,
     RequestTimeout,
     ShuttingDown,
@@ -30,13 +28,13 @@ from tidegate.http.access import log_request, who
 from tidegate.http.dialects import event, refusal
 from tidegate.http.events import Presence, abort
 from tidegate.http.incoming import ClientGone, Incoming
+from tidegate.http.native_call import call_of
 from tidegate.http.once import Once, wanted_of
 from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
 from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
-from tidegate.relay.headers import to_send
 from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure, Idempotency
@@ -45,9 +43,6 @@ from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
-_KEY_IN_QUERY = "key"
-_MOST_WAIT_MS = 86_400_000
-_LONGEST_TAG = 200
 
 log = get_logger()
 
@@ -118,7 +113,15 @@ class _Front:
         try:
             await self._identify()
             body = b"" if uploads else await self._incoming.whole(most_bytes)
-            call = self._call(endpoint, body)
+            call = call_of(
+                self._scope,
+                endpoint,
+                body,
+                self._caller,
+                request_id=self._request_id,
+                received=(self._received, self._received_at),
+                usual_wait_ms=self._services.config.stream_wait_ms,
+            )
             opening = self._opening(call)
             if not endpoint.operation.is_counted:
                 check_files(call)
@@ -214,31 +217,6 @@ class _Front:
         own_url = f"{self._scope['scheme']}://{host.decode('latin-1')}"
         pieces = self._incoming.pieces(MAX_BYTES)
         await upload(self._services.relay, call, pieces, own_url, self._out, self._life)
-
-    def _call(self, endpoint: Endpoint, body: bytes) -> NativeCall:
-        headers: list[tuple[bytes, bytes]] = self._scope["headers"]
-        wait_ms, priority, subject = self._services.config.stream_wait_ms, 0, None
-        for name, value in headers:
-            if name == b"x-tidegate-deadline-ms":
-                wait_ms = _whole(name, value, 1, _MOST_WAIT_MS)
-            elif name == b"x-tidegate-priority":
-                priority = _whole(name, value, -100, 100)
-            elif name == b"x-tidegate-subject":
-                subject = _tag(name, value)
-        return NativeCall(
-            request_id=self._request_id,
-            endpoint=endpoint,
-            method=self._scope["method"],
-            query=_without_key(self._scope["query_string"].decode("latin-1")),
-            headers=to_send(headers),
-            body=body,
-            caller=self._caller,
-            received=self._received,
-            received_at=self._received_at,
-            wait_ms=wait_ms,
-            priority=min(priority, self._caller.most_priority),
-            subject=subject,
-        )
 
     def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:
         """What keeps the connection of a stream alive while it waits, where that is wanted."""
@@ -366,29 +344,3 @@ async def _never() -> Message:
     """Stands for `receive` where the body is still being read by somebody else."""
     await asyncio.get_running_loop().create_future()
     raise AssertionError("nobody sets this future")
-
-
-def _without_key(query: str) -> str:
-    if _KEY_IN_QUERY not in query:
-        return query
-    pairs = parse_qsl(query, keep_blank_values=True)
-    return urlencode([(name, value) for name, value in pairs if name != _KEY_IN_QUERY])
-
-
-def _whole(name: bytes, value: bytes, least: int, most: int) -> int:
-    text = value.decode("latin-1").strip()
-    digits = text.removeprefix("-")
-    if not digits.isdecimal() or len(digits) > 9 or not least <= int(text) <= most:
-        header = name.decode()
-        allowed = f"a whole number from {least} to {most}"
-        raise InvalidRequest(header, f"{header} must be {allowed}", allowed=allowed)
-    return int(text)
-
-
-def _tag(name: bytes, value: bytes) -> str:
-    text = value.decode("latin-1").strip()
-    if not 1 <= len(text) <= _LONGEST_TAG or not text.isprintable():
-        header = name.decode()
-        allowed = f"1 to {_LONGEST_TAG} printable characters"
-        raise InvalidRequest(header, f"{header} must be {allowed}", allowed=allowed)
-    return text

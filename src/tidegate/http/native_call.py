@@ -1,0 +1,85 @@
+"""What a native request says beside its body: its headers of ours, and what may go on. Pure.
+
+Invariant: a wrong value is named, with what is allowed; a key never goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+from uuid import UUID
+
+from tidegate.call import Caller
+from tidegate.errors import InvalidRequest
+from tidegate.relay.call import NativeCall
+from tidegate.relay.headers import to_send
+from tidegate.relay.paths import Endpoint
+
+_KEY_IN_QUERY = "key"
+_MOST_WAIT_MS = 86_400_000
+_LONGEST_TAG = 200
+
+
+def call_of(
+    scope: Mapping[str, Any],
+    endpoint: Endpoint,
+    body: bytes,
+    caller: Caller,
+    *,
+    request_id: UUID,
+    received: tuple[float, datetime],
+    usual_wait_ms: int,
+) -> NativeCall:
+    """The call that a request asks for. `received`: on the monotonic clock and by the calendar.
+    Raises InvalidRequest."""
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    wait_ms, priority, subject = usual_wait_ms, 0, None
+    for name, value in headers:
+        if name == b"x-tidegate-deadline-ms":
+            wait_ms = _whole(name, value, 1, _MOST_WAIT_MS)
+        elif name == b"x-tidegate-priority":
+            priority = _whole(name, value, -100, 100)
+        elif name == b"x-tidegate-subject":
+            subject = _tag(name, value)
+    return NativeCall(
+        request_id=request_id,
+        endpoint=endpoint,
+        method=scope["method"],
+        query=_without_key(scope["query_string"].decode("latin-1")),
+        headers=to_send(headers),
+        body=body,
+        caller=caller,
+        received=received[0],
+        received_at=received[1],
+        wait_ms=wait_ms,
+        priority=min(priority, caller.most_priority),
+        subject=subject,
+    )
+
+
+def _without_key(query: str) -> str:
+    if _KEY_IN_QUERY not in query:
+        return query
+    pairs = parse_qsl(query, keep_blank_values=True)
+    return urlencode([(name, value) for name, value in pairs if name != _KEY_IN_QUERY])
+
+
+def _whole(name: bytes, value: bytes, least: int, most: int) -> int:
+    text = value.decode("latin-1").strip()
+    digits = text.removeprefix("-")
+    if not digits.isdecimal() or len(digits) > 9 or not least <= int(text) <= most:
+        header = name.decode()
+        allowed = f"a whole number from {least} to {most}"
+        raise InvalidRequest(header, f"{header} must be {allowed}", allowed=allowed)
+    return int(text)
+
+
+def _tag(name: bytes, value: bytes) -> str:
+    text = value.decode("latin-1").strip()
+    if not 1 <= len(text) <= _LONGEST_TAG or not text.isprintable():
+        header = name.decode()
+        allowed = f"1 to {_LONGEST_TAG} printable characters"
+        raise InvalidRequest(header, f"{header} must be {allowed}", allowed=allowed)
+    return text
