@@ -8,6 +8,7 @@ closed and its permit given back at once.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -44,7 +45,9 @@ from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
-_KEY_IN_QUERY = "key"
+# Credentials of clients; `%` since a name can be written in other ways.
+_KEYS_IN_QUERY = frozenset(("key", "$key", "api_key", "api-key", "access_token", "oauth_token"))
+_MAYBE_KEY = re.compile(r"key|token|%", re.IGNORECASE)
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
 
@@ -360,10 +363,11 @@ async def _never() -> Message:
 
 
 def _without_key(query: str) -> str:
-    if _KEY_IN_QUERY not in query:
+    if _MAYBE_KEY.search(query) is None:
         return query
     pairs = parse_qsl(query, keep_blank_values=True)
-    return urlencode([(name, value) for name, value in pairs if name != _KEY_IN_QUERY])
+    kept = [pair for pair in pairs if pair[0].lower() not in _KEYS_IN_QUERY]
+    return query if len(kept) == len(pairs) else urlencode(kept)
 
 
 def _whole(name: bytes, value: bytes, least: int, most: int) -> int:
