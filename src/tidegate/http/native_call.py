@@ -5,6 +5,7 @@ Invariant: a wrong value is named, with what is allowed; a key never goes on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -17,7 +18,9 @@ from tidegate.relay.call import NativeCall
 from tidegate.relay.headers import to_send
 from tidegate.relay.paths import Endpoint
 
-_KEY_IN_QUERY = "key"
+# Credentials of clients; `%` since a name can be written in other ways.
+_KEYS_IN_QUERY = frozenset(("key", "$key", "api_key", "api-key", "access_token", "oauth_token"))
+_MAYBE_KEY = re.compile(r"key|token|%", re.IGNORECASE)
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
 
@@ -60,10 +63,11 @@ def call_of(
 
 
 def _without_key(query: str) -> str:
-    if _KEY_IN_QUERY not in query:
+    if _MAYBE_KEY.search(query) is None:
         return query
     pairs = parse_qsl(query, keep_blank_values=True)
-    return urlencode([(name, value) for name, value in pairs if name != _KEY_IN_QUERY])
+    kept = [pair for pair in pairs if pair[0].lower() not in _KEYS_IN_QUERY]
+    return query if len(kept) == len(pairs) else urlencode(kept)
 
 
 def _whole(name: bytes, value: bytes, least: int, most: int) -> int:

@@ -28,11 +28,11 @@ log = get_logger()
 def wanted_of(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempotency | None:
     """The key of a request with the digest of what it asks for; None without one. Raises
     InvalidRequest."""
-    key = next((value for name, value in headers if name == _NAME), None)
-    if key is None or not call.endpoint.operation.is_counted:
+    keys = [value for name, value in headers if name == _NAME]
+    if not keys or not call.endpoint.operation.is_counted:
         return None
-    text = key.decode("latin-1")
-    if not is_key(text):
+    text = keys[0].decode("latin-1")
+    if len(keys) > 1 or not is_key(text):
         allowed = f"1 to {MOST_CHARS} printable characters of ASCII, such as a UUID"
         raise InvalidRequest(HEADER, "this is not an idempotency key", allowed=allowed)
     path = call.endpoint.path_for(call.endpoint.model or "")

@@ -206,6 +206,9 @@ class RelayWire:
             raise UpstreamUnavailable(f"the connection to the provider broke ({name})") from None
         finally:
             self._openings.discard(opening)
+        if not 200 <= response.status < 600:  # 101: nobody here speaks another protocol
+            response.close()
+            raise UpstreamGarbled(f"the provider answered {response.status}, which is no answer")
         exchange = Exchange(self, response)
         exchange.begin(self.time())
         self.exchanges.add(exchange)

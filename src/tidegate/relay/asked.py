@@ -7,6 +7,7 @@ here knows never makes a request wrong; the body itself is passed on as it came.
 
 from __future__ import annotations
 
+import json
 import re
 from base64 import b64decode
 from binascii import Error as NotBase64
@@ -27,6 +28,11 @@ _MOST_VALUES = 200_000
 _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
 _INLINE_MIME = ("mimeType", "mime_type", "media_type")
 _URI = ("fileUri", "file_uri", "file_id", "image_url", "url")
+# `"model":`, in whatever case and however escaped.
+_NAMES_MODEL = re.compile(
+    rb'"(?:m|\\u00[46]d)(?:o|\\u00[46]f)(?:d|\\u00[46]4)(?:e|\\u00[46]5)(?:l|\\u00[46]c)"\s*:',
+    re.IGNORECASE,
+)
 _OUTPUT_BOUNDS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "maxOutputTokens")
 
 
@@ -54,6 +60,27 @@ def parsed(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest("body", "the body is not a JSON object", allowed="a JSON object")
     return value
+
+
+def check_one_model(body: bytes) -> None:
+    """Raises InvalidRequest where a body names its model twice, or in another case too.
+
+    Which of them counts is not the same for all JSON parsers: an upstream could run another model
+    than the one that was let in.
+    """
+    if len(_NAMES_MODEL.findall(body)) < 2:
+        return
+    outermost: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        outermost[:] = [name for name, _ in pairs]  # objects end from the inside out
+
+    try:
+        json.loads(body, object_pairs_hook=note, parse_int=len, parse_float=len)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("body", "the body is nested too deeply") from None
+    if sum(name.lower() == "model" for name in outermost) > 1:
+        raise InvalidRequest("model", "model is named more than once", allowed="one model")
 
 
 def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:

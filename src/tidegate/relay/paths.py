@@ -78,12 +78,14 @@ _GEMINI_OPERATIONS = {
 # Begins work that goes on after the call, which can be neither admitted nor accounted.
 _STARTS_WORK = re.compile(r"^(?:batchGenerate|asyncBatch)|LongRunning$")
 _GEMINI_CALL = re.compile(
-    r"(?P<folder>/v1(?:alpha|beta)?/(?:models|tunedModels)/)(?P<model>[\w.\-@]{1,200}):(?P<do>\w+)"
+    r"(?P<folder>/v1(?:alpha|beta)?/(?:models|tunedModels)/)(?P<model>[\w\-@][\w.\-@]{0,199}):(?P<do>\w+)",
+    re.ASCII,
 )
-_GEMINI_MODELS = re.compile(r"/v1(?:alpha|beta)?/models(?:/[\w.\-]+)?")
-_GEMINI_FILES = re.compile(r"/v1(?:alpha|beta)?/files(?:/[\w-]+(?::download)?)?")
-_GEMINI_UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files")
-_MODELS = re.compile(r"/v1/models(?:/[\w.\-:@]{1,200})?")
+_GEMINI_MODELS = re.compile(r"/v1(?:alpha|beta)?/models(?:/[\w\-][\w.\-]*)?", re.ASCII)
+_GEMINI_FILES = re.compile(r"/v1(?:alpha|beta)?/files(?:/[\w-]+(?::download)?)?", re.ASCII)
+_GEMINI_UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)
+# No name begins with a dot: ".." would lead elsewhere.
+_MODELS = re.compile(r"/v1/models(?:/[\w\-@][\w.\-:@]{0,199})?", re.ASCII)
 _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
 
 

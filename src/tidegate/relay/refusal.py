@@ -39,7 +39,7 @@ async def refusal_of(exchange: Exchange, target: Target) -> CallFailed:
         target,
         status=status,
         headers=to_return(exchange.headers, same_length=False),
-        body=body,
+        body=body.replace(target.upstream.key.encode(), b"***"),
     )
 
 

@@ -31,7 +31,7 @@ from tidegate.errors import (
 from tidegate.limiter import Limiter, Permit
 from tidegate.limiter.demand import Demand as Wanted
 from tidegate.providers.relay import Exchange, RelayWire
-from tidegate.relay.asked import Asked, asked_of, parsed
+from tidegate.relay.asked import Asked, asked_of, check_one_model, parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import to_return, with_key
 from tidegate.relay.health import Health, RetryBudget
@@ -86,6 +86,8 @@ class Relay:
         if call.endpoint.operation.is_counted or call.body:
             body = parsed(call.body)
             asked = asked_of(call.endpoint, body)
+            if call.endpoint.model is None:
+                check_one_model(call.body)
             check_model(call.caller, asked.model)
             life.model, life.streams = asked.model, asked.streams
             life.kind = asked.kind if call.endpoint.operation.is_counted else None

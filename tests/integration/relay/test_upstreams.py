@@ -201,6 +201,17 @@ async def test_a_refused_key_is_not_told_to_clients_as_theirs(
     assert len(await gateway.upstream.calls()) <= 1
 
 
+async def test_a_file_that_is_not_there_takes_no_upstream_out(open_gateway: Opener) -> None:
+    # Gemini says 403, and not 404. Were it taken for a word on the key, one client's wrong name
+    # would shut everybody out for a minute.
+    gateway = await open_gateway(worker=False)
+    async with gateway.http.get(f"{gateway.url}/v1beta/files/none") as response:
+        body = await response.json()
+        assert (response.status, body["error"]["status"]) == (403, "PERMISSION_DENIED")
+    assert gateway.services.relay.health["gemini"].state == "ok"
+    assert (await ask(gateway))[0] == 200
+
+
 async def test_a_throttled_call_is_tried_again_after_the_time_that_was_said(
     open_gateway: Opener,
 ) -> None:

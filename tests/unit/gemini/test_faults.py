@@ -64,6 +64,24 @@ def test_each_status_has_its_error(status: int, kind: type[UpstreamError]) -> No
 
 
 @pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (
+            "You do not have permission to access the File x1 or it may not exist.",
+            UpstreamRejected,
+        ),
+        ("Project `p` does not have access to model `gpt-x`", UpstreamRejected),
+        ("Your API key was reported as leaked. Please use another API key.", UpstreamUnauthorized),
+        ("Consumer has been suspended.", UpstreamUnauthorized),
+    ],
+)
+def test_a_403_on_a_thing_that_was_asked_for_says_nothing_of_the_key(
+    message: str, kind: type[UpstreamError]
+) -> None:
+    assert type(mapped(403, message=message)) is kind
+
+
+@pytest.mark.parametrize(
     ("message", "delay", "header", "expected_ms"),
     [
         ("Please retry in 53.0s.", "47s", "9", 47_000),

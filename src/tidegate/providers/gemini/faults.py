@@ -48,6 +48,9 @@ TRANSIENT_CODES = (408, 425, 499)
 _DURATION = re.compile(r"^\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*$")
 _RETRY_IN_MESSAGE = re.compile(r"retry in (\d{1,9}(?:\.\d{1,9})?)\s*(ms|s)\b", re.IGNORECASE)
 _DEAD_KEY = re.compile(r"api key (?:not valid|not found|expired|has been)", re.IGNORECASE)
+# A 403 on what was asked for, such as a file that is not there (Gemini's word for it) or a model
+# that the account may not use: it says nothing of the key, which serves others at this moment.
+_ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECASE)
 _GOOGLE_KEY = re.compile(r"AIza[0-9A-Za-z_-]{20,}")
 
 
@@ -159,6 +162,8 @@ def from_status(
             day_quota="perday" in quotas,
             unit=next((unit for unit in ("tokens", "requests") if unit in quotas), None),
         )
+    if status == 403 and _ABOUT_A_THING.search(str(error.get("message"))):
+        return UpstreamRejected(message, status=status)
     if status in (401, 403) or (status == 400 and _dead_key(error, details)):
         return UpstreamUnauthorized(message, status=status)
     if status >= 500 or status in TRANSIENT_CODES:

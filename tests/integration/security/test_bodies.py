@@ -1,0 +1,102 @@
+"""Bodies made to cost: nested, numerous, enormous. Each is answered, and soon."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.integration.security.hostile import Hostile, post, raw, status_of
+from tidegate.policy.edits import edit
+
+CHAT = b"/v1/chat/completions"
+GEMINI = b"/v1beta/models/m:generateContent"
+MOST_CPU_S = 1.5
+POLICY = """
+[upstreams.gemini]
+aliases = { short = "the-long-name" }
+"""
+
+
+@pytest.fixture
+async def gateway(open_gateway: Opener, hostile: Hostile, tmp_path: Path) -> Gateway:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(POLICY)
+    gateway = await open_gateway(
+        worker=False, gemini_base_url=hostile.url, max_body_bytes=30_000_000, tidegate_policy=policy
+    )
+    # Estimates are made only where a limit counts LLM tokens.
+    await gateway.services.keeper.change(edit({"tpm:total": 1_000_000}), set_by="test")
+    return gateway
+
+
+def chat(rest: bytes, model: bytes = b"m") -> bytes:
+    return post(path=CHAT, body=b'{"model":"%b",%b}' % (model, rest))
+
+
+def nested(depth: int) -> bytes:
+    return b'"messages":' + b"[" * depth + b"]" * depth
+
+
+BODIES = {
+    "100,000 levels": (chat(nested(100_000)), 400),
+    "500 levels, as they came": (chat(nested(500)), 200),
+    "500 levels that must be written anew": (chat(nested(500), b"short"), 400),
+    "the same with two models below": (chat(nested(900) + b',"a":{"model":"x"}'), 200),
+    "as many objects": (chat(b'"a":' + b'{"a":' * 500 + b"1" + b"}" * 500), 200),
+    "a number of a million digits": (chat(b'"max_tokens":' + b"9" * 1_000_000), 400),
+    "the largest number": (chat(b'"max_tokens":18446744073709551615,"n":100'), 200),
+    "a larger one": (chat(b'"max_tokens":%d' % 10**30), 200),
+    "a negative one": (chat(b'"max_tokens":-5,"n":-5'), 200),
+    "a small exponent": (chat(b'"temperature":1e-400,"max_tokens":1e308'), 200),
+    "a million names": (
+        chat(b'"a":{' + b",".join(b'"k%d":1' % n for n in range(1_000_000)) + b"}"),
+        200,
+    ),
+    "a million texts": (chat(b'"messages":[' + b'"x",' * 1_000_000 + b'"y"]'), 200),
+    "a million models": (
+        chat(b'"messages":[' + b'{"model":"x"},' * 300_000 + b'"y"]'),
+        200,
+    ),
+    "20 MB of one text": (chat(b'"messages":["' + b"x" * 20_000_000 + b'"]'), 200),
+    "20 MB of base64 that is no picture": (
+        chat(
+            b'"messages":[{"type":"image_url","image_url":{"url":"data:image/png;base64,'
+            + b"A" * 20_000_000
+            + b'"}}]'
+        ),
+        200,
+    ),
+    "10 MB of quotes": (chat(b'"messages":["' + b'\\"' * 5_000_000 + b'"]'), 200),
+    "10 MB of spaces": (chat(b'"messages":' + b" " * 10_000_000 + b"[]"), 200),
+    "10 MB of almost names": (chat(b'"messages":["' + b'\\"model' * 1_400_000 + b'"]'), 200),
+    "more than is allowed": (chat(b'"a":"' + b"x" * 31_000_000 + b'"'), 413),
+    "100,000 files": (
+        post(
+            path=GEMINI,
+            body=b'{"contents":[{"parts":['
+            + b'{"fileData":{"fileUri":"gs://x","mimeType":"video/mp4"}},' * 100_000
+            + b'{"text":"x"}]}]}',
+        ),
+        200,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+async def test_a_body_made_to_cost_is_answered_soon(
+    gateway: Gateway, hostile: Hostile, name: str
+) -> None:
+    request, status = BODIES[name]
+    began = time.process_time()
+    got = await raw(gateway, request)
+    took_s = time.process_time() - began  # of the client here as well, which does little
+    assert status_of(got) == status, got[:300]
+    assert took_s < MOST_CPU_S, f"{took_s:.2f} s of CPU"
+    if status == 200:
+        assert hostile.seen[-1].endswith(request.partition(b"\r\n\r\n")[2]), "byte for byte"
+    else:
+        assert hostile.seen == []
+    assert gateway.held == 0

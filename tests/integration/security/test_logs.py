@@ -1,0 +1,140 @@
+"""No key of ours or of a client is in any line of the log, whatever fails: all that is written in
+a session of every route and every failure, at its most talkative, is searched for marked keys."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from io import StringIO
+from typing import Any, Literal
+
+import aiohttp
+import pytest
+import structlog
+
+from tests.gateway import Gateway, Opener
+from tests.integration.rivals.routes import NATIVE, OWN, Route
+from tests.integration.tenants.asking import key_of
+from tests.waiting import wait_until
+from tidegate.relay.spine import Relay
+from tidegate.telemetry import configure_logging
+
+OURS = "plain-secret-of-the-upstream-0001"  # of a shape that no pattern knows
+ADMIN = "plain-secret-of-the-admin-0002"
+WEBHOOKS = "whsec_bWFya2VkLXNlY3JldC1vZi13ZWJob29rcw=="
+THEIRS = "sk-secret-of-a-client-0003"
+COOKIE = "secret-of-a-browser-0004"
+PROMPT = "Say hello"
+FAULTS = ("forbidden", "unauthorized", "internal", "cut", "garbage", "error_in_stream", "throttled")
+
+
+@pytest.fixture(params=["json", "console"])
+def written(request: pytest.FixtureRequest) -> Iterator[StringIO]:
+    """All that is logged, from level debug on."""
+    root, text = logging.getLogger(), StringIO()
+    level, style = root.level, request.param
+    chosen: Literal["json", "console"] = "json" if style == "json" else "console"
+    configure_logging(chosen, "debug", process="test")
+    (handler,) = root.handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(text)
+    yield text
+    root.removeHandler(handler)
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def _named_twice(written: StringIO, request_id: str) -> bool:
+    """By its request, and by the end of its job."""
+    return written.getvalue().count(request_id) >= 2
+
+
+async def ask(gateway: Gateway, route: Route, shown: dict[str, Any]) -> None:
+    """With the keys in `shown`; only what is logged matters here."""
+    headers = {**route.headers, "x-tidegate-deadline-ms": "50", **shown["headers"]}
+    url = gateway.url + route.path
+    url += ("&" if "?" in url else "?") + shown["query"]
+    try:
+        async with gateway.http.request(
+            route.method, url, headers=headers, **route.payload()
+        ) as answer:
+            seen = await answer.read()
+            assert OURS.encode() not in seen
+    except aiohttp.ClientError:
+        return
+
+
+async def test_no_key_is_in_any_line_whatever_fails(
+    open_gateway: Opener, written: StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(
+        auth="on", gemini_api_key=OURS, admin_token=ADMIN, webhook_secret=WEBHOOKS, max_attempts=1
+    )
+    made = await key_of(gateway, "acme")
+    key = made["Authorization"].removeprefix("Bearer ")
+    secrets = (OURS, ADMIN, WEBHOOKS, THEIRS, COOKIE, key[:-1], key.rpartition("_")[2])
+    ways = [
+        {"headers": {**made, "Cookie": f"a={COOKIE}"}, "query": "a=b"},
+        {"headers": {"x-api-key": key}, "query": f"key={key}"},
+        {"headers": {"x-goog-api-key": key, "api-key": THEIRS}, "query": f"access_token={THEIRS}"},
+        {"headers": {"Authorization": f"Bearer {THEIRS}"}, "query": f"api_key={THEIRS}"},
+        {"headers": {"Authorization": f"Bearer {key[:-1]}"}, "query": "a=b"},
+    ]
+    routes = (*NATIVE, *OWN)
+    for number, fault in enumerate(("", *FAULTS)):
+        if fault:
+            await gateway.upstream.set_fault(fault)
+            await gateway.upstream.set_fault(fault, kind="other")
+        for route in routes[number % 2 :: 2]:
+            await ask(gateway, route, ways[number % len(ways)])
+            gateway.services.relay.health["gemini"].succeeded()
+            await gateway.services.limiter.resume("kind:text_only")
+        async with gateway.http.post(
+            f"{gateway.url}/submit?key={key}", json={"data": PROMPT, "type": "text_only"}
+        ) as response:
+            answer = await response.json()
+            assert response.status == 202
+        await wait_until(partial(_named_twice, written, answer["request_id"]), 5)
+        await gateway.upstream.clear_faults()
+    for path in (f"/{key}", f"/v1/{key}", f"/v1/models/{key}", f"/status/{key}", "/admin/keys"):
+        async with gateway.http.get(
+            gateway.url + path, headers={"Authorization": f"Bearer {ADMIN}"}
+        ):
+            pass
+
+    async def fails(*_given: Any, **named: Any) -> None:
+        raise RuntimeError(f"key={key} x-goog-api-key: {OURS} authorization: Bearer {THEIRS}")
+
+    monkeypatch.setattr(Relay, "run", fails)
+    for way in ways:
+        await ask(gateway, routes[0], way)
+    await wait_until(lambda: "internal_error" in written.getvalue(), 5)
+    said = written.getvalue()
+    assert said.count("request_done") > 100
+    assert said.count("job_done") >= len(FAULTS)
+    found = {
+        secret: [line[:400] for line in said.splitlines() if secret in line][:3]
+        for secret in secrets
+        if secret in said
+    }
+    assert found == {}
+    assert PROMPT not in said, "nor what people ask"
+
+
+async def test_no_key_is_in_the_record(open_gateway: Opener) -> None:
+    """Neither the row of a call nor its bodies hold one."""
+    gateway = await open_gateway(worker=False, auth="on", gemini_api_key=OURS)
+    made = await key_of(gateway, "acme")
+    key = made["Authorization"].removeprefix("Bearer ")
+    await gateway.upstream.set_fault("unauthorized", count=1)
+    for _ in range(2):
+        async with gateway.http.post(
+            f"{gateway.url}{NATIVE[0].path}?key={key}", json=NATIVE[0].body, headers=made
+        ) as response:
+            await response.read()
+            request_id = response.headers["x-tidegate-request-id"]
+        row = await gateway.audit(request_id)
+        assert key.rpartition("_")[2] not in str(row)
+        assert OURS not in str(row)
+        gateway.services.relay.health["gemini"].succeeded()
