@@ -66,7 +66,9 @@ class Asking:
             except SkipTest:  # it takes nothing that could be wrong
                 continue
             except (AssertionError, BaseExceptionGroup) as found:
-                self.wrong[operation.label] = "\n".join(map(str, getattr(found, "exceptions", [found])))
+                self.wrong[operation.label] = "\n".join(
+                    map(str, getattr(found, "exceptions", [found]))
+                )
 
     def _one(
         self, operation: schemathesis.APIOperation[Any, Any], mode: schemathesis.GenerationMode
