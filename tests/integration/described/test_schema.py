@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.config import GenerationConfig, ProjectConfig, ProjectsConfig, SchemathesisConfig
 from schemathesis.core.control import SkipTest
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -60,6 +61,7 @@ class Asking:
     def all_of(self, document: dict[str, Any], mode: schemathesis.GenerationMode) -> None:
         schema = schemathesis.openapi.from_dict(document, config=config(mode))
         for result in schema.get_all_operations():
+            assert isinstance(result, Ok), result
             operation = result.ok()
             try:
                 self._one(operation, mode)
@@ -71,7 +73,9 @@ class Asking:
                 )
 
     def _one(
-        self, operation: schemathesis.APIOperation[Any, Any], mode: schemathesis.GenerationMode
+        self,
+        operation: schemathesis.APIOperation[Any, Any, Any, Any],
+        mode: schemathesis.GenerationMode,
     ) -> None:
         @settings(
             max_examples=EXAMPLES,
@@ -83,7 +87,7 @@ class Asking:
             verbosity=Verbosity.quiet,
         )
         @given(case=operation.as_strategy(generation_mode=mode), real=st.booleans())
-        def ask(case: schemathesis.Case, real: bool) -> None:
+        def ask(case: schemathesis.Case[Any], real: bool) -> None:
             if real:  # half of the time something that is there
                 for key in self._known.keys() & case.path_parameters.keys():
                     case.path_parameters[key] = self._known[key]
