@@ -126,6 +126,7 @@ async def history(
 
 @router.put(
     "/limits/{limit_id:path}",
+    responses=problem_responses(404),
     openapi_extra=described(NewLimit),
     summary="Set one limit; in force everywhere at once",
 )

@@ -143,6 +143,7 @@ async def show_tenant(request: Request, tenant_id: TenantId) -> TenantView:
 
 @router.put(
     "/tenants/{tenant_id:path}",
+    responses=problem_responses(404),
     openapi_extra=described(NewTenant),
     summary="Make a tenant, or change what is named",
 )
