@@ -23,7 +23,7 @@ from tidegate.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
-from tidegate.http.caller import Reader, caller_of, check_models
+from tidegate.http.caller import Reader, check_models, payer_of
 from tidegate.http.following import until_changed
 from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
@@ -138,7 +138,7 @@ async def submit(request: Request) -> Response:
     services = services_of(request)
     received = datetime.now(UTC)
     key = key_of(request)
-    caller = await caller_of(request)
+    caller = await payer_of(request)
     submission = await read_submission(
         request, services.config, services.blobs, as_job=True, digests=key is not None
     )

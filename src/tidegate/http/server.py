@@ -24,6 +24,7 @@ from tidegate.http import (
     problems,
     requests,
     stream,
+    usage,
 )
 from tidegate.http.access import AccessLog
 from tidegate.http.native import native
@@ -100,7 +101,8 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         redoc_url=None,
     )
     routes = APIRouter()
-    for room in (jobs, requests, stream, health, admin, admin_tenants, admin_webhooks):
+    rooms = (jobs, requests, usage, stream, health, admin, admin_tenants, admin_webhooks)
+    for room in rooms:
         routes.include_router(room.router)
     app.include_router(routes)
     app.include_router(routes, prefix="/llm", include_in_schema=False)

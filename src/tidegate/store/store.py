@@ -46,10 +46,12 @@ from tidegate.store.records import (
 )
 from tidegate.store.relayed import RelayLog
 from tidegate.store.running import Running
+from tidegate.store.spending import Spending
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
 from tidegate.store.submits import Submits
 from tidegate.store.tenants import Tenants
+from tidegate.store.usage import UsageTotals
 from tidegate.store.watch import Watch
 
 READ_TIMEOUT_MS = 2_000
@@ -72,16 +74,25 @@ class Store:
         self.blobs = blobs
         self.instance_id = instance_id
         self._connections = connections
+        self.spending = Spending()
+        self.usage = UsageTotals(connections)
         self._bell = Bell(connections)
         self._watch = Watch(connections, self._bell)
         self._claims = Claims(
             connections, self._bell, instance_id=instance_id, lease_ms=claim_lease_ms
         )
         self._recorder = Recorder(
-            connections, self._bell, spill, instance_id=instance_id, when_full=audit_full
+            *(connections, self._bell, spill),
+            blobs=blobs,
+            spending=self.spending,
+            instance_id=instance_id,
+            when_full=audit_full,
         )
         self.relayed = RelayLog(
-            connections, self._recorder, blobs, instance_id=instance_id, when_full=audit_full
+            *(connections, self._recorder, blobs),
+            instance_id=instance_id,
+            when_full=audit_full,
+            spending=self.spending,
         )
         self.native_keys = NativeKeys(connections)
         self.policies = Policies(connections)

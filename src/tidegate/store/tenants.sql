@@ -13,7 +13,10 @@ UPDATE access SET version = version + 1
 SELECT k.prefix, k.digest, k.tenant_id, k.scopes, k.revoked_at IS NOT NULL AS revoked,
     extract(epoch FROM k.expires_at - now())::double precision AS expires_in_s,
     t.disabled_at IS NOT NULL AS disabled, t.models, t.most_priority, t.most_queued_jobs,
-    t.most_queued_bytes, t.most_streams, t.most_long_polls
+    t.most_queued_bytes, t.most_streams, t.most_long_polls,
+    (t.budget_day_money * 1000000)::bigint AS day_micros,
+    (t.budget_month_money * 1000000)::bigint AS month_micros,
+    t.budget_day_tokens AS day_tokens, t.budget_month_tokens AS month_tokens
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.prefix = ANY($1::text[])
 

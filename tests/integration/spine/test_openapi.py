@@ -19,6 +19,8 @@ PATHS = {
     "/status/{request_id}": "get",
     "/files/{file_id}": "get",
     "/requests": "get",
+    "/usage": "get",
+    "/admin/usage": "get",
     "/requests/{request_id}": "delete",
     "/health/live": "get",
     "/health/ready": "get",
