@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidegate import __version__
-from tidegate.cli import inside, keys, limits, tenants
+from tidegate.cli import erase, inside, keys, limits, tenants
 from tidegate.embedded.process import ServerFailed
 from tidegate.errors import ConfigError, TidegateError
 
@@ -31,6 +31,7 @@ app.add_typer(inside.app, name="permits")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(keys.app, name="keys")
 app.command()(inside.why)
+app.command()(erase.erase)
 
 _INTERRUPTED = 130
 

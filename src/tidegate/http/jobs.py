@@ -68,6 +68,12 @@ _FIELDS: dict[str, Any] = {
         "minimum": 1,
         "description": "From receipt to admission; later the request expires",
     },
+    "subject": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 200,
+        "description": "Whom it is about, so that it can be erased: see docs/accounting.md",
+    },
 }
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 
@@ -204,6 +210,7 @@ def _new_job(
         tenant_id=caller.tenant_id,
         once=idempotency_of(key, submission),
         webhook_url=submission.webhook_url,
+        subject=submission.subject,
     )
 
 

@@ -292,6 +292,7 @@ class StreamedAnswer(Response):
             model=self._model,
             priority=self._priority,
             tenant_id=self._caller.tenant_id,
+            subject=submission.subject,
         )
         result = attempt_result(attempt, self._model or "", tuple(self._outputs), end.failure)
         self._services.budgets.note(self._caller, self._request_id, attempt.charge)

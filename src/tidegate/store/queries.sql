@@ -328,8 +328,9 @@ RETURNING pool
 SELECT pg_notify(channel, payload) FROM unnest($1::text[], $2::text[]) AS t (channel, payload)
 
 -- name: prune_candidates
--- Ended requests older than $1, oldest first, at most $2.
+-- Ended requests older than $1, oldest first, at most $2, of all tenants but $3.
 SELECT id FROM requests WHERE status NOT IN ('queued', 'running') AND finished_at < $1
+    AND NOT (tenant_id = ANY($3::text[]))
 ORDER BY finished_at LIMIT $2
 
 -- name: blobs_of_requests

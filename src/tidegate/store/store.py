@@ -24,6 +24,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.cancels import Cancels
 from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
+from tidegate.store.erase import Eraser, EraseReport, Whose
 from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
 from tidegate.store.native_keys import NativeKeys
@@ -74,6 +75,7 @@ class Store:
         self.blobs = blobs
         self.instance_id = instance_id
         self._connections = connections
+        self._spill_dir = spill.folder
         self.spending = Spending()
         self.usage = UsageTotals(connections)
         self._bell = Bell(connections)
@@ -341,6 +343,11 @@ class Store:
     async def prune(self, retention_days: int) -> PruneReport:
         """Delete what ended more than `retention_days` ago, in small steps; safe to cut short."""
         return await prune(self._connections, self.blobs, retention_days)
+
+    async def erase(self, whose: Whose, *, dry_run: bool, within_s: float) -> EraseReport:
+        """Erase all of a subject or tenant; see `Eraser.run`."""
+        eraser = Eraser(self._connections, self.blobs, self._spill_dir, whose)
+        return await eraser.run(dry_run=dry_run, within_s=within_s)
 
     async def _end(self, job: ClaimedJob, entry: Awaitable[Json]) -> None:
         written = await self._recorder.record(entry)

@@ -39,6 +39,7 @@ PATHS = {
     "/admin/keys": "get",
     "/admin/keys/{prefix}": "delete",
     "/admin/webhooks/{webhook_id}/redeliver": "post",
+    "/admin/subjects/{subject}": "delete",
 }
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
@@ -136,7 +137,7 @@ def test_submit_documents_every_content_type_and_field_that_it_takes(
         *("application/json", "multipart/form-data", "application/x-www-form-urlencoded"),
     }
     values = {"data", "text", "image_uri", "type", "model", "priority", "deadline_ms"}
-    values |= {"webhook_url"}
+    values |= {"webhook_url", "subject"}
     for media, described in content.items():
         files = {"file", "files"} if media == "multipart/form-data" else set()
         assert set(described["schema"]["properties"]) == values | files
