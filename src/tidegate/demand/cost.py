@@ -87,7 +87,7 @@ def came_tokens(text: str, images: int = 0) -> int:
 
 
 def is_unknown(usage: Usage) -> bool:
-    return tokens_of(usage) == (None, None) and usage.total_tokens is None
+    return usage.input_tokens is usage.output_tokens is usage.total_tokens is None
 
 
 def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | None:
