@@ -15,8 +15,10 @@ from fastapi import FastAPI
 from tidegate import config as configuration
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.config import Config
+from tidegate.demand.cost import Prices
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Gate
+from tidegate.http.budgets import BudgetGate
 from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.webhook import WebhookSender
@@ -94,13 +96,18 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         )
         limiter, keeper = limiters[DEFAULT_POOL], keepers[DEFAULT_POOL]
         relay = await stack.enter_async_context(_open_relay(config, others, limiters))
-        fetcher = ImageFetcher(max_bytes=config.max_file_bytes, timeout_ms=config.fetch_timeout_ms)
         pipeline = Pipeline(
-            config=config, limiter=limiter, processor=processor, blobs=blobs, fetcher=fetcher
+            config=config,
+            limiter=limiter,
+            processor=processor,
+            blobs=blobs,
+            fetcher=_fetcher_of(config),
+            prices=Prices(others.only(DEFAULT_POOL).upstreams[0]),
         )
         gate = Gate(store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms)
+        budgets = BudgetGate(store.usage, store.spending)
         if role == "api":
-            await stack.enter_async_context(_guarding(gate))
+            await stack.enter_async_context(_guarding(gate, budgets))
         services = Services(
             config=config,
             store=store,
@@ -112,6 +119,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             keepers=keepers,
             limiters=limiters,
             gate=gate,
+            budgets=budgets,
         )
         # What the imports made lives as long as the process: a full collection that walks it
         # would stop the event loop for a tenth of a second, again and again.
@@ -128,13 +136,14 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
 
 
 @asynccontextmanager
-async def _guarding(gate: Gate) -> AsyncIterator[None]:
-    """Keep what the gate knows the newest; at the end, put on record which keys were used."""
-    watching = asyncio.create_task(gate.run())
+async def _guarding(gate: Gate, budgets: BudgetGate) -> AsyncIterator[None]:
+    """Keep what the gates know the newest; at the end, put on record which keys were used."""
+    watching = [asyncio.create_task(one.run()) for one in (gate, budgets)]
     try:
         yield
     finally:
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         with suppress(StoreUnavailable):
             await gate.note_uses()
 
@@ -212,6 +221,10 @@ def _processor_of(config: Config) -> GeminiProcessor:
         base_url=config.gemini_base_url,
         timeouts=_timeouts_of(config),
     )
+
+
+def _fetcher_of(config: Config) -> ImageFetcher:
+    return ImageFetcher(max_bytes=config.max_file_bytes, timeout_ms=config.fetch_timeout_ms)
 
 
 def _timeouts_of(config: Config) -> Timeouts:

@@ -116,11 +116,26 @@ NO_CAPS = Caps()
 
 
 @dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a tenant may spend in a day and in a month of UTC. Money in millionths of the currency
+    of the prices. None means without a bound."""
+
+    day_micros: int | None = None
+    month_micros: int | None = None
+    day_tokens: int | None = None
+    month_tokens: int | None = None
+
+
+NO_BUDGETS = Budgets()
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, as far as the front needs to know.
 
     key_id: of the API key that was shown; None without one. models: patterns of the models that
     may be asked (`gemini-*`); None means all. most_priority: a higher one is lowered to it.
+    budgets: `NO_BUDGETS` itself where there are none.
     """
 
     tenant_id: str = DEFAULT_TENANT
@@ -128,6 +143,7 @@ class Caller:
     models: tuple[str, ...] | None = None
     most_priority: int = 100
     caps: Caps = NO_CAPS
+    budgets: Budgets = NO_BUDGETS
 
     def may_ask(self, model: str) -> bool:
         """Whether a model is among those allowed, with or without Gemini's `models/` before it."""
@@ -149,6 +165,41 @@ class Usage:
     thoughts_tokens: int | None = None
     cached_tokens: int | None = None
     total_tokens: int | None = None
+
+
+class UsageState(StrEnum):
+    """How far it is known what a call used."""
+
+    NONE = "none"  # no model has worked for it: never sent, or refused by the provider
+    TOLD = "told"  # by the provider, of a whole answer
+    PARTIAL = "partial"  # by the provider, of an answer that was cut: for what came
+    ESTIMATED = "estimated"  # by us, from what came; never more than was reserved
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a call is charged for. `cost_micros` is in millionths of money; None where the price or
+    the usage is not known. `images` are those that came, None where nobody counted."""
+
+    state: UsageState = UsageState.NONE
+    usage: Usage = Usage()
+    images: int | None = None
+    cost_micros: int | None = 0
+
+    @property
+    def tokens(self) -> int:
+        """LLM tokens that count against a budget: what is unknown counts as nothing."""
+        usage = self.usage
+        if usage.output_tokens is None and usage.total_tokens is not None:
+            return usage.total_tokens
+        return sum(
+            count or 0 for count in (usage.input_tokens, usage.output_tokens, usage.thoughts_tokens)
+        )
+
+
+NO_CHARGE = Charge()
+UNKNOWN_CHARGE = Charge(UsageState.UNKNOWN, cost_micros=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ TidegateError
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── TooManyFollowers            this process streams the status of enough requests already
 ├── QuotaExceeded               a tenant has as much here as it may; says of what
+│   └── BudgetExceeded          it has spent what it may in a day or month
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
@@ -146,6 +147,13 @@ class QuotaExceeded(TidegateError):
         super().__init__(message, retry_after_ms=retry_after_ms)
         self.limit = limit
         self.allowed = allowed
+
+
+class BudgetExceeded(QuotaExceeded):
+    """`limit` is the name of the budget, e.g. `budget_day_tokens`. Waiting helps, until the day or
+    the month ends in UTC; asking again at once does not."""
+
+    code = "budget_exceeded"
 
 
 class AdmissionError(TidegateError):

@@ -17,10 +17,13 @@ from weakref import WeakValueDictionary
 
 from tidegate.call import (
     DEFAULT_TENANT,
+    NO_CHARGE,
+    UNKNOWN_CHARGE,
     Admitted,
     Answer,
     Attachment,
     Call,
+    Charge,
     Classification,
     ClassifiedBy,
     Kind,
@@ -31,10 +34,13 @@ from tidegate.call import (
 from tidegate.classify import by_keywords, by_rules
 from tidegate.config import ClassifierMode, Config
 from tidegate.demand import Demand, Demands, Learned, pause_after
+from tidegate.demand.cost import Prices, charge_of, estimated_charge, is_unknown
 from tidegate.errors import (
     DeadlineExceeded,
+    EmptyAnswer,
     LimiterUnavailable,
     NotFound,
+    PromptBlocked,
     TidegateError,
     UpstreamError,
     UpstreamThrottled,
@@ -85,6 +91,7 @@ class Attempt:
     finished_at: datetime | None = None
     queue_ms: float = 0.0
     upstream_ms: float = 0.0
+    charge: Charge = NO_CHARGE
 
 
 class Pipeline:
@@ -98,13 +105,14 @@ class Pipeline:
         processor: GeminiProcessor,
         blobs: Blobs,
         fetcher: ImageFetcher,
+        prices: Prices | None = None,
     ) -> None:
         self._config = config
         self._limiter = limiter
         self._processor = processor
         self._blobs = blobs
         self._fetcher = fetcher
-        self._demands = Demands()
+        self._demands = Demands(prices=prices)
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
@@ -257,17 +265,20 @@ class Pipeline:
         self, call: Call, attempt: Attempt, sink: Sink, permit: Permit, demand: Demand
     ) -> None:
         started = time.monotonic()
-        outcome = Outcome.IGNORED
+        outcome, error = Outcome.IGNORED, None
         try:
             await self._processor.run(call, attempt.answer, sink)
             outcome = Outcome.SUCCESS
         except UpstreamError as failed:
+            error = failed
             outcome = Outcome.DROPPED if failed.retryable else Outcome.IGNORED
             await self._pause_if_throttled(failed, demand, call.model)
             raise
         finally:
             attempt.upstream_ms = (time.monotonic() - started) * 1000
             attempt.finished_at = datetime.now(UTC)
+            whole = outcome is Outcome.SUCCESS or isinstance(error, PromptBlocked | EmptyAnswer)
+            attempt.charge = self._charge(call, demand, attempt.answer, error, whole=whole)
             self._settle(permit, outcome, demand, attempt.answer)
 
     def _admission(self, demand: Demand, deadline_ms: int | None, hard_ms: int) -> Acquisition:
@@ -280,6 +291,26 @@ class Pipeline:
             deadline_ms=deadline_ms,
             hard_ms=hard_ms,
         )
+
+    def _charge(
+        self,
+        call: Call,
+        demand: Demand,
+        answer: Answer,
+        error: UpstreamError | None,
+        *,
+        whole: bool,
+    ) -> Charge:
+        """For what the provider told; else for what came, so far as anything did."""
+        rates, images = self._demands.prices.of(call.model), len(answer.pictures)
+        if not is_unknown(answer.usage):
+            return charge_of(rates, answer.usage, images, whole=whole)
+        if error is not None and (error.status or 0) >= 400:
+            return NO_CHARGE  # a refusal
+        text = answer.whole_text
+        if demand.estimate is None or not (text or images):
+            return UNKNOWN_CHARGE
+        return estimated_charge(rates, demand.estimate, text, images)
 
     def _settle(self, permit: Permit, outcome: Outcome, demand: Demand, answer: Answer) -> None:
         """Tell the limiter what a call used, as far as is known, and learn from it."""
@@ -332,4 +363,5 @@ def attempt_result(
         model_version=answer.model_version,
         response_id=answer.response_id,
         failure=failure,
+        charge=attempt.charge,
     )

@@ -49,6 +49,7 @@ class Log(StrEnum):
     AUDIT_DROPPED = "audit_dropped"
     MIGRATED = "migrated"
     PRUNED = "pruned"
+    ERASED = "erased"
     CHILD_STARTED = "child_started"
     CHILD_DIED = "child_died"
     EMBEDDED_STARTED = "embedded_started"

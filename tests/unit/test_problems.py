@@ -22,6 +22,10 @@ EXAMPLES = {
     errors.IdempotencyConflict: (errors.IdempotencyConflict("another request"), 409),
     errors.AlreadyEnded: (errors.AlreadyEnded("the request has ended: succeeded"), 409),
     errors.TooManyFollowers: (errors.TooManyFollowers("too many"), 503),
+    errors.BudgetExceeded: (
+        errors.BudgetExceeded("spent", limit="budget_day_tokens", allowed="9", retry_after_ms=9),
+        429,
+    ),
     errors.QuotaExceeded: (
         errors.QuotaExceeded("full", limit="most_streams", allowed="2", retry_after_ms=1_000),
         429,

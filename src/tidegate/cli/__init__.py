@@ -10,7 +10,7 @@ import typer
 
 from tidegate import __version__
 from tidegate.call import DEFAULT_POOL
-from tidegate.cli import inside, keys, limits, tenants
+from tidegate.cli import erase, inside, keys, limits, tenants
 from tidegate.cli.pool import choose_pool
 from tidegate.embedded.process import ServerFailed
 from tidegate.errors import ConfigError, TidegateError
@@ -34,6 +34,7 @@ app.add_typer(inside.app, name="permits")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(keys.app, name="keys")
 app.command()(inside.why)
+app.command()(erase.erase)
 for _of_a_pool in (limits.app, inside.app, tenants.app):
     _of_a_pool.callback()(choose_pool)
 

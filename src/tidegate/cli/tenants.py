@@ -200,7 +200,7 @@ def _bounds(one: ShownTenant) -> list[str]:
         lines.append(f"have priorities up to {tenant.most_priority}")
     for name, option in _CAPS.items():
         if (value := getattr(tenant, name)) is not None:
-            lines.append(f"{option.removeprefix('--').replace('-', ' ')}: {value:g}")
+            lines.append(f"{option.removeprefix('--').replace('-', ' ')}: {value:.12g}")
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_TENANT, Call, Kind, Usage
+from tidegate.demand.cost import Prices
 from tidegate.demand.estimator import Estimate, Estimator, tokens_of
 from tidegate.demand.pieces import Pieces
 from tidegate.demand.reach import Reach, band_of
@@ -55,11 +56,18 @@ class Demand:
 
 
 class Demands:
-    """One per process."""
+    """One per process and upstream, with what the upstream charges."""
 
-    def __init__(self, estimator: Estimator | None = None, *, kinds_optional: bool = False) -> None:
+    def __init__(
+        self,
+        estimator: Estimator | None = None,
+        *,
+        kinds_optional: bool = False,
+        prices: Prices | None = None,
+    ) -> None:
         """`kinds_optional`: a kind without a limit in the policy is not bound by one."""
         self.estimator = estimator or Estimator()
+        self.prices = prices or Prices()
         self._kinds_optional = kinds_optional
         self._reach = Reach(PoolPolicy({}))
         self._turn = -1  # the first call is one to learn from

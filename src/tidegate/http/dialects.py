@@ -45,6 +45,7 @@ _ANTHROPIC = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_SPENT = "insufficient_quota"  # both type and code, as of an account without money
 _RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
 _BAD_REQUEST = "type.googleapis.com/google.rpc.BadRequest"
 _ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
@@ -60,6 +61,8 @@ def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers
     headers: Headers = [(b"content-type", b"application/json")]
     if after_ms is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(after_ms / 1000))).encode()))
+    if isinstance(error, errors.BudgetExceeded) and dialect is not Dialect.GEMINI:
+        headers.append((b"x-should-retry", b"false"))  # a word of these SDKs: it would be in vain
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
         headers.append((b"connection", b"close"))
     body = orjson.dumps(body_of(dialect, error, status, after_ms))
@@ -84,6 +87,8 @@ def body_of(
         kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": error.message}}
     kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if isinstance(error, errors.BudgetExceeded):
+        kind = _SPENT
     limit = getattr(error, "limit", None)
     said: dict[str, Any] = {
         "message": error.message,
@@ -99,6 +104,8 @@ def _code(error: errors.TidegateError) -> str:
         return "invalid_api_key"
     if isinstance(error, errors.NotFound):
         return "model_not_found"
+    if isinstance(error, errors.BudgetExceeded):
+        return _SPENT
     return error.code
 
 

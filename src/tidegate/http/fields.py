@@ -19,11 +19,12 @@ from tidegate.providers.addresses import Address, check_uri, is_public
 PROMPT_FIELDS = ("data", "text")
 FIELDS = (
     *PROMPT_FIELDS,
-    *("image_uri", "type", "model", "priority", "deadline_ms", "webhook_url"),
+    *("image_uri", "type", "model", "priority", "deadline_ms", "webhook_url", "subject"),
 )
 FILE_FIELDS = ("file", "files")
 MAX_PRIORITY = 100
 MAX_DEADLINE_MS = 7 * 86_400_000
+MAX_SUBJECT_CHARS = 200
 
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
@@ -40,6 +41,7 @@ class Fields:
     priority: int = 0
     deadline_ms: int | None = None
     webhook_url: str | None = None
+    subject: str | None = None
 
 
 def read_fields(
@@ -64,6 +66,7 @@ def read_fields(
             else None
         ),
         webhook_url=_webhook_url(given.get("webhook_url"), config),
+        subject=_subject(given.get("subject")),
     )
 
 
@@ -183,6 +186,16 @@ def _webhook_url(value: Any, config: Config) -> str | None:
     private = config.webhook_allow_private
     check_uri(url, lambda address: private or is_public(address), field="webhook_url")
     return url
+
+
+def _subject(value: Any) -> str | None:
+    if value is None:
+        return None
+    subject = _text("subject", value).strip()
+    if not 1 <= len(subject) <= MAX_SUBJECT_CHARS or not subject.isprintable():
+        allowed = f"1 to {MAX_SUBJECT_CHARS} printable characters"
+        raise InvalidRequest("subject", f"'subject' must be {allowed}", allowed=allowed)
+    return subject
 
 
 def _json_name(value: Any) -> str:

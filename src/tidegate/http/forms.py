@@ -45,6 +45,7 @@ class Submission:
     priority: int
     deadline_ms: int | None
     webhook_url: str | None = None
+    subject: str | None = None
     digests: tuple[str, ...] = ()  # SHA-256 of each attachment, where they were asked for
 
 
@@ -108,6 +109,7 @@ def _submission(
         priority=fields.priority,
         deadline_ms=fields.deadline_ms,
         webhook_url=fields.webhook_url,
+        subject=fields.subject,
         digests=digests,
     )
 

@@ -23,7 +23,7 @@ from tidegate.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
-from tidegate.http.caller import Reader, caller_of, check_models
+from tidegate.http.caller import Reader, check_models, payer_of
 from tidegate.http.following import until_changed
 from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
@@ -67,6 +67,12 @@ _FIELDS: dict[str, Any] = {
         "type": "integer",
         "minimum": 1,
         "description": "From receipt to admission; later the request expires",
+    },
+    "subject": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 200,
+        "description": "Whom it is about, so that it can be erased: see docs/accounting.md",
     },
 }
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
@@ -138,7 +144,7 @@ async def submit(request: Request) -> Response:
     services = services_of(request)
     received = datetime.now(UTC)
     key = key_of(request)
-    caller = await caller_of(request)
+    caller = await payer_of(request)
     submission = await read_submission(
         request, services.config, services.blobs, as_job=True, digests=key is not None
     )
@@ -204,6 +210,7 @@ def _new_job(
         tenant_id=caller.tenant_id,
         once=idempotency_of(key, submission),
         webhook_url=submission.webhook_url,
+        subject=submission.subject,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from tidegate.call import ANYBODY, new_id
+from tidegate.call import ANYBODY, NO_BUDGETS, new_id
 from tidegate.errors import (
     DeadlineExceeded,
     NotFound,
@@ -112,6 +112,8 @@ class _Front:
         most_bytes = self._services.config.max_body_bytes
         try:
             await self._identify()
+            if endpoint.operation.is_counted and self._caller.budgets is not NO_BUDGETS:
+                await self._services.budgets.let_in(self._caller)
             body = b"" if uploads else await self._incoming.whole(most_bytes)
             call = call_of(
                 self._scope,
@@ -310,6 +312,7 @@ class _Front:
 
     def _record(self, call: NativeCall, status: Status, failure: Failure | None) -> None:
         life, target = self._life, self._life.target
+        self._services.budgets.note(call.caller, self._request_id, life.charge)
         self._services.store.relayed.put(
             RelayRecord(
                 request_id=self._request_id,
@@ -329,7 +332,7 @@ class _Front:
                 admitted_at=life.admitted_at,
                 queue_ms=life.queue_ms,
                 upstream_ms=life.upstream_ms,
-                usage=life.told.usage,
+                charge=life.charge,
                 finish_reason=life.told.finish_reason,
                 response_id=life.told.response_id,
                 failure=failure,

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tidegate import __version__
 from tidegate.http import (
     admin,
+    admin_subjects,
     admin_tenants,
     admin_webhooks,
     health,
@@ -24,6 +25,7 @@ from tidegate.http import (
     problems,
     requests,
     stream,
+    usage,
 )
 from tidegate.http.access import AccessLog
 from tidegate.http.native import native
@@ -100,7 +102,9 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         redoc_url=None,
     )
     routes = APIRouter()
-    for room in (jobs, requests, stream, health, admin, admin_tenants, admin_webhooks):
+    for room in (jobs, requests, usage, stream, health):
+        routes.include_router(room.router)
+    for room in (admin, admin_tenants, admin_webhooks, admin_subjects):
         routes.include_router(room.router)
     app.include_router(routes)
     app.include_router(routes, prefix="/llm", include_in_schema=False)

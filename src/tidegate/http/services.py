@@ -11,6 +11,7 @@ from starlette.requests import HTTPConnection
 
 from tidegate.config import Config
 from tidegate.http.auth import Gate
+from tidegate.http.budgets import BudgetGate
 from tidegate.http.openings import Openings
 from tidegate.limiter import Limiter
 from tidegate.pipeline import Pipeline
@@ -39,6 +40,7 @@ class Services:
     keepers: Mapping[str, PolicyKeeper]
     limiters: Mapping[str, Limiter]
     gate: Gate
+    budgets: BudgetGate
     openings: Openings = field(default_factory=Openings)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)

@@ -36,7 +36,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.http.caller import caller_of, check_models
+from tidegate.http.caller import check_models, payer_of
 from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.jobs import BODY, ask_of, prefix_of, problem_responses
@@ -81,7 +81,7 @@ async def stream(request: Request) -> Response:
     `x-tidegate-request-id` names the record, which `/status` shows once the stream has ended."""
     services = services_of(request)
     received, received_at = time.monotonic(), datetime.now(UTC)
-    caller = await caller_of(request)
+    caller = await payer_of(request)
     opening = services.openings.stream(caller)
     try:
         submission = await read_submission(request, services.config, services.blobs)
@@ -292,8 +292,10 @@ class StreamedAnswer(Response):
             model=self._model,
             priority=self._priority,
             tenant_id=self._caller.tenant_id,
+            subject=submission.subject,
         )
         result = attempt_result(attempt, self._model or "", tuple(self._outputs), end.failure)
+        self._services.budgets.note(self._caller, self._request_id, attempt.charge)
         await self._services.store.record_stream(
             StreamRecord(job, end.status, datetime.now(UTC), result, end.failure)
         )

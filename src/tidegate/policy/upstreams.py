@@ -82,7 +82,7 @@ class Upstream:
     def price(self, model: str) -> Price | None:
         """Of the pattern that names `model` most closely."""
         fits = [one for one in self.prices if fnmatchcase(model, one)]
-        return self.prices[max(fits, key=len)] if fits else None
+        return self.prices[max(fits, key=lambda one: (one == model, len(one)))] if fits else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-from tidegate.call import Caller, Kind, Usage
+from tidegate.call import NO_CHARGE, Caller, Charge, Kind, Usage
 from tidegate.errors import UpstreamError
 from tidegate.relay.paths import Endpoint
 from tidegate.relay.targets import Target
@@ -73,6 +73,7 @@ class Life:
     upstream_ms: float = 0.0
     http_status: int = 0
     told: Told = field(default_factory=lambda: Told(Usage()))
+    charge: Charge = NO_CHARGE
     pieces: list[bytes] = field(default_factory=list)
     answer_bytes: int = 0
 
@@ -98,7 +99,7 @@ class Life:
     def begin_again(self) -> None:
         """Another try: what the last one brought is not the answer."""
         self.pieces, self.answer_bytes = [], 0
-        self.told = Told(Usage())
+        self.told, self.charge = Told(Usage()), NO_CHARGE
 
 
 class CallFailed(Exception):

@@ -18,6 +18,7 @@ from typing import Any
 from tidegate.call import DEFAULT_POOL, OTHER_KIND, Outcome
 from tidegate.config import Config
 from tidegate.demand import Demand, Demands
+from tidegate.demand.cost import Prices
 from tidegate.errors import (
     DeadlineExceeded,
     DemandImpossible,
@@ -33,6 +34,7 @@ from tidegate.limiter.demand import Demand as Wanted
 from tidegate.providers.relay import Exchange, RelayWire
 from tidegate.relay.asked import Asked, asked_of, check_one_model, parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
+from tidegate.relay.charging import native_charge
 from tidegate.relay.headers import to_return, with_key
 from tidegate.relay.health import Health, RetryBudget
 from tidegate.relay.models import Models, is_plain
@@ -66,7 +68,8 @@ class Relay:
         self._pools = pools
         self._wire = wire
         self._demands = {
-            name: Demands(kinds_optional=name != DEFAULT_POOL) for name in targets.upstreams
+            name: Demands(kinds_optional=name != DEFAULT_POOL, prices=Prices(upstream))
+            for name, upstream in targets.upstreams.items()
         }
         self._budget = RetryBudget()
         self._hard_ms = config.total_timeout_ms + _HARD_MARGIN_MS
@@ -197,8 +200,8 @@ class Relay:
             event = Log.UPSTREAM_KEY_DEAD if dead else Log.UPSTREAM_OUT
             log.error(event, upstream=name, detail=error.message)
 
-    def learn(self, target: Target, demand: Demand, life: Life, *, whole: bool) -> None:
-        self._demands[target.upstream.name].learn(demand, life.told.usage, whole=whole)
+    def demands_of(self, target: Target) -> Demands:
+        return self._demands[target.upstream.name]
 
 
 class _Work:
@@ -307,11 +310,12 @@ class _Work:
                 life.queue_ms = permit.waited_ms
             await permit.confirm()
         started = time.perf_counter()
-        outcome = Outcome.IGNORED
+        outcome, refused = Outcome.IGNORED, False
         try:
             await self._exchange(target, demand)
             outcome = Outcome.SUCCESS
         except CallFailed as failed:
+            refused = failed.status >= 400
             outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
             limiter = self._relay.limiter_of(target)
             await pause_if_throttled(failed, demand, limiter)
@@ -319,21 +323,31 @@ class _Work:
         finally:
             life.upstream_ms = (time.perf_counter() - started) * 1000
             life.finished_at = datetime.now(UTC)
-            self._settle(permit, outcome, target, demand)
+            self._settle(permit, outcome, target, demand, refused)
 
     def _settle(
-        self, permit: Permit | None, outcome: Outcome, target: Target, demand: Demand
+        self,
+        permit: Permit | None,
+        outcome: Outcome,
+        target: Target,
+        demand: Demand,
+        refused: bool,
     ) -> None:
         life, whole = self._life, outcome is Outcome.SUCCESS
+        demands = self._relay.demands_of(target)
         if life.pieces:
             life.read_usage(self._call.endpoint)
-        if permit is None:
-            return
         images = None
         if demand.images and whole and not life.streams:
             images = pictures_in(self._call.endpoint.dialect, life.answer)
+        if not refused:
+            life.charge = native_charge(
+                self._call, self._asked, life, demands, demand, whole=whole, images=images
+            )
+        if permit is None:
+            return
         permit.settle(outcome, tokens=demand.used(life.told.usage, whole=whole), images=images)
-        self._relay.learn(target, demand, life, whole=whole)
+        demands.learn(demand, life.told.usage, whole=whole)
 
     async def _exchange(self, target: Target, demand: Demand) -> None:
         relay, life = self._relay, self._life

@@ -239,44 +239,6 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, outcom
     finish_reason text, model_version text, response_id text, failure jsonb)
 WHERE a.id = row.id AND a.created_at = row.created_at
 
--- name: add_streams
--- Insert finished streams whole; one that is there already is left, so repeats are safe.
-INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
-    prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
-    finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure)
-SELECT id, tenant_id, pool, 'stream', status, kind, classified_by, classified_reason,
-    prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
-    finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure
-FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, status text,
-    kind text, classified_by text, classified_reason text, prompt text, image_uri text, model text,
-    used_model text, priority integer, created_at timestamptz, deadline_at timestamptz,
-    admitted_at timestamptz, finished_at timestamptz, attempts integer, queue_ms double precision,
-    upstream_ms double precision, result text, input_tokens bigint, output_tokens bigint,
-    thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
-    failure jsonb)
-ON CONFLICT (id) DO NOTHING
-RETURNING *
-
--- name: add_audit
--- Append one audit row per ended request.
-INSERT INTO audit (id, request_id, tenant_id, pool, source, status, kind, classified_by,
-    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
-    submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure)
-SELECT id, request_id, tenant_id, pool, source, status, kind, classified_by,
-    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
-    submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure
-FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
-    source text, status text, kind text, classified_by text, classified_reason text,
-    priority integer, model text, model_version text, response_id text, attempts integer,
-    lapses integer, instance_id text, submitted_at timestamptz, admitted_at timestamptz,
-    finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
-    input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
-    total_tokens bigint, finish_reason text, failure jsonb)
-
 -- name: add_bodies
 -- Append the bodies of audit rows: inline as base64, or the key of a blob.
 INSERT INTO bodies (id, role, tenant_id, pool, encoding, size_bytes, data, blob_key)
@@ -366,8 +328,9 @@ RETURNING pool
 SELECT pg_notify(channel, payload) FROM unnest($1::text[], $2::text[]) AS t (channel, payload)
 
 -- name: prune_candidates
--- Ended requests older than $1, oldest first, at most $2.
+-- Ended requests older than $1, oldest first, at most $2, of all tenants but $3.
 SELECT id FROM requests WHERE status NOT IN ('queued', 'running') AND finished_at < $1
+    AND NOT (tenant_id = ANY($3::text[]))
 ORDER BY finished_at LIMIT $2
 
 -- name: blobs_of_requests

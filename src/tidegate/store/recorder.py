@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from typing import Literal
 from uuid import UUID
 
@@ -18,12 +19,16 @@ from tidegate.call import new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.store import bodies
 from tidegate.store.bell import Bell
+from tidegate.store.blobs import Blobs
 from tidegate.store.connection import Connections
+from tidegate.store.erased import Mark, erased_among
 from tidegate.store.outbox import add_webhooks
 from tidegate.store.queries import sql
 from tidegate.store.records import Json
 from tidegate.store.rows import audit_row, dumps
+from tidegate.store.spending import Spending
 from tidegate.store.spill import Spill
+from tidegate.store.usage import add_usage
 from tidegate.store.writer import GroupWriter
 from tidegate.telemetry import Log, get_logger
 
@@ -42,10 +47,14 @@ class Recorder:
         bell: Bell,
         spill: Spill,
         *,
+        blobs: Blobs,
+        spending: Spending,
         instance_id: str,
         when_full: Literal["block", "drop"],
     ) -> None:
         self._connections = connections
+        self._blobs = blobs
+        self._spending = spending
         self._bell = bell
         self._spill = spill
         self._instance_id = instance_id
@@ -184,18 +193,49 @@ class Recorder:
                 get_logger().error(Log.INTERNAL_ERROR, where="replay", error=repr(result))
 
     async def _commit(self, entries: Sequence[Json]) -> list[Exception | None]:
-        async def work(connection: asyncpg.Connection) -> tuple[set[str], list[UUID], set[str]]:
-            return await _write_entries(connection, entries, self._instance_id)
+        async def work(
+            connection: asyncpg.Connection,
+        ) -> tuple[list[Json], tuple[set[str], list[UUID], set[str]]]:
+            gone = await _erased(connection, entries)
+            ids = {id(entry) for entry in gone}
+            kept = [entry for entry in entries if id(entry) not in ids]
+            return gone, await _write_entries(connection, kept, self._instance_id)
 
-        written, changed, pools = await self._connections.run(work)
+        gone, (written, changed, pools) = await self._connections.run(work)
+        written |= {str(entry["row"]["id"]) for entry in gone}
+        self._spending.written(written)
         self._bell.changed(changed)
         self._bell.work(pools)
+        lost = [entry for entry in entries if str(entry["row"]["id"]) not in written]
+        await self._discard([*gone, *lost])
         return [
             None
             if str(entry["row"]["id"]) in written
             else ClaimLost(f"another worker has {entry['row']['id']} now")
             for entry in entries
         ]
+
+    async def _discard(self, entries: Sequence[Json]) -> None:
+        """Delete the blobs of entries that nobody will write: those that were made for them."""
+        own = [body for entry in entries for body in entry["bodies"]]
+        own += [file for entry in entries for file in entry["files"] if file["role"] == "output"]
+        keys = [one["blob_key"] for one in own if one["blob_key"] is not None]
+        if keys:
+            with suppress(StoreUnavailable):  # then they go with the other orphans
+                await self._blobs.delete(keys)
+
+
+async def _erased(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
+    """Those whose tenant or subject was erased; of a job its request is gone, which is enough."""
+    whole = [entry for entry in entries if entry["op"] in ("stream", "relay")]
+    if not whole:
+        return []
+    marks = []
+    for entry in whole:
+        row = entry["row"]
+        received_at = row["submitted_at"] if entry["op"] == "relay" else row["created_at"]
+        marks.append(Mark(row["tenant_id"], row.get("subject"), received_at))
+    return [whole[place] for place in await erased_among(connection, marks)]
 
 
 def _size_of(entry: Json) -> int:
@@ -223,8 +263,9 @@ async def _write_entries(
         rows |= retried
     if ops["stream"]:
         rows |= await _rows(connection, "add_streams", ops["stream"])
+    relayed = []
     if ops["relay"]:
-        await _add_relayed(connection, list(ops["relay"].values()))
+        relayed = await _add_relayed(connection, list(ops["relay"].values()))
     by_id = {key: entry for group in ops.values() for key, entry in group.items()}
     fresh = [(by_id[key], row) for key, row in rows.items()]
     await _add_files(connection, fresh)
@@ -237,6 +278,7 @@ async def _write_entries(
             if entry["op"] != "retry"
         ],
         instance_id,
+        relayed,
     )
     written = set(rows) | set(ops["stream"]) | set(ops["relay"])
     missing = [
@@ -257,11 +299,14 @@ async def _rows(
     return {str(row["id"]): row for row in found}
 
 
-async def _add_relayed(connection: asyncpg.Connection, entries: list[Json]) -> None:
-    await connection.execute(sql("add_relayed"), dumps(entry["row"] for entry in entries))
+async def _add_relayed(connection: asyncpg.Connection, entries: list[Json]) -> list[Json]:
+    """Returns the rows that were not there before."""
+    added = await connection.fetch(sql("add_relayed"), dumps(entry["row"] for entry in entries))
     found = [body for entry in entries for body in entry["bodies"]]
     if found:
         await connection.execute(sql("add_relayed_bodies"), dumps(found))
+    ids = {str(row["id"]) for row in added}
+    return [entry["row"] for entry in entries if str(entry["row"]["id"]) in ids]
 
 
 async def _add_files(
@@ -298,8 +343,10 @@ async def add_audit(
     connection: asyncpg.Connection,
     ended: Sequence[tuple[asyncpg.Record, Json, Json | None, list[Json]]],
     instance_id: str,
+    relayed: Sequence[Json] = (),
 ) -> None:
-    """Append audit rows, their bodies and webhooks for requests that ended in this transaction.
+    """Append audit rows, their bodies and webhooks for requests that ended in this transaction,
+    and add them to the totals, with the `relayed` rows that it has appended.
 
     Each is (the row as it now stands, its last attempt, its failure, its bodies).
     """
@@ -315,6 +362,7 @@ async def add_audit(
     await add_webhooks(connection, [row for row, *_ in ended])
     if packed:
         await connection.execute(sql("add_bodies"), dumps(packed))
+    await add_usage(connection, [*audits, *relayed])
 
 
 async def audit_unanswered(

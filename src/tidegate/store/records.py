@@ -10,7 +10,15 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, DEFAULT_TENANT, Attachment, Classification, Usage
+from tidegate.call import (
+    DEFAULT_POOL,
+    DEFAULT_TENANT,
+    UNKNOWN_CHARGE,
+    Attachment,
+    Charge,
+    Classification,
+    Usage,
+)
 from tidegate.errors import TidegateError
 from tidegate.store.states import Status
 
@@ -61,6 +69,7 @@ class NewJob:
     pool: str = DEFAULT_POOL
     once: Idempotency | None = None
     webhook_url: str | None = None
+    subject: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,7 @@ class AttemptResult:
     model_version: str | None = None
     response_id: str | None = None
     failure: Failure | None = None
+    charge: Charge = UNKNOWN_CHARGE
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import zlib
 from base64 import b64encode
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -19,15 +19,18 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import Usage
+from tidegate.call import NO_CHARGE, Charge
 from tidegate.errors import StoreUnavailable
 from tidegate.store import rows
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.bodies import INLINE_BYTES
 from tidegate.store.connection import Connections
+from tidegate.store.erased import Mark, erased_among
 from tidegate.store.recorder import Recorder
 from tidegate.store.records import Failure, Json
+from tidegate.store.spending import Spending
 from tidegate.store.states import Status
+from tidegate.store.usage import add_usage
 from tidegate.telemetry import Log, get_logger
 
 log = get_logger()
@@ -48,6 +51,7 @@ _AUDIT_COLUMNS = (
     *("lapses", "instance_id", "submitted_at", "admitted_at", "finished_at", "queue_ms"),
     *("upstream_ms", *_USAGE, "finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
+    *("usage_state", "cost_micros", "images"),
 )
 _BODY_COLUMNS = (
     *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
@@ -76,7 +80,7 @@ class RelayRecord:
     admitted_at: datetime | None = None
     queue_ms: float = 0.0
     upstream_ms: float = 0.0
-    usage: Usage = field(default_factory=Usage)
+    charge: Charge = NO_CHARGE
     finish_reason: str | None = None
     response_id: str | None = None
     failure: Failure | None = None
@@ -100,9 +104,11 @@ class RelayLog:
         *,
         instance_id: str,
         when_full: Literal["block", "drop"],
+        spending: Spending,
     ) -> None:
         self._connections = connections
         self._recorder = recorder
+        self._spending = spending
         self._blobs = blobs
         self._instance_id = instance_id
         self._when_full = when_full
@@ -178,14 +184,32 @@ class RelayLog:
                 await asyncio.sleep(0)  # a whole batch would hold up everybody for milliseconds
         bodies = [_body_values(record, *body) for record, both in packed for body in both]
 
-        async def copy(connection: asyncpg.Connection) -> None:
+        async def copy(connection: asyncpg.Connection) -> set[int]:
+            marks = [Mark(one.tenant_id, one.subject, one.received_at) for one in batch]
+            gone = await erased_among(connection, marks)
+            kept_audit, kept_bodies = audit, bodies
+            if gone:
+                ids = {batch[place].request_id for place in gone}
+                kept_audit = [row for row in audit if row[0] not in ids]
+                kept_bodies = [row for row in bodies if row[0] not in ids]
             await connection.copy_records_to_table(
-                "audit", records=audit, columns=_AUDIT_COLUMNS, timeout=None
+                "audit", records=kept_audit, columns=_AUDIT_COLUMNS, timeout=None
             )
-            await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
+            await connection.copy_records_to_table(
+                "bodies", records=kept_bodies, columns=_BODY_COLUMNS
+            )
+            # A repeat after a commit whose reply was lost has failed by now, at the same ids.
+            rows_ = (dict(zip(_AUDIT_COLUMNS, row, strict=True)) for row in kept_audit)
+            await add_usage(connection, rows_)
+            return gone
 
         try:
-            await self._connections.run(copy)
+            gone = await self._connections.run(copy)
+            self._spending.written(record.request_id for record in batch)
+            if gone:
+                keys = [body[-1] for place in gone for body in packed[place][1] if body[-1]]
+                with suppress(StoreUnavailable):
+                    await self._blobs.delete(keys)
         except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
             log.debug(Log.STORE_AWAY, detail=repr(no))
             for values, (record, both) in zip(audit, packed, strict=True):
@@ -193,7 +217,8 @@ class RelayLog:
 
     def _audit_values(self, record: RelayRecord) -> tuple[Any, ...]:
         failure = rows.failure_row(record.failure)
-        usage = (rows.count_of(getattr(record.usage, column)) for column in _USAGE)
+        charge = record.charge
+        usage = (rows.count_of(getattr(charge.usage, column)) for column in _USAGE)
         return (
             *(record.request_id, record.received_at, record.request_id, record.tenant_id),
             *(record.pool, SOURCE, record.status.value, record.kind, "body", ""),
@@ -202,7 +227,8 @@ class RelayLog:
             *(record.queue_ms, record.upstream_ms, *usage, _text(record.finish_reason)),
             None if failure is None else orjson.dumps(failure).decode(),
             *(record.endpoint, record.http_status, record.streamed, record.key_id),
-            _text(record.subject),
+            *(_text(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
+            charge.images,
         )
 
     async def _packed(self, record: RelayRecord) -> tuple[RelayRecord, list[_Packed]]:

@@ -14,7 +14,16 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import Attachment, Classification, ClassifiedBy, Kind, Usage, new_id
+from tidegate.call import (
+    Attachment,
+    Charge,
+    Classification,
+    ClassifiedBy,
+    Kind,
+    Usage,
+    UsageState,
+    new_id,
+)
 from tidegate.store.records import (
     AttemptResult,
     ClaimedJob,
@@ -85,6 +94,8 @@ def job_row(job: NewJob) -> Json:
         row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
     if job.webhook_url is not None:
         row["webhook_url"] = job.webhook_url
+    if job.subject is not None:
+        row["subject"] = job.subject
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -140,9 +151,24 @@ def result_row(result: AttemptResult) -> Json:
         "response_id": result.response_id,
         "fence_epoch": result.fence[0],
         "fence_sequence": result.fence[1],
-        **{column: count_of(getattr(result.usage, column)) for column in USAGE_COLUMNS},
+        **usage_columns(result.usage),
+        **charge_columns(result.charge),
     }
+    if result.charge.state in (UsageState.PARTIAL, UsageState.ESTIMATED):
+        row["charged"] = usage_columns(result.charge.usage)
     return {key: cleaned(value) for key, value in row.items()}
+
+
+def usage_columns(usage: Usage) -> dict[str, int | None]:
+    return {column: count_of(getattr(usage, column)) for column in USAGE_COLUMNS}
+
+
+def charge_columns(charge: Charge) -> dict[str, Any]:
+    return {
+        "usage_state": charge.state.value,
+        "cost_micros": count_of(charge.cost_micros),
+        "images": charge.images,
+    }
 
 
 def count_of(tokens: int | None) -> int | None:
@@ -157,9 +183,12 @@ def audit_row(
     columns = (
         *("tenant_id", "pool", "source", "status", "kind", "classified_by", "classified_reason"),
         *("priority", "attempts", "lapses", "admitted_at", "finished_at", "queue_ms"),
-        *("upstream_ms", "finish_reason"),
-        *USAGE_COLUMNS,
+        *("upstream_ms", "finish_reason", "subject"),
     )
+    # What was never answered for was never sent, but where workers died over it.
+    lost = bool(attempt) or ended["status"] == Status.DEAD
+    usual = UsageState.UNKNOWN if lost else UsageState.NONE
+    charged = attempt.get("charged") or ended
     return {
         "id": new_id(),
         "request_id": ended["id"],
@@ -169,7 +198,11 @@ def audit_row(
         "response_id": attempt.get("response_id"),
         "instance_id": instance_id,
         "failure": failure,
+        "usage_state": attempt.get("usage_state", usual.value),
+        "cost_micros": attempt.get("cost_micros", None if lost else 0),
+        "images": attempt.get("images"),
         **{column: ended[column] for column in columns},
+        **{column: charged[column] for column in USAGE_COLUMNS},
     }
 
 
@@ -195,7 +228,10 @@ def relayed_record(row: asyncpg.Record) -> RequestRecord:
         queue_ms=row["queue_ms"],
         upstream_ms=row["upstream_ms"],
         text=None,
-        usage=Usage(**{column: row[column] for column in USAGE_COLUMNS}),
+        # An estimate is for the bill: the provider has told nothing.
+        usage=Usage()
+        if row["usage_state"] == UsageState.ESTIMATED
+        else Usage(**{column: row[column] for column in USAGE_COLUMNS}),
         finish_reason=row["finish_reason"],
         failure=_failure(row["failure"]),
         place=None,

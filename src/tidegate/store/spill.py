@@ -56,13 +56,16 @@ class Spill:
         self._replaying = asyncio.Lock()
 
     @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
     def used_bytes(self) -> int:
         return self._used_bytes
 
     async def keep(self, entry: Json) -> None:
         """Return when `entry` is on the disk; raises StoreUnavailable when there is no room."""
-        body = orjson.dumps(entry)
-        line = b"%08x %s\n" % (zlib.crc32(body), body)
+        line = _line_of(entry)
         if self._used_bytes + len(line) > self._max_bytes:
             raise StoreUnavailable("PostgreSQL is away and the spill is full")
         self._used_bytes += len(line)
@@ -159,28 +162,97 @@ class Spill:
     def _adopt(self) -> list[_File]:
         """Lock the files whose process is gone, oldest first."""
         mine = {file.path for file in self._sealed}
-        found = []
-        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
-            if path in mine or (self._active is not None and path == self._active.path):
-                continue
-            try:
-                descriptor = os.open(path, os.O_RDWR)
-            except FileNotFoundError:
-                continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                continue
-            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-                found.append(_File(path, descriptor))
-            else:
-                os.close(descriptor)
-        return found
+        if self._active is not None:
+            mine.add(self._active.path)
+        return _adopted(self._folder, mine)[0]
+
+
+@dataclass(slots=True)
+class Scrubbed:
+    """entries: that were taken out. held: files that a running process has."""
+
+    entries: int = 0
+    held: int = 0
+
+
+def scrub(folder: Path, matches: Callable[[Json], bool], *, dry_run: bool = False) -> Scrubbed:
+    """Take the entries that match out of the files whose process is gone, and out of those that
+    were put aside. What a running process holds is left to it."""
+    done = Scrubbed()
+    files, done.held = _adopted(folder, set())
+    for file in files:
+        try:
+            kept, count = [], 0
+            for chunk in _chunks(file.path):
+                keep = [entry for entry in chunk if not matches(entry)]
+                kept += [_line_of(entry) for entry in keep]
+                count += len(chunk) - len(keep)
+            done.entries += count
+            if count and not dry_run:
+                _replace(file.path, b"".join(kept))
+        finally:
+            os.close(file.descriptor)
+    rejected = folder / REJECTED
+    if rejected.exists():
+        with rejected.open("r+b") as aside:
+            fcntl.flock(aside, fcntl.LOCK_EX)
+            lines = list(aside)
+            left = [line for line in lines if not matches(orjson.loads(line)["entry"])]
+            done.entries += len(lines) - len(left)
+            if len(left) < len(lines) and not dry_run:
+                aside.seek(0)
+                aside.truncate()
+                aside.writelines(left)
+                aside.flush()
+                os.fsync(aside.fileno())
+    return done
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Another file takes the place, whole; an empty one leaves none."""
+    if not data:
+        path.unlink(missing_ok=True)
+        return
+    hidden = path.with_name(f".{new_id()}")
+    with hidden.open("xb") as file:
+        hidden.chmod(0o600)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    hidden.rename(path)
+
+
+def _adopted(folder: Path, mine: set[Path]) -> tuple[list[_File], int]:
+    """The files whose process is gone, now locked, oldest first; and how many others hold."""
+    found, held = [], 0
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        if path in mine:
+            continue
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            held += 1
+            continue
+        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            found.append(_File(path, descriptor))
+        else:
+            os.close(descriptor)
+    return found, held
+
+
+def _line_of(entry: Json) -> bytes:
+    body = orjson.dumps(entry)
+    return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
 def _append_to(path: Path, line: bytes) -> None:
     with path.open("ab") as rejected:
+        fcntl.flock(rejected, fcntl.LOCK_EX)
         rejected.write(line)
         rejected.flush()
         os.fsync(rejected.fileno())

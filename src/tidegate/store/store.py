@@ -24,6 +24,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.cancels import Cancels
 from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
+from tidegate.store.erase import Eraser, EraseReport, Whose
 from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
 from tidegate.store.native_keys import NativeKeys
@@ -46,10 +47,12 @@ from tidegate.store.records import (
 )
 from tidegate.store.relayed import RelayLog
 from tidegate.store.running import Running
+from tidegate.store.spending import Spending
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
 from tidegate.store.submits import Submits
 from tidegate.store.tenants import Tenants
+from tidegate.store.usage import UsageTotals
 from tidegate.store.watch import Watch
 
 READ_TIMEOUT_MS = 2_000
@@ -72,16 +75,26 @@ class Store:
         self.blobs = blobs
         self.instance_id = instance_id
         self._connections = connections
+        self._spill_dir = spill.folder
+        self.spending = Spending()
+        self.usage = UsageTotals(connections)
         self._bell = Bell(connections)
         self._watch = Watch(connections, self._bell)
         self._claims = Claims(
             connections, self._bell, instance_id=instance_id, lease_ms=claim_lease_ms
         )
         self._recorder = Recorder(
-            connections, self._bell, spill, instance_id=instance_id, when_full=audit_full
+            *(connections, self._bell, spill),
+            blobs=blobs,
+            spending=self.spending,
+            instance_id=instance_id,
+            when_full=audit_full,
         )
         self.relayed = RelayLog(
-            connections, self._recorder, blobs, instance_id=instance_id, when_full=audit_full
+            *(connections, self._recorder, blobs),
+            instance_id=instance_id,
+            when_full=audit_full,
+            spending=self.spending,
         )
         self.native_keys = NativeKeys(connections)
         self.policies = Policies(connections)
@@ -330,6 +343,11 @@ class Store:
     async def prune(self, retention_days: int) -> PruneReport:
         """Delete what ended more than `retention_days` ago, in small steps; safe to cut short."""
         return await prune(self._connections, self.blobs, retention_days)
+
+    async def erase(self, whose: Whose, *, dry_run: bool, within_s: float) -> EraseReport:
+        """Erase all of a subject or tenant; see `Eraser.run`."""
+        eraser = Eraser(self._connections, self.blobs, self._spill_dir, whose)
+        return await eraser.run(dry_run=dry_run, within_s=within_s)
 
     async def _end(self, job: ClaimedJob, entry: Awaitable[Json]) -> None:
         written = await self._recorder.record(entry)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import asyncpg
 import orjson
 
-from tidegate.call import DEFAULT_TENANT, Caller, Caps, Scope
+from tidegate.call import DEFAULT_TENANT, NO_BUDGETS, Budgets, Caller, Caps, Scope
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.store.api_keys import NewKey, make_key
 from tidegate.store.connection import Connections
@@ -306,12 +306,14 @@ async def _version(connection: asyncpg.Connection) -> int:
 
 def _found(row: asyncpg.Record) -> FoundKey:
     caps = Caps(**{one.name: row[one.name] for one in fields(Caps)})
+    budgets = Budgets(**{one.name: row[one.name] for one in fields(Budgets)})
     caller = Caller(
         tenant_id=row["tenant_id"],
         key_id=row["prefix"],
         models=None if row["models"] is None else tuple(row["models"]),
         most_priority=row["most_priority"],
         caps=caps,
+        budgets=NO_BUDGETS if budgets == NO_BUDGETS else budgets,
     )
     return FoundKey(
         digest=bytes(row["digest"]),

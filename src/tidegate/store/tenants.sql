@@ -13,7 +13,10 @@ UPDATE access SET version = version + 1
 SELECT k.prefix, k.digest, k.tenant_id, k.scopes, k.revoked_at IS NOT NULL AS revoked,
     extract(epoch FROM k.expires_at - now())::double precision AS expires_in_s,
     t.disabled_at IS NOT NULL AS disabled, t.models, t.most_priority, t.most_queued_jobs,
-    t.most_queued_bytes, t.most_streams, t.most_long_polls
+    t.most_queued_bytes, t.most_streams, t.most_long_polls,
+    (t.budget_day_money * 1000000)::bigint AS day_micros,
+    (t.budget_month_money * 1000000)::bigint AS month_micros,
+    t.budget_day_tokens AS day_tokens, t.budget_month_tokens AS month_tokens
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.prefix = ANY($1::text[])
 
@@ -91,3 +94,13 @@ SELECT t.*, 0 AS keys FROM tenants t WHERE id = $1 FOR UPDATE
 -- Forget a tenant with its keys; its requests stay until their time is over.
 DELETE FROM tenants WHERE id = $1
 RETURNING id
+
+-- name: own_retention
+-- Tenants whose requests are kept for other days than $1.
+SELECT id, retention_days FROM tenants WHERE retention_days <> $1
+
+-- name: prune_candidates_of
+-- Ended requests of tenant $3 older than $1, oldest first, at most $2.
+SELECT id FROM requests WHERE tenant_id = $3 AND created_at < $1
+    AND status NOT IN ('queued', 'running') AND finished_at < $1
+ORDER BY created_at LIMIT $2

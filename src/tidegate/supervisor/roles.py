@@ -27,6 +27,7 @@ from tidegate.supervisor.listening import listen, url_of
 from tidegate.telemetry import Log
 
 if TYPE_CHECKING:
+    from tidegate.store.erase import EraseReport, Whose
     from tidegate.store.prune import PruneReport
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -69,6 +70,27 @@ def prune(config: Config, days: int | None) -> PruneReport:
         try:
             blobs = Blobs.from_url(config.blob_url, config.data_dir)
             return await run(connections, blobs, days or config.retention_days)
+        finally:
+            await connections.aclose()
+
+    with prepared(config, only={"postgres"}) as ground:
+        assert ground.config.database_url is not None
+        return asyncio.run(work(ground.config.database_url.get_secret_value()))
+
+
+def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
+    """Erase all of a subject or tenant, or only count it."""
+    from tidegate.store.blobs import Blobs
+    from tidegate.store.connection import Connections
+    from tidegate.store.erase import Eraser
+
+    async def work(url: str) -> EraseReport:
+        connections = Connections(url)
+        connections.start()
+        try:
+            blobs = Blobs.from_url(config.blob_url, config.data_dir)
+            eraser = Eraser(connections, blobs, config.data_dir / "spill", whose)
+            return await eraser.run(dry_run=dry_run)
         finally:
             await connections.aclose()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import aiohttp
@@ -12,6 +13,8 @@ from tests.waiting import wait_until
 
 LEAVES = "leave me"
 CALLS = 150
+VERSION = {"anthropic-version": "2023-06-01"}
+TODAY = datetime.now(UTC).date()
 
 
 def fronts(text: str) -> tuple[tuple[str, dict[str, Any]], ...]:
@@ -34,7 +37,7 @@ async def one(gateway: Gateway, number: int) -> None:
         async with (
             asyncio.timeout(1 if leaves else 30),
             aiohttp.ClientSession() as session,
-            session.post(gateway.url + path, json=body | streamed) as response,
+            session.post(gateway.url + path, json=body | streamed, headers=VERSION) as response,
         ):
             await response.read()
     except (TimeoutError, aiohttp.ClientError):
@@ -63,9 +66,36 @@ async def test_totals_of_settled_calls_are_the_providers_own(open_gateway: Opene
     theirs = (await gateway.upstream.stats()).billed("finished")
     assert ours["calls"] > CALLS // 2
     assert (ours["taken"], ours["given"]) == (theirs.input_tokens, theirs.output_tokens)
-    unknown = await gateway.database.fetch(
-        "SELECT input_tokens, output_tokens, total_tokens FROM audit"
+    told = await gateway.database.fetchrow(
+        "SELECT sum(input_tokens) AS taken, sum(output_tokens) AS given FROM audit"
+        " WHERE usage_state = 'told'"
+    )
+    assert tuple(told.values()) == (theirs.input_tokens, theirs.output_tokens)
+    cut = await gateway.database.fetch(
+        "SELECT usage_state, input_tokens, output_tokens FROM audit"
         " WHERE status = 'cancelled' AND endpoint = '/v1/responses'"
     )
-    assert unknown
-    assert {tuple(row.values()) for row in unknown} == {(None, None, None)}  # never zero
+    assert cut
+    assert {row["usage_state"] for row in cut} <= {"estimated", "unknown"}
+    for row in cut:  # never zero
+        known = row["usage_state"] == "estimated"
+        assert known == bool(row["input_tokens"]) == bool(row["output_tokens"])
+    await is_added_up(gateway)
+
+
+async def is_added_up(gateway: Gateway) -> None:
+    """Whether the totals are what the audit comes to, however it was written."""
+    sums = ", ".join(
+        f"sum({name})::bigint AS {name}"
+        for name in ("input_tokens", "output_tokens", "thoughts_tokens", "cost_micros")
+    )
+    counts = ", ".join(
+        f"count(*) FILTER (WHERE usage_state = '{state}') AS {state}"
+        for state in ("partial", "estimated", "unknown")
+    )
+    audit = await gateway.database.fetchrow(
+        f"SELECT count(*) AS requests, {sums}, {counts} FROM audit"
+    )
+    total = (await gateway.services.store.usage.totals((), TODAY, TODAY + timedelta(days=1)))[0]
+    theirs = {name: value or 0 for name, value in audit.items()}
+    assert {name: getattr(total, name) for name in theirs} == theirs

@@ -19,6 +19,8 @@ PATHS = {
     "/status/{request_id}": "get",
     "/files/{file_id}": "get",
     "/requests": "get",
+    "/usage": "get",
+    "/admin/usage": "get",
     "/requests/{request_id}": "delete",
     "/health/live": "get",
     "/health/ready": "get",
@@ -37,6 +39,7 @@ PATHS = {
     "/admin/keys": "get",
     "/admin/keys/{prefix}": "delete",
     "/admin/webhooks/{webhook_id}/redeliver": "post",
+    "/admin/subjects/{subject}": "delete",
 }
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
@@ -134,7 +137,7 @@ def test_submit_documents_every_content_type_and_field_that_it_takes(
         *("application/json", "multipart/form-data", "application/x-www-form-urlencoded"),
     }
     values = {"data", "text", "image_uri", "type", "model", "priority", "deadline_ms"}
-    values |= {"webhook_url"}
+    values |= {"webhook_url", "subject"}
     for media, described in content.items():
         files = {"file", "files"} if media == "multipart/form-data" else set()
         assert set(described["schema"]["properties"]) == values | files

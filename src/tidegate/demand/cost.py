@@ -1,0 +1,120 @@
+"""What a call costs: its usage times the price of its model, in whole millionths of money. Pure.
+
+Invariant: sums are exact; each call is rounded once, to the nearest millionth. What is not known,
+usage or price, makes the cost unknown, never zero; what was not used needs no price.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from math import ceil
+
+from tidegate.call import UNKNOWN_CHARGE, Charge, Usage, UsageState
+from tidegate.demand.estimator import Estimate, tokens_of
+from tidegate.demand.pieces import PICTURE_TOKENS, pieces_of_text
+from tidegate.policy.upstreams import Price, Upstream
+
+_PICOS = 10**12  # of money: a millionth of what a million LLM tokens cost, for each of them
+_MICRO = 10**6
+_MODELS_KEPT = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A price in picos (10^-12) of money for one LLM token, or one picture."""
+
+    input: int | None
+    output: int | None
+    cached: int | None
+    image: int | None
+
+    @classmethod
+    def of(cls, price: Price) -> Rates:
+        return cls(
+            _picos(price.input, _PICOS // 10**6),
+            _picos(price.output, _PICOS // 10**6),
+            _picos(price.cached if price.cached is not None else price.input, _PICOS // 10**6),
+            _picos(price.image, _PICOS),
+        )
+
+
+class Prices:
+    """Those of one upstream; of each model the pattern is looked for once."""
+
+    def __init__(self, upstream: Upstream | None = None) -> None:
+        self._upstream = upstream if upstream is not None and upstream.prices else None
+        self._known: dict[str, Rates | None] = {}
+
+    def of(self, model: str) -> Rates | None:
+        if self._upstream is None:
+            return None
+        try:
+            return self._known[model]
+        except KeyError:
+            price = self._upstream.price(model)
+            rates = None if price is None else Rates.of(price)
+            if len(self._known) < _MODELS_KEPT:
+                self._known[model] = rates
+            return rates
+
+
+def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:
+    """For what the provider told. `whole`: the answer came to its end."""
+    if is_unknown(usage):
+        # Some providers charge pictures alone, and tell no LLM tokens.
+        cost = None
+        if whole and images and rates is not None and rates.image is not None:
+            cost = _micros(images * rates.image)
+        return Charge(UsageState.UNKNOWN, usage, images, cost) if images else UNKNOWN_CHARGE
+    state = UsageState.TOLD if whole else UsageState.PARTIAL
+    return Charge(state, usage, images, cost_micros(rates, usage, images))
+
+
+def estimated_charge(rates: Rates | None, estimate: Estimate, text: str, images: int = 0) -> Charge:
+    """For what came of an answer of which nothing was told; never more than was reserved."""
+    usage = Usage(
+        input_tokens=min(estimate.expected_input_tokens, estimate.input_tokens),
+        output_tokens=min(came_tokens(text, images), estimate.output_tokens),
+    )
+    cost = cost_micros(rates, usage, images)
+    return Charge(UsageState.ESTIMATED, usage, images or None, cost)
+
+
+def came_tokens(text: str, images: int = 0) -> int:
+    """About how many LLM tokens an answer has, as far as it came."""
+    return ceil(sum(pieces_of_text(text).values()) + images * PICTURE_TOKENS)
+
+
+def is_unknown(usage: Usage) -> bool:
+    return usage.input_tokens is usage.output_tokens is usage.total_tokens is None
+
+
+def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | None:
+    """Pictures that have a price of their own are not charged as output once more."""
+    taken, given = tokens_of(usage)
+    if rates is None or taken is None or given is None:
+        return None
+    cached = min(usage.cached_tokens or 0, taken)
+    pictures = images if images and rates.image is not None else 0
+    parts = (
+        (taken - cached, rates.input),
+        (cached, rates.cached),
+        ((usage.thoughts_tokens or 0) if pictures else given, rates.output),
+        (pictures, rates.image),
+    )
+    picos = 0
+    for count, rate in parts:
+        if count and rate is None:
+            return None
+        picos += count * (rate or 0)
+    return _micros(picos)
+
+
+def _picos(price: float | None, one: int) -> int | None:
+    # By its decimal digits: 0.1 means a tenth.
+    return None if price is None else round(Decimal(repr(price)) * one)
+
+
+def _micros(picos: int) -> int:
+    return (picos + _MICRO // 2) // _MICRO

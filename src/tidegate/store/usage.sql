@@ -1,0 +1,89 @@
+-- Ended requests on record, and what they come to by tenant, day and model: see usage.py.
+
+-- name: add_streams
+-- Insert finished streams whole; one that is there already is left, so repeats are safe.
+INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
+    prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
+    finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject)
+SELECT id, tenant_id, pool, 'stream', status, kind, classified_by, classified_reason,
+    prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
+    finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject
+FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, status text,
+    kind text, classified_by text, classified_reason text, prompt text, image_uri text, model text,
+    used_model text, priority integer, created_at timestamptz, deadline_at timestamptz,
+    admitted_at timestamptz, finished_at timestamptz, attempts integer, queue_ms double precision,
+    upstream_ms double precision, result text, input_tokens bigint, output_tokens bigint,
+    thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
+    failure jsonb, subject text)
+ON CONFLICT (id) DO NOTHING
+RETURNING *
+
+-- name: add_audit
+-- Append one audit row per ended request.
+INSERT INTO audit (id, request_id, tenant_id, pool, source, status, kind, classified_by,
+    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
+    submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
+    cost_micros, images)
+SELECT id, request_id, tenant_id, pool, source, status, kind, classified_by,
+    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
+    submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
+    cost_micros, images
+FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
+    source text, status text, kind text, classified_by text, classified_reason text,
+    priority integer, model text, model_version text, response_id text, attempts integer,
+    lapses integer, instance_id text, submitted_at timestamptz, admitted_at timestamptz,
+    finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
+    input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
+    total_tokens bigint, finish_reason text, failure jsonb, subject text, usage_state text,
+    cost_micros bigint, images integer)
+
+-- name: add_usage
+-- Add to the totals what was just recorded; in one order everywhere, lest two wait in a circle.
+INSERT INTO usage_days AS kept (tenant_id, day, model, pool, requests, input_tokens, output_tokens,
+    cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated, unknown)
+SELECT tenant_id, day, model, pool, requests, input_tokens, output_tokens,
+    cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated, unknown
+FROM json_to_recordset($1::json) AS row (tenant_id text, day date, model text, pool text,
+    requests bigint, input_tokens bigint, output_tokens bigint, cached_tokens bigint,
+    thoughts_tokens bigint, images bigint, cost_micros bigint, unpriced bigint, partial bigint,
+    estimated bigint, unknown bigint)
+ORDER BY tenant_id, day, model, pool
+ON CONFLICT (tenant_id, day, model, pool) DO UPDATE SET
+    requests = kept.requests + excluded.requests,
+    input_tokens = kept.input_tokens + excluded.input_tokens,
+    output_tokens = kept.output_tokens + excluded.output_tokens,
+    cached_tokens = kept.cached_tokens + excluded.cached_tokens,
+    thoughts_tokens = kept.thoughts_tokens + excluded.thoughts_tokens,
+    images = kept.images + excluded.images,
+    cost_micros = kept.cost_micros + excluded.cost_micros,
+    unpriced = kept.unpriced + excluded.unpriced,
+    partial = kept.partial + excluded.partial,
+    estimated = kept.estimated + excluded.estimated,
+    unknown = kept.unknown + excluded.unknown
+
+-- name: get_usage
+-- Totals from day $4 to day $5, of tenant $6 or of all, apart by tenant, model and day as $1 to $3 say.
+SELECT CASE WHEN $1::boolean THEN tenant_id END AS tenant, CASE WHEN $2::boolean THEN model END AS model,
+    CASE WHEN $3::boolean THEN day END AS day, sum(requests)::bigint AS requests,
+    sum(input_tokens)::bigint AS input_tokens, sum(output_tokens)::bigint AS output_tokens,
+    sum(cached_tokens)::bigint AS cached_tokens, sum(thoughts_tokens)::bigint AS thoughts_tokens,
+    sum(images)::bigint AS images, sum(cost_micros)::bigint AS cost_micros,
+    sum(unpriced)::bigint AS unpriced, sum(partial)::bigint AS partial,
+    sum(estimated)::bigint AS estimated, sum(unknown)::bigint AS unknown
+FROM usage_days
+WHERE day BETWEEN $4 AND $5 AND ($6::text IS NULL OR tenant_id = $6)
+GROUP BY 1, 2, 3 ORDER BY 3, 1, 2 LIMIT $7
+
+-- name: get_spent
+-- What the tenants $1 have spent in the month that begins on $2, and of that on day $3.
+SELECT tenant_id, sum(cost_micros)::bigint AS month_micros,
+    sum(input_tokens + output_tokens + thoughts_tokens)::bigint AS month_tokens,
+    coalesce(sum(cost_micros) FILTER (WHERE day = $3), 0)::bigint AS day_micros,
+    coalesce(sum(input_tokens + output_tokens + thoughts_tokens) FILTER (WHERE day = $3), 0)::bigint
+        AS day_tokens
+FROM usage_days WHERE tenant_id = ANY($1::text[]) AND day >= $2
+GROUP BY tenant_id

@@ -1,0 +1,27 @@
+"""`tidegate erase`, and what a person is asked and told."""
+
+from __future__ import annotations
+
+from tests.commands import tidegate
+from tests.gateway import Opener
+from tests.integration.accounting.test_erase import SUBJECT, called_chat
+from tests.waiting import wait_until
+
+
+async def test_a_subject_is_erased_from_the_terminal(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    for subject in (SUBJECT, "another"):
+        await called_chat(gateway, "Why?", **{"x-tidegate-subject": subject})
+    rows = "SELECT count(*) = {} FROM audit"
+    await wait_until(lambda: gateway.database.fetchval(rows.format(2)), 5)
+    counted = await tidegate(gateway, "erase", "--subject", SUBJECT, "--dry-run", "--json")
+    assert (counted.json["calls"], counted.json["done"]) == (1, False)
+    unsure = await tidegate(gateway, "erase", "--subject", SUBJECT)
+    assert unsure.code == 1, "asked, nobody said yes"
+    assert await gateway.database.fetchval(rows.format(2))
+    erased = await tidegate(gateway, "erase", "--subject", SUBJECT, "--tenant", "default", "--yes")
+    assert erased.code == 0
+    assert erased.said.startswith("erased 0 requests, 1 records of calls, ")
+    assert await gateway.database.fetchval("SELECT array_agg(subject) FROM audit") == ["another"]
+    nobody = await tidegate(gateway, "erase", "--yes")
+    assert (nobody.code, nobody.complained.count("\n")) == (2, 1)

@@ -1,0 +1,227 @@
+"""Erasing leaves nothing of a subject or a tenant: not in a table, a blob, or on a disk."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from base64 import b64encode
+from contextlib import suppress
+from datetime import UTC, date, datetime
+from os import urandom
+from pathlib import Path
+
+import pytest
+
+from tests.gateway import PNG, Gateway, Opener
+from tests.integration.tenants.asking import ask
+from tests.waiting import wait_until
+from tidegate.call import new_id
+from tidegate.store.blobs import Blobs
+from tidegate.store.connection import Connections
+from tidegate.store.erase import Eraser, EraseReport, Whose
+from tidegate.store.records import Json
+from tidegate.store.spill import Spill
+from tidegate.store.store import Store
+
+SECRET = "Rumpelstiltskin"
+SUBJECT = "patient-4711"
+TABLES = (
+    "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+)
+
+
+def long_text() -> str:
+    """What does not get small, so that its body goes to the blobs."""
+    return SECRET + b64encode(urandom(30_000)).decode()
+
+
+async def called_chat(gateway: Gateway, text: str, **headers: str) -> str:
+    """The id of a native call that was answered."""
+    body = {"model": "m", "messages": [{"role": "user", "content": text}]}
+    url = f"{gateway.url}/v1/chat/completions"
+    async with gateway.http.post(url, json=body, headers=headers) as response:
+        assert response.status == 200, await response.text()
+        await response.read()
+        return response.headers["x-tidegate-request-id"]
+
+
+async def traces(gateway: Gateway, text: str) -> set[str]:
+    """Where `text` is to be found, packed or not."""
+    found = set()
+    for row in await gateway.database.fetch(TABLES):
+        table = row["relname"]
+        count = await gateway.database.fetchval(
+            f"SELECT count(*) FROM {table} t WHERE t::text LIKE '%' || $1 || '%'", text
+        )
+        if count:
+            found.add(table)
+        if table.startswith(("bodies", "native_keys")):
+            column = "data" if table.startswith("bodies") else "answer"
+            packed = await gateway.database.fetch(f"SELECT {column} AS data FROM {table}")
+            found |= {table for one in packed if one["data"] and text in unpacked(one["data"])}
+    return found | ({"disk"} if is_on_disk(gateway.config.data_dir, text) else set())
+
+
+def is_on_disk(folder: Path, text: str) -> bool:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return any(text in unpacked(path.read_bytes()) for path in files)
+
+
+def unpacked(data: bytes) -> str:
+    with suppress(zlib.error):
+        data = zlib.decompress(data)
+    return data.decode("utf-8", "replace")
+
+
+async def everything(gateway: Gateway, subject: str | None, text: str) -> list[str]:
+    """One of each sort of request about `subject`; what is on record names `text`."""
+    given = {} if subject is None else {"subject": subject}
+    job = await gateway.submit(data=text, type="multi_modal", file=PNG + text.encode(), **given)
+    await gateway.end_of(job)
+    stream = await gateway.stream(data=text, type="text_only", **given)
+    headers = {} if subject is None else {"x-tidegate-subject": subject}
+    keyed = headers | {"Idempotency-Key": f"{text}-{new_id()}"[-60:]}
+    native = [await called_chat(gateway, text, **each) for each in (headers, keyed)]
+    ids = [job, stream.request_id, *native]
+    for request_id in ids:
+        await gateway.audit(request_id)
+    return ids
+
+
+async def test_nothing_of_a_subject_is_left_and_all_of_others(open_gateway: Opener) -> None:
+    gateway = await open_gateway()
+    ids = await everything(gateway, SUBJECT, SECRET)
+    ids += await everything(gateway, SUBJECT, long_text())
+    others = await everything(gateway, "another", "Kunigunde")
+    others += await everything(gateway, None, "Kunigunde")
+    assert {"requests", "disk"} <= await traces(gateway, SECRET)
+    before = await gateway.services.store.usage.totals((), *_today())
+    path = f"/admin/subjects/{SUBJECT}"
+    _, counted = await ask(gateway, "DELETE", f"{path}?dry_run=true", {})
+    assert (counted["requests"], counted["calls"], counted["done"]) == (4, 8, False)
+    assert await traces(gateway, SECRET)
+    _, report = await ask(gateway, "DELETE", path, {})
+    assert report["done"]
+    assert (report["requests"], report["calls"], report["answers"]) == (4, 8, 2)
+    assert await traces(gateway, SECRET) == await traces(gateway, SUBJECT) == set()
+    for request_id in ids:
+        assert (await gateway.get(f"/status/{request_id}"))[0] == 404
+    for request_id in others:
+        assert (await gateway.get(f"/status/{request_id}"))[0] == 200
+    assert await gateway.services.store.usage.totals((), *_today()) == before
+    # Whoever is erased may come again.
+    again = await gateway.submit(data="I am back", subject=SUBJECT, type="text_only")
+    assert (await gateway.end_of(again))["status"] == "succeeded"
+    _, report = await ask(gateway, "DELETE", f"{path}?tenant=somebody-else", {})
+    assert (report["requests"], report["calls"]) == (0, 0)
+
+
+async def test_a_queued_and_a_running_job_are_erased_with_what_they_bring(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": 1})
+    await gateway.upstream.set_behaviour(first_byte_ms=1_500)
+    for _ in range(2):
+        await gateway.submit(data=f"{SECRET}?", type="text_only", subject=SUBJECT)
+    await gateway.in_flight(1)
+    about = {"x-tidegate-subject": SUBJECT}
+    call = asyncio.create_task(called_chat(gateway, SECRET, **about))
+    await wait_until(lambda: gateway.waiting >= 1, 5, "a call that waits")
+    _, report = await ask(gateway, "DELETE", f"/admin/subjects/{SUBJECT}", {})
+    assert (report["requests"], report["calls"]) == (2, 0)
+    assert await call
+    await gateway.in_flight(0)
+    await gateway.submit(data="Another", type="text_only")
+    await wait_until(
+        lambda: gateway.database.fetchval("SELECT count(*) = 1 FROM audit"), 10, "the last record"
+    )
+    assert await traces(gateway, SECRET) == set()
+
+
+async def test_a_whole_tenant_is_erased(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    acme = {"x-tidegate-tenant": "acme"}
+    for headers, text in ((acme, SECRET), ({}, "Kunigunde")):
+        await called_chat(gateway, text, **headers)
+    await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 2 FROM audit"), 5)
+    report = await gateway.services.store.erase(Whose("acme"), dry_run=False, within_s=20)
+    assert (report.calls, report.done) == (1, True)
+    assert await traces(gateway, SECRET) == set()
+    assert await gateway.database.fetchval("SELECT count(*) FROM audit") == 1
+
+
+async def test_a_run_that_was_cut_short_is_taken_up_again(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    await called_chat(gateway, SECRET, **{"x-tidegate-subject": SUBJECT})
+    await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 1 FROM audit"), 5)
+    store = gateway.services.store
+    cut = await store.erase(Whose(None, SUBJECT), dry_run=False, within_s=0)
+    assert (cut.calls, cut.done) == (0, False)
+    whole = await store.erase(Whose(None, SUBJECT), dry_run=False, within_s=20)
+    assert (whole.calls, whole.done) == (1, True)
+
+
+async def erase(url: str, folder: Path, whose: Whose) -> EraseReport:
+    connections = Connections(url)
+    connections.start()
+    try:
+        blobs = Blobs.from_url("", folder)
+        return await Eraser(connections, blobs, folder / "spill", whose).run()
+    finally:
+        await connections.aclose()
+
+
+async def spilled(gateway: Gateway, folder: Path) -> None:
+    """What a process of another host left on its disk, of a call about the subject and another."""
+    await called_chat(gateway, SECRET, **{"x-tidegate-subject": SUBJECT})
+    row = await wait_until(lambda: gateway.database.fetchrow("SELECT * FROM audit"), 5)
+    spill = Spill(folder, 1_000_000)
+    for subject in (SUBJECT, "another"):
+        new = {**row, "id": new_id(), "request_id": new_id(), "subject": subject, "failure": None}
+        new = {name: str(value) if name.endswith("id") else value for name, value in new.items()}
+        entry: Json = {"op": "relay", "row": new, "attempt": None, "files": [], "bodies": []}
+        await spill.keep(entry)
+    spill.close()
+
+
+@pytest.mark.parametrize("reached", [True, False])
+async def test_what_waits_on_a_disk_is_erased_or_dropped_when_it_is_written(
+    open_gateway: Opener, database_url: str, tmp_path: Path, reached: bool
+) -> None:
+    gateway = await open_gateway(worker=False)
+    folder = tmp_path / "there"
+    await spilled(gateway, folder / "spill")
+    whose = Whose(None, SUBJECT)
+    report = await erase(database_url, folder if reached else tmp_path / "here", whose)
+    assert report.spilled == (1 if reached else 0)
+    store = Store.from_url(
+        database_url,
+        instance_id="later",
+        blobs=Blobs.from_url("", folder),
+        spill_dir=folder / "spill",
+        spill_max_bytes=1_000_000,
+        audit_full="block",
+        claim_lease_ms=1_000,
+    )
+    await store.start()
+    left = "SELECT array_agg(subject) FROM audit"
+    try:
+        await wait_until(lambda: not list((folder / "spill").glob("*.spill")), 10, "the replay")
+        assert await gateway.database.fetchval(left) == ["another"]
+    finally:
+        await store.aclose()
+
+
+async def test_wrong_subjects_are_refused(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    for path in ("/submit", "/stream"):
+        for wrong in ("", " ", "x" * 201, "a\nb", 7):
+            body = {"data": "Why?", "subject": wrong}
+            status, problem = await ask(gateway, "POST", path, {}, body)
+            assert (status, problem["field"]) == (400, "subject"), wrong
+    assert await gateway.database.fetchval("SELECT count(*) FROM requests") == 0
+
+
+def _today() -> tuple[date, date]:
+    today = datetime.now(UTC).date()
+    return today, today

@@ -1,0 +1,123 @@
+"""Totals are what the audit comes to, whatever became of the connections that wrote both."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from random import Random
+from typing import Any
+
+import asyncpg
+
+from tests.integration.store.conftest import MakeStore
+from tests.integration.store.jobs import new_job, now, result
+from tests.waiting import wait_until, work_for
+from tidegate.call import NO_CHARGE, UNKNOWN_CHARGE, Charge, Usage, UsageState, new_id
+from tidegate.store.records import StreamRecord
+from tidegate.store.relayed import RelayRecord
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+
+CHARGES = (
+    Charge(UsageState.TOLD, Usage(5, 9, 2, 1, 17), None, 100),
+    Charge(UsageState.PARTIAL, Usage(5, 3), None, 40),
+    Charge(UsageState.ESTIMATED, Usage(7, 2), 1, None),
+    UNKNOWN_CHARGE,
+    NO_CHARGE,
+)
+SUMS = """
+    SELECT tenant_id, (finished_at AT TIME ZONE 'UTC')::date AS day, coalesce(model, '') AS model,
+        pool, count(*) AS requests,
+        coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
+        coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
+        coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
+        coalesce(sum(thoughts_tokens), 0)::bigint AS thoughts_tokens,
+        coalesce(sum(images), 0)::bigint AS images,
+        coalesce(sum(cost_micros), 0)::bigint AS cost_micros,
+        count(*) FILTER (WHERE cost_micros IS NULL AND usage_state <> 'unknown') AS unpriced,
+        count(*) FILTER (WHERE usage_state = 'partial') AS partial,
+        count(*) FILTER (WHERE usage_state = 'estimated') AS estimated,
+        count(*) FILTER (WHERE usage_state = 'unknown') AS unknown
+    FROM audit GROUP BY 1, 2, 3, 4
+"""
+
+
+def record(number: int, **overrides: Any) -> RelayRecord:
+    values: dict[str, Any] = {
+        "request_id": new_id(),
+        "tenant_id": f"t{number % 3}",
+        "pool": "gemini",
+        "endpoint": "/v1/chat/completions",
+        "status": Status.SUCCEEDED,
+        "http_status": 200,
+        "received_at": now(),
+        "finished_at": now() - timedelta(days=number % 2),
+        "request": b"{}",
+        "response": b"{}",
+        "model": None if number % 11 == 0 else f"m{number % 2}",
+        "charge": CHARGES[number % len(CHARGES)],
+    }
+    return RelayRecord(**{**values, **overrides})
+
+
+async def totals_are_the_sums(connection: asyncpg.Connection) -> int:
+    """How many requests they hold."""
+    theirs = {tuple(row.values()) for row in await connection.fetch(SUMS)}
+    ours = {tuple(row.values()) for row in await connection.fetch("SELECT * FROM usage_days")}
+    assert ours == theirs
+    count: int = await connection.fetchval(
+        "SELECT coalesce(sum(requests), 0)::bigint FROM usage_days"
+    )
+    return count
+
+
+async def test_a_batch_that_comes_twice_counts_once(store: Store, peek: asyncpg.Connection) -> None:
+    same = [record(number) for number in range(20)]
+    for one in (*same, *same, record(20)):
+        store.relayed.put(one)
+    await wait_until(lambda: peek.fetchval("SELECT count(*) = 21 FROM audit"), 5)
+    assert await totals_are_the_sums(peek) == 21
+
+
+async def test_totals_are_exact_though_connections_are_cut_in_the_middle(
+    database_url: str, make_store: MakeStore, peek: asyncpg.Connection
+) -> None:
+    stores = [await make_store(database_url) for _ in range(2)]
+    written, chance = asyncio.Event(), Random(5)
+
+    async def cut() -> None:
+        while not written.is_set():
+            await work_for(chance.random() * 0.03)
+            await peek.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'tidegate' AND datname = current_database()"
+                " AND random() < 0.5"
+            )
+
+    async def write(store: Store) -> None:
+        for number in range(60):
+            for one in range(10):
+                store.relayed.put(record(number + one))
+            done = result(charge=CHARGES[number % len(CHARGES)])
+            job = new_job(f"{number}", tenant_id=f"t{number % 3}")
+            await store.record_stream(StreamRecord(job, Status.SUCCEEDED, now(), done))
+            await work_for(0.01)
+
+    cutting = asyncio.create_task(cut())
+    await asyncio.gather(*(write(store) for store in stores))
+    written.set()
+    await cutting
+    wanted = 2 * 60 * 11
+    await wait_until(lambda: peek.fetchval(f"SELECT count(*) = {wanted} FROM audit"), 20)
+    assert await totals_are_the_sums(peek) == wanted
+
+
+async def test_jobs_count_when_they_end_and_once(store: Store, peek: asyncpg.Connection) -> None:
+    await store.submit(new_job())
+    (job,) = await store.claim(pool="gemini", kind=new_job().classification.kind, limit=1)
+    await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+    for _ in range(2):  # a repeat, as after a reply that was lost
+        await store.finish(job, Status.SUCCEEDED, result(charge=CHARGES[0]))
+    assert await totals_are_the_sums(peek) == 1
+    (total,) = await store.usage.totals(("model",), now().date(), now().date())
+    assert (total.model, total.cost_micros) == ("gemini-test", 100)

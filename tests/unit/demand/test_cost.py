@@ -1,0 +1,75 @@
+"""What calls cost: sums that were worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.call import Usage, UsageState
+from tidegate.demand.cost import Prices, Rates, charge_of, cost_micros, estimated_charge
+from tidegate.demand.estimator import Estimator
+from tidegate.demand.pieces import pieces_of_text
+from tidegate.policy.upstreams import Price, Upstream
+
+FLASH = Price(input=0.30, output=2.50, cached=0.075)
+PICTURES = Price(input=0.30, output=2.50, image=0.039)
+
+
+@pytest.mark.parametrize(
+    ("price", "usage", "images", "micros"),
+    [
+        (FLASH, Usage(1_000_000, 0), None, 300_000),
+        (FLASH, Usage(0, 1_000_000), None, 2_500_000),
+        # 60 fresh at 0.3, 40 cached at 0.075, 10 of output with 5 of thoughts at 2.5
+        (FLASH, Usage(100, 10, 5, 40, 155), None, 18 + 3 + 38),  # 37.5
+        (Price(input=0.30, output=2.50), Usage(100, 10, None, 40), None, 30 + 25),  # as input
+        (Price(input=0.1, output=0.4), Usage(1, 0), None, 0),  # a tenth of a millionth
+        (Price(input=0.1, output=0.4), Usage(5, 0), None, 1),  # a half: up
+        (Price(input=0.1, output=0.4), Usage(3, 1), None, 1),  # 0.3 + 0.4: rounded once
+        (PICTURES, Usage(10, 2_580), 2, 3 + 78_000),  # its LLM tokens are the pictures
+        (PICTURES, Usage(10, 2_580, 4), 2, 3 + 10 + 78_000),
+        (FLASH, Usage(10, 1_290), 1, 3 + 3_225),  # no price a picture: as output
+        (FLASH, Usage(10, None, None, None, 30), None, 3 + 50),  # the output from the total
+        (FLASH, Usage(10, None), None, None),
+        (FLASH, Usage(), None, None),
+        (Price(input=0.3), Usage(10, 0), None, 3),  # what was not used needs no price
+        (Price(input=0.3), Usage(10, 1), None, None),
+    ],
+)
+def test_costs(price: Price, usage: Usage, images: int | None, micros: int | None) -> None:
+    assert cost_micros(Rates.of(price), usage, images) == micros
+
+
+def test_sums_are_exact_where_floats_are_not() -> None:
+    rates = Rates.of(Price(input=0.1, output=0.2))
+    assert cost_micros(rates, Usage(3 * 10**15, 3 * 10**15), None) == 9 * 10**14
+
+
+def test_the_price_is_of_the_pattern_that_names_the_model_most_closely() -> None:
+    dear = Price(input=5.0)
+    upstream = Upstream("u", {}, "key", prices={"*": Price(input=1.0), "gemini-2.5-*": dear})
+    prices = Prices(upstream)
+    assert prices.of("gemini-2.5-pro") == prices.of("gemini-2.5-pro") == Rates.of(dear)
+    assert prices.of("else") == Rates.of(Price(input=1.0))
+    assert Prices(Upstream("u", {}, "key")).of("m") is None
+    assert cost_micros(None, Usage(1, 1), None) is None
+
+
+def test_the_state_says_how_far_it_is_known() -> None:
+    rates = Rates.of(FLASH)
+    assert charge_of(rates, Usage(1, 2), None, whole=True).state is UsageState.TOLD
+    assert charge_of(rates, Usage(1, 2), None, whole=False).state is UsageState.PARTIAL
+    unknown = charge_of(rates, Usage(), None, whole=True)
+    assert (unknown.state, unknown.cost_micros) == (UsageState.UNKNOWN, None)
+    alone = charge_of(Rates.of(PICTURES), Usage(), 2, whole=True)
+    assert (alone.state, alone.cost_micros) == (UsageState.UNKNOWN, 78_000)
+
+
+def test_an_estimate_is_of_what_came_and_never_more_than_was_reserved() -> None:
+    estimate = Estimator().of_pieces(
+        "m", "text_only", pieces_of_text("x" * 400), max_output_tokens=50
+    )
+    little = estimated_charge(Rates.of(FLASH), estimate, "y" * 40)
+    assert (little.state, little.usage.output_tokens) == (UsageState.ESTIMATED, 10)
+    assert little.usage.input_tokens == estimate.expected_input_tokens
+    much = estimated_charge(Rates.of(FLASH), estimate, "y" * 100_000)
+    assert much.usage.output_tokens == estimate.output_tokens == 50
