@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime
 from random import random
@@ -53,6 +53,8 @@ _LONGEST_PAUSE_S = 8.0
 
 log = get_logger()
 
+Begun = Callable[[Permit | None], Awaitable[None]]
+
 
 class Relay:
     """One per process, over the limiters of all pools."""
@@ -72,9 +74,13 @@ class Relay:
         self._hard_ms = config.total_timeout_ms + _HARD_MARGIN_MS
         self._models = Models(wire)
 
-    async def run(self, call: NativeCall, out: Out, life: Life) -> None:
+    async def run(
+        self, call: NativeCall, out: Out, life: Life, on_admitted: Begun | None = None
+    ) -> None:
         """Make the call; its answer goes to `out` as it comes, and `life` is filled.
 
+        `on_admitted` is called before each try upstream, under its permit; what it raises ends the
+        call, and nothing was sent. Without `out.started` a try that broke off is made again.
         Raises CallFailed for what the last upstream said, and our own errors for what came before;
         after `out.started` nothing more can be told to the client but that it failed. Cancellation
         leaves neither a waiter nor an open upstream call.
@@ -90,7 +96,7 @@ class Relay:
             life.model, life.streams = asked.model, asked.streams
             life.kind = asked.kind if call.endpoint.operation.is_counted else None
         self._budget.earn()
-        work = _Work(self, call, body, asked, out, life)
+        work = _Work(self, call, body, asked, out, life, on_admitted)
         await work.until_answered(self._chain(call, asked))
 
     async def _listed(self, call: NativeCall, out: Out, life: Life) -> bool:
@@ -210,7 +216,9 @@ class _Work:
         asked: Asked | None,
         out: Out,
         life: Life,
+        on_admitted: Begun | None,
     ) -> None:
+        self._on_admitted = on_admitted
         self._relay = relay
         self._call = call
         self._body = body
@@ -304,6 +312,8 @@ class _Work:
             if life.tries == 1:
                 life.queue_ms = permit.waited_ms
             await permit.confirm()
+        if self._on_admitted is not None:
+            await self._on_admitted(permit)
         started = time.perf_counter()
         outcome = Outcome.IGNORED
         try:

@@ -15,7 +15,7 @@ SELECT r.id, r.tenant_id, r.source, r.status, r.kind, r.classified_by, r.classif
     r.model, r.used_model, r.priority, r.attempts, r.created_at, r.admitted_at, r.finished_at,
     r.not_before, r.deadline_at, r.queue_ms, r.upstream_ms, r.result, r.input_tokens,
     r.output_tokens, r.thoughts_tokens, r.cached_tokens, r.total_tokens, r.finish_reason,
-    r.failure, r.version, r.webhook_url, CASE WHEN r.status = 'queued' THEN 1 + (
+    r.failure, r.version, r.webhook_url, r.endpoint, CASE WHEN r.status = 'queued' THEN 1 + (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
             AND q.lane = r.lane AND q.priority > r.priority
