@@ -25,6 +25,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
+from tidegate.jobs.batch_runner import BatchRunner
 from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.retry import retry_wait_ms
 from tidegate.jobs.stages import Stage, Stages, Tasks
@@ -66,6 +67,7 @@ class Worker:
         self, *, config: Config, store: Store, blobs: Blobs, pipeline: Pipeline, relay: Relay
     ) -> None:
         self._relay = relay
+        self._batches = BatchRunner(config, store, blobs, relay)
         self._config = config
         self._store = store
         self._blobs = blobs
@@ -93,12 +95,14 @@ class Worker:
             self._forever(self._heed_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
+        batches = asyncio.create_task(self._batches.run(stop))
         try:
             await stop.wait()
         finally:
             # The heartbeat goes on while the last jobs finish, or their claims would lapse.
             await self._close_feeders(tasks[: len(self._feeders)])
             await self._drain()
+            await batches
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -55,6 +55,7 @@ async def _make_ahead(connection: asyncpg.Connection) -> None:
 async def prune(connections: Connections, blobs: Blobs, retention_days: int) -> PruneReport:
     cutoff = datetime.now(UTC).date() - timedelta(days=retention_days)
     requests, files = await _prune_requests(connections, blobs, cutoff)
+    files += await _prune_batches(connections, blobs, cutoff)
     dropped, skipped, bodies = await _prune_partitions(connections, blobs, cutoff)
     orphans = await _sweep_orphans(connections, blobs, cutoff)
     report = PruneReport(requests, files + bodies + orphans, dropped, skipped)
@@ -94,6 +95,35 @@ async def _prune_requests(connections: Connections, blobs: Blobs, cutoff: date) 
 
     await connections.run(forget, timeout_ms=_TIMEOUT_MS)
     return requests, files
+
+
+async def _prune_batches(connections: Connections, blobs: Blobs, cutoff: date) -> int:
+    """Batches that have long ended, and files that nobody has yet to read; returns the files."""
+    before = datetime.combine(cutoff, time.min, UTC)
+    files = 0
+
+    async def ended(connection: asyncpg.Connection) -> int:
+        found = await connection.fetch(sql("batches_ended_before"), before, _BATCH)
+        await connection.execute(sql("delete_batches"), [row["id"] for row in found])
+        return len(found)
+
+    while await connections.run(ended, timeout_ms=_TIMEOUT_MS):
+        continue
+
+    async def old(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+        found: list[asyncpg.Record] = await connection.fetch(sql("old_batch_files"), before, _BATCH)
+        return found
+
+    while found := await connections.run(old, timeout_ms=_TIMEOUT_MS):
+        await blobs.delete([row["blob_key"] for row in found])
+        ids = [row["id"] for row in found]
+
+        async def forget(connection: asyncpg.Connection, ids: list[UUID] = ids) -> None:
+            await connection.execute(sql("delete_batch_files"), ids)
+
+        await connections.run(forget, timeout_ms=_TIMEOUT_MS)
+        files += len(ids)
+    return files
 
 
 async def _prune_partitions(

@@ -386,4 +386,6 @@ DELETE FROM workers w WHERE seen_at < $1 AND NOT EXISTS (
 -- name: blobs_in_use
 -- Which of these blobs are still referred to.
 SELECT blob_key FROM files WHERE blob_key = ANY($1::text[]) UNION ALL
-SELECT blob_key FROM bodies WHERE blob_key = ANY($1::text[])
+SELECT blob_key FROM bodies WHERE blob_key = ANY($1::text[]) UNION ALL
+SELECT blob_key FROM batch_files WHERE blob_key = ANY($1::text[]) UNION ALL
+SELECT input_blob FROM batches WHERE input_blob = ANY($1::text[]) AND status = 'validating'
