@@ -59,6 +59,7 @@ async def run_worker(config: Config, stop: asyncio.Event) -> None:
             store=services.store,
             blobs=services.blobs,
             pipeline=services.pipeline,
+            relay=services.relay,
         )
         sending = asyncio.create_task(_send_webhooks(config, services.store))
         try:
@@ -80,8 +81,6 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
     Starts even when Valkey or PostgreSQL is away: they are reconnected to.
     """
     wanted, others = deployed(config), deployed_upstreams(config)
-    if role != "api":  # nobody asks a worker for anything but jobs, which are the pool gemini's
-        others = others.only(DEFAULT_POOL)
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
@@ -102,7 +101,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             processor=processor,
             blobs=blobs,
             fetcher=_fetcher_of(config),
-            prices=Prices(others.only(DEFAULT_POOL).upstreams[0]),
+            prices=Prices(others.upstreams[0]),  # the account of GEMINI_* comes first
         )
         gate = Gate(store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms)
         budgets = BudgetGate(store.usage, store.spending)

@@ -32,10 +32,17 @@ class Body:
     has gone. Cancelling it is safe; the body cannot be read on afterwards.
     """
 
-    def __init__(self, request: Request, config: Config, *, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        config: Config,
+        *,
+        pace: Pace | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
         """Raises PayloadTooLarge at once when the announced length is over the limit."""
         self.received_bytes = 0
-        self._max_bytes = config.max_body_bytes
+        self._max_bytes = config.max_body_bytes if max_bytes is None else max_bytes
         self._pace = pace or Pace(silence_ms=config.receive_timeout_ms)
         self._stream = request.stream()
         self._waited_s = 0.0

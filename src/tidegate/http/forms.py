@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Never
@@ -47,6 +47,10 @@ class Submission:
     webhook_url: str | None = None
     subject: str | None = None
     digests: tuple[str, ...] = ()  # SHA-256 of each attachment, where they were asked for
+    endpoint: str | None = None  # of a native call; `prompt` is then its body, as JSON
+
+
+Wrapped = Callable[[Mapping[str, Any], Config], Submission]
 
 
 async def read_submission(
@@ -58,11 +62,12 @@ async def read_submission(
     pace: Pace | None = None,
     as_job: bool = False,
     digests: bool = False,
+    wrapped: Wrapped | None = None,
 ) -> Submission:
     """Read, check and keep one request.
 
     `as_job`: whether it is one that others may be told the end of. `digests`: whether to take those
-    of its files.
+    of its files. `wrapped` reads a JSON body that names an `endpoint`.
 
     The files of the Submission are in `blobs`; a caller that does not go on to record it deletes
     them. Raises InvalidRequest, PayloadTooLarge, UnsupportedMedia, FetchRefused, RequestTimeout,
@@ -78,6 +83,8 @@ async def read_submission(
             values = from_form(form.values)
         elif kind == "json":
             values = _parse_json(await body.read(_text_body_bytes(config), field="body"))
+            if wrapped is not None and "endpoint" in values:
+                return wrapped(values, config)
         else:
             values = from_form(
                 _parse_pairs(await body.read(_text_body_bytes(config), field="body"))

@@ -61,6 +61,7 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
         "deadline_ms": submission.deadline_ms,
         "webhook_url": submission.webhook_url,
         "subject": submission.subject,
+        "endpoint": submission.endpoint,
         "files": [
             [file.name, file.mime_type, digest]
             for file, digest in zip(submission.attachments, submission.digests, strict=True)

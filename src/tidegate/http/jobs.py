@@ -15,7 +15,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from tidegate.call import Caller, new_id
+from tidegate.call import Caller, Classification, ClassifiedBy, new_id
 from tidegate.errors import (
     Forbidden,
     IdempotencyConflict,
@@ -31,7 +31,9 @@ from tidegate.http.live import LIVE, live_status, wants_events
 from tidegate.http.problems import REQUEST_ID_HEADER, Problem
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import Accepted, StatusView, accepted, status_view
+from tidegate.http.wrapped import wrapped_submission
 from tidegate.pipeline import Ask
+from tidegate.relay.paths import dialect_of
 from tidegate.store.records import Earlier, NewJob
 
 _MAX_WAIT_S = 60
@@ -82,7 +84,12 @@ _WEBHOOK: dict[str, Any] = {
         "type": "string",
         "format": "uri",
         "description": "Is told of the end, signed: see docs/jobs.md. Needs WEBHOOK_SECRET",
-    }
+    },
+    "endpoint": {
+        "type": "string",
+        "description": "A native path, such as /v1/chat/completions, instead of a prompt",
+    },
+    "body": {"type": "object", "description": "What goes to `endpoint`"},
 }
 _EXAMPLES = {
     "text": {"value": {"data": "Explain the importance of cybersecurity."}},
@@ -146,7 +153,12 @@ async def submit(request: Request) -> Response:
     key = key_of(request)
     caller = await payer_of(request)
     submission = await read_submission(
-        request, services.config, services.blobs, as_job=True, digests=key is not None
+        request,
+        services.config,
+        services.blobs,
+        as_job=True,
+        digests=key is not None,
+        wrapped=wrapped_submission,
     )
     job = _new_job(submission, services, received, caller, key)
     taken = await _submitted(job, submission, services, caller)
@@ -201,7 +213,7 @@ def _new_job(
         request_id=new_id(),
         created_at=received,
         prompt=submission.prompt,
-        classification=services.pipeline.first_look(ask_of(submission, caller)),
+        classification=_classified(submission, services, caller),
         attachments=submission.attachments,
         image_uri=submission.image_uri,
         model=submission.model,
@@ -211,7 +223,17 @@ def _new_job(
         once=idempotency_of(key, submission),
         webhook_url=submission.webhook_url,
         subject=submission.subject,
+        endpoint=submission.endpoint,
     )
+
+
+def _classified(submission: Submission, services: Services, caller: Caller) -> Classification:
+    """The kind as far as it is known. Raises NotFound where nobody serves a native call."""
+    if submission.endpoint is None:
+        return services.pipeline.first_look(ask_of(submission, caller))
+    dialect = dialect_of(submission.endpoint, frozenset(), b"")
+    services.relay.targets.of(dialect, submission.model or "")
+    return Classification(submission.kind, ClassifiedBy.BODY, submission.endpoint)
 
 
 @router.get(

@@ -28,6 +28,7 @@ from tidegate.http import (
     usage,
 )
 from tidegate.http.access import AccessLog
+from tidegate.http.batches import batches, is_batch_path
 from tidegate.http.native import native
 from tidegate.http.openapi import described
 from tidegate.http.problems import Handler
@@ -55,10 +56,15 @@ class Gateway(FastAPI):
         super().__init__(**named)
         handlers = {"/submit": jobs.submit, "/stream": stream.stream}
         direct = {f"{prefix}{path}": h for path, h in handlers.items() for prefix in ("", "/llm")}
+        self._batches = AccessLog(batches)
         self._direct = {path: AccessLog(self._called(handler)) for path, handler in direct.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and is_native(scope["path"]):
+            if is_batch_path(scope):
+                scope["app"] = self
+                await self._batches(scope, receive, send)
+                return
             await native(self.state.services, scope, receive, send)
             return
         if scope["type"] == "http" and scope["method"] == "POST":

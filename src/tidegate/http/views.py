@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
@@ -136,6 +137,9 @@ class StatusView(Classified):
         default=None, description="Length of the call to the provider"
     )
     text: str | None = None
+    answer: Any = Field(
+        default=None, description="Of a job with an `endpoint`: the provider's answer, verbatim"
+    )
     images: list[FileView] = []
     files: list[FileView] = Field(default=[], description="What was uploaded")
     usage: UsageView | None = None
@@ -209,7 +213,8 @@ def status_view(record: RequestRecord, prefix: str) -> StatusView:
         retry_at=record.not_before if record.status is Status.QUEUED else None,
         queue_ms=_rounded(record.queue_ms),
         upstream_ms=_rounded(record.upstream_ms),
-        text=record.text,
+        text=record.text if record.endpoint is None else None,
+        answer=_answer(record),
         images=files["output"],
         files=files["input"],
         usage=usage_view(record.usage),
@@ -228,6 +233,15 @@ def status_view(record: RequestRecord, prefix: str) -> StatusView:
         classified_by=_decider(record.classification),
         classified_why=record.classification.reason,
     )
+
+
+def _answer(record: RequestRecord) -> Any:
+    if record.endpoint is None or not record.text:
+        return None
+    try:
+        return orjson.loads(record.text)
+    except orjson.JSONDecodeError:
+        return record.text
 
 
 def item_view(listed: Listed, prefix: str) -> RequestItem:

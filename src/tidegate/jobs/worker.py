@@ -25,11 +25,14 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
+from tidegate.jobs.batch_runner import BatchRunner
 from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.retry import retry_wait_ms
 from tidegate.jobs.stages import Stage, Stages, Tasks
+from tidegate.jobs.wrapped import run_wrapped
 from tidegate.limiter import Permit
 from tidegate.pipeline import Ask, Attempt, Pipeline, attempt_result
+from tidegate.relay.spine import Relay
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.cancels import CANCELLED
 from tidegate.store.records import AttemptResult, ClaimedJob, Failure, OutputFile
@@ -60,7 +63,11 @@ log = get_logger()
 class Worker:
     """One process's share of the queue."""
 
-    def __init__(self, *, config: Config, store: Store, blobs: Blobs, pipeline: Pipeline) -> None:
+    def __init__(
+        self, *, config: Config, store: Store, blobs: Blobs, pipeline: Pipeline, relay: Relay
+    ) -> None:
+        self._relay = relay
+        self._batches = BatchRunner(config, store, blobs, relay)
         self._config = config
         self._store = store
         self._blobs = blobs
@@ -88,12 +95,14 @@ class Worker:
             self._forever(self._heed_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
+        batches = asyncio.create_task(self._batches.run(stop))
         try:
             await stop.wait()
         finally:
             # The heartbeat goes on while the last jobs finish, or their claims would lapse.
             await self._close_feeders(tasks[: len(self._feeders)])
             await self._drain()
+            await batches
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -180,17 +189,24 @@ class Worker:
         attempt = Attempt(waiting_since=since)
         model = job.model or self._config.model_for(kind)
 
-        async def admitted(permit: Permit) -> None:
+        async def admitted(permit: Permit | None) -> None:
             self._stages.enter(job, Stage.CALLING)
-            await self._store.running(
-                job, model=model, fence=permit.fence, queue_ms=attempt.queue_ms
+            fence = (0, 0) if permit is None else permit.fence
+            await self._store.running(job, model=model, fence=fence, queue_ms=attempt.queue_ms)
+
+        async def run(left_ms: int | None) -> None:
+            if job.endpoint is not None:
+                await run_wrapped(self._relay, job, attempt, admitted, deadline_ms=left_ms)
+                return
+            media = await self._pipeline.media(_ask_of(job))
+            call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
+            await self._pipeline.run(
+                call, attempt, _ignore, deadline_ms=left_ms, on_admitted=admitted
             )
 
         failure: TidegateError | None = None
         try:
-            media = await self._pipeline.media(_ask_of(job))
-            call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
-            await self._run_when_recorded(job, call, attempt, admitted)
+            await self._run_when_recorded(job, kind, attempt, run)
         except ClaimLost:
             return
         except TidegateError as error:
@@ -210,19 +226,17 @@ class Worker:
     async def _run_when_recorded(
         self,
         job: ClaimedJob,
-        call: Call,
+        kind: Kind,
         attempt: Attempt,
-        admitted: Callable[[Permit], Awaitable[None]],
+        run: Callable[[int | None], Awaitable[None]],
     ) -> None:
         """Run the call; while PostgreSQL is away the permit goes back and is asked for again."""
         while True:
             left_ms = _left_ms(job)
             if left_ms is not None and left_ms <= 0:
-                raise DeadlineExceeded("its deadline came while it waited", limit=call.kind.limit)
+                raise DeadlineExceeded("its deadline came while it waited", limit=kind.limit)
             try:
-                await self._pipeline.run(
-                    call, attempt, _ignore, deadline_ms=left_ms, on_admitted=admitted
-                )
+                await run(left_ms)
                 return
             except StoreUnavailable:
                 self._stages.leave(job)

@@ -102,10 +102,6 @@ class Deployment:
     routes: tuple[Route, ...] = ()
     policies: Mapping[str, PoolPolicy] = field(default_factory=dict)
 
-    def only(self, name: str) -> Deployment:
-        """The same without the other upstreams."""
-        return Deployment(tuple(one for one in self.upstreams if one.name == name))
-
 
 def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret) -> Deployment:
     """`secret` gives the value of a variable, empty where it is not set. Raises ConfigError."""

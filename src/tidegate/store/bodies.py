@@ -32,6 +32,8 @@ def request_body(
 
 
 def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
+    if job.endpoint is not None:
+        return {"endpoint": job.endpoint, "body": job.prompt}
     files = [
         {
             "file_id": file.file_id,

@@ -55,6 +55,11 @@ class Claims:
         self._runs: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 500)
 
     @property
+    def may_judge(self) -> bool:
+        """Whether this process may take back what others had."""
+        return self._steadiness.may_judge
+
+    @property
     def held(self) -> int:
         return len(self._held)
 

@@ -63,6 +63,7 @@ async def prune(connections: Connections, blobs: Blobs, retention_days: int) -> 
     for tenant, cutoff in wanted.own.items():
         more = await _prune_requests(connections, blobs, cutoff, "prune_candidates_of", tenant)
         requests, files = requests + more[0], files + more[1]
+    files += await _prune_batches(connections, blobs, wanted.cutoff)
     await _forget(connections, wanted.cutoff)
     dropped, skipped, bodies = await _prune_partitions(connections, blobs, wanted)
     orphans = await _sweep_orphans(connections, blobs, wanted.cutoff)
@@ -105,6 +106,35 @@ async def _forget(connections: Connections, cutoff: date) -> None:
         await connection.execute(sql("forget_native_keys"))
 
     await connections.run(forget, timeout_ms=_TIMEOUT_MS)
+
+
+async def _prune_batches(connections: Connections, blobs: Blobs, cutoff: date) -> int:
+    """Batches that have long ended, and files that nobody has yet to read; returns the files."""
+    before = datetime.combine(cutoff, time.min, UTC)
+    files = 0
+
+    async def ended(connection: asyncpg.Connection) -> int:
+        found = await connection.fetch(sql("batches_ended_before"), before, _BATCH)
+        await connection.execute(sql("delete_batches"), [row["id"] for row in found])
+        return len(found)
+
+    while await connections.run(ended, timeout_ms=_TIMEOUT_MS):
+        continue
+
+    async def old(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+        found: list[asyncpg.Record] = await connection.fetch(sql("old_batch_files"), before, _BATCH)
+        return found
+
+    while found := await connections.run(old, timeout_ms=_TIMEOUT_MS):
+        await blobs.delete([row["blob_key"] for row in found])
+        ids = [row["id"] for row in found]
+
+        async def forget(connection: asyncpg.Connection, ids: list[UUID] = ids) -> None:
+            await connection.execute(sql("delete_batch_files"), ids)
+
+        await connections.run(forget, timeout_ms=_TIMEOUT_MS)
+        files += len(ids)
+    return files
 
 
 async def _prune_partitions(

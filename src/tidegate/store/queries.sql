@@ -15,7 +15,7 @@ SELECT r.id, r.tenant_id, r.source, r.status, r.kind, r.classified_by, r.classif
     r.model, r.used_model, r.priority, r.attempts, r.created_at, r.admitted_at, r.finished_at,
     r.not_before, r.deadline_at, r.queue_ms, r.upstream_ms, r.result, r.input_tokens,
     r.output_tokens, r.thoughts_tokens, r.cached_tokens, r.total_tokens, r.finish_reason,
-    r.failure, r.version, r.webhook_url, CASE WHEN r.status = 'queued' THEN 1 + (
+    r.failure, r.version, r.webhook_url, r.endpoint, CASE WHEN r.status = 'queued' THEN 1 + (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
             AND q.lane = r.lane AND q.priority > r.priority
@@ -349,4 +349,6 @@ DELETE FROM workers w WHERE seen_at < $1 AND NOT EXISTS (
 -- name: blobs_in_use
 -- Which of these blobs are still referred to.
 SELECT blob_key FROM files WHERE blob_key = ANY($1::text[]) UNION ALL
-SELECT blob_key FROM bodies WHERE blob_key = ANY($1::text[])
+SELECT blob_key FROM bodies WHERE blob_key = ANY($1::text[]) UNION ALL
+SELECT blob_key FROM batch_files WHERE blob_key = ANY($1::text[]) UNION ALL
+SELECT input_blob FROM batches WHERE input_blob = ANY($1::text[]) AND status = 'validating'

@@ -7,7 +7,8 @@ When the row says full it is counted again, at most every half second and a twen
 Invariant: room is never given twice, so a cap is kept whatever the number of processes, but for
 jobs that another process is committing in the very moment of a count. What has left the queue may
 be noticed as late as the next count: then a job is refused that would have had room. Counted are
-jobs that are ready to be taken up, not those that a worker has or that wait for their next try.
+jobs that are ready to be taken up, not those that a worker has or that wait for their next try; and
+lines of batches until they have ended, with the bytes of the whole batch.
 """
 
 from __future__ import annotations
@@ -158,10 +159,12 @@ class Queued:
         row = await connection.fetchrow(sql(name), tenant, self._pool, _LANES, _MOST_COUNTED)
         # Those that this process is committing may be there already: they count twice then, until
         # the next count.
-        room.jobs = row["jobs"] + self._submitting[tenant]
+        lines = await connection.fetchrow(sql("queued_of_batches"), tenant)
+        room.jobs = row["jobs"] + lines["jobs"] + self._submitting[tenant]
         room.size_bytes = _UNKNOWN
         if caps.most_queued_bytes is not None:
-            room.size_bytes = row["size_bytes"] + self._submitting_bytes[tenant]
+            in_all = row["size_bytes"] + lines["size_bytes"]
+            room.size_bytes = in_all + self._submitting_bytes[tenant]
         return (time.monotonic() - began) * 1000
 
 

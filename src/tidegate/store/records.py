@@ -54,7 +54,10 @@ class Idempotency:
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A submitted request, before it is durable. `classification.kind` is None while unsure."""
+    """A submitted request, before it is durable. `classification.kind` is None while unsure.
+
+    endpoint: the native path that it wraps a call of; `prompt` is then the body, as JSON.
+    """
 
     request_id: UUID
     created_at: datetime
@@ -70,6 +73,7 @@ class NewJob:
     once: Idempotency | None = None
     webhook_url: str | None = None
     subject: str | None = None
+    endpoint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ class ClaimedJob:
     deadline_at: datetime | None
     tenant_id: str
     pool: str
+    endpoint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +206,7 @@ class RequestRecord:
     version: int  # grows with every change; what a long poll waits for
     files: tuple[FileRecord, ...] = ()
     webhook: WebhookRecord | None = None
+    endpoint: str | None = None  # of a job that wraps a native call; `text` is the answer's body
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,7 @@ class RelayRecord:
     streamed: bool = False
     key_id: str | None = None
     subject: str | None = None
+    source: str = SOURCE  # or `batch`, for a line of one
 
     @property
     def size_bytes(self) -> int:
@@ -221,7 +222,7 @@ class RelayLog:
         usage = (rows.count_of(getattr(charge.usage, column)) for column in _USAGE)
         return (
             *(record.request_id, record.received_at, record.request_id, record.tenant_id),
-            *(record.pool, SOURCE, record.status.value, record.kind, "body", ""),
+            *(record.pool, record.source, record.status.value, record.kind, "body", ""),
             *(record.priority, _text(record.model), _text(record.response_id), record.tries, 0),
             *(self._instance_id, record.received_at, record.admitted_at, record.finished_at),
             *(record.queue_ms, record.upstream_ms, *usage, _text(record.finish_reason)),

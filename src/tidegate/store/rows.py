@@ -92,6 +92,8 @@ def job_row(job: NewJob) -> Json:
     }
     if job.once is not None:
         row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
+    if job.endpoint is not None:
+        row["endpoint"] = job.endpoint
     if job.webhook_url is not None:
         row["webhook_url"] = job.webhook_url
     if job.subject is not None:
@@ -263,6 +265,7 @@ def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:
         deadline_at=row["deadline_at"],
         tenant_id=row["tenant_id"],
         pool=row["pool"],
+        endpoint=row["endpoint"],
     )
 
 
@@ -293,6 +296,7 @@ def request_record(
         version=row["version"],
         files=tuple(file_record(file) for file in files),
         webhook=webhook,
+        endpoint=row["endpoint"],
     )
 
 

@@ -19,6 +19,8 @@ import asyncpg
 from tidegate.call import Classification, Kind
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store import entries, rows
+from tidegate.store.batch_lines import BatchLines
+from tidegate.store.batches import Batches
 from tidegate.store.bell import Bell
 from tidegate.store.blobs import Blobs
 from tidegate.store.cancels import Cancels
@@ -95,6 +97,13 @@ class Store:
             instance_id=instance_id,
             when_full=audit_full,
             spending=self.spending,
+        )
+        self.batches = Batches(connections, self._bell, instance_id)
+        self.batch_lines = BatchLines(
+            connections,
+            instance_id=instance_id,
+            lease_ms=claim_lease_ms,
+            may_judge=lambda: self._claims.may_judge,
         )
         self.native_keys = NativeKeys(connections)
         self.policies = Policies(connections)

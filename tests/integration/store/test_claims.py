@@ -238,7 +238,7 @@ async def test_no_hot_statement_scans_the_queue(
         "cancel_returned": ["{}"],
         "list_requests": [*LISTED, None, None, None, None, 51, 51],
         "list_reach": [*LISTED, 20_000],
-        "prune_candidates": [now() - timedelta(days=30), 500],
+        "prune_candidates": [now() - timedelta(days=30), 500, ["kept-longer"]],
     }
     for name, arguments in hot.items():
         transaction = long_queue.transaction()

@@ -1,0 +1,228 @@
+"""Calling the lines of batches: in the lowest priority, a window of them at a time.
+
+Invariant: a line is marked in PostgreSQL before its call and ended after it, both fenced by its
+claim; one that this process can't finish is handed back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+from tidegate.call import Caller
+from tidegate.config import Config
+from tidegate.errors import (
+    ClaimLost,
+    DeadlineExceeded,
+    LeaseLost,
+    LimiterUnavailable,
+    QueueFull,
+    ShuttingDown,
+    StoreUnavailable,
+    TidegateError,
+)
+from tidegate.jobs.retry import retry_wait_ms
+from tidegate.limiter import Permit
+from tidegate.relay.call import CallFailed, Life
+from tidegate.relay.detached import collected, detached_call
+from tidegate.relay.spine import Relay
+from tidegate.store.batch_lines import Line
+from tidegate.store.records import Failure
+from tidegate.store.relayed import RelayRecord
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+from tidegate.telemetry import Log, get_logger
+
+PRIORITY = -100
+WINDOW = 128
+MOST_BYTES = 32_000_000  # of the bodies that are claimed at a time
+_STRAYS_EVERY_S = 5.0
+_AWAY_S = 0.25
+_IDLE_MS = 500
+_AGAIN_MS = 500.0
+_LAST_RECORDS_S = 8.0
+# Says nothing of the line: it can be called later.
+_LATER = (
+    LimiterUnavailable,
+    QueueFull,
+    StoreUnavailable,
+    LeaseLost,
+    ShuttingDown,
+    DeadlineExceeded,  # the batch expires as a whole
+)
+
+log = get_logger()
+
+
+class LineCaller:
+    """One process's share of all lines. `tasks` are those under way."""
+
+    def __init__(self, config: Config, store: Store, relay: Relay) -> None:
+        self._config = config
+        self._store = store
+        self._relay = relay
+        self._tasks: dict[asyncio.Task[None], Line] = {}
+        self._calling: set[asyncio.Task[None]] = set()
+        self._freed = asyncio.Event()
+
+    async def feed(self) -> None:
+        """Claim lines and begin them, for ever."""
+        loop = asyncio.get_running_loop()
+        looked_at = loop.time()
+        while True:
+            free = WINDOW - len(self._tasks)
+            if free < WINDOW // 4:
+                self._freed.clear()
+                await self._freed.wait()
+                continue
+            if loop.time() - looked_at > _STRAYS_EVERY_S:
+                looked_at = loop.time()
+                await self._store.batch_lines.release_strays(self._tasks.values())
+            mark = self._store.work_mark
+            claimed = await self._store.batch_lines.claim(free, MOST_BYTES)
+            for line in claimed:
+                self._begin(line)
+            if len(claimed) < free // 2:
+                await self._store.wait_work(_IDLE_MS, mark)
+
+    async def drain(self) -> None:
+        """Hand back what waits; what is called has the grace to end."""
+        await self._give_up(set(self._tasks) - self._calling)
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=self._config.shutdown_grace_ms / 1000)
+        await self._give_up(set(self._calling))
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=_LAST_RECORDS_S)
+
+    async def _give_up(self, tasks: set[asyncio.Task[None]]) -> None:
+        lines = [self._tasks[task] for task in tasks if task in self._tasks]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        try:
+            if lines:
+                await self._store.batch_lines.give_back(lines)
+        except StoreUnavailable as away:  # they return when this process is gone
+            log.debug(Log.STORE_AWAY, detail=away.message)
+
+    def _begin(self, line: Line) -> None:
+        task = asyncio.create_task(self._guarded(line))
+        self._tasks[task] = line
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        self._calling.discard(task)
+        self._freed.set()
+
+    async def _guarded(self, line: Line) -> None:
+        """The top of a line's task: it must not stay claimed."""
+        try:
+            await self._call(line)
+        except Exception:
+            log.exception(Log.INTERNAL_ERROR, request_id=str(line.id))
+            error = TidegateError("an internal error; it has been logged")
+            await self._finish(line, Life(), error, None)
+
+    async def _call(self, line: Line) -> None:
+        life, task = Life(), asyncio.current_task()
+        assert task is not None
+
+        async def admitted(_permit: Permit | None) -> None:
+            self._calling.add(task)
+            await self._store.batch_lines.begin(line)
+
+        left_ms = round((line.expires_at - datetime.now(UTC)).total_seconds() * 1000)
+        error: TidegateError | None = None
+        words: CallFailed | None = None
+        try:
+            call = detached_call(
+                request_id=line.id,
+                path=line.endpoint,
+                body=line.body.encode(),
+                caller=Caller(line.tenant_id, line.key_id, line.models),
+                priority=PRIORITY,
+                deadline_ms=left_ms,
+            )
+            await collected(self._relay, call, life, admitted)
+        except ClaimLost:
+            return
+        except CallFailed as failed:
+            error, words = failed.error, failed
+        except TidegateError as own:
+            error = own
+        self._calling.discard(task)
+        if error is not None and (wait_ms := self._wait_ms(line, life, error)) is not None:
+            await self._until_done(
+                lambda: self._store.batch_lines.give_back([line], after_ms=wait_ms)
+            )
+            return
+        await self._finish(line, life, error, words)
+
+    def _wait_ms(self, line: Line, life: Life, error: TidegateError) -> float | None:
+        """Until the line is called again; None where it has failed."""
+        if isinstance(error, _LATER):
+            return _AGAIN_MS
+        attempts = line.attempts + (life.tries > 0)
+        return retry_wait_ms(error, max(1, attempts), self._config.max_attempts)
+
+    async def _finish(
+        self, line: Line, life: Life, error: TidegateError | None, words: CallFailed | None
+    ) -> None:
+        status_code: int | None = None
+        answer: str | None = None
+        if error is None:
+            status_code, answer = life.http_status, life.answer.decode("utf-8", "replace")
+        elif words is not None and words.status and words.body:
+            status_code, answer = words.status, words.body.decode("utf-8", "replace")
+        failure = None if error is None else Failure.of(error)
+        if self._store.relayed.is_full:
+            await self._store.relayed.room()
+        self._record(line, life, failure, status_code)
+        await self._until_done(
+            lambda: self._store.batch_lines.end(
+                line, status_code=status_code, answer=answer, failure=failure
+            )
+        )
+
+    async def _until_done(self, write: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await write()
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(_AWAY_S)
+
+    def _record(
+        self, line: Line, life: Life, failure: Failure | None, status_code: int | None
+    ) -> None:
+        now, target = datetime.now(UTC), life.target
+        self._store.relayed.put(
+            RelayRecord(
+                request_id=line.id,
+                tenant_id=line.tenant_id,
+                pool=target.upstream.pool if target else "",
+                endpoint=line.endpoint,
+                status=Status.SUCCEEDED if failure is None else Status.FAILED,
+                http_status=status_code or 0,
+                received_at=now,
+                finished_at=life.finished_at or now,
+                request=line.body.encode(),
+                response=life.answer if life.pieces else b"",
+                kind=life.kind.value if life.kind else None,
+                model=target.model if target else life.model,
+                priority=PRIORITY,
+                tries=life.tries,
+                admitted_at=life.admitted_at,
+                queue_ms=life.queue_ms,
+                upstream_ms=life.upstream_ms,
+                charge=life.charge,
+                finish_reason=life.told.finish_reason,
+                response_id=life.told.response_id,
+                failure=failure,
+                key_id=line.key_id,
+                source="batch",
+            )
+        )

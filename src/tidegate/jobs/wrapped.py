@@ -1,0 +1,54 @@
+"""A job that wraps a native call: made through the relay, told as an attempt of the pipeline."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from tidegate.call import Caller
+from tidegate.limiter import Permit
+from tidegate.pipeline import Attempt
+from tidegate.relay.call import CallFailed, Life
+from tidegate.relay.detached import collected, detached_call
+from tidegate.relay.spine import Relay
+from tidegate.relay.work import Begun
+from tidegate.store.records import ClaimedJob
+
+
+async def run_wrapped(
+    relay: Relay,
+    job: ClaimedJob,
+    attempt: Attempt,
+    admitted: Begun,
+    *,
+    deadline_ms: int | None,
+) -> None:
+    """Make the call that a job wraps; `attempt` is filled as the pipeline would fill it."""
+    assert job.endpoint is not None
+    life = Life()
+
+    async def begun(permit: Permit | None) -> None:
+        now = datetime.now(UTC)
+        attempt.admitted_at, attempt.fence = now, (0, 0) if permit is None else permit.fence
+        attempt.queue_ms = max(0.0, (now - attempt.waiting_since).total_seconds() * 1000)
+        await admitted(permit)
+
+    call = detached_call(
+        request_id=job.request_id,
+        path=job.endpoint,
+        body=job.prompt.encode(),
+        caller=Caller(tenant_id=job.tenant_id),
+        priority=job.priority,
+        deadline_ms=deadline_ms,
+    )
+    try:
+        await collected(relay, call, life, begun)
+    except CallFailed as failed:
+        raise failed.error from None
+    finally:
+        attempt.finished_at, attempt.upstream_ms = life.finished_at, life.upstream_ms
+        if life.pieces:
+            answer = attempt.answer
+            answer.text = [life.answer.decode("utf-8", "replace")]
+            answer.usage = life.told.usage
+            answer.finish_reason = life.told.finish_reason
+            answer.response_id = life.told.response_id

@@ -1,0 +1,189 @@
+"""The lines of batches that are being worked through: claimed in windows, ended in group commits.
+
+Invariant: a line has at most one claim that counts; it is marked before its call and ended once,
+and its batch counts it in the same transaction. So counts are exact, and a line that has ended is
+never called again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.errors import ClaimLost
+from tidegate.store import rows
+from tidegate.store.connection import Connections
+from tidegate.store.queries import sql
+from tidegate.store.records import Failure, Json
+from tidegate.store.states import MAX_LAPSES
+from tidegate.store.writer import GroupWriter
+
+_DIED = Failure(
+    code="worker_lost",
+    message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A claimed line. `id` names it on the record; `attempts` are those begun before this claim."""
+
+    batch_id: UUID
+    line: int
+    claim: int
+    id: UUID
+    tenant_id: str
+    custom_id: str
+    endpoint: str
+    body: str
+    models: tuple[str, ...] | None
+    key_id: str | None
+    attempts: int
+    expires_at: datetime
+
+    @property
+    def key(self) -> Json:
+        return {"batch_id": self.batch_id, "line": self.line, "claim": self.claim}
+
+
+class BatchLines:
+    """Every method raises StoreUnavailable. `may_judge`: whether this process is heard itself."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        *,
+        instance_id: str,
+        lease_ms: int,
+        may_judge: Callable[[], bool],
+    ) -> None:
+        self._connections = connections
+        self._instance_id = instance_id
+        self._lease_ms = lease_ms
+        self._may_judge = may_judge
+        self._begins: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 100)
+        self._ends: GroupWriter[Json, None] = GroupWriter(
+            self._end, lambda row: 200 + len(row["answer"] or "")
+        )
+
+    async def claim(self, limit: int, most_bytes: int) -> list[Line]:
+        async def claim(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("claim_batch_lines"), self._instance_id, limit, most_bytes
+            )
+            return found
+
+        return [_line(row) for row in await self._connections.run(claim)]
+
+    async def release_strays(self, held: Iterable[Line]) -> None:
+        """Give up what this process has claimed and does not know of: the reply was lost."""
+        ids = [line.id for line in held]
+
+        async def release(connection: asyncpg.Connection) -> None:
+            await connection.execute(sql("release_stray_lines"), self._instance_id, ids)
+
+        await self._connections.run(release)
+
+    async def begin(self, line: Line) -> None:
+        """Mark a line as calling. Raises ClaimLost."""
+        await self._begins.write(line.key)
+
+    async def end(
+        self, line: Line, *, status_code: int | None, answer: str | None, failure: Failure | None
+    ) -> None:
+        """Record how a line ended; an end of a claim that was lost changes nothing.
+
+        A failure that came with the provider's own words has both `answer` and `failure`.
+        """
+        await self._ends.write(
+            {
+                **line.key,
+                "state": "succeeded" if failure is None else "failed",
+                "status_code": status_code,
+                "answer": None if answer is None else rows.clean(answer),
+                "failure": rows.failure_row(failure),
+            }
+        )
+
+    async def give_back(self, lines: Iterable[Line], *, after_ms: float | None = None) -> None:
+        """Let others have lines, at once or after some time."""
+        given = rows.dumps({**line.key, "after_ms": after_ms} for line in lines)
+
+        async def give(connection: asyncpg.Connection) -> None:
+            await connection.execute(sql("return_batch_lines"), given)
+
+        await self._connections.run(give)
+
+    async def retake(self) -> None:
+        """Return what dead workers had."""
+        if not self._may_judge():
+            return
+        failure = orjson.dumps(asdict(_DIED)).decode()
+
+        async def retake(connection: asyncpg.Connection) -> None:
+            taken = await connection.fetch(
+                sql("retake_batch_lines"), self._lease_ms, MAX_LAPSES, failure
+            )
+            await _count(connection, [row for row in taken if row["state"] == "failed"])
+
+        await self._connections.run(retake)
+
+    async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
+        async def begin(connection: asyncpg.Connection) -> set[tuple[int, int]]:
+            begun = await connection.fetch(sql("begin_batch_lines"), _ordered(batch))
+            return {(row["batch_id"].int, row["line"]) for row in begun}
+
+        begun = await self._connections.run(begin)
+        return [
+            None
+            if (row["batch_id"].int, row["line"]) in begun
+            else ClaimLost(f"another worker has line {row['line']} now")
+            for row in batch
+        ]
+
+    async def _end(self, batch: Sequence[Json]) -> list[None]:
+        async def end(connection: asyncpg.Connection) -> None:
+            await _count(
+                connection, await connection.fetch(sql("end_batch_lines"), _ordered(batch))
+            )
+
+        await self._connections.run(end)
+        return [None] * len(batch)
+
+
+async def _count(connection: asyncpg.Connection, ended: Iterable[asyncpg.Record]) -> None:
+    counts: dict[UUID, Counter[str]] = {}
+    for row in ended:
+        counts.setdefault(row["batch_id"], Counter())[row["state"]] += 1
+    for batch_id in sorted(counts):  # one order in all processes, lest they wait in a circle
+        of_it = counts[batch_id]
+        await connection.execute(
+            sql("count_batch_lines"), batch_id, of_it["succeeded"], of_it["failed"]
+        )
+
+
+def _ordered(batch: Sequence[Json]) -> str:
+    return rows.dumps(sorted(batch, key=lambda row: (row["batch_id"].int, row["line"])))
+
+
+def _line(row: asyncpg.Record) -> Line:
+    return Line(
+        batch_id=UUID(int=row["batch_id"].int),
+        line=row["line"],
+        claim=row["claim"],
+        id=UUID(int=row["id"].int),
+        tenant_id=row["tenant_id"],
+        custom_id=row["custom_id"],
+        endpoint=row["endpoint"],
+        body=row["body"],
+        models=None if row["models"] is None else tuple(row["models"]),
+        key_id=row["key_id"],
+        attempts=row["attempts"],
+        expires_at=row["expires_at"],
+    )

@@ -1,0 +1,269 @@
+"""Batches and their files, as their owners see them; and what a worker does to a batch as a whole.
+
+Invariant: everything is asked for by its tenant, so that another's is not there; a batch is
+validated and assembled under a claim, and a worker that lost it changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.call import DEFAULT_POOL, Caller
+from tidegate.errors import ClaimLost, NotFound
+from tidegate.store import rows
+from tidegate.store.bell import Bell
+from tidegate.store.connection import Connections
+from tidegate.store.queries import sql
+from tidegate.store.records import Json
+
+INPUT, OUTPUT = "batch", "batch_output"
+_TIMEOUT_MS = 5_000
+_BULK_TIMEOUT_MS = 30_000
+_TIMES = (
+    *("created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at"),
+    *("failed_at", "expired_at", "cancelling_at", "cancelled_at"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFile:
+    """`purpose` is `batch` for what was uploaded, `batch_output` for what a batch made."""
+
+    file_id: UUID
+    tenant_id: str
+    purpose: str
+    name: str
+    size_bytes: int
+    lines: int
+    blob_key: str
+    created_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`times` has those that have come, by name. `claim` fences what a worker does to it."""
+
+    batch_id: UUID
+    tenant_id: str
+    endpoint: str
+    input_file_id: UUID
+    input_blob: str
+    completion_window: str
+    status: str
+    ends_as: str
+    total: int
+    completed: int
+    failed: int
+    metadata: dict[str, str] | None
+    errors: list[Json] | None
+    output_file_id: UUID | None
+    error_file_id: UUID | None
+    models: tuple[str, ...] | None
+    times: dict[str, datetime]
+    claim: int
+
+
+class Batches:
+    """Every method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections, bell: Bell, instance_id: str) -> None:
+        self._connections = connections
+        self._bell = bell
+        self._instance_id = instance_id
+
+    # Files
+
+    async def add_file(self, file: BatchFile) -> None:
+        given = (file.file_id, file.tenant_id, file.purpose, rows.clean(file.name))
+
+        async def add(connection: asyncpg.Connection) -> None:
+            await connection.execute(
+                sql("add_batch_file"), *given, file.size_bytes, file.lines, file.blob_key
+            )
+
+        await self._connections.run(add, timeout_ms=_TIMEOUT_MS)
+
+    async def file(self, file_id: UUID, tenant_id: str) -> BatchFile:
+        """Raises NotFound."""
+        row = await self._row("get_batch_file", file_id, tenant_id)
+        if row is None:
+            raise NotFound(f"there is no file file-{file_id.hex}")
+        return _file(row)
+
+    async def files(
+        self, tenant_id: str, *, after: UUID | None, purpose: str | None, limit: int, upwards: bool
+    ) -> list[BatchFile]:
+        name = "list_batch_files_upwards" if upwards else "list_batch_files"
+        found = await self._rows(name, tenant_id, after, purpose, limit)
+        return [_file(row) for row in found]
+
+    async def delete_file(self, file_id: UUID, tenant_id: str) -> str | None:
+        """Forget a file; its blob's key, or None while a batch has yet to read it. Raises
+        NotFound."""
+
+        async def delete(connection: asyncpg.Connection) -> tuple[str | None, bool]:
+            key = await connection.fetchval(sql("delete_batch_file"), file_id, tenant_id)
+            return key, bool(await connection.fetchval(sql("uses_batch_blob"), key))
+
+        key, used = await self._connections.run(delete, timeout_ms=_TIMEOUT_MS)
+        if key is None:
+            raise NotFound(f"there is no file file-{file_id.hex}")
+        return None if used else key
+
+    # Batches
+
+    async def add(
+        self, batch_id: UUID, caller: Caller, file: BatchFile, endpoint: str, metadata: Json | None
+    ) -> Batch:
+        given = (
+            *(batch_id, caller.tenant_id, endpoint, file.file_id, file.blob_key, file.size_bytes),
+            *("24h", None if metadata is None else orjson.dumps(rows.cleaned(metadata)).decode()),
+            *(None if caller.models is None else list(caller.models), caller.key_id, file.lines),
+        )
+
+        async def add(connection: asyncpg.Connection) -> asyncpg.Record:
+            await connection.execute(sql("add_batch"), *given)
+            return await connection.fetchrow(sql("get_batch"), batch_id, caller.tenant_id)
+
+        added = _batch(await self._connections.run(add, timeout_ms=_TIMEOUT_MS))
+        self._bell.work([DEFAULT_POOL])
+        return added
+
+    async def get(self, batch_id: UUID, tenant_id: str) -> Batch:
+        """Raises NotFound."""
+        row = await self._row("get_batch", batch_id, tenant_id)
+        if row is None:
+            raise NotFound(f"there is no batch batch_{batch_id.hex}")
+        return _batch(row)
+
+    async def listed(self, tenant_id: str, *, after: UUID | None, limit: int) -> list[Batch]:
+        return [_batch(row) for row in await self._rows("list_batches", tenant_id, after, limit)]
+
+    async def cancel(self, batch_id: UUID, tenant_id: str) -> tuple[Batch, bool]:
+        """The batch, and whether it could be cancelled now. Raises NotFound."""
+        row = await self._row("cancel_batch", batch_id, tenant_id)
+        return await self.get(batch_id, tenant_id), row is not None
+
+    # The worker's side
+
+    async def take(self) -> Batch | None:
+        """One batch that is to be validated or assembled, if there is any."""
+        row = await self._row("take_batch", self._instance_id)
+        return None if row is None else _batch(row)
+
+    async def free(self, batch: Batch) -> None:
+        await self._row("free_batch", batch.batch_id, batch.claim)
+
+    async def expire(self) -> None:
+        await self._row("expire_batches")
+
+    async def add_lines(self, batch: Batch, lines: Sequence[Json]) -> None:
+        """Lines have `line`, `id`, `custom_id` and `body`, the last as JSON."""
+
+        async def add(connection: asyncpg.Connection) -> None:
+            await connection.execute(
+                sql("add_batch_lines"), batch.batch_id, batch.tenant_id, rows.dumps(lines)
+            )
+
+        await self._connections.run(add, timeout_ms=_BULK_TIMEOUT_MS)
+
+    async def begin(self, batch: Batch, total: int) -> None:
+        await self._row("begin_batch", batch.batch_id, batch.claim, total)
+        self._bell.work([DEFAULT_POOL])
+
+    async def refuse(self, batch: Batch, errors: Sequence[Json]) -> None:
+        said = orjson.dumps(rows.cleaned(list(errors))).decode()
+
+        async def refuse(connection: asyncpg.Connection) -> None:
+            done = await connection.execute(sql("refuse_batch"), batch.batch_id, batch.claim, said)
+            if done.endswith(" 1"):
+                await connection.execute(sql("delete_batch_lines"), batch.batch_id)
+
+        await self._connections.run(refuse, timeout_ms=_BULK_TIMEOUT_MS)
+
+    async def lines_after(self, batch: Batch, line: int, limit: int) -> list[asyncpg.Record]:
+        return await self._rows("finished_batch_lines", batch.batch_id, line, limit)
+
+    async def end(self, batch: Batch, output: BatchFile | None, error: BatchFile | None) -> None:
+        """Raises ClaimLost."""
+        ids = [None if one is None else one.file_id for one in (output, error)]
+
+        async def end(connection: asyncpg.Connection) -> bool:
+            ended = await connection.fetchval(sql("end_batch"), batch.batch_id, batch.claim, *ids)
+            if ended is None:
+                row = await connection.fetchrow(sql("get_batch"), batch.batch_id, batch.tenant_id)
+                ours = [None if one is None else UUID(int=one.int) for one in _files_of(row)]
+                return ours == ids and row["status"] == batch.ends_as  # a reply that was lost
+            for file in (output, error):
+                if file is not None:
+                    await connection.execute(
+                        sql("add_batch_file"),
+                        *(file.file_id, file.tenant_id, file.purpose, file.name),
+                        *(file.size_bytes, file.lines, file.blob_key),
+                    )
+            await connection.execute(sql("delete_batch_lines"), batch.batch_id)
+            return True
+
+        if not await self._connections.run(end, timeout_ms=_BULK_TIMEOUT_MS):
+            raise ClaimLost(f"another worker has batch_{batch.batch_id.hex} now")
+
+    async def _row(self, name: str, *given: Any) -> asyncpg.Record | None:
+        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            return await connection.fetchrow(sql(name), *given)
+
+        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+
+    async def _rows(self, name: str, *given: Any) -> list[asyncpg.Record]:
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(sql(name), *given)
+            return found
+
+        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+
+
+def _files_of(row: asyncpg.Record) -> tuple[UUID | None, UUID | None]:
+    return row["output_file_id"], row["error_file_id"]
+
+
+def _file(row: asyncpg.Record) -> BatchFile:
+    return BatchFile(
+        file_id=UUID(int=row["id"].int),
+        tenant_id=row["tenant_id"],
+        purpose=row["purpose"],
+        name=row["name"],
+        size_bytes=row["size_bytes"],
+        lines=row["lines"],
+        blob_key=row["blob_key"],
+        created_at=row["created_at"],
+    )
+
+
+def _batch(row: asyncpg.Record) -> Batch:
+    metadata, errors = row["metadata"], row["errors"]
+    return Batch(
+        batch_id=UUID(int=row["id"].int),
+        tenant_id=row["tenant_id"],
+        endpoint=row["endpoint"],
+        input_file_id=UUID(int=row["input_file_id"].int),
+        input_blob=row["input_blob"],
+        completion_window=row["completion_window"],
+        status=row["status"],
+        ends_as=row["ends_as"],
+        total=row["total"],
+        completed=row["completed"],
+        failed=row["failed"],
+        metadata=None if metadata is None else orjson.loads(metadata),
+        errors=None if errors is None else orjson.loads(errors),
+        output_file_id=row["output_file_id"],
+        error_file_id=row["error_file_id"],
+        models=None if row["models"] is None else tuple(row["models"]),
+        times={name: row[name] for name in _TIMES if row[name] is not None},
+        claim=row["claim"],
+    )

@@ -1,0 +1,225 @@
+-- Statements on batches, their files and lines: see batches.py and batch_lines.py.
+
+-- name: add_batch_file
+-- Keep a file of a batch; one that is there already is left, so repeats are safe.
+INSERT INTO batch_files (id, tenant_id, purpose, name, size_bytes, lines, blob_key)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
+ON CONFLICT (id) DO NOTHING
+
+-- name: get_batch_file
+-- One file of a tenant.
+SELECT * FROM batch_files WHERE id = $1 AND tenant_id = $2
+
+-- name: list_batch_files
+-- Files of tenant $1 that come after $2, newest first, of purpose $3 if it is given.
+SELECT * FROM batch_files
+WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND ($3::text IS NULL OR purpose = $3)
+ORDER BY id DESC LIMIT $4
+
+-- name: list_batch_files_upwards
+-- The same, oldest first.
+SELECT * FROM batch_files
+WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2) AND ($3::text IS NULL OR purpose = $3)
+ORDER BY id LIMIT $4
+
+-- name: delete_batch_file
+-- Forget a file of a tenant; its blob is told.
+DELETE FROM batch_files WHERE id = $1 AND tenant_id = $2 RETURNING blob_key
+
+-- name: uses_batch_blob
+-- Whether a batch has yet to read this blob.
+SELECT true FROM batches WHERE input_blob = $1 AND status = 'validating' LIMIT 1
+
+-- name: add_batch
+-- Take a batch in; the expiry counts from now.
+INSERT INTO batches (id, tenant_id, endpoint, input_file_id, input_blob, input_bytes,
+    completion_window, metadata, models, key_id, total, expires_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8::jsonb, $9, $10, $11, now() + interval '24 hours')
+ON CONFLICT (id) DO NOTHING
+
+-- name: get_batch
+-- One batch of a tenant.
+SELECT * FROM batches WHERE id = $1 AND tenant_id = $2
+
+-- name: list_batches
+-- Batches of tenant $1 that come after $2, newest first.
+SELECT * FROM batches WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2)
+ORDER BY id DESC LIMIT $3
+
+-- name: cancel_batch
+-- Let no more lines of a batch begin.
+UPDATE batches SET status = 'cancelling', ends_as = 'cancelled', cancelling_at = now()
+WHERE id = $1 AND tenant_id = $2 AND status IN ('validating', 'in_progress')
+RETURNING id
+
+-- name: expire_batches
+-- Let no more lines begin of batches whose time is up.
+UPDATE batches SET status = 'finalizing', ends_as = 'expired', finalizing_at = now()
+WHERE status IN ('validating', 'in_progress') AND expires_at <= now()
+
+-- name: take_batch
+-- Take a batch to validate or assemble, for worker $1; one it has already is one it forgot.
+UPDATE batches SET claim = claim + 1, claimed_by = $1
+WHERE id = (
+    SELECT b.id FROM batches b
+    WHERE (b.claimed_by IS NULL OR b.claimed_by = $1) AND (b.status = 'validating' OR (
+        b.status IN ('finalizing', 'cancelling') AND NOT EXISTS (
+            SELECT 1 FROM batch_lines l
+            WHERE l.batch_id = b.id AND l.state IN ('claimed', 'calling'))))
+    ORDER BY b.id LIMIT 1 FOR UPDATE SKIP LOCKED
+)
+RETURNING *
+
+-- name: free_batch
+-- Give up the claim on a batch.
+UPDATE batches SET claimed_by = NULL WHERE id = $1 AND claim = $2
+
+-- name: add_batch_lines
+-- Insert lines of a batch; those that are there already are left, so repeats are safe.
+INSERT INTO batch_lines (batch_id, line, id, tenant_id, custom_id, body, size_bytes)
+SELECT $1, line, id, $2, custom_id, body, octet_length(body)
+FROM json_to_recordset($3::json) AS row (line integer, id uuid, custom_id text, body text)
+ON CONFLICT (batch_id, line) DO NOTHING
+
+-- name: begin_batch
+-- A validated batch begins, with the exact number of its lines.
+UPDATE batches SET status = 'in_progress', in_progress_at = now(), total = $3, claimed_by = NULL
+WHERE id = $1 AND claim = $2 AND status = 'validating'
+
+-- name: refuse_batch
+-- A batch whose file is not sound ends; its lines are deleted apart.
+UPDATE batches SET status = 'failed', failed_at = now(), errors = $3::jsonb, total = 0,
+    claimed_by = NULL
+WHERE id = $1 AND claim = $2 AND status = 'validating'
+
+-- name: delete_batch_lines
+-- Forget the lines of a batch.
+DELETE FROM batch_lines WHERE batch_id = $1
+
+-- name: finished_batch_lines
+-- Lines of a batch after line $2, in their order, at most $3.
+SELECT line, id, custom_id, state, status_code, answer, failure FROM batch_lines
+WHERE batch_id = $1 AND line > $2 ORDER BY line LIMIT $3
+
+-- name: end_batch
+-- A batch ends as it was to, with its files.
+UPDATE batches SET status = ends_as, claimed_by = NULL, output_file_id = $3, error_file_id = $4,
+    completed_at = CASE WHEN ends_as = 'completed' THEN now() END,
+    expired_at = CASE WHEN ends_as = 'expired' THEN now() END,
+    cancelled_at = CASE WHEN ends_as = 'cancelled' THEN now() END
+WHERE id = $1 AND claim = $2 AND status IN ('finalizing', 'cancelling')
+RETURNING id
+
+-- name: claim_batch_lines
+-- Claim ready lines for worker $1, at most $2 and $3 bytes; batches take turns.
+WITH ready AS MATERIALIZED (
+    SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at
+    FROM batches b CROSS JOIN LATERAL (
+        SELECT batch_id, line, row_number() OVER (ORDER BY line) AS turn, size_bytes
+        FROM batch_lines
+        WHERE batch_id = b.id AND state = 'queued' AND (not_before IS NULL OR not_before <= now())
+        ORDER BY line LIMIT 4 * $2
+    ) AS head
+    WHERE b.status = 'in_progress'
+), picked AS MATERIALIZED (
+    SELECT l.batch_id, l.line, ready.turn, ready.endpoint, ready.models, ready.key_id,
+        ready.expires_at
+    FROM ready JOIN batch_lines l ON l.batch_id = ready.batch_id AND l.line = ready.line
+    WHERE l.state = 'queued'
+    ORDER BY ready.turn, l.batch_id LIMIT $2
+    FOR UPDATE OF l SKIP LOCKED
+), fitting AS (
+    SELECT picked.*, sum(l.size_bytes) OVER (ORDER BY turn, picked.batch_id) - l.size_bytes AS so_far
+    FROM picked JOIN batch_lines l ON l.batch_id = picked.batch_id AND l.line = picked.line
+)
+UPDATE batch_lines l SET state = 'claimed', claim = l.claim + 1, claimed_by = $1
+FROM fitting
+WHERE l.batch_id = fitting.batch_id AND l.line = fitting.line AND fitting.so_far < $3
+RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires_at
+
+-- name: begin_batch_lines
+-- Mark lines as calling, before their upstream calls; unless another worker has them.
+UPDATE batch_lines l SET state = 'calling', attempts = l.attempts + (l.state = 'claimed')::integer
+FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint)
+WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
+    AND l.state IN ('claimed', 'calling')
+RETURNING l.batch_id, l.line
+
+-- name: end_batch_lines
+-- Record how lines ended; their batches count them in the same transaction.
+UPDATE batch_lines l SET state = row.state, claimed_by = NULL, status_code = row.status_code,
+    answer = row.answer, failure = row.failure
+FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint, state text,
+    status_code integer, answer text, failure jsonb)
+WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
+    AND l.state IN ('claimed', 'calling')
+RETURNING l.batch_id, l.state
+
+-- name: count_batch_lines
+-- Add ended lines to a batch; the last one has it assembled.
+UPDATE batches SET completed = completed + $2, failed = failed + $3,
+    status = CASE WHEN status = 'in_progress' AND completed + failed + $2 + $3 >= total
+        THEN 'finalizing' ELSE status END,
+    finalizing_at = CASE WHEN status = 'in_progress' AND completed + failed + $2 + $3 >= total
+        THEN now() ELSE finalizing_at END
+WHERE id = $1
+
+-- name: release_stray_lines
+-- Give up lines of worker $1 that it does not know of.
+UPDATE batch_lines SET state = 'queued', claim = claim + 1, claimed_by = NULL
+WHERE claimed_by = $1 AND state IN ('claimed', 'calling') AND NOT (id = ANY($2::uuid[]))
+
+-- name: return_batch_lines
+-- Give claims on lines up, for another try not before a given time where there is one.
+UPDATE batch_lines l SET state = 'queued', claim = l.claim + 1, claimed_by = NULL,
+    not_before = now() + row.after_ms * interval '1 millisecond'
+FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint,
+    after_ms double precision)
+WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
+    AND l.state IN ('claimed', 'calling')
+
+-- name: retake_batch_lines
+-- Return lines of workers not seen for $1 milliseconds; at $2 lapses in mid-call one has failed.
+WITH gone AS MATERIALIZED (
+    SELECT claimant.claimed_by FROM (
+        SELECT claimed_by FROM batch_lines WHERE state IN ('claimed', 'calling')
+        UNION SELECT claimed_by FROM batches WHERE claimed_by IS NOT NULL
+    ) AS claimant LEFT JOIN workers w ON w.instance_id = claimant.claimed_by
+    WHERE greatest(w.seen_at, pg_postmaster_start_time()) < now() - $1 * interval '1 millisecond'
+), freed AS (
+    UPDATE batches b SET claimed_by = NULL, claim = b.claim + 1
+    FROM gone WHERE b.claimed_by = gone.claimed_by
+)
+UPDATE batch_lines l SET claim = l.claim + 1, claimed_by = NULL,
+    lapses = l.lapses + (l.state = 'calling')::integer,
+    state = CASE WHEN l.state = 'calling' AND l.lapses + 1 >= $2 THEN 'failed' ELSE 'queued' END,
+    failure = CASE WHEN l.state = 'calling' AND l.lapses + 1 >= $2 THEN $3::jsonb END
+FROM gone
+WHERE l.claimed_by = gone.claimed_by AND l.state IN ('claimed', 'calling')
+RETURNING l.batch_id, l.state
+
+-- name: queued_of_batches
+-- The lines, and bytes of input, that batches of tenant $1 have yet to work through.
+SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs,
+    coalesce(sum(input_bytes), 0)::bigint AS size_bytes
+FROM batches WHERE tenant_id = $1 AND status IN ('validating', 'in_progress')
+
+-- name: batches_ended_before
+-- Batches that ended before $1, oldest first, at most $2.
+SELECT id FROM batches
+WHERE greatest(completed_at, failed_at, expired_at, cancelled_at) < $1 ORDER BY id LIMIT $2
+
+-- name: delete_batches
+-- Forget ended batches.
+DELETE FROM batches WHERE id = ANY($1::uuid[])
+
+-- name: old_batch_files
+-- Files from before $1 that no batch has yet to read, at most $2.
+SELECT f.id, f.blob_key FROM batch_files f
+WHERE f.created_at < $1 AND NOT EXISTS (
+    SELECT 1 FROM batches b WHERE b.status = 'validating' AND b.input_blob = f.blob_key)
+ORDER BY f.id LIMIT $2
+
+-- name: delete_batch_files
+-- Forget files whose blobs are gone.
+DELETE FROM batch_files WHERE id = ANY($1::uuid[])

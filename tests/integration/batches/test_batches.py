@@ -1,0 +1,254 @@
+"""Batches through the unmodified OpenAI SDK: from the file to what each line gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import orjson
+import pytest
+from openai import AsyncOpenAI
+from openai.types import Batch
+
+from tests.gateway import Opener
+from tests.waiting import wait_until
+
+MakeSdk = Callable[..., AsyncOpenAI]
+MODEL = "gemini-2.5-flash"
+PATH: Any = "/v1/chat/completions"
+ENDS = ("completed", "failed", "expired", "cancelled")
+
+
+def line(custom_id: str, text: str, **more: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}]}
+    return {"custom_id": custom_id, "method": "POST", "url": PATH, "body": body} | more
+
+
+def jsonl(lines: list[Any]) -> bytes:
+    return b"".join(json.dumps(one).encode() + b"\n" for one in lines)
+
+
+async def begin(client: AsyncOpenAI, content: bytes, **more: Any) -> Batch:
+    file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+    return await client.batches.create(
+        input_file_id=file.id, endpoint=PATH, completion_window="24h", **more
+    )
+
+
+async def end_of(client: AsyncOpenAI, batch: Batch, within_s: float = 30) -> Batch:
+    async def ended() -> Batch | None:
+        now = await client.batches.retrieve(batch.id)
+        return now if now.status in ENDS else None
+
+    found: Batch = await wait_until(ended, within_s, "the batch's end")
+    return found
+
+
+async def lines_of(client: AsyncOpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    assert file_id is not None
+    content = (await client.files.content(file_id)).content
+    return [orjson.loads(one) for one in content.splitlines()]
+
+
+async def test_from_the_file_to_the_answers(open_gateway: Opener, sdk: MakeSdk) -> None:
+    gateway = await open_gateway()
+    await gateway.upstream.set_behaviour(strict_models=True)
+    client = sdk(gateway)
+    lines = [line(f"id-{number}", f"Say word{number}.") for number in range(20)]
+    lines.append(line("wrong", "x"))
+    lines[-1]["body"]["model"] = "no-such-model"
+    batch = await begin(client, jsonl(lines), metadata={"of": "a test"})
+    assert (batch.object, batch.status, batch.metadata) == ("batch", "validating", {"of": "a test"})
+    assert batch.expires_at is not None
+    assert batch.expires_at - batch.created_at == 86_400
+    done = await end_of(client, batch)
+    assert done.status == "completed"
+    assert done.request_counts is not None
+    counts = done.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (21, 20, 1)
+    assert None not in (done.in_progress_at, done.finalizing_at, done.completed_at)
+    out = await lines_of(client, done.output_file_id)
+    assert [one["custom_id"] for one in out] == [f"id-{number}" for number in range(20)]
+    for number, one in enumerate(out):
+        assert (one["response"]["status_code"], one["error"]) == (200, None)
+        said = one["response"]["body"]["choices"][0]["message"]["content"]
+        assert f"word{number}." in said
+    (failed,) = await lines_of(client, done.error_file_id)
+    assert (failed["custom_id"], failed["response"]["status_code"]) == ("wrong", 404)
+    assert failed["response"]["body"]["error"]["code"] == "model_not_found"
+    assert (await client.files.retrieve(done.output_file_id or "")).purpose == "batch_output"
+    assert await gateway.database.fetchval("SELECT count(*) FROM batch_lines") == 0
+
+    async def recorded() -> bool:
+        found = await gateway.database.fetchval("SELECT count(*) FROM audit WHERE source = 'batch'")
+        return bool(found == 21)
+
+    await wait_until(recorded, 5, "the record of each line")
+    _, listed = await gateway.get("/requests")
+    assert listed["items"] == []
+
+
+async def test_what_is_wrong_with_a_file_is_told_by_line(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    gateway = await open_gateway()
+    client = sdk(gateway)
+    lines: list[Any] = [
+        line("a", "x"),
+        line("a", "x"),
+        line("b", "x", method="GET"),
+        line("c", "x", url="/v1/embeddings"),
+        line("d", "x", body={}),
+        line("e", "x", body={"model": MODEL, "stream": True}),
+        [],
+        line("", "x"),
+    ]
+    batch = await begin(client, jsonl(lines) + b"{nothing\n")
+    done = await end_of(client, batch)
+    assert (done.status, done.output_file_id) == ("failed", None)
+    assert done.errors is not None
+    told = [(one.line, one.code) for one in done.errors.data or []]
+    assert told == [
+        (2, "duplicate_custom_id"),
+        (3, "invalid_method"),
+        (4, "mismatched_url"),
+        (5, "invalid_body"),
+        (6, "invalid_body"),
+        (7, "invalid_json_line"),
+        (8, "missing_custom_id"),
+        (9, "invalid_json_line"),
+    ]
+    empty = await end_of(client, await begin(client, b"\n"))
+    assert empty.errors is not None
+    assert [one.code for one in empty.errors.data or []] == ["empty_file"]
+    assert await gateway.calls() == []
+
+
+async def test_cancelling_ends_what_has_not_begun(open_gateway: Opener, sdk: MakeSdk) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": 1})
+    client = sdk(gateway)
+    await gateway.upstream.set_behaviour(first_byte_ms=200)
+    batch = await begin(client, jsonl([line(f"id-{n}", f"Say {n}") for n in range(200)]))
+
+    async def one_done() -> bool:
+        counts = (await client.batches.retrieve(batch.id)).request_counts
+        return counts is not None and counts.completed > 0
+
+    await wait_until(one_done, 10, "the first answer")
+    assert (await client.batches.cancel(batch.id)).status == "cancelling"
+    done = await end_of(client, batch)
+    assert (done.status, done.cancelled_at is not None) == ("cancelled", True)
+    counts = done.request_counts
+    assert counts is not None
+    out = await lines_of(client, done.output_file_id)
+    errors = await lines_of(client, done.error_file_id)
+    assert len(out) == counts.completed
+    assert len(out) + len(errors) == 200
+    assert {one["error"]["code"] for one in errors} == {"batch_cancelled"}
+    finished = await end_of(client, await begin(client, jsonl([line("a", "Say a")])))
+    with pytest.raises(openai.ConflictError):
+        await client.batches.cancel(finished.id)
+
+
+async def test_another_tenant_sees_nothing(open_gateway: Opener, sdk: MakeSdk) -> None:
+    gateway = await open_gateway()
+    mine, theirs = sdk(gateway, "acme"), sdk(gateway, "other")
+    batch = await begin(mine, jsonl([line("a", "Say a")]))
+    done = await end_of(mine, batch)
+    for ask in (
+        theirs.batches.retrieve(batch.id),
+        theirs.batches.cancel(batch.id),
+        theirs.files.retrieve(batch.input_file_id),
+        theirs.files.content(done.output_file_id or ""),
+        theirs.files.delete(batch.input_file_id),
+        theirs.batches.create(
+            input_file_id=batch.input_file_id, endpoint=PATH, completion_window="24h"
+        ),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            await ask
+    assert (await theirs.batches.list()).data == []
+    assert (await theirs.files.list()).data == []
+    assert [one.id for one in (await mine.batches.list()).data] == [batch.id]
+
+
+async def test_lists_go_on_where_a_page_ended(open_gateway: Opener, sdk: MakeSdk) -> None:
+    gateway = await open_gateway(worker=False)
+    client = sdk(gateway)
+    made = [(await begin(client, jsonl([line("a", "x")]))).id for _ in range(3)]
+    assert [one.id async for one in client.batches.list(limit=2)] == made[::-1]
+    files = [one async for one in client.files.list(limit=2)]
+    assert [one.filename for one in files] == ["in.jsonl"] * 3
+    upwards = [one.id async for one in client.files.list(limit=2, order="asc")]
+    assert upwards == [one.id for one in files][::-1]
+    deleted = await client.files.delete(files[0].id)
+    assert deleted.deleted
+    with pytest.raises(openai.NotFoundError):
+        await client.files.content(files[0].id)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"completion_window": "1h"}, "completion_window"),
+        ({"endpoint": "/v1/nothing"}, "endpoint"),
+        ({"endpoint": "/v1beta/models/x:generateContent"}, "endpoint"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"output_expires_after": {"anchor": "created_at"}}, "output_expires_after"),
+    ],
+)
+async def test_a_wrong_batch_is_refused_by_name(
+    open_gateway: Opener, sdk: MakeSdk, given: dict[str, Any], field: str
+) -> None:
+    gateway = await open_gateway(worker=False)
+    client = sdk(gateway)
+    file = await client.files.create(file=("in.jsonl", b"{}\n"), purpose="batch")
+    body = {"input_file_id": file.id, "endpoint": PATH, "completion_window": "24h"} | given
+    with pytest.raises(openai.BadRequestError) as wrong:
+        await client.batches.create(**body)
+    assert wrong.value.param == field
+
+
+async def test_files_of_other_purposes_are_refused(open_gateway: Opener, sdk: MakeSdk) -> None:
+    gateway = await open_gateway(worker=False)
+    with pytest.raises(openai.BadRequestError) as wrong:
+        await sdk(gateway).files.create(file=("in.jsonl", b"{}\n"), purpose="assistants")
+    assert wrong.value.param == "purpose"
+
+
+async def test_interactive_calls_pass_a_batch_by(open_gateway: Opener, sdk: MakeSdk) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": 2})
+    client = sdk(gateway)
+    await gateway.upstream.set_behaviour(first_byte_ms=50)
+    batch = await begin(client, jsonl([line(f"id-{n}", f"Say {n}") for n in range(400)]))
+    await gateway.in_flight(2)
+
+    async def ask(number: int) -> float:
+        raw = await client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=[{"role": "user", "content": f"live {number}"}]
+        )
+        return float(raw.headers["x-tidegate-queue-ms"])
+
+    waited = sorted([await ask(number) for number in range(20)])
+    counts = (await client.batches.retrieve(batch.id)).request_counts
+    assert counts is not None
+    assert counts.completed < 300, "the batch was over too soon to say anything"
+    # One of two calls of about 50 ms has to end first; a hundred lines of the batch wait.
+    assert waited[10] < 150, waited
+    await client.batches.cancel(batch.id)
+    await end_of(client, batch)
+
+
+async def test_two_thousand_lines(open_gateway: Opener, sdk: MakeSdk) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": 64})
+    client = sdk(gateway)
+    lines = [line(f"id-{number}", f"Say {number}") for number in range(2_000)]
+    done = await end_of(client, await begin(client, jsonl(lines)), 90)
+    counts = done.request_counts
+    assert counts is not None
+    assert (done.status, counts.completed, counts.failed) == ("completed", 2_000, 0)
+    out = await lines_of(client, done.output_file_id)
+    assert [one["custom_id"] for one in out] == [one["custom_id"] for one in lines]
+    assert (await gateway.upstream.stats())["text_only"].arrived == 2_000

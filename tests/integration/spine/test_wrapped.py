@@ -1,0 +1,71 @@
+"""Jobs that wrap a native call: `endpoint` and `body`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.gateway import Gateway, Opener, payload_of
+
+MODEL = "gemini-2.5-flash"
+
+
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **more}
+
+
+async def refused(gateway: Gateway, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    async with gateway.http.post(f"{gateway.url}/submit", **payload_of(body)) as response:
+        return response.status, await response.json(content_type=None)
+
+
+async def test_a_job_wraps_calls_of_several_dialects(open_gateway: Opener) -> None:
+    gateway = await open_gateway()
+    first = await gateway.submit(endpoint="/v1/chat/completions", body=chat("Say hello"))
+    gemini = {"contents": [{"role": "user", "parts": [{"text": "Say hello"}]}]}
+    path = f"/v1beta/models/{MODEL}:generateContent"
+    second = await gateway.submit(endpoint=path, body=gemini)
+    record = await gateway.end_of(first)
+    assert (record["status"], record["type"], record["attempts"]) == ("succeeded", "text_only", 1)
+    assert (record["source"], record["model"]) == ("job", MODEL)
+    assert "Say hello" in record["answer"]["choices"][0]["message"]["content"]
+    assert "text" not in record
+    told = record["answer"]["usage"]["completion_tokens"]
+    assert record["usage"]["output_tokens"] == told > 0
+    other = await gateway.end_of(second)
+    assert other["answer"]["candidates"][0]["content"]["parts"]
+    assert {call.dialect for call in await gateway.calls()} == {"openai", "gemini"}
+    (attempt,) = await gateway.attempts(first)
+    assert attempt["outcome"] == "succeeded"
+    row = await gateway.audit(first)
+    assert row["request"]["endpoint"] == "/v1/chat/completions"
+
+
+async def test_a_fault_is_tried_again_and_a_refusal_is_told(open_gateway: Opener) -> None:
+    gateway = await open_gateway()
+    await gateway.upstream.set_behaviour(strict_models=True)
+    body = chat("Say hello") | {"model": "no-such-model"}
+    record = await gateway.end_of(await gateway.submit(endpoint="/v1/chat/completions", body=body))
+    assert (record["status"], record["error"]["upstream_status"]) == ("failed", 404)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"endpoint": "/v1/chat/completions", "body": chat("x", stream=True)}, "body.stream"),
+        ({"endpoint": "/v1/nothing", "body": chat("x")}, "endpoint"),
+        ({"endpoint": "/v1/messages/count_tokens", "body": chat("x")}, "endpoint"),
+        ({"endpoint": f"/v1beta/models/{MODEL}:streamGenerateContent", "body": {}}, "endpoint"),
+        ({"endpoint": "/v1/chat/completions", "body": {}}, "model"),
+        ({"endpoint": "/v1/chat/completions", "body": "x"}, "body"),
+        ({"endpoint": "/v1/chat/completions", "body": chat("x"), "data": "y"}, "data"),
+    ],
+)
+async def test_what_cannot_be_a_job_is_refused_by_name(
+    open_gateway: Opener, body: dict[str, Any], field: str
+) -> None:
+    gateway = await open_gateway(worker=False)
+    status, problem = await refused(gateway, body)
+    assert (status, problem["field"]) == (400, field)
+    assert problem["allowed"]
