@@ -66,6 +66,6 @@ async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
         output = (await client.files.content(done.output_file_id or "")).content
         said = [orjson.loads(one) for one in output.splitlines()]
         assert [one["custom_id"] for one in said] == [f"id-{n}" for n in range(LINES)]
-        asked = Counter(call.marker for call in await fleet.control.calls(contains="Say word"))
+        asked = Counter(call.prompt for call in await fleet.control.calls(contains="Say word"))
         assert asked.total() - LINES <= LIMITS["text_only"]
         assert max(asked.values()) <= 2
