@@ -80,3 +80,11 @@ def test_the_line_that_makes_a_secret_makes_a_sound_one(tmp_path: Path) -> None:
     subprocess.run(["sh", "-c", line_with("WEBHOOK_SECRET=")], cwd=tmp_path, check=True, timeout=10)
     config = load({}, tmp_path / ".env")
     assert config.webhook_secret is not None
+
+
+def test_a_job_wraps_a_native_call(product: Product) -> None:
+    status, accepted = json_of(line_with('"endpoint"'), product)
+    assert (status, accepted["classified_by"]) == ("202", "body")
+    follow = line_with("text/event-stream")
+    _, _, events = shell(follow, product, accepted["request_id"])
+    assert '"choices":' in events

@@ -85,6 +85,8 @@ _WEBHOOK: dict[str, Any] = {
         "format": "uri",
         "description": "Is told of the end, signed: see docs/jobs.md. Needs WEBHOOK_SECRET",
     },
+}
+_WRAPPED: dict[str, Any] = {
     "endpoint": {
         "type": "string",
         "description": "A native path, such as /v1/chat/completions, instead of a prompt",
@@ -103,14 +105,15 @@ _EXAMPLES = {
 }
 
 
-def _body_of(fields: dict[str, Any]) -> dict[str, Any]:
+def _body_of(fields: dict[str, Any], only_json: dict[str, Any] | None = None) -> dict[str, Any]:
     values = {"type": "object", "properties": fields, "additionalProperties": False}
+    as_json = {**values, "properties": {**fields, **(only_json or {})}}
     with_files = {**values, "properties": {**fields, "file": _FILES, "files": _FILES}}
     return {
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": values, "examples": _EXAMPLES},
+                "application/json": {"schema": as_json, "examples": _EXAMPLES},
                 "multipart/form-data": {"schema": with_files},
                 "application/x-www-form-urlencoded": {"schema": values},
             },
@@ -119,7 +122,7 @@ def _body_of(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 BODY = _body_of(_FIELDS)
-_JOB_BODY = _body_of(_FIELDS | _WEBHOOK)
+_JOB_BODY = _body_of(_FIELDS | _WEBHOOK, _WRAPPED)
 
 
 def prefix_of(request: Request) -> str:

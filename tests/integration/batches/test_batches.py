@@ -14,6 +14,7 @@ from openai.types import Batch
 
 from tests.gateway import Opener
 from tests.waiting import wait_until
+from tidegate.call import Scope
 
 MakeSdk = Callable[..., AsyncOpenAI]
 MODEL = "gemini-2.5-flash"
@@ -252,3 +253,18 @@ async def test_two_thousand_lines(open_gateway: Opener, sdk: MakeSdk) -> None:
     out = await lines_of(client, done.output_file_id)
     assert [one["custom_id"] for one in out] == [one["custom_id"] for one in lines]
     assert (await gateway.upstream.stats())["text_only"].arrived == 2_000
+
+
+async def test_the_lines_count_for_the_caps_on_the_queue(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    store = gateway.services.store
+    await store.tenants.set("acme", {"most_queued_jobs": 5}, by="test")
+    _, made = await store.tenants.create_key("acme", scopes=(Scope.INFER, Scope.READ))
+    client = sdk(gateway, "acme", api_key=made.text)
+    await begin(client, jsonl([line(f"id-{n}", "x") for n in range(4)]))
+    with pytest.raises(openai.RateLimitError) as full:
+        await begin(client, jsonl([line(f"id-{n}", "x") for n in range(2)]))
+    assert full.value.body["limit"] == "most_queued_jobs"  # type: ignore[index]
+    await begin(client, jsonl([line("last", "x")]))

@@ -140,7 +140,8 @@ def test_submit_documents_every_content_type_and_field_that_it_takes(
     values |= {"webhook_url", "subject"}
     for media, described in content.items():
         files = {"file", "files"} if media == "multipart/form-data" else set()
-        assert set(described["schema"]["properties"]) == values | files
+        wrapped = {"endpoint", "body"} if media == "application/json" else set()
+        assert set(described["schema"]["properties"]) == values | files | wrapped
     for name, example in content["application/json"]["examples"].items():
         assert broken(example["value"], content["application/json"]["schema"], document) == ""
         assert read_fields(example["value"], Config(), is_allowed=lambda _: True).prompt, name

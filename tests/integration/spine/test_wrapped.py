@@ -42,7 +42,7 @@ async def test_a_job_wraps_calls_of_several_dialects(open_gateway: Opener) -> No
     assert row["request"]["endpoint"] == "/v1/chat/completions"
 
 
-async def test_a_fault_is_tried_again_and_a_refusal_is_told(open_gateway: Opener) -> None:
+async def test_what_the_provider_refuses_fails_the_job(open_gateway: Opener) -> None:
     gateway = await open_gateway()
     await gateway.upstream.set_behaviour(strict_models=True)
     body = chat("Say hello") | {"model": "no-such-model"}
