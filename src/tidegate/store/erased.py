@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from tidegate.call import new_id
+from tidegate.errors import StoreUnavailable
 from tidegate.store.queries import sql
 from tidegate.store.usage import moment_of
 
@@ -37,9 +38,13 @@ def digest_of(subject: str) -> bytes:
 async def mark_erased(
     connection: asyncpg.Connection, tenant_id: str | None, subject: str | None
 ) -> None:
-    """In a transaction of its own."""
-    await connection.execute("SET LOCAL lock_timeout = '10s'")
-    await connection.execute(sql("lock_erased"))
+    """In a transaction of its own. Raises StoreUnavailable where somebody else, such as a backup,
+    has the table for long: all who write records would wait behind us."""
+    await connection.execute("SET LOCAL lock_timeout = '1500ms'")
+    try:
+        await connection.execute(sql("lock_erased"))
+    except asyncpg.LockNotAvailableError:
+        raise StoreUnavailable("the table `erased` is in use, perhaps by a backup") from None
     digest = None if subject is None else digest_of(subject)
     await connection.execute(sql("add_erased"), new_id(), tenant_id, digest)
 

@@ -16,6 +16,7 @@ from tests.gateway import PNG, Gateway, Opener
 from tests.integration.tenants.asking import ask
 from tests.waiting import wait_until
 from tidegate.call import new_id
+from tidegate.errors import StoreUnavailable
 from tidegate.store.blobs import Blobs
 from tidegate.store.connection import Connections
 from tidegate.store.erase import Eraser, EraseReport, Whose
@@ -210,6 +211,18 @@ async def test_what_waits_on_a_disk_is_erased_or_dropped_when_it_is_written(
         assert await gateway.database.fetchval(left) == ["another"]
     finally:
         await store.aclose()
+
+
+async def test_erasing_does_not_wait_long_for_a_backup(
+    open_gateway: Opener, database_url: str, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False)
+    whose = Whose(None, SUBJECT)
+    async with gateway.database.acquire() as backup, backup.transaction():
+        await backup.fetch("SELECT * FROM erased")
+        with pytest.raises(StoreUnavailable, match="in use"):
+            await erase(database_url, tmp_path, whose)
+    assert (await erase(database_url, tmp_path, whose)).done
 
 
 async def test_wrong_subjects_are_refused(open_gateway: Opener) -> None:
