@@ -73,13 +73,16 @@ class Exchange:
             whole += piece
         return bytes(whole[:max_bytes])
 
-    def close(self) -> None:
-        """End it: the connection is kept only when the answer has come to its end. Idempotent."""
+    def close(self) -> bool:
+        """End it: the connection is kept, and True returned, only when the answer has come to its
+        end. Else it is closed in the event loop's next round. Idempotent."""
         self._wire.exchanges.discard(self)
-        if self._content.at_eof():
+        whole: bool = self._content.at_eof()
+        if whole:
             self._response.release()
         else:
             self._response.close()
+        return whole
 
     def overdue(self, now: float) -> str | None:
         """The phase that has taken too long."""
@@ -185,6 +188,8 @@ class RelayWire:
                 method, url, headers=CIMultiDict(headers), data=body, allow_redirects=False
             )
         except asyncio.CancelledError:
+            # A connection is really closed in the loop's next round: its permit goes after that.
+            await asyncio.sleep(0)
             if not opening.late:
                 raise
             task.uncancel()

@@ -206,7 +206,8 @@ class Work:
                 life.http_status = exchange.status
                 await self._pass_on(exchange, target, demand, hides)
             finally:
-                exchange.close()
+                if not exchange.close():  # it is closed in the loop's next round
+                    await asyncio.sleep(0)
         except UpstreamError as error:
             raise CallFailed(error, target) from None
 
