@@ -41,7 +41,8 @@ def erase(
     typer.echo(
         f"{'would erase' if dry_run else 'erased'} {report.requests} requests, "
         f"{report.calls} records of calls, {report.blobs} files, "
-        f"{report.answers} kept answers, {report.spilled} entries on this disk"
+        f"{report.answers} kept answers, {report.batches} batches, "
+        f"{report.spilled} entries on this disk"
     )
     if report.held:
         typer.echo(

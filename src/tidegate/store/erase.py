@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -34,15 +35,16 @@ _START = UUID(int=0)
 @dataclass(slots=True)
 class EraseReport:
     """What a run has erased, or would erase. requests: of our own API. calls: rows of the audit.
-    answers: kept under idempotency keys. spilled: entries on this host's disk. held: files of
-    entries that a running process has; it drops those that are erased when it writes the rest.
-    done: nothing is left that this host can reach."""
+    answers: kept under idempotency keys. batches: of a whole tenant, with their lines. spilled:
+    entries on this host's disk. held: files of entries that a running process has; it drops those
+    that are erased when it writes the rest. done: nothing is left that this host can reach."""
 
     requests: int = 0
     calls: int = 0
     attempts: int = 0
     bodies: int = 0
     answers: int = 0
+    batches: int = 0
     blobs: int = 0
     spilled: int = 0
     held: int = 0
@@ -93,6 +95,8 @@ class Eraser:
                 await mark_erased(connection, whose.tenant_id, whose.subject)
 
             await self._connections.run(mark, timeout_ms=_TIMEOUT_MS)
+        if whose.tenant_id is not None and whose.subject is None:
+            await self._erase_batches(whose.tenant_id, dry_run)
         for scan, erase in (
             ("scan_requests", self._erase_requests),
             ("scan_audit", self._erase_calls),
@@ -160,6 +164,35 @@ class Eraser:
             self.report.attempts += counts["erase_attempts"]
             self.report.bodies += counts["erase_bodies"]
             self.report.answers += counts["erase_native_keys"]
+
+    async def _erase_batches(self, tenant_id: str, dry_run: bool) -> None:
+        """Batches with their lines, and the files that they were read from and written to."""
+        if dry_run:
+
+            async def count(connection: asyncpg.Connection) -> asyncpg.Record:
+                return await connection.fetchrow(sql("count_batches"), tenant_id)
+
+            row = await self._connections.run(count, timeout_ms=_TIMEOUT_MS)
+            self.report.batches, self.report.blobs = row["batches"], row["files"]
+            return
+
+        async def of_tenant(connection: asyncpg.Connection, query: str) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql(query), tenant_id, _ERASED_AT_ONCE
+            )
+            return found
+
+        while found := await self._connections.run(
+            partial(of_tenant, query="batches_of_tenant"), timeout_ms=_TIMEOUT_MS
+        ):
+            await self._delete((("delete_batches", [row["id"] for row in found]),))
+            self.report.batches += len(found)
+        while found := await self._connections.run(
+            partial(of_tenant, query="batch_files_of_tenant"), timeout_ms=_TIMEOUT_MS
+        ):
+            await self._blobs.delete([row["blob_key"] for row in found])
+            await self._delete((("delete_batch_files", [row["id"] for row in found]),))
+            self.report.blobs += len(found)
 
     async def _delete_blobs(self, query: str, found: _Found, dry_run: bool) -> None:
         async def read(connection: asyncpg.Connection) -> list[str]:

@@ -52,3 +52,16 @@ DELETE FROM audit WHERE id = ANY($1::uuid[])
 -- name: erase_native_keys
 -- Delete the answers that were kept under idempotency keys of many native calls.
 DELETE FROM native_keys WHERE request_id = ANY($1::uuid[])
+
+-- name: batches_of_tenant
+-- Batches of tenant $1 in whatever state, at most $2.
+SELECT id FROM batches WHERE tenant_id = $1 ORDER BY id LIMIT $2
+
+-- name: count_batches
+-- How many batches tenant $1 has, and how many files for them.
+SELECT (SELECT count(*) FROM batches WHERE tenant_id = $1) AS batches,
+    (SELECT count(*) FROM batch_files WHERE tenant_id = $1) AS files
+
+-- name: batch_files_of_tenant
+-- Files for and of batches of tenant $1, at most $2.
+SELECT id, blob_key FROM batch_files WHERE tenant_id = $1 ORDER BY id LIMIT $2
