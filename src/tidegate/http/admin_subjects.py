@@ -19,7 +19,7 @@ router = APIRouter(
     prefix="/admin/subjects",
     tags=["admin"],
     dependencies=[Depends(admit_admin)],
-    responses=problem_responses(400, 401, 403, 503),
+    responses=problem_responses(400, 401, 403, 404, 503),
 )
 
 

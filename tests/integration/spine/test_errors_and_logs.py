@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from io import StringIO
 from typing import Any
 
 import orjson
 import pytest
-import structlog
 
 from tests.gateway import KEY, Opener
+from tests.loglines import Lines, lines
 from tests.waiting import wait_until
 from tidegate.http.views import UsageView
 from tidegate.pipeline import Pipeline
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
-from tidegate.telemetry import configure_logging
 
-Lines = Callable[[], list[dict[str, Any]]]
-
-
-@pytest.fixture
-def lines() -> Iterator[Lines]:
-    """All that was logged so far, from level debug on, as JSON lines."""
-    root, written = logging.getLogger(), StringIO()
-    level = root.level
-    configure_logging("json", "debug", process="test")
-    (handler,) = root.handlers
-    assert isinstance(handler, logging.StreamHandler)
-    handler.setStream(written)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-    def read() -> list[dict[str, Any]]:
-        return [orjson.loads(line) for line in written.getvalue().splitlines()]
-
-    yield read
-    root.removeHandler(handler)
-    root.setLevel(level)
-    structlog.reset_defaults()
+__all__ = ["lines"]
 
 
 def _named(lines: list[dict[str, Any]], *events: str) -> list[dict[str, Any]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import orjson
-import pytest
 
 from tests.gateway import Gateway, Opener
+from tests.loglines import Lines, lines
 from tests.waiting import wait_until
+
+__all__ = ["lines"]
 
 
 async def admin(gateway: Gateway, method: str, path: str, body: Any = None) -> tuple[int, Any]:
@@ -124,9 +126,7 @@ async def test_mistakes_change_nothing_and_are_named(open_gateway: Opener) -> No
     assert [one["tenant"] for one in (await admin(gateway, "GET", "/tenants"))[1]] == ["default"]
 
 
-async def test_no_key_is_ever_in_the_log(
-    open_gateway: Opener, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_no_key_is_ever_in_the_log(open_gateway: Opener, lines: Lines) -> None:
     gateway = await open_gateway(auth="on")
     _, made = await gateway.services.store.tenants.create_key("default")
     secret = made.text.rpartition("_")[2]
@@ -136,16 +136,14 @@ async def test_no_key_is_ever_in_the_log(
     for headers in ({"x-api-key": made.text}, {"Authorization": f"Bearer {made.text}x"}):
         async with gateway.http.get(f"{gateway.url}/status/x", headers=headers) as response:
             assert response.status in (400, 401)
-    said = ""
+
+    def named(event: str) -> list[dict[str, Any]]:
+        return [line for line in lines() if line["event"] == event]
 
     def is_done() -> bool:
-        nonlocal said
-        captured = capsys.readouterr()
-        said += captured.out + captured.err
-        return "job_done" in said and request_id in said
+        return any(line["request_id"] == request_id for line in named("job_done"))
 
     await wait_until(is_done, 10, "the job's line")
-    done = [line for line in said.splitlines() if "request_done" in line and "/submit" in line]
-    assert f"key_id={made.prefix}" in done[0]
-    assert "tenant=default" in done[0]
-    assert secret not in said
+    done = [line for line in named("request_done") if line["path"] == "/submit"]
+    assert (done[0]["key_id"], done[0]["tenant"]) == (made.prefix, "default")
+    assert secret not in str(lines())

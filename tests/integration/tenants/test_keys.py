@@ -6,15 +6,17 @@ import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from functools import partial
-
-import pytest
+from typing import Any
 
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of, submitted
+from tests.loglines import Lines, lines
 from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.store.api_keys import make_key
+
+__all__ = ["lines"]
 
 IN_FORCE_WITHIN_S = 1.0
 # Answered before anybody is asked who he is.
@@ -202,22 +204,18 @@ async def test_keys_are_asked_for_where_others_can_reach_it(open_gateway: Opener
 
 
 async def test_a_start_without_any_key_says_how_to_make_one(
-    open_gateway: Opener, capsys: pytest.CaptureFixture[str]
+    open_gateway: Opener, lines: Lines
 ) -> None:
-    said = ""
-
-    def lines(event: str) -> list[str]:
-        nonlocal said
-        said += capsys.readouterr().out
-        return [line for line in said.splitlines() if event in line]
+    def told() -> list[dict[str, Any]]:
+        return [line for line in lines() if line["event"] == "no_api_key"]
 
     await open_gateway(worker=False, auth="on")
-    await wait_until(lambda: lines("no_api_key"), 5, "the line")
-    assert "tidegate keys create" in lines("no_api_key")[0]
+    await wait_until(told, 5, "the line")
+    assert "tidegate keys create" in told()[0]["hint"]
     gateway = await open_gateway(worker=False, auth="on")
     await key_of(gateway, "acme")
     await open_gateway(worker=False, auth="on")
-    assert len(lines("no_api_key")) <= 2, "once a process, and not where there is a key"
+    assert len(told()) <= 2, "once a process, and not where there is a key"
 
 
 async def test_the_last_use_of_a_key_is_noted_behind(open_gateway: Opener) -> None:
