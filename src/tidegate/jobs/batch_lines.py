@@ -148,6 +148,8 @@ class LineCaller:
             )
             await collected(self._relay, call, life, admitted)
         except ClaimLost:
+            # Another worker has it, which this changes nothing of; or its batch is being cancelled.
+            await self._until_done(lambda: self._store.batch_lines.give_back([line]))
             return
         except CallFailed as failed:
             error, words = failed.error, failed

@@ -138,11 +138,12 @@ WHERE l.batch_id = fitting.batch_id AND l.line = fitting.line AND fitting.so_far
 RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires_at
 
 -- name: begin_batch_lines
--- Mark lines as calling, before their upstream calls; unless another worker has them.
+-- Mark lines as calling, before their upstream calls; unless another worker has them, or the batch ends.
 UPDATE batch_lines l SET state = 'calling', attempts = l.attempts + (l.state = 'claimed')::integer
 FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint)
 WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
-    AND l.state IN ('claimed', 'calling')
+    AND (l.state = 'calling' OR l.state = 'claimed' AND EXISTS (
+        SELECT 1 FROM batches b WHERE b.id = l.batch_id AND b.status = 'in_progress'))
 RETURNING l.batch_id, l.line
 
 -- name: end_batch_lines

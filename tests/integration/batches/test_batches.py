@@ -130,7 +130,7 @@ async def test_what_is_wrong_with_a_file_is_told_by_line(
 async def test_cancelling_ends_what_has_not_begun(open_gateway: Opener, sdk: MakeSdk) -> None:
     gateway = await open_gateway(rate_limits={"text_only": 1})
     client = sdk(gateway)
-    await gateway.upstream.set_behaviour(first_byte_ms=20)
+    await gateway.upstream.set_behaviour(first_byte_ms=200)
     batch = await begin(client, jsonl([line(f"id-{n}", f"Say {n}") for n in range(200)]))
 
     async def one_done() -> bool:
@@ -145,7 +145,7 @@ async def test_cancelling_ends_what_has_not_begun(open_gateway: Opener, sdk: Mak
     assert counts is not None
     out = await lines_of(client, done.output_file_id)
     errors = await lines_of(client, done.error_file_id)
-    assert len(out) == counts.completed
+    assert len(out) == counts.completed <= 5  # not what a worker had taken, only what was called
     assert len(out) + len(errors) == 200
     assert {one["error"]["code"] for one in errors} == {"batch_cancelled"}
     finished = await end_of(client, await begin(client, jsonl([line("a", "Say a")])))
