@@ -29,8 +29,8 @@ check: ## Lint, format, types and import contracts
 chaos: ## Kill, pause and cut off parts at full size, and count what really arrived
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python -m chaos.limiter --seconds 60
-	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
 	@TIDEGATE_MODEL_STEPS=200000 .venv/bin/python -m pytest tests/property -n0 -s
+	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
 
 bench: ## Measure, and print the figures with the machine that they come from
 	@scripts/bootstrap.sh dev
