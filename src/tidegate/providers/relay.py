@@ -1,70 +1,111 @@
 """The way to an upstream for native calls: bytes out, bytes back, nothing understood.
 
-Owns the connections. Invariants: one attempt, no redirect, no decompression; an exchange that was
-left is closed before its permit goes back; whoever is silent for longer than allowed is cut off.
+Owns the connections. Invariants: one attempt, no redirect, no decompression, no proxy; an exchange
+that was left is closed before its permit goes back; whoever is silent for longer than allowed is
+cut off. Connections are tried by RFC 8305 ("happy eyeballs").
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
+import ssl
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-from multidict import CIMultiDict
+import aiohappyeyeballs
 from yarl import URL
 
-from tidegate.errors import (
-    UpstreamError,
-    UpstreamGarbled,
-    UpstreamRejected,
-    UpstreamTimeout,
-    UpstreamUnavailable,
-)
+from tidegate.errors import UpstreamRejected, UpstreamTimeout, UpstreamUnavailable
 from tidegate.providers.gemini.timeouts import Timeouts
+from tidegate.providers.http1 import READ_AHEAD_BYTES, Answer, Connection, RawHeaders
 
-RawHeaders = Iterable[tuple[bytes, bytes]]
-
-_KEEPALIVE_S = 15.0
+_KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: whoever closes first is us
+_NAMES_S = 30.0
 _SWEEP_S = 0.25
+_NEXT_ADDRESS_S = 0.25
 _URLS_KEPT = 2_000
-_MOST_HEADER_BYTES = 32_768
+_NOT_IN_LINE = re.compile(rb"[\x00-\x20\x7f-\xff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where connections go."""
+
+    host: str
+    port: int
+    secure: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A URL, taken apart: `line` is the request's first line without its method, and the host."""
+
+    origin: Origin
+    line: bytes
 
 
 class Exchange:
     """One call and its answer. `status` and `headers` are there once it is opened."""
 
-    __slots__ = ("_content", "_due", "_response", "_wire", "status", "timed_out")
+    __slots__ = (
+        *("_answer", "_connection", "_origin", "_total_until", "_wait_until", "_whole", "_wire"),
+        *("headers", "status", "timed_out"),
+    )
 
-    def __init__(self, wire: RelayWire, response: aiohttp.ClientResponse) -> None:
-        self.status = response.status
+    def __init__(
+        self, wire: RelayWire, origin: Origin, connection: Connection, answer: Answer
+    ) -> None:
+        now = wire.time()
+        self.status = 0
+        self.headers: RawHeaders = []  # as they came, names in any case
         self.timed_out: str | None = None
         self._wire = wire
-        self._response = response
-        self._content = response.content
-        self._due = (0.0, 0.0)
+        self._origin = origin
+        self._connection = connection
+        self._answer = answer
+        self._whole: bool | None = None  # once closed
+        self._wait_until = now + wire.first_byte_s
+        self._total_until = now + wire.total_s
 
-    @property
-    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """As they came, names in any case."""
-        return self._response.raw_headers
+    async def begun(self) -> None:
+        """Wait for the head of the answer. Raises UpstreamError."""
+        answer = self._answer
+        while True:
+            if answer.failure is not None and not answer.pieces:
+                raise answer.failure
+            if answer.status:
+                break
+            await answer.change()
+        self.status, self.headers = answer.status, answer.headers
+        answer.stirred = True
 
     async def next(self) -> bytes:
         """The next bytes of the body as soon as there are some; empty at its end.
 
         Raises UpstreamError. Cancelling leaves the exchange open: `close` it.
         """
-        loop_time = self._wire.time()
-        self._due = (loop_time + self._wire.idle_s, self._due[1])
-        try:
-            return await self._content.readany()
-        except (aiohttp.ClientError, OSError) as broken:
-            raise self._translated(broken) from None
+        answer = self._answer
+        while not answer.pieces:
+            if answer.ended:
+                return b""
+            if answer.failure is not None:
+                raise answer.failure
+            await answer.change()
+        pieces = answer.pieces
+        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        if answer.size_bytes > READ_AHEAD_BYTES:
+            self._connection.read_on()
+        answer.size_bytes = 0
+        return whole
 
     @property
     def at_end(self) -> bool:
         """Whether all of the body has been read."""
-        return self._content.at_eof()
+        return self._answer.ended and not self._answer.pieces
 
     async def read(self, max_bytes: int) -> bytes:
         """The whole body, or its first `max_bytes`."""
@@ -76,78 +117,50 @@ class Exchange:
     def close(self) -> bool:
         """End it: the connection is kept, and True returned, only when the answer has come to its
         end. Else it is closed in the event loop's next round. Idempotent."""
-        self._wire.exchanges.discard(self)
-        whole: bool = self._content.at_eof()
-        if whole:
-            self._response.release()
-        else:
-            self._response.close()
-        return whole
+        if self._whole is None:
+            self._wire.exchanges.discard(self)
+            self._whole = self.at_end
+            if not self._whole:
+                self._connection.drop()
+            elif self._connection.done():
+                self._wire.keep(self._origin, self._connection)
+        return self._whole
 
     def overdue(self, now: float) -> str | None:
-        """The phase that has taken too long."""
-        idle, total = self._due
-        if now > total:
+        """The phase that has taken too long; asked again and again."""
+        answer = self._answer
+        if now > self._total_until:
             return "total"
-        return "idle" if now > idle else None
+        if not self.status:
+            return "first_byte" if now > self._wait_until else None
+        if answer.stirred or not answer.is_awaited:
+            answer.stirred = False
+            self._wait_until = now + self._wire.idle_s
+        return "idle" if now > self._wait_until else None
 
     def cut(self, phase: str) -> None:
         self.timed_out = phase
-        connection = self._response.connection
-        if connection is not None and connection.transport is not None:
-            connection.transport.abort()
-
-    def begin(self, now: float) -> None:
-        self._due = (now + self._wire.idle_s, now + self._wire.total_s)
-
-    def _translated(self, broken: Exception) -> UpstreamError:
-        if self.timed_out is not None:
-            return self._wire.ran_out(self.timed_out)
-        if isinstance(broken, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError):
-            return UpstreamUnavailable("the provider closed the connection in mid-answer")
-        return UpstreamUnavailable(
-            f"the connection to the provider broke ({type(broken).__name__})"
-        )
-
-
-class _Opening:
-    """A request whose answer has not begun; `late` once it is being cancelled for that."""
-
-    __slots__ = ("due", "late", "task")
-
-    def __init__(self, task: asyncio.Task[Any], due: float) -> None:
-        self.task = task
-        self.due = due
-        self.late = False
+        self._answer.fail(self._wire.ran_out(phase))
+        self._connection.drop()
 
 
 class RelayWire:
     """One per process. `start` before the first call, `aclose` at the end."""
 
     def __init__(self, timeouts: Timeouts) -> None:
+        self.first_byte_s = timeouts.first_byte_ms / 1000
         self.idle_s = timeouts.idle_ms / 1000
         self.total_s = timeouts.total_ms / 1000
         self.exchanges: set[Exchange] = set()
-        self._openings: set[_Opening] = set()
-        self._urls: dict[str, URL] = {}
-        self.time = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self.time = self._loop.time
         self._timeouts = timeouts
+        self._places: dict[str, Place] = {}
+        self._idle: dict[Origin, list[Connection]] = {}
+        self._connections: set[Connection] = set()
+        self._names: dict[Origin, tuple[float, list[Any]]] = {}
+        self._tls: ssl.SSLContext | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0,
-                keepalive_timeout=_KEEPALIVE_S,
-                ttl_dns_cache=30,
-                enable_cleanup_closed=False,
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_read=None),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            max_field_size=_MOST_HEADER_BYTES,
-            max_line_size=_MOST_HEADER_BYTES,
-        )
 
     async def start(self) -> None:
         self._sweeper = asyncio.create_task(self._sweep())
@@ -157,66 +170,50 @@ class RelayWire:
             self._sweeper.cancel()
         for exchange in list(self.exchanges):
             exchange.close()
-        await self._session.close()
+        self._idle.clear()
+        for connection in list(self._connections):
+            connection.drop()
+        await asyncio.sleep(0)
 
-    def url(self, text: str) -> URL:
-        """A URL that is whole and quoted already; kept, since taking one apart is dear."""
-        known = self._urls.get(text)
+    def place(self, text: str) -> Place:
+        """Of a URL that is whole and quoted already; kept, since taking one apart is dear. Raises
+        UpstreamRejected."""
+        known = self._places.get(text)
         if known is None:
-            known = URL(text, encoded=True)
-            if len(self._urls) < _URLS_KEPT:
-                self._urls[text] = known
+            known = _place(text)
+            if len(self._places) < _URLS_KEPT:
+                self._places[text] = known
         return known
 
     async def open(
         self,
         method: str,
-        url: URL,
-        headers: list[tuple[str, str]],
+        place: Place,
+        headers: Iterable[tuple[bytes, bytes]],
         body: bytes | AsyncIterator[bytes] | None,
     ) -> Exchange:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
 
+        A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
         Cancelling closes the connection.
         """
-        task = asyncio.current_task()
-        assert task is not None
-        opening = _Opening(task, self.time() + self._timeouts.first_byte_ms / 1000)
-        self._openings.add(opening)
+        lines = [b"%b: %b\r\n" % pair for pair in headers]
+        said = b"".join(lines)
+        if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
+            raise UpstreamRejected("the request could not be sent: a header holds a line's end")
+        head = b"%b %b%b" % (method.encode("ascii"), place.line, said)
+        if body is None and method != "GET":
+            body = b""
+        connection = self._idle_one(place.origin) or await self._connect(place.origin)
+        exchange = Exchange(self, place.origin, connection, connection.send(head, body))
+        self.exchanges.add(exchange)
         try:
-            response = await self._session.request(
-                method, url, headers=CIMultiDict(headers), data=body, allow_redirects=False
-            )
-        except asyncio.CancelledError:
+            await exchange.begun()
+        except BaseException:
+            exchange.close()
             # A connection is really closed in the loop's next round: its permit goes after that.
             await asyncio.sleep(0)
-            if not opening.late:
-                raise
-            task.uncancel()
-            raise self.ran_out("first_byte") from None
-        except aiohttp.ClientConnectorError:
-            raise UpstreamUnavailable("could not connect to the provider") from None
-        except aiohttp.ServerDisconnectedError:
-            raise UpstreamUnavailable(
-                "the provider closed the connection before its answer"
-            ) from None
-        except aiohttp.ClientResponseError:
-            raise UpstreamGarbled("the provider's answer is not HTTP") from None
-        except (aiohttp.InvalidURL, ValueError) as wrong:
-            raise UpstreamRejected(
-                f"the request could not be sent ({type(wrong).__name__})"
-            ) from None
-        except (aiohttp.ClientError, OSError) as broken:
-            name = type(broken).__name__
-            raise UpstreamUnavailable(f"the connection to the provider broke ({name})") from None
-        finally:
-            self._openings.discard(opening)
-        if not 200 <= response.status < 600:  # 101: nobody here speaks another protocol
-            response.close()
-            raise UpstreamGarbled(f"the provider answered {response.status}, which is no answer")
-        exchange = Exchange(self, response)
-        exchange.begin(self.time())
-        self.exchanges.add(exchange)
+            raise
         return exchange
 
     def ran_out(self, phase: str) -> UpstreamTimeout:
@@ -224,6 +221,62 @@ class RelayWire:
         return UpstreamTimeout(
             f"the provider took longer than {limit_ms} ms ({phase})", phase=phase
         )
+
+    # -- connections
+
+    def keep(self, origin: Origin, connection: Connection) -> None:
+        """It may take another request."""
+        connection.idle_since = self.time()
+        self._idle.setdefault(origin, []).append(connection)
+
+    def _idle_one(self, origin: Origin) -> Connection | None:
+        kept = self._idle.get(origin)
+        while kept:
+            connection = kept.pop()
+            if connection.is_open:
+                return connection
+        return None
+
+    async def _connect(self, origin: Origin) -> Connection:
+        try:
+            async with asyncio.timeout(self._timeouts.connect_ms / 1000):
+                connected = await aiohappyeyeballs.start_connection(
+                    await self._addresses(origin),
+                    happy_eyeballs_delay=_NEXT_ADDRESS_S,
+                    interleave=1,
+                    loop=self._loop,
+                )
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self._loop, self._connections.discard),
+                    sock=connected,
+                    ssl=self._tls_context() if origin.secure else None,
+                    server_hostname=origin.host if origin.secure else None,
+                )
+        except TimeoutError:
+            raise self.ran_out("connect") from None
+        except ssl.SSLError as wrong:
+            why = wrong.reason or type(wrong).__name__
+            raise UpstreamUnavailable(f"no secure connection to the provider ({why})") from None
+        except (OSError, UnicodeError):
+            raise UpstreamUnavailable("could not connect to the provider") from None
+        self._connections.add(connection)
+        return connection
+
+    async def _addresses(self, origin: Origin) -> list[Any]:
+        now = self.time()
+        until, found = self._names.get(origin, (0.0, []))
+        if now > until:
+            found = await self._loop.getaddrinfo(
+                origin.host, origin.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+            )
+            self._names[origin] = (now + _NAMES_S, found)
+        return found
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+            self._tls.set_alpn_protocols(["http/1.1"])
+        return self._tls
 
     async def _sweep(self) -> None:
         """One timer for all: a timeout of its own for each read would cost more than the read."""
@@ -233,7 +286,27 @@ class RelayWire:
             for exchange in list(self.exchanges):
                 if (phase := exchange.overdue(now)) is not None:
                     exchange.cut(phase)
-            for opening in list(self._openings):
-                if now > opening.due and not opening.late:
-                    opening.late = True
-                    opening.task.cancel()
+            for origin, kept in self._idle.items():
+                self._idle[origin] = [one for one in kept if not _retired(one, now)]
+
+
+def _retired(connection: Connection, now: float) -> bool:
+    if connection.is_open and now - connection.idle_since <= _KEEPALIVE_S:
+        return False
+    connection.drop()
+    return True
+
+
+def _place(text: str) -> Place:
+    try:
+        url = URL(text, encoded=True)
+        host, port = url.raw_host, url.port
+    except ValueError:
+        host = port = None
+    line = b"%b HTTP/1.1\r\nhost: %b\r\n"
+    if host is None or port is None or url.scheme not in ("http", "https"):
+        raise UpstreamRejected("the request could not be sent: its URL is none")
+    target, named = url.raw_path_qs.encode(), url.host_port_subcomponent or ""
+    if _NOT_IN_LINE.search(target) or _NOT_IN_LINE.search(named.encode()):
+        raise UpstreamRejected("the request could not be sent: its URL is not in ASCII")
+    return Place(Origin(host, port, url.scheme == "https"), line % (target, named.encode()))

@@ -10,18 +10,17 @@ from uuid import UUID
 
 from tidegate.call import NO_CHARGE, Caller, Charge, Kind, Usage
 from tidegate.errors import UpstreamError
+from tidegate.relay.headers import Headers
 from tidegate.relay.paths import Endpoint
 from tidegate.relay.targets import Target
-from tidegate.relay.usage import HEAD_BYTES, TAIL_BYTES, Told, told_by
+from tidegate.relay.usage import TAIL_BYTES, Told, told_in
 
 KEPT_BYTES = 16_000_000
-
-Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
 class NativeCall:
-    """What the front took in. headers: those that may go on to an upstream, as text. query: without
+    """What the front took in. headers: those that may go on to an upstream. query: without
     its `?` and without a key. received: on the monotonic clock. wait_ms: from receipt to
     admission. subject: whom it is about, for erasing."""
 
@@ -29,7 +28,7 @@ class NativeCall:
     endpoint: Endpoint
     method: str
     query: str
-    headers: list[tuple[str, str]]
+    headers: Headers
     body: bytes
     caller: Caller
     received: float
@@ -93,8 +92,7 @@ class Life:
 
     def read_usage(self, endpoint: Endpoint) -> None:
         """Find in the answer what it says of itself."""
-        answer = self.answer
-        self.told = told_by(endpoint.dialect, answer[:HEAD_BYTES], answer[-TAIL_BYTES:])
+        self.told = told_in(endpoint.dialect, self.answer)
 
     def begin_again(self) -> None:
         """Another try: what the last one brought is not the answer."""

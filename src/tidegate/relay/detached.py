@@ -15,13 +15,14 @@ from uuid import UUID
 from tidegate.call import Caller
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
 from tidegate.relay.asked import Asked, asked_of
-from tidegate.relay.call import KEPT_BYTES, Headers, Life, NativeCall, Out
+from tidegate.relay.call import KEPT_BYTES, Life, NativeCall, Out
+from tidegate.relay.headers import Headers
 from tidegate.relay.paths import Endpoint, dialect_of, endpoint_of
 from tidegate.relay.spine import Relay
 from tidegate.relay.work import Begun
 
 _NO_DEADLINE_MS = 30 * 86_400_000
-_HEADERS = [("content-type", "application/json")]
+_HEADERS = [(b"content-type", b"application/json")]
 _ALLOWED = (
     "a native path that asks a model, such as /v1/chat/completions, /v1/responses, /v1/messages "
     "or /v1beta/models/<model>:generateContent"

@@ -11,79 +11,73 @@ from collections.abc import Iterable
 
 from tidegate.relay.paths import Dialect
 
+Headers = list[tuple[bytes, bytes]]
+
 # RFC 9110, section 7.6.1, and what Connection itself names.
 _HOP_BY_HOP = frozenset(
     (
-        *("connection", "keep-alive", "proxy-connection", "proxy-authenticate"),
-        *("proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"),
+        *(b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate"),
+        *(b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
     )
 )
-_OURS = "x-tidegate-"
+_OURS = b"x-tidegate-"
 _NOT_SENT = _HOP_BY_HOP | frozenset(
     (
-        *("host", "content-length", "expect", "accept-encoding", "cookie", "idempotency-key"),
-        *("authorization", "x-api-key", "x-goog-api-key", "api-key"),
-        *("openai-organization", "openai-project", "x-goog-user-project"),
-        *("forwarded", "via", "x-real-ip", "origin", "referer"),
+        *(b"host", b"content-length", b"expect", b"accept-encoding", b"cookie", b"idempotency-key"),
+        *(b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"),
+        *(b"openai-organization", b"openai-project", b"x-goog-user-project"),
+        *(b"forwarded", b"via", b"x-real-ip", b"origin", b"referer"),
         # Some servers take these for the method or the path that is really meant.
-        *("x-http-method-override", "x-http-method", "x-method-override"),
-        *("x-original-url", "x-rewrite-url"),
+        *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
+        *(b"x-original-url", b"x-rewrite-url"),
     )
 )
-_NOT_SENT_PREFIXES = (_OURS, "x-forwarded-", "sec-", "proxy-")
+_NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")
 # What would have a say over our own origin and its connections.
 _NOT_RETURNED = _HOP_BY_HOP | frozenset(
     (
-        *("set-cookie", "set-cookie2", "alt-svc", "strict-transport-security"),
-        *("clear-site-data", "refresh", "nel", "report-to", "reporting-endpoints"),
+        *(b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security"),
+        *(b"clear-site-data", b"refresh", b"nel", b"report-to", b"reporting-endpoints"),
     )
 )
 _NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-def to_send(given: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
-    """The headers of a client that go on to the upstream; names are in lower case."""
-    found, named = [], ""
-    for raw_name, raw_value in given:
-        name = raw_name.decode("latin-1")
-        if name == "connection":  # there may be several
-            value = raw_value.decode("latin-1").lower()
-            named = f"{named},{value}" if named else value
-        if name not in _NOT_SENT and not name.startswith(_NOT_SENT_PREFIXES):
-            found.append((name, _text(raw_value)))
-    if named and named not in ("keep-alive", "close"):
-        dropped = {one.strip() for one in named.split(",")}
+def to_send(given: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """The headers of a client that go on to the upstream. Names are in lower case, as ASGI gives
+    them."""
+    found, named = [], b""
+    for pair in given:
+        name = pair[0]
+        if name in _NOT_SENT:
+            if name == b"connection":  # there may be several
+                named = b"%b,%b" % (named, pair[1].lower()) if named else pair[1].lower()
+        elif not name.startswith(_NOT_SENT_PREFIXES):
+            found.append(pair)
+    if named and named not in (b"keep-alive", b"close"):
+        dropped = {one.strip() for one in named.split(b",")}
         found = [pair for pair in found if pair[0] not in dropped]
     # A compressed answer could not be read for its usage.
-    found.append(("accept-encoding", "identity"))
+    found.append((b"accept-encoding", b"identity"))
     return found
 
 
-def _text(value: bytes) -> str:
-    """As text that is sent as the same bytes: the client that sends it encodes as UTF-8."""
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
-
-
-def with_key(headers: list[tuple[str, str]], dialect: Dialect, key: str) -> list[tuple[str, str]]:
+def with_key(headers: Headers, dialect: Dialect, key: str) -> Headers:
     """The same with the upstream's key, as the dialect shows it."""
     if dialect is Dialect.OPENAI:
-        return [*headers, ("authorization", f"Bearer {key}")]
-    return [*headers, ("x-goog-api-key" if dialect is Dialect.GEMINI else "x-api-key", key)]
+        return [*headers, (b"authorization", b"Bearer " + key.encode())]
+    name = b"x-goog-api-key" if dialect is Dialect.GEMINI else b"x-api-key"
+    return [*headers, (name, key.encode())]
 
 
-def to_return(
-    given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True
-) -> list[tuple[bytes, bytes]]:
+def to_return(given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True) -> Headers:
     """The headers of an upstream's answer that go back to the client."""
     found, named = [], b""
     for raw_name, value in given:
         name = raw_name.lower()
         if name == b"connection":
             named = b"%b,%b" % (named, value.lower()) if named else value.lower()
-        if name in _NOT_RETURNED_BYTES or (name == b"content-length" and not same_length):
+        if name in _NOT_RETURNED or (name == b"content-length" and not same_length):
             continue
         if not name.startswith(b"x-tidegate-") or name == b"x-tidegate-emulator":
             found.append((name, value))
@@ -93,6 +87,3 @@ def to_return(
         dropped = {one.strip() for one in named.split(b",")}
         found = [pair for pair in found if pair[0] not in dropped]
     return found
-
-
-_NOT_RETURNED_BYTES = frozenset(name.encode() for name in _NOT_RETURNED)

@@ -78,10 +78,10 @@ class Models:
         dialect, target = call.endpoint.dialect, Target(upstream, "")
         path, key, name = _SHAPES[dialect]
         url = f"{upstream.base_urls[dialect]}{path}"
-        given = [pair for pair in call.headers if pair[0] == "anthropic-version"]
+        given = [pair for pair in call.headers if pair[0] == b"anthropic-version"]
         headers = with_key([*given, *to_send([])], dialect, upstream.key)
         try:
-            exchange = await self._wire.open("GET", self._wire.url(url), headers, None)
+            exchange = await self._wire.open("GET", self._wire.place(url), headers, None)
             try:
                 if exchange.status >= 300:
                     raise await refusal_of(exchange, target)

@@ -168,7 +168,7 @@ class Relay:
         if call.query:
             text = f"{text}?{call.query}"
         headers = with_key(call.headers, dialect, target.upstream.key)
-        return await self._wire.open(call.method, self._wire.url(text), headers, body)
+        return await self._wire.open(call.method, self._wire.place(text), headers, body)
 
     def may_try_again(self) -> bool:
         return self._budget.spend()

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from tidegate.errors import Forbidden, UpstreamError
-from tidegate.relay.call import CallFailed, Headers, Life, NativeCall, Out
-from tidegate.relay.headers import to_return
+from tidegate.relay.call import CallFailed, Life, NativeCall, Out
+from tidegate.relay.headers import Headers, to_return
 from tidegate.relay.paths import Operation
 from tidegate.relay.refusal import refusal_of
 from tidegate.relay.spine import Relay

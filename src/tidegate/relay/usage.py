@@ -1,8 +1,9 @@
-"""What an answer says that it cost, found in its bytes without taking it apart. Pure.
+"""What an answer says that it cost. Pure.
 
-A provider tells the usage in an object under one key, near the end. It is looked for from the end:
-inside of a text the quotes of that key would be escaped, so no answer can pretend to it. Invariant:
-what is not said stays unknown, never zero.
+A short answer that is one JSON object is parsed, which is cheaper than any search. Others, long or
+in a stream, are not taken apart: a provider tells the usage in an object under one key, near the
+end, and it is looked for from the end. Inside of a text the quotes of that key would be escaped, so
+no answer can pretend to it. Invariant: what is not said stays unknown, never zero.
 """
 
 from __future__ import annotations
@@ -13,12 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from tidegate.call import Usage
 from tidegate.relay.paths import Dialect
 
 HEAD_BYTES = 4_096
 TAIL_BYTES = 65_536
 _LONGEST_OBJECT = 16_384
+_PARSED_BYTES = 32_768
+_LONGEST_ID, _LONGEST_REASON = 200, 100
+# Where an object says its usage and its id, where its choices are, and why one of them ended.
+_PLACES: dict[Dialect, tuple[str, str, str | None, str]] = {
+    Dialect.OPENAI: ("usage", "id", "choices", "finish_reason"),
+    Dialect.ANTHROPIC: ("usage", "id", None, "stop_reason"),
+    Dialect.GEMINI: ("usageMetadata", "responseId", "candidates", "finishReason"),
+}
 _DECODER = json.JSONDecoder()
 _KEYS = {
     Dialect.OPENAI: re.compile(rb'"usage"\s*:\s*(?=\{)'),
@@ -48,6 +59,37 @@ class Told:
     usage: Usage
     finish_reason: str | None = None
     response_id: str | None = None
+
+
+def told_in(dialect: Dialect, answer: bytes) -> Told:
+    """What an answer says, whole or cut."""
+    if len(answer) <= _PARSED_BYTES and answer.startswith(b"{"):
+        try:
+            told = _told_by_object(dialect, orjson.loads(answer))
+        except orjson.JSONDecodeError:  # cut off
+            told = None
+        if told is not None:
+            return told
+    return told_by(dialect, answer[:HEAD_BYTES], answer[-TAIL_BYTES:])
+
+
+def _told_by_object(dialect: Dialect, whole: dict[str, Any]) -> Told | None:
+    """None where the usage is not at its usual place: it is searched for then."""
+    usage_key, id_key, choices_key, finish_key = _PLACES[dialect]
+    raw, identity = whole.get(usage_key), whole.get(id_key)
+    if type(raw) is not dict:
+        return None
+    finish = None
+    if choices_key is None:
+        finish = whole.get(finish_key)
+    elif type(choices := whole.get(choices_key)) is list and choices:
+        last = choices[-1]
+        finish = last.get(finish_key) if type(last) is dict else None
+    return Told(
+        usage_of(dialect, raw),
+        finish if type(finish) is str and len(finish) <= _LONGEST_REASON else None,
+        identity if type(identity) is str and len(identity) <= _LONGEST_ID else None,
+    )
 
 
 def told_by(dialect: Dialect, head: bytes, tail: bytes) -> Told:
@@ -98,7 +140,9 @@ def _openai(raw: Mapping[str, Any]) -> Usage:
     taken = _count(raw, "prompt_tokens", "input_tokens")
     given = _count(raw, "completion_tokens", "output_tokens")
     details = _part(raw, "completion_tokens_details", "output_tokens_details")
-    thoughts = _count(details, "reasoning_tokens")
+    thoughts = _count(details, "reasoning_tokens") if details else None
+    details = _part(raw, "prompt_tokens_details", "input_tokens_details")
+    cached = _count(details, "cached_tokens") if details else None
     total = _count(raw, "total_tokens")
     if given is None and taken is not None and total is not None:
         given = max(0, total - taken)  # an embedding says no more
@@ -107,9 +151,7 @@ def _openai(raw: Mapping[str, Any]) -> Usage:
         # The thoughts are in it; ours are apart.
         output_tokens=given if given is None or thoughts is None else max(0, given - thoughts),
         thoughts_tokens=thoughts,
-        cached_tokens=_count(
-            _part(raw, "prompt_tokens_details", "input_tokens_details"), "cached_tokens"
-        ),
+        cached_tokens=cached,
         total_tokens=total,
     )
 
@@ -142,7 +184,7 @@ def _anthropic(raw: Mapping[str, Any]) -> Usage:
 def _part(raw: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     for name in names:
         value = raw.get(name)
-        if isinstance(value, Mapping):
+        if type(value) is dict:
             return value
     return {}
 
@@ -150,6 +192,6 @@ def _part(raw: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
 def _count(raw: Mapping[str, Any], *names: str) -> int | None:
     for name in names:
         value = raw.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if type(value) is int and value >= 0:
             return value
     return None

@@ -29,17 +29,17 @@ def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
     ]
     sent = with_key(to_send(given), Dialect.ANTHROPIC, "ours")
     assert sent == [
-        ("content-type", "application/json"),
-        ("x-stainless-lang", "python"),
-        ("anthropic-beta", "new"),
-        ("accept-encoding", "identity"),
-        ("x-api-key", "ours"),
+        (b"content-type", b"application/json"),
+        (b"x-stainless-lang", b"python"),
+        (b"anthropic-beta", b"new"),
+        (b"accept-encoding", b"identity"),
+        (b"x-api-key", b"ours"),
     ]
 
 
 def test_the_key_is_shown_as_the_dialect_has_it() -> None:
-    assert with_key([], Dialect.OPENAI, "k") == [("authorization", "Bearer k")]
-    assert with_key([], Dialect.GEMINI, "k") == [("x-goog-api-key", "k")]
+    assert with_key([], Dialect.OPENAI, "k") == [(b"authorization", b"Bearer k")]
+    assert with_key([], Dialect.GEMINI, "k") == [(b"x-goog-api-key", b"k")]
 
 
 def test_what_comes_back() -> None:
