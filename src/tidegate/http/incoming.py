@@ -47,9 +47,7 @@ class Incoming:
             piece, more = message.get("body", b""), message.get("more_body", False)
             message = None
             size_bytes += len(piece)
-            if size_bytes > most_bytes:
-                allowed = f"at most {most_bytes} bytes"
-                raise PayloadTooLarge("body", "the body is too large", allowed=allowed)
+            check_size(size_bytes, most_bytes)
             if piece:
                 yield piece
 
@@ -71,3 +69,10 @@ class Incoming:
     def _too_slow(self) -> None:
         self.is_slow = True
         self._task.cancel()
+
+
+def check_size(size_bytes: int, most_bytes: int) -> None:
+    """Raises PayloadTooLarge."""
+    if size_bytes > most_bytes:
+        allowed = f"at most {most_bytes} bytes"
+        raise PayloadTooLarge("body", "the body is too large", allowed=allowed)

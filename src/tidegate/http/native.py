@@ -26,8 +26,9 @@ from tidegate.errors import (
 )
 from tidegate.http.access import log_request, who
 from tidegate.http.dialects import event, refusal
+from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import Presence, abort
-from tidegate.http.incoming import ClientGone, Incoming
+from tidegate.http.incoming import ClientGone, Incoming, check_size
 from tidegate.http.native_call import call_of
 from tidegate.http.once import Once, wanted_of
 from tidegate.http.openings import Opening
@@ -35,6 +36,7 @@ from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
 from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
+from tidegate.relay.headers import Headers
 from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure, Idempotency
@@ -43,6 +45,7 @@ from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
+_TYPE = b"content-type"
 
 log = get_logger()
 
@@ -67,18 +70,19 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
         front.say_done()
 
 
-class _Front:
+class _Front(Out):
     """One request, until it is answered and recorded."""
 
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
-        *("_received_at", "_out", "_life", "_ends_whole", "_task", "_incoming", "_head_sent"),
-        *("_recorded", "_content_type", "_caller"),
+        *("_received_at", "_life", "_ends_whole", "_task", "_head_sent"),
+        *("_recorded", "_headers", "_caller", "_direct", "_incoming"),
     )
 
     def __init__(
         self, services: Services, scope: Scope, receive: Receive, send: Send, dialect: Dialect
     ) -> None:
+        super().__init__()
         self._services = services
         self._scope = scope
         self._receive = receive
@@ -87,18 +91,18 @@ class _Front:
         self._request_id = new_id()
         self._received = time.monotonic()
         self._received_at = datetime.now(UTC)
-        self._out = Out(self._start, self._body)
         self._life = Life()
         self._ends_whole = True  # what went out ends with whole events, as far as we know
         self._head_sent = False
         self._caller = ANYBODY
         self._recorded = False  # already, by the request that this one repeats
-        self._content_type = ""
+        self._headers: Headers = []  # of the answer
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
-        silence_s = services.config.receive_timeout_ms / 1000
-        self._incoming = Incoming(receive, task, silence_s)
+        self._incoming: Incoming | None = None
+        offered = scope.get("extensions", {}).get(DIRECT_EXTENSION)
+        self._direct: Direct | None = None if offered is None else offered["answer"]
 
     async def answer(self, endpoint: Endpoint) -> None:
         self._services.streams.add(self._task)
@@ -109,12 +113,11 @@ class _Front:
 
     async def _answer(self, endpoint: Endpoint) -> None:
         uploads = endpoint.operation is Operation.UPLOAD
-        most_bytes = self._services.config.max_body_bytes
         try:
             await self._identify()
             if endpoint.operation.is_counted and self._caller.budgets is not NO_BUDGETS:
                 await self._services.budgets.let_in(self._caller)
-            body = b"" if uploads else await self._incoming.whole(most_bytes)
+            body = b"" if uploads else await self._whole_body()
             call = call_of(
                 self._scope,
                 endpoint,
@@ -147,6 +150,19 @@ class _Front:
         if not self._recorded:
             self._record(call, status, failure)
 
+    async def _whole_body(self) -> bytes:
+        most_bytes = self._services.config.max_body_bytes
+        body = None if self._direct is None else self._direct.take_body()
+        if body is None:
+            return await self._arriving().whole(most_bytes)
+        check_size(len(body), most_bytes)
+        return body
+
+    def _arriving(self) -> Incoming:
+        silence_s = self._services.config.receive_timeout_ms / 1000
+        self._incoming = Incoming(self._receive, self._task, silence_s)
+        return self._incoming
+
     async def _room(self, call: NativeCall) -> None:
         """Wait until the record can keep up again; no longer than for anything else."""
         try:
@@ -177,7 +193,7 @@ class _Front:
             elif (wanted := wanted_of(call, self._scope["headers"])) is not None:
                 await self._once(call, wanted)
             else:
-                await self._services.relay.run(call, self._out, self._life)
+                await self._services.relay.run(call, self, self._life)
             return Status.SUCCEEDED, None
         except CallFailed as failed:
             await self._tell_failed(failed)
@@ -189,7 +205,9 @@ class _Front:
         except asyncio.CancelledError:
             # Ours, because the client left; or the server's, which stops.
             self._task.uncancel()
-            if self._incoming.is_slow:  # an upload, which is read by the one who sends it on
+            if (
+                self._incoming is not None and self._incoming.is_slow
+            ):  # an upload, which is read by the one who sends it on
                 slow = RequestTimeout("the request's body arrives too slowly")
                 await self.tell(slow)
                 return Status.FAILED, Failure.of(slow)
@@ -205,20 +223,20 @@ class _Front:
         given = await once.given_before(self._services.config.total_timeout_ms)
         if given is not None:
             self._request_id, self._recorded = given.request_id, True
-            await once.replay(given, self._out)
+            await once.replay(given, self)
             return
         try:
-            await self._services.relay.run(call, self._out, self._life)
+            await self._services.relay.run(call, self, self._life)
         except BaseException:
             await asyncio.shield(once.failed())
             raise
-        await once.ended(self._life, self._content_type)
+        await once.ended(self._life, self._content_type())
 
     async def _upload(self, call: NativeCall) -> None:
         host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
         own_url = f"{self._scope['scheme']}://{host.decode('latin-1')}"
-        pieces = self._incoming.pieces(MAX_BYTES)
-        await upload(self._services.relay, call, pieces, own_url, self._out, self._life)
+        pieces = self._arriving().pieces(MAX_BYTES)
+        await upload(self._services.relay, call, pieces, own_url, self, self._life)
 
     def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:
         """What keeps the connection of a stream alive while it waits, where that is wanted."""
@@ -234,42 +252,55 @@ class _Front:
         wrong then is told as an event."""
         while True:
             await asyncio.sleep(every_s)
-            if self._out.started or not self._life.streams:
+            if self.started or not self._life.streams:
                 return
             if not self._head_sent:
-                self._head_sent = True
-                self._life.http_status = 200
-                headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
-                await self._send(self._head(200, headers))
-            comment = b": waiting for admission\n\n"
-            await self._send({"type": "http.response.body", "body": comment, "more_body": True})
+                headers = [(_TYPE, b"text/event-stream"), (b"cache-control", b"no-store")]
+                await self._send_head(200, headers)
+            await self.body(b": waiting for admission\n\n", True)
 
-    def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> Message:
+    def _with_id(self, headers: Headers) -> Headers:
         headers.append((_REQUEST_ID, str(self._request_id).encode()))
-        return {"type": "http.response.start", "status": status, "headers": headers}
+        return headers
 
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        self._out.started = True
-        self._content_type = next(
-            (value.decode("latin-1") for name, value in headers if name == b"content-type"), ""
-        )
+    def _content_type(self) -> str:
+        found = (value.decode("latin-1") for name, value in self._headers if name == _TYPE)
+        return next(found, "")
+
+    async def start(self, status: int, headers: Headers) -> None:
+        self.started, self._headers = True, headers
         if not self._head_sent:
-            self._head_sent = True
-            self._life.http_status = status
-            await self._send(self._head(status, headers))
+            await self._send_head(status, headers)
 
-    async def _body(self, piece: bytes, more: bool) -> None:
+    async def _send_head(self, status: int, headers: Headers) -> None:
+        self._head_sent = True
+        self._life.http_status = status
+        headers = self._with_id(headers)
+        if self._direct is not None:
+            await self._direct.head(status, headers)
+        else:
+            head: Message = {"type": "http.response.start", "status": status, "headers": headers}
+            await self._send(head)
+
+    async def body(self, piece: bytes, more: bool) -> None:
         self._ends_whole = piece.endswith((b"\n\n", b"\r\n\r\n"))
-        await self._send({"type": "http.response.body", "body": piece, "more_body": more})
+        if self._direct is not None:
+            await self._direct.piece(piece, more)
+        else:
+            await self._send({"type": "http.response.body", "body": piece, "more_body": more})
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        if self._direct is None or self._head_sent:
+            await super().whole(status, headers, body)
+            return
+        self.started, self._headers, self._head_sent = True, headers, True
+        self._life.http_status = status
+        await self._direct.whole(status, self._with_id(headers), body)
 
     async def refuse(self, error: TidegateError) -> None:
         """Answer with an error of ours."""
         status, headers, body = refusal(self._dialect, error)
-        await self._whole(status, headers, body)
-
-    async def _whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        await self._start(status, headers)
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        await self.whole(status, headers, body)
 
     async def _tell_failed(self, failed: CallFailed) -> None:
         """In the upstream's own words where it had any; but its word on our key is not for
@@ -285,15 +316,14 @@ class _Front:
         if after_ms and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
         self._life.keep(failed.body)
-        await self._whole(failed.status, headers, failed.body)
+        await self.whole(failed.status, headers, failed.body)
 
     async def tell(self, error: TidegateError) -> None:
         """What can still be told: all, the last event of a stream, or a connection cut short."""
         if not self._head_sent:
             await self.refuse(error)
         elif self._life.streams and self._ends_whole:
-            body = event(self._dialect, error)
-            await self._send({"type": "http.response.body", "body": body, "more_body": False})
+            await self.body(event(self._dialect, error), False)
         else:
             abort(self._scope)
 

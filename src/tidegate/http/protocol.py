@@ -30,6 +30,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import ABORT_EXTENSION, GONE_EXTENSION
 
 if sys.platform == "linux":
@@ -81,6 +82,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._extensions: dict[str, dict[object, object]] = {
+            ABORT_EXTENSION: {"call": transport.abort},
+            GONE_EXTENSION: {"call": self._when_gone.append},
+        }
         self._arm_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -173,16 +178,18 @@ class BoundedProtocol(HttpToolsProtocol):
                     await send(message)
 
             assert scope["type"] == "http"
-            told: list[Callable[[], None]] = self._when_gone
-            scope["extensions"] = {
-                ABORT_EXTENSION: {"call": self.transport.abort},
-                GONE_EXTENSION: {"call": told.append},
-            }
+            # The body is there as a whole: no answer can be early.
+            whole = not cycle.more_body
+            scope["extensions"] = extensions = dict(self._extensions)
+            if whole:
+                extensions[DIRECT_EXTENSION] = {"answer": Direct(cycle, self.flow)}
             try:
-                await app(scope, receive, send_on)
+                await app(scope, receive, send if whole else send_on)
             finally:
-                told.clear()  # answers of one connection are made one after another
-                self.loop.call_soon(self._watch_closing)
+                self._when_gone.clear()  # answers of one connection are made one after another
+                extensions.clear()  # they hold what holds them: nothing else would free it at once
+                if not cycle.response_complete or self.transport.is_closing():
+                    self.loop.call_soon(self._watch_closing)
 
         super()._start_asgi_task(cycle, answer)
 

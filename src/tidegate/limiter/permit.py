@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 Outcome = Literal["success", "ignored", "dropped"]
 
 
+async def _over() -> None:
+    raise RuntimeError("the permit was given back")
+
+
 class Permit:
     """One call's permit. `fence` orders permits: (epoch, sequence), higher is younger.
 
@@ -224,6 +228,9 @@ class Acquisition:
         self._desk.release(
             holding, permit.outcome, permit.tokens, permit.images, permit.usage_later
         )
+        # They hold one another: without this the garbage collector would have to find them.
+        holding.on_fence = None
+        permit._ask_again = _over
         if not permit.is_lost:
             return
         ours = not asked or task.uncancel() <= self._cancelling

@@ -103,6 +103,11 @@ class Exchange:
         return whole
 
     @property
+    def has_ended(self) -> bool:
+        """Whether all of the body has come: the next piece is the last."""
+        return self._answer.ended
+
+    @property
     def at_end(self) -> bool:
         """Whether all of the body has been read."""
         return self._answer.ended and not self._answer.pieces

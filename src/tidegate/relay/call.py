@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-from tidegate.call import NO_CHARGE, Caller, Charge, Kind, Usage
+from tidegate.call import NO_CHARGE, Caller, Charge, Kind
 from tidegate.errors import UpstreamError
 from tidegate.relay.headers import Headers
 from tidegate.relay.paths import Endpoint
 from tidegate.relay.targets import Target
-from tidegate.relay.usage import TAIL_BYTES, Told, told_in
+from tidegate.relay.usage import NOTHING_TOLD, TAIL_BYTES, Told, told_in
 
 KEPT_BYTES = 16_000_000
 
@@ -42,14 +42,26 @@ class NativeCall:
         return round(self.wait_ms - (time.monotonic() - self.received) * 1000)
 
 
-@dataclass(slots=True)
-class Out:
-    """The way back to the client: a head, then pieces, of which the last one has no more after it.
-    `started` is true once the head of an answer has gone out."""
+class Out(ABC):
+    """The way back to the client. `started` is true once the head of an answer has gone out."""
 
-    start: Callable[[int, Headers], Awaitable[None]]
-    body: Callable[[bytes, bool], Awaitable[None]]
-    started: bool = False
+    __slots__ = ("started",)
+
+    def __init__(self) -> None:
+        self.started = False
+
+    @abstractmethod
+    async def start(self, status: int, headers: Headers) -> None:
+        """The head of an answer; names are in lower case."""
+
+    @abstractmethod
+    async def body(self, piece: bytes, more: bool) -> None:
+        """A piece of it, the last one without `more` after it."""
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """All of it at once."""
+        await self.start(status, headers)
+        await self.body(body, False)
 
 
 @dataclass(slots=True)
@@ -71,7 +83,7 @@ class Life:
     queue_ms: float = 0.0
     upstream_ms: float = 0.0
     http_status: int = 0
-    told: Told = field(default_factory=lambda: Told(Usage()))
+    told: Told = NOTHING_TOLD
     charge: Charge = NO_CHARGE
     pieces: list[bytes] = field(default_factory=list)
     answer_bytes: int = 0
@@ -97,7 +109,7 @@ class Life:
     def begin_again(self) -> None:
         """Another try: what the last one brought is not the answer."""
         self.pieces, self.answer_bytes = [], 0
-        self.told, self.charge = Told(Usage()), NO_CHARGE
+        self.told, self.charge = NOTHING_TOLD, NO_CHARGE
 
 
 class CallFailed(Exception):

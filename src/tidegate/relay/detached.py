@@ -86,14 +86,16 @@ def detached_call(
 async def collected(relay: Relay, call: NativeCall, life: Life, admitted: Begun) -> None:
     """Make the call; `life.answer` is then the whole answer. Raises what `Relay.run` raises, and
     UpstreamGarbled for an answer that is too long to keep."""
-    await relay.run(call, Out(_no_head, _no_body), life, admitted)
+    await relay.run(call, _Nobody(), life, admitted)
     if life.answer_bytes > KEPT_BYTES:
         raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
 
 
-async def _no_head(_status: int, _headers: Headers) -> None:
-    """Nobody is told while it comes."""
+class _Nobody(Out):
+    """Nobody is told while it comes: the spine keeps it in the call's `Life`."""
 
+    async def start(self, status: int, headers: Headers) -> None:
+        pass
 
-async def _no_body(_piece: bytes, _more: bool) -> None:
-    """The spine keeps it in the call's `Life`."""
+    async def body(self, piece: bytes, more: bool) -> None:
+        pass

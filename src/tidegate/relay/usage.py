@@ -61,6 +61,9 @@ class Told:
     response_id: str | None = None
 
 
+NOTHING_TOLD = Told(Usage())
+
+
 def told_in(dialect: Dialect, answer: bytes) -> Told:
     """What an answer says, whole or cut."""
     if len(answer) <= _PARSED_BYTES and answer.startswith(b"{"):

@@ -221,6 +221,11 @@ class Work:
         headers.append((b"x-tidegate-upstream", target.upstream.name.encode()))
         if left := self._relay.remaining[target.upstream.pool].of(demand.limits):
             headers.append((b"x-tidegate-remaining", left))
+        if without is None and exchange.has_ended:
+            piece = await exchange.next()
+            life.keep(piece)
+            await out.whole(exchange.status, headers, piece)
+            return
         await out.start(exchange.status, headers)
         if without is None:
             more = True
