@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Literal
 
 import orjson
@@ -85,6 +86,9 @@ _SECRET_IN_TEXT = re.compile(
 def redact(text: str) -> str:
     """`text` without Google's keys and ours, secrets in URLs, and the values of secret headers."""
     return _SECRET_IN_TEXT.sub(lambda found: f"{found['before'] or ''}***", text)
+
+
+_redacted_path = lru_cache(1_000)(redact)  # most requests are for one of a few
 
 
 def _redacted(value: Any) -> Any:
@@ -189,7 +193,7 @@ class RequestLog:
         if _lines is None:
             get_logger().info(Log.REQUEST_DONE, **fields)
             return
-        fields["path"] = redact(fields["path"])
+        fields["path"] = _redacted_path(fields["path"])
         fields["event"] = Log.REQUEST_DONE.value
         fields["process"] = _lines[1]
         fields["level"] = "info"

@@ -41,7 +41,7 @@ class Direct:
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """All of an answer; a length among the headers is replaced by its own."""
-        if await self._is_lost():
+        if self._must_look and await self._is_lost():
             return
         kept = [pair for pair in headers if pair[0] != b"content-length"]
         if status in _NO_BODY:
@@ -53,7 +53,7 @@ class Direct:
 
     async def head(self, status: int, headers: Headers) -> None:
         """The head of an answer that comes piece by piece."""
-        if await self._is_lost():
+        if self._must_look and await self._is_lost():
             return
         length = next((value for name, value in headers if name == b"content-length"), None)
         if length is not None:
@@ -66,7 +66,7 @@ class Direct:
 
     async def piece(self, piece: bytes, more: bool) -> None:
         """A part of the body. Raises ValueError where it is not as long as was told."""
-        if await self._is_lost():
+        if self._must_look and await self._is_lost():
             return
         if self._left_bytes is None:
             data = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
@@ -81,6 +81,10 @@ class Direct:
             self._cycle.transport.write(data)
         if not more:
             self._end()
+
+    @property
+    def _must_look(self) -> bool:
+        return self._flow.write_paused or self._cycle.disconnected
 
     async def _is_lost(self) -> bool:
         """Wait until the client takes more. True once it is gone."""

@@ -7,6 +7,7 @@ once a second while there are any.
 from __future__ import annotations
 
 import asyncio
+import time
 
 from tidegate.errors import TidegateError
 from tidegate.limiter import Limiter
@@ -27,7 +28,7 @@ class Remaining:
 
     def of(self, limits: tuple[str, ...]) -> bytes:
         """`kind:text_only=3, rpm:m=57`, as far as is known; empty while nothing is."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         if now - self._asked > _FRESH_S and self._asking is None:
             self._asked = now
             self._asking = asyncio.create_task(self._ask())

@@ -14,6 +14,7 @@ import orjson
 
 # An event ends with an empty line; providers write either kind of line.
 _END = re.compile(rb"\r?\n\r?\n")
+_ENDS = (b"\n\n", b"\r\n\r\n")
 _USAGE = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _LONGEST_EVENT_BYTES = 1_000_000
 
@@ -39,13 +40,15 @@ class WithoutUsageEvent:
         """The whole events in it, and in what was held back before."""
         if self._through:
             return piece
+        if not self._held and piece.endswith(_ENDS) and not _is_usage(piece):
+            return piece  # as nearly all are: whole events, and nothing in them to take out
         data = self._held + piece
         ends = [found.end() for found in _END.finditer(data)]
         whole, self._held = (data[: ends[-1]], data[ends[-1] :]) if ends else (b"", data)
         if len(self._held) > _LONGEST_EVENT_BYTES:  # not a stream of events: none of our business
             self._through = True
             whole, self._held = whole + self._held, b""
-        if b'"usage"' not in whole or _USAGE.search(whole) is None:
+        if not _is_usage(whole):
             return whole
         starts = [0, *ends[:-1]]
         events = (whole[start:end] for start, end in zip(starts, ends, strict=True))
@@ -58,4 +61,5 @@ class WithoutUsageEvent:
 
 
 def _is_usage(event: bytes) -> bool:
+    """Whether it is the usage event, or holds it."""
     return b'"usage"' in event and _USAGE.search(event) is not None
