@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gateway.entries import BARE, LITELLM_PROXY, OURS, PORTKEY_GATEWAY, Entry
+from bench.gateway.entries import BARE, BARE_AIOHTTP, LITELLM_PROXY, OURS, PORTKEY_GATEWAY, Entry
 
 Figures = Mapping[str, Any]
 DIRECT = "direct"
@@ -106,11 +106,25 @@ def _jobs(results: Results) -> tuple[str, bool]:
 
 
 BARS = (
-    _Bar("CPU a request, against the bare relay", "<= 2.0 x", _at_most("closed", BARE, 2.0)),
+    _Bar(
+        "CPU a request, against the bare relay on aiohttp",
+        "<= 2.0 x",
+        _at_most("closed", BARE_AIOHTTP, 2.0),
+    ),
+    _Bar(
+        "the same, against the bare relay on our own connections",
+        "<= 2.0 x",
+        _at_most("closed", BARE, 2.0),
+    ),
     _Bar("CPU a request, against LiteLLM", "<= 1/40", _part_of(LITELLM_PROXY, 40)),
     _Bar("CPU a request, against Portkey", "<= 1/4", _part_of(PORTKEY_GATEWAY, 4)),
     _Bar(
-        "CPU a stream of 50 events, against the bare relay",
+        "CPU a stream of 50 events, against the bare relay on aiohttp",
+        "<= 1.6 x",
+        _at_most("streams", BARE_AIOHTTP, 1.6),
+    ),
+    _Bar(
+        "the same, against the bare relay on our own connections",
         "<= 1.6 x",
         _at_most("streams", BARE, 1.6),
     ),

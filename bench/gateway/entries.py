@@ -106,13 +106,16 @@ http {{
         yield Gateway(port, started, started.pids)
 
 
-@contextmanager
-def _bare(upstream: Upstream, folder: Path) -> Iterator[Gateway]:
-    port = free_port()
-    command = [sys.executable, "-m", "bench.gateway.bare", str(port), upstream.url]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    with _running(command, folder, PYTHONPATH=paths) as started:
-        yield Gateway(port, started, started.pids)
+def _bare(client: str) -> Start:
+    @contextmanager
+    def start(upstream: Upstream, folder: Path) -> Iterator[Gateway]:
+        port = free_port()
+        command = [sys.executable, "-m", "bench.gateway.bare", str(port), upstream.url, client]
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+        with _running(command, folder, PYTHONPATH=paths) as started:
+            yield Gateway(port, started, started.pids)
+
+    return start
 
 
 @contextmanager
@@ -231,7 +234,13 @@ def _ours(processes: str) -> Callable[[], str]:
 NGINX = Entry("nginx", _nginx, lambda: f"{_said_by('nginx', '-v')}, 1 worker", floor=True)
 BARE = Entry(
     "bare relay",
-    _bare,
+    _bare("own"),
+    lambda: f"uvicorn {version('uvicorn')}, our protocol, our connections",
+    floor=True,
+)
+BARE_AIOHTTP = Entry(
+    "bare relay, aiohttp",
+    _bare("aiohttp"),
     lambda: f"uvicorn {version('uvicorn')}, our protocol, aiohttp {version('aiohttp')}",
     floor=True,
 )
@@ -242,4 +251,7 @@ LITELLM_PROXY = Entry("LiteLLM", _litellm, lambda: f"{LITELLM}, no database")
 LITELLM_LIMITED = Entry(
     "LiteLLM, limited", _litellm_limited, lambda: f"{LITELLM}, limits on a key in Redis"
 )
-ENTRIES = (NGINX, BARE, OURS, OURS_TWO, PORTKEY_GATEWAY, LITELLM_PROXY, LITELLM_LIMITED)
+ENTRIES = (
+    *(NGINX, BARE, BARE_AIOHTTP, OURS, OURS_TWO),
+    *(PORTKEY_GATEWAY, LITELLM_PROXY, LITELLM_LIMITED),
+)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gateway.bars import BARS, DIRECT, Results, verdicts
-from bench.gateway.entries import BARE, ENTRIES, LITELLM_PROXY, OURS, PORTKEY_GATEWAY
+from bench.gateway.entries import BARE, BARE_AIOHTTP, ENTRIES, LITELLM_PROXY, OURS, PORTKEY_GATEWAY
 from bench.gateway.processes import cpu_ns, family, resident_bytes
 from bench.gateway.tables import direct_line, grids
 from bench.grid import Grid, write
@@ -31,6 +31,7 @@ def found() -> Found:
     return {
         DIRECT: {"closed": {"per_s": 100_000.0}, "delayed": {"p50_ms": 50.0, "p99_ms": 51.0}},
         BARE.name: {"closed": {"gateway_us": 100.0}, "streams": {"gateway_us": 1000.0}},
+        BARE_AIOHTTP.name: {"closed": {"gateway_us": 100.0}, "streams": {"gateway_us": 1000.0}},
         OURS.name: {
             "closed": {"gateway_us": 200.0, "valkey_us": 30.0, "postgres_us": 20.0, "per_s": 9.0},
             "delayed": {"p50_ms": 53.0, "p99_ms": 66.0},
