@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import aiohappyeyeballs
@@ -162,9 +163,8 @@ class RelayWire:
         self._timeouts = timeouts
         self._places: dict[str, Place] = {}
         self._idle: dict[Origin, list[Connection]] = {}
-        self._connections: set[Connection] = set()
+        self.connections: set[Connection] = set()
         self._names: dict[Origin, tuple[float, list[Any]]] = {}
-        self._tls: ssl.SSLContext | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -176,7 +176,7 @@ class RelayWire:
         for exchange in list(self.exchanges):
             exchange.close()
         self._idle.clear()
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.drop()
         await asyncio.sleep(0)
 
@@ -252,9 +252,9 @@ class RelayWire:
                     loop=self._loop,
                 )
                 _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._loop, self._connections.discard),
+                    lambda: Connection(self._loop, self.connections.discard),
                     sock=connected,
-                    ssl=self._tls_context() if origin.secure else None,
+                    ssl=self.tls_context() if origin.secure else None,
                     server_hostname=origin.host if origin.secure else None,
                 )
         except TimeoutError:
@@ -264,7 +264,7 @@ class RelayWire:
             raise UpstreamUnavailable(f"no secure connection to the provider ({why})") from None
         except (OSError, UnicodeError):
             raise UpstreamUnavailable("could not connect to the provider") from None
-        self._connections.add(connection)
+        self.connections.add(connection)
         return connection
 
     async def _addresses(self, origin: Origin) -> list[Any]:
@@ -277,11 +277,12 @@ class RelayWire:
             self._names[origin] = (now + _NAMES_S, found)
         return found
 
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-            self._tls.set_alpn_protocols(["http/1.1"])
-        return self._tls
+    @staticmethod
+    @cache
+    def tls_context() -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
     async def _sweep(self) -> None:
         """One timer for all: a timeout of its own for each read would cost more than the read."""

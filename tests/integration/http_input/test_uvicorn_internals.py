@@ -48,6 +48,22 @@ def test_uvicorn_still_calls_and_reads_what_we_hang_on() -> None:
         assert relied_on in cycle
 
 
+def test_a_request_keeps_its_state_where_direct_answers_look_for_it() -> None:
+    cycle = inspect.getsource(RequestResponseCycle)
+    for relied_on in (
+        "self.body = bytearray()",
+        "self.waiting_for_100_continue",
+        "self.message_event.clear()",
+        "self.default_headers",
+        "self.response_started = True",
+        "self.response_complete = True",
+        "self.keep_alive",
+        "self.on_response()",
+        "if self.flow.write_paused and not self.disconnected:\n            await self.flow.drain()",
+    ):
+        assert relied_on in cycle
+
+
 def test_the_timers_come_from_the_settings() -> None:
     protocol = bounded(receive_timeout_ms=2_000, stalled_reader_ms=10_000)
     assert issubclass(protocol, BoundedProtocol)
