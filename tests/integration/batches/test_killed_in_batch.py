@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
-import orjson
 from openai import AsyncOpenAI
 
+from tests import batching
 from tests.fleet import LIMITS, Fleet
 from tests.waiting import wait_until
 
 LINES = 300
-MODEL = "gemini-2.5-flash"
-
-
-def content() -> bytes:
-    lines = [
-        {
-            "custom_id": f"id-{number}",
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": {
-                "model": MODEL,
-                "messages": [{"role": "user", "content": f"Say word{number}."}],
-            },
-        }
-        for number in range(LINES)
-    ]
-    return b"".join(json.dumps(one).encode() + b"\n" for one in lines)
 
 
 async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
@@ -38,34 +20,17 @@ async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
         AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="x", max_retries=0) as client,
     ):
         await fleet.control.set_behaviour(first_byte_ms=40)
-        file = await client.files.create(file=("in.jsonl", content()), purpose="batch")
-        batch = await client.batches.create(
-            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
-        )
+        batch = await batching.begin(client, batching.content(LINES))
 
-        async def completed(least: int) -> bool:
-            counts = (await client.batches.retrieve(batch.id)).request_counts
-            return counts is not None and counts.completed >= least
+        async def half_way() -> bool:
+            return await batching.completed(client, batch) >= 50
 
-        await wait_until(lambda: completed(50), 30, "fifty answers")
+        await wait_until(half_way, 30, "fifty answers")
         fleet.workers[-1].kill()
-        before = (await client.batches.retrieve(batch.id)).request_counts
-        assert before is not None
-        assert before.completed < LINES
+        assert await batching.completed(client, batch) < LINES
         fleet.start_worker()
-        await wait_until(lambda: completed(LINES), 60, "all answers")
-
-        async def assembled() -> bool:
-            return (await client.batches.retrieve(batch.id)).status == "completed"
-
-        await wait_until(assembled, 15, "the output file")
-        done = await client.batches.retrieve(batch.id)
-        counts = done.request_counts
-        assert counts is not None
-        assert (counts.total, counts.completed, counts.failed) == (LINES, LINES, 0)
-        output = (await client.files.content(done.output_file_id or "")).content
-        said = [orjson.loads(one) for one in output.splitlines()]
-        assert [one["custom_id"] for one in said] == [f"id-{n}" for n in range(LINES)]
+        done = await batching.end_of(client, batch, 75)
+        await batching.assert_all_succeeded(client, done, LINES)
         asked = Counter(call.prompt for call in await fleet.control.calls(contains="Say word"))
         assert asked.total() - LINES <= LIMITS["text_only"]
         assert max(asked.values()) <= 2
