@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -11,31 +12,29 @@ from openai.types import Batch
 
 from tests.waiting import wait_until
 
-ENDPOINT = "/v1/chat/completions"
+ENDPOINT: Any = "/v1/chat/completions"
 MODEL = "gemini-2.5-flash"
+ENDS = ("completed", "failed", "expired", "cancelled")
+
+
+def line(custom_id: str, text: str, *, model: str = MODEL, **more: Any) -> dict[str, Any]:
+    body = {"model": model, "messages": [{"role": "user", "content": text}]}
+    return {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": body} | more
+
+
+def jsonl(lines: Iterable[Any]) -> bytes:
+    return b"".join(json.dumps(one).encode() + b"\n" for one in lines)
 
 
 def content(count: int, *, model: str = MODEL, says: str = "Say word{}.") -> bytes:
     """An input file: line n has the custom_id `id-n` and asks what `says` says of n."""
-    lines = [
-        {
-            "custom_id": f"id-{number}",
-            "method": "POST",
-            "url": ENDPOINT,
-            "body": {
-                "model": model,
-                "messages": [{"role": "user", "content": says.format(number)}],
-            },
-        }
-        for number in range(count)
-    ]
-    return b"".join(json.dumps(one).encode() + b"\n" for one in lines)
+    return jsonl(line(f"id-{n}", says.format(n), model=model) for n in range(count))
 
 
-async def begin(client: AsyncOpenAI, given: bytes) -> Batch:
+async def begin(client: AsyncOpenAI, given: bytes, **more: Any) -> Batch:
     file = await client.files.create(file=("in.jsonl", given), purpose="batch")
     return await client.batches.create(
-        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h", **more
     )
 
 
@@ -45,11 +44,10 @@ async def completed(client: AsyncOpenAI, batch: Batch) -> int:
     return 0 if counts is None else counts.completed
 
 
-async def end_of(client: AsyncOpenAI, batch: Batch, timeout_s: float = 20) -> Batch:
+async def end_of(client: AsyncOpenAI, batch: Batch, timeout_s: float = 30) -> Batch:
     async def ended() -> Batch | None:
         now = await client.batches.retrieve(batch.id)
-        is_over = now.status in ("completed", "failed", "cancelled", "expired")
-        return now if is_over else None
+        return now if now.status in ENDS else None
 
     found: Batch = await wait_until(ended, timeout_s, f"the end of {batch.id}")
     return found

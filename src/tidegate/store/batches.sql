@@ -57,6 +57,11 @@ RETURNING id
 UPDATE batches SET status = 'finalizing', ends_as = 'expired', finalizing_at = now()
 WHERE status IN ('validating', 'in_progress') AND expires_at <= now()
 
+-- name: batches_over
+-- Which of the batches $1 take no more calls, or are not there any more.
+SELECT held.id FROM unnest($1::uuid[]) AS held (id)
+WHERE NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = held.id AND b.status = 'in_progress')
+
 -- name: take_batch
 -- Take a batch to validate or assemble, for worker $1; one it has already is one it forgot.
 UPDATE batches SET claim = claim + 1, claimed_by = $1
@@ -200,9 +205,9 @@ WHERE l.claimed_by = gone.claimed_by AND l.state IN ('claimed', 'calling')
 RETURNING l.batch_id, l.state
 
 -- name: queued_of_batches
--- The lines, and bytes of input, that batches of tenant $1 have yet to work through.
-SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs,
-    coalesce(sum(input_bytes), 0)::bigint AS size_bytes
+-- The lines that batches of tenant $1 have yet to work through, and their part of the input's bytes.
+SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs, coalesce(sum(ceil(
+    input_bytes * (total - completed - failed)::numeric / greatest(total, 1))), 0)::bigint AS size_bytes
 FROM batches WHERE tenant_id = $1 AND status IN ('validating', 'in_progress')
 
 -- name: batches_ended_before
