@@ -1,17 +1,23 @@
-"""A worker killed by -9 in the middle of a batch: another one finishes it."""
+"""PostgreSQL restarted, and a worker killed by -9, in the middle of a batch."""
 
 from __future__ import annotations
 
-from collections import Counter
+import asyncio
+import time
+from collections import defaultdict
 from pathlib import Path
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, InternalServerError
+from openai.types import Batch
 
 from tests import batching
-from tests.fleet import LIMITS, Fleet
-from tests.waiting import wait_until
+from tests.fleet import Fleet
+from tests.load import ARRIVED_NS, RECORDED_NS
+from tests.waiting import wait_until, work_for
+from tidegate.providers.emulator.ledger import LoggedCall
 
 LINES = 300
+OUTAGE_S = 1.0
 
 
 async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
@@ -21,16 +27,39 @@ async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
     ):
         await fleet.control.set_behaviour(first_byte_ms=40)
         batch = await batching.begin(client, batching.content(LINES))
-
-        async def half_way() -> bool:
-            return await batching.completed(client, batch) >= 50
-
-        await wait_until(half_way, 30, "fifty answers")
+        await _more_than(client, batch, 30)
+        await asyncio.to_thread(fleet.postgres.stop)
+        await work_for(OUTAGE_S)
+        await asyncio.to_thread(fleet.postgres.start)
+        await fleet.ready(fleet.url)
+        await _more_than(client, batch, 100)
+        assert await _repeated(fleet) == [], "an outage repeats nothing"
+        killed_ns = time.time_ns()
         fleet.workers[-1].kill()
         assert await batching.completed(client, batch) < LINES
         fleet.start_worker()
         done = await batching.end_of(client, batch, 75)
         await batching.assert_all_succeeded(client, done, LINES)
-        asked = Counter(call.prompt for call in await fleet.control.calls(contains="Say word"))
-        assert asked.total() - LINES <= LIMITS["text_only"]
-        assert max(asked.values()) <= 2
+        for first, *others in await _repeated(fleet):
+            assert len(others) == 1
+            # It was in flight, or had ended so shortly before that it was not on record yet.
+            assert first.started_ns - ARRIVED_NS <= killed_ns
+            assert killed_ns <= (first.ended_ns or killed_ns) + RECORDED_NS
+
+
+async def _more_than(client: AsyncOpenAI, batch: Batch, least: int) -> None:
+    async def reached() -> bool:
+        try:
+            return await batching.completed(client, batch) > least
+        except InternalServerError:  # PostgreSQL is away
+            return False
+
+    await wait_until(reached, 30, f"more than {least} answers")
+
+
+async def _repeated(fleet: Fleet) -> list[list[LoggedCall]]:
+    """The calls of each line that the provider was asked for more than once."""
+    calls: defaultdict[str, list[LoggedCall]] = defaultdict(list)
+    for call in await fleet.control.calls(contains="Say word"):
+        calls[call.prompt].append(call)
+    return [of_one for of_one in calls.values() if len(of_one) > 1]
