@@ -77,10 +77,20 @@ async def keys_of(fleet: Fleet) -> dict[str, str]:
 class Seen:
     """Of the time in which all tenants wanted more: calls that began, and how long they waited."""
 
-    shares: dict[str, float] = field(default_factory=dict)
+    begun: Counter[str] = field(default_factory=Counter)
     waits_ms: list[float] = field(default_factory=list)
-    low: int = 0
-    calls: int = 0
+
+    def __add__(self, other: Seen) -> Seen:
+        return Seen(self.begun + other.begun, self.waits_ms + other.waits_ms)
+
+    @property
+    def calls(self) -> int:
+        """Streams, without lines of the batch."""
+        return sum(self.begun[tenant] for tenant in WEIGHTS)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {tenant: self.begun[tenant] / self.calls for tenant in WEIGHTS}
 
     @property
     def p95_ms(self) -> float:
@@ -96,7 +106,7 @@ class Seen:
     @property
     def low_share(self) -> float:
         """The part of all calls that were lines of the batch."""
-        return self.low / (self.low + self.calls)
+        return self.begun[BATCH_MARK] / self.begun.total()
 
 
 async def run(fleet: Fleet, keys: dict[str, str], *, seconds: float) -> Seen:
@@ -111,14 +121,11 @@ async def run(fleet: Fleet, keys: dict[str, str], *, seconds: float) -> Seen:
     ]
     await asyncio.gather(*clients)
     ended_ns = time.time_ns() - int(seconds * 0.05e9)
-    begun = Counter(
+    seen.begun = Counter(
         _mark(call)
         for call in await fleet.control.calls(since=before)
         if began_ns <= call.started_ns <= ended_ns
     )
-    seen.low = begun.pop(BATCH_MARK, 0)
-    seen.calls = sum(begun.values())
-    seen.shares = {tenant: begun[tenant] / seen.calls for tenant in WEIGHTS}
     return seen
 
 
