@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from tidegate.call import Caller
@@ -55,6 +56,23 @@ _LATER = (
 log = get_logger()
 
 
+@dataclass(slots=True)
+class _Held:
+    """A line of a task, which waits for its turn, is called, then writes how it ended."""
+
+    line: Line
+    life: Life
+    is_over: bool = False
+
+    @property
+    def waits(self) -> bool:
+        return self.life.waits and not self.is_over
+
+    @property
+    def is_called(self) -> bool:
+        return not self.life.waits and not self.is_over
+
+
 class LineCaller:
     """One process's share of all lines. `tasks` are those under way."""
 
@@ -62,8 +80,7 @@ class LineCaller:
         self._config = config
         self._store = store
         self._relay = relay
-        self._tasks: dict[asyncio.Task[None], Line] = {}
-        self._calling: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], _Held] = {}
         self._freed = asyncio.Event()
 
     async def feed(self) -> None:
@@ -78,7 +95,9 @@ class LineCaller:
                 continue
             if loop.time() - looked_at > _STRAYS_EVERY_S:
                 looked_at = loop.time()
-                await self._store.batch_lines.release_strays(self._tasks.values())
+                await self._store.batch_lines.release_strays(
+                    held.line for held in self._tasks.values()
+                )
             mark = self._store.work_mark
             claimed = await self._store.batch_lines.claim(free, MOST_BYTES)
             for line in claimed:
@@ -86,57 +105,80 @@ class LineCaller:
             if len(claimed) < free // 2:
                 await self._store.wait_work(_IDLE_MS, mark)
 
+    async def leave_ended(self) -> None:
+        """Give up what waits of batches that take no more calls: its turn may be far away."""
+        ids = {held.line.batch_id for held in self._tasks.values() if held.waits}
+        if ids and (over := await self._store.batch_lines.over(ids)):
+            await self._give_up(lambda held: held.waits and held.line.batch_id in over)
+
     async def drain(self) -> None:
         """Hand back what waits; what is called has the grace to end."""
-        await self._give_up(set(self._tasks) - self._calling)
+        await self._give_up(lambda held: held.waits)
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=self._config.shutdown_grace_ms / 1000)
-        await self._give_up(set(self._calling))
+        await self._give_up(lambda held: held.waits or held.is_called)
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=_LAST_RECORDS_S)
 
-    async def _give_up(self, tasks: set[asyncio.Task[None]]) -> None:
-        lines = [self._tasks[task] for task in tasks if task in self._tasks]
-        for task in tasks:
+    async def _give_up(self, whether: Callable[[_Held], bool]) -> None:
+        chosen = {task: held.line for task, held in self._tasks.items() if whether(held)}
+        for task in chosen:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if not chosen:
+            return
+        await asyncio.wait(chosen)
         try:
-            if lines:
-                await self._store.batch_lines.give_back(lines)
+            await self._store.batch_lines.give_back(chosen.values())
         except StoreUnavailable as away:  # they return when this process is gone
             log.debug(Log.STORE_AWAY, detail=away.message)
 
     def _begin(self, line: Line) -> None:
-        task = asyncio.create_task(self._guarded(line))
-        self._tasks[task] = line
+        held = _Held(line, Life())
+        task = asyncio.create_task(self._guarded(held))
+        self._tasks[task] = held
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
-        self._calling.discard(task)
         self._freed.set()
 
-    async def _guarded(self, line: Line) -> None:
+    async def _guarded(self, held: _Held) -> None:
         """The top of a line's task: it must not stay claimed."""
         try:
-            await self._call(line)
+            await self._call(held)
         except Exception:
-            log.exception(Log.INTERNAL_ERROR, request_id=str(line.id))
+            log.exception(Log.INTERNAL_ERROR, request_id=str(held.line.id))
             error = TidegateError("an internal error; it has been logged")
-            await self._finish(line, Life(), error, None)
+            await self._finish(held.line, Life(), error, None)
 
-    async def _call(self, line: Line) -> None:
-        life, task = Life(), asyncio.current_task()
-        assert task is not None
+    async def _call(self, held: _Held) -> None:
+        line, life = held.line, held.life
+        error: TidegateError | None = None
+        words: CallFailed | None = None
+        try:
+            await self._collect(held)
+        except ClaimLost:
+            # Another worker has it, which this changes nothing of; or its batch is being cancelled.
+            await self._until_done(lambda: self._store.batch_lines.give_back([line]))
+            return
+        except CallFailed as failed:
+            error, words = failed.error, failed
+        except TidegateError as own:
+            error = own
+        if error is not None and (wait_ms := self._wait_ms(line, life, error)) is not None:
+            await self._until_done(
+                lambda: self._store.batch_lines.give_back([line], after_ms=wait_ms)
+            )
+            return
+        await self._finish(line, life, error, words)
+
+    async def _collect(self, held: _Held) -> None:
+        line = held.line
 
         async def admitted(_permit: Permit | None) -> None:
-            self._calling.add(task)
             await self._store.batch_lines.begin(line)
 
         left_ms = round((line.expires_at - datetime.now(UTC)).total_seconds() * 1000)
-        error: TidegateError | None = None
-        words: CallFailed | None = None
         try:
             call = detached_call(
                 request_id=line.id,
@@ -146,22 +188,9 @@ class LineCaller:
                 priority=PRIORITY,
                 deadline_ms=left_ms,
             )
-            await collected(self._relay, call, life, admitted)
-        except ClaimLost:
-            # Another worker has it, which this changes nothing of; or its batch is being cancelled.
-            await self._until_done(lambda: self._store.batch_lines.give_back([line]))
-            return
-        except CallFailed as failed:
-            error, words = failed.error, failed
-        except TidegateError as own:
-            error = own
-        self._calling.discard(task)
-        if error is not None and (wait_ms := self._wait_ms(line, life, error)) is not None:
-            await self._until_done(
-                lambda: self._store.batch_lines.give_back([line], after_ms=wait_ms)
-            )
-            return
-        await self._finish(line, life, error, words)
+            await collected(self._relay, call, held.life, admitted)
+        finally:
+            held.is_over = True
 
     def _wait_ms(self, line: Line, life: Life, error: TidegateError) -> float | None:
         """Until the line is called again; None where it has failed."""

@@ -65,6 +65,7 @@ class BatchRunner:
         """See to the batches as wholes, one after the other."""
         while True:
             await self._store.batches.expire()
+            await self._lines.leave_ended()
             await self._store.batch_lines.retake()
             while (batch := await self._store.batches.take()) is not None:
                 try:

@@ -69,9 +69,11 @@ class Life:
     """What became of a call; filled step by step, so that one that was cut can be recorded.
 
     http_status: what the client was told; 0 while nothing. pieces: of the upstream's answer, as it
-    came, up to `KEPT_BYTES`; answer_bytes counts all.
+    came, up to `KEPT_BYTES`; answer_bytes counts all. waits: for its first try or for another one;
+    an upstream is not being asked, and has not answered.
     """
 
+    waits: bool = True
     kind: Kind | None = None
     model: str | None = None
     streams: bool = False
@@ -108,6 +110,7 @@ class Life:
 
     def begin_again(self) -> None:
         """Another try: what the last one brought is not the answer."""
+        self.waits = True
         self.pieces, self.answer_bytes = [], 0
         self.told, self.charge = NOTHING_TOLD, NO_CHARGE
 

@@ -142,6 +142,7 @@ class Work:
     async def _under(self, permit: Permit | None, target: Target, demand: Demand) -> None:
         """The call itself, under its permit."""
         life = self._life
+        life.waits = False
         life.target = target
         life.tries += 1
         life.admitted_at = datetime.now(UTC)

@@ -90,6 +90,16 @@ class BatchLines:
 
         await self._connections.run(release)
 
+    async def over(self, batch_ids: Iterable[UUID]) -> frozenset[UUID]:
+        """Those of these batches of which no more lines may begin."""
+        ids = list(batch_ids)
+
+        async def read(connection: asyncpg.Connection) -> frozenset[UUID]:
+            found = await connection.fetch(sql("batches_over"), ids)
+            return frozenset(UUID(int=row["id"].int) for row in found)
+
+        return await self._connections.run(read)
+
     async def begin(self, line: Line) -> None:
         """Mark a line as calling. Raises ClaimLost."""
         await self._begins.write(line.key)

@@ -57,6 +57,11 @@ RETURNING id
 UPDATE batches SET status = 'finalizing', ends_as = 'expired', finalizing_at = now()
 WHERE status IN ('validating', 'in_progress') AND expires_at <= now()
 
+-- name: batches_over
+-- Which of the batches $1 take no more calls, or are not there any more.
+SELECT held.id FROM unnest($1::uuid[]) AS held (id)
+WHERE NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = held.id AND b.status = 'in_progress')
+
 -- name: take_batch
 -- Take a batch to validate or assemble, for worker $1; one it has already is one it forgot.
 UPDATE batches SET claim = claim + 1, claimed_by = $1
@@ -180,7 +185,8 @@ WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND l.state IN ('claimed', 'calling')
 
 -- name: retake_batch_lines
--- Return lines of workers not seen for $1 milliseconds; at $2 lapses in mid-call one has failed.
+-- Return lines of workers not seen for $1 milliseconds; at $2 lapses in mid-call one has failed. Those
+-- that lapsed together twice come apart for the last time: only one of them may be the deadly one.
 WITH gone AS MATERIALIZED (
     SELECT claimant.claimed_by FROM (
         SELECT claimed_by FROM batch_lines WHERE state IN ('claimed', 'calling')
@@ -194,15 +200,17 @@ WITH gone AS MATERIALIZED (
 UPDATE batch_lines l SET claim = l.claim + 1, claimed_by = NULL,
     lapses = l.lapses + (l.state = 'calling')::integer,
     state = CASE WHEN l.state = 'calling' AND l.lapses + 1 >= $2 THEN 'failed' ELSE 'queued' END,
-    failure = CASE WHEN l.state = 'calling' AND l.lapses + 1 >= $2 THEN $3::jsonb END
+    failure = CASE WHEN l.state = 'calling' AND l.lapses + 1 >= $2 THEN $3::jsonb END,
+    not_before = CASE WHEN l.state = 'calling' AND l.lapses > 0
+        THEN now() + random() * interval '30 seconds' END
 FROM gone
 WHERE l.claimed_by = gone.claimed_by AND l.state IN ('claimed', 'calling')
 RETURNING l.batch_id, l.state
 
 -- name: queued_of_batches
--- The lines, and bytes of input, that batches of tenant $1 have yet to work through.
-SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs,
-    coalesce(sum(input_bytes), 0)::bigint AS size_bytes
+-- The lines that batches of tenant $1 have yet to work through, and their part of the input's bytes.
+SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs, coalesce(sum(ceil(
+    input_bytes * (total - completed - failed)::numeric / greatest(total, 1))), 0)::bigint AS size_bytes
 FROM batches WHERE tenant_id = $1 AND status IN ('validating', 'in_progress')
 
 -- name: batches_ended_before

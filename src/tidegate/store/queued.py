@@ -8,7 +8,7 @@ Invariant: room is never given twice, so a cap is kept whatever the number of pr
 jobs that another process is committing in the very moment of a count. What has left the queue may
 be noticed as late as the next count: then a job is refused that would have had room. Counted are
 jobs that are ready to be taken up, not those that a worker has or that wait for their next try; and
-lines of batches until they have ended, with the bytes of the whole batch.
+lines of batches until they have ended, each as if it had an even part of the bytes of its batch.
 """
 
 from __future__ import annotations

@@ -1,35 +1,23 @@
-"""A worker killed by -9 in the middle of a batch: another one finishes it."""
+"""PostgreSQL restarted, and a worker killed by -9, in the middle of a batch."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import asyncio
+import time
+from collections import defaultdict
 from pathlib import Path
 
-import orjson
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, InternalServerError
+from openai.types import Batch
 
-from tests.fleet import LIMITS, Fleet
-from tests.waiting import wait_until
+from tests import batching
+from tests.fleet import Fleet
+from tests.load import ARRIVED_NS, RECORDED_NS
+from tests.waiting import wait_until, work_for
+from tidegate.providers.emulator.ledger import LoggedCall
 
 LINES = 300
-MODEL = "gemini-2.5-flash"
-
-
-def content() -> bytes:
-    lines = [
-        {
-            "custom_id": f"id-{number}",
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": {
-                "model": MODEL,
-                "messages": [{"role": "user", "content": f"Say word{number}."}],
-            },
-        }
-        for number in range(LINES)
-    ]
-    return b"".join(json.dumps(one).encode() + b"\n" for one in lines)
+OUTAGE_S = 1.0
 
 
 async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
@@ -38,34 +26,40 @@ async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
         AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="x", max_retries=0) as client,
     ):
         await fleet.control.set_behaviour(first_byte_ms=40)
-        file = await client.files.create(file=("in.jsonl", content()), purpose="batch")
-        batch = await client.batches.create(
-            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
-        )
-
-        async def completed(least: int) -> bool:
-            counts = (await client.batches.retrieve(batch.id)).request_counts
-            return counts is not None and counts.completed >= least
-
-        await wait_until(lambda: completed(50), 30, "fifty answers")
+        batch = await batching.begin(client, batching.content(LINES))
+        await _more_than(client, batch, 30)
+        await asyncio.to_thread(fleet.postgres.stop)
+        await work_for(OUTAGE_S)
+        await asyncio.to_thread(fleet.postgres.start)
+        await fleet.ready(fleet.url)
+        await _more_than(client, batch, 100)
+        assert await _repeated(fleet) == [], "an outage repeats nothing"
+        killed_ns = time.time_ns()
         fleet.workers[-1].kill()
-        before = (await client.batches.retrieve(batch.id)).request_counts
-        assert before is not None
-        assert before.completed < LINES
+        assert await batching.completed(client, batch) < LINES
         fleet.start_worker()
-        await wait_until(lambda: completed(LINES), 60, "all answers")
+        done = await batching.end_of(client, batch, 75)
+        await batching.assert_all_succeeded(client, done, LINES)
+        for first, *others in await _repeated(fleet):
+            assert len(others) == 1
+            # It was in flight, or had ended so shortly before that it was not on record yet.
+            assert first.started_ns - ARRIVED_NS <= killed_ns
+            assert killed_ns <= (first.ended_ns or killed_ns) + RECORDED_NS
 
-        async def assembled() -> bool:
-            return (await client.batches.retrieve(batch.id)).status == "completed"
 
-        await wait_until(assembled, 15, "the output file")
-        done = await client.batches.retrieve(batch.id)
-        counts = done.request_counts
-        assert counts is not None
-        assert (counts.total, counts.completed, counts.failed) == (LINES, LINES, 0)
-        output = (await client.files.content(done.output_file_id or "")).content
-        said = [orjson.loads(one) for one in output.splitlines()]
-        assert [one["custom_id"] for one in said] == [f"id-{n}" for n in range(LINES)]
-        asked = Counter(call.prompt for call in await fleet.control.calls(contains="Say word"))
-        assert asked.total() - LINES <= LIMITS["text_only"]
-        assert max(asked.values()) <= 2
+async def _more_than(client: AsyncOpenAI, batch: Batch, least: int) -> None:
+    async def reached() -> bool:
+        try:
+            return await batching.completed(client, batch) > least
+        except InternalServerError:  # PostgreSQL is away
+            return False
+
+    await wait_until(reached, 30, f"more than {least} answers")
+
+
+async def _repeated(fleet: Fleet) -> list[list[LoggedCall]]:
+    """The calls of each line that the provider was asked for more than once."""
+    calls: defaultdict[str, list[LoggedCall]] = defaultdict(list)
+    for call in await fleet.control.calls(contains="Say word"):
+        calls[call.prompt].append(call)
+    return [of_one for of_one in calls.values() if len(of_one) > 1]

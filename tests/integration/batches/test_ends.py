@@ -1,0 +1,74 @@
+"""How batches end that do not come to their end: what is done is kept, and what is not is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import batching
+from tests.gateway import Opener
+from tests.integration.batches.conftest import MakeSdk
+from tests.waiting import wait_until
+
+LINES = 40
+_EXPIRE = "UPDATE batches SET expires_at = now()"
+
+
+@pytest.mark.parametrize("how", ["expired", "cancelled"])
+async def test_a_batch_ends_while_none_of_its_lines_may_go(
+    open_gateway: Opener, sdk: MakeSdk, how: str
+) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": 1})
+    client = sdk(gateway)
+    await gateway.upstream.set_fault("day_quota", match="word5.")  # who meets it waits to midnight
+    batch = await batching.begin(client, batching.content(LINES))
+
+    async def refused() -> bool:
+        return any(call.outcome is not None for call in await gateway.calls("word5."))
+
+    await wait_until(refused, 10, "the end of the quota")
+    if how == "expired":
+        await gateway.database.execute(_EXPIRE)
+    else:
+        await client.batches.cancel(batch.id)
+    done = await batching.end_of(client, batch, 10)
+    assert done.status == how
+    assert (done.expired_at if how == "expired" else done.cancelled_at) is not None
+    counts = done.request_counts
+    assert counts is not None
+    said = await batching.lines_of(client, done.output_file_id)
+    errors = await batching.lines_of(client, done.error_file_id)
+    assert len(said) == counts.completed < LINES
+    assert {one["error"]["code"] for one in errors} == {f"batch_{how}"}
+    assert {one["response"] and one["response"]["status_code"] for one in errors} == {None}
+    ids = [one["custom_id"] for one in said + errors]
+    assert sorted(ids) == sorted(f"id-{number}" for number in range(LINES))
+    called = [call for call in await gateway.calls("Say word") if call.outcome == "finished"]
+    assert len({call.prompt for call in called}) == len(called) == len(said)
+
+
+async def test_a_line_whose_workers_died_thrice_fails_alone(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    gateway = await open_gateway(claim_lease_ms=600)
+    client = sdk(gateway)
+    await gateway.upstream.set_fault("hang", match="word1.")
+    batch = await batching.begin(client, batching.content(3))
+
+    async def taken() -> bool:
+        """As two workers left it that died, and a third one that is gone now."""
+        changed = await gateway.database.execute(
+            "UPDATE batch_lines SET lapses = 2, claim = claim + 1, claimed_by = 'gone' "
+            "WHERE custom_id = 'id-1' AND state = 'calling'"
+        )
+        return bool(changed == "UPDATE 1")
+
+    await wait_until(taken, 10, "the call that hangs")
+    done = await batching.end_of(client, batch)
+    counts = done.request_counts
+    assert counts is not None
+    assert (done.status, counts.completed, counts.failed) == ("completed", 2, 1)
+    (failed,) = await batching.lines_of(client, done.error_file_id)
+    assert (failed["custom_id"], failed["response"]) == ("id-1", None)
+    assert failed["error"]["code"] == "worker_lost"
+    said = await batching.lines_of(client, done.output_file_id)
+    assert [one["custom_id"] for one in said] == ["id-0", "id-2"]
