@@ -287,6 +287,10 @@ class Store:
         """Return when new work may be there, at the latest after `timeout_ms` or one second."""
         await self._watch.wait_work(timeout_ms, since)
 
+    async def tend_queues(self) -> None:
+        """Keep up with what became ready, every second or so; raises StoreUnavailable."""
+        await self._claims.tend()
+
     async def expire_due(self) -> int:
         """End queued jobs whose deadline has passed, at most 500; returns how many."""
         return await self._claims.expire_due()

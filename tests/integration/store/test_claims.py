@@ -215,10 +215,12 @@ async def test_no_hot_statement_scans_the_queue(
 ) -> None:
     some = await long_queue.fetchrow("SELECT id FROM requests OFFSET 50000 LIMIT 1")
     one = orjson.dumps([{"id": str(some["id"]), "claim": 0, "status": "queued"}]).decode()
+    queue = {"n": 0, "tenant_id": "greedy", "priority": 0, "since": LISTED[1], "early": []}
+    queues = orjson.dumps([queue]).decode()
     hot: dict[str, list[object]] = {
-        "claim": ["gemini", "text_only", 16, "w", "greedy", 32],
-        "any_ready": ["gemini", "text_only"],
-        "ripen": [],
+        "claim": ["gemini", "text_only", 16, "w", queues],
+        "came": ["gemini", "text_only", 2**40, 2**62, [1, 2, 3]],
+        "ripen": [1e9],
         "get_request": [some["id"], "greedy"],
         "get_request_files": [some["id"]],
         "get_versions": [[some["id"]]],
