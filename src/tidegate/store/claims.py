@@ -20,7 +20,9 @@ from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.store import rows
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
+from tidegate.store.lapses import Lapses
 from tidegate.store.liveness import Steadiness
+from tidegate.store.lookback import AT_ONCE, Lookback
 from tidegate.store.queries import sql
 from tidegate.store.queues import Queues
 from tidegate.store.recorder import audit_unanswered
@@ -50,6 +52,8 @@ class Claims:
         self._held: dict[UUID, int] = {}
         self._doubtful = False
         self._queues = Queues(connections, bell, instance_id=instance_id)
+        self._lapses = Lapses(lease_ms)
+        self._expiring = Lookback()
         self._runs: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 500)
 
     @property
@@ -209,11 +213,10 @@ class Claims:
         if not self._steadiness.may_judge:
             return []
         failure = asdict(_WORKER_DIED)
+        look = self._lapses.begin()
 
         async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            locked = [
-                row["id"] for row in await connection.fetch(sql("lock_lapsed"), self._lease_ms)
-            ]
+            locked = await self._lapses.lock(connection, look)
             if not locked:
                 return []
             retaken: list[asyncpg.Record] = await connection.fetch(
@@ -225,6 +228,7 @@ class Claims:
             return retaken
 
         retaken = await self._connections.run(retake)
+        self._lapses.end(look, len(retaken))
         ids = [UUID(int=row["id"].int) for row in retaken]
         if retaken:
             get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
@@ -237,15 +241,17 @@ class Claims:
 
     async def expire_due(self) -> int:
         failure = asdict(_EXPIRED)
+        look = self._expiring.begin()
 
         async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             due: list[asyncpg.Record] = await connection.fetch(
-                sql("expire_due"), orjson.dumps(failure).decode()
+                sql("expire_due"), orjson.dumps(failure).decode(), look.back_s
             )
             await audit_unanswered(connection, due, failure, self._instance_id)
             return due
 
         due = await self._connections.run(expire)
+        self._expiring.end(look, complete=len(due) < AT_ONCE)
         self._bell.changed(UUID(int=row["id"].int) for row in due)
         return len(due)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 MARGIN_S = 15.0  # longer than any transaction of ours, and than clocks differ
 ALL_S = 1e9
+AT_ONCE = 500  # what one search finds at most
 _WHOLE_EVERY_S = 1.0
 _SHARE = 50
 _HURRIED_S = 0.005

@@ -71,7 +71,7 @@ UPDATE requests r SET
     version = r.version + 1
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
     admitted_at timestamptz, queue_ms double precision)
-WHERE r.id = row.id AND r.claim = row.claim AND r.claimed_by = $2
+WHERE r.id = row.id AND r.claim = row.claim AND coalesce(r.claimed_by = $2, false)
     AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
 RETURNING r.id, r.attempt_id, r.attempt_at, r.attempts, r.tenant_id, r.pool, r.kind
 
@@ -186,8 +186,9 @@ RETURNING r.*, old.status AS old_status
 -- Give up claims of worker $1 that it does not know of: their replies were lost.
 UPDATE requests SET claim = claim + 1, claimed_by = NULL
 WHERE id IN (
-    SELECT id FROM requests WHERE claimed_by = $1 AND status = 'queued'
-        AND NOT (id = ANY($2::uuid[]))
+    SELECT id FROM requests
+    WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+        AND claimed_by = $1 AND coalesce(status = 'queued', false) AND NOT (id = ANY($2::uuid[]))
     FOR UPDATE SKIP LOCKED
 )
 RETURNING id, pool
@@ -196,26 +197,47 @@ RETURNING id, pool
 -- Forget this worker; what it still had in the queue is ready again.
 WITH returned AS (
     UPDATE requests SET claim = claim + 1, claimed_by = NULL
-    WHERE claimed_by = $1 AND status = 'queued' RETURNING pool
+    WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+        AND claimed_by = $1 AND coalesce(status = 'queued', false)
+    RETURNING pool
 ), gone AS (
     DELETE FROM workers WHERE instance_id = $1
 )
 SELECT DISTINCT pool FROM returned
 
--- name: lock_lapsed
--- Jobs of workers not seen for $1 milliseconds, counted from the server's own start at the latest.
-SELECT r.id FROM requests r
-WHERE r.claimed_by IS NOT NULL AND r.status IN ('queued', 'running') AND r.claimed_by IN (
-    SELECT claimant.claimed_by FROM (
-        SELECT DISTINCT claimed_by FROM requests
-        WHERE claimed_by IS NOT NULL AND status IN ('queued', 'running')
-    ) AS claimant
-    LEFT JOIN workers w ON w.instance_id = claimant.claimed_by
-    WHERE greatest(w.seen_at, pg_postmaster_start_time())
-        < now() - $1 * interval '1 millisecond'
+-- name: silent_workers
+-- Workers not seen for $1 milliseconds, counted from the server's own start at the latest.
+SELECT instance_id, seen_at FROM workers
+WHERE greatest(seen_at, pg_postmaster_start_time()) < now() - $1 * interval '1 millisecond'
+
+-- name: unknown_holders
+-- Who holds jobs and is not known as a worker.
+WITH RECURSIVE holders AS (
+    (SELECT claimed_by FROM requests
+        WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+        ORDER BY claimed_by LIMIT 1)
+    UNION ALL
+    SELECT (SELECT r.claimed_by FROM requests r
+        WHERE coalesce(r.status IN ('queued', 'running') AND r.claimed_by IS NOT NULL, false)
+            AND r.claimed_by > holders.claimed_by
+        ORDER BY r.claimed_by LIMIT 1)
+    FROM holders WHERE holders.claimed_by IS NOT NULL
 )
-ORDER BY r.id LIMIT 500
-FOR UPDATE OF r SKIP LOCKED
+SELECT claimed_by FROM holders
+WHERE claimed_by IS NOT NULL AND NOT EXISTS (
+    SELECT 1 FROM workers w WHERE w.instance_id = holders.claimed_by)
+    AND pg_postmaster_start_time() < now() - $1 * interval '1 millisecond'
+
+-- name: lock_lapsed
+-- Jobs of the workers $1, which have not been seen since $2 milliseconds ago; up to 500.
+SELECT id FROM requests
+WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+    AND claimed_by = ANY($1::text[]) AND NOT EXISTS (
+        SELECT 1 FROM workers w WHERE w.instance_id = claimed_by
+            AND greatest(w.seen_at, pg_postmaster_start_time())
+                >= now() - $2 * interval '1 millisecond')
+ORDER BY id LIMIT 500
+FOR UPDATE OF requests SKIP LOCKED
 
 -- name: retake
 -- Return locked, lapsed jobs to the queue; a running one lapses, and at $2 lapses it is dead.
@@ -233,12 +255,12 @@ WHERE r.id = ANY($1::uuid[]) AND old.id = r.id
 RETURNING r.*, old.status AS old_status
 
 -- name: expire_due
--- End up to 500 queued jobs whose deadline has passed, claimed or not; the claim is fenced off.
+-- End up to 500 queued jobs whose deadline passed in the last $2 seconds, claimed or not.
 UPDATE requests SET status = 'expired', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $1::jsonb, version = version + 1
 WHERE id IN (
-    SELECT id FROM requests WHERE status = 'queued' AND deadline_at IS NOT NULL
-        AND deadline_at <= now()
+    SELECT id FROM requests WHERE coalesce(status = 'queued' AND deadline_at IS NOT NULL, false)
+        AND deadline_at <= now() AND deadline_at > now() - $2 * interval '1 second'
     ORDER BY deadline_at LIMIT 500 FOR UPDATE SKIP LOCKED
 )
 RETURNING *
@@ -272,7 +294,9 @@ DELETE FROM requests WHERE id = ANY($1::uuid[]) AND status NOT IN ('queued', 'ru
 -- name: forget_workers
 -- Forget workers that have long been gone and hold nothing.
 DELETE FROM workers w WHERE seen_at < $1 AND NOT EXISTS (
-    SELECT 1 FROM requests r WHERE r.claimed_by = w.instance_id AND r.status IN ('queued', 'running'))
+    SELECT 1 FROM requests r
+    WHERE coalesce(r.status IN ('queued', 'running') AND r.claimed_by IS NOT NULL, false)
+        AND r.claimed_by = w.instance_id)
 
 -- name: blobs_in_use
 -- Which of these blobs are still referred to.

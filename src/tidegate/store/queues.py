@@ -16,14 +16,13 @@ import asyncpg
 from tidegate.store import rows
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
-from tidegate.store.lookback import Lookback
+from tidegate.store.lookback import AT_ONCE, Lookback
 from tidegate.store.queries import sql
 from tidegate.store.ready import Ready, Turn
 from tidegate.store.records import ClaimedJob
 
 _TENANTS_AT_ONCE = 32
 _ROUNDS = 4
-_RIPE_AT_ONCE = 500
 _READ_EVERY_S = 2.0
 _SWEEP_EVERY_S = 30.0
 _SWEEP_SHARE = 50
@@ -116,7 +115,7 @@ class Queues:
             return ripe, left, *await self._claim(connection, lane, known, some, limit)
 
         ripe, tenants, turns, found, jobs = await self._connections.run(work)
-        self._ripening.end(look, complete=ripe < _RIPE_AT_ONCE)
+        self._ripening.end(look, complete=ripe < AT_ONCE)
         known.read_at = time.monotonic()
         self._settle(known, turns, found, jobs)
         if ripe:
@@ -211,7 +210,7 @@ class Queues:
             return await _ripen(connection, look.back_s)
 
         ripe = await self._connections.run(work)
-        self._ripening.end(look, complete=ripe < _RIPE_AT_ONCE)
+        self._ripening.end(look, complete=ripe < AT_ONCE)
 
 
 async def _ripen(connection: asyncpg.Connection, back_s: float) -> int:

@@ -5,7 +5,7 @@
 -- Let retries take their place among the ready whose time has come in the last $1 seconds.
 UPDATE requests SET not_before = NULL, version = version + 1
 WHERE id IN (
-    SELECT id FROM requests WHERE status = 'queued' AND not_before IS NOT NULL
+    SELECT id FROM requests WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false)
         AND not_before <= now() AND not_before > now() - $1 * interval '1 second'
     ORDER BY not_before LIMIT 500 FOR UPDATE SKIP LOCKED
 )

@@ -35,9 +35,10 @@ STEPS = (
                     (NEW.pool, NEW.kind, NEW.tenant_id, NEW.priority, NEW.created_at)))
         EXECUTE FUNCTION requests_became_ready()
     """,
-    # The planner takes every index of ready jobs for one of nearly no entries, and so for as good
-    # as any other, when statistics say that hardly a job is queued; but dead entries are not in
-    # statistics. These two are written in a way that no other index answers to what they do.
+    # The planner takes every index of what is queued for one of nearly no entries, and so for as
+    # good as any other, when statistics say that hardly a job is queued: but dead entries are not
+    # in statistics. These are written in a way that each answers to its own statements alone. The
+    # older ones stay for the version before this one.
     """
     CREATE INDEX requests_came ON requests (pool, lane, ready_xid)
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
@@ -47,6 +48,22 @@ STEPS = (
     CREATE INDEX requests_queue
         ON requests ((pool || '/' || lane || '/' || tenant_id), priority, created_at, id)
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+    """,
+    """
+    CREATE INDEX requests_ripe ON requests (not_before)
+        WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false)
+    """,
+    """
+    CREATE INDEX requests_due ON requests (deadline_at)
+        WHERE coalesce(status = 'queued' AND deadline_at IS NOT NULL, false)
+    """,
+    """
+    CREATE INDEX requests_held ON requests (claimed_by)
+        WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+    """,
+    """
+    CREATE INDEX requests_called_off ON requests (claimed_by)
+        WHERE coalesce(status IN ('queued', 'running') AND cancel_asked_at IS NOT NULL, false)
     """,
 )
 
