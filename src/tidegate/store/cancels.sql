@@ -8,7 +8,7 @@ SELECT status, claimed_by FROM requests WHERE id = $1 AND tenant_id = $2 FOR UPD
 -- End queued job $1; the claim is fenced off.
 UPDATE requests SET status = 'cancelled', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $2::jsonb, version = version + 1
-WHERE id = $1 AND status = 'queued'
+WHERE id = $1 AND coalesce(status = 'queued', false)
 RETURNING *
 
 -- name: ask_to_cancel

@@ -10,12 +10,16 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
 ON CONFLICT (id) DO NOTHING
 
 -- name: get_request
--- One request of a tenant with its place in its queue; the place is counted up to 10,000.
-SELECT r.id, r.tenant_id, r.source, r.status, r.kind, r.classified_by, r.classified_reason,
-    r.model, r.used_model, r.priority, r.attempts, r.created_at, r.admitted_at, r.finished_at,
-    r.not_before, r.deadline_at, r.queue_ms, r.upstream_ms, r.result, r.input_tokens,
-    r.output_tokens, r.thoughts_tokens, r.cached_tokens, r.total_tokens, r.finish_reason,
-    r.failure, r.version, r.webhook_url, r.endpoint, CASE WHEN r.status = 'queued' THEN 1 + (
+-- One request of a tenant.
+SELECT id, tenant_id, source, status, kind, classified_by, classified_reason, model, used_model,
+    priority, attempts, created_at, admitted_at, finished_at, not_before, deadline_at, queue_ms,
+    upstream_ms, result, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
+    finish_reason, failure, version, webhook_url, endpoint
+FROM requests WHERE id = $1 AND tenant_id = $2
+
+-- name: get_place
+-- The place of queued request $1 in its queue, counted up to 10,000.
+SELECT 1 + (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
             AND q.lane = r.lane AND q.priority > r.priority
@@ -27,9 +31,8 @@ SELECT r.id, r.tenant_id, r.source, r.status, r.kind, r.classified_by, r.classif
             ORDER BY q.created_at, q.id LIMIT 10000)
         LIMIT 10000
     ) AS before
-) END AS place
-FROM requests r
-WHERE r.id = $1 AND r.tenant_id = $2
+) AS place
+FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
 -- name: get_request_files
 -- All files of one request in their order, uploads first.
@@ -55,7 +58,7 @@ SELECT * FROM files WHERE request_id = ANY($1::uuid[]) AND role = 'input' ORDER 
 -- name: set_classified
 -- Record the kind that a claimed job turned out to have.
 UPDATE requests SET kind = $3, classified_by = $4, classified_reason = $5, version = version + 1
-WHERE id = $1 AND claim = $2 AND status = 'queued'
+WHERE id = $1 AND claim = $2 AND coalesce(status = 'queued', false)
 RETURNING id
 
 -- name: begin_running

@@ -108,8 +108,12 @@ class Queues:
         async def work(
             connection: asyncpg.Connection,
         ) -> tuple[int, list[str], list[Turn], list[asyncpg.Record], list[ClaimedJob]]:
-            ripe = await _ripen(connection, look.back_s)
-            known.ready.read(await connection.fetch(sql("came"), *lane, *known.ready.unread))
+            ripe = 0
+            came = await _came(connection, lane, known.ready.unread, look.back_s)
+            known.ready.read(came)
+            if came[0]["is_ripening"]:
+                ripe = await _ripen(connection, look.back_s)
+                known.ready.read(await _came(connection, lane, known.ready.unread))
             tenants = known.ready.tenants_after(known.last_tenant)
             some, left = tenants[:_TENANTS_AT_ONCE], tenants[_TENANTS_AT_ONCE:]
             return ripe, left, *await self._claim(connection, lane, known, some, limit)
@@ -167,7 +171,7 @@ class Queues:
 
     async def _read(self, lane: Lane, known: _Known) -> None:
         async def work(connection: asyncpg.Connection) -> None:
-            known.ready.read(await connection.fetch(sql("came"), *lane, *known.ready.unread))
+            known.ready.read(await _came(connection, lane, known.ready.unread))
 
         await self._connections.run(work)
         known.read_at = time.monotonic()
@@ -191,10 +195,9 @@ class Queues:
         async def work(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
             await connection.execute(f"SET LOCAL statement_timeout = {step_ms}")
             try:
-                found: list[asyncpg.Record] = await connection.fetch(sql("came"), *lane, *step)
+                return await _came(connection, lane, step)
             except asyncpg.QueryCanceledError:
                 return None
-            return found
 
         began = time.monotonic()
         found = await self._connections.run(work)
@@ -213,6 +216,19 @@ class Queues:
         self._ripening.end(look, complete=ripe < AT_ONCE)
 
 
+async def _came(
+    connection: asyncpg.Connection,
+    lane: Lane,
+    transactions: tuple[int, int, list[int]],
+    ripe_since_s: float = 0.0,
+) -> list[asyncpg.Record]:
+    """What became ready in `transactions`."""
+    found: list[asyncpg.Record] = await connection.fetch(
+        sql("came"), *lane, *transactions, ripe_since_s
+    )
+    return found
+
+
 async def _ripen(connection: asyncpg.Connection, back_s: float) -> int:
     """How many retries have become ready."""
     return int((await connection.execute(sql("ripen"), back_s)).rpartition(" ")[2])
@@ -221,9 +237,9 @@ async def _ripen(connection: asyncpg.Connection, back_s: float) -> int:
 async def _with_files(
     connection: asyncpg.Connection, taken: list[asyncpg.Record]
 ) -> list[ClaimedJob]:
-    if not taken:
-        return []
     files: dict[object, list[asyncpg.Record]] = {row["id"]: [] for row in taken}
-    for file in await connection.fetch(sql("get_input_files"), list(files)):
-        files[file["request_id"]].append(file)
+    with_files = [row["id"] for row in taken if row["has_files"]]
+    if with_files:
+        for file in await connection.fetch(sql("get_input_files"), with_files):
+            files[file["request_id"]].append(file)
     return [rows.claimed_job(row, files[row["id"]]) for row in taken]

@@ -1,5 +1,7 @@
 -- Statements that find and claim what is ready: see ready.py. All of them are bounded from below,
--- so that none walks past the entries of jobs that have left the queue long ago.
+-- so that none walks past the entries of jobs that have left the queue long ago. Each condition is
+-- written as its index has it, word for word, and otherwise where a job is looked up by its id: the
+-- planner takes a partial index, however many dead entries it has, for an empty one.
 
 -- name: ripen
 -- Let retries take their place among the ready whose time has come in the last $1 seconds.
@@ -11,7 +13,7 @@ WHERE id IN (
 )
 
 -- name: came
--- What became ready in pool $1, lane $2 in the transactions [$3, $4) and $5, and what this snapshot sees.
+-- What became ready in pool $1, lane $2 in the transactions [$3, $4) and $5; has `ripen` $6 work?
 WITH found AS MATERIALIZED (
     SELECT tenant_id, priority, created_at, id FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
@@ -36,7 +38,11 @@ WITH found AS MATERIALIZED (
     FROM ranked WHERE place <= 64 GROUP BY tenant_id, priority
 )
 SELECT pg_snapshot_xmax(seen.snapshot)::text::bigint AS xmax,
-    ARRAY(SELECT xid::text::bigint FROM pg_snapshot_xip(seen.snapshot) AS xid) AS under_way, queues.*
+    ARRAY(SELECT xid::text::bigint FROM pg_snapshot_xip(seen.snapshot) AS xid) AS under_way,
+    EXISTS (
+        SELECT 1 FROM requests WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false)
+            AND not_before <= now() AND not_before > now() - $6 * interval '1 second'
+    ) AS is_ripening, queues.*
 FROM (SELECT pg_current_snapshot() AS snapshot) AS seen LEFT JOIN queues ON true
 
 -- name: claim
@@ -60,7 +66,7 @@ WITH queues AS MATERIALIZED (
         FROM queues CROSS JOIN unnest(queues.early) AS named (id) CROSS JOIN LATERAL (
             SELECT created_at, id FROM requests
             WHERE id = named.id AND pool = $1 AND lane = $2
-                AND coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+                AND coalesce(not_before IS NULL AND claimed_by IS NULL AND status = 'queued', false)
             OFFSET 0
         ) AS r
         WHERE queues.since IS NULL OR r.created_at < queues.since
@@ -70,7 +76,7 @@ WITH queues AS MATERIALIZED (
     FROM (SELECT id, n, turn FROM candidates ORDER BY turn, n) AS c CROSS JOIN LATERAL (
         SELECT id FROM requests
         WHERE id = c.id
-            AND coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+            AND coalesce(not_before IS NULL AND claimed_by IS NULL AND status = 'queued', false)
         FOR UPDATE SKIP LOCKED
     ) AS r
     LIMIT $3
@@ -85,7 +91,9 @@ WITH queues AS MATERIALIZED (
         array_agg(c.id) FILTER (WHERE c.is_early AND claimed.id IS NULL) AS early_left
     FROM candidates c LEFT JOIN claimed ON claimed.id = c.id GROUP BY c.n, c.priority
 )
-SELECT claimed.*, queues.n AS of_n, queues.priority AS of_priority, looked_at.early_left,
+SELECT claimed.*, EXISTS (
+        SELECT 1 FROM files f WHERE f.request_id = claimed.id AND f.role = 'input'
+    ) AS has_files, queues.n AS of_n, queues.priority AS of_priority, looked_at.early_left,
     coalesce(first_left, CASE WHEN scanned >= $3 THEN last END) AS since_now
 FROM queues LEFT JOIN looked_at USING (n, priority)
     LEFT JOIN claimed ON claimed.n = queues.n AND claimed.priority = queues.priority

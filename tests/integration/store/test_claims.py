@@ -219,9 +219,10 @@ async def test_no_hot_statement_scans_the_queue(
     queues = orjson.dumps([queue]).decode()
     hot: dict[str, list[object]] = {
         "claim": ["gemini", "text_only", 16, "w", queues],
-        "came": ["gemini", "text_only", 2**40, 2**62, [1, 2, 3]],
+        "came": ["gemini", "text_only", 2**40, 2**62, [1, 2, 3], 20.0],
         "ripen": [1e9],
         "get_request": [some["id"], "greedy"],
+        "get_place": [some["id"]],
         "get_request_files": [some["id"]],
         "get_versions": [[some["id"]]],
         "begin_running": [one, "w"],
