@@ -13,7 +13,7 @@ WHERE id IN (
 )
 
 -- name: came
--- What became ready in pool $1, lane $2 in the transactions [$3, $4) and $5; has `ripen` $6 work?
+-- What became ready in pool $1, lane $2 in the transactions [$3, $4) and $5; whether `ripen` $6 has work.
 WITH found AS MATERIALIZED (
     SELECT tenant_id, priority, created_at, id FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL

@@ -6,12 +6,14 @@ Nothing here calls `tend_queues`, which looks again at all: what is found is fou
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import asyncpg
+import orjson
 import pytest
 
 from tests.integration.store.conftest import MakeStore
@@ -19,6 +21,7 @@ from tests.integration.store.jobs import TEXT, UNSURE, new_job, now, result
 from tests.integration.store.test_claims import FILL
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.store.queries import sql
 from tidegate.store.records import ClaimedJob, NewJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
@@ -236,3 +239,52 @@ async def test_random_moves_of_three_workers_strand_no_job(
     assert await peek.fetchval("SELECT count(*) FROM requests WHERE claimed_by IS NULL") == len(
         ended
     )
+
+
+CHURN = (
+    "UPDATE requests SET claimed_by = 'w', not_before = now() - interval '1 hour'",
+    "UPDATE requests SET not_before = NULL, cancel_asked_at = now()",
+    "UPDATE requests SET status = 'running'",
+    "UPDATE requests SET status = 'succeeded', finished_at = now(), claimed_by = NULL",
+    "ANALYZE requests",
+)
+
+
+async def test_nothing_hot_walks_past_what_an_old_snapshot_keeps(
+    peek: asyncpg.Connection, database_url: str
+) -> None:
+    old = await asyncpg.connect(database_url)
+    await old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM workers")
+    await peek.execute(FILL, "a", 5_000)
+    for step in CHURN:
+        await peek.execute(step)
+    await peek.execute(FILL, "a", 1)
+    job = await peek.fetchrow("SELECT id, ready_xid FROM requests WHERE status = 'queued'")
+    one = orjson.dumps([{"id": str(job["id"]), "claim": 0, "status": "queued"}]).decode()
+    queue = {"n": 0, "tenant_id": "a", "priority": 0, "since": now(), "early": [str(job["id"])]}
+    lane = ["gemini", "text_only"]
+    hot: dict[str, list[object]] = {
+        "came": [*lane, job["ready_xid"], 2**62, [1, 2], 20.0],
+        "claim": [*lane, 16, "w", orjson.dumps([queue]).decode()],
+        "ripen": [20.0],
+        "expire_due": ["{}", 20.0],
+        "set_classified": [job["id"], 0, "text_only", "rules", ""],
+        "begin_running": [one, "w"],
+        "end_requests": [one],
+        "retry_requests": [one],
+        "hand_back": [one],
+        "cancel_queued": [job["id"], "{}"],
+        "get_versions": [[job["id"]]],
+        "silent_workers": [1000.0],
+    }
+    for name, arguments in hot.items():
+        transaction = peek.transaction()
+        await transaction.start()
+        await peek.execute("SET LOCAL enable_seqscan = off; SET LOCAL jit = off")
+        lines = await peek.fetch(f"EXPLAIN (ANALYZE, BUFFERS) {sql(name)}", *arguments)
+        await transaction.rollback()
+        plan = "\n".join(line[0] for line in lines)
+        read = next(line[0] for line in lines if "Buffers: " in line[0])
+        pages = sum(int(count) for count in re.findall(r"(?:hit|read)=(\d+)", read))
+        assert 0 < pages < 100, f"{name}: {pages} pages\n{plan}"
+    await old.close()
