@@ -26,7 +26,7 @@ _ROUNDS = 4
 _READ_EVERY_S = 2.0
 _SWEEP_EVERY_S = 30.0
 _SWEEP_SHARE = 50
-_FIRST_SWEEP_S = 4.0
+_MOST_SWEEP_S = 4.0
 _STEP_MS = 500
 _LAST_STEP_MS = 4_500
 
@@ -66,7 +66,7 @@ class Queues:
         """
         known = self._lanes.setdefault(lane, _Known(Ready()))
         if known.is_first:
-            await self._sweep(lane, known, _FIRST_SWEEP_S)
+            await self._sweep(lane, known, _MOST_SWEEP_S)
             known.is_first = False
         tenants, jobs = await self._read_and_take(lane, known, limit)
         at_once = _TENANTS_AT_ONCE
@@ -97,7 +97,7 @@ class Queues:
                 known.ready.begin_sweep()
                 known.sweep_s = 0.0
             if not known.ready.is_swept:
-                await self._sweep(lane, known, _SWEEP_EVERY_S)
+                await self._sweep(lane, known, _MOST_SWEEP_S)
 
     async def _read_and_take(
         self, lane: Lane, known: _Known, limit: int
