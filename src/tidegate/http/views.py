@@ -119,7 +119,8 @@ class StatusView(Classified):
     source: Literal["job", "stream", "relay"]
     status: Status
     place: int | None = Field(
-        default=None, description="Place in the queue, 1 is next; only while queued"
+        default=None,
+        description="Place in the queue, 1 is next; only while queued, where it can be told",
     )
     model: str | None = None
     priority: int

@@ -90,6 +90,7 @@ class Worker:
             *(self._forever(feeder.run) for feeder in self._feeders),
             self._forever(self._every(beat_s, self._store.heartbeat)),
             self._forever(self._every(beat_s, self._store.retake_lapsed)),
+            self._forever(self._every(1.0, self._store.tend_queues)),
             self._forever(self._every(1.0, self._store.expire_due)),
             self._forever(self._every(1.0, self._store.cancels.cancel_returned)),
             self._forever(self._heed_cancels),

@@ -19,6 +19,7 @@ import orjson
 from tidegate.errors import ClaimLost
 from tidegate.store import rows
 from tidegate.store.connection import Connections
+from tidegate.store.lookback import Lookback
 from tidegate.store.queries import sql
 from tidegate.store.records import Failure, Json
 from tidegate.store.states import MAX_LAPSES
@@ -67,28 +68,46 @@ class BatchLines:
         self._instance_id = instance_id
         self._lease_ms = lease_ms
         self._may_judge = may_judge
+        # What left a queue or a worker's hands stays in its index beside an old transaction.
+        self._claims, self._strays, self._lapses = Lookback(), Lookback(), Lookback()
+        self._from: dict[UUID, int] = {}
         self._begins: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 100)
         self._ends: GroupWriter[Json, None] = GroupWriter(
             self._end, lambda row: 200 + len(row["answer"] or "")
         )
 
     async def claim(self, limit: int, most_bytes: int) -> list[Line]:
+        """Lines that come back are found at the latest by the next search from the beginning."""
+        look = self._claims.begin()
+        since = {} if look.is_whole else {str(key): line for key, line in self._from.items()}
+
         async def claim(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             found: list[asyncpg.Record] = await connection.fetch(
-                sql("claim_batch_lines"), self._instance_id, limit, most_bytes
+                *(sql("claim_batch_lines"), self._instance_id, limit, most_bytes),
+                orjson.dumps(since).decode(),
             )
             return found
 
-        return [_line(row) for row in await self._connections.run(claim)]
+        lines = [_line(row) for row in await self._connections.run(claim)]
+        self._claims.end(look, complete=True)
+        if look.is_whole:
+            self._from.clear()
+        for line in sorted(lines, key=lambda line: line.line, reverse=True):
+            self._from[line.batch_id] = line.line
+        return lines
 
     async def release_strays(self, held: Iterable[Line]) -> None:
         """Give up what this process has claimed and does not know of: the reply was lost."""
+        look = self._strays.begin()
+        if not look.is_whole:
+            return
         ids = [line.id for line in held]
 
         async def release(connection: asyncpg.Connection) -> None:
             await connection.execute(sql("release_stray_lines"), self._instance_id, ids)
 
         await self._connections.run(release)
+        self._strays.end(look, complete=True)
 
     async def over(self, batch_ids: Iterable[UUID]) -> frozenset[UUID]:
         """Those of these batches of which no more lines may begin."""
@@ -134,6 +153,9 @@ class BatchLines:
         """Return what dead workers had."""
         if not self._may_judge():
             return
+        look = self._lapses.begin()
+        if not look.is_whole:
+            return
         failure = orjson.dumps(asdict(_DIED)).decode()
 
         async def retake(connection: asyncpg.Connection) -> None:
@@ -143,6 +165,7 @@ class BatchLines:
             await _count(connection, [row for row in taken if row["state"] == "failed"])
 
         await self._connections.run(retake)
+        self._lapses.end(look, complete=True)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
         async def begin(connection: asyncpg.Connection) -> set[tuple[int, int]]:

@@ -116,13 +116,14 @@ WHERE id = $1 AND claim = $2 AND status IN ('finalizing', 'cancelling')
 RETURNING id
 
 -- name: claim_batch_lines
--- Claim ready lines for worker $1, at most $2 and $3 bytes; batches take turns.
+-- Claim ready lines for worker $1, at most $2 and $3 bytes, from line $4 on; batches take turns.
 WITH ready AS MATERIALIZED (
     SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at
     FROM batches b CROSS JOIN LATERAL (
         SELECT batch_id, line, row_number() OVER (ORDER BY line) AS turn, size_bytes
         FROM batch_lines
         WHERE batch_id = b.id AND state = 'queued' AND (not_before IS NULL OR not_before <= now())
+            AND line >= coalesce(($4::jsonb ->> b.id::text)::integer, 0)
         ORDER BY line LIMIT 4 * $2
     ) AS head
     WHERE b.status = 'in_progress'
@@ -185,8 +186,8 @@ WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND l.state IN ('claimed', 'calling')
 
 -- name: retake_batch_lines
--- Return lines of workers not seen for $1 milliseconds; at $2 lapses in mid-call one has failed. Those
--- that lapsed together twice come apart for the last time: only one of them may be the deadly one.
+-- Return lines of workers not seen for $1 milliseconds; at $2 lapses in mid-call one has failed.
+-- Those that lapsed together twice come apart for the last time: only one of them may be the deadly one.
 WITH gone AS MATERIALIZED (
     SELECT claimant.claimed_by FROM (
         SELECT claimed_by FROM batch_lines WHERE state IN ('claimed', 'calling')

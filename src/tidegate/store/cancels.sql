@@ -8,7 +8,7 @@ SELECT status, claimed_by FROM requests WHERE id = $1 AND tenant_id = $2 FOR UPD
 -- End queued job $1; the claim is fenced off.
 UPDATE requests SET status = 'cancelled', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $2::jsonb, version = version + 1
-WHERE id = $1 AND status = 'queued'
+WHERE id = $1 AND coalesce(status = 'queued', false)
 RETURNING *
 
 -- name: ask_to_cancel
@@ -19,7 +19,8 @@ WHERE id = $1 AND status = 'running'
 -- name: asked_of_worker
 -- What worker $1 is to give up: running jobs, and those of $2 that were cancelled while they waited.
 SELECT id FROM requests
-WHERE cancel_asked_at IS NOT NULL AND status = 'running' AND claimed_by = $1
+WHERE coalesce(status IN ('queued', 'running') AND cancel_asked_at IS NOT NULL, false)
+    AND coalesce(status = 'running', false) AND claimed_by = $1
 UNION
 SELECT id FROM requests WHERE id = ANY($2::uuid[]) AND status = 'cancelled'
 
@@ -28,7 +29,9 @@ SELECT id FROM requests WHERE id = ANY($2::uuid[]) AND status = 'cancelled'
 UPDATE requests SET status = 'cancelled', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $1::jsonb, version = version + 1
 WHERE id IN (
-    SELECT id FROM requests WHERE status = 'queued' AND cancel_asked_at IS NOT NULL
+    SELECT id FROM requests
+    WHERE coalesce(status IN ('queued', 'running') AND cancel_asked_at IS NOT NULL, false)
+        AND coalesce(status = 'queued', false)
     LIMIT 500 FOR UPDATE SKIP LOCKED
 )
 RETURNING *

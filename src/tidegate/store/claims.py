@@ -20,16 +20,17 @@ from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.store import rows
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
+from tidegate.store.lapses import Lapses
 from tidegate.store.liveness import Steadiness
+from tidegate.store.lookback import AT_ONCE, Lookback
 from tidegate.store.queries import sql
+from tidegate.store.queues import Queues
 from tidegate.store.recorder import audit_unanswered
 from tidegate.store.records import ClaimedJob, Failure, Json
 from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.store.writer import GroupWriter
 from tidegate.telemetry import Log, get_logger
 
-_TENANTS_AT_ONCE = 32
-_ROUNDS = 4
 _WORKER_DIED = Failure(
     code="worker_died",
     message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
@@ -50,8 +51,9 @@ class Claims:
         self._steadiness = Steadiness(lease_ms)
         self._held: dict[UUID, int] = {}
         self._doubtful = False
-        self._claiming = asyncio.Lock()
-        self._last_tenant: dict[tuple[str, str], str] = {}
+        self._queues = Queues(connections, bell, instance_id=instance_id)
+        self._lapses = Lapses(lease_ms)
+        self._expiring = Lookback()
         self._runs: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 500)
 
     @property
@@ -109,32 +111,14 @@ class Claims:
 
     async def _claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
         lane = "unsure" if kind is None else kind.value
-        after = self._last_tenant.get((pool, lane), "")
-
-        async def claim(connection: asyncpg.Connection) -> tuple[list[ClaimedJob], int]:
-            ripe = int((await connection.execute(sql("ripen"))).rpartition(" ")[2])
-            taken: list[asyncpg.Record] = []
-            for _ in range(_ROUNDS):
-                last = taken[-1]["tenant_id"] if taken else after
-                taken += await connection.fetch(
-                    sql("claim"),
-                    *(pool, lane, limit - len(taken), self._instance_id, last, _TENANTS_AT_ONCE),
-                )
-                if len(taken) >= limit:
-                    break
-                # Others may have locked the candidates that we saw while more wait behind them.
-                if not await connection.fetchval(sql("any_ready"), pool, lane):
-                    break
-            return await _with_files(connection, taken), ripe
-
-        async with self._claiming:
-            jobs, ripe = await self._connections.run(claim)
+        async with self._queues.lock:
+            jobs = await self._queues.claim((pool, lane), limit)
             self._held |= {job.request_id: job.claim for job in jobs}
-        if jobs:
-            self._last_tenant[pool, lane] = jobs[-1].tenant_id
-        if ripe:
-            self._bell.work([pool])
         return jobs
+
+    async def tend(self) -> None:
+        """See `Queues.tend`."""
+        await self._queues.tend()
 
     def _undelivered(self, task: asyncio.Task[list[ClaimedJob]]) -> None:
         """The caller was cancelled: nobody will work on these."""
@@ -144,7 +128,7 @@ class Claims:
                 self.settled(job)
 
     async def _release_strays(self) -> None:
-        async with self._claiming:
+        async with self._queues.lock:
             self._doubtful = False
             held = list(self._held)
 
@@ -229,11 +213,10 @@ class Claims:
         if not self._steadiness.may_judge:
             return []
         failure = asdict(_WORKER_DIED)
+        look = self._lapses.begin()
 
         async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            locked = [
-                row["id"] for row in await connection.fetch(sql("lock_lapsed"), self._lease_ms)
-            ]
+            locked = await self._lapses.lock(connection, look)
             if not locked:
                 return []
             retaken: list[asyncpg.Record] = await connection.fetch(
@@ -245,6 +228,7 @@ class Claims:
             return retaken
 
         retaken = await self._connections.run(retake)
+        self._lapses.end(look, len(retaken))
         ids = [UUID(int=row["id"].int) for row in retaken]
         if retaken:
             get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
@@ -257,28 +241,19 @@ class Claims:
 
     async def expire_due(self) -> int:
         failure = asdict(_EXPIRED)
+        look = self._expiring.begin()
 
         async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             due: list[asyncpg.Record] = await connection.fetch(
-                sql("expire_due"), orjson.dumps(failure).decode()
+                sql("expire_due"), orjson.dumps(failure).decode(), look.back_s
             )
             await audit_unanswered(connection, due, failure, self._instance_id)
             return due
 
         due = await self._connections.run(expire)
+        self._expiring.end(look, complete=len(due) < AT_ONCE)
         self._bell.changed(UUID(int=row["id"].int) for row in due)
         return len(due)
-
-
-async def _with_files(
-    connection: asyncpg.Connection, taken: list[asyncpg.Record]
-) -> list[ClaimedJob]:
-    if not taken:
-        return []
-    files: dict[UUID, list[asyncpg.Record]] = {row["id"]: [] for row in taken}
-    for file in await connection.fetch(sql("get_input_files"), list(files)):
-        files[file["request_id"]].append(file)
-    return [rows.claimed_job(row, files[row["id"]]) for row in taken]
 
 
 async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.Record]) -> None:

@@ -10,12 +10,16 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
 ON CONFLICT (id) DO NOTHING
 
 -- name: get_request
--- One request of a tenant with its place in its queue; the place is counted up to 10,000.
-SELECT r.id, r.tenant_id, r.source, r.status, r.kind, r.classified_by, r.classified_reason,
-    r.model, r.used_model, r.priority, r.attempts, r.created_at, r.admitted_at, r.finished_at,
-    r.not_before, r.deadline_at, r.queue_ms, r.upstream_ms, r.result, r.input_tokens,
-    r.output_tokens, r.thoughts_tokens, r.cached_tokens, r.total_tokens, r.finish_reason,
-    r.failure, r.version, r.webhook_url, r.endpoint, CASE WHEN r.status = 'queued' THEN 1 + (
+-- One request of a tenant.
+SELECT id, tenant_id, source, status, kind, classified_by, classified_reason, model, used_model,
+    priority, attempts, created_at, admitted_at, finished_at, not_before, deadline_at, queue_ms,
+    upstream_ms, result, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
+    finish_reason, failure, version, webhook_url, endpoint
+FROM requests WHERE id = $1 AND tenant_id = $2
+
+-- name: get_place
+-- The place of queued request $1 in its queue, counted up to 10,000.
+SELECT 1 + (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
             AND q.lane = r.lane AND q.priority > r.priority
@@ -27,9 +31,8 @@ SELECT r.id, r.tenant_id, r.source, r.status, r.kind, r.classified_by, r.classif
             ORDER BY q.created_at, q.id LIMIT 10000)
         LIMIT 10000
     ) AS before
-) END AS place
-FROM requests r
-WHERE r.id = $1 AND r.tenant_id = $2
+) AS place
+FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
 -- name: get_request_files
 -- All files of one request in their order, uploads first.
@@ -48,78 +51,6 @@ SELECT id, version FROM requests WHERE id = ANY($1::uuid[])
 INSERT INTO workers (instance_id, seen_at) VALUES ($1, now())
 ON CONFLICT (instance_id) DO UPDATE SET seen_at = now()
 
--- name: ripen
--- Let retries whose time has come take their place among the ready.
-UPDATE requests SET not_before = NULL, version = version + 1
-WHERE id IN (
-    SELECT id FROM requests WHERE status = 'queued' AND not_before IS NOT NULL
-        AND not_before <= now()
-    ORDER BY not_before LIMIT 500 FOR UPDATE SKIP LOCKED
-)
-
--- name: claim
--- Claim up to $3 ready jobs of pool $1, lane $2 for $4: tenants in turn from after tenant $5.
-WITH RECURSIVE later AS (
-    (SELECT tenant_id, 1 AS n FROM requests
-        WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
-            AND pool = $1 AND lane = $2 AND tenant_id > $5
-        ORDER BY tenant_id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT r.tenant_id FROM requests r
-        WHERE r.status = 'queued' AND r.claimed_by IS NULL AND r.not_before IS NULL
-            AND r.pool = $1 AND r.lane = $2 AND r.tenant_id > later.tenant_id
-        ORDER BY r.tenant_id LIMIT 1), later.n + 1
-    FROM later WHERE later.tenant_id IS NOT NULL AND later.n < $6
-), earlier AS (
-    (SELECT tenant_id, 1 AS n FROM requests
-        WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
-            AND pool = $1 AND lane = $2 AND tenant_id <= $5
-        ORDER BY tenant_id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT r.tenant_id FROM requests r
-        WHERE r.status = 'queued' AND r.claimed_by IS NULL AND r.not_before IS NULL
-            AND r.pool = $1 AND r.lane = $2 AND r.tenant_id > earlier.tenant_id
-            AND r.tenant_id <= $5
-        ORDER BY r.tenant_id LIMIT 1), earlier.n + 1
-    FROM earlier WHERE earlier.tenant_id IS NOT NULL AND earlier.n < $6
-), tenants AS (
-    (SELECT tenant_id, n FROM later WHERE tenant_id IS NOT NULL
-    UNION ALL
-    SELECT tenant_id, $6 + n FROM earlier WHERE tenant_id IS NOT NULL)
-    ORDER BY n LIMIT $6
-), candidates AS MATERIALIZED (
-    SELECT head.id, tenants.n, head.turn
-    FROM tenants CROSS JOIN LATERAL (
-        SELECT id, row_number() OVER (ORDER BY priority DESC, created_at, id) AS turn
-        FROM requests
-        WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
-            AND pool = $1 AND lane = $2 AND tenant_id = tenants.tenant_id
-        ORDER BY priority DESC, created_at, id
-        LIMIT $3
-    ) AS head
-), picked AS MATERIALIZED (
-    SELECT r.id, candidates.n, candidates.turn
-    FROM candidates JOIN requests r ON r.id = candidates.id
-    WHERE r.status = 'queued' AND r.claimed_by IS NULL AND r.not_before IS NULL
-    ORDER BY candidates.turn, candidates.n
-    LIMIT $3
-    FOR UPDATE OF r SKIP LOCKED
-), claimed AS (
-    UPDATE requests r SET claim = r.claim + 1, claimed_by = $4
-    FROM picked WHERE r.id = picked.id
-    RETURNING r.*, picked.n, picked.turn
-)
-SELECT claimed.*, (SELECT count(*) FROM candidates) AS candidates
-FROM claimed ORDER BY turn, n
-
--- name: any_ready
--- Whether any ready job is left in pool $1, lane $2: told apart from a lost race for all of them.
-SELECT (
-    SELECT true FROM requests WHERE status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
-        AND pool = $1 AND lane = $2
-    ORDER BY tenant_id LIMIT 1
-) IS NOT NULL
-
 -- name: get_input_files
 -- The uploads of many claimed jobs, in their order.
 SELECT * FROM files WHERE request_id = ANY($1::uuid[]) AND role = 'input' ORDER BY position
@@ -127,7 +58,7 @@ SELECT * FROM files WHERE request_id = ANY($1::uuid[]) AND role = 'input' ORDER 
 -- name: set_classified
 -- Record the kind that a claimed job turned out to have.
 UPDATE requests SET kind = $3, classified_by = $4, classified_reason = $5, version = version + 1
-WHERE id = $1 AND claim = $2 AND status = 'queued'
+WHERE id = $1 AND claim = $2 AND coalesce(status = 'queued', false)
 RETURNING id
 
 -- name: begin_running
@@ -143,7 +74,7 @@ UPDATE requests r SET
     version = r.version + 1
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
     admitted_at timestamptz, queue_ms double precision)
-WHERE r.id = row.id AND r.claim = row.claim AND r.claimed_by = $2
+WHERE r.id = row.id AND r.claim = row.claim AND coalesce(r.claimed_by = $2, false)
     AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
 RETURNING r.id, r.attempt_id, r.attempt_at, r.attempts, r.tenant_id, r.pool, r.kind
 
@@ -258,8 +189,9 @@ RETURNING r.*, old.status AS old_status
 -- Give up claims of worker $1 that it does not know of: their replies were lost.
 UPDATE requests SET claim = claim + 1, claimed_by = NULL
 WHERE id IN (
-    SELECT id FROM requests WHERE claimed_by = $1 AND status = 'queued'
-        AND NOT (id = ANY($2::uuid[]))
+    SELECT id FROM requests
+    WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+        AND claimed_by = $1 AND coalesce(status = 'queued', false) AND NOT (id = ANY($2::uuid[]))
     FOR UPDATE SKIP LOCKED
 )
 RETURNING id, pool
@@ -268,26 +200,47 @@ RETURNING id, pool
 -- Forget this worker; what it still had in the queue is ready again.
 WITH returned AS (
     UPDATE requests SET claim = claim + 1, claimed_by = NULL
-    WHERE claimed_by = $1 AND status = 'queued' RETURNING pool
+    WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+        AND claimed_by = $1 AND coalesce(status = 'queued', false)
+    RETURNING pool
 ), gone AS (
     DELETE FROM workers WHERE instance_id = $1
 )
 SELECT DISTINCT pool FROM returned
 
--- name: lock_lapsed
--- Jobs of workers not seen for $1 milliseconds, counted from the server's own start at the latest.
-SELECT r.id FROM requests r
-WHERE r.claimed_by IS NOT NULL AND r.status IN ('queued', 'running') AND r.claimed_by IN (
-    SELECT claimant.claimed_by FROM (
-        SELECT DISTINCT claimed_by FROM requests
-        WHERE claimed_by IS NOT NULL AND status IN ('queued', 'running')
-    ) AS claimant
-    LEFT JOIN workers w ON w.instance_id = claimant.claimed_by
-    WHERE greatest(w.seen_at, pg_postmaster_start_time())
-        < now() - $1 * interval '1 millisecond'
+-- name: silent_workers
+-- Workers not seen for $1 milliseconds, counted from the server's own start at the latest.
+SELECT instance_id, seen_at FROM workers
+WHERE greatest(seen_at, pg_postmaster_start_time()) < now() - $1 * interval '1 millisecond'
+
+-- name: unknown_holders
+-- Who holds jobs and is not known as a worker.
+WITH RECURSIVE holders AS (
+    (SELECT claimed_by FROM requests
+        WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+        ORDER BY claimed_by LIMIT 1)
+    UNION ALL
+    SELECT (SELECT r.claimed_by FROM requests r
+        WHERE coalesce(r.status IN ('queued', 'running') AND r.claimed_by IS NOT NULL, false)
+            AND r.claimed_by > holders.claimed_by
+        ORDER BY r.claimed_by LIMIT 1)
+    FROM holders WHERE holders.claimed_by IS NOT NULL
 )
-ORDER BY r.id LIMIT 500
-FOR UPDATE OF r SKIP LOCKED
+SELECT claimed_by FROM holders
+WHERE claimed_by IS NOT NULL AND NOT EXISTS (
+    SELECT 1 FROM workers w WHERE w.instance_id = holders.claimed_by)
+    AND pg_postmaster_start_time() < now() - $1 * interval '1 millisecond'
+
+-- name: lock_lapsed
+-- Jobs of the workers $1, which have not been seen since $2 milliseconds ago; up to 500.
+SELECT id FROM requests
+WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
+    AND claimed_by = ANY($1::text[]) AND NOT EXISTS (
+        SELECT 1 FROM workers w WHERE w.instance_id = claimed_by
+            AND greatest(w.seen_at, pg_postmaster_start_time())
+                >= now() - $2 * interval '1 millisecond')
+ORDER BY id LIMIT 500
+FOR UPDATE OF requests SKIP LOCKED
 
 -- name: retake
 -- Return locked, lapsed jobs to the queue; a running one lapses, and at $2 lapses it is dead.
@@ -305,12 +258,12 @@ WHERE r.id = ANY($1::uuid[]) AND old.id = r.id
 RETURNING r.*, old.status AS old_status
 
 -- name: expire_due
--- End up to 500 queued jobs whose deadline has passed, claimed or not; the claim is fenced off.
+-- End up to 500 queued jobs whose deadline passed in the last $2 seconds, claimed or not.
 UPDATE requests SET status = 'expired', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $1::jsonb, version = version + 1
 WHERE id IN (
-    SELECT id FROM requests WHERE status = 'queued' AND deadline_at IS NOT NULL
-        AND deadline_at <= now()
+    SELECT id FROM requests WHERE coalesce(status = 'queued' AND deadline_at IS NOT NULL, false)
+        AND deadline_at <= now() AND deadline_at > now() - $2 * interval '1 second'
     ORDER BY deadline_at LIMIT 500 FOR UPDATE SKIP LOCKED
 )
 RETURNING *
@@ -344,7 +297,9 @@ DELETE FROM requests WHERE id = ANY($1::uuid[]) AND status NOT IN ('queued', 'ru
 -- name: forget_workers
 -- Forget workers that have long been gone and hold nothing.
 DELETE FROM workers w WHERE seen_at < $1 AND NOT EXISTS (
-    SELECT 1 FROM requests r WHERE r.claimed_by = w.instance_id AND r.status IN ('queued', 'running'))
+    SELECT 1 FROM requests r
+    WHERE coalesce(r.status IN ('queued', 'running') AND r.claimed_by IS NOT NULL, false)
+        AND r.claimed_by = w.instance_id)
 
 -- name: blobs_in_use
 -- Which of these blobs are still referred to.

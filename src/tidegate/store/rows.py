@@ -270,7 +270,10 @@ def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:
 
 
 def request_record(
-    row: asyncpg.Record, files: list[asyncpg.Record], webhook: WebhookRecord | None
+    row: asyncpg.Record,
+    files: list[asyncpg.Record],
+    webhook: WebhookRecord | None,
+    place: int | None,
 ) -> RequestRecord:
     return RequestRecord(
         request_id=_uuid(row["id"]),
@@ -292,7 +295,7 @@ def request_record(
         usage=Usage(**{column: row[column] for column in USAGE_COLUMNS}),
         finish_reason=row["finish_reason"],
         failure=_failure(row["failure"]),
-        place=row["place"],
+        place=place,
         version=row["version"],
         files=tuple(file_record(file) for file in files),
         webhook=webhook,

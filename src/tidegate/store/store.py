@@ -31,6 +31,7 @@ from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
 from tidegate.store.native_keys import NativeKeys
 from tidegate.store.outbox import Outbox, webhook_of
+from tidegate.store.places import Places
 from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
 from tidegate.store.queries import sql
@@ -114,6 +115,7 @@ class Store:
         self._submits = Submits(connections, self._bell)
         self.tenants = Tenants(connections)
         self.queued = Queued(connections)
+        self._places = Places()
         self._house: asyncio.Task[None] | None = None
         self._schema_fitted = False
 
@@ -209,7 +211,8 @@ class Store:
                 relayed = await connection.fetchrow(sql("get_relayed"), request_id, tenant_id)
                 return None if relayed is None else rows.relayed_record(relayed)
             files = await connection.fetch(sql("get_request_files"), request_id)
-            return rows.request_record(row, files, await webhook_of(connection, row))
+            webhook = await webhook_of(connection, row)
+            return rows.request_record(row, files, webhook, await self._places.of(connection, row))
 
         record = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
         if record is None:
@@ -286,6 +289,10 @@ class Store:
     async def wait_work(self, timeout_ms: int, since: int | None = None) -> None:
         """Return when new work may be there, at the latest after `timeout_ms` or one second."""
         await self._watch.wait_work(timeout_ms, since)
+
+    async def tend_queues(self) -> None:
+        """Keep up with what became ready, every second or so; raises StoreUnavailable."""
+        await self._claims.tend()
 
     async def expire_due(self) -> int:
         """End queued jobs whose deadline has passed, at most 500; returns how many."""

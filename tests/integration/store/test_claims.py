@@ -215,11 +215,14 @@ async def test_no_hot_statement_scans_the_queue(
 ) -> None:
     some = await long_queue.fetchrow("SELECT id FROM requests OFFSET 50000 LIMIT 1")
     one = orjson.dumps([{"id": str(some["id"]), "claim": 0, "status": "queued"}]).decode()
+    queue = {"n": 0, "tenant_id": "greedy", "priority": 0, "since": LISTED[1], "early": []}
+    queues = orjson.dumps([queue]).decode()
     hot: dict[str, list[object]] = {
-        "claim": ["gemini", "text_only", 16, "w", "greedy", 32],
-        "any_ready": ["gemini", "text_only"],
-        "ripen": [],
+        "claim": ["gemini", "text_only", 16, "w", queues],
+        "came": ["gemini", "text_only", 2**40, 2**62, [1, 2, 3], 20.0],
+        "ripen": [1e9],
         "get_request": [some["id"], "greedy"],
+        "get_place": [some["id"]],
         "get_request_files": [some["id"]],
         "get_versions": [[some["id"]]],
         "begin_running": [one, "w"],
@@ -229,9 +232,11 @@ async def test_no_hot_statement_scans_the_queue(
         "hand_back": [one],
         "release_strays": ["w", []],
         "leave": ["w"],
-        "lock_lapsed": [1000.0],
+        "silent_workers": [1000.0],
+        "unknown_holders": [1000.0],
+        "lock_lapsed": [["w", "w-2"], 1000.0],
         "retake": [[some["id"]], 3, "{}"],
-        "expire_due": ["{}"],
+        "expire_due": ["{}", 1e9],
         "requeue_dead": [some["id"]],
         "cancel_queued": [some["id"], "{}"],
         "asked_of_worker": ["w", [some["id"]]],

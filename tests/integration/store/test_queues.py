@@ -1,0 +1,290 @@
+"""No job is stranded: by whatever way it comes back, a worker that has read past it finds it.
+
+Nothing here calls `tend_queues`, which looks again at all: what is found is found by the claim.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import orjson
+import pytest
+
+from tests.integration.store.conftest import MakeStore
+from tests.integration.store.jobs import TEXT, UNSURE, new_job, now, result
+from tests.integration.store.test_claims import FILL
+from tests.waiting import wait_until
+from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.store.queries import sql
+from tidegate.store.records import ClaimedJob, NewJob
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+
+Way = Callable[[Store, asyncpg.Connection, ClaimedJob], Awaitable[object]]
+DEAD = "UPDATE requests SET status = 'dead', claimed_by = NULL, finished_at = now() WHERE id = $1"
+
+
+async def claim(store: Store, limit: int = 10) -> list[ClaimedJob]:
+    return await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit)
+
+
+async def ids(store: Store, limit: int = 10) -> list[UUID]:
+    return [job.request_id for job in await claim(store, limit)]
+
+
+def old_job(**overrides: Any) -> NewJob:
+    return new_job(created_at=now() - timedelta(hours=1), **overrides)
+
+
+async def hand_back(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> None:
+    await holder.hand_back([job])
+
+
+async def retry(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> None:
+    await holder.running(job, model="m", fence=(1, 1), queue_ms=0)
+    await holder.retry(job, result(), now() - timedelta(milliseconds=1))
+
+
+async def leave(holder: Store, _peek: asyncpg.Connection, _job: ClaimedJob) -> None:
+    await holder.leave()
+
+
+async def lapse(holder: Store, peek: asyncpg.Connection, _job: ClaimedJob) -> None:
+    await peek.execute(
+        "UPDATE workers SET seen_at = now() - interval '1 hour' WHERE instance_id = $1",
+        holder.instance_id,
+    )
+
+
+async def forgotten(holder: Store, peek: asyncpg.Connection, _job: ClaimedJob) -> None:
+    await peek.execute("DELETE FROM workers WHERE instance_id = $1", holder.instance_id)
+
+
+async def stray(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> None:
+    holder._claims.settled(job)
+    holder._claims._doubtful = True
+    await holder.heartbeat()
+
+
+async def requeue(holder: Store, peek: asyncpg.Connection, job: ClaimedJob) -> None:
+    await peek.execute(DEAD, job.request_id)
+    await holder.requeue(job.request_id)
+
+
+async def by_hand(_holder: Store, peek: asyncpg.Connection, job: ClaimedJob) -> None:
+    """As the version before this one does it too, which knows nothing of `ready_xid`."""
+    await peek.execute(
+        "UPDATE requests SET claimed_by = NULL, claim = claim + 1 WHERE id = $1", job.request_id
+    )
+
+
+@pytest.mark.parametrize(
+    "way", [hand_back, retry, leave, lapse, forgotten, stray, requeue, by_hand]
+)
+async def test_a_job_that_comes_back_is_found_behind_where_a_worker_has_read(
+    way: Way, make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    worker = await make_store(database_url, claim_lease_ms=300)
+    holder = await make_store(database_url, claim_lease_ms=60_000)
+    job = old_job()
+    await worker.submit(job)
+    (held,) = await claim(holder)
+    later = [new_job() for _ in range(2)]
+    for one in later:
+        await worker.submit(one)
+    assert await ids(worker, 1) == [later[0].request_id]
+    await way(holder, peek, held)
+
+    async def found() -> list[UUID]:
+        if way in (lapse, forgotten):
+            await worker.heartbeat()
+            await worker.retake_lapsed()
+        return [found for found in await ids(worker) if found != later[1].request_id]
+
+    assert await wait_until(found) == [job.request_id]
+
+
+async def test_an_unsure_job_is_found_under_its_kind(store: Store) -> None:
+    await store.submit(new_job())
+    await claim(store)
+    job = old_job(classification=UNSURE)
+    await store.submit(job)
+    assert await ids(store) == []
+    (unsure,) = await store.claim(pool=DEFAULT_POOL, kind=None, limit=9)
+    await store.classified(unsure, TEXT)
+    await store.hand_back([unsure])
+    assert await ids(store) == [job.request_id]
+
+
+async def test_jobs_that_come_back_keep_their_place(store: Store) -> None:
+    jobs = [new_job(created_at=now() - timedelta(minutes=9 - n)) for n in range(6)]
+    for job in jobs:
+        await store.submit(job)
+    first = await claim(store, 2)
+    await store.hand_back(first[::-1])
+    assert await ids(store, 6) == [job.request_id for job in jobs]
+
+
+async def test_a_commit_that_is_late_is_found_beside_a_transaction_that_never_ends(
+    store: Store, peek: asyncpg.Connection, database_url: str
+) -> None:
+    await store.submit(new_job())
+    idle = await asyncpg.connect(database_url)
+    await idle.execute("BEGIN; SELECT pg_current_xact_id()")
+    await peek.execute("BEGIN")
+    late = await peek.fetchval(
+        "INSERT INTO requests (id, pool, source, status, kind, classified_by, classified_reason, "
+        "prompt, created_at) VALUES (gen_random_uuid(), 'gemini', 'job', 'queued', 'text_only', "
+        "'rules', '', 'p', now() - interval '1 minute') RETURNING id"
+    )
+    assert len(await ids(store)) == 1
+    for _ in range(3):
+        await store.submit(new_job())
+        assert len(await ids(store)) == 1
+    await peek.execute("COMMIT")
+    assert await ids(store) == [late]
+    assert await ids(store) == []
+    await idle.close()
+
+
+async def known_read(store: Store) -> None:
+    """Have it read what came, as `tend_queues` does."""
+    queues, lane = store._claims._queues, (DEFAULT_POOL, "text_only")
+    await queues._read(lane, queues._lanes[lane])
+
+
+async def test_more_than_are_remembered_by_name_come_back(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    worker, other = [await make_store(database_url, claim_lease_ms=60_000) for _ in range(2)]
+    await peek.execute(FILL, "a", 400)
+    held = await claim(other, 400)
+    await worker.submit(new_job())
+    assert len(await ids(worker)) == 1
+    for start in range(0, 400, 50):  # each few enough to be named, in all too many
+        await other.hand_back(held[start : start + 50])
+        await known_read(worker)
+    found = await ids(worker, 150) + await ids(worker, 150) + await ids(worker, 150)
+    assert found == [job.request_id for job in held]
+
+
+async def test_a_worker_that_starts_finds_what_was_there_in_steps_of_any_length(
+    make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = [await make_store(database_url, claim_lease_ms=60_000) for _ in range(2)]
+    jobs = [new_job() for _ in range(6)]
+    for job in jobs:
+        await first.submit(job)
+    monkeypatch.setattr("tidegate.store.ready._QUICK_S", 0.0)  # every step counts as slow
+    assert await ids(second, 4) == [job.request_id for job in jobs[:4]]
+    assert await ids(first) == [job.request_id for job in jobs[4:]]
+
+
+async def test_what_a_worker_has_overlooked_is_found_when_it_looks_again(store: Store) -> None:
+    await store.submit(new_job())
+    await claim(store)
+    job = new_job()
+    await store.submit(job)
+    known = store._claims._queues._lanes[DEFAULT_POOL, "text_only"]
+    known.ready._xmax = 2**40  # as after a server that had come farther
+    assert await ids(store) == []
+    await store.tend_queues()
+    assert await ids(store) == [job.request_id]
+    other = new_job()
+    await store.submit(other)
+    await known_read(store)
+    known.ready._queues.clear()
+    known.ready._tenants.clear()
+    known.swept_at = -1e9
+    await store.tend_queues()
+    assert await ids(store) == [other.request_id]
+
+
+async def test_random_moves_of_three_workers_strand_no_job(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    dice = random.Random(7)
+    stores = [await make_store(database_url, claim_lease_ms=60_000) for _ in range(3)]
+    held: list[tuple[Store, ClaimedJob]] = []
+    ended: list[UUID] = []
+    submitted = 0
+    for _ in range(120):
+        store, move = dice.choice(stores), dice.random()
+        if move < 0.35:
+            tenant, priority = dice.choice("abc"), dice.choice([0, 0, 5])
+            made_at = now() - timedelta(seconds=dice.choice([0, 0, 60]))
+            await store.submit(new_job(tenant_id=tenant, priority=priority, created_at=made_at))
+            submitted += 1
+        elif move < 0.65:
+            held += [(store, job) for job in await claim(store, dice.randint(1, 4))]
+        elif held:
+            holder, job = held.pop(dice.randrange(len(held)))
+            if move < 0.8:
+                await holder.hand_back([job])
+            elif move < 0.9:
+                await retry(holder, peek, job)
+            else:
+                await holder.finish(job, Status.SUCCEEDED, result())
+                ended.append(job.request_id)
+    while jobs := await claim(dice.choice(stores)):
+        held += [(stores[0], job) for job in jobs]
+    in_all = [*ended, *(job.request_id for _, job in held)]
+    assert len(in_all) == len(set(in_all)) == submitted
+    assert await peek.fetchval("SELECT count(*) FROM requests WHERE claimed_by IS NULL") == len(
+        ended
+    )
+
+
+CHURN = (
+    "UPDATE requests SET claimed_by = 'w', not_before = now() - interval '1 hour'",
+    "UPDATE requests SET not_before = NULL, cancel_asked_at = now()",
+    "UPDATE requests SET status = 'running'",
+    "UPDATE requests SET status = 'succeeded', finished_at = now(), claimed_by = NULL",
+    "ANALYZE requests",
+)
+
+
+async def test_nothing_hot_walks_past_what_an_old_snapshot_keeps(
+    peek: asyncpg.Connection, database_url: str
+) -> None:
+    old = await asyncpg.connect(database_url)
+    await old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM workers")
+    await peek.execute(FILL, "a", 5_000)
+    for step in CHURN:
+        await peek.execute(step)
+    await peek.execute(FILL, "a", 1)
+    job = await peek.fetchrow("SELECT id, ready_xid FROM requests WHERE status = 'queued'")
+    one = orjson.dumps([{"id": str(job["id"]), "claim": 0, "status": "queued"}]).decode()
+    queue = {"n": 0, "tenant_id": "a", "priority": 0, "since": now(), "early": [str(job["id"])]}
+    lane = ["gemini", "text_only"]
+    hot: dict[str, list[object]] = {
+        "came": [*lane, job["ready_xid"], 2**62, [1, 2], 20.0],
+        "claim": [*lane, 16, "w", orjson.dumps([queue]).decode()],
+        "ripen": [20.0],
+        "expire_due": ["{}", 20.0],
+        "set_classified": [job["id"], 0, "text_only", "rules", ""],
+        "begin_running": [one, "w"],
+        "end_requests": [one],
+        "retry_requests": [one],
+        "hand_back": [one],
+        "cancel_queued": [job["id"], "{}"],
+        "get_versions": [[job["id"]]],
+        "silent_workers": [1000.0],
+    }
+    for name, arguments in hot.items():
+        transaction = peek.transaction()
+        await transaction.start()
+        await peek.execute("SET LOCAL enable_seqscan = off; SET LOCAL jit = off")
+        lines = await peek.fetch(f"EXPLAIN (ANALYZE, BUFFERS) {sql(name)}", *arguments)
+        await transaction.rollback()
+        plan = "\n".join(line[0] for line in lines)
+        read = next(line[0] for line in lines if "Buffers: " in line[0])
+        pages = sum(int(count) for count in re.findall(r"(?:hit|read)=(\d+)", read))
+        assert 0 < pages < 100, f"{name}: {pages} pages\n{plan}"
+    await old.close()
