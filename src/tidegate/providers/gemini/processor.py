@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import warnings
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import httpx2
     from google.genai.client import AsyncClient
 
+    from tidegate.providers.gemini.typed import Settings
     from tidegate.providers.gemini.wire import Scope, Wire
 
 MAX_ANSWER_BYTES = 64_000_000
@@ -42,6 +43,7 @@ class _Sdk:
     http: httpx2.AsyncClient
     wire: Wire
     faults: tuple[type[Exception], ...]
+    settings: Mapping[Kind, Settings]
 
 
 class GeminiProcessor:
@@ -98,19 +100,20 @@ class GeminiProcessor:
         Raises UpstreamError's subclasses, and whatever `sink` raises, unchanged. Cancellation at
         any point closes the upstream connection before it comes out of here.
         """
+        from tidegate.providers.gemini.typed import turn_of
+
         sdk = await self._started()
         model = request.model_path(call.model)
         uploaded: list[str] = []
         try:
             async with self._bounded(sdk) as scope:
                 parts = await self._parts(sdk, scope, call, uploaded)
-                contents = request.contents_of(call.prompt, parts)
                 with self._translated(sdk, scope):
                     # Images are streamed too: idle time is then seen, and text comes early.
                     chunks = await sdk.client.models.generate_content_stream(
                         model=model,
-                        contents=contents,
-                        config=request.settings_of(call),  # type: ignore[arg-type]
+                        contents=turn_of(request.turn(call.prompt, parts)),
+                        config=sdk.settings[call.kind],
                     )
                 reading = Reading(call.kind, answer)
                 while True:
@@ -156,7 +159,7 @@ class GeminiProcessor:
             with self._translated(sdk, scope):
                 response = await sdk.client.models.count_tokens(
                     model=request.model_path(call.model),
-                    contents=request.contents_of(call.prompt, parts),
+                    contents=request.turn(call.prompt, parts),
                 )
             self._raise_hidden_error(scope, response.total_tokens is None)
             if response.total_tokens is None or response.total_tokens < 0:
@@ -248,6 +251,7 @@ class GeminiProcessor:
         from google import genai
         from google.genai import errors, types
 
+        from tidegate.providers.gemini.typed import Settings
         from tidegate.providers.gemini.wire import Wire
 
         # These loggers' lines show whole URLs, and an upload's URL holds the key.
@@ -273,7 +277,9 @@ class GeminiProcessor:
         wire_faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError)
         # The SDK fails with these on answers of a wrong shape.
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-        return _Sdk(client.aio, http, wire, (errors.APIError, *wire_faults, *shape_faults))
+        known_faults = (errors.APIError, *wire_faults, *shape_faults)
+        settings = {kind: Settings(**request.settings_of(kind)) for kind in Kind}
+        return _Sdk(client.aio, http, wire, known_faults, settings)
 
 
 def _no_sync_calls(request: httpx2.Request) -> httpx2.Response:
