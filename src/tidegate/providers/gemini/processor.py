@@ -40,7 +40,6 @@ class _Sdk:
     """The SDK, once imported and connected to our transport."""
 
     client: AsyncClient
-    http: httpx2.AsyncClient
     wire: Wire
     faults: tuple[type[Exception], ...]
     settings: Mapping[Kind, Settings]
@@ -91,7 +90,7 @@ class GeminiProcessor:
             for chore in late:
                 chore.cancel()
         if self._sdk is not None:
-            await self._sdk.http.aclose()
+            await self._sdk.wire.aclose()
 
     async def run(self, call: Call, answer: Answer, sink: Sink) -> None:
         """Make the call, push Delta, Picture and UsageReport events into `sink` as they arrive and
@@ -260,16 +259,13 @@ class GeminiProcessor:
         # A finish reason that the SDK does not know yet is no reason for a warning in our log.
         warnings.filterwarnings("ignore", message=".* is not a valid [A-Z]", category=UserWarning)
         wire = Wire(self._timeouts, self._max_answer_bytes)
-        http = httpx2.AsyncClient(
-            transport=wire, trust_env=False, headers={"accept-encoding": "identity"}
-        )
         client = genai.Client(
             vertexai=False,
             api_key=self._api_key,
             http_options=types.HttpOptions(
                 base_url=self._base_url,
                 api_version=API_VERSION,
-                httpx_async_client=http,
+                httpx_async_client=wire,
                 # Never used, but the SDK would build one, with certificates and proxies of its own.
                 httpx_client=httpx2.Client(transport=httpx2.MockTransport(_no_sync_calls)),
             ),
@@ -279,7 +275,7 @@ class GeminiProcessor:
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
         known_faults = (errors.APIError, *wire_faults, *shape_faults)
         settings = {kind: Settings(**request.settings_of(kind)) for kind in Kind}
-        return _Sdk(client.aio, http, wire, known_faults, settings)
+        return _Sdk(client.aio, wire, known_faults, settings)
 
 
 def _no_sync_calls(request: httpx2.Request) -> httpx2.Response:
