@@ -48,7 +48,8 @@ class Carrier:
             for name, value in request.headers.raw
             if name.lower() not in _NOT_SENT
         )
-        body = await request.aread()
+        assert isinstance(request.stream, httpx2.ByteStream)
+        body = b"".join(request.stream)
         token = _connected.set(connected)
         try:
             response = await session.request(
