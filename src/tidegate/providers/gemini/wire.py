@@ -64,6 +64,8 @@ class Exchange:
 
     def closed(self, *, whole: bool = False) -> None:
         self.whole = whole
+        if whole:
+            self._body = None  # a cycle would wait for the collector
         self._wire.open_exchanges.discard(self)
 
 
