@@ -28,6 +28,7 @@ from tidegate.relay.call import CallFailed, Life
 from tidegate.relay.detached import collected, detached_call
 from tidegate.relay.spine import Relay
 from tidegate.store.batch_lines import Line
+from tidegate.store.bell import BATCHES
 from tidegate.store.records import Failure
 from tidegate.store.relayed import RelayRecord
 from tidegate.store.states import Status
@@ -79,12 +80,12 @@ class LineCaller:
             if loop.time() - looked_at > _STRAYS_EVERY_S:
                 looked_at = loop.time()
                 await self._store.batch_lines.release_strays(self._tasks.values())
-            mark = self._store.work_mark
+            mark = self._store.work_mark(BATCHES)
             claimed = await self._store.batch_lines.claim(free, MOST_BYTES)
             for line in claimed:
                 self._begin(line)
             if len(claimed) < free // 2:
-                await self._store.wait_work(_IDLE_MS, mark)
+                await self._store.wait_work(_IDLE_MS, mark, BATCHES)
 
     async def drain(self) -> None:
         """Hand back what waits; what is called has the grace to end."""

@@ -325,7 +325,8 @@ RETURNING pool
 
 -- name: notify
 -- Wake listeners; sent apart from the change itself, since NOTIFY takes an instance-wide lock.
-SELECT pg_notify(channel, payload) FROM unnest($1::text[], $2::text[]) AS t (channel, payload)
+SELECT pg_notify(channel, payload)
+FROM json_to_recordset($1::json) AS row (channel text, payload text)
 
 -- name: prune_candidates
 -- Ended requests older than $1, oldest first, at most $2, of all tenants but $3.
