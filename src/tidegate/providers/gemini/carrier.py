@@ -7,7 +7,7 @@ its state; what goes wrong comes out as httpx2's own errors, which the rest of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import lru_cache
 
@@ -23,9 +23,20 @@ MAX_HEAD_BYTES = 65_536
 # Shorter than any common server's: a connection reused as the server closes it fails the call.
 KEEPALIVE_S = 15.0
 _URLS_KEPT = 256
-_NOT_SENT = (b"transfer-encoding", b"connection")
 
 _connected: ContextVar[Callable[[], None]] = ContextVar("tidegate_gemini_connected")
+
+
+class Asked(httpx2.Request):
+    """A request as aiohttp takes it: httpx2 would take it apart, and we put it together again."""
+
+    def __init__(
+        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
+    ) -> None:
+        self.method = method.upper()
+        self.whole_url = url
+        self.fields = CIMultiDict(headers)
+        self.body = content
 
 
 class Carrier:
@@ -38,25 +49,18 @@ class Carrier:
         self._tls = httpx2.create_ssl_context()
         self._session: aiohttp.ClientSession | None = None
 
-    async def send(self, request: httpx2.Request, connected: Callable[[], None]) -> Carried:
+    async def send(self, request: Asked, connected: Callable[[], None]) -> Carried:
         """Send a request and wait for the head of its answer; `connected` is called when its
         connection is there. Raises httpx2's errors.
         """
         session = self._session or self._opened()
-        headers = CIMultiDict(
-            (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in request.headers.raw
-            if name.lower() not in _NOT_SENT
-        )
-        assert isinstance(request.stream, httpx2.ByteStream)
-        body = b"".join(request.stream)
         token = _connected.set(connected)
         try:
             response = await session.request(
                 request.method,
-                _url(str(request.url)),
-                headers=headers,
-                data=body or None,
+                _url(request.whole_url),
+                headers=request.fields,
+                data=request.body,
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError) as failed:
@@ -90,9 +94,14 @@ class Carried:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status = response.status
-        self.headers = response.raw_headers
+        self.headers = response.headers
+        self.raw_headers = response.raw_headers
         self._response = response
         self._content = response.content
+
+    @property
+    def is_events(self) -> bool:
+        return self.status == 200 and self._response.content_type == "text/event-stream"
 
     def at_hand(self) -> bytes | None:
         """What has come of the body and was not taken yet; empty at its end, None where it has to

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
-from functools import lru_cache
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 
 from tidegate.errors import UpstreamGarbled, UpstreamTimeout
-from tidegate.providers.gemini.carrier import Carried, Carrier
+from tidegate.providers.gemini.carrier import Asked, Carried, Carrier
 from tidegate.providers.gemini.faults import Wreck
 from tidegate.providers.gemini.timeouts import Timeouts
 
 TAIL_BYTES = 65_536
-_URLS_KEPT = 256
 
 _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=None)
 
@@ -49,11 +47,12 @@ class Exchange:
         self.whole = False
         wire.open_exchanges.add(self)
 
-    def answered(self, carried: Carried) -> httpx2.Response:
+    def answered(self, carried: Carried) -> _Answer:
+        self.status, self.headers = carried.status, carried.headers
         self._body = _Body(self, carried, self._wire)
-        response = httpx2.Response(carried.status, headers=carried.headers, stream=self._body)
-        self.status, self.headers = carried.status, response.headers
-        return response
+        # The SDK copies all headers for each chunk of a stream, and reads none of them.
+        shown = () if carried.is_events else carried.raw_headers
+        return _Answer(carried.status, headers=shown, stream=self._body)
 
     def wreck(self) -> Wreck:
         return Wreck(self.status, self.headers, b"".join(self.tail)[-TAIL_BYTES:])
@@ -76,29 +75,36 @@ class _Body(httpx2.AsyncByteStream):
         self._exchange = exchange
         self._carried = carried
         self._wire = wire
+        self._size_bytes = 0
+        self._tail_bytes = 0
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
         exchange, tail = self._exchange, self._exchange.tail
-        size_bytes = tail_bytes = 0
-        due = exchange.first_byte_due
-        while chunk := await self._next(due):
-            exchange.phase = "idle"
-            size_bytes += len(chunk)
-            if size_bytes > self._wire.max_answer_bytes:
-                raise UpstreamGarbled(
-                    f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
-                )
-            tail.append(chunk)
-            tail_bytes += len(chunk)
-            while tail_bytes - len(tail[0]) >= TAIL_BYTES:
-                tail_bytes -= len(tail.popleft())
-            yield chunk
-            due = asyncio.get_running_loop().time() + self._wire.timeouts.idle_ms / 1000
+        chunk = self._carried.at_hand()
+        if chunk is None:
+            chunk = await self._waited_for()
+        if not chunk:
+            raise StopAsyncIteration
+        exchange.phase = "idle"
+        self._size_bytes += len(chunk)
+        if self._size_bytes > self._wire.max_answer_bytes:
+            raise UpstreamGarbled(
+                f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
+            )
+        tail.append(chunk)
+        self._tail_bytes += len(chunk)
+        while self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
+            self._tail_bytes -= len(tail.popleft())
+        return chunk
 
-    async def _next(self, due: float) -> bytes:
-        if (chunk := self._carried.at_hand()) is not None:
-            return chunk
+    async def _waited_for(self) -> bytes:
         # The timeout is round this await alone, so a reader that is slow to ask costs nothing.
+        due = self._exchange.first_byte_due
+        if self._exchange.phase == "idle":
+            due = asyncio.get_running_loop().time() + self._wire.timeouts.idle_ms / 1000
         try:
             async with asyncio.timeout_at(due) as limit:
                 return await self._carried.wait()
@@ -109,6 +115,15 @@ class _Body(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         self._exchange.closed(whole=self._carried.close())
+
+
+class _Answer(httpx2.Response):
+    """Read straight from its body: httpx2 would put two generators in between."""
+
+    stream: _Body
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> _Body:  # type: ignore[override]
+        return self.stream
 
 
 class Wire(httpx2.AsyncClient):
@@ -139,17 +154,14 @@ class Wire(httpx2.AsyncClient):
         unknown = [name for name, value in other.items() if value]
         if unknown:
             raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
-        return httpx2.Request(
-            method,
-            _url(url) if isinstance(url, str) else url,
-            headers={**headers, "accept-encoding": "identity"},
-            # Given as a stream, httpx2 leaves the headers that belong to a body to aiohttp.
-            stream=httpx2.ByteStream(content or b""),
+        return Asked(
+            method, str(url), {**(headers or {}), "accept-encoding": "identity"}, content or None
         )
 
     async def send(
         self, request: httpx2.Request, *, stream: bool = False, **_other: Any
     ) -> httpx2.Response:
+        assert isinstance(request, Asked)
         exchange = Exchange(self)
         scope = _scope.get()
         if scope is not None:
@@ -160,17 +172,17 @@ class Wire(httpx2.AsyncClient):
             exchange.closed()
             raise
         response.request = request
-        if "x-goog-upload-command" in request.headers:
+        if "x-goog-upload-command" in request.fields:
             # Without this header the SDK repeats an upload three times, sleeping in between.
             response.headers.setdefault("x-goog-upload-status", "unknown")
-        if response.headers.get("content-encoding", "identity") != "identity":
+        if exchange.headers.get("content-encoding", "identity") != "identity":
             await uninterrupted(exchange.aclose())
             raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
         if not stream:
             await response.aread()
         return response
 
-    async def _carried(self, request: httpx2.Request, exchange: Exchange) -> Carried:
+    async def _carried(self, request: Asked, exchange: Exchange) -> Carried:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.timeouts.connect_ms / 1000) as limit:
@@ -222,11 +234,6 @@ class Scope:
     def wreck(self) -> Wreck | None:
         """What is known of the last exchange; None when nothing was sent."""
         return self.exchanges[-1].wreck() if self.exchanges else None
-
-
-@lru_cache(_URLS_KEPT)
-def _url(text: str) -> httpx2.URL:
-    return httpx2.URL(text)
 
 
 def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
