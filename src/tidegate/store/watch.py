@@ -93,6 +93,8 @@ class Watch:
                 event.set()
 
     def _on_changed(self, ids: Iterable[UUID]) -> None:
+        if not self._waiting:
+            return
         for request_id in ids:
             for event in self._waiting.get(request_id, ()):
                 event.set()
