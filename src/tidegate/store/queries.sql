@@ -131,8 +131,7 @@ WHERE id = $1 AND claim = $2 AND status = 'queued'
 RETURNING id
 
 -- name: begin_running
--- Mark admitted jobs as running, and begin their attempts; a repeat under the same claim counts no
--- second attempt, which takes the newer fence and model.
+-- Mark admitted jobs as running, with their attempts; a repeat under one claim adds no second one.
 WITH begun AS (
     UPDATE requests r SET
         status = 'running',
