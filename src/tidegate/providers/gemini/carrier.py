@@ -28,7 +28,10 @@ _connected: ContextVar[Callable[[], None]] = ContextVar("tidegate_gemini_connect
 
 
 class Asked(httpx2.Request):
-    """A request as aiohttp takes it: httpx2 would take it apart, and we put it together again."""
+    """A request as aiohttp takes it: httpx2 would take it apart, and we put it together again.
+
+    Of what it inherits only the type is used; nobody but the carrier reads it.
+    """
 
     def __init__(
         self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
@@ -37,6 +40,9 @@ class Asked(httpx2.Request):
         self.whole_url = url
         self.fields = CIMultiDict(headers)
         self.body = content
+
+    def __repr__(self) -> str:
+        return f"<Asked {self.method}>"  # the URL of an upload holds the key
 
 
 class Carrier:
