@@ -181,20 +181,22 @@ def configure_logging(
     )
 
 
-class RequestLog:
-    """The line of each request, at a twentieth of a logger's cost: written straight to the stream
-    where lines are JSON, those of one turn of the event loop together. Give it only fields that
-    cannot hold a secret, beside the path."""
+class FrequentLog:
+    """The line of each request or job, at a twentieth of a logger's cost: written straight to the
+    stream where lines are JSON, those of one turn of the event loop together. Give it only fields
+    that cannot hold a secret, beside the path."""
 
-    def __init__(self) -> None:
+    def __init__(self, event: Log) -> None:
+        self._event = event
         self._ready: list[bytes] = []
 
     def __call__(self, fields: dict[str, Any]) -> None:
         if _lines is None:
-            get_logger().info(Log.REQUEST_DONE, **fields)
+            get_logger().info(self._event, **fields)
             return
-        fields["path"] = _redacted_path(fields["path"])
-        fields["event"] = Log.REQUEST_DONE.value
+        if "path" in fields:
+            fields["path"] = _redacted_path(fields["path"])
+        fields["event"] = self._event.value
         fields["process"] = _lines[1]
         fields["level"] = "info"
         fields["timestamp"] = datetime.now(UTC)
@@ -213,7 +215,7 @@ class RequestLog:
             return
 
 
-# The handler and the process's name, while request lines are JSON and wanted.
+# The handler and the process's name, while the lines of requests and jobs are JSON and wanted.
 _lines: tuple[logging.StreamHandler[Any], str] | None = None
 _STAMP = orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
 

@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -82,6 +83,21 @@ async def test_the_request_is_what_geminis_protocol_says() -> None:
     inline, text = request.json["contents"][0]["parts"]
     assert base64.b64decode(inline["inlineData"]["data"]) == PNG.data
     assert text == {"text": "Hello\u2028there"}
+
+
+async def test_the_request_holds_what_was_asked_and_nothing_else() -> None:
+    settings = {
+        Kind.TEXT_ONLY: {},
+        Kind.IMAGE_GENERATION: {"responseModalities": ["TEXT", "IMAGE"]},
+    }
+    async with raw_upstream(answer_well) as upstream, gemini(upstream.url) as ours:
+        for kind in settings:
+            with suppress(EmptyAnswer):  # no picture
+                await ours.run(call(kind), Answer(), Collected())
+    turn = {"role": "user", "parts": [{"text": "What is a tide?"}]}
+    assert [request.json for request in upstream.received] == [
+        {"contents": [turn], "generationConfig": wanted} for wanted in settings.values()
+    ]
 
 
 async def test_a_base_url_that_names_the_version_is_not_given_it_twice() -> None:

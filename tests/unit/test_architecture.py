@@ -151,6 +151,7 @@ LATE_LIBRARIES = ["google.genai", "alembic", "sqlalchemy", "httpx2"]
 IMPORTED_LATE = {
     "tidegate.integrations.httpx2": "for users of httpx2, who have imported it",
     "tidegate.providers.gemini.carrier": "as the wire, which it carries",
+    "tidegate.providers.gemini.typed": "types of the SDK: imported when a processor starts",
     "tidegate.providers.gemini.wire": "a transport of httpx2: imported when a processor starts",
 }
 

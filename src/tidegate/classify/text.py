@@ -67,7 +67,10 @@ def clip(prompt: str) -> str:
 
 def normalise(prompt: str) -> str:
     """Clipped, NFKC, case-folded, without invisible characters; accents are still there."""
-    text = unicodedata.normalize("NFKC", clip(prompt)).translate(_INVISIBLE)
+    clipped = clip(prompt)
+    if clipped.isascii():  # what follows would change nothing
+        return clipped.casefold().strip()
+    text = unicodedata.normalize("NFKC", clipped).translate(_INVISIBLE)
     text = unicodedata.normalize("NFC", text.casefold())[:NORMAL_CHARS]
     text = _INNER_APOSTROPHE.sub("", text)
     return text.replace("\u2019", "'").replace("\u2018", "'").strip()
@@ -75,6 +78,8 @@ def normalise(prompt: str) -> str:
 
 def plain(word: str) -> str:
     """The word without the accents that people leave out; Indic vowel signs are no accents."""
+    if word.isascii():
+        return word.replace("`", "'")
     marks_off = _LATIN_MARKS.sub("", unicodedata.normalize("NFKD", word))
     return unicodedata.normalize("NFC", marks_off).translate(_ALIKE)
 
@@ -107,7 +112,8 @@ def tokens(text: str) -> list[Token]:
     matches = list(_TOKEN.finditer(text))
     if len(matches) > MAX_WORDS:
         matches = matches[: MAX_WORDS // 2] + matches[-MAX_WORDS // 2 :]
-    return [Token(m.group(), plain(m.group()), m.start(), m.end()) for m in matches]
+    found = [(m.group(), m.start(), m.end()) for m in matches]
+    return [Token(kept, plain(kept), start, end) for kept, start, end in found]
 
 
 def has_unspaced(text: str) -> bool:

@@ -92,8 +92,10 @@ def _weigh(marked: Marked, readings: list[Reading], with_image: bool) -> Verdict
     if _PARAMETER.search(marked.text) and not asked:
         return Verdict(True, not texts, "has an image generator's parameters")
     only_named = all(r is NAMES_TEXT for r in texts) and "?" not in marked.text
+    if texts and not only_named:
+        return _text(marked, readings, texts[0].reason, with_image)
     points = _points(marked)
-    if texts and not (only_named and points >= SURE_POINTS):
+    if texts and points < SURE_POINTS:
         return _text(marked, readings, texts[0].reason, with_image)
     if wishes:
         return Verdict(True, _sure_image(marked, readings), wishes[0].reason)
@@ -135,15 +137,15 @@ def _sure_image(marked: Marked, readings: list[Reading]) -> bool:
 
 def _text(marked: Marked, readings: list[Reading], reason: str, with_image: bool) -> Verdict:
     """Sure when words are asked for and nothing pictorial is said."""
+    asked = bool(readings) and readings[0].lean is Lean.TEXT and readings[0].strong
+    short = len(marked.text) <= SURE_TEXT_CHARS
+    if asked and _opens_with_question(marked) and all(r.lean is not Lean.IMAGE for r in readings):
+        return Verdict(False, short and scene_points(marked.marks) < SURE_POINTS, reason)
     pictorial = [Label.DRAW, Label.STYLE, Label.IDIOM]
     pictorial += [Label.EDIT, Label.TURN, Label.MAKE, Label.WANT] if with_image else []
     hinted = any(m.has(*pictorial) and not m.has(Label.ASK, Label.COVER) for m in marked.marks)
     makes = any(m.has(Label.MAKE, Label.WANT) for m in marked.marks)
     pictures = any(m.has(Label.PICTURE) for m in marked.marks)
-    asked = bool(readings) and readings[0].lean is Lean.TEXT and readings[0].strong
-    short = len(marked.text) <= SURE_TEXT_CHARS
-    if asked and _opens_with_question(marked) and all(r.lean is not Lean.IMAGE for r in readings):
-        return Verdict(False, short and scene_points(marked.marks) < SURE_POINTS, reason)
     depicts = sum(m.has(Label.VISUAL) for m in marked.marks) > 1
     sure = (
         asked

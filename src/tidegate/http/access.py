@@ -16,14 +16,14 @@ from tidegate.call import ANYBODY, Caller
 from tidegate.errors import TidegateError
 from tidegate.http.events import abort, disconnected
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
-from tidegate.telemetry import Log, RequestLog, get_logger
+from tidegate.telemetry import FrequentLog, Log, get_logger
 
 _CUT_WITHIN_S = 1.0
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: whoever finds out who asks puts it there
 
 log = get_logger()
-log_request = RequestLog()
+log_request = FrequentLog(Log.REQUEST_DONE)
 
 
 async def _cut(scope: Scope, receive: Receive) -> None:

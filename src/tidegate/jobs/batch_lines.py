@@ -29,6 +29,7 @@ from tidegate.relay.call import CallFailed, Life
 from tidegate.relay.detached import collected, detached_call
 from tidegate.relay.spine import Relay
 from tidegate.store.batch_lines import Line
+from tidegate.store.bell import BATCHES
 from tidegate.store.records import Failure
 from tidegate.store.relayed import RelayRecord
 from tidegate.store.states import Status
@@ -98,12 +99,12 @@ class LineCaller:
                 await self._store.batch_lines.release_strays(
                     held.line for held in self._tasks.values()
                 )
-            mark = self._store.work_mark
+            mark = self._store.work_mark(BATCHES)
             claimed = await self._store.batch_lines.claim(free, MOST_BYTES)
             for line in claimed:
                 self._begin(line)
             if len(claimed) < free // 2:
-                await self._store.wait_work(_IDLE_MS, mark)
+                await self._store.wait_work(_IDLE_MS, mark, BATCHES)
 
     async def leave_ended(self) -> None:
         """Give up what waits of batches that take no more calls: its turn may be far away."""

@@ -17,6 +17,7 @@ from tidegate.jobs.batch_lines import LineCaller
 from tidegate.jobs.batch_output import OutputFile, output_line
 from tidegate.relay.spine import Relay
 from tidegate.store.batches import Batch
+from tidegate.store.bell import BATCHES
 from tidegate.store.blobs import Blobs
 from tidegate.store.records import Json
 from tidegate.store.store import Store
@@ -78,7 +79,8 @@ class BatchRunner:
                     continue
                 finally:
                     await self._store.batches.free(batch)
-            await self._store.wait_work(round(_LOOK_EVERY_S * 1000), self._store.work_mark)
+            mark = self._store.work_mark(BATCHES)
+            await self._store.wait_work(round(_LOOK_EVERY_S * 1000), mark, BATCHES)
 
     async def _validate(self, batch: Batch) -> None:
         check = Check(batch.endpoint)

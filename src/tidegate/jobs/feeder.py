@@ -12,6 +12,7 @@ from typing import Any
 
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import StoreUnavailable
+from tidegate.store.bell import UNSURE
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
@@ -35,6 +36,7 @@ class Feeder:
     ) -> None:
         self._store = store
         self._kind = kind
+        self._lane = kind or UNSURE
         self._window = window
         self._work = work
         self._slot_freed = asyncio.Event()
@@ -61,7 +63,7 @@ class Feeder:
                 # Or the window has grown: the limit was raised.
                 await self._unless_closed(self._slot_freed.wait(), _FULL_WAIT_S)
                 continue
-            mark = self._store.work_mark
+            mark = self._store.work_mark(self._lane)
             try:
                 claimed = await self._store.claim(pool=DEFAULT_POOL, kind=self._kind, limit=free)
             except StoreUnavailable:
@@ -71,7 +73,7 @@ class Feeder:
             for job in claimed:
                 self._start(job)
             if len(claimed) < free:
-                await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark))
+                await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark, self._lane))
 
     async def _unless_closed(
         self, wait: Coroutine[Any, Any, object], timeout_s: float | None = None

@@ -58,3 +58,10 @@ class Stages:
 
 def _key(job: ClaimedJob) -> tuple[object, int]:
     return job.request_id, job.claim
+
+
+def end_cancelling() -> None:
+    """The current task was cancelled to end its call, and goes on."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()

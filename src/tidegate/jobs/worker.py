@@ -28,7 +28,7 @@ from tidegate.errors import (
 from tidegate.jobs.batch_runner import BatchRunner
 from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.retry import retry_wait_ms
-from tidegate.jobs.stages import Stage, Stages, Tasks
+from tidegate.jobs.stages import Stage, Stages, Tasks, end_cancelling
 from tidegate.jobs.wrapped import run_wrapped
 from tidegate.limiter import Permit
 from tidegate.pipeline import Ask, Attempt, Pipeline, attempt_result
@@ -38,7 +38,7 @@ from tidegate.store.cancels import CANCELLED
 from tidegate.store.records import AttemptResult, ClaimedJob, Failure, OutputFile
 from tidegate.store.states import Status
 from tidegate.store.store import Store
-from tidegate.telemetry import Log, get_logger
+from tidegate.telemetry import FrequentLog, Log, get_logger
 
 _UNSURE_WINDOW = 16
 _LARGEST_WINDOW = 256
@@ -58,6 +58,7 @@ _NOT_THE_JOBS_FAULT = (
 )
 
 log = get_logger()
+log_job = FrequentLog(Log.JOB_DONE)
 
 
 class Worker:
@@ -215,7 +216,7 @@ class Worker:
         except asyncio.CancelledError:
             if not self._stages.is_called_off(job):
                 raise
-            _end_cancelling()
+            end_cancelling()
             failure = CANCELLED
         except Exception:  # nobody foresaw it; what the attempt has brought is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
@@ -265,7 +266,7 @@ class Worker:
             if error is not None:
                 wait_ms = retry_wait_ms(error, job.attempts + 1, self._config.max_attempts)
             await self._end(job, result, wait_ms)
-        self._log_end(job, attempt, failure, wait_ms)
+        _log_end(job, attempt, failure, wait_ms)
 
     async def _end_unadmitted(self, job: ClaimedJob, error: TidegateError) -> None:
         status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
@@ -280,20 +281,6 @@ class Worker:
         else:
             status = _status_of(result)
             await self._fenced(lambda: self._store.finish(job, status, result))
-
-    @staticmethod
-    def _log_end(
-        job: ClaimedJob, attempt: Attempt, failure: Failure | None, wait_ms: int | None
-    ) -> None:
-        log.info(
-            Log.JOB_DONE if wait_ms is None else Log.JOB_RETRY,
-            request_id=str(job.request_id),
-            type=job.classification.kind,
-            queue_ms=round(attempt.queue_ms, 1),
-            upstream_ms=round(attempt.upstream_ms, 1),
-            **({"code": failure.code} if failure else {}),
-            **({"retry_in_ms": wait_ms} if wait_ms is not None else {}),
-        )
 
     async def _keep_pictures(self, pictures: list[Media]) -> tuple[OutputFile, ...]:
         """Raises StoreUnavailable when the blob store stays away for long."""
@@ -376,11 +363,20 @@ def _status_of(result: AttemptResult) -> Status:
     return Status.CANCELLED if result.failure.code == CANCELLED.code else Status.FAILED
 
 
-def _end_cancelling() -> None:
-    """This task was cancelled to end its call, and goes on."""
-    task = asyncio.current_task()
-    assert task is not None
-    task.uncancel()
+def _log_end(
+    job: ClaimedJob, attempt: Attempt, failure: Failure | None, wait_ms: int | None
+) -> None:
+    fields = {
+        "request_id": str(job.request_id),
+        "type": job.classification.kind,
+        "queue_ms": round(attempt.queue_ms, 1),
+        "upstream_ms": round(attempt.upstream_ms, 1),
+        **({"code": failure.code} if failure else {}),
+    }
+    if wait_ms is None:
+        log_job(fields)
+    else:
+        log.info(Log.JOB_RETRY, retry_in_ms=wait_ms, **fields)
 
 
 def _internal() -> TidegateError:

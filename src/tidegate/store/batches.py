@@ -18,7 +18,7 @@ import orjson
 from tidegate.call import DEFAULT_POOL, Caller
 from tidegate.errors import ClaimLost, NotFound
 from tidegate.store import rows
-from tidegate.store.bell import Bell
+from tidegate.store.bell import BATCHES, Bell
 from tidegate.store.connection import Connections
 from tidegate.store.queries import sql
 from tidegate.store.records import Json
@@ -133,7 +133,7 @@ class Batches:
             return await connection.fetchrow(sql("get_batch"), batch_id, caller.tenant_id)
 
         added = _batch(await self._connections.run(add, timeout_ms=_TIMEOUT_MS))
-        self._bell.work([DEFAULT_POOL])
+        self._bell.work([DEFAULT_POOL], [BATCHES])
         return added
 
     async def get(self, batch_id: UUID, tenant_id: str) -> Batch:
@@ -176,7 +176,7 @@ class Batches:
 
     async def begin(self, batch: Batch, total: int) -> None:
         await self._row("begin_batch", batch.batch_id, batch.claim, total)
-        self._bell.work([DEFAULT_POOL])
+        self._bell.work([DEFAULT_POOL], [BATCHES])
 
     async def refuse(self, batch: Batch, errors: Sequence[Json]) -> None:
         said = orjson.dumps(rows.cleaned(list(errors))).decode()

@@ -14,9 +14,16 @@ from uuid import UUID
 
 import asyncpg
 
+from tidegate.call import Kind
 from tidegate.errors import StoreUnavailable
 from tidegate.store.connection import Connections
 from tidegate.store.queries import sql
+from tidegate.store.rows import dumps
+
+# What work is for, beside a kind of jobs: jobs whose kind is unsure, and batches.
+UNSURE = "unsure"
+BATCHES = "batches"
+LANES = frozenset({*Kind, UNSURE, BATCHES})
 
 WORK = "tidegate_work"
 CHANGED = "tidegate_changed"
@@ -31,20 +38,21 @@ class Bell:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._pools: set[str] = set()
+        self._work: set[str] = set()
         self._ids: set[UUID] = set()
         self._cancelled: set[UUID] = set()
         self._ringing: asyncio.Task[None] | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._line: asyncpg.Connection | None = None
-        self.on_work: Callable[[], None] = lambda: None
+        self.on_work: Callable[[str | None], None] = lambda _lane: None
         self.on_changed: Callable[[Iterable[UUID]], None] = lambda _ids: None
         self.on_cancel: Callable[[Iterable[UUID]], None] = lambda _ids: None
         self.on_connected: Callable[[], None] = lambda: None
 
-    def work(self, pools: Iterable[str]) -> None:
-        """There may be work in these pools."""
-        self._pools.update(pools)
+    def work(self, pools: Iterable[str], lanes: Iterable[str] = ()) -> None:
+        """There may be work in these lanes of these pools; without any, in all of them."""
+        ends = [f" {lane}" for lane in lanes] or [""]
+        self._work.update(pool + end for pool in pools for end in ends)
         self._ring()
 
     def changed(self, ids: Iterable[UUID]) -> None:
@@ -78,14 +86,10 @@ class Bell:
     async def _send(self) -> None:
         try:
             while self._has_news():
-                channels, payloads = self._messages()
+                messages = dumps({"channel": to, "payload": said} for to, said in self._messages())
 
-                async def send(
-                    connection: asyncpg.Connection,
-                    channels: list[str] = channels,
-                    payloads: list[str] = payloads,
-                ) -> None:
-                    await connection.execute(sql("notify"), channels, payloads)
+                async def send(connection: asyncpg.Connection, messages: str = messages) -> None:
+                    await connection.execute(sql("notify"), messages)
 
                 await self._connections.run(send)
         except StoreUnavailable:
@@ -95,17 +99,17 @@ class Bell:
             self._ringing = None
 
     def _has_news(self) -> bool:
-        return bool(self._pools or self._ids or self._cancelled)
+        return bool(self._work or self._ids or self._cancelled)
 
-    def _messages(self) -> tuple[list[str], list[str]]:
-        messages = [(WORK, pool) for pool in sorted(self._pools)]
-        self._pools.clear()
+    def _messages(self) -> list[tuple[str, str]]:
+        messages = [(WORK, where) for where in sorted(self._work)]
+        self._work.clear()
         for channel, news in ((CHANGED, self._ids), (CANCEL, self._cancelled)):
             ids = [str(request_id) for request_id in news]
             news.clear()
             for start in range(0, len(ids), _IDS_PER_MESSAGE):
                 messages.append((channel, ",".join(ids[start : start + _IDS_PER_MESSAGE])))
-        return [channel for channel, _ in messages], [payload for _, payload in messages]
+        return messages
 
     async def _hear(self) -> None:
         while True:
@@ -133,7 +137,9 @@ class Bell:
 
     def _heard(self, _connection: object, _pid: int, channel: str, payload: object) -> None:
         if channel == WORK:
-            self.on_work()
+            lane = str(payload).partition(" ")[2]
+            self.on_work(lane if lane in LANES else None)
             return
-        ids = [UUID(word) for word in str(payload).split(",") if word]
+        # Read only where somebody waits: thousands a second pass by.
+        ids = (UUID(word) for word in str(payload).split(",") if word)
         (self.on_cancel if channel == CANCEL else self.on_changed)(ids)

@@ -165,27 +165,10 @@ class Claims:
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
         by_id = {str(row["id"]): row for row in batch}
+        ordered = rows.dumps(by_id[key] for key in sorted(by_id))
 
         async def begin(connection: asyncpg.Connection) -> set[str]:
-            ordered = rows.dumps(by_id[key] for key in sorted(by_id))
             begun = await connection.fetch(sql("begin_running"), ordered, self._instance_id)
-            attempts = [
-                {
-                    **by_id[str(row["id"])],
-                    "id": row["attempt_id"],
-                    "created_at": row["attempt_at"],
-                    "request_id": row["id"],
-                    "tenant_id": row["tenant_id"],
-                    "pool": row["pool"],
-                    "kind": row["kind"],
-                    "number": row["attempts"],
-                    "instance_id": self._instance_id,
-                    "outcome": "running",
-                }
-                for row in begun
-            ]
-            if attempts:
-                await connection.execute(sql("add_attempts"), rows.dumps(attempts))
             return {str(row["id"]) for row in begun}
 
         begun = await self._connections.run(begin)

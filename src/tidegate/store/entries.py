@@ -15,8 +15,9 @@ from tidegate.store.states import Status
 
 
 async def of_end(job: ClaimedJob, status: Status, result: AttemptResult, blobs: Blobs) -> Json:
+    attempt = rows.result_row(result)
     row = {
-        **rows.result_row(result),
+        **attempt,
         "id": job.request_id,
         "claim": job.claim,
         "status": status,
@@ -25,7 +26,7 @@ async def of_end(job: ClaimedJob, status: Status, result: AttemptResult, blobs: 
     return {
         "op": "end",
         "row": row,
-        "attempt": rows.result_row(result),
+        "attempt": attempt,
         "files": rows.output_rows(job.request_id, job.tenant_id, result.pictures),
         "bodies": [
             await bodies.row_of("request", bodies.body_of_job(job), blobs),

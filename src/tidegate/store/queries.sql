@@ -62,24 +62,38 @@ WHERE id = $1 AND claim = $2 AND coalesce(status = 'queued', false)
 RETURNING id
 
 -- name: begin_running
--- Mark admitted jobs as running; a repeat under the same claim counts no second attempt.
-UPDATE requests r SET
-    status = 'running',
-    attempts = r.attempts + (r.status = 'queued')::integer,
-    attempt_id = CASE WHEN r.status = 'queued' THEN row.attempt_id ELSE r.attempt_id END,
-    attempt_at = CASE WHEN r.status = 'queued' THEN now() ELSE r.attempt_at END,
-    admitted_at = row.admitted_at,
-    queue_ms = row.queue_ms,
-    used_model = row.model,
-    version = r.version + 1
-FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
-    admitted_at timestamptz, queue_ms double precision)
-WHERE r.id = row.id AND r.claim = row.claim AND coalesce(r.claimed_by = $2, false)
-    AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
-RETURNING r.id, r.attempt_id, r.attempt_at, r.attempts, r.tenant_id, r.pool, r.kind
+-- Mark admitted jobs as running, with their attempts; a repeat under one claim adds no second one.
+WITH begun AS (
+    UPDATE requests r SET
+        status = 'running',
+        attempts = r.attempts + (r.status = 'queued')::integer,
+        attempt_id = CASE WHEN r.status = 'queued' THEN row.attempt_id ELSE r.attempt_id END,
+        attempt_at = CASE WHEN r.status = 'queued' THEN now() ELSE r.attempt_at END,
+        admitted_at = row.admitted_at,
+        queue_ms = row.queue_ms,
+        used_model = row.model,
+        version = r.version + 1
+    FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, attempt_id uuid, model text,
+        admitted_at timestamptz, queue_ms double precision, fence_epoch bigint,
+        fence_sequence bigint)
+    WHERE r.id = row.id AND r.claim = row.claim AND coalesce(r.claimed_by = $2, false)
+        AND (r.status = 'running' OR (r.status = 'queued' AND r.cancel_asked_at IS NULL))
+    RETURNING r.id, r.attempt_id, r.attempt_at, r.tenant_id, r.pool, r.kind, r.attempts, r.claim,
+        row.model, row.fence_epoch, row.fence_sequence, row.admitted_at, row.queue_ms
+), attempted AS (
+    INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
+        instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
+    SELECT attempt_id, attempt_at, id, tenant_id, pool, kind, attempts, claim,
+        $2, model, fence_epoch, fence_sequence, 'running', admitted_at, queue_ms
+    FROM begun
+    ON CONFLICT (id, created_at) DO UPDATE SET fence_epoch = excluded.fence_epoch,
+        fence_sequence = excluded.fence_sequence, model = excluded.model,
+        admitted_at = excluded.admitted_at, queue_ms = excluded.queue_ms
+)
+SELECT id FROM begun
 
 -- name: add_attempts
--- Insert attempts; one that is there already takes the newer fence and model.
+-- Insert attempts that have ended.
 INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
     instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
     upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
@@ -94,9 +108,6 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, reques
     finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
     input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
     total_tokens bigint, finish_reason text, model_version text, response_id text, failure jsonb)
-ON CONFLICT (id, created_at) DO UPDATE SET fence_epoch = excluded.fence_epoch,
-    fence_sequence = excluded.fence_sequence, model = excluded.model,
-    admitted_at = excluded.admitted_at, queue_ms = excluded.queue_ms
 
 -- name: end_requests
 -- Bring claimed jobs to their end state with all that is known of them.
@@ -278,7 +289,8 @@ RETURNING pool
 
 -- name: notify
 -- Wake listeners; sent apart from the change itself, since NOTIFY takes an instance-wide lock.
-SELECT pg_notify(channel, payload) FROM unnest($1::text[], $2::text[]) AS t (channel, payload)
+SELECT pg_notify(channel, payload)
+FROM json_to_recordset($1::json) AS row (channel text, payload text)
 
 -- name: prune_candidates
 -- Ended requests older than $1, oldest first, at most $2, of all tenants but $3.

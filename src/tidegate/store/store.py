@@ -281,14 +281,18 @@ class Store:
         """
         return await self._claims.claim(pool, kind, limit)
 
-    @property
-    def work_mark(self) -> int:
+    def work_mark(self, lane: str | None = None) -> int:
         """Read before `claim`, given to `wait_work`: work that came in between then counts."""
-        return self._watch.work_mark
+        return self._watch.work_mark(lane)
 
-    async def wait_work(self, timeout_ms: int, since: int | None = None) -> None:
-        """Return when new work may be there, at the latest after `timeout_ms` or one second."""
-        await self._watch.wait_work(timeout_ms, since)
+    async def wait_work(
+        self, timeout_ms: int, since: int | None = None, lane: str | None = None
+    ) -> None:
+        """Return when new work may be there, at the latest after `timeout_ms` or one second.
+
+        A lane is a kind of jobs, `bell.UNSURE` or `bell.BATCHES`; None stands for all of them.
+        """
+        await self._watch.wait_work(timeout_ms, since, lane)
 
     async def tend_queues(self) -> None:
         """Keep up with what became ready, every second or so; raises StoreUnavailable."""

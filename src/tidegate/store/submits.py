@@ -7,13 +7,13 @@ processes are handed it at once; a key that is taken harms no other job of the s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import asyncpg
 
 from tidegate.errors import IdempotencyConflict, StoreUnavailable
 from tidegate.store import rows
-from tidegate.store.bell import Bell
+from tidegate.store.bell import UNSURE, Bell
 from tidegate.store.connection import Connections
 from tidegate.store.queries import sql
 from tidegate.store.records import Earlier, NewJob
@@ -75,7 +75,8 @@ class Submits:
             return found
 
         found = await self._connections.run(insert, timeout_ms=TIMEOUT_MS)
-        self._bell.work({job.pool for job in jobs if _is_new(job, found)})
+        for lane, pools in _lanes(job for job in jobs if _is_new(job, found)).items():
+            self._bell.work(pools, [lane])
         return [_outcome(job, found) for job in jobs]
 
 
@@ -91,6 +92,14 @@ def _place(job: NewJob) -> tuple[str, str]:
     """Where the unique index has the job's key."""
     assert job.once is not None
     return rows.clean(job.tenant_id), rows.clean(job.once.key)
+
+
+def _lanes(jobs: Iterable[NewJob]) -> dict[str, set[str]]:
+    """The pools that have work in each lane."""
+    lanes: dict[str, set[str]] = {}
+    for job in jobs:
+        lanes.setdefault(job.classification.kind or UNSURE, set()).add(job.pool)
+    return lanes
 
 
 def _is_new(job: NewJob, found: _Keyed) -> bool:

@@ -31,8 +31,8 @@ class Watch:
         self._waiting: dict[UUID, set[asyncio.Event]] = {}
         self._seen: dict[UUID, int] = {}
         self._poller: asyncio.Task[None] | None = None
-        self._work = asyncio.Event()
-        self.work_mark = 0
+        self._work: dict[str | None, asyncio.Event] = {}
+        self._rung: dict[str | None, int] = {}
         bell.on_work = self._on_work
         bell.on_changed = self._on_changed
         bell.on_connected = self._wake_all
@@ -63,12 +63,17 @@ class Watch:
         if request_id in self._waiting:
             self._seen[request_id] = version
 
-    async def wait_work(self, timeout_ms: int, since: int | None) -> None:
+    def work_mark(self, lane: str | None) -> int:
+        """How often there was news of work in the lane; None for any."""
+        heard = self._rung if lane is None else {lane, None}
+        return sum(self._rung.get(one, 0) for one in heard)
+
+    async def wait_work(self, timeout_ms: int, since: int | None, lane: str | None) -> None:
         """Return when work may have come since the mark `since`, or after the time at most."""
         self._bell.hear()
-        if since is not None and since != self.work_mark:
+        if since is not None and since != self.work_mark(lane):
             return
-        event = self._work
+        event = self._work.setdefault(lane, asyncio.Event())
         try:
             async with asyncio.timeout(min(timeout_ms, WORK_POLL_MS) / 1000):
                 await event.wait()
@@ -81,19 +86,22 @@ class Watch:
             self._poller.cancel()
             await asyncio.gather(self._poller, return_exceptions=True)
 
-    def _on_work(self) -> None:
-        self.work_mark += 1
-        self._work.set()
-        self._work = asyncio.Event()
+    def _on_work(self, lane: str | None) -> None:
+        self._rung[lane] = self._rung.get(lane, 0) + 1
+        for waiting in list(self._work) if lane is None else (lane, None):
+            if (event := self._work.pop(waiting, None)) is not None:
+                event.set()
 
     def _on_changed(self, ids: Iterable[UUID]) -> None:
+        if not self._waiting:
+            return
         for request_id in ids:
             for event in self._waiting.get(request_id, ()):
                 event.set()
 
     def _wake_all(self) -> None:
         # Notifications may have been missed before this moment.
-        self._on_work()
+        self._on_work(None)
         self._on_changed(list(self._waiting))
 
     async def _poll(self) -> None:

@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import NotFound
 from tidegate.store import watch
-from tidegate.store.bell import Bell
+from tidegate.store.bell import LANES, Bell
 from tidegate.store.records import ClaimedJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
@@ -27,7 +27,7 @@ async def claim_one(store: Store) -> ClaimedJob:
 async def listening(store: Store) -> None:
     """Wait until `store` hears notifications."""
     store._bell.hear()
-    await wait_until(lambda: store._bell._line is not None and store.work_mark > 0)
+    await wait_until(lambda: store._bell._line is not None and store.work_mark() > 0)
 
 
 async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
@@ -140,15 +140,29 @@ async def test_a_worker_is_woken_by_a_submit_elsewhere(
     assert min(delays) < 0.15
 
 
+async def test_work_wakes_only_those_who_wait_for_its_lane(
+    make_store: MakeStore, database_url: str
+) -> None:
+    store = await make_store(database_url)
+    await listening(store)
+    before = {lane: store.work_mark(lane) for lane in LANES}
+    await store.submit(new_job())
+    await wait_until(lambda: store.work_mark(Kind.TEXT_ONLY) != before[Kind.TEXT_ONLY])
+    woken = {lane for lane in LANES if store.work_mark(lane) != before[lane]}
+    assert woken == {Kind.TEXT_ONLY}
+    store._bell.work([DEFAULT_POOL])  # as processes of an older release ring
+    await wait_until(lambda: all(store.work_mark(lane) != before[lane] for lane in LANES))
+
+
 async def test_work_that_came_between_claim_and_wait_is_not_missed(
     make_store: MakeStore, database_url: str
 ) -> None:
     worker = await make_store(database_url)
     await listening(worker)
-    mark = worker.work_mark
+    mark = worker.work_mark()
     assert await worker.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1) == []
     await worker.submit(new_job())
-    await wait_until(lambda: worker.work_mark != mark)
+    await wait_until(lambda: worker.work_mark() != mark)
     began = time.monotonic()
     await worker.wait_work(10_000, since=mark)
     assert time.monotonic() - began < 0.5

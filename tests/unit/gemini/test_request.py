@@ -40,7 +40,7 @@ def test_any_other_model_name_is_rejected(model: str) -> None:
 
 def test_a_prompt_of_files_alone_has_no_empty_text() -> None:
     part = request.inline(Media("image/png", b"x"))
-    assert request.contents_of("", [part]) == [{"role": "user", "parts": [part]}]
+    assert request.turn("", [part]) == {"role": "user", "parts": [part]}
 
 
 def test_importing_the_provider_does_not_import_the_sdk() -> None:

@@ -54,10 +54,12 @@ def test_a_failure_survives_its_row() -> None:
 def test_a_body_unpacks_to_what_was_packed() -> None:
     import base64
 
-    row = inline_row("request", {"prompt": "p" * 10_000})
-    packed = base64.b64decode(row["data"])
-    assert len(packed) < 200 < row["size_bytes"]
-    assert unpack(row["encoding"], packed) == {"prompt": "p" * 10_000}
+    for size in (0, 4_000, 4_096, 10_000):
+        row = inline_row("request", {"prompt": "p" * size})
+        packed = base64.b64decode(row["data"])
+        assert len(packed) < 200
+        assert size < row["size_bytes"]
+        assert unpack(row["encoding"], packed) == {"prompt": "p" * size}
 
 
 def test_only_a_whole_lease_of_heartbeats_without_a_gap_lets_a_process_judge() -> None:

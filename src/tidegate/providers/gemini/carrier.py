@@ -7,24 +7,45 @@ its state; what goes wrong comes out as httpx2's own errors, which the rest of t
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import lru_cache
 
 import aiohttp
 import httpx2
+from aiohttp.client_reqrep import ClientRequest
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
 from multidict import CIMultiDict
 from yarl import URL
 
 MAX_HEAD_BYTES = 65_536
 # Shorter than any common server's: a connection reused as the server closes it fails the call.
 KEEPALIVE_S = 15.0
-# The extension of a request: called without arguments when its connection is there.
-CONNECTED = "tidegate_connected"
-_NOT_SENT = ("transfer-encoding", "connection")
+_URLS_KEPT = 256
+
+_connected: ContextVar[Callable[[], None]] = ContextVar("tidegate_gemini_connected")
 
 
-class Carrier(httpx2.AsyncBaseTransport):
+class Asked(httpx2.Request):
+    """A request as aiohttp takes it: httpx2 would take it apart, and we put it together again.
+
+    Of what it inherits only the type is used; nobody but the carrier reads it.
+    """
+
+    def __init__(
+        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
+    ) -> None:
+        self.method = method.upper()
+        self.whole_url = url
+        self.fields = CIMultiDict(headers)
+        self.body = content
+
+    def __repr__(self) -> str:
+        return f"<Asked {self.method}>"  # the URL of an upload holds the key
+
+
+class Carrier:
     """Not bounded in connections. `trust_env` is off: proxies of the environment are not used;
     SSL_CERT_FILE and SSL_CERT_DIR are honoured. The first request makes its session: it may be
     built outside of the event loop.
@@ -34,42 +55,35 @@ class Carrier(httpx2.AsyncBaseTransport):
         self._tls = httpx2.create_ssl_context()
         self._session: aiohttp.ClientSession | None = None
 
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+    async def send(self, request: Asked, connected: Callable[[], None]) -> Carried:
+        """Send a request and wait for the head of its answer; `connected` is called when its
+        connection is there. Raises httpx2's errors.
+        """
         session = self._session or self._opened()
-        headers = CIMultiDict(
-            (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in request.headers.raw
-            if name.lower().decode("latin-1") not in _NOT_SENT
-        )
-        body = await request.aread()
+        token = _connected.set(connected)
         try:
             response = await session.request(
                 request.method,
-                URL(str(request.url), encoded=True),
-                headers=headers,
-                data=body or None,
+                _url(request.whole_url),
+                headers=request.fields,
+                data=request.body,
                 allow_redirects=False,
-                trace_request_ctx=request.extensions.get(CONNECTED),
             )
         except (aiohttp.ClientError, OSError) as failed:
             raise _translated(failed) from failed
         except ValueError as failed:
             raise httpx2.LocalProtocolError(str(failed)) from failed
-        return httpx2.Response(
-            response.status, headers=list(response.raw_headers), stream=_Stream(response)
-        )
+        finally:
+            _connected.reset(token)
+        return Carried(response)
 
     async def aclose(self) -> None:
         if self._session is not None:
             await self._session.close()
 
     def _opened(self) -> aiohttp.ClientSession:
-        tracing = aiohttp.TraceConfig(trace_config_ctx_factory=_Context)
-        tracing.on_connection_create_end.append(_connected)
-        tracing.on_connection_reuseconn.append(_connected)
-        tracing.freeze()
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=self._tls),
+            connector=_Connector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=self._tls),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
             auto_decompress=False,
@@ -77,40 +91,66 @@ class Carrier(httpx2.AsyncBaseTransport):
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             max_line_size=MAX_HEAD_BYTES,
             max_field_size=MAX_HEAD_BYTES,
-            trace_configs=[tracing],
         )
         return self._session
 
 
-class _Context(SimpleNamespace):
-    """What a trace is told: who wants to know, as `trace_request_ctx`."""
+class Carried:
+    """An answer whose head is there."""
 
-    def __init__(self, trace_request_ctx: Callable[[], None] | None = None) -> None:
-        super().__init__(tell=trace_request_ctx)
-
-
-async def _connected(_session: object, context: Any, _parameters: object) -> None:
-    if context.tell is not None:
-        context.tell()
-
-
-class _Stream(httpx2.AsyncByteStream):
     def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.raw_headers = response.raw_headers
         self._response = response
+        self._content = response.content
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    @property
+    def is_events(self) -> bool:
+        return self.status == 200 and self._response.content_type == "text/event-stream"
+
+    def at_hand(self) -> bytes | None:
+        """What has come of the body and was not taken yet; empty at its end, None where it has to
+        be waited for. Raises httpx2's errors, as `wait` does.
+        """
         try:
-            while piece := await self._response.content.readany():
-                yield piece
+            return self._content.read_nowait() or (b"" if self._content.at_eof() else None)
         except (aiohttp.ClientError, OSError) as failed:
             raise _translated(failed) from failed
 
-    async def aclose(self) -> None:
-        """Keep the connection only where the answer has come to its end."""
-        if self._response.content.at_eof():
+    async def wait(self) -> bytes:
+        """The next bytes of the body as soon as there are some; empty at its end."""
+        try:
+            return await self._content.readany()
+        except (aiohttp.ClientError, OSError) as failed:
+            raise _translated(failed) from failed
+
+    def close(self) -> bool:
+        """End it: the connection is kept, and True returned, only where the answer has come to its
+        end. Else it is closed in the event loop's next round.
+        """
+        whole = self._content.at_eof()
+        if whole:
             self._response.release()
         else:
             self._response.close()
+        return whole
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Tells when a request has its connection; aiohttp's tracing would cost each call far more."""
+
+    async def connect(
+        self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        connection = await super().connect(req, traces, timeout)
+        _connected.get()()
+        return connection
+
+
+@lru_cache(_URLS_KEPT)
+def _url(text: str) -> URL:
+    return URL(text, encoded=True)
 
 
 def _translated(failed: Exception) -> httpx2.TransportError:

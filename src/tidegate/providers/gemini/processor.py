@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import warnings
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import httpx2
     from google.genai.client import AsyncClient
 
+    from tidegate.providers.gemini.typed import Settings
     from tidegate.providers.gemini.wire import Scope, Wire
 
 MAX_ANSWER_BYTES = 64_000_000
@@ -39,9 +40,9 @@ class _Sdk:
     """The SDK, once imported and connected to our transport."""
 
     client: AsyncClient
-    http: httpx2.AsyncClient
     wire: Wire
     faults: tuple[type[Exception], ...]
+    settings: Mapping[Kind, Settings]
 
 
 class GeminiProcessor:
@@ -89,7 +90,7 @@ class GeminiProcessor:
             for chore in late:
                 chore.cancel()
         if self._sdk is not None:
-            await self._sdk.http.aclose()
+            await self._sdk.wire.aclose()
 
     async def run(self, call: Call, answer: Answer, sink: Sink) -> None:
         """Make the call, push Delta, Picture and UsageReport events into `sink` as they arrive and
@@ -98,19 +99,20 @@ class GeminiProcessor:
         Raises UpstreamError's subclasses, and whatever `sink` raises, unchanged. Cancellation at
         any point closes the upstream connection before it comes out of here.
         """
+        from tidegate.providers.gemini.typed import turn_of
+
         sdk = await self._started()
         model = request.model_path(call.model)
         uploaded: list[str] = []
         try:
             async with self._bounded(sdk) as scope:
                 parts = await self._parts(sdk, scope, call, uploaded)
-                contents = request.contents_of(call.prompt, parts)
                 with self._translated(sdk, scope):
                     # Images are streamed too: idle time is then seen, and text comes early.
                     chunks = await sdk.client.models.generate_content_stream(
                         model=model,
-                        contents=contents,
-                        config=request.settings_of(call),  # type: ignore[arg-type]
+                        contents=turn_of(request.turn(call.prompt, parts)),
+                        config=sdk.settings[call.kind],
                     )
                 reading = Reading(call.kind, answer)
                 while True:
@@ -156,7 +158,7 @@ class GeminiProcessor:
             with self._translated(sdk, scope):
                 response = await sdk.client.models.count_tokens(
                     model=request.model_path(call.model),
-                    contents=request.contents_of(call.prompt, parts),
+                    contents=request.turn(call.prompt, parts),
                 )
             self._raise_hidden_error(scope, response.total_tokens is None)
             if response.total_tokens is None or response.total_tokens < 0:
@@ -248,6 +250,7 @@ class GeminiProcessor:
         from google import genai
         from google.genai import errors, types
 
+        from tidegate.providers.gemini.typed import Settings
         from tidegate.providers.gemini.wire import Wire
 
         # These loggers' lines show whole URLs, and an upload's URL holds the key.
@@ -256,16 +259,13 @@ class GeminiProcessor:
         # A finish reason that the SDK does not know yet is no reason for a warning in our log.
         warnings.filterwarnings("ignore", message=".* is not a valid [A-Z]", category=UserWarning)
         wire = Wire(self._timeouts, self._max_answer_bytes)
-        http = httpx2.AsyncClient(
-            transport=wire, trust_env=False, headers={"accept-encoding": "identity"}
-        )
         client = genai.Client(
             vertexai=False,
             api_key=self._api_key,
             http_options=types.HttpOptions(
                 base_url=self._base_url,
                 api_version=API_VERSION,
-                httpx_async_client=http,
+                httpx_async_client=wire,
                 # Never used, but the SDK would build one, with certificates and proxies of its own.
                 httpx_client=httpx2.Client(transport=httpx2.MockTransport(_no_sync_calls)),
             ),
@@ -273,7 +273,9 @@ class GeminiProcessor:
         wire_faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError)
         # The SDK fails with these on answers of a wrong shape.
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-        return _Sdk(client.aio, http, wire, (errors.APIError, *wire_faults, *shape_faults))
+        known_faults = (errors.APIError, *wire_faults, *shape_faults)
+        settings = {kind: Settings(**request.settings_of(kind)) for kind in Kind}
+        return _Sdk(client.aio, wire, known_faults, settings)
 
 
 def _no_sync_calls(request: httpx2.Request) -> httpx2.Response:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tidegate.call import Call, Kind, Media
+from tidegate.call import Kind, Media
 from tidegate.errors import UpstreamGarbled, UpstreamRejected
 
 MAX_JUDGED_CHARS = 4_000
@@ -43,17 +43,17 @@ def model_path(model: str) -> str:
     return model
 
 
-def settings_of(call: Call) -> dict[str, Any]:
+def settings_of(kind: Kind) -> dict[str, Any]:
     """The generation settings of a call."""
-    if call.kind is Kind.IMAGE_GENERATION:
+    if kind is Kind.IMAGE_GENERATION:
         return {**ONE_ATTEMPT, "response_modalities": ["TEXT", "IMAGE"]}
     return dict(ONE_ATTEMPT)
 
 
-def contents_of(prompt: str, parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def turn(prompt: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One user turn: the files' parts, then the prompt where there is one."""
     text = [{"text": prompt}] if prompt else []
-    return [{"role": "user", "parts": [*parts, *text]}]
+    return {"role": "user", "parts": [*parts, *text]}
 
 
 def inline(media: Media) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The HTTP transport that we give to the SDK.
+"""The HTTP client that we give to the SDK.
 
 Owns the upstream connections. Invariants: every exchange (request sent, response not yet closed)
 is in `open_exchanges`; leaving a `Scope` returns only after all its exchanges are closed, whatever
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 
 from tidegate.errors import UpstreamGarbled, UpstreamTimeout
-from tidegate.providers.gemini.carrier import CONNECTED, Carrier
+from tidegate.providers.gemini.carrier import Asked, Carried, Carrier
 from tidegate.providers.gemini.faults import Wreck
 from tidegate.providers.gemini.timeouts import Timeouts
 
@@ -29,9 +29,12 @@ _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=N
 
 
 class Exchange:
-    """One request and its response: what is known of it, and how to close it."""
+    """One request and its response: what is known of it, and how to close it.
 
-    __slots__ = ("_body", "_wire", "first_byte_due", "headers", "phase", "status", "tail")
+    It is `whole` once it is closed after the end of its answer: its connection is kept.
+    """
+
+    __slots__ = ("_body", "_wire", "first_byte_due", "headers", "phase", "status", "tail", "whole")
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -39,16 +42,17 @@ class Exchange:
         self.phase = "connect"
         self.first_byte_due = 0.0
         self.status: int | None = None
-        self.headers: httpx2.Headers = httpx2.Headers()
+        self.headers: Mapping[str, str] = {}
         self.tail: deque[bytes] = deque()
+        self.whole = False
         wire.open_exchanges.add(self)
 
-    def answered(self, response: httpx2.Response) -> _Body:
-        if not isinstance(response.stream, httpx2.AsyncByteStream):
-            raise TypeError("an async transport must give an async stream")
-        self.status, self.headers = response.status_code, response.headers
-        self._body = _Body(self, response.stream, self._wire)
-        return self._body
+    def answered(self, carried: Carried) -> _Answer:
+        self.status, self.headers = carried.status, carried.headers
+        self._body = _Body(self, carried, self._wire)
+        # The SDK copies all headers for each chunk of a stream, and reads none of them.
+        shown = () if carried.is_events else carried.raw_headers
+        return _Answer(carried.status, headers=shown, stream=self._body)
 
     def wreck(self) -> Wreck:
         return Wreck(self.status, self.headers, b"".join(self.tail)[-TAIL_BYTES:])
@@ -57,88 +61,128 @@ class Exchange:
         if self._body is not None:
             await self._body.aclose()
 
-    def closed(self) -> None:
+    def closed(self, *, whole: bool = False) -> None:
+        self.whole = whole
+        if whole:
+            self._body = None  # a cycle would wait for the collector
         self._wire.open_exchanges.discard(self)
 
 
 class _Body(httpx2.AsyncByteStream):
     """A response's bytes, with a deadline for the first, between two, and a bound on all."""
 
-    def __init__(self, exchange: Exchange, inner: httpx2.AsyncByteStream, wire: Wire) -> None:
+    def __init__(self, exchange: Exchange, carried: Carried, wire: Wire) -> None:
         self._exchange = exchange
-        self._inner = inner
+        self._carried = carried
         self._wire = wire
+        self._size_bytes = 0
+        self._tail_bytes = 0
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
         exchange, tail = self._exchange, self._exchange.tail
-        chunks = aiter(self._inner)
-        size_bytes = tail_bytes = 0
-        due = exchange.first_byte_due
-        while (chunk := await self._next(chunks, due)) is not None:
-            exchange.phase = "idle"
-            size_bytes += len(chunk)
-            if size_bytes > self._wire.max_answer_bytes:
-                raise UpstreamGarbled(
-                    f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
-                )
-            tail.append(chunk)
-            tail_bytes += len(chunk)
-            while tail_bytes - len(tail[0]) >= TAIL_BYTES:
-                tail_bytes -= len(tail.popleft())
-            yield chunk
-            due = asyncio.get_running_loop().time() + self._wire.timeouts.idle_ms / 1000
+        chunk = self._carried.at_hand()
+        if chunk is None:
+            chunk = await self._waited_for()
+        if not chunk:
+            raise StopAsyncIteration
+        exchange.phase = "idle"
+        self._size_bytes += len(chunk)
+        if self._size_bytes > self._wire.max_answer_bytes:
+            raise UpstreamGarbled(
+                f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
+            )
+        tail.append(chunk)
+        self._tail_bytes += len(chunk)
+        while self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
+            self._tail_bytes -= len(tail.popleft())
+        return chunk
 
-    async def _next(self, chunks: AsyncIterator[bytes], due: float) -> bytes | None:
+    async def _waited_for(self) -> bytes:
         # The timeout is round this await alone, so a reader that is slow to ask costs nothing.
+        due = self._exchange.first_byte_due
+        if self._exchange.phase == "idle":
+            due = asyncio.get_running_loop().time() + self._wire.timeouts.idle_ms / 1000
         try:
             async with asyncio.timeout_at(due) as limit:
-                return await anext(chunks, None)
+                return await self._carried.wait()
         except TimeoutError:
             if limit.expired():
                 raise ran_out(self._exchange.phase, self._wire.timeouts) from None
             raise
 
     async def aclose(self) -> None:
-        try:
-            await self._inner.aclose()
-        finally:
-            self._exchange.closed()
+        self._exchange.closed(whole=self._carried.close())
 
 
-class Wire(httpx2.AsyncBaseTransport):
-    """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls."""
+class _Answer(httpx2.Response):
+    """Read straight from its body: httpx2 would put two generators in between."""
+
+    stream: _Body
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> _Body:  # type: ignore[override]
+        return self.stream
+
+
+class Wire(httpx2.AsyncClient):
+    """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls.
+
+    Of what a client of httpx2 does it leaves out all that the SDK has no use for (cookies, proxies,
+    redirects, credentials, hooks), which costs as much as sending a request.
+    """
 
     def __init__(self, timeouts: Timeouts, max_answer_bytes: int) -> None:
+        super().__init__(transport=httpx2.MockTransport(_no_other_way), trust_env=False)
         self.timeouts = timeouts
         self.max_answer_bytes = max_answer_bytes
         self.open_exchanges: set[Exchange] = set()
-        self._inner = Carrier()
+        self._carrier = Carrier()
 
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+    def build_request(
+        self,
+        method: str,
+        url: httpx2.URL | str,
+        *,
+        content: Any = None,
+        headers: Any = None,
+        timeout: Any = None,
+        **other: Any,
+    ) -> httpx2.Request:
+        """`content` is bytes or None. The time is ours: `timeout` is not looked at."""
+        unknown = [name for name, value in other.items() if value]
+        if unknown:
+            raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
+        return Asked(
+            method, str(url), {**(headers or {}), "accept-encoding": "identity"}, content or None
+        )
+
+    async def send(
+        self, request: httpx2.Request, *, stream: bool = False, **_other: Any
+    ) -> httpx2.Response:
+        assert isinstance(request, Asked)
         exchange = Exchange(self)
         scope = _scope.get()
         if scope is not None:
             scope.exchanges.append(exchange)
         try:
-            response = await self._send(request, exchange)
+            response = exchange.answered(await self._carried(request, exchange))
         except BaseException:
             exchange.closed()
             raise
-        body = exchange.answered(response)
-        if "x-goog-upload-command" in request.headers:
+        response.request = request
+        if "x-goog-upload-command" in request.fields:
             # Without this header the SDK repeats an upload three times, sleeping in between.
             response.headers.setdefault("x-goog-upload-status", "unknown")
-        if response.headers.get("content-encoding", "identity") != "identity":
-            await uninterrupted(body.aclose())
+        if exchange.headers.get("content-encoding", "identity") != "identity":
+            await uninterrupted(exchange.aclose())
             raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
-        return httpx2.Response(
-            response.status_code,
-            headers=response.headers,
-            stream=body,
-            extensions=response.extensions,
-        )
+        if not stream:
+            await response.aread()
+        return response
 
-    async def _send(self, request: httpx2.Request, exchange: Exchange) -> httpx2.Response:
+    async def _carried(self, request: Asked, exchange: Exchange) -> Carried:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.timeouts.connect_ms / 1000) as limit:
@@ -148,15 +192,15 @@ class Wire(httpx2.AsyncBaseTransport):
                     exchange.first_byte_due = loop.time() + self.timeouts.first_byte_ms / 1000
                     limit.reschedule(exchange.first_byte_due)
 
-                request.extensions = {**request.extensions, CONNECTED: connected}
-                return await self._inner.handle_async_request(request)
+                return await self._carrier.send(request, connected)
         except TimeoutError:
             if limit.expired():
                 raise ran_out(exchange.phase, self.timeouts) from None
             raise
 
     async def aclose(self) -> None:
-        await self._inner.aclose()
+        await super().aclose()
+        await self._carrier.aclose()
 
 
 class Scope:
@@ -178,7 +222,9 @@ class Scope:
     ) -> None:
         if self._token is not None:
             _scope.reset(self._token)
-        await uninterrupted(self._close())
+        # A task is dear; and what has ended well needs no closing.
+        if not all(exchange.whole for exchange in self.exchanges):
+            await uninterrupted(self._close())
 
     async def _close(self) -> None:
         async with AsyncExitStack() as stack:
@@ -188,6 +234,10 @@ class Scope:
     def wreck(self) -> Wreck | None:
         """What is known of the last exchange; None when nothing was sent."""
         return self.exchanges[-1].wreck() if self.exchanges else None
+
+
+def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
+    raise RuntimeError("every request goes through the carrier")
 
 
 def ran_out(phase: str, timeouts: Timeouts) -> UpstreamTimeout:
