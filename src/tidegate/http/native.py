@@ -37,7 +37,7 @@ from tidegate.http.services import Services
 from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import Headers
-from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of
+from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of, posted_to
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure, Idempotency
 from tidegate.store.relayed import RelayRecord
@@ -54,9 +54,13 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     """Answer a request to a native path; its line is in the log, whatever becomes of it."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
-    hint = dialect_of(path, frozenset(name for name, _ in headers), scope["query_string"])
-    endpoint = endpoint_of(method, path, hint)
-    dialect = hint if endpoint is None else endpoint.dialect
+    endpoint = posted_to(method, path)
+    if endpoint is None:
+        hint = dialect_of(path, frozenset(name for name, _ in headers), scope["query_string"])
+        endpoint = endpoint_of(method, path, hint)
+        dialect = hint if endpoint is None else endpoint.dialect
+    else:
+        dialect = endpoint.dialect
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
@@ -74,9 +78,18 @@ class _Front(Out):
     """One request, until it is answered and recorded."""
 
     __slots__ = (
-        *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
+        *(
+            "_services",
+            "_scope",
+            "_receive",
+            "_send",
+            "_dialect",
+            "_request_id",
+            "_id_text",
+            "_received",
+        ),
         *("_received_at", "_life", "_ends_whole", "_task", "_head_sent"),
-        *("_recorded", "_headers", "_caller", "_direct", "_incoming"),
+        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_id_text"),
     )
 
     def __init__(
@@ -89,6 +102,7 @@ class _Front(Out):
         self._send = send
         self._dialect = dialect
         self._request_id = new_id()
+        self._id_text = ""  # of the answer's head
         self._received = time.monotonic()
         self._received_at = datetime.now(UTC)
         self._life = Life()
@@ -115,7 +129,7 @@ class _Front(Out):
         uploads = endpoint.operation is Operation.UPLOAD
         try:
             await self._identify()
-            if endpoint.operation.is_counted and self._caller.budgets is not NO_BUDGETS:
+            if endpoint.is_counted and self._caller.budgets is not NO_BUDGETS:
                 await self._services.budgets.let_in(self._caller)
             body = b"" if uploads else await self._whole_body()
             call = call_of(
@@ -128,7 +142,7 @@ class _Front(Out):
                 usual_wait_ms=self._services.config.stream_wait_ms,
             )
             opening = self._opening(call)
-            if not endpoint.operation.is_counted:
+            if not endpoint.is_counted:
                 check_files(call)
             if self._services.store.relayed.is_full:
                 await self._room(call)
@@ -180,7 +194,7 @@ class _Front(Out):
 
     def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
-        if call.caller.caps.most_streams is None or not call.endpoint.operation.is_counted:
+        if call.caller.caps.most_streams is None or not call.endpoint.is_counted:
             return None
         streams = call.endpoint.streams or parsed(call.body).get("stream") is True
         return self._services.openings.stream(call.caller) if streams else None
@@ -243,7 +257,7 @@ class _Front(Out):
         after_ms = self._services.config.keep_alive_after_ms
         gemini = endpoint.dialect is Dialect.GEMINI
         events = b"alt=sse" in self._scope["query_string"] if gemini else True
-        if not after_ms or not events or not endpoint.operation.is_counted:
+        if not after_ms or not events or not endpoint.is_counted:
             return None
         return asyncio.create_task(self._comfort(after_ms / 1000))
 
@@ -260,7 +274,8 @@ class _Front(Out):
             await self.body(b": waiting for admission\n\n", True)
 
     def _with_id(self, headers: Headers) -> Headers:
-        headers.append((_REQUEST_ID, str(self._request_id).encode()))
+        self._id_text = str(self._request_id)
+        headers.append((_REQUEST_ID, self._id_text.encode()))
         return headers
 
     def _content_type(self) -> str:
@@ -335,7 +350,7 @@ class _Front(Out):
                 "path": self._scope["path"],
                 "status": self._life.http_status,
                 "took_ms": round(took_ms, 1),
-                "request_id": str(self._request_id),
+                "request_id": self._id_text or str(self._request_id),
                 **who(self._caller),
             }
         )

@@ -7,7 +7,7 @@ reached through us but calls of models, the list of models, and files.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -51,6 +51,10 @@ class Endpoint:
     path: str
     model: str | None = None
     streams: bool = False
+    is_counted: bool = field(init=False, compare=False)  # as the operation's
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_counted", self.operation.is_counted)
 
     def path_for(self, model: str) -> str:
         """Its path when the call goes to `model`."""
@@ -58,15 +62,19 @@ class Endpoint:
 
 
 _OPENAI_CALLS = {
-    "/v1/chat/completions": Operation.INFER,
-    "/v1/completions": Operation.INFER,
-    "/v1/responses": Operation.INFER,
-    "/v1/embeddings": Operation.EMBED,
-    "/v1/images/generations": Operation.IMAGES,
+    "/chat/completions": Operation.INFER,
+    "/completions": Operation.INFER,
+    "/responses": Operation.INFER,
+    "/embeddings": Operation.EMBED,
+    "/images/generations": Operation.IMAGES,
 }
 _ANTHROPIC_CALLS = {
     "/v1/messages": Operation.INFER,
     "/v1/messages/count_tokens": Operation.COUNT,
+}
+_POSTED = {
+    **{f"/v1{path}": Endpoint(Dialect.OPENAI, do, path) for path, do in _OPENAI_CALLS.items()},
+    **{path: Endpoint(Dialect.ANTHROPIC, do, path) for path, do in _ANTHROPIC_CALLS.items()},
 }
 # A method that is not named here is one of the future: it asks a model for something.
 _GEMINI_OPERATIONS = {
@@ -106,14 +114,17 @@ def dialect_of(path: str, headers: frozenset[bytes], query: bytes) -> Dialect:
     return Dialect.OPENAI
 
 
+def posted_to(method: str, path: str) -> Endpoint | None:
+    """The endpoint of a request whose path alone says it all; a look into a table."""
+    return _POSTED.get(path) if method == "POST" else None
+
+
 def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
     """The endpoint of a request, or None where it is none. `dialect` is what `dialect_of` says: it
     decides where the path alone does not."""
     if method == "POST":
-        if (operation := _OPENAI_CALLS.get(path)) is not None:
-            return Endpoint(Dialect.OPENAI, operation, path.removeprefix("/v1"))
-        if (operation := _ANTHROPIC_CALLS.get(path)) is not None:
-            return Endpoint(Dialect.ANTHROPIC, operation, path)
+        if (endpoint := _POSTED.get(path)) is not None:
+            return endpoint
         if (call := _GEMINI_CALL.fullmatch(path)) is not None:
             return _gemini_call(call)
     if method in ("POST", "PUT") and _GEMINI_UPLOAD.fullmatch(path):

@@ -75,14 +75,14 @@ class Relay:
             return
         body: dict[str, Any] = {}
         asked: Asked | None = None
-        if call.endpoint.operation.is_counted or call.body:
+        if call.endpoint.is_counted or call.body:
             body = parsed(call.body)
             asked = asked_of(call.endpoint, body)
             if call.endpoint.model is None:
                 check_one_model(call.body)
             check_model(call.caller, asked.model)
             life.model, life.streams = asked.model, asked.streams
-            life.kind = asked.kind if call.endpoint.operation.is_counted else None
+            life.kind = asked.kind if call.endpoint.is_counted else None
         self._budget.earn()
         work = Work(self, call, body, asked, out, life, on_admitted)
         await work.until_answered(self._chain(call, asked))
@@ -134,10 +134,10 @@ class Relay:
         return self._pools[target.upstream.pool]
 
     def demand_of(self, call: NativeCall, asked: Asked | None, target: Target) -> Demand:
-        counted = call.endpoint.operation.is_counted and asked is not None
+        counted = call.endpoint.is_counted and asked is not None
         return self._demands[target.upstream.name].of_native(
             target.model,
-            asked.kind.value if counted and asked else OTHER_KIND,
+            asked.kind if counted and asked else OTHER_KIND,
             asked.pieces if asked else {},
             self.limiter_of(target).policy,
             tenant=call.caller.tenant_id,
