@@ -17,6 +17,7 @@ from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.link import Link, LinkDown
 from tidegate.limiter.observer import Observer
+from tidegate.limiter.outbox import SPARE_MS
 from tidegate.limiter.scripts import load
 from tidegate.limiter.session import Session
 from tidegate.limiter.wire import SyncReply
@@ -24,8 +25,7 @@ from tidegate.limiter.wire import SyncReply
 logger = logging.getLogger("tidegate.limiter")
 
 LINGER_S = 0.03
-# A permit that was freed while nobody waits is kept for the next one here no longer than this.
-LINGER_IDLE_S = 0.001
+LINGER_IDLE_S = SPARE_MS / 1000
 
 
 class Courier:
@@ -121,7 +121,10 @@ class Courier:
             session.unanswered(batch)
             raise
         self._observer.synced(session.lease.now_ms() - sent_ms, len(batch))
-        return session.answered(batch, request, SyncReply.unpack(raw), sent_ms)
+        left = session.answered(batch, request, SyncReply.unpack(raw), sent_ms)
+        if not left and len(self._ledger.outbox):
+            self._kick()  # what was kept back has its time
+        return left
 
     def _set_alarm(self, name: str, in_ms: float) -> None:
         """Come back when a lease, a hold, a rate or the quiet time after a loss runs out."""

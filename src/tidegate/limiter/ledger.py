@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
+from math import inf
 
 from tidegate.limiter.entries import Batch, Holding, Release, Transfer, Waiter
 from tidegate.limiter.flow import Flow
@@ -176,13 +177,11 @@ class Ledger:
         )
         self.outbox.parting.add(ticket)
         if holding.fenced or not self._pass_on(release, now_ms):
-            self._give(release, spare=not holding.fenced)
-
-    def _give(self, release: Release, *, spare: bool) -> None:
-        chain_goes_on = release.flow.plain and release.seq % CHAIN < CHAIN - 1
-        self.outbox.give(release, spare=spare and self.idle and chain_goes_on)
-        if not self.idle:
-            self.outbox.urgent = True
+            chain_goes_on = flow.plain and release.seq % CHAIN < CHAIN - 1
+            spare = self.idle and chain_goes_on and not holding.fenced
+            self.outbox.give(release, spare_since_ms=now_ms if spare else None)
+            if not self.idle:
+                self.outbox.urgent = True
 
     def _pass_on(self, release: Release, now_ms: float) -> bool:
         flow, heir = release.flow, None
@@ -247,6 +246,12 @@ class Ledger:
         if not self.recycling:
             self._local_tags.clear()
         self.recycling = True
+
+    def note_idle(self, idle: bool) -> None:
+        """Whether anybody waits in the whole pool, as the server says."""
+        self.idle = idle
+        if not idle:
+            self.outbox.forget_spare()
 
     def settle_later(self, ticket: int, actual: str) -> None:
         """The usage of a call whose permit was given back as `usage_later`."""
@@ -343,9 +348,9 @@ class Ledger:
     def drop_hints(self) -> None:
         self.take_hints({})
 
-    def take(self) -> Batch:
+    def take(self, now_ms: float = inf) -> Batch:
         """The next batch to send."""
-        return self.outbox.take()
+        return self.outbox.take(now_ms)
 
     def take_join(self) -> Batch:
         """The batch of a session that joins."""

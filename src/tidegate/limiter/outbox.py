@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from math import inf
 
 from tidegate.limiter.entries import Batch, Holding, Release, Transfer, Waiter
 from tidegate.limiter.flow import Flow
 
 MAX_ENTRIES = 500
+# A permit that was freed while nobody waits is kept for the next one here no longer than this.
+SPARE_MS = 1.0
 
 
 class Outbox:
@@ -27,8 +30,9 @@ class Outbox:
         self._settles: list[tuple[int, str]] = []
         self._releases: dict[int, Release] = {}
         self._transfers: list[Transfer] = []
-        # Permits that were just freed while nobody waited: the next one who asks may have them.
-        self._spare: dict[str, list[int]] = {}
+        # Permits that were just freed while nobody waited, and since when, by their flow's key: the
+        # next one who asks may have them.
+        self._spare: dict[str, dict[int, float]] = {}
 
     def __len__(self) -> int:
         said_back = len(self._releases) + len(self._transfers) + len(self._settles)
@@ -48,20 +52,22 @@ class Outbox:
     def settle(self, ticket: int, actual: str) -> None:
         self._settles.append((ticket, actual))
 
-    def give(self, release: Release, *, spare: bool) -> None:
-        """Give a permit back; one that is `spare` may be taken out again until it is said."""
+    def give(self, release: Release, *, spare_since_ms: float | None) -> None:
+        """Give a permit back; one that is spare may be taken out again until it is said."""
         self._releases[release.ticket] = release
-        if spare:
-            self._spare.setdefault(release.flow.key, []).append(release.ticket)
+        if spare_since_ms is not None:
+            self._spare.setdefault(release.flow.key, {})[release.ticket] = spare_since_ms
 
     def take_spare(self, flow: Flow) -> Release | None:
         """A permit of this flow that was freed and not yet said."""
         spare = self._spare.get(flow.key)
-        return self._releases.pop(spare.pop()) if spare else None
+        return self._releases.pop(spare.popitem()[0]) if spare else None
 
     def forget_spare(self) -> None:
-        """From now on what was freed stays given back."""
-        self._spare.clear()
+        """From now on what was freed stays given back, and is said without delay."""
+        if self._spare:
+            self._spare.clear()
+            self.urgent = self.urgent or len(self._releases) > 0
 
     def unsent(self) -> list[Release]:
         """Permits given back that nobody has heard of."""
@@ -82,8 +88,10 @@ class Outbox:
 
     # -- batches
 
-    def take(self) -> Batch:
-        """The next batch to send, at most `MAX_ENTRIES` of each sort."""
+    def take(self, now_ms: float = inf) -> Batch:
+        """The next batch to send, at most `MAX_ENTRIES` of each sort. What has been spare for less
+        than `SPARE_MS` is kept back: many who call again at once would each find nothing else."""
+        kept = self._fresh(now_ms)
         enqueues = list(islice(self._enqueues.values(), MAX_ENTRIES))
         for waiter in enqueues:
             waiter.sent = True
@@ -96,18 +104,31 @@ class Outbox:
         del self._transfers[:MAX_ENTRIES]
         # A permit may only be given back once the server has heard how it came to its holder.
         if not self._transfers:
-            batch.releases = list(islice(self._releases.values(), MAX_ENTRIES))
+            said = (one for one in self._releases.values() if one.ticket not in kept)
+            batch.releases = list(islice(said, MAX_ENTRIES))
         for release in batch.releases:
             release.sent = True
             del self._releases[release.ticket]
         # The usage of a call may only be told once the server has heard that it ended.
-        if not self._releases:
-            batch.settles = self._settles[:MAX_ENTRIES]
-            del self._settles[:MAX_ENTRIES]
+        if len(self._releases) == len(kept):
+            ready = [one for one in self._settles if one[0] not in kept]
+            batch.settles = ready[:MAX_ENTRIES]
+            self._settles = ready[MAX_ENTRIES:] + [one for one in self._settles if one[0] in kept]
         del self._cancels[:MAX_ENTRIES]
-        self._spare.clear()
-        self.urgent = len(self) > 0
+        held_back = len(kept) + sum(ticket in kept for ticket, _ in self._settles)
+        self.urgent = len(self) > held_back
         return batch
+
+    def _fresh(self, now_ms: float) -> set[int]:
+        """The permits that are still kept for the next one who asks; the others are no more."""
+        if not self._spare:
+            return set()
+        self._spare = {
+            key: fresh
+            for key, spare in self._spare.items()
+            if (fresh := {one: at for one, at in spare.items() if now_ms - at < SPARE_MS})
+        }
+        return {ticket for spare in self._spare.values() for ticket in spare}
 
     def take_join(self, waiting: Mapping[int, Waiter], held: Iterable[Holding]) -> Batch:
         """A batch that tells a server which knows nothing of us all that we hold and wait for.

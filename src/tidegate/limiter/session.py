@@ -144,8 +144,7 @@ class Session:
         self._full = True
 
     def _forget_hints(self) -> None:
-        self._ledger.idle = False
-        self._ledger.outbox.forget_spare()
+        self._ledger.note_idle(False)
         self._ledger.drop_hints()
 
     def admit_locally(self) -> None:
@@ -176,7 +175,8 @@ class Session:
         """The next request, for a server that says this of itself. Answer it by `answered`,
         `unanswered` or `failed`."""
         joining = self._must_join or self._policy_due
-        batch = self._ledger.take_join() if joining else self._ledger.take()
+        at = float("inf") if self._leaving else self.lease.now_ms()
+        batch = self._ledger.take_join() if joining else self._ledger.take(at)
         self.traffic.syncs += 1
         return batch, self._request(batch, run, uptime_ms)
 
@@ -286,7 +286,7 @@ class Session:
         self._answers.take(batch, reply, self.policy, sent_ms, at)
         if reply.whole is not None:
             self._compare(reply, reply.whole, sent_ms, at)
-        self._ledger.idle = reply.parked == 0 and reply.timed_ms == 0 and reply.recovering_ms == 0
+        self._ledger.note_idle(not (reply.parked or reply.timed_ms or reply.recovering_ms > 0))
         self._ledger.take_hints({request.flows[h.flow - 1]: h for h in reply.hints})
         self._arm(reply)
         self._settled()

@@ -217,6 +217,36 @@ async def test_a_permit_that_was_said_to_be_free_is_not_taken_out_again(ledger: 
     assert not ask(ledger).future.done()
 
 
+async def test_a_spare_permit_stays_for_the_next_one_while_other_things_are_said(
+    ledger: Ledger,
+) -> None:
+    first, second = held(ledger), held(ledger)
+    ledger.idle = True
+    release(ledger, first)
+    ledger.settle_later(first.ticket, "7")
+    other = ask(ledger, "kind:b")
+    batch = ledger.take(20.0 + outbox.SPARE_MS / 2)
+    assert [waiter.ticket for waiter in batch.enqueues] == [other.ticket]
+    assert batch.releases == batch.settles == []
+    assert not ledger.outbox.urgent
+    assert ask(ledger).future.done()
+    release(ledger, second)
+    batch = ledger.take(20.0 + outbox.SPARE_MS)
+    assert [one.ticket for one in batch.releases] == [second.ticket]
+    assert batch.settles == [(first.ticket, "7")]
+    assert not ask(ledger).future.done()
+
+
+async def test_nothing_is_kept_once_somebody_waits_in_the_pool(ledger: Ledger) -> None:
+    first = held(ledger)
+    ledger.idle = True
+    release(ledger, first)
+    ledger.outbox.urgent = False
+    ledger.note_idle(False)
+    assert ledger.outbox.urgent
+    assert [one.ticket for one in ledger.take(20.0).releases] == [first.ticket]
+
+
 async def test_recycling_passes_on_what_nobody_heard_of_in_a_fair_order(ledger: Ledger) -> None:
     first = held(ledger)
     release(ledger, first)
