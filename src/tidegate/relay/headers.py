@@ -33,9 +33,10 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
     )
 )
 _NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")
-# What would have a say over our own origin and its connections.
+# What would have a say over our own origin and its connections, and what our server says itself.
 _NOT_RETURNED = _HOP_BY_HOP | frozenset(
     (
+        b"date",
         *(b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security"),
         *(b"clear-site-data", b"refresh", b"nel", b"report-to", b"reporting-endpoints"),
     )
