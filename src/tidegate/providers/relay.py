@@ -21,9 +21,12 @@ from yarl import URL
 
 from tidegate.errors import UpstreamRejected, UpstreamTimeout, UpstreamUnavailable
 from tidegate.providers.gemini.timeouts import Timeouts
-from tidegate.providers.http1 import READ_AHEAD_BYTES, Answer, Connection, RawHeaders
+from tidegate.providers.http1 import READ_AHEAD_BYTES, Answer, Connection, RawHeaders, Unheard
 
 _KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: whoever closes first is us
+# A server that closed an idle connection as we sent says so within a round trip. One that takes
+# longer had the request, and may have worked on it.
+_CROSSED_S = 1.0
 _NAMES_S = 30.0
 _SWEEP_S = 0.25
 _NEXT_ADDRESS_S = 0.25
@@ -120,6 +123,13 @@ class Exchange:
             whole += piece
         return bytes(whole[:max_bytes])
 
+    def has_crossed(self, failed: BaseException) -> bool:
+        """Whether the request met the end of a connection that the upstream had closed before it
+        saw any of it, as far as can be told from here."""
+        is_open = self._whole is None
+        asked_at = self._total_until - self._wire.total_s
+        return is_open and type(failed) is Unheard and self._wire.time() - asked_at <= _CROSSED_S
+
     def close(self) -> bool:
         """End it: the connection is kept, and True returned, only when the answer has come to its
         end. Else it is closed in the event loop's next round. Idempotent."""
@@ -200,7 +210,9 @@ class RelayWire:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
 
         A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
-        Cancelling closes the connection.
+        Where a kept connection was closed as we sent, the request is sent again, once, on a new
+        one; a body in pieces could not be, and goes on a new one at once. Cancelling closes the
+        connection.
         """
         lines = [b"%b: %b\r\n" % pair for pair in headers]
         said = b"".join(lines)
@@ -209,17 +221,25 @@ class RelayWire:
         head = b"%b %b%b" % (method.encode("ascii"), place.line, said)
         if body is None and method != "GET":
             body = b""
-        connection = self._idle_one(place.origin) or await self._connect(place.origin)
-        exchange = Exchange(self, place.origin, connection, connection.send(head, body))
-        self.exchanges.add(exchange)
-        try:
-            await exchange.begun()
-        except BaseException:
-            exchange.close()
-            # A connection is really closed in the loop's next round: its permit goes after that.
-            await asyncio.sleep(0)
-            raise
-        return exchange
+        origin = place.origin
+        again = body is None or isinstance(body, bytes)
+        kept = self._idle_one(origin) if again else None
+        connection = kept or await self._connect(origin)
+        while True:
+            exchange = Exchange(self, origin, connection, connection.send(head, body))
+            self.exchanges.add(exchange)
+            try:
+                await exchange.begun()
+                return exchange
+            except BaseException as failed:
+                crossed = connection is kept and exchange.has_crossed(failed)
+                exchange.close()
+                # A connection is really closed in the loop's next round: its permit goes after
+                # that.
+                await asyncio.sleep(0)
+                if not crossed:
+                    raise
+            connection = await self._connect(origin)
 
     def ran_out(self, phase: str) -> UpstreamTimeout:
         limit_ms = self._timeouts.of(phase)
