@@ -350,7 +350,8 @@ async def test_it_is_sent_again_once_and_only_there(wire: RelayWire, upstream: U
 
 
 @pytest.mark.parametrize(
-    "then", [b"H", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"]
+    "then",
+    [b"H", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"],
 )
 async def test_what_has_been_answered_in_part_is_not_sent_again(
     wire: RelayWire, upstream: Upstream, then: bytes
