@@ -308,7 +308,7 @@ class _Front(Out):
         if self._head_sent or not failed.status:
             await self.tell(failed.error)
             return
-        if isinstance(failed.error, UpstreamUnauthorized):
+        if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
             await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
             return
         headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]

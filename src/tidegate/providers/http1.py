@@ -32,10 +32,6 @@ class _Unusable(Exception):
     """What came is no answer; the message says why."""
 
 
-class Unheard(UpstreamUnavailable):
-    """The connection ended before a byte of an answer."""
-
-
 class Answer:
     """What came back of one request, so far. `status` is 0 until its head is there; `ended` once
     all of it is; `failure` says why no more will come."""
@@ -205,8 +201,8 @@ class Connection(asyncio.Protocol):
                 answer.fail(UpstreamUnavailable("the provider closed the connection in mid-answer"))
             else:
                 heard = self._head_bytes or self._hinted is answer
-                kind = UpstreamUnavailable if heard else Unheard
-                answer.fail(kind("the provider closed the connection before its answer"))
+                said = "the provider closed the connection before its answer"
+                answer.fail(UpstreamUnavailable(said, broke=None if heard else "unheard"))
         self._when_lost(self)
 
     def pause_writing(self) -> None:

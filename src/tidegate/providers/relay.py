@@ -21,7 +21,7 @@ from yarl import URL
 
 from tidegate.errors import UpstreamRejected, UpstreamTimeout, UpstreamUnavailable
 from tidegate.providers.gemini.timeouts import Timeouts
-from tidegate.providers.http1 import READ_AHEAD_BYTES, Answer, Connection, RawHeaders, Unheard
+from tidegate.providers.http1 import READ_AHEAD_BYTES, Answer, Connection, RawHeaders
 
 _KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: whoever closes first is us
 # A server that closed an idle connection as we sent says so within a round trip. One that takes
@@ -126,9 +126,10 @@ class Exchange:
     def has_crossed(self, failed: BaseException) -> bool:
         """Whether the request met the end of a connection that the upstream had closed before it
         saw any of it, as far as can be told from here."""
-        is_open = self._whole is None
+        if not isinstance(failed, UpstreamUnavailable) or failed.broke != "unheard":
+            return False
         asked_at = self._total_until - self._wire.total_s
-        return is_open and type(failed) is Unheard and self._wire.time() - asked_at <= _CROSSED_S
+        return self._whole is None and self._wire.time() - asked_at <= _CROSSED_S
 
     def close(self) -> bool:
         """End it: the connection is kept, and True returned, only when the answer has come to its
@@ -281,9 +282,9 @@ class RelayWire:
             raise self.ran_out("connect") from None
         except ssl.SSLError as wrong:
             why = wrong.reason or type(wrong).__name__
-            raise UpstreamUnavailable(f"no secure connection to the provider ({why})") from None
+            raise _unconnected(f"no secure connection to the provider ({why})") from None
         except (OSError, UnicodeError):
-            raise UpstreamUnavailable("could not connect to the provider") from None
+            raise _unconnected("could not connect to the provider") from None
         self.connections.add(connection)
         return connection
 
@@ -321,6 +322,10 @@ def _retired(connection: Connection, now: float) -> bool:
         return False
     connection.drop()
     return True
+
+
+def _unconnected(message: str) -> UpstreamUnavailable:
+    return UpstreamUnavailable(message, broke="connecting")
 
 
 def _place(text: str) -> Place:

@@ -72,7 +72,7 @@ class Work:
                 await self._by_one_of(left)
                 return
             except CallFailed as failed:
-                self._relay.noted(failed)
+                self._relay.noted(self._call, failed)
                 if not self._worth_another(failed):
                     raise
                 left = [one for one in left if one is not failed.target]

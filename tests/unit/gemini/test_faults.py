@@ -82,6 +82,35 @@ def test_a_403_on_a_thing_that_was_asked_for_says_nothing_of_the_key(
 
 
 @pytest.mark.parametrize(
+    ("status", "message", "reason", "of_key"),
+    [
+        (401, "Incorrect API key provided: sk-x.", None, True),
+        (401, "", None, True),
+        (
+            401,
+            "Insufficient permissions. Missing scopes: api.responses.write",
+            None,
+            False,
+        ),
+        (403, "The caller does not have permission", None, False),
+        (403, "Your API key does not have permission to use the specified resource.", None, False),
+        (403, "", None, False),
+        (403, "Your API key was reported as leaked. Please use another API key.", None, True),
+        (403, "Consumer has been suspended.", None, True),
+        (403, "Permission denied on resource project p.", "CONSUMER_INVALID", True),
+        (403, "Your project has been denied access.", None, True),
+    ],
+)
+def test_what_a_refusal_says_of_the_key_is_told_from_what_it_says_of_a_call(
+    status: int, message: str, reason: str | None, of_key: bool
+) -> None:
+    details = [{"@type": "x/google.rpc.ErrorInfo", "reason": reason}] if reason else []
+    error = mapped(status, message=message, details=details)
+    assert isinstance(error, UpstreamUnauthorized)
+    assert error.of_key is of_key
+
+
+@pytest.mark.parametrize(
     ("message", "delay", "header", "expected_ms"),
     [
         ("Please retry in 53.0s.", "47s", "9", 47_000),

@@ -51,6 +51,13 @@ _DEAD_KEY = re.compile(r"api key (?:not valid|not found|expired|has been)", re.I
 # A 403 on what was asked for, such as a file that is not there (Gemini's word for it) or a model
 # that the account may not use: it says nothing of the key, which serves others at this moment.
 _ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECASE)
+# Who refuses the key says so. "The caller does not have permission" is also what Gemini says of a
+# private video, and there are keys that may do some things and not others.
+_ABOUT_THE_KEY = re.compile(
+    r"\b(?:api.?key|credential|consumer|project|account|organi[sz]ation|billing|suspended)",
+    re.IGNORECASE,
+)
+_ABOUT_A_SCOPE = re.compile(r"missing scopes?\b|\bresource\b", re.IGNORECASE)
 _GOOGLE_KEY = re.compile(r"AIza[0-9A-Za-z_-]{20,}")
 
 
@@ -165,7 +172,8 @@ def from_status(
     if status == 403 and _ABOUT_A_THING.search(str(error.get("message"))):
         return UpstreamRejected(message, status=status)
     if status in (401, 403) or (status == 400 and _dead_key(error, details)):
-        return UpstreamUnauthorized(message, status=status)
+        of_key = _is_of_key(status, error, details)
+        return UpstreamUnauthorized(message, status=status, of_key=of_key)
     if status >= 500 or status in TRANSIENT_CODES:
         return UpstreamUnavailable(message, status=status, retry_after_ms=retry_after_ms)
     if 300 <= status < 500:
@@ -231,6 +239,15 @@ def _dead_key(error: Mapping[str, Any], details: list[dict[str, Any]]) -> bool:
     if any(str(detail.get("reason")).startswith("API_KEY_") for detail in details):
         return True
     return bool(_DEAD_KEY.search(str(error.get("message", ""))))
+
+
+def _is_of_key(status: int, error: Mapping[str, Any], details: list[dict[str, Any]]) -> bool:
+    said = str(error.get("message", ""))
+    if any("reason" in detail for detail in details):
+        return True
+    if _ABOUT_A_SCOPE.search(said):
+        return False
+    return status != 403 or bool(_ABOUT_THE_KEY.search(said))
 
 
 def _list(value: object) -> list[Any]:
