@@ -113,7 +113,13 @@ class Forbidden(TidegateError):
 
 
 class NotFound(TidegateError):
+    """`field` names the input that asked for it, where it was one."""
+
     code = "not_found"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class IdempotencyConflict(TidegateError):

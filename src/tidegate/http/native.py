@@ -22,6 +22,7 @@ from tidegate.errors import (
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
+    UnsupportedMedia,
     UpstreamUnauthorized,
 )
 from tidegate.http.access import log_request, who
@@ -46,6 +47,8 @@ from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _TYPE = b"content-type"
+_CODING = b"content-encoding"
+_CODED = "the body is compressed, which is not taken here: send it as it is"
 
 log = get_logger()
 
@@ -54,13 +57,16 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     """Answer a request to a native path; its line is in the log, whatever becomes of it."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
-    hint = dialect_of(path, frozenset(name for name, _ in headers), scope["query_string"])
+    names = frozenset(name for name, _ in headers)
+    hint = dialect_of(path, names, scope["query_string"])
     endpoint = endpoint_of(method, path, hint)
     dialect = hint if endpoint is None else endpoint.dialect
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
             await front.refuse(NotFound(f"there is no {method} {path}"))
+        elif _CODING in names and endpoint.operation is not Operation.UPLOAD and _is_coded(headers):
+            await front.refuse(UnsupportedMedia("Content-Encoding", _CODED, allowed="identity"))
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged here, and nowhere else
@@ -102,7 +108,9 @@ class _Front(Out):
         self._task: asyncio.Task[Any] = task
         self._incoming: Incoming | None = None
         offered = scope.get("extensions", {}).get(DIRECT_EXTENSION)
-        self._direct: Direct | None = None if offered is None else offered["answer"]
+        # An answer to HEAD has no body, whatever its length says: uvicorn sees to that.
+        direct = offered is not None and scope["method"] != "HEAD"
+        self._direct: Direct | None = offered["answer"] if direct else None
 
     async def answer(self, endpoint: Endpoint) -> None:
         self._services.streams.add(self._task)
@@ -371,6 +379,11 @@ class _Front(Out):
                 subject=call.subject,
             )
         )
+
+
+def _is_coded(headers: Headers) -> bool:
+    said = b",".join(value for name, value in headers if name == _CODING).lower()
+    return any(one.strip() not in (b"", b"identity") for one in said.split(b","))
 
 
 async def _never() -> Message:

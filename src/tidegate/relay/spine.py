@@ -104,8 +104,8 @@ class Relay:
     def _chain(self, call: NativeCall, asked: Asked | None) -> list[Target]:
         if asked is not None:
             return self.targets.of(call.endpoint.dialect, asked.model)
-        name = call.endpoint.path.rpartition("/models/")[2]
-        if call.endpoint.operation is Operation.MODELS and name != call.endpoint.path:
+        name = call.endpoint.model
+        if call.endpoint.operation is Operation.MODELS and name is not None:
             check_model(call.caller, name)
             return self.targets.of(call.endpoint.dialect, name)
         return [self.first_of(call.endpoint.dialect)]

@@ -108,7 +108,7 @@ def test_one_tenants_requests_put_nothing_out_until_very_many_have_failed() -> N
     health = Health(Clock())
     for request in range(FAULTS_OF_ONE - 1):
         assert not health.failed("500", suspect=Suspect("a", request))
-    assert health.state == "ok"
+    assert health.admits()
     assert health.failed("500", suspect=Suspect("a", FAULTS_OF_ONE))
     assert health.state == "out"
 
