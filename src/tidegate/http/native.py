@@ -320,7 +320,7 @@ class _Front(Out):
             await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
             return
         headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]
-        after_ms = failed.error.retry_after_ms
+        after_ms = failed.paused_ms or failed.error.retry_after_ms
         if after_ms and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
         self._life.keep(failed.body)

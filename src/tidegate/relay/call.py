@@ -118,7 +118,7 @@ class Life:
 class CallFailed(Exception):
     """An upstream's refusal or fault, with its own words where it had any.
 
-    status 0: it gave no answer.
+    status 0: it gave no answer. paused_ms: for how long a limit of the call was paused by it.
     """
 
     def __init__(
@@ -136,3 +136,4 @@ class CallFailed(Exception):
         self.status = status
         self.headers = headers or []
         self.body = body
+        self.paused_ms = 0

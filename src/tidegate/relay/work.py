@@ -19,7 +19,6 @@ from tidegate.errors import (
     DeadlineExceeded,
     DemandImpossible,
     UpstreamError,
-    UpstreamThrottled,
     UpstreamUnauthorized,
 )
 from tidegate.limiter import Permit
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 MOST_TRIES = 4
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
+_LONGEST_RETRY_MS = 86_400_000
 
 Begun = Callable[[Permit | None], Awaitable[None]]
 
@@ -91,11 +91,11 @@ class Work:
     async def _pause(self, failed: CallFailed) -> bool:
         """Before the same upstream is asked again; False where the deadline would come first.
 
-        A throttling with a time has paused the limit: its queue waits for us.
+        Where it has paused a limit, the limit's queue waits for us.
         """
+        if failed.paused_ms:
+            return failed.paused_ms < self._call.left_ms()
         after_ms = failed.error.retry_after_ms
-        if after_ms is not None and isinstance(failed.error, UpstreamThrottled):
-            return after_ms < self._call.left_ms()
         longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (self._life.tries - 1))
         pause_s = (after_ms or 0) / 1000 + longest_s * (0.5 + random() / 2)
         if pause_s * 1000 >= self._call.left_ms():
@@ -104,21 +104,45 @@ class Work:
         return True
 
     async def _by_one_of(self, targets: list[Target]) -> None:
-        """By the first that has room at once; where none has, by the first in its turn."""
+        """By the first that has room at once; where none has, by the first in its turn that is not
+        paused for longer than we may wait."""
         relay, call = self._relay, self._call
         demands = [relay.demand_of(call, self._asked, target) for target in targets]
+        never: dict[int, DemandImpossible] = {}
         if len(targets) > 1:
-            for target, demand in zip(targets, demands, strict=True):
+            for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
                 try:
                     async with self._attempt(target, demand) as permit:
                         if permit is not None or not demand.limits:
                             await self._under(permit, target, demand)
                             return
-                except DemandImpossible:
-                    if target is targets[-1]:
-                        raise
-        async with self._admission(targets[0], demands[0]) as permit:
-            await self._under(permit, targets[0], demands[0])
+                except DemandImpossible as impossible:
+                    never[place] = impossible
+        place = 0
+        if never or relay.limiter_of(targets[0]).paused_ms(demands[0].limits):
+            place = self._to_wait_for(targets, demands, never)
+        async with self._admission(targets[place], demands[place]) as permit:
+            await self._under(permit, targets[place], demands[place])
+
+    def _to_wait_for(
+        self, targets: list[Target], demands: list[Demand], never: dict[int, DemandImpossible]
+    ) -> int:
+        """The place of the first whose queue is worth standing in. Raises DeadlineExceeded where
+        all are paused beyond our deadline, and DemandImpossible where none could ever let us in."""
+        left_ms = max(0, self._call.left_ms())
+        soonest_ms, limit = _LONGEST_RETRY_MS, ""
+        for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
+            if place in never:
+                continue
+            paused_ms = self._relay.limiter_of(target).paused_ms(demand.limits)
+            if paused_ms <= left_ms:
+                return place
+            limit = limit or demand.limits[0]
+            soonest_ms = min(soonest_ms, paused_ms)
+        if not limit:
+            raise next(iter(never.values()))
+        said = "what the call needs is paused for longer than it may wait"
+        raise DeadlineExceeded(said, limit=limit, retry_after_ms=soonest_ms)
 
     def _attempt(
         self, target: Target, demand: Demand

@@ -134,6 +134,68 @@ def test_how_long_to_wait_is_read_from_retry_info_then_the_message_then_the_head
     assert error.retry_after_ms == expected_ms
 
 
+DAY_MS = 86_400_000
+
+
+@pytest.mark.parametrize(
+    ("message", "headers", "expected_ms"),
+    [
+        ("Please try again in 20s. Visit https://x", {}, 20_000),
+        ("Please try again in 6m0s.", {}, 360_000),
+        ("Please try again in 1h2m3s.", {}, 3_723_000),
+        ("Please try again in 120ms.", {}, 120),
+        ("Please try again in 1.25s.", {"retry-after": "9"}, 1_250),
+        ("Try again in a while", {"retry-after": "9"}, 9_000),
+        ("", {"retry-after-ms": "250", "retry-after": "1"}, 250),
+        ("", {"retry-after-ms": "0"}, 0),
+        ("", {"retry-after-ms": "-5", "retry-after": "2"}, 2_000),
+        ("", {"retry-after-ms": "999999999"}, DAY_MS),
+        ("", {"retry-after": "0"}, 0),
+        ("", {"retry-after": "-1"}, None),
+        ("", {"retry-after": "1.5"}, 1_500),
+        ("", {"retry-after": "99999999999999999999"}, None),
+        ("", {"retry-after": "Fri, 31 Dec 99999 23:59:59 GMT"}, None),
+        ("", {"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, DAY_MS),
+        ("", {"retry-after": "Mon, 01 Jan 0001 00:00:00 +2359"}, 0),
+        ("", {"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "0"}, 360_000),
+        ("", {"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "7"}, None),
+        ("", {"x-ratelimit-reset-requests": "59ms", "x-ratelimit-remaining-requests": "0"}, 59),
+        ("", {"x-ratelimit-reset-requests": "-1s", "x-ratelimit-remaining-requests": "0"}, None),
+        (
+            "",
+            {"x-ratelimit-reset-requests": "999999h", "x-ratelimit-remaining-requests": "0"},
+            DAY_MS,
+        ),
+    ],
+)
+def test_the_other_ways_to_say_how_long_are_read_too_and_bounded(
+    message: str, headers: dict[str, str], expected_ms: int | None
+) -> None:
+    assert mapped(429, headers, message=message).retry_after_ms == expected_ms
+
+
+@given(
+    st.text(max_size=30),
+    st.sampled_from(["retry-after", "retry-after-ms", "x-ratelimit-reset-tokens"]),
+    st.sampled_from(["", "Please try again in "]),
+)
+def test_no_words_on_how_long_break_it_or_are_longer_than_a_day(
+    said: str, name: str, before: str
+) -> None:
+    headers = {name: said, "x-ratelimit-remaining-tokens": "0"}
+    found_ms = mapped(429, headers, message=before + said).retry_after_ms
+    assert found_ms is None or 0 <= found_ms <= DAY_MS
+
+
+@pytest.mark.parametrize(
+    ("said", "unit"), [("tokens", "tokens"), ("requests", "requests"), ("rate_limit_error", None)]
+)
+def test_openai_says_in_the_type_what_there_was_too_much_of(said: str, unit: str | None) -> None:
+    error = mapped(429, type=said, code="rate_limit_exceeded")
+    assert isinstance(error, UpstreamThrottled)
+    assert error.unit == unit
+
+
 def test_a_retry_after_header_may_be_a_date() -> None:
     at = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     found = mapped(503, {"retry-after": at}).retry_after_ms
