@@ -313,6 +313,8 @@ class _Front(Out):
     async def _tell_failed(self, failed: CallFailed) -> None:
         """In the upstream's own words where it had any; but its word on our key is not for
         clients, who would take it for theirs."""
+        if failed.told:
+            return
         if self._head_sent or not failed.status:
             await self.tell(failed.error)
             return

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from random import random
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from tidegate.call import Outcome
 from tidegate.demand import Demand
 from tidegate.errors import (
@@ -23,6 +25,7 @@ from tidegate.errors import (
 )
 from tidegate.limiter import Permit
 from tidegate.providers.relay import Exchange
+from tidegate.relay import inside
 from tidegate.relay.asked import Asked
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.charging import native_charge
@@ -219,7 +222,7 @@ class Work:
         demands.learn(demand, life.told.usage, whole=whole)
 
     async def _exchange(self, target: Target, demand: Demand) -> None:
-        relay, life = self._relay, self._life
+        relay = self._relay
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
             body = body_for(self._call, self._body, target, ask_usage=hides)
@@ -227,8 +230,6 @@ class Work:
             try:
                 if exchange.status >= 300:
                     raise await refusal_of(exchange, target)
-                relay.worked(target)
-                life.http_status = exchange.status
                 await self._pass_on(exchange, target, demand, hides)
             finally:
                 if not exchange.close():  # it is closed in the loop's next round
@@ -240,30 +241,66 @@ class Work:
         self, exchange: Exchange, target: Target, demand: Demand, hides_usage: bool
     ) -> None:
         life, out = self._life, self._out
+        first = await self._first(exchange, target)
+        self._relay.worked(target)
+        life.http_status = exchange.status
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         headers = to_return(exchange.headers, same_length=without is None)
         headers.append((b"x-tidegate-queue-ms", b"%.1f" % life.queue_ms))
         headers.append((b"x-tidegate-upstream", target.upstream.name.encode()))
         if left := self._relay.remaining[target.upstream.pool].of(demand.limits):
             headers.append((b"x-tidegate-remaining", left))
-        if without is None and exchange.has_ended:
-            piece = await exchange.next()
-            life.keep(piece)
-            await out.whole(exchange.status, headers, piece)
-            return
-        await out.start(exchange.status, headers)
+        life.keep(first)
+        if without is None and exchange.at_end:
+            await out.whole(exchange.status, headers, first)
+        else:
+            await out.start(exchange.status, headers)
+            await self._pieces(exchange, first, without)
+        if life.streams and (value := inside.error_in(inside.tail_of(life.pieces))) is not None:
+            error = inside.error_of(value, exchange.headers, secret=target.upstream.key)
+            raise CallFailed(error, target, told=True)
+
+    async def _first(self, exchange: Exchange, target: Target) -> bytes:
+        """The first bytes of the body. Raises CallFailed where they tell an error, of which the
+        client has heard nothing yet."""
+        first = await exchange.next()
+        if not self._call.endpoint.operation.is_counted:  # such as a file, which may say anything
+            return first
+        while inside.is_too_short(first) and not exchange.at_end:
+            first += await exchange.next()
+        if not inside.may_begin_with_error(first):
+            return first
+        while (value := inside.error_in(first)) is None:
+            if exchange.at_end or len(first) > inside.LONGEST_BYTES:
+                return first
+            first += await exchange.next()
+        key = target.upstream.key
+        raise CallFailed(
+            inside.error_of(value, exchange.headers, secret=key),
+            target,
+            status=inside.status_of(value),
+            headers=inside.own_headers(to_return(exchange.headers, same_length=False)),
+            body=orjson.dumps(value).replace(key.encode(), b"***"),
+        )
+
+    async def _pieces(
+        self, exchange: Exchange, piece: bytes, without: WithoutUsageEvent | None
+    ) -> None:
+        life, out = self._life, self._out
         if without is None:
-            more = True
+            more = not exchange.at_end
+            await out.body(piece, more)
             while more:
                 piece = await exchange.next()
                 life.keep(piece)
                 more = not exchange.at_end
                 await out.body(piece, more)
             return
-        while piece := await exchange.next():
-            life.keep(piece)
-            if piece := without.take(piece):
-                await out.body(piece, True)
+        while piece:
+            if shown := without.take(piece):
+                await out.body(shown, True)
+            if piece := await exchange.next():
+                life.keep(piece)
         await out.body(without.rest(), False)
 
 
