@@ -47,7 +47,7 @@ _STATUSES = {
 
 
 def is_too_short(first: bytes) -> bool:
-    """Whether the first bytes of an answer may be half of a line that tells an error."""
+    """Whether the first bytes of a stream may be half of a line that tells an error."""
     if len(first) >= SHORTEST_BYTES or first.endswith((b"\n\n", b"\r\n\r\n")):
         return False
     return not first.endswith(b"\n") or first.lstrip()[:6] in (b"", b"event:")

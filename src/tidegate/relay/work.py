@@ -266,7 +266,8 @@ class Work:
         first = await exchange.next()
         if not self._call.endpoint.operation.is_counted:  # such as a file, which may say anything
             return first
-        while inside.is_too_short(first) and not exchange.at_end:
+        # Half a line of a stream is of no use to anybody.
+        while self._life.streams and inside.is_too_short(first) and not exchange.at_end:
             first += await exchange.next()
         if not inside.may_begin_with_error(first):
             return first
