@@ -25,8 +25,9 @@ _BEGINS = re.compile(
 # A first piece that is shorter may be half of a line that says so.
 SHORTEST_BYTES = 64
 LONGEST_BYTES = 65_536
+_HEAD_BYTES = 160
 _TAIL_BYTES = 16_384
-_ENOUGH_BYTES = 4_096
+_ENOUGH_BYTES = 2_048
 _IN_LIST = re.compile(rb'[\[,]\s*(?=\{\s*"error"\s*:\s*\{)')
 _DECODER = json.JSONDecoder()
 _STATUSES = {
@@ -55,16 +56,18 @@ def is_too_short(first: bytes) -> bool:
 
 def tail_of(pieces: list[bytes]) -> bytes:
     """The last bytes of an answer, enough for an error."""
-    tail = b""
-    for piece in reversed(pieces):
-        tail = piece + tail
-        if len(tail) > _ENOUGH_BYTES:
-            break
-    return tail
+    start, size_bytes = len(pieces), 0
+    while start and size_bytes < _ENOUGH_BYTES:
+        start -= 1
+        size_bytes += len(pieces[start])
+    return b"".join(pieces[start:])
 
 
 def may_begin_with_error(first: bytes) -> bool:
     """Of the first bytes of an answer."""
+    head = first[:_HEAD_BYTES]  # nearly all are seen to be none at a glance
+    if b"error" not in head and b"response.failed" not in head:
+        return False
     return _BEGINS.match(first) is not None
 
 
