@@ -22,6 +22,7 @@ from tidegate.errors import (
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
+    UnsupportedMedia,
     UpstreamUnauthorized,
 )
 from tidegate.http.access import log_request, who
@@ -46,6 +47,8 @@ from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _TYPE = b"content-type"
+_CODING = b"content-encoding"
+_CODED = "the body is compressed, which is not taken here: send it as it is"
 
 log = get_logger()
 
@@ -54,9 +57,10 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     """Answer a request to a native path; its line is in the log, whatever becomes of it."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
+    names = {name for name, _ in headers}
     endpoint = posted_to(method, path)
     if endpoint is None:
-        hint = dialect_of(path, frozenset(name for name, _ in headers), scope["query_string"])
+        hint = dialect_of(path, names, scope["query_string"])
         endpoint = endpoint_of(method, path, hint)
         dialect = hint if endpoint is None else endpoint.dialect
     else:
@@ -65,6 +69,8 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     try:
         if endpoint is None:
             await front.refuse(NotFound(f"there is no {method} {path}"))
+        elif _CODING in names and endpoint.operation is not Operation.UPLOAD and _is_coded(headers):
+            await front.refuse(UnsupportedMedia("Content-Encoding", _CODED, allowed="identity"))
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged here, and nowhere else
@@ -78,18 +84,9 @@ class _Front(Out):
     """One request, until it is answered and recorded."""
 
     __slots__ = (
-        *(
-            "_services",
-            "_scope",
-            "_receive",
-            "_send",
-            "_dialect",
-            "_request_id",
-            "_id_text",
-            "_received",
-        ),
-        *("_received_at", "_life", "_ends_whole", "_task", "_head_sent"),
-        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_id_text"),
+        *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
+        *("_received_at", "_life", "_ends_whole", "_task", "_head_sent", "_id_text"),
+        *("_recorded", "_headers", "_caller", "_direct", "_incoming"),
     )
 
     def __init__(
@@ -116,7 +113,9 @@ class _Front(Out):
         self._task: asyncio.Task[Any] = task
         self._incoming: Incoming | None = None
         offered = scope.get("extensions", {}).get(DIRECT_EXTENSION)
-        self._direct: Direct | None = None if offered is None else offered["answer"]
+        # An answer to HEAD has no body, whatever its length says: uvicorn sees to that.
+        direct = offered is not None and scope["method"] != "HEAD"
+        self._direct: Direct | None = offered["answer"] if direct else None
 
     async def answer(self, endpoint: Endpoint) -> None:
         self._services.streams.add(self._task)
@@ -320,14 +319,16 @@ class _Front(Out):
     async def _tell_failed(self, failed: CallFailed) -> None:
         """In the upstream's own words where it had any; but its word on our key is not for
         clients, who would take it for theirs."""
+        if failed.told:
+            return
         if self._head_sent or not failed.status:
             await self.tell(failed.error)
             return
-        if isinstance(failed.error, UpstreamUnauthorized):
+        if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
             await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
             return
         headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]
-        after_ms = failed.error.retry_after_ms
+        after_ms = failed.paused_ms or failed.error.retry_after_ms
         if after_ms and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
         self._life.keep(failed.body)
@@ -386,6 +387,11 @@ class _Front(Out):
                 subject=call.subject,
             )
         )
+
+
+def _is_coded(headers: Headers) -> bool:
+    said = b",".join(value for name, value in headers if name == _CODING).lower()
+    return any(one.strip() not in (b"", b"identity") for one in said.split(b","))
 
 
 async def _never() -> Message:
