@@ -76,7 +76,7 @@ class _Front(Out):
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
         *("_received_at", "_life", "_ends_whole", "_task", "_head_sent"),
-        *("_recorded", "_headers", "_caller", "_direct", "_incoming"),
+        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_to_keep"),
     )
 
     def __init__(
@@ -97,6 +97,7 @@ class _Front(Out):
         self._caller = ANYBODY
         self._recorded = False  # already, by the request that this one repeats
         self._headers: Headers = []  # of the answer
+        self._to_keep: Once | None = None  # what is to be kept under an idempotency key
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
@@ -147,6 +148,8 @@ class _Front(Out):
             if opening is not None:
                 opening.close()
             await presence.end()
+        if self._to_keep is not None:  # not before: a client may go as soon as it has its answer
+            await self._to_keep.ended(self._life, self._content_type())
         if not self._recorded:
             self._record(call, status, failure)
 
@@ -230,7 +233,7 @@ class _Front(Out):
         except BaseException:
             await asyncio.shield(once.failed())
             raise
-        await once.ended(self._life, self._content_type())
+        self._to_keep = once
 
     async def _upload(self, call: NativeCall) -> None:
         host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
