@@ -190,6 +190,7 @@ async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 async def _create(asking: Asking) -> Response:
     services = asking.services
+    await services.budgets.let_in(asking.caller)
     body = Body(asking.request, services.config)
     values = parsed(await body.read(_CREATE_BYTES, field="body"))
     for name in values:
