@@ -81,7 +81,12 @@ def _whole(name: bytes, value: bytes, least: int, most: int) -> int:
 
 
 def _tag(name: bytes, value: bytes) -> str:
-    text = value.decode("latin-1").strip()
+    """A subject, which must be the same whether it came in a header or in JSON: most clients write
+    headers in UTF-8; what can't be that is in Latin-1."""
+    try:
+        text = value.decode().strip()
+    except UnicodeDecodeError:
+        text = value.decode("latin-1").strip()
     if not 1 <= len(text) <= _LONGEST_TAG or not text.isprintable():
         header = name.decode()
         allowed = f"1 to {_LONGEST_TAG} printable characters"
