@@ -71,7 +71,7 @@ async def test_a_batch_waits_while_a_budget_is_spent_and_then_goes_on(
     policy.write_text('[upstreams.gemini.prices]\n"*" = { input = 1, output = 1 }\n')
     gateway = await open_gateway(**ON, tidegate_policy=policy)
     await gateway.upstream.set_behaviour(first_byte_ms=300)
-    most = 100 if budget.endswith("tokens") else 0.0001
+    most: Any = 100 if budget.endswith("tokens") else 0.0001
     client = await with_key(gateway, sdk, **{budget: most})
     batch = await begin(client, content(LINES))
     await stands_still(gateway, client, batch)

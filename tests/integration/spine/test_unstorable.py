@@ -19,12 +19,9 @@ async def asked(
     gateway: Gateway, method: str, path: str, body: Any = None
 ) -> tuple[int, dict[str, Any]]:
     """Bodies are written with escapes, as JSON may have them."""
-
-    given = (
-        {}
-        if body is None
-        else {"data": dumps(body), "headers": {"Content-Type": "application/json"}}
-    )
+    given: dict[str, Any] = {}
+    if body is not None:
+        given = {"data": dumps(body), "headers": {"Content-Type": "application/json"}}
     url = URL(gateway.url + path, encoded=True)
     async with gateway.http.request(method, url, **given) as response:
         return response.status, await response.json(content_type=None)
@@ -110,7 +107,10 @@ async def test_a_native_call_with_it_passes_and_is_on_record(open_gateway: Opene
     assert (status, answer["model"]) == (200, f"m{NUL}")
 
     async def recorded() -> list[Any]:
-        return await gateway.database.fetch("SELECT status, model, usage_state FROM audit")
+        rows: list[Any] = await gateway.database.fetch(
+            "SELECT status, model, usage_state FROM audit"
+        )
+        return rows
 
     (row,) = await wait_until(recorded, 5, "its record")
     assert tuple(row) == ("succeeded", "ma\ufffdb", "told")
