@@ -237,18 +237,20 @@ SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs, coalesce(su
 FROM batches WHERE tenant_id = $1 AND status IN ('validating', 'in_progress')
 
 -- name: batches_ended_before
--- Batches that ended before $1, oldest first, at most $2.
+-- Batches that ended before $1, oldest first, at most $2; of the tenants $3, or where not $4 of all others.
 SELECT id FROM batches
-WHERE greatest(completed_at, failed_at, expired_at, cancelled_at) < $1 ORDER BY id LIMIT $2
+WHERE greatest(completed_at, failed_at, expired_at, cancelled_at) < $1
+    AND (tenant_id = ANY($3::text[])) = $4
+ORDER BY id LIMIT $2
 
 -- name: delete_batches
 -- Forget ended batches.
 DELETE FROM batches WHERE id = ANY($1::uuid[])
 
 -- name: old_batch_files
--- Files from before $1 that no batch has yet to read, at most $2.
+-- Files from before $1 that no batch has yet to read, at most $2; of the tenants $3, or of all others.
 SELECT f.id, f.blob_key FROM batch_files f
-WHERE f.created_at < $1 AND NOT EXISTS (
+WHERE f.created_at < $1 AND (f.tenant_id = ANY($3::text[])) = $4 AND NOT EXISTS (
     SELECT 1 FROM batches b WHERE b.status = 'validating' AND b.input_blob = f.blob_key)
 ORDER BY f.id LIMIT $2
 
