@@ -17,7 +17,7 @@ from tests.gateway import PNG, Gateway, Opener
 from tests.integration.tenants.asking import ask
 from tests.waiting import wait_until
 from tidegate.call import new_id
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store.blobs import Blobs
 from tidegate.store.connection import Connections
 from tidegate.store.erase import Eraser, EraseReport, Whose
@@ -258,3 +258,9 @@ async def test_a_subject_is_the_same_in_a_header_and_in_a_wrapped_call(
     status, report = await ask(gateway, "DELETE", f"/admin/subjects/{quote(name)}", {})
     assert (status, report["requests"], report["calls"]) == (200, 1, 2)
     assert await traces(gateway, SECRET) == set()
+
+
+@pytest.mark.parametrize(("tenant", "subject"), [(None, "\udcff"), ("a\0b", None), (None, None)])
+def test_what_can_be_nobodys_name_is_refused(tenant: str | None, subject: str | None) -> None:
+    with pytest.raises(ConfigError):
+        Whose(tenant, subject)
