@@ -30,7 +30,7 @@ from tidegate.http.dialects import event, refusal
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import Presence, abort
 from tidegate.http.incoming import ClientGone, Incoming, check_size
-from tidegate.http.native_call import call_of
+from tidegate.http.native_call import call_of, is_coded
 from tidegate.http.once import Once, wanted_of
 from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER
@@ -47,7 +47,6 @@ from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _TYPE = b"content-type"
-_CODING = b"content-encoding"
 _CODED = "the body is compressed, which is not taken here: send it as it is"
 
 log = get_logger()
@@ -57,10 +56,9 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     """Answer a request to a native path; its line is in the log, whatever becomes of it."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
-    names = {name for name, _ in headers}
     endpoint = posted_to(method, path)
     if endpoint is None:
-        hint = dialect_of(path, names, scope["query_string"])
+        hint = dialect_of(path, {name for name, _ in headers}, scope["query_string"])
         endpoint = endpoint_of(method, path, hint)
         dialect = hint if endpoint is None else endpoint.dialect
     else:
@@ -69,7 +67,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     try:
         if endpoint is None:
             await front.refuse(NotFound(f"there is no {method} {path}"))
-        elif _CODING in names and endpoint.operation is not Operation.UPLOAD and _is_coded(headers):
+        elif is_coded(headers) and endpoint.operation is not Operation.UPLOAD:
             await front.refuse(UnsupportedMedia("Content-Encoding", _CODED, allowed="identity"))
         else:
             await front.answer(endpoint)
@@ -86,7 +84,7 @@ class _Front(Out):
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
         *("_received_at", "_life", "_ends_whole", "_task", "_head_sent", "_id_text"),
-        *("_recorded", "_headers", "_caller", "_direct", "_incoming"),
+        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_to_keep"),
     )
 
     def __init__(
@@ -108,6 +106,7 @@ class _Front(Out):
         self._caller = ANYBODY
         self._recorded = False  # already, by the request that this one repeats
         self._headers: Headers = []  # of the answer
+        self._to_keep: Once | None = None  # what is to be kept under an idempotency key
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
@@ -160,6 +159,8 @@ class _Front(Out):
             if opening is not None:
                 opening.close()
             await presence.end()
+        if self._to_keep is not None:  # not before: a client may go as soon as it has its answer
+            await self._to_keep.ended(self._life, self._content_type())
         if not self._recorded:
             self._record(call, status, failure)
 
@@ -243,7 +244,7 @@ class _Front(Out):
         except BaseException:
             await asyncio.shield(once.failed())
             raise
-        await once.ended(self._life, self._content_type())
+        self._to_keep = once
 
     async def _upload(self, call: NativeCall) -> None:
         host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
@@ -387,11 +388,6 @@ class _Front(Out):
                 subject=call.subject,
             )
         )
-
-
-def _is_coded(headers: Headers) -> bool:
-    said = b",".join(value for name, value in headers if name == _CODING).lower()
-    return any(one.strip() not in (b"", b"identity") for one in said.split(b","))
 
 
 async def _never() -> Message:

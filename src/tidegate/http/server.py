@@ -33,6 +33,7 @@ from tidegate.http.native import native
 from tidegate.http.openapi import described
 from tidegate.http.problems import Handler
 from tidegate.http.services import Services
+from tidegate.http.target import SoundTarget
 from tidegate.relay.paths import is_native
 
 _LAST_WORDS_S = 5.0
@@ -117,6 +118,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
     problems.install(app)
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     _serve_docs(app)
+    app.add_middleware(SoundTarget)
     app.add_middleware(AccessLog)
     return app
 
