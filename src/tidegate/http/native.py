@@ -230,7 +230,7 @@ class _Front(Out):
         except BaseException:
             await asyncio.shield(once.failed())
             raise
-        await once.ended(self._life, self._content_type())
+        await once.ended(self._life, _type_in(self._headers) or "")
 
     async def _upload(self, call: NativeCall) -> None:
         host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
@@ -262,10 +262,6 @@ class _Front(Out):
     def _with_id(self, headers: Headers) -> Headers:
         headers.append((_REQUEST_ID, str(self._request_id).encode()))
         return headers
-
-    def _content_type(self) -> str:
-        found = (value.decode("latin-1") for name, value in self._headers if name == _TYPE)
-        return next(found, "")
 
     async def start(self, status: int, headers: Headers) -> None:
         self.started, self._headers = True, headers
@@ -367,10 +363,18 @@ class _Front(Out):
                 response_id=life.told.response_id,
                 failure=failure,
                 streamed=life.streams,
+                request_type=_type_in(self._scope["headers"]),
+                response_type=_type_in(self._headers),
+                omitted_bytes=life.omitted_bytes,
                 key_id=call.caller.key_id,
                 subject=call.subject,
             )
         )
+
+
+def _type_in(headers: Headers) -> str | None:
+    """The content type; None where none is told."""
+    return next((value.decode("latin-1") for name, value in headers if name == _TYPE), None)
 
 
 async def _never() -> Message:
