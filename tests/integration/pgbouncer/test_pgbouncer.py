@@ -15,6 +15,7 @@ from openai import AsyncOpenAI
 
 from tests.batching import assert_all_succeeded, begin, content
 from tests.batching import end_of as end_of_batch
+from tests.clusters import copied
 from tests.databases import make_template
 from tests.gateway import Gateway, Opener, read_stream
 from tests.integration.pgbouncer.bouncer import SERVERS, Bouncer
@@ -163,7 +164,7 @@ async def test_the_schema_is_made_by_processes_that_start_at_once(
 async def test_a_server_that_went_away_behind_the_pooler_is_noticed(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
-    server = PostgresServer(tmp_path / "postgres", settings={"fsync": "off"})
+    server = copied(tmp_path / "postgres", {"fsync": "off"})
     server.start()
     try:
         name = await make_template(server)
