@@ -39,7 +39,8 @@ from tidegate.telemetry import Log, get_logger
 
 log = get_logger()
 
-_GC_THRESHOLD = 20_000
+# New objects before a collection, which stops the event loop for as long as it looks at them.
+_GC_THRESHOLD = 5_000
 
 
 def create_app(config: Config | None = None) -> FastAPI:

@@ -188,6 +188,7 @@ class FrequentLog:
 
     def __init__(self, event: Log) -> None:
         self._event = event
+        self._name = event.value
         self._ready: list[bytes] = []
 
     def __call__(self, fields: dict[str, Any]) -> None:
@@ -196,7 +197,7 @@ class FrequentLog:
             return
         if "path" in fields:
             fields["path"] = _redacted_path(fields["path"])
-        fields["event"] = self._event.value
+        fields["event"] = self._name
         fields["process"] = _lines[1]
         fields["level"] = "info"
         fields["timestamp"] = datetime.now(UTC)

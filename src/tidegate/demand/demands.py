@@ -101,16 +101,17 @@ class Demands:
         counts LLM tokens only some calls are estimated, so that the estimator goes on learning: it
         costs as much as all the rest."""
         limits = self._limits(policy, kind, model, tenant, images)
+        reach = self._reach
         self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
         estimate = None
-        if not self._turn or self._reach.counts_tokens:
+        if not self._turn or reach.counts_tokens:
             estimate = self.estimator.of_pieces(
                 model, kind, pieces, images=images, max_output_tokens=max_output_tokens
             )
         return Demand(
             limits=limits,
             tenant=tenant,
-            priority=band_of(priority, policy.bands),
+            priority=reach.band(priority),
             images=images,
             estimate=estimate,
         )

@@ -13,6 +13,8 @@ from tidegate.limiter.limits import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Q
 from tidegate.policy.scopes import AT_ONCE, MEASURES, TOTAL
 
 MOST_PRIORITY = 100
+# Of the calls whose limits were looked for: models and tenants are named by clients.
+_MOST_KEPT = 1_000
 
 
 class Reach:
@@ -22,6 +24,8 @@ class Reach:
         self.policy = policy
         self.counts_tokens = any(_counts_tokens(policy.limit(one)) for one in policy.limits)
         self._kinds_optional = kinds_optional
+        self._found: dict[tuple[str, str, str, bool], tuple[str, ...]] = {}
+        self._bands: dict[int, str] = {}
         self._bound: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
         for limit_id in sorted(policy.limits, key=_usual_order):
             whom = whom_it_binds(limit_id)
@@ -33,6 +37,22 @@ class Reach:
 
         `images`: how many it makes; without any, limits on images are none of its own.
         """
+        call = (kind, model, tenant, images > 0)
+        found = self._found.get(call)
+        if found is None:
+            found = self._look_for(kind, model, tenant, images)
+            if len(self._found) < _MOST_KEPT:
+                self._found[call] = found
+        return found
+
+    def band(self, priority: int) -> str:
+        """See `band_of`."""
+        band = self._bands.get(priority)
+        if band is None:
+            band = self._bands[priority] = band_of(priority, self.policy.bands)
+        return band
+
+    def _look_for(self, kind: str, model: str, tenant: str, images: int) -> tuple[str, ...]:
         first = f"kind:{kind}"
         required = not self._kinds_optional and kind != OTHER_KIND
         found = [first] if required or first in self.policy.limits else []

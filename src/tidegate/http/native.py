@@ -22,6 +22,7 @@ from tidegate.errors import (
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
+    UnsupportedMedia,
     UpstreamUnauthorized,
 )
 from tidegate.http.access import log_request, who
@@ -36,8 +37,8 @@ from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
 from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
-from tidegate.relay.headers import Headers
-from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of
+from tidegate.relay.headers import Headers, content_type_in
+from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of, posted_to
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure, Idempotency
 from tidegate.store.relayed import RelayRecord
@@ -46,6 +47,8 @@ from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _TYPE = b"content-type"
+_CODING = b"content-encoding"
+_CODED = "the body is compressed, which is not taken here: send it as it is"
 
 log = get_logger()
 
@@ -54,13 +57,20 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     """Answer a request to a native path; its line is in the log, whatever becomes of it."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
-    hint = dialect_of(path, frozenset(name for name, _ in headers), scope["query_string"])
-    endpoint = endpoint_of(method, path, hint)
-    dialect = hint if endpoint is None else endpoint.dialect
+    names = {name for name, _ in headers}
+    endpoint = posted_to(method, path)
+    if endpoint is None:
+        hint = dialect_of(path, names, scope["query_string"])
+        endpoint = endpoint_of(method, path, hint)
+        dialect = hint if endpoint is None else endpoint.dialect
+    else:
+        dialect = endpoint.dialect
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
             await front.refuse(NotFound(f"there is no {method} {path}"))
+        elif _CODING in names and endpoint.operation is not Operation.UPLOAD and _is_coded(headers):
+            await front.refuse(UnsupportedMedia("Content-Encoding", _CODED, allowed="identity"))
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged here, and nowhere else
@@ -75,7 +85,7 @@ class _Front(Out):
 
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
-        *("_received_at", "_life", "_ends_whole", "_task", "_head_sent"),
+        *("_received_at", "_life", "_ends_whole", "_task", "_head_sent", "_id_text"),
         *("_recorded", "_headers", "_caller", "_direct", "_incoming"),
     )
 
@@ -89,6 +99,7 @@ class _Front(Out):
         self._send = send
         self._dialect = dialect
         self._request_id = new_id()
+        self._id_text = ""  # of the answer's head
         self._received = time.monotonic()
         self._received_at = datetime.now(UTC)
         self._life = Life()
@@ -102,7 +113,9 @@ class _Front(Out):
         self._task: asyncio.Task[Any] = task
         self._incoming: Incoming | None = None
         offered = scope.get("extensions", {}).get(DIRECT_EXTENSION)
-        self._direct: Direct | None = None if offered is None else offered["answer"]
+        # An answer to HEAD has no body, whatever its length says: uvicorn sees to that.
+        direct = offered is not None and scope["method"] != "HEAD"
+        self._direct: Direct | None = offered["answer"] if direct else None
 
     async def answer(self, endpoint: Endpoint) -> None:
         self._services.streams.add(self._task)
@@ -115,7 +128,7 @@ class _Front(Out):
         uploads = endpoint.operation is Operation.UPLOAD
         try:
             await self._identify()
-            if endpoint.operation.is_counted and self._caller.budgets is not NO_BUDGETS:
+            if endpoint.is_counted and self._caller.budgets is not NO_BUDGETS:
                 await self._services.budgets.let_in(self._caller)
             body = b"" if uploads else await self._whole_body()
             call = call_of(
@@ -128,7 +141,7 @@ class _Front(Out):
                 usual_wait_ms=self._services.config.stream_wait_ms,
             )
             opening = self._opening(call)
-            if not endpoint.operation.is_counted:
+            if not endpoint.is_counted:
                 check_files(call)
             if self._services.store.relayed.is_full:
                 await self._room(call)
@@ -180,7 +193,7 @@ class _Front(Out):
 
     def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
-        if call.caller.caps.most_streams is None or not call.endpoint.operation.is_counted:
+        if call.caller.caps.most_streams is None or not call.endpoint.is_counted:
             return None
         streams = call.endpoint.streams or parsed(call.body).get("stream") is True
         return self._services.openings.stream(call.caller) if streams else None
@@ -230,7 +243,7 @@ class _Front(Out):
         except BaseException:
             await asyncio.shield(once.failed())
             raise
-        await once.ended(self._life, _type_in(self._headers) or "")
+        await once.ended(self._life, content_type_in(self._headers) or "")
 
     async def _upload(self, call: NativeCall) -> None:
         host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
@@ -243,7 +256,7 @@ class _Front(Out):
         after_ms = self._services.config.keep_alive_after_ms
         gemini = endpoint.dialect is Dialect.GEMINI
         events = b"alt=sse" in self._scope["query_string"] if gemini else True
-        if not after_ms or not events or not endpoint.operation.is_counted:
+        if not after_ms or not events or not endpoint.is_counted:
             return None
         return asyncio.create_task(self._comfort(after_ms / 1000))
 
@@ -260,7 +273,8 @@ class _Front(Out):
             await self.body(b": waiting for admission\n\n", True)
 
     def _with_id(self, headers: Headers) -> Headers:
-        headers.append((_REQUEST_ID, str(self._request_id).encode()))
+        self._id_text = str(self._request_id)
+        headers.append((_REQUEST_ID, self._id_text.encode()))
         return headers
 
     async def start(self, status: int, headers: Headers) -> None:
@@ -301,14 +315,16 @@ class _Front(Out):
     async def _tell_failed(self, failed: CallFailed) -> None:
         """In the upstream's own words where it had any; but its word on our key is not for
         clients, who would take it for theirs."""
+        if failed.told:
+            return
         if self._head_sent or not failed.status:
             await self.tell(failed.error)
             return
-        if isinstance(failed.error, UpstreamUnauthorized):
+        if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
             await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
             return
         headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]
-        after_ms = failed.error.retry_after_ms
+        after_ms = failed.paused_ms or failed.error.retry_after_ms
         if after_ms and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
         self._life.keep(failed.body)
@@ -331,7 +347,7 @@ class _Front(Out):
                 "path": self._scope["path"],
                 "status": self._life.http_status,
                 "took_ms": round(took_ms, 1),
-                "request_id": str(self._request_id),
+                "request_id": self._id_text or str(self._request_id),
                 **who(self._caller),
             }
         )
@@ -363,8 +379,8 @@ class _Front(Out):
                 response_id=life.told.response_id,
                 failure=failure,
                 streamed=life.streams,
-                request_type=_type_in(self._scope["headers"]),
-                response_type=_type_in(self._headers),
+                request_type=content_type_in(self._scope["headers"]),
+                response_type=content_type_in(self._headers),
                 omitted_bytes=life.omitted_bytes,
                 key_id=call.caller.key_id,
                 subject=call.subject,
@@ -372,9 +388,9 @@ class _Front(Out):
         )
 
 
-def _type_in(headers: Headers) -> str | None:
-    """The content type; None where none is told."""
-    return next((value.decode("latin-1") for name, value in headers if name == _TYPE), None)
+def _is_coded(headers: Headers) -> bool:
+    said = b",".join(value for name, value in headers if name == _CODING).lower()
+    return any(one.strip() not in (b"", b"identity") for one in said.split(b","))
 
 
 async def _never() -> Message:

@@ -29,7 +29,7 @@ def wanted_of(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempoten
     """The key of a request with the digest of what it asks for; None without one. Raises
     InvalidRequest."""
     keys = [value for name, value in headers if name == _NAME]
-    if not keys or not call.endpoint.operation.is_counted:
+    if not keys or not call.endpoint.is_counted:
         return None
     text = keys[0].decode("latin-1")
     if len(keys) > 1 or not is_key(text):

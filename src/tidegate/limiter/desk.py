@@ -25,6 +25,8 @@ from tidegate.limiter.limits import DEFAULT_PRIORITY, PoolPolicy, check_tenant
 from tidegate.limiter.observer import Observer
 from tidegate.limiter.session import Session
 
+_ANY_TIME = float("inf")
+
 
 class Desk:
     """See the module. `closing` turns everybody away; `idle` is set when nothing is held then."""
@@ -45,7 +47,8 @@ class Desk:
 
     def is_late(self, holding: Holding) -> bool:
         """True for a call that would arrive too late after its admission for its rates."""
-        return now_ms() - holding.admitted_ms > holding.flow.slack_ms
+        slack_ms = holding.flow.slack_ms
+        return slack_ms != _ANY_TIME and now_ms() - holding.admitted_ms > slack_ms
 
     def check_lapse(self) -> None:
         """Act on a lease that has lapsed."""

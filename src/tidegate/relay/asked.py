@@ -28,12 +28,14 @@ _MOST_VALUES = 200_000
 _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
 _INLINE_MIME = ("mimeType", "mime_type", "media_type")
 _URI = ("fileUri", "file_uri", "file_id", "image_url", "url")
+_OF_FILES = frozenset(("data", *_URI))
 # `"model":`, in whatever case and however escaped.
-_NAMES_MODEL = re.compile(
+NAMES_MODEL = re.compile(
     rb'"(?:m|\\u00[46]d)(?:o|\\u00[46]f)(?:d|\\u00[46]4)(?:e|\\u00[46]5)(?:l|\\u00[46]c)"\s*:',
     re.IGNORECASE,
 )
 _OUTPUT_BOUNDS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "maxOutputTokens")
+_BOUNDS_NAMES = frozenset(_OUTPUT_BOUNDS)
 
 
 @dataclass(slots=True)
@@ -68,7 +70,10 @@ def check_one_model(body: bytes) -> None:
     Which of them counts is not the same for all JSON parsers: an upstream could run another model
     than the one that was let in.
     """
-    if len(_NAMES_MODEL.findall(body)) < 2:
+    # The pattern is right, and slow: most bodies are done with one copy and one count.
+    if b"\\u00" not in body and body.lower().count(b'model"') < 2:
+        return
+    if len(NAMES_MODEL.findall(body)) < 2:
         return
     outermost: list[str] = []
 
@@ -87,13 +92,18 @@ def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
     """What a request asks for. Raises InvalidRequest where it names no model."""
     model = body.get("model") if endpoint.model is None else endpoint.model
     if not isinstance(model, str) or not 1 <= len(model) <= 200:
-        raise InvalidRequest("model", "model is missing", allowed="the name of a model, as a text")
+        wrong = "model is missing" if model is None else "model is not the name of a model"
+        raise InvalidRequest("model", wrong, allowed="a text of 1 to 200 characters")
     walk = _Walk()
     walk.over(body)
     settings = _settings(endpoint.dialect, body)
     images = _images(endpoint, model, body, settings)
     kind = Kind.MULTI_MODAL if walk.files else Kind.TEXT_ONLY
-    streams = endpoint.streams or body.get("stream") is True
+    stream = body.get("stream")
+    if stream is not None and type(stream) is not bool and endpoint.model is None:
+        # Some servers take 1 or "yes" for true: they would stream what is not taken for a stream.
+        raise InvalidRequest("stream", "stream is neither true nor false", allowed="true or false")
+    streams = endpoint.streams or stream is True
     return Asked(
         model=model,
         kind=Kind.IMAGE_GENERATION if images else kind,
@@ -131,6 +141,8 @@ def _images(
 def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
     if operation is Operation.EMBED:
         return 1
+    if _BOUNDS_NAMES.isdisjoint(settings):
+        return None
     for name in _OUTPUT_BOUNDS:
         value = settings.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -170,22 +182,30 @@ class _Walk:
 
     def over(self, body: Mapping[str, Any]) -> None:
         left: list[Any] = list(body.values())
+        texts = self._texts
         for _ in range(_MOST_VALUES):
             if not left:
                 return
             value = left.pop()
-            if isinstance(value, str):
-                self._text(value)
-            elif isinstance(value, dict):
-                self._object(value, left)
-            elif isinstance(value, list):
+            sort = type(value)  # of a parsed body: no subclasses
+            if sort is str:
+                if value[:5] == "data:":
+                    self._url(value)
+                else:
+                    texts.append(value)
+            elif sort is dict:
+                if _OF_FILES.isdisjoint(value):
+                    left += value.values()
+                else:
+                    self._object(value, left)
+            elif sort is list:
                 if value and type(value[0]) is int:
                     self._numbers += len(value)
                 else:
                     left += value
 
-    def _text(self, text: str) -> None:
-        if text.startswith("data:") and (url := _DATA_URL.match(text)) is not None:
+    def _url(self, text: str) -> None:
+        if (url := _DATA_URL.match(text)) is not None:
             self._file(url["mime"] or "application/octet-stream", text, url.end())
         else:
             self._texts.append(text)

@@ -46,7 +46,7 @@ def native_charge(
 ) -> Charge:
     """Of a call that an upstream has begun to answer, or may have. `images`: None where they were
     not counted."""
-    if asked is None or life.target is None or not call.endpoint.operation.is_counted:
+    if asked is None or life.target is None or not call.endpoint.is_counted:
         return NO_CHARGE
     usage, model = life.told.usage, life.target.model
     rates = demands.prices.of(model)

@@ -35,7 +35,7 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     endpoint = None
     if isinstance(path, str):
         endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
-    if endpoint is None or not endpoint.operation.is_counted:
+    if endpoint is None or not endpoint.is_counted:
         raise InvalidRequest(field, "there is no such endpoint to wait for", allowed=_ALLOWED)
     if endpoint.streams:
         raise InvalidRequest(

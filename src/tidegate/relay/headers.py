@@ -33,9 +33,10 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
     )
 )
 _NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")
-# What would have a say over our own origin and its connections.
+# What would have a say over our own origin and its connections, and what our server says itself.
 _NOT_RETURNED = _HOP_BY_HOP | frozenset(
     (
+        b"date",
         *(b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security"),
         *(b"clear-site-data", b"refresh", b"nel", b"report-to", b"reporting-endpoints"),
     )
@@ -87,3 +88,9 @@ def to_return(given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True)
         dropped = {one.strip() for one in named.split(b",")}
         found = [pair for pair in found if pair[0] not in dropped]
     return found
+
+
+def content_type_in(headers: Headers) -> str | None:
+    """None where none is told."""
+    named = (value.decode("latin-1") for name, value in headers if name == b"content-type")
+    return next(named, None)

@@ -7,7 +7,8 @@ reached through us but calls of models, the list of models, and files.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -51,6 +52,10 @@ class Endpoint:
     path: str
     model: str | None = None
     streams: bool = False
+    is_counted: bool = field(init=False, compare=False)  # as the operation's
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_counted", self.operation.is_counted)
 
     def path_for(self, model: str) -> str:
         """Its path when the call goes to `model`."""
@@ -58,15 +63,19 @@ class Endpoint:
 
 
 _OPENAI_CALLS = {
-    "/v1/chat/completions": Operation.INFER,
-    "/v1/completions": Operation.INFER,
-    "/v1/responses": Operation.INFER,
-    "/v1/embeddings": Operation.EMBED,
-    "/v1/images/generations": Operation.IMAGES,
+    "/chat/completions": Operation.INFER,
+    "/completions": Operation.INFER,
+    "/responses": Operation.INFER,
+    "/embeddings": Operation.EMBED,
+    "/images/generations": Operation.IMAGES,
 }
 _ANTHROPIC_CALLS = {
     "/v1/messages": Operation.INFER,
     "/v1/messages/count_tokens": Operation.COUNT,
+}
+_POSTED = {
+    **{f"/v1{path}": Endpoint(Dialect.OPENAI, do, path) for path, do in _OPENAI_CALLS.items()},
+    **{path: Endpoint(Dialect.ANTHROPIC, do, path) for path, do in _ANTHROPIC_CALLS.items()},
 }
 # A method that is not named here is one of the future: it asks a model for something.
 _GEMINI_OPERATIONS = {
@@ -94,7 +103,7 @@ def is_native(path: str) -> bool:
     return path.startswith(_ROOTS)
 
 
-def dialect_of(path: str, headers: frozenset[bytes], query: bytes) -> Dialect:
+def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
     """Whose words a request is likely in: by its path, and where two share it by its key.
 
     `headers`: the names that it bears, in lower case.
@@ -106,14 +115,17 @@ def dialect_of(path: str, headers: frozenset[bytes], query: bytes) -> Dialect:
     return Dialect.OPENAI
 
 
+def posted_to(method: str, path: str) -> Endpoint | None:
+    """The endpoint of a request whose path alone says it all; a look into a table."""
+    return _POSTED.get(path) if method == "POST" else None
+
+
 def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
     """The endpoint of a request, or None where it is none. `dialect` is what `dialect_of` says: it
     decides where the path alone does not."""
     if method == "POST":
-        if (operation := _OPENAI_CALLS.get(path)) is not None:
-            return Endpoint(Dialect.OPENAI, operation, path.removeprefix("/v1"))
-        if (operation := _ANTHROPIC_CALLS.get(path)) is not None:
-            return Endpoint(Dialect.ANTHROPIC, operation, path)
+        if (endpoint := _POSTED.get(path)) is not None:
+            return endpoint
         if (call := _GEMINI_CALL.fullmatch(path)) is not None:
             return _gemini_call(call)
     if method in ("POST", "PUT") and _GEMINI_UPLOAD.fullmatch(path):
@@ -139,9 +151,16 @@ def _gemini_call(call: re.Match[str]) -> Endpoint | None:
 def _listed(path: str, dialect: Dialect) -> Endpoint | None:
     if dialect is Dialect.GEMINI:
         if _GEMINI_MODELS.fullmatch(path):
-            return Endpoint(dialect, Operation.MODELS, path)
+            return _models(dialect, path)
         return Endpoint(dialect, Operation.FILES, path) if _GEMINI_FILES.fullmatch(path) else None
     if _MODELS.fullmatch(path) is None:
         return None
-    below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
-    return Endpoint(dialect, Operation.MODELS, below)
+    return _models(dialect, path.removeprefix("/v1") if dialect is Dialect.OPENAI else path)
+
+
+def _models(dialect: Dialect, path: str) -> Endpoint:
+    """The list, or one of them."""
+    folder, below, model = path.rpartition("/models/")
+    if not below:
+        return Endpoint(dialect, Operation.MODELS, path)
+    return Endpoint(dialect, Operation.MODELS, f"{folder}/models/{{model}}", model=model)

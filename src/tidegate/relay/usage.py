@@ -30,6 +30,12 @@ _PLACES: dict[Dialect, tuple[str, str, str | None, str]] = {
     Dialect.ANTHROPIC: ("usage", "id", None, "stop_reason"),
     Dialect.GEMINI: ("usageMetadata", "responseId", "candidates", "finishReason"),
 }
+_DETAILS = frozenset(
+    (
+        *("completion_tokens_details", "output_tokens_details"),
+        *("prompt_tokens_details", "input_tokens_details"),
+    )
+)
 _DECODER = json.JSONDecoder()
 _KEYS = {
     Dialect.OPENAI: re.compile(rb'"usage"\s*:\s*(?=\{)'),
@@ -142,11 +148,13 @@ def usage_of(dialect: Dialect, raw: Mapping[str, Any]) -> Usage:
 def _openai(raw: Mapping[str, Any]) -> Usage:
     taken = _count(raw, "prompt_tokens", "input_tokens")
     given = _count(raw, "completion_tokens", "output_tokens")
-    details = _part(raw, "completion_tokens_details", "output_tokens_details")
-    thoughts = _count(details, "reasoning_tokens") if details else None
-    details = _part(raw, "prompt_tokens_details", "input_tokens_details")
-    cached = _count(details, "cached_tokens") if details else None
     total = _count(raw, "total_tokens")
+    thoughts = cached = None
+    if not _DETAILS.isdisjoint(raw):
+        details = _part(raw, "completion_tokens_details", "output_tokens_details")
+        thoughts = _count(details, "reasoning_tokens") if details else None
+        details = _part(raw, "prompt_tokens_details", "input_tokens_details")
+        cached = _count(details, "cached_tokens") if details else None
     if given is None and taken is not None and total is not None:
         given = max(0, total - taken)  # an embedding says no more
     return Usage(

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.gateway.bars import BARS, DIRECT, Results, verdicts
-from bench.gateway.entries import BARE, BARE_AIOHTTP, ENTRIES, LITELLM_PROXY, OURS, PORTKEY_GATEWAY
+from bench.gateway.entries import (
+    BARE,
+    BARE_AIOHTTP,
+    ENTRIES,
+    LITELLM_LIMITED,
+    LITELLM_PROXY,
+    OURS,
+    PORTKEY_GATEWAY,
+)
 from bench.gateway.processes import cpu_ns, family, resident_bytes
 from bench.gateway.tables import direct_line, grids
 from bench.grid import Grid, write
@@ -42,6 +50,7 @@ def found() -> Found:
         },
         PORTKEY_GATEWAY.name: {"closed": {"gateway_us": 800.0}},
         LITELLM_PROXY.name: {"closed": {"gateway_us": 8000.0}},
+        LITELLM_LIMITED.name: {"closed": {"gateway_us": 8000.0}},
     }
 
 

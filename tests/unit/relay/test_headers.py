@@ -50,6 +50,7 @@ def test_what_comes_back() -> None:
         (b"Connection", b"close"),
         (b"X-Odd", b"1"),
         (b"X-Bell", b"a\x07b"),
+        (b"Date", b"Tue, 15 Nov 1994 08:12:31 GMT"),  # our server tells its own
         (b"Clear-Site-Data", b"*"),
         (b"Set-Cookie", b"tracked=1"),
         (b"Transfer-Encoding", b"chunked"),
