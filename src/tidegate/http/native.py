@@ -37,7 +37,7 @@ from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
 from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
-from tidegate.relay.headers import Headers
+from tidegate.relay.headers import Headers, content_type_in
 from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of, posted_to
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure, Idempotency
@@ -160,7 +160,7 @@ class _Front(Out):
                 opening.close()
             await presence.end()
         if self._to_keep is not None:  # not before: a client may go as soon as it has its answer
-            await self._to_keep.ended(self._life, self._content_type())
+            await self._to_keep.ended(self._life, content_type_in(self._headers) or "")
         if not self._recorded:
             self._record(call, status, failure)
 
@@ -278,10 +278,6 @@ class _Front(Out):
         headers.append((_REQUEST_ID, self._id_text.encode()))
         return headers
 
-    def _content_type(self) -> str:
-        found = (value.decode("latin-1") for name, value in self._headers if name == _TYPE)
-        return next(found, "")
-
     async def start(self, status: int, headers: Headers) -> None:
         self.started, self._headers = True, headers
         if not self._head_sent:
@@ -384,6 +380,9 @@ class _Front(Out):
                 response_id=life.told.response_id,
                 failure=failure,
                 streamed=life.streams,
+                request_type=content_type_in(self._scope["headers"]),
+                response_type=content_type_in(self._headers),
+                omitted_bytes=life.omitted_bytes,
                 key_id=call.caller.key_id,
                 subject=call.subject,
             )

@@ -23,6 +23,7 @@ from tidegate.http import (
     health,
     jobs,
     problems,
+    recorded,
     requests,
     stream,
     usage,
@@ -109,7 +110,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         redoc_url=None,
     )
     routes = APIRouter()
-    for room in (jobs, requests, usage, stream, health):
+    for room in (jobs, requests, recorded, usage, stream, health):
         routes.include_router(room.router)
     for room in (admin, admin_tenants, admin_webhooks, admin_subjects):
         routes.include_router(room.router)

@@ -104,6 +104,11 @@ class Life:
             self.pieces = [b"".join(self.pieces)]
         return self.pieces[0]
 
+    @property
+    def omitted_bytes(self) -> int:
+        """How much of its middle was not kept."""
+        return self.answer_bytes - sum(map(len, self.pieces)) if self.pieces else 0
+
     def read_usage(self, endpoint: Endpoint) -> None:
         """Find in the answer what it says of itself."""
         self.told = told_in(endpoint.dialect, self.answer)
