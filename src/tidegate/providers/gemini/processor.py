@@ -183,14 +183,14 @@ class GeminiProcessor:
     @asynccontextmanager
     async def _bounded(self, sdk: _Sdk) -> AsyncIterator[Scope]:
         """The total time, and closing all that was opened inside."""
-        from tidegate.providers.gemini.wire import Scope, ran_out
+        from tidegate.providers.gemini.wire import Scope
 
         try:
             async with asyncio.timeout(self._timeouts.total_ms / 1000) as total, Scope() as scope:
                 yield scope
         except TimeoutError:
             if total.expired():
-                raise ran_out("total", self._timeouts) from None
+                raise self._timeouts.ran_out("total") from None
             raise
 
     @contextmanager
@@ -199,8 +199,6 @@ class GeminiProcessor:
         # the SDK's texts hold whole foreign bodies, and may hold the upload URL.
         try:
             yield
-        except UpstreamError:
-            raise
         except sdk.faults as failure:
             raise faults.translate(failure, scope.wreck(), secret=self._api_key) from None
 
@@ -273,7 +271,7 @@ class GeminiProcessor:
         wire_faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError)
         # The SDK fails with these on answers of a wrong shape.
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-        known_faults = (errors.APIError, *wire_faults, *shape_faults)
+        known_faults = (UpstreamError, errors.APIError, *wire_faults, *shape_faults)
         settings = {kind: Settings(**request.settings_of(kind)) for kind in Kind}
         return _Sdk(client.aio, wire, known_faults, settings)
 

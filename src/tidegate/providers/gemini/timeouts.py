@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tidegate.errors import UpstreamTimeout
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -26,3 +28,9 @@ class Timeouts:
             "total": self.total_ms,
         }
         return limits[phase]
+
+    def ran_out(self, phase: str) -> UpstreamTimeout:
+        limit_ms = self.of(phase)
+        return UpstreamTimeout(
+            f"the provider took longer than {limit_ms} ms ({phase})", phase=phase
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import httpx2
 
-from tidegate.errors import UpstreamGarbled, UpstreamTimeout
+from tidegate.errors import UpstreamGarbled
 from tidegate.providers.gemini.carrier import Asked, Carried, Carrier
 from tidegate.providers.gemini.faults import Wreck
 from tidegate.providers.gemini.timeouts import Timeouts
@@ -34,28 +34,29 @@ class Exchange:
     It is `whole` once it is closed after the end of its answer: its connection is kept.
     """
 
-    __slots__ = ("_body", "_wire", "first_byte_due", "headers", "phase", "status", "tail", "whole")
+    __slots__ = ("_body", "_carried", "_wire", "tail", "whole")
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self._body: _Body | None = None
-        self.phase = "connect"
-        self.first_byte_due = 0.0
-        self.status: int | None = None
-        self.headers: Mapping[str, str] = {}
+        self._carried: Carried | None = None
         self.tail: deque[bytes] = deque()
         self.whole = False
         wire.open_exchanges.add(self)
 
     def answered(self, carried: Carried) -> _Answer:
-        self.status, self.headers = carried.status, carried.headers
+        self._carried = carried
         self._body = _Body(self, carried, self._wire)
         # The SDK copies all headers for each chunk of a stream, and reads none of them.
         shown = () if carried.is_events else carried.raw_headers
         return _Answer(carried.status, headers=shown, stream=self._body)
 
     def wreck(self) -> Wreck:
-        return Wreck(self.status, self.headers, b"".join(self.tail)[-TAIL_BYTES:])
+        carried = self._carried
+        tail = b"".join(self.tail)[-TAIL_BYTES:]
+        if carried is None:
+            return Wreck(None, {}, tail)
+        return Wreck(carried.status, httpx2.Headers(carried.raw_headers), tail)
 
     async def aclose(self) -> None:
         if self._body is not None:
@@ -69,7 +70,7 @@ class Exchange:
 
 
 class _Body(httpx2.AsyncByteStream):
-    """A response's bytes, with a deadline for the first, between two, and a bound on all."""
+    """A response's bytes, with a bound on all."""
 
     def __init__(self, exchange: Exchange, carried: Carried, wire: Wire) -> None:
         self._exchange = exchange
@@ -82,36 +83,20 @@ class _Body(httpx2.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        exchange, tail = self._exchange, self._exchange.tail
-        chunk = self._carried.at_hand()
-        if chunk is None:
-            chunk = await self._waited_for()
+        chunk: bytes = await self._carried.next()
         if not chunk:
             raise StopAsyncIteration
-        exchange.phase = "idle"
         self._size_bytes += len(chunk)
         if self._size_bytes > self._wire.max_answer_bytes:
             raise UpstreamGarbled(
                 f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
             )
+        tail = self._exchange.tail
         tail.append(chunk)
         self._tail_bytes += len(chunk)
         while self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
             self._tail_bytes -= len(tail.popleft())
         return chunk
-
-    async def _waited_for(self) -> bytes:
-        # The timeout is round this await alone, so a reader that is slow to ask costs nothing.
-        due = self._exchange.first_byte_due
-        if self._exchange.phase == "idle":
-            due = asyncio.get_running_loop().time() + self._wire.timeouts.idle_ms / 1000
-        try:
-            async with asyncio.timeout_at(due) as limit:
-                return await self._carried.wait()
-        except TimeoutError:
-            if limit.expired():
-                raise ran_out(self._exchange.phase, self._wire.timeouts) from None
-            raise
 
     async def aclose(self) -> None:
         self._exchange.closed(whole=self._carried.close())
@@ -135,10 +120,9 @@ class Wire(httpx2.AsyncClient):
 
     def __init__(self, timeouts: Timeouts, max_answer_bytes: int) -> None:
         super().__init__(transport=httpx2.MockTransport(_no_other_way), trust_env=False)
-        self.timeouts = timeouts
         self.max_answer_bytes = max_answer_bytes
         self.open_exchanges: set[Exchange] = set()
-        self._carrier = Carrier()
+        self._carrier = Carrier(timeouts)
 
     def build_request(
         self,
@@ -167,36 +151,21 @@ class Wire(httpx2.AsyncClient):
         if scope is not None:
             scope.exchanges.append(exchange)
         try:
-            response = exchange.answered(await self._carried(request, exchange))
+            carried = await self._carrier.send(request)
         except BaseException:
             exchange.closed()
             raise
+        response = exchange.answered(carried)
         response.request = request
         if "x-goog-upload-command" in request.fields:
             # Without this header the SDK repeats an upload three times, sleeping in between.
             response.headers.setdefault("x-goog-upload-status", "unknown")
-        if exchange.headers.get("content-encoding", "identity") != "identity":
+        if carried.field(b"content-encoding") not in (b"", b"identity"):
             await uninterrupted(exchange.aclose())
             raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
         if not stream:
             await response.aread()
         return response
-
-    async def _carried(self, request: Asked, exchange: Exchange) -> Carried:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self.timeouts.connect_ms / 1000) as limit:
-
-                def connected() -> None:
-                    exchange.phase = "first_byte"
-                    exchange.first_byte_due = loop.time() + self.timeouts.first_byte_ms / 1000
-                    limit.reschedule(exchange.first_byte_due)
-
-                return await self._carrier.send(request, connected)
-        except TimeoutError:
-            if limit.expired():
-                raise ran_out(exchange.phase, self.timeouts) from None
-            raise
 
     async def aclose(self) -> None:
         await super().aclose()
@@ -238,11 +207,6 @@ class Scope:
 
 def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
     raise RuntimeError("every request goes through the carrier")
-
-
-def ran_out(phase: str, timeouts: Timeouts) -> UpstreamTimeout:
-    limit_ms = timeouts.of(phase)
-    return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)
 
 
 async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
