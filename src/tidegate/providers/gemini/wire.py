@@ -21,9 +21,12 @@ import httpx2
 from tidegate.errors import UpstreamGarbled
 from tidegate.providers.gemini.carrier import Asked, Carried, Carrier
 from tidegate.providers.gemini.faults import Wreck
+from tidegate.providers.gemini.gathering import gathered, whole_events
 from tidegate.providers.gemini.timeouts import Timeouts
 
 TAIL_BYTES = 65_536
+# A longer answer goes to the SDK as it comes.
+MOST_GATHERED_BYTES = 1_000_000
 
 _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=None)
 
@@ -31,10 +34,11 @@ _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=N
 class Exchange:
     """One request and its response: what is known of it, and how to close it.
 
-    It is `whole` once it is closed after the end of its answer: its connection is kept.
+    It is `whole` once it is closed after the end of its answer: its connection is kept. `held` is
+    what ended its answer, while what came before that is still being read.
     """
 
-    __slots__ = ("_body", "_carried", "_wire", "tail", "whole")
+    __slots__ = ("_body", "_carried", "_wire", "held", "tail", "whole")
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -42,11 +46,12 @@ class Exchange:
         self._carried: Carried | None = None
         self.tail: deque[bytes] = deque()
         self.whole = False
+        self.held: BaseException | None = None
         wire.open_exchanges.add(self)
 
-    def answered(self, carried: Carried) -> _Answer:
+    def answered(self, carried: Carried, *, gathers: bool) -> _Answer:
         self._carried = carried
-        self._body = _Body(self, carried, self._wire)
+        self._body = _Body(self, carried, self._wire, gathers and carried.is_events)
         # The SDK copies all headers for each chunk of a stream, and reads none of them.
         shown = () if carried.is_events else carried.raw_headers
         return _Answer(carried.status, headers=shown, stream=self._body)
@@ -70,9 +75,12 @@ class Exchange:
 
 
 class _Body(httpx2.AsyncByteStream):
-    """A response's bytes, with a bound on all."""
+    """A response's bytes, with a bound on all. Where it `gathers`, a stream's events come as one;
+    and what cuts them off, a cancellation too, comes out of the read after that one.
+    """
 
-    def __init__(self, exchange: Exchange, carried: Carried, wire: Wire) -> None:
+    def __init__(self, exchange: Exchange, carried: Carried, wire: Wire, gathers: bool) -> None:
+        self._gathers = gathers
         self._exchange = exchange
         self._carried = carried
         self._wire = wire
@@ -83,9 +91,34 @@ class _Body(httpx2.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        chunk: bytes = await self._carried.next()
+        held, self._exchange.held = self._exchange.held, None
+        if held is not None:
+            raise held
+        chunk = await (self._all() if self._gathers else self._piece())
         if not chunk:
             raise StopAsyncIteration
+        return chunk
+
+    async def _all(self) -> bytes:
+        self._gathers = False
+        pieces: list[bytes] = []
+        try:
+            while piece := await self._piece():
+                pieces.append(piece)
+                if self._size_bytes > MOST_GATHERED_BYTES:
+                    return b"".join(pieces)
+        except (Exception, asyncio.CancelledError) as end:
+            came = whole_events(b"".join(pieces))
+            if not came:
+                raise
+            self._exchange.held = end
+            return gathered(came)
+        return gathered(b"".join(pieces))
+
+    async def _piece(self) -> bytes:
+        chunk: bytes = await self._carried.next()
+        if not chunk:
+            return chunk
         self._size_bytes += len(chunk)
         if self._size_bytes > self._wire.max_answer_bytes:
             raise UpstreamGarbled(
@@ -155,7 +188,8 @@ class Wire(httpx2.AsyncClient):
         except BaseException:
             exchange.closed()
             raise
-        response = exchange.answered(carried)
+        gathers = scope is not None and scope.gathers
+        response = exchange.answered(carried, gathers=gathers)
         response.request = request
         if "x-goog-upload-command" in request.fields:
             # Without this header the SDK repeats an upload three times, sleeping in between.
@@ -173,9 +207,12 @@ class Wire(httpx2.AsyncClient):
 
 
 class Scope:
-    """The exchanges of one call. Leaving it closes what is still open, even when cancelled."""
+    """The exchanges of one call. Leaving it closes what is still open, even when cancelled. Where
+    it `gathers`, the SDK gets the events of a stream as one.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, gathers: bool = False) -> None:
+        self.gathers = gathers
         self.exchanges: list[Exchange] = []
         self._token: Token[Scope | None] | None = None
 
@@ -194,6 +231,9 @@ class Scope:
         # A task is dear; and what has ended well needs no closing.
         if not all(exchange.whole for exchange in self.exchanges):
             await uninterrupted(self._close())
+            for exchange in self.exchanges:
+                if isinstance(exchange.held, asyncio.CancelledError):
+                    raise exchange.held  # the SDK failed on what had come before it
 
     async def _close(self) -> None:
         async with AsyncExitStack() as stack:
