@@ -36,15 +36,11 @@ def test_plain_events_become_one_that_says_what_all_have_said(end: str) -> None:
     assert json.loads(came[6:]) == {
         "candidates": [
             {
-                "content": {"role": "model", "parts": [{"text": "Hello"}, thought, {"text": "!"}]},
+                "content": {"parts": [{"text": "Hello"}, thought, {"text": "!"}]},
                 "finishReason": "STOP",
             }
         ],
-        "usageMetadata": {
-            "promptTokenCount": 7,
-            "candidatesTokenCount": 3,
-            "promptTokensDetails": [{}],
-        },
+        "usageMetadata": {"promptTokenCount": 7, "candidatesTokenCount": 3},
         "modelVersion": "new",
         "responseId": "one",
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
+from functools import lru_cache
 
 import httpx2
 
@@ -17,7 +18,8 @@ from tidegate.providers.relay import Exchange, RelayWire
 
 _EVENTS = b"text/event-stream"
 # The connection says these by itself.
-_FRAMING = ("host", "content-length", "connection", "transfer-encoding")
+_FRAMING = ("host", "content-length", "connection", "transfer-encoding", "accept-encoding")
+_HEADS_KEPT = 64
 
 
 class Asked(httpx2.Request):
@@ -31,7 +33,7 @@ class Asked(httpx2.Request):
     ) -> None:
         self.method = method.upper()
         self.whole_url = url
-        self.fields = {name.lower(): value for name, value in headers.items()}
+        self.fields, self.is_upload = _fields(tuple(headers.items()))
         self.body = content
 
     def __repr__(self) -> str:
@@ -53,14 +55,8 @@ class Carrier:
     async def send(self, request: Asked) -> Carried:
         """Send a request and wait for the head of its answer. Raises UpstreamError."""
         wire = self._wire or await self._opened()
-        fields = request.fields
-        headers = [
-            (name.encode("ascii"), fields[name].encode("latin-1"))
-            for name in fields
-            if name not in _FRAMING
-        ]
         place = wire.place(request.whole_url)
-        return Carried(await wire.open(request.method, place, headers, request.body))
+        return Carried(await wire.open(request.method, place, request.fields, request.body))
 
     async def aclose(self) -> None:
         if self._wire is not None:
@@ -70,6 +66,16 @@ class Carrier:
         self._wire = _Wire(self._timeouts, self._tls)
         await self._wire.start()
         return self._wire
+
+
+@lru_cache(_HEADS_KEPT)
+def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """As they are sent, and whether they belong to an upload; the SDK sends the same ones with
+    nearly every call."""
+    said = {name.lower(): value for name, value in headers}
+    sent = {name: value for name, value in said.items() if name not in _FRAMING}
+    fields = [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent.items()]
+    return [*fields, (b"accept-encoding", b"identity")], "x-goog-upload-command" in said
 
 
 class _Wire(RelayWire):

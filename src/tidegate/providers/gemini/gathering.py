@@ -14,6 +14,13 @@ import orjson
 _EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId"))
 _CANDIDATE = frozenset(("content", "finishReason", "index"))
 _CONTENT = frozenset(("parts", "role"))
+# What the SDK would check and nobody would read is left out of a usage.
+_USAGE = frozenset(
+    (
+        *("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount"),
+        *("cachedContentTokenCount", "totalTokenCount"),
+    )
+)
 _PART = {"text": str, "thought": bool, "thoughtSignature": str}
 _DATA = b"data: "
 
@@ -102,16 +109,18 @@ class _Whole:
     def _add_usage(self, usage: Any) -> None:
         if not isinstance(usage, dict):
             raise _NotPlain
-        for value in usage.values():
-            if not isinstance(value, list) and (type(value) is not int or value < 0):
+        for name, value in usage.items():
+            if type(value) is int and value >= 0:
+                if name in _USAGE:
+                    self._usage[name] = value
+            elif not isinstance(value, list) or name in _USAGE:
                 raise _NotPlain
-        self._usage |= usage
 
     def event(self) -> dict[str, Any]:
         said = self._said
         if self._candidate is not None:
             parts = [{"text": "".join(p)} if isinstance(p, list) else p for p in self._parts]
-            content = {"role": "model", "parts": parts}
+            content = {"parts": parts}
             said = {"candidates": [{"content": content, **self._candidate}], **said}
         return {**said, "usageMetadata": self._usage} if self._usage else said
 

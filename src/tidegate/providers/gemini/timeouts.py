@@ -30,7 +30,8 @@ class Timeouts:
         return limits[phase]
 
     def ran_out(self, phase: str) -> UpstreamTimeout:
-        limit_ms = self.of(phase)
-        return UpstreamTimeout(
-            f"the provider took longer than {limit_ms} ms ({phase})", phase=phase
-        )
+        return out_of_time(phase, self.of(phase))
+
+
+def out_of_time(phase: str, limit_ms: int) -> UpstreamTimeout:
+    return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)

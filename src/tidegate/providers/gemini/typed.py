@@ -35,7 +35,19 @@ class Piece(types.Part):
         return False
 
 
+# Copied: making one by its constructor checks every field that there is, absent ones too.
+_TURN = Turn(role="user", parts=[])
+_PIECE = Piece(text="")
+
+
 def turn_of(content: Mapping[str, Any]) -> Turn:
     """One turn of `request`. Raises ValueError where the SDK's types do not allow it."""
     parts: Sequence[Mapping[str, Any]] = content["parts"]
-    return Turn(role=content["role"], parts=[Piece(**part) for part in parts])
+    return _TURN.model_copy(update={"parts": [_piece_of(part) for part in parts]})
+
+
+def _piece_of(part: Mapping[str, Any]) -> Piece:
+    if part.keys() != {"text"}:
+        return Piece(**part)
+    part["text"].encode()  # raises for what is no Unicode, as the constructor does
+    return _PIECE.model_copy(update=part)

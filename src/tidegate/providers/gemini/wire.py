@@ -22,7 +22,7 @@ from tidegate.errors import UpstreamGarbled
 from tidegate.providers.gemini.carrier import Asked, Carried, Carrier
 from tidegate.providers.gemini.faults import Wreck
 from tidegate.providers.gemini.gathering import gathered, whole_events
-from tidegate.providers.gemini.timeouts import Timeouts
+from tidegate.providers.gemini.timeouts import Timeouts, out_of_time
 
 TAIL_BYTES = 65_536
 # A longer answer goes to the SDK as it comes.
@@ -171,9 +171,7 @@ class Wire(httpx2.AsyncClient):
         unknown = [name for name, value in other.items() if value]
         if unknown:
             raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
-        return Asked(
-            method, str(url), {**(headers or {}), "accept-encoding": "identity"}, content or None
-        )
+        return Asked(method, str(url), headers or {}, content or None)
 
     async def send(
         self, request: httpx2.Request, *, stream: bool = False, **_other: Any
@@ -191,7 +189,7 @@ class Wire(httpx2.AsyncClient):
         gathers = scope is not None and scope.gathers
         response = exchange.answered(carried, gathers=gathers)
         response.request = request
-        if "x-goog-upload-command" in request.fields:
+        if request.is_upload:
             # Without this header the SDK repeats an upload three times, sleeping in between.
             response.headers.setdefault("x-goog-upload-status", "unknown")
         if carried.field(b"content-encoding") not in (b"", b"identity"):
@@ -207,33 +205,47 @@ class Wire(httpx2.AsyncClient):
 
 
 class Scope:
-    """The exchanges of one call. Leaving it closes what is still open, even when cancelled. Where
-    it `gathers`, the SDK gets the events of a stream as one.
+    """The exchanges of one call, and its total time. Leaving it closes what is still open, even
+    when cancelled; raises UpstreamTimeout when the time has run out. Where it `gathers`, the SDK
+    gets the events of a stream as one.
     """
 
-    def __init__(self, *, gathers: bool = False) -> None:
+    def __init__(self, total_ms: int, *, gathers: bool = False) -> None:
         self.gathers = gathers
         self.exchanges: list[Exchange] = []
+        self._total_ms = total_ms
+        self._total = asyncio.timeout(total_ms / 1000)
         self._token: Token[Scope | None] | None = None
 
     async def __aenter__(self) -> Scope:
+        await self._total.__aenter__()
         self._token = _scope.set(self)
         return self
 
     async def __aexit__(
         self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._token is not None:
             _scope.reset(self._token)
-        # A task is dear; and what has ended well needs no closing.
-        if not all(exchange.whole for exchange in self.exchanges):
-            await uninterrupted(self._close())
-            for exchange in self.exchanges:
-                if isinstance(exchange.held, asyncio.CancelledError):
-                    raise exchange.held  # the SDK failed on what had come before it
+        late: BaseException | None = None
+        try:
+            # A task is dear; and what has ended well needs no closing.
+            if not all(exchange.whole for exchange in self.exchanges):
+                await uninterrupted(self._close())
+                for exchange in self.exchanges:
+                    if isinstance(exchange.held, asyncio.CancelledError):
+                        raise exchange.held  # the SDK failed on what had come before it
+        except BaseException as failed:  # noqa: BLE001 -- raised below
+            kind, error = type(failed), (late := failed)
+        try:
+            await self._total.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise out_of_time("total", self._total_ms) from None
+        if late is not None:
+            raise late
 
     async def _close(self) -> None:
         async with AsyncExitStack() as stack:
