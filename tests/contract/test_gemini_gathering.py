@@ -26,6 +26,7 @@ from tidegate.providers.gemini import GeminiProcessor, Timeouts
 
 STOP = chunk("end", finish="STOP", tokens=3)
 THROTTLED = {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "Please retry in 53.0s."}
+THOUGHT = {"text": "hm", "thought": True, "thoughtSignature": "aGVsbG8="}
 SHORT = 150
 
 
@@ -72,6 +73,9 @@ async def outcome(
         [chunk("one "), {"candidates": [7]}, STOP],
         [chunk("one "), {"candidates": [{"content": {"parts": [{"text": {"deep": 1}}]}}]}, STOP],
         [{"candidates": [{}]}, {"candidates": [{}]}],
+        [{"candidates": [{"content": {"parts": [THOUGHT]}}]}, chunk("one ", tokens=1), STOP],
+        [{"usageMetadata": {"totalTokenCount": 9, "promptTokensDetails": [{"x": 1}]}}, STOP],
+        [{"usageMetadata": {"cachedContentTokenCount": 1, "thoughtsTokenCount": 2}}, STOP],
         [{}, {}],
         [None, [1, 2]],
         [{"unknown": True}, STOP],

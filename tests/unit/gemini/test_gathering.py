@@ -31,6 +31,7 @@ def test_plain_events_become_one_that_says_what_all_have_said(end: str) -> None:
             end=end,
         )
     )
+    assert came is not None
     assert came.startswith(b"data: ")
     assert came.endswith(b"\n\n")
     assert json.loads(came[6:]) == {
@@ -80,7 +81,7 @@ def test_plain_events_become_one_that_says_what_all_have_said(end: str) -> None:
 )
 def test_one_odd_event_leaves_all_as_they_came(odd: object) -> None:
     for events in ((said("a"), odd), (odd, said("a"))):
-        assert gathered(stream(*events)) == stream(*events)
+        assert gathered(stream(*events)) is None
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,6 @@ def test_one_odd_event_leaves_all_as_they_came(odd: object) -> None:
     [
         b"",
         b"data: {}",
-        stream(said("one")),
         stream(said("one"), said("two"))[:-1],
         stream(said("one"), said("two")) + b"data: {",
         stream(said("one")) + b": a comment\n\n",
@@ -101,7 +101,7 @@ def test_one_odd_event_leaves_all_as_they_came(odd: object) -> None:
     ],
 )
 def test_what_is_no_stream_of_events_is_left_as_it_came(raw: bytes) -> None:
-    assert gathered(raw) == raw
+    assert gathered(raw) is None
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])

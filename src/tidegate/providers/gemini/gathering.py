@@ -29,19 +29,20 @@ class _NotPlain(Exception):
     """An event that must be read as it is."""
 
 
-def gathered(stream: bytes) -> bytes:
-    """One event for all events of `stream`; `stream` itself unless all of them are plain."""
+def gathered(stream: bytes) -> bytes | None:
+    """One event for all events of `stream`, of fields that are listed here; None unless all of them
+    are plain."""
     events = stream.replace(b"\r\n", b"\n").split(b"\n\n")
-    if events.pop() or len(events) < 2:
-        return stream  # cut in mid-event, or there is nothing to gather
+    if events.pop() or not events:
+        return None  # cut in mid-event, or there is nothing to gather
     whole = _Whole()
     try:
         for event in events:
             if not event.startswith(_DATA) or b"\n" in event:
-                return stream
+                return None
             whole.add(orjson.loads(event[len(_DATA) :]))
     except (_NotPlain, orjson.JSONDecodeError):
-        return stream
+        return None
     return b"%b%b\n\n" % (_DATA, orjson.dumps(whole.event()))
 
 

@@ -13,12 +13,20 @@ from typing import Any, Self
 
 from google.genai import types
 
+from tidegate.providers.gemini.wire import is_plain
+
 
 class Settings(types.GenerateContentConfig):
     """Made once and used for any number of calls."""
 
     def __contains__(self, name: object) -> bool:
         return False
+
+    @property
+    def include_all_fields(self) -> bool:
+        """Asked by the SDK for each chunk, which it else prunes of fields that it does not know:
+        half of what reading one costs, and to no end where there can be none."""
+        return is_plain()
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Always a shallow one: the SDK asks for a deep one with every call, to be safe."""

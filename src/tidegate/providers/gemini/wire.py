@@ -35,10 +35,11 @@ class Exchange:
     """One request and its response: what is known of it, and how to close it.
 
     It is `whole` once it is closed after the end of its answer: its connection is kept. `held` is
-    what ended its answer, while what came before that is still being read.
+    what ended its answer, while what came before that is still being read. It is `plain` where all
+    of its answer is one event that holds no field which the SDK does not know.
     """
 
-    __slots__ = ("_body", "_carried", "_wire", "held", "tail", "whole")
+    __slots__ = ("_body", "_carried", "_wire", "held", "plain", "tail", "whole")
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -47,6 +48,7 @@ class Exchange:
         self.tail: deque[bytes] = deque()
         self.whole = False
         self.held: BaseException | None = None
+        self.plain = False
         wire.open_exchanges.add(self)
 
     def answered(self, carried: Carried, *, gathers: bool) -> _Answer:
@@ -112,8 +114,13 @@ class _Body(httpx2.AsyncByteStream):
             if not came:
                 raise
             self._exchange.held = end
-            return gathered(came)
-        return gathered(b"".join(pieces))
+            return self._as_one(came)
+        return self._as_one(b"".join(pieces))
+
+    def _as_one(self, stream: bytes) -> bytes:
+        event = gathered(stream)
+        self._exchange.plain = event is not None
+        return stream if event is None else event
 
     async def _piece(self) -> bytes:
         chunk: bytes = await self._carried.next()
@@ -255,6 +262,12 @@ class Scope:
     def wreck(self) -> Wreck | None:
         """What is known of the last exchange; None when nothing was sent."""
         return self.exchanges[-1].wreck() if self.exchanges else None
+
+
+def is_plain() -> bool:
+    """Of the answer that the SDK is reading in this task."""
+    scope = _scope.get()
+    return scope is not None and bool(scope.exchanges) and scope.exchanges[-1].plain
 
 
 def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
