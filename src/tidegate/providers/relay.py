@@ -55,8 +55,8 @@ class Exchange:
     """One call and its answer. `status` and `headers` are there once it is opened."""
 
     __slots__ = (
-        *("_answer", "_connection", "_origin", "_total_until", "_wait_until", "_whole", "_wire"),
-        *("headers", "status", "timed_out"),
+        *("_answer", "_began", "_connection", "_origin", "_total_until", "_wait_until", "_whole"),
+        *("_wire", "headers", "status", "timed_out"),
     )
 
     def __init__(
@@ -70,6 +70,7 @@ class Exchange:
         self._origin = origin
         self._connection = connection
         self._answer = answer
+        self._began = False  # the first bytes of its body have been read
         self._whole: bool | None = None  # once closed
         self._wait_until = now + wire.first_byte_s
         self._total_until = now + wire.total_s
@@ -104,6 +105,7 @@ class Exchange:
         if answer.size_bytes > READ_AHEAD_BYTES:
             self._connection.read_on()
         answer.size_bytes = 0
+        self._began = True
         return whole
 
     @property
@@ -148,7 +150,7 @@ class Exchange:
         answer = self._answer
         if now > self._total_until:
             return "total"
-        if not self.status:
+        if not (self._began or answer.pieces or answer.ended):
             return "first_byte" if now > self._wait_until else None
         if answer.stirred or not answer.is_awaited:
             answer.stirred = False
@@ -243,10 +245,7 @@ class RelayWire:
             connection = await self._connect(origin)
 
     def ran_out(self, phase: str) -> UpstreamTimeout:
-        limit_ms = self._timeouts.of(phase)
-        return UpstreamTimeout(
-            f"the provider took longer than {limit_ms} ms ({phase})", phase=phase
-        )
+        return self._timeouts.ran_out(phase)
 
     # -- connections
 

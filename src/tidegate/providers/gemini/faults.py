@@ -82,7 +82,7 @@ def translate(failure: Exception, wreck: Wreck | None, *, secret: str) -> Upstre
     """Our error for `failure`, raised by the SDK or the HTTP client. `wreck` is None when nothing
     was sent. `secret` is the API key, removed from every message.
     """
-    if isinstance(failure, UpstreamError):
+    if isinstance(failure, UpstreamTimeout):
         return failure
     if wreck is not None and wreck.status is not None:
         error = error_in(wreck.tail)
@@ -90,6 +90,8 @@ def translate(failure: Exception, wreck: Wreck | None, *, secret: str) -> Upstre
             return from_status(wreck.status, error or {}, wreck.headers, secret=secret)
         if error is not None:
             return from_status(code_of(error), error, wreck.headers, secret=secret)
+    if isinstance(failure, UpstreamError):
+        return failure
     return _without_error_body(failure, sent=wreck is not None)
 
 
