@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check chaos bench bench-limiter bench-gateway setup-system lock clean
+.PHONY: help run test check chaos bench bench-limiter bench-gateway audit setup-system lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -44,6 +44,10 @@ bench-gateway: ## Our relay and job path beside other gateways, in one run (ARGS
 	@scripts/bootstrap.sh dev
 	@scripts/setup_system.sh bench
 	@.venv/bin/python -m bench.gateway $(ARGS)
+
+audit: ## Look up every pinned version in the database of known vulnerabilities (needs a network)
+	@scripts/bootstrap.sh dev
+	@.venv/bin/python scripts/audit.py
 
 setup-system: ## Install what the tests need from the system's packages, or say what is missing
 	@scripts/setup_system.sh

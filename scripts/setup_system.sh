@@ -8,13 +8,13 @@ set -euo pipefail
 
 declare -A package_of=(
     [chromium]=chromium [zsh]=zsh [curl]=curl
-    [redis-server]=redis-server [valkey-server]=valkey-server
+    [redis-server]=redis-server [valkey-server]=valkey-server [pgbouncer]=pgbouncer
 )
 whose="the tests also need"
+PATH=$PATH:/usr/sbin
 if [[ ${1:-} == bench ]]; then
     package_of=([gcc]="gcc libc6-dev" [nginx]=nginx [node]=nodejs [npm]=npm)
     whose="the benchmark also measures with"
-    PATH=$PATH:/usr/sbin
 fi
 
 missing() {
@@ -34,7 +34,7 @@ if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null || true
     # The tests start servers of their own: one that came just now must not run as a service.
     for name in "${wanted[@]}"; do
-        [[ $name != *-server && $name != nginx ]] ||
+        [[ $name != *-server && $name != nginx && $name != pgbouncer ]] ||
             systemctl disable --now --quiet "$name" 2>/dev/null || true
     done
     mapfile -t wanted < <(missing)

@@ -19,8 +19,8 @@ from typing import Any, Self
 
 import aiohttp
 
+from tests.clusters import copied
 from tests.waiting import wait_until, work_for
-from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.process import free_port
 from tidegate.embedded.valkey import ValkeyServer
 from tidegate.providers.emulator.client import EmulatorControl, Stats
@@ -85,7 +85,7 @@ class Fleet:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.valkey = ValkeyServer(folder / "valkey")
-        self.postgres = PostgresServer(folder / "postgres")
+        self.postgres = copied(folder / "postgres")
         self.apis: dict[str, Child] = {}
         self.workers: list[Child] = []
         self._counts = (apis, workers)

@@ -260,9 +260,18 @@ def small_receive_buffer(name: tuple[Any, ...]) -> socket.socket:
 
 @asynccontextmanager
 async def gateway(
-    folder: Path, *, redis_url: str, database_url: str, worker: bool = True, **settings: Any
+    folder: Path,
+    *,
+    redis_url: str,
+    database_url: str,
+    direct_url: str | None = None,
+    worker: bool = True,
+    **settings: Any,
 ) -> AsyncIterator[Gateway]:
-    """Everything up inside the block, stopped in order after it; `settings` are `Config`'s."""
+    """Everything up inside the block, stopped in order after it; `settings` are `Config`'s.
+
+    The test itself looks into the database by `direct_url`, where that is another way to it.
+    """
     async with AsyncExitStack() as stack:
         emulator = await stack.enter_async_context(run_emulator())
         config = Config.model_validate(
@@ -276,7 +285,7 @@ async def gateway(
             }
             | settings
         )
-        pool = await asyncpg.create_pool(database_url, min_size=0, max_size=2)
+        pool = await asyncpg.create_pool(direct_url or database_url, min_size=0, max_size=2)
         stack.push_async_callback(pool.close)
         http = await stack.enter_async_context(
             aiohttp.ClientSession(

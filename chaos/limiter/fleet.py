@@ -35,11 +35,16 @@ class Fleet:
         paths = os.pathsep.join([str(ROOT), str(source)])
         environment = {**os.environ, "PYTHONPATH": paths}
         command = [*prefix, *python]
-        if self._logs is None:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment)
-        else:
-            with self.log_of(orders.name).open("ab") as log:
-                process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
+        # Asked to end before it knows how, it does so once it knows: the mask is inherited.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            if self._logs is None:
+                process = subprocess.Popen(command, cwd=ROOT, env=environment)
+            else:
+                with self.log_of(orders.name).open("ab") as log:
+                    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.processes[orders.name] = process
 
     def log_of(self, name: str) -> Path:

@@ -160,6 +160,7 @@ async def main(orders: Orders) -> None:
     assert me is not None
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, me.cancel)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # What a library that never yields does to the loop; threads go on.
     loop.add_signal_handler(signal.SIGUSR1, time.sleep, orders.block_ms / 1000)
     caller = await Caller.connect(orders.truth, orders.name, history=orders.history)

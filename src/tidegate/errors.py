@@ -41,7 +41,7 @@ error in records, logs and problem JSON.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 class TidegateError(Exception):
@@ -113,7 +113,13 @@ class Forbidden(TidegateError):
 
 
 class NotFound(TidegateError):
+    """`field` names the input that asked for it, where it was one."""
+
     code = "not_found"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class IdempotencyConflict(TidegateError):
@@ -224,8 +230,22 @@ class UpstreamThrottled(UpstreamError):
 
 
 class UpstreamUnavailable(UpstreamError):
+    """`broke` says when the connection did, where that is known: while it was made, or before a
+    byte of an answer."""
+
     code = "upstream_unavailable"
     retryable = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_ms: int | None = None,
+        broke: Literal["connecting", "unheard"] | None = None,
+    ) -> None:
+        super().__init__(message, status=status, retry_after_ms=retry_after_ms)
+        self.broke = broke
 
 
 class UpstreamTimeout(UpstreamError):
@@ -244,7 +264,13 @@ class UpstreamRejected(UpstreamError):
 
 
 class UpstreamUnauthorized(UpstreamError):
+    """`of_key` is false where the provider's words may be about this call alone."""
+
     code = "upstream_unauthorized"
+
+    def __init__(self, message: str, *, status: int | None = None, of_key: bool = True) -> None:
+        super().__init__(message, status=status)
+        self.of_key = of_key
 
 
 class UpstreamGarbled(UpstreamError):

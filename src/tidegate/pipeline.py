@@ -236,12 +236,13 @@ class Pipeline:
         self,
         call: Call,
         attempt: Attempt,
-        sink: Sink,
+        sink: Sink | None,
         *,
         deadline_ms: int | None,
         on_admitted: Callable[[Permit], Awaitable[None]] | None = None,
     ) -> None:
-        """Admit the call, make it, and fill `attempt`; events go to `sink` as they come.
+        """Admit the call, make it, and fill `attempt`; events go to `sink` as they come;
+        None where nobody follows the call.
 
         `deadline_ms` bounds the wait for admission. `on_admitted` runs under the permit before
         the call; what it raises ends the run with no call made. Raises AdmissionError, LeaseLost
@@ -257,12 +258,13 @@ class Pipeline:
             attempt.fence = permit.fence
             if on_admitted is not None:
                 await on_admitted(permit)
-            await sink(Admitted(waited_ms=attempt.queue_ms))
+            if sink is not None:
+                await sink(Admitted(waited_ms=attempt.queue_ms))
             await permit.confirm()
             await self._call(call, attempt, sink, permit, demand)
 
     async def _call(
-        self, call: Call, attempt: Attempt, sink: Sink, permit: Permit, demand: Demand
+        self, call: Call, attempt: Attempt, sink: Sink | None, permit: Permit, demand: Demand
     ) -> None:
         started = time.monotonic()
         outcome, error = Outcome.IGNORED, None

@@ -37,6 +37,11 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
         (["tenants", "set", "acme", "--disable", "--enable"], "together with --enable"),
         (["keys", "create", "--expires", "soon"], "such as 10m"),
         (["keys", "create", "--expires", "0d"], "such as 10m"),
+        (["keys", "create", "--expires", "3650000d"], "before the year 10000"),
+        (["keys", "create", "--expires", "99999999999d"], "before the year 10000"),
+        (["keys", "create", "--tenant", "\udcff"], "must be printable"),
+        (["keys", "list", "--tenant", "\udcff"], "must be printable"),
+        (["keys", "list", "--prefix", "\udcff"], "letters and digits"),
         (["keys", "revoke", "x"], "a key's prefix of 10 characters"),
     ],
 )

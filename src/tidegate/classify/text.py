@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from typing import NamedTuple
 
 HEAD_CHARS = 1600
 TAIL_CHARS = 1000
@@ -36,11 +36,11 @@ _QUOTES = [
     re.compile(f"{start}[^{start}{end}\n]{{2,400}}{end}")
     for start, end in ('""', "“”", "„“", "„”", "«»", "»«", "「」", "『』", "\u2039\u203a", "““")
 ]
+_QUOTED = re.compile("[\"'`“”„«»「」『』\u2039\u203a]")
 _SINGLE_QUOTE = re.compile(r"(?<![^\s(:,])'(?=\S)[^'\n]{2,400}'(?![^\W_])")
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A word at `start:end` of the normalised text: with its accents, and without."""
 
     kept: str
@@ -49,8 +49,7 @@ class Token:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One clause of the text, and whether a question mark ends it."""
 
     start: int
@@ -86,6 +85,8 @@ def plain(word: str) -> str:
 
 def without_quotations(text: str) -> tuple[str, str]:
     """The text with quoted words and code blocks blanked, and what was inside them."""
+    if _QUOTED.search(text) is None:
+        return text, ""
     text = _unwrapped(text)
     inside: list[str] = []
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import lru_cache
 from importlib.resources import files
+from typing import NamedTuple
 
 from tidegate.classify.text import Token, has_unspaced, plain, tokens
 
@@ -72,10 +73,15 @@ class Entry:
     language: str
     label: Label
     keeps_accents: bool
+    width: int = field(init=False)
+    exact: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", len(self.parts))
+        object.__setattr__(self, "exact", not self.parts[-1].endswith("*"))
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """A stretch of the text with what it may mean."""
 
     start: int
@@ -97,8 +103,7 @@ class _Table:
     arabic_endings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Hit:
+class _Hit(NamedTuple):
     entry: Entry
     start: int
     end: int
@@ -191,10 +196,11 @@ def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
         # Only words of an ordinary length are remembered: a stranger chooses them.
         find = _entries if len(token.kept) <= MAX_STEM_CHARS else _entries.__wrapped__
         for entry in find(token.plain, token.kept):
-            if len(entry.parts) == 1 or _follows(text, words, at, entry):
-                last = words[at + len(entry.parts) - 1]
-                exact = not entry.parts[-1].endswith("*")
-                yield _Hit(entry, token.start, last.end, len(entry.parts), exact)
+            width = entry.width
+            if width == 1:
+                yield _Hit(entry, token.start, token.end, 1, entry.exact)
+            elif _follows(text, words, at, entry):
+                yield _Hit(entry, token.start, words[at + width - 1].end, width, entry.exact)
 
 
 @lru_cache(maxsize=20_000)
@@ -237,10 +243,11 @@ def _keys(word: str) -> Iterator[str]:
 
 def _follows(text: str, words: list[Token], at: int, entry: Entry) -> bool:
     """Whether the rest of a phrase comes after its first word, with no pause between."""
-    end = at + len(entry.parts)
+    parts, end = entry.parts, at + entry.width
     if end > len(words):
         return False
-    for part, word in zip(entry.parts[1:], words[at + 1 : end], strict=True):
+    for step in range(1, entry.width):
+        part, word = parts[step], words[at + step]
         shape = word.kept if entry.keeps_accents else word.plain
         if shape != part and not (part[-1] == "*" and shape.startswith(part[:-1])):
             return False
@@ -263,7 +270,8 @@ def _scores(hits: list[_Hit]) -> dict[str, float]:
         worth = 1.0 if hit.exact else 0.6
         for step in range(hit.width if hit.width < 4 else 3):
             key = (hit.entry.language, hit.start + step)
-            seen[key] = max(worth, seen.get(key, 0.0))
+            if worth > seen.get(key, 0.0):
+                seen[key] = worth
     scores: defaultdict[str, float] = defaultdict(float)
     for (language, _), worth in seen.items():
         scores[language] += worth
@@ -279,6 +287,12 @@ def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Ma
         if start < reach:
             continue
         here = by_start[start]
+        if len(here) == 1:
+            only = here[0]
+            if only.entry.language in active or only.exact:
+                reach = only.end
+                yield Mark(start, reach, frozenset((only.entry.label,)), only.entry.language)
+            continue
         languages = {hit.entry.language for hit in here}
         usable = [h for h in here if h.entry.language in active]
         if not usable and len(languages) == 1:

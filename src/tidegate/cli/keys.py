@@ -33,11 +33,16 @@ def create(
     json: Json = False,
 ) -> None:
     """Make a key. It goes to standard output, this once: only its digest is kept."""
+    from tidegate.policy.tenants import check_name
     from tidegate.store.tenants import USUAL_SCOPES
 
     expires_at = None
     if expires is not None:
-        expires_at = datetime.now(UTC) + timedelta(milliseconds=span_ms("--expires", expires))
+        try:
+            expires_at = datetime.now(UTC) + timedelta(milliseconds=span_ms("--expires", expires))
+        except OverflowError:
+            raise ConfigError("--expires", expires, "must end before the year 10000") from None
+    check_name(tenant)
     key, made = with_tenants(
         lambda tenants: tenants.create_key(
             tenant, name=name, scopes=scope or USUAL_SCOPES, expires_at=expires_at
@@ -58,7 +63,13 @@ def list_(
     json: Json = False,
 ) -> None:
     """Show keys by their prefixes, the oldest first, never the keys themselves."""
+    from tidegate.policy.tenants import check_name
+
     start = prefix.removeprefix("tg_").partition("_")[0]
+    if not start.isascii():
+        raise ConfigError("--prefix", ascii(start), "must be letters and digits")
+    if tenant is not None:
+        check_name(tenant)
     keys = with_tenants(lambda tenants: tenants.list_keys(tenant, start))
     if json:
         show_json([_plain(key) for key in keys])

@@ -33,6 +33,7 @@ router = APIRouter(
 )
 TenantId = Annotated[str, Path(description="A tenant's name", min_length=1, max_length=200)]
 By = Annotated[str, Query(min_length=1, max_length=100)]
+_LAST = datetime(9999, 1, 1, tzinfo=UTC)  # which is that year in any zone
 _COUNT: Any = Field(default=None, ge=0, description="null: without a bound")
 
 
@@ -138,7 +139,10 @@ async def list_tenants(request: Request) -> list[TenantView]:
 
 @router.get("/tenants/{tenant_id:path}", responses=problem_responses(404), summary="One tenant")
 async def show_tenant(request: Request, tenant_id: TenantId) -> TenantView:
-    return _view(await tenants.show_tenant(control_of(request), tenant_id))
+    try:
+        return _view(await tenants.show_tenant(control_of(request), tenant_id))
+    except ConfigError as wrong:
+        raise _invalid(wrong) from None
 
 
 @router.put(
@@ -203,6 +207,12 @@ async def make_key(request: Request, response: Response) -> MadeKey:
     new = await read_json(request, NewKey)
     if new.expires_at is not None and new.expires_at <= datetime.now(UTC):
         raise InvalidRequest("expires_at", "expires_at is over", allowed="a time to come")
+    if new.expires_at is not None and new.expires_at.replace(tzinfo=UTC) > _LAST:
+        raise InvalidRequest("expires_at", "expires_at is out of range", allowed=f"up to {_LAST}")
+    try:
+        tenants.check_name(new.tenant)
+    except ConfigError as wrong:
+        raise _invalid(wrong) from None
     services = services_of(request)
     key, made = await services.store.tenants.create_key(
         new.tenant, name=new.name, scopes=map(Scope, new.scopes), expires_at=new.expires_at

@@ -28,6 +28,7 @@ from tidegate.http.caller import caller_of
 from tidegate.http.dialects import body_of, refusal
 from tidegate.http.services import Services, services_of
 from tidegate.http.spool import Spool
+from tidegate.http.target import check_target
 from tidegate.relay.asked import parsed
 from tidegate.relay.detached import endpoint_named
 from tidegate.relay.paths import Dialect, dialect_of
@@ -85,6 +86,7 @@ async def _answer(request: Request) -> Response:
     if handler is None:
         raise NotFound(f"there is no {method} {request.scope['path']}")
     caller = await caller_of(request, Right.READ if method == "GET" else Right.INFER)
+    check_target(request.scope)
     return await handler(Asking(request, services_of(request), caller, found["id"] or ""))
 
 
@@ -190,6 +192,7 @@ async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 async def _create(asking: Asking) -> Response:
     services = asking.services
+    await services.budgets.let_in(asking.caller)
     body = Body(asking.request, services.config)
     values = parsed(await body.read(_CREATE_BYTES, field="body"))
     for name in values:
@@ -245,11 +248,17 @@ def _metadata(value: Any) -> dict[str, str] | None:
     sound = isinstance(value, dict) and len(value) <= _MOST_METADATA
     if sound:
         sound = all(
-            len(key) <= _LONGEST_KEY and isinstance(said, str) and len(said) <= _LONGEST_VALUE
+            len(key) <= _LONGEST_KEY
+            and isinstance(said, str)
+            and len(said) <= _LONGEST_VALUE
+            and "\0" not in key + said
             for key, said in value.items()
         )
     if not sound:
-        allowed = f"at most {_MOST_METADATA} texts of at most {_LONGEST_VALUE} characters, by name"
+        allowed = (
+            f"at most {_MOST_METADATA} texts of at most {_LONGEST_VALUE} characters, by names of "
+            f"at most {_LONGEST_KEY}, without NUL"
+        )
         raise InvalidRequest("metadata", "this is not metadata", allowed=allowed)
     return dict(value)
 

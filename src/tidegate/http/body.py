@@ -10,10 +10,12 @@ import asyncio
 import re
 from dataclasses import dataclass
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from tidegate.config import Config
 from tidegate.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +46,36 @@ class Body:
         self.received_bytes = 0
         self._max_bytes = config.max_body_bytes if max_bytes is None else max_bytes
         self._pace = pace or Pace(silence_ms=config.receive_timeout_ms)
-        self._stream = request.stream()
+        self._receive = request.receive
+        self._more = True
         self._waited_s = 0.0
         announced = request.headers.get("content-length", "0")
-        if not re.fullmatch(r"[0-9]{1,18}", announced):
+        if not _NUMBER.fullmatch(announced):
             raise InvalidRequest("Content-Length", "Content-Length is not a number of bytes")
         if int(announced) > self._max_bytes:
             raise self._too_large()
 
     async def next(self) -> bytes | None:
         loop = asyncio.get_running_loop()
-        begun = loop.time()
-        try:
-            async with asyncio.timeout(self._patience_s()):
-                piece = await anext(self._stream, b"")
-        except TimeoutError:
-            raise RequestTimeout("the request's body arrives too slowly") from None
-        self._waited_s += loop.time() - begun
-        self.received_bytes += len(piece)
-        if self.received_bytes > self._max_bytes:
-            raise self._too_large()
-        return piece or None
+        while self._more:
+            begun = loop.time()
+            try:
+                async with asyncio.timeout(self._patience_s()):
+                    message = await self._receive()
+            except TimeoutError:
+                raise RequestTimeout("the request's body arrives too slowly") from None
+            self._waited_s += loop.time() - begun
+            if message["type"] != "http.request":
+                self._more = False
+                raise ClientDisconnect
+            self._more = message.get("more_body", False)
+            piece: bytes = message.get("body", b"")
+            self.received_bytes += len(piece)
+            if self.received_bytes > self._max_bytes:
+                raise self._too_large()
+            if piece:
+                return piece
+        return None
 
     async def read(self, max_bytes: int, *, field: str) -> bytes:
         """The whole body. Raises PayloadTooLarge, naming `field`, at the first piece over."""

@@ -65,6 +65,8 @@ def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers
         headers.append((b"x-should-retry", b"false"))  # a word of these SDKs: it would be in vain
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
         headers.append((b"connection", b"close"))
+    if isinstance(error, errors.UnsupportedMedia) and error.field == "Content-Encoding":
+        headers.append((b"accept-encoding", b"identity"))  # RFC 9110, 12.5.3
     body = orjson.dumps(body_of(dialect, error, status, after_ms))
     headers.append((b"content-length", str(len(body)).encode()))
     return status, headers, body
@@ -102,7 +104,7 @@ def body_of(
 def _code(error: errors.TidegateError) -> str:
     if isinstance(error, errors.Unauthenticated):
         return "invalid_api_key"
-    if isinstance(error, errors.NotFound):
+    if isinstance(error, errors.NotFound) and error.field == "model":
         return "model_not_found"
     if isinstance(error, errors.BudgetExceeded):
         return _SPENT

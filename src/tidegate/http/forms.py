@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Never
 from urllib.parse import parse_qsl
 
@@ -31,6 +32,7 @@ CONTENT_TYPES = (
     "application/json, multipart/form-data (for files) or application/x-www-form-urlencoded"
 )
 CLEAN_UP_S = 10.0
+_CONTENT_TYPES_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ async def read_submission(
         taken = [await upload.spool.sha256() for upload in form.uploads if digests]
         return _submission(fields, await _keep(form.uploads, blobs), tuple(taken))
     finally:
-        await _to_the_end(form.close())
+        if kind == "multipart":
+            await _to_the_end(form.close())
 
 
 def _submission(
@@ -131,7 +134,12 @@ def _encoding(request: Request) -> str:
         raise UnsupportedMedia(
             "Content-Type", "there is more than one Content-Type", allowed=CONTENT_TYPES
         )
-    said, options = parse_options_header(request.headers.get("content-type"))
+    return _encoding_of(request.headers.get("content-type"))
+
+
+@lru_cache(_CONTENT_TYPES_KEPT)
+def _encoding_of(content_type: str | None) -> str:
+    said, options = parse_options_header(content_type)
     media = said.decode("latin-1")
     charset = options.get(b"charset", b"utf-8").lower()
     if charset not in (b"utf-8", b"utf8", b"us-ascii", b"ascii"):
@@ -169,7 +177,7 @@ def _decode(raw: bytes) -> str:
 def _parse_json(raw: bytes) -> dict[str, Any]:
     text = _decode(raw)
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as broken:
         where = f"line {broken.lineno}, column {broken.colno}"
         raise InvalidRequest("body", f"invalid JSON: {broken.msg} at {where}") from None
@@ -194,6 +202,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Never:
     raise InvalidRequest("body", f"invalid JSON: {name} is not a JSON value")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _parse_pairs(raw: bytes) -> dict[str, str]:

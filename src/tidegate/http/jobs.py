@@ -15,7 +15,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from tidegate.call import Caller, Classification, ClassifiedBy, new_id
+from tidegate.call import Caller, Classification, ClassifiedBy, Scope, new_id
 from tidegate.errors import (
     Forbidden,
     IdempotencyConflict,
@@ -23,7 +23,7 @@ from tidegate.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
-from tidegate.http.caller import Reader, check_models, payer_of
+from tidegate.http.caller import Reader, caller_of, check_models, payer_of
 from tidegate.http.following import until_changed
 from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
@@ -265,6 +265,7 @@ async def status(
     if wait and not record.status.is_end:
         with services.openings.long_poll(caller):
             record = await until_changed(request, services, record, wait)
+        await caller_of(request, Scope.READ)  # the key may have been revoked meanwhile
     return status_view(record, prefix_of(request))
 
 

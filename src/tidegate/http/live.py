@@ -2,7 +2,8 @@
 
 Invariant: whenever a client comes, and comes back, it is told the latest version that it has not
 seen; versions that it missed meanwhile are skipped, since the latest says all. A follower holds
-nothing but its connection, and their number in a process is bounded.
+nothing but its connection, and their number in a process is bounded. Nothing is told to a key that
+was revoked meanwhile.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tidegate.call import Caller
+from tidegate.call import Scope as Right
 from tidegate.errors import (
     InvalidRequest,
     NotFound,
     QuotaExceeded,
     StoreUnavailable,
+    TidegateError,
     TooManyFollowers,
 )
+from tidegate.http.caller import caller_of
 from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.http.services import Services
@@ -71,7 +75,7 @@ def live_status(
     version = None if seen is None else int(seen["version"])
     if seen and seen["done"] and record.status.is_end and version == record.version:
         return Response(status_code=204)
-    return LiveStatus(services, record, prefix, version, caller)
+    return LiveStatus(request, services, record, prefix, version, caller)
 
 
 class LiveStatus(Response):
@@ -79,6 +83,7 @@ class LiveStatus(Response):
 
     def __init__(
         self,
+        request: Request,
         services: Services,
         record: RequestRecord,
         prefix: str,
@@ -86,6 +91,7 @@ class LiveStatus(Response):
         caller: Caller,
     ) -> None:
         super().__init__()
+        self._request = request
         self._services = services
         self._record = record
         self._prefix = prefix
@@ -137,11 +143,19 @@ class LiveStatus(Response):
                 last = {"request_id": str(record.request_id), "status": record.status}
                 await writer.status("done", orjson.dumps(last), f"{record.version}-done")
                 return
-            if not await self._changed(over):
+            if not await self._changed(over) or not await self._may_go_on():
                 return
             if time.monotonic() - self._written_at >= KEEP_ALIVE_S:
                 await writer.keep_alive()
                 self._written_at = time.monotonic()
+
+    async def _may_go_on(self) -> bool:
+        """Whether the key that was shown still opens it: it may have been revoked meanwhile."""
+        try:
+            await caller_of(self._request, Right.READ)
+        except TidegateError:  # it is told which when it comes back
+            return False
+        return True
 
     async def _changed(self, over: set[asyncio.Task[Any]]) -> bool:
         """Wait for a change, though not for long; false when there is nobody to tell any more."""

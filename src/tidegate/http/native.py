@@ -22,6 +22,7 @@ from tidegate.errors import (
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
+    UnsupportedMedia,
     UpstreamUnauthorized,
 )
 from tidegate.http.access import log_request, who
@@ -29,14 +30,14 @@ from tidegate.http.dialects import event, refusal
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import Presence, abort
 from tidegate.http.incoming import ClientGone, Incoming, check_size
-from tidegate.http.native_call import call_of
+from tidegate.http.native_call import call_of, is_coded
 from tidegate.http.once import Once, wanted_of
 from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import Services
 from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
-from tidegate.relay.headers import Headers
+from tidegate.relay.headers import Headers, content_type_in
 from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of, posted_to
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure, Idempotency
@@ -46,6 +47,7 @@ from tidegate.telemetry import Log, get_logger
 
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _TYPE = b"content-type"
+_CODED = "the body is compressed, which is not taken here: send it as it is"
 
 log = get_logger()
 
@@ -56,7 +58,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     path, method = scope["path"], scope["method"]
     endpoint = posted_to(method, path)
     if endpoint is None:
-        hint = dialect_of(path, frozenset(name for name, _ in headers), scope["query_string"])
+        hint = dialect_of(path, {name for name, _ in headers}, scope["query_string"])
         endpoint = endpoint_of(method, path, hint)
         dialect = hint if endpoint is None else endpoint.dialect
     else:
@@ -65,6 +67,8 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     try:
         if endpoint is None:
             await front.refuse(NotFound(f"there is no {method} {path}"))
+        elif is_coded(headers) and endpoint.operation is not Operation.UPLOAD:
+            await front.refuse(UnsupportedMedia("Content-Encoding", _CODED, allowed="identity"))
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged here, and nowhere else
@@ -78,18 +82,9 @@ class _Front(Out):
     """One request, until it is answered and recorded."""
 
     __slots__ = (
-        *(
-            "_services",
-            "_scope",
-            "_receive",
-            "_send",
-            "_dialect",
-            "_request_id",
-            "_id_text",
-            "_received",
-        ),
-        *("_received_at", "_life", "_ends_whole", "_task", "_head_sent"),
-        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_id_text"),
+        *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
+        *("_received_at", "_life", "_ends_whole", "_task", "_head_sent", "_id_text"),
+        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_to_keep"),
     )
 
     def __init__(
@@ -111,12 +106,15 @@ class _Front(Out):
         self._caller = ANYBODY
         self._recorded = False  # already, by the request that this one repeats
         self._headers: Headers = []  # of the answer
+        self._to_keep: Once | None = None  # what is to be kept under an idempotency key
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
         self._incoming: Incoming | None = None
         offered = scope.get("extensions", {}).get(DIRECT_EXTENSION)
-        self._direct: Direct | None = None if offered is None else offered["answer"]
+        # An answer to HEAD has no body, whatever its length says: uvicorn sees to that.
+        direct = offered is not None and scope["method"] != "HEAD"
+        self._direct: Direct | None = offered["answer"] if direct else None
 
     async def answer(self, endpoint: Endpoint) -> None:
         self._services.streams.add(self._task)
@@ -161,6 +159,8 @@ class _Front(Out):
             if opening is not None:
                 opening.close()
             await presence.end()
+        if self._to_keep is not None:  # not before: a client may go as soon as it has its answer
+            await self._to_keep.ended(self._life, content_type_in(self._headers) or "")
         if not self._recorded:
             self._record(call, status, failure)
 
@@ -244,7 +244,7 @@ class _Front(Out):
         except BaseException:
             await asyncio.shield(once.failed())
             raise
-        await once.ended(self._life, self._content_type())
+        self._to_keep = once
 
     async def _upload(self, call: NativeCall) -> None:
         host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
@@ -277,10 +277,6 @@ class _Front(Out):
         self._id_text = str(self._request_id)
         headers.append((_REQUEST_ID, self._id_text.encode()))
         return headers
-
-    def _content_type(self) -> str:
-        found = (value.decode("latin-1") for name, value in self._headers if name == _TYPE)
-        return next(found, "")
 
     async def start(self, status: int, headers: Headers) -> None:
         self.started, self._headers = True, headers
@@ -320,14 +316,16 @@ class _Front(Out):
     async def _tell_failed(self, failed: CallFailed) -> None:
         """In the upstream's own words where it had any; but its word on our key is not for
         clients, who would take it for theirs."""
+        if failed.told:
+            return
         if self._head_sent or not failed.status:
             await self.tell(failed.error)
             return
-        if isinstance(failed.error, UpstreamUnauthorized):
+        if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
             await self.tell(UpstreamUnauthorized("the upstream refuses this gateway's own key"))
             return
         headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]
-        after_ms = failed.error.retry_after_ms
+        after_ms = failed.paused_ms or failed.error.retry_after_ms
         if after_ms and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
         self._life.keep(failed.body)
@@ -382,6 +380,9 @@ class _Front(Out):
                 response_id=life.told.response_id,
                 failure=failure,
                 streamed=life.streams,
+                request_type=content_type_in(self._scope["headers"]),
+                response_type=content_type_in(self._headers),
+                omitted_bytes=life.omitted_bytes,
                 key_id=call.caller.key_id,
                 subject=call.subject,
             )

@@ -15,7 +15,7 @@ from uuid import UUID
 from tidegate.call import Caller
 from tidegate.errors import InvalidRequest
 from tidegate.relay.call import NativeCall
-from tidegate.relay.headers import to_send
+from tidegate.relay.headers import Headers, to_send
 from tidegate.relay.paths import Endpoint
 
 # Credentials of clients; `%` since a name can be written in other ways.
@@ -62,6 +62,16 @@ def call_of(
     )
 
 
+def is_coded(headers: Headers) -> bool:
+    """Whether the body is compressed, or coded in another way."""
+    for name, value in headers:
+        if name == b"content-encoding":
+            for one in value.lower().split(b","):
+                if one.strip() not in (b"", b"identity"):
+                    return True
+    return False
+
+
 def _without_key(query: str) -> str:
     if _MAYBE_KEY.search(query) is None:
         return query
@@ -81,7 +91,12 @@ def _whole(name: bytes, value: bytes, least: int, most: int) -> int:
 
 
 def _tag(name: bytes, value: bytes) -> str:
-    text = value.decode("latin-1").strip()
+    """A subject, which must be the same whether it came in a header or in JSON: most clients write
+    headers in UTF-8; what can't be that is in Latin-1."""
+    try:
+        text = value.decode().strip()
+    except UnicodeDecodeError:
+        text = value.decode("latin-1").strip()
     if not 1 <= len(text) <= _LONGEST_TAG or not text.isprintable():
         header = name.decode()
         allowed = f"1 to {_LONGEST_TAG} printable characters"

@@ -1,18 +1,20 @@
 """`Idempotency-Key` on native paths: one call of the provider, however often it is asked for.
 
-Invariant: who asks again with the same body gets the same answer; while the first is still being
-answered it waits for that. What failed is not kept: who asks again is answered anew.
+Invariant: who asks again for the same (path, query and body) gets the same answer; while the first
+is still being answered it waits for that. What failed is not kept, nor what is too long to be kept
+whole: who asks again is answered anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 from hashlib import sha256
+from urllib.parse import parse_qsl
 
 from tidegate.errors import IdempotencyConflict, InvalidRequest, StoreUnavailable
 from tidegate.http.idempotency import HEADER, MOST_CHARS, REPLAYED_HEADER, is_key
 from tidegate.relay.asked import asked_of, parsed
-from tidegate.relay.call import Life, NativeCall, Out
+from tidegate.relay.call import KEPT_BYTES, Life, NativeCall, Out
 from tidegate.relay.usage_event import WithoutUsageEvent
 from tidegate.store.native_keys import Given, NativeKeys
 from tidegate.store.records import Idempotency
@@ -35,8 +37,16 @@ def wanted_of(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempoten
     if len(keys) > 1 or not is_key(text):
         allowed = f"1 to {MOST_CHARS} printable characters of ASCII, such as a UUID"
         raise InvalidRequest(HEADER, "this is not an idempotency key", allowed=allowed)
+    return Idempotency(text, sha256(b"%b\0%b" % (_target_of(call).encode(), call.body)).hexdigest())
+
+
+def _target_of(call: NativeCall) -> str:
+    """What is asked beside the body. In whatever order a query is written, it asks the same."""
     path = call.endpoint.path_for(call.endpoint.model or "")
-    return Idempotency(text, sha256(b"%b\0%b" % (path.encode(), call.body)).hexdigest())
+    if not call.query:
+        return path
+    pairs = parse_qsl(call.query, keep_blank_values=True, errors="surrogateescape")
+    return f"{path}?{sorted(pairs)!a}"
 
 
 class Once:
@@ -87,7 +97,10 @@ class Once:
         await out.body(answer, False)
 
     async def ended(self, life: Life, content_type: str) -> None:
-        """Keep what was answered."""
+        """Keep what was answered, once it has gone out."""
+        if life.answer_bytes > KEPT_BYTES:  # only parts of it are there
+            await self.failed()
+            return
         given = Given(
             self._wanted.digest, self._call.request_id, life.http_status, content_type, life.answer
         )

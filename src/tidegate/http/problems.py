@@ -60,7 +60,6 @@ NATIVE_STATUS: dict[type[errors.TidegateError], int] = {
     errors.QueueFull: 429,
     errors.DemandImpossible: 400,
     errors.UpstreamThrottled: 429,
-    errors.UnsupportedMedia: 400,
 }
 _DEFAULT_RETRY_AFTER_MS = 1_000
 

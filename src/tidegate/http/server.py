@@ -23,6 +23,7 @@ from tidegate.http import (
     health,
     jobs,
     problems,
+    recorded,
     requests,
     stream,
     usage,
@@ -33,6 +34,7 @@ from tidegate.http.native import native
 from tidegate.http.openapi import described
 from tidegate.http.problems import Handler
 from tidegate.http.services import Services
+from tidegate.http.target import SoundTarget
 from tidegate.relay.paths import is_native
 
 _LAST_WORDS_S = 5.0
@@ -108,7 +110,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         redoc_url=None,
     )
     routes = APIRouter()
-    for room in (jobs, requests, usage, stream, health):
+    for room in (jobs, requests, recorded, usage, stream, health):
         routes.include_router(room.router)
     for room in (admin, admin_tenants, admin_webhooks, admin_subjects):
         routes.include_router(room.router)
@@ -117,6 +119,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
     problems.install(app)
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     _serve_docs(app)
+    app.add_middleware(SoundTarget)
     app.add_middleware(AccessLog)
     return app
 

@@ -17,7 +17,7 @@ from tidegate.http.forms import Submission
 from tidegate.relay.detached import asked_by, endpoint_named
 
 ENDPOINT, BODY = "endpoint", "body"
-_BESIDE = ("priority", "deadline_ms", "webhook_url")
+_BESIDE = ("priority", "deadline_ms", "webhook_url", "subject")
 
 
 def wrapped_submission(values: Mapping[str, Any], config: Config) -> Submission:
@@ -44,5 +44,6 @@ def wrapped_submission(values: Mapping[str, Any], config: Config) -> Submission:
         priority=fields.priority,
         deadline_ms=fields.deadline_ms,
         webhook_url=fields.webhook_url,
+        subject=fields.subject,
         endpoint=path,
     )

@@ -6,6 +6,7 @@ names a model and asks for no stream.
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,9 @@ class Check:
         return len(self.errors) >= MOST_ERRORS or self.lines > MOST_LINES
 
     def take(self, number: int, raw: bytes) -> Sound | None:
-        """Check line `number`, counted from 1."""
+        """Check line `number`, counted from 1; a byte order mark before that is passed over."""
+        if number == 1:
+            raw = raw.removeprefix(BOM_UTF8)
         if not raw.strip():
             return None
         self.lines += 1

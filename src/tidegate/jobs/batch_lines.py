@@ -89,6 +89,7 @@ class LineCaller:
         loop = asyncio.get_running_loop()
         looked_at = loop.time()
         while True:
+            await self._leave_held_up()
             free = WINDOW - len(self._tasks)
             if free < WINDOW // 4:
                 self._freed.clear()
@@ -105,6 +106,12 @@ class LineCaller:
                 self._begin(line)
             if len(claimed) < free // 2:
                 await self._store.wait_work(_IDLE_MS, mark, BATCHES)
+
+    async def _leave_held_up(self) -> None:
+        """Give up what waits of batches whose tenants may spend no more: it is called later."""
+        over = await self._store.batch_lines.held_up()
+        if over:
+            await self._give_up(lambda held: held.waits and held.line.batch_id in over)
 
     async def leave_ended(self) -> None:
         """Give up what waits of batches that take no more calls: its turn may be far away."""

@@ -140,11 +140,15 @@ class BatchRunner:
 
 async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The lines of a file that comes in pieces; one that is too long ends as a broken one."""
-    rest = b""
+    begun: list[bytes] = []
+    room_bytes = _LONGEST_LINE_BYTES
     async for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            yield line
-        rest = rest[:_LONGEST_LINE_BYTES]
-    if rest:
-        yield rest
+        *ends, rest = piece.split(b"\n")
+        for end in ends:
+            yield b"".join((*begun, end[:room_bytes]))
+            begun, room_bytes = [], _LONGEST_LINE_BYTES
+        if kept := rest[:room_bytes]:
+            begun.append(kept)
+            room_bytes -= len(kept)
+    if begun:
+        yield b"".join(begun)

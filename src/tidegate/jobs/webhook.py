@@ -133,7 +133,6 @@ def signature(key: bytes, webhook_id: str, sent_at: int, body: bytes) -> str:
 
 def payload(delivery: Delivery, record: RequestRecord) -> bytes:
     """The body: what happened, and the request as it stands, without pictures and long texts."""
-    text = record.text if record.text is None or len(record.text) <= MOST_TEXT_CHARS else None
     failure, usage = record.failure, record.usage
     data: dict[str, Any] = {
         "request_id": record.request_id,
@@ -143,7 +142,7 @@ def payload(delivery: Delivery, record: RequestRecord) -> bytes:
         "attempts": record.attempts,
         "submitted_at": record.created_at,
         "finished_at": record.finished_at,
-        "text": text,
+        **_said(record),
         "finish_reason": record.finish_reason,
         "usage": usage,
         "error": None
@@ -157,3 +156,16 @@ def payload(delivery: Delivery, record: RequestRecord) -> bytes:
         "data": {name: value for name, value in data.items() if value is not None},
     }
     return orjson.dumps(event, option=orjson.OPT_UTC_Z)
+
+
+def _said(record: RequestRecord) -> dict[str, Any]:
+    """The answer as its status shows it; a long one is left to that."""
+    text = record.text
+    if text is None or len(text) > MOST_TEXT_CHARS:
+        return {}
+    if record.endpoint is None:
+        return {"text": text}
+    try:
+        return {"answer": orjson.loads(text)}
+    except orjson.JSONDecodeError:
+        return {"answer": text}

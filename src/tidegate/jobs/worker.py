@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import UUID
 
-from tidegate.call import Call, Event, Kind, Media, new_id
+from tidegate.call import Call, Kind, Media, new_id
 from tidegate.config import Config
 from tidegate.errors import (
     ClaimLost,
@@ -202,9 +202,7 @@ class Worker:
                 return
             media = await self._pipeline.media(_ask_of(job))
             call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
-            await self._pipeline.run(
-                call, attempt, _ignore, deadline_ms=left_ms, on_admitted=admitted
-            )
+            await self._pipeline.run(call, attempt, None, deadline_ms=left_ms, on_admitted=admitted)
 
         failure: TidegateError | None = None
         try:
@@ -388,7 +386,3 @@ def _left_ms(job: ClaimedJob) -> int | None:
     if job.deadline_at is None:
         return None
     return round((job.deadline_at - datetime.now(UTC)).total_seconds() * 1000)
-
-
-async def _ignore(_event: Event) -> None:
-    """Jobs have no listener while they run: the answer is recorded whole."""

@@ -6,12 +6,14 @@ when Valkey does not answer within a third of the lease.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
 
 from tidegate.errors import LimiterUnavailable, TidegateError
 from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.lease import now_ms
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.link import Link, LinkDown
 from tidegate.limiter.scripts import ScriptName, load
@@ -108,13 +110,26 @@ class Operations:
         }  # fmt: skip
         self._session.stop_handing_on()
         done = bool(await self._act(request))
+        if done:
+            self._session.remembered.pauses[limit] = (now_ms() + for_ms, ramp_ms, said)
         self._session.refresh()
         return done
+
+    def paused_ms(self, limits: Sequence[str]) -> int:
+        """For how long still nobody is let in under one of these limits, as this process last
+        heard, some seconds ago at most; 0 where none is paused. Without I/O."""
+        pauses = self._session.remembered.pauses
+        if not pauses:
+            return 0
+        at_ms = now_ms()
+        left = [int(pauses[one][0] - at_ms) for one in limits if one in pauses]
+        return max(0, *left, 0)
 
     async def resume(self, limit: str, *, by: str = "") -> bool:
         """End a pause now, without a ramp. False if there was none."""
         request = {"verb": "resume", "limit": limit, "said": by}
         done = bool(await self._act(request))
+        self._session.remembered.pauses.pop(limit, None)
         self._session.refresh()
         return done
 

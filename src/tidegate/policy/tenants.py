@@ -47,7 +47,8 @@ async def list_tenants(control: Control) -> list[ShownTenant]:
 
 
 async def show_tenant(control: Control, tenant_id: str) -> ShownTenant:
-    """Raises NotFound and StoreUnavailable."""
+    """Raises ConfigError for a name that can't be, NotFound and StoreUnavailable."""
+    check_name(tenant_id)
     return _shown(await control.tenants.get(tenant_id), to_plain(control.limiter.policy))
 
 
@@ -67,8 +68,10 @@ async def set_tenant(
 async def remove_tenant(control: Control, tenant_id: str, *, by: str, reason: str = "") -> None:
     """Take a tenant, its keys, its weight and its limits away; its requests stay on record.
 
-    Raises NotFound where there was none of it, and StoreUnavailable.
+    Raises ConfigError for a name that can't be, NotFound where there was none of it, and
+    StoreUnavailable.
     """
+    check_name(tenant_id)
     plain = to_plain(control.limiter.policy)
     share = share_of(plain, tenant_id)
     is_named = bool(share.limits) or tenant_id in plain.get("weights", {})

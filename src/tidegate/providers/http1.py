@@ -94,6 +94,7 @@ class Connection(asyncio.Protocol):
         self._may_stay = False
         self._until_close = False
         self._reads = True
+        self._hinted: Answer | None = None  # something came before it, such as early hints
         self._sending: asyncio.Task[None] | None = None
         self._room: asyncio.Future[None] | None = None  # set while the upstream takes no more
 
@@ -199,9 +200,9 @@ class Connection(asyncio.Protocol):
             elif answer.status:
                 answer.fail(UpstreamUnavailable("the provider closed the connection in mid-answer"))
             else:
-                answer.fail(
-                    UpstreamUnavailable("the provider closed the connection before its answer")
-                )
+                heard = self._head_bytes or self._hinted is answer
+                said = "the provider closed the connection before its answer"
+                answer.fail(UpstreamUnavailable(said, broke=None if heard else "unheard"))
         self._when_lost(self)
 
     def pause_writing(self) -> None:
@@ -246,6 +247,7 @@ class Connection(asyncio.Protocol):
                 # 101: nobody here speaks another protocol.
                 raise _Unusable(f"the provider answered {status}, which is no answer")
             self._interim = True
+            self._hinted = self._answer
             return
         if self._coding is not None and self._coding.lower() != b"chunked":
             raise _Unusable("the provider's answer is in an unknown transfer coding")

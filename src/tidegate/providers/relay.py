@@ -24,6 +24,9 @@ from tidegate.providers.gemini.timeouts import Timeouts
 from tidegate.providers.http1 import READ_AHEAD_BYTES, Answer, Connection, RawHeaders
 
 _KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: whoever closes first is us
+# A server that closed an idle connection as we sent says so within a round trip. One that takes
+# longer had the request, and may have worked on it.
+_CROSSED_S = 1.0
 _NAMES_S = 30.0
 _SWEEP_S = 0.25
 _NEXT_ADDRESS_S = 0.25
@@ -52,8 +55,8 @@ class Exchange:
     """One call and its answer. `status` and `headers` are there once it is opened."""
 
     __slots__ = (
-        *("_answer", "_connection", "_origin", "_total_until", "_wait_until", "_whole", "_wire"),
-        *("headers", "status", "timed_out"),
+        *("_answer", "_began", "_connection", "_origin", "_total_until", "_wait_until", "_whole"),
+        *("_wire", "headers", "status", "timed_out"),
     )
 
     def __init__(
@@ -67,6 +70,7 @@ class Exchange:
         self._origin = origin
         self._connection = connection
         self._answer = answer
+        self._began = False  # the first bytes of its body have been read
         self._whole: bool | None = None  # once closed
         self._wait_until = now + wire.first_byte_s
         self._total_until = now + wire.total_s
@@ -101,6 +105,7 @@ class Exchange:
         if answer.size_bytes > READ_AHEAD_BYTES:
             self._connection.read_on()
         answer.size_bytes = 0
+        self._began = True
         return whole
 
     @property
@@ -120,6 +125,14 @@ class Exchange:
             whole += piece
         return bytes(whole[:max_bytes])
 
+    def has_crossed(self, failed: BaseException) -> bool:
+        """Whether the request met the end of a connection that the upstream had closed before it
+        saw any of it, as far as can be told from here."""
+        if not isinstance(failed, UpstreamUnavailable) or failed.broke != "unheard":
+            return False
+        asked_at = self._total_until - self._wire.total_s
+        return self._whole is None and self._wire.time() - asked_at <= _CROSSED_S
+
     def close(self) -> bool:
         """End it: the connection is kept, and True returned, only when the answer has come to its
         end. Else it is closed in the event loop's next round. Idempotent."""
@@ -137,7 +150,7 @@ class Exchange:
         answer = self._answer
         if now > self._total_until:
             return "total"
-        if not self.status:
+        if not (self._began or answer.pieces or answer.ended):
             return "first_byte" if now > self._wait_until else None
         if answer.stirred or not answer.is_awaited:
             answer.stirred = False
@@ -200,7 +213,9 @@ class RelayWire:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
 
         A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
-        Cancelling closes the connection.
+        Where a kept connection was closed as we sent, the request is sent again, once, on a new
+        one; a body in pieces could not be, and goes on a new one at once. Cancelling closes the
+        connection.
         """
         lines = [b"%b: %b\r\n" % pair for pair in headers]
         said = b"".join(lines)
@@ -209,23 +224,28 @@ class RelayWire:
         head = b"%b %b%b" % (method.encode("ascii"), place.line, said)
         if body is None and method != "GET":
             body = b""
-        connection = self._idle_one(place.origin) or await self._connect(place.origin)
-        exchange = Exchange(self, place.origin, connection, connection.send(head, body))
-        self.exchanges.add(exchange)
-        try:
-            await exchange.begun()
-        except BaseException:
-            exchange.close()
-            # A connection is really closed in the loop's next round: its permit goes after that.
-            await asyncio.sleep(0)
-            raise
-        return exchange
+        origin = place.origin
+        again = body is None or isinstance(body, bytes)
+        kept = self._idle_one(origin) if again else None
+        connection = kept or await self._connect(origin)
+        while True:
+            exchange = Exchange(self, origin, connection, connection.send(head, body))
+            self.exchanges.add(exchange)
+            try:
+                await exchange.begun()
+                return exchange
+            except BaseException as failed:
+                crossed = connection is kept and exchange.has_crossed(failed)
+                exchange.close()
+                # A connection is really closed in the loop's next round: its permit goes after
+                # that.
+                await asyncio.sleep(0)
+                if not crossed:
+                    raise
+            connection = await self._connect(origin)
 
     def ran_out(self, phase: str) -> UpstreamTimeout:
-        limit_ms = self._timeouts.of(phase)
-        return UpstreamTimeout(
-            f"the provider took longer than {limit_ms} ms ({phase})", phase=phase
-        )
+        return self._timeouts.ran_out(phase)
 
     # -- connections
 
@@ -261,9 +281,9 @@ class RelayWire:
             raise self.ran_out("connect") from None
         except ssl.SSLError as wrong:
             why = wrong.reason or type(wrong).__name__
-            raise UpstreamUnavailable(f"no secure connection to the provider ({why})") from None
+            raise _unconnected(f"no secure connection to the provider ({why})") from None
         except (OSError, UnicodeError):
-            raise UpstreamUnavailable("could not connect to the provider") from None
+            raise _unconnected("could not connect to the provider") from None
         self.connections.add(connection)
         return connection
 
@@ -301,6 +321,10 @@ def _retired(connection: Connection, now: float) -> bool:
         return False
     connection.drop()
     return True
+
+
+def _unconnected(message: str) -> UpstreamUnavailable:
+    return UpstreamUnavailable(message, broke="connecting")
 
 
 def _place(text: str) -> Place:

@@ -30,7 +30,7 @@ _INLINE_MIME = ("mimeType", "mime_type", "media_type")
 _URI = ("fileUri", "file_uri", "file_id", "image_url", "url")
 _OF_FILES = frozenset(("data", *_URI))
 # `"model":`, in whatever case and however escaped.
-_NAMES_MODEL = re.compile(
+NAMES_MODEL = re.compile(
     rb'"(?:m|\\u00[46]d)(?:o|\\u00[46]f)(?:d|\\u00[46]4)(?:e|\\u00[46]5)(?:l|\\u00[46]c)"\s*:',
     re.IGNORECASE,
 )
@@ -73,7 +73,7 @@ def check_one_model(body: bytes) -> None:
     # The pattern is right, and slow: most bodies are done with one copy and one count.
     if b"\\u00" not in body and body.lower().count(b'model"') < 2:
         return
-    if len(_NAMES_MODEL.findall(body)) < 2:
+    if len(NAMES_MODEL.findall(body)) < 2:
         return
     outermost: list[str] = []
 
@@ -92,13 +92,18 @@ def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
     """What a request asks for. Raises InvalidRequest where it names no model."""
     model = body.get("model") if endpoint.model is None else endpoint.model
     if not isinstance(model, str) or not 1 <= len(model) <= 200:
-        raise InvalidRequest("model", "model is missing", allowed="the name of a model, as a text")
+        wrong = "model is missing" if model is None else "model is not the name of a model"
+        raise InvalidRequest("model", wrong, allowed="a text of 1 to 200 characters")
     walk = _Walk()
     walk.over(body)
     settings = _settings(endpoint.dialect, body)
     images = _images(endpoint, model, body, settings)
     kind = Kind.MULTI_MODAL if walk.files else Kind.TEXT_ONLY
-    streams = endpoint.streams or body.get("stream") is True
+    stream = body.get("stream")
+    if stream is not None and type(stream) is not bool and endpoint.model is None:
+        # Some servers take 1 or "yes" for true: they would stream what is not taken for a stream.
+        raise InvalidRequest("stream", "stream is neither true nor false", allowed="true or false")
+    streams = endpoint.streams or stream is True
     return Asked(
         model=model,
         kind=Kind.IMAGE_GENERATION if images else kind,

@@ -104,6 +104,11 @@ class Life:
             self.pieces = [b"".join(self.pieces)]
         return self.pieces[0]
 
+    @property
+    def omitted_bytes(self) -> int:
+        """How much of its middle was not kept."""
+        return self.answer_bytes - sum(map(len, self.pieces)) if self.pieces else 0
+
     def read_usage(self, endpoint: Endpoint) -> None:
         """Find in the answer what it says of itself."""
         self.told = told_in(endpoint.dialect, self.answer)
@@ -118,7 +123,8 @@ class Life:
 class CallFailed(Exception):
     """An upstream's refusal or fault, with its own words where it had any.
 
-    status 0: it gave no answer.
+    status 0: it gave no answer. paused_ms: for how long a limit of the call was paused by it.
+    told: the client has heard it already, inside of an answer that is at its end.
     """
 
     def __init__(
@@ -129,6 +135,7 @@ class CallFailed(Exception):
         status: int = 0,
         headers: Headers | None = None,
         body: bytes = b"",
+        told: bool = False,
     ) -> None:
         super().__init__(error.message)
         self.error = error
@@ -136,3 +143,5 @@ class CallFailed(Exception):
         self.status = status
         self.headers = headers or []
         self.body = body
+        self.paused_ms = 0
+        self.told = told

@@ -45,12 +45,16 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
 
 
 def asked_by(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
-    """What a body asks for. Raises InvalidRequest, for a stream too."""
+    """What a body asks for. Raises InvalidRequest, for a stream too, and for a model that can't be
+    put on record."""
     if body.get("stream"):
         raise InvalidRequest(
             "body.stream", "an answer that is waited for does not stream", allowed="false"
         )
-    return asked_of(endpoint, body)
+    asked = asked_of(endpoint, body)
+    if not asked.model.isprintable():  # neither NUL nor half of a surrogate pair is
+        raise InvalidRequest("body.model", "this is not the name of a model", allowed="a name")
+    return asked
 
 
 def detached_call(

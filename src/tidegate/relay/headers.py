@@ -88,3 +88,9 @@ def to_return(given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True)
         dropped = {one.strip() for one in named.split(b",")}
         found = [pair for pair in found if pair[0] not in dropped]
     return found
+
+
+def content_type_in(headers: Headers) -> str | None:
+    """None where none is told."""
+    named = (value.decode("latin-1") for name, value in headers if name == b"content-type")
+    return next(named, None)

@@ -7,6 +7,7 @@ reached through us but calls of models, the list of models, and files.
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -102,7 +103,7 @@ def is_native(path: str) -> bool:
     return path.startswith(_ROOTS)
 
 
-def dialect_of(path: str, headers: frozenset[bytes], query: bytes) -> Dialect:
+def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
     """Whose words a request is likely in: by its path, and where two share it by its key.
 
     `headers`: the names that it bears, in lower case.
@@ -150,9 +151,16 @@ def _gemini_call(call: re.Match[str]) -> Endpoint | None:
 def _listed(path: str, dialect: Dialect) -> Endpoint | None:
     if dialect is Dialect.GEMINI:
         if _GEMINI_MODELS.fullmatch(path):
-            return Endpoint(dialect, Operation.MODELS, path)
+            return _models(dialect, path)
         return Endpoint(dialect, Operation.FILES, path) if _GEMINI_FILES.fullmatch(path) else None
     if _MODELS.fullmatch(path) is None:
         return None
-    below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
-    return Endpoint(dialect, Operation.MODELS, below)
+    return _models(dialect, path.removeprefix("/v1") if dialect is Dialect.OPENAI else path)
+
+
+def _models(dialect: Dialect, path: str) -> Endpoint:
+    """The list, or one of them."""
+    folder, below, model = path.rpartition("/models/")
+    if not below:
+        return Endpoint(dialect, Operation.MODELS, path)
+    return Endpoint(dialect, Operation.MODELS, f"{folder}/models/{{model}}", model=model)

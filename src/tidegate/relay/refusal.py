@@ -44,7 +44,8 @@ async def refusal_of(exchange: Exchange, target: Target) -> CallFailed:
 
 
 async def pause_if_throttled(failed: CallFailed, demand: Demand, limiter: Limiter) -> None:
-    """Let no other process run into the same 429; before our own permit goes to anybody."""
+    """Let no other process run into the same 429; before our own permit goes to anybody. What is
+    paused then is noted in `failed`."""
     error = failed.error
     if not isinstance(error, UpstreamThrottled) or not demand.limits:
         return
@@ -63,6 +64,7 @@ async def pause_if_throttled(failed: CallFailed, demand: Demand, limiter: Limite
     except LimiterUnavailable as away:
         log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=away.message)
         return
+    failed.paused_ms = pause.for_ms
     if paused:
         log.warning(
             Log.LIMIT_PAUSED,

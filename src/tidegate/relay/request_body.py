@@ -1,15 +1,28 @@
-"""The body that goes to an upstream: as it came, unless it must differ. Pure."""
+"""The body that goes to an upstream: as it came, unless it must differ. Pure.
+
+Invariant: where only the model's name differs, all other bytes stay as they came, so that no number
+loses its digits on the way.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
 
 from tidegate.errors import InvalidRequest
+from tidegate.relay.asked import NAMES_MODEL
 from tidegate.relay.call import NativeCall
+from tidegate.relay.paths import Operation
 from tidegate.relay.targets import Target
 from tidegate.relay.usage_event import asking_for_usage
+
+_TEXT = re.compile(rb'\s*("(?:[^"\\]|\\.)*")')
+# Below other objects there may be more models, such as a tool's parameter of that name.
+_MOST_MODELS = 8
+# Whose bodies name the model of the path again, which must be the same.
+_NAMES_IT_AGAIN = (Operation.EMBED, Operation.COUNT)
 
 
 def body_for(
@@ -27,8 +40,33 @@ def body_for(
 
 
 def _changed(call: NativeCall, body: dict[str, Any], target: Target, ask_usage: bool) -> bytes:
-    raw = call.body
-    if call.endpoint.model is None and body.get("model") != target.model and "model" in body:
+    raw, named = call.body, call.endpoint.model
+    if named is not None:
+        again = call.endpoint.operation in _NAMES_IT_AGAIN and named != target.model
+        return _named_again(raw, named, target.model) if again else raw
+    if "model" in body and body["model"] != target.model:
         body = {**body, "model": target.model}
-        raw = orjson.dumps(body)
+        raw = _with_model(raw, target.model) or orjson.dumps(body)
     return asking_for_usage(raw, body) if ask_usage else raw
+
+
+def _with_model(raw: bytes, model: str) -> bytes | None:
+    """The same with another value of the outermost `model`; None where it is not found. There is
+    one such field, and its value is a text."""
+    found = [one.end() for one in NAMES_MODEL.finditer(raw)]
+    if len(found) > _MOST_MODELS:
+        return None
+    name = orjson.dumps(model)
+    for end in found:
+        if (text := _TEXT.match(raw, end)) is None:
+            continue
+        changed = raw[: text.start(1)] + name + raw[text.end(1) :]
+        if len(found) == 1 or orjson.loads(changed)["model"] == model:
+            return changed
+    return None
+
+
+def _named_again(raw: bytes, named: str, model: str) -> bytes:
+    names = rb'("model"\s*:\s*"(?:models/)?)%b(?=")' % re.escape(named.encode())
+    name = orjson.dumps(model)[1:-1]
+    return re.sub(names, lambda found: found[1] + name, raw)

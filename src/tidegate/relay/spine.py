@@ -27,7 +27,7 @@ from tidegate.providers.relay import Exchange, RelayWire
 from tidegate.relay.asked import Asked, asked_of, check_one_model, parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import with_key
-from tidegate.relay.health import Health, RetryBudget
+from tidegate.relay.health import Health, RetryBudget, Suspect, can_be_provoked
 from tidegate.relay.models import Models, is_plain
 from tidegate.relay.paths import Dialect, Operation
 from tidegate.relay.permission import check_model
@@ -104,8 +104,8 @@ class Relay:
     def _chain(self, call: NativeCall, asked: Asked | None) -> list[Target]:
         if asked is not None:
             return self.targets.of(call.endpoint.dialect, asked.model)
-        name = call.endpoint.path.rpartition("/models/")[2]
-        if call.endpoint.operation is Operation.MODELS and name != call.endpoint.path:
+        name = call.endpoint.model
+        if call.endpoint.operation is Operation.MODELS and name is not None:
             check_model(call.caller, name)
             return self.targets.of(call.endpoint.dialect, name)
         return [self.first_of(call.endpoint.dialect)]
@@ -178,16 +178,23 @@ class Relay:
         if self.health[name].succeeded():
             log.warning(Log.UPSTREAM_BACK, upstream=name)
 
-    def noted(self, failed: CallFailed) -> None:
-        """What a failure says of its upstream."""
+    def noted(self, call: NativeCall, failed: CallFailed) -> None:
+        """What a failure of a call says of its upstream."""
         error, name = failed.error, failed.target.upstream.name
         if isinstance(error, UpstreamThrottled | UpstreamRejected):
             self.worked(failed.target)
             return
+        suspect = _suspect(call) if can_be_provoked(error) else None
         dead = isinstance(error, UpstreamUnauthorized)
-        if self.health[name].failed(error.message, key_dead=dead):
+        if self.health[name].failed(error.message, key_dead=dead, suspect=suspect):
             event = Log.UPSTREAM_KEY_DEAD if dead else Log.UPSTREAM_OUT
             log.error(event, upstream=name, detail=error.message)
 
     def demands_of(self, target: Target) -> Demands:
         return self._demands[target.upstream.name]
+
+
+def _suspect(call: NativeCall) -> Suspect:
+    endpoint = call.endpoint
+    request = hash((endpoint.path, endpoint.model, call.query, call.body))
+    return Suspect(None if call.caller.key_id is None else call.caller.tenant_id, request)

@@ -16,6 +16,8 @@ import orjson
 _END = re.compile(rb"\r?\n\r?\n")
 _ENDS = (b"\n\n", b"\r\n\r\n")
 _USAGE = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+# Where a usage event tells an error too, it is for the client.
+_ERROR = re.compile(rb'"error"\s*:\s*[{"]')
 _LONGEST_EVENT_BYTES = 1_000_000
 
 
@@ -52,7 +54,7 @@ class WithoutUsageEvent:
             return whole
         starts = [0, *ends[:-1]]
         events = (whole[start:end] for start, end in zip(starts, ends, strict=True))
-        return b"".join(event for event in events if not _is_usage(event))
+        return b"".join(event for event in events if not _is_usage(event) or _ERROR.search(event))
 
     def rest(self) -> bytes:
         """What was left when the stream ended, without the end of an event."""

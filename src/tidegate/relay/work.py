@@ -13,17 +13,19 @@ from datetime import UTC, datetime
 from random import random
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from tidegate.call import Outcome
 from tidegate.demand import Demand
 from tidegate.errors import (
     DeadlineExceeded,
     DemandImpossible,
     UpstreamError,
-    UpstreamThrottled,
     UpstreamUnauthorized,
 )
 from tidegate.limiter import Permit
 from tidegate.providers.relay import Exchange
+from tidegate.relay import inside
 from tidegate.relay.asked import Asked
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.charging import native_charge
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 MOST_TRIES = 4
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
+_LONGEST_RETRY_MS = 86_400_000
 
 Begun = Callable[[Permit | None], Awaitable[None]]
 
@@ -72,7 +75,7 @@ class Work:
                 await self._by_one_of(left)
                 return
             except CallFailed as failed:
-                self._relay.noted(failed)
+                self._relay.noted(self._call, failed)
                 if not self._worth_another(failed):
                     raise
                 left = [one for one in left if one is not failed.target]
@@ -91,11 +94,11 @@ class Work:
     async def _pause(self, failed: CallFailed) -> bool:
         """Before the same upstream is asked again; False where the deadline would come first.
 
-        A throttling with a time has paused the limit: its queue waits for us.
+        Where it has paused a limit, the limit's queue waits for us.
         """
+        if failed.paused_ms:
+            return failed.paused_ms < self._call.left_ms()
         after_ms = failed.error.retry_after_ms
-        if after_ms is not None and isinstance(failed.error, UpstreamThrottled):
-            return after_ms < self._call.left_ms()
         longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (self._life.tries - 1))
         pause_s = (after_ms or 0) / 1000 + longest_s * (0.5 + random() / 2)
         if pause_s * 1000 >= self._call.left_ms():
@@ -104,21 +107,45 @@ class Work:
         return True
 
     async def _by_one_of(self, targets: list[Target]) -> None:
-        """By the first that has room at once; where none has, by the first in its turn."""
+        """By the first that has room at once; where none has, by the first in its turn that is not
+        paused for longer than we may wait."""
         relay, call = self._relay, self._call
         demands = [relay.demand_of(call, self._asked, target) for target in targets]
+        never: dict[int, DemandImpossible] = {}
         if len(targets) > 1:
-            for target, demand in zip(targets, demands, strict=True):
+            for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
                 try:
                     async with self._attempt(target, demand) as permit:
                         if permit is not None or not demand.limits:
                             await self._under(permit, target, demand)
                             return
-                except DemandImpossible:
-                    if target is targets[-1]:
-                        raise
-        async with self._admission(targets[0], demands[0]) as permit:
-            await self._under(permit, targets[0], demands[0])
+                except DemandImpossible as impossible:
+                    never[place] = impossible
+        place = 0
+        if never or relay.limiter_of(targets[0]).paused_ms(demands[0].limits):
+            place = self._to_wait_for(targets, demands, never)
+        async with self._admission(targets[place], demands[place]) as permit:
+            await self._under(permit, targets[place], demands[place])
+
+    def _to_wait_for(
+        self, targets: list[Target], demands: list[Demand], never: dict[int, DemandImpossible]
+    ) -> int:
+        """The place of the first whose queue is worth standing in. Raises DeadlineExceeded where
+        all are paused beyond our deadline, and DemandImpossible where none could ever let us in."""
+        left_ms = max(0, self._call.left_ms())
+        soonest_ms, limit = _LONGEST_RETRY_MS, ""
+        for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
+            if place in never:
+                continue
+            paused_ms = self._relay.limiter_of(target).paused_ms(demand.limits)
+            if paused_ms <= left_ms:
+                return place
+            limit = limit or demand.limits[0]
+            soonest_ms = min(soonest_ms, paused_ms)
+        if not limit:
+            raise next(iter(never.values()))
+        said = "what the call needs is paused for longer than it may wait"
+        raise DeadlineExceeded(said, limit=limit, retry_after_ms=soonest_ms)
 
     def _attempt(
         self, target: Target, demand: Demand
@@ -195,7 +222,7 @@ class Work:
         demands.learn(demand, life.told.usage, whole=whole)
 
     async def _exchange(self, target: Target, demand: Demand) -> None:
-        relay, life = self._relay, self._life
+        relay = self._relay
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
             body = body_for(self._call, self._body, target, ask_usage=hides)
@@ -203,8 +230,6 @@ class Work:
             try:
                 if exchange.status >= 300:
                     raise await refusal_of(exchange, target)
-                relay.worked(target)
-                life.http_status = exchange.status
                 await self._pass_on(exchange, target, demand, hides)
             finally:
                 if not exchange.close():  # it is closed in the loop's next round
@@ -216,30 +241,67 @@ class Work:
         self, exchange: Exchange, target: Target, demand: Demand, hides_usage: bool
     ) -> None:
         life, out = self._life, self._out
+        first = await self._first(exchange, target)
+        self._relay.worked(target)
+        life.http_status = exchange.status
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         headers = to_return(exchange.headers, same_length=without is None)
         headers.append((b"x-tidegate-queue-ms", b"%.1f" % life.queue_ms))
         headers.append((b"x-tidegate-upstream", target.upstream.name.encode()))
         if left := self._relay.remaining[target.upstream.pool].of(demand.limits):
             headers.append((b"x-tidegate-remaining", left))
-        if without is None and exchange.has_ended:
-            piece = await exchange.next()
-            life.keep(piece)
-            await out.whole(exchange.status, headers, piece)
-            return
-        await out.start(exchange.status, headers)
+        life.keep(first)
+        if without is None and exchange.at_end:
+            await out.whole(exchange.status, headers, first)
+        else:
+            await out.start(exchange.status, headers)
+            await self._pieces(exchange, first, without)
+        if life.streams and (value := inside.error_in(inside.tail_of(life.pieces))) is not None:
+            error = inside.error_of(value, exchange.headers, secret=target.upstream.key)
+            raise CallFailed(error, target, told=True)
+
+    async def _first(self, exchange: Exchange, target: Target) -> bytes:
+        """The first bytes of the body. Raises CallFailed where they tell an error, of which the
+        client has heard nothing yet."""
+        first = await exchange.next()
+        if not self._call.endpoint.operation.is_counted:  # such as a file, which may say anything
+            return first
+        # Half a line of a stream is of no use to anybody.
+        while self._life.streams and inside.is_too_short(first) and not exchange.at_end:
+            first += await exchange.next()
+        if not inside.may_begin_with_error(first):
+            return first
+        while (value := inside.error_in(first)) is None:
+            if exchange.at_end or len(first) > inside.LONGEST_BYTES:
+                return first
+            first += await exchange.next()
+        key = target.upstream.key
+        raise CallFailed(
+            inside.error_of(value, exchange.headers, secret=key),
+            target,
+            status=inside.status_of(value),
+            headers=inside.own_headers(to_return(exchange.headers, same_length=False)),
+            body=orjson.dumps(value).replace(key.encode(), b"***"),
+        )
+
+    async def _pieces(
+        self, exchange: Exchange, piece: bytes, without: WithoutUsageEvent | None
+    ) -> None:
+        life, out = self._life, self._out
         if without is None:
-            more = True
+            more = not exchange.at_end
+            await out.body(piece, more)
             while more:
                 piece = await exchange.next()
                 life.keep(piece)
                 more = not exchange.at_end
                 await out.body(piece, more)
             return
-        while piece := await exchange.next():
-            life.keep(piece)
-            if piece := without.take(piece):
-                await out.body(piece, True)
+        while piece:
+            if shown := without.take(piece):
+                await out.body(shown, True)
+            if piece := await exchange.next():
+                life.keep(piece)
         await out.body(without.rest(), False)
 
 

@@ -7,6 +7,7 @@ never called again.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from tidegate.store.queries import sql
 from tidegate.store.records import Failure, Json
 from tidegate.store.states import MAX_LAPSES
 from tidegate.store.writer import GroupWriter
+
+_HELD_UP_EVERY_S = 1.0
 
 _DIED = Failure(
     code="worker_lost",
@@ -70,6 +73,8 @@ class BatchLines:
         self._may_judge = may_judge
         # What left a queue or a worker's hands stays in its index beside an old transaction.
         self._claims, self._strays, self._lapses = Lookback(), Lookback(), Lookback()
+        self._held_up: frozenset[UUID] = frozenset()
+        self._held_up_at = float("-inf")
         self._from: dict[UUID, int] = {}
         self._begins: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 100)
         self._ends: GroupWriter[Json, None] = GroupWriter(
@@ -84,7 +89,7 @@ class BatchLines:
         async def claim(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             found: list[asyncpg.Record] = await connection.fetch(
                 *(sql("claim_batch_lines"), self._instance_id, limit, most_bytes),
-                orjson.dumps(since).decode(),
+                *(orjson.dumps(since).decode(), list(self._held_up)),
             )
             return found
 
@@ -95,6 +100,21 @@ class BatchLines:
         for line in sorted(lines, key=lambda line: line.line, reverse=True):
             self._from[line.batch_id] = line.line
         return lines
+
+    async def held_up(self) -> frozenset[UUID]:
+        """Batches under way of which no line is to be claimed or begun for now: their tenants have
+        spent a budget, are disabled or gone. Looked for once a second at most."""
+        now = time.monotonic()
+        if now - self._held_up_at >= _HELD_UP_EVERY_S:
+
+            async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+                found: list[asyncpg.Record] = await connection.fetch(sql("batches_held_up"))
+                return found
+
+            found = await self._connections.run(read)
+            self._held_up = frozenset(UUID(int=row["id"].int) for row in found)
+            self._held_up_at = now
+        return self._held_up
 
     async def release_strays(self, held: Iterable[Line]) -> None:
         """Give up what this process has claimed and does not know of: the reply was lost."""

@@ -116,7 +116,7 @@ WHERE id = $1 AND claim = $2 AND status IN ('finalizing', 'cancelling')
 RETURNING id
 
 -- name: claim_batch_lines
--- Claim ready lines for worker $1, at most $2 and $3 bytes, from line $4 on; batches take turns.
+-- Claim ready lines for worker $1, at most $2 and $3 bytes, from line $4 on, of other batches than $5; batches take turns.
 WITH ready AS MATERIALIZED (
     SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at
     FROM batches b CROSS JOIN LATERAL (
@@ -126,7 +126,7 @@ WITH ready AS MATERIALIZED (
             AND line >= coalesce(($4::jsonb ->> b.id::text)::integer, 0)
         ORDER BY line LIMIT 4 * $2
     ) AS head
-    WHERE b.status = 'in_progress'
+    WHERE b.status = 'in_progress' AND b.id <> ALL($5::uuid[])
 ), picked AS MATERIALIZED (
     SELECT l.batch_id, l.line, ready.turn, ready.endpoint, ready.models, ready.key_id,
         ready.expires_at
@@ -142,6 +142,28 @@ UPDATE batch_lines l SET state = 'claimed', claim = l.claim + 1, claimed_by = $1
 FROM fitting
 WHERE l.batch_id = fitting.batch_id AND l.line = fitting.line AND fitting.so_far < $3
 RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires_at
+
+-- name: batches_held_up
+-- Batches of keys whose tenants are disabled or gone, or have spent a budget of this day or month of UTC.
+SELECT b.id FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id
+CROSS JOIN LATERAL (SELECT (now() AT TIME ZONE 'UTC')::date AS today) AS clock
+LEFT JOIN LATERAL (
+    SELECT sum(u.cost_micros) AS month_micros,
+        sum(u.cost_micros) FILTER (WHERE u.day = clock.today) AS day_micros,
+        sum(u.input_tokens + u.output_tokens + u.thoughts_tokens) AS month_tokens,
+        sum(u.input_tokens + u.output_tokens + u.thoughts_tokens)
+            FILTER (WHERE u.day = clock.today) AS day_tokens
+    FROM usage_days u
+    WHERE u.tenant_id = t.id AND u.day >= date_trunc('month', clock.today)::date
+        AND num_nonnulls(t.budget_day_money, t.budget_month_money, t.budget_day_tokens,
+            t.budget_month_tokens) > 0
+) AS spent ON true
+WHERE b.status = 'in_progress' AND b.key_id IS NOT NULL AND (
+    t.id IS NULL OR t.disabled_at IS NOT NULL
+    OR coalesce(spent.day_micros, 0) >= t.budget_day_money * 1000000
+    OR coalesce(spent.month_micros, 0) >= t.budget_month_money * 1000000
+    OR coalesce(spent.day_tokens, 0) >= t.budget_day_tokens
+    OR coalesce(spent.month_tokens, 0) >= t.budget_month_tokens)
 
 -- name: begin_batch_lines
 -- Mark lines as calling, before their upstream calls; unless another worker has them, or the batch ends.
@@ -215,18 +237,20 @@ SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs, coalesce(su
 FROM batches WHERE tenant_id = $1 AND status IN ('validating', 'in_progress')
 
 -- name: batches_ended_before
--- Batches that ended before $1, oldest first, at most $2.
+-- Batches that ended before $1, oldest first, at most $2; of the tenants $3, or where not $4 of all others.
 SELECT id FROM batches
-WHERE greatest(completed_at, failed_at, expired_at, cancelled_at) < $1 ORDER BY id LIMIT $2
+WHERE greatest(completed_at, failed_at, expired_at, cancelled_at) < $1
+    AND (tenant_id = ANY($3::text[])) = $4
+ORDER BY id LIMIT $2
 
 -- name: delete_batches
 -- Forget ended batches.
 DELETE FROM batches WHERE id = ANY($1::uuid[])
 
 -- name: old_batch_files
--- Files from before $1 that no batch has yet to read, at most $2.
+-- Files from before $1 that no batch has yet to read, at most $2; of the tenants $3, or of all others.
 SELECT f.id, f.blob_key FROM batch_files f
-WHERE f.created_at < $1 AND NOT EXISTS (
+WHERE f.created_at < $1 AND (f.tenant_id = ANY($3::text[])) = $4 AND NOT EXISTS (
     SELECT 1 FROM batches b WHERE b.status = 'validating' AND b.input_blob = f.blob_key)
 ORDER BY f.id LIMIT $2
 

@@ -126,7 +126,7 @@ class Connections:
     async def ping(self, timeout_ms: int) -> None:
         """One round trip on a connection of its own; raises StoreUnavailable."""
         try:
-            connection = await self._connect(timeout_ms / 1000)
+            connection = await self._answered(timeout_ms / 1000)
         except (*_TRANSIENT, *_UNFIT) as failed:
             raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
         connection.terminate()
@@ -151,7 +151,7 @@ class Connections:
                 raise StoreUnavailable(f"the database is not ready for us: {unfit}") from unfit
             except _TRANSIENT as failed:
                 late = asyncio.get_running_loop().time() >= deadline
-                if late:
+                if late or tries == _TRIES:
                     self._suspect()
                 if late or self.away or tries == _TRIES or self._closed:
                     raise StoreUnavailable(f"PostgreSQL failed: {_words(failed)}") from failed
@@ -211,6 +211,27 @@ class Connections:
             server_settings={"application_name": "tidegate"},
         )
 
+    async def _answered(self, timeout_s: float) -> asyncpg.Connection:
+        """A new connection on which the server has answered, within `timeout_s` all in all.
+
+        Raises what asyncpg raises, and TimeoutError. PgBouncer lets its clients in by itself
+        while the server behind it is gone: only the answer to a statement is the server's.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        connection = await self._connect(timeout_s)
+        watchdog = loop.call_at(deadline, connection.terminate)
+        try:
+            await connection.execute("SELECT 1")
+        except BaseException as failed:
+            connection.terminate()
+            if isinstance(failed, Exception) and loop.time() >= deadline:
+                raise TimeoutError from failed
+            raise
+        finally:
+            watchdog.cancel()
+        return connection
+
     def _gone(self, reason: str) -> None:
         if self._away is None:
             get_logger().warning(Log.STORE_AWAY, reason=reason)
@@ -231,7 +252,7 @@ class Connections:
         try:
             while True:
                 try:
-                    self._idle.append(await self._connect(PROBE_TIMEOUT_MS / 1000))
+                    self._idle.append(await self._answered(PROBE_TIMEOUT_MS / 1000))
                     break
                 except asyncpg.TooManyConnectionsError:
                     break

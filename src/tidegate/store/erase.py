@@ -61,6 +61,9 @@ class Whose:
     def __post_init__(self) -> None:
         if not self.tenant_id and not self.subject:
             raise ConfigError("subject", "(not set)", "give a subject, a tenant, or both")
+        for name, value in (("subject", self.subject), ("tenant", self.tenant_id)):
+            if value is not None and not value.isprintable():
+                raise ConfigError(name, ascii(value), "must be printable")
 
 
 @dataclass(slots=True)

@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
+from typing import Any
 
 import asyncpg
 
+from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable
 from tidegate.store import partitions
 from tidegate.telemetry import Log, get_logger
 
-HEAD = "0009"  # the revision that this code needs; a test compares it with the migrations
+HEAD = "0010"  # the revision that this code needs; a test compares it with the migrations
 _LOCK = 7_423_000
 _CONNECT_TIMEOUT_S = 5.0
 
 
 async def revision_of(connection: asyncpg.Connection) -> str | None:
-    """The revision in the database, or None where no migration has run."""
+    """The revision in the database, or None where no migration has run; runs in a transaction."""
     if await connection.fetchval("SELECT to_regclass('alembic_version') IS NULL"):
         return None
     revision: str | None = await connection.fetchval("SELECT version_num FROM alembic_version")
     return revision
+
+
+async def _revision_alone(connection: asyncpg.Connection) -> str | None:
+    # Outside a transaction PgBouncer may send a statement to one server and its run to another.
+    async with connection.transaction():
+        return await revision_of(connection)
 
 
 async def migrate(url: str) -> str | None:
@@ -39,11 +47,11 @@ async def migrate(url: str) -> str | None:
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
         raise StoreUnavailable(f"cannot migrate: {failed}") from failed
     try:
-        before = await revision_of(connection)
+        before = await _revision_alone(connection)
         if before is None or before < HEAD:
             await asyncio.to_thread(_upgrade, url)
-        after = await revision_of(connection)
         async with connection.transaction():
+            after = await revision_of(connection)
             await partitions.make_ahead(connection, datetime.now(UTC).date())
     finally:
         await connection.close(timeout=_CONNECT_TIMEOUT_S)
@@ -51,6 +59,17 @@ async def migrate(url: str) -> str | None:
         return None
     get_logger().info(Log.MIGRATED, before=before, after=after)
     return after
+
+
+class _DistinctlyPrepared(asyncpg.Connection):  # type: ignore[misc] # it has no types
+    """Names the statements that SQLAlchemy prepares as nobody else does.
+
+    PgBouncer hands on server connections with what was prepared in them, and asyncpg counts its
+    names from one in every process.
+    """
+
+    async def prepare(self, query: str, **more: Any) -> Any:
+        return await super().prepare(query, **{**more, "name": f"tidegate_{new_id().hex}"})
 
 
 def _upgrade(url: str) -> None:
@@ -74,7 +93,12 @@ async def _upgrade_under_lock(url: str) -> None:
         command.upgrade(config, "head")
 
     async def connect() -> asyncpg.Connection:
-        return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
+        return await asyncpg.connect(
+            url,
+            timeout=_CONNECT_TIMEOUT_S,
+            statement_cache_size=0,
+            connection_class=_DistinctlyPrepared,
+        )
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     try:

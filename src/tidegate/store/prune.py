@@ -63,7 +63,9 @@ async def prune(connections: Connections, blobs: Blobs, retention_days: int) -> 
     for tenant, cutoff in wanted.own.items():
         more = await _prune_requests(connections, blobs, cutoff, "prune_candidates_of", tenant)
         requests, files = requests + more[0], files + more[1]
-    files += await _prune_batches(connections, blobs, wanted.cutoff)
+    files += await _prune_batches(connections, blobs, wanted.cutoff, list(wanted.own), theirs=False)
+    for tenant, cutoff in wanted.own.items():
+        files += await _prune_batches(connections, blobs, cutoff, [tenant], theirs=True)
     await _forget(connections, wanted.cutoff)
     dropped, skipped, bodies = await _prune_partitions(connections, blobs, wanted)
     orphans = await _sweep_orphans(connections, blobs, wanted.cutoff)
@@ -108,13 +110,16 @@ async def _forget(connections: Connections, cutoff: date) -> None:
     await connections.run(forget, timeout_ms=_TIMEOUT_MS)
 
 
-async def _prune_batches(connections: Connections, blobs: Blobs, cutoff: date) -> int:
-    """Batches that have long ended, and files that nobody has yet to read; returns the files."""
-    before = datetime.combine(cutoff, time.min, UTC)
+async def _prune_batches(
+    connections: Connections, blobs: Blobs, cutoff: date, tenants: Sequence[str], *, theirs: bool
+) -> int:
+    """Batches that have long ended, and files that nobody has yet to read, of these tenants or of
+    all but these; returns how many files."""
+    given = (_start_of(cutoff), _BATCH, tenants, theirs)
     files = 0
 
     async def ended(connection: asyncpg.Connection) -> int:
-        found = await connection.fetch(sql("batches_ended_before"), before, _BATCH)
+        found = await connection.fetch(sql("batches_ended_before"), *given)
         await connection.execute(sql("delete_batches"), [row["id"] for row in found])
         return len(found)
 
@@ -122,7 +127,7 @@ async def _prune_batches(connections: Connections, blobs: Blobs, cutoff: date) -
         continue
 
     async def old(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-        found: list[asyncpg.Record] = await connection.fetch(sql("old_batch_files"), before, _BATCH)
+        found: list[asyncpg.Record] = await connection.fetch(sql("old_batch_files"), *given)
         return found
 
     while found := await connections.run(old, timeout_ms=_TIMEOUT_MS):

@@ -55,7 +55,7 @@ _AUDIT_COLUMNS = (
 )
 _BODY_COLUMNS = (
     *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
-    "blob_key",
+    *("blob_key", "content_type", "omitted_bytes"),
 )
 
 
@@ -87,6 +87,9 @@ class RelayRecord:
     streamed: bool = False
     key_id: str | None = None
     subject: str | None = None
+    request_type: str | None = None  # content types, as they were told
+    response_type: str | None = None
+    omitted_bytes: int = 0  # of the answer's middle
     source: str = SOURCE  # or `batch`, for a line of one
 
     @property
@@ -272,7 +275,10 @@ def _body_values(
 ) -> tuple[Any, ...]:
     owner = (record.tenant_id, record.pool)
     place = (record.request_id, record.received_at, role)
-    return (*place, *owner, encoding, size_bytes, data, blob_key)
+    is_request = role == "request"
+    said = record.request_type if is_request else record.response_type
+    omitted_bytes = 0 if is_request else record.omitted_bytes
+    return (*place, *owner, encoding, size_bytes, data, blob_key, _text(said), omitted_bytes)
 
 
 def _entry(record: RelayRecord, values: tuple[Any, ...], both: list[_Packed]) -> Json:

@@ -26,10 +26,13 @@ RETURNING id
 
 -- name: add_relayed_bodies
 -- Append the bodies of native calls; one that is there already is left.
-INSERT INTO bodies (id, created_at, role, tenant_id, pool, encoding, size_bytes, data, blob_key)
-SELECT id, created_at, role, tenant_id, pool, encoding, size_bytes, decode(data, 'base64'), blob_key
+INSERT INTO bodies (id, created_at, role, tenant_id, pool, encoding, size_bytes, data, blob_key,
+    content_type, omitted_bytes)
+SELECT id, created_at, role, tenant_id, pool, encoding, size_bytes, decode(data, 'base64'), blob_key,
+    content_type, coalesce(omitted_bytes, 0)
 FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, role text, tenant_id text,
-    pool text, encoding text, size_bytes bigint, data text, blob_key text)
+    pool text, encoding text, size_bytes bigint, data text, blob_key text, content_type text,
+    omitted_bytes bigint)
 ON CONFLICT (id, created_at, role) DO NOTHING
 
 -- name: get_relayed

@@ -47,6 +47,9 @@ USAGE_COLUMNS = (
 )
 
 
+_MOST_COUNTED = 10**13  # LLM tokens or millionths of money of one call
+
+
 def dumps(rows: Iterable[Mapping[str, Any]]) -> str:
     """The JSON array that a statement takes as $1."""
     return orjson.dumps(list(rows), default=str).decode()
@@ -174,8 +177,9 @@ def charge_columns(charge: Charge) -> dict[str, Any]:
 
 
 def count_of(tokens: int | None) -> int | None:
-    """A provider's nonsense is as good as no word, and must not lose the answer."""
-    return tokens if tokens is not None and 0 <= tokens < 2**63 else None
+    """A provider's nonsense is as good as no word, and must not lose the answer; nor may sums of it
+    grow beyond what a column holds, which would lose those of others."""
+    return tokens if tokens is not None and 0 <= tokens <= _MOST_COUNTED else None
 
 
 def audit_row(

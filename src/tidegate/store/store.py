@@ -36,6 +36,7 @@ from tidegate.store.policies import Policies
 from tidegate.store.prune import PruneReport, keep_house, prune
 from tidegate.store.queries import sql
 from tidegate.store.queued import Queued
+from tidegate.store.recorded import Recorded
 from tidegate.store.recorder import Recorder
 from tidegate.store.records import (
     AttemptResult,
@@ -111,6 +112,7 @@ class Store:
         self.running_calls = Running(connections)
         self.outbox = Outbox(connections)
         self.listing = Listing(connections)
+        self.recorded = Recorded(connections, blobs)
         self.cancels = Cancels(connections, self._bell, instance_id=instance_id)
         self._submits = Submits(connections, self._bell)
         self.tenants = Tenants(connections)

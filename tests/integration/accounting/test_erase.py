@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, date, datetime
 from os import urandom
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.gateway import PNG, Gateway, Opener
 from tests.integration.tenants.asking import ask
 from tests.waiting import wait_until
 from tidegate.call import new_id
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store.blobs import Blobs
 from tidegate.store.connection import Connections
 from tidegate.store.erase import Eraser, EraseReport, Whose
@@ -238,3 +239,28 @@ async def test_wrong_subjects_are_refused(open_gateway: Opener) -> None:
 def _today() -> tuple[date, date]:
     today = datetime.now(UTC).date()
     return today, today
+
+
+async def test_a_subject_is_the_same_in_a_header_and_in_a_wrapped_call(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway()
+    name, body = "Jürgen Müller", {"model": "m", "messages": [{"role": "user", "content": SECRET}]}
+    await called_chat(gateway, SECRET, **{"x-tidegate-subject": name})
+    wrapped = await gateway.submit(endpoint="/v1/chat/completions", body=body, subject=name)
+    assert (await gateway.end_of(wrapped))["status"] == "succeeded"
+
+    async def recorded() -> bool:
+        found = await gateway.database.fetch("SELECT subject FROM audit")
+        return len(found) == 2
+
+    await wait_until(recorded, 5, "both are on record")
+    status, report = await ask(gateway, "DELETE", f"/admin/subjects/{quote(name)}", {})
+    assert (status, report["requests"], report["calls"]) == (200, 1, 2)
+    assert await traces(gateway, SECRET) == set()
+
+
+@pytest.mark.parametrize(("tenant", "subject"), [(None, "\udcff"), ("a\0b", None), (None, None)])
+def test_what_can_be_nobodys_name_is_refused(tenant: str | None, subject: str | None) -> None:
+    with pytest.raises(ConfigError):
+        Whose(tenant, subject)

@@ -68,6 +68,9 @@ async def test_what_is_wrong_with_a_file_is_told_by_line(
         line("e", "x", body={"model": MODEL, "stream": True}),
         [],
         line("", "x"),
+        line("f\x00", "x"),
+        line("g", "x", body={"model": "m\x00"}),
+        line("h\ud800", "x"),
     ]
     batch = await begin(client, jsonl(lines) + b"{nothing\n")
     done = await end_of(client, batch)
@@ -82,12 +85,33 @@ async def test_what_is_wrong_with_a_file_is_told_by_line(
         (6, "invalid_body"),
         (7, "invalid_json_line"),
         (8, "missing_custom_id"),
-        (9, "invalid_json_line"),
+        (9, "invalid_custom_id"),
+        (10, "invalid_body"),
+        (11, "invalid_json_line"),
+        (12, "invalid_json_line"),
     ]
     empty = await end_of(client, await begin(client, b"\n"))
     assert empty.errors is not None
     assert [one.code for one in empty.errors.data or []] == ["empty_file"]
     assert await gateway.calls() == []
+
+
+async def test_a_file_may_be_written_as_other_systems_write_it(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    """A byte order mark, CRLF, blank lines, no end of the last line, texts beyond ASCII and NUL."""
+    gateway = await open_gateway()
+    client = sdk(gateway)
+    one, two = jsonl([line("a", "Say a\x00b")]).strip(), jsonl([line("ü\u2028", "Say é")]).strip()
+    given = b"\xef\xbb\xbf" + one + b"\r\n\r\n  \r\n" + two
+    done = await end_of(client, await begin(client, given))
+    assert done.status == "completed", done.errors
+    counts = done.request_counts
+    assert counts is not None
+    assert (counts.total, counts.completed, counts.failed) == (2, 2, 0)
+    out = await lines_of(client, done.output_file_id)
+    assert [said["custom_id"] for said in out] == ["a", "ü\u2028"]
+    assert [call.prompt for call in await gateway.calls()] == ["Say a\x00b", "Say é"]
 
 
 async def test_cancelling_ends_what_has_not_begun(open_gateway: Opener, sdk: MakeSdk) -> None:

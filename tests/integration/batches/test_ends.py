@@ -72,3 +72,34 @@ async def test_a_line_whose_workers_died_thrice_fails_alone(
     assert failed["error"]["code"] == "worker_lost"
     said = await batching.lines_of(client, done.output_file_id)
     assert [one["custom_id"] for one in said] == ["id-0", "id-2"]
+
+
+async def test_batches_and_their_files_are_kept_for_their_tenants_days(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    gateway = await open_gateway()
+    store = gateway.services.store
+    await store.tenants.set("short", {"retention_days": 3}, by="test")
+    await store.tenants.set("long", {"retention_days": 90}, by="test")
+    clients = {tenant: sdk(gateway, tenant) for tenant in ("short", "default", "long")}
+    for client in clients.values():
+        batch = await batching.begin(client, batching.content(1))
+        await batching.end_of(client, batch)
+
+    async def left_after(days: int) -> dict[str, tuple[int, int]]:
+        await gateway.database.execute(
+            "UPDATE batches SET completed_at = now() - make_interval(days => $1)", days
+        )
+        await gateway.database.execute(
+            "UPDATE batch_files SET created_at = now() - make_interval(days => $1)", days
+        )
+        await store.prune(30)
+        return {
+            tenant: (len((await client.batches.list()).data), len((await client.files.list()).data))
+            for tenant, client in clients.items()
+        }
+
+    assert await left_after(2) == {"short": (1, 2), "default": (1, 2), "long": (1, 2)}
+    assert await left_after(10) == {"short": (0, 0), "default": (1, 2), "long": (1, 2)}
+    assert await left_after(50) == {"short": (0, 0), "default": (0, 0), "long": (1, 2)}
+    assert await left_after(100) == {"short": (0, 0), "default": (0, 0), "long": (0, 0)}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from typing import Any
 
+import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
+from tidegate.http import once
+from tidegate.relay import call as relay_call
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Say hello"}]}
 REPLAYED = "idempotency-replayed"
@@ -56,7 +61,7 @@ async def test_another_request_under_the_key_is_refused(gateway: Gateway) -> Non
 
 
 async def test_what_failed_may_be_asked_again(gateway: Gateway) -> None:
-    await gateway.upstream.set_fault("forbidden", count=1)
+    await gateway.upstream.set_fault("unauthorized", count=1)
     assert (await ask(gateway, "k-5"))[0] == 502
     gateway.services.relay.health["gemini"].succeeded()
     assert (await ask(gateway, "k-5"))[0] == 200
@@ -66,3 +71,96 @@ async def test_a_key_that_is_none_is_named(gateway: Gateway) -> None:
     status, _, body = await ask(gateway, "x" * 256)
     assert status == 400
     assert b"Idempotency-Key" in body
+
+
+GEMINI = {"contents": [{"parts": [{"text": "Say hello"}]}]}
+STREAM = "/v1beta/models/gemini-2.5-flash:streamGenerateContent"
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (STREAM, f"{STREAM}?alt=sse"),
+        (f"{STREAM}?alt=sse", f"{STREAM}?alt=json"),
+        (STREAM, STREAM.replace("flash", "pro")),
+        (STREAM, STREAM.replace("streamG", "g")),
+        (STREAM, STREAM.replace("v1beta", "v1")),
+    ],
+)
+async def test_the_same_body_elsewhere_is_another_request(
+    gateway: Gateway, first: str, other: str
+) -> None:
+    async def to(target: str) -> tuple[int, bytes, bool]:
+        headers = {"Idempotency-Key": "k-6"}
+        async with gateway.http.post(
+            gateway.url + target, json=GEMINI, headers=headers
+        ) as response:
+            return response.status, await response.read(), REPLAYED in response.headers
+
+    status, answer, replayed = await to(first)
+    assert (status, replayed) == (200, False)
+    status, said, _ = await to(other)
+    assert status == 409
+    assert b"used for another request" in said
+    assert await to(first) == (200, answer, True)
+
+
+async def test_a_query_asks_the_same_in_any_order_and_with_any_key(gateway: Gateway) -> None:
+    answers = []
+    for query in ("alt=sse&x=%41", "x=A&alt=sse", "key=of-a-client&x=A&alt=sse"):
+        url = f"{gateway.url}{STREAM}?{query}"
+        async with gateway.http.post(
+            url, json=GEMINI, headers={"Idempotency-Key": "k-7"}
+        ) as response:
+            answers.append((response.status, await response.read()))
+    assert answers[0][0] == 200
+    assert answers[1:] == answers[:1] * 2
+
+
+async def test_who_goes_with_its_whole_answer_has_not_cancelled(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is kept after it has gone out: meanwhile most clients close their connections."""
+    keys, gone = gateway.services.store.native_keys, asyncio.Event()
+    end = keys.end
+
+    async def slow_end(*given: Any) -> None:
+        await gone.wait()
+        await end(*given)
+
+    monkeypatch.setattr(keys, "end", slow_end)
+    reader, writer = await asyncio.open_connection(*gateway.url.removeprefix("http://").split(":"))
+    body = json.dumps(BODY).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nIdempotency-Key: k-8\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    writer.write(head.encode() + body)
+    told = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", told.lower())
+    assert length is not None
+    assert await reader.readexactly(int(length[1]))
+    writer.close()
+    await writer.wait_closed()
+
+    async def lost() -> bool:
+        return len(gateway.server.server_state.connections) == 0
+
+    await wait_until(lost, 5, "the connection is lost")
+    gone.set()
+    (row,) = await wait_until(lambda: gateway.database.fetch("SELECT status FROM audit"), 5)
+    assert row["status"] == "succeeded"
+    assert (await ask(gateway, "k-8"))[1][REPLAYED] == "true"
+
+
+async def test_an_answer_too_long_to_be_kept_is_not_given_in_parts(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (relay_call, once):
+        monkeypatch.setattr(module, "KEPT_BYTES", 100)
+    first = await ask(gateway, "k-9")
+    again = await ask(gateway, "k-9")
+    assert (first[0], again[0]) == (200, 200)
+    assert REPLAYED not in again[1]
+    assert len(await gateway.calls()) == 2
+    assert orjson.loads(again[2])["choices"] == orjson.loads(first[2])["choices"]

@@ -242,7 +242,7 @@ async def test_retries_are_a_part_of_the_traffic(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, rate_limits={"text_only": 50})
     gateway.services.relay._budget.saved = 0.0
     await gateway.upstream.set_fault("unavailable")
-    gateway.services.relay.noted = lambda failed: None  # type: ignore[method-assign]
+    gateway.services.relay.noted = lambda call, failed: None  # type: ignore[method-assign]
     await asyncio.gather(*(ask(gateway) for _ in range(50)))
     assert 50 <= len(await gateway.calls()) <= 60
 

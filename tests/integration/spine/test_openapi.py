@@ -22,6 +22,8 @@ PATHS = {
     "/usage": "get",
     "/admin/usage": "get",
     "/requests/{request_id}": "delete",
+    "/requests/{request_id}/request": "get",
+    "/requests/{request_id}/response": "get",
     "/health/live": "get",
     "/health/ready": "get",
     "/health/dependencies": "get",

@@ -41,6 +41,23 @@ async def _settled(gateway: Gateway, request_id: str, state: str = "delivered") 
     return found
 
 
+async def test_the_end_of_a_wrapped_call_is_told_with_its_answer(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    gateway = await open_gateway(**SETTINGS)
+    body = {"model": "m", "messages": [{"role": "user", "content": "Grüße, 海"}]}
+    request_id = await gateway.submit(
+        endpoint="/v1/chat/completions", body=body, webhook_url=receiver.url
+    )
+    await _settled(gateway, request_id)
+    (told,) = receiver.received
+    assert told.is_signed()
+    assert "text" not in told.event["data"]
+    answer = (await gateway.status(request_id))["answer"]
+    assert told.event["data"]["answer"] == answer
+    assert "Grüße, 海" in answer["choices"][0]["message"]["content"]
+
+
 async def test_the_end_of_a_job_is_told_once_and_signed(
     open_gateway: Opener, receiver: Receiver
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from datetime import timedelta
 from random import Random
 from typing import Any
@@ -121,3 +122,26 @@ async def test_jobs_count_when_they_end_and_once(store: Store, peek: asyncpg.Con
     assert await totals_are_the_sums(peek) == 1
     (total,) = await store.usage.totals(("model",), now().date(), now().date())
     assert (total.model, total.cost_micros) == ("gemini-test", 100)
+
+
+async def test_nonsense_of_a_provider_loses_nobodys_record(store: Store) -> None:
+    """Two counts that a column can hold come to a sum that none can."""
+    wild = Charge(UsageState.TOLD, Usage(2**63 - 1, 2**62, total_tokens=2**63 - 1), 1, 2**63 - 1)
+    charges = [wild, Charge(UsageState.TOLD, Usage(5, 9), None, 100), wild]
+    for charge in charges:
+        store.relayed.put(record(6, charge=charge, model="m"))
+    for _ in range(2):
+        store.relayed.put(record(4, charge=wild, model="m"))
+    rows = await wait_until(lambda: _totals(store), 10, "the record of all five")
+    assert {name: rows["t0"][name] for name in ("requests", "input_tokens", "cost_micros")} == {
+        "requests": 3,
+        "input_tokens": 5,
+        "cost_micros": 100,
+    }
+    assert (rows["t1"]["requests"], rows["t1"]["unpriced"]) == (2, 2)
+
+
+async def _totals(store: Store) -> dict[str, Any] | None:
+    found = await store.usage.totals(["tenant"], now().date() - timedelta(days=1), now().date())
+    totals = {one.tenant or "": asdict(one) for one in found}
+    return totals if sum(one["requests"] for one in totals.values()) == 5 else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clusters import copied
 from tests.gateway import open_gateway
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.store.migrate import migrate
@@ -17,7 +18,7 @@ __all__ = ["open_gateway"]
 @pytest.fixture
 async def own_postgres(tmp_path: Path) -> AsyncIterator[PostgresServer]:
     """A migrated database in a server of the test's own."""
-    server = PostgresServer(tmp_path / "postgres", settings={"fsync": "off"})
+    server = copied(tmp_path / "postgres", {"fsync": "off"})
     server.start()
     await migrate(server.url())
     yield server

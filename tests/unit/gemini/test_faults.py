@@ -82,6 +82,35 @@ def test_a_403_on_a_thing_that_was_asked_for_says_nothing_of_the_key(
 
 
 @pytest.mark.parametrize(
+    ("status", "message", "reason", "of_key"),
+    [
+        (401, "Incorrect API key provided: sk-x.", None, True),
+        (401, "", None, True),
+        (
+            401,
+            "Insufficient permissions. Missing scopes: api.responses.write",
+            None,
+            False,
+        ),
+        (403, "The caller does not have permission", None, False),
+        (403, "Your API key does not have permission to use the specified resource.", None, False),
+        (403, "", None, False),
+        (403, "Your API key was reported as leaked. Please use another API key.", None, True),
+        (403, "Consumer has been suspended.", None, True),
+        (403, "Permission denied on resource project p.", "CONSUMER_INVALID", True),
+        (403, "Your project has been denied access.", None, True),
+    ],
+)
+def test_what_a_refusal_says_of_the_key_is_told_from_what_it_says_of_a_call(
+    status: int, message: str, reason: str | None, of_key: bool
+) -> None:
+    details = [{"@type": "x/google.rpc.ErrorInfo", "reason": reason}] if reason else []
+    error = mapped(status, message=message, details=details)
+    assert isinstance(error, UpstreamUnauthorized)
+    assert error.of_key is of_key
+
+
+@pytest.mark.parametrize(
     ("message", "delay", "header", "expected_ms"),
     [
         ("Please retry in 53.0s.", "47s", "9", 47_000),
@@ -103,6 +132,68 @@ def test_how_long_to_wait_is_read_from_retry_info_then_the_message_then_the_head
     headers = {"retry-after": header} if header else {}
     error = mapped(429, headers, message=message, details=details)
     assert error.retry_after_ms == expected_ms
+
+
+DAY_MS = 86_400_000
+
+
+@pytest.mark.parametrize(
+    ("message", "headers", "expected_ms"),
+    [
+        ("Please try again in 20s. Visit https://x", {}, 20_000),
+        ("Please try again in 6m0s.", {}, 360_000),
+        ("Please try again in 1h2m3s.", {}, 3_723_000),
+        ("Please try again in 120ms.", {}, 120),
+        ("Please try again in 1.25s.", {"retry-after": "9"}, 1_250),
+        ("Try again in a while", {"retry-after": "9"}, 9_000),
+        ("", {"retry-after-ms": "250", "retry-after": "1"}, 250),
+        ("", {"retry-after-ms": "0"}, 0),
+        ("", {"retry-after-ms": "-5", "retry-after": "2"}, 2_000),
+        ("", {"retry-after-ms": "999999999"}, DAY_MS),
+        ("", {"retry-after": "0"}, 0),
+        ("", {"retry-after": "-1"}, None),
+        ("", {"retry-after": "1.5"}, 1_500),
+        ("", {"retry-after": "99999999999999999999"}, None),
+        ("", {"retry-after": "Fri, 31 Dec 99999 23:59:59 GMT"}, None),
+        ("", {"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, DAY_MS),
+        ("", {"retry-after": "Mon, 01 Jan 0001 00:00:00 +2359"}, 0),
+        ("", {"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "0"}, 360_000),
+        ("", {"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "7"}, None),
+        ("", {"x-ratelimit-reset-requests": "59ms", "x-ratelimit-remaining-requests": "0"}, 59),
+        ("", {"x-ratelimit-reset-requests": "-1s", "x-ratelimit-remaining-requests": "0"}, None),
+        (
+            "",
+            {"x-ratelimit-reset-requests": "999999h", "x-ratelimit-remaining-requests": "0"},
+            DAY_MS,
+        ),
+    ],
+)
+def test_the_other_ways_to_say_how_long_are_read_too_and_bounded(
+    message: str, headers: dict[str, str], expected_ms: int | None
+) -> None:
+    assert mapped(429, headers, message=message).retry_after_ms == expected_ms
+
+
+@given(
+    st.text(max_size=30),
+    st.sampled_from(["retry-after", "retry-after-ms", "x-ratelimit-reset-tokens"]),
+    st.sampled_from(["", "Please try again in "]),
+)
+def test_no_words_on_how_long_break_it_or_are_longer_than_a_day(
+    said: str, name: str, before: str
+) -> None:
+    headers = {name: said, "x-ratelimit-remaining-tokens": "0"}
+    found_ms = mapped(429, headers, message=before + said).retry_after_ms
+    assert found_ms is None or 0 <= found_ms <= DAY_MS
+
+
+@pytest.mark.parametrize(
+    ("said", "unit"), [("tokens", "tokens"), ("requests", "requests"), ("rate_limit_error", None)]
+)
+def test_openai_says_in_the_type_what_there_was_too_much_of(said: str, unit: str | None) -> None:
+    error = mapped(429, type=said, code="rate_limit_exceeded")
+    assert isinstance(error, UpstreamThrottled)
+    assert error.unit == unit
 
 
 def test_a_retry_after_header_may_be_a_date() -> None:

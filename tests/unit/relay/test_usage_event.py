@@ -16,7 +16,9 @@ EVENTS = [
     b": a comment\n\n",
     b'data: {"choices": [ ], "error": {"message": "no"}}\n\n',
     b'data: {"choices":[{"delta":{"content":"\\"choices\\":[] \\"usage\\""}}]}\r\n\r\n',
+    b'data: {"choices":[],"usage":{"prompt_tokens":1},"error":{"message":"no"}}\n\n',
     b"data: [DONE]\n\n",
+    b"data:[DONE]\r\n\r\n",
 ]
 event = st.sampled_from([*EVENTS, USAGE])
 

@@ -1,34 +1,29 @@
-"""How the SDK's requests travel: httpx2's words outside, aiohttp's connections inside.
+"""How the SDK's requests travel: httpx2's words outside, connections of our own inside.
 
 httpx2 looks at every connection of its pool for each request, which at a hundred calls at once is
-most of a call's cost. Invariant: an exchange that is left is closed within milliseconds, whatever
-its state; what goes wrong comes out as httpx2's own errors, which the rest of this room knows.
+most of a call's cost. Invariant: an exchange that is left is closed in the event loop's next round,
+whatever its state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+import ssl
+from collections.abc import Mapping
 from functools import lru_cache
 
-import aiohttp
 import httpx2
-from aiohttp.client_reqrep import ClientRequest
-from aiohttp.connector import Connection
-from aiohttp.tracing import Trace
-from multidict import CIMultiDict
-from yarl import URL
 
-MAX_HEAD_BYTES = 65_536
-# Shorter than any common server's: a connection reused as the server closes it fails the call.
-KEEPALIVE_S = 15.0
-_URLS_KEPT = 256
+from tidegate.providers.gemini.timeouts import Timeouts
+from tidegate.providers.relay import Exchange, RelayWire
 
-_connected: ContextVar[Callable[[], None]] = ContextVar("tidegate_gemini_connected")
+_EVENTS = b"text/event-stream"
+# The connection says these by itself.
+_FRAMING = ("host", "content-length", "connection", "transfer-encoding", "accept-encoding")
+_HEADS_KEPT = 64
 
 
 class Asked(httpx2.Request):
-    """A request as aiohttp takes it: httpx2 would take it apart, and we put it together again.
+    """A request as our connections take it: httpx2 would take it apart, and we put it together.
 
     Of what it inherits only the type is used; nobody but the carrier reads it.
     """
@@ -38,7 +33,7 @@ class Asked(httpx2.Request):
     ) -> None:
         self.method = method.upper()
         self.whole_url = url
-        self.fields = CIMultiDict(headers)
+        self.fields, self.is_upload = _fields(tuple(headers.items()))
         self.body = content
 
     def __repr__(self) -> str:
@@ -46,122 +41,74 @@ class Asked(httpx2.Request):
 
 
 class Carrier:
-    """Not bounded in connections. `trust_env` is off: proxies of the environment are not used;
-    SSL_CERT_FILE and SSL_CERT_DIR are honoured. The first request makes its session: it may be
+    """Not bounded in connections. Proxies of the environment are not used; SSL_CERT_FILE and
+    SSL_CERT_DIR are honoured. The first request makes its connections' keeper: the carrier may be
     built outside of the event loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
         self._tls = httpx2.create_ssl_context()
-        self._session: aiohttp.ClientSession | None = None
+        self._tls.set_alpn_protocols(["http/1.1"])
+        self._wire: _Wire | None = None
 
-    async def send(self, request: Asked, connected: Callable[[], None]) -> Carried:
-        """Send a request and wait for the head of its answer; `connected` is called when its
-        connection is there. Raises httpx2's errors.
-        """
-        session = self._session or self._opened()
-        token = _connected.set(connected)
-        try:
-            response = await session.request(
-                request.method,
-                _url(request.whole_url),
-                headers=request.fields,
-                data=request.body,
-                allow_redirects=False,
-            )
-        except (aiohttp.ClientError, OSError) as failed:
-            raise _translated(failed) from failed
-        except ValueError as failed:
-            raise httpx2.LocalProtocolError(str(failed)) from failed
-        finally:
-            _connected.reset(token)
-        return Carried(response)
+    async def send(self, request: Asked) -> Carried:
+        """Send a request and wait for the head of its answer. Raises UpstreamError."""
+        wire = self._wire or await self._opened()
+        place = wire.place(request.whole_url)
+        return Carried(await wire.open(request.method, place, request.fields, request.body))
 
     async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        if self._wire is not None:
+            await self._wire.aclose()
 
-    def _opened(self) -> aiohttp.ClientSession:
-        self._session = aiohttp.ClientSession(
-            connector=_Connector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=self._tls),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            max_line_size=MAX_HEAD_BYTES,
-            max_field_size=MAX_HEAD_BYTES,
-        )
-        return self._session
+    async def _opened(self) -> _Wire:
+        self._wire = _Wire(self._timeouts, self._tls)
+        await self._wire.start()
+        return self._wire
+
+
+@lru_cache(_HEADS_KEPT)
+def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """As they are sent, and whether they belong to an upload; the SDK sends the same ones with
+    nearly every call."""
+    said = {name.lower(): value for name, value in headers}
+    sent = {name: value for name, value in said.items() if name not in _FRAMING}
+    fields = [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent.items()]
+    return [*fields, (b"accept-encoding", b"identity")], "x-goog-upload-command" in said
+
+
+class _Wire(RelayWire):
+    """With the certificates that the SDK's own client trusts."""
+
+    def __init__(self, timeouts: Timeouts, tls: ssl.SSLContext) -> None:
+        super().__init__(timeouts)
+        self._tls = tls
+
+    def tls_context(self) -> ssl.SSLContext:  # type: ignore[override]
+        return self._tls
 
 
 class Carried:
     """An answer whose head is there."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self.status = response.status
-        self.headers = response.headers
-        self.raw_headers = response.raw_headers
-        self._response = response
-        self._content = response.content
+    def __init__(self, exchange: Exchange) -> None:
+        self.status = exchange.status
+        self.raw_headers = exchange.headers
+        # The next bytes of the body as soon as there are some; empty at its end.
+        self.next = exchange.next
+        # End it: the connection is kept, and True returned, only where the answer has come to its
+        # end. Else it is closed in the event loop's next round.
+        self.close = exchange.close
+
+    def field(self, name: bytes) -> bytes:
+        """The value of a header; empty without it. `name` in small letters."""
+        size = len(name)
+        for known, value in self.raw_headers:
+            if len(known) == size and known.lower() == name:
+                return value
+        return b""
 
     @property
     def is_events(self) -> bool:
-        return self.status == 200 and self._response.content_type == "text/event-stream"
-
-    def at_hand(self) -> bytes | None:
-        """What has come of the body and was not taken yet; empty at its end, None where it has to
-        be waited for. Raises httpx2's errors, as `wait` does.
-        """
-        try:
-            return self._content.read_nowait() or (b"" if self._content.at_eof() else None)
-        except (aiohttp.ClientError, OSError) as failed:
-            raise _translated(failed) from failed
-
-    async def wait(self) -> bytes:
-        """The next bytes of the body as soon as there are some; empty at its end."""
-        try:
-            return await self._content.readany()
-        except (aiohttp.ClientError, OSError) as failed:
-            raise _translated(failed) from failed
-
-    def close(self) -> bool:
-        """End it: the connection is kept, and True returned, only where the answer has come to its
-        end. Else it is closed in the event loop's next round.
-        """
-        whole = self._content.at_eof()
-        if whole:
-            self._response.release()
-        else:
-            self._response.close()
-        return whole
-
-
-class _Connector(aiohttp.TCPConnector):
-    """Tells when a request has its connection; aiohttp's tracing would cost each call far more."""
-
-    async def connect(
-        self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
-    ) -> Connection:
-        connection = await super().connect(req, traces, timeout)
-        _connected.get()()
-        return connection
-
-
-@lru_cache(_URLS_KEPT)
-def _url(text: str) -> URL:
-    return URL(text, encoded=True)
-
-
-def _translated(failed: Exception) -> httpx2.TransportError:
-    if isinstance(failed, aiohttp.ClientConnectorError):
-        return httpx2.ConnectError(str(failed))
-    if isinstance(failed, aiohttp.ServerDisconnectedError):
-        return httpx2.RemoteProtocolError("Server disconnected without sending a response.")
-    if isinstance(failed, aiohttp.ClientPayloadError):
-        return httpx2.RemoteProtocolError("peer closed connection in mid-answer")
-    if isinstance(failed, aiohttp.ClientResponseError):
-        return httpx2.RemoteProtocolError("not HTTP")
-    if isinstance(failed, aiohttp.InvalidURL):
-        return httpx2.UnsupportedProtocol("not a URL to be asked")
-    return httpx2.ReadError(type(failed).__name__)
+        return self.status == 200 and self.field(b"content-type").lower().startswith(_EVENTS)

@@ -46,11 +46,26 @@ CODES = {
 # Other 4xx that say "not now" rather than "never": the same call may succeed later.
 TRANSIENT_CODES = (408, 425, 499)
 _DURATION = re.compile(r"^\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*$")
-_RETRY_IN_MESSAGE = re.compile(r"retry in (\d{1,9}(?:\.\d{1,9})?)\s*(ms|s)\b", re.IGNORECASE)
+_NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+# A span of time as Go writes it, and with it OpenAI: 17ms, 1.5s, 6m0s, 1h2m3s.
+_SPAN = re.compile(
+    rf"(?=\d)(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m(?!s))?(?:({_NUMBER})s)?(?:({_NUMBER})ms)?"
+)
+_SPANS_MS = (86_400_000, 3_600_000, 60_000, 1_000, 1)
+_RETRY_IN_MESSAGE = re.compile(
+    r"\b(?:retry|try again) in\s+([\d.]{1,20}\s?[dhms][\d.dhms]{0,60})", re.IGNORECASE
+)
 _DEAD_KEY = re.compile(r"api key (?:not valid|not found|expired|has been)", re.IGNORECASE)
 # A 403 on what was asked for, such as a file that is not there (Gemini's word for it) or a model
 # that the account may not use: it says nothing of the key, which serves others at this moment.
 _ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECASE)
+# Who refuses the key says so. "The caller does not have permission" is also what Gemini says of a
+# private video, and there are keys that may do some things and not others.
+_ABOUT_THE_KEY = re.compile(
+    r"\b(?:api.?key|credential|consumer|project|account|organi[sz]ation|billing|suspended)",
+    re.IGNORECASE,
+)
+_ABOUT_A_SCOPE = re.compile(r"missing scopes?\b|\bresource\b", re.IGNORECASE)
 _GOOGLE_KEY = re.compile(r"AIza[0-9A-Za-z_-]{20,}")
 
 
@@ -67,7 +82,7 @@ def translate(failure: Exception, wreck: Wreck | None, *, secret: str) -> Upstre
     """Our error for `failure`, raised by the SDK or the HTTP client. `wreck` is None when nothing
     was sent. `secret` is the API key, removed from every message.
     """
-    if isinstance(failure, UpstreamError):
+    if isinstance(failure, UpstreamTimeout):
         return failure
     if wreck is not None and wreck.status is not None:
         error = error_in(wreck.tail)
@@ -75,6 +90,8 @@ def translate(failure: Exception, wreck: Wreck | None, *, secret: str) -> Upstre
             return from_status(wreck.status, error or {}, wreck.headers, secret=secret)
         if error is not None:
             return from_status(code_of(error), error, wreck.headers, secret=secret)
+    if isinstance(failure, UpstreamError):
+        return failure
     return _without_error_body(failure, sent=wreck is not None)
 
 
@@ -155,7 +172,8 @@ def from_status(
     details = [item for item in _list(error.get("details")) if isinstance(item, dict)]
     retry_after_ms = _retry_after_ms(error, details, headers)
     if status == 429:
-        quotas = " ".join(_quota_ids(details))
+        # OpenAI says what there was too much of in the error's type.
+        quotas = " ".join((*_quota_ids(details), str(error.get("type"))))
         return UpstreamThrottled(
             message,
             retry_after_ms=retry_after_ms,
@@ -165,7 +183,8 @@ def from_status(
     if status == 403 and _ABOUT_A_THING.search(str(error.get("message"))):
         return UpstreamRejected(message, status=status)
     if status in (401, 403) or (status == 400 and _dead_key(error, details)):
-        return UpstreamUnauthorized(message, status=status)
+        of_key = _is_of_key(status, error, details)
+        return UpstreamUnauthorized(message, status=status, of_key=of_key)
     if status >= 500 or status in TRANSIENT_CODES:
         return UpstreamUnavailable(message, status=status, retry_after_ms=retry_after_ms)
     if 300 <= status < 500:
@@ -198,18 +217,48 @@ def _retry_after_ms(
             if found:
                 return _bounded_ms(float(found[1]) * 1000)
     said = _RETRY_IN_MESSAGE.search(str(error.get("message", "")))
-    if said:
-        return _bounded_ms(float(said[1]) * (1 if said[2].lower() == "ms" else 1000))
-    header = headers.get("retry-after", "")
+    if said and (span_ms := _span_ms(said[1])) is not None:
+        return _bounded_ms(span_ms)
+    if re.fullmatch(_NUMBER, header := headers.get("retry-after-ms", "").strip()):
+        return _bounded_ms(float(header))
+    said_ms = _of_header(headers.get("retry-after", ""))
+    return _when_full(headers) if said_ms is None else said_ms
+
+
+def _of_header(header: str) -> int | None:
+    """Seconds, or a date."""
     found = _DURATION.match(header)
     if found:
         return _bounded_ms(float(found[1]) * 1000)
     try:
         at = parsedate_to_datetime(header)
-    except (ValueError, TypeError):
+        left = at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)
+    except (ValueError, TypeError, OverflowError):
         return None
-    now = datetime.now(UTC)
-    return _bounded_ms((at.replace(tzinfo=at.tzinfo or UTC) - now).total_seconds() * 1000)
+    return _bounded_ms(left.total_seconds() * 1000)
+
+
+def _when_full(headers: Mapping[str, str]) -> int | None:
+    """When the limits of which nothing is left begin anew, in the words of OpenAI and of those who
+    speak like it."""
+    spans = [
+        _span_ms(headers.get(f"x-ratelimit-reset-{of}", ""))
+        for of in ("requests", "tokens")
+        if headers.get(f"x-ratelimit-remaining-{of}", "").strip() == "0"
+    ]
+    return max((_bounded_ms(span_ms) for span_ms in spans if span_ms is not None), default=None)
+
+
+def _span_ms(text: str) -> float | None:
+    """None where it is not a span of time; a bare number is one of seconds."""
+    text = text.replace(" ", "").lower().rstrip(".")
+    if re.fullmatch(_NUMBER, text):
+        return float(text) * 1000
+    found = _SPAN.fullmatch(text)
+    if found is None:
+        return None
+    parts = zip(found.groups(), _SPANS_MS, strict=True)
+    return sum(float(part) * unit_ms for part, unit_ms in parts if part is not None)
 
 
 def _bounded_ms(value: float) -> int:
@@ -231,6 +280,15 @@ def _dead_key(error: Mapping[str, Any], details: list[dict[str, Any]]) -> bool:
     if any(str(detail.get("reason")).startswith("API_KEY_") for detail in details):
         return True
     return bool(_DEAD_KEY.search(str(error.get("message", ""))))
+
+
+def _is_of_key(status: int, error: Mapping[str, Any], details: list[dict[str, Any]]) -> bool:
+    said = str(error.get("message", ""))
+    if any("reason" in detail for detail in details):
+        return True
+    if _ABOUT_A_SCOPE.search(said):
+        return False
+    return status != 403 or bool(_ABOUT_THE_KEY.search(said))
 
 
 def _list(value: object) -> list[Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_BYTES = 64_000_000
 API_VERSION = "v1beta"
-FORGET_WITHIN_S = 10.0
+FORGET_WITHIN_MS = 10_000
 CLOSE_WITHIN_S = 2.0
 
 
@@ -92,37 +92,44 @@ class GeminiProcessor:
         if self._sdk is not None:
             await self._sdk.wire.aclose()
 
-    async def run(self, call: Call, answer: Answer, sink: Sink) -> None:
+    async def run(self, call: Call, answer: Answer, sink: Sink | None) -> None:
         """Make the call, push Delta, Picture and UsageReport events into `sink` as they arrive and
-        fill `answer`, which keeps what was received also when this raises or is cancelled.
+        fill `answer`, which keeps what was received also when this raises or is cancelled. Without
+        a sink the answer is read at its end, for a fraction of what many small events cost.
 
         Raises UpstreamError's subclasses, and whatever `sink` raises, unchanged. Cancellation at
         any point closes the upstream connection before it comes out of here.
         """
         from tidegate.providers.gemini.typed import turn_of
+        from tidegate.providers.gemini.wire import Scope
 
-        sdk = await self._started()
+        sdk = self._sdk or await self._started()
         model = request.model_path(call.model)
         uploaded: list[str] = []
         try:
-            async with self._bounded(sdk) as scope:
-                parts = await self._parts(sdk, scope, call, uploaded)
-                with self._translated(sdk, scope):
-                    # Images are streamed too: idle time is then seen, and text comes early.
-                    chunks = await sdk.client.models.generate_content_stream(
-                        model=model,
-                        contents=turn_of(request.turn(call.prompt, parts)),
-                        config=sdk.settings[call.kind],
-                    )
+            async with Scope(self._timeouts.total_ms, gathers=sink is None) as scope:
+                parts = await self._parts(sdk, scope, call, uploaded) if call.media else []
                 reading = Reading(call.kind, answer)
+                chunks = None
                 while True:
-                    with self._translated(sdk, scope):
+                    # Round SDK awaits only: the sink's exceptions must come out as they are.
+                    try:
+                        if chunks is None:
+                            # Images are streamed too: idle time is then seen, and text comes early.
+                            chunks = await sdk.client.models.generate_content_stream(
+                                model=model,
+                                contents=turn_of(request.turn(call.prompt, parts)),
+                                config=sdk.settings[call.kind],
+                            )
                         chunk = await anext(chunks, None)
                         events = reading.take(chunk) if chunk is not None else None
+                    except sdk.faults as failure:
+                        raise self._ours(failure, scope) from None
                     if events is None:
                         break
-                    for event in events:
-                        await sink(event)
+                    if sink is not None:
+                        for event in events:
+                            await sink(event)
                 self._finish(reading, scope)
         finally:
             if uploaded:
@@ -135,8 +142,10 @@ class GeminiProcessor:
         to 4,000 characters; `answer` is filled with what came. Raises UpstreamError's subclasses;
         the caller bounds and cancels it.
         """
+        from tidegate.providers.gemini.wire import Scope
+
         sdk = await self._started()
-        async with self._bounded(sdk) as scope:
+        async with Scope(self._timeouts.total_ms) as scope:
             with self._translated(sdk, scope):
                 response = await sdk.client.models.generate_content(
                     model=request.model_path(model),
@@ -152,9 +161,11 @@ class GeminiProcessor:
 
     async def count_tokens(self, call: Call) -> int:
         """LLM tokens of the call's input, files inline. Raises UpstreamError's subclasses."""
+        from tidegate.providers.gemini.wire import Scope
+
         sdk = await self._started()
         parts = [request.inline(media) for media in call.media]
-        async with self._bounded(sdk) as scope:
+        async with Scope(self._timeouts.total_ms) as scope:
             with self._translated(sdk, scope):
                 response = await sdk.client.models.count_tokens(
                     model=request.model_path(call.model),
@@ -180,29 +191,17 @@ class GeminiProcessor:
                 parts.append(await uploads.upload(sdk.client, media, uploaded))
         return parts
 
-    @asynccontextmanager
-    async def _bounded(self, sdk: _Sdk) -> AsyncIterator[Scope]:
-        """The total time, and closing all that was opened inside."""
-        from tidegate.providers.gemini.wire import Scope, ran_out
-
-        try:
-            async with asyncio.timeout(self._timeouts.total_ms / 1000) as total, Scope() as scope:
-                yield scope
-        except TimeoutError:
-            if total.expired():
-                raise ran_out("total", self._timeouts) from None
-            raise
-
     @contextmanager
     def _translated(self, sdk: _Sdk, scope: Scope) -> Iterator[None]:
-        # Round SDK awaits only: the sink's exceptions must come out as they are. `from None`:
-        # the SDK's texts hold whole foreign bodies, and may hold the upload URL.
         try:
             yield
-        except UpstreamError:
-            raise
         except sdk.faults as failure:
-            raise faults.translate(failure, scope.wreck(), secret=self._api_key) from None
+            raise self._ours(failure, scope) from None
+
+    def _ours(self, failure: Exception, scope: Scope) -> UpstreamError:
+        """To be raised `from None`: the SDK's texts hold whole foreign bodies, and may hold the
+        upload URL."""
+        return faults.translate(failure, scope.wreck(), secret=self._api_key)
 
     def _finish(self, reading: Reading, scope: Scope) -> None:
         try:
@@ -230,10 +229,10 @@ class GeminiProcessor:
 
         for name in names:
             try:
-                async with asyncio.timeout(FORGET_WITHIN_S), Scope() as scope:
+                async with Scope(FORGET_WITHIN_MS) as scope:
                     with self._translated(sdk, scope):
                         await sdk.client.files.delete(name=name)
-            except (UpstreamError, TimeoutError) as failure:
+            except UpstreamError as failure:
                 get_logger().warning(
                     Log.INTERNAL_ERROR, what="uploaded file not deleted", error=str(failure)
                 )
@@ -273,7 +272,7 @@ class GeminiProcessor:
         wire_faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError)
         # The SDK fails with these on answers of a wrong shape.
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-        known_faults = (errors.APIError, *wire_faults, *shape_faults)
+        known_faults = (UpstreamError, errors.APIError, *wire_faults, *shape_faults)
         settings = {kind: Settings(**request.settings_of(kind)) for kind in Kind}
         return _Sdk(client.aio, wire, known_faults, settings)
 

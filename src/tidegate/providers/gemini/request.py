@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tidegate.call import Kind, Media
@@ -22,6 +23,7 @@ ONE_ATTEMPT: Mapping[str, Any] = {
     "automatic_continuation": False,
     "automatic_function_calling": {"disable": True},
 }
+_MODELS_KEPT = 256
 _MODEL = re.compile(r"(?:(?:models|tunedModels)/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 JUDGE_INSTRUCTION = """\
@@ -36,6 +38,7 @@ an image), descriptions or analyses of attached files.
 "reason" is one short sentence in English."""
 
 
+@lru_cache(_MODELS_KEPT)
 def model_path(model: str) -> str:
     """`model` as it may stand in a URL. Raises UpstreamRejected for anything but a plain name."""
     if not _MODEL.fullmatch(model) or ".." in model:
@@ -62,6 +65,8 @@ def inline(media: Media) -> dict[str, Any]:
 
 def too_large_for_inline(media: Sequence[Media], inline_max_bytes: int) -> set[int]:
     """Indexes of the files to upload beforehand: the largest, until the rest fits."""
+    if not media:
+        return set()
     rest_bytes = sum(len(item.data) for item in media)
     chosen: set[int] = set()
     for index in sorted(range(len(media)), key=lambda index: -len(media[index].data)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tidegate.errors import UpstreamTimeout
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -26,3 +28,10 @@ class Timeouts:
             "total": self.total_ms,
         }
         return limits[phase]
+
+    def ran_out(self, phase: str) -> UpstreamTimeout:
+        return out_of_time(phase, self.of(phase))
+
+
+def out_of_time(phase: str, limit_ms: int) -> UpstreamTimeout:
+    return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)

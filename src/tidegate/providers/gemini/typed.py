@@ -13,12 +13,20 @@ from typing import Any, Self
 
 from google.genai import types
 
+from tidegate.providers.gemini.wire import is_plain
+
 
 class Settings(types.GenerateContentConfig):
     """Made once and used for any number of calls."""
 
     def __contains__(self, name: object) -> bool:
         return False
+
+    @property
+    def include_all_fields(self) -> bool:
+        """Asked by the SDK for each chunk, which it else prunes of fields that it does not know:
+        half of what reading one costs, and to no end where there can be none."""
+        return is_plain()
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Always a shallow one: the SDK asks for a deep one with every call, to be safe."""
@@ -35,7 +43,19 @@ class Piece(types.Part):
         return False
 
 
+# Copied: making one by its constructor checks every field that there is, absent ones too.
+_TURN = Turn(role="user", parts=[])
+_PIECE = Piece(text="")
+
+
 def turn_of(content: Mapping[str, Any]) -> Turn:
     """One turn of `request`. Raises ValueError where the SDK's types do not allow it."""
     parts: Sequence[Mapping[str, Any]] = content["parts"]
-    return Turn(role=content["role"], parts=[Piece(**part) for part in parts])
+    return _TURN.model_copy(update={"parts": [_piece_of(part) for part in parts]})
+
+
+def _piece_of(part: Mapping[str, Any]) -> Piece:
+    if part.keys() != {"text"}:
+        return Piece(**part)
+    part["text"].encode()  # raises for what is no Unicode, as the constructor does
+    return _PIECE.model_copy(update=part)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -18,12 +18,15 @@ from typing import Any, Self
 
 import httpx2
 
-from tidegate.errors import UpstreamGarbled, UpstreamTimeout
+from tidegate.errors import UpstreamGarbled
 from tidegate.providers.gemini.carrier import Asked, Carried, Carrier
 from tidegate.providers.gemini.faults import Wreck
-from tidegate.providers.gemini.timeouts import Timeouts
+from tidegate.providers.gemini.gathering import gathered, whole_events
+from tidegate.providers.gemini.timeouts import Timeouts, out_of_time
 
 TAIL_BYTES = 65_536
+# A longer answer goes to the SDK as it comes.
+MOST_GATHERED_BYTES = 1_000_000
 
 _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=None)
 
@@ -31,31 +34,36 @@ _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=N
 class Exchange:
     """One request and its response: what is known of it, and how to close it.
 
-    It is `whole` once it is closed after the end of its answer: its connection is kept.
+    It is `whole` once it is closed after the end of its answer: its connection is kept. `held` is
+    what ended its answer, while what came before that is still being read. It is `plain` where all
+    of its answer is one event that holds no field which the SDK does not know.
     """
 
-    __slots__ = ("_body", "_wire", "first_byte_due", "headers", "phase", "status", "tail", "whole")
+    __slots__ = ("_body", "_carried", "_wire", "held", "plain", "tail", "whole")
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self._body: _Body | None = None
-        self.phase = "connect"
-        self.first_byte_due = 0.0
-        self.status: int | None = None
-        self.headers: Mapping[str, str] = {}
+        self._carried: Carried | None = None
         self.tail: deque[bytes] = deque()
         self.whole = False
+        self.held: BaseException | None = None
+        self.plain = False
         wire.open_exchanges.add(self)
 
-    def answered(self, carried: Carried) -> _Answer:
-        self.status, self.headers = carried.status, carried.headers
-        self._body = _Body(self, carried, self._wire)
+    def answered(self, carried: Carried, *, gathers: bool) -> _Answer:
+        self._carried = carried
+        self._body = _Body(self, carried, self._wire, gathers and carried.is_events)
         # The SDK copies all headers for each chunk of a stream, and reads none of them.
         shown = () if carried.is_events else carried.raw_headers
         return _Answer(carried.status, headers=shown, stream=self._body)
 
     def wreck(self) -> Wreck:
-        return Wreck(self.status, self.headers, b"".join(self.tail)[-TAIL_BYTES:])
+        carried = self._carried
+        tail = b"".join(self.tail)[-TAIL_BYTES:]
+        if carried is None:
+            return Wreck(None, {}, tail)
+        return Wreck(carried.status, httpx2.Headers(carried.raw_headers), tail)
 
     async def aclose(self) -> None:
         if self._body is not None:
@@ -69,9 +77,12 @@ class Exchange:
 
 
 class _Body(httpx2.AsyncByteStream):
-    """A response's bytes, with a deadline for the first, between two, and a bound on all."""
+    """A response's bytes, with a bound on all. Where it `gathers`, a stream's events come as one;
+    and what cuts them off, a cancellation too, comes out of the read after that one.
+    """
 
-    def __init__(self, exchange: Exchange, carried: Carried, wire: Wire) -> None:
+    def __init__(self, exchange: Exchange, carried: Carried, wire: Wire, gathers: bool) -> None:
+        self._gathers = gathers
         self._exchange = exchange
         self._carried = carried
         self._wire = wire
@@ -82,36 +93,50 @@ class _Body(httpx2.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        exchange, tail = self._exchange, self._exchange.tail
-        chunk = self._carried.at_hand()
-        if chunk is None:
-            chunk = await self._waited_for()
+        held, self._exchange.held = self._exchange.held, None
+        if held is not None:
+            raise held
+        chunk = await (self._all() if self._gathers else self._piece())
         if not chunk:
             raise StopAsyncIteration
-        exchange.phase = "idle"
+        return chunk
+
+    async def _all(self) -> bytes:
+        self._gathers = False
+        pieces: list[bytes] = []
+        try:
+            while piece := await self._piece():
+                pieces.append(piece)
+                if self._size_bytes > MOST_GATHERED_BYTES:
+                    return b"".join(pieces)
+        except (Exception, asyncio.CancelledError) as end:
+            came = whole_events(b"".join(pieces))
+            if not came:
+                raise
+            self._exchange.held = end
+            return self._as_one(came)
+        return self._as_one(b"".join(pieces))
+
+    def _as_one(self, stream: bytes) -> bytes:
+        event = gathered(stream)
+        self._exchange.plain = event is not None
+        return stream if event is None else event
+
+    async def _piece(self) -> bytes:
+        chunk: bytes = await self._carried.next()
+        if not chunk:
+            return chunk
         self._size_bytes += len(chunk)
         if self._size_bytes > self._wire.max_answer_bytes:
             raise UpstreamGarbled(
                 f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
             )
+        tail = self._exchange.tail
         tail.append(chunk)
         self._tail_bytes += len(chunk)
         while self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
             self._tail_bytes -= len(tail.popleft())
         return chunk
-
-    async def _waited_for(self) -> bytes:
-        # The timeout is round this await alone, so a reader that is slow to ask costs nothing.
-        due = self._exchange.first_byte_due
-        if self._exchange.phase == "idle":
-            due = asyncio.get_running_loop().time() + self._wire.timeouts.idle_ms / 1000
-        try:
-            async with asyncio.timeout_at(due) as limit:
-                return await self._carried.wait()
-        except TimeoutError:
-            if limit.expired():
-                raise ran_out(self._exchange.phase, self._wire.timeouts) from None
-            raise
 
     async def aclose(self) -> None:
         self._exchange.closed(whole=self._carried.close())
@@ -135,10 +160,9 @@ class Wire(httpx2.AsyncClient):
 
     def __init__(self, timeouts: Timeouts, max_answer_bytes: int) -> None:
         super().__init__(transport=httpx2.MockTransport(_no_other_way), trust_env=False)
-        self.timeouts = timeouts
         self.max_answer_bytes = max_answer_bytes
         self.open_exchanges: set[Exchange] = set()
-        self._carrier = Carrier()
+        self._carrier = Carrier(timeouts)
 
     def build_request(
         self,
@@ -154,9 +178,7 @@ class Wire(httpx2.AsyncClient):
         unknown = [name for name, value in other.items() if value]
         if unknown:
             raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
-        return Asked(
-            method, str(url), {**(headers or {}), "accept-encoding": "identity"}, content or None
-        )
+        return Asked(method, str(url), headers or {}, content or None)
 
     async def send(
         self, request: httpx2.Request, *, stream: bool = False, **_other: Any
@@ -167,36 +189,22 @@ class Wire(httpx2.AsyncClient):
         if scope is not None:
             scope.exchanges.append(exchange)
         try:
-            response = exchange.answered(await self._carried(request, exchange))
+            carried = await self._carrier.send(request)
         except BaseException:
             exchange.closed()
             raise
+        gathers = scope is not None and scope.gathers
+        response = exchange.answered(carried, gathers=gathers)
         response.request = request
-        if "x-goog-upload-command" in request.fields:
+        if request.is_upload:
             # Without this header the SDK repeats an upload three times, sleeping in between.
             response.headers.setdefault("x-goog-upload-status", "unknown")
-        if exchange.headers.get("content-encoding", "identity") != "identity":
+        if carried.field(b"content-encoding") not in (b"", b"identity"):
             await uninterrupted(exchange.aclose())
             raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
         if not stream:
             await response.aread()
         return response
-
-    async def _carried(self, request: Asked, exchange: Exchange) -> Carried:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self.timeouts.connect_ms / 1000) as limit:
-
-                def connected() -> None:
-                    exchange.phase = "first_byte"
-                    exchange.first_byte_due = loop.time() + self.timeouts.first_byte_ms / 1000
-                    limit.reschedule(exchange.first_byte_due)
-
-                return await self._carrier.send(request, connected)
-        except TimeoutError:
-            if limit.expired():
-                raise ran_out(exchange.phase, self.timeouts) from None
-            raise
 
     async def aclose(self) -> None:
         await super().aclose()
@@ -204,27 +212,47 @@ class Wire(httpx2.AsyncClient):
 
 
 class Scope:
-    """The exchanges of one call. Leaving it closes what is still open, even when cancelled."""
+    """The exchanges of one call, and its total time. Leaving it closes what is still open, even
+    when cancelled; raises UpstreamTimeout when the time has run out. Where it `gathers`, the SDK
+    gets the events of a stream as one.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, total_ms: int, *, gathers: bool = False) -> None:
+        self.gathers = gathers
         self.exchanges: list[Exchange] = []
+        self._total_ms = total_ms
+        self._total = asyncio.timeout(total_ms / 1000)
         self._token: Token[Scope | None] | None = None
 
     async def __aenter__(self) -> Scope:
+        await self._total.__aenter__()
         self._token = _scope.set(self)
         return self
 
     async def __aexit__(
         self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._token is not None:
             _scope.reset(self._token)
-        # A task is dear; and what has ended well needs no closing.
-        if not all(exchange.whole for exchange in self.exchanges):
-            await uninterrupted(self._close())
+        late: BaseException | None = None
+        try:
+            # A task is dear; and what has ended well needs no closing.
+            if not all(exchange.whole for exchange in self.exchanges):
+                await uninterrupted(self._close())
+                for exchange in self.exchanges:
+                    if isinstance(exchange.held, asyncio.CancelledError):
+                        raise exchange.held  # the SDK failed on what had come before it
+        except BaseException as failed:  # noqa: BLE001 -- raised below
+            kind, error = type(failed), (late := failed)
+        try:
+            await self._total.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise out_of_time("total", self._total_ms) from None
+        if late is not None:
+            raise late
 
     async def _close(self) -> None:
         async with AsyncExitStack() as stack:
@@ -236,13 +264,14 @@ class Scope:
         return self.exchanges[-1].wreck() if self.exchanges else None
 
 
+def is_plain() -> bool:
+    """Of the answer that the SDK is reading in this task."""
+    scope = _scope.get()
+    return scope is not None and bool(scope.exchanges) and scope.exchanges[-1].plain
+
+
 def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
     raise RuntimeError("every request goes through the carrier")
-
-
-def ran_out(phase: str, timeouts: Timeouts) -> UpstreamTimeout:
-    limit_ms = timeouts.of(phase)
-    return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)
 
 
 async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:

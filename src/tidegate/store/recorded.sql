@@ -1,0 +1,10 @@
+-- Statements that read bodies back out of the record: see recorded.py.
+
+-- name: get_body
+-- The body in the role $3 of a request of tenant $2 that has ended.
+SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key, bodies.content_type,
+    bodies.omitted_bytes
+FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
+WHERE audit.request_id = $1 AND audit.tenant_id = $2 AND audit.source <> 'batch'
+    AND bodies.tenant_id = $2 AND bodies.role = $3
+LIMIT 1

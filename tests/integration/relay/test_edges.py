@@ -1,0 +1,117 @@
+"""What clients send at the edges of HTTP and JSON: told in their dialect, on a sound connection."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import orjson
+import pytest
+from google.genai import Client
+from google.genai.types import HttpOptions
+
+from tests.gateway import Gateway, Opener
+from tests.integration.security.hostile import PATH, Hostile, hostile, post, raw, status_of
+
+__all__ = ["hostile"]
+
+CHAT = b"/v1/chat/completions"
+MESSAGES = b"/v1/messages"
+ASKED = b'{"model":"m","messages":[]}'
+LAST = post(path=CHAT, body=ASKED)
+
+
+@pytest.fixture
+async def gateway(open_gateway: Opener, hostile: Hostile) -> Gateway:
+    return await open_gateway(worker=False, gemini_base_url=hostile.url)
+
+
+def first(method: bytes, path: bytes, body: bytes, *lines: bytes) -> bytes:
+    """A request that keeps its connection."""
+    head = (b"%b %b HTTP/1.1" % (method, path), b"host: g", b"content-length: %d" % len(body))
+    return b"\r\n".join((*head, *lines)) + b"\r\n\r\n" + body
+
+
+KEPT = {
+    "no list": (first(b"POST", CHAT, b"[]"), 400),
+    "no JSON": (first(b"POST", PATH.encode(), b"x"), 400),
+    "no path": (first(b"POST", b"/v1/none", ASKED), 404),
+    "a HEAD": (first(b"HEAD", b"/v1/models", b""), 404),
+    "a HEAD of none": (first(b"HEAD", CHAT, b""), 404),
+    "an OPTIONS": (first(b"OPTIONS", CHAT, b""), 404),
+    "no model": (first(b"POST", MESSAGES, b"{}"), 400),
+    "compressed": (first(b"POST", CHAT, gzip.compress(ASKED), b"content-encoding: gzip"), 415),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+async def test_after_a_refusal_the_next_request_is_answered_on_the_same_connection(
+    gateway: Gateway, name: str
+) -> None:
+    request, status = KEPT[name]
+    got = await raw(gateway, request + LAST)
+    assert status_of(got) == status
+    head, _, rest = got.partition(b"\r\n\r\n")
+    length = 0
+    if not request.startswith(b"HEAD"):
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    assert status_of(rest[length:]) == 200, rest
+    assert rest.endswith(b"\r\n\r\n{}")
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, PATH.encode()])
+async def test_a_compressed_body_is_refused_clearly_in_each_dialect(
+    gateway: Gateway, hostile: Hostile, path: bytes
+) -> None:
+    for coding in (b"gzip", b"br", b"identity, GZIP"):
+        got = await raw(gateway, post(b"content-encoding: " + coding, path=path, body=ASKED))
+        assert status_of(got) == 415
+        assert b"accept-encoding: identity" in got
+        assert b"compressed" in got
+    assert hostile.seen == []
+    got = await raw(gateway, post(b"content-encoding: Identity", path=path, body=ASKED))
+    assert status_of(got) == 200
+
+
+@pytest.mark.parametrize("stream", [b'"yes"', b"1", b"0", b'"false"', b"[]"])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+async def test_a_stream_that_is_neither_true_nor_false_is_refused(
+    gateway: Gateway, hostile: Hostile, path: bytes, stream: bytes
+) -> None:
+    got = await raw(gateway, post(path=path, body=b'{"model":"m","stream":%b}' % stream))
+    assert (status_of(got), b"stream is neither" in got) == (400, True)
+    assert hostile.seen == []
+
+
+async def test_errors_name_what_is_wrong(gateway: Gateway) -> None:
+    for body, field in ((b"{", "body"), (b"{}", "model"), (b'{"model":7}', "model")):
+        got = await raw(gateway, post(path=CHAT, body=body))
+        assert orjson.loads(got.partition(b"\r\n\r\n")[2])["error"]["param"] == field
+    got = await raw(gateway, post(path=b"/v1/none"))
+    error = orjson.loads(got.partition(b"\r\n\r\n")[2])["error"]
+    assert (error["param"], error["code"]) == (None, "not_found"), "a path is no model"
+
+
+async def test_an_alias_serves_embeddings_counts_and_one_models_card(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        '[upstreams.gemini]\naliases = { vectors = "gemini-embedding-001", '
+        'quick = "gemini-2.5-flash" }\n'
+    )
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    options = HttpOptions(base_url=gateway.url, api_version="v1beta")
+    client = Client(api_key="of-a-client", http_options=options)
+    try:
+        found = await client.aio.models.embed_content(model="vectors", contents=["a", "b"])
+        assert len(found.embeddings or []) == 2
+        assert (await client.aio.models.count_tokens(model="quick", contents="a b")).total_tokens
+        assert (await client.aio.models.get(model="quick")).name == "models/gemini-2.5-flash"
+    finally:
+        await client.aio.aclose()
+        client.close()
+    assert {call.model for call in await gateway.calls()} <= {
+        "gemini-embedding-001",
+        "gemini-2.5-flash",
+    }
