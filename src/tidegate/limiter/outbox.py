@@ -15,7 +15,7 @@ from tidegate.limiter.flow import Flow
 
 MAX_ENTRIES = 500
 # A permit that was freed while nobody waits is kept for the next one here no longer than this.
-SPARE_MS = 1.0
+SPARE_MS = 5.0
 
 
 class Outbox:
