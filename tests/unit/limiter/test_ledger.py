@@ -227,7 +227,8 @@ async def test_a_spare_permit_stays_for_the_next_one_while_other_things_are_said
     other = ask(ledger, "kind:b")
     batch = ledger.take(20.0 + outbox.SPARE_MS / 2)
     assert [waiter.ticket for waiter in batch.enqueues] == [other.ticket]
-    assert batch.releases == batch.settles == []
+    assert not batch.releases
+    assert not batch.settles
     assert not ledger.outbox.urgent
     assert ask(ledger).future.done()
     release(ledger, second)
