@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import Any
 
+from tests.forked import started
 from tests.gateway import Gateway
 
 
@@ -28,21 +29,22 @@ async def tidegate(gateway: Gateway, *arguments: str, **settings: str) -> Done:
     config = gateway.config
     assert config.database_url is not None
     assert config.redis_url is not None
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tidegate", *arguments),
-        cwd=config.data_dir.parent,
-        env={
-            **os.environ,
-            "DATABASE_URL": config.database_url.get_secret_value(),
-            "REDIS_URL": config.redis_url.get_secret_value(),
-            "GEMINI_API_KEY": "k",
-            "SEMAPHORE_TIMEOUT": str(config.semaphore_timeout),
-            **settings,
-        },
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    said, complained = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode is not None
-    return Done(process.returncode, said.decode(), complained.decode())
+    with TemporaryFile() as said, TemporaryFile() as complained:
+        process = started(
+            ["tidegate", *arguments],
+            cwd=config.data_dir.parent,
+            env={
+                **os.environ,
+                "DATABASE_URL": config.database_url.get_secret_value(),
+                "REDIS_URL": config.redis_url.get_secret_value(),
+                "GEMINI_API_KEY": "k",
+                "SEMAPHORE_TIMEOUT": str(config.semaphore_timeout),
+                **settings,
+            },
+            stdout=said,
+            stderr=complained,
+        )
+        code = await asyncio.to_thread(process.wait, 60)
+        said.seek(0)
+        complained.seek(0)
+        return Done(code, said.read().decode(), complained.read().decode())

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, Self
 import aiohttp
 
 from tests.clusters import copied
+from tests.forked import started
 from tests.waiting import wait_until, work_for
 from tidegate.embedded.process import free_port
 from tidegate.embedded.valkey import ValkeyServer
@@ -45,14 +44,7 @@ class Child:
         self.name = name
         self.log = log
         with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
-                cwd=log.parent,
-                env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
+            self.process = started(arguments, cwd=log.parent, env=env, stdout=output, stderr=output)
 
     def __repr__(self) -> str:
         return f"<{self.name} pid={self.process.pid} ended={self.process.poll()}>"
@@ -68,7 +60,9 @@ class Child:
     async def ended(self, timeout_s: float = 30) -> int:
         """The exit status, once it has one."""
         await wait_until(lambda: self.process.poll() is not None, timeout_s, f"end of {self}")
-        return int(self.process.returncode)
+        status = self.process.poll()
+        assert status is not None
+        return status
 
 
 class Fleet:

@@ -264,7 +264,7 @@ class Work:
         """The first bytes of the body. Raises CallFailed where they tell an error, of which the
         client has heard nothing yet."""
         first = await exchange.next()
-        if not self._call.endpoint.operation.is_counted:  # such as a file, which may say anything
+        if not self._call.endpoint.is_counted:  # such as a file, which may say anything
             return first
         # Half a line of a stream is of no use to anybody.
         while self._life.streams and inside.is_too_short(first) and not exchange.at_end:

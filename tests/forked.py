@@ -1,0 +1,239 @@
+"""Processes of ours, forked from one that has imported all of it: a test that needs one pays for a
+fork, and not for two seconds of imports.
+
+They are processes like any other, with their own pid, environment, folder and signals. Started for
+real, by `python -m tidegate`, are those of `tests/integration/{processes,packaging}`, and all where
+the system knows no messages with descriptors (anything but Linux).
+
+Invariant: none outlives the process that asked for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import platform
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+ROOT = Path(__file__).parent.parent
+_IMPORTED = (
+    *("tidegate.cli", "tidegate.app", "tidegate.supervisor.roles", "tidegate.http.server"),
+    *("tidegate.jobs.worker", "tidegate.providers.gemini.processor", "tidegate.store.migrations"),
+    *("tidegate.providers.emulator.run", "google.genai", "alembic.command", "uvicorn", "uvloop"),
+)
+_LARGEST_ORDER = 1 << 18
+_START_S = 60.0
+_FORKS = platform.system() == "Linux"
+
+
+def started(
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    stdout: IO[bytes],
+    stderr: IO[bytes],
+) -> Forked | subprocess.Popen[bytes]:
+    """A process that runs a module with arguments, as `python -m` would."""
+    if _FORKS:
+        return Forked(arguments, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+    )
+
+
+class Forked:
+    """What it offers is of `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        stdout: IO[bytes],
+        stderr: IO[bytes],
+    ) -> None:
+        self._nursery = _nursery()
+        self.returncode: int | None = None
+        order = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env)}
+        with open(os.devnull, "rb") as nothing:
+            self.pid = self._nursery.bear(order, [nothing, stdout, stderr])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._nursery.ended(self.pid, 0.0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises TimeoutExpired."""
+        end_s = time.monotonic() + (1e6 if timeout is None else timeout)
+        while self.poll() is None:
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
+            self.returncode = self._nursery.ended(self.pid, min(left_s, 0.5))
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, how: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, how)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class _Nursery:
+    """The process that has imported everything, seen from the one that asks it for others."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.forked", str(theirs.fileno())],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src")))},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        self._socket = ours
+        self._lock = threading.Lock()
+        self._ended: dict[int, int] = {}
+        atexit.register(ours.close)
+
+    def bear(self, order: Mapping[str, Any], streams: Sequence[IO[bytes]]) -> int:
+        with self._lock:
+            message = [json.dumps(order).encode()]
+            socket.send_fds(self._socket, message, [stream.fileno() for stream in streams])
+            while True:
+                news = self._read(_START_S)
+                if news is None:
+                    raise TimeoutError("no process was forked in time")
+                if "born" in news:
+                    return int(news["born"])
+
+    def ended(self, pid: int, within_s: float) -> int | None:
+        """Its exit status, as soon as it has ended, within a time."""
+        with self._lock:
+            if pid not in self._ended:
+                self._read(within_s)
+            return self._ended.pop(pid, None)
+
+    def _read(self, within_s: float) -> dict[str, Any] | None:
+        if not select.select([self._socket], [], [], within_s)[0]:
+            return None
+        data = self._socket.recv(_LARGEST_ORDER)
+        if not data:
+            raise RuntimeError("the process from which others are forked has ended")
+        news: dict[str, Any] = json.loads(data)
+        if "ended" in news:
+            self._ended[news["ended"]] = news["status"]
+        return news
+
+
+@cache
+def _nursery() -> _Nursery:
+    return _Nursery()
+
+
+def _serve(control: socket.socket) -> None:
+    for name in _IMPORTED:
+        import_module(name)
+    gc.collect()
+    gc.freeze()
+    alive: set[int] = set()
+    heard, wake = socket.socketpair()
+    heard.setblocking(False)
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
+    while True:
+        ready = select.select([control, heard], [], [])[0]
+        if heard in ready:
+            heard.recv(4096)
+            for pid, status in _reaped():
+                alive.discard(pid)
+                control.send(json.dumps({"ended": pid, "status": status}).encode())
+        if control in ready:
+            data, streams, _, _ = socket.recv_fds(control, _LARGEST_ORDER, 3)
+            if not data:
+                break
+            pid = os.fork()
+            if not pid:
+                for mine in (control, heard, wake):
+                    mine.close()
+                _become(json.loads(data), streams)
+            for stream in streams:
+                os.close(stream)
+            alive.add(pid)
+            control.send(json.dumps({"born": pid}).encode())
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _reaped() -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if not pid:
+            return found
+        found.append((pid, os.waitstatus_to_exitcode(status)))
+
+
+def _become(order: Mapping[str, Any], streams: Sequence[int]) -> NoReturn:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["env"])
+    module, *sys.argv[1:] = order["arguments"]
+    code = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            sys.stderr.write(f"{ended.code}\n")
+        else:
+            code = ended.code or 0
+    finally:
+        failed, failure, where = sys.exc_info()
+        if failed is not None and failure is not None:
+            sys.excepthook(failed, failure, where)
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
