@@ -1,0 +1,190 @@
+"""Looking for everything that could be wrong with a deployment, and how to mend it.
+
+Facts are gathered by the rooms that may (`limiter.checkup`, `store.checkup`, `providers.probe`),
+and judged here. Invariant: nothing is started or changed, and nothing is left behind: one object is
+written to a bucket and deleted at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from pydantic import SecretStr
+
+from tidegate.call import DEFAULT_POOL, new_id
+from tidegate.config import Config, load
+from tidegate.doctor import deployment, machine, postgresql, valkey
+from tidegate.doctor.finding import Finding, State, fail, ok, skipped, warn
+from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
+from tidegate.limiter import PoolPolicy, Snapshot
+from tidegate.policy import deployed, deployed_upstreams
+from tidegate.policy.upstreams import Upstream
+from tidegate.store.records import PolicyRecord
+
+__all__ = ["Finding", "State", "examine"]
+
+_ONLINE_MS = 5_000
+_RECORDS = 50
+
+
+@dataclass
+class _Seen:
+    """What one part of the examination found that another needs."""
+
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    records: dict[str, list[PolicyRecord]] = field(default_factory=dict)
+    any_key: bool | None = None
+
+
+async def examine(*, online: bool = True) -> list[Finding]:
+    """Look at the deployment that the settings describe; providers and buckets only `online`."""
+    try:
+        config = load()
+        wanted, others = deployed(config), deployed_upstreams(config)
+    except ConfigError as wrong:
+        mend = "see docs/configuration.md; `tidegate config check` shows all settings"
+        return [fail("settings.sound", str(wrong), mend)]
+    policies = {DEFAULT_POOL: wanted, **others.policies}
+    found = [ok("settings.sound", "the settings and the policy's file are sound")]
+    found += deployment.judge_settings(config)
+    found += await asyncio.to_thread(lambda: list(machine.look(config)))
+    seen = _Seen()
+    bundled = config.embedded
+    config, away = _with_bundled(config)
+    if away:
+        found += [skipped("valkey.reach", away), skipped("postgresql.reach", away)]
+    else:
+        found += await _valkey(config, policies, seen, bundled=bundled)
+        found += await _postgresql(config, policies, seen)
+    found += deployment.judge_access(config, seen.any_key)
+    for pool, snapshot in seen.snapshots.items():
+        found += deployment.judge_pool(pool, policies[pool], snapshot, seen.records.get(pool))
+    found.append(deployment.judge_blobs(config, seen.snapshots))
+    if online:
+        found += await asyncio.gather(*(_provider(one, config) for one in others.upstreams))
+        found += await _bucket(config)
+    rooms = list(dict.fromkeys(one.room for one in found))
+    return sorted(found, key=lambda one: rooms.index(one.room))
+
+
+def _with_bundled(config: Config) -> tuple[Config, str]:
+    """The settings with the addresses of bundled servers that run; else why there are none."""
+    if not config.embedded:
+        return config, ""
+    from tidegate.embedded.folder import Folder
+
+    services = Folder(config.data_dir).read().services
+    running = {name: one.url for name, one in services.items() if one.identity.alive and one.ready}
+    if not {"valkey", "postgres"} <= running.keys():
+        return config, "bundled, and not running: `tidegate up` starts them"
+    urls = {
+        "redis_url": SecretStr(running["valkey"]),
+        "database_url": SecretStr(running["postgres"]),
+    }
+    return config.model_copy(update=urls), ""
+
+
+async def _valkey(
+    config: Config, policies: dict[str, PoolPolicy], seen: _Seen, *, bundled: bool
+) -> list[Finding]:
+    from tidegate.limiter.checkup import examine as look
+
+    assert config.redis_url is not None
+    found: list[Finding] = []
+    for pool in policies:
+        try:
+            report = await look(config.redis_url.get_secret_value(), pool)
+        except (LimiterUnavailable, ConfigError) as failed:
+            return [*found, valkey.judge_absence(failed)]
+        if not found:
+            found = [ok("valkey.reach", "it answers")]
+            found += valkey.judge(report, config.lease_ms, embedded=bundled)
+        if report.snapshot is not None:
+            seen.snapshots[pool] = report.snapshot
+    return found
+
+
+async def _postgresql(
+    config: Config, policies: dict[str, PoolPolicy], seen: _Seen
+) -> list[Finding]:
+    from tidegate.store.checkup import examine as look
+
+    assert config.database_url is not None
+    url = config.database_url.get_secret_value()
+    try:
+        report = await look(url)
+    except StoreUnavailable as failed:
+        mend = "start it, and see whether DATABASE_URL, its user, password and database are right"
+        return [fail("postgresql.reach", str(failed), mend)]
+    if report.revision is not None and report.revision >= "0004":
+        await _read_record(url, policies, seen)
+    snapshot = seen.snapshots.get(DEFAULT_POOL)
+    processes = None if snapshot is None else len(snapshot.processes)
+    return [ok("postgresql.reach", "it answers"), *postgresql.judge(report, processes)]
+
+
+async def _read_record(url: str, policies: dict[str, PoolPolicy], seen: _Seen) -> None:
+    """What the database says of policies and keys; a part that can't be read is told elsewhere."""
+    from tidegate.store.connection import Connections
+    from tidegate.store.policies import Policies
+    from tidegate.store.tenants import Tenants
+
+    connections = Connections(url, size=1)
+    try:
+        for pool in policies:
+            seen.records[pool] = await Policies(connections).history(pool, _RECORDS)
+        seen.any_key = await Tenants(connections).any_key()
+    except StoreUnavailable:
+        return  # the rights or the schema are wrong, which has a finding of its own
+    finally:
+        await connections.aclose()
+
+
+async def _provider(upstream: Upstream, config: Config) -> Finding:
+    from tidegate.providers.probe import ask_for_models
+
+    check = f"provider.{upstream.name}"
+    if upstream.name == DEFAULT_POOL and config.emulated:
+        return skipped(check, "emulated")
+    dialect, url = next(iter(upstream.base_urls.items()))
+    probed = await ask_for_models(dialect, url, upstream.key, _ONLINE_MS)
+    place = f"{dialect} at {url}"
+    match probed.status:
+        case None:
+            mend = "is the address right, and may this machine go out? --offline leaves this out"
+            return fail(check, f"{place}: {probed.problem}", mend)
+        case 200:
+            return ok(check, f"{place} takes the key")
+        case 400 | 401 | 403:
+            mend = "set another key, or give this one the right to the API"
+            return fail(check, f"{place} refuses the key ({probed.status})", mend)
+        case 429:
+            return warn(check, f"{place} answers 429: the account has used up a quota", "wait")
+        case 404 | 405:
+            return warn(
+                check, f"{place} has no list of models: the key is not tested", "try a call"
+            )
+        case status:
+            return warn(check, f"{place} answers {status}", "see the provider's status page")
+
+
+async def _bucket(config: Config) -> list[Finding]:
+    from tidegate.store.blobs import Blobs
+
+    if not config.blob_url:
+        return []
+    key, data = f"doctor/{new_id()}", b"tidegate doctor"
+    try:
+        async with asyncio.timeout(_ONLINE_MS / 1000):
+            blobs = Blobs.from_url(config.blob_url, config.data_dir)
+            await blobs.put(key, data)
+            is_same = await blobs.get(key) == data
+            await blobs.delete([key])
+    except (TidegateError, TimeoutError, ValueError) as failed:
+        mend = "see whether BLOB_URL and the cloud's own variables are right"
+        why = str(failed) or f"no answer within {_ONLINE_MS} ms"
+        return [fail("files.bucket", f"{config.blob_url}: {why}", mend)]
+    if not is_same:
+        return [fail("files.bucket", "what was written is not what was read", "another bucket")]
+    return [ok("files.bucket", f"{config.blob_url} can be written, read and deleted from")]

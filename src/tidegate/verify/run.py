@@ -1,0 +1,106 @@
+"""A verification from its beginning to its end: what it stands on, what it does, what it removes.
+
+Invariant: when it returns or is interrupted, its processes have ended, and its keys and rows are
+gone; what could not be removed is named in the report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from platform import node, python_version
+from secrets import token_hex
+
+from tidegate.config import Config
+from tidegate.errors import TidegateError
+from tidegate.providers.emulator import EmulatorSettings, run_emulator
+from tidegate.providers.emulator.settings import Behaviour
+from tidegate.supervisor.ground import Ground, migrate, prepared
+from tidegate.verify.limiting import Limiting
+from tidegate.verify.plan import KIND, Plan, plan_of
+from tidegate.verify.promises import Report, Say
+from tidegate.verify.working import Working
+
+_JOB_MS = 250
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What is left to the operator. provider_limit: what the emulated provider allows at once, the
+    pool's limit unless given. restart_command: restarts Valkey without its data."""
+
+    quick: bool = False
+    provider_limit: int | None = None
+    restart_command: str | None = None
+
+
+def verify(config: Config, wishes: Wishes, say: Say) -> Report:
+    """Check the promises against the servers that `config` names, or the bundled ones.
+
+    `say` is told what is being done. Raises TidegateError where Valkey or PostgreSQL is not there.
+    """
+    plan = plan_of(config, quick=wishes.quick)
+    with prepared(config, only={"postgres", "valkey"}) as ground:
+        if ground.embedded:  # as `tidegate up` would
+            migrate(ground.config, say)
+        return asyncio.run(_verify(ground, plan, wishes, say))
+
+
+async def _verify(ground: Ground, plan: Plan, wishes: Wishes, say: Say) -> Report:
+    report, pool, began = Report(), f"tidegate-verify-{token_hex(4)}", time.monotonic()
+    report.about = {
+        "Tidegate": version("tidegate"),
+        "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "from": f"{node()}, Python {python_version()}",
+        "Valkey and PostgreSQL": "bundled" if ground.embedded else "yours",
+        "pool and tenant": f"{pool}, made for this and removed",
+        "load": f"at most {plan.calls_per_s:.0f} calls a second, to the emulator on loopback; "
+        f"{plan.jobs} jobs",
+        "lease": f"{plan.lease_ms} ms",
+    }
+    policy, redis = plan.policy(ground.config), ground.config.redis_url
+    assert redis is not None
+    concurrency = {KIND: wishes.provider_limit or plan.limit}
+    limits = _emulator(plan.call_ms, concurrency)
+    async with (
+        run_emulator(limits) as for_limits,
+        run_emulator(_emulator(_JOB_MS, {})) as for_jobs,
+    ):
+        url = redis.get_secret_value()
+        limiting = Limiting(
+            *(url, pool, policy, plan, for_limits.control, report, say),
+            restart_command=wishes.restart_command,
+        )
+        working = Working(ground, f"{pool}-jobs", plan, for_jobs.control, report, say)
+        await _both(limiting, working)
+    report.about["took"] = f"{time.monotonic() - began:.0f} s"
+    return report
+
+
+async def _both(limiting: Limiting, working: Working) -> None:
+    """Side by side, as they would be. Each cleans up, whatever becomes of the other."""
+
+    async def work() -> None:
+        await limiting.measured.wait()
+        await working.run()
+
+    tasks = [asyncio.create_task(limiting.run()), asyncio.create_task(work())]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            if not task.cancelling():  # a second time it would not clean up
+                task.cancel()
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(ended, Exception) and not isinstance(ended, TidegateError):
+                raise ended
+
+
+def _emulator(call_ms: int, concurrency: dict[str, int]) -> EmulatorSettings:
+    behaviour = Behaviour().changed(
+        {"first_byte_ms": call_ms, "chunks": 1, "concurrency": concurrency}
+    )
+    return EmulatorSettings("127.0.0.1", 0, behaviour)

@@ -1,0 +1,252 @@
+"""The job path's promises, put to the test: submitted, worked on, recorded once, whatever dies.
+
+Invariant: every row is of a tenant and a pool that are made for this run, and all of them are
+removed at its end; no worker of anybody else's ever claims one of these jobs, since it is of
+another pool.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
+
+from tidegate.call import Classification, ClassifiedBy, Kind, new_id
+from tidegate.config import Config
+from tidegate.errors import StoreUnavailable
+from tidegate.limiter import Limiter
+from tidegate.limiter.forget import forget_pool
+from tidegate.limiter.limits import PoolPolicy
+from tidegate.policy.plain import to_plain
+from tidegate.providers.emulator import EmulatorControl
+from tidegate.rehearse.findings import waits_of
+from tidegate.store.blobs import Blobs
+from tidegate.store.connection import Connections
+from tidegate.store.records import NewJob
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+from tidegate.store.trial import Trial
+from tidegate.supervisor.ground import Ground, environment_of
+from tidegate.verify.cleaning import clean_pool
+from tidegate.verify.plan import KIND, Plan
+from tidegate.verify.probes import Family
+from tidegate.verify.promises import Report, Say
+from tidegate.verify.until import until
+
+AT_ONCE = 3
+_SUBMIT_MS = 50.0
+_SOONEST_S = 20.0
+_OPEN = (Status.QUEUED, Status.RUNNING)
+
+
+class Working:
+    """One run. `ground` has the settings of this deployment; `pool` is also the tenant."""
+
+    def __init__(
+        self,
+        ground: Ground,
+        pool: str,
+        plan: Plan,
+        upstream: EmulatorControl,
+        report: Report,
+        say: Say,
+    ) -> None:
+        self._ground = ground
+        self._pool = pool
+        self._plan = plan
+        self._upstream = upstream
+        self._report = report
+        self._say = say
+        self._policy = PoolPolicy({Kind.TEXT_ONLY.limit: AT_ONCE}, lease_ms=plan.lease_ms)
+        self._ids: list[UUID] = []
+        self._names: set[str] = set()
+
+    async def run(self) -> None:
+        """Raises StoreUnavailable where PostgreSQL does not answer."""
+        url = self._ground.config.database_url
+        assert url is not None
+        connections = Connections(url.get_secret_value())
+        connections.start()
+        self._trial = Trial(connections)
+        try:
+            with tempfile.TemporaryDirectory(prefix="tidegate-verify-") as folder:
+                await self._in(Path(folder))
+        finally:
+            await self._clean()
+            await connections.aclose()
+
+    async def _in(self, folder: Path) -> None:
+        config = self._config(folder)
+        store = self._store(config)
+        await store.start()
+        try:
+            self._say("jobs")
+            await self._submit(store)
+            async with Family("tidegate.verify.jobber") as family:
+                env = environment_of(Ground(config, None, False, False))
+                for number in range(self._plan.workers):
+                    name = f"{self._pool}-worker-{number + 1}"
+                    self._names.add(name)
+                    orders = {"pool": self._pool, "name": name, "policy": to_plain(self._policy)}
+                    await family.start(name, orders, env)
+                killed = await self._kill(store, family) if self._plan.kills_worker else None
+                await self._all_end(store)
+                for name in family.names:
+                    await family.end(name)
+            await self._judge(store, killed)
+        finally:
+            await store.aclose()
+
+    def _config(self, folder: Path) -> Config:
+        """This deployment's, pointed at the emulator, with nothing of its disk."""
+        from pydantic import SecretStr
+
+        return self._ground.config.model_copy(
+            update={
+                "gemini_base_url": self._upstream.url,
+                "gemini_api_key": SecretStr("of-the-emulator"),
+                "data_dir": folder,
+                "blob_url": None,
+                "webhook_secret": None,
+                "tidegate_policy": None,
+            }
+        )
+
+    def _store(self, config: Config) -> Store:
+        assert config.database_url is not None
+        name = f"{self._pool}-submits"
+        self._names.add(name)
+        return Store.from_url(
+            config.database_url.get_secret_value(),
+            instance_id=name,
+            blobs=Blobs.from_url(config.blob_url, config.data_dir),
+            spill_dir=config.data_dir / "spill",
+            spill_max_bytes=config.spill_max_bytes,
+            audit_full=config.audit_full,
+            claim_lease_ms=config.claim_lease_ms,
+        )
+
+    async def _submit(self, store: Store) -> None:
+        took_ms = []
+        for number in range(self._plan.jobs):
+            job = NewJob(
+                request_id=new_id(),
+                created_at=datetime.now(UTC),
+                prompt=f"{self._pool} job {number}.",
+                classification=Classification(Kind.TEXT_ONLY, ClassifiedBy.CALLER, "a check"),
+                tenant_id=self._pool,
+                pool=self._pool,
+            )
+            self._ids.append(job.request_id)
+            began = time.perf_counter()
+            await store.submit(job)
+            took_ms.append((time.perf_counter() - began) * 1000)
+        waits = waits_of(took_ms)
+        assert waits.p50_ms is not None
+        self._report.kept(
+            "a submit returns when it is committed",
+            f"p50 <= {_SUBMIT_MS:.0f} ms",
+            f"p50 {waits.p50_ms:.1f} ms, longest {waits.longest_ms:.1f} ms",
+            waits.p50_ms <= _SUBMIT_MS,
+        )
+
+    async def _kill(self, store: Store, family: Family) -> int | None:
+        """kill -9 of a worker while it calls; the wall clock's ns then, None if none ever did."""
+        name = family.names[0]
+        calling = await until(lambda: self._is_calling(store, name), _SOONEST_S)
+        if not calling:
+            return None
+        self._say(f"kill -9 of {name}")
+        await family.kill(name)
+        return time.time_ns()
+
+    async def _is_calling(self, store: Store, name: str) -> bool:
+        """Its first calls take long to begin: it is to be in the middle of its work."""
+        held = await store.running_calls.calls(self._pool)
+        seen = await self._upstream.stats()
+        going = seen[KIND].finished >= 2 * AT_ONCE and seen.in_flight == AT_ONCE
+        return going and any(instance == name for instance, _ in held)
+
+    async def _all_end(self, store: Store) -> None:
+        """Or time is over: then the judgement says so."""
+
+        async def ended() -> bool:
+            states = await self._states(store)
+            return not any(state in _OPEN for state in states.values())
+
+        lease_s = 2 * self._plan.claim_lease_ms / 1000 if self._plan.kills_worker else 0.0
+        await until(ended, _SOONEST_S + lease_s)
+
+    async def _states(self, store: Store) -> Mapping[UUID, Status]:
+        return {one: (await store.get(one, self._pool)).status for one in self._ids}
+
+    async def _judge(self, store: Store, killed_ns: int | None) -> None:
+        states = Counter((await self._states(store)).values())
+        whole, done = len(self._ids), states[Status.SUCCEEDED]
+        seen = await self._upstream.calls(contains=self._pool)
+        calls = Counter(call.prompt for call in seen)
+        cut_off = sum(call.outcome == "client_gone" for call in seen)
+        repeated = sum(many - 1 for many in calls.values())
+        if self._plan.kills_worker:
+            self._report.kept(
+                "jobs survive the kill of a worker",
+                f"{whole} of {whole} succeeded",
+                f"{done} of {whole}",
+                killed_ns is not None and done == whole,
+                "no worker ever called" if killed_ns is None else str(dict(states)),
+            )
+        else:
+            self._report.kept(
+                "jobs are done",
+                f"{whole} of {whole} succeeded",
+                f"{done} of {whole}",
+                done == whole,
+            )
+            why = f"a claim lease of {self._plan.claim_lease_ms / 1000:g} s takes too long here"
+            self._report.skipped("jobs survive the kill of a worker", why)
+        allowed = AT_ONCE if self._plan.kills_worker else 0
+        self._report.kept(
+            "a call is repeated only where a kill cut it off",
+            f"<= {allowed} repeated",
+            f"{repeated} of {len(calls)}, {cut_off} cut off",
+            repeated <= allowed and len(calls) == whole,
+        )
+        recorded = await self._recorded()
+        self._report.kept(
+            "each result is on record exactly once",
+            f"{whole} records",
+            f"{sum(recorded.values())} of {len(recorded)} jobs",
+            len(recorded) == whole and set(recorded.values()) == {1},
+        )
+
+    async def _recorded(self) -> Mapping[UUID, int]:
+        """Audit rows by request; they are written behind the results."""
+        found: Mapping[UUID, int] = {}
+
+        async def all_there() -> bool:
+            nonlocal found
+            found = await self._trial.recorded(self._ids)
+            return len(found) == len(self._ids)
+
+        await until(all_there, 10.0)
+        return found
+
+    async def _clean(self) -> None:
+        try:
+            await self._trial.remove(self._pool, self._ids, sorted(self._names))
+        except StoreUnavailable as away:
+            self._report.left.append(f"rows of the tenant {self._pool}: {away.message}")
+        await clean_pool(self._forget_keys, self._pool, self._report)
+
+    async def _forget_keys(self) -> None:
+        """Raises LimiterUnavailable."""
+        redis = self._ground.config.redis_url
+        assert redis is not None
+        url = redis.get_secret_value()
+        async with Limiter.from_url(url, pool=self._pool, policy=self._policy) as looking:
+            sids = [process.sid for process in (await looking.snapshot()).processes]
+        await forget_pool(url, self._pool, self._policy, sids=sids, tenants=[self._pool])
