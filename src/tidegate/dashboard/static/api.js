@@ -1,0 +1,126 @@
+// The gateway's own HTTP API, asked with the key of this tab. Every failure is a Problem.
+
+import * as session from "./session.js";
+
+// The document is at <prefix>/dashboard/, so that the API is one step up, behind any proxy.
+const BASE = new URL("..", document.baseURI);
+
+/** An answer that is an error, as problem JSON (RFC 9457) says it; or no answer at all. */
+export class Problem extends Error {
+  constructor(fields) {
+    super(fields.detail || fields.title || "something went wrong");
+    this.name = "Problem";
+    this.status = fields.status ?? 0;
+    this.code = fields.code ?? "";
+    this.field = fields.field ?? null;
+    this.allowed = fields.allowed ?? null;
+    this.limit = fields.limit ?? null;
+    this.retryAfterMs = fields.retry_after_ms ?? null;
+  }
+
+  /** Whether nobody answered: the process is away, or the network. */
+  get isAway() {
+    return this.status === 0;
+  }
+}
+
+/** The address of a path of the API, such as `admin/limits`, with a query from an object. */
+export function address(path, query = {}) {
+  const url = new URL(path.replace(/^\//, ""), BASE);
+  for (const [name, value] of Object.entries(query)) {
+    if (value !== null && value !== undefined && value !== "") url.searchParams.set(name, value);
+  }
+  return url;
+}
+
+/**
+ * Ask, and return the Response once it is known to be a good one.
+ *
+ * `body` is sent as JSON, unless it is FormData. Throws Problem; an AbortError of `signal` passes.
+ * A 401 signs out, unless `keepSession`: what a page asks of another API than /admin and /dashboard
+ * may be refused to a token that opens those.
+ */
+export async function ask(method, path, options = {}) {
+  const { query, body, signal, headers = {}, keepSession = false } = options;
+  const sent = { Accept: "application/json", ...headers };
+  const key = session.key();
+  if (key) sent.Authorization = `Bearer ${key}`;
+  let payload = body;
+  if (body !== undefined && !(body instanceof FormData)) {
+    sent["Content-Type"] = "application/json";
+    payload = JSON.stringify(body);
+  }
+  const request = { method, headers: sent, body: payload, signal, cache: "no-store" };
+  let response;
+  try {
+    response = await fetch(address(path, query), { ...request, credentials: "omit" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem({ detail: "The gateway does not answer.", code: "away" });
+  }
+  if (response.ok) return response;
+  const problem = await problemOf(response);
+  if (response.status === 401 && !keepSession) session.signOut(problem);
+  throw problem;
+}
+
+async function problemOf(response) {
+  try {
+    return new Problem({ status: response.status, ...(await response.json()) });
+  } catch {
+    return new Problem({ status: response.status, detail: `The answer was ${response.status}.` });
+  }
+}
+
+const json = async (response) => (response.status === 204 ? null : response.json());
+
+export const get = async (path, options) => json(await ask("GET", path, options));
+export const post = async (path, body = {}, options = {}) =>
+  json(await ask("POST", path, { ...options, body }));
+export const put = async (path, body = {}, options = {}) =>
+  json(await ask("PUT", path, { ...options, body }));
+export const patch = async (path, body = {}, options = {}) =>
+  json(await ask("PATCH", path, { ...options, body }));
+export const remove = async (path, options) => json(await ask("DELETE", path, options));
+
+/** A file as an address for <img src>, since an image can't show a key. Revoke it when done. */
+export async function fileUrl(path, options = {}) {
+  const response = await ask("GET", path, { ...options, headers: { Accept: "*/*" } });
+  return URL.createObjectURL(await response.blob());
+}
+
+/**
+ * The server-sent events of a response, as they come: `{ event, data, id }`, data as text.
+ *
+ * EventSource can't show a key, so the stream is read here. Ends with the stream; comments pass in
+ * silence, but `onComment` is told of them. Throws what reading throws.
+ */
+export async function* events(response, onComment = () => {}) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const blocks = (rest + value).split(/\r?\n\r?\n/);
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const event = parsed(block);
+        if (event) yield event;
+        else onComment();
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+function parsed(block) {
+  const found = { event: "message", data: null, id: null };
+  for (const line of block.split(/\r?\n/)) {
+    const [, name, value] = /^([^:]*):? ?(.*)$/.exec(line);
+    if (name === "data") found.data = found.data === null ? value : `${found.data}\n${value}`;
+    else if (name === "event" || name === "id") found[name] = value;
+  }
+  return found.data === null ? null : found;
+}

@@ -1,0 +1,79 @@
+// Building the page from elements and text, never from HTML: what a tenant wrote stays text.
+
+const SVG = "http://www.w3.org/2000/svg";
+const SVG_TAGS = new Set(["svg", "path", "circle", "line", "rect", "g", "polyline", "title"]);
+
+/**
+ * An element. In `props`: `class`, `data` (an object), `on` (event -> listener), properties such as
+ * `value`, and attributes. Null and false are left out; `children` may be nested lists.
+ */
+export function h(tag, props = {}, ...children) {
+  const element = SVG_TAGS.has(tag)
+    ? document.createElementNS(SVG, tag)
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(props ?? {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "class") element.setAttribute("class", value);
+    else if (name === "data") Object.assign(element.dataset, value);
+    else if (name === "on") {
+      for (const [event, listener] of Object.entries(value)) {
+        element.addEventListener(event, listener);
+      }
+    } else if (name === "value" || name === "disabled" || name === "checked") element[name] = value;
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  add(element, children);
+  return element;
+}
+
+function add(element, children) {
+  for (const child of children.flat(Infinity)) {
+    if (child === null || child === undefined || child === false) continue;
+    element.append(child instanceof Node ? child : String(child));
+  }
+}
+
+/** Put `children` in the place of all that an element holds. */
+export function fill(element, ...children) {
+  element.replaceChildren();
+  add(element, children);
+  return element;
+}
+
+/** Set a text only where it differs, so that nothing is painted, selected or announced anew. */
+export function say(element, text) {
+  const wanted = String(text);
+  if (element.textContent !== wanted) element.textContent = wanted;
+}
+
+/** Set an attribute only where it differs; null takes it away. */
+export function mark(element, name, value) {
+  if (value === null || value === false) element.removeAttribute(name);
+  else if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
+}
+
+/**
+ * Rows that stay the same elements while what they show changes.
+ *
+ * `make(item)` gives `{ element, update(item) }`. Elements keep their focus: they are moved only
+ * where the order of `keys` has changed.
+ */
+export function keyed(parent, make) {
+  const rows = new Map();
+  return (items, keyOf) => {
+    const wanted = new Map(items.map((item) => [keyOf(item), item]));
+    for (const [key, row] of rows) {
+      if (wanted.has(key)) continue;
+      row.element.remove();
+      rows.delete(key);
+    }
+    let place = parent.firstElementChild;
+    for (const [key, item] of wanted) {
+      if (!rows.has(key)) rows.set(key, make(item));
+      const row = rows.get(key);
+      row.update(item);
+      if (row.element === place) place = place.nextElementSibling;
+      else parent.insertBefore(row.element, place);
+    }
+  };
+}

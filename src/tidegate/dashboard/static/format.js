@@ -1,0 +1,100 @@
+// Numbers, times and lengths as people read them.
+
+const LANGUAGE = "en-GB";
+const whole = new Intl.NumberFormat(LANGUAGE);
+const short = new Intl.NumberFormat(LANGUAGE, { notation: "compact", maximumSignificantDigits: 3 });
+const clock = new Intl.DateTimeFormat(LANGUAGE, {
+  hour: "2-digit",
+  minute: "2-digit",
+  second: "2-digit",
+});
+const day = new Intl.DateTimeFormat(LANGUAGE, {
+  day: "numeric",
+  month: "short",
+  hour: "2-digit",
+  minute: "2-digit",
+  second: "2-digit",
+});
+
+export const NOTHING = "–";
+
+const given = (value) => value !== null && value !== undefined && !Number.isNaN(value);
+
+/** `12,480` */
+export const count = (value) => (given(value) ? whole.format(value) : NOTHING);
+
+/** `12.5K`, from 10,000 on */
+export function brief(value) {
+  if (!given(value)) return NOTHING;
+  return Math.abs(value) < 10_000 ? whole.format(value) : short.format(value);
+}
+
+/** A length in milliseconds: `8 ms`, `1.24 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h` */
+export function length(ms) {
+  if (!given(ms)) return NOTHING;
+  if (ms < 1) return "< 1 ms";
+  if (ms < 1_000) return `${Math.round(ms)} ms`;
+  if (ms < 10_000) return `${(ms / 1_000).toFixed(2)} s`;
+  if (ms < 60_000) return `${(ms / 1_000).toFixed(1)} s`;
+  const parts = [
+    ["d", 86_400_000],
+    ["h", 3_600_000],
+    ["min", 60_000],
+    ["s", 1_000],
+  ];
+  const first = parts.findIndex(([, size]) => ms >= size);
+  const [large, small] = [parts[first], parts[first + 1]];
+  const left = small ? Math.floor((ms % large[1]) / small[1]) : 0;
+  const head = `${Math.floor(ms / large[1])} ${large[0]}`;
+  return left ? `${head} ${left} ${small[0]}` : head;
+}
+
+/** The same with one unit, for where there is little room: `3.3 min` */
+length.short = (ms) => {
+  if (!given(ms) || ms < 60_000) return length(ms);
+  if (ms < 3_600_000) return `${(ms / 60_000).toFixed(1)} min`;
+  return `${(ms / 3_600_000).toFixed(1)} h`;
+};
+
+/** `0.5/s`, `12/s`; slower ones by the minute: `3/min` */
+export function rate(perSecond) {
+  if (!given(perSecond)) return NOTHING;
+  if (perSecond === 0) return "0/s";
+  if (perSecond < 1) return `${Number((perSecond * 60).toPrecision(2))}/min`;
+  return `${perSecond < 100 ? perSecond.toFixed(1) : brief(Math.round(perSecond))}/s`;
+}
+
+/** `42 %`, of a share from 0 to 1 */
+export const percent = (share) => (given(share) ? `${Math.round(share * 100)} %` : NOTHING);
+
+export function bytes(value) {
+  if (!given(value)) return NOTHING;
+  if (value < 1_000) return `${value} B`;
+  if (value < 1_000_000) return `${(value / 1_000).toFixed(1)} kB`;
+  return `${(value / 1_000_000).toFixed(1)} MB`;
+}
+
+/** Money in the currency of the prices; small amounts keep their digits. */
+export function money(value) {
+  if (!given(value)) return NOTHING;
+  if (value === 0) return "0.00";
+  if (Math.abs(value) < 0.01) return value.toPrecision(2);
+  return value.toFixed(Math.abs(value) < 1 ? 4 : 2);
+}
+
+const date = (value) => (value instanceof Date ? value : new Date(value));
+const isToday = (at) => at.toDateString() === new Date().toDateString();
+
+/** `14:03:09` today, `24 Nov, 14:03:09` on other days */
+export function time(value) {
+  if (!given(value)) return NOTHING;
+  const at = date(value);
+  return (isToday(at) ? clock : day).format(at);
+}
+
+/** `12 s ago` */
+export function ago(value, now = Date.now()) {
+  if (!given(value)) return NOTHING;
+  const ms = now - date(value).getTime();
+  return ms < 1_000 ? "now" : `${length(Math.floor(ms / 1_000) * 1_000)} ago`;
+}

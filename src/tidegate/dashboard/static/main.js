@@ -1,0 +1,97 @@
+// The start: let the person in, then open the page that the address names.
+
+import { get, Problem } from "./api.js";
+import { fill, h } from "./dom.js";
+import * as router from "./router.js";
+import * as session from "./session.js";
+import { failed, field, loading, said } from "./ui.js";
+
+const THEMES = {
+  auto: ["◐", "Colours follow the system"],
+  light: ["☀", "Light colours"],
+  dark: ["☾", "Dark colours"],
+};
+const main = document.getElementById("main");
+const signOut = document.getElementById("sign-out");
+let inside = false;
+
+async function enter() {
+  if (!inside) fill(main, loading());
+  try {
+    const found = await get("dashboard/session", { keepSession: true });
+    inside = true;
+    signOut.hidden = found.asks_for === "nothing";
+    router.start();
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    if (error.status === 401 || error.status === 403) askForKey(session.key() ? error : null, error);
+    else fill(main, failed(error, enter));
+  }
+}
+
+/** `refused`: what was wrong with the key that was shown; `asked`: what the gateway wants. */
+function askForKey(refused, asked) {
+  inside = false;
+  signOut.hidden = true;
+  session.forget();
+  const key = field("key", "Key", {
+    type: "password",
+    hint: "An API key with the scope admin, or ADMIN_TOKEN. It stays in this tab.",
+    autocomplete: "current-password",
+    spellcheck: "false",
+  });
+  if (refused) key.complain(said(refused));
+  const form = h(
+    "form",
+    { on: { submit: (event) => shown(event, key) } },
+    h("h1", {}, "Sign in"),
+    asked?.status === 403 && !refused && h("p", {}, said(asked)),
+    key.element,
+    h("button", { class: "button main", type: "submit" }, "Sign in"),
+  );
+  fill(main, h("section", { class: "card sign-in" }, form));
+  document.title = "Sign in · Tidegate";
+  key.input.focus();
+}
+
+function shown(event, key) {
+  event.preventDefault();
+  const entered = key.value();
+  if (!entered) {
+    key.complain("Enter a key.");
+    return;
+  }
+  if (!/^[\x21-\x7e]+$/.test(entered)) {
+    key.complain("A key has no spaces, and only plain letters, digits and signs.");
+    return;
+  }
+  session.remember(entered);
+  enter();
+}
+
+session.onSignOut((problem) => {
+  if (!inside) return;
+  router.stop();
+  askForKey(problem, null);
+});
+signOut.addEventListener("click", () => session.signOut());
+
+function wearTheme(theme) {
+  const [sign, words] = THEMES[theme];
+  const button = document.getElementById("theme");
+  fill(button, h("span", { "aria-hidden": "true" }, sign));
+  button.setAttribute("aria-label", words);
+  button.title = words;
+  if (theme === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  localStorage.setItem("tidegate.theme", theme);
+  document.dispatchEvent(new CustomEvent("tidegate:theme"));
+}
+
+document.getElementById("theme").addEventListener("click", () => {
+  const names = Object.keys(THEMES);
+  const now = localStorage.getItem("tidegate.theme") ?? "auto";
+  wearTheme(names[(names.indexOf(now) + 1) % names.length]);
+});
+wearTheme(localStorage.getItem("tidegate.theme") ?? "auto");
+enter();

@@ -1,0 +1,146 @@
+// What waits for a person: dead jobs and webhooks that were given up.
+
+import { get, post } from "../api.js";
+import { fill, h } from "../dom.js";
+import { ago, count, time } from "../format.js";
+import { link } from "../router.js";
+import { settled } from "../stuck.js";
+import { confirm, empty, failed, loading, toast } from "../ui.js";
+
+export async function open(main, { signal }) {
+  const jobs = h("div", {}, loading(2));
+  const webhooks = h("div", {}, loading(2));
+  main.append(
+    h("div", { class: "page-head" }, h("h1", {}, "Attention")),
+    card("Dead jobs", "Their workers died under them three times: they are not tried again.", jobs),
+    card("Webhooks given up", "No try has delivered them.", webhooks),
+  );
+  const again = () => {
+    settled();
+    return show();
+  };
+  const show = () =>
+    Promise.all([
+      list(jobs, "admin/dead", jobRow, JOB_HEADS, "No dead jobs", signal, again),
+      list(webhooks, "admin/webhooks", hookRow, HOOK_HEADS, "None was given up", signal, again),
+    ]);
+  await show();
+}
+
+const JOB_HEADS = ["Job", "Tenant", "Type", "Attempts", "Died", "Why", ""];
+const HOOK_HEADS = ["Webhook of", "Tenant", "Event", "Tries", "Given up", "Last answer", ""];
+
+const card = (title, words, body) =>
+  h(
+    "section",
+    { class: "card", "aria-label": title },
+    h("div", { class: "card-head" }, h("h2", {}, title), h("span", { class: "quiet-text" }, words)),
+    body,
+  );
+
+async function list(place, path, row, heads, none, signal, again) {
+  try {
+    const found = await get(path, { signal });
+    if (!found.length) {
+      fill(place, empty(none));
+      return;
+    }
+    const cells = heads.map((words) =>
+      h("th", { scope: "col" }, words || h("span", { class: "visually-hidden" }, "Do")),
+    );
+    const rows = found.map((one) => row(one, again));
+    fill(
+      place,
+      h(
+        "div",
+        { class: "scroll", tabindex: "0", role: "group", "aria-label": `${heads[0]}, a table` },
+        h("table", { class: "table" }, h("thead", {}, h("tr", {}, cells)), h("tbody", {}, rows)),
+      ),
+    );
+  } catch (problem) {
+    if (problem.name === "AbortError") return;
+    if (problem.status === undefined) throw problem;
+    fill(place, failed(problem, again));
+  }
+}
+
+const request = (id) =>
+  h("a", { href: link(`/requests/${id}`), class: "mono", title: id }, `…${id.slice(-12)}`);
+
+const when = (at) => h("td", { title: time(at) }, ago(at));
+
+function button(words, label, act, danger = false) {
+  const made = h("button", { class: `button small ${danger ? "danger" : ""}`, type: "button" }, words);
+  made.setAttribute("aria-label", label);
+  made.addEventListener("click", act);
+  return made;
+}
+
+function jobRow(job, again) {
+  const path = `admin/dead/${job.request_id}`;
+  const requeue = () =>
+    confirm({
+      title: "Requeue this job?",
+      text: "It gets a fresh start. If it is what killed its workers, it may do so again.",
+      action: "Requeue",
+      act: async () => {
+        await post(`${path}/requeue`);
+        toast("The job is queued again.");
+        again();
+      },
+    });
+  const discard = () =>
+    confirm({
+      title: "Discard this job?",
+      text: "It is cancelled for good. It stays on record.",
+      action: "Discard",
+      danger: true,
+      act: async () => {
+        await post(`${path}/discard`);
+        toast("The job is cancelled.");
+        again();
+      },
+    });
+  return h(
+    "tr",
+    { data: { request: job.request_id } },
+    h("td", {}, request(job.request_id)),
+    h("td", {}, job.tenant),
+    h("td", {}, job.type ?? "unsure"),
+    h("td", {}, count(job.attempts)),
+    when(job.died_at),
+    h("td", { class: "wrap" }, job.problem),
+    h(
+      "td",
+      { class: "actions" },
+      button("Requeue", `Requeue ${job.request_id}`, requeue),
+      " ",
+      button("Discard", `Discard ${job.request_id}`, discard, true),
+    ),
+  );
+}
+
+function hookRow(hook, again) {
+  const redeliver = () =>
+    confirm({
+      title: "Deliver it again?",
+      text: `To ${hook.url}, at once, and as often as a new one.`,
+      action: "Redeliver",
+      act: async () => {
+        await post(`admin/webhooks/${hook.webhook_id}/redeliver`);
+        toast("It is on its way again.");
+        again();
+      },
+    });
+  return h(
+    "tr",
+    { data: { webhook: hook.webhook_id } },
+    h("td", {}, request(hook.request_id)),
+    h("td", {}, hook.tenant),
+    h("td", {}, hook.event),
+    h("td", {}, count(hook.tries)),
+    when(hook.given_up_at),
+    h("td", { class: "wrap" }, hook.problem ?? `status ${hook.answer_status}`),
+    h("td", { class: "actions" }, button("Redeliver", `Redeliver ${hook.webhook_id}`, redeliver)),
+  );
+}

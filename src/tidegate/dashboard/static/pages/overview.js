@@ -1,0 +1,132 @@
+// What is admitted, waiting and refused now, for whom and why.
+
+import { get } from "../api.js";
+import { fill, h, say } from "../dom.js";
+import { follow, hide } from "../feed.js";
+import { brief } from "../format.js";
+import { note } from "../router.js";
+import * as stuck from "../stuck.js";
+import { choice, failed } from "../ui.js";
+import { charts } from "./overview/charts.js";
+import { faultsCard } from "./overview/faults.js";
+import { figuresStrip } from "./overview/figures.js";
+import { limitsCard } from "./overview/limits.js";
+import { processesCard, upstreamsCard } from "./overview/places.js";
+import { spendCard } from "./overview/spend.js";
+import { tenantsCard } from "./overview/tenants.js";
+
+const SPANS = { "5m": "5 min", "1h": "1 h", "24h": "24 h" };
+const WORDS = { "5m": "5 minutes", "1h": "hour", "24h": "24 hours" };
+
+export async function open(main, { query, signal }) {
+  const { pools } = await get("dashboard/session", { signal });
+  const chosen = {
+    pool: pools.includes(query.get("pool")) ? query.get("pool") : pools[0],
+    span: query.get("span") in SPANS ? query.get("span") : "5m",
+  };
+  const view = parts(chosen, signal);
+  signal.addEventListener("abort", hide);
+  let round = null;
+
+  function choose(what) {
+    Object.assign(chosen, what);
+    note(chosen);
+    round?.abort();
+    round = new AbortController();
+    const both = AbortSignal.any([signal, round.signal]);
+    const on = (event, data) => show(view, chosen, event, data);
+    follow("dashboard/feed", { query: chosen, signal: both, on }).catch((problem) => {
+      if (!signal.aborted) fill(main, failed(problem, () => location.reload()));
+    });
+  }
+
+  const tabs = choice("Pool", Object.fromEntries(pools.map((one) => [one, one])), chosen.pool, (pool) =>
+    choose({ pool }),
+  );
+  tabs.hidden = pools.length < 2;
+  view.tabs = tabs;
+  main.append(
+    h(
+      "div",
+      { class: "page-head" },
+      h("h1", {}, "Overview"),
+      tabs,
+      h("div", { class: "end" }, choice("Charts of the last", SPANS, chosen.span, (span) => choose({ span }))),
+    ),
+    view.element,
+    view.notices,
+  );
+  choose({});
+}
+
+function parts(chosen, signal) {
+  const pool = () => chosen.pool;
+  const view = {
+    figures: figuresStrip(),
+    limits: limitsCard(pool),
+    charts: charts(signal),
+    tenants: tenantsCard(pool),
+    faults: faultsCard(),
+    spend: spendCard(),
+    upstreams: upstreamsCard(),
+    processes: processesCard(),
+    notices: h("div", { class: "notices", role: "alert" }),
+  };
+  const { figures, limits, tenants, faults, spend, upstreams, processes } = view;
+  view.element = h(
+    "div",
+    { class: "overview", data: { state: "loading" } },
+    figures.element,
+    limits.element,
+    view.charts.element,
+    h("div", { class: "columns" }, tenants.element, faults.element),
+    h("div", { class: "columns" }, spend.element, upstreams.element),
+    processes.element,
+  );
+  return view;
+}
+
+function show(view, chosen, event, data) {
+  if (event === "live") showLive(view, chosen, data);
+  else if (event === "now" && data[chosen.pool]) view.figures.now(data[chosen.pool]);
+  else if (event === "record") {
+    view.figures.record(data);
+    view.spend.record(data);
+    stuck.told(data);
+  } else if (event === "trend" && data.pool === chosen.pool && data.range === chosen.span) {
+    const frame = { ...data, words: WORDS[data.range] };
+    for (const part of [view.charts, view.tenants, view.faults, view.spend, view.upstreams]) {
+      (part.trend ?? part.update)(frame);
+    }
+  }
+}
+
+function showLive(view, chosen, data) {
+  const pool = data.pools.find((one) => one.pool === chosen.pool);
+  const isThere = pool && !pool.problem;
+  const notices = [];
+  if (pool?.problem) {
+    notices.push(["bad", `Valkey does not answer, so these are the last figures known. ${pool.problem}`]);
+  } else if (pool?.recovering_ms) {
+    notices.push(["", "Valkey has lost its data: nobody is let in until all processes have told what they hold."]);
+  }
+  if (data.postgresql_away) {
+    notices.push(["bad", "PostgreSQL does not answer: charts and spend stand still, new jobs are refused."]);
+  }
+  const text = notices.map(([, words]) => words).join("\n");
+  if (view.notices.dataset.said !== text) {
+    view.notices.dataset.said = text;
+    fill(view.notices, notices.map(([kind, words]) => h("p", { class: `notice ${kind}` }, words)));
+  }
+  view.element.dataset.state = isThere ? "live" : "stale";
+  view.upstreams.live(data);
+  if (!isThere) return;
+  view.figures.live(pool);
+  view.limits.update(pool);
+  view.tenants.live(pool);
+  view.processes.live(pool);
+  for (const tab of view.tabs.children) {
+    const waiting = data.pools.find((one) => one.pool === tab.value)?.waiting;
+    say(tab, waiting ? `${tab.value} (${brief(waiting)} waiting)` : tab.value);
+  }
+}

@@ -1,0 +1,54 @@
+// The strip of key figures: what is going on right now, at a glance.
+
+import { h, mark, say } from "../../dom.js";
+import { NOTHING, brief, count, length, money, rate } from "../../format.js";
+
+const FIGURES = {
+  flight: "In flight",
+  waiting: "Waiting",
+  calls: "Calls ended",
+  waits: "Queue wait",
+  lengths: "Upstream",
+  throttled: "429s",
+  failed: "Failed",
+  spent: "Spent today",
+};
+
+export function figuresStrip() {
+  const shown = {};
+  const tiles = Object.entries(FIGURES).map(([name, label]) => {
+    const figure = h("dd", { class: "tile-figure" }, NOTHING);
+    const note = h("dd", { class: "tile-note" }, " ");
+    shown[name] = { figure, note };
+    return h("div", { class: "tile", data: { figure: name } }, h("dt", {}, label), figure, note);
+  });
+  const put = (name, figure, note, kind = null) => {
+    say(shown[name].figure, figure);
+    say(shown[name].note, note || " ");
+    mark(shown[name].figure.parentElement, "data-kind", kind);
+  };
+  return {
+    element: h("dl", { class: "tiles", "aria-label": "Now" }, tiles),
+    live(pool) {
+      const paused = pool.limits.filter((one) => one.paused_ms > 0).length;
+      put("flight", brief(pool.in_flight), `in ${count(pool.processes.length)} processes`);
+      const held = paused ? `${count(paused)} paused` : `${count(pool.tenants.length)} tenants`;
+      put("waiting", brief(pool.waiting), held, paused ? "bad" : pool.waiting ? "warn" : null);
+    },
+    now(one) {
+      put("calls", rate(one.per_second), "last minute");
+      put("waits", length(one.waits[0]), `p95 ${length(one.waits[1])}`);
+      put("lengths", length(one.lengths[0]), `p95 ${length(one.lengths[1])}`);
+      const told = one.told_429 ? `${count(one.told_429)} to clients` : "from upstreams";
+      put("throttled", count(one.throttled), told, one.throttled || one.told_429 ? "warn" : null);
+      put("failed", count(one.failed), "last minute", one.failed ? "bad" : null);
+    },
+    record(frame) {
+      const { total } = frame.spent.day;
+      const tokens = total.input_tokens + total.output_tokens;
+      const isPriced = total.cost_micros > 0 || total.unpriced < total.requests;
+      const spent = isPriced || !total.requests ? money(total.cost_micros / 1e6) : "no prices";
+      put("spent", spent, `${brief(tokens)} LLM tokens`);
+    },
+  };
+}

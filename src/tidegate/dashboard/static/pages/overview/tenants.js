@@ -1,0 +1,145 @@
+// The queue by tenant, and whether each gets the share that its weight gives it.
+
+import { put } from "../../api.js";
+import { h, keyed, mark, say } from "../../dom.js";
+import { NOTHING, brief, count, percent } from "../../format.js";
+import { link } from "../../router.js";
+import { confirm, empty, field, toast } from "../../ui.js";
+
+export function tenantsCard(pool) {
+  const body = h("tbody");
+  const draw = keyed(body, (first) => row(first.tenant, pool));
+  const nobody = empty("Nobody waits, and nobody has called", "Tenants appear with their first call.");
+  const heads = [
+    ["Tenant", ""],
+    ["Waiting", "number"],
+    ["Held up by", "wide"],
+    ["Weight", "number"],
+    ["Share of upstream time", "shares"],
+    ["", "actions"],
+  ].map(([words, kind]) =>
+    h("th", { scope: "col", class: kind }, words || h("span", { class: "visually-hidden" }, "Do")),
+  );
+  const table = h(
+    "table",
+    { class: "table tenants" },
+    h("thead", {}, h("tr", {}, heads)),
+    body,
+  );
+  const span = h("span", { class: "quiet-text" });
+  let live = null;
+  let past = null;
+  let order = new Map();
+
+  // The order is kept between two looks at the past, lest rows change places every second.
+  function show(anew = false) {
+    const rows = merged(live, past);
+    if (anew || rows.some((one) => !order.has(one.tenant))) {
+      order = new Map(rows.map((one, place) => [one.tenant, place]));
+    }
+    rows.sort((a, b) => order.get(a.tenant) - order.get(b.tenant));
+    nobody.hidden = rows.length > 0;
+    table.hidden = rows.length === 0;
+    draw(rows, (one) => one.tenant);
+  }
+
+  return {
+    element: h(
+      "section",
+      { class: "card", "aria-label": "Tenants" },
+      h("div", { class: "card-head" }, h("h2", {}, "Tenants"), span),
+      nobody,
+      h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Tenants, a table" }, table),
+    ),
+    live(frame) {
+      live = frame;
+      show();
+    },
+    trend(frame) {
+      past = frame;
+      say(span, `shares of the last ${frame.words}`);
+      show(true);
+    },
+  };
+}
+
+/** Who waits and who has called, the longest queue first; shares among those of them who called. */
+function merged(live, past) {
+  const rows = new Map();
+  for (const one of past?.tenants ?? []) {
+    rows.set(one.name, { tenant: one.name, waiting: 0, weight: one.weight, ms: one.upstream_ms });
+  }
+  for (const one of live?.tenants ?? []) {
+    const known = rows.get(one.tenant) ?? { ms: 0 };
+    rows.set(one.tenant, { ...known, ...one });
+  }
+  const all = [...rows.values()].filter((one) => one.tenant !== "");
+  const timeMs = all.reduce((sum, one) => sum + one.ms, 0);
+  const weights = all.reduce((sum, one) => sum + one.weight, 0);
+  for (const one of all) {
+    one.got = timeMs ? one.ms / timeMs : null;
+    one.due = weights ? one.weight / weights : null;
+  }
+  return all.sort((a, b) => b.waiting - a.waiting || b.ms - a.ms || (a.tenant < b.tenant ? -1 : 1));
+}
+
+function row(tenant, pool) {
+  let latest = null;
+  const waiting = h("td", { class: "number" });
+  const heldUp = h("td", { class: "wide quiet-text" });
+  const weight = h("td", { class: "number" });
+  const got = h("div", { class: "share-got" });
+  const due = h("div", { class: "share-due" });
+  const said = h("span", { class: "figures" });
+  const change = h("button", { class: "button quiet small", type: "button" }, "Weight");
+  change.setAttribute("aria-label", `Change the weight of ${tenant}`);
+  change.addEventListener("click", () => changeWeight(pool(), latest));
+  const element = h(
+    "tr",
+    { data: { tenant } },
+    h(
+      "th",
+      { scope: "row", class: "name" },
+      h("a", { href: link("/requests", { tenant }), title: `Requests of ${tenant}` }, tenant),
+    ),
+    waiting,
+    heldUp,
+    weight,
+    h("td", { class: "shares" }, h("div", { class: "share" }, h("div", { class: "share-bar" }, got, due), said)),
+    h("td", { class: "actions" }, change),
+  );
+  return {
+    element,
+    update(one) {
+      latest = one;
+      say(waiting, brief(one.waiting));
+      mark(waiting, "data-some", one.waiting > 0);
+      say(heldUp, one.waiting ? one.held_up_by || "its process" : NOTHING);
+      say(weight, count(one.weight));
+      got.style.width = `${(one.got ?? 0) * 100}%`;
+      due.style.left = `${(one.due ?? 0) * 100}%`;
+      say(said, one.got === null ? NOTHING : `${percent(one.got)}, due ${percent(one.due)}`);
+    },
+  };
+}
+
+function changeWeight(pool, one) {
+  const weight = field("weight", "Weight, from 1 to 1,000", {
+    type: "number",
+    value: String(one.weight),
+    hint: "Its share against others who wait: a tenant of 2 gets twice what a tenant of 1 does.",
+  });
+  return confirm({
+    title: `Weight of ${one.tenant}`,
+    fields: [weight],
+    action: "Change the weight",
+    act: async (values) => {
+      await put(
+        `admin/tenants/${encodeURIComponent(one.tenant)}`,
+        { weight: values.weight, by: "dashboard" },
+        { query: { pool } },
+      );
+      toast(`${one.tenant} weighs ${count(values.weight)} from now on.`);
+    },
+  });
+}

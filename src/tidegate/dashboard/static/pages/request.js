@@ -1,0 +1,276 @@
+// One request: its whole life, what it waits for, what was asked and answered, and what can be done.
+
+import { get, post, Problem } from "../api.js";
+import { fill, h, say } from "../dom.js";
+import { length, time } from "../format.js";
+import { link } from "../router.js";
+import { confirm, field, said, toast } from "../ui.js";
+import { Files } from "./request_files.js";
+import { answer, attempts, bodies, facts, prompt, webhooks } from "./request_parts.js";
+import { isOpen, linkTo, ordinal, statusBadge } from "./request_words.js";
+import { timeline } from "./timeline.js";
+
+const OPEN_MS = 1_000;
+const QUIET_MS = 10_000; // of one that has ended: a webhook may still be on its way
+
+const ACTIONS = {
+  cancel: {
+    words: "Cancel",
+    title: "Cancel this request?",
+    text: "One that waits is ended at once. Of one that runs the call to the provider is closed, and what has come is kept.",
+    danger: true,
+    done: "Cancelled",
+  },
+  retry: {
+    words: "Retry",
+    title: "Hand this job in anew?",
+    text: "The same prompt and files become a job of their own, for the same tenant. It costs what it costs again.",
+    done: "Handed in anew",
+  },
+  discard: {
+    words: "Discard",
+    title: "Leave this dead job at that?",
+    text: "It is cancelled for good, and is no longer listed for attention.",
+    danger: true,
+    path: "admin/dead",
+    done: "Discarded",
+  },
+  requeue: {
+    words: "Requeue",
+    title: "Give this dead job a fresh start?",
+    text: "Its workers died over it each time. It keeps its id, and may take up to three more workers down with it.",
+    danger: true,
+    path: "admin/dead",
+    done: "Requeued",
+  },
+};
+
+export async function open(main, { params, signal }) {
+  const page = pageOf(params.id, signal);
+  await page.load();
+  main.append(page.element);
+  page.follow();
+}
+
+function pageOf(id, signal) {
+  const badge = h("span");
+  const buttons = h("div", { class: "end" });
+  const stale = h("p", { class: "notice", role: "status", hidden: true });
+  const now = h("div", { role: "status" });
+  const parts = {};
+  const section = (name, title) => {
+    const body = h("div", { class: "card-body" });
+    const heading = h("h2", { id: `part-${name}` }, title);
+    const card = h(
+      "section",
+      { class: `card part-${name}`, "aria-labelledby": `part-${name}` },
+      h("div", { class: "card-head" }, heading),
+      body,
+    );
+    parts[name] = { card, body, shown: null };
+    return card;
+  };
+  const element = h(
+    "div",
+    { class: "request" },
+    h("a", { class: "back", href: link("/requests") }, "← Requests"),
+    h(
+      "div",
+      { class: "page-head" },
+      h("h1", {}, "Request ", h("span", { class: "mono id" }, id)),
+      badge,
+      copyButton(id),
+      buttons,
+    ),
+    stale,
+    now,
+    h(
+      "div",
+      { class: "request-columns" },
+      h(
+        "div",
+        { class: "request-main" },
+        section("timeline", "Timeline"),
+        section("prompt", "What was asked"),
+        section("answer", "What was answered"),
+        section("attempts", "Tries"),
+        section("webhooks", "Webhooks"),
+        section("bodies", "In the record"),
+      ),
+      h("div", { class: "request-side" }, section("facts", "Details")),
+    ),
+  );
+  const files = new Files(signal);
+  let view = null;
+
+  /** Draw a part anew only where what it shows has changed: nothing jumps, what is open stays open. */
+  function part(name, data, draw) {
+    const one = parts[name];
+    const text = JSON.stringify(data);
+    if (one.shown === text) return;
+    one.shown = text;
+    const drawn = draw();
+    one.card.hidden = drawn === null;
+    fill(one.body, drawn);
+  }
+
+  function paint() {
+    const { request } = view;
+    if (badge.firstChild?.textContent !== statusBadge(request.status).textContent) {
+      fill(badge, statusBadge(request.status));
+    }
+    document.title = `${statusBadge(request.status).textContent} request · Tidegate`;
+    paintActions();
+    paintNow();
+    const ticks = isOpen(request) ? view.now : null;
+    part("timeline", [view.timeline, ticks], () => timeline(view.timeline, view.now));
+    part("prompt", [request.prompt, request.files, request.image_uri], () => prompt(request, files));
+    const answered = [request.text, request.answer, request.images, request.status];
+    part("answer", answered, () => answer(request, files));
+    part("attempts", view.attempts, () => attempts(view.attempts));
+    part("webhooks", view.webhooks, () => webhooks(view.webhooks, redeliver));
+    part("bodies", view.bodies, () => bodies(view.bodies, id, signal));
+    part("facts", request, () => facts(request));
+  }
+
+  function paintActions() {
+    const wanted = view.actions.join(" ");
+    if (buttons.dataset.shown === wanted) return;
+    buttons.dataset.shown = wanted;
+    fill(
+      buttons,
+      view.actions.map((name) => {
+        const { words, danger } = ACTIONS[name];
+        const look = danger ? "button danger" : "button";
+        return h("button", { class: look, type: "button", on: { click: () => act(name) } }, words);
+      }),
+    );
+  }
+
+  /** What it waits for now, or what was wrong and what can be done about it. */
+  function paintNow() {
+    const key = JSON.stringify([view.waiting?.sentence, view.request.place, view.request.error, view.request.status]);
+    if (now.dataset.shown === key) return;
+    now.dataset.shown = key;
+    fill(now, isOpen(view.request) ? waits(view) : fault(view));
+  }
+
+  async function act(name) {
+    const { title, text, words, danger, done, path } = ACTIONS[name];
+    const reason = field("reason", "Reason", { hint: "Goes to the log. May be left empty.", maxlength: 500 });
+    const signed = (values) => (path ? undefined : { by: "dashboard", ...values });
+    const result = await confirm({
+      title,
+      text,
+      danger,
+      fields: path ? [] : [reason],
+      action: words,
+      act: (values) => post(`${path ?? "admin/requests"}/${id}/${name}`, signed(values), { signal }),
+    });
+    if (result === null || signal.aborted) return;
+    toast(done);
+    if (name === "retry") location.hash = link(`/requests/${result.request_id}`);
+    else await refresh();
+  }
+
+  async function redeliver(webhook) {
+    const result = await confirm({
+      title: "Deliver this webhook again?",
+      text: `It is sent to ${webhook.url} at once, and as often as a new one where that fails.`,
+      action: "Deliver again",
+      act: () => post(`admin/webhooks/${webhook.id}/redeliver`, undefined, { signal }),
+    });
+    if (result === null || signal.aborted) return;
+    toast("On its way again");
+    await refresh();
+  }
+
+  async function load() {
+    view = await get(`admin/requests/${id}`, { signal });
+    paint();
+  }
+
+  async function refresh() {
+    try {
+      await load();
+      stale.hidden = true;
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof Problem)) throw error;
+      stale.hidden = false;
+      say(stale, `${said(error)} Shown is how it was before.`);
+    }
+  }
+
+  function follow() {
+    let asked = Date.now();
+    const timer = setInterval(async () => {
+      const every = isOpen(view.request) ? OPEN_MS : QUIET_MS;
+      if (document.hidden || Date.now() - asked < every) return;
+      asked = Date.now();
+      await refresh();
+    }, 250);
+    signal.addEventListener("abort", () => clearInterval(timer));
+  }
+
+  return { element, load, follow };
+}
+
+function waits({ request, waiting }) {
+  if (request.status === "running") {
+    const words = waiting ? `It ${waiting.sentence}.` : "It runs.";
+    return h("p", { class: "notice now" }, h("strong", {}, "Running."), h("span", {}, words));
+  }
+  const place = request.place ? ` It is ${ordinal(request.place)} in its queue.` : "";
+  const limit = waiting?.held_up_by;
+  const [head, rest] = parted(waiting?.sentence ?? "waits", limit);
+  return h(
+    "div",
+    { class: "notice now" },
+    h("p", {}, h("strong", {}, head), `${rest}.${place}`),
+    limit && h("a", { href: "#/" }, "See the limits"),
+    holders(waiting),
+  );
+}
+
+/** A sentence of `why` as its beginning, which names the limit, and its rest. */
+function parted(sentence, limit) {
+  const whole = sentence.charAt(0).toUpperCase() + sentence.slice(1);
+  const at = limit && whole.startsWith(`Waits for ${limit}`) ? `Waits for ${limit}`.length : 0;
+  return [whole.slice(0, at), whole.slice(at)];
+}
+
+/** Who has the limit that it waits for. */
+function holders(waiting) {
+  const held = (waiting?.holders ?? []).filter((one) => one.request_id);
+  if (held.length === 0) return null;
+  const shown = held.slice(0, 5).map((one) => [" ", linkTo(one.request_id, undefined, { class: "mono" })]);
+  return h("span", { class: "quiet-text" }, "In use by", shown, held.length > 5 && ` and ${held.length - 5} more`);
+}
+
+function fault({ request, advice }) {
+  const { error } = request;
+  if (!error) return null;
+  const upstream = error.upstream_status >= 400 ? ` (the provider answered ${error.upstream_status})` : "";
+  return h(
+    "div",
+    { class: `notice ${request.status === "cancelled" ? "" : "bad"}` },
+    h("strong", {}, error.code),
+    h("span", { class: "wrap" }, `${error.message}${upstream}`),
+    error.retry_after_ms ? h("span", {}, `It said to come back in ${length(error.retry_after_ms)}.`) : null,
+    advice && h("p", { class: "advice" }, advice),
+  );
+}
+
+function copyButton(id) {
+  const button = h("button", { class: "button quiet small", type: "button" }, "Copy id");
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(id);
+      toast(`Copied at ${time(new Date())}`);
+    } catch {
+      toast("The browser does not let this page copy: select the id instead.", "bad");
+    }
+  });
+  return button;
+}

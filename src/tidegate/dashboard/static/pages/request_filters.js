@@ -1,0 +1,135 @@
+// The filters above the list of requests, kept in the address: what they say, and what is asked.
+
+import { h } from "../dom.js";
+import { field } from "../ui.js";
+import { KINDS, SOURCES, STATUSES } from "./request_words.js";
+
+const TYPED_MS = 350;
+const SPANS_MS = { "15m": 900_000, "1h": 3_600_000, "24h": 86_400_000, "7d": 604_800_000 };
+const wordsOf = (choices) =>
+  Object.fromEntries(Object.entries(choices).map(([key, [words]]) => [key, words]));
+
+/** In the order in which they are shown; the first ones are always there. */
+const always = () => [
+  field("id", "Id begins with", { type: "search", spellcheck: "false" }),
+  field("status", "Status", {
+    options: { "": "Any", open: "Waiting or running", ...wordsOf(STATUSES) },
+  }),
+  field("time", "Submitted", {
+    options: {
+      "": "At any time",
+      "15m": "In the last 15 minutes",
+      "1h": "In the last hour",
+      "24h": "In the last 24 hours",
+      "7d": "In the last 7 days",
+      between: "Between two times",
+    },
+  }),
+  field("tenant", "Tenant", { type: "search", spellcheck: "false" }),
+  field("source", "Source", { options: { "": "Any", ...SOURCES } }),
+];
+const between = () => [
+  field("since", "From", { type: "datetime-local", step: "1" }),
+  field("until", "Until", { type: "datetime-local", step: "1" }),
+];
+const more = () => [
+  field("type", "Kind", { options: { "": "Any", ...KINDS } }),
+  field("model", "Model", { type: "search", spellcheck: "false" }),
+  field("error", "Error code", {
+    type: "search",
+    spellcheck: "false",
+    placeholder: "upstream_throttled",
+  }),
+  field("subject", "Subject", { type: "search", spellcheck: "false" }),
+];
+
+/**
+ * `{ element, values(), any(), clear(), complain(problem) }`; `changed()` is called once a filter
+ * has been chosen, or typed and left alone for a moment.
+ */
+export function filters(query, changed) {
+  const [first, times, rest] = [always(), between(), more()];
+  const fields = [...first, ...times, ...rest];
+  const set = (one) => one.input.value !== "";
+  for (const one of fields) one.input.value = query.get(one.name) ?? "";
+  const timed = h("div", { class: "filters" }, times.map((one) => one.element));
+  const folded = h(
+    "details",
+    { class: "more-filters", open: rest.some(set) },
+    h("summary", {}, "More filters"),
+    h("div", { class: "filters" }, rest.map((one) => one.element)),
+  );
+  const element = h(
+    "form",
+    { class: "card card-body filter-card", role: "search", "aria-label": "Requests" },
+    h("div", { class: "filters" }, first.map((one) => one.element)),
+    timed,
+    folded,
+  );
+  const time = fields.find((one) => one.name === "time");
+  const fit = () => {
+    timed.hidden = time.value() !== "between";
+  };
+  fit();
+  const values = () => {
+    const found = Object.fromEntries(fields.map((one) => [one.name, one.value()]));
+    if (found.time !== "between") found.since = found.until = "";
+    return found;
+  };
+  let typing = 0;
+  let told = JSON.stringify(values());
+  const tell = () => {
+    clearTimeout(typing);
+    fit();
+    // What was typed is told once: leaving the field says it again, as "change".
+    const now = JSON.stringify(values());
+    if (now === told) return;
+    told = now;
+    changed();
+  };
+  element.addEventListener("change", tell);
+  element.addEventListener("input", (event) => {
+    if (event.target.type !== "search") return;
+    clearTimeout(typing);
+    typing = setTimeout(tell, TYPED_MS);
+  });
+  element.addEventListener("submit", (event) => {
+    event.preventDefault();
+    tell();
+  });
+  return {
+    element,
+    values,
+    any: () => Object.values(values()).some((value) => value !== ""),
+    clear: () => {
+      for (const one of fields) one.input.value = "";
+      tell();
+    },
+    complain: (problem, text) => {
+      const named = problem?.field === "error_code" ? "error" : problem?.field;
+      const at = fields.find((one) => one.name === named);
+      fields.forEach((one) => one.complain(one === at ? text : ""));
+      return at !== undefined;
+    },
+  };
+}
+
+/** The query of `admin/requests` for what the filters say, as text. */
+export function asked(values, more = {}) {
+  const query = new URLSearchParams();
+  const give = (name, value) => {
+    if (value !== "" && value !== undefined && value !== null) query.append(name, value);
+  };
+  for (const one of values.status === "open" ? ["queued", "running"] : [values.status]) {
+    give("status", one);
+  }
+  for (const name of ["id", "tenant", "source", "type", "model", "subject"]) give(name, values[name]);
+  give("error_code", values.error);
+  if (SPANS_MS[values.time]) give("since", new Date(Date.now() - SPANS_MS[values.time]).toISOString());
+  for (const name of ["since", "until"]) if (values[name]) give(name, inUtc(values[name]));
+  for (const [name, value] of Object.entries(more)) give(name, value);
+  return query.toString();
+}
+
+/** What is entered is in the person's own zone. */
+const inUtc = (local) => new Date(local).toISOString();

@@ -1,0 +1,249 @@
+// The parts of a request's page. What a client or a provider wrote is shown as text, always.
+
+import { ask, Problem } from "../api.js";
+import { fill, h } from "../dom.js";
+import { bytes, count, length, money, time } from "../format.js";
+import { said, toast } from "../ui.js";
+import { gallery, save } from "./request_files.js";
+import { isOpen, kindOf, SOURCES } from "./request_words.js";
+
+const LONG_CHARS = 1_200;
+const MOST_SHOWN_BYTES = 256 * 1024;
+
+/** Text as it is; a long one is folded until it is asked for. */
+export function text(words, label, isCode = false) {
+  const look = isCode ? "text code" : "text";
+  const shown = h("pre", { class: look, tabindex: "0", role: "region", "aria-label": label }, words);
+  if (words.length <= LONG_CHARS) return shown;
+  shown.classList.add("folded");
+  const button = h("button", { class: "button small", type: "button", "aria-expanded": "false" });
+  fill(button, `Show all ${count(words.length)} characters`);
+  button.addEventListener("click", () => {
+    const folded = shown.classList.toggle("folded");
+    button.setAttribute("aria-expanded", String(!folded));
+    fill(button, folded ? `Show all ${count(words.length)} characters` : "Show less");
+  });
+  return [shown, button];
+}
+
+export function prompt(request, files) {
+  const asked = request.prompt ?? "";
+  const cut = request.prompt_chars > asked.length;
+  return [
+    asked ? text(asIs(asked, request.endpoint), "Prompt", Boolean(request.endpoint)) : words("No text is on record here: see the bodies below."),
+    cut && words(`The first ${count(asked.length)} of ${count(request.prompt_chars)} characters.`),
+    request.image_uri && h("p", { class: "wrap" }, "Picture fetched from ", h("code", {}, request.image_uri)),
+    gallery(request.files, files),
+  ];
+}
+
+export function answer(request, files) {
+  if (request.text) return [text(request.text, "Answer"), gallery(request.images, files)];
+  if (request.answer !== undefined) {
+    return text(JSON.stringify(request.answer, null, 2), "Answer of the provider", true);
+  }
+  if (request.images.length > 0) return gallery(request.images, files);
+  if (isOpen(request)) return words("Nothing yet.");
+  if (request.source === "relay" || request.source === "batch") {
+    return words("It is in the record as it travelled: see below.");
+  }
+  return words("No answer came.");
+}
+
+const words = (said) => h("p", { class: "quiet-text" }, said);
+
+/** JSON, as the body of a native call is, so that it can be read; anything else as it is. */
+function asIs(written, isJson) {
+  if (!isJson) return written;
+  try {
+    return JSON.stringify(JSON.parse(written), null, 2);
+  } catch {
+    return written;
+  }
+}
+
+export function facts(request) {
+  const usage = request.usage ?? {};
+  const rows = [
+    ["Tenant", request.tenant],
+    ["Source", SOURCES[request.source]],
+    ["Kind", kindOf(request)],
+    ["Decided by", decided(request)],
+    ["Model", request.model],
+    ["Asked for", request.asked_model !== request.model ? request.asked_model : null],
+    ["Path", request.endpoint && h("code", {}, request.endpoint)],
+    ["HTTP status", request.http_status],
+    ["Priority", request.priority],
+    ["Submitted", time(request.submitted_at)],
+    ["Admitted", request.admitted_at && time(request.admitted_at)],
+    ["Ended", request.finished_at && time(request.finished_at)],
+    ["Deadline", request.deadline_at && time(request.deadline_at)],
+    ["Next try", request.retry_at && time(request.retry_at)],
+    ["Waited", request.queue_ms !== undefined && length(request.queue_ms)],
+    ["First byte", request.first_byte_ms !== undefined && length(request.first_byte_ms)],
+    ["Last call", request.upstream_ms !== undefined && length(request.upstream_ms)],
+    ["Tries", request.attempts],
+    ["Workers lost", request.lapses || null],
+    ["Finish reason", request.finish_reason],
+    ["Input tokens", tokens(usage.input_tokens)],
+    ["of these cached", tokens(usage.cached_tokens)],
+    ["Output tokens", tokens(usage.output_tokens)],
+    ["Thoughts", tokens(usage.thoughts_tokens)],
+    ["All tokens", tokens(usage.total_tokens)],
+    ["Cost", cost(request)],
+    ["Pool", request.pool],
+    ["Process", request.process],
+    ["API key", request.key && h("code", {}, `tg_${request.key}_…`)],
+    ["Trace", request.trace_id && h("code", {}, request.trace_id)],
+    ["Subject", request.subject],
+  ];
+  const given = rows.filter(([, value]) => value !== null && value !== undefined && value !== false && value !== "");
+  return h("dl", { class: "facts" }, given.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+}
+
+const tokens = (value) => (value === undefined || value === null ? null : count(value));
+
+function decided(request) {
+  if (!request.classified_by) return null;
+  const why = request.classified_why ? `: ${request.classified_why}` : "";
+  return `${request.classified_by}${why}`;
+}
+
+function cost(request) {
+  if (request.cost_micros === undefined) return request.usage_state === "told" ? "No price is set" : null;
+  const how = { partial: " (of what came)", estimated: " (estimated)" }[request.usage_state] ?? "";
+  return `${money(request.cost_micros / 1e6)}${how}`;
+}
+
+export function attempts(list) {
+  if (list.length === 0) return null;
+  const hasFirst = list.some((one) => one.first_byte_ms !== undefined);
+  const first = hasFirst ? ["First byte"] : [];
+  const heads = ["Try", "Outcome", "Waited", ...first, "Call", "LLM tokens", "Process"];
+  const numbers = new Set(["Waited", "First byte", "Call", "LLM tokens"]);
+  const row = (one) =>
+    h(
+      "tr",
+      {},
+      h("td", {}, one.number),
+      h("td", { class: "roomy" }, outcome(one)),
+      h("td", { class: "number" }, length(one.queue_ms)),
+      hasFirst && h("td", { class: "number" }, length(one.first_byte_ms)),
+      h("td", { class: "number" }, length(one.upstream_ms)),
+      h("td", { class: "number" }, count(one.usage?.total_tokens)),
+      h("td", { class: "quiet-text one-line" }, one.process),
+    );
+  return tableOf("Tries", heads, numbers, list.map(row));
+}
+
+function outcome(one) {
+  const badge = h("span", { class: `badge ${one.outcome === "succeeded" ? "good" : one.outcome === "running" ? "accent" : "bad"}` }, one.outcome);
+  if (!one.error) return badge;
+  return [badge, " ", h("span", { class: "quiet-text wrap" }, `${one.error.code}: ${one.error.message}`)];
+}
+
+export function webhooks(list, redeliver) {
+  if (list.length === 0) return null;
+  const looks = { delivered: "good", given_up: "bad", pending: "warn" };
+  const names = { delivered: "Delivered", given_up: "Given up", pending: "On its way" };
+  const row = (one) =>
+    h(
+      "tr",
+      {},
+      h("td", {}, h("span", { class: `badge ${looks[one.state]}` }, names[one.state])),
+      h("td", { class: "wrap roomy" }, h("code", {}, one.url)),
+      h("td", { class: "number" }, one.tries),
+      h("td", { class: "quiet-text wrap roomy" }, [one.answer_status, one.problem].filter(Boolean).join(" · ")),
+      h("td", { class: "number" }, time(one.next_try_at ?? one.ended_at)),
+      h("td", {}, h("button", { class: "button small", type: "button", on: { click: () => redeliver(one) } }, "Redeliver")),
+    );
+  const heads = ["State", "To", "Tries", "Answer", "Next, or ended", "Action"];
+  return tableOf("Webhooks", heads, new Set(["Tries", "Next, or ended"]), list.map(row));
+}
+
+function tableOf(label, heads, numbers, rows) {
+  const head = heads.map((one) =>
+    h(
+      "th",
+      { scope: "col", class: numbers.has(one) ? "number" : null },
+      one === "Action" ? h("span", { class: "visually-hidden" }, one) : one,
+    ),
+  );
+  return h(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": `${label}, as a table` },
+    h("table", { class: "table" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows)),
+  );
+}
+
+/** The bodies as they are in the record: shown on demand, as text, or kept as a file. */
+export function bodies(list, id, signal) {
+  if (list.length === 0) return words("Bodies are kept once a request has ended, for as long as its tenant wants.");
+  return list.map((one) => body(one, `admin/requests/${id}/${one.role}`, signal));
+}
+
+function body(one, path, signal) {
+  const shown = h("div", {});
+  const title = one.role === "request" ? "Request" : "Response";
+  const show = h("button", { class: "button small", type: "button", "aria-expanded": "false" }, "Show");
+  const keep = h("button", { class: "button small", type: "button" }, "Download");
+  const whenever = (what) => async () => {
+    try {
+      await what();
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof Problem)) throw error;
+      toast(said(error), "bad");
+    }
+  };
+  show.addEventListener(
+    "click",
+    whenever(async () => {
+      const isShown = show.getAttribute("aria-expanded") === "true";
+      if (isShown) fill(shown);
+      else fill(shown, await read(path, one, signal, title));
+      show.setAttribute("aria-expanded", String(!isShown));
+      fill(show, isShown ? "Show" : "Hide");
+    }),
+  );
+  keep.addEventListener(
+    "click",
+    whenever(async () => {
+      const response = await ask("GET", path, { signal, headers: { Accept: "*/*" } });
+      save(await response.blob(), `${path.split("/")[2]}-${one.role}`);
+    }),
+  );
+  const omitted = one.omitted_bytes ? `, ${bytes(one.omitted_bytes)} of its middle not kept` : "";
+  return h(
+    "div",
+    { class: "body" },
+    h(
+      "div",
+      { class: "body-head" },
+      h("strong", {}, title),
+      h("span", { class: "quiet-text" }, `${one.content_type}, ${bytes(one.size_bytes)}${omitted}`),
+      show,
+      keep,
+    ),
+    shown,
+  );
+}
+
+/** At most so much of it as a page can show. */
+async function read(path, one, signal, title) {
+  const response = await ask("GET", path, { signal, headers: { Accept: "*/*" } });
+  const reader = response.body.getReader();
+  const pieces = [];
+  let size = 0;
+  while (size < MOST_SHOWN_BYTES) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    pieces.push(value);
+    size += value.length;
+  }
+  await reader.cancel();
+  const raw = await new Blob(pieces).slice(0, MOST_SHOWN_BYTES).text();
+  const isWhole = size <= MOST_SHOWN_BYTES && size >= one.size_bytes;
+  const shown = asIs(raw, isWhole && one.content_type.includes("json"));
+  return [text(shown, title, true), !isWhole && words(`The first ${bytes(MOST_SHOWN_BYTES)}. Download it to see the rest.`)];
+}

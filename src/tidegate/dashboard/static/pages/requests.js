@@ -1,0 +1,285 @@
+// Requests of all tenants: found, and watched as they go on.
+
+import { get, Problem } from "../api.js";
+import { fill, h, keyed, mark, say } from "../dom.js";
+import { count, time } from "../format.js";
+import { note } from "../router.js";
+import { empty, failed, loading, said } from "../ui.js";
+import { asked, filters } from "./request_filters.js";
+import { goesOn, kindOf, linkTo, SOURCES, statusBadge, timeOfId } from "./request_words.js";
+import { runningCard } from "./requests_running.js";
+
+const PAGE = 50;
+const MOST_REFRESHED = 200;
+const EVERY_MS = 3_000;
+const MOST_KEPT = 500; // in a list that is left open; older ones are asked for again
+const LOOKS = 60; // of 20,000 requests each, before the person is asked whether to go on
+const NEAR_TOP_PX = 120;
+
+export async function open(main, { query, signal }) {
+  const list = listOf(signal);
+  const bar = filters(query, () => {
+    note(bar.values());
+    list.search(bar);
+  });
+  main.append(
+    h("div", { class: "page-head" }, h("h1", {}, "Requests"), h("div", { class: "end" }, list.state)),
+    bar.element,
+    runningCard(signal),
+    list.element,
+  );
+  await list.search(bar);
+  list.follow();
+}
+
+/** The list with what stands above and below it. */
+function listOf(signal) {
+  const body = h("tbody");
+  const table = tableOf(body);
+  const state = h("span", { class: "quiet-text", role: "status" });
+  const place = h("div", { class: "list-state" });
+  const foot = h("div", { class: "list-foot" });
+  const fresh = h("button", { class: "button small fresh", type: "button", hidden: true });
+  const element = h(
+    "section",
+    { class: "card list-card", "aria-label": "Requests that match" },
+    fresh,
+    h("div", { class: "scroll" }, table),
+    place,
+    foot,
+  );
+  const show = keyed(body, rowOf);
+  let bar = null;
+  let items = [];
+  let newer = [];
+  let gap = false;
+  let cursor = null;
+  let shown = null;
+  let searching = new AbortController();
+
+  function paint() {
+    show(items, (item) => item.request_id);
+    table.hidden = items.length === 0;
+    fresh.hidden = newer.length === 0;
+    say(fresh, `Show ${count(newer.length)}${gap ? " or more" : ""} new`);
+  }
+
+  /** What stands in the place of the rows; drawn once, so that what is clicked stays there. */
+  function put(what, draw) {
+    if (shown === what) return;
+    shown = what;
+    fill(place, draw());
+  }
+
+  function nothing() {
+    if (items.length > 0) put("rows", () => null);
+    else if (bar.any()) put("no match", () => noMatch(bar.clear));
+    else put("none", noneYet);
+  }
+
+  async function ask(more, from) {
+    const path = `admin/requests?${asked(bar.values(), more)}`;
+    return get(path, { signal: AbortSignal.any([signal, from.signal]) });
+  }
+
+  /** Pages, until enough was found: each looks at 20,000 requests at most. */
+  async function gather(from) {
+    const wanted = items.length + PAGE;
+    for (let look = 0; look < LOOKS; look += 1) {
+      const more = { limit: PAGE, cursor: cursor ?? "" };
+      const page = await ask(more, from);
+      const known = new Set(items.map((item) => item.request_id));
+      items = [...items, ...page.items.filter((item) => !known.has(item.request_id))];
+      cursor = page.next_cursor ?? null;
+      paint();
+      if (items.length > 0) nothing();
+      if (cursor === null || items.length >= wanted) return;
+      say(state, `Searching: back to ${time(timeOfId(cursor))}`);
+    }
+  }
+
+  async function goOn() {
+    const from = searching;
+    mark(element, "aria-busy", "true");
+    try {
+      await gather(from);
+      bar.complain(null, "");
+      nothing();
+      say(state, "");
+    } catch (error) {
+      if (from.signal.aborted || signal.aborted) return;
+      if (!(error instanceof Problem)) throw error;
+      say(state, "");
+      const atField = bar.complain(error, said(error));
+      if (items.length === 0) {
+        table.hidden = true;
+        shown = "failed";
+        fill(place, atField ? empty("No request matches", said(error)) : failed(error, () => search(bar)));
+      }
+    } finally {
+      if (!from.signal.aborted) {
+        mark(element, "aria-busy", null);
+        footer();
+      }
+    }
+  }
+
+  function footer() {
+    if (cursor === null) return fill(foot);
+    const words = items.length === 0 ? "Search further back" : "Older requests";
+    const button = h("button", { class: "button", type: "button", on: { click: goOn } }, words);
+    const back = `Searched back to ${time(timeOfId(cursor))}`;
+    return fill(foot, button, h("span", { class: "quiet-text" }, back));
+  }
+
+  function search(given) {
+    bar = given;
+    searching.abort();
+    searching = new AbortController();
+    if (items.length === 0) put("loading", () => loading(6));
+    [items, newer, cursor] = [[], [], null];
+    fill(foot);
+    return goOn();
+  }
+
+  /** Whether rows may be put in above what the person looks at. */
+  const mayMove = () =>
+    window.scrollY < NEAR_TOP_PX && !body.contains(document.activeElement) && !body.matches(":hover");
+
+  function take() {
+    items = gap ? newer : [...newer, ...items];
+    if (items.length > MOST_KEPT || gap) {
+      items = items.slice(0, MOST_KEPT);
+      cursor = items.at(-1).request_id;
+      footer();
+    }
+    newer = [];
+    paint();
+    nothing();
+  }
+
+  async function refresh() {
+    const from = searching;
+    if (element.getAttribute("aria-busy")) return;
+    try {
+      const limit = Math.min(MOST_REFRESHED, Math.max(PAGE, items.length));
+      const page = await ask({ limit }, from);
+      if (from !== searching) return;
+      const now = new Map(page.items.map((item) => [item.request_id, item]));
+      const known = new Set(items.map((item) => item.request_id));
+      items = items.map((item) => now.get(item.request_id) ?? left(item, page));
+      if (mayMove()) items = items.filter((item) => !item.left);
+      newer = page.items.filter((item) => !known.has(item.request_id) && isNewer(item, items));
+      // More came than a page holds: what is between is found by going on from the new ones.
+      gap = items.length > 0 && newer.length > 0 && newer.length === page.items.length;
+      if (newer.length > 0 && mayMove()) take();
+      else paint();
+      nothing();
+      say(state, "");
+    } catch (error) {
+      if (from.signal.aborted || signal.aborted) return;
+      if (!(error instanceof Problem)) throw error;
+      say(state, `${said(error)} Shown is what was there before.`);
+    }
+  }
+
+  function follow() {
+    const timer = setInterval(() => {
+      if (!document.hidden) refresh();
+    }, EVERY_MS);
+    const seen = () => !document.hidden && refresh();
+    document.addEventListener("visibilitychange", seen);
+    signal.addEventListener("abort", () => {
+      clearInterval(timer);
+      document.removeEventListener("visibilitychange", seen);
+    });
+  }
+
+  fresh.addEventListener("click", () => {
+    take();
+    window.scrollTo({ top: 0 });
+  });
+  return { element, state, search, follow };
+}
+
+function noMatch(clear) {
+  const button = h("button", { class: "button", type: "button", on: { click: clear } }, "Clear all filters");
+  return empty("No request matches", "Clear a filter, or wait for one that does.", button);
+}
+
+function noneYet() {
+  const tryIt = h("a", { class: "button", href: "#/try" }, "Try it");
+  const hint =
+    "Jobs appear when they are handed in, streams and native calls once they have ended: until then they are above.";
+  return empty("No requests yet", hint, tryIt);
+}
+
+/** What is not in the newest page though it should be does not match any more. */
+function left(item, page) {
+  const last = page.items.at(-1)?.request_id ?? (page.next_cursor || "");
+  return item.request_id >= last ? { ...item, left: true } : item;
+}
+
+const isNewer = (item, items) => items.length === 0 || item.request_id > items[0].request_id;
+
+function tableOf(body) {
+  const heads = [
+    ["Request", "c-id"],
+    ["Status", "c-status"],
+    ["Submitted", "c-time wide"],
+    ["Tenant", "c-tenant wide"],
+    ["What", "c-what wide"],
+    ["Waited", "c-number number wide"],
+    ["Call", "c-number number wide"],
+    ["Tokens", "c-number number wide"],
+    ["Tries", "c-tries number wide"],
+  ];
+  return h(
+    "table",
+    { class: "table requests" },
+    h("thead", {}, h("tr", {}, heads.map(([words, look]) => h("th", { scope: "col", class: look }, words)))),
+    body,
+  );
+}
+
+function rowOf(first) {
+  const cell = (look, ...inner) => h("td", { class: look }, inner);
+  const badge = h("span");
+  const [what, waited, call, tokens, tries] = [0, 1, 2, 3, 4].map(() => h("span"));
+  const wrong = h("span", { class: "badge bad wrong-code" });
+  const code = h("span", { class: "badge bad wrong-code" });
+  const briefly = h("span");
+  const brief = h("span", { class: "narrow quiet-text" }, code, briefly);
+  const element = h(
+    "tr",
+    {},
+    cell("c-id", linkTo(first.request_id, undefined, { class: "mono" }), brief),
+    cell("c-status", badge),
+    cell("c-time wide", time(first.submitted_at)),
+    cell("c-tenant wide", first.tenant),
+    cell("c-what wide", wrong, what),
+    cell("c-number number wide", waited),
+    cell("c-number number wide", call),
+    cell("c-number number wide", tokens),
+    cell("c-tries number wide", tries),
+  );
+  let status = null;
+  function update(item) {
+    if (item.status !== status) fill(badge, statusBadge(item.status));
+    status = item.status;
+    const of = [SOURCES[item.source], kindOf(item), item.model, item.endpoint];
+    const words = of.filter(Boolean).join(" · ");
+    say(what, words);
+    mark(what, "title", words);
+    say(briefly, `${time(item.submitted_at)} · ${item.tenant} · ${words}`);
+    goesOn(waited, item.queue_ms, item.status === "queued" && item.submitted_at);
+    goesOn(call, item.upstream_ms, item.status === "running" && item.admitted_at);
+    say(tokens, count(item.total_tokens));
+    say(tries, count(item.attempts));
+    mark(element, "data-left", item.left ?? null);
+    const failed = item.error_code && item.error_code !== item.status ? item.error_code : "";
+    say(wrong, failed);
+    say(code, failed);
+  }
+  return { element, update };
+}

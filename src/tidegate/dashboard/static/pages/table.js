@@ -1,0 +1,43 @@
+// Every page, in the order of the navigation.
+//
+// path: parts that begin with ":" are handed to the page as `params`. nav: the words in the
+// navigation; without them the page is reached from another one. style: a stylesheet in this folder,
+// or several, worn while the page is open. load: the module, which exports
+// `open(main, { params, query, signal })`: it fills `main` and returns when the first view is there;
+// `signal` is aborted when the page is left. A Problem that it throws is shown in its place.
+
+export const PAGES = [
+  {
+    path: "/",
+    title: "Overview",
+    nav: "Overview",
+    style: ["overview.css", "overview/limits.css"],
+    load: () => import("./overview.js"),
+  },
+  {
+    path: "/requests",
+    title: "Requests",
+    nav: "Requests",
+    style: "requests.css",
+    load: () => import("./requests.js"),
+  },
+  {
+    path: "/requests/:id",
+    title: "Request",
+    style: ["request.css", "timeline.css"],
+    load: () => import("./request.js"),
+  },
+  {
+    path: "/attention",
+    title: "Attention",
+    nav: "Attention",
+    load: () => import("./attention.js"),
+  },
+  {
+    path: "/try",
+    title: "Try it",
+    nav: "Try it",
+    style: ["requests.css", "request.css", "try.css"],
+    load: () => import("./try.js"),
+  },
+];

@@ -1,0 +1,137 @@
+// From the part of the address after # to a page, and from one page to the next.
+
+import { Problem } from "./api.js";
+import { fill, h } from "./dom.js";
+import { PAGES } from "./pages/table.js";
+import * as stuck from "./stuck.js";
+import { empty, failed, loading } from "./ui.js";
+
+let leaving = new AbortController();
+let inside = new AbortController();
+let opened = false;
+
+/** `#/requests/17?status=dead` as `{ path: "/requests/17", query }`. */
+function target() {
+  const [path, query] = location.hash.replace(/^#/, "").split("?");
+  return { path: path || "/", query: new URLSearchParams(query ?? "") };
+}
+
+/** The address of a view: `link("/requests", { status: "dead" })`. */
+export function link(path, query = {}) {
+  const given = Object.entries(query).filter(([, value]) => value !== "" && value !== null);
+  const text = new URLSearchParams(given).toString();
+  return `#${path}${text ? `?${text}` : ""}`;
+}
+
+/** Change the query of the address without opening the page anew. */
+export function note(query) {
+  history.replaceState(null, "", link(target().path, query));
+}
+
+/** A part of the address without its escapes; null where they are broken. */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return null;
+  }
+}
+
+function matched(path) {
+  for (const page of PAGES) {
+    const wanted = page.path.split("/");
+    const given = path.split("/");
+    if (wanted.length !== given.length) continue;
+    const params = {};
+    const fits = wanted.every((part, at) => {
+      if (!part.startsWith(":")) return part === given[at];
+      params[part.slice(1)] = decoded(given[at]);
+      return Boolean(params[part.slice(1)]);
+    });
+    if (fits) return { page, params };
+  }
+  return null;
+}
+
+/** Draw the navigation, and follow the address from now on. */
+export function start() {
+  const links = PAGES.filter((page) => page.nav);
+  fill(
+    document.getElementById("nav"),
+    links.map((page) => h("a", { href: link(page.path) }, page.nav)),
+  );
+  inside = new AbortController();
+  stuck.follow(inside.signal);
+  window.addEventListener("hashchange", show);
+  show();
+}
+
+/** Leave the page that is open: what it had under way is aborted. */
+export function stop() {
+  window.removeEventListener("hashchange", show);
+  leaving.abort();
+  inside.abort();
+  fill(document.getElementById("nav"));
+}
+
+async function show() {
+  leaving.abort();
+  leaving = new AbortController();
+  const { signal } = leaving;
+  const { path, query } = target();
+  const found = matched(path);
+  const main = document.getElementById("main");
+  markNavigation(path);
+  if (found === null) {
+    document.title = "Not found · Tidegate";
+    fill(main, empty("There is no such page", path, h("a", { href: "#/" }, "Overview")));
+    return;
+  }
+  document.title = `${found.page.title} · Tidegate`;
+  fill(main, loading());
+  try {
+    const dressed = wear([found.page.style ?? []].flat());
+    const [module] = await Promise.all([found.page.load(), dressed]);
+    if (signal.aborted) return;
+    fill(main);
+    await module.open(main, { params: found.params, query, signal });
+    if (!signal.aborted && opened) main.focus({ preventScroll: true });
+    opened = true;
+  } catch (error) {
+    if (signal.aborted) return;
+    const problem = error instanceof Problem ? error : new Problem({ detail: error.message });
+    fill(main, failed(problem, show));
+    if (!(error instanceof Problem)) throw error;
+  }
+}
+
+function markNavigation(path) {
+  const head = `#/${path.split("/")[1]}`;
+  for (const one of document.querySelectorAll("#nav a")) {
+    if (one.getAttribute("href") === head) one.setAttribute("aria-current", "page");
+    else one.removeAttribute("aria-current");
+  }
+}
+
+/** Wear a page's own stylesheets, and no other page's; resolves once they are in force. */
+async function wear(styles) {
+  for (const sheet of document.querySelectorAll("link[data-page]")) {
+    sheet.disabled = !styles.includes(sheet.dataset.page);
+  }
+  const isThere = (style) => document.querySelector(`link[data-page="${style}"]`) !== null;
+  await Promise.all(styles.filter((style) => !isThere(style)).map(fetched));
+}
+
+function fetched(style) {
+  const sheet = h("link", {
+    rel: "stylesheet",
+    href: `static/pages/${style}`,
+    data: { page: style },
+  });
+  return new Promise((resolve, reject) => {
+    const lost = () => reject(new Problem({ detail: `The stylesheet ${style} did not come.` }));
+    sheet.addEventListener("load", resolve);
+    sheet.addEventListener("error", () => lost(sheet.remove()));
+    document.head.append(sheet);
+  });
+}
