@@ -6,15 +6,22 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from uuid import uuid4
 
 from fastapi import FastAPI
 
 from tidegate import config as configuration
+from tidegate import dashboard
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.config import Config
+from tidegate.dashboard.rollup import counting
 from tidegate.demand.cost import Prices
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Gate
@@ -23,7 +30,17 @@ from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.webhook import WebhookSender
 from tidegate.jobs.worker import Worker
-from tidegate.limiter import Limiter, PoolPolicy
+from tidegate.limiter import Limiter, Observer, PoolPolicy
+from tidegate.metrics.board import Board
+from tidegate.metrics.calls import Calls
+from tidegate.metrics.exposition import Exposition
+from tidegate.metrics.instruments import Instruments
+from tidegate.metrics.limiting import Limiting
+from tidegate.metrics.names import NAMED
+from tidegate.metrics.process import Watch
+from tidegate.metrics.state import State
+from tidegate.metrics.tally import Tally
+from tidegate.observed import Observers
 from tidegate.pipeline import Pipeline
 from tidegate.policy import PolicyKeeper, deployed, deployed_upstreams, policy_to_start_with
 from tidegate.policy.upstreams import Deployment
@@ -32,29 +49,69 @@ from tidegate.providers.gemini import GeminiProcessor, Timeouts
 from tidegate.providers.relay import RelayWire
 from tidegate.relay.spine import Relay
 from tidegate.relay.targets import Targets
+from tidegate.relay.under_way import UnderWay
 from tidegate.store.blobs import Blobs
 from tidegate.store.policies import Policies
 from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
+from tidegate.tracing import Tracing
 
 log = get_logger()
 
 # New objects before a collection, which stops the event loop for as long as it looks at them.
 _GC_THRESHOLD = 5_000
+_POLL_S = 0.02
 
 
-def create_app(config: Config | None = None) -> FastAPI:
+def create_app(
+    config: Config | Callable[[], Config] | None = None, *, warm_within_ms: int = 0
+) -> FastAPI:
     """The web application of one API process: `uvicorn tidegate.app:create_app --factory`.
 
-    `config` must be whole: URLs and key filled in, where they are the bundled servers' too.
+    `config` must be whole: URLs and key filled in, where they are the bundled servers' too; what
+    gives one is asked at each start. It starts when the stores have answered, or after
+    `warm_within_ms`.
     """
     settings = config or configuration.load()
-    return build(lambda: open_services(settings, "api"))
+
+    @asynccontextmanager
+    async def warm() -> AsyncIterator[Services]:
+        whole = settings() if callable(settings) else settings
+        async with open_services(whole, "api") as services:
+            await _answered(services, warm_within_ms)
+            yield services
+
+    app = build(warm)
+    dashboard.install(app)
+    return app
 
 
-async def run_worker(config: Config, stop: asyncio.Event) -> None:
-    """Work on jobs until `stop` is set, then drain within `shutdown_grace_ms`."""
-    async with open_services(config, "worker") as services:
+async def _answered(services: Services, within_ms: int) -> None:
+    """Return when Valkey and PostgreSQL have answered once; in time, whether or not they have."""
+    if not within_ms:
+        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(within_ms / 1000):
+            await services.limiter.joined()
+            fits = await services.store.schema_fits()
+            while not fits:
+                await asyncio.sleep(_POLL_S)
+                fits = await services.store.schema_fits()
+
+
+async def run_worker(
+    config: Config,
+    stop: asyncio.Event,
+    on_ready: Callable[[], None] = lambda: None,
+    beside: Callable[[Services], AbstractAsyncContextManager[None]] | None = None,
+) -> None:
+    """Work on jobs until `stop` is set, then drain within `shutdown_grace_ms`; inside of what
+    `beside` makes."""
+    async with AsyncExitStack() as stack:
+        services = await stack.enter_async_context(open_services(config, "worker"))
+        if beside is not None:
+            await stack.enter_async_context(beside(services))
+        on_ready()
         worker = Worker(
             config=config,
             store=services.store,
@@ -68,6 +125,35 @@ async def run_worker(config: Config, stop: asyncio.Event) -> None:
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
+
+
+async def run_worker_of(
+    pool: str, policy: PoolPolicy, config: Config, instance_id: str, stop: asyncio.Event
+) -> None:
+    """Work on the jobs of another pool than the deployment's own, under a policy that is nowhere
+    on record, until `stop` is set; on no batch, and sending no webhook."""
+    assert config.redis_url is not None
+    async with AsyncExitStack() as stack:
+        blobs = Blobs.from_url(config.blob_url, config.data_dir)
+        store = _store_of(config, blobs, instance_id)
+        await store.start()
+        stack.push_async_callback(store.aclose)
+        processor = _processor_of(config)
+        await processor.start()
+        stack.push_async_callback(processor.aclose)
+        url = config.redis_url.get_secret_value()
+        limiter = await stack.enter_async_context(
+            Limiter.from_url(url, pool=pool, policy=policy, instance_id=instance_id)
+        )
+        others = deployed_upstreams(config)
+        untraced = _open_relay(config, others, {pool: limiter}, Tracing())
+        relay = await stack.enter_async_context(untraced)
+        prices = Prices(others.upstreams[0])
+        pipeline = _pipeline_of(config, limiter, processor, store, prices)
+        worker = Worker(
+            config=config, store=store, blobs=blobs, pipeline=pipeline, relay=relay, pool=pool
+        )
+        await worker.run(stop)
 
 
 async def _send_webhooks(config: Config, store: Store) -> None:
@@ -85,31 +171,37 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
-        store = _store_of(config, blobs, instance_id)
-        await store.start()
-        stack.push_async_callback(store.aclose)
+        looking = asyncio.create_task(_look_at(blobs))
+        stack.callback(looking.cancel)
+        store = await stack.enter_async_context(_open_store(config, blobs, instance_id))
         processor = _processor_of(config)
         await processor.start()
         stack.push_async_callback(processor.aclose)
+        instruments = Instruments()
         limiters, keepers = await stack.enter_async_context(
-            _open_pools(config, store.policies, instance_id, wanted, others)
+            _open_pools(config, store.policies, instance_id, wanted, others, instruments.tally)
         )
         limiter, keeper = limiters[DEFAULT_POOL], keepers[DEFAULT_POOL]
-        relay = await stack.enter_async_context(_open_relay(config, others, limiters))
-        pipeline = Pipeline(
-            config=config,
-            limiter=limiter,
-            processor=processor,
-            blobs=blobs,
-            fetcher=_fetcher_of(config),
-            prices=Prices(others.upstreams[0]),  # the account of GEMINI_* comes first
-        )
+        tracing = await stack.enter_async_context(_tracing(store.observers, role, instance_id))
+        relay = await stack.enter_async_context(_open_relay(config, others, limiters, tracing))
+        prices = Prices(others.upstreams[0])  # the account of GEMINI_* comes first
+        pipeline = _pipeline_of(config, limiter, processor, store, prices)
+        name = os.environ.get(NAMED) or role
+        watch = Watch(instruments, name, limiters=limiters, store=store, health=relay.health)
+        stack.callback(asyncio.create_task(watch.run()).cancel)
+        board = Board(limiter, instance_id, UnderWay(), relay.health)
+        stack.callback(asyncio.create_task(board.run()).cancel)
         gate = Gate(store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms)
         budgets = BudgetGate(store.usage, store.spending)
         if role == "api":
             await stack.enter_async_context(_guarding(gate, budgets))
         services = Services(
             config=config,
+            observers=store.observers,
+            tally=instruments.tally,
+            exposition=Exposition(instruments, watch, limiters, store.standing),
+            state=_counted(store.observers, instruments, State(instance_id, watch)),
+            board=board,
             store=store,
             blobs=blobs,
             limiter=limiter,
@@ -121,18 +213,50 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             gate=gate,
             budgets=budgets,
         )
-        # What the imports made lives as long as the process: a full collection that walks it
-        # would stop the event loop for a tenth of a second, again and again.
-        gc.collect()
-        gc.freeze()
-        # Hardly anything here is part of a cycle: looking for them after every 700 new objects, as
-        # is usual, costs each request several microseconds.
-        gc.set_threshold(_GC_THRESHOLD, 20, 20)
+        _collect_rarely()
         limits = {kind.value: pipeline.at_once(kind) for kind in Kind}
         log.info(Log.STARTED, role=role, instance_id=instance_id, limits=limits)
         yield services
         services.draining.set()
         log.info(Log.STOPPED, role=role, instance_id=instance_id)
+
+
+def _counted(observers: Observers, instruments: Instruments, state: State) -> State:
+    """Have calls that end counted for scrapes, and those that fail remembered in `state`."""
+    observers.listen(Calls(instruments.tally).take)
+    observers.listen(state.take)
+    return state
+
+
+def _collect_rarely() -> None:
+    """Keep the garbage collector from walking what lives as long as the process: a full collection
+    of what the imports made would stop the event loop for a tenth of a second, again and again."""
+    gc.collect()
+    gc.freeze()
+    # Hardly anything here is part of a cycle: looking for them after every 700 new objects, as
+    # is usual, costs each request several microseconds.
+    gc.set_threshold(_GC_THRESHOLD, 20, 20)
+
+
+async def _look_at(blobs: Blobs) -> None:
+    """Tell at the start what the first upload would find out; an outage is no reason not to."""
+    try:
+        await blobs.ping()
+    except StoreUnavailable as away:
+        log.error(Log.BLOBS_AWAY, detail=away.message)
+
+
+@asynccontextmanager
+async def _open_store(config: Config, blobs: Blobs, instance_id: str) -> AsyncIterator[Store]:
+    """The store at work, and the calls of this process counted."""
+    store = _store_of(config, blobs, instance_id)
+    await store.start()
+    try:
+        async with counting(store):
+            yield store
+    finally:
+        await store.aclose()
+        store.observers.flush()
 
 
 @asynccontextmanager
@@ -155,6 +279,7 @@ async def _open_pools(
     instance_id: str,
     wanted: PoolPolicy,
     others: Deployment,
+    tally: Tally,
 ) -> AsyncIterator[tuple[dict[str, Limiter], dict[str, PolicyKeeper]]]:
     """The limiters of all pools by name, and the keepers of their policies, at work."""
     limiters: dict[str, Limiter] = {}
@@ -162,7 +287,7 @@ async def _open_pools(
     async with AsyncExitStack() as stack:
         for pool, policy in ({DEFAULT_POOL: wanted} | dict(others.policies)).items():
             limiters[pool], keepers[pool] = await stack.enter_async_context(
-                open_pool(config, policies, instance_id, policy, pool)
+                open_pool(config, policies, instance_id, policy, pool, Limiting(tally, pool))
             )
             keeping = asyncio.create_task(keepers[pool].run())
             stack.callback(keeping.cancel)
@@ -171,14 +296,36 @@ async def _open_pools(
 
 @asynccontextmanager
 async def _open_relay(
-    config: Config, others: Deployment, limiters: dict[str, Limiter]
+    config: Config, others: Deployment, limiters: dict[str, Limiter], tracing: Tracing
 ) -> AsyncIterator[Relay]:
     wire = RelayWire(_timeouts_of(config))
     await wire.start()
     try:
-        yield Relay(config=config, targets=Targets(others), pools=limiters, wire=wire)
+        targets = Targets(others)
+        yield Relay(config=config, targets=targets, pools=limiters, wire=wire, tracing=tracing)
     finally:
         await wire.aclose()
+
+
+@asynccontextmanager
+async def _tracing(observers: Observers, role: str, instance_id: str) -> AsyncIterator[Tracing]:
+    """Spans and metrics to a collector, where the environment names one."""
+    if not configuration.names_a_collector():
+        yield Tracing()
+        return
+    try:
+        from tidegate.otel import Collector
+    except ImportError as missing:
+        log.warning(Log.NO_OTEL, missing=missing.name, mend="pip install 'tidegate[otel]'")
+        yield Tracing()
+        return
+    collector = Collector(f"tidegate-{role}", instance_id)
+    observers.listen(collector.take)
+    try:
+        yield Tracing(collector.samples)
+    finally:
+        observers.flush()
+        await asyncio.to_thread(collector.close)
 
 
 @asynccontextmanager
@@ -188,6 +335,7 @@ async def open_pool(
     instance_id: str,
     wanted: PoolPolicy,
     pool: str = DEFAULT_POOL,
+    observer: Observer | None = None,
 ) -> AsyncIterator[tuple[Limiter, PolicyKeeper]]:
     """The limiter of a pool, with what is on record in force, and the keeper of its policy."""
     assert config.redis_url is not None
@@ -196,6 +344,7 @@ async def open_pool(
         pool=pool,
         policy=await policy_to_start_with(policies, pool, wanted),
         instance_id=instance_id,
+        observer=observer,
     )
     async with limiter:
         yield limiter, PolicyKeeper(limiter, policies, wanted=wanted, set_by=instance_id)
@@ -211,6 +360,20 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
         spill_max_bytes=config.spill_max_bytes,
         audit_full=config.audit_full,
         claim_lease_ms=config.claim_lease_ms,
+    )
+
+
+def _pipeline_of(
+    config: Config, limiter: Limiter, processor: GeminiProcessor, store: Store, prices: Prices
+) -> Pipeline:
+    return Pipeline(
+        config=config,
+        limiter=limiter,
+        processor=processor,
+        blobs=store.blobs,
+        fetcher=_fetcher_of(config),
+        observers=store.observers,
+        prices=prices,
     )
 
 

@@ -85,6 +85,7 @@ class Call:
     media: tuple[Media, ...] = ()
     tenant_id: str = DEFAULT_TENANT
     priority: int = 0  # from -100 to 100, higher first
+    traceparent: str | None = None  # sent with it, where it is part of a trace
 
 
 class Scope(StrEnum):
@@ -240,6 +241,7 @@ class Answer:
     finish_reason: str | None = None
     model_version: str | None = None
     response_id: str | None = None
+    first_byte_ms: float | None = None  # from sending the call to the first bytes of its answer
 
     @property
     def whole_text(self) -> str:

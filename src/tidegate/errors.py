@@ -4,6 +4,7 @@ TidegateError
 ├── ConfigError                 a setting is wrong; stops the start with one line
 ├── InvalidRequest              the caller's input is wrong; names the field and what is allowed
 │   ├── PayloadTooLarge         a body, file or prompt is over its limit
+│   │   └── FilesFull           a tenant keeps as much in files for batches as it may
 │   ├── UnsupportedMedia        a content type or file type that we do not take
 │   └── FetchRefused            an `image_uri` that we will not, or could not, fetch
 ├── RequestTimeout              the client was too slow in sending its request
@@ -12,6 +13,8 @@ TidegateError
 ├── NotFound                    no such request, file or limit
 ├── IdempotencyConflict         the idempotency key was used before, for something else
 ├── AlreadyEnded                too late to cancel it
+├── PolicyChanged               somebody else has changed what was to be changed
+├── NotEnded                    too early to try it anew
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── TooManyFollowers            this process streams the status of enough requests already
 ├── QuotaExceeded               a tenant has as much here as it may; says of what
@@ -33,6 +36,8 @@ TidegateError
 │   └── EmptyAnswer             an answer without content; carries the finish reason
 ├── StoreUnavailable            PostgreSQL is away
 ├── ClaimLost                   another worker has the job now; our result may not be stored
+├── GatewayRefused              a Tidegate that a command called said no; has its status and code
+├── GatewayUnreachable          a Tidegate that a command called does not answer
 └── ShuttingDown                this process is stopping
 
 HTTP statuses are assigned in one table, `http/problems.py`. `code` is the stable name of the
@@ -81,6 +86,12 @@ class InvalidRequest(TidegateError):
 
 class PayloadTooLarge(InvalidRequest):
     code = "too_large"
+
+
+class FilesFull(PayloadTooLarge):
+    """Waiting does not help: something must be deleted, or its time be over."""
+
+    code = "files_full"
 
 
 class UnsupportedMedia(InvalidRequest):
@@ -132,6 +143,22 @@ class IdempotencyConflict(TidegateError):
 
 class AlreadyEnded(TidegateError):
     code = "already_ended"
+
+
+class PolicyChanged(TidegateError):
+    """What a change was made on is not in force any more."""
+
+    code = "policy_changed"
+
+    def __init__(self, key: str, now: object) -> None:
+        said = "not there" if now is None else f"{now}"
+        super().__init__(f"{key} is {said} now: somebody else has changed it")
+        self.field = key
+        self.allowed = "a change of what is in force"
+
+
+class NotEnded(TidegateError):
+    code = "not_ended"
 
 
 class RequestCancelled(TidegateError):
@@ -305,6 +332,27 @@ class StoreUnavailable(TidegateError):
 
 class ClaimLost(TidegateError):
     code = "claim_lost"
+
+
+class GatewayRefused(TidegateError):
+    """A Tidegate that was called said no. `problem` is the code in its answer, such as
+    `not_found`."""
+
+    code = "gateway_refused"
+
+    def __init__(
+        self, message: str, *, status: int, problem: str = "", retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms)
+        self.status = status
+        self.problem = problem
+
+
+class GatewayUnreachable(TidegateError):
+    """A Tidegate that was called does not answer, or not as one."""
+
+    code = "gateway_unreachable"
+    retryable = True
 
 
 class ShuttingDown(TidegateError):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from weakref import WeakValueDictionary
 
+from tidegate.attempt import Attempt
 from tidegate.call import (
     DEFAULT_TENANT,
     NO_CHARGE,
@@ -37,6 +38,7 @@ from tidegate.demand import Demand, Demands, Learned, pause_after
 from tidegate.demand.cost import Prices, charge_of, estimated_charge, is_unknown
 from tidegate.errors import (
     DeadlineExceeded,
+    DemandImpossible,
     EmptyAnswer,
     LimiterUnavailable,
     NotFound,
@@ -46,12 +48,14 @@ from tidegate.errors import (
     UpstreamThrottled,
 )
 from tidegate.limiter import Acquisition, Limiter, Permit
+from tidegate.observed import Observers
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor
 from tidegate.providers.gemini.request import MAX_JUDGE_TOKENS, MAX_JUDGED_CHARS
 from tidegate.store.blobs import Blobs
-from tidegate.store.records import AttemptResult, Failure, OutputFile
+from tidegate.store.observing import of_question
 from tidegate.telemetry import Log, get_logger
+from tidegate.tracing import address_of
 
 _JUDGEMENTS_CACHED = 10_000
 _LIMITERS_WORD_MS = 20
@@ -77,23 +81,6 @@ class Ask:
         return tuple(attachment.mime_type for attachment in self.attachments)
 
 
-@dataclass(slots=True)
-class Attempt:
-    """One try upstream as it goes: filled in step by step, so that a cut one can be recorded.
-
-    `queue_ms` is from `waiting_since`, the receipt of the request at first, to admission.
-    """
-
-    waiting_since: datetime
-    answer: Answer = field(default_factory=Answer)
-    fence: tuple[int, int] | None = None
-    admitted_at: datetime | None = None
-    finished_at: datetime | None = None
-    queue_ms: float = 0.0
-    upstream_ms: float = 0.0
-    charge: Charge = NO_CHARGE
-
-
 class Pipeline:
     """Everything between an accepted request and its recorded end."""
 
@@ -105,6 +92,7 @@ class Pipeline:
         processor: GeminiProcessor,
         blobs: Blobs,
         fetcher: ImageFetcher,
+        observers: Observers,
         prices: Prices | None = None,
     ) -> None:
         self._config = config
@@ -112,7 +100,9 @@ class Pipeline:
         self._processor = processor
         self._blobs = blobs
         self._fetcher = fetcher
+        self._observers = observers
         self._demands = Demands(prices=prices)
+        self._upstream = limiter.pool
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
@@ -194,23 +184,45 @@ class Pipeline:
         hard_ms = self._config.classifier_timeout_ms + _HARD_MARGIN_MS
         async with self._admission(demand, deadline_ms, hard_ms) as permit:
             asking.set()
-            answer, outcome = Answer(), Outcome.IGNORED
-            try:
-                kind, reason = await self._processor.judge(
-                    ask.prompt, types, model=model, answer=answer
-                )
-                outcome = Outcome.SUCCESS
-            except UpstreamError as failed:
-                outcome = Outcome.DROPPED
-                await self._pause_if_throttled(failed, demand, model)
-                raise
-            finally:
-                self._settle(permit, outcome, demand, answer)
+            kind, reason = await self._put(ask, types, model, permit, demand)
         if types and kind is Kind.TEXT_ONLY:
             kind = Kind.MULTI_MODAL  # the LLM is asked about pictures; files decide the rest
         if not types and kind is Kind.MULTI_MODAL:
             kind = Kind.TEXT_ONLY
         return Classification(kind, ClassifiedBy.LLM, reason)
+
+    async def _put(
+        self, ask: Ask, types: list[str], model: str, permit: Permit, demand: Demand
+    ) -> tuple[Kind, str]:
+        """The question itself, under its permit. It is told to those who count calls; charged to
+        nobody."""
+        started, answer = time.monotonic(), Answer()
+        outcome, status, error = Outcome.IGNORED, "failed", None
+        try:
+            judged = await self._processor.judge(ask.prompt, types, model=model, answer=answer)
+            outcome, status = Outcome.SUCCESS, "succeeded"
+            return judged
+        except UpstreamError as failed:
+            error, outcome = failed, Outcome.DROPPED
+            await self._pause_if_throttled(failed, demand, model)
+            raise
+        except asyncio.CancelledError:
+            status = "cancelled"
+            raise
+        finally:
+            self._settle(permit, outcome, demand, answer)
+            charge = self._charge(model, demand, answer, error, whole=outcome is Outcome.SUCCESS)
+            upstream_ms = (time.monotonic() - started) * 1000
+            self._observers.note(
+                of_question(
+                    *(ask.tenant_id, self._upstream, model, status),
+                    error=error,
+                    answer=answer,
+                    charge=charge,
+                    queue_ms=permit.waited_ms,
+                    upstream_ms=upstream_ms,
+                )
+            )
 
     def _judgement_key(self, ask: Ask) -> bytes:
         parts = (self._config.classifier_model, *ask.mime_types, str(bool(ask.image_uri)))
@@ -248,26 +260,43 @@ class Pipeline:
         the call; what it raises ends the run with no call made. Raises AdmissionError, LeaseLost
         and UpstreamError. Cancellation leaves neither a waiter nor an open upstream call.
         """
-        demand = self._demands.of(call, self._limiter.policy)
-        hard_ms = self._config.total_timeout_ms + _HARD_MARGIN_MS
-        async with self._admission(demand, deadline_ms, hard_ms) as permit:
-            permit.settle(Outcome.IGNORED, tokens=0, images=0)  # until there has been a call
-            attempt.admitted_at = datetime.now(UTC)
-            waited = attempt.admitted_at - attempt.waiting_since
-            attempt.queue_ms = max(0.0, waited.total_seconds() * 1000)
-            attempt.fence = permit.fence
-            if on_admitted is not None:
-                await on_admitted(permit)
-            if sink is not None:
-                await sink(Admitted(waited_ms=attempt.queue_ms))
-            await permit.confirm()
-            await self._call(call, attempt, sink, permit, demand)
+        asked_at, hard_ms = time.monotonic(), self._config.total_timeout_ms + _HARD_MARGIN_MS
+        while True:
+            policy, left_ms = self._limiter.policy, deadline_ms
+            if deadline_ms is not None:
+                left_ms = deadline_ms - round((time.monotonic() - asked_at) * 1000)
+            demand = self._demands.of(call, policy)
+            attempt.limits = demand.limits
+            try:
+                async with self._admission(demand, left_ms, hard_ms) as permit:
+                    permit.settle(
+                        Outcome.IGNORED, tokens=0, images=0
+                    )  # until there has been a call
+                    attempt.admitted_at = datetime.now(UTC)
+                    waited = attempt.admitted_at - attempt.waiting_since
+                    attempt.queue_ms = max(0.0, waited.total_seconds() * 1000)
+                    attempt.fence = permit.fence
+                    if on_admitted is not None:
+                        await on_admitted(permit)
+                    if sink is not None:
+                        await sink(Admitted(waited_ms=attempt.queue_ms))
+                    await permit.confirm()
+                    await self._call(call, attempt, sink, permit, demand)
+                return
+            except DemandImpossible:
+                # A limit was taken away while it waited: it asks for what binds it now.
+                if self._limiter.policy is policy:
+                    raise
 
     async def _call(
         self, call: Call, attempt: Attempt, sink: Sink | None, permit: Permit, demand: Demand
     ) -> None:
         started = time.monotonic()
+        attempt.upstream = self._upstream
         outcome, error = Outcome.IGNORED, None
+        if (trail := attempt.trail) is not None:
+            address = address_of(self._config.gemini_base_url)
+            call = replace(call, traceparent=trail.begin(self._upstream, call.model, address))
         try:
             await self._processor.run(call, attempt.answer, sink)
             outcome = Outcome.SUCCESS
@@ -279,8 +308,10 @@ class Pipeline:
         finally:
             attempt.upstream_ms = (time.monotonic() - started) * 1000
             attempt.finished_at = datetime.now(UTC)
+            if trail is not None:
+                trail.end(error, worked=outcome is Outcome.SUCCESS)
             whole = outcome is Outcome.SUCCESS or isinstance(error, PromptBlocked | EmptyAnswer)
-            attempt.charge = self._charge(call, demand, attempt.answer, error, whole=whole)
+            attempt.charge = self._charge(call.model, demand, attempt.answer, error, whole=whole)
             self._settle(permit, outcome, demand, attempt.answer)
 
     def _admission(self, demand: Demand, deadline_ms: int | None, hard_ms: int) -> Acquisition:
@@ -296,7 +327,7 @@ class Pipeline:
 
     def _charge(
         self,
-        call: Call,
+        model: str,
         demand: Demand,
         answer: Answer,
         error: UpstreamError | None,
@@ -304,7 +335,7 @@ class Pipeline:
         whole: bool,
     ) -> Charge:
         """For what the provider told; else for what came, so far as anything did."""
-        rates, images = self._demands.prices.of(call.model), len(answer.pictures)
+        rates, images = self._demands.prices.of(model), len(answer.pictures)
         if not is_unknown(answer.usage):
             return charge_of(rates, answer.usage, images, whole=whole)
         if error is not None and (error.status or 0) >= 400:
@@ -342,28 +373,3 @@ class Pipeline:
             return
         if paused:
             log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=pause.for_ms, by=_PROVIDER)
-
-
-def attempt_result(
-    attempt: Attempt, model: str, pictures: tuple[OutputFile, ...], failure: Failure | None
-) -> AttemptResult | None:
-    """The attempt as the store takes it; None when it was never admitted."""
-    if attempt.admitted_at is None or attempt.fence is None:
-        return None
-    answer = attempt.answer
-    return AttemptResult(
-        model=model,
-        fence=attempt.fence,
-        admitted_at=attempt.admitted_at,
-        finished_at=attempt.finished_at or datetime.now(UTC),
-        queue_ms=attempt.queue_ms,
-        upstream_ms=attempt.upstream_ms,
-        text=answer.whole_text,
-        pictures=pictures,
-        usage=answer.usage,
-        finish_reason=answer.finish_reason,
-        model_version=answer.model_version,
-        response_id=answer.response_id,
-        failure=failure,
-        charge=attempt.charge,
-    )

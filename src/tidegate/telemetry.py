@@ -12,6 +12,7 @@ import asyncio
 import logging
 import re
 import sys
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -34,6 +35,8 @@ class Log(StrEnum):
     JOB_DONE = "job_done"
     JOB_RETRY = "job_retry"
     JOB_DEAD = "job_dead"
+    JOB_REQUEUED = "job_requeued"
+    JOB_DISCARDED = "job_discarded"
     JOBS_RETAKEN = "jobs_retaken"
     WEBHOOK_GIVEN_UP = "webhook_given_up"
     WORKER_LOOP_FAILED = "worker_loop_failed"
@@ -43,8 +46,11 @@ class Log(StrEnum):
     LIMIT_PAUSED = "limit_paused"
     LIMIT_RESUMED = "limit_resumed"
     SESSION_REVOKED = "session_revoked"
+    REQUEST_CANCELLED = "request_cancelled"
+    REQUEST_RETRIED = "request_retried"
     STORE_AWAY = "store_away"
     STORE_BACK = "store_back"
+    BLOBS_AWAY = "blobs_away"
     SPILLED = "spilled"
     SPILL_REPLAYED = "spill_replayed"
     AUDIT_DROPPED = "audit_dropped"
@@ -53,6 +59,9 @@ class Log(StrEnum):
     ERASED = "erased"
     CHILD_STARTED = "child_started"
     CHILD_DIED = "child_died"
+    RENEWING = "renewing"
+    RENEWED = "renewed"
+    RENEWAL_STOPPED = "renewal_stopped"
     EMBEDDED_STARTED = "embedded_started"
     INTERNAL_ERROR = "internal_error"
     UPSTREAM_KEY_DEAD = "upstream_key_dead"
@@ -62,6 +71,46 @@ class Log(StrEnum):
     TENANT_CHANGED = "tenant_changed"
     KEY_MADE = "key_made"
     KEY_REVOKED = "key_revoked"
+    SCRAPE_INCOMPLETE = "scrape_incomplete"
+    WATCHED = "watched"
+    COLLECTOR_AWAY = "collector_away"
+    COLLECTOR_BACK = "collector_back"
+    NO_OTEL = "no_otel"
+    PROCESS_STATE = "process_state"
+
+
+class GenAI(StrEnum):
+    """Names of spans, metrics and attributes: by OpenTelemetry's conventions for generative AI
+    (https://opentelemetry.io/docs/specs/semconv/gen-ai/) where those name them, else our own."""
+
+    OPERATION = "gen_ai.operation.name"
+    PROVIDER = "gen_ai.provider.name"
+    REQUEST_MODEL = "gen_ai.request.model"
+    STREAM = "gen_ai.request.stream"
+    RESPONSE_ID = "gen_ai.response.id"
+    FINISH_REASONS = "gen_ai.response.finish_reasons"
+    RESPONSE_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+    INPUT = "gen_ai.usage.input_tokens"
+    OUTPUT = "gen_ai.usage.output_tokens"
+    CACHED = "gen_ai.usage.cache_read.input_tokens"
+    THOUGHTS = "gen_ai.usage.reasoning.output_tokens"
+    TOKEN_TYPE = "gen_ai.token.type"
+    OPERATION_DURATION = "gen_ai.client.operation.duration"
+    TOKEN_USAGE = "gen_ai.client.token.usage"
+    FIRST_CHUNK = "gen_ai.client.operation.time_to_first_chunk"
+    ERROR = "error.type"
+    SERVER = "server.address"
+    SERVER_PORT = "server.port"
+    HTTP_STATUS = "http.response.status_code"
+    CALL = "tidegate.call"
+    QUEUE = "tidegate.queue"
+    TENANT = "tidegate.tenant"
+    SOURCE = "tidegate.source"
+    REQUEST_ID = "tidegate.request_id"
+    UPSTREAM = "tidegate.upstream"
+    TRY = "tidegate.try"
+    TRIES = "tidegate.tries"
+    QUEUE_MS = "tidegate.queue_ms"
 
 
 _STRUCTLOG_OWN = ("_record", "_from_structlog")
@@ -74,7 +123,7 @@ _SECRET_FIELD = re.compile(
 _SECRET_IN_TEXT = re.compile(
     r"(?P<before>"
     r"(?P<password>://[^/\s:@'\"]*:(?!\d+(?:[/?#\s'\",]|$)))"
-    r"|[?&](?:key|api_?key|upload_id|access_token)="
+    r"|[?&](?:key|api_?key|upload_id|access_token|tidegate_key)="
     r"|(?:x-(?:goog-)?api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
     r")"
     r"(?(password)[^\s'\"]*(?=@)|[^&\s'\"]+)"
@@ -121,6 +170,28 @@ def _to_json(event: Any, **_options: Any) -> str:
     return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
+def _remember(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    if event.get("level") in _SERIOUS:
+        said = {name: value for name, value in event.items() if name not in _STRUCTLOG_OWN}
+        _problems.append({name: _shortened(value) for name, value in said.items()})
+    return event
+
+
+def _shortened(value: Any) -> Any:
+    return value[-_LONGEST_SHOWN:] if isinstance(value, str) else value
+
+
+def recent_problems() -> list[dict[str, Any]]:
+    """The last lines of this process from the level `warning` on, redacted."""
+    return list(_problems)
+
+
+_SERIOUS = ("warning", "error", "critical")
+_LONGEST_SHOWN = 2_000
+_problems: deque[dict[str, Any]] = deque(maxlen=50)
+
 # What other libraries say of each request; some of it at a level below `info` holds its content.
 _NOISY = (
     *("httpx", "httpx2", "httpcore", "httpcore2", "google_genai", "alembic"),
@@ -149,6 +220,7 @@ def configure_logging(
         structlog.stdlib.ExtraAdder(),
         structlog.processors.format_exc_info,
         _redact_event,
+        _remember,
     ]
     final: Any = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())

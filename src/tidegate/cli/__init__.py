@@ -2,72 +2,69 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tidegate import __version__
-from tidegate.call import DEFAULT_POOL
-from tidegate.cli import erase, inside, keys, limits, tenants
-from tidegate.cli.pool import choose_pool
+from tidegate.cli import (
+    backup,
+    batch,
+    doctor,
+    erase,
+    inside,
+    keys,
+    limits,
+    rehearse,
+    requests,
+    settings,
+    submit,
+    tenants,
+    verify,
+)
+from tidegate.cli.exits import EPILOGUE, FAILED, INTERRUPTED, code_of
+from tidegate.cli.legible import legible
+from tidegate.cli.pool import Json, choose_pool, show_json
+from tidegate.cli.settings import load_sound
 from tidegate.embedded.process import ServerFailed
-from tidegate.errors import ConfigError, TidegateError
-
-if TYPE_CHECKING:
-    from tidegate.config import Config
-    from tidegate.limiter import PoolPolicy
+from tidegate.errors import TidegateError
 
 app = typer.Typer(
     name="tidegate",
     help="One admission in front of large language models. Settings come from the environment "
     "and from .env: see .env.example.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog=EPILOGUE,
     pretty_exceptions_enable=False,
 )
-settings = typer.Typer(help="Look at the settings.", no_args_is_help=True)
-app.add_typer(settings, name="config")
-app.add_typer(limits.app, name="limits")
-app.add_typer(inside.app, name="permits")
-app.add_typer(tenants.app, name="tenants")
-app.add_typer(keys.app, name="keys")
-app.command()(inside.why)
-app.command()(erase.erase)
-for _of_a_pool in (limits.app, inside.app, tenants.app):
-    _of_a_pool.callback()(choose_pool)
-
-_INTERRUPTED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_USE, _RUN, _OPERATE = "Use it", "Run it", "Operate it"
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 1 what failed, 2 a setting or an argument is wrong."""
+    """Run the command line. The exit codes are those of `exits`."""
     try:
         app()
-    except ConfigError as wrong:
-        _leave(str(wrong), 2)
-    except (TidegateError, ServerFailed) as failed:
-        _leave(str(failed), 1)
+    except TidegateError as failed:
+        _leave(str(failed), code_of(failed))
+    except ServerFailed as failed:
+        _leave(str(failed), FAILED)
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
+    except OSError as failed:
+        if failed.errno not in _NO_ROOM:
+            raise
+        _leave(f"what is told or kept cannot be written: {failed.strerror}", FAILED)
 
 
 def _leave(message: str, code: int) -> None:
     from tidegate.telemetry import redact
 
-    sys.stderr.write(f"tidegate: {redact(message)}\n")
+    sys.stderr.write(f"tidegate: {legible(redact(message))}\n")
     sys.exit(code)
-
-
-def _load() -> Config:
-    """The settings, with a policy file that is sound."""
-    from tidegate.config import load
-    from tidegate.policy import deployed
-
-    config = load()
-    deployed(config)
-    return config
 
 
 def _show_version(wanted: bool) -> None:
@@ -86,7 +83,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(rich_help_panel=_RUN)
 def up(
     api: Annotated[int, typer.Option(min=1, max=256, help="Processes that serve HTTP.")] = 1,
     workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that do jobs.")] = 1,
@@ -94,91 +91,92 @@ def up(
     """Start everything, and stop it on Ctrl-C."""
     from tidegate.supervisor.up import up as run
 
-    raise typer.Exit(run(_load(), api, workers))
+    raise typer.Exit(run(load_sound(), api, workers))
 
 
-@app.command()
+@app.command(rich_help_panel=_RUN)
 def serve(
     fd: Annotated[int | None, typer.Option(help="A listening socket that was inherited.")] = None,
 ) -> None:
     """Serve HTTP in this process alone."""
     from tidegate.supervisor.roles import serve as run
 
-    run(_load(), fd)
+    run(load_sound(), fd)
 
 
-@app.command()
+@app.command(rich_help_panel=_RUN)
 def worker() -> None:
     """Do jobs in this process alone."""
     from tidegate.supervisor.roles import work
 
-    work(_load())
+    work(load_sound())
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    rich_help_panel=_RUN,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def emulator(context: typer.Context) -> None:
     """Run the emulated provider alone (-- --help shows its options)."""
     program = (sys.executable, "-m", "tidegate.providers.emulator", *context.args)
     os.execv(program[0], program)
 
 
-@app.command()
-def migrate() -> None:
+def migrate(json: Json = False) -> None:
     """Bring the database's schema up to date."""
     from tidegate import telemetry
+    from tidegate.store.migrate import HEAD
     from tidegate.supervisor.ground import migrate as run
     from tidegate.supervisor.ground import prepared
 
-    config = _load()
+    config = load_sound()
     telemetry.configure_logging(config.log_format, "warning", process="migrate")
     with prepared(config, only={"postgres"}) as ground:
         revision = run(ground.config, lambda why: typer.echo(f"tidegate: {why}", err=True))
+    if json:
+        show_json({"changed": revision is not None, "revision": revision or HEAD})
+        return
     typer.echo(f"schema brought to revision {revision}" if revision else "schema is up to date")
 
 
-@app.command()
 def prune(
     days: Annotated[int | None, typer.Option(min=1, help="Instead of RETENTION_DAYS.")] = None,
+    json: Json = False,
 ) -> None:
     """Delete requests, answers and files that ended too long ago."""
     from tidegate import telemetry
     from tidegate.supervisor.roles import prune as run
 
-    config = _load()
+    config = load_sound()
     telemetry.configure_logging(config.log_format, "warning", process="prune")
     report = run(config, days)
+    if json:
+        show_json(report)
+        return
     typer.echo(
         f"deleted {report.requests} requests, {report.blobs} files, {report.partitions} partitions"
         f" ({report.skipped} left for the next run)"
     )
 
 
-@settings.command("check")
-def check() -> None:
-    """Say whether the settings are sound, and what they come to; start nothing."""
-    from tidegate.policy import deployed, deployed_upstreams
-
-    config = _load()
-    policy, deployment = deployed(config), deployed_upstreams(config)
-    servers = "bundled, in DATA_DIR" if config.embedded else "yours"
-    typer.echo("The settings are sound.")
-    typer.echo(f"  listens on          {config.host} port {config.port}")
-    typer.echo(f"  PostgreSQL, Valkey  {servers}")
-    typer.echo(f"  provider            {'emulated' if config.emulated else 'real'}")
-    typer.echo(f"  API keys            {'asked for' if config.asks_for_keys else 'not asked for'}")
-    for upstream in deployment.upstreams:
-        places = "; ".join(f"{one} at {url}" for one, url in upstream.base_urls.items())
-        if config.emulated and upstream.name == DEFAULT_POOL:
-            places = "the emulator"
-        typer.echo(f"  upstream {upstream.name}: {', '.join(upstream.models)} ({places})")
-        _say_limits(deployment.policies.get(upstream.name, policy))
-    for route in deployment.routes:
-        chain = ", then ".join(f"{name}/{model or route.model}" for name, model in route.targets)
-        typer.echo(f"  route {route.model}: {chain}")
-
-
-def _say_limits(policy: PoolPolicy) -> None:
-    from tidegate.policy.words import in_words
-
-    for name, limit in policy.limits.items():
-        typer.echo(f"    {name:<21} {in_words(limit)}")
+# In the order of the help.
+app.command(rich_help_panel=_USE)(submit.submit)
+app.command(rich_help_panel=_USE)(submit.status)
+app.command(rich_help_panel=_USE)(requests.requests)
+app.add_typer(batch.app, name="batch", rich_help_panel=_USE)
+app.add_typer(settings.app, name="config", rich_help_panel=_OPERATE)
+app.command(rich_help_panel=_OPERATE)(doctor.doctor)
+app.command(rich_help_panel=_OPERATE)(inside.why)
+app.add_typer(limits.app, name="limits", rich_help_panel=_OPERATE)
+app.add_typer(inside.app, name="permits", rich_help_panel=_OPERATE)
+app.add_typer(tenants.app, name="tenants", rich_help_panel=_OPERATE)
+app.add_typer(keys.app, name="keys", rich_help_panel=_OPERATE)
+app.command(rich_help_panel=_OPERATE)(rehearse.rehearse)
+app.command(rich_help_panel=_OPERATE)(verify.verify)
+app.command(rich_help_panel=_OPERATE)(migrate)
+app.command(rich_help_panel=_OPERATE)(backup.backup)
+app.command(rich_help_panel=_OPERATE)(backup.restore)
+app.command(rich_help_panel=_OPERATE)(prune)
+app.command(rich_help_panel=_OPERATE)(erase.erase)
+for _of_a_pool in (limits.app, inside.app, tenants.app):
+    _of_a_pool.callback()(choose_pool)

@@ -52,6 +52,7 @@ def list_(json: Json = False) -> None:
 def revoke(
     process: Annotated[str, typer.Argument(help="Its name or its session, as `list` shows it.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
 ) -> None:
     """Take back all that a process holds whose death is certain.
 
@@ -61,6 +62,9 @@ def revoke(
     if not yes:
         typer.confirm(f"Is {process} certainly dead?", abort=True)
     ended = in_pool(lambda control: control.revoke(process, by=who()))
+    if json:
+        show_json({"process": process, "sessions": ended})
+        return
     typer.echo(f"{ended} session{'' if ended == 1 else 's'} of {process} ended")
 
 

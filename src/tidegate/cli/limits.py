@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,8 +19,6 @@ app = typer.Typer(help="See and change the limits of the running deployment.", n
 
 _IN_FORCE_WITHIN_S = 5.0
 _LOOK_AGAIN_S = 0.02
-_SPAN = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>ms|s|m|h|d)")
-_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 LimitId = Annotated[str, typer.Argument(help="A limit's id, such as kind:text_only.")]
 
 
@@ -106,13 +103,19 @@ def set_(
     ] = None,
     deployed: Annotated[
         bool,
-        typer.Option("--deployed", help="Put what the file and the environment say in force."),
+        typer.Option(
+            "--deployed",
+            help="Put what the file and the environment say in force. Tenants keep weights and "
+            "limits that these do not name.",
+        ),
     ] = False,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
     """Change limits, for all processes at once and for good."""
     from tidegate.policy.edits import edit
+    from tidegate.policy.plain import Plain, to_plain
+    from tidegate.policy.revisions import differences
 
     wanted = dict(parsed(change) for change in changes or [])
     if deployed == bool(wanted or remove):
@@ -122,20 +125,22 @@ def set_(
             "give changes, or --deployed",
         )
 
-    async def change(control: Control) -> Revision:
-        keeper = control.keeper
+    async def change(control: Control) -> tuple[Plain, Revision]:
+        keeper, before = control.keeper, to_plain(control.limiter.policy)
         if deployed:
             now = await keeper.adopt_wanted(set_by=who(), reason=reason)
         else:
             now = await keeper.change(edit(wanted, remove or []), set_by=who(), reason=reason)
         await in_force(control, now.number)
-        return now
+        return before, now
 
-    now = in_pool(change)
+    before, now = in_pool(change)
     if json:
         show_json({"revision": now.number, "set_by": now.set_by, "policy": now.policy})
-    else:
-        typer.echo(f"revision {now.number} is in force")
+        return
+    typer.echo(f"revision {now.number} is in force")
+    for line in differences(before, now.policy):
+        typer.echo(f"  {line}")
 
 
 @app.command()
@@ -146,20 +151,26 @@ def pause(
         typer.Option("--for", help="How long: 30s, 10m, 2h, 1d. Without it until it is resumed."),
     ] = None,
     reason: Reason = "",
+    json: Json = False,
 ) -> None:
     """Let nobody in under a limit; what runs goes on."""
     for_ms = None if for_ is None else span_ms("--for", for_)
     paused = in_pool(lambda control: control.pause(limit, for_ms, by=who(), reason=reason))
-    if paused:
+    if json:
+        show_json({"limit": limit, "done": paused, "for_ms": for_ms})
+    elif paused:
         typer.echo(f"{limit} is paused {f'for {for_}' if for_ else 'until it is resumed'}")
     else:
         typer.echo(f"{limit} is paused already, and for longer")
 
 
 @app.command()
-def resume(limit: LimitId) -> None:
+def resume(limit: LimitId, json: Json = False) -> None:
     """End a pause."""
     resumed = in_pool(lambda control: control.resume(limit, by=who()))
+    if json:
+        show_json({"limit": limit, "done": resumed})
+        return
     typer.echo(f"{limit} is resumed" if resumed else f"{limit} was not paused")
 
 
@@ -226,7 +237,9 @@ def parsed(change: str, command: str = "limits set") -> tuple[str, Any]:
 
 def span_ms(option: str, text: str) -> int:
     """`text` in milliseconds. Raises ConfigError, naming the option."""
-    found = _SPAN.fullmatch(text.strip())
-    if found is None or float(found["number"]) <= 0:
+    from tidegate.policy.words import ms_of
+
+    found = ms_of(text)
+    if not found:
         raise ConfigError(option, text, "must be a number and ms, s, m, h or d, such as 10m")
-    return max(1, round(float(found["number"]) * _UNITS_MS[found["unit"]]))
+    return max(1, round(found))

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import getpass
+import shutil
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
 from tidegate.call import DEFAULT_POOL
+from tidegate.cli.legible import legible
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from tidegate.policy.control import Control
     from tidegate.store.tenants import Tenants
 
 T = TypeVar("T")
 _chosen: ContextVar[str] = ContextVar("tidegate_pool", default=DEFAULT_POOL)
 
+PLAIN_WIDTH = 160
 Json = Annotated[bool, typer.Option("--json", help="Show it as JSON.")]
 Reason = Annotated[str, typer.Option(help="Why; it goes on record.")]
 
@@ -68,22 +74,42 @@ def show_json(value: object) -> None:
     typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
-def show_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table on the terminal; numbers to the right. Without a terminal it is plain text."""
-    from rich.console import Console
+def show_table(
+    title: str,
+    columns: tuple[str, ...],
+    rows: list[tuple[str, ...]],
+    *,
+    whole: tuple[str, ...] = (),
+) -> None:
+    """A table on the terminal; numbers to the right, and columns that stay `whole` on one line.
+    Without a terminal it is plain text."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", box=None, header_style="bold")
     for number, column in enumerate(columns):
         figures = bool(rows) and all(row[number].replace("-", "0").isdecimal() for row in rows)
-        table.add_column(column, justify="right" if figures else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if figures else "left"
+        table.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False, width=None if _is_terminal() else 160).print(table)
+        table.add_row(*(Text(legible(cell)) for cell in row))
+    show(table)
 
 
-def _is_terminal() -> bool:
-    import sys
+def show(what: RenderableType) -> None:
+    """On a terminal as it fits; elsewhere without colours, and without blanks at the ends of lines,
+    which programs would stumble over."""
+    from rich.console import Console
 
-    return sys.stdout.isatty()
+    console = Console(highlight=False, width=terminal_width())
+    if sys.stdout.isatty():
+        console.print(what)
+        return
+    with console.capture() as captured:
+        console.print(what)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def terminal_width() -> int:
+    """In characters; wide where there is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH

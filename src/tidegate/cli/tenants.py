@@ -127,6 +127,7 @@ def remove(
     tenant: TenantName,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     reason: Reason = "",
+    json: Json = False,
 ) -> None:
     """Take a tenant, its keys, its weight and its limits away; its requests stay on record."""
     from tidegate.policy.tenants import remove_tenant
@@ -139,7 +140,10 @@ def remove(
         await in_force(control, control.limiter.policy.revision)
 
     in_pool(work)
-    typer.echo(f"{tenant} is removed")
+    if json:
+        show_json({"tenant": tenant, "removed": True})
+    else:
+        typer.echo(f"{tenant} is removed")
 
 
 def _set(

@@ -5,8 +5,20 @@ with a `ConfigError`, one line that names the variable, its value (never a secre
 allowed. Each secret may also be given as `NAME_FILE`, the path of a file that holds it.
 """
 
-from tidegate.config.environment import load, secret
+from tidegate.config.client import Client
+from tidegate.config.environment import load, load_client, names_a_collector, secret
 from tidegate.config.places import GOOGLE_URL
 from tidegate.config.settings import KINDS, SECRETS, ClassifierMode, Config
 
-__all__ = ["GOOGLE_URL", "KINDS", "SECRETS", "ClassifierMode", "Config", "load", "secret"]
+__all__ = [
+    "GOOGLE_URL",
+    "KINDS",
+    "SECRETS",
+    "ClassifierMode",
+    "Client",
+    "Config",
+    "load",
+    "load_client",
+    "names_a_collector",
+    "secret",
+]

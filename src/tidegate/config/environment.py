@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, TypeVar, get_args, get_origin
 
 from dotenv import dotenv_values
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from tidegate.config.client import Client
 from tidegate.config.settings import ALLOWED, SECRETS, Config
 from tidegate.errors import ConfigError
 
+Settings = TypeVar("Settings", bound=BaseModel)
 _LONGEST_SHOWN = 200
+_NEAR = 0.82  # a letter too few or two that changed places, not another account's key
+_COLLECTOR = (
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+)
 _UNITS = {"ms": " of milliseconds", "bytes": " of bytes", "days": " of days"}
 
 
@@ -26,16 +35,59 @@ def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".
 
     Raises ConfigError, whose message is the one line to show.
     """
+    return _loaded(Config, environ, dotenv)
+
+
+def load_client(
+    environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")
+) -> Client:
+    """Whom the commands call, read as `load` reads. Raises ConfigError."""
+    return _loaded(Client, environ, dotenv)
+
+
+def origins(
+    environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")
+) -> dict[str, str]:
+    """Where the value of each setting that is given comes from, in words, by its name."""
+    written = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    given = os.environ if environ is None else environ
+    found: dict[str, str] = {}
+    for field in Config.model_fields:
+        name = field.upper()
+        for key in (name, f"{name}_FILE") if name in SECRETS else (name,):
+            # As `load` sees it: an empty variable of the environment hides a line of the file.
+            value = given[key] if key in given else written.get(key, "")
+            if value.strip():
+                place = "the environment" if key in given else str(dotenv)
+                found[name] = place if key == name else f"the file of {key}, from {place}"
+    return found
+
+
+def misspelt(dotenv: Path = Path(".env")) -> dict[str, str]:
+    """Names in `.env` that are no setting of ours and nearly one, with that one."""
+    written = _from_dotenv(dotenv) if dotenv.is_file() else {}
+    names = [name.upper() for model in (Config, Client) for name in model.model_fields]
+    known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
+    found: dict[str, str] = {}
+    for name in written.keys() - known.keys():
+        if near := get_close_matches(name.upper(), known, n=1, cutoff=_NEAR):
+            found[name] = near[0]
+    return found
+
+
+def _loaded(
+    model: type[Settings], environ: Mapping[str, str] | None, dotenv: Path | None
+) -> Settings:
     found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
     found |= os.environ if environ is None else environ
     values: dict[str, str] = {}
-    for field in Config.model_fields:
+    for field in model.model_fields:
         name = field.upper()
         raw = _secret(name, found) if name in SECRETS else found.get(name, "")
         if raw.strip():
             values[field] = raw.strip()
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as invalid:
         raise _first(invalid, values) from None
 
@@ -45,6 +97,14 @@ def secret(name: str, dotenv: Path | None = Path(".env")) -> str:
     the file that `<name>_FILE` names; empty where there is none. Raises ConfigError."""
     found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
     return _secret(name, found | os.environ).strip()
+
+
+def names_a_collector(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether OpenTelemetry's own variables say where spans and metrics are to go."""
+    found = os.environ if environ is None else environ
+    if found.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    return any(found.get(name, "").strip() for name in _COLLECTOR)
 
 
 def allowed(field: str) -> str:
@@ -109,6 +169,11 @@ def _first(invalid: ValidationError, values: Mapping[str, str]) -> ConfigError:
     own_words = problem["type"] == "value_error"
     said = str(problem["msg"]).removeprefix("Value error, ")
     return ConfigError(name, value, said if own_words else f"must be {allowed(field)}")
+
+
+def shown(name: str, value: object) -> str:
+    """A setting's value on one line, for people: never a secret, nor what a URL hides."""
+    return "(hidden)" if name in SECRETS else _one_line(str(value))
 
 
 def _one_line(value: str) -> str:

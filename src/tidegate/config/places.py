@@ -140,7 +140,11 @@ class Places(BaseModel):
     @classmethod
     def _folder(cls, value: Path) -> Path:
         folder = value.expanduser()
-        return _sound("data_dir", folder, folder.is_dir() or not folder.exists())
+        try:
+            sound = folder.is_dir() or not folder.exists()
+        except PermissionError:  # in a folder that this user may not look into
+            sound = False
+        return _sound("data_dir", folder, sound)
 
     @field_validator("admin_token")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from tidegate.config import places
+from tidegate.config import client, places
 from tidegate.config.places import GOOGLE_URL, Milliseconds, Places, sound
 from tidegate.errors import ConfigError
 
@@ -22,14 +22,18 @@ DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
 KINDS = tuple(DEFAULT_LIMITS)
 MOST_AT_ONCE = 100_000
 NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL", "GEMINI_API_KEY")
-SECRETS = (*NEEDED_IN_THE_OPEN, "ADMIN_TOKEN", "WEBHOOK_SECRET")
+SECRETS = (*NEEDED_IN_THE_OPEN, "ADMIN_TOKEN", "WEBHOOK_SECRET", "TIDEGATE_API_KEY")
 
-ALLOWED = places.ALLOWED | {
-    "tidegate_policy": "the path of a file that is there",
-    "webhook_secret": "whsec_ and 24 to 64 bytes in base64",
-    "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
-    f" by type ({', '.join(KINDS)})",
-}
+ALLOWED = (
+    places.ALLOWED
+    | client.ALLOWED
+    | {
+        "tidegate_policy": "the path of a file that is there",
+        "webhook_secret": "whsec_ and 24 to 64 bytes in base64",
+        "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
+        f" by type ({', '.join(KINDS)})",
+    }
+)
 # The headings of the documentation, each above the field that it stands before.
 SECTIONS = {
     "database_url": "Where things are",
@@ -38,7 +42,8 @@ SECTIONS = {
     "classifier": "Text or image",
     "max_prompt_chars": "Bounds on what a client may send",
     "max_attempts": "Jobs and the record",
-    "log_format": "Logs",
+    "log_format": "Logs and metrics",
+    "tidegate_url": "The command line",
 }
 
 
@@ -109,6 +114,19 @@ class Config(Places):
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(
         default=100_000_000, description="The largest request that is taken, files included."
     )
+    max_held_bytes: Annotated[int, Field(ge=1)] = Field(
+        default=250_000_000,
+        description="How much of the bodies of native calls one process holds at once, waiting and "
+        "under way, those of up to 64 KB aside; more are refused with 429. A process takes about "
+        "twice as much memory for them. MAX_BODY_BYTES where that is more. Calls that are handed "
+        "in as jobs count while they are taken in (503 where there is no room); of large ones a "
+        "worker holds a third of it for each type of job, and the others wait.",
+    )
+    max_batch_files_bytes: Annotated[int, Field(ge=1)] = Field(
+        default=10_000_000_000,
+        description="How much one tenant may keep in the files that it uploads for batches, until "
+        "it deletes them or RETENTION_DAYS are over. More is refused: see docs/batches.md.",
+    )
     receive_timeout_ms: Milliseconds = Field(
         default=15_000, description="The longest silence of a client while it sends its request."
     )
@@ -162,8 +180,20 @@ class Config(Places):
         description="When the record cannot keep up: block lets requests wait for it, drop "
         "leaves records out and counts them.",
     )
+    leave_ms: Annotated[int, Field(ge=0, le=3_600_000)] = Field(
+        default=1_000,
+        description="How long a process that gets SIGTERM goes on taking requests, while it says "
+        "on /health/ready and on every answer that it leaves, so that balancers and clients with "
+        "kept connections go elsewhere. Ctrl-C does not wait for it.",
+    )
     shutdown_grace_ms: Milliseconds = Field(
-        default=20_000, description="How long running calls may go on after a stop is asked for."
+        default=20_000, description="How long running calls may go on after that."
+    )
+    migrate_at_start: bool = Field(
+        default=True,
+        description="Whether serve and worker bring the database's schema up to date before they "
+        "begin. Where `tidegate migrate` does it, 0 lets them start at once and become ready when "
+        "the schema fits.",
     )
 
     log_format: Literal["auto", "console", "json"] = Field(
@@ -172,6 +202,15 @@ class Config(Places):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The least serious lines that are logged."
     )
+    worker_port: Annotated[int | None, Field(ge=0, le=65_535)] = Field(
+        default=None,
+        description="Where a worker that runs by itself (tidegate worker) is asked how it is, on "
+        "HOST: /health/live and /health/ready for probes, /metrics, /admin/process; 0 takes any "
+        "free port. Not set: nowhere. Those of tidegate up are seen at its API.",
+    )
+
+    tidegate_url: client.Url = None
+    tidegate_api_key: client.Key = None
 
     @field_validator("rate_limits", mode="before")
     @classmethod

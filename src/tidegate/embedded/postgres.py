@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,7 @@ class PostgresServer:
         place.give(self.folder, self._account)
         if not (self._cluster / "PG_VERSION").exists():
             self._create(binaries)
+        self._refuse_another_version(binaries)
         other = self.postmaster()
         if other is not None:
             Running(other.identity).stop(signal.SIGINT)
@@ -150,8 +152,10 @@ class PostgresServer:
         # Backends are session leaders of their own; the postmaster is their parent.
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         pids = [int(word) for word in children.read_text().split()]
-        for pid in [self.pid, *pids]:
-            os.kill(pid, how)
+        os.kill(self.pid, how)
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it has ended since the file was read
+                os.kill(pid, how)
 
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
@@ -166,6 +170,20 @@ class PostgresServer:
     @property
     def _log_path(self) -> Path:
         return self.folder / "postgres.log"
+
+    def _refuse_another_version(self, binaries: Path) -> None:
+        """Raises ServerFailed where another major version made the cluster; it stays as it is."""
+        made = (self._cluster / "PG_VERSION").read_text(encoding="utf-8").strip()
+        said = subprocess.run(
+            [str(binaries / "postgres"), "--version"], capture_output=True, text=True, check=True
+        ).stdout
+        ours = said.split()[2].partition(".")[0]  # "postgres (PostgreSQL) 18.6"
+        if made != ours:
+            raise ServerFailed(
+                f"{self._cluster} was made by PostgreSQL {made}, and the bundled one is {ours}; "
+                'nothing was changed. docs/operating.md, "A data folder of an older PostgreSQL", '
+                "says how to take the data along"
+            )
 
     def _create(self, binaries: Path) -> None:
         # Written beside and renamed, so that a start cut short leaves no half cluster behind.

@@ -9,17 +9,23 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, Caller
 from tidegate.errors import TidegateError
+from tidegate.http.counted import count_answer, route_of
 from tidegate.http.events import abort, disconnected
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.telemetry import FrequentLog, Log, get_logger
 
 _CUT_WITHIN_S = 1.0
+_REDIRECT = 307
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
+# What machines ask all the time: lines at the level `debug`.
+_ROUTINE = ("/health", "/llm/health", "/metrics", "/llm/metrics")
+TRACE_IN_SCOPE = "tidegate.trace"  # the id of the trace that a request is part of, as text
 CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: whoever finds out who asks puts it there
 
 log = get_logger()
@@ -40,7 +46,7 @@ async def _cut(scope: Scope, receive: Receive) -> None:
 
 
 class AccessLog:
-    """ASGI middleware; health checks are logged at debug level."""
+    """ASGI middleware; health checks and scrapes are logged at debug level."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -60,6 +66,8 @@ class AccessLog:
                 for name, value in message["headers"]:
                     if name == _REQUEST_ID:
                         request_id = value.decode()
+                if status == _REDIRECT:
+                    message = {**message, "headers": [_here(one) for one in message["headers"]]}
             await send(message)
 
         try:
@@ -72,21 +80,36 @@ class AccessLog:
             else:
                 await _cut(scope, receive)
         finally:
+            took_s = time.monotonic() - started
+            path = scope["path"]
+            count_answer(scope["app"].state.services.tally, route_of(path), status, took_s)
             fields: dict[str, Any] = {
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": path,
                 "status": status,
-                "took_ms": round((time.monotonic() - started) * 1000, 1),
+                "took_ms": round(took_s * 1000, 1),
                 **({"request_id": request_id} if request_id else {}),
+                **({"trace_id": scope[TRACE_IN_SCOPE]} if TRACE_IN_SCOPE in scope else {}),
                 **who(scope.get(CALLER_IN_SCOPE)),
             }
             # After the answers that are ready to go out: in a burst they would wait for the lines.
             asyncio.get_running_loop().call_soon(say_done, fields)
 
 
+def _here(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    """A slash too much is redirected to a whole URL: of http, where a proxy before us ends TLS, so
+    that a key would be sent in the clear. The path alone leads to the same place."""
+    name, value = header
+    if name != b"location":
+        return header
+    parts = urlsplit(value)
+    own = parts.netloc and not parts.path.startswith(b"//")
+    return (name, urlunsplit((b"", b"", parts.path, parts.query, b""))) if own else header
+
+
 def say_done(fields: dict[str, Any]) -> None:
     """The line of a request that has been answered."""
-    if fields["path"].startswith(("/health", "/llm/health")):
+    if fields["path"].startswith(_ROUTINE):
         log.debug(Log.REQUEST_DONE, **fields)
     else:
         log_request(fields)

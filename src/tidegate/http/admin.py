@@ -16,9 +16,9 @@ from tidegate.errors import ConfigError, InvalidRequest
 from tidegate.http.admin_body import described, read_json
 from tidegate.http.admin_gate import admit_admin
 from tidegate.http.jobs import problem_responses
-from tidegate.http.services import services_of
+from tidegate.http.services import Services, services_of
 from tidegate.policy.control import Control, Overview, ShownPermit
-from tidegate.policy.edits import edit
+from tidegate.policy.edits import Edit, edit
 from tidegate.policy.why import Reason, why
 from tidegate.store.records import PolicyRecord
 
@@ -66,6 +66,12 @@ class Changes(Signed):
 
     set: dict[str, Any] = Field(default_factory=dict, examples=[{"kind:text_only": 5}])
     remove: list[str] = Field(default_factory=list, max_length=10_000)
+    expected: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What keys must be now, or nothing is changed: so nobody overwrites a change "
+        "that they have not seen",
+        examples=[{"kind:text_only": 3}],
+    )
 
 
 class NewPause(Signed):
@@ -94,7 +100,11 @@ class Revoked(BaseModel):
 
 
 def control_of(request: Request) -> Control:
-    services, pool = services_of(request), request.state.pool
+    return control_in(services_of(request), request.state.pool)
+
+
+def control_in(services: Services, pool: str) -> Control:
+    """Of a pool that is there."""
     store = services.store
     return Control(
         services.limiters[pool], services.keepers[pool], store.running_calls, store.tenants
@@ -108,13 +118,13 @@ async def limits(request: Request) -> Overview:
 
 @router.patch(
     "/limits",
-    responses=problem_responses(404),
+    responses=problem_responses(404, 409),
     openapi_extra=described(Changes),
     summary="Change limits, weights, priorities or options of the pool, all at once",
 )
 async def change_limits(request: Request) -> InForceNow:
     changes = await read_json(request, Changes)
-    return await _changed(request, changes, changes.set, changes.remove)
+    return await _changed(request, changes, edit(changes.set, changes.remove, changes.expected))
 
 
 @router.get("/limits/history", summary="What policy was in force since when, and who set it")
@@ -132,7 +142,7 @@ async def history(
 )
 async def set_limit(request: Request, limit_id: LimitId) -> InForceNow:
     new = await read_json(request, NewLimit)
-    return await _changed(request, new, {f"limits.{limit_id}": new.limit}, [])
+    return await _changed(request, new, edit({f"limits.{limit_id}": new.limit}))
 
 
 @router.delete(
@@ -144,7 +154,7 @@ async def remove_limit(
     by: Annotated[str, Query(min_length=1, max_length=100)] = "admin",
     reason: Annotated[str, Query(max_length=500)] = "",
 ) -> InForceNow:
-    return await _changed(request, Signed(by=by, reason=reason), {}, [f"limits.{limit_id}"])
+    return await _changed(request, Signed(by=by, reason=reason), edit({}, [f"limits.{limit_id}"]))
 
 
 @router.post(
@@ -209,12 +219,10 @@ async def estimates(request: Request) -> list[Learned]:
     return list(services_of(request).pipeline.estimates())
 
 
-async def _changed(
-    request: Request, signed: Signed, set_: dict[str, Any], remove: list[str]
-) -> InForceNow:
+async def _changed(request: Request, signed: Signed, change: Edit) -> InForceNow:
     try:
         now = await control_of(request).keeper.change(
-            edit(set_, remove), set_by=signed.by, reason=signed.reason
+            change, set_by=signed.by, reason=signed.reason
         )
     except ConfigError as wrong:
         said = f"{wrong.variable} {wrong.allowed}"

@@ -149,6 +149,19 @@ class Gate:
         self._note_use(one, self._clock())
         return one.caller
 
+    async def vouched(self, prefix: str, has_signed: Callable[[bytes], bool]) -> Caller:
+        """The caller of a request that does not show its key but bears its signature, which
+        `has_signed` tells by the key's digest. Raises Unauthenticated, Forbidden, StoreUnavailable.
+        """
+        _, found = await self._finds.write(prefix)
+        if found is None or not has_signed(found.digest):
+            raise Unauthenticated(_HOW)
+        if (wrong := _wrong_with(found, found.digest)) is not None:
+            raise Unauthenticated(wrong)
+        if found.disabled or Scope.INFER not in found.scopes:
+            raise Forbidden(f"the key tg_{prefix} may not do this any more")
+        return found.caller
+
     def _unasked(self, shown: Shown) -> Caller:
         """Nobody is asked for a key: the header alone says which tenant it is."""
         if shown.tenant is None:

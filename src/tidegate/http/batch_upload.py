@@ -23,7 +23,8 @@ from tidegate.http.multipart import (
 from tidegate.http.spool import Spool
 
 MOST_BYTES = 200_000_000
-FORM_BYTES = MOST_BYTES + 65_536
+OVERHEAD_BYTES = 65_536
+FORM_BYTES = MOST_BYTES + OVERHEAD_BYTES
 _LONGEST_VALUE_BYTES = 200
 _FIELDS = ("purpose", "file")
 

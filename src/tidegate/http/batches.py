@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -20,20 +21,29 @@ from starlette.types import Receive, Scope, Send
 
 from tidegate.call import Caller, new_id
 from tidegate.call import Scope as Right
-from tidegate.errors import AlreadyEnded, InvalidRequest, NotFound, StoreUnavailable, TidegateError
-from tidegate.http.batch_upload import FORM_BYTES, Uploaded, read_upload
+from tidegate.errors import (
+    AlreadyEnded,
+    FilesFull,
+    InvalidRequest,
+    NotFound,
+    StoreUnavailable,
+    TidegateError,
+)
+from tidegate.http.batch_upload import FORM_BYTES, OVERHEAD_BYTES, Uploaded, read_upload
 from tidegate.http.batch_views import batch_view, file_view, page
 from tidegate.http.body import Body
 from tidegate.http.caller import caller_of
 from tidegate.http.dialects import body_of, refusal
+from tidegate.http.idempotency import REPLAYED_HEADER, key_of
 from tidegate.http.services import Services, services_of
 from tidegate.http.spool import Spool
 from tidegate.http.target import check_target
 from tidegate.relay.asked import parsed
 from tidegate.relay.detached import endpoint_named
 from tidegate.relay.paths import Dialect, dialect_of
-from tidegate.store.batches import INPUT, OUTPUT, BatchFile
+from tidegate.store.batches import INPUT, OUTPUT, Batch, BatchFile
 from tidegate.store.blobs import new_key
+from tidegate.store.records import Idempotency
 
 _PATH = re.compile(r"/v1/(?P<room>files|batches)(?:/(?P<id>[\w-]{1,80})(?:/(?P<do>\w+))?)?/?")
 _FILE_ID = re.compile(r"file-(?P<hex>[0-9a-f]{32})")
@@ -108,10 +118,11 @@ def _json(value: Any) -> Response:
 
 
 async def _upload(asking: Asking) -> Response:
-    services = asking.services
-    uploaded = Uploaded(Spool(services.config.data_dir / "tmp"))
+    services, config = asking.services, asking.services.config
+    uploaded = Uploaded(Spool(config.data_dir / "tmp"))
     try:
-        body = Body(asking.request, services.config, max_bytes=FORM_BYTES)
+        body = Body(asking.request, config, max_bytes=FORM_BYTES)
+        await _check_room(asking)
         await read_upload(body, asking.request.headers.get("content-type", ""), uploaded)
         if uploaded.values.get("purpose") != INPUT:
             raise InvalidRequest("purpose", "only files of batches are kept here", allowed=INPUT)
@@ -129,10 +140,31 @@ async def _upload(asking: Asking) -> Response:
             await services.blobs.put(file.blob_key, uploaded.spool.data)
         else:
             await services.blobs.put_file(file.blob_key, uploaded.spool.path)
-        await services.store.batches.add_file(file)
+        try:
+            await services.store.batches.add_file(file, config.max_batch_files_bytes)
+        except FilesFull:
+            await _delete_blob(services, file.blob_key)
+            raise
     finally:
         await uploaded.spool.close()
     return _json(file_view(file))
+
+
+async def _check_room(asking: Asking) -> None:
+    """Before anything is read: whether a file as large as the form says could be kept. Raises
+    FilesFull."""
+    announced = int(asking.request.headers.get("content-length", "0"))
+    least_bytes = max(0, announced - OVERHEAD_BYTES)
+    batches, most_bytes = (
+        asking.services.store.batches,
+        asking.services.config.max_batch_files_bytes,
+    )
+    await batches.check_room(asking.tenant, least_bytes, most_bytes)
+
+
+async def _delete_blob(services: Services, key: str) -> None:
+    with suppress(StoreUnavailable):  # else it goes with the other orphans
+        await services.blobs.delete([key])
 
 
 async def _files(asking: Asking) -> Response:
@@ -172,8 +204,7 @@ async def _delete(asking: Asking) -> Response:
     store = asking.services.store
     key = await store.batches.delete_file(_id(asking.id, _FILE_ID), asking.tenant)
     if key is not None:
-        with suppress(StoreUnavailable):  # else it goes with the other orphans
-            await asking.services.blobs.delete([key])
+        await _delete_blob(asking.services, key)
     return _json({"id": asking.id, "object": "file", "deleted": True})
 
 
@@ -191,10 +222,55 @@ async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 
 async def _create(asking: Asking) -> Response:
-    services = asking.services
-    await services.budgets.let_in(asking.caller)
+    services, batches = asking.services, asking.services.store.batches
+    key = key_of(asking.request)
+    if key is None:
+        await services.budgets.let_in(asking.caller)
     body = Body(asking.request, services.config)
-    values = parsed(await body.read(_CREATE_BYTES, field="body"))
+    order = _order(parsed(await body.read(_CREATE_BYTES, field="body")))
+    once = None if key is None else Idempotency(key, order.digest)
+    if once is not None:
+        # Before all that a repeat may be without: a budget, room in the queue, its file.
+        if (earlier := await batches.earlier(asking.tenant, once)) is not None:
+            return _replayed(earlier)
+        await services.budgets.let_in(asking.caller)
+    file = await batches.file(order.file_id, asking.tenant)
+    if file.purpose == OUTPUT:
+        raise InvalidRequest("input_file_id", "this is what a batch gave", allowed="an input file")
+    batch_id = new_id()
+    room = services.store.queued.room(asking.caller, jobs=file.lines, size_bytes=file.size_bytes)
+    async with room:
+        batch = await batches.add(
+            batch_id, asking.caller, file, order.endpoint, order.metadata, once
+        )
+    return _json(batch_view(batch)) if batch.batch_id == batch_id else _replayed(batch)
+
+
+def _replayed(batch: Batch) -> Response:
+    answer = _json(batch_view(batch))
+    answer.headers[REPLAYED_HEADER] = "true"
+    return answer
+
+
+class _Order(NamedTuple):
+    """The batch that is wanted."""
+
+    file_id: UUID
+    endpoint: str
+    metadata: dict[str, str] | None
+
+    @property
+    def digest(self) -> str:
+        """Of all that is asked for, however it was written. No native call has the same."""
+        asked = orjson.dumps(
+            ["/v1/batches", self.file_id.hex, self.endpoint, self.metadata],
+            option=orjson.OPT_SORT_KEYS,
+        )
+        return sha256(asked).hexdigest()
+
+
+def _order(values: dict[str, Any]) -> _Order:
+    """Raises InvalidRequest, and NotFound for a file that can't be."""
     for name in values:
         if name not in _CREATE_FIELDS:
             shown = ascii(name[:64])
@@ -211,13 +287,7 @@ async def _create(asking: Asking) -> Response:
     given = values.get("input_file_id")
     if not isinstance(given, str):
         raise InvalidRequest("input_file_id", "input_file_id is missing", allowed="file-...")
-    file = await services.store.batches.file(_id(given, _FILE_ID), asking.tenant)
-    if file.purpose == OUTPUT:
-        raise InvalidRequest("input_file_id", "this is what a batch gave", allowed="an input file")
-    room = services.store.queued.room(asking.caller, jobs=file.lines, size_bytes=file.size_bytes)
-    async with room:
-        batch = await services.store.batches.add(new_id(), asking.caller, file, path, metadata)
-    return _json(batch_view(batch))
+    return _Order(_id(given, _FILE_ID), path, metadata)
 
 
 async def _batches(asking: Asking) -> Response:

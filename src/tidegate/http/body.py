@@ -14,8 +14,10 @@ from starlette.requests import ClientDisconnect, Request
 
 from tidegate.config import Config
 from tidegate.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
+from tidegate.http.incoming import Hold
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_WITH_ITS_HEAD_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +79,16 @@ class Body:
                 return piece
         return None
 
-    async def read(self, max_bytes: int, *, field: str) -> bytes:
-        """The whole body. Raises PayloadTooLarge, naming `field`, at the first piece over."""
+    async def read(self, max_bytes: int, *, field: str, hold: Hold | None = None) -> bytes:
+        """The whole body, counted in `hold` once it is more than comes with a head. Raises
+        PayloadTooLarge, naming `field`, at the first piece over, and QueueFull for the hold."""
         whole = bytearray()
         while (piece := await self.next()) is not None:
             whole += piece
             if len(whole) > max_bytes:
-                raise PayloadTooLarge(
-                    field,
-                    f"the body is longer than {max_bytes} bytes",
-                    allowed=f"at most {max_bytes} bytes of this content type",
-                )
+                raise too_long(field, max_bytes)
+            if hold is not None and len(whole) > _WITH_ITS_HEAD_BYTES:
+                hold.reach(len(whole))
         return bytes(whole)
 
     def _patience_s(self) -> float:
@@ -101,3 +102,11 @@ class Body:
             f"the request is larger than {self._max_bytes} bytes",
             allowed=f"at most {self._max_bytes} bytes in all",
         )
+
+
+def too_long(field: str, max_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        field,
+        f"the body is longer than {max_bytes} bytes",
+        allowed=f"at most {max_bytes} bytes of this content type",
+    )

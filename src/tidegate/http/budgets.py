@@ -58,8 +58,13 @@ class BudgetGate:
 
     async def let_in(self, caller: Caller) -> None:
         """Raises BudgetExceeded, or StoreUnavailable where what was spent is not known at all."""
+        if (spent := await self.spent(caller)) is not None:
+            raise spent
+
+    async def spent(self, caller: Caller) -> BudgetExceeded | None:
+        """Why the caller may not ask for anything new. Raises StoreUnavailable."""
         if caller.budgets is NO_BUDGETS:
-            return
+            return None
         now = self._now()
         watched = self._watched.get(caller.tenant_id)
         if watched is None or watched.day != now.date():
@@ -74,7 +79,8 @@ class BudgetGate:
             ("budget_month_tokens", budgets.month_tokens, spent.month_tokens + tokens),
         ):
             if most is not None and used >= most:
-                raise _exceeded(caller.tenant_id, limit, most, used, now)
+                return _exceeded(caller.tenant_id, limit, most, used, now)
+        return None
 
     def note(self, caller: Caller, request_id: UUID, charge: Charge) -> None:
         """What a call of this process is charged, until it is in the totals."""

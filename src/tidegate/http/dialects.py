@@ -79,6 +79,12 @@ def event(dialect: Dialect, error: errors.TidegateError) -> bytes:
     return b"%bdata: %b\n\n" % (name, body)
 
 
+def comfort(dialect: Dialect) -> bytes:
+    """What says in a stream of events that we are still there: a comment. Google's SDK takes one
+    for an answer that is not JSON, but passes over empty lines."""
+    return b"\n\n" if dialect is Dialect.GEMINI else b": waiting for admission\n\n"
+
+
 def body_of(
     dialect: Dialect, error: errors.TidegateError, status: int, after_ms: int | None
 ) -> dict[str, Any]:
@@ -87,18 +93,26 @@ def body_of(
         return {"error": _google(error, status, after_ms)}
     if dialect is Dialect.ANTHROPIC:
         kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": error.message}}
+        return {"type": "error", "error": {"type": kind, "message": message_of(error)}}
     kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
     if isinstance(error, errors.BudgetExceeded):
         kind = _SPENT
     limit = getattr(error, "limit", None)
     said: dict[str, Any] = {
-        "message": error.message,
+        "message": message_of(error),
         "type": kind,
         "param": getattr(error, "field", None),
         "code": _code(error),
     }
     return {"error": said | ({"limit": limit} if limit else {})}
+
+
+def message_of(error: errors.TidegateError) -> str:
+    """What is wrong, and what would be right: no dialect has a place of its own for that."""
+    allowed = getattr(error, "allowed", None)
+    if not allowed or allowed in error.message:
+        return error.message
+    return f"{error.message}; allowed: {allowed}"
 
 
 def _code(error: errors.TidegateError) -> str:
@@ -119,12 +133,12 @@ def _google(error: errors.TidegateError, status: int, after_ms: int | None) -> d
         details.append({"@type": _RETRY_INFO, "retryDelay": f"{after_ms / 1000:g}s"})
     field = getattr(error, "field", None)
     if field is not None:
-        violation = {"field": field, "description": error.message}
+        violation = {"field": field, "description": message_of(error)}
         details.append({"@type": _BAD_REQUEST, "fieldViolations": [violation]})
     fallback = "INTERNAL" if status >= 500 else "INVALID_ARGUMENT"
     return {
         "code": status,
-        "message": error.message,
+        "message": message_of(error),
         "status": _GOOGLE.get(status, fallback),
         "details": details,
     }

@@ -88,6 +88,10 @@ class EventWriter:
         """A comment, for proxies that cut what is silent."""
         await self._body(b": keep-alive\n\n", more=True)
 
+    async def encoded(self, events: bytes) -> None:
+        """Events that are encoded already, for many who get the same."""
+        await self._body(events, more=True)
+
     async def end(self) -> None:
         await self._body(b"", more=False)
 

@@ -22,17 +22,21 @@ from starlette.requests import Request
 from tidegate.call import Attachment, Kind, new_id
 from tidegate.config import Config
 from tidegate.errors import InvalidRequest, StoreUnavailable, UnsupportedMedia
-from tidegate.http.body import Body, Pace
+from tidegate.http.body import Body, Pace, too_long
 from tidegate.http.fields import FIELDS, Fields, from_form, read_fields
+from tidegate.http.incoming import Hold
 from tidegate.http.multipart import Form, MultipartReader, Upload, boundary_of
 from tidegate.providers.addresses import Address, is_public
+from tidegate.relay.asked import check_parts
 from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.records import NewJob
 
 CONTENT_TYPES = (
     "application/json, multipart/form-data (for files) or application/x-www-form-urlencoded"
 )
 CLEAN_UP_S = 10.0
 _CONTENT_TYPES_KEPT = 64
+_PARSED_AT_ONCE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,14 @@ class Submission:
     endpoint: str | None = None  # of a native call; `prompt` is then its body, as JSON
 
 
-Wrapped = Callable[[Mapping[str, Any], Config], Submission]
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """How JSON that names an `endpoint` is taken: `most_bytes` of it, read by `take`. It counts in
+    `hold` from its arrival on, until the caller gives that back."""
+
+    take: Callable[[Mapping[str, Any], Config], Submission]
+    most_bytes: int
+    hold: Hold
 
 
 async def read_submission(
@@ -64,16 +75,17 @@ async def read_submission(
     pace: Pace | None = None,
     as_job: bool = False,
     digests: bool = False,
-    wrapped: Wrapped | None = None,
+    wrapping: Wrapping | None = None,
 ) -> Submission:
     """Read, check and keep one request.
 
     `as_job`: whether it is one that others may be told the end of. `digests`: whether to take those
-    of its files. `wrapped` reads a JSON body that names an `endpoint`.
+    of its files. `wrapping`: where a JSON body may name an `endpoint`.
 
     The files of the Submission are in `blobs`; a caller that does not go on to record it deletes
     them. Raises InvalidRequest, PayloadTooLarge, UnsupportedMedia, FetchRefused, RequestTimeout,
-    StoreUnavailable, or starlette's ClientDisconnect. A cancelled read leaves nothing behind.
+    StoreUnavailable, QueueFull, or starlette's ClientDisconnect. A cancelled read leaves nothing
+    behind.
     """
     kind = _encoding(request)
     body = Body(request, config, pace=pace)
@@ -84,9 +96,10 @@ async def read_submission(
             await MultipartReader(boundary, config, config.data_dir / "tmp").read(body, form)
             values = from_form(form.values)
         elif kind == "json":
-            values = _parse_json(await body.read(_text_body_bytes(config), field="body"))
-            if wrapped is not None and "endpoint" in values:
-                return wrapped(values, config)
+            found = await _from_json(body, config, wrapping)
+            if isinstance(found, Submission):
+                return found
+            values = found
         else:
             values = from_form(
                 _parse_pairs(await body.read(_text_body_bytes(config), field="body"))
@@ -105,6 +118,34 @@ async def read_submission(
     finally:
         if kind == "multipart":
             await _to_the_end(form.close())
+
+
+async def _from_json(
+    body: Body, config: Config, wrapping: Wrapping | None
+) -> dict[str, Any] | Submission:
+    """The values of a prompt, or what wraps a call."""
+    text_bytes = _text_body_bytes(config)
+    if wrapping is None:
+        return _parse_json(await body.read(text_bytes, field="body"))
+    most_bytes = max(text_bytes, wrapping.most_bytes)
+    raw = await body.read(most_bytes, field="body", hold=wrapping.hold)
+    if len(raw) <= _PARSED_AT_ONCE_BYTES:
+        return _read_json(raw, config, wrapping.take)
+    async with wrapping.hold.turn:
+        found = await asyncio.to_thread(_read_json, raw, config, wrapping.take)
+    if isinstance(found, Submission):
+        wrapping.hold.reach(len(found.prompt))  # what is held from here on
+    elif len(raw) > text_bytes:
+        raise too_long("body", text_bytes)
+    return found
+
+
+def _read_json(
+    raw: bytes, config: Config, take: Callable[[Mapping[str, Any], Config], Submission]
+) -> dict[str, Any] | Submission:
+    check_parts(raw)
+    values = _parse_json(raw)
+    return take(values, config) if "endpoint" in values else values
 
 
 def _submission(
@@ -234,9 +275,9 @@ def _parse_pairs(raw: bytes) -> dict[str, str]:
     return values
 
 
-async def discard(submission: Submission, blobs: Blobs) -> None:
-    """Delete the files of a submission that will not be recorded. Not cut off by cancellation."""
-    keys = [attachment.blob_key for attachment in submission.attachments]
+async def discard(asked: Submission | NewJob, blobs: Blobs) -> None:
+    """Delete the files of what will not be recorded. Not cut off by cancellation."""
+    keys = [attachment.blob_key for attachment in asked.attachments]
     if keys:
         await _to_the_end(blobs.delete(keys))
 

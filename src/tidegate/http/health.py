@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from tidegate.errors import TidegateError
 from tidegate.http.services import services_of
 
+UNFIT = "the database's schema does not fit this version, or was never seen"
 _DEADLINE_MS = 2_000
 
 router = APIRouter(prefix="/health", tags=["health"])
@@ -42,7 +43,8 @@ class Dependency(BaseModel):
 
 class UpstreamHealth(BaseModel):
     """How native calls of this process find an upstream: `ok`, `out` after some faults in a row, or
-    `trying` again. `key_refused`: it takes our key for wrong. `detail` is the last fault."""
+    `trying` again. `key_refused`: it takes our key for wrong. `detail` is the last fault,
+    without the provider's own words: they may be about somebody's request."""
 
     status: Literal["ok", "out", "trying"]
     key_refused: bool = False
@@ -53,6 +55,7 @@ class Dependencies(BaseModel):
     status: Literal["ok", "failed"]
     valkey: Dependency
     postgresql: Dependency
+    blobs: Dependency
     limiter: str
     upstreams: dict[str, UpstreamHealth]
 
@@ -74,8 +77,15 @@ async def ready(request: Request) -> JSONResponse:
     reason = None
     if services.draining.is_set():
         reason = "draining"
+    elif services.leaving.is_set():
+        reason = "leaving"
     elif not await services.store.schema_fits():
-        reason = "the database's schema does not fit this version, or was never seen"
+        reason = UNFIT
+    return readiness(reason)
+
+
+def readiness(reason: str | None) -> JSONResponse:
+    """Ready, unless there is a reason why not."""
     body = Readiness(status="not_ready" if reason else "ready", reason=reason)
     return JSONResponse(body.model_dump(exclude_none=True), 503 if reason else 200)
 
@@ -84,22 +94,25 @@ async def ready(request: Request) -> JSONResponse:
     "/dependencies",
     response_model=Dependencies,
     responses={503: {"model": Dependencies}},
-    summary="Valkey and PostgreSQL, asked now, with a deadline",
+    summary="Valkey, PostgreSQL and the store of files, asked now, with a deadline",
 )
 async def dependencies(request: Request) -> JSONResponse:
     services = services_of(request)
-    valkey, postgresql = await asyncio.gather(
-        _probe(services.limiter.ping(_DEADLINE_MS)), _probe(services.store.ping(_DEADLINE_MS))
+    valkey, postgresql, blobs = await asyncio.gather(
+        probe(services.limiter.ping(_DEADLINE_MS)),
+        probe(services.store.ping(_DEADLINE_MS)),
+        probe(services.blobs.ping()),
     )
-    failed = "failed" in (valkey.status, postgresql.status)
+    failed = "failed" in (valkey.status, postgresql.status, blobs.status)
     body = Dependencies(
         status="failed" if failed else "ok",
         valkey=valkey,
         postgresql=postgresql,
+        blobs=blobs,
         limiter=services.limiter.local_state().state,
         upstreams={
             name: UpstreamHealth(
-                status=health.state, key_refused=health.key_dead, detail=health.why or None
+                status=health.state, key_refused=health.key_dead, detail=health.in_short or None
             )
             for name, health in services.relay.health.items()
         },
@@ -107,15 +120,16 @@ async def dependencies(request: Request) -> JSONResponse:
     return JSONResponse(body.model_dump(), 503 if failed else 200)
 
 
-async def _probe(ping: Awaitable[None]) -> Dependency:
+async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Dependency:
+    """Whether it answers in time, and what is wrong where it does not."""
     started = time.monotonic()
     detail = None
     try:
-        async with asyncio.timeout(_DEADLINE_MS / 1000):
+        async with asyncio.timeout(deadline_ms / 1000):
             await ping
     except TidegateError as error:
         detail = error.message
     except TimeoutError:
-        detail = f"no answer within {_DEADLINE_MS} ms"
+        detail = f"no answer within {deadline_ms} ms"
     took_ms = round((time.monotonic() - started) * 1000, 1)
     return Dependency(status="failed" if detail else "ok", took_ms=took_ms, detail=detail)

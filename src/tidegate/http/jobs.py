@@ -23,18 +23,23 @@ from tidegate.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
+from tidegate.http.access import TRACE_IN_SCOPE
 from tidegate.http.caller import Reader, caller_of, check_models, payer_of
+from tidegate.http.charged import charged_view
 from tidegate.http.following import until_changed
-from tidegate.http.forms import Submission, discard, read_submission
+from tidegate.http.forms import Submission, Wrapping, discard, read_submission
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
 from tidegate.http.live import LIVE, live_status, wants_events
 from tidegate.http.problems import REQUEST_ID_HEADER, Problem
 from tidegate.http.services import Services, services_of
-from tidegate.http.views import Accepted, StatusView, accepted, status_view
-from tidegate.http.wrapped import wrapped_submission
+from tidegate.http.views import Accepted, StatusView, accepted
+from tidegate.http.wrapped import body_apart, wrapped_submission
 from tidegate.pipeline import Ask
+from tidegate.relay.detached import LONGEST_BYTES
 from tidegate.relay.paths import dialect_of
-from tidegate.store.records import Earlier, NewJob
+from tidegate.store.blobs import Blobs
+from tidegate.store.records import Earlier, FileRecord, NewJob
+from tidegate.tracing import Parent, parent_in
 
 _MAX_WAIT_S = 60
 _EXTENSIONS = {
@@ -91,7 +96,7 @@ _WRAPPED: dict[str, Any] = {
         "type": "string",
         "description": "A native path, such as /v1/chat/completions, instead of a prompt",
     },
-    "body": {"type": "object", "description": "What goes to `endpoint`"},
+    "body": {"type": "object", "description": "What goes to `endpoint`; 20 MB at most"},
 }
 _EXAMPLES = {
     "text": {"value": {"data": "Explain the importance of cybersecurity."}},
@@ -154,54 +159,61 @@ async def submit(request: Request) -> Response:
     services = services_of(request)
     received = datetime.now(UTC)
     key = key_of(request)
-    caller = await payer_of(request)
-    submission = await read_submission(
-        request,
-        services.config,
-        services.blobs,
-        as_job=True,
-        digests=key is not None,
-        wrapped=wrapped_submission,
-    )
-    job = _new_job(submission, services, received, caller, key)
-    taken = await _submitted(job, submission, services, caller)
+    # What is known under a key may be told to who has nothing left to spend.
+    caller = await (payer_of(request) if key is None else caller_of(request))
+    hold = services.hold()
+    try:
+        submission = await read_submission(
+            request,
+            services.config,
+            services.blobs,
+            as_job=True,
+            digests=key is not None,
+            wrapping=Wrapping(wrapped_submission, LONGEST_BYTES, hold),
+        )
+        parent = parent_in(request.scope["headers"])
+        job = _new_job(submission, services, received, caller, key, parent)
+        if (trail := services.relay.tracing.trail(job.request_id, parent)) is not None:
+            request.scope[TRACE_IN_SCOPE] = trail.trace
+        taken = await _submitted(job, services, caller)
+    finally:
+        hold.give_back()
     body = accepted(taken, prefix_of(request)).model_dump_json()
     headers = {REQUEST_ID_HEADER: str(taken.request_id)}
-    if taken is not job:
+    if isinstance(taken, Earlier):
         headers[REPLAYED_HEADER] = "true"
     return Response(body, 202, headers, media_type="application/json")
 
 
-async def _submitted(
-    job: NewJob, submission: Submission, services: Services, caller: Caller
-) -> NewJob | Earlier:
+async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob | Earlier:
     """The job, once it is committed, or the one that was before it under the same key."""
     try:
         check_models(caller, job.model, job.classification, services.config)
         earlier = await services.store.earlier(job)
         if earlier is None:
-            room = services.store.queued.room(caller, jobs=1, size_bytes=_size_of(submission))
-            async with room:
+            await services.budgets.let_in(caller)
+            async with services.store.queued.room(caller, jobs=1, size_bytes=_size_of(job)):
+                job = await body_apart(job, services.blobs)
                 earlier = await services.store.submit(job)
     except (Forbidden, IdempotencyConflict, QuotaExceeded):
-        await _forget(submission, services)
+        await _forget(job, services)
         raise
     if earlier is None:
         return job
-    await _forget(submission, services)
+    await _forget(job, services)
     return earlier
 
 
-async def _forget(submission: Submission, services: Services) -> None:
+async def _forget(job: NewJob, services: Services) -> None:
     # What is left behind while the blob store is away goes with the other orphans.
     with suppress(StoreUnavailable):
-        await discard(submission, services.blobs)
+        await discard(job, services.blobs)
 
 
-def _size_of(submission: Submission) -> int:
-    """What a submission adds to the bytes of a tenant's queue, as the store counts them."""
-    files = sum(attachment.size_bytes for attachment in submission.attachments)
-    return len(submission.prompt.encode("utf-8", "replace")) + files
+def _size_of(job: NewJob) -> int:
+    """What a job adds to the bytes of a tenant's queue, as the store counts them."""
+    files = sum(attachment.size_bytes for attachment in job.attachments)
+    return len(job.prompt.encode("utf-8", "replace")) + files
 
 
 def _new_job(
@@ -210,6 +222,7 @@ def _new_job(
     received: datetime,
     caller: Caller,
     key: str | None,
+    parent: Parent | None,
 ) -> NewJob:
     deadline_ms = submission.deadline_ms or services.config.job_deadline_ms
     return NewJob(
@@ -227,6 +240,7 @@ def _new_job(
         webhook_url=submission.webhook_url,
         subject=submission.subject,
         endpoint=submission.endpoint,
+        traceparent=None if parent is None else parent.text,
     )
 
 
@@ -266,7 +280,7 @@ async def status(
         with services.openings.long_poll(caller):
             record = await until_changed(request, services, record, wait)
         await caller_of(request, Scope.READ)  # the key may have been revoked meanwhile
-    return status_view(record, prefix_of(request))
+    return await charged_view(services, record, prefix_of(request))
 
 
 @router.get(
@@ -279,8 +293,14 @@ async def status(
 async def file(request: Request, file_id: UUID, caller: Reader) -> Response:
     """Pictures may be shown in a page; everything else is offered for download."""
     services = services_of(request)
-    record = await services.store.file(file_id, caller.tenant_id)
-    pieces = services.blobs.stream(record.blob_key)
+    return await file_response(await services.store.file(file_id, caller.tenant_id), services.blobs)
+
+
+async def file_response(record: FileRecord, blobs: Blobs) -> Response:
+    """The bytes of a file, in a way that no browser runs anything in it. Raises NotFound,
+    StoreUnavailable."""
+    file_id = record.file_id
+    pieces = blobs.stream(record.blob_key)
     try:
         # Before the head goes out: a blob that is gone must not become a broken 200.
         first = await anext(pieces, b"")

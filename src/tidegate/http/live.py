@@ -29,10 +29,10 @@ from tidegate.errors import (
     TooManyFollowers,
 )
 from tidegate.http.caller import caller_of
+from tidegate.http.charged import charged_view
 from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.http.services import Services
-from tidegate.http.views import status_view
 from tidegate.store.records import RequestRecord
 
 MEDIA_TYPE = "text/event-stream"
@@ -136,8 +136,9 @@ class LiveStatus(Response):
         while True:
             record = self._record
             if record.version != self._seen:
-                view = status_view(record, self._prefix).model_dump_json(exclude_none=True)
-                await writer.status("status", view.encode(), str(record.version))
+                view = await charged_view(self._services, record, self._prefix)
+                told = view.model_dump_json(exclude_none=True).encode()
+                await writer.status("status", told, str(record.version))
                 self._seen, self._written_at = record.version, time.monotonic()
             if record.status.is_end:
                 last = {"request_id": str(record.request_id), "status": record.status}

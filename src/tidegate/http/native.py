@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
@@ -20,28 +21,31 @@ from tidegate.errors import (
     NotFound,
     RequestTimeout,
     ShuttingDown,
-    StoreUnavailable,
     TidegateError,
     UnsupportedMedia,
     UpstreamUnauthorized,
 )
 from tidegate.http.access import log_request, who
-from tidegate.http.dialects import event, refusal
+from tidegate.http.counted import NATIVE, count_answer
+from tidegate.http.dialects import comfort, event, refusal
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import Presence, abort
-from tidegate.http.incoming import ClientGone, Incoming, check_size
+from tidegate.http.incoming import ClientGone, Incoming, check_announced, check_size
 from tidegate.http.native_call import call_of, is_coded
-from tidegate.http.once import Once, wanted_of
+from tidegate.http.once import Once, check_known, shows_key, wanted_of
 from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER
+from tidegate.http.refused import note_native
 from tidegate.http.services import Services
+from tidegate.http.upload_pass import let_in, own_urls
 from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import Headers, content_type_in
 from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of, posted_to
+from tidegate.relay.record import record_of
+from tidegate.relay.under_way import look_at
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
 from tidegate.store.records import Failure, Idempotency
-from tidegate.store.relayed import RelayRecord
 from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
 
@@ -66,9 +70,10 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
-            await front.refuse(NotFound(f"there is no {method} {path}"))
+            await front.refuse_unheard(NotFound(f"there is no {method} {path}"), None)
         elif is_coded(headers) and endpoint.operation is not Operation.UPLOAD:
-            await front.refuse(UnsupportedMedia("Content-Encoding", _CODED, allowed="identity"))
+            coded = UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
+            await front.refuse_unheard(coded, endpoint)
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged here, and nowhere else
@@ -122,13 +127,18 @@ class _Front(Out):
             await self._answer(endpoint)
         finally:
             self._services.streams.discard(self._task)
+            if self._incoming is not None:
+                self._incoming.give_back()
 
     async def _answer(self, endpoint: Endpoint) -> None:
         uploads = endpoint.operation is Operation.UPLOAD
         try:
-            await self._identify()
+            await self._identify(endpoint)
+            spent = None
             if endpoint.is_counted and self._caller.budgets is not NO_BUDGETS:
-                await self._services.budgets.let_in(self._caller)
+                spent = await self._services.budgets.spent(self._caller)
+            if spent is not None and not shows_key(self._scope["headers"]):
+                raise spent
             body = b"" if uploads else await self._whole_body()
             call = call_of(
                 self._scope,
@@ -138,37 +148,46 @@ class _Front(Out):
                 request_id=self._request_id,
                 received=(self._received, self._received_at),
                 usual_wait_ms=self._services.config.stream_wait_ms,
+                tracing=self._services.relay.tracing,
             )
-            opening = self._opening(call)
+            if spent is not None:
+                keys = self._services.store.native_keys
+                await check_known(keys, call, self._scope["headers"], spent)
             if not endpoint.is_counted:
                 check_files(call)
             if self._services.store.relayed.is_full:
-                await self._room(call)
+                await self._services.store.relayed.room_within(call.left_ms())
+            opening = self._opening(call)
         except TidegateError as error:
-            await self.refuse(error)
+            await self.refuse_unheard(error, endpoint)
             return
         except ClientGone:
             return
+        look = partial(look_at, call, self._life, self._scope["path"])
+        self._services.under_way.enter(self, look)
         presence = Presence(self._scope, _never if uploads else self._receive, self._task)
         comfort = self._comforting(endpoint)
         try:
             status, failure = await self._run(call, presence)
         finally:
+            self._services.under_way.leave(self)
             if comfort is not None:
                 comfort.cancel()
             if opening is not None:
                 opening.close()
             await presence.end()
-        if self._to_keep is not None:  # not before: a client may go as soon as it has its answer
-            await self._to_keep.ended(self._life, content_type_in(self._headers) or "")
         if not self._recorded:
             self._record(call, status, failure)
+        if self._to_keep is not None:  # not before: a client may go as soon as it has its answer
+            await self._to_keep.ended(self._life, content_type_in(self._headers) or "")
 
     async def _whole_body(self) -> bytes:
-        most_bytes = self._services.config.max_body_bytes
+        config = self._services.config
+        most_bytes = config.max_body_bytes
         body = None if self._direct is None else self._direct.take_body()
         if body is None:
-            return await self._arriving().whole(most_bytes)
+            check_announced(self._scope["headers"], most_bytes)
+            return await self._arriving().whole(most_bytes, self._services.hold())
         check_size(len(body), most_bytes)
         return body
 
@@ -177,20 +196,17 @@ class _Front(Out):
         self._incoming = Incoming(self._receive, self._task, silence_s)
         return self._incoming
 
-    async def _room(self, call: NativeCall) -> None:
-        """Wait until the record can keep up again; no longer than for anything else."""
-        try:
-            async with asyncio.timeout(max(0, call.left_ms()) / 1000):
-                await self._services.store.relayed.room()
-        except TimeoutError:
-            raise StoreUnavailable("the record cannot keep up") from None
-
-    async def _identify(self) -> None:
+    async def _identify(self, endpoint: Endpoint) -> None:
         """Find out who asks; nothing of the body is read before."""
         gate = self._services.gate
         headers, query = self._scope["headers"], self._scope["query_string"]
         caller = gate.known(headers, query)
+        if caller is None and endpoint.operation is Operation.UPLOAD:
+            caller = await let_in(gate, self._scope, self._upload_secret(endpoint))
         self._caller = await gate.identify(headers, query) if caller is None else caller
+
+    def _upload_secret(self, endpoint: Endpoint) -> str:
+        return self._services.relay.first_of(endpoint.dialect).upstream.key
 
     def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
@@ -219,9 +235,8 @@ class _Front(Out):
         except asyncio.CancelledError:
             # Ours, because the client left; or the server's, which stops.
             self._task.uncancel()
-            if (
-                self._incoming is not None and self._incoming.is_slow
-            ):  # an upload, which is read by the one who sends it on
+            # An upload is read by the one who sends it on.
+            if self._incoming is not None and self._incoming.is_slow:
                 slow = RequestTimeout("the request's body arrives too slowly")
                 await self.tell(slow)
                 return Status.FAILED, Failure.of(slow)
@@ -232,7 +247,7 @@ class _Front(Out):
             return Status.FAILED, Failure.of(stopping)
 
     async def _once(self, call: NativeCall, wanted: Idempotency) -> None:
-        """Under an idempotency key."""
+        """Under an idempotency key. A new call where the one that it waited for has failed."""
         once = Once(self._services.store.native_keys, call, wanted)
         given = await once.given_before(self._services.config.total_timeout_ms)
         if given is not None:
@@ -240,6 +255,7 @@ class _Front(Out):
             await once.replay(given, self)
             return
         try:
+            await self._services.budgets.let_in(call.caller)
             await self._services.relay.run(call, self, self._life)
         except BaseException:
             await asyncio.shield(once.failed())
@@ -247,10 +263,9 @@ class _Front(Out):
         self._to_keep = once
 
     async def _upload(self, call: NativeCall) -> None:
-        host = next((value for name, value in self._scope["headers"] if name == b"host"), b"")
-        own_url = f"{self._scope['scheme']}://{host.decode('latin-1')}"
+        own = own_urls(self._scope, self._upload_secret(call.endpoint))
         pieces = self._arriving().pieces(MAX_BYTES)
-        await upload(self._services.relay, call, pieces, own_url, self, self._life)
+        await upload(self._services.relay, call, pieces, own, self, self._life)
 
     def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:
         """What keeps the connection of a stream alive while it waits, where that is wanted."""
@@ -262,7 +277,7 @@ class _Front(Out):
         return asyncio.create_task(self._comfort(after_ms / 1000))
 
     async def _comfort(self, every_s: float) -> None:
-        """Comments, which clients pass over. From the first one on the answer is a 200: what goes
+        """Bytes that clients pass over. From the first one on the answer is a 200: what goes
         wrong then is told as an event."""
         while True:
             await asyncio.sleep(every_s)
@@ -271,7 +286,7 @@ class _Front(Out):
             if not self._head_sent:
                 headers = [(_TYPE, b"text/event-stream"), (b"cache-control", b"no-store")]
                 await self._send_head(200, headers)
-            await self.body(b": waiting for admission\n\n", True)
+            await self.body(comfort(self._dialect), True)
 
     def _with_id(self, headers: Headers) -> Headers:
         self._id_text = str(self._request_id)
@@ -341,51 +356,35 @@ class _Front(Out):
             abort(self._scope)
 
     def say_done(self) -> None:
-        took_ms = (time.monotonic() - self._received) * 1000
+        took_s = time.monotonic() - self._received
+        count_answer(self._services.tally, NATIVE, self._life.http_status, took_s)
         log_request(
             {
                 "method": self._scope["method"],
                 "path": self._scope["path"],
                 "status": self._life.http_status,
-                "took_ms": round(took_ms, 1),
+                "took_ms": round(took_s * 1000, 1),
                 "request_id": self._id_text or str(self._request_id),
+                **({"trace_id": self._life.trail.trace} if self._life.trail else {}),
                 **who(self._caller),
             }
         )
 
     def _record(self, call: NativeCall, status: Status, failure: Failure | None) -> None:
-        life, target = self._life, self._life.target
+        life = self._life
         self._services.budgets.note(call.caller, self._request_id, life.charge)
-        self._services.store.relayed.put(
-            RelayRecord(
-                request_id=self._request_id,
-                tenant_id=call.caller.tenant_id,
-                pool=target.upstream.pool if target else "",
-                endpoint=self._scope["path"],
-                status=status,
-                http_status=life.http_status,
-                received_at=self._received_at,
-                finished_at=life.finished_at or datetime.now(UTC),
-                request=call.body,
-                response=life.answer if life.pieces else b"",
-                kind=life.kind.value if life.kind else None,
-                model=target.model if target else life.model,
-                priority=call.priority,
-                tries=life.tries,
-                admitted_at=life.admitted_at,
-                queue_ms=life.queue_ms,
-                upstream_ms=life.upstream_ms,
-                charge=life.charge,
-                finish_reason=life.told.finish_reason,
-                response_id=life.told.response_id,
-                failure=failure,
-                streamed=life.streams,
-                request_type=content_type_in(self._scope["headers"]),
-                response_type=content_type_in(self._headers),
-                omitted_bytes=life.omitted_bytes,
-                key_id=call.caller.key_id,
-                subject=call.subject,
-            )
+        path = self._scope["path"]
+        record = record_of(call, life, path, status, failure, http_status=life.http_status)
+        record.request_type = content_type_in(self._scope["headers"])
+        record.response_type = content_type_in(self._headers)
+        self._services.store.relayed.put(record)
+
+    async def refuse_unheard(self, error: TidegateError, endpoint: Endpoint | None) -> None:
+        """Answer with an error of ours what does not come on the record."""
+        await self.refuse(error)
+        operation = "unknown" if endpoint is None else endpoint.name
+        note_native(
+            self._services, self._caller, self._dialect, operation, self._life.http_status, error
         )
 
 

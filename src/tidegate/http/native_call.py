@@ -14,12 +14,16 @@ from uuid import UUID
 
 from tidegate.call import Caller
 from tidegate.errors import InvalidRequest
+from tidegate.http.upload_pass import PASS
 from tidegate.relay.call import NativeCall
 from tidegate.relay.headers import Headers, to_send
 from tidegate.relay.paths import Endpoint
+from tidegate.tracing import HEADER, Tracing, parent_of
 
 # Credentials of clients; `%` since a name can be written in other ways.
-_KEYS_IN_QUERY = frozenset(("key", "$key", "api_key", "api-key", "access_token", "oauth_token"))
+_KEYS_IN_QUERY = frozenset(
+    ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS)
+)
 _MAYBE_KEY = re.compile(r"key|token|%", re.IGNORECASE)
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
@@ -34,11 +38,12 @@ def call_of(
     request_id: UUID,
     received: tuple[float, datetime],
     usual_wait_ms: int,
+    tracing: Tracing,
 ) -> NativeCall:
     """The call that a request asks for. `received`: on the monotonic clock and by the calendar.
     Raises InvalidRequest."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
-    wait_ms, priority, subject = usual_wait_ms, 0, None
+    wait_ms, priority, subject, parent = usual_wait_ms, 0, None, None
     for name, value in headers:
         if name == b"x-tidegate-deadline-ms":
             wait_ms = _whole(name, value, 1, _MOST_WAIT_MS)
@@ -46,12 +51,15 @@ def call_of(
             priority = _whole(name, value, -100, 100)
         elif name == b"x-tidegate-subject":
             subject = _tag(name, value)
+        elif name == HEADER:
+            parent = parent_of(value.decode("latin-1"))
+    trail = tracing.trail(request_id, parent)
     return NativeCall(
         request_id=request_id,
         endpoint=endpoint,
         method=scope["method"],
         query=_without_key(scope["query_string"].decode("latin-1")),
-        headers=to_send(headers),
+        headers=to_send(headers if trail is None else _without_parent(headers)),
         body=body,
         caller=caller,
         received=received[0],
@@ -59,7 +67,13 @@ def call_of(
         wait_ms=wait_ms,
         priority=min(priority, caller.most_priority),
         subject=subject,
+        trail=trail,
     )
+
+
+def _without_parent(headers: Headers) -> Headers:
+    """The call says itself whose child it is."""
+    return [pair for pair in headers if pair[0] != HEADER]
 
 
 def is_coded(headers: Headers) -> bool:

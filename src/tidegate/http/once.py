@@ -11,7 +11,12 @@ import asyncio
 from hashlib import sha256
 from urllib.parse import parse_qsl
 
-from tidegate.errors import IdempotencyConflict, InvalidRequest, StoreUnavailable
+from tidegate.errors import (
+    BudgetExceeded,
+    IdempotencyConflict,
+    InvalidRequest,
+    StoreUnavailable,
+)
 from tidegate.http.idempotency import HEADER, MOST_CHARS, REPLAYED_HEADER, is_key
 from tidegate.relay.asked import asked_of, parsed
 from tidegate.relay.call import KEPT_BYTES, Life, NativeCall, Out
@@ -38,6 +43,20 @@ def wanted_of(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempoten
         allowed = f"1 to {MOST_CHARS} printable characters of ASCII, such as a UUID"
         raise InvalidRequest(HEADER, "this is not an idempotency key", allowed=allowed)
     return Idempotency(text, sha256(b"%b\0%b" % (_target_of(call).encode(), call.body)).hexdigest())
+
+
+def shows_key(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(name == _NAME for name, _ in headers)
+
+
+async def check_known(
+    keys: NativeKeys, call: NativeCall, headers: list[tuple[bytes, bytes]], spent: BudgetExceeded
+) -> None:
+    """Raises `spent` unless the call's key stands for a call already: to hear of that costs
+    nothing. Raises InvalidRequest and StoreUnavailable as well."""
+    wanted = wanted_of(call, headers)
+    if wanted is None or await keys.known(call.caller.tenant_id, wanted.key) is None:
+        raise spent
 
 
 def _target_of(call: NativeCall) -> str:

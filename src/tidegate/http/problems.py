@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import errors
+from tidegate.http.wrong_value import in_words
 from tidegate.telemetry import Log, get_logger
 
 MEDIA_TYPE = "application/problem+json"
@@ -37,6 +38,8 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.NotFound: 404,
     errors.IdempotencyConflict: 409,
     errors.AlreadyEnded: 409,
+    errors.PolicyChanged: 409,
+    errors.NotEnded: 409,
     errors.RequestCancelled: 409,
     errors.TooManyFollowers: 503,
     errors.QuotaExceeded: 429,
@@ -151,8 +154,15 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
 
-async def answered(handler: Handler, scope: Scope, receive: Receive, send: Send) -> None:
-    """Call a handler without a router; its errors become the same problems as a route's.
+async def answered(
+    handler: Handler,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    refused: Callable[[errors.TidegateError], None],
+) -> None:
+    """Call a handler without a router; its errors become the same problems as a route's, and
+    `refused` is told of them.
 
     Other errors, and those after the head of the response has gone out, are raised.
     """
@@ -170,6 +180,7 @@ async def answered(handler: Handler, scope: Scope, receive: Receive, send: Send)
     except errors.TidegateError as error:
         if started:
             raise
+        refused(error)
         answer = await _on_own_error(request, error)
         await answer(scope, receive, send)
     except ClientDisconnect:
@@ -187,7 +198,8 @@ async def _on_validation_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
     where = ".".join(str(step) for step in first["loc"][1:]) or str(first["loc"][0])
-    return problem_response(errors.InvalidRequest(where, f"{where}: {first['msg']}"))
+    wrong, allowed = in_words(first)
+    return problem_response(errors.InvalidRequest(where, f"{where} {wrong}", allowed=allowed))
 
 
 async def _on_http_error(_request: Request, error: Exception) -> Response:

@@ -61,6 +61,8 @@ class BoundedProtocol(HttpToolsProtocol):
     CLOSING_S = 5.0  # the same when we are closing
     LINGER_S = 2.0  # how long, and how much, an early response waits for the client to stop
     LINGER_BYTES = 1024 * 1024
+    UNDER_WAY_S = 2.0  # at the end: how long a first request, or the rest of a head, may take
+    leaving = False  # of the class, so of all connections of a process at once
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -77,13 +79,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._lingered_bytes = 0
         self._linger_timer: asyncio.TimerHandle | None = None
         self._when_gone: list[Callable[[], None]] = []
+        self._answering: RequestResponseCycle | None = None
 
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._extensions: dict[str, dict[object, object]] = {
-            ABORT_EXTENSION: {"call": transport.abort},
+            ABORT_EXTENSION: {"call": self._abort},
             GONE_EXTENSION: {"call": self._when_gone.append},
         }
         self._arm_head_timer()
@@ -94,9 +97,23 @@ class BoundedProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._head_timer = self._write_timer = self._linger_timer = None
+        self._tell_the_answering()
         super().connection_lost(exc)
         for tell in self._when_gone:
             tell()
+        self._extensions.clear()  # they hold us, and nothing else would free us at once
+
+    def _abort(self) -> None:
+        self._tell_the_answering()
+        self.transport.abort()
+
+    def _tell_the_answering(self) -> None:
+        """That nobody listens any more. uvicorn tells the newest request alone, which is another
+        one where several were sent at once: the first would be worked on for nobody."""
+        cycle = self._answering
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
@@ -145,9 +162,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = self._overhead_bytes = self._body_bytes = 0
         self._disarm_head_timer()
         super().on_headers_complete()
+        if self.leaving:
+            self.cycle.keep_alive = False
         if len(self.pipeline) > self.MAX_PIPELINED:
             self._refusal = (429, "too_many_pipelined", "too many requests at once")
             raise ValueError(self._refusal[2])
+        if self.pipeline and len(self.pipeline) <= self.MAX_PIPELINED // 2:
+            # uvicorn reads no further; but it is by reading that a client is seen to leave.
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         self._overhead_bytes -= len(body)
@@ -191,6 +213,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 if not cycle.response_complete or self.transport.is_closing():
                     self.loop.call_soon(self._watch_closing)
 
+        self._answering = cycle
         super()._start_asgi_task(cycle, answer)
 
     def on_response_complete(self) -> None:
@@ -213,6 +236,7 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self.pipeline.clear()
         if mid_response or self.transport.is_closing():
+            self._tell_the_answering()
             self.transport.close()
             self._watch_closing()
             return
@@ -294,9 +318,26 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
         self._write_paused = False
 
+    def leave(self) -> None:
+        """Let the answer that is being made be the last of its connection, where it can say so."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_started and not self.pipeline:
+            cycle.keep_alive = False
+
     def shutdown(self) -> None:
+        """End when nothing is under way: neither an answer, nor a request that began to come, nor
+        the first one of a client that has only just connected."""
+        type(self).leaving = True
+        self.leave()
+        if (self._head_bytes and self._in_head) or self.cycle is None:
+            self.loop.call_later(self.UNDER_WAY_S, self._end_unasked)
+            return
         super().shutdown()
         self._watch_closing()
+
+    def _end_unasked(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()

@@ -16,10 +16,10 @@ from tidegate.errors import NotFound
 from tidegate.http.caller import Reader
 from tidegate.http.jobs import problem_responses
 from tidegate.http.services import services_of
-from tidegate.store.recorded import Role
+from tidegate.store.recorded import Body, Role
 
 OMITTED_HEADER = "X-Tidegate-Omitted-Bytes"
-_RESPONSES: dict[int | str, dict[str, Any]] = {
+BODY_RESPONSES: dict[int | str, dict[str, Any]] = {
     **problem_responses(400, 401, 403, 404, 503),
     200: {
         "content": {"*/*": {}},  # whatever travelled
@@ -39,7 +39,7 @@ router = APIRouter(tags=["jobs"])
 @router.get(
     "/requests/{request_id}/request",
     response_class=StreamingResponse,
-    responses=_RESPONSES,
+    responses=BODY_RESPONSES,
     summary="What was asked, as it is in the record",
 )
 async def asked(request: Request, request_id: UUID, caller: Reader) -> Response:
@@ -51,7 +51,7 @@ async def asked(request: Request, request_id: UUID, caller: Reader) -> Response:
 @router.get(
     "/requests/{request_id}/response",
     response_class=StreamingResponse,
-    responses=_RESPONSES,
+    responses=BODY_RESPONSES,
     summary="What was answered, as it is in the record",
 )
 async def answered(request: Request, request_id: UUID, caller: Reader) -> Response:
@@ -61,6 +61,11 @@ async def answered(request: Request, request_id: UUID, caller: Reader) -> Respon
 
 async def _body(request: Request, request_id: UUID, tenant_id: str, role: Role) -> Response:
     body = await services_of(request).store.recorded.body(request_id, tenant_id, role)
+    return await body_response(body, request_id, role)
+
+
+async def body_response(body: Body, request_id: UUID, role: Role) -> Response:
+    """A body as data to be kept, whatever it says it is. Raises NotFound, StoreUnavailable."""
     try:
         # Before the head goes out: a blob that is gone must not become a broken 200.
         first = await anext(body.pieces, b"")

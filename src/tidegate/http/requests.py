@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from tidegate.call import Kind
 from tidegate.errors import AlreadyEnded, InvalidRequest
 from tidegate.http.caller import Reader, caller_of
+from tidegate.http.charged import charged_view
 from tidegate.http.following import until_changed
 from tidegate.http.jobs import prefix_of, problem_responses
 from tidegate.http.problems import REQUEST_ID_HEADER
 from tidegate.http.services import services_of
-from tidegate.http.views import RequestPage, StatusView, item_view, status_view
+from tidegate.http.views import RequestPage, StatusView, item_view
 from tidegate.store.listing import START, Filter, Place
 from tidegate.store.states import Status
 
@@ -61,8 +62,8 @@ class Query(BaseModel):
             kind=self.type,
             model=self.model,
             source=self.source,
-            since=_in_utc("since", self.since),
-            until=_in_utc("until", self.until),
+            since=in_utc("since", self.since),
+            until=in_utc("until", self.until),
         )
 
 
@@ -75,7 +76,8 @@ class Query(BaseModel):
 async def listed(
     request: Request, caller: Reader, query: Annotated[Query, FromQuery()]
 ) -> RequestPage:
-    """Jobs, and streams that have ended, without their texts. Go on with `cursor` until there is
+    """Jobs, and streams and native calls that have ended (those under way are at
+    `/requests/running`), without their texts. Go on with `cursor` until there is
     no `next_cursor`: a page may hold fewer than `limit`, even none, while there are more. What is
     submitted meanwhile does not move the pages."""
     place = START if query.cursor is None else _place_of(query.cursor)
@@ -106,15 +108,20 @@ async def listed(
 async def cancel(request: Request, request_id: UUID) -> Response:
     """A queued request is ended at once; of a running one the call to the provider is closed, and
     what had come is kept. Cancelling again changes nothing. What has ended otherwise is 409."""
-    services, caller = services_of(request), await caller_of(request)
-    tenant_id = caller.tenant_id
+    caller = await caller_of(request)
+    return await ended_by(request, request_id, caller.tenant_id)
+
+
+async def ended_by(request: Request, request_id: UUID, tenant_id: str) -> Response:
+    """Cancel it for its owner; the answer says how it stands then, 202 while it still ends."""
+    services = services_of(request)
     before = await services.store.cancels.cancel(request_id, tenant_id)
     record = await services.store.get(request_id, tenant_id)
     if before is Status.RUNNING and record.status is Status.RUNNING:
         record = await until_changed(request, services, record, _CONFIRMED_WITHIN_S)
     if record.status.is_end and record.status is not Status.CANCELLED:
         raise AlreadyEnded(f"the request has ended: {record.status}")
-    view = status_view(record, prefix_of(request))
+    view = await charged_view(services, record, prefix_of(request))
     return Response(
         view.model_dump_json(exclude_none=True),
         200 if record.status.is_end else 202,
@@ -123,7 +130,8 @@ async def cancel(request: Request, request_id: UUID) -> Response:
     )
 
 
-def _in_utc(field: str, time: datetime | None) -> datetime | None:
+def in_utc(field: str, time: datetime | None) -> datetime | None:
+    """A time that came in `field`, one without a zone being in UTC. Raises InvalidRequest."""
     if time is None or time.tzinfo is None:
         return None if time is None else time.replace(tzinfo=UTC)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,32 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tidegate import __version__
 from tidegate.http import (
     admin,
+    admin_requests,
+    admin_stuck,
     admin_subjects,
     admin_tenants,
     admin_webhooks,
     health,
     jobs,
+    metrics,
     problems,
+    process,
     recorded,
     requests,
+    running,
     stream,
     usage,
+    waits,
 )
 from tidegate.http.access import AccessLog
 from tidegate.http.batches import batches, is_batch_path
 from tidegate.http.native import native
 from tidegate.http.openapi import described
 from tidegate.http.problems import Handler
+from tidegate.http.refused import note_refused
 from tidegate.http.services import Services
 from tidegate.http.target import SoundTarget
+from tidegate.observed import Source
 from tidegate.relay.paths import is_native
 
 _LAST_WORDS_S = 5.0
@@ -56,10 +65,16 @@ class Gateway(FastAPI):
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
-        handlers = {"/submit": jobs.submit, "/stream": stream.stream}
-        direct = {f"{prefix}{path}": h for path, h in handlers.items() for prefix in ("", "/llm")}
+        called = {
+            "/submit": self._called(jobs.submit, "job"),
+            "/stream": self._called(stream.stream, "stream"),
+        }
         self._batches = AccessLog(batches)
-        self._direct = {path: AccessLog(self._called(handler)) for path, handler in direct.items()}
+        self._direct = {
+            f"{prefix}{path}": AccessLog(app)
+            for path, app in called.items()
+            for prefix in ("", "/llm")
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and is_native(scope["path"]):
@@ -83,9 +98,10 @@ class Gateway(FastAPI):
         return self.openapi_schema
 
     @staticmethod
-    def _called(handler: Handler) -> ASGIApp:
+    def _called(handler: Handler, source: Source) -> ASGIApp:
         async def call(scope: Scope, receive: Receive, send: Send) -> None:
-            await problems.answered(handler, scope, receive, send)
+            refused = partial(note_refused, scope, source)
+            await problems.answered(handler, scope, receive, send, refused)
 
         return call
 
@@ -110,9 +126,11 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         redoc_url=None,
     )
     routes = APIRouter()
-    for room in (jobs, requests, recorded, usage, stream, health):
+    for room in (jobs, requests, running, waits, recorded, usage, stream, health, metrics):
         routes.include_router(room.router)
-    for room in (admin, admin_tenants, admin_webhooks, admin_subjects):
+    routes.include_router(running.admin)  # before the route of `/admin/requests/{request_id}`
+    rooms = (admin, admin_requests, admin_tenants, admin_webhooks, admin_stuck, admin_subjects)
+    for room in (process, *rooms):
         routes.include_router(room.router)
     app.include_router(routes)
     app.include_router(routes, prefix="/llm", include_in_schema=False)

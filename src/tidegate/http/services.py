@@ -12,25 +12,44 @@ from starlette.requests import HTTPConnection
 from tidegate.config import Config
 from tidegate.http.auth import Gate
 from tidegate.http.budgets import BudgetGate
+from tidegate.http.incoming import Bodies, Hold
+from tidegate.http.looks import Looks
 from tidegate.http.openings import Openings
 from tidegate.limiter import Limiter
+from tidegate.metrics.board import Board
+from tidegate.metrics.exposition import Exposition
+from tidegate.metrics.state import State
+from tidegate.metrics.tally import Tally
+from tidegate.observed import Observers
 from tidegate.pipeline import Pipeline
 from tidegate.policy import PolicyKeeper
 from tidegate.relay.spine import Relay
+from tidegate.relay.under_way import UnderWay
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`draining` is set once the process is told to stop: long polls then answer at once.
+    """`leaving` is set once the process is told to stop: it is not ready any more. `draining` is
+    set when it takes no more requests: long polls then answer at once.
 
     `limiters` and `keepers` are those of every pool; `limiter` and `keeper` of the pool `gemini`.
     `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
     `followers` are those that stream the status of a request.
+    `observers` are told of every call that has ended, with whatever `observers.listen` was given.
+    `under_way` has the streams and native calls of this process, `board` tells the other processes
+    of them, and this one of theirs.
+    `tally` counts what is answered, `exposition` answers scrapes, and `state` says what this
+    process is at.
     """
 
     config: Config
+    observers: Observers
+    tally: Tally
+    exposition: Exposition
+    state: State
+    board: Board
     store: Store
     blobs: Blobs
     limiter: Limiter
@@ -42,9 +61,21 @@ class Services:
     gate: Gate
     budgets: BudgetGate
     openings: Openings = field(default_factory=Openings)
+    bodies: Bodies = field(default_factory=Bodies)
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    looks: Looks = field(default_factory=Looks)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
     followers: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def hold(self) -> Hold:
+        """For the body of one more request."""
+        most_bytes = max(self.config.max_held_bytes, self.config.max_body_bytes)
+        return Hold(self.bodies, most_bytes)
+
+    @property
+    def under_way(self) -> UnderWay:
+        return self.board.under_way
 
 
 def services_of(connection: HTTPConnection) -> Services:

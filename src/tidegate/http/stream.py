@@ -16,7 +16,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from tidegate.attempt import Attempt, attempt_result
 from tidegate.call import (
+    CLASSIFIER_LIMIT,
+    DEFAULT_POOL,
     Admitted,
     Call,
     Caller,
@@ -36,6 +39,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
+from tidegate.http.access import TRACE_IN_SCOPE
 from tidegate.http.caller import check_models, payer_of
 from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.forms import Submission, discard, read_submission
@@ -44,11 +48,12 @@ from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import usage_view
-from tidegate.pipeline import Attempt, attempt_result
+from tidegate.relay.under_way import CallUnderWay, shortened
 from tidegate.store.blobs import new_key
 from tidegate.store.records import Failure, NewJob, OutputFile, StreamRecord
 from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
+from tidegate.tracing import Parent, parent_in
 
 _RECORDED_WITHIN_S = 1.0
 _ABORTED_WITHIN_S = 1.0
@@ -95,6 +100,7 @@ async def stream(request: Request) -> Response:
             received=received,
             received_at=received_at,
             plain_text="text/plain" in accepts and "text/event-stream" not in accepts,
+            parent=parent_in(request.scope["headers"]),
         )
         await answer.check_models()
     except BaseException:
@@ -137,6 +143,7 @@ class StreamedAnswer(Response):
         received: float,
         received_at: datetime,
         plain_text: bool,
+        parent: Parent | None,
     ) -> None:
         super().__init__()
         self._services = services
@@ -149,7 +156,8 @@ class StreamedAnswer(Response):
         self._received_at = received_at
         self._plain_text = plain_text
         self._request_id = new_id()
-        self._attempt = Attempt(waiting_since=received_at)
+        trail = services.relay.tracing.trail(self._request_id, parent)
+        self._attempt = Attempt(waiting_since=received_at, trail=trail)
         self._outputs: list[OutputFile] = []
         self._ask = ask_of(submission, caller)
         self._classification = services.pipeline.first_look(self._ask)
@@ -168,7 +176,10 @@ class StreamedAnswer(Response):
         """Work until the end, or until the client has gone."""
         task = asyncio.current_task()
         assert task is not None
+        if self._attempt.trail is not None:
+            scope[TRACE_IN_SCOPE] = self._attempt.trail.trace
         self._services.streams.add(task)
+        self._services.under_way.enter(self, self._look)
         stalled_ms = self._services.config.stalled_reader_ms
         writer = EventWriter(send, plain_text=self._plain_text, stalled_ms=stalled_ms)
         gone = asyncio.create_task(disconnected(receive))
@@ -186,7 +197,26 @@ class StreamedAnswer(Response):
         finally:
             gone.cancel()
             self._services.streams.discard(task)
+            self._services.under_way.leave(self)
             self._opening.close()
+
+    def _look(self) -> CallUnderWay:
+        """How it stands, for whoever asks what is under way."""
+        attempt, kind = self._attempt, self._classification.kind
+        # While its kind is not known it is the classifier's answer that it waits for.
+        limits = (CLASSIFIER_LIMIT,) if kind is None else attempt.limits
+        return CallUnderWay(
+            request_id=str(self._request_id),
+            tenant=self._caller.tenant_id,
+            source="stream",
+            received_at=self._received_at,
+            admitted_at=attempt.admitted_at,
+            kind=kind.value if kind else None,
+            model=shortened(self._model),
+            upstream=attempt.upstream,
+            pool=DEFAULT_POOL,
+            limits=limits,
+        )
 
     async def _run(
         self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
@@ -224,6 +254,8 @@ class StreamedAnswer(Response):
         kind = self._classification.kind
         assert kind is not None
         self._model = submission.model or self._services.config.model_for(kind)
+        if kind is Kind.IMAGE_GENERATION and self._services.blobs.away:
+            await self._services.blobs.ping()  # a picture with nowhere to go is not asked for
         media = await self._media(kind)
         call = Call(
             request_id=self._request_id,
@@ -293,6 +325,7 @@ class StreamedAnswer(Response):
             priority=self._priority,
             tenant_id=self._caller.tenant_id,
             subject=submission.subject,
+            trail=attempt.trail,
         )
         result = attempt_result(attempt, self._model or "", tuple(self._outputs), end.failure)
         self._services.budgets.note(self._caller, self._request_id, attempt.charge)

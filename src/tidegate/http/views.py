@@ -10,7 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
 from tidegate.store.listing import Listed
-from tidegate.store.records import Earlier, FileRecord, NewJob, RequestRecord, WebhookRecord
+from tidegate.store.records import (
+    Earlier,
+    Failure,
+    FileRecord,
+    NewJob,
+    RequestRecord,
+    WebhookRecord,
+)
 from tidegate.store.states import Status
 
 _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
@@ -106,6 +113,7 @@ class StatusView(Classified):
                 "finished_at": "2026-01-01T12:00:01.400Z",
                 "queue_ms": 20.1,
                 "upstream_ms": 1380.4,
+                "first_byte_ms": 212.7,
                 "text": "Cybersecurity protects ...",
                 "images": [],
                 "files": [],
@@ -137,6 +145,10 @@ class StatusView(Classified):
     upstream_ms: float | None = Field(
         default=None, description="Length of the call to the provider"
     )
+    first_byte_ms: float | None = Field(
+        default=None,
+        description="Of it, from sending the call to the first bytes of its answer's body",
+    )
     text: str | None = None
     answer: Any = Field(
         default=None, description="Of a job with an `endpoint`: the provider's answer, verbatim"
@@ -144,6 +156,11 @@ class StatusView(Classified):
     images: list[FileView] = []
     files: list[FileView] = Field(default=[], description="What was uploaded")
     usage: UsageView | None = None
+    cost_micros: int | None = Field(
+        default=None,
+        description="What it cost in millionths of money, once it has ended and where prices and "
+        "usage are known: see docs/accounting.md",
+    )
     finish_reason: str | None = None
     error: ErrorView | None = None
     webhook: WebhookView | None = None
@@ -192,48 +209,45 @@ def accepted(request: NewJob | Earlier, prefix: str) -> Accepted:
     )
 
 
-def status_view(record: RequestRecord, prefix: str) -> StatusView:
+def status_view(record: RequestRecord, prefix: str, cost_micros: int | None = None) -> StatusView:
     """The record as its owner sees it."""
-    failure = record.failure
+    return StatusView(**status_values(record, prefix), cost_micros=cost_micros)
+
+
+def status_values(record: RequestRecord, prefix: str) -> dict[str, Any]:
+    """The fields of `StatusView`; files are below `prefix`."""
     files = {
         role: [_file(each, prefix) for each in record.files if each.role == role]
         for role in ("input", "output")
     }
-    return StatusView(
-        request_id=str(record.request_id),
-        source=cast(Literal["job", "stream", "relay"], record.source),
-        status=record.status,
-        place=record.place,
-        model=record.model,
-        priority=record.priority,
-        attempts=record.attempts,
-        submitted_at=record.created_at,
-        admitted_at=record.admitted_at,
-        finished_at=record.finished_at,
-        deadline_at=record.deadline_at,
-        retry_at=record.not_before if record.status is Status.QUEUED else None,
-        queue_ms=_rounded(record.queue_ms),
-        upstream_ms=_rounded(record.upstream_ms),
-        text=record.text if record.endpoint is None else None,
-        answer=_answer(record),
-        images=files["output"],
-        files=files["input"],
-        usage=usage_view(record.usage),
-        finish_reason=record.finish_reason,
-        error=ErrorView(
-            code=failure.code,
-            message=failure.message,
-            retryable=failure.retryable,
-            retry_after_ms=failure.retry_after_ms,
-            upstream_status=failure.upstream_status,
-        )
-        if failure
-        else None,
-        webhook=None if record.webhook is None else _webhook(record.webhook),
-        type=record.classification.kind,
-        classified_by=_decider(record.classification),
-        classified_why=record.classification.reason,
-    )
+    return {
+        "request_id": str(record.request_id),
+        "source": record.source,
+        "status": record.status,
+        "place": record.place,
+        "model": record.model,
+        "priority": record.priority,
+        "attempts": record.attempts,
+        "submitted_at": record.created_at,
+        "admitted_at": record.admitted_at,
+        "finished_at": record.finished_at,
+        "deadline_at": record.deadline_at,
+        "retry_at": record.not_before if record.status is Status.QUEUED else None,
+        "queue_ms": _rounded(record.queue_ms),
+        "upstream_ms": _rounded(record.upstream_ms),
+        "first_byte_ms": _rounded(record.first_byte_ms),
+        "text": record.text if record.endpoint is None else None,
+        "answer": _answer(record),
+        "images": files["output"],
+        "files": files["input"],
+        "usage": usage_view(record.usage),
+        "finish_reason": record.finish_reason,
+        "error": error_view(record.failure),
+        "webhook": None if record.webhook is None else _webhook(record.webhook),
+        "type": record.classification.kind,
+        "classified_by": _decider(record.classification),
+        "classified_why": record.classification.reason,
+    }
 
 
 def _answer(record: RequestRecord) -> Any:
@@ -275,6 +289,18 @@ def usage_view(usage: Usage) -> UsageView | None:
         total_tokens=usage.total_tokens,
     )
     return view if any(value is not None for value in view.model_dump().values()) else None
+
+
+def error_view(failure: Failure | None) -> ErrorView | None:
+    if failure is None:
+        return None
+    return ErrorView(
+        code=failure.code,
+        message=failure.message,
+        retryable=failure.retryable,
+        retry_after_ms=failure.retry_after_ms,
+        upstream_status=failure.upstream_status,
+    )
 
 
 def _decider(classification: Classification) -> ClassifiedBy | None:

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from tidegate.errors import InvalidRequest
+from tidegate.relay.asked import MOST_PARTS, has_too_many_parts
 from tidegate.relay.detached import asked_by, endpoint_named
 
 MOST_LINES = 50_000
@@ -52,6 +53,10 @@ class Check:
         self.lines += 1
         if self.lines > MOST_LINES:
             self._wrong("too_many_lines", None, f"a batch has at most {MOST_LINES} lines", None)
+            return None
+        if has_too_many_parts(raw):
+            said = f"this line holds too many values: {MOST_PARTS} are taken"
+            self._wrong("invalid_json_line", number, said, None)
             return None
         try:
             value = orjson.loads(raw)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from tidegate.call import Caller
@@ -25,16 +25,19 @@ from tidegate.errors import (
 )
 from tidegate.jobs.retry import retry_wait_ms
 from tidegate.limiter import Permit
+from tidegate.observed import RETRIED
 from tidegate.relay.call import CallFailed, Life
 from tidegate.relay.detached import collected, detached_call
+from tidegate.relay.paths import dialect_of, endpoint_of
 from tidegate.relay.spine import Relay
 from tidegate.store.batch_lines import Line
 from tidegate.store.bell import BATCHES
 from tidegate.store.records import Failure
-from tidegate.store.relayed import RelayRecord
+from tidegate.store.relayed import RelayRecord, observed_of
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
+from tidegate.tracing import Trail
 
 PRIORITY = -100
 WINDOW = 128
@@ -63,6 +66,7 @@ class _Held:
 
     line: Line
     life: Life
+    trail: Trail | None
     is_over: bool = False
 
     @property
@@ -141,7 +145,7 @@ class LineCaller:
             log.debug(Log.STORE_AWAY, detail=away.message)
 
     def _begin(self, line: Line) -> None:
-        held = _Held(line, Life())
+        held = _Held(line, Life(), self._relay.tracing.trail(line.id, None))
         task = asyncio.create_task(self._guarded(held))
         self._tasks[task] = held
         task.add_done_callback(self._ended)
@@ -177,6 +181,9 @@ class LineCaller:
             await self._until_done(
                 lambda: self._store.batch_lines.give_back([line], after_ms=wait_ms)
             )
+            if life.tries:
+                again = observed_of(_record_of(line, life, Failure.of(error), None))
+                self._store.observers.note(replace(again, status=RETRIED))
             return
         await self._finish(line, life, error, words)
 
@@ -195,6 +202,7 @@ class LineCaller:
                 caller=Caller(line.tenant_id, line.key_id, line.models),
                 priority=PRIORITY,
                 deadline_ms=left_ms,
+                trail=held.trail,
             )
             await collected(self._relay, call, held.life, admitted)
         finally:
@@ -219,7 +227,7 @@ class LineCaller:
         failure = None if error is None else Failure.of(error)
         if self._store.relayed.is_full:
             await self._store.relayed.room()
-        self._record(line, life, failure, status_code)
+        self._store.relayed.put(_record_of(line, life, failure, status_code))
         await self._until_done(
             lambda: self._store.batch_lines.end(
                 line, status_code=status_code, answer=answer, failure=failure
@@ -234,34 +242,40 @@ class LineCaller:
             except StoreUnavailable:
                 await asyncio.sleep(_AWAY_S)
 
-    def _record(
-        self, line: Line, life: Life, failure: Failure | None, status_code: int | None
-    ) -> None:
-        now, target = datetime.now(UTC), life.target
-        self._store.relayed.put(
-            RelayRecord(
-                request_id=line.id,
-                tenant_id=line.tenant_id,
-                pool=target.upstream.pool if target else "",
-                endpoint=line.endpoint,
-                status=Status.SUCCEEDED if failure is None else Status.FAILED,
-                http_status=status_code or 0,
-                received_at=now,
-                finished_at=life.finished_at or now,
-                request=line.body.encode(),
-                response=life.answer if life.pieces else b"",
-                kind=life.kind.value if life.kind else None,
-                model=target.model if target else life.model,
-                priority=PRIORITY,
-                tries=life.tries,
-                admitted_at=life.admitted_at,
-                queue_ms=life.queue_ms,
-                upstream_ms=life.upstream_ms,
-                charge=life.charge,
-                finish_reason=life.told.finish_reason,
-                response_id=life.told.response_id,
-                failure=failure,
-                key_id=line.key_id,
-                source="batch",
-            )
-        )
+
+def _record_of(
+    line: Line, life: Life, failure: Failure | None, status_code: int | None
+) -> RelayRecord:
+    now, target = datetime.now(UTC), life.target
+    endpoint = endpoint_of("POST", line.endpoint, dialect_of(line.endpoint, frozenset(), b""))
+    return RelayRecord(
+        request_id=line.id,
+        tenant_id=line.tenant_id,
+        pool=target.upstream.pool if target else "",
+        endpoint=line.endpoint,
+        status=Status.SUCCEEDED if failure is None else Status.FAILED,
+        http_status=status_code or 0,
+        received_at=now,
+        finished_at=life.finished_at or now,
+        request=line.body.encode(),
+        response=life.answer if life.pieces else b"",
+        kind=life.kind.value if life.kind else None,
+        model=target.model if target else life.model,
+        priority=PRIORITY,
+        tries=life.tries,
+        admitted_at=life.admitted_at,
+        queue_ms=life.queue_ms,
+        upstream_ms=life.upstream_ms,
+        first_byte_ms=life.first_byte_ms,
+        charge=life.charge,
+        finish_reason=life.told.finish_reason,
+        response_id=life.told.response_id,
+        failure=failure,
+        key_id=line.key_id,
+        source="batch",
+        upstream=target.upstream.name if target else None,
+        dialect=endpoint.dialect.value if endpoint else "",
+        operation=endpoint.name if endpoint else "",
+        throttled=life.throttled,
+        trail=life.trail,
+    )

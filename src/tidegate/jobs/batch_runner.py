@@ -15,6 +15,7 @@ from tidegate.errors import ClaimLost, NotFound, StoreUnavailable
 from tidegate.jobs.batch_check import Check
 from tidegate.jobs.batch_lines import LineCaller
 from tidegate.jobs.batch_output import OutputFile, output_line
+from tidegate.relay.detached import LONGEST_BYTES
 from tidegate.relay.spine import Relay
 from tidegate.store.batches import Batch
 from tidegate.store.bell import BATCHES
@@ -26,7 +27,6 @@ from tidegate.telemetry import Log, get_logger
 _LOOK_EVERY_S = 0.5
 _CHUNK_LINES = 500
 _CHUNK_BYTES = 4_000_000
-_LONGEST_LINE_BYTES = 20_000_000
 
 log = get_logger()
 
@@ -75,12 +75,18 @@ class BatchRunner:
                         if batch.status == "validating"
                         else self._assemble(batch)
                     )
+                    await self._forget_input(batch)
                 except ClaimLost:
                     continue
                 finally:
                     await self._store.batches.free(batch)
             mark = self._store.work_mark(BATCHES)
             await self._store.wait_work(round(_LOOK_EVERY_S * 1000), mark, BATCHES)
+
+    async def _forget_input(self, batch: Batch) -> None:
+        """Delete the bytes of a file whose owner deleted it while the batch had yet to read it."""
+        if not await self._store.batches.needs_blob(batch.input_blob):
+            await self._blobs.delete([batch.input_blob])
 
     async def _validate(self, batch: Batch) -> None:
         check = Check(batch.endpoint)
@@ -141,12 +147,12 @@ class BatchRunner:
 async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The lines of a file that comes in pieces; one that is too long ends as a broken one."""
     begun: list[bytes] = []
-    room_bytes = _LONGEST_LINE_BYTES
+    room_bytes = LONGEST_BYTES
     async for piece in pieces:
         *ends, rest = piece.split(b"\n")
         for end in ends:
             yield b"".join((*begun, end[:room_bytes]))
-            begun, room_bytes = [], _LONGEST_LINE_BYTES
+            begun, room_bytes = [], LONGEST_BYTES
         if kept := rest[:room_bytes]:
             begun.append(kept)
             room_bytes -= len(kept)

@@ -33,7 +33,9 @@ class Feeder:
         kind: Kind | None,
         window: Callable[[], int],
         work: Callable[[ClaimedJob], Awaitable[None]],
+        pool: str = DEFAULT_POOL,
     ) -> None:
+        self._pool = pool
         self._store = store
         self._kind = kind
         self._lane = kind or UNSURE
@@ -65,7 +67,7 @@ class Feeder:
                 continue
             mark = self._store.work_mark(self._lane)
             try:
-                claimed = await self._store.claim(pool=DEFAULT_POOL, kind=self._kind, limit=free)
+                claimed = await self._store.claim(pool=self._pool, kind=self._kind, limit=free)
             except StoreUnavailable:
                 # The store logs its change of state.
                 await self._unless_closed(asyncio.sleep(_AWAY_WAIT_S))

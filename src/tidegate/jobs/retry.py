@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import random
 
-from tidegate.errors import TidegateError
+from tidegate.errors import (
+    ConfigError,
+    LeaseLost,
+    LimiterUnavailable,
+    QueueFull,
+    ShuttingDown,
+    StoreUnavailable,
+    TidegateError,
+)
 
+# Says nothing of the job: somebody, perhaps another worker, can do it later.
+NOT_THE_JOBS_FAULT = (
+    LimiterUnavailable,
+    QueueFull,
+    StoreUnavailable,
+    LeaseLost,
+    ShuttingDown,
+    ConfigError,
+)
 _FIRST_WAIT_MS = 500
 _LONGEST_WAIT_MS = 60_000
 _LONGEST_SERVER_WAIT_MS = 86_400_000

@@ -12,33 +12,32 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import UUID
 
-from tidegate.call import Call, Kind, Media, new_id
+from tidegate.attempt import Attempt, attempt_result
+from tidegate.call import DEFAULT_POOL, Call, Kind, Media, new_id
 from tidegate.config import Config
 from tidegate.errors import (
     ClaimLost,
-    ConfigError,
     DeadlineExceeded,
-    LeaseLost,
-    LimiterUnavailable,
-    QueueFull,
-    ShuttingDown,
     StoreUnavailable,
     TidegateError,
 )
 from tidegate.jobs.batch_runner import BatchRunner
+from tidegate.jobs.bodies import CallBodies
+from tidegate.jobs.ends import ask_of, internal, log_end, status_of, time_left_ms
 from tidegate.jobs.feeder import Feeder
-from tidegate.jobs.retry import retry_wait_ms
+from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, retry_wait_ms
 from tidegate.jobs.stages import Stage, Stages, Tasks, end_cancelling
 from tidegate.jobs.wrapped import run_wrapped
 from tidegate.limiter import Permit
-from tidegate.pipeline import Ask, Attempt, Pipeline, attempt_result
+from tidegate.pipeline import Pipeline
 from tidegate.relay.spine import Relay
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.cancels import CANCELLED
 from tidegate.store.records import AttemptResult, ClaimedJob, Failure, OutputFile
 from tidegate.store.states import Status
 from tidegate.store.store import Store
-from tidegate.telemetry import FrequentLog, Log, get_logger
+from tidegate.telemetry import Log, get_logger
+from tidegate.tracing import parent_of
 
 _UNSURE_WINDOW = 16
 _LARGEST_WINDOW = 256
@@ -47,36 +46,36 @@ _LONGEST_PUT_PAUSE_S = 4.0
 _LAST_CLAIM_S = 1.0
 _CANCELS_EVERY_MS = 1_000
 _LAST_RECORDS_S = 8.0
-# Says nothing of the job: somebody, perhaps another worker, can do it later.
-_NOT_THE_JOBS_FAULT = (
-    LimiterUnavailable,
-    QueueFull,
-    StoreUnavailable,
-    LeaseLost,
-    ShuttingDown,
-    ConfigError,
-)
 
 log = get_logger()
-log_job = FrequentLog(Log.JOB_DONE)
 
 
 class Worker:
-    """One process's share of the queue."""
+    """One process's share of the queue of a pool."""
 
     def __init__(
-        self, *, config: Config, store: Store, blobs: Blobs, pipeline: Pipeline, relay: Relay
+        self,
+        *,
+        config: Config,
+        store: Store,
+        blobs: Blobs,
+        pipeline: Pipeline,
+        relay: Relay,
+        pool: str = DEFAULT_POOL,
     ) -> None:
         self._relay = relay
-        self._batches = BatchRunner(config, store, blobs, relay)
+        batches = BatchRunner(config, store, blobs, relay)
+        # They are of the deployment's own pool.
+        self._batches = batches.run if pool == DEFAULT_POOL else asyncio.Event.wait
         self._config = config
         self._store = store
         self._blobs = blobs
+        self._bodies = CallBodies(blobs, config.max_held_bytes)
         self._pipeline = pipeline
         self._stages = Stages(self._tasks)
         self._feeders = [
-            Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify),
-            *(Feeder(store, kind, partial(self._window, kind), self._work) for kind in Kind),
+            Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify, pool),
+            *(Feeder(store, kind, partial(self._window, kind), self._work, pool) for kind in Kind),
         ]
 
     def _window(self, kind: Kind) -> int:
@@ -97,7 +96,7 @@ class Worker:
             self._forever(self._heed_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
-        batches = asyncio.create_task(self._batches.run(stop))
+        batches = asyncio.ensure_future(self._batches(stop))
         try:
             await stop.wait()
         finally:
@@ -159,7 +158,7 @@ class Worker:
         """Settle the kind of a job that the rules were unsure of; it then queues under it."""
 
         async def classify() -> None:
-            decided = await self._pipeline.decide(_ask_of(job), within_ms=_left_ms(job))
+            decided = await self._pipeline.decide(ask_of(job), within_ms=time_left_ms(job))
 
             async def requeue() -> None:
                 await self._store.classified(job, decided)
@@ -178,7 +177,7 @@ class Worker:
             await work()
         except Exception:
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
-            failure = Failure.of(_internal())
+            failure = Failure.of(internal())
             await self._fenced(lambda: self._store.fail_unadmitted(job, Status.FAILED, failure))
         finally:
             self._stages.leave(job)
@@ -188,7 +187,8 @@ class Worker:
         assert kind is not None
         # A retry has waited before; what counts now is from its being taken up again.
         since = job.created_at if job.attempts == 0 else datetime.now(UTC)
-        attempt = Attempt(waiting_since=since)
+        trail = self._relay.tracing.trail(job.request_id, parent_of(job.traceparent))
+        attempt = Attempt(waiting_since=since, trail=trail)
         model = job.model or self._config.model_for(kind)
 
         async def admitted(permit: Permit | None) -> None:
@@ -198,9 +198,12 @@ class Worker:
 
         async def run(left_ms: int | None) -> None:
             if job.endpoint is not None:
-                await run_wrapped(self._relay, job, attempt, admitted, deadline_ms=left_ms)
+                async with self._bodies.of(job, kind) as body:
+                    await run_wrapped(self._relay, job, attempt, admitted, body=body)
                 return
-            media = await self._pipeline.media(_ask_of(job))
+            if kind is Kind.IMAGE_GENERATION and self._blobs.away:
+                await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
+            media = await self._pipeline.media(ask_of(job))
             call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
             await self._pipeline.run(call, attempt, None, deadline_ms=left_ms, on_admitted=admitted)
 
@@ -218,7 +221,7 @@ class Worker:
             failure = CANCELLED
         except Exception:  # nobody foresaw it; what the attempt has brought is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
-            failure = _internal()
+            failure = internal()
         if attempt.admitted_at is not None:
             self._stages.enter(job, Stage.RECORDING)
         await self._record(job, attempt, model, failure)
@@ -232,7 +235,7 @@ class Worker:
     ) -> None:
         """Run the call; while PostgreSQL is away the permit goes back and is asked for again."""
         while True:
-            left_ms = _left_ms(job)
+            left_ms = time_left_ms(job)
             if left_ms is not None and left_ms <= 0:
                 raise DeadlineExceeded("its deadline came while it waited", limit=kind.limit)
             try:
@@ -255,7 +258,7 @@ class Worker:
         wait_ms = None
         if result is None:
             assert error is not None
-            if isinstance(error, _NOT_THE_JOBS_FAULT):
+            if isinstance(error, NOT_THE_JOBS_FAULT):
                 await asyncio.sleep(_STORE_POLL_S)
                 await self._fenced(lambda: self._store.hand_back([job]))
                 return
@@ -264,7 +267,7 @@ class Worker:
             if error is not None:
                 wait_ms = retry_wait_ms(error, job.attempts + 1, self._config.max_attempts)
             await self._end(job, result, wait_ms)
-        _log_end(job, attempt, failure, wait_ms)
+        log_end(job, attempt, failure, wait_ms)
 
     async def _end_unadmitted(self, job: ClaimedJob, error: TidegateError) -> None:
         status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
@@ -277,7 +280,7 @@ class Worker:
             not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms)
             await self._fenced(lambda: self._store.retry(job, result, not_before))
         else:
-            status = _status_of(result)
+            status = status_of(result)
             await self._fenced(lambda: self._store.finish(job, status, result))
 
     async def _keep_pictures(self, pictures: list[Media]) -> tuple[OutputFile, ...]:
@@ -348,41 +351,3 @@ class Worker:
             except Exception:  # the top of a task: logged, and the loop starts again
                 log.exception(Log.WORKER_LOOP_FAILED)
                 await asyncio.sleep(1)
-
-
-def _ask_of(job: ClaimedJob) -> Ask:
-    kind = job.classification.kind
-    return Ask(job.prompt, job.attachments, job.image_uri, kind, job.tenant_id)
-
-
-def _status_of(result: AttemptResult) -> Status:
-    if result.failure is None:
-        return Status.SUCCEEDED
-    return Status.CANCELLED if result.failure.code == CANCELLED.code else Status.FAILED
-
-
-def _log_end(
-    job: ClaimedJob, attempt: Attempt, failure: Failure | None, wait_ms: int | None
-) -> None:
-    fields = {
-        "request_id": str(job.request_id),
-        "type": job.classification.kind,
-        "queue_ms": round(attempt.queue_ms, 1),
-        "upstream_ms": round(attempt.upstream_ms, 1),
-        **({"code": failure.code} if failure else {}),
-    }
-    if wait_ms is None:
-        log_job(fields)
-    else:
-        log.info(Log.JOB_RETRY, retry_in_ms=wait_ms, **fields)
-
-
-def _internal() -> TidegateError:
-    return TidegateError("an internal error; it has been logged")
-
-
-def _left_ms(job: ClaimedJob) -> int | None:
-    """Until the job's deadline, negative when it has passed; None without one."""
-    if job.deadline_at is None:
-        return None
-    return round((job.deadline_at - datetime.now(UTC)).total_seconds() * 1000)

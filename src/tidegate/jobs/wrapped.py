@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from tidegate.attempt import Attempt
 from tidegate.call import Caller
+from tidegate.jobs.ends import time_left_ms
 from tidegate.limiter import Permit
-from tidegate.pipeline import Attempt
 from tidegate.relay.call import CallFailed, Life
 from tidegate.relay.detached import collected, detached_call
 from tidegate.relay.spine import Relay
@@ -20,11 +21,12 @@ async def run_wrapped(
     attempt: Attempt,
     admitted: Begun,
     *,
-    deadline_ms: int | None,
+    body: bytes,
 ) -> None:
-    """Make the call that a job wraps; `attempt` is filled as the pipeline would fill it."""
+    """Make the call that a job wraps, with its `body`; `attempt` is filled as the pipeline would
+    fill it."""
     assert job.endpoint is not None
-    life = Life()
+    life, left_ms = Life(), time_left_ms(job)
 
     async def begun(permit: Permit | None) -> None:
         now = datetime.now(UTC)
@@ -35,10 +37,11 @@ async def run_wrapped(
     call = detached_call(
         request_id=job.request_id,
         path=job.endpoint,
-        body=job.prompt.encode(),
+        body=body,
         caller=Caller(tenant_id=job.tenant_id),
         priority=job.priority,
-        deadline_ms=deadline_ms,
+        deadline_ms=None if left_ms is None else max(1, left_ms),
+        trail=attempt.trail,
     )
     try:
         await collected(relay, call, life, begun)
@@ -46,6 +49,10 @@ async def run_wrapped(
         raise failed.error from None
     finally:
         attempt.finished_at, attempt.upstream_ms = life.finished_at, life.upstream_ms
+        attempt.dialect, attempt.operation = call.endpoint.dialect, call.endpoint.name
+        attempt.upstream = life.target.upstream.name if life.target else None
+        attempt.answer.first_byte_ms = life.first_byte_ms
+        attempt.charge = life.charge
         if life.pieces:
             answer = attempt.answer
             answer.text = [life.answer.decode("utf-8", "replace")]

@@ -87,7 +87,7 @@ class Desk:
         except DemandImpossible as error:
             raise self._refused(error) from None
         if len(self._ledger.waiting) >= self._max_waiters:
-            limit, retry_ms = flow.limits[0], self._retry_after_ms(flow.limits[0])
+            limit, retry_ms = flow.limits[0], self._retry_after_ms(flow)
             full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
             raise self._refused(full)
         at = now_ms()
@@ -115,7 +115,7 @@ class Desk:
         if waiter.future.done():
             return
         limit = waiter.flow.limits[0]
-        retry_ms = self._retry_after_ms(limit)
+        retry_ms = self._retry_after_ms(waiter.flow)
         error: AdmissionError
         local = self._session.policy.when_away == "local" and self._session.has_share(
             waiter.flow.limits
@@ -135,9 +135,11 @@ class Desk:
         self._observer.refused(error.limit, error.code)
         return error
 
-    def _retry_after_ms(self, limit: str) -> int:
-        """About as long as waiters of this limit wait these days, at least a second."""
-        return max(1000, int(self._wait_ewma_ms.get(limit, 0.0)))
+    def _retry_after_ms(self, flow: Flow) -> int:
+        """About as long as waiters of its first limit wait these days, at least a second, and not
+        before the end of a pause."""
+        usual_ms = int(self._wait_ewma_ms.get(flow.limits[0], 0.0))
+        return max(1000, usual_ms, self._session.remembered.paused_ms(flow.limits, now_ms()))
 
     def abandon(self, waiter: Waiter) -> None:
         self._ledger.abandon(waiter.ticket, now_ms())

@@ -62,6 +62,8 @@ SHAPES = (
     KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since; at:flow -> "
              "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
              SESSION_KEEP, True),
+    KeyShape("note:", "string", "per session: what its process tells the others, as bytes",
+             "seconds: it is told again and again", True),
     KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to be told",
              SESSION_KEEP, True),
     KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",

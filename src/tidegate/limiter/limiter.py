@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from types import TracebackType
@@ -18,7 +19,7 @@ from tidegate.limiter.courier import Courier
 from tidegate.limiter.decorate import AcquireOptions, P, R, limited
 from tidegate.limiter.demand import Demand
 from tidegate.limiter.desk import Desk
-from tidegate.limiter.flow import Tokens, tokens_of
+from tidegate.limiter.flow import Flow, Tokens, tokens_of
 from tidegate.limiter.heartbeat import STALLED_S, Heartbeat
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import now_ms
@@ -29,7 +30,7 @@ from tidegate.limiter.listener import Listener
 from tidegate.limiter.observer import Observer
 from tidegate.limiter.operations import Operations
 from tidegate.limiter.permit import Acquisition, Attempt
-from tidegate.limiter.snapshot import LocalState
+from tidegate.limiter.snapshot import LocalPermit, LocalQueue, LocalState
 
 logger = logging.getLogger("tidegate.limiter")
 
@@ -152,7 +153,7 @@ class Limiter(Operations):
             async with asyncio.timeout(max(2 * session.lease.deadline_s(), 0.5)):
                 await courier.joined.wait()
         except TimeoutError:
-            logger.warning("limiter: starting without Valkey: %s", session.last_error)
+            logger.warning("limiter: starting without Valkey: %s", self.last_error)
         except asyncio.CancelledError:
             await self._stop()
             raise
@@ -257,7 +258,43 @@ class Limiter(Operations):
             silent_ms=self._session.lease.silent_ms(),
             sessions=self._session.sessions,
             revision=self.policy.revision,
+            permits=len(self._ledger.held),
+            waiters=len(self._ledger.waiting),
         )
+
+    @property
+    def last_error(self) -> str:
+        """Why Valkey was last found to be away."""
+        return self._session.last_error or "no answer yet"
+
+    def local_permits(self, most: int) -> list[LocalPermit]:
+        """The permits of this process, the oldest first, without I/O."""
+        at = self._session.lease.now_ms()
+        oldest = sorted(self._ledger.held.values(), key=lambda one: one.held_from_ms)[:most]
+        return [
+            LocalPermit(
+                seq=one.seq,
+                tenant=one.flow.tenant,
+                limits=one.flow.limits,
+                held_ms=round(at - one.held_from_ms),
+                waited_ms=round(one.waited_ms),
+                left_ms=one.hard_left_ms(at),
+            )
+            for one in oldest
+        ]
+
+    def local_queues(self, most: int) -> list[LocalQueue]:
+        """The waiters of this process by flow, the longest queues first, without I/O."""
+        at = self._session.lease.now_ms()
+        first: dict[Flow, float] = {}
+        counts: Counter[Flow] = Counter()
+        for waiter in self._ledger.waiting.values():
+            counts[waiter.flow] += 1
+            first[waiter.flow] = min(first.get(waiter.flow, at), waiter.asked_ms)
+        return [
+            LocalQueue(flow.band, flow.tenant, flow.limits, count, round(at - first[flow]))
+            for flow, count in counts.most_common(most)
+        ]
 
     async def joined(self) -> None:
         """Return once the pool has answered for the first time; while Valkey is away, wait."""

@@ -6,7 +6,8 @@ when Valkey does not answer within a third of the lease.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgpack
@@ -41,18 +42,18 @@ class Operations:
     _keys: Keyspace
     _session: Session
 
-    async def _run(self, name: ScriptName, request: dict[str, Any]) -> bytes:
+    async def _run(self, name: ScriptName, request: dict[str, Any], tries: int = 2) -> bytes:
         """Twice, since the connection may have been closed while it was not used: all that is
         asked here may be asked again."""
         keys = (self._keys.meta, self._keys.layout)
         deadline_s = self._session.lease.deadline_s()
-        try:
-            return await self._link.run(load(name), keys, pack(request), deadline_s)
-        except LinkDown:
+        while True:
             try:
                 return await self._link.run(load(name), keys, pack(request), deadline_s)
             except LinkDown as error:
-                raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+                tries -= 1
+                if not tries:
+                    raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
 
     async def _act(self, request: dict[str, Any]) -> int:
         """Carries the run that we know of: on another server, whose past may be lost, nobody is let
@@ -69,6 +70,19 @@ class Operations:
     async def permits(self) -> tuple[PermitView, ...]:
         """Every permit in use, by process."""
         return (await self.snapshot(permits=True)).permits
+
+    async def tell(self, note: bytes, keep_ms: int) -> None:
+        """Leave a word for the other processes of the pool, in the place of the last one; it is
+        forgotten after `keep_ms`."""
+        request = {"sid": self._session.sid, "note": note, "keep_ms": keep_ms, "most": 0}
+        # Once: it is told again soon, and what waits behind it is more urgent.
+        await self._run("notes", request, tries=1)
+
+    async def told(self, most: int) -> dict[str, bytes]:
+        """What the processes of the pool have told, by session: of `most` of them at most."""
+        request = {"sid": "", "note": b"", "keep_ms": 0, "most": most}
+        rows = msgpack.unpackb(await self._run("notes", request), raw=True)
+        return {sid.decode(): note for sid, note in rows}
 
     async def place(self, session: str, ticket: int) -> Place | None:
         """How far from its turn a ticket of a session is; None if it does not wait."""
@@ -111,19 +125,25 @@ class Operations:
         self._session.stop_handing_on()
         done = bool(await self._act(request))
         if done:
-            self._session.remembered.pauses[limit] = (now_ms() + for_ms, ramp_ms, said)
+            self._session.remembered.pause(limit, now_ms() + for_ms, ramp_ms, said)
         self._session.refresh()
         return done
 
     def paused_ms(self, limits: Sequence[str]) -> int:
         """For how long still nobody is let in under one of these limits, as this process last
         heard, some seconds ago at most; 0 where none is paused. Without I/O."""
-        pauses = self._session.remembered.pauses
-        if not pauses:
-            return 0
-        at_ms = now_ms()
-        left = [int(pauses[one][0] - at_ms) for one in limits if one in pauses]
-        return max(0, *left, 0)
+        return self._session.remembered.paused_ms(limits, now_ms())
+
+    @contextmanager
+    def told_of_pauses(self, told: Callable[[], None]) -> Iterator[None]:
+        """Within it `told` is called whenever this process hears of pauses, or hears again that
+        they go on. It must neither block nor raise."""
+        watchers = self._session.remembered.watchers
+        watchers.add(told)
+        try:
+            yield
+        finally:
+            watchers.discard(told)
 
     async def resume(self, limit: str, *, by: str = "") -> bool:
         """End a pause now, without a ramp. False if there was none."""

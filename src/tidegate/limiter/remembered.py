@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -38,6 +38,8 @@ class Remembered:
         self._spent: dict[str, int] = {}
         # limit -> end, ramp_ms, said
         self.pauses: dict[str, tuple[float, int, str]] = {}
+        # Who is told when there is one.
+        self.watchers: set[Callable[[], None]] = set()
         # The sessions that are there, and the version of that list; when it was confirmed.
         self.roster_version = 0
         self._roster: set[str] = set()
@@ -55,6 +57,7 @@ class Remembered:
         self.pauses = {
             name: (at_ms + left_ms, ramp_ms, said) for name, left_ms, ramp_ms, said in whole.pauses
         }
+        self._tell()
         version, sids = whole.roster
         news = version != self.roster_version
         if sids is not None:
@@ -93,6 +96,15 @@ class Remembered:
         names = sorted({*self._spent, *since})
         return [(name, self._spent.get(name, 0), since.get(name, 0)) for name in names]
 
+    def pause(self, limit: str, end_ms: float, ramp_ms: int, said: str) -> None:
+        self.pauses[limit] = (end_ms, ramp_ms, said)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.pauses:
+            for told in tuple(self.watchers):
+                told()
+
     def paused(self, at_ms: float) -> list[tuple[str, int, int, str]]:
         """(limit, left_ms, ramp_ms, said) of the pauses that go on."""
         return [
@@ -100,6 +112,13 @@ class Remembered:
             for name, (end, ramp_ms, said) in sorted(self.pauses.items())
             if end - at_ms >= 1
         ]
+
+    def paused_ms(self, limits: Sequence[str], at_ms: float) -> int:
+        """For how long still one of these limits is paused; 0 where none is."""
+        if not self.pauses:
+            return 0
+        left = [int(self.pauses[one][0] - at_ms) for one in limits if one in self.pauses]
+        return max(0, *left, 0)
 
     def resets(self, policy: PoolPolicy, at_ms: float) -> dict[str, int]:
         """When each day quota begins anew, by the server's clock."""

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-ScriptName = Literal["sync", "tend", "renew", "inspect", "place", "act"]
+ScriptName = Literal["sync", "tend", "renew", "inspect", "place", "act", "rights", "notes"]
 
 # Releases must work when the server's memory is full: a permit may not leak for want of a byte.
 _FLAGS = "#!lua flags=allow-oom\n"

@@ -62,7 +62,7 @@ class Session:
         self.state: State = "away"
         self.fatal: ConfigError | None = None
         self.sessions = 0
-        self.last_error = "no answer yet"
+        self.last_error = ""  # while there has been none
         self.traffic = Traffic()
         self.remembered = Remembered()
         self._ledger = ledger
@@ -126,10 +126,10 @@ class Session:
 
     def set_policy(self, policy: PoolPolicy, by: str) -> None:
         """Join again with a newer policy; the session keeps what it holds."""
-        self.policy = policy
-        self.policy_by = by
+        self.policy, self.policy_by = policy, by
         self._policy_due = True
         self._forget_hints()
+        self._answers.refuse_impossible(policy, self.lease.now_ms())
         self.refresh()
 
     def paused(self) -> None:
@@ -368,8 +368,7 @@ class Session:
         self._set_state("away", reason)
 
     def _fence(self, reason: str) -> None:
-        count = self._ledger.fence()
-        if count:
+        if count := self._ledger.fence():
             logger.warning("limiter: %s; %d running calls cancelled", reason, count)
         self._observer.fenced(count)
 
@@ -388,7 +387,8 @@ class Session:
         if old == new:
             return
         level = logging.WARNING if new == "away" else logging.INFO
-        logger.log(level, "limiter: %s, was %s%s", new, old, f" ({why})" if why else "")
+        was = f", was {old}" if self.last_error else ""
+        logger.log(level, "limiter: %s%s%s", new, was, f" ({why})" if why else "")
         self._observer.state_changed(old, new)
 
     def _arm(self, reply: SyncReply) -> None:

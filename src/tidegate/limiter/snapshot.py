@@ -15,7 +15,8 @@ from tidegate.limiter.wire import InspectReply, lane_of
 class LimitView:
     """One limit over all processes. `used` counts permits held, `lapsing` included, or what is
     spent of a rate. `waiting` are the tickets that this limit holds up. `current` is the bound that
-    an adaptive limit has found. `room_in_ms`: when only time frees it, in how long."""
+    an adaptive limit has found. `room_in_ms`: when only time frees it, in how long. `reserved`: of
+    `used`, the estimates of calls that have not ended."""
 
     limit: str
     sort: str
@@ -28,6 +29,7 @@ class LimitView:
     paused_ms: int
     paused_by: str
     room_in_ms: int
+    reserved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,29 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalPermit:
+    """A permit that this process holds. `left_ms` is the time to its call's hard deadline."""
+
+    seq: int
+    tenant: str
+    limits: tuple[str, ...]
+    held_ms: int
+    waited_ms: int
+    left_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalQueue:
+    """What of one flow waits in this process, and for how long its first."""
+
+    band: int
+    tenant: str
+    limits: tuple[str, ...]
+    waiting: int
+    oldest_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class LocalState:
     """This process alone. `silent_ms` since Valkey last confirmed our session; inf for never."""
 
@@ -142,13 +167,15 @@ class LocalState:
     silent_ms: float
     sessions: int
     revision: int
+    permits: int
+    waiters: int
 
 
 def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
     """The answer of `inspect` as a snapshot."""
     names = {row[0]: row[1] for row in reply.sessions}
     return Snapshot(
-        limits={row[0]: LimitView(*row[:11]) for row in sorted(reply.limits)},
+        limits={row[0]: LimitView(*row[:12]) for row in sorted(reply.limits)},
         sessions=sum(row[2] > 0 for row in reply.sessions),
         epoch=reply.epoch,
         revision=reply.revision,

@@ -10,23 +10,26 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from tidegate.errors import ConfigError, NotFound
+from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.policy.plain import Plain
 
 _SECTIONS = ("limits", "weights", "pool")
 Edit = Callable[[Plain], Plain]
 
 
-def edit(set_: Mapping[str, Any], remove: Iterable[str] = ()) -> Edit:
-    """The change that sets and removes keys.
+def edit(
+    set_: Mapping[str, Any], remove: Iterable[str] = (), expected: Mapping[str, Any] | None = None
+) -> Edit:
+    """The change that sets and removes keys, of a policy that has the `expected` values of some.
 
-    Called on a policy it raises NotFound for a key to remove that is not there, and ConfigError
-    for a key that can't be, or the limit of a kind, which every call needs. Whether the values are
-    sound is seen when the policy is read.
+    Called on a policy it raises PolicyChanged where one has another value, NotFound for a key to
+    remove that is not there, and ConfigError for a key that can't be, or the limit of a kind, which
+    every call needs. Whether the values are sound is seen when the policy is read.
     """
     removed = list(remove)
 
     def change(plain: Plain) -> Plain:
+        _check(plain, expected or {})
         changed = deepcopy(plain)
         for key in removed:
             section, name = _place(key)
@@ -44,6 +47,13 @@ def edit(set_: Mapping[str, Any], remove: Iterable[str] = ()) -> Edit:
         return changed
 
     return change
+
+
+def _check(plain: Plain, expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        section, name = _place(key)
+        if (now := plain.get(section, {}).get(name)) != value:
+            raise PolicyChanged(f"{section}.{name}", now)
 
 
 def _place(key: str) -> tuple[str, str]:

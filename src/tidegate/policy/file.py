@@ -13,7 +13,7 @@ from tidegate.call import CLASSIFIER_LIMIT, Kind
 from tidegate.config import Config, secret
 from tidegate.errors import ConfigError
 from tidegate.limiter.limits import PoolPolicy
-from tidegate.policy.plain import of_plain
+from tidegate.policy.plain import SECTIONS, check_keys, of_plain
 from tidegate.policy.upstreams import Deployment, deployment_of
 
 USUAL_FILE = Path("tidegate.toml")
@@ -23,14 +23,16 @@ _LONGEST_BYTES = 1_000_000
 
 def deployed(config: Config) -> PoolPolicy:
     """What this deployment asks for in the pool `gemini`, as revision 1. Raises ConfigError."""
-    path = _path(config)
+    path = policy_file(config)
     return of_plain(_filled({}, config)) if path is None else from_file(path, config)
 
 
 def from_file(path: Path, config: Config) -> PoolPolicy:
     """The policy of a file; `config` fills in what it does not say. Raises ConfigError."""
-    stated = {key: value for key, value in _read(path).items() if key not in _NOT_OF_THE_POOL}
+    read = _read(path)
+    stated = {key: value for key, value in read.items() if key not in _NOT_OF_THE_POOL}
     try:
+        check_keys("", read, (*SECTIONS, *_NOT_OF_THE_POOL))
         of_plain(stated)  # on its own first: what is wrong is then the file's
         return of_plain(_filled(stated, config))
     except ConfigError as wrong:
@@ -39,7 +41,7 @@ def from_file(path: Path, config: Config) -> PoolPolicy:
 
 def deployed_upstreams(config: Config) -> Deployment:
     """The upstreams of this deployment, with their policies. Raises ConfigError."""
-    path = _path(config)
+    path = policy_file(config)
     if path is None:
         return deployment_of({}, config, secret)
     try:
@@ -48,7 +50,8 @@ def deployed_upstreams(config: Config) -> Deployment:
         raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
 
 
-def _path(config: Config) -> Path | None:
+def policy_file(config: Config) -> Path | None:
+    """The file that states the policy, or None."""
     if config.tidegate_policy is not None:
         return config.tidegate_policy
     return USUAL_FILE if USUAL_FILE.is_file() else None

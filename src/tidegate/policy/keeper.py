@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy import revisions
 from tidegate.policy.plain import Plain, digest, to_plain
 from tidegate.policy.revisions import Decision, Found, Origin, Revision, differences
+from tidegate.policy.tenancy import with_tenants
 from tidegate.store.policies import Policies
 from tidegate.store.records import PolicyRecord
 from tidegate.telemetry import Log, get_logger
@@ -84,6 +86,7 @@ class PolicyKeeper:
         set_by: str,
         reason: str = "",
         origin: Origin = Origin.LIVE,
+        asked: str = "",
     ) -> Revision:
         """Put what `edit` makes of the policy on record and in force; returns what is in force.
 
@@ -95,15 +98,20 @@ class PolicyKeeper:
         return await self._decided(
             "",
             lambda head, _: revisions.change(
-                head, found, edit, set_by=set_by, reason=reason, origin=origin
+                head, found, edit, set_by=set_by, reason=reason, origin=origin, asked=asked
             ),
         )
 
     async def adopt_wanted(self, *, set_by: str, reason: str = "") -> Revision:
-        """Put this deployment's own policy in force, whatever was set live; as `change` else."""
+        """Put this deployment's own policy in force, whatever was set live; but what tenants were
+        given, and it does not name, stays. As `change` else."""
         wanted = to_plain(self.wanted)
         return await self.change(
-            lambda _: wanted, set_by=set_by, reason=reason, origin=Origin.DEPLOYMENT
+            partial(with_tenants, wanted),
+            set_by=set_by,
+            reason=reason,
+            origin=Origin.DEPLOYMENT,
+            asked=digest(wanted),
         )
 
     async def history(self, most: int) -> list[PolicyRecord]:
@@ -175,6 +183,7 @@ def revision_of(record: PolicyRecord) -> Revision:
         policy=record.policy,
         set_by=record.set_by,
         reason=record.reason,
+        asked=record.digest,
     )
 
 
@@ -182,7 +191,7 @@ def record_of(revision: Revision) -> PolicyRecord:
     return PolicyRecord(
         revision=revision.number,
         origin=revision.origin.value,
-        digest=revision.digest,
+        digest=revision.asked_digest,
         policy=revision.policy,
         set_by=revision.set_by,
         reason=revision.reason,

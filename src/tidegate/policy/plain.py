@@ -45,7 +45,7 @@ _POOL_TYPES: dict[str, type] = {
 }
 _POOL_DEFAULTS = {one.name: one.default for one in fields(PoolPolicy) if one.name in _POOL_TYPES}
 assert MISSING not in _POOL_DEFAULTS.values()
-_SECTIONS = ("limits", "weights", "bands", "pool")
+SECTIONS = ("limits", "weights", "bands", "pool")
 _SORTS = ("concurrency", "rate", "quota")
 _KEYS: dict[str, dict[str, type]] = {
     "concurrency": {"bound": int, "shadow": bool, "adaptive": dict},
@@ -79,7 +79,7 @@ def of_plain(plain: Mapping[str, Any], *, revision: int = 1, strict: bool = True
     out or kept: a record may be of a later version. Raises ConfigError with the path of the key.
     """
     if strict:
-        _check_keys("", plain, _SECTIONS)
+        check_keys("", plain, SECTIONS)
     limits = {
         str(name): limit_of(str(name), value, strict=strict)
         for name, value in _table("limits", plain.get("limits", {})).items()
@@ -143,7 +143,7 @@ def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limi
     if "bound" not in value:
         raise ConfigError(f"{path}.bound", "(not set)", "must be a whole number")
     if strict:
-        _check_keys(path, value, ("type", *_KEYS[sort]))
+        check_keys(path, value, ("type", *_KEYS[sort]))
     given = {
         key: _typed(f"{path}.{key}", value[key], kind)
         for key, kind in _KEYS[sort].items()
@@ -162,7 +162,7 @@ def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
         if adaptive is None:
             return Concurrency(**given)
         if strict:
-            _check_keys(f"{path}.adaptive", adaptive, ("minimum",))
+            check_keys(f"{path}.adaptive", adaptive, ("minimum",))
         minimum = _typed(f"{path}.adaptive.minimum", adaptive.get("minimum", 1), int)
         return Concurrency(**given, adaptive=Adaptive(minimum))
     measure = MEASURES.get(limit_id.partition(":")[0])
@@ -209,7 +209,7 @@ def _bands(value: object, strict: bool) -> tuple[Band, ...]:
         path = f"bands[{place}]"
         table = _table(path, band)
         if strict:
-            _check_keys(path, table, ("name", "min_share", "headroom"))
+            check_keys(path, table, ("name", "min_share", "headroom"))
         name = _typed(f"{path}.name", table.get("name", ""), str)
         if not name:
             raise ConfigError(f"{path}.name", "(not set)", "must be a text")
@@ -225,7 +225,7 @@ def _bands(value: object, strict: bool) -> tuple[Band, ...]:
 
 def _pool(table: Mapping[str, Any], strict: bool) -> Plain:
     if strict:
-        _check_keys("pool", table, tuple(_POOL_TYPES))
+        check_keys("pool", table, tuple(_POOL_TYPES))
     found = {}
     for name, kind in _POOL_TYPES.items():
         if name in table:
@@ -256,7 +256,8 @@ def _table(path: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def _check_keys(path: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def check_keys(path: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raises ConfigError, naming all that are known, for a key that is not."""
     for key in table:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)

@@ -6,7 +6,9 @@ Every one that was in force is kept. The rules, in order:
 - what is in force without being on record is put on record;
 - a policy set live stays until somebody sets another one: a deployment that differs is a conflict;
 - a deployment's policy that was never in force before becomes the next revision;
-- one that was in force before and was replaced is an older deployment's: a conflict, nothing more.
+- one that was in force before and was replaced is an older deployment's: a conflict, nothing more;
+- what was set for a tenant alone leaves a deployment's policy the deployment's: the next one keeps
+  what tenants were given so and it does not name.
 
 So two deployments that differ can't fight: each policy wins once. Invariant: revisions only grow,
 and two that are in force with the same number are the same.
@@ -15,12 +17,13 @@ and two that are in force with the same number are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.policy.plain import Plain, digest, of_plain, to_plain
+from tidegate.policy.tenancy import apart_from_tenants, with_tenants
 
 
 class Origin(StrEnum):
@@ -32,17 +35,23 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One policy as it is on record, or is to be put there."""
+    """One policy as it is on record, or is to be put there. asked: the digest of what its
+    deployment asks for, where tenants were given more since; else empty."""
 
     number: int
     origin: Origin
     policy: Plain
     set_by: str
     reason: str = ""
+    asked: str = ""
 
     @property
     def digest(self) -> str:
         return digest(self.policy)
+
+    @property
+    def asked_digest(self) -> str:
+        return self.asked or self.digest
 
     @property
     def pool_policy(self) -> PoolPolicy:
@@ -94,6 +103,9 @@ def start(head: Revision | None, seen: bool, found: Found, wanted: Plain, set_by
     now = adopted or head
     assert now is not None
     new = (adopted,) if adopted else ()
+    if now.asked_digest != now.digest:
+        both = with_tenants(wanted, now.policy)
+        ours = Revision(found.number, Origin.DEPLOYMENT, both, set_by, asked=digest(wanted))
     if now.digest == ours.digest:
         conflict = None
     elif now.origin is Origin.LIVE:
@@ -102,7 +114,7 @@ def start(head: Revision | None, seen: bool, found: Found, wanted: Plain, set_by
         conflict = Conflict.OLDER
     else:
         conflict = None
-        now = Revision(max(now.number, found.number) + 1, Origin.DEPLOYMENT, wanted, set_by)
+        now = replace(ours, number=max(now.number, found.number) + 1)
         new = (*new, now)
     return _enforced(now, new, found, conflict)
 
@@ -123,8 +135,9 @@ def change(
     set_by: str,
     reason: str,
     origin: Origin = Origin.LIVE,
+    asked: str = "",
 ) -> Decision:
-    """What a person's change does; nothing where it changes nothing.
+    """What a person's change does; nothing where it changes nothing. `asked`: see `Revision`.
 
     Raises what `edit` raises, and ConfigError for a policy that is not sound.
     """
@@ -133,8 +146,11 @@ def change(
     policy = to_plain(of_plain(edit(now.policy)))
     if digest(policy) == now.digest and (origin is now.origin or origin is Origin.LIVE):
         return decided
+    is_deployed = origin is Origin.LIVE and now.origin is Origin.DEPLOYMENT
+    if is_deployed and apart_from_tenants(policy) == apart_from_tenants(now.policy):
+        origin, asked = now.origin, now.asked_digest
     number = max(now.number, found.number) + 1
-    changed = Revision(number, origin, policy, set_by, reason)
+    changed = Revision(number, origin, policy, set_by, reason, asked)
     return Decision(changed, (*decided.new, changed))
 
 
@@ -147,8 +163,9 @@ def adopt(head: Revision | None, found: Found) -> Revision | None:
     if found.number <= head.number:
         return None
     policy = found.plain
-    origin = head.origin if digest(policy) == head.digest else Origin.LIVE
-    return Revision(found.number, origin, policy, _who(found), "found in force")
+    if digest(policy) == head.digest:
+        return replace(head, number=found.number, set_by=_who(found), reason="found in force")
+    return Revision(found.number, Origin.LIVE, policy, _who(found), "found in force")
 
 
 def _who(found: Found) -> str:
@@ -162,7 +179,7 @@ def _enforced(
     # As this version reads the record: a later one may have put more into it.
     if now.number == found.number and found.plain != to_plain(now.pool_policy):
         reason = f"revision {now.number} had another meaning in the limiter"
-        now = Revision(now.number + 1, now.origin, now.policy, now.set_by, reason)
+        now = replace(now, number=now.number + 1, reason=reason)
         new = (*new, now)
     return Decision(now, new, conflict)
 

@@ -37,6 +37,26 @@ def is_of(limit_id: str, tenant: str) -> bool:
     return limit_id == f"tenant:{tenant}" or (scope in MEASURES and name == f"tenant/{tenant}")
 
 
+def apart_from_tenants(plain: Plain) -> Plain:
+    """A policy without weights and without limits that bind one tenant alone."""
+    limits = {name: one for name, one in plain.get("limits", {}).items() if not _is_of_one(name)}
+    return {**{key: one for key, one in plain.items() if key != "weights"}, "limits": limits}
+
+
+def with_tenants(wanted: Plain, now: Plain) -> Plain:
+    """`wanted`, and what tenants have now that it does not name."""
+    own = {name: one for name, one in now.get("limits", {}).items() if _is_of_one(name)}
+    both = {**wanted, "limits": own | wanted.get("limits", {})}
+    if weights := now.get("weights", {}) | wanted.get("weights", {}):
+        both["weights"] = weights
+    return both
+
+
+def _is_of_one(limit_id: str) -> bool:
+    scope, _, name = limit_id.partition(":")
+    return scope == "tenant" or (scope in MEASURES and name.startswith("tenant/"))
+
+
 def share_edit(
     tenant: str,
     *,

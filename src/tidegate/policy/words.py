@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from tidegate.limiter.limits import Concurrency, Limit, Quota, as_limit
 
+_SPAN = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h|d)")
+_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _FOR_EVER_MS = 10 * 365 * 86_400_000
 _WINDOWS = {1_000: "a second", 60_000: "a minute", 3_600_000: "an hour"}
 _UNITS = {"input_tokens": "input tokens", "output_tokens": "output tokens"}
@@ -40,6 +44,12 @@ def span_in_words(span_ms: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     return f"{hours // 24} days"
+
+
+def ms_of(text: str) -> float | None:
+    """`500ms`, `30s`, `10m`, `2h` or `1d` in milliseconds; None for anything else."""
+    found = _SPAN.fullmatch(text.strip())
+    return None if found is None else float(found["number"]) * _UNITS_MS[found["unit"]]
 
 
 def pause_in_words(left_ms: float) -> str:

@@ -14,6 +14,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from functools import cache
+from time import perf_counter
 from typing import Any
 
 import aiohappyeyeballs
@@ -42,6 +43,9 @@ class Origin:
     port: int
     secure: bool
 
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -52,11 +56,12 @@ class Place:
 
 
 class Exchange:
-    """One call and its answer. `status` and `headers` are there once it is opened."""
+    """One call and its answer. `status` and `headers` are there once it is opened; first_byte_ms:
+    from its sending to the first bytes of its body, None until there are some."""
 
     __slots__ = (
-        *("_answer", "_began", "_connection", "_origin", "_total_until", "_wait_until", "_whole"),
-        *("_wire", "headers", "status", "timed_out"),
+        *("_answer", "_began", "_connection", "_origin", "_sent", "_total_until", "_wait_until"),
+        *("_whole", "_wire", "first_byte_ms", "headers", "status", "timed_out"),
     )
 
     def __init__(
@@ -66,6 +71,8 @@ class Exchange:
         self.status = 0
         self.headers: RawHeaders = []  # as they came, names in any case
         self.timed_out: str | None = None
+        self.first_byte_ms: float | None = None
+        self._sent = perf_counter()  # the loop's clock is too coarse for it
         self._wire = wire
         self._origin = origin
         self._connection = connection
@@ -105,7 +112,9 @@ class Exchange:
         if answer.size_bytes > READ_AHEAD_BYTES:
             self._connection.read_on()
         answer.size_bytes = 0
-        self._began = True
+        if not self._began:
+            self._began = True
+            self.first_byte_ms = (perf_counter() - self._sent) * 1000
         return whole
 
     @property
@@ -125,13 +134,16 @@ class Exchange:
             whole += piece
         return bytes(whole[:max_bytes])
 
+    @property
+    def _sent_at(self) -> float:
+        return self._total_until - self._wire.total_s
+
     def has_crossed(self, failed: BaseException) -> bool:
         """Whether the request met the end of a connection that the upstream had closed before it
         saw any of it, as far as can be told from here."""
         if not isinstance(failed, UpstreamUnavailable) or failed.broke != "unheard":
             return False
-        asked_at = self._total_until - self._wire.total_s
-        return self._whole is None and self._wire.time() - asked_at <= _CROSSED_S
+        return self._whole is None and self._wire.time() - self._sent_at <= _CROSSED_S
 
     def close(self) -> bool:
         """End it: the connection is kept, and True returned, only when the answer has come to its

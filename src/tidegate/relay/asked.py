@@ -19,12 +19,20 @@ import orjson
 
 from tidegate.call import Kind
 from tidegate.demand.pieces import Modality, pieces_of_file, pieces_of_text, unseen_file
-from tidegate.errors import InvalidRequest
+from tidegate.errors import InvalidRequest, PayloadTooLarge
 from tidegate.relay.paths import Dialect, Endpoint, Operation
 
 # Enough to find a picture's size in, and a multiple of 4 characters.
 _HEAD_CHARS = 65_536
 _MOST_VALUES = 200_000
+# Of objects, lists and what stands in them: each costs many times its bytes once it is parsed, and
+# the event loop stands still for it. A body of 80 MB could hold so many as to take 2 GB.
+MOST_PARTS = 2_000_000
+_TEXT = rb'"(?:[^"\\]++|\\.)*+"'
+# Everything is taken for good: nothing is tried twice, nor remembered.
+_TOO_MANY_PARTS = re.compile(
+    rb'(?:[^",\[{]*+(?:%b[^",\[{]*+)*+[,\[{]){%d}+' % (_TEXT, MOST_PARTS + 1), re.DOTALL
+)
 _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
 _INLINE_MIME = ("mimeType", "mime_type", "media_type")
 _URI = ("fileUri", "file_uri", "file_id", "image_url", "url")
@@ -53,8 +61,23 @@ class Asked:
     wants_usage: bool = False
 
 
+def has_too_many_parts(body: bytes) -> bool:
+    """Whether JSON holds more than `MOST_PARTS` commas, lists and objects, outside of its texts."""
+    if len(body) <= MOST_PARTS or sum(map(body.count, (b",", b"[", b"{"))) <= MOST_PARTS:
+        return False
+    return _TOO_MANY_PARTS.match(body) is not None
+
+
+def check_parts(body: bytes) -> None:
+    """Raises PayloadTooLarge for JSON that would become too much once it is parsed."""
+    if has_too_many_parts(body):
+        allowed = f"at most {MOST_PARTS} values"
+        raise PayloadTooLarge("body", "the body holds too many values", allowed=allowed)
+
+
 def parsed(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object; raises InvalidRequest."""
+    """The body as a JSON object; raises InvalidRequest and PayloadTooLarge."""
+    check_parts(body)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as broken:
@@ -156,11 +179,14 @@ def _whole(value: object, usual: int) -> int:
 
 
 def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Chat completions stream no usage unless they are asked to."""
+    """Chat completions stream no usage unless they are asked to. Of options that are none, or say
+    neither yes nor no, the provider itself is to say so."""
     if endpoint.path not in ("/chat/completions", "/completions"):
         return False
     options = body.get("stream_options")
-    return not (isinstance(options, Mapping) and options.get("include_usage") is True)
+    if options is None:
+        return True
+    return isinstance(options, Mapping) and options.get("include_usage") in (None, False)
 
 
 class _Walk:

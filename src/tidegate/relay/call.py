@@ -14,6 +14,7 @@ from tidegate.relay.headers import Headers
 from tidegate.relay.paths import Endpoint
 from tidegate.relay.targets import Target
 from tidegate.relay.usage import NOTHING_TOLD, TAIL_BYTES, Told, told_in
+from tidegate.tracing import Trail
 
 KEPT_BYTES = 16_000_000
 
@@ -22,7 +23,7 @@ KEPT_BYTES = 16_000_000
 class NativeCall:
     """What the front took in. headers: those that may go on to an upstream. query: without
     its `?` and without a key. received: on the monotonic clock. wait_ms: from receipt to
-    admission. subject: whom it is about, for erasing."""
+    admission. subject: whom it is about, for erasing. trail: its place in a trace."""
 
     request_id: UUID
     endpoint: Endpoint
@@ -36,6 +37,7 @@ class NativeCall:
     wait_ms: int
     priority: int = 0
     subject: str | None = None
+    trail: Trail | None = None
 
     def left_ms(self) -> int:
         """Until its deadline for admission; negative when it has passed."""
@@ -70,7 +72,9 @@ class Life:
 
     http_status: what the client was told; 0 while nothing. pieces: of the upstream's answer, as it
     came, up to `KEPT_BYTES`; answer_bytes counts all. waits: for its first try or for another one;
-    an upstream is not being asked, and has not answered.
+    an upstream is not being asked, and has not answered. queue: the pool and the limits in whose
+    queue it stands, or stood. first_byte_ms: of the last try, from its
+    sending to the first bytes of its answer's body. throttled: tries that were answered with 429.
     """
 
     waits: bool = True
@@ -78,12 +82,16 @@ class Life:
     model: str | None = None
     streams: bool = False
     target: Target | None = None
+    queue: tuple[str, tuple[str, ...]] = ("", ())
     tries: int = 0
     fence: tuple[int, int] | None = None
     admitted_at: datetime | None = None
     finished_at: datetime | None = None
     queue_ms: float = 0.0
     upstream_ms: float = 0.0
+    first_byte_ms: float | None = None
+    throttled: int = 0
+    trail: Trail | None = None
     http_status: int = 0
     told: Told = NOTHING_TOLD
     charge: Charge = NO_CHARGE
@@ -118,6 +126,7 @@ class Life:
         self.waits = True
         self.pieces, self.answer_bytes = [], 0
         self.told, self.charge = NOTHING_TOLD, NO_CHARGE
+        self.first_byte_ms = None
 
 
 class CallFailed(Exception):

@@ -17,12 +17,17 @@ from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
 from tidegate.relay.asked import Asked, asked_of
 from tidegate.relay.call import KEPT_BYTES, Life, NativeCall, Out
 from tidegate.relay.headers import Headers
-from tidegate.relay.paths import Endpoint, dialect_of, endpoint_of
+from tidegate.relay.paths import Dialect, Endpoint, dialect_of, endpoint_of
 from tidegate.relay.spine import Relay
 from tidegate.relay.work import Begun
+from tidegate.tracing import Trail
 
+# Of the JSON that holds one: a line of a batch, or what is handed in as a job.
+LONGEST_BYTES = 20_000_000
 _NO_DEADLINE_MS = 30 * 86_400_000
-_HEADERS = [(b"content-type", b"application/json")]
+_JSON = (b"content-type", b"application/json")
+# Without a version Anthropic refuses; its SDKs all say this one.
+_HEADERS = {Dialect.ANTHROPIC: [_JSON, (b"anthropic-version", b"2023-06-01")]}
 _ALLOWED = (
     "a native path that asks a model, such as /v1/chat/completions, /v1/responses, /v1/messages "
     "or /v1beta/models/<model>:generateContent"
@@ -65,6 +70,7 @@ def detached_call(
     caller: Caller,
     priority: int,
     deadline_ms: int | None,
+    trail: Trail | None = None,
 ) -> NativeCall:
     """The call as if a client made it now. `deadline_ms`: from now to admission. Raises NotFound
     for a path that another version took in."""
@@ -77,13 +83,14 @@ def detached_call(
         endpoint=endpoint,
         method="POST",
         query="",
-        headers=_HEADERS,
+        headers=_HEADERS.get(endpoint.dialect, [_JSON]),
         body=body,
         caller=caller,
         received=time.monotonic(),
         received_at=datetime.now(UTC),
         wait_ms=_NO_DEADLINE_MS if deadline_ms is None else deadline_ms,
         priority=priority,
+        trail=trail,
     )
 
 

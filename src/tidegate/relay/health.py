@@ -69,13 +69,14 @@ def can_be_provoked(error: UpstreamError) -> bool:
 @dataclass(slots=True)
 class Health:
     """Of one upstream, in this process. `faults` are those in a row, `why` the last of them, for
-    people."""
+    who runs this; `in_short` is the same without the provider's words, for everybody."""
 
     clock: Clock = time.monotonic
     faults: int = 0
     open_until: float = 0.0
     probing_until: float = 0.0
     why: str = ""
+    in_short: str = ""
     key_dead: bool = False
     _rounds: int = field(default=0)
     _plain: int = field(default=0)  # faults that nobody can have provoked
@@ -109,15 +110,22 @@ class Health:
         self.faults = self._plain = self._rounds = 0
         self._suspects.clear()
         self.open_until = self.probing_until = 0.0
-        self.key_dead, self.why = False, ""
+        self.key_dead, self.why, self.in_short = False, "", ""
         return was_out
 
-    def failed(self, why: str, *, key_dead: bool = False, suspect: Suspect | None = None) -> bool:
+    def failed(
+        self,
+        why: str,
+        *,
+        in_short: str = "",
+        key_dead: bool = False,
+        suspect: Suspect | None = None,
+    ) -> bool:
         """A real fault, or what may be the doing of `suspect`; True if it is out from now on, and
         was not before. A refused key is out at the first word, unless a suspect is named: every
         further call would be refused too."""
         self.faults += 1
-        self.why = why
+        self.why, self.in_short = why, in_short
         is_new = self._noted(suspect)
         at_once = key_dead and suspect is None
         if not at_once and not (is_new if self._rounds else self._is_enough()):

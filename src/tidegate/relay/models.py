@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,11 @@ class Models:
         self._wire = wire
         self._lists: dict[tuple[str, Dialect], _Listed] = {}
 
-    async def listed(self, call: NativeCall, upstreams: list[Upstream]) -> bytes:
-        """The body of the answer. Raises CallFailed where no upstream gave a list."""
+    async def listed(
+        self, call: NativeCall, upstreams: list[Upstream], routes: Mapping[str, Target]
+    ) -> bytes:
+        """The body of the answer; `routes` are the names that routes give, and whom each leads to.
+        Raises CallFailed where no upstream gave a list."""
         dialect = call.endpoint.dialect
         found = await asyncio.gather(
             *(self._of(call, one) for one in upstreams), return_exceptions=True
@@ -63,6 +67,10 @@ class Models:
                 models.setdefault(str(model[_SHAPES[dialect][2]]), model)
         if failure is not None and len(models) == 0:
             raise failure
+        for name, target in routes.items():
+            models[_named(dialect, name)] = _as(
+                dialect, name, models.get(_named(dialect, target.model), {})
+            )
         allowed = [one for name, one in models.items() if call.caller.may_ask(name)]
         return orjson.dumps(_whole(dialect, allowed))
 
@@ -96,12 +104,11 @@ class Models:
         return models
 
 
-def is_plain(caller: Caller, upstreams: list[Upstream]) -> bool:
+def is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Target]) -> bool:
     """Whether the only upstream's own list says it all."""
     only = upstreams[0]
-    return (
-        len(upstreams) == 1 and caller.models is None and only.models == ("*",) and not only.aliases
-    )
+    alone = len(upstreams) == 1 and not routes
+    return alone and caller.models is None and only.models == ("*",) and not only.aliases
 
 
 def _shown(
@@ -109,12 +116,21 @@ def _shown(
 ) -> list[dict[str, Any]]:
     """Those that may be asked by their own name, and the aliases."""
     key = _SHAPES[dialect][2]
-    folder = _FOLDER if dialect is Dialect.GEMINI else ""
+    folder = _named(dialect, "")
     found = [one for one in models if upstream.fit(one[key].removeprefix(folder))]
     by_name = {one[key].removeprefix(folder): one for one in models}
     for alias, name in upstream.aliases.items():
-        found.append({**by_name.get(name, {}), key: f"{folder}{alias}"})
+        found.append(_as(dialect, alias, by_name.get(name, {})))
     return found
+
+
+def _named(dialect: Dialect, model: str) -> str:
+    return f"{_FOLDER}{model}" if dialect is Dialect.GEMINI else model
+
+
+def _as(dialect: Dialect, name: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model by another name."""
+    return {**model, _SHAPES[dialect][2]: _named(dialect, name)}
 
 
 def _whole(dialect: Dialect, models: list[dict[str, Any]]) -> dict[str, Any]:

@@ -57,11 +57,26 @@ class Endpoint:
     def __post_init__(self) -> None:
         object.__setattr__(self, "is_counted", self.operation.is_counted)
 
+    @property
+    def name(self) -> str:
+        """What it does, in the words of the conventions for telemetry; holds no model's name."""
+        return _NAMES.get((self.dialect, self.operation)) or _NAMED[self.operation]
+
     def path_for(self, model: str) -> str:
         """Its path when the call goes to `model`."""
         return self.path.replace("{model}", model) if self.model is not None else self.path
 
 
+_NAMED = {
+    Operation.INFER: "chat",
+    Operation.EMBED: "embeddings",
+    Operation.IMAGES: "generate_images",
+    Operation.COUNT: "count_tokens",
+    Operation.MODELS: "models",
+    Operation.FILES: "files",
+    Operation.UPLOAD: "upload",
+}
+_NAMES = {(Dialect.GEMINI, Operation.INFER): "generate_content"}
 _OPENAI_CALLS = {
     "/chat/completions": Operation.INFER,
     "/completions": Operation.INFER,

@@ -16,6 +16,7 @@ from tidegate.demand import Demand, Demands
 from tidegate.demand.cost import Prices
 from tidegate.errors import (
     NotFound,
+    UpstreamError,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamUnauthorized,
@@ -35,6 +36,7 @@ from tidegate.relay.remaining import Remaining
 from tidegate.relay.targets import Target, Targets
 from tidegate.relay.work import Begun, Work
 from tidegate.telemetry import Log, get_logger
+from tidegate.tracing import HEADER, Tracing
 
 _HARD_MARGIN_MS = 5_000
 
@@ -45,9 +47,16 @@ class Relay:
     """One per process, over the limiters of all pools."""
 
     def __init__(
-        self, *, config: Config, targets: Targets, pools: Mapping[str, Limiter], wire: RelayWire
+        self,
+        *,
+        config: Config,
+        targets: Targets,
+        pools: Mapping[str, Limiter],
+        wire: RelayWire,
+        tracing: Tracing,
     ) -> None:
         self.targets = targets
+        self.tracing = tracing
         self.health = {name: Health() for name in targets.upstreams}
         self.remaining = {pool: Remaining(limiter) for pool, limiter in pools.items()}
         self._pools = pools
@@ -71,6 +80,7 @@ class Relay:
         after `out.started` nothing more can be told to the client but that it failed. Cancellation
         leaves neither a waiter nor an open upstream call.
         """
+        life.trail = call.trail
         if call.endpoint.operation is Operation.MODELS and await self._listed(call, out, life):
             return
         body: dict[str, Any] = {}
@@ -92,9 +102,10 @@ class Relay:
         upstreams = self.targets.speaking(call.endpoint.dialect)
         if not call.endpoint.path.endswith("/models") or not upstreams:
             return False
-        if is_plain(call.caller, upstreams):
+        routes = self.targets.named_by_routes(call.endpoint.dialect)
+        if is_plain(call.caller, upstreams, routes):
             return False
-        body = await self._models.listed(call, upstreams)
+        body = await self._models.listed(call, upstreams, routes)
         life.keep(body)
         length = (b"content-length", str(len(body)).encode())
         await out.start(200, [(b"content-type", b"application/json"), length])
@@ -125,7 +136,7 @@ class Relay:
         if not found:
             first = min((self.health[one.upstream.name] for one in targets), key=Health.back_in_ms)
             raise UpstreamUnavailable(
-                f"no upstream can be asked now; the last fault: {first.why}",
+                f"no upstream can be asked now; the last fault: {first.in_short}",
                 retry_after_ms=first.back_in_ms(),
             )
         return found
@@ -168,7 +179,11 @@ class Relay:
         if call.query:
             text = f"{text}?{call.query}"
         headers = with_key(call.headers, dialect, target.upstream.key)
-        return await self._wire.open(call.method, self._wire.place(text), headers, body)
+        place = self._wire.place(text)
+        if call.trail is not None:
+            said = call.trail.begin(target.upstream.name, target.model, str(place.origin))
+            headers.append((HEADER, said.encode()))
+        return await self._wire.open(call.method, place, headers, body)
 
     def may_try_again(self) -> bool:
         return self._budget.spend()
@@ -186,12 +201,20 @@ class Relay:
             return
         suspect = _suspect(call) if can_be_provoked(error) else None
         dead = isinstance(error, UpstreamUnauthorized)
-        if self.health[name].failed(error.message, key_dead=dead, suspect=suspect):
+        short = _in_short(error)
+        if self.health[name].failed(error.message, in_short=short, key_dead=dead, suspect=suspect):
             event = Log.UPSTREAM_KEY_DEAD if dead else Log.UPSTREAM_OUT
             log.error(event, upstream=name, detail=error.message)
 
     def demands_of(self, target: Target) -> Demands:
         return self._demands[target.upstream.name]
+
+
+def _in_short(error: UpstreamError) -> str:
+    """What others may hear: the provider's words can be about one tenant's request, or our key."""
+    if isinstance(error, UpstreamUnauthorized) and error.of_key:
+        return "the provider refuses this gateway's own key"
+    return error.message if error.status is None else f"the provider answered {error.status}"
 
 
 def _suspect(call: NativeCall) -> Suspect:

@@ -16,6 +16,7 @@ from tidegate.policy.upstreams import Deployment, Upstream
 from tidegate.relay.paths import Dialect
 
 _MODELS_KEPT = 1_000
+_PATTERN = frozenset("*?[")  # as fnmatch reads them
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,17 @@ class Targets:
     def speaking(self, dialect: Dialect) -> list[Upstream]:
         """All upstreams of a dialect, in the order of the file."""
         return [one for one in self.upstreams.values() if dialect in one.base_urls]
+
+    def named_by_routes(self, dialect: Dialect) -> dict[str, Target]:
+        """The models that have a name by a route alone, and who is asked first for each. Routes
+        that are patterns name none."""
+        found: dict[str, Target] = {}
+        for route in self._routes:
+            if not _PATTERN.intersection(route.model):
+                targets = self._routed(dialect, route.model)
+                if targets:
+                    found[route.model] = targets[0]
+        return found
 
     def _routed(self, dialect: Dialect, model: str) -> list[Target] | None:
         for route in self._routes:

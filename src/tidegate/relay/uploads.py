@@ -6,7 +6,7 @@ ours, which says the same but for the key.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from tidegate.errors import Forbidden, UpstreamError
@@ -15,8 +15,8 @@ from tidegate.relay.headers import Headers, to_return
 from tidegate.relay.paths import Operation
 from tidegate.relay.refusal import refusal_of
 from tidegate.relay.spine import Relay
-from tidegate.relay.targets import Target
 
+UPLOADS = "/upload/v1beta/files"
 MAX_BYTES = 2 * 1024**3  # https://ai.google.dev/gemini-api/docs/files
 _URLS = (b"x-goog-upload-url", b"x-goog-upload-control-url")
 
@@ -33,11 +33,12 @@ async def upload(
     relay: Relay,
     call: NativeCall,
     pieces: AsyncIterator[bytes],
-    own_url: str,
+    own: Callable[[str], str],
     out: Out,
     life: Life,
 ) -> None:
-    """One request of an upload; `own_url` is how the client reaches us. Raises as `Relay.run`."""
+    """One request of an upload; `own` gives the URL by which the client reaches us, of its query.
+    Raises as `Relay.run`."""
     target = relay.first_of(call.endpoint.dialect)
     life.target, life.tries = target, 1
     try:
@@ -46,7 +47,7 @@ async def upload(
             if exchange.status >= 300:
                 raise await refusal_of(exchange, target)
             life.http_status = exchange.status
-            headers = _own(to_return(exchange.headers), target, own_url)
+            headers = _own(to_return(exchange.headers), own)
             await out.start(exchange.status, headers)
             while piece := await exchange.next():
                 life.keep(piece)
@@ -58,14 +59,14 @@ async def upload(
         raise CallFailed(error, target) from None
 
 
-def _own(headers: Headers, target: Target, own_url: str) -> Headers:
+def _own(headers: Headers, own: Callable[[str], str]) -> Headers:
     return [
-        (name, _own_url(value.decode("latin-1"), own_url).encode() if name in _URLS else value)
+        (name, own(_query_of(value.decode("latin-1"))).encode() if name in _URLS else value)
         for name, value in headers
     ]
 
 
-def _own_url(theirs: str, own_url: str) -> str:
-    parts = urlsplit(theirs)
-    pairs = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if pair[0] != "key"]
-    return f"{own_url}/upload/v1beta/files?{urlencode(pairs)}"
+def _query_of(theirs: str) -> str:
+    """Of the upstream's URL, without its key."""
+    pairs = parse_qsl(urlsplit(theirs).query, keep_blank_values=True)
+    return urlencode([pair for pair in pairs if pair[0] != "key"])

@@ -21,15 +21,17 @@ from tidegate.errors import (
     DeadlineExceeded,
     DemandImpossible,
     UpstreamError,
+    UpstreamThrottled,
     UpstreamUnauthorized,
 )
-from tidegate.limiter import Permit
+from tidegate.limiter import Permit, PoolPolicy
 from tidegate.providers.relay import Exchange
 from tidegate.relay import inside
 from tidegate.relay.asked import Asked
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.charging import native_charge
 from tidegate.relay.headers import to_return
+from tidegate.relay.patience import NotWorthWaiting, Patience
 from tidegate.relay.refusal import pause_if_throttled, refusal_of
 from tidegate.relay.request_body import body_for
 from tidegate.relay.targets import Target
@@ -71,9 +73,15 @@ class Work:
     async def until_answered(self, targets: list[Target]) -> None:
         left = self._relay.usable(targets)
         while True:
+            policies = self._policies(left)
             try:
                 await self._by_one_of(left)
                 return
+            except DemandImpossible:
+                # A limit was taken away while it waited: it asks for what binds it now.
+                now = self._policies(left)
+                if all(one is other for one, other in zip(policies, now, strict=True)):
+                    raise
             except CallFailed as failed:
                 self._relay.noted(self._call, failed)
                 if not self._worth_another(failed):
@@ -84,6 +92,9 @@ class Work:
                         raise
                     left = self._relay.usable(targets)
                 self._life.begin_again()
+
+    def _policies(self, targets: list[Target]) -> list[PoolPolicy]:
+        return [self._relay.limiter_of(target).policy for target in targets]
 
     def _worth_another(self, failed: CallFailed) -> bool:
         if self._out.started or self._life.tries >= MOST_TRIES:
@@ -121,11 +132,17 @@ class Work:
                             return
                 except DemandImpossible as impossible:
                     never[place] = impossible
-        place = 0
-        if never or relay.limiter_of(targets[0]).paused_ms(demands[0].limits):
-            place = self._to_wait_for(targets, demands, never)
-        async with self._admission(targets[place], demands[place]) as permit:
-            await self._under(permit, targets[place], demands[place])
+        while True:
+            place = 0
+            if never or relay.limiter_of(targets[0]).paused_ms(demands[0].limits):
+                place = self._to_wait_for(targets, demands, never)
+            self._life.queue = targets[place].upstream.pool, demands[place].limits
+            try:
+                async with self._admission(targets[place], demands[place]) as permit:
+                    await self._under(permit, targets[place], demands[place])
+                    return
+            except NotWorthWaiting:
+                continue  # in another's queue, if there is one that is
 
     def _to_wait_for(
         self, targets: list[Target], demands: list[Demand], never: dict[int, DemandImpossible]
@@ -164,7 +181,8 @@ class Work:
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         limiter = self._relay.limiter_of(target)
-        return limiter.acquire_for(self._relay.wanted(demand, left_ms))
+        admission = limiter.acquire_for(self._relay.wanted(demand, left_ms))
+        return Patience(admission, limiter, demand.limits, self._call)
 
     async def _under(self, permit: Permit | None, target: Target, demand: Demand) -> None:
         """The call itself, under its permit."""
@@ -182,12 +200,14 @@ class Work:
         if self._on_admitted is not None:
             await self._on_admitted(permit)
         started = time.perf_counter()
-        outcome, refused = Outcome.IGNORED, False
+        outcome, refused, error = Outcome.IGNORED, False, None
         try:
             await self._exchange(target, demand)
             outcome = Outcome.SUCCESS
         except CallFailed as failed:
+            error = failed
             refused = failed.status >= 400
+            life.throttled += isinstance(failed.error, UpstreamThrottled)
             outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
             limiter = self._relay.limiter_of(target)
             await pause_if_throttled(failed, demand, limiter)
@@ -195,6 +215,9 @@ class Work:
         finally:
             life.upstream_ms = (time.perf_counter() - started) * 1000
             life.finished_at = datetime.now(UTC)
+            if self._call.trail is not None:
+                why, status = (None, 0) if error is None else (error.error, error.status)
+                self._call.trail.end(why, worked=outcome is Outcome.SUCCESS, status=status)
             self._settle(permit, outcome, target, demand, refused)
 
     def _settle(
@@ -232,6 +255,7 @@ class Work:
                     raise await refusal_of(exchange, target)
                 await self._pass_on(exchange, target, demand, hides)
             finally:
+                self._life.first_byte_ms = exchange.first_byte_ms
                 if not exchange.close():  # it is closed in the loop's next round
                     await asyncio.sleep(0)
         except UpstreamError as error:

@@ -16,16 +16,19 @@ import asyncpg
 import orjson
 
 from tidegate.call import DEFAULT_POOL, Caller
-from tidegate.errors import ClaimLost, NotFound
+from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
 from tidegate.store import rows
 from tidegate.store.bell import BATCHES, Bell
 from tidegate.store.connection import Connections
+from tidegate.store.native_keys import Given, end_key, known_key, take_key
 from tidegate.store.queries import sql
-from tidegate.store.records import Json
+from tidegate.store.records import Idempotency, Json
 
 INPUT, OUTPUT = "batch", "batch_output"
 _TIMEOUT_MS = 5_000
 _BULK_TIMEOUT_MS = 30_000
+_DAY_MS = 86_400_000
+_LEAST_BYTES = 4_096  # that a file counts for: it also is a row, and a block on the disk
 _TIMES = (
     *("created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at"),
     *("failed_at", "expired_at", "cancelling_at", "cancelled_at"),
@@ -80,15 +83,34 @@ class Batches:
 
     # Files
 
-    async def add_file(self, file: BatchFile) -> None:
-        given = (file.file_id, file.tenant_id, file.purpose, rows.clean(file.name))
+    async def add_file(self, file: BatchFile, most_bytes: int) -> None:
+        """Keep an upload. Raises FilesFull where its tenant would have more than `most_bytes` in
+        uploads, whichever processes take them in."""
+        tenant_id = file.tenant_id
 
-        async def add(connection: asyncpg.Connection) -> None:
-            await connection.execute(
-                sql("add_batch_file"), *given, file.size_bytes, file.lines, file.blob_key
+        async def add(connection: asyncpg.Connection) -> int:
+            await connection.execute(sql("lock_batch_files"), tenant_id)
+            # A statement of its own: it sees what the one before us under the lock has added.
+            kept = await connection.fetchval(
+                sql("kept_batch_files"), tenant_id, file.file_id, _LEAST_BYTES
+            )
+            if kept + max(file.size_bytes, _LEAST_BYTES) <= most_bytes:
+                await _add_file(connection, file)
+            return int(kept)
+
+        kept_bytes = await self._connections.run(add, timeout_ms=_TIMEOUT_MS)
+        _check_room(tenant_id, kept_bytes, file.size_bytes, most_bytes)
+
+    async def check_room(self, tenant_id: str, size_bytes: int, most_bytes: int) -> None:
+        """Raises FilesFull where so much more is too much already now."""
+
+        async def read(connection: asyncpg.Connection) -> int:
+            return int(
+                await connection.fetchval(sql("kept_batch_files"), tenant_id, None, _LEAST_BYTES)
             )
 
-        await self._connections.run(add, timeout_ms=_TIMEOUT_MS)
+        kept_bytes = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        _check_room(tenant_id, kept_bytes, size_bytes, most_bytes)
 
     async def file(self, file_id: UUID, tenant_id: str) -> BatchFile:
         """Raises NotFound."""
@@ -117,24 +139,62 @@ class Batches:
             raise NotFound(f"there is no file file-{file_id.hex}")
         return None if used else key
 
+    async def needs_blob(self, key: str) -> bool:
+        """Whether a file is kept in the blob, or a batch has yet to read it."""
+
+        async def read(connection: asyncpg.Connection) -> bool:
+            names = ("names_batch_blob", "uses_batch_blob")
+            return any([await connection.fetchval(sql(name), key) for name in names])
+
+        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+
     # Batches
 
     async def add(
-        self, batch_id: UUID, caller: Caller, file: BatchFile, endpoint: str, metadata: Json | None
+        self,
+        batch_id: UUID,
+        caller: Caller,
+        file: BatchFile,
+        endpoint: str,
+        metadata: Json | None,
+        once: Idempotency | None = None,
     ) -> Batch:
+        """The new batch, or the one that was made before it under the same key, as it now stands.
+        Raises IdempotencyConflict where something else was asked for under the key."""
+        tenant_id = caller.tenant_id
         given = (
-            *(batch_id, caller.tenant_id, endpoint, file.file_id, file.blob_key, file.size_bytes),
+            *(batch_id, tenant_id, endpoint, file.file_id, file.blob_key, file.size_bytes),
             *("24h", None if metadata is None else orjson.dumps(rows.cleaned(metadata)).decode()),
             *(None if caller.models is None else list(caller.models), caller.key_id, file.lines),
         )
 
         async def add(connection: asyncpg.Connection) -> asyncpg.Record:
+            if once is not None:
+                before = await take_key(connection, tenant_id, once, batch_id, _DAY_MS)
+                if before is not None:
+                    return await _made_before(connection, tenant_id, once, before)
+                made = Given(once.digest, batch_id, 200, "application/json", b"")
+                await end_key(connection, tenant_id, once.key, made)
             await connection.execute(sql("add_batch"), *given)
-            return await connection.fetchrow(sql("get_batch"), batch_id, caller.tenant_id)
+            return await connection.fetchrow(sql("get_batch"), batch_id, tenant_id)
 
         added = _batch(await self._connections.run(add, timeout_ms=_TIMEOUT_MS))
-        self._bell.work([DEFAULT_POOL], [BATCHES])
+        if added.batch_id == batch_id:
+            self._bell.work([DEFAULT_POOL], [BATCHES])
         return added
+
+    async def earlier(self, tenant_id: str, once: Idempotency) -> Batch | None:
+        """The batch that was made under the key. Raises IdempotencyConflict where something else
+        was asked for under it."""
+
+        async def find(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            before = await known_key(connection, tenant_id, once.key)
+            if before is None:
+                return None
+            return await _made_before(connection, tenant_id, once, before)
+
+        row = await self._connections.run(find, timeout_ms=_TIMEOUT_MS)
+        return None if row is None else _batch(row)
 
     async def get(self, batch_id: UUID, tenant_id: str) -> Batch:
         """Raises NotFound."""
@@ -203,11 +263,7 @@ class Batches:
                 return ours == ids and row["status"] == batch.ends_as  # a reply that was lost
             for file in (output, error):
                 if file is not None:
-                    await connection.execute(
-                        sql("add_batch_file"),
-                        *(file.file_id, file.tenant_id, file.purpose, file.name),
-                        *(file.size_bytes, file.lines, file.blob_key),
-                    )
+                    await _add_file(connection, file)
             await connection.execute(sql("delete_batch_lines"), batch.batch_id)
             return True
 
@@ -226,6 +282,36 @@ class Batches:
             return found
 
         return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+
+
+async def _add_file(connection: asyncpg.Connection, file: BatchFile) -> None:
+    await connection.execute(
+        sql("add_batch_file"),
+        *(file.file_id, file.tenant_id, file.purpose, rows.clean(file.name)),
+        *(file.size_bytes, file.lines, file.blob_key),
+    )
+
+
+def _check_room(tenant_id: str, kept_bytes: int, size_bytes: int, most_bytes: int) -> None:
+    size_bytes = max(size_bytes, _LEAST_BYTES)
+    if kept_bytes + size_bytes > most_bytes:
+        raise FilesFull(
+            "file",
+            f"tenant {tenant_id} keeps {kept_bytes} bytes in files for batches, which leaves no "
+            f"room for {size_bytes} more: delete those that are not needed any more",
+            allowed=f"at most {most_bytes} bytes in all files together",
+        )
+
+
+async def _made_before(
+    connection: asyncpg.Connection, tenant_id: str, once: Idempotency, before: Given
+) -> asyncpg.Record:
+    if before.digest != once.digest:
+        raise IdempotencyConflict("the key was used for another request")
+    row = await connection.fetchrow(sql("get_batch"), before.request_id, tenant_id)
+    if row is None:
+        raise NotFound(f"there is no batch batch_{before.request_id.hex} any more")
+    return row
 
 
 def _files_of(row: asyncpg.Record) -> tuple[UUID | None, UUID | None]:

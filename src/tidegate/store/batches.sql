@@ -6,6 +6,22 @@ INSERT INTO batch_files (id, tenant_id, purpose, name, size_bytes, lines, blob_k
 VALUES ($1, $2, $3, $4, $5, $6, $7)
 ON CONFLICT (id) DO NOTHING
 
+-- name: lock_batch_files
+-- Let only one at a time count and add files of tenant $1, until this transaction ends.
+SELECT pg_advisory_xact_lock(7423002, hashtext($1))
+
+-- name: kept_batch_files
+-- The bytes that tenant $1 keeps in uploads other than $2, at least $3 each, with those it deleted that a batch has yet to read.
+SELECT coalesce(sum(greatest(size_bytes, $3::bigint)), 0)::bigint FROM (
+    SELECT size_bytes FROM batch_files
+    WHERE tenant_id = $1 AND purpose = 'batch' AND ($2::uuid IS NULL OR id <> $2)
+    UNION ALL
+    SELECT min(b.input_bytes) FROM batches b
+    WHERE b.tenant_id = $1 AND b.status = 'validating'
+        AND NOT EXISTS (SELECT 1 FROM batch_files f WHERE f.blob_key = b.input_blob)
+    GROUP BY b.input_blob
+) AS kept
+
 -- name: get_batch_file
 -- One file of a tenant.
 SELECT * FROM batch_files WHERE id = $1 AND tenant_id = $2
@@ -29,6 +45,10 @@ DELETE FROM batch_files WHERE id = $1 AND tenant_id = $2 RETURNING blob_key
 -- name: uses_batch_blob
 -- Whether a batch has yet to read this blob.
 SELECT true FROM batches WHERE input_blob = $1 AND status = 'validating' LIMIT 1
+
+-- name: names_batch_blob
+-- Whether there is a file of this blob.
+SELECT true FROM batch_files WHERE blob_key = $1 LIMIT 1
 
 -- name: add_batch
 -- Take a batch in; the expiry counts from now.

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import obstore
 from obstore.exceptions import BaseError, NotFoundError
@@ -22,6 +24,22 @@ from tidegate.errors import NotFound, StoreUnavailable
 
 _READ_BYTES = 256 * 1024
 _DELETE_AT_ONCE = 500
+_OPTIONS: dict[str, Any] = {
+    # Of one request; a large file is sent in pieces of some megabytes each. An endpoint without TLS
+    # is there only where it was asked for by its URL.
+    "client_options": {"connect_timeout": "2s", "timeout": "30s", "allow_http": True},
+    # Without bounds of ours an outage would hold a submit for three minutes.
+    "retry_config": {
+        "max_retries": 2,
+        "retry_timeout": timedelta(seconds=5),
+        "backoff": {
+            "init_backoff": timedelta(milliseconds=100),
+            "max_backoff": timedelta(seconds=1),
+            "base": 2,
+        },
+    },
+}
+_STATUS = re.compile(r"status code: (\d{3})")
 
 
 def new_key(now: datetime) -> str:
@@ -30,20 +48,29 @@ def new_key(now: datetime) -> str:
 
 
 class Blobs:
-    """Every error is StoreUnavailable, or NotFound for a key that is not there."""
+    """Every error is StoreUnavailable, or NotFound for a key that is not there to be read.
+
+    `away`: the last write has failed; see `ping`.
+    """
 
     def __init__(self, store: ObjectStore, folder: Path | None) -> None:
         self._store = store
         self._folder = folder  # of the local store, whose writes we sync ourselves
+        self.away = False
 
     @classmethod
     def from_url(cls, blob_url: str, data_dir: Path) -> Blobs:
         """`blob_url` is s3://, gs:// or az://, or empty for the folder `blobs` in `data_dir`."""
         if blob_url:
-            return cls(from_url(blob_url), None)
+            return cls(from_url(blob_url, **_OPTIONS), None)
         folder = data_dir.resolve() / "blobs"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(LocalStore(folder, mkdir=True), folder)
+
+    async def ping(self) -> None:
+        """Raises StoreUnavailable unless the store is there, and lets us look into it."""
+        await self.days()
+        self.away = False
 
     async def put(self, key: str, data: bytes) -> None:
         """Returns when the bytes are durable. A cancelled put may leave the whole blob."""
@@ -112,7 +139,9 @@ class Blobs:
             if folder is not None:
                 await asyncio.to_thread(_sync, folder, key)
         except (BaseError, OSError) as failed:
-            raise _translated(failed, key) from failed
+            self.away = True
+            raise _unavailable(failed) from failed
+        self.away = False
 
 
 def _sync(folder: Path, key: str) -> None:
@@ -129,4 +158,21 @@ def _sync(folder: Path, key: str) -> None:
 def _translated(failed: BaseException, key: str) -> NotFound | StoreUnavailable:
     if isinstance(failed, NotFoundError | FileNotFoundError):
         return NotFound(f"no blob {key}")
-    return StoreUnavailable(f"the blob store failed: {type(failed).__name__}")
+    return _unavailable(failed)
+
+
+def _unavailable(failed: BaseException) -> StoreUnavailable:
+    """In words of ours: the text of the error holds addresses, and what the server has said."""
+    said = str(failed)
+    status = found[1] if (found := _STATUS.search(said)) else ""
+    if "169.254.169.254" in said:
+        why = "no credentials were found for it"
+    elif "NoSuchBucket" in said:
+        why = "there is no such bucket"
+    elif status in ("401", "403"):
+        why = f"it refuses our credentials, or that they do this ({status})"
+    elif status:
+        why = f"it answered {status}"
+    else:
+        why = "it does not answer" if isinstance(failed, BaseError) else type(failed).__name__
+    return StoreUnavailable(f"the blob store failed: {why}")

@@ -37,8 +37,6 @@ def request_body(
 
 
 def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
-    if job.endpoint is not None:
-        return {"endpoint": job.endpoint, "body": job.prompt}
     files = [
         {
             "file_id": file.file_id,
@@ -48,6 +46,8 @@ def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
         }
         for file in job.attachments
     ]
+    if job.endpoint is not None:  # of a large body the file alone: `prompt` is a piece of it
+        return {"endpoint": job.endpoint} | ({"files": files} if files else {"body": job.prompt})
     return request_body(job.prompt, job.image_uri, job.model, files)
 
 

@@ -16,8 +16,10 @@ import asyncpg
 import orjson
 
 from tidegate.errors import AlreadyEnded, NotFound, RequestCancelled
+from tidegate.observed import Observers
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
+from tidegate.store.observing import of_row
 from tidegate.store.queries import sql
 from tidegate.store.recorder import audit_unanswered
 from tidegate.store.records import Failure
@@ -31,7 +33,10 @@ _TIMEOUT_MS = 2_000
 class Cancels:
     """Both sides of it: the owner's and the worker's. Every method raises StoreUnavailable."""
 
-    def __init__(self, connections: Connections, bell: Bell, *, instance_id: str) -> None:
+    def __init__(
+        self, connections: Connections, bell: Bell, observers: Observers, *, instance_id: str
+    ) -> None:
+        self._observers = observers
         self._connections = connections
         self._bell = bell
         self._instance_id = instance_id
@@ -45,7 +50,11 @@ class Cancels:
         Raises NotFound, or AlreadyEnded unless it is cancelled already.
         """
 
+        ended: list[asyncpg.Record] = []
+
         async def cancel(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            nonlocal ended
+            ended = []
             found = await connection.fetchrow(sql("lock_owned"), request_id, tenant_id)
             if found is None:
                 return None
@@ -60,6 +69,7 @@ class Cancels:
         found = await self._connections.run(cancel, timeout_ms=_TIMEOUT_MS)
         if found is None:
             raise NotFound(f"no request {request_id}")
+        self._observers.tell([of_row(row, _FAILURE) for row in ended])
         before = Status(found["status"])
         if before.is_end and before is not Status.CANCELLED:
             raise AlreadyEnded(f"the request has ended: {before}")
@@ -108,6 +118,7 @@ class Cancels:
             return ended
 
         ended = await self._connections.run(cancel)
+        self._observers.tell([of_row(row, _FAILURE) for row in ended])
         self._bell.changed(UUID(int=row["id"].int) for row in ended)
         return len(ended)
 

@@ -17,12 +17,14 @@ import orjson
 
 from tidegate.call import Classification, Kind, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.observed import Observers
 from tidegate.store import rows
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
 from tidegate.store.lapses import Lapses
 from tidegate.store.liveness import Steadiness
 from tidegate.store.lookback import AT_ONCE, Lookback
+from tidegate.store.observing import of_row
 from tidegate.store.queries import sql
 from tidegate.store.queues import Queues
 from tidegate.store.recorder import audit_unanswered
@@ -42,8 +44,15 @@ class Claims:
     """The worker's side of the queue."""
 
     def __init__(
-        self, connections: Connections, bell: Bell, *, instance_id: str, lease_ms: int
+        self,
+        connections: Connections,
+        bell: Bell,
+        observers: Observers,
+        *,
+        instance_id: str,
+        lease_ms: int,
     ) -> None:
+        self._observers = observers
         self._connections = connections
         self._bell = bell
         self._instance_id = instance_id
@@ -217,6 +226,7 @@ class Claims:
             get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
             for row in retaken:
                 if row["status"] == Status.DEAD:
+                    self._observers.note(of_row(row, failure))
                     get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
             self._bell.changed(ids)
             self._bell.work(row["pool"] for row in retaken)
@@ -235,6 +245,7 @@ class Claims:
 
         due = await self._connections.run(expire)
         self._expiring.end(look, complete=len(due) < AT_ONCE)
+        self._observers.tell([of_row(row, failure) for row in due])
         self._bell.changed(UUID(int=row["id"].int) for row in due)
         return len(due)
 

@@ -148,7 +148,7 @@ class Connections:
             try:
                 return await self._transaction(work, deadline, timeout_ms)
             except _UNFIT as unfit:
-                raise StoreUnavailable(f"the database is not ready for us: {unfit}") from unfit
+                raise StoreUnavailable(_unfit_words(unfit)) from unfit
             except _TRANSIENT as failed:
                 late = asyncio.get_running_loop().time() >= deadline
                 if late or tries == _TRIES:
@@ -171,8 +171,12 @@ class Connections:
                 await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
                 result = await work(connection)
                 await connection.execute("COMMIT")
-            except BaseException:
+            except BaseException as failed:
+                cut_off = connection.is_closed()
                 connection.terminate()
+                if cut_off and isinstance(failed, AttributeError):
+                    # What asyncpg makes of an end between two steps of one statement.
+                    raise asyncpg.InterfaceError("the connection was cut off") from failed
                 raise
             finally:
                 watchdog.cancel()
@@ -274,3 +278,9 @@ def _words(error: BaseException) -> str:
     if isinstance(error, TidegateError):
         return error.message
     return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
+
+
+def _unfit_words(error: asyncpg.PostgresError) -> str:
+    unmigrated = isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError))
+    mend = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
+    return f"the database is not ready for us: {error}{mend}"

@@ -42,6 +42,7 @@ async def of_retry(job: ClaimedJob, result: AttemptResult, not_before: datetime)
         "status": Status.QUEUED,
         "not_before": not_before,
         "upstream_ms": result.upstream_ms,
+        "first_byte_ms": result.first_byte_ms,
         "failure": rows.failure_row(result.failure),
     }
     attempt = rows.result_row(result)

@@ -188,7 +188,8 @@ class Eraser:
         while found := await self._connections.run(
             partial(of_tenant, query="batches_of_tenant"), timeout_ms=_TIMEOUT_MS
         ):
-            await self._delete((("delete_batches", [row["id"] for row in found]),))
+            ids = [row["id"] for row in found]
+            await self._delete((("delete_batches", ids), ("erase_native_keys", ids)))
             self.report.batches += len(found)
         while found := await self._connections.run(
             partial(of_tenant, query="batch_files_of_tenant"), timeout_ms=_TIMEOUT_MS

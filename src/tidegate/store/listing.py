@@ -106,13 +106,14 @@ class Listing:
             return found, await connection.fetchrow(sql("list_reach"), *within, most)
 
         found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
-        items = tuple(_listed(row) for row in found[:limit])
+        items = tuple(listed(row) for row in found[:limit])
         if len(found) > limit:
             return Page(items, Place(items[-1].created_at, items[-1].request_id))
         return Page(items, None if reach is None else Place(reach["created_at"], _uuid(reach)))
 
 
-def _listed(row: asyncpg.Record) -> Listed:
+def listed(row: asyncpg.Record) -> Listed:
+    """A row with the columns of `list_requests`."""
     return Listed(
         request_id=_uuid(row),
         source=row["source"],

@@ -1,4 +1,5 @@
--- Idempotency keys of native calls: who is answering, and what was answered. See native_keys.py.
+-- Idempotency keys of native calls: who is answering, and what was answered; and of batches, whose
+-- request is the batch. See native_keys.py.
 
 -- name: take_native_key
 -- Take key $2 of tenant $1 for request $4: a new one, one a day old, or one left open for $5 seconds.
@@ -12,9 +13,10 @@ WHERE known.created_at < now() - interval '24 hours'
 RETURNING request_id
 
 -- name: get_native_key
--- What is known of a key.
+-- What is known of a key that is not a day old.
 SELECT digest, request_id, ended_at IS NOT NULL AS ended, http_status, content_type, answer
-FROM native_keys WHERE tenant_id = $1 AND idempotency_key = $2
+FROM native_keys
+WHERE tenant_id = $1 AND idempotency_key = $2 AND created_at >= now() - interval '24 hours'
 
 -- name: end_native_key
 -- Keep the answer that request $3 gave under its key.

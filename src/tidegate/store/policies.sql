@@ -21,5 +21,11 @@ VALUES ($1, $2, $3, $4, $5::jsonb, $6, $7)
 ON CONFLICT (pool, revision) DO NOTHING
 
 -- name: prune_policies
--- Forget live revisions of pool $1 up to $2; those of deployments tell older files from newer.
-DELETE FROM policies WHERE pool = $1 AND origin = 'live' AND revision <= $2
+-- Forget revisions of pool $1 up to $2, but of each deployment, which tells old from new, the last.
+DELETE FROM policies AS old
+WHERE pool = $1 AND revision <= $2
+    AND (origin = 'live' OR EXISTS (
+        SELECT FROM policies AS later
+        WHERE later.pool = old.pool AND later.origin = old.origin AND later.digest = old.digest
+            AND later.revision > old.revision
+    ))

@@ -13,8 +13,8 @@ ON CONFLICT (id) DO NOTHING
 -- One request of a tenant.
 SELECT id, tenant_id, source, status, kind, classified_by, classified_reason, model, used_model,
     priority, attempts, created_at, admitted_at, finished_at, not_before, deadline_at, queue_ms,
-    upstream_ms, result, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
-    finish_reason, failure, version, webhook_url, endpoint
+    upstream_ms, first_byte_ms, result, input_tokens, output_tokens, thoughts_tokens, cached_tokens,
+    total_tokens, finish_reason, failure, version, webhook_url, endpoint
 FROM requests WHERE id = $1 AND tenant_id = $2
 
 -- name: get_place
@@ -97,17 +97,18 @@ SELECT id FROM begun
 INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
     instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
     upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
-    finish_reason, model_version, response_id, failure)
+    finish_reason, model_version, response_id, failure, first_byte_ms)
 SELECT id, coalesce(created_at, now()), request_id, tenant_id, pool, kind, number, claim,
     instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
     upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
-    finish_reason, model_version, response_id, failure
+    finish_reason, model_version, response_id, failure, first_byte_ms
 FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
     tenant_id text, pool text, kind text, number integer, claim bigint, instance_id text,
     model text, fence_epoch bigint, fence_sequence bigint, outcome text, admitted_at timestamptz,
     finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
     input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
-    total_tokens bigint, finish_reason text, model_version text, response_id text, failure jsonb)
+    total_tokens bigint, finish_reason text, model_version text, response_id text, failure jsonb,
+    first_byte_ms double precision)
 
 -- name: end_requests
 -- Bring claimed jobs to their end state with all that is known of them.
@@ -117,6 +118,7 @@ UPDATE requests r SET
     admitted_at = coalesce(row.admitted_at, r.admitted_at),
     queue_ms = coalesce(row.queue_ms, r.queue_ms),
     upstream_ms = row.upstream_ms,
+    first_byte_ms = row.first_byte_ms,
     used_model = coalesce(row.model, r.used_model),
     result = row.result,
     input_tokens = row.input_tokens,
@@ -133,7 +135,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text,
     finished_at timestamptz, admitted_at timestamptz, queue_ms double precision,
     upstream_ms double precision, model text, result text, input_tokens bigint,
     output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
-    finish_reason text, failure jsonb)
+    finish_reason text, failure jsonb, first_byte_ms double precision)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
 RETURNING r.*
 
@@ -146,9 +148,10 @@ UPDATE requests r SET
     not_before = row.not_before,
     failure = row.failure,
     upstream_ms = row.upstream_ms,
+    first_byte_ms = row.first_byte_ms,
     version = r.version + 1
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, not_before timestamptz,
-    failure jsonb, upstream_ms double precision)
+    failure jsonb, upstream_ms double precision, first_byte_ms double precision)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
 RETURNING r.*
 
@@ -166,6 +169,7 @@ UPDATE attempts a SET
     outcome = row.outcome,
     finished_at = row.finished_at,
     upstream_ms = row.upstream_ms,
+    first_byte_ms = row.first_byte_ms,
     input_tokens = row.input_tokens,
     output_tokens = row.output_tokens,
     thoughts_tokens = row.thoughts_tokens,
@@ -178,7 +182,8 @@ UPDATE attempts a SET
 FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, outcome text,
     finished_at timestamptz, upstream_ms double precision, input_tokens bigint,
     output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
-    finish_reason text, model_version text, response_id text, failure jsonb)
+    finish_reason text, model_version text, response_id text, failure jsonb,
+    first_byte_ms double precision)
 WHERE a.id = row.id AND a.created_at = row.created_at
 
 -- name: add_bodies

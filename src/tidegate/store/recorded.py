@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
@@ -22,6 +23,8 @@ Role = Literal["request", "response"]
 
 _JSON = "application/json"
 _PIECE_BYTES = 64 * 1024
+_RECORDED_WITHIN = timedelta(days=1)  # of its end, though it was kept on a disk meanwhile
+_COST_TIMEOUT_MS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,15 @@ class Recorded:
     async def body(self, request_id: UUID, tenant_id: str, role: Role) -> Body:
         """Raises NotFound where none is kept, or not for this tenant, and StoreUnavailable; so
         may its pieces."""
+        return await self._read(request_id, role, "get_body", tenant_id)
 
+    async def body_of_any(self, request_id: UUID, role: Role) -> Body:
+        """The same, whoever it belongs to: for an operator."""
+        return await self._read(request_id, role, "dossier_body")
+
+    async def _read(self, request_id: UUID, role: Role, query: str, *owner: str) -> Body:
         async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            return await connection.fetchrow(sql("get_body"), request_id, tenant_id, role)
+            return await connection.fetchrow(sql(query), request_id, *owner, role)
 
         row = await self._connections.run(read)
         if row is None:
@@ -60,6 +69,20 @@ class Recorded:
             omitted_bytes=row["omitted_bytes"],
             pieces=packed if row["encoding"] == "raw" else _unpacked(packed),
         )
+
+    async def cost(self, request_id: UUID, tenant_id: str, ended_at: datetime) -> int | None:
+        """What a request that has ended cost, in millionths of money; None where it is not known.
+        Raises StoreUnavailable."""
+
+        async def read(connection: asyncpg.Connection) -> int | None:
+            found: int | None = await connection.fetchval(
+                sql("get_cost"),
+                *(request_id, tenant_id),
+                *(ended_at - _RECORDED_WITHIN, ended_at + _RECORDED_WITHIN),
+            )
+            return found
+
+        return await self._connections.run(read, timeout_ms=_COST_TIMEOUT_MS)
 
 
 async def _of(data: bytes) -> AsyncIterator[bytes]:

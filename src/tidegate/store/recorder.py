@@ -17,6 +17,7 @@ import asyncpg
 
 from tidegate.call import new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.observed import Observed, Observers
 from tidegate.store import bodies
 from tidegate.store.bell import Bell
 from tidegate.store.blobs import Blobs
@@ -51,6 +52,7 @@ class Recorder:
         spending: Spending,
         instance_id: str,
         when_full: Literal["block", "drop"],
+        observers: Observers,
     ) -> None:
         self._connections = connections
         self._blobs = blobs
@@ -59,12 +61,14 @@ class Recorder:
         self._spill = spill
         self._instance_id = instance_id
         self._when_full = when_full
+        self._observers = observers
         self._writer: GroupWriter[Json, None] = GroupWriter(self._commit, _size_of)
         self._tasks: set[asyncio.Task[bool]] = set()
         self._streams = 0
         self._streams_bytes = 0
         self._room = asyncio.Event()
         self._dropped = 0
+        self.dropped = 0  # since the start
         self._replay_soon = asyncio.Event()
         self._replayer: asyncio.Task[None] | None = None
         self._closing = False
@@ -89,13 +93,20 @@ class Recorder:
         await asyncio.gather(*left, return_exceptions=True)
         self._spill.close()
 
-    async def record(self, entry: Awaitable[Json]) -> bool:
-        """Write `entry`, or keep it on the disk while PostgreSQL is away; True if written.
+    async def record(self, entry: Awaitable[Json], observed: Observed) -> bool:
+        """Write `entry`, or keep it on the disk while PostgreSQL is away; True if written. Those
+        who count calls are then told of it, as `observed`.
 
         Raises ClaimLost, or StoreUnavailable when the spill is full too. A cancelled caller's
         entry is written or kept all the same.
         """
-        return await asyncio.shield(self._start(entry))
+        task = self._start(entry)
+        task.add_done_callback(lambda done: self._observe(done, observed))
+        return await asyncio.shield(task)
+
+    def _observe(self, done: asyncio.Task[bool], observed: Observed) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._observers.note(observed)
 
     async def enqueue(self, entry: Json) -> None:
         """Accept `entry` into the bounded buffer and return; `when_full` says what a full one does.
@@ -129,6 +140,7 @@ class Recorder:
         if not self._dropped:
             get_logger().warning(Log.AUDIT_DROPPED, dropping=True)
         self._dropped += 1
+        self.dropped += 1
 
     def _start(self, entry: Json | Awaitable[Json], patient: bool = False) -> asyncio.Task[bool]:
         task = asyncio.create_task(self._write_or_keep(entry, patient))

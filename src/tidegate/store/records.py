@@ -21,6 +21,7 @@ from tidegate.call import (
 )
 from tidegate.errors import TidegateError
 from tidegate.store.states import Status
+from tidegate.tracing import Trail
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,10 @@ class Idempotency:
 class NewJob:
     """A submitted request, before it is durable. `classification.kind` is None while unsure.
 
-    endpoint: the native path that it wraps a call of; `prompt` is then the body, as JSON.
+    endpoint: the native path that it wraps a call of; `prompt` is then the body, as JSON, or where
+    there is an attachment, which is the body, the head of it.
+    traceparent: of whoever asked, for the worker that will run it. trail: of a stream, which is
+    not on record.
     """
 
     request_id: UUID
@@ -74,6 +78,8 @@ class NewJob:
     webhook_url: str | None = None
     subject: str | None = None
     endpoint: str | None = None
+    traceparent: str | None = None
+    trail: Trail | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,7 @@ class ClaimedJob:
     tenant_id: str
     pool: str
     endpoint: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +128,9 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """How one attempt upstream ended. `fence` is the permit's (epoch, sequence)."""
+    """How one attempt upstream ended. `fence` is the permit's (epoch, sequence); first_byte_ms:
+    from sending the call to the first bytes of its answer. What was asked of whom (upstream,
+    dialect, operation) is for those who count: it is not on record."""
 
     model: str
     fence: tuple[int, int]
@@ -137,6 +146,11 @@ class AttemptResult:
     response_id: str | None = None
     failure: Failure | None = None
     charge: Charge = UNKNOWN_CHARGE
+    first_byte_ms: float | None = None
+    upstream: str | None = None
+    dialect: str = "gemini"
+    operation: str = "generate_content"
+    trail: Trail | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +212,7 @@ class RequestRecord:
     deadline_at: datetime | None
     queue_ms: float | None
     upstream_ms: float | None
+    first_byte_ms: float | None
     text: str | None
     usage: Usage
     finish_reason: str | None

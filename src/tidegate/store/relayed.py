@@ -21,21 +21,24 @@ import orjson
 
 from tidegate.call import NO_CHARGE, Charge
 from tidegate.errors import StoreUnavailable
+from tidegate.observed import Observed, Observers, Source
 from tidegate.store import rows
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.bodies import INLINE_BYTES
 from tidegate.store.connection import Connections
 from tidegate.store.erased import Mark, erased_among
+from tidegate.store.observing import charged
 from tidegate.store.recorder import Recorder
 from tidegate.store.records import Failure, Json
 from tidegate.store.spending import Spending
 from tidegate.store.states import Status
 from tidegate.store.usage import add_usage
 from tidegate.telemetry import Log, get_logger
+from tidegate.tracing import Trail
 
 log = get_logger()
 
-SOURCE = "relay"
+SOURCE: Source = "relay"
 MAX_WAITING = 10_000
 MAX_WAITING_BYTES = 64_000_000
 _BATCH_ROWS = 200
@@ -51,7 +54,7 @@ _AUDIT_COLUMNS = (
     *("lapses", "instance_id", "submitted_at", "admitted_at", "finished_at", "queue_ms"),
     *("upstream_ms", *_USAGE, "finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
-    *("usage_state", "cost_micros", "images"),
+    *("usage_state", "cost_micros", "images", "first_byte_ms"),
 )
 _BODY_COLUMNS = (
     *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
@@ -80,6 +83,7 @@ class RelayRecord:
     admitted_at: datetime | None = None
     queue_ms: float = 0.0
     upstream_ms: float = 0.0
+    first_byte_ms: float | None = None
     charge: Charge = NO_CHARGE
     finish_reason: str | None = None
     response_id: str | None = None
@@ -90,7 +94,12 @@ class RelayRecord:
     request_type: str | None = None  # content types, as they were told
     response_type: str | None = None
     omitted_bytes: int = 0  # of the answer's middle
-    source: str = SOURCE  # or `batch`, for a line of one
+    source: Source = SOURCE  # or `batch`, for a line of one
+    upstream: str | None = None  # what follows is for those who count calls, and not on record
+    dialect: str = ""
+    operation: str = ""
+    throttled: int = 0
+    trail: Trail | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -109,10 +118,12 @@ class RelayLog:
         instance_id: str,
         when_full: Literal["block", "drop"],
         spending: Spending,
+        observers: Observers,
     ) -> None:
         self._connections = connections
         self._recorder = recorder
         self._spending = spending
+        self._observers = observers
         self._blobs = blobs
         self._instance_id = instance_id
         self._when_full = when_full
@@ -121,6 +132,7 @@ class RelayLog:
         self._more = asyncio.Event()
         self._room = asyncio.Event()
         self._dropped = 0
+        self._dropped_ever = 0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -140,6 +152,16 @@ class RelayLog:
         await asyncio.gather(self._task, return_exceptions=True)
 
     @property
+    def dropped(self) -> int:
+        """How many records this process has left out since its start, for want of room."""
+        return self._dropped_ever + self._recorder.dropped
+
+    @property
+    def waiting(self) -> int:
+        """Records that are not written yet."""
+        return len(self._waiting)
+
+    @property
     def is_full(self) -> bool:
         return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
 
@@ -149,12 +171,22 @@ class RelayLog:
             self._room.clear()
             await self._room.wait()
 
+    async def room_within(self, wait_ms: float) -> None:
+        """The same, no longer than a call may wait. Raises StoreUnavailable."""
+        try:
+            async with asyncio.timeout(max(0, wait_ms) / 1000):
+                await self.room()
+        except TimeoutError:
+            raise StoreUnavailable("the record cannot keep up") from None
+
     def put(self, record: RelayRecord) -> None:
         """Take in the record of a call that has ended; with `drop`, not while it is full."""
         if self._when_full == "drop" and self.is_full:
             if not self._dropped:
                 log.warning(Log.AUDIT_DROPPED, dropping=True)
             self._dropped += 1
+            self._dropped_ever += 1
+            self._observers.note(observed_of(record))
             return
         if self._dropped:
             log.warning(Log.AUDIT_DROPPED, dropping=False, dropped=self._dropped)
@@ -171,6 +203,7 @@ class RelayLog:
             while self._waiting:
                 count = min(len(self._waiting), _BATCH_ROWS)
                 batch = [self._waiting.popleft() for _ in range(count)]
+                self._observers.tell([observed_of(record) for record in batch])
                 try:
                     await self._write(batch)
                 except Exception:  # the top of a task: logged, and it goes on
@@ -232,7 +265,7 @@ class RelayLog:
             None if failure is None else orjson.dumps(failure).decode(),
             *(record.endpoint, record.http_status, record.streamed, record.key_id),
             *(_text(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
-            charge.images,
+            *(charge.images, record.first_byte_ms),
         )
 
     async def _packed(self, record: RelayRecord) -> tuple[RelayRecord, list[_Packed]]:
@@ -259,6 +292,37 @@ class RelayLog:
 
 # role, encoding, size_bytes, data, blob_key
 _Packed = tuple[str, str, int, bytes | None, str | None]
+
+
+def observed_of(record: RelayRecord) -> Observed:
+    """The same for those who count calls."""
+    failure = record.failure
+    return Observed(
+        source=record.source,
+        status=record.status.value,
+        tenant_id=record.tenant_id,
+        finished_at=record.finished_at,
+        pool=record.pool,
+        kind=record.kind,
+        model=record.model,
+        upstream=record.upstream,
+        dialect=record.dialect,
+        operation=record.operation,
+        streamed=record.streamed,
+        http_status=record.http_status,
+        code=None if failure is None else failure.code,
+        queue_ms=record.queue_ms if record.tries else None,
+        upstream_ms=record.upstream_ms if record.tries else None,
+        first_byte_ms=record.first_byte_ms,
+        attempts=record.tries,
+        throttled=record.throttled,
+        request_id=record.request_id,
+        received_at=record.received_at,
+        response_id=record.response_id,
+        finish_reason=record.finish_reason,
+        trail=record.trail,
+        **charged(record.charge),
+    )
 
 
 def _zip(raw: bytes) -> bytes:

@@ -101,6 +101,8 @@ def job_row(job: NewJob) -> Json:
         row["webhook_url"] = job.webhook_url
     if job.subject is not None:
         row["subject"] = job.subject
+    if job.traceparent is not None:
+        row["traceparent"] = job.traceparent
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -150,6 +152,7 @@ def result_row(result: AttemptResult) -> Json:
         "finished_at": result.finished_at,
         "queue_ms": result.queue_ms,
         "upstream_ms": result.upstream_ms,
+        "first_byte_ms": result.first_byte_ms,
         "result": result.text,
         "finish_reason": result.finish_reason,
         "model_version": result.model_version,
@@ -189,7 +192,7 @@ def audit_row(
     columns = (
         *("tenant_id", "pool", "source", "status", "kind", "classified_by", "classified_reason"),
         *("priority", "attempts", "lapses", "admitted_at", "finished_at", "queue_ms"),
-        *("upstream_ms", "finish_reason", "subject"),
+        *("upstream_ms", "first_byte_ms", "finish_reason", "subject"),
     )
     # What was never answered for was never sent, but where workers died over it.
     lost = bool(attempt) or ended["status"] == Status.DEAD
@@ -233,13 +236,14 @@ def relayed_record(row: asyncpg.Record) -> RequestRecord:
         deadline_at=None,
         queue_ms=row["queue_ms"],
         upstream_ms=row["upstream_ms"],
+        first_byte_ms=row["first_byte_ms"],
         text=None,
         # An estimate is for the bill: the provider has told nothing.
         usage=Usage()
         if row["usage_state"] == UsageState.ESTIMATED
         else Usage(**{column: row[column] for column in USAGE_COLUMNS}),
         finish_reason=row["finish_reason"],
-        failure=_failure(row["failure"]),
+        failure=failure_of(row["failure"]),
         place=None,
         version=1,
     )
@@ -270,6 +274,7 @@ def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:
         tenant_id=row["tenant_id"],
         pool=row["pool"],
         endpoint=row["endpoint"],
+        traceparent=row["traceparent"],
     )
 
 
@@ -295,10 +300,11 @@ def request_record(
         deadline_at=row["deadline_at"],
         queue_ms=row["queue_ms"],
         upstream_ms=row["upstream_ms"],
+        first_byte_ms=row["first_byte_ms"],
         text=row["result"],
         usage=Usage(**{column: row[column] for column in USAGE_COLUMNS}),
         finish_reason=row["finish_reason"],
-        failure=_failure(row["failure"]),
+        failure=failure_of(row["failure"]),
         place=place,
         version=row["version"],
         files=tuple(file_record(file) for file in files),
@@ -338,5 +344,6 @@ def _classification(row: asyncpg.Record) -> Classification:
     )
 
 
-def _failure(raw: str | None) -> Failure | None:
+def failure_of(raw: str | None) -> Failure | None:
+    """From its column."""
     return None if raw is None else Failure(**orjson.loads(raw))

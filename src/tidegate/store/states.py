@@ -10,7 +10,8 @@
                      └─► dead  ◄─── its workers died 3 times ─────────────┴─► cancelled
 
 A stream is recorded once, when it ends, in one of the right-hand states.
-Invariant: an end state never changes, save that a person may requeue a dead job.
+Invariant: an end state never changes, save that a person may requeue a dead job, or discard it:
+it is cancelled then.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ import asyncpg
 
 from tidegate.call import Classification, Kind
 from tidegate.errors import NotFound, StoreUnavailable
-from tidegate.store import entries, rows
+from tidegate.observed import RETRIED, Observed, Observers
+from tidegate.store import entries, observing, rows
 from tidegate.store.batch_lines import BatchLines
 from tidegate.store.batches import Batches
 from tidegate.store.bell import Bell
@@ -26,7 +27,9 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.cancels import Cancels
 from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections
+from tidegate.store.dossier import Dossiers
 from tidegate.store.erase import Eraser, EraseReport, Whose
+from tidegate.store.history import History
 from tidegate.store.listing import Listing
 from tidegate.store.migrate import HEAD, revision_of
 from tidegate.store.native_keys import NativeKeys
@@ -51,9 +54,12 @@ from tidegate.store.records import (
 )
 from tidegate.store.relayed import RelayLog
 from tidegate.store.running import Running
+from tidegate.store.search import Search
 from tidegate.store.spending import Spending
 from tidegate.store.spill import Spill
+from tidegate.store.standing import Standing
 from tidegate.store.states import Status
+from tidegate.store.stuck import Stuck
 from tidegate.store.submits import Submits
 from tidegate.store.tenants import Tenants
 from tidegate.store.usage import UsageTotals
@@ -66,6 +72,9 @@ _CLOSE_TIMEOUT_MS = 6_000
 class Store:
     """One per process. Made by `from_url`, then `start()`; `aclose()` at the end."""
 
+    _house: asyncio.Task[None] | None = None
+    _schema_fitted = False
+
     def __init__(
         self,
         connections: Connections,
@@ -75,31 +84,20 @@ class Store:
         instance_id: str,
         audit_full: Literal["block", "drop"],
         claim_lease_ms: int,
+        observers: Observers | None = None,
     ) -> None:
+        self.observers = observers or Observers()
         self.blobs = blobs
         self.instance_id = instance_id
         self._connections = connections
-        self._spill_dir = spill.folder
+        self.spill = spill
         self.spending = Spending()
         self.usage = UsageTotals(connections)
         self._bell = Bell(connections)
         self._watch = Watch(connections, self._bell)
-        self._claims = Claims(
-            connections, self._bell, instance_id=instance_id, lease_ms=claim_lease_ms
-        )
-        self._recorder = Recorder(
-            *(connections, self._bell, spill),
-            blobs=blobs,
-            spending=self.spending,
-            instance_id=instance_id,
-            when_full=audit_full,
-        )
-        self.relayed = RelayLog(
-            *(connections, self._recorder, blobs),
-            instance_id=instance_id,
-            when_full=audit_full,
-            spending=self.spending,
-        )
+        ringing = (connections, self._bell, self.observers)
+        self._claims = Claims(*ringing, instance_id=instance_id, lease_ms=claim_lease_ms)
+        self._recorder, self.relayed = self._written_behind(connections, audit_full)
         self.batches = Batches(connections, self._bell, instance_id)
         self.batch_lines = BatchLines(
             connections,
@@ -111,15 +109,36 @@ class Store:
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
         self.outbox = Outbox(connections)
-        self.listing = Listing(connections)
-        self.recorded = Recorded(connections, blobs)
-        self.cancels = Cancels(connections, self._bell, instance_id=instance_id)
+        self.listing, self.search = Listing(connections), Search(connections)
+        self.recorded, self.dossiers = Recorded(connections, blobs), Dossiers(connections)
+        self.cancels = Cancels(*ringing, instance_id=instance_id)
+        self.history = History(connections, instance_id)
+        self.stuck = Stuck(connections, self._bell)
         self._submits = Submits(connections, self._bell)
         self.tenants = Tenants(connections)
         self.queued = Queued(connections)
+        self.standing = Standing(connections)
         self._places = Places()
-        self._house: asyncio.Task[None] | None = None
-        self._schema_fitted = False
+
+    def _written_behind(
+        self, connections: Connections, audit_full: Literal["block", "drop"]
+    ) -> tuple[Recorder, RelayLog]:
+        recorder = Recorder(
+            *(connections, self._bell, self.spill),
+            blobs=self.blobs,
+            spending=self.spending,
+            instance_id=self.instance_id,
+            when_full=audit_full,
+            observers=self.observers,
+        )
+        relayed = RelayLog(
+            *(connections, recorder, self.blobs),
+            instance_id=self.instance_id,
+            when_full=audit_full,
+            spending=self.spending,
+            observers=self.observers,
+        )
+        return recorder, relayed
 
     @classmethod
     def from_url(
@@ -132,6 +151,7 @@ class Store:
         spill_max_bytes: int,
         audit_full: Literal["block", "drop"],
         claim_lease_ms: int,
+        observers: Observers | None = None,
     ) -> Store:
         """`instance_id` must be new with every start of a process: claims hang on it."""
         return cls(
@@ -141,6 +161,7 @@ class Store:
             instance_id=instance_id,
             audit_full=audit_full,
             claim_lease_ms=claim_lease_ms,
+            observers=observers,
         )
 
     @property
@@ -264,6 +285,7 @@ class Store:
         Waits when the buffer is full and `audit_full` is `block`; else drops and logs. A cancelled
         caller has recorded it whole or not at all.
         """
+        self.observers.note(observing.of_stream(record))
         await self._recorder.enqueue(await entries.of_stream(record, self.blobs))
 
     # The worker's side
@@ -316,8 +338,8 @@ class Store:
         Raises ClaimLost, or StoreUnavailable, after which it may be recorded nevertheless: repeat
         it, or `hand_back` the job.
         """
-        row = running_row(job, model, fence, queue_ms)
-        await self._claims.running({**row, "admitted_at": datetime.now(UTC)}, job)
+        row = {**running_row(job, model, fence, queue_ms), "admitted_at": datetime.now(UTC)}
+        await self._claims.running(row, job)
 
     async def finish(self, job: ClaimedJob, status: Status, result: AttemptResult) -> None:
         """Record a job's end. While PostgreSQL is away it is kept on disk, and this returns.
@@ -325,15 +347,18 @@ class Store:
         Raises ClaimLost, or StoreUnavailable when the spill is full. A cancelled caller's end is
         recorded all the same.
         """
-        await self._end(job, entries.of_end(job, status, result, self.blobs))
+        observed = observing.of_job(job, status.value, result, result.failure)
+        await self._end(job, entries.of_end(job, status, result, self.blobs), observed)
 
     async def retry(self, job: ClaimedJob, result: AttemptResult, not_before: datetime) -> None:
         """Record a failed attempt and queue the job again, not before then; as `finish` else."""
-        await self._end(job, entries.of_retry(job, result, not_before))
+        observed = observing.of_job(job, RETRIED, result, result.failure)
+        await self._end(job, entries.of_retry(job, result, not_before), observed)
 
     async def fail_unadmitted(self, job: ClaimedJob, status: Status, failure: Failure) -> None:
         """End a job that was never sent upstream; as `finish` else."""
-        await self._end(job, entries.of_unadmitted(job, status, failure, self.blobs))
+        entry = entries.of_unadmitted(job, status, failure, self.blobs)
+        await self._end(job, entry, observing.of_unadmitted(job, status.value, failure))
 
     async def hand_back(self, jobs: Sequence[ClaimedJob]) -> None:
         """Give claims up, so that others may have the jobs at once; raises StoreUnavailable."""
@@ -349,29 +374,16 @@ class Store:
 
     # The operator's side
 
-    async def requeue(self, request_id: UUID) -> None:
-        """Give a dead job a fresh start; raises NotFound when there is no such dead job."""
-
-        async def requeue(connection: asyncpg.Connection) -> str | None:
-            pool: str | None = await connection.fetchval(sql("requeue_dead"), request_id)
-            return pool
-
-        pool = await self._connections.run(requeue)
-        if pool is None:
-            raise NotFound(f"no dead job {request_id}")
-        self._bell.changed([request_id])
-        self._bell.work([pool])
-
     async def prune(self, retention_days: int) -> PruneReport:
         """Delete what ended more than `retention_days` ago, in small steps; safe to cut short."""
         return await prune(self._connections, self.blobs, retention_days)
 
     async def erase(self, whose: Whose, *, dry_run: bool, within_s: float) -> EraseReport:
         """Erase all of a subject or tenant; see `Eraser.run`."""
-        eraser = Eraser(self._connections, self.blobs, self._spill_dir, whose)
+        eraser = Eraser(self._connections, self.blobs, self.spill.folder, whose)
         return await eraser.run(dry_run=dry_run, within_s=within_s)
 
-    async def _end(self, job: ClaimedJob, entry: Awaitable[Json]) -> None:
-        written = await self._recorder.record(entry)
+    async def _end(self, job: ClaimedJob, entry: Awaitable[Json], observed: Observed) -> None:
+        written = await self._recorder.record(entry, observed)
         if written:
             self._claims.settled(job)

@@ -5,18 +5,18 @@
 INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject)
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms)
 SELECT id, tenant_id, pool, 'stream', status, kind, classified_by, classified_reason,
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms
 FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, status text,
     kind text, classified_by text, classified_reason text, prompt text, image_uri text, model text,
     used_model text, priority integer, created_at timestamptz, deadline_at timestamptz,
     admitted_at timestamptz, finished_at timestamptz, attempts integer, queue_ms double precision,
     upstream_ms double precision, result text, input_tokens bigint, output_tokens bigint,
     thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
-    failure jsonb, subject text)
+    failure jsonb, subject text, first_byte_ms double precision)
 ON CONFLICT (id) DO NOTHING
 RETURNING *
 
@@ -26,12 +26,12 @@ INSERT INTO audit (id, request_id, tenant_id, pool, source, status, kind, classi
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
-    cost_micros, images)
+    cost_micros, images, first_byte_ms)
 SELECT id, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
-    cost_micros, images
+    cost_micros, images, first_byte_ms
 FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
     source text, status text, kind text, classified_by text, classified_reason text,
     priority integer, model text, model_version text, response_id text, attempts integer,
@@ -39,7 +39,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
     finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
     input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
     total_tokens bigint, finish_reason text, failure jsonb, subject text, usage_state text,
-    cost_micros bigint, images integer)
+    cost_micros bigint, images integer, first_byte_ms double precision)
 
 -- name: add_usage
 -- Add to the totals what was just recorded; in one order everywhere, lest two wait in a circle.

@@ -22,6 +22,7 @@ from tidegate.policy.control import Control
 from tidegate.supervisor.ground import prepared
 
 if TYPE_CHECKING:
+    from tidegate.store.connection import Connections
     from tidegate.store.tenants import Tenants
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ def in_pool(config: Config, work: Work[T], pool: str = DEFAULT_POOL) -> T:
 
     Raises ConfigError, LimiterUnavailable where Valkey does not answer, and what `work` raises.
     """
-    wanted = _policy_of(config, pool)
+    wanted = policy_of(config, pool)
     with prepared(config, only={"postgres", "valkey"}) as ground:
         whole = ground.config
 
@@ -63,7 +64,8 @@ def in_pool(config: Config, work: Work[T], pool: str = DEFAULT_POOL) -> T:
         return asyncio.run(run())
 
 
-def _policy_of(config: Config, pool: str) -> PoolPolicy:
+def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:
+    """What this deployment asks for in a pool. Raises ConfigError, as for one that is unknown."""
     if pool == DEFAULT_POOL:
         return deployed(config)
     others = deployed_upstreams(config).policies
@@ -78,17 +80,27 @@ def with_tenants(config: Config, work: Callable[[Tenants], Awaitable[T]]) -> T:
 
     Raises StoreUnavailable, and what `work` raises.
     """
+
+    async def with_them(connections: Connections) -> T:
+        from tidegate.store.tenants import Tenants
+
+        return await work(Tenants(connections))
+
+    return with_record(config, with_them)
+
+
+def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> T:
+    """Run `work` on the record alone. Raises StoreUnavailable, and what `work` raises."""
     with prepared(config, only={"postgres"}) as ground:
         url = ground.config.database_url
         assert url is not None
 
         async def run() -> T:
             from tidegate.store.connection import Connections
-            from tidegate.store.tenants import Tenants
 
             connections = Connections(url.get_secret_value())
             try:
-                return await work(Tenants(connections))
+                return await work(connections)
             finally:
                 await connections.aclose()
 

@@ -1,8 +1,8 @@
-"""Several processes that are kept running: started, started again when they die, stopped.
+"""Several processes that are kept running: started, started again when they die, replaced, stopped.
 
 Invariant: when `run` returns, none of the children is left, and a child that outlives a killed
 supervisor learns of it by the end of its lifeline (a pipe of which only the supervisor has the
-other end).
+other end). While children are replaced, one by one, never fewer of them run than before.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 
+from tidegate.errors import ConfigError
+from tidegate.metrics.names import NAMED
 from tidegate.supervisor.ground import LIFELINE
+from tidegate.supervisor.notice import READY_PIPE
+from tidegate.supervisor.successor import Successor
 from tidegate.telemetry import Log, get_logger
 
+LOOK_SIGNAL = signal.SIGQUIT  # to any: say what you are at; passed on to all children
+LEAVE_SIGNAL = signal.SIGUSR1  # to a child: another has your place, go softly
+RENEW_SIGNAL = signal.SIGUSR2  # to the supervisor: replace all children, one by one
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _SETTLED_S = 10.0
@@ -43,13 +51,27 @@ class Family:
         environment: Mapping[str, str],
         pass_fds: Sequence[int] = (),
         grace_s: float = 20.0,
+        leave_s: float = 0.0,
         on_stopping: Callable[[], None] = lambda: None,
+        on_ended: Callable[[str], None] = lambda _name: None,
+        reread: Callable[[], Mapping[str, str]] | None = None,
     ) -> None:
+        """`reread`: what replaced children are to have as their environment; may raise
+        ConfigError, and then nothing is replaced. `on_ended` hears the name of each process that
+        is gone: the child's, or where an old one was still there, that with a number after it."""
         self._children = children
         self._environment = environment
         self._pass_fds = pass_fds
         self._grace_s = grace_s
+        self._leave_s = leave_s
         self._on_stopping = on_stopping
+        self._reread = reread
+        self._on_ended = on_ended
+        self._names: set[str] = set()  # of the processes that are there
+        self._waiting: set[asyncio.Task[None]] = set()
+        self._renewing: asyncio.Task[None] | None = None
+        self._renew_again = False
+        self._lifeline = -1
         self._running: dict[str, asyncio.subprocess.Process] = {}
         self._stop = asyncio.Event()
         self._hasten = asyncio.Event()
@@ -74,6 +96,10 @@ class Family:
         self._on_stopping()
 
     @property
+    def renewing(self) -> bool:
+        return self._renewing is not None and not self._renewing.done()
+
+    @property
     def stopping(self) -> bool:
         return self._stop.is_set()
 
@@ -85,29 +111,82 @@ class Family:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.stop)
-        hears, holds = os.pipe()
+        loop.add_signal_handler(RENEW_SIGNAL, self.renew)
+        loop.add_signal_handler(LOOK_SIGNAL, self._look)
+        self._lifeline, holds = os.pipe()
         try:
             async with asyncio.TaskGroup() as tasks:
                 for child in self._children:
-                    tasks.create_task(self._keep(child, hears))
+                    tasks.create_task(self._keep(child))
         finally:
-            os.close(hears)
+            if self._renewing is not None:
+                self._renewing.cancel()
+                await asyncio.gather(self._renewing, return_exceptions=True)
+            os.close(self._lifeline)
             os.close(holds)
-            for number in _SIGNALS:
+            for number in (*_SIGNALS, RENEW_SIGNAL, LOOK_SIGNAL):
                 loop.remove_signal_handler(number)
 
-    async def _keep(self, child: Child, lifeline: int) -> None:
+    def renew(self) -> None:
+        """Replace every child by a new process, with code and settings as they are now.
+
+        One after another: the next of a name takes its place when it is ready, and only then the
+        old one leaves. It stops at the first that does not become ready. Asked for once more
+        meanwhile, it begins anew at its end.
+        """
+        if self.renewing:
+            self._renew_again = True
+        elif not self.stopping:
+            self._renewing = asyncio.create_task(self._renew_all())
+
+    async def _renew_all(self) -> None:
+        self._renew_again = True
+        while self._renew_again and not self.stopping:
+            self._renew_again = False
+            before = self._environment
+            try:
+                self._environment = self._reread() if self._reread is not None else before
+            except ConfigError as wrong:
+                get_logger().error(Log.RENEWAL_STOPPED, reason=str(wrong))
+                return
+            get_logger().info(Log.RENEWING, children=[child.name for child in self._children])
+            for child in self._children:
+                if not await self._renew(child):
+                    self._environment = before
+                    return
+            get_logger().info(Log.RENEWED)
+
+    async def _renew(self, child: Child) -> bool:
+        """Whether a new process has taken the place of the child's old one."""
+        async with Successor(self._born(child), self._end) as successor:
+            if (why := await successor.not_ready()) is not None:
+                get_logger().error(Log.RENEWAL_STOPPED, child=child.name, reason=why)
+                return False
+            old = self._running.get(child.name)
+            self._running[child.name] = successor.taken_over()
+        if old is not None and old.returncode is None:
+            old.send_signal(LEAVE_SIGNAL)
+            await self._end(old, told=True)
+        return True
+
+    async def _keep(self, child: Child) -> None:
         deaths = 0
         while not self.stopping:
             born = time.monotonic()
-            process = await self._start(child, lifeline)
+            process = self._running.get(child.name)  # one that took the place of one that died
+            if process is None:
+                process = await self._start(child)
             try:
                 code = await self._ended_or_stop(process)
             finally:
-                await self._end(process)
-                self._running.pop(child.name, None)
+                latest = self._running.get(child.name, process)
+                if latest is process or self.stopping:
+                    self._running.pop(child.name, None)
+                    await asyncio.gather(*(self._end(one) for one in {process, latest}))
             if code is None:
                 return
+            if latest is not process:
+                continue
             deaths = 1 if time.monotonic() - born > _SETTLED_S else deaths + 1
             get_logger().error(
                 Log.CHILD_DIED, child=child.name, pid=process.pid, exit_code=code, deaths=deaths
@@ -118,18 +197,61 @@ class Family:
                 return
             await self._pause(_BACKOFF_S[min(deaths, len(_BACKOFF_S)) - 1])
 
-    async def _start(self, child: Child, lifeline: int) -> asyncio.subprocess.Process:
+    async def _start(self, child: Child) -> asyncio.subprocess.Process:
+        process = await self._spawn(child, {}, ())
+        self._running[child.name] = process
+        return process
+
+    async def _born(self, child: Child) -> tuple[asyncio.subprocess.Process, int]:
+        """A process that is not yet the child's, and the pipe by which it says that it is ready."""
+        hears, says = os.pipe()
+        try:
+            process = await self._spawn(child, {READY_PIPE: str(says)}, (says,))
+        except BaseException:
+            os.close(hears)
+            raise
+        finally:
+            os.close(says)
+        return process, hears
+
+    async def _spawn(
+        self, child: Child, environment: Mapping[str, str], pass_fds: Sequence[int]
+    ) -> asyncio.subprocess.Process:
+        name = self._free_name(child)
         process = await asyncio.create_subprocess_exec(
             *child.argv,
             stdin=asyncio.subprocess.DEVNULL,
-            env={**self._environment, LIFELINE: str(lifeline)},
-            pass_fds=[*self._pass_fds, lifeline],
+            env={
+                **self._environment,
+                LIFELINE: str(self._lifeline),
+                NAMED: name,
+                **environment,
+            },
+            pass_fds=[*self._pass_fds, self._lifeline, *pass_fds],
             # In a session of its own: a terminal's Ctrl-C is for the supervisor alone, who tells.
             start_new_session=True,
         )
-        self._running[child.name] = process
         get_logger().debug(Log.CHILD_STARTED, child=child.name, pid=process.pid)
+        self._names.add(name)
+        task = asyncio.create_task(self._until_gone(process, name))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
         return process
+
+    def _free_name(self, child: Child) -> str:
+        """No two processes that are there have the same: what they count is kept by their names."""
+        tries = (f"{child.name}.{number}" for number in count(2))
+        return next(name for name in chain((child.name,), tries) if name not in self._names)
+
+    async def _until_gone(self, process: asyncio.subprocess.Process, name: str) -> None:
+        await process.wait()
+        self._names.discard(name)
+        self._on_ended(name)
+
+    def _look(self) -> None:
+        for process in self._running.values():
+            if process.returncode is None:
+                process.send_signal(LOOK_SIGNAL)
 
     async def _ended_or_stop(self, process: asyncio.subprocess.Process) -> int | None:
         """The exit code of a process that died by itself; None when it is to be stopped."""
@@ -142,15 +264,17 @@ class Family:
             ended.cancel()
             stop.cancel()
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
+    async def _end(self, process: asyncio.subprocess.Process, *, told: bool = False) -> None:
+        """Have it end in order, or after its time by force; `told`: it leaves already."""
         if process.returncode is not None:
             return
-        process.terminate()
+        if not told:
+            process.terminate()
         ended = asyncio.create_task(process.wait())
         hasten = asyncio.create_task(self._hasten.wait())
         await asyncio.wait(
             {ended, hasten},
-            timeout=self._grace_s + _MARGIN_S,
+            timeout=(self._leave_s if told else 0.0) + self._grace_s + _MARGIN_S,
             return_when=asyncio.FIRST_COMPLETED,
         )
         hasten.cancel()

@@ -5,7 +5,7 @@ Written to standard output; logs go to standard error. Without a terminal it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.text import Text
 from tidegate import __version__
 from tidegate.call import Kind
 from tidegate.config import Config
-from tidegate.policy import deployed
+from tidegate.limiter import PoolPolicy
 from tidegate.supervisor.ground import Ground
 
 _LABEL = "bold cyan"
@@ -56,17 +56,19 @@ class Page:
     def stopped(self) -> None:
         self._line((f"{_INDENT}Stopped. Nothing is left running.", _QUIET))
 
-    def ready(self, ground: Ground, url: str) -> None:
-        """The start-up page."""
+    def ready(
+        self, ground: Ground, url: str, policy: PoolPolicy, in_force: Mapping[Kind, int] | None
+    ) -> None:
+        """The start-up page. `policy` is what this deployment asks for; in_force: how many calls of
+        each kind may run at once now, None where that is not known."""
         self._line()
         self._line((f"{_INDENT}≋ Tidegate", "bold"), (f" {__version__}", _QUIET), f"   {url}")
         self._line()
+        self._row("Dashboard", "live", f"{url}/dashboard")
         self._row("API", _count(self._apis, "process"), f"its documentation is at {url}/docs")
         self._row("Worker", _count(self._workers, "process"), "takes the jobs of POST /submit")
         self._where(ground)
-        policy = deployed(self._config)
-        limits = ", ".join(f"{kind.value} {policy.bound(kind.limit)}" for kind in Kind)
-        self._row("At once", limits, "calls, over all processes")
+        self._at_once(policy, in_force)
         if self._config.asks_for_keys:
             self._row("Callers", "show a key", "tidegate keys create makes one; see AUTH")
         if ground.emulated:
@@ -78,6 +80,20 @@ class Page:
         self._try(url.removeprefix("http://"))
         self._line((f"{_INDENT}Ctrl-C stops everything.", _QUIET))
         self._line()
+
+    def _at_once(self, policy: PoolPolicy, in_force: Mapping[Kind, int] | None) -> None:
+        wanted = {kind: policy.bound(kind.limit) for kind in Kind}
+        now = wanted if in_force is None else in_force
+        limits = [
+            f"{kind.value} {now[kind]}"
+            + (f" (configured: {wanted[kind]})" if now[kind] != wanted[kind] else "")
+            for kind in Kind
+        ]
+        self._row("At once", ", ".join(limits), "calls, over all processes")
+        if in_force is None:
+            self._more("as configured: Valkey does not answer yet")
+        elif now != wanted:
+            self._more("tidegate limits history says who set them, and why")
 
     def _where(self, ground: Ground) -> None:
         folder = str(self._config.data_dir / "embedded")
@@ -111,6 +127,10 @@ class Page:
         self._line(
             (f"{_INDENT}{label:<{_LABEL_WIDTH}}", _LABEL), f"{value:<12}", (f" {remark}", _QUIET)
         )
+
+    def _more(self, remark: str) -> None:
+        """Another line of the row before."""
+        self._line((f"{_INDENT}{'':<{_LABEL_WIDTH}}{remark}", _QUIET))
 
     def _line(self, *parts: str | tuple[str, str]) -> None:
         self._console.print(Text.assemble(*parts))

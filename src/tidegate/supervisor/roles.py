@@ -1,7 +1,10 @@
 """The two kinds of process: one that serves HTTP and one that works on jobs.
 
-Both stop in order on SIGTERM, SIGINT or SIGHUP, and a second signal ends them at once. A child of
-a supervisor also stops in order when its supervisor is gone, however that went.
+Both stop in order on SIGTERM, SIGINT or SIGHUP. On SIGTERM one that serves first leaves: it goes on
+for LEAVE_MS while it says everywhere that it goes; a child of a supervisor, whose place another has
+taken on the same socket, does so on SIGUSR1. A further signal ends the leaving, and one more the
+process. A child also stops in order when its supervisor is gone, however that went. On SIGQUIT a
+process says what it is at, and goes on.
 """
 
 from __future__ import annotations
@@ -14,27 +17,33 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from tidegate import telemetry
 from tidegate.config import Config
+from tidegate.metrics.instruments import share_by_name
+from tidegate.supervisor.family import LEAVE_SIGNAL, LOOK_SIGNAL
 from tidegate.supervisor.ground import LIFELINE, is_child, migrate, prepared
 from tidegate.supervisor.listening import listen, url_of
+from tidegate.supervisor.notice import living, tell_ready, tell_stopping
 from tidegate.telemetry import Log
 
 if TYPE_CHECKING:
+    from tidegate.http.services import Services
     from tidegate.store.erase import EraseReport, Whose
     from tidegate.store.prune import PruneReport
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LEAVE_SIGNAL)
 _MARGIN_S = 5.0
 # Longer than clients and balancers keep an idle connection (60 s is common): whoever closes first
 # must not be us, or a request that is on its way meets a closed door.
 _KEEP_ALIVE_S = 75
+# How long the first request waits for Valkey and PostgreSQL to have answered; they may be away.
+_WARM_WITHIN_MS = 2_000
 
 
 def serve(config: Config, fd: int | None = None) -> None:
@@ -43,6 +52,7 @@ def serve(config: Config, fd: int | None = None) -> None:
     Raises ConfigError where HOST and PORT cannot be had.
     """
     telemetry.configure_logging(config.log_format, config.log_level, process="api")
+    _survive_looks()
     # Before the servers are started: a taken port should be told at once.
     listener = socket.socket(fileno=fd) if fd is not None else listen(config)
     with listener, _standing(config) as whole:
@@ -54,8 +64,15 @@ def serve(config: Config, fd: int | None = None) -> None:
 def work(config: Config) -> None:
     """Work on jobs until a signal."""
     telemetry.configure_logging(config.log_format, config.log_level, process="worker")
+    _survive_looks()
     with _standing(config) as whole:
         _run(_work(whole))
+
+
+def _survive_looks() -> None:
+    """Until there is something to see: the signal would end a process that is starting."""
+    if sys.platform != "win32":
+        signal.signal(LOOK_SIGNAL, signal.SIG_IGN)
 
 
 def prune(config: Config, days: int | None) -> PruneReport:
@@ -102,6 +119,7 @@ def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
 @contextmanager
 def _standing(config: Config) -> Iterator[Config]:
     """A whole configuration on a migrated database: of the supervisor's making, or of our own."""
+    share_by_name()
     if is_child():
         follow_lifeline(int(os.environ[LIFELINE]), config.shutdown_grace_ms / 1000)
         yield config
@@ -111,11 +129,12 @@ def _standing(config: Config) -> Iterator[Config]:
             telemetry.get_logger().warning(
                 Log.DEMO_MODE, reason="no GEMINI_API_KEY: answers come from the built-in emulator"
             )
-        migrate(ground.config, lambda why: sys.stderr.write(f"tidegate: {why}\n"))
+        if config.migrate_at_start or ground.embedded:
+            migrate(ground.config, lambda why: sys.stderr.write(f"tidegate: {why}\n"))
         yield ground.config
 
 
-class Server(uvicorn.Server):
+class QuietServer(uvicorn.Server):
     """Leaves the signals to us: uvicorn would raise them again at its end, and die of them."""
 
     @contextmanager
@@ -123,17 +142,26 @@ class Server(uvicorn.Server):
         yield
 
 
+class Server(QuietServer):
+    """Tells whoever waits for it that it is up."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        tell_ready()
+
+
 async def _serve(config: Config, listener: socket.socket) -> None:
     from tidegate.app import create_app
     from tidegate.http.protocol import bounded
 
-    app = create_app(config)
+    app = create_app(config, warm_within_ms=_WARM_WITHIN_MS)
+    protocol = bounded(
+        receive_timeout_ms=config.receive_timeout_ms,
+        stalled_reader_ms=config.stalled_reader_ms,
+    )
     settings = uvicorn.Config(
         app,
-        http=bounded(
-            receive_timeout_ms=config.receive_timeout_ms,
-            stalled_reader_ms=config.stalled_reader_ms,
-        ),
+        http=protocol,
         ws="none",
         lifespan="on",
         access_log=False,
@@ -147,34 +175,120 @@ async def _serve(config: Config, listener: socket.socket) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     server = Server(settings)
 
+    def leave() -> None:
+        protocol.leaving = True
+        for connection in server.server_state.connections:
+            if isinstance(connection, protocol):
+                connection.leave()
+        if (services := getattr(app.state, "services", None)) is not None:
+            services.leaving.set()
+
     def stop() -> None:
         server.should_exit = True
         if (services := getattr(app.state, "services", None)) is not None:
             services.draining.set()
 
-    _on_stop_signal(stop)
-    await server.serve(sockets=[listener])
+    _on_signals(stop, leave=leave, leave_ms=config.leave_ms)
+    _on_look(lambda: getattr(app.state, "services", None))
+    with living():
+        await server.serve(sockets=[listener])
 
 
 async def _work(config: Config) -> None:
     from tidegate.app import run_worker
 
     stop = asyncio.Event()
-    _on_stop_signal(stop.set)
-    await run_worker(config, stop)
+    opened: list[Services] = []
+
+    def leave() -> None:
+        stop.set()
+        for services in opened:
+            services.leaving.set()
+
+    _on_signals(leave)
+    _on_look(lambda: opened[0] if opened else None)
+    alone = config.worker_port is not None and not is_child()
+
+    @asynccontextmanager
+    async def beside(services: Services) -> AsyncIterator[None]:
+        opened.append(services)
+        async with AsyncExitStack() as stack:
+            if alone:
+                await stack.enter_async_context(_seen(services))
+            yield
+
+    with living():
+        await run_worker(config, stop, on_ready=tell_ready, beside=beside)
 
 
-def _on_stop_signal(stop: Callable[[], None]) -> None:
+@asynccontextmanager
+async def _seen(services: Services) -> AsyncIterator[None]:
+    """A worker's own small server, for those who watch it."""
+    from tidegate.http.watched import watched_app
+
+    with listen(services.config, for_worker=True) as listener:
+        server = QuietServer(
+            uvicorn.Config(
+                watched_app(services),
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        telemetry.get_logger().info(Log.WATCHED, url=url_of(listener))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await asyncio.gather(serving, return_exceptions=True)
+
+
+def _on_look(services: Callable[[], Services | None]) -> None:
+    """On LOOK_SIGNAL, what this process is at goes into the log, as one line."""
+
+    def look() -> None:
+        opened = services()
+        if opened is not None:
+            telemetry.get_logger().info(Log.PROCESS_STATE, **opened.state.shown())
+
+    if sys.platform != "win32":
+        asyncio.get_running_loop().add_signal_handler(LOOK_SIGNAL, look)
+
+
+def _on_signals(
+    stop: Callable[[], None], *, leave: Callable[[], None] = lambda: None, leave_ms: int = 0
+) -> None:
     loop = asyncio.get_running_loop()
+    leaving: list[asyncio.TimerHandle] = []
 
-    def first() -> None:
-        for number in _STOP_SIGNALS:
+    def stop_now() -> None:
+        for timer in leaving:
+            timer.cancel()
+        for number in _SIGNALS:
             loop.remove_signal_handler(number)  # the next one ends the process
-        telemetry.get_logger().info(Log.STOPPING)
         stop()
 
-    for number in _STOP_SIGNALS:
-        loop.add_signal_handler(number, first)
+    def begin(softly: bool) -> None:
+        if leaving:
+            stop_now()
+            return
+        telemetry.get_logger().info(Log.STOPPING)
+        tell_stopping()
+        if not softly or not leave_ms:
+            stop_now()
+            return
+        leave()
+        leaving.append(loop.call_later(leave_ms / 1000, stop_now))
+
+    soft = LEAVE_SIGNAL if is_child() else signal.SIGTERM
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, begin, number == soft)
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:

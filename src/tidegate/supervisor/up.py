@@ -8,13 +8,22 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 from tidegate import telemetry
-from tidegate.config import Config
-from tidegate.supervisor.family import Child, Family
+from tidegate.config import Config, load
+from tidegate.errors import ConfigError
+from tidegate.metrics.instruments import forget
+from tidegate.metrics.names import SHARED
+from tidegate.policy import deployed, deployed_upstreams
+from tidegate.supervisor.bounds import bounds_in_force
+from tidegate.supervisor.family import RENEW_SIGNAL, Child, Family
 from tidegate.supervisor.ground import Ground, environment_of, migrate, prepared
 from tidegate.supervisor.listening import listen, url_of
+from tidegate.supervisor.notice import tell_ready, tell_stopping
 from tidegate.supervisor.page import Page
 
 _PROBE = b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -32,16 +41,23 @@ def up(config: Config, apis: int, workers: int) -> int:
     # Until the children run, any of the signals interrupts as Ctrl-C does, with all clean-up.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    signal.signal(RENEW_SIGNAL, signal.SIG_IGN)  # there is nothing to renew yet
     page = Page(config, apis, workers)
     with listen(config) as listener:
-        with prepared(config, busy=page.busy) as ground:
+        with (
+            prepared(config, busy=page.busy) as ground,
+            TemporaryDirectory(prefix="tidegate-counts-") as counts,
+        ):
             migrate(ground.config, page.note)
             family = Family(
                 _children(listener, apis, workers),
-                environment={**os.environ, **environment_of(ground)},
+                environment={**os.environ, **environment_of(ground), SHARED: counts},
                 pass_fds=[listener.fileno(), *([ground.lease.descriptor] if ground.lease else [])],
                 grace_s=config.shutdown_grace_ms / 1000,
-                on_stopping=page.stopping,
+                leave_s=config.leave_ms / 1000,
+                on_stopping=_both(tell_stopping, page.stopping),
+                on_ended=lambda name: forget(name, counts),
+                reread=lambda: {**_reread(ground), SHARED: counts},
             )
             asyncio.run(_run(family, listener, page, ground))
         if family.failure is not None:
@@ -49,6 +65,40 @@ def up(config: Config, apis: int, workers: int) -> int:
             return 1
         page.stopped()
         return 0
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        first()
+        second()
+
+    return run
+
+
+def _reread(ground: Ground) -> dict[str, str]:
+    """The environment of new children: the settings as they are written down now.
+
+    Raises ConfigError where one is wrong, or is of those that this process itself stands on.
+    """
+    wanted = load()
+    deployed(wanted)
+    deployed_upstreams(wanted)
+    of_ours = {name: getattr(ground.config, name) for name in ("host", "port", "data_dir")}
+    changed = [name for name, value in of_ours.items() if getattr(wanted, name) != value]
+    if wanted.embedded != ground.embedded:
+        changed.append("database_url")
+    if wanted.emulated != ground.emulated:
+        changed.append("gemini_api_key")
+    if changed:
+        why = "was changed, for which `tidegate up` must be stopped and started again"
+        raise ConfigError(changed[0].upper(), "(another)", why)
+    filled_in = [
+        *(("database_url", "redis_url") if ground.embedded else ()),
+        *(("gemini_base_url", "gemini_api_key") if ground.emulated else ()),
+    ]
+    kept = {name: getattr(ground.config, name) for name in filled_in}
+    whole = replace(ground, config=wanted.model_copy(update=kept))
+    return {**os.environ, **environment_of(whole)}
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -81,9 +131,15 @@ async def _announce(family: Family, listener: socket.socket, page: Page, ground:
             page.note(f"still waiting for the API: {reason}")
             told = reason
         await asyncio.sleep(_POLL_S)
+    if family.stopping:
+        return
+    family.settled()
+    tell_ready()
+    policy, redis_url = deployed(ground.config), ground.config.redis_url
+    assert redis_url is not None
+    in_force = await bounds_in_force(redis_url.get_secret_value(), policy)
     if not family.stopping:
-        family.settled()
-        page.ready(ground, url_of(listener))
+        page.ready(ground, url_of(listener), policy, in_force)
 
 
 async def _not_ready(listener: socket.socket) -> str | None:

@@ -3,7 +3,7 @@
 -- args: request
 -- request: permits
 -- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues
--- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket)
+-- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket)
 -- uses: keys clock pool limits
 -- later: rates
 T.load_pool()
@@ -14,7 +14,7 @@ for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
     lapsing[name] = (lapsing[name] or 0) + 1
   end
 end
-local sessions, permits, queues, waiting = {}, {}, {}, {}
+local sessions, permits, queues, waiting, reserved = {}, {}, {}, {}, {}
 local alive = call('ZRANGE', T.sessions_key, 0, -1, 'WITHSCORES')
 for i = 1, #alive, 2 do
   local sid, name, blocked, held = alive[i], '', 0, 0
@@ -23,7 +23,15 @@ for i = 1, #alive, 2 do
     local ticket = string.match(raw[k], '^h:(.*)$')
     if ticket then
       held = held + 1
-      local seq, until_ms, flow = string.match(raw[k + 1], '^([^|]*)|([^|]*)|[^|]*|[^|]*|(.*)$')
+      local seq, until_ms, charges, flow =
+        string.match(raw[k + 1], '^([^|]*)|([^|]*)|[^|]*|([^|]*)|(.*)$')
+      if charges ~= '' then
+        local names = T.names_in(string.match(flow, '^[^|]*|[^|]*|(.*)$'))
+        for place, amount in string.gmatch(charges, '(%d+)=(%d+)@') do
+          local charged = names[tonumber(place)]
+          reserved[charged] = (reserved[charged] or 0) + tonumber(amount)
+        end
+      end
       if q.permits then
         permits[#permits + 1] = { sid, tonumber(ticket), tonumber(seq),
           tonumber(until_ms) - pool.now, flow }
@@ -55,7 +63,7 @@ for field in pairs(fields) do
     list[#list + 1] = { name, limit.sort, limit.bound, used, waiting[name] or 0, lapsing[name] or 0,
       limit.current and math.floor(limit.current / 1000) or limit.bound,
       tonumber(fields['x:' .. name] or 0), paused_ms, limit.pause and limit.pause.said or '',
-      at and math.max(0, tonumber(at) - pool.now) or 0 }
+      at and math.max(0, tonumber(at) - pool.now) or 0, reserved[name] or 0 }
   end
 end
 local tenants = {}

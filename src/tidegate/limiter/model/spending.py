@@ -47,9 +47,9 @@ class Spending:
             while self.log and self.log[0] + span_of(limit) <= now:
                 del self.log[0]
             return len(self.log)
-        self.buckets = {
-            end: amount for end, amount in self.buckets.items() if end + span_of(limit) > now
-        }
+        over = now - span_of(limit)
+        if any(end <= over for end in self.buckets):
+            self.buckets = {end: amount for end, amount in self.buckets.items() if end > over}
         return sum(self.buckets.values())
 
     def room_at(self, limit: Limit, amount: int, now: int) -> int:

@@ -82,6 +82,7 @@ class LoggedCall:
     input_tokens: int = 0
     output_tokens: int = 0
     thoughts_tokens: int = 0
+    traceparent: str = ""  # as the request bore it
 
 
 class Ledger:

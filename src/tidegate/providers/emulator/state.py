@@ -23,6 +23,8 @@ from tidegate.providers.emulator.limits import Gate, Refusal
 from tidegate.providers.emulator.presence import Presence
 from tidegate.providers.emulator.settings import EmulatorSettings
 
+_LONGEST_TRACEPARENT = 100
+
 
 class State:
     def __init__(
@@ -70,6 +72,7 @@ class State:
         """Count a call in, and out again at the end. Raises LimitReached when a limit says no."""
         self._notice_departed()
         call = self.ledger.arrive(kind, model, method, prompt, dialect)
+        call.traceparent = request.headers.get("traceparent", "")[:_LONGEST_TRACEPARENT]
         refusal = self._refusal(kind, input_tokens)
         if refusal is not None:
             self.ledger.refuse(call, refusal.limit, over=refusal.rate is None)

@@ -15,6 +15,7 @@ import httpx2
 
 from tidegate.providers.gemini.timeouts import Timeouts
 from tidegate.providers.relay import Exchange, RelayWire
+from tidegate.tracing import HEADER
 
 _EVENTS = b"text/event-stream"
 # The connection says these by itself.
@@ -52,11 +53,13 @@ class Carrier:
         self._tls.set_alpn_protocols(["http/1.1"])
         self._wire: _Wire | None = None
 
-    async def send(self, request: Asked) -> Carried:
+    async def send(self, request: Asked, traceparent: str | None = None) -> Carried:
         """Send a request and wait for the head of its answer. Raises UpstreamError."""
         wire = self._wire or await self._opened()
-        place = wire.place(request.whole_url)
-        return Carried(await wire.open(request.method, place, request.fields, request.body))
+        place, fields = wire.place(request.whole_url), request.fields
+        if traceparent is not None:
+            fields = [*fields, (HEADER, traceparent.encode())]
+        return Carried(await wire.open(request.method, place, fields, request.body))
 
     async def aclose(self) -> None:
         if self._wire is not None:
@@ -93,6 +96,7 @@ class Carried:
     """An answer whose head is there."""
 
     def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
         self.status = exchange.status
         self.raw_headers = exchange.headers
         # The next bytes of the body as soon as there are some; empty at its end.
@@ -100,6 +104,11 @@ class Carried:
         # End it: the connection is kept, and True returned, only where the answer has come to its
         # end. Else it is closed in the event loop's next round.
         self.close = exchange.close
+
+    @property
+    def first_byte_ms(self) -> float | None:
+        """From sending the request to the first bytes of the body; None until there are some."""
+        return self._exchange.first_byte_ms
 
     def field(self, name: bytes) -> bytes:
         """The value of a header; empty without it. `name` in small letters."""

@@ -66,6 +66,8 @@ _ABOUT_THE_KEY = re.compile(
     re.IGNORECASE,
 )
 _ABOUT_A_SCOPE = re.compile(r"missing scopes?\b|\bresource\b", re.IGNORECASE)
+# How OpenAI tells which key it has refused: its first and its last letters.
+_MASKED_KEY = re.compile(r"\S*\*{3,}\S*")
 _GOOGLE_KEY = re.compile(r"AIza[0-9A-Za-z_-]{20,}")
 
 
@@ -204,7 +206,10 @@ def clean(message: str, secret: str) -> str:
     """A provider's text on one line, cut to a bound, without keys."""
     if secret:
         message = message.replace(secret, "***")
-    message = redact(_GOOGLE_KEY.sub("***", " ".join(message.split())))
+    message = " ".join(message.split())
+    if "***" in message:  # cut first: a word without end would be searched again and again
+        message = _MASKED_KEY.sub("***", message[: 4 * MAX_MESSAGE_CHARS])
+    message = redact(_GOOGLE_KEY.sub("***", message))
     return message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
 
 

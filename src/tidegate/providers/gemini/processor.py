@@ -106,8 +106,9 @@ class GeminiProcessor:
         sdk = self._sdk or await self._started()
         model = request.model_path(call.model)
         uploaded: list[str] = []
+        scope = Scope(self._timeouts.total_ms, gathers=sink is None, traceparent=call.traceparent)
         try:
-            async with Scope(self._timeouts.total_ms, gathers=sink is None) as scope:
+            async with scope:
                 parts = await self._parts(sdk, scope, call, uploaded) if call.media else []
                 reading = Reading(call.kind, answer)
                 chunks = None
@@ -132,6 +133,7 @@ class GeminiProcessor:
                             await sink(event)
                 self._finish(reading, scope)
         finally:
+            answer.first_byte_ms = scope.first_byte_ms
             if uploaded:
                 self._forget_later(sdk, uploaded)
 

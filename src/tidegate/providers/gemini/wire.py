@@ -65,6 +65,11 @@ class Exchange:
             return Wreck(None, {}, tail)
         return Wreck(carried.status, httpx2.Headers(carried.raw_headers), tail)
 
+    @property
+    def first_byte_ms(self) -> float | None:
+        """See `Carried`."""
+        return None if self._carried is None else self._carried.first_byte_ms
+
     async def aclose(self) -> None:
         if self._body is not None:
             await self._body.aclose()
@@ -189,7 +194,8 @@ class Wire(httpx2.AsyncClient):
         if scope is not None:
             scope.exchanges.append(exchange)
         try:
-            carried = await self._carrier.send(request)
+            traceparent = None if scope is None else scope.traceparent
+            carried = await self._carrier.send(request, traceparent)
         except BaseException:
             exchange.closed()
             raise
@@ -214,11 +220,14 @@ class Wire(httpx2.AsyncClient):
 class Scope:
     """The exchanges of one call, and its total time. Leaving it closes what is still open, even
     when cancelled; raises UpstreamTimeout when the time has run out. Where it `gathers`, the SDK
-    gets the events of a stream as one.
+    gets the events of a stream as one. `traceparent` goes with all its requests.
     """
 
-    def __init__(self, total_ms: int, *, gathers: bool = False) -> None:
+    def __init__(
+        self, total_ms: int, *, gathers: bool = False, traceparent: str | None = None
+    ) -> None:
         self.gathers = gathers
+        self.traceparent = traceparent
         self.exchanges: list[Exchange] = []
         self._total_ms = total_ms
         self._total = asyncio.timeout(total_ms / 1000)
@@ -258,6 +267,11 @@ class Scope:
         async with AsyncExitStack() as stack:
             for exchange in self.exchanges:
                 stack.push_async_callback(exchange.aclose)
+
+    @property
+    def first_byte_ms(self) -> float | None:
+        """Of the last exchange: from its sending to the first bytes of its answer's body."""
+        return self.exchanges[-1].first_byte_ms if self.exchanges else None
 
     def wreck(self) -> Wreck | None:
         """What is known of the last exchange; None when nothing was sent."""

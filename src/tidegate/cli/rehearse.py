@@ -1,0 +1,254 @@
+"""`tidegate rehearse`: what limits would do to a load, before they do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidegate.call import DEFAULT_POOL
+from tidegate.cli.pool import Json, Pool, choose_pool, in_pool, show_json
+from tidegate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tidegate.config import Config
+    from tidegate.limiter import PoolPolicy
+    from tidegate.policy.control import Control
+    from tidegate.rehearse.findings import Findings
+    from tidegate.rehearse.trace import Arrival, Usual
+
+_AS_IT_IS = "as it is"
+_LONGEST_BYTES = 500_000_000
+
+FromRecord = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of a file the calls on record of the last 30m, 1h, 1d.", metavar="SPAN"
+    ),
+]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", help="A tidegate.toml. Usual: the deployment's own.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Compare with changed limits: KEY=VALUE as `limits set` takes it, several with ; "
+        "between. Again for one more to compare.",
+        metavar="CHANGES",
+    ),
+]
+Times = Annotated[
+    float, typer.Option(min=0.001, max=1000, help="So many times as many calls in the same time.")
+]
+Processes = Annotated[int, typer.Option(min=1, max=64, help="How many share the load.")]
+Plays = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=100,
+        help="Play it so often, each call moved a little: how far apart the waits come out.",
+    ),
+]
+
+
+def rehearse(
+    load: Annotated[
+        str | None,
+        typer.Argument(help="A described load (.toml), or a trace (CSV, JSON lines); - is stdin."),
+    ] = None,
+    from_record: FromRecord = None,
+    policy: PolicyFile = None,
+    in_force: Annotated[
+        bool, typer.Option("--in-force", help="The policy that the running pool has now.")
+    ] = False,
+    set_: Set = None,
+    times: Times = 1.0,
+    processes: Processes = 2,
+    plays: Plays = 1,
+    seed: Annotated[int, typer.Option(help="Of the chance in a load, and in plays.")] = 1,
+    round_trip_ms: Annotated[
+        float, typer.Option(min=0.01, max=1000, help="Of one question to Valkey.")
+    ] = 0.6,
+    hold_ms: Annotated[
+        float, typer.Option(min=0, help="How much longer than it is open a call holds its permit.")
+    ] = 1.0,
+    tokens_per_second: Annotated[
+        float, typer.Option(min=0.1, help="For traces that know no durations.")
+    ] = 150.0,
+    first_token_ms: Annotated[float, typer.Option(min=0, help="Likewise.")] = 400.0,
+    svg: Annotated[Path | None, typer.Option(help="Write the picture there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with picture and tables.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the calls that were played there, as CSV.")
+    ] = None,
+    json: Json = False,
+    pool: Pool = DEFAULT_POOL,
+) -> None:
+    """Simulate what a policy does to a load: waits, shares, refusals, and which limit binds.
+
+    Touches nothing: what is simulated is the limiter's executable specification.
+    """
+    from tidegate.config import load as load_config
+    from tidegate.rehearse.play import compare
+    from tidegate.rehearse.stage import Setting
+    from tidegate.rehearse.trace import Pace, Usual, write_trace
+
+    choose_pool(pool)
+    config = load_config()
+    models = {kind: config.model_for(kind) for kind in config.rate_limits}
+    usual = Usual(models, Pace(first_token_ms, tokens_per_second))
+    arrivals = _sooner(_arrivals(config, load, from_record, usual, seed, pool), times)
+    policies = _variants(_policy(config, policy, in_force=in_force, pool=pool), set_ or [])
+    setting = Setting(
+        processes=processes,
+        round_trip_ms=round_trip_ms,
+        hold_ms=hold_ms,
+        kinds_optional=pool != DEFAULT_POOL,
+    )
+    if trace is not None:
+        _write(trace, write_trace(arrivals))
+    found = compare(arrivals, policies, setting, plays=plays, seed=seed)
+    _tell(found, svg, html, json=json)
+
+
+def _arrivals(
+    config: Config, load: str | None, from_record: str | None, usual: Usual, seed: int, pool: str
+) -> list[Arrival]:
+    from tidegate.rehearse.load import load_of, span_ms
+    from tidegate.rehearse.trace import read_trace
+
+    if (load is None) == (from_record is None):
+        raise ConfigError("rehearse", str(load or "(nothing)"), "give a file, or --from-record")
+    if from_record is not None:
+        return _from_record(config, span_ms("--from-record", from_record) / 1000, usual, pool)
+    assert load is not None
+    text = _read(load)
+    if load.endswith(".toml"):
+        return load_of(_toml(load, text)).draw(usual, seed)
+    return read_trace(load, text, usual)
+
+
+def _from_record(config: Config, last_s: float, usual: Usual, pool: str) -> list[Arrival]:
+    from tidegate.rehearse.trace import from_zero
+    from tidegate.store.past_calls import past_calls
+    from tidegate.supervisor.control import with_record
+
+    calls = with_record(config, lambda connections: past_calls(connections, pool, last_s))
+    if not calls:
+        raise ConfigError("--from-record", f"{last_s:g}s", f"no call of pool {pool} is on record")
+    since = calls[0].submitted_at
+    rows: list[dict[str, Any]] = [
+        {
+            "time_ms": (call.submitted_at - since).total_seconds() * 1000,
+            "tenant": call.tenant_id,
+            "kind": call.kind,
+            "model": call.model,
+            "duration_ms": call.upstream_ms,
+            "input_tokens": call.input_tokens,
+            "output_tokens": call.output_tokens,
+            "images": call.images,
+            "priority": call.priority,
+        }
+        for call in calls
+    ]
+    return from_zero(usual.arrival("the record", row) for row in rows)
+
+
+def _sooner(arrivals: list[Arrival], times: float) -> list[Arrival]:
+    from dataclasses import replace
+
+    if times == 1.0:
+        return arrivals
+    return [replace(one, time_ms=one.time_ms / times) for one in arrivals]
+
+
+def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> PoolPolicy:
+    from tidegate.policy.file import from_file
+    from tidegate.supervisor.control import policy_of
+
+    if file is not None and in_force:
+        raise ConfigError("--policy", str(file), "give a file or --in-force, not both")
+    if file is not None:
+        return from_file(file, config)
+    if not in_force:
+        return policy_of(config, pool)
+
+    async def look(control: Control) -> PoolPolicy:
+        return control.limiter.policy
+
+    return in_pool(look)
+
+
+def _variants(policy: PoolPolicy, sets: Sequence[str]) -> Mapping[str, PoolPolicy]:
+    """The policy as it is, then with each set of changes."""
+    from tidegate.cli.limits import parsed
+    from tidegate.policy.edits import edit
+    from tidegate.policy.plain import of_plain, to_plain
+
+    found = {_AS_IT_IS: policy}
+    for changes in sets:
+        each = [change.strip() for change in changes.split(";") if change.strip()]
+        wanted = dict(parsed(change, "--set") for change in each)
+        found["; ".join(each)] = of_plain(edit(wanted)(to_plain(policy)))
+    return found
+
+
+def _tell(found: list[Findings], svg: Path | None, html: Path | None, *, json: bool) -> None:
+    from tidegate.cli.figures import console, show_chart, show_figures
+    from tidegate.rehearse.chart_svg import svg_of
+    from tidegate.rehearse.chart_text import chart_of
+    from tidegate.rehearse.curves import drawing_of
+    from tidegate.rehearse.page import page_of
+    from tidegate.rehearse.tables import sentence_of, tables_of, title_of
+
+    drawings, tables = [drawing_of(one) for one in found], tables_of(found)
+    sentence = sentence_of(found[0])
+    if svg is not None or html is not None:
+        picture = svg_of(title_of(found[0]), drawings)
+        if svg is not None:
+            _write(svg, picture)
+        if html is not None:
+            _write(html, page_of("Rehearsal", sentence, picture, tables))
+    if json:
+        show_json(found if len(found) > 1 else found[0])
+        return
+    shown = console()
+    shown.print(sentence, soft_wrap=False)
+    for table in tables:
+        shown.print()
+        show_figures(table, shown, {"binds": "bold yellow"})
+    shown.print()
+    show_chart(chart_of(drawings, shown.width), shown)
+
+
+def _read(name: str) -> str:
+    import sys
+
+    try:
+        data = sys.stdin.buffer.read(_LONGEST_BYTES + 1) if name == "-" else Path(name).read_bytes()
+        if len(data) > _LONGEST_BYTES:
+            raise ConfigError(name, f"({len(data)} bytes)", f"at most {_LONGEST_BYTES} bytes")
+        return data.decode()
+    except OSError as unreadable:
+        raise ConfigError(name, "(file)", f"must be readable: {unreadable.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(name, "(file)", "must be UTF-8 text") from None
+
+
+def _toml(name: str, text: str) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as broken:
+        raise ConfigError(name, "(file)", f"must be TOML: {broken}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as refused:
+        raise ConfigError(str(path), "(file)", f"can't be written: {refused.strerror}") from None

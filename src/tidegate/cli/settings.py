@@ -1,0 +1,137 @@
+"""`tidegate config check`: what the settings come to, and where each comes from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidegate.call import DEFAULT_POOL
+from tidegate.cli.pool import Json, show_json, show_table
+
+if TYPE_CHECKING:
+    from tidegate.config import Config
+    from tidegate.limiter import PoolPolicy
+    from tidegate.policy.upstreams import Deployment
+
+app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+
+
+@app.callback()
+def _config() -> None:
+    pass
+
+
+def load_sound() -> Config:
+    """The settings, with a policy file that is sound. Raises ConfigError."""
+    from tidegate.config import load
+    from tidegate.policy import deployed
+
+    config = load()
+    deployed(config)
+    return config
+
+
+@app.command()
+def check(
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="Show settings that are not given, too.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say whether the settings are sound, what they come to, and where each comes from."""
+    from tidegate.config.environment import misspelt
+    from tidegate.policy import deployed, deployed_upstreams
+    from tidegate.policy.file import policy_file
+
+    config = load_sound()
+    policy, deployment = deployed(config), deployed_upstreams(config)
+    rows = [row for row in _settings(config) if defaults or row[2] != _DEFAULT]
+    file = policy_file(config)
+    spoken_of = "" if file is None else file.read_text()  # another account's key is no mistake
+    doubtful = {name: near for name, near in misspelt().items() if name not in spoken_of}
+    if json:
+        show_json(
+            {
+                "settings": {
+                    name: {"value": None if value == _NOT_SET else value, "from": place}
+                    for name, value, place in rows
+                },
+                "policy_file": None if file is None else str(file),
+                "doubtful": doubtful,
+                "upstreams": _plain(deployment, policy),
+            }
+        )
+        return
+    typer.echo("The settings are sound.")
+    _say_what_they_come_to(config)
+    typer.echo(f"  limits              {file or 'RATE_LIMITS and the defaults; no tidegate.toml'}")
+    _say_upstreams(config, deployment, policy)
+    if rows:
+        typer.echo()
+        show_table("", ("setting", "value", "from"), rows)
+    for name, near in sorted(doubtful.items()):
+        typer.echo(f"tidegate: .env: {name} is not a setting; is {near} meant?", err=True)
+
+
+_DEFAULT, _NOT_SET = "the default", "not set"
+
+
+def _settings(config: Config) -> list[tuple[str, ...]]:
+    """Name, value as it may be shown, and origin."""
+    import json
+
+    from tidegate.config import SECRETS
+    from tidegate.config.environment import origins, shown
+
+    given = origins()
+    rows: list[tuple[str, ...]] = []
+    for field, value in config:
+        name = field.upper()
+        text = json.dumps(value) if isinstance(value, dict) else _as_text(value)
+        is_secret = name in SECRETS and value is not None
+        rows.append((name, shown(name, text) if is_secret else text, given.get(name, _DEFAULT)))
+    return rows
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return _NOT_SET
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _say_what_they_come_to(config: Config) -> None:
+    servers = "bundled, in DATA_DIR" if config.embedded else "yours"
+    typer.echo(f"  listens on          {config.host} port {config.port}")
+    typer.echo(f"  PostgreSQL, Valkey  {servers}")
+    typer.echo(f"  provider            {'emulated' if config.emulated else 'real'}")
+    typer.echo(f"  API keys            {'asked for' if config.asks_for_keys else 'not asked for'}")
+
+
+def _say_upstreams(config: Config, deployment: Deployment, policy: PoolPolicy) -> None:
+    from tidegate.policy.words import in_words
+
+    for upstream in deployment.upstreams:
+        places = "; ".join(f"{one} at {url}" for one, url in upstream.base_urls.items())
+        if config.emulated and upstream.name == DEFAULT_POOL:
+            places = "the emulator"
+        typer.echo(f"  upstream {upstream.name}: {', '.join(upstream.models)} ({places})")
+        for name, limit in deployment.policies.get(upstream.name, policy).limits.items():
+            typer.echo(f"    {name:<21} {in_words(limit)}")
+    for route in deployment.routes:
+        chain = ", then ".join(f"{name}/{model or route.model}" for name, model in route.targets)
+        typer.echo(f"  route {route.model}: {chain}")
+
+
+def _plain(deployment: Deployment, policy: PoolPolicy) -> list[dict[str, Any]]:
+    from tidegate.policy.plain import to_plain
+
+    return [
+        {
+            "name": one.name,
+            "models": one.models,
+            "base_urls": dict(one.base_urls),
+            "policy": to_plain(deployment.policies.get(one.name, policy)),
+        }
+        for one in deployment.upstreams
+    ]

@@ -1,0 +1,56 @@
+"""A job as the pipeline takes it, and how its end is told."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from tidegate.attempt import Attempt
+from tidegate.errors import TidegateError
+from tidegate.pipeline import Ask
+from tidegate.store.cancels import CANCELLED
+from tidegate.store.records import AttemptResult, ClaimedJob, Failure
+from tidegate.store.states import Status
+from tidegate.telemetry import FrequentLog, Log, get_logger
+
+log = get_logger()
+log_job = FrequentLog(Log.JOB_DONE)
+
+
+def ask_of(job: ClaimedJob) -> Ask:
+    kind = job.classification.kind
+    return Ask(job.prompt, job.attachments, job.image_uri, kind, job.tenant_id)
+
+
+def status_of(result: AttemptResult) -> Status:
+    if result.failure is None:
+        return Status.SUCCEEDED
+    return Status.CANCELLED if result.failure.code == CANCELLED.code else Status.FAILED
+
+
+def log_end(
+    job: ClaimedJob, attempt: Attempt, failure: Failure | None, wait_ms: int | None
+) -> None:
+    fields = {
+        "request_id": str(job.request_id),
+        "tenant": job.tenant_id,
+        **({"trace_id": attempt.trail.trace} if attempt.trail else {}),
+        "type": job.classification.kind,
+        "queue_ms": round(attempt.queue_ms, 1),
+        "upstream_ms": round(attempt.upstream_ms, 1),
+        **({"code": failure.code} if failure else {}),
+    }
+    if wait_ms is None:
+        log_job(fields)
+    else:
+        log.info(Log.JOB_RETRY, retry_in_ms=wait_ms, **fields)
+
+
+def internal() -> TidegateError:
+    return TidegateError("an internal error; it has been logged")
+
+
+def time_left_ms(job: ClaimedJob) -> int | None:
+    """Until the job's deadline, negative when it has passed; None without one."""
+    if job.deadline_at is None:
+        return None
+    return round((job.deadline_at - datetime.now(UTC)).total_seconds() * 1000)

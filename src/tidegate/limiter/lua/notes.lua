@@ -1,0 +1,19 @@
+-- does: leaves a process's word for the others of its pool, or reads what all have left
+-- keys: meta
+-- args: request
+-- request: sid note keep_ms most
+-- returns: rows of sid and note, of the sessions that live longest; none after one was left
+-- units: ms; most is how many are read
+-- uses: keys
+local function note_key(sid) return T.prefix .. 'note:' .. sid end
+
+if q.note ~= '' then
+  call('SET', note_key(q.sid), q.note, 'PX', q.keep_ms)
+  return cmsgpack.pack({})
+end
+local found = {}
+for _, sid in ipairs(call('ZRANGE', T.sessions_key, -q.most, -1)) do
+  local note = call('GET', note_key(sid))
+  if note then found[#found + 1] = { sid, note } end
+end
+return cmsgpack.pack(found)

@@ -1,0 +1,21 @@
+-- does: says which commands the user of this connection may not run
+-- keys: meta
+-- args: request
+-- request: commands
+-- returns: those that it may not run
+-- units: none; a command is `command` or `command|subcommand`
+-- uses:
+local q = cmsgpack.unpack(ARGV[1])
+local denied = {}
+for _, name in ipairs(q.commands) do
+  local words, may = {}, false
+  for word in string.gmatch(name, '[^|]+') do words[#words + 1] = word end
+  -- A command is only looked at with as many words as it takes; a key fits wherever one may stand.
+  for _ = 1, 8 do
+    local sound, answer = pcall(redis.acl_check_cmd, unpack(words))
+    may = may or (sound and answer)
+    words[#words + 1] = KEYS[1]
+  end
+  if not may then denied[#denied + 1] = name end
+end
+return cmsgpack.pack(denied)

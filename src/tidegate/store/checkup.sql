@@ -1,0 +1,40 @@
+-- Statements that look for what is wrong with a database, and change nothing: see checkup.py.
+
+-- name: look_at_server
+-- What the server says of itself and of our place in it.
+SELECT current_setting('server_version_num')::int AS version,
+    current_setting('server_version') AS version_text,
+    pg_is_in_recovery() AS is_replica,
+    current_setting('server_encoding') AS encoding,
+    current_setting('autovacuum') AS autovacuum,
+    current_setting('fsync') AS fsync,
+    current_setting('synchronous_commit') AS synchronous_commit,
+    current_setting('default_transaction_read_only') AS read_only,
+    current_setting('max_connections')::int AS max_connections,
+    current_setting('superuser_reserved_connections')::int AS reserved,
+    (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend') AS connected,
+    pg_backend_pid() AS backend,
+    extract(epoch FROM clock_timestamp())::float8 AS clock_s,
+    current_user AS who,
+    current_schema() AS schema,
+    coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS may_create
+
+-- name: look_at_transactions
+-- Transactions that hold back the clean-up of dead rows for long, the oldest first.
+SELECT pid, coalesce(usename, '') AS who, coalesce(application_name, '') AS program, state,
+    extract(epoch FROM clock_timestamp() - xact_start)::float8 AS age_s
+FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+    AND xact_start < clock_timestamp() - make_interval(secs => $1)
+    AND backend_type = 'client backend'
+ORDER BY xact_start LIMIT 20
+
+-- name: look_at_tables
+-- How much room our tables take, with their indexes, and which are not this user's.
+SELECT c.relname AS name, pg_total_relation_size(c.oid) AS size_bytes,
+    pg_has_role(c.relowner, 'USAGE') AS is_ours,
+    has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
+        AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE') AS may_use
+FROM pg_class c
+WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r'
+ORDER BY 2 DESC
