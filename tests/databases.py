@@ -1,4 +1,9 @@
-"""A migrated database per test, copied from a template in a few tens of milliseconds."""
+"""A migrated database per test: copied from a template, and given to the next test when it is again
+as it was made.
+
+Invariant: a test finds what the migrations made, and nothing else. A database whose schema, seeds,
+settings or statistics a test has changed is dropped.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,96 @@ from tidegate.embedded.postgres import PostgresServer
 from tidegate.store.migrate import migrate
 
 _TEMPLATE = "template_tidegate"
+_TERMINATE = """
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+# All that a test could change but for rows.
+_SHAPE = """
+SELECT md5(concat_ws(';',
+    (SELECT string_agg(concat_ws(' ', relname, relkind, relnatts, reloptions), ',' ORDER BY relname)
+     FROM pg_class WHERE relnamespace = 'public'::regnamespace),
+    (SELECT string_agg(concat_ws(' ', attrelid::regclass, attname, atttypid, attnotnull), ','
+                       ORDER BY attrelid::regclass::text, attnum)
+     FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+     WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')),
+    (SELECT string_agg(conname, ',' ORDER BY conname) FROM pg_constraint
+     WHERE connamespace = 'public'::regnamespace),
+    (SELECT string_agg(tgname, ',' ORDER BY tgname) FROM pg_trigger WHERE NOT tgisinternal),
+    (SELECT string_agg(md5(prosrc), ',' ORDER BY proname) FROM pg_proc
+     WHERE pronamespace = 'public'::regnamespace),
+    (SELECT count(*) FROM pg_stats WHERE schemaname = 'public'),
+    (SELECT count(*) FROM pg_db_role_setting JOIN pg_database ON pg_database.oid = setdatabase
+     WHERE datname = current_database()),
+    (SELECT count(*) FROM pg_extension), (SELECT count(*) FROM pg_largeobject_metadata)))
+"""
+_TABLES = """
+SELECT format('%I', relname) FROM pg_class
+WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
+"""
+
+
+class Databases:
+    """Those of one server: `take` one, and `give_back` its name."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self.server = server
+        self._spare: list[str] = []
+        self._shape = ""
+        self._tables: tuple[str, ...] = ()
+        self._seeds: dict[str, str] = {}
+
+    async def prepare(self) -> None:
+        """Make the template, and note how it looks."""
+        await make_template(self.server)
+        connection = await asyncpg.connect(self.server.url(_TEMPLATE))
+        try:
+            self._shape = await connection.fetchval(_SHAPE)
+            self._tables = tuple(row[0] for row in await connection.fetch(_TABLES))
+            for table in await _filled(connection, self._tables):
+                self._seeds[table] = await _content(connection, table)
+        finally:
+            await connection.close()
+
+    async def take(self) -> str:
+        if self._spare:
+            return self._spare.pop()
+        name = f"t_{uuid4().hex}"
+        await self._command(f'CREATE DATABASE "{name}" TEMPLATE {_TEMPLATE}')
+        return name
+
+    async def give_back(self, name: str) -> None:
+        if await self._is_as_new(name):
+            self._spare.append(name)
+        else:
+            await self._command(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+    async def _command(self, statement: str) -> None:
+        connection = await asyncpg.connect(self.server.url("postgres"))
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    async def _is_as_new(self, name: str) -> bool:
+        """Empty its tables; whether it is then what it was."""
+        try:
+            connection = await asyncpg.connect(self.server.url(name))
+        except asyncpg.PostgresError:
+            return False
+        try:
+            await connection.execute(_TERMINATE)
+            if await connection.fetchval(_SHAPE) != self._shape:
+                return False
+            filled = await _filled(connection, self._tables)
+            for table, content in self._seeds.items():
+                if await _content(connection, table) != content:
+                    return False
+            if others := [table for table in filled if table not in self._seeds]:
+                await connection.execute(f"TRUNCATE {', '.join(others)} RESTART IDENTITY CASCADE")
+            return True
+        finally:
+            await connection.close()
 
 
 async def make_template(server: PostgresServer) -> str:
@@ -26,22 +121,30 @@ async def make_template(server: PostgresServer) -> str:
     return _TEMPLATE
 
 
+async def _filled(connection: asyncpg.Connection, tables: tuple[str, ...]) -> list[str]:
+    looks = ", ".join(f"EXISTS (SELECT 1 FROM {table})" for table in tables)
+    row = await connection.fetchrow(f"SELECT {looks}")
+    return [table for table, has_rows in zip(tables, row, strict=True) if has_rows]
+
+
+async def _content(connection: asyncpg.Connection, table: str) -> str:
+    content: str = await connection.fetchval(
+        f"SELECT coalesce(string_agg(t::text, ';' ORDER BY t::text), '') FROM {table} AS t"
+    )
+    return content
+
+
 @pytest.fixture(scope="session")
-def database_template(postgres_server: PostgresServer) -> str:
-    """The name of a migrated, empty database in the shared server: copy it, don't connect."""
-    return asyncio.run(make_template(postgres_server))
+def databases(postgres_server: PostgresServer) -> Databases:
+    """Of the shared server, with the template made."""
+    made = Databases(postgres_server)
+    asyncio.run(made.prepare())
+    return made
 
 
 @pytest.fixture
-async def database_url(
-    postgres_server: PostgresServer, database_template: str
-) -> AsyncIterator[str]:
+async def database_url(databases: Databases) -> AsyncIterator[str]:
     """A migrated, empty database of the test's own in the shared server."""
-    name = f"t_{uuid4().hex}"
-    connection = await asyncpg.connect(postgres_server.url("postgres"))
-    try:
-        await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE {database_template}')
-        yield postgres_server.url(name)
-        await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    finally:
-        await connection.close()
+    name = await databases.take()
+    yield databases.server.url(name)
+    await databases.give_back(name)

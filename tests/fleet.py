@@ -138,6 +138,10 @@ class Fleet:
             **self.settings,
         }
 
+    def environment(self) -> dict[str, str]:
+        """The variables of its processes, for a command beside them."""
+        return self._environment(self.control.url)
+
     def start_api(self) -> str:
         """Start an API process; its URL."""
         port = free_port()

@@ -47,15 +47,17 @@ def started(
     env: Mapping[str, str],
     stdout: IO[bytes],
     stderr: IO[bytes],
+    stdin: IO[bytes] | None = None,
 ) -> Forked | subprocess.Popen[bytes]:
-    """A process that runs a module with arguments, as `python -m` would."""
+    """A process that runs a module with arguments, as `python -m` would; without `stdin` it has
+    nothing to read."""
     if _FORKS:
-        return Forked(arguments, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+        return Forked(arguments, cwd=cwd, env=env, stdout=stdout, stderr=stderr, stdin=stdin)
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=cwd,
         env=dict(env),
-        stdin=subprocess.DEVNULL,
+        stdin=stdin or subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
     )
@@ -72,12 +74,13 @@ class Forked:
         env: Mapping[str, str],
         stdout: IO[bytes],
         stderr: IO[bytes],
+        stdin: IO[bytes] | None = None,
     ) -> None:
         self._nursery = _nursery()
         self.returncode: int | None = None
         order = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env)}
         with open(os.devnull, "rb") as nothing:
-            self.pid = self._nursery.bear(order, [nothing, stdout, stderr])
+            self.pid = self._nursery.bear(order, [stdin or nothing, stdout, stderr])
 
     def poll(self) -> int | None:
         if self.returncode is None:

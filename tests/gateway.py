@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from redis.asyncio import Redis
+from starlette.datastructures import State
 
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.app import create_app, run_worker
 from tidegate.config import Config
 from tidegate.http.protocol import bounded
@@ -40,7 +41,7 @@ PNG = bytes.fromhex(
 KEY = "AIzaSyTestKeyThatIsSecret0123456789abcde"
 ENDS = ("succeeded", "failed", "cancelled", "expired", "dead")
 _TIMERS: dict[str, Any] = {
-    "semaphore_timeout": 0.5,
+    "semaphore_timeout": 1.5,
     "claim_lease_ms": 1_500,
     "shutdown_grace_ms": 1_000,
     "classifier_timeout_ms": 1_000,
@@ -81,6 +82,17 @@ class Streamed:
         return dict(self.events)["error"]
 
 
+class _Room:
+    """A built application, to be started again and again: its routes cost more than its start."""
+
+    def __init__(self) -> None:
+        self.config: Config | None = None
+        self.app = create_app(lambda: self.config or Config())
+
+
+_rooms: list[_Room] = []
+
+
 @dataclass
 class Gateway:
     """The running API; `workers` are the stop events and tasks of its workers."""
@@ -93,6 +105,7 @@ class Gateway:
     upstream: EmulatorControl
     database: asyncpg.Pool
     serving: asyncio.Task[None]
+    room: _Room
     workers: list[tuple[asyncio.Event, asyncio.Task[None]]] = field(default_factory=list)
 
     @property
@@ -143,7 +156,7 @@ class Gateway:
         assert status == 200, body
         return body
 
-    async def end_of(self, request_id: str, timeout_s: float = 15) -> dict[str, Any]:
+    async def end_of(self, request_id: str, timeout_s: float = 20) -> dict[str, Any]:
         """The request's record once it has ended."""
         async with asyncio.timeout(timeout_s):
             while True:
@@ -159,7 +172,7 @@ class Gateway:
             code, body = await self.get(f"/status/{request_id}")
             return body if code == 200 else None
 
-        record: dict[str, Any] = await wait_until(found, 5, f"a record of {request_id}")
+        record: dict[str, Any] = await wait_until(found, 20, f"a record of {request_id}")
         return record
 
     async def stream(self, *, accept: str = "", prefix: str = "", **body: Any) -> Streamed:
@@ -187,9 +200,9 @@ class Gateway:
         async def reached() -> bool:
             return (await self.upstream.stats()).in_flight == count
 
-        await wait_until(reached, 5, f"{count} calls in flight")
+        await wait_until(reached, 20, f"{count} calls in flight")
 
-    async def audit(self, request_id: str, timeout_s: float = 5) -> dict[str, Any]:
+    async def audit(self, request_id: str, timeout_s: float = 20) -> dict[str, Any]:
         """The one audit row of an ended request, with its bodies as `request` and `response`."""
 
         async def found() -> list[asyncpg.Record]:
@@ -298,7 +311,7 @@ async def gateway(
             await wait_until(lambda: running.server.started or running.serving.done(), 20)
             if running.serving.done():
                 running.serving.result()
-            await wait_until(lambda: running.services.limiter.local_state().state == "up", 10)
+            await wait_until(lambda: running.services.limiter.local_state().state == "up", 20)
             if worker:
                 running.start_worker()
             yield running
@@ -309,17 +322,30 @@ async def gateway(
                 running.drain()
             ended = [task for _, task in running.workers]
             await asyncio.gather(running.serving, *ended)
+            _rooms.append(running.room)
+
+
+class _Server(Server):
+    """Looks more often than ten times a second whether it is to stop: every test waits for that."""
+
+    async def main_loop(self) -> None:
+        for number in count():
+            if await self.on_tick(number):
+                return
+            await work_for(0.01)
 
 
 async def _serve(
     config: Config, http: aiohttp.ClientSession, upstream: EmulatorControl, pool: asyncpg.Pool
 ) -> Gateway:
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
-    app = create_app(config)
+    room = _rooms.pop() if _rooms else _Room()
+    room.config, app = config, room.app
+    app.state = State()
     protocol = bounded(
         receive_timeout_ms=config.receive_timeout_ms, stalled_reader_ms=config.stalled_reader_ms
     )
-    server = Server(
+    server = _Server(
         uvicorn.Config(
             app,
             http=protocol,
@@ -328,12 +354,13 @@ async def _serve(
             access_log=False,
             log_config=None,
             server_header=False,
+            proxy_headers=False,  # as in production
             timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    return Gateway(url, app, config, server, http, upstream, pool, serving)
+    return Gateway(url, app, config, server, http, upstream, pool, serving, room)
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from chaos.history import Event, in_flight, window_maximum
 from tests.fleet import Fleet
 from tests.waiting import wait_until
 from tidegate.providers.emulator.ledger import LoggedCall
+from tidegate.rehearse.history import Event, in_flight, window_maximum
 
 WEIGHTS = {"small": 1, "middle": 2, "large": 4}
 LIMIT = 8

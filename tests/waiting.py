@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 
 async def wait_until(
-    condition: Callable[[], Any | Awaitable[Any]], timeout_s: float = 10.0, what: str = ""
+    condition: Callable[[], Any | Awaitable[Any]], timeout_s: float = 20, what: str = ""
 ) -> Any:
     """Return the first truthy value of `condition()`; fail after `timeout_s`, naming `what`."""
     deadline = time.monotonic() + timeout_s
@@ -31,3 +32,10 @@ async def work_for(seconds: float) -> None:
     Never to wait for something to happen: that is `wait_until`.
     """
     await asyncio.sleep(seconds)
+
+
+def promised_s(seconds: float) -> float:
+    """How long something may take that shall take no longer than `seconds`: five times that beside
+    other tests, where it says that nobody waits for something else to end, and not how fast we are.
+    """
+    return seconds * 5 if "PYTEST_XDIST_WORKER" in os.environ else seconds

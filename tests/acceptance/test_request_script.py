@@ -1,4 +1,4 @@
-"""`scripts/test_requests.zsh` under both shells, against the running product."""
+"""`scripts/test_requests.zsh` of README.md under both shells, against the running product."""
 
 from __future__ import annotations
 

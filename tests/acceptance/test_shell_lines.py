@@ -1,4 +1,5 @@
-"""The shell lines of documents on tenants, costs and the gateway, and the programs of the last one.
+"""Shell lines of the documents on tenants, costs, commands and the gateway that need a test of
+their own.
 
 They run as they stand, beside a deployment: only host, port and the ids of things differ. Every
 command must succeed; curl fails where the status says so.
@@ -9,31 +10,28 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.markdown import blocks
 from tests.product import environment
+from tests.story import STRICT
+from tests.typed import commands
 
 if TYPE_CHECKING:
     from tests.product import Product
 
 pytest_plugins = ["tests.product"]
 
-DOCS = Path(__file__).parents[2] / "docs"
-STRICT = 'set -e\ncurl() { command curl -sS --fail-with-body -w "\\n" "$@"; }\n'
-
-
-def blocks(document: str, language: str = "sh") -> list[str]:
-    text = (DOCS / document).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
 
 def block_with(document: str, words: str) -> str:
     """The one shell block of the document that has these words in it."""
-    (found,) = [block for block in blocks(document) if words in block]
+    (found,) = [
+        block.text
+        for block in blocks(f"docs/{document}")
+        if block.language == "sh" and words in block.text
+    ]
     return found
 
 
@@ -45,11 +43,10 @@ def shell(lines: str, product: Product, **named: str) -> str:
     lines = lines.replace("localhost:8000", product.place)
     assert not re.search(r"<\w+>", lines)
     settings = environment(product.data_dir, int(product.place.rpartition(":")[2]))
-    commands = str(Path(sys.executable).parent)
     done = subprocess.run(
         ["sh", "-c", STRICT + lines],
         cwd=product.data_dir.parent,
-        env={**settings, "PATH": f"{commands}:{settings['PATH']}"},
+        env={**settings, "PATH": f"{commands()}:{settings['PATH']}"},
         input="y\n" * 5,
         capture_output=True,
         text=True,
@@ -63,18 +60,6 @@ def shell(lines: str, product: Product, **named: str) -> str:
 def key_prefix(product: Product, tenant: str) -> str:
     key = shell(f"tidegate tenants set {tenant}\ntidegate keys create --tenant {tenant}", product)
     return key.split("tg_")[-1].split("_")[0]
-
-
-def test_every_block_is_run_by_a_test_below() -> None:
-    run = {"accounting.md": 4, "tenants.md": 4, "gateway.md": 1}
-    assert {document: len(blocks(document)) for document in run} == run
-    assert len(blocks("gateway.md", "python")) == 2
-
-
-def test_totals_are_told(product: Product) -> None:
-    said = shell(block_with("accounting.md", "/admin/usage"), product)
-    found = [json.loads(line) for line in said.splitlines() if line]
-    assert [set(one) for one in found] == [{"since", "until", "rows", "total", "cut"}] * 3
 
 
 @pytest.mark.parametrize("words", ["--month-money", "--retention-days"])
@@ -127,14 +112,20 @@ def test_bodies_are_given_back(product: Product) -> None:
     assert '"choices"' in said
 
 
-@pytest.mark.parametrize("words", ["from openai", "from google"])
-def test_the_programs_of_the_gateway_run(product: Product, words: str) -> None:
-    (program,) = [one for one in blocks("gateway.md", "python") if words in one]
-    done = subprocess.run(
-        [sys.executable, "-c", program.replace("localhost:8000", product.place)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_client_asks_waits_follows_and_lists(product: Product) -> None:
+    said = shell(block_with("cli.md", "tidegate submit"), product)
+    assert "Explain the tide" in said
+    assert "emulated picture" in said
+    assert len(list((product.data_dir.parent / "pictures").glob("*.png"))) == 1
+
+
+def test_a_file_of_prompts_is_worked_through(product: Product) -> None:
+    said = shell(block_with("cli.md", "tidegate batch run"), product)
+    assert '"succeeded": 20' in said
+    assert '"earlier": 20' in said
+
+
+def test_a_sound_deployment_is_well(product: Product) -> None:
+    said = shell(block_with("cli.md", "tidegate doctor"), product)
+    assert '"failed": 0' in said
+    assert "The settings are sound." in said

@@ -128,7 +128,7 @@ async def raw_upstream(script: Script) -> AsyncIterator[RawUpstream]:
         yield upstream
     finally:
         server.close()
-    await wait_until(lambda: upstream.connections == 0, 2, "the client closes every connection")
+    await wait_until(lambda: upstream.connections == 0, 20, "the client closes every connection")
 
 
 @asynccontextmanager

@@ -119,7 +119,7 @@ async def test_a_file_is_uploaded_processed_used_and_deleted(
     async def active() -> bool:
         return (await files.get(name=file.name or "")).state == "ACTIVE"
 
-    await wait_until(active, 5, "the file is active")
+    await wait_until(active, 20, "the file is active")
     answer = await sdk.aio.models.generate_content(model=MODEL, contents=["What is it?", file])
     assert f"image/png ({size} bytes)" in (answer.text or "")
     assert [listed.name async for listed in await files.list()] == [file.name]

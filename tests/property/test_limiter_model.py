@@ -26,7 +26,7 @@ from tests.property.world import Client, Pace, World
 from tidegate.limiter.entries import Waiter
 from tidegate.limiter.limits import Rate
 
-STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "5000"))
+STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "3000"))
 STEPS_PER_RUN = 60
 RUNS_AT_ONCE = 90
 

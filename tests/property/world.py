@@ -128,6 +128,7 @@ class World:
         self._set_clock()
 
     def flush(self) -> None:
+        self.advance(1)  # an epoch is named by the millisecond in which it began
         self.wipe()
         self._set_clock()
         self.model.flush()

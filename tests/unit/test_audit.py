@@ -23,6 +23,7 @@ EXCEPTIONS = {
 }
 # What distributions write that name no licence by its identifier.
 SPELLED = {
+    "3-Clause BSD License": "BSD-3-Clause",
     "Apache 2.0": "Apache-2.0",
     "Apache License, Version 2.0": "Apache-2.0",
     "Apache Software License": "Apache-2.0",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -9,20 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import ran
 from tidegate import __version__, config
 from tidegate.supervisor.ground import Ground, environment_of
 
 
 def _run(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tidegate", *arguments],
-        cwd=folder,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = asyncio.run(ran(*arguments, cwd=folder, env={**os.environ, **settings}))
+    return subprocess.CompletedProcess(arguments, done.code, done.said, done.complained)
 
 
 @pytest.mark.parametrize("command", [("up",), ("serve",), ("worker",), ("config", "check")])
@@ -75,6 +71,24 @@ def test_check_starts_nothing_and_shows_what_the_settings_come_to(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_a_full_disk_is_told_in_one_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tidegate", "config", "check", *arguments],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "tidegate: what is told or kept cannot be written: No space left on device\n"
+    )
+
+
 def test_the_version_is_shown(tmp_path: Path) -> None:
     done = _run(tmp_path, "--version")
     assert (done.returncode, done.stdout) == (0, f"tidegate {__version__}\n")
@@ -82,11 +96,80 @@ def test_the_version_is_shown(tmp_path: Path) -> None:
 
 def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = {"fastapi", "uvicorn", "sqlalchemy", "alembic", "asyncpg", "google.genai", "pydantic"}
+    heavy |= {"aiohttp", "redis", "orjson", "rich.console", "tidegate.config", "tidegate.limiter"}
     program = f"import sys, tidegate.cli; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_check_says_where_each_value_comes_from_and_hides_secrets(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PORT=1234\nLOG_LEVEL=debug\nTIDEGATE_API_KEY=tg_sesame\n")
+    (tmp_path / "secret").write_text("a-token-of-some-length\n")
+    (tmp_path / "tidegate.toml").write_text('[limits]\n"model:m" = 3\n')
+    given = {"LOG_LEVEL": "error", "ADMIN_TOKEN_FILE": str(tmp_path / "secret")}
+    shown = _run(tmp_path, "config", "check", **given)
+    assert shown.returncode == 0, shown.stderr
+    assert "limits              tidegate.toml" in shown.stdout
+    told = _run(tmp_path, "config", "check", "--json", **given)
+    settings = json.loads(told.stdout)["settings"]
+    assert settings["PORT"] == {"value": "1234", "from": ".env"}
+    assert settings["LOG_LEVEL"] == {"value": "error", "from": "the environment"}
+    assert settings["TIDEGATE_API_KEY"] == {"value": "(hidden)", "from": ".env"}
+    hidden = {"value": "(hidden)", "from": "the file of ADMIN_TOKEN_FILE, from the environment"}
+    assert settings["ADMIN_TOKEN"] == hidden
+    assert "HOST" not in settings
+    for text in (shown.stdout, told.stdout):
+        assert "sesame" not in text
+        assert "a-token" not in text
+
+
+def test_check_asks_what_is_meant_by_a_name_that_is_nearly_a_setting(tmp_path: Path) -> None:
+    lines = ("TEXT_MODLE=m", "RATE_LIMIT={}", "ADMIN_TOKEN_FIEL=a", "GEMINI_API_KEY_2=k", "PATHS=x")
+    upstream = '[upstreams.two]\nprovider = "gemini"\nkey = "GEMINI_API_KEY_2"\n'
+    (tmp_path / "tidegate.toml").write_text(upstream + "[upstreams.two.limits]\n")
+    (tmp_path / ".env").write_text("\n".join(lines))
+    done = _run(tmp_path, "config", "check")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "tidegate: .env: ADMIN_TOKEN_FIEL is not a setting; is ADMIN_TOKEN_FILE meant?",
+        "tidegate: .env: RATE_LIMIT is not a setting; is RATE_LIMITS meant?",
+        "tidegate: .env: TEXT_MODLE is not a setting; is TEXT_MODEL meant?",
+    ]
+    told = _run(tmp_path, "config", "check", "--json")
+    assert json.loads(told.stdout)["doubtful"]["RATE_LIMIT"] == "RATE_LIMITS"
+
+
+def test_a_section_that_is_not_known_is_told_with_all_that_are(tmp_path: Path) -> None:
+    (tmp_path / "tidegate.toml").write_text('[upstream.a]\nkey = "A_KEY"\n')
+    done = _run(tmp_path, "config", "check")
+    assert done.returncode == 2
+    assert done.stderr.endswith("known: limits, weights, bands, pool, upstreams, routes\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_learn_to_complete_commands(shell: str, tmp_path: Path) -> None:
+    commands = str(Path(sys.executable).parent)
+    env = {"PATH": f"{commands}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    complete = {
+        "bash": 'eval "$script"; COMP_WORDS=(tidegate lim); COMP_CWORD=1; '
+        '_tidegate_completion tidegate; echo "${COMPREPLY[@]}"',
+        # What its function evaluates: zsh itself completes only at a prompt.
+        "zsh": '[[ $script == "#compdef tidegate"* ]] && '
+        '_TYPER_COMPLETE_ARGS="tidegate lim" _TIDEGATE_COMPLETE=complete_zsh tidegate',
+    }
+    done = subprocess.run(
+        [shell, "-c", f"script=$(tidegate --show-completion; true); {complete[shell]}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "limits" in done.stdout
+    assert "tenants" not in done.stdout
 
 
 def test_children_read_exactly_the_settings_of_their_supervisor(tmp_path: Path) -> None:

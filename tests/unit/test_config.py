@@ -45,6 +45,8 @@ WRONG = {
     "MAX_FILE_BYTES": (["0", "50MB"], "bytes"),
     "MAX_FILES": (["-1", "1001"], "from 0 to 1000"),
     "MAX_BODY_BYTES": (["0", "1GB"], "bytes"),
+    "MAX_HELD_BYTES": (["0", "1GB"], "bytes"),
+    "MAX_BATCH_FILES_BYTES": (["0", "10GB"], "bytes"),
     "RECEIVE_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "STREAM_WAIT_MS": (["0", "soon"], "milliseconds"),
     "KEEP_ALIVE_AFTER_MS": (["-1", "soon"], "milliseconds"),
@@ -68,9 +70,17 @@ WRONG = {
     "WEBHOOK_TIMEOUT_MS": (("0", "x"), "a whole number of milliseconds"),
     "SPILL_MAX_BYTES": (["-1", "1GB"], "bytes"),
     "AUDIT_FULL": (["lose"], "block, drop"),
+    "LEAVE_MS": (["-1", "soon"], "milliseconds"),
     "SHUTDOWN_GRACE_MS": (["0", "soon"], "milliseconds"),
+    "MIGRATE_AT_START": (["perhaps"], "1 or 0"),
     "LOG_FORMAT": (["xml"], "auto, console, json"),
+    "WORKER_PORT": (["some", "-1", "65536"], "from 0 to 65535"),
     "LOG_LEVEL": (["loud"], "debug, info, warning, error"),
+    "TIDEGATE_URL": (
+        ["localhost:8000", "ftp://gate", "http://", "https://me:word@gate", "http://gate/?a=b"],
+        "http:// or https:// URL",
+    ),
+    "TIDEGATE_API_KEY": (["tg_a b", "tg_\u00e9"], "tidegate keys create"),
 }
 ANY_TEXT_WILL_DO = {
     *("GEMINI_API_KEY", "TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL"),
@@ -219,6 +229,7 @@ def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
         "GEMINI_API_KEY": "k",
         "ADMIN_TOKEN": "a-token-of-some-length",
         "WEBHOOK_SECRET": "whsec_" + "A" * 32,
+        "TIDEGATE_API_KEY": "tg_a_b",
     }
     path = tmp_path / "secret"
     path.write_text(f"{values.pop(name)}\n")

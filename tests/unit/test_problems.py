@@ -13,6 +13,7 @@ from tidegate.http.problems import problem, problem_response, status_of
 EXAMPLES = {
     errors.InvalidRequest: (errors.InvalidRequest("data", "is empty", allowed="a text"), 400),
     errors.PayloadTooLarge: (errors.PayloadTooLarge("file", "too large"), 413),
+    errors.FilesFull: (errors.FilesFull("file", "no room", allowed="9 bytes"), 413),
     errors.UnsupportedMedia: (errors.UnsupportedMedia("Content-Type", "no"), 415),
     errors.FetchRefused: (errors.FetchRefused("image_uri", "private"), 422),
     errors.RequestTimeout: (errors.RequestTimeout("slow"), 408),
@@ -20,7 +21,9 @@ EXAMPLES = {
     errors.Forbidden: (errors.Forbidden("not from there"), 403),
     errors.NotFound: (errors.NotFound("no such request"), 404),
     errors.IdempotencyConflict: (errors.IdempotencyConflict("another request"), 409),
+    errors.PolicyChanged: (errors.PolicyChanged("limits.kind:text_only", 7), 409),
     errors.AlreadyEnded: (errors.AlreadyEnded("the request has ended: succeeded"), 409),
+    errors.NotEnded: (errors.NotEnded("the request has not ended yet: running"), 409),
     errors.TooManyFollowers: (errors.TooManyFollowers("too many"), 503),
     errors.BudgetExceeded: (
         errors.BudgetExceeded("spent", limit="budget_day_tokens", allowed="9", retry_after_ms=9),
@@ -57,6 +60,7 @@ def test_each_error_has_its_status(error: errors.TidegateError, status: int) -> 
 
 def test_no_error_that_can_reach_a_client_falls_back_to_500() -> None:
     internal = {errors.ConfigError, errors.ClaimLost, errors.AdmissionError}
+    internal |= {errors.GatewayRefused, errors.GatewayUnreachable}  # those of a client
     for kind in set(_leaves(errors.TidegateError)) - internal:
         found = next(each for each in kind.__mro__ if each in _statuses())
         assert found is not errors.TidegateError, kind

@@ -51,7 +51,12 @@ def files() -> tuple[Path, ...]:
 def python(*folders: str) -> Iterator[tuple[Path, ast.Module]]:
     for path in files():
         if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in folders:
-            yield path, ast.parse(path.read_text(encoding="utf-8"))
+            yield path, parsed(path)
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def long_files() -> Iterator[tuple[Path, str]]:
@@ -174,6 +179,7 @@ RULES: list[Callable[[], Iterator[tuple[Path, str]]]] = [
 ]
 
 
+@cache
 def broken(rule: Callable[[], Iterator[tuple[Path, str]]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path, what in rule():

@@ -61,6 +61,50 @@ async def test_a_spent_budget_is_told_in_the_words_of_each_dialect(open_gateway:
     assert (await called(gateway, 0, other))[0] == 200
 
 
+async def test_what_is_known_under_a_key_is_told_to_who_has_spent_all(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(**ON)
+    acme = await key_of(gateway, "acme", budget_day_tokens=1)
+    known, new = acme | {"Idempotency-Key": "k-1"}, acme | {"Idempotency-Key": "k-2"}
+    job = {"data": "Why?"}
+    status, taken = await ask(gateway, "POST", "/submit", known, job)
+    assert status == 202
+    assert (await called(gateway, 0, known))[0] == 200
+    assert (await called(gateway, 0, acme))[0] == 429
+    status, _, headers = await called(gateway, 0, known)
+    assert (status, headers["idempotency-replayed"]) == (200, "true")
+    assert (await called(gateway, 0, known, temperature=1))[0] == 409
+    status, again = await ask(gateway, "POST", "/submit", known, job)
+    assert (status, again["request_id"]) == (202, taken["request_id"])
+    # A key that nothing is known under opens nothing, and stays free.
+    for _ in range(2):
+        status, said, _ = await called(gateway, 0, new)
+        assert (status, said["error"]["code"]) == (429, "insufficient_quota")
+        status, problem = await ask(gateway, "POST", "/submit", new, job)
+        assert (status, problem["code"]) == (429, "budget_exceeded")
+    keys = await gateway.database.fetch("SELECT idempotency_key FROM native_keys")
+    assert [row["idempotency_key"] for row in keys] == ["k-1"]
+    assert len(await gateway.calls()) == 1
+
+
+async def test_who_waits_under_a_key_for_an_answer_has_it_though_all_is_spent_meanwhile(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(**ON)
+    acme = await key_of(gateway, "acme", budget_day_tokens=1)
+    known = acme | {"Idempotency-Key": "k-1"}
+    await gateway.upstream.set_behaviour(first_byte_ms=1_500)
+    first = asyncio.create_task(called(gateway, 0, known))
+    await gateway.in_flight(1)
+    await gateway.upstream.set_behaviour(first_byte_ms=0)
+    assert (await called(gateway, 0, acme))[0] == 200
+    assert (await called(gateway, 0, acme))[0] == 429
+    status, _, headers = await called(gateway, 0, known)
+    assert (status, headers["idempotency-replayed"]) == (200, "true")
+    assert (await first)[0] == 200
+
+
 async def test_money_is_spent_too_and_a_model_without_a_price_adds_nothing(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
@@ -79,14 +123,14 @@ async def test_money_is_spent_too_and_a_model_without_a_price_adds_nothing(
         _, usage = await ask(gateway, "GET", "/usage", acme)
         return bool(usage["total"]["unpriced"] == 3)
 
-    await wait_until(unpriced, 5, "three requests without a price")
+    await wait_until(unpriced, 20, "three requests without a price")
     # A higher budget is in force within a second.
     await gateway.services.store.tenants.set("acme", {"budget_month_money": 1_000}, by="test")
 
     async def let_in() -> bool:
         return (await called(gateway, 0, acme))[0] == 200
 
-    await wait_until(let_in, 3, "the higher budget")
+    await wait_until(let_in, 20, "the higher budget")
 
 
 async def test_two_processes_stop_within_what_is_in_flight_and_a_second(
@@ -127,7 +171,7 @@ async def _spent_at_the_end(gateway: Gateway, calls: int) -> int:
         count: int = await gateway.database.fetchval("SELECT count(*) FROM audit WHERE model = 'm'")
         return count == calls
 
-    await wait_until(recorded, 5, "all records")
+    await wait_until(recorded, 20, "all records")
     spent: int = await gateway.database.fetchval(
         "SELECT sum(input_tokens + output_tokens + thoughts_tokens)::bigint FROM usage_days"
     )

@@ -13,7 +13,7 @@ async def test_a_subject_is_erased_from_the_terminal(open_gateway: Opener) -> No
     for subject in (SUBJECT, "another"):
         await called_chat(gateway, "Why?", **{"x-tidegate-subject": subject})
     rows = "SELECT count(*) = {} FROM audit"
-    await wait_until(lambda: gateway.database.fetchval(rows.format(2)), 5)
+    await wait_until(lambda: gateway.database.fetchval(rows.format(2)), 20)
     counted = await tidegate(gateway, "erase", "--subject", SUBJECT, "--dry-run", "--json")
     assert (counted.json["calls"], counted.json["done"]) == (1, False)
     unsure = await tidegate(gateway, "erase", "--subject", SUBJECT)

@@ -128,14 +128,14 @@ async def test_a_queued_and_a_running_job_are_erased_with_what_they_bring(
     await gateway.in_flight(1)
     about = {"x-tidegate-subject": SUBJECT}
     call = asyncio.create_task(called_chat(gateway, SECRET, **about))
-    await wait_until(lambda: gateway.waiting >= 1, 5, "a call that waits")
+    await wait_until(lambda: gateway.waiting >= 1, 20, "a call that waits")
     _, report = await ask(gateway, "DELETE", f"/admin/subjects/{SUBJECT}", {})
     assert (report["requests"], report["calls"]) == (2, 0)
     assert await call
     await gateway.in_flight(0)
     await gateway.submit(data="Another", type="text_only")
     await wait_until(
-        lambda: gateway.database.fetchval("SELECT count(*) = 1 FROM audit"), 10, "the last record"
+        lambda: gateway.database.fetchval("SELECT count(*) = 1 FROM audit"), 20, "the last record"
     )
     assert await traces(gateway, SECRET) == set()
 
@@ -145,7 +145,7 @@ async def test_a_whole_tenant_is_erased(open_gateway: Opener) -> None:
     acme = {"x-tidegate-tenant": "acme"}
     for headers, text in ((acme, SECRET), ({}, "Kunigunde")):
         await called_chat(gateway, text, **headers)
-    await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 2 FROM audit"), 5)
+    await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 2 FROM audit"), 20)
     report = await gateway.services.store.erase(Whose("acme"), dry_run=False, within_s=20)
     assert (report.calls, report.done) == (1, True)
     assert await traces(gateway, SECRET) == set()
@@ -155,7 +155,7 @@ async def test_a_whole_tenant_is_erased(open_gateway: Opener) -> None:
 async def test_a_run_that_was_cut_short_is_taken_up_again(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     await called_chat(gateway, SECRET, **{"x-tidegate-subject": SUBJECT})
-    await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 1 FROM audit"), 5)
+    await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 1 FROM audit"), 20)
     store = gateway.services.store
     cut = await store.erase(Whose(None, SUBJECT), dry_run=False, within_s=0)
     assert (cut.calls, cut.done) == (0, False)
@@ -176,7 +176,7 @@ async def erase(url: str, folder: Path, whose: Whose) -> EraseReport:
 async def spilled(gateway: Gateway, folder: Path) -> None:
     """What a process of another host left on its disk, of a call about the subject and another."""
     await called_chat(gateway, SECRET, **{"x-tidegate-subject": SUBJECT})
-    row = await wait_until(lambda: gateway.database.fetchrow("SELECT * FROM audit"), 5)
+    row = await wait_until(lambda: gateway.database.fetchrow("SELECT * FROM audit"), 20)
     spill = Spill(folder, 1_000_000)
     for subject in (SUBJECT, "another"):
         new = {**row, "id": new_id(), "request_id": new_id(), "subject": subject, "failure": None}
@@ -208,7 +208,7 @@ async def test_what_waits_on_a_disk_is_erased_or_dropped_when_it_is_written(
     await store.start()
     left = "SELECT array_agg(subject) FROM audit"
     try:
-        await wait_until(lambda: not list((folder / "spill").glob("*.spill")), 10, "the replay")
+        await wait_until(lambda: not list((folder / "spill").glob("*.spill")), 20, "the replay")
         assert await gateway.database.fetchval(left) == ["another"]
     finally:
         await store.aclose()
@@ -254,7 +254,7 @@ async def test_a_subject_is_the_same_in_a_header_and_in_a_wrapped_call(
         found = await gateway.database.fetch("SELECT subject FROM audit")
         return len(found) == 2
 
-    await wait_until(recorded, 5, "both are on record")
+    await wait_until(recorded, 20, "both are on record")
     status, report = await ask(gateway, "DELETE", f"/admin/subjects/{quote(name)}", {})
     assert (status, report["requests"], report["calls"]) == (200, 1, 2)
     assert await traces(gateway, SECRET) == set()

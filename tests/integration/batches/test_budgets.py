@@ -75,6 +75,7 @@ async def test_a_batch_waits_while_a_budget_is_spent_and_then_goes_on(
     client = await with_key(gateway, sdk, **{budget: most})
     batch = await begin(client, content(LINES))
     await stands_still(gateway, client, batch)
+    await gateway.upstream.set_behaviour(first_byte_ms=10)
     # Others go on beside it.
     other = await with_key(gateway, sdk, "other")
     await assert_all_succeeded(other, await end_of(other, await begin(other, content(3))), 3)
@@ -93,7 +94,7 @@ async def test_a_batch_of_a_disabled_tenant_stands_still(
     async def begun() -> bool:
         return await completed(client, batch) > 0
 
-    await wait_until(begun, 10, "a line that has ended")
+    await wait_until(begun, 20, "a line that has ended")
     tenants = gateway.services.store.tenants
     await tenants.set("acme", {}, by="test", disabled=True)
 
@@ -103,7 +104,7 @@ async def test_a_batch_of_a_disabled_tenant_stands_still(
         )
         return bool(busy == 0)
 
-    await wait_until(held, 10, "a batch that stands still")
+    await wait_until(held, 20, "a batch that stands still")
     await gateway.database.execute("UPDATE batches SET expires_at = now()")
     await tenants.set("acme", {}, by="test", disabled=False)
     await gateway.services.gate.refresh()

@@ -25,7 +25,7 @@ async def test_a_batch_ends_while_none_of_its_lines_may_go(
     async def refused() -> bool:
         return any(call.outcome is not None for call in await gateway.calls("word5."))
 
-    await wait_until(refused, 10, "the end of the quota")
+    await wait_until(refused, 20, "the end of the quota")
     if how == "expired":
         await gateway.database.execute(_EXPIRE)
     else:
@@ -62,7 +62,7 @@ async def test_a_line_whose_workers_died_thrice_fails_alone(
         )
         return bool(changed == "UPDATE 1")
 
-    await wait_until(taken, 10, "the call that hangs")
+    await wait_until(taken, 20, "the call that hangs")
     done = await batching.end_of(client, batch)
     counts = done.request_counts
     assert counts is not None

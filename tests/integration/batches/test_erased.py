@@ -48,7 +48,7 @@ async def test_a_tenants_batches_go_with_it_and_nobody_elses(
         return {batch.status for batch in batches} == {"completed"}
 
     await wait_until(ended, 20, "both batches")
-    await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 6 FROM audit"), 5)
+    await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 6 FROM audit"), 20)
     counted = await gateway.services.store.erase(Whose("acme"), dry_run=True, within_s=20)
     assert (counted.batches, counted.calls, counted.done) == (1, 3, False)
     report = await gateway.services.store.erase(Whose("acme"), dry_run=False, within_s=20)

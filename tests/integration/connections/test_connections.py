@@ -58,7 +58,7 @@ async def test_one_that_was_left_or_says_close_takes_none(
     assert await exchange.next() == b"{}"
     assert not exchange.close()
     assert not exchange.close(), "closing again says the same"
-    await wait_until(lambda: upstream.ended == 1, 2, "the connection that was left")
+    await wait_until(lambda: upstream.ended == 1, 20, "the connection that was left")
     upstream.script = always(GOOD.replace(b"OK\r\n", b"OK\r\nconnection: close\r\n"))
     for _ in range(2):
         assert await answer_of(wire, upstream.url) == b"{}"
@@ -73,9 +73,9 @@ async def test_an_idle_one_that_the_upstream_ends_or_writes_to_is_not_used(
     upstream.script = first(GOOD, then, late)
     assert await answer_of(wire, upstream.url) == b"{}"
     then.set()
-    await wait_until(lambda: upstream.ended == 1, 2, "its end")
+    await wait_until(lambda: upstream.ended == 1, 20, "its end")
     upstream.script = always(GOOD)
-    await wait_until(lambda: not wire.connections, 2, "that it is seen here")
+    await wait_until(lambda: not wire.connections, 20, "that it is seen here")
     assert await answer_of(wire, upstream.url) == b"{}"
 
 
@@ -150,7 +150,7 @@ async def test_silence_is_cut_in_each_phase(wire: RelayWire, upstream: Upstream)
     with pytest.raises(UpstreamTimeout) as found:
         await exchange.next()
     assert (found.value.phase, exchange.close()) == ("idle", False)
-    await wait_until(lambda: upstream.ended == 2, 2, "both connections")
+    await wait_until(lambda: upstream.ended == 2, 20, "both connections")
 
 
 async def test_cancelling_ends_the_connection(wire: RelayWire, upstream: Upstream) -> None:
@@ -167,7 +167,7 @@ async def test_cancelling_ends_the_connection(wire: RelayWire, upstream: Upstrea
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
-    await wait_until(lambda: upstream.ended == 1, 2, "the connection")
+    await wait_until(lambda: upstream.ended == 1, 20, "the connection")
     assert not wire.exchanges
 
 
@@ -196,7 +196,7 @@ async def test_a_body_in_pieces_waits_for_the_upstream_and_its_own_fault_is_told
     upstream.script = slow
     place = wire.place(f"{upstream.url}/upload")
     asking = asyncio.create_task(wire.open("POST", place, [], pieces()))
-    await wait_until(lambda: given > 1, 2)
+    await wait_until(lambda: given > 1, 20)
     before = -1
     while given > before:  # until the sockets' buffers are full
         before = given

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
+from tests.clusters import copied
 from tests.integration.embedded.traces import Traces
+from tidegate.embedded import ServerFailed, ensure
 from tidegate.embedded.postgres import PostgresServer
 
 
@@ -46,3 +50,23 @@ async def test_a_start_cut_short_while_the_cluster_was_made_is_made_good(
     server.start()
     server.stop()
     assert not half.exists()
+
+
+async def test_a_cluster_of_another_version_is_refused_untouched(
+    tmp_path: Path, data_dir: Path, traces: Traces
+) -> None:
+    """Told to whoever starts the product, without starting the server."""
+    server = copied(data_dir / "embedded" / "postgres")
+    version = server.folder / "cluster" / "PG_VERSION"
+    ours = int(version.read_text())
+    version.write_text(f"{ours - 1}\n")
+    before = sorted(path.name for path in version.parent.iterdir())
+    with pytest.raises(ServerFailed) as refused:
+        ensure(data_dir, ["postgres"], idle_s=0.3)
+    said = str(refused.value)
+    assert f"was made by PostgreSQL {ours - 1}, and the bundled one is {ours}" in said
+    assert "docs/operating.md" in said
+    assert sorted(path.name for path in version.parent.iterdir()) == before
+    version.write_text(f"{ours}\n")
+    server.start()
+    server.stop()

@@ -58,7 +58,7 @@ class Traces:
     def commands(self) -> list[str]:
         return [process.command_of(pid) for pid in self.pids()]
 
-    async def none_left(self, timeout_s: float = 10.0) -> None:
+    async def none_left(self, timeout_s: float = 20) -> None:
         """Fail, and end what is there, when marked processes still live after `timeout_s`."""
         try:
             await wait_until(lambda: not self.pids(), timeout_s, "an end of all processes")

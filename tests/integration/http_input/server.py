@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 from tidegate.config import Config
 from tidegate.http import problems
+from tidegate.http.events import GONE_EXTENSION, disconnected
 from tidegate.http.forms import read_submission
 from tidegate.http.protocol import BoundedProtocol
 from tidegate.store.blobs import Blobs
@@ -28,13 +30,16 @@ BIG_BYTES = 30_000_000
 
 @dataclass
 class Running:
-    """A server under test. `seen` holds the headers of its requests."""
+    """A server under test. `seen` holds the headers of its requests, `left` those whose
+    clients were heard to leave, `faults` what uvicorn logged as errors."""
 
     config: Config
     port: int = 0
     server: uvicorn.Server | None = None
     go: threading.Event = field(default_factory=threading.Event)
     seen: list[dict[str, str]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
     @property
     def connections(self) -> int:
@@ -99,7 +104,7 @@ class Client:
         return int(self.received.split(b" ", 2)[1])
 
 
-def wait_for(condition: Any, what: str, timeout_s: float = 10.0) -> None:
+def wait_for(condition: Any, what: str, timeout_s: float = 20) -> None:
     """`wait_until` for tests that block."""
     deadline = time.monotonic() + timeout_s
     waiting = threading.Event()
@@ -120,10 +125,13 @@ def serving(folder: Path, *, loop: str = "uvloop", **changes: Any) -> Iterator[R
         http=type("Bounded", (BoundedProtocol,), bounds),
         ws="none",
         loop=loop,
-        log_level="critical",
+        log_level="error",
         timeout_graceful_shutdown=1,
     )
     running.server = uvicorn.Server(config)
+    listener = logging.Handler(logging.ERROR)
+    listener.emit = lambda record: running.faults.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("uvicorn.error").addHandler(listener)
     thread = threading.Thread(target=running.server.run, args=([listening],), daemon=True)
     thread.start()
     wait_for(lambda: running.server is not None and running.server.started, "started")
@@ -133,6 +141,7 @@ def serving(folder: Path, *, loop: str = "uvloop", **changes: Any) -> Iterator[R
         running.go.set()
         running.server.should_exit = True
         thread.join(10)
+        logging.getLogger("uvicorn.error").removeHandler(listener)
         listening.close()
         assert not thread.is_alive()
 
@@ -165,6 +174,22 @@ def _app(running: Running, blobs: Blobs) -> FastAPI:
     @app.get("/stream")
     async def stream() -> Response:
         return StreamingResponse(_pieces(running))
+
+    @app.get("/deaf")
+    async def deaf(request: Request) -> Response:
+        """As a native call: it is told, and never reads."""
+        told = asyncio.Event()
+        request.scope["extensions"][GONE_EXTENSION]["call"](told.set)
+        await told.wait()
+        running.left.append("deaf")
+        return Response()
+
+    @app.get("/listening")
+    async def listening(request: Request) -> Response:
+        """As a stream of ours: it listens."""
+        await disconnected(request.receive)
+        running.left.append("listening")
+        return Response()
 
     return app
 

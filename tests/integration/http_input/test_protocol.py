@@ -132,6 +132,30 @@ def test_a_flood_of_pipelined_requests_is_cut(tmp_path: Path) -> None:
         wait_for(lambda: running.connections == 0, "the connection is gone")
 
 
+@LOOPS
+@pytest.mark.parametrize("path", ["deaf", "listening"])
+def test_a_client_that_leaves_with_more_requests_in_the_pipeline_is_seen_to_leave(
+    loop: str, path: str, tmp_path: Path
+) -> None:
+    with serving(tmp_path, loop=loop) as running:
+        with running.connect() as client:
+            client.send(b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % path.encode() + GET)
+            wait_for(lambda: running.requests == 1, "the first one has begun")
+        wait_for(lambda: running.left == [path], "it is told")
+        wait_for(lambda: running.requests == 0, "nobody works for it any more")
+        assert (running.seen, running.faults) == ([], [])
+
+
+def test_a_flood_behind_a_request_that_has_not_begun_is_cut_without_a_fault_of_ours(
+    tmp_path: Path,
+) -> None:
+    with serving(tmp_path) as running, running.connect() as client:
+        client.send(b"GET /deaf HTTP/1.1\r\nHost: a\r\n\r\n" + GET * 40)
+        client.read_to_the_end()
+        wait_for(lambda: running.requests == 0, "nobody works for it any more")
+        assert running.faults == []
+
+
 SMUGGLING = {
     "both lengths": b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "both, the other way": b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",

@@ -144,10 +144,12 @@ async def test_threads_try_pause_resume_and_settle(make_sync: MakeSync) -> None:
 
     with limiter.acquire(*ALL, tokens=Tokens(300, 100), tenant="acme", priority="high") as permit:
         assert set(permit.limits) == set(ALL)
+        assert limiter.snapshot().limits[TOKENS].reserved == used(TOKENS) == 400
         with limiter.try_acquire(LIMIT) as second:
             assert second is None
         permit.settle(tokens=25)
     await wait_until(lambda: (used(LIMIT), used(TOKENS)) == (0, 25))
+    assert limiter.snapshot().limits[TOKENS].reserved == 0
     with limiter.try_acquire(LIMIT) as free:
         assert free is not None
     assert limiter.penalise(REQUESTS, for_ms=60_000, reason="429", by="test")

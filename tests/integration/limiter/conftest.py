@@ -16,7 +16,7 @@ from tidegate.limiter.keys import Keyspace
 
 LIVES_ON = {
     *("meta", "layout", "history", "timed", "expected"),
-    *("past:", "log:", "rate:", "quota:"),
+    *("past:", "log:", "rate:", "quota:", "note:"),
 }
 
 

@@ -67,7 +67,7 @@ class Body:
             self.admitted.set()
             await self.let_go.wait()
 
-    async def until_admitted(self, timeout_s: float = 5.0) -> Body:
+    async def until_admitted(self, timeout_s: float = 20) -> Body:
         async with asyncio.timeout(timeout_s):
             await self.admitted.wait()
         return self
@@ -90,14 +90,14 @@ async def quiet(*limiters: Limiter) -> None:
     await wait_until(lambda: all(lease.lease_ms == 60_000 for lease in leases), what="long leases")
 
 
-async def until_waiting(limiter: Limiter, count: int, timeout_s: float = 5.0) -> None:
+async def until_waiting(limiter: Limiter, count: int, timeout_s: float = 20) -> None:
     async def reached() -> bool:
         return (await limiter.snapshot()).limits[LIMIT].waiting == count
 
     await wait_until(reached, timeout_s, f"{count} waiters")
 
 
-async def until_used(limiter: Limiter, count: int, timeout_s: float = 5.0) -> None:
+async def until_used(limiter: Limiter, count: int, timeout_s: float = 20) -> None:
     async def reached() -> bool:
         return await used(limiter) == count
 

@@ -145,7 +145,7 @@ async def restarted_empty(
         joined = [limiter._session.lease.identity.epoch for limiter in limiters]
         return all(each > epoch for each in joined)
 
-    await wait_until(back, 10.0, "both in the new epoch")
+    await wait_until(back, 20, "both in the new epoch")
     return limiters, running, waiters
 
 

@@ -56,7 +56,7 @@ async def finish(fleet: Fleet, maker: Maker, url: str) -> None:
         view = snapshot.limits[LIMIT]
         return snapshot.sessions == 1 and view.used == 0 and view.waiting == 0
 
-    await wait_until(forgotten, 10, "the pool is empty")
+    await wait_until(forgotten, 20, "the pool is empty")
 
 
 async def test_three_processes_use_all_permits_and_never_more(
@@ -129,7 +129,7 @@ async def finish_hold(fleet: Fleet, truth: Truth) -> None:
     """Workers that end by themselves hold nothing over."""
     for name in list(fleet.processes):
         fleet.signal(name, signal.SIGTERM)
-    await wait_until(lambda: not truth.by_worker, 10, "all workers have gone")
+    await wait_until(lambda: not truth.by_worker, 20, "all workers have gone")
 
 
 async def test_a_paused_process_with_reuse_is_over_only_while_it_is_paused(

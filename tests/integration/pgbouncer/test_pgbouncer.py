@@ -19,14 +19,14 @@ from tests.clusters import copied
 from tests.databases import make_template
 from tests.gateway import Gateway, Opener, read_stream
 from tests.integration.pgbouncer.bouncer import SERVERS, Bouncer
-from tests.waiting import wait_until
+from tests.waiting import promised_s, wait_until
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.store import bell
 from tidegate.store.migrate import HEAD, migrate
 
 JOBS = 40
 STREAMS = 20
-REVOKED_WITHIN_S = 1.0
+REVOKED_WITHIN_S = promised_s(1.0)
 ADMIN_TOKEN = "the-token-of-these-tests"
 AS_ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
 
@@ -124,7 +124,7 @@ async def test_a_revoked_key_opens_nothing_in_another_process(opened: OpenBoth) 
     async def refused() -> bool:
         return await code() == 401
 
-    await wait_until(refused, 5, "the key's end")
+    await wait_until(refused, 20, "the key's end")
     assert time.monotonic() - began < REVOKED_WITHIN_S
 
 

@@ -52,7 +52,7 @@ async def start(valkey_url: str, database_url: str) -> AsyncIterator[Start]:
             connections.start()
             stack.push_async_callback(connections.aclose)
             policies = Policies(connections)
-            wanted = PoolPolicy({"kind:text_only": limit}, lease_ms=400)
+            wanted = PoolPolicy({"kind:text_only": limit}, lease_ms=800)
             first = await policy_to_start_with(policies, pool, wanted)
             limiter = Limiter.from_url(url, pool=pool, policy=first, instance_id=name)
             await stack.enter_async_context(limiter)

@@ -21,6 +21,8 @@ from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import PoolPolicy
 from tidegate.policy import keeper as keeping
 from tidegate.policy.plain import Plain
+from tidegate.policy.tenancy import share_edit
+from tidegate.store import policies
 from tidegate.telemetry import Log
 
 
@@ -36,7 +38,7 @@ def to(limit: int) -> Callable[[Plain], Plain]:
 
 
 async def in_force(limit: int, *members: Member) -> None:
-    await wait_until(lambda: all(member.limit == limit for member in members), 5, f"{limit}")
+    await wait_until(lambda: all(member.limit == limit for member in members), 20, f"{limit}")
 
 
 async def recorded(member: Member, *expected: tuple[int, str, int]) -> None:
@@ -46,7 +48,7 @@ async def recorded(member: Member, *expected: tuple[int, str, int]) -> None:
         except StoreUnavailable:
             return False
 
-    await wait_until(is_so, 5, f"a record of {expected}")
+    await wait_until(is_so, 20, f"a record of {expected}")
 
 
 async def test_a_new_deployment_wins_everywhere_and_an_older_one_never(start: Start) -> None:
@@ -61,7 +63,7 @@ async def test_a_new_deployment_wins_everywhere_and_an_older_one_never(start: St
             found = [line for line in logs if line["event"] == Log.LIMITS_CONFLICT]
             return dict(found[0]) if found else None
 
-        told = await wait_until(conflict, 5, "the conflict in the log")
+        told = await wait_until(conflict, 20, "the conflict in the log")
     assert told["differs"] == ["limits.kind:text_only: 7 -> 5"]
     assert told["revision"] == 2
     await in_force(7, old, new, older)
@@ -85,6 +87,31 @@ async def test_what_is_set_live_is_in_force_everywhere_and_outlives_every_start(
     await one.keeper.adopt_wanted(set_by="ann")
     await in_force(5, one, other)
     await in_force(9, await start(9), one, other)
+
+
+async def test_what_tenants_were_given_goes_on_through_deployments(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "_LIVE_KEPT", 2)
+    one = await start(5)
+    await recorded(one, (1, "deployment", 5))
+    for weight in (2, 3, 4):
+        edit = share_edit("acme", weight=weight, limits={"tenant:acme": weight})
+        assert edit is not None
+        await one.keeper.change(edit, set_by="ann")
+    other = await start(7)
+    await in_force(7, one, other)
+    await one.keeper.change(to(3), set_by="ann")
+    await in_force(3, one, other)
+    await other.keeper.adopt_wanted(set_by="ann")
+    await in_force(7, one, other)
+    assert (await start(5)).limit == 7, "it is older"
+    for member in (one, other):
+        assert member.limiter.policy.weights == {"acme": 4}
+        assert member.limiter.policy.bound("tenant:acme") == 4
+    # Of each deployment what it came to last, so that it is known to be older; the rest is pruned.
+    kept = [(number, limit) for number, _, limit in await one.record()]
+    assert kept == [(4, 5), (6, 3), (7, 7)]
 
 
 async def test_of_many_that_start_at_once_with_one_new_policy_one_puts_it_on_record(
@@ -176,7 +203,7 @@ async def test_a_change_past_the_record_is_put_on_it(start: Start) -> None:
     member = await start(5)
     await recorded(member, (1, "deployment", 5))
     await member.limiter.set_policy(
-        PoolPolicy({"kind:text_only": 4}, lease_ms=400, revision=2), by="bob"
+        PoolPolicy({"kind:text_only": 4}, lease_ms=800, revision=2), by="bob"
     )
     await recorded(member, (1, "deployment", 5), (2, "live", 4))
     assert (await member.keeper.history(1))[0].set_by == "bob"

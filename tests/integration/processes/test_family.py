@@ -25,6 +25,15 @@ signal.signal(signal.SIGTERM, finish)
 while True:
     signal.pause()
 """
+# Says that it is ready, and what it is called.
+_NAMED = """
+import os, pathlib, signal, sys
+from tidegate.supervisor.notice import tell_ready
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
+(pathlib.Path(sys.argv[1]) / os.environ["TIDEGATE_CHILD"]).touch()
+tell_ready()
+signal.pause()
+"""
 _STUBBORN = """
 import pathlib, signal, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -83,7 +92,7 @@ async def test_stop_lets_children_finish_and_leaves_none(tmp_path: Path, traces:
     family.stop()
     await running
     assert (tmp_path / "finished").exists()
-    assert not traces.pids("-c")
+    assert not traces.pids(" -c ")
 
 
 async def test_a_signal_stops_the_family(tmp_path: Path, traces: Traces) -> None:
@@ -102,7 +111,7 @@ async def test_a_second_stop_ends_what_does_not_want_to_end(tmp_path: Path, trac
     family.stop()
     family.stop()
     await asyncio.wait_for(running, 10)
-    assert not traces.pids("-c")
+    assert not traces.pids(" -c ")
 
 
 async def test_a_family_that_never_settles_gives_up_and_says_who_failed(traces: Traces) -> None:
@@ -110,7 +119,7 @@ async def test_a_family_that_never_settles_gives_up_and_says_who_failed(traces: 
     family = _family(broken, _child(_IDLE))
     await asyncio.wait_for(family.run(), 30)
     assert family.failure == "the api-1 process ended with exit code 1 at its start"
-    assert not traces.pids("-c")
+    assert not traces.pids(" -c ")
 
 
 async def test_a_child_that_cannot_live_with_its_settings_is_not_tried_again(
@@ -132,3 +141,24 @@ async def test_children_stop_in_order_when_their_supervisor_is_killed(
     await supervisor.wait()
     await wait_until((tmp_path / "finished").exists, what="an orderly end of the child")
     await traces.none_left()
+
+
+async def test_who_replaces_another_counts_under_a_name_of_its_own(tmp_path: Path) -> None:
+    gone: list[str] = []
+    child = Child("api-1", (sys.executable, "-c", _NAMED, str(tmp_path)))
+    family = Family([child], environment=os.environ, on_ended=gone.append)
+    running = asyncio.create_task(family.run())
+
+    async def renewed(name: str, ended: int) -> None:
+        """By one that is called so; `ended` are gone then."""
+        (tmp_path / name).unlink(missing_ok=True)
+        family.renew()
+        await wait_until((tmp_path / name).exists, 20, name)
+        await wait_until(lambda: len(gone) == ended and not family.renewing, 20, f"{ended} gone")
+
+    await wait_until((tmp_path / "api-1").exists)
+    await renewed("api-1.2", 1)
+    await renewed("api-1", 2)
+    family.stop()
+    await running
+    assert gone[:2] == ["api-1", "api-1.2"]

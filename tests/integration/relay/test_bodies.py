@@ -53,7 +53,7 @@ async def once_kept(gateway: Gateway, request_id: str, role: str) -> tuple[bytes
         status, body, headers = await kept(gateway, request_id, role)
         return (body, headers) if status == 200 else None
 
-    seen: tuple[bytes, dict[str, str]] = await wait_until(found, 5, f"the {role}")
+    seen: tuple[bytes, dict[str, str]] = await wait_until(found, 20, f"the {role}")
     return seen
 
 
@@ -120,7 +120,7 @@ async def test_bodies_are_the_owners_alone(open_gateway: Opener) -> None:
     async def is_kept() -> bool:
         return (await kept(gateway, request_id, "request", **acme))[0] == 200
 
-    await wait_until(is_kept, 5)
+    await wait_until(is_kept, 20)
     for role in ("request", "response"):
         assert (await kept(gateway, request_id, role, **acme))[0] == 200
         status, raw, headers = await kept(gateway, request_id, role, **other)

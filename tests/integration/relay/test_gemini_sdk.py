@@ -6,10 +6,11 @@ import asyncio
 import io
 
 import pytest
-from google.genai import errors, types
+from google.genai import Client, errors, types
 
 from tests.gateway import PNG, Gateway, Opener
 from tests.integration.relay.conftest import MODEL, MakeSdk
+from tests.integration.tenants.asking import key_of
 
 
 async def test_a_whole_answer(gateway: Gateway, genai: MakeSdk) -> None:
@@ -99,6 +100,73 @@ async def test_files_are_uploaded_without_a_sight_of_the_key(
         own = response.headers["X-Goog-Upload-URL"]
     assert own.startswith(gateway.url)
     assert "key=" not in own
+    begin |= {"X-Forwarded-Proto": "https"}  # behind a proxy that ends TLS
+    async with gateway.http.post(f"{gateway.url}/upload/v1beta/files", headers=begin) as response:
+        own = response.headers["X-Goog-Upload-URL"]
+    assert own.startswith(gateway.url.replace("http://", "https://"))
+
+
+async def test_a_stream_that_is_kept_alive_while_it_waits(
+    open_gateway: Opener, genai: MakeSdk
+) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1}, keep_alive_after_ms=10)
+    await gateway.upstream.set_fault("hang", match="hold it", count=1)
+    client = genai(gateway).aio.models
+    holding = asyncio.create_task(client.generate_content(model=MODEL, contents="hold it"))
+    await gateway.in_flight(1)
+    url = f"{gateway.url}/v1beta/models/{MODEL}:streamGenerateContent?alt=sse"
+    body = {"contents": [{"parts": [{"text": "Hi"}]}]}
+    async with gateway.http.post(url, json=body) as first:  # answered while the SDK waits
+        assert (await first.content.readline()) == b"\n"
+        stream = await client.generate_content_stream(model=MODEL, contents="Say hello")
+        holding.cancel()
+        assert "Say hello" in "".join([chunk.text or "" async for chunk in stream])
+
+
+async def test_files_are_uploaded_where_keys_are_asked_for(open_gateway: Opener) -> None:
+    # The SDK sends the bytes without its key, to the URL that it was told.
+    gateway = await open_gateway(worker=False, auth="on")
+    key = (await key_of(gateway, "acme"))["Authorization"].removeprefix("Bearer ")
+    client = Client(api_key=key, http_options=types.HttpOptions(base_url=gateway.url))
+    config = types.UploadFileConfig(mime_type="text/plain")
+    file = await client.aio.files.upload(file=io.BytesIO(b"x" * 9_000), config=config)
+    assert file.size_bytes == 9_000
+    assert (await asyncio.to_thread(client.files.upload, file=io.BytesIO(b"y"), config=config)).name
+    await client.aio.aclose()
+    client.close()
+
+
+async def test_an_uploads_pass_is_good_for_that_upload_and_while_its_key_works(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    acme = await key_of(gateway, "acme")
+    key = acme["Authorization"].removeprefix("Bearer ")
+
+    async def post(url: str, command: str, **headers: str) -> tuple[int, str]:
+        said = {"X-Goog-Upload-Command": command, "X-Goog-Upload-Protocol": "resumable"}
+        async with gateway.http.post(url, headers=said | headers, data=b"") as response:
+            return response.status, response.headers.get("x-goog-upload-url", "")
+
+    begun = [await post(f"{gateway.url}/upload/v1beta/files", "start", **acme) for _ in range(2)]
+    assert [status for status, _ in begun] == [200, 200]
+    (first, passed), (second, _) = [url.rsplit("&tidegate_key=", 1) for _, url in begun]
+    assert key not in passed
+    assert (await post(f"{first}&tidegate_key={passed}", "upload"))[0] == 200
+    for wrong in (
+        first,
+        f"{second}&tidegate_key={passed}",
+        f"{first}&tidegate_key={passed[:-1]}{'0' if passed[-1] != '0' else '1'}",
+        f"{first}&tidegate_key={passed}&tidegate_key={passed}",
+        f"{first}&tidegate_key=nobody1234{passed[10:]}",
+    ):
+        assert (await post(wrong, "upload"))[0] == 401, wrong
+    for path in ("/v1beta/models", "/v1beta/files", "/usage"):
+        url = f"{gateway.url}{path}?{first.partition('?')[2]}&tidegate_key={passed}"
+        async with gateway.http.get(url) as response:
+            assert response.status == 401, path
+    await gateway.services.store.tenants.revoke_key(passed[:10], by="test")
+    assert (await post(f"{first}&tidegate_key={passed}", "upload"))[0] == 401
 
 
 async def test_errors_are_what_the_sdk_knows(open_gateway: Opener, genai: MakeSdk) -> None:

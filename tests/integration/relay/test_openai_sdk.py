@@ -143,7 +143,7 @@ async def test_responses_whole_and_streamed(gateway: Gateway, sdk: MakeSdk) -> N
     kinds = [event.type async for event in stream]
     assert kinds[0] == "response.created"
     assert kinds[-1] == "response.completed"
-    rows = await wait_until(lambda: two_rows(gateway), 5, "both records")
+    rows = await wait_until(lambda: two_rows(gateway), 20, "both records")
     billed = (await gateway.upstream.stats()).billed()
     assert sum(row["output_tokens"] for row in rows) == billed.output_tokens
 
@@ -203,7 +203,7 @@ async def test_a_fault_in_mid_stream_reaches_the_sdk_as_an_error(
     with pytest.raises(openai.APIError):
         async for _ in stream:
             pass
-    await wait_until(lambda: gateway.held == 0, 2, "the permit back")
+    await wait_until(lambda: gateway.held == 0, 20, "the permit back")
 
 
 async def test_leaving_in_mid_stream_closes_the_providers_call(
@@ -216,5 +216,5 @@ async def test_leaving_in_mid_stream_closes_the_providers_call(
     await anext(stream)
     await stream.close()
     await gateway.in_flight(0)
-    await wait_until(lambda: gateway.held == 0, 2, "the permit back")
+    await wait_until(lambda: gateway.held == 0, 20, "the permit back")
     assert [call.outcome for call in await gateway.calls()] == ["client_gone"]

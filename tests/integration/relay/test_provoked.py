@@ -10,13 +10,14 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.relay.conftest import MODEL
-from tests.integration.security.hostile import Hostile, hostile
+from tests.integration.security.hostile import Hostile, hostile, one_try
 from tidegate.relay.health import FAULTS
 
-__all__ = ["hostile"]
+__all__ = ["hostile", "one_try"]
+
+pytestmark = pytest.mark.usefixtures("one_try")
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
-ONE_TRY = {"x-tidegate-deadline-ms": "100"}
 
 
 def error(status: int, message: str, *lines: str) -> bytes:
@@ -43,7 +44,7 @@ async def gateway(open_gateway: Opener, hostile: Hostile) -> Gateway:
 async def ask(gateway: Gateway, text: str = "poison") -> tuple[int, bytes]:
     url = f"{gateway.url}/v1beta/models/{MODEL}:generateContent"
     body = {"contents": [{"parts": [{"text": text}]}]}
-    async with gateway.http.post(url, json=body, headers=ONE_TRY) as response:
+    async with gateway.http.post(url, json=body) as response:
         return response.status, await response.read()
 
 
@@ -75,6 +76,32 @@ async def test_one_that_says_it_is_overloaded_is_out_whoever_asks(
     for _ in range(FAULTS):
         assert (await ask(gateway))[0] == 503
     assert gateway.services.relay.health["gemini"].state == "out"
+
+
+@pytest.mark.parametrize(
+    ("answer", "short"),
+    [
+        (error(503, "No room for the letter to Jane"), "the provider answered 503"),
+        (
+            error(401, "Incorrect API key provided: sk-proj-****abcd."),
+            "the provider refuses this gateway's own key",
+        ),
+    ],
+)
+async def test_the_provider_s_words_to_one_are_not_told_to_all(
+    gateway: Gateway, hostile: Hostile, answer: bytes, short: str
+) -> None:
+    hostile.answer = answer
+    for _ in range(FAULTS):
+        await ask(gateway)
+    status, body = await ask(gateway, "of another")
+    assert status == 502
+    assert orjson.loads(body)["error"]["message"].endswith(f"the last fault: {short}")
+    async with gateway.http.get(f"{gateway.url}/health/dependencies") as response:
+        assert (await response.json())["upstreams"]["gemini"]["detail"] == short
+    why = gateway.services.relay.health["gemini"].why  # for who runs this
+    assert "Jane" in why or "Incorrect API key provided: ***" in why
+    assert "abcd" not in why
 
 
 async def test_a_403_on_a_thing_is_told_in_the_providers_words(

@@ -72,7 +72,7 @@ async def test_a_time_of_nothing_is_no_leave_to_ask_again_at_once(
     gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
     hostile.answer = no_more(said)
     assert (await ask(gateway, **{"x-tidegate-deadline-ms": "150"}))[0] == 429
-    assert len(hostile.seen) == 1
+    assert len(hostile.seen) <= 1  # none where that was over before it came in
 
 
 async def test_what_falls_under_no_limit_waits_as_long_as_it_was_told_too(
@@ -104,7 +104,7 @@ async def test_who_is_parked_is_not_waited_for_while_another_is_only_busy(
     open_gateway: Opener, chain: Path, second: Emulator
 ) -> None:
     gateway = await open_gateway(worker=False, tidegate_policy=chain)
-    await wait_until(lambda: _is_answered(gateway, "only-second"), 5, "the second")
+    await wait_until(lambda: _is_answered(gateway, "only-second"), 20, "the second")
     await gateway.upstream.set_fault("day_quota", count=1)
     assert (await ask(gateway))[1]["x-tidegate-upstream"] == "second"
     await second.control.set_fault("hang", count=1)
@@ -113,13 +113,67 @@ async def test_who_is_parked_is_not_waited_for_while_another_is_only_busy(
     async def holds() -> bool:
         return (await second.control.stats()).in_flight == 1
 
-    await wait_until(holds, 5, "the second's only place")
+    await wait_until(holds, 20, "the second's only place")
     waits = asyncio.create_task(ask(gateway))
     limiter = gateway.services.relay._pools["second"]
-    await wait_until(lambda: limiter.local_state().waiting["pool:total"] == 1, 5, "the queue")
+    await wait_until(lambda: limiter.local_state().waiting["pool:total"] == 1, 20, "the queue")
     holding.cancel()
     status, headers, _ = await waits
     assert (status, headers["x-tidegate-upstream"]) == (200, "second")
+
+
+async def _waits(gateway: Gateway, pool: str, limit: str) -> None:
+    limiter = gateway.services.relay._pools[pool]
+    await wait_until(lambda: limiter.local_state().waiting.get(limit) == 1, what=f"{pool}'s queue")
+
+
+async def test_who_waits_for_one_that_is_parked_meanwhile_goes_over_to_another(
+    open_gateway: Opener, chain: Path, second: Emulator
+) -> None:
+    one: dict[str, Any] = {"text_only": 1}
+    gateway = await open_gateway(worker=False, tidegate_policy=chain, rate_limits=one)
+    await wait_until(lambda: _is_answered(gateway, "only-second"), 20, "the second")
+    await wait_until(lambda: _is_answered(gateway, MODEL), 20, "the first")
+    await gateway.upstream.set_fault("hang")
+    await second.control.set_fault("hang", count=1)
+    holding = [asyncio.create_task(ask(gateway, name)) for name in (MODEL, "only-second")]
+    await wait_until(lambda: gateway.held == 1, what="the first's only place")
+
+    async def holds() -> bool:
+        return (await second.control.stats()).in_flight == 1
+
+    await wait_until(holds, what="the second's only place")
+    waits = asyncio.create_task(ask(gateway))
+    await _waits(gateway, "gemini", "kind:text_only")
+    await gateway.services.limiter.penalise("kind:text_only", for_ms=3_600_000)
+    await _waits(gateway, "second", "pool:total")
+    holding[1].cancel()
+    status, headers, _ = await waits
+    assert (status, headers["x-tidegate-upstream"]) == (200, "second")
+    assert gateway.waiting == 0
+    holding[0].cancel()
+
+
+async def test_who_waits_is_told_of_a_pause_that_outlasts_its_deadline_in_whichever_process(
+    open_gateway: Opener,
+) -> None:
+    one: dict[str, Any] = {"text_only": 1}
+    gateways = [await open_gateway(worker=False, rate_limits=one) for _ in range(2)]
+    await gateways[0].upstream.set_fault("hang")
+    holding = asyncio.create_task(ask(gateways[0]))
+    await gateways[0].in_flight(1)
+    waits = [asyncio.create_task(ask(gateway)) for gateway in gateways]
+    for gateway in gateways:
+        await _waits(gateway, "gemini", "kind:text_only")
+    limiter = gateways[0].services.limiter
+    await limiter.penalise("kind:text_only", for_ms=5_000)  # they may wait for 30 s
+    assert (await limiter.snapshot()).limits["kind:text_only"].waiting == 2
+    await limiter.penalise("kind:text_only", for_ms=3_600_000)
+    for status, headers, body in await asyncio.gather(*waits):
+        assert (status, b"paused for longer than it may wait" in body) == (429, True)
+        assert int(headers["retry-after"]) > 3_000
+    await wait_until(lambda: not any(gateway.waiting for gateway in gateways))
+    holding.cancel()
 
 
 async def test_one_that_can_never_serve_a_call_is_not_waited_for(
@@ -127,7 +181,7 @@ async def test_one_that_can_never_serve_a_call_is_not_waited_for(
 ) -> None:
     none: dict[str, Any] = {"text_only": 0}
     gateway = await open_gateway(worker=False, tidegate_policy=chain, rate_limits=none)
-    await wait_until(lambda: _is_answered(gateway, "only-second"), 5, "the second")
+    await wait_until(lambda: _is_answered(gateway, "only-second"), 20, "the second")
     await second.control.set_behaviour(first_byte_ms=100)
     answers = await asyncio.gather(*(ask(gateway) for _ in range(3)))
     assert {(status, named["x-tidegate-upstream"]) for status, named, _ in answers} == {

@@ -51,14 +51,14 @@ async def test_totals_of_settled_calls_are_the_providers_own(open_gateway: Opene
     for fault in ("unavailable", "throttled_bare", "internal", "cut_mid_stream"):
         await gateway.upstream.set_fault(fault, probability=0.05)
     await asyncio.gather(*(one(gateway, number) for number in range(CALLS)))
-    await wait_until(lambda: gateway.held == gateway.waiting == 0, 10, "the end of all")
+    await wait_until(lambda: gateway.held == gateway.waiting == 0, 20, "the end of all")
     await gateway.in_flight(0)
 
     async def recorded() -> bool:
         count: int = await gateway.database.fetchval("SELECT count(*) FROM audit")
         return count == CALLS
 
-    await wait_until(recorded, 10, "all records")
+    await wait_until(recorded, 20, "all records")
     ours = await gateway.database.fetchrow(
         "SELECT sum(input_tokens) AS taken, sum(output_tokens) AS given, count(*) AS calls"
         " FROM audit WHERE status = 'succeeded'"

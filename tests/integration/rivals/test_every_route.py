@@ -96,7 +96,7 @@ async def leaves_the_queue(gateway: Gateway, route: Route) -> None:
         for kind in KINDS:
             await stack.enter_async_context(gateway.services.limiter.acquire(f"kind:{kind}"))
         await _leave(gateway, route, lambda: used(gateway)[1] >= 1)
-        await wait_until(lambda: used(gateway) == (len(KINDS), 0), 3, f"{route.name}: no waiter")
+        await wait_until(lambda: used(gateway) == (len(KINDS), 0), 20, f"{route.name}: no waiter")
 
 
 async def leaves_in_the_call(gateway: Gateway, route: Route) -> None:
@@ -142,7 +142,7 @@ async def _leave(gateway: Gateway, route: Route, when: Callable[[], bool]) -> No
     async with aiohttp.ClientSession() as leaving:
         url, headers = gateway.url + route.path, dict(route.headers)
         asked = asyncio.create_task(_read(leaving, route, url, headers))
-        await wait_until(lambda: when() or asked.done(), 5, f"{route.name}: the moment")
+        await wait_until(lambda: when() or asked.done(), 20, f"{route.name}: the moment")
         assert not asked.done() or _is_unknown(route), (route.name, asked.result())
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
@@ -168,7 +168,7 @@ WAYS = (
 async def test_every_route_gives_its_permit_back(gateway: Gateway, way: Way) -> None:
     for route in (*NATIVE, *OWN):
         await way(gateway, route)
-        await wait_until(lambda: used(gateway) == (0, 0), 3, f"{route.name}: nothing held")
+        await wait_until(lambda: used(gateway) == (0, 0), 20, f"{route.name}: nothing held")
         await gateway.upstream.clear_faults()
         gateway.services.relay.health["gemini"].succeeded()
         for name in KINDS:  # a throttling that was ordered is over

@@ -11,7 +11,7 @@ import time
 
 from tests.gateway import Gateway, Opener
 from tests.integration.rivals.routes import ASKED, GEMINI
-from tests.waiting import wait_until
+from tests.waiting import promised_s, wait_until
 from tidegate.embedded.valkey import ValkeyServer
 
 MOST_CONNECTIONS = 20
@@ -37,9 +37,9 @@ async def test_a_frozen_valkey_hangs_no_request_and_health_says_so(
         return status == 503 and body["valkey"]["status"] == "failed"
 
     began = time.monotonic()
-    await wait_until(is_told, 5, "health")
+    await wait_until(is_told, 20, "health")
     assert await ask(gateway, 500) in (429, 503)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < promised_s(6)
     own_valkey.resume()
 
     async def works() -> bool:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.gateway import Gateway
+from tidegate.relay import work
 
 MODEL = "gemini-2.5-flash"
 PATH = f"/v1beta/models/{MODEL}:generateContent"
@@ -59,15 +60,21 @@ async def hostile() -> AsyncIterator[Hostile]:
     server.close()
 
 
+@pytest.fixture
+def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call is tried again: the pause before that would outlast any deadline."""
+    monkeypatch.setattr(work, "_FIRST_PAUSE_S", 1e6)
+    monkeypatch.setattr(work, "_LONGEST_PAUSE_S", 1e6)
+
+
 async def raw(gateway: Gateway, data: bytes, within_s: float = 10) -> bytes:
-    """All that is answered to these bytes until the connection ends, or the time is over."""
+    """All that is answered to these bytes until the connection ends, or the time is over. It is
+    read while they are sent, as clients do: what is too large is refused before it has come."""
     parts = urlsplit(gateway.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     got = b""
     try:
-        with suppress(ConnectionError):
-            writer.write(data)
-            await writer.drain()
+        writer.write(data)
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(within_s):
                 while piece := await reader.read(65536):

@@ -76,6 +76,8 @@ BODIES = {
     "10 MB of quotes": (chat(b'"messages":["' + b'\\"' * 5_000_000 + b'"]'), 200),
     "10 MB of spaces": (chat(b'"messages":' + b" " * 10_000_000 + b"[]"), 200),
     "10 MB of almost names": (chat(b'"messages":["' + b'\\"model' * 1_400_000 + b'"]'), 200),
+    "9 million lists": (chat(b'"messages":[' + b"[]," * 9_000_000 + b"1]"), 413),
+    "9 million commas in a text": (chat(b'"messages":["' + b",[{" * 3_000_000 + b'"]'), 200),
     "more than is allowed": (chat(b'"a":"' + b"x" * 31_000_000 + b'"'), 413),
     "100,000 files": (
         post(

@@ -128,7 +128,7 @@ async def test_limits_are_shown_with_their_use_and_where_they_come_from(
         is_whole = shown["queues"] and shown["in_force"]["since"]
         return shown if is_whole else None
 
-    shown = await wait_until(settled, 5, "the ticket and the record")
+    shown = await wait_until(settled, 20, "the ticket and the record")
     assert shown["pool"] == "gemini"
     assert shown["in_force"]["origin"] == "deployment"
     assert shown["in_force"]["set_by"].startswith("api-")
@@ -154,7 +154,7 @@ async def test_a_limit_is_set_and_taken_away_and_both_are_on_record(open_gateway
     async def recorded() -> bool:
         return bool((await ask(gateway, "GET", "/limits/history"))[1])
 
-    await wait_until(recorded, 5, "the first revision")
+    await wait_until(recorded, 20, "the first revision")
     new = {"limit": 7, "by": "ann", "reason": "more quota"}
     status, now = await ask(gateway, "PUT", "/limits/rpm:kind/text_only", new)
     assert (status, now["revision"], now["set_by"]) == (200, 2, "ann")
@@ -234,7 +234,7 @@ async def test_a_pause_holds_everybody_up_until_it_is_resumed(open_gateway: Open
         _, reason = await ask(gateway, "GET", f"/why/{request_id}")
         return reason if reason.get("held_up_by") else None
 
-    reason = await wait_until(held_up, 5, "the job at the limit")
+    reason = await wait_until(held_up, 20, "the job at the limit")
     assert reason["status"] == "queued"
     assert reason["process"].startswith("worker-")
     assert "is paused by ann: the provider is ill" in reason["sentence"]
@@ -258,7 +258,7 @@ async def test_why_tells_who_has_the_limit_and_since_when(open_gateway: Opener) 
         holders = reason.get("holders", [])
         return reason if holders and holders[0]["request_id"] else None
 
-    reason = await wait_until(known, 5, "the holder's name")
+    reason = await wait_until(known, 20, "the holder's name")
     assert reason["held_up_by"] == "kind:text_only"
     assert [one["request_id"] for one in reason["holders"]] == [holder]
     assert reason["holders"][0]["since"] is not None
@@ -287,7 +287,7 @@ async def test_a_job_that_waits_for_its_next_try_says_so(open_gateway: Opener) -
         _, reason = await ask(gateway, "GET", f"/why/{request_id}")
         return reason if "before it is tried again" in reason["sentence"] else None
 
-    reason = await wait_until(parked, 5, "the retry")
+    reason = await wait_until(parked, 20, "the retry")
     assert reason["sentence"].endswith("after upstream_throttled")
 
 

@@ -11,9 +11,9 @@ import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
-from tests.waiting import wait_until
+from tests.waiting import promised_s, wait_until
 
-TOLD_WITHIN_S = 1.2
+TOLD_WITHIN_S = promised_s(1.2)
 
 
 async def _cancel(
@@ -57,7 +57,7 @@ async def test_a_running_call_is_closed_its_permit_is_free_and_what_had_come_is_
     async def has_sent() -> bool:
         return (await gateway.upstream.stats())["text_only"].bytes > 0
 
-    await wait_until(has_sent, 5)
+    await wait_until(has_sent, 20)
     started = time.monotonic()
     status, body = await _cancel(gateway, request_id)
     assert time.monotonic() - started < TOLD_WITHIN_S
@@ -73,8 +73,8 @@ async def test_a_running_call_is_closed_its_permit_is_free_and_what_had_come_is_
     assert (audit["status"], audit["response"]["text"]) == ("cancelled", body["text"])
     # The only permit there is: the next one gets it, and nobody held it up.
     record = await gateway.end_of(await gateway.submit(data="Explain the moon"))
-    assert record["queue_ms"] < 500
-    await wait_until(lambda: _none_used(gateway), 2)
+    assert record["queue_ms"] < promised_s(0.5) * 1000
+    await wait_until(lambda: _none_used(gateway), 20)
     assert (await _cancel(gateway, request_id))[0] == 200
     assert len(await gateway.calls("tide")) == 1
 
@@ -91,7 +91,7 @@ async def test_one_that_waits_for_a_permit_in_a_worker_leaves_its_place(
     blocker = await gateway.submit(data="Explain forever")
     await gateway.in_flight(1)
     request_id = await gateway.submit(data="Explain the tide")
-    await wait_until(lambda: _all(gateway, 2), 5, "it waits in the worker")
+    await wait_until(lambda: _all(gateway, 2), 20, "it waits in the worker")
     status, body = await _cancel(gateway, request_id)
     assert (status, body["status"], body["attempts"]) == (200, "cancelled", 0)
     await wait_until(lambda: _all(gateway, 1), TOLD_WITHIN_S, "its ticket is gone")
@@ -117,7 +117,7 @@ async def test_it_works_without_a_notification_too(
     started = time.monotonic()
     status, body = await _cancel(gateway, request_id)
     assert (status, body["status"]) == (200, "cancelled")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < promised_s(2)
     await gateway.in_flight(0)
 
 
@@ -152,4 +152,4 @@ async def test_a_cancel_that_races_with_the_end_has_one_winner(open_gateway: Ope
         assert (await gateway.audit(request_id))["status"] == record["status"]
         assert len(await gateway.calls(f"[{number}]")) <= 1
     assert (await gateway.upstream.stats()).in_flight == 0
-    await wait_until(lambda: _none_used(gateway), 2)
+    await wait_until(lambda: _none_used(gateway), 20)

@@ -67,7 +67,7 @@ async def test_an_error_in_mid_answer_cuts_the_connection_and_is_one_line(
     streamed = await gateway.stream(text="Explain the tide")
     assert (streamed.status, streamed.ended) == (200, False)
     assert "done" not in streamed.names
-    await wait_until(lambda: _named(lines(), "request_done"), 5)
+    await wait_until(lambda: _named(lines(), "request_done"), 20)
     errors = [line for line in lines() if line["level"] in ("error", "critical")]
     assert [line["event"] for line in errors] == ["internal_error"], errors
 
@@ -78,7 +78,7 @@ async def test_a_request_is_one_line_with_its_id(open_gateway: Opener, lines: Li
     streamed = await gateway.stream(text="Explain the tide")
     refused = await gateway.stream(text="Explain the tide", deadline_ms=1, type="poem")
     await gateway.end_of(request_id)
-    await wait_until(lambda: len(_named(lines(), "job_done")) == 1, 5)
+    await wait_until(lambda: len(_named(lines(), "job_done")) == 1, 20)
     done = {line["path"]: line for line in _named(lines(), "request_done") if "request_id" in line}
     assert done["/submit"]["request_id"] == request_id
     assert done["/stream"]["request_id"] == streamed.request_id
@@ -119,7 +119,7 @@ async def test_stalled_and_cut_streams_are_no_errors_of_ours(
     await gateway.upstream.set_fault("error_in_stream", count=1)
     cut = await gateway.stream(text="Explain the tide", accept="text/plain")
     assert not cut.ended
-    await wait_until(lambda: len(_named(lines(), "request_done")) == 2, 5)
+    await wait_until(lambda: len(_named(lines(), "request_done")) == 2, 20)
     assert [line for line in lines() if line["level"] in ("error", "critical")] == []
 
 
@@ -140,5 +140,5 @@ async def test_a_file_that_breaks_off_is_one_line(
         assert response.status == 200
         with pytest.raises(Exception, match=r"payload|closed"):
             await response.read()
-    await wait_until(lambda: _named(lines(), "internal_error"), 5)
+    await wait_until(lambda: _named(lines(), "internal_error"), 20)
     assert len(_named(lines(), "internal_error")) == 1

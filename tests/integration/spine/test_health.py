@@ -12,7 +12,7 @@ import pytest
 
 from tests.databases import make_template
 from tests.gateway import Opener
-from tests.waiting import wait_until
+from tests.waiting import promised_s, wait_until
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.valkey import ValkeyServer
 
@@ -70,7 +70,7 @@ async def test_without_valkey_it_stays_ready_and_says_what_is_wrong_in_time(
         await asyncio.to_thread(own_valkey.stop)
     started = time.monotonic()
     status, body = await gateway.get("/health/dependencies")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < promised_s(3)
     assert (status, body["valkey"]["status"], body["postgresql"]["status"]) == (
         *(503, "failed", "ok"),
     )
@@ -90,7 +90,7 @@ async def test_without_postgresql_all_answers_come_in_time_and_streams_go_on(
     own_postgres.pause()
     started = time.monotonic()
     status, body = await gateway.get("/health/dependencies")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < promised_s(3)
     assert (status, body["postgresql"]["status"], body["valkey"]["status"]) == (
         *(503, "failed", "ok"),
     )
@@ -98,7 +98,7 @@ async def test_without_postgresql_all_answers_come_in_time_and_streams_go_on(
     # The record is late; `done` and the answer are not.
     started = time.monotonic()
     streamed = await gateway.stream(text="Generate an image of a fox")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < promised_s(3)
     assert streamed.names == ["delta", "image", "usage", "done"]
     status, body = await gateway.get(f"/status/{request_id}")
     assert (status, body["code"]) == (503, "store_unavailable")
@@ -106,6 +106,6 @@ async def test_without_postgresql_all_answers_come_in_time_and_streams_go_on(
         assert response.status == 503
         assert "retry-after" in response.headers
     own_postgres.resume()
-    await wait_until(lambda: not gateway.services.store.away, 10)
+    await wait_until(lambda: not gateway.services.store.away, 20)
     record = await gateway.recorded(streamed.request_id)
     assert (record["status"], len(record["images"])) == ("succeeded", 1)

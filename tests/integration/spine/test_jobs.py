@@ -25,7 +25,7 @@ async def test_a_throttled_job_is_tried_again_but_not_before_the_provider_says(
     gateway = await open_gateway()
     await gateway.upstream.set_fault("throttled", count=1, retry_after_s=0.8)
     request_id = await gateway.submit(data="Explain the tide")
-    await wait_until(lambda: _has_error(gateway, request_id), 5)
+    await wait_until(lambda: _has_error(gateway, request_id), 20)
     waiting = await gateway.status(request_id)
     assert (waiting["status"], waiting["error"]["code"]) == ("queued", "upstream_throttled")
     assert waiting["error"]["retry_after_ms"] == 800

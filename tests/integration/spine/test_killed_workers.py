@@ -32,7 +32,9 @@ async def test_what_a_killed_worker_owed_is_done_by_another(tmp_path: Path) -> N
         Fleet(tmp_path / "fleet", apis=1, workers=1, settings=SETTINGS) as fleet,
     ):
         await _cancel_that_was_to_be_heeded(fleet)
+        request_id = await _large_call_under_way(fleet)
         await _webhook_that_was_to_be_delivered(fleet, receiver)
+        await _large_call_is_made_again(fleet, request_id)
 
 
 async def _cancel_that_was_to_be_heeded(fleet: Fleet) -> None:
@@ -76,5 +78,26 @@ async def _webhook_that_was_to_be_delivered(fleet: Fleet, receiver: Receiver) ->
         shown = (await fleet.status(request_id))["webhook"]
         return (shown["state"], shown["tries"]) == ("delivered", 2)
 
-    await wait_until(delivered, 5)
+    await wait_until(delivered, 20)
     assert len(await fleet.control.calls(contains="the tide")) == 1
+
+
+async def _large_call_under_way(fleet: Fleet) -> str:
+    await fleet.control.set_fault("hang", match="the ebb", count=1)
+    text = "Explain the ebb " + "and the flow " * 30_000
+    body = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": text}]}
+    request_id = await _submit(fleet, endpoint="/v1/chat/completions", body=body)
+
+    async def called() -> bool:
+        return len(await fleet.control.calls(contains="the ebb")) == 1
+
+    await wait_until(called, 15)
+    return request_id
+
+
+async def _large_call_is_made_again(fleet: Fleet, request_id: str) -> None:
+    """Its body is a file: whoever takes it over reads it again."""
+    record = await fleet.end_of(request_id, 30)
+    assert (record["status"], record["attempts"]) == ("succeeded", 2)
+    first, second = await fleet.control.calls(contains="the ebb")
+    assert first.prompt_sha == second.prompt_sha

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tidegate.limiter import LimitView
 from tidegate.policy.edits import edit
 
 MODEL = "gemini-2.5-flash"
+CHAT = "/v1/chat/completions"
 DAY_MS = 86_400_000
 WriteFile = Callable[[str], Path]
 
@@ -79,6 +81,30 @@ async def test_a_limit_that_is_raised_live_is_used_at_once_by_the_worker_too(
     assert gateway.services.limiter.policy.bound("kind:text_only") == 30
 
 
+async def test_who_waits_under_a_limit_that_is_taken_away_goes_by_what_is_left(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy('"tenant:default" = 5'))
+    limiter, keeper = gateway.services.limiter, gateway.services.keeper
+    await limiter.penalise("kind:text_only", for_ms=20_000, reason="to wait", by="ann")
+    job = await gateway.submit(data="Explain the tide")
+    stream = asyncio.create_task(gateway.stream(text="Explain the tide"))
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello"}]}
+    native = asyncio.create_task(gateway.http.post(gateway.url + CHAT, json=chat))
+
+    async def all_wait_for(*limits: str) -> bool:
+        queues = (await limiter.snapshot()).queues
+        return sum(one.waiting for one in queues if one.limits == limits) == 3
+
+    await wait_until(partial(all_wait_for, "kind:text_only", "tenant:default"), 20, "waiters")
+    await keeper.change(edit({}, remove=["tenant:default"]), set_by="ann")
+    await wait_until(partial(all_wait_for, "kind:text_only"), 20, "all to ask anew")
+    await limiter.resume("kind:text_only", by="ann")
+    assert (await stream).names[-1] == "done"
+    assert (await native).status == 200
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+
+
 async def test_a_429_holds_up_everybody_for_as_long_as_the_provider_says(
     open_gateway: Opener, policy: WriteFile
 ) -> None:
@@ -125,7 +151,7 @@ async def test_a_call_is_settled_for_the_tokens_that_it_used(
         spent = [(await view(gateway, f"{rate}:{MODEL}")).used for rate in ("itpm", "otpm")]
         return spent == [usage["input_tokens"], usage["output_tokens"]]
 
-    await wait_until(settled, 5, f"{usage} settled")
+    await wait_until(settled, 20, f"{usage} settled")
     assert (await view(gateway, "ipm:gemini-2.5-flash-image")).used == 0
     await gateway.stream(text="Generate an image of a fox")
     assert (await view(gateway, "ipm:gemini-2.5-flash-image")).used == 1

@@ -9,10 +9,10 @@ from typing import Any
 import aiohttp
 
 from tests.gateway import Gateway, Opener, read_stream, small_receive_buffer
-from tests.waiting import wait_until
+from tests.waiting import promised_s, wait_until
 from tidegate.embedded.valkey import ValkeyServer
 
-GONE_WITHIN_S = 0.1
+GONE_WITHIN_S = promised_s(0.1)
 # Between our seeing that all is closed and the test's asking about it, on a busy machine.
 SLACK_S = 0.15
 
@@ -25,14 +25,14 @@ async def _all_closed(gateway: Gateway, left: float) -> None:
             gateway.held == gateway.waiting == 0 and (await gateway.upstream.stats()).in_flight == 0
         )
 
-    await wait_until(closed, 5, "everything closed")
+    await wait_until(closed, 20, "everything closed")
     assert time.monotonic() - left < GONE_WITHIN_S + SLACK_S
 
     async def free() -> bool:
         limits = (await gateway.services.limiter.snapshot()).limits
         return all(view.used == view.waiting == 0 for view in limits.values())
 
-    await wait_until(free, 2, "every permit back in Valkey")
+    await wait_until(free, 20, "every permit back in Valkey")
 
 
 async def test_a_stream_that_waits_too_long_is_a_504_and_calls_nobody(
@@ -44,7 +44,7 @@ async def test_a_stream_that_waits_too_long_is_a_504_and_calls_nobody(
         await gateway.in_flight(1)
         started = time.monotonic()
         refused = await gateway.stream(text="Explain in vain", deadline_ms=150)
-        assert 0.1 <= time.monotonic() - started < 2
+        assert 0.1 <= time.monotonic() - started < promised_s(2)
     assert (refused.status, refused.problem["code"]) == (504, "deadline_exceeded")
     assert refused.headers["content-type"] == "application/problem+json"
     assert int(refused.headers["retry-after"]) >= 1
@@ -65,7 +65,7 @@ async def test_the_deadline_counts_the_classifiers_time_too(open_gateway: Opener
         await gateway.in_flight(1)
         started = time.monotonic()
         refused = await gateway.stream(text="Nice!", deadline_ms=150)
-        assert time.monotonic() - started < 0.8
+        assert time.monotonic() - started < promised_s(0.8)
     assert (refused.status, refused.problem["code"]) == (504, "deadline_exceeded")
 
 
@@ -131,6 +131,17 @@ async def _assert_told_and_recorded(gateway: Gateway, fault: str) -> None:
     await _all_closed(gateway, time.monotonic())
 
 
+async def test_a_stream_under_a_paused_limit_is_told_when_the_pause_ends(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.services.limiter.penalise("kind:text_only", for_ms=60_000, by="ann")
+    late = await gateway.stream(text="Explain the tide", deadline_ms=50)
+    assert (late.status, late.problem["code"]) == (504, "deadline_exceeded")
+    assert 55_000 < late.problem["retry_after_ms"] <= 60_000
+    assert 55 < int(late.headers["retry-after"]) <= 60
+
+
 async def test_a_fault_cuts_a_plain_text_stream_so_that_the_client_notices(
     open_gateway: Opener,
 ) -> None:
@@ -148,14 +159,14 @@ async def test_a_client_that_leaves_while_waiting_leaves_no_waiter(open_gateway:
     async with gateway.open_stream(text="Explain forever"):
         await gateway.in_flight(1)
         waiting = asyncio.create_task(gateway.stream(text="Explain in vain"))
-        await wait_until(lambda: gateway.waiting == 1, 5)
+        await wait_until(lambda: gateway.waiting == 1, 20)
         waiting.cancel()
         left = time.monotonic()
-        await wait_until(lambda: gateway.waiting == 0, 2, "no waiter")
+        await wait_until(lambda: gateway.waiting == 0, 20, "no waiter")
         assert time.monotonic() - left < GONE_WITHIN_S + SLACK_S
-    assert (await gateway.stream(text="Explain freely", deadline_ms=2_000)).names[-1] == "done"
+    assert (await gateway.stream(text="Explain freely", deadline_ms=20_000)).names[-1] == "done"
     assert await gateway.calls("in vain") == []
-    row = await wait_until(lambda: _cancelled(gateway, "in vain"), 5)
+    row = await wait_until(lambda: _cancelled(gateway, "in vain"), 20)
     assert row["admitted_at"] is None
 
 
@@ -219,7 +230,7 @@ async def test_a_client_that_does_not_read_is_cut_and_its_call_closed(
             request_id = response.headers["x-tidegate-request-id"]
             await gateway.in_flight(1)
             await gateway.in_flight(0)
-            await wait_until(lambda: gateway.held == 0, 2, "the permit is free")
+            await wait_until(lambda: gateway.held == 0, 20, "the permit is free")
             streamed = await read_stream(response)
     assert not streamed.ended
     assert "done" not in streamed.names
@@ -268,7 +279,7 @@ async def test_a_stop_ends_what_outlasts_the_grace_in_an_error_and_records_it(
     reading = asyncio.create_task(gateway.stream(text="Explain the tide"))
     await gateway.in_flight(1)
     waiting = asyncio.create_task(gateway.stream(text="Explain in vain"))
-    await wait_until(lambda: gateway.waiting == 1, 5)
+    await wait_until(lambda: gateway.waiting == 1, 20)
     gateway.drain()
     streamed, refused = await reading, await waiting
     assert (streamed.ended, streamed.names[-1]) == (True, "error")
@@ -287,7 +298,7 @@ async def test_many_clients_leaving_at_once_leave_nothing(open_gateway: Opener) 
     gateway = await open_gateway(worker=False)
     await gateway.upstream.set_behaviour(first_byte_ms={"uniform": [0, 60]}, between_ms=20)
     streams = [asyncio.create_task(gateway.stream(text=f"Explain {n}")) for n in range(40)]
-    await wait_until(lambda: sum(stream.done() for stream in streams) >= 8, 10)
+    await wait_until(lambda: sum(stream.done() for stream in streams) >= 8, 20)
     for stream in streams:
         stream.cancel()
     left = time.monotonic()
@@ -298,4 +309,4 @@ async def test_many_clients_leaving_at_once_leave_nothing(open_gateway: Opener) 
         ends = await gateway.database.fetch("SELECT request_id, count(*) FROM audit GROUP BY 1")
         return len(ends) == 40 and all(row["count"] == 1 for row in ends)
 
-    await wait_until(all_recorded, 5, "each of them in the audit, once")
+    await wait_until(all_recorded, 20, "each of them in the audit, once")

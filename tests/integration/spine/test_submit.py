@@ -157,3 +157,17 @@ async def test_bodies_of_any_size_are_kept(large: bool, open_gateway: Opener) ->
     audit = await gateway.audit(request_id)
     assert audit["request"]["prompt"] == "Explain " + " ".join(words)
     assert audit["response"]["text"] == record["text"] == " ".join(words)
+
+
+async def test_a_slash_too_much_leads_to_the_same_place_and_to_no_other_scheme_or_host(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    for path in ("/submit/?a=b", "/llm/submit/?a=b"):
+        async with gateway.http.post(
+            gateway.url + path, json={"data": "Say hello"}, allow_redirects=False
+        ) as response:
+            assert response.status == 307
+            assert response.headers["Location"] == path.replace("/?", "?")
+    async with gateway.http.post(f"{gateway.url}/submit/", json={"data": "Say hello"}) as response:
+        assert response.status == 202

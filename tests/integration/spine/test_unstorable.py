@@ -112,7 +112,7 @@ async def test_a_native_call_with_it_passes_and_is_on_record(open_gateway: Opene
         )
         return rows
 
-    (row,) = await wait_until(recorded, 5, "its record")
+    (row,) = await wait_until(recorded, 20, "its record")
     assert tuple(row) == ("succeeded", "ma\ufffdb", "told")
     usage = await gateway.database.fetch("SELECT model, requests FROM usage_days")
     assert [tuple(row) for row in usage] == [("ma\ufffdb", 1)]

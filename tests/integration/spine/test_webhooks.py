@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
@@ -12,7 +13,9 @@ import pytest
 from aiohttp import web
 
 from tests.gateway import Gateway, Opener
-from tests.integration.spine.receiver import SECRET, Receiver, receiving
+from tests.integration.spine.receiver import SECRET, Received, Receiver, receiving
+from tests.markdown import blocks
+from tests.shapes import differences
 from tests.waiting import wait_until
 from tidegate.jobs import webhook
 from tidegate.jobs.webhook import signature
@@ -32,12 +35,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook, "webhook_wait_ms", lambda tries: 20 if tries < 4 else None)
 
 
+def as_documented(told: Received) -> list[str]:
+    """How a webhook differs from the one that docs/jobs.md shows."""
+    (shown,) = [block.text for block in blocks("docs/jobs.md") if block.language == "http"]
+    head, _, body = shown.partition("\n\n")
+    names = {line.partition(":")[0] for line in head.splitlines()[1:]}
+    return [*(names - set(told.headers)), *differences(json.loads(body), told.event)]
+
+
 async def _settled(gateway: Gateway, request_id: str, state: str = "delivered") -> dict[str, Any]:
     async def shown() -> dict[str, Any] | None:
         found: dict[str, Any] = (await gateway.status(request_id))["webhook"]
         return found if found["state"] == state else None
 
-    found: dict[str, Any] = await wait_until(shown, 10, f"a webhook that is {state}")
+    found: dict[str, Any] = await wait_until(shown, 20, f"a webhook that is {state}")
     return found
 
 
@@ -72,6 +83,7 @@ async def test_the_end_of_a_job_is_told_once_and_signed(
     assert told.is_signed()
     assert told.headers["content-type"] == "application/json"
     assert told.event["type"] == "request.succeeded"
+    assert as_documented(told) == []
     data = told.event["data"]
     assert data["status_url"] == f"/status/{request_id}"
     for name in ("request_id", "status", "type", "model", "attempts", "text", "finish_reason"):
@@ -98,7 +110,7 @@ async def test_every_kind_of_end_is_told(open_gateway: Opener, receiver: Receive
     await gateway.submit(data="Explain the tide")
     await gateway.in_flight(1)
     await gateway.http.delete(f"{gateway.url}/requests/{ids['cancelled']}")
-    await wait_until(lambda: len(receiver.received) == 3, 10)
+    await wait_until(lambda: len(receiver.received) == 3, 20)
     told = {each.event["data"]["request_id"]: each.event for each in receiver.received}
     for status, request_id in ids.items():
         assert told[request_id]["type"] == f"request.{status}"
@@ -151,7 +163,7 @@ async def test_a_receiver_that_does_not_answer_or_answers_without_end_holds_nobo
     gateway = await open_gateway(**SETTINGS | {"webhook_timeout_ms": 200})
     receiver.answers = [silent]
     slow = await gateway.submit(data="Explain the tide", webhook_url=receiver.url)
-    await wait_until(lambda: receiver.received, 10)
+    await wait_until(lambda: receiver.received, 20)
     other = await gateway.submit(data="Explain the moon", webhook_url=receiver.url)
     await _settled(gateway, other)
     shown = await _settled(gateway, slow)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.gateway import Opener
-from tests.waiting import wait_until
+from tests.waiting import promised_s, wait_until
 from tidegate.store.store import Store
 
 
@@ -29,7 +29,7 @@ async def test_running_jobs_finish_and_waiting_ones_are_free_at_once(
         )
         return bool(claimed == 1)
 
-    await wait_until(free, 2, "only the running one is still claimed")
+    await wait_until(free, 20, "only the running one is still claimed")
     assert not stopping.done(), "it is free before the running one has ended"
     await stopping
     assert (await gateway.status(ids[0]))["status"] == "succeeded"
@@ -51,7 +51,7 @@ async def test_what_outlasts_the_grace_is_cut_and_handed_back(open_gateway: Open
     await gateway.in_flight(1)
     started = time.monotonic()
     await gateway.stop_worker()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < promised_s(2)
     stats = await gateway.upstream.stats()
     assert (stats.in_flight, stats["text_only"].client_gone) == (0, 1)
     queued = await gateway.status(request_id)
@@ -79,7 +79,7 @@ async def test_an_end_that_is_being_recorded_is_not_handed_back(
     async def called() -> bool:
         return (await gateway.upstream.stats())["text_only"].finished == 1
 
-    await wait_until(called, 5)
+    await wait_until(called, 20)
     stopping = asyncio.create_task(gateway.stop_worker())
     asyncio.get_running_loop().call_later(0.4, may_finish.set)
     await stopping
@@ -92,7 +92,7 @@ async def test_a_worker_with_nothing_to_do_stops_at_once(open_gateway: Opener) -
     gateway = await open_gateway(shutdown_grace_ms=20_000)
     started = time.monotonic()
     await gateway.stop_worker()
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < promised_s(1.5)
 
 
 async def test_two_workers_share_the_limit_and_call_nothing_twice(open_gateway: Opener) -> None:

@@ -12,7 +12,7 @@ MODEL = "gemini-2.5-flash"
 
 
 def chat(text: str, **more: Any) -> dict[str, Any]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **more}
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}]} | more
 
 
 async def refused(gateway: Gateway, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -26,6 +26,9 @@ async def test_a_job_wraps_calls_of_several_dialects(open_gateway: Opener) -> No
     gemini = {"contents": [{"role": "user", "parts": [{"text": "Say hello"}]}]}
     path = f"/v1beta/models/{MODEL}:generateContent"
     second = await gateway.submit(endpoint=path, body=gemini)
+    third = await gateway.submit(
+        endpoint="/v1/messages", body=chat("Say hello", model="claude-x", max_tokens=50)
+    )
     record = await gateway.end_of(first)
     assert (record["status"], record["type"], record["attempts"]) == ("succeeded", "text_only", 1)
     assert (record["source"], record["model"]) == ("job", MODEL)
@@ -35,7 +38,11 @@ async def test_a_job_wraps_calls_of_several_dialects(open_gateway: Opener) -> No
     assert record["usage"]["output_tokens"] == told > 0
     other = await gateway.end_of(second)
     assert other["answer"]["candidates"][0]["content"]["parts"]
-    assert {call.dialect for call in await gateway.calls()} == {"openai", "gemini"}
+    last = await gateway.end_of(third)
+    assert last["answer"]["content"], last
+    assert last["usage"]["output_tokens"] == last["answer"]["usage"]["output_tokens"] > 0
+    dialects = {call.dialect for call in await gateway.calls()}
+    assert dialects == {"openai", "gemini", "anthropic"}
     (attempt,) = await gateway.attempts(first)
     assert attempt["outcome"] == "succeeded"
     row = await gateway.audit(first)

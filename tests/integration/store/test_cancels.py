@@ -130,7 +130,7 @@ async def test_a_dead_job_whose_end_was_asked_for_can_be_given_a_fresh_start(
     job = await run_one(store)
     await store.cancels.cancel(job.request_id, "default")
     await peek.execute("UPDATE requests SET status = 'dead', claimed_by = NULL")
-    await store.requeue(job.request_id)
+    await store.stuck.requeue(job.request_id)
     assert await store.cancels.cancel_returned() == 0
     again = await claim_one(store)
     await store.running(again, model="m", fence=(1, 2), queue_ms=0)

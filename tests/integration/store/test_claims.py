@@ -131,10 +131,10 @@ async def test_a_dead_workers_jobs_return_and_the_killer_is_dead_after_three_lap
     await claim(victim, 1)
     assert await retaken(judge) == [waiting.request_id]
     assert await peek.fetchval("SELECT max(lapses) FROM requests WHERE status = 'queued'") == 0
-    await judge.requeue(job.request_id)
+    await judge.stuck.requeue(job.request_id)
     assert (await judge.get(job.request_id, "default")).status is Status.QUEUED
     with pytest.raises(NotFound):
-        await judge.requeue(job.request_id)
+        await judge.stuck.requeue(job.request_id)
 
 
 async def retaken(judge: Store) -> list[object]:
@@ -245,11 +245,16 @@ async def test_no_hot_statement_scans_the_queue(
         "retake": [[some["id"]], 3, "{}"],
         "expire_due": ["{}", 1e9],
         "requeue_dead": [some["id"]],
+        "count_stuck": [1_000],
+        "list_dead": [100],
+        "discard_dead": [some["id"]],
         "cancel_queued": [some["id"], "{}"],
         "asked_of_worker": ["w", [some["id"]]],
         "cancel_returned": ["{}"],
         "list_requests": [*LISTED, None, None, None, None, 51, 51],
         "list_reach": [*LISTED, 20_000],
+        "standing_queues": [200, 10_000],
+        "standing_jobs": [10_000],
         "prune_candidates": [now() - timedelta(days=30), 500, ["kept-longer"]],
     }
     for name, arguments in hot.items():

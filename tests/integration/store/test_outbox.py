@@ -104,7 +104,7 @@ async def test_two_senders_never_have_the_same_one_and_a_lost_one_is_due_again(
     assert await stores[0].outbox.claim(10, 200) == []
     for delivery in claimed[1:]:
         await stores[1].outbox.settle(delivery, "delivered", answer_status=200)
-    (again,) = await wait_until(lambda: stores[1].outbox.claim(10, LEASE_MS), 5)
+    (again,) = await wait_until(lambda: stores[1].outbox.claim(10, LEASE_MS), 20)
     assert again == replace(claimed[0], tries=2)
     # The first sender was only slow: what it says now counts no more.
     await stores[0].outbox.settle(claimed[0], "given_up", problem="too late")

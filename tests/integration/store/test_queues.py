@@ -74,7 +74,7 @@ async def stray(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> No
 
 async def requeue(holder: Store, peek: asyncpg.Connection, job: ClaimedJob) -> None:
     await peek.execute(DEAD, job.request_id)
-    await holder.requeue(job.request_id)
+    await holder.stuck.requeue(job.request_id)
 
 
 async def by_hand(_holder: Store, peek: asyncpg.Connection, job: ClaimedJob) -> None:

@@ -76,7 +76,7 @@ async def test_a_batch_that_comes_twice_counts_once(store: Store, peek: asyncpg.
     same = [record(number) for number in range(20)]
     for one in (*same, *same, record(20)):
         store.relayed.put(one)
-    await wait_until(lambda: peek.fetchval("SELECT count(*) = 21 FROM audit"), 5)
+    await wait_until(lambda: peek.fetchval("SELECT count(*) = 21 FROM audit"), 20)
     assert await totals_are_the_sums(peek) == 21
 
 
@@ -132,7 +132,7 @@ async def test_nonsense_of_a_provider_loses_nobodys_record(store: Store) -> None
         store.relayed.put(record(6, charge=charge, model="m"))
     for _ in range(2):
         store.relayed.put(record(4, charge=wild, model="m"))
-    rows = await wait_until(lambda: _totals(store), 10, "the record of all five")
+    rows = await wait_until(lambda: _totals(store), 20, "the record of all five")
     assert {name: rows["t0"][name] for name in ("requests", "input_tokens", "cost_micros")} == {
         "requests": 3,
         "input_tokens": 5,

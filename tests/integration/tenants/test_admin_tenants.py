@@ -143,7 +143,7 @@ async def test_no_key_is_ever_in_the_log(open_gateway: Opener, lines: Lines) -> 
     def is_done() -> bool:
         return any(line["request_id"] == request_id for line in named("job_done"))
 
-    await wait_until(is_done, 10, "the job's line")
+    await wait_until(is_done, 20, "the job's line")
     done = [line for line in named("request_done") if line["path"] == "/submit"]
     assert (done[0]["key_id"], done[0]["tenant"]) == (made.prefix, "default")
     assert secret not in str(lines())

@@ -12,7 +12,7 @@ import pytest
 from tests.gateway import PNG, Opener
 from tests.integration.tenants.asking import ask, key_of, submitted
 from tests.waiting import wait_until
-from tidegate.store import queued
+from tidegate.store import queued, relayed
 
 
 async def test_a_priority_over_the_cap_is_lowered_to_it(open_gateway: Opener) -> None:
@@ -30,7 +30,7 @@ async def test_a_priority_over_the_cap_is_lowered_to_it(open_gateway: Opener) ->
             "SELECT priority FROM requests WHERE source = 'stream'"
         )
 
-    assert await wait_until(recorded, 5, "the stream's record") == -5
+    assert await wait_until(recorded, 20, "the stream's record") == -5
 
 
 async def test_only_allowed_models_may_be_asked(open_gateway: Opener) -> None:
@@ -98,7 +98,7 @@ async def test_the_cap_on_queued_jobs_holds_over_two_processes(
     async def has_room() -> bool:
         return (await burst(acme))[202] > 0
 
-    await wait_until(has_room, 5, "room that was noticed")
+    await wait_until(has_room, 20, "room that was noticed")
     count = "SELECT count(*) FROM requests WHERE tenant_id = 'acme' AND status = 'queued'"
     assert await first.database.fetchval(count) == 7
 
@@ -177,9 +177,23 @@ async def test_open_streams_are_capped_and_a_closed_one_makes_room(open_gateway:
     async def has_room() -> bool:
         return (await ask(gateway, "POST", "/stream", headers, body))[0] == 200
 
-    await wait_until(has_room, 5, "room for a stream")
+    await wait_until(has_room, 20, "room for a stream")
     for bad in ({"text": ""}, {"nothing": "x"}):
         assert (await ask(gateway, "POST", "/stream", headers, bad))[0] == 400
+    assert repr(gateway.services.openings) == "<Openings streams=0 polls=0>"
+
+
+async def test_a_stream_that_the_record_had_no_room_for_is_not_open(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    headers = await key_of(gateway, "acme", most_streams=1)
+    headers |= {"x-tidegate-deadline-ms": "50"}
+    words = [{"role": "user", "content": "Hi"}]
+    url, body = f"{gateway.url}/v1/chat/completions", {"model": "m", "messages": words}
+    monkeypatch.setattr(relayed, "MAX_WAITING", 0)
+    async with gateway.http.post(url, json=body | {"stream": True}, headers=headers) as full:
+        assert full.status == 503
     assert repr(gateway.services.openings) == "<Openings streams=0 polls=0>"
 
 
@@ -188,10 +202,10 @@ async def test_long_polls_are_capped_and_plain_looks_are_not(open_gateway: Opene
     headers = await key_of(gateway, "acme", most_long_polls=1)
     request_id = await submitted(gateway, headers)
     polling = asyncio.create_task(ask(gateway, "GET", f"/status/{request_id}?wait=30", headers))
-    await wait_until(lambda: "polls=1" in repr(gateway.services.openings), 5, "the long poll")
+    await wait_until(lambda: "polls=1" in repr(gateway.services.openings), 20, "the long poll")
     status, answer = await ask(gateway, "GET", f"/status/{request_id}?wait=30", headers)
     assert (status, answer["limit"]) == (429, "most_long_polls")
     assert (await ask(gateway, "GET", f"/status/{request_id}", headers))[0] == 200
     polling.cancel()
     await asyncio.gather(polling, return_exceptions=True)
-    await wait_until(lambda: "polls=0" in repr(gateway.services.openings), 5, "its end")
+    await wait_until(lambda: "polls=0" in repr(gateway.services.openings), 20, "its end")

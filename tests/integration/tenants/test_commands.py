@@ -20,7 +20,7 @@ async def test_a_tenant_and_a_key_from_the_terminal(open_gateway: Opener) -> Non
     assert (made.code, made.complained) == (0, "")
     assert "  limits  rpm:tenant/acme: 60 requests a minute" in made.said
     assert "  may     ask gemini-2.5-*" in made.said
-    await wait_until(lambda: gateway.services.limiter.policy.weights == {"acme": 4}, 1, "weights")
+    await wait_until(lambda: gateway.services.limiter.policy.weights == {"acme": 4}, 20, "weights")
 
     created = await tidegate(gateway, "keys", "create", "--tenant", "acme", "--name", "ci")
     assert created.code == 0
@@ -52,7 +52,7 @@ async def test_a_tenant_and_a_key_from_the_terminal(open_gateway: Opener) -> Non
     async def is_refused() -> bool:
         return (await ask(gateway, "POST", "/submit", headers, {"data": "Explain"}))[0] == 401
 
-    await wait_until(is_refused, 1, "the end of the key")
+    await wait_until(is_refused, 20, "the end of the key")
     assert "revoked" in (await tidegate(gateway, "keys", "list", "--tenant", "acme")).said
 
 

@@ -20,11 +20,12 @@ async def test_requests_files_and_status_are_the_owners_alone(open_gateway: Open
         _, body = await ask(gateway, "GET", f"/status/{picture_id}?wait=5", acme)
         return bool(body["status"] == "succeeded")
 
-    await wait_until(ended, 10, "the picture")
+    await wait_until(ended, 20, "the picture")
     _, mine = await ask(gateway, "GET", f"/status/{request_id}", acme)
     _, picture = await ask(gateway, "GET", f"/status/{picture_id}", acme)
     urls = [mine["files"][0]["url"], picture["images"][0]["url"]]
     paths = [f"/status/{request_id}", f"/status/{request_id}?wait=1", *urls]
+    paths.append(f"/requests/{request_id}/why")
     for prefix in ("", "/llm"):
         for path in paths:
             assert (await ask(gateway, "GET", prefix + path, acme))[0] == 200, path
@@ -64,7 +65,7 @@ async def test_a_tenants_own_limit_holds_up_its_jobs_alone(open_gateway: Opener)
         _, body = await ask(gateway, "GET", f"/status/{free}?wait=5", other)
         return bool(body["status"] == "succeeded")
 
-    await wait_until(done, 10, "the other tenant's job")
+    await wait_until(done, 20, "the other tenant's job")
     assert (await ask(gateway, "GET", f"/status/{held}", acme))[1]["status"] == "queued"
     assert len(await gateway.calls()) == 2
 
@@ -86,7 +87,7 @@ async def test_the_classifiers_question_takes_its_tenants_turn(open_gateway: Ope
         ]
         return bool(seen)
 
-    await wait_until(asked, 5, "the question")
+    await wait_until(asked, 20, "the question")
     assert seen == ["acme"]
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)

@@ -24,7 +24,7 @@ async def waited_for(gateway: Gateway) -> None:
     async def waits() -> bool:
         return "polls=2" in repr(gateway.services.openings)
 
-    await wait_until(waits, 5, "two who wait")
+    await wait_until(waits, 20, "two who wait")
 
 
 @pytest.mark.parametrize("change", ["revoked", "disabled"])

@@ -274,6 +274,14 @@ def test_messages_are_one_bounded_line_without_keys() -> None:
     assert len(message) < 510
 
 
+def test_a_key_that_the_provider_has_masked_itself_is_not_told_either() -> None:
+    said = "Incorrect API key provided: sk-proj-**********wxyz. You can find your key at h"
+    assert faults.clean(said, "s3cret") == (
+        "Incorrect API key provided: *** You can find your key at h"
+    )
+    assert len(faults.clean("*** " + "y" * 1_000_000, "s3cret")) < 510
+
+
 @given(JSON, st.integers(100, 599))
 def test_no_error_body_of_any_shape_breaks_the_table(body: Any, status: int) -> None:
     error = body if isinstance(body, dict) else {"details": body, "message": body}

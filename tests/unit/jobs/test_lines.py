@@ -37,6 +37,6 @@ async def test_lines_are_the_same_however_the_file_comes(size: int) -> None:
 async def test_a_line_that_is_too_long_ends_early_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(batch_runner, "_LONGEST_LINE_BYTES", 10)
+    monkeypatch.setattr(batch_runner, "LONGEST_BYTES", 10)
     given = [b"x" * 7] * 9 + [b"x\n" + b"y" * 10 + b"\n", b"z" * 30 + b"\nz"]
     assert await cut(given) == [b"x" * 10, b"y" * 10, b"z" * 10, b"z"]

@@ -27,7 +27,9 @@ FRAGMENTS = sorted(
     if entry.name.endswith(".lua")
 )
 LUA = "\n".join(fragment(name) for name in FRAGMENTS)
-SCRIPTS: tuple[ScriptName, ...] = ("sync", "tend", "renew", "inspect", "place", "act")
+SCRIPTS: tuple[ScriptName, ...] = (
+    *("sync", "tend", "renew", "inspect", "place", "act", "rights", "notes"),
+)
 WORDS = {"does", "keys", "args", "returns", "units"}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.errors import ConfigError, NotFound
+from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.policy.edits import edit
 
 BEFORE: dict[str, Any] = {
@@ -59,3 +59,14 @@ def test_the_limit_of_a_kind_cannot_be_removed() -> None:
     for key in ("kind:text_only", "limits.kind:text_only"):
         with pytest.raises(ConfigError, match="0 lets nobody in"):
             edit({}, [key])(BEFORE)
+
+
+def test_a_change_of_what_is_not_in_force_any_more_is_refused() -> None:
+    now: dict[str, Any] = {"limits": {"kind:text_only": 7, "rpm:total": {"bound": 60}}}
+    wrong = {"kind:text_only": 5, "rpm:total": 60, "weights.acme": 2}
+    for key, value in wrong.items():
+        with pytest.raises(PolicyChanged) as refused:
+            edit({"kind:text_only": 8}, expected={key: value})(now)
+        assert refused.value.field in (key, f"limits.{key}")
+    expected = {"kind:text_only": 7, "rpm:total": {"bound": 60}, "weights.acme": None}
+    assert edit({"kind:text_only": 8}, expected=expected)(now)["limits"]["kind:text_only"] == 8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,6 +16,7 @@ from tidegate.limiter.limits import PoolPolicy
 from tidegate.policy import revisions
 from tidegate.policy.plain import Plain, digest, to_plain
 from tidegate.policy.revisions import Conflict, Decision, Found, Origin, Revision, differences
+from tidegate.policy.tenancy import share_edit, with_tenants
 
 
 def plain(limit: int) -> Plain:
@@ -43,9 +46,10 @@ class Pool:
             self.found = decision.force.pool_policy
         return decision
 
-    def start(self, limit: int) -> Decision:
-        wanted = plain(limit)
-        deployed = {r.digest for r in self.record if r.origin is Origin.DEPLOYMENT}
+    def start(self, limit: int, **more: Any) -> Decision:
+        """`more`: limits of tenants that the deployment's file names too."""
+        wanted = {"limits": {**plain(limit)["limits"], **more.pop("limits", {})}, **more}
+        deployed = {r.asked_digest for r in self.record if r.origin is Origin.DEPLOYMENT}
         seen = digest(wanted) in deployed
         return self.take(revisions.start(self.head, seen, Found(self.found), wanted, "api-1"))
 
@@ -53,6 +57,29 @@ class Pool:
         return self.take(
             revisions.change(
                 self.head, Found(self.found), lambda _: plain(limit), set_by="ann", reason="more"
+            )
+        )
+
+    def give(self, tenant: str, **share: Any) -> Decision:
+        """As `tidegate tenants set` does."""
+        edit = share_edit(tenant, **share)
+        assert edit is not None
+        return self.take(
+            revisions.change(self.head, Found(self.found), edit, set_by="ann", reason="")
+        )
+
+    def deploy_again(self, limit: int) -> Decision:
+        """As `tidegate limits set --deployed` does."""
+        wanted = plain(limit)
+        return self.take(
+            revisions.change(
+                self.head,
+                Found(self.found),
+                partial(with_tenants, wanted),
+                set_by="ann",
+                reason="",
+                origin=Origin.DEPLOYMENT,
+                asked=digest(wanted),
             )
         )
 
@@ -102,6 +129,53 @@ def test_what_was_set_live_stays_whatever_is_deployed() -> None:
         assert pool.limit == 3
     assert pool.start(3).conflict is None
     assert len(pool.record) == 2
+
+
+def test_what_a_tenant_was_given_stays_and_new_deployments_still_win() -> None:
+    pool = new_pool(5)
+    pool.start(5)
+    pool.give("acme", weight=4, limits={"tenant:acme": 2})
+    assert (pool.head, pool.found.weights) == (pool.record[-1], {"acme": 4})
+    assert pool.start(5).conflict is None
+    assert pool.start(7).conflict is None
+    assert pool.limit == 7
+    assert pool.start(5).conflict is Conflict.OLDER
+    assert (pool.found.weights, pool.found.bound("tenant:acme")) == ({"acme": 4}, 2)
+    pool.give("acme", limits={"tenant:acme": None})
+    assert pool.start(7).conflict is None
+    assert "tenant:acme" not in pool.found.limits
+
+
+def test_what_a_file_says_of_a_tenant_is_the_files() -> None:
+    pool = new_pool(5)
+    pool.start(5, limits={"tenant:acme": 3})
+    pool.give("other", weight=2)
+    pool.give("acme", limits={"tenant:acme": 9})
+    assert pool.start(5, limits={"tenant:acme": 3}).conflict is Conflict.OLDER
+    assert pool.found.bound("tenant:acme") == 9
+    pool.start(5, limits={"tenant:acme": 4})
+    assert (pool.found.bound("tenant:acme"), pool.found.weights) == (4, {"other": 2})
+
+
+def test_where_no_tenant_was_given_anything_a_file_takes_away_what_it_gave() -> None:
+    pool = new_pool(5)
+    pool.start(5, limits={"tenant:acme": 3}, weights={"acme": 2})
+    pool.start(5, weights={"other": 3})
+    assert ("tenant:acme" in pool.found.limits, pool.found.weights) == (False, {"other": 3})
+
+
+def test_to_go_back_to_the_deployments_policy_takes_nothing_from_tenants() -> None:
+    pool = new_pool(5)
+    pool.start(5)
+    pool.set(3)
+    pool.give("acme", weight=4, limits={"rpm:tenant/acme": 60})
+    assert pool.start(8).conflict is Conflict.LIVE
+    pool.deploy_again(8)
+    assert (pool.limit, pool.found.weights) == (8, {"acme": 4})
+    assert "rpm:tenant/acme" in pool.found.limits
+    assert pool.start(8).conflict is None
+    assert pool.start(9).conflict is None
+    assert (pool.limit, pool.found.weights) == (9, {"acme": 4})
 
 
 def test_a_person_may_go_back_to_the_deployments_policy_and_new_ones_win_again() -> None:

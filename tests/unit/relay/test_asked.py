@@ -10,8 +10,8 @@ import pytest
 from tests.unit.demand.pictures import png
 from tidegate.call import Kind
 from tidegate.demand.pieces import Modality
-from tidegate.errors import InvalidRequest
-from tidegate.relay.asked import Asked, asked_of, parsed
+from tidegate.errors import InvalidRequest, PayloadTooLarge
+from tidegate.relay.asked import MOST_PARTS, Asked, asked_of, has_too_many_parts, parsed
 from tidegate.relay.paths import Dialect, endpoint_of
 
 PICTURE = b64encode(png(1000, 800)).decode()
@@ -119,6 +119,9 @@ def test_an_input_of_token_numbers_counts_each() -> None:
         (chat(stream=True), True, True),
         (chat(stream=True, stream_options={"include_usage": True}), True, False),
         (chat(stream=True, stream_options={"include_usage": False}), True, True),
+        (chat(stream=True, stream_options=None), True, True),
+        (chat(stream=True, stream_options={"include_usage": "yes"}), True, False),
+        (chat(stream=True, stream_options="all"), True, False),
         (chat(), False, False),
         (asked("/v1/responses", {"model": "m", "stream": True}), True, False),
         (gemini("streamGenerateContent"), True, False),
@@ -148,3 +151,15 @@ def test_depth_and_unknown_fields_are_no_fault() -> None:
         deep = {"next": [deep]}
     found = chat(messages=[], field_of_next_year=deep)
     assert found.kind is Kind.TEXT_ONLY
+
+
+def test_parts_are_counted_outside_of_texts_alone() -> None:
+    most = b"[" + b"0," * (MOST_PARTS - 1)
+    assert not has_too_many_parts(most)
+    assert has_too_many_parts(most + b"[")
+    assert has_too_many_parts(b'["' + b",[{" * 9 + b'\\\\",' + most)
+    for text in (b",[{" * MOST_PARTS, b'\\",' * MOST_PARTS, b"\\\\" * MOST_PARTS + b'\\",' * 9):
+        assert not has_too_many_parts(b'{"a":"' + text + b'"}')
+        assert not has_too_many_parts(b'{"a":"' + text)
+    with pytest.raises(PayloadTooLarge, match="too many values"):
+        parsed(most + b"0,0]")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from chaos.history import (
+from tidegate.providers.emulator.ledger import LoggedCall
+from tidegate.rehearse.history import (
     NS,
     Curve,
     Event,
@@ -18,7 +19,6 @@ from chaos.history import (
     waste,
     window_maximum,
 )
-from tidegate.providers.emulator.ledger import LoggedCall
 
 LIMIT = "kind:text_only"
 

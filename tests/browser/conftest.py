@@ -1,0 +1,23 @@
+"""Servers that the dashboard's tests may pause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.clusters import copied
+from tidegate.embedded.valkey import ValkeyServer
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ValkeyServer, Any]]:
+    valkey = ValkeyServer(tmp_path_factory.mktemp("valkey"))
+    postgres = copied(tmp_path_factory.mktemp("postgres"), {"fsync": "off"})
+    valkey.start()
+    postgres.start()
+    yield valkey, postgres
+    for server in (valkey, postgres):
+        server.resume()
+        server.stop()

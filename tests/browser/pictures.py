@@ -1,0 +1,77 @@
+"""The traffic that the pictures of docs/dashboard.md show, and how a chart's picture is read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tests.browser.stage import Stage
+from tests.waiting import work_for
+
+# Whether a chart of these values, some of them none, has anything in its colour.
+DRAWS = """async (values) => {
+    const { chart } = await import(new URL("static/chart.js", document.baseURI));
+    const one = chart("Waits", [["p50", "--accent"]], String, { signal: AbortSignal.any([]) });
+    document.getElementById("main").replaceChildren(one.element);
+    one.update(values.map((_, at) => at * 60), [values]);
+    const isColoured = (pixel) => pixel[3] > 200 && pixel[2] - pixel[0] > 60;
+    for (let frame = 0; frame < 60; frame += 1) {
+        await new Promise(requestAnimationFrame);
+        const canvas = one.element.querySelector("canvas");
+        if (canvas === null) continue;
+        const { width, height } = canvas;
+        const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+        for (let at = 0; at < data.length; at += 4)
+            if (isColoured(data.subarray(at, at + 4))) return true;
+    }
+    return false;
+}"""
+
+
+@asynccontextmanager
+async def under_traffic(stage: Stage) -> AsyncIterator[None]:
+    """Several tenants' calls, some of which go wrong, and a limit that somebody has paused, for the
+    pictures: minutes of it at first."""
+    running = stage.gateway
+    tenants = running.services.store.tenants
+    await running.upstream.set_behaviour(
+        first_byte_ms={"lognormal": [250, 0.5]}, between_ms={"uniform": [5, 30]}
+    )
+    for fault, probability in (("throttled_bare", 0.02), ("unavailable", 0.03)):
+        await running.upstream.set_fault(fault, probability=probability)
+    changes = {"kind:text_only": 5, "weights.acme": 4, "weights.globex": 2}
+    admin = {"x-api-key": stage.key}
+    async with running.http.patch(
+        f"{running.url}/admin/limits", json={"set": changes}, headers=admin
+    ) as answer:
+        assert answer.status == 200
+    await running.services.limiter.penalise(
+        "kind:image_generation", for_ms=560_000, by="ann", reason="quota is used up"
+    )
+    names = ("acme", "globex", "initech", "umbrella")
+    keys = []
+    for name in names:
+        await tenants.set(name, {}, by="pictures")
+        keys.append((await tenants.create_key(name))[1].text)
+
+    async def calls() -> None:
+        for number in range(1_000_000):
+            body = {"data": f"Explain tide {number}"}
+            if number % 60 == 7:
+                body = {"data": f"Generate an image of a fox {number}"}
+            headers = {"x-api-key": keys[(0, 0, 0, 0, 1, 1, 2, 2, 3, 1)[number * 7 % 10]]}
+            async with running.http.post(
+                f"{running.url}/submit", json=body, headers=headers
+            ) as answer:
+                assert answer.status == 202
+            await work_for(0.02 if number // 150 % 2 else 0.13)
+
+    calling = asyncio.create_task(calls())
+    await work_for(8 if stage.pictured else 240)
+    stage.pictured = True
+    try:
+        yield
+    finally:
+        calling.cancel()
+        await running.upstream.clear_faults()

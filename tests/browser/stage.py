@@ -1,0 +1,120 @@
+"""A gateway and a browser for the tests of the dashboard, and a page that remembers complaints."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import Browser, Page, expect
+
+from tests.gateway import Gateway
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.valkey import ValkeyServer
+
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+PATIENCE_MS = 20_000
+TEXT = "[data-limit='kind:text_only']"
+POLICY = """
+[limits]
+"kind:text_only" = 2
+"rpm:total" = 1200
+"tpm:total" = 400_000
+
+[upstreams.gemini.prices]
+"*" = { input = 0.30, output = 2.50, image = 0.04 }
+"""
+Colours = Literal["light", "dark"]
+
+
+@dataclass(slots=True)
+class Stage:
+    """A gateway whose stores a test may pause, and a browser. `key` opens the dashboard."""
+
+    gateway: Gateway
+    valkey: ValkeyServer
+    postgres: PostgresServer
+    browser: Browser
+    key: str
+    pictured: bool = False
+
+    async def submit(self, count: int) -> list[str]:
+        return [await self.gateway.submit(data=f"Explain tide {n}") for n in range(count)]
+
+    async def native(self, text: str, deadline_ms: int = 20_000) -> int:
+        """The status of a native call's answer."""
+        url = f"{self.gateway.url}/v1/chat/completions"
+        body = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": text}]}
+        within = {"x-tidegate-deadline-ms": str(deadline_ms)}
+        async with self.gateway.http.post(url, json=body, headers=within) as response:
+            await response.read()
+            return response.status
+
+    async def slow(self, ms: int) -> None:
+        """How long the provider thinks before it answers, from now on."""
+        await self.gateway.upstream.set_behaviour(first_byte_ms=ms)
+
+
+@dataclass(slots=True)
+class Seen:
+    """A page, and what it complained about."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    expected: tuple[str, ...] = ()
+
+    def keep(self, kind: str, text: str) -> None:
+        if kind in ("error", "warning") and not any(one in text for one in self.expected):
+            self.complaints.append(text)
+
+    async def is_within(self) -> bool:
+        """Whether nothing is wider than the window."""
+        return bool(
+            await self.page.evaluate(
+                "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+            )
+        )
+
+    async def is_accessible(self) -> None:
+        """axe finds nothing."""
+        found = await Axe().run(self.page)
+        assert found.violations_count == 0, found.generate_report()
+
+    def limit(self, part: str, limit: str = TEXT) -> Any:
+        return self.page.locator(f"{limit} .limit-{part}")
+
+
+@asynccontextmanager
+async def opened(
+    stage: Stage,
+    path: str = "/",
+    *,
+    width: int = 1360,
+    colours: Colours = "light",
+    signed_in: bool = True,
+    expected: tuple[str, ...] = (),
+) -> AsyncIterator[Seen]:
+    """A view in a fresh profile; its console says nothing but what is `expected`."""
+    profile = await stage.browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=colours
+    )
+    profile.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    if signed_in:
+        await profile.add_init_script(f"sessionStorage.setItem('tidegate.key', '{stage.key}')")
+    page = await profile.new_page()
+    seen = Seen(page, expected=expected)
+    page.on("console", lambda said: seen.keep(said.type, said.text))
+    page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+    try:
+        await page.goto(f"{stage.gateway.url}/dashboard/#{path}")
+        yield seen
+        assert seen.complaints == []
+    finally:
+        await profile.close()

@@ -1,0 +1,389 @@
+"""The dashboard in a real browser, on a real gateway: what it shows, does, and says when it can't.
+
+With TIDEGATE_SCREENSHOTS set, the pictures of docs/dashboard.md are taken anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import async_playwright, expect
+
+from tests.browser.pictures import under_traffic
+from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Colours, Stage, opened
+from tests.gateway import gateway
+from tests.waiting import wait_until
+from tidegate.call import Scope
+from tidegate.dashboard import feed
+from tidegate.dashboard.rollup import count
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.valkey import ValkeyServer
+from tidegate.observed import Observed
+from tidegate.relay.health import FAULTS
+from tidegate.store.history import Span, Tally
+from tidegate.store.migrate import migrate
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(
+    stores: tuple[ValkeyServer, PostgresServer], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Stage]:
+    """One gateway with a worker, two calls of text at once, and one browser, for all tests."""
+    valkey, postgres = stores
+    folder = tmp_path_factory.mktemp("dashboard")
+    (folder / "tidegate.toml").write_text(POLICY)
+    await migrate(postgres.url())
+    settings: dict[str, Any] = {
+        "redis_url": valkey.url,
+        "database_url": postgres.url(),
+        "claim_lease_ms": 20_000,
+        "first_byte_timeout_ms": 60_000,
+        "idle_timeout_ms": 60_000,
+        "auth": "on",
+        "tidegate_policy": folder / "tidegate.toml",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "LIVE_EVERY_S", 0.1)
+        patch.setattr(feed, "PAST_EVERY_S", 0.1)
+        patch.setattr("tidegate.dashboard.past.RECORD_EVERY_S", 0.2)
+        async with (
+            gateway(folder / "data", **settings) as running,
+            async_playwright() as playwright,
+        ):
+            tenants = running.services.store.tenants
+            _, made = await tenants.create_key("default", scopes=list(Scope))
+            running.http.headers["x-api-key"] = made.text
+            chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+            yield Stage(running, valkey, postgres, chromium, made.text)
+            await chromium.close()
+
+
+async def test_the_numbers_move_with_real_traffic(stage: Stage) -> None:
+    await stage.slow(1_500)
+    async with opened(stage) as seen:
+        await expect(seen.page.locator("#live")).to_have_text("Live")
+        await expect(seen.limit("used")).to_contain_text("0 / 2")
+        ids = await stage.submit(5)
+        await expect(seen.limit("used")).to_contain_text("2 / 2")
+        await stage.gateway.in_flight(2)
+        await expect(seen.limit("waiting").locator(".figures")).to_have_text("3")
+        await expect(seen.limit("state")).to_have_text("Full")
+        meter = seen.page.get_by_role("meter", name="kind:text_only")
+        assert await meter.get_attribute("aria-valuetext") == "2 of 2 used"
+        await expect(seen.page.locator("[data-tenant='default']")).to_contain_text("3")
+        tiles = seen.page.locator(".tile")
+        await expect(tiles.filter(has_text="Waiting")).to_contain_text("3")
+        await stage.slow(0)
+        for request_id in ids:
+            await stage.gateway.end_of(request_id)
+        await expect(seen.limit("used")).to_contain_text("0 / 2")
+        await expect(seen.page.locator("[aria-label='Spend']")).to_contain_text("requests")
+        process = seen.page.get_by_role("row", name="worker")
+        await expect(process.get_by_text("Lives")).to_be_visible()
+
+
+async def test_changing_a_limit_takes_effect_at_the_limiter(stage: Stage) -> None:
+    async with opened(stage) as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Change kind:text_only").click()
+        dialog = page.get_by_role("dialog", name="Change kind:text_only")
+        await dialog.get_by_label("New limit").fill("many")
+        await seen.is_accessible()
+        seen.expected = ("400",)
+        await dialog.get_by_role("button", name="Change the limit").click()
+        await expect(dialog.get_by_role("alert")).to_contain_text("must be a whole number")
+        await dialog.get_by_label("New limit").fill("4")
+        await dialog.get_by_label("Reason").fill("a test")
+        await dialog.get_by_role("button", name="Change the limit").click()
+        await expect(dialog).to_be_hidden()
+        await expect(page.locator(".toast")).to_contain_text("kind:text_only is 4 from now on")
+        await expect(seen.limit("used")).to_contain_text("0 / 4")
+        services = stage.gateway.services
+        assert services.limiter.policy.bound("kind:text_only") == 4
+        (newest,) = await services.keeper.history(1)
+        assert (newest.set_by, newest.reason) == ("dashboard", "a test")
+        async with stage.gateway.http.put(
+            f"{stage.gateway.url}/admin/limits/kind:text_only", json={"limit": 2}
+        ) as answer:
+            assert answer.status == 200
+        await expect(seen.limit("used")).to_contain_text("0 / 2")
+
+
+async def test_what_another_operator_has_changed_is_not_overwritten(stage: Stage) -> None:
+    change = f"{stage.gateway.url}/admin/limits/kind:multi_modal"
+    async with opened(stage) as seen:
+        await seen.page.get_by_role("button", name="Change kind:multi_modal").click()
+        dialog = seen.page.get_by_role("dialog", name="Change kind:multi_modal")
+        async with stage.gateway.http.put(change, json={"limit": 7}) as answer:
+            assert answer.status == 200
+        await dialog.get_by_label("New limit").fill("8")
+        seen.expected = ("409",)
+        await dialog.get_by_role("button", name="Change the limit").click()
+        await expect(dialog.get_by_role("alert")).to_contain_text("is 7 now")
+        assert stage.gateway.services.limiter.policy.bound("kind:multi_modal") == 7
+    async with stage.gateway.http.put(change, json={"limit": 3}) as answer:
+        assert answer.status == 200
+
+
+async def test_a_pause_by_keyboard_holds_calls_up_until_it_is_resumed(stage: Stage) -> None:
+    async with opened(stage) as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Pause kind:text_only").focus()
+        await page.keyboard.press("Enter")
+        await page.keyboard.press("Escape")
+        await expect(page.locator("dialog")).to_have_count(0)
+        await expect(page.get_by_role("button", name="Pause kind:text_only")).to_be_focused()
+        await page.keyboard.press("Enter")
+        for _ in range(3):  # past the length and the reason, and over Cancel
+            await page.keyboard.press("Tab")
+        await page.keyboard.press("Enter")
+        await expect(seen.limit("state")).to_contain_text("Paused")
+        await expect(seen.limit("state")).to_contain_text("dashboard")
+        (request_id,) = await stage.submit(1)
+        await expect(seen.limit("waiting").locator(".figures")).to_have_text("1")
+        assert (await stage.gateway.upstream.stats()).in_flight == 0
+        await page.get_by_role("button", name="Resume kind:text_only").press("Enter")
+        await page.get_by_role("dialog").get_by_role("button", name="Resume").click()
+        await expect(page.locator(".toast").last).to_contain_text("lets calls in again")
+        assert (await stage.gateway.end_of(request_id))["status"] == "succeeded"
+
+
+async def test_a_tenants_weight_is_changed_where_its_queue_is_seen(stage: Stage) -> None:
+    await stage.slow(1_500)
+    async with opened(stage) as seen:
+        ids = await stage.submit(3)
+        await seen.page.get_by_role("button", name="Change the weight of default").click()
+        dialog = seen.page.get_by_role("dialog")
+        await dialog.get_by_label("Weight").fill("7")
+        await dialog.get_by_role("button", name="Change the weight").click()
+        await expect(seen.page.locator("[data-tenant='default'] td").nth(2)).to_have_text("7")
+        assert stage.gateway.services.limiter.policy.weights == {"default": 7}
+        await stage.slow(0)
+        for request_id in ids:
+            await stage.gateway.end_of(request_id)
+
+
+async def test_an_upstream_that_one_process_leaves_out_is_told_with_its_name(stage: Stage) -> None:
+    gateway = stage.gateway
+    await gateway.upstream.set_fault("unavailable")
+    try:
+        await asyncio.gather(*(stage.native("Hi", 500) for _ in range(FAULTS)))
+        async with opened(stage) as seen:
+            upstream = seen.page.locator("[data-upstream=gemini]")
+            await expect(upstream.locator(".badge")).to_contain_text("in 1 of 2")
+            await expect(upstream).to_contain_text("api ")
+            await seen.is_accessible()
+            await seen.page.set_viewport_size({"width": 400, "height": 800})
+            assert await seen.is_within()
+            await gateway.upstream.clear_faults()
+
+            async def answers() -> bool:
+                return await stage.native("Hi", 500) == 200
+
+            await wait_until(answers, 15, "it is tried again")
+            await expect(upstream.locator(".badge")).to_have_text("Answers")
+    finally:
+        await gateway.upstream.clear_faults()
+
+
+async def test_a_dead_job_is_requeued_and_another_discarded(stage: Stage) -> None:
+    await stage.gateway.services.limiter.penalise("kind:text_only", by="test")
+    try:
+        first, second = await stage.submit(2)
+        await stage.gateway.database.execute(
+            "UPDATE requests SET status = 'dead', claim = claim + 1, claimed_by = NULL,"
+            " finished_at = now(), failure = $1 WHERE status IN ('queued', 'running')",
+            '{"code": "worker_lost", "message": "its workers died"}',
+        )
+    finally:
+        await stage.gateway.services.limiter.resume("kind:text_only", by="test")
+    async with opened(stage, "/requests") as seen:
+        page = seen.page
+        await page.get_by_role("link", name="Attention (2)").click()
+        row = page.locator(f"[data-request='{first}']")
+        await expect(row).to_contain_text("its workers died")
+        await seen.is_accessible()
+        await row.get_by_role("button", name="Requeue").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Requeue").click()
+        await expect(row).to_have_count(0)
+        await expect(page.get_by_role("link", name="Attention (1)")).to_be_visible(timeout=5_000)
+        await page.locator(f"[data-request='{second}']").get_by_text("Discard").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Discard").click()
+        await expect(page.get_by_text("No dead jobs")).to_be_visible()
+        assert (await stage.gateway.end_of(first))["status"] == "succeeded"
+        assert (await stage.gateway.status(second))["status"] == "cancelled"
+
+
+async def test_nothing_is_shown_without_a_key_and_a_revoked_one_is_asked_for_again(
+    stage: Stage,
+) -> None:
+    tenants = stage.gateway.services.store.tenants
+    key, made = await tenants.create_key("default", scopes=[Scope.ADMIN])
+    _, weak = await tenants.create_key("default")
+    refused = ("401", "403")
+    async with opened(stage, signed_in=False, expected=refused) as seen:
+        page = seen.page
+        field = page.get_by_label("Key")
+        await expect(field).to_be_focused()
+        await seen.is_accessible()
+        for wrong, why in (
+            ("", "Enter a key"),
+            ("two words", "no spaces"),
+            ("tg_nonsense", "no API key"),
+            (weak.text, "lacks the scope admin"),
+        ):
+            await field.fill(wrong)
+            await page.keyboard.press("Enter")
+            await expect(page.locator(".wrong")).to_contain_text(why)
+        assert await page.evaluate("sessionStorage.length") == 0
+        await field.fill(made.text)
+        await page.keyboard.press("Enter")
+        await expect(seen.limit("used")).to_contain_text("/ 2")
+        assert await page.evaluate("[document.cookie, localStorage.getItem('tidegate.key')]") == [
+            *("", None),
+        ]
+        await tenants.revoke_key(key.prefix, by="test")
+        await expect(page.locator(".wrong")).to_contain_text("was revoked")
+        await expect(page.locator(".limit")).to_have_count(0)
+
+
+async def test_while_a_store_is_away_the_page_says_so_and_recovers(stage: Stage) -> None:
+    async with opened(stage) as seen:
+        page = seen.page
+        await expect(seen.limit("used")).to_contain_text("0 / 2")
+        stage.valkey.pause()
+        try:
+            await expect(page.get_by_text("Valkey does not answer")).to_be_visible()
+            await expect(seen.limit("used")).to_contain_text("0 / 2")  # the last that was known
+            await seen.is_accessible()
+        finally:
+            stage.valkey.resume()
+        await expect(page.get_by_text("Valkey does not answer")).to_be_hidden()
+        stage.postgres.pause()
+        try:
+            await expect(page.get_by_text("PostgreSQL does not answer")).to_be_visible()
+            seen.expected = ("503",)
+            await page.goto(f"{stage.gateway.url}/dashboard/#/attention")
+            alerts = page.get_by_role("alert").filter(has_text="could not be shown")
+            await expect(alerts.first).to_be_visible()
+        finally:
+            stage.postgres.resume()
+        await wait_until(lambda: not stage.gateway.services.store.away)
+        await alerts.first.get_by_role("button", name="Try again").click()
+        await expect(page.get_by_text("No dead jobs")).to_be_visible()
+        await wait_until(lambda: stage.gateway.services.limiter.local_state().state == "up")
+
+
+async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) -> None:
+    now, asked = datetime.now(UTC), Tally()
+    question = Observed(
+        "judge",
+        "succeeded",
+        "default",
+        now,
+        input_tokens=1_200,
+        output_tokens=34,
+        cost_micros=445_000,
+    )
+    count(asked, question)
+    a_while_ago = int(now.timestamp()) // 10 * 10 - 20
+    await stage.gateway.services.store.history.write([(Span(10, a_while_ago, "gemini"), asked)])
+    async with opened(stage) as seen:
+        told = seen.page.locator("[aria-label='Spend']").get_by_text("of the classifier")
+        await expect(told).to_have_text(
+            "Not in the tables: 1 question of the classifier in the last 5 minutes, "
+            "1,234 LLM tokens, 0.4450"
+        )
+        await seen.page.get_by_role("button", name="1 h", exact=True).click()
+        await expect(told).to_be_hidden()
+
+
+async def test_a_lost_connection_is_told_and_made_again(stage: Stage) -> None:
+    async with opened(stage, expected=("ERR_", "Failed to load")) as seen:
+        live = seen.page.locator("#live")
+        await expect(live).to_have_text("Live")
+        await seen.page.route("**/dashboard/feed*", lambda route: route.abort())
+        for viewer in list(feed.feed_of(stage.gateway.app)._viewers):
+            viewer.leave()
+        await expect(live).to_have_text("Reconnecting")
+        await expect(seen.page.locator("main")).to_have_css("opacity", "0.55")
+        await seen.page.unroute("**/dashboard/feed*")
+        await expect(live).to_have_text("Live")
+        await expect(seen.page.locator("main")).to_have_css("opacity", "1")
+
+
+@pytest.mark.parametrize(("colours", "width"), [("light", 1360), ("dark", 1360), ("light", 400)])
+async def test_the_overview_is_accessible_and_fits(
+    stage: Stage, colours: Colours, width: int, tmp_path: Path
+) -> None:
+    taking = bool(os.environ.get("TIDEGATE_SCREENSHOTS"))
+    async with opened(stage, colours=colours, width=width) as seen:
+        page = seen.page
+        await expect(page.locator("#live")).to_have_text("Live")
+        for span in ("1 h", "24 h", "5 min"):
+            await page.get_by_role("button", name=span, exact=True).click()
+            await expect(page.locator(".faults").locator("xpath=..")).to_contain_text("last ")
+        await expect(page.locator(".chart canvas")).to_have_count(3)
+        await expect(seen.limit("used")).to_contain_text("/")
+        async with under_traffic(stage) if taking else nullcontext():
+            await seen.is_accessible()
+            assert await seen.is_within()
+            name = f"dashboard-{'narrow' if width == 400 else colours}.png"
+            path = (IMAGES if taking else tmp_path) / name
+            await page.screenshot(path=path, full_page=True)
+            assert path.stat().st_size > 20_000
+        ground = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert ground == {"light": "rgb(246, 247, 248)", "dark": "rgb(14, 22, 27)"}[colours]
+
+
+async def test_colours_are_chosen_and_kept_and_the_keyboard_reaches_everything(
+    stage: Stage,
+) -> None:
+    async with opened(stage) as seen:
+        page = seen.page
+        await expect(seen.limit("used")).to_contain_text("/ 2")
+        await page.keyboard.press("Tab")
+        await expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+        reached = []
+        for _ in range(14):
+            await page.keyboard.press("Tab")
+            reached.append(
+                await page.evaluate(
+                    "document.activeElement.getAttribute('aria-label')"
+                    " ?? document.activeElement.textContent"
+                )
+            )
+        wanted = ["Tidegate", "Overview", "Colours follow the system", "5 min", "1 h"]
+        assert [one for one in reached if one in wanted] == wanted
+        assert "Change kind:classifier" in reached
+        theme = page.locator("#theme")
+        await theme.press("Enter")
+        await theme.press("Space")
+        ground = "getComputedStyle(document.body).backgroundColor"
+        assert await page.evaluate(ground) == "rgb(14, 22, 27)"
+        await page.reload()
+        assert await page.evaluate(ground) == "rgb(14, 22, 27)"
+        for nowhere in ("/nowhere", "/requests/%zz"):
+            await page.goto(f"{stage.gateway.url}/dashboard/#{nowhere}")
+            await expect(page.locator("#main")).to_contain_text(f"There is no such page{nowhere}")
+
+
+async def test_a_tenants_name_is_not_cut_for_its_figures(stage: Stage) -> None:
+    await stage.gateway.end_of((await stage.submit(1))[0])
+    async with opened(stage, width=1100) as seen:
+        table = seen.page.get_by_label("Spend by Tenant, a table")
+        tenant = table.get_by_role("rowheader", name="default")
+        room, needed = await tenant.evaluate("cell => [cell.clientWidth, cell.scrollWidth]")
+        assert room >= needed

@@ -1,0 +1,382 @@
+"""The dashboard's pages of requests in a real browser: found, watched, acted upon, tried.
+
+With TIDEGATE_SCREENSHOTS set, their pictures of docs/dashboard.md are taken anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Page, async_playwright, expect
+from redis.asyncio import Redis
+
+from tests.browser.pictures import DRAWS
+from tests.browser.stage import ARGUMENTS, CHROMIUM, Colours, Stage, opened
+from tests.databases import Databases
+from tests.gateway import PNG, gateway
+from tests.waiting import wait_until
+from tidegate.call import Scope
+from tidegate.embedded.valkey import ValkeyServer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+SCRIPT = "<img src=x onerror=\"document.title='taken'\">"
+ASKED = f"{SCRIPT} stays text, again"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(
+    valkey_server: ValkeyServer,
+    databases: Databases,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Stage]:
+    """One gateway with a worker and one permit for text, and one browser, for all tests."""
+    name = await databases.take()
+    redis_url = f"{valkey_server.url.rpartition('/')[0]}/15"
+    async with Redis.from_url(redis_url) as client:
+        await client.flushdb()
+    settings: dict[str, Any] = {
+        "redis_url": redis_url,
+        "database_url": databases.server.url(name),
+        "rate_limits": {"text_only": 1},
+        "claim_lease_ms": 20_000,
+        "first_byte_timeout_ms": 60_000,
+        "idle_timeout_ms": 60_000,
+        "auth": "on",
+    }
+    folder = tmp_path_factory.mktemp("requests") / "data"
+    async with gateway(folder, **settings) as running, async_playwright() as playwright:
+        tenants = running.services.store.tenants
+        _, made = await tenants.create_key("default", scopes=list(Scope))
+        running.http.headers["x-api-key"] = made.text
+        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield Stage(running, valkey_server, databases.server, chromium, made.text)
+        await chromium.close()
+    await databases.give_back(name)
+
+
+async def picture(page: Page, name: str, folder: Path) -> None:
+    """What the window shows; for docs/dashboard.md where TIDEGATE_SCREENSHOTS is set."""
+    path = (IMAGES if os.environ.get("TIDEGATE_SCREENSHOTS") else folder) / f"{name}.png"
+    await page.screenshot(path=path)
+    assert path.stat().st_size > 20_000
+
+
+async def look_again(page: Page) -> None:
+    """Have a view refreshed at once, as when its tab comes to the front."""
+    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
+@asynccontextmanager
+async def held(stage: Stage) -> AsyncIterator[str]:
+    """The one permit is in use by this job, until the end of the block."""
+    await stage.gateway.upstream.set_fault("hang", match="hold it")
+    holder = await stage.gateway.submit(data="hold it", type="text_only")
+    await stage.gateway.in_flight(1)
+    yield holder
+    async with stage.gateway.http.delete(f"{stage.gateway.url}/requests/{holder}") as answer:
+        assert answer.status in (200, 202)
+    await stage.gateway.end_of(holder)
+    await stage.gateway.upstream.clear_faults()
+
+
+async def test_one_that_waits_is_found_says_for_what_and_is_cancelled(stage: Stage) -> None:
+    async with held(stage) as holder, opened(stage, "/requests") as seen:
+        page = seen.page
+        waiter = await stage.gateway.submit(data="Explain the tide", type="text_only")
+        await expect(page.get_by_role("link", name=waiter[:18])).to_be_visible()
+        await page.get_by_label("Status").select_option("queued")
+        await page.get_by_role("link", name=waiter[:18]).click()
+        now = page.locator(".now")
+        await expect(now).to_contain_text("Waits for kind:text_only: 1 of 1 are in use")
+        await expect(now).to_contain_text("It is 1st in its queue.")
+        await expect(now.get_by_role("link", name=holder[:18])).to_be_visible()
+        await expect(page.locator("[data-what=waiting] .lasted")).to_contain_text("so far")
+
+        await page.get_by_role("button", name="Cancel").click()
+        dialog = page.get_by_role("dialog")
+        await page.keyboard.press("Escape")
+        await expect(dialog).to_have_count(0)
+        assert (await stage.gateway.status(waiter))["status"] == "queued", "nothing without a word"
+        await page.get_by_role("button", name="Cancel").click()
+        await dialog.get_by_label("Reason").fill("a mistake")
+        await dialog.get_by_role("button", name="Cancel").last.click()
+        await expect(page.locator(".page-head .badge")).to_have_text("Cancelled")
+        await expect(page.get_by_role("button", name="Retry")).to_be_visible()
+        assert (await stage.gateway.status(waiter))["status"] == "cancelled"
+        await page.go_back()
+        assert "status=queued" in page.url, "the filter is in the address"
+        await expect(page.get_by_text("No request matches")).to_be_visible()
+
+
+async def test_streams_and_native_calls_are_seen_while_they_are_under_way(
+    stage: Stage, tmp_path: Path
+) -> None:
+    for prompt in ("Explain the tide", "Explain the ebb", "Generate an image of a fox"):
+        await stage.gateway.end_of(await stage.gateway.submit(data=prompt))
+    await stage.gateway.upstream.set_fault("hang", match="hold it")
+    holding = asyncio.create_task(stage.native("hold it"))
+    await stage.gateway.in_flight(1)
+    streaming = asyncio.create_task(stage.gateway.stream(text="Explain the tide", type="text_only"))
+    await wait_until(lambda: stage.gateway.waiting == 1)
+    async with opened(stage, "/requests") as seen:
+        page = seen.page
+        card = page.locator(".running-card")
+        await expect(card).to_contain_text("Streams and native calls: 1 running, 1 waiting")
+        await card.locator("summary").focus()
+        await page.keyboard.press("Enter")
+        rows = card.locator("tbody tr")
+        await expect(rows.first).to_contain_text("/v1/chat/completions")
+        await expect(rows.first.locator(".badge")).to_have_text("Running")
+        await expect(rows.last).to_contain_text("waits for kind:text_only")
+        await seen.is_accessible()
+        await page.evaluate("document.activeElement.blur()")
+        await picture(page, "requests", tmp_path)
+        await page.set_viewport_size({"width": 400, "height": 800})
+        assert await seen.is_within()
+        await expect(rows.last).to_contain_text("waits for kind:text_only")
+        holding.cancel()
+        assert (await streaming).status == 200
+        await look_again(page)
+        await expect(card).to_contain_text("No streams or native calls")
+        await page.reload()
+        await expect(card.locator("table")).to_be_hidden()
+        await expect(card).to_have_attribute("open", "")
+    await asyncio.gather(holding, return_exceptions=True)
+    await stage.gateway.upstream.clear_faults()
+
+
+async def test_the_tries_of_one_are_drawn_to_scale_and_what_was_written_stays_text(
+    stage: Stage, tmp_path: Path
+) -> None:
+    await stage.gateway.upstream.set_fault("throttled", count=1, match="again", retry_after_s=0.3)
+    job = await stage.gateway.submit(data=ASKED, type="text_only")
+    end = await stage.gateway.end_of(job)
+    async with opened(stage, f"/requests/{job}") as seen:
+        page = seen.page
+        called = page.locator("[data-what=calling]")
+        await expect(called).to_have_count(2)
+        await expect(called.first).to_contain_text("upstream_throttled")
+        await expect(page.locator("[data-what=ended]")).to_contain_text("Succeeded")
+        track = page.locator(".whole .track")
+        whole = await track.bounding_box()
+        parked = await track.locator(".parked").bounding_box()
+        assert whole is not None
+        assert parked is not None
+        life = await stage.gateway.get(f"/admin/requests/{job}")
+        steps = {step["what"]: step for step in life[1]["timeline"]}
+        share = _seconds(steps["parked"]["until"], steps["parked"]["at"]) / _seconds(
+            end["finished_at"], end["submitted_at"]
+        )
+        assert parked["width"] / whole["width"] == pytest.approx(share, abs=0.02)
+        asked = page.get_by_label("Prompt")
+        await expect(asked).to_have_text(ASKED)
+        await expect(page.get_by_role("region", name="Answer", exact=True)).to_contain_text(SCRIPT)
+        await page.get_by_role("button", name="Show").last.click()
+        await expect(page.get_by_role("region", name="Response", exact=True)).to_contain_text(
+            "finish_reason"
+        )
+        assert "request" in await page.title()
+        assert await page.locator("main img").count() == 0
+        await page.get_by_role("button", name="Hide").click()
+        await page.evaluate("window.scrollTo(0, 0)")
+        await picture(page, "request", tmp_path)
+
+        await page.get_by_role("button", name="Retry").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+        await expect(page.locator("h1")).not_to_contain_text(job)
+        await expect(page.locator(".page-head .badge")).to_have_text("Succeeded")
+        await expect(page.get_by_label("Prompt")).to_have_text(ASKED)
+
+
+async def test_a_list_that_is_looked_at_does_not_move_and_tells_of_new_ones(stage: Stage) -> None:
+    mine = f"subject-{uuid4().hex[:8]}"
+    first = await stage.gateway.submit(data="Say one", type="text_only", subject=mine)
+    async with opened(stage, f"/requests?subject={mine}", expected=("400", "ERR_FAILED")) as seen:
+        page = seen.page
+        rows = page.locator("tbody tr")
+        await expect(rows).to_have_count(1)
+        await expect(page.get_by_label("Subject")).to_have_value(mine)
+        await stage.gateway.end_of(first)
+        await look_again(page)
+        await expect(rows.first.locator(".c-status .badge")).to_have_text("Succeeded")
+        await rows.first.hover()
+        second = await stage.gateway.submit(data="Say two", type="text_only", subject=mine)
+        await look_again(page)
+        fresh = page.get_by_role("button", name="Show 1 new")
+        await expect(fresh).to_be_visible()
+        await expect(rows).to_have_count(1)
+        await fresh.click()
+        await expect(rows).to_have_count(2)
+        await expect(rows.first).to_contain_text(second[:18])
+        await page.mouse.move(5, 5)
+        third = await stage.gateway.submit(data="Say three", type="text_only", subject=mine)
+        await look_again(page)
+        await expect(rows.first).to_contain_text(third[:18])
+        await expect(rows.last).to_contain_text(first[:18])
+        await page.get_by_label("Id begins with").fill("not an id")
+        await expect(page.get_by_text("Allowed: hexadecimal digits").first).to_be_visible()
+        await page.get_by_label("Id begins with").fill(second)
+        await expect(rows).to_have_count(1)
+        await page.get_by_label("Id begins with").fill("ffff")
+        await page.get_by_role("button", name="Clear all filters").click()
+        await expect(rows.first).to_be_visible()
+        await expect(page.get_by_label("Subject")).to_have_value("")
+        await page.route("**/admin/requests?*", lambda route: route.abort())
+        await page.get_by_label("Tenant").fill("default")
+        await expect(page.get_by_text("No connection")).to_be_visible()
+        await page.unroute("**/admin/requests?*")
+        await page.get_by_role("button", name="Try again").click()
+        await expect(rows.first).to_be_visible()
+
+
+async def test_try_it_streams_text_takes_files_and_shows_pictures(
+    stage: Stage, tmp_path: Path
+) -> None:
+    async with opened(stage, "/try") as seen:
+        page = seen.page
+        state = page.locator(".try-state")
+        async with held(stage):
+            await page.get_by_label("Prompt").fill("Explain the tide")
+            await page.keyboard.press("Control+Enter")
+            await expect(state).to_contain_text("Waiting for kind:text_only: 1 of 1 in use, 1 in")
+        await expect(state).to_contain_text("Done")
+        answer = page.get_by_role("region", name="Answer", exact=True)
+        await expect(answer).to_contain_text("You asked: “Explain the tide”.")
+
+        await stage.gateway.upstream.set_behaviour(chunks=4, between_ms=500)
+        await page.locator(".drop").evaluate(DROP, list(PNG))
+        await expect(page.locator(".picked")).to_contain_text("dropped.png")
+        await page.get_by_role("button", name="Send").click()
+        await expect(answer).to_contain_text("You asked")
+        await expect(state).to_contain_text("the answer comes")
+        await stage.gateway.upstream.set_behaviour(chunks=4, between_ms=0)
+        await expect(state).to_contain_text("Done")
+        await expect(answer).to_contain_text("1 file: image/png")
+        await page.get_by_role("button", name="Remove dropped.png").click()
+
+        await page.get_by_role("button", name="Hand in as a job").click()
+        await page.get_by_label("Prompt").fill("Generate an image of a lighthouse")
+        await page.get_by_role("button", name="Send").click()
+        await expect(state).to_have_text("Done")
+        assert await _drawn(page) > 1
+        await page.mouse.move(5, 5)
+        await picture(page, "try", tmp_path)
+        await page.get_by_role("link", name="See its whole life").click()
+        await expect(page.locator(".page-head .badge")).to_have_text("Succeeded")
+        assert await _drawn(page) > 1
+
+
+async def test_a_key_that_opens_the_page_alone_needs_another_one_to_try_with(
+    stage: Stage,
+) -> None:
+    tenants = stage.gateway.services.store.tenants
+    _, operator = await tenants.create_key("default", scopes=[Scope.ADMIN])
+    _, caller = await tenants.create_key("default", scopes=[Scope.INFER])
+    async with opened(stage, "/try", signed_in=False, expected=("401", "403")) as seen:
+        page = seen.page
+        await page.get_by_label("Key").fill(operator.text)
+        await page.get_by_role("button", name="Sign in").click()
+        await page.get_by_label("Prompt").fill("Explain the tide")
+        await page.get_by_role("button", name="Send").click()
+        await expect(page.locator(".try-state")).to_contain_text("lacks the scope infer")
+        await page.get_by_text("Options").click()
+        await page.get_by_label("API key").fill(caller.text)
+        await page.get_by_role("button", name="Send").click()
+        await expect(page.locator(".try-state")).to_contain_text("Done")
+        await page.get_by_role("link", name="See its whole life").click()
+        await expect(page.locator("h1")).to_contain_text("Request")
+        await expect(page.get_by_label("Prompt")).to_have_text("Explain the tide")
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+async def test_every_page_is_accessible_and_fits_a_narrow_window(
+    stage: Stage, colours: Colours
+) -> None:
+    job = await stage.gateway.submit(data="Say it", type="text_only")
+    await stage.gateway.end_of(job)
+    async with opened(stage, "/requests", colours=colours) as seen:
+        page = seen.page
+        for path, there in (
+            ("/requests", page.locator("tbody tr").first),
+            (f"/requests/{job}", page.locator("[data-what=ended]")),
+            ("/try", page.get_by_label("Prompt")),
+        ):
+            await page.goto(f"{stage.gateway.url}/dashboard/#{path}")
+            await expect(there).to_be_visible()
+            for width in (1280, 400):
+                await page.set_viewport_size({"width": width, "height": 800})
+                assert await seen.is_within(), (path, width)
+            await seen.is_accessible()
+
+
+async def test_all_of_it_can_be_done_by_keyboard(stage: Stage) -> None:
+    job = await stage.gateway.submit(data="Say it", type="text_only", subject="keyboard")
+    await stage.gateway.end_of(job)
+    async with opened(stage, "/requests?subject=keyboard") as seen:
+        page = seen.page
+        await expect(page.locator("tbody tr")).to_have_count(1)
+        await page.get_by_label("Subject").focus()
+        await page.keyboard.press("Tab")
+        await expect(page.locator(".running-card summary")).to_be_focused()
+        await page.keyboard.press("Tab")
+        await expect(page.get_by_role("link", name=job[:18])).to_be_focused()
+        await page.keyboard.press("Enter")
+        await expect(page.locator("h1")).to_contain_text(job)
+        await page.get_by_role("button", name="Retry").focus()
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("dialog").get_by_label("Reason")).to_be_focused()
+        await page.keyboard.press("Escape")
+        await expect(page.get_by_role("button", name="Retry")).to_be_focused()
+
+
+DROP = """(zone, bytes) => {
+    const given = new DataTransfer();
+    given.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type: "image/png" }));
+    for (const name of ["dragover", "drop"]) {
+        zone.dispatchEvent(new DragEvent(name, { dataTransfer: given, bubbles: true }));
+    }
+}"""
+
+
+async def _drawn(page: Page) -> int:
+    """How wide the first picture is that the page shows, once it is decoded."""
+    picture = page.locator("main img").first
+    await expect(picture).to_be_visible()
+
+    async def width() -> int:
+        return int(await picture.evaluate("one => one.naturalWidth"))
+
+    return int(await wait_until(width, 20, "a picture"))
+
+
+def _seconds(until: str, since: str) -> float:
+
+    return (datetime.fromisoformat(until) - datetime.fromisoformat(since)).total_seconds()
+
+
+async def test_the_systems_own_colours_show_which_page_is_open(stage: Stage) -> None:
+    async with opened(stage, "/try") as seen:
+        await seen.page.emulate_media(forced_colors="active")
+        edge = "link => getComputedStyle(link).borderBottomColor"
+        here, elsewhere = (
+            seen.page.get_by_role("link", name=name, exact=True) for name in ("Try it", "Requests")
+        )
+        ground = await seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert await elsewhere.evaluate(edge) == ground != await here.evaluate(edge)
+
+
+async def test_a_value_between_two_gaps_is_drawn_as_a_dot(stage: Stage) -> None:
+    async with opened(stage, "/nowhere", expected=("Canvas2D",)) as seen:
+        assert not await seen.page.evaluate(DRAWS, [None, None, None, None])
+        assert await seen.page.evaluate(DRAWS, [None, 5, None, None])

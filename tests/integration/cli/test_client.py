@@ -1,0 +1,144 @@
+"""`tidegate submit`, `status` and `requests` against a running gateway, as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from tests.gateway import PNG, Opener
+from tests.integration.cli.calling import forwarding, run, under_way
+from tests.integration.tenants.asking import key_of
+from tests.waiting import wait_until
+
+PRICES = '[upstreams.gemini.prices]\n"*" = { input = 1.0, output = 1.0, image = 0.5 }\n'
+
+
+async def test_a_request_is_handed_in_answered_shown_and_listed(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    (tmp_path / "prices.toml").write_text(PRICES)
+    gateway = await open_gateway(tidegate_policy=tmp_path / "prices.toml")
+    handed_in = await run(gateway, "submit", "Explain the tide", "--idempotency-key", "once")
+    request_id = handed_in.said.strip()
+    assert handed_in.code == 0
+    assert f"tidegate status {request_id} --follow" in handed_in.complained
+    again = await run(
+        *(gateway, "submit", "Explain the tide", "--idempotency-key", "once", "--json")
+    )
+    assert again.json["request_id"] == request_id
+
+    ended = await run(gateway, "status", request_id, "--follow")
+    assert ended.code == 0
+    assert "Explain the tide" in ended.said
+    assert "succeeded" in ended.complained
+    shown = await run(gateway, "status", request_id, "--json")
+    assert shown.json["cost_micros"] == shown.json["usage"]["total_tokens"]
+
+    options = ("--priority", "5", "--deadline", "1m", "--subject", "ann", "--model", "m")
+    waited = await run(gateway, "submit", "Explain the moon", *options, "--wait", "--json")
+    assert (waited.code, waited.json["status"], waited.json["priority"]) == (0, "succeeded", 5)
+    assert (waited.json["model"], waited.complained) == ("m", "")
+
+    listed = await run(gateway, "requests", "--limit", "1", "--since", "1h", "--json")
+    assert [one["request_id"] for one in listed.json["items"]] == [waited.json["request_id"]]
+    rest = await run(
+        gateway, "requests", "--cursor", listed.json["next_cursor"], "--status", "succeeded"
+    )
+    assert request_id in rest.said
+    assert waited.json["request_id"] not in rest.said
+    assert (await run(gateway, "requests", "--model", "nobody")).said == ""
+
+
+async def test_files_go_along_and_pictures_come_back(open_gateway: Opener, tmp_path: Path) -> None:
+    gateway = await open_gateway()
+    (tmp_path / "cat.png").write_bytes(PNG)
+    asked = await run(
+        *(gateway, "submit", "What is this?", "--file", str(tmp_path / "cat.png")),
+        *("--wait", "--json"),
+    )
+    assert asked.json["type"] == "multi_modal"
+    assert [one["mime_type"] for one in asked.json["files"]] == ["image/png"]
+    folder = tmp_path / "pictures"
+    drawn = await run(
+        *(gateway, "submit", "Draw a picture of a cat", "--follow", "--output", str(folder)),
+        TIDEGATE_URL=f"{gateway.url}/llm",
+    )
+    assert drawn.code == 0, drawn.complained
+    (picture,) = folder.iterdir()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in drawn.complained
+
+
+async def test_who_leaves_leaves_the_request_to_its_end(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    gateway = await open_gateway()
+    limiter = gateway.services.limiter
+    await limiter.penalise("kind:text_only", for_ms=600_000, reason="secret words", by="ann")
+    with under_way(gateway.url, tmp_path, "submit", "Explain the tide", "--follow") as command:
+        await wait_until(lambda: "queued" in command.complained(), 20, "its first state")
+        (item,) = (await gateway.get("/requests"))[1]["items"]
+        request_id = item["request_id"]
+
+        async def is_held_up() -> bool:
+            why = (await gateway.get(f"/requests/{request_id}/why"))[1]
+            return bool(why.get("limit") == "kind:text_only")
+
+        await wait_until(is_held_up, 20, "the limit that it waits for")
+        waits = await run(gateway, "status", request_id)
+        assert waits.code == 0
+        assert "it waits for kind:text_only, which is paused for " in waits.complained
+        assert "secret" not in waits.complained, "its owner is not told why somebody paused it"
+        command.process.send_signal(signal.SIGINT)
+        assert await command.ended() == 130
+        assert f"tidegate status {request_id} --follow finds it again" in command.complained()
+    await limiter.resume("kind:text_only", by="ann")
+    assert (await gateway.end_of(request_id))["status"] == "succeeded"
+
+
+async def test_a_lost_connection_is_taken_up_where_it_was(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False)
+    request_id = await gateway.submit(data="Explain the tide")
+    async with forwarding(gateway) as (url, cut):
+        with under_way(url, tmp_path, "status", request_id, "--follow", "--json") as command:
+            await wait_until(lambda: command.said().count("\n") == 1, 20, "its first state")
+            cut()
+            gateway.start_worker()
+            assert await command.ended() == 0
+        states = [json.loads(line)["status"] for line in command.said().splitlines()]
+    assert states[0] == "queued"
+    assert states[-1] == "succeeded"
+    assert len(set(states)) == len(states), "nothing is told twice"
+
+
+async def test_exit_codes_say_what_kind_of_failure_it_is(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(auth="on")
+    headers = await key_of(gateway, "acme")
+    key = headers["Authorization"].removeprefix("Bearer ")
+    (tmp_path / "key").write_text(f"{key}\n")
+    nobody = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
+    with_key = {"TIDEGATE_API_KEY_FILE": str(tmp_path / "key")}
+    await gateway.upstream.set_fault("blocked_prompt", match="forbidden")
+    emulator = gateway.config.gemini_base_url
+    cases = [
+        (("submit", "Hello"), {}, 3, "set TIDEGATE_API_KEY"),
+        (("submit", "Hello"), {"TIDEGATE_API_KEY": "tg_aaaaaaaa_wrong"}, 3, "key"),
+        (("status", nobody), with_key, 1, "no request"),
+        (("submit", "Hello", "--model", "a b"), with_key, 2, "allowed: "),
+        (("submit", "--wait"), with_key, 2, "give a prompt"),
+        (("submit", "a forbidden word", "--type", "text_only", "--wait"), with_key, 1, "blocked"),
+        (("submit", "Hello"), {"TIDEGATE_URL": "http://127.0.0.1:1"}, 4, "Connection refused"),
+        (("submit", "Hello"), {"TIDEGATE_URL": emulator}, 4, "is no Tidegate"),
+        (("submit", "Hello"), {"TIDEGATE_URL": "nowhere"}, 2, "http:// or https:// URL"),
+        (("submit", "Hello", "--wait"), with_key, 0, ""),
+        (("requests", "--since", "soon"), with_key, 2, "such as 2h"),
+    ]
+    for arguments, settings, code, said in cases:
+        done = await run(gateway, *arguments, **settings)
+        assert (done.code, said in done.complained) == (code, True), (arguments, done)
+        assert key not in done.complained

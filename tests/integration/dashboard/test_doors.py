@@ -1,0 +1,50 @@
+"""Who gets the dashboard's files, and who its data."""
+
+from __future__ import annotations
+
+from tests.gateway import Gateway, Opener
+
+TOKEN = "the-admin-token-of-this-test"
+
+
+async def seen(gateway: Gateway, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    url = gateway.url + path
+    async with gateway.http.get(url, headers=headers, allow_redirects=False) as answer:
+        return answer.status, dict(answer.headers), await answer.read()
+
+
+async def test_the_files_are_for_everybody_and_the_data_for_the_token(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, admin_token=TOKEN)
+    status, headers, _ = await seen(gateway, "/dashboard")
+    assert (status, headers["Location"]) == (307, "dashboard/")
+    for prefix in ("", "/llm"):
+        for file in ("", "static/main.js", "static/tokens.css"):
+            status, headers, body = await seen(gateway, f"{prefix}/dashboard/{file}")
+            assert status == 200
+            assert b"<script>" not in body
+            policy = headers["Content-Security-Policy"].split("; ")
+            assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} <= set(
+                policy
+            )
+            assert headers["Cache-Control"] == "no-cache"
+        for data in ("session", "stuck", "feed"):
+            assert (await seen(gateway, f"{prefix}/dashboard/{data}"))[0] == 401
+        shown = {"Authorization": f"Bearer {TOKEN}"}
+        status, _, body = await seen(gateway, f"{prefix}/dashboard/session", **shown)
+        assert status == 200
+        assert b'"asks_for":"token"' in body
+
+
+async def test_without_a_token_the_data_is_for_pages_of_this_machine_alone(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    for headers, status in [
+        ({}, 200),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://elsewhere.example"}, 403),
+        ({"Host": "rebound.example"}, 403),
+        ({"X-Forwarded-For": "192.0.2.1"}, 403),
+    ]:
+        assert (await seen(gateway, "/dashboard/session", **headers))[0] == status, headers

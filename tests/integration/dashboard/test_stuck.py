@@ -1,0 +1,70 @@
+"""What waits for an operator's decision, and the decisions."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+from tests.gateway import Gateway, Opener
+from tests.integration.spine.receiver import SECRET
+
+
+async def listed(gateway: Gateway, path: str) -> list[dict[str, Any]]:
+    async with gateway.http.get(f"{gateway.url}/admin{path}") as answer:
+        assert answer.status == 200
+        found: list[dict[str, Any]] = await answer.json()
+        return found
+
+
+async def decided(gateway: Gateway, path: str) -> int:
+    async with gateway.http.post(f"{gateway.url}/admin{path}") as answer:
+        return answer.status
+
+
+async def died(gateway: Gateway, prompt: str) -> str:
+    """A job as the record has it once its workers have died under it three times."""
+    request_id = await gateway.submit(data=prompt, webhook_url="https://example.com/hook")
+    failure = '{"code": "worker_lost", "message": "its workers died", "retryable": false}'
+    await gateway.database.execute(
+        "UPDATE requests SET status = 'dead', lapses = 3, finished_at = now(), failure = $2"
+        " WHERE id = $1::uuid",
+        *(request_id, failure),
+    )
+    return request_id
+
+
+async def test_dead_jobs_are_listed_requeued_and_discarded(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, webhook_secret=SECRET)
+    assert await listed(gateway, "/dead") == []
+    first, second = [await died(gateway, f"Explain tide {n}") for n in range(2)]
+    newest, older = await listed(gateway, "/dead")
+    assert (newest["request_id"], older["request_id"]) == (second, first)
+    assert (newest["problem"], newest["lapses"]) == ("its workers died", 3)
+    assert await decided(gateway, f"/dead/{first}/discard") == 200
+    assert (await gateway.status(first))["status"] == "cancelled"
+    assert await decided(gateway, f"/dead/{second}/requeue") == 200
+    gateway.start_worker()
+    assert (await gateway.end_of(second))["status"] == "succeeded"
+    assert (await gateway.status(first))["status"] == "cancelled"
+    for unknown in (first, second, uuid4()):
+        for verb in ("requeue", "discard"):
+            assert await decided(gateway, f"/dead/{unknown}/{verb}") == 404
+
+
+async def test_webhooks_given_up_are_listed_and_redelivered(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    request_id = await gateway.submit(data="Explain")
+    await gateway.database.execute(
+        "INSERT INTO webhooks (id, request_id, pool, event, url, state, tries, problem, ended_at)"
+        " VALUES ($1, $2::uuid, 'gemini', 'request.succeeded', 'https://example.com/hook',"
+        " 'given_up', 8, 'no such host', now())",
+        *(uuid4(), request_id),
+    )
+    (hook,) = await listed(gateway, "/webhooks")
+    assert (hook["request_id"], hook["event"]) == (request_id, "request.succeeded")
+    assert (hook["problem"], hook["tenant"]) == ("no such host", "default")
+    assert await gateway.services.store.stuck.counts() == (0, 1)
+    told = {"dead_jobs": 0, "webhooks_given_up": 1}
+    assert await gateway.get("/dashboard/stuck") == (200, told)
+    assert await decided(gateway, f"/webhooks/{hook['webhook_id']}/redeliver") == 200
+    assert await listed(gateway, "/webhooks") == []

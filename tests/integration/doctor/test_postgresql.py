@@ -1,0 +1,121 @@
+"""Each fault of a real database is found, and said with how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from tests.integration.pgbouncer.bouncer import Bouncer
+from tidegate.doctor.finding import Finding, State
+from tidegate.doctor.postgresql import judge
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.errors import StoreUnavailable
+from tidegate.store.checkup import examine
+from tidegate.store.migrate import HEAD
+
+
+async def found(url: str, processes: int | None = 2, **more: Any) -> dict[str, Finding]:
+    return {
+        one.check.removeprefix("postgresql."): one
+        for one in judge(await examine(url, **more), processes)
+    }
+
+
+async def said(url: str, *statements: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def test_a_sound_database_is_well(database_url: str) -> None:
+    all_found = await found(database_url)
+    # The tests' server loses what a crash of the machine would take: it says so itself.
+    assert all_found.pop("durability").state is State.WARN
+    assert {one.state for one in all_found.values()} == {State.OK}, all_found
+
+
+async def test_a_schema_that_is_missing_old_or_newer_is_told(
+    database_url: str, empty_database_url: str
+) -> None:
+    missing = (await found(empty_database_url))["schema"]
+    assert (missing.state, missing.mend) == (State.FAIL, "run `tidegate migrate`")
+    for revision, state in (("0001", State.FAIL), ("9999", State.WARN), (HEAD, State.OK)):
+        await said(database_url, f"UPDATE alembic_version SET version_num = '{revision}'")
+        assert (await found(database_url))["schema"].state is state
+
+
+async def test_old_transactions_and_scarce_connections_are_told(database_url: str) -> None:
+    idle = await asyncpg.connect(database_url, server_settings={"application_name": "a person"})
+    try:
+        await idle.execute("BEGIN; SELECT 1")
+        old = (await found(database_url, old_s=0.0))["transactions"]
+        assert old.state is State.WARN
+        assert "idle in transaction (tidegate, a person, pid " in old.found
+        assert "pg_terminate_backend" in old.mend
+        assert (await found(database_url))["transactions"].state is State.OK
+    finally:
+        await idle.close()
+    crowd = (await found(database_url, processes=1_000))["connections"]
+    assert (crowd.state, "12000" in crowd.found) == (State.WARN, True)
+
+
+async def test_a_database_that_takes_no_writes_is_told(database_url: str) -> None:
+    name = database_url.rpartition("/")[2]
+    await said(database_url, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    assert (await found(database_url))["rights"].state is State.FAIL
+
+
+async def test_a_user_without_rights_is_told(
+    database_url: str, postgres_server: PostgresServer
+) -> None:
+    user = f"u_{uuid4().hex[:8]}"
+    theirs = database_url.replace("//tidegate", f"//{user}", 1)
+    await said(database_url, f"CREATE ROLE {user} LOGIN PASSWORD '{_password(database_url)}'")
+    try:
+        none = (await found(theirs))["rights"]
+        assert (none.state, "GRANT ALL" in none.mend) == (State.FAIL, True)
+        await said(database_url, f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {user}")
+        some = (await found(theirs))["rights"]
+        assert (some.state, "can't migrate" in some.found) == (State.WARN, True)
+    finally:
+        await said(database_url, f"DROP OWNED BY {user}; DROP ROLE {user}")
+
+
+async def test_another_encoding_is_told(postgres_server: PostgresServer) -> None:
+    name = f"t_{uuid4().hex}"
+    made = f"CREATE DATABASE \"{name}\" ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"
+    await said(postgres_server.url("postgres"), made)
+    try:
+        encoding = (await found(postgres_server.url(name)))["encoding"]
+        assert (encoding.state, "SQL_ASCII" in encoding.found) == (State.FAIL, True)
+    finally:
+        await said(postgres_server.url("postgres"), f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.mark.parametrize(("mode", "state"), [("transaction", State.OK), ("session", State.WARN)])
+async def test_a_pooler_is_noticed_and_so_is_its_mode(
+    mode: str, state: State, database_url: str, postgres_server: PostgresServer, tmp_path: Path
+) -> None:
+    with Bouncer(tmp_path / "pooler", postgres_server, f"pool_mode = {mode}") as pooler:
+        all_found = await found(pooler.url(database_url.rpartition("/")[2]))
+    assert (all_found["pooler"].state, all_found["connections"].state) == (state, State.SKIPPED)
+    assert mode in f"{all_found['pooler'].found} {all_found['pooler'].mend}"
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://127.0.0.1:1/x", "postgresql://nobody:wrong@{place}", "postgresql://h:x/y"]
+)
+async def test_a_database_that_cannot_be_used_is_told(url: str, database_url: str) -> None:
+    with pytest.raises(StoreUnavailable):
+        await examine(url.format(place=database_url.rpartition("@")[2]))
+
+
+def _password(url: str) -> str:
+    return url.partition("://")[2].rpartition("@")[0].partition(":")[2]

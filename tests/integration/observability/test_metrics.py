@@ -1,0 +1,129 @@
+"""`GET /metrics`: what it tells of calls, of this process and of all, and to whom."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+from tidegate.metrics.names import ALL
+
+MODEL = "gemini-2.5-flash"
+Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}]} | more
+
+
+def complaints_of_promtool(text: str) -> list[str]:
+    lint = ["promtool", "check", "metrics"]
+    done = subprocess.run(lint, input=text, capture_output=True, text=True, check=False)
+    return [line for line in done.stderr.splitlines() if line]
+
+
+async def scraped(gateway: Gateway, path: str = "/metrics") -> Values:
+    async with gateway.http.get(gateway.url + path) as response:
+        assert response.status == 200, await response.text()
+        assert response.headers["content-type"].startswith("text/plain; version=")
+        return values_in(await response.text())
+
+
+def values_in(text: str) -> Values:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def of(values: Values, name: str, **labels: str) -> float:
+    """The sum over all whose labels are among these."""
+    wanted = frozenset(labels.items())
+    return sum(value for (called, has), value in values.items() if called == name and wanted <= has)
+
+
+async def test_a_scrape_tells_of_calls_of_the_process_and_of_all(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    path = tmp_path / "tidegate.toml"
+    path.write_text('[upstreams.gemini.prices]\n"*" = { input = 0.30, output = 2.50 }\n')
+    gateway = await open_gateway(tidegate_policy=path, worker=False)
+    queued = [await gateway.submit(data=f"Explain {n}") for n in range(3)]
+    spent = 0
+    for n in range(4):
+        async with gateway.http.post(
+            f"{gateway.url}/v1/chat/completions", json=chat(f"Say {n}", stream=n == 3)
+        ) as response:
+            assert response.status == 200
+            if n < 3:
+                spent += (await response.json())["usage"]["completion_tokens"]
+            await response.read()
+    async with gateway.http.post(f"{gateway.url}/v1/made/up/by/a/client", json={}) as response:
+        assert response.status == 404
+
+    async def counted() -> Values | None:
+        values = await scraped(gateway)
+        return values if of(values, "tidegate_calls_total", source="relay") == 5 else None
+
+    values: Values = await wait_until(counted, 20, "all calls are counted")
+    told = {name for name, _ in values}
+    labels = {"source": "relay", "pool": "gemini"}
+    assert of(values, "tidegate_calls_total", status="succeeded", model=MODEL, **labels) == 4
+    assert of(values, "tidegate_failures_total", source="relay", code="not_found") == 1
+    assert of(values, "tidegate_attempts_total", **labels) == 4
+    assert of(values, "tidegate_queue_seconds_count", **labels) == 4
+    assert of(values, "tidegate_first_byte_seconds_count", **labels) == 4
+    said = {"gen_ai_operation_name": "chat", "gen_ai_provider_name": "openai"}
+    asked = said | {"gen_ai_request_model": MODEL}
+    assert of(values, "gen_ai_client_operation_duration_seconds_count", **asked) == 4
+    assert of(values, "gen_ai_client_operation_time_to_first_chunk_seconds_count", **asked) == 1
+    output = of(values, "tidegate_tokens_total", type="output", model=MODEL)
+    assert output >= spent > 0
+    assert of(values, "tidegate_tenant_tokens_total", type="output", tenant="default") == output
+    assert of(values, "gen_ai_client_token_usage_sum", gen_ai_token_type="output") == output
+    assert of(values, "tidegate_cost_total", pool="gemini", model=MODEL) > 0
+    assert of(values, "tidegate_http_requests_total", route="native", status="200") == 4
+    assert of(values, "tidegate_http_requests_total", route="submit", status="202") == 3
+    assert of(values, "tidegate_queue_jobs", lane="text_only", tenant="default") == 3
+    assert of(values, "tidegate_limit_bound", pool="gemini", limit="kind:text_only") == 5
+    assert of(values, "tidegate_limit_used", limit="kind:text_only") == 0
+    assert of(values, "tidegate_valkey_up", pool="gemini") == 1
+    assert of(values, "tidegate_postgres_up") == 1
+    assert of(values, "tidegate_sessions", pool="gemini") == 1
+    assert of(values, "tidegate_process_resident_memory_bytes", process="api") > 1e7
+    assert of(values, "tidegate_event_loop_lag_seconds_count", process="api") > 0
+    assert of(values, "tidegate_limiter_processes", state="up") == 1
+    assert of(values, "tidegate_limiter_sync_seconds_count", pool="gemini") > 0
+    assert not [name for name in told if not name.startswith(tuple(one.name for one in ALL))]
+    assert not any(request_id in repr(values) for request_id in queued)
+    async with gateway.http.get(f"{gateway.url}/metrics") as response:
+        text = await response.text()
+    # What the alerts, the dashboard and docs/metrics.md speak of is really there.
+    here = set(re.findall(r"^# HELP (\w+)", text, re.MULTILINE))
+    while_some_wait = {"tidegate_tenant_waiting"}  # see test_state.py
+    assert {one.name for one in ALL} - here == while_some_wait
+    assert await asyncio.to_thread(complaints_of_promtool, text) == []
+
+
+async def test_a_scrape_needs_what_admin_needs(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, admin_token="of-the-operator-alone")
+    for token, status in ((None, 401), ("another", 401), ("of-the-operator-alone", 200)):
+        headers: Mapping[str, str] = {} if token is None else {"Authorization": f"Bearer {token}"}
+        async with gateway.http.get(f"{gateway.url}/metrics", headers=headers) as response:
+            assert response.status == status
+            if status == 401:
+                assert (await response.json())["code"] == "unauthenticated"
+    accepted = {
+        "Authorization": "Bearer of-the-operator-alone",
+        "Accept": "application/openmetrics-text; version=1.0.0,text/plain;q=0.5",
+    }
+    async with gateway.http.get(f"{gateway.url}/metrics", headers=accepted) as response:
+        assert (await response.text()).endswith("# EOF\n")

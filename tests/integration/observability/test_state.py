@@ -1,0 +1,93 @@
+"""What a process tells of itself while both stores are gone: the dump, and the scrape."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import uuid4
+
+from tests.gateway import Gateway, Opener
+from tests.integration.observability.test_metrics import Values, chat, of, scraped
+from tests.loglines import Lines, lines
+from tests.waiting import wait_until
+from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.valkey import ValkeyServer
+
+__all__ = ["lines"]
+
+
+async def posted(gateway: Gateway, text: str) -> int:
+    async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=chat(text)) as response:
+        await response.read()
+        return response.status
+
+
+async def state_of(gateway: Gateway) -> dict[str, Any]:
+    status, body = await gateway.get("/admin/process")
+    assert status == 200
+    return body
+
+
+async def test_with_both_stores_gone_a_process_still_tells_what_it_is_at(
+    open_gateway: Opener, own_valkey: ValkeyServer, own_postgres: PostgresServer, lines: Lines
+) -> None:
+    gateway = await open_gateway(
+        worker=False,
+        redis_url=own_valkey.url,
+        database_url=own_postgres.url(),
+        rate_limits={"text_only": 1},
+        semaphore_timeout=4.0,
+        first_byte_timeout_ms=60_000,
+    )
+    await gateway.upstream.set_fault("hang", match="hang")
+    hanging = asyncio.create_task(posted(gateway, "hang"))
+    await gateway.in_flight(1)
+    waiting = asyncio.create_task(posted(gateway, "wait"))
+    await wait_until(lambda: gateway.waiting == 1, 20)
+    before = await scraped(gateway)
+    assert of(before, "tidegate_tenant_waiting", pool="gemini", tenant="default") == 1
+    assert of(before, "tidegate_limit_waiting", limit="kind:text_only") == 1
+    own_postgres.kill()
+    own_valkey.kill()
+
+    async def away() -> dict[str, Any] | None:
+        await gateway.get(f"/status/{uuid4()}")  # somebody asks PostgreSQL
+        state = await state_of(gateway)
+        gone = state["record"]["postgresql"] == "away"
+        return state if gone and state["pools"]["gemini"]["valkey"] == "away" else None
+
+    state: dict[str, Any] = await wait_until(away, 20, "both are known to be away")
+    pool = state["pools"]["gemini"]
+    assert (pool["held"], pool["waiting"]) == (1, 1)
+    (permit,), (queue,) = pool["permits"], pool["queues"]
+    assert permit["tenant"] == queue["tenant"] == "default"
+    assert "kind:text_only" in permit["limits"]
+    assert permit["held_ms"] > 0
+    assert pool["last_error"]
+    assert state["memory_bytes"] > 1e7
+    assert state["tasks"]
+    assert any(one["event"] == "store_away" for one in state["problems"])
+
+    async def seen_away() -> Values | None:
+        values = await scraped(gateway)
+        return None if of(values, "tidegate_valkey_up", pool="gemini") else values
+
+    values: Values = await wait_until(seen_away, 20, "a scrape that is no copy of the last")
+    assert of(values, "tidegate_valkey_up", pool="gemini") == 0
+    assert of(values, "tidegate_postgres_up") == 0
+    assert of(values, "tidegate_permits_held", pool="gemini", process="api") == 1
+    assert of(values, "tidegate_waiters", pool="gemini") == 1
+    assert of(values, "tidegate_limiter_processes", state="away") == 1
+    assert not [name for name, _ in values if name == "tidegate_limit_used"], "never stale"
+    for task in (hanging, waiting):
+        task.cancel()
+    await asyncio.gather(hanging, waiting, return_exceptions=True)
+    own_valkey.start()
+    own_postgres.start()
+    await wait_until(lambda: not gateway.services.store.away, 20, "PostgreSQL is back")
+
+    async def told() -> bool:
+        failed = (await state_of(gateway))["failed_calls"]
+        return [one["status"] for one in failed] == ["cancelled"] * 2
+
+    await wait_until(told, 20, "the calls that failed")

@@ -1,0 +1,60 @@
+"""The start-up page of `tidegate up`: what it says of the limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.gateway import Gateway, open_gateway
+from tests.waiting import wait_until
+from tidegate.config import Config
+from tidegate.embedded.process import free_port
+from tidegate.policy import deployed
+from tidegate.policy.edits import edit
+from tidegate.supervisor.bounds import bounds_in_force
+from tidegate.supervisor.ground import Ground
+from tidegate.supervisor.page import Page
+
+__all__ = ["open_gateway"]
+
+
+async def at_once(config: Config, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the page says of limits."""
+    assert config.redis_url is not None
+    policy = deployed(config)
+    in_force = await bounds_in_force(config.redis_url.get_secret_value(), policy, within_s=0.5)
+    capsys.readouterr()
+    ground = Ground(config, None, embedded=False, emulated=False)
+    Page(config, 1, 1).ready(ground, "http://localhost:1", policy, in_force)
+    after = capsys.readouterr().out.partition("At once")[2]
+    return " ".join(after.partition("\n\n")[0].split())
+
+
+async def changed(gateway: Gateway, **limits: int) -> None:
+    wanted: dict[str, Any] = {f"kind:{kind}": bound for kind, bound in limits.items()}
+    now = await gateway.services.keeper.change(edit(wanted), set_by="ann")
+
+    async def in_force() -> bool:
+        return (await gateway.services.limiter.snapshot()).revision == now.number
+
+    await wait_until(in_force, 20, "the new limits")
+
+
+async def test_the_page_tells_the_limits_in_force_and_which_were_set_live(
+    open_gateway: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = await open_gateway(worker=False)
+    assert await at_once(gateway.config, capsys) == (
+        "text_only 5, multi_modal 3, image_generation 2 calls, over all processes"
+    )
+    await changed(gateway, text_only=8)
+    assert await at_once(gateway.config, capsys) == (
+        "text_only 8 (configured: 5), multi_modal 3, image_generation 2 calls, over all processes "
+        "tidegate limits history says who set them, and why"
+    )
+    dead = {"redis_url": type(gateway.config.redis_url)(f"redis://127.0.0.1:{free_port()}")}
+    assert await at_once(gateway.config.model_copy(update=dead), capsys) == (
+        "text_only 5, multi_modal 3, image_generation 2 calls, over all processes "
+        "as configured: Valkey does not answer yet"
+    )

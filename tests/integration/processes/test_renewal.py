@@ -1,0 +1,105 @@
+"""Children that are replaced one by one: the next is ready before the last one leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tests.integration.embedded.traces import Traces
+from tests.waiting import wait_until
+from tidegate.errors import ConfigError
+from tidegate.supervisor.family import RENEW_SIGNAL, Child, Family
+
+# Notes each stage of its life, in one file for all. A file `broken` keeps it from becoming ready.
+_NOTING = """
+import os, pathlib, signal, sys
+from tidegate.supervisor.notice import tell_ready
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+def note(stage):
+    with (folder / "notes").open("a") as notes:
+        notes.write(f"{name} {os.environ.get('GENERATION', '')} {stage}\\n")
+def leave(*_):
+    note("left")
+    os._exit(0)
+signal.signal(signal.SIGUSR1, leave)
+signal.signal(signal.SIGTERM, leave)
+if (folder / "broken").exists():
+    sys.exit(3)
+if (folder / "stuck").exists():
+    note("stuck")
+    while True:
+        signal.pause()
+note("ready")
+tell_ready()
+while True:
+    signal.pause()
+"""
+
+
+def _notes(folder: Path) -> list[str]:
+    notes = folder / "notes"
+    return notes.read_text().splitlines() if notes.exists() else []
+
+
+@asynccontextmanager
+async def _family(folder: Path, *names: str) -> AsyncIterator[Family]:
+    """A running family, each of whose environments has the next number."""
+    generation = iter("123456789")
+
+    def reread() -> Mapping[str, str]:
+        if (folder / "wrong").exists():
+            raise ConfigError("PORT", "x", "must be a number")
+        return {**os.environ, "GENERATION": next(generation)}
+
+    argv = (sys.executable, "-c", _NOTING, str(folder))
+    children = [Child(name, (*argv, name)) for name in names]
+    family = Family(children, environment={**os.environ, "GENERATION": "0"}, reread=reread)
+    running = asyncio.create_task(family.run())
+    await wait_until(lambda: len(_notes(folder)) == len(names), 20)
+    yield family
+    family.stop()
+    await asyncio.wait_for(running, 20)
+
+
+async def test_each_is_replaced_after_the_next_is_ready(tmp_path: Path, traces: Traces) -> None:
+    async with _family(tmp_path, "a", "b") as family:
+        before = family.pids
+        os.kill(os.getpid(), RENEW_SIGNAL)
+        await wait_until(lambda: "b 0 left" in _notes(tmp_path), 20)
+        assert set(before.values()).isdisjoint(family.pids.values())
+        assert _notes(tmp_path)[2:] == ["a 1 ready", "a 0 left", "b 1 ready", "b 0 left"]
+        os.kill(family.pids["a"], signal.SIGKILL)  # the new settings are those of the next as well
+        await wait_until(lambda: _notes(tmp_path)[-1] == "a 1 ready" and "a" in family.pids, 20)
+    await traces.none_left()
+
+
+async def test_one_that_does_not_start_leaves_the_old_in_place(
+    tmp_path: Path, traces: Traces
+) -> None:
+    async with _family(tmp_path, "a", "b") as family:
+        before = family.pids
+        (tmp_path / "wrong").touch()
+        family.renew()
+        await wait_until(lambda: not family.renewing)
+        (tmp_path / "wrong").unlink()
+        (tmp_path / "broken").touch()
+        family.renew()
+        await wait_until(lambda: not family.renewing, 20)
+        assert family.pids == before
+        (tmp_path / "broken").unlink()
+        os.kill(before["a"], signal.SIGKILL)  # it is started again with the settings that worked
+        await wait_until(lambda: _notes(tmp_path)[2:] == ["a 0 ready"], 20)
+    await traces.none_left()
+
+
+async def test_stop_during_a_renewal_leaves_none(tmp_path: Path, traces: Traces) -> None:
+    async with _family(tmp_path, "a") as family:
+        (tmp_path / "stuck").touch()
+        family.renew()
+        await wait_until(lambda: _notes(tmp_path)[-1] == "a 1 stuck", 20)
+    await traces.none_left()

@@ -1,0 +1,55 @@
+"""Processes that start before what they need: alive at once, ready later, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from tests.fleet import Fleet
+from tests.load import submit
+from tests.waiting import wait_until
+from tidegate.store.migrate import migrate
+
+
+class _Backwards(Fleet):
+    """API and worker first, on an empty database that nobody but us migrates."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, apis=0, workers=0, settings={"MIGRATE_AT_START": "0"})
+
+    async def health(self, path: str) -> int:
+        async with self.http.get(f"{self.url}/health/{path}") as answer:
+            return answer.status
+
+
+async def test_api_and_worker_first_then_postgres_then_the_schema_then_valkey(
+    tmp_path: Path,
+) -> None:
+    async with _Backwards(tmp_path) as fleet:
+        await asyncio.to_thread(fleet.postgres.stop)
+        await asyncio.to_thread(fleet.valkey.stop)
+        url, worker = fleet.start_api(), fleet.start_worker()
+        api = fleet.apis[url]
+        await wait_until(lambda: '"event":"started"' in api.log.read_text(), 30)
+        assert [await fleet.health("live"), await fleet.health("ready")] == [200, 503]
+        body = {"data": "Explain why the tide turns [early]"}
+        assert (await submit(fleet, url, body))[0] == 503, "told at once, and not lost later"
+        await asyncio.to_thread(fleet.postgres.start)
+        assert await fleet.health("ready") == 503, "a database without a schema"
+        await migrate(fleet.postgres.url())
+        await fleet.ready(url)
+        status, answer = await submit(fleet, url, body)
+        assert status == 202, "jobs are taken while Valkey is away"
+        await asyncio.to_thread(fleet.valkey.start)
+        assert (await fleet.end_of(answer["request_id"], 30))["status"] == "succeeded"
+        assert [api.process.poll(), worker.process.poll()] == [None, None]
+
+
+async def test_a_process_of_its_own_waits_for_postgres_and_migrates(tmp_path: Path) -> None:
+    async with Fleet(tmp_path, apis=0, workers=0) as fleet:
+        await asyncio.to_thread(fleet.postgres.stop)
+        url = fleet.start_api()
+        log = fleet.apis[url].log
+        await wait_until(lambda: "waiting for PostgreSQL" in log.read_text(), 30)
+        await asyncio.to_thread(fleet.postgres.start)
+        await fleet.ready(url)

@@ -1,0 +1,92 @@
+"""`tidegate rehearse` as a person runs it: from a file, with no server anywhere."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tests.commands import Done, ran
+from tests.markdown import blocks, text_of
+
+LOAD = """
+lasts = "30s"
+
+[[arrivals]]
+tenant = "acme"
+per_second = 12
+duration_ms = 500
+deadline_ms = 2000
+
+[[arrivals]]
+tenant = "globex"
+per_second = 2
+duration_ms = 500
+"""
+
+
+async def rehearse(folder: Path, *arguments: str, text: str = LOAD) -> Done:
+    (folder / "load.toml").write_text(text)
+    env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONIOENCODING": "utf-8"}
+    return await ran("rehearse", *arguments, cwd=folder, env=env)
+
+
+async def test_tables_a_picture_a_page_and_the_trace_that_was_played(tmp_path: Path) -> None:
+    written = [f"--{kind}={tmp_path / f'out.{kind}'}" for kind in ("svg", "html")]
+    done = await rehearse(tmp_path, "load.toml", *written, "--trace", "out.csv")
+    assert done.code == 0, done.complained
+    assert "kind:text_only binds" in done.said
+    assert "429s that nobody got" in done.said
+    assert "█" in done.said
+    svg = ElementTree.parse(tmp_path / "out.svg").getroot()
+    assert svg.tag.endswith("svg")
+    assert "<script" not in (page := (tmp_path / "out.html").read_text())
+    assert "share of kind:text_only" in page
+    again = await rehearse(tmp_path, "out.csv")
+    assert again.said.splitlines()[0] == done.said.splitlines()[0]
+
+
+async def test_changes_are_compared_side_by_side(tmp_path: Path) -> None:
+    changes = ("--set", "kind:text_only=8", "--set", "kind:text_only=8; weights.globex=4")
+    done = await rehearse(tmp_path, "load.toml", "--json", *changes)
+    assert done.code == 0, done.complained
+    as_it_is, more, weighted = done.json
+    assert as_it_is["name"] == "as it is"
+    assert as_it_is["refused"]["deadline"] > 50
+    assert sum(more["refused"].values()) < 20
+    assert weighted["name"] == "kind:text_only=8; weights.globex=4"
+
+
+async def test_the_lines_of_rehearse_md_say_what_it_shows(tmp_path: Path) -> None:
+    described, shown = "", []
+    for block in blocks("docs/rehearse.md"):
+        if block.language == "toml":
+            described = block.text
+        elif block.language == "sh":
+            (tmp_path / "load.toml").write_text(described)
+            command, *arguments = shlex.split(block.text)
+            assert command == "tidegate"
+            done = await rehearse(tmp_path, *arguments[1:], text=described)
+            shown = [line.rstrip() for line in done.said.splitlines()]
+        elif block.language == "text" and shown:
+            missing = [line for line in block.text.splitlines() if line and line not in shown]
+            assert missing == []
+            shown = []
+    trace = text_of("docs/rehearse.md").split("```text\n  time_ms,")[1].split("```")[0]
+    (tmp_path / "trace.csv").write_text("time_ms," + trace.replace("  ", ""))
+    assert (await rehearse(tmp_path, "trace.csv")).code == 0
+
+
+async def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
+    for arguments, what in (
+        ((), "give a file, or --from-record"),
+        (("none.toml",), "none.toml=(file): must be readable"),
+        (("load.toml", "--set", "kind:text_only=many"), "limits.kind:text_only=many"),
+        (("load.toml", "--set", "kind:text_only"), "must be KEY=VALUE"),
+    ):
+        done = await rehearse(tmp_path, *arguments)
+        assert done.code == 2
+        assert done.complained.startswith("tidegate: ")
+        assert what in done.complained
+        assert done.complained.count("\n") == 1

@@ -1,0 +1,61 @@
+"""What callers hear of connections that end at a bad moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store.connection import Connections
+
+LAST_STEP = 40  # of the event loop, by which the work below has long ended
+
+
+@pytest.fixture
+async def connections(empty_database_url: str) -> AsyncIterator[Connections]:
+    opened = Connections(empty_database_url, size=1)
+    yield opened
+    await opened.aclose()
+
+
+async def _cut_after(steps: int, connection: asyncpg.Connection) -> None:
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    connection.terminate()
+
+
+async def test_a_connection_cut_between_any_two_steps_is_repeated_or_told_as_away(
+    connections: Connections,
+) -> None:
+    for steps in range(LAST_STEP):
+        cuts: list[asyncio.Task[None]] = []
+
+        async def work(
+            connection: asyncpg.Connection,
+            after: int = steps,
+            made: list[asyncio.Task[None]] = cuts,
+        ) -> int:
+            if not made:
+                made.append(asyncio.create_task(_cut_after(after, connection)))
+            await connection.fetch("SELECT $1::int", 1)
+            return len(await connection.fetch("SELECT $1::int", 2))
+
+        assert await connections.run(work) == 1
+        await asyncio.gather(*cuts)
+
+
+async def test_a_statement_past_the_deadline_is_told_as_away(connections: Connections) -> None:
+    async def slow(connection: asyncpg.Connection) -> None:
+        while True:
+            await connection.fetch("SELECT $1::int", 1)
+
+    with pytest.raises(StoreUnavailable):
+        await connections.run(slow, timeout_ms=50)
+
+
+async def test_a_schema_that_is_not_there_is_told_with_its_mend(connections: Connections) -> None:
+    with pytest.raises(StoreUnavailable, match=r"\"requests\" does not exist; `tidegate migrate`"):
+        await connections.run(lambda connection: connection.fetch("SELECT * FROM requests"))

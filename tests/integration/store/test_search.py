@@ -1,0 +1,210 @@
+"""Finding requests of all tenants: what is found, in which order, and what it costs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from tests.integration.store.jobs import new_job, now, upload
+from tests.waiting import wait_until
+from tidegate.call import Kind, new_id
+from tidegate.store import search
+from tidegate.store.queries import sql
+from tidegate.store.records import Failure, StreamRecord
+from tidegate.store.relayed import RelayRecord
+from tidegate.store.search import END, Wanted
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+
+ALL = Wanted()
+# Jobs that ended, each with its audit row, and native calls: ids that tell their time, as ours do.
+FILL = """
+    WITH made AS (
+        SELECT n, now() - n * interval '10 seconds' AS at,
+            lpad(to_hex((extract(epoch FROM now()) * 1000)::bigint - n * 10000), 12, '0') AS head
+        FROM generate_series(1, $1) AS n
+    ), jobs AS (
+        INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by,
+            classified_reason, prompt, created_at, finished_at)
+        SELECT (head || '7000' || '8' || lpad(to_hex(n), 15, '0'))::uuid, 't' || n % 50, 'gemini',
+            'job', 'succeeded', 'text_only', 'rules', '', 'p', at, at
+        FROM made
+    )
+    INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, classified_by,
+        classified_reason, priority, attempts, lapses, instance_id, submitted_at, finished_at)
+    SELECT (head || '7' || side || '8' || lpad(to_hex(n), 15, '0'))::uuid, at,
+        (head || '7' || side || '8' || lpad(to_hex(n), 15, '0'))::uuid, 't' || n % 50, 'gemini',
+        source, 'succeeded', 'rules', '', 0, 1, 0, 'w', at, at
+    FROM made CROSS JOIN (VALUES ('001', 'job'), ('002', 'relay')) AS sides (side, source)
+"""
+
+
+async def ids(store: Store, wanted: Wanted = ALL, limit: int = 200) -> list[UUID]:
+    """All pages together."""
+    found: list[UUID] = []
+    before: UUID | None = END
+    while before is not None:
+        page = await store.search.page(wanted, limit, before)
+        assert len(page.items) <= limit
+        found += [item.listed.request_id for item in page.items]
+        before = page.before
+    return found
+
+
+def call(tenant_id: str, **changes: object) -> RelayRecord:
+    values = {
+        "request_id": new_id(),
+        "tenant_id": tenant_id,
+        "pool": "gemini",
+        "endpoint": "/v1/chat/completions",
+        "status": Status.SUCCEEDED,
+        "http_status": 200,
+        "received_at": now(),
+        "finished_at": now(),
+        "request": b"{}",
+        "response": b"{}",
+    }
+    return RelayRecord(**{**values, **changes})  # type: ignore[arg-type]
+
+
+async def put(store: Store, peek: asyncpg.Connection, *records: RelayRecord) -> None:
+    for record in records:
+        store.relayed.put(record)
+
+    async def written() -> bool:
+        known = [record.request_id for record in records]
+        count = await peek.fetchval("SELECT count(*) FROM audit WHERE id = ANY($1)", known)
+        return bool(count == len(records))
+
+    await wait_until(written, 20, "the record of native calls")
+
+
+async def test_all_tenants_and_sources_are_in_one_list_and_each_request_once(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    job = new_job(tenant_id="a", attachments=(upload(),))
+    await store.submit(job)
+    native = call("b")
+    await put(store, peek, native)
+    stream = new_job(tenant_id="c", request_id=new_id())
+    await store.record_stream(StreamRecord(stream, Status.SUCCEEDED, now(), None))
+    await store._recorder.aclose(2_000)
+    line = call("d", source="batch", status=Status.FAILED, failure=Failure("upstream", "no"))
+    await put(store, peek, line)
+    await store.cancels.cancel(job.request_id, "a")
+    assert await peek.fetchval("SELECT count(*) FROM audit") == 4, "one for each that has ended"
+    newest_first = [line.request_id, stream.request_id, native.request_id, job.request_id]
+    for limit in (1, 2, 4, 5):
+        assert await ids(store, limit=limit) == newest_first
+    (found,) = (await store.search.page(Wanted(source="batch"), 9)).items
+    assert (found.tenant_id, found.listed.source, found.endpoint) == (
+        *("d", "batch", "/v1/chat/completions"),
+    )
+    assert found.listed.failure_code == "upstream"
+    assert abs((found.listed.created_at - now()).total_seconds()) < 60, "read off its id"
+
+
+async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) -> None:
+    start = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+    def at(seconds: int) -> dict[str, Any]:
+        moment = start + timedelta(seconds=seconds)
+        ms = round(moment.timestamp() * 1000)
+        spread = UUID(int=ms << 80 | new_id().int & (1 << 80) - 1)
+        return {"created_at": moment, "request_id": spread}
+
+    text = new_job(**at(0), tenant_id="a", model="gemini-a", subject="ann")
+    other = new_job(**at(1), tenant_id="b")
+    native = call("a", request_id=at(2)["request_id"], received_at=at(2)["created_at"], model="m")
+    for job in (text, other):
+        await store.submit(job)
+    await put(store, peek, native)
+    await store.cancels.cancel(other.request_id, "b")
+    expected: dict[Wanted, list[Any]] = {
+        Wanted(statuses=frozenset({Status.QUEUED})): [text],
+        Wanted(statuses=frozenset({Status.QUEUED, Status.CANCELLED})): [other, text],
+        Wanted(tenant_id="a"): [native, text],
+        Wanted(tenant_id="a\0"): [],
+        Wanted(model="gemini-a"): [text],
+        Wanted(kind=Kind.TEXT_ONLY): [other, text],
+        Wanted(source="relay"): [native],
+        Wanted(failure_code="cancelled"): [other],
+        Wanted(subject="ann"): [text],
+        Wanted(since=start + timedelta(seconds=1)): [native, other],
+        Wanted(until=start + timedelta(seconds=1)): [text],
+        Wanted(since=datetime.max.replace(tzinfo=UTC)): [],
+        Wanted(until=datetime.min.replace(tzinfo=UTC)): [],
+        Wanted(prefix=text.request_id.hex): [text],
+        Wanted(prefix=text.request_id.hex[:20]): [text],
+        Wanted(prefix="0"): [native, other, text],
+        Wanted(prefix="f"): [],
+        Wanted(prefix="f" * 32): [],
+    }
+    for wanted, requests in expected.items():
+        assert await ids(store, wanted, 2) == [one.request_id for one in requests], wanted
+
+
+async def test_a_line_of_a_batch_is_found_while_a_worker_has_it(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    held, queued = new_id(), new_id()
+    await peek.execute(
+        "INSERT INTO batches (id, tenant_id, endpoint, input_file_id, input_blob, input_bytes, "
+        "completion_window, total, expires_at) "
+        "VALUES ($1, 'a', '/v1/chat/completions', $1, 'b', 9, '24h', 2, now())",
+        held,
+    )
+    for number, (line, state) in enumerate(((held, "calling"), (queued, "queued"))):
+        await peek.execute(
+            "INSERT INTO batch_lines (batch_id, line, id, tenant_id, custom_id, body, size_bytes, "
+            "state) VALUES ($1, $2, $3, 'a', 'c', '{}', 2, $4)",
+            *(held, number, line, state),
+        )
+    (found,) = (await store.search.page(ALL, 9)).items
+    assert (found.listed.request_id, found.listed.status) == (held, Status.RUNNING)
+    dossier = await store.dossiers.of(held)
+    assert (dossier.record.source, dossier.record.status) == ("batch", Status.RUNNING)
+
+
+async def test_a_rare_one_is_found_over_several_looks_that_are_each_bounded(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "MOST_LOOKED_AT", 4)
+    rare = new_job(model="rare")
+    await store.submit(rare)
+    for _ in range(10):
+        await store.submit(new_job())
+    page = await store.search.page(Wanted(model="rare"), 5)
+    assert (page.items, page.before is not None) == ((), True)
+    assert await ids(store, Wanted(model="rare"), 5) == [rare.request_id]
+
+
+async def test_a_page_reads_no_more_than_it_looks_at(peek: asyncpg.Connection) -> None:
+    await peek.execute(FILL, 5_000)
+    await peek.execute("ANALYZE requests, audit")
+    whole = (UUID(int=0), END)
+    nothing = [None] * 7
+    times = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
+    rare = [["queued"], *nothing[1:]]
+    looks: dict[str, tuple[str, list[object], int]] = {
+        "the first page": ("search_requests", [*whole, 51, 4_000, *nothing, *times], 400),
+        "a rare one": ("search_requests", [*whole, 51, 4_000, *rare, *times], 12_100),
+        "how far it came": ("search_reach", [*whole, 4_000], 12_100),
+    }
+    for what, (name, arguments, most_rows) in looks.items():
+        async with peek.transaction():
+            await peek.execute("SET LOCAL enable_seqscan = off; SET LOCAL jit = off")
+            lines = await peek.fetch(
+                f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {sql(name)}", *arguments
+            )
+        plan = "\n".join(line[0] for line in lines)
+        assert "Seq Scan" not in plan, f"{what}:\n{plan}"
+        scans = [line[0] for line in lines if "Scan" in line[0] and "(actual rows=" in line[0]]
+        read = sum(float(line.split("(actual rows=")[1].split()[0]) for line in scans)
+        assert read <= most_rows, f"{what}:\n{plan}"
+        took_ms = float(plan.rpartition("Execution Time: ")[2].split()[0])
+        assert took_ms < 200, f"{what}:\n{plan}"

@@ -1,0 +1,108 @@
+"""A moment of a pool, bounded whatever its size."""
+
+from __future__ import annotations
+
+import orjson
+
+from tidegate.dashboard.frame import (
+    MOST_FOUND,
+    MOST_LIMITS,
+    MOST_PROCESSES,
+    MOST_TENANTS,
+    pool_frame,
+    upstream_frame,
+)
+from tidegate.limiter import (
+    Adaptive,
+    Concurrency,
+    LimitView,
+    PoolPolicy,
+    QueueView,
+    Quota,
+    Rate,
+    SessionView,
+    Snapshot,
+    TenantView,
+)
+from tidegate.metrics.board import Note, UpstreamFound
+
+
+def limit(name: str, sort: str = "c", *, waiting: int = 0, paused_ms: int = 0) -> LimitView:
+    return LimitView(name, sort, 10, 4, waiting, 1, 8, 0, paused_ms, "ann: why", 0, 3)
+
+
+def snapshot(**named: object) -> Snapshot:
+    usual: dict[str, object] = {
+        "limits": {},
+        "sessions": 1,
+        "epoch": 1,
+        "revision": 7,
+        "recovering_ms": 0,
+        "state": "up",
+    }
+    return Snapshot(**{**usual, **named})  # type: ignore[arg-type]
+
+
+def test_each_sort_of_limit_says_what_it_is() -> None:
+    policy = PoolPolicy(
+        {
+            "kind:a": Concurrency(10, adaptive=Adaptive()),
+            "tpm:total": Rate(10, 60_000, "tokens", shadow=True),
+            "rpd:total": Quota(10, zone="UTC"),
+        }
+    )
+    views = [limit("kind:a"), limit("tpm:total", "r"), limit("rpd:total", "q")]
+    frame = pool_frame("p", snapshot(limits={one.limit: one for one in views}), policy)
+    first, quota, rate = frame["limits"]
+    assert (first["sort"], first["adaptive"], first["current"]) == ("concurrency", True, 8)
+    assert (rate["sort"], rate["unit"], rate["window_ms"], rate["shadow"]) == (
+        *("rate", "tokens", 60_000),
+        True,
+    )
+    assert (quota["sort"], quota["zone"], quota["reserved"]) == ("quota", "UTC", 3)
+    assert frame["revision"] == 7
+
+
+def test_of_a_crowd_the_most_pressed_are_shown_and_the_rest_counted() -> None:
+    many = 10 * MOST_LIMITS
+    limits = {f"tenant:t{n:05}": limit(f"tenant:t{n:05}") for n in range(many)}
+    limits["z:paused"] = limit("z:paused", paused_ms=5)
+    limits["z:crowded"] = limit("z:crowded", waiting=9)
+    tenants = tuple(TenantView(f"t{n:05}", n, 1) for n in range(many))
+    processes = tuple(SessionView(f"s{n}", f"api-{n}", 1_000, n, False) for n in range(many))
+    queues = (
+        QueueView("s1", "api-1", 1, f"t{many - 1:05}", ("a:a",), "a:a", 2, 1),
+        QueueView("s2", "api-2", 1, f"t{many - 1:05}", ("a:b",), "a:b", 5, 1),
+        QueueView("s2", "api-2", 1, "t00001", ("a:b",), None, 1, 1),
+    )
+    whole = snapshot(limits=limits, tenants=tenants, processes=processes, queues=queues)
+    frame = pool_frame("p", whole, PoolPolicy({}))
+    assert len(frame["limits"]) == MOST_LIMITS
+    assert frame["more_limits"] == many + 2 - MOST_LIMITS
+    assert {"z:paused", "z:crowded"} <= {one["limit"] for one in frame["limits"]}
+    assert (len(frame["tenants"]), frame["more_tenants"]) == (MOST_TENANTS, many - MOST_TENANTS)
+    assert (frame["tenants"][0]["waiting"], frame["tenants"][0]["held_up_by"]) == (many - 1, "a:b")
+    assert (len(frame["processes"]), frame["more_processes"]) == (
+        MOST_PROCESSES,
+        many - MOST_PROCESSES,
+    )
+    assert frame["waiting"] == sum(range(many))
+    assert len(orjson.dumps(frame)) < 60_000
+
+
+def test_an_upstream_is_shown_as_the_process_finds_it_that_finds_it_worst() -> None:
+    well, tried = UpstreamFound("ok"), UpstreamFound("trying", faults=9, why="it was 503")
+    out, refused = UpstreamFound("out", faults=5, why="it was cut"), UpstreamFound("out", True)
+    notes = [
+        Note(f"api-{number}", upstreams={"gemini": found})
+        for number, found in enumerate((well, tried, out))
+    ]
+    notes.append(Note("of another file", upstreams={"other": refused}))
+    frame = upstream_frame("gemini", notes)
+    assert (frame["state"], frame["detail"]) == ("out", "it was cut")
+    assert (frame["processes"], frame["out_in"], frame["key_refused"]) == (3, 2, False)
+    assert [one["process"] for one in frame["found"]] == ["api-2", "api-1"]
+    assert upstream_frame("other", notes)["key_refused"]
+    crowd = [Note(f"api-{number}", upstreams={"gemini": out}) for number in range(2 * MOST_FOUND)]
+    frame = upstream_frame("gemini", crowd)
+    assert (len(frame["found"]), frame["out_in"]) == (MOST_FOUND, 2 * MOST_FOUND)

@@ -1,0 +1,110 @@
+"""compose.yaml, as Compose itself reads it, and the balancer's file as HAProxy does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.deploy.deployment import DEPLOY, ROOT, as_config, output, seconds
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a copy of the folder comes to, with secrets made by its own script."""
+    root = tmp_path_factory.mktemp("compose")
+    shutil.copytree(DEPLOY, root / "deploy")
+    shutil.copy(ROOT / "tidegate.example.toml", root)
+    output(root / "deploy/compose/secrets.sh", env={**os.environ, "GEMINI_API_KEY": "AIza-mine"})
+    before = {path: path.read_text() for path in (root / "deploy/compose/secrets").iterdir()}
+    output(root / "deploy/compose/secrets.sh", env=dict(os.environ))
+    assert {path: path.read_text() for path in before} == before, "what is there stays"
+    assert len(before) == 6
+    assert (root / "deploy/compose/secrets").stat().st_mode & 0o777 == 0o700
+    command = ("docker-compose", "-f", root / "deploy/compose.yaml", "--profile", "*", "config")
+    found: dict[str, Any] = json.loads(output(*command, "--format", "json"))
+    for secret in found["secrets"].values():
+        assert Path(secret["file"]).read_text(), "every secret is there"
+    for config in found["configs"].values():
+        assert Path(config["file"]).is_file()
+    return found
+
+
+def _ours(composed: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        name: one for name, one in composed["services"].items() if one["image"] == "tidegate:latest"
+    }
+
+
+def test_every_service_is_closed_and_bounded(composed: dict[str, Any]) -> None:
+    assert set(composed["services"]) == {
+        *("balancer", "api-1", "api-2", "worker", "migrate", "prune", "valkey", "postgres"),
+    }
+    for name, one in composed["services"].items():
+        assert one["read_only"] is True, name
+        assert one["cap_drop"] == ["ALL"]
+        assert one["security_opt"] == ["no-new-privileges:true"]
+        assert one["user"] not in ("", "root", "0")
+        assert {"cpus", "memory"} <= set(one["deploy"]["resources"]["limits"])
+        assert "healthcheck" in one, name
+    worker = composed["services"]["worker"]
+    probe = f"http://127.0.0.1:{worker['environment']['WORKER_PORT']}/health/ready"
+    assert probe in worker["healthcheck"]["test"][-1]
+
+
+def test_only_the_balancer_has_a_port_and_the_stores_no_way_out(composed: dict[str, Any]) -> None:
+    with_ports = {name for name, one in composed["services"].items() if one.get("ports")}
+    assert with_ports == {"balancer"}
+    assert composed["networks"]["inside"]["internal"] is True
+    for name in ("valkey", "postgres"):
+        assert set(composed["services"][name]["networks"]) == {"inside"}
+
+
+def test_the_settings_are_ours_and_secrets_are_files(
+    composed: dict[str, Any], tmp_path: Path
+) -> None:
+    for name, one in _ours(composed).items():
+        settings = one["environment"]
+        config = as_config(settings, tmp_path, ROOT / "tidegate.example.toml")
+        assert not config.migrate_at_start
+        mounted = {f"/run/secrets/{secret['source']}" for secret in one["secrets"]}
+        files = {value for key, value in settings.items() if key.endswith("_FILE")}
+        assert files == mounted, name
+
+
+def test_a_container_is_drained_before_it_is_killed(
+    composed: dict[str, Any], tmp_path: Path
+) -> None:
+    for one in _ours(composed).values():
+        config = as_config(one["environment"], tmp_path, ROOT / "tidegate.example.toml")
+        drain_s = (config.leave_ms + config.shutdown_grace_ms) / 1000
+        minutes = re.fullmatch(r"(?:(\d+)m)?(\d+)s", one["stop_grace_period"])
+        assert minutes is not None
+        assert drain_s + 10 <= int(minutes[1] or 0) * 60 + int(minutes[2])
+
+
+def test_the_balancer_notices_a_leaving_process_before_it_ends(
+    composed: dict[str, Any], tmp_path: Path
+) -> None:
+    file = DEPLOY / "haproxy/haproxy.cfg"
+    balancer = composed["services"]["balancer"]
+    env = {**os.environ, "LISTEN": "127.0.0.1:1", "API_1": "127.0.0.1:2", "API_2": "127.0.0.1:3"}
+    assert set(balancer["environment"]) == {"LISTEN", "API_1", "API_2"}
+    for name in ("API_1", "API_2"):
+        assert balancer["environment"][name].partition(":")[0] in _ours(composed)
+    output("haproxy", "-c", "-f", file, env={**env, "PATH": f"{env['PATH']}:/usr/sbin"})
+    found = re.search(r"inter (\S+) fastinter \S+ fall (\d+)", file.read_text())
+    assert found is not None
+    settings = _ours(composed)["api-1"]["environment"]
+    config = as_config(settings, tmp_path, ROOT / "tidegate.example.toml")
+    assert seconds(found[1]) * int(found[2]) * 2 <= config.leave_ms / 1000
+
+
+def test_valkey_evicts_nothing(composed: dict[str, Any]) -> None:
+    (script,) = [word for word in composed["services"]["valkey"]["command"] if "\n" in word]
+    assert "maxmemory-policy noeviction" in script

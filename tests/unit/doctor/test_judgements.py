@@ -1,0 +1,220 @@
+"""What is said of what was found, where making it so for real would cost too much."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tidegate.config import load
+from tidegate.doctor import deployment, machine, postgresql, valkey
+from tidegate.doctor.finding import Finding, State
+from tidegate.limiter import PoolPolicy, SessionView, Snapshot
+from tidegate.limiter.checkup import ServerReport
+from tidegate.policy.plain import digest, to_plain
+from tidegate.store.checkup import DatabaseReport
+from tidegate.store.records import PolicyRecord
+
+SERVER = ServerReport(
+    facts={"valkey_version": "9.1.2", "redis_version": "7.2.4", "role": "master"},
+    round_trip_ms=0.1,
+    clock_ahead_ms=3.0,
+    denied=(),
+    pushes="",
+    snapshot=None,
+    unread="",
+)
+DATABASE = DatabaseReport(
+    facts={
+        "version": 180000,
+        "version_text": "18.0",
+        "is_replica": False,
+        "read_only": "off",
+        "encoding": "UTF8",
+        "autovacuum": "on",
+        "fsync": "on",
+        "synchronous_commit": "on",
+        "max_connections": 100,
+        "reserved": 3,
+        "connected": 5,
+        "schema": "public",
+        "who": "tidegate",
+        "may_create": True,
+    },
+    revision="0010",
+    needed="0010",
+    round_trip_ms=0.3,
+    clock_ahead_ms=0.0,
+    pooled=False,
+    shares=False,
+    old=(),
+    sizes={"requests": 1_000_000},
+    foreign=(),
+    unusable=(),
+)
+POLICY = PoolPolicy({"kind:text_only": 5})
+SOUND = Snapshot({}, 2, 1, 3, 0, "up")
+
+
+def state_of(found: Any, check: str) -> State:
+    by_check: dict[str, Finding] = {one.check: one for one in found}
+    return by_check[check].state
+
+
+@pytest.mark.parametrize(
+    ("check", "change", "state"),
+    [
+        ("version", {}, State.OK),
+        ("version", {"facts": {"valkey_version": "7.2.9"}}, State.FAIL),
+        ("version", {"facts": {"redis_version": "7.0.15"}}, State.FAIL),
+        ("version", {"facts": {"redis_version": "7.2.1"}}, State.OK),
+        ("persistence", {"facts": {"loading": "1"}}, State.WARN),
+        ("failover", {"facts": {"role": "slave"}}, State.FAIL),
+        (
+            "failover",
+            {"facts": {"role": "master", "connected_slaves": "1", "min_slaves_good_slaves": "0"}},
+            State.FAIL,
+        ),
+        ("latency", {"round_trip_ms": 6.0}, State.WARN),
+        ("latency", {"round_trip_ms": 150.0}, State.FAIL),
+        ("clock", {"clock_ahead_ms": -2_500.0}, State.WARN),
+    ],
+)
+def test_servers_of_the_limiter(check: str, change: dict[str, Any], state: State) -> None:
+    found = valkey.judge(replace(SERVER, **change), 3_000, embedded=False)
+    assert state_of(found, f"valkey.{check}") is state
+
+
+@pytest.mark.parametrize(
+    ("check", "change", "state"),
+    [
+        ("version", {"version": 140011}, State.FAIL),
+        ("rights", {"is_replica": True}, State.FAIL),
+        ("rights", {"schema": None}, State.FAIL),
+        ("rights", {"may_create": False}, State.WARN),
+        ("connections", {"connected": 95}, State.WARN),
+        ("durability", {"synchronous_commit": "off"}, State.WARN),
+        ("autovacuum", {"autovacuum": "off"}, State.FAIL),
+    ],
+)
+def test_databases(check: str, change: dict[str, Any], state: State) -> None:
+    report = replace(DATABASE, facts=DATABASE.facts | change)
+    assert state_of(postgresql.judge(DATABASE, 2), f"postgresql.{check}") is State.OK
+    assert state_of(postgresql.judge(report, 2), f"postgresql.{check}") is state
+
+
+def test_slow_databases_and_wrong_clocks() -> None:
+    report = replace(DATABASE, round_trip_ms=20.0, clock_ahead_ms=90_000.0)
+    found = list(postgresql.judge(report, 2))
+    assert state_of(found, "postgresql.latency") is State.WARN
+    assert state_of(found, "postgresql.clock") is State.WARN
+
+
+def record(number: int, at_once: int, set_by: str) -> PolicyRecord:
+    plain = to_plain(PoolPolicy({"kind:text_only": at_once}))
+    created_at = datetime.now(UTC) - timedelta(minutes=number)
+    return PolicyRecord(number, "deployment", digest(plain), plain, set_by, "", created_at)
+
+
+def test_policies_and_processes_of_a_pool() -> None:
+    def found(snapshot: Snapshot, *records: PolicyRecord) -> dict[str, State]:
+        judged = deployment.judge_pool("gemini", POLICY, snapshot, records)
+        return {one.check.rpartition(".")[2]: one.state for one in judged}
+
+    assert set(found(SOUND, record(3, 5, "a")).values()) == {State.OK}
+    assert found(SOUND, record(4, 5, "a"))["policy"] is State.WARN, "not the one in force"
+    fight = (record(3, 5, "api-a-1"), record(2, 6, "api-b-1"), record(1, 7, "api-a-1"))
+    assert found(SOUND, *fight)["policy"] is State.FAIL
+    stuck = SessionView("s", "worker-a-1-0123abcd", 900, 1, True)
+    assert found(replace(SOUND, processes=(stuck,)))["processes"] is State.WARN
+    assert found(replace(SOUND, recovering_ms=900))["processes"] is State.WARN
+
+
+def test_what_tenants_were_given_is_as_the_settings_say() -> None:
+    def found(in_force: PoolPolicy, asked: PoolPolicy) -> Finding:
+        plain = to_plain(in_force)
+        one = PolicyRecord(
+            3, "deployment", digest(to_plain(asked)), plain, "ann", "", datetime.now(UTC)
+        )
+        return next(deployment.judge_pool("gemini", POLICY, SOUND, [one]))
+
+    given = PoolPolicy({"kind:text_only": 5, "tenant:acme": 5}, weights={"acme": 4})
+    assert found(given, POLICY).state is State.OK
+    assert "tenants were given" in found(given, POLICY).found
+    assert found(given, given).state is State.WARN, "by a file that these settings do not have"
+    assert found(PoolPolicy({"kind:text_only": 9, "tenant:acme": 5}), POLICY).state is State.WARN
+
+
+def test_two_machines_must_share_what_they_store() -> None:
+    config = load({}, None)
+    names = ("api-one-17-0123abcd", "worker-two-b-8-0123abcd")
+    views = tuple(SessionView(name, name, 900, 0, False) for name in names)
+    both = {"gemini": replace(SOUND, processes=views)}
+    assert deployment.hosts_of(both["gemini"]) == {"one", "two-b"}
+    assert deployment.judge_blobs(config, both).state is State.WARN
+    assert deployment.judge_blobs(load({"BLOB_URL": "s3://b"}, None), both).state is State.OK
+    alone = {"gemini": replace(SOUND, processes=views[:1])}
+    assert deployment.judge_blobs(config, alone).state is State.OK
+
+
+def test_access_by_address_and_keys() -> None:
+    open_to_all = {"HOST": "0.0.0.0", "TIDEGATE_DEMO": "1"}
+    cases: list[tuple[dict[str, str], bool | None, State]] = [
+        ({}, False, State.OK),
+        (open_to_all, False, State.FAIL),
+        (open_to_all, True, State.OK),
+        (open_to_all, None, State.SKIPPED),
+        (open_to_all | {"AUTH": "off"}, False, State.WARN),
+    ]
+    for settings, any_key, state in cases:
+        found = deployment.judge_access(load(settings, None), any_key)
+        assert state_of(found, "access.keys") is state, settings
+    assert (
+        state_of(deployment.judge_settings(load(open_to_all, None)), "settings.demo") is State.WARN
+    )
+    private = {"WEBHOOK_SECRET": "whsec_" + "A" * 32, "WEBHOOK_ALLOW_PRIVATE": "1"}
+    found = deployment.judge_settings(load(private, None))
+    assert state_of(found, "settings.webhooks") is State.WARN
+
+
+def test_folders_that_may_not_be_written_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    (data / "blobs").mkdir(parents=True)
+    (data / "blobs").chmod(0o755)
+    config = load({"DATA_DIR": str(data), "PORT": "0"}, None)
+    assert state_of(machine.look(config), "files.data_dir") is State.WARN
+    (data / "blobs").chmod(0o500)
+    was = os.geteuid()
+    if was == 0:
+        tmp_path.chmod(0o755)
+        data.chmod(0o755)
+        os.seteuid(65_534)
+    try:
+        found = list(machine.look(config))
+    finally:
+        os.seteuid(was)
+    assert state_of(found, "files.data_dir") is State.FAIL
+    monkeypatch.setattr(machine, "_LITTLE_BYTES", 10**18)
+    assert state_of(machine.look(config), "files.disk") is State.WARN
+
+
+def test_old_and_missing_packages_and_few_descriptors_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load({"PORT": "0"}, None)
+    monkeypatch.setattr(
+        "tidegate.doctor.machine.metadata.requires",
+        lambda _: ["rich>=999; extra == 'gateway'", "no-such-thing>=1", "other>=1; extra == 'x'"],
+    )
+    (found,) = [one for one in machine.look(config) if one.check == "machine.packages"]
+    assert found.state is State.FAIL
+    assert "no-such-thing is missing, rich " in found.found
+    assert "other" not in found.found
+    monkeypatch.setattr(machine, "_FEW_FILES", 10**9)
+    assert state_of(machine.look(config), "machine.descriptors") is State.WARN

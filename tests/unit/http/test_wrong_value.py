@@ -1,0 +1,54 @@
+"""What a caller hears of a value that its type refuses."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tidegate.call import Kind
+from tidegate.http.wrong_value import in_words
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = ""
+
+
+class Named(BaseModel):
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (UUID, "zzz", ("is no id", "an id, as the answer to a submit has it in request_id")),
+        (int, "ten", ("is no whole number", "a whole number")),
+        (Annotated[int, Field(le=200)], "999", ("is too large", "200 or less")),
+        (Annotated[float, Field(ge=0)], "-1", ("is too small", "0.0 or more")),
+        (Annotated[int, Field(gt=0)], "0", ("is too small", "more than 0")),
+        (date, "x", ("is no day", "a day such as 2026-01-31")),
+        (Annotated[str, Field(max_length=2)], "abc", ("is too long", "2 characters or fewer")),
+        (Literal["day", "month"], "year", ("is not known", "'day' or 'month'")),
+        (Kind, "poem", ("is not known", "'text_only', 'multi_modal' or 'image_generation'")),
+        (Strict, {"limits": 1}, ("is not known", None)),
+        (Named, {}, ("is not given", "required")),
+        (bool, "perhaps", ("is neither true nor false", "true or false")),
+    ],
+)
+def test_what_is_wrong_and_allowed_is_said(
+    kind: Any, value: object, said: tuple[str, str | None]
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        TypeAdapter(kind).validate_python(value)
+    assert in_words(dict(refused.value.errors()[0])) == said
+
+
+def test_what_has_no_words_of_ours_is_told_in_pydantics() -> None:
+    with pytest.raises(ValidationError) as refused:
+        TypeAdapter(complex).validate_python("x")
+    wrong, allowed = in_words(dict(refused.value.errors()[0]))
+    assert (wrong.startswith("is not right: Input should be "), allowed) == (True, None)

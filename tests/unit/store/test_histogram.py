@@ -1,0 +1,36 @@
+"""Lengths counted by their size: percentiles that are near enough, and sums that are exact."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.store.histogram import LANES, counts, lane_of, one, pack, percentiles, unpack
+
+LENGTHS = st.lists(st.floats(1, 3_000_000), min_size=1, max_size=200)
+
+
+@given(LENGTHS, st.sampled_from([0.5, 0.95, 0.99, 1.0]))
+def test_a_percentile_is_within_its_class(lengths: list[float], share: float) -> None:
+    (found,) = percentiles(sum(map(one, lengths)), (share,))
+    assert found is not None
+    ordered = sorted(lengths)
+    exact = ordered[math.ceil(len(ordered) * share) - 1]
+    assert exact / 1.19 <= found <= exact * 1.19
+
+
+@given(LENGTHS, LENGTHS)
+def test_adding_the_numbers_adds_the_histograms(some: list[float], others: list[float]) -> None:
+    both = sum(map(one, some)) + sum(map(one, others))
+    assert both == sum(map(one, some + others))
+    assert sum(counts(both)) == len(some) + len(others)
+    assert unpack(pack(both)) == both
+
+
+def test_what_is_out_of_range_is_counted_at_the_ends() -> None:
+    assert (lane_of(0), lane_of(0.99), lane_of(1)) == (0, 0, 1)
+    assert lane_of(1e12) == LANES - 1
+    assert percentiles(0, (0.5,)) == [None]
+    assert (pack(0), unpack(b"")) == (b"", 0)

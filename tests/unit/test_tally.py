@@ -1,0 +1,78 @@
+"""Sums on their way to Prometheus: nothing is lost, nothing is counted twice."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+
+from tidegate.metrics.calls import Calls
+from tidegate.metrics.instruments import Instruments
+from tidegate.metrics.names import Metric
+from tidegate.metrics.tally import MOST_TENANTS, Known, Tally
+from tidegate.observed import Observed
+
+
+@given(st.lists(st.lists(st.floats(0, 2_000), max_size=20), max_size=5))
+def test_a_spread_tells_the_same_as_the_library_one_by_one(batches: list[list[float]]) -> None:
+    spec, registry = Metric.QUEUE, CollectorRegistry()
+    usual = Histogram(spec.name, spec.said, spec.labels, buckets=spec.buckets, registry=registry)
+    made = Instruments()
+    for batch in batches:
+        for value in batch:
+            made.tally.observe(spec, ("relay", "text_only", "gemini"), value)
+            usual.labels("relay", "text_only", "gemini").observe(value)
+        made.flush()
+    told = [line for line in _lines(made.registry) if line.startswith(spec.name)]
+    wanted = [line for line in _lines(registry) if line.startswith(spec.name)]
+    assert [_rounded(line) for line in told] == [_rounded(line) for line in wanted]
+
+
+def _lines(registry: CollectorRegistry) -> list[str]:
+    return generate_latest(registry).decode().splitlines()
+
+
+def _rounded(line: str) -> tuple[str, float]:
+    name, _, value = line.rpartition(" ")
+    return name, round(float(value), 6)
+
+
+def test_a_count_is_there_from_the_start_and_taken_once() -> None:
+    tally = Tally()
+    tally.add(Metric.FENCED, ("gemini",), 0)
+    assert list(tally.take_counts()) == [(Metric.FENCED, ("gemini",), 0)]
+    assert list(tally.take_counts()) == []
+    tally.add(Metric.FENCED, ("gemini",), 3)
+    assert list(tally.take_counts()) == [(Metric.FENCED, ("gemini",), 3)]
+    assert list(tally.take_counts()) == []
+
+
+def test_names_that_clients_make_up_take_no_place() -> None:
+    tally = Tally()
+    calls = Calls(tally)
+    now = datetime.now(UTC)
+
+    def of(number: int, status: str, attempts: int) -> Observed:
+        name = f"n{number}"
+        return Observed("relay", status, name, now, model=name, attempts=attempts, upstream_ms=1.0)
+
+    calls.take([of(number, "refused", 0) for number in range(1_000)])
+    calls.take([of(number, "succeeded", 1) for number in range(2_000, 2_500)])
+    seen = {labels[0] for metric, labels, _ in tally.take_counts() if metric is Metric.TENANT_CALLS}
+    assert len(seen) == MOST_TENANTS + 1
+    assert "other" in seen
+    assert "n1" not in seen
+    assert "n2000" in seen
+
+
+def test_the_first_names_keep_their_places() -> None:
+    known = Known(2)
+    assert [known.of(name, learns=True) for name in ("a", "b", "c", "a")] == [
+        "a",
+        "b",
+        "other",
+        "a",
+    ]
+    assert len(known) == 2
