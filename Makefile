@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check chaos bench bench-limiter bench-gateway audit setup-system lock clean
+.PHONY: help run test suite check chaos bench bench-limiter bench-gateway audit setup-system lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -16,8 +16,10 @@ run: ## Start everything on http://localhost:8000; Ctrl-C stops it (ARGS="--api 
 test: ## Run the checks and the whole test suite (PYTEST_ARGS="tests/unit -k words")
 	@scripts/bootstrap.sh dev
 	@scripts/setup_system.sh
-	@$(MAKE) --no-print-directory check
-	@.venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory -j2 check suite
+
+suite:
+	@.venv/bin/python -m pytest -n 5 --dist worksteal $(PYTEST_ARGS)
 
 check: ## Lint, format, types and import contracts
 	@scripts/bootstrap.sh dev
@@ -30,7 +32,9 @@ chaos: ## Kill, pause and cut off parts at full size, and count what really arri
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python -m chaos.limiter --seconds 60
 	@TIDEGATE_MODEL_STEPS=200000 .venv/bin/python -m pytest tests/property -n0 -s
+	@TIDEGATE_SCHEMA_EXAMPLES=300 .venv/bin/python -m pytest tests/integration/described -n0 -s --timeout 1800
 	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
+	@.venv/bin/python -m chaos.soak --minutes 5
 
 bench: ## Measure, and print the figures with the machine that they come from
 	@scripts/bootstrap.sh dev

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 
-BENCHMARKS = ("bench.limiter", "bench.submit", "bench.gateway")
+BENCHMARKS = ("bench.limiter", "bench.submit", "bench.dashboard", "bench.gateway")
 
 
 def main() -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from chaos.history import from_emulator, in_flight
 from tests import scenarios
 from tests.fleet import LIMITS, Fleet
 from tests.load import Load
+from tidegate.rehearse.history import from_emulator, in_flight
 
 Fault = Callable[[Fleet], Awaitable[None]]
 

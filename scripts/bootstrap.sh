@@ -17,11 +17,27 @@ new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
+has_venv() {
+    "$1" -c 'import ensurepip, venv' >/dev/null 2>&1
+}
+
+# Of those that can make an environment, 3.13 or 3.12 before 3.11: the same work costs them less.
 find_python() {
     local name
-    for name in "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python3.14; do
-        if new_enough "$name"; then
+    if [[ -n ${PYTHON:-} ]]; then
+        new_enough "$PYTHON" || fail "needs Python 3.11 or newer, and PYTHON=$PYTHON is not that"
+        echo "$PYTHON"
+        return
+    fi
+    for name in python3.13 python3.12 python3 python3.11 python3.14; do
+        if new_enough "$name" && has_venv "$name"; then
             echo "$name"
+            return
+        fi
+    done
+    for name in python3 python3.11; do
+        if new_enough "$name"; then
+            echo "$name" # its own message says what it lacks
             return
         fi
     done
@@ -74,4 +90,6 @@ groups=(--no-dev)
 # --inexact: uv and pip live in .venv as well and are in no lock file.
 .venv/bin/uv sync --quiet --frozen --inexact --compile-bytecode --all-extras "${groups[@]}" ||
     fail "uv could not install what uv.lock names: see its message above"
+# Ours too, once for all processes to come, also where PYTHONDONTWRITEBYTECODE is set.
+.venv/bin/python -m compileall -q -j 0 src
 echo "$digest" >".venv/.installed-$want"

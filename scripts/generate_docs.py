@@ -1,24 +1,33 @@
-"""Write `.env.example` and `docs/configuration.md` from the settings themselves.
+"""Write `.env.example` and the documents on settings, errors, metrics and commands from the code.
 
-    python scripts/generate_docs.py           write both
+    python scripts/generate_docs.py           write them
     python scripts/generate_docs.py --check   exit with 1 and name what is out of date
 
-Invariant: what these files say of a setting stands in `tidegate.config.settings` and only there.
+Invariant: what these files say of a setting stands in `tidegate.config.settings`, what they say of
+an error in `tidegate.errors` and in the table of `tidegate.http.problems`, of a command in
+`tidegate.cli`, and only there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
 
 from pydantic import SecretStr
 
+from tidegate import errors
 from tidegate.config import SECRETS, Config
 from tidegate.config.environment import allowed
 from tidegate.config.settings import SECTIONS
+from tidegate.http.problems import native_status_of, status_of
+from tidegate.metrics.names import ALL
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_document import cli_document
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 96
@@ -49,6 +58,60 @@ stops it.
 
 <!-- Written by scripts/generate_docs.py: change tidegate/config/settings.py instead. -->
 """
+
+ERRORS_HEAD = """\
+# Errors
+
+What goes wrong is answered as problem JSON ([RFC 9457](https://www.rfc-editor.org/rfc/rfc9457)),
+with `Content-Type: application/problem+json`. `code` is the stable name to test for; the same names
+stand in `error` of a request's status. [http-api.md](http-api.md#when-it-goes-wrong) has examples.
+
+The *native* status is that on the paths of the providers' own SDKs, where the body is in their
+dialect: [gateway.md](gateway.md#errors) says in which words. What the provider itself refuses goes
+through there as it came.
+
+*Again* says whether the same request may succeed later. `Retry-After` (and `retry_after_ms`) says
+when: it comes with every 503 and 504, and wherever else the time is known.
+
+<!-- Written by scripts/generate_docs.py from tidegate/errors.py and tidegate/http/problems.py. -->
+
+| code | status | native | means | again |
+|---|---|---|---|---|
+"""
+METRICS_HEAD = """\
+# Metrics
+
+All that `GET /metrics` tells; [observability.md](observability.md#metrics) says how to have it
+scraped and what is behind it. A histogram has `_bucket`, `_sum` and `_count` after its name.
+
+<!-- Written by scripts/generate_docs.py from tidegate/metrics/names.py. -->
+"""
+OF_PROCESSES = """
+## What processes have seen
+
+Of the process that is asked, and under `tidegate up` of all its siblings. Add them up over all that
+are scraped.
+
+| metric | sort | labels | what it tells |
+|---|---|---|---|
+"""
+OF_ALL = """
+## What is true of the whole deployment
+
+Read from Valkey and PostgreSQL when somebody asks, so each process tells the same: take the maximum
+over `instance`, not the sum. What a store that is away would have told is not there.
+
+| metric | sort | labels | what it tells |
+|---|---|---|---|
+"""
+# They never reach a client: they stop a start, are settled between processes, or are its own.
+INSIDE = {errors.ConfigError, errors.ClaimLost}
+INSIDE |= {errors.GatewayRefused, errors.GatewayUnreachable}
+# Nobody raises them: only what is below them in the tree.
+ROOTS = {errors.AdmissionError, errors.UpstreamError}
+# What waited in vain may find room later; no job is tried again for it.
+LATER = {errors.DeadlineExceeded, errors.QueueFull, errors.RequestTimeout}
+_LEAF = re.compile(r"^[│ ]*[├└]── (\w+) +(.+)$", re.MULTILINE)
 
 
 def shown_default(field: str) -> str:
@@ -96,11 +159,48 @@ def configuration() -> str:
     return "\n".join(lines) + "\n"
 
 
+def errors_reference() -> str:
+    """A row for each error of the tree in `tidegate.errors` that a client may be told."""
+    meanings = dict(_LEAF.findall(errors.__doc__ or ""))
+    rows = []
+    meanings["TidegateError"] = "a fault of ours: the log has it"
+    for name, means in meanings.items():
+        kind: type[errors.TidegateError] = getattr(errors, name)
+        if kind in INSIDE | ROOTS:
+            continue
+        if issubclass(kind, errors.UpstreamError):
+            means = "the provider: " + means.replace("the provider's", "its")
+        blank = kind.__new__(kind)
+        again = "yes" if kind.retryable or kind in LATER else "no"
+        cells = (
+            f"`{kind.code}`",
+            str(status_of(blank)),
+            str(native_status_of(blank)),
+            means,
+            again,
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return ERRORS_HEAD + "\n".join(rows) + "\n"
+
+
+def metrics_reference() -> str:
+    """A row for each metric."""
+    tables = {False: "", True: ""}
+    for one in ALL:
+        labels = ", ".join(f"`{label}`" for label in one.labels)
+        said = one.said.replace("|", "\\|")
+        tables[one.everywhere] += f"| `{one.name}` | {one.sort} | {labels} | {said} |\n"
+    return METRICS_HEAD + OF_PROCESSES + tables[False] + OF_ALL + tables[True]
+
+
 def documents() -> dict[Path, str]:
     """Each generated file and what belongs into it."""
     return {
         ROOT / ".env.example": env_example(),
         ROOT / "docs" / "configuration.md": configuration(),
+        ROOT / "docs" / "errors.md": errors_reference(),
+        ROOT / "docs" / "cli.md": cli_document(),
+        ROOT / "docs" / "metrics.md": metrics_reference(),
     }
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the tests need besides Python: a browser for the browser tests, zsh for the request script,
-# and the servers of Debian that the limiter is tested with, next to the one that a wheel brings.
+# the servers of Debian that the limiter is tested with, next to the one that a wheel brings, and the
+# programs that read the files under deploy/.
 # As root it is installed where apt-get is there; otherwise the missing packages are named, and
 # under CI=true that is a failure: a test that cannot run has not passed. `setup_system.sh bench`
 # does the same for the benchmark of gateways, which goes on without what it cannot have.
@@ -9,6 +10,8 @@ set -euo pipefail
 declare -A package_of=(
     [chromium]=chromium [zsh]=zsh [curl]=curl
     [redis-server]=redis-server [valkey-server]=valkey-server [pgbouncer]=pgbouncer
+    [docker-compose]=docker-compose [haproxy]=haproxy [kustomize]=kustomize
+    [systemd-analyze]=systemd [promtool]=prometheus
 )
 whose="the tests also need"
 PATH=$PATH:/usr/sbin
@@ -34,7 +37,8 @@ if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null || true
     # The tests start servers of their own: one that came just now must not run as a service.
     for name in "${wanted[@]}"; do
-        [[ $name != *-server && $name != nginx && $name != pgbouncer ]] ||
+        [[ $name != *-server && $name != nginx && $name != pgbouncer &&
+            $name != haproxy && $name != prometheus ]] ||
             systemctl disable --now --quiet "$name" 2>/dev/null || true
     done
     mapfile -t wanted < <(missing)

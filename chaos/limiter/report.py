@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from chaos.history import NS, Curve, Event, Span, in_flight, overtaking, shares, window_maximum
 from chaos.limiter.faults import Bar, Fault
 from chaos.limiter.scene import RATE, Size, concurrency_of
 from chaos.limiter.worker import LIMIT, Orders
+from tidegate.rehearse.history import (
+    NS,
+    Curve,
+    Event,
+    Span,
+    in_flight,
+    overtaking,
+    shares,
+    window_maximum,
+)
 
 # How long a worker that stood still may take to end its calls: it has to be given the processor.
 WAKE_S = 0.5
@@ -41,15 +50,6 @@ class Outcome:
     left_out: str = ""
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-
-def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None:
-    """Seconds from `since_ns` to the first call with a permit of a later epoch than all before."""
-    before = max((e.epoch for e in events if e.what == "begin" and e.at_ns < since_ns), default=0)
-    for event in events:
-        if event.what == "begin" and event.at_ns >= since_ns and event.epoch > before:
-            return (event.at_ns - since_ns) / NS
-    return None
 
 
 def judge(

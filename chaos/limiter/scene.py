@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from uuid import uuid4
 
-from chaos.history import NS, Curve, Span, flows_again_ns, in_flight
 from chaos.limiter.fleet import Fleet
 from chaos.limiter.network import Cable
 from chaos.limiter.proxy import Proxy
@@ -26,6 +25,7 @@ from chaos.limiter.worker import LIMIT, Orders, policy_of
 from tests.integration.limiter.conftest import leftovers
 from tests.waiting import wait_until
 from tidegate.limiter import Limiter
+from tidegate.rehearse.history import NS, Curve, Span, flows_again_ns, in_flight
 
 # How the workers reach Valkey: straight; each through a proxy of its own; each by a cable of its
 # own; through one proxy each to a primary that has a replica.

@@ -6,7 +6,7 @@ worker's calls with it.
 
 The first line that a worker sends is its name. In the plain protocol each byte after it is a
 message: `+` begins a call, `-` ends one, `L` reports a lost lease. Where the name is followed by
-` history`, each line is a message, and what happened is kept in `log` for `chaos.history`:
+` history`, each line is a message, and what happened is kept in `log` for `rehearse.history`:
 
     ?CALL TENANT TOKENS PRIORITY LIMIT,LIMIT    asks for a permit (- for no priority)
     +CALL EPOCH                                 the call begins, with a permit of that epoch
@@ -26,7 +26,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos.history import Event, What
+from tidegate.rehearse.history import Event, What
 
 WITH_HISTORY = "history"
 _MEANING: dict[str, What] = {"?": "ask", "+": "begin", "-": "end", "!": "leave"}
