@@ -19,7 +19,7 @@ test: ## Run the checks and the whole test suite (PYTEST_ARGS="tests/unit -k wor
 	@$(MAKE) --no-print-directory -j2 check suite
 
 suite:
-	@.venv/bin/python -m pytest -n 5 --dist worksteal $(PYTEST_ARGS)
+	@.venv/bin/python scripts/suite.py $(PYTEST_ARGS)
 
 check: ## Lint, format, types and import contracts
 	@scripts/bootstrap.sh dev

@@ -33,9 +33,9 @@ def for_cluster(folder: Path) -> tuple[Path, Account | None]:
         folder = Path(moved.read_text(encoding="utf-8").strip())
     elif not (folder / "cluster").exists() and not _enterable_by(_existing(folder), account):
         _sweep()
+        folder.mkdir(parents=True, exist_ok=True)  # first, or another's sweep would miss it
         elsewhere = Path(tempfile.mkdtemp(prefix="data-", dir=_roots_place()))
         (elsewhere / _BELONGS).write_text(str(folder), encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
         moved.write_text(str(elsewhere), encoding="utf-8")
         folder = elsewhere
     return folder, _owner(folder / "cluster") or account
@@ -115,6 +115,9 @@ def _owner(cluster: Path) -> Account | None:
 def _sweep() -> None:
     """Remove clusters that belonged to temporary folders which are gone, such as a test's."""
     for belongs in _ROOTS_PLACE.glob(f"data-*/{_BELONGS}"):
-        folder = Path(belongs.read_text(encoding="utf-8").strip())
+        try:
+            folder = Path(belongs.read_text(encoding="utf-8").strip())
+        except FileNotFoundError:  # another process swept it in this moment
+            continue
         if folder.is_relative_to(Path(tempfile.gettempdir()).resolve()) and not folder.exists():
             shutil.rmtree(belongs.parent, ignore_errors=True)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from tidegate.errors import TidegateError
 from tidegate.verify.promises import Report
 
-_TRIES = 3
+_WITHIN_S = 15.0
+_PAUSE_S = 0.2
 
 
 async def clean_pool(remove: Callable[[], Awaitable[object]], pool: str, report: Report) -> None:
-    """Call `remove` until it has worked, some times at most; then the report says what is left."""
-    for tries_left in reversed(range(_TRIES)):
+    """Call `remove` until it has worked, for some time; then the report says what is left."""
+    end_s = time.monotonic() + _WITHIN_S
+    while True:
         try:
             await remove()
             return
         except TidegateError as away:
-            if not tries_left:
+            if time.monotonic() > end_s:
                 report.left.append(f"keys of the pool {pool}: {away.message}")
+                return
+        await asyncio.sleep(_PAUSE_S)

@@ -75,7 +75,12 @@ async def _verify(ground: Ground, plan: Plan, wishes: Wishes, say: Say) -> Repor
             restart_command=wishes.restart_command,
         )
         working = Working(ground, f"{pool}-jobs", plan, for_jobs.control, report, say)
-        await _both(limiting, working)
+        try:
+            await _both(limiting, working)
+        except asyncio.CancelledError:  # no report follows
+            for what in report.left:
+                say(f"left: {what}")
+            raise
     report.about["took"] = f"{time.monotonic() - began:.0f} s"
     return report
 

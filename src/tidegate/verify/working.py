@@ -7,6 +7,7 @@ another pool.
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from uuid import UUID
 
 from tidegate.call import Classification, ClassifiedBy, Kind, new_id
 from tidegate.config import Config
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter
 from tidegate.limiter.forget import forget_pool
 from tidegate.limiter.limits import PoolPolicy
@@ -40,6 +41,7 @@ from tidegate.verify.until import until
 AT_ONCE = 3
 _SUBMIT_MS = 50.0
 _SOONEST_S = 20.0
+_JOIN_S = 5.0
 _OPEN = (Status.QUEUED, Status.RUNNING)
 
 
@@ -248,5 +250,11 @@ class Working:
         assert redis is not None
         url = redis.get_secret_value()
         async with Limiter.from_url(url, pool=self._pool, policy=self._policy) as looking:
+            # Or its own joining, still under way, would come after the removal.
+            try:
+                async with asyncio.timeout(_JOIN_S):
+                    await looking.joined()
+            except TimeoutError as late:
+                raise LimiterUnavailable("no answer in time", limit="") from late
             sids = [process.sid for process in (await looking.snapshot()).processes]
         await forget_pool(url, self._pool, self._policy, sids=sids, tenants=[self._pool])

@@ -137,7 +137,7 @@ async def test_ctrl_c_leaves_nothing(valkey_url: str, database_url: str, tmp_pat
         process.send_signal(signal.SIGINT)
         code = await asyncio.to_thread(process.wait, 30)
     assert code == 130, said.read_text()
-    assert await left(valkey_url, database_url) == {}
+    assert await left(valkey_url, database_url) == {}, said.read_text()
 
 
 @pytest.mark.timeout(90)
