@@ -27,8 +27,9 @@ from tidegate.providers.emulator.ledger import LoggedCall
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
+LEASE_S = 2.0
 _SETTINGS = {
-    "SEMAPHORE_TIMEOUT": "1",
+    "SEMAPHORE_TIMEOUT": f"{LEASE_S}",
     "CLAIM_LEASE_MS": "2000",
     "SHUTDOWN_GRACE_MS": "10000",
     "CLASSIFIER": "auto",

@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from tests.fleet import LIMITS, Fleet
+from tests.fleet import LEASE_S, LIMITS, Fleet
 from tests.load import Load, form_for, stream, submit
 from tests.waiting import wait_until, work_for
 
@@ -80,7 +80,8 @@ async def valkey_restarts_empty(fleet: Fleet, *, submits: int, streams: int) -> 
     await asyncio.to_thread(fleet.valkey.kill)
     await asyncio.to_thread(fleet.valkey.start)
     await load.assert_all_succeeded()
-    assert {end.end for end in (await load.stream_ends()).values()} == {"done"}
+    ends = await load.stream_ends()
+    assert {end.end for end in ends.values()} == {"done"}, ends
     await fleet.assert_never_over()
     await load.assert_called_once()
 
@@ -126,7 +127,7 @@ async def valkey_away_local(fleet: Fleet, *, submits: int, away_s: float) -> Non
     await wait_until(lambda: _finished(fleet, submits // 6), 30)
     await asyncio.to_thread(fleet.valkey.stop)
     stopped = time.monotonic()
-    await wait_until(lambda: time.monotonic() - stopped > 1.5, 5)  # longer than the lease
+    await wait_until(lambda: time.monotonic() - stopped > LEASE_S + 0.5)
     reached = (await fleet.truth())["text_only"].finished
     await load.submit(submits // 4)
     await wait_until(lambda: _more_text(fleet, reached + 2), 20, "text calls without Valkey")

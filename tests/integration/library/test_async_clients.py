@@ -333,7 +333,7 @@ async def test_a_call_that_is_overdue_is_closed(
     make_limiter: MakeLimiter, make_http: MakeHttp, emulator: Emulator, read: bool
 ) -> None:
     limiter = await make_limiter()
-    answer = await hanging(emulator, make_http(limiter, Demand((LIMIT,), hard_ms=200)))
+    answer = await hanging(emulator, make_http(limiter, Demand((LIMIT,), hard_ms=1_000)))
     if not read:
         await until_closed_upstream(emulator)
     with pytest.raises(UpstreamTimeout) as overdue:
