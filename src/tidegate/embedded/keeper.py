@@ -141,6 +141,8 @@ class Keeper:
                 self._note_failure(name, str(failed))
                 self._stopping.wait(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
+                if server is not None and not _can_be_there(server):
+                    server = None  # somebody else has its port: on another one, then
             self._stopping.wait(_TICK_S)
         if server is not None:
             server.stop()
@@ -196,6 +198,11 @@ class Keeper:
                 self._folder.write(self._state)
             except FileNotFoundError:
                 self._stopping.set()  # the folder was removed: nobody can ask for us any more
+
+
+def _can_be_there(server: Server) -> bool:
+    running = server.running
+    return (running is not None and running.alive) or process.is_free(server.port)
 
 
 def main() -> None:

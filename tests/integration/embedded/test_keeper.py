@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
+import socket
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +19,9 @@ import redis
 from tests.integration.embedded.traces import Traces
 from tests.integration.embedded.user import User
 from tests.waiting import promised_s, wait_until
-from tidegate.embedded import Lease, ServerFailed, ensure
+from tidegate.embedded import Lease, ServerFailed, ensure, process
 from tidegate.embedded.folder import Folder
+from tidegate.embedded.keeper import Keeper
 from tidegate.embedded.process import Identity
 
 
@@ -242,6 +246,26 @@ async def test_a_server_that_cannot_start_is_told_at_once(data_dir: Path, traces
     (folder.path / "valkey").unlink()
     with _ensure(data_dir, "valkey") as lease:
         assert _pings(lease.redis_url), "an old failure is not held against a new user"
+
+
+async def test_a_port_that_somebody_else_takes_first_is_given_up(
+    data_dir: Path, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(data_dir)
+    folder.create()
+    choose = process.port_to_keep
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        ports = iter([taken])
+        monkeypatch.setattr(process, "port_to_keep", lambda: next(ports, None) or choose())
+        keeping = threading.Thread(target=Keeper(folder, 0.3).run, args=(None,))
+        keeping.start()
+        await wait_until(lambda: folder.read().keeper)
+        with _ensure(data_dir, "valkey") as lease:
+            assert _pings(lease.redis_url)
+            assert folder.read().ports["valkey"] != taken
+    await asyncio.to_thread(keeping.join, 20)
+    assert not keeping.is_alive()
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def used(gateway: Gateway) -> tuple[int, int]:
 
 
 async def ask(
-    gateway: Gateway, route: Route, body: dict[str, Any] | None = None, within_ms: int = 200
+    gateway: Gateway, route: Route, body: dict[str, Any] | None = None, within_ms: int = 2_000
 ) -> int:
     """The status; an answer that is cut is -1."""
     headers = {**route.headers, "x-tidegate-deadline-ms": str(within_ms)}
