@@ -17,9 +17,11 @@ PLAYS = 20
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("apis", [1, 3])
-async def test_what_is_foretold_happens_within_a_tenth(tmp_path: Path, apis: int) -> None:
-    arrivals = rehearsal.trace_of(SECONDS)
+@pytest.mark.parametrize(("apis", "seed"), [(1, 2), (3, 3), (1, 4)])
+async def test_what_is_foretold_happens_within_a_tenth(
+    tmp_path: Path, apis: int, seed: int
+) -> None:
+    arrivals = rehearsal.trace_of(SECONDS, seed)
     settings = rehearsal.settings_in(tmp_path / "policy")
     async with Fleet(tmp_path / "fleet", apis=apis, workers=0, settings=settings) as fleet:
         seen = await rehearsal.play(fleet, arrivals)
