@@ -259,7 +259,7 @@ def compared(found: Findings, seen: Seen, *, within: float = 0.1) -> list[Compar
             assert foretold is not None
             add(f"wait {what} ms, {spread.name or 'all'}", foretold.mean, was)
         refused = seen.refused[spread.name] if spread.name else sum(seen.refused.values())
-        add(f"refused, {spread.name or 'all'}", spread.refused.mean, refused, found.calls / 100)
+        add(f"refused, {spread.name or 'all'}", spread.refused.mean, refused)
     admitted = sum(map(len, seen.waits_ms.values()))
     for group in found.tenants:
         was = len(seen.waits_ms[group.name]) / admitted
