@@ -44,7 +44,12 @@ class Family:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await asyncio.gather(*(self.end(name) for name in list(self._processes)))
+        ending = asyncio.gather(*(self.end(name) for name in self.names))
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:  # they have been told to end: what is removed next is theirs
+            await ending
+            raise
 
     @property
     def names(self) -> Sequence[str]:
@@ -60,22 +65,24 @@ class Family:
             start_new_session=True,
         )
         self._processes[name] = process
+        self._reading[name] = asyncio.create_task(self._hear(name, process))
         assert process.stdin is not None
         process.stdin.write(json.dumps(orders).encode() + b"\n")
         await process.stdin.drain()
-        self._reading[name] = asyncio.create_task(self._hear(name, process))
 
     def signal(self, name: str, how: signal.Signals) -> None:
         self._processes[name].send_signal(how)
 
     async def kill(self, name: str) -> int:
         """kill -9; the moment at which its connections were closed, in monotonic ns."""
-        process = self._processes.pop(name)
+        process = self._processes[name]
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
         at_ns = time.monotonic_ns()
-        await self._reading.pop(name)
+        await asyncio.shield(self._reading[name])
+        # Only now: where this was cancelled before, the end of the block does it again.
+        del self._processes[name], self._reading[name]
         self._gone(name, at_ns)
         return at_ns
 
