@@ -113,10 +113,11 @@ class Connections:
         StoreUnavailable, at once while PostgreSQL is known to be away. A cancelled caller leaves
         at once; the transaction ends by itself within its deadline, either way.
         """
+        if self._closed or self._away is not None:
+            await asyncio.sleep(0)  # a caller that tries in a loop must not starve the others
         if self._closed:
             raise StoreUnavailable("the store is closed")
         if self._away is not None:
-            await asyncio.sleep(0)  # a caller that tries in a loop must not starve the probe
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
         task = asyncio.create_task(self._run(work, timeout_ms))
         self._tasks.add(task)

@@ -1,16 +1,27 @@
-"""Removing what a verification has left in Valkey, also where that answers slowly."""
+"""Removing what a verification left in Valkey, also where that is slow or Ctrl-C comes."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from tidegate.errors import TidegateError
 from tidegate.verify.promises import Report
 
 _WITHIN_S = 15.0
 _PAUSE_S = 0.2
+
+
+async def finish(work: Coroutine[Any, Any, object]) -> None:
+    """Await it to its end, even where Ctrl-C comes meanwhile; the cancellation goes on then."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 async def clean_pool(remove: Callable[[], Awaitable[object]], pool: str, report: Report) -> None:

@@ -21,7 +21,7 @@ from tidegate.policy.plain import to_plain
 from tidegate.providers.emulator import EmulatorControl
 from tidegate.rehearse.history import NS, Span, first_of_new_epoch_s, in_flight, shares
 from tidegate.verify import latencies
-from tidegate.verify.cleaning import clean_pool
+from tidegate.verify.cleaning import clean_pool, finish
 from tidegate.verify.plan import KIND, LIMIT, WEIGHTS, Plan
 from tidegate.verify.probe import Orders
 from tidegate.verify.probes import Family
@@ -83,10 +83,10 @@ class Limiting:
                         await self._drain()
                 finally:
                     with suppress(LimiterUnavailable):  # then `_forget` says what is left
-                        await self._note()
+                        await finish(self._note())
         finally:
             self.measured.set()
-            await self._forget()
+            await finish(self._forget())
         await self._judge_over()
 
     async def _under_load(self) -> None:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 from tidegate.rehearse.history import Event, What
+from tidegate.verify.cleaning import finish
 
 _END_S = 10.0
 _WHATS = set(get_args(What))
@@ -44,12 +45,8 @@ class Family:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        ending = asyncio.gather(*(self.end(name) for name in self.names))
-        try:
-            await asyncio.shield(ending)
-        except asyncio.CancelledError:  # they have been told to end: what is removed next is theirs
-            await ending
-            raise
+        # All of it: what is removed next is theirs.
+        await finish(self._end_all())
 
     @property
     def names(self) -> Sequence[str]:
@@ -99,6 +96,9 @@ class Family:
             status = None
         await self.kill(name)
         return status
+
+    async def _end_all(self) -> None:
+        await asyncio.gather(*(self.end(name) for name in self.names))
 
     def ended(self) -> list[str]:
         """Those that ended by themselves."""

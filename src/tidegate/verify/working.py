@@ -32,7 +32,7 @@ from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.store.trial import Trial
 from tidegate.supervisor.ground import Ground, environment_of
-from tidegate.verify.cleaning import clean_pool
+from tidegate.verify.cleaning import clean_pool, finish
 from tidegate.verify.plan import KIND, Plan
 from tidegate.verify.probes import Family
 from tidegate.verify.promises import Report, Say
@@ -78,8 +78,10 @@ class Working:
             with tempfile.TemporaryDirectory(prefix="tidegate-verify-") as folder:
                 await self._in(Path(folder))
         finally:
-            await self._clean()
-            await connections.aclose()
+            try:
+                await finish(self._clean())
+            finally:
+                await connections.aclose()
 
     async def _in(self, folder: Path) -> None:
         config = self._config(folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tidegate.errors import LimiterUnavailable
 from tidegate.verify import cleaning
-from tidegate.verify.cleaning import clean_pool
+from tidegate.verify.cleaning import clean_pool, finish
 from tidegate.verify.promises import Report
 
 
@@ -40,3 +42,21 @@ async def test_what_is_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     await clean_pool(Removal(failures=1_000_000), "pool-1", report)
     assert report.left == ["keys of the pool pool-1: no answer in time"]
     assert not report.is_sound
+
+
+async def test_a_cleaning_that_is_interrupted_is_finished_first() -> None:
+    begun, may_end, done = asyncio.Event(), asyncio.Event(), []
+
+    async def clean() -> None:
+        begun.set()
+        await may_end.wait()
+        done.append("all of it")
+
+    cleaning = asyncio.create_task(finish(clean()))
+    await begun.wait()
+    cleaning.cancel()
+    await asyncio.sleep(0)
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await cleaning
+    assert done == ["all of it"]
