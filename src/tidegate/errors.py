@@ -25,7 +25,7 @@ TidegateError
 │   ├── QueueFull               too many waiters already
 │   └── LimiterUnavailable      Valkey is away and the policy is `closed`
 ├── LeaseLost                   the session that held the permit is gone; results may not be stored
-├── UpstreamError               the provider failed us
+├── UpstreamError               the provider failed us; `of_upstream` says whose fault it is
 │   ├── UpstreamThrottled       429; for how long, and whether a day's quota is gone
 │   ├── UpstreamUnavailable     5xx, refused or broken connection
 │   ├── UpstreamTimeout         connect, first byte, idle or total time ran out
@@ -221,6 +221,11 @@ class LeaseLost(TidegateError):
     retryable = True
 
 
+# Statuses by which a server says that it is not itself. 504 is not among them: Gemini says it of a
+# prompt that is too long for it, https://ai.google.dev/gemini-api/docs/troubleshooting
+OF_THE_SERVER = (502, 503, 529)
+
+
 class UpstreamError(TidegateError):
     """The provider failed us. `status` is its HTTP status where there was one."""
 
@@ -231,6 +236,13 @@ class UpstreamError(TidegateError):
     ) -> None:
         super().__init__(message, retry_after_ms=retry_after_ms)
         self.status = status
+
+    @property
+    def of_upstream(self) -> bool:
+        """Whether it is about the upstream, and every other request would meet it now too. Such an
+        error uses up none of a job's attempts. False where the request may have brought it about.
+        """
+        return False
 
 
 class UpstreamThrottled(UpstreamError):
@@ -255,10 +267,14 @@ class UpstreamThrottled(UpstreamError):
         self.day_quota = day_quota
         self.unit = unit
 
+    @property
+    def of_upstream(self) -> bool:
+        return True
+
 
 class UpstreamUnavailable(UpstreamError):
     """`broke` says when the connection did, where that is known: while it was made, or before a
-    byte of an answer."""
+    byte of an answer. `asked` is false where the call was not made, because the upstream is out."""
 
     code = "upstream_unavailable"
     retryable = True
@@ -270,9 +286,15 @@ class UpstreamUnavailable(UpstreamError):
         status: int | None = None,
         retry_after_ms: int | None = None,
         broke: Literal["connecting", "unheard"] | None = None,
+        asked: bool = True,
     ) -> None:
         super().__init__(message, status=status, retry_after_ms=retry_after_ms)
         self.broke = broke
+        self.asked = asked
+
+    @property
+    def of_upstream(self) -> bool:
+        return not self.asked or self.broke == "connecting" or self.status in OF_THE_SERVER
 
 
 class UpstreamTimeout(UpstreamError):
@@ -284,6 +306,10 @@ class UpstreamTimeout(UpstreamError):
     def __init__(self, message: str, *, phase: str) -> None:
         super().__init__(message)
         self.phase = phase
+
+    @property
+    def of_upstream(self) -> bool:
+        return self.phase == "connect"
 
 
 class UpstreamRejected(UpstreamError):
@@ -298,6 +324,10 @@ class UpstreamUnauthorized(UpstreamError):
     def __init__(self, message: str, *, status: int | None = None, of_key: bool = True) -> None:
         super().__init__(message, status=status)
         self.of_key = of_key
+
+    @property
+    def of_upstream(self) -> bool:
+        return self.of_key
 
 
 class UpstreamGarbled(UpstreamError):

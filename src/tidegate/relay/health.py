@@ -20,12 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tidegate.errors import (
-    UpstreamError,
-    UpstreamTimeout,
-    UpstreamUnauthorized,
-    UpstreamUnavailable,
-)
+from tidegate.errors import UpstreamError
 
 FAULTS = 5
 MOST_OF_ONE = FAULTS - 1
@@ -43,11 +38,6 @@ Clock = Callable[[], float]
 State = Literal["ok", "out", "trying"]
 
 
-# Statuses by which a server says that it is not itself. 504 is not among them: Gemini says it of a
-# prompt that is too long for it, https://ai.google.dev/gemini-api/docs/troubleshooting
-_OF_THE_SERVER = (502, 503, 529)
-
-
 @dataclass(frozen=True, slots=True)
 class Suspect:
     """A request that may have brought its fault upon itself. tenant: None where clients show no
@@ -59,11 +49,7 @@ class Suspect:
 
 def can_be_provoked(error: UpstreamError) -> bool:
     """Whether a request could be the cause of this fault."""
-    if isinstance(error, UpstreamTimeout):
-        return error.phase != "connect"
-    if isinstance(error, UpstreamUnavailable):
-        return error.broke != "connecting" and error.status not in _OF_THE_SERVER
-    return not isinstance(error, UpstreamUnauthorized) or not error.of_key
+    return not error.of_upstream
 
 
 @dataclass(slots=True)

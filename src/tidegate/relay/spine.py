@@ -138,6 +138,7 @@ class Relay:
             raise UpstreamUnavailable(
                 f"no upstream can be asked now; the last fault: {first.in_short}",
                 retry_after_ms=first.back_in_ms(),
+                asked=False,
             )
         return found
 

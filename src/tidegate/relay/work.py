@@ -196,9 +196,10 @@ class Work:
             life.fence = permit.fence
             if life.tries == 1:
                 life.queue_ms = permit.waited_ms
-            await permit.confirm()
         if self._on_admitted is not None:
             await self._on_admitted(permit)
+        if permit is not None:
+            await permit.confirm()  # last: a slow `on_admitted` must not make the call a late one
         started = time.perf_counter()
         outcome, refused, error = Outcome.IGNORED, False, None
         try:

@@ -7,6 +7,8 @@ import pytest
 from tidegate.errors import (
     UpstreamError,
     UpstreamGarbled,
+    UpstreamRejected,
+    UpstreamThrottled,
     UpstreamTimeout,
     UpstreamUnauthorized,
     UpstreamUnavailable,
@@ -196,6 +198,20 @@ def test_a_403_that_may_be_about_one_call_alone_needs_others_beside_it() -> None
 )
 def test_what_a_request_can_bring_upon_itself(error: UpstreamError, provoked: bool) -> None:
     assert can_be_provoked(error) is provoked
+    assert error.of_upstream is not provoked
+
+
+@pytest.mark.parametrize(
+    ("error", "of_upstream"),
+    [
+        (UpstreamThrottled("slow down"), True),
+        (UpstreamThrottled("a day's quota is gone", day_quota=True), True),
+        (UpstreamUnavailable("no upstream can be asked now", asked=False), True),
+        (UpstreamRejected("no such model", status=404), False),
+    ],
+)
+def test_whose_fault_a_refusal_is(error: UpstreamError, of_upstream: bool) -> None:
+    assert error.of_upstream is of_upstream
 
 
 def test_a_fifth_of_the_traffic_may_be_tried_again() -> None:

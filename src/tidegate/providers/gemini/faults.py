@@ -113,7 +113,7 @@ def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
     if isinstance(failure, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
         return UpstreamRejected(f"the request could not be sent ({name})")
     if isinstance(failure, httpx2.ConnectError):
-        return UpstreamUnavailable("could not connect to the provider")
+        return UpstreamUnavailable("could not connect to the provider", broke="connecting")
     if isinstance(failure, httpx2.TransportError | OSError):
         return UpstreamUnavailable(f"the connection to the provider broke ({name})")
     if not sent:
