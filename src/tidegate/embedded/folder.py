@@ -6,8 +6,9 @@
 `start.lock`   held while a user starts a keeper
 `wanted/NAME`  a user asks for this server
 `hurry`        a user that leaves asks for an end at once, if it was the last
-`state.json`   who the keeper is, which servers run where, which ports they had; has passwords
-`password`     what the servers ask for
+`state.json`   who the keeper is, which servers run where, their ports and sockets; has passwords
+`password`     PostgreSQL's superuser's, which only the keeper uses
+`password.application`, `password.valkey`   what Tidegate's processes log in with
 
 Invariant: every file is readable by its owner only, and `state.json` is replaced as a whole.
 """
@@ -29,6 +30,7 @@ from tidegate.embedded import place
 from tidegate.embedded.process import Identity
 
 ServiceName = Literal["valkey", "postgres", "emulator"]
+PasswordName = Literal["password", "password.application", "password.valkey"]
 SERVICES: tuple[ServiceName, ...] = ("valkey", "postgres", "emulator")
 _POLL_S = 0.01
 
@@ -49,6 +51,7 @@ class State:
     keeper: Identity | None = None
     services: dict[str, ServiceState] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
+    sockets: dict[str, str] = field(default_factory=dict)
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
@@ -99,9 +102,9 @@ class Folder:
     def hurry(self) -> Path:
         return self.path / "hurry"
 
-    def password(self) -> str:
-        """The servers' password, made on first use. Only for a keeper, before its threads."""
-        path = self.path / "password"
+    def password(self, name: PasswordName) -> str:
+        """A password, made on first use. Only for a keeper, before its threads."""
+        path = self.path / name
         if not path.exists():
             place.write_private(path, secrets.token_hex(16))
         return path.read_text(encoding="ascii").strip()
@@ -119,6 +122,7 @@ class Folder:
                 for name, found in raw.get("services", {}).items()
             },
             ports=raw.get("ports", {}),
+            sockets=raw.get("sockets", {}),
             failures={name: (n, why) for name, (n, why) in raw.get("failures", {}).items()},
         )
 
@@ -131,6 +135,7 @@ class Folder:
                 for name, found in state.services.items()
             },
             "ports": state.ports,
+            "sockets": state.sockets,
             "failures": state.failures,
         }
         fresh = self.path / "state.json.new"

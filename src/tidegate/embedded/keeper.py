@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 
-from tidegate.embedded import process
+from tidegate.embedded import place, process
 from tidegate.embedded.emulator import EmulatorServer
 from tidegate.embedded.folder import (
     SERVICES,
@@ -35,7 +35,7 @@ from tidegate.embedded.folder import (
     try_lock,
 )
 from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.process import ServerFailed
+from tidegate.embedded.process import Running, ServerFailed
 from tidegate.embedded.valkey import ValkeyServer
 
 _TICK_S = 0.05
@@ -52,7 +52,7 @@ class Keeper:
         self._folder = folder
         self._idle_s = idle_s
         self._state = State()
-        self._password = ""
+        self._superuser = self._application = self._valkey = ""
         self._writing = threading.Lock()
         self._stopping = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
@@ -67,7 +67,9 @@ class Keeper:
                 sys.stderr.write(f"another keeper holds {self._folder.path}/keeper.lock\n")
                 return
             self._state = self._folder.read()
-            self._password = self._folder.password()
+            self._superuser = self._folder.password("password")
+            self._application = self._folder.password("password.application")
+            self._valkey = self._folder.password("password.valkey")
             with self._changing() as state:
                 state.keeper = process.identify(os.getpid())
             if began is not None:
@@ -148,30 +150,36 @@ class Keeper:
             server.stop()
         with self._changing() as state:
             state.services.pop(name, None)
+            if (used := state.sockets.pop(name, None)) is not None:
+                place.remove_socket(self._folder.path / name, Path(used))
 
     def _adopted(self, name: ServiceName) -> Server | None:
         """The server that a killed keeper has left running, if there is one."""
         before = self._state.services.get(name)
-        port = self._state.ports.get(name)
-        if before is None or port is None or not before.identity.alive:
+        if before is None or not before.identity.alive:
             return None
-        server = self._construct(name, port)
+        server = self._new(name, adopts=True)
+        url = server.url() if isinstance(server, PostgresServer) else server.url
+        if url != before.url:  # one of an earlier version, which clients reached otherwise
+            Running(before.identity).stop(signal.SIGINT)
+            return None
         server.adopt(before.identity)
         return server
 
-    def _new(self, name: ServiceName) -> Server:
-        """The server of that name on the port that it had, so that running users find it."""
-        port = self._state.ports.get(name)
-        if port is None or not process.is_free(port):
-            port = process.port_to_keep()
-        return self._construct(name, port)
-
-    def _construct(self, name: ServiceName, port: int) -> Server:
+    def _new(self, name: ServiceName, *, adopts: bool = False) -> Server:
+        """The server of that name where it was before, so that its clients find it."""
         path = self._folder.path / name
         if name == "valkey":
-            return ValkeyServer(path, port, self._password)
+            known = self._state.sockets.get(name)
+            socket_path = place.for_socket(path, Path(known) if known else None)
+            return ValkeyServer(path, password=self._valkey, socket_path=socket_path)
+        port = self._state.ports.get(name)
+        if port is None or not (adopts or process.is_free(port)):
+            port = process.port_to_keep()
         if name == "postgres":
-            return PostgresServer(path, port, password=self._password)
+            return PostgresServer(
+                path, port, password=self._superuser, application_password=self._application
+            )
         return EmulatorServer(path, port)
 
     def _note(self, name: ServiceName, server: Server, *, ready: bool) -> None:
@@ -181,7 +189,10 @@ class Keeper:
         url = server.url() if isinstance(server, PostgresServer) else server.url
         with self._changing() as state:
             state.services[name] = ServiceState(running.identity, url, ready)
-            state.ports[name] = server.port
+            if isinstance(server, ValkeyServer):
+                state.sockets[name] = str(server.socket_path)
+            else:
+                state.ports[name] = server.port
 
     def _note_failure(self, name: ServiceName, why: str) -> None:
         with self._changing() as state:
@@ -201,6 +212,8 @@ class Keeper:
 
 
 def _can_be_there(server: Server) -> bool:
+    if isinstance(server, ValkeyServer):
+        return True  # its socket is in a folder that nobody else may use
     running = server.running
     return (running is not None and running.alive) or process.is_free(server.port)
 

@@ -33,6 +33,9 @@ from tidegate.embedded.process import ServerFailed
 _POLL_S = 0.02
 _WATCH_S = 0.5
 _TRIES = 3
+_VARIABLES = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+# TIDEGATE_TEST_: a test finds the processes that it has caused by such a mark.
+_PREFIXES = ("LC_", "PYTHON", "TIDEGATE_EMULATOR_", "TIDEGATE_TEST_")
 
 
 class Lease:
@@ -200,7 +203,7 @@ def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
                     stdout=log,
                     stderr=log,
                     cwd="/",
-                    env=_without_secrets(),
+                    env=_environment(),
                     pass_fds=[tells],
                     start_new_session=True,
                 )
@@ -210,8 +213,12 @@ def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
                 raise ServerFailed(f"the servers' keeper did not start: {tail}")
 
 
-def _without_secrets() -> dict[str, str]:
-    from tidegate.config import SECRETS
-
-    secret = {*SECRETS, *(f"{name}_FILE" for name in SECRETS)}
-    return {name: value for name, value in os.environ.items() if name not in secret}
+def _environment() -> dict[str, str]:
+    """What the keeper and its servers need. A list of what they get, since any other variable may
+    hold the key of an upstream, and others can read a server's environment: as root the servers
+    run as a user that other daemons share."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _VARIABLES or name.startswith(_PREFIXES)
+    }

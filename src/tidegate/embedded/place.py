@@ -1,4 +1,4 @@
-"""Where the bundled PostgreSQL lives on disk: its binaries and clusters, as root and otherwise.
+"""Where the bundled servers live on disk: PostgreSQL's binaries and clusters, Valkey's socket.
 
 Invariant: no existing folder gets more permissions than it had.
 """
@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from tidegate.embedded.process import Account, ServerFailed, server_account
 _ROOTS_PLACE = Path("/var/lib/tidegate")
 _MOVED = "moved-to"
 _BELONGS = "belongs-to"
+_SOCKET = "valkey.sock"
+# The longest path that a socket address holds on every system (104 bytes on BSD and macOS).
+_SOCKET_PATH_BYTES = 100
 
 
 def for_cluster(folder: Path) -> tuple[Path, Account | None]:
@@ -60,6 +64,39 @@ def binaries(account: Account | None) -> Path:
         except OSError:  # another process made the same copy first
             shutil.rmtree(partial)
     return copy / package.name / "pginstall" / "bin"
+
+
+def for_socket(folder: Path, known: Path | None) -> Path:
+    """A path for a socket file, in a folder that only this user may enter: `folder`, or a
+    temporary one where the path would be too long for a socket. `known` is kept where it can be.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    wanted = folder / _SOCKET
+    if len(os.fsencode(wanted)) <= _SOCKET_PATH_BYTES:
+        return wanted
+    if known is not None and _is_private(known.parent):
+        return known
+    return Path(tempfile.mkdtemp(prefix="tidegate-")) / _SOCKET
+
+
+def remove_socket(folder: Path, path: Path) -> None:
+    """Remove the socket of a server that has ended, with the temporary folder made for it."""
+    path.unlink(missing_ok=True)
+    if path.parent != folder and _is_private(path.parent):
+        path.parent.rmdir()
+
+
+def _is_private(folder: Path) -> bool:
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return (
+        stat.S_ISDIR(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and not status.st_mode & 0o077
+    )
 
 
 def give(path: Path, account: Account | None) -> None:

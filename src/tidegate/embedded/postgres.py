@@ -24,6 +24,10 @@ from tidegate.embedded import place, process
 from tidegate.embedded.process import Identity, Running, ServerFailed
 
 _SUPERUSER = "tidegate"
+_APPLICATION = "tidegate_app"
+_APPLICATION_SQL = Path(__file__).with_name("application.sql")
+# In the cluster, so that it goes where the cluster goes.
+_HAS_APPLICATION = "tidegate_app.created"
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
     # No socket file: a predictable name in a folder that all may write to is a trap for root.
@@ -47,7 +51,9 @@ class PostgresServer:
     """One PostgreSQL cluster and its server process.
 
     `folder` will hold the cluster (or lead to it); `settings` override the server's defaults.
-    With a `password` (fixed when the cluster is made) only those who know it may connect.
+    With a `password` (fixed when the cluster is made) clients need it to connect. With an
+    `application_password` too, `url` names a role that owns the database `tidegate` and is no
+    superuser, so that its password opens neither files nor programs of the machine.
     """
 
     def __init__(
@@ -56,15 +62,19 @@ class PostgresServer:
         port: int | None = None,
         settings: dict[str, str] | None = None,
         password: str | None = None,
+        application_password: str | None = None,
     ) -> None:
         self.folder, self._account = place.for_cluster(folder.resolve())
         self.port = port or process.free_port()
         self._settings = _SETTINGS | (settings or {})
         self._password = password
+        self._application_password = application_password
         self._process: Running | None = None
 
     def url(self, database: str = "tidegate") -> str:
         access = f"{_SUPERUSER}:{self._password}" if self._password else _SUPERUSER
+        if self._application_password:
+            access = f"{_APPLICATION}:{self._application_password}"
         return f"postgresql://{access}@127.0.0.1:{self.port}/{database}"
 
     @property
@@ -97,6 +107,7 @@ class PostgresServer:
         other = self.postmaster()
         if other is not None:
             Running(other.identity).stop(signal.SIGINT)
+        self._create_application(binaries)
         options = [f"--{name}={value}" for name, value in self._settings.items()]
         command = [
             *(str(binaries / "postgres"), "-D", str(self._cluster), "-p", str(self.port)),
@@ -204,10 +215,32 @@ class PostgresServer:
             self._run([*command, *scram, f"--pwfile={secret}"])
             secret.unlink()
         single = [str(binaries / "postgres"), "--single", "-D", str(fresh), "postgres"]
-        self._run(single, b"CREATE DATABASE tidegate;\n")
+        statements = "CREATE DATABASE tidegate;\n"
+        if self._application_password is not None:
+            password = self._application_password
+            statements = (
+                f"CREATE ROLE {_APPLICATION} LOGIN PASSWORD '{password}';\n"
+                f"CREATE DATABASE tidegate OWNER {_APPLICATION};\n"
+            )
+            place.write_private(fresh / _HAS_APPLICATION, "", self._account)
+        self._run(single, statements.encode())
         fresh.rename(self._cluster)
 
-    def _run(self, command: list[str], given: bytes = b"") -> None:
+    def _create_application(self, binaries: Path) -> None:
+        """Make the application's role in a cluster of an earlier version, which has none."""
+        created = self._cluster / _HAS_APPLICATION
+        if self._application_password is None or created.exists():
+            return
+        statement = _APPLICATION_SQL.read_text(encoding="utf-8")
+        single = [str(binaries / "postgres"), "--single", "-j", "-D", str(self._cluster)]
+        given = statement.format(password=self._application_password).encode()
+        said = self._run([*single, "tidegate"], given)
+        if "ERROR:" in said:  # single-user mode goes on after one, and ends well
+            raise ServerFailed(f"{_APPLICATION} could not be made in {self._cluster}: {said}")
+        place.write_private(created, "", self._account)
+
+    def _run(self, command: list[str], given: bytes = b"") -> str:
+        """Run a program of PostgreSQL's; the end of what it wrote to its standard error."""
         account = self._account
         done = subprocess.run(
             command,
@@ -219,9 +252,10 @@ class PostgresServer:
             group=account.gid if account else None,
             extra_groups=[] if account else None,
         )
+        said = done.stderr.decode(errors="replace")[-800:].strip()
         if done.returncode != 0:
-            said = done.stderr.decode(errors="replace")[-800:].strip()
             raise ServerFailed(f"{Path(command[0]).name} failed: {said}")
+        return said
 
     def _accepts(self) -> bool:
         """True once the server sends a startup reply other than "starting up"."""

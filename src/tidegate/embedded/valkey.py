@@ -1,4 +1,8 @@
-"""The bundled Valkey: started on loopback with settings that the limiter accepts."""
+"""The bundled Valkey: reached by a socket file or on loopback, set up as the limiter needs it.
+
+A port on loopback can be taken by any user of the machine while the server restarts, and clients
+then send their password to that user. A socket file in a folder of mode 0700 cannot.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import importlib.util
 import signal
 import socket
 from pathlib import Path
+from urllib.parse import quote
 
 from tidegate.embedded import place, process
 from tidegate.embedded.process import Identity, Running, ServerFailed
@@ -14,20 +19,31 @@ from tidegate.embedded.process import Identity, Running, ServerFailed
 class ValkeyServer:
     """One `valkey-server` process, holding its state in memory only.
 
-    With a `password` only those who know it may connect; it is handed over in a file, never on
-    the command line. Invariant: `maxmemory-policy noeviction`; it never writes to disk, so that
+    With a `socket_path`, whose folder is the caller's to protect, it listens there and on no port.
+    With a `password` clients need it to connect; the server reads it from a file, never from the
+    command line. Invariant: `maxmemory-policy noeviction`; it never writes to disk, so that
     every start is an empty one, which the limiter recovers from by re-assertion.
     """
 
-    def __init__(self, folder: Path, port: int | None = None, password: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int | None = None,
+        password: str | None = None,
+        *,
+        socket_path: Path | None = None,
+    ) -> None:
         self.folder = folder
-        self.port = port or process.free_port()
+        self.socket_path = socket_path
+        self.port = 0 if socket_path else port or process.free_port()
         self._password = password
         self._process: Running | None = None
 
     @property
     def url(self) -> str:
         access = f":{self._password}@" if self._password else ""
+        if self.socket_path:
+            return f"unix://{access}{quote(str(self.socket_path))}?db=0"
         return f"redis://{access}127.0.0.1:{self.port}/0"
 
     @property
@@ -48,10 +64,11 @@ class ValkeyServer:
 
     def launch(self) -> None:
         """Start the process without waiting for it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        listening = ["--unixsocket", str(self.socket_path)] if self.socket_path else []
         command = [
             *(str(_binary()), str(self._settings())),
-            *("--port", str(self.port), "--bind", "127.0.0.1"),
+            *("--port", str(self.port), "--bind", "127.0.0.1", *listening),
             *("--save", "", "--appendonly", "no"),
             *("--maxmemory-policy", "noeviction", "--dir", str(self.folder)),
         ]
@@ -105,12 +122,24 @@ class ValkeyServer:
         # By hand: importing the client library costs more time than starting the server.
         login = f"AUTH {self._password}\r\n" if self._password else ""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:
+            with self._connected() as probe:
                 probe.sendall(f"{login}PING\r\nQUIT\r\n".encode())
                 with probe.makefile("rb") as answer:
                     return b"+PONG" in answer.read()
         except OSError:
             return False
+
+    def _connected(self) -> socket.socket:
+        if self.socket_path is None:
+            return socket.create_connection(("127.0.0.1", self.port), timeout=1)
+        probe = socket.socket(socket.AF_UNIX)
+        try:
+            probe.settimeout(1)
+            probe.connect(str(self.socket_path))
+        except BaseException:
+            probe.close()
+            raise
+        return probe
 
 
 def _binary() -> Path:

@@ -10,7 +10,9 @@ import socket
 import stat
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -261,9 +263,9 @@ async def test_a_port_that_somebody_else_takes_first_is_given_up(
         keeping = threading.Thread(target=Keeper(folder, 0.3).run, args=(None,))
         keeping.start()
         await wait_until(lambda: folder.read().keeper)
-        with _ensure(data_dir, "valkey") as lease:
-            assert _pings(lease.redis_url)
-            assert folder.read().ports["valkey"] != taken
+        with _ensure(data_dir, "emulator") as lease:
+            assert lease.emulator_url is not None
+            assert folder.read().ports["emulator"] != taken
     await asyncio.to_thread(keeping.join, 20)
     assert not keeping.is_alive()
 
@@ -283,26 +285,98 @@ async def test_removing_the_folder_ends_its_servers(data_dir: Path, traces: Trac
     user.kill()
 
 
+def _password_in(url: str) -> str:
+    return urlsplit(url).password or ""
+
+
 async def test_only_those_who_may_read_the_folder_can_connect(
-    data_dir: Path, traces: Traces, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, traces: Traces
 ) -> None:
-    monkeypatch.setenv("GEMINI_API_KEY", "a-secret-of-the-user")
     with _ensure(data_dir, "valkey", "postgres") as lease:
         assert lease.redis_url is not None
         assert lease.database_url is not None
-        password = lease.redis_url.partition("://:")[2].partition("@")[0]
-        for name in ("state.json", "password", "keeper.log", "users.lock"):
+        passwords = [_password_in(url) for url in (lease.redis_url, lease.database_url)]
+        names = ("state.json", "keeper.log", "users.lock")
+        for name in (*names, "password", "password.application", "password.valkey"):
             mode = (data_dir / "embedded" / name).stat().st_mode
             assert stat.S_IMODE(mode) == 0o600, name
-        assert not [command for command in traces.commands() if password in command]
-        stranger = redis.Redis.from_url(lease.redis_url.replace(f":{password}@", ""))
+        for password in passwords:
+            assert not [command for command in traces.commands() if password in command]
+        stranger = redis.Redis.from_url(lease.redis_url.replace(f":{passwords[0]}@", ""))
         with pytest.raises(redis.AuthenticationError):
             stranger.ping()
         stranger.close()
         with pytest.raises(asyncpg.InvalidPasswordError):
-            await asyncpg.connect(lease.database_url.replace(password, "wrong"))
+            await asyncpg.connect(lease.database_url.replace(passwords[1], "wrong"))
+
+
+async def test_no_key_in_the_environment_reaches_keeper_or_servers(
+    data_dir: Path, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("GEMINI_API_KEY", "KEY_NAMED_IN_A_POLICY_FILE", "AWS_SECRET_ACCESS_KEY")
+    for name in names:
+        monkeypatch.setenv(name, "a-secret-of-the-user")
+    with _ensure(data_dir, "valkey", "postgres", "emulator"):
         assert traces.pids("tidegate.embedded.keeper")
-        assert not traces.with_variable("GEMINI_API_KEY")
+        assert traces.pids("postgres -D")
+        for name in names:
+            assert not traces.with_variable(name), name
+
+
+def _listeners(pid: int) -> list[str]:
+    """The TCP sockets on which a process listens, as lines of /proc/net/tcp."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    lines = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    return [line for line in lines if line.split()[3] == "0A" and line.split()[9] in inodes]
+
+
+async def test_nobody_else_can_take_the_place_of_valkey(data_dir: Path, traces: Traces) -> None:
+    """On a port, another user could listen while the server restarts, and be sent the password."""
+    with _ensure(data_dir, "valkey", "postgres") as lease:
+        assert lease.redis_url is not None
+        assert lease.database_url is not None
+        parts = urlsplit(lease.redis_url)
+        assert parts.scheme == "unix"
+        folder = Path(parts.path).parent.stat()
+        assert stat.S_IMODE(folder.st_mode) == 0o700
+        assert folder.st_uid == os.geteuid()
+        assert not _listeners(_service(data_dir, "valkey").pid)
+        assert _password_in(lease.redis_url) != _password_in(lease.database_url)
+        before = _service(data_dir, "valkey")
+        os.kill(before.pid, signal.SIGKILL)
+        await wait_until(lambda: _pings(lease.redis_url), what="Valkey at the same address")
+
+
+async def test_a_path_too_long_for_a_socket_gets_a_private_folder_elsewhere(
+    tmp_path: Path, traces: Traces
+) -> None:
+    data_dir = tmp_path / ("a-long-name" * 8) / "data"
+    with _ensure(data_dir, "valkey") as lease:
+        assert lease.redis_url is not None
+        folder = Path(urlsplit(lease.redis_url).path).parent
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert _pings(lease.redis_url)
+        keeper = _keeper(data_dir)
+        os.kill(keeper.pid, signal.SIGKILL)
+        before = _service(data_dir, "valkey")
+        await wait_until(lambda: _keeper(data_dir) != keeper, what="another keeper")
+        assert _pings(lease.redis_url)
+        assert _service(data_dir, "valkey") == before
+    await traces.none_left()
+    assert not folder.exists()
+
+
+async def test_the_application_is_no_superuser(data_dir: Path, traces: Traces) -> None:
+    with _ensure(data_dir, "postgres") as lease:
+        connection = await asyncpg.connect(lease.database_url)
+        for statement in ("COPY (SELECT 1) TO PROGRAM 'true'", "SELECT pg_read_file('PG_VERSION')"):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(statement)
+        await connection.execute("CREATE TABLE of_the_application (word text)")
+        await connection.close()
 
 
 async def test_no_parent_folder_is_opened_to_others(tmp_path: Path, traces: Traces) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from tests.clusters import copied
 from tests.integration.embedded.traces import Traces
 from tidegate.embedded import ServerFailed, ensure
 from tidegate.embedded.postgres import PostgresServer
+from tidegate.store.migrate import migrate
 
 
 async def test_a_second_start_on_a_cluster_stops_the_server_that_runs_there(
@@ -70,3 +72,40 @@ async def test_a_cluster_of_another_version_is_refused_untouched(
     version.write_text(f"{ours}\n")
     server.start()
     server.stop()
+
+
+async def test_the_record_of_an_earlier_version_becomes_the_applications(
+    tmp_path: Path, traces: Traces
+) -> None:
+    """There the application was the superuser. The server is killed in between, so that its log
+    has to be replayed first."""
+    earlier = PostgresServer(tmp_path / "postgres", password="of-the-superuser")
+    earlier.start()
+    await migrate(earlier.url())
+    connection = await asyncpg.connect(earlier.url())
+    await connection.execute("CREATE SEQUENCE apart; CREATE TABLE kept AS SELECT 7 AS number")
+    await connection.close()
+    earlier.kill()
+    later = PostgresServer(
+        tmp_path / "postgres", password="of-the-superuser", application_password="of-the-app"
+    )
+    for _ in range(2):  # the second start finds the role
+        later.start()
+        connection = await asyncpg.connect(later.url())
+        assert await connection.fetchval("SELECT current_setting('is_superuser')") == "off"
+        assert await connection.fetchval("SELECT number FROM kept") == 7
+        others = await connection.fetch(
+            """
+            SELECT relname FROM pg_class
+            WHERE relnamespace = 'public'::regnamespace AND relowner <> current_user::regrole
+            UNION ALL
+            SELECT proname FROM pg_proc
+            WHERE pronamespace = 'public'::regnamespace AND proowner <> current_user::regrole
+            """
+        )
+        assert not others
+        await connection.execute("ALTER TABLE requests ADD COLUMN added int")
+        await connection.execute("ALTER TABLE requests DROP COLUMN added")
+        await connection.close()
+        assert await migrate(later.url()) is None
+        later.stop()
