@@ -2,7 +2,8 @@
 
 Invariant: a job has at most one claim that counts, `requests.claim`; giving it up by whatever way
 increases that number, so that whoever held it before can write no more. A worker remembers what it
-holds, and gives up what PostgreSQL thinks it holds and it does not: claims whose reply was lost.
+holds, and releases what PostgreSQL thinks it holds and it does not: claims whose reply was lost.
+It looks for them before the claim after a doubtful one, and with heartbeats without any doubt.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Claims:
         self._doubtful = False
         self._queues = Queues(connections, bell, instance_id=instance_id)
         self._lapses = Lapses(lease_ms)
+        self._straying = Lookback()
         self._expiring = Lookback()
         self._runs: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 500)
 
@@ -91,8 +93,8 @@ class Claims:
             self._steadiness.missed()
             raise
         self._steadiness.beaten(sent_at)
-        if self._doubtful:
-            await self._release_strays()
+        if self._doubtful or not self._queues.lock.locked():
+            await self._look_for_strays()
 
     async def leave(self) -> None:
         async def leave(connection: asyncpg.Connection) -> list[str]:
@@ -108,6 +110,8 @@ class Claims:
         if not self._steadiness.fresh:
             # Claims of a worker that PostgreSQL has not heard of would count as lapsed.
             await self.heartbeat()
+        if self._doubtful:
+            await self._release_strays()
         task = asyncio.create_task(self._claim(pool, kind, limit))
         try:
             return await asyncio.shield(task)
@@ -135,6 +139,13 @@ class Claims:
         if not task.cancelled() and task.exception() is None:
             for job in task.result():
                 self.settled(job)
+
+    async def _look_for_strays(self) -> None:
+        """With doubt now, without it as often as it is cheap."""
+        look = self._straying.begin()
+        if self._doubtful or look.is_whole:
+            await self._release_strays()
+            self._straying.end(look, complete=True)
 
     async def _release_strays(self) -> None:
         async with self._queues.lock:

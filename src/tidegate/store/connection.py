@@ -68,6 +68,12 @@ _UNFIT = (
 )
 
 
+class _Commit:
+    """Of one try. Once it is `sent` the transaction may be committed, whatever is heard of it."""
+
+    sent = False
+
+
 class Connections:
     """At most `size` connections, opened as needed."""
 
@@ -106,12 +112,16 @@ class Connections:
         self._idle.clear()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def run(self, work: Work[T], *, timeout_ms: int = COMMAND_TIMEOUT_MS) -> T:
+    async def run(
+        self, work: Work[T], *, timeout_ms: int = COMMAND_TIMEOUT_MS, repeatable: bool = True
+    ) -> T:
         """Run `work` in a transaction and commit; repeats it when the connection was at fault.
 
-        `work` must therefore be safe to repeat after a commit whose reply was lost. Raises
-        StoreUnavailable, at once while PostgreSQL is known to be away. A cancelled caller leaves
-        at once; the transaction ends by itself within its deadline, either way.
+        `repeatable`: whether a repeat is right where the first transaction was committed and the
+        reply was lost. Where it is not, such as for a claim that takes whatever is ready, the work
+        is repeated only as long as no COMMIT was sent. Raises StoreUnavailable, at once while
+        PostgreSQL is known to be away; unrepeatable work may be committed then. A cancelled caller
+        leaves at once; the transaction ends by itself within its deadline, either way.
         """
         if self._closed or self._away is not None:
             await asyncio.sleep(0)  # a caller that tries in a loop must not starve the others
@@ -119,7 +129,7 @@ class Connections:
             raise StoreUnavailable("the store is closed")
         if self._away is not None:
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
-        task = asyncio.create_task(self._run(work, timeout_ms))
+        task = asyncio.create_task(self._run(work, timeout_ms, repeatable))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
@@ -141,13 +151,14 @@ class Connections:
         except (*_TRANSIENT, *_UNFIT) as failed:
             raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
 
-    async def _run(self, work: Work[T], timeout_ms: int) -> T:
+    async def _run(self, work: Work[T], timeout_ms: int, repeatable: bool) -> T:
         deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
         tries = 0
         while True:
             tries += 1
+            commit = _Commit()
             try:
-                return await self._transaction(work, deadline, timeout_ms)
+                return await self._transaction(work, deadline, timeout_ms, commit)
             except _UNFIT as unfit:
                 raise StoreUnavailable(_unfit_words(unfit)) from unfit
             except _TRANSIENT as failed:
@@ -156,8 +167,13 @@ class Connections:
                     self._suspect()
                 if late or self.away or tries == _TRIES or self._closed:
                     raise StoreUnavailable(f"PostgreSQL failed: {_words(failed)}") from failed
+                if commit.sent and not repeatable:
+                    said = f"the reply to a COMMIT was lost: {_words(failed)}"
+                    raise StoreUnavailable(said) from failed
 
-    async def _transaction(self, work: Work[T], deadline: float, timeout_ms: int) -> T:
+    async def _transaction(
+        self, work: Work[T], deadline: float, timeout_ms: int, commit: _Commit
+    ) -> T:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout_at(deadline):
             await self._slots.acquire()
@@ -171,6 +187,7 @@ class Connections:
             try:
                 await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
                 result = await work(connection)
+                commit.sent = True
                 await connection.execute("COMMIT")
             except BaseException as failed:
                 cut_off = connection.is_closed()

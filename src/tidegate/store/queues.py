@@ -118,7 +118,7 @@ class Queues:
             some, left = tenants[:_TENANTS_AT_ONCE], tenants[_TENANTS_AT_ONCE:]
             return ripe, left, *await self._claim(connection, lane, known, some, limit)
 
-        ripe, tenants, turns, found, jobs = await self._connections.run(work)
+        ripe, tenants, turns, found, jobs = await self._connections.run(work, repeatable=False)
         self._ripening.end(look, complete=ripe < AT_ONCE)
         known.read_at = time.monotonic()
         self._settle(known, turns, found, jobs)
@@ -134,7 +134,7 @@ class Queues:
         ) -> tuple[list[Turn], list[asyncpg.Record], list[ClaimedJob]]:
             return await self._claim(connection, lane, known, tenants, limit)
 
-        turns, found, jobs = await self._connections.run(work)
+        turns, found, jobs = await self._connections.run(work, repeatable=False)
         self._settle(known, turns, found, jobs)
         return jobs
 

@@ -193,3 +193,27 @@ async def test_with_its_rates_in_the_policy_a_provider_never_answers_429(
     assert {record["status"] for record in records} == {"succeeded"}
     assert {record["attempts"] for record in records} == {1}
     assert {call.outcome for call in await gateway.calls()} == {"finished"}
+
+
+async def test_calls_that_jobs_wrap_keep_to_a_rate_while_postgresql_is_slow(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    """Attempts cannot be marked for longer than two windows: then all are sent in turn."""
+    rate = "{ bound = 4, type = 'rate', window_ms = 800, slack_ms = 200 }"
+    limits = f'"rpm:total" = {rate}\n"kind:text_only" = 20'
+    gateway = await open_gateway(tidegate_policy=policy(limits))
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Say hello"}]}
+    async with gateway.database.acquire() as busy, busy.transaction():
+        await busy.execute("LOCK TABLE attempts IN ACCESS EXCLUSIVE MODE")
+        ids = [await gateway.submit(endpoint=CHAT, body=body) for _ in range(12)]
+
+        async def all_admitted() -> bool:
+            return (await view(gateway, "kind:text_only")).used == len(ids)
+
+        await wait_until(all_admitted)
+    records = [await gateway.end_of(request_id) for request_id in ids]
+    assert {record["status"] for record in records} == {"succeeded"}
+    arrived = sorted(call.started_ns for call in await gateway.calls())
+    apart = [late - early for early, late in zip(arrived, arrived[4:], strict=False)]
+    # Half a window: this machine may stand still between a confirmed permit and its call.
+    assert min(apart) >= 400_000_000

@@ -1,0 +1,75 @@
+"""A COMMIT whose reply is lost: what it did stands, and its maker knows or finds out."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+
+from tests.integration.store.conftest import MakeStore
+from tests.integration.store.jobs import new_job, result
+from tests.integration.store.lossy import lossy
+from tests.waiting import wait_until
+from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.errors import StoreUnavailable
+from tidegate.store.queries import sql
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+
+JOBS = 40
+_UNKNOWN = "SELECT count(*) FROM requests WHERE claimed_by IS NOT NULL"
+
+
+async def claim(store: Store, limit: int) -> list[object]:
+    return list(await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit))
+
+
+async def test_jobs_of_a_claim_whose_commit_reply_was_lost_are_claimed_again(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    direct = await make_store(database_url)
+    for _ in range(JOBS):
+        await direct.submit(new_job())
+    async with lossy(database_url) as proxy:
+        worker = await make_store(proxy.url)
+        await worker.heartbeat()
+        proxy.lose_commit_of(sql("claim"))
+        with pytest.raises(StoreUnavailable):
+            await claim(worker, 12)
+        assert proxy.lost == 1
+        assert await peek.fetchval(_UNKNOWN) == 12, "it was committed"
+        # Not by a heartbeat: the next claim of the same worker finds them.
+        claimed = await claim(worker, JOBS)
+        assert len(claimed) == JOBS
+
+
+async def test_a_heartbeat_finds_claims_that_nobody_doubts(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    """Whatever mistake loses a claim, its worker releases it while it lives."""
+    worker = await make_store(database_url)
+    await worker.submit(new_job())
+    await worker.heartbeat()
+    await peek.execute("UPDATE requests SET claim = 1, claimed_by = $1", worker.instance_id)
+
+    async def released() -> bool:
+        await worker.heartbeat()
+        return bool(await peek.fetchval(_UNKNOWN) == 0)
+
+    await wait_until(released)
+    assert len(await claim(worker, 1)) == 1
+
+
+async def test_an_end_whose_commit_reply_was_lost_is_recorded_once(
+    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    async with lossy(database_url) as proxy:
+        worker = await make_store(proxy.url)
+        job = new_job()
+        await worker.submit(job)
+        (claimed,) = await worker.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+        await worker.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        proxy.lose_commit_of(sql("end_requests"))
+        await worker.finish(claimed, Status.SUCCEEDED, result())
+        assert proxy.lost == 1
+    assert await peek.fetchval("SELECT count(*) FROM audit") == 1
+    assert await peek.fetchval("SELECT status FROM requests") == "succeeded"
