@@ -63,10 +63,19 @@ def list_(json: Json = False) -> None:
 
 @app.command()
 def show(tenant: TenantName, json: Json = False) -> None:
-    """Show one tenant."""
-    from tidegate.policy.tenants import show_tenant
+    """Show one tenant, with the secret that signs its webhooks."""
+    from tidegate.config import load
+    from tidegate.policy.tenants import show_tenant, webhook_secret_of
 
-    _say(in_pool(lambda control: show_tenant(control, tenant)), json)
+    shown = in_pool(lambda control: show_tenant(control, tenant))
+    deployments = load().webhook_secret
+    secret = deployments and webhook_secret_of(deployments.get_secret_value(), tenant)
+    if json:
+        show_json({**_plain(shown), "webhook_secret": secret})
+        return
+    _say(shown, json)
+    if secret:
+        typer.echo(f"  webhook secret  {secret}")
 
 
 @app.command("set")

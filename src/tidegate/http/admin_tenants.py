@@ -94,6 +94,11 @@ class TenantView(BaseModel):
     created_at: datetime
     disabled_at: datetime | None = None
     keys: int = Field(description="Those that work")
+    webhook_secret: str | None = Field(
+        default=None,
+        description="Signs this tenant's webhooks. Only where one tenant is shown; null while "
+        "WEBHOOK_SECRET is not set",
+    )
 
 
 class NewKey(Signed):
@@ -138,11 +143,15 @@ async def list_tenants(request: Request) -> list[TenantView]:
 
 
 @router.get("/tenants/{tenant_id:path}", responses=problem_responses(404), summary="One tenant")
-async def show_tenant(request: Request, tenant_id: TenantId) -> TenantView:
+async def show_tenant(request: Request, response: Response, tenant_id: TenantId) -> TenantView:
     try:
-        return _view(await tenants.show_tenant(control_of(request), tenant_id))
+        view = _view(await tenants.show_tenant(control_of(request), tenant_id))
     except ConfigError as wrong:
         raise _invalid(wrong) from None
+    if (secret := services_of(request).config.webhook_secret) is not None:
+        view.webhook_secret = tenants.webhook_secret_of(secret.get_secret_value(), tenant_id)
+        response.headers["Cache-Control"] = "no-store"
+    return view
 
 
 @router.put(

@@ -20,6 +20,7 @@ import orjson
 from tidegate.config import Config
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.jobs.retry import webhook_wait_ms
+from tidegate.policy.tenants import webhook_secret_of
 from tidegate.providers.addresses import is_public
 from tidegate.providers.post import GuardedPoster, Posted
 from tidegate.store.outbox import Delivery
@@ -42,7 +43,7 @@ class WebhookSender:
 
     def __init__(self, config: Config, store: Store) -> None:
         assert config.webhook_secret is not None
-        self._key = b64decode(config.webhook_secret.get_secret_value().removeprefix("whsec_"))
+        self._secret = config.webhook_secret.get_secret_value()
         self._store = store
         self._lease_ms = _LEASE_FACTOR * config.webhook_timeout_ms
         private = config.webhook_allow_private
@@ -94,11 +95,13 @@ class WebhookSender:
 
     def _headers(self, delivery: Delivery, body: bytes) -> dict[str, str]:
         webhook_id, sent_at = str(delivery.webhook_id), int(time.time())
+        secret = webhook_secret_of(self._secret, delivery.tenant_id)
+        key = b64decode(secret.removeprefix("whsec_"))
         return {
             "Content-Type": "application/json",
             "webhook-id": webhook_id,
             "webhook-timestamp": str(sent_at),
-            "webhook-signature": signature(self._key, webhook_id, sent_at, body),
+            "webhook-signature": signature(key, webhook_id, sent_at, body),
         }
 
     async def _settle(self, delivery: Delivery, answer: Posted) -> None:

@@ -6,8 +6,11 @@ the record's; one that was cut short between them is made whole by repeating it.
 
 from __future__ import annotations
 
+import hmac
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from tidegate.errors import ConfigError, NotFound
@@ -16,6 +19,8 @@ from tidegate.policy.control import Control
 from tidegate.policy.plain import Plain, to_plain
 from tidegate.policy.tenancy import share_edit, share_of, without
 from tidegate.store.tenants import Tenant, check_changes
+
+_WEBHOOK_PREFIX = "whsec_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,14 @@ def check_name(tenant_id: str) -> None:
     check_tenant(tenant_id)
     if not tenant_id.isprintable():
         raise ConfigError("tenant", ascii(tenant_id), "must be printable")
+
+
+def webhook_secret_of(deployments: str, tenant_id: str) -> str:
+    """The secret that signs a tenant's webhooks, as `whsec_` and base64, derived from that of the
+    deployment (WEBHOOK_SECRET): a receiver that can verify its own webhooks cannot sign others'."""
+    key = b64decode(deployments.removeprefix(_WEBHOOK_PREFIX))
+    derived = hmac.digest(key, b"tidegate webhooks of " + tenant_id.encode(), sha256)
+    return f"{_WEBHOOK_PREFIX}{b64encode(derived).decode()}"
 
 
 def _shown(tenant: Tenant, plain: Plain) -> ShownTenant:

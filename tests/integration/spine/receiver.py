@@ -36,10 +36,12 @@ class Received:
         found: dict[str, Any] = orjson.loads(self.body)
         return found
 
-    def is_signed(self) -> bool:
+    def is_signed(self, tenant: str = "default") -> bool:
+        """By the tenant's own key, which is derived from the deployment's."""
+        key = hmac.new(KEY, f"tidegate webhooks of {tenant}".encode(), hashlib.sha256).digest()
         sent_at = self.headers["webhook-timestamp"]
         signed = f"{self.webhook_id}.{sent_at}.".encode() + self.body
-        digest = hmac.new(KEY, signed, hashlib.sha256).digest()
+        digest = hmac.new(key, signed, hashlib.sha256).digest()
         fresh = abs(int(sent_at) - time.time()) < 60
         expected = "v1," + base64.b64encode(digest).decode()
         return fresh and self.headers["webhook-signature"] == expected

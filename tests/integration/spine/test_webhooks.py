@@ -19,6 +19,7 @@ from tests.shapes import differences
 from tests.waiting import wait_until
 from tidegate.jobs import webhook
 from tidegate.jobs.webhook import signature
+from tidegate.policy.tenants import webhook_secret_of
 
 SETTINGS: dict[str, Any] = {"webhook_secret": SECRET, "webhook_allow_private": True}
 
@@ -235,6 +236,29 @@ async def test_where_webhooks_are_off_or_make_no_sense_they_are_refused_by_name(
         problem = orjson.loads(await response.read())
         assert (response.status, problem["field"]) == (400, "webhook_url")
         assert "WEBHOOK_SECRET" in problem["allowed"]
+
+
+async def test_a_tenant_that_verifies_its_webhooks_cannot_sign_those_of_another(
+    open_gateway: Opener, receiver: Receiver
+) -> None:
+    gateway = await open_gateway(**SETTINGS)
+    headers = {"x-tidegate-tenant": "acme"}
+    body = {"data": "Explain the tide", "webhook_url": receiver.url}
+    async with gateway.http.post(f"{gateway.url}/submit", json=body, headers=headers) as response:
+        assert response.status == 202
+    await wait_until(lambda: receiver.received)
+    assert receiver.received[0].is_signed("acme")
+    assert not receiver.received[0].is_signed("default")
+
+
+async def test_the_secret_of_one_tenant_is_shown_to_the_operator(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, **SETTINGS)
+    async with gateway.http.get(f"{gateway.url}/admin/tenants/default") as response:
+        shown = await response.json()
+    assert shown["webhook_secret"] == webhook_secret_of(SECRET, "default")
+    assert shown["webhook_secret"] != SECRET
+    async with gateway.http.get(f"{gateway.url}/admin/tenants") as response:
+        assert [one["webhook_secret"] for one in await response.json()] == [None]
 
 
 async def test_a_stream_has_no_webhook(open_gateway: Opener) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,31 @@ def test_the_overlay_of_the_document_fits_on_top(tmp_path: Path) -> None:
     ]
     assert settings["BLOB_URL"] == "s3://mine"
     assert settings["LEAVE_MS"] == _settings()["LEAVE_MS"], "merged, not replaced"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "169.254.169.254",  # AWS, Google, Azure, Oracle and most others
+        "169.254.170.2",  # AWS, of a container
+        "168.63.129.16",  # Azure's host
+        "100.100.100.200",  # Alibaba
+        "192.0.0.192",  # Oracle's earlier one
+        "fd00:ec2::254",  # AWS
+        "fd20:ce::254",  # Google
+    ],
+)
+def test_no_pod_reaches_what_tells_a_machine_its_clouds_secrets(address: str) -> None:
+    (open_to,) = [
+        rule["to"]
+        for rule in _of_kind("NetworkPolicy")["tidegate"]["spec"]["egress"]
+        if "to" in rule
+    ]
+    meant = ip_address(address)
+    for block in (one["ipBlock"] for one in open_to):
+        within = [ip_network(block["cidr"]), *map(ip_network, block["except"])]
+        holds = [meant in network for network in within if network.version == meant.version]
+        assert not holds or any(holds[1:])
 
 
 def test_every_selector_finds_its_pods_and_no_others() -> None:
