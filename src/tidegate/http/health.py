@@ -109,7 +109,7 @@ async def dependencies(request: Request) -> JSONResponse:
         valkey=valkey,
         postgresql=postgresql,
         blobs=blobs,
-        limiter=services.limiter.local_state().state,
+        limiter=services.limiter.state,
         upstreams={
             name: UpstreamHealth(
                 status=health.state, key_refused=health.key_dead, detail=health.in_short or None

@@ -95,6 +95,18 @@ class Batch:
 
 
 @dataclass(slots=True)
+class Counts:
+    """How often things happened since the start; the tests' and benchmarks' ground."""
+
+    admitted: int = 0
+    handed_on: int = 0
+    recycled: int = 0
+    local: int = 0
+    strays: int = 0
+    fenced: int = 0
+
+
+@dataclass(slots=True)
 class Traffic:
     """Counts since the start."""
 

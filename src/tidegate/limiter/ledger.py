@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from heapq import nlargest
 from itertools import count, islice
 from math import inf
 
-from tidegate.limiter.entries import Batch, Holding, Release, Transfer, Waiter
+from tidegate.limiter.entries import Batch, Counts, Holding, Release, Transfer, Waiter
 from tidegate.limiter.flow import Flow
 from tidegate.limiter.outbox import Outbox
 from tidegate.limiter.wire import OUTCOMES, USAGE_LATER, Hint
@@ -23,21 +23,18 @@ CHAIN = 1000
 MAX_FLOWS = 10_000
 
 
-@dataclass(slots=True)
-class Counts:
-    """How often things happened since the start; the tests' and benchmarks' ground."""
-
-    admitted: int = 0
-    handed_on: int = 0
-    recycled: int = 0
-    local: int = 0
-    strays: int = 0
-    fenced: int = 0
-
-
 def _learned(release: Release) -> int:
     """How long the call took, if that says anything of others."""
     return release.took_ms if release.outcome == OUTCOMES["success"] else 0
+
+
+def _count_down(counter: Counter[str], names: Iterable[str]) -> None:
+    for name in names:
+        left = counter[name] - 1
+        if left:
+            counter[name] = left
+        else:
+            del counter[name]
 
 
 def _new_future() -> asyncio.Future[Holding]:
@@ -53,7 +50,9 @@ class Ledger:
         self._new_future = new_future or _new_future
         self.waiting: dict[int, Waiter] = {}
         self.held: dict[int, Holding] = {}
+        # By limit, without those that have none: counted as waiters and permits come and go.
         self.held_of: Counter[str] = Counter()
+        self.waiting_of: Counter[str] = Counter()
         self.spent_since: Counter[str] = Counter()
         self.counts = Counts()
         self.recycling = False
@@ -63,6 +62,9 @@ class Ledger:
         self._flows: dict[tuple[int, str, tuple[str, ...]], Flow] = {}
         self._lanes: dict[tuple[int, tuple[str, ...]], dict[str, Flow]] = {}
         self._local_tags: Counter[str] = Counter()
+        # Those that the last request asked hints for, and those that have one.
+        self._wanting: list[Flow] = []
+        self._hinted: list[Flow] = []
 
     def __repr__(self) -> str:
         return (
@@ -79,9 +81,10 @@ class Ledger:
             flow = self._flows[name] = Flow(band, tenant, limits)
         return flow
 
-    def waiting_in(self, limit: str) -> int:
+    def longest_queues(self, most: int) -> list[Flow]:
+        """The flows with the most waiters here."""
         flows = (flow for lane in self._lanes.values() for flow in lane.values())
-        return sum(len(flow.waiting) for flow in flows if limit in flow.limits)
+        return nlargest(most, flows, key=lambda flow: len(flow.waiting))
 
     # -- waiting
 
@@ -109,6 +112,8 @@ class Ledger:
         if not flow.waiting:
             self._lanes.setdefault(flow.lane, {})[flow.key] = flow
         flow.waiting[ticket] = waiter
+        for name in flow.limits:
+            self.waiting_of[name] += 1
         self.outbox.enqueue(waiter)
         return waiter
 
@@ -135,6 +140,7 @@ class Ledger:
         if waiter is not None:
             flow = waiter.flow
             del flow.waiting[ticket]
+            _count_down(self.waiting_of, flow.limits)
             if not flow.waiting:
                 flow.hint = None
                 lane = self._lanes[flow.lane]
@@ -165,8 +171,7 @@ class Ledger:
             return
         flow = holding.flow
         flow.held -= 1
-        for name in flow.limits:
-            self.held_of[name] -= 1
+        _count_down(self.held_of, flow.limits)
         took_ms = now_ms - holding.held_from_ms
         if outcome == "success":
             flow.learn(took_ms)
@@ -337,13 +342,17 @@ class Ledger:
         """Flows that wait for what this process holds permits of, of those that may hand on."""
         held = {holding.flow.lane for holding in self.held.values() if holding.flow.plain}
         lanes = (self._lanes[lane] for lane in held if lane in self._lanes)
-        return list(islice((flow for lane in lanes for flow in lane.values()), most))
+        self._wanting = list(islice((flow for lane in lanes for flow in lane.values()), most))
+        return self._wanting
 
     def take_hints(self, hints: Mapping[str, Hint]) -> None:
-        """What the server lets us pass on from now on, by the key of the flow; nothing else."""
-        for lane in self._lanes.values():
-            for flow in lane.values():
-                flow.hint = hints.get(flow.key)
+        """What the server lets us pass on from now on, of what `flows_to_hint` named last, by the
+        key of the flow; nothing else."""
+        for flow in self._hinted:
+            flow.hint = None
+        self._hinted = [flow for flow in self._wanting if flow.key in hints and flow.waiting]
+        for flow in self._hinted:
+            flow.hint = hints[flow.key]
 
     def drop_hints(self) -> None:
         self.take_hints({})

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -19,7 +19,7 @@ from tidegate.limiter.courier import Courier
 from tidegate.limiter.decorate import AcquireOptions, P, R, limited
 from tidegate.limiter.demand import Demand
 from tidegate.limiter.desk import Desk
-from tidegate.limiter.flow import Flow, Tokens, tokens_of
+from tidegate.limiter.flow import Tokens, tokens_of
 from tidegate.limiter.heartbeat import STALLED_S, Heartbeat
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import now_ms
@@ -27,7 +27,7 @@ from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import DEFAULT_HARD_MS, PoolPolicy
 from tidegate.limiter.link import Link
 from tidegate.limiter.listener import Listener
-from tidegate.limiter.observer import Observer
+from tidegate.limiter.observer import Observer, State
 from tidegate.limiter.operations import Operations
 from tidegate.limiter.permit import Acquisition, Attempt
 from tidegate.limiter.snapshot import LocalPermit, LocalQueue, LocalState
@@ -248,13 +248,28 @@ class Limiter(Operations):
 
     # -- what can be seen
 
+    @property
+    def state(self) -> State:
+        """Whether Valkey answers this process."""
+        return self._session.state
+
+    @property
+    def permits_held(self) -> int:
+        """How many permits this process holds."""
+        return len(self._ledger.held)
+
+    @property
+    def waiters(self) -> int:
+        """How many calls of this process wait for a permit."""
+        return len(self._ledger.waiting)
+
     def local_state(self) -> LocalState:
-        """This process's part, without I/O."""
-        limits = self.policy.limits
+        """This process's part, without I/O. The cost grows with the limits that are in use here;
+        `state`, `permits_held` and `waiters` cost nothing."""
         return LocalState(
             state=self._session.state,
-            held={limit: self._ledger.held_of[limit] for limit in limits},
-            waiting={limit: self._ledger.waiting_in(limit) for limit in limits},
+            held=self._ledger.held_of.copy(),
+            waiting=self._ledger.waiting_of.copy(),
             silent_ms=self._session.lease.silent_ms(),
             sessions=self._session.sessions,
             revision=self.policy.revision,
@@ -270,7 +285,7 @@ class Limiter(Operations):
     def local_permits(self, most: int) -> list[LocalPermit]:
         """The permits of this process, the oldest first, without I/O."""
         at = self._session.lease.now_ms()
-        oldest = sorted(self._ledger.held.values(), key=lambda one: one.held_from_ms)[:most]
+        oldest = islice(self._ledger.held.values(), most)  # in the order of their grants
         return [
             LocalPermit(
                 seq=one.seq,
@@ -286,14 +301,15 @@ class Limiter(Operations):
     def local_queues(self, most: int) -> list[LocalQueue]:
         """The waiters of this process by flow, the longest queues first, without I/O."""
         at = self._session.lease.now_ms()
-        first: dict[Flow, float] = {}
-        counts: Counter[Flow] = Counter()
-        for waiter in self._ledger.waiting.values():
-            counts[waiter.flow] += 1
-            first[waiter.flow] = min(first.get(waiter.flow, at), waiter.asked_ms)
         return [
-            LocalQueue(flow.band, flow.tenant, flow.limits, count, round(at - first[flow]))
-            for flow, count in counts.most_common(most)
+            LocalQueue(
+                flow.band,
+                flow.tenant,
+                flow.limits,
+                len(flow.waiting),
+                round(at - next(iter(flow.waiting.values())).asked_ms),
+            )
+            for flow in self._ledger.longest_queues(most)
         ]
 
     async def joined(self) -> None:

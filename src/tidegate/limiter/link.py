@@ -20,6 +20,10 @@ from tidegate.errors import ConfigError
 from tidegate.limiter.scripts import Script
 from tidegate.limiter.servers import MIN_CONNECT_S, Server
 
+# What a connection raises that is lost. uvloop answers a write to a transport that was reset while
+# nobody looked with a plain RuntimeError, "unable to perform operation on <TCPTransport ...>".
+LOST = (OSError, TimeoutError, RedisError, RuntimeError)
+
 
 class LinkDown(Exception):
     """Valkey did not answer in time, or not at all; whether it heard us is not known."""
@@ -64,7 +68,7 @@ class Link:
             return self.server
         try:
             self._connection = await self._servers.connect(deadline_s)
-        except (OSError, TimeoutError, RedisError) as error:
+        except LOST as error:
             raise LinkDown(str(error) or type(error).__name__) from error
         info = await self._exchange(("INFO", "server", "memory"), max(deadline_s, MIN_CONNECT_S))
         self.server = read_facts(info)
@@ -114,7 +118,7 @@ class Link:
             raise
         except ResponseError as error:
             raise LinkDown(f"Valkey refused: {error}") from error
-        except (OSError, TimeoutError, RedisError) as error:
+        except LOST as error:
             raise LinkDown(str(error) or type(error).__name__) from error
         finally:
             if not settled:

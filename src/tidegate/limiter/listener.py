@@ -13,11 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError
 
 from tidegate.errors import ConfigError
 from tidegate.limiter.lease import Lease
-from tidegate.limiter.link import ServerFacts, read_facts
+from tidegate.limiter.link import LOST, ServerFacts, read_facts
 from tidegate.limiter.servers import MIN_CONNECT_S, Server
 from tidegate.limiter.wire import Push
 
@@ -59,7 +58,7 @@ class Listener:
                 await self._subscribe(connection)
                 retry_s = 0.0
                 await self._listen(connection)
-            except (OSError, TimeoutError, RedisError, ConfigError) as error:
+            except (*LOST, ConfigError) as error:
                 logger.debug("limiter: subscription lost: %s", error)
                 if self.subscribed:
                     self._compare()

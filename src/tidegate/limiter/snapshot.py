@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,11 +160,12 @@ class LocalQueue:
 
 @dataclass(frozen=True, slots=True)
 class LocalState:
-    """This process alone. `silent_ms` since Valkey last confirmed our session; inf for never."""
+    """This process alone. `held` and `waiting` count by limit, and are 0 for one that has none.
+    `silent_ms` since Valkey last confirmed our session; inf for never."""
 
     state: State
-    held: Mapping[str, int]
-    waiting: Mapping[str, int]
+    held: Counter[str]
+    waiting: Counter[str]
     silent_ms: float
     sessions: int
     revision: int

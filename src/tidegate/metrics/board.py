@@ -97,7 +97,7 @@ class Board:
             await asyncio.sleep(TELL_EVERY_S)
 
     def _is_away(self) -> bool:
-        return self._limiter.local_state().state == "away"
+        return self._limiter.state == "away"
 
     def own(self) -> Note:
         """What this process has to tell, as of now."""

@@ -61,11 +61,10 @@ class Watch:
         """Set all gauges, and hand on what was counted."""
         made, name = self._instruments, self._name
         for pool, limiter in self.limiters.items():
-            state = limiter.local_state()
-            made.set(Metric.HELD, (pool, *name), state.permits)
-            made.set(Metric.WAITERS, (pool, *name), state.waiters)
+            made.set(Metric.HELD, (pool, *name), limiter.permits_held)
+            made.set(Metric.WAITERS, (pool, *name), limiter.waiters)
             for one in _STATES:
-                made.set(Metric.STATE, (pool, one), float(state.state == one))
+                made.set(Metric.STATE, (pool, one), float(limiter.state == one))
         for upstream, health in self.health.items():
             made.set(Metric.UPSTREAM_OUT, (upstream,), float(health.state != "ok"))
             made.set(Metric.KEY_REFUSED, (upstream,), float(health.key_dead))

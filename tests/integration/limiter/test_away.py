@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import uvloop
 
 from tests.integration.limiter.makers import LEASE_MS, LIMIT, Body, Maker, command, until_used, used
 from tests.waiting import wait_until
@@ -302,3 +304,30 @@ async def test_a_change_of_state_is_one_line_and_a_request_is_none(
         "limiter: recovering, was away",
         "limiter: up, was recovering",
     ]
+
+
+def test_a_connection_that_was_reset_is_a_lost_link_and_made_again_without_a_pause(
+    valkey_url: str, pool: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """uvloop, which the product runs on, raises a RuntimeError of its own then."""
+
+    async def lose_the_connection() -> None:
+        policy = PoolPolicy({LIMIT: 1}, lease_ms=LEASE_MS)
+        async with Limiter(valkey_url, pool=pool, policy=policy) as limiter:
+            await until_state(limiter, "up")
+            for _ in range(5):
+                connection: Any = limiter._link._connection
+                if connection is None:  # it is being made
+                    await until_state(limiter, "up")
+                    continue
+                connection._writer.transport.abort()
+                for _ in range(3):  # closed in a later turn of the loop
+                    await asyncio.sleep(0)
+                async with limiter.acquire(LIMIT):
+                    assert limiter.state == "up"
+
+    with caplog.at_level(logging.INFO, "tidegate.limiter"):
+        uvloop.run(lose_the_connection())
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("unable to perform operation on <" in message for message in messages)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
