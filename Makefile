@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test suite check chaos bench bench-limiter bench-gateway audit setup-system lock clean
+.PHONY: help run test suite check chaos bench bench-limiter bench-gateway audit canary setup-system lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -53,6 +53,10 @@ audit: ## Look up every pinned version in the database of known vulnerabilities 
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python scripts/audit.py
 
+canary: ## Run the contract tests on the newest release of the packages whose internals we use
+	@scripts/bootstrap.sh dev
+	@scripts/canary.sh $(PYTEST_ARGS)
+
 setup-system: ## Install what the tests need from the system's packages, or say what is missing
 	@scripts/setup_system.sh
 
@@ -62,5 +66,5 @@ lock: ## Write uv.lock and requirements.txt anew after a change of pyproject.tom
 	@.venv/bin/uv export --quiet --frozen --all-extras --no-dev --no-hashes --no-header --output-file requirements.txt
 
 clean: ## Remove the environment and all caches; your data stays
-	@rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	@rm -rf .venv .canary .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

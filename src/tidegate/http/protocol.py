@@ -17,19 +17,17 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
-from uvicorn._types import (
+
+from tidegate.http._compat import (
+    STATUS_LINE,
     ASGI3Application,
     ASGIReceiveCallable,
     ASGISendCallable,
     ASGISendEvent,
-    Scope,
-)
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
     RequestResponseCycle,
+    Scope,
+    UvicornProtocol,
 )
-
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import ABORT_EXTENSION, GONE_EXTENSION
 
@@ -50,7 +48,7 @@ def bounded(*, receive_timeout_ms: int, stalled_reader_ms: int) -> type[BoundedP
     return type("BoundedProtocol", (BoundedProtocol,), timers)
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(UvicornProtocol):
     """Give it to uvicorn as `http=`; see `bounded` for timers from the settings."""
 
     MAX_HEADERS = 100
@@ -183,7 +181,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # The answer
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+    def answering(self, cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
         async def answer(
             scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
         ) -> None:
@@ -214,7 +212,7 @@ class BoundedProtocol(HttpToolsProtocol):
                     self.loop.call_soon(self._watch_closing)
 
         self._answering = cycle
-        super()._start_asgi_task(cycle, answer)
+        return answer
 
     def on_response_complete(self) -> None:
         if self._answered_early:
@@ -297,7 +295,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._lingering = True
         self._disarm_head_timer()
-        self._unset_keepalive_if_required()
+        self.end_keep_alive_timer()
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()

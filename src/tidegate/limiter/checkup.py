@@ -21,6 +21,7 @@ import msgpack
 from redis.exceptions import RedisError
 
 from tidegate.errors import LimiterUnavailable
+from tidegate.limiter._compat import close_now
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.link import Link, LinkDown
 from tidegate.limiter.scripts import load
@@ -166,4 +167,4 @@ async def _pushes(url: str, link: Link, keys: Keyspace) -> str:
     except (OSError, TimeoutError, RedisError, LinkDown) as failed:
         return str(failed) or "no answer in time"
     finally:
-        connection._close()  # type: ignore[no-untyped-call]
+        close_now(connection)

@@ -17,6 +17,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from tidegate.errors import ConfigError
+from tidegate.limiter._compat import close_now
 from tidegate.limiter.scripts import Script
 from tidegate.limiter.servers import MIN_CONNECT_S, Server
 
@@ -129,7 +130,7 @@ class Link:
         """Forget a connection without waiting for anybody."""
         self._connection = None
         self.server = None
-        connection._close()  # type: ignore[no-untyped-call]
+        close_now(connection)
 
     async def aclose(self) -> None:
         async with self._lock:

@@ -15,6 +15,7 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 
 from tidegate.errors import ConfigError
+from tidegate.limiter._compat import close_now
 from tidegate.limiter.lease import Lease
 from tidegate.limiter.link import LOST, ServerFacts, read_facts
 from tidegate.limiter.servers import MIN_CONNECT_S, Server
@@ -65,8 +66,7 @@ class Listener:
             finally:
                 self.subscribed = False
                 if connection is not None:
-                    # without an await, which a cancelled task must not do
-                    connection._close()  # type: ignore[no-untyped-call]
+                    close_now(connection)
             retry_s = min(max(retry_s * 2, 0.01), self._lease.lease_ms / 6000)
             await asyncio.sleep(retry_s)
 

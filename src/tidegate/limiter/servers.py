@@ -29,6 +29,7 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 
 from tidegate.errors import ConfigError
+from tidegate.limiter._compat import close_now
 
 # Connecting takes several round trips; a lease of a few hundred ms must not make it impossible.
 MIN_CONNECT_S = 0.25
@@ -172,13 +173,13 @@ class Server:
             async with asyncio.timeout(max(deadline_s, MIN_CONNECT_S)) as limit:
                 while (ask := _next(search, answer)) is not None:
                     if connection is not None:
-                        connection._close()  # type: ignore[no-untyped-call]
+                        close_now(connection)
                     connection = self._make(ask)
                     left_s = (limit.when() or 0.0) - asyncio.get_running_loop().time()
                     answer = await _put(connection, ask, left_s)
         except BaseException:
             if connection is not None:
-                connection._close()  # type: ignore[no-untyped-call]
+                close_now(connection)
             raise
         assert connection is not None
         return connection

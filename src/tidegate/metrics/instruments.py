@@ -8,7 +8,6 @@ stopped; gauges of a dead one are dropped. Invariant: a registry belongs to one 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import cast
 
 from prometheus_client import (
@@ -22,6 +21,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
+from tidegate.metrics._compat import add_counts
 from tidegate.metrics.names import ALL, NAMED, SHARED, Spec
 from tidegate.metrics.tally import Labels, Tally
 
@@ -65,7 +65,7 @@ class Instruments:
         for metric, labels, amount in self.tally.take_counts():
             cast(Counter, self._child(metric, labels)).inc(amount)
         for metric, labels, counts, total in self.tally.take_spreads():
-            _add(cast(Histogram, self._child(metric, labels)), counts, total)
+            add_counts(cast(Histogram, self._child(metric, labels)), counts, total)
 
     def also(self, collector: Collector) -> CollectorRegistry:
         """What the processes have seen, and what `collector` tells beside it."""
@@ -101,11 +101,3 @@ def _made(spec: Spec, registry: CollectorRegistry) -> Counter | Gauge | Histogra
     return Gauge(
         spec.name, spec.said, spec.labels, registry=registry, multiprocess_mode=spec.merge or "all"
     )
-
-
-def _add(histogram: Histogram, counts: Sequence[int], total: float) -> None:
-    # The library has no way to add many values at once, and one by one they cost ten times as much.
-    for bucket, count in zip(histogram._buckets, counts, strict=True):
-        if count:
-            bucket.inc(count)
-    histogram._sum.inc(total)
