@@ -71,6 +71,7 @@ class Log(StrEnum):
     TENANT_CHANGED = "tenant_changed"
     KEY_MADE = "key_made"
     KEY_REVOKED = "key_revoked"
+    KEY_LAPSED = "idempotency_key_lapsed"
     SCRAPE_INCOMPLETE = "scrape_incomplete"
     WATCHED = "watched"
     COLLECTOR_AWAY = "collector_away"

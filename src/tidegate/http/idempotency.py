@@ -18,6 +18,7 @@ from tidegate.store.records import Idempotency
 
 HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "idempotency-replayed"
+LOST_HEADER = "idempotency-lost"
 MOST_CHARS = 255
 _ALLOWED = f"1 to {MOST_CHARS} printable characters of ASCII, such as a UUID"
 

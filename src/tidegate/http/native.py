@@ -30,6 +30,7 @@ from tidegate.http.counted import NATIVE, count_answer
 from tidegate.http.dialects import comfort, event, refusal
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import Presence, abort
+from tidegate.http.idempotency import LOST_HEADER
 from tidegate.http.incoming import ClientGone, Incoming, check_announced, check_size
 from tidegate.http.native_call import call_of, is_coded
 from tidegate.http.once import Once, check_known, shows_key, wanted_of
@@ -45,11 +46,12 @@ from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpo
 from tidegate.relay.record import record_of
 from tidegate.relay.under_way import look_at
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
+from tidegate.store.native_keys import Given
 from tidegate.store.records import Failure, Idempotency
 from tidegate.store.states import Status
 from tidegate.telemetry import Log, get_logger
 
-_REQUEST_ID = REQUEST_ID_HEADER.encode()
+_REQUEST_ID, _LOST = REQUEST_ID_HEADER.encode(), LOST_HEADER.encode()
 _TYPE = b"content-type"
 _CODED = "the body is compressed, which is not taken here: send it as it is"
 
@@ -89,7 +91,7 @@ class _Front(Out):
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
         *("_received_at", "_life", "_ends_whole", "_task", "_head_sent", "_id_text"),
-        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_to_keep"),
+        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_once"),
     )
 
     def __init__(
@@ -111,7 +113,7 @@ class _Front(Out):
         self._caller = ANYBODY
         self._recorded = False  # already, by the request that this one repeats
         self._headers: Headers = []  # of the answer
-        self._to_keep: Once | None = None  # what is to be kept under an idempotency key
+        self._once: Once | None = None  # under an idempotency key
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
@@ -178,8 +180,8 @@ class _Front(Out):
             await presence.end()
         if not self._recorded:
             self._record(call, status, failure)
-        if self._to_keep is not None:  # not before: a client may go as soon as it has its answer
-            await self._to_keep.ended(self._life, content_type_in(self._headers) or "")
+            if self._once is not None and status is Status.SUCCEEDED:
+                self._once.ended(self._life, content_type_in(self._headers) or "")
 
     async def _whole_body(self) -> bytes:
         config = self._services.config
@@ -221,7 +223,7 @@ class _Front(Out):
             if call.endpoint.operation is Operation.UPLOAD:
                 await self._upload(call)
             elif (wanted := wanted_of(call, self._scope["headers"])) is not None:
-                await self._once(call, wanted)
+                await self._run_once(call, wanted)
             else:
                 await self._services.relay.run(call, self, self._life)
             return Status.SUCCEEDED, None
@@ -246,21 +248,20 @@ class _Front(Out):
             await self.tell(stopping)
             return Status.FAILED, Failure.of(stopping)
 
-    async def _once(self, call: NativeCall, wanted: Idempotency) -> None:
+    async def _run_once(self, call: NativeCall, wanted: Idempotency) -> None:
         """Under an idempotency key. A new call where the one that it waited for has failed."""
-        once = Once(self._services.store.native_keys, call, wanted)
-        given = await once.given_before(self._services.config.total_timeout_ms)
-        if given is not None:
-            self._request_id, self._recorded = given.request_id, True
-            await once.replay(given, self)
+        once = self._once = Once(self._services.store.native_keys, call, wanted)
+        taken = await once.take()
+        if isinstance(taken, Given):
+            self._request_id, self._recorded = taken.request_id, True
+            await once.replay(taken, self)
             return
         try:
             await self._services.budgets.let_in(call.caller)
             await self._services.relay.run(call, self, self._life)
         except BaseException:
-            await asyncio.shield(once.failed())
+            once.failed()
             raise
-        self._to_keep = once
 
     async def _upload(self, call: NativeCall) -> None:
         own = own_urls(self._scope, self._upload_secret(call.endpoint))
@@ -291,6 +292,8 @@ class _Front(Out):
     def _with_id(self, headers: Headers) -> Headers:
         self._id_text = str(self._request_id)
         headers.append((_REQUEST_ID, self._id_text.encode()))
+        if self._once is not None and self._once.lost is not None:
+            headers.append((_LOST, str(self._once.lost).encode()))
         return headers
 
     async def start(self, status: int, headers: Headers) -> None:

@@ -1,8 +1,10 @@
 """`Idempotency-Key` on native paths: one call of the provider, however often it is asked for.
 
-Invariant: who asks again for the same (path, query and body) gets the same answer; while the first
+Invariant: a repeat of the same request (path, query and body) gets the same answer; while the first
 is still being answered it waits for that. What failed is not kept, nor what is too long to be kept
-whole: who asks again is answered anew.
+whole: a repeat is a new call. So it is where the process that answered the first was lost before
+its answer was stored: the provider may have been called, which nobody can know, and the header
+`idempotency-lost` of the new answer names the first call.
 """
 
 from __future__ import annotations
@@ -10,24 +12,20 @@ from __future__ import annotations
 import asyncio
 from hashlib import sha256
 from urllib.parse import parse_qsl
+from uuid import UUID
 
-from tidegate.errors import (
-    BudgetExceeded,
-    IdempotencyConflict,
-    InvalidRequest,
-    StoreUnavailable,
-)
+from tidegate.errors import BudgetExceeded, IdempotencyConflict, InvalidRequest
 from tidegate.http.idempotency import HEADER, MOST_CHARS, REPLAYED_HEADER, is_key
 from tidegate.relay.asked import asked_of, parsed
 from tidegate.relay.call import KEPT_BYTES, Life, NativeCall, Out
 from tidegate.relay.usage_event import WithoutUsageEvent
-from tidegate.store.native_keys import Given, NativeKeys
+from tidegate.store.native_keys import Given, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
 from tidegate.telemetry import Log, get_logger
 
-_LOOK_S = 0.1
+_LOOK_S, _LONGEST_LOOK_S = 0.05, 0.4
+_COME_BACK_MS = 1_000
 _NAME = HEADER.lower().encode()
-_MARGIN_MS = 60_000
 
 log = get_logger()
 
@@ -69,35 +67,49 @@ def _target_of(call: NativeCall) -> str:
 
 
 class Once:
-    """One request under a key."""
+    """One request under a key. `lost`: the request before it whose answer was lost, if any."""
 
     def __init__(self, keys: NativeKeys, call: NativeCall, wanted: Idempotency) -> None:
         self._keys = keys
         self._call = call
         self._wanted = wanted
-        self._tenant_id = call.caller.tenant_id
+        self.lost: UUID | None = None
+        self._owner = Owner(
+            tenant_id=call.caller.tenant_id,
+            key=wanted.key,
+            request_id=call.request_id,
+            subject=call.subject,
+            received_at=call.received_at,
+        )
 
-    async def given_before(self, total_timeout_ms: int) -> Given | None:
-        """What was answered under the key; None if this request is to be answered. Raises
-        IdempotencyConflict, also where the first is not answered before our deadline."""
-        call = self._call
-        longest_ms = total_timeout_ms + call.wait_ms + _MARGIN_MS
-        while True:
-            given = await self._keys.take(
-                self._tenant_id, self._wanted, call.request_id, longest_ms
-            )
-            if given is None:
-                return None
-            if given.digest != self._wanted.digest:
+    async def take(self) -> Taken | Given:
+        """Take the key for this request, or return the answer that was given under it. Raises
+        StoreUnavailable, and IdempotencyConflict, also where the first request is not answered
+        before our deadline."""
+        call, look_s = self._call, _LOOK_S
+        taken = await self._keys.take(self._owner, self._wanted)
+        while isinstance(taken, Given):
+            if taken.digest != self._wanted.digest:
                 raise IdempotencyConflict("the key was used for another request")
-            if given.answer is not None:
-                return given
+            if taken.answer is not None:
+                return taken
             if call.left_ms() <= 0:
                 raise IdempotencyConflict(
                     "the first request under the key is still being answered",
-                    retry_after_ms=1_000,
+                    retry_after_ms=_COME_BACK_MS,
                 )
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(look_s)
+            look_s = min(2 * look_s, _LONGEST_LOOK_S)
+            known = await self._keys.known(call.caller.tenant_id, self._wanted.key)
+            if known is None or known.lapsed:
+                taken = await self._keys.take(self._owner, self._wanted)
+            else:
+                taken = known
+        self.lost = taken.lost
+        if taken.lost is not None:
+            request_id = str(call.request_id)
+            log.warning(Log.KEY_LAPSED, request_id=request_id, lost=str(taken.lost))
+        return taken
 
     async def replay(self, given: Given, out: Out) -> None:
         """Answer as was answered before."""
@@ -115,22 +127,13 @@ class Once:
         await out.start(given.http_status, headers)
         await out.body(answer, False)
 
-    async def ended(self, life: Life, content_type: str) -> None:
-        """Keep what was answered, once it has gone out."""
+    def ended(self, life: Life, content_type: str) -> None:
+        """Keep the answer, once it has gone out."""
         if life.answer_bytes > KEPT_BYTES:  # only parts of it are there
-            await self.failed()
-            return
-        given = Given(
-            self._wanted.digest, self._call.request_id, life.http_status, content_type, life.answer
-        )
-        try:
-            await self._keys.end(self._tenant_id, self._wanted.key, given)
-        except StoreUnavailable as away:  # the key is free again when no call can last that long
-            log.warning(Log.STORE_AWAY, detail=away.message)
+            self.failed()
+        else:
+            self._keys.end(self._owner, life.http_status, content_type, life.answer)
 
-    async def failed(self) -> None:
-        """Let it be asked again."""
-        try:
-            await self._keys.free(self._tenant_id, self._wanted.key, self._call.request_id)
-        except StoreUnavailable as away:
-            log.warning(Log.STORE_AWAY, detail=away.message)
+    def failed(self) -> None:
+        """Let the next caller be answered."""
+        self._keys.free(self._owner)

@@ -27,7 +27,6 @@ from tidegate.store.records import Idempotency, Json
 INPUT, OUTPUT = "batch", "batch_output"
 _TIMEOUT_MS = 5_000
 _BULK_TIMEOUT_MS = 30_000
-_DAY_MS = 86_400_000
 _LEAST_BYTES = 4_096  # that a file counts for: it also is a row, and a block on the disk
 _TIMES = (
     *("created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at"),
@@ -170,8 +169,8 @@ class Batches:
 
         async def add(connection: asyncpg.Connection) -> asyncpg.Record:
             if once is not None:
-                before = await take_key(connection, tenant_id, once, batch_id, _DAY_MS)
-                if before is not None:
+                before = await take_key(connection, tenant_id, once, batch_id)
+                if isinstance(before, Given):
                     return await _made_before(connection, tenant_id, once, before)
                 made = Given(once.digest, batch_id, 200, "application/json", b"")
                 await end_key(connection, tenant_id, once.key, made)

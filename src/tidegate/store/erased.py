@@ -20,6 +20,7 @@ import asyncpg
 from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable
 from tidegate.store.queries import sql
+from tidegate.store.records import Json
 from tidegate.store.usage import moment_of
 
 
@@ -55,6 +56,20 @@ async def erased_among(connection: asyncpg.Connection, marks: Sequence[Mark]) ->
     digests = {mark.subject: digest_of(mark.subject) for mark in marks if mark.subject is not None}
     found = await connection.fetch(sql("get_erased"), list(tenants), list(digests.values()))
     return set(_matching(marks, digests, found)) if found else set()
+
+
+async def erased_entries(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
+    """Of the recorder's entries those whose tenant or subject was erased; of a job its request is
+    gone, which is enough."""
+    whole = [entry for entry in entries if entry["op"] in ("stream", "relay", "answer")]
+    if not whole:
+        return []
+    marks = []
+    for entry in whole:
+        row = entry["row"]
+        received_at = row["created_at"] if entry["op"] == "stream" else row["submitted_at"]
+        marks.append(Mark(row["tenant_id"], row.get("subject"), received_at))
+    return [whole[place] for place in await erased_among(connection, marks)]
 
 
 def _matching(

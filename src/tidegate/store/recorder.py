@@ -22,7 +22,8 @@ from tidegate.store import bodies
 from tidegate.store.bell import Bell
 from tidegate.store.blobs import Blobs
 from tidegate.store.connection import Connections
-from tidegate.store.erased import Mark, erased_among
+from tidegate.store.erased import erased_entries
+from tidegate.store.native_keys import KEY_OPS, settle_keys
 from tidegate.store.outbox import add_webhooks
 from tidegate.store.queries import sql
 from tidegate.store.records import Json
@@ -107,6 +108,10 @@ class Recorder:
     def _observe(self, done: asyncio.Task[bool], observed: Observed) -> None:
         if not done.cancelled() and done.exception() is None:
             self._observers.note(observed)
+
+    def keep(self, entry: Json) -> asyncio.Task[bool]:
+        """As `record`, for what is neither counted nor awaited."""
+        return self._start(entry)
 
     async def enqueue(self, entry: Json) -> None:
         """Accept `entry` into the bounded buffer and return; `when_full` says what a full one does.
@@ -208,22 +213,27 @@ class Recorder:
         async def work(
             connection: asyncpg.Connection,
         ) -> tuple[list[Json], tuple[set[str], list[UUID], set[str]]]:
-            gone = await _erased(connection, entries)
+            gone = await erased_entries(connection, entries)
             ids = {id(entry) for entry in gone}
             kept = [entry for entry in entries if id(entry) not in ids]
-            return gone, await _write_entries(connection, kept, self._instance_id)
+            await settle_keys(connection, [entry for entry in kept if entry["op"] in KEY_OPS])
+            rest = [entry for entry in kept if entry["op"] not in KEY_OPS]
+            return gone, await _write_entries(connection, rest, self._instance_id)
 
         gone, (written, changed, pools) = await self._connections.run(work)
-        written |= {str(entry["row"]["id"]) for entry in gone}
+        written |= {str(entry["row"]["id"]) for entry in gone if entry["op"] not in KEY_OPS}
         self._spending.written(written)
         self._bell.changed(changed)
         self._bell.work(pools)
-        lost = [entry for entry in entries if str(entry["row"]["id"]) not in written]
+        lost = [
+            entry
+            for entry in entries
+            if entry["op"] not in KEY_OPS and str(entry["row"]["id"]) not in written
+        ]
         await self._discard([*gone, *lost])
+        ids = {id(entry) for entry in lost}
         return [
-            None
-            if str(entry["row"]["id"]) in written
-            else ClaimLost(f"another worker has {entry['row']['id']} now")
+            ClaimLost(f"another worker has {entry['row']['id']} now") if id(entry) in ids else None
             for entry in entries
         ]
 
@@ -237,21 +247,8 @@ class Recorder:
                 await self._blobs.delete(keys)
 
 
-async def _erased(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
-    """Those whose tenant or subject was erased; of a job its request is gone, which is enough."""
-    whole = [entry for entry in entries if entry["op"] in ("stream", "relay")]
-    if not whole:
-        return []
-    marks = []
-    for entry in whole:
-        row = entry["row"]
-        received_at = row["submitted_at"] if entry["op"] == "relay" else row["created_at"]
-        marks.append(Mark(row["tenant_id"], row.get("subject"), received_at))
-    return [whole[place] for place in await erased_among(connection, marks)]
-
-
 def _size_of(entry: Json) -> int:
-    text = len(entry["row"].get("result") or "") + len(entry["row"].get("prompt") or "")
+    text = sum(len(entry["row"].get(name) or "") for name in ("result", "prompt", "answer"))
     return 1_000 + text + sum(len(body.get("data") or "") for body in entry["bodies"])
 
 

@@ -105,7 +105,7 @@ class Store:
             lease_ms=claim_lease_ms,
             may_judge=lambda: self._claims.may_judge,
         )
-        self.native_keys = NativeKeys(connections)
+        self.native_keys = NativeKeys(connections, self._recorder.keep, lease_ms=claim_lease_ms)
         self.policies = Policies(connections)
         self.running_calls = Running(connections)
         self.outbox = Outbox(connections)
@@ -186,6 +186,7 @@ class Store:
         await self._watch.aclose()
         await self.relayed.aclose(_CLOSE_TIMEOUT_MS // 3)
         await self._recorder.aclose(_CLOSE_TIMEOUT_MS)
+        await self.native_keys.aclose()
         await self._bell.aclose()
         await self._connections.aclose()
 

@@ -16,7 +16,7 @@ from tidegate.http import once
 from tidegate.relay import call as relay_call
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Say hello"}]}
-REPLAYED = "idempotency-replayed"
+REPLAYED, LOST = "idempotency-replayed", "idempotency-lost"
 
 
 async def ask(gateway: Gateway, key: str, **changes: Any) -> tuple[int, dict[str, str], bytes]:
@@ -125,18 +125,9 @@ async def test_a_query_asks_the_same_in_any_order_and_with_any_key(gateway: Gate
     assert answers[1:] == answers[:1] * 2
 
 
-async def test_who_goes_with_its_whole_answer_has_not_cancelled(
-    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_goes_with_its_whole_answer_has_not_cancelled(gateway: Gateway) -> None:
     """The answer is kept after it has gone out: meanwhile most clients close their connections."""
-    keys, gone = gateway.services.store.native_keys, asyncio.Event()
-    end = keys.end
-
-    async def slow_end(*given: Any) -> None:
-        await gone.wait()
-        await end(*given)
-
-    monkeypatch.setattr(keys, "end", slow_end)
+    await gateway.upstream.set_behaviour(first_byte_ms=200)
     reader, writer = await asyncio.open_connection(*gateway.url.removeprefix("http://").split(":"))
     body = json.dumps(BODY).encode()
     head = (
@@ -144,21 +135,55 @@ async def test_who_goes_with_its_whole_answer_has_not_cancelled(
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     writer.write(head.encode() + body)
-    told = await reader.readuntil(b"\r\n\r\n")
-    length = re.search(rb"content-length: (\d+)", told.lower())
-    assert length is not None
-    assert await reader.readexactly(int(length[1]))
-    writer.close()
-    await writer.wait_closed()
+    held = "SELECT 1 FROM native_keys FOR UPDATE"
+    async with gateway.database.acquire() as other, other.transaction():
+        await wait_until(lambda: other.fetch(held), 20, "the key is taken, and held up here")
+        told = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", told.lower())
+        assert length is not None
+        assert await reader.readexactly(int(length[1]))
+        writer.close()
+        await writer.wait_closed()
 
-    async def lost() -> bool:
-        return len(gateway.server.server_state.connections) == 0
+        async def lost() -> bool:
+            return len(gateway.server.server_state.connections) == 0
 
-    await wait_until(lost, 20, "the connection is lost")
-    gone.set()
+        await wait_until(lost, 20, "the connection is lost")
     (row,) = await wait_until(lambda: gateway.database.fetch("SELECT status FROM audit"), 20)
     assert row["status"] == "succeeded"
     assert (await ask(gateway, "k-8"))[1][REPLAYED] == "true"
+
+
+async def test_a_call_that_was_lost_with_its_process_is_named_by_the_next(gateway: Gateway) -> None:
+    """As kill -9 leaves a key: taken, not answered, and renewed by nobody."""
+    first = await ask(gateway, "k-10")
+    killed = (
+        "UPDATE native_keys SET ended_at = NULL, answer = NULL, seen_at = created_at "
+        "WHERE ended_at IS NOT NULL RETURNING 1"
+    )
+    await wait_until(lambda: gateway.database.fetch(killed), 20, "the answer is kept")
+    status, headers, _ = await ask(gateway, "k-10")
+    assert (status, headers.get(REPLAYED)) == (200, None)
+    assert headers[LOST] == first[1]["x-tidegate-request-id"]
+    assert len(await gateway.calls()) == 2
+    again = await ask(gateway, "k-10")
+    assert again[1][REPLAYED] == "true"
+    assert LOST not in again[1]
+
+
+async def test_who_asks_beside_a_call_under_way_is_told_when_to_come_back(gateway: Gateway) -> None:
+    await gateway.upstream.set_behaviour(first_byte_ms=2_500)
+    first = asyncio.create_task(ask(gateway, "k-11"))
+    await gateway.in_flight(1)
+    url, headers = f"{gateway.url}/v1/chat/completions", {"Idempotency-Key": "k-11"}
+    soon = headers | {"x-tidegate-deadline-ms": "10"}
+    async with gateway.http.post(url, json=BODY, headers=soon) as response:
+        assert (response.status, response.headers["retry-after"]) == (409, "1")
+        assert b"still being answered" in await response.read()
+    # Longer than a lease: a call that lives keeps its key.
+    status, kept, _ = await ask(gateway, "k-11")
+    assert (status, kept[REPLAYED], (await first)[0]) == (200, "true", 200)
+    assert len(await gateway.calls()) == 1
 
 
 async def test_an_answer_too_long_to_be_kept_is_not_given_in_parts(
