@@ -1,0 +1,138 @@
+"""`python -m bench.against COMMIT`: the figures of this checkout beside another commit's.
+
+A clone of the commit is installed below `.bench`. Each run measures one, then the other, each with
+the benchmarks that it has. The medians of all runs are compared, so that a machine whose speed
+drifts does not decide. Exit status 1 where a bar is missed, 2 where a figure is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import grid, machine
+
+ROOT = Path(__file__).parents[1]
+# Medians of work done may be so much more than the other commit's, tails so much.
+MEDIAN_BAR, TAIL_BAR = 1.05, 1.20
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a benchmark's JSON, smaller is better."""
+
+    said: str
+    benchmark: str
+    scenario: str
+    key: str
+    bar: float = MEDIAN_BAR
+
+
+FIGURES = (
+    Figure("relay, 64 connections: gateway CPU, us a request", "gateway", "closed", "gateway_us"),
+    Figure("the same: Valkey CPU, us", "gateway", "closed", "valkey_us"),
+    Figure("the same: p50, ms", "gateway", "closed", "p50_ms"),
+    Figure("the same: p99, ms", "gateway", "closed", "p99_ms", TAIL_BAR),
+    Figure("relay, 50 ms upstream: gateway CPU, us a request", "gateway", "delayed", "gateway_us"),
+    Figure("the same: p50, ms", "gateway", "delayed", "p50_ms"),
+    Figure("the same: p99, ms", "gateway", "delayed", "p99_ms", TAIL_BAR),
+    Figure("stream of 50: gateway CPU, us", "gateway", "streams", "gateway_us"),
+    Figure("limiter, nobody else: us a permit", "limiter", "uncontended", "us"),
+    Figure("limiter, 50 x 20 ms: Valkey CPU, us a permit", "limiter", "load-50-20", "valkey_us"),
+    Figure("the same: clients' CPU, us a permit", "limiter", "load-50-20", "workers_us"),
+    Figure("the same: wake-up p50, ms", "limiter", "load-50-20", "wake_p50_ms"),
+    Figure("the same: wake-up p99, ms", "limiter", "load-50-20", "wake_p99_ms", TAIL_BAR),
+    Figure("limiter, weights: Valkey CPU, us a permit", "limiter", "weights", "valkey_us"),
+)
+OURS = {"gateway": "tidegate", "limiter": "tidegate"}
+ONLY = {"gateway": "tidegate", "limiter": "ours"}
+
+Found = dict[Figure, list[float]]
+
+
+def checkout(commit: str) -> Path:
+    """A clone that stands on the commit, with an environment of its own."""
+    folder = ROOT / ".bench" / "against" / commit
+    if not folder.exists():
+        clone = ["git", "clone", "--quiet", "--shared", str(ROOT), str(folder)]
+        subprocess.run(clone, check=True)
+    subprocess.run(["git", "checkout", "--quiet", commit], cwd=folder, check=True)
+    subprocess.run([folder / "scripts/bootstrap.sh", "dev"], cwd=folder, check=True)
+    return folder
+
+
+def measure(root: Path, found: Found, seconds: float) -> None:
+    """Run each benchmark once in `root`, and add its figures."""
+    for benchmark in dict.fromkeys(figure.benchmark for figure in FIGURES):
+        ours = [figure for figure in FIGURES if figure.benchmark == benchmark]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "figures.json"
+            command = [
+                *(root / ".venv/bin/python", "-m", f"bench.{benchmark}"),
+                *("--only", ONLY[benchmark], "--seconds", str(seconds), "--patience", "0"),
+                *("--json", file),
+            ]
+            for scenario in dict.fromkeys(figure.scenario for figure in ours):
+                command += ["--scenario", scenario]
+            done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+            if done.returncode not in (0, 1) or not file.exists():
+                raise SystemExit(f"{benchmark} in {root} failed:\n{done.stderr[-2000:]}")
+            figures = json.loads(file.read_text())[OURS[benchmark]]
+        for figure in ours:
+            value = figures.get(figure.scenario, {}).get(figure.key)
+            if value is not None:
+                found[figure].append(float(value))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.against", description=__doc__)
+    parser.add_argument("commit", help="what to measure beside this checkout")
+    parser.add_argument("--runs", type=int, default=9, help="of each, in turns")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measured in each load")
+    arguments = parser.parse_args()
+    resolved = ["git", "rev-parse", "--short=12", arguments.commit]
+    commit = subprocess.check_output(resolved, cwd=ROOT, text=True).strip()
+    other = checkout(commit)
+    ours: Found = defaultdict(list)
+    theirs: Found = defaultdict(list)
+    for run in range(arguments.runs):
+        # The first of a pair may meet a colder machine.
+        pair = [(ROOT, ours), (other, theirs)]
+        for root, found in pair if run % 2 else reversed(pair):
+            measure(root, found, arguments.seconds)
+        print(f"run {run + 1} of {arguments.runs}", flush=True)
+    rows, missed, missing = [], 0, 0
+    for figure in FIGURES:
+        if not ours[figure] or not theirs[figure]:
+            missing += 1
+            rows.append([figure.said, "-", "-", "-", f"<= {figure.bar:g}", "not measured"])
+            continue
+        here, there = statistics.median(ours[figure]), statistics.median(theirs[figure])
+        ratio = here / there if there else float("inf")
+        missed += ratio > figure.bar
+        verdict = "met" if ratio <= figure.bar else "missed"
+        rows.append(
+            [
+                figure.said,
+                f"{there:.3g}",
+                f"{here:.3g}",
+                f"{ratio:.2f}",
+                f"<= {figure.bar:g}",
+                verdict,
+            ]
+        )
+    columns = ["figure", commit, "here", "ratio of medians", "bar", "verdict"]
+    grid.show([grid.Grid(f"This checkout against {commit}", columns, rows)])
+    print("\n".join(machine.describe(f"{arguments.runs} runs of each", ["python -m bench.against", *sys.argv[1:]])))
+    sys.exit(2 if missing else bool(missed))
+
+
+if __name__ == "__main__":
+    main()
