@@ -130,7 +130,8 @@ def main() -> None:
         )
     columns = ["figure", commit, "here", "ratio of medians", "bar", "verdict"]
     grid.show([grid.Grid(f"This checkout against {commit}", columns, rows)])
-    print("\n".join(machine.describe(f"{arguments.runs} runs of each", ["python -m bench.against", *sys.argv[1:]])))
+    command = ["python -m bench.against", *sys.argv[1:]]
+    print("\n".join(machine.describe(f"{arguments.runs} runs of each", command)))
     sys.exit(2 if missing else bool(missed))
 
 
