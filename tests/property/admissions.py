@@ -7,13 +7,14 @@ happens later, such as a limit that is lowered, never takes an admission back.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tidegate.limiter.entries import Holding
 from tidegate.limiter.limits import Concurrency, Rate
 from tidegate.limiter.model import PoolModel
-from tidegate.limiter.model.state import read_actual, read_flow, read_member
+from tidegate.limiter.model.state import Gate, read_actual, read_flow, read_member
 from tidegate.limiter.wire import SyncReply, SyncRequest
 
 Grant = tuple[int, int]
@@ -37,6 +38,7 @@ class Admissions:
     set_back: bool = False
     _asked: dict[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
     _admitted: dict[tuple[str, int], Admission] = field(default_factory=dict)
+    _tried: dict[str, tuple[Gate, int, tuple[str, int] | None]] = field(default_factory=dict)
     _holders: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
 
     def clock_was_set_back(self) -> None:
@@ -83,7 +85,7 @@ class Admissions:
         assert len(set(fences)) == len(fences)
         assert fences[0] > self.last_fence or self.set_back, "a fence that is not younger"
         self.last_fence = fences[-1]
-        names: set[str] = set()
+        names: Counter[str] = Counter()
         for sid, epoch, (ticket, seq) in granted:
             assert seq % 1000 == 0
             self._holders[epoch, seq] = sid, ticket
@@ -97,15 +99,19 @@ class Admissions:
                 {name: x.window_ms for name, x in limits.items() if isinstance(x, Rate)},
             )
             names.update(flow.lane)
-        for name in names:
-            self._check_limit(name, now)
+        for name, admitted in names.items():
+            self._check_limit(name, now, admitted)
 
-    def _check_limit(self, name: str, now: int) -> None:
+    def _check_limit(self, name: str, now: int, admitted: int) -> None:
         state = self.model.limit(name)
         limit = state.limit
         if limit.shadow:
             return
-        assert state.pause is None or now >= state.pause.until, f"let in while {name} is paused"
+        pause = state.pause
+        if pause is not None and pause.gate is not None:
+            self._check_try(name, pause.gate, admitted)
+        else:
+            assert pause is None or now >= pause.until, f"let in while {name} is paused"
         if isinstance(limit, Concurrency):
             assert state.used <= limit.bound, f"let in over {name}"
         elif isinstance(limit, Rate):
@@ -115,6 +121,16 @@ class Admissions:
                 if now - min(limit.window_ms, admission.windows.get(name, 0)) < admission.at
             )
             assert spent <= limit.bound, f"{spent} of {name} in a window"
+
+    def _check_try(self, name: str, gate: Gate, admitted: int) -> None:
+        """A gate lets one call at a time try, until that has ended or is known to have failed."""
+        assert admitted == 1, f"{admitted} tries at once of {name}"
+        before, self._tried[name] = self._tried.get(name), (gate, gate.rounds, gate.taker)
+        same = before is not None and before[0] is gate and before[1] == gate.rounds
+        if same and before and before[2] and before[2] != gate.taker:  # which was granted again
+            sid, ticket = before[2]
+            held = self.model.sessions[sid].held if sid in self.model.sessions else {}
+            assert ticket not in held, f"another try of {name} is under way"
 
     def check_fences(self, sid: str, held: Iterable[Holding]) -> None:
         """No two permits of the pool have the same fence, passed on or not."""

@@ -25,6 +25,9 @@ LANES = (
     ("kind:b", "tpm:x"),
     ("pool:all", "rpm:x", "tpm:x"),
     ("kind:a", "rpd:x"),
+    ("kind:a", "model:m"),
+    ("kind:b", "model:m", "upstream:u"),
+    ("upstream:u",),
 )
 CONCURRENCIES = ("kind:a", "kind:b", "pool:all")
 TENANTS = ("t1", "t2", "t3")

@@ -13,7 +13,7 @@ import msgpack
 
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.model import PoolModel
-from tidegate.limiter.model.state import BandState, LimitState, Queue
+from tidegate.limiter.model.state import BandState, Gate, LimitState, Queue
 
 # Every key of a pool with its type, what is left of its life, and all that is in it.
 DUMP = b"""
@@ -98,6 +98,7 @@ def _read(
         "used": {name: int(n) for name, n in family(meta, "u:").items()},
         "bands": bands,
         "pauses": {name: text.split("|", 3) for name, text in family(meta, "p:").items()},
+        "gates": family(meta, "g:"),
         "cost_ms": {name: int(ms) for name, ms in family(meta, "e:").items()},
         "adapted": {name: tuple(map(int, a.split("|"))) for name, a in family(meta, "a:").items()},
         "shadowed": {name: int(n) for name, n in family(meta, "x:").items()},
@@ -177,6 +178,7 @@ def of_model(model: PoolModel) -> State:
             if band.waits or band.virtual or band.credit
         },
         "pauses": {limit.name: _pause(limit) for limit in limits if limit.pause},
+        "gates": {x.name: _gate(x.pause.gate) for x in limits if x.pause and x.pause.gate},
         "cost_ms": {limit.name: limit.cost_ms for limit in limits if limit.cost_ms},
         "adapted": {x.name: (x.current, x.dropped_at) for x in limits if x.current is not None},
         "shadowed": {limit.name: limit.shadowed for limit in limits if limit.shadowed},
@@ -231,6 +233,11 @@ def _pause(limit: LimitState) -> list[str]:
     pause = limit.pause
     assert pause is not None
     return [str(pause.until), str(pause.ramp_ms), str(pause.passed), pause.said]
+
+
+def _gate(gate: Gate) -> str:
+    taker = "|".join(map(str, gate.taker)) if gate.taker else ""
+    return f"{gate.every_ms}|{gate.most_ms}|{gate.rounds}|{taker}"
 
 
 def _session(model: PoolModel, sid: str) -> dict[str, str]:

@@ -30,7 +30,8 @@ STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "3000"))
 STEPS_PER_RUN = 60
 RUNS_AT_ONCE = 90
 
-limits = st.sampled_from([*CONCURRENCIES, "rpm:x", "tpm:x"])
+limits = st.sampled_from([*CONCURRENCIES, "rpm:x", "tpm:x", "model:m", "upstream:u"])
+gates = st.sampled_from(["upstream:u", "upstream:u", "model:m", "kind:b"])
 Misfortune = Literal[
     "lost pushes",
     "lost subscription",
@@ -141,6 +142,22 @@ class PoolMachine(Traffic):
             self.world.pause(name, for_ms, ramp_ms)
         else:
             self.world.resume(name)
+
+    @rule(
+        name=gates,
+        for_ms=st.sampled_from([1000, 1000, 12_000]),
+        most_ms=st.sampled_from([8000, 8000, 60_000]),
+        what=st.sampled_from(["close", "close", "failed", "open"]),
+        after_ms=st.sampled_from([0, 0, 2000]),
+    )
+    def close_a_gate_or_open_it(
+        self, name: str, for_ms: int, most_ms: int, what: str, after_ms: int
+    ) -> None:
+        self.world.advance(after_ms)
+        if what == "open":
+            self.world.open_gate(name, 10_000)
+        else:
+            self.world.close_gate(name, for_ms, most_ms, tried=what == "failed")
 
     # -- what must hold
 

@@ -250,6 +250,17 @@ class World:
         done = self.model.resume(name, run=self.run, wall=self.wall_ms)
         self._act({"verb": "resume", "limit": name, "said": ""}, done)
 
+    def close_gate(self, name: str, for_ms: int, most_ms: int, *, tried: bool) -> None:
+        done = self.model.close(
+            name, for_ms, most_ms, "by|me", tried=tried, run=self.run, wall=self.wall_ms
+        )
+        request = {"verb": "close", "limit": name, "for_ms": for_ms, "most_ms": most_ms}
+        self._act({**request, "tried": tried, "said": "by|me"}, done)
+
+    def open_gate(self, name: str, ramp_ms: int) -> None:
+        done = self.model.open(name, ramp_ms, run=self.run, wall=self.wall_ms)
+        self._act({"verb": "open", "limit": name, "ramp_ms": ramp_ms}, done)
+
     def revoke(self, who: str) -> None:
         done = self.model.revoke(who, run=self.run, wall=self.wall_ms)
         self._act({"verb": "revoke", "sid": who}, done)

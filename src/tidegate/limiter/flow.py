@@ -98,7 +98,7 @@ class Flow:
 
     def refresh(self, policy: PoolPolicy) -> None:
         """Read what the policy says. Raises DemandImpossible for a limit that lets nobody in."""
-        found = [policy.limit(name) for name in self.limits]
+        found = [policy.binding(name) for name in self.limits]
         for name, limit in zip(self.limits, found, strict=True):
             if limit is None or limit.bound == 0:
                 raise DemandImpossible(f"{name} lets nobody in", limit=name)

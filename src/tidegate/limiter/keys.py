@@ -32,9 +32,9 @@ SHAPES = (
              "run epoch began recover_until clock seq revision lease_ms hold bands queue_max "
              "hand_off reap_ms policy parked timed_at starving reap_at sessions roster fresh "
              "empty vouched; per limit d: definition, u: used, "
-             "w: waits:virtual time:credit of each band, p: pause, a: adapted, x: shadowed, "
-             "e: how long calls take, b: spent as asserted in this epoch; per tenant t: weight, "
-             "n: waiting|last stamp while it waits",
+             "w: waits:virtual time:credit of each band, p: pause, g: gate, a: adapted, "
+             "x: shadowed, e: how long calls take, b: spent as asserted in this epoch; "
+             "per tenant t: weight, n: waiting|last stamp while it waits",
              "none: the record of the pool, with its policy", False),
     KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),
     KeyShape("history", "list", "the last policies: revision, ms, who, blob",

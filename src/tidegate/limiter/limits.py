@@ -30,6 +30,8 @@ DEFAULT_HARD_MS = 600_000
 MAX_LOG = 10_000
 BUCKETS = 60
 ARRIVAL_SLACK_MS = 500
+# A limit of such a scope that no policy names has no bound: it is the place of a pause.
+IMPLICIT_SCOPES = ("model:", "upstream:")
 _LIMIT_ID = re.compile(r"[a-z_]+:[^\s|{}]{1,200}")
 _TENANT = re.compile(r"[^\s|{}]{1,200}")
 
@@ -161,12 +163,21 @@ class PoolPolicy:
         found = self.limits.get(name)
         return None if found is None else as_limit(found)
 
+    def binding(self, name: str) -> Limit | None:
+        """As `limit`, but one that is implicit where the policy does not name it."""
+        return self.limit(name) or implicit_limit(name)
+
     def bound(self, name: str) -> int:
         """Its bound; 0 where there is no such limit."""
         found = self.limits.get(name)
         if isinstance(found, int):
             return found
         return 0 if found is None else found.bound
+
+    def bound_in_force(self, name: str) -> int:
+        """As `bound`, with that of a limit that is implicit."""
+        limit = self.binding(name)
+        return 0 if limit is None else limit.bound
 
     def band(self, priority: str) -> int:
         """The number of a band, 0 for the highest. Raises ConfigError for an unknown one."""
@@ -216,6 +227,14 @@ class PoolPolicy:
 def as_limit(limit: int | Limit) -> Limit:
     """A number is a concurrency."""
     return Concurrency(limit) if isinstance(limit, int) else limit
+
+
+def implicit_limit(name: str) -> Concurrency | None:
+    """What a limit is that no policy names: without a bound, or None where it must be named."""
+    return _UNBOUNDED if name.startswith(IMPLICIT_SCOPES) else None
+
+
+_UNBOUNDED = Concurrency(MAX_BOUND)
 
 
 def check_tenant(tenant: str) -> None:

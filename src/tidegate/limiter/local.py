@@ -42,7 +42,7 @@ class LocalShare:
 
     def _has_room(self, name: str, amount: int, at_ms: float) -> bool:
         assert self._policy is not None
-        limit = self._policy.limit(name)
+        limit = self._policy.binding(name)
         if limit is None:
             return False
         share = share_of(limit.bound, self._sessions)

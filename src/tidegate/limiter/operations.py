@@ -6,7 +6,7 @@ when Valkey does not answer within a third of the lease.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,6 +128,50 @@ class Operations:
             self._session.remembered.pause(limit, now_ms() + for_ms, ramp_ms, said)
         self._session.refresh()
         return done
+
+    async def close_gate(
+        self, limit: str, *, for_ms: int, most_ms: int, tried: bool, reason: str = "", by: str = ""
+    ) -> bool:
+        """Admit nobody under `limit`, in all processes, until `open_gate`, but one call at a time
+        that tries it: after `for_ms`, and after each that failed (`tried`) twice as long, up to
+        `most_ms`. Only a try makes it last longer; False where it stays as it was."""
+        said = f"{by}: {reason}" if reason else by
+        request = {
+            "verb": "close", "limit": limit, "for_ms": max(1, for_ms), "most_ms": max(1, most_ms),
+            "tried": tried, "said": said,
+        }  # fmt: skip
+        self._session.stop_handing_on()
+        done = bool(await self._act(request))
+        if done:
+            self._session.remembered.pause(limit, now_ms() + for_ms, 0, said)
+        self._session.refresh()
+        return done
+
+    async def open_gate(self, limit: str, *, ramp_ms: int = RAMP_MS) -> bool:
+        """End what `close_gate` began; calls come back over `ramp_ms`. False if it was open."""
+        request = {"verb": "open", "limit": limit, "ramp_ms": max(1, ramp_ms)}
+        done = bool(await self._act(request))
+        self._session.remembered.opened(limit, now_ms(), ramp_ms)
+        self._session.refresh()
+        return done
+
+    def paused_of(self, limits: Sequence[str]) -> tuple[str, ...]:
+        """Those of these limits that are paused or come back from a pause, as this process last
+        heard. Without I/O."""
+        remembered = self._session.remembered
+        return remembered.paused_of(limits, now_ms()) if remembered.pauses else ()
+
+    def gate(self, limit: str) -> tuple[int, str] | None:
+        """None where a gate is open, as this process last heard; else for how many ms still
+        nobody may try, and what was said when it was closed. Without I/O."""
+        remembered = self._session.remembered
+        return remembered.gate(limit, now_ms()) if remembered.pauses else None
+
+    def pauses(self) -> Mapping[str, int]:
+        """All limits that are paused, as this process last heard, with the ms that are left."""
+        at = now_ms()
+        remembered = self._session.remembered
+        return {name: max(0, ms) for name, ms, _, _ in remembered.paused(at)}
 
     def paused_ms(self, limits: Sequence[str]) -> int:
         """For how long still nobody is let in under one of these limits, as this process last

@@ -36,7 +36,7 @@ class Remembered:
         # Permits held over for dead sessions, with the end of each.
         self._lapsing: list[tuple[str, float]] = []
         self._spent: dict[str, int] = {}
-        # limit -> end, ramp_ms, said
+        # limit -> end, ramp_ms (0 for a gate), said
         self.pauses: dict[str, tuple[float, int, str]] = {}
         # Who is told when there is one.
         self.watchers: set[Callable[[], None]] = set()
@@ -100,6 +100,12 @@ class Remembered:
         self.pauses[limit] = (end_ms, ramp_ms, said)
         self._tell()
 
+    def opened(self, limit: str, at_ms: float, ramp_ms: int) -> None:
+        """A gate was opened."""
+        _, ramp, said = self.pauses.get(limit, (0.0, 1, ""))
+        if ramp == 0:
+            self.pauses[limit] = (at_ms, ramp_ms, said)
+
     def _tell(self) -> None:
         if self.pauses:
             for told in tuple(self.watchers):
@@ -110,8 +116,23 @@ class Remembered:
         return [
             (name, int(end - at_ms), ramp_ms, said)
             for name, (end, ramp_ms, said) in sorted(self.pauses.items())
-            if end - at_ms >= 1
+            if ramp_ms == 0 or end + ramp_ms - at_ms >= 1
         ]
+
+    def paused_of(self, limits: Sequence[str], at_ms: float) -> tuple[str, ...]:
+        """Those of these limits that are paused, the time included over which calls come back."""
+        found: list[str] = []
+        for name in limits:
+            if (pause := self.pauses.get(name)) is not None:
+                end, ramp_ms, _ = pause
+                if ramp_ms == 0 or end + ramp_ms > at_ms:
+                    found.append(name)
+        return tuple(found)
+
+    def gate(self, limit: str, at_ms: float) -> tuple[int, str] | None:
+        """For how long a gate lets nobody try, and what was said of it; None where it is open."""
+        end, ramp_ms, said = self.pauses.get(limit, (0.0, 1, ""))
+        return None if ramp_ms else (max(0, int(end - at_ms)), said)
 
     def paused_ms(self, limits: Sequence[str], at_ms: float) -> int:
         """For how long still one of these limits is paused; 0 where none is."""

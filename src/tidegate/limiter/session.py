@@ -158,7 +158,7 @@ class Session:
 
     def has_share(self, limits: Sequence[str]) -> bool:
         """Whether this process may use any of these limits alone, while Valkey is away."""
-        return all(self.sessions > 0 and self.policy.bound(n) >= self.sessions for n in limits)
+        return 0 < self.sessions <= min(self.policy.bound_in_force(name) for name in limits)
 
     @property
     def away(self) -> bool:

@@ -1,7 +1,7 @@
--- does: what people and adapters do to a pool: pause a limit, end a pause, revoke a session
+-- does: what people and adapters do to a pool: pause a limit, end a pause, close and open a gate, revoke a session
 -- keys: meta layout
 -- args: request
--- request: verb limit for_ms ramp_ms said sid run
+-- request: verb limit for_ms most_ms ramp_ms tried said sid run
 -- returns: done
 -- units: ms
 -- uses: keys clock pool limits places held session recover roster say
@@ -12,16 +12,58 @@ local wall, done = T.wall_clock_ms(), 0
 -- is to find it out.
 pool.doubtful = pool.run ~= q.run or wall < pool.clock or wall >= pool.reap_at
 pool.now = pool.clock - wall > pool.lease_ms / 2 and wall or math.max(wall, pool.clock)
+
+-- All processes hear of it now, instead of when they next compare.
+local function announce()
+  if not pool.doubtful and pool.sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
+end
+
+local function pause_from(limit, pause, at)
+  limit.pause, limit.pause_changed, limit.changed = pause, true, true
+  call('ZADD', T.timed_key, T.int(at), limit.name)
+  call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS + math.max(0, at - pool.now))
+  T.note_timers()
+end
+
+-- A gate that is closed already stays as it is, unless its own try failed or this is for longer.
+local function close(limit)
+  local gate, until_ms = limit.pause and limit.pause.gate, pool.now + q.for_ms
+  if gate and q.most_ms <= gate.most_ms then
+    if not q.tried then return 0 end
+    gate.rounds = math.min(gate.rounds + 1, 30)
+    until_ms = pool.now + math.min(gate.most_ms, gate.every_ms * 2 ^ gate.rounds)
+    gate.taker, gate.fresh = '', nil
+    until_ms = math.max(limit.pause.until_ms, until_ms)
+  elseif limit.pause and not gate and limit.pause.until_ms >= until_ms then
+    return 0
+  else
+    gate = { every_ms = q.for_ms, most_ms = q.most_ms, rounds = 0, taker = '' }
+  end
+  pause_from(limit, { until_ms = until_ms, ramp_ms = 0, passed = 0, said = q.said, gate = gate },
+    until_ms)
+  return 1
+end
+
 if q.verb == 'pause' then
   local limit, until_ms = T.limit_of(q.limit), pool.now + q.for_ms
   -- A shorter pause never ends a longer one.
   if not limit.pause or limit.pause.until_ms < until_ms then
-    limit.pause = { until_ms = until_ms, ramp_ms = q.ramp_ms, passed = 0, said = q.said }
-    limit.pause_changed, limit.changed = true, true
-    call('ZADD', T.timed_key, T.int(until_ms), q.limit)
-    call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS + q.for_ms)
-    T.note_timers()
+    local was_paused = limit.pause
+    pause_from(limit, { until_ms = until_ms, ramp_ms = q.ramp_ms, passed = 0, said = q.said }, until_ms)
     done = 1
+    if not was_paused then announce() end
+  end
+elseif q.verb == 'close' then
+  done = close(T.limit_of(q.limit))
+  if done == 1 then announce() end
+elseif q.verb == 'open' then
+  local limit = T.limit_of(q.limit)
+  if limit.pause and limit.pause.gate then
+    local pause = { until_ms = pool.now, ramp_ms = q.ramp_ms, passed = 0, said = limit.pause.said }
+    pause_from(limit, pause, pool.now + q.ramp_ms)
+    T.touch(limit)
+    done = 1
+    announce()
   end
 elseif q.verb == 'resume' then
   local limit = T.limit_of(q.limit)

@@ -53,12 +53,19 @@ end
 local list, record = {}, call('HGETALL', T.meta_key)
 local fields = {}
 for i = 1, #record, 2 do fields[record[i]] = record[i + 1] end
+local seen = {}
 for field in pairs(fields) do
-  local name = string.match(field, '^d:(.*)$')
-  if name then
-    local limit = T.limit_of(name)
+  local letter, name = string.match(field, '^([dupw]):(.*)$')
+  if letter == 'd' or letter and not fields['d:' .. name] and T.is_implicit(name) then
+    seen[name] = true
+  end
+end
+for name in pairs(seen) do
+  local limit = T.limit_of(name)
+  if not limit.implicit or limit.pause or limit.used > 0 or waiting[name] then
     local used = limit.sort == 'c' and limit.used or T.rates().spent(limit)
-    local paused_ms = limit.pause and math.max(0, limit.pause.until_ms - pool.now) or 0
+    local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0,
+      limit.pause.until_ms - pool.now) or 0
     local at = call('ZSCORE', T.timed_key, name)
     list[#list + 1] = { name, limit.sort, limit.bound, used, waiting[name] or 0, lapsing[name] or 0,
       limit.current and math.floor(limit.current / 1000) or limit.bound,

@@ -121,8 +121,13 @@ end
 function T.assert_pause(entry)
   local limit, until_ms = T.limit_of(entry[1]), pool.now + entry[2]
   if limit.pause and limit.pause.until_ms >= until_ms then return end
-  limit.pause = { until_ms = until_ms, ramp_ms = entry[3], passed = 0, said = entry[4] }
+  limit.pause = { until_ms = until_ms, ramp_ms = entry[3], passed = 0, said = entry[4],
+    gate = entry[3] == 0 and T.gate_of(limit.name) or nil }
   limit.pause_changed, limit.changed = true, true
+  if limit.implicit then
+    T.look_again(limit.name, until_ms)
+    T.note_timers()
+  end
 end
 
 function T.join()

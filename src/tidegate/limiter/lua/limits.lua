@@ -22,6 +22,22 @@ T.band_list = { __index = function(list, number)
   return rawget(list, number)
 end }
 
+-- A limit that no policy names lets nobody in, unless its scope is one of these: then it has no bound
+-- and is the place of a pause. Its fields are kept only while it is paused, waited for or in use.
+T.UNBOUNDED = 10000000000
+function T.is_implicit(name)
+  return string.find(name, '^model:') ~= nil or string.find(name, '^upstream:') ~= nil
+end
+
+-- A gate: a pause that lasts until it is opened, and lets one call at a time try. `taker` is the
+-- session|ticket of the last one, `every_ms` the least time between two, `rounds` how many failed.
+function T.gate_of(name)
+  local text = call('HGET', T.meta_key, 'g:' .. name) or '1000|1000|0|'
+  local every_ms, most_ms, rounds, taker = string.match(text, '^(%d+)|(%d+)|(%d+)|(.*)$')
+  return { every_ms = tonumber(every_ms), most_ms = tonumber(most_ms), rounds = tonumber(rounds),
+    taker = taker }
+end
+
 function T.limit_of(name)
   local limit = T.limits[name]
   if limit then return limit end
@@ -40,6 +56,8 @@ function T.limit_of(name)
     elseif sort == 'r' then
       limit.span, limit.exact = tonumber(one) + tonumber(two) + 1, three == '1'
     end
+  elseif T.is_implicit(name) then
+    limit.implicit, limit.bound = true, T.UNBOUNDED
   end
   local number = 0
   if waiting then
@@ -51,9 +69,12 @@ function T.limit_of(name)
   end
   if paused then
     local until_ms, ramp_ms, passed = string.match(paused, '^(%d+)|(%d+)|(%d+)|')
-    if pool.now < until_ms + ramp_ms then
+    if ramp_ms == '0' or pool.now < until_ms + ramp_ms then
       limit.pause = { until_ms = tonumber(until_ms), ramp_ms = tonumber(ramp_ms),
-        passed = tonumber(passed), said = string.match(paused, '^%d+|%d+|%d+|(.*)$') }
+        passed = tonumber(passed), said = string.match(paused, '^%d+|%d+|%d+|(.*)$'),
+        gate = ramp_ms == '0' and T.gate_of(name) or nil }
+    else
+      limit.pause_over = true
     end
   end
   if limit.least and limit.least > 0 then
@@ -85,9 +106,16 @@ T.save_limit = function(limit)
   for number, band in ipairs(limit.bands) do
     parts[number] = T.int(band.waits) .. ':' .. T.int(band.virtual) .. ':' .. T.int(band.credit)
   end
+  if limit.implicit and T.parked_at(limit) == 0 then
+    for number in ipairs(limit.bands) do call('UNLINK', T.past_key(limit, number)) end
+    parts, limit.bands = {}, setmetatable({}, T.band_list)
+  end
   T.put('w:' .. name, #parts > 0 and table.concat(parts, ','))
   if limit.pause_changed then
     local pause = limit.pause
+    local gate = pause and pause.gate
+    T.put('g:' .. name, gate and string.format('%d|%d|%d|%s', gate.every_ms, gate.most_ms,
+      gate.rounds, gate.taker) or false)
     T.put('p:' .. name, pause and T.int(pause.until_ms) .. '|' .. T.int(pause.ramp_ms) .. '|'
       .. T.int(pause.passed) .. '|' .. pause.said or false)
   end
@@ -124,7 +152,7 @@ end
 -- A call under these limits took so long.
 function T.learn(lane, took_ms)
   for _, limit in ipairs(T.limits_in(lane)) do
-    local more = limit.cost_ms > 0 and math.floor((took_ms - limit.cost_ms) / 8) or took_ms
+    local more = limit.implicit and 0 or limit.cost_ms > 0 and math.floor((took_ms - limit.cost_ms) / 8) or took_ms
     if more ~= 0 then
       limit.cost_ms = math.max(1, limit.cost_ms + more)
       limit.learned, limit.changed = true, true

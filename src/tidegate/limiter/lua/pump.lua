@@ -38,6 +38,7 @@ end
 
 function T.admit(queue, ticket, hard_ms, cost_ms, list)
   local seq, charges = T.next_seq(), {}
+  T.taker = queue.sid .. '|' .. ticket
   for i, name in ipairs(T.names_in(queue.lane)) do
     local charged = T.take(T.limit_of(name), queue.band, list[i] or 1)
     if charged then charges[#charges + 1] = i .. '=' .. charged end
@@ -195,6 +196,19 @@ function T.touch_due()
   for _, name in ipairs(call('ZRANGEBYSCORE', T.timed_key, '-inf', T.int(pool.now))) do
     call('ZREM', T.timed_key, name)
     T.touched[name] = true
+    T.end_implicit(T.limit_of(name))
+  end
+end
+
+-- Of a pause that has passed nothing is kept where no policy names the limit.
+function T.end_implicit(limit)
+  if not limit.implicit then return end
+  if limit.pause_over then
+    limit.pause_over, limit.pause_changed, limit.changed = nil, true, true
+  elseif limit.pause and not limit.pause.gate then
+    local pause = limit.pause
+    local over_at = pause.until_ms + pause.ramp_ms
+    T.look_again(limit.name, pool.now < pause.until_ms and pause.until_ms or over_at)
   end
 end
 

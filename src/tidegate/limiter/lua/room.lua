@@ -9,14 +9,31 @@ function T.room_again(limit, at)
   return false
 end
 
+-- Whether the call that a gate let try is still under way. The permits of this very call of the
+-- script are not written yet.
+function T.is_tried(gate)
+  if gate.taker == '' then return false end
+  if gate.fresh then return true end
+  local sid, ticket = string.match(gate.taker, '^([^|]*)|(.*)$')
+  local value = sid == own.sid and own.held[tonumber(ticket)]
+  if value == nil or sid ~= own.sid then
+    value = call('HGET', T.session_key(sid), 'h:' .. ticket)
+  end
+  return value and true or false
+end
+
 -- After a pause the calls come back one by one, over `ramp_ms`, instead of all at once; `passed` is
--- in the limit's unit.
+-- in the limit's unit. A limit without a bound comes back as one of `RAMP_BOUND` does.
+T.RAMP_BOUND = 64
 function T.pause_lets(limit)
-  local pause = limit.pause
+  local pause, bound = limit.pause, limit.implicit and T.RAMP_BOUND or limit.bound
   if pool.now < pause.until_ms then return T.room_again(limit, pause.until_ms) end
-  local allowed = 1 + math.floor(limit.bound * (pool.now - pause.until_ms) / pause.ramp_ms)
+  if pause.gate then
+    return not T.is_tried(pause.gate) or T.room_again(limit, pool.now + pause.gate.every_ms)
+  end
+  local allowed = 1 + math.floor(bound * (pool.now - pause.until_ms) / pause.ramp_ms)
   if pause.passed < allowed then return true end
-  local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, limit.bound))
+  local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, bound))
   return T.room_again(limit, math.max(at, pool.now + 1))
 end
 
@@ -38,7 +55,12 @@ function T.take(limit, band, amount)
   if limit.shadow and T.is_full(limit, band, amount) then
     limit.shadowed = (limit.shadowed or 0) + 1
   end
-  if limit.pause and pool.now >= limit.pause.until_ms then
+  local gate = limit.pause and limit.pause.gate
+  if gate then
+    gate.taker, gate.fresh = T.taker, true
+    limit.pause.until_ms = math.max(limit.pause.until_ms, pool.now + gate.every_ms)
+    limit.pause_changed = true
+  elseif limit.pause and pool.now >= limit.pause.until_ms then
     limit.pause.passed = limit.pause.passed + math.max(1, math.min(amount, limit.bound))
     limit.pause_changed = true
   end

@@ -43,7 +43,8 @@ function T.spent_and_paused()
       spent[#spent + 1] = { name, T.rates().spent(T.limit_of(name)) }
     elseif field == 'p' then
       local until_ms, ramp_ms, said = string.match(raw[i + 1], '^(%d+)|(%d+)|%d+|(.*)$')
-      if tonumber(until_ms) > pool.now then
+      -- Who calls names a limit that no policy names only while it is told of its pause.
+      if ramp_ms == '0' or until_ms + ramp_ms > pool.now then
         pauses[#pauses + 1] = { name, tonumber(until_ms) - pool.now, tonumber(ramp_ms), said }
       end
     end

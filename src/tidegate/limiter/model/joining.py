@@ -10,13 +10,18 @@ from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.model.roster import Roster
 from tidegate.limiter.model.state import (
     NO_LIMIT,
+    Gate,
     Held,
     Lapsing,
+    LimitState,
     Pause,
     Session,
     read_flow,
 )
 from tidegate.limiter.wire import Status, SyncRequest
+
+# What a gate is taken for whose record was lost.
+GATE_MS = 1000
 
 
 class Joining(Roster):
@@ -123,8 +128,17 @@ class Joining(Roster):
         for name, left_ms, ramp_ms, said in q.join.pauses:
             pause = self.pause_of(self.limit(name))
             if pause is None or pause.until < self.now + left_ms:
-                self.limit(name).pause = Pause(self.now + left_ms, ramp_ms, said)
+                self._assert_pause(self.limit(name), self.now + left_ms, ramp_ms, said)
         self.vouch(q)
+
+    def _assert_pause(self, limit: LimitState, until: int, ramp_ms: int, said: str) -> None:
+        gate = None
+        if ramp_ms == 0:
+            before = limit.pause.gate if limit.pause else None
+            gate = before or Gate(GATE_MS, GATE_MS)
+        limit.pause = Pause(until, ramp_ms, said, gate=gate)
+        if limit.is_implicit:
+            self.look_again(limit.name, until)
 
     def _assert_spent(self, name: str, seen: int, since: int) -> None:
         """Rates after a loss: the most that anybody had seen spent, and what each has admitted
@@ -145,10 +159,11 @@ class Joining(Roster):
         if policy.revision <= self.revision:
             return
         self.forget_stamps()
+        self.forget_implicit()
         self.policy = policy
         for name in {*self.limits, *policy.limits}:
             limit = self.limit(name)
-            limit.limit = policy.limit(name) or NO_LIMIT
+            limit.limit = policy.binding(name) or NO_LIMIT
             limit.retry_at = None
             if not limit.minimum:
                 limit.current, limit.dropped_at = None, 0

@@ -43,6 +43,8 @@ class Permits(Places):
         self.lapsing: dict[Lapsing, int] = {}
         self.owed: dict[str, dict[int, tuple[dict[int, Charge], Flow]]] = {}
         self._reheaded: dict[str, Reheaded] = {}
+        # Who is being admitted.
+        self.taker = ("", 0)
 
     def next_seq(self) -> int:
         """A thousand apart: a permit that is passed on inside a process takes the next ones."""
@@ -67,7 +69,10 @@ class Permits(Places):
         if limit.limit.shadow and self.is_full(limit, band, amount):
             limit.shadowed += 1
         pause = self.pause_of(limit)
-        if pause is not None and self.now >= pause.until:
+        if pause is not None and pause.gate is not None:
+            pause.gate.taker = self.taker
+            pause.until = max(pause.until, self.now + pause.gate.every_ms)
+        elif pause is not None and self.now >= pause.until:
             pause.passed += max(1, min(amount, limit.limit.bound))
         return self._spend(limit, amount)
 
@@ -164,8 +169,7 @@ class Permits(Places):
         if before is not None:
             lane = read_flow(before.flow).lane
             if took_ms > 0:
-                for limit in self.lane(read_flow(before.flow)):
-                    limit.learn(took_ms)
+                self._learn(read_flow(before.flow), took_ms)
                 self.correct(before, took_ms)
             del session.held[source]
             passed_on = lane == flow.lane and not there
@@ -188,6 +192,11 @@ class Permits(Places):
             for position, limit in enumerate(self.lane(flow))
         )
         return {position: charge for position, charge in found if charge is not None}
+
+    def _learn(self, flow: Flow, took_ms: int) -> None:
+        for limit in self.lane(flow):
+            if not limit.is_implicit:
+                limit.learn(took_ms)
 
     def _rehead(self, each: Reheaded) -> None:
         """The tenant is charged for what was passed on, then its queue stands by its new head."""
@@ -226,8 +235,8 @@ class Permits(Places):
         elif held.charges:
             self.owed.setdefault(q.sid, {})[ticket] = held.charges, flow
         if took_ms > 0:
-            for limit in self.lane(flow) if outcome % USAGE_LATER == 0 else ():
-                limit.learn(took_ms)
+            if outcome % USAGE_LATER == 0:
+                self._learn(flow, took_ms)
             self.correct(held, took_ms)
 
     def _cancel(

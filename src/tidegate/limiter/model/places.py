@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from tidegate.limiter.limits import Concurrency, PoolPolicy
+from tidegate.limiter.limits import Concurrency, PoolPolicy, implicit_limit
 from tidegate.limiter.model.state import (
     BLOCKED,
+    NO_LIMIT,
     Flow,
+    Gate,
     LimitState,
     Member,
     Pause,
@@ -23,6 +25,8 @@ from tidegate.limiter.model.state import (
     read_bands,
 )
 
+# A limit without a bound comes back after a pause as one of this bound does.
+RAMP_BOUND = 64
 # A ticket that was sent from limit to limit so often gets what it needs kept free.
 STARVES = 8
 
@@ -52,13 +56,25 @@ class Places:
     def limit(self, name: str) -> LimitState:
         limit = self.limits.get(name)
         if limit is None:
-            limit = self.limits[name] = LimitState(name)
+            limit = self.limits[name] = LimitState(name, implicit_limit(name) or NO_LIMIT)
         return limit
 
     def pause_of(self, limit: LimitState) -> Pause | None:
         """Its pause, the time included over which calls come back after it."""
         pause = limit.pause
-        return pause if pause and self.now < pause.until + pause.ramp_ms else None
+        goes_on = pause and (pause.gate or self.now < pause.until + pause.ramp_ms)
+        return pause if goes_on else None
+
+    def is_tried(self, gate: Gate) -> bool:
+        """Whether the call that a gate let try is still under way."""
+        sid, ticket = gate.taker or ("", 0)
+        return sid in self.sessions and ticket in self.sessions[sid].held
+
+    def forget_implicit(self) -> None:
+        """Nothing is kept of the order at a limit that no policy names and nobody waits at."""
+        for limit in self.limits.values():
+            if limit.is_implicit and not limit.waits:
+                limit.bands.clear()
 
     def lane(self, flow: Flow) -> list[LimitState]:
         return [self.limit(name) for name in flow.lane]
@@ -106,11 +122,17 @@ class Places:
         return limit.spending.look(limit.limit, self.now, self.resets.get(limit.name, 0))
 
     def _pause_lets(self, limit: LimitState) -> bool:
-        pause, bound = self.pause_of(limit), limit.limit.bound
+        pause = self.pause_of(limit)
+        bound = RAMP_BOUND if limit.is_implicit else limit.limit.bound
         if pause is None:
             return True
         if self.now < pause.until:
             limit.retry_at = pause.until
+            return False
+        if pause.gate is not None:
+            if not self.is_tried(pause.gate):
+                return True
+            limit.retry_at = self.now + pause.gate.every_ms
             return False
         if pause.passed < 1 + bound * (self.now - pause.until) // pause.ramp_ms:
             return True

@@ -10,7 +10,8 @@ from collections import defaultdict
 
 from tidegate.limiter.limits import PoolPolicy, Rate
 from tidegate.limiter.model.joining import Joining
-from tidegate.limiter.model.state import BLOCKED, Pause, Session
+from tidegate.limiter.model.roster import MOST_TO_ANNOUNCE
+from tidegate.limiter.model.state import BLOCKED, Gate, Pause, Session
 from tidegate.limiter.wire import Renewal, RenewReply, Status, SyncReply, SyncRequest, Whole
 
 
@@ -42,6 +43,7 @@ class PoolModel(Joining):
         self.publish()
         self.clock = self.now
         self.forget_stamps()
+        self.forget_implicit()
 
     # -- the scripts
 
@@ -100,8 +102,54 @@ class PoolModel(Joining):
         if pause is None or pause.until < until:
             limit.pause, done = Pause(until, ramp_ms, said), 1
             self.timed[name] = until
+            if pause is None:
+                self._announce(in_doubt=in_doubt)
         self._end_act(in_doubt=in_doubt)
         return done
+
+    def close(
+        self, name: str, for_ms: int, most_ms: int, said: str, *, tried: bool, run: str, wall: int
+    ) -> int:
+        """Admit nobody under a limit until it is opened, but one call at a time that tries: after
+        `for_ms`, and for as long as tries fail after twice the last time, up to `most_ms`."""
+        in_doubt = self._begin_act(run, wall)
+        limit, until = self.limit(name), self.now + for_ms
+        pause = self.pause_of(limit)
+        gate = pause.gate if pause else None
+        done = 1
+        if pause and gate and most_ms <= gate.most_ms:
+            done = int(tried)
+            gate.rounds = min(gate.rounds + done, 30)
+            until = self.now + min(gate.most_ms, gate.every_ms * 2**gate.rounds)
+            until = max(pause.until, until)
+            gate.taker = None if tried else gate.taker
+        elif pause and not gate and pause.until >= until:
+            done = 0
+        else:
+            gate = Gate(for_ms, most_ms)
+        if done:
+            limit.pause = Pause(until, 0, said, gate=gate)
+            self.timed[name] = until
+            self._announce(in_doubt=in_doubt)
+        self._end_act(in_doubt=in_doubt)
+        return done
+
+    def open(self, name: str, ramp_ms: int, *, run: str, wall: int) -> int:
+        """End what `close` began; calls come back over `ramp_ms`."""
+        in_doubt = self._begin_act(run, wall)
+        limit, done = self.limit(name), 0
+        pause = self.pause_of(limit)
+        if pause and pause.gate:
+            limit.pause, done = Pause(self.now, ramp_ms, pause.said), 1
+            self.timed[name] = self.now + ramp_ms
+            self.touched.add(name)
+            self._announce(in_doubt=in_doubt)
+        self._end_act(in_doubt=in_doubt)
+        return done
+
+    def _announce(self, *, in_doubt: bool) -> None:
+        if not in_doubt and self.noted_sessions <= MOST_TO_ANNOUNCE:
+            self.call_up_others("")
 
     def resume(self, name: str, *, run: str, wall: int) -> int:
         """End a pause."""
@@ -145,6 +193,7 @@ class PoolModel(Joining):
             for name in self.touched:
                 self.look_again(name, self.now)
             self.forget_stamps()
+            self.forget_implicit()
         else:
             self.pump()
             self._end()
@@ -234,7 +283,7 @@ class PoolModel(Joining):
             pauses=[
                 (name, pause.until - self.now, pause.ramp_ms, pause.said)
                 for name, pause in paused.items()
-                if pause and pause.until > self.now
+                if pause and self.pause_of(self.limit(name))
             ],
             policy=policy.pack() if policy and tell else None,
             roster=self.roster(q),

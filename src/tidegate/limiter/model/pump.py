@@ -70,6 +70,7 @@ class Pump(Permits):
     def _admit(self, sid: str, flow_key: str, member_text: str, cost_ms: int) -> None:
         member, flow = read_member(member_text), read_flow(flow_key)
         seq, session = self.next_seq(), self.sessions[sid]
+        self.taker = sid, member.ticket
         charges = self.spend_lane(
             flow, member, lambda limit, amount: self.admission(limit, flow.band, amount)
         )
@@ -199,6 +200,7 @@ class Pump(Permits):
         for name in [name for name, at in self.timed.items() if at <= self.now]:
             del self.timed[name]
             self.touched.add(name)
+            self._end_implicit(self.limit(name))
         self.serve_starving()
         while self.touched and self.budget > 0:
             for name in sorted(self.touched):
@@ -211,6 +213,17 @@ class Pump(Permits):
             for name in self.touched:
                 self.limit(name).retry_at = self.now
         self._set_timers()
+
+    def _end_implicit(self, limit: LimitState) -> None:
+        """Of a pause that has passed nothing is kept where no policy names the limit."""
+        pause = limit.pause
+        if not limit.is_implicit or pause is None or pause.gate:
+            return
+        if self.pause_of(limit) is None:
+            limit.pause = None
+        else:
+            over_at = pause.until + pause.ramp_ms
+            self.look_again(limit.name, pause.until if self.now < pause.until else over_at)
 
     def _pump_limit(self, limit: LimitState) -> None:
         going = True

@@ -42,7 +42,7 @@ class Roster(Pump):
         if session and session.expiry > self.now and sid in self.subscribed:
             self.pushed.append((sid, Push(self.epoch, session.gen, session.sent, [], self.now)))
 
-    def _call_up_others(self, but: str) -> None:
+    def call_up_others(self, but: str) -> None:
         for sid in self.sessions:
             if sid != but:
                 self.call_up(sid)
@@ -58,7 +58,7 @@ class Roster(Pump):
             lease_ms = self.policy.lease_ms if self.policy else 0
             self.fresh[sid] = self.now + lease_ms // 2
             if not self.quiet() and len(self.sessions) <= MOST_TO_ANNOUNCE:
-                self._call_up_others(sid)
+                self.call_up_others(sid)
 
     def leave_roster(self, sid: str) -> None:
         self.version += 1
@@ -87,7 +87,7 @@ class Roster(Pump):
         if self.vouched and not self.expected:
             lease_ms = self.policy.lease_ms if self.policy else 0
             self.began, self.recover_until = self.now - max(lease_ms, q.lease_ms), self.now
-            self._call_up_others(q.sid)
+            self.call_up_others(q.sid)
 
     def roster(self, q: SyncRequest) -> tuple[int, list[str] | None]:
         """Its version, and who is there, for a session that does not know it yet."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from tidegate.limiter.limits import Band, Concurrency, Limit, Quota, Rate
+from tidegate.limiter.limits import Band, Concurrency, Limit, Quota, Rate, implicit_limit
 from tidegate.limiter.model.spending import Charge, Spending
 
 # Where a queue stands whose session takes no grants.
@@ -116,14 +116,26 @@ class Session:
 
 
 @dataclass(slots=True)
+class Gate:
+    """What makes a pause last until it is opened: one call at a time may try. taker: the session
+    and ticket of the last one. every_ms: the least time between two. rounds: how many failed."""
+
+    every_ms: int
+    most_ms: int
+    rounds: int = 0
+    taker: tuple[str, int] | None = None
+
+
+@dataclass(slots=True)
 class Pause:
-    """Nobody is let in until `until`, and then one by one over `ramp_ms`; `passed` is how much
+    """Nobody is admitted until `until`, and then one by one over `ramp_ms`; `passed` is how much
     has been."""
 
     until: int
     ramp_ms: int
     said: str
     passed: int = 0
+    gate: Gate | None = None
 
 
 class Lapsing(NamedTuple):
@@ -198,6 +210,11 @@ class LimitState:
     @property
     def used(self) -> int:
         return len(self.under)
+
+    @property
+    def is_implicit(self) -> bool:
+        """Whether no policy names it, and it has no bound."""
+        return self.limit is implicit_limit(self.name)
 
     @property
     def waits(self) -> int:
