@@ -118,8 +118,9 @@ class Config(Places):
         default=250_000_000,
         description="How much of the bodies of native calls one process holds at once, waiting and "
         "under way, those of up to 64 KB aside; more are refused with 429. A process takes about "
-        "twice as much memory for them. MAX_BODY_BYTES where that is more. Calls that are handed "
-        "in as jobs count while they are taken in (503 where there is no room); of large ones a "
+        "twice as much memory for them. MAX_BODY_BYTES where that is more. A tenant with keys may "
+        "have half of what the others leave of it. Calls that are submitted as jobs count until "
+        "they are stored (503 where there is no room); of large ones a "
         "worker holds a third of it for each type of job, and the others wait.",
     )
     max_batch_files_bytes: Annotated[int, Field(ge=1)] = Field(

@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
 
 from tidegate.config import Config
 from tidegate.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
-from tidegate.http.incoming import Hold
+from tidegate.http.incoming import Hold, Pace, Patience
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _WITH_ITS_HEAD_BYTES = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How slow a client may be: `grace_ms` in all, and more as its bytes come in."""
-
-    silence_ms: int
-    grace_ms: int = 15_000
-    min_bytes_per_s: int = 1024
 
 
 class Body:
@@ -48,9 +38,9 @@ class Body:
         self.received_bytes = 0
         self._max_bytes = config.max_body_bytes if max_bytes is None else max_bytes
         self._pace = pace or Pace(silence_ms=config.receive_timeout_ms)
+        self._patience = Patience(self._pace, in_memory=False)
         self._receive = request.receive
         self._more = True
-        self._waited_s = 0.0
         announced = request.headers.get("content-length", "0")
         if not _NUMBER.fullmatch(announced):
             raise InvalidRequest("Content-Length", "Content-Length is not a number of bytes")
@@ -62,16 +52,17 @@ class Body:
         while self._more:
             begun = loop.time()
             try:
-                async with asyncio.timeout(self._patience_s()):
+                async with asyncio.timeout(self._patience.left_s()):
                     message = await self._receive()
             except TimeoutError:
                 raise RequestTimeout("the request's body arrives too slowly") from None
-            self._waited_s += loop.time() - begun
+            waited_s = loop.time() - begun
             if message["type"] != "http.request":
                 self._more = False
                 raise ClientDisconnect
             self._more = message.get("more_body", False)
             piece: bytes = message.get("body", b"")
+            self._patience.waited(waited_s, len(piece))
             self.received_bytes += len(piece)
             if self.received_bytes > self._max_bytes:
                 raise self._too_large()
@@ -83,6 +74,7 @@ class Body:
         """The whole body, counted in `hold` once it is more than comes with a head. Raises
         PayloadTooLarge, naming `field`, at the first piece over, and QueueFull for the hold."""
         whole = bytearray()
+        self._patience = Patience(self._pace, in_memory=True)
         while (piece := await self.next()) is not None:
             whole += piece
             if len(whole) > max_bytes:
@@ -90,11 +82,6 @@ class Body:
             if hold is not None and len(whole) > _WITH_ITS_HEAD_BYTES:
                 hold.reach(len(whole))
         return bytes(whole)
-
-    def _patience_s(self) -> float:
-        pace = self._pace
-        earned_s = pace.grace_ms / 1000 + self.received_bytes / pace.min_bytes_per_s
-        return max(0.0, min(pace.silence_ms / 1000, earned_s - self._waited_s))
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(

@@ -22,9 +22,9 @@ from starlette.requests import Request
 from tidegate.call import Attachment, Kind, new_id
 from tidegate.config import Config
 from tidegate.errors import InvalidRequest, StoreUnavailable, UnsupportedMedia
-from tidegate.http.body import Body, Pace, too_long
+from tidegate.http.body import Body, too_long
 from tidegate.http.fields import FIELDS, Fields, from_form, read_fields
-from tidegate.http.incoming import Hold
+from tidegate.http.incoming import Hold, Pace
 from tidegate.http.multipart import Form, MultipartReader, Upload, boundary_of
 from tidegate.providers.addresses import Address, is_public
 from tidegate.relay.asked import check_parts

@@ -161,7 +161,7 @@ async def submit(request: Request) -> Response:
     key = key_of(request)
     # What is known under a key may be told to who has nothing left to spend.
     caller = await (payer_of(request) if key is None else caller_of(request))
-    hold = services.hold()
+    hold = services.hold(caller)
     try:
         submission = await read_submission(
             request,

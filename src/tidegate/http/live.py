@@ -36,7 +36,6 @@ from tidegate.http.services import Services
 from tidegate.store.records import RequestRecord
 
 MEDIA_TYPE = "text/event-stream"
-MOST_FOLLOWERS = 1_000
 KEEP_ALIVE_S = 15.0
 _COME_BACK_MS = 1_000
 _PAUSE_S = 1.0
@@ -102,13 +101,9 @@ class LiveStatus(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         followers, task = self._services.followers, asyncio.current_task()
         assert task is not None
-        if len(followers) >= MOST_FOLLOWERS:
-            full = TooManyFollowers("too many clients follow requests here; poll, or ask again")
-            await problem_response(full)(scope, receive, send)
-            return
         try:
-            opening = self._services.openings.long_poll(self._caller)
-        except QuotaExceeded as many:
+            opening = self._services.openings.follower(self._caller)
+        except (QuotaExceeded, TooManyFollowers) as many:
             await problem_response(many)(scope, receive, send)
             return
         followers.add(task)

@@ -31,7 +31,7 @@ from tidegate.http.dialects import comfort, event, refusal
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import Presence, abort
 from tidegate.http.idempotency import LOST_HEADER
-from tidegate.http.incoming import ClientGone, Incoming, check_announced, check_size
+from tidegate.http.incoming import ClientGone, Incoming, Pace, check_announced, check_size
 from tidegate.http.native_call import call_of, is_coded
 from tidegate.http.once import Once, check_known, shows_key, wanted_of
 from tidegate.http.openings import Opening
@@ -189,13 +189,14 @@ class _Front(Out):
         body = None if self._direct is None else self._direct.take_body()
         if body is None:
             check_announced(self._scope["headers"], most_bytes)
-            return await self._arriving().whole(most_bytes, self._services.hold())
+            hold = self._services.hold(self._caller)
+            return await self._arriving(in_memory=True).whole(most_bytes, hold)
         check_size(len(body), most_bytes)
         return body
 
-    def _arriving(self) -> Incoming:
-        silence_s = self._services.config.receive_timeout_ms / 1000
-        self._incoming = Incoming(self._receive, self._task, silence_s)
+    def _arriving(self, *, in_memory: bool) -> Incoming:
+        pace = Pace(silence_ms=self._services.config.receive_timeout_ms)
+        self._incoming = Incoming(self._receive, self._task, pace, in_memory=in_memory)
         return self._incoming
 
     async def _identify(self, endpoint: Endpoint) -> None:
@@ -265,7 +266,7 @@ class _Front(Out):
 
     async def _upload(self, call: NativeCall) -> None:
         own = own_urls(self._scope, self._upload_secret(call.endpoint))
-        pieces = self._arriving().pieces(MAX_BYTES)
+        pieces = self._arriving(in_memory=False).pieces(MAX_BYTES)
         await upload(self._services.relay, call, pieces, own, self, self._life)
 
     def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:

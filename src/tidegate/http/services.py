@@ -9,10 +9,11 @@ from typing import Any, cast
 
 from starlette.requests import HTTPConnection
 
+from tidegate.call import Caller
 from tidegate.config import Config
 from tidegate.http.auth import Gate
 from tidegate.http.budgets import BudgetGate
-from tidegate.http.incoming import Bodies, Hold
+from tidegate.http.incoming import Bodies, Hold, Room
 from tidegate.http.looks import Looks
 from tidegate.http.openings import Openings
 from tidegate.limiter import Limiter
@@ -68,10 +69,13 @@ class Services:
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
     followers: set[asyncio.Task[Any]] = field(default_factory=set)
 
-    def hold(self) -> Hold:
-        """For the body of one more request."""
-        most_bytes = max(self.config.max_held_bytes, self.config.max_body_bytes)
-        return Hold(self.bodies, most_bytes)
+    def hold(self, caller: Caller) -> Hold:
+        """For the body of one more request. Where a caller shows no key its tenant is what it says,
+        and a share would bind nobody."""
+        config = self.config
+        most_bytes = max(config.max_held_bytes, config.max_body_bytes)
+        room = Room(most_bytes, config.max_body_bytes, shared=caller.key_id is not None)
+        return Hold(self.bodies, room, caller.tenant_id)
 
     @property
     def under_way(self) -> UnderWay:

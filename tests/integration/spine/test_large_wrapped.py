@@ -18,6 +18,7 @@ from aiohttp import web
 
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask
+from tidegate.call import ANYBODY
 from tidegate.errors import InvalidRequest
 from tidegate.providers.emulator import run_emulator
 from tidegate.relay.asked import parsed
@@ -137,7 +138,7 @@ async def test_what_is_too_large_is_refused(open_gateway: Opener) -> None:
 
 async def test_what_a_process_holds_of_them_is_bounded(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, max_body_bytes=600_000, max_held_bytes=800_000)
-    others = gateway.services.hold()
+    others = gateway.services.hold(ANYBODY)
     others.reach(500_000)
     body = picture_call(300_000)
     status, problem = await submitted(gateway, body)

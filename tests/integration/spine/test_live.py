@@ -16,7 +16,7 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
-from tidegate.http import live
+from tidegate.http import live, openings
 from tidegate.store.store import Store
 
 
@@ -147,7 +147,7 @@ async def test_it_ends_when_the_client_leaves_and_when_the_process_drains(
 async def test_their_number_is_bounded(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "MOST_FOLLOWERS", 1)
+    monkeypatch.setattr(openings, "MOST_FOLLOWERS", 1)
     gateway = await open_gateway(worker=False)
     request_id = await gateway.submit(data="Explain the tide")
     async with _following(gateway, request_id) as first:

@@ -91,3 +91,24 @@ async def test_the_classifiers_question_takes_its_tenants_turn(open_gateway: Ope
     assert seen == ["acme"]
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
+
+
+async def test_one_tenants_large_bodies_leave_room_for_anothers(open_gateway: Opener) -> None:
+    bounds = {"max_body_bytes": 300_000, "max_held_bytes": 700_000}
+    gateway = await open_gateway(worker=False, auth="on", **bounds)
+    alice, bob = await key_of(gateway, "alice"), await key_of(gateway, "bob")
+    await gateway.upstream.set_fault("hang", match="hold it")
+
+    async def call(headers: dict[str, str], text: str) -> int:
+        body = {"contents": [{"parts": [{"text": text + " " + "x" * 150_000}]}]}
+        url = f"{gateway.url}/v1beta/models/gemini-2.5-flash:generateContent"
+        async with gateway.http.post(url, json=body, headers=headers) as response:
+            return response.status
+
+    held = [asyncio.create_task(call(alice, "hold it")) for _ in range(2)]
+    await gateway.in_flight(2)
+    assert await call(alice, "one more") == 429
+    assert await call(bob, "Say hello") == 200
+    for task in held:
+        task.cancel()
+    await asyncio.gather(*held, return_exceptions=True)

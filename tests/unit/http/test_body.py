@@ -12,7 +12,8 @@ from starlette.types import Message
 from tests.unit.http.asgi import Sender, request
 from tidegate.config import Config
 from tidegate.errors import InvalidRequest, RequestTimeout
-from tidegate.http.body import Body, Pace
+from tidegate.http.body import Body
+from tidegate.http.incoming import Pace
 
 
 class DrippingSender(Sender):
