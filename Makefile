@@ -16,7 +16,7 @@ run: ## Start everything on http://localhost:8000; Ctrl-C stops it (ARGS="--api 
 test: ## Run the checks and the whole test suite (PYTEST_ARGS="tests/unit -k words")
 	@scripts/bootstrap.sh dev
 	@scripts/setup_system.sh
-	@$(MAKE) --no-print-directory -j2 check suite
+	@.venv/bin/python -S tests/watcher.py $(MAKE) --no-print-directory -j2 check suite
 
 suite:
 	@.venv/bin/python scripts/suite.py $(PYTEST_ARGS)

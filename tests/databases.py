@@ -15,7 +15,6 @@ import asyncpg
 import pytest
 
 from tidegate.embedded.postgres import PostgresServer
-from tidegate.store.migrate import migrate
 
 _TEMPLATE = "template_tidegate"
 _TERMINATE = """
@@ -112,6 +111,8 @@ class Databases:
 
 async def make_template(server: PostgresServer) -> str:
     """Create and migrate the template database of `server`; returns its name."""
+    from tidegate.store.migrate import migrate  # half a second, which most runs do without
+
     connection = await asyncpg.connect(server.url("postgres"))
     try:
         await connection.execute(f"CREATE DATABASE {_TEMPLATE}")

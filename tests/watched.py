@@ -1,0 +1,143 @@
+"""Every run of pytest has a watcher (`tests/watcher.py`), however it was started.
+
+The process that was started as pytest waits for the watcher, the watcher for a copy of that process
+which runs the tests. Each process of pytest-xdist has a watcher of its own, so that what a process
+that crashed had started ends while the run goes on. Linux alone knows how to adopt a process:
+elsewhere a run has no watcher.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import execnet
+import pytest
+
+from tests import watcher
+
+ROOT = Path(__file__).parents[1]
+_OWNERS = {"make", "gmake", "watcher"}
+_SUITE = b"scripts/suite.py"
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Go on below a watcher, with a temporary folder that goes when the run has ended."""
+    _let_children_hear_signals()
+    if sys.platform != "linux" or hasattr(config, "workerinput"):
+        return
+    _remove_old_folders()
+    folder = Path(tempfile.mkdtemp(prefix="tests-"))
+    folder.chmod(0o755)
+    (folder / "run").write_text(f"{os.getpid()} {ROOT}")
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        _go_on_below_a_watcher(folder, ends_orphans=bool(config.getoption("tx", [])))
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = None
+    if config.option.basetemp is None:
+        config.option.basetemp = folder / "t"
+
+
+def pytest_xdist_setupnodes(specs: list[execnet.XSpec]) -> None:
+    """Start each process beside others below a watcher."""
+    if sys.platform == "linux":
+        watched = shlex.join([sys.executable, "-S", watcher.__file__, sys.executable])
+        specs[:] = [
+            execnet.XSpec(f"{spec}//python={watched}") if spec.popen and not spec.python else spec
+            for spec in specs
+        ]
+
+
+def _let_children_hear_signals() -> None:
+    """A background shell starts programs deaf to these signals, and so would be all that the tests
+    start. A signal that is handled here, by doing nothing, is heard by a program started here."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+def _go_on_below_a_watcher(folder: Path, *, ends_orphans: bool) -> None:
+    """Returns in the process that runs the tests."""
+    watcher.adopt_orphans()
+    owners = [os.pidfd_open(pid) for pid in (os.getpid(), *_started_by())]
+    heard, said = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    watching = os.fork()
+    if watching:
+        os.close(said)
+        _wait(watching, int(os.read(heard, 64)), folder)
+    tests = os.fork()
+    if tests:
+        os.write(said, str(tests).encode())
+        for owner in owners:
+            os.set_inheritable(owner, True)
+        options = ["--child", str(tests), "--folder", str(folder)]
+        options += ["--ends-orphans"] if ends_orphans else []
+        options += ["--owners", *map(str, owners)]
+        os.execv(sys.executable, [sys.executable, "-S", watcher.__file__, *options])
+    watcher.die_with_parent()
+    for descriptor in (heard, said, *owners):
+        os.close(descriptor)
+
+
+def _wait(watching: int, tests: int, folder: Path) -> None:
+    """Until the watcher has ended. Ctrl-C that this process alone hears goes to the tests (a
+    terminal signals all of them itself); any other signal ends the run."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDING, signal.SIGCHLD})
+    while True:
+        came = signal.sigwaitinfo({*_ENDING, signal.SIGCHLD})
+        if came.si_signo != signal.SIGCHLD:
+            if came.si_signo != signal.SIGINT:
+                os.kill(watching, signal.SIGTERM)
+            elif came.si_code <= 0:
+                os.kill(tests, signal.SIGINT)
+            continue
+        pid, status = os.waitpid(watching, os.WNOHANG)
+        if pid:
+            break
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        code = watcher.KILLED
+        watcher.finish(code, folder)
+    os._exit(code)
+
+
+def _started_by() -> list[int]:
+    """The processes above this one up to the topmost that runs tests, such as `make`. Whatever is
+    above them may end, as a shell that was left does."""
+    above: list[int] = []
+    found = 0
+    for pid in _ancestors():
+        above.append(pid)
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        if name in _OWNERS or _SUITE in Path(f"/proc/{pid}/cmdline").read_bytes():
+            found = len(above)
+    return above[:found]
+
+
+def _ancestors() -> Iterator[int]:
+    pid = os.getppid()
+    while pid > 1:
+        yield pid
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _remove_old_folders() -> None:
+    """Those of runs of this checkout that ended, which stayed for a look at what had failed."""
+    for run in Path(tempfile.gettempdir()).glob("tests-*/run"):
+        try:
+            pid, _, checkout = run.read_text().partition(" ")
+        except (FileNotFoundError, PermissionError):
+            continue
+        if checkout == str(ROOT) and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(run.parent, ignore_errors=True)
