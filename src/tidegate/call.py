@@ -173,8 +173,8 @@ class UsageState(StrEnum):
 
     NONE = "none"  # no model has worked for it: never sent, or refused by the provider
     TOLD = "told"  # by the provider, of a whole answer
-    PARTIAL = "partial"  # by the provider, of an answer that was cut: for what came
-    ESTIMATED = "estimated"  # by us, from what came; never more than was reserved
+    PARTIAL = "partial"  # by the provider, of an answer that was cut: for what came at least
+    ESTIMATED = "estimated"  # by us: the input as it was estimated, the output from what came
     UNKNOWN = "unknown"
 
 

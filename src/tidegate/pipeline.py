@@ -35,7 +35,14 @@ from tidegate.call import (
 from tidegate.classify import by_keywords, by_rules
 from tidegate.config import ClassifierMode, Config
 from tidegate.demand import Demand, Demands, Learned, pause_after
-from tidegate.demand.cost import Prices, charge_of, estimated_charge, is_unknown
+from tidegate.demand.cost import (
+    Prices,
+    came_tokens,
+    charge_of,
+    cut_charge,
+    estimated_charge,
+    is_unknown,
+)
 from tidegate.errors import (
     DeadlineExceeded,
     DemandImpossible,
@@ -46,6 +53,8 @@ from tidegate.errors import (
     TidegateError,
     UpstreamError,
     UpstreamThrottled,
+    UpstreamTimeout,
+    UpstreamUnavailable,
 )
 from tidegate.limiter import Acquisition, Limiter, Permit
 from tidegate.observed import Observers
@@ -210,8 +219,8 @@ class Pipeline:
             status = "cancelled"
             raise
         finally:
-            self._settle(permit, outcome, demand, answer)
             charge = self._charge(model, demand, answer, error, whole=outcome is Outcome.SUCCESS)
+            self._settle(permit, outcome, demand, answer, charge)
             upstream_ms = (time.monotonic() - started) * 1000
             self._observers.note(
                 of_question(
@@ -312,7 +321,7 @@ class Pipeline:
                 trail.end(error, worked=outcome is Outcome.SUCCESS)
             whole = outcome is Outcome.SUCCESS or isinstance(error, PromptBlocked | EmptyAnswer)
             attempt.charge = self._charge(call.model, demand, attempt.answer, error, whole=whole)
-            self._settle(permit, outcome, demand, attempt.answer)
+            self._settle(permit, outcome, demand, attempt.answer, attempt.charge)
 
     def _admission(self, demand: Demand, deadline_ms: int | None, hard_ms: int) -> Acquisition:
         return self._limiter.acquire(
@@ -334,23 +343,29 @@ class Pipeline:
         *,
         whole: bool,
     ) -> Charge:
-        """For what the provider told; else for what came, so far as anything did."""
+        """For what the provider told of a whole answer; else for what came of it at least, and for
+        the input once the request may have gone out."""
         rates, images = self._demands.prices.of(model), len(answer.pictures)
-        if not is_unknown(answer.usage):
-            return charge_of(rates, answer.usage, images, whole=whole)
-        if error is not None and (error.status or 0) >= 400:
-            return NO_CHARGE  # a refusal
-        text = answer.whole_text
-        if demand.estimate is None or not (text or images):
+        if whole and not is_unknown(answer.usage):
+            return charge_of(rates, answer.usage, images, whole=True)
+        if error is not None and ((error.status or 0) >= 400 or _never_sent(error)):
+            return NO_CHARGE  # a refusal, or nobody to send it to
+        if demand.estimate is None:
             return UNKNOWN_CHARGE
-        return estimated_charge(rates, demand.estimate, text, images)
+        came = came_tokens(answer.whole_text, images=images)
+        if is_unknown(answer.usage):
+            return estimated_charge(rates, demand.estimate, came, images)
+        return cut_charge(rates, answer.usage, demand.estimate, came, images)
 
-    def _settle(self, permit: Permit, outcome: Outcome, demand: Demand, answer: Answer) -> None:
+    def _settle(
+        self, permit: Permit, outcome: Outcome, demand: Demand, answer: Answer, charge: Charge
+    ) -> None:
         """Tell the limiter what a call used, as far as is known, and learn from it."""
         whole = outcome is Outcome.SUCCESS
         images = len(answer.pictures) if whole else None
-        permit.settle(outcome, tokens=demand.used(answer.usage, whole=whole), images=images)
-        self._demands.learn(demand, answer.usage, whole=whole)
+        used = demand.used(answer.usage, charge.usage, whole=whole)
+        permit.settle(outcome, tokens=used, images=images)
+        self._demands.learn(demand, answer.usage, charge.usage, whole=whole)
 
     async def _pause_if_throttled(self, failed: UpstreamError, demand: Demand, model: str) -> None:
         """Let no other process run into the same 429; before our own permit goes to anybody."""
@@ -373,3 +388,10 @@ class Pipeline:
             return
         if paused:
             log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=pause.for_ms, by=_PROVIDER)
+
+
+def _never_sent(error: UpstreamError) -> bool:
+    """Whether there was no connection to send the request on."""
+    if isinstance(error, UpstreamTimeout):
+        return error.phase == "connect"
+    return isinstance(error, UpstreamUnavailable) and error.broke == "connecting"

@@ -6,7 +6,7 @@ usage or price, makes the cost unknown, never zero; what was not used needs no p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import ceil
 
@@ -71,19 +71,43 @@ def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: b
     return Charge(state, usage, images, cost_micros(rates, usage, images))
 
 
-def estimated_charge(rates: Rates | None, estimate: Estimate, text: str, images: int = 0) -> Charge:
-    """For what came of an answer of which nothing was told; never more than was reserved."""
+def estimated_charge(rates: Rates | None, estimate: Estimate, came: int, images: int = 0) -> Charge:
+    """For a request that went out, and `came` LLM tokens of an answer of which nothing was told.
+
+    The input is never below the first guess of it, and the output is what came, whatever was
+    reserved: what has been learned from earlier calls lowers no charge.
+    """
     usage = Usage(
-        input_tokens=min(estimate.expected_input_tokens, estimate.input_tokens),
-        output_tokens=min(came_tokens(text, images), estimate.output_tokens),
+        input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
+        output_tokens=came,
     )
     cost = cost_micros(rates, usage, images)
     return Charge(UsageState.ESTIMATED, usage, images or None, cost)
 
 
-def came_tokens(text: str, images: int = 0) -> int:
-    """About how many LLM tokens an answer has, as far as it came."""
-    return ceil(sum(pieces_of_text(text).values()) + images * PICTURE_TOKENS)
+def cut_charge(
+    rates: Rates | None, told: Usage, estimate: Estimate, came: int, images: int | None
+) -> Charge:
+    """For an answer that was cut, of which the provider told some usage before its end.
+
+    A figure of the provider's stands where it is about what came; where it is less than half of
+    that, it was told earlier (Anthropic's at the start of a stream), and what came counts.
+    """
+    taken, given = tokens_of(told)
+    usage = told
+    if taken is None:
+        taken = max(estimate.expected_input_tokens, estimate.guessed_input_tokens)
+        usage = replace(usage, input_tokens=taken)
+    if given is None or 2 * given < came:
+        thoughts = told.thoughts_tokens or 0
+        usage = replace(usage, output_tokens=max(0, came - thoughts), total_tokens=None)
+    return Charge(UsageState.PARTIAL, usage, images, cost_micros(rates, usage, images))
+
+
+def came_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:
+    """About how many LLM tokens an answer has, as far as it came. `scale`: `text` is of that part
+    of it."""
+    return ceil(sum(pieces_of_text(text).values()) * scale + images * PICTURE_TOKENS)
 
 
 def is_unknown(usage: Usage) -> bool:

@@ -20,6 +20,7 @@ _CLASSIFIER = CLASSIFIER_LIMIT.partition(":")[2]
 # The judge's instruction and schema, which come on top of each prompt.
 _JUDGE_CHARS = 1_200
 _LEARN_FROM_ONE_IN = 8
+_NO_USAGE = Usage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +35,31 @@ class Demand:
 
     @property
     def tokens(self) -> Tokens | None:
-        """What to reserve: rarely less than it will use. None: it was not estimated, since nobody
-        counts it."""
-        if self.estimate is None:
+        """What to reserve: rarely less than it will use, and never less than the first guess, so
+        that a tenant can't teach its own reservations away. None: it was not estimated, since
+        nobody counts it."""
+        one = self.estimate
+        if one is None:
             return None
-        return Tokens(self.estimate.input_tokens, self.estimate.output_tokens)
+        return Tokens(
+            max(one.input_tokens, one.guessed_input_tokens),
+            max(one.output_tokens, one.guessed_output_tokens),
+        )
 
-    def used(self, usage: Usage, *, whole: bool) -> Tokens | None:
-        """What to settle for, None where nothing is known. `whole`: the answer came to its end;
-        of one that was cut the provider may have made more than it told us of."""
-        input_tokens, output_tokens = tokens_of(usage)
-        if self.estimate is None or (input_tokens is None and output_tokens is None):
+    def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
+        """What to settle for, None where nothing is known. `whole`: the answer came to its end; of
+        one that was cut the provider may have made more than it told us of. `charged`: what the
+        call is charged for, which is what came of it at least; it can be more than was reserved."""
+        reserved = self.tokens
+        input_tokens, output_tokens = tokens_of(told)
+        came_input, came_output = tokens_of(charged)
+        known = (input_tokens, output_tokens, came_input, came_output)
+        if reserved is None or all(one is None for one in known):
             return None
         if input_tokens is None:
-            input_tokens = self.estimate.input_tokens
-        if output_tokens is None:
-            output_tokens = self.estimate.output_tokens
-        elif not whole:
-            output_tokens = max(output_tokens, self.estimate.output_tokens)
+            input_tokens = max(reserved.input, came_input or 0)
+        if output_tokens is None or not whole:
+            output_tokens = max(output_tokens or 0, came_output or 0, reserved.output)
         return Tokens(input_tokens, output_tokens)
 
 
@@ -81,7 +89,9 @@ class Demands:
             priority=band_of(call.priority, policy.bands),
             images=images,
             estimate=self.estimator.estimate(
-                call.model, call.kind.value, call.prompt, call.media, images=images
+                *(call.model, call.kind.value, call.prompt, call.media),
+                images=images,
+                tenant=call.tenant_id,
             ),
         )
 
@@ -106,7 +116,10 @@ class Demands:
         estimate = None
         if not self._turn or reach.counts_tokens:
             estimate = self.estimator.of_pieces(
-                model, kind, pieces, images=images, max_output_tokens=max_output_tokens
+                *(model, kind, pieces),
+                images=images,
+                max_output_tokens=max_output_tokens,
+                tenant=tenant,
             )
         return Demand(
             limits=limits,
@@ -135,16 +148,26 @@ class Demands:
             priority=band_of(0, policy.bands),
             images=0,
             estimate=self.estimator.estimate(
-                model, _CLASSIFIER, prompt + " " * _JUDGE_CHARS, max_output_tokens=max_output_tokens
+                *(model, _CLASSIFIER, prompt + " " * _JUDGE_CHARS),
+                max_output_tokens=max_output_tokens,
+                tenant=tenant,
             ),
         )
 
-    def learn(self, demand: Demand, usage: Usage, *, whole: bool) -> None:
-        """Take in what a call used; an answer that was cut teaches its input alone."""
-        if demand.estimate is None:
+    def learn(
+        self, demand: Demand, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool
+    ) -> None:
+        """Take in what a call used. An answer that was cut teaches its input alone, unless more
+        came of it than was reserved."""
+        estimate = demand.estimate
+        if estimate is None:
             return
-        known = usage if whole else Usage(input_tokens=usage.input_tokens)
-        self.estimator.learn(demand.estimate, known)
+        known = told
+        if not whole:
+            came = tokens_of(charged)[1] or 0
+            output_tokens = came if came > estimate.output_tokens else None
+            known = Usage(input_tokens=told.input_tokens, output_tokens=output_tokens)
+        self.estimator.learn(estimate, known)
 
     def _limits(
         self, policy: PoolPolicy, kind: str, model: str, tenant: str, images: int

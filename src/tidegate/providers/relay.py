@@ -11,7 +11,7 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
@@ -221,8 +221,11 @@ class RelayWire:
         place: Place,
         headers: Iterable[tuple[bytes, bytes]],
         body: bytes | AsyncIterator[bytes] | None,
+        on_sent: Callable[[], None] | None = None,
     ) -> Exchange:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
+
+        `on_sent` is called when there is a connection, before the first byte goes out.
 
         A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
         Where a kept connection was closed as we sent, the request is sent again, once, on a new
@@ -240,6 +243,8 @@ class RelayWire:
         again = body is None or isinstance(body, bytes)
         kept = self._idle_one(origin) if again else None
         connection = kept or await self._connect(origin)
+        if on_sent is not None:
+            on_sent()
         while True:
             exchange = Exchange(self, origin, connection, connection.send(head, body))
             self.exchanges.add(exchange)

@@ -73,8 +73,9 @@ class Life:
     http_status: what the client was told; 0 while nothing. pieces: of the upstream's answer, as it
     came, up to `KEPT_BYTES`; answer_bytes counts all. waits: for its first try or for another one;
     an upstream is not being asked, and has not answered. queue: the pool and the limits in whose
-    queue it stands, or stood. first_byte_ms: of the last try, from its
-    sending to the first bytes of its answer's body. throttled: tries that were answered with 429.
+    queue it stands, or stood. sent: the request of its last try began to go out. first_byte_ms:
+    of the last try, from then to the first bytes of its answer's body. throttled: tries that were
+    answered with 429.
     """
 
     waits: bool = True
@@ -84,6 +85,7 @@ class Life:
     target: Target | None = None
     queue: tuple[str, tuple[str, ...]] = ("", ())
     tries: int = 0
+    sent: bool = False
     fence: tuple[int, int] | None = None
     admitted_at: datetime | None = None
     finished_at: datetime | None = None
@@ -119,11 +121,11 @@ class Life:
 
     def read_usage(self, endpoint: Endpoint) -> None:
         """Find in the answer what it says of itself."""
-        self.told = told_in(endpoint.dialect, self.answer)
+        self.told = told_in(endpoint.dialect, self.answer, omitted=self.omitted_bytes > 0)
 
     def begin_again(self) -> None:
         """Another try: what the last one brought is not the answer."""
-        self.waits = True
+        self.waits, self.sent = True, False
         self.pieces, self.answer_bytes = [], 0
         self.told, self.charge = NOTHING_TOLD, NO_CHARGE
         self.first_byte_ms = None

@@ -7,7 +7,7 @@ was reserved.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from tidegate.call import DEFAULT_POOL, OTHER_KIND
@@ -171,7 +171,11 @@ class Relay:
         )
 
     async def open(
-        self, call: NativeCall, target: Target, body: bytes | AsyncIterator[bytes] | None
+        self,
+        call: NativeCall,
+        target: Target,
+        body: bytes | AsyncIterator[bytes] | None,
+        on_sent: Callable[[], None] | None = None,
     ) -> Exchange:
         """Send the request to an upstream. Raises UpstreamError."""
         dialect = call.endpoint.dialect
@@ -184,7 +188,7 @@ class Relay:
         if call.trail is not None:
             said = call.trail.begin(target.upstream.name, target.model, str(place.origin))
             headers.append((HEADER, said.encode()))
-        return await self._wire.open(call.method, place, headers, body)
+        return await self._wire.open(call.method, place, headers, body, on_sent)
 
     def may_try_again(self) -> bool:
         return self._budget.spend()

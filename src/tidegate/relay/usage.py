@@ -1,16 +1,17 @@
-"""What an answer says that it cost. Pure.
+"""Usage, identity and finish reason that a provider tells of an answer. Pure.
 
-A short answer that is one JSON object is parsed, which is cheaper than any search. Others, long or
-in a stream, are not taken apart: a provider tells the usage in an object under one key, near the
-end, and it is looked for from the end. Inside of a text the quotes of that key would be escaped, so
-no answer can pretend to it. Invariant: what is not said stays unknown, never zero.
+Invariant: usage is read at its known place alone: the outermost object of a whole answer, or an
+event of a stream (`usage`, `response.usage`, `message.usage`, `usageMetadata`). Whatever else an
+answer repeats of its request, or a model writes, is never taken for it. What is not told stays
+unknown, never zero.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,14 @@ from tidegate.relay.paths import Dialect
 
 HEAD_BYTES = 4_096
 TAIL_BYTES = 65_536
-_LONGEST_OBJECT = 16_384
 _PARSED_BYTES = 32_768
+_LONGEST_LIST_BYTES = 2_000_000
 _LONGEST_ID, _LONGEST_REASON = 200, 100
+_MOST_TOKENS = 10**12  # more is no count of one call, and no column could hold the sums
+# Of a stream: the usage stands in one of its last events, where it is told at all.
+_LAST_EVENTS = 8
+_FIRST_EVENTS = 4
+_MOST_CANDIDATES = 64
 # Where an object says its usage and its id, where its choices are, and why one of them ended.
 _PLACES: dict[Dialect, tuple[str, str, str | None, str]] = {
     Dialect.OPENAI: ("usage", "id", "choices", "finish_reason"),
@@ -37,10 +43,11 @@ _DETAILS = frozenset(
     )
 )
 _DECODER = json.JSONDecoder()
+_BETWEEN = re.compile(r"[\s,]*")  # the objects of a list
 _KEYS = {
-    Dialect.OPENAI: re.compile(rb'"usage"\s*:\s*(?=\{)'),
-    Dialect.ANTHROPIC: re.compile(rb'"usage"\s*:\s*(?=\{)'),
-    Dialect.GEMINI: re.compile(rb'"usageMetadata"\s*:\s*(?=\{)'),
+    Dialect.OPENAI: re.compile(rb'"usage"\s*:\s*\{'),
+    Dialect.ANTHROPIC: re.compile(rb'"usage"\s*:\s*\{'),
+    Dialect.GEMINI: re.compile(rb'"usageMetadata"\s*:\s*\{'),
 }
 _ID = {
     Dialect.OPENAI: re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"'),
@@ -70,46 +77,18 @@ class Told:
 NOTHING_TOLD = Told(Usage())
 
 
-def told_in(dialect: Dialect, answer: bytes) -> Told:
-    """What an answer says, whole or cut."""
+def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False) -> Told:
+    """What an answer says, whole or cut. `omitted`: its middle is missing; its last `TAIL_BYTES`
+    are in one piece."""
     if len(answer) <= _PARSED_BYTES and answer.startswith(b"{"):
         try:
-            told = _told_by_object(dialect, orjson.loads(answer))
+            return _told_by_object(dialect, orjson.loads(answer))
         except orjson.JSONDecodeError:  # cut off
-            told = None
-        if told is not None:
-            return told
-    return told_by(dialect, answer[:HEAD_BYTES], answer[-TAIL_BYTES:])
-
-
-def _told_by_object(dialect: Dialect, whole: dict[str, Any]) -> Told | None:
-    """None where the usage is not at its usual place: it is searched for then."""
-    usage_key, id_key, choices_key, finish_key = _PLACES[dialect]
-    raw, identity = whole.get(usage_key), whole.get(id_key)
-    if type(raw) is not dict:
-        return None
+            pass
+    raw = _usage_in(dialect, answer, omitted)
+    identity = _ID[dialect].search(answer, 0, HEAD_BYTES)
     finish = None
-    if choices_key is None:
-        finish = whole.get(finish_key)
-    elif type(choices := whole.get(choices_key)) is list and choices:
-        last = choices[-1]
-        finish = last.get(finish_key) if type(last) is dict else None
-    return Told(
-        usage_of(dialect, raw),
-        finish if type(finish) is str and len(finish) <= _LONGEST_REASON else None,
-        identity if type(identity) is str and len(identity) <= _LONGEST_ID else None,
-    )
-
-
-def told_by(dialect: Dialect, head: bytes, tail: bytes) -> Told:
-    """What is in the first and the last bytes of an answer; both are all of a short one."""
-    raw = _usage_in(dialect, tail, last=True)
-    if dialect is Dialect.ANTHROPIC:
-        # The input is told in the first event of a stream, the output in the last.
-        raw = {**(_usage_in(dialect, head, last=False) or {}), **(raw or {})} or None
-    identity = _ID[dialect].search(head)
-    finish = None
-    for finish in _FINISH[dialect].finditer(tail):  # noqa: B007 -- the last one counts
+    for finish in _FINISH[dialect].finditer(answer, max(0, len(answer) - TAIL_BYTES)):  # noqa: B007 -- the last one counts
         pass
     return Told(
         usage=Usage() if raw is None else usage_of(dialect, raw),
@@ -118,18 +97,124 @@ def told_by(dialect: Dialect, head: bytes, tail: bytes) -> Told:
     )
 
 
-def _usage_in(dialect: Dialect, data: bytes, *, last: bool) -> dict[str, Any] | None:
-    """The first or the last object under the dialect's key that is whole."""
-    places = [found.end() for found in _KEYS[dialect].finditer(data)]
-    for place in reversed(places) if last else places:
-        text = data[place : place + _LONGEST_OBJECT].decode("utf-8", "replace")
+def _told_by_object(dialect: Dialect, whole: dict[str, Any]) -> Told:
+    usage_key, id_key, choices_key, finish_key = _PLACES[dialect]
+    raw, identity = whole.get(usage_key), whole.get(id_key)
+    finish = None
+    if choices_key is None:
+        finish = whole.get(finish_key)
+    elif type(choices := whole.get(choices_key)) is list and choices:
+        last = choices[-1]
+        finish = last.get(finish_key) if type(last) is dict else None
+    return Told(
+        usage_of(dialect, raw) if type(raw) is dict else Usage(),
+        finish if type(finish) is str and len(finish) <= _LONGEST_REASON else None,
+        identity if type(identity) is str and len(identity) <= _LONGEST_ID else None,
+    )
+
+
+def _usage_in(dialect: Dialect, answer: bytes, omitted: bool) -> dict[str, Any] | None:
+    start = answer[:HEAD_BYTES].lstrip()[:1]
+    if start == b"{":
+        return _of_outermost(dialect, answer[-TAIL_BYTES:])
+    if start == b"[":
+        tail = answer[-TAIL_BYTES:].rstrip()
+        found = _of_outermost(dialect, tail[:-1]) if tail.endswith(b"]") else None
+        return _of_list(dialect, answer) if found is None and not omitted else found
+    floor = answer.find(b"\n", len(answer) - TAIL_BYTES) if omitted else 0
+    raw = None
+    for event in last_events(answer, max(0, floor)):
+        if (raw := _of_event(dialect, event)) is not None:
+            break
+    if dialect is Dialect.ANTHROPIC:
+        # The input is told in the first event of a stream, the output in the last.
+        begun = _of_start(answer)
+        return None if begun is raw is None else {**(begun or {}), **(raw or {})}
+    return raw
+
+
+def _of_outermost(dialect: Dialect, tail: bytes) -> dict[str, Any] | None:
+    """The usage of an object that has come to its end, of which these are the last bytes.
+
+    What follows a key closes as many objects and lists as the key is in. So only of a key of the
+    outermost object the rest is an object once more when a brace is put before it.
+    """
+    key = _PLACES[dialect][0]
+    places = [found.start() for found in _KEYS[dialect].finditer(tail)]
+    for place in reversed(places[-_MOST_CANDIDATES:]):
         try:
-            value, _ = _DECODER.raw_decode(text)
-        except (ValueError, RecursionError):
-            continue  # cut off
-        if isinstance(value, dict):
-            return value
+            found = orjson.loads(b"{" + tail[place:])[key]
+        except orjson.JSONDecodeError:
+            continue
+        if type(found) is dict:
+            return found
     return None
+
+
+def _of_list(dialect: Dialect, answer: bytes) -> dict[str, Any] | None:
+    """The last usage that a whole object of a list tells; the list may be cut."""
+    if len(answer) > _LONGEST_LIST_BYTES:
+        return None
+    text = answer.decode("utf-8", "replace")
+    place, raw = text.index("[") + 1, None
+    while (gap := _BETWEEN.match(text, place)) is not None:
+        try:
+            value, place = _DECODER.raw_decode(text, gap.end())
+        except (ValueError, RecursionError):
+            break
+        if type(value) is dict and type(told := value.get(_PLACES[dialect][0])) is dict:
+            raw = told
+    return raw
+
+
+def last_events(answer: bytes, floor: int = 0) -> Iterator[Any]:
+    """The last events of a stream that hold a usage, each parsed, the last one first.
+
+    Inside of JSON line ends are escaped, so a line that begins with `data:` is one of the stream.
+    """
+    end = len(answer)
+    for _ in range(_LAST_EVENTS):
+        place = answer.rfind(b"\ndata:", floor, end)
+        begin = place + 6
+        if place < 0:
+            if floor or not answer.startswith(b"data:"):
+                return
+            begin = 5
+        line_end = answer.find(b"\n", begin)
+        line = answer[begin : line_end if line_end >= 0 else len(answer)]
+        if b'"usage' in line:
+            with suppress(orjson.JSONDecodeError):  # cut off
+                yield orjson.loads(line)
+        if place < 0:
+            return
+        end = place
+
+
+def _of_start(answer: bytes) -> dict[str, Any] | None:
+    """The usage that `message_start` tells, among the first events of a stream."""
+    for line in answer[:TAIL_BYTES].split(b"\n", 4 * _FIRST_EVENTS):
+        if line.startswith(b"data:") and b'"message_start"' in line:
+            try:
+                message = _part(orjson.loads(line[5:]), "message")
+            except (orjson.JSONDecodeError, AttributeError):
+                return None
+            return _part(message, "usage") or None
+    return None
+
+
+def _of_event(dialect: Dialect, event: Any) -> dict[str, Any] | None:
+    """The usage of one event of a stream, at the places where providers tell it."""
+    if type(event) is not dict:
+        return None
+    if dialect is Dialect.GEMINI:
+        return _part(event, "usageMetadata") or None
+    if dialect is Dialect.ANTHROPIC:
+        return _part(event, "usage") or None
+    if found := _part(event, "usage") or _part(_part(event, "response"), "usage"):
+        return found
+    choices = event.get("choices")  # Groq's place, and Moonshot's
+    last = choices[-1] if type(choices) is list and choices else None
+    return _part(_part(event, "x_groq"), "usage") or _part(last, "usage") or None
 
 
 def pictures_in(dialect: Dialect, body: bytes) -> int:
@@ -192,17 +277,19 @@ def _anthropic(raw: Mapping[str, Any]) -> Usage:
     return Usage(taken, given, None, cached, total)
 
 
-def _part(raw: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
-    for name in names:
-        value = raw.get(name)
-        if type(value) is dict:
-            return value
+def _part(raw: Any, *names: str) -> dict[str, Any]:
+    """The first of these members that is an object; empty where there is none."""
+    if type(raw) is dict:
+        for name in names:
+            value = raw.get(name)
+            if type(value) is dict:
+                return value
     return {}
 
 
 def _count(raw: Mapping[str, Any], *names: str) -> int | None:
     for name in names:
         value = raw.get(name)
-        if type(value) is int and value >= 0:
+        if type(value) is int and 0 <= value <= _MOST_TOKENS:
             return value
     return None

@@ -242,15 +242,16 @@ class Work:
             )
         if permit is None:
             return
-        permit.settle(outcome, tokens=demand.used(life.told.usage, whole=whole), images=images)
-        demands.learn(demand, life.told.usage, whole=whole)
+        told, charged = life.told.usage, life.charge.usage
+        permit.settle(outcome, tokens=demand.used(told, charged, whole=whole), images=images)
+        demands.learn(demand, told, charged, whole=whole)
 
     async def _exchange(self, target: Target, demand: Demand) -> None:
         relay = self._relay
         hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
         try:
             body = body_for(self._call, self._body, target, ask_usage=hides)
-            exchange = await relay.open(self._call, target, body)
+            exchange = await relay.open(self._call, target, body, self._note_sent)
             try:
                 if exchange.status >= 300:
                     raise await refusal_of(exchange, target)
@@ -261,6 +262,9 @@ class Work:
                     await asyncio.sleep(0)
         except UpstreamError as error:
             raise CallFailed(error, target) from None
+
+    def _note_sent(self) -> None:
+        self._life.sent = True
 
     async def _pass_on(
         self, exchange: Exchange, target: Target, demand: Demand, hides_usage: bool

@@ -193,7 +193,9 @@ async def test_a_client_that_leaves_before_the_first_byte_closes_the_call(
     audit = await gateway.audit(request_id)
     assert (audit["status"], audit["failure"]["code"]) == ("cancelled", "client_left")
     assert audit["response"]["text"] == ""
-    assert audit["total_tokens"] is audit["input_tokens"] is audit["output_tokens"] is None
+    # Its request went out: the input is charged as it was estimated.
+    assert (audit["usage_state"], audit["total_tokens"]) == ("estimated", None)
+    assert (audit["input_tokens"], audit["output_tokens"]) == (4, 0)
 
 
 async def test_what_was_streamed_before_the_client_left_is_kept_with_its_usage(

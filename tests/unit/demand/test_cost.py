@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tidegate.call import Usage, UsageState
-from tidegate.demand.cost import Prices, Rates, charge_of, cost_micros, estimated_charge
+from tidegate.demand.cost import (
+    Prices,
+    Rates,
+    came_tokens,
+    charge_of,
+    cost_micros,
+    cut_charge,
+    estimated_charge,
+)
 from tidegate.demand.estimator import Estimator
 from tidegate.demand.pieces import pieces_of_text
 from tidegate.policy.upstreams import Price, Upstream
@@ -64,12 +72,26 @@ def test_the_state_says_how_far_it_is_known() -> None:
     assert (alone.state, alone.cost_micros) == (UsageState.UNKNOWN, 78_000)
 
 
-def test_an_estimate_is_of_what_came_and_never_more_than_was_reserved() -> None:
-    estimate = Estimator().of_pieces(
-        "m", "text_only", pieces_of_text("x" * 400), max_output_tokens=50
-    )
-    little = estimated_charge(Rates.of(FLASH), estimate, "y" * 40)
-    assert (little.state, little.usage.output_tokens) == (UsageState.ESTIMATED, 10)
-    assert little.usage.input_tokens == estimate.expected_input_tokens
-    much = estimated_charge(Rates.of(FLASH), estimate, "y" * 100_000)
-    assert much.usage.output_tokens == estimate.output_tokens == 50
+def test_what_came_is_charged_whatever_was_reserved_or_learned() -> None:
+    estimator = Estimator()
+    pieces = pieces_of_text("x" * 400)
+    for _ in range(200):
+        estimate = estimator.of_pieces("m", "text_only", pieces)
+        estimator.learn(estimate, Usage(input_tokens=2, output_tokens=1))
+    estimate = estimator.of_pieces("m", "text_only", pieces, max_output_tokens=50)
+    assert (estimate.expected_input_tokens, estimate.output_tokens) < (50, 50)
+    charge = estimated_charge(Rates.of(FLASH), estimate, came_tokens("y" * 100_000))
+    assert charge.state is UsageState.ESTIMATED
+    assert charge.usage == Usage(100, 25_000)
+    nothing = estimated_charge(Rates.of(FLASH), estimate, 0)
+    assert (nothing.usage, nothing.cost_micros) == (Usage(100, 0), 30)
+
+
+def test_a_cut_answer_is_charged_for_what_came_where_less_was_told() -> None:
+    estimate = Estimator().of_pieces("m", "text_only", pieces_of_text("x" * 400))
+    rates = Rates.of(FLASH)
+    told = Usage(90, 10, 5, 40, 105)
+    assert cut_charge(rates, told, estimate, 30, None).usage == told
+    more = cut_charge(rates, told, estimate, 31, None)
+    assert (more.state, more.usage) == (UsageState.PARTIAL, Usage(90, 26, 5, 40))
+    assert cut_charge(rates, Usage(output_tokens=3), estimate, 9, None).usage == Usage(100, 9)

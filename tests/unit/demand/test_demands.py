@@ -105,6 +105,34 @@ def test_a_whole_answer_teaches_both_sides_and_a_cut_one_its_input() -> None:
     }
 
 
+def test_more_than_was_reserved_is_settled_and_teaches() -> None:
+    demands = Demands()
+    asked = demands.of(call(), POLICY)
+    came = Usage(input_tokens=100, output_tokens=50_000)
+    assert asked.used(Usage(), came, whole=False) == Tokens(reserved(asked).input, 50_000)
+    told = Usage(input_tokens=90, output_tokens=1)
+    assert asked.used(told, came, whole=False) == Tokens(90, 50_000)
+    demands.learn(asked, Usage(), came, whole=False)
+    assert reserved(demands.of(call(), POLICY)).output > 3 * reserved(asked).output
+
+
+def test_nobody_teaches_a_reservation_below_the_first_guess_nor_that_of_another() -> None:
+    demands = Demands()
+    before = reserved(demands.of(call(tenant_id="other"), POLICY))
+    for _ in range(300):
+        demands.learn(demands.of(call(tenant_id="acme"), POLICY), Usage(1, 1), whole=True)
+    assert reserved(demands.of(call(tenant_id="other"), POLICY)) == before
+    taught = reserved(demands.of(call(tenant_id="acme"), POLICY))
+    assert (taught.input, taught.output) == (100, 800)
+    bounded = demands.of_native(
+        *("m", "text_only", {Modality.LATIN: 100.0}, POLICY),
+        tenant="acme",
+        priority=0,
+        max_output_tokens=20,
+    )
+    assert reserved(bounded) == Tokens(100, 20)
+
+
 def native(demands: Demands, policy: PoolPolicy) -> Demand:
     pieces = {Modality.LATIN: 100.0}
     return demands.of_native("m", "text_only", pieces, policy, tenant="acme", priority=0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.demand.pictures import png
 from tidegate.call import Media, Usage
 from tidegate.demand import Estimate, Estimator, Learned, tokens_of
-from tidegate.demand.estimator import MOST_TRACKS
+from tidegate.demand.estimator import MOST_TRACKS, MOST_TRACKS_OF_A_TENANT
 from tidegate.demand.pieces import Modality, pieces_of
 from tidegate.demand.track import REMEMBERED
 
@@ -255,14 +255,18 @@ def test_spoilt_lessons_are_refused_and_change_nothing() -> None:
 
 def test_its_size_is_bounded() -> None:
     estimator = Estimator()
-    for number in range(3 * MOST_TRACKS):
+    for number in range(2 * MOST_TRACKS_OF_A_TENANT):
         estimate = estimator.estimate(f"m{number}", "text_only", "hi")
+        estimator.learn(estimate, Usage(input_tokens=5, output_tokens=5))
+    assert len(estimator.error()) == MOST_TRACKS_OF_A_TENANT
+    for number in range(MOST_TRACKS):
+        estimate = estimator.estimate("m", "text_only", "hi", tenant=f"t{number}")
         estimator.learn(estimate, Usage(input_tokens=5, output_tokens=5))
     assert len(estimator.error()) == MOST_TRACKS
     for _ in range(5 * REMEMBERED):
         estimate = estimator.estimate("m", "text_only", "hi")
         estimator.learn(estimate, Usage(input_tokens=5))
-    exported = next(one for one in estimator.export() if one["model"] == "m")
+    exported = next(one for one in estimator.export() if one["tenant"] == "default")
     assert len(exported["surprises"]) == len(exported["short"]) == REMEMBERED
 
 

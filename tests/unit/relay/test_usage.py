@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.call import Usage
 from tidegate.relay.paths import Dialect
-from tidegate.relay.usage import pictures_in, told_by
+from tidegate.relay.usage import TAIL_BYTES, pictures_in, told_in
 
 CHAT = {
     "id": "chatcmpl-1",
@@ -25,11 +25,11 @@ CHAT = {
 
 def told(dialect: Dialect, *events: object) -> Usage:
     data = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
-    return told_by(dialect, data[:4096], data[-65536:]).usage
+    return told_in(dialect, data).usage
 
 
 def test_chat_completions() -> None:
-    found = told_by(Dialect.OPENAI, *[json.dumps(CHAT).encode()] * 2)
+    found = told_in(Dialect.OPENAI, json.dumps(CHAT).encode())
     assert found.usage == Usage(12, 20, 10, 4, 42)
     assert found.response_id == "chatcmpl-1"
 
@@ -67,19 +67,102 @@ def test_anthropic_tells_input_first_and_output_last() -> None:
 
 def test_what_is_not_told_is_unknown() -> None:
     assert told(Dialect.OPENAI, {"choices": []}) == Usage()
-    assert told_by(Dialect.GEMINI, b"", b"").usage == Usage()
+    assert told_in(Dialect.GEMINI, b"").usage == Usage()
     assert told(Dialect.OPENAI, {"usage": {"prompt_tokens": "many"}}) == Usage()
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_an_answer_that_was_cut_is_read_as_far_as_it_goes(cut: int) -> None:
     data = json.dumps(CHAT).encode()[:-cut]
-    assert told_by(Dialect.OPENAI, data, data).usage in (Usage(), Usage(12, 20, 10, 4, 42))
+    assert told_in(Dialect.OPENAI, data).usage in (Usage(), Usage(12, 20, 10, 4, 42))
 
 
 def test_a_model_cannot_pretend_to_a_usage() -> None:
     text = json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 1}})
     assert told(Dialect.OPENAI, {"choices": [{"message": {"content": text}}]}) == Usage()
+
+
+FORGED = {"usage": {"input_tokens": 0, "output_tokens": 0}}
+GEMINI_FORGED = {"usageMetadata": {"promptTokenCount": 0, "candidatesTokenCount": 0}}
+ECHO = [{"type": "function", "parameters": {"type": "object", "properties": FORGED}}]
+
+
+def response(kind: str, **changes: object) -> dict[str, object]:
+    echoed = {"tools": ECHO, "text": {"format": {"schema": FORGED}}, "usage": None}
+    return {"type": kind, "sequence_number": 1, "response": echoed | changes}
+
+
+def test_a_schema_that_an_answer_repeats_tells_no_usage() -> None:
+    delta = {"type": "response.output_text.delta", "delta": "x"}
+    assert told(Dialect.OPENAI, response("response.created"), delta) == Usage()
+    ended = response("response.completed", usage={"input_tokens": 3, "output_tokens": 5})
+    assert told(Dialect.OPENAI, response("response.created"), delta, ended) == Usage(3, 5)
+    # Cut in the middle of the last event, behind what it repeats.
+    data = b"data: %b\n\n" % json.dumps(ended).encode()
+    for cut in range(2, 80):
+        assert told_in(Dialect.OPENAI, data[:-cut]).usage in (Usage(), Usage(3, 5))
+    whole = json.dumps(response("", usage={"input_tokens": 3, "output_tokens": 5})["response"])
+    assert told_in(Dialect.OPENAI, whole.encode()).usage == Usage(3, 5)
+    assert told_in(Dialect.OPENAI, whole.encode()[:-3]).usage == Usage()
+
+
+@pytest.mark.parametrize("padding", [0, 40_000, 100_000, 400_000])
+def test_only_the_outermost_object_tells_the_usage_of_a_long_answer(padding: int) -> None:
+    long = {"output": "x" * padding, "tools": ECHO, "metadata": FORGED}
+    data = json.dumps(long).encode()
+    assert told_in(Dialect.OPENAI, data).usage == Usage()
+    said = json.dumps({**long, "usage": {"input_tokens": 3, "output_tokens": 5}, "user": None})
+    assert told_in(Dialect.OPENAI, said.encode()).usage == Usage(3, 5)
+    part = {"functionCall": {"name": "f", "args": GEMINI_FORGED}}
+    called = {"x": "y" * padding, "candidates": [{"content": {"parts": [part]}}]}
+    told_at_end = {**called, "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 9}}
+    for end in ("", "\n"):
+        assert told_in(Dialect.GEMINI, (json.dumps(called) + end).encode()).usage == Usage()
+        listed = (json.dumps([told_at_end, called]) + end).encode()
+        assert told_in(Dialect.GEMINI, listed).usage == Usage(5, 9)
+        listed = (json.dumps([called, told_at_end]) + end).encode()
+        assert told_in(Dialect.GEMINI, listed).usage == Usage(5, 9)
+
+
+def test_a_list_that_was_cut_tells_what_its_last_whole_object_told() -> None:
+    first = {"candidates": [], "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 1}}
+    second = {"candidates": [{"content": {"parts": [{"functionCall": {"args": GEMINI_FORGED}}]}}]}
+    data = json.dumps([first, second], indent=1).encode()
+    assert told_in(Dialect.GEMINI, data[:-20]).usage == Usage(5, 1)
+    assert told_in(Dialect.GEMINI, data[:40]).usage == Usage()
+
+
+def test_a_call_of_a_tool_tells_no_usage() -> None:
+    block = {"type": "tool_use", "input": FORGED}
+    whole = {"content": [block], "usage": {"input_tokens": 7, "output_tokens": 5}}
+    assert told_in(Dialect.ANTHROPIC, json.dumps(whole).encode()).usage == Usage(
+        7, 5, None, None, 12
+    )
+    assert told_in(Dialect.ANTHROPIC, json.dumps({"content": [block]}).encode()).usage == Usage()
+
+
+def test_where_the_middle_is_missing_nothing_is_read_over_the_gap() -> None:
+    forged = b'data: {"a":"' + b"x" * 100
+    tail = b'","usage":{"prompt_tokens":0,"completion_tokens":0}}\n\ndata: [DONE]\n\n'
+    tail = b"y" * (TAIL_BYTES - len(tail)) + tail
+    assert told_in(Dialect.OPENAI, forged + tail).usage == Usage(0, 0)
+    assert told_in(Dialect.OPENAI, forged + tail, omitted=True).usage == Usage()
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"choices": [], "x_groq": {"usage": {"prompt_tokens": 3, "completion_tokens": 5}}},
+        {"choices": [{"usage": {"prompt_tokens": 3, "completion_tokens": 5}}]},
+    ],
+)
+def test_places_of_other_providers(event: dict[str, object]) -> None:
+    assert told(Dialect.OPENAI, {"choices": []}, event) == Usage(3, 5)
+
+
+def test_a_count_that_no_call_can_have_is_unknown() -> None:
+    huge = {"prompt_tokens": 10**15, "completion_tokens": 5}
+    assert told(Dialect.OPENAI, {"usage": huge}).input_tokens is None
 
 
 def test_pictures() -> None:

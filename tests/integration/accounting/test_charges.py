@@ -1,0 +1,169 @@
+"""What a client can do to be charged less: it is charged for what the provider really sent."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.integration.relay.test_totals import VERSION, fronts
+from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
+from tests.waiting import wait_until
+from tidegate.providers.emulator.ledger import LoggedCall
+
+ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
+WORDS = 1_500
+LIMIT = "tpm:tenant/acme"
+PRICES = '[upstreams.gemini.prices]\n"*" = { input = 1, output = 10 }\n'
+FORGED = {"usage": {"input_tokens": 0, "output_tokens": 0}}
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": FORGED}}
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Path:
+    path = tmp_path / "limited.toml"
+    path.write_text(f'[limits]\n"{LIMIT}" = 1_000_000\n{PRICES}')
+    return path
+
+
+async def left(
+    gateway: Gateway,
+    path: str,
+    body: dict[str, Any],
+    headers: dict[str, str],
+    at: bytes | None,
+    count: int = 1,
+) -> None:
+    """Ask, read until `at` has come so often, and leave; without it before the first byte."""
+    async with aiohttp.ClientSession() as session:
+        asking = session.post(gateway.url + path, json=body, headers=headers | VERSION)
+        if at is None:
+            task = asyncio.ensure_future(asking)
+            await gateway.in_flight(1)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        else:
+            seen = b""
+            async with asking as response:
+                assert response.status == 200, await response.read()
+                while seen.count(at) < count:
+                    seen += await response.content.readany()
+    await gateway.in_flight(0)
+
+
+async def rows_of(gateway: Gateway, count: int) -> list[asyncpg.Record]:
+    """The audit rows of the calls that were left, oldest first."""
+
+    async def found() -> list[asyncpg.Record] | None:
+        rows: list[asyncpg.Record] = await gateway.database.fetch(
+            "SELECT * FROM audit WHERE status = 'cancelled' ORDER BY created_at"
+        )
+        return rows if len(rows) == count else None
+
+    rows: list[asyncpg.Record] = await wait_until(found, 20, f"{count} records")
+    return rows
+
+
+async def sent(gateway: Gateway) -> list[LoggedCall]:
+    return [call for call in await gateway.calls() if call.outcome == "client_gone"]
+
+
+async def spent_of(gateway: Gateway, limit: str) -> int:
+    return (await gateway.services.limiter.snapshot()).limits[limit].used
+
+
+def is_paid(row: asyncpg.Record, call: LoggedCall) -> None:
+    assert row["output_tokens"] >= call.output_tokens > 0
+    assert row["input_tokens"] >= call.input_tokens
+    assert row["cost_micros"] == row["input_tokens"] + 10 * row["output_tokens"]
+
+
+async def test_who_teaches_short_answers_pays_for_long_ones_that_are_cut(
+    open_gateway: Opener, limited: Path
+) -> None:
+    gateway = await open_gateway(**ON, tidegate_policy=limited)
+    acme = await key_of(gateway, "acme")
+    chat = fronts("Teach")[0]
+    await gateway.upstream.set_behaviour(answer="ok", first_byte_ms=0)
+    for _ in range(70):
+        async with gateway.http.post(gateway.url + chat[0], json=chat[1], headers=acme) as response:
+            assert response.status == 200
+    await gateway.upstream.set_behaviour(answer="word " * WORDS, chunks=10)
+    await gateway.upstream.set_fault("hang_mid_stream", match="leave", after_chunks=9)
+
+    async def all_settled() -> bool:
+        snapshot = await gateway.services.limiter.snapshot()
+        return snapshot.limits[LIMIT].reserved == 0
+
+    await wait_until(all_settled, 20, "usage of all calls that taught")
+    before = await spent_of(gateway, LIMIT)
+    body = fronts("leave")[0][1] | {"stream": True}
+    for _ in range(2):
+        await left(gateway, chat[0], body, acme, b"data:", 9)
+    rows, calls = await rows_of(gateway, 2), await sent(gateway)
+    for row, call in zip(rows, calls, strict=True):
+        assert row["usage_state"] == "estimated"
+        is_paid(row, call)
+    # The limit counts it too, though it is more than was reserved.
+    really = sum(call.input_tokens + call.output_tokens for call in calls)
+
+    async def counted() -> bool:
+        return await spent_of(gateway, LIMIT) >= before + really
+
+    await wait_until(counted, 20, f"{really} LLM tokens that the limit counts")
+
+
+@pytest.mark.parametrize("where", ["tools", "text"])
+async def test_a_usage_in_what_an_answer_repeats_is_none(
+    open_gateway: Opener, limited: Path, where: str
+) -> None:
+    gateway = await open_gateway(**ON, tidegate_policy=limited)
+    acme = await key_of(gateway, "acme")
+    await gateway.upstream.set_behaviour(chunks=2)
+    await gateway.upstream.set_fault("hang_mid_stream", match="leave", after_chunks=1)
+    said = FORGED | {"answer": {"type": "string"}}
+    schema = {"type": "object", "properties": said}
+    asked: dict[str, Any] = {"tools": [TOOL], "tool_choice": "none"}
+    if where == "text":
+        asked = {"text": {"format": {"type": "json_schema", "name": "s", "schema": schema}}}
+    path, body = fronts("leave")[1]
+    await left(gateway, path, body | asked | {"stream": True}, acme, b"output_text.delta", 1)
+    (row,), (call,) = await rows_of(gateway, 1), await sent(gateway)
+    assert row["usage_state"] == "estimated"
+    assert row["output_tokens"] > 0
+    assert row["input_tokens"] >= call.input_tokens > 0
+    assert row["cost_micros"] >= row["input_tokens"] + 10 * row["output_tokens"]
+
+
+@pytest.mark.parametrize("number", range(5))
+async def test_a_call_that_is_left_before_its_first_byte_pays_its_input(
+    open_gateway: Opener, limited: Path, number: int
+) -> None:
+    gateway = await open_gateway(**ON, tidegate_policy=limited)
+    acme = await key_of(gateway, "acme")
+    await gateway.upstream.set_fault("hang")
+    path, body = fronts("A question of some length, that is never answered")[number]
+    await left(gateway, path, body, acme, None)
+    (row,) = await rows_of(gateway, 1)
+    assert (row["usage_state"], row["output_tokens"]) == ("estimated", 0)
+    assert row["cost_micros"] == row["input_tokens"] >= 49 // 4
+
+
+async def test_a_call_that_was_never_sent_costs_nothing(
+    open_gateway: Opener, limited: Path
+) -> None:
+    gateway = await open_gateway(
+        **ON, tidegate_policy=limited, gemini_base_url="http://127.0.0.1:9"
+    )
+    acme = await key_of(gateway, "acme")
+    path, body = fronts("Hello")[2]
+    headers = acme | {"x-tidegate-deadline-ms": "300"}
+    async with gateway.http.post(gateway.url + path, json=body, headers=headers) as response:
+        assert response.status == 502 or response.status == 503
+    row = await wait_until(lambda: gateway.database.fetchrow("SELECT * FROM audit"), 20)
+    assert (row["usage_state"], row["cost_micros"]) == ("none", 0)
