@@ -7,7 +7,6 @@ here knows never makes a request wrong; the body itself is passed on as it came.
 
 from __future__ import annotations
 
-import json
 import re
 from base64 import b64decode
 from binascii import Error as NotBase64
@@ -21,6 +20,7 @@ from tidegate.call import Kind
 from tidegate.demand.pieces import Modality, pieces_of_file, pieces_of_text, unseen_file
 from tidegate.errors import InvalidRequest, PayloadTooLarge
 from tidegate.relay.paths import Dialect, Endpoint, Operation
+from tidegate.relay.spelling import check_ends, check_spelling
 
 # Enough to find a picture's size in, and a multiple of 4 characters.
 _HEAD_CHARS = 65_536
@@ -87,32 +87,11 @@ def parsed(body: bytes) -> dict[str, Any]:
     return value
 
 
-def check_one_model(body: bytes) -> None:
-    """Raises InvalidRequest where a body names its model twice, or in another case too.
-
-    Which of them counts is not the same for all JSON parsers: an upstream could run another model
-    than the one that was let in.
-    """
-    # The pattern is right, and slow: most bodies are done with one copy and one count.
-    if b"\\u00" not in body and body.lower().count(b'model"') < 2:
-        return
-    if len(NAMES_MODEL.findall(body)) < 2:
-        return
-    outermost: list[str] = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        outermost[:] = [name for name, _ in pairs]  # objects end from the inside out
-
-    try:
-        json.loads(body, object_pairs_hook=note, parse_int=len, parse_float=len)
-    except (ValueError, RecursionError):
-        raise InvalidRequest("body", "the body is nested too deeply") from None
-    if sum(name.lower() == "model" for name in outermost) > 1:
-        raise InvalidRequest("model", "model is named more than once", allowed="one model")
-
-
 def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
-    """What a request asks for. Raises InvalidRequest where it names no model."""
+    """What a request asks for. Raises InvalidRequest where it names no model, or what can't be held
+    to it."""
+    check_spelling(body)
+    check_ends(body)
     model = body.get("model") if endpoint.model is None else endpoint.model
     if not isinstance(model, str) or not 1 <= len(model) <= 200:
         wrong = "model is missing" if model is None else "model is not the name of a model"

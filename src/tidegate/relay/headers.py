@@ -30,6 +30,8 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
         # Some servers take these for the method or the path that is really meant.
         *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
         *(b"x-original-url", b"x-rewrite-url"),
+        # Some begin work for them that goes on after their answer, under no permit.
+        *(b"prefer", b"x-dashscope-async"),
     )
 )
 _NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")

@@ -25,7 +25,7 @@ from tidegate.errors import (
 from tidegate.limiter import Limiter
 from tidegate.limiter.demand import Demand as Wanted
 from tidegate.providers.relay import Exchange, RelayWire
-from tidegate.relay.asked import Asked, asked_of, check_one_model, parsed
+from tidegate.relay.asked import Asked, asked_of, parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import with_key
 from tidegate.relay.health import Health, RetryBudget, Suspect, can_be_provoked
@@ -33,6 +33,7 @@ from tidegate.relay.models import Models, is_plain
 from tidegate.relay.paths import Dialect, Operation
 from tidegate.relay.permission import check_model
 from tidegate.relay.remaining import Remaining
+from tidegate.relay.spelling import check_said_once
 from tidegate.relay.targets import Target, Targets
 from tidegate.relay.work import Begun, Work
 from tidegate.telemetry import Log, get_logger
@@ -88,8 +89,7 @@ class Relay:
         if call.endpoint.is_counted or call.body:
             body = parsed(call.body)
             asked = asked_of(call.endpoint, body)
-            if call.endpoint.model is None:
-                check_one_model(call.body)
+            check_said_once(call.body, body)
             check_model(call.caller, asked.model)
             life.model, life.streams = asked.model, asked.streams
             life.kind = asked.kind if call.endpoint.is_counted else None

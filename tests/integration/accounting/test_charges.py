@@ -12,7 +12,7 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.relay.test_totals import VERSION, fronts
-from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
+from tests.integration.tenants.asking import ADMIN_TOKEN, ask, key_of
 from tests.waiting import wait_until
 from tidegate.providers.emulator.ledger import LoggedCall
 
@@ -167,3 +167,19 @@ async def test_a_call_that_was_never_sent_costs_nothing(
         assert response.status == 502 or response.status == 503
     row = await wait_until(lambda: gateway.database.fetchrow("SELECT * FROM audit"), 20)
     assert (row["usage_state"], row["cost_micros"]) == ("none", 0)
+
+
+async def test_work_that_would_go_on_after_its_answer_is_not_begun(
+    open_gateway: Opener, limited: Path
+) -> None:
+    gateway = await open_gateway(**ON, tidegate_policy=limited)
+    acme = await key_of(gateway, "acme")
+    path, body = fronts("Work on")[1]
+    asked = body | {"background": True}
+    async with gateway.http.post(gateway.url + path, json=asked, headers=acme) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["param"]) == (400, "background")
+        assert "goes on after its answer" in error["message"]
+    status, problem = await ask(gateway, "POST", "/submit", acme, {"endpoint": path, "body": asked})
+    assert (status, problem["field"]) == (400, "background")
+    assert await gateway.calls() == []

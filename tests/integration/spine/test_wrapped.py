@@ -61,6 +61,7 @@ async def test_what_the_provider_refuses_fails_the_job(open_gateway: Opener) -> 
     ("body", "field"),
     [
         ({"endpoint": "/v1/chat/completions", "body": chat("x", stream=True)}, "body.stream"),
+        ({"endpoint": "/v1/responses", "body": chat("x", background=True)}, "background"),
         ({"endpoint": "/v1/nothing", "body": chat("x")}, "endpoint"),
         ({"endpoint": "/v1/messages/count_tokens", "body": chat("x")}, "endpoint"),
         ({"endpoint": f"/v1beta/models/{MODEL}:streamGenerateContent", "body": {}}, "endpoint"),
