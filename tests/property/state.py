@@ -13,6 +13,7 @@ import msgpack
 
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.model import PoolModel
+from tidegate.limiter.model.places import BEHIND
 from tidegate.limiter.model.state import BandState, Gate, LimitState, Queue
 
 # Every key of a pool with its type, what is left of its life, and all that is in it.
@@ -124,7 +125,7 @@ def _read(
         "past": {
             where: ahead
             for where, tags in family(zsets, "past:").items()
-            if (ahead := {t: tag for t, tag in tags.items() if tag > _virtual(bands, where)})
+            if (ahead := {t: n for t, n in tags.items() if n > _virtual(bands, where) - BEHIND})
         },
         "log": {name: [int(at) for at in times] for name, times in family(lists, "log:").items()},
         "rate": family(hashes, "rate:"),
@@ -276,5 +277,5 @@ def _past(band: BandState) -> dict[str, int]:
     return {
         tenant: tag
         for tenant, tag in band.tags.items()
-        if tenant not in band.lines and tag > band.virtual
+        if tenant not in band.lines and tag > band.virtual - BEHIND
     }

@@ -25,6 +25,7 @@ from tests.property.traffic import HARD_MS, Flow, Traffic, clients, kinds_of_flo
 from tests.property.world import Client, Pace, World
 from tidegate.limiter.entries import Waiter
 from tidegate.limiter.limits import Rate
+from tidegate.limiter.model.places import LONGEST
 
 STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "3000"))
 STEPS_PER_RUN = 60
@@ -59,7 +60,12 @@ class PoolMachine(Traffic):
     @initialize(
         strict=st.booleans(),
         shape=shapes(),
-        pace=st.builds(Pace, st.sampled_from([500, 500, 7]), st.sampled_from([8, 1, 2])),
+        pace=st.builds(
+            Pace,
+            st.sampled_from([500, 500, 7]),
+            st.sampled_from([8, 1, 2]),
+            st.sampled_from([LONGEST, LONGEST, 10**9]),
+        ),
         settled=st.sampled_from([True, True, True, False]),
         kinds=st.lists(kinds_of_flow, min_size=1, max_size=4),
     )

@@ -23,6 +23,7 @@ from tidegate.limiter.lease import Lease
 from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.model import PoolModel
+from tidegate.limiter.model.places import LONGEST
 from tidegate.limiter.observer import Observer
 from tidegate.limiter.scripts import ScriptName, fragment, load
 from tidegate.limiter.session import Session
@@ -37,11 +38,13 @@ Fate = Literal["ok", "reply lost", "request lost", "twice"]
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """After how many steps a script leaves the rest to the next, and after how many moves from
-    limit to limit a ticket is taken to starve: both seldom come to pass as they are."""
+    """After how many steps a script leaves the rest to the next, after how many moves from limit
+    to limit a ticket is taken to starve, and when virtual time begins again: all seldom come to
+    pass as they are."""
 
     at_once: int = 500
     starves: int = 8
+    longest: int = LONGEST
 
 
 @cache
@@ -60,6 +63,7 @@ def script_source(name: ScriptName, pace: Pace) -> bytes:
     for usual, ours in (
         (b"T.AT_ONCE = 500", b"T.AT_ONCE = %d" % pace.at_once),
         (b"T.STARVES = 8", b"T.STARVES = %d" % pace.starves),
+        (b"T.LONGEST = %d" % LONGEST, b"T.LONGEST = %d" % pace.longest),
     ):
         assert source.count(usual) == 1
         source = source.replace(usual, ours)
@@ -95,6 +99,7 @@ class World:
         self.pace = pace
         self.model = PoolModel()
         self.model.at_once, self.model.starves = pace.at_once, pace.starves
+        self.model.longest = pace.longest
         self.model.ahead_ms = lua_figure("hints", "AHEAD_MS")
         self.loop = asyncio.new_event_loop()
         self.clients: list[Client] = []

@@ -31,6 +31,7 @@ def compose(batch: Batch, wanting: Sequence[Flow], at_ms: float) -> dict[str, An
                 t.heir.hard_left_ms(at_ms),
                 number(t.heir.flow),
                 t.member,
+                t.outcome,
                 t.took_ms,
             )
             for t in batch.transfers

@@ -69,11 +69,13 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A permit passed on inside the process: what the server counts under `source` is `heir`'s."""
+    """A permit passed on inside the process: what the server counts under `source` is `heir`'s.
+    The call before ended by `outcome` after `took_ms`."""
 
     source: int
     heir: Holding
     member: str
+    outcome: int
     took_ms: int
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # What a call is taken to last before the first one of its flow has ended.
 FIRST_COST_MS = 1000.0
 _LEARN = 1 / 8
+# Of virtual time in a ms of use by a tenant of weight 1.
+UNITS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,9 @@ def amount_of(unit: Unit, tokens: Tokens | None, images: int | None) -> int | No
 
 class Flow:
     """See the module. `cost_ms` is how long its calls last, as far as is known; `hint` is set while
-    the server lets us pass permits on in it. `slack_ms` is how much later than admitted its calls
-    may be sent."""
+    the server lets us pass permits on in it, and `next_start` is then the virtual start of the
+    waiter after the last one that got one. `slack_ms` is how much later than admitted its calls may
+    be sent; `rest_ms` is what was rounded off the length of its last call."""
 
     __slots__ = (
         "band",
@@ -66,8 +69,10 @@ class Flow:
         "lane",
         "limits",
         "list",
+        "next_start",
         "plain",
         "rates",
+        "rest_ms",
         "revision",
         "slack_ms",
         "tenant",
@@ -86,6 +91,8 @@ class Flow:
         self.held = 0
         self.cost_ms = FIRST_COST_MS
         self.hint: Hint | None = None
+        self.next_start = 0
+        self.rest_ms = 0.0
         self.revision = -1
         self.list: tuple[Limit, ...] = ()
         self.rates = False
@@ -160,6 +167,13 @@ class Flow:
         else:
             self.cost_ms += (max(1.0, took_ms) - self.cost_ms) * _LEARN
 
+    def whole_ms(self, took_ms: float) -> int:
+        """How long a call lasted, in whole ms: what is rounded off counts for the next one."""
+        exact_ms = took_ms + self.rest_ms
+        whole_ms = max(1, round(exact_ms))
+        self.rest_ms = max(-1.0, exact_ms - whole_ms)
+        return whole_ms
+
     def first(self) -> Waiter | None:
         """The first waiter whose task has not been cancelled in this very moment."""
         for waiter in self.waiting.values():
@@ -167,12 +181,23 @@ class Flow:
                 return waiter
         return None
 
-    def next_by_hint(self) -> tuple[int, Waiter] | None:
-        """The first waiter that may be let in by a permit of ours, with its virtual start."""
+    def next_by_hint(self) -> tuple[int, Waiter | None] | None:
+        """The virtual start of the first waiter, and the waiter if a permit of ours may let it in:
+        not one that comes too late for that, nor one whose place we do not know yet."""
         hint = self.hint
-        if hint is None:
+        waiter = None if hint is None else self.first()
+        if hint is None or waiter is None:
             return None
-        waiter = self.first()
-        if waiter is None or not 0 < waiter.stamp <= hint.horizon:
-            return None
-        return hint.tag + (waiter.stamp - hint.head) * hint.step, waiter
+        if waiter.stamp == 0:
+            return self.next_start, None
+        start = hint.tag + (waiter.stamp - hint.head) * hint.step
+        return start, waiter if waiter.stamp <= hint.horizon else None
+
+    def take_hint(self, hint: Hint | None) -> None:
+        self.hint = hint
+        self.next_start = hint.tag if hint else 0
+
+    def passed_on(self, waiter: Waiter) -> None:
+        """A permit of ours let the waiter in."""
+        if self.hint is not None:
+            self.next_start = self.hint.tag + (waiter.stamp - self.hint.head + 1) * self.hint.step

@@ -14,18 +14,13 @@ from itertools import count, islice
 from math import inf
 
 from tidegate.limiter.entries import Batch, Counts, Holding, Release, Transfer, Waiter
-from tidegate.limiter.flow import Flow
+from tidegate.limiter.flow import UNITS, Flow
 from tidegate.limiter.outbox import Outbox
 from tidegate.limiter.wire import OUTCOMES, USAGE_LATER, Hint
 
 # Fences of one permit that is passed on inside a process; the server's are this far apart.
 CHAIN = 1000
 MAX_FLOWS = 10_000
-
-
-def _learned(release: Release) -> int:
-    """How long the call took, if that says anything of others."""
-    return release.took_ms if release.outcome == OUTCOMES["success"] else 0
 
 
 def _count_down(counter: Counter[str], names: Iterable[str]) -> None:
@@ -122,7 +117,7 @@ class Ledger:
         if release is None:
             return False
         heir = self._hold(waiter, release.epoch, release.seq + 1, now_ms)
-        self.outbox.transfer(Transfer(release.ticket, heir, "", _learned(release)))
+        self.outbox.transfer(Transfer(release.ticket, heir, "", release.outcome, release.took_ms))
         self.counts.handed_on += 1
         return True
 
@@ -175,7 +170,7 @@ class Ledger:
         took_ms = now_ms - holding.held_from_ms
         if outcome == "success":
             flow.learn(took_ms)
-        said_ms = max(1, round(took_ms))
+        said_ms = flow.whole_ms(took_ms)
         later = USAGE_LATER if usage_later else 0
         release = Release(
             ticket, flow, holding.epoch, holding.seq, OUTCOMES[outcome] + later, said_ms, actual
@@ -199,18 +194,22 @@ class Ledger:
             return False
         holding = self._hold(heir, release.epoch, release.seq + 1, now_ms)
         member = heir.member if heir.sent else ""  # in no queue yet
-        self.outbox.transfer(Transfer(release.ticket, holding, member, _learned(release)))
+        self.outbox.transfer(
+            Transfer(release.ticket, holding, member, release.outcome, release.took_ms)
+        )
         if self.recycling:
             self.counts.recycled += 1
         else:
             self.counts.handed_on += 1
+            heir.flow.passed_on(heir)
             # The last one that we know of: ask who comes next.
             if self._next_by_hint(flow.lane) is None:
                 self.outbox.urgent = True
         return True
 
     def _next_by_hint(self, lane: tuple[int, tuple[str, ...]]) -> Waiter | None:
-        best: tuple[int, Waiter] | None = None
+        """Whose turn it is; nobody is passed over whom only the server can let in."""
+        best: tuple[int, Waiter | None] | None = None
         for flow in self._lanes.get(lane, {}).values():
             found = flow.next_by_hint()
             if found is not None and (best is None or found[0] < best[0]):
@@ -232,7 +231,7 @@ class Ledger:
             return None
         waiter = min(found)[4]
         chosen = waiter.flow
-        self._local_tags[chosen.tenant] += max(1, waiter.cost_ms * 100 // chosen.weight)
+        self._local_tags[chosen.tenant] += waiter.cost_ms * UNITS // chosen.weight
         return waiter
 
     def recycle_unsent(self, now_ms: float) -> None:
@@ -349,10 +348,10 @@ class Ledger:
         """What the server lets us pass on from now on, of what `flows_to_hint` named last, by the
         key of the flow; nothing else."""
         for flow in self._hinted:
-            flow.hint = None
+            flow.take_hint(None)
         self._hinted = [flow for flow in self._wanting if flow.key in hints and flow.waiting]
         for flow in self._hinted:
-            flow.hint = hints[flow.key]
+            flow.take_hint(hints[flow.key])
 
     def drop_hints(self) -> None:
         self.take_hints({})

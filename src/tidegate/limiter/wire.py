@@ -130,9 +130,10 @@ class SyncRequest:
     """Request of `sync` and `tend`. Entries are lists in the order that the fragments' comments
     give; `flows` names the flows that they speak of, counted from 1, 0 for none.
 
-    transfers: from, to, seq, hard_ms, flow, member, took_ms. releases: ticket, flow, outcome,
-    took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow, member.
-    enqueues: flow, member. wants: flow, cost_ms. A member is ticket|hard_ms|cost_ms|amounts.
+    transfers: from, to, seq, hard_ms, flow, member, outcome, took_ms. releases: ticket, flow,
+    outcome, took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow,
+    member. enqueues: flow, member. wants: flow, cost_ms. A member is
+    ticket|hard_ms|cost_ms|amounts.
     """
 
     sid: str
@@ -151,7 +152,7 @@ class SyncRequest:
     wants: list[tuple[int, int]] = field(default_factory=list)
     resets: dict[str, int] = field(default_factory=dict)
     join: Join | None = None
-    transfers: list[tuple[int, int, int, int, int, str, int]] = field(default_factory=list)
+    transfers: list[tuple[int, int, int, int, int, str, int, int]] = field(default_factory=list)
     releases: list[tuple[int, int, int, int, str]] = field(default_factory=list)
     settles: list[tuple[int, str]] = field(default_factory=list)
     cancels: list[tuple[int, int, str]] = field(default_factory=list)

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import pytest
 
-from tidegate.limiter import limits, session
+from tidegate.limiter import flow, limits, session
 from tidegate.limiter.keys import LAYOUT, SHAPES, Keyspace
 from tidegate.limiter.model import ACK_WINDOW, places, pump, roster, spending, state
 from tidegate.limiter.scripts import ScriptName, fragment, load, read_header
@@ -105,6 +105,10 @@ def test_the_layout_is_the_same_in_both_languages() -> None:
         ("AT_ONCE", pump.AT_ONCE),
         ("AHEAD_MS", pump.AHEAD_MS),
         ("STARVES", places.STARVES),
+        ("UNITS", places.UNITS),
+        ("UNITS", flow.UNITS),
+        ("LONGEST", places.LONGEST),
+        ("BEHIND", places.BEHIND),
         ("RAMP_BOUND", places.RAMP_BOUND),
         ("UNBOUNDED", limits.MAX_BOUND),
         ("ADAPT_PAUSE_MS", state.ADAPT_PAUSE_MS),

@@ -1,7 +1,7 @@
 -- does: takes permits back and settles what they used
 -- keys: session lapsing owed
 -- args: releases settles cancels
--- returns: release(), cancel(), settle(), give_back_lane(), count_lane(), spend()
+-- returns: release(), cancel(), settle(), give_back_lane(), count_lane(), spend(), used(), correct_all()
 -- units: ms; amounts in each limit's unit, in the order of the lane
 function T.give_back_lane(lane)
   for _, limit in ipairs(T.limits_in(lane)) do T.give_back(limit) end
@@ -38,24 +38,27 @@ function T.settle_charges(charges, lane, list)
   end
 end
 
--- What a call cost more or less than its tenant was charged for. Who waits gets back what it was
--- charged too much, even if that is more than it lies ahead; who does not gains no credit.
-function T.correct(held, took_ms)
-  if held.cost_ms == 0 or math.abs(took_ms - held.cost_ms) * 4 <= held.cost_ms then return end
+-- A call used `took_ms` of a permit, and its tenant was charged `charged_ms` for it: 0 for one that
+-- was let in while nobody waited. Added up by flow, so that a request corrects each tag once.
+T.differs, T.differing = {}, {}
+function T.used(flow, charged_ms, took_ms)
+  if charged_ms == 0 or took_ms == charged_ms then return end
+  local before = T.differs[flow]
+  if not before then T.differing[#T.differing + 1] = flow end
+  T.differs[flow] = (before or 0) + took_ms - charged_ms
+end
+
+function T.correct_all()
+  if #T.differing == 0 then return end
   T.moves = T.moves + 1
-  local tenant = T.tenant_of(held.tenant)
-  local delta = T.step_of(took_ms, tenant) - T.step_of(held.cost_ms, tenant)
-  for _, name in ipairs(T.names_in(held.lane)) do
-    local limit = T.limit_of(name)
-    local band = limit.bands[held.band]
-    if band.waits > 0 then
-      local tag, parked = T.tag_of(limit, held)
-      local key = parked and T.park_key(limit, held.band) or T.past_key(limit, held.band)
-      tag = parked and tag + delta or math.max(band.virtual, tag + delta)
-      call('ZADD', key, T.int(tag), held.tenant)
-      if not parked then call('PEXPIRE', key, T.POOL_KEEP_MS) end
+  for _, flow in ipairs(T.differing) do
+    local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
+    local step = T.step_of(T.differs[flow], T.tenant_of(tenant))
+    for _, limit in ipairs(T.limits_in(lane)) do
+      T.correct(limit, tonumber(band), tenant, step)
     end
   end
+  T.differs, T.differing = {}, {}
 end
 
 -- Doing it twice does nothing the second time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be told later.
@@ -83,7 +86,7 @@ function T.release(ticket, number, outcome, took_ms, actual)
   end
   if took_ms > 0 then
     if outcome % 10 == 0 then T.learn(held.lane, took_ms) end
-    T.correct(held, took_ms)
+    T.used(held.flow, held.cost_ms, took_ms)
   end
 end
 
@@ -105,6 +108,7 @@ function T.cancel(entry)
   T.set_held(ticket, false)
   local held = T.read_held(value)
   T.give_back_lane(held.lane)
+  T.used(held.flow, held.cost_ms, 0)
   local nothing = setmetatable({}, { __index = function() return 0 end })
   T.settle_charges(held.charges, held.lane, nothing)
 end

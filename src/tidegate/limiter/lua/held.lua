@@ -1,7 +1,7 @@
 -- does: keeps what this session holds, and passes permits on inside it
 -- keys: session queue
 -- args: flows transfers releases cancels enqueues full
--- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), rehead_own(), own
+-- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), rehead_own(), rehead_filled(), own
 -- units: ms; amounts in each limit's unit, in the order of the lane
 -- `own.held` is what this session holds, as far as the request speaks of it: ticket -> value.
 local own = { held = {}, written = {}, queues = {}, reheaded = {} }
@@ -13,7 +13,7 @@ function T.load_own()
     own.queues[i] = T.queue_of(q.sid .. '|' .. flow)
     fields[#fields + 1] = 'at:' .. flow
   end
-  for i = 1, #q.transfers, 7 do
+  for i = 1, #q.transfers, 8 do
     local from, to, member = q.transfers[i], q.transfers[i + 1], q.transfers[i + 5]
     tickets[#tickets + 1] = from
     -- Of the others it shows when they leave their queues.
@@ -85,7 +85,7 @@ end
 -- there are such.
 function T.unqueue_heirs()
   local leaving, order = {}, {}
-  for i = 1, #q.transfers, 7 do
+  for i = 1, #q.transfers, 8 do
     local queue, member = own.queues[q.transfers[i + 4]], q.transfers[i + 5]
     if member ~= '' then
       if not leaving[queue] then
@@ -114,7 +114,7 @@ end
 -- The permit was passed on inside the process already, so `to` is held whatever we find. Where
 -- neither is there, this was said before and `to` has ended meanwhile: its release follows. `member`
 -- is empty if it was in no queue.
-function T.transfer(from, to, seq, hard_ms, number, member, took_ms)
+function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
   local queue = own.queues[number]
   local before, there = own.held[from], own.held[to]
   local cost_ms, charges, lane = 0, '', nil
@@ -122,17 +122,14 @@ function T.transfer(from, to, seq, hard_ms, number, member, took_ms)
     local limit = queue.at and queue.at ~= '!' and T.limit_of(queue.at)
     cost_ms = limit and limit.cost_ms > 0 and limit.cost_ms
       or tonumber(string.match(member, '^%d+|%d+|(%d+)'))
-    queue.steps = (queue.steps or 0) + T.step_of(cost_ms, T.tenant_of(queue.tenant))
+    queue.handed_ms = (queue.handed_ms or 0) + cost_ms
   end
   if before then
     local charged_ms, flow = string.match(before, '^%d+|%d+|(%d+)|[^|]*|(.*)$')
     charged_ms = tonumber(charged_ms)
     lane = flow == queue.flow and queue.lane or string.match(flow, '^[^|]*|[^|]*|(.*)$')
-    if took_ms > 0 then
-      T.learn(lane, took_ms)
-      -- A little off is not worth the way.
-      if math.abs(took_ms - charged_ms) * 4 > charged_ms then T.correct(T.read_held(before), took_ms) end
-    end
+    if outcome % 10 == 0 then T.learn(lane, took_ms) end
+    T.used(flow, charged_ms, took_ms)
     T.set_held(from, false)
     if there or lane ~= queue.lane then T.give_back_lane(lane) end
   end
@@ -145,12 +142,29 @@ function T.transfer(from, to, seq, hard_ms, number, member, took_ms)
   T.set_held(to, T.value_of(seq, hard_ms, cost_ms, charges, queue.flow))
 end
 
--- Its tenants are charged for what was handed on, then their queues stand by their new heads.
+-- Its tenants are charged for what was handed on, then their queues stand by their new heads. One
+-- that new tickets come to in this very request stays where it is meanwhile: empty for this moment, it
+-- would lose its turn to those who are behind it.
 function T.rehead_own()
-  for _, queue in ipairs(own.reheaded) do
-    if queue.steps and queue.at and queue.at ~= '!' then
-      T.charge(T.limit_of(queue.at), queue, queue.steps, false)
-    end
-    T.rehead(queue)
+  local filling, later = {}, {}
+  if #own.reheaded > 0 then
+    for i = 1, #q.enqueues, 2 do filling[own.queues[q.enqueues[i]]] = true end
   end
+  for _, queue in ipairs(own.reheaded) do
+    if queue.handed_ms and queue.at and queue.at ~= '!' then
+      local step = T.step_of(queue.handed_ms, T.tenant_of(queue.tenant))
+      T.charge(T.limit_of(queue.at), queue, step, false)
+    end
+    if filling[queue] and queue.bounces < T.STARVES then
+      later[#later + 1] = queue
+    else
+      T.rehead(queue)
+    end
+  end
+  own.reheaded = later
+end
+
+-- Those that stayed.
+function T.rehead_filled()
+  for _, queue in ipairs(own.reheaded) do T.rehead(queue) end
 end

@@ -33,7 +33,7 @@ function T.hints()
       local alone = known and queue.alone
       local tenants = alone and 1 or call('ZCARD', T.park_key(limit, queue.band))
       local cost_ms = T.cost_at(limit, want[2])
-      local step = T.step_of(cost_ms, T.tenant_of(queue.tenant))
+      local step = math.max(1, T.step_of(cost_ms, T.tenant_of(queue.tenant)))
       local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / cost_ms)
       local behind = math.floor((limit.bands[queue.band].virtual - tag) / step)
       list[#list + 1] =

@@ -40,7 +40,7 @@ function T.park(queue, limit, stamp)
   T.save_place(queue)
 end
 
--- A tenant that goes takes no credit along: its tag is kept while it lies ahead.
+-- A tenant that goes takes no credit along, and stays charged for what its calls under way may use.
 function T.unpark(queue)
   T.moves = T.moves + 1
   local limit = T.limit_of(queue.at)
@@ -49,12 +49,10 @@ function T.unpark(queue)
   if call('EXISTS', T.line_key(limit, queue)) == 0 then
     local tag = tonumber(call('ZSCORE', T.park_key(limit, queue.band), queue.tenant))
     call('ZREM', T.park_key(limit, queue.band), queue.tenant)
-    if tag > band.virtual then
-      local past = T.past_key(limit, queue.band)
-      call('ZADD', past, T.int(tag), queue.tenant)
-      call('ZREMRANGEBYSCORE', past, '-inf', T.int(band.virtual))
-      call('PEXPIRE', past, T.POOL_KEEP_MS)
-    end
+    local past = T.past_key(limit, queue.band)
+    call('ZADD', past, T.int(tag), queue.tenant)
+    call('ZREMRANGEBYSCORE', past, '-inf', T.int(band.virtual - T.BEHIND))
+    call('PEXPIRE', past, T.POOL_KEEP_MS)
   end
   band.waits = band.waits - 1
   if band.waits == 0 then band.credit = 0 end

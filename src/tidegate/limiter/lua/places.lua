@@ -1,13 +1,18 @@
 -- does: keeps each waiting queue at the limit that holds it up, in the order of virtual time
 -- keys: session queue park line past starving
 -- args: sid flows
--- returns: queue_of(), park(), unpark(), rehead(), charge(), blocker(), blocker_of_new(), amounts_in()
--- units: virtual time in hundredths of a ms of use per weight
+-- returns: queue_of(), park(), unpark(), rehead(), charge(), correct(), amounts_in()
+-- units: virtual time in hundred-thousandths of a ms of use per weight
 -- A queue is what one session has waiting of one flow (band, tenant, lane). At a limit, tenants
 -- stand in `park` by their start tag (start-time fair queueing, Goyal, Vin and Cheng 1996), and a
 -- tenant's queues in `line` by the stamp of their first ticket.
 T.queues, T.amounts, T.moves = {}, {}, 0
 T.STARVES = 8
+-- A double counts whole numbers up to 2^53: virtual time begins again before it comes near.
+T.LONGEST = 2251799813685248
+-- How far behind a band's time the tag of a tenant that waits no more is still known: its calls may
+-- be under way, and what they used is added to it. An hour of one permit of weight 1.
+T.BEHIND = 360000000000
 
 function T.queue_key(queue) return T.prefix .. 'queue:' .. queue.id end
 function T.park_key(limit, band) return T.prefix .. 'park:' .. limit.name .. '|' .. band end
@@ -100,4 +105,37 @@ function T.charge(limit, queue, step, in_order)
   end
   band.virtual = math.max(band.virtual, tag)
   limit.changed = true
+  if band.virtual > T.LONGEST then T.begin_again(limit, queue.band) end
+end
+
+-- Adds what a tenant's calls used beyond what it was charged for them. One that waits gets back what
+-- it was charged too much, even if that is more than it lies ahead; one that does not wait starts
+-- no earlier than the band's time.
+function T.correct(limit, number, tenant, step)
+  local band = limit.bands[number]
+  if band.waits == 0 or call('ZADD', T.park_key(limit, number), 'XX', 'INCR', T.int(step), tenant) then
+    return
+  end
+  local past, earliest = T.past_key(limit, number), band.virtual - T.BEHIND
+  local tag = math.max(earliest, tonumber(call('ZSCORE', past, tenant) or earliest)) + step
+  if tag > earliest then
+    call('ZADD', past, T.int(tag), tenant)
+    call('PEXPIRE', past, T.POOL_KEEP_MS)
+  else
+    call('ZREM', past, tenant)
+  end
+end
+
+-- Once in years of a busy limit: a band's time and all tags go back by as much.
+function T.begin_again(limit, number)
+  local band = limit.bands[number]
+  for _, key in ipairs({ T.park_key(limit, number), T.past_key(limit, number) }) do
+    local tags, moved = call('ZRANGE', key, 0, -1, 'WITHSCORES'), {}
+    for i = 1, #tags, 2 do
+      moved[i], moved[i + 1] = T.int(tonumber(tags[i + 1]) - band.virtual), tags[i]
+    end
+    for i = 1, #moved, 1000 do call('ZADD', key, unpack(moved, i, math.min(i + 999, #moved))) end
+  end
+  band.virtual = 0
+  T.moves = T.moves + 1
 end

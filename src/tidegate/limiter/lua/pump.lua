@@ -91,14 +91,15 @@ function T.let_in(limit, queue, member, next_stamp)
   local tenant = T.tenant_of(queue.tenant)
   call('ZREM', T.queue_key(queue), member)
   tenant.waiting, tenant.changed = tenant.waiting - 1, true
-  cost_ms = tonumber(cost_ms)
+  cost_ms = T.cost_at(limit, tonumber(cost_ms))
+  local step = T.step_of(cost_ms, tenant)
   for _, name in ipairs(T.names_in(queue.lane)) do
     local each = T.limit_of(name)
     if each == limit or each.bands[queue.band].waits > 0 then
-      T.charge(each, queue, T.step_of(T.cost_at(each, cost_ms), tenant), true)
+      T.charge(each, queue, step, true)
     end
   end
-  T.admit(queue, ticket, tonumber(hard_ms), T.cost_at(limit, cost_ms), T.amounts_in(text))
+  T.admit(queue, ticket, tonumber(hard_ms), cost_ms, T.amounts_in(text))
   if not next_stamp then
     T.load_place(queue)
     T.vacate(queue)

@@ -72,20 +72,23 @@ function T.ask(entries)
     for i = 1, #list, 1000 do
       call('ZADD', T.queue_key(queue), unpack(list, i, math.min(i + 999, #list)))
     end
-    if list.fresh then call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS) end
+    -- One that lost all its tickets in this request is a new key.
+    if list.fresh or queue.reheaded then call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS) end
   end
 end
 
 -- All that a process says, in the order that frees first.
 function T.say_all()
   if not q.full then T.unqueue_heirs() end
-  for i = 1, #q.transfers, 7 do T.transfer(unpack(q.transfers, i, i + 6)) end
+  for i = 1, #q.transfers, 8 do T.transfer(unpack(q.transfers, i, i + 7)) end
   for i = 1, #q.releases, 5 do T.release(unpack(q.releases, i, i + 4)) end
   for _, entry in ipairs(q.settles) do T.settle(entry) end
   for _, entry in ipairs(q.cancels) do T.cancel(entry) end
+  T.correct_all()
   T.rehead_own()
   if pool.starving > 0 then T.serve_starving() end
   T.ask(q.enqueues)
+  T.rehead_filled()
 end
 
 -- Lets in whom it can, where anything has changed that somebody may wait for.

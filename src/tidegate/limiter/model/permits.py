@@ -32,7 +32,7 @@ class Reheaded:
     """A queue that lost tickets without their turn having come, and what they cost."""
 
     queue: Queue
-    steps: int | None = None
+    handed_ms: int | None = None
 
 
 class Permits(Places):
@@ -43,6 +43,7 @@ class Permits(Places):
         self.lapsing: dict[Lapsing, int] = {}
         self.owed: dict[str, dict[int, tuple[dict[int, Charge], Flow]]] = {}
         self._reheaded: dict[str, Reheaded] = {}
+        self._differs: dict[str, int] = {}
         # Who is being admitted.
         self.taker = ("", 0)
 
@@ -95,19 +96,18 @@ class Permits(Places):
             if limit.spending.settle(limit.limit, charge, used, self.now):
                 self.touched.add(limit.name)
 
-    def correct(self, held: Held, took_ms: int) -> None:
-        """A call lasted longer or shorter than its tenant was charged for."""
-        if not held.cost_ms or abs(took_ms - held.cost_ms) * 4 <= held.cost_ms:
-            return
-        flow = read_flow(held.flow)
-        delta = self.step(took_ms, flow.tenant) - self.step(held.cost_ms, flow.tenant)
-        for limit in self.lane(flow):
-            band = limit.band(flow.band)
-            if band.lines:
-                tag = band.tag(flow.tenant) + delta
-                # Who waits gets back what it was charged too much; who does not gains no credit.
-                waits = flow.tenant in band.lines
-                band.tags[flow.tenant] = tag if waits else max(band.virtual, tag)
+    def used(self, key: str, charged_ms: int, took_ms: int) -> None:
+        """A call of a flow used `took_ms` of a permit, and its tenant was charged `charged_ms` for
+        it: 0 for one that was let in while nobody waited."""
+        if charged_ms:
+            self._differs[key] = self._differs.get(key, 0) + took_ms - charged_ms
+
+    def _correct_all(self) -> None:
+        for key, differs_ms in self._differs.items():
+            flow = read_flow(key)
+            for limit in self.lane(flow):
+                self.correct(limit, flow, self.step(differs_ms, flow.tenant))
+        self._differs = {}
 
     def free_lapsing(self, permit: Lapsing) -> bool:
         if self.lapsing.pop(permit, None) is None:
@@ -130,8 +130,19 @@ class Permits(Places):
                 self.settle_charges(charges, flow, read_actual(actual))
         for cancel in q.cancels:
             self._cancel(q, session, *cancel)
+        self._correct_all()
+        filling = {q.flows[number - 1] for number, _ in q.enqueues}
+        for key, each in list(self._reheaded.items()):
+            self._charge_handed(each)
+            # Empty for this moment, it would lose its turn to those who are behind it.
+            if key not in filling or each.queue.bounces >= self.starves:
+                self._rehead(each.queue)
+                del self._reheaded[key]
+
+    def rehead_filled(self) -> None:
+        """Queues that lost tickets and that new ones came to."""
         for each in self._reheaded.values():
-            self._rehead(each)
+            self._rehead(each.queue)
 
     def _unqueue(self, session: Session, key: str, member: str) -> bool:
         queue = session.queues.get(key)
@@ -150,6 +161,7 @@ class Permits(Places):
         hard_ms: int,
         flow_number: int,
         member_text: str,
+        outcome: int,
         took_ms: int,
     ) -> None:
         """The permit was passed on inside the process already: `to` is held whatever we find.
@@ -164,13 +176,13 @@ class Permits(Places):
             each = self._reheaded[key]
             if each.queue.at is not None and each.queue.at != BLOCKED:
                 cost_ms = self.limit(each.queue.at).cost(cost_ms)
-            each.steps = (each.steps or 0) + self.step(cost_ms, flow.tenant)
+            each.handed_ms = (each.handed_ms or 0) + cost_ms
         before, there = session.held.get(source), to in session.held
         if before is not None:
             lane = read_flow(before.flow).lane
-            if took_ms > 0:
+            if outcome % USAGE_LATER == 0:
                 self._learn(read_flow(before.flow), took_ms)
-                self.correct(before, took_ms)
+            self.used(before.flow, before.cost_ms, took_ms)
             del session.held[source]
             passed_on = lane == flow.lane and not there
             self.uncount(lane, q.sid, source, touch=not passed_on)
@@ -198,11 +210,15 @@ class Permits(Places):
             if not limit.is_implicit:
                 limit.learn(took_ms)
 
-    def _rehead(self, each: Reheaded) -> None:
-        """The tenant is charged for what was passed on, then its queue stands by its new head."""
+    def _charge_handed(self, each: Reheaded) -> None:
+        """The tenant is charged for what was passed on."""
         queue = each.queue
-        if each.steps is not None and queue.at is not None and queue.at != BLOCKED:
-            self.charge(self.limit(queue.at), queue.flow, each.steps, in_order=False)
+        if each.handed_ms is not None and queue.at is not None and queue.at != BLOCKED:
+            step = self.step(each.handed_ms, queue.flow.tenant)
+            self.charge(self.limit(queue.at), queue.flow, step, in_order=False)
+
+    def _rehead(self, queue: Queue) -> None:
+        """A queue stands by its new head."""
         if not queue.tickets:
             self.vacate(queue)
         elif queue in self._starving and queue.bounced != queue.first()[1]:
@@ -237,7 +253,7 @@ class Permits(Places):
         if took_ms > 0:
             if outcome % USAGE_LATER == 0:
                 self._learn(flow, took_ms)
-            self.correct(held, took_ms)
+            self.used(held.flow, held.cost_ms, took_ms)
 
     def _cancel(
         self, q: SyncRequest, session: Session, ticket: int, flow_number: int, member: str
@@ -250,4 +266,5 @@ class Permits(Places):
         if held is not None:
             flow = read_flow(held.flow)
             self.uncount(flow.lane, q.sid, ticket)
+            self.used(held.flow, held.cost_ms, 0)
             self.settle_charges(held.charges, flow, [0] * len(flow.lane))

@@ -29,6 +29,14 @@ from tidegate.limiter.model.state import (
 RAMP_BOUND = 64
 # A ticket that was sent from limit to limit so often gets what it needs kept free.
 STARVES = 8
+# Of virtual time in a ms of use by a tenant of weight 1: what is rounded off is less than a fifth
+# of a percent from 5 ms on, at any weight.
+UNITS = 100_000
+# A double counts whole numbers up to 2^53: virtual time begins again before it comes near.
+LONGEST = 1 << 51
+# How far behind a band's time the tag of a tenant that waits no more is still known: its calls may
+# be under way, and what they used is added to it. An hour of one permit of weight 1.
+BEHIND = 3_600_000 * UNITS
 
 
 class Places:
@@ -44,6 +52,7 @@ class Places:
         self.left: set[str] = set()
         self._starving: set[Queue] = set()
         self.starves = STARVES
+        self.longest = LONGEST
         self.seq = 0
         self.recover_until = 0
         # of one call
@@ -84,7 +93,7 @@ class Places:
 
     def step(self, cost_ms: int, tenant: str) -> int:
         """What so much use adds to a tenant's virtual time."""
-        return max(1, cost_ms * 100 // self.weight(tenant))
+        return cost_ms * UNITS // self.weight(tenant)
 
     def band_rule(self, band: int) -> tuple[int, int]:
         """Least share and what is kept free above, in thousandths."""
@@ -164,13 +173,14 @@ class Places:
         queue.at = limit.name
 
     def unpark(self, queue: Queue) -> None:
-        """A tenant that goes takes no credit along: its tag is kept while it lies ahead."""
+        """A tenant that goes takes no credit along, and stays charged for what its calls under way
+        may use."""
         assert queue.at is not None
         band, tenant = self.limit(queue.at).band(queue.flow.band), queue.flow.tenant
         del band.lines[tenant][queue.id]
         if not band.lines[tenant]:
             del band.lines[tenant]
-            if band.tags[tenant] <= band.virtual:
+            if band.tags[tenant] <= band.virtual - BEHIND:
                 del band.tags[tenant]
         if not band.lines:
             band.credit = 0
@@ -219,6 +229,20 @@ class Places:
         if not in_order and band.lines:
             tag = band.front()[0]
         band.virtual = max(band.virtual, tag)
+        if band.virtual > self.longest:
+            band.tags = {name: tag - band.virtual for name, tag in band.tags.items()}
+            band.virtual = 0
+
+    def correct(self, limit: LimitState, flow: Flow, step: int) -> None:
+        """Add what a tenant's calls used beyond what it was charged for them. One that waits gets
+        back what it was charged too much, even if that is more than it lies ahead; one that does
+        not wait starts no earlier than the band's time."""
+        band, tenant = limit.band(flow.band), flow.tenant
+        if tenant in band.lines:
+            band.tags[tenant] += step
+        elif band.lines:
+            earliest = band.virtual - BEHIND
+            band.tags[tenant] = max(earliest, band.tags.get(tenant, earliest)) + step
 
     # -- who is held up by what
 

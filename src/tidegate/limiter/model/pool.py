@@ -28,7 +28,7 @@ class PoolModel(Joining):
 
     def flush(self) -> None:
         """FLUSHALL, or a restart without data."""
-        kept = ("subscribed", "pushed", "at_once", "ahead_ms", "starves")
+        kept = ("subscribed", "pushed", "at_once", "ahead_ms", "starves", "longest")
         vars(self).update(vars(PoolModel()) | {name: vars(self)[name] for name in kept})
 
     def _begin(self, q: SyncRequest | None) -> None:
@@ -224,6 +224,7 @@ class PoolModel(Joining):
             self.say_back(q, session)
             self.serve_starving()
             stamps, refused = self.ask(q, session)
+            self.rehead_filled()
             if tending:
                 self._last_words(q, session)
         self.pump()

@@ -137,11 +137,12 @@ class Pump(Permits):
         text, _ = queue.first()
         member, flow = read_member(text), queue.flow
         del queue.tickets[text]
+        cost_ms = limit.cost(member.cost_ms)
+        step = self.step(cost_ms, flow.tenant)
         for each in self.lane(flow):
             if each is limit or each.parked(flow.band):
-                step = self.step(each.cost(member.cost_ms), flow.tenant)
                 self.charge(each, flow, step, in_order=True)
-        self._admit(queue.sid, queue.key, text, limit.cost(member.cost_ms))
+        self._admit(queue.sid, queue.key, text, cost_ms)
         if not queue.tickets:
             self.vacate(queue)
         elif self._starving:
@@ -286,7 +287,7 @@ class Pump(Permits):
         band = limit.band(flow.band)
         first, _ = band.line_front(flow.tenant)
         cost_ms = limit.cost(cost_ms)
-        tag, step = band.tag(flow.tenant), self.step(cost_ms, flow.tenant)
+        tag, step = band.tag(flow.tenant), max(1, self.step(cost_ms, flow.tenant))
         ahead = 1 + self.cap(limit, flow.band) * self.ahead_ms // cost_ms
         behind = (band.virtual - tag) // step
         horizon = first + behind - (-ahead // len(band.lines)) - 1

@@ -260,6 +260,7 @@ class LimitState:
             self.current, self.dropped_at = min(most, less), now
 
 
+@lru_cache(maxsize=100)
 def read_bands(bands: tuple[Band, ...]) -> list[tuple[int, int]]:
     """Per band, in thousandths: its least share, and what is kept free for the bands above."""
     found, above = [], 0

@@ -1,0 +1,122 @@
+"""Tenants that always wait, in virtual time: the product's own sessions over the executable model.
+
+A rehearsal whose calls never run out: where one ends, its tenant asks for the next. What is
+measured is permit-time, to the moment, calls under way included.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+
+from tidegate.limiter.limits import PoolPolicy
+from tidegate.rehearse.process import Process
+from tidegate.rehearse.stage import Setting, Stage
+from tidegate.rehearse.tally import Call, Tally
+from tidegate.rehearse.trace import Arrival
+
+LIMIT = "kind:text_only"
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whose calls last so long. It asks in so many of the processes, by so many callers in each:
+    3 more than there are permits, if not given."""
+
+    weight: int
+    call_ms: float
+    processes: int = 1
+    callers: int | None = None
+
+
+class Meter(Tally):
+    """Adds up the permit-time of each tenant, in ms, since the last reset."""
+
+    def __init__(self, policy: PoolPolicy) -> None:
+        super().__init__(policy)
+        self.calls_of: Counter[str] = Counter()
+        self.used_ms: defaultdict[str, float] = defaultdict(float)
+        self._open: Counter[str] = Counter()
+        self._seen_ms: dict[str, float] = {}
+
+    def asked(self, call: Call) -> None:
+        """Nothing is kept of a call that waits."""
+
+    def began(self, call: Call, now_ms: float) -> None:
+        self._count(call.arrival.tenant, 1, now_ms)
+
+    def ended(self, call: Call, now_ms: float) -> None:
+        self._count(call.arrival.tenant, -1, now_ms)
+        self.calls_of[call.arrival.tenant] += 1
+
+    def reset(self, now_ms: float) -> None:
+        self.used(now_ms)
+        self.used_ms.clear()
+        self.calls_of.clear()
+
+    def used(self, now_ms: float) -> dict[str, float]:
+        for tenant in list(self._open):
+            self._count(tenant, 0, now_ms)
+        return self.used_ms
+
+    def _count(self, tenant: str, change: int, now_ms: float) -> None:
+        since_ms = self._seen_ms.get(tenant, now_ms)
+        self.used_ms[tenant] += self._open[tenant] * (now_ms - since_ms)
+        self._seen_ms[tenant] = now_ms
+        self._open[tenant] += change
+
+
+class Backlog(Stage):
+    """See the module."""
+
+    def __init__(
+        self, tenants: Mapping[str, Tenant], bound: int, *, processes: int = 1, hand_off: bool
+    ) -> None:
+        policy = PoolPolicy(
+            {LIMIT: bound},
+            weights={name: tenant.weight for name, tenant in tenants.items()},
+            hand_off=hand_off,
+        )
+        super().__init__(policy, Setting(processes=processes, hold_ms=0.0))
+        self.tally = self.meter = Meter(self.policy)
+        self._tenants = tenants
+        self._bound = bound
+        self._asks_in: dict[int, Process] = {}
+
+    def over(self, call: Call) -> None:
+        """The tenant asks again, in the same process."""
+        process = self._asks_in.pop(id(call.arrival))
+        self._ask(process, call.arrival.tenant)
+
+    def _ask(self, process: Process, tenant: str) -> None:
+        arrival = Arrival(0.0, tenant, duration_ms=self._tenants[tenant].call_ms)
+        self._asks_in[id(arrival)] = process
+        process.ask(arrival)
+
+    def shares(self, calls: int, together: int = 0) -> dict[str, float]:
+        """The part of all permit-time that each tenant got, over its own part by weight, measured
+        until each has had so many calls, and all together so many."""
+        with closing(self.loop):
+            self._enter()
+            processes = list(self._processes.values())
+            for number, (name, tenant) in enumerate(self._tenants.items()):
+                for place in range(tenant.processes):
+                    process = processes[(number + place) % len(processes)]
+                    for _ in range(tenant.callers or self._bound + 3):
+                        self._ask(process, name)
+            self._go_on(max(2, calls // 10), 0)
+            self.meter.reset(self.now_ms)
+            self._go_on(calls, together)
+        used = self.meter.used(self.now_ms)
+        total_ms, weights = sum(used.values()), sum(t.weight for t in self._tenants.values())
+        return {
+            name: used[name] / total_ms * weights / tenant.weight
+            for name, tenant in self._tenants.items()
+        }
+
+    def _go_on(self, calls: int, together: int) -> None:
+        of = self.meter.calls_of
+        while of.total() < together or any(of[name] < calls for name in self._tenants):
+            self._step()

@@ -1,0 +1,82 @@
+"""Shares of permit-time in virtual time, for weights and lengths of calls of all sorts.
+
+The sessions and ledgers are the product's own; the pool is the model, which the other property test
+steps beside the Lua.
+"""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import pytest
+
+from tests.property.backlog import Backlog, Tenant
+
+CALLS = 2000
+CASES = 100
+CHUNKS = 4
+# A case is drawn again whose rarest tenant has fewer calls than one in so many.
+RAREST = 20
+
+
+@pytest.mark.parametrize("hand_off", [True, False])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Tenant(1, 115), Tenant(1, 185)),
+        (Tenant(1000, 10), Tenant(600, 10)),
+        (Tenant(1000, 20), Tenant(700, 20)),
+        (Tenant(1, 5.4), Tenant(1, 5.6)),
+        (Tenant(218, 17), Tenant(42, 56)),
+    ],
+)
+def test_shares_are_of_what_calls_really_take(
+    one: Tenant, other: Tenant, processes: int, hand_off: bool
+) -> None:
+    crowd = Backlog({"one": one, "other": other}, 5, processes=processes, hand_off=hand_off)
+    assert all(abs(share - 1) < 0.05 for share in crowd.shares(calls=300).values())
+
+
+def test_a_single_caller_of_long_calls_waits_for_no_more_than_it_uses() -> None:
+    tenants = {"long": Tenant(1, 5000, callers=1), "short": Tenant(1, 50)}
+    crowd = Backlog(tenants, 4, hand_off=True)
+    shares = crowd.shares(calls=10)
+    assert shares["long"] == pytest.approx(0.5, rel=0.05)  # one of its two permits, all the time
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_shares_are_exact_for_random_weights_and_calls(chunk: int) -> None:
+    for number in range(chunk, CASES, CHUNKS):
+        random = Random(number)
+        tenants = _tenants(random)
+        crowd = Backlog(
+            tenants,
+            random.choice([1, 2, 5]),
+            processes=random.choice([1, 2]),
+            hand_off=random.random() < 0.7,
+        )
+        shares = crowd.shares(calls=CALLS // RAREST, together=CALLS)
+        assert all(abs(share - 1) < 0.05 for share in shares.values()), (number, tenants, shares)
+
+
+def _tenants(random: Random) -> dict[str, Tenant]:
+    """Weights from 1 to 1,000, calls of 5 ms to 30 s."""
+    while True:
+        tenants = {
+            f"t{number}": Tenant(
+                round(_evenly(random, 1, 1000)),
+                round(_evenly(random, 5, 30_000)),
+                processes=random.choice([1, 2]),
+            )
+            for number in range(random.choice([2, 2, 3]))
+        }
+        calls = [tenant.weight / tenant.call_ms for tenant in tenants.values()]
+        if sum(calls) <= RAREST * min(calls):
+            return tenants
+
+
+def _evenly(random: Random, least: float, most: float) -> float:
+    """As often from 10 to 20 as from 100 to 200."""
+    return math.exp(random.uniform(math.log(least), math.log(most)))
