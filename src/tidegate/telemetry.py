@@ -71,7 +71,7 @@ class Log(StrEnum):
     TENANT_CHANGED = "tenant_changed"
     KEY_MADE = "key_made"
     KEY_REVOKED = "key_revoked"
-    KEY_LAPSED = "idempotency_key_lapsed"
+    KEY_LAPSED = "key_lapsed"
     SCRAPE_INCOMPLETE = "scrape_incomplete"
     WATCHED = "watched"
     COLLECTOR_AWAY = "collector_away"
@@ -115,6 +115,7 @@ class GenAI(StrEnum):
 
 
 _STRUCTLOG_OWN = ("_record", "_from_structlog")
+_OF_SEVERAL_LINES = ("event", "exception", "stack")
 _SECRET_FIELD = re.compile(
     r"key$|secret|password|credential|authorization|cookie|(?:access|refresh|auth|id|admin)_token$",
     re.IGNORECASE,
@@ -168,7 +169,37 @@ def _redact_event(
 
 
 def _to_json(event: Any, **_options: Any) -> str:
-    return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    return _as_plain_json(orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode())
+
+
+# What a terminal or a viewer may obey instead of showing it: controls (C0, DEL, C1), line and
+# paragraph separators, and marks that change the direction of the text around them.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def _as_plain_json(line: str) -> str:
+    """The same JSON, with escapes for what orjson leaves as it is."""
+    return line if line.isascii() and "\x7f" not in line else _OBEYED.sub(_escaped, line)
+
+
+def _plain(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """For a terminal: whatever a stranger sent is shown, and not obeyed. Line breaks stay in what
+    has several lines of its own, an event of another library or the text of an exception; but none
+    of its lines can be taken for one of the log."""
+    for name, value in event.items():
+        if not isinstance(value, str) or value.isprintable():
+            continue
+        if name in _OF_SEVERAL_LINES:
+            event[name] = "\n    ".join(_OBEYED.sub(_escaped, line) for line in value.split("\n"))
+        else:
+            event[name] = _OBEYED.sub(_escaped, value)
+    return event
 
 
 def _remember(
@@ -223,14 +254,14 @@ def configure_logging(
         _redact_event,
         _remember,
     ]
-    final: Any = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    final: list[Any] = (
+        [_plain, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
         if console
-        else structlog.processors.JSONRenderer(serializer=_to_json)
+        else [structlog.processors.JSONRenderer(serializer=_to_json)]
     )
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, final],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
     )
     global _lines
     wanted = not console and level.lower() in ("debug", "info")
@@ -262,7 +293,7 @@ class FrequentLog:
     def __init__(self, event: Log) -> None:
         self._event = event
         self._name = event.value
-        self._ready: list[bytes] = []
+        self._ready: list[str] = []
 
     def __call__(self, fields: dict[str, Any]) -> None:
         if _lines is None:
@@ -276,14 +307,14 @@ class FrequentLog:
         fields["timestamp"] = datetime.now(UTC)
         if not self._ready:
             asyncio.get_running_loop().call_soon(self._write)
-        self._ready.append(orjson.dumps(fields, default=str, option=_STAMP))
+        self._ready.append(orjson.dumps(fields, default=str, option=_STAMP).decode())
 
     def _write(self) -> None:
         lines, self._ready = self._ready, []
         if _lines is None:
             return
         try:
-            _lines[0].stream.write(b"\n".join([*lines, b""]).decode())
+            _lines[0].stream.write("".join([_as_plain_json(line) + "\n" for line in lines]))
             _lines[0].flush()
         except (OSError, ValueError):  # a stream that is closed is no reason to fail a request
             return

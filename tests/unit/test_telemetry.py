@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import structlog
 
-from tidegate.telemetry import Log, configure_logging, get_logger, redact
+from tidegate.telemetry import FrequentLog, Log, configure_logging, get_logger, redact
 
 GOOGLE_KEY = "AIzaSyD-0123456789abcdefghijklmnopqrstuv"
 
@@ -170,6 +171,51 @@ def test_a_line_from_a_thread_names_its_process_too(capsys: pytest.CaptureFixtur
     thread.join()
     (line,) = _json_lines(capsys)
     assert line["process"] == "worker-2"
+
+
+OBEYED = (
+    *("\x1b[31m", "\x07", "\r", "\x7f", "\x85", "\x9b2J", "\x9d", "\u202e", "\u202a", "\u2066"),
+    *("\u2069", "\u200f", "\u061c", "\u2028", "\u2029"),
+)
+
+
+@pytest.mark.parametrize("style", ["console", "json"])
+async def test_what_a_terminal_would_obey_is_shown_as_an_escape(
+    style: Literal["console", "json"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(style, "info", process="test")
+    frequent = FrequentLog(Log.REQUEST_DONE)
+    for text in OBEYED:
+        get_logger().info(Log.REQUEST_FAILED, path=f"/a{text}b", inner={"x": [text]})
+        logging.getLogger("uvicorn.error").warning("said %s", f"a{text}b")
+        frequent({"path": f"/a{text}b"})
+        try:
+            raise ValueError(f"a{text}b")
+        except ValueError:
+            get_logger().exception(Log.INTERNAL_ERROR)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    out = capsys.readouterr()
+    written = out.err + out.out
+    assert [text for text in OBEYED if text[0] in written] == []
+    if style == "json":
+        lines = [json.loads(line) for line in written.splitlines()]
+        paths = [line["path"] for line in lines if "path" in line]
+        assert sorted(paths) == sorted(f"/a{text}b" for text in OBEYED for _ in range(2))
+    else:
+        for text in OBEYED:
+            assert written.count(f"a\\u{ord(text[0]):04x}{text[1:]}b") == 4
+
+
+def test_no_line_of_another_librarys_message_passes_for_one_of_the_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("console", "info", process="test")
+    forged = "2026-01-01T00:00:00Z [info     ] request_done"
+    logging.getLogger("other").warning("failed:\n%s", forged)
+    get_logger().warning(Log.REQUEST_FAILED, detail=f"a\n{forged}")
+    out = capsys.readouterr()
+    assert [line for line in (out.err + out.out).splitlines() if line.startswith(forged)] == []
 
 
 def test_event_names_are_distinct_words() -> None:

@@ -43,3 +43,7 @@ class UvicornProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         super()._start_asgi_task(cycle, self.answering(cycle, app))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Says nothing: a request that offers another protocol is answered in this one, as RFC
+        9110, section 7.8 has it, and anybody may send any number of them."""

@@ -30,6 +30,7 @@ from tidegate.http._compat import (
 )
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import ABORT_EXTENSION, GONE_EXTENSION
+from tidegate.http.request_head import RequestLine, refusal_of_head
 
 if sys.platform == "linux":
     from fcntl import ioctl
@@ -66,6 +67,7 @@ class BoundedProtocol(UvicornProtocol):
         super().__init__(*args, **named)
         self._in_head = True
         self._head_bytes = 0
+        self._line = RequestLine()
         self._overhead_bytes = 0  # of a body: what came in beside its content
         self._body_bytes = 0
         self._refusal: tuple[int, str, str] | None = None
@@ -135,6 +137,7 @@ class BoundedProtocol(UvicornProtocol):
             self._head_bytes += len(piece)
         else:
             self._overhead_bytes += len(piece)
+        self._line.take(piece, in_head=self._in_head)
         super().data_received(piece)
         if self._in_head and self._head_bytes:
             self._arm_head_timer()
@@ -146,6 +149,7 @@ class BoundedProtocol(UvicornProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
+        self._line.begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
@@ -159,6 +163,11 @@ class BoundedProtocol(UvicornProtocol):
         self._in_head = False
         self._head_bytes = self._overhead_bytes = self._body_bytes = 0
         self._disarm_head_timer()
+        version = self.parser.get_http_version()
+        expected = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version.encode())
+        self._refusal = refusal_of_head(version, self.headers, self._line.is_as(expected))
+        if self._refusal is not None:
+            raise ValueError(self._refusal[2])
         super().on_headers_complete()
         if self.leaving:
             self.cycle.keep_alive = False
@@ -177,6 +186,7 @@ class BoundedProtocol(UvicornProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_head = True
+        self._line.end_message()
         self._head_bytes = self._overhead_bytes = self._body_bytes = 0
 
     # The answer

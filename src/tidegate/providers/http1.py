@@ -246,6 +246,9 @@ class Connection(asyncio.Protocol):
             if status < 100 or status == 101 or status >= 600:
                 # 101: nobody here speaks another protocol.
                 raise _Unusable(f"the provider answered {status}, which is no answer")
+            if self._coding or self._length not in (None, b"0"):
+                # RFC 9112, section 6.3: it has none; but the parser would take what follows for it.
+                raise _Unusable(f"the provider answered {status} with a body")
             self._interim = True
             self._hinted = self._answer
             return

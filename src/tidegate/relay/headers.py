@@ -1,7 +1,7 @@
 """Which headers pass, in either direction. Pure.
 
-Invariant: what belongs to one connection, says who is behind us, or is a key never passes; what we
-do not know does.
+Invariant: what belongs to one connection or to the client's browser, says who is behind us, or is a
+key never passes; what we do not know does.
 """
 
 from __future__ import annotations
@@ -35,14 +35,33 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
     )
 )
 _NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")
-# What would have a say over our own origin and its connections, and what our server says itself.
+# What has a say over the client's browser, our origin or our connections, and what our own server
+# says. Of a redirect: an upstream's address is none of ours, and a client that followed it would
+# show its key there.
 _NOT_RETURNED = _HOP_BY_HOP | frozenset(
     (
-        b"date",
-        *(b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security"),
-        *(b"clear-site-data", b"refresh", b"nel", b"report-to", b"reporting-endpoints"),
+        *(b"date", b"server", b"via", b"x-powered-by", b"alt-used", b"priority"),
+        *(b"location", b"content-location", b"refresh", b"link"),
+        *(b"set-cookie", b"set-cookie2", b"clear-site-data", b"set-login", b"p3p"),
+        *(b"www-authenticate", b"authentication-info", b"activate-storage-access"),
+        *(b"alt-svc", b"strict-transport-security", b"public-key-pins", b"expect-ct"),
+        *(b"public-key-pins-report-only", b"early-data", b"http2-settings"),
+        *(b"content-security-policy", b"content-security-policy-report-only"),
+        *(b"permissions-policy", b"feature-policy", b"document-policy", b"referrer-policy"),
+        *(b"x-frame-options", b"x-xss-protection", b"x-permitted-cross-domain-policies"),
+        *(b"x-dns-prefetch-control", b"x-download-options", b"x-ua-compatible"),
+        *(
+            b"origin-agent-cluster",
+            b"origin-trial",
+            b"service-worker-allowed",
+            b"speculation-rules",
+        ),
+        *(b"supports-loading-mode", b"no-vary-search", b"sourcemap", b"x-sourcemap"),
+        *(b"nel", b"report-to", b"reporting-endpoints", b"timing-allow-origin", b"tk"),
+        *(b"accept-ch", b"accept-ch-lifetime", b"critical-ch", b"use-as-dictionary"),
     )
 )
+_NOT_RETURNED_PREFIXES = (b"access-control-", b"cross-origin-", b"sec-", b"proxy-")
 _NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -82,7 +101,9 @@ def to_return(given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True)
             named = b"%b,%b" % (named, value.lower()) if named else value.lower()
         if name in _NOT_RETURNED or (name == b"content-length" and not same_length):
             continue
-        if not name.startswith(b"x-tidegate-") or name == b"x-tidegate-emulator":
+        if name.startswith(_NOT_RETURNED_PREFIXES):
+            continue
+        if not name.startswith(_OURS) or name == b"x-tidegate-emulator":
             found.append((name, value))
     if _NO_VALUE.search(b"".join([value for _, value in found])):  # our server would not send it
         found = [pair for pair in found if not _NO_VALUE.search(pair[1])]

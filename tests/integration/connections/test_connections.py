@@ -100,6 +100,21 @@ async def test_hints_before_an_answer_are_passed_over(wire: RelayWire, upstream:
     assert exchange.close()
 
 
+@pytest.mark.parametrize(
+    "framing",
+    [b"content-length: %d" % len(GOOD), b"transfer-encoding: chunked", b"content-length: 1"],
+)
+async def test_hints_that_announce_a_body_are_no_answer(
+    framing: bytes, wire: RelayWire, upstream: Upstream
+) -> None:
+    """They have none: what comes behind them would be taken for it, and lost."""
+    upstream.script = always(b"HTTP/1.1 103 Early Hints\r\n" + framing + b"\r\n\r\n" + GOOD * 2)
+    with pytest.raises(UpstreamGarbled, match="answered 103 with a body"):
+        await ask(wire, upstream.url)
+    upstream.script = always(b"HTTP/1.1 103 Early Hints\r\ncontent-length: 0\r\n\r\n" + GOOD)
+    assert await answer_of(wire, upstream.url) == b"{}"
+
+
 async def test_chunks_trailers_and_their_extensions_are_bounded(
     wire: RelayWire, upstream: Upstream
 ) -> None:

@@ -52,7 +52,8 @@ def test_a_head_without_end_is_refused(start: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "status"), [(60_000, 200), (70_000, 431)])
 def test_64_kilobytes_of_head_are_the_limit(size: int, status: int, tmp_path: Path) -> None:
     with serving(tmp_path) as running, running.connect() as client:
-        client.send(b"GET / HTTP/1.1\r\nConnection: close\r\nX: " + b"x" * size + b"\r\n\r\n")
+        head = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX: "
+        client.send(head + b"x" * size + b"\r\n\r\n")
         client.read_to_the_end()
         assert client.status == status
 
@@ -203,6 +204,86 @@ def test_what_is_not_http_is_refused(start: bytes, plain: Running) -> None:
 
 
 CHUNKED = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+NOT_PLAIN = {
+    "two blanks before the target": (b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "two blanks before the version": (b"GET /  HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "no version": (b"GET /\r\n\r\n", 400),
+    "another version": (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+    "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (b"GET / HTTP/1.1\r\nHost: a\r\nhost: a\r\n\r\n", 400),
+    "two hosts of HTTP/1.0": (b"GET / HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    "two words as a host": (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+    "a list as a host": (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+    "a user in the host": (b"GET / HTTP/1.1\r\nHost: me@a\r\n\r\n", 400),
+    "a port that is none": (b"GET / HTTP/1.1\r\nHost: a:80a\r\n\r\n", 400),
+    "a control character": (b"GET / HTTP/1.1\r\nHost: a\x9b\r\n\r\n", 400),
+    "a coding before chunked": (CHUNKED.replace(b"chunked", b"gzip, chunked") + b"0\r\n\r\n", 501),
+    "identity before chunked": (
+        CHUNKED.replace(b"chunked", b"identity, chunked") + b"0\r\n\r\n",
+        501,
+    ),
+    "codings in two headers": (
+        CHUNKED.replace(b"chunked", b"gzip\r\nTransfer-Encoding: chunked") + b"0\r\n\r\n",
+        400,
+    ),
+    "a coding of HTTP/1.0": (CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_a_head_that_http_does_not_allow_is_refused(name: str, plain: Running) -> None:
+    head, status = NOT_PLAIN[name]
+    plain.seen.clear()
+    for at_a_time in (len(head), 1):
+        with plain.connect() as client:
+            for start in range(0, len(head), at_a_time):
+                client.send(head[start : start + at_a_time])
+            assert problem_of(client)[0] == status
+    assert plain.seen == []
+
+
+def test_the_same_behind_another_request_is_refused(plain: Running) -> None:
+    for head in (NOT_PLAIN["two blanks before the target"][0], NOT_PLAIN["no host"][0]):
+        with plain.connect() as client:
+            client.send(GET + head)
+            client.read_to_the_end()
+            assert client.received.count(b"HTTP/1.1 200") <= 1
+
+
+@pytest.mark.parametrize(
+    "host", [b"a", b"a.example:8000", b"127.0.0.1", b"[::1]:80", b"", b"my_host", b"a.", b"a:"]
+)
+def test_a_host_that_may_be_is_taken(host: bytes, plain: Running) -> None:
+    with plain.connect() as client:
+        client.send(b"\r\nGET / HTTP/1.1\r\nConnection: close\r\nHost: %b\r\n\r\n" % host)
+        client.read_to_the_end()
+        assert client.status == 200
+    with plain.connect() as client:
+        client.send(b"GET / HTTP/1.0\r\n\r\n")
+        client.read_to_the_end()
+        assert client.status == 200
+
+
+def test_heads_in_pieces_behind_one_another_are_taken(plain: Running) -> None:
+    last = GET.replace(b"Host", b"Connection: close\r\nHost")
+    with plain.connect() as client:
+        for piece in (GET + GET[:1], GET[1:9], GET[9:] + GET + last[:20], last[20:]):
+            client.send(piece)
+        client.read_to_the_end()
+        assert client.received.count(b"HTTP/1.1 200") == 4
+
+
+def test_an_offer_of_another_protocol_writes_no_line(
+    plain: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    offer = b"Connection: Upgrade, close\r\nUpgrade: websocket\r\n"
+    with plain.connect() as client:
+        client.send(GET.replace(b"Host", offer + b"Host"))
+        client.read_to_the_end()
+        assert client.status == 200
+    assert [line for line in caplog.messages if "pgrade" in line or "WebSocket" in line] == []
 
 
 def test_trailers_do_not_pass_for_headers(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def test_every_method_that_we_override_is_still_there_with_its_parameters() -> N
         *("resume_writing", "shutdown", "timeout_keep_alive_handler", "send_400_response"),
         *("on_message_begin", "on_header", "on_headers_complete", "on_body"),
         *("on_message_complete", "on_response_complete", "_start_asgi_task"),
+        "_unsupported_upgrade_warning",
     }
     for name, method in ours.items():
         theirs = inspect.signature(getattr(HttpToolsProtocol, name)).parameters

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import aiohttp
 import pytest
 import structlog
+from yarl import URL
 
 from tests.gateway import Gateway, Opener
 from tests.integration.rivals.routes import NATIVE, OWN, Route
@@ -138,3 +139,23 @@ async def test_no_key_is_in_the_record(open_gateway: Opener) -> None:
         assert key.rpartition("_")[2] not in str(row)
         assert OURS not in str(row)
         gateway.services.relay.health["gemini"].succeeded()
+
+
+async def test_no_escape_sequence_of_a_stranger_reaches_a_line(
+    open_gateway: Opener, written: StringIO
+) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    ends = ("%1b[31mRED%1b[0m", "%C2%9B2J", "%E2%80%AEtxt", "%E2%81%A6", "%0d%0a%1b]0;t%07")
+    for path in ("/", "/v1/", "/status/", "/v1beta/models/"):
+        for end in ends:
+            url = URL(f"{gateway.url}{path}x{end}", encoded=True)
+            async with gateway.http.get(url) as answer:
+                assert answer.status in (401, 404, 422)
+    lines = written.getvalue
+
+    def all_there() -> bool:
+        return lines().count("request_done") >= 4 * len(ends)
+
+    await wait_until(all_there, 20, "the lines")
+    assert [mark for mark in "\x1b\x07\x9b\u202e\u2066\r" if mark in lines()] == []
+    assert "RED" in lines()

@@ -63,3 +63,29 @@ def test_what_comes_back() -> None:
         (b"x-ratelimit-remaining-requests", b"9"),
     ]
     assert (b"content-length", b"10") not in to_return(given, same_length=False)
+
+
+def test_what_concerns_a_browser_or_a_connection_stays_here() -> None:
+    for name in (
+        *("Access-Control-Allow-Origin", "access-control-allow-credentials", "WWW-Authenticate"),
+        *("Service-Worker-Allowed", "Link", "Location", "Content-Location", "Server", "Via"),
+        *("Alt-Svc", "Strict-Transport-Security", "Set-Cookie", "Content-Security-Policy"),
+        *("Clear-Site-Data", "Cross-Origin-Opener-Policy", "X-Frame-Options", "Refresh", "NEL"),
+        *("Permissions-Policy", "Timing-Allow-Origin", "SourceMap", "Sec-WebSocket-Accept"),
+        *("Proxy-Authenticate", "Upgrade", "Keep-Alive", "Report-To", "Accept-CH"),
+    ):
+        assert to_return([(name.encode(), b"x")]) == [], name
+
+
+def test_what_sdks_and_operators_read_passes() -> None:
+    for name in (
+        *("content-type", "content-disposition", "cache-control", "etag", "retry-after"),
+        *("retry-after-ms", "x-should-retry", "x-request-id", "request-id", "cf-ray"),
+        *("openai-organization", "openai-processing-ms", "openai-version", "openai-model"),
+        *("anthropic-organization-id", "anthropic-ratelimit-tokens-remaining"),
+        *("x-ratelimit-limit-requests", "x-ratelimit-reset-tokens", "ratelimit", "x-goog-hash"),
+        *("x-goog-upload-url", "x-goog-upload-status", "x-goog-upload-chunk-granularity"),
+        *("x-goog-upload-size-received", "x-gemini-service-tier", "deprecation", "sunset", "vary"),
+        *("x-content-type-options", "x-vertex-ai-llm-request-type", "azureml-model-session"),
+    ):
+        assert to_return([(name.encode(), b"x")]) == [(name.encode(), b"x")], name
