@@ -148,8 +148,7 @@ async def run_worker_of(
         others = deployed_upstreams(config)
         untraced = _open_relay(config, others, {pool: limiter}, Tracing())
         relay = await stack.enter_async_context(untraced)
-        prices = Prices(others.upstreams[0])
-        pipeline = _pipeline_of(config, limiter, processor, store, prices)
+        pipeline = _pipeline_of(config, limiter, processor, store, relay)
         worker = Worker(
             config=config, store=store, blobs=blobs, pipeline=pipeline, relay=relay, pool=pool
         )
@@ -184,8 +183,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         limiter, keeper = limiters[DEFAULT_POOL], keepers[DEFAULT_POOL]
         tracing = await stack.enter_async_context(_tracing(store.observers, role, instance_id))
         relay = await stack.enter_async_context(_open_relay(config, others, limiters, tracing))
-        prices = Prices(others.upstreams[0])  # the account of GEMINI_* comes first
-        pipeline = _pipeline_of(config, limiter, processor, store, prices)
+        pipeline = _pipeline_of(config, limiter, processor, store, relay)
         name = os.environ.get(NAMED) or role
         watch = Watch(instruments, name, limiters=limiters, store=store, health=relay.health)
         stack.callback(asyncio.create_task(watch.run()).cancel)
@@ -364,8 +362,9 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
 
 
 def _pipeline_of(
-    config: Config, limiter: Limiter, processor: GeminiProcessor, store: Store, prices: Prices
+    config: Config, limiter: Limiter, processor: GeminiProcessor, store: Store, relay: Relay
 ) -> Pipeline:
+    own = relay.targets.upstreams[DEFAULT_POOL]  # the account of GEMINI_*
     return Pipeline(
         config=config,
         limiter=limiter,
@@ -373,7 +372,8 @@ def _pipeline_of(
         blobs=store.blobs,
         fetcher=_fetcher_of(config),
         observers=store.observers,
-        prices=prices,
+        prices=Prices(own),
+        gate=relay.health.get(limiter.pool),
     )
 
 

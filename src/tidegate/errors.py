@@ -21,6 +21,7 @@ TidegateError
 │   └── BudgetExceeded          it has spent what it may in a day or month
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
+│   │   └── LimitPaused         a limit is paused for longer than the call may wait
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
 │   ├── QueueFull               too many waiters already
 │   └── LimiterUnavailable      Valkey is away and the policy is `closed`
@@ -28,9 +29,11 @@ TidegateError
 ├── UpstreamError               the provider failed us; `of_upstream` says whose fault it is
 │   ├── UpstreamThrottled       429; for how long, and whether a day's quota is gone
 │   ├── UpstreamUnavailable     5xx, refused or broken connection
+│   │   └── UpstreamOut         not asked: it failed too often and is tried now and then
 │   ├── UpstreamTimeout         connect, first byte, idle or total time ran out
 │   ├── UpstreamRejected        another 4xx: the same call would fail again
 │   ├── UpstreamUnauthorized    401/403: the key is dead
+│   │   └── UpstreamUnpaid      the account has no money left, or has spent what it may
 │   ├── UpstreamGarbled         the answer is not what the protocol says
 │   ├── PromptBlocked           the provider's safety filter refused the prompt
 │   └── EmptyAnswer             an answer without content; carries the finish reason
@@ -203,6 +206,12 @@ class DeadlineExceeded(AdmissionError):
     code = "deadline_exceeded"
 
 
+class LimitPaused(DeadlineExceeded):
+    """Waiting within the deadline would be in vain; `retry_after_ms` is the end of the pause."""
+
+    code = "limit_paused"
+
+
 class DemandImpossible(AdmissionError):
     code = "impossible"
 
@@ -249,6 +258,7 @@ class UpstreamThrottled(UpstreamError):
     """429. `day_quota` is true when a quota per day is gone and a short wait won't help.
 
     unit: what there was too much of, `requests` or `tokens`; None where the provider did not say.
+    of_account: whether it binds the whole account, and not only the model that was asked for.
     """
 
     code = "upstream_throttled"
@@ -262,10 +272,12 @@ class UpstreamThrottled(UpstreamError):
         retry_after_ms: int | None = None,
         day_quota: bool = False,
         unit: str | None = None,
+        of_account: bool = False,
     ) -> None:
         super().__init__(message, status=status, retry_after_ms=retry_after_ms)
         self.day_quota = day_quota
         self.unit = unit
+        self.of_account = of_account
 
     @property
     def of_upstream(self) -> bool:
@@ -297,6 +309,15 @@ class UpstreamUnavailable(UpstreamError):
         return not self.asked or self.broke == "connecting" or self.status in OF_THE_SERVER
 
 
+class UpstreamOut(UpstreamUnavailable):
+    """The call was not made: the upstream failed too often, and is tried by one call at a time."""
+
+    code = "upstream_out"
+
+    def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms, asked=False)
+
+
 class UpstreamTimeout(UpstreamError):
     """`phase` is `connect`, `first_byte`, `idle` or `total`."""
 
@@ -317,9 +338,11 @@ class UpstreamRejected(UpstreamError):
 
 
 class UpstreamUnauthorized(UpstreamError):
-    """`of_key` is false where the provider's words may be about this call alone."""
+    """`of_key` is false where the provider's words may be about this call alone. `in_short` is what
+    everybody may hear of it."""
 
     code = "upstream_unauthorized"
+    in_short: ClassVar[str] = "the provider refuses this gateway's own key"
 
     def __init__(self, message: str, *, status: int | None = None, of_key: bool = True) -> None:
         super().__init__(message, status=status)
@@ -328,6 +351,19 @@ class UpstreamUnauthorized(UpstreamError):
     @property
     def of_upstream(self) -> bool:
         return self.of_key
+
+
+class UpstreamUnpaid(UpstreamUnauthorized):
+    """`retry_after_ms`: until the account may spend again, where the provider says when."""
+
+    code = "upstream_unpaid"
+    in_short = "the account at the provider has no money left"
+
+    def __init__(
+        self, message: str, *, status: int | None = None, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(message, status=status)
+        self.retry_after_ms = retry_after_ms
 
 
 class UpstreamGarbled(UpstreamError):

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
+from math import inf
 from weakref import WeakValueDictionary
 
 from tidegate.attempt import Attempt
@@ -34,7 +35,7 @@ from tidegate.call import (
 )
 from tidegate.classify import by_keywords, by_rules
 from tidegate.config import ClassifierMode, Config
-from tidegate.demand import Demand, Demands, Learned, pause_after
+from tidegate.demand import Demand, Demands, Learned
 from tidegate.demand.cost import (
     Prices,
     came_tokens,
@@ -47,7 +48,6 @@ from tidegate.errors import (
     DeadlineExceeded,
     DemandImpossible,
     EmptyAnswer,
-    LimiterUnavailable,
     NotFound,
     PromptBlocked,
     TidegateError,
@@ -61,6 +61,9 @@ from tidegate.observed import Observers
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor
 from tidegate.providers.gemini.request import MAX_JUDGE_TOKENS, MAX_JUDGED_CHARS
+from tidegate.spine.faults import Suspect
+from tidegate.spine.patience import NotWorthWaiting, Patience
+from tidegate.spine.routing import Gate
 from tidegate.store.blobs import Blobs
 from tidegate.store.observing import of_question
 from tidegate.telemetry import Log, get_logger
@@ -68,8 +71,6 @@ from tidegate.tracing import address_of
 
 _JUDGEMENTS_CACHED = 10_000
 _LIMITERS_WORD_MS = 20
-_PROVIDER = "gemini"
-_REASON_CHARS = 200
 _HARD_MARGIN_MS = 5_000  # closing and recording, after the call's own total time
 
 log = get_logger()
@@ -103,7 +104,9 @@ class Pipeline:
         fetcher: ImageFetcher,
         observers: Observers,
         prices: Prices | None = None,
+        gate: Gate | None = None,
     ) -> None:
+        """`gate`: the one that native calls to the same upstream pass."""
         self._config = config
         self._limiter = limiter
         self._processor = processor
@@ -112,6 +115,7 @@ class Pipeline:
         self._observers = observers
         self._demands = Demands(prices=prices)
         self._upstream = limiter.pool
+        self._gate = gate or Gate(limiter.pool, limiter)
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
@@ -191,6 +195,8 @@ class Pipeline:
         # A little earlier than the caller: the limiter knows why nobody was let in.
         deadline_ms = max(1, round(left_ms) - _LIMITERS_WORD_MS)
         hard_ms = self._config.classifier_timeout_ms + _HARD_MARGIN_MS
+        demand = self._gate.bind(demand, model)
+        self._gate.check(demand, deadline_ms)
         async with self._admission(demand, deadline_ms, hard_ms) as permit:
             asking.set()
             kind, reason = await self._put(ask, types, model, permit, demand)
@@ -213,7 +219,8 @@ class Pipeline:
             return judged
         except UpstreamError as failed:
             error, outcome = failed, Outcome.DROPPED
-            await self._pause_if_throttled(failed, demand, model)
+            if isinstance(failed, UpstreamThrottled):
+                await self._gate.throttled(failed, model, demand)
             raise
         except asyncio.CancelledError:
             status = "cancelled"
@@ -269,18 +276,20 @@ class Pipeline:
         the call; what it raises ends the run with no call made. Raises AdmissionError, LeaseLost
         and UpstreamError. Cancellation leaves neither a waiter nor an open upstream call.
         """
-        asked_at, hard_ms = time.monotonic(), self._config.total_timeout_ms + _HARD_MARGIN_MS
+        gate, asked_at = self._gate, time.monotonic()
+        hard_ms = self._config.total_timeout_ms + _HARD_MARGIN_MS
         while True:
-            policy, left_ms = self._limiter.policy, deadline_ms
+            policy, left_ms, wait_ms = self._limiter.policy, deadline_ms, inf
             if deadline_ms is not None:
-                left_ms = deadline_ms - round((time.monotonic() - asked_at) * 1000)
-            demand = self._demands.of(call, policy)
+                left_ms = wait_ms = deadline_ms - round((time.monotonic() - asked_at) * 1000)
+            demand = gate.bind(self._demands.of(call, policy), call.model)
             attempt.limits = demand.limits
+            gate.check(demand, wait_ms)
             try:
-                async with self._admission(demand, left_ms, hard_ms) as permit:
-                    permit.settle(
-                        Outcome.IGNORED, tokens=0, images=0
-                    )  # until there has been a call
+                admission = self._admission(demand, left_ms, hard_ms)
+                async with Patience(admission, gate, demand, call.model, wait_ms) as permit:
+                    # Until there has been a call.
+                    permit.settle(Outcome.IGNORED, tokens=0, images=0)
                     attempt.admitted_at = datetime.now(UTC)
                     waited = attempt.admitted_at - attempt.waiting_since
                     attempt.queue_ms = max(0.0, waited.total_seconds() * 1000)
@@ -292,6 +301,10 @@ class Pipeline:
                     await permit.confirm()
                     await self._call(call, attempt, sink, permit, demand)
                 return
+            except NotWorthWaiting:
+                continue  # something that binds it was paused meanwhile
+            except DeadlineExceeded as over:
+                raise gate.out() or over from None
             except DemandImpossible:
                 # A limit was taken away while it waited: it asks for what binds it now.
                 if self._limiter.policy is policy:
@@ -300,7 +313,8 @@ class Pipeline:
     async def _call(
         self, call: Call, attempt: Attempt, sink: Sink | None, permit: Permit, demand: Demand
     ) -> None:
-        started = time.monotonic()
+        started, gate = time.monotonic(), self._gate
+        tried = gate.is_try(demand)
         attempt.upstream = self._upstream
         outcome, error = Outcome.IGNORED, None
         if (trail := attempt.trail) is not None:
@@ -309,10 +323,14 @@ class Pipeline:
         try:
             await self._processor.run(call, attempt.answer, sink)
             outcome = Outcome.SUCCESS
+            if tried or gate.has_doubts:
+                await gate.worked(call.model, tried=tried)
         except UpstreamError as failed:
             error = failed
             outcome = Outcome.DROPPED if failed.retryable else Outcome.IGNORED
-            await self._pause_if_throttled(failed, demand, call.model)
+            if isinstance(failed, UpstreamThrottled):
+                await gate.throttled(failed, call.model, demand)
+            await gate.failed(failed, call.model, suspect=_suspect_of(call), tried=tried)
             raise
         finally:
             attempt.upstream_ms = (time.monotonic() - started) * 1000
@@ -367,31 +385,15 @@ class Pipeline:
         permit.settle(outcome, tokens=used, images=images)
         self._demands.learn(demand, answer.usage, charge.usage, whole=whole)
 
-    async def _pause_if_throttled(self, failed: UpstreamError, demand: Demand, model: str) -> None:
-        """Let no other process run into the same 429; before our own permit goes to anybody."""
-        if not isinstance(failed, UpstreamThrottled):
-            return
-        now, policy = datetime.now(UTC), self._limiter.policy
-        pause = pause_after(failed, demand.limits, model, policy, now)
-        if pause is None:
-            return
-        try:
-            paused = await self._limiter.penalise(
-                pause.limit,
-                for_ms=pause.for_ms,
-                ramp_ms=pause.ramp_ms,
-                reason=failed.message[:_REASON_CHARS],
-                by=_PROVIDER,
-            )
-        except LimiterUnavailable as away:
-            log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=away.message)
-            return
-        if paused:
-            log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=pause.for_ms, by=_PROVIDER)
-
 
 def _never_sent(error: UpstreamError) -> bool:
     """Whether there was no connection to send the request on."""
     if isinstance(error, UpstreamTimeout):
         return error.phase == "connect"
     return isinstance(error, UpstreamUnavailable) and error.broke == "connecting"
+
+
+def _suspect_of(call: Call) -> Suspect:
+    """Who a fault is laid to that the request may have brought about."""
+    tenant = None if call.tenant_id == DEFAULT_TENANT else call.tenant_id
+    return Suspect(tenant, hash((call.model, call.prompt, len(call.media))))

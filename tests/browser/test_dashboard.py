@@ -27,7 +27,7 @@ from tidegate.dashboard.rollup import count
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.valkey import ValkeyServer
 from tidegate.observed import Observed
-from tidegate.relay.health import FAULTS
+from tidegate.spine.faults import FAULTS
 from tidegate.store.history import Span, Tally
 from tidegate.store.migrate import migrate
 

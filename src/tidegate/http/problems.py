@@ -44,6 +44,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.TooManyFollowers: 503,
     errors.QuotaExceeded: 429,
     errors.DeadlineExceeded: 504,
+    errors.LimitPaused: 503,
     errors.DemandImpossible: 422,
     errors.QueueFull: 503,
     errors.LimiterUnavailable: 503,
@@ -51,6 +52,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.UpstreamError: 502,
     errors.UpstreamThrottled: 503,
     errors.UpstreamUnavailable: 502,
+    errors.UpstreamOut: 503,
     errors.UpstreamTimeout: 504,
     errors.UpstreamRejected: 422,
     errors.PromptBlocked: 422,
@@ -60,6 +62,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
 # Where a provider would use another one, so that its SDK does what it does with the provider.
 NATIVE_STATUS: dict[type[errors.TidegateError], int] = {
     errors.DeadlineExceeded: 429,
+    errors.LimitPaused: 429,
     errors.QueueFull: 429,
     errors.DemandImpossible: 400,
     errors.UpstreamThrottled: 429,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -229,9 +230,11 @@ def as_limit(limit: int | Limit) -> Limit:
     return Concurrency(limit) if isinstance(limit, int) else limit
 
 
+@lru_cache(maxsize=1_000)
 def implicit_limit(name: str) -> Concurrency | None:
     """What a limit is that no policy names: without a bound, or None where it must be named."""
-    return _UNBOUNDED if name.startswith(IMPLICIT_SCOPES) else None
+    implicit = name.startswith(IMPLICIT_SCOPES) and _LIMIT_ID.fullmatch(name) is not None
+    return _UNBOUNDED if implicit else None
 
 
 _UNBOUNDED = Concurrency(MAX_BOUND)

@@ -155,6 +155,11 @@ class Operations:
         self._session.refresh()
         return done
 
+    @property
+    def has_pauses(self) -> bool:
+        """Whether anything is paused, or comes back from a pause."""
+        return bool(self._session.remembered.pauses)
+
     def paused_of(self, limits: Sequence[str]) -> tuple[str, ...]:
         """Those of these limits that are paused or come back from a pause, as this process last
         heard. Without I/O."""

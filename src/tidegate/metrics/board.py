@@ -20,8 +20,8 @@ import orjson
 
 from tidegate.errors import LimiterUnavailable
 from tidegate.limiter import Limiter
-from tidegate.relay.health import Health, State
 from tidegate.relay.under_way import CallUnderWay, UnderWay
+from tidegate.spine.routing import Gate, State
 from tidegate.telemetry import Log, get_logger
 
 TELL_EVERY_S = 1.0
@@ -36,7 +36,7 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class UpstreamFound:
-    """An upstream as one process finds it; see `Health`."""
+    """An upstream as one process finds it; see `Gate`."""
 
     state: State
     key_refused: bool = False
@@ -75,7 +75,7 @@ class Board:
         limiter: Limiter,
         instance_id: str,
         under_way: UnderWay,
-        health: Mapping[str, Health],
+        health: Mapping[str, Gate],
     ) -> None:
         self.under_way = under_way
         self.process = instance_id

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from tidegate.limiter import Limiter
 from tidegate.metrics.instruments import Instruments
 from tidegate.metrics.names import Metric
-from tidegate.relay.health import Health
+from tidegate.spine.routing import Gate
 from tidegate.store.store import Store
 
 EVERY_S = 0.25
@@ -32,7 +32,7 @@ class Watch:
         *,
         limiters: Mapping[str, Limiter],
         store: Store,
-        health: Mapping[str, Health],
+        health: Mapping[str, Gate],
     ) -> None:
         self._instruments = instruments
         self._name = (name,)

@@ -15,6 +15,7 @@ from uuid import UUID
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.limiter import LimitView, PermitView, QueueView, SessionView, TenantView
 from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.limits import MAX_BOUND, Limit
 from tidegate.policy.keeper import PolicyKeeper
 from tidegate.policy.plain import to_plain
 from tidegate.policy.words import in_words
@@ -171,7 +172,7 @@ class Control:
         limit = self.limiter.policy.limit(view.limit)
         return ShownLimit(
             limit=view.limit,
-            words=f"{view.bound}" if limit is None else in_words(limit),
+            words=_words_of(view, limit),
             bound=view.bound,
             current=view.current,
             used=view.used,
@@ -184,8 +185,14 @@ class Control:
         )
 
     def _check_there(self, limit: str) -> None:
-        if limit not in self.limiter.policy.limits:
+        if self.limiter.policy.binding(limit) is None:
             raise NotFound(f"there is no limit {limit}")
+
+
+def _words_of(view: LimitView, limit: Limit | None) -> str:
+    if limit is not None:
+        return in_words(limit)
+    return f"{view.bound}" if view.bound < MAX_BOUND else "no limit of its own"
 
 
 def shown_permits(

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
-from tidegate.demand import Demand, pause_after
-from tidegate.errors import LimiterUnavailable, UpstreamGarbled, UpstreamThrottled
-from tidegate.limiter import Limiter
+from tidegate.errors import UpstreamGarbled, UpstreamThrottled
 from tidegate.providers.gemini import faults
 from tidegate.providers.relay import Exchange
 from tidegate.relay.call import CallFailed
 from tidegate.relay.headers import to_return
 from tidegate.relay.targets import Target
-from tidegate.telemetry import Log, get_logger
+from tidegate.telemetry import get_logger
 
 _REFUSAL_BYTES = 1_000_000
 _SPENT_MS = 600_000  # an account without money: nobody says when it will have some again
@@ -41,34 +37,3 @@ async def refusal_of(exchange: Exchange, target: Target) -> CallFailed:
         headers=to_return(exchange.headers, same_length=False),
         body=body.replace(target.upstream.key.encode(), b"***"),
     )
-
-
-async def pause_if_throttled(failed: CallFailed, demand: Demand, limiter: Limiter) -> None:
-    """Let no other process run into the same 429; before our own permit goes to anybody. What is
-    paused then is noted in `failed`."""
-    error = failed.error
-    if not isinstance(error, UpstreamThrottled) or not demand.limits:
-        return
-    model, policy = failed.target.model, limiter.policy
-    pause = pause_after(error, demand.limits, model, policy, datetime.now(UTC))
-    if pause is None:
-        return
-    try:
-        paused = await limiter.penalise(
-            pause.limit,
-            for_ms=pause.for_ms,
-            ramp_ms=pause.ramp_ms,
-            reason=error.message[:_REASON_CHARS],
-            by=failed.target.upstream.name,
-        )
-    except LimiterUnavailable as away:
-        log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=away.message)
-        return
-    failed.paused_ms = pause.for_ms
-    if paused:
-        log.warning(
-            Log.LIMIT_PAUSED,
-            limit=pause.limit,
-            for_ms=pause.for_ms,
-            by=failed.target.upstream.name,
-        )

@@ -11,6 +11,7 @@ import time
 
 from tidegate.errors import TidegateError
 from tidegate.limiter import Limiter
+from tidegate.limiter.limits import MAX_BOUND
 from tidegate.telemetry import Log, get_logger
 
 _FRESH_S = 1.0
@@ -46,7 +47,9 @@ class Remaining:
             self._left = {}
         else:
             self._left = {
-                name: max(0, view.current - view.used) for name, view in snapshot.limits.items()
+                name: max(0, view.current - view.used)
+                for name, view in snapshot.limits.items()
+                if view.bound < MAX_BOUND  # one that no policy names has none
             }
         finally:
             self._texts = {}

@@ -16,19 +16,13 @@ from tidegate.demand import Demand, Demands
 from tidegate.demand.cost import Prices
 from tidegate.errors import (
     NotFound,
-    UpstreamError,
-    UpstreamRejected,
-    UpstreamThrottled,
-    UpstreamUnauthorized,
-    UpstreamUnavailable,
 )
 from tidegate.limiter import Limiter
 from tidegate.limiter.demand import Demand as Wanted
 from tidegate.providers.relay import Exchange, RelayWire
 from tidegate.relay.asked import Asked, asked_of, parsed
-from tidegate.relay.call import CallFailed, Life, NativeCall, Out
+from tidegate.relay.call import Life, NativeCall, Out
 from tidegate.relay.headers import with_key
-from tidegate.relay.health import Health, RetryBudget, Suspect, can_be_provoked
 from tidegate.relay.models import Models, is_plain
 from tidegate.relay.paths import Dialect, Operation
 from tidegate.relay.permission import check_model
@@ -36,7 +30,9 @@ from tidegate.relay.remaining import Remaining
 from tidegate.relay.spelling import check_said_once
 from tidegate.relay.targets import Target, Targets
 from tidegate.relay.work import Begun, Work
-from tidegate.telemetry import Log, get_logger
+from tidegate.spine.faults import RetryBudget
+from tidegate.spine.routing import Gate, Gates
+from tidegate.telemetry import get_logger
 from tidegate.tracing import HEADER, Tracing
 
 _HARD_MARGIN_MS = 5_000
@@ -58,7 +54,13 @@ class Relay:
     ) -> None:
         self.targets = targets
         self.tracing = tracing
-        self.health = {name: Health() for name in targets.upstreams}
+        self.health = Gates(
+            {
+                name: Gate(name, pools[one.pool], one.key)
+                for name, one in targets.upstreams.items()
+                if one.pool in pools
+            }
+        )
         self.remaining = {pool: Remaining(limiter) for pool, limiter in pools.items()}
         self._pools = pools
         self._wire = wire
@@ -129,25 +131,21 @@ class Relay:
         return Target(speaking[0], "")
 
     def usable(self, targets: list[Target]) -> list[Target]:
-        """Those that may be asked now. Raises UpstreamUnavailable where none may."""
-        if len(targets) == 1 and self.health[targets[0].upstream.name].state == "ok":
+        """Those that may be asked now; where all are out, all: the first to be back comes first."""
+        if len(targets) == 1:
             return targets
-        found = [one for one in targets if self.health[one.upstream.name].admits()]
-        if not found:
-            first = min((self.health[one.upstream.name] for one in targets), key=Health.back_in_ms)
-            raise UpstreamUnavailable(
-                f"no upstream can be asked now; the last fault: {first.in_short}",
-                retry_after_ms=first.back_in_ms(),
-                asked=False,
-            )
-        return found
+        found = [one for one in targets if self.gate_of(one).state != "out"]
+        return found or sorted(targets, key=lambda one: self.gate_of(one).ready_in_ms())
+
+    def gate_of(self, target: Target) -> Gate:
+        return self.health[target.upstream.name]
 
     def limiter_of(self, target: Target) -> Limiter:
         return self._pools[target.upstream.pool]
 
     def demand_of(self, call: NativeCall, asked: Asked | None, target: Target) -> Demand:
         counted = call.endpoint.is_counted and asked is not None
-        return self._demands[target.upstream.name].of_native(
+        demand = self._demands[target.upstream.name].of_native(
             target.model,
             asked.kind if counted and asked else OTHER_KIND,
             asked.pieces if asked else {},
@@ -157,6 +155,7 @@ class Relay:
             images=asked.images if asked else 0,
             max_output_tokens=asked.max_output_tokens if counted and asked else 1,
         )
+        return self.gate_of(target).bind(demand, target.model)
 
     def wanted(self, demand: Demand, deadline_ms: int | None, *, once: bool = False) -> Wanted:
         return Wanted(
@@ -193,36 +192,5 @@ class Relay:
     def may_try_again(self) -> bool:
         return self._budget.spend()
 
-    def worked(self, target: Target) -> None:
-        name = target.upstream.name
-        if self.health[name].succeeded():
-            log.warning(Log.UPSTREAM_BACK, upstream=name)
-
-    def noted(self, call: NativeCall, failed: CallFailed) -> None:
-        """What a failure of a call says of its upstream."""
-        error, name = failed.error, failed.target.upstream.name
-        if isinstance(error, UpstreamThrottled | UpstreamRejected):
-            self.worked(failed.target)
-            return
-        suspect = _suspect(call) if can_be_provoked(error) else None
-        dead = isinstance(error, UpstreamUnauthorized)
-        short = _in_short(error)
-        if self.health[name].failed(error.message, in_short=short, key_dead=dead, suspect=suspect):
-            event = Log.UPSTREAM_KEY_DEAD if dead else Log.UPSTREAM_OUT
-            log.error(event, upstream=name, detail=error.message)
-
     def demands_of(self, target: Target) -> Demands:
         return self._demands[target.upstream.name]
-
-
-def _in_short(error: UpstreamError) -> str:
-    """What others may hear: the provider's words can be about one tenant's request, or our key."""
-    if isinstance(error, UpstreamUnauthorized) and error.of_key:
-        return "the provider refuses this gateway's own key"
-    return error.message if error.status is None else f"the provider answered {error.status}"
-
-
-def _suspect(call: NativeCall) -> Suspect:
-    endpoint = call.endpoint
-    request = hash((endpoint.path, endpoint.model, call.query, call.body))
-    return Suspect(None if call.caller.key_id is None else call.caller.tenant_id, request)

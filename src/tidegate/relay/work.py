@@ -21,6 +21,7 @@ from tidegate.errors import (
     DeadlineExceeded,
     DemandImpossible,
     UpstreamError,
+    UpstreamOut,
     UpstreamThrottled,
     UpstreamUnauthorized,
 )
@@ -31,12 +32,13 @@ from tidegate.relay.asked import Asked
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.charging import native_charge
 from tidegate.relay.headers import to_return
-from tidegate.relay.patience import NotWorthWaiting, Patience
-from tidegate.relay.refusal import pause_if_throttled, refusal_of
+from tidegate.relay.refusal import refusal_of
 from tidegate.relay.request_body import body_for
 from tidegate.relay.targets import Target
 from tidegate.relay.usage import pictures_in
 from tidegate.relay.usage_event import WithoutUsageEvent
+from tidegate.spine.faults import Suspect
+from tidegate.spine.patience import NotWorthWaiting, Patience
 
 if TYPE_CHECKING:
     from tidegate.relay.spine import Relay
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 MOST_TRIES = 4
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
-_LONGEST_RETRY_MS = 86_400_000
 
 Begun = Callable[[Permit | None], Awaitable[None]]
 
@@ -69,6 +70,7 @@ class Work:
         self._asked = asked
         self._out = out
         self._life = life
+        self._tried = False
 
     async def until_answered(self, targets: list[Target]) -> None:
         left = self._relay.usable(targets)
@@ -83,7 +85,6 @@ class Work:
                 if all(one is other for one, other in zip(policies, now, strict=True)):
                     raise
             except CallFailed as failed:
-                self._relay.noted(self._call, failed)
                 if not self._worth_another(failed):
                     raise
                 left = [one for one in left if one is not failed.target]
@@ -120,21 +121,25 @@ class Work:
     async def _by_one_of(self, targets: list[Target]) -> None:
         """By the first that has room at once; where none has, by the first in its turn that is not
         paused for longer than we may wait."""
-        relay, call = self._relay, self._call
-        demands = [relay.demand_of(call, self._asked, target) for target in targets]
+        relay = self._relay
+        demands = self._demands(targets)
         never: dict[int, DemandImpossible] = {}
         if len(targets) > 1:
             for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
                 try:
                     async with self._attempt(target, demand) as permit:
-                        if permit is not None or not demand.limits:
+                        if relay.gate_of(target).binds_more(demand, target.model):
+                            if permit is not None:
+                                permit.settle(Outcome.IGNORED, tokens=0, images=0)
+                        elif permit is not None or not demand.limits:
                             await self._under(permit, target, demand)
                             return
                 except DemandImpossible as impossible:
                     never[place] = impossible
         while True:
             place = 0
-            if never or relay.limiter_of(targets[0]).paused_ms(demands[0].limits):
+            if never or relay.limiter_of(targets[0]).has_pauses:
+                demands = self._demands(targets)
                 place = self._to_wait_for(targets, demands, never)
             self._life.queue = targets[place].upstream.pool, demands[place].limits
             try:
@@ -143,6 +148,11 @@ class Work:
                     return
             except NotWorthWaiting:
                 continue  # in another's queue, if there is one that is
+            except DeadlineExceeded as late:
+                raise relay.gate_of(targets[place]).out() or late from None
+
+    def _demands(self, targets: list[Target]) -> list[Demand]:
+        return [self._relay.demand_of(self._call, self._asked, target) for target in targets]
 
     def _to_wait_for(
         self, targets: list[Target], demands: list[Demand], never: dict[int, DemandImpossible]
@@ -150,19 +160,17 @@ class Work:
         """The place of the first whose queue is worth standing in. Raises DeadlineExceeded where
         all are paused beyond our deadline, and DemandImpossible where none could ever let us in."""
         left_ms = max(0, self._call.left_ms())
-        soonest_ms, limit = _LONGEST_RETRY_MS, ""
+        late: list[DeadlineExceeded | UpstreamOut] = []
         for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
             if place in never:
                 continue
-            paused_ms = self._relay.limiter_of(target).paused_ms(demand.limits)
-            if paused_ms <= left_ms:
+            why = self._relay.gate_of(target).late(demand, left_ms)
+            if why is None:
                 return place
-            limit = limit or demand.limits[0]
-            soonest_ms = min(soonest_ms, paused_ms)
-        if not limit:
+            late.append(why)
+        if not late:
             raise next(iter(never.values()))
-        said = "what the call needs is paused for longer than it may wait"
-        raise DeadlineExceeded(said, limit=limit, retry_after_ms=soonest_ms)
+        raise min(late, key=lambda one: one.retry_after_ms or 0)
 
     def _attempt(
         self, target: Target, demand: Demand
@@ -182,11 +190,13 @@ class Work:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         limiter = self._relay.limiter_of(target)
         admission = limiter.acquire_for(self._relay.wanted(demand, left_ms))
-        return Patience(admission, limiter, demand.limits, self._call)
+        gate = self._relay.gate_of(target)
+        return Patience(admission, gate, demand, target.model, left_ms)
 
     async def _under(self, permit: Permit | None, target: Target, demand: Demand) -> None:
         """The call itself, under its permit."""
-        life = self._life
+        life, gate = self._life, self._relay.gate_of(target)
+        tried = self._tried = gate.is_try(demand)
         life.waits = False
         life.target = target
         life.tries += 1
@@ -210,8 +220,10 @@ class Work:
             refused = failed.status >= 400
             life.throttled += isinstance(failed.error, UpstreamThrottled)
             outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
-            limiter = self._relay.limiter_of(target)
-            await pause_if_throttled(failed, demand, limiter)
+            if isinstance(failed.error, UpstreamThrottled):
+                failed.paused_ms = await gate.throttled(failed.error, target.model, demand)
+            suspect = suspect_of(self._call)
+            await gate.failed(failed.error, target.model, suspect=suspect, tried=tried)
             raise
         finally:
             life.upstream_ms = (time.perf_counter() - started) * 1000
@@ -271,7 +283,9 @@ class Work:
     ) -> None:
         life, out = self._life, self._out
         first = await self._first(exchange, target)
-        self._relay.worked(target)
+        gate = self._relay.gate_of(target)
+        if self._tried or gate.has_doubts:
+            await gate.worked(target.model, tried=self._tried)
         life.http_status = exchange.status
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         headers = to_return(exchange.headers, same_length=without is None)
@@ -332,6 +346,13 @@ class Work:
             if piece := await exchange.next():
                 life.keep(piece)
         await out.body(without.rest(), False)
+
+
+def suspect_of(call: NativeCall) -> Suspect:
+    """Who a fault is laid to that the request may have brought about."""
+    endpoint = call.endpoint
+    request = hash((endpoint.path, endpoint.model, call.query, call.body))
+    return Suspect(None if call.caller.key_id is None else call.caller.tenant_id, request)
 
 
 def _is_events(exchange: Exchange) -> bool:

@@ -71,7 +71,7 @@ async def test_another_request_under_the_key_is_refused(gateway: Gateway) -> Non
 async def test_what_failed_may_be_asked_again(gateway: Gateway) -> None:
     await gateway.upstream.set_fault("unauthorized", count=1)
     assert (await ask(gateway, "k-5"))[0] == 502
-    gateway.services.relay.health["gemini"].succeeded()
+    await gateway.services.relay.health["gemini"].open()
     assert (await ask(gateway, "k-5"))[0] == 200
 
 

@@ -80,12 +80,12 @@ async def test_what_falls_under_no_limit_waits_as_long_as_it_was_told_too(
 ) -> None:
     gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
     hostile.answer = no_more(b"retry-after: 1")
-    headers = {"x-tidegate-deadline-ms": "1100"}
+    headers = {"x-tidegate-deadline-ms": "900"}
     assert (await ask(gateway, do="countTokens", **headers))[0] == 429
     assert len(hostile.seen) == 1
 
 
-async def test_a_days_quota_parks_the_upstream_and_nobody_waits_in_vain(
+async def test_a_days_quota_parks_the_model_and_nobody_waits_in_vain(
     open_gateway: Opener,
 ) -> None:
     gateway = await open_gateway(worker=False)
@@ -96,7 +96,7 @@ async def test_a_days_quota_parks_the_upstream_and_nobody_waits_in_vain(
     assert (status, b"paused" in body) == (429, True)
     assert 1 < int(headers["retry-after"]) <= 86_400
     assert len(await gateway.calls()) == 1
-    await gateway.services.limiter.resume("kind:text_only")
+    await gateway.services.limiter.resume(f"model:{MODEL}")
     assert (await ask(gateway))[0] == 200
 
 

@@ -89,7 +89,7 @@ async def test_no_key_is_in_any_line_whatever_fails(
             await gateway.upstream.set_fault(fault, kind="other")
         for route in routes[number % 2 :: 2]:
             await ask(gateway, route, ways[number % len(ways)])
-            gateway.services.relay.health["gemini"].succeeded()
+            await gateway.services.relay.health["gemini"].open()
             await gateway.services.limiter.resume("kind:text_only")
         async with gateway.http.post(
             f"{gateway.url}/submit?key={key}", json={"data": PROMPT, "type": "text_only"}
@@ -138,7 +138,7 @@ async def test_no_key_is_in_the_record(open_gateway: Opener) -> None:
         row = await gateway.audit(request_id)
         assert key.rpartition("_")[2] not in str(row)
         assert OURS not in str(row)
-        gateway.services.relay.health["gemini"].succeeded()
+        await gateway.services.relay.health["gemini"].open()
 
 
 async def test_no_escape_sequence_of_a_stranger_reaches_a_line(

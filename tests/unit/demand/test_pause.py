@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 
 import pytest
 
-from tidegate.demand.pause import LONGEST_MS, USUAL_RAMP_MS, Pause, pause_after
+from tidegate.demand.pause import LONGEST_MS, USUAL_RAMP_MS, Pause, model_limit, pause_after
 from tidegate.demand.reach import Reach
 from tidegate.errors import UpstreamThrottled
 from tidegate.policy.plain import of_plain
@@ -32,17 +33,17 @@ def throttled(unit: str | None = None, *, day: bool = False) -> UpstreamThrottle
 @pytest.mark.parametrize(
     ("limits", "unit", "blamed"),
     [
-        ((), None, KIND),
-        ((TOTAL, "rpm:total", "rpm:kind/text_only", "tenant:acme"), None, KIND),
+        ((), None, MODEL),
+        ((TOTAL, "rpm:total", "rpm:kind/text_only", "tenant:acme"), None, MODEL),
         ((TOTAL, MODEL), None, MODEL),
         ((MODEL, "rpm:m"), None, "rpm:m"),
         ((MODEL, "rpm:m", "itpm:m"), "requests", "rpm:m"),
         ((MODEL, "rpm:m", "itpm:m"), "tokens", "itpm:m"),
         ((MODEL, "rpm:m", "tpm:m"), "tokens", "tpm:m"),
         ((MODEL, "rpm:m"), "tokens", MODEL),
-        (("rpm:m",), "tokens", KIND),
+        (("rpm:m",), "tokens", MODEL),
         ((MODEL, "rpd:m"), "requests", MODEL),
-        (("model:m2", "rpm:m2"), None, KIND),
+        (("model:m2", "rpm:m2"), None, MODEL),
     ],
 )
 def test_the_limit_nearest_to_the_cause_is_paused(
@@ -70,9 +71,28 @@ def test_a_day_on_which_the_clocks_change_is_as_long_as_it_is() -> None:
     assert found.for_ms == 25 * HOUR_MS
 
 
-def test_what_says_nothing_of_time_pauses_nothing() -> None:
-    assert paused(UpstreamThrottled("429"), "rpm:m") is None
-    assert paused(UpstreamThrottled("429", retry_after_ms=0), "rpm:m") is None
+def test_a_pause_without_a_time_is_for_the_caller_to_measure() -> None:
+    assert paused(UpstreamThrottled("429"), "rpm:m") == Pause("rpm:m", 0, 0)
+    assert paused(UpstreamThrottled("429", retry_after_ms=0), "rpm:m") == Pause("rpm:m", 0, 0)
+
+
+def test_what_speaks_of_no_model_pauses_nothing() -> None:
+    policy = of_plain({"limits": {KIND: 5}})
+    assert pause_after(throttled(), (KIND,), "", policy, NOON) is None
+
+
+def test_the_account_is_paused_where_the_provider_names_it() -> None:
+    policy = of_plain({"limits": {KIND: 5, "rpm:m": 5}})
+    found = pause_after(throttled(), (KIND, "rpm:m"), "m", policy, NOON, account="upstream:u")
+    assert found == Pause("upstream:u", 47_000, USUAL_RAMP_MS)
+
+
+@pytest.mark.parametrize("name", ["two words", "a|b", "{tag}", "\x00", "é", "x" * 10_000, "\ud800"])
+def test_a_model_of_any_name_has_a_limit_that_fits_into_the_record(name: str) -> None:
+    limit = model_limit(f"models/{name}")
+    assert re.fullmatch(r"model:~[0-9a-f]{16}", limit)
+    assert limit == model_limit(name)
+    assert model_limit("models/gemini-2.5-flash") == "model:gemini-2.5-flash"
 
 
 def test_no_answer_can_pause_for_longer_than_it_could_mean() -> None:

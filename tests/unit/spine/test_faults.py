@@ -1,0 +1,119 @@
+"""When faults are enough, and how much may be tried again."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.errors import (
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamTimeout,
+    UpstreamUnauthorized,
+    UpstreamUnavailable,
+)
+from tidegate.spine.faults import (
+    FAULTS,
+    FAULTS_OF_ONE,
+    Faults,
+    RetryBudget,
+    Suspect,
+    can_be_provoked,
+)
+
+
+def noted(faults: Faults, *suspects: Suspect | None) -> list[bool]:
+    """Whether each one made it enough."""
+    said = []
+    for suspect in suspects:
+        faults.add(suspect)
+        said.append(faults.are_enough)
+    return said
+
+
+def test_some_faults_in_a_row_are_enough_and_a_success_between_begins_again() -> None:
+    faults = Faults()
+    for _ in range(3):
+        assert not any(noted(faults, *[None] * (FAULTS - 1)))
+        faults.clear()
+    assert noted(faults, *[None] * FAULTS) == [False] * (FAULTS - 1) + [True]
+
+
+def test_one_request_that_fails_however_often_is_not_enough() -> None:
+    faults = Faults()
+    assert [faults.add(Suspect("a", 1)) for _ in range(100)] == [True] + [False] * 99
+    assert not faults.are_enough
+
+
+def test_one_tenants_requests_are_not_enough_until_very_many_have_failed() -> None:
+    said = noted(Faults(), *(Suspect("a", request) for request in range(FAULTS_OF_ONE)))
+    assert said == [False] * (FAULTS_OF_ONE - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    "others", [[None], [Suspect("b", 1)], [Suspect("a", 1), Suspect("b", 1)]], ids=len
+)
+def test_anothers_fault_makes_them_enough(others: list[Suspect | None]) -> None:
+    faults = Faults()
+    assert not any(noted(faults, *(Suspect("a", request) for request in range(FAULTS - 1))))
+    assert noted(faults, *others)[-1]
+
+
+def test_where_clients_cannot_be_told_apart_different_requests_are_enough() -> None:
+    said = noted(Faults(), *(Suspect(None, request) for request in range(FAULTS)))
+    assert said == [False] * (FAULTS - 1) + [True]
+
+
+def test_what_is_known_of_suspects_is_bounded() -> None:
+    faults = Faults()
+    for request in range(10 * FAULTS_OF_ONE):
+        faults.add(Suspect(str(request), request))
+    assert len(faults._suspects) <= FAULTS_OF_ONE
+
+
+@pytest.mark.parametrize(
+    ("error", "provoked"),
+    [
+        (UpstreamUnavailable("no connection", broke="connecting"), False),
+        (UpstreamUnavailable("", status=502), False),
+        (UpstreamUnavailable("", status=503), False),
+        (UpstreamUnavailable("", status=529), False),
+        (UpstreamTimeout("", phase="connect"), False),
+        (UpstreamUnauthorized("", status=401), False),
+        (UpstreamUnavailable("", status=500), True),
+        (UpstreamUnavailable("a prompt that is too long", status=504), True),
+        (UpstreamUnavailable("closed before", broke="unheard"), True),
+        (UpstreamUnavailable("cut in mid-answer"), True),
+        (UpstreamTimeout("", phase="first_byte"), True),
+        (UpstreamTimeout("", phase="idle"), True),
+        (UpstreamTimeout("", phase="total"), True),
+        (UpstreamGarbled(""), True),
+        (UpstreamUnauthorized("", status=403, of_key=False), True),
+    ],
+)
+def test_what_a_request_can_bring_upon_itself(error: UpstreamError, provoked: bool) -> None:
+    assert can_be_provoked(error) is provoked
+    assert error.of_upstream is not provoked
+
+
+@pytest.mark.parametrize(
+    ("error", "of_upstream"),
+    [
+        (UpstreamThrottled("slow down"), True),
+        (UpstreamThrottled("a day's quota is gone", day_quota=True), True),
+        (UpstreamUnavailable("no upstream can be asked now", asked=False), True),
+        (UpstreamRejected("no such model", status=404), False),
+    ],
+)
+def test_whose_fault_a_refusal_is(error: UpstreamError, of_upstream: bool) -> None:
+    assert error.of_upstream is of_upstream
+
+
+def test_a_fifth_of_the_traffic_may_be_tried_again() -> None:
+    budget = RetryBudget(saved=0)
+    tried = 0
+    for _ in range(1000):
+        budget.earn()
+        tried += budget.spend()
+    assert 195 <= tried <= 200
