@@ -92,7 +92,7 @@ class Models:
             exchange = await self._wire.open("GET", self._wire.place(url), headers, None)
             try:
                 if exchange.status >= 300:
-                    raise await refusal_of(exchange, target)
+                    raise await refusal_of(exchange, target, dialect)
                 body = orjson.loads(await exchange.read(_LONGEST_BYTES))
                 models = [one for one in body[key] if isinstance(one[name], str)]
             finally:

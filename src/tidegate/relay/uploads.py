@@ -45,7 +45,7 @@ async def upload(
         exchange = await relay.open(call, target, pieces)
         try:
             if exchange.status >= 300:
-                raise await refusal_of(exchange, target)
+                raise await refusal_of(exchange, target, call.endpoint.dialect)
             life.http_status = exchange.status
             headers = _own(to_return(exchange.headers), own)
             await out.start(exchange.status, headers)

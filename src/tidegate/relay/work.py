@@ -266,7 +266,7 @@ class Work:
             exchange = await relay.open(self._call, target, body, self._note_sent)
             try:
                 if exchange.status >= 300:
-                    raise await refusal_of(exchange, target)
+                    raise await refusal_of(exchange, target, self._call.endpoint.dialect)
                 await self._pass_on(exchange, target, demand, hides)
             finally:
                 self._life.first_byte_ms = exchange.first_byte_ms

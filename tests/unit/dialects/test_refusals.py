@@ -1,0 +1,236 @@
+"""Every refusal that the providers word, as what it means."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tidegate.dialects import error_of_refusal
+from tidegate.dialects.waits import until_date_ms, until_ms
+from tidegate.errors import (
+    UpstreamError,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamUnauthorized,
+    UpstreamUnavailable,
+    UpstreamUnpaid,
+)
+
+Headers = dict[str, str]
+
+
+def classified(
+    dialect: str, status: int, error: dict[str, Any], headers: Headers | None = None
+) -> UpstreamError:
+    return error_of_refusal(dialect, status, error, headers or {}, "what was said")
+
+
+def quota(*ids: str) -> list[dict[str, Any]]:
+    failure = "type.googleapis.com/google.rpc.QuotaFailure"
+    return [{"@type": failure, "violations": [{"quotaId": one} for one in ids]}]
+
+
+UNPAID: list[tuple[str, int, dict[str, Any]]] = [
+    *(
+        ("openai", 429, {"type": "insufficient_quota", "code": code, "message": "Quota exceeded"})
+        for code in (
+            *("credit_balance_exhausted", "organization_spend_limit_exceeded"),
+            *("project_spend_limit_exceeded", "organization_usage_limit_exceeded"),
+            "insufficient_quota",
+        )
+    ),
+    ("openai", 402, {"message": "Insufficient Balance", "type": "unknown_error"}),  # DeepSeek
+    ("openai", 402, {"code": 402, "message": "This request requires more credits"}),  # OpenRouter
+    ("openai", 403, {"message": "Your newly created team doesn't have any credits yet."}),  # xAI
+    ("anthropic", 400, {"type": "invalid_request_error",
+                        "message": "Your credit balance is too low to reach the API."}),
+    ("anthropic", 400, {"type": "invalid_request_error",
+                        "message": "You have reached your specified API usage limits. You will "
+                                   "regain access on 2099-12-01 at 00:00 UTC."}),
+    ("anthropic", 429, {"type": "rate_limit_error", "message": "This workspace is at its cap",
+                        "details": {"error_code": "enforced_spend_limit_reached"}}),
+    ("anthropic", 402, {"type": "billing_error", "message": "Payment is due"}),
+    ("gemini", 429, {"status": "RESOURCE_EXHAUSTED",
+                     "message": "Your prepayment credits are depleted. Buy more."}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "status", "error"), UNPAID)
+def test_an_account_without_money_puts_the_upstream_out(
+    dialect: str, status: int, error: dict[str, Any]
+) -> None:
+    found = classified(dialect, status, error)
+    assert isinstance(found, UpstreamUnpaid)
+    assert found.of_upstream
+    assert not found.retryable
+
+
+@pytest.mark.parametrize(
+    ("dialect", "status", "error"),
+    [
+        ("openai", 400, {"message": "Incorrect API key provided: xa***yz."}),  # xAI
+        ("openai", 401, {"code": "invalid_api_key", "message": "Incorrect API key provided"}),
+        (
+            "openai",  # Azure
+            401,
+            {
+                "code": "401",
+                "message": "Access denied due to invalid subscription key or wrong API endpoint. "
+                "Make sure to provide a valid key for your resource.",
+            },
+        ),
+        ("anthropic", 401, {"type": "authentication_error", "message": "invalid x-api-key"}),
+        ("gemini", 400, {"message": "API key not valid. Please pass a valid API key."}),
+        ("gemini", 400, {"message": "no", "details": [{"reason": "API_KEY_INVALID"}]}),
+        ("gemini", 403, {"message": "Your project has been suspended"}),
+    ],
+)
+def test_a_dead_key_is_known_by_its_words(dialect: str, status: int, error: dict[str, Any]) -> None:
+    found = classified(dialect, status, error)
+    assert isinstance(found, UpstreamUnauthorized)
+    assert not isinstance(found, UpstreamUnpaid)
+    assert found.of_key
+
+
+@pytest.mark.parametrize(
+    ("dialect", "message"),
+    [
+        (
+            "openai",
+            "Request too large for model-x in organization org-1 on tokens per min (TPM): "
+            "Limit 30000, Requested 31538.",
+        ),
+        ("openai", "Rate limit on tokens: Limit 30000, Used 1, Requested 31538."),
+        ("anthropic", "Extra usage is required for long context requests."),
+    ],
+)
+def test_a_request_that_is_too_large_for_its_limit_is_not_tried_again(
+    dialect: str, message: str
+) -> None:
+    found = classified(dialect, 429, {"message": message, "type": "tokens"})
+    assert isinstance(found, UpstreamRejected)
+    assert not found.retryable
+    assert not found.of_upstream
+
+
+@pytest.mark.parametrize(
+    ("error", "unit", "wait_ms"),
+    [
+        ({"message": "Limit 30000, Used 29990, Requested 20. Please try again in 6m0s.",
+          "type": "tokens"}, "tokens", 360_000),
+        ({"message": "Rate limit reached on requests per day (RPD). Please try again in 8.64s"},
+         "requests", 8_640),
+        ({"message": "Please retry after 60 seconds."}, None, 60_000),  # Azure, in the text alone
+        ({"message": "slow down", "code": "slow_down"}, None, None),
+    ],
+)  # fmt: skip
+def test_openai_says_what_there_was_too_much_of_and_until_when(
+    error: dict[str, Any], unit: str | None, wait_ms: int | None
+) -> None:
+    found = classified("openai", 429, error)
+    assert isinstance(found, UpstreamThrottled)
+    assert (found.unit, found.retry_after_ms, found.of_account) == (unit, wait_ms, False)
+
+
+def test_anthropic_says_it_in_its_headers() -> None:
+    headers = {
+        "anthropic-ratelimit-requests-remaining": "40",
+        "anthropic-ratelimit-input-tokens-remaining": "0",
+        "anthropic-ratelimit-input-tokens-reset": "2099-01-01T00:00:00Z",
+    }
+    found = classified("anthropic", 429, {"type": "rate_limit_error", "message": "no"}, headers)
+    assert isinstance(found, UpstreamThrottled)
+    assert (found.unit, found.retry_after_ms) == ("input_tokens", 86_400_000)
+
+
+@pytest.mark.parametrize(
+    ("ids", "day", "account"),
+    [
+        (["GenerateRequestsPerDayPerProjectPerModel-FreeTier"], True, False),
+        (["GenerateContentPaidTierInputTokensPerModelPerMinute"], False, False),
+        (["GenerateRequestsPerMinutePerProject"], False, True),
+        (["GenerateRequestsPerMinutePerProject", "RequestsPerModelPerMinute"], False, False),
+    ],
+)
+@pytest.mark.parametrize("dialect", ["gemini", "openai"])
+def test_gemini_names_a_model_s_quota_or_the_project_s(
+    dialect: str, ids: list[str], day: bool, account: bool
+) -> None:
+    found = classified(dialect, 429, {"message": "Quota exceeded", "details": quota(*ids)})
+    assert isinstance(found, UpstreamThrottled)
+    assert (found.day_quota, found.of_account) == (day, account)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (503, "server busy, please try again. maximum pending requests exceeded"),  # Ollama
+        (503, "Loading model"),  # llama.cpp
+        (503, "no slot available"),
+        (503, "The request queue is full"),
+    ],
+)
+def test_a_server_of_ones_own_that_is_busy_is_no_fault(status: int, message: str) -> None:
+    found = classified("openai", status, {"message": message})
+    assert isinstance(found, UpstreamThrottled)
+    assert found.retryable
+
+
+@pytest.mark.parametrize(
+    ("dialect", "status", "error"),
+    [
+        ("openai", 503, {"code": "server_is_overloaded", "message": "Overloaded"}),
+        ("anthropic", 529, {"type": "overloaded_error", "message": "Overloaded"}),
+        ("gemini", 503, {"status": "UNAVAILABLE", "message": "The model is overloaded."}),
+    ],
+)
+def test_a_provider_that_is_overloaded_fails(
+    dialect: str, status: int, error: dict[str, Any]
+) -> None:
+    found = classified(dialect, status, error)
+    assert isinstance(found, UpstreamUnavailable)
+    assert found.of_upstream
+
+
+ECHOED = (
+    "Your credit balance is too low",
+    "You have reached your specified API usage limits",
+    "Incorrect API key provided",
+    "API key not valid",
+    "Your team doesn't have any credits",
+    "Your prepayment credits are depleted",
+    "Access denied due to invalid subscription key",
+)
+
+
+@pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini"])
+@pytest.mark.parametrize("words", ECHOED)
+def test_a_client_s_text_in_a_refusal_is_no_word_of_the_provider(dialect: str, words: str) -> None:
+    error = {"type": "invalid_request_error", "message": f"Invalid value: '{words}'"}
+    assert isinstance(classified(dialect, 400, error), UpstreamRejected)
+
+
+def test_other_400_are_of_the_request_alone() -> None:
+    error = {"code": "context_length_exceeded", "message": "This model's maximum context is 8"}
+    found = classified("openai", 400, error)
+    assert isinstance(found, UpstreamRejected)
+    assert not found.of_upstream
+
+
+def test_the_day_from_which_an_account_may_spend_again() -> None:
+    now = datetime(2026, 11, 30, 12, 0, tzinfo=UTC)
+    text = "You will regain access on 2026-12-01 at 00:00 UTC."
+    assert until_date_ms(text, now) == 12 * 3_600_000
+    assert until_date_ms("You will regain access on 2026-13-99.", now) is None
+    assert until_ms("2026-11-30T12:00:30Z", now) == 30_000
+    assert until_ms("soon", now) is None
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini"])
+def test_no_text_takes_long_to_read(dialect: str) -> None:
+    for text in ("a " * 500_000, "Limit " * 300_000, "your " * 300_000, "retry after " * 99_999):
+        error = {"message": text, "details": [{}] * 1_000}
+        assert isinstance(classified(dialect, 429, error), UpstreamError)
