@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 
@@ -132,7 +132,11 @@ class Connections:
         task = asyncio.create_task(self._run(work, timeout_ms, repeatable))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_abandoned)
+            raise
 
     async def ping(self, timeout_ms: int) -> None:
         """One round trip on a connection of its own; raises StoreUnavailable."""
@@ -290,6 +294,14 @@ class Connections:
             get_logger().info(Log.STORE_BACK)
             for tell in self.on_back:
                 tell()
+
+
+def _abandoned(task: asyncio.Task[Any]) -> None:
+    """Its caller has left: an outage concerns nobody any more, and what else it raised is logged
+    here, where asyncio would complain of an exception that was never retrieved."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, TidegateError):
+        get_logger().error(Log.INTERNAL_ERROR, where="store", error=repr(error))
 
 
 def _words(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The record into a file and back, by PostgreSQL's own `pg_dump` and `pg_restore`.
 
-Invariant: a file with the wanted name is a whole dump; a restore goes into a database that has no
+Invariant: a file with the wanted name is a whole dump, and from its first byte on nobody but its
+owner can read it; a restore goes into a database that has no
 tables of ours, and is all there or nothing of it. Passwords reach the programs by their
 environment, never by their arguments.
 """
@@ -34,6 +35,12 @@ def back_up(config: Config, file: Path) -> int:
     if not os.access(file.parent, os.W_OK | os.X_OK):
         raise ConfigError("FILE", str(file), "must be in a folder that is there and can be written")
     partial = file.with_name(f"{file.name}.partial")
+    partial.unlink(missing_ok=True)  # of a run that was cut short
+    try:
+        # Made here, since pg_dump would make it as the umask says: it is all prompts and answers.
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except OSError as failed:
+        raise ConfigError("FILE", str(partial), f"cannot be made: {failed.strerror}") from None
     with prepared(config, only={"postgres"}) as ground:
         url = _url_of(ground.config)
         _run(_program("pg_dump", config), url, "--format=custom", f"--file={partial.resolve()}")

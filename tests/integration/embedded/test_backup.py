@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,9 @@ async def test_the_record_and_its_files_are_taken_along(
         await connection.close()
     (data_dir / "blobs").mkdir()
     (data_dir / "blobs" / "a").write_text("a file")
-    code, said = await _typed(tmp_path, _lines("tidegate backup tidegate-"))
+    backup = _lines("tidegate backup tidegate-")
+    partial = f"{backup.split()[2]}.partial"  # as a run that was cut short could leave one
+    code, said = await _typed(tmp_path, f"umask 0\ntouch {partial}\n{backup}")
     assert (code, said.startswith("wrote 0.")) == (0, True), said
     restore = _lines("tidegate restore tidegate-")
     code, said = await _typed(tmp_path, restore)
@@ -58,6 +61,7 @@ async def test_the_record_and_its_files_are_taken_along(
     os.rename(data_dir, tmp_path / "lost")
     os.mkdir(data_dir)
     (dump,) = [name for name in os.listdir(tmp_path) if ".dump" in name]
+    assert stat.S_IMODE((tmp_path / dump).stat().st_mode) == 0o600, "all prompts and answers"
     whole = (tmp_path / dump).read_bytes()
     for part in (whole[: len(whole) // 2], whole[:-200], b"no dump"):
         (tmp_path / "part").write_bytes(part)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
 
+from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
 from tidegate.store.connection import Connections
 
@@ -59,3 +62,34 @@ async def test_a_statement_past_the_deadline_is_told_as_away(connections: Connec
 async def test_a_schema_that_is_not_there_is_told_with_its_mend(connections: Connections) -> None:
     with pytest.raises(StoreUnavailable, match=r"\"requests\" does not exist; `tidegate migrate`"):
         await connections.run(lambda connection: connection.fetch("SELECT * FROM requests"))
+
+
+async def test_what_fails_after_its_caller_has_left_complains_to_nobody(
+    connections: Connections,
+) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, told: complaints.append(told))
+    working, ended = asyncio.Event(), asyncio.Event()
+
+    async def work(connection: asyncpg.Connection) -> None:
+        try:
+            working.set()
+            await connection.fetch("SELECT pg_sleep(10)")
+        finally:
+            ended.set()
+
+    for cut in (False, True):
+        working.clear()
+        ended.clear()
+        caller = asyncio.create_task(connections.run(work, timeout_ms=100))
+        await working.wait()
+        caller.cancel()
+        if cut:
+            for connection in connections._busy:
+                connection.terminate()
+        await asyncio.gather(caller, return_exceptions=True)
+        await ended.wait()
+        await wait_until(lambda: not connections._tasks)
+    del caller
+    gc.collect()
+    assert complaints == []
