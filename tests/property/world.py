@@ -39,12 +39,15 @@ Fate = Literal["ok", "reply lost", "request lost", "twice"]
 @dataclass(frozen=True, slots=True)
 class Pace:
     """After how many steps a script leaves the rest to the next, after how many moves from limit
-    to limit a ticket is taken to starve, and when virtual time begins again: all seldom come to
-    pass as they are."""
+    to limit a ticket is taken to starve, when virtual time begins again, and how much of a list one
+    call tells: all seldom come to pass as they are."""
 
     at_once: int = 500
     starves: int = 8
     longest: int = LONGEST
+    on_page: int = 1000
+    looked_at: int = 50
+    most_owed: int = 2000
 
 
 @cache
@@ -64,8 +67,13 @@ def script_source(name: ScriptName, pace: Pace) -> bytes:
         (b"T.AT_ONCE = 500", b"T.AT_ONCE = %d" % pace.at_once),
         (b"T.STARVES = 8", b"T.STARVES = %d" % pace.starves),
         (b"T.LONGEST = %d" % LONGEST, b"T.LONGEST = %d" % pace.longest),
+        (b"T.MOST_TOLD = 1000", b"T.MOST_TOLD = %d" % pace.on_page),
+        (b"T.MOST_ON_PAGE = 1000", b"T.MOST_ON_PAGE = %d" % pace.on_page),
+        (b"T.LOOKED_AT = 50", b"T.LOOKED_AT = %d" % pace.looked_at),
+        (b"T.MOST_OWED = 2000", b"T.MOST_OWED = %d" % pace.most_owed),
     ):
-        assert source.count(usual) == 1
+        whole = usual.startswith((b"T.MOST", b"T.LOOKED"))
+        assert source.count(usual) == (name == "tend" or not whole)
         source = source.replace(usual, ours)
     return source
 
@@ -100,6 +108,8 @@ class World:
         self.model = PoolModel()
         self.model.at_once, self.model.starves = pace.at_once, pace.starves
         self.model.longest = pace.longest
+        self.model.on_page, self.model.looked_at = pace.on_page, pace.looked_at
+        self.model.most_owed = pace.most_owed
         self.model.ahead_ms = lua_figure("hints", "AHEAD_MS")
         self.loop = asyncio.new_event_loop()
         self.clients: list[Client] = []
@@ -315,7 +325,18 @@ class World:
 
     def leftovers(self) -> list[str]:
         """Keys that should have gone with the last session."""
-        live_on = ("meta", "layout", "history", "timed", "past:", "log:", "rate:", "quota:")
+        live_on = (
+            "meta",
+            "layout",
+            "history",
+            "timed",
+            "spending",
+            "paused",
+            "past:",
+            "log:",
+            "rate:",
+            "quota:",
+        )
         names = [name.decode() for name in self.server.keys(f"*{{{self.pool}}}*")]
         return [n for n in names if not n.split("}:", 1)[1].startswith((*live_on, "testclock"))]
 

@@ -9,15 +9,24 @@ from tidegate.limiter.entries import Batch
 from tidegate.limiter.flow import Flow
 
 
-def compose(batch: Batch, wanting: Sequence[Flow], at_ms: float) -> dict[str, Any]:
-    """The fields of a `SyncRequest` that a batch fills; `wanting` are the flows to be hinted at.
+def compose(
+    batch: Batch, wanting: Sequence[Flow], looking: Sequence[Flow], at_ms: float
+) -> dict[str, Any]:
+    """The fields of a `SyncRequest` that a batch fills; `wanting` are the flows to be hinted at,
+    `looking` those to be looked at.
 
-    `held` is of the join. The answer's hints count flows in the order of `flows`, from 1.
+    `held` is of the join; `quotas` are the zones of the day quotas that the flows need. The
+    answer's hints count flows in the order of `flows`, from 1.
     """
     numbers: dict[str, int] = {}
+    quotas: dict[str, str] = {}
 
     def number(flow: Flow | None) -> int:
-        return 0 if flow is None else numbers.setdefault(flow.key, len(numbers) + 1)
+        if flow is None:
+            return 0
+        if flow.quotas:
+            quotas.update(flow.quotas)
+        return numbers.setdefault(flow.key, len(numbers) + 1)
 
     return {
         "held": [
@@ -43,5 +52,7 @@ def compose(batch: Batch, wanting: Sequence[Flow], at_ms: float) -> dict[str, An
         "cancels": [(ticket, number(flow), member) for ticket, flow, member in batch.cancels],
         "enqueues": [(number(w.flow), w.member) for w in batch.enqueues],
         "wants": [(number(flow), round(flow.cost_ms)) for flow in wanting],
+        "looks": [number(flow) for flow in looking],
         "flows": list(numbers),
+        "quotas": quotas,
     }

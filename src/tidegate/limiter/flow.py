@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tidegate.errors import DemandImpossible
-from tidegate.limiter.limits import Concurrency, Limit, PoolPolicy, Rate, Unit
+from tidegate.limiter.limits import Concurrency, Limit, PoolPolicy, Quota, Rate, Unit
 from tidegate.limiter.wire import Hint, flow_of
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ def amount_of(unit: Unit, tokens: Tokens | None, images: int | None) -> int | No
 class Flow:
     """See the module. `cost_ms` is how long its calls last, as far as is known; `hint` is set while
     the server lets us pass permits on in it, and `next_start` is then the virtual start of the
-    waiter after the last one that got one. `slack_ms` is how much later than admitted its calls may
-    be sent; `rest_ms` is what was rounded off the length of its last call."""
+    waiter after the last one that got one. `quotas` are (limit, zone). `slack_ms` is how
+    much later than admitted its calls may be sent; `rest_ms` is what was rounded off the length of
+    its last call."""
 
     __slots__ = (
         "band",
@@ -71,6 +72,7 @@ class Flow:
         "list",
         "next_start",
         "plain",
+        "quotas",
         "rates",
         "rest_ms",
         "revision",
@@ -97,6 +99,7 @@ class Flow:
         self.list: tuple[Limit, ...] = ()
         self.rates = False
         self.plain = False
+        self.quotas: tuple[tuple[str, str], ...] = ()
         self.slack_ms = float("inf")
         self.weight = 1
 
@@ -114,6 +117,8 @@ class Flow:
         self.plain = policy.hand_off and not any(
             not isinstance(limit, Concurrency) or limit.adaptive for limit in self.list
         )
+        self.quotas = tuple((n, q.zone) for n, q in zip(self.limits, self.list, strict=True)
+                            if isinstance(q, Quota))  # fmt: skip
         slacks = [limit.slack for limit in self.list if isinstance(limit, Rate)]
         self.slack_ms = min(slacks, default=float("inf"))
         self.weight = policy.weights.get(self.tenant, 1)

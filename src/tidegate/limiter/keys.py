@@ -29,12 +29,13 @@ SESSION_KEEP = "2 h after its session's last sync; gone with the session"
 
 SHAPES = (
     KeyShape("meta", "hash",
-             "run epoch began recover_until clock seq revision lease_ms hold bands queue_max "
-             "hand_off reap_ms policy parked timed_at starving reap_at sessions roster fresh "
-             "empty vouched; per limit d: definition, u: used, "
+             "run epoch began recover_until clock seq changes revision lease_ms hold bands "
+             "queue_max hand_off reap_ms policy parked timed_at starving reap_at sessions roster "
+             "fresh empty vouched; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, p: pause, g: gate, a: adapted, "
-             "x: shadowed, e: how long calls take, b: spent as asserted in this epoch; "
-             "per tenant t: weight, n: waiting|last stamp while it waits",
+             "x: shadowed, e: how long calls take, b: spent as asserted in this epoch, s: spent "
+             "as of its last change, which are numbered by `changes`; per tenant t: weight, "
+             "n: waiting|last stamp while it waits",
              "none: the record of the pool, with its policy", False),
     KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),
     KeyShape("history", "list", "the last policies: revision, ms, who, blob",
@@ -43,6 +44,10 @@ SHAPES = (
     KeyShape("lapsing", "zset", "ticket|session|lane by hard deadline in ms",
              "1 h after the last hard deadline in it", True),
     KeyShape("timed", "zset", "limit by the ms at which it has room again", POOL_KEEP, True),
+    KeyShape("spending", "zset", "limit by the number of the last change of what is spent of it",
+             "none: as `meta`, whose s: fields it puts in order", False),
+    KeyShape("paused", "zset", "limit by the ms at which nothing is left of its pause",
+             "none: as `meta`, whose p: fields it puts in order", False),
     KeyShape("starving", "zset", "session|flow that was sent to and fro, by sequence",
              POOL_KEEP, True),
     KeyShape("seen", "zset", "session by the version of the roster that it knows", POOL_KEEP, True),

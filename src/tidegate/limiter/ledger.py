@@ -7,8 +7,8 @@ permit that is passed on inside the process is never also given back.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from heapq import nlargest
 from itertools import count, islice
 from math import inf
@@ -45,8 +45,7 @@ class Ledger:
         self._new_future = new_future or _new_future
         self.waiting: dict[int, Waiter] = {}
         self.held: dict[int, Holding] = {}
-        # By limit, without those that have none: counted as waiters and permits come and go.
-        self.held_of: Counter[str] = Counter()
+        self.held_of: Counter[str] = Counter()  # by limit, without those that have none
         self.waiting_of: Counter[str] = Counter()
         self.spent_since: Counter[str] = Counter()
         self.counts = Counts()
@@ -58,13 +57,12 @@ class Ledger:
         self._lanes: dict[tuple[int, tuple[str, ...]], dict[str, Flow]] = {}
         self._local_tags: Counter[str] = Counter()
         # Those that the last request asked hints for, and those that have one.
-        self._wanting: list[Flow] = []
-        self._hinted: list[Flow] = []
+        self._wanting, self._hinted = list[Flow](), list[Flow]()
+        self.round: deque[Flow] = deque()  # still to be looked at in this one
 
     def __repr__(self) -> str:
-        return (
-            f"<Ledger waiting={len(self.waiting)} held={len(self.held)} unsaid={len(self.outbox)}>"
-        )
+        counts = f"waiting={len(self.waiting)} held={len(self.held)} unsaid={len(self.outbox)}"
+        return f"<Ledger {counts}>"
 
     def flow(self, band: int, tenant: str, limits: tuple[str, ...]) -> Flow:
         """The flow of that name, one object for all that ask for it."""
@@ -344,6 +342,13 @@ class Ledger:
         self._wanting = list(islice((flow for lane in lanes for flow in lane.values()), most))
         return self._wanting
 
+    def flows_to_look_at(self, most: int, *, begin: bool) -> list[Flow]:
+        """The next flows of a round through all that wait; `begin` another round."""
+        if begin:
+            self.round = deque(flow for lane in self._lanes.values() for flow in lane.values())
+        taken = (self.round.popleft() for _ in range(min(most, len(self.round))))
+        return [flow for flow in taken if flow.waiting]
+
     def take_hints(self, hints: Mapping[str, Hint]) -> None:
         """What the server lets us pass on from now on, of what `flows_to_hint` named last, by the
         key of the flow; nothing else."""
@@ -375,14 +380,19 @@ class Ledger:
         epoch: int,
         now_ms: float,
         here: Callable[[float], float],
+        told: Collection[str] | None = None,
     ) -> None:
         """Compare with all that the server says we hold: pick up grants whose push was lost, or is
         still to be read. `here` tells a moment of the server's by our clock, at the earliest.
-        What we spent until now is in what the server told."""
+        What we spent until now is in what the server told: of the limits `told`, or of all."""
         for ticket, seq, until_ms in held:
             if ticket in self.held or ticket in self.outbox.parting:
                 continue
             waiter = self.waiting.get(ticket)
             admitted_ms = here(until_ms - waiter.hard_ms) if waiter else None
             self.grant(ticket, epoch, seq, now_ms, admitted_ms)
-        self.spent_since.clear()
+        if told is None:
+            self.spent_since.clear()
+        else:
+            for name in told:
+                self.spent_since.pop(name, None)

@@ -10,10 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Generic, TypeVar
 from zoneinfo import ZoneInfo
 
-from tidegate.limiter.limits import PoolPolicy, Quota
-from tidegate.limiter.wire import Whole
+from tidegate.limiter.limits import BUCKETS, Limit, PoolPolicy, Quota, Rate
+from tidegate.limiter.wire import Join, Whole
 
 # A new session is let in after half a lease at the latest, whether all others know of it or not.
 VOUCH_SHARE = 0.4
@@ -29,15 +30,39 @@ def next_midnight_ms(zone: str, now_ms: float) -> int:
     return int(midnight.timestamp() * 1000)
 
 
+_DAY_MS = 86_400_000
+T = TypeVar("T")
+
+
+class _Reading(Generic[T]):
+    """A list that may come in several pages: `known` has all that was read to the end, and what is
+    being read now."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, T] = {}
+        self._coming: dict[str, T] = {}
+
+    def take(self, page: dict[str, T], *, goes_on: bool) -> None:
+        self._coming |= page
+        if goes_on:
+            self.known |= page
+        else:
+            self.known, self._coming = self._coming, {}
+
+
 class Remembered:
     """See the module. Ends are by the lease's clock."""
 
     def __init__(self) -> None:
         # Permits held over for dead sessions, with the end of each.
-        self._lapsing: list[tuple[str, float]] = []
-        self._spent: dict[str, int] = {}
+        self._lapsing: _Reading[float] = _Reading()
+        # limit -> spent as last seen, and when that counts no more
+        self._spent: dict[str, tuple[int, float]] = {}
         # limit -> end, ramp_ms (0 for a gate), said
-        self.pauses: dict[str, tuple[float, int, str]] = {}
+        self._paused: _Reading[tuple[float, int, str]] = _Reading()
+        self.told = 0  # the last change of what is spent that we know of
+        self.pages: Mapping[str, tuple[str, int]] = {}
+        self._midnights: dict[str, int] = {}
         # Who is told when there is one.
         self.watchers: set[Callable[[], None]] = set()
         # The sessions that are there, and the version of that list; when it was confirmed.
@@ -48,15 +73,27 @@ class Remembered:
         # comparisons saw it, too much by the time that the question was under way.
         self._seen_ahead_ms: deque[float] = deque(maxlen=AHEAD_KEPT)
 
-    def learn(self, whole: Whole, sent_ms: float, at_ms: float, *, recovering: bool) -> bool:
-        """The server told everything, asked at `sent_ms`. True if it has not heard yet which
+    @property
+    def pauses(self) -> dict[str, tuple[float, int, str]]:
+        return self._paused.known
+
+    def learn(
+        self, whole: Whole, policy: PoolPolicy, sent_ms: float, at_ms: float, *, recovering: bool
+    ) -> bool:
+        """The server told what we asked for at `sent_ms`. True if it has not heard yet which
         sessions we know now."""
         self._seen_ahead_ms.append(whole.now_ms - sent_ms)
-        self._lapsing = [(member, at_ms + left_ms) for member, left_ms in whole.lapsing]
-        self._spent = dict(whole.spent)
-        self.pauses = {
-            name: (at_ms + left_ms, ramp_ms, said) for name, left_ms, ramp_ms, said in whole.pauses
-        }
+        self.told, self.pages = whole.told, whole.pages
+        lapsing = {member: at_ms + left_ms for member, left_ms in whole.lapsing}
+        self._lapsing.take(lapsing, goes_on="lapsing" in whole.pages)
+        pauses = {name: (at_ms + left, ramp_ms, said) for name, left, ramp_ms, said in whole.pauses}
+        self._paused.take(pauses, goes_on="pauses" in whole.pages)
+        for name, amount in whole.spent:
+            if amount:
+                counts_for_ms = self._counts_for(policy.limit(name), whole.now_ms)
+                self._spent[name] = amount, at_ms + counts_for_ms
+            else:
+                self._spent.pop(name, None)
         self._tell()
         version, sids = whole.roster
         news = version != self.roster_version
@@ -67,9 +104,24 @@ class Remembered:
         self._confirmed_ms = at_ms
         return news
 
+    def _counts_for(self, limit: Limit | None, server_ms: float) -> float:
+        """How long at most what is spent of a limit counts, in ms."""
+        if isinstance(limit, Rate):
+            return (limit.window_ms + limit.slack + 1) * (1 + 1 / BUCKETS) + 1
+        if isinstance(limit, Quota):
+            return self._midnight_ms(limit.zone, server_ms) - server_ms
+        return _DAY_MS
+
+    def _midnight_ms(self, zone: str, server_ms: float) -> int:
+        known_ms = self._midnights.get(zone, 0)
+        if not server_ms < known_ms < server_ms + 1.1 * _DAY_MS:
+            known_ms = self._midnights[zone] = next_midnight_ms(zone, server_ms)
+        return known_ms
+
     def forget_version(self) -> None:
         """Another epoch: its versions are others, and its clock may be."""
-        self.roster_version = 0
+        self.roster_version = self.told = 0
+        self.pages = {}
         self._seen_ahead_ms.clear()
 
     @property
@@ -89,12 +141,14 @@ class Remembered:
 
     def lapsing(self, at_ms: float) -> list[tuple[str, int]]:
         """(member, left_ms) of the permits held over."""
-        return [(member, int(end - at_ms)) for member, end in self._lapsing if end - at_ms >= 1]
+        found = self._lapsing.known.items()
+        return [(member, int(end - at_ms)) for member, end in found if end - at_ms >= 1]
 
-    def spent(self, since: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    def spent(self, since: Mapping[str, int], at_ms: float) -> list[tuple[str, int, int]]:
         """(limit, as last seen, admitted here `since`) of the rates and quotas."""
+        self._spent = {n: seen for n, seen in self._spent.items() if seen[1] > at_ms}
         names = sorted({*self._spent, *since})
-        return [(name, self._spent.get(name, 0), since.get(name, 0)) for name in names]
+        return [(name, self._spent.get(name, (0, 0))[0], since.get(name, 0)) for name in names]
 
     def pause(self, limit: str, end_ms: float, ramp_ms: int, said: str) -> None:
         self.pauses[limit] = (end_ms, ramp_ms, said)
@@ -141,11 +195,24 @@ class Remembered:
         left = [int(self.pauses[one][0] - at_ms) for one in limits if one in self.pauses]
         return max(0, *left, 0)
 
-    def resets(self, policy: PoolPolicy, at_ms: float) -> dict[str, int]:
-        """When each day quota begins anew, by the server's clock."""
-        quotas = {n: limit.zone for n, limit in policy.limits.items() if isinstance(limit, Quota)}
-        if not quotas:
-            return {}
+    def resets(self, quotas: Mapping[str, str], at_ms: float) -> dict[str, int]:
+        """When each of these day quotas, limit -> zone, begins again, by the server's clock."""
         ahead_ms = self._ahead_ms
         now_ms = time.time() * 1000 if ahead_ms is None else at_ms + ahead_ms
-        return {name: next_midnight_ms(zone, now_ms) for name, zone in quotas.items()}
+        return {name: self._midnight_ms(zone, now_ms) for name, zone in quotas.items()}
+
+    def join(
+        self,
+        policy: PoolPolicy,
+        by: str,
+        name: str,
+        held: list[tuple[int, int, int, int, int]],
+        since: Mapping[str, int],
+        at_ms: float,
+        lease_ms: int,
+    ) -> Join:
+        """What a session says that joins; `since` is what it spent since it last compared."""
+        return Join(
+            policy, by, name, held, self.lapsing(at_ms), self.spent(since, at_ms),
+            self.paused(at_ms), self.roster(at_ms, lease_ms),
+        )  # fmt: skip

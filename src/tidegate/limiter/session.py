@@ -34,6 +34,8 @@ logger = logging.getLogger("tidegate.limiter")
 ACK_EARLY = 4
 # How many flows one request asks to be hinted at.
 MAX_WANTS = 16
+# At how many flows one request has the server look: all of them take several.
+MAX_LOOKS = 100
 
 
 class Session:
@@ -78,8 +80,7 @@ class Session:
         self._leaving = False
         self._failing = True
         self._lapse_seen = True
-        self._sent_seen = 0
-        self._acked = 0
+        self._sent_seen = self._acked = 0
         self._local = LocalShare()
         self._answers = Answers(ledger, observer)
 
@@ -207,6 +208,7 @@ class Session:
             or self._must_join
             or self._policy_due
             or self._leaving
+            or len(self._ledger.round) > 0
             or self._sent_seen - self._acked >= ACK_EARLY
         )
 
@@ -217,15 +219,16 @@ class Session:
     @staticmethod
     def is_ordinary(request: SyncRequest) -> bool:
         """True for what the quicker script can do."""
-        return not (request.full or request.leave or request.join)
+        return not (request.full or request.leave or request.join or request.looks)
 
     def _request(self, batch: Batch, run: str, uptime_ms: int) -> SyncRequest:
         at = self.lease.now_ms()
         self._batch += 1
         # A script of its own does what is out of the ordinary; it is asked for by `full`.
         full = self._full or self._tend or batch.joining
-        fields = compose(batch, self._ledger.flows_to_hint(MAX_WANTS), at)
-        held = fields.pop("held")
+        looking = self._ledger.flows_to_look_at(MAX_LOOKS, begin=self._full or batch.joining)
+        fields = compose(batch, self._ledger.flows_to_hint(MAX_WANTS), looking, at)
+        held, quotas = fields.pop("held"), fields.pop("quotas")
         request = SyncRequest(
             sid=self.sid,
             gen=self.lease.identity.gen,
@@ -239,7 +242,9 @@ class Session:
             roster=self.remembered.roster_version,
             full=full,
             leave=self._leaving,
-            resets=self.remembered.resets(self.policy, at) if full else {},
+            resets=self.remembered.resets(quotas, at) if quotas else {},
+            told=self.remembered.told if full else 0,
+            pages=dict(self.remembered.pages) if full else {},
             join=self._join(held, at) if batch.joining else None,
             **fields,
         )
@@ -247,16 +252,8 @@ class Session:
         return request
 
     def _join(self, held: list[tuple[int, int, int, int, int]], at: float) -> Join:
-        return Join(
-            self.policy,
-            self.policy_by,
-            self.name,
-            held,
-            self.remembered.lapsing(at),
-            self.remembered.spent(self._ledger.spent_since),
-            self.remembered.paused(at),
-            self.remembered.roster(at, self.lease.lease_ms),
-        )
+        policy, lease_ms = (self.policy, self.policy_by, self.name), self.lease.lease_ms
+        return self.remembered.join(*policy, held, self._ledger.spent_since, at, lease_ms)
 
     # -- what an answer means
 
@@ -292,16 +289,19 @@ class Session:
         self._settled()
         if reply.more:
             self._tend = True
-        if reply.more or self._ledger.outbox.urgent:
+        if reply.more or self._ledger.outbox.urgent or self._ledger.round:
             self.kick()
 
     def _compare(self, reply: SyncReply, whole: Whole, sent_ms: float, at: float) -> None:
         self._sent_seen = max(self._sent_seen, reply.sent)
         self._adopt(whole)
-        news = self.remembered.learn(whole, sent_ms, at, recovering=reply.recovering_ms > 0)
-        self._ledger.reconcile(whole.held, reply.epoch, at, self.remembered.here)
-        if news:
-            self._full = True  # the others wait to hear that we know
+        recovering = reply.recovering_ms > 0
+        news = self.remembered.learn(whole, self.policy, sent_ms, at, recovering=recovering)
+        told = [name for name, _ in whole.spent] if "spent" in whole.pages else None
+        self._ledger.reconcile(whole.held, reply.epoch, at, self.remembered.here, told)
+        if news or whole.pages:
+            # The others wait to hear that we know, or the server has more to tell.
+            self._tend = True
             self._wake()
         if 0 < whole.next_event_ms < reply.lease_ms and self._ledger.waiting:
             self._alarm("next_event", whole.next_event_ms)

@@ -6,6 +6,7 @@ fields are only added at the end, and what is not known is ignored: two versions
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from typing import Any, Literal, NamedTuple, cast
@@ -133,7 +134,8 @@ class SyncRequest:
     transfers: from, to, seq, hard_ms, flow, member, outcome, took_ms. releases: ticket, flow,
     outcome, took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow,
     member. enqueues: flow, member. wants: flow, cost_ms. A member is
-    ticket|hard_ms|cost_ms|amounts.
+    ticket|hard_ms|cost_ms|amounts. looks: flows under whose limits somebody might be admitted.
+    told, pages: what of `Whole` was read before.
     """
 
     sid: str
@@ -157,6 +159,9 @@ class SyncRequest:
     settles: list[tuple[int, str]] = field(default_factory=list)
     cancels: list[tuple[int, int, str]] = field(default_factory=list)
     enqueues: list[tuple[int, str]] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
+    told: int = 0
+    pages: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def pack(self) -> bytes:
         values = ((name, getattr(self, name)) for name in _SYNC_FIELDS)
@@ -178,7 +183,8 @@ class Whole(NamedTuple):
     """What a `full` request gets on top. `held` holds (ticket, seq, until_ms: when its hard limit
     ends by the server's clock), `spent` (limit, spent), `pauses` (limit, left_ms, ramp_ms, said);
     `policy` is None where ours is in force; `roster` is the version of the list of sessions, and
-    the list where we do not have it."""
+    the list where we do not have it. `spent` is of what changed after the change `told` of the
+    request, up to this one; `pages` are the places at which the lists go on that are not whole."""
 
     now_ms: int
     held: list[tuple[int, int, int]]
@@ -189,6 +195,8 @@ class Whole(NamedTuple):
     pauses: list[tuple[str, int, int, str]]
     policy: bytes | None
     roster: tuple[int, list[str] | None]
+    told: int = 0
+    pages: Mapping[str, tuple[str, int]] = {}
 
 
 class Hint(NamedTuple):
@@ -251,7 +259,8 @@ def _pairs(rows: Any) -> Any:
 
 
 def _whole(values: Any) -> Whole:
-    now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster, *_ = values
+    now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster = values[:9]
+    told, pages = values[9:11]
     return Whole(
         now_ms,
         [tuple(row[:3]) for row in _listed(held)],
@@ -265,6 +274,10 @@ def _whole(values: Any) -> Whole:
         ],
         policy or None,
         _roster(*roster),
+        told,
+        {name.decode(): (place[0].decode(), place[1]) for name, place in pages.items()}
+        if pages
+        else {},
     )
 
 

@@ -12,10 +12,12 @@ import redis.asyncio
 
 from chaos.limiter.truth import Truth
 from tests.integration.limiter.makers import Maker
+from tests.integration.limiter.slices import stray_fields
 from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.limits import PoolPolicy
 
 LIVES_ON = {
-    *("meta", "layout", "history", "timed", "expected"),
+    *("meta", "layout", "history", "timed", "expected", "spending", "paused"),
     *("past:", "log:", "rate:", "quota:", "note:"),
 }
 
@@ -40,12 +42,28 @@ async def truth() -> AsyncIterator[Truth]:
     await truth.stop()
 
 
+async def stray(url: str, meta: str) -> list[str]:
+    """The fields of a pool's record that belong to nothing."""
+    client: Any = redis.asyncio.Redis.from_url(url)
+    try:
+        raw: dict[bytes, bytes] = await client.hgetall(meta)
+    finally:
+        await client.aclose()
+    blob = raw.pop(b"policy", None)
+    if blob is None:
+        return []
+    policy = PoolPolicy.unpack(blob)
+    record = {field.decode(): value.decode(errors="replace") for field, value in raw.items()}
+    return stray_fields(record, policy.weights, set(policy.limits))
+
+
 async def leftovers(url: str, pool: str) -> list[str]:
     """Keys of a pool that should not be there when every session has ended."""
     keys = Keyspace(pool)
     client: Any = redis.asyncio.Redis.from_url(url, decode_responses=True)
     found: list[str] = []
     try:
+        found += await stray(url, keys.meta)
         names = [name async for name in client.scan_iter(match=f"*{{{pool}}}*", count=1000)]
         for name in names:
             shape = keys.shape_of(name)

@@ -10,7 +10,16 @@ import pytest
 
 from tidegate.limiter import flow, limits, session
 from tidegate.limiter.keys import LAYOUT, SHAPES, Keyspace
-from tidegate.limiter.model import ACK_WINDOW, places, pump, roster, spending, state
+from tidegate.limiter.model import (
+    ACK_WINDOW,
+    permits,
+    places,
+    pump,
+    roster,
+    spending,
+    state,
+    telling,
+)
 from tidegate.limiter.scripts import ScriptName, fragment, load, read_header
 from tidegate.limiter.wire import (
     InspectReply,
@@ -116,6 +125,11 @@ def test_the_layout_is_the_same_in_both_languages() -> None:
         ("MOST_TO_ANNOUNCE", roster.MOST_TO_ANNOUNCE),
         ("MOST_AT_ONCE", roster.MOST_AT_ONCE),
         ("MOST_ON_ROSTER", roster.MOST_ON_ROSTER),
+        ("MOST_TOLD", telling.ON_PAGE),
+        ("MOST_ON_PAGE", telling.ON_PAGE),
+        ("LOOKED_AT", telling.LOOKED_AT),
+        ("FOR_EVER", telling.FOR_EVER),
+        ("MOST_OWED", permits.MOST_OWED),
     ],
 )
 def test_figures_are_the_same_in_lua_and_in_the_model(name: str, value: int) -> None:

@@ -1,14 +1,36 @@
 -- does: lets a session join, with the policy it knows and all that it holds; keeps its keys alive
--- keys: meta layout history sessions session queue park line lapsing owed
+-- keys: meta layout history sessions session queue park line past lapsing owed spending paused
 -- args: sid epoch batch join lease_ms
 -- returns: join(), keep_keys(), touch_own(), conflict
 -- units: ms
 T.conflict = 0
 T.HISTORY = 100
 
+-- What the record has of a limit that the new policy does not have; where somebody waits under it,
+-- their order stays until the last has gone.
+function T.clear_field(letter, name)
+  if letter == 's' then return T.forget_spending(name) end
+  if letter == 'w' then
+    local waiting, number = call('HGET', T.meta_key, 'w:' .. name), 0
+    for waits in string.gmatch(waiting, '(%d+):%d+:%d+') do
+      if waits ~= '0' then return end
+    end
+    for _ in string.gmatch(waiting, '[^,]+') do
+      number = number + 1
+      call('UNLINK', T.past_key({ name = name }, number))
+    end
+  end
+  call('HDEL', T.meta_key, letter .. ':' .. name)
+end
+
 function T.clear_policy(policy)
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
-    local letter, name = string.match(field, '^([dta]):(.*)$')
+    local letter, name = string.match(field, '^([webxs]):(.*)$')
+    local there = letter and policy.limits[name]
+    if letter and (not there or letter == 's' and string.match(there, '^c')) then
+      T.clear_field(letter, name)
+    end
+    letter, name = string.match(field, '^([dta]):(.*)$')
     local bound = letter == 'a' and string.match(policy.limits[name] or '', '^c|(%d+)|%d|[1-9]')
     if bound then
       -- What an adaptive limit has found out stays, within its bound.
@@ -117,6 +139,20 @@ function T.assert_spent(entry)
   T.put(field, T.int(math.max(base, entry[2], 1)))
 end
 
+-- A record of a version that kept no order of changes has none of what is spent and paused in it.
+function T.index()
+  T.put('changes', T.int(pool.changes))
+  pool.indexed = true
+  for _, field in ipairs(call('HKEYS', T.meta_key)) do
+    local letter, name = string.match(field, '^([dp]):(.*)$')
+    local limit = letter and T.limit_of(name)
+    if letter == 'p' and limit.pause then limit.pause_changed, limit.changed = true, true end
+    if letter == 'd' and limit.sort ~= 'c' and T.rates().spent(limit) > 0 then
+      limit.spent_anew, limit.changed = true, true
+    end
+  end
+end
+
 -- entry: limit, left_ms, ramp_ms, said.
 function T.assert_pause(entry)
   local limit, until_ms = T.limit_of(entry[1]), pool.now + entry[2]
@@ -148,6 +184,7 @@ function T.join()
   own.held, own.written, own.dirty = {}, {}, nil
   if call('ZCARD', T.sessions_key) == 0 then T.recount() end
   T.merge_policy(q.join.policy)
+  if not pool.indexed then T.index() end
   local lost = q.epoch > 0 and q.epoch < pool.epoch
   -- Whoever lived in an earlier epoch proves that there was one: the full quiet time is due.
   if lost then
@@ -171,14 +208,28 @@ function T.join()
   return 'ok'
 end
 
+-- Looks whether anybody could be let in where some of its queues stand; it names all in turn.
 function T.touch_own()
-  for _, queue in ipairs(T.places_of(q.sid)) do
-    if queue.at ~= '!' then T.touch(T.limit_of(queue.at)) end
+  for _, number in ipairs(q.looks) do
+    local at = own.queues[number].at
+    if at and at ~= '!' then T.touch(T.limit_of(at)) end
   end
 end
 
--- A backstop for the case that nobody is left to reap: at each third of a lease.
+-- Usage that was announced and never told must not fill the memory: of more calls than so many what
+-- the eldest reserved stands.
+T.MOST_OWED = 2000
+function T.bound_owed()
+  local tickets = call('HKEYS', T.owed_key(q.sid))
+  if #tickets <= T.MOST_OWED then return end
+  table.sort(tickets, function(one, other) return tonumber(one) < tonumber(other) end)
+  for i = 1, #tickets - T.MOST_OWED do call('HDEL', T.owed_key(q.sid), tickets[i]) end
+end
+
+-- A backstop for the case that nobody is left to reap: at each third of a lease, and for the queues
+-- that it looks at.
 function T.keep_keys()
+  T.bound_owed()
   call('PEXPIRE', T.sessions_key, T.POOL_KEEP_MS)
   call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
   call('PEXPIRE', T.starving_key, T.POOL_KEEP_MS)
@@ -186,9 +237,10 @@ function T.keep_keys()
   call('PEXPIRE', T.fresh_key, T.POOL_KEEP_MS)
   call('PEXPIRE', T.session_key(q.sid), T.SESSION_KEEP_MS)
   call('PEXPIRE', T.owed_key(q.sid), T.SESSION_KEEP_MS)
-  for _, queue in ipairs(T.places_of(q.sid)) do
+  for _, number in ipairs(q.looks) do
+    local queue = own.queues[number]
     call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS)
-    if queue.at ~= '!' then
+    if queue.at and queue.at ~= '!' then
       call('PEXPIRE', T.line_key(T.limit_of(queue.at), queue), T.SESSION_KEEP_MS)
       call('PEXPIRE', T.park_key(T.limit_of(queue.at), queue.band), T.SESSION_KEEP_MS)
     end

@@ -10,13 +10,15 @@ local none = {}
 local q = setmetatable(cmsgpack.unpack(ARGV[1]), { __index = {
   gen = 0, epoch = 0, uptime_ms = 0, revision = 0, ack = 0, roster = 0, flows = none, wants = none,
   transfers = none, releases = none, cancels = none, enqueues = none, settles = none,
-  resets = none,
+  resets = none, looks = none, told = 0, pages = none,
 } })
 local T = { meta_key = KEYS[1], prefix = string.sub(KEYS[1], 1, -5) }
 T.sessions_key = T.prefix .. 'sessions'
 T.lapsing_key = T.prefix .. 'lapsing'
 T.timed_key = T.prefix .. 'timed'
 T.starving_key = T.prefix .. 'starving'
+T.spending_key = T.prefix .. 'spending'
+T.paused_key = T.prefix .. 'paused'
 
 -- A session's own keys outlive the pool's.
 T.POOL_KEEP_MS = 3600000

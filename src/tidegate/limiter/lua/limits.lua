@@ -25,6 +25,7 @@ end }
 -- A limit that no policy names lets nobody in, unless its scope is one of these: then it has no bound
 -- and is the place of a pause. Its fields are kept only while it is paused, waited for or in use.
 T.UNBOUNDED = 10000000000
+T.FOR_EVER = 9007199254740991
 function T.is_implicit(name)
   return string.find(name, '^model:') ~= nil or string.find(name, '^upstream:') ~= nil
 end
@@ -51,6 +52,7 @@ function T.limit_of(name)
     local sort, bound, shadow, one, two, three =
       string.match(defined, '^(%a)|(%d+)|(%d)|(%d+)|(%d+)|(%d+)')
     limit.sort, limit.bound, limit.shadow = sort, tonumber(bound), shadow == '1'
+    limit.defined = true
     if sort == 'c' then
       limit.least = tonumber(one)
     elseif sort == 'r' then
@@ -106,7 +108,7 @@ T.save_limit = function(limit)
   for number, band in ipairs(limit.bands) do
     parts[number] = T.int(band.waits) .. ':' .. T.int(band.virtual) .. ':' .. T.int(band.credit)
   end
-  if limit.implicit and T.parked_at(limit) == 0 then
+  if not limit.defined and T.parked_at(limit) == 0 then
     for number in ipairs(limit.bands) do call('UNLINK', T.past_key(limit, number)) end
     parts, limit.bands = {}, setmetatable({}, T.band_list)
   end
@@ -118,15 +120,21 @@ T.save_limit = function(limit)
       gate.rounds, gate.taker) or false)
     T.put('p:' .. name, pause and T.int(pause.until_ms) .. '|' .. T.int(pause.ramp_ms) .. '|'
       .. T.int(pause.passed) .. '|' .. pause.said or false)
+    if pause then
+      call('ZADD', T.paused_key, T.int(gate and T.FOR_EVER or pause.until_ms + pause.ramp_ms), name)
+    else
+      call('ZREM', T.paused_key, name)
+    end
   end
   if limit.learned then T.put('e:' .. name, T.int(limit.cost_ms)) end
   if limit.adapted then
     T.put('a:' .. name, T.int(limit.current) .. '|' .. T.int(limit.dropped_at))
   end
   if limit.sort ~= 'c' then T.rates().save(limit) end
+  if limit.spent_anew then T.spenders[#T.spenders + 1] = limit end
   if limit.shadowed then call('HINCRBY', T.meta_key, 'x:' .. name, limit.shadowed) end
   limit.changed, limit.pause_changed, limit.adapted, limit.shadowed = nil, nil, nil, nil
-  limit.learned = nil
+  limit.learned, limit.spent_anew = nil, nil
 end
 
 -- A touched limit is one under which somebody might be let in now.
@@ -152,7 +160,7 @@ end
 -- A call under these limits took so long.
 function T.learn(lane, took_ms)
   for _, limit in ipairs(T.limits_in(lane)) do
-    local more = limit.implicit and 0 or limit.cost_ms > 0 and math.floor((took_ms - limit.cost_ms) / 8) or took_ms
+    local more = not limit.defined and 0 or limit.cost_ms > 0 and math.floor((took_ms - limit.cost_ms) / 8) or took_ms
     if more ~= 0 then
       limit.cost_ms = math.max(1, limit.cost_ms + more)
       limit.learned, limit.changed = true, true

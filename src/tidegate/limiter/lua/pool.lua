@@ -4,11 +4,11 @@
 -- returns: pool, load_pool(), save_pool(), put(), read(), write(), next_seq(), tenant_of(), step_of()
 -- units: ms
 local pool = {}
-T.changed, T.tenants, T.limits, T.found, T.names = {}, {}, {}, {}, {}
+T.changed, T.tenants, T.limits, T.found, T.names, T.spenders = {}, {}, {}, {}, {}, {}
 
 local POOL_FIELDS = { 'run', 'epoch', 'recover_until', 'clock', 'seq', 'lease_ms', 'revision',
   'hold', 'began', 'parked', 'timed_at', 'starving', 'bands', 'queue_max', 'hand_off', 'reap_ms',
-  'reap_at', 'sessions', 'roster', 'fresh' }
+  'reap_at', 'sessions', 'roster', 'fresh', 'changes' }
 
 -- The limits of a lane, which are one string.
 function T.names_in(lane)
@@ -72,6 +72,7 @@ function T.load_pool()
   pool.reap_at = tonumber(f[17] or 0)
   pool.sessions = tonumber(f[18] or 0)
   pool.roster, pool.fresh = tonumber(f[19] or 0), tonumber(f[20] or 0)
+  pool.indexed, pool.changes = f[21], tonumber(f[21] or 0)
   pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 
@@ -112,6 +113,7 @@ function T.save_pool()
   for _, limit in pairs(T.limits) do
     if limit.changed then T.save_limit(limit) end
   end
+  if T.spenders[1] then T.rates().note_spenders() end
   for name, tenant in pairs(T.tenants) do
     if tenant.changed then
       -- With nobody left in a tenant's queues its stamps may begin anew.

@@ -1,13 +1,18 @@
 -- does: counts what is spent of rates and day quotas
--- keys: log rate quota
+-- keys: meta log rate quota spending
 -- args: resets
--- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), take_along(), rewind(), save()
+-- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
 -- it means the same when the window is changed. A day quota knows the moment of its reset.
 T.DAY_MS = 86400000
 T.rate_functions = false
+
+function T.forget_spending(name)
+  call('ZREM', T.spending_key, name)
+  T.put('s:' .. name, false)
+end
 
 T.rates = function()
   if T.rate_functions then return T.rate_functions end
@@ -97,6 +102,7 @@ T.rates = function()
 
   local function spend(limit, ends, amount)
     limit.spent = limit.spent + amount
+    limit.spent_anew = limit.spent_anew or amount ~= 0
     if limit.sort == 'q' then
       limit.dirty = true
     else
@@ -117,7 +123,7 @@ T.rates = function()
     if amount == 0 then return nil end
     if not limit.shadow then amount = math.min(amount, limit.bound) end
     if limit.exact then
-      limit.spent = limit.spent + 1
+      limit.spent, limit.spent_anew = limit.spent + 1, true
       call('RPUSH', key_of(limit), T.int(pool.now))
       call('PEXPIRE', key_of(limit), limit.span)
       return nil
@@ -161,6 +167,7 @@ T.rates = function()
       call('RPUSH', key_of(limit), unpack(times, 1, math.min(500, amount - i + 1)))
     end
     limit.spent = limit.spent + amount
+    limit.spent_anew, limit.changed = limit.spent_anew or amount > 0, true
     if amount > 0 then call('PEXPIRE', key_of(limit), limit.span) end
   end
 
@@ -208,6 +215,19 @@ T.rates = function()
       call('HSET', key, T.int(ends), T.int(limit.buckets[ends]))
     end
     call('PEXPIRE', key, T.int(2 * limit.span))
+  end
+
+  -- Each change of what is spent has a number, so that a session can ask for what came after the
+  -- last one that it has heard of; `s:` is what was spent then.
+  function f.note_spenders()
+    table.sort(T.spenders, function(one, other) return one.name < other.name end)
+    for _, limit in ipairs(T.spenders) do
+      pool.changes = pool.changes + 1
+      call('ZADD', T.spending_key, T.int(pool.changes), limit.name)
+      T.put('s:' .. limit.name, T.int(limit.spent))
+    end
+    T.put('changes', T.int(pool.changes))
+    T.spenders = {}
   end
 
   T.rate_functions = f

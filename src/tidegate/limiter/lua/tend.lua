@@ -1,9 +1,9 @@
 -- does: all that a process has to say to its pool: joins, leaves, recovers, reaps and compares too
 -- keys: meta layout
 -- args: request
--- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
--- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster
+-- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster told pages
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
 -- uses: keys clock pool limits places held recover roster session join say hints reply whole
 -- later: giving room parking pump rates
@@ -20,7 +20,7 @@ if status == 'ok' then
   call('ZADD', T.sessions_key, 'XX', T.int(pool.now + pool.lease_ms), q.sid)
   if own.blocked and not q.join then T.unblock() end
   T.say_all()
-  if q.full then T.touch_own() end
+  T.touch_own()
   T.flush_own()
   if q.leave then
     own.dirty, own.written = nil, {}

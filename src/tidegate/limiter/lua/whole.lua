@@ -1,8 +1,14 @@
--- does: gathers all that a session wants to compare: what it holds, who lapses, what is spent
--- keys: meta sessions session lapsing
--- args: sid revision
+-- does: gathers what a session wants to compare: what it holds, who lapses, what is spent
+-- keys: meta sessions session lapsing spending paused
+-- args: sid revision told pages
 -- returns: whole()
 -- units: ms
+-- A call reads a bounded slice, whatever the pool has: what a session has not heard yet of the rates,
+-- in the order in which they changed, and a page of each list. The session comes back for the rest.
+T.MOST_TOLD = 1000
+T.MOST_ON_PAGE = 1000
+T.LOOKED_AT = 50
+
 function T.next_event_ms()
   local first = math.huge
   for _, key in ipairs({ T.sessions_key, T.lapsing_key }) do
@@ -26,30 +32,71 @@ function T.all_held()
   return list
 end
 
-function T.all_lapsing()
-  local list, raw = {}, call('ZRANGE', T.lapsing_key, 0, 999, 'WITHSCORES')
+-- A page of a sorted set that begins at a place, (score, how many of that score were read), and the
+-- place of the next one, nil if this is the last. What comes and goes meanwhile moves no place: a score
+-- is read again from its beginning, unless it fills pages alone.
+function T.page(key, place)
+  local score, passed = '-inf', 0
+  if place then score, passed = place[1], place[2] end
+  local first = (place and call('ZCOUNT', key, '-inf', '(' .. score) or 0) + passed
+  local raw = call('ZRANGE', key, first, first + T.MOST_ON_PAGE - 1, 'WITHSCORES')
+  if #raw < 2 * T.MOST_ON_PAGE then return raw end
+  local last, alone = raw[#raw], raw[2] == raw[#raw]
+  return raw, { last, alone and T.MOST_ON_PAGE + (score == last and passed or 0) or 0 }
+end
+
+function T.lapsing_page()
+  local list = {}
+  local raw, rest = T.page(T.lapsing_key, q.pages.lapsing)
   for i = 1, #raw, 2 do
     list[#list + 1] = { raw[i], math.max(0, tonumber(raw[i + 1]) - pool.now) }
   end
-  return list
+  return list, rest
 end
 
--- What is spent of the rates and who paused what, for the case that the server forgets it.
-function T.spent_and_paused()
-  local spent, pauses, raw = {}, {}, call('HGETALL', T.meta_key)
-  for i = 1, #raw, 2 do
-    local field, name = string.match(raw[i], '^(%a):(.*)$')
-    if field == 'd' and string.sub(raw[i + 1], 1, 1) ~= 'c' then
-      spent[#spent + 1] = { name, T.rates().spent(T.limit_of(name)) }
-    elseif field == 'p' then
-      local until_ms, ramp_ms, said = string.match(raw[i + 1], '^(%d+)|(%d+)|%d+|(.*)$')
-      -- Who calls names a limit that no policy names only while it is told of its pause.
-      if ramp_ms == '0' or until_ms + ramp_ms > pool.now then
-        pauses[#pauses + 1] = { name, tonumber(until_ms) - pool.now, tonumber(ramp_ms), said }
-      end
+-- Who paused what. Those pauses of which nothing is left are forgotten here.
+function T.pauses_page()
+  for _, name in ipairs(call('ZRANGEBYSCORE', T.paused_key, '-inf', pool.now, 'LIMIT', 0, T.LOOKED_AT)) do
+    call('ZREM', T.paused_key, name)
+    call('HDEL', T.meta_key, 'p:' .. name)
+  end
+  local list, fields = {}, {}
+  local raw, rest = T.page(T.paused_key, q.pages.pauses)
+  for i = 1, #raw, 2 do fields[#fields + 1] = 'p:' .. raw[i] end
+  for i, value in ipairs(#fields > 0 and T.read(T.meta_key, fields) or none) do
+    local until_ms, ramp_ms, said = string.match(value or '', '^(%d+)|(%d+)|%d+|(.*)$')
+    -- Who calls names a limit that no policy names only while it is told of its pause.
+    if until_ms and (ramp_ms == '0' or until_ms + ramp_ms > pool.now) then
+      list[#list + 1] = { string.sub(fields[i], 3), tonumber(until_ms) - pool.now, tonumber(ramp_ms), said }
     end
   end
-  return spent, pauses
+  return list, rest
+end
+
+-- What is spent of the rates, for the case that the server forgets it: of those that changed after
+-- `told`, as of that change, which is no less than what is left of it now. Of the few that did not
+-- change for the longest time, which are all in a small pool, as of now; of which nothing is left is
+-- forgotten here. Returns the number of the last change that the session knows by that, and the place
+-- of what is still to be told.
+function T.spent_since_told()
+  local list, fields, at, told = {}, {}, {}, pool.changes
+  local raw = call('ZRANGEBYSCORE', T.spending_key, '(' .. T.int(q.told), '+inf', 'WITHSCORES',
+    'LIMIT', 0, T.MOST_TOLD)
+  local behind = #raw == 2 * T.MOST_TOLD
+  if behind then told = tonumber(raw[#raw]) end
+  for i = 1, #raw, 2 do fields[#fields + 1] = 's:' .. raw[i] end
+  for i, amount in ipairs(#fields > 0 and T.read(T.meta_key, fields) or none) do
+    local name = raw[2 * i - 1]
+    list[i] = { name, tonumber(amount or 0) }
+    at[name] = i
+  end
+  for _, name in ipairs(call('ZRANGE', T.spending_key, 0, T.LOOKED_AT - 1)) do
+    local limit, amount = T.limit_of(name), 0
+    if limit.sort ~= 'c' then amount = T.rates().spent(limit) end
+    list[at[name] or #list + 1] = { name, amount }
+    if amount == 0 then T.forget_spending(name) end
+  end
+  return list, told, behind and { T.int(told), 0 } or nil
 end
 
 -- Who is there, for a session that does not know it yet; beyond so many nobody vouches for anybody.
@@ -61,10 +108,13 @@ function T.roster()
 end
 
 function T.whole()
-  local spent, pauses = T.spent_and_paused()
+  local spent, told, more_spent = T.spent_since_told()
+  local pauses, more_pauses = T.pauses_page()
+  local lapsing, more_lapsing = {}, nil
+  if pool.hold then lapsing, more_lapsing = T.lapsing_page() end
   return {
-    pool.now, T.all_held(), pool.hold and T.all_lapsing() or {}, T.next_event_ms(), T.conflict, spent, pauses,
+    pool.now, T.all_held(), lapsing, T.next_event_ms(), T.conflict, spent, pauses,
     (q.revision ~= pool.revision or T.conflict == 1) and call('HGET', T.meta_key, 'policy') or false,
-    T.roster(),
+    T.roster(), told, { spent = more_spent, lapsing = more_lapsing, pauses = more_pauses },
   }
 end

@@ -30,6 +30,9 @@ class Joining(Roster):
     def __init__(self) -> None:
         super().__init__()
         self.conflict = 0
+        self.changes = 0
+        # limit -> the number of its last change, and what was spent then
+        self.spending: dict[str, tuple[int, int]] = {}
 
     @property
     def lease_ms(self) -> int:
@@ -49,6 +52,14 @@ class Joining(Roster):
             if not self.queues_of[tenant]:
                 self.stamps.pop(tenant, None)
         self.left.clear()
+
+    def note_spenders(self) -> None:
+        """Each change of what is spent has a number."""
+        for name, limit in sorted(self.limits.items()):
+            if limit.spending.anew:
+                limit.spending.anew = False
+                self.changes += 1
+                self.spending[name] = self.changes, self.spent(limit)
 
     def begin_epoch(self, q: SyncRequest) -> None:
         known = self.epoch > 0 or q.epoch > 0
@@ -159,16 +170,21 @@ class Joining(Roster):
         if policy.revision <= self.revision:
             return
         self.forget_stamps()
-        self.forget_implicit()
+        self.forget_unnamed()
         self.policy = policy
         for name in {*self.limits, *policy.limits}:
             limit = self.limit(name)
             limit.limit = policy.binding(name) or NO_LIMIT
             limit.retry_at = None
+            if name not in policy.limits:
+                limit.cost_ms = limit.shadowed = limit.asserted = 0
+            if not limit.is_rate:
+                self.spending.pop(name, None)
             if not limit.minimum:
                 limit.current, limit.dropped_at = None, 0
             elif limit.current is not None:
                 limit.current = min(limit.current, limit.limit.bound * 1000)
+        self.forget_unnamed()
         self.touched |= set(policy.limits)
         for limit in map(self.limit, policy.limits):
             if limit.is_rate:

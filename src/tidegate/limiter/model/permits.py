@@ -26,6 +26,9 @@ from tidegate.limiter.model.state import (
 )
 from tidegate.limiter.wire import USAGE_LATER, SyncRequest
 
+# Of how many calls of a session usage is still expected.
+MOST_OWED = 2000
+
 
 @dataclass(slots=True)
 class Reheaded:
@@ -44,6 +47,7 @@ class Permits(Places):
         self.owed: dict[str, dict[int, tuple[dict[int, Charge], Flow]]] = {}
         self._reheaded: dict[str, Reheaded] = {}
         self._differs: dict[str, int] = {}
+        self.most_owed = MOST_OWED
         # Who is being admitted.
         self.taker = ("", 0)
 
@@ -144,6 +148,12 @@ class Permits(Places):
         for each in self._reheaded.values():
             self._rehead(each.queue)
 
+    def bound_owed(self, sid: str) -> None:
+        """Of more calls than so many whose usage is still to be told the eldest are forgotten."""
+        owed = self.owed.get(sid, {})
+        for ticket in sorted(owed)[: max(0, len(owed) - self.most_owed)]:
+            del owed[ticket]
+
     def _unqueue(self, session: Session, key: str, member: str) -> bool:
         queue = session.queues.get(key)
         if queue is None or queue.tickets.pop(member, None) is None:
@@ -207,7 +217,7 @@ class Permits(Places):
 
     def _learn(self, flow: Flow, took_ms: int) -> None:
         for limit in self.lane(flow):
-            if not limit.is_implicit:
+            if limit.is_named:
                 limit.learn(took_ms)
 
     def _charge_handed(self, each: Reheaded) -> None:

@@ -79,10 +79,10 @@ class Places:
         sid, ticket = gate.taker or ("", 0)
         return sid in self.sessions and ticket in self.sessions[sid].held
 
-    def forget_implicit(self) -> None:
+    def forget_unnamed(self) -> None:
         """Nothing is kept of the order at a limit that no policy names and nobody waits at."""
         for limit in self.limits.values():
-            if limit.is_implicit and not limit.waits:
+            if not limit.is_named and not limit.waits:
                 limit.bands.clear()
 
     def lane(self, flow: Flow) -> list[LimitState]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from tidegate.limiter.limits import PoolPolicy, Rate
-from tidegate.limiter.model.joining import Joining
+from tidegate.limiter.limits import Rate
 from tidegate.limiter.model.roster import MOST_TO_ANNOUNCE
 from tidegate.limiter.model.state import BLOCKED, Gate, Pause, Session
-from tidegate.limiter.wire import Renewal, RenewReply, Status, SyncReply, SyncRequest, Whole
+from tidegate.limiter.model.telling import Telling
+from tidegate.limiter.wire import Renewal, RenewReply, Status, SyncReply, SyncRequest
 
 
-class PoolModel(Joining):
+class PoolModel(Telling):
     """A pool. Times handed in are the server's, in ms."""
 
     def __init__(self) -> None:
@@ -28,7 +28,8 @@ class PoolModel(Joining):
 
     def flush(self) -> None:
         """FLUSHALL, or a restart without data."""
-        kept = ("subscribed", "pushed", "at_once", "ahead_ms", "starves", "longest")
+        paces = ("at_once", "ahead_ms", "starves", "longest", "on_page", "looked_at", "most_owed")
+        kept = ("subscribed", "pushed", *paces)
         vars(self).update(vars(PoolModel()) | {name: vars(self)[name] for name in kept})
 
     def _begin(self, q: SyncRequest | None) -> None:
@@ -43,7 +44,8 @@ class PoolModel(Joining):
         self.publish()
         self.clock = self.now
         self.forget_stamps()
-        self.forget_implicit()
+        self.forget_unnamed()
+        self.note_spenders()
 
     # -- the scripts
 
@@ -193,7 +195,7 @@ class PoolModel(Joining):
             for name in self.touched:
                 self.look_again(name, self.now)
             self.forget_stamps()
-            self.forget_implicit()
+            self.forget_unnamed()
         else:
             self.pump()
             self._end()
@@ -230,15 +232,17 @@ class PoolModel(Joining):
         self.pump()
         if tending:
             self._note_sessions()
+            if self.own and (q.full or q.join):
+                self.bound_owed(q.sid)
         self._end()
         reply = self._reply(q, status, session if status == "ok" else None)
-        whole = self._whole(q) if tending and self.own and q.full else None
+        whole = self.whole(q) if tending and self.own and q.full else None
         return reply._replace(stamps=stamps, refused=refused, whole=whole)
 
     def _last_words(self, q: SyncRequest, session: Session) -> None:
-        if q.full:
-            places = {queue.at for queue in session.queues.values()} - {BLOCKED, None}
-            self.touched |= {place for place in places if place}
+        queues = (session.queues.get(q.flows[number - 1]) for number in q.looks)
+        places = {queue.at for queue in queues if queue} - {BLOCKED, None}
+        self.touched |= {place for place in places if place}
         if q.leave:
             self.reap(q.sid, hold=False)
             self.own = None
@@ -267,32 +271,6 @@ class PoolModel(Joining):
             hints=self.hints(q) if status == "ok" else [],
             whole=None,
         )
-
-    def _whole(self, q: SyncRequest) -> Whole:
-        session, policy = self.sessions[q.sid], self.policy
-        ends = [s.expiry for s in self.sessions.values()] + list(self.lapsing.values())
-        lapsing = [("|".join(map(str, p)), max(0, e - self.now)) for p, e in self.lapsing.items()]
-        paused = {name: self.limit(name).pause for name in list(self.limits)}
-        tell = policy is not None and (q.revision != self.revision or self.conflict == 1)
-        return Whole(
-            now_ms=self.now,
-            held=[(ticket, held.seq, held.until) for ticket, held in session.held.items()],
-            lapsing=lapsing if self.hold else [],
-            next_event_ms=max(1, min(ends) - self.now),
-            conflict=self.conflict,
-            spent=[(name, self.spent(self.limit(name))) for name in self._rates()],
-            pauses=[
-                (name, pause.until - self.now, pause.ramp_ms, pause.said)
-                for name, pause in paused.items()
-                if pause and self.pause_of(self.limit(name))
-            ],
-            policy=policy.pack() if policy and tell else None,
-            roster=self.roster(q),
-        )
-
-    def _rates(self) -> list[str]:
-        policy: PoolPolicy | None = self.policy
-        return [name for name in (policy.limits if policy else {}) if self.limit(name).is_rate]
 
     # -- loss and time
 

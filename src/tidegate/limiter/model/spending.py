@@ -26,12 +26,13 @@ def span_of(rate: Rate) -> int:
 class Spending:
     """All that was counted for one limit. A limit that is made one of another sort finds here what
     it had counted before. `log`: the moment of each admission. `buckets`: end in ms -> amount.
-    `used` until `reset_at`: of the day."""
+    `used` until `reset_at`: of the day. `anew`: something was spent or given back in this call."""
 
     log: list[int] = field(default_factory=list)
     buckets: dict[int, int] = field(default_factory=dict)
     used: int = 0
     reset_at: int = 0
+    anew: bool = False
 
     def look(self, limit: Limit, now: int, reset_at: int) -> int:
         """What is spent. Forgets what counts no more; `reset_at` is the day's end as a process
@@ -76,6 +77,7 @@ class Spending:
         return (now // width + 1) * width
 
     def _spend(self, limit: Limit, end: int, amount: int) -> None:
+        self.anew |= amount != 0
         if isinstance(limit, Quota):
             self.used += amount
         else:
@@ -89,6 +91,7 @@ class Spending:
             amount = min(amount, limit.bound)
         if isinstance(limit, Rate) and limit.exact:
             self.log.append(now)
+            self.anew = True
             return None
         end = self._end_now(limit, now)
         self._spend(limit, end, amount)
@@ -104,11 +107,11 @@ class Spending:
         extra = actual - reserved
         if isinstance(limit, Quota):
             if end >= self.reset_at:
-                self.used = max(0, self.used + extra)
+                self._spend(limit, end, max(extra, -self.used))
         elif extra > 0:
             self._spend(limit, self._end_now(limit, now), extra)
         elif end in self.buckets:
-            self.buckets[end] = max(0, self.buckets[end] + extra)
+            self._spend(limit, end, max(extra, -self.buckets[end]))
         return extra < 0
 
     def add(self, limit: Limit, amount: int, now: int) -> None:
@@ -117,6 +120,7 @@ class Spending:
             return
         if isinstance(limit, Rate) and limit.exact:
             self.log += [now] * min(amount, limit.bound)
+            self.anew |= limit.bound > 0
         else:
             self._spend(limit, self._end_now(limit, now), amount)
 

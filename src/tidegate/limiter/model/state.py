@@ -217,6 +217,11 @@ class LimitState:
         return self.limit is implicit_limit(self.name)
 
     @property
+    def is_named(self) -> bool:
+        """Whether the policy names it."""
+        return self.limit is not NO_LIMIT and not self.is_implicit
+
+    @property
     def waits(self) -> int:
         return sum(band.waits for band in self.bands.values())
 

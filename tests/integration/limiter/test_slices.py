@@ -1,0 +1,208 @@
+"""Many limits, many waiters, many permits held over: what a call reads, and what nobody forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis
+
+from tests.integration.limiter.slices import Pool, Process, stray_fields
+from tidegate.limiter.limits import Limit, PoolPolicy, Rate
+
+LEASE_MS = 30_000
+MANY = 2500  # more than two pages
+
+
+def many(tenants: int, revision: int = 1, first: int = 0) -> PoolPolicy:
+    """Each tenant has a concurrency and a rate of its own."""
+    limits: dict[str, int | Limit] = {"kind:text_only": 100_000}
+    for number in range(first, first + tenants):
+        limits[f"tenant:{number}"] = 1
+        limits[f"rpm:{number}"] = Rate(60, 60_000)
+    return PoolPolicy(limits, lease_ms=LEASE_MS, revision=revision)
+
+
+Made = Callable[[PoolPolicy], Pool]
+
+
+@pytest.fixture
+def made(valkey_url: str, pool: str) -> Iterator[Made]:
+    found: list[Pool] = []
+
+    def make(policy: PoolPolicy) -> Pool:
+        found.append(Pool(redis.Redis.from_url(valkey_url), pool, policy))
+        return found[-1]
+
+    yield make
+    for each in found:
+        each.close()
+
+
+def settled(pool: Pool, count: int) -> list[Process]:
+    """Processes that know each other, in a pool that lets in."""
+    processes = [Process(pool) for _ in range(count)]
+    for _ in range(4):
+        for process in processes:
+            process.compare()
+        pool.pass_time(LEASE_MS // 3)
+    for process in processes:
+        process.compare()
+    return processes
+
+
+def test_what_a_tend_reads_does_not_grow_with_the_limits_of_the_pool(made: Made) -> None:
+    work = {}
+    for tenants in (20, 1000):
+        pool = made(many(tenants))
+        [process] = settled(pool, 1)
+        for number in range(20):
+            process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
+        process.say()
+        assert len(process.ledger.held) == 20
+        pool.pass_time(LEASE_MS // 3)
+        [work[tenants]] = process.compare()
+        pool.wipe()
+    assert work[1000] == work[20]
+
+
+def test_a_process_with_many_waiting_tenants_has_them_looked_at_some_by_some(made: Made) -> None:
+    pool = made(many(1000))
+    [process] = settled(pool, 1)
+    for number in range(1000):
+        for _ in range(2):
+            process.ask(str(number), f"tenant:{number}")
+    process.say()
+    assert len(process.ledger.waiting) == 1000
+    pool.pass_time(LEASE_MS // 3)
+    looks = process.compare()
+    assert len(looks) == 10
+    # Of the first call: what the session itself holds and where it waits is one answer.
+    assert max(work["commands"] for work in looks) < 100 * 12
+    # All of them are looked at: a limit that somebody raises lets in everybody.
+    assert len(process.ledger.held) == 1000
+
+
+def test_what_many_tenants_have_spent_is_known_to_all_when_valkey_loses_it(made: Made) -> None:
+    pool = made(many(MANY))
+    spender, survivor = settled(pool, 2)
+    for number in range(MANY):
+        spender.ask(str(number), f"rpm:{number}")
+    spender.say()
+    assert len(spender.ledger.held) == MANY
+    pool.pass_time(LEASE_MS // 3)
+    work = survivor.compare()
+    assert len(work) == 3, "told in pages, one after another"
+    assert all(each["elements"] < 5000 for each in work)
+    [quiet] = survivor.compare()
+    assert quiet["elements"] < 700, "nothing is told twice"
+
+    pool.lose_everything()  # and the spender is killed with it
+    survivor.compare()
+    survivor.say()
+    pool.pass_time(LEASE_MS + 1)
+    for number in (0, 1, 999, 1000, 1001, MANY - 1):
+        assert pool.field(f"s:rpm:{number}") == "1"
+    assert len(pool.fields("s")) == MANY
+
+
+def test_of_rates_that_were_spent_long_ago_nothing_is_said_after_a_loss(made: Made) -> None:
+    pool = made(many(200))
+    spender, survivor = settled(pool, 2)
+    for number in range(200):
+        spender.ask(str(number), f"rpm:{number}")
+    spender.say()
+    survivor.compare()
+    for _ in range(7):  # the window is over
+        pool.pass_time(LEASE_MS // 3)
+        survivor.session.lease.renewed(float(pool.now_ms), LEASE_MS)
+        spender.compare()
+    assert survivor.session.remembered.spent({}, float(pool.now_ms)) == []
+    for _ in range(4):
+        spender.compare()
+    assert pool.fields("s") == set(), "what is spent no more is forgotten, some by some"
+
+
+def test_more_permits_held_over_than_a_page_are_told_by_the_survivors(made: Made) -> None:
+    pool = made(PoolPolicy({"kind:text_only": 3000}, lease_ms=LEASE_MS, on_expiry="hold"))
+    dying, survivor = settled(pool, 2)
+    for _ in range(3000):
+        dying.ask("t", "kind:text_only", hard_ms=3_600_000)
+    dying.say()
+    assert len(dying.ledger.held) == 3000
+    for _ in range(4):
+        pool.pass_time(LEASE_MS // 3)
+        survivor.compare()
+    assert pool.field("u:kind:text_only") == "3000", "held over"
+
+    pool.lose_everything()
+    survivor.compare()
+    assert pool.field("u:kind:text_only") == "3000"
+    pool.pass_time(LEASE_MS + 1)
+    survivor.compare()
+    survivor.ask("t", "kind:text_only")
+    survivor.say()
+    assert len(survivor.ledger.held) == 0
+
+
+def test_of_limits_that_are_taken_away_nothing_stays_in_the_record(made: Made) -> None:
+    pool = made(many(10))
+    [process] = settled(pool, 1)
+    sizes = []
+    for generation in range(4):
+        first = 10 * generation
+        process.session.set_policy(many(10, revision=2 + generation, first=first), "somebody")
+        process.say()
+        waiting = []
+        for number in range(first, first + 10):
+            for _ in range(2):
+                waiting.append(process.ask(str(number), f"tenant:{number}", f"rpm:{number}"))
+        process.say()
+        pool.pass_time(100)
+        process.end(list(process.ledger.held))
+        if generation % 2:  # somebody still waits and runs when the limits go
+            process.session.set_policy(many(10, revision=3 + generation, first=first + 10), "me")
+        process.say()
+        for waiter in waiting:
+            process.ledger.abandon(waiter.ticket, float(pool.now_ms))
+        process.end(list(process.ledger.held))
+        record = {
+            k.decode(): v.decode(errors="replace")
+            for k, v in pool.server.hgetall(pool.keys.meta).items()
+        }
+        assert stray_fields(record, {}, set(process.session.policy.limits)) == []
+        sizes.append(len(record))
+    assert sizes[2:] == sizes[:2]
+
+
+def test_usage_that_is_announced_and_never_told_is_bounded(made: Made) -> None:
+    pool = made(PoolPolicy({"tpm:x": Rate(10_000_000, 60_000, "tokens")}, lease_ms=LEASE_MS))
+    [process] = settled(pool, 1)
+    for _ in range(14):
+        for _ in range(250):
+            process.ask("t", "tpm:x")
+        process.say()
+        process.end(list(process.ledger.held), later=True)
+    process.compare()
+    owed = f"{pool.keys.prefix}owed:{process.session.sid}"
+    assert pool.server.hlen(owed) == 2000
+    newest = max(int(ticket) for ticket in pool.server.hkeys(owed))
+    process.ledger.settle_later(newest, "0")
+    process.say()
+    assert not pool.server.hexists(owed, newest), "what is told late still counts"
+
+
+def test_a_record_of_before_tells_what_is_spent_and_paused_in_it(made: Made) -> None:
+    pool = made(many(3))
+    [process] = settled(pool, 1)
+    process.ask("1", "rpm:1")
+    process.say()
+    end_ms = pool.now_ms + 600_000
+    pool.server.hset(pool.keys.meta, "p:rpm:2", f"{end_ms}|10000|0|somebody: why")
+    pool.server.hdel(pool.keys.meta, "changes", "s:rpm:1")
+    pool.server.delete(f"{pool.keys.prefix}spending", f"{pool.keys.prefix}paused")
+    other = Process(pool)
+    other.compare()
+    at_ms = float(pool.now_ms)
+    assert other.session.remembered.spent({}, at_ms) == [("rpm:1", 1, 0)]
+    assert [name for name, *_ in other.session.remembered.paused(at_ms)] == ["rpm:2"]
