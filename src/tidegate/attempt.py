@@ -15,7 +15,7 @@ class Attempt:
     """One try upstream as it goes: filled in step by step, so that a cut one can be recorded.
 
     `limits` are those that it asks for. `queue_ms` is from `waiting_since`, the receipt of the
-    request at first, to admission.
+    request at first, to admission. `is_marked`: a job's call is on record, as one that may be made.
     """
 
     waiting_since: datetime
@@ -31,6 +31,7 @@ class Attempt:
     dialect: str = "gemini"
     operation: str = "generate_content"
     trail: Trail | None = None
+    is_marked: bool = False
 
 
 def attempt_result(

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+import orjson
+
 from tidegate.call import Caller
 from tidegate.config import Config
 from tidegate.errors import (
@@ -23,7 +25,9 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.jobs.retry import retry_wait_ms
+from tidegate.jobs.outages import Key, Outages, Turn, look_again_s
+from tidegate.jobs.retry import is_of_upstream, retry_wait_ms
+from tidegate.jobs.wrapped import targets_of
 from tidegate.limiter import Permit
 from tidegate.observed import RETRIED
 from tidegate.relay.call import CallFailed, Life
@@ -44,6 +48,7 @@ WINDOW = 128
 MOST_BYTES = 32_000_000  # of the bodies that are claimed at a time
 _STRAYS_EVERY_S = 5.0
 _AWAY_S = 0.25
+_OUT_S = 0.25
 _IDLE_MS = 500
 _AGAIN_MS = 500.0
 _LAST_RECORDS_S = 8.0
@@ -68,6 +73,7 @@ class _Held:
     life: Life
     trail: Trail | None
     is_over: bool = False
+    turn: Turn | None = None
 
     @property
     def waits(self) -> bool:
@@ -81,7 +87,8 @@ class _Held:
 class LineCaller:
     """One process's share of all lines. `tasks` are those under way."""
 
-    def __init__(self, config: Config, store: Store, relay: Relay) -> None:
+    def __init__(self, config: Config, store: Store, relay: Relay, outages: Outages) -> None:
+        self._outages = outages
         self._config = config
         self._store = store
         self._relay = relay
@@ -92,6 +99,7 @@ class LineCaller:
         """Claim lines and begin them, for ever."""
         loop = asyncio.get_running_loop()
         looked_at = loop.time()
+        in_vain = 0
         while True:
             await self._leave_held_up()
             free = WINDOW - len(self._tasks)
@@ -104,12 +112,44 @@ class LineCaller:
                 await self._store.batch_lines.release_strays(
                     held.line for held in self._tasks.values()
                 )
+            if not (free := self._outages.may_claim(free)):
+                await asyncio.sleep(_OUT_S)
+                continue
             mark = self._store.work_mark(BATCHES)
-            claimed = await self._store.batch_lines.claim(free, MOST_BYTES)
+            claimed: list[Line] = []
+            try:
+                claimed = await self._store.batch_lines.claim(free, MOST_BYTES)
+            finally:
+                if not claimed:
+                    self._outages.unclaimed()
+            if claimed and self._outages.is_any and not await self._without_held_up(claimed):
+                in_vain += 1
+                await asyncio.sleep(look_again_s(in_vain))
+                continue
+            in_vain = 0
             for line in claimed:
                 self._begin(line)
             if len(claimed) < free // 2:
                 await self._store.wait_work(_IDLE_MS, mark, BATCHES)
+
+    async def _without_held_up(self, claimed: list[Line]) -> bool:
+        """Return lines to the queue that nothing can be called for; whether any are left."""
+        waits_ms = {
+            line.id: float(self._outages.wait_ms(targets))
+            for line in claimed
+            if self._outages.held_ms(targets := self._targets_of(line))
+        }
+        if waits_ms:
+            held_up = [line for line in claimed if line.id in waits_ms]
+            claimed[:] = [line for line in claimed if line.id not in waits_ms]
+            await self._until_done(
+                lambda: self._store.batch_lines.give_back(held_up, waits_ms=waits_ms)
+            )
+        return bool(claimed)
+
+    def _targets_of(self, line: Line) -> tuple[Key, ...]:
+        model = orjson.loads(line.body).get("model")  # it was checked when the batch came
+        return targets_of(self._relay, line.endpoint, str(model))
 
     async def _leave_held_up(self) -> None:
         """Give up what waits of batches whose tenants may spend no more: it is called later."""
@@ -171,15 +211,23 @@ class LineCaller:
             await self._collect(held)
         except ClaimLost:
             # Another worker has it, which this changes nothing of; or its batch is being cancelled.
+            self._outages.left(held.turn)
             await self._until_done(lambda: self._store.batch_lines.give_back([line]))
             return
         except CallFailed as failed:
             error, words = failed.error, failed
         except TidegateError as own:
             error = own
+        if held.turn is not None or is_of_upstream(error):
+            turn = held.turn or Turn(self._targets_of(line))
+            called = life.target.upstream.name if life.target else None
+            self._outages.ended(turn, called, error)
         if error is not None and (wait_ms := self._wait_ms(line, life, error)) is not None:
+            waits_ms, is_counted = {line.id: wait_ms}, not is_of_upstream(error)
             await self._until_done(
-                lambda: self._store.batch_lines.give_back([line], after_ms=wait_ms)
+                lambda: self._store.batch_lines.give_back(
+                    [line], waits_ms=waits_ms, is_counted=is_counted
+                )
             )
             if life.tries:
                 again = observed_of(_record_of(line, life, Failure.of(error), None))
@@ -191,6 +239,8 @@ class LineCaller:
         line = held.line
 
         async def admitted(_permit: Permit | None) -> None:
+            if held.turn is None and self._outages.is_any:
+                held.turn = self._outages.enter(self._targets_of(line))
             await self._store.batch_lines.begin(line)
 
         left_ms = round((line.expires_at - datetime.now(UTC)).total_seconds() * 1000)
@@ -205,6 +255,9 @@ class LineCaller:
                 trail=held.trail,
             )
             await collected(self._relay, call, held.life, admitted)
+        except asyncio.CancelledError:
+            self._outages.left(held.turn)
+            raise
         finally:
             held.is_over = True
 
@@ -212,6 +265,8 @@ class LineCaller:
         """Until the line is called again; None where it has failed."""
         if isinstance(error, _LATER):
             return _AGAIN_MS
+        if is_of_upstream(error):
+            return self._outages.wait_ms(self._targets_of(line))
         attempts = line.attempts + (life.tries > 0)
         return retry_wait_ms(error, max(1, attempts), self._config.max_attempts)
 

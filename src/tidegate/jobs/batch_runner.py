@@ -15,6 +15,7 @@ from tidegate.errors import ClaimLost, NotFound, StoreUnavailable
 from tidegate.jobs.batch_check import Check
 from tidegate.jobs.batch_lines import LineCaller
 from tidegate.jobs.batch_output import OutputFile, output_line
+from tidegate.jobs.outages import Outages
 from tidegate.relay.detached import LONGEST_BYTES
 from tidegate.relay.spine import Relay
 from tidegate.store.batches import Batch
@@ -34,11 +35,13 @@ log = get_logger()
 class BatchRunner:
     """One process's share of all batches."""
 
-    def __init__(self, config: Config, store: Store, blobs: Blobs, relay: Relay) -> None:
+    def __init__(
+        self, config: Config, store: Store, blobs: Blobs, relay: Relay, outages: Outages
+    ) -> None:
         self._store = store
         self._blobs = blobs
         self._folder = config.data_dir / "tmp"
-        self._lines = LineCaller(config, store, relay)
+        self._lines = LineCaller(config, store, relay, outages)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what is called within the grace."""

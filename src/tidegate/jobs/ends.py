@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from tidegate.attempt import Attempt
-from tidegate.errors import TidegateError
+from tidegate.errors import DeadlineExceeded, TidegateError
 from tidegate.pipeline import Ask
 from tidegate.store.cancels import CANCELLED
 from tidegate.store.records import AttemptResult, ClaimedJob, Failure
@@ -13,6 +13,10 @@ from tidegate.store.states import Status
 from tidegate.telemetry import FrequentLog, Log, get_logger
 
 log = get_logger()
+_OTHER_ENDS = {
+    CANCELLED.code: Status.CANCELLED,
+    DeadlineExceeded.code: Status.EXPIRED,  # when its turn was asked for again, after its mark
+}
 log_job = FrequentLog(Log.JOB_DONE)
 
 
@@ -24,7 +28,8 @@ def ask_of(job: ClaimedJob) -> Ask:
 def status_of(result: AttemptResult) -> Status:
     if result.failure is None:
         return Status.SUCCEEDED
-    return Status.CANCELLED if result.failure.code == CANCELLED.code else Status.FAILED
+    code = result.failure.code
+    return _OTHER_ENDS.get(code, Status.FAILED)
 
 
 def log_end(

@@ -1,17 +1,19 @@
 """Keeps a bounded window of claimed jobs in this process, one window for each kind.
 
 Invariant: a kind whose limit is full never holds up another kind, since each has a window of its
-own; no more than `window` jobs of a kind, as it is just then, are claimed here at any time.
+own; no more than `window` jobs of a kind, as it is just then, are claimed here at any time. While
+all upstreams are out only the next probe is claimed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import StoreUnavailable
+from tidegate.jobs.outages import Key, Outages, look_again_s
 from tidegate.store.bell import UNSURE
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
@@ -20,6 +22,7 @@ from tidegate.telemetry import Log, get_logger
 _IDLE_WAIT_MS = 1_000
 _AWAY_WAIT_S = 0.25
 _FULL_WAIT_S = 0.25
+_OUT_WAIT_S = 0.25
 
 log = get_logger()
 
@@ -33,8 +36,12 @@ class Feeder:
         kind: Kind | None,
         window: Callable[[], int],
         work: Callable[[ClaimedJob], Awaitable[None]],
+        outages: Outages,
+        targets: Callable[[ClaimedJob], Sequence[Key]],
         pool: str = DEFAULT_POOL,
     ) -> None:
+        self._outages = outages
+        self._targets = targets
         self._pool = pool
         self._store = store
         self._kind = kind
@@ -57,6 +64,7 @@ class Feeder:
 
         Cancelled in the middle of a claim, it leaves that claim to the store's next heartbeat.
         """
+        in_vain = 0
         while not self._closing.is_set():
             window = self._window()
             free = window - len(self.tasks)
@@ -65,17 +73,46 @@ class Feeder:
                 # Or the window has grown: the limit was raised.
                 await self._unless_closed(self._slot_freed.wait(), _FULL_WAIT_S)
                 continue
+            if not (free := self._outages.may_claim(free)):
+                await self._unless_closed(asyncio.sleep(_OUT_WAIT_S))
+                continue
             mark = self._store.work_mark(self._lane)
+            claimed: list[ClaimedJob] = []
             try:
                 claimed = await self._store.claim(pool=self._pool, kind=self._kind, limit=free)
             except StoreUnavailable:
                 # The store logs its change of state.
                 await self._unless_closed(asyncio.sleep(_AWAY_WAIT_S))
                 continue
+            finally:
+                if not claimed:
+                    self._outages.unclaimed()
+            if claimed and self._outages.is_any and not await self._without_held_up(claimed):
+                in_vain += 1
+                await self._unless_closed(asyncio.sleep(look_again_s(in_vain)))
+                continue
+            in_vain = 0
             for job in claimed:
                 self._start(job)
             if len(claimed) < free:
                 await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark, self._lane))
+
+    async def _without_held_up(self, claimed: list[ClaimedJob]) -> bool:
+        """Return jobs to the queue that nothing can be called for; whether any are left."""
+        waits_ms = {
+            job.request_id: self._outages.wait_ms(targets)
+            for job in claimed
+            if self._outages.held_ms(targets := self._targets(job))
+        }
+        if not waits_ms:
+            return True
+        held_up = [job for job in claimed if job.request_id in waits_ms]
+        try:
+            await self._store.hand_back(held_up, waits_ms)
+        except StoreUnavailable:
+            return True  # their tasks do it, as soon as PostgreSQL is there
+        claimed[:] = [job for job in claimed if job.request_id not in waits_ms]
+        return bool(claimed)
 
     async def _unless_closed(
         self, wait: Coroutine[Any, Any, object], timeout_s: float | None = None

@@ -12,6 +12,7 @@ from tidegate.errors import (
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
+    UpstreamError,
 )
 
 # Says nothing of the job: somebody, perhaps another worker, can do it later.
@@ -42,6 +43,12 @@ def webhook_wait_ms(tries: int, rng: random.Random | None = None) -> int | None:
         return None
     spread = (rng or random).uniform(1 - _WEBHOOK_JITTER, 1 + _WEBHOOK_JITTER)
     return round(_WEBHOOK_WAITS_MS[tries - 1] * spread)
+
+
+def is_of_upstream(error: TidegateError | None) -> bool:
+    """Whether a fault is the upstream's: it uses up no attempt, and `Outages` says when to ask
+    again."""
+    return isinstance(error, UpstreamError) and error.of_upstream
 
 
 def retry_wait_ms(

@@ -20,14 +20,16 @@ from tidegate.errors import (
     DeadlineExceeded,
     StoreUnavailable,
     TidegateError,
+    UpstreamUnavailable,
 )
 from tidegate.jobs.batch_runner import BatchRunner
 from tidegate.jobs.bodies import CallBodies
 from tidegate.jobs.ends import ask_of, internal, log_end, status_of, time_left_ms
 from tidegate.jobs.feeder import Feeder
-from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, retry_wait_ms
+from tidegate.jobs.outages import Key, Outages, Turn
+from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms
 from tidegate.jobs.stages import Stage, Stages, Tasks, end_cancelling
-from tidegate.jobs.wrapped import run_wrapped
+from tidegate.jobs.wrapped import run_wrapped, targets_of
 from tidegate.limiter import Permit
 from tidegate.pipeline import Pipeline
 from tidegate.relay.spine import Relay
@@ -64,7 +66,9 @@ class Worker:
         pool: str = DEFAULT_POOL,
     ) -> None:
         self._relay = relay
-        batches = BatchRunner(config, store, blobs, relay)
+        self._pool = pool
+        self._outages = outages = Outages({pool, *relay.targets.upstreams})
+        batches = BatchRunner(config, store, blobs, relay, outages)
         # They are of the deployment's own pool.
         self._batches = batches.run if pool == DEFAULT_POOL else asyncio.Event.wait
         self._config = config
@@ -73,14 +77,26 @@ class Worker:
         self._bodies = CallBodies(blobs, config.max_held_bytes)
         self._pipeline = pipeline
         self._stages = Stages(self._tasks)
+        held_up = (outages, self._targets_of, pool)
         self._feeders = [
-            Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify, pool),
-            *(Feeder(store, kind, partial(self._window, kind), self._work, pool) for kind in Kind),
+            Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify, *held_up),
+            *(
+                Feeder(store, kind, partial(self._window, kind), self._work, *held_up)
+                for kind in Kind
+            ),
         ]
 
     def _window(self, kind: Kind) -> int:
         # Twice the limit in force keeps it full even if every other worker is gone.
         return min(_LARGEST_WINDOW, 2 * self._pipeline.at_once(kind) + 2)
+
+    def _targets_of(self, job: ClaimedJob) -> tuple[Key, ...]:
+        """What may be called for a job: upstreams, each with its model."""
+        if job.endpoint is not None:
+            return targets_of(self._relay, job.endpoint, job.model or "")
+        kind = job.classification.kind
+        model = self._config.classifier_model if kind is None else self._config.model_for(kind)
+        return ((self._pool, job.model or model),)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what runs within the grace, hand back the rest."""
@@ -158,7 +174,16 @@ class Worker:
         """Settle the kind of a job that the rules were unsure of; it then queues under it."""
 
         async def classify() -> None:
-            decided = await self._pipeline.decide(ask_of(job), within_ms=time_left_ms(job))
+            try:
+                turn = self._outages.enter(self._targets_of(job))
+            except UpstreamUnavailable:
+                waits_ms = {job.request_id: self._outages.wait_ms(self._targets_of(job))}
+                await self._fenced(lambda: self._store.hand_back([job], waits_ms))
+                return
+            try:
+                decided = await self._pipeline.decide(ask_of(job), within_ms=time_left_ms(job))
+            finally:
+                self._outages.left(turn)
 
             async def requeue() -> None:
                 await self._store.classified(job, decided)
@@ -190,11 +215,16 @@ class Worker:
         trail = self._relay.tracing.trail(job.request_id, parent_of(job.traceparent))
         attempt = Attempt(waiting_since=since, trail=trail)
         model = job.model or self._config.model_for(kind)
+        turn: Turn | None = None
 
         async def admitted(permit: Permit | None) -> None:
+            nonlocal turn
+            if turn is None and self._outages.is_any:
+                turn = self._outages.enter(self._targets_of(job))
             self._stages.enter(job, Stage.CALLING)
             fence = (0, 0) if permit is None else permit.fence
             await self._store.running(job, model=model, fence=fence, queue_ms=attempt.queue_ms)
+            attempt.is_marked = True
 
         async def run(left_ms: int | None) -> None:
             if job.endpoint is not None:
@@ -211,19 +241,26 @@ class Worker:
         try:
             await self._run_when_recorded(job, kind, attempt, run)
         except ClaimLost:
+            self._outages.left(turn)
             return
         except TidegateError as error:
             failure = error
         except asyncio.CancelledError:
             if not self._stages.is_called_off(job):
+                self._outages.left(turn)
                 raise
             end_cancelling()
             failure = CANCELLED
         except Exception:  # nobody foresaw it; what the attempt has brought is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
             failure = internal()
-        if attempt.admitted_at is not None:
+        if turn is not None or is_of_upstream(failure):
+            turn = turn or Turn(self._targets_of(job))
+            self._outages.ended(turn, attempt.upstream, failure)
+        if attempt.is_marked:
             self._stages.enter(job, Stage.RECORDING)
+        else:
+            attempt.admitted_at = None  # nothing was called
         await self._record(job, attempt, model, failure)
 
     async def _run_when_recorded(
@@ -255,18 +292,24 @@ class Worker:
             error, pictures = error or away, ()
         failure = Failure.of(error) if error else None
         result = attempt_result(attempt, model, pictures, failure)
-        wait_ms = None
+        wait_ms, is_counted = None, not is_of_upstream(error)
+        if not is_counted:
+            wait_ms = self._outages.wait_ms(self._targets_of(job))
         if result is None:
             assert error is not None
+            if wait_ms is not None:
+                waits_ms = {job.request_id: wait_ms}
+                await self._fenced(lambda: self._store.hand_back([job], waits_ms, failure))
+                return
             if isinstance(error, NOT_THE_JOBS_FAULT):
                 await asyncio.sleep(_STORE_POLL_S)
                 await self._fenced(lambda: self._store.hand_back([job]))
                 return
             await self._end_unadmitted(job, error)
         else:
-            if error is not None:
+            if error is not None and is_counted:
                 wait_ms = retry_wait_ms(error, job.attempts + 1, self._config.max_attempts)
-            await self._end(job, result, wait_ms)
+            await self._end(job, result, wait_ms, is_counted)
         log_end(job, attempt, failure, wait_ms)
 
     async def _end_unadmitted(self, job: ClaimedJob, error: TidegateError) -> None:
@@ -274,11 +317,13 @@ class Worker:
         failure = Failure.of(error)
         await self._fenced(lambda: self._store.fail_unadmitted(job, status, failure))
 
-    async def _end(self, job: ClaimedJob, result: AttemptResult, wait_ms: int | None) -> None:
+    async def _end(
+        self, job: ClaimedJob, result: AttemptResult, wait_ms: int | None, is_counted: bool
+    ) -> None:
         """Record the end of an attempt: the job's, or with `wait_ms` until the next attempt."""
         if wait_ms is not None:
             not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms)
-            await self._fenced(lambda: self._store.retry(job, result, not_before))
+            await self._fenced(lambda: self._store.retry(job, result, not_before, is_counted))
         else:
             status = status_of(result)
             await self._fenced(lambda: self._store.finish(job, status, result))

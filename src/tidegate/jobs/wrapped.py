@@ -6,13 +6,25 @@ from datetime import UTC, datetime
 
 from tidegate.attempt import Attempt
 from tidegate.call import Caller
+from tidegate.errors import InvalidRequest, NotFound
 from tidegate.jobs.ends import time_left_ms
+from tidegate.jobs.outages import Key
 from tidegate.limiter import Permit
 from tidegate.relay.call import CallFailed, Life
-from tidegate.relay.detached import collected, detached_call
+from tidegate.relay.detached import collected, detached_call, endpoint_named
 from tidegate.relay.spine import Relay
 from tidegate.relay.work import Begun
 from tidegate.store.records import ClaimedJob
+
+
+def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
+    """The upstreams and models that a call can go to; none where another version took it in."""
+    try:
+        endpoint = endpoint_named(path)
+        found = relay.targets.of(endpoint.dialect, endpoint.model or model)
+    except (InvalidRequest, NotFound):
+        return ()
+    return tuple((target.upstream.name, target.model) for target in found)
 
 
 async def run_wrapped(

@@ -23,7 +23,8 @@ KEPT_BYTES = 16_000_000
 class NativeCall:
     """What the front took in. headers: those that may go on to an upstream. query: without
     its `?` and without a key. received: on the monotonic clock. wait_ms: from receipt to
-    admission. subject: whom it is about, for erasing. trail: its place in a trace."""
+    admission. subject: whom it is about, for erasing. trail: its place in a trace. repeats: whether
+    an upstream that failed is called again by itself; where not, the queue does that."""
 
     request_id: UUID
     endpoint: Endpoint
@@ -38,6 +39,7 @@ class NativeCall:
     priority: int = 0
     subject: str | None = None
     trail: Trail | None = None
+    repeats: bool = True
 
     def left_ms(self) -> int:
         """Until its deadline for admission; negative when it has passed."""

@@ -91,6 +91,7 @@ def detached_call(
         wait_ms=_NO_DEADLINE_MS if deadline_ms is None else deadline_ms,
         priority=priority,
         trail=trail,
+        repeats=False,
     )
 
 

@@ -89,7 +89,9 @@ class Work:
                     raise
                 left = [one for one in left if one is not failed.target]
                 if not left:
-                    if not failed.error.retryable or not await self._pause(failed):
+                    if not self._call.repeats or not failed.error.retryable:
+                        raise
+                    if not await self._pause(failed):
                         raise
                     left = self._relay.usable(targets)
                 self._life.begin_again()

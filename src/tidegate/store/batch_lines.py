@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from uuid import UUID
@@ -160,9 +160,20 @@ class BatchLines:
             }
         )
 
-    async def give_back(self, lines: Iterable[Line], *, after_ms: float | None = None) -> None:
-        """Let others have lines, at once or after some time."""
-        given = rows.dumps({**line.key, "after_ms": after_ms} for line in lines)
+    async def give_back(
+        self,
+        lines: Iterable[Line],
+        *,
+        waits_ms: Mapping[UUID, float] | None = None,
+        is_counted: bool = True,
+    ) -> None:
+        """Release claims on lines, of those in `waits_ms` for so long. is_counted: whether a call
+        that was begun is one of the attempts that a line has."""
+        waits_ms, uncounted = waits_ms or {}, int(not is_counted)
+        given = rows.dumps(
+            {**line.key, "after_ms": waits_ms.get(line.id), "uncounted": uncounted}
+            for line in lines
+        )
 
         async def give(connection: asyncpg.Connection) -> None:
             await connection.execute(sql("return_batch_lines"), given)

@@ -219,11 +219,12 @@ UPDATE batch_lines SET state = 'queued', claim = claim + 1, claimed_by = NULL
 WHERE claimed_by = $1 AND state IN ('claimed', 'calling') AND NOT (id = ANY($2::uuid[]))
 
 -- name: return_batch_lines
--- Give claims on lines up, for another try not before a given time where there is one.
+-- Release claims on lines, for another try after a given time where there is one.
 UPDATE batch_lines l SET state = 'queued', claim = l.claim + 1, claimed_by = NULL,
+    attempts = l.attempts - CASE WHEN l.state = 'calling' THEN coalesce(row.uncounted, 0) ELSE 0 END,
     not_before = now() + row.after_ms * interval '1 millisecond'
 FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint,
-    after_ms double precision)
+    after_ms double precision, uncounted integer)
 WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND l.state IN ('claimed', 'calling')
 

@@ -9,7 +9,7 @@ It looks for them before the claim after a doubtful one, and with heartbeats wit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from uuid import UUID
 
@@ -198,8 +198,23 @@ class Claims:
             for row in batch
         ]
 
-    async def hand_back(self, jobs: Sequence[ClaimedJob]) -> None:
-        claims = rows.dumps({"id": job.request_id, "claim": job.claim} for job in jobs)
+    async def hand_back(
+        self,
+        jobs: Sequence[ClaimedJob],
+        waits_ms: Mapping[UUID, int],
+        failure: Failure | None,
+    ) -> None:
+        """See `Store.hand_back`."""
+        why = rows.failure_row(failure)
+        claims = rows.dumps(
+            {
+                "id": job.request_id,
+                "claim": job.claim,
+                "wait_ms": waits_ms.get(job.request_id),
+                "failure": why,
+            }
+            for job in jobs
+        )
 
         async def give(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             returned: list[asyncpg.Record] = await connection.fetch(sql("hand_back"), claims)
@@ -210,7 +225,7 @@ class Claims:
         for job in jobs:
             self.settled(job)
         self._bell.changed(row["id"] for row in returned if row["old_status"] == Status.RUNNING)
-        self._bell.work(row["pool"] for row in returned)
+        self._bell.work({row["pool"] for row in returned if row["not_before"] is None})
 
     async def retake_lapsed(self) -> list[UUID]:
         if not self._steadiness.may_judge:

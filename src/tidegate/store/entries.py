@@ -35,12 +35,15 @@ async def of_end(job: ClaimedJob, status: Status, result: AttemptResult, blobs: 
     }
 
 
-async def of_retry(job: ClaimedJob, result: AttemptResult, not_before: datetime) -> Json:
+async def of_retry(
+    job: ClaimedJob, result: AttemptResult, not_before: datetime, *, is_counted: bool
+) -> Json:
     row = {
         "id": job.request_id,
         "claim": job.claim,
         "status": Status.QUEUED,
         "not_before": not_before,
+        "uncounted": 0 if is_counted else 1,
         "upstream_ms": result.upstream_ms,
         "first_byte_ms": result.first_byte_ms,
         "failure": rows.failure_row(result.failure),

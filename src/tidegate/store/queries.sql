@@ -83,7 +83,10 @@ WITH begun AS (
 ), attempted AS (
     INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
         instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
-    SELECT attempt_id, attempt_at, id, tenant_id, pool, kind, attempts, claim,
+    SELECT attempt_id, attempt_at, id, tenant_id, pool, kind,
+        -- Some of a job that was claimed before may not be counted.
+        CASE WHEN claim = 1 THEN attempts ELSE greatest(attempts, 1 + (
+            SELECT count(*) FROM attempts a WHERE a.request_id = begun.id)) END, claim,
         $2, model, fence_epoch, fence_sequence, 'running', admitted_at, queue_ms
     FROM begun
     ON CONFLICT (id, created_at) DO UPDATE SET fence_epoch = excluded.fence_epoch,
@@ -140,9 +143,10 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running'
 RETURNING r.*
 
 -- name: retry_requests
--- Put claimed jobs back into the queue, not before a given time.
+-- Put claimed jobs back into the queue, not before a given time; `uncounted` attempts are given again.
 UPDATE requests r SET
     status = 'queued',
+    attempts = r.attempts - CASE WHEN r.status = 'running' THEN coalesce(row.uncounted, 0) ELSE 0 END,
     claim = r.claim + 1,
     claimed_by = NULL,
     not_before = row.not_before,
@@ -151,7 +155,7 @@ UPDATE requests r SET
     first_byte_ms = row.first_byte_ms,
     version = r.version + 1
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, not_before timestamptz,
-    failure jsonb, upstream_ms double precision, first_byte_ms double precision)
+    failure jsonb, upstream_ms double precision, first_byte_ms double precision, uncounted integer)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
 RETURNING r.*
 
@@ -194,10 +198,13 @@ FROM json_to_recordset($1::json) AS row (id uuid, role text, tenant_id text, poo
     encoding text, size_bytes bigint, data text, blob_key text)
 
 -- name: hand_back
--- Give claims up at once, as a worker that stops does; not counted as lapses.
+-- Release claims, as a worker that stops does, or for `wait_ms`; not counted as lapses.
 UPDATE requests r SET status = 'queued', claim = r.claim + 1, claimed_by = NULL,
+    not_before = now() + row.wait_ms * interval '1 millisecond',
+    failure = coalesce(row.failure, r.failure),
     version = r.version + (r.status = 'running')::integer
-FROM json_to_recordset($1::json) AS row (id uuid, claim bigint), requests old
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, wait_ms double precision,
+    failure jsonb), requests old
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running') AND old.id = r.id
 RETURNING r.*, old.status AS old_status
 

@@ -8,7 +8,7 @@ repeated safely; what was promised to be durable is on a disk. The rooms behind 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -351,20 +351,31 @@ class Store:
         observed = observing.of_job(job, status.value, result, result.failure)
         await self._end(job, entries.of_end(job, status, result, self.blobs), observed)
 
-    async def retry(self, job: ClaimedJob, result: AttemptResult, not_before: datetime) -> None:
+    async def retry(
+        self, job: ClaimedJob, result: AttemptResult, not_before: datetime, is_counted: bool = True
+    ) -> None:
         """Record a failed attempt and queue the job again, not before then; as `finish` else."""
         observed = observing.of_job(job, RETRIED, result, result.failure)
-        await self._end(job, entries.of_retry(job, result, not_before), observed)
+        entry = entries.of_retry(job, result, not_before, is_counted=is_counted)
+        await self._end(job, entry, observed)
 
     async def fail_unadmitted(self, job: ClaimedJob, status: Status, failure: Failure) -> None:
         """End a job that was never sent upstream; as `finish` else."""
         entry = entries.of_unadmitted(job, status, failure, self.blobs)
         await self._end(job, entry, observing.of_unadmitted(job, status.value, failure))
 
-    async def hand_back(self, jobs: Sequence[ClaimedJob]) -> None:
-        """Give claims up, so that others may have the jobs at once; raises StoreUnavailable."""
+    async def hand_back(
+        self,
+        jobs: Sequence[ClaimedJob],
+        waits_ms: Mapping[UUID, int] | None = None,
+        failure: Failure | None = None,
+    ) -> None:
+        """Release claims, of jobs in `waits_ms` for so long; raises StoreUnavailable.
+
+        failure: what they wait for, for people who look at them.
+        """
         if jobs:
-            await self._claims.hand_back(jobs)
+            await self._claims.hand_back(jobs, waits_ms or {}, failure)
 
     async def retake_lapsed(self) -> list[UUID]:
         """Return dead workers' jobs to the queue, at most 500; returns their ids.

@@ -1,0 +1,95 @@
+"""An upstream that is out for seconds: no job and no line of a batch fails, and nothing hammers it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+
+from tests.batching import assert_all_succeeded, begin, completed, content, end_of
+from tests.gateway import Gateway, Opener
+from tests.waiting import wait_until
+
+MODEL = "gemini-2.5-flash"
+CHAT = "/v1/chat/completions"
+EACH = 20
+LINES = 40
+LIMIT = 4
+HELD_UP = "SELECT count(*) FROM requests WHERE status = 'queued' AND not_before IS NOT NULL"
+
+
+def chat(text: str) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}]}
+
+
+async def hand_in(gateway: Gateway) -> list[str]:
+    return await asyncio.gather(
+        *(gateway.submit(data=f"Say word{n}.", type="text_only") for n in range(EACH)),
+        *(gateway.submit(endpoint=CHAT, body=chat(f"Say word{n}.")) for n in range(EACH)),
+    )
+
+
+@pytest.fixture
+async def sdk() -> AsyncIterator[list[AsyncOpenAI]]:
+    made: list[AsyncOpenAI] = []
+    yield made
+    for client in made:
+        await client.close()
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "throttled_bare"])
+async def test_jobs_and_lines_outlast_an_outage(
+    open_gateway: Opener, sdk: list[AsyncOpenAI], fault: str
+) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": LIMIT}, max_attempts=2, worker=False)
+    sdk.append(AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="of-a-client", max_retries=0))
+    await gateway.upstream.set_fault(fault)
+    ids = await hand_in(gateway)
+    batch = await begin(sdk[0], content(LINES))
+    gateway.start_worker()
+
+    async def probed() -> bool:
+        return len(await gateway.calls()) > 4 * LIMIT or bool(await completed(sdk[0], batch))
+
+    calls = 0
+    for _ in range(3):  # looks at what comes as long as three probes take
+        calls = len(await gateway.calls())
+        await wait_until(lambda: _more_than(gateway, calls))
+    assert not await probed()
+    assert await gateway.database.fetchval("SELECT max(attempts) FROM requests") <= 1
+    await gateway.upstream.clear_faults()
+    records = [await gateway.end_of(request_id, 60) for request_id in ids]
+    assert {(one["status"], one["attempts"]) for one in records} == {("succeeded", 1)}
+    await assert_all_succeeded(sdk[0], await end_of(sdk[0], batch, 60), LINES)
+
+
+async def _more_than(gateway: Gateway, count: int) -> bool:
+    return len(await gateway.calls()) > count
+
+
+async def test_a_refused_key_fails_nothing(open_gateway: Opener) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": LIMIT}, worker=False)
+    await gateway.upstream.set_fault("unauthorized")
+    ids = await hand_in(gateway)
+    gateway.start_worker()
+
+    async def held_up() -> bool:
+        return bool(await gateway.database.fetchval(HELD_UP))
+
+    await wait_until(held_up)
+    statuses = {(await gateway.status(request_id))["status"] for request_id in ids}
+    assert statuses <= {"queued", "running"}
+    assert len(await gateway.calls()) <= 2 * LIMIT
+
+
+async def test_a_deadline_bounds_the_wait_for_an_upstream(open_gateway: Opener) -> None:
+    gateway = await open_gateway(gemini_base_url="http://127.0.0.1:9")  # nothing listens there
+    bound = await gateway.submit(data="Say hello", type="text_only", deadline_ms=1_500)
+    free = await gateway.submit(data="Say hello", type="text_only")
+    record = await gateway.end_of(bound)
+    assert (record["status"], record["error"]["code"]) == ("expired", "deadline_exceeded")
+    record = await gateway.status(free)
+    assert (record["status"], record["attempts"]) == ("queued", 0)
