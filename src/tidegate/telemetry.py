@@ -36,6 +36,7 @@ class Log(StrEnum):
     JOB_RETRY = "job_retry"
     JOB_DEAD = "job_dead"
     JOB_REQUEUED = "job_requeued"
+    JOBS_REQUEUED = "jobs_requeued"
     JOB_DISCARDED = "job_discarded"
     JOBS_RETAKEN = "jobs_retaken"
     WEBHOOK_GIVEN_UP = "webhook_given_up"

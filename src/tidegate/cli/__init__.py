@@ -20,6 +20,7 @@ from tidegate.cli import (
     limits,
     rehearse,
     requests,
+    requeue,
     settings,
     submit,
     tenants,
@@ -171,6 +172,7 @@ app.add_typer(limits.app, name="limits", rich_help_panel=_OPERATE)
 app.add_typer(inside.app, name="permits", rich_help_panel=_OPERATE)
 app.add_typer(tenants.app, name="tenants", rich_help_panel=_OPERATE)
 app.add_typer(keys.app, name="keys", rich_help_panel=_OPERATE)
+app.command(rich_help_panel=_OPERATE)(requeue.requeue)
 app.command(rich_help_panel=_OPERATE)(rehearse.rehearse)
 app.command(rich_help_panel=_OPERATE)(verify.verify)
 app.command(rich_help_panel=_OPERATE)(migrate)

@@ -63,8 +63,8 @@ def requests(
         "type": type_,
         "model": model,
         "source": source,
-        "since": None if since is None else _time("--since", since),
-        "until": None if until is None else _time("--until", until),
+        "since": None if since is None else time_of("--since", since).isoformat(),
+        "until": None if until is None else time_of("--until", until).isoformat(),
     }
     query = {name: str(value) for name, value in given.items() if value is not None}
     if running:
@@ -116,18 +116,18 @@ async def _listed(
     return items, cursor
 
 
-def _time(option: str, text: str) -> str:
-    """A time of ISO 8601, or one so long ago."""
+def time_of(option: str, text: str) -> datetime:
+    """A time of ISO 8601, without a zone in UTC, or one so long ago. Raises ConfigError."""
     try:
-        return datetime.fromisoformat(text).isoformat()
+        at = datetime.fromisoformat(text)
+        return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
     except ValueError:
         pass  # then it must be a span
     try:
-        at = datetime.now(UTC) - timedelta(milliseconds=span_ms(option, text))
+        return datetime.now(UTC) - timedelta(milliseconds=span_ms(option, text))
     except (ConfigError, OverflowError):
         allowed = "must be a time such as 2026-01-31T12:00, or a span such as 2h"
         raise ConfigError(option, text, allowed) from None
-    return at.isoformat()
 
 
 def _row(item: dict[str, Any]) -> dict[str, str]:

@@ -146,7 +146,9 @@ class Config(Places):
     )
 
     max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
-        default=5, description="How often a job is tried when the provider fails in passing."
+        default=5,
+        description="How many attempts a job has. A fault of the upstream itself (no connection, "
+        "429, 502, 503, a refused key) uses up none.",
     )
     claim_lease_ms: Milliseconds = Field(
         default=15_000, description="How soon another worker takes over a dead worker's jobs."

@@ -19,6 +19,7 @@ from tidegate import __version__
 from tidegate.http import (
     admin,
     admin_requests,
+    admin_requeues,
     admin_stuck,
     admin_subjects,
     admin_tenants,
@@ -129,7 +130,15 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
     for room in (jobs, requests, running, waits, recorded, usage, stream, health, metrics):
         routes.include_router(room.router)
     routes.include_router(running.admin)  # before the route of `/admin/requests/{request_id}`
-    rooms = (admin, admin_requests, admin_tenants, admin_webhooks, admin_stuck, admin_subjects)
+    rooms = (
+        admin,
+        admin_requests,
+        admin_requeues,
+        admin_tenants,
+        admin_webhooks,
+        admin_stuck,
+        admin_subjects,
+    )
     for room in (process, *rooms):
         routes.include_router(room.router)
     app.include_router(routes)

@@ -211,7 +211,7 @@ class Worker:
         kind = job.classification.kind
         assert kind is not None
         # A retry has waited before; what counts now is from its being taken up again.
-        since = job.created_at if job.attempts == 0 else datetime.now(UTC)
+        since = datetime.now(UTC) if job.was_called else job.created_at
         trail = self._relay.tracing.trail(job.request_id, parent_of(job.traceparent))
         attempt = Attempt(waiting_since=since, trail=trail)
         model = job.model or self._config.model_for(kind)

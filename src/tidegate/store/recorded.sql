@@ -7,10 +7,10 @@ SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key, bodies.
 FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
 WHERE audit.request_id = $1 AND audit.tenant_id = $2 AND audit.source <> 'batch'
     AND bodies.tenant_id = $2 AND bodies.role = $3
-LIMIT 1
+ORDER BY audit.created_at DESC LIMIT 1
 
 -- name: get_cost
 -- What request $1 of tenant $2 cost; it ended between $3 and $4, which tell the partitions.
 SELECT cost_micros FROM audit
 WHERE request_id = $1 AND tenant_id = $2 AND created_at >= $3 AND created_at < $4
-LIMIT 1
+ORDER BY created_at DESC LIMIT 1

@@ -95,7 +95,8 @@ class Earlier:
 class ClaimedJob:
     """A job that this worker has claimed; every write to it is fenced by `claim`.
 
-    `attempts` counts the upstream attempts begun before this claim.
+    `attempts` counts the upstream attempts begun before this claim, `was_called` tells of those
+    too that do not count.
     """
 
     request_id: UUID
@@ -113,6 +114,7 @@ class ClaimedJob:
     pool: str
     endpoint: str | None = None
     traceparent: str | None = None
+    was_called: bool = False
 
 
 @dataclass(frozen=True, slots=True)

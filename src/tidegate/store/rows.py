@@ -275,6 +275,7 @@ def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:
         pool=row["pool"],
         endpoint=row["endpoint"],
         traceparent=row["traceparent"],
+        was_called=row["attempt_at"] is not None,
     )
 
 

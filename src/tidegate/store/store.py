@@ -370,10 +370,8 @@ class Store:
         waits_ms: Mapping[UUID, int] | None = None,
         failure: Failure | None = None,
     ) -> None:
-        """Release claims, of jobs in `waits_ms` for so long; raises StoreUnavailable.
-
-        failure: what they wait for, for people who look at them.
-        """
+        """Release claims, of jobs in `waits_ms` for so long, over `failure`; raises
+        StoreUnavailable."""
         if jobs:
             await self._claims.hand_back(jobs, waits_ms or {}, failure)
 

@@ -16,6 +16,7 @@ from tidegate.errors import NotFound
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
 from tidegate.store.queries import sql
+from tidegate.store.requeues import Requeues
 
 MOST_COUNTED = 1_000
 _TIMEOUT_MS = 3_000
@@ -58,6 +59,7 @@ class Stuck:
     def __init__(self, connections: Connections, bell: Bell) -> None:
         self._connections = connections
         self._bell = bell
+        self.requeues = Requeues(connections, bell)
 
     async def counts(self) -> tuple[int, int]:
         """Dead jobs and webhooks given up, as far as `MOST_COUNTED` of each."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tidegate.http.services import Services
     from tidegate.store.erase import EraseReport, Whose
     from tidegate.store.prune import PruneReport
+    from tidegate.store.requeues import Requeue, RequeueReport
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LEAVE_SIGNAL)
 _MARGIN_S = 5.0
@@ -109,6 +110,32 @@ def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
             eraser = Eraser(connections, blobs, config.data_dir / "spill", whose)
             return await eraser.run(dry_run=dry_run)
         finally:
+            await connections.aclose()
+
+    with prepared(config, only={"postgres"}) as ground:
+        assert ground.config.database_url is not None
+        return asyncio.run(work(ground.config.database_url.get_secret_value()))
+
+
+def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
+    """Queue failed jobs again, for somebody; without `by` only count them."""
+    from tidegate.store.bell import Bell
+    from tidegate.store.connection import Connections
+    from tidegate.store.requeues import Requeues
+
+    async def work(url: str) -> RequeueReport:
+        connections = Connections(url)
+        connections.start()
+        bell = Bell(connections)
+        try:
+            requeues = Requeues(connections, bell)
+            if by is None:
+                return await requeues.preview(order)
+            report = await requeues.run(order)
+            telemetry.get_logger().warning(Log.JOBS_REQUEUED, jobs=report.requeued, by=by)
+            return report
+        finally:
+            await bell.aclose()
             await connections.aclose()
 
     with prepared(config, only={"postgres"}) as ground:

@@ -100,7 +100,7 @@ async def test_the_end_of_a_job_is_told_once_and_signed(
 
 async def test_every_kind_of_end_is_told(open_gateway: Opener, receiver: Receiver) -> None:
     gateway = await open_gateway(max_attempts=1, rate_limits={"text_only": 3}, **SETTINGS)
-    await gateway.upstream.set_fault("unavailable", match="failing")
+    await gateway.upstream.set_fault("internal", match="failing")
     await gateway.upstream.set_fault("hang", match="forever")
     hook = {"webhook_url": receiver.url}
     ids = {

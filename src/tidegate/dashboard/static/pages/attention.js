@@ -1,4 +1,4 @@
-// What waits for a person: dead jobs and webhooks that were given up.
+// What waits for a person: failed jobs, dead ones, and webhooks that were given up.
 
 import { get, post } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -8,10 +8,12 @@ import { settled } from "../stuck.js";
 import { confirm, empty, failed, loading, toast } from "../ui.js";
 
 export async function open(main, { signal }) {
+  const failures = h("div", {}, loading(2));
   const jobs = h("div", {}, loading(2));
   const webhooks = h("div", {}, loading(2));
   main.append(
     h("div", { class: "page-head" }, h("h1", {}, "Attention")),
+    card("Failed jobs", "Of the last 24 hours, by error.", failures),
     card("Dead jobs", "Their workers died under them three times: they are not tried again.", jobs),
     card("Webhooks given up", "No try has delivered them.", webhooks),
   );
@@ -21,6 +23,7 @@ export async function open(main, { signal }) {
   };
   const show = () =>
     Promise.all([
+      failedJobs(failures, signal, again),
       list(jobs, "admin/dead", jobRow, JOB_HEADS, "No dead jobs", signal, again),
       list(webhooks, "admin/webhooks", hookRow, HOOK_HEADS, "None was given up", signal, again),
     ]);
@@ -74,6 +77,71 @@ function button(words, label, act, danger = false) {
   made.setAttribute("aria-label", label);
   made.addEventListener("click", act);
   return made;
+}
+
+const DAY_MS = 86_400_000;
+
+/** How many jobs failed with which error, each with a way to queue them again. */
+async function failedJobs(place, signal, again) {
+  const since = new Date(Date.now() - DAY_MS).toISOString();
+  try {
+    const found = await post("admin/requests/requeue", { since, limit: 10_000 }, { signal });
+    const codes = Object.entries(found.by_code);
+    if (!codes.length) {
+      fill(place, empty("No job has failed"));
+      return;
+    }
+    const rows = codes.map(([code, jobs]) => failureRow(code, jobs, since, again));
+    fill(
+      place,
+      h(
+        "div",
+        { class: "scroll", tabindex: "0", role: "group", "aria-label": "Failed jobs, a table" },
+        h(
+          "table",
+          { class: "table" },
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              h("th", { scope: "col" }, "Error"),
+              h("th", { scope: "col" }, "Jobs"),
+              h("th", { scope: "col" }, h("span", { class: "visually-hidden" }, "Do")),
+            ),
+          ),
+          h("tbody", {}, rows),
+        ),
+      ),
+    );
+  } catch (problem) {
+    if (problem.name === "AbortError") return;
+    if (problem.status === undefined) throw problem;
+    fill(place, failed(problem, again));
+  }
+}
+
+function failureRow(code, jobs, since, again) {
+  const requeue = () =>
+    confirm({
+      title: `Requeue ${count(jobs)} failed jobs?`,
+      text: `Those of the last 24 hours with the error ${code}, under their own ids. Their webhooks are sent again.`,
+      action: "Requeue",
+      act: async () => {
+        const order = { since, error_code: code, limit: 10_000, dry_run: false, by: "dashboard" };
+        const done = await post("admin/requests/requeue", order);
+        toast(`${count(done.requeued)} jobs are queued again.`);
+        again();
+      },
+    });
+  return h(
+    "tr",
+    { data: { code } },
+    h("td", {}, code || "none"),
+    h("td", {}, count(jobs)),
+    h("td", { class: "actions" }, button("Requeue", `Requeue jobs with ${code}`, requeue)),
+  );
 }
 
 function jobRow(job, again) {
