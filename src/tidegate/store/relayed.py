@@ -10,6 +10,7 @@ import asyncio
 import zlib
 from base64 import b64encode
 from collections import deque
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,6 +63,10 @@ _BODY_COLUMNS = (
 )
 
 
+# role, encoding, size_bytes, data, blob_key
+_Packed = tuple[str, str, int, bytes | None, str | None]
+
+
 @dataclass(slots=True)
 class RelayRecord:
     """One native call as it ended. `request` and `response` are the bytes as they travelled."""
@@ -106,8 +111,18 @@ class RelayRecord:
         return 1_000 + len(self.request) + len(self.response)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A record as it is written: its row, and its bodies."""
+
+    record: RelayRecord
+    audit: tuple[Any, ...]
+    bodies: list[_Packed]
+
+
 class RelayLog:
-    """One per process. `start`, then `put` or `room`; `aclose` at the end."""
+    """One per process. `start`, then `put` or `room`; `aclose` at the end. What has to be written
+    with something else goes through `prepare`, `add` and `noted` instead of `put`."""
 
     def __init__(
         self,
@@ -212,45 +227,53 @@ class RelayLog:
                     self._waiting_bytes -= sum(record.size_bytes for record in batch)
                     self._room.set()
 
+    async def prepare(self, record: RelayRecord) -> Prepared:
+        """The record as `add` takes it; a large body is in the blob store from now on."""
+        return Prepared(record, self._audit_values(record), await self._packed(record))
+
+    async def add(self, connection: asyncpg.Connection, given: Sequence[Prepared]) -> set[int]:
+        """Write records in a transaction of the caller's. Returns the places of those that are left
+        out, since their tenant or subject was erased."""
+        marks = [
+            Mark(one.record.tenant_id, one.record.subject, one.record.received_at) for one in given
+        ]
+        gone = await erased_among(connection, marks)
+        kept = [one for place, one in enumerate(given) if place not in gone]
+        await connection.copy_records_to_table(
+            "audit",
+            records=[one.audit for one in kept],
+            columns=_AUDIT_COLUMNS,
+            timeout=None,
+        )
+        bodies = [_body_values(one.record, *body) for one in kept for body in one.bodies]
+        await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
+        # A repeat after a commit whose reply was lost has failed by now, at the same ids.
+        await add_usage(
+            connection, (dict(zip(_AUDIT_COLUMNS, one.audit, strict=True)) for one in kept)
+        )
+        return gone
+
+    def noted(self, records: Iterable[RelayRecord]) -> None:
+        """Tell those who count calls of calls whose records `add` has written."""
+        self._observers.tell([observed_of(record) for record in records])
+
     async def _write(self, batch: list[RelayRecord]) -> None:
-        packed, audit = [], []
+        given = []
         for number, record in enumerate(batch, 1):
-            packed.append(await self._packed(record))
-            audit.append(self._audit_values(record))
+            given.append(await self.prepare(record))
             if not number % _AT_ONCE:
                 await asyncio.sleep(0)  # a whole batch would hold up everybody for milliseconds
-        bodies = [_body_values(record, *body) for record, both in packed for body in both]
-
-        async def copy(connection: asyncpg.Connection) -> set[int]:
-            marks = [Mark(one.tenant_id, one.subject, one.received_at) for one in batch]
-            gone = await erased_among(connection, marks)
-            kept_audit, kept_bodies = audit, bodies
-            if gone:
-                ids = {batch[place].request_id for place in gone}
-                kept_audit = [row for row in audit if row[0] not in ids]
-                kept_bodies = [row for row in bodies if row[0] not in ids]
-            await connection.copy_records_to_table(
-                "audit", records=kept_audit, columns=_AUDIT_COLUMNS, timeout=None
-            )
-            await connection.copy_records_to_table(
-                "bodies", records=kept_bodies, columns=_BODY_COLUMNS
-            )
-            # A repeat after a commit whose reply was lost has failed by now, at the same ids.
-            rows_ = (dict(zip(_AUDIT_COLUMNS, row, strict=True)) for row in kept_audit)
-            await add_usage(connection, rows_)
-            return gone
-
         try:
-            gone = await self._connections.run(copy)
+            gone = await self._connections.run(lambda connection: self.add(connection, given))
             self._spending.written(record.request_id for record in batch)
             if gone:
-                keys = [body[-1] for place in gone for body in packed[place][1] if body[-1]]
+                keys = [body[-1] for place in gone for body in given[place].bodies if body[-1]]
                 with suppress(StoreUnavailable):
                     await self._blobs.delete(keys)
         except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
             log.debug(Log.STORE_AWAY, detail=repr(no))
-            for values, (record, both) in zip(audit, packed, strict=True):
-                await self._recorder.enqueue(_entry(record, values, both))
+            for one in given:
+                await self._recorder.enqueue(_entry(one.record, one.audit, one.bodies))
 
     def _audit_values(self, record: RelayRecord) -> tuple[Any, ...]:
         failure = rows.failure_row(record.failure)
@@ -268,12 +291,12 @@ class RelayLog:
             *(charge.images, record.first_byte_ms),
         )
 
-    async def _packed(self, record: RelayRecord) -> tuple[RelayRecord, list[_Packed]]:
+    async def _packed(self, record: RelayRecord) -> list[_Packed]:
         both = []
         for role, raw in (("request", record.request), ("response", record.response)):
             if raw:
                 both.append(await self._pack(role, raw))
-        return record, both
+        return both
 
     async def _pack(self, role: str, raw: bytes) -> _Packed:
         size = len(raw)
@@ -288,10 +311,6 @@ class RelayLog:
                     await self._blobs.put(key, data)
                 return role, encoding, size, None, key
         return role, encoding, size, data, None
-
-
-# role, encoding, size_bytes, data, blob_key
-_Packed = tuple[str, str, int, bytes | None, str | None]
 
 
 def observed_of(record: RelayRecord) -> Observed:

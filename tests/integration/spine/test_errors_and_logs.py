@@ -98,7 +98,7 @@ async def test_no_secret_is_logged_or_shown_when_a_call_fails(
         await gateway.upstream.reset()
         await gateway.upstream.set_fault(fault)
         is_bounded = fault in ("unauthorized", "forbidden", "throttled")  # else it waits for hours
-        bound = {"deadline_ms": 500} if is_bounded else {}
+        bound: dict[str, Any] = {"deadline_ms": 500} if is_bounded else {}
         record = await gateway.end_of(await gateway.submit(data="Explain the tide", **bound))
         assert record["status"] == ("expired" if is_bounded else "failed")
         streamed = await gateway.stream(text="Explain the tide")

@@ -48,6 +48,7 @@ PATHS = {
     "/admin/requests/{request_id}/files/{file_id}": "get",
     "/admin/requests/{request_id}/cancel": "post",
     "/admin/requests/{request_id}/retry": "post",
+    "/admin/requests/requeue": "post",
     "/admin/tenants": "get",
     "/admin/tenants/{tenant_id}": "get",
     "/admin/keys": "get",
@@ -190,7 +191,7 @@ async def test_real_answers_are_what_the_description_says(open_gateway: Opener) 
         accepted = await response.json()
     assert broken(accepted, schemas["Accepted"], document) == ""
     records = [await gateway.status(accepted["request_id"])]
-    await gateway.upstream.set_fault("throttled", match="Explain failing")
+    await gateway.upstream.set_fault("internal", match="Explain failing")
     gateway.start_worker(max_attempts=1)
     for body in (
         {"data": "Generate an image of a fox"},
