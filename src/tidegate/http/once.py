@@ -9,7 +9,6 @@ its answer was stored: the provider may have been called, which nobody can know,
 
 from __future__ import annotations
 
-import asyncio
 from hashlib import sha256
 from urllib.parse import parse_qsl
 from uuid import UUID
@@ -23,7 +22,6 @@ from tidegate.store.native_keys import Given, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
 from tidegate.telemetry import Log, get_logger
 
-_LOOK_S, _LONGEST_LOOK_S = 0.05, 0.4
 _COME_BACK_MS = 1_000
 _NAME = HEADER.lower().encode()
 
@@ -86,7 +84,7 @@ class Once:
         """Take the key for this request, or return the answer that was given under it. Raises
         StoreUnavailable, and IdempotencyConflict, also where the first request is not answered
         before our deadline."""
-        call, look_s = self._call, _LOOK_S
+        call = self._call
         taken = await self._keys.take(self._owner, self._wanted)
         while isinstance(taken, Given):
             if taken.digest != self._wanted.digest:
@@ -98,9 +96,7 @@ class Once:
                     "the first request under the key is still being answered",
                     retry_after_ms=_COME_BACK_MS,
                 )
-            await asyncio.sleep(look_s)
-            look_s = min(2 * look_s, _LONGEST_LOOK_S)
-            known = await self._keys.known(call.caller.tenant_id, self._wanted.key)
+            known = await self._keys.look(call.caller.tenant_id, self._wanted.key)
             if known is None or known.lapsed:
                 taken = await self._keys.take(self._owner, self._wanted)
             else:

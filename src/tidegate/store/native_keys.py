@@ -36,6 +36,7 @@ LONGEST_LEASE_MS = 6_000
 MOST_PENDING_BYTES = 64_000_000
 ANSWER, FREE = KEY_OPS = "answer", "free"  # of the entries that the recorder writes
 _TIMEOUT_MS = 2_000
+_LOOK_S = 0.1
 
 log = get_logger()
 
@@ -98,6 +99,7 @@ class NativeKeys:
         self.lease_ms = min(lease_ms, LONGEST_LEASE_MS)
         self._steadiness = Steadiness(self.lease_ms)
         self._owned: dict[UUID, Owner] = {}
+        self._looking: dict[tuple[str, str], asyncio.Task[Given | None]] = {}
         self._pending_bytes = 0
         self._renewing: asyncio.Task[None] | None = None
 
@@ -106,6 +108,8 @@ class NativeKeys:
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
+        for looking in self._looking.values():
+            looking.cancel()
 
     async def take(self, owner: Owner, wanted: Idempotency) -> Taken | Given:
         """Take the key for `owner`, or return what is known under it."""
@@ -131,6 +135,24 @@ class NativeKeys:
             return await known_key(connection, tenant_id, key, lease_ms=lease_ms)
 
         return await self._connections.run(find, timeout_ms=_TIMEOUT_MS)
+
+    async def look(self, tenant_id: str, key: str) -> Given | None:
+        """The same, a moment later. All that wait for one key in this process share the look."""
+        place = (tenant_id, key)
+        looking = self._looking.get(place)
+        if looking is None:
+            looking = self._looking[place] = asyncio.create_task(self._look(*place))
+            looking.add_done_callback(partial(self._looked, place))
+        return await asyncio.shield(looking)
+
+    async def _look(self, tenant_id: str, key: str) -> Given | None:
+        await asyncio.sleep(_LOOK_S)
+        return await self.known(tenant_id, key)
+
+    def _looked(self, place: tuple[str, str], looking: asyncio.Task[Given | None]) -> None:
+        del self._looking[place]
+        if not looking.cancelled():
+            looking.exception()  # retrieved: all that waited may have left
 
     def end(self, owner: Owner, http_status: int, content_type: str, answer: bytes) -> None:
         """Keep the answer for later callers under the key; returns immediately."""

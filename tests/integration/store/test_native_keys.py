@@ -19,7 +19,7 @@ from tidegate.call import new_id
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.errors import StoreUnavailable
 from tidegate.store.erase import Whose
-from tidegate.store.native_keys import Given, Owner, Taken
+from tidegate.store.native_keys import Given, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
 from tidegate.store.store import Store
 
@@ -131,6 +131,23 @@ async def test_an_answer_of_what_was_erased_meanwhile_is_not_kept(store: Store) 
     store.native_keys.end(owner, 200, "text/plain", b"said")
     await wait_until(lambda: is_lapsed(store), 20, "the key is free")
     assert isinstance(await store.native_keys.take(owner_of(), WANTED), Taken)
+
+
+async def test_all_that_wait_for_a_key_share_a_look(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, find = [], NativeKeys.known
+
+    async def counted(self: NativeKeys, tenant_id: str, key: str) -> Given | None:
+        looks.append(key)
+        return await find(self, tenant_id, key)
+
+    monkeypatch.setattr(NativeKeys, "known", counted)
+    await store.native_keys.take(owner_of(), WANTED)
+    waiting = [store.native_keys.look("default", WANTED.key) for _ in range(500)]
+    found = await asyncio.gather(*waiting)
+    assert {given is not None and given.answer is None for given in found} == {True}
+    assert looks == [WANTED.key]
 
 
 @pytest.mark.parametrize("how", ["pause", "kill"])
