@@ -204,3 +204,22 @@ async def test_a_body_that_is_refused_calls_nobody(open_gateway: Opener) -> None
         assert response.status == 400
     assert await gateway.calls() == []
     assert await gateway.database.fetchval("SELECT count(*) FROM requests") == 0
+
+
+async def test_a_pause_that_outlasts_the_deadline_is_told_immediately(
+    open_gateway: Opener,
+) -> None:
+    one: dict[str, Any] = {"text_only": 1}
+    gateway = await open_gateway(worker=False, rate_limits=one)
+    limiter = gateway.services.limiter
+    await gateway.upstream.set_fault("hang")
+    holding = asyncio.create_task(gateway.stream(text="Explain the tide"))
+    await gateway.in_flight(1)
+    waits = asyncio.create_task(gateway.stream(text="Explain the wind"))
+    await wait_until(lambda: gateway.waiting == 1, what="the second stream waits")
+    await limiter.penalise("kind:text_only", for_ms=3_600_000)
+    for streamed in (await waits, await gateway.stream(text="Explain the rain")):
+        assert (streamed.status, b"limit_paused" in streamed.raw) == (503, True)
+        assert 3_000 < int(streamed.headers["retry-after"]) <= 3_600
+    assert len(await gateway.calls()) == 1
+    holding.cancel()
