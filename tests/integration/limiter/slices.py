@@ -49,7 +49,7 @@ class Pool:
         self.loop = asyncio.new_event_loop()
         self.scripts = {}
         for name in ("sync", "tend"):
-            source = load(name, clock=CLOCK).source  # type: ignore[arg-type]
+            source = load(name, clock=CLOCK).source
             assert source.count(b"local call = redis.call\n") == 1
             source = source.replace(b"local call = redis.call\n", COUNTED)
             self.scripts[name] = self.server.script_load(source)
