@@ -31,6 +31,8 @@ ADVICE: dict[str, str] = {
     "admission": "The limiter did not let it in: see the limits.",
     "deadline_exceeded": "It was not let in before its deadline: raise the limit that it waited "
     "for, give it a higher priority or a later deadline.",
+    "limit_paused": "A limit that it needs is paused for longer than it could wait: see who paused "
+    "it and until when, then retry it or end the pause.",
     "impossible": "It asks for more than the limit can ever give: raise it, or ask for less.",
     "queue_full": "Too many were waiting already: send less at once, or allow more to wait.",
     "limiter_unavailable": "Valkey did not answer: see /health/dependencies, then retry it.",
@@ -39,6 +41,9 @@ ADVICE: dict[str, str] = {
     "upstream_throttled": "The provider said that it is asked too much: lower the limit to what "
     "it really allows, then retry it.",
     "upstream_unavailable": f"The provider was down or not to be reached. {_TRY_ANEW}",
+    "upstream_out": "The upstream had failed too often, so the call was not made: it is tried by "
+    "one call at a time. Retry the request once the upstream is back.",
+    "upstream_unpaid": "The account at the provider has no money left: top it up, then retry it.",
     "upstream_timeout": "The provider took too long: retry it, or allow it more time.",
     "upstream_rejected": "The provider refuses this very call, and would again: change it. Its "
     "words are in the response.",
