@@ -121,6 +121,8 @@ def shown_default(field: str) -> str:
         return ""
     if isinstance(value, dict):
         return json.dumps(value)
+    if isinstance(value, tuple):
+        return ",".join(value)
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 

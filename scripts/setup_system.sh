@@ -10,7 +10,7 @@ set -euo pipefail
 declare -A package_of=(
     [chromium]=chromium [zsh]=zsh [curl]=curl
     [redis-server]=redis-server [valkey-server]=valkey-server [pgbouncer]=pgbouncer
-    [docker-compose]=docker-compose [haproxy]=haproxy [kustomize]=kustomize
+    [docker-compose]=docker-compose [haproxy]=haproxy [nginx]=nginx [kustomize]=kustomize
     [systemd-analyze]=systemd [promtool]=prometheus
 )
 whose="the tests also need"

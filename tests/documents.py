@@ -51,6 +51,7 @@ ELSEWHERE = (
     Elsewhere("docs/tenants.md", "--priority-cap", _SHELL_LINES),
     Elsewhere("docs/tenants.md", "-X PUT", _SHELL_LINES),
     Elsewhere("docs/tenants.md", "tidegate migrate", _SHELL_LINES),
+    Elsewhere("docs/limits.md", "operator.key", _SHELL_LINES),
     Elsewhere("docs/cli.md", "tidegate submit", _SHELL_LINES),
     Elsewhere("docs/cli.md", "tidegate batch run", _SHELL_LINES),
     Elsewhere("docs/cli.md", "tidegate doctor", _SHELL_LINES),

@@ -26,7 +26,7 @@ from starlette.datastructures import State
 
 from tests.waiting import wait_until, work_for
 from tidegate.app import create_app, run_worker
-from tidegate.config import Config
+from tidegate.config import Config, operator_key
 from tidegate.http.protocol import bounded
 from tidegate.http.services import Services
 from tidegate.providers.emulator import EmulatorControl, run_emulator
@@ -112,6 +112,10 @@ class Gateway:
     def services(self) -> Services:
         services: Services = self.app.state.services
         return services
+
+    @property
+    def operator_key(self) -> str:
+        return self.services.operator_key.get_secret_value()
 
     @property
     def held(self) -> int:
@@ -230,6 +234,14 @@ class Gateway:
         return found
 
 
+def operators_headers(config: Config) -> dict[str, str]:
+    """What the tests' own client shows where no API keys are asked for and no other key is set:
+    what it is about is not the operator's key. A test that is, opens a session of its own."""
+    if config.asks_for_keys or config.admin_token is not None:
+        return {}
+    return {"Authorization": f"Bearer {operator_key(config).get_secret_value()}"}
+
+
 Opener = Callable[..., Awaitable[Gateway]]
 _keyspaces = cycle(range(1, 16))
 
@@ -302,6 +314,7 @@ async def gateway(
         stack.push_async_callback(pool.close)
         http = await stack.enter_async_context(
             aiohttp.ClientSession(
+                headers=operators_headers(config),
                 connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 timeout=aiohttp.ClientTimeout(total=30),
             )

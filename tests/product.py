@@ -38,6 +38,10 @@ class Product:
     log: Path
 
     @property
+    def operator_key(self) -> str:
+        return (self.data_dir / "operator.key").read_text(encoding="ascii").strip()
+
+    @property
     def place(self) -> str:
         """Host and port, as in `localhost:8000`."""
         return self.base_url.removeprefix("http://")
@@ -89,7 +93,8 @@ def started(folder: Path, *arguments: str, **settings: str) -> Iterator[Product]
 @pytest.fixture(scope="session")
 def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
     """One deployment with the bundled servers and the emulator, shared by the tests of a run."""
-    with started(tmp_path_factory.mktemp("product")) as running:
+    named = {"ALLOWED_HOSTS": "gateway.example"}  # as which a browser is led to it
+    with started(tmp_path_factory.mktemp("product"), **named) as running:
         yield running
 
 

@@ -7,12 +7,7 @@ import gc
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    suppress,
-)
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from uuid import uuid4
 
 from fastapi import FastAPI
@@ -26,6 +21,7 @@ from tidegate.demand.cost import Prices
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Gate
 from tidegate.http.budgets import BudgetGate
+from tidegate.http.origins import Origins
 from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.webhook import WebhookSender
@@ -209,6 +205,8 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             keepers=keepers,
             limiters=limiters,
             gate=gate,
+            operator_key=configuration.operator_key(config),
+            origins=Origins(config),
             budgets=budgets,
         )
         _collect_rarely()

@@ -130,7 +130,7 @@ _SECRET_IN_TEXT = re.compile(
     r"|(?:x-(?:goog-)?api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
     r")"
     r"(?(password)[^\s'\"]*(?=@)|[^&\s'\"]+)"
-    r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}",
+    r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}|\btgop_[\w-]{20,}",
     re.IGNORECASE,
 )
 

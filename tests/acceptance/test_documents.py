@@ -71,6 +71,7 @@ _CALL_OF_ACME = """\
 until curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -H 'x-tidegate-tenant: acme' \\
     -d '{"model": "m", "messages": [{"role": "user", "content": "Say hello"}]}'; do :; done
-until curl 'localhost:8000/admin/usage?tenant=acme' | grep -q '"model"'; do :; done
+until curl 'localhost:8000/admin/usage?tenant=acme' \\
+    -H "Authorization: Bearer $(cat data/operator.key)" | grep -q '"model"'; do :; done
 """
 BEFORE = {"docs/accounting.md": _CALL_OF_ACME}

@@ -33,6 +33,7 @@ def shell(line: str, product: Product, request_id: str = "") -> tuple[str, str, 
     assert "<" not in line
     done = subprocess.run(
         ["sh", "-c", line.replace("curl ", "curl -sS -i ", 1)],
+        cwd=product.data_dir.parent,
         capture_output=True,
         text=True,
         check=False,

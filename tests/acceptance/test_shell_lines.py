@@ -73,6 +73,10 @@ def test_what_is_about_a_subject_is_erased(product: Product) -> None:
     assert '"status":"queued"' in said.replace(" ", "")
 
 
+def test_the_operators_key_opens_admin(product: Product) -> None:
+    assert '"kind:text_only"' in shell(block_with("limits.md", "operator.key"), product)
+
+
 def test_keys_are_made_listed_and_revoked(product: Product) -> None:
     prefix = key_prefix(product, "acme")
     said = shell(block_with("tenants.md", "tidegate keys revoke"), product, prefix=prefix)

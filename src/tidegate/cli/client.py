@@ -1,7 +1,8 @@
 """Calling a Tidegate that runs somewhere: what the commands for its users stand on.
 
 Invariant: whatever goes wrong leaves as GatewayRefused, with the server's own words, or as
-GatewayUnreachable; a key is sent to TIDEGATE_URL and to nobody else.
+GatewayUnreachable; TIDEGATE_API_KEY is sent to TIDEGATE_URL and to nobody else. Without one, the
+operator's key is sent, and only to a loopback address.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
-from tidegate.errors import GatewayRefused, GatewayUnreachable
+from tidegate.errors import ConfigError, GatewayRefused, GatewayUnreachable
 from tidegate.store.states import Status
 
 if TYPE_CHECKING:
     import aiohttp
+    from pydantic import SecretStr
 
     from tidegate.config import Client
 
@@ -53,7 +55,10 @@ class Gateway:
             f"{settings.url} ({'TIDEGATE_URL' if settings.tidegate_url else 'the default'})"
         )
         key = settings.tidegate_api_key
+        self._has_key = key is not None
         self._headers = {} if key is None else {"x-api-key": key.get_secret_value()}
+        if key is None and (own := _operator_key(settings)) is not None:
+            self._headers = {"Authorization": f"Bearer {own.get_secret_value()}"}
         self._http: aiohttp.ClientSession
 
     async def __aenter__(self) -> Self:
@@ -158,12 +163,24 @@ class Gateway:
             return GatewayUnreachable(f"{self._named} answers {answer.status} and is no Tidegate")
         if "allowed" in problem:
             said += f" (allowed: {problem['allowed']})"
-        if answer.status in (401, 403) and not self._headers:
+        if answer.status in (401, 403) and not self._has_key:
             said += "; set TIDEGATE_API_KEY"
         retry_after_ms = problem.get("retry_after_ms")
         return GatewayRefused(
             said, status=answer.status, problem=code, retry_after_ms=retry_after_ms
         )
+
+
+def _operator_key(settings: Client) -> SecretStr | None:
+    """The key of a deployment of these settings, where this user may read it."""
+    from tidegate.config import existing_operator_key, load
+
+    if not settings.is_on_this_machine:
+        return None
+    try:
+        return existing_operator_key(load())
+    except ConfigError:  # told by the commands that need those settings
+        return None
 
 
 def calling(work: Coroutine[Any, Any, T]) -> T:

@@ -16,7 +16,8 @@ from tidegate.errors import ConfigError
 if TYPE_CHECKING:
     from tidegate.store.tenants import Key
 
-app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app = typer.Typer(help="Make, list, keep and revoke API keys.", no_args_is_help=True)
+UNKNOWN_MAKER = "unknown"
 
 
 @app.command()
@@ -45,7 +46,11 @@ def create(
     check_name(tenant)
     key, made = with_tenants(
         lambda tenants: tenants.create_key(
-            tenant, name=name, scopes=scope or USUAL_SCOPES, expires_at=expires_at
+            tenant,
+            name=name,
+            scopes=scope or USUAL_SCOPES,
+            expires_at=expires_at,
+            made_by=who(),
         )
     )
     if json:
@@ -78,7 +83,10 @@ def list_(
     else:
         show_table(
             "",
-            ("prefix", "tenant", "state", "scopes", "last used (UTC)", "expires (UTC)", "name"),
+            (
+                *("prefix", "tenant", "state", "scopes", "last used (UTC)", "expires (UTC)"),
+                *("made by", "name"),
+            ),
             [
                 (
                     key.prefix,
@@ -87,11 +95,30 @@ def list_(
                     " ".join(key.scopes),
                     _minute(key.last_used_at),
                     _minute(key.expires_at),
+                    key.made_by or UNKNOWN_MAKER,
                     key.name,
                 )
                 for key in keys
             ],
         )
+
+
+@app.command()
+def keep(
+    prefix: Annotated[str, typer.Argument(help="The key's prefix, or the key itself.")],
+    json: Json = False,
+) -> None:
+    """Answer for a key of which nobody knows who made it: `doctor` then lists it no more."""
+    from tidegate.store.api_keys import prefix_in
+
+    meant = prefix_in(prefix)
+    if meant is None:
+        raise ConfigError("keys keep", "(prefix)", "must be a key's prefix of 10 characters")
+    key = with_tenants(lambda tenants: tenants.keep_key(meant, by=f"kept by {who()}"))
+    if json:
+        show_json(_plain(key))
+    else:
+        typer.echo(f"{key.prefix} of {key.tenant_id}: {key.made_by}")
 
 
 @app.command()

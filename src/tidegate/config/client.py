@@ -59,6 +59,11 @@ class Client(BaseModel):
     port: Port = 8000
 
     @property
+    def is_on_this_machine(self) -> bool:
+        """Whether the address is a loopback address, as that of a deployment of these settings."""
+        return split_url(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+
+    @property
     def url(self) -> str:
         """Without a slash at its end."""
         return self.tidegate_url or f"http://localhost:{self.port}"

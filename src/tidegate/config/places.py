@@ -27,6 +27,7 @@ ALLOWED = {
     "data_dir": "the path of a folder, or of one to be made",
     "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
     "host": "an IP address or a host name",
+    "allowed_hosts": "host names or addresses without ports, with commas between",
     "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
     "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
 }
@@ -84,9 +85,17 @@ class Places(BaseModel):
     )
     admin_token: SecretStr | None = Field(
         default=None,
-        description="What `/admin` asks for, as Authorization: Bearer. Without one it answers "
-        "only while HOST is a loopback address, and only to this machine; with AUTH in force an "
-        "API key of the scope admin gets in as well.",
+        description="The operator's key, which opens `/admin`, the dashboard and `/metrics`, as "
+        "Authorization: Bearer; an API key of the scope admin does as well. Not set: the one in "
+        "`operator.key` in DATA_DIR, which the first process makes. Set it where processes run "
+        "with a DATA_DIR each.",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Further names of this gateway, with commas, as clients write them in Host. "
+        "While callers show no API key, only requests to these, to HOST and to loopback addresses "
+        "are answered (where HOST is no loopback address, also those to addresses and to names "
+        "without a dot), so that no web page reaches it under a name of its own.",
     )
     auth: Literal["auto", "on", "off"] = Field(
         default="auto",
@@ -152,6 +161,17 @@ class Places(BaseModel):
         token = value.get_secret_value()
         sound = len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()
         return _sound("admin_token", value, sound and " " not in token)
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            return value
+        bare = [str(name).strip().removeprefix("[").removesuffix("]").lower() for name in names]
+        bare = [name.removesuffix(".") for name in bare if name]
+        is_sound = all(is_address(name) or is_host_name(name) for name in bare)
+        return _sound("allowed_hosts", tuple(bare), is_sound)
 
     @field_validator("auth", mode="before")
     @classmethod

@@ -35,6 +35,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
     # Asked for anew each time, answered with 304: after an upgrade no module meets an older one.
     "Cache-Control": "no-cache",
 }

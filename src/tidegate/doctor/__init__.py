@@ -21,6 +21,7 @@ from tidegate.limiter import PoolPolicy, Snapshot
 from tidegate.policy import deployed, deployed_upstreams
 from tidegate.policy.upstreams import Upstream
 from tidegate.store.records import PolicyRecord
+from tidegate.store.tenants import Key
 
 __all__ = ["Finding", "State", "examine"]
 
@@ -35,6 +36,7 @@ class _Seen:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     records: dict[str, list[PolicyRecord]] = field(default_factory=dict)
     any_key: bool | None = None
+    unvouched: list[Key] | None = None
 
 
 async def examine(*, online: bool = True) -> list[Finding]:
@@ -57,7 +59,7 @@ async def examine(*, online: bool = True) -> list[Finding]:
     else:
         found += await _valkey(config, policies, seen, bundled=bundled)
         found += await _postgresql(config, policies, seen)
-    found += deployment.judge_access(config, seen.any_key)
+    found += deployment.judge_access(config, seen.any_key, seen.unvouched)
     for pool, snapshot in seen.snapshots.items():
         found += deployment.judge_pool(pool, policies[pool], snapshot, seen.records.get(pool))
     found.append(deployment.judge_blobs(config, seen.snapshots))
@@ -118,13 +120,15 @@ async def _postgresql(
         mend = "start it, and see whether DATABASE_URL, its user, password and database are right"
         return [fail("postgresql.reach", str(failed), mend)]
     if report.revision is not None and report.revision >= "0004":
-        await _read_record(url, policies, seen)
+        await _read_record(url, policies, seen, report.revision)
     snapshot = seen.snapshots.get(DEFAULT_POOL)
     processes = None if snapshot is None else len(snapshot.processes)
     return [ok("postgresql.reach", "it answers"), *postgresql.judge(report, processes)]
 
 
-async def _read_record(url: str, policies: dict[str, PoolPolicy], seen: _Seen) -> None:
+async def _read_record(
+    url: str, policies: dict[str, PoolPolicy], seen: _Seen, revision: str
+) -> None:
     """What the database says of policies and keys; a part that can't be read is told elsewhere."""
     from tidegate.store.connection import Connections
     from tidegate.store.policies import Policies
@@ -134,7 +138,10 @@ async def _read_record(url: str, policies: dict[str, PoolPolicy], seen: _Seen) -
     try:
         for pool in policies:
             seen.records[pool] = await Policies(connections).history(pool, _RECORDS)
-        seen.any_key = await Tenants(connections).any_key()
+        tenants = Tenants(connections)
+        seen.any_key = await tenants.any_key()
+        if revision >= "0014":
+            seen.unvouched = await tenants.unvouched_keys()
     except StoreUnavailable:
         return  # the rights or the schema are wrong, which has a finding of its own
     finally:

@@ -6,17 +6,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
-from tidegate.config import Config
+from tidegate.config import Config, existing_operator_key, key_file
 from tidegate.doctor.finding import Finding, fail, ok, skipped, warn
+from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, Snapshot
 from tidegate.policy.plain import digest, to_plain
 from tidegate.policy.revisions import Origin, differences
 from tidegate.policy.tenancy import with_tenants
 from tidegate.policy.words import pause_in_words
 from tidegate.store.records import PolicyRecord
+from tidegate.store.tenants import Key
 
 _RIVALS_WITHIN = timedelta(hours=1)
 _SHOWN = 3
+_MOST_KEYS_SHOWN = 10
 _PROCESS = re.compile(r"(?:api|worker)-(?P<host>.+)-\d+-[0-9a-f]{8}")
 
 
@@ -52,8 +55,11 @@ def _webhooks(config: Config) -> Finding:
     return ok("settings.webhooks", "signed, to public addresses")
 
 
-def judge_access(config: Config, any_key: bool | None) -> Iterator[Finding]:
-    """`any_key`: whether there are API keys, None where that is not known."""
+def judge_access(
+    config: Config, any_key: bool | None, unvouched: Sequence[Key] | None = None
+) -> Iterator[Finding]:
+    """`any_key`: whether there are API keys that work. `unvouched`: those of which nobody knows who
+    made them. None where that is not known."""
     if not config.asks_for_keys:
         if config.is_loopback:
             yield ok("access.keys", "not asked for, and only this machine can call")
@@ -73,11 +79,42 @@ def judge_access(config: Config, any_key: bool | None) -> Iterator[Finding]:
         )
     else:
         yield ok("access.keys", "asked for, and there are some")
-    if config.admin_token is None and not config.is_loopback:
-        yield ok("access.admin", "no ADMIN_TOKEN: /admin opens to keys of the scope admin alone")
-    else:
-        token = "a token" if config.admin_token is not None else "this machine alone"
-        yield ok("access.admin", f"/admin opens to {token}")
+    yield _operator_key(config)
+    yield _unvouched(unvouched)
+
+
+def _operator_key(config: Config) -> Finding:
+    check = "access.operator_key"
+    if config.admin_token is not None:
+        return ok(check, "ADMIN_TOKEN opens /admin, the dashboard and /metrics")
+    path = key_file(config)
+    try:
+        mode = path.stat().st_mode & 0o777
+        existing_operator_key(config)
+    except FileNotFoundError:
+        return ok(check, f"not made yet: the first process makes {path}")
+    except (OSError, ConfigError) as wrong:
+        return fail(check, str(wrong), f"remove {path}, and start again: another is made")
+    if mode & 0o077:
+        return warn(check, f"others may read {path} ({mode:o})", f"chmod 600 {path}")
+    return ok(check, f"in {path}; it opens /admin, the dashboard and /metrics")
+
+
+def _unvouched(keys: Sequence[Key] | None) -> Finding:
+    check = "access.key_makers"
+    if keys is None:
+        return skipped(check, "PostgreSQL does not tell who made the API keys")
+    if not keys:
+        return ok(check, "it is on record who made each API key that works")
+    admins = sum("admin" in key.scopes for key in keys)
+    shown = ", ".join(f"{key.prefix} ({' '.join(key.scopes)})" for key in keys[:_MOST_KEYS_SHOWN])
+    more = " ..." if len(keys) > _MOST_KEYS_SHOWN else ""
+    said = (
+        f"{len(keys)} API keys that work, {admins} of them for /admin, were made while nobody was "
+        f"asked for a key, or before that was recorded: {shown}{more}"
+    )
+    mend = "those you know: tidegate keys keep PREFIX; all others: tidegate keys revoke PREFIX"
+    return warn(check, said, mend)
 
 
 def judge_pool(

@@ -1,89 +1,93 @@
-"""Who may see and change the limits, tenants and keys of a running deployment.
+"""Who may operate a running deployment: its limits, tenants, keys, metrics and whole record.
 
-Whoever shows ADMIN_TOKEN or, where API keys are asked for, a key of the scope `admin`. Where they
-are not, and there is no ADMIN_TOKEN, this machine alone, and only while HOST is a loopback address.
-Invariant: no page in a browser and no proxy in front gets in without a token or a key: a request
-that bears a mark of either is refused.
+The operator's key (`config.operator_key`), an API key of the scope `admin`, or the cookie of a
+browser that signed in with a one-time code. One of them is asked for on a loopback address too: no
+header tells whether there is a proxy. Where callers show no API key, the record of their requests
+(`/requests`, its bodies, `/usage`) is behind this gate as well.
+
+Invariant: the cookie counts only for requests that no other site's page sent.
 """
 
 from __future__ import annotations
 
 import hmac
-from ipaddress import ip_address
-from urllib.parse import urlsplit
+from typing import Annotated
 
+from fastapi import Depends
 from starlette.requests import Request
 
-from tidegate.call import Scope as ScopeOfKey
-from tidegate.errors import Forbidden, Unauthenticated
+from tidegate.call import Caller, Scope
+from tidegate.errors import TidegateError, Unauthenticated
+from tidegate.http.access import CALLER_IN_SCOPE
 from tidegate.http.caller import caller_of
-from tidegate.http.services import services_of
+from tidegate.http.credentials import in_headers
+from tidegate.http.services import Services, services_of
+from tidegate.http.signin import checked, cookie_name
 
-_SCHEME = "bearer"
-# Set by proxies: the connection then comes from nearer than its sender.
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+OPERATOR, SIGNED_IN = "the operator's key", "the dashboard"
+_HOW = (
+    "show the operator's key (ADMIN_TOKEN, else the file operator.key in DATA_DIR) or an API key "
+    "of the scope admin as Authorization: Bearer"
+)
 
 
 async def admit_admin(request: Request) -> None:
-    """A dependency of all admin routes. Raises Unauthenticated or Forbidden."""
+    """A dependency of all admin routes. Raises Unauthenticated, Forbidden, StoreUnavailable."""
+    await admitted_as(request)
+
+
+async def admitted_as(request: Request) -> str:
+    """By what a request is admitted, in words. Raises as `admit_admin`."""
     services = services_of(request)
-    config, token = services.config, services.config.admin_token
-    shown = _shown(request)
-    if token is not None and shown is not None and _is_same(shown, token.get_secret_value()):
-        return
+    shown = in_headers(request.scope["headers"])
+    if _shows_operator_key(services, shown):
+        return OPERATOR
+    if not shown and _is_signed_in(request, services):
+        return SIGNED_IN
+    if not shown and not services.gate.on:
+        raise Unauthenticated(_HOW)
+    try:
+        caller = await caller_of(request, Scope.ADMIN)
+    except Unauthenticated as refused:
+        raise Unauthenticated(f"{refused.message}; or {_HOW}") from None
+    return f"the key tg_{caller.key_id}"
+
+
+async def is_admitted(request: Request) -> bool:
+    """Whether a request may see what only operators see; never raises."""
+    try:
+        await admitted_as(request)
+    except TidegateError:
+        return False
+    return True
+
+
+async def _reader_of_record(request: Request) -> Caller:
+    services = services_of(request)
     if services.gate.on:
-        await caller_of(request, ScopeOfKey.ADMIN)
-        return
-    if token is not None:
-        if shown is None:
-            raise Unauthenticated("show ADMIN_TOKEN as Authorization: Bearer <token>")
-        raise Unauthenticated("the token is not the right one")
-    if not config.is_loopback:
-        raise Forbidden("set ADMIN_TOKEN to use /admin: HOST is not a loopback address")
-    if not _from_this_machine(request):
-        raise Forbidden("without ADMIN_TOKEN, /admin answers only to programs of this machine")
+        return await caller_of(request, Scope.READ)
+    await admit_admin(request)
+    caller = services.gate.unasked(request.scope["headers"])
+    request.scope[CALLER_IN_SCOPE] = caller
+    return caller
 
 
-def _shown(request: Request) -> str | None:
-    """What a bearer shows; None without one."""
-    scheme, _, shown = request.headers.get("authorization", "").partition(" ")
-    return shown.strip() if scheme.lower() == _SCHEME else None
+# Of what lists requests, or tells more of them than their status.
+RecordReader = Annotated[Caller, Depends(_reader_of_record)]
 
 
-def _is_same(shown: str, token: str) -> bool:
+def _shows_operator_key(services: Services, shown: list[bytes]) -> bool:
     # In time that says nothing of how much of it was right.
-    return hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode())
+    key = services.operator_key.get_secret_value().encode()
+    return any(hmac.compare_digest(one, key) for one in shown)
 
 
-def _from_this_machine(request: Request) -> bool:
-    peer = request.client
-    if peer is None or not _is_loopback(peer.host):
+def _is_signed_in(request: Request, services: Services) -> bool:
+    key = services.operator_key.get_secret_value()
+    value = request.cookies.get(cookie_name(key), "")
+    if not value or checked("session", key, value) is None:
         return False
-    if any(name in request.headers for name in _FORWARDED):
-        return False
-    # A page of another site has its browser send us its own name (and, after DNS rebinding, its
-    # own host); a program sends neither.
-    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        return False
-    own = request.headers.get("host", "")
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != own:
-        return False
-    return _is_loopback(_name_in(own))
-
-
-def _name_in(host: str) -> str:
-    """The host without its port and brackets."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _is_loopback(name: str) -> bool:
-    if name == "localhost":
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False
+    refused = services.origins.page_refusal(request.scope["headers"], request.method)
+    if refused is not None:
+        raise refused
+    return True

@@ -17,7 +17,7 @@ from tidegate.call import DEFAULT_TENANT, Scope
 from tidegate.errors import ConfigError, InvalidRequest
 from tidegate.http.admin import Signed, control_of, in_pool
 from tidegate.http.admin_body import described, read_json
-from tidegate.http.admin_gate import admit_admin
+from tidegate.http.admin_gate import admit_admin, admitted_as
 from tidegate.http.jobs import problem_responses
 from tidegate.http.services import services_of
 from tidegate.policy import tenants
@@ -127,6 +127,10 @@ class KeyView(BaseModel):
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
     last_used_at: datetime | None = Field(default=None, description="Within a minute or so")
+    made_by: str | None = Field(
+        description="By what its maker was admitted; null: nobody was asked for a key when it was "
+        "made, or it was made before that was recorded"
+    )
 
 
 class MadeKey(KeyView):
@@ -224,7 +228,11 @@ async def make_key(request: Request, response: Response) -> MadeKey:
         raise _invalid(wrong) from None
     services = services_of(request)
     key, made = await services.store.tenants.create_key(
-        new.tenant, name=new.name, scopes=map(Scope, new.scopes), expires_at=new.expires_at
+        new.tenant,
+        name=new.name,
+        scopes=map(Scope, new.scopes),
+        expires_at=new.expires_at,
+        made_by=await admitted_as(request),
     )
     await services.gate.refresh()
     response.headers["Cache-Control"] = "no-store"

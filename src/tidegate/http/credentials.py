@@ -12,7 +12,8 @@ from urllib.parse import unquote_to_bytes
 TENANT_HEADER = "x-tidegate-tenant"
 _TENANT = TENANT_HEADER.encode()
 _BEARER = b"authorization"
-_NAMES = frozenset((_BEARER, b"x-api-key", b"x-goog-api-key", _TENANT))
+_CREDENTIALS = frozenset((_BEARER, b"x-api-key", b"x-goog-api-key"))
+_NAMES = _CREDENTIALS | {_TENANT}
 _OURS = b"tg_"
 _IN_QUERY = b"key="
 
@@ -44,6 +45,16 @@ def shown_in(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> Shown:
                 found = unquote_to_bytes(pair[len(_IN_QUERY) :])
                 key, several = _better(key, found, several)
     return Shown(key, tenant, several)
+
+
+def in_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    """All credentials that headers hold, ours or not; none of a query, which ends up in logs."""
+    return [
+        found
+        for name, value in headers
+        if name in _CREDENTIALS
+        and (found := _in_authorization(value) if name == _BEARER else value.strip())
+    ]
 
 
 def _in_authorization(value: bytes) -> bytes:

@@ -13,10 +13,11 @@ from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tidegate.errors import TidegateError
-from tidegate.http.services import services_of
+from tidegate.http.admin_gate import is_admitted
+from tidegate.http.services import Services, services_of
 
 UNFIT = "the database's schema does not fit this version, or was never seen"
 _DEADLINE_MS = 2_000
@@ -57,7 +58,9 @@ class Dependencies(BaseModel):
     postgresql: Dependency
     blobs: Dependency
     limiter: str
-    upstreams: dict[str, UpstreamHealth]
+    upstreams: dict[str, UpstreamHealth] | None = Field(
+        default=None, description="Only for who shows the operator's key or an admin key"
+    )
 
 
 @router.get("/live", response_model=Liveness, summary="The process runs")
@@ -110,14 +113,19 @@ async def dependencies(request: Request) -> JSONResponse:
         postgresql=postgresql,
         blobs=blobs,
         limiter=services.limiter.state,
-        upstreams={
-            name: UpstreamHealth(
-                status=health.state, key_refused=health.key_dead, detail=health.in_short or None
-            )
-            for name, health in services.relay.health.items()
-        },
+        upstreams=_upstreams(services) if await is_admitted(request) else None,
     )
-    return JSONResponse(body.model_dump(), 503 if failed else 200)
+    shown = body.model_dump(exclude={"upstreams"} if body.upstreams is None else None)
+    return JSONResponse(shown, 503 if failed else 200)
+
+
+def _upstreams(services: Services) -> dict[str, UpstreamHealth]:
+    return {
+        name: UpstreamHealth(
+            status=health.state, key_refused=health.key_dead, detail=health.in_short or None
+        )
+        for name, health in services.relay.health.items()
+    }
 
 
 async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Dependency:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
 from tidegate.errors import NotFound
-from tidegate.http.caller import Reader
+from tidegate.http.admin_gate import RecordReader
 from tidegate.http.jobs import problem_responses
 from tidegate.http.services import services_of
 from tidegate.store.recorded import Body, Role
@@ -42,7 +42,7 @@ router = APIRouter(tags=["jobs"])
     responses=BODY_RESPONSES,
     summary="What was asked, as it is in the record",
 )
-async def asked(request: Request, request_id: UUID, caller: Reader) -> Response:
+async def asked(request: Request, request_id: UUID, caller: RecordReader) -> Response:
     """Of a native call, the body as it travelled; of a job or a stream, what the record has of it,
     as JSON. 404 where it is not (yet) kept, or was erased."""
     return await _body(request, request_id, caller.tenant_id, "request")
@@ -54,7 +54,7 @@ async def asked(request: Request, request_id: UUID, caller: Reader) -> Response:
     responses=BODY_RESPONSES,
     summary="What was answered, as it is in the record",
 )
-async def answered(request: Request, request_id: UUID, caller: Reader) -> Response:
+async def answered(request: Request, request_id: UUID, caller: RecordReader) -> Response:
     """As for `/request`. Of a stream that was cut, what had come."""
     return await _body(request, request_id, caller.tenant_id, "response")
 

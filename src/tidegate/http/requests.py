@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Kind
 from tidegate.errors import AlreadyEnded, InvalidRequest
-from tidegate.http.caller import Reader, caller_of
+from tidegate.http.admin_gate import RecordReader
+from tidegate.http.caller import caller_of
 from tidegate.http.charged import charged_view
 from tidegate.http.following import until_changed
 from tidegate.http.jobs import prefix_of, problem_responses
@@ -74,7 +75,7 @@ class Query(BaseModel):
     summary="Your requests, newest first",
 )
 async def listed(
-    request: Request, caller: Reader, query: Annotated[Query, FromQuery()]
+    request: Request, caller: RecordReader, query: Annotated[Query, FromQuery()]
 ) -> RequestPage:
     """Jobs, and streams and native calls that have ended (those under way are at
     `/requests/running`), without their texts. Go on with `cursor` until there is

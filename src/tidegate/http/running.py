@@ -12,8 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from tidegate.call import Kind
-from tidegate.http.admin_gate import admit_admin
-from tidegate.http.caller import Reader
+from tidegate.http.admin_gate import RecordReader, admit_admin
 from tidegate.http.jobs import problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.limiter import Snapshot
@@ -82,7 +81,7 @@ class AdminRunningPage(BaseModel):
     responses=problem_responses(401, 403, 503),
     summary="Your streams and native calls that are under way",
 )
-async def running(request: Request, caller: Reader) -> RunningPage:
+async def running(request: Request, caller: RecordReader) -> RunningPage:
     """They come into `/requests` once they have ended. As of a second or two ago; jobs are in
     `/requests` from the beginning."""
     services = services_of(request)

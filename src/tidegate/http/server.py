@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from tidegate.http import (
 )
 from tidegate.http.access import AccessLog
 from tidegate.http.batches import batches, is_batch_path
+from tidegate.http.foreign import refuse_foreign, why_foreign
 from tidegate.http.native import native
 from tidegate.http.openapi import described
 from tidegate.http.problems import Handler
@@ -78,6 +82,12 @@ class Gateway(FastAPI):
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            services: Services = self.state.services
+            if not services.gate.on and (foreign := why_foreign(services, scope)) is not None:
+                scope["app"] = self
+                await refuse_foreign(foreign, scope, receive, send)
+                return
         if scope["type"] == "http" and is_native(scope["path"]):
             if is_batch_path(scope):
                 scope["app"] = self
@@ -159,6 +169,31 @@ async def _end_streams(services: Services) -> None:
         late.cancel()
 
 
+def _headers_of(page: bytes) -> dict[str, str]:
+    """Let a page run its own inline scripts and files of ours, and let no other page frame it."""
+    scripts = [
+        f"'sha256-{b64encode(sha256(script).digest()).decode()}'"
+        for script in re.findall(rb"<script>(.*?)</script>", page, re.DOTALL)
+    ]
+    policy = (
+        "default-src 'none'",
+        f"script-src 'self' {' '.join(scripts)}",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data:",
+        "font-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+    return {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Frame-Options": "DENY",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+
 def _serve_docs(app: FastAPI) -> None:
     """Swagger UI from our own files: no CDN, so that it works in a closed network."""
     bundle = "/static/vendor/swagger-ui"
@@ -166,7 +201,7 @@ def _serve_docs(app: FastAPI) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         options: dict[str, Any] = {"tryItOutEnabled": True, "defaultModelsExpandDepth": 0}
-        return get_swagger_ui_html(
+        page = get_swagger_ui_html(
             openapi_url="/openapi.json",
             title="Tidegate: HTTP API",
             swagger_js_url=f"{bundle}/swagger-ui-bundle.js",
@@ -174,6 +209,8 @@ def _serve_docs(app: FastAPI) -> None:
             swagger_favicon_url="/static/favicon.svg",
             swagger_ui_parameters=options,
         )
+        page.headers.update(_headers_of(bytes(page.body)))
+        return page
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def favicon() -> RedirectResponse:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from pydantic import SecretStr
 from starlette.requests import HTTPConnection
+from starlette.types import Scope
 
 from tidegate.call import Caller
 from tidegate.config import Config
@@ -16,6 +18,7 @@ from tidegate.http.budgets import BudgetGate
 from tidegate.http.incoming import Bodies, Hold, Room
 from tidegate.http.looks import Looks
 from tidegate.http.openings import Openings
+from tidegate.http.origins import Origins
 from tidegate.limiter import Limiter
 from tidegate.metrics.board import Board
 from tidegate.metrics.exposition import Exposition
@@ -60,6 +63,8 @@ class Services:
     keepers: Mapping[str, PolicyKeeper]
     limiters: Mapping[str, Limiter]
     gate: Gate
+    operator_key: SecretStr
+    origins: Origins
     budgets: BudgetGate
     openings: Openings = field(default_factory=Openings)
     bodies: Bodies = field(default_factory=Bodies)
@@ -84,3 +89,7 @@ class Services:
 
 def services_of(connection: HTTPConnection) -> Services:
     return cast(Services, connection.app.state.services)
+
+
+def services_of_scope(scope: Scope) -> Services:
+    return cast(Services, scope["app"].state.services)

@@ -13,8 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
 
 from tidegate.errors import InvalidRequest
-from tidegate.http.admin_gate import admit_admin
-from tidegate.http.caller import Reader
+from tidegate.http.admin_gate import RecordReader, admit_admin
 from tidegate.http.jobs import problem_responses
 from tidegate.http.services import services_of
 from tidegate.store.usage import COUNTS, MOST_ROWS, Total
@@ -70,7 +69,7 @@ class UsageView(BaseModel):
 )
 async def own_usage(
     request: Request,
-    caller: Reader,
+    caller: RecordReader,
     by: By = "model,day",
     since: Since = None,
     until: Until = None,

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 
 from tidegate.http import health, metrics, problems, process
 from tidegate.http.access import AccessLog
+from tidegate.http.foreign import NoForeignPages
 from tidegate.http.services import Services, services_of
 
 # Less than those who probe wait themselves (deploy/), so that they hear the reason.
@@ -49,6 +50,7 @@ def watched_app(services: Services) -> FastAPI:
     for room in (health, metrics, process):
         app.include_router(room.router)
     problems.install(app)
+    app.add_middleware(NoForeignPages)
     app.add_middleware(AccessLog)
     app.state.services = services
     return app

@@ -55,6 +55,7 @@ from tidegate.store.records import (
 from tidegate.store.relayed import RelayLog
 from tidegate.store.running import Running
 from tidegate.store.search import Search
+from tidegate.store.signins import SignIns
 from tidegate.store.spending import Spending
 from tidegate.store.spill import Spill
 from tidegate.store.standing import Standing
@@ -115,9 +116,8 @@ class Store:
         self.history = History(connections, instance_id)
         self.stuck = Stuck(connections, self._bell)
         self._submits = Submits(connections, self._bell)
-        self.tenants = Tenants(connections)
-        self.queued = Queued(connections)
-        self.standing = Standing(connections)
+        self.tenants, self.signins = Tenants(connections), SignIns(connections)
+        self.queued, self.standing = Queued(connections), Standing(connections)
         self._places = Places()
 
     def _written_behind(

@@ -60,7 +60,8 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key as it is shown in lists."""
+    """An API key as it is shown in lists. `made_by` is None where nobody was asked for a key when
+    it was made, or it was made before that was recorded."""
 
     prefix: str
     tenant_id: str
@@ -70,6 +71,7 @@ class Key:
     expires_at: datetime | None
     revoked_at: datetime | None
     last_used_at: datetime | None
+    made_by: str | None
 
     @property
     def state(self) -> str:
@@ -149,14 +151,16 @@ class Tenants:
         name: str = "",
         scopes: Iterable[Scope] = USUAL_SCOPES,
         expires_at: datetime | None = None,
+        made_by: str | None = None,
     ) -> tuple[Key, NewKey]:
-        """The key on record, and the key itself, to be shown once. Raises NotFound."""
+        """The key on record, and the key itself, to be shown once. `made_by`: who has proven that
+        they may make keys. Raises NotFound."""
         made, given = make_key(), sorted({scope.value for scope in scopes})
 
         async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
             row = await connection.fetchrow(
                 sql("add_key"),
-                *(made.prefix, tenant_id, made.digest, clean(name), given, expires_at),
+                *(made.prefix, tenant_id, made.digest, clean(name), given, expires_at, made_by),
             )
             await connection.execute(sql("count_change"))
             return row
@@ -183,6 +187,26 @@ class Tenants:
             raise NotFound(f"there is no key with the prefix {prefix}")
         log.warning(Log.KEY_REVOKED, key_id=prefix, tenant=row["tenant_id"], by=by)
         return _key(row)
+
+    async def keep_key(self, prefix: str, *, by: str) -> Key:
+        """Record who answers for a key that nobody is known to have made. Raises NotFound."""
+
+        async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            return await connection.fetchrow(sql("keep_key"), prefix, by)
+
+        row = await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        if row is None:
+            raise NotFound(f"there is no key with the prefix {prefix}")
+        return _key(row)
+
+    async def unvouched_keys(self) -> list[Key]:
+        """Up to 1,000 keys that work and of which nobody knows who made them."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(sql("unvouched_keys"), MOST_KEYS)
+            return found
+
+        return [_key(row) for row in await self._connections.run(read, timeout_ms=_TIMEOUT_MS)]
 
     async def list_keys(self, tenant_id: str | None = None, prefix: str = "") -> list[Key]:
         """The oldest 1,000, those that do not work any more included."""

@@ -38,19 +38,46 @@ WHERE k.prefix = row.prefix AND (k.last_used_at IS NULL OR k.last_used_at < row.
 
 -- name: add_key
 -- Insert a key of tenant $2; a repeat finds it there, another key with its prefix is left alone.
-INSERT INTO keys (prefix, tenant_id, digest, name, scopes, expires_at)
-VALUES ($1, $2, $3, $4, $5::text[], $6)
+INSERT INTO keys (prefix, tenant_id, digest, name, scopes, expires_at, made_by)
+VALUES ($1, $2, $3, $4, $5::text[], $6, $7)
 ON CONFLICT (prefix) DO UPDATE SET name = excluded.name WHERE keys.digest = excluded.digest
-RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at
+RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at,
+    made_by
 
 -- name: revoke_key
 -- End a key for good; one that is revoked already stays as it is.
 UPDATE keys SET revoked_at = coalesce(revoked_at, now()) WHERE prefix = $1
-RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at
+RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at,
+    made_by
+
+-- name: keep_key
+-- Put on record who answers for a key of which nobody knows who made it.
+UPDATE keys SET made_by = coalesce(made_by, $2) WHERE prefix = $1
+RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at,
+    made_by
+
+-- name: unvouched_keys
+-- Up to $1 keys that work and of which nobody knows who made them, those for /admin first.
+SELECT prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at, made_by
+FROM keys
+WHERE made_by IS NULL AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+ORDER BY 'admin' = ANY(scopes) DESC, created_at, prefix LIMIT $1
+
+-- name: spend_code
+-- Spend the one-time code $1, which ends at $2; true for the one spender $3 that comes first.
+INSERT INTO spent_codes (nonce, ends_at, spender) VALUES ($1, $2, $3)
+ON CONFLICT (nonce) DO UPDATE SET ends_at = excluded.ends_at
+    WHERE spent_codes.spender = excluded.spender
+RETURNING true
+
+-- name: forget_codes
+-- Forget codes that nobody could use any more, whatever the clocks of the processes say.
+DELETE FROM spent_codes WHERE ends_at < now() - interval '1 day'
 
 -- name: list_keys
 -- Up to $3 keys in order of their making, of tenant $1 where given, whose prefix starts with $2.
-SELECT prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at
+SELECT prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at,
+    made_by
 FROM keys
 WHERE ($1::text IS NULL OR tenant_id = $1) AND starts_with(prefix, $2)
 ORDER BY created_at, prefix LIMIT $3

@@ -139,6 +139,8 @@ def _as_text(value: object) -> str:
             return json.dumps(value)
         case StrEnum():
             return value.value
+        case tuple():
+            return ",".join(value)
         case Path():
             return str(value.resolve())
     return str(value)

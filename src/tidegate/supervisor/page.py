@@ -13,7 +13,8 @@ from rich.text import Text
 
 from tidegate import __version__
 from tidegate.call import Kind
-from tidegate.config import Config
+from tidegate.config import Config, key_file, operator_key
+from tidegate.http.signin import CODE_S, make_code
 from tidegate.limiter import PoolPolicy
 from tidegate.supervisor.ground import Ground
 
@@ -64,7 +65,10 @@ class Page:
         self._line()
         self._line((f"{_INDENT}≋ Tidegate", "bold"), (f" {__version__}", _QUIET), f"   {url}")
         self._line()
-        self._row("Dashboard", "live", f"{url}/dashboard")
+        key = operator_key(self._config).get_secret_value()
+        self._row("Dashboard", "live", f"{url}/dashboard/?code={make_code(key)}")
+        self._more(f"this address works once, within {CODE_S // 60} minutes; later {url}/dashboard")
+        self._more(f"asks for the operator's key: {self._key_place()}")
         self._row("API", _count(self._apis, "process"), f"its documentation is at {url}/docs")
         self._row("Worker", _count(self._workers, "process"), "takes the jobs of POST /submit")
         self._where(ground)
@@ -80,6 +84,11 @@ class Page:
         self._try(url.removeprefix("http://"))
         self._line((f"{_INDENT}Ctrl-C stops everything.", _QUIET))
         self._line()
+
+    def _key_place(self) -> str:
+        if self._config.admin_token is not None:
+            return "ADMIN_TOKEN"
+        return str(key_file(self._config))
 
     def _at_once(self, policy: PoolPolicy, in_force: Mapping[Kind, int] | None) -> None:
         wanted = {kind: policy.bound(kind.limit) for kind in Kind}

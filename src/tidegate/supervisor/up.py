@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 
 from tidegate import telemetry
-from tidegate.config import Config, load
+from tidegate.config import Config, load, operator_key
 from tidegate.errors import ConfigError
 from tidegate.metrics.instruments import forget
 from tidegate.metrics.names import SHARED
@@ -42,6 +42,7 @@ def up(config: Config, apis: int, workers: int) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     signal.signal(RENEW_SIGNAL, signal.SIG_IGN)  # there is nothing to renew yet
+    operator_key(config)  # made now, where there is none: it can be told what is wrong
     page = Page(config, apis, workers)
     with listen(config) as listener:
         with (

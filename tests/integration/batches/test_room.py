@@ -56,7 +56,7 @@ async def test_what_is_too_large_is_refused_before_it_has_come(
     client = sdk(gateway)
     reader, writer = await asyncio.open_connection(*gateway.url.removeprefix("http://").split(":"))
     writer.write(
-        b"POST /v1/files HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n"
+        b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
         b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
     )
     told = await asyncio.wait_for(reader.read(), 5)

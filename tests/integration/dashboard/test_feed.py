@@ -133,7 +133,9 @@ async def test_a_viewer_that_does_not_read_misses_frames_and_is_cut(open_gateway
     gateway = await open_gateway(worker=False, stalled_reader_ms=300)
     connector = aiohttp.TCPConnector(socket_factory=small_receive_buffer)
     async with (
-        aiohttp.ClientSession(connector=connector, read_bufsize=1) as slow,
+        aiohttp.ClientSession(
+            connector=connector, read_bufsize=1, headers=gateway.http.headers
+        ) as slow,
         slow.get(f"{gateway.url}/dashboard/feed") as response,
         watching(gateway) as page,
     ):

@@ -17,7 +17,7 @@ PIECE = b"x" * 65_536
 
 
 def head(content_type: str, *more: str, path: str = "/submit") -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: a", f"Content-Type: {content_type}", *more]
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Type: {content_type}", *more]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
@@ -172,7 +172,7 @@ def test_the_server_answers_others_while_a_large_file_is_being_kept(tmp_path: Pa
         while sending.is_alive() and answered < 1000:
             with running.connect() as other:
                 other.socket.settimeout(2)
-                other.send(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+                other.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 assert b"hello" in other.read_to_the_end()
                 answered += 1
         sending.join()

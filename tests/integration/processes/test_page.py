@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from tests.gateway import Gateway, open_gateway
 from tests.waiting import wait_until
-from tidegate.config import Config
+from tidegate.config import Config, key_file
 from tidegate.embedded.process import free_port
+from tidegate.http.signin import checked
 from tidegate.policy import deployed
 from tidegate.policy.edits import edit
 from tidegate.supervisor.bounds import bounds_in_force
@@ -58,3 +60,17 @@ async def test_the_page_tells_the_limits_in_force_and_which_were_set_live(
         "text_only 5, multi_modal 3, image_generation 2 calls, over all processes "
         "as configured: Valkey does not answer yet"
     )
+
+
+async def test_the_page_tells_an_address_of_the_dashboard_that_signs_in_and_no_key(
+    open_gateway: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = await open_gateway(worker=False)
+    key = gateway.operator_key
+    ground = Ground(gateway.config, None, embedded=False, emulated=False)
+    Page(gateway.config, 1, 1).ready(ground, gateway.url, deployed(gateway.config), None)
+    said = capsys.readouterr().out
+    assert key not in said
+    (code,) = re.findall(rf"{gateway.url}/dashboard/\?code=([\w=-]+)", said)
+    assert checked("code", key, code) is not None
+    assert str(key_file(gateway.config)) in said

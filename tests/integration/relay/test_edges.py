@@ -28,7 +28,11 @@ async def gateway(open_gateway: Opener, hostile: Hostile) -> Gateway:
 
 def first(method: bytes, path: bytes, body: bytes, *lines: bytes) -> bytes:
     """A request that keeps its connection."""
-    head = (b"%b %b HTTP/1.1" % (method, path), b"host: g", b"content-length: %d" % len(body))
+    head = (
+        b"%b %b HTTP/1.1" % (method, path),
+        b"host: localhost",
+        b"content-length: %d" % len(body),
+    )
     return b"\r\n".join((*head, *lines)) + b"\r\n\r\n" + body
 
 

@@ -321,7 +321,8 @@ async def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes(
     gateway = await open_gateway(worker=False, max_body_bytes=200_000)
     host, port = gateway.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, port)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += "Content-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: 200001\r\n\r\n{{".encode())
     async with asyncio.timeout(10):  # the rest never comes: silence would be a 408 after 15 s
         status = await reader.readline()

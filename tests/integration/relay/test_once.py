@@ -131,7 +131,7 @@ async def test_who_goes_with_its_whole_answer_has_not_cancelled(gateway: Gateway
     reader, writer = await asyncio.open_connection(*gateway.url.removeprefix("http://").split(":"))
     body = json.dumps(BODY).encode()
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nIdempotency-Key: k-8\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: k-8\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     writer.write(head.encode() + body)

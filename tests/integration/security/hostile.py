@@ -90,7 +90,7 @@ def post(
     """A request with a Content-Length, after which the connection is to be closed."""
     lines = [
         b"POST %b HTTP/%b" % (path, version),
-        b"host: gateway",
+        b"host: localhost",
         b"content-type: application/json",
         b"content-length: %d" % len(body),
         b"connection: close",

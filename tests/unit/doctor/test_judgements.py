@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tidegate.config import load
+from tidegate.call import Scope
+from tidegate.config import key_file, load, operator_key
 from tidegate.doctor import deployment, machine, postgresql, valkey
 from tidegate.doctor.finding import Finding, State
 from tidegate.limiter import PoolPolicy, SessionView, Snapshot
@@ -18,6 +19,7 @@ from tidegate.limiter.checkup import ServerReport
 from tidegate.policy.plain import digest, to_plain
 from tidegate.store.checkup import DatabaseReport
 from tidegate.store.records import PolicyRecord
+from tidegate.store.tenants import Key
 
 SERVER = ServerReport(
     facts={"valkey_version": "9.1.2", "redis_version": "7.2.4", "role": "master"},
@@ -179,6 +181,45 @@ def test_access_by_address_and_keys() -> None:
     private = {"WEBHOOK_SECRET": "whsec_" + "A" * 32, "WEBHOOK_ALLOW_PRIVATE": "1"}
     found = deployment.judge_settings(load(private, None))
     assert state_of(found, "settings.webhooks") is State.WARN
+
+
+def test_keys_that_nobody_is_known_to_have_made_are_named() -> None:
+    config = load({}, None)
+    key = Key(
+        prefix="abcdefghij",
+        tenant_id="default",
+        name="",
+        scopes=(Scope.ADMIN,),
+        created_at=datetime.now(UTC),
+        expires_at=None,
+        revoked_at=None,
+        last_used_at=None,
+        made_by=None,
+    )
+    for keys, state in ((None, State.SKIPPED), ([], State.OK), ([key], State.WARN)):
+        found = list(deployment.judge_access(config, True, keys))
+        assert state_of(found, "access.key_makers") is state
+    (told,) = [one for one in found if one.check == "access.key_makers"]
+    assert "abcdefghij (admin)" in told.found
+    assert "tidegate keys revoke" in told.mend
+
+
+def test_the_operators_key_is_for_its_owner_alone(tmp_path: Path) -> None:
+    config = load({"DATA_DIR": str(tmp_path)}, None)
+
+    def state() -> State:
+        return state_of(deployment.judge_access(config, True, []), "access.operator_key")
+
+    assert state() is State.OK
+    assert not key_file(config).exists()
+    key = operator_key(config).get_secret_value()
+    assert state() is State.OK
+    key_file(config).chmod(0o644)
+    assert state() is State.WARN
+    key_file(config).write_text("no key")
+    assert state() is State.FAIL
+    given = load({"ADMIN_TOKEN": key}, None)
+    assert state_of(deployment.judge_access(given, True, []), "access.operator_key") is State.OK
 
 
 def test_folders_that_may_not_be_written_are_told(

@@ -1,4 +1,5 @@
-// The gateway's own HTTP API, asked with the key of this tab. Every failure is a Problem.
+// The gateway's own HTTP API, asked with the key of this tab, or the cookie of the start-up page's
+// address. Every failure is a Problem.
 
 import * as session from "./session.js";
 
@@ -53,7 +54,7 @@ export async function ask(method, path, options = {}) {
   const request = { method, headers: sent, body: payload, signal, cache: "no-store" };
   let response;
   try {
-    response = await fetch(address(path, query), { ...request, credentials: "omit" });
+    response = await fetch(address(path, query), { ...request, credentials: "same-origin" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem({ detail: "The gateway does not answer.", code: "away" });

@@ -1,6 +1,6 @@
 // The start: let the person in, then open the page that the address names.
 
-import { get, Problem } from "./api.js";
+import { ask, get, Problem } from "./api.js";
 import { fill, h } from "./dom.js";
 import * as router from "./router.js";
 import * as session from "./session.js";
@@ -13,14 +13,20 @@ const THEMES = {
 };
 const main = document.getElementById("main");
 const signOut = document.getElementById("sign-out");
+// Why the address of the start-up page did not sign in; told once.
+const CODES = {
+  used: "That address works once, within ten minutes. Start again, or enter the key.",
+  unavailable: "PostgreSQL does not answer, so that address cannot be used now. Enter the key.",
+};
+const why = CODES[new URLSearchParams(location.search).get("sign-in")] ?? "";
 let inside = false;
 
 async function enter() {
   if (!inside) fill(main, loading());
   try {
-    const found = await get("dashboard/session", { keepSession: true });
+    await get("dashboard/session", { keepSession: true });
     inside = true;
-    signOut.hidden = found.asks_for === "nothing";
+    signOut.hidden = false;
     router.start();
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
@@ -36,7 +42,7 @@ function askForKey(refused, asked) {
   session.forget();
   const key = field("key", "Key", {
     type: "password",
-    hint: "An API key with the scope admin, or ADMIN_TOKEN. It stays in this tab.",
+    hint: "The operator's key: ADMIN_TOKEN, else the file operator.key in DATA_DIR. Or an API key with the scope admin. It stays in this tab.",
     autocomplete: "current-password",
     spellcheck: "false",
   });
@@ -46,6 +52,7 @@ function askForKey(refused, asked) {
     { on: { submit: (event) => shown(event, key) } },
     h("h1", {}, "Sign in"),
     asked?.status === 403 && !refused && h("p", {}, said(asked)),
+    !refused && why && h("p", {}, why),
     key.element,
     h("button", { class: "button main", type: "submit" }, "Sign in"),
   );
@@ -74,7 +81,10 @@ session.onSignOut((problem) => {
   router.stop();
   askForKey(problem, null);
 });
-signOut.addEventListener("click", () => session.signOut());
+signOut.addEventListener("click", async () => {
+  await ask("POST", "dashboard/sign-out", { keepSession: true }).catch(() => {});
+  session.signOut();
+});
 
 function wearTheme(theme) {
   const [sign, words] = THEMES[theme];

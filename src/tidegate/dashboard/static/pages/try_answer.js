@@ -96,7 +96,7 @@ async function asking(path, asked, accept, signal) {
       ...sent(asked, accept),
       signal,
       cache: "no-store",
-      credentials: "omit",
+      credentials: "same-origin",
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;

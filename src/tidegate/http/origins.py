@@ -1,0 +1,145 @@
+"""Whether a request may come from a web page that is not ours.
+
+A browser sends requests for any page that its user opens, from this machine and to loopback
+addresses too. Two things tell such a page: the browser says for whom it asks (Origin,
+Sec-Fetch-Site), and a name that was made to lead here (DNS rebinding) stands in Host. Programs send
+neither Origin nor Sec-Fetch-Site. Nothing here tells whether there is a proxy: no header can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from tidegate.config import Config
+from tidegate.errors import Forbidden
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+_OWN_SITES = (b"same-origin", b"none")
+_MOST_REMEMBERED = 200
+_MISSPOKEN = "\0"
+
+
+class Origins:
+    """What counts as ours, by HOST and ALLOWED_HOSTS."""
+
+    def __init__(self, config: Config) -> None:
+        self._loopback = config.is_loopback
+        self._names = frozenset((*config.allowed_hosts, config.host))
+        self._allowed = frozenset(config.allowed_hosts)
+        self._known: set[bytes] = set()
+
+    def refusal(self, headers: Headers, method: str) -> Forbidden | None:
+        """Why a request that shows no key is not answered; None where it is."""
+        host = origin = site = None
+        for name, value in headers:
+            if name == b"host":
+                host = value if host in (None, value) else _MISSPOKEN.encode()
+            elif name == b"origin":
+                origin = value
+            elif name == b"sec-fetch-site":
+                site = value
+        if host is not None and host not in self._known and not self._is_ours(host):
+            return Forbidden(
+                f"Host is {_shown(host)}, which is not a name of this gateway",
+                field="Host",
+                allowed=f"{self._in_words()}, or a name in ALLOWED_HOSTS",
+            )
+        if origin is None and site is None:
+            return None
+        return self.page_refusal(headers, method)
+
+    def page_refusal(self, headers: Headers, method: str) -> Forbidden | None:
+        """Why a request comes from a page that is not ours; None where it does not."""
+        found = {name: value for name, value in headers if name in _NAMES}
+        site = found.get(b"sec-fetch-site", b"none")
+        if site not in _OWN_SITES and not _is_opening(found, method):
+            return Forbidden(
+                f"a page of another site sent this request (Sec-Fetch-Site: {_shown(site)})",
+                field="Sec-Fetch-Site",
+                allowed="requests of programs and of this gateway's own pages",
+            )
+        origin = found.get(b"origin")
+        if origin is not None and not self._is_own_page(origin, found.get(b"host", b"")):
+            return Forbidden(
+                f"a page of {_shown(origin)} sent this request",
+                field="Origin",
+                allowed="requests of programs and of this gateway's own pages; behind a proxy "
+                "that changes Host, name its host in ALLOWED_HOSTS",
+            )
+        return None
+
+    def _is_ours(self, host: bytes) -> bool:
+        name = _name_in(host)
+        if name in self._names or _is_loopback(name):
+            ours = True
+        elif self._loopback:
+            ours = False
+        else:
+            # A page's own name has a dot; an address is no name that could be made to lead here.
+            ours = _is_address(name) or (bool(name) and "." not in name)
+        if ours and len(self._known) < _MOST_REMEMBERED:
+            self._known.add(host)
+        return ours
+
+    def _is_own_page(self, origin: bytes, host: bytes) -> bool:
+        try:
+            parts = urlsplit(origin.decode("ascii"))
+            netloc, port = parts.netloc.lower(), parts.port
+        except ValueError:
+            return False
+        if netloc and netloc.encode() == host.lower():
+            return True
+        return parts.hostname in self._allowed and port is None
+
+    def _in_words(self) -> str:
+        if self._loopback:
+            return "localhost or a loopback address"
+        return "an address, a name without a dot"
+
+
+_NAMES = frozenset((b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest"))
+
+
+def _is_opening(found: dict[bytes, bytes], method: str) -> bool:
+    """A link that a person follows: the page that has it sees nothing of the answer."""
+    return (
+        method in ("GET", "HEAD")
+        and found.get(b"sec-fetch-mode") == b"navigate"
+        and found.get(b"sec-fetch-dest") == b"document"
+    )
+
+
+def _name_in(host: bytes) -> str:
+    """The host without its port and brackets; empty where it can't be read."""
+    try:
+        parts = urlsplit(f"//{host.decode('ascii')}")
+        _ = parts.port  # raises for a port that is no number
+    except ValueError:
+        return ""
+    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+        return ""
+    return (parts.hostname or "").removesuffix(".")
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(value: bytes) -> str:
+    return ascii(value[:100].decode("ascii", "replace"))[1:-1]
