@@ -36,6 +36,7 @@ from tidegate.relay.paths import dialect_of, endpoint_of
 from tidegate.relay.spine import Relay
 from tidegate.store.batch_lines import Line
 from tidegate.store.bell import BATCHES
+from tidegate.store.line_records import PRIORITY
 from tidegate.store.records import Failure
 from tidegate.store.relayed import RelayRecord, observed_of
 from tidegate.store.states import Status
@@ -43,7 +44,6 @@ from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
 from tidegate.tracing import Trail
 
-PRIORITY = -100
 WINDOW = 128
 MOST_BYTES = 32_000_000  # of the bodies that are claimed at a time
 _STRAYS_EVERY_S = 5.0
@@ -280,12 +280,10 @@ class LineCaller:
         elif words is not None and words.status and words.body:
             status_code, answer = words.status, words.body.decode("utf-8", "replace")
         failure = None if error is None else Failure.of(error)
-        if self._store.relayed.is_full:
-            await self._store.relayed.room()
-        self._store.relayed.put(_record_of(line, life, failure, status_code))
+        call = await self._store.relayed.prepare(_record_of(line, life, failure, status_code))
         await self._until_done(
             lambda: self._store.batch_lines.end(
-                line, status_code=status_code, answer=answer, failure=failure
+                line, call, status_code=status_code, answer=answer, failure=failure
             )
         )
 
@@ -317,7 +315,7 @@ def _record_of(
         kind=life.kind.value if life.kind else None,
         model=target.model if target else life.model,
         priority=PRIORITY,
-        tries=life.tries,
+        tries=line.attempts + life.tries,
         admitted_at=life.admitted_at,
         queue_ms=life.queue_ms,
         upstream_ms=life.upstream_ms,

@@ -20,6 +20,7 @@ from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable
 from tidegate.store.batches import OUTPUT, Batch, BatchFile
 from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.line_records import ambiguous_of
 
 _UNTOUCHED = {
     "expired": ("batch_expired", "the batch expired before this line was called"),
@@ -42,6 +43,8 @@ def output_line(row: Any, ends_as: str) -> tuple[bool, bytes]:
         error = {"code": failure["code"], "message": failure["message"]}
     else:
         code, message = _UNTOUCHED.get(ends_as, ("not_called", "this line was not called"))
+        if row["attempts"]:
+            message = ambiguous_of(row, ends_as).message
         error = {"code": code, "message": message}
     said = {
         "id": f"batch_req_{request_id}",

@@ -1,8 +1,8 @@
 """The lines of batches that are being worked through: claimed in windows, ended in group commits.
 
 Invariant: a line has at most one claim that counts; it is marked before its call and ended once,
-and its batch counts it in the same transaction. So counts are exact, and a line that has ended is
-never called again.
+and its batch counts it and the record tells of it in the same transaction. So counts are exact, and
+a line that has ended is never called again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ import orjson
 from tidegate.errors import ClaimLost
 from tidegate.store import rows
 from tidegate.store.connection import Connections
+from tidegate.store.line_records import record_of
 from tidegate.store.lookback import Lookback
 from tidegate.store.queries import sql
 from tidegate.store.records import Failure, Json
-from tidegate.store.states import MAX_LAPSES
+from tidegate.store.relayed import Prepared, RelayLog
+from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.store.writer import GroupWriter
+from tidegate.telemetry import Log, get_logger
 
 _HELD_UP_EVERY_S = 1.0
+
+log = get_logger()
 
 _DIED = Failure(
     code="worker_lost",
@@ -56,17 +61,31 @@ class Line:
         return {"batch_id": self.batch_id, "line": self.line, "claim": self.claim}
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a line ended, and the record of its call."""
+
+    row: Json
+    call: Prepared
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.row["batch_id"].int, self.row["line"]
+
+
 class BatchLines:
     """Every method raises StoreUnavailable. `may_judge`: whether this process is heard itself."""
 
     def __init__(
         self,
         connections: Connections,
+        relayed: RelayLog,
         *,
         instance_id: str,
         lease_ms: int,
         may_judge: Callable[[], bool],
     ) -> None:
+        self._relayed = relayed
         self._connections = connections
         self._instance_id = instance_id
         self._lease_ms = lease_ms
@@ -77,8 +96,8 @@ class BatchLines:
         self._held_up_at = float("-inf")
         self._from: dict[UUID, int] = {}
         self._begins: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 100)
-        self._ends: GroupWriter[Json, None] = GroupWriter(
-            self._end, lambda row: 200 + len(row["answer"] or "")
+        self._ends: GroupWriter[_End, None] = GroupWriter(
+            self._end, lambda end: 200 + 2 * end.call.record.size_bytes
         )
 
     async def claim(self, limit: int, most_bytes: int) -> list[Line]:
@@ -144,21 +163,27 @@ class BatchLines:
         await self._begins.write(line.key)
 
     async def end(
-        self, line: Line, *, status_code: int | None, answer: str | None, failure: Failure | None
+        self,
+        line: Line,
+        call: Prepared,
+        *,
+        status_code: int | None,
+        answer: str | None,
+        failure: Failure | None,
     ) -> None:
-        """Record how a line ended; an end of a claim that was lost changes nothing.
+        """Record how a line ended, and with it its call. An end of a claim that was lost changes
+        nothing: the line, or the end of its batch, tells of the call then.
 
         A failure that came with the provider's own words has both `answer` and `failure`.
         """
-        await self._ends.write(
-            {
-                **line.key,
-                "state": "succeeded" if failure is None else "failed",
-                "status_code": status_code,
-                "answer": None if answer is None else rows.clean(answer),
-                "failure": rows.failure_row(failure),
-            }
-        )
+        row = {
+            **line.key,
+            "state": "succeeded" if failure is None else "failed",
+            "status_code": status_code,
+            "answer": None if answer is None else rows.clean(answer),
+            "failure": rows.failure_row(failure),
+        }
+        await self._ends.write(_End(row, call))
 
     async def give_back(
         self,
@@ -189,13 +214,19 @@ class BatchLines:
             return
         failure = orjson.dumps(asdict(_DIED)).decode()
 
-        async def retake(connection: asyncpg.Connection) -> None:
+        async def retake(connection: asyncpg.Connection) -> list[Prepared]:
             taken = await connection.fetch(
                 sql("retake_batch_lines"), self._lease_ms, MAX_LAPSES, failure
             )
-            await _count(connection, [row for row in taken if row["state"] == "failed"])
+            failed = [row for row in taken if row["state"] == "failed"]
+            await _count(connection, failed)
+            records = [record_of(row, status=Status.FAILED, failure=_DIED) for row in failed]
+            calls = [await self._relayed.prepare(record) for record in records]
+            if calls:
+                await self._relayed.add(connection, calls)
+            return calls
 
-        await self._connections.run(retake)
+        self._relayed.noted(call.record for call in await self._connections.run(retake))
         self._lapses.end(look, complete=True)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
@@ -211,13 +242,27 @@ class BatchLines:
             for row in batch
         ]
 
-    async def _end(self, batch: Sequence[Json]) -> list[None]:
-        async def end(connection: asyncpg.Connection) -> None:
-            await _count(
-                connection, await connection.fetch(sql("end_batch_lines"), _ordered(batch))
-            )
+    async def _end(self, batch: Sequence[_End]) -> list[None]:
+        lines = _ordered([end.row for end in batch])
 
-        await self._connections.run(end)
+        async def end(connection: asyncpg.Connection) -> None:
+            ended = await connection.fetch(sql("end_batch_lines"), lines)
+            await _count(connection, ended)
+            keys = {(row["batch_id"].int, row["line"]) for row in ended}
+            if is_recorded:
+                await self._relayed.add(connection, [one.call for one in batch if one.key in keys])
+
+        is_recorded = True
+        try:
+            await self._connections.run(end)
+            self._relayed.noted(one.call.record for one in batch)
+        except (asyncpg.PostgresError, ValueError) as refused:
+            if len(batch) > 1:
+                raise  # then each comes by itself
+            log.error(Log.INTERNAL_ERROR, where="the record of a line", error=repr(refused))
+            is_recorded = False  # by another way, or the line would never end
+            await self._connections.run(end)
+            self._relayed.put(batch[0].call.record)
         return [None] * len(batch)
 
 

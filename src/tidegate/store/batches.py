@@ -20,9 +20,12 @@ from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
 from tidegate.store import rows
 from tidegate.store.bell import BATCHES, Bell
 from tidegate.store.connection import Connections
+from tidegate.store.line_records import ambiguous_of, record_of
 from tidegate.store.native_keys import Given, end_key, known_key, take_key
 from tidegate.store.queries import sql
 from tidegate.store.records import Idempotency, Json
+from tidegate.store.relayed import RelayLog, RelayRecord
+from tidegate.store.states import Status
 
 INPUT, OUTPUT = "batch", "batch_output"
 _TIMEOUT_MS = 5_000
@@ -32,6 +35,8 @@ _TIMES = (
     *("created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at"),
     *("failed_at", "expired_at", "cancelling_at", "cancelled_at"),
 )
+_MOST_UNANSWERED = 5_000
+_CUT_SHORT = {"cancelled": Status.CANCELLED, "expired": Status.EXPIRED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,10 @@ class Batch:
 class Batches:
     """Every method raises StoreUnavailable."""
 
-    def __init__(self, connections: Connections, bell: Bell, instance_id: str) -> None:
+    def __init__(
+        self, connections: Connections, bell: Bell, relayed: RelayLog, instance_id: str
+    ) -> None:
+        self._relayed = relayed
         self._connections = connections
         self._bell = bell
         self._instance_id = instance_id
@@ -251,8 +259,10 @@ class Batches:
         return await self._rows("finished_batch_lines", batch.batch_id, line, limit)
 
     async def end(self, batch: Batch, output: BatchFile | None, error: BatchFile | None) -> None:
-        """Raises ClaimLost."""
+        """With it go its lines; of those that were called without an answer the record tells.
+        Raises ClaimLost."""
         ids = [None if one is None else one.file_id for one in (output, error)]
+        calls = [await self._relayed.prepare(one) for one in await self._unanswered(batch)]
 
         async def end(connection: asyncpg.Connection) -> bool:
             ended = await connection.fetchval(sql("end_batch"), batch.batch_id, batch.claim, *ids)
@@ -263,11 +273,23 @@ class Batches:
             for file in (output, error):
                 if file is not None:
                     await _add_file(connection, file)
+            if calls:
+                await self._relayed.add(connection, calls)
             await connection.execute(sql("delete_batch_lines"), batch.batch_id)
             return True
 
         if not await self._connections.run(end, timeout_ms=_BULK_TIMEOUT_MS):
             raise ClaimLost(f"another worker has batch_{batch.batch_id.hex} now")
+        self._relayed.noted(call.record for call in calls)
+
+    async def _unanswered(self, batch: Batch) -> list[RelayRecord]:
+        if batch.ends_as not in _CUT_SHORT:
+            return []
+        status, ended = _CUT_SHORT[batch.ends_as], batch.ends_as
+        return [
+            record_of(row, status=status, failure=ambiguous_of(row, ended))
+            for row in await self._rows("unanswered_batch_lines", batch.batch_id, _MOST_UNANSWERED)
+        ]
 
     async def _row(self, name: str, *given: Any) -> asyncpg.Record | None:
         async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:

@@ -123,8 +123,15 @@ DELETE FROM batch_lines WHERE batch_id = $1
 
 -- name: finished_batch_lines
 -- Lines of a batch after line $2, in their order, at most $3.
-SELECT line, id, custom_id, state, status_code, answer, failure FROM batch_lines
+SELECT line, id, custom_id, state, status_code, answer, failure, attempts, lapses FROM batch_lines
 WHERE batch_id = $1 AND line > $2 ORDER BY line LIMIT $3
+
+-- name: unanswered_batch_lines
+-- Lines of batch $1 that were called and have no answer, at most $2.
+SELECT l.id, l.tenant_id, l.body, l.attempts, l.lapses, b.endpoint, b.key_id
+FROM batch_lines l JOIN batches b ON b.id = l.batch_id
+WHERE l.batch_id = $1 AND l.attempts > 0 AND l.state NOT IN ('succeeded', 'failed')
+ORDER BY l.line LIMIT $2
 
 -- name: end_batch
 -- A batch ends as it was to, with its files.
@@ -202,7 +209,7 @@ FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigi
     status_code integer, answer text, failure jsonb)
 WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND l.state IN ('claimed', 'calling')
-RETURNING l.batch_id, l.state
+RETURNING l.batch_id, l.line, l.state
 
 -- name: count_batch_lines
 -- Add ended lines to a batch; the last one has it assembled.
@@ -249,7 +256,10 @@ UPDATE batch_lines l SET claim = l.claim + 1, claimed_by = NULL,
         THEN now() + random() * interval '30 seconds' END
 FROM gone
 WHERE l.claimed_by = gone.claimed_by AND l.state IN ('claimed', 'calling')
-RETURNING l.batch_id, l.state
+RETURNING l.batch_id, l.state, l.id, l.tenant_id, l.attempts, l.lapses,
+    CASE WHEN l.state = 'failed' THEN l.body END AS body,
+    (SELECT endpoint FROM batches b WHERE b.id = l.batch_id) AS endpoint,
+    (SELECT key_id FROM batches b WHERE b.id = l.batch_id) AS key_id
 
 -- name: queued_of_batches
 -- The lines that batches of tenant $1 have yet to work through, and their part of the input's bytes.

@@ -99,9 +99,9 @@ class Store:
         ringing = (connections, self._bell, self.observers)
         self._claims = Claims(*ringing, instance_id=instance_id, lease_ms=claim_lease_ms)
         self._recorder, self.relayed = self._written_behind(connections, audit_full)
-        self.batches = Batches(connections, self._bell, instance_id)
+        self.batches = Batches(connections, self._bell, self.relayed, instance_id)
         self.batch_lines = BatchLines(
-            connections,
+            *(connections, self.relayed),
             instance_id=instance_id,
             lease_ms=claim_lease_ms,
             may_judge=lambda: self._claims.may_judge,
