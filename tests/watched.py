@@ -51,10 +51,9 @@ def pytest_xdist_setupnodes(specs: list[execnet.XSpec]) -> None:
     """Start each process beside others below a watcher."""
     if sys.platform == "linux":
         watched = shlex.join([sys.executable, "-S", watcher.__file__, sys.executable])
-        specs[:] = [
-            execnet.XSpec(f"{spec}//python={watched}") if spec.popen and not spec.python else spec
-            for spec in specs
-        ]
+        for spec in specs:  # as they are: xdist has named and counted these very ones
+            if spec.popen and not spec.python:
+                spec.python = watched
 
 
 def _let_children_hear_signals() -> None:
