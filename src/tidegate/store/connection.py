@@ -11,8 +11,10 @@ transaction mode may stand in between.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import asyncpg
 
@@ -294,6 +296,31 @@ class Connections:
             get_logger().info(Log.STORE_BACK)
             for tell in self.on_back:
                 tell()
+
+
+class ReadTurns:
+    """A tenant's reads of single requests, `most` of them at a time in this process: however many
+    of its clients poll, the other connections are for everybody else."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, tenant_id: str, timeout_ms: int) -> AsyncIterator[None]:
+        """Wait for a turn, no longer than that. Raises StoreUnavailable."""
+        turns = self._of.get(tenant_id)
+        if turns is None:
+            turns = self._of[tenant_id] = asyncio.Semaphore(self._most)
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                await turns.acquire()
+        except TimeoutError:
+            raise StoreUnavailable(f"too many reads of tenant {tenant_id} wait here") from None
+        try:
+            yield
+        finally:
+            turns.release()
 
 
 def _abandoned(task: asyncio.Task[Any]) -> None:

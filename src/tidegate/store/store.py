@@ -26,7 +26,7 @@ from tidegate.store.bell import Bell
 from tidegate.store.blobs import Blobs
 from tidegate.store.cancels import Cancels
 from tidegate.store.claims import Claims, running_row
-from tidegate.store.connection import Connections
+from tidegate.store.connection import Connections, ReadTurns
 from tidegate.store.dossier import Dossiers
 from tidegate.store.erase import Eraser, EraseReport, Whose
 from tidegate.store.history import History
@@ -66,7 +66,7 @@ from tidegate.store.tenants import Tenants
 from tidegate.store.usage import UsageTotals
 from tidegate.store.watch import Watch
 
-READ_TIMEOUT_MS = 2_000
+READ_TIMEOUT_MS, _READS_AT_ONCE = 2_000, 4
 _CLOSE_TIMEOUT_MS = 6_000
 
 
@@ -113,12 +113,11 @@ class Store:
         self.listing, self.search = Listing(connections), Search(connections)
         self.recorded, self.dossiers = Recorded(connections, blobs), Dossiers(connections)
         self.cancels = Cancels(*ringing, instance_id=instance_id)
-        self.history = History(connections, instance_id)
-        self.stuck = Stuck(connections, self._bell)
+        self.history, self.stuck = History(connections, instance_id), Stuck(connections, self._bell)
         self._submits = Submits(connections, self._bell)
         self.tenants, self.signins = Tenants(connections), SignIns(connections)
         self.queued, self.standing = Queued(connections), Standing(connections)
-        self._places = Places()
+        self._places, self._turns = Places(), ReadTurns(_READS_AT_ONCE)
 
     def _written_behind(
         self, connections: Connections, audit_full: Literal["block", "drop"]
@@ -238,7 +237,8 @@ class Store:
             webhook = await webhook_of(connection, row)
             return rows.request_record(row, files, webhook, await self._places.of(connection, row))
 
-        record = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
+        async with self._turns.turn(tenant_id, READ_TIMEOUT_MS):
+            record = await self._connections.run(read, timeout_ms=READ_TIMEOUT_MS)
         if record is None:
             raise NotFound(f"no request {request_id}")
         return record

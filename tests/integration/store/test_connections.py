@@ -12,7 +12,7 @@ import pytest
 
 from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
-from tidegate.store.connection import Connections
+from tidegate.store.connection import Connections, ReadTurns
 
 LAST_STEP = 40  # of the event loop, by which the work below has long ended
 
@@ -93,3 +93,31 @@ async def test_what_fails_after_its_caller_has_left_complains_to_nobody(
     del caller
     gc.collect()
     assert complaints == []
+
+
+async def test_the_reads_of_one_tenant_leave_connections_to_others(
+    empty_database_url: str,
+) -> None:
+    connections, turns = Connections(empty_database_url, size=5), ReadTurns(4)
+    go, under_way = asyncio.Event(), []
+
+    async def read(tenant_id: str, *, until: asyncio.Event | None) -> int:
+        async def work(connection: asyncpg.Connection) -> int:
+            under_way.append(tenant_id)
+            if until is not None:
+                await until.wait()
+            return int(await connection.fetchval("SELECT 1"))
+
+        async with turns.turn(tenant_id, 20_000):
+            return await connections.run(work)
+
+    many = [asyncio.create_task(read("alice", until=go)) for _ in range(50)]
+    await wait_until(lambda: under_way.count("alice") == 4)
+    assert await read("bob", until=None) == 1
+    with pytest.raises(StoreUnavailable, match="of tenant alice"):
+        async with turns.turn("alice", 10):
+            raise AssertionError("there was no turn left")
+    assert under_way == [*["alice"] * 4, "bob"]
+    go.set()
+    assert await asyncio.gather(*many) == [1] * 50
+    await connections.aclose()
