@@ -39,8 +39,8 @@ _TENANT = re.compile(r"[^\s|{}]{1,200}")
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """A concurrency that finds its own way between `minimum` and the bound (AIMD): one more for
-    each full round of successes while it is used up, times 0.7 at a dropped call."""
+    """A concurrency that finds its own way between `minimum` and the bound: one more for each full
+    round of successes while it is used up, one less for each call that is dropped then."""
 
     minimum: int = 1
 

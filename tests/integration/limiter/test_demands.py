@@ -213,12 +213,38 @@ async def test_a_limit_that_finds_its_own_way_falls_at_a_dropped_call(
     adaptive = Concurrency(10, adaptive=Adaptive(minimum=2))
     limiter = await open_limiter(maker, valkey_url, policy_of({"model:x": adaptive}))
     async with limiter.acquire("model:x") as permit:
-        permit.settle("dropped")
+        permit.settle("dropped")  # while others would have had room: it says little
 
     async def fallen() -> bool:
         return (await limiter.snapshot()).limits["model:x"].current == 7
 
     await wait_until(fallen, 20, "70 % of the limit")
+
+
+async def test_a_limit_that_finds_its_own_way_has_hardly_a_call_refused(
+    maker: Maker, valkey_url: str
+) -> None:
+    adaptive = Concurrency(40, adaptive=Adaptive(minimum=2))
+    limiter = await open_limiter(maker, valkey_url, policy_of({"model:x": adaptive}))
+    taken, most, refused = 0, 10, [0]  # the provider, and how many it refused by the calls answered
+
+    async def caller() -> None:
+        nonlocal taken
+        while len(refused) < 1_500:
+            async with limiter.acquire("model:x") as permit:
+                if taken >= most:
+                    refused[-1] += 1
+                    permit.settle("dropped")
+                    continue  # straight back in line
+                taken += 1
+                await work_for(0.005)
+                taken -= 1
+                refused.append(0)
+
+    await asyncio.gather(*(caller() for _ in range(60)))
+    assert sum(refused[500:]) <= 0.05 * 1_000
+    assert sum(refused[:500]) <= 100, "it learned quickly"
+    assert (await limiter.snapshot()).limits["model:x"].current in range(8, 13)
 
 
 async def test_a_day_quota_waits_for_midnight_in_its_zone(maker: Maker, valkey_url: str) -> None:

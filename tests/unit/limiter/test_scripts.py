@@ -120,6 +120,7 @@ def test_the_layout_is_the_same_in_both_languages() -> None:
         ("BEHIND", places.BEHIND),
         ("RAMP_BOUND", places.RAMP_BOUND),
         ("UNBOUNDED", limits.MAX_BOUND),
+        ("ADAPT_CALLS", state.ADAPT_CALLS),
         ("ADAPT_PAUSE_MS", state.ADAPT_PAUSE_MS),
         ("DAY_MS", spending.DAY_MS),
         ("MOST_TO_ANNOUNCE", roster.MOST_TO_ANNOUNCE),

@@ -75,13 +75,21 @@ function T.give_back(limit)
   if limit.sort == 'c' then T.touch(limit) end
 end
 
--- Additive increase while it is used up, multiplicative decrease at most once a second (Chiu and
--- Jain 1989). In thousandths, so that both worlds count alike.
+-- Additive increase while it is used up: one more in a round of calls, and in `ADAPT_CALLS` at least,
+-- since of what is tried beyond the provider's limit one call is refused. A call that is dropped while
+-- all is used up says that one less is taken: its place goes to nobody. Else multiplicative decrease at
+-- most once a second (Chiu and Jain 1989). In thousandths, so that both worlds count alike.
 T.ADAPT_PAUSE_MS = 1000
+T.ADAPT_CALLS = 25
 function T.adapt(limit, outcome)
   local full = limit.used >= math.floor(limit.current / 1000)
   if outcome == 0 and full then
-    limit.current = math.min(limit.bound * 1000, limit.current + math.floor(1000000 / limit.current))
+    local round = math.max(limit.current, T.ADAPT_CALLS * 1000)
+    limit.current = math.min(limit.bound * 1000, limit.current + math.floor(1000000 / round))
+  elseif outcome == 2 and full then
+    local taken = math.max(limit.least, limit.used - 1) * 1000
+    if taken >= limit.current then return end
+    limit.current, limit.dropped_at = taken, pool.now
   elseif outcome == 2 and pool.now - limit.dropped_at >= T.ADAPT_PAUSE_MS then
     limit.current = math.min(limit.bound * 1000,
       math.max(limit.least * 1000, math.floor(limit.current * 7 / 10)))

@@ -19,6 +19,8 @@ BLOCKED = "!"
 NO_LIMIT = Concurrency(0)
 
 ADAPT_PAUSE_MS = 1000
+# One more in so many calls, at the most.
+ADAPT_CALLS = 25
 
 
 class Flow(NamedTuple):
@@ -254,12 +256,16 @@ class LimitState:
         return self.limit.bound * 1000 if self.current is None else self.current
 
     def adapt(self, outcome: int, now: int) -> None:
-        """One more for a round of successes while it is used up; less at a dropped call, at most
-        once a second."""
-        most = self.limit.bound * 1000
-        if outcome == 0 and self.used >= self.adapted() // 1000:
-            step = 1_000_000 // self.adapted() if self.adapted() else 0
+        """One more for a round of successes while it is used up; one less for each call that was
+        dropped then, else less at most once a second."""
+        most, full = self.limit.bound * 1000, self.used >= self.adapted() // 1000
+        if outcome == 0 and full:
+            step = 1_000_000 // max(self.adapted(), ADAPT_CALLS * 1000)
             self.current = min(most, self.adapted() + step)
+        elif outcome == 2 and full:
+            taken = max(self.minimum, self.used - 1) * 1000
+            if taken < self.adapted():
+                self.current, self.dropped_at = taken, now
         elif outcome == 2 and now - self.dropped_at >= ADAPT_PAUSE_MS:
             less = max(self.minimum * 1000, self.adapted() * 7 // 10)
             self.current, self.dropped_at = min(most, less), now
