@@ -61,7 +61,7 @@ _NOT_RETURNED = _HOP_BY_HOP | frozenset(
         *(b"accept-ch", b"accept-ch-lifetime", b"critical-ch", b"use-as-dictionary"),
     )
 )
-_NOT_RETURNED_PREFIXES = (b"access-control-", b"cross-origin-", b"sec-", b"proxy-")
+_NOT_RETURNED_PREFIXES = (_OURS, b"access-control-", b"cross-origin-", b"sec-", b"proxy-")
 _NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -101,9 +101,7 @@ def to_return(given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True)
             named = b"%b,%b" % (named, value.lower()) if named else value.lower()
         if name in _NOT_RETURNED or (name == b"content-length" and not same_length):
             continue
-        if name.startswith(_NOT_RETURNED_PREFIXES):
-            continue
-        if not name.startswith(_OURS) or name == b"x-tidegate-emulator":
+        if not name.startswith(_NOT_RETURNED_PREFIXES) or name == b"x-tidegate-emulator":
             found.append((name, value))
     if _NO_VALUE.search(b"".join([value for _, value in found])):  # our server would not send it
         found = [pair for pair in found if not _NO_VALUE.search(pair[1])]

@@ -32,11 +32,12 @@ from tidegate.store.records import Idempotency, Json
 from tidegate.store.rows import dumps
 from tidegate.telemetry import Log, get_logger
 
-LONGEST_LEASE_MS = 6_000
+LONGEST_LEASE_MS = 10_000
 MOST_PENDING_BYTES = 64_000_000
 ANSWER, FREE = KEY_OPS = "answer", "free"  # of the entries that the recorder writes
 _TIMEOUT_MS = 2_000
 _LOOK_S = 0.1
+_RETRY_S = 0.2
 
 log = get_logger()
 
@@ -192,11 +193,13 @@ class NativeKeys:
 
     async def _renew_often(self) -> None:
         while True:
+            pause_s = self.lease_ms / 3_000
             try:
                 await self._renew()
             except StoreUnavailable:
                 self._steadiness.missed()
-            await asyncio.sleep(self.lease_ms / 3_000)
+                pause_s = min(pause_s, _RETRY_S)  # others count from the last one that succeeded
+            await asyncio.sleep(pause_s)
 
     async def _renew(self) -> None:
         sent_at = self._steadiness.clock()
