@@ -20,7 +20,6 @@ from tidegate.dashboard.rollup import counting
 from tidegate.demand.cost import Prices
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Gate
-from tidegate.http.budgets import BudgetGate
 from tidegate.http.origins import Origins
 from tidegate.http.server import build
 from tidegate.http.services import Services
@@ -142,7 +141,7 @@ async def run_worker_of(
             Limiter.from_url(url, pool=pool, policy=policy, instance_id=instance_id)
         )
         others = deployed_upstreams(config)
-        untraced = _open_relay(config, others, {pool: limiter}, Tracing())
+        untraced = _open_relay(config, others, {pool: limiter}, Tracing(), store)
         relay = await stack.enter_async_context(untraced)
         pipeline = _pipeline_of(config, limiter, processor, store, relay)
         worker = Worker(
@@ -178,7 +177,8 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         )
         limiter, keeper = limiters[DEFAULT_POOL], keepers[DEFAULT_POOL]
         tracing = await stack.enter_async_context(_tracing(store.observers, role, instance_id))
-        relay = await stack.enter_async_context(_open_relay(config, others, limiters, tracing))
+        opening = _open_relay(config, others, limiters, tracing, store)
+        relay = await stack.enter_async_context(opening)
         pipeline = _pipeline_of(config, limiter, processor, store, relay)
         name = os.environ.get(NAMED) or role
         watch = Watch(instruments, name, limiters=limiters, store=store, health=relay.health)
@@ -186,9 +186,8 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         board = Board(limiter, instance_id, UnderWay(), relay.health)
         stack.callback(asyncio.create_task(board.run()).cancel)
         gate = Gate(store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms)
-        budgets = BudgetGate(store.usage, store.spending)
         if role == "api":
-            await stack.enter_async_context(_guarding(gate, budgets))
+            await stack.enter_async_context(gate.at_work())
         services = Services(
             config=config,
             observers=store.observers,
@@ -207,7 +206,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             gate=gate,
             operator_key=configuration.operator_key(config),
             origins=Origins(config),
-            budgets=budgets,
+            budgets=store.budgets,
         )
         _collect_rarely()
         limits = {kind.value: pipeline.at_once(kind) for kind in Kind}
@@ -256,19 +255,6 @@ async def _open_store(config: Config, blobs: Blobs, instance_id: str) -> AsyncIt
 
 
 @asynccontextmanager
-async def _guarding(gate: Gate, budgets: BudgetGate) -> AsyncIterator[None]:
-    """Keep what the gates know the newest; at the end, put on record which keys were used."""
-    watching = [asyncio.create_task(one.run()) for one in (gate, budgets)]
-    try:
-        yield
-    finally:
-        for task in watching:
-            task.cancel()
-        with suppress(StoreUnavailable):
-            await gate.note_uses()
-
-
-@asynccontextmanager
 async def _open_pools(
     config: Config,
     policies: Policies,
@@ -292,13 +278,15 @@ async def _open_pools(
 
 @asynccontextmanager
 async def _open_relay(
-    config: Config, others: Deployment, limiters: dict[str, Limiter], tracing: Tracing
+    config: Config, others: Deployment, pools: dict[str, Limiter], tracing: Tracing, store: Store
 ) -> AsyncIterator[Relay]:
     wire = RelayWire(_timeouts_of(config))
     await wire.start()
     try:
-        targets = Targets(others)
-        yield Relay(config=config, targets=targets, pools=limiters, wire=wire, tracing=tracing)
+        targets, budgets = Targets(others), store.budgets
+        yield Relay(
+            config=config, targets=targets, pools=pools, wire=wire, tracing=tracing, budgets=budgets
+        )
     finally:
         await wire.aclose()
 
@@ -370,6 +358,7 @@ def _pipeline_of(
         blobs=store.blobs,
         fetcher=_fetcher_of(config),
         observers=store.observers,
+        budgets=store.budgets,
         prices=Prices(own),
         gate=relay.health.get(limiter.pool),
     )

@@ -18,7 +18,8 @@ TidegateError
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── TooManyFollowers            this process streams the status of enough requests already
 ├── QuotaExceeded               a tenant has as much here as it may; says of what
-│   └── BudgetExceeded          it has spent what it may in a day or month
+│   ├── BudgetExceeded          it has spent what it may in a day or month
+│   └── BudgetReserved          what is left of that is reserved for its calls under way
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
 │   │   └── LimitPaused         a limit is paused for longer than the call may wait
@@ -190,6 +191,12 @@ class BudgetExceeded(QuotaExceeded):
     the month ends in UTC; asking again at once does not."""
 
     code = "budget_exceeded"
+
+
+class BudgetReserved(QuotaExceeded):
+    """What is left of the budget named `limit` may be spent by calls that are under way."""
+
+    code = "budget_reserved"
 
 
 class AdmissionError(TidegateError):

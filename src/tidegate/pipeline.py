@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -18,13 +19,15 @@ from weakref import WeakValueDictionary
 
 from tidegate.attempt import Attempt
 from tidegate.call import (
+    ANYBODY,
     DEFAULT_TENANT,
+    NO_BUDGETS,
     NO_CHARGE,
-    UNKNOWN_CHARGE,
     Admitted,
     Answer,
     Attachment,
     Call,
+    Caller,
     Charge,
     Classification,
     ClassifiedBy,
@@ -36,15 +39,9 @@ from tidegate.call import (
 from tidegate.classify import by_keywords, by_rules
 from tidegate.config import ClassifierMode, Config
 from tidegate.demand import Demand, Demands, Learned
-from tidegate.demand.cost import (
-    Prices,
-    came_tokens,
-    charge_of,
-    cut_charge,
-    estimated_charge,
-    is_unknown,
-)
+from tidegate.demand.cost import Prices, answer_charge, foreseen, never_sent
 from tidegate.errors import (
+    BudgetReserved,
     DeadlineExceeded,
     DemandImpossible,
     EmptyAnswer,
@@ -53,10 +50,8 @@ from tidegate.errors import (
     TidegateError,
     UpstreamError,
     UpstreamThrottled,
-    UpstreamTimeout,
-    UpstreamUnavailable,
 )
-from tidegate.limiter import Acquisition, Limiter, Permit
+from tidegate.limiter import Limiter, Permit
 from tidegate.observed import Observers
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor
@@ -65,6 +60,7 @@ from tidegate.spine.faults import Suspect
 from tidegate.spine.patience import NotWorthWaiting, Patience
 from tidegate.spine.routing import Gate
 from tidegate.store.blobs import Blobs
+from tidegate.store.budgets import BudgetGate, Solvent
 from tidegate.store.observing import of_question
 from tidegate.telemetry import Log, get_logger
 from tidegate.tracing import address_of
@@ -103,10 +99,12 @@ class Pipeline:
         blobs: Blobs,
         fetcher: ImageFetcher,
         observers: Observers,
+        budgets: BudgetGate,
         prices: Prices | None = None,
         gate: Gate | None = None,
     ) -> None:
         """`gate`: the one that native calls to the same upstream pass."""
+        self._budgets = budgets
         self._config = config
         self._limiter = limiter
         self._processor = processor
@@ -265,7 +263,7 @@ class Pipeline:
         call: Call,
         attempt: Attempt,
         sink: Sink | None,
-        *,
+        caller: Caller,
         deadline_ms: int | None,
         on_admitted: Callable[[Permit], Awaitable[None]] | None = None,
     ) -> None:
@@ -273,8 +271,9 @@ class Pipeline:
         None where nobody follows the call.
 
         `deadline_ms` bounds the wait for admission. `on_admitted` runs under the permit before
-        the call; what it raises ends the run with no call made. Raises AdmissionError, LeaseLost
-        and UpstreamError. Cancellation leaves neither a waiter nor an open upstream call.
+        the call; what it raises ends the run with no call made. `caller`: whose budget it spends.
+        Raises AdmissionError, QuotaExceeded, LeaseLost and UpstreamError. Cancellation leaves
+        neither a waiter nor an open upstream call.
         """
         gate, asked_at = self._gate, time.monotonic()
         hard_ms = self._config.total_timeout_ms + _HARD_MARGIN_MS
@@ -286,29 +285,41 @@ class Pipeline:
             attempt.limits = demand.limits
             gate.check(demand, wait_ms)
             try:
-                admission = self._admission(demand, left_ms, hard_ms)
+                admission = self._admission(demand, left_ms, hard_ms, caller)
                 async with Patience(admission, gate, demand, call.model, wait_ms) as permit:
-                    # Until there has been a call.
-                    permit.settle(Outcome.IGNORED, tokens=0, images=0)
-                    attempt.admitted_at = datetime.now(UTC)
-                    waited = attempt.admitted_at - attempt.waiting_since
-                    attempt.queue_ms = max(0.0, waited.total_seconds() * 1000)
-                    attempt.fence = permit.fence
-                    if on_admitted is not None:
-                        await on_admitted(permit)
-                    if sink is not None:
-                        await sink(Admitted(waited_ms=attempt.queue_ms))
-                    await permit.confirm()
-                    await self._call(call, attempt, sink, permit, demand)
+                    permit.settle(Outcome.IGNORED, tokens=0, images=0)  # until there is a call
+                    async with self._held(call, demand, attempt, caller):
+                        attempt.admitted_at = datetime.now(UTC)
+                        waited = attempt.admitted_at - attempt.waiting_since
+                        attempt.queue_ms = max(0.0, waited.total_seconds() * 1000)
+                        attempt.fence = permit.fence
+                        if on_admitted is not None:
+                            await on_admitted(permit)
+                        if sink is not None:
+                            await sink(Admitted(waited_ms=attempt.queue_ms))
+                        await permit.confirm()
+                        await self._call(call, attempt, sink, permit, demand)
                 return
             except NotWorthWaiting:
                 continue  # something that binds it was paused meanwhile
+            except BudgetReserved:
+                if left_ms is not None and left_ms <= 0:
+                    raise
+                await self._budgets.room(caller, (left_ms or 1_000) / 1000)
             except DeadlineExceeded as over:
                 raise gate.out() or over from None
             except DemandImpossible:
                 # A limit was taken away while it waited: it asks for what binds it now.
                 if self._limiter.policy is policy:
                     raise
+
+    def _held(
+        self, call: Call, demand: Demand, attempt: Attempt, caller: Caller
+    ) -> AbstractAsyncContextManager[None]:
+        """What the call will cost, reserved of its caller's budget until it is charged."""
+        rates, estimate = self._demands.prices.of(call.model), demand.estimate
+        price = (0, 0) if estimate is None else foreseen(rates, estimate, demand.images)
+        return self._budgets.held(caller, call.request_id, price, lambda: attempt.charge)
 
     async def _call(
         self, call: Call, attempt: Attempt, sink: Sink | None, permit: Permit, demand: Demand
@@ -341,8 +352,10 @@ class Pipeline:
             attempt.charge = self._charge(call.model, demand, attempt.answer, error, whole=whole)
             self._settle(permit, outcome, demand, attempt.answer, attempt.charge)
 
-    def _admission(self, demand: Demand, deadline_ms: int | None, hard_ms: int) -> Acquisition:
-        return self._limiter.acquire(
+    def _admission(
+        self, demand: Demand, deadline_ms: int | None, hard_ms: int, caller: Caller = ANYBODY
+    ) -> AbstractAsyncContextManager[Permit]:
+        admission = self._limiter.acquire(
             *demand.limits,
             tenant=demand.tenant,
             priority=demand.priority,
@@ -351,6 +364,9 @@ class Pipeline:
             deadline_ms=deadline_ms,
             hard_ms=hard_ms,
         )
+        if caller.budgets is NO_BUDGETS:
+            return admission
+        return Solvent(admission, self._budgets, caller)
 
     def _charge(
         self,
@@ -361,19 +377,10 @@ class Pipeline:
         *,
         whole: bool,
     ) -> Charge:
-        """For what the provider told of a whole answer; else for what came of it at least, and for
-        the input once the request may have gone out."""
-        rates, images = self._demands.prices.of(model), len(answer.pictures)
-        if whole and not is_unknown(answer.usage):
-            return charge_of(rates, answer.usage, images, whole=True)
-        if error is not None and ((error.status or 0) >= 400 or _never_sent(error)):
-            return NO_CHARGE  # a refusal, or nobody to send it to
-        if demand.estimate is None:
-            return UNKNOWN_CHARGE
-        came = came_tokens(answer.whole_text, images=images)
-        if is_unknown(answer.usage):
-            return estimated_charge(rates, demand.estimate, came, images)
-        return cut_charge(rates, answer.usage, demand.estimate, came, images)
+        if error is not None and ((error.status or 0) >= 400 or never_sent(error)):
+            return NO_CHARGE
+        rates = self._demands.prices.of(model)
+        return answer_charge(rates, answer, demand.estimate, whole=whole)
 
     def _settle(
         self, permit: Permit, outcome: Outcome, demand: Demand, answer: Answer, charge: Charge
@@ -384,13 +391,6 @@ class Pipeline:
         used = demand.used(answer.usage, charge.usage, whole=whole)
         permit.settle(outcome, tokens=used, images=images)
         self._demands.learn(demand, answer.usage, charge.usage, whole=whole)
-
-
-def _never_sent(error: UpstreamError) -> bool:
-    """Whether there was no connection to send the request on."""
-    if isinstance(error, UpstreamTimeout):
-        return error.phase == "connect"
-    return isinstance(error, UpstreamUnavailable) and error.broke == "connecting"
 
 
 def _suspect_of(call: Call) -> Suspect:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import ceil
 
-from tidegate.call import UNKNOWN_CHARGE, Charge, Usage, UsageState
+from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageState
 from tidegate.demand.estimator import Estimate, tokens_of
 from tidegate.demand.pieces import PICTURE_TOKENS, pieces_of_text
+from tidegate.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from tidegate.policy.upstreams import Price, Upstream
 
 _PICOS = 10**12  # of money: a millionth of what a million LLM tokens cost, for each of them
@@ -85,6 +86,16 @@ def estimated_charge(rates: Rates | None, estimate: Estimate, came: int, images:
     return Charge(UsageState.ESTIMATED, usage, images or None, cost)
 
 
+def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[int, int]:
+    """What a call will cost, about: millionths of money, 0 without a price, and LLM tokens."""
+    usage = Usage(
+        input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
+        output_tokens=max(estimate.expected_output_tokens, estimate.guessed_output_tokens),
+    )
+    micros = cost_micros(rates, usage, images) or 0
+    return micros, sum(count or 0 for count in tokens_of(usage))
+
+
 def cut_charge(
     rates: Rates | None, told: Usage, estimate: Estimate, came: int, images: int | None
 ) -> Charge:
@@ -104,10 +115,33 @@ def cut_charge(
     return Charge(UsageState.PARTIAL, usage, images, cost_micros(rates, usage, images))
 
 
+def answer_charge(
+    rates: Rates | None, answer: Answer, estimate: Estimate | None, *, whole: bool
+) -> Charge:
+    """For a call by a provider's SDK that was sent: what the provider told of a whole answer, else
+    what came of it at least, and the input."""
+    images = len(answer.pictures)
+    if whole and not is_unknown(answer.usage):
+        return charge_of(rates, answer.usage, images, whole=True)
+    if estimate is None:
+        return UNKNOWN_CHARGE
+    came = came_tokens(answer.whole_text, images=images)
+    if is_unknown(answer.usage):
+        return estimated_charge(rates, estimate, came, images)
+    return cut_charge(rates, answer.usage, estimate, came, images)
+
+
 def came_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:
     """About how many LLM tokens an answer has, as far as it came. `scale`: `text` is of that part
     of it."""
     return ceil(sum(pieces_of_text(text).values()) * scale + images * PICTURE_TOKENS)
+
+
+def never_sent(error: UpstreamError) -> bool:
+    """Whether there was no connection to send a request on."""
+    if isinstance(error, UpstreamTimeout):
+        return error.phase == "connect"
+    return isinstance(error, UpstreamUnavailable) and error.broke == "connecting"
 
 
 def is_unknown(usage: Usage) -> bool:

@@ -27,6 +27,7 @@ ADVICE: dict[str, str] = {
     "cancelled": "It was cancelled. Retry it if that was a mistake.",
     "too_many_followers": "This process had enough to follow. Asking again later helps.",
     "quota_exceeded": "Its tenant has as much queued or open as it may: raise that, or wait.",
+    "budget_reserved": "Its tenant's other calls may spend what is left: ask again when they end.",
     "budget_exceeded": "Its tenant has spent its budget: raise it, or wait for the next period.",
     "admission": "The limiter did not let it in: see the limits.",
     "deadline_exceeded": "It was not let in before its deadline: raise the limit that it waited "

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NoReturn
@@ -253,6 +254,17 @@ class Gate:
             except Exception:  # the top of a task: logged, and it goes on
                 log.exception(Log.INTERNAL_ERROR)
             await asyncio.sleep(LOOK_EVERY_S)
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """Keep what it knows the newest; at the end, put on record which keys were used."""
+        watching = asyncio.create_task(self.run())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(StoreUnavailable):
+                await self.note_uses()
 
     async def note_uses(self) -> None:
         """Put on record when keys were last used. Raises StoreUnavailable."""

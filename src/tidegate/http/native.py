@@ -376,7 +376,6 @@ class _Front(Out):
 
     def _record(self, call: NativeCall, status: Status, failure: Failure | None) -> None:
         life = self._life
-        self._services.budgets.note(call.caller, self._request_id, life.charge)
         path = self._scope["path"]
         record = record_of(call, life, path, status, failure, http_status=life.http_status)
         record.request_type = content_type_in(self._scope["headers"])

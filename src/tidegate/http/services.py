@@ -14,7 +14,6 @@ from starlette.types import Scope
 from tidegate.call import Caller
 from tidegate.config import Config
 from tidegate.http.auth import Gate
-from tidegate.http.budgets import BudgetGate
 from tidegate.http.incoming import Bodies, Hold, Room
 from tidegate.http.looks import Looks
 from tidegate.http.openings import Openings
@@ -30,6 +29,7 @@ from tidegate.policy import PolicyKeeper
 from tidegate.relay.spine import Relay
 from tidegate.relay.under_way import UnderWay
 from tidegate.store.blobs import Blobs
+from tidegate.store.budgets import BudgetGate
 from tidegate.store.store import Store
 
 

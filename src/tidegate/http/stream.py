@@ -270,7 +270,7 @@ class StreamedAnswer(Response):
         async def sink(event: Event) -> None:
             await self._emit(writer, event, kind)
 
-        await pipeline.run(call, self._attempt, sink, deadline_ms=max(1, self._left_ms()))
+        await pipeline.run(call, self._attempt, sink, self._caller, max(1, self._left_ms()))
 
     def _left_ms(self) -> int:
         """Until the deadline, which is for admission; negative when it has passed."""
@@ -328,7 +328,6 @@ class StreamedAnswer(Response):
             trail=attempt.trail,
         )
         result = attempt_result(attempt, self._model or "", tuple(self._outputs), end.failure)
-        self._services.budgets.note(self._caller, self._request_id, attempt.charge)
         await self._services.store.record_stream(
             StreamRecord(job, end.status, datetime.now(UTC), result, end.failure)
         )

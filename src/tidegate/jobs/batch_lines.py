@@ -21,6 +21,7 @@ from tidegate.errors import (
     LeaseLost,
     LimiterUnavailable,
     QueueFull,
+    QuotaExceeded,
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
@@ -60,6 +61,7 @@ _LATER = (
     LeaseLost,
     ShuttingDown,
     DeadlineExceeded,  # the batch expires as a whole
+    QuotaExceeded,  # its tenant's budget: the batch stands still
 )
 
 log = get_logger()
@@ -229,6 +231,7 @@ class LineCaller:
                     [line], waits_ms=waits_ms, is_counted=is_counted
                 )
             )
+            self._relay.budgets.forget(line.id)
             if life.tries:
                 again = observed_of(_record_of(line, life, Failure.of(error), None))
                 self._store.observers.note(replace(again, status=RETRIED))
@@ -249,7 +252,7 @@ class LineCaller:
                 request_id=line.id,
                 path=line.endpoint,
                 body=line.body.encode(),
-                caller=Caller(line.tenant_id, line.key_id, line.models),
+                caller=await self._caller_of(line),
                 priority=PRIORITY,
                 deadline_ms=left_ms,
                 trail=held.trail,
@@ -260,6 +263,13 @@ class LineCaller:
             raise
         finally:
             held.is_over = True
+
+    async def _caller_of(self, line: Line) -> Caller:
+        """Who asks, and whose budget it spends. Raises StoreUnavailable."""
+        caller = Caller(line.tenant_id, line.key_id, line.models)
+        if line.key_id is None:
+            return caller
+        return replace(caller, budgets=await self._relay.budgets.budgets_of(line.tenant_id))
 
     def _wait_ms(self, line: Line, life: Life, error: TidegateError) -> float | None:
         """Until the line is called again; None where it has failed."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from tidegate.attempt import Attempt
+from tidegate.call import Caller
+from tidegate.config import Config
 from tidegate.errors import DeadlineExceeded, TidegateError
 from tidegate.pipeline import Ask
 from tidegate.store.cancels import CANCELLED
 from tidegate.store.records import AttemptResult, ClaimedJob, Failure
 from tidegate.store.states import Status
+from tidegate.store.store import Store
 from tidegate.telemetry import FrequentLog, Log, get_logger
 
 log = get_logger()
@@ -23,6 +26,15 @@ log_job = FrequentLog(Log.JOB_DONE)
 def ask_of(job: ClaimedJob) -> Ask:
     kind = job.classification.kind
     return Ask(job.prompt, job.attachments, job.image_uri, kind, job.tenant_id)
+
+
+async def payer_of(job: ClaimedJob, config: Config, store: Store) -> Caller:
+    """Whose budget a job spends. Raises BudgetExceeded, and StoreUnavailable."""
+    if not config.asks_for_keys:
+        return Caller(job.tenant_id)
+    caller = Caller(job.tenant_id, budgets=await store.budgets.budgets_of(job.tenant_id))
+    await store.budgets.let_in(caller)
+    return caller
 
 
 def status_of(result: AttemptResult) -> Status:

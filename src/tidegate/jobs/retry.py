@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from tidegate.errors import (
+    BudgetExceeded,
     ConfigError,
     LeaseLost,
     LimiterUnavailable,
@@ -26,6 +27,7 @@ NOT_THE_JOBS_FAULT = (
 )
 _FIRST_WAIT_MS = 500
 _LONGEST_WAIT_MS = 60_000
+_SPENT_WAIT_MS = 60_000
 _LONGEST_SERVER_WAIT_MS = 86_400_000
 
 
@@ -49,6 +51,15 @@ def is_of_upstream(error: TidegateError | None) -> bool:
     """Whether a fault is the upstream's: it uses up no attempt, and `Outages` says when to ask
     again."""
     return isinstance(error, UpstreamError) and error.of_upstream
+
+
+def spent_wait_ms(error: TidegateError | None, rng: random.Random | None = None) -> int | None:
+    """Milliseconds until a job whose tenant has spent its budget is looked at again: when the next
+    period begins, and every minute or so before, since a budget can be raised. None for others."""
+    if not isinstance(error, BudgetExceeded):
+        return None
+    look = (rng or random).uniform(_SPENT_WAIT_MS / 2, _SPENT_WAIT_MS)
+    return max(1, round(min(look, error.retry_after_ms or look)))
 
 
 def retry_wait_ms(

@@ -24,10 +24,10 @@ from tidegate.errors import (
 )
 from tidegate.jobs.batch_runner import BatchRunner
 from tidegate.jobs.bodies import CallBodies
-from tidegate.jobs.ends import ask_of, internal, log_end, status_of, time_left_ms
+from tidegate.jobs.ends import ask_of, internal, log_end, payer_of, status_of, time_left_ms
 from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.outages import Key, Outages, Turn
-from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms
+from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms, spent_wait_ms
 from tidegate.jobs.stages import Stage, Stages, Tasks, end_cancelling
 from tidegate.jobs.wrapped import run_wrapped, targets_of
 from tidegate.limiter import Permit
@@ -45,9 +45,8 @@ _UNSURE_WINDOW = 16
 _LARGEST_WINDOW = 256
 _STORE_POLL_S = 0.25
 _LONGEST_PUT_PAUSE_S = 4.0
-_LAST_CLAIM_S = 1.0
+_LAST_CLAIM_S, _LAST_RECORDS_S = 1.0, 8.0
 _CANCELS_EVERY_MS = 1_000
-_LAST_RECORDS_S = 8.0
 
 log = get_logger()
 
@@ -227,15 +226,16 @@ class Worker:
             attempt.is_marked = True
 
         async def run(left_ms: int | None) -> None:
+            caller = await payer_of(job, self._config, self._store)
             if job.endpoint is not None:
                 async with self._bodies.of(job, kind) as body:
-                    await run_wrapped(self._relay, job, attempt, admitted, body=body)
+                    await run_wrapped(self._relay, job, attempt, admitted, body=body, caller=caller)
                 return
             if kind is Kind.IMAGE_GENERATION and self._blobs.away:
                 await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
             media = await self._pipeline.media(ask_of(job))
             call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
-            await self._pipeline.run(call, attempt, None, deadline_ms=left_ms, on_admitted=admitted)
+            await self._pipeline.run(call, attempt, None, caller, left_ms, admitted)
 
         failure: TidegateError | None = None
         try:
@@ -292,9 +292,10 @@ class Worker:
             error, pictures = error or away, ()
         failure = Failure.of(error) if error else None
         result = attempt_result(attempt, model, pictures, failure)
-        wait_ms, is_counted = None, not is_of_upstream(error)
-        if not is_counted:
+        wait_ms = spent_wait_ms(error)
+        if is_of_upstream(error):
             wait_ms = self._outages.wait_ms(self._targets_of(job))
+        is_counted = wait_ms is None
         if result is None:
             assert error is not None
             if wait_ms is not None:

@@ -34,9 +34,10 @@ async def run_wrapped(
     admitted: Begun,
     *,
     body: bytes,
+    caller: Caller,
 ) -> None:
-    """Make the call that a job wraps, with its `body`; `attempt` is filled as the pipeline would
-    fill it."""
+    """Make the call that a job wraps, with its `body`, on the budget of its `caller`; `attempt` is
+    filled as the pipeline would fill it."""
     assert job.endpoint is not None
     life, left_ms = Life(), time_left_ms(job)
 
@@ -50,7 +51,7 @@ async def run_wrapped(
         request_id=job.request_id,
         path=job.endpoint,
         body=body,
-        caller=Caller(tenant_id=job.tenant_id),
+        caller=caller,
         priority=job.priority,
         deadline_ms=None if left_ms is None else max(1, left_ms),
         trail=attempt.trail,

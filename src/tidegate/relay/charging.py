@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tidegate.call import NO_CHARGE, Charge
 from tidegate.demand import Demand, Demands
-from tidegate.demand.cost import charge_of, cut_charge, estimated_charge, is_unknown
+from tidegate.demand.cost import charge_of, cut_charge, estimated_charge, foreseen, is_unknown
 from tidegate.demand.estimator import Estimate
 from tidegate.relay.asked import Asked
 from tidegate.relay.call import Life, NativeCall
@@ -43,6 +43,16 @@ def native_charge(
     if is_unknown(usage):
         return estimated_charge(rates, estimate, came.tokens, images or came.pictures)
     return cut_charge(rates, usage, estimate, came.tokens, images)
+
+
+def price_of(
+    call: NativeCall, asked: Asked | None, model: str, demands: Demands, demand: Demand
+) -> tuple[int, int]:
+    """What a call will cost, about: millionths of money, and LLM tokens."""
+    if asked is None or not call.endpoint.is_counted:
+        return 0, 0
+    estimate = _estimate(demands, demand, asked, model, call.caller.tenant_id)
+    return foreseen(demands.prices.of(model), estimate, asked.images)
 
 
 def _estimate(demands: Demands, demand: Demand, asked: Asked, model: str, tenant: str) -> Estimate:

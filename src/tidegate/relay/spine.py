@@ -32,6 +32,7 @@ from tidegate.relay.targets import Target, Targets
 from tidegate.relay.work import Begun, Work
 from tidegate.spine.faults import RetryBudget
 from tidegate.spine.routing import Gate, Gates
+from tidegate.store.budgets import BudgetGate
 from tidegate.telemetry import get_logger
 from tidegate.tracing import HEADER, Tracing
 
@@ -51,8 +52,10 @@ class Relay:
         pools: Mapping[str, Limiter],
         wire: RelayWire,
         tracing: Tracing,
+        budgets: BudgetGate,
     ) -> None:
         self.targets = targets
+        self.budgets = budgets
         self.tracing = tracing
         self.health = Gates(
             {

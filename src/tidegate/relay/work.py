@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from tidegate.call import Outcome
+from tidegate.call import NO_BUDGETS, Outcome
 from tidegate.demand import Demand
 from tidegate.errors import (
+    BudgetReserved,
     DeadlineExceeded,
     DemandImpossible,
     UpstreamError,
@@ -30,7 +31,7 @@ from tidegate.providers.relay import Exchange
 from tidegate.relay import inside
 from tidegate.relay.asked import Asked
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
-from tidegate.relay.charging import native_charge
+from tidegate.relay.charging import native_charge, price_of
 from tidegate.relay.headers import to_return
 from tidegate.relay.refusal import refusal_of
 from tidegate.relay.request_body import body_for
@@ -39,6 +40,7 @@ from tidegate.relay.usage import pictures_in
 from tidegate.relay.usage_event import WithoutUsageEvent
 from tidegate.spine.faults import Suspect
 from tidegate.spine.patience import NotWorthWaiting, Patience
+from tidegate.store.budgets import Solvent
 
 if TYPE_CHECKING:
     from tidegate.relay.spine import Relay
@@ -71,6 +73,7 @@ class Work:
         self._out = out
         self._life = life
         self._tried = False
+        self._bills = call.caller.budgets is not NO_BUDGETS and call.endpoint.is_counted
 
     async def until_answered(self, targets: list[Target]) -> None:
         left = self._relay.usable(targets)
@@ -84,6 +87,10 @@ class Work:
                 now = self._policies(left)
                 if all(one is other for one, other in zip(policies, now, strict=True)):
                     raise
+            except BudgetReserved:
+                if self._call.left_ms() <= 0:
+                    raise
+                await self._relay.budgets.room(self._call.caller, self._call.left_ms() / 1000)
             except CallFailed as failed:
                 if not self._worth_another(failed):
                     raise
@@ -134,7 +141,7 @@ class Work:
                             if permit is not None:
                                 permit.settle(Outcome.IGNORED, tokens=0, images=0)
                         elif permit is not None or not demand.limits:
-                            await self._under(permit, target, demand)
+                            await self._admitted(permit, target, demand)
                             return
                 except DemandImpossible as impossible:
                     never[place] = impossible
@@ -146,7 +153,7 @@ class Work:
             self._life.queue = targets[place].upstream.pool, demands[place].limits
             try:
                 async with self._admission(targets[place], demands[place]) as permit:
-                    await self._under(permit, targets[place], demands[place])
+                    await self._admitted(permit, targets[place], demands[place])
                     return
             except NotWorthWaiting:
                 continue  # in another's queue, if there is one that is
@@ -191,9 +198,28 @@ class Work:
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         limiter = self._relay.limiter_of(target)
+        admission: AbstractAsyncContextManager[Permit]
         admission = limiter.acquire_for(self._relay.wanted(demand, left_ms))
+        if self._bills:
+            admission = Solvent(admission, self._relay.budgets, self._call.caller)
         gate = self._relay.gate_of(target)
         return Patience(admission, gate, demand, target.model, left_ms)
+
+    async def _admitted(self, permit: Permit | None, target: Target, demand: Demand) -> None:
+        """The call under its permit, and under its tenant's budget where there is one."""
+        if not self._bills:
+            await self._under(permit, target, demand)
+            return
+        call, budgets = self._call, self._relay.budgets
+        if permit is not None:
+            permit.settle(Outcome.IGNORED, tokens=0, images=0)  # if the budget refuses it
+        demands = self._relay.demands_of(target)
+        price = price_of(call, self._asked, target.model, demands, demand)
+        await budgets.reserve(call.caller, call.request_id, *price)
+        try:
+            await self._under(permit, target, demand)
+        finally:
+            budgets.settle(call.caller, call.request_id, self._life.charge)
 
     async def _under(self, permit: Permit | None, target: Target, demand: Demand) -> None:
         """The call itself, under its permit."""

@@ -231,6 +231,7 @@ class Recorder:
             if entry["op"] not in KEY_OPS and str(entry["row"]["id"]) not in written
         ]
         await self._discard([*gone, *lost])
+        self._spending.written(str(entry["row"]["id"]) for entry in lost)  # it never will be
         ids = {id(entry) for entry in lost}
         return [
             ClaimLost(f"another worker has {entry['row']['id']} now") if id(entry) in ids else None

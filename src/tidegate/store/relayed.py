@@ -254,8 +254,10 @@ class RelayLog:
         return gone
 
     def noted(self, records: Iterable[RelayRecord]) -> None:
-        """Tell those who count calls of calls whose records `add` has written."""
-        self._observers.tell([observed_of(record) for record in records])
+        """Tell those who count calls, and their costs, of records that `add` has written."""
+        written = list(records)
+        self._spending.written(record.request_id for record in written)
+        self._observers.tell([observed_of(record) for record in written])
 
     async def _write(self, batch: list[RelayRecord]) -> None:
         given = []

@@ -24,6 +24,7 @@ from tidegate.store.batch_lines import BatchLines
 from tidegate.store.batches import Batches
 from tidegate.store.bell import Bell
 from tidegate.store.blobs import Blobs
+from tidegate.store.budgets import BudgetGate
 from tidegate.store.cancels import Cancels
 from tidegate.store.claims import Claims, running_row
 from tidegate.store.connection import Connections, ReadTurns
@@ -73,7 +74,7 @@ _CLOSE_TIMEOUT_MS = 6_000
 class Store:
     """One per process. Made by `from_url`, then `start()`; `aclose()` at the end."""
 
-    _house: asyncio.Task[None] | None = None
+    _house: asyncio.Future[tuple[None, None]] | None = None
     _schema_fitted = False
 
     def __init__(
@@ -92,8 +93,7 @@ class Store:
         self.instance_id = instance_id
         self._connections = connections
         self.spill = spill
-        self.spending = Spending()
-        self.usage = UsageTotals(connections)
+        self.spending, self.usage = Spending(), UsageTotals(connections)
         self._bell = Bell(connections)
         self._watch = Watch(connections, self._bell)
         ringing = (connections, self._bell, self.observers)
@@ -107,8 +107,7 @@ class Store:
             may_judge=lambda: self._claims.may_judge,
         )
         self.native_keys = NativeKeys(connections, self._recorder.keep, lease_ms=claim_lease_ms)
-        self.policies = Policies(connections)
-        self.running_calls = Running(connections)
+        self.policies, self.running_calls = Policies(connections), Running(connections)
         self.outbox = Outbox(connections)
         self.listing, self.search = Listing(connections), Search(connections)
         self.recorded, self.dossiers = Recorded(connections, blobs), Dossiers(connections)
@@ -116,6 +115,7 @@ class Store:
         self.history, self.stuck = History(connections, instance_id), Stuck(connections, self._bell)
         self._submits = Submits(connections, self._bell)
         self.tenants, self.signins = Tenants(connections), SignIns(connections)
+        self.budgets = BudgetGate(self.usage, self.spending, self.tenants)
         self.queued, self.standing = Queued(connections), Standing(connections)
         self._places, self._turns = Places(), ReadTurns(_READS_AT_ONCE)
 
@@ -175,7 +175,7 @@ class Store:
         self._connections.start()
         self._recorder.start()
         self.relayed.start()
-        self._house = asyncio.create_task(keep_house(self._connections))
+        self._house = asyncio.gather(keep_house(self._connections), self.budgets.run())
 
     async def aclose(self) -> None:
         """Write what is pending, or leave it on the disk, within about 10 s; then disconnect."""

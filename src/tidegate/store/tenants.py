@@ -127,6 +127,15 @@ class Tenants:
         version, rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
         return version, {row["prefix"]: _found(row) for row in rows}
 
+    async def budgets(self, tenants: Sequence[str]) -> dict[str, Budgets]:
+        """What each of them may spend; `NO_BUDGETS` itself where that is not bound."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(sql("get_budgets"), list(tenants))
+            return found
+
+        return {row["id"]: _budgets(row) for row in await self._connections.run(read)}
+
     async def any_key(self) -> bool:
         async def read(connection: asyncpg.Connection) -> bool:
             return bool(await connection.fetchval(sql("any_key")))
@@ -330,14 +339,13 @@ async def _version(connection: asyncpg.Connection) -> int:
 
 def _found(row: asyncpg.Record) -> FoundKey:
     caps = Caps(**{one.name: row[one.name] for one in fields(Caps)})
-    budgets = Budgets(**{one.name: row[one.name] for one in fields(Budgets)})
     caller = Caller(
         tenant_id=row["tenant_id"],
         key_id=row["prefix"],
         models=None if row["models"] is None else tuple(row["models"]),
         most_priority=row["most_priority"],
         caps=caps,
-        budgets=NO_BUDGETS if budgets == NO_BUDGETS else budgets,
+        budgets=_budgets(row),
     )
     return FoundKey(
         digest=bytes(row["digest"]),
@@ -348,6 +356,11 @@ def _found(row: asyncpg.Record) -> FoundKey:
         disabled=row["disabled"],
         expires_in_s=row["expires_in_s"],
     )
+
+
+def _budgets(row: asyncpg.Record) -> Budgets:
+    budgets = Budgets(**{one.name: row[one.name] for one in fields(Budgets)})
+    return NO_BUDGETS if budgets == NO_BUDGETS else budgets
 
 
 def _key(row: asyncpg.Record) -> Key:

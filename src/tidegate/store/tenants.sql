@@ -20,6 +20,13 @@ SELECT k.prefix, k.digest, k.tenant_id, k.scopes, k.revoked_at IS NOT NULL AS re
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.prefix = ANY($1::text[])
 
+-- name: get_budgets
+-- What the tenants $1 may spend.
+SELECT id, (budget_day_money * 1000000)::bigint AS day_micros,
+    (budget_month_money * 1000000)::bigint AS month_micros,
+    budget_day_tokens AS day_tokens, budget_month_tokens AS month_tokens
+FROM tenants WHERE id = ANY($1::text[])
+
 -- name: any_key
 -- Whether there is a key that works.
 SELECT EXISTS (
