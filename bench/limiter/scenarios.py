@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bench.limiter import tenants
 from bench.limiter.arrivals import most_in_window, rate_used, refusals
 from bench.limiter.orders import Orders
 from bench.limiter.stage import Stage
@@ -274,6 +275,7 @@ OURS_ONLY: dict[str, Callable[[Entry, Setting], Figures]] = {
     "queued-100000": queued(100_000, 15.0),
     "crash-reap": lambda entry, setting: crash(entry, setting, reap_closed_ms=200),
     "pause-hold": lambda entry, setting: pause(entry, setting, on_expiry="hold"),
+    "tenants-10000": lambda entry, setting: tenants.measure(setting.seconds),
     "restart-kill": lambda entry, setting: restart(entry, setting, kill=True),
 }
 RATES: dict[str, Callable[[Entry, Setting], Figures]] = {"rates": rates}

@@ -34,8 +34,8 @@ logger = logging.getLogger("tidegate.limiter")
 ACK_EARLY = 4
 # How many flows one request asks to be hinted at.
 MAX_WANTS = 16
-# At how many flows one request has the server look: all of them take several.
-MAX_LOOKS = 100
+# At how many flows one request has the server look, and one that compares all besides.
+MAX_LOOKS, LOOKS_BESIDE = 50, 20
 
 
 class Session:
@@ -224,9 +224,9 @@ class Session:
     def _request(self, batch: Batch, run: str, uptime_ms: int) -> SyncRequest:
         at = self.lease.now_ms()
         self._batch += 1
-        # A script of its own does what is out of the ordinary; it is asked for by `full`.
         full = self._full or self._tend or batch.joining
-        looking = self._ledger.flows_to_look_at(MAX_LOOKS, begin=self._full or batch.joining)
+        looks = LOOKS_BESIDE if full else MAX_LOOKS
+        looking = self._ledger.flows_to_look_at(looks, begin=self._full or batch.joining)
         fields = compose(batch, self._ledger.flows_to_hint(MAX_WANTS), looking, at)
         held, quotas = fields.pop("held"), fields.pop("quotas")
         request = SyncRequest(

@@ -37,6 +37,10 @@ end
 """
 
 
+# The families of fields in a record; those of a later version are none of our business.
+FAMILIES = set("duwpgaxebstn")
+
+
 class Pool:
     """A pool at a server; `run` names the server's life."""
 
@@ -151,7 +155,7 @@ def stray_fields(
     found = []
     for field, value in record.items():
         letter, colon, name = field.partition(":")
-        if not colon or len(letter) != 1:
+        if not colon or letter not in FAMILIES:
             continue
         if letter == "t":
             stays = name in weights

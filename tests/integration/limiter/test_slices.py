@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import redis
 
 from tests.integration.limiter.slices import Pool, Process, stray_fields
 from tidegate.limiter.limits import Limit, PoolPolicy, Rate
+from tidegate.limiter.session import LOOKS_BESIDE, MAX_LOOKS
 
 LEASE_MS = 30_000
 MANY = 2500  # more than two pages
@@ -76,9 +79,9 @@ def test_a_process_with_many_waiting_tenants_has_them_looked_at_some_by_some(mad
     assert len(process.ledger.waiting) == 1000
     pool.pass_time(LEASE_MS // 3)
     looks = process.compare()
-    assert len(looks) == 10
+    assert len(looks) == 1 + math.ceil((1000 - LOOKS_BESIDE) / MAX_LOOKS)
     # Of the first call: what the session itself holds and where it waits is one answer.
-    assert max(work["commands"] for work in looks) < 100 * 12
+    assert max(work["commands"] for work in looks) < 12 * MAX_LOOKS
     # All of them are looked at: a limit that somebody raises lets in everybody.
     assert len(process.ledger.held) == 1000
 
@@ -173,6 +176,18 @@ def test_of_limits_that_are_taken_away_nothing_stays_in_the_record(made: Made) -
         assert stray_fields(record, {}, set(process.session.policy.limits)) == []
         sizes.append(len(record))
     assert sizes[2:] == sizes[:2]
+
+
+def test_a_change_of_one_limit_costs_no_work_at_the_others(made: Made) -> None:
+    pool = made(many(1000))
+    [process] = settled(pool, 1)
+    changed = many(1000, revision=2)
+    limits = {**changed.limits, "tenant:7": 2}
+    process.session.set_policy(replace(changed, limits=limits), "somebody")
+    work = process.say()
+    assert max(each["commands"] for each in work) < 150
+    assert pool.field("d:tenant:7").startswith("c|2|")
+    assert pool.field("revision") == "2"
 
 
 def test_usage_that_is_announced_and_never_told_is_bounded(made: Made) -> None:

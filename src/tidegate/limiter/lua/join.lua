@@ -24,22 +24,52 @@ function T.clear_field(letter, name)
 end
 
 function T.clear_policy(policy)
+  local gone = {}
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
-    local letter, name = string.match(field, '^([webxs]):(.*)$')
+    local letter, name = string.match(field, '^(%a):(.*)$')
     local there = letter and policy.limits[name]
-    if letter and (not there or letter == 's' and string.match(there, '^c')) then
-      T.clear_field(letter, name)
-    end
-    letter, name = string.match(field, '^([dta]):(.*)$')
-    local bound = letter == 'a' and string.match(policy.limits[name] or '', '^c|(%d+)|%d|[1-9]')
+    local bound = letter == 'a' and string.match(there or '', '^c|(%d+)|%d|[1-9]')
     if bound then
       -- What an adaptive limit has found out stays, within its bound.
       local current, dropped_at = string.match(call('HGET', T.meta_key, field), '^(%d+)|(%d+)')
       current = math.min(tonumber(current), bound * 1000)
       call('HSET', T.meta_key, field, T.int(current) .. '|' .. dropped_at)
-    elseif letter then
-      call('HDEL', T.meta_key, field)
+    elseif letter == 'a' or letter == 'd' and not there or letter == 't' and not policy.weights[name] then
+      gone[field] = false
+    elseif letter == 's' and not (there and string.match(there, '^[rq]'))
+      or (letter == 'w' or letter == 'e' or letter == 'b' or letter == 'x') and not there then
+      T.clear_field(letter, name)
     end
+  end
+  T.write(T.meta_key, gone)
+end
+
+-- Writes what is defined otherwise than before; returns the names of those limits.
+function T.define(policy)
+  local names, fields, changed, defined = {}, {}, {}, {}
+  for name in pairs(policy.limits) do
+    names[#names + 1] = name
+    fields[#fields + 1] = 'd:' .. name
+  end
+  local before = T.read(T.meta_key, fields)
+  for i, name in ipairs(names) do
+    if before[i] ~= policy.limits[name] then
+      changed[#changed + 1] = name
+      defined[fields[i]] = policy.limits[name]
+    end
+  end
+  for name, weight in pairs(policy.weights) do defined['t:' .. name] = T.int(weight) end
+  T.write(T.meta_key, defined)
+  return names, changed
+end
+
+-- Whoever waits may be admitted now, by other bounds or other bands.
+function T.touch_waited_for(names)
+  if pool.parked == 0 then return end
+  local fields = {}
+  for i, name in ipairs(names) do fields[i] = 'w:' .. name end
+  for i, waiting in ipairs(T.read(T.meta_key, fields)) do
+    if waiting and string.find(',' .. waiting, ',[1-9]') then T.touched[names[i]] = true end
   end
 end
 
@@ -56,14 +86,10 @@ function T.merge_policy(policy)
   end
   if policy.revision <= pool.revision then return end
   T.reload_limits()
+  local new = pool.revision == 0
   T.clear_policy(policy)
-  for name, definition in pairs(policy.limits) do
-    call('HSET', T.meta_key, 'd:' .. name, definition)
-    T.touched[name] = true
-  end
-  for name, weight in pairs(policy.weights) do
-    call('HSET', T.meta_key, 't:' .. name, T.int(weight))
-  end
+  local names, changed = T.define(policy)
+  T.touch_waited_for(names)
   pool.revision, pool.lease_ms, pool.hold = policy.revision, policy.lease_ms, policy.hold
   pool.bands, pool.queue_max = policy.bands, policy.queue_max
   pool.hand_off, pool.reap_ms = policy.hand_off, policy.reap_ms
@@ -73,7 +99,13 @@ function T.merge_policy(policy)
     'policy', policy.blob)
   call('LPUSH', T.prefix .. 'history', cmsgpack.pack({ policy.revision, pool.now, policy.by, policy.blob }))
   call('LTRIM', T.prefix .. 'history', 0, T.HISTORY - 1)
-  for name in pairs(policy.limits) do
+  -- In a new record nothing was counted in any way.
+  if new then
+    pool.indexed = true
+    T.put('changes', T.int(pool.changes))
+    return
+  end
+  for _, name in ipairs(changed) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' then T.rates().take_along(limit) end
   end

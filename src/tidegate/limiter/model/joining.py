@@ -6,7 +6,7 @@ drains; the highest revision of the policy wins.
 
 from __future__ import annotations
 
-from tidegate.limiter.limits import PoolPolicy
+from tidegate.limiter.limits import PoolPolicy, as_limit
 from tidegate.limiter.model.roster import Roster
 from tidegate.limiter.model.state import (
     NO_LIMIT,
@@ -18,7 +18,7 @@ from tidegate.limiter.model.state import (
     Session,
     read_flow,
 )
-from tidegate.limiter.wire import Status, SyncRequest
+from tidegate.limiter.wire import Status, SyncRequest, definition
 
 # What a gate is taken for whose record was lost.
 GATE_MS = 1000
@@ -171,7 +171,14 @@ class Joining(Roster):
             return
         self.forget_stamps()
         self.forget_unnamed()
-        self.policy = policy
+        before, self.policy = self.policy, policy
+        changed = [
+            name
+            for name, limit in policy.limits.items()
+            if not before
+            or (old := before.limit(name)) is None
+            or definition(old) != definition(as_limit(limit))
+        ]
         for name in {*self.limits, *policy.limits}:
             limit = self.limit(name)
             limit.limit = policy.binding(name) or NO_LIMIT
@@ -186,7 +193,8 @@ class Joining(Roster):
                 limit.current = min(limit.current, limit.limit.bound * 1000)
         self.forget_unnamed()
         self.touched |= set(policy.limits)
-        for limit in map(self.limit, policy.limits):
+        # In a new record nothing was counted in any way.
+        for limit in map(self.limit, changed if before else ()):
             if limit.is_rate:
                 self.spent(limit)
                 limit.spending.take_along(limit.limit, self.now)
