@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test suite check chaos bench bench-limiter bench-gateway audit canary setup-system lock clean
+.PHONY: help run test suite unit check chaos bench bench-limiter bench-gateway audit canary setup-system lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -20,6 +20,10 @@ test: ## Run the checks and the whole test suite (PYTEST_ARGS="tests/unit -k wor
 
 suite:
 	@.venv/bin/python scripts/suite.py $(PYTEST_ARGS)
+
+unit: ## Run the tests that need no server and no minute (PYTEST_ARGS="-k words")
+	@scripts/bootstrap.sh dev
+	@.venv/bin/python -m pytest tests/unit tests/property -n2 -m "not (valkey or postgres or browser or slow)" $(PYTEST_ARGS)
 
 check: ## Lint, format, types and import contracts
 	@scripts/bootstrap.sh dev

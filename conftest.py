@@ -1,5 +1,6 @@
 """What holds for every run of tests here, those of `chaos/` too."""
 
+from tests.needs import pytest_collection_modifyitems
 from tests.watched import pytest_configure, pytest_xdist_setupnodes
 
-__all__ = ["pytest_configure", "pytest_xdist_setupnodes"]
+__all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_xdist_setupnodes"]

@@ -32,6 +32,7 @@ _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 def pytest_configure(config: pytest.Config) -> None:
     """Go on below a watcher, with a temporary folder that goes when the run has ended."""
     _let_children_hear_signals()
+    _keep_compiled_tests()
     if sys.platform != "linux" or hasattr(config, "workerinput"):
         return
     _remove_old_folders()
@@ -62,6 +63,12 @@ def _let_children_hear_signals() -> None:
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
+
+
+def _keep_compiled_tests() -> None:
+    """To compile all tests again takes each of the processes beside others ten seconds."""
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _go_on_below_a_watcher(folder: Path, *, ends_orphans: bool) -> None:

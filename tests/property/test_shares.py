@@ -46,6 +46,7 @@ def test_a_single_caller_of_long_calls_waits_for_no_more_than_it_uses() -> None:
     assert shares["long"] == pytest.approx(0.5, rel=0.05)  # one of its two permits, all the time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_shares_are_exact_for_random_weights_and_calls(chunk: int) -> None:
     for number in range(chunk, CASES, CHUNKS):

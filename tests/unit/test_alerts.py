@@ -57,6 +57,7 @@ def known() -> dict[str, Spec]:
     return found
 
 
+@pytest.mark.slow
 def test_promtool_takes_the_alerts_and_each_fires_when_it_should() -> None:
     promtool("check", "rules", ALERTS)
     promtool("test", "rules", TESTS.name, cwd=TESTS.parent)

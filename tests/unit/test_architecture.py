@@ -88,8 +88,13 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> tuple[str, ...]:
     """The dotted names that a file imports; of `from a import b` both `a` and `a.b`."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -151,6 +156,7 @@ IMPORTED_LATE = {
 }
 
 
+@pytest.mark.slow
 def test_starting_a_process_imports_neither_the_sdk_nor_alembic() -> None:
     names = [name for name in modules() if not name.startswith("tidegate.store.migrations")]
     names = [name for name in names if name not in IMPORTED_LATE and "__main__" not in name]

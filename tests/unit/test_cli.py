@@ -15,6 +15,9 @@ from tests.commands import ran
 from tidegate import __version__, config
 from tidegate.supervisor.ground import Ground, environment_of
 
+# The first of them waits for a process that has imported all of ours.
+pytestmark = pytest.mark.slow
+
 
 def _run(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     done = asyncio.run(ran(*arguments, cwd=folder, env={**os.environ, **settings}))

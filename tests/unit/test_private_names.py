@@ -76,6 +76,7 @@ def _private_names(path: Path) -> Iterator[str]:
         yield from (name for name in names if _is_private(name) and name not in DOCUMENTED)
 
 
+@pytest.mark.slow
 def test_private_names_of_libraries_are_in_compat_modules_alone() -> None:
     found = {
         f"{path.relative_to(ROOT)}: {name}"

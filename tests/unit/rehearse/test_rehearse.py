@@ -16,6 +16,8 @@ from tidegate.rehearse.stage import Setting
 from tidegate.rehearse.tables import sentence_of, tables_of
 from tidegate.rehearse.trace import Arrival, Pace, Usual
 
+pytestmark = pytest.mark.slow
+
 TEXT = "kind:text_only"
 USUAL = Usual({"text_only": "m"}, Pace())
 AT_ONCE = Setting(round_trip_ms=0.1, hold_ms=0.0)

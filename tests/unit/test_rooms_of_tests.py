@@ -1,0 +1,39 @@
+"""docs/testing.md: every room of the code has its tests there, and every folder of tests a room."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+# Only lead to what they start.
+UNTABLED = {"__init__.py", "__main__.py"}
+
+
+def test_every_room_of_the_code_is_in_the_table() -> None:
+    rows = re.findall(r"^\| (`.+?) \|", TEXT, re.M)
+    named = {name for row in rows for name in re.findall(r"`([\w./]+)`", row)}
+    source = ROOT / "src/tidegate"
+    rooms = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in source.iterdir()
+        if path.suffix == ".py" or (path.is_dir() and list(path.rglob("*.py")))
+    }
+    markers = {"valkey", "postgres", "browser", "slow"}
+    assert named - markers == rooms - UNTABLED
+
+
+def test_every_folder_of_tests_is_named_and_every_name_is_there() -> None:
+    folders = {
+        path.parent.relative_to(ROOT / "tests").as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+    } - {"unit"}
+    named = set(
+        re.findall(
+            r"`((?:unit|integration|contract|property|browser|acceptance)(?:/[\w./]*)?)`", TEXT
+        )
+    )
+    missing = {f for f in folders if not any(f == n or f.startswith(f"{n}/") for n in named)}
+    assert missing == set()
+    assert [name for name in sorted(named) if not (ROOT / "tests" / name).exists()] == []
