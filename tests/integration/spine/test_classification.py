@@ -80,21 +80,21 @@ FAULTS = {
 async def test_keywords_decide_when_the_llm_fails_or_is_slow_and_the_record_says_so(
     open_gateway: Opener,
 ) -> None:
-    gateway = await open_gateway(classifier_timeout_ms=400)
+    gateway = await open_gateway(classifier_timeout_ms=400, worker=False)
     for fault, why in FAULTS.items():
         await gateway.upstream.reset()
         await gateway.upstream.set_fault(fault, kind="classifier")
-        record = await gateway.end_of(await gateway.submit(data=PICTURE_LIKE))
+        record = await gateway.recorded((await gateway.stream(text=PICTURE_LIKE)).request_id)
         assert (record["status"], record["type"]) == ("succeeded", "image_generation")
         assert record["classified_by"] == "keywords"
         assert record["classified_why"].endswith(f"(the LLM {why})"), fault
         # A 429 has paused it, for the next ones' good.
-        await gateway.services.limiter.resume("kind:classifier")
+        await gateway.all_is_well()
         stats = (await gateway.upstream.stats())["classifier"]
         assert (stats.arrived, stats.in_flight) == (1, 0)
     # A guess is not remembered: the next one asks again.
     await gateway.upstream.clear_faults()
-    again = await gateway.end_of(await gateway.submit(data=PICTURE_LIKE))
+    again = await gateway.recorded((await gateway.stream(text=PICTURE_LIKE)).request_id)
     assert again["classified_by"] == "llm"
 
 

@@ -133,7 +133,7 @@ async def test_a_days_quota_that_is_gone_pauses_to_midnight_until_somebody_knows
     assert 0 < paused.paused_ms <= DAY_MS + 3_600_000
     assert (await view(gateway, f"rpm:{MODEL}")).paused_ms == 0
     late = await gateway.stream(text="Explain two", deadline_ms=300)
-    assert late.problem["code"] == "deadline_exceeded"
+    assert late.problem["code"] == "limit_paused"
     assert await gateway.services.limiter.resume(f"rpd:{MODEL}", by="ann")
     assert (await gateway.stream(text="Explain three")).names[-1] == "done"
     assert len(await gateway.calls()) == 2

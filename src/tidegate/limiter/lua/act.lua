@@ -70,6 +70,7 @@ elseif q.verb == 'resume' then
   if limit.pause then
     limit.pause, limit.pause_changed, limit.changed = nil, true, true
     done = 1
+    announce()
   end
   -- Where something else holds it up, the pump sets another timer.
   call('ZREM', T.timed_key, q.limit)

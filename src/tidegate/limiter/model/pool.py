@@ -158,7 +158,9 @@ class PoolModel(Telling):
         in_doubt = self._begin_act(run, wall)
         limit = self.limit(name)
         done = int(self.pause_of(limit) is not None)
-        limit.pause = None if done else limit.pause
+        if done:
+            limit.pause = None
+            self._announce(in_doubt=in_doubt)
         self.timed.pop(name, None)
         self.touched.add(name)
         self._end_act(in_doubt=in_doubt)
