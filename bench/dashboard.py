@@ -34,10 +34,12 @@ class Watched:
     frames: int = 0
 
 
-async def watch(url: str, seen: Watched) -> None:
+async def watch(url: str, shown: str, seen: Watched) -> None:
+    """`shown`: the operator's key, as it stands in the header `Authorization`."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    head = f"GET /dashboard/feed HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n"
+    head = f"GET /dashboard/feed HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+    head += f"Authorization: {shown}\r\n\r\n"
     writer.write(head.encode())
     try:
         status = await reader.readuntil(b"\r\n\r\n")
@@ -98,7 +100,8 @@ async def measure(counts: list[int], seconds: float) -> None:
             print("| --- " * (len(pids) + 3) + "|")
             for viewers in [0, *counts]:
                 seen = Watched()
-                tasks = [asyncio.create_task(watch(fleet.url, seen)) for _ in range(viewers)]
+                shown = fleet.as_operator["Authorization"]
+                tasks = [asyncio.create_task(watch(fleet.url, shown, seen)) for _ in range(viewers)]
                 await asyncio.sleep(SETTLE_S)
                 size_bytes, frames = seen.size_bytes, seen.frames
                 used = await asyncio.gather(

@@ -35,6 +35,7 @@ _SETTINGS = {
     "CLASSIFIER": "auto",
     "LOG_FORMAT": "json",
     "GEMINI_API_KEY": "test-key",
+    "ADMIN_TOKEN": "of-the-operator-of-a-fleet",
 }
 
 
@@ -105,9 +106,16 @@ class Fleet:
     ) -> None:
         await self._stop()
 
+    @property
+    def as_operator(self) -> dict[str, str]:
+        """The header that opens what operators alone may see; `http` shows it."""
+        return {"Authorization": f"Bearer {self.settings['ADMIN_TOKEN']}"}
+
     async def _start(self) -> None:
         self.http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=120)
+            headers={} if self.settings.get("AUTH") == "on" else self.as_operator,
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=120),
         )
         await asyncio.to_thread(self.valkey.start)
         await asyncio.to_thread(self.postgres.start)

@@ -8,18 +8,17 @@ neither Origin nor Sec-Fetch-Site. Nothing here tells whether there is a proxy: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from tidegate.config import Config
 from tidegate.errors import Forbidden
 
-Headers = Iterable[tuple[bytes, bytes]]
+Headers = Collection[tuple[bytes, bytes]]
 
 _OWN_SITES = (b"same-origin", b"none")
 _MOST_REMEMBERED = 200
-_MISSPOKEN = "\0"
 
 
 class Origins:
@@ -33,21 +32,17 @@ class Origins:
 
     def refusal(self, headers: Headers, method: str) -> Forbidden | None:
         """Why a request that shows no key is not answered; None where it is."""
-        host = origin = site = None
-        for name, value in headers:
-            if name == b"host":
-                host = value if host in (None, value) else _MISSPOKEN.encode()
-            elif name == b"origin":
-                origin = value
-            elif name == b"sec-fetch-site":
-                site = value
+        found = dict(headers)
+        host = found.get(b"host")
+        if len(found) != len(headers) and len({v for n, v in headers if n == b"host"}) > 1:
+            host = b""  # two names are no name
         if host is not None and host not in self._known and not self._is_ours(host):
             return Forbidden(
                 f"Host is {_shown(host)}, which is not a name of this gateway",
                 field="Host",
                 allowed=f"{self._in_words()}, or a name in ALLOWED_HOSTS",
             )
-        if origin is None and site is None:
+        if b"origin" not in found and b"sec-fetch-site" not in found:
             return None
         return self.page_refusal(headers, method)
 

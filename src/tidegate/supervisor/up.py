@@ -42,9 +42,9 @@ def up(config: Config, apis: int, workers: int) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     signal.signal(RENEW_SIGNAL, signal.SIG_IGN)  # there is nothing to renew yet
-    operator_key(config)  # made now, where there is none: it can be told what is wrong
     page = Page(config, apis, workers)
     with listen(config) as listener:
+        operator_key(config)  # made before children start, so that one line tells what is wrong
         with (
             prepared(config, busy=page.busy) as ground,
             TemporaryDirectory(prefix="tidegate-counts-") as counts,

@@ -34,8 +34,11 @@ def _get(url: str) -> Any:
         return None
 
 
-def _text(url: str) -> str:
-    with urlopen(url, timeout=30) as answer:
+def _text(url: str, data_dir: Path) -> str:
+    """What an operator is told."""
+    key = (data_dir / "operator.key").read_text(encoding="ascii").strip()
+    shown = Request(url, headers={"Authorization": f"Bearer {key}"})
+    with urlopen(shown, timeout=30) as answer:
         text: bytes = answer.read()
         return text.decode()
 
@@ -106,8 +109,9 @@ async def test_up_shows_its_page_survives_a_killed_child_and_leaves_nothing(
         await wait_until(lambda: _get(f"{place}/health/ready"), 30, "readiness again")
         job = 'tidegate_calls_total{kind="text_only",model="gemini-2.5-flash",pool="gemini",'
         job += 'source="job",status="succeeded"} 1.0'
-        await wait_until(lambda: job in _text(f"{place}/metrics"), 20, "the worker's job is told")
-        assert '{process="worker-1"}' in _text(f"{place}/metrics")
+        metrics = f"{place}/metrics"
+        await wait_until(lambda: job in _text(metrics, data_dir), 20, "the worker's job is told")
+        assert '{process="worker-1"}' in _text(metrics, data_dir)
         up.send_signal(signal.SIGINT)
         assert up.wait(40) == 0
     assert "Nothing is left running" in said.read_text()
@@ -128,12 +132,15 @@ async def test_app_and_worker_find_each_other_and_either_survives_the_other(
             await wait_until(lambda: _get(f"{place}/health/ready"), 60, "readiness")
             first = _submit(place, "Why is the sea salty?")
             assert await wait_until(lambda: _outcome(place, first), 30) == "succeeded"
+            # One key, though both began where there was none.
+            assert '"kind:text_only"' in _text(f"{place}/admin/limits", data_dir)
             serving.kill()
             serving.wait()
         assert working.poll() is None
         with _running(tmp_path, "app2", app, **settings):
             await wait_until(lambda: _get(f"{place}/health/ready"), 60, "readiness")
             assert _outcome(place, first) == "succeeded"
+            assert '"kind:text_only"' in _text(f"{place}/admin/limits", data_dir)
             working.kill()
             working.wait()
             second = _submit(place, "Who waits for a worker?")
