@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from urllib.parse import quote
 from uuid import UUID
 
+import orjson
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
@@ -35,8 +36,9 @@ from tidegate.http.services import Services, services_of
 from tidegate.http.views import Accepted, StatusView, accepted
 from tidegate.http.wrapped import body_apart, wrapped_submission
 from tidegate.pipeline import Ask
-from tidegate.relay.detached import LONGEST_BYTES
+from tidegate.relay.detached import LONGEST_BYTES, endpoint_named
 from tidegate.relay.paths import dialect_of
+from tidegate.relay.permission import check_body
 from tidegate.store.blobs import Blobs
 from tidegate.store.records import Earlier, FileRecord, NewJob
 from tidegate.tracing import Parent, parent_in
@@ -189,6 +191,8 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
     """The job, once it is committed, or the one that was before it under the same key."""
     try:
         check_models(caller, job.model, job.classification, services.config)
+        if caller.models is not None and job.endpoint is not None:
+            check_body(caller, endpoint_named(job.endpoint), orjson.loads(job.prompt))
         earlier = await services.store.earlier(job)
         if earlier is None:
             await services.budgets.let_in(caller)

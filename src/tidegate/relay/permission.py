@@ -1,17 +1,102 @@
-"""Whether a caller may ask a model. Pure."""
+"""Whether a caller may ask a model, and every other model that its body names. Pure.
+
+Invariant: a model that a body names beside its own, for a tool or to fall back to, is one that the
+caller's tenant may ask; unknown fields that name a model are held to that too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from tidegate.call import Caller
-from tidegate.errors import Forbidden
+from tidegate.errors import Forbidden, InvalidRequest
+from tidegate.relay.paths import Endpoint
+
+_MOST_VALUES = 100_000
+# Fields that name models; so does any that ends in `_model`.
+_NAMES = frozenset(
+    (
+        *("model", "models", "modelname", "model_name", "fallbacks", "fallback_models"),
+        *("allowed_models", "fallbackmodels", "allowedmodels"),
+    )
+)
+# What a model reads or writes, where `model` is a word like any other; schemas name fields so.
+_CONTENT = frozenset(
+    (
+        *("messages", "input", "contents", "content", "parts", "prompt", "metadata", "system"),
+        *("instructions", "systeminstruction", "system_instruction", "user", "stop", "logit_bias"),
+        *("schema", "json_schema", "input_schema", "parametersjsonschema", "properties"),
+        *("responseschema", "response_schema", "responsejsonschema", "input_examples"),
+        *("functiondeclarations", "function_declarations", "labels"),
+    )
+)
+_OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
 
 
-def check_model(caller: Caller, model: str) -> None:
+def check_model(caller: Caller, model: str, field: str = "model") -> None:
     """Raises Forbidden for a model that is not among those of the caller's tenant."""
     if not caller.may_ask(model):
         allowed = ", ".join(caller.models or ()) or "no model"
         raise Forbidden(
-            f"tenant {caller.tenant_id} may not ask the model {model}; allowed: {allowed}",
-            field="model",
+            f"tenant {caller.tenant_id} may not ask the model {model[:200]}; allowed: {allowed}",
+            field=field,
             allowed=allowed,
         )
+
+
+def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> None:
+    """Raises Forbidden for a model within a body that the caller may not ask, and InvalidRequest
+    where a body of Gemini's dialect names another model than its path."""
+    if endpoint.model is not None:
+        for field, named in _named_again(body):
+            if named.rpartition("/")[2] != endpoint.model:
+                raise InvalidRequest(
+                    field,
+                    f"{field} names another model than the path",
+                    allowed=f"models/{endpoint.model}",
+                )
+    if caller.models is not None:
+        for field, model in _models_in(body):
+            check_model(caller, model, field)
+
+
+def _named_again(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where bodies of Gemini's dialect name the model of the path once more."""
+    if type(named := body.get("model")) is str:
+        yield "model", named
+    for name in ("generateContentRequest", "generate_content_request"):
+        request = body.get(name)
+        if type(request) is dict and type(named := request.get("model")) is str:
+            yield f"{name}.model", named
+    requests = body.get("requests")
+    for request in requests if type(requests) is list else ():
+        if type(request) is dict and type(named := request.get("model")) is str:
+            yield "requests.model", named
+
+
+def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every model that a body names, with its field; without recursion, since how deep a body is
+    is its client's choice. Raises InvalidRequest for one that is too large for that."""
+    left: list[tuple[str, Any]] = [("", body)]
+    for _ in range(_MOST_VALUES):
+        if not left:
+            return
+        path, value = left.pop()
+        if type(value) is list:
+            left += [(path, one) for one in value]
+        elif isinstance(value, Mapping) and value.get("type") not in _OF_CLIENTS:
+            for name, inner in value.items():
+                folded = name.casefold()
+                if folded in _CONTENT:
+                    continue
+                field = f"{path}.{name}" if path else name
+                if folded in _NAMES or folded.endswith("_model"):
+                    for one in inner if type(inner) is list else (inner,):
+                        if type(one) is str:
+                            yield field, one
+                        else:
+                            left.append((field, one))
+                elif type(inner) in (dict, list):
+                    left.append((field, inner))
+    raise InvalidRequest("body", "the body holds too many values beside its content")

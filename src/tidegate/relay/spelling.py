@@ -20,6 +20,7 @@ _READ = frozenset(
         *("generationConfig", "generation_config"),
     )
 )
+_WRITTEN = {name: b'"%b"' % name.encode() for name in _READ}
 # Go's parser folds letters beyond ASCII too: a long s is an s to it.
 _FOLDED = {name.casefold(): name for name in _READ}
 # The end of a key with an escaped character of ASCII, which nobody needs to escape.
@@ -43,9 +44,12 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
     """Raises InvalidRequest where the outermost object of `raw`, which was parsed to `body`, says
     a field twice."""
     # To look at each key is dear: nearly all bodies are done with some counts.
-    often = [name for name in _READ.intersection(body) if raw.count(b'"%b"' % name.encode()) > 1]
-    if not often and (b"\\u00" not in raw or _ESCAPED.search(raw) is None):
-        return
+    for key in body:
+        if (needle := _WRITTEN.get(key)) is not None and raw.count(needle) > 1:
+            break
+    else:
+        if b"\\u00" not in raw or _ESCAPED.search(raw) is None:
+            return
     outermost: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> None:

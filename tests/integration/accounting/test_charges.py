@@ -183,3 +183,17 @@ async def test_work_that_would_go_on_after_its_answer_is_not_begun(
     status, problem = await ask(gateway, "POST", "/submit", acme, {"endpoint": path, "body": asked})
     assert (status, problem["field"]) == (400, "background")
     assert await gateway.calls() == []
+
+
+async def test_tools_name_no_model_that_the_tenant_may_not_ask(open_gateway: Opener) -> None:
+    gateway = await open_gateway(**ON)
+    acme = await key_of(gateway, "acme", models=["m"])
+    path, body = fronts("Draw")[1]
+    asked = body | {"tools": [{"type": "image_generation", "model": "gpt-image-1"}]}
+    async with gateway.http.post(gateway.url + path, json=asked, headers=acme) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["param"]) == (403, "tools.model")
+    job = {"endpoint": path, "body": asked}
+    status, problem = await ask(gateway, "POST", "/submit", acme, job)
+    assert (status, problem["field"]) == (403, "tools.model")
+    assert await gateway.calls() == []

@@ -73,7 +73,8 @@ async def test_a_compressed_body_is_refused_clearly_in_each_dialect(
         assert b"accept-encoding: identity" in got
         assert b"compressed" in got
     assert hostile.seen == []
-    got = await raw(gateway, post(b"content-encoding: Identity", path=path, body=ASKED))
+    body = ASKED if path != PATH.encode() else b'{"contents":[]}'
+    got = await raw(gateway, post(b"content-encoding: Identity", path=path, body=body))
     assert status_of(got) == 200
 
 
