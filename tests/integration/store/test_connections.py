@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import asyncpg
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.errors import StoreUnavailable
+from tidegate.call import new_id
+from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store.connection import Connections, ReadTurns
+from tidegate.store.store import Store
 
 LAST_STEP = 40  # of the event loop, by which the work below has long ended
 
@@ -121,3 +124,15 @@ async def test_the_reads_of_one_tenant_leave_connections_to_others(
     go.set()
     assert await asyncio.gather(*many) == [1] * 50
     await connections.aclose()
+
+
+async def test_a_request_is_read_in_a_turn_of_its_tenant(store: Store) -> None:
+    async with AsyncExitStack() as stack:
+        for _ in range(4):
+            await stack.enter_async_context(store._turns.turn("alice", 20_000))
+        waiting = asyncio.create_task(store.get(new_id(), "alice"))
+        with pytest.raises(NotFound):
+            await store.get(new_id(), "bob")
+        assert not waiting.done()
+    with pytest.raises(NotFound):
+        await waiting
