@@ -5,8 +5,9 @@ Judged apart from the model's own rules of turns, from what is used and what is 
 
 from __future__ import annotations
 
-from tidegate.limiter.limits import Concurrency
+from tidegate.limiter.limits import Concurrency, Rate
 from tidegate.limiter.model import PoolModel
+from tidegate.limiter.model.spending import span_of
 from tidegate.limiter.model.state import LimitState, Queue, read_member
 
 
@@ -40,13 +41,24 @@ def _free(model: PoolModel, queue: Queue, position: int) -> bool:
     amount = read_member(queue.first()[0]).amount(position)
     if amount == 0:
         return True
-    return _fits(model, limit, amount) and not _others_before(limit, queue)
+    if _others_before(limit, queue) or _kept_for_higher(model, limit, queue):
+        return False
+    return _fits(model, limit, amount)
 
 
 def _fits(model: PoolModel, limit: LimitState, amount: int) -> bool:
     spent = limit.spending.look(limit.limit, model.now, 0)
     bound = limit.limit.bound
     return bound > 0 and spent + min(amount, bound) <= bound
+
+
+def _kept_for_higher(model: PoolModel, limit: LimitState, queue: Queue) -> bool:
+    """Beyond its share a band leaves to higher ones what they may need of a rate."""
+    if not isinstance(limit.limit, Rate):
+        return False
+    since = model.now - span_of(limit.limit)
+    higher = [band for number, band in limit.bands.items() if number < queue.flow.band]
+    return any(max(band.held_at, band.used_at) > since for band in higher)
 
 
 def _others_before(limit: LimitState, queue: Queue) -> bool:

@@ -137,18 +137,24 @@ def _read(
     }
 
 
-def _bands(fields: dict[str, str]) -> dict[str, tuple[int, int, int]]:
-    """limit|band -> waits, virtual time, credit; without those that are as at the beginning."""
+def _bands(fields: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    """limit|band -> waits, virtual time, credit, and what it is owed of a rate from and to; without
+    those that are as at the beginning."""
     found = {}
     for name, text in fields.items():
         for number, part in enumerate(text.split(","), 1):
-            waits, virtual, credit = map(int, part.split(":"))
-            if waits or virtual or credit:
-                found[f"{name}|{number}"] = waits, virtual, credit
+            figures = tuple(map(int, part.split(":")))
+            if any(figures):
+                found[f"{name}|{number}"] = (*figures, 0, 0, 0, 0)[:7]
     return found
 
 
-def _virtual(bands: dict[str, tuple[int, int, int]], where: str) -> int:
+def _figures(band: BandState) -> tuple[int, ...]:
+    rate = (band.from_us, band.passed_us, band.held_at, band.used_at)
+    return band.waits, band.virtual, band.credit, *(rate if any(rate[1:]) else (0, 0, 0, 0))
+
+
+def _virtual(bands: dict[str, tuple[int, ...]], where: str) -> int:
     return bands.get(where, (0, 0, 0))[1]
 
 
@@ -179,9 +185,7 @@ def of_model(model: PoolModel) -> State:
         "noted": (model.noted_sessions, model.reap_at, min(model.timed.values(), default=0)),
         "used": {limit.name: limit.used for limit in limits if limit.used},
         "bands": {
-            where: (band.waits, band.virtual, band.credit)
-            for where, band in bands.items()
-            if band.waits or band.virtual or band.credit
+            where: figures for where, band in bands.items() if any(figures := _figures(band))
         },
         "pauses": {limit.name: _pause(limit) for limit in limits if limit.pause},
         "gates": {x.name: _gate(x.pause.gate) for x in limits if x.pause and x.pause.gate},

@@ -41,10 +41,10 @@ class Bench:
         self.client.session.set_policy(policy(limit, revision), "somebody")
         self.say()
 
-    def ask(self, tokens: int) -> int:
+    def ask(self, tokens: int, band: int = 1) -> int:
         """The ticket of a call, let in or not."""
         client, at = self.client, self.world.local_ms
-        flow = client.ledger.flow(1, "t", (LIMIT,))
+        flow = client.ledger.flow(band, "t", (LIMIT,))
         flow.refresh(client.session.policy)
         waiter = client.ledger.ask(
             flow,
@@ -198,3 +198,23 @@ def test_a_live_change_of_the_policy_keeps_what_is_still_to_be_settled(bench: Be
     bench.put_in_force(Rate(2000, MINUTE_MS, "tokens"))
     bench.end(call, 100)
     assert bench.spent == 100
+
+
+@pytest.mark.parametrize(("low", "great"), [(100, 1000), (200, 100), (700, 300), (1000, 100)])
+def test_bands_share_a_rate_in_both_worlds(bench: Bench, low: int, great: int) -> None:
+    """Each answer, and all that is kept, is compared on the way."""
+    bench.put_in_force(Rate(1000, 2000, "tokens"))
+    high_calls = 0
+    for number in range(150):
+        if len(bench.client.ledger.waiting) < 6:
+            bench.ask(great if number % 10 == 0 else 60, band=1)
+            bench.ask(low, band=3)
+            bench.ask(50, band=2 + number % 2)
+        bench.wait(110)
+        for ticket, holding in list(bench.client.ledger.held.items()):
+            high_calls += holding.flow.band == 1
+            bench.end(ticket, None if number % 3 else 40)
+        waiting = list(bench.client.ledger.waiting)
+        if waiting and number % 7 == 0:
+            bench.client.ledger.abandon(waiting[-1], bench.world.local_ms)
+    assert high_calls > 10

@@ -32,7 +32,9 @@ SHAPES = (
              "run epoch began recover_until clock seq changes revision lease_ms hold bands "
              "queue_max hand_off reap_ms policy parked timed_at starving reap_at sessions roster "
              "fresh empty vouched; per limit d: definition, u: used, "
-             "w: waits:virtual time:credit of each band, p: pause, g: gate, a: adapted, "
+             "w: waits:virtual time:credit of each band, and under a rate from:passed in "
+             "microseconds, between which it is owed its share, and held:used in ms, when it "
+             "found no room and took some; p: pause, g: gate, a: adapted, "
              "x: shadowed, e: how long calls take, b: spent as asserted in this epoch, s: spent "
              "as of its last change, which are numbered by `changes`; per tenant t: weight, "
              "n: waiting|last stamp while it waits",

@@ -95,8 +95,8 @@ Limit = Concurrency | Rate | Quota
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A priority. `min_share` of the admissions go to it while it waits, whatever waits above.
-    `headroom` of every concurrency is kept free of the bands below."""
+    """A priority. `min_share` of the admissions, or of what a rate gives, go to it while it waits,
+    whatever waits above. `headroom` of every concurrency is kept free of the bands below."""
 
     name: str
     min_share: float = 0.0

@@ -155,7 +155,8 @@ function T.rehead_own()
       local step = T.step_of(queue.handed_ms, T.tenant_of(queue.tenant))
       T.charge(T.limit_of(queue.at), queue, step, false)
     end
-    if filling[queue] and queue.bounces < T.STARVES then
+    local rated = queue.at and queue.at ~= '!' and T.limit_of(queue.at).sort ~= 'c'
+    if filling[queue] and queue.bounces < T.STARVES and not rated then
       later[#later + 1] = queue
     else
       T.rehead(queue)

@@ -18,7 +18,7 @@ end
 
 -- A band that nobody waited in yet has nothing to remember.
 T.band_list = { __index = function(list, number)
-  for i = #list + 1, number do rawset(list, i, { waits = 0, virtual = 0, credit = 0 }) end
+  for i = #list + 1, number do rawset(list, i, { waits = 0, virtual = 0, credit = 0, from = 0, passed = 0, held = 0, used = 0 }) end
   return rawget(list, number)
 end }
 
@@ -63,10 +63,13 @@ function T.limit_of(name)
   end
   local number = 0
   if waiting then
-    for waits, virtual, credit in string.gmatch(waiting, '(%d+):(%d+):(%d+)') do
+    for text in string.gmatch(waiting, '[^,]+') do
       number = number + 1
-      limit.bands[number] =
-        { waits = tonumber(waits), virtual = tonumber(virtual), credit = tonumber(credit) }
+      local waits, virtual, credit, rest = string.match(text, '^(%d+):(%d+):(%d+):?(.*)$')
+      local from, passed, held, used = string.match(rest, '^(%d+):(%d+):(%d+):(%d+)')
+      limit.bands[number] = { waits = tonumber(waits), virtual = tonumber(virtual),
+        credit = tonumber(credit), from = tonumber(from or 0), passed = tonumber(passed or 0),
+        held = tonumber(held or 0), used = tonumber(used or 0) }
     end
   end
   if paused then
@@ -107,6 +110,10 @@ T.save_limit = function(limit)
   T.put('u:' .. name, limit.used ~= 0 and T.int(limit.used))
   for number, band in ipairs(limit.bands) do
     parts[number] = T.int(band.waits) .. ':' .. T.int(band.virtual) .. ':' .. T.int(band.credit)
+    if band.used > 0 or band.held > 0 or band.passed > 0 then
+      parts[number] = string.format('%s:%d:%d:%d:%d', parts[number], band.from, band.passed,
+        band.held, band.used)
+    end
   end
   if not limit.defined and T.parked_at(limit) == 0 then
     for number in ipairs(limit.bands) do call('UNLINK', T.past_key(limit, number)) end

@@ -55,7 +55,12 @@ function T.unpark(queue)
     call('PEXPIRE', past, T.POOL_KEEP_MS)
   end
   band.waits = band.waits - 1
-  if band.waits == 0 then band.credit = 0 end
+  if band.waits == 0 then
+    band.credit = 0
+    -- What was kept for it is free.
+    if band.passed > 0 then T.touch(limit) end
+    band.passed = 0
+  end
   pool.parked = pool.parked - 1
   limit.changed = true
 end

@@ -70,6 +70,8 @@ end
 -- Puts a queue where its first ticket, as it is now, belongs.
 function T.rehead(queue)
   if not queue.at then return end
+  -- Its new head may take less of a rate.
+  if queue.at ~= '!' and T.limit_of(queue.at).sort ~= 'c' then T.touch(T.limit_of(queue.at)) end
   local member, stamp = T.first_of(queue)
   if not member then
     T.vacate(queue)

@@ -60,7 +60,7 @@ function T.admit(queue, ticket, hard_ms, cost_ms, list)
 end
 
 -- The band whose turn it is under a limit, and all that wait. Strictly the highest, but a lower one
--- that waits collects its least share of every admission.
+-- that waits collects its least share: of every admission, or of what a rate gives.
 function T.turn_of(limit)
   local list = {}
   for number, band in ipairs(limit.bands) do
@@ -68,14 +68,19 @@ function T.turn_of(limit)
     if band.waits > 0 and T.has_room(limit, number, 0) then list[#list + 1] = number end
   end
   for i = 2, #list do
-    local band = limit.bands[list[i]]
-    if band.credit >= 1000 then return list[i], list end
+    if limit.sort == 'c' then
+      if limit.bands[list[i]].credit >= 1000 then return list[i], list end
+    else
+      local turn = T.rates().turn_of(limit, list[i])
+      if turn then return list[i], list end
+      if turn == false then break end
+    end
   end
   return list[1], list
 end
 
 function T.settle_turn(limit, number, list)
-  if #list < 2 then return end
+  if #list < 2 or limit.sort == 'r' then return end
   local shares = T.bands_of_pool()
   for i = 2, #list do
     local band = limit.bands[list[i]]
@@ -150,7 +155,10 @@ function T.step(limit, number, list)
     T.settle_turn(limit, number, list)
     return true
   end
-  if other == limit then return false end
+  if other == limit then
+    if limit.sort == 'r' then limit.bands[number].held, limit.changed = pool.now, true end
+    return false
+  end
   T.move(queue, other, stamp)
   if not full then T.touch(other) end
   return true

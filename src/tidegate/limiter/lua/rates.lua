@@ -1,11 +1,20 @@
 -- does: counts what is spent of rates and day quotas
 -- keys: meta log rate quota spending
 -- args: resets
--- returns: rates() with fits(), take(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), take(), turn_of(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
 -- it means the same when the window is changed. A day quota knows the moment of its reset.
+-- A band that waits under a rate below others is owed its least share of all that the rate gives. Two
+-- moments per band, in microseconds, say how much: what the share gives from `from` to `passed`, when
+-- a higher band took something last. `from` lies ahead, by a window at most, where the band had
+-- more than its share. Nothing accrues while nobody above takes anything: so a great demand above is
+-- passed only by what was owed before.
+-- Beyond its share a band takes only what the higher ones leave: nothing for a window after one of
+-- them found no room (`held`), since what it takes counts for as long; and a twentieth of the
+-- bound stays free while one of them used the limit in the last window (`used`).
+T.LEFT_FREE = 20
 T.DAY_MS = 86400000
 T.rate_functions = false
 
@@ -91,13 +100,126 @@ T.rates = function()
     return pool.now + limit.span
   end
 
-  function f.fits(limit, amount)
+  local function share_of(number)
+    local list = T.bands_of_pool()
+    return number > 1 and list[math.min(number, #list)].share or 0
+  end
+
+  -- What one call takes: more than the limit can ever give is all of it, instead of waiting for ever.
+  local function clamped(limit, amount)
+    return limit.exact and math.min(amount, 1) or math.min(amount, limit.bound)
+  end
+
+  -- How many microseconds a share takes to give so much.
+  local function lasts(limit, number, amount)
+    if limit.bound == 0 then return 0 end
+    return math.floor(amount / limit.bound * limit.span * 1000000 / share_of(number))
+  end
+
+  -- How much the first ticket of a band takes.
+  local function wanted(limit, number)
+    local band = limit.bands[number]
+    if band.looked_at ~= T.moves then
+      local tenant = call('ZRANGE', T.park_key(limit, number), 0, 0)[1]
+      local line = T.prefix .. 'line:' .. limit.name .. '|' .. number .. '|' .. tenant
+      local queue = T.queue_of(call('ZRANGE', line, 0, 0)[1])
+      local member = call('ZRANGE', T.queue_key(queue), 0, 0)[1]
+      local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
+      for i, name in ipairs(T.names_in(queue.lane)) do
+        if name == limit.name then band.wanted = clamped(limit, list[i] or 1) end
+      end
+      band.looked_at = T.moves
+    end
+    return band.wanted
+  end
+
+  -- The part of what its first ticket takes that is kept free for a band: as much as it is owed, where
+  -- a window's share is enough for the ticket; for a greater one nothing until the last window
+  -- before all of it is owed, and then more and more.
+  local function kept_for(limit, number)
+    local band = limit.bands[number]
+    if band.waits == 0 or band.passed <= band.from or share_of(number) == 0 then return 0 end
+    local amount = wanted(limit, number)
+    local needed = lasts(limit, number, amount)
+    local rising = math.min(needed, limit.span * 1000)
+    local left = needed - (band.passed - band.from)
+    if left <= 0 then return amount end
+    if left >= rising then return 0 end
+    return math.floor(amount * ((rising - left) / rising))
+  end
+
+  local function is_owed(limit, number, amount)
+    local band = limit.bands[number]
+    return band.passed > band.from and share_of(number) > 0
+      and band.passed - band.from >= lasts(limit, number, amount)
+  end
+
+  -- When a band above found no room last, and when one of them used the limit last.
+  local function above(limit, number)
+    local held, used = 0, 0
+    for higher = 1, number - 1 do
+      local band = limit.bands[higher]
+      held, used = math.max(held, math.min(band.held, pool.now)), math.max(used, band.used)
+    end
+    return held, used
+  end
+
+  -- What has to stay free beside a demand, or the moment before which there is no room for it. Never so
+  -- much that it could not be met at all.
+  local function kept_beside(limit, number, amount)
+    if limit.sort ~= 'r' then return 0 end
+    local kept = 0
+    for below = number + 1, #limit.bands do kept = kept + kept_for(limit, below) end
+    if number > 1 and not is_owed(limit, number, amount) then
+      local held, used = above(limit, number)
+      if held + limit.span > pool.now then return nil, held + limit.span end
+      if used + limit.span > pool.now then kept = kept + math.floor(limit.bound / T.LEFT_FREE) end
+    end
+    return math.min(kept, limit.bound - amount)
+  end
+
+  function f.fits(limit, number, amount)
     loaded(limit)
     if amount == 0 then return true end
-    -- More than the limit can ever give waits for all of it, instead of for ever.
-    amount = limit.exact and 1 or math.min(amount, limit.bound)
-    if limit.bound > 0 and limit.spent + amount <= limit.bound then return true end
-    return T.room_again(limit, limit.bound > 0 and fits_at(limit, amount) or pool.now + T.DAY_MS)
+    if limit.bound == 0 then return T.room_again(limit, pool.now + T.DAY_MS) end
+    amount = clamped(limit, amount)
+    if limit.spent + amount <= limit.bound then
+      local kept, at = kept_beside(limit, number, amount)
+      if not kept then return T.room_again(limit, at) end
+      amount = amount + kept
+      if limit.spent + amount <= limit.bound then return true end
+    end
+    return T.room_again(limit, fits_at(limit, amount))
+  end
+
+  -- Whether it is a lower band's turn: true where it is owed what its first ticket takes, and there is
+  -- room for it; false where there is none yet, so that no band below it goes before.
+  function f.turn_of(limit, number)
+    local band = limit.bands[number]
+    if limit.sort == 'q' then
+      return band.credit >= 1000 and T.has_room(limit, number, wanted(limit, number)) or nil
+    end
+    if band.passed <= band.from then return nil end
+    local amount = wanted(limit, number)
+    if not is_owed(limit, number, amount) then return nil end
+    return T.has_room(limit, number, amount)
+  end
+
+  -- A call of a band took something: those that wait below are passed, and its own share was used.
+  local function count_shares(limit, number, amount)
+    local now = pool.now * 1000
+    limit.bands[number].used = pool.now
+    for below = number + 1, #limit.bands do
+      local band = limit.bands[below]
+      if band.waits > 0 and share_of(below) > 0 then
+        if band.passed == 0 then band.from = math.max(band.from, now) end
+        band.passed = now
+      end
+    end
+    if share_of(number) == 0 then return end
+    local band, needed, window = limit.bands[number], lasts(limit, number, amount), limit.span * 1000
+    local from = math.max(band.from, band.passed > 0 and band.passed - needed - window or now)
+    band.from = math.min(from + needed, now + window)
   end
 
   local function spend(limit, ends, amount)
@@ -118,9 +240,10 @@ T.rates = function()
     return (math.floor(pool.now / limit.width) + 1) * limit.width
   end
 
-  function f.take(limit, amount)
+  function f.take(limit, amount, number)
     loaded(limit)
     if amount == 0 then return nil end
+    if number and limit.sort == 'r' then count_shares(limit, number, clamped(limit, amount)) end
     if not limit.shadow then amount = math.min(amount, limit.bound) end
     if limit.exact then
       limit.spent, limit.spent_anew = limit.spent + 1, true

@@ -3,9 +3,9 @@
 -- args: none
 -- returns: has_room(), take(), give_back(), adapt(), room_again()
 -- units: ms
--- Room again at `at`, unless something is given back before.
+-- Room again at `at`, unless something is given back before; of several who look, the first counts.
 function T.room_again(limit, at)
-  limit.retry_at, T.retry = at, true
+  limit.retry_at, T.retry = math.min(limit.retry_at or at, at), true
   return false
 end
 
@@ -42,7 +42,7 @@ function T.is_full(limit, band, amount)
   if limit.sort == 'c' then
     return limit.used + limit.reserved >= T.cap_of(limit, band)
   end
-  return not T.rates().fits(limit, amount)
+  return not T.rates().fits(limit, band, amount)
 end
 
 function T.has_room(limit, band, amount)
@@ -66,7 +66,7 @@ function T.take(limit, band, amount)
   end
   -- Permits are counted under every sort of limit: a live change may make it a concurrency.
   limit.used = limit.used + 1
-  if limit.sort ~= 'c' then return T.rates().take(limit, amount) end
+  if limit.sort ~= 'c' then return T.rates().take(limit, amount, band) end
 end
 
 function T.give_back(limit)

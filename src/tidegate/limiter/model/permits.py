@@ -79,6 +79,7 @@ class Permits(Places):
             pause.until = max(pause.until, self.now + pause.gate.every_ms)
         elif pause is not None and self.now >= pause.until:
             pause.passed += max(1, min(amount, limit.limit.bound))
+        self.count_shares(limit, band, amount)
         return self._spend(limit, amount)
 
     def _spend(self, limit: LimitState, amount: int) -> Charge | None:
@@ -139,7 +140,7 @@ class Permits(Places):
         for key, each in list(self._reheaded.items()):
             self._charge_handed(each)
             # Empty for this moment, it would lose its turn to those who are behind it.
-            if key not in filling or each.queue.bounces >= self.starves:
+            if key not in filling or each.queue.bounces >= self.starves or self._is_rated(each):
                 self._rehead(each.queue)
                 del self._reheaded[key]
 
@@ -227,8 +228,14 @@ class Permits(Places):
             step = self.step(each.handed_ms, queue.flow.tenant)
             self.charge(self.limit(queue.at), queue.flow, step, in_order=False)
 
+    def _is_rated(self, each: Reheaded) -> bool:
+        at = each.queue.at
+        return at is not None and at != BLOCKED and self.limit(at).is_rate
+
     def _rehead(self, queue: Queue) -> None:
-        """A queue stands by its new head."""
+        """A queue stands by its new head, which may take less of a rate."""
+        if queue.at is not None and queue.at != BLOCKED and self.limit(queue.at).is_rate:
+            self.touched.add(queue.at)
         if not queue.tickets:
             self.vacate(queue)
         elif queue in self._starving and queue.bounced != queue.first()[1]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from math import floor
 
-from tidegate.limiter.limits import Concurrency, PoolPolicy, implicit_limit
+from tidegate.limiter.limits import Concurrency, PoolPolicy, Rate, implicit_limit
+from tidegate.limiter.model.spending import span_of
 from tidegate.limiter.model.state import (
     BLOCKED,
     NO_LIMIT,
@@ -23,6 +25,7 @@ from tidegate.limiter.model.state import (
     Queue,
     Session,
     read_bands,
+    read_member,
 )
 
 # A limit without a bound comes back after a pause as one of this bound does.
@@ -37,6 +40,9 @@ LONGEST = 1 << 51
 # How far behind a band's time the tag of a tenant that waits no more is still known: its calls may
 # be under way, and what they used is added to it. An hour of one permit of weight 1.
 BEHIND = 3_600_000 * UNITS
+
+# While a higher band uses a rate, lower ones leave one part in so many of it free.
+LEFT_FREE = 20
 
 
 class Places:
@@ -136,17 +142,17 @@ class Places:
         if pause is None:
             return True
         if self.now < pause.until:
-            limit.retry_at = pause.until
+            limit.room_again(pause.until)
             return False
         if pause.gate is not None:
             if not self.is_tried(pause.gate):
                 return True
-            limit.retry_at = self.now + pause.gate.every_ms
+            limit.room_again(self.now + pause.gate.every_ms)
             return False
         if pause.passed < 1 + bound * (self.now - pause.until) // pause.ramp_ms:
             return True
         at = pause.until + -(-pause.passed * pause.ramp_ms // max(1, bound))
-        limit.retry_at = max(at, self.now + 1)
+        limit.room_again(max(at, self.now + 1))
         return False
 
     def is_full(self, limit: LimitState, band: int, amount: int) -> bool:
@@ -156,13 +162,96 @@ class Places:
         if isinstance(limit.limit, Concurrency):
             return limit.used + limit.reserved >= self.cap(limit, band)
         spent, bound = self.spent(limit), limit.limit.bound
-        if amount == 0 or (bound > 0 and spent + min(amount, bound) <= bound):
+        if amount == 0:
             return False
-        limit.retry_at = limit.spending.room_at(limit.limit, amount, self.now)
+        amount = limit.clamped(amount)
+        if 0 < spent + amount <= bound:
+            kept, at = self._kept_beside(limit, band, amount)
+            if at:
+                limit.room_again(at)
+                return True
+            amount += kept
+            if spent + amount <= bound:
+                return False
+        limit.room_again(limit.spending.room_at(limit.limit, amount, self.now))
         return True
 
     def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
         return limit.limit.shadow or not self.is_full(limit, band, amount)
+
+    # -- least shares of a rate
+
+    def _share(self, number: int) -> int:
+        return self.band_rule(number)[0] if number > 1 else 0
+
+    def _lasts_us(self, limit: LimitState, number: int, amount: int) -> int:
+        """How long a share takes to give so much."""
+        assert isinstance(limit.limit, Rate)
+        bound, span_ms = limit.limit.bound, span_of(limit.limit)
+        return floor(amount / bound * span_ms * 1_000_000 / self._share(number)) if bound else 0
+
+    def wanted(self, limit: LimitState, number: int) -> int:
+        """How much the first ticket of a band takes."""
+        band = limit.band(number)
+        _, queue = band.line_front(band.front()[1])
+        member = read_member(queue.first()[0])
+        return limit.clamped(member.amount(queue.flow.lane.index(limit.name)))
+
+    def _kept_for(self, limit: LimitState, number: int) -> int:
+        """The part of what its first ticket takes that is kept free for a band: as much as it is
+        owed, where a window's share is enough for the ticket; for a greater one nothing until the
+        last window before all of it is owed, and then more and more."""
+        assert isinstance(limit.limit, Rate)
+        band = limit.band(number)
+        if not band.lines or band.passed_us <= band.from_us or not self._share(number):
+            return 0
+        amount = self.wanted(limit, number)
+        needed_us = self._lasts_us(limit, number, amount)
+        rising_us = min(needed_us, span_of(limit.limit) * 1000)
+        left_us = needed_us - (band.passed_us - band.from_us)
+        if left_us <= 0:
+            return amount
+        return max(0, floor(amount * ((rising_us - left_us) / rising_us)))
+
+    def has_saved(self, limit: LimitState, number: int, amount: int) -> bool:
+        band = limit.band(number)
+        if band.passed_us <= band.from_us or not self._share(number):
+            return False
+        return band.passed_us - band.from_us >= self._lasts_us(limit, number, amount)
+
+    def _kept_beside(self, limit: LimitState, number: int, amount: int) -> tuple[int, int]:
+        """What has to stay free beside a demand, and the moment before which there is no room for
+        it. Never so much that it could not be met at all."""
+        if not isinstance(limit.limit, Rate):
+            return 0, 0
+        bound, span_ms = limit.limit.bound, span_of(limit.limit)
+        kept = sum(self._kept_for(limit, below) for below in limit.bands if below > number)
+        if number > 1 and not self.has_saved(limit, number, amount):
+            above = [band for higher, band in limit.bands.items() if higher < number]
+            held_at = max((min(band.held_at, self.now) for band in above), default=0)
+            if held_at + span_ms > self.now:
+                return 0, held_at + span_ms
+            if any(band.used_at + span_ms > self.now for band in above):
+                kept += bound // LEFT_FREE
+        return min(kept, bound - amount), 0
+
+    def count_shares(self, limit: LimitState, number: int, amount: int) -> None:
+        """A call of a band took something of a rate: those that wait below are passed, and its own
+        share was used."""
+        if not isinstance(limit.limit, Rate) or amount == 0:
+            return
+        now_us, window_us = self.now * 1000, span_of(limit.limit) * 1000
+        limit.band(number).used_at = self.now
+        for below, band in limit.bands.items():
+            if below > number and band.lines and self._share(below):
+                if not band.passed_us:
+                    band.from_us = max(band.from_us, now_us)
+                band.passed_us = now_us
+        if self._share(number):
+            band = limit.band(number)
+            needed_us = self._lasts_us(limit, number, limit.clamped(amount))
+            earliest = band.passed_us - needed_us - window_us if band.passed_us else now_us
+            band.from_us = min(max(band.from_us, earliest) + needed_us, now_us + window_us)
 
     # -- places
 
@@ -184,6 +273,9 @@ class Places:
                 del band.tags[tenant]
         if not band.lines:
             band.credit = 0
+            if band.passed_us:  # what was kept for it is free
+                self.touched.add(queue.at)
+            band.passed_us = 0
 
     def forget_starving(self, queue: Queue) -> None:
         """What was kept free for it is anybody's."""
@@ -277,21 +369,3 @@ class Places:
             if (amount > 0 and limit.waits) or not self.has_room(limit, flow.band, amount):
                 return limit
         return None
-
-    def turn(self, limit: LimitState) -> tuple[int, list[int]]:
-        """The band whose turn it is, 0 for none, and all that could go. Strictly the highest, but
-        a lower one that has saved up for a turn has it."""
-        bands = [n for n in limit.waiting_bands() if self.has_room(limit, n, 0)]
-        for number in bands[1:]:
-            if limit.band(number).credit >= 1000:
-                return number, bands
-        return (bands[0] if bands else 0), bands
-
-    def pay_turn(self, limit: LimitState, chosen: int, bands: list[int]) -> None:
-        """Every admission gives each lower band that waits its least share of a turn."""
-        for number in bands[1:]:
-            band = limit.band(number)
-            if band.lines:
-                band.credit = min(2000, band.credit + self.band_rule(number)[0])
-                if number == chosen:
-                    band.credit = max(0, band.credit - 1000)

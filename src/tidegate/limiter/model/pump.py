@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from tidegate.limiter.limits import Concurrency, Rate
 from tidegate.limiter.model.permits import Permits
 from tidegate.limiter.model.state import (
     BLOCKED,
@@ -160,9 +161,11 @@ class Pump(Permits):
         other, full = self.blocker(queue, read_member(text), stamp)
         if other is None:
             self._let_in(queue, limit)
-            self.pay_turn(limit, number, bands)
+            self._pay_turn(limit, number, bands)
             return True
         if other is limit:
+            if isinstance(limit.limit, Rate):
+                band.held_at = self.now
             return False
         self.move(queue, other)
         if not full:
@@ -229,8 +232,45 @@ class Pump(Permits):
     def _pump_limit(self, limit: LimitState) -> None:
         going = True
         while going and self.budget > 0:
-            number, bands = self.turn(limit)
+            number, bands = self._turn(limit)
             going = number > 0 and self._step(limit, number, bands)
+
+    def _turn(self, limit: LimitState) -> tuple[int, list[int]]:
+        """The band whose turn it is, 0 for none, and all that could go. Strictly the highest, but
+        a lower one that has saved up for a turn has it."""
+        bands = [n for n in limit.waiting_bands() if self.has_room(limit, n, 0)]
+        for number in bands[1:]:
+            owed = self._is_owed(limit, number)
+            if owed and self._fits_head(limit, number):
+                return number, bands
+            if owed and isinstance(limit.limit, Rate):
+                break  # nor does a band below it go before
+        return (bands[0] if bands else 0), bands
+
+    def _pay_turn(self, limit: LimitState, chosen: int, bands: list[int]) -> None:
+        """Every admission gives each lower band that waits its least share of a turn."""
+        if isinstance(limit.limit, Rate):
+            return
+        for number in bands[1:]:
+            band = limit.band(number)
+            if band.lines:
+                band.credit = min(2000, band.credit + self.band_rule(number)[0])
+                if number == chosen:
+                    band.credit = max(0, band.credit - 1000)
+
+    def _is_owed(self, limit: LimitState, number: int) -> bool:
+        """Whether a lower band has saved up for its first ticket."""
+        band = limit.band(number)
+        if not isinstance(limit.limit, Rate):
+            return band.credit >= 1000
+        if band.passed_us <= band.from_us:
+            return False
+        return self.has_saved(limit, number, self.wanted(limit, number))
+
+    def _fits_head(self, limit: LimitState, number: int) -> bool:
+        if isinstance(limit.limit, Concurrency):
+            return True
+        return self.has_room(limit, number, self.wanted(limit, number))
 
     def look_again(self, name: str, at: int) -> None:
         self.timed[name] = min(self.timed.get(name, at), at)

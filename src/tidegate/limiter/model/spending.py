@@ -61,7 +61,7 @@ class Spending:
             return self.reset_at
         assert isinstance(limit, Rate)
         if limit.exact:
-            return self.log[len(self.log) - limit.bound] + span_of(limit)
+            return self.log[len(self.log) + amount - limit.bound - 1] + span_of(limit)
         over = sum(self.buckets.values()) + min(amount, limit.bound) - limit.bound
         for end in sorted(self.buckets):
             over -= self.buckets[end]

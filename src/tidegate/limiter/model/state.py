@@ -154,12 +154,19 @@ class BandState:
 
     lines: tenant -> its queues here, by id. tags: tenant -> virtual start, also of those who went
     and are ahead of `virtual`, the band's time. credit: thousandths of a turn that it has saved.
+    Under a rate it is owed what its least share gives from `from_us` to `passed_us`, when a higher
+    band took something last; `from_us` lies ahead where it had more than its share. `held_at` is
+    when it found no room last, `used_at` when it took something.
     """
 
     lines: dict[str, dict[str, Queue]] = field(default_factory=dict)
     tags: dict[str, int] = field(default_factory=dict)
     virtual: int = 0
     credit: int = 0
+    from_us: int = 0
+    passed_us: int = 0
+    held_at: int = 0
+    used_at: int = 0
 
     @property
     def waits(self) -> int:
@@ -199,6 +206,16 @@ class LimitState:
     retry_at: int | None = None
     reserved: int = 0
     cost_ms: int = 0
+
+    def room_again(self, at: int) -> None:
+        """Room at `at`, unless something is given back before; of several who look, the first
+        counts."""
+        self.retry_at = at if self.retry_at is None else min(self.retry_at, at)
+
+    def clamped(self, amount: int) -> int:
+        """What one call takes of a rate: more than it can ever give is all of it."""
+        exact = isinstance(self.limit, Rate) and self.limit.exact
+        return min(amount, 1 if exact else self.limit.bound)
 
     def cost(self, cost_ms: int) -> int:
         """What a call is charged until it has ended."""
