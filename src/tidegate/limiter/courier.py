@@ -11,6 +11,7 @@ import asyncio
 import logging
 
 from tidegate.errors import ConfigError
+from tidegate.limiter.clock import Clock, Timer
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import Lease
 from tidegate.limiter.ledger import Ledger
@@ -39,22 +40,24 @@ class Courier:
         ledger: Ledger,
         observer: Observer,
         name: str,
+        clock: Clock,
     ) -> None:
         self.joined = asyncio.Event()
         self._wake = asyncio.Event()
         self._link = link
         self._keys = (keys.meta, keys.layout)
-        self._sync = load("sync")
-        self._tend = load("tend")
+        self._sync = load("sync", clock=clock.server_time)
+        self._tend = load("tend", clock=clock.server_time)
+        self._clock = clock
         self._ledger = ledger
         self._observer = observer
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._linger: asyncio.TimerHandle | None = None
+        self._timers: dict[str, Timer] = {}
+        self._linger: Timer | None = None
         self.session = Session(
             policy,
             ledger,
             observer,
-            Lease(policy.lease_ms),
+            Lease(policy.lease_ms, clock.now_ms),
             name=name,
             wake=self._kick,
             alarm=self._set_alarm,
@@ -68,7 +71,7 @@ class Courier:
             self._wake.set()
         elif self._linger is None:
             delay_s = LINGER_IDLE_S if self._ledger.idle else LINGER_S
-            self._linger = asyncio.get_running_loop().call_later(delay_s, self._go)
+            self._linger = self._clock.call_later(delay_s, self._go)
 
     def _go(self) -> None:
         self._linger = None
@@ -86,7 +89,7 @@ class Courier:
             except LinkDown as error:
                 session.failed(str(error))
                 retry_s = min(max(retry_s * 2, 0.01), session.lease.lease_ms / 6000)
-                await asyncio.sleep(retry_s)
+                await self._clock.sleep(retry_s)
                 session.refresh()
                 continue
             except ConfigError as error:
@@ -96,7 +99,7 @@ class Courier:
                 logger.exception("limiter: a fault of its own")
                 session.failed(f"{type(fault).__name__}: {fault}")
                 retry_s = session.lease.lease_ms / 6000
-                await asyncio.sleep(retry_s)
+                await self._clock.sleep(retry_s)
                 session.refresh()
                 continue
             if left:
@@ -131,8 +134,8 @@ class Courier:
         old = self._timers.get(name)
         if old is not None:
             old.cancel()
-        loop = asyncio.get_running_loop()
-        self._timers[name] = loop.call_later((in_ms + 1) / 1000, self.session.refresh)
+        delay_s = (in_ms + 1) / 1000
+        self._timers[name] = self._clock.call_later(delay_s, self.session.refresh)
 
     def stop_timers(self) -> None:
         for timer in self._timers.values():

@@ -16,10 +16,10 @@ from tidegate.errors import (
     QueueFull,
     ShuttingDown,
 )
+from tidegate.limiter.clock import Clock, Timer
 from tidegate.limiter.demand import Demand
 from tidegate.limiter.entries import Holding, Waiter
 from tidegate.limiter.flow import Flow, Tokens
-from tidegate.limiter.lease import now_ms
 from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import DEFAULT_PRIORITY, PoolPolicy, check_tenant
 from tidegate.limiter.observer import Observer
@@ -32,7 +32,12 @@ class Desk:
     """See the module. `closing` turns everybody away; `idle` is set when nothing is held then."""
 
     def __init__(
-        self, ledger: Ledger, session: Session, observer: Observer, max_waiters: int
+        self,
+        ledger: Ledger,
+        session: Session,
+        observer: Observer,
+        max_waiters: int,
+        clock: Clock,
     ) -> None:
         self.closing = False
         self.idle = asyncio.Event()
@@ -40,6 +45,8 @@ class Desk:
         self._session = session
         self._observer = observer
         self._max_waiters = max_waiters
+        self._clock = clock
+        self._now_ms = clock.now_ms
         self._wait_ewma_ms: dict[str, float] = {}
         self._bands_of: PoolPolicy | None = None
         self._bands: dict[str, int] = {}
@@ -48,7 +55,7 @@ class Desk:
     def is_late(self, holding: Holding) -> bool:
         """True for a call that would arrive too late after its admission for its rates."""
         slack_ms = holding.flow.slack_ms
-        return slack_ms != _ANY_TIME and now_ms() - holding.admitted_ms > slack_ms
+        return slack_ms != _ANY_TIME and self._now_ms() - holding.admitted_ms > slack_ms
 
     def check_lapse(self) -> None:
         """Act on a lease that has lapsed."""
@@ -77,7 +84,7 @@ class Desk:
             flow.refresh(policy)
         return flow
 
-    def ask(self, demand: Demand) -> tuple[Waiter, asyncio.TimerHandle | None]:
+    def ask(self, demand: Demand) -> tuple[Waiter, Timer | None]:
         if self.closing:
             raise ShuttingDown("the limiter is closing")
         if self._session.fatal is not None:
@@ -90,7 +97,7 @@ class Desk:
             limit, retry_ms = flow.limits[0], self._retry_after_ms(flow)
             full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
             raise self._refused(full)
-        at = now_ms()
+        at = self._now_ms()
         deadline_ms = demand.deadline_ms
         waiter = self._ledger.ask(
             flow,
@@ -103,8 +110,8 @@ class Desk:
         timer = None
         if not waiter.future.done():
             if deadline_ms is not None:
-                loop = asyncio.get_running_loop()
-                timer = loop.call_later(max(0, deadline_ms) / 1000, self._expire, waiter)
+                delay_s = max(0, deadline_ms) / 1000
+                timer = self._clock.call_later(delay_s, self._expire, waiter)
             if self._session.away:
                 self._session.admit_locally()
         self._session.kick()
@@ -128,7 +135,7 @@ class Desk:
                 limit=limit,
                 retry_after_ms=retry_ms,
             )
-        self._ledger.refuse(waiter, self._refused(error), now_ms())
+        self._ledger.refuse(waiter, self._refused(error), self._now_ms())
         self._session.kick()
 
     def _refused(self, error: AdmissionError) -> AdmissionError:
@@ -139,10 +146,10 @@ class Desk:
         """About as long as waiters of its first limit wait these days, at least a second, and not
         before the end of a pause."""
         usual_ms = int(self._wait_ewma_ms.get(flow.limits[0], 0.0))
-        return max(1000, usual_ms, self._session.remembered.paused_ms(flow.limits, now_ms()))
+        return max(1000, usual_ms, self._session.remembered.paused_ms(flow.limits, self._now_ms()))
 
     def abandon(self, waiter: Waiter) -> None:
-        self._ledger.abandon(waiter.ticket, now_ms())
+        self._ledger.abandon(waiter.ticket, self._now_ms())
         self._session.kick()
         self.check_idle()
 
@@ -164,7 +171,7 @@ class Desk:
             holding.ticket,
             outcome=outcome,
             actual=holding.flow.actual(tokens, images),
-            now_ms=now_ms(),
+            now_ms=self._now_ms(),
             usage_later=usage_later,
         )
         if self._session.away:

@@ -7,6 +7,7 @@ loop holds must come back; it never touches the ledger, only tells the loop.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from redis.connection import ConnectionInterface
 from redis.exceptions import NoScriptError, RedisError
 
 from tidegate.errors import ConfigError
+from tidegate.limiter.clock import Clock
 from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.lease import Lease, now_ms
+from tidegate.limiter.lease import Lease
 from tidegate.limiter.link import ServerFacts, read_facts
 from tidegate.limiter.scripts import load
 from tidegate.limiter.servers import Server
@@ -37,6 +39,7 @@ class Heartbeat:
         sid: str,
         keys: Keyspace,
         lease: Lease,
+        clock: Clock,
         *,
         tell_changed: Callable[[], None],
         tell_paused: Callable[[], None],
@@ -49,8 +52,9 @@ class Heartbeat:
         self._tell_changed = tell_changed
         self._tell_paused = tell_paused
         self._stalled_ms = stalled_s * 1000
-        self._loop_seen_ms = now_ms()
-        self._script = load("renew")
+        self._clock = clock
+        self._loop_seen_ms = clock.now_ms()
+        self._script = load("renew", clock=clock.server_time)
         self._stop = threading.Event()
         self._connection: ConnectionInterface | None = None
         self._server: ServerFacts | None = None
@@ -62,7 +66,7 @@ class Heartbeat:
 
     def loop_is_alive(self) -> None:
         """The loop says so, at least once a lease."""
-        self._loop_seen_ms = now_ms()
+        self._loop_seen_ms = self._clock.now_ms()
 
     def stop(self) -> None:
         """Ask the thread to end; it does within one call's deadline."""
@@ -72,9 +76,9 @@ class Heartbeat:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        woke_ms = now_ms()
-        while not self._stop.wait(self._lease.deadline_s()):
-            before_ms, woke_ms = woke_ms, now_ms()
+        woke_ms = self._clock.now_ms()
+        while not self._clock.wait(self._stop, self._lease.deadline_s()):
+            before_ms, woke_ms = woke_ms, self._clock.now_ms()
             if woke_ms - before_ms > self._lease.lease_ms and self._lease.lapsed():
                 self._tell_paused()
             if woke_ms - self._loop_seen_ms > self._stalled_ms:
@@ -92,7 +96,7 @@ class Heartbeat:
             return
         server = self._connected()
         request = Renewal(self._sid, identity.gen, identity.epoch, server.run)
-        sent_ms = now_ms()
+        sent_ms = self._clock.now_ms()
         reply = RenewReply.unpack(self._evaluate(request.pack()))
         self.renewals += 1
         if reply.status == "ok":
@@ -125,3 +129,10 @@ class Heartbeat:
         connection, self._connection, self._server = self._connection, None, None
         if connection is not None:
             connection.disconnect()  # type: ignore[no-untyped-call]
+
+
+def tell_loop(loop: asyncio.AbstractEventLoop, call: object) -> None:
+    """Call on the loop from the thread; a loop that has been closed needs no news."""
+    assert callable(call)
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)

@@ -15,14 +15,14 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from tidegate.errors import ShuttingDown
+from tidegate.limiter.clock import Clock
 from tidegate.limiter.courier import Courier
 from tidegate.limiter.decorate import AcquireOptions, P, R, limited
 from tidegate.limiter.demand import Demand
 from tidegate.limiter.desk import Desk
 from tidegate.limiter.flow import Tokens, tokens_of
-from tidegate.limiter.heartbeat import STALLED_S, Heartbeat
+from tidegate.limiter.heartbeat import STALLED_S, Heartbeat, tell_loop
 from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.lease import now_ms
 from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import DEFAULT_HARD_MS, PoolPolicy
 from tidegate.limiter.link import Link
@@ -56,6 +56,7 @@ class Limiter(Operations):
         observer: Observer | None = None,
         max_waiters: int = MAX_WAITERS,
         stalled_s: float = STALLED_S,
+        clock: Clock | None = None,
     ) -> None:
         self.pool = pool
         self.instance_id = instance_id
@@ -63,17 +64,20 @@ class Limiter(Operations):
         self._keys = Keyspace(pool)
         self._observer = observer if observer is not None else Observer()
         self._stalled_s = stalled_s
+        self._clock = clock or Clock()
         self._ledger = Ledger()
         self._link = Link(url, self._keys.meta)
         self._courier = Courier(
-            self._link, self._keys, policy, self._ledger, self._observer, instance_id or ""
+            *(self._link, self._keys, policy, self._ledger, self._observer),
+            instance_id or "",
+            self._clock,
         )
         self._session = self._courier.session
         self._heartbeat: Heartbeat | None = None
         self._listener: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._carrying: asyncio.Task[None] | None = None
-        self._desk = Desk(self._ledger, self._session, self._observer, max_waiters)
+        self._desk = Desk(self._ledger, self._session, self._observer, max_waiters, self._clock)
 
     @classmethod
     def from_url(
@@ -84,13 +88,16 @@ class Limiter(Operations):
         policy: PoolPolicy,
         instance_id: str | None = None,
         observer: Observer | None = None,
+        clock: Clock | None = None,
     ) -> Limiter:
         """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`).
 
         `instance_id` only names the process for people: every start is a new session, so that
-        nobody can take over what a process of the same name still holds.
+        nobody can take over what a process of the same name still holds. `clock` is for tests.
         """
-        return cls(url, pool=pool, policy=policy, instance_id=instance_id, observer=observer)
+        return cls(
+            url, pool=pool, policy=policy, instance_id=instance_id, observer=observer, clock=clock
+        )
 
     def __repr__(self) -> str:
         return f"<Limiter {self.pool} {self._session.state} {self._ledger!r}>"
@@ -130,8 +137,9 @@ class Limiter(Operations):
             session.sid,
             self._keys,
             session.lease,
-            tell_changed=lambda: _tell(loop, session.refresh),
-            tell_paused=lambda: _tell(loop, session.paused),
+            self._clock,
+            tell_changed=lambda: tell_loop(loop, session.refresh),
+            tell_paused=lambda: tell_loop(loop, session.paused),
             stalled_s=self._stalled_s,
         )
         self._listener = Listener(
@@ -141,6 +149,7 @@ class Limiter(Operations):
             session.take_push,
             session.refresh,
             lambda: self._link.server,
+            self._clock,
         )
         self._carrying = asyncio.create_task(courier.run(), name="tidegate-courier")
         self._tasks = [
@@ -163,18 +172,18 @@ class Limiter(Operations):
 
     async def _pulse(self) -> None:
         """Shows the heartbeat that the loop lives, compares all with Valkey, watches the lease."""
-        lease, compared_ms = self._session.lease, now_ms()
+        lease, compared_ms = self._session.lease, self._clock.now_ms()
         while True:
             every_ms = lease.lease_ms / 3
             if self.policy.reap_closed_ms:
                 every_ms = min(every_ms, max(MIN_LOOK_MS, self.policy.reap_closed_ms / 4))
-            await asyncio.sleep(min(lease.lease_ms / 12, every_ms) / 1000)
+            await self._clock.sleep(min(lease.lease_ms / 12, every_ms) / 1000)
             if self._heartbeat is not None:
                 self._heartbeat.loop_is_alive()
             self._session.check_lapse()
             self._session.admit_locally()
-            if now_ms() - compared_ms >= every_ms * 0.95:
-                compared_ms = now_ms()
+            if self._clock.now_ms() - compared_ms >= every_ms * 0.95:
+                compared_ms = self._clock.now_ms()
                 self._session.refresh()
 
     # -- permits
@@ -328,7 +337,8 @@ class Limiter(Operations):
             return
         self._desk.closing = True
         for waiter in list(self._ledger.waiting.values()):
-            self._ledger.refuse(waiter, ShuttingDown("the limiter is closing"), now_ms())
+            closing = ShuttingDown("the limiter is closing")
+            self._ledger.refuse(waiter, closing, self._clock.now_ms())
         try:
             if not await self._wait_idle(grace_ms / 1000):
                 self._ledger.fence()
@@ -383,10 +393,3 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
         for task in done:
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.error("limiter: a task had failed", exc_info=error)
-
-
-def _tell(loop: asyncio.AbstractEventLoop, call: object) -> None:
-    """Call on the loop from the thread; a loop that has been closed needs no news."""
-    assert callable(call)
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(call)

@@ -16,6 +16,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from tidegate.errors import ConfigError
 from tidegate.limiter._compat import close_now
+from tidegate.limiter.clock import Clock
 from tidegate.limiter.lease import Lease
 from tidegate.limiter.link import LOST, ServerFacts, read_facts
 from tidegate.limiter.servers import MIN_CONNECT_S, Server
@@ -39,12 +40,14 @@ class Listener:
         on_push: Callable[[Push], None],
         compare: Callable[[], None],
         spoken_to: Callable[[], ServerFacts | None],
+        clock: Clock,
     ) -> None:
         self._server = Server(url, channel)
         self._spoken_to = spoken_to
         self.run_id = ""
         self._channel = channel
         self._lease = lease
+        self._clock = clock
         self._on_push = on_push
         self._compare = compare
         self.subscribed = False
@@ -68,7 +71,7 @@ class Listener:
                 if connection is not None:
                     close_now(connection)
             retry_s = min(max(retry_s * 2, 0.01), self._lease.lease_ms / 6000)
-            await asyncio.sleep(retry_s)
+            await self._clock.sleep(retry_s)
 
     async def _subscribe(self, connection: AbstractConnection) -> None:
         async with asyncio.timeout(max(self._lease.deadline_s(), MIN_CONNECT_S)):

@@ -13,8 +13,8 @@ from typing import Any
 import msgpack
 
 from tidegate.errors import LimiterUnavailable, TidegateError
+from tidegate.limiter.clock import Clock
 from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.lease import now_ms
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.link import Link, LinkDown
 from tidegate.limiter.scripts import ScriptName, load
@@ -41,15 +41,17 @@ class Operations:
     _link: Link
     _keys: Keyspace
     _session: Session
+    _clock: Clock
 
     async def _run(self, name: ScriptName, request: dict[str, Any], tries: int = 2) -> bytes:
         """Twice, since the connection may have been closed while it was not used: all that is
         asked here may be asked again."""
         keys = (self._keys.meta, self._keys.layout)
         deadline_s = self._session.lease.deadline_s()
+        script = load(name, clock=self._clock.server_time)
         while True:
             try:
-                return await self._link.run(load(name), keys, pack(request), deadline_s)
+                return await self._link.run(script, keys, pack(request), deadline_s)
             except LinkDown as error:
                 tries -= 1
                 if not tries:
@@ -125,7 +127,9 @@ class Operations:
         self._session.stop_handing_on()
         done = bool(await self._act(request))
         if done:
-            self._session.remembered.pause(limit, now_ms() + for_ms, ramp_ms, said)
+            self._session.remembered.pause(
+                limit, self._session.lease.now_ms() + for_ms, ramp_ms, said
+            )
         self._session.refresh()
         return done
 
@@ -143,7 +147,7 @@ class Operations:
         self._session.stop_handing_on()
         done = bool(await self._act(request))
         if done:
-            self._session.remembered.pause(limit, now_ms() + for_ms, 0, said)
+            self._session.remembered.pause(limit, self._session.lease.now_ms() + for_ms, 0, said)
         self._session.refresh()
         return done
 
@@ -151,7 +155,7 @@ class Operations:
         """End what `close_gate` began; calls come back over `ramp_ms`. False if it was open."""
         request = {"verb": "open", "limit": limit, "ramp_ms": max(1, ramp_ms)}
         done = bool(await self._act(request))
-        self._session.remembered.opened(limit, now_ms(), ramp_ms)
+        self._session.remembered.opened(limit, self._session.lease.now_ms(), ramp_ms)
         self._session.refresh()
         return done
 
@@ -164,24 +168,26 @@ class Operations:
         """Those of these limits that are paused or come back from a pause, as this process last
         heard. Without I/O."""
         remembered = self._session.remembered
-        return remembered.paused_of(limits, now_ms()) if remembered.pauses else ()
+        return (
+            remembered.paused_of(limits, self._session.lease.now_ms()) if remembered.pauses else ()
+        )
 
     def gate(self, limit: str) -> tuple[int, str] | None:
         """None where a gate is open, as this process last heard; else for how many ms still
         nobody may try, and what was said when it was closed. Without I/O."""
         remembered = self._session.remembered
-        return remembered.gate(limit, now_ms()) if remembered.pauses else None
+        return remembered.gate(limit, self._session.lease.now_ms()) if remembered.pauses else None
 
     def pauses(self) -> Mapping[str, int]:
         """All limits that are paused, as this process last heard, with the ms that are left."""
-        at = now_ms()
+        at = self._session.lease.now_ms()
         remembered = self._session.remembered
         return {name: max(0, ms) for name, ms, _, _ in remembered.paused(at)}
 
     def paused_ms(self, limits: Sequence[str]) -> int:
         """For how long still nobody is let in under one of these limits, as this process last
         heard, some seconds ago at most; 0 where none is paused. Without I/O."""
-        return self._session.remembered.paused_ms(limits, now_ms())
+        return self._session.remembered.paused_ms(limits, self._session.lease.now_ms())
 
     @contextmanager
     def told_of_pauses(self, told: Callable[[], None]) -> Iterator[None]:

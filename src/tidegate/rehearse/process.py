@@ -14,6 +14,7 @@ from tidegate.demand import Demand, Demands
 from tidegate.demand.pieces import Modality
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
 from tidegate.limiter import Observer, Tokens
+from tidegate.limiter.clock import Clock
 from tidegate.limiter.courier import LINGER_IDLE_S, LINGER_S
 from tidegate.limiter.demand import Demand as LimiterDemand
 from tidegate.limiter.desk import Desk
@@ -77,7 +78,7 @@ class Process:
             settled=self._settled,
         )
         self.session.sid = name  # by which ties are broken: the same in every run
-        self._desk = Desk(self.ledger, self.session, Observer(), MAX_WAITERS)
+        self._desk = Desk(self.ledger, self.session, Observer(), MAX_WAITERS, Clock())
         stage.after(_PULSE_MS, self._pulse)
 
     # -- calls

@@ -8,8 +8,10 @@ from typing import Any
 
 import redis.asyncio
 
+from tests.integration.limiter.hands import Hands
 from tests.waiting import wait_until
 from tidegate.limiter import Limiter, Observer, PoolPolicy
+from tidegate.limiter.clock import Clock
 
 LIMIT = "kind:text_only"
 LEASE_MS = 600
@@ -31,6 +33,7 @@ class Maker:
         max_waiters: int = 100_000,
         lease_ms: int = LEASE_MS,
         policy: PoolPolicy | None = None,
+        clock: Clock | None = None,
         **fields: Any,
     ) -> Limiter:
         """A limiter that has not been started; of `policy`, or of one limit."""
@@ -40,11 +43,14 @@ class Maker:
             policy=policy or PoolPolicy({LIMIT: bound}, lease_ms=lease_ms, **fields),
             observer=observer,
             max_waiters=max_waiters,
+            clock=clock,
         )
 
     async def __call__(self, url: str, bound: int = 2, **options: Any) -> Limiter:
         """A started limiter that is ready to let in; closed at the end of the test."""
         limiter = self.cold(url, bound, **options)
+        if isinstance(limiter._clock, Hands):
+            limiter._clock.limiters.append(limiter)
         await limiter.start()
         self._stack.push_async_callback(limiter.aclose)
         await wait_until(lambda: limiter.local_state().state == "up", what="the limiter is up")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import uvloop
 
+from tests.integration.limiter.hands import Hands
 from tests.integration.limiter.makers import LEASE_MS, LIMIT, Body, Maker, command, until_used, used
 from tests.waiting import wait_until
 from tidegate.embedded.valkey import ValkeyServer
@@ -19,6 +20,18 @@ from tidegate.limiter import Limiter, PoolPolicy
 
 async def until_state(limiter: Limiter, *states: str) -> None:
     await wait_until(lambda: limiter.local_state().state in states, what=f"state {states}")
+
+
+@pytest.fixture
+async def hands(own_valkey: ValkeyServer, pool: str) -> AsyncIterator[Hands]:
+    """A clock that runs as fast as the processes and the server can follow."""
+    clock = Hands(own_valkey.url, pool)
+    running = asyncio.create_task(clock.run())
+    yield clock
+    running.cancel()
+    await asyncio.wait({running})
+    clock.close()
+    assert running.cancelled()
 
 
 async def until_lapsed(limiter: Limiter) -> None:
@@ -66,9 +79,9 @@ async def test_permits_are_passed_on_in_order_while_valkey_is_away_within_the_le
 
 
 async def test_closed_lets_nobody_in_after_the_lease_and_says_when_to_come_again(
-    maker: Maker, own_valkey: ValkeyServer
+    hands: Hands, maker: Maker, own_valkey: ValkeyServer
 ) -> None:
-    limiter = await maker(own_valkey.url, 2)
+    limiter = await maker(own_valkey.url, 2, clock=hands)
     running = await Body(limiter).until_admitted()
     own_valkey.stop()
     await until_lapsed(limiter)
@@ -86,9 +99,9 @@ async def test_closed_lets_nobody_in_after_the_lease_and_says_when_to_come_again
 
 
 async def test_local_uses_a_share_after_the_lease_and_tells_of_it_afterwards(
-    maker: Maker, own_valkey: ValkeyServer
+    hands: Hands, maker: Maker, own_valkey: ValkeyServer
 ) -> None:
-    limiters = [await maker(own_valkey.url, 5, when_away="local") for _ in range(2)]
+    limiters = [await maker(own_valkey.url, 5, when_away="local", clock=hands) for _ in range(2)]
     await wait_until(lambda: all(x.local_state().sessions == 2 for x in limiters))
     own_valkey.stop()
     for limiter in limiters:
@@ -124,12 +137,14 @@ async def test_with_cancel_the_bodies_end_before_the_lease_is_over(
 
 
 async def restarted_empty(
-    maker: Maker, valkey: ValkeyServer, *, one_is_missing: bool
+    hands: Hands, maker: Maker, valkey: ValkeyServer, *, one_is_missing: bool
 ) -> tuple[list[Limiter], list[Body], list[Body]]:
     """Two limiters with a running call and a waiter each, at a server that has forgotten all."""
-    limiters = [await maker(valkey.url, 2, lease_ms=3000, hand_off=False) for _ in range(2)]
+    limiters = [
+        await maker(valkey.url, 2, lease_ms=3000, hand_off=False, clock=hands) for _ in range(2)
+    ]
     if one_is_missing:
-        missing = await maker(valkey.url, 2, lease_ms=3000, hand_off=False)
+        missing = await maker(valkey.url, 2, lease_ms=3000, hand_off=False, clock=hands)
     running = [await Body(limiter).until_admitted() for limiter in limiters]
     waiters = [Body(limiter) for limiter in limiters]
     everybody = 3 if one_is_missing else 2
@@ -159,9 +174,11 @@ async def end_all(running: list[Body], waiters: list[Body]) -> None:
 
 
 async def test_after_an_empty_restart_it_goes_on_when_all_are_back_who_were_there(
-    maker: Maker, own_valkey: ValkeyServer
+    hands: Hands, maker: Maker, own_valkey: ValkeyServer
 ) -> None:
-    limiters, running, waiters = await restarted_empty(maker, own_valkey, one_is_missing=False)
+    limiters, running, waiters = await restarted_empty(
+        hands, maker, own_valkey, one_is_missing=False
+    )
     for limiter in limiters:
         await until_state(limiter, "up")
     assert (await limiters[0].snapshot()).recovering_ms == 0
@@ -192,9 +209,11 @@ async def test_a_process_that_says_nothing_hears_at_once_that_its_server_was_ano
 
 
 async def test_after_an_empty_restart_nobody_comes_in_for_a_lease_while_one_is_missing(
-    maker: Maker, own_valkey: ValkeyServer
+    hands: Hands, maker: Maker, own_valkey: ValkeyServer
 ) -> None:
-    limiters, running, waiters = await restarted_empty(maker, own_valkey, one_is_missing=True)
+    limiters, running, waiters = await restarted_empty(
+        hands, maker, own_valkey, one_is_missing=True
+    )
     assert (await limiters[0].snapshot()).recovering_ms > 0
     assert await used(limiters[0]) == 2
     for body in running:

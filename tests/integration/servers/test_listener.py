@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.integration.servers.daemon import Daemon
 from tests.waiting import wait_until
+from tidegate.limiter.clock import Clock
 from tidegate.limiter.lease import Lease
 from tidegate.limiter.link import ServerFacts
 from tidegate.limiter.listener import Listener
@@ -23,6 +24,7 @@ async def test_a_subscription_at_another_server_than_the_links_is_given_up(tmp_p
             lambda push: None,
             lambda: None,
             lambda: spoken_to,
+            Clock(),
         )
         task = asyncio.create_task(listener.run())
         await wait_until(lambda: listener.subscribed, what="a subscription before the link is up")
