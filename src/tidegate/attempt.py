@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from tidegate.call import NO_CHARGE, Answer, Charge
-from tidegate.store.records import AttemptResult, Failure, OutputFile
+from tidegate.store.records import AttemptResult, FailedTry, Failure, OutputFile
 from tidegate.tracing import Trail
 
 
@@ -16,6 +16,7 @@ class Attempt:
 
     `limits` are those that it asks for. `queue_ms` is from `waiting_since`, the receipt of the
     request at first, to admission. `is_marked`: a job's call is on record, as one that may be made.
+    `failed_try`: the one before, of another upstream; of such `counted_tries` use up attempts.
     """
 
     waiting_since: datetime
@@ -32,6 +33,8 @@ class Attempt:
     operation: str = "generate_content"
     trail: Trail | None = None
     is_marked: bool = False
+    failed_try: FailedTry | None = None
+    counted_tries: int = 0
 
 
 def attempt_result(

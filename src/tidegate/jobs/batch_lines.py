@@ -225,10 +225,10 @@ class LineCaller:
             called = life.target.upstream.name if life.target else None
             self._outages.ended(turn, called, error)
         if error is not None and (wait_ms := self._wait_ms(line, life, error)) is not None:
-            waits_ms, is_counted = {line.id: wait_ms}, not is_of_upstream(error)
+            waits_ms, counted = {line.id: wait_ms}, life.tries - life.of_upstream
             await self._until_done(
                 lambda: self._store.batch_lines.give_back(
-                    [line], waits_ms=waits_ms, is_counted=is_counted
+                    [line], waits_ms=waits_ms, counted=counted
                 )
             )
             self._relay.budgets.forget(line.id)
@@ -256,6 +256,7 @@ class LineCaller:
                 priority=PRIORITY,
                 deadline_ms=left_ms,
                 trail=held.trail,
+                most_tries=self._config.max_attempts - line.attempts,
             )
             await collected(self._relay, call, held.life, admitted)
         except asyncio.CancelledError:
@@ -277,7 +278,7 @@ class LineCaller:
             return _AGAIN_MS
         if is_of_upstream(error):
             return self._outages.wait_ms(self._targets_of(line))
-        attempts = line.attempts + (life.tries > 0)
+        attempts = line.attempts + life.tries - life.of_upstream
         return retry_wait_ms(error, max(1, attempts), self._config.max_attempts)
 
     async def _finish(

@@ -68,7 +68,6 @@ class Worker:
         self._pool = pool
         self._outages = outages = Outages({pool, *relay.targets.upstreams})
         batches = BatchRunner(config, store, blobs, relay, outages)
-        # They are of the deployment's own pool.
         self._batches = batches.run if pool == DEFAULT_POOL else asyncio.Event.wait
         self._config = config
         self._store = store
@@ -100,14 +99,14 @@ class Worker:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what runs within the grace, hand back the rest."""
         beat_s = self._config.claim_lease_ms / 3000
-        await self._store_tolerant(self._store.heartbeat)
+        store = self._store
+        await self._store_tolerant(store.heartbeat)
+        each_beat = (store.heartbeat, store.retake_lapsed)
+        each_second = (store.tend_queues, store.expire_due, store.cancels.cancel_returned)
         loops = [
             *(self._forever(feeder.run) for feeder in self._feeders),
-            self._forever(self._every(beat_s, self._store.heartbeat)),
-            self._forever(self._every(beat_s, self._store.retake_lapsed)),
-            self._forever(self._every(1.0, self._store.tend_queues)),
-            self._forever(self._every(1.0, self._store.expire_due)),
-            self._forever(self._every(1.0, self._store.cancels.cancel_returned)),
+            *(self._forever(self._every(beat_s, one)) for one in each_beat),
+            *(self._forever(self._every(1.0, one)) for one in each_second),
             self._forever(self._heed_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -209,8 +208,7 @@ class Worker:
     async def _run_and_record(self, job: ClaimedJob) -> None:
         kind = job.classification.kind
         assert kind is not None
-        # A retry has waited before; what counts now is from its being taken up again.
-        since = datetime.now(UTC) if job.was_called else job.created_at
+        since = datetime.now(UTC) if job.was_called else job.created_at  # a retry has waited before
         trail = self._relay.tracing.trail(job.request_id, parent_of(job.traceparent))
         attempt = Attempt(waiting_since=since, trail=trail)
         model = job.model or self._config.model_for(kind)
@@ -222,14 +220,16 @@ class Worker:
                 turn = self._outages.enter(self._targets_of(job))
             self._stages.enter(job, Stage.CALLING)
             fence = (0, 0) if permit is None else permit.fence
-            await self._store.running(job, model=model, fence=fence, queue_ms=attempt.queue_ms)
-            attempt.is_marked = True
+            running = partial(self._store.running, job, model=model, failed=attempt.failed_try)
+            await running(fence=fence, queue_ms=attempt.queue_ms)
+            attempt.is_marked, attempt.failed_try = True, None
 
         async def run(left_ms: int | None) -> None:
             caller = await payer_of(job, self._config, self._store)
             if job.endpoint is not None:
                 async with self._bodies.of(job, kind) as body:
-                    await run_wrapped(self._relay, job, attempt, admitted, body=body, caller=caller)
+                    wrapped = partial(run_wrapped, self._relay, job, attempt, admitted, body=body)
+                    await wrapped(caller=caller, max_attempts=self._config.max_attempts)
                 return
             if kind is Kind.IMAGE_GENERATION and self._blobs.away:
                 await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
@@ -309,7 +309,8 @@ class Worker:
             await self._end_unadmitted(job, error)
         else:
             if error is not None and is_counted:
-                wait_ms = retry_wait_ms(error, job.attempts + 1, self._config.max_attempts)
+                made = job.attempts + attempt.counted_tries + 1
+                wait_ms = retry_wait_ms(error, made, self._config.max_attempts)
             await self._end(job, result, wait_ms, is_counted)
         log_end(job, attempt, failure, wait_ms)
 

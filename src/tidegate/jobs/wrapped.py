@@ -14,7 +14,7 @@ from tidegate.relay.call import CallFailed, Life
 from tidegate.relay.detached import collected, detached_call, endpoint_named
 from tidegate.relay.spine import Relay
 from tidegate.relay.work import Begun
-from tidegate.store.records import ClaimedJob
+from tidegate.store.records import ClaimedJob, FailedTry, Failure
 
 
 def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
@@ -35,14 +35,24 @@ async def run_wrapped(
     *,
     body: bytes,
     caller: Caller,
+    max_attempts: int,
 ) -> None:
     """Make the call that a job wraps, with its `body`, on the budget of its `caller`; `attempt` is
     filled as the pipeline would fill it."""
     assert job.endpoint is not None
     life, left_ms = Life(), time_left_ms(job)
+    attempt.failed_try, attempt.counted_tries = None, 0
 
     async def begun(permit: Permit | None) -> None:
         now = datetime.now(UTC)
+        if life.failed is not None:  # another upstream stands in
+            attempt.failed_try = FailedTry(
+                finished_at=life.finished_at or now,
+                upstream_ms=life.upstream_ms,
+                failure=Failure.of(life.failed),
+                is_counted=not life.failed.of_upstream,
+            )
+            attempt.counted_tries += attempt.failed_try.is_counted
         attempt.admitted_at, attempt.fence = now, (0, 0) if permit is None else permit.fence
         attempt.queue_ms = max(0.0, (now - attempt.waiting_since).total_seconds() * 1000)
         await admitted(permit)
@@ -55,6 +65,7 @@ async def run_wrapped(
         priority=job.priority,
         deadline_ms=None if left_ms is None else max(1, left_ms),
         trail=attempt.trail,
+        most_tries=max_attempts - job.attempts,
     )
     try:
         await collected(relay, call, life, begun)

@@ -17,6 +17,7 @@ from tidegate.relay.usage import NOTHING_TOLD, TAIL_BYTES, Told, told_in
 from tidegate.tracing import Trail
 
 KEPT_BYTES = 16_000_000
+MOST_TRIES = 4
 
 
 @dataclass(slots=True)
@@ -24,7 +25,8 @@ class NativeCall:
     """What the front took in. headers: those that may go on to an upstream. query: without
     its `?` and without a key. received: on the monotonic clock. wait_ms: from receipt to
     admission. subject: whom it is about, for erasing. trail: its place in a trace. repeats: whether
-    an upstream that failed is called again by itself; where not, the queue does that."""
+    an upstream that failed is called again by itself; where not, the queue does that. most_tries:
+    of all upstreams together."""
 
     request_id: UUID
     endpoint: Endpoint
@@ -40,6 +42,7 @@ class NativeCall:
     subject: str | None = None
     trail: Trail | None = None
     repeats: bool = True
+    most_tries: int = MOST_TRIES
 
     def left_ms(self) -> int:
         """Until its deadline for admission; negative when it has passed."""
@@ -77,7 +80,8 @@ class Life:
     an upstream is not being asked, and has not answered. queue: the pool and the limits in whose
     queue it stands, or stood. sent: the request of its last try began to go out. first_byte_ms:
     of the last try, from then to the first bytes of its answer's body. throttled: tries that were
-    answered with 429.
+    answered with 429. failed: by what the last try failed that did. of_upstream: tries that failed
+    by the upstream itself.
     """
 
     waits: bool = True
@@ -95,6 +99,8 @@ class Life:
     upstream_ms: float = 0.0
     first_byte_ms: float | None = None
     throttled: int = 0
+    failed: UpstreamError | None = None
+    of_upstream: int = 0
     trail: Trail | None = None
     http_status: int = 0
     told: Told = NOTHING_TOLD

@@ -15,7 +15,7 @@ from uuid import UUID
 from tidegate.call import Caller
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
 from tidegate.relay.asked import Asked, asked_of
-from tidegate.relay.call import KEPT_BYTES, Life, NativeCall, Out
+from tidegate.relay.call import KEPT_BYTES, MOST_TRIES, Life, NativeCall, Out
 from tidegate.relay.headers import Headers
 from tidegate.relay.paths import Dialect, Endpoint, dialect_of, endpoint_of
 from tidegate.relay.spine import Relay
@@ -71,6 +71,7 @@ def detached_call(
     priority: int,
     deadline_ms: int | None,
     trail: Trail | None = None,
+    most_tries: int = MOST_TRIES,
 ) -> NativeCall:
     """The call as if a client made it now. `deadline_ms`: from now to admission. Raises NotFound
     for a path that another version took in."""
@@ -92,6 +93,7 @@ def detached_call(
         priority=priority,
         trail=trail,
         repeats=False,
+        most_tries=max(1, min(most_tries, MOST_TRIES)),
     )
 
 

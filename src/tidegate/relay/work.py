@@ -45,7 +45,6 @@ from tidegate.store.budgets import Solvent
 if TYPE_CHECKING:
     from tidegate.relay.spine import Relay
 
-MOST_TRIES = 4
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
 
@@ -107,7 +106,7 @@ class Work:
         return [self._relay.limiter_of(target).policy for target in targets]
 
     def _worth_another(self, failed: CallFailed) -> bool:
-        if self._out.started or self._life.tries >= MOST_TRIES:
+        if self._out.started or self._life.tries >= self._call.most_tries:
             return False
         again = failed.error.retryable or isinstance(failed.error, UpstreamUnauthorized)
         return again and self._call.left_ms() > 0 and self._relay.may_try_again()
@@ -247,6 +246,8 @@ class Work:
             error = failed
             refused = failed.status >= 400
             life.throttled += isinstance(failed.error, UpstreamThrottled)
+            life.failed = failed.error
+            life.of_upstream += failed.error.of_upstream
             outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
             if isinstance(failed.error, UpstreamThrottled):
                 failed.paused_ms = await gate.throttled(failed.error, target.model, demand)

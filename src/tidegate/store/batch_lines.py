@@ -190,11 +190,11 @@ class BatchLines:
         lines: Iterable[Line],
         *,
         waits_ms: Mapping[UUID, float] | None = None,
-        is_counted: bool = True,
+        counted: int = 1,
     ) -> None:
-        """Release claims on lines, of those in `waits_ms` for so long. is_counted: whether a call
-        that was begun is one of the attempts that a line has."""
-        waits_ms, uncounted = waits_ms or {}, int(not is_counted)
+        """Release claims on lines, of those in `waits_ms` for so long. counted: how many attempts
+        the calls have used up that were begun under this claim."""
+        waits_ms, uncounted = waits_ms or {}, 1 - counted
         given = rows.dumps(
             {**line.key, "after_ms": waits_ms.get(line.id), "uncounted": uncounted}
             for line in lines

@@ -29,7 +29,7 @@ from tidegate.store.observing import of_row
 from tidegate.store.queries import sql
 from tidegate.store.queues import Queues
 from tidegate.store.recorder import audit_unanswered
-from tidegate.store.records import ClaimedJob, Failure, Json
+from tidegate.store.records import ClaimedJob, FailedTry, Failure, Json
 from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.store.writer import GroupWriter
 from tidegate.telemetry import Log, get_logger
@@ -182,6 +182,33 @@ class Claims:
         except ClaimLost:
             self.settled(job)
             raise
+
+    async def another(self, row: Json, job: ClaimedJob, failed: FailedTry) -> None:
+        """A running job's call has failed, and another one is about to be made. Raises
+        ClaimLost."""
+        ended = {"outcome": "failed", "finished_at": failed.finished_at}
+        ended |= {"upstream_ms": failed.upstream_ms, "failure": rows.failure_row(failed.failure)}
+
+        async def begin(connection: asyncpg.Connection) -> bool:
+            found = await connection.fetchrow(
+                sql("running_attempt"), job.request_id, job.claim, self._instance_id
+            )
+            if found is None:
+                return False
+            if UUID(int=found["attempt_id"].int) == row["attempt_id"]:
+                return True  # by a try whose reply was lost
+            place = {"id": found["attempt_id"], "created_at": found["attempt_at"]}
+            await connection.execute(sql("end_attempts"), rows.dumps([ended | place]))
+            await connection.execute(
+                sql("begin_another"),
+                *(job.request_id, row["attempt_id"], int(failed.is_counted), self._instance_id),
+                *(row["model"], row["fence_epoch"], row["fence_sequence"], row["admitted_at"]),
+            )
+            return True
+
+        if not await self._connections.run(begin):
+            self.settled(job)
+            raise ClaimLost(f"another worker has {job.request_id} now")
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
         by_id = {str(row["id"]): row for row in batch}

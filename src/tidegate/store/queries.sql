@@ -95,6 +95,26 @@ WITH begun AS (
 )
 SELECT id FROM begun
 
+-- name: running_attempt
+-- The attempt under way of job $1 under claim $2 of worker $3.
+SELECT attempt_id, attempt_at FROM requests
+WHERE id = $1 AND claim = $2 AND claimed_by = $3 AND status = 'running' FOR UPDATE
+
+-- name: begin_another
+-- Begin another attempt $2 of the running job $1 beside the last one, which uses up $3 more.
+WITH begun AS (
+    UPDATE requests SET attempts = attempts + $3, attempt_id = $2, attempt_at = now(),
+        version = version + 1
+    WHERE id = $1
+    RETURNING *
+)
+INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
+    instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
+SELECT $2, now(), id, tenant_id, pool, kind,
+    1 + (SELECT count(*) FROM attempts a WHERE a.request_id = begun.id), claim,
+    $4, $5, $6, $7, 'running', $8, queue_ms
+FROM begun
+
 -- name: add_attempts
 -- Insert attempts that have ended.
 INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,

@@ -118,6 +118,16 @@ class ClaimedJob:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedTry:
+    """A call of a job that failed, while another upstream is tried under the same claim."""
+
+    finished_at: datetime
+    upstream_ms: float
+    failure: Failure
+    is_counted: bool
+
+
+@dataclass(frozen=True, slots=True)
 class OutputFile:
     """A generated picture whose bytes are already in the blob store."""
 

@@ -46,6 +46,7 @@ from tidegate.store.records import (
     AttemptResult,
     ClaimedJob,
     Earlier,
+    FailedTry,
     Failure,
     FileRecord,
     Json,
@@ -281,11 +282,8 @@ class Store:
         return rows.file_record(row)
 
     async def record_stream(self, record: StreamRecord) -> None:
-        """Accept a finished stream's record; it is written soon, in a batch.
-
-        Waits when the buffer is full and `audit_full` is `block`; else drops and logs. A cancelled
-        caller has recorded it whole or not at all.
-        """
+        """Accept a finished stream's record, which is written soon; waits when the buffer is full
+        and `audit_full` is `block`. A cancelled caller has recorded it whole or not at all."""
         self.observers.note(observing.of_stream(record))
         await self._recorder.enqueue(await entries.of_stream(record, self.blobs))
 
@@ -332,22 +330,24 @@ class Store:
         await self._claims.classified(job, classification)
 
     async def running(
-        self, job: ClaimedJob, *, model: str, fence: tuple[int, int], queue_ms: float
+        self,
+        job: ClaimedJob,
+        *,
+        model: str,
+        fence: tuple[int, int],
+        queue_ms: float,
+        failed: FailedTry | None = None,
     ) -> None:
-        """Record that the job is admitted, before its upstream call; counts an attempt.
-
-        Raises ClaimLost, or StoreUnavailable, after which it may be recorded nevertheless: repeat
-        it, or `hand_back` the job.
-        """
+        """Record that the job is admitted, before its call; `failed`: another one before, under the
+        same claim. Raises ClaimLost, or StoreUnavailable, after which it may be recorded: repeat
+        it, or `hand_back` the job."""
         row = {**running_row(job, model, fence, queue_ms), "admitted_at": datetime.now(UTC)}
-        await self._claims.running(row, job)
+        claims = self._claims
+        await (claims.running(row, job) if not failed else claims.another(row, job, failed))
 
     async def finish(self, job: ClaimedJob, status: Status, result: AttemptResult) -> None:
-        """Record a job's end. While PostgreSQL is away it is kept on disk, and this returns.
-
-        Raises ClaimLost, or StoreUnavailable when the spill is full. A cancelled caller's end is
-        recorded all the same.
-        """
+        """Record a job's end, on disk while PostgreSQL is away. Raises ClaimLost, StoreUnavailable
+        when the spill is full. A cancelled caller's end is recorded all the same."""
         observed = observing.of_job(job, status.value, result, result.failure)
         await self._end(job, entries.of_end(job, status, result, self.blobs), observed)
 
