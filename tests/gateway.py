@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -217,12 +218,8 @@ class Gateway:
     async def audit(self, request_id: str, timeout_s: float = 20) -> dict[str, Any]:
         """The one audit row of an ended request, with its bodies as `request` and `response`."""
 
-        async def found() -> list[asyncpg.Record]:
-            rows: list[asyncpg.Record] = await self.database.fetch(
-                "SELECT * FROM audit WHERE request_id = $1::uuid", request_id
-            )
-            return rows
-
+        query = "SELECT * FROM audit WHERE request_id = $1::uuid"
+        found = partial(self.database.fetch, query, request_id)
         rows = await wait_until(found, timeout_s, f"an audit row of {request_id}")
         assert len(rows) == 1
         row = dict(rows[0])
