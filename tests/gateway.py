@@ -127,14 +127,6 @@ class Gateway:
     def waiting(self) -> int:
         return sum(self.services.limiter.local_state().waiting.values())
 
-    async def all_is_well(self) -> None:
-        """End what faults have paused and put out."""
-        limiter = self.services.limiter
-        for name, view in (await limiter.snapshot()).limits.items():
-            if view.paused_by or view.paused_ms:
-                await limiter.resume(name)
-        await self.services.relay.health["gemini"].open()
-
     def start_worker(self, **settings: Any) -> asyncio.Event:
         """Start a worker; setting the event stops it in order."""
         stop = asyncio.Event()

@@ -89,7 +89,7 @@ async def test_keywords_decide_when_the_llm_fails_or_is_slow_and_the_record_says
         assert record["classified_by"] == "keywords"
         assert record["classified_why"].endswith(f"(the LLM {why})"), fault
         # A 429 has paused it, for the next ones' good.
-        await gateway.all_is_well()
+        await all_is_well(gateway)
         stats = (await gateway.upstream.stats())["classifier"]
         assert (stats.arrived, stats.in_flight) == (1, 0)
     # A guess is not remembered: the next one asks again.

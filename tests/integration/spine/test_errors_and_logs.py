@@ -9,6 +9,7 @@ import pytest
 
 from tests.gateway import KEY, Opener
 from tests.loglines import Lines, lines
+from tests.outages import all_is_well
 from tests.waiting import wait_until
 from tidegate.http.views import UsageView
 from tidegate.pipeline import Pipeline
@@ -101,10 +102,10 @@ async def test_no_secret_is_logged_or_shown_when_a_call_fails(
         bound: dict[str, Any] = {"deadline_ms": 500} if is_bounded else {}
         record = await gateway.end_of(await gateway.submit(data="Explain the tide", **bound))
         assert record["status"] == ("expired" if is_bounded else "failed")
-        await gateway.all_is_well()
+        await all_is_well(gateway)
         streamed = await gateway.stream(text="Explain the tide")
         assert streamed.names[-1] == "error"
-        await gateway.all_is_well()
+        await all_is_well(gateway)
         shown += str(record) + streamed.raw.decode()
     logged = orjson.dumps(lines()).decode()
     assert logged.count("job_done") == 3

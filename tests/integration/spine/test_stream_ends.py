@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 
 from tests.gateway import Gateway, Opener, read_stream, small_receive_buffer
+from tests.outages import all_is_well
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.valkey import ValkeyServer
 
@@ -107,7 +108,7 @@ async def test_a_fault_upstream_is_the_last_event_and_in_the_record(
         await gateway.upstream.reset()
         await gateway.upstream.set_fault(fault, **{"count": 1, **FAULTS[fault][0]})
         await _assert_told_and_recorded(gateway, fault)
-        await gateway.all_is_well()
+        await all_is_well(gateway)
 
 
 async def _assert_told_and_recorded(gateway: Gateway, fault: str) -> None:
