@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tests.gateway import Gateway, Opener, Streamed
+from tests.outages import all_is_well
 from tidegate.classify import by_keywords, by_rules
 
 UNSURE = "Nice!"
