@@ -225,10 +225,8 @@ class Gateway:
         return row
 
     async def attempts(self, request_id: str) -> list[asyncpg.Record]:
-        found: list[asyncpg.Record] = await self.database.fetch(
-            "SELECT * FROM attempts WHERE request_id = $1::uuid ORDER BY number", request_id
-        )
-        return found
+        query = "SELECT * FROM attempts WHERE request_id = $1::uuid ORDER BY number"
+        return list(await self.database.fetch(query, request_id))
 
 
 def operators_headers(config: Config) -> dict[str, str]:
