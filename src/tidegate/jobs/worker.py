@@ -41,8 +41,7 @@ from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
 from tidegate.tracing import parent_of
 
-_UNSURE_WINDOW = 16
-_LARGEST_WINDOW = 256
+_UNSURE_WINDOW, _LARGEST_WINDOW = 16, 256
 _STORE_POLL_S = 0.25
 _LONGEST_PUT_PAUSE_S = 4.0
 _LAST_CLAIM_S, _LAST_RECORDS_S = 1.0, 8.0
