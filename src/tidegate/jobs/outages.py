@@ -36,6 +36,9 @@ _FIRST_SPREAD_S = 1.0
 _PROBE_S = 30.0  # a probe that takes longer has another one beside it
 _CANDIDATE_S = 5.0
 _UNDER_WAY_MS = 1_000.0
+_GRACE_MS = (
+    250  # the gate of all processes has chosen this call as its try, and counts its own time
+)
 _LONGEST_LOOK_S = 4.0
 _MOST = 1_000  # models are named by callers
 
@@ -114,13 +117,13 @@ class Outages:
         now = self._clock()
         turn = Turn(targets)
         held_ms = self.held_ms(targets)
-        if held_ms:
+        if held_ms > _GRACE_MS:
             said = "the upstream is out, and was not called"
             raise UpstreamUnavailable(said, retry_after_ms=round(held_ms), asked=False)
         for target in targets:
             for key in (target, (target[0], "")):
                 outage = self._outages.get(key)
-                if outage is not None and outage.rounds and outage.held_ms(now) == 0:
+                if outage is not None and outage.rounds and outage.held_ms(now) <= _GRACE_MS:
                     outage.probe, outage.probe_until = turn, now + _PROBE_S
                     turn.probes.append(key)
         self._candidate_until = 0.0

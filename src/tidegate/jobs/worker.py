@@ -77,10 +77,7 @@ class Worker:
         held_up = (outages, self._targets_of, pool)
         self._feeders = [
             Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify, *held_up),
-            *(
-                Feeder(store, kind, partial(self._window, kind), self._work, *held_up)
-                for kind in Kind
-            ),
+            *(Feeder(store, k, partial(self._window, k), self._work, *held_up) for k in Kind),
         ]
 
     def _window(self, kind: Kind) -> int:
