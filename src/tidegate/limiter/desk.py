@@ -154,9 +154,11 @@ class Desk:
         self.check_idle()
 
     def admitted(self, holding: Holding) -> None:
+        named = self._session.policy.limits
         for name in holding.flow.limits:
-            old = self._wait_ewma_ms.get(name, holding.waited_ms)
-            self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
+            if name in named:  # the others are named by clients
+                old = self._wait_ewma_ms.get(name, holding.waited_ms)
+                self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
         self._observer.admitted(holding.flow.limits[0], holding.waited_ms)
 
     def release(
