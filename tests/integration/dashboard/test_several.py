@@ -61,14 +61,12 @@ async def test_any_process_shows_the_calls_and_the_upstreams_of_all(
             assert (found["state"], found["out_in"], found["found"]) == ("ok", 0, [])
             await gateway.upstream.set_fault("unavailable")
             await asyncio.gather(*(asked(f"Hi {number}", 2_000) for number in range(FAULTS)))
-            while not found["out_in"]:
+            while found["out_in"] < 2:  # also in the one that has asked nothing
                 found = await upstream()
-            assert gateway.services.relay.health["gemini"].state == "ok", "it has asked nothing"
             assert found["state"] in ("out", "trying")
-            assert (found["processes"], found["out_in"]) == (2, 1)
-            (bad,) = found["found"]
-            assert bad["process"] == call["process"]
-            assert bad["detail"]
+            assert found["processes"] == 2
+            assert call["process"] in {one["process"] for one in found["found"]}
+            assert all(one["detail"] for one in found["found"])
             await gateway.upstream.clear_faults()
 
             async def well() -> bool:
