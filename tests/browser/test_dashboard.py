@@ -175,14 +175,14 @@ async def test_a_tenants_weight_is_changed_where_its_queue_is_seen(stage: Stage)
             await stage.gateway.end_of(request_id)
 
 
-async def test_an_upstream_that_one_process_leaves_out_is_told_with_its_name(stage: Stage) -> None:
+async def test_an_upstream_that_is_out_is_told_with_the_processes_that_found_it(stage: Stage) -> None:
     gateway = stage.gateway
     await gateway.upstream.set_fault("unavailable")
     try:
         await asyncio.gather(*(stage.native("Hi", 500) for _ in range(FAULTS)))
         async with opened(stage) as seen:
             upstream = seen.page.locator("[data-upstream=gemini]")
-            await expect(upstream.locator(".badge")).to_contain_text("in 1 of 2")
+            await expect(upstream.locator(".badge")).to_contain_text("in 2 of 2")
             await expect(upstream).to_contain_text("api ")
             await seen.is_accessible()
             await seen.page.set_viewport_size({"width": 400, "height": 800})
