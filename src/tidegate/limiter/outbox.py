@@ -9,13 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from math import inf
+from typing import TypeVar
 
 from tidegate.limiter.entries import Batch, Holding, Release, Transfer, Waiter
 from tidegate.limiter.flow import Flow
 
 MAX_ENTRIES = 500
+# Each flow costs the server a look at all of its limits.
+MAX_FLOWS = 50
 # A permit that was freed while nobody waits is kept for the next one here no longer than this.
 SPARE_MS = 5.0
+
+
+E = TypeVar("E", Waiter, Release)
+
+
+def _some(entries: Iterable[E]) -> list[E]:
+    """As many as one call may carry, in their order."""
+    taken: list[E] = []
+    flows: set[Flow] = set()
+    for entry in islice(entries, MAX_ENTRIES):
+        flows.add(entry.flow)
+        if len(flows) > MAX_FLOWS:
+            break
+        taken.append(entry)
+    return taken
 
 
 class Outbox:
@@ -89,10 +107,11 @@ class Outbox:
     # -- batches
 
     def take(self, now_ms: float = inf) -> Batch:
-        """The next batch to send, at most `MAX_ENTRIES` of each sort. What has been spare for less
-        than `SPARE_MS` is kept back: many who call again at once would each find nothing else."""
+        """The next batch to send, at most `MAX_ENTRIES` of each sort, of `MAX_FLOWS` flows. What
+        has been spare for less than `SPARE_MS` is kept back: many that call again in the same
+        moment would each find nothing else."""
         kept = self._fresh(now_ms)
-        enqueues = list(islice(self._enqueues.values(), MAX_ENTRIES))
+        enqueues = _some(self._enqueues.values())
         for waiter in enqueues:
             waiter.sent = True
             del self._enqueues[waiter.ticket]
@@ -105,7 +124,7 @@ class Outbox:
         # A permit may only be given back once the server has heard how it came to its holder.
         if not self._transfers:
             said = (one for one in self._releases.values() if one.ticket not in kept)
-            batch.releases = list(islice(said, MAX_ENTRIES))
+            batch.releases = _some(said)
         for release in batch.releases:
             release.sent = True
             del self._releases[release.ticket]

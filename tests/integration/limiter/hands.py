@@ -17,7 +17,7 @@ from typing import Any
 
 import redis
 
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.limiter import Limiter
 from tidegate.limiter.clock import Clock
 from tidegate.limiter.keys import Keyspace
@@ -102,7 +102,7 @@ function T.wall_clock_ms() return tonumber(call('GET', T.prefix .. 'testclock'))
                 self.tell_server()
             while self._due and self._due[0][0] <= self._at_ms:
                 heapq.heappop(self._due)[2]()
-            await asyncio.sleep(0.001)
+            await work_for(0.001)
             await wait_until(lambda: all(map(_is_still, self.limiters)), what="processes at rest")
 
 

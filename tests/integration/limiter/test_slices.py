@@ -11,6 +11,7 @@ import redis
 
 from tests.integration.limiter.slices import Pool, Process, stray_fields
 from tidegate.limiter.limits import Limit, PoolPolicy, Rate
+from tidegate.limiter.outbox import MAX_FLOWS
 from tidegate.limiter.session import LOOKS_BESIDE, MAX_LOOKS
 
 LEASE_MS = 30_000
@@ -84,6 +85,18 @@ def test_a_process_with_many_waiting_tenants_has_them_looked_at_some_by_some(mad
     assert max(work["commands"] for work in looks) < 12 * MAX_LOOKS
     # All of them are looked at: a limit that somebody raises lets in everybody.
     assert len(process.ledger.held) == 1000
+
+
+def test_one_call_asks_for_some_tenants_and_the_next_for_others(made: Made) -> None:
+    pool = made(many(1000))
+    [process] = settled(pool, 1)
+    for number in range(1000):
+        process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
+    work = process.say()
+    assert len(process.ledger.held) == 1000
+    assert max(each["commands"] for each in work) < 15 * MAX_FLOWS
+    process.end(list(process.ledger.held))
+    assert pool.fields("u") == set()
 
 
 def test_what_many_tenants_have_spent_is_known_to_all_when_valkey_loses_it(made: Made) -> None:
