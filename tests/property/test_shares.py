@@ -7,11 +7,16 @@ steps beside the Lua.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from random import Random
 
 import pytest
+import redis
 
 from tests.property.backlog import Backlog, Tenant
+from tests.property.world import Pace, World
+from tidegate.limiter.wire import SyncReply, SyncRequest
+from tidegate.rehearse.stage import START_MS
 
 CALLS = 2000
 CASES = 100
@@ -37,6 +42,35 @@ def test_shares_are_of_what_calls_really_take(
 ) -> None:
     crowd = Backlog({"one": one, "other": other}, 5, processes=processes, hand_off=hand_off)
     assert all(abs(share - 1) < 0.05 for share in crowd.shares(calls=300).values())
+
+
+class OnValkey(Backlog):
+    """With the real Lua beside the model, compared at each answer."""
+
+    def __init__(self, server: redis.Redis, tenants: dict[str, Tenant], *, hand_off: bool) -> None:
+        super().__init__(tenants, 5, hand_off=hand_off)
+        self.world = World(server, self.policy, Pace())
+        self.model = self.world.model
+
+    def exchange(
+        self, request: SyncRequest, *, tend: bool, answered: Callable[[SyncReply], None]
+    ) -> None:
+        def arrived() -> None:
+            self.world.advance(START_MS + int(self.now_ms) - int(self.world.wall_ms))
+            reply = self.world.call(request, tend=tend)
+            self.after(0.3, lambda: answered(reply))
+
+        self.after(0.3, arrived)
+
+
+@pytest.mark.parametrize("hand_off", [True, False])
+def test_the_lua_shares_as_the_model_does(valkey_url: str, hand_off: bool) -> None:
+    tenants = {"one": Tenant(1000, 115), "other": Tenant(600, 185)}
+    crowd = OnValkey(redis.Redis.from_url(valkey_url), tenants, hand_off=hand_off)
+    try:
+        assert all(abs(share - 1) < 0.05 for share in crowd.shares(calls=120).values())
+    finally:
+        crowd.world.close()
 
 
 def test_a_single_caller_of_long_calls_waits_for_no_more_than_it_uses() -> None:
