@@ -20,8 +20,25 @@ function T.may_hand_on(queue)
   return true
 end
 
+-- By limit and band: how many flows ask for a hint, and the weights of their tenants together.
+local function weights_of_wants()
+  local sums = {}
+  for _, want in ipairs(q.wants) do
+    local queue = own.queues[want[1]]
+    if queue.at and queue.at ~= '!' then
+      local where = queue.at .. '|' .. queue.band
+      local sum = sums[where] or { count = 0, weight = 0 }
+      sum.count, sum.weight = sum.count + 1, sum.weight + T.tenant_of(queue.tenant).weight
+      sums[where] = sum
+    end
+  end
+  return sums
+end
+
+-- All tenants come so far in virtual time, so that none is at its end long before the others. What
+-- those that are not asked for weigh is taken to be as much as these do on average.
 function T.hints()
-  local list = {}
+  local list, sums = {}, #q.wants > 1 and weights_of_wants()
   if not pool.hand_off or pool.starving > 0 or pool.now < pool.recover_until then return list end
   for _, want in ipairs(q.wants) do
     local queue = own.queues[want[1]]
@@ -33,11 +50,14 @@ function T.hints()
       local alone = known and queue.alone
       local tenants = alone and 1 or call('ZCARD', T.park_key(limit, queue.band))
       local cost_ms = T.cost_at(limit, want[2])
+      local weight = T.tenant_of(queue.tenant).weight
       local step = math.max(1, T.step_of(cost_ms, T.tenant_of(queue.tenant)))
+      local sum = sums and sums[queue.at .. '|' .. queue.band] or { count = 1, weight = weight }
       local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / cost_ms)
       local behind = math.floor((limit.bands[queue.band].virtual - tag) / step)
       list[#list + 1] =
-        { want[1], tonumber(first[2]) + behind + math.ceil(ahead / tenants) - 1, tag,
+        { want[1], tonumber(first[2]) + behind - 1
+          + math.ceil(ahead * sum.count * weight / (sum.weight * tenants)), tag,
           tonumber(first[2]), step }
     end
   end

@@ -313,14 +313,25 @@ class Pump(Permits):
         allowed = self.policy.hand_off if self.policy else True
         if self.own is None or not allowed or self._starving or self.quiet():
             return []
-        found = []
-        for number, cost_ms in q.wants:
-            queue = self.sessions[q.sid].queues.get(q.flows[number - 1])
-            if queue is not None and queue.at != BLOCKED and self._may_pass_on(queue):
-                found.append(self._hint(queue, number, cost_ms))
-        return found
+        wants = [
+            (queue, number, cost_ms)
+            for number, cost_ms in q.wants
+            if (queue := self.sessions[q.sid].queues.get(q.flows[number - 1])) is not None
+            and queue.at != BLOCKED
+        ]
+        weights = defaultdict[tuple[str | None, int], list[int]](list)
+        for queue, _, _ in wants:
+            weights[queue.at, queue.flow.band].append(self.weight(queue.flow.tenant))
+        return [
+            self._hint(queue, number, cost_ms, weights[queue.at, queue.flow.band])
+            for queue, number, cost_ms in wants
+            if self._may_pass_on(queue)
+        ]
 
-    def _hint(self, queue: Queue, number: int, cost_ms: int) -> Hint:
+    def _hint(self, queue: Queue, number: int, cost_ms: int, weights: list[int]) -> Hint:
+        """All tenants come so far in virtual time, so that none is at its end long before the
+        others. What those that are not asked for weigh is taken to be as much as these do on
+        average."""
         assert queue.at is not None
         flow: Flow = queue.flow
         limit = self.limit(queue.at)
@@ -330,5 +341,6 @@ class Pump(Permits):
         tag, step = band.tag(flow.tenant), max(1, self.step(cost_ms, flow.tenant))
         ahead = 1 + self.cap(limit, flow.band) * self.ahead_ms // cost_ms
         behind = (band.virtual - tag) // step
-        horizon = first + behind - (-ahead // len(band.lines)) - 1
+        own = ahead * len(weights) * self.weight(flow.tenant)
+        horizon = first + behind - (-own // (sum(weights) * len(band.lines))) - 1
         return Hint(number, horizon, tag, first, step)
