@@ -113,6 +113,7 @@ class Pipeline:
         self._observers = observers
         self._demands = Demands(prices=prices)
         self._upstream = limiter.pool
+        self._hard_ms = config.total_timeout_ms + _HARD_MARGIN_MS
         self._gate = gate or Gate(limiter.pool, limiter)
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
@@ -275,12 +276,12 @@ class Pipeline:
         Raises AdmissionError, QuotaExceeded, LeaseLost and UpstreamError. Cancellation leaves
         neither a waiter nor an open upstream call.
         """
-        gate, asked_at = self._gate, time.monotonic()
-        hard_ms = self._config.total_timeout_ms + _HARD_MARGIN_MS
+        gate, asked_at, hard_ms = self._gate, time.monotonic(), self._hard_ms
         while True:
             policy, left_ms, wait_ms = self._limiter.policy, deadline_ms, inf
             if deadline_ms is not None:
-                left_ms = wait_ms = deadline_ms - round((time.monotonic() - asked_at) * 1000)
+                left_ms = deadline_ms - round((time.monotonic() - asked_at) * 1000)
+                wait_ms = inf if on_admitted else left_ms  # a job waits: a pause may be ended
             demand = gate.bind(self._demands.of(call, policy), call.model)
             attempt.limits = demand.limits
             gate.check(demand, wait_ms)
@@ -307,7 +308,7 @@ class Pipeline:
                     raise
                 await self._budgets.room(caller, (left_ms or 1_000) / 1000)
             except DeadlineExceeded as over:
-                raise gate.out() or over from None
+                raise (None if on_admitted else gate.out()) or over from None
             except DemandImpossible:
                 # A limit was taken away while it waited: it asks for what binds it now.
                 if self._limiter.policy is policy:
