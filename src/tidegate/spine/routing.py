@@ -50,7 +50,7 @@ DEAD_KEY_MS = 60_000
 MOST_PAUSED = 100
 # The pauses of a model whose 429 does not say for how long: each is twice as long as the last.
 FIRST_PAUSE_MS = 500
-LONGEST_PAUSE_MS = 60_000
+LONGEST_PAUSE_MS = 8_000
 _MOST_STRIKES = 12
 _REASON_CHARS = 200
 _KEY = re.compile(r"\bkey ([0-9a-f]{8}): ")
