@@ -268,8 +268,7 @@ class Pipeline:
         deadline_ms: int | None,
         on_admitted: Callable[[Permit], Awaitable[None]] | None = None,
     ) -> None:
-        """Admit the call, make it, and fill `attempt`; events go to `sink` as they come;
-        None where nobody follows the call.
+        """Admit the call, make it, and fill `attempt`; events go to `sink`, where one is there.
 
         `deadline_ms` bounds the wait for admission. `on_admitted` runs under the permit before
         the call; what it raises ends the run with no call made. `caller`: whose budget it spends.
