@@ -175,7 +175,9 @@ async def test_a_tenants_weight_is_changed_where_its_queue_is_seen(stage: Stage)
             await stage.gateway.end_of(request_id)
 
 
-async def test_an_upstream_that_is_out_is_told_with_the_processes_that_found_it(stage: Stage) -> None:
+async def test_an_upstream_that_is_out_is_told_with_the_processes_that_found_it(
+    stage: Stage,
+) -> None:
     gateway = stage.gateway
     await gateway.upstream.set_fault("unavailable")
     try:
