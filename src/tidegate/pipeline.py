@@ -355,15 +355,7 @@ class Pipeline:
     def _admission(
         self, demand: Demand, deadline_ms: int | None, hard_ms: int, caller: Caller = ANYBODY
     ) -> AbstractAsyncContextManager[Permit]:
-        admission = self._limiter.acquire(
-            *demand.limits,
-            tenant=demand.tenant,
-            priority=demand.priority,
-            tokens=demand.tokens,
-            images=demand.images,
-            deadline_ms=deadline_ms,
-            hard_ms=hard_ms,
-        )
+        admission = self._limiter.acquire_for(demand.to_admit(deadline_ms, hard_ms))
         if caller.budgets is NO_BUDGETS:
             return admission
         return Solvent(admission, self._budgets, caller)

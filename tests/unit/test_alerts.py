@@ -123,7 +123,7 @@ def test_the_scrape_that_is_shown_is_one_that_prometheus_takes(tmp_path: Path) -
     token = tmp_path / "token"
     token.write_text("of-the-operator-alone")
     (tmp_path / "alerts.yml").write_bytes(ALERTS.read_bytes())
-    config = block.text.replace("/etc/prometheus/tidegate-token", str(token))
+    config = block.text.replace("/etc/prometheus/tidegate-key", str(token))
     path = tmp_path / "prometheus.yml"
     path.write_text(config)
     promtool("check", "config", path)

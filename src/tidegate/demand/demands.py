@@ -14,6 +14,7 @@ from tidegate.demand.estimator import Estimate, Estimator, tokens_of
 from tidegate.demand.pieces import Pieces
 from tidegate.demand.reach import Reach, band_of
 from tidegate.limiter import Tokens
+from tidegate.limiter.demand import Demand as Wanted
 from tidegate.limiter.limits import PoolPolicy
 
 _CLASSIFIER = CLASSIFIER_LIMIT.partition(":")[2]
@@ -44,6 +45,20 @@ class Demand:
         return Tokens(
             max(one.input_tokens, one.guessed_input_tokens),
             max(one.output_tokens, one.guessed_output_tokens),
+        )
+
+    def to_admit(self, deadline_ms: int | None, hard_ms: int, *, once: bool = False) -> Wanted:
+        """What the limiter is asked for; see its `Demand`."""
+        return Wanted(
+            self.limits,
+            self.tenant,
+            self.priority,
+            self.tokens,
+            self.images,
+            deadline_ms,
+            hard_ms,
+            once,
+            implicit=True,
         )
 
     def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:

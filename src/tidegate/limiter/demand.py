@@ -15,6 +15,8 @@ class Demand:
     tenant: whose share it is. priority: the name of a band, None for the usual one. tokens, images:
     an estimate, for limits that count them. deadline_ms: how long it may wait, None for as long as
     needed. hard_ms: the longest that the call can last. once: take the first answer for the last.
+    implicit: limits that the policy does not name are allowed where their scope is implicit; a
+    misspelt name would otherwise be a limit without a bound.
     """
 
     limits: tuple[str, ...]
@@ -25,3 +27,4 @@ class Demand:
     deadline_ms: int | None = None
     hard_ms: int = DEFAULT_HARD_MS
     once: bool = False
+    implicit: bool = False

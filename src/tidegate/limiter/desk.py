@@ -82,6 +82,9 @@ class Desk:
         if flow.revision != policy.revision:
             check_tenant(demand.tenant)
             flow.refresh(policy)
+        if flow.unnamed is not None and not demand.implicit:
+            name = flow.unnamed
+            raise DemandImpossible(f"{name} is not a limit of the policy", limit=name)
         return flow
 
     def ask(self, demand: Demand) -> tuple[Waiter, Timer | None]:

@@ -78,6 +78,7 @@ class Flow:
         "revision",
         "slack_ms",
         "tenant",
+        "unnamed",
         "waiting",
         "weight",
     )
@@ -101,6 +102,7 @@ class Flow:
         self.plain = False
         self.quotas: tuple[tuple[str, str], ...] = ()
         self.slack_ms = float("inf")
+        self.unnamed: str | None = None  # the first limit that the policy does not name
         self.weight = 1
 
     def __repr__(self) -> str:
@@ -110,9 +112,13 @@ class Flow:
         """Read what the policy says. Raises DemandImpossible for a limit that lets nobody in."""
         found = [policy.binding(name) for name in self.limits]
         for name, limit in zip(self.limits, found, strict=True):
-            if limit is None or limit.bound == 0:
+            if limit is None:
+                raise DemandImpossible(f"{name} is not a limit of the policy", limit=name)
+            if limit.bound == 0:
                 raise DemandImpossible(f"{name} lets nobody in", limit=name)
         self.list = tuple(limit for limit in found if limit is not None)
+        named = policy.limits
+        self.unnamed = next((name for name in self.limits if name not in named), None)
         self.rates = any(not isinstance(limit, Concurrency) for limit in self.list)
         self.plain = policy.hand_off and not any(
             not isinstance(limit, Concurrency) or limit.adaptive for limit in self.list

@@ -162,16 +162,7 @@ class Relay:
         return self.gate_of(target).bind(demand, target.model)
 
     def wanted(self, demand: Demand, deadline_ms: int | None, *, once: bool = False) -> Wanted:
-        return Wanted(
-            demand.limits,
-            demand.tenant,
-            demand.priority,
-            demand.tokens,
-            demand.images,
-            deadline_ms,
-            self._hard_ms,
-            once,
-        )
+        return demand.to_admit(deadline_ms, self._hard_ms, once=once)
 
     async def open(
         self,

@@ -141,7 +141,9 @@ class NativeKeys:
         """The same, a moment later. All that wait for one key in this process share the look."""
         place = (tenant_id, key)
         looking = self._looking.get(place)
-        if looking is None:
+        # One that has ended is there until its callbacks run. To await it yields to nobody: a
+        # caller that looks in a loop would hold the process's loop up.
+        if looking is None or looking.done():
             looking = self._looking[place] = asyncio.create_task(self._look(*place))
             looking.add_done_callback(partial(self._looked, place))
         return await asyncio.shield(looking)
@@ -151,7 +153,8 @@ class NativeKeys:
         return await self.known(tenant_id, key)
 
     def _looked(self, place: tuple[str, str], looking: asyncio.Task[Given | None]) -> None:
-        del self._looking[place]
+        if self._looking.get(place) is looking:
+            del self._looking[place]
         if not looking.cancelled():
             looking.exception()  # retrieved: all that waited may have left
 

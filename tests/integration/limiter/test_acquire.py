@@ -138,7 +138,7 @@ async def test_a_waiter_is_told_within_50_ms_after_its_deadline(
 
 async def test_what_can_never_be_is_refused_at_once(maker: Maker, valkey_url: str) -> None:
     limiter = await maker(valkey_url, 0)
-    for limit in (LIMIT, "kind:unknown"):
+    for limit in (LIMIT, "kind:unknown", "model:misspelt"):
         with pytest.raises(DemandImpossible) as caught:
             async with limiter.acquire(limit):
                 pytest.fail("let in")

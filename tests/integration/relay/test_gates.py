@@ -14,7 +14,7 @@ from tests.integration.relay.conftest import MODEL
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import wait_until
 from tidegate.errors import LeaseLost
-from tidegate.limiter import Limiter
+from tidegate.limiter import Demand, Limiter
 from tidegate.policy.control import Control
 from tidegate.spine.faults import FAULTS
 
@@ -102,7 +102,7 @@ async def test_a_try_of_a_process_that_dies_is_not_the_last(open_gateway: Opener
 
     async def hold() -> None:
         with suppress(LeaseLost):
-            async with dying.acquire("kind:text_only", name):
+            async with dying.acquire_for(Demand(("kind:text_only", name), implicit=True)):
                 tries.set()
                 await asyncio.Event().wait()
 
