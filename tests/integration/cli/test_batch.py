@@ -81,6 +81,7 @@ async def test_a_killed_run_goes_on_without_asking_anything_twice(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
     gateway = await open_gateway(rate_limits={"text_only": 2})
+    limiter = gateway.services.limiter
     await gateway.upstream.set_behaviour(first_byte_ms=60)
     table, results = tmp_path / "prompts.csv", tmp_path / "out.jsonl"
     rows = [f'{number},"Say marker-{number:03}, please"' for number in range(40)]
@@ -90,8 +91,8 @@ async def test_a_killed_run_goes_on_without_asking_anything_twice(
         enough = (results.read_bytes().count(b"\n") if results.exists() else 0) + 6
         with under_way(gateway.url, tmp_path, *arguments, "--window", "8") as command:
             await wait_until(partial(has_lines, results, enough), 20, "some results")
-            if end is signal.SIGINT:  # what is handed in by now has not ended at the signal
-                await gateway.upstream.set_behaviour(first_byte_ms=2_000)
+            if end is signal.SIGINT:  # what is submitted by now has not ended at the signal
+                await limiter.penalise("kind:text_only", for_ms=600_000, by="ann")
                 await wait_until(partial(all_are_handed_in, gateway, results), 20, "the window")
             command.process.send_signal(end)
             assert await command.ended() == code
@@ -103,7 +104,7 @@ async def test_a_killed_run_goes_on_without_asking_anything_twice(
     handed_in = re.search(r"(\d+) are handed in and go on", said)
     assert handed_in is not None
     assert 0 < int(handed_in[1]) <= 8
-    await gateway.upstream.set_behaviour(first_byte_ms=60)
+    await limiter.resume("kind:text_only", by="ann")
     last = await run(gateway, *arguments, "--json")
     assert (last.code, last.json["succeeded"]) == (0, 40), last.complained
     found = rows_of(results)
