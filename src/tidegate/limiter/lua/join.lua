@@ -12,7 +12,7 @@ function T.clear_field(letter, name)
   if letter == 's' then return T.forget_spending(name) end
   if letter == 'w' then
     local waiting, number = call('HGET', T.meta_key, 'w:' .. name), 0
-    for waits in string.gmatch(waiting, '(%d+):%d+:%d+') do
+    for waits in string.gmatch(waiting, '([^,:]+):[^,]*') do
       if waits ~= '0' then return end
     end
     for _ in string.gmatch(waiting, '[^,]+') do

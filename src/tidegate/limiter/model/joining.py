@@ -192,7 +192,7 @@ class Joining(Roster):
             elif limit.current is not None:
                 limit.current = min(limit.current, limit.limit.bound * 1000)
         self.forget_unnamed()
-        self.touched |= set(policy.limits)
+        self.touched |= {name for name in policy.limits if self.limit(name).waits}
         # In a new record nothing was counted in any way.
         for limit in map(self.limit, changed if before else ()):
             if limit.is_rate:
