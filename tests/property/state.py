@@ -150,8 +150,8 @@ def _bands(fields: dict[str, str]) -> dict[str, tuple[int, ...]]:
 
 
 def _figures(band: BandState) -> tuple[int, ...]:
-    rate = (band.from_us, band.passed_us, band.held_at, band.used_at)
-    return band.waits, band.virtual, band.credit, *(rate if any(rate[1:]) else (0, 0, 0, 0))
+    order = (band.waits, band.virtual, band.credit)
+    return *order, band.from_us, band.passed_us, band.held_at, band.used_at
 
 
 def _virtual(bands: dict[str, tuple[int, ...]], where: str) -> int:

@@ -110,7 +110,7 @@ T.save_limit = function(limit)
   T.put('u:' .. name, limit.used ~= 0 and T.int(limit.used))
   for number, band in ipairs(limit.bands) do
     parts[number] = T.int(band.waits) .. ':' .. T.int(band.virtual) .. ':' .. T.int(band.credit)
-    if band.used > 0 or band.held > 0 or band.passed > 0 then
+    if band.from > 0 or band.used > 0 or band.held > 0 or band.passed > 0 then
       parts[number] = string.format('%s:%d:%d:%d:%d', parts[number], band.from, band.passed,
         band.held, band.used)
     end
