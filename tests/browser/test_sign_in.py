@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from playwright.async_api import async_playwright, expect
 
 from tests.browser.stage import ARGUMENTS, CHROMIUM, PATIENCE_MS, TEXT
+from tests.waiting import wait_until
 from tidegate.http.signin import make_code
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ async def test_the_address_of_the_start_up_page_signs_in_once_and_is_signed_out(
     product: Product,
 ) -> None:
     key = product.operator_key
-    assert re.search(r"Dashboard +live +http://localhost:\d+/dashboard/\?code=\S+", product.said())
+    address = re.compile(r"Dashboard +live +http://localhost:\d+/dashboard/\?code=\S+")
+    # The page is printed once the supervisor has seen the readiness that the fixture also saw.
+    await wait_until(lambda: address.search(product.said()), 20, "the address of the start-up page")
     assert key not in product.said()
     # One of the test's own: that of the start is spent once, and the test may be run again.
     url = f"{product.base_url}/dashboard/?code={make_code(key)}"
