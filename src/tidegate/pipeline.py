@@ -19,7 +19,6 @@ from weakref import WeakValueDictionary
 
 from tidegate.attempt import Attempt
 from tidegate.call import (
-    ANYBODY,
     DEFAULT_TENANT,
     NO_BUDGETS,
     NO_CHARGE,
@@ -51,7 +50,7 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamThrottled,
 )
-from tidegate.limiter import Limiter, Permit
+from tidegate.limiter import Acquisition, Limiter, Permit
 from tidegate.observed import Observers
 from tidegate.providers.fetch import ImageFetcher
 from tidegate.providers.gemini import GeminiProcessor
@@ -60,7 +59,7 @@ from tidegate.spine.faults import Suspect
 from tidegate.spine.patience import NotWorthWaiting, Patience
 from tidegate.spine.routing import Gate
 from tidegate.store.blobs import Blobs
-from tidegate.store.budgets import BudgetGate, Solvent
+from tidegate.store.budgets import BudgetGate
 from tidegate.store.observing import of_question
 from tidegate.telemetry import Log, get_logger
 from tidegate.tracing import address_of
@@ -285,8 +284,10 @@ class Pipeline:
             attempt.limits = demand.limits
             gate.check(demand, wait_ms)
             try:
-                admission = self._admission(demand, left_ms, hard_ms, caller)
-                async with Patience(admission, gate, demand, call.model, wait_ms) as permit:
+                admission = self._admission(demand, left_ms, hard_ms)
+                payer = None if caller.budgets is NO_BUDGETS else caller
+                waiting = (admission, gate, demand, call.model, wait_ms, self._budgets, payer)
+                async with Patience(*waiting) as permit:
                     permit.settle(Outcome.IGNORED, tokens=0, images=0)  # until there is a call
                     async with self._held(call, demand, attempt, caller):
                         attempt.admitted_at = datetime.now(UTC)
@@ -352,13 +353,8 @@ class Pipeline:
             attempt.charge = self._charge(call.model, demand, attempt.answer, error, whole=whole)
             self._settle(permit, outcome, demand, attempt.answer, attempt.charge)
 
-    def _admission(
-        self, demand: Demand, deadline_ms: int | None, hard_ms: int, caller: Caller = ANYBODY
-    ) -> AbstractAsyncContextManager[Permit]:
-        admission = self._limiter.acquire_for(demand.to_admit(deadline_ms, hard_ms))
-        if caller.budgets is NO_BUDGETS:
-            return admission
-        return Solvent(admission, self._budgets, caller)
+    def _admission(self, demand: Demand, deadline_ms: int | None, hard_ms: int) -> Acquisition:
+        return self._limiter.acquire_for(demand.to_admit(deadline_ms, hard_ms))
 
     def _charge(
         self,

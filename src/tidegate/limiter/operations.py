@@ -6,8 +6,7 @@ when Valkey does not answer within a third of the lease.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -189,16 +188,13 @@ class Operations:
         heard, some seconds ago at most; 0 where none is paused. Without I/O."""
         return self._session.remembered.paused_ms(limits, self._session.lease.now_ms())
 
-    @contextmanager
-    def told_of_pauses(self, told: Callable[[], None]) -> Iterator[None]:
-        """Within it `told` is called whenever this process hears of pauses, or hears again that
-        they go on. It must neither block nor raise."""
-        watchers = self._session.remembered.watchers
-        watchers.add(told)
-        try:
-            yield
-        finally:
-            watchers.discard(told)
+    def tell_of_pauses(self, told: Callable[[], None]) -> None:
+        """Call `told` whenever this process hears of pauses, or hears again that they go on, until
+        `tell_no_more`. It must neither block nor raise."""
+        self._session.remembered.watchers.add(told)
+
+    def tell_no_more(self, told: Callable[[], None]) -> None:
+        self._session.remembered.watchers.discard(told)
 
     async def resume(self, limit: str, *, by: str = "") -> bool:
         """End a pause now, without a ramp. False if there was none."""

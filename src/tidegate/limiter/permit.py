@@ -157,8 +157,15 @@ class Acquisition:
         permit = Permit(holding, self._desk, self._ask_again)
         self._task, self._cancelling, self._permit = task, task.cancelling(), permit
         self._hand_over(holding)
-        await self._until_in_time()
+        if self._desk.is_late(holding):
+            await self._until_in_time()
         return permit
+
+    def leave(self, error: Exception) -> None:
+        """Leave the queue: entering raises `error`. Nothing where it does not wait."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.future.done():
+            waiter.future.set_exception(error)
 
     async def _wait(self, demand: Demand) -> Holding:
         waiter, timer = self._desk.ask(demand)

@@ -40,7 +40,6 @@ from tidegate.relay.usage import pictures_in
 from tidegate.relay.usage_event import WithoutUsageEvent
 from tidegate.spine.faults import Suspect
 from tidegate.spine.patience import NotWorthWaiting, Patience
-from tidegate.store.budgets import Solvent
 
 if TYPE_CHECKING:
     from tidegate.relay.spine import Relay
@@ -196,13 +195,11 @@ class Work:
         left_ms = self._call.left_ms()
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
-        limiter = self._relay.limiter_of(target)
-        admission: AbstractAsyncContextManager[Permit]
-        admission = limiter.acquire_for(self._relay.wanted(demand, left_ms))
-        if self._bills:
-            admission = Solvent(admission, self._relay.budgets, self._call.caller)
-        gate = self._relay.gate_of(target)
-        return Patience(admission, gate, demand, target.model, left_ms)
+        relay = self._relay
+        admission = relay.limiter_of(target).acquire_for(relay.wanted(demand, left_ms))
+        payer = self._call.caller if self._bills else None
+        gate = relay.gate_of(target)
+        return Patience(admission, gate, demand, target.model, left_ms, relay.budgets, payer)
 
     async def _admitted(self, permit: Permit | None, target: Target, demand: Demand) -> None:
         """The call under its permit, and under its tenant's budget where there is one."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Coroutine
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any
 
+from tidegate.call import Caller
 from tidegate.demand import Demand
-from tidegate.limiter import Permit
+from tidegate.limiter import Acquisition, Permit
 from tidegate.spine.routing import Gate
-
-PermitT = TypeVar("PermitT", bound=Permit | None)
+from tidegate.store.budgets import BudgetGate
 
 
 class NotWorthWaiting(Exception):
@@ -20,58 +19,63 @@ class NotWorthWaiting(Exception):
     must be asked for again."""
 
 
-class Patience(Generic[PermitT]):
-    """An admission that is left as soon as a pause outlasts the call's deadline.
+class Patience:
+    """An admission that is left as soon as a pause outlasts the call's deadline, or the budget of
+    its payer is spent.
 
-    Entering it raises NotWorthWaiting then, beside what the admission raises; also where the call
-    was admitted after something else that binds it was paused: the permit has spent nothing.
-    Cancelled, it leaves the queue, as the admission does.
+    Entering it raises NotWorthWaiting or BudgetExceeded then, beside what the admission raises; and
+    NotWorthWaiting also where the call was admitted after something else that binds it was paused:
+    the permit has spent nothing. Cancelled, it leaves the queue, as the admission does.
     """
+
+    __slots__ = ("_admission", "_budgets", "_demand", "_gate", "_model", "_payer", "_until")
 
     def __init__(
         self,
-        admission: AbstractAsyncContextManager[PermitT],
+        admission: Acquisition,
         gate: Gate,
         demand: Demand,
         model: str,
         left_ms: float,
+        budgets: BudgetGate | None = None,
+        payer: Caller | None = None,
     ) -> None:
+        """`budgets` and `payer`: where somebody pays who has a budget."""
         self._admission = admission
         self._gate = gate
         self._demand = demand
         self._model = model
         self._until = time.monotonic() + left_ms / 1000
-        self._waiting = asyncio.timeout(None)
-        self._leaves = False
+        self._budgets = budgets
+        self._payer = payer
 
-    async def __aenter__(self) -> PermitT:
+    async def __aenter__(self) -> Permit:
+        limiter, admission = self._gate.limiter, self._admission
+        paused, end = self._paused, None
+        limiter.tell_of_pauses(paused)
+        if self._budgets is not None and self._payer is not None:
+            end = self._budgets.waits(self._payer, admission.leave)
         try:
-            async with self._waiting:
-                with self._gate.limiter.told_of_pauses(self._paused):
-                    permit = await self._admission.__aenter__()
-        except TimeoutError as error:
-            if not self._leaves:
-                raise
-            raise NotWorthWaiting from error
-        if not self._gate.binds_more(self._demand, self._model):
+            permit = await admission.__aenter__()
+        finally:
+            limiter.tell_no_more(paused)
+            if end is not None:
+                end()
+        if not limiter.has_pauses or not self._gate.binds_more(self._demand, self._model):
             return permit
-        if permit is not None:
-            permit.settle("ignored", tokens=0, images=0)
-        await self._admission.__aexit__(None, None, None)
+        permit.settle("ignored", tokens=0, images=0)
+        await admission.__aexit__(None, None, None)
         raise NotWorthWaiting
 
-    async def __aexit__(
+    def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> bool | None:
-        return await self._admission.__aexit__(kind, error, trace)
+    ) -> Coroutine[Any, Any, None]:
+        return self._admission.__aexit__(kind, error, trace)
 
     def _paused(self) -> None:
-        if self._leaves:
-            return
         gate, left_ms = self._gate, (self._until - time.monotonic()) * 1000
         if gate.late(gate.bind(self._demand, self._model), max(0.0, left_ms)) is not None:
-            self._leaves = True
-            self._waiting.reschedule(0)
+            self._admission.leave(NotWorthWaiting())

@@ -13,11 +13,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from types import TracebackType
-from typing import Generic, TypeVar
 from uuid import UUID
 
 from tidegate.call import NO_BUDGETS, Budgets, Caller, Charge
@@ -32,7 +30,6 @@ _WATCHED_FOR_S = 600.0
 _RESERVED_RETRY_MS = 1_000
 _NOTHING = Spent()
 _NONE = (0, 0)
-T = TypeVar("T")
 
 log = get_logger()
 
@@ -261,45 +258,6 @@ class BudgetGate:
         self._spending.end()
         for name, one in self._watched.items():
             one.spent, one.day = found.get(name, _NOTHING), today
-
-
-class Solvent(Generic[T]):
-    """An admission that is left as soon as its caller's budget is spent: entering it raises
-    BudgetExceeded then, beside what the admission raises."""
-
-    def __init__(
-        self, admission: AbstractAsyncContextManager[T], gate: BudgetGate, caller: Caller
-    ) -> None:
-        self._admission = admission
-        self._gate = gate
-        self._caller = caller
-        self._waiting = asyncio.timeout(None)
-        self._spent: BudgetExceeded | None = None
-
-    async def __aenter__(self) -> T:
-        end = self._gate.waits(self._caller, self._leave)
-        try:
-            async with self._waiting:
-                return await self._admission.__aenter__()
-        except TimeoutError as error:
-            if self._spent is None:
-                raise
-            raise self._spent from error
-        finally:
-            end()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return await self._admission.__aexit__(kind, error, trace)
-
-    def _leave(self, spent: BudgetExceeded) -> None:
-        if self._spent is None:
-            self._spent = spent
-            self._waiting.reschedule(0)
 
 
 def _reserved(tenant_id: str, limit: str, most: int) -> BudgetReserved:
