@@ -19,9 +19,8 @@ from pathlib import Path
 
 import asyncpg
 
-from tests.databases import make_template
+from tests.clusters import FAST, copied
 from tidegate.call import DEFAULT_POOL, Kind
-from tidegate.embedded.postgres import PostgresServer
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 
@@ -56,10 +55,10 @@ CHURN = (
 @asynccontextmanager
 async def database(folder: Path) -> AsyncIterator[str]:
     """A migrated database in a server of its own."""
-    server = PostgresServer(folder / "postgres", settings={"fsync": "off"})
+    server = copied(folder / "postgres", FAST, migrated=True)
     server.start()
     try:
-        yield server.url(await make_template(server))
+        yield server.url()
     finally:
         await asyncio.to_thread(server.stop)
 

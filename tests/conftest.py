@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 import structlog
 
+from tests.clusters import FAST, copied
 from tests.databases import database_url, databases
 from tests.hung import pytest_runtest_protocol
 from tidegate.embedded.postgres import PostgresServer
@@ -77,7 +78,7 @@ def own_valkey(tmp_path: Path) -> Iterator[ValkeyServer]:
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     """Shared and healthy; `fsync` is off, since nothing in it outlives the run."""
     folder = tmp_path_factory.mktemp("postgres")
-    server = PostgresServer(folder, settings={"fsync": "off", "full_page_writes": "off"})
+    server = copied(folder, FAST | {"full_page_writes": "off"}, migrated=True)
     server.start()
     yield server
     server.stop()

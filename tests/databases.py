@@ -14,9 +14,9 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from tests.clusters import TEMPLATE
 from tidegate.embedded.postgres import PostgresServer
 
-_TEMPLATE = "template_tidegate"
 _TERMINATE = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()
@@ -57,9 +57,8 @@ class Databases:
         self._seeds: dict[str, str] = {}
 
     async def prepare(self) -> None:
-        """Make the template, and note how it looks."""
-        await make_template(self.server)
-        connection = await asyncpg.connect(self.server.url(_TEMPLATE))
+        """Note how the template looks."""
+        connection = await asyncpg.connect(self.server.url(TEMPLATE))
         try:
             self._shape = await connection.fetchval(_SHAPE)
             self._tables = tuple(row[0] for row in await connection.fetch(_TABLES))
@@ -72,7 +71,7 @@ class Databases:
         if self._spare:
             return self._spare.pop()
         name = f"t_{uuid4().hex}"
-        await self._command(f'CREATE DATABASE "{name}" TEMPLATE {_TEMPLATE}')
+        await self._command(f'CREATE DATABASE "{name}" TEMPLATE {TEMPLATE}')
         return name
 
     async def give_back(self, name: str) -> None:
@@ -109,19 +108,6 @@ class Databases:
             await connection.close()
 
 
-async def make_template(server: PostgresServer) -> str:
-    """Create and migrate the template database of `server`; returns its name."""
-    from tidegate.store.migrate import migrate  # half a second, which most runs do without
-
-    connection = await asyncpg.connect(server.url("postgres"))
-    try:
-        await connection.execute(f"CREATE DATABASE {_TEMPLATE}")
-    finally:
-        await connection.close()
-    await migrate(server.url(_TEMPLATE))
-    return _TEMPLATE
-
-
 async def _filled(connection: asyncpg.Connection, tables: tuple[str, ...]) -> list[str]:
     looks = ", ".join(f"EXISTS (SELECT 1 FROM {table})" for table in tables)
     row = await connection.fetchrow(f"SELECT {looks}")
@@ -137,7 +123,7 @@ async def _content(connection: asyncpg.Connection, table: str) -> str:
 
 @pytest.fixture(scope="session")
 def databases(postgres_server: PostgresServer) -> Databases:
-    """Of the shared server, with the template made."""
+    """Of the shared server."""
     made = Databases(postgres_server)
     asyncio.run(made.prepare())
     return made

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from tests.clusters import copied
+from tests.clusters import FAST, copied
 from tests.forked import started
 from tests.waiting import wait_until, work_for
 from tidegate.embedded.process import free_port
@@ -68,7 +68,10 @@ class Child:
 
 
 class Fleet:
-    """`async with Fleet(folder, apis=2, workers=2) as fleet`: everything is up inside the block."""
+    """`async with Fleet(folder, apis=2, workers=2) as fleet`: everything is up inside the block.
+
+    Not `migrated`: the first process of ours makes the schema.
+    """
 
     def __init__(
         self,
@@ -77,11 +80,12 @@ class Fleet:
         apis: int = 2,
         workers: int = 2,
         settings: Mapping[str, str] | None = None,
+        migrated: bool = True,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.valkey = ValkeyServer(folder / "valkey")
-        self.postgres = copied(folder / "postgres")
+        self.postgres = copied(folder / "postgres", FAST, migrated=migrated)
         self.apis: dict[str, Child] = {}
         self.workers: list[Child] = []
         self._counts = (apis, workers)

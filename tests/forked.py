@@ -32,8 +32,11 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parent.parent
 _IMPORTED = (
     *("tidegate.cli", "tidegate.app", "tidegate.supervisor.roles", "tidegate.http.server"),
-    *("tidegate.jobs.worker", "tidegate.providers.gemini.processor", "tidegate.store.migrations"),
-    *("tidegate.providers.emulator.run", "google.genai", "alembic.command", "uvicorn", "uvloop"),
+    *("tidegate.http.protocol", "tidegate.jobs.worker", "tidegate.store.migrations"),
+    *("tidegate.providers.gemini.processor", "tidegate.providers.gemini.wire"),
+    *("tidegate.providers.emulator.run", "google.genai", "google.auth.aio.credentials"),
+    *("alembic.command", "alembic.config", "sqlalchemy.ext.asyncio", "uvicorn", "uvloop"),
+    *("uvicorn.lifespan.on", "encodings.idna"),
 )
 _LARGEST_ORDER = 1 << 18
 _START_S = 60.0

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import copied
+from tests.clusters import FAST, copied
 from tidegate.embedded.valkey import ValkeyServer
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ValkeyServer, Any]]:
     valkey = ValkeyServer(tmp_path_factory.mktemp("valkey"))
-    postgres = copied(tmp_path_factory.mktemp("postgres"), {"fsync": "off"})
+    folder = tmp_path_factory.mktemp("postgres")
+    postgres = copied(folder, FAST, migrated=True)
     valkey.start()
     postgres.start()
     yield valkey, postgres

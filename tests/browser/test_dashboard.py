@@ -29,7 +29,6 @@ from tidegate.embedded.valkey import ValkeyServer
 from tidegate.observed import Observed
 from tidegate.spine.faults import FAULTS
 from tidegate.store.history import Span, Tally
-from tidegate.store.migrate import migrate
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -44,7 +43,6 @@ async def stage(
     valkey, postgres = stores
     folder = tmp_path_factory.mktemp("dashboard")
     (folder / "tidegate.toml").write_text(POLICY)
-    await migrate(postgres.url())
     settings: dict[str, Any] = {
         "redis_url": valkey.url,
         "database_url": postgres.url(),

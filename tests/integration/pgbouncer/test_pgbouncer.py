@@ -15,8 +15,7 @@ from openai import AsyncOpenAI
 
 from tests.batching import assert_all_succeeded, begin, content
 from tests.batching import end_of as end_of_batch
-from tests.clusters import copied
-from tests.databases import make_template
+from tests.clusters import FAST, copied
 from tests.gateway import Gateway, Opener, read_stream
 from tests.integration.pgbouncer.bouncer import SERVERS, Bouncer
 from tests.waiting import promised_s, wait_until
@@ -164,13 +163,12 @@ async def test_the_schema_is_made_by_processes_that_start_at_once(
 async def test_a_server_that_went_away_behind_the_pooler_is_noticed(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
-    server = copied(tmp_path / "postgres", {"fsync": "off"})
+    server = copied(tmp_path / "postgres", FAST, migrated=True)
     server.start()
     try:
-        name = await make_template(server)
         again = "server_login_retry = 1"  # by default its return would be seen after 15 s
         with Bouncer(tmp_path / "pgbouncer", server, again) as bouncer:
-            await _goes_and_comes(open_gateway, server, bouncer, name)
+            await _goes_and_comes(open_gateway, server, bouncer, "tidegate")
     finally:
         server.stop()
 

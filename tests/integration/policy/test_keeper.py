@@ -6,16 +6,13 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from tests.databases import make_template
+from tests.clusters import FAST, copied
 from tests.integration.policy.conftest import Member, Start
 from tests.waiting import wait_until
-from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.valkey import ValkeyServer
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import PoolPolicy
@@ -164,15 +161,10 @@ async def test_a_change_that_changes_nothing_or_is_not_sound_leaves_no_trace(sta
 async def test_without_postgresql_limits_work_and_its_return_brings_what_is_on_record(
     start: Start, tmp_path: Path
 ) -> None:
-    server = PostgresServer(tmp_path / "postgres", settings={"fsync": "off"})
+    server = copied(tmp_path / "postgres", FAST, migrated=True)
     server.start()
     try:
-        template = await make_template(server)
-        name = f"t_{uuid4().hex}"
-        connection = await asyncpg.connect(server.url("postgres"))
-        await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE {template}')
-        await connection.close()
-        url = server.url(name)
+        url = server.url()
         first = await start(5, database=url)
         await recorded(first, (1, "deployment", 5))
         await first.keeper.change(to(3), set_by="ann")

@@ -15,7 +15,8 @@ class _Backwards(Fleet):
     """API and worker first, on an empty database that nobody but us migrates."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, apis=0, workers=0, settings={"MIGRATE_AT_START": "0"})
+        settings = {"MIGRATE_AT_START": "0"}
+        super().__init__(folder, apis=0, workers=0, settings=settings, migrated=False)
 
     async def health(self, path: str) -> int:
         async with self.http.get(f"{self.url}/health/{path}") as answer:
@@ -46,7 +47,7 @@ async def test_api_and_worker_first_then_postgres_then_the_schema_then_valkey(
 
 
 async def test_a_process_of_its_own_waits_for_postgres_and_migrates(tmp_path: Path) -> None:
-    async with Fleet(tmp_path, apis=0, workers=0) as fleet:
+    async with Fleet(tmp_path, apis=0, workers=0, migrated=False) as fleet:
         await asyncio.to_thread(fleet.postgres.stop)
         url = fleet.start_api()
         log = fleet.apis[url].log

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import pytest
 
 from tests.gateway import Gateway, Opener
+
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
 
 ASKED: Any = {
     "model": "claude-x",
@@ -16,8 +18,10 @@ ASKED: Any = {
 }
 
 
-def sdk(gateway: Gateway) -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(base_url=gateway.url, api_key="of-a-client", max_retries=0)
+def sdk(gateway: Gateway) -> AsyncAnthropic:
+    from anthropic import AsyncAnthropic  # 3,000 modules
+
+    return AsyncAnthropic(base_url=gateway.url, api_key="of-a-client", max_retries=0)
 
 
 async def test_whole_and_streamed_and_their_record(gateway: Gateway) -> None:
@@ -43,7 +47,9 @@ async def test_whole_and_streamed_and_their_record(gateway: Gateway) -> None:
 
 
 async def test_errors_are_those_that_the_sdk_knows(open_gateway: Opener) -> None:
+    from anthropic import BadRequestError
+
     gateway = await open_gateway(worker=False, rate_limits={"text_only": 0})
     async with sdk(gateway) as client:
-        with pytest.raises(anthropic.BadRequestError, match="kind:text_only"):
+        with pytest.raises(BadRequestError, match="kind:text_only"):
             await client.messages.create(**ASKED)

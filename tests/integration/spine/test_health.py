@@ -7,10 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import asyncpg
 import pytest
 
-from tests.databases import make_template
+from tests.clusters import FAST, copied
 from tests.gateway import Opener
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.postgres import PostgresServer
@@ -20,12 +19,8 @@ from tidegate.embedded.valkey import ValkeyServer
 @pytest.fixture
 async def own_postgres(tmp_path: Path) -> AsyncIterator[PostgresServer]:
     """A PostgreSQL of the test's own, with a migrated database, to pause and stop."""
-    server = PostgresServer(tmp_path / "postgres", settings={"fsync": "off"})
+    server = copied(tmp_path / "postgres", FAST, migrated=True)
     await asyncio.to_thread(server.start)
-    template = await make_template(server)
-    connection = await asyncpg.connect(server.url("postgres"))
-    await connection.execute(f"CREATE DATABASE own TEMPLATE {template}")
-    await connection.close()
     yield server
     server.resume()
     await asyncio.to_thread(server.stop)
@@ -84,7 +79,7 @@ async def test_without_valkey_it_stays_ready_and_says_what_is_wrong_in_time(
 async def test_without_postgresql_all_answers_come_in_time_and_streams_go_on(
     open_gateway: Opener, own_postgres: PostgresServer
 ) -> None:
-    gateway = await open_gateway(worker=False, database_url=own_postgres.url("own"))
+    gateway = await open_gateway(worker=False, database_url=own_postgres.url())
     assert (await gateway.get("/health/ready"))[0] == 200
     request_id = await gateway.submit(data="Explain the tide")
     own_postgres.pause()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from tests.databases import make_template
+from tests.clusters import FAST, TEMPLATE, copied
 from tidegate.call import new_id
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.store.blobs import Blobs
@@ -60,9 +59,8 @@ async def peek(database_url: str) -> AsyncIterator[asyncpg.Connection]:
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     """A PostgreSQL of the module's own, to stop, kill and pause; every test leaves it running."""
-    server = PostgresServer(tmp_path_factory.mktemp("own"), settings={"fsync": "off"})
+    server = copied(tmp_path_factory.mktemp("own"), FAST, migrated=True)
     server.start()
-    asyncio.run(make_template(server))
     yield server
     server.stop()
 
@@ -72,6 +70,6 @@ async def own_url(own_server: PostgresServer) -> str:
     """A migrated database in the module's own server."""
     name = f"t_{uuid4().hex}"
     connection = await asyncpg.connect(own_server.url("postgres"))
-    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE template_tidegate')
+    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE {TEMPLATE}')
     await connection.close()
     return own_server.url(name)

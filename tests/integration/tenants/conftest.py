@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.clusters import copied
+from tests.clusters import FAST, copied
 from tests.gateway import open_gateway
 from tidegate.embedded.postgres import PostgresServer
-from tidegate.store.migrate import migrate
 
 __all__ = ["open_gateway"]
 
@@ -18,9 +17,8 @@ __all__ = ["open_gateway"]
 @pytest.fixture
 async def own_postgres(tmp_path: Path) -> AsyncIterator[PostgresServer]:
     """A migrated database in a server of the test's own."""
-    server = copied(tmp_path / "postgres", {"fsync": "off"})
+    server = copied(tmp_path / "postgres", FAST, migrated=True)
     server.start()
-    await migrate(server.url())
     yield server
     server.resume()
     server.stop()
