@@ -56,10 +56,9 @@ def amount_of(unit: Unit, tokens: Tokens | None, images: int | None) -> int | No
 
 class Flow:
     """See the module. `cost_ms` is how long its calls last, as far as is known; `hint` is set while
-    the server lets us pass permits on in it, and `next_start` is then the virtual start of the
-    waiter after the last one that got one. `quotas` are (limit, zone). `slack_ms` is how
-    much later than admitted its calls may be sent; `rest_ms` is what was rounded off the length of
-    its last call."""
+    the server lets us pass permits on in it. `quotas` are (limit, zone). `slack_ms` is how much
+    later than admitted its calls may be sent; `rest_ms` is what was rounded off the length of its
+    last call."""
 
     __slots__ = (
         "band",
@@ -70,7 +69,6 @@ class Flow:
         "lane",
         "limits",
         "list",
-        "next_start",
         "plain",
         "quotas",
         "rates",
@@ -94,7 +92,6 @@ class Flow:
         self.held = 0
         self.cost_ms = FIRST_COST_MS
         self.hint: Hint | None = None
-        self.next_start = 0
         self.rest_ms = 0.0
         self.revision = -1
         self.list: tuple[Limit, ...] = ()
@@ -194,21 +191,11 @@ class Flow:
 
     def next_by_hint(self) -> tuple[int, Waiter | None] | None:
         """The virtual start of the first waiter, and the waiter if a permit of ours may let it in:
-        not one that comes too late for that, nor one whose place we do not know yet."""
+        not one that comes too late for that. None where there is no hint, or the place of the
+        waiter is not known yet: its tenant keeps its own, and is asked again when it is."""
         hint = self.hint
         waiter = None if hint is None else self.first()
-        if hint is None or waiter is None:
+        if hint is None or waiter is None or waiter.stamp == 0:
             return None
-        if waiter.stamp == 0:
-            return self.next_start, None
         start = hint.tag + (waiter.stamp - hint.head) * hint.step
         return start, waiter if waiter.stamp <= hint.horizon else None
-
-    def take_hint(self, hint: Hint | None) -> None:
-        self.hint = hint
-        self.next_start = hint.tag if hint else 0
-
-    def passed_on(self, waiter: Waiter) -> None:
-        """A permit of ours let the waiter in."""
-        if self.hint is not None:
-            self.next_start = self.hint.tag + (waiter.stamp - self.hint.head + 1) * self.hint.step

@@ -199,7 +199,6 @@ class Ledger:
             self.counts.recycled += 1
         else:
             self.counts.handed_on += 1
-            heir.flow.passed_on(heir)
             # The last one that we know of: ask who comes next.
             if self._next_by_hint(flow.lane) is None:
                 self.outbox.urgent = True
@@ -353,10 +352,10 @@ class Ledger:
         """What the server lets us pass on from now on, of what `flows_to_hint` named last, by the
         key of the flow; nothing else."""
         for flow in self._hinted:
-            flow.take_hint(None)
+            flow.hint = None
         self._hinted = [flow for flow in self._wanting if flow.key in hints and flow.waiting]
         for flow in self._hinted:
-            flow.take_hint(hints[flow.key])
+            flow.hint = hints[flow.key]
 
     def drop_hints(self) -> None:
         self.take_hints({})

@@ -1,7 +1,7 @@
 -- does: takes permits back and settles what they used
--- keys: session lapsing owed
+-- keys: session lapsing owed park past
 -- args: releases settles cancels
--- returns: release(), cancel(), settle(), give_back_lane(), count_lane(), spend(), used(), correct_all()
+-- returns: release(), cancel(), settle(), give_back_lane(), count_lane(), spend(), correct(), begin_again()
 -- units: ms; amounts in each limit's unit, in the order of the lane
 function T.give_back_lane(lane)
   for _, limit in ipairs(T.limits_in(lane)) do T.give_back(limit) end
@@ -38,27 +38,36 @@ function T.settle_charges(charges, lane, list)
   end
 end
 
--- A call used `took_ms` of a permit, and its tenant was charged `charged_ms` for it: 0 for one that
--- was let in while nobody waited. Added up by flow, so that a request corrects each tag once.
-T.differs, T.differing = {}, {}
-function T.used(flow, charged_ms, took_ms)
-  if charged_ms == 0 or took_ms == charged_ms then return end
-  local before = T.differs[flow]
-  if not before then T.differing[#T.differing + 1] = flow end
-  T.differs[flow] = (before or 0) + took_ms - charged_ms
+-- Adds what a tenant's calls used beyond what it was charged for them. One that waits gets back what
+-- it was charged too much, even if that is more than it lies ahead; one that does not wait starts
+-- no earlier than the band's time.
+function T.correct(limit, number, tenant, step)
+  local band = limit.bands[number]
+  if band.waits == 0 or call('ZADD', T.park_key(limit, number), 'XX', 'INCR', T.int(step), tenant) then
+    return
+  end
+  local past, earliest = T.past_key(limit, number), band.virtual - T.BEHIND
+  local tag = math.max(earliest, tonumber(call('ZSCORE', past, tenant) or earliest)) + step
+  if tag > earliest then
+    call('ZADD', past, T.int(tag), tenant)
+    call('PEXPIRE', past, T.POOL_KEEP_MS)
+  else
+    call('ZREM', past, tenant)
+  end
 end
 
-function T.correct_all()
-  if #T.differing == 0 then return end
-  T.moves = T.moves + 1
-  for _, flow in ipairs(T.differing) do
-    local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
-    local step = T.step_of(T.differs[flow], T.tenant_of(tenant))
-    for _, limit in ipairs(T.limits_in(lane)) do
-      T.correct(limit, tonumber(band), tenant, step)
+-- Once in years of a busy limit: a band's time and all tags go back by as much.
+function T.begin_again(limit, number)
+  local band = limit.bands[number]
+  for _, key in ipairs({ T.park_key(limit, number), T.past_key(limit, number) }) do
+    local tags, moved = call('ZRANGE', key, 0, -1, 'WITHSCORES'), {}
+    for i = 1, #tags, 2 do
+      moved[i], moved[i + 1] = T.int(tonumber(tags[i + 1]) - band.virtual), tags[i]
     end
+    for i = 1, #moved, 1000 do call('ZADD', key, unpack(moved, i, math.min(i + 999, #moved))) end
   end
-  T.differs, T.differing = {}, {}
+  band.virtual = 0
+  T.moves = T.moves + 1
 end
 
 -- Doing it twice does nothing the second time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be told later.

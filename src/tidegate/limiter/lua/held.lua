@@ -1,10 +1,10 @@
 -- does: keeps what this session holds, and passes permits on inside it
--- keys: session queue
+-- keys: session queue park
 -- args: flows transfers releases cancels enqueues full
--- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), rehead_own(), rehead_filled(), own
+-- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), used(), correct_all(), charge_handed(), rehead_own(), rehead_filled(), own
 -- units: ms; amounts in each limit's unit, in the order of the lane
 -- `own.held` is what this session holds, as far as the request speaks of it: ticket -> value.
-local own = { held = {}, written = {}, queues = {}, reheaded = {} }
+local own = { held = {}, written = {}, queues = {}, reheaded = {}, fields = {} }
 
 -- One read fetches the session's record, the places of its flows, and the tickets spoken of.
 function T.load_own()
@@ -27,7 +27,10 @@ function T.load_own()
     end
   end
   local first = #fields
-  for i, ticket in ipairs(tickets) do fields[first + i] = 'h:' .. ticket end
+  for i, ticket in ipairs(tickets) do
+    fields[first + i] = 'h:' .. ticket
+    own.fields[ticket] = fields[first + i]
+  end
   local f = T.read(T.session_key(q.sid), fields)
   own.gen, own.batch, own.sent = tonumber(f[1] or 0), tonumber(f[2] or 0), tonumber(f[3] or 0)
   own.acked, own.blocked, own.closed_at = tonumber(f[4] or 0), f[5], f[6]
@@ -42,7 +45,7 @@ end
 
 function T.set_held(ticket, value)
   own.held[ticket] = value
-  T.set_own('h:' .. ticket, value)
+  T.set_own(own.fields[ticket] or 'h:' .. ticket, value)
 end
 
 function T.flush_own()
@@ -89,24 +92,24 @@ function T.unqueue_heirs()
     local queue, member = own.queues[q.transfers[i + 4]], q.transfers[i + 5]
     if member ~= '' then
       if not leaving[queue] then
-        leaving[queue] = { fields = {}, members = {} }
+        leaving[queue] = { tickets = {}, members = {} }
         order[#order + 1] = queue
       end
       local list = leaving[queue]
-      list.fields[#list.fields + 1] = 'h:' .. q.transfers[i + 1]
+      list.tickets[#list.tickets + 1] = q.transfers[i + 1]
       list.members[#list.members + 1] = member
     end
   end
   for _, queue in ipairs(order) do
-    local fields, members, gone = leaving[queue].fields, leaving[queue].members, 0
+    local tickets, members, gone = leaving[queue].tickets, leaving[queue].members, 0
     for i = 1, #members, 1000 do
       gone = gone + call('ZREM', T.queue_key(queue), unpack(members, i, math.min(i + 999, #members)))
     end
     T.left(queue, gone)
     if gone < #members then
-      for i, value in ipairs(T.read(T.session_key(q.sid), fields)) do
-        own.held[tonumber(string.sub(fields[i], 3))] = value
-      end
+      local fields = {}
+      for i, ticket in ipairs(tickets) do fields[i] = 'h:' .. ticket end
+      for i, value in ipairs(T.read(T.session_key(q.sid), fields)) do own.held[tickets[i]] = value end
     end
   end
 end
@@ -142,19 +145,67 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
   T.set_held(to, T.value_of(seq, hard_ms, cost_ms, charges, queue.flow))
 end
 
--- Its tenants are charged for what was handed on, then their queues stand by their new heads. One
--- that new tickets come to in this very request stays where it is meanwhile: empty for this moment, it
--- would lose its turn to those who are behind it.
+-- A call used `took_ms` of a permit, and its tenant was charged `charged_ms` for it: 0 for one that
+-- was let in while nobody waited. Added up by flow, so that a request corrects each tag once.
+local differs, differing = {}, {}
+function T.used(flow, charged_ms, took_ms)
+  if charged_ms == 0 or took_ms == charged_ms then return end
+  local before = differs[flow]
+  if not before then differing[#differing + 1] = flow end
+  differs[flow] = (before or 0) + took_ms - charged_ms
+end
+
+-- A tenant that is charged for what was handed on is corrected by the same change of its tag.
+function T.correct_all()
+  if #differing > 0 then T.moves = T.moves + 1 end
+  for _, flow in ipairs(differing) do
+    local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
+    local queue, step = T.queues[q.sid .. '|' .. flow], T.step_of(differs[flow], T.tenant_of(tenant))
+    for _, limit in ipairs(T.limits_in(lane)) do
+      if queue and queue.handed_ms and queue.at == limit.name then
+        queue.differs = step
+      else
+        T.correct(limit, tonumber(band), tenant, step)
+      end
+    end
+  end
+end
+
+-- Tenants are charged for what was handed on out of order: the time of their band comes to where its
+-- front stands then.
+function T.charge_handed()
+  local charged, bands = {}, {}
+  for _, queue in ipairs(own.reheaded) do
+    if queue.handed_ms and queue.at and queue.at ~= '!' then
+      local limit = T.limit_of(queue.at)
+      local step = T.step_of(queue.handed_ms, T.tenant_of(queue.tenant))
+      queue.tag = T.charge(limit, queue, step + (queue.differs or 0))
+      charged[#charged + 1] = queue
+      local band = limit.bands[queue.band]
+      if not bands[band] then
+        bands[band] = true
+        bands[#bands + 1] = { limit, queue.band }
+      end
+    end
+  end
+  -- What is known of the places is good for hints, if nothing more moves.
+  for _, queue in ipairs(charged) do queue.known_at = T.moves end
+  for _, each in ipairs(bands) do
+    local limit, number = each[1], each[2]
+    local front = call('ZRANGE', T.park_key(limit, number), 0, 1, 'WITHSCORES')
+    limit.bands[number].alone_at = #front == 2 and T.moves
+    T.advance(limit, number, tonumber(front[2]))
+  end
+end
+
+-- Queues that lost tickets stand by their new heads. One that new tickets come to in this very request
+-- stays where it is meanwhile: empty for this moment, it would lose its turn to those behind it.
 function T.rehead_own()
   local filling, later = {}, {}
   if #own.reheaded > 0 then
     for i = 1, #q.enqueues, 2 do filling[own.queues[q.enqueues[i]]] = true end
   end
   for _, queue in ipairs(own.reheaded) do
-    if queue.handed_ms and queue.at and queue.at ~= '!' then
-      local step = T.step_of(queue.handed_ms, T.tenant_of(queue.tenant))
-      T.charge(T.limit_of(queue.at), queue, step, false)
-    end
     local rated = queue.at and queue.at ~= '!' and T.limit_of(queue.at).sort ~= 'c'
     if filling[queue] and queue.bounces < T.STARVES and not rated then
       later[#later + 1] = queue

@@ -38,7 +38,7 @@ end
 -- All tenants come so far in virtual time, so that none is at its end long before the others. What
 -- those that are not asked for weigh is taken to be as much as these do on average.
 function T.hints()
-  local list, sums = {}, #q.wants > 1 and weights_of_wants()
+  local list, sums, tenants_at = {}, #q.wants > 1 and weights_of_wants(), {}
   if not pool.hand_off or pool.starving > 0 or pool.now < pool.recover_until then return list end
   for _, want in ipairs(q.wants) do
     local queue = own.queues[want[1]]
@@ -47,14 +47,15 @@ function T.hints()
       local known = queue.known_at == T.moves
       local tag = known and queue.tag or T.tag_of(limit, queue)
       local first = call('ZRANGE', T.line_key(limit, queue), 0, 0, 'WITHSCORES')
-      local alone = known and queue.alone
-      local tenants = alone and 1 or call('ZCARD', T.park_key(limit, queue.band))
-      local cost_ms = T.cost_at(limit, want[2])
-      local weight = T.tenant_of(queue.tenant).weight
-      local step = math.max(1, T.step_of(cost_ms, T.tenant_of(queue.tenant)))
+      local band = limit.bands[queue.band]
+      local tenants = tenants_at[band] or band.alone_at == T.moves and 1
+        or call('ZCARD', T.park_key(limit, queue.band))
+      tenants_at[band] = tenants
+      local cost_ms, tenant = T.cost_at(limit, want[2]), T.tenant_of(queue.tenant)
+      local weight, step = tenant.weight, math.max(1, T.step_of(cost_ms, tenant))
       local sum = sums and sums[queue.at .. '|' .. queue.band] or { count = 1, weight = weight }
       local ahead = 1 + math.floor(T.cap_of(limit, queue.band) * T.AHEAD_MS / cost_ms)
-      local behind = math.floor((limit.bands[queue.band].virtual - tag) / step)
+      local behind = math.floor((band.virtual - tag) / step)
       list[#list + 1] =
         { want[1], tonumber(first[2]) + behind - 1
           + math.ceil(ahead * sum.count * weight / (sum.weight * tenants)), tag,

@@ -1,7 +1,7 @@
 -- does: keeps each waiting queue at the limit that holds it up, in the order of virtual time
 -- keys: session queue park line past starving
 -- args: sid flows
--- returns: queue_of(), park(), unpark(), rehead(), charge(), correct(), amounts_in()
+-- returns: queue_of(), tag_of(), first_of(), rehead(), charge(), advance(), amounts_in()
 -- units: virtual time in hundred-thousandths of a ms of use per weight
 -- A queue is what one session has waiting of one flow (band, tenant, lane). At a limit, tenants
 -- stand in `park` by their start tag (start-time fair queueing, Goyal, Vin and Cheng 1996), and a
@@ -84,60 +84,23 @@ function T.rehead(queue)
   end
 end
 
--- Adds `step` to a tenant's tag at a limit, and moves the limit's time on to where it stood. What
--- was handed on out of order moves it to where the front stands then.
-function T.charge(limit, queue, step, in_order)
-  local band = limit.bands[queue.band]
-  local tag, parked
-  if queue.at == limit.name then
-    queue.tag = tonumber(call('ZINCRBY', T.park_key(limit, queue.band), T.int(step), queue.tenant))
-    tag = queue.tag - step
-  else
-    tag, parked = T.tag_of(limit, queue)
-    local key = parked and T.park_key(limit, queue.band) or T.past_key(limit, queue.band)
-    call('ZADD', key, T.int(tag + step), queue.tenant)
-    if not parked then call('PEXPIRE', key, T.POOL_KEEP_MS) end
-  end
+-- Adds `step` to a tenant's tag at a limit; returns its new tag.
+function T.charge(limit, queue, step)
   T.moves = T.moves + 1
-  if not in_order then
-    local front = call('ZRANGE', T.park_key(limit, queue.band), 0, 1, 'WITHSCORES')
-    tag = tonumber(front[2] or tag)
-    -- What is known of the place is good for hints, if nothing more moves.
-    queue.known_at, queue.alone = T.moves, #front == 2
+  if queue.at == limit.name then
+    return tonumber(call('ZINCRBY', T.park_key(limit, queue.band), T.int(step), queue.tenant))
   end
+  local tag, parked = T.tag_of(limit, queue)
+  local key = parked and T.park_key(limit, queue.band) or T.past_key(limit, queue.band)
+  call('ZADD', key, T.int(tag + step), queue.tenant)
+  if not parked then call('PEXPIRE', key, T.POOL_KEEP_MS) end
+  return tag + step
+end
+
+-- Moves the time of a band on to `tag`.
+function T.advance(limit, number, tag)
+  local band = limit.bands[number]
   band.virtual = math.max(band.virtual, tag)
   limit.changed = true
-  if band.virtual > T.LONGEST then T.begin_again(limit, queue.band) end
-end
-
--- Adds what a tenant's calls used beyond what it was charged for them. One that waits gets back what
--- it was charged too much, even if that is more than it lies ahead; one that does not wait starts
--- no earlier than the band's time.
-function T.correct(limit, number, tenant, step)
-  local band = limit.bands[number]
-  if band.waits == 0 or call('ZADD', T.park_key(limit, number), 'XX', 'INCR', T.int(step), tenant) then
-    return
-  end
-  local past, earliest = T.past_key(limit, number), band.virtual - T.BEHIND
-  local tag = math.max(earliest, tonumber(call('ZSCORE', past, tenant) or earliest)) + step
-  if tag > earliest then
-    call('ZADD', past, T.int(tag), tenant)
-    call('PEXPIRE', past, T.POOL_KEEP_MS)
-  else
-    call('ZREM', past, tenant)
-  end
-end
-
--- Once in years of a busy limit: a band's time and all tags go back by as much.
-function T.begin_again(limit, number)
-  local band = limit.bands[number]
-  for _, key in ipairs({ T.park_key(limit, number), T.past_key(limit, number) }) do
-    local tags, moved = call('ZRANGE', key, 0, -1, 'WITHSCORES'), {}
-    for i = 1, #tags, 2 do
-      moved[i], moved[i + 1] = T.int(tonumber(tags[i + 1]) - band.virtual), tags[i]
-    end
-    for i = 1, #moved, 1000 do call('ZADD', key, unpack(moved, i, math.min(i + 999, #moved))) end
-  end
-  band.virtual = 0
-  T.moves = T.moves + 1
+  if band.virtual > T.LONGEST then T.begin_again(limit, number) end
 end

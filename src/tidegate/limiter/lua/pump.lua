@@ -101,7 +101,7 @@ function T.let_in(limit, queue, member, next_stamp)
   for _, name in ipairs(T.names_in(queue.lane)) do
     local each = T.limit_of(name)
     if each == limit or each.bands[queue.band].waits > 0 then
-      T.charge(each, queue, step, true)
+      T.advance(each, queue.band, T.charge(each, queue, step) - step)
     end
   end
   T.admit(queue, ticket, tonumber(hard_ms), cost_ms, T.amounts_in(text))

@@ -85,6 +85,7 @@ function T.say_all()
   for _, entry in ipairs(q.settles) do T.settle(entry) end
   for _, entry in ipairs(q.cancels) do T.cancel(entry) end
   T.correct_all()
+  T.charge_handed()
   T.rehead_own()
   if pool.starving > 0 then T.serve_starving() end
   T.ask(q.enqueues)

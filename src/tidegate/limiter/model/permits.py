@@ -13,6 +13,7 @@ from tidegate.limiter.model.places import Places
 from tidegate.limiter.model.spending import Charge
 from tidegate.limiter.model.state import (
     BLOCKED,
+    BandState,
     Flow,
     Held,
     Lapsing,
@@ -136,9 +137,9 @@ class Permits(Places):
         for cancel in q.cancels:
             self._cancel(q, session, *cancel)
         self._correct_all()
+        self._charge_handed()
         filling = {q.flows[number - 1] for number, _ in q.enqueues}
         for key, each in list(self._reheaded.items()):
-            self._charge_handed(each)
             # Empty for this moment, it would lose its turn to those who are behind it.
             if key not in filling or each.queue.bounces >= self.starves or self._is_rated(each):
                 self._rehead(each.queue)
@@ -221,12 +222,18 @@ class Permits(Places):
             if limit.is_named:
                 limit.learn(took_ms)
 
-    def _charge_handed(self, each: Reheaded) -> None:
-        """The tenant is charged for what was passed on."""
-        queue = each.queue
-        if each.handed_ms is not None and queue.at is not None and queue.at != BLOCKED:
-            step = self.step(each.handed_ms, queue.flow.tenant)
-            self.charge(self.limit(queue.at), queue.flow, step, in_order=False)
+    def _charge_handed(self) -> None:
+        """Tenants are charged for what was passed on out of order: the time of their band comes to
+        where its front stands then."""
+        bands: dict[tuple[str, int], BandState] = {}
+        for each in self._reheaded.values():
+            flow, at = each.queue.flow, each.queue.at
+            if each.handed_ms is not None and at is not None and at != BLOCKED:
+                limit = self.limit(at)
+                self.charge(limit, flow, self.step(each.handed_ms, flow.tenant))
+                bands[at, flow.band] = limit.band(flow.band)
+        for band in bands.values():
+            self.advance(band, band.front()[0])
 
     def _is_rated(self, each: Reheaded) -> bool:
         at = each.queue.at

@@ -17,6 +17,7 @@ from tidegate.limiter.model.spending import span_of
 from tidegate.limiter.model.state import (
     BLOCKED,
     NO_LIMIT,
+    BandState,
     Flow,
     Gate,
     LimitState,
@@ -312,14 +313,15 @@ class Places:
         self.forget_starving(queue)
         queue.at = BLOCKED
 
-    def charge(self, limit: LimitState, flow: Flow, step: int, *, in_order: bool) -> None:
-        """Move a tenant's start on, and the limit's time to where it stood; for what was handed on
-        out of order, to where the front stands then."""
+    def charge(self, limit: LimitState, flow: Flow, step: int) -> int:
+        """Move a tenant's start on; returns where it stood."""
         band = limit.band(flow.band)
         tag = band.tag(flow.tenant)
         band.tags[flow.tenant] = tag + step
-        if not in_order and band.lines:
-            tag = band.front()[0]
+        return tag
+
+    def advance(self, band: BandState, tag: int) -> None:
+        """Move the time of a band on to `tag`."""
         band.virtual = max(band.virtual, tag)
         if band.virtual > self.longest:
             band.tags = {name: tag - band.virtual for name, tag in band.tags.items()}

@@ -142,7 +142,7 @@ class Pump(Permits):
         step = self.step(cost_ms, flow.tenant)
         for each in self.lane(flow):
             if each is limit or each.parked(flow.band):
-                self.charge(each, flow, step, in_order=True)
+                self.advance(each.band(flow.band), self.charge(each, flow, step))
         self._admit(queue.sid, queue.key, text, cost_ms)
         if not queue.tickets:
             self.vacate(queue)
