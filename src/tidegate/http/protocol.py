@@ -13,10 +13,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Any
-
-import orjson
 
 from tidegate.http._compat import (
     STATUS_LINE,
@@ -30,7 +27,7 @@ from tidegate.http._compat import (
 )
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import ABORT_EXTENSION, GONE_EXTENSION
-from tidegate.http.request_head import RequestLine, refusal_of_head
+from tidegate.http.request_head import RequestLine, as_answer, refusal_of_head
 
 if sys.platform == "linux":
     from fcntl import ioctl
@@ -97,6 +94,7 @@ class BoundedProtocol(UvicornProtocol):
             if timer is not None:
                 timer.cancel()
         self._head_timer = self._write_timer = self._linger_timer = None
+        self.end_keep_alive_timer()
         self._tell_the_answering()
         super().connection_lost(exc)
         for tell in self._when_gone:
@@ -123,6 +121,10 @@ class BoundedProtocol(UvicornProtocol):
                 # that finds no taker for its bytes looks up sooner.
                 self.transport.pause_reading()
             return
+        if not self._in_head or self._head_bytes + len(data) < self.MAX_HEAD_BYTES:
+            if data and not self.transport.is_closing():
+                self._feed(data)
+            return
         while data and not self._lingering and not self.transport.is_closing():
             # In pieces: what is over a head's bound is never given to the parser.
             room = self.MAX_HEAD_BYTES - self._head_bytes if self._in_head else len(data)
@@ -137,9 +139,10 @@ class BoundedProtocol(UvicornProtocol):
             self._head_bytes += len(piece)
         else:
             self._overhead_bytes += len(piece)
-        self._line.take(piece, in_head=self._in_head)
+        self._line.take(piece)
         super().data_received(piece)
         if self._in_head and self._head_bytes:
+            self._line.keep()
             self._arm_head_timer()
         if self._overhead_bytes > self.MAX_HEAD_BYTES + 8 * self._body_bytes:
             self._refuse(400, "bad_request", "the request's chunks and trailers are too large")
@@ -157,7 +160,11 @@ class BoundedProtocol(UvicornProtocol):
         if len(self.headers) >= self.MAX_HEADERS:
             self._refusal = (431, "too_many_headers", f"more than {self.MAX_HEADERS} headers")
             raise ValueError(self._refusal[2])
-        super().on_header(name, value)
+        # As uvicorn does it: another call for each header would cost as much as all of this.
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -195,27 +202,16 @@ class BoundedProtocol(UvicornProtocol):
         async def answer(
             scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
         ) -> None:
-            async def send_on(message: ASGISendEvent) -> None:
-                if message["type"] == "http.response.start" and cycle.more_body:
-                    self._answered_early = True
-                    named = [
-                        pair for pair in message.get("headers", ()) if pair[0] != b"connection"
-                    ]
-                    message["headers"] = [*named, (b"connection", b"close")]
-                    await send(message)
-                    cycle.keep_alive = True  # else uvicorn would close, and so reset, at once
-                else:
-                    await send(message)
-
             assert scope["type"] == "http"
-            # The body is there as a whole: no answer can be early.
-            whole = not cycle.more_body
             scope["extensions"] = extensions = dict(self._extensions)
-            if whole:
+            if cycle.more_body:
+                send = self._saying_that_it_is_early(cycle, send)
+            else:  # the body is there as a whole: no answer can be early
                 extensions[DIRECT_EXTENSION] = {"answer": Direct(cycle, self.flow)}
             try:
-                await app(scope, receive, send if whole else send_on)
+                await app(scope, receive, send)
             finally:
+                self.ended()
                 self._when_gone.clear()  # answers of one connection are made one after another
                 extensions.clear()  # they hold what holds them: nothing else would free it at once
                 if not cycle.response_complete or self.transport.is_closing():
@@ -223,6 +219,21 @@ class BoundedProtocol(UvicornProtocol):
 
         self._answering = cycle
         return answer
+
+    def _saying_that_it_is_early(
+        self, cycle: RequestResponseCycle, send: ASGISendCallable
+    ) -> ASGISendCallable:
+        async def send_on(message: ASGISendEvent) -> None:
+            if message["type"] == "http.response.start" and cycle.more_body:
+                self._answered_early = True
+                named = [pair for pair in message.get("headers", ()) if pair[0] != b"connection"]
+                message["headers"] = [*named, (b"connection", b"close")]
+                await send(message)
+                cycle.keep_alive = True  # else uvicorn would close, and so reset, at once
+            else:
+                await send(message)
+
+        return send_on
 
     def on_response_complete(self) -> None:
         if self._answered_early:
@@ -248,24 +259,8 @@ class BoundedProtocol(UvicornProtocol):
             self.transport.close()
             self._watch_closing()
             return
-        phrase = HTTPStatus(status).phrase
-        body = orjson.dumps(
-            {
-                "type": f"urn:tidegate:problem:{code}",
-                "title": phrase,
-                "status": status,
-                "detail": detail,
-                "code": code,
-            }
-        )
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/problem+json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-        self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
+        said = as_answer((status, code, detail), self.server_state.default_headers)
+        self.transport.write(STATUS_LINE[status] + said)
         self._linger()
 
     def _refuse(self, status: int, code: str, detail: str) -> None:

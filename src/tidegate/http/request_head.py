@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from http import HTTPStatus
+
+import orjson
 
 # Status, code and words of a refusal.
 Refusal = tuple[int, str, str]
@@ -16,27 +19,32 @@ _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2}){0,255})(?::\d{0,5})?"
 )
 _BAD = "bad_request"
+_END = b"\r\n"
+# Values that were found to be hosts: nearly all clients name the same few.
+_HOSTS: set[bytes] = set()
+_MOST_HOSTS = 200
 
 
 class RequestLine:
     """The request line as it came, of which the parser returns only the parts."""
 
-    __slots__ = ("_is_known", "_is_second", "_line", "_piece", "_seen")
+    __slots__ = ("_is_known", "_is_second", "_kept", "_piece", "_seen")
 
     def __init__(self) -> None:
-        self._line = b""
+        self._kept = b""  # of a line that began in an earlier piece
         self._piece = b""
         self._seen = 0  # how much of the piece lines before have used up
         self._is_second = False  # another request ended in this piece
         self._is_known = True  # where the line began
 
-    def take(self, piece: bytes, *, in_head: bool) -> None:
+    def take(self, piece: bytes) -> None:
         """The next bytes of the connection, before the parser has them."""
         self._piece, self._seen, self._is_second = piece, 0, False
-        if in_head and self._is_known and not self._line.endswith(b"\n"):
-            if not self._line:
-                piece = piece.lstrip(b"\r\n")  # as by the parser: RFC 9112, section 2.2
-            self._line += piece[: piece.find(b"\n") + 1 or len(piece)]
+
+    def keep(self) -> None:
+        """The parser has had the piece, and the head that began in it, or before, goes on."""
+        if self._is_known:
+            self._kept = self._line()
 
     def begin(self) -> None:
         """A request has begun in the present piece."""
@@ -49,16 +57,29 @@ class RequestLine:
     def is_as(self, expected: bytes) -> bool:
         """Whether it is as it would be written from its parts, once the head is there. Of one that
         began behind another request only that much is known: that it comes later in the piece."""
-        line, is_known = self._line, self._is_known
-        self._line, self._is_known = b"", True
-        if is_known:
+        piece = self._piece
+        if self._is_known:
+            self._seen = len(expected)
+            if not self._kept and piece.startswith(expected) and piece.startswith(_END, self._seen):
+                return True
+            line, self._kept = self._line(), b""
             self._seen = len(line)
             return line.rstrip(b"\r\n") == expected
+        self._is_known, self._kept = True, b""
         if not self._is_second:
             return True
-        at = self._piece.find(expected, self._seen)
+        at = piece.find(expected, self._seen)
         self._seen = at + len(expected)
         return at >= 0
+
+    def _line(self) -> bytes:
+        """All of it that has come up to the present piece's end."""
+        line, piece = self._kept, self._piece
+        if line.endswith(b"\n"):
+            return line
+        if not line:
+            piece = piece.lstrip(b"\r\n")  # as by the parser: RFC 9112, section 2.2
+        return line + piece[: piece.find(b"\n") + 1 or len(piece)]
 
 
 def refusal_of_head(
@@ -77,7 +98,7 @@ def refusal_of_head(
             hosts += 1
             if hosts > 1:
                 return 400, _BAD, "there is more than one Host"
-            if _HOST.fullmatch(value) is None:
+            if value not in _HOSTS and not _is_host(value):
                 return 400, _BAD, "Host is not a host with an optional port"
         elif name == b"transfer-encoding":
             refusal = _refusal_of_coding(version, value.strip().lower())
@@ -86,6 +107,35 @@ def refusal_of_head(
     if not hosts and version == "1.1":
         return 400, _BAD, "there is no Host, which HTTP/1.1 asks for"
     return None
+
+
+def as_answer(refusal: Refusal, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The answer that tells it, without its first line; `headers` are the server's own."""
+    status, code, detail = refusal
+    body = orjson.dumps(
+        {
+            "type": f"urn:tidegate:problem:{code}",
+            "title": HTTPStatus(status).phrase,
+            "status": status,
+            "detail": detail,
+            "code": code,
+        }
+    )
+    told = [
+        *headers,
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    return b"".join(name + b": " + value + b"\r\n" for name, value in told) + b"\r\n" + body
+
+
+def _is_host(value: bytes) -> bool:
+    if _HOST.fullmatch(value) is None:
+        return False
+    if len(_HOSTS) < _MOST_HOSTS:
+        _HOSTS.add(value)
+    return True
 
 
 def _refusal_of_coding(version: str, coding: bytes) -> Refusal | None:
