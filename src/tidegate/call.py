@@ -168,6 +168,9 @@ class Usage:
     total_tokens: int | None = None
 
 
+UNKNOWN_USAGE = Usage()
+
+
 class UsageState(StrEnum):
     """How far it is known what a call used."""
 
@@ -184,7 +187,7 @@ class Charge:
     the usage is not known. `images` are those that came, None where nobody counted."""
 
     state: UsageState = UsageState.NONE
-    usage: Usage = Usage()
+    usage: Usage = UNKNOWN_USAGE
     images: int | None = None
     cost_micros: int | None = 0
 
@@ -256,10 +259,13 @@ class Outcome(StrEnum):
     DROPPED = "dropped"  # throttled or failed upstream
 
 
+# Of a UUID's last 80 bits: the version and the variant, and those that are random.
+_V7 = 0x7 << 76 | 0x2 << 62
+_RANDOM = (1 << 80) - 1 & ~(0xF << 76 | 0x3 << 62)
+
+
 def new_id() -> UUID:
     """A UUIDv7 (RFC 9562): milliseconds since the epoch, then random bits; sorts by time."""
     ms = time.time_ns() // 1_000_000
-    value = (ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(urandom(10), "big")
-    value = value & ~(0xF << 76) | 0x7 << 76
-    value = value & ~(0x3 << 62) | 0x2 << 62
+    value = (ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(urandom(10), "big") & _RANDOM | _V7
     return UUID(int=value)

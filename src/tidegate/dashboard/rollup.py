@@ -179,13 +179,15 @@ def _count_apart(tally: Tally, ended: Observed, dimensions: Sequence[Dimension])
         *(int(ended.status != RETRIED), int(failed), ended.throttled, tokens),
         *(ended.cost_micros or 0, round(ended.upstream_ms or 0)),
     )
-    names = {
-        "tenant": ended.tenant_id,
-        "model": ended.model or _OTHER_MODEL,
-        "upstream": ended.upstream,
-    }
     for dimension in dimensions:
-        if (name := names[dimension]) is not None:
+        name: str | None
+        if dimension == "tenant":
+            name = ended.tenant_id
+        elif dimension == "model":
+            name = ended.model or _OTHER_MODEL
+        else:
+            name = ended.upstream
+        if name is not None:
             tally.count_apart(dimension, name, amounts)
 
 

@@ -362,17 +362,18 @@ class _Front(Out):
     def say_done(self) -> None:
         took_s = time.monotonic() - self._received
         count_answer(self._services.tally, NATIVE, self._life.http_status, took_s)
-        log_request(
-            {
-                "method": self._scope["method"],
-                "path": self._scope["path"],
-                "status": self._life.http_status,
-                "took_ms": round(took_s * 1000, 1),
-                "request_id": self._id_text or str(self._request_id),
-                **({"trace_id": self._life.trail.trace} if self._life.trail else {}),
-                **who(self._caller),
-            }
-        )
+        fields = {
+            "method": self._scope["method"],
+            "path": self._scope["path"],
+            "status": self._life.http_status,
+            "took_ms": round(took_s * 1000, 1),
+            "request_id": self._id_text or str(self._request_id),
+        }
+        if self._life.trail is not None:
+            fields["trace_id"] = self._life.trail.trace
+        if self._caller is not ANYBODY:
+            fields |= who(self._caller)
+        log_request(fields)
 
     def _record(self, call: NativeCall, status: Status, failure: Failure | None) -> None:
         life = self._life

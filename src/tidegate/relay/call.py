@@ -125,7 +125,9 @@ class Life:
     @property
     def omitted_bytes(self) -> int:
         """How much of its middle was not kept."""
-        return self.answer_bytes - sum(map(len, self.pieces)) if self.pieces else 0
+        if self.answer_bytes <= KEPT_BYTES:
+            return 0
+        return self.answer_bytes - sum(map(len, self.pieces))
 
     def read_usage(self, endpoint: Endpoint) -> None:
         """Find in the answer what it says of itself."""

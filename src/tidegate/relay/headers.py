@@ -113,5 +113,7 @@ def to_return(given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True)
 
 def content_type_in(headers: Headers) -> str | None:
     """None where none is told."""
-    named = (value.decode("latin-1") for name, value in headers if name == b"content-type")
-    return next(named, None)
+    for name, value in headers:
+        if name == b"content-type":
+            return value.decode("latin-1")
+    return None

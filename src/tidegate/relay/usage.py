@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.call import Usage
+from tidegate.call import UNKNOWN_USAGE, Usage
 from tidegate.relay.paths import Dialect
 
 HEAD_BYTES = 4_096
@@ -65,16 +65,17 @@ _PICTURES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, as all else of its kind: each call would pay for that.
+@dataclass(slots=True, unsafe_hash=True)
 class Told:
-    """What an answer says of itself."""
+    """What an answer says of itself; nobody changes it."""
 
     usage: Usage
     finish_reason: str | None = None
     response_id: str | None = None
 
 
-NOTHING_TOLD = Told(Usage())
+NOTHING_TOLD = Told(UNKNOWN_USAGE)
 
 
 def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False) -> Told:
@@ -107,7 +108,7 @@ def _told_by_object(dialect: Dialect, whole: dict[str, Any]) -> Told:
         last = choices[-1]
         finish = last.get(finish_key) if type(last) is dict else None
     return Told(
-        usage_of(dialect, raw) if type(raw) is dict else Usage(),
+        usage_of(dialect, raw) if type(raw) is dict else UNKNOWN_USAGE,
         finish if type(finish) is str and len(finish) <= _LONGEST_REASON else None,
         identity if type(identity) is str and len(identity) <= _LONGEST_ID else None,
     )
@@ -287,9 +288,8 @@ def _part(raw: Any, *names: str) -> dict[str, Any]:
     return {}
 
 
-def _count(raw: Mapping[str, Any], *names: str) -> int | None:
-    for name in names:
-        value = raw.get(name)
-        if type(value) is int and 0 <= value <= _MOST_TOKENS:
-            return value
-    return None
+def _count(raw: Mapping[str, Any], name: str, other: str | None = None) -> int | None:
+    value = raw.get(name)
+    if type(value) is int and 0 <= value <= _MOST_TOKENS:
+        return value
+    return None if other is None else _count(raw, other)

@@ -15,11 +15,12 @@ _BITS = 64
 _PER_OCTAVE = 4
 _BYTES = LANES * _BITS // 8
 _COUNTS = struct.Struct(f"<{LANES}Q")
+_ONES = tuple(1 << (_BITS * lane) for lane in range(LANES))
 
 
 def one(length_ms: float) -> int:
     """The histogram of a single length."""
-    return 1 << (_BITS * lane_of(length_ms))
+    return _ONES[lane_of(length_ms)]
 
 
 def lane_of(length_ms: float) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Literal
 
 import asyncpg
@@ -46,10 +47,12 @@ class Tally:
         self.counts[name] = self.counts.get(name, 0) + amount
 
     def count_apart(self, dimension: Dimension, name: str, amounts: Sequence[int]) -> None:
-        names = self.apart.setdefault(dimension, {})
-        if name not in names and len(names) >= MOST_NAMES:
-            name = OTHERS
-        _add(names, name[:_LONGEST_NAME].replace("\0", ""), amounts)
+        names = self.apart.get(dimension)
+        if names is None:
+            names = self.apart[dimension] = {}
+        if name not in names:
+            name = OTHERS if len(names) >= MOST_NAMES else name[:_LONGEST_NAME].replace("\0", "")
+        _add(names, name, amounts)
 
     def merge(self, other: Tally, most_names: int = MOST_NAMES) -> None:
         """Add what another process, or another span, has counted; names beyond so many together."""
@@ -67,6 +70,9 @@ def _add(names: dict[str, list[int]], name: str, amounts: Sequence[int]) -> None
     known = names.get(name)
     if known is None:
         names[name] = list(amounts)
+        return
+    if len(known) == len(amounts):
+        known[:] = map(add, known, amounts)
         return
     for place, amount in enumerate(amounts):
         if place < len(known):

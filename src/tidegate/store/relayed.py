@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter, itemgetter
 from typing import Any, Literal
 from uuid import UUID
 
@@ -33,7 +34,7 @@ from tidegate.store.recorder import Recorder
 from tidegate.store.records import Failure, Json
 from tidegate.store.spending import Spending
 from tidegate.store.states import Status
-from tidegate.store.usage import add_usage
+from tidegate.store.usage import READ, add_usage
 from tidegate.telemetry import Log, get_logger
 from tidegate.tracing import Trail
 
@@ -49,6 +50,7 @@ _SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL co
 _QUICK = 1  # a level of zlib: this is on the processor that relays
 _BLOB_TIMEOUT_S = 5.0
 _USAGE = rows.USAGE_COLUMNS
+_of_usage = attrgetter(*_USAGE)
 _AUDIT_COLUMNS = (
     *("id", "created_at", "request_id", "tenant_id", "pool", "source", "status", "kind"),
     *("classified_by", "classified_reason", "priority", "model", "response_id", "attempts"),
@@ -57,6 +59,7 @@ _AUDIT_COLUMNS = (
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
     *("usage_state", "cost_micros", "images", "first_byte_ms"),
 )
+_read_by_usage = itemgetter(*map(_AUDIT_COLUMNS.index, READ))
 _BODY_COLUMNS = (
     *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
     *("blob_key", "content_type", "omitted_bytes"),
@@ -249,7 +252,7 @@ class RelayLog:
         await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
         # A repeat after a commit whose reply was lost has failed by now, at the same ids.
         await add_usage(
-            connection, (dict(zip(_AUDIT_COLUMNS, one.audit, strict=True)) for one in kept)
+            connection, [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in kept]
         )
         return gone
 
@@ -280,7 +283,7 @@ class RelayLog:
     def _audit_values(self, record: RelayRecord) -> tuple[Any, ...]:
         failure = rows.failure_row(record.failure)
         charge = record.charge
-        usage = (rows.count_of(getattr(charge.usage, column)) for column in _USAGE)
+        usage = [rows.count_of(amount) for amount in _of_usage(charge.usage)]
         return (
             *(record.request_id, record.received_at, record.request_id, record.tenant_id),
             *(record.pool, record.source, record.status.value, record.kind, "body", ""),
@@ -294,18 +297,18 @@ class RelayLog:
         )
 
     async def _packed(self, record: RelayRecord) -> list[_Packed]:
-        both = []
+        both: list[_Packed] = []
         for role, raw in (("request", record.request), ("response", record.response)):
-            if raw:
+            size = len(raw)
+            if size >= _SMALL_BYTES:
                 both.append(await self._pack(role, raw))
+            elif size:
+                both.append((role, "raw", size, raw, None))
         return both
 
     async def _pack(self, role: str, raw: bytes) -> _Packed:
-        size = len(raw)
-        encoding, data = ("raw", raw) if size < _SMALL_BYTES else ("zlib-raw", b"")
-        if not data:
-            big = size > 50_000
-            data = await asyncio.to_thread(_zip, raw) if big else _zip(raw)
+        size, encoding = len(raw), "zlib-raw"
+        data = await asyncio.to_thread(_zip, raw) if size > 50_000 else _zip(raw)
         if len(data) > INLINE_BYTES:
             key = new_key(datetime.now(UTC))
             with suppress(StoreUnavailable, TimeoutError):  # then it stays in its row

@@ -57,6 +57,8 @@ def dumps(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def clean(text: str) -> str:
     """`text` as PostgreSQL can hold it."""
+    if text.isascii() and "\x00" not in text:
+        return text
     if "\x00" in text:
         text = text.replace("\x00", "\ufffd")
     try:

@@ -23,7 +23,10 @@ from tidegate.store.rows import dumps
 MOST_ROWS = 10_000
 _TIMEOUT_MS = 5_000
 _SUMMED = ("input_tokens", "output_tokens", "cached_tokens", "thoughts_tokens", "images")
-_DOUBTFUL = (UsageState.PARTIAL, UsageState.ESTIMATED, UsageState.UNKNOWN)
+_UNKNOWN = UsageState.UNKNOWN.value
+_DOUBTFUL = frozenset((UsageState.PARTIAL.value, UsageState.ESTIMATED.value, _UNKNOWN))
+# What `summed` reads of a row of the audit.
+READ = ("tenant_id", "pool", "model", "finished_at", *_SUMMED, "cost_micros", "usage_state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +102,8 @@ class UsageTotals:
 
 
 async def add_usage(connection: asyncpg.Connection, audit: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows of the audit that this transaction inserts. The last thing that it does: the totals
-    of a day are locked by it."""
+    """Add rows of the audit that this transaction inserts, `READ` of each. The last thing that it
+    does: the totals of a day are locked by it."""
     sums = summed(audit)
     if sums:
         await connection.execute(sql("add_usage"), dumps(sums))
@@ -116,12 +119,14 @@ def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
             total = sums[key] = dict.fromkeys(COUNTS, 0)
         total["requests"] += 1
         for name in _SUMMED:
-            total[name] += row[name] or 0
+            if amount := row[name]:
+                total[name] += amount
         cost, state = row["cost_micros"], row["usage_state"]
-        total["cost_micros"] += cost or 0
+        if cost:
+            total["cost_micros"] += cost
         if state in _DOUBTFUL:
             total[state] += 1
-        if cost is None and state != UsageState.UNKNOWN:
+        if cost is None and state != _UNKNOWN:
             total["unpriced"] += 1
     names = ("tenant_id", "day", "model", "pool")
     return [dict(zip(names, key, strict=True)) | total for key, total in sums.items()]
@@ -129,7 +134,8 @@ def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
 
 def day_of(at: datetime | str) -> date:
     """The day of UTC of a time; a text is as it was spilled."""
-    return moment_of(at).astimezone(UTC).date()
+    moment = moment_of(at)
+    return moment.date() if moment.tzinfo is UTC else moment.astimezone(UTC).date()
 
 
 def moment_of(at: datetime | str) -> datetime:
