@@ -20,13 +20,14 @@ from tidegate.limiter.limits import PoolPolicy
 _CLASSIFIER = CLASSIFIER_LIMIT.partition(":")[2]
 # The judge's instruction and schema, which come on top of each prompt.
 _JUDGE_CHARS = 1_200
-_LEARN_FROM_ONE_IN = 8
+_LEARN_FROM_ONE_IN = 16
 _NO_USAGE = Usage()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, as all else of its kind: each call would pay for that.
+@dataclass(slots=True)
 class Demand:
-    """All limits of a call, or none; `priority` is the name of a band."""
+    """All limits of a call, or none; nobody changes it. `priority` is the name of a band."""
 
     limits: tuple[str, ...]
     tenant: str
@@ -58,7 +59,7 @@ class Demand:
             deadline_ms,
             hard_ms,
             once,
-            implicit=True,
+            True,
         )
 
     def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
@@ -66,10 +67,12 @@ class Demand:
         one that was cut the provider may have made more than it told us of. `charged`: what the
         call is charged for, which is what came of it at least; it can be more than was reserved."""
         reserved = self.tokens
+        if reserved is None:
+            return None
         input_tokens, output_tokens = tokens_of(told)
         came_input, came_output = tokens_of(charged)
         known = (input_tokens, output_tokens, came_input, came_output)
-        if reserved is None or all(one is None for one in known):
+        if all(one is None for one in known):
             return None
         if input_tokens is None:
             input_tokens = max(reserved.input, came_input or 0)
@@ -136,13 +139,7 @@ class Demands:
                 max_output_tokens=max_output_tokens,
                 tenant=tenant,
             )
-        return Demand(
-            limits=limits,
-            tenant=tenant,
-            priority=reach.band(priority),
-            images=images,
-            estimate=estimate,
-        )
+        return Demand(limits, tenant, reach.band(priority), images, estimate)
 
     def of_question(
         self,

@@ -376,11 +376,12 @@ class _Front(Out):
         log_request(fields)
 
     def _record(self, call: NativeCall, status: Status, failure: Failure | None) -> None:
-        life = self._life
-        path = self._scope["path"]
-        record = record_of(call, life, path, status, failure, http_status=life.http_status)
-        record.request_type = content_type_in(self._scope["headers"])
-        record.response_type = content_type_in(self._headers)
+        record = record_of(
+            *(call, self._life, self._scope["path"], status, failure),
+            http_status=self._life.http_status,
+            request_type=content_type_in(self._scope["headers"]),
+            response_type=content_type_in(self._headers),
+        )
         self._services.store.relayed.put(record)
 
     async def refuse_unheard(self, error: TidegateError, endpoint: Endpoint | None) -> None:

@@ -8,9 +8,10 @@ from tidegate.limiter.flow import Tokens
 from tidegate.limiter.limits import DEFAULT_HARD_MS
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, as all else of its kind: each call would pay for that.
+@dataclass(slots=True)
 class Demand:
-    """All of `limits` or none.
+    """All of `limits` or none; nobody changes it.
 
     tenant: whose share it is. priority: the name of a band, None for the usual one. tokens, images:
     an estimate, for limits that count them. deadline_ms: how long it may wait, None for as long as

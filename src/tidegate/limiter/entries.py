@@ -67,10 +67,11 @@ class Release:
     sent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, as all else of its kind: each call would pay for that.
+@dataclass(slots=True)
 class Transfer:
     """A permit passed on inside the process: what the server counts under `source` is `heir`'s.
-    The call before ended by `outcome` after `took_ms`."""
+    The call before ended by `outcome` after `took_ms`. Nobody changes it."""
 
     source: int
     heir: Holding

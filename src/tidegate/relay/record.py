@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from tidegate.relay.call import Life, NativeCall
 from tidegate.store.records import Failure
-from tidegate.store.relayed import RelayRecord
+from tidegate.store.relayed import SOURCE, RelayRecord
 from tidegate.store.states import Status
 
 
@@ -18,39 +18,48 @@ def record_of(
     failure: Failure | None,
     *,
     http_status: int,
+    request_type: str | None = None,
+    response_type: str | None = None,
 ) -> RelayRecord:
-    """`path` is the one that was asked; http_status: what the client was told, 0 while nothing."""
+    """`path` is the one that was asked; http_status: what the client was told, 0 while nothing; the
+    types are those of the bodies, as they were told."""
     target, endpoint = life.target, call.endpoint
+    upstream = None if target is None else target.upstream
+    caller, charge, told = call.caller, life.charge, life.told
+    # By their order: names would double what so many fields cost.
     return RelayRecord(
-        request_id=call.request_id,
-        tenant_id=call.caller.tenant_id,
-        pool=target.upstream.pool if target else "",
-        endpoint=path,
-        status=status,
-        http_status=http_status,
-        received_at=call.received_at,
-        finished_at=life.finished_at or datetime.now(UTC),
-        request=call.body,
-        response=life.answer if life.pieces else b"",
-        kind=life.kind.value if life.kind else None,
-        model=target.model if target else life.model,
-        priority=call.priority,
-        tries=life.tries,
-        admitted_at=life.admitted_at,
-        queue_ms=life.queue_ms,
-        upstream_ms=life.upstream_ms,
-        first_byte_ms=life.first_byte_ms,
-        charge=life.charge,
-        finish_reason=life.told.finish_reason,
-        response_id=life.told.response_id,
-        failure=failure,
-        streamed=life.streams,
-        omitted_bytes=life.omitted_bytes,
-        key_id=call.caller.key_id,
-        subject=call.subject,
-        upstream=target.upstream.name if target else None,
-        dialect=endpoint.dialect.value,
-        operation=endpoint.name,
-        throttled=life.throttled,
-        trail=life.trail,
+        call.request_id,
+        caller.tenant_id,
+        upstream.pool if upstream else "",
+        path,
+        status,
+        http_status,
+        call.received_at,
+        life.finished_at or datetime.now(UTC),
+        call.body,
+        life.answer if life.pieces else b"",
+        life.kind.value if life.kind else None,
+        target.model if target else life.model,
+        call.priority,
+        life.tries,
+        life.admitted_at,
+        life.queue_ms,
+        life.upstream_ms,
+        life.first_byte_ms,
+        charge,
+        told.finish_reason,
+        told.response_id,
+        failure,
+        life.streams,
+        caller.key_id,
+        call.subject,
+        request_type,
+        response_type,
+        life.omitted_bytes,
+        SOURCE,
+        upstream.name if upstream else None,
+        endpoint.dialect.value,
+        endpoint.name,
+        life.throttled,
+        life.trail,
     )

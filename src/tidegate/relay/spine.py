@@ -57,13 +57,12 @@ class Relay:
         self.targets = targets
         self.budgets = budgets
         self.tracing = tracing
-        self.health = Gates(
-            {
-                name: Gate(name, pools[one.pool], one.key)
-                for name, one in targets.upstreams.items()
-                if one.pool in pools
-            }
-        )
+        self._gates = {
+            name: Gate(name, pools[one.pool], one.key)
+            for name, one in targets.upstreams.items()
+            if one.pool in pools
+        }
+        self.health = Gates(self._gates)
         self.remaining = {pool: Remaining(limiter) for pool, limiter in pools.items()}
         self._pools = pools
         self._wire = wire
@@ -142,7 +141,7 @@ class Relay:
         return found or sorted(targets, key=lambda one: self.gate_of(one).ready_in_ms())
 
     def gate_of(self, target: Target) -> Gate:
-        return self.health[target.upstream.name]
+        return self._gates[target.upstream.name]
 
     def limiter_of(self, target: Target) -> Limiter:
         return self._pools[target.upstream.pool]

@@ -145,6 +145,8 @@ class Gate:
     def bind(self, demand: Demand, model: str) -> Demand:
         """The demand with what binds it now."""
         more = self.binding(model)
+        if not more:
+            return demand
         missing = tuple(name for name in more if name not in demand.limits)
         return replace(demand, limits=demand.limits + missing) if missing else demand
 

@@ -29,7 +29,6 @@ from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.bodies import INLINE_BYTES
 from tidegate.store.connection import Connections
 from tidegate.store.erased import Mark, erased_among
-from tidegate.store.observing import charged
 from tidegate.store.recorder import Recorder
 from tidegate.store.records import Failure, Json
 from tidegate.store.spending import Spending
@@ -320,32 +319,38 @@ class RelayLog:
 
 def observed_of(record: RelayRecord) -> Observed:
     """The same for those who count calls."""
-    failure = record.failure
+    failure, charge, tried = record.failure, record.charge, record.tries > 0
+    usage = charge.usage
+    # By their order: names would double what so many fields cost.
     return Observed(
-        source=record.source,
-        status=record.status.value,
-        tenant_id=record.tenant_id,
-        finished_at=record.finished_at,
-        pool=record.pool,
-        kind=record.kind,
-        model=record.model,
-        upstream=record.upstream,
-        dialect=record.dialect,
-        operation=record.operation,
-        streamed=record.streamed,
-        http_status=record.http_status,
-        code=None if failure is None else failure.code,
-        queue_ms=record.queue_ms if record.tries else None,
-        upstream_ms=record.upstream_ms if record.tries else None,
-        first_byte_ms=record.first_byte_ms,
-        attempts=record.tries,
-        throttled=record.throttled,
-        request_id=record.request_id,
-        received_at=record.received_at,
-        response_id=record.response_id,
-        finish_reason=record.finish_reason,
-        trail=record.trail,
-        **charged(record.charge),
+        record.source,
+        record.status.value,
+        record.tenant_id,
+        record.finished_at,
+        record.pool,
+        record.kind,
+        record.model,
+        record.upstream,
+        record.dialect,
+        record.operation,
+        record.streamed,
+        record.http_status,
+        None if failure is None else failure.code,
+        record.queue_ms if tried else None,
+        record.upstream_ms if tried else None,
+        record.first_byte_ms,
+        record.tries,
+        record.throttled,
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_tokens,
+        usage.thoughts_tokens,
+        charge.cost_micros,
+        record.request_id,
+        record.received_at,
+        record.response_id,
+        record.finish_reason,
+        record.trail,
     )
 
 
