@@ -25,6 +25,9 @@ from tidegate.relay.spelling import check_ends, check_spelling
 # Enough to find a picture's size in, and a multiple of 4 characters.
 _HEAD_CHARS = 65_536
 _MOST_VALUES = 200_000
+# Names of fields are not counted, but for those that would be a place to put a text.
+_LONG_NAME_CHARS = 200
+_FEW_WORDS_CHARS = 200  # a file's type, its name, how closely to look
 # Of objects, lists and what stands in them: each costs many times its bytes once it is parsed, and
 # the event loop stands still for it. A body of 80 MB could hold so many as to take 2 GB.
 MOST_PARTS = 2_000_000
@@ -44,6 +47,8 @@ NAMES_MODEL = re.compile(
 )
 _OUTPUT_BOUNDS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "maxOutputTokens")
 _BOUNDS_NAMES = frozenset(_OUTPUT_BOUNDS)
+# Each is as long as the bound, and paid for; of `best_of` one is shown.
+_ANSWERS = ("n", "best_of", "candidateCount", "candidate_count")
 
 
 @dataclass(slots=True)
@@ -145,11 +150,15 @@ def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
         return 1
     if _BOUNDS_NAMES.isdisjoint(settings):
         return None
-    for name in _OUTPUT_BOUNDS:
-        value = settings.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value * _whole(settings.get("n", settings.get("candidateCount")), 1)
-    return None
+    # Of several names the greatest: which of them counts is the upstream's choice.
+    named = [value for name in _OUTPUT_BOUNDS if type(value := settings.get(name)) is int]
+    bound = max(named, default=0)
+    return bound * max(_answers(settings.get(name)) for name in _ANSWERS) if bound > 0 else None
+
+
+def _answers(value: object) -> int:
+    """How many answers are made, by a field that may say so."""
+    return value if type(value) is int and value > 0 else 1
 
 
 def _whole(value: object, usual: int) -> int:
@@ -166,6 +175,23 @@ def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     if options is None:
         return True
     return isinstance(options, Mapping) and options.get("include_usage") in (None, False)
+
+
+def _beside(value: Mapping[str, Any], key: str) -> list[Any]:
+    """What an object says beside its file: it is input too, but for the few words on the file."""
+    return [
+        one
+        for name, one in value.items()
+        if name != key and (type(one) is not str or len(one) > _FEW_WORDS_CHARS)
+    ]
+
+
+def _written(values: list[Any]) -> str:
+    try:
+        return orjson.dumps(values).decode()
+    except orjson.JSONEncodeError:
+        allowed = "at most 250 levels"
+        raise InvalidRequest("body", "the body is nested too deeply", allowed=allowed) from None
 
 
 class _Walk:
@@ -190,7 +216,7 @@ class _Walk:
         texts = self._texts
         for _ in range(_MOST_VALUES):
             if not left:
-                return
+                break
             value = left.pop()
             sort = type(value)  # of a parsed body: no subclasses
             if sort is str:
@@ -199,15 +225,21 @@ class _Walk:
                 else:
                     texts.append(value)
             elif sort is dict:
+                if value and len(max(value, key=len)) > _LONG_NAME_CHARS:
+                    texts += value
                 if _OF_FILES.isdisjoint(value):
                     left += value.values()
                 else:
                     self._object(value, left)
             elif sort is list:
                 if value and type(value[0]) is int:
-                    self._numbers += len(value)
+                    others = [one for one in value if type(one) is not int]
+                    self._numbers += len(value) - len(others)
+                    left += others
                 else:
                     left += value
+        if left:  # as much as nobody writes by hand: what is left counts as it would be written
+            texts.append(_written(left))
 
     def _url(self, text: str) -> None:
         if (url := _DATA_URL.match(text)) is not None:
@@ -223,11 +255,13 @@ class _Walk:
                 mime = f"audio/{value['format']}"
             if isinstance(mime, str):
                 self._file(mime, data, 0)
+                left += _beside(value, "data")
                 return
         for key in _URI:
             uri = value.get(key)
             if isinstance(uri, str) and not uri.startswith("data:"):
                 self._linked(value)
+                left += _beside(value, key)
                 return
         left += value.values()
 

@@ -6,6 +6,7 @@ caller's tenant may ask; unknown fields that name a model are held to that too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ _CONTENT = frozenset(
     )
 )
 _OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
+_TOOLS = re.compile(r"(?:.*\.)?tools")
 
 
 def check_model(caller: Caller, model: str, field: str = "model") -> None:
@@ -85,7 +87,7 @@ def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         path, value = left.pop()
         if type(value) is list:
             left += [(path, one) for one in value]
-        elif isinstance(value, Mapping) and value.get("type") not in _OF_CLIENTS:
+        elif isinstance(value, Mapping) and not _is_of_client(path, value):
             for name, inner in value.items():
                 folded = name.casefold()
                 if folded in _CONTENT:
@@ -100,3 +102,9 @@ def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 elif type(inner) in (dict, list):
                     left.append((field, inner))
     raise InvalidRequest("body", "the body holds too many values beside its content")
+
+
+def _is_of_client(path: str, value: Mapping[str, Any]) -> bool:
+    """Whether this is a tool that the client runs. Elsewhere, such as beside `model` itself, a
+    `type` says nothing of the sort."""
+    return value.get("type") in _OF_CLIENTS and _TOOLS.fullmatch(path) is not None

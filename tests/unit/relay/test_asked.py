@@ -97,6 +97,12 @@ def test_what_makes_pictures_is_image_generation(found: Asked, images: int) -> N
     [
         (chat(max_tokens=50), 50),
         (chat(max_completion_tokens=60, n=2), 120),
+        # What a server reads of several, and how many answers it makes, is to its taste.
+        (chat(max_completion_tokens=1, max_tokens=4_000), 4_000),
+        (gemini(generationConfig={"max_tokens": 1, "maxOutputTokens": 80}), 80),
+        (chat(max_tokens=1, n=128), 128),
+        (asked("/v1/completions", {"model": "m", "max_tokens": 10, "best_of": 20, "n": 1}), 200),
+        (gemini(generation_config={"max_output_tokens": 8, "candidate_count": 4}), 32),
         (asked("/v1/responses", {"model": "m", "input": "x", "max_output_tokens": 70}), 70),
         (gemini(generationConfig={"maxOutputTokens": 80}), 80),
         (chat(max_tokens=None), None),
@@ -111,6 +117,41 @@ def test_the_bound_on_the_answer(found: Asked, bound: int | None) -> None:
 def test_an_input_of_token_numbers_counts_each() -> None:
     found = asked("/v1/embeddings", {"model": "m", "input": [[1, 2, 3], [4, 5]]})
     assert sum(found.pieces.values()) == pytest.approx(5, abs=1.1)
+
+
+LONG = "long " * 4_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # Beside a file, in a list that begins with a number, as a name, behind very many values.
+        {"messages": [{"role": "user", "content": LONG, "url": "https://host/a.png"}]},
+        {"tools": [{"parameters": {"p": {"description": LONG, "file_id": "f", "type": "string"}}}]},
+        {"tools": [{"data": "AAAA", "mimeType": "image/png", "description": LONG}]},
+        {"tools": [{"parameters": {"enum": [1, LONG]}}]},
+        {"tools": [{"parameters": {"properties": {LONG: {"type": "string"}}}}]},
+        {"messages": [{"role": "user", "content": LONG}], "x": [""] * 200_001},
+    ],
+)
+def test_no_place_hides_a_text_from_the_first_guess(body: dict[str, Any]) -> None:
+    found = chat(**body)
+    assert found.pieces[Modality.LATIN] >= len(LONG) / 4
+
+
+def test_a_file_says_a_few_words_of_itself_that_do_not_count() -> None:
+    part = {"type": "input_file", "filename": "a.pdf", "file_id": "file-1", "detail": "high"}
+    found = chat(content=[part]).pieces
+    assert found[Modality.DOCUMENT] > 0
+    assert found[Modality.LATIN] <= 1  # the model's own name
+
+
+def test_what_is_deep_and_numerous_is_refused() -> None:
+    deep: Any = "x"
+    for _ in range(400):
+        deep = [deep]
+    with pytest.raises(InvalidRequest):
+        chat(x=[deep] * 200_001)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ def endpoint(path: str) -> Endpoint:
             "plugins.allowed_models",
         ),
         ("/v1/chat/completions", {"web": {"search_model": DEAR}}, "web.search_model"),
+        # A `type` makes a client's tool of an entry of `tools`, and of nothing else.
+        (
+            "/v1/responses",
+            {"type": "function", "tools": [{"type": "image_generation", "model": DEAR}]},
+            "tools.model",
+        ),
+        ("/v1/chat/completions", {"type": "custom", "models": ["m", DEAR]}, "models"),
+        ("/v1/chat/completions", {"web": {"type": "function", "model": DEAR}}, "web.model"),
         ("/v1/messages", {"tools": [{"type": "advisor_1", "model": DEAR}]}, "tools.model"),
         (
             "/v1beta/models/m:generateContent",
@@ -102,6 +110,7 @@ def test_what_a_model_reads_and_what_a_client_runs_names_none() -> None:
             {"type": "function", **function},
             {"name": "f", "input_schema": SCHEMA},
             {"functionDeclarations": [function]},
+            {"type": "namespace", "tools": [{"type": "function", "model": DEAR}]},
             {"type": "web_search"},
         ],
         "reasoning": {"effort": "low"},
