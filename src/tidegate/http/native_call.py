@@ -25,6 +25,10 @@ _KEYS_IN_QUERY = frozenset(
     ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS)
 )
 _MAYBE_KEY = re.compile(r"key|token|%", re.IGNORECASE)
+# What Google takes for the form of its answer: one without a usage, or that is no JSON.
+_FORMS = ("fields", "callback", "alt")
+_MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re.IGNORECASE)
+_READ_FORMS = ("json", "sse")
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
 
@@ -54,11 +58,14 @@ def call_of(
         elif name == HEADER:
             parent = parent_of(value.decode("latin-1"))
     trail = tracing.trail(request_id, parent)
+    query = _without_key(scope["query_string"].decode("latin-1"))
+    if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
+        _check_form(query)
     return NativeCall(
         request_id=request_id,
         endpoint=endpoint,
         method=scope["method"],
-        query=_without_key(scope["query_string"].decode("latin-1")),
+        query=query,
         headers=to_send(headers if trail is None else _without_parent(headers)),
         body=body,
         caller=caller,
@@ -92,6 +99,18 @@ def _without_key(query: str) -> str:
     pairs = parse_qsl(query, keep_blank_values=True)
     kept = [pair for pair in pairs if pair[0].lower() not in _KEYS_IN_QUERY]
     return query if len(kept) == len(pairs) else urlencode(kept)
+
+
+def _check_form(query: str) -> None:
+    """Raises InvalidRequest for an answer that could not be read for its usage."""
+    for name, value in parse_qsl(query.replace(";", "&"), keep_blank_values=True):
+        plain = name.lower().removeprefix("$")
+        form = value.partition(";")[0]  # what follows says how enumerations are written
+        if plain not in _FORMS or (plain == "alt" and form in _READ_FORMS):
+            continue
+        said = f"{name[:64]!a} asks for an answer whose usage can't be read, which is not relayed"
+        allowed = "json or sse" if plain == "alt" else f"a query without {plain}"
+        raise InvalidRequest(plain, said, allowed=allowed)
 
 
 def _whole(name: bytes, value: bytes, least: int, most: int) -> int:

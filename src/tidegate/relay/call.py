@@ -129,9 +129,10 @@ class Life:
             return 0
         return self.answer_bytes - sum(map(len, self.pieces))
 
-    def read_usage(self, endpoint: Endpoint) -> None:
-        """Find in the answer what it says of itself."""
-        self.told = told_in(endpoint.dialect, self.answer, omitted=self.omitted_bytes > 0)
+    def read_usage(self, endpoint: Endpoint, *, whole: bool) -> None:
+        """Find in the answer what it says of itself. `whole`: it came to its end."""
+        omitted = self.omitted_bytes > 0
+        self.told = told_in(endpoint.dialect, self.answer, omitted=omitted, cut=not whole)
 
     def begin_again(self) -> None:
         """Another try: what the last one brought is not the answer."""

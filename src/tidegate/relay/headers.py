@@ -32,6 +32,8 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
         *(b"x-original-url", b"x-rewrite-url"),
         # Some begin work for them that goes on after their answer, under no permit.
         *(b"prefer", b"x-dashscope-async"),
+        # Google leaves out what these do not name, such as the usage; and encodes the answer.
+        *(b"x-goog-fieldmask", b"x-goog-encode-response-if-executable"),
     )
 )
 _NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")

@@ -78,15 +78,16 @@ class Told:
 NOTHING_TOLD = Told(UNKNOWN_USAGE)
 
 
-def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False) -> Told:
-    """What an answer says, whole or cut. `omitted`: its middle is missing; its last `TAIL_BYTES`
-    are in one piece."""
+def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False, cut: bool = False) -> Told:
+    """What an answer says. `omitted`: its middle is missing; its last `TAIL_BYTES` are in one
+    piece. `cut`: it may not have come to its end, so that an object of its inside may be the last
+    that came."""
     if len(answer) <= _PARSED_BYTES and answer.startswith(b"{"):
         try:
             return _told_by_object(dialect, orjson.loads(answer))
         except orjson.JSONDecodeError:  # cut off
             pass
-    raw = _usage_in(dialect, answer, omitted)
+    raw = _usage_in(dialect, answer, omitted, cut)
     identity = _ID[dialect].search(answer, 0, HEAD_BYTES)
     finish = None
     for finish in _FINISH[dialect].finditer(answer, max(0, len(answer) - TAIL_BYTES)):  # noqa: B007 -- the last one counts
@@ -114,13 +115,14 @@ def _told_by_object(dialect: Dialect, whole: dict[str, Any]) -> Told:
     )
 
 
-def _usage_in(dialect: Dialect, answer: bytes, omitted: bool) -> dict[str, Any] | None:
+def _usage_in(dialect: Dialect, answer: bytes, omitted: bool, cut: bool) -> dict[str, Any] | None:
     start = answer[:HEAD_BYTES].lstrip()[:1]
     if start == b"{":
-        return _of_outermost(dialect, answer[-TAIL_BYTES:])
+        return None if cut else _of_outermost(dialect, answer[-TAIL_BYTES:])
     if start == b"[":
         tail = answer[-TAIL_BYTES:].rstrip()
-        found = _of_outermost(dialect, tail[:-1]) if tail.endswith(b"]") else None
+        ended = tail.endswith(b"]") and not cut
+        found = _of_outermost(dialect, tail[:-1]) if ended else None
         return _of_list(dialect, answer) if found is None and not omitted else found
     floor = answer.find(b"\n", len(answer) - TAIL_BYTES) if omitted else 0
     raw = None

@@ -270,7 +270,7 @@ class Work:
         life, whole = self._life, outcome is Outcome.SUCCESS
         demands = self._relay.demands_of(target)
         if life.pieces:
-            life.read_usage(self._call.endpoint)
+            life.read_usage(self._call.endpoint, whole=whole)
         images = None
         if demand.images and whole and not life.streams:
             images = pictures_in(self._call.endpoint.dialect, life.answer)

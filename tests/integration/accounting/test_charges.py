@@ -197,3 +197,31 @@ async def test_tools_name_no_model_that_the_tenant_may_not_ask(open_gateway: Ope
     status, problem = await ask(gateway, "POST", "/submit", acme, job)
     assert (status, problem["field"]) == (403, "tools.model")
     assert await gateway.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("fields=candidates", "fields"),
+        ("%24fields=candidates.content", "fields"),
+        ("alt=proto", "alt"),
+        ("alt=sse&$alt=media", "alt"),
+        ("prettyPrint=false;callback=f", "callback"),
+    ],
+)
+async def test_no_query_takes_the_usage_out_of_an_answer(
+    open_gateway: Opener, query: str, field: str
+) -> None:
+    gateway = await open_gateway(**ON)
+    acme = await key_of(gateway, "acme")
+    path, body = fronts("Hello")[2]
+    async with gateway.http.post(f"{gateway.url}{path}?{query}", json=body, headers=acme) as got:
+        error = (await got.json())["error"]
+        assert (got.status, error["status"]) == (400, "INVALID_ARGUMENT")
+        assert error["message"].startswith(f"'{'$' if '$' in query or '%24' in query else ''}")
+        assert field in error["message"]
+    assert await gateway.calls() == []
+    for sound in ("alt=sse", "$alt=json;enum-encoding=int", "%24alt=json%3Benum-encoding%3Dint"):
+        url = f"{gateway.url}{path}?{sound}"
+        async with gateway.http.post(url, json=body, headers=acme) as got:
+            assert got.status == 200, await got.read()

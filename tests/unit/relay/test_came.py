@@ -101,3 +101,18 @@ def test_what_is_no_stream_of_a_known_shape_hurts_nothing() -> None:
     odd = stream([], 1, None, {"choices": 3}, {"choices": [{"delta": {"tool_calls": [None]}}]})
     for dialect in Dialect:
         assert tokens(dialect, odd + b"data: \xff\xfe\n\n: comment\n\ndata: [DONE]\n\n") == 0
+
+
+@pytest.mark.parametrize(
+    "answer", [b"\x0a\x90\x03" + b"x" * 397, b"// API callback\nf(" + b"x" * 382]
+)
+def test_an_answer_in_a_form_that_is_not_read_counts_by_its_size(answer: bytes) -> None:
+    assert came_in(Dialect.GEMINI, answer, len(answer)).tokens == 100
+    assert came_in(Dialect.GEMINI, answer, 4 * len(answer)).tokens == 400
+
+
+@pytest.mark.parametrize(
+    "start", [b": hello\n\n", b"event: ping\n", b"\xef\xbb\xbfdata: {}\n\n", b"\n\n:"]
+)
+def test_events_that_say_nothing_are_no_answer(start: bytes) -> None:
+    assert came_in(Dialect.OPENAI, start, len(start)).tokens == 0

@@ -23,6 +23,8 @@ def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
         (b"x-tidegate-priority", b"5"),
         (b"idempotency-key", b"k"),
         (b"accept-encoding", b"gzip"),
+        (b"x-goog-fieldmask", b"candidates"),
+        (b"x-goog-encode-response-if-executable", b"base64"),
         (b"content-type", b"application/json"),
         (b"x-stainless-lang", b"python"),
         (b"anthropic-beta", b"new"),

@@ -170,3 +170,24 @@ def test_pictures() -> None:
     assert pictures_in(Dialect.OPENAI, json.dumps(two).encode()) == 2
     one = {"candidates": [{"content": {"parts": [{"inlineData": {"data": "A"}}]}}]}
     assert pictures_in(Dialect.GEMINI, json.dumps(one).encode()) == 1
+
+
+ECHOED = (
+    b'{"tools": [{"parameters": {"usage": {"input_tokens": 0, "output_tokens": 0}}}], "usage": {}}'
+)
+CALLING = (
+    b'[{"candidates": [{"content": {"parts": [{"functionCall": {"args": {"a": ['
+    b'{"usageMetadata": {"promptTokenCount": 0, "candidatesTokenCount": 0}}]}}}]}}]}]'
+)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "answer"), [(Dialect.OPENAI, ECHOED), (Dialect.GEMINI, CALLING)]
+)
+@pytest.mark.parametrize("before", [b"", b" " * 40_000])
+def test_an_answer_that_is_cut_behind_an_object_within_it_tells_no_usage(
+    dialect: Dialect, answer: bytes, before: bytes
+) -> None:
+    for end in range(1, len(answer)):
+        found = told_in(dialect, answer[:1] + before + answer[1:end], cut=True)
+        assert found.usage == Usage(), answer[:end]
