@@ -12,13 +12,14 @@ import asyncpg
 import pytest
 import structlog
 
+from tests.asked_once import asked_each_time
 from tests.clusters import FAST, copied
 from tests.databases import database_url, databases
 from tests.hung import pytest_runtest_protocol
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.valkey import ValkeyServer
 
-__all__ = ["database_url", "databases", "pytest_runtest_protocol"]
+__all__ = ["asked_each_time", "database_url", "databases", "pytest_runtest_protocol"]
 
 # A test must never reach a real provider or a server of the person who runs it.
 for _name in ("GEMINI_API_KEY", "DATABASE_URL", "REDIS_URL", "GEMINI_BASE_URL"):

@@ -24,7 +24,8 @@ WHERE datname = current_database() AND pid <> pg_backend_pid()
 # All that a test could change but for rows. A copy has the numbers (oid) of its template.
 _SHAPE = """
 SELECT md5(concat_ws(';',
-    (SELECT string_agg(concat_ws(' ', oid, relname, relkind, relnatts, reloptions), ',' ORDER BY oid)
+    (SELECT string_agg(concat_ws(' ', oid, relname, relkind, relnatts, reloptions), ','
+                       ORDER BY oid)
      FROM pg_class WHERE relnamespace = 'public'::regnamespace),
     (SELECT string_agg(concat_ws(' ', attrelid, attname, atttypid, attnotnull), ','
                        ORDER BY attrelid, attnum)

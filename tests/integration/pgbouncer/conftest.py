@@ -16,7 +16,10 @@ __all__ = ["open_gateway"]
 
 @pytest.fixture(params=[(), ("max_prepared_statements = 0",)], ids=["defaults", "untracked"])
 def bouncer(
-    request: pytest.FixtureRequest, postgres_server: PostgresServer, tmp_path: Path
+    request: pytest.FixtureRequest,
+    asked_each_time: None,
+    postgres_server: PostgresServer,
+    tmp_path: Path,
 ) -> Iterator[Bouncer]:
     """One that knows of prepared statements, as releases since 1.24 do, and one that does not."""
     with Bouncer(tmp_path / "pgbouncer", postgres_server, *request.param) as running:

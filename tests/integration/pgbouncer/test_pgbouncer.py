@@ -161,7 +161,7 @@ async def test_the_schema_is_made_by_processes_that_start_at_once(
 
 
 async def test_a_server_that_went_away_behind_the_pooler_is_noticed(
-    open_gateway: Opener, tmp_path: Path
+    open_gateway: Opener, asked_each_time: None, tmp_path: Path
 ) -> None:
     server = copied(tmp_path / "postgres", FAST, migrated=True)
     server.start()
