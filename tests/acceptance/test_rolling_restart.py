@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["tests.product"]
 
-_SLOW = {"first_byte_ms": {"*": {"uniform": [20, 60]}}, "between_ms": 10}
+# Eight clients at once, most of whose time passes at the provider: the processes that start share
+# the machine with them.
+_SLOW = {"first_byte_ms": {"*": {"uniform": [150, 300]}, "classifier": 20}, "between_ms": 10}
 
 
 def _emulator(data_dir: Path) -> EmulatorControl:

@@ -16,7 +16,7 @@ from tests.load import ARRIVED_NS, RECORDED_NS
 from tests.waiting import wait_until, work_for
 from tidegate.providers.emulator.ledger import LoggedCall
 
-LINES = 300
+LINES = 200
 OUTAGE_S = 1.0
 
 

@@ -42,7 +42,7 @@ def test_waits_are_those_of_the_queue_that_theory_knows() -> None:
         (1 - share) * (servers - 1) * ((4 + 5 * servers) ** 0.5 - 2) / (16 * share * servers)
     )
     mdc_ms = mmc_ms / 2 * (1 + corrected)
-    found = played({TEXT: servers}, {"per_second": 4, "duration_ms": 1000}, lasts="1h")
+    found = played({TEXT: servers}, {"per_second": 4, "duration_ms": 1000}, lasts="30m")
     assert found.waits.mean_ms == pytest.approx(mdc_ms, rel=0.1)
     assert found.limits[0].used == pytest.approx(share, rel=0.03)
     assert found.limits[0].peak == servers
