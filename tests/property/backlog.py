@@ -6,10 +6,12 @@ measured is permit-time, to the moment, calls under way included.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from random import Random
 
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.rehearse.process import Process
@@ -18,6 +20,8 @@ from tidegate.rehearse.tally import Call, Tally
 from tidegate.rehearse.trace import Arrival
 
 LIMIT = "kind:text_only"
+# A random case is drawn again whose rarest tenant has fewer calls than one in so many.
+RAREST = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +124,35 @@ class Backlog(Stage):
         of = self.meter.calls_of
         while of.total() < together or any(of[name] < calls for name in self._tenants):
             self._step()
+
+
+def random_backlog(number: int) -> Backlog:
+    """Two or three tenants of weights from 1 to 1,000, with calls of 5 ms to 30 s."""
+    random = Random(number)
+    tenants = _tenants(random)
+    return Backlog(
+        tenants,
+        random.choice([1, 2, 5]),
+        processes=random.choice([1, 2]),
+        hand_off=random.random() < 0.7,
+    )
+
+
+def _tenants(random: Random) -> dict[str, Tenant]:
+    while True:
+        tenants = {
+            f"t{number}": Tenant(
+                round(_evenly(random, 1, 1000)),
+                round(_evenly(random, 5, 30_000)),
+                processes=random.choice([1, 2]),
+            )
+            for number in range(random.choice([2, 2, 3]))
+        }
+        calls = [tenant.weight / tenant.call_ms for tenant in tenants.values()]
+        if sum(calls) <= RAREST * min(calls):
+            return tenants
+
+
+def _evenly(random: Random, least: float, most: float) -> float:
+    """As often from 10 to 20 as from 100 to 200."""
+    return math.exp(random.uniform(math.log(least), math.log(most)))

@@ -6,14 +6,12 @@ steps beside the Lua.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from random import Random
 
 import pytest
 import redis
 
-from tests.property.backlog import Backlog, Tenant
+from tests.property.backlog import RAREST, Backlog, Tenant, random_backlog
 from tests.property.world import Pace, World
 from tidegate.limiter.wire import SyncReply, SyncRequest
 from tidegate.rehearse.stage import START_MS
@@ -21,8 +19,6 @@ from tidegate.rehearse.stage import START_MS
 CALLS = 2000
 CASES = 100
 CHUNKS = 4
-# A case is drawn again whose rarest tenant has fewer calls than one in so many.
-RAREST = 20
 
 
 @pytest.mark.parametrize("hand_off", [True, False])
@@ -83,35 +79,7 @@ def test_a_single_caller_of_long_calls_waits_for_no_more_than_it_uses() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_shares_are_exact_for_random_weights_and_calls(chunk: int) -> None:
+    """With as many calls of all tenants together as `chaos/test_shares.py` has of each."""
     for number in range(chunk, CASES, CHUNKS):
-        random = Random(number)
-        tenants = _tenants(random)
-        crowd = Backlog(
-            tenants,
-            random.choice([1, 2, 5]),
-            processes=random.choice([1, 2]),
-            hand_off=random.random() < 0.7,
-        )
-        shares = crowd.shares(calls=CALLS // RAREST, together=CALLS)
-        assert all(abs(share - 1) < 0.05 for share in shares.values()), (number, tenants, shares)
-
-
-def _tenants(random: Random) -> dict[str, Tenant]:
-    """Weights from 1 to 1,000, calls of 5 ms to 30 s."""
-    while True:
-        tenants = {
-            f"t{number}": Tenant(
-                round(_evenly(random, 1, 1000)),
-                round(_evenly(random, 5, 30_000)),
-                processes=random.choice([1, 2]),
-            )
-            for number in range(random.choice([2, 2, 3]))
-        }
-        calls = [tenant.weight / tenant.call_ms for tenant in tenants.values()]
-        if sum(calls) <= RAREST * min(calls):
-            return tenants
-
-
-def _evenly(random: Random, least: float, most: float) -> float:
-    """As often from 10 to 20 as from 100 to 200."""
-    return math.exp(random.uniform(math.log(least), math.log(most)))
+        shares = random_backlog(number).shares(calls=CALLS // RAREST, together=CALLS)
+        assert all(abs(share - 1) < 0.05 for share in shares.values()), (number, shares)
