@@ -33,6 +33,7 @@ class Modality(StrEnum):
 Pieces = Mapping[Modality, float]
 
 _TOKENS_A_LETTER = {Modality.LATIN: 0.25, Modality.LETTERS: 0.4, Modality.WIDE: 0.7}
+_LATIN, _LATIN_TOKENS = Modality.LATIN, _TOKENS_A_LETTER[Modality.LATIN]
 # https://ai.google.dev/gemini-api/docs/tokens: a picture of up to 384 pixels is one tile, a larger
 # one is cut into tiles of 768; a page of a document counts as a picture.
 _TILE_TOKENS = 258
@@ -74,19 +75,18 @@ def pieces_of_text(text: str) -> dict[Modality, float]:
     """The pieces of a text; none of an empty one."""
     letters = len(text)
     if text.isascii():
-        counted = {Modality.LATIN: letters}
-    else:
-        # Four lengths tell how many letters take one, two and more bytes, without a loop.
-        latin = len(text.encode("ascii", "ignore"))
-        four = len(text.encode("utf-16-le", "surrogatepass")) // 2 - letters
-        rest_bytes = len(text.encode("utf-8", "surrogatepass")) - latin - 4 * four
-        two_or_three = letters - latin - four
-        three = rest_bytes - 2 * two_or_three
-        counted = {
-            Modality.LATIN: latin,
-            Modality.LETTERS: two_or_three - three,
-            Modality.WIDE: three + four,
-        }
+        return {_LATIN: max(1.0, letters * _LATIN_TOKENS)} if letters else {}
+    # Four lengths tell how many letters take one, two and more bytes, without a loop.
+    latin = len(text.encode("ascii", "ignore"))
+    four = len(text.encode("utf-16-le", "surrogatepass")) // 2 - letters
+    rest_bytes = len(text.encode("utf-8", "surrogatepass")) - latin - 4 * four
+    two_or_three = letters - latin - four
+    three = rest_bytes - 2 * two_or_three
+    counted = {
+        Modality.LATIN: latin,
+        Modality.LETTERS: two_or_three - three,
+        Modality.WIDE: three + four,
+    }
     return {
         modality: max(1.0, count * _TOKENS_A_LETTER[modality])
         for modality, count in counted.items()

@@ -272,11 +272,11 @@ class _Front(Out):
     def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:
         """What keeps the connection of a stream alive while it waits, where that is wanted."""
         after_ms = self._services.config.keep_alive_after_ms
+        if not after_ms or not endpoint.is_counted:
+            return None
         gemini = endpoint.dialect is Dialect.GEMINI
         events = b"alt=sse" in self._scope["query_string"] if gemini else True
-        if not after_ms or not events or not endpoint.is_counted:
-            return None
-        return asyncio.create_task(self._comfort(after_ms / 1000))
+        return asyncio.create_task(self._comfort(after_ms / 1000)) if events else None
 
     async def _comfort(self, every_s: float) -> None:
         """Bytes that clients pass over. From the first one on the answer is a 200: what goes

@@ -58,23 +58,24 @@ def call_of(
         elif name == HEADER:
             parent = parent_of(value.decode("latin-1"))
     trail = tracing.trail(request_id, parent)
-    query = _without_key(scope["query_string"].decode("latin-1"))
-    if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
-        _check_form(query)
+    query = ""
+    if scope["query_string"]:
+        query = _without_key(scope["query_string"].decode("latin-1"))
+        if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
+            _check_form(query)
     return NativeCall(
-        request_id=request_id,
-        endpoint=endpoint,
-        method=scope["method"],
-        query=query,
-        headers=to_send(headers if trail is None else _without_parent(headers)),
-        body=body,
-        caller=caller,
-        received=received[0],
-        received_at=received[1],
-        wait_ms=wait_ms,
-        priority=min(priority, caller.most_priority),
-        subject=subject,
-        trail=trail,
+        request_id,
+        endpoint,
+        scope["method"],
+        query,
+        to_send(headers if trail is None else _without_parent(headers)),
+        body,
+        caller,
+        *received,
+        wait_ms,
+        min(priority, caller.most_priority),
+        subject,
+        trail,
     )
 
 

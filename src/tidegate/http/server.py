@@ -82,26 +82,25 @@ class Gateway(FastAPI):
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            services: Services = self.state.services
-            if not services.gate.on and (foreign := why_foreign(services, scope)) is not None:
-                scope["app"] = self
-                await refuse_foreign(foreign, scope, receive, send)
-                return
-        if scope["type"] == "http" and is_native(scope["path"]):
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        services: Services = self.state.services
+        path = scope["path"]
+        if not services.gate.on and (foreign := why_foreign(services, scope)) is not None:
+            scope["app"] = self
+            await refuse_foreign(foreign, scope, receive, send)
+        elif is_native(path):
             if is_batch_path(scope):
                 scope["app"] = self
                 await self._batches(scope, receive, send)
-                return
-            await native(self.state.services, scope, receive, send)
-            return
-        if scope["type"] == "http" and scope["method"] == "POST":
-            direct = self._direct.get(scope["path"])
-            if direct is not None:
-                scope["app"] = self
-                await direct(scope, receive, send)
-                return
-        await super().__call__(scope, receive, send)
+            else:
+                await native(services, scope, receive, send)
+        elif scope["method"] == "POST" and (direct := self._direct.get(path)) is not None:
+            scope["app"] = self
+            await direct(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:

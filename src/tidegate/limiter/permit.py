@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from tidegate.errors import DeadlineExceeded, LeaseLost, LimiterUnavailable
+from tidegate.limiter.clock import Timer
 from tidegate.limiter.demand import Demand
 from tidegate.limiter.entries import Holding, Waiter
 from tidegate.limiter.flow import Tokens, tokens_of
@@ -153,7 +154,11 @@ class Acquisition:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("acquire needs a task")
-        holding = await self._wait(self._demand)
+        waiter, timer = self._desk.ask(self._demand)
+        if timer is None and waiter.future.done():
+            holding = waiter.future.result()
+        else:
+            holding = await self._wait(waiter, timer)
         permit = Permit(holding, self._desk, self._ask_again)
         self._task, self._cancelling, self._permit = task, task.cancelling(), permit
         self._hand_over(holding)
@@ -167,8 +172,7 @@ class Acquisition:
         if waiter is not None and not waiter.future.done():
             waiter.future.set_exception(error)
 
-    async def _wait(self, demand: Demand) -> Holding:
-        waiter, timer = self._desk.ask(demand)
+    async def _wait(self, waiter: Waiter, timer: Timer | None) -> Holding:
         self._waiter = waiter
         try:
             return await waiter.future
@@ -207,7 +211,7 @@ class Acquisition:
         if demand.deadline_ms is not None:
             left_ms = max(0, demand.deadline_ms - round(waited_ms))
             demand = replace(demand, deadline_ms=left_ms)
-        holding = await self._wait(demand)
+        holding = await self._wait(*self._desk.ask(demand))
         holding.waited_ms += waited_ms
         self._permit._holding = holding
         self._hand_over(holding)

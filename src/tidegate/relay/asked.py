@@ -225,7 +225,7 @@ class _Walk:
                 else:
                     texts.append(value)
             elif sort is dict:
-                if value and len(max(value, key=len)) > _LONG_NAME_CHARS:
+                if value and max(map(len, value)) > _LONG_NAME_CHARS:
                     texts += value
                 if _OF_FILES.isdisjoint(value):
                     left += value.values()

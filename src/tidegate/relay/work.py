@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime
 from random import random
@@ -201,11 +201,14 @@ class Work:
         gate = relay.gate_of(target)
         return Patience(admission, gate, demand, target.model, left_ms, relay.budgets, payer)
 
-    async def _admitted(self, permit: Permit | None, target: Target, demand: Demand) -> None:
+    def _admitted(
+        self, permit: Permit | None, target: Target, demand: Demand
+    ) -> Coroutine[Any, Any, None]:
         """The call under its permit, and under its tenant's budget where there is one."""
-        if not self._bills:
-            await self._under(permit, target, demand)
-            return
+        under = self._under_budget if self._bills else self._under
+        return under(permit, target, demand)
+
+    async def _under_budget(self, permit: Permit | None, target: Target, demand: Demand) -> None:
         call, budgets = self._call, self._relay.budgets
         if permit is not None:
             permit.settle(Outcome.IGNORED, tokens=0, images=0)  # if the budget refuses it
