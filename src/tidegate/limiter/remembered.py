@@ -36,18 +36,24 @@ T = TypeVar("T")
 
 class _Reading(Generic[T]):
     """A list that may come in several pages: `known` has all that was read to the end, and what is
-    being read now."""
+    being read now. `ended`: this comparison has read it to the end."""
 
     def __init__(self) -> None:
         self.known: dict[str, T] = {}
+        self.ended = False
         self._coming: dict[str, T] = {}
 
-    def take(self, page: dict[str, T], *, goes_on: bool) -> None:
-        self._coming |= page
+    def take(self, page: dict[str, T], *, goes_on: bool) -> bool:
+        """True if the next page is to be read. While another list goes on the server tells this one
+        from its beginning again: two lists, each begun again by the other, would never end."""
         if goes_on:
             self.known |= page
-        else:
-            self.known, self._coming = self._coming, {}
+        if goes_on and self.ended:
+            return False
+        self._coming |= page
+        if not goes_on:
+            self.known, self._coming, self.ended = self._coming, {}, True
+        return goes_on
 
 
 class Remembered:
@@ -61,7 +67,7 @@ class Remembered:
         # limit -> end, ramp_ms (0 for a gate), said
         self._paused: _Reading[tuple[float, int, str]] = _Reading()
         self.told = 0  # the last change of what is spent that we know of
-        self.pages: Mapping[str, tuple[str, int]] = {}
+        self.pages: dict[str, tuple[str, int]] = {}  # where the lists go on that are not read yet
         self._midnights: dict[str, int] = {}
         # Who is told when there is one.
         self.watchers: set[Callable[[], None]] = set()
@@ -83,11 +89,15 @@ class Remembered:
         """The server told what we asked for at `sent_ms`. True if it has not heard yet which
         sessions we know now."""
         self._seen_ahead_ms.append(whole.now_ms - sent_ms)
-        self.told, self.pages = whole.told, whole.pages
+        self.told, self.pages = whole.told, dict(whole.pages)
         lapsing = {member: at_ms + left_ms for member, left_ms in whole.lapsing}
-        self._lapsing.take(lapsing, goes_on="lapsing" in whole.pages)
+        if not self._lapsing.take(lapsing, goes_on="lapsing" in whole.pages):
+            self.pages.pop("lapsing", None)
         pauses = {name: (at_ms + left, ramp_ms, said) for name, left, ramp_ms, said in whole.pauses}
-        self._paused.take(pauses, goes_on="pauses" in whole.pages)
+        if not self._paused.take(pauses, goes_on="pauses" in whole.pages):
+            self.pages.pop("pauses", None)
+        if not self.pages:
+            self._begin()
         for name, amount in whole.spent:
             if amount:
                 counts_for_ms = self._counts_for(policy.limit(name), whole.now_ms)
@@ -122,7 +132,18 @@ class Remembered:
         """Another epoch: its versions are others, and its clock may be."""
         self.roster_version = self.told = 0
         self.pages = {}
+        self._begin()
         self._seen_ahead_ms.clear()
+
+    def _begin(self) -> None:
+        self._lapsing.ended = self._paused.ended = False
+
+    def places(self, *, begin: bool) -> dict[str, tuple[str, int]]:
+        """Where the next request reads on. `begin`: lists that were read to the end may have
+        changed, and are read once more."""
+        if begin:
+            self._begin()
+        return dict(self.pages)
 
     @property
     def _ahead_ms(self) -> float | None:

@@ -244,7 +244,7 @@ class Session:
             leave=self._leaving,
             resets=self.remembered.resets(quotas, at) if quotas else {},
             told=self.remembered.told if full else 0,
-            pages=dict(self.remembered.pages) if full else {},
+            pages=self.remembered.places(begin=self._full) if full else {},
             join=self._join(held, at) if batch.joining else None,
             **fields,
         )
@@ -299,7 +299,7 @@ class Session:
         news = self.remembered.learn(whole, self.policy, sent_ms, at, recovering=recovering)
         told = [name for name, _ in whole.spent] if "spent" in whole.pages else None
         self._ledger.reconcile(whole.held, reply.epoch, at, self.remembered.here, told)
-        if news or whole.pages:
+        if news or self.remembered.pages:
             # The others wait to hear that we know, or the server has more to tell.
             self._tend = True
             self._wake()
