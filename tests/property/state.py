@@ -1,161 +1,22 @@
-"""What a pool is in Valkey and what it is in the model, in the same words, to be compared.
+"""What a pool is in the model, in the words in which `dump.py` reads it from Valkey.
 
-Here everything that Lua counts stands beside what the model derives.
+Everything that Lua counts has a place here, beside what the model derives.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import Any
 
-import msgpack
-
-from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.model import PoolModel
 from tidegate.limiter.model.places import BEHIND
 from tidegate.limiter.model.state import BandState, Gate, LimitState, Queue
 
-# Every key of a pool with its type, what is left of its life, and all that is in it.
-DUMP = b"""
-local found = {}
-for _, key in ipairs(redis.call('KEYS', ARGV[1])) do
-  local kind = redis.call('TYPE', key).ok
-  local value
-  if kind == 'hash' then value = redis.call('HGETALL', key)
-  elseif kind == 'zset' then value = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
-  elseif kind == 'list' then value = redis.call('LRANGE', key, 0, -1)
-  else value = redis.call('GET', key) end
-  found[#found + 1] = { key, kind, redis.call('PTTL', key), value }
-end
-return cmsgpack.pack(found)
-"""
-
 State = dict[str, Any]
-
-
-def of_valkey(raw: bytes, keys: Keyspace) -> State:
-    """Read a dump. Fails on a key that nobody declared, or that lives on without a reason."""
-    hashes: dict[str, dict[str, str]] = {}
-    zsets: dict[str, dict[str, int]] = {}
-    lists: dict[str, list[bytes]] = {}
-    for name, kind, ttl_ms, value in msgpack.unpackb(raw, raw=True):
-        key = name.decode()
-        if key.endswith(":testclock"):
-            continue
-        shape = keys.shape_of(key)
-        assert shape is not None, f"{key} is not declared"
-        assert shape.type == kind.decode(), key
-        assert shape.expires == (ttl_ms >= 0), f"{key} lives for {ttl_ms} ms"
-        rest = key.removeprefix(keys.prefix)
-        if kind == b"hash":
-            hashes[rest] = dict(_pairs(value))
-        elif kind == b"zset":
-            zsets[rest] = {member: int(float(score)) for member, score in _pairs(value)}
-        elif kind == b"list":
-            lists[rest] = value
-    return _read(hashes, zsets, lists)
-
-
-def _pairs(value: list[bytes]) -> Iterable[tuple[str, str]]:
-    texts = [item.decode(errors="replace") for item in value or ()]
-    return zip(texts[::2], texts[1::2], strict=True)
-
-
-def _read(
-    hashes: dict[str, dict[str, str]],
-    zsets: dict[str, dict[str, int]],
-    lists: dict[str, list[bytes]],
-) -> State:
-    meta = hashes.get("meta", {})
-
-    def number(field: str) -> int:
-        return int(meta.get(field, 0))
-
-    def family(fields: dict[str, Any], prefix: str) -> dict[str, Any]:
-        return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
-
-    sessions = family(hashes, "session:")
-    bands = _bands(family(meta, "w:"))
-    return {
-        "run": meta.get("run", ""),
-        "numbers": {
-            name: number(name)
-            for name in (
-                "epoch",
-                "began",
-                "recover_until",
-                "clock",
-                "seq",
-                "parked",
-                "starving",
-                "roster",
-                "empty",
-                "vouched",
-                "fresh",
-                "changes",
-            )
-        },
-        "noted": (number("sessions"), number("reap_at"), number("timed_at")),
-        "used": {name: int(n) for name, n in family(meta, "u:").items()},
-        "bands": bands,
-        "pauses": {name: text.split("|", 3) for name, text in family(meta, "p:").items()},
-        "gates": family(meta, "g:"),
-        "cost_ms": {name: int(ms) for name, ms in family(meta, "e:").items()},
-        "adapted": {name: tuple(map(int, a.split("|"))) for name, a in family(meta, "a:").items()},
-        "shadowed": {name: int(n) for name, n in family(meta, "x:").items()},
-        "asserted": {name: int(n) for name, n in family(meta, "b:").items()},
-        "spent": {name: int(n) for name, n in family(meta, "s:").items()},
-        "spending": zsets.get("spending", {}),
-        "paused": zsets.get("paused", {}),
-        "tenants": {name: tuple(map(int, n.split("|"))) for name, n in family(meta, "n:").items()},
-        "expiry": zsets.get("sessions", {}),
-        "sessions": {
-            sid: {k: v for k, v in fields.items() if not re.match("h:|at:", k)}
-            for sid, fields in sessions.items()
-        },
-        "held": {sid: held for sid, f in sessions.items() if (held := family(f, "h:"))},
-        "places": {sid: at for sid, f in sessions.items() if (at := family(f, "at:"))},
-        "owed": family(hashes, "owed:"),
-        "lapsing": zsets.get("lapsing", {}),
-        "timed": zsets.get("timed", {}),
-        "starving": zsets.get("starving", {}),
-        "seen": zsets.get("seen", {}),
-        "fresh": zsets.get("fresh", {}),
-        "expected": set(zsets.get("expected", {})),
-        "queues": family(zsets, "queue:"),
-        "park": family(zsets, "park:"),
-        "line": family(zsets, "line:"),
-        "past": {
-            where: ahead
-            for where, tags in family(zsets, "past:").items()
-            if (ahead := {t: n for t, n in tags.items() if n > _virtual(bands, where) - BEHIND})
-        },
-        "log": {name: [int(at) for at in times] for name, times in family(lists, "log:").items()},
-        "rate": family(hashes, "rate:"),
-        "quota": {name: f for name, f in family(hashes, "quota:").items() if int(f["used"])},
-    }
-
-
-def _bands(fields: dict[str, str]) -> dict[str, tuple[int, ...]]:
-    """limit|band -> waits, virtual time, credit, and what it is owed of a rate from and to; without
-    those that are as at the beginning."""
-    found = {}
-    for name, text in fields.items():
-        for number, part in enumerate(text.split(","), 1):
-            figures = tuple(map(int, part.split(":")))
-            if any(figures):
-                found[f"{name}|{number}"] = (*figures, 0, 0, 0, 0)[:7]
-    return found
 
 
 def _figures(band: BandState) -> tuple[int, ...]:
     order = (band.waits, band.virtual, band.credit)
     return *order, band.from_us, band.passed_us, band.held_at, band.used_at
-
-
-def _virtual(bands: dict[str, tuple[int, ...]], where: str) -> int:
-    return bands.get(where, (0, 0, 0))[1]
 
 
 def of_model(model: PoolModel) -> State:

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import redis
 
 from tests.property.policies import LEASE_MS
+from tests.property.server import Server
 from tests.property.world import Client, Pace, World
 from tidegate.limiter.flow import Tokens
 from tidegate.limiter.limits import Concurrency, Limit, PoolPolicy, Quota, Rate
@@ -27,7 +27,7 @@ def policy(limit: Limit, revision: int = 1) -> PoolPolicy:
 class Bench:
     """One process in a pool with one limit."""
 
-    def __init__(self, server: redis.Redis) -> None:
+    def __init__(self, server: Server) -> None:
         self.world = World(server, policy(Rate(1000, MINUTE_MS, "tokens")), Pace())
         self.client: Client = self.world.new_client()
 
@@ -71,7 +71,7 @@ class Bench:
         """Time passes while all is well."""
         for passed in range(0, ms, LEASE_MS // 2):
             self.world.advance(min(LEASE_MS // 2, ms - passed))
-            self.world.renew(self.client)
+            self.world.renew([self.client])
         self.client.session.refresh()
         self.say()
 
@@ -85,8 +85,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(valkey_url: str) -> Iterator[Bench]:
-    made = Bench(redis.Redis.from_url(valkey_url))
+def bench(server: Server) -> Iterator[Bench]:
+    made = Bench(server)
     made.say()
     yield made
     made.world.close()

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import redis
 
 from tests.property.backlog import RAREST, Backlog, Tenant, random_backlog
+from tests.property.server import Server
 from tests.property.world import Pace, World
 from tidegate.limiter.wire import SyncReply, SyncRequest
 from tidegate.rehearse.stage import START_MS
@@ -43,7 +43,7 @@ def test_shares_are_of_what_calls_really_take(
 class OnValkey(Backlog):
     """With the real Lua beside the model, compared at each answer."""
 
-    def __init__(self, server: redis.Redis, tenants: dict[str, Tenant], *, hand_off: bool) -> None:
+    def __init__(self, server: Server, tenants: dict[str, Tenant], *, hand_off: bool) -> None:
         super().__init__(tenants, 5, hand_off=hand_off)
         self.world = World(server, self.policy, Pace())
         self.model = self.world.model
@@ -60,9 +60,9 @@ class OnValkey(Backlog):
 
 
 @pytest.mark.parametrize("hand_off", [True, False])
-def test_the_lua_shares_as_the_model_does(valkey_url: str, hand_off: bool) -> None:
+def test_the_lua_shares_as_the_model_does(server: Server, hand_off: bool) -> None:
     tenants = {"one": Tenant(1000, 115), "other": Tenant(600, 185)}
-    crowd = OnValkey(redis.Redis.from_url(valkey_url), tenants, hand_off=hand_off)
+    crowd = OnValkey(server, tenants, hand_off=hand_off)
     try:
         assert all(abs(share - 1) < 0.05 for share in crowd.shares(calls=120).values())
     finally:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from typing import Any, Literal
-from uuid import uuid4
-
-import redis
 
 from tests.property.admissions import Admissions
-from tests.property.state import DUMP, of_model, of_valkey
+from tests.property.dump import Reading
+from tests.property.server import Server, Words
+from tests.property.state import of_model
 from tidegate.limiter.entries import Batch, Waiter
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import Lease
@@ -30,7 +31,7 @@ from tidegate.limiter.session import Session
 from tidegate.limiter.wire import Push, Renewal, RenewReply, SyncReply, SyncRequest, pack
 
 CLOCK = """
-function T.wall_clock_ms() return tonumber(call('GET', T.prefix .. 'testclock')) end
+function T.wall_clock_ms() return tonumber(ARGV[2]) end
 """
 START_MS = 1_700_000_000_000
 Fate = Literal["ok", "reply lost", "request lost", "twice"]
@@ -59,7 +60,7 @@ def lua_figure(part: str, name: str) -> int:
 
 @cache
 def script_source(name: ScriptName, pace: Pace) -> bytes:
-    """A script that reads our clock and goes at our pace."""
+    """A script that is told the time and goes at our pace."""
     source = load(name, clock=CLOCK).source
     if name == "renew":
         return source
@@ -84,7 +85,6 @@ class Client:
 
     session: Session
     ledger: Ledger
-    listener: Any
     subscribed: bool = False
     paused: bool = False
     mailbox: list[Push] = field(default_factory=list)
@@ -99,11 +99,11 @@ class Client:
 class World:
     """Valkey, the model, the clients and the time."""
 
-    def __init__(self, server: redis.Redis, policy: PoolPolicy, pace: Pace) -> None:
-        self.server: Any = server
+    def __init__(self, server: Server, policy: PoolPolicy, pace: Pace) -> None:
+        self.server = server
         self.policy = policy
-        self.pool = f"p{uuid4().hex[:12]}"
-        self.keys = Keyspace(self.pool)
+        self.keys = Keyspace("walk")
+        self._reading = Reading(self.keys)
         self.pace = pace
         self.model = PoolModel()
         self.model.at_once, self.model.starves = pace.at_once, pace.starves
@@ -119,40 +119,27 @@ class World:
         self.wall_ms = START_MS
         self.old_requests: list[SyncRequest] = []
         self.admissions = Admissions(self.model)
-        self._shas: dict[str, str] = {}
         self._started_ms = START_MS - 1_000_000
         self._runs, self._sids = count(1), count(1)
         self.run = "run-0"
-        self._set_clock()
 
     # -- time and faults of the server
-
-    def _set_clock(self) -> None:
-        self.server.set(f"{self.keys.prefix}testclock", self.wall_ms)
 
     def advance(self, by_ms: int) -> None:
         self.local_ms += by_ms
         self.wall_ms += by_ms
-        self._set_clock()
 
     def jump(self, by_ms: int) -> None:
         """The server's clock alone."""
         self.wall_ms += by_ms
         if by_ms < 0:
             self.admissions.clock_was_set_back()
-        self._set_clock()
 
     def flush(self) -> None:
         self.advance(1)  # an epoch is named by the millisecond in which it began
-        self.wipe()
-        self._set_clock()
+        self.server.wipe()
         self.model.flush()
         self.admissions.all_was_lost()
-
-    def wipe(self) -> None:
-        names = self.server.keys(f"*{{{self.pool}}}*")
-        if names:
-            self.server.delete(*names)
 
     def restart(self) -> None:
         """Another run of the server over the same data."""
@@ -175,34 +162,32 @@ class World:
             settled=_nothing,
         )
         session.sid = f"s{next(self._sids):03}"  # by which ties are broken: the same in every run
-        client = Client(session, ledger, self.server.pubsub())
+        client = Client(session, ledger)
         self.clients.append(client)
         self.subscribe(client)
         return client
 
     def subscribe(self, client: Client) -> None:
-        client.listener.ssubscribe(self.keys.channel(client.sid))
-        _expect(client.listener, "ssubscribe")
+        self.server.subscribe(self.keys.channel(client.sid))
         client.subscribed = True
         self.model.subscribed.add(client.sid)
         client.session.refresh()
 
     def unsubscribe(self, client: Client) -> None:
-        client.listener.sunsubscribe(self.keys.channel(client.sid))
-        _expect(client.listener, "sunsubscribe")
+        self.server.unsubscribe(self.keys.channel(client.sid))
         client.subscribed = False
         self.model.subscribed.discard(client.sid)
 
     def kill(self, client: Client) -> None:
         if client.subscribed:
             self.unsubscribe(client)
-        client.listener.close()
         self.clients.remove(client)
 
     def close(self) -> None:
         for client in list(self.clients):
             self.kill(client)
-        self.wipe()
+        self.server.wipe()
+        self.server.take_heard()
         self.loop.close()
 
     # -- steps that both worlds take
@@ -231,8 +216,8 @@ class World:
 
     def call(self, request: SyncRequest, *, tend: bool) -> SyncReply:
         """In both worlds, which must agree."""
-        name: ScriptName = "tend" if tend else "sync"
-        real = _sorted(SyncReply.unpack(self._run(name, request.pack())))
+        raw, dump = self._run("tend" if tend else "sync", request.pack())
+        real = _sorted(SyncReply.unpack(raw))
         self.admissions.hear(request)
         if tend:
             expected = self.model.tend(request, self.wall_ms)
@@ -242,19 +227,26 @@ class World:
         granted = [(request.sid, real.epoch, grant) for grant in real.grants]
         for sid, push in self._collect_pushes():
             granted += [(sid, push.epoch, grant) for grant in push.grants]
-        self.check_state()
+        self._check_state(dump)
         self.admissions.check(granted, real)
         return real
 
-    def renew(self, client: Client) -> None:
-        identity, lease = client.session.lease.identity, client.session.lease
-        request = Renewal(client.sid, identity.gen, identity.epoch, self.run)
-        real = RenewReply.unpack(self._run("renew", request.pack()))
-        assert real == self.model.renew(request, self.wall_ms)
-        if real.status == "ok":
-            lease.renewed(self.local_ms, real.lease_ms)
-        else:
-            client.session.refresh()
+    def renew(self, clients: Sequence[Client]) -> None:
+        """The heartbeats of these clients, one after the other."""
+        script = self.server.load(script_source("renew", self.pace))
+        requests = [
+            Renewal(client.sid, identity.gen, identity.epoch, self.run)
+            for client in clients
+            for identity in [client.session.lease.identity]
+        ]
+        replies = self.server.run_all(script, [self._words(q.pack()) for q in requests])
+        for client, request, reply in zip(clients, requests, replies, strict=True):
+            real = RenewReply.unpack(reply)
+            assert real == self.model.renew(request, self.wall_ms)
+            if real.status == "ok":
+                client.session.lease.renewed(self.local_ms, real.lease_ms)
+            else:
+                client.session.refresh()
 
     def pause(self, name: str, for_ms: int, ramp_ms: int) -> None:
         request = {"verb": "pause", "limit": name, "for_ms": for_ms, "ramp_ms": ramp_ms}
@@ -281,43 +273,43 @@ class World:
         self._act({"verb": "revoke", "sid": who}, done)
 
     def _act(self, request: dict[str, Any], done: int) -> None:
-        raw = self._run("act", pack({**request, "run": self.run}))
+        raw, dump = self._run("act", pack({**request, "run": self.run}))
         assert raw == pack([done])
         granted = [
             (sid, push.epoch, grant)
             for sid, push in self._collect_pushes()
             for grant in push.grants
         ]
-        self.check_state()
+        self._check_state(dump)
         self.admissions.check(granted, None)
 
-    def _run(self, name: ScriptName, packed: bytes) -> bytes:
-        sha = self._shas.get(name)
-        if sha is None:
-            sha = self.server.script_load(script_source(name, self.pace))
-            self._shas[name] = sha
-        raw = self.server.evalsha(sha, 2, self.keys.meta, self.keys.layout, packed)
-        assert isinstance(raw, bytes)
-        return raw
+    def _run(self, name: ScriptName, packed: bytes) -> tuple[bytes, bytes]:
+        """The reply, and what is in Valkey after it."""
+        script = self.server.load(script_source(name, self.pace))
+        return self.server.run(script, *self._words(packed))
+
+    def _words(self, packed: bytes) -> Words:
+        return self.keys.meta, self.keys.layout, packed, self.wall_ms
 
     def _collect_pushes(self) -> list[tuple[str, Push]]:
-        seen = []
+        """All that was pushed: in the order of the model, for it means nothing between sessions."""
+        heard: dict[str, list[Push]] = defaultdict(list)
+        for channel, text in self.server.take_heard():
+            push = Push.unpack(text)
+            heard[channel].append(push._replace(grants=[(t, seq) for t, seq in push.grants]))
+        expected: dict[str, list[Push]] = defaultdict(list)
         by_sid = {client.sid: client for client in self.clients}
-        for sid, expected in self.model.pushed:
-            message = _expect(by_sid[sid].listener, "smessage")
-            push = Push.unpack(message["data"])
-            push = push._replace(grants=[(ticket, seq) for ticket, seq in push.grants])
-            assert push == expected
-            by_sid[sid].mailbox.append(push)
-            seen.append((sid, push))
+        pushed = list(self.model.pushed)
         self.model.pushed.clear()
-        return seen
+        for sid, push in pushed:
+            expected[self.keys.channel(sid)].append(push)
+            by_sid[sid].mailbox.append(push)
+        _assert_same(heard, expected)
+        return pushed
 
-    def check_state(self) -> None:
+    def _check_state(self, dump: bytes) -> None:
         """What Lua counted and kept is what the model derives."""
-        raw = self.server.eval(DUMP, 0, f"*{{{self.pool}}}*")
-        real, expected = of_valkey(raw, self.keys), of_model(self.model)
-        _assert_same(real, expected)
+        _assert_same(self._reading.state(dump), of_model(self.model))
 
     def really_open(self, limit: str) -> int:
         """Calls that are running, over all processes, as an upstream would count them."""
@@ -337,8 +329,7 @@ class World:
             "rate:",
             "quota:",
         )
-        names = [name.decode() for name in self.server.keys(f"*{{{self.pool}}}*")]
-        return [n for n in names if not n.split("}:", 1)[1].startswith((*live_on, "testclock"))]
+        return [n for n in self.server.names() if not n.split("}:", 1)[1].startswith(live_on)]
 
 
 def _sorted(reply: SyncReply) -> SyncReply:
@@ -360,22 +351,16 @@ def _sorted(reply: SyncReply) -> SyncReply:
     )
 
 
-def _assert_same(real: dict[str, Any], expected: dict[str, Any]) -> None:
+def _assert_same(real: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if real == expected:
+        return
     differing = [
-        f"{name}: {real[name]} is not {expected[name]}"
-        for name in expected
-        if real[name] != expected[name]
+        f"{name}: {real.get(name)} is not {expected.get(name)}"
+        for name in {**real, **expected}
+        if real.get(name) != expected.get(name)
     ]
     assert not differing, "\n".join(differing)
 
 
 def _nothing() -> None:
     """Nobody needs to be woken: the machine decides who speaks."""
-
-
-def _expect(listener: Any, kind: str) -> dict[str, Any]:
-    """The next message of a subscription, which must be of this kind."""
-    message: dict[str, Any] | None = listener.get_message(timeout=5)
-    assert message is not None, f"no {kind} within 5 s"
-    assert message["type"] == kind
-    return message

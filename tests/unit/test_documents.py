@@ -198,7 +198,7 @@ def test_every_setting_that_is_named_is_there() -> None:
 # What is written like a setting: statuses of Gemini's, a secret in general, those of compose.yaml.
 NOT_OURS = {
     *("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED", "NAME"),
-    *("TIDEGATE_PORT", "TIDEGATE_IMAGE"),
+    *("TIDEGATE_PORT", "TIDEGATE_IMAGE", "TIDEGATE_MODEL_STEPS", "TIDEGATE_MODEL_SEED"),
 }
 OF_OTHERS = ("AWS_", "GOOGLE_", "HTTPS_", "OTEL_", "SSL_")
 
