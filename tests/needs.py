@@ -38,7 +38,7 @@ _ROOMS: dict[str, Needs] = {
 _OURS = ("tests.", "chaos.")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def mark(items: list[pytest.Item]) -> None:
     """Mark each test with what it needs."""
     for item in items:
         needs = sorted(needs_of(item))

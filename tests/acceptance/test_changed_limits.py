@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.fleet import Fleet
 from tests.load import Load
 from tests.scenarios import SLOW
+
+pytestmark = pytest.mark.slow
 
 
 async def test_a_restart_with_other_limits_puts_them_in_force_for_all(tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests import scenarios
 from tests.fleet import Fleet
+
+pytestmark = pytest.mark.slow
 
 
 async def test_a_mixed_load_uses_every_limit_fully_and_is_never_over(tmp_path: Path) -> None:

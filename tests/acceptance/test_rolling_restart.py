@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.fleet import LIMITS
 from tests.steady import steady_load
 from tests.waiting import wait_until
@@ -14,6 +16,8 @@ from tidegate.providers.emulator.client import EmulatorControl
 
 if TYPE_CHECKING:
     from tests.product import Product
+
+pytestmark = pytest.mark.slow
 
 pytest_plugins = ["tests.product"]
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from openai import AsyncOpenAI
 
 from tests import batching, tenancy
 from tests.fleet import Fleet
+
+pytestmark = pytest.mark.slow
 
 LINES = 60
 

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
 from openai import AsyncOpenAI, InternalServerError
 from openai.types import Batch
 
@@ -15,6 +16,8 @@ from tests.fleet import Fleet
 from tests.load import ARRIVED_NS, RECORDED_NS
 from tests.waiting import wait_until, work_for
 from tidegate.providers.emulator.ledger import LoggedCall
+
+pytestmark = pytest.mark.slow
 
 LINES = 200
 OUTAGE_S = 1.0

@@ -29,6 +29,8 @@ from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import AS_ADMIN, key_of, submitted
 from tidegate.call import Scope
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("TIDEGATE_SCHEMA_EXAMPLES", "10"))
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 MAY_BE_AWAY = (503, 504)

@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import asyncpg
+import pytest
 
 from tests.integration.embedded.traces import Traces
 from tests.markdown import blocks
 from tests.product import environment
 from tidegate.embedded import ensure
 from tidegate.store.migrate import HEAD, migrate
+
+pytestmark = pytest.mark.slow
 
 
 def _lines(words: str) -> str:

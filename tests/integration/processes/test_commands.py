@@ -86,6 +86,7 @@ def _running(
             raise
 
 
+@pytest.mark.slow
 async def test_up_shows_its_page_survives_a_killed_child_and_leaves_nothing(
     tmp_path: Path, data_dir: Path, traces: Traces
 ) -> None:
@@ -120,6 +121,7 @@ async def test_up_shows_its_page_survives_a_killed_child_and_leaves_nothing(
     await traces.none_left(timeout_s=20)
 
 
+@pytest.mark.slow
 async def test_app_and_worker_find_each_other_and_either_survives_the_other(
     tmp_path: Path, data_dir: Path, traces: Traces
 ) -> None:

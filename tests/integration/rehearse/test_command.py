@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 from tests.commands import Done, ran
 from tests.markdown import blocks, text_of
 
@@ -58,6 +60,7 @@ async def test_changes_are_compared_side_by_side(tmp_path: Path) -> None:
     assert weighted["name"] == "kind:text_only=8; weights.globex=4"
 
 
+@pytest.mark.slow
 async def test_the_lines_of_rehearse_md_say_what_it_shows(tmp_path: Path) -> None:
     described, shown = "", []
     for block in blocks("docs/rehearse.md"):

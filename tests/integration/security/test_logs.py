@@ -69,6 +69,7 @@ async def ask(gateway: Gateway, route: Route, shown: dict[str, Any]) -> None:
         return
 
 
+@pytest.mark.slow
 async def test_no_key_is_in_any_line_whatever_fails(
     open_gateway: Opener, written: StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:

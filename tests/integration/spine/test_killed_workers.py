@@ -6,11 +6,14 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from tests.fleet import Fleet
 from tests.integration.spine.receiver import SECRET, Receiver, receiving
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = {
     "WEBHOOK_SECRET": SECRET,

@@ -49,6 +49,7 @@ async def sdk() -> AsyncIterator[list[AsyncOpenAI]]:
         await client.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["unavailable", "throttled_bare"])
 async def test_jobs_and_lines_outlast_an_outage(
     open_gateway: Opener, sdk: list[AsyncOpenAI], fault: str

@@ -1,0 +1,41 @@
+"""Slow tests begin neither together nor last, where tests run beside one another.
+
+Each process begins with an equal part of all tests, in their order, and takes from the others what
+they have left. A slow test that begins last keeps one process busy while the others have nothing to
+do; slow ones that begin together take the time from one another that they wait for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import pytest
+
+_BEGUN_BY = 2 / 3  # of a part
+
+T = TypeVar("T")
+
+
+def order(items: list[pytest.Item]) -> None:
+    """Put the tests of a run in that order."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        others = [item for item in items if not item.get_closest_marker("slow")]
+        items[:] = [one for part in parts(slow, others, processes) for one in part]
+
+
+def parts(slow: Sequence[T], others: Sequence[T], count: int) -> list[list[T]]:
+    """As many parts as there are processes, each with its slow ones spread over its beginning."""
+    found = []
+    for number in range(count):
+        first, end = (len(others) * edge // count for edge in (number, number + 1))
+        part, mine = list(others[first:end]), slow[number::count]
+        share = (end - first) * _BEGUN_BY / max(1, len(mine))
+        later = (number + 1) / (count + 1)  # in each part at another place
+        for place, one in reversed(list(enumerate(mine))):
+            part.insert(int((place + later) * share), one)
+        found.append(part)
+    return found

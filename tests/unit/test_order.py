@@ -1,0 +1,27 @@
+"""Where the slow tests of a run are."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.order import parts
+
+
+@pytest.mark.parametrize(("slow", "others"), [(0, 40), (7, 400), (30, 400), (9, 0), (1, 3)])
+def test_slow_tests_begin_neither_together_nor_last(slow: int, others: int) -> None:
+    all_slow, all_others = [f"slow {n}" for n in range(slow)], [f"other {n}" for n in range(others)]
+    found = parts(all_slow, all_others, 5)
+    flat = [one for part in found for one in part]
+    assert sorted(flat) == sorted([*all_slow, *all_others])
+    assert [one for one in flat if one in all_others] == all_others, "as they were"
+    if others < 40:
+        return
+    places = [[place for place, one in enumerate(part) if "slow" in one] for part in found]
+    assert max(map(len, places)) - min(map(len, places)) <= 1
+    assert all(
+        place < len(part) * 3 / 4
+        for part, mine in zip(found, places, strict=True)
+        for place in mine
+    )
+    first = [mine[0] for mine in places if mine]
+    assert len(set(first)) == len(first)
