@@ -91,8 +91,9 @@ class Join:
     def as_fields(self) -> dict[str, Any]:
         policy = {
             "revision": self.policy.revision,
-            "limits": {n: definition(as_limit(limit)) for n, limit in self.policy.limits.items()},
-            "weights": dict(self.policy.weights),
+            # Packed once more: only a server that does not have this revision reads them.
+            "limits": pack({n: definition(as_limit(of)) for n, of in self.policy.limits.items()}),
+            "weights": pack(dict(self.policy.weights)),
             "bands": band_shares(self.policy.bands),
             "queue_max": self.policy.queue_per_tenant,
             "lease_ms": self.policy.lease_ms,

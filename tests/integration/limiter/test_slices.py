@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import redis
@@ -13,6 +14,7 @@ from tests.integration.limiter.slices import Pool, Process, stray_fields
 from tidegate.limiter.limits import Limit, PoolPolicy, Rate
 from tidegate.limiter.outbox import MAX_FLOWS
 from tidegate.limiter.session import LOOKS_BESIDE, MAX_LOOKS
+from tidegate.limiter.wire import Join
 
 LEASE_MS = 30_000
 MANY = 2500  # more than two pages
@@ -201,6 +203,25 @@ def test_a_change_of_one_limit_costs_no_work_at_the_others(made: Made) -> None:
     assert max(each["commands"] for each in work) < 150
     assert pool.field("d:tenant:7").startswith("c|2|")
     assert pool.field("revision") == "2"
+
+
+def test_a_process_that_joins_has_a_policy_in_force_read_by_nobody(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = made(many(3))
+    settled(pool, 1)
+    fields = Join.as_fields
+
+    def unreadable(join: Join) -> dict[str, Any]:
+        packed = fields(join)
+        assert isinstance(packed["policy"]["limits"], bytes), "unpacked with the request"
+        packed["policy"] |= {"limits": b"\xc1", "weights": b"\xc1"}  # of no msgpack
+        return packed
+
+    monkeypatch.setattr(Join, "as_fields", unreadable)
+    other = Process(pool)
+    other.say()
+    assert other.session.state == "up"
 
 
 def test_usage_that_is_announced_and_never_told_is_bounded(made: Made) -> None:

@@ -86,7 +86,8 @@ _pack_before, _fields_before = pack, Join.as_fields
 
 
 def pack(value):
-    return _pack_before({**value, "next": {"of": "a request"}})
+    more = {"next": {"of": "a request"}} if "sid" in value else {}
+    return _pack_before({**value, **more})
 
 
 def _as_fields(self):

@@ -85,6 +85,7 @@ function T.merge_policy(policy)
     T.conflict = 1
   end
   if policy.revision <= pool.revision then return end
+  policy.limits, policy.weights = cmsgpack.unpack(policy.limits), cmsgpack.unpack(policy.weights)
   T.reload_limits()
   local new = pool.revision == 0
   T.clear_policy(policy)
