@@ -243,9 +243,11 @@ OF_THE_SERVER = (502, 503, 529)
 
 
 class UpstreamError(TidegateError):
-    """The provider failed us. `status` is its HTTP status where there was one."""
+    """The provider failed us. `status` is its HTTP status where there was one. `in_outage` is set
+    once it is known that other requests fail at that upstream as well."""
 
     code = "upstream"
+    in_outage = False
 
     def __init__(
         self, message: str, *, status: int | None = None, retry_after_ms: int | None = None
@@ -258,6 +260,11 @@ class UpstreamError(TidegateError):
         """Whether it is about the upstream, and every other request would meet it now too. Such an
         error uses up none of a job's attempts. False where the request may have brought it about.
         """
+        return self.in_outage
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the upstream works, and this is what it says to this one request."""
         return False
 
 
@@ -313,7 +320,8 @@ class UpstreamUnavailable(UpstreamError):
 
     @property
     def of_upstream(self) -> bool:
-        return not self.asked or self.broke == "connecting" or self.status in OF_THE_SERVER
+        own = not self.asked or self.broke == "connecting" or self.status in OF_THE_SERVER
+        return own or self.in_outage
 
 
 class UpstreamOut(UpstreamUnavailable):
@@ -337,11 +345,15 @@ class UpstreamTimeout(UpstreamError):
 
     @property
     def of_upstream(self) -> bool:
-        return self.phase == "connect"
+        return self.phase == "connect" or self.in_outage
 
 
 class UpstreamRejected(UpstreamError):
     code = "upstream_rejected"
+
+    @property
+    def is_answer(self) -> bool:
+        return True
 
 
 class UpstreamUnauthorized(UpstreamError):
@@ -357,7 +369,7 @@ class UpstreamUnauthorized(UpstreamError):
 
     @property
     def of_upstream(self) -> bool:
-        return self.of_key
+        return self.of_key or self.in_outage
 
 
 class UpstreamUnpaid(UpstreamUnauthorized):
@@ -387,6 +399,10 @@ class PromptBlocked(UpstreamError):
         super().__init__(message, status=200)
         self.reason = reason
 
+    @property
+    def is_answer(self) -> bool:
+        return True
+
 
 class EmptyAnswer(UpstreamError):
     """`finish_reason` is the provider's own word, or None where it gave none."""
@@ -396,6 +412,10 @@ class EmptyAnswer(UpstreamError):
     def __init__(self, message: str, *, finish_reason: str | None) -> None:
         super().__init__(message, status=200)
         self.finish_reason = finish_reason
+
+    @property
+    def is_answer(self) -> bool:
+        return True
 
 
 class StoreUnavailable(TidegateError):

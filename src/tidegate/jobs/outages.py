@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 
 from tidegate.errors import (
     UpstreamError,
-    UpstreamRejected,
     UpstreamThrottled,
     UpstreamUnauthorized,
     UpstreamUnavailable,
@@ -136,7 +135,7 @@ class Outages:
             called = None
         if isinstance(error, UpstreamError) and error.of_upstream:
             self._failed(turn, called, error)
-        elif called is not None and (error is None or isinstance(error, UpstreamRejected)):
+        elif called is not None and _is_answer(error):
             for key in (called, (called[0], "")):
                 outage = self._outages.get(key)
                 # What was called before an outage began says nothing of its end.
@@ -164,10 +163,10 @@ class Outages:
                 self._hold((name, ""), told_s, is_told=True)
         elif isinstance(error, UpstreamThrottled):
             self._hold(called, told_s, enough=True)
-        elif isinstance(error, UpstreamUnauthorized):
+        elif isinstance(error, UpstreamUnauthorized) and error.of_key:
             self._hold((called[0], ""), DEAD_KEY_S, enough=True)
         else:
-            self._hold((called[0], ""), told_s)
+            self._hold((called[0], ""), told_s, enough=error.in_outage)
 
     def _hold(
         self, key: Key, told_s: float, *, enough: bool = False, is_told: bool = False
@@ -218,3 +217,7 @@ class Outages:
     def unclaimed(self) -> None:
         """The claim that `may_claim` allowed has brought no job to probe with."""
         self._candidate_until = 0.0
+
+
+def _is_answer(error: BaseException | None) -> bool:
+    return error is None or (isinstance(error, UpstreamError) and error.is_answer)

@@ -247,12 +247,12 @@ class Work:
             refused = failed.status >= 400
             life.throttled += isinstance(failed.error, UpstreamThrottled)
             life.failed = failed.error
-            life.of_upstream += failed.error.of_upstream
             outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
             if isinstance(failed.error, UpstreamThrottled):
                 failed.paused_ms = await gate.throttled(failed.error, target.model, demand)
             suspect = suspect_of(self._call)
             await gate.failed(failed.error, target.model, suspect=suspect, tried=tried)
+            life.of_upstream += failed.error.of_upstream
             raise
         finally:
             life.upstream_ms = (time.perf_counter() - started) * 1000

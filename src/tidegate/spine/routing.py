@@ -9,6 +9,7 @@ Calls wait at it within their own deadlines; one at a time is admitted as a try.
 it says that the upstream works, and pauses the model that was asked for. Most faults can be the
 doing of the request, or of a caller who makes such requests: they count once for each request, and
 of one tenant's no more than `MOST_OF_ONE`, until very many different ones have failed.
+Once an upstream is out, such a fault is laid to the upstream too: it costs a job no attempt.
 
 Invariants: faults are counted in each process, but an upstream is out for all or for none; one
 request, however often it is made, neither puts it out nor keeps it out; what a client names reaches
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -33,7 +35,6 @@ from tidegate.errors import (
     LimitPaused,
     UpstreamError,
     UpstreamOut,
-    UpstreamRejected,
     UpstreamThrottled,
     UpstreamUnauthorized,
 )
@@ -52,6 +53,9 @@ MOST_PAUSED = 100
 FIRST_PAUSE_MS = 500
 LONGEST_PAUSE_MS = 8_000
 _MOST_STRIKES = 12
+# For how long a fault that a request can bring upon itself is none of its own while its upstream is
+# out. There may be nothing else left to try it with, and then it must end at some time.
+LONGEST_DOUBT_S = 86_400.0
 _REASON_CHARS = 200
 _KEY = re.compile(r"\bkey ([0-9a-f]{8}): ")
 
@@ -63,13 +67,21 @@ log = get_logger()
 class Gate:
     """What this process knows of one upstream, and does to it for all processes."""
 
-    def __init__(self, upstream: str, limiter: Limiter, key: str = "") -> None:
+    def __init__(
+        self,
+        upstream: str,
+        limiter: Limiter,
+        key: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`key` is the upstream's: a gate that another key closed does not bind this process."""
         self.upstream = upstream
         self.limiter = limiter
         self.limit = f"upstream:{upstream}"
         self._digest = sha256(key.encode()).hexdigest()[:8]
+        self._clock = clock
         self._faults = Faults()
+        self._closed_since: float | None = None
         self._said = ""  # by the provider, for operators
         self._strikes: dict[str, int] = {}
         self._opening: asyncio.Task[bool] | None = None
@@ -165,9 +177,9 @@ class Gate:
             return None
         if (out := self.out()) is not None and (out.retry_after_ms or 0) >= paused_ms:
             return out
-        paused = self.limiter.paused_of(demand.limits)
+        last = max(demand.limits, key=lambda one: self.limiter.paused_ms((one,)))
         said = "what the call needs is paused for longer than it may wait"
-        return LimitPaused(said, limit=(paused or demand.limits)[0], retry_after_ms=paused_ms)
+        return LimitPaused(said, limit=last, retry_after_ms=paused_ms)
 
     def check(self, demand: Demand, left_ms: float) -> None:
         """Raises what `late` finds."""
@@ -188,7 +200,7 @@ class Gate:
         """It answered as it should. `tried`: the call was a try."""
         if self._faults.count:
             self._faults.clear()
-            self._said = ""
+            self._said, self._closed_since = "", None
         if self._strikes:
             self._strikes.pop(model_limit(model), None)
         if tried:
@@ -197,7 +209,7 @@ class Gate:
     async def open(self) -> None:
         """Let all calls pass again."""
         self._faults.clear()
-        self._said = ""
+        self._said, self._closed_since = "", None
         try:
             opened = await self.limiter.open_gate(self.limit)
         except LimiterUnavailable as away:
@@ -210,16 +222,26 @@ class Gate:
         self, error: UpstreamError, model: str, *, suspect: Suspect, tried: bool
     ) -> None:
         """Note what a failure says of the upstream, before its permit is released."""
-        if isinstance(error, UpstreamThrottled | UpstreamRejected):
+        if error.is_answer or isinstance(error, UpstreamThrottled):
             await self.worked_but(model, tried=tried)
             return
-        dead = isinstance(error, UpstreamUnauthorized)
-        doubted = suspect if can_be_provoked(error) else None
+        dead = isinstance(error, UpstreamUnauthorized) and error.of_key
         self._said = error.message
-        is_new = self._faults.add(doubted)
-        at_once = dead and doubted is None
-        if not (at_once or (is_new if tried else self._faults.are_enough)):
-            return
+        is_new = self._faults.add(suspect if can_be_provoked(error) else None)
+        if dead or (is_new if tried else self._faults.are_enough):
+            await self._close(error, dead=dead, tried=tried)
+        error.in_outage = self._is_in_outage()
+
+    def _is_in_outage(self) -> bool:
+        """Whether a fault is laid to the upstream whatever it is, as others fail there too."""
+        if self.closed() is None:
+            self._closed_since = None
+            return False
+        now = self._clock()
+        self._closed_since = now if self._closed_since is None else self._closed_since
+        return now - self._closed_since < LONGEST_DOUBT_S
+
+    async def _close(self, error: UpstreamError, *, dead: bool, tried: bool) -> None:
         first_ms, most_ms = (DEAD_KEY_MS, DEAD_KEY_MS) if dead else (FIRST_MS, LONGEST_MS)
         reason = f"key {self._digest}: {_in_short(error)}" if dead else _in_short(error)
         was_dead = self.key_dead

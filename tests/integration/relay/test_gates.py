@@ -13,10 +13,12 @@ from tests.gateway import Gateway, Opener
 from tests.integration.relay.conftest import MODEL
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import wait_until
-from tidegate.errors import LeaseLost
+from tidegate.demand import Demand as CallDemand
+from tidegate.errors import LeaseLost, LimitPaused, UpstreamUnavailable
 from tidegate.limiter import Demand, Limiter
 from tidegate.policy.control import Control
-from tidegate.spine.faults import FAULTS
+from tidegate.spine.faults import FAULTS, Suspect
+from tidegate.spine.routing import LONGEST_DOUBT_S, Gate
 
 __all__ = ["hostile", "one_try"]
 
@@ -208,3 +210,35 @@ async def test_what_clients_name_does_not_grow_the_record(
 
     await wait_until(forgotten, what="nothing of them is left")
     assert not [name for name in limiter._desk._wait_ewma_ms if name.startswith("model:")]
+
+
+async def test_faults_of_an_upstream_that_is_out_are_laid_to_it_for_a_day(
+    open_gateway: Opener,
+) -> None:
+    limiter, now = (await open_gateway(worker=False)).services.limiter, [0.0]
+    gate = Gate("of-this-test", limiter, clock=lambda: now[0])
+
+    async def fail(request: int) -> bool:
+        error = UpstreamUnavailable("an internal error", status=500)
+        await gate.failed(error, MODEL, suspect=Suspect(None, request), tried=False)
+        return error.of_upstream
+
+    assert [await fail(request) for request in range(FAULTS)] == [False] * (FAULTS - 1) + [True]
+    now[0] += LONGEST_DOUBT_S - 1
+    assert await fail(0)
+    now[0] += 1
+    assert not await fail(0), "or what fails by its own doing would be called for ever"
+    await gate.open()
+    assert [await fail(request) for request in range(FAULTS)][-1], "another outage"
+
+
+async def test_a_refusal_names_the_limit_that_is_paused_the_longest(open_gateway: Opener) -> None:
+    services = (await open_gateway(worker=False)).services
+    gate, limiter = services.relay.health["gemini"], services.limiter
+    await limiter.close_gate(gate.limit, for_ms=1_000, most_ms=8_000, tried=False)
+    await gate.open()  # calls come back over some seconds
+    await limiter.penalise(f"model:{MODEL}", for_ms=600_000, ramp_ms=1, by="gemini")
+    demand = gate.bind(CallDemand(("kind:text_only",), "default", "normal", 0), MODEL)
+    late = gate.late(demand, 1_000)
+    assert isinstance(late, LimitPaused)
+    assert late.limit == f"model:{MODEL}"

@@ -12,6 +12,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.relay.conftest import MODEL
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tidegate.spine.faults import FAULTS
+from tidegate.spine.routing import LONGEST_MS
 
 __all__ = ["hostile", "one_try"]
 
@@ -70,6 +71,21 @@ async def test_an_upstream_that_fails_whatever_it_is_asked_is_out(
     for number in range(FAULTS):
         assert (await ask(gateway, str(number)))[0] == 500
     assert gateway.services.relay.health["gemini"].state == "out"
+
+
+async def test_a_403_that_names_no_key_holds_up_others_for_seconds_at_most(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    hostile.answer = POISON["403 on a thing"]
+    for number in range(FAULTS):
+        assert (await ask(gateway, str(number)))[0] == 403
+    gate = gateway.services.relay.health["gemini"]
+    left = gate.closed()
+    assert left is not None
+    assert left[0] <= LONGEST_MS
+    assert not gate.key_dead
+    hostile.answer = OK
+    assert (await ask(gateway, "of another"))[0] == 200
 
 
 async def test_one_that_says_it_is_overloaded_is_out_whoever_asks(

@@ -12,12 +12,14 @@ from openai import AsyncOpenAI
 from tests.batching import assert_all_succeeded, begin, completed, content, end_of
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
+from tidegate.spine.faults import FAULTS
 
 MODEL = "gemini-2.5-flash"
 CHAT = "/v1/chat/completions"
 EACH = 20
 LINES = 40
 LIMIT = 4
+COUNTED = "SELECT (SELECT sum(attempts) FROM requests) + (SELECT sum(attempts) FROM batch_lines)"
 HELD_UP = "SELECT count(*) FROM requests WHERE status = 'queued' AND not_before IS NOT NULL"
 
 
@@ -69,6 +71,35 @@ async def test_jobs_and_lines_outlast_an_outage(
     records = [await gateway.end_of(request_id, 60) for request_id in ids]
     assert {(one["status"], one["attempts"]) for one in records} == {("succeeded", 1)}
     await assert_all_succeeded(sdk[0], await end_of(sdk[0], batch, 60), LINES)
+
+
+async def test_faults_that_others_meet_too_use_up_no_attempts(
+    open_gateway: Opener, sdk: list[AsyncOpenAI]
+) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": LIMIT}, worker=False)
+    sdk.append(AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="of-a-client", max_retries=0))
+    await gateway.upstream.set_fault("internal")
+    await hand_in(gateway)
+    await begin(sdk[0], content(LINES))
+    gateway.start_worker()
+    await wait_until(lambda: gateway.services.relay.health["gemini"].state != "ok")
+    early = len(await gateway.calls())
+    for _ in range(3):
+        await next_call(gateway)
+    # One of those early ones put it out; the last probe may still be under way.
+    assert await gateway.database.fetchval(COUNTED) <= early, "probes cost nobody an attempt"
+
+
+@pytest.mark.parametrize("fault", ["blocked_prompt", "safety"])
+async def test_answers_without_content_put_no_upstream_out(
+    open_gateway: Opener, fault: str
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_fault(fault)
+    for number in range(FAULTS + 1):
+        refused = await gateway.stream(text=f"Explain tide {number}", type="text_only")
+        assert refused.problem["code"] in ("prompt_blocked", "empty_answer")
+    assert gateway.services.relay.health["gemini"].state == "ok"
 
 
 async def test_a_refused_key_fails_nothing(open_gateway: Opener) -> None:
