@@ -53,8 +53,9 @@ async def test_a_drip_that_is_never_silent_for_long_is_ended_all_the_same() -> N
 
 
 async def test_a_slow_client_that_keeps_the_pace_is_heard_to_its_end() -> None:
-    sender = DrippingSender(count=30, gap_s=0.01, size=1000)
-    pace = Pace(silence_ms=1000, grace_ms=50, min_bytes_per_s=20_000)
+    """Longer than the grace all in all, and never as late as the pace would let it be."""
+    sender = DrippingSender(count=30, gap_s=0.02, size=1000)
+    pace = Pace(silence_ms=5000, grace_ms=500, min_bytes_per_s=2000)
     assert len([piece async for piece in pieces(request(sender), pace)]) == 30
 
 
