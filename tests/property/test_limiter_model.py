@@ -220,12 +220,12 @@ class PoolMachine(Traffic):
             if not client.subscribed:
                 world.subscribe(client)
             for number, waiter in enumerate(list(client.ledger.waiting.values())):
-                # Rates may keep many for long, a quota for another day.
-                slow = number > 3 and self.needs_a_rate(waiter)
+                # Rates and gates may keep many for long, a quota for another day.
+                slow = number > 3 and (self.needs_a_rate(waiter) or self.meets_a_gate(waiter))
                 if slow or "rpd:x" in waiter.flow.limits:
                     client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
         # A round lets in one at the least, but where a rate makes all wait for a window.
-        for number in range(200 + len(self.all_waiting())):
+        for number in range(200 + 2 * len(self.all_waiting())):
             self.go_round(compare=number % 3 == 0)
             if not any(self.can_be_let_in(waiter) for _, waiter in self.all_waiting()):
                 break
@@ -267,6 +267,11 @@ class PoolMachine(Traffic):
             if policy is not None
             for name in waiter.flow.limits
         )
+
+    def meets_a_gate(self, waiter: Waiter) -> bool:
+        """Which lets one call at a time try."""
+        pauses = [self.world.model.limit(name).pause for name in waiter.flow.limits]
+        return any(pause is not None and pause.gate is not None for pause in pauses)
 
     def can_be_let_in(self, waiter: Waiter) -> bool:
         found = [self.world.model.limit(name) for name in waiter.flow.limits]
