@@ -116,12 +116,13 @@ class Config(Places):
     )
     max_held_bytes: Annotated[int, Field(ge=1)] = Field(
         default=250_000_000,
-        description="How much of the bodies of native calls one process holds at once, waiting and "
-        "under way, those of up to 64 KB aside; more are refused with 429. A process takes about "
-        "twice as much memory for them. MAX_BODY_BYTES where that is more. A tenant with keys may "
-        "have half of what the others leave of it. Calls that are submitted as jobs count until "
-        "they are stored (503 where there is no room); of large ones a "
-        "worker holds a third of it for each type of job, and the others wait.",
+        description="How much of the bodies of requests one process holds in memory at once, "
+        "those of up to 64 KB aside: native calls and prompts of /stream until they end, all "
+        "others while they arrive; more are refused with 429. A process takes about twice as "
+        "much memory for them. MAX_BODY_BYTES where that is more. A tenant with keys may have "
+        "half of what the others leave of it. Jobs count until they are stored (503 where there "
+        "is no room); of large wrapped calls a worker holds a third of it for each type of job, "
+        "and the others wait.",
     )
     max_batch_files_bytes: Annotated[int, Field(ge=1)] = Field(
         default=10_000_000_000,

@@ -13,7 +13,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from tidegate.errors import InvalidRequest, PayloadTooLarge
-from tidegate.http.body import Body
+from tidegate.http.body import Body, count_in
+from tidegate.http.incoming import Hold
 from tidegate.http.multipart import (
     MAX_PART_HEADER_BYTES,
     MAX_PART_HEADERS,
@@ -46,14 +47,16 @@ class Uploaded:
         return self.lines + self.ends_open
 
 
-async def read_upload(body: Body, content_type: str, uploaded: Uploaded) -> None:
-    """Fill `uploaded`. Raises InvalidRequest and its kin, and StoreUnavailable."""
+async def read_upload(body: Body, content_type: str, uploaded: Uploaded, hold: Hold) -> None:
+    """Fill `uploaded`, and count in `hold` what of it is in memory. Raises InvalidRequest and its
+    kin, QueueFull and StoreUnavailable."""
     if not content_type.startswith("multipart/form-data"):
         raise InvalidRequest("file", "a file is sent as a form", allowed="multipart/form-data")
     reader = _Reader(boundary_of(content_type), uploaded)
     while (piece := await body.next()) is not None:
         for at in range(0, len(piece), SLICE_BYTES):
             await reader.take(piece[at : at + SLICE_BYTES])
+        count_in(hold, uploaded.spool.held_bytes)
     if not reader.ended:
         raise InvalidRequest("body", "the multipart body ends before its closing boundary")
     if not uploaded.has_file:

@@ -119,11 +119,11 @@ def _json(value: Any) -> Response:
 
 async def _upload(asking: Asking) -> Response:
     services, config = asking.services, asking.services.config
-    uploaded = Uploaded(Spool(config.data_dir / "tmp"))
+    uploaded, hold = Uploaded(Spool(config.data_dir / "tmp")), services.hold(asking.caller)
     try:
         body = Body(asking.request, config, max_bytes=FORM_BYTES)
         await _check_room(asking)
-        await read_upload(body, asking.request.headers.get("content-type", ""), uploaded)
+        await read_upload(body, asking.request.headers.get("content-type", ""), uploaded, hold)
         if uploaded.values.get("purpose") != INPUT:
             raise InvalidRequest("purpose", "only files of batches are kept here", allowed=INPUT)
         file = BatchFile(
@@ -146,6 +146,7 @@ async def _upload(asking: Asking) -> Response:
             await _delete_blob(services, file.blob_key)
             raise
     finally:
+        hold.give_back()
         await uploaded.spool.close()
     return _json(file_view(file))
 

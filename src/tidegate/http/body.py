@@ -13,10 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from tidegate.config import Config
 from tidegate.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
-from tidegate.http.incoming import Hold, Pace, Patience
+from tidegate.http.incoming import WITH_ITS_HEAD_BYTES, Hold, Pace, Patience
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
-_WITH_ITS_HEAD_BYTES = 65_536
 
 
 class Body:
@@ -79,8 +78,7 @@ class Body:
             whole += piece
             if len(whole) > max_bytes:
                 raise too_long(field, max_bytes)
-            if hold is not None and len(whole) > _WITH_ITS_HEAD_BYTES:
-                hold.reach(len(whole))
+            count_in(hold, len(whole))
         return bytes(whole)
 
     def _too_large(self) -> PayloadTooLarge:
@@ -89,6 +87,13 @@ class Body:
             f"the request is larger than {self._max_bytes} bytes",
             allowed=f"at most {self._max_bytes} bytes in all",
         )
+
+
+def count_in(hold: Hold | None, held_bytes: int) -> None:
+    """Count what a body holds of memory, once it is more than comes with a head. Raises
+    QueueFull."""
+    if hold is not None and held_bytes > max(WITH_ITS_HEAD_BYTES, hold.held_bytes):
+        hold.reach(held_bytes)
 
 
 def too_long(field: str, max_bytes: int) -> PayloadTooLarge:

@@ -58,12 +58,10 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Wrapping:
-    """How JSON that names an `endpoint` is taken: `most_bytes` of it, read by `take`. It counts in
-    `hold` from its arrival on, until the caller gives that back."""
+    """How JSON that names an `endpoint` is taken: `most_bytes` of it, read by `take`."""
 
     take: Callable[[Mapping[str, Any], Config], Submission]
     most_bytes: int
-    hold: Hold
 
 
 async def read_submission(
@@ -76,8 +74,10 @@ async def read_submission(
     as_job: bool = False,
     digests: bool = False,
     wrapping: Wrapping | None = None,
+    hold: Hold | None = None,
 ) -> Submission:
-    """Read, check and keep one request.
+    """Read, check and keep one request; what of it is in memory counts in `hold`, which the caller
+    gives back.
 
     `as_job`: whether it is one that others may be told the end of. `digests`: whether to take those
     of its files. `wrapping`: where a JSON body may name an `endpoint`.
@@ -93,17 +93,17 @@ async def read_submission(
     try:
         if kind == "multipart":
             boundary = boundary_of(request.headers["content-type"])
-            await MultipartReader(boundary, config, config.data_dir / "tmp").read(body, form)
+            reader = MultipartReader(boundary, config, config.data_dir / "tmp")
+            await reader.read(body, form, hold)
             values = from_form(form.values)
         elif kind == "json":
-            found = await _from_json(body, config, wrapping)
+            found = await _from_json(body, config, wrapping, hold)
             if isinstance(found, Submission):
                 return found
             values = found
         else:
-            values = from_form(
-                _parse_pairs(await body.read(_text_body_bytes(config), field="body"))
-            )
+            most_bytes = _text_body_bytes(config)
+            values = from_form(_parse_pairs(await body.read(most_bytes, field="body", hold=hold)))
         fields = read_fields(values, config, is_allowed=is_allowed)
         if not (fields.prompt or fields.image_uri or form.uploads):
             raise InvalidRequest(
@@ -121,20 +121,20 @@ async def read_submission(
 
 
 async def _from_json(
-    body: Body, config: Config, wrapping: Wrapping | None
+    body: Body, config: Config, wrapping: Wrapping | None, hold: Hold | None
 ) -> dict[str, Any] | Submission:
     """The values of a prompt, or what wraps a call."""
     text_bytes = _text_body_bytes(config)
     if wrapping is None:
-        return _parse_json(await body.read(text_bytes, field="body"))
+        return _parse_json(await body.read(text_bytes, field="body", hold=hold))
     most_bytes = max(text_bytes, wrapping.most_bytes)
-    raw = await body.read(most_bytes, field="body", hold=wrapping.hold)
-    if len(raw) <= _PARSED_AT_ONCE_BYTES:
+    raw = await body.read(most_bytes, field="body", hold=hold)
+    if len(raw) <= _PARSED_AT_ONCE_BYTES or hold is None:
         return _read_json(raw, config, wrapping.take)
-    async with wrapping.hold.turn:
+    async with hold.turn:
         found = await asyncio.to_thread(_read_json, raw, config, wrapping.take)
     if isinstance(found, Submission):
-        wrapping.hold.reach(len(found.prompt))  # what is held from here on
+        hold.reach(len(found.prompt))  # what is held from here on
     elif len(raw) > text_bytes:
         raise too_long("body", text_bytes)
     return found

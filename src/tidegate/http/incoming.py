@@ -16,14 +16,15 @@ from starlette.types import Message, Receive
 
 from tidegate.errors import PayloadTooLarge, QueueFull, RequestTimeout
 
+WITH_ITS_HEAD_BYTES = 65_536
 _RETRY_AFTER_MS = 1_000
 
 
 @dataclass(slots=True)
 class Bodies:
     """How much of requests' bodies this process holds: those of native calls from their arrival to
-    the end of their calls, since they wait in memory, and JSON of jobs until it is stored. What
-    comes with its head, 64 KB or so, does not count.
+    the end of their calls, and prompts of streams, since they wait in memory; of jobs and of
+    uploads until they are stored. What comes with its head, 64 KB or so, does not count.
 
     `turn` is taken to parse a large one of a job: what comes of it is several times its size.
     """
@@ -83,6 +84,12 @@ class Hold:
             raise QueueFull(said, limit="MAX_HELD_BYTES", retry_after_ms=_RETRY_AFTER_MS)
         bodies.hold(self._tenant_id, more_bytes)
         self.held_bytes = size_bytes
+
+    def keep(self, size_bytes: int) -> None:
+        """Hold no more than that from here on, and nothing where it would have come with a head."""
+        if (left := size_bytes if size_bytes > WITH_ITS_HEAD_BYTES else 0) < self.held_bytes:
+            self._bodies.hold(self._tenant_id, left - self.held_bytes)
+            self.held_bytes = left
 
     def give_back(self) -> None:
         """All of it. Idempotent."""

@@ -171,7 +171,8 @@ async def submit(request: Request) -> Response:
             services.blobs,
             as_job=True,
             digests=key is not None,
-            wrapping=Wrapping(wrapped_submission, LONGEST_BYTES, hold),
+            wrapping=Wrapping(wrapped_submission, LONGEST_BYTES),
+            hold=hold,
         )
         parent = parent_in(request.scope["headers"])
         job = _new_job(submission, services, received, caller, key, parent)

@@ -17,7 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from tidegate.config import Config
 from tidegate.errors import InvalidRequest, PayloadTooLarge, UnsupportedMedia
-from tidegate.http.body import Body
+from tidegate.http.body import Body, count_in
 from tidegate.http.fields import (
     FIELDS,
     FILE_FIELDS,
@@ -26,6 +26,7 @@ from tidegate.http.fields import (
     too_long,
 )
 from tidegate.http.filetypes import TypeCheck, safe_name
+from tidegate.http.incoming import Hold
 from tidegate.http.spool import Spool
 
 SLICE_BYTES = 64 * 1024
@@ -53,6 +54,12 @@ class Form:
 
     values: dict[str, str] = field(default_factory=dict)
     uploads: list[Upload] = field(default_factory=list)
+
+    @property
+    def held_bytes(self) -> int:
+        """What of it is in memory."""
+        texts = sum(map(len, self.values.values()))
+        return texts + sum(upload.spool.held_bytes for upload in self.uploads)
 
     async def close(self) -> None:
         for upload in self.uploads:
@@ -115,14 +122,16 @@ class MultipartReader:
         except FormParserError as unfit:
             raise InvalidRequest("Content-Type", f"unfit boundary: {unfit}") from None
 
-    async def read(self, body: Body, form: Form) -> None:
-        """Fill `form`. Raises InvalidRequest and its kin at the first thing wrong."""
+    async def read(self, body: Body, form: Form, hold: Hold | None = None) -> None:
+        """Fill `form`, and count in `hold` what of it is in memory. Raises InvalidRequest and its
+        kin at the first thing wrong, and QueueFull."""
         while (chunk := await body.next()) is not None:
             for at in range(0, len(chunk), SLICE_BYTES):
                 self._parse(chunk[at : at + SLICE_BYTES])
                 for piece in self._pieces:
                     await self._take(piece, form)
                 self._pieces.clear()
+            count_in(hold, form.held_bytes + len(self._text))
             # A body that is all there already must not hold the loop to its end.
             await asyncio.sleep(0)
         if body.received_bytes == 0:

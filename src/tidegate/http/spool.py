@@ -54,6 +54,11 @@ class Spool:
         assert self.path is None
         return bytes(self._buffer)
 
+    @property
+    def held_bytes(self) -> int:
+        """What of it is in memory."""
+        return len(self._buffer)
+
     async def write(self, data: bytes) -> None:
         """Raises StoreUnavailable when the disk does not take it."""
         self.size_bytes += len(data)

@@ -43,6 +43,7 @@ from tidegate.http.access import TRACE_IN_SCOPE
 from tidegate.http.caller import check_models, payer_of
 from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.forms import Submission, discard, read_submission
+from tidegate.http.incoming import Hold
 from tidegate.http.jobs import BODY, ask_of, prefix_of, problem_responses
 from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
@@ -87,9 +88,10 @@ async def stream(request: Request) -> Response:
     services = services_of(request)
     received, received_at = time.monotonic(), datetime.now(UTC)
     caller = await payer_of(request)
-    opening = services.openings.stream(caller)
+    opening, hold = services.openings.stream(caller), services.hold(caller)
     try:
-        submission = await read_submission(request, services.config, services.blobs)
+        submission = await read_submission(request, services.config, services.blobs, hold=hold)
+        hold.keep(len(submission.prompt))
         accepts = request.headers.get("accept", "")
         answer = StreamedAnswer(
             services,
@@ -97,6 +99,7 @@ async def stream(request: Request) -> Response:
             prefix_of(request),
             caller=caller,
             opening=opening,
+            hold=hold,
             received=received,
             received_at=received_at,
             plain_text="text/plain" in accepts and "text/event-stream" not in accepts,
@@ -105,6 +108,7 @@ async def stream(request: Request) -> Response:
         await answer.check_models()
     except BaseException:
         opening.close()
+        hold.give_back()
         raise
     return answer
 
@@ -130,7 +134,8 @@ def _failed(error: TidegateError) -> _End:
 
 
 class StreamedAnswer(Response):
-    """The response whose sending is the work itself. It closes its `opening` at its end."""
+    """The response whose sending is the work itself. At its end it closes its `opening`, and gives
+    back its `hold`."""
 
     def __init__(
         self,
@@ -140,6 +145,7 @@ class StreamedAnswer(Response):
         *,
         caller: Caller,
         opening: Opening,
+        hold: Hold,
         received: float,
         received_at: datetime,
         plain_text: bool,
@@ -150,7 +156,7 @@ class StreamedAnswer(Response):
         self._submission = submission
         self._prefix = prefix
         self._caller = caller
-        self._opening = opening
+        self._opening, self._hold = opening, hold
         self._priority = min(submission.priority, caller.most_priority)
         self._received = received
         self._received_at = received_at
@@ -199,6 +205,7 @@ class StreamedAnswer(Response):
             self._services.streams.discard(task)
             self._services.under_way.leave(self)
             self._opening.close()
+            self._hold.give_back()
 
     def _look(self) -> CallUnderWay:
         """How it stands, for whoever asks what is under way."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+from urllib.parse import urlsplit
+
+import pytest
 
 from tests.gateway import PNG, Opener
 from tests.integration.tenants.asking import ask, key_of, submitted
@@ -112,3 +116,66 @@ async def test_one_tenants_large_bodies_leave_room_for_anothers(open_gateway: Op
     for task in held:
         task.cancel()
     await asyncio.gather(*held, return_exceptions=True)
+
+
+FORM = "multipart/form-data; boundary=B"
+FILE = b'--B\r\ncontent-disposition: form-data; name="%b"; filename="a.txt"\r\n\r\n%b\r\n'
+HALF = b"x" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type", "begun"),
+    [
+        ("/submit", FORM, FILE % (b"file", HALF[40_000:]) + FILE % (b"files", HALF[160_000:])),
+        ("/submit", "application/json", b'{"data": "' + HALF),
+        ("/submit", "application/x-www-form-urlencoded", b"data=" + HALF),
+        ("/stream", FORM, FILE % (b"file", HALF)),
+        ("/llm/stream", "application/json", b'{"text": "' + HALF),
+        ("/v1/files", FORM, FILE % (b"file", HALF)),
+    ],
+)
+async def test_whatever_of_a_body_is_in_memory_counts_for_its_tenant(
+    open_gateway: Opener, path: str, content_type: str, begun: bytes
+) -> None:
+    bounds = {"max_body_bytes": 550_000, "max_held_bytes": 550_000}
+    gateway = await open_gateway(worker=False, auth="on", **bounds)
+    alice, bob = await key_of(gateway, "alice"), await key_of(gateway, "bob")
+    bodies = gateway.services.bodies
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {content_type}\r\n"
+        f"authorization: {alice['Authorization']}\r\ncontent-length: 500000\r\n\r\n"
+    )
+    parts = urlsplit(gateway.url)
+    writers = []
+
+    def holds(least_bytes: int) -> bool:
+        return bodies.of_tenants["alice"] >= least_bytes
+
+    for count in (1, 2):
+        _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(head.encode() + begun)
+        writers.append(writer)
+        await wait_until(partial(holds, 190_000 * count), 20, "what it holds")
+    reader, third = await asyncio.open_connection(parts.hostname, parts.port)
+    third.write(head.encode() + begun)
+    assert (await reader.readline()).split()[1] in (b"429", b"503")
+    status, _ = await ask(gateway, "POST", "/submit", bob, {"data": "y" * 70_000})
+    assert status == 202
+    for writer in (*writers, third):
+        writer.close()
+    await wait_until(lambda: bodies.held_bytes == 0, 20, "what they held is free")
+
+
+async def test_a_streams_prompt_counts_until_its_end(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    alice = await key_of(gateway, "alice")
+    await gateway.upstream.set_fault("hang")
+    body = {"text": "Explain " + "x" * 150_000, "type": "text_only"}
+    asking = gateway.http.post(f"{gateway.url}/stream", json=body, headers=alice)
+    task = asyncio.ensure_future(asking)
+    await gateway.in_flight(1)
+    held = gateway.services.bodies.of_tenants
+    assert 150_000 <= held["alice"] < 151_000
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await wait_until(lambda: "alice" not in held, 20, "what it held is free")
