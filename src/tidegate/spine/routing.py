@@ -83,7 +83,7 @@ class Gate:
         self._faults = Faults()
         self._closed_since: float | None = None
         self._said = ""  # by the provider, for operators
-        self._strikes: dict[str, int] = {}
+        self._strikes: dict[str, tuple[int, float]] = {}  # how many, and until when the last lasts
         self._opening: asyncio.Task[bool] | None = None
 
     # -- what is known, without I/O
@@ -301,13 +301,19 @@ class Gate:
     def _strike(self, limit: str) -> int:
         """How long a pause is that the provider did not put a time to. Calls that were under way
         when it began make it no longer."""
-        if (left_ms := self.limiter.paused_ms((limit,))) > 0:
+        count, until = self._strikes.pop(limit, (0, 0.0))
+        now = self._clock()
+        # Several are refused in one moment, before the limiter has said that the first paused it.
+        left_ms = max(self.limiter.paused_ms((limit,)), round((until - now) * 1000))
+        if left_ms > 0:
+            if count:
+                self._strikes[limit] = count, until
             return left_ms
-        strikes = self._strikes.pop(limit, 0)
         while len(self._strikes) >= MOST_PAUSED:
             self._strikes.pop(next(iter(self._strikes)))
-        self._strikes[limit] = min(strikes + 1, _MOST_STRIKES)
-        return min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS << strikes)
+        for_ms = min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS << count)
+        self._strikes[limit] = min(count + 1, _MOST_STRIKES), now + for_ms / 1000
+        return for_ms
 
     def _is_too_much(self, limit: str) -> bool:
         """Clients name models: a pool's record does not grow with what they think of."""

@@ -14,11 +14,11 @@ from tests.integration.relay.conftest import MODEL
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import wait_until
 from tidegate.demand import Demand as CallDemand
-from tidegate.errors import LeaseLost, LimitPaused, UpstreamUnavailable
+from tidegate.errors import LeaseLost, LimitPaused, UpstreamThrottled, UpstreamUnavailable
 from tidegate.limiter import Demand, Limiter
 from tidegate.policy.control import Control
 from tidegate.spine.faults import FAULTS, Suspect
-from tidegate.spine.routing import LONGEST_DOUBT_S, Gate
+from tidegate.spine.routing import FIRST_PAUSE_MS, LONGEST_DOUBT_S, Gate
 
 __all__ = ["hostile", "one_try"]
 
@@ -192,6 +192,13 @@ async def test_a_429_without_a_time_slows_down_more_and_more(
     assert len(hostile.seen) <= 35
     hostile.answer = OK
     assert (await ask(gateway, "later"))[0] == 200
+
+
+async def test_calls_that_are_refused_in_one_moment_slow_down_once(open_gateway: Opener) -> None:
+    gate = (await open_gateway(worker=False)).services.relay.health["gemini"]
+    refused, demand = UpstreamThrottled("Slow down"), CallDemand((), "default", "normal", 0)
+    pauses_ms = await asyncio.gather(*(gate.throttled(refused, MODEL, demand) for _ in range(8)))
+    assert 0 < min(pauses_ms) <= max(pauses_ms) == FIRST_PAUSE_MS
 
 
 async def test_what_clients_name_does_not_grow_the_record(
