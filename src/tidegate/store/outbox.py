@@ -7,7 +7,7 @@ delivered at least once, or given up; a receiver knows repeats by the webhook's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
@@ -42,12 +42,15 @@ class Outbox:
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
-    async def claim(self, limit: int, lease_ms: int) -> list[Delivery]:
-        """At most `limit` due webhooks; one that is not settled within the lease is due again."""
+    async def claim(
+        self, limit: int, lease_ms: int, *, but_of: Collection[str] = ()
+    ) -> list[Delivery]:
+        """At most `limit` due webhooks, none of the tenants `but_of`; one that is not settled
+        within the lease is due again."""
 
         async def claim(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             rows: list[asyncpg.Record] = await connection.fetch(
-                sql("claim_webhooks"), limit, float(lease_ms)
+                sql("claim_webhooks"), limit, float(lease_ms), list(but_of)
             )
             return rows
 

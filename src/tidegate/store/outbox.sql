@@ -8,10 +8,12 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
     event text, url text)
 
 -- name: claim_webhooks
--- Claim up to $1 due webhooks, those that wait longest first; due again after $2 milliseconds.
+-- Claim up to $1 due webhooks, but for those of the tenants in $3; those that wait longest first.
+-- They are due again after $2 milliseconds.
 UPDATE webhooks SET tries = tries + 1, due_at = now() + $2 * interval '1 millisecond'
 WHERE id IN (
-    SELECT id FROM webhooks WHERE state = 'pending' AND due_at <= now()
+    SELECT id FROM webhooks
+    WHERE state = 'pending' AND due_at <= now() AND tenant_id <> ALL ($3::text[])
     ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
 )
 RETURNING id, request_id, tenant_id, event, url, tries

@@ -172,6 +172,35 @@ async def test_a_receiver_that_does_not_answer_or_answers_without_end_holds_nobo
     release.set()
 
 
+async def test_receivers_of_one_tenant_that_never_answer_hold_up_no_other_tenant(
+    open_gateway: Opener, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook, "MOST_AT_ONCE", 4)
+    gateway = await open_gateway(**SETTINGS | {"webhook_timeout_ms": 60_000})
+    release = asyncio.Event()
+
+    async def silent() -> web.StreamResponse:
+        await release.wait()
+        return web.Response()
+
+    async def submit(tenant: str, url: str) -> None:
+        body = {"data": "Explain the tide", "webhook_url": url}
+        headers = {"x-tidegate-tenant": tenant}
+        async with gateway.http.post(f"{gateway.url}/submit", json=body, headers=headers) as got:
+            assert got.status == 202, await got.read()
+
+    async with receiving() as tarpit:
+        tarpit.answers = [silent] * 8
+        for _ in range(8):
+            await submit("alice", tarpit.url)
+        await wait_until(lambda: len(tarpit.received) == 2, 20, "alice's half")
+        await submit("bob", receiver.url)
+        await wait_until(lambda: receiver.received, 20, "bob is told")
+        assert len(tarpit.received) == 2
+        release.set()
+        await wait_until(lambda: len(tarpit.received) == 8, 20, "all of alice's")
+
+
 async def test_an_endless_answer_is_not_read(open_gateway: Opener, receiver: Receiver) -> None:
     gateway = await open_gateway(**SETTINGS)
     sent, closed = [0], asyncio.Event()

@@ -149,7 +149,7 @@ async def test_a_long_history_is_not_scanned(store: Store, peek: asyncpg.Connect
     )
     await peek.execute("SET enable_seqscan = off")
     hot: dict[str, list[object]] = {
-        "claim_webhooks": [32, 1000.0],
+        "claim_webhooks": [32, 1000.0, ["acme"]],
         "get_webhook": [new_id()],
         "settle_webhook": [new_id(), 1, "delivered", 200, None, 0.0],
     }
