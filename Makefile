@@ -35,7 +35,7 @@ check: ## Lint, format, types and import contracts
 chaos: ## Kill, pause and cut off parts at full size, and count what really arrived
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python -m chaos.limiter --seconds 60
-	@TIDEGATE_MODEL_STEPS=200000 .venv/bin/python -m pytest tests/property -n0 -s
+	@TIDEGATE_MODEL_STEPS=200000 TIDEGATE_MODEL_SEED=$$(date +%s) .venv/bin/python -m pytest tests/property -n0 -s
 	@TIDEGATE_SCHEMA_EXAMPLES=300 .venv/bin/python -m pytest tests/integration/described -n0 -s --timeout 1800
 	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
 	@.venv/bin/python -m chaos.soak --minutes 5
