@@ -83,6 +83,9 @@ def end_descendants(leaves_alone_s: float, spared: Collection[int] = ()) -> list
     return sorted(asked.values())
 
 
+_ended: dict[int, int] = {}
+
+
 def watch(child: int, owners: Sequence[int], *, ends_orphans: bool) -> int:
     """Wait for the end of a child, or of one of the `owners` (descriptors of processes); the exit
     status as a shell reports it.
@@ -99,7 +102,8 @@ def watch(child: int, owners: Sequence[int], *, ends_orphans: bool) -> int:
     for descriptor in (heard, *owners):
         events.register(descriptor, select.POLLIN)
     while True:
-        status = _reap().get(child)
+        _reap()
+        status = _ended.get(child)
         if status is not None:
             return status if status >= 0 else 128 - status
         if ends_orphans and set(_children()) - {child}:
@@ -124,17 +128,17 @@ def _prctl(what: int, value: int | bytes) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def _reap() -> dict[int, int]:
-    """Exit status of each child that ended; of those that were adopted too."""
-    found: dict[int, int] = {}
+def _reap() -> None:
+    """Keep the exit status of each child that ended, of those that were adopted too: the one that
+    is waited for may end while others are being ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return found
+            return
         if not pid:
-            return found
-        found[pid] = os.waitstatus_to_exitcode(status)
+            return
+        _ended[pid] = os.waitstatus_to_exitcode(status)
 
 
 def _children() -> list[int]:

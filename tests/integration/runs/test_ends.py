@@ -136,6 +136,34 @@ async def test_kill_9_of_make(begin: Runs, tmp_path: Path) -> None:
     await nothing_is_left(run)
 
 
+# A child that ends while an orphan is being ended, which takes its time: it hears no SIGTERM.
+STUBBORN = """
+import os, signal, time
+from tests import watcher
+
+watcher.adopt_orphans()
+read, write = os.pipe()
+if not (child := os.fork()):
+    os.close(write)
+    os.read(read, 1)
+    os._exit(3)
+if not (parent := os.fork()):
+    if not os.fork():
+        signal.signal(signal.SIGTERM, lambda *_: os.write(write, b"."))
+        while True:
+            time.sleep(60)
+    os._exit(0)
+os.waitpid(parent, 0)
+print(watcher.watch(child, [os.pidfd_open(os.getppid())], ends_orphans=True))
+"""
+
+
+def test_a_run_that_ends_while_its_orphans_are_ended_is_over() -> None:
+    command = [sys.executable, "-c", STUBBORN]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30, check=True)
+    assert ended.stdout.split() == [b"3"]
+
+
 def test_what_a_run_in_the_background_starts_hears_sigint() -> None:
     """A shell starts its background programs deaf to it, and they would start theirs so."""
     deaf = 'trap "" INT QUIT HUP; exec "$@"'
