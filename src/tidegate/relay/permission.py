@@ -6,6 +6,7 @@ caller's tenant may ask; unknown fields that name a model are held to that too.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,6 +34,8 @@ _CONTENT = frozenset(
     )
 )
 _OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
+_MAYBE_NAME = re.compile(rb"model|fallbacks", re.IGNORECASE)
+_ESCAPE = re.compile(rb"\\u00[46]")  # of a letter
 _TOOLS = re.compile(r"(?:.*\.)?tools")
 
 
@@ -61,6 +64,29 @@ def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> N
     if caller.models is not None:
         for field, model in _models_in(body):
             check_model(caller, model, field)
+
+
+def check_names(caller: Caller, raw: bytes) -> None:
+    """Raises InvalidRequest where an object of a body names models twice in one field: parsers do
+    not agree on which of them is meant, so that another one could be asked than was checked."""
+    if caller.models is None or (not _ESCAPE.search(raw) and len(_MAYBE_NAME.findall(raw)) < 2):
+        return
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        named = [name for name, _ in pairs if _names_models(name.casefold())]
+        for name in named:
+            if named.count(name) > 1:
+                said = f"{name} is named more than once in an object"
+                raise InvalidRequest(name, said, allowed=f"one {name}")
+
+    try:
+        json.loads(raw, object_pairs_hook=check, parse_int=len, parse_float=len)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("body", "the body is nested too deeply") from None
+
+
+def _names_models(folded: str) -> bool:
+    return folded in _NAMES or folded.endswith("_model")
 
 
 def _named_again(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -93,7 +119,7 @@ def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 if folded in _CONTENT:
                     continue
                 field = f"{path}.{name}" if path else name
-                if folded in _NAMES or folded.endswith("_model"):
+                if _names_models(folded):
                     for one in inner if type(inner) is list else (inner,):
                         if type(one) is str:
                             yield field, one

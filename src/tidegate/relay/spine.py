@@ -25,7 +25,7 @@ from tidegate.relay.call import Life, NativeCall, Out
 from tidegate.relay.headers import with_key
 from tidegate.relay.models import Models, is_plain
 from tidegate.relay.paths import Dialect, Operation
-from tidegate.relay.permission import check_body, check_model
+from tidegate.relay.permission import check_body, check_model, check_names
 from tidegate.relay.remaining import Remaining
 from tidegate.relay.spelling import check_said_once
 from tidegate.relay.targets import Target, Targets
@@ -96,6 +96,7 @@ class Relay:
             check_said_once(call.body, body)
             check_model(call.caller, asked.model)
             check_body(call.caller, call.endpoint, body)
+            check_names(call.caller, call.body)
             life.model, life.streams = asked.model, asked.streams
             life.kind = asked.kind if call.endpoint.is_counted else None
         self._budget.earn()

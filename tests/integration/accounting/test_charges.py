@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 import asyncpg
+import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
@@ -196,6 +197,10 @@ async def test_tools_name_no_model_that_the_tenant_may_not_ask(open_gateway: Ope
     job = {"endpoint": path, "body": asked}
     status, problem = await ask(gateway, "POST", "/submit", acme, job)
     assert (status, problem["field"]) == (403, "tools.model")
+    twice = orjson.dumps(asked).replace(b'"gpt-image-1"', b'"gpt-image-1","model":"m"')
+    typed = acme | {"content-type": "application/json"}
+    async with gateway.http.post(gateway.url + path, data=twice, headers=typed) as response:
+        assert (response.status, (await response.json())["error"]["param"]) == (400, "model")
     assert await gateway.calls() == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from tidegate.call import ANYBODY, Caller
 from tidegate.errors import Forbidden, InvalidRequest
 from tidegate.relay.paths import Dialect, Endpoint, endpoint_of, posted_to
-from tidegate.relay.permission import check_body
+from tidegate.relay.permission import check_body, check_names
 
 CALLER = Caller("acme", models=("gpt-5-mini", "m"))
 DEAR = "gpt-image-1"
@@ -121,3 +121,22 @@ def test_what_a_model_reads_and_what_a_client_runs_names_none() -> None:
 def test_a_body_that_is_too_large_to_be_looked_through_is_refused() -> None:
     with pytest.raises(InvalidRequest):
         check_body(CALLER, endpoint("/v1/responses"), {"model": "m", "x": [[]] * 100_001})
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"model": "m", "tools": [{"model": "gpt-image-1", "model": "m"}]}',
+        b'{"model": "m", "tools": [{"model": "gpt-image-1", "m\\u006fdel": "m"}]}',
+        b'{"model": "m", "web": {"search_model": "dear", "search_model": "m"}}',
+        b'{"model": "m", "fallbacks": ["gpt-image-1"], "fallbacks": []}',
+    ],
+)
+def test_an_object_names_its_model_once(raw: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        check_names(CALLER, raw)
+    check_names(ANYBODY, raw)
+
+
+def test_objects_of_their_own_name_each_a_model() -> None:
+    check_names(CALLER, b'{"model": "m", "tools": [{"model": "m"}, {"a": 1, "a": {"model": "m"}}]}')
