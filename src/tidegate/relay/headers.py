@@ -64,6 +64,7 @@ _NOT_RETURNED = _HOP_BY_HOP | frozenset(
     )
 )
 _NOT_RETURNED_PREFIXES = (_OURS, b"access-control-", b"cross-origin-", b"sec-", b"proxy-")
+_SHORTEST_SECRET_BYTES = 8  # a shorter one, such as `none`, opens nothing
 _NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -94,8 +95,11 @@ def with_key(headers: Headers, dialect: Dialect, key: str) -> Headers:
     return [*headers, (name, key.encode())]
 
 
-def to_return(given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True) -> Headers:
-    """The headers of an upstream's answer that go back to the client."""
+def to_return(
+    given: Iterable[tuple[bytes, bytes]], key: str = "", *, same_length: bool = True
+) -> Headers:
+    """The headers of an upstream's answer that go back to the client. Where they repeat the
+    upstream's `key` it is masked."""
     found, named = [], b""
     for raw_name, value in given:
         name = raw_name.lower()
@@ -105,7 +109,10 @@ def to_return(given: Iterable[tuple[bytes, bytes]], *, same_length: bool = True)
             continue
         if not name.startswith(_NOT_RETURNED_PREFIXES) or name == b"x-tidegate-emulator":
             found.append((name, value))
-    if _NO_VALUE.search(b"".join([value for _, value in found])):  # our server would not send it
+    values = b"".join([value for _, value in found])
+    if (secret := key.encode()) in values and len(secret) >= _SHORTEST_SECRET_BYTES:
+        found = [(name, value.replace(secret, b"***")) for name, value in found]
+    if _NO_VALUE.search(values):  # our server would not send it
         found = [pair for pair in found if not _NO_VALUE.search(pair[1])]
     if named and named not in (b"keep-alive", b"close"):
         dropped = {one.strip() for one in named.split(b",")}

@@ -27,6 +27,6 @@ async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFa
         error,
         target,
         status=status,
-        headers=to_return(exchange.headers, same_length=False),
+        headers=to_return(exchange.headers, target.upstream.key, same_length=False),
         body=body.replace(target.upstream.key.encode(), b"***"),
     )

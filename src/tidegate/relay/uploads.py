@@ -47,7 +47,7 @@ async def upload(
             if exchange.status >= 300:
                 raise await refusal_of(exchange, target, call.endpoint.dialect)
             life.http_status = exchange.status
-            headers = _own(to_return(exchange.headers), own)
+            headers = _own(to_return(exchange.headers, target.upstream.key), own)
             await out.start(exchange.status, headers)
             while piece := await exchange.next():
                 life.keep(piece)

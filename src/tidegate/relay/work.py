@@ -317,7 +317,8 @@ class Work:
             await gate.worked(target.model, tried=self._tried)
         life.http_status = exchange.status
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
-        headers = to_return(exchange.headers, same_length=without is None)
+        key = target.upstream.key
+        headers = to_return(exchange.headers, key, same_length=without is None)
         headers.append((b"x-tidegate-queue-ms", b"%.1f" % life.queue_ms))
         headers.append((b"x-tidegate-upstream", target.upstream.name.encode()))
         if left := self._relay.remaining[target.upstream.pool].of(demand.limits):
@@ -352,7 +353,7 @@ class Work:
             inside.error_of(value, exchange.headers, secret=key),
             target,
             status=inside.status_of(value),
-            headers=inside.own_headers(to_return(exchange.headers, same_length=False)),
+            headers=inside.own_headers(to_return(exchange.headers, key, same_length=False)),
             body=orjson.dumps(value).replace(key.encode(), b"***"),
         )
 

@@ -191,8 +191,12 @@ async def test_a_refusal_that_repeats_our_key_does_not_show_it(
 ) -> None:
     for status in (b"400 Bad", b"401 No", b"403 No", b"404 None", b"429 Slow", b"500 Broken"):
         said = b'{"error":{"code":400,"message":"the key %b is odd"}}' % KEY.encode()
-        head = b"HTTP/1.1 %b\r\ncontent-length: %d\r\n\r\n" % (status, len(said))
+        echoed = b"x-seen: key %b\r\nx-debug: on" % KEY.encode()
+        head = b"HTTP/1.1 %b\r\n%b\r\ncontent-length: %d\r\n\r\n" % (status, echoed, len(said))
         got = await answered(gateway, hostile, head + said)
         assert status_of(got) >= 400
         assert KEY.encode() not in got, status
+        # So it does where a success is an error in its body.
+        head = head.replace(status, b"200 OK")
+        assert KEY.encode() not in await answered(gateway, hostile, head + said)
     assert KEY.encode() in hostile.seen[-1], "the key does go to the upstream"

@@ -91,3 +91,10 @@ def test_what_sdks_and_operators_read_passes() -> None:
         *("x-content-type-options", "x-vertex-ai-llm-request-type", "azureml-model-session"),
     ):
         assert to_return([(name.encode(), b"x")]) == [(name.encode(), b"x")], name
+
+
+def test_a_header_that_repeats_the_upstreams_key_does_not_show_it() -> None:
+    seen = [(b"x-seen", b"Bearer sk-secret-key"), (b"x-cache", b"none")]
+    assert to_return(seen, "sk-secret-key") == [(b"x-seen", b"Bearer ***"), (b"x-cache", b"none")]
+    assert to_return(seen, "none") == seen
+    assert to_return(seen, "") == seen
