@@ -1,19 +1,21 @@
 """Keeps a bounded window of claimed jobs in this process, one window for each kind.
 
 Invariant: a kind whose limit is full never holds up another kind, since each has a window of its
-own; no more than `window` jobs of a kind, as it is just then, are claimed here at any time. While
-all upstreams are out only the next probe is claimed.
+own; no more than `window` jobs of a kind, as it is just then, are claimed here at any time, but for
+the moment of a wide look past those whose model is out. While all upstreams are out only the next
+probe is claimed.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.jobs.outages import Key, Outages, look_again_s
+from tidegate.jobs.outages import Key, Outages, look_again_s, look_at
 from tidegate.store.bell import UNSURE
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
@@ -79,7 +81,8 @@ class Feeder:
             mark = self._store.work_mark(self._lane)
             claimed: list[ClaimedJob] = []
             try:
-                claimed = await self._store.claim(pool=self._pool, kind=self._kind, limit=free)
+                most = look_at(free, in_vain) if self._outages.is_any else free
+                claimed = await self._store.claim(pool=self._pool, kind=self._kind, limit=most)
             except StoreUnavailable:
                 # The store logs its change of state.
                 await self._unless_closed(asyncio.sleep(_AWAY_WAIT_S))
@@ -91,10 +94,12 @@ class Feeder:
                 in_vain += 1
                 await self._unless_closed(asyncio.sleep(look_again_s(in_vain)))
                 continue
-            in_vain = 0
+            is_last = len(claimed) < free
+            in_vain = max(0, in_vain - 1)
+            await self._keep(claimed, free)
             for job in claimed:
                 self._start(job)
-            if len(claimed) < free:
+            if is_last:
                 await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark, self._lane))
 
     async def _without_held_up(self, claimed: list[ClaimedJob]) -> bool:
@@ -113,6 +118,14 @@ class Feeder:
             return True  # their tasks do it, as soon as PostgreSQL is there
         claimed[:] = [job for job in claimed if job.request_id not in waits_ms]
         return bool(claimed)
+
+    async def _keep(self, claimed: list[ClaimedJob], most: int) -> None:
+        """Return to the queue what a wide look has brought beyond the window."""
+        if not (more := claimed[most:]):
+            return
+        with suppress(StoreUnavailable):  # or all are started: no job is lost by waiting here
+            await self._store.hand_back(more)
+            del claimed[most:]
 
     async def _unless_closed(
         self, wait: Coroutine[Any, Any, object], timeout_s: float | None = None

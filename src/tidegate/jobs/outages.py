@@ -39,6 +39,7 @@ _GRACE_MS = (
     250  # the gate of all processes has chosen this call as its try, and counts its own time
 )
 _LONGEST_LOOK_S = 4.0
+_WIDEST_LOOK = 1_000
 _MOST = 1_000  # models are named by callers
 
 Key = tuple[str, str]  # upstream and model; "" for all models of it
@@ -76,6 +77,12 @@ def look_again_s(in_vain: int) -> float:
     """Before the queue is looked at once more for what can be called, after so many looks found
     only what is out."""
     return min(_LONGEST_LOOK_S, 2.0 ** (in_vain - 1))
+
+
+def look_at(most: int, in_vain: int) -> int:
+    """How many jobs to look at where `most` could be called, after so many looks found only what is
+    out: or all that can be called would wait behind the jobs of one paused model."""
+    return max(most, min(_WIDEST_LOOK, most << min(in_vain, 10)))
 
 
 class Outages:

@@ -7,7 +7,8 @@ changes nothing; a job that this process can't finish is handed back or retaken,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import UUID
@@ -29,7 +30,7 @@ from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.outages import Key, Outages, Turn
 from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms, spent_wait_ms
 from tidegate.jobs.stages import Stage, Stages, Tasks, end_cancelling
-from tidegate.jobs.wrapped import run_wrapped, targets_of
+from tidegate.jobs.wrapped import paused_waits_ms, run_wrapped, targets_of
 from tidegate.limiter import Permit
 from tidegate.pipeline import Pipeline
 from tidegate.relay.spine import Relay
@@ -102,7 +103,7 @@ class Worker:
         loops = [
             *(self._forever(feeder.run) for feeder in self._feeders),
             *(self._forever(self._every(beat_s, one)) for one in each_beat),
-            *(self._forever(self._every(1.0, one)) for one in each_second),
+            *(self._forever(self._every(1.0, one)) for one in (*each_second, self._leave_paused)),
             self._forever(self._heed_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -139,14 +140,21 @@ class Worker:
     def _tasks(self) -> Tasks:
         return {task: job for feeder in self._feeders for task, job in feeder.tasks.items()}
 
-    async def _give_up(self, given: Tasks) -> None:
+    async def _leave_paused(self) -> None:
+        waiting = self._stages.at(Stage.WAITING)
+        ms = paused_waits_ms(self._relay, waiting.values(), self._targets_of)
+        await self._give_up(
+            {task: job for task, job in waiting.items() if job.request_id in ms}, ms
+        )
+
+    async def _give_up(self, given: Tasks, waits_ms: Mapping[UUID, int] | None = None) -> None:
         if not given:
             return
         for task in given:
             task.cancel()
         await asyncio.wait(given)
         # A task that ended by itself meanwhile has moved its job on: the fence skips it.
-        await self._store_tolerant(lambda: self._store.hand_back(list(given.values())))
+        await self._store_tolerant(lambda: self._store.hand_back([*given.values()], waits_ms or {}))
 
     async def _heed_cancels(self) -> None:
         """Give up, at the latest after a second, what its owners do not want any more."""
@@ -196,8 +204,7 @@ class Worker:
             await work()
         except Exception:
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
-            failure = Failure.of(internal())
-            await self._fenced(lambda: self._store.fail_unadmitted(job, Status.FAILED, failure))
+            await self._end_unadmitted(job, internal())
         finally:
             self._stages.leave(job)
 
@@ -312,8 +319,7 @@ class Worker:
 
     async def _end_unadmitted(self, job: ClaimedJob, error: TidegateError) -> None:
         status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
-        failure = Failure.of(error)
-        await self._fenced(lambda: self._store.fail_unadmitted(job, status, failure))
+        await self._fenced(lambda: self._store.fail_unadmitted(job, status, Failure.of(error)))
 
     async def _end(
         self, job: ClaimedJob, result: AttemptResult, wait_ms: int | None, is_counted: bool
@@ -323,16 +329,15 @@ class Worker:
             not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms)
             await self._fenced(lambda: self._store.retry(job, result, not_before, is_counted))
         else:
-            status = status_of(result)
-            await self._fenced(lambda: self._store.finish(job, status, result))
+            await self._fenced(lambda: self._store.finish(job, status_of(result), result))
 
     async def _keep_pictures(self, pictures: list[Media]) -> tuple[OutputFile, ...]:
         """Raises StoreUnavailable when the blob store stays away for long."""
         kept = []
         for picture in pictures:
             key = await self._put(picture.data)
-            size = len(picture.data)
-            kept.append(OutputFile(new_id(), picture.mime_type, size, key, picture.name))
+            kind, data = picture.mime_type, picture.data
+            kept.append(OutputFile(new_id(), kind, len(data), key, picture.name))
         return tuple(kept)
 
     async def _put(self, data: bytes) -> str:
@@ -362,11 +367,9 @@ class Worker:
     async def _until_store_is_back(self) -> None:
         while True:
             await asyncio.sleep(_STORE_POLL_S)
-            try:
+            with suppress(StoreUnavailable):
                 await self._store.ping(1_000)
                 return
-            except StoreUnavailable:
-                continue
 
     async def _store_tolerant(self, call: Callable[[], Awaitable[object]]) -> None:
         """Do what can be left out while PostgreSQL is away: it is repeated, or lapses by itself."""

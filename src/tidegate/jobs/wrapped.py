@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from random import uniform
+from uuid import UUID
 
 from tidegate.attempt import Attempt
 from tidegate.call import Caller
+from tidegate.demand.pause import model_limit
 from tidegate.errors import InvalidRequest, NotFound
 from tidegate.jobs.ends import time_left_ms
 from tidegate.jobs.outages import Key
@@ -16,6 +20,9 @@ from tidegate.relay.spine import Relay
 from tidegate.relay.work import Begun
 from tidegate.store.records import ClaimedJob, FailedTry, Failure
 
+_PAUSED_MS = 400
+_LEAST_WAIT_MS, _LONGEST_WAIT_MS = 20_000, 60_000
+
 
 def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
     """The upstreams and models that a call can go to; none where another version took it in."""
@@ -25,6 +32,25 @@ def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
     except (InvalidRequest, NotFound):
         return ()
     return tuple((target.upstream.name, target.model) for target in found)
+
+
+def paused_waits_ms(
+    relay: Relay, jobs: Iterable[ClaimedJob], targets: Callable[[ClaimedJob], Sequence[Key]]
+) -> dict[UUID, int]:
+    """Of jobs that wait for models which are paused: when each is to look again. They would take
+    the places of others. At latest a minute later, since a person may end a pause."""
+    waits_ms = {}
+    for job in jobs:
+        paused_ms = min((_paused_ms(relay, key) for key in targets(job)), default=0)
+        if paused_ms > _PAUSED_MS:
+            wait_ms = min(_LONGEST_WAIT_MS, max(_LEAST_WAIT_MS, paused_ms))
+            waits_ms[job.request_id] = round(wait_ms * uniform(0.5, 1))
+    return waits_ms
+
+
+def _paused_ms(relay: Relay, key: Key) -> int:
+    gate = relay.health.get(key[0])
+    return 0 if gate is None else gate.limiter.paused_ms((model_limit(key[1]),))
 
 
 async def run_wrapped(

@@ -102,6 +102,19 @@ async def test_answers_without_content_put_no_upstream_out(
     assert gateway.services.relay.health["gemini"].state == "ok"
 
 
+async def test_jobs_of_a_model_that_is_out_hold_up_no_jobs_of_others(open_gateway: Opener) -> None:
+    gateway = await open_gateway(rate_limits={"text_only": LIMIT}, worker=False)
+    await gateway.upstream.set_fault("day_quota", match="exotic")
+    exotic: dict[str, Any] = {
+        "endpoint": "/v1beta/models/gemini-exotic:generateContent",
+        "body": {"contents": [{"parts": [{"text": "An exotic word"}]}]},
+    }
+    await asyncio.gather(*(gateway.submit(**exotic) for _ in range(5 * EACH)))
+    other = await gateway.submit(endpoint=CHAT, body=chat("Say hello"))
+    gateway.start_worker()
+    assert (await gateway.end_of(other, 25))["status"] == "succeeded"
+
+
 async def test_a_refused_key_fails_nothing(open_gateway: Opener) -> None:
     gateway = await open_gateway(rate_limits={"text_only": LIMIT}, worker=False)
     await gateway.upstream.set_fault("unauthorized")

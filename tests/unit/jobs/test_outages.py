@@ -25,6 +25,7 @@ from tidegate.jobs.outages import (
     Outages,
     Turn,
     look_again_s,
+    look_at,
 )
 
 TEXT: tuple[Key, ...] = (("main", "text"),)
@@ -148,6 +149,18 @@ def test_claiming_stops_but_for_the_next_probe(clock: Clock, outages: Outages) -
     assert outages.may_claim(9) == 0, "one is being called"
     outages.ended(probe, "main", None)
     assert outages.may_claim(9) == 9
+
+
+def test_looks_past_what_is_out_become_wider() -> None:
+    assert [look_at(12, in_vain) for in_vain in (0, 1, 2, 6, 7, 99)] == [
+        12,
+        24,
+        48,
+        768,
+        1000,
+        1000,
+    ]
+    assert look_at(2_000, 3) == 2_000
 
 
 def test_models_that_callers_name_are_bounded(outages: Outages) -> None:
