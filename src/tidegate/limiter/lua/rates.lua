@@ -246,7 +246,7 @@ T.rates = function()
     if number and limit.sort == 'r' then count_shares(limit, number, clamped(limit, amount)) end
     if not limit.shadow then amount = math.min(amount, limit.bound) end
     if limit.exact then
-      limit.spent, limit.spent_anew = limit.spent + 1, true
+      limit.spent, limit.spent_anew, limit.changed = limit.spent + 1, true, true
       call('RPUSH', key_of(limit), T.int(pool.now))
       call('PEXPIRE', key_of(limit), limit.span)
       return nil
