@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from tidegate.errors import (
     UpstreamError,
+    UpstreamOut,
     UpstreamThrottled,
     UpstreamUnauthorized,
     UpstreamUnavailable,
@@ -166,7 +167,8 @@ class Outages:
                 outage.probe = None
         told_s = (error.retry_after_ms or 0) / 1000
         if called is None:
-            for name, _ in turn.targets:
+            # What `enter` refused is known here already, and may be out for one model alone.
+            for name, _ in turn.targets if isinstance(error, UpstreamOut) else ():
                 self._hold((name, ""), told_s, is_told=True)
         elif isinstance(error, UpstreamThrottled):
             self._hold(called, told_s, enough=True)

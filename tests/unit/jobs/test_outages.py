@@ -10,6 +10,7 @@ import pytest
 
 from tidegate.errors import (
     UpstreamError,
+    UpstreamOut,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamUnauthorized,
@@ -117,13 +118,22 @@ def test_a_429_is_of_one_model(clock: Clock, outages: Outages) -> None:
     assert outages.held_ms(TEXT) == 0, "somebody may have ended it"
 
 
+def test_a_call_that_is_refused_for_its_model_puts_no_other_model_out(outages: Outages) -> None:
+    fail(outages, BARE, 1)
+    with pytest.raises(UpstreamUnavailable) as refused:
+        outages.enter(TEXT)
+    outages.ended(Turn(TEXT), None, refused.value)
+    assert outages.held_ms(PICTURES) == 0
+    assert outages.may_claim(9) == 9
+
+
 def test_a_refused_key_is_tried_once_a_minute(clock: Clock, outages: Outages) -> None:
     fail(outages, UpstreamUnauthorized("bad key", status=401), 1)
     assert outages.held_ms(PICTURES) == DEAD_KEY_S * 1000
 
 
 def test_what_is_known_to_be_out_elsewhere_is_held_as_long(outages: Outages) -> None:
-    out = UpstreamUnavailable("out", retry_after_ms=3_000, asked=False)
+    out = UpstreamOut("out", retry_after_ms=3_000)
     outages.ended(Turn(TEXT), None, out)
     assert outages.held_ms(TEXT) == 3_000
 
