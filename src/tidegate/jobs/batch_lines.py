@@ -131,7 +131,7 @@ class LineCaller:
             in_vain = 0
             for line in claimed:
                 self._begin(line)
-            if len(claimed) < free // 2:
+            if len(claimed) < max(1, free // 2):
                 await self._store.wait_work(_IDLE_MS, mark, BATCHES)
 
     async def _without_held_up(self, claimed: list[Line]) -> bool:
