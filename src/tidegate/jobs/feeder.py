@@ -9,13 +9,14 @@ probe is claimed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.jobs.outages import Key, Outages, look_again_s, look_at
+from tidegate.jobs.outages import Outages, look_again_s, look_at
 from tidegate.store.bell import UNSURE
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
@@ -39,17 +40,18 @@ class Feeder:
         window: Callable[[], int],
         work: Callable[[ClaimedJob], Awaitable[None]],
         outages: Outages,
-        targets: Callable[[ClaimedJob], Sequence[Key]],
+        held_waits_ms: Callable[[Sequence[ClaimedJob], int], Mapping[UUID, int]],
         pool: str = DEFAULT_POOL,
     ) -> None:
         self._outages = outages
-        self._targets = targets
+        self._held_waits_ms = held_waits_ms
         self._pool = pool
         self._store = store
         self._kind = kind
         self._lane = kind or UNSURE
         self._window = window
         self._work = work
+        self._put_off = 0
         self._slot_freed = asyncio.Event()
         self._closing = asyncio.Event()
         self.tasks: dict[asyncio.Task[None], ClaimedJob] = {}
@@ -81,7 +83,7 @@ class Feeder:
             mark = self._store.work_mark(self._lane)
             claimed: list[ClaimedJob] = []
             try:
-                most = look_at(free, in_vain) if self._outages.is_any else free
+                most = look_at(free, in_vain)
                 claimed = await self._store.claim(pool=self._pool, kind=self._kind, limit=most)
             except StoreUnavailable:
                 # The store logs its change of state.
@@ -90,7 +92,7 @@ class Feeder:
             finally:
                 if not claimed:
                     self._outages.unclaimed()
-            if claimed and self._outages.is_any and not await self._without_held_up(claimed):
+            if claimed and not await self._without_held_up(claimed):
                 in_vain += 1
                 await self._unless_closed(asyncio.sleep(look_again_s(in_vain)))
                 continue
@@ -104,12 +106,10 @@ class Feeder:
 
     async def _without_held_up(self, claimed: list[ClaimedJob]) -> bool:
         """Return jobs to the queue that nothing can be called for; whether any are left."""
-        waits_ms = {
-            job.request_id: self._outages.wait_ms(targets)
-            for job in claimed
-            if self._outages.held_ms(targets := self._targets(job))
-        }
+        waits_ms = self._held_waits_ms(claimed, self._put_off)
+        self._put_off += len(waits_ms)
         if not waits_ms:
+            self._put_off = 0
             return True
         held_up = [job for job in claimed if job.request_id in waits_ms]
         try:

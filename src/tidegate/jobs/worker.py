@@ -30,7 +30,7 @@ from tidegate.jobs.feeder import Feeder
 from tidegate.jobs.outages import Key, Outages, Turn
 from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms, spent_wait_ms
 from tidegate.jobs.stages import Stage, Stages, Tasks, end_cancelling
-from tidegate.jobs.wrapped import paused_waits_ms, run_wrapped, targets_of
+from tidegate.jobs.wrapped import held_waits_ms, paused_waits_ms, run_wrapped, targets_of
 from tidegate.limiter import Permit
 from tidegate.pipeline import Pipeline
 from tidegate.relay.spine import Relay
@@ -75,7 +75,7 @@ class Worker:
         self._bodies = CallBodies(blobs, config.max_held_bytes)
         self._pipeline = pipeline
         self._stages = Stages(self._tasks)
-        held_up = (outages, self._targets_of, pool)
+        held_up = (outages, partial(held_waits_ms, relay, outages, self._targets_of), pool)
         self._feeders = [
             Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify, *held_up),
             *(Feeder(store, k, partial(self._window, k), self._work, *held_up) for k in Kind),
