@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.garbage import pytest_collection
 from tests.needs import mark
@@ -10,6 +11,12 @@ from tests.order import order
 from tests.watched import pytest_configure, pytest_xdist_setupnodes
 
 __all__ = ["pytest_collection", "pytest_configure", "pytest_xdist_setupnodes"]
+
+# A machine that others use stands still for a second now and then: that says nothing of a test.
+settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
