@@ -1,14 +1,17 @@
 """10,000 tenants that have limits of their own, a thousand of which each have a call that waits.
 
 What is measured is an API process from outside, by its answers to `/health/live`, and Valkey by its
-own slow log: how long each script worked.
+own slow log: how long each script worked. That is by the clock, so Valkey goes before all else on
+the machine where that is allowed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,15 @@ def policy_in(folder: Path) -> dict[str, str]:
     return {"TIDEGATE_POLICY": str(path), "CLASSIFIER": "keywords"}
 
 
+def go_first(pid: int) -> None:
+    """A real-time process is not preempted by others."""
+    with suppress(PermissionError):
+        os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
+
+
 async def test_no_number_of_tenants_holds_up_a_process_or_valkey(tmp_path: Path) -> None:
     async with Fleet(tmp_path, apis=1, workers=1, settings=policy_in(tmp_path)) as fleet:
+        go_first(fleet.valkey.pid)
         await fleet.control.set_behaviour(first_byte_ms=3_600_000)
         url = f"{fleet.url}/v1/chat/completions"
         connector = aiohttp.TCPConnector(limit=0)
@@ -74,12 +84,13 @@ async def test_no_number_of_tenants_holds_up_a_process_or_valkey(tmp_path: Path)
             await asyncio.gather(*calls, return_exceptions=True)
         await server.aclose()
     tend = load("tend").sha.encode()
-    worked_ms = [e["duration"] / 1000 for e in log if e["command"].split()[1:2] == [tend]]
+    worked_ms = sorted(e["duration"] / 1000 for e in log if e["command"].split()[1:2] == [tend])
     took_ms.sort()
     p99_ms = took_ms[len(took_ms) * 99 // 100]
     sys.stdout.write(
         f"\n  /health/live p50 {took_ms[len(took_ms) // 2]:.1f} ms, p99 {p99_ms:.1f} ms; "
-        f"{len(worked_ms)} comparisons, the longest {max(worked_ms):.1f} ms of Valkey\n"
+        f"{len(worked_ms)} comparisons, p50 {worked_ms[len(worked_ms) // 2]:.1f} ms of Valkey, "
+        f"p99 {worked_ms[len(worked_ms) * 99 // 100]:.1f} ms, the longest {worked_ms[-1]:.1f} ms\n"
     )
     assert p99_ms < LIVE_MS
     assert max(worked_ms) < TEND_MS

@@ -25,6 +25,7 @@ from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.model import PoolModel
 from tidegate.limiter.model.places import LONGEST
+from tidegate.limiter.model.telling import ON_PAGE
 from tidegate.limiter.observer import Observer
 from tidegate.limiter.scripts import ScriptName, fragment, load
 from tidegate.limiter.session import Session
@@ -46,7 +47,7 @@ class Pace:
     at_once: int = 500
     starves: int = 8
     longest: int = LONGEST
-    on_page: int = 1000
+    on_page: int = ON_PAGE
     looked_at: int = 50
     most_owed: int = 2000
 
@@ -68,8 +69,8 @@ def script_source(name: ScriptName, pace: Pace) -> bytes:
         (b"T.AT_ONCE = 500", b"T.AT_ONCE = %d" % pace.at_once),
         (b"T.STARVES = 8", b"T.STARVES = %d" % pace.starves),
         (b"T.LONGEST = %d" % LONGEST, b"T.LONGEST = %d" % pace.longest),
-        (b"T.MOST_TOLD = 1000", b"T.MOST_TOLD = %d" % pace.on_page),
-        (b"T.MOST_ON_PAGE = 1000", b"T.MOST_ON_PAGE = %d" % pace.on_page),
+        (b"T.MOST_TOLD = %d" % ON_PAGE, b"T.MOST_TOLD = %d" % pace.on_page),
+        (b"T.MOST_ON_PAGE = %d" % ON_PAGE, b"T.MOST_ON_PAGE = %d" % pace.on_page),
         (b"T.LOOKED_AT = 50", b"T.LOOKED_AT = %d" % pace.looked_at),
         (b"T.MOST_OWED = 2000", b"T.MOST_OWED = %d" % pace.most_owed),
     ):

@@ -7,7 +7,7 @@ permit that is passed on inside the process is never also given back.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from heapq import nlargest
 from itertools import count, islice
@@ -16,6 +16,7 @@ from math import inf
 from tidegate.limiter.entries import Batch, Counts, Holding, Release, Transfer, Waiter
 from tidegate.limiter.flow import UNITS, Flow
 from tidegate.limiter.outbox import Outbox
+from tidegate.limiter.rounds import Rounds
 from tidegate.limiter.wire import OUTCOMES, USAGE_LATER, Hint
 
 # Fences of one permit that is passed on inside a process; the server's are this far apart.
@@ -58,7 +59,7 @@ class Ledger:
         self._local_tags: Counter[str] = Counter()
         # Those that the last request asked hints for, and those that have one.
         self._wanting, self._hinted = list[Flow](), list[Flow]()
-        self.round: deque[Flow] = deque()  # still to be looked at in this one
+        self.rounds = Rounds(self._lanes)
 
     def __repr__(self) -> str:
         counts = f"waiting={len(self.waiting)} held={len(self.held)} unsaid={len(self.outbox)}"
@@ -341,12 +342,11 @@ class Ledger:
         self._wanting = list(islice((flow for lane in lanes for flow in lane.values()), most))
         return self._wanting
 
-    def flows_to_look_at(self, most: int, *, begin: bool) -> list[Flow]:
-        """The next flows of a round through all that wait; `begin` another round."""
+    def rounds_of(self, *, begin: bool) -> Rounds:
+        """The rounds through all that waits; `begin` another."""
         if begin:
-            self.round = deque(flow for lane in self._lanes.values() for flow in lane.values())
-        taken = (self.round.popleft() for _ in range(min(most, len(self.round))))
-        return [flow for flow in taken if flow.waiting]
+            self.rounds.begin()
+        return self.rounds
 
     def take_hints(self, hints: Mapping[str, Hint]) -> None:
         """What the server lets us pass on from now on, of what `flows_to_hint` named last, by the
@@ -381,15 +381,17 @@ class Ledger:
         here: Callable[[float], float],
         told: Collection[str] | None = None,
     ) -> None:
-        """Compare with all that the server says we hold: pick up grants whose push was lost, or is
-        still to be read. `here` tells a moment of the server's by our clock, at the earliest.
-        What we spent until now is in what the server told: of the limits `told`, or of all."""
+        """Take what the server says we hold, of the tickets asked after: grants whose push was
+        lost, or is still to be read. `here` tells a moment of the server's by our clock, at the
+        earliest. What we spent until now is in what it told: of the limits `told`, or of all."""
         for ticket, seq, until_ms in held:
             if ticket in self.held or ticket in self.outbox.parting:
                 continue
             waiter = self.waiting.get(ticket)
             admitted_ms = here(until_ms - waiter.hard_ms) if waiter else None
             self.grant(ticket, epoch, seq, now_ms, admitted_ms)
+            if waiter is not None and waiter.flow.waiting:
+                self.rounds.ask_again(waiter.flow)
         if told is None:
             self.spent_since.clear()
         else:

@@ -16,7 +16,7 @@ from tidegate.limiter.flow import Flow
 
 MAX_ENTRIES = 500
 # Each flow costs the server a look at all of its limits.
-MAX_FLOWS = 50
+MAX_FLOWS = 15
 # A permit that was freed while nobody waits is kept for the next one here no longer than this.
 SPARE_MS = 5.0
 

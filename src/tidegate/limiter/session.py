@@ -34,8 +34,8 @@ logger = logging.getLogger("tidegate.limiter")
 ACK_EARLY = 4
 # How many flows one request asks to be hinted at.
 MAX_WANTS = 16
-# At how many flows one request has the server look, and one that compares all besides.
-MAX_LOOKS, LOOKS_BESIDE = 50, 20
+# At how many flows one request has the server look; one that compares besides, and asks after.
+MAX_LOOKS, LOOKS_BESIDE, MAX_ASKS = 20, 10, 200
 
 
 class Session:
@@ -208,7 +208,7 @@ class Session:
             or self._must_join
             or self._policy_due
             or self._leaving
-            or len(self._ledger.round) > 0
+            or self._ledger.rounds.has_to_look
             or self._sent_seen - self._acked >= ACK_EARLY
         )
 
@@ -225,8 +225,8 @@ class Session:
         at = self.lease.now_ms()
         self._batch += 1
         full = self._full or self._tend or batch.joining
-        looks = LOOKS_BESIDE if full else MAX_LOOKS
-        looking = self._ledger.flows_to_look_at(looks, begin=self._full or batch.joining)
+        rounds = self._ledger.rounds_of(begin=self._full or batch.joining)
+        looking = rounds.flows_to_look_at(LOOKS_BESIDE if full else MAX_LOOKS)
         fields = compose(batch, self._ledger.flows_to_hint(MAX_WANTS), looking, at)
         held, quotas = fields.pop("held"), fields.pop("quotas")
         request = SyncRequest(
@@ -245,6 +245,7 @@ class Session:
             resets=self.remembered.resets(quotas, at) if quotas else {},
             told=self.remembered.told if full else 0,
             pages=self.remembered.places(begin=self._full) if full else {},
+            asks=rounds.tickets_to_ask_after(MAX_ASKS) if full else [],
             join=self._join(held, at) if batch.joining else None,
             **fields,
         )
@@ -287,9 +288,8 @@ class Session:
         self._ledger.take_hints({request.flows[h.flow - 1]: h for h in reply.hints})
         self._arm(reply)
         self._settled()
-        if reply.more:
-            self._tend = True
-        if reply.more or self._ledger.outbox.urgent or self._ledger.round:
+        self._tend |= reply.more > 0
+        if reply.more or self._ledger.outbox.urgent or self._ledger.rounds.has_to_look:
             self.kick()
 
     def _compare(self, reply: SyncReply, whole: Whole, sent_ms: float, at: float) -> None:
@@ -299,7 +299,7 @@ class Session:
         news = self.remembered.learn(whole, self.policy, sent_ms, at, recovering=recovering)
         told = [name for name, _ in whole.spent] if "spent" in whole.pages else None
         self._ledger.reconcile(whole.held, reply.epoch, at, self.remembered.here, told)
-        if news or self.remembered.pages:
+        if news or self.remembered.pages or self._ledger.rounds.has_to_ask:
             # The others wait to hear that we know, or the server has more to tell.
             self._tend = True
             self._wake()

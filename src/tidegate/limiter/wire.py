@@ -136,7 +136,7 @@ class SyncRequest:
     outcome, took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow,
     member. enqueues: flow, member. wants: flow, cost_ms. A member is
     ticket|hard_ms|cost_ms|amounts. looks: flows under whose limits somebody might be admitted.
-    told, pages: what of `Whole` was read before.
+    told, pages: what of `Whole` was read before. asks: tickets that may have been admitted.
     """
 
     sid: str
@@ -163,6 +163,7 @@ class SyncRequest:
     looks: list[int] = field(default_factory=list)
     told: int = 0
     pages: dict[str, tuple[str, int]] = field(default_factory=dict)
+    asks: list[int] = field(default_factory=list)
 
     def pack(self) -> bytes:
         values = ((name, getattr(self, name)) for name in _SYNC_FIELDS)
@@ -182,10 +183,11 @@ _SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 class Whole(NamedTuple):
     """What a `full` request gets on top. `held` holds (ticket, seq, until_ms: when its hard limit
-    ends by the server's clock), `spent` (limit, spent), `pauses` (limit, left_ms, ramp_ms, said);
-    `policy` is None where ours is in force; `roster` is the version of the list of sessions, and
-    the list where we do not have it. `spent` is of what changed after the change `told` of the
-    request, up to this one; `pages` are the places at which the lists go on that are not whole."""
+    ends by the server's clock) of those asked after, `spent` (limit, spent), `pauses` (limit,
+    left_ms, ramp_ms, said); `policy` is None where ours is in force; `roster` is the version of the
+    list of sessions, and the list where we do not have it. `spent` is of what changed after the
+    change `told` of the request, up to this one; `pages` are the places at which the lists go on
+    that are not whole."""
 
     now_ms: int
     held: list[tuple[int, int, int]]

@@ -115,15 +115,18 @@ class Process:
         self.session.refresh()
         return self.say()
 
-    def exchange(self) -> dict[str, int]:
-        """One call."""
+    def exchange(self, *, lost: bool = False) -> dict[str, int]:
+        """One call, whose answer may be lost."""
         pool, session = self.pool, self.session
         batch, request = session.prepare(pool.run, 10_000_000)
         name = "sync" if session.is_ordinary(request) else "tend"
         pool.server.delete(f"{pool.keys.meta}:testwork")
         keys = (pool.keys.meta, pool.keys.layout)
         raw = pool.server.evalsha(pool.scripts[name], 2, *keys, request.pack())
-        session.answered(batch, request, SyncReply.unpack(raw), float(pool.now_ms))
+        if lost:
+            session.unanswered(batch)
+        else:
+            session.answered(batch, request, SyncReply.unpack(raw), float(pool.now_ms))
         counted = pool.server.hgetall(f"{pool.keys.meta}:testwork")
         return {key.decode(): int(count) for key, count in counted.items()}
 

@@ -12,12 +12,13 @@ import redis
 
 from tests.integration.limiter.slices import Pool, Process, stray_fields
 from tidegate.limiter.limits import Limit, PoolPolicy, Rate
+from tidegate.limiter.model.telling import ON_PAGE
 from tidegate.limiter.outbox import MAX_FLOWS
-from tidegate.limiter.session import LOOKS_BESIDE, MAX_LOOKS
+from tidegate.limiter.session import LOOKS_BESIDE, MAX_ASKS, MAX_LOOKS
 from tidegate.limiter.wire import Join
 
 LEASE_MS = 30_000
-MANY = 2500  # more than two pages
+MANY = 2550  # many pages, the last of them not full
 
 
 def many(tenants: int, revision: int = 1, first: int = 0) -> PoolPolicy:
@@ -82,11 +83,56 @@ def test_a_process_with_many_waiting_tenants_has_them_looked_at_some_by_some(mad
     assert len(process.ledger.waiting) == 1000
     pool.pass_time(LEASE_MS // 3)
     looks = process.compare()
-    assert len(looks) == 1 + math.ceil((1000 - LOOKS_BESIDE) / MAX_LOOKS)
+    comparisons = math.ceil(1000 / MAX_ASKS)  # each asks after some, and has some looked at
+    left = 1000 - comparisons * LOOKS_BESIDE
+    assert len(looks) == comparisons + math.ceil(left / MAX_LOOKS)
     # Of the first call: what the session itself holds and where it waits is one answer.
     assert max(work["commands"] for work in looks) < 12 * MAX_LOOKS
     # All of them are looked at: a limit that somebody raises lets in everybody.
     assert len(process.ledger.held) == 1000
+
+
+def test_what_a_comparison_reads_does_not_grow_with_what_the_process_holds(made: Made) -> None:
+    most = {}
+    for tenants in (100, 1000):
+        pool = made(many(1000))
+        [process] = settled(pool, 1)
+        for number in range(tenants):
+            for _ in range(2):
+                process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
+        process.say()
+        process.compare()
+        assert (len(process.ledger.held), len(process.ledger.waiting)) == (tenants, tenants)
+        pool.pass_time(LEASE_MS // 3)
+        work = process.compare()
+        most[tenants] = max(each["elements"] for each in work)
+        pool.wipe()
+    assert most[1000] < 1.2 * most[100], most
+    assert most[1000] < 1500, most
+
+
+@pytest.mark.parametrize("tenants", [1, 7, 1000])
+def test_all_that_was_admitted_without_an_answer_is_found_some_by_some(
+    made: Made, tenants: int
+) -> None:
+    admitting = PoolPolicy({"kind:text_only": 1501}, lease_ms=LEASE_MS, revision=2)
+    pool = made(replace(admitting, limits={"kind:text_only": 1}, revision=1))
+    process, operator = settled(pool, 2)
+    operator.ask("operator", "kind:text_only")
+    operator.say()
+    for number in range(1500):
+        process.ask(f"t{number % tenants}", "kind:text_only")
+    process.say()
+    operator.session.set_policy(admitting, "operator")
+    operator.say()
+    while pool.field("u:kind:text_only") != "1501":
+        process.session.refresh()
+        process.exchange(lost=True)
+    assert not process.ledger.held
+    work = process.say()
+    assert len(process.ledger.held) == 1500
+    assert max(each["elements"] for each in work) < 1500
+    assert process.ledger.counts.strays == 0
 
 
 def test_one_call_asks_for_some_tenants_and_the_next_for_others(made: Made) -> None:
@@ -110,8 +156,8 @@ def test_what_many_tenants_have_spent_is_known_to_all_when_valkey_loses_it(made:
     assert len(spender.ledger.held) == MANY
     pool.pass_time(LEASE_MS // 3)
     work = survivor.compare()
-    assert len(work) == 3, "told in pages, one after another"
-    assert all(each["elements"] < 5000 for each in work)
+    assert len(work) == math.ceil(MANY / ON_PAGE), "told in pages, one after another"
+    assert all(each["elements"] < 900 for each in work)
     [quiet] = survivor.compare()
     assert quiet["elements"] < 700, "nothing is told twice"
 

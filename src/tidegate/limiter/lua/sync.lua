@@ -1,7 +1,7 @@
 -- does: what a process has to say in passing: frees first, lets in last; the rest is for `tend`
 -- keys: meta layout
 -- args: request
--- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
 -- uses: keys clock pool limits places held session say hints reply

@@ -1,7 +1,7 @@
 -- does: all that a process has to say to its pool: joins, leaves, recovers, reaps and compares too
 -- keys: meta layout
 -- args: request
--- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
 -- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster told pages
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)

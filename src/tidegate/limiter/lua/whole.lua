@@ -1,12 +1,12 @@
--- does: gathers what a session wants to compare: what it holds, who lapses, what is spent
+-- does: gathers what a session wants to compare: what it was given, who lapses, what is spent
 -- keys: meta sessions session lapsing spending paused
--- args: sid revision told pages
+-- args: sid revision told pages asks
 -- returns: whole()
 -- units: ms
 -- A call reads a bounded slice, whatever the pool has: what a session has not heard yet of the rates,
 -- in the order in which they changed, and a page of each list. The session comes back for the rest.
-T.MOST_TOLD = 1000
-T.MOST_ON_PAGE = 1000
+T.MOST_TOLD = 100
+T.MOST_ON_PAGE = 100
 T.LOOKED_AT = 50
 
 function T.next_event_ms()
@@ -19,14 +19,14 @@ function T.next_event_ms()
   return math.max(1, first - pool.now)
 end
 
--- (ticket, seq, until_ms) of each.
-function T.all_held()
-  local list, raw = {}, call('HGETALL', T.session_key(q.sid))
-  for i = 1, #raw, 2 do
-    local ticket = string.match(raw[i], '^h:(.*)$')
-    if ticket then
-      local seq, until_ms = string.match(raw[i + 1], '^([^|]*)|([^|]*)|')
-      list[#list + 1] = { tonumber(ticket), tonumber(seq), tonumber(until_ms) }
+-- (ticket, seq, until_ms) of each that was admitted, of the tickets that the session asks after.
+function T.held_of_asked()
+  local list, fields = {}, {}
+  for i, ticket in ipairs(q.asks) do fields[i] = 'h:' .. ticket end
+  for i, value in ipairs(#fields > 0 and T.read(T.session_key(q.sid), fields) or none) do
+    if value then
+      local seq, until_ms = string.match(value, '^([^|]*)|([^|]*)|')
+      list[#list + 1] = { q.asks[i], tonumber(seq), tonumber(until_ms) }
     end
   end
   return list
@@ -74,9 +74,9 @@ function T.pauses_page()
 end
 
 -- What is spent of the rates, for the case that the server forgets it: of those that changed after
--- `told`, as of that change, which is no less than what is left of it now. Of the few that did not
--- change for the longest time, which are all in a small pool, as of now; of which nothing is left is
--- forgotten here. Returns the number of the last change that the session knows by that, and the place
+-- `told`, as of that change, which is no less than what is left of it now. With the first page, of the
+-- few that did not change for the longest time, which are all in a small pool, as of now; of which
+-- nothing is left is forgotten here. Returns the number of the last change that the session knows by that, and the place
 -- of what is still to be told.
 function T.spent_since_told()
   local list, fields, at, told = {}, {}, {}, pool.changes
@@ -90,7 +90,8 @@ function T.spent_since_told()
     list[i] = { name, tonumber(amount or 0) }
     at[name] = i
   end
-  for _, name in ipairs(call('ZRANGE', T.spending_key, 0, T.LOOKED_AT - 1)) do
+  local eldest = not q.pages.spent and call('ZRANGE', T.spending_key, 0, T.LOOKED_AT - 1)
+  for _, name in ipairs(eldest or none) do
     local limit, amount = T.limit_of(name), 0
     if limit.sort ~= 'c' then amount = T.rates().spent(limit) end
     list[at[name] or #list + 1] = { name, amount }
@@ -113,7 +114,7 @@ function T.whole()
   local lapsing, more_lapsing = {}, nil
   if pool.hold then lapsing, more_lapsing = T.lapsing_page() end
   return {
-    pool.now, T.all_held(), lapsing, T.next_event_ms(), T.conflict, spent, pauses,
+    pool.now, T.held_of_asked(), lapsing, T.next_event_ms(), T.conflict, spent, pauses,
     (q.revision ~= pool.revision or T.conflict == 1) and call('HGET', T.meta_key, 'policy') or false,
     T.roster(), told, { spent = more_spent, lapsing = more_lapsing, pauses = more_pauses },
   }

@@ -10,7 +10,7 @@ from tidegate.limiter.model.joining import Joining
 from tidegate.limiter.wire import SyncRequest, Whole
 
 # What one call tells of each list, and of how many rates it sees what is spent now.
-ON_PAGE = 1000
+ON_PAGE = 100
 LOOKED_AT = 50
 # When a pause ends that lasts until it is ended.
 FOR_EVER = 9007199254740991
@@ -34,12 +34,16 @@ class Telling(Joining):
             q.pages.get("lapsing"),
         )
         paused, more_paused = self._pauses(q.pages.get("pauses"))
-        spent, told, more_spent = self._spent_since(q.told)
+        spent, told, more_spent = self._spent_since(q)
         pages = {"spent": more_spent, "lapsing": more_lapsing, "pauses": more_paused}
         tell = policy is not None and (q.revision != self.revision or self.conflict == 1)
         return Whole(
             now_ms=self.now,
-            held=[(ticket, held.seq, held.until) for ticket, held in session.held.items()],
+            held=[
+                (ticket, held.seq, held.until)
+                for ticket in q.asks
+                if (held := session.held.get(ticket))
+            ],
             lapsing=[(member, max(0, end - self.now)) for end, member in lapsing],
             next_event_ms=max(1, min(ends) - self.now),
             conflict=self.conflict,
@@ -70,15 +74,15 @@ class Telling(Joining):
         page, rest = self._page([(end, name) for name, end in self.paused().items()], place)
         return [name for _, name in page], rest
 
-    def _spent_since(self, told: int) -> tuple[list[tuple[str, int]], int, Place | None]:
-        """What is spent of the rates that changed after `told`, as of then; of those that did not
-        for the longest time as of now."""
+    def _spent_since(self, q: SyncRequest) -> tuple[list[tuple[str, int]], int, Place | None]:
+        """What is spent of the rates that changed after `told`, as of then; with the first page, of
+        those that did not for the longest time as of now."""
         order = sorted((number, name) for name, (number, _) in self.spending.items())
-        news = [(number, name) for number, name in order if number > told][: self.on_page]
+        news = [(number, name) for number, name in order if number > q.told][: self.on_page]
         behind = len(news) == self.on_page
         told = news[-1][0] if behind else self.changes
         found = {name: self.spending[name][1] for _, name in news}
-        for _, name in order[: self.looked_at]:
+        for _, name in order[: 0 if "spent" in q.pages else self.looked_at]:
             limit = self.limit(name)
             found[name] = self.spent(limit) if limit.is_rate else 0
             if not found[name]:
