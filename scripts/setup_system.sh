@@ -13,10 +13,13 @@ declare -A package_of=(
     [docker-compose]=docker-compose [haproxy]=haproxy [nginx]=nginx [kustomize]=kustomize
     [systemd-analyze]=systemd [promtool]=prometheus
 )
+# What makes them faster: nothing is missing without it.
+declare -A quicker=([chromium-headless-shell]=chromium-headless-shell)
 whose="the tests also need"
 PATH=$PATH:/usr/sbin
 if [[ ${1:-} == bench ]]; then
     package_of=([gcc]="gcc libc6-dev" [nginx]=nginx [node]=nodejs [npm]=npm)
+    quicker=()
     whose="the benchmark also measures with"
 fi
 
@@ -27,8 +30,18 @@ missing() {
     done
 }
 
+install_quicker() {
+    local command
+    [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || return 0
+    for command in "${!quicker[@]}"; do
+        command -v "$command" >/dev/null || DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends -o Acquire::Retries=0 \
+            -o Acquire::http::Timeout=5 "${quicker[$command]}" >/dev/null 2>&1 || true
+    done
+}
+
 mapfile -t wanted < <(missing)
-((${#wanted[@]})) || exit 0
+((${#wanted[@]})) || { install_quicker && exit 0; }
 
 if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     echo "tidegate: installing ${wanted[*]}" >&2
@@ -41,6 +54,7 @@ if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
             $name != haproxy && $name != prometheus ]] ||
             systemctl disable --now --quiet "$name" 2>/dev/null || true
     done
+    install_quicker
     mapfile -t wanted < <(missing)
     ((${#wanted[@]})) || exit 0
 fi

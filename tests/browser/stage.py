@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from tests.gateway import Gateway
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.valkey import ValkeyServer
 
-CHROMIUM = "/usr/bin/chromium"
+# The same engine without windows, which takes a third less of a core's time, where it is there.
+CHROMIUM = shutil.which("chromium-headless-shell") or "/usr/bin/chromium"
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),

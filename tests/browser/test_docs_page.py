@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from playwright.async_api import Page, async_playwright, expect
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, Page, async_playwright, expect
+
+from tests.browser.stage import CHROMIUM
 
 if TYPE_CHECKING:
     from tests.product import Product
 
 pytest_plugins = ["tests.product"]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-CHROMIUM = "/usr/bin/chromium"
 # A name that is not localhost, for which Swagger UI would ask an outside service by default.
 NAME = "gateway.example"
 ARGUMENTS = [
@@ -41,23 +45,29 @@ class Seen:
         return {part.netloc for part in parts if part.scheme != "data" and part.hostname != NAME}
 
 
-@asynccontextmanager
-async def opened(product: Product, path: str) -> AsyncIterator[Seen]:
-    """The page in a fresh browser, loaded until nothing more comes."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chromium() -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        try:
-            page = await browser.new_page(viewport={"width": 1280, "height": 1400})
-            seen = Seen(page)
-            page.on("console", lambda said: _keep(seen, said.type, said.text))
-            page.on("pageerror", lambda error: seen.complaints.append(str(error)))
-            page.on("request", lambda request: seen.asked.append(request.url))
-            page.on("requestfailed", lambda request: seen.complaints.append(request.url))
-            port = urlsplit(product.base_url).port
-            await page.goto(f"http://{NAME}:{port}{path}", wait_until="networkidle")
-            yield seen
-        finally:
-            await browser.close()
+        yield browser
+        await browser.close()
+
+
+@asynccontextmanager
+async def opened(chromium: Browser, product: Product, path: str) -> AsyncIterator[Seen]:
+    """The page in a fresh profile, loaded until nothing more comes."""
+    page = await chromium.new_page(viewport={"width": 1280, "height": 1400})
+    try:
+        seen = Seen(page)
+        page.on("console", lambda said: _keep(seen, said.type, said.text))
+        page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+        page.on("request", lambda request: seen.asked.append(request.url))
+        page.on("requestfailed", lambda request: seen.complaints.append(request.url))
+        port = urlsplit(product.base_url).port
+        await page.goto(f"http://{NAME}:{port}{path}", wait_until="networkidle")
+        yield seen
+    finally:
+        await page.close()
 
 
 def _keep(seen: Seen, kind: str, text: str) -> None:
@@ -66,9 +76,9 @@ def _keep(seen: Seen, kind: str, text: str) -> None:
 
 
 async def test_the_page_shows_every_operation_without_a_complaint(
-    product: Product, tmp_path: Path
+    chromium: Browser, product: Product, tmp_path: Path
 ) -> None:
-    async with opened(product, "/docs") as seen:
+    async with opened(chromium, product, "/docs") as seen:
         await expect(seen.page.locator(".opblock").first).to_be_visible()
         shown = await seen.page.locator(".opblock-summary-path").all_inner_texts()
         paths = {path.replace("\u200b", "") for path in shown}
@@ -83,8 +93,10 @@ async def test_the_page_shows_every_operation_without_a_complaint(
         assert any(url.endswith("/swagger-ui-bundle.js") for url in seen.asked)
 
 
-async def test_trying_submit_out_hands_in_a_request(product: Product, tmp_path: Path) -> None:
-    async with opened(product, "/docs") as seen:
+async def test_trying_submit_out_hands_in_a_request(
+    chromium: Browser, product: Product, tmp_path: Path
+) -> None:
+    async with opened(chromium, product, "/docs") as seen:
         page = seen.page
         block = page.locator(".opblock", has=page.locator("[data-path='/submit']"))
         await block.locator(".opblock-summary-control").click()
@@ -107,7 +119,7 @@ async def test_trying_submit_out_hands_in_a_request(product: Product, tmp_path: 
         assert seen.strangers() == set()
 
 
-async def test_the_icon_is_ours_and_drawn(product: Product) -> None:
-    async with opened(product, "/static/favicon.svg") as seen:
+async def test_the_icon_is_ours_and_drawn(chromium: Browser, product: Product) -> None:
+    async with opened(chromium, product, "/static/favicon.svg") as seen:
         assert await seen.page.locator("svg path").count() >= 3
         assert seen.strangers() == set()

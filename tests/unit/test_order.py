@@ -1,10 +1,12 @@
-"""Where the slow tests of a run are."""
+"""Where the slow tests of a run are, and those that share a deployment."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.order import parts
+from tests.order import parts, sharing_first
 
 
 @pytest.mark.parametrize(("slow", "others"), [(0, 40), (7, 400), (30, 400), (9, 0), (1, 3)])
@@ -25,3 +27,15 @@ def test_slow_tests_begin_neither_together_nor_last(slow: int, others: int) -> N
     )
     first = [mine[0] for mine in places if mine]
     assert len(set(first)) == len(first)
+
+
+def test_modules_that_share_a_deployment_are_whole_and_first() -> None:
+    a, b, c = Path("a.py"), Path("b.py"), Path("c.py")
+    tests: list[tuple[str, Path, list[str]]] = [
+        ("a1", a, []),
+        ("b1", b, ["tmp_path"]),
+        ("b2", b, ["product"]),
+        ("c1", c, ["product"]),
+        ("a2", a, ["database_url"]),
+    ]
+    assert sharing_first(tests) == ["b1", "b2", "c1", "a1", "a2"]
