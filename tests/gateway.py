@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import aiohttp
@@ -333,14 +334,18 @@ async def gateway(
             _rooms.append(running.room)
 
 
-class _Server(Server):
-    """Looks more often than ten times a second whether it is to stop: every test waits for that."""
+class _Sooner(ModuleType):
+    """asyncio, with pauses of 10 ms: as often does a server look whether it is to stop, and whether
+    its connections have closed. Every test waits for both."""
 
-    async def main_loop(self) -> None:
-        for number in count():
-            if await self.on_tick(number):
-                return
-            await work_for(0.01)
+    def __getattr__(self, name: str) -> Any:
+        return self._pause if name == "sleep" else getattr(asyncio, name)
+
+    async def _pause(self, _seconds: float) -> None:
+        await work_for(0.01)
+
+
+vars(uvicorn.server)["asyncio"] = _Sooner("asyncio")
 
 
 async def _serve(
@@ -353,7 +358,7 @@ async def _serve(
     protocol = bounded(
         receive_timeout_ms=config.receive_timeout_ms, stalled_reader_ms=config.stalled_reader_ms
     )
-    server = _Server(
+    server = Server(
         uvicorn.Config(
             app,
             http=protocol,
