@@ -2,7 +2,7 @@
 
 Nothing fails, next to nothing arrives at the provider meanwhile, and all of it is done within a
 minute of its return, beyond the time that the work itself takes. A whole day of it is played on a
-clock of its own in tests/unit/jobs/test_outages.py.
+clock of its own, here and in tests/unit/jobs/test_outages.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from openai import AsyncOpenAI
 
 from tests import batching
 from tests.fleet import Fleet
+from tests.unit.jobs.test_outages import BARE, DAY_S, outlast
 from tests.waiting import wait_until, work_for
 from tidegate.embedded.process import free_port
 
@@ -155,3 +156,7 @@ async def _work_s(fleet: Fleet) -> float:
     await _submit_all(fleet)
     await _ends(fleet)
     return (time.monotonic() - began) * (JOBS + LINES) / JOBS
+
+
+async def test_a_model_that_is_throttled_for_a_day_fails_nothing() -> None:
+    await outlast(BARE, 60, DAY_S)

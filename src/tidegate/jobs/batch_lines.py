@@ -7,9 +7,11 @@ claim; one that this process can't finish is handed back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
+from uuid import UUID
 
 import orjson
 
@@ -26,7 +28,8 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.jobs.outages import Key, Outages, Turn, look_again_s
+from tidegate.jobs.held import Held, Look
+from tidegate.jobs.outages import Key, Turn
 from tidegate.jobs.retry import is_of_upstream, retry_wait_ms
 from tidegate.jobs.wrapped import targets_of
 from tidegate.limiter import Permit
@@ -51,6 +54,7 @@ _STRAYS_EVERY_S = 5.0
 _AWAY_S = 0.25
 _OUT_S = 0.25
 _IDLE_MS = 500
+_PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 200.0, 1_000.0
 _AGAIN_MS = 500.0
 _LAST_RECORDS_S = 8.0
 # Says nothing of the line: it can be called later.
@@ -68,7 +72,7 @@ log = get_logger()
 
 
 @dataclass(slots=True)
-class _Held:
+class _UnderWay:
     """A line of a task, which waits for its turn, is called, then writes how it ended."""
 
     line: Line
@@ -89,19 +93,20 @@ class _Held:
 class LineCaller:
     """One process's share of all lines. `tasks` are those under way."""
 
-    def __init__(self, config: Config, store: Store, relay: Relay, outages: Outages) -> None:
-        self._outages = outages
+    def __init__(self, config: Config, store: Store, relay: Relay, held: Held) -> None:
+        self._held = held
+        self._outages = held.outages
         self._config = config
         self._store = store
         self._relay = relay
-        self._tasks: dict[asyncio.Task[None], _Held] = {}
+        self._tasks: dict[asyncio.Task[None], _UnderWay] = {}
         self._freed = asyncio.Event()
 
     async def feed(self) -> None:
         """Claim lines and begin them, for ever."""
         loop = asyncio.get_running_loop()
         looked_at = loop.time()
-        in_vain = 0
+        look = Look(a_s=_PUT_OFF_A_S, at_once=_PUT_OFF_AT_ONCE)
         while True:
             await self._leave_held_up()
             free = WINDOW - len(self._tasks)
@@ -112,42 +117,45 @@ class LineCaller:
             if loop.time() - looked_at > _STRAYS_EVERY_S:
                 looked_at = loop.time()
                 await self._store.batch_lines.release_strays(
-                    held.line for held in self._tasks.values()
+                    one.line for one in self._tasks.values()
                 )
-            if not (free := self._outages.may_claim(free)):
+            if not (free := self._held.may_claim(free)):
                 await asyncio.sleep(_OUT_S)
                 continue
             mark = self._store.work_mark(BATCHES)
-            claimed: list[Line] = []
+            most = look.at(free)
             try:
-                claimed = await self._store.batch_lines.claim(free, MOST_BYTES)
-            finally:
-                if not claimed:
-                    self._outages.unclaimed()
-            if claimed and self._outages.is_any and not await self._without_held_up(claimed):
-                in_vain += 1
-                await asyncio.sleep(look_again_s(in_vain))
-                continue
-            in_vain = 0
+                claimed = await self._store.batch_lines.claim(most, MOST_BYTES)
+            except StoreUnavailable:
+                self._outages.unclaimed()
+                raise
+            is_last = len(claimed) < max(1, most // 2)
+            held = await self._without_held(claimed, look.put_off)
+            if not claimed:
+                self._outages.unclaimed()
+            rest_s = look.found(held=held, free=len(claimed))
+            if more := claimed[free:]:
+                del claimed[free:]
+                await self._until_done(partial(self._store.batch_lines.give_back, more))
             for line in claimed:
                 self._begin(line)
-            if len(claimed) < max(1, free // 2):
+            if rest_s:
+                await asyncio.sleep(rest_s)
+            elif is_last:
                 await self._store.wait_work(_IDLE_MS, mark, BATCHES)
 
-    async def _without_held_up(self, claimed: list[Line]) -> bool:
-        """Return lines to the queue that nothing can be called for; whether any are left."""
-        waits_ms = {
-            line.id: float(self._outages.wait_ms(targets))
-            for line in claimed
-            if self._outages.held_ms(targets := self._targets_of(line))
-        }
+    async def _without_held(self, claimed: list[Line], put_off: int) -> int:
+        """Return lines to the queue that nothing can be called for; how many."""
+        waits_ms = self._held.waits_ms(
+            ((line.id, self._targets_of(line)) for line in claimed), put_off
+        )
         if waits_ms:
-            held_up = [line for line in claimed if line.id in waits_ms]
+            held = [line for line in claimed if line.id in waits_ms]
             claimed[:] = [line for line in claimed if line.id not in waits_ms]
             await self._until_done(
-                lambda: self._store.batch_lines.give_back(held_up, waits_ms=waits_ms)
+                partial(self._store.batch_lines.give_back, held, waits_ms=waits_ms)
             )
-        return bool(claimed)
+        return len(waits_ms)
 
     def _targets_of(self, line: Line) -> tuple[Key, ...]:
         model = orjson.loads(line.body).get("model")  # it was checked when the batch came
@@ -157,71 +165,79 @@ class LineCaller:
         """Give up what waits of batches whose tenants may spend no more: it is called later."""
         over = await self._store.batch_lines.held_up()
         if over:
-            await self._give_up(lambda held: held.waits and held.line.batch_id in over)
+            await self._give_up(lambda one: one.waits and one.line.batch_id in over)
+
+    async def leave_held(self) -> None:
+        """Give up what waits for what cannot be called now: it would take the places of others."""
+        waiting = [one.line for one in self._tasks.values() if one.waits]
+        waits_ms = self._held.waits_ms((line.id, self._targets_of(line)) for line in waiting)
+        await self._give_up(lambda one: one.waits and one.line.id in waits_ms, waits_ms)
 
     async def leave_ended(self) -> None:
         """Give up what waits of batches that take no more calls: its turn may be far away."""
-        ids = {held.line.batch_id for held in self._tasks.values() if held.waits}
+        ids = {one.line.batch_id for one in self._tasks.values() if one.waits}
         if ids and (over := await self._store.batch_lines.over(ids)):
-            await self._give_up(lambda held: held.waits and held.line.batch_id in over)
+            await self._give_up(lambda one: one.waits and one.line.batch_id in over)
 
     async def drain(self) -> None:
         """Hand back what waits; what is called has the grace to end."""
-        await self._give_up(lambda held: held.waits)
+        await self._give_up(lambda one: one.waits)
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=self._config.shutdown_grace_ms / 1000)
-        await self._give_up(lambda held: held.waits or held.is_called)
+        await self._give_up(lambda one: one.waits or one.is_called)
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=_LAST_RECORDS_S)
 
-    async def _give_up(self, whether: Callable[[_Held], bool]) -> None:
-        chosen = {task: held.line for task, held in self._tasks.items() if whether(held)}
+    async def _give_up(
+        self, whether: Callable[[_UnderWay], bool], waits_ms: Mapping[UUID, int] | None = None
+    ) -> None:
+        chosen = {task: one.line for task, one in self._tasks.items() if whether(one)}
         for task in chosen:
             task.cancel()
         if not chosen:
             return
         await asyncio.wait(chosen)
         try:
-            await self._store.batch_lines.give_back(chosen.values())
+            await self._store.batch_lines.give_back(chosen.values(), waits_ms=waits_ms)
         except StoreUnavailable as away:  # they return when this process is gone
             log.debug(Log.STORE_AWAY, detail=away.message)
 
     def _begin(self, line: Line) -> None:
-        held = _Held(line, Life(), self._relay.tracing.trail(line.id, None))
-        task = asyncio.create_task(self._guarded(held))
-        self._tasks[task] = held
+        one = _UnderWay(line, Life(), self._relay.tracing.trail(line.id, None))
+        task = asyncio.create_task(self._guarded(one))
+        self._tasks[task] = one
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
         self._freed.set()
 
-    async def _guarded(self, held: _Held) -> None:
+    async def _guarded(self, one: _UnderWay) -> None:
         """The top of a line's task: it must not stay claimed."""
         try:
-            await self._call(held)
+            await self._call(one)
         except Exception:
-            log.exception(Log.INTERNAL_ERROR, request_id=str(held.line.id))
+            log.exception(Log.INTERNAL_ERROR, request_id=str(one.line.id))
             error = TidegateError("an internal error; it has been logged")
-            await self._finish(held.line, Life(), error, None)
+            await self._finish(one.line, Life(), error, None)
 
-    async def _call(self, held: _Held) -> None:
-        line, life = held.line, held.life
+    async def _call(self, one: _UnderWay) -> None:
+        line, life = one.line, one.life
         error: TidegateError | None = None
         words: CallFailed | None = None
         try:
-            await self._collect(held)
+            await self._collect(one)
         except ClaimLost:
             # Another worker has it, which this changes nothing of; or its batch is being cancelled.
-            self._outages.left(held.turn)
+            self._outages.left(one.turn)
             await self._until_done(lambda: self._store.batch_lines.give_back([line]))
             return
         except CallFailed as failed:
             error, words = failed.error, failed
         except TidegateError as own:
             error = own
-        if held.turn is not None or is_of_upstream(error):
-            turn = held.turn or Turn(self._targets_of(line))
+        if one.turn is not None or is_of_upstream(error):
+            turn = one.turn or Turn(self._targets_of(line))
             called = life.target.upstream.name if life.target else None
             self._outages.ended(turn, called, error)
         if error is not None and (wait_ms := self._wait_ms(line, life, error)) is not None:
@@ -238,12 +254,12 @@ class LineCaller:
             return
         await self._finish(line, life, error, words)
 
-    async def _collect(self, held: _Held) -> None:
-        line = held.line
+    async def _collect(self, one: _UnderWay) -> None:
+        line = one.line
 
         async def admitted(_permit: Permit | None) -> None:
-            if held.turn is None and self._outages.is_any:
-                held.turn = self._outages.enter(self._targets_of(line))
+            if one.turn is None and self._outages.is_any:
+                one.turn = self._outages.enter(self._targets_of(line))
             await self._store.batch_lines.begin(line)
 
         left_ms = round((line.expires_at - datetime.now(UTC)).total_seconds() * 1000)
@@ -255,15 +271,15 @@ class LineCaller:
                 caller=await self._caller_of(line),
                 priority=PRIORITY,
                 deadline_ms=left_ms,
-                trail=held.trail,
+                trail=one.trail,
                 most_tries=self._config.max_attempts - line.attempts,
             )
-            await collected(self._relay, call, held.life, admitted)
+            await collected(self._relay, call, one.life, admitted)
         except asyncio.CancelledError:
-            self._outages.left(held.turn)
+            self._outages.left(one.turn)
             raise
         finally:
-            held.is_over = True
+            one.is_over = True
 
     async def _caller_of(self, line: Line) -> Caller:
         """Who asks, and whose budget it spends. Raises StoreUnavailable."""
@@ -277,7 +293,7 @@ class LineCaller:
         if isinstance(error, _LATER):
             return _AGAIN_MS
         if is_of_upstream(error):
-            return self._outages.wait_ms(self._targets_of(line))
+            return self._held.wait_ms(self._targets_of(line))
         attempts = line.attempts + life.tries - life.of_upstream
         return retry_wait_ms(error, max(1, attempts), self._config.max_attempts)
 

@@ -15,7 +15,7 @@ from tidegate.errors import ClaimLost, NotFound, StoreUnavailable
 from tidegate.jobs.batch_check import Check
 from tidegate.jobs.batch_lines import LineCaller
 from tidegate.jobs.batch_output import OutputFile, output_line
-from tidegate.jobs.outages import Outages
+from tidegate.jobs.held import Held
 from tidegate.relay.detached import LONGEST_BYTES
 from tidegate.relay.spine import Relay
 from tidegate.store.batches import Batch
@@ -36,12 +36,12 @@ class BatchRunner:
     """One process's share of all batches."""
 
     def __init__(
-        self, config: Config, store: Store, blobs: Blobs, relay: Relay, outages: Outages
+        self, config: Config, store: Store, blobs: Blobs, relay: Relay, held: Held
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._folder = config.data_dir / "tmp"
-        self._lines = LineCaller(config, store, relay, outages)
+        self._lines = LineCaller(config, store, relay, held)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what is called within the grace."""
@@ -70,6 +70,7 @@ class BatchRunner:
         while True:
             await self._store.batches.expire()
             await self._lines.leave_ended()
+            await self._lines.leave_held()
             await self._store.batch_lines.retake()
             while (batch := await self._store.batches.take()) is not None:
                 try:

@@ -9,14 +9,14 @@ probe is claimed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
-from uuid import UUID
 
-from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.call import Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.jobs.outages import Outages, look_again_s, look_at
+from tidegate.jobs.held import Look
+from tidegate.jobs.put_off import PutOff
 from tidegate.store.bell import UNSURE
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
@@ -36,22 +36,21 @@ class Feeder:
     def __init__(
         self,
         store: Store,
+        put_off: PutOff,
+        pool: str,
         kind: Kind | None,
         window: Callable[[], int],
         work: Callable[[ClaimedJob], Awaitable[None]],
-        outages: Outages,
-        held_waits_ms: Callable[[Sequence[ClaimedJob], int], Mapping[UUID, int]],
-        pool: str = DEFAULT_POOL,
     ) -> None:
-        self._outages = outages
-        self._held_waits_ms = held_waits_ms
+        self._held = put_off.held
+        self._put_off = put_off
         self._pool = pool
         self._store = store
         self._kind = kind
         self._lane = kind or UNSURE
         self._window = window
         self._work = work
-        self._put_off = 0
+        self._look = Look()
         self._slot_freed = asyncio.Event()
         self._closing = asyncio.Event()
         self.tasks: dict[asyncio.Task[None], ClaimedJob] = {}
@@ -68,7 +67,6 @@ class Feeder:
 
         Cancelled in the middle of a claim, it leaves that claim to the store's next heartbeat.
         """
-        in_vain = 0
         while not self._closing.is_set():
             window = self._window()
             free = window - len(self.tasks)
@@ -77,47 +75,40 @@ class Feeder:
                 # Or the window has grown: the limit was raised.
                 await self._unless_closed(self._slot_freed.wait(), _FULL_WAIT_S)
                 continue
-            if not (free := self._outages.may_claim(free)):
+            if not (free := self._held.may_claim(free)):
                 await self._unless_closed(asyncio.sleep(_OUT_WAIT_S))
                 continue
             mark = self._store.work_mark(self._lane)
-            claimed: list[ClaimedJob] = []
+            most = self._look.at(free)
             try:
-                most = look_at(free, in_vain)
                 claimed = await self._store.claim(pool=self._pool, kind=self._kind, limit=most)
             except StoreUnavailable:
                 # The store logs its change of state.
+                self._held.outages.unclaimed()
                 await self._unless_closed(asyncio.sleep(_AWAY_WAIT_S))
                 continue
-            finally:
-                if not claimed:
-                    self._outages.unclaimed()
-            if claimed and not await self._without_held_up(claimed):
-                in_vain += 1
-                await self._unless_closed(asyncio.sleep(look_again_s(in_vain)))
-                continue
-            is_last = len(claimed) < free
-            in_vain = max(0, in_vain - 1)
+            is_last = len(claimed) < most
+            held = await self._without_held(claimed)
+            if not claimed:
+                self._held.outages.unclaimed()
+            rest_s = self._look.found(held=held, free=len(claimed))
             await self._keep(claimed, free)
             for job in claimed:
                 self._start(job)
-            if is_last:
+            if rest_s:
+                await self._unless_closed(asyncio.sleep(rest_s))
+            elif is_last:
                 await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark, self._lane))
 
-    async def _without_held_up(self, claimed: list[ClaimedJob]) -> bool:
-        """Return jobs to the queue that nothing can be called for; whether any are left."""
-        waits_ms = self._held_waits_ms(claimed, self._put_off)
-        self._put_off += len(waits_ms)
-        if not waits_ms:
-            self._put_off = 0
-            return True
-        held_up = [job for job in claimed if job.request_id in waits_ms]
-        try:
-            await self._store.hand_back(held_up, waits_ms)
-        except StoreUnavailable:
-            return True  # their tasks do it, as soon as PostgreSQL is there
-        claimed[:] = [job for job in claimed if job.request_id not in waits_ms]
-        return bool(claimed)
+    async def _without_held(self, claimed: list[ClaimedJob]) -> int:
+        """Return jobs to the queue that nothing can be called for; how many."""
+        waits_ms = self._put_off.waits_ms(claimed)
+        held = [job for job in claimed if job.request_id in waits_ms]
+        if held:
+            with suppress(StoreUnavailable):  # or their tasks do it, once PostgreSQL is there
+                await self._put_off.hand_back(held, waits_ms)
+                claimed[:] = [job for job in claimed if job.request_id not in waits_ms]
+        return len(held)
 
     async def _keep(self, claimed: list[ClaimedJob], most: int) -> None:
         """Return to the queue what a wide look has brought beyond the window."""

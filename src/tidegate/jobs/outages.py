@@ -5,11 +5,14 @@ OUT -- its time is over, and one call takes the turn --> PROBED -- an answer -->
 
 A fault of the upstream is no fault of a job: the job returns to the queue, and nothing that needs
 the upstream is called before one probe, the next real call, has been answered. A 429 is about one
-model of an upstream, every other such fault about all of it.
+model of an upstream, a refused key about all of it. Every other such fault may be about either:
+the model is held for `HEAD_START_S` longer, so that the next probe is of another one if any job
+waits for another, and stays out when that one is answered.
 
 Invariants: an upstream that is out gets at most one call each `FIRST_S`; it is probed again at
-latest `LONGEST_S` after the last probe ended (`DEAD_KEY_S` where it refuses our key), and a job
-returns from the queue at most `LONGEST_SPREAD_S` later; one answer ends an outage.
+latest `LONGEST_S + HEAD_START_S` after the last probe ended (`DEAD_KEY_S` where it refuses our
+key), and a job returns from the queue at most `LONGEST_SPREAD_S` later; one answer ends an outage
+of the model that gave it, and of the upstream.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from tidegate.errors import (
 FAULTS = 3
 FIRST_S = 1.0
 LONGEST_S = 8.0
+HEAD_START_S = 2.0
 DEAD_KEY_S = 60.0
 LONGEST_SPREAD_S = 20.0
 _FIRST_SPREAD_S = 1.0
@@ -39,8 +43,6 @@ _UNDER_WAY_MS = 1_000.0
 _GRACE_MS = (
     250  # the gate of all processes has chosen this call as its try, and counts its own time
 )
-_LONGEST_LOOK_S = 4.0
-_WIDEST_LOOK = 1_000
 _MOST = 1_000  # models are named by callers
 
 Key = tuple[str, str]  # upstream and model; "" for all models of it
@@ -72,18 +74,6 @@ class _Outage:
         if now < self.until:
             return (self.until - now) * 1000
         return _UNDER_WAY_MS if self.probe is not None and now < self.probe_until else 0.0
-
-
-def look_again_s(in_vain: int) -> float:
-    """Before the queue is looked at once more for what can be called, after so many looks found
-    only what is out."""
-    return min(_LONGEST_LOOK_S, 2.0 ** (in_vain - 1))
-
-
-def look_at(most: int, in_vain: int) -> int:
-    """How many jobs to look at where `most` could be called, after so many looks found only what is
-    out: or all that can be called would wait behind the jobs of one paused model."""
-    return max(most, min(_WIDEST_LOOK, most << min(in_vain, 10)))
 
 
 class Outages:
@@ -176,9 +166,16 @@ class Outages:
             self._hold((called[0], ""), DEAD_KEY_S, enough=True)
         else:
             self._hold((called[0], ""), told_s, enough=error.in_outage)
+            self._hold(called, told_s, enough=error.in_outage, more_s=HEAD_START_S)
 
     def _hold(
-        self, key: Key, told_s: float, *, enough: bool = False, is_told: bool = False
+        self,
+        key: Key,
+        told_s: float,
+        *,
+        enough: bool = False,
+        is_told: bool = False,
+        more_s: float = 0.0,
     ) -> None:
         now = self._clock()
         if key not in self._outages and len(self._outages) >= _MOST:
@@ -194,7 +191,7 @@ class Outages:
         elif not enough and not outage.rounds and outage.faults < FAULTS:
             return
         outage.rounds = min(outage.rounds + 1, 10)
-        outage.until = now + max(pause_s, told_s)
+        outage.until = now + max(pause_s, told_s) + more_s
 
     def wait_ms(self, targets: Sequence[Key]) -> int:
         """For how long a job stays in the queue that was not called, or whose call failed by the

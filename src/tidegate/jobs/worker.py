@@ -14,7 +14,7 @@ from functools import partial
 from uuid import UUID
 
 from tidegate.attempt import Attempt, attempt_result
-from tidegate.call import DEFAULT_POOL, Call, Kind, Media, new_id
+from tidegate.call import DEFAULT_POOL, Call, Kind
 from tidegate.config import Config
 from tidegate.errors import (
     ClaimLost,
@@ -27,16 +27,19 @@ from tidegate.jobs.batch_runner import BatchRunner
 from tidegate.jobs.bodies import CallBodies
 from tidegate.jobs.ends import ask_of, internal, log_end, payer_of, status_of, time_left_ms
 from tidegate.jobs.feeder import Feeder
+from tidegate.jobs.held import Held
 from tidegate.jobs.outages import Key, Outages, Turn
+from tidegate.jobs.pictures import kept
+from tidegate.jobs.put_off import PutOff
 from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms, spent_wait_ms
 from tidegate.jobs.stages import Stage, Stages, Tasks, end_cancelling
-from tidegate.jobs.wrapped import held_waits_ms, paused_waits_ms, run_wrapped, targets_of
+from tidegate.jobs.wrapped import run_wrapped, targets_of
 from tidegate.limiter import Permit
 from tidegate.pipeline import Pipeline
 from tidegate.relay.spine import Relay
-from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.blobs import Blobs
 from tidegate.store.cancels import CANCELLED
-from tidegate.store.records import AttemptResult, ClaimedJob, Failure, OutputFile
+from tidegate.store.records import AttemptResult, ClaimedJob, Failure
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
@@ -44,7 +47,6 @@ from tidegate.tracing import parent_of
 
 _UNSURE_WINDOW, _LARGEST_WINDOW = 16, 256
 _STORE_POLL_S = 0.25
-_LONGEST_PUT_PAUSE_S = 4.0
 _LAST_CLAIM_S, _LAST_RECORDS_S = 1.0, 8.0
 _CANCELS_EVERY_MS = 1_000
 
@@ -67,7 +69,8 @@ class Worker:
         self._relay = relay
         self._pool = pool
         self._outages = outages = Outages({pool, *relay.targets.upstreams})
-        batches = BatchRunner(config, store, blobs, relay, outages)
+        self._put_off = PutOff(store, Held(outages, relay.health), self._targets_of)
+        batches = BatchRunner(config, store, blobs, relay, self._put_off.held)
         self._batches = batches.run if pool == DEFAULT_POOL else asyncio.Event.wait
         self._config = config
         self._store = store
@@ -75,10 +78,10 @@ class Worker:
         self._bodies = CallBodies(blobs, config.max_held_bytes)
         self._pipeline = pipeline
         self._stages = Stages(self._tasks)
-        held_up = (outages, partial(held_waits_ms, relay, outages, self._targets_of), pool)
+        feeder = partial(Feeder, store, self._put_off, pool)
         self._feeders = [
-            Feeder(store, None, lambda: _UNSURE_WINDOW, self._classify, *held_up),
-            *(Feeder(store, k, partial(self._window, k), self._work, *held_up) for k in Kind),
+            feeder(None, lambda: _UNSURE_WINDOW, self._classify),
+            *(feeder(kind, partial(self._window, kind), self._work) for kind in Kind),
         ]
 
     def _window(self, kind: Kind) -> int:
@@ -100,10 +103,11 @@ class Worker:
         await self._store_tolerant(store.heartbeat)
         each_beat = (store.heartbeat, store.retake_lapsed)
         each_second = (store.tend_queues, store.expire_due, store.cancels.cancel_returned)
+        for_held = (self._leave_held, self._put_off.bring_back)
         loops = [
             *(self._forever(feeder.run) for feeder in self._feeders),
             *(self._forever(self._every(beat_s, one)) for one in each_beat),
-            *(self._forever(self._every(1.0, one)) for one in (*each_second, self._leave_paused)),
+            *(self._forever(self._every(1.0, one)) for one in (*each_second, *for_held)),
             self._forever(self._heed_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
@@ -118,7 +122,8 @@ class Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._store_tolerant(self._store.leave)
+            for last in (self._put_off.bring_all_back, self._store.leave):
+                await self._store_tolerant(last)
 
     async def _close_feeders(self, running: list[asyncio.Task[None]]) -> None:
         """Not by cancelling, if it can be helped: jobs just claimed are handed back at once."""
@@ -140,9 +145,9 @@ class Worker:
     def _tasks(self) -> Tasks:
         return {task: job for feeder in self._feeders for task, job in feeder.tasks.items()}
 
-    async def _leave_paused(self) -> None:
+    async def _leave_held(self) -> None:
         waiting = self._stages.at(Stage.WAITING)
-        ms = paused_waits_ms(self._relay, waiting.values(), self._targets_of)
+        ms = self._put_off.waits_ms(waiting.values())
         await self._give_up(
             {task: job for task, job in waiting.items() if job.request_id in ms}, ms
         )
@@ -154,7 +159,7 @@ class Worker:
             task.cancel()
         await asyncio.wait(given)
         # A task that ended by itself meanwhile has moved its job on: the fence skips it.
-        await self._store_tolerant(lambda: self._store.hand_back([*given.values()], waits_ms or {}))
+        await self._store_tolerant(lambda: self._put_off.hand_back([*given.values()], waits_ms))
 
     async def _heed_cancels(self) -> None:
         """Give up, at the latest after a second, what its owners do not want any more."""
@@ -179,8 +184,8 @@ class Worker:
             try:
                 turn = self._outages.enter(self._targets_of(job))
             except UpstreamUnavailable:
-                waits_ms = {job.request_id: self._outages.wait_ms(self._targets_of(job))}
-                await self._fenced(lambda: self._store.hand_back([job], waits_ms))
+                waits_ms = {job.request_id: self._put_off.wait_ms(job)}
+                await self._fenced(lambda: self._put_off.hand_back([job], waits_ms))
                 return
             try:
                 decided = await self._pipeline.decide(ask_of(job), within_ms=time_left_ms(job))
@@ -290,20 +295,20 @@ class Worker:
         self, job: ClaimedJob, attempt: Attempt, model: str, error: TidegateError | None
     ) -> None:
         try:
-            pictures = await self._keep_pictures(attempt.answer.pictures)
+            pictures = await kept(self._blobs, attempt.answer.pictures)
         except StoreUnavailable as away:
             error, pictures = error or away, ()
         failure = Failure.of(error) if error else None
         result = attempt_result(attempt, model, pictures, failure)
-        wait_ms = spent_wait_ms(error)
+        wait_ms, hand_back = spent_wait_ms(error), self._store.hand_back
         if is_of_upstream(error):
-            wait_ms = self._outages.wait_ms(self._targets_of(job))
+            hand_back, wait_ms = self._put_off.hand_back, self._put_off.wait_ms(job)
         is_counted = wait_ms is None
         if result is None:
             assert error is not None
             if wait_ms is not None:
                 waits_ms = {job.request_id: wait_ms}
-                await self._fenced(lambda: self._store.hand_back([job], waits_ms, failure))
+                await self._fenced(lambda: hand_back([job], waits_ms, failure))
                 return
             if isinstance(error, NOT_THE_JOBS_FAULT):
                 await asyncio.sleep(_STORE_POLL_S)
@@ -315,6 +320,8 @@ class Worker:
                 made = job.attempts + attempt.counted_tries + 1
                 wait_ms = retry_wait_ms(error, made, self._config.max_attempts)
             await self._end(job, result, wait_ms, is_counted)
+            if wait_ms is not None and is_of_upstream(error):
+                self._put_off.note(job, wait_ms)
         log_end(job, attempt, failure, wait_ms)
 
     async def _end_unadmitted(self, job: ClaimedJob, error: TidegateError) -> None:
@@ -330,28 +337,6 @@ class Worker:
             await self._fenced(lambda: self._store.retry(job, result, not_before, is_counted))
         else:
             await self._fenced(lambda: self._store.finish(job, status_of(result), result))
-
-    async def _keep_pictures(self, pictures: list[Media]) -> tuple[OutputFile, ...]:
-        """Raises StoreUnavailable when the blob store stays away for long."""
-        kept = []
-        for picture in pictures:
-            key = await self._put(picture.data)
-            kind, data = picture.mime_type, picture.data
-            kept.append(OutputFile(new_id(), kind, len(data), key, picture.name))
-        return tuple(kept)
-
-    async def _put(self, data: bytes) -> str:
-        pause_s = _STORE_POLL_S
-        while True:
-            key = new_key(datetime.now(UTC))
-            try:
-                await self._blobs.put(key, data)
-                return key
-            except StoreUnavailable:
-                if pause_s > _LONGEST_PUT_PAUSE_S:
-                    raise
-            await asyncio.sleep(pause_s)
-            pause_s *= 2
 
     async def _fenced(self, write: Callable[[], Awaitable[None]]) -> None:
         """Make a fenced write, waiting for PostgreSQL if need be; a lost claim ends it quietly."""

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from random import uniform
-from uuid import UUID
 
 from tidegate.attempt import Attempt
 from tidegate.call import Caller
-from tidegate.demand.pause import model_limit
 from tidegate.errors import InvalidRequest, NotFound
 from tidegate.jobs.ends import time_left_ms
-from tidegate.jobs.outages import Key, Outages
+from tidegate.jobs.outages import Key
 from tidegate.limiter import Permit
 from tidegate.relay.call import CallFailed, Life
 from tidegate.relay.detached import collected, detached_call, endpoint_named
 from tidegate.relay.spine import Relay
 from tidegate.relay.work import Begun
 from tidegate.store.records import ClaimedJob, FailedTry, Failure
-
-_PAUSED_MS = 400
-# So many jobs of a paused model do not all come back as soon as its pause ends.
-_APART_MS, _MOST_APART_MS, _LONGEST_WAIT_MS = 25, 20_000, 60_000
 
 
 def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
@@ -33,47 +25,6 @@ def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
     except (InvalidRequest, NotFound):
         return ()
     return tuple((target.upstream.name, target.model) for target in found)
-
-
-def paused_waits_ms(
-    relay: Relay,
-    jobs: Iterable[ClaimedJob],
-    targets: Callable[[ClaimedJob], Sequence[Key]],
-    before: int = 0,
-) -> dict[UUID, int]:
-    """Of jobs that wait for models which are paused: when each is to look again. They would take
-    the places of others. At latest a minute later, since a person may end a pause. `before`: how
-    many were put off just before these."""
-    held_ms = {}
-    for job in jobs:
-        paused_ms = min((_paused_ms(relay, key) for key in targets(job)), default=0)
-        if paused_ms > _PAUSED_MS:
-            held_ms[job.request_id] = paused_ms
-    apart_ms = min(_MOST_APART_MS, _APART_MS * (before + len(held_ms)))
-    return {
-        request_id: round(min(_LONGEST_WAIT_MS, paused_ms + uniform(0, apart_ms)))
-        for request_id, paused_ms in held_ms.items()
-    }
-
-
-def held_waits_ms(
-    relay: Relay,
-    outages: Outages,
-    targets: Callable[[ClaimedJob], Sequence[Key]],
-    jobs: Sequence[ClaimedJob],
-    before: int,
-) -> dict[UUID, int]:
-    """Of jobs for which nothing can be called now: when each is to look again."""
-    waits_ms = paused_waits_ms(relay, jobs, targets, before)
-    for job in jobs if outages.is_any else ():
-        if outages.held_ms(keys := targets(job)):
-            waits_ms[job.request_id] = outages.wait_ms(keys)
-    return waits_ms
-
-
-def _paused_ms(relay: Relay, key: Key) -> int:
-    gate = relay.health.get(key[0])
-    return 0 if gate is None else gate.limiter.paused_ms((model_limit(key[1]),))
 
 
 async def run_wrapped(

@@ -189,7 +189,7 @@ class BatchLines:
         self,
         lines: Iterable[Line],
         *,
-        waits_ms: Mapping[UUID, float] | None = None,
+        waits_ms: Mapping[UUID, float] | Mapping[UUID, int] | None = None,
         counted: int = 1,
     ) -> None:
         """Release claims on lines, of those in `waits_ms` for so long. counted: how many attempts

@@ -254,7 +254,21 @@ class Claims:
         self._bell.changed(row["id"] for row in returned if row["old_status"] == Status.RUNNING)
         self._bell.work({row["pool"] for row in returned if row["not_before"] is None})
 
+    async def bring_back(self, claims: Mapping[UUID, int]) -> None:
+        """Let jobs that were handed back for a time be claimed now, each unless it has been claimed
+        since it had that claim. Raises StoreUnavailable."""
+        if not claims:
+            return
+        put_off = rows.dumps({"id": one, "claim": claim} for one, claim in claims.items())
+
+        async def bring(connection: asyncpg.Connection) -> set[str]:
+            return {row["pool"] for row in await connection.fetch(sql("bring_back"), put_off)}
+
+        self._bell.work(await self._connections.run(bring))
+
     async def retake_lapsed(self) -> list[UUID]:
+        """Return dead workers' jobs to the queue, at most 500; returns their ids. Does nothing
+        until this process has had its own heartbeats answered for a whole lease."""
         if not self._steadiness.may_judge:
             return []
         failure = asdict(_WORKER_DIED)

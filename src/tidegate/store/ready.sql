@@ -12,6 +12,14 @@ WHERE id IN (
     ORDER BY not_before LIMIT 500 FOR UPDATE SKIP LOCKED
 )
 
+-- name: bring_back
+-- Let jobs that were put off take their place among the ready; none that was claimed since.
+UPDATE requests r SET not_before = NULL, version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint)
+WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued' AND r.claimed_by IS NULL
+    AND r.not_before IS NOT NULL
+RETURNING r.pool
+
 -- name: came
 -- What became ready in pool $1, lane $2 in the transactions [$3, $4) and $5; whether `ripen` $6 has work.
 WITH found AS MATERIALIZED (

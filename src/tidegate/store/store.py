@@ -339,8 +339,7 @@ class Store:
         failed: FailedTry | None = None,
     ) -> None:
         """Record that the job is admitted, before its call; `failed`: another one before, under the
-        same claim. Raises ClaimLost, or StoreUnavailable, after which it may be recorded: repeat
-        it, or `hand_back` the job."""
+        same claim. Raises ClaimLost, or StoreUnavailable, with which it may be recorded."""
         row = {**running_row(job, model, fence, queue_ms), "admitted_at": datetime.now(UTC)}
         claims = self._claims
         await (claims.running(row, job) if not failed else claims.another(row, job, failed))
@@ -375,11 +374,12 @@ class Store:
         if jobs:
             await self._claims.hand_back(jobs, waits_ms or {}, failure)
 
-    async def retake_lapsed(self) -> list[UUID]:
-        """Return dead workers' jobs to the queue, at most 500; returns their ids.
+    async def bring_back(self, claims: Mapping[UUID, int]) -> None:
+        """See `Claims.bring_back`."""
+        await self._claims.bring_back(claims)
 
-        Does nothing until this process has had its own heartbeats answered for a whole lease.
-        """
+    async def retake_lapsed(self) -> list[UUID]:
+        """Return dead workers' jobs to the queue; their ids. See `Claims.retake_lapsed`."""
         return await self._claims.retake_lapsed()
 
     # The operator's side

@@ -102,9 +102,13 @@ async def test_answers_without_content_put_no_upstream_out(
     assert gateway.services.relay.health["gemini"].state == "ok"
 
 
-async def test_jobs_of_a_model_that_is_out_hold_up_no_jobs_of_others(open_gateway: Opener) -> None:
+@pytest.mark.parametrize("fault", ["day_quota", "unavailable"])
+async def test_jobs_of_a_model_that_is_out_hold_up_no_jobs_of_others(
+    open_gateway: Opener, fault: str
+) -> None:
+    """Nor does a provider that has no capacity for one model, and says 503."""
     gateway = await open_gateway(rate_limits={"text_only": LIMIT}, worker=False)
-    await gateway.upstream.set_fault("day_quota", match="exotic")
+    await gateway.upstream.set_fault(fault, match="exotic")
     exotic: dict[str, Any] = {
         "endpoint": "/v1beta/models/gemini-exotic:generateContent",
         "body": {"contents": [{"parts": [{"text": "An exotic word"}]}]},

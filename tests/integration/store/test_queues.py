@@ -27,6 +27,7 @@ from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 Way = Callable[[Store, asyncpg.Connection, ClaimedJob], Awaitable[object]]
+WAITS = "SELECT not_before IS NOT NULL FROM requests WHERE id = $1"
 DEAD = "UPDATE requests SET status = 'dead', claimed_by = NULL, finished_at = now() WHERE id = $1"
 
 
@@ -44,6 +45,13 @@ def old_job(**overrides: Any) -> NewJob:
 
 async def hand_back(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> None:
     await holder.hand_back([job])
+
+
+async def bring_back(holder: Store, peek: asyncpg.Connection, job: ClaimedJob) -> None:
+    await holder.hand_back([job], {job.request_id: 3_600_000})
+    await holder.bring_back({job.request_id: job.claim})
+    assert await peek.fetchval(WAITS, job.request_id), "it was put off since that claim"
+    await holder.bring_back({job.request_id: job.claim + 1})
 
 
 async def retry(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> None:
@@ -85,7 +93,7 @@ async def by_hand(_holder: Store, peek: asyncpg.Connection, job: ClaimedJob) -> 
 
 
 @pytest.mark.parametrize(
-    "way", [hand_back, retry, leave, lapse, forgotten, stray, requeue, by_hand]
+    "way", [hand_back, bring_back, retry, leave, lapse, forgotten, stray, requeue, by_hand]
 )
 async def test_a_job_that_comes_back_is_found_behind_where_a_worker_has_read(
     way: Way, make_store: MakeStore, database_url: str, peek: asyncpg.Connection

@@ -9,6 +9,7 @@ from typing import Any, cast
 from tests.waiting import wait_until
 from tidegate.errors import UpstreamThrottled
 from tidegate.jobs.batch_lines import LineCaller
+from tidegate.jobs.held import Held
 from tidegate.jobs.outages import Outages, Turn
 
 
@@ -42,7 +43,7 @@ async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> Non
         await asyncio.Event().wait()
 
     store = SimpleNamespace(batch_lines=lines, work_mark=lambda _: 0, wait_work=wait_work)
-    caller = LineCaller(*cast(Any, (None, store, None, outages)))
+    caller = LineCaller(*cast(Any, (None, store, None, Held(outages, {}))))
     feeding = asyncio.create_task(caller.feed())
     try:
         await wait_until(lambda: waits.is_set() or lines.claims > 50, 20, "it waits for work")
