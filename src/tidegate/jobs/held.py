@@ -3,9 +3,9 @@
 Two know of it: the gates and pauses of the limiter, for all processes together, and this process's
 `Outages`. A job or a line is held while either of them says so of all that it could call.
 
-Invariants: what is held takes no place in a window: it goes back to the queue, each `_APART_MS`
-after the one before it, so that what can be called does not wait behind it, however much of it
-there is; it is looked at again at latest `_LONGEST_WAIT_MS` and `_MOST_APART_MS` later.
+Invariants: what is held takes no place in a window: it goes back to the queue, each a little later
+than the one before it, so that what can be called does not wait behind it; it is looked at again
+at latest `_LONGEST_WAIT_MS` and `MOST_APART_MS` later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tidegate.jobs.outages import Key, Outages
 from tidegate.spine.routing import Gate
 
 _SHORT_MS = 400  # not worth a way through the queue
-_APART_MS, _MOST_APART_MS, _LONGEST_WAIT_MS = 250, 600_000, 60_000
+_LONGEST_WAIT_MS = 60_000
+APART_MS, MOST_APART_MS = 25, 20_000
 _WIDEST_LOOK = 1_000
 _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 1_000.0, 2_000.0
 
@@ -58,7 +59,12 @@ class Held:
         return self.outages.may_claim(most)
 
     def waits_ms(
-        self, targets: Iterable[tuple[UUID, Sequence[Key]]], before: int = 0
+        self,
+        targets: Iterable[tuple[UUID, Sequence[Key]]],
+        before: int = 0,
+        *,
+        apart_ms: int = APART_MS,
+        most_apart_ms: int = MOST_APART_MS,
     ) -> dict[UUID, int]:
         """Those that are held, and when each is to be looked at again. before: how many were put
         off just before these."""
@@ -72,16 +78,16 @@ class Held:
                 known[of_these] = self.ms(of_these)
             if known[of_these]:
                 held[one] = of_these
-        apart_ms = min(_MOST_APART_MS, _APART_MS * (before + len(held)))
-        return {one: self._wait_ms(keys, apart_ms) for one, keys in held.items()}
+        spread_ms = min(most_apart_ms, apart_ms * (before + len(held)))
+        return {one: self._wait_ms(keys, spread_ms) for one, keys in held.items()}
 
     def wait_ms(self, targets: Sequence[Key]) -> int:
         """For how long one stays in the queue whose call failed by the upstream."""
         return self._wait_ms(targets, 0)
 
-    def _wait_ms(self, targets: Sequence[Key], apart_ms: float) -> int:
+    def _wait_ms(self, targets: Sequence[Key], spread_ms: int) -> int:
         held_ms = min(_LONGEST_WAIT_MS, self.ms(targets))
-        return round(max(self.outages.wait_ms(targets), held_ms + uniform(0, apart_ms)))
+        return round(max(self.outages.wait_ms(targets), held_ms + uniform(0, spread_ms)))
 
 
 class Look:

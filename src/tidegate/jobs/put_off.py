@@ -19,6 +19,7 @@ from tidegate.store.store import Store
 
 _FIRST_BACK, _MOST_BACK, _MOST_KNOWN = 12, 1_000, 20_000
 _COUNT_EVERY_S = 15.0
+_APART_MS, _MOST_APART_MS = 250, 600_000  # far, as they are brought back sooner
 
 
 @dataclass(slots=True)
@@ -53,7 +54,8 @@ class PutOff:
     def waits_ms(self, jobs: Iterable[ClaimedJob]) -> dict[UUID, int]:
         """As `Held.waits_ms`, of these jobs."""
         each = ((job.request_id, self._targets_of(job)) for job in jobs)
-        return self.held.waits_ms(each, self._known)
+        apart = {"apart_ms": _APART_MS, "most_apart_ms": _MOST_APART_MS}
+        return self.held.waits_ms(each, self._known, **apart)
 
     def wait_ms(self, job: ClaimedJob) -> int:
         """For how long it stays in the queue, since its call failed by the upstream."""
