@@ -208,7 +208,7 @@ class Session:
             or self._must_join
             or self._policy_due
             or self._leaving
-            or self._ledger.rounds.has_to_look
+            or len(self._ledger.rounds.looks) > 0
             or self._sent_seen - self._acked >= ACK_EARLY
         )
 
@@ -289,7 +289,7 @@ class Session:
         self._arm(reply)
         self._settled()
         self._tend |= reply.more > 0
-        if reply.more or self._ledger.outbox.urgent or self._ledger.rounds.has_to_look:
+        if reply.more or self._ledger.outbox.urgent or self._ledger.rounds.looks:
             self.kick()
 
     def _compare(self, reply: SyncReply, whole: Whole, sent_ms: float, at: float) -> None:
@@ -299,7 +299,7 @@ class Session:
         news = self.remembered.learn(whole, self.policy, sent_ms, at, recovering=recovering)
         told = [name for name, _ in whole.spent] if "spent" in whole.pages else None
         self._ledger.reconcile(whole.held, reply.epoch, at, self.remembered.here, told)
-        if news or self.remembered.pages or self._ledger.rounds.has_to_ask:
+        if news or self.remembered.pages or self._ledger.rounds.asks:
             # The others wait to hear that we know, or the server has more to tell.
             self._tend = True
             self._wake()

@@ -41,7 +41,7 @@ def test_of_few_flows_more_tickets_are_asked_after_in_one_call(ledger: Ledger) -
     one, other = wait(ledger, "t1", 300), wait(ledger, "t2", 2)
     ledger.rounds.begin()
     assert ledger.rounds.tickets_to_ask_after(200) == one[:100] + other
-    assert not ledger.rounds.has_to_ask
+    assert not ledger.rounds.asks
 
 
 def test_after_one_that_was_admitted_the_next_of_its_flow_are_asked_after(ledger: Ledger) -> None:
@@ -51,7 +51,7 @@ def test_after_one_that_was_admitted_the_next_of_its_flow_are_asked_after(ledger
     ledger.reconcile([(tickets[0], 1000, 5)], 1, 0.0, float)
     assert ledger.rounds.tickets_to_ask_after(1) == tickets[1:2]
     ledger.reconcile([], 1, 0.0, float)
-    assert not ledger.rounds.has_to_ask
+    assert not ledger.rounds.asks
 
 
 def test_what_was_never_said_and_who_waits_no_more_is_asked_after_by_nobody(
