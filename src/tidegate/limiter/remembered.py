@@ -69,6 +69,7 @@ class Remembered:
         self.told = 0  # the last change of what is spent that we know of
         self.pages: dict[str, tuple[str, int]] = {}  # where the lists go on that are not read yet
         self._midnights: dict[str, int] = {}
+        self._in_force: PoolPolicy | None = None  # when all was compared last
         # Who is told when there is one.
         self.watchers: set[Callable[[], None]] = set()
         # The sessions that are there, and the version of that list; when it was confirmed.
@@ -90,6 +91,7 @@ class Remembered:
         sessions we know now."""
         self._seen_ahead_ms.append(whole.now_ms - sent_ms)
         self.told, self.pages = whole.told, dict(whole.pages)
+        self._in_force = policy
         lapsing = {member: at_ms + left_ms for member, left_ms in whole.lapsing}
         if not self._lapsing.take(lapsing, goes_on="lapsing" in whole.pages):
             self.pages.pop("lapsing", None)
@@ -233,7 +235,9 @@ class Remembered:
         lease_ms: int,
     ) -> Join:
         """What a session says that joins; `since` is what it spent since it last compared."""
+        before = self._in_force
+        base = before if before is not None and before.revision < policy.revision else None
         return Join(
             policy, by, name, held, self.lapsing(at_ms), self.spent(since, at_ms),
-            self.paused(at_ms), self.roster(at_ms, lease_ms),
+            self.paused(at_ms), self.roster(at_ms, lease_ms), base,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha1
 from itertools import chain
 from typing import Any, Literal, NamedTuple, cast
 
@@ -76,7 +77,7 @@ class Join:
     (ticket, flow, seq, hard_ms, cost_ms) of every call that it holds open. lapsing: (member,
     left_ms) of permits held over for dead sessions, as last seen. spent: (limit, spent as last
     seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said). roster: the sessions
-    that were there, if we can vouch for that.
+    that were there, if we can vouch for that. base: the policy that was in force before, if known.
     """
 
     policy: PoolPolicy
@@ -87,13 +88,18 @@ class Join:
     spent: list[tuple[str, int, int]] = field(default_factory=list)
     pauses: list[tuple[str, int, int, str]] = field(default_factory=list)
     roster: list[str] = field(default_factory=list)
+    base: PoolPolicy | None = None
 
     def as_fields(self) -> dict[str, Any]:
+        blob = self.policy.pack()
         policy = {
             "revision": self.policy.revision,
             # Packed once more: only a server that does not have this revision reads them.
-            "limits": pack({n: definition(as_limit(of)) for n, of in self.policy.limits.items()}),
+            "limits": _flat(self.policy.limits),
             "weights": pack(dict(self.policy.weights)),
+            "digest": _digest(blob),
+            "base": _digest(self.base.pack()) if self.base else "",
+            "changes": _changes(self.base, self.policy) if self.base else b"",
             "bands": band_shares(self.policy.bands),
             "queue_max": self.policy.queue_per_tenant,
             "lease_ms": self.policy.lease_ms,
@@ -101,7 +107,7 @@ class Join:
             "hand_off": self.policy.hand_off,
             "reap_ms": self.policy.reap_closed_ms,
             "by": self.by,
-            "blob": self.policy.pack(),
+            "blob": blob,
         }
         return {
             "policy": policy,
@@ -112,6 +118,31 @@ class Join:
             "pauses": self.pauses,
             "roster": self.roster,
         }
+
+
+def _digest(blob: bytes) -> str:
+    return sha1(blob, usedforsecurity=False).hexdigest()
+
+
+def _flat(limits: Mapping[str, int | Limit]) -> bytes:
+    """Field of the record, definition, and so on."""
+    fields = ((f"d:{name}", definition(as_limit(limit))) for name, limit in limits.items())
+    return cast(bytes, msgpack.packb(list(chain.from_iterable(fields)), use_bin_type=False))
+
+
+def _changes(base: PoolPolicy, policy: PoolPolicy) -> bytes:
+    """The limits and the weights that a policy has otherwise than another one, False if no more."""
+    limits: dict[str, str | Literal[False]] = {
+        n: False for n in base.limits if n not in policy.limits
+    }
+    for name, limit in policy.limits.items():
+        if base.limits.get(name) != limit:
+            limits[name] = definition(as_limit(limit))
+    weights: dict[str, int | Literal[False]] = {
+        n: False for n in base.weights if n not in policy.weights
+    }
+    weights |= {n: of for n, of in policy.weights.items() if base.weights.get(n) != of}
+    return pack({"limits": limits, "weights": weights})
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,9 +246,34 @@ def test_a_change_of_one_limit_costs_no_work_at_the_others(made: Made) -> None:
     limits = {**changed.limits, "tenant:7": 2}
     process.session.set_policy(replace(changed, limits=limits), "somebody")
     work = process.say()
-    assert max(each["commands"] for each in work) < 150
+    assert max(each["commands"] for each in work) < 120
+    assert max(each["elements"] for each in work) < 400
     assert pool.field("d:tenant:7").startswith("c|2|")
     assert pool.field("revision") == "2"
+
+
+def test_a_change_of_a_policy_that_is_not_in_force_is_read_whole(made: Made) -> None:
+    pool = made(many(3))
+    [process] = settled(pool, 1)
+    other = Process(pool)
+    other.say()
+    changed = many(3, revision=2)
+    other.session.set_policy(replace(changed, limits={"tenant:0": 5}, weights={"a": 3}), "other")
+    other.exchange()  # of which the process has not heard
+    limits = {**changed.limits, "tenant:1": 9}
+    process.session.set_policy(replace(changed, limits=limits, revision=3), "process")
+    process.say()
+    assert pool.field("d:tenant:0").startswith("c|1|")
+    assert pool.field("d:tenant:1").startswith("c|9|")
+    assert pool.fields("d") == set(limits)
+    assert pool.fields("t") == set()
+
+    fewer = replace(changed, limits={"tenant:1": 9, "rpm:1": 7}, weights={"b": 2}, revision=4)
+    process.session.set_policy(fewer, "process")
+    process.say()
+    assert pool.fields("d") == set(fewer.limits)
+    assert pool.field("d:rpm:1").startswith("c|7|")
+    assert pool.fields("t") == {"b"}
 
 
 def test_a_process_that_joins_has_a_policy_in_force_read_by_nobody(

@@ -23,9 +23,24 @@ function T.clear_field(letter, name)
   call('HDEL', T.meta_key, letter .. ':' .. name)
 end
 
+-- The fields of the record that a policy may concern; `differs` says that it names changes only.
+T.LETTERS = { 'a', 'd', 's', 'w', 'e', 'b', 'x' }
+function T.fields_concerned(policy)
+  if not policy.differs then return call('HKEYS', T.meta_key) end
+  local fields, found = {}, {}
+  for name in pairs(policy.limits) do
+    for _, letter in ipairs(T.LETTERS) do fields[#fields + 1] = letter .. ':' .. name end
+  end
+  for name in pairs(policy.weights) do fields[#fields + 1] = 't:' .. name end
+  for i, value in ipairs(#fields > 0 and T.read(T.meta_key, fields) or none) do
+    if value then found[#found + 1] = fields[i] end
+  end
+  return found
+end
+
 function T.clear_policy(policy)
   local gone = {}
-  for _, field in ipairs(call('HKEYS', T.meta_key)) do
+  for _, field in ipairs(T.fields_concerned(policy)) do
     local letter, name = string.match(field, '^(%a):(.*)$')
     local there = letter and policy.limits[name]
     local bound = letter == 'a' and string.match(there or '', '^c|(%d+)|%d|[1-9]')
@@ -44,28 +59,65 @@ function T.clear_policy(policy)
   T.write(T.meta_key, gone)
 end
 
--- Writes what is defined otherwise than before; returns the names of those limits.
+-- Writes what is defined otherwise than before; returns the names of all, and of those limits.
 function T.define(policy)
   local names, fields, changed, defined = {}, {}, {}, {}
-  for name in pairs(policy.limits) do
-    names[#names + 1] = name
-    fields[#fields + 1] = 'd:' .. name
+  for name, definition in pairs(policy.limits) do
+    if definition then
+      names[#names + 1] = name
+      fields[#fields + 1] = 'd:' .. name
+    end
   end
-  local before = T.read(T.meta_key, fields)
+  local before = #fields > 0 and T.read(T.meta_key, fields) or none
   for i, name in ipairs(names) do
     if before[i] ~= policy.limits[name] then
       changed[#changed + 1] = name
       defined[fields[i]] = policy.limits[name]
     end
   end
-  for name, weight in pairs(policy.weights) do defined['t:' .. name] = T.int(weight) end
+  for name, weight in pairs(policy.weights) do
+    if weight then defined['t:' .. name] = T.int(weight) end
+  end
   T.write(T.meta_key, defined)
   return names, changed
 end
 
--- Whoever waits may be admitted now, by other bounds or other bands.
+-- The first policy of a record, in which there is nothing else. `limits`: field, definition, and so on.
+function T.define_first(policy)
+  local fields = cmsgpack.unpack(policy.limits)
+  for name, weight in pairs(cmsgpack.unpack(policy.weights)) do
+    fields[#fields + 1] = 't:' .. name
+    fields[#fields + 1] = T.int(weight)
+  end
+  for i = 1, #fields, 1000 do
+    call('HSET', T.meta_key, unpack(fields, i, math.min(i + 999, #fields)))
+  end
+  pool.indexed = true
+  T.put('changes', T.int(pool.changes))
+end
+
+-- A version that knows of no digests leaves that of another revision.
+function T.is_in_force(digest)
+  return call('HGET', T.meta_key, 'digest') == T.int(pool.revision) .. '|' .. digest
+end
+
+-- What a policy says of its limits and weights, by name; false for one that it has no more. Where the
+-- policy is in force of which its process knows the changes, these are all that is read of it.
+function T.read_policy(policy)
+  policy.differs = policy.base ~= '' and policy.bands == pool.bands and T.is_in_force(policy.base)
+  if policy.differs then
+    local changes = cmsgpack.unpack(policy.changes)
+    policy.limits, policy.weights = changes.limits, changes.weights
+    return
+  end
+  local fields = cmsgpack.unpack(policy.limits)
+  policy.limits, policy.weights = {}, cmsgpack.unpack(policy.weights)
+  for i = 1, #fields, 2 do policy.limits[string.sub(fields[i], 3)] = fields[i + 1] end
+end
+
+-- Whoever waits may be admitted now, by other bounds or, at any limit, by other bands.
 function T.touch_waited_for(names)
-  if pool.parked == 0 then return end
+  if pool.parked == 0 or #names == 0 then return end
   local fields = {}
   for i, name in ipairs(names) do fields[i] = 'w:' .. name end
   for i, waiting in ipairs(T.read(T.meta_key, fields)) do
@@ -81,31 +133,31 @@ end
 
 -- The highest revision wins; a start-up never overwrites a newer one.
 function T.merge_policy(policy)
-  if policy.revision == pool.revision and call('HGET', T.meta_key, 'policy') ~= policy.blob then
+  if policy.revision == pool.revision and not T.is_in_force(policy.digest)
+    and call('HGET', T.meta_key, 'policy') ~= policy.blob then
     T.conflict = 1
   end
   if policy.revision <= pool.revision then return end
-  policy.limits, policy.weights = cmsgpack.unpack(policy.limits), cmsgpack.unpack(policy.weights)
   T.reload_limits()
-  local new = pool.revision == 0
-  T.clear_policy(policy)
-  local names, changed = T.define(policy)
-  T.touch_waited_for(names)
+  local changed = none
+  if pool.revision == 0 then
+    T.define_first(policy)
+  else
+    T.read_policy(policy)
+    T.clear_policy(policy)
+    local names
+    names, changed = T.define(policy)
+    T.touch_waited_for(policy.bands == pool.bands and changed or names)
+  end
   pool.revision, pool.lease_ms, pool.hold = policy.revision, policy.lease_ms, policy.hold
   pool.bands, pool.queue_max = policy.bands, policy.queue_max
   pool.hand_off, pool.reap_ms = policy.hand_off, policy.reap_ms
   call('HSET', T.meta_key, 'revision', T.int(policy.revision), 'lease_ms', T.int(policy.lease_ms),
     'hold', policy.hold and '1' or '0', 'bands', policy.bands, 'queue_max', T.int(policy.queue_max),
     'hand_off', policy.hand_off and '1' or '0', 'reap_ms', T.int(policy.reap_ms),
-    'policy', policy.blob)
+    'policy', policy.blob, 'digest', T.int(policy.revision) .. '|' .. policy.digest)
   call('LPUSH', T.prefix .. 'history', cmsgpack.pack({ policy.revision, pool.now, policy.by, policy.blob }))
   call('LTRIM', T.prefix .. 'history', 0, T.HISTORY - 1)
-  -- In a new record nothing was counted in any way.
-  if new then
-    pool.indexed = true
-    T.put('changes', T.int(pool.changes))
-    return
-  end
   for _, name in ipairs(changed) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' then T.rates().take_along(limit) end
@@ -215,7 +267,7 @@ function T.join()
     T.forget_leftover()
   end
   own.held, own.written, own.dirty = {}, {}, nil
-  if call('ZCARD', T.sessions_key) == 0 then T.recount() end
+  if not since and call('ZCARD', T.sessions_key) == 0 then T.recount() end
   T.merge_policy(q.join.policy)
   if not pool.indexed then T.index() end
   local lost = q.epoch > 0 and q.epoch < pool.epoch

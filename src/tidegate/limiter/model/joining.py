@@ -18,7 +18,7 @@ from tidegate.limiter.model.state import (
     Session,
     read_flow,
 )
-from tidegate.limiter.wire import Status, SyncRequest, definition
+from tidegate.limiter.wire import Status, SyncRequest, band_shares, definition
 
 # What a gate is taken for whose record was lost.
 GATE_MS = 1000
@@ -192,7 +192,9 @@ class Joining(Roster):
             elif limit.current is not None:
                 limit.current = min(limit.current, limit.limit.bound * 1000)
         self.forget_unnamed()
-        self.touched |= {name for name in policy.limits if self.limit(name).waits}
+        same = before is not None and band_shares(before.bands) == band_shares(policy.bands)
+        concerned = changed if same else policy.limits
+        self.touched |= {name for name in concerned if self.limit(name).waits}
         # In a new record nothing was counted in any way.
         for limit in map(self.limit, changed if before else ()):
             if limit.is_rate:
