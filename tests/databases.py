@@ -1,14 +1,15 @@
 """A migrated database per test: copied from a template, and given to the next test when it is again
 as it was made.
 
-Invariant: a test finds what the migrations made, and nothing else. A database whose schema, seeds,
-settings or statistics a test has changed is dropped.
+Invariant: a test finds what the migrations made, and nothing else. A database whose schema,
+settings or statistics a test has changed is dropped; rows that the migrations made are made again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from io import BytesIO
 from uuid import uuid4
 
 import asyncpg
@@ -58,6 +59,7 @@ class Databases:
         self._spare: list[str] = []
         self._shape = ""
         self._seeds: dict[str, str] = {}
+        self._copies: dict[str, bytes] = {}
 
     async def prepare(self) -> None:
         """Note how the template looks."""
@@ -66,6 +68,9 @@ class Databases:
             self._shape = await connection.fetchval(_SHAPE)
             for table in await _written(connection):
                 self._seeds[table] = await _content(connection, table)
+                copy = BytesIO()
+                await connection.copy_from_table(table, output=copy, format="binary")
+                self._copies[table] = copy.getvalue()
         finally:
             await connection.close()
 
@@ -99,15 +104,24 @@ class Databases:
             await connection.execute(_TERMINATE)
             if await connection.fetchval(_SHAPE) != self._shape:
                 return False
-            for table, content in self._seeds.items():
-                if await _content(connection, table) != content:
-                    return False
-            written = await _written(connection)
-            if others := [table for table in written if table not in self._seeds]:
-                await connection.execute(f"TRUNCATE {', '.join(others)} CASCADE")
-            return True
+            emptied = {*await _written(connection)} - self._seeds.keys()
+            changed = not await self._has_seeds(connection)
+            if changed:
+                emptied |= self._seeds.keys()
+            if emptied:
+                await connection.execute(f"TRUNCATE {', '.join(emptied)} CASCADE")
+            if changed:
+                await connection.execute("SET session_replication_role = replica")  # no triggers
+                for table, copy in self._copies.items():
+                    await connection.copy_to_table(table, source=BytesIO(copy), format="binary")
+            return await self._has_seeds(connection)
         finally:
             await connection.close()
+
+    async def _has_seeds(self, connection: asyncpg.Connection) -> bool:
+        """Whether the tables that the migrations wrote to are as they were."""
+        found = {table: await _content(connection, table) for table in self._seeds}
+        return found == self._seeds
 
 
 async def _written(connection: asyncpg.Connection) -> list[str]:
