@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import aiohttp
@@ -26,7 +25,8 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from starlette.datastructures import State
 
-from tests.waiting import wait_until, work_for
+from tests.sooner import in_which_it_is_soon
+from tests.waiting import wait_until
 from tidegate.app import create_app, run_worker
 from tidegate.config import Config, operator_key
 from tidegate.http.protocol import bounded
@@ -334,20 +334,6 @@ async def gateway(
             _rooms.append(running.room)
 
 
-class _Sooner(ModuleType):
-    """asyncio, with pauses of 10 ms: as often does a server look whether it is to stop, and whether
-    its connections have closed. Every test waits for both."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self._pause if name == "sleep" else getattr(asyncio, name)
-
-    async def _pause(self, _seconds: float) -> None:
-        await work_for(0.01)
-
-
-vars(uvicorn.server)["asyncio"] = _Sooner("asyncio")
-
-
 async def _serve(
     config: Config, http: aiohttp.ClientSession, upstream: EmulatorControl, pool: asyncpg.Pool
 ) -> Gateway:
@@ -371,7 +357,7 @@ async def _serve(
             timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
         )
     )
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    serving = asyncio.create_task(server.serve(sockets=[listening]), context=in_which_it_is_soon())
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     return Gateway(url, app, config, server, http, upstream, pool, serving, room)
 
