@@ -39,6 +39,7 @@ from tidegate.errors import (
     UpstreamUnauthorized,
 )
 from tidegate.limiter import Limiter
+from tidegate.limiter.limits import Concurrency
 from tidegate.spine.faults import Faults, Suspect, can_be_provoked
 from tidegate.telemetry import Log, get_logger
 
@@ -201,8 +202,9 @@ class Gate:
         if self._faults.count:
             self._faults.clear()
             self._said, self._closed_since = "", None
-        if self._strikes:
+        if self._strikes:  # those of the account too: it has room
             self._strikes.pop(model_limit(model), None)
+            self._strikes.pop(self.limit, None)
         if tried:
             await self.open()
 
@@ -281,6 +283,9 @@ class Gate:
             return 0
         for_ms, ramp_ms = pause.for_ms, pause.ramp_ms
         if not for_ms:
+            if pause.limit not in self._strikes and self._has_learned(demand):
+                self._strikes[pause.limit] = 1, self._clock()
+                return 0
             for_ms = self._strike(pause.limit)
             ramp_ms = for_ms
         try:
@@ -297,6 +302,12 @@ class Gate:
         if paused:
             log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=for_ms, by=self.upstream)
         return for_ms
+
+    def _has_learned(self, demand: Demand) -> bool:
+        """Whether a refusal without a time has lowered a limit of the call, which finds its own
+        way: a pause as well, of a provider that answers others, would leave it unused."""
+        limits = (self.limiter.policy.limits.get(one) for one in demand.limits)
+        return any(isinstance(one, Concurrency) and one.adaptive is not None for one in limits)
 
     def _strike(self, limit: str) -> int:
         """How long a pause is that the provider did not put a time to. Calls that were under way

@@ -16,6 +16,7 @@ from tests.waiting import wait_until
 from tidegate.demand import Demand as CallDemand
 from tidegate.errors import LeaseLost, LimitPaused, UpstreamThrottled, UpstreamUnavailable
 from tidegate.limiter import Demand, Limiter
+from tidegate.limiter.limits import Adaptive, Concurrency, PoolPolicy
 from tidegate.policy.control import Control
 from tidegate.spine.faults import FAULTS, Suspect
 from tidegate.spine.routing import FIRST_PAUSE_MS, LONGEST_DOUBT_S, Gate
@@ -199,6 +200,34 @@ async def test_calls_that_are_refused_in_one_moment_slow_down_once(open_gateway:
     refused, demand = UpstreamThrottled("Slow down"), CallDemand((), "default", "normal", 0)
     pauses_ms = await asyncio.gather(*(gate.throttled(refused, MODEL, demand) for _ in range(8)))
     assert 0 < min(pauses_ms) <= max(pauses_ms) == FIRST_PAUSE_MS
+
+
+@pytest.mark.parametrize("of_account", [False, True])
+async def test_an_answer_begins_the_pauses_again(open_gateway: Opener, of_account: bool) -> None:
+    """Those of the account as well: refusals without a time paused it for 8 s each in the end."""
+    gate = (await open_gateway(worker=False)).services.relay.health["gemini"]
+    refused = UpstreamThrottled("Slow down", of_account=of_account)
+    demand = CallDemand((), "default", "normal", 0)
+    assert await gate.throttled(refused, MODEL, demand) == FIRST_PAUSE_MS
+    await gate.worked(MODEL, tried=False)
+    assert not gate.has_doubts
+
+
+async def test_a_refusal_that_lowers_an_adaptive_limit_pauses_nothing_else(
+    open_gateway: Opener,
+) -> None:
+    """A second one before any answer does: it may be about something else."""
+    url = (await open_gateway(worker=False)).services.config.redis_url
+    assert url is not None
+    policy = PoolPolicy({"kind:text_only": Concurrency(40, adaptive=Adaptive(minimum=2))})
+    refused, demand = (
+        UpstreamThrottled("x"),
+        CallDemand(("kind:text_only",), "default", "normal", 0),
+    )
+    async with Limiter.from_url(url.get_secret_value(), pool=uuid4().hex, policy=policy) as limiter:
+        gate = Gate("of-this-test", limiter)
+        assert await gate.throttled(refused, MODEL, demand) == 0
+        assert await gate.throttled(refused, MODEL, demand) > 0
 
 
 async def test_what_clients_name_does_not_grow_the_record(
