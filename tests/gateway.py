@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from starlette.datastructures import State
 
-from tests.sooner import in_which_it_is_soon
-from tests.waiting import wait_until
+from tests.waiting import wait_until, work_for
 from tidegate.app import create_app, run_worker
 from tidegate.config import Config, operator_key
 from tidegate.http.protocol import bounded
@@ -334,6 +333,16 @@ async def gateway(
             _rooms.append(running.room)
 
 
+class _Server(Server):
+    """Looks more often than ten times a second whether it is to stop: every test waits for that."""
+
+    async def main_loop(self) -> None:
+        for number in count():
+            if await self.on_tick(number):
+                return
+            await work_for(0.01)
+
+
 async def _serve(
     config: Config, http: aiohttp.ClientSession, upstream: EmulatorControl, pool: asyncpg.Pool
 ) -> Gateway:
@@ -344,7 +353,7 @@ async def _serve(
     protocol = bounded(
         receive_timeout_ms=config.receive_timeout_ms, stalled_reader_ms=config.stalled_reader_ms
     )
-    server = Server(
+    server = _Server(
         uvicorn.Config(
             app,
             http=protocol,
@@ -357,7 +366,7 @@ async def _serve(
             timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
         )
     )
-    serving = asyncio.create_task(server.serve(sockets=[listening]), context=in_which_it_is_soon())
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     return Gateway(url, app, config, server, http, upstream, pool, serving, room)
 
