@@ -31,6 +31,7 @@ class Held:
     def __init__(self, outages: Outages, gates: Mapping[str, Gate]) -> None:
         self.outages = outages
         self._gates = gates
+        self._closed: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Held {self.outages!r}>"
@@ -47,14 +48,29 @@ class Held:
 
     def _ms(self, key: Key) -> float:
         gate = self._gates.get(key[0])
-        ready_in_ms = 0.0 if gate is None else gate.ready_in_ms(key[1])
+        ready_in_ms = 0.0
+        if gate is not None:
+            self._closed_ms(gate)
+            ready_in_ms = gate.ready_in_ms(key[1])
         here_ms = self.outages.held_ms((key,)) if self.outages.is_any else 0.0
         return max(here_ms, ready_in_ms if ready_in_ms > _SHORT_MS else 0.0)
+
+    def _closed_ms(self, gate: Gate) -> int:
+        """Until its next try is due; 0 while it is open. A gate that was opened, by a person or by
+        the answer that another process had, is news for the outages of this process."""
+        if (found := gate.closed()) is not None:
+            self._closed.add(gate.upstream)
+            return found[0]
+        if gate.upstream in self._closed:
+            self._closed.discard(gate.upstream)
+            self.outages.due(gate.upstream)
+        return 0
 
     def may_claim(self, most: int) -> int:
         """How many to claim: as `Outages.may_claim`, and none while all upstreams are out."""
         gates = self._gates.values()
-        if gates and all((found := one.closed()) and found[0] > _SHORT_MS for one in gates):
+        closed_ms = [self._closed_ms(one) for one in gates]
+        if closed_ms and min(closed_ms) > _SHORT_MS:
             return 0
         return self.outages.may_claim(most)
 

@@ -193,6 +193,11 @@ class Outages:
         outage.rounds = min(outage.rounds + 1, 10)
         outage.until = now + max(pause_s, told_s) + more_s
 
+    def due(self, upstream: str) -> None:
+        """It may be asked now, whatever is known here; whether it works a probe will say."""
+        if (outage := self._outages.get((upstream, ""))) is not None:
+            outage.until = min(outage.until, self._clock())
+
     def wait_ms(self, targets: Sequence[Key]) -> int:
         """For how long a job stays in the queue that was not called, or whose call failed by the
         upstream: until the next probe and a little, so that not all return in the same moment."""

@@ -132,6 +132,10 @@ async def test_a_refused_key_fails_nothing(open_gateway: Opener) -> None:
     statuses = {(await gateway.status(request_id))["status"] for request_id in ids}
     assert statuses <= {"queued", "running"}
     assert len(await gateway.calls()) <= 2 * LIMIT
+    await gateway.upstream.clear_faults()
+    await gateway.services.relay.health["gemini"].open()  # as a person does who has paid, say
+    ends = [await gateway.end_of(request_id, 30) for request_id in ids]
+    assert {one["status"] for one in ends} == {"succeeded"}, "half a minute before the next probe"
 
 
 async def test_a_deadline_bounds_the_wait_for_an_upstream(open_gateway: Opener) -> None:
