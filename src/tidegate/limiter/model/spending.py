@@ -49,7 +49,7 @@ class Spending:
                 del self.log[0]
             return len(self.log)
         over = now - span_of(limit)
-        if any(end <= over for end in self.buckets):
+        if self.buckets and min(self.buckets) <= over:
             self.buckets = {end: amount for end, amount in self.buckets.items() if end > over}
         return sum(self.buckets.values())
 
