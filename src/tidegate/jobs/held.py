@@ -5,7 +5,7 @@ Two know of it: the gates and pauses of the limiter, for all processes together,
 
 Invariants: what is held takes no place in a window: it goes back to the queue, each a little later
 than the one before it, so that what can be called does not wait behind it; it is looked at again
-at latest `_LONGEST_WAIT_MS` and `MOST_APART_MS` later.
+at latest `_LONGEST_WAIT_MS` and `MOST_APART_MS` later, or what the caller sets for the latter.
 """
 
 from __future__ import annotations
