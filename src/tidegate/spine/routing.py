@@ -54,6 +54,7 @@ MOST_PAUSED = 100
 FIRST_PAUSE_MS = 500
 LONGEST_PAUSE_MS = 8_000
 _MOST_STRIKES = 12
+_LATER_MS = 50  # between two looks at the clock
 # For how long a fault that a request can bring upon itself is none of its own while its upstream is
 # out. There may be nothing else left to try it with, and then it must end at some time.
 LONGEST_DOUBT_S = 86_400.0
@@ -176,7 +177,7 @@ class Gate:
         paused_ms = self.limiter.paused_ms(demand.limits)
         if paused_ms <= left_ms:
             return None
-        if (out := self.out()) is not None and (out.retry_after_ms or 0) >= paused_ms:
+        if (out := self.out()) is not None and (out.retry_after_ms or 0) >= paused_ms - _LATER_MS:
             return out
         last = max(demand.limits, key=lambda one: self.limiter.paused_ms((one,)))
         said = "what the call needs is paused for longer than it may wait"

@@ -53,7 +53,11 @@ async def _was_tried(gateway: Gateway, written: StringIO, request_id: str) -> bo
     if written.getvalue().count(request_id) >= 2:
         return True
     waits = "SELECT not_before IS NOT NULL FROM requests WHERE id = $1::uuid"
-    return bool(await gateway.database.fetchval(waits, request_id))
+    if await gateway.database.fetchval(waits, request_id):
+        return True
+    # An earlier one may have come back and found the key refused, for a minute.
+    await gateway.services.relay.health["gemini"].open()
+    return False
 
 
 async def ask(gateway: Gateway, route: Route, shown: dict[str, Any]) -> None:

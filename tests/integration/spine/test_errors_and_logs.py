@@ -108,7 +108,9 @@ async def test_no_secret_is_logged_or_shown_when_a_call_fails(
         await all_is_well(gateway)
         shown += str(record) + streamed.raw.decode()
     logged = orjson.dumps(lines()).decode()
-    assert logged.count("job_done") == 3
+    # One whose deadline comes may be with a worker just then, or in the queue.
+    ends = [line["code"] for line in lines() if line["event"] == "job_done"]
+    assert len([code for code in ends if code != "deadline_exceeded"]) == 3
     assert logged.count("job_retry") >= 1
     assert KEY not in logged + shown
     assert "Explain the tide" not in logged, "nor what people ask"
