@@ -92,13 +92,21 @@ def _go_on_below_a_watcher(folder: Path, *, ends_orphans: bool) -> None:
         options += ["--owners", *map(str, owners)]
         os.execv(sys.executable, [sys.executable, "-S", watcher.__file__, *options])
     watcher.die_with_parent()
+    if not _has_terminal():
+        os.setpgid(0, 0)
     for descriptor in (heard, said, *owners):
         os.close(descriptor)
 
 
 def _wait(watching: int, tests: int, folder: Path) -> None:
     """Until the watcher has ended. Ctrl-C that this process alone hears goes to the tests (a
-    terminal signals all of them itself); any other signal ends the run."""
+    terminal signals all of them itself); any other signal ends the run.
+
+    Without a terminal the tests have a process group of their own: they hear Ctrl-C once, also
+    where somebody sends it to the whole group of this process. Twice is not the same: the second
+    one breaks into what pytest does about the first.
+    """
+    interrupt = os.kill if _has_terminal() else os.killpg
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDING, signal.SIGCHLD})
     while True:
         came = signal.sigwaitinfo({*_ENDING, signal.SIGCHLD})
@@ -106,7 +114,7 @@ def _wait(watching: int, tests: int, folder: Path) -> None:
             if came.si_signo != signal.SIGINT:
                 os.kill(watching, signal.SIGTERM)
             elif came.si_code <= 0:
-                os.kill(tests, signal.SIGINT)
+                interrupt(tests, signal.SIGINT)
             continue
         pid, status = os.waitpid(watching, os.WNOHANG)
         if pid:
@@ -116,6 +124,15 @@ def _wait(watching: int, tests: int, folder: Path) -> None:
         code = watcher.KILLED
         watcher.finish(code, folder)
     os._exit(code)
+
+
+def _has_terminal() -> bool:
+    """Whether this session has a terminal, which signals a process group at Ctrl-C."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def _started_by() -> list[int]:

@@ -26,6 +26,7 @@ class Run:
     """A run of pytest, in a session of its own. `folder` is its temporary one."""
 
     process: subprocess.Popen[bytes]
+    log: Path
     folder: Path = Path()
     processes: list[Identity] = field(default_factory=list)
 
@@ -66,7 +67,7 @@ async def begin(tmp_path: Path) -> AsyncIterator[Runs]:
 
     async def started(*command: str, services: str = "valkey") -> Run:
         env = environment() | {"RUN_IS_AT": str(at), "RUN_STARTS": services}
-        run = Run(process_of(command, env, log))
+        run = Run(process_of(command, env, log), log)
         begun.append(run)
         await wait_until(lambda: at.exists() and at.read_text(), 60, f"a run; see {log}")
         run.folder = Path(at.read_text())
@@ -84,8 +85,11 @@ async def begin(tmp_path: Path) -> AsyncIterator[Runs]:
 
 
 async def nothing_is_left(run: Run) -> None:
-    await wait_until(lambda: not run.left(), promised_s(watcher.END_WITHIN_S), "the end of all")
-    assert not run.folder.exists()
+    try:
+        await wait_until(lambda: not run.left(), promised_s(watcher.END_WITHIN_S), "the end of all")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {run.left()}\n{run.log.read_text()}") from None
+    assert not run.folder.exists(), run.log.read_text()
 
 
 async def test_kill_9_of_pytest(begin: Runs) -> None:
@@ -109,11 +113,16 @@ async def test_kill_9_of_a_process_beside_others(begin: Runs) -> None:
     assert run.process.wait(10) == watcher.TESTS_FAILED
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-async def test_a_signal_to_all_of_a_group(begin: Runs, how: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [(signal.SIGINT, pytest.ExitCode.INTERRUPTED), (signal.SIGKILL, -signal.SIGKILL)],
+)
+async def test_a_signal_to_all_of_a_group(begin: Runs, how: signal.Signals, status: int) -> None:
+    """The tests hear Ctrl-C once, whoever passes it on to them."""
     run = await begin(*PYTEST, "-n1")
     os.killpg(run.process.pid, how)
     await nothing_is_left(run)
+    assert run.process.wait(10) == status
 
 
 @pytest.mark.parametrize(
