@@ -74,8 +74,10 @@ async def test_the_head_goes_out_after_admission_and_before_the_first_byte(
 
 async def test_no_head_goes_out_while_the_stream_waits_for_its_turn(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
-    await gateway.upstream.set_behaviour(first_byte_ms=300)
+    await gateway.upstream.set_behaviour(first_byte_ms=20_000)
     async with gateway.open_stream(text="Explain first"):
+        await gateway.in_flight(1)
+        await gateway.upstream.set_behaviour(first_byte_ms=0)
         second = asyncio.create_task(gateway.stream(text="Explain second"))
         await wait_until(lambda: gateway.waiting == 1, 20)
         assert len(await gateway.calls("second")) == 0
