@@ -16,7 +16,7 @@ import sys
 from chaos.limiter.faults import FAULTS
 from chaos.limiter.play import play
 from chaos.limiter.report import table
-from chaos.limiter.scene import Size
+from chaos.limiter.scene import SMALL, Size
 
 
 def read_arguments() -> argparse.Namespace:
@@ -27,6 +27,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--fault", choices=FAULTS, action="append", help="only this one; may be given again"
     )
+    parser.add_argument("--small", action="store_true", help="one round each, of a small size")
     parser.add_argument("--seed", type=int, help="of what is left to chance")
     return parser.parse_args()
 
@@ -35,11 +36,13 @@ async def main() -> int:
     arguments = read_arguments()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(2**32)
     names = arguments.fault or list(FAULTS)
+    size, rounds = (SMALL, 1) if arguments.small else (Size(), None)
     print(f"seed {seed}", flush=True)
     outcomes = []
     for name in names:
         chance = random.Random(f"{seed} {name}")
-        outcome = await play(name, Size(), arguments.seconds / len(names), chance)
+        seconds = arguments.seconds / len(names)
+        outcome = await play(name, size, seconds, chance, rounds=rounds)
         outcomes.append(outcome)
         word = "left out" if outcome.left_out else "BROKEN" if outcome.problems else "kept"
         print(f"{word:8} {name}", *outcome.problems, sep="\n         ", flush=True)

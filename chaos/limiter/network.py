@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import subprocess
+from collections.abc import Sequence
 from secrets import token_hex
 
 
@@ -56,12 +57,31 @@ class Cable:
         subprocess.run(["ip", "link", "del", f"{self.name}a"], check=False, capture_output=True)
 
 
+def apart(command: Sequence[str]) -> list[str]:
+    """The command with a network of its own. A browser drops all its connections when a cable is
+    laid in the network that it is in."""
+    return ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+
+
+def missing_apart() -> str:
+    """Why this machine can't run a command `apart`; empty where it can."""
+    if lacks := _missing("ip", "unshare"):
+        return lacks
+    tried = subprocess.run(apart(["true"]), check=False, capture_output=True, text=True)
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+def _missing(*programs: str) -> str:
+    for program in programs:
+        if shutil.which(program) is None:
+            return f"there is no `{program}`"
+    return "" if os.geteuid() == 0 else "network namespaces need root"
+
+
 def missing() -> str:
     """Why this machine can't do it; empty where it can."""
-    if shutil.which("ip") is None:
-        return "there is no `ip` (iproute2)"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
+    if lacks := _missing("ip"):
+        return lacks
     cable = Cable()
     try:
         cable.lay()

@@ -58,6 +58,19 @@ class Size:
     slack_s: float = 0.0
 
 
+# What depends on a quiet machine, how soon and how well permits are used again, is not judged so.
+SMALL = Size(
+    workers=3,
+    tasks=30,
+    limit=6,
+    lease_ms=600,
+    call_ms=50.0,
+    spread_ms=50.0,
+    back_share=0.3,
+    slack_s=15.0,
+)
+
+
 @dataclass
 class Scene:
     """What a fault can reach. `frozen` says which worker stood still when."""
