@@ -49,7 +49,7 @@ PEERS = (
         "redis-semaphore-eval",
         "0.3.0",
         "redis_semaphore_eval",
-        ("redis==3.5.3", "hiredis==3.5.0"),
+        ("redis==3.5.3", "hiredis==3.5.0", "setuptools==80.9.0"),  # distutils, which is imported
         threads=True,
     ),
     Entry("self-limiters", "0.4.0", "self_limiters"),
