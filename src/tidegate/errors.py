@@ -273,10 +273,12 @@ class UpstreamThrottled(UpstreamError):
 
     unit: what there was too much of, `requests` or `tokens`; None where the provider did not say.
     of_account: whether it binds the whole account, and not only the model that was asked for.
+    `lowered_limit` is set where an adaptive limit was lowered for it, and nothing was paused.
     """
 
     code = "upstream_throttled"
     retryable = True
+    lowered_limit = False
 
     def __init__(
         self,

@@ -5,9 +5,10 @@ OUT -- its time is over, and one call takes the turn --> PROBED -- an answer -->
 
 A fault of the upstream is no fault of a job: the job returns to the queue, and nothing that needs
 the upstream is called before one probe, the next real call, has been answered. A 429 is about one
-model of an upstream, a refused key about all of it. Every other such fault may be about either:
-the model is held for `HEAD_START_S` longer, so that the next probe is of another one if any job
-waits for another, and stays out when that one is answered.
+model of an upstream, or about nothing where an adaptive limit was lowered for it; a refused key is
+about all of it. Every other such fault may be about either: the model is held for `HEAD_START_S`
+longer, so that the next probe is of another one if any job waits for another, and stays out when
+that one is answered.
 
 Invariants: an upstream that is out gets at most one call each `FIRST_S`; it is probed again at
 latest `LONGEST_S + HEAD_START_S` after the last probe ended (`DEAD_KEY_S` where it refuses our
@@ -161,7 +162,8 @@ class Outages:
             for name, _ in turn.targets if isinstance(error, UpstreamOut) else ():
                 self._hold((name, ""), told_s, is_told=True)
         elif isinstance(error, UpstreamThrottled):
-            self._hold(called, told_s, enough=True)
+            if not error.lowered_limit:
+                self._hold(called, told_s, enough=True)
         elif isinstance(error, UpstreamUnauthorized) and error.of_key:
             self._hold((called[0], ""), DEAD_KEY_S, enough=True)
         else:

@@ -286,6 +286,7 @@ class Gate:
         if not for_ms:
             if pause.limit not in self._strikes and self._has_learned(demand):
                 self._strikes[pause.limit] = 1, self._clock()
+                error.lowered_limit = True
                 return 0
             for_ms = self._strike(pause.limit)
             ramp_ms = for_ms

@@ -121,6 +121,14 @@ def test_a_429_is_of_one_model(clock: Clock, outages: Outages) -> None:
     assert outages.held_ms(TEXT) == 0, "somebody may have ended it"
 
 
+def test_a_429_that_lowered_a_limit_holds_nothing(outages: Outages) -> None:
+    lowered = UpstreamThrottled("slow down")
+    lowered.lowered_limit = True
+    fail(outages, lowered, 1)
+    assert outages.held_ms(TEXT) == 0
+    assert not outages.is_any
+
+
 def test_a_call_that_is_refused_for_its_model_puts_no_other_model_out(outages: Outages) -> None:
     fail(outages, BARE, 1)
     with pytest.raises(UpstreamUnavailable) as refused:
