@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,8 @@ FIGURES = (
 OURS = {"gateway": "tidegate", "limiter": "tidegate"}
 ONLY = {"gateway": "tidegate", "limiter": "ours"}
 
+SCENARIOS = tuple(dict.fromkeys(figure.scenario for figure in FIGURES))
+
 Found = dict[Figure, list[float]]
 
 
@@ -68,10 +71,10 @@ def checkout(commit: str) -> Path:
     return folder
 
 
-def measure(root: Path, found: Found, seconds: float) -> None:
-    """Run each benchmark once in `root`, and add its figures."""
-    for benchmark in dict.fromkeys(figure.benchmark for figure in FIGURES):
-        ours = [figure for figure in FIGURES if figure.benchmark == benchmark]
+def measure(root: Path, wanted: Sequence[Figure], found: Found, seconds: float) -> None:
+    """Run the benchmarks of these figures once in `root`, and add them."""
+    for benchmark in dict.fromkeys(figure.benchmark for figure in wanted):
+        ours = [figure for figure in wanted if figure.benchmark == benchmark]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
             command = [
@@ -96,7 +99,10 @@ def main() -> None:
     parser.add_argument("commit", help="what to measure beside this checkout")
     parser.add_argument("--runs", type=int, default=9, help="of each, in turns")
     parser.add_argument("--seconds", type=float, default=3.0, help="measured in each load")
+    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="only this one")
     arguments = parser.parse_args()
+    scenarios = arguments.scenario or SCENARIOS
+    wanted = [figure for figure in FIGURES if figure.scenario in scenarios]
     resolved = ["git", "rev-parse", "--short=12", arguments.commit]
     commit = subprocess.check_output(resolved, cwd=ROOT, text=True).strip()
     other = checkout(commit)
@@ -106,10 +112,10 @@ def main() -> None:
         # The first of a pair may meet a colder machine.
         pair = [(ROOT, ours), (other, theirs)]
         for root, found in pair if run % 2 else reversed(pair):
-            measure(root, found, arguments.seconds)
+            measure(root, wanted, found, arguments.seconds)
         print(f"run {run + 1} of {arguments.runs}", flush=True)
     rows, missed, missing = [], 0, 0
-    for figure in FIGURES:
+    for figure in wanted:
         if not ours[figure] or not theirs[figure]:
             missing += 1
             rows.append([figure.said, "-", "-", "-", f"<= {figure.bar:g}", "not measured"])
