@@ -271,7 +271,9 @@ class UpstreamError(TidegateError):
 class UpstreamThrottled(UpstreamError):
     """429. `day_quota` is true when a quota per day is gone and a short wait won't help.
 
-    unit: what there was too much of, `requests` or `tokens`; None where the provider did not say.
+    unit: what there was too much of, `requests`, `tokens`, `input_tokens`, `output_tokens` or
+        `images`; None where the provider did not say.
+    per_day: whether it was too much for a day, whenever that begins.
     of_account: whether it binds the whole account, and not only the model that was asked for.
     `lowered_limit` is set where an adaptive limit was lowered for it, and nothing was paused.
     """
@@ -286,11 +288,13 @@ class UpstreamThrottled(UpstreamError):
         *,
         status: int | None = 429,
         retry_after_ms: int | None = None,
+        per_day: bool = False,
         day_quota: bool = False,
         unit: str | None = None,
         of_account: bool = False,
     ) -> None:
         super().__init__(message, status=status, retry_after_ms=retry_after_ms)
+        self.per_day = per_day or day_quota
         self.day_quota = day_quota
         self.unit = unit
         self.of_account = of_account

@@ -68,12 +68,14 @@ def _blamed(
     if not model:
         return None
     of_model = [limit_id for limit_id in limits if whom_it_binds(limit_id) == model]
+    window = Quota if error.per_day else Rate
     unit = error.unit or "requests"
-    for limit_id in of_model:
-        limit = policy.limit(limit_id)
-        fits = isinstance(limit, Quota if error.day_quota else Rate)
-        if fits and isinstance(limit, Rate | Quota) and unit in limit.unit:
-            return limit_id
+    # A limit on all tokens counts those of the input too, and not the other way round.
+    for wanted in (unit, "tokens") if unit.endswith("_tokens") else (unit,):
+        for limit_id in of_model:
+            limit = policy.limit(limit_id)
+            if isinstance(limit, window) and limit.unit == wanted:
+                return limit_id
     return next((one for one in of_model if one.startswith("model:")), model_limit(model))
 
 

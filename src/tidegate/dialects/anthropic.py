@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from tidegate.dialects.rate_headers import used_up
 from tidegate.dialects.refusal import Refusal, Said
-from tidegate.dialects.waits import until_date_ms, until_ms
+from tidegate.dialects.waits import until_date_ms
 
 # From the first word on: a provider that repeats a client's text does so further on.
 _NO_MONEY = re.compile(
@@ -13,13 +14,10 @@ _NO_MONEY = re.compile(
     re.IGNORECASE,
 )
 _NEVER = re.compile(r"extra usage is required", re.IGNORECASE)
-# Header -> the unit that it counts, the narrowest first.
-_UNITS = {
-    "input-tokens": "input_tokens",
-    "output-tokens": "output_tokens",
-    "tokens": "tokens",
-    "requests": "requests",
-}
+_BY_NAME = re.compile(
+    r"\b(?P<unit>input tokens|output tokens|tokens|requests) per (?:second|minute|hour|day)\b",
+    re.IGNORECASE,
+)
 
 
 def refusal(said: Said) -> Refusal | None:
@@ -33,9 +31,11 @@ def refusal(said: Said) -> Refusal | None:
         return Refusal("key")
     if said.status == 429 and _NEVER.match(said.message):
         return Refusal("never")
-    if said.status == 429:
-        for name, unit in _UNITS.items():
-            if said.headers.get(f"anthropic-ratelimit-{name}-remaining", "").strip() == "0":
-                reset = said.headers.get(f"anthropic-ratelimit-{name}-reset", "")
-                return Refusal("throttled", unit=unit, wait_ms=until_ms(reset, said.now))
+    if said.status != 429:
+        return None
+    spent, named = used_up(said.headers, said.now), _BY_NAME.search(said.message)
+    if spent is not None:
+        return Refusal("throttled", unit=spent.unit, wait_ms=spent.reset_ms)
+    if named is not None:
+        return Refusal("throttled", unit=named["unit"].lower().replace(" ", "_"))
     return None

@@ -33,13 +33,19 @@ def refusal(said: Said) -> Refusal | None:
     quotas = _quota_ids(said.details)
     if not quotas:
         return None
-    text = " ".join(quotas)
+    of_day = [one for one in quotas if "perday" in one]
     return Refusal(
         "throttled",
-        unit=next((unit for unit in ("tokens", "requests") if unit in text), None),
-        day_quota="perday" in text,
+        unit=_unit_of(" ".join(of_day or quotas)),
+        per_day=bool(of_day),
+        day_quota=bool(of_day),
         of_account=not any("permodel" in one or "freetier" in one for one in quotas),
     )
+
+
+def _unit_of(quotas: str) -> str | None:
+    names = {"inputtoken": "input_tokens", "token": "tokens", "request": "requests"}
+    return next((unit for name, unit in names.items() if name in quotas), None)
 
 
 def _quota_ids(details: list[dict[str, Any]]) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from tidegate.dialects.rate_headers import used_up
 from tidegate.dialects.refusal import Refusal, Said
-from tidegate.dialects.waits import bounded_ms, span_ms
 
 _UNPAID = frozenset(
     {
@@ -21,7 +21,8 @@ _UNPAID = frozenset(
 # From the first word on: a provider that repeats a client's text does so further on.
 _NO_CREDITS = re.compile(
     r"(?:your|the|this) [\w ]{0,60}doesn't have any credits|insufficient (?:credits|balance)|"
-    r"your [\w ]{0,40}credits? (?:is|are|has been|have been) exhausted",
+    r"your [\w ]{0,40}credits? (?:is|are|has been|have been) exhausted|"
+    r"your team [\w -]{0,80}\b(?:has|have) (?:either )?used all available credits",
     re.IGNORECASE,
 )
 _DEAD_KEY = re.compile(
@@ -31,7 +32,11 @@ _TOO_LARGE = re.compile(r"\brequest too large\b", re.IGNORECASE)
 _LIMIT_AND_REQUESTED = re.compile(
     r"\bLimit:? (\d{1,12}), (?:Used:? \d{1,12}, )?Requested:? (\d{1,12})"
 )
+# By its type, by the name of the limit, and as Azure says it.
 _UNITS = ("tokens", "requests")
+_BY_NAME = re.compile(r"\b(token|request)s? per (?:second|min|minute|hour|day)\b", re.IGNORECASE)
+_BY_RATE = re.compile(r"\b(token|request|call) rate limit\b", re.IGNORECASE)
+_PER_DAY = re.compile(r"\b(?:token|request)s? per day\b", re.IGNORECASE)
 
 
 def refusal(said: Said) -> Refusal | None:
@@ -47,9 +52,22 @@ def refusal(said: Said) -> Refusal | None:
         return None
     if _is_too_large(said.message):
         return Refusal("never")
-    unit = next((unit for unit in _UNITS if unit in said.words), None)
-    unit = unit or next((u for u in _UNITS if re.search(rf"\b{u} per\b", said.message)), None)
-    return Refusal("throttled", unit=unit, wait_ms=_when_full(said))
+    spent = used_up(said.headers, said.now)
+    unit = _unit_of(said) or (spent.unit if spent else None)
+    of_day = spent is not None and spent.window == "day" and spent.unit == unit
+    wait_ms = spent.reset_ms if spent else None
+    per_day = of_day or bool(_PER_DAY.search(said.message))
+    return Refusal("throttled", unit=unit, wait_ms=wait_ms, per_day=per_day)
+
+
+def _unit_of(said: Said) -> str | None:
+    """What there was too much of, as the refusal says."""
+    if unit := next((unit for unit in _UNITS if unit in said.words), None):
+        return unit
+    found = _BY_NAME.search(said.message) or _BY_RATE.search(said.message)
+    if found is None:
+        return None
+    return "tokens" if found[1].lower() == "token" else "requests"
 
 
 def _is_too_large(message: str) -> bool:
@@ -58,13 +76,3 @@ def _is_too_large(message: str) -> bool:
         return True
     found = _LIMIT_AND_REQUESTED.search(message)
     return found is not None and int(found[2]) > int(found[1])
-
-
-def _when_full(said: Said) -> int | None:
-    """When the limits of which nothing is left begin again."""
-    spans = [
-        span_ms(said.headers.get(f"x-ratelimit-reset-{of}", ""))
-        for of in ("requests", "tokens")
-        if said.headers.get(f"x-ratelimit-remaining-{of}", "").strip() == "0"
-    ]
-    return max((bounded_ms(each) for each in spans if each is not None), default=None)

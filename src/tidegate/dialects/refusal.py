@@ -16,12 +16,14 @@ What = Literal["throttled", "unpaid", "key", "busy", "never", "of_thing"]
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """unit: what there was too much of. wait_ms: until when, beside what every dialect says of it.
-    day_quota: until midnight. of_account: whether it binds more than the model that was asked for.
+    per_day: whether it was too much for a day. day_quota: for the day until midnight. of_account:
+    whether it binds more than the model that was asked for.
     """
 
     what: What
     unit: str | None = None
     wait_ms: int | None = None
+    per_day: bool = False
     day_quota: bool = False
     of_account: bool = False
 

@@ -64,6 +64,7 @@ def error_of_refusal(
                 message,
                 status=status,
                 retry_after_ms=wait_ms,
+                per_day=found.per_day,
                 day_quota=found.day_quota,
                 unit=found.unit,
                 of_account=found.of_account,

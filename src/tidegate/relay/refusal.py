@@ -18,7 +18,7 @@ async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFa
     status = exchange.status
     if status < 400:
         raise UpstreamGarbled(f"the provider answered {status}, which is not followed")
-    said = faults.error_in(body) or {}
+    said = faults.error_of_refusal_in(body)
     named = {
         name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
     }

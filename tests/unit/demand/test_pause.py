@@ -26,8 +26,8 @@ def paused(
     return pause_after(error, asked, "models/m", policy, now)
 
 
-def throttled(unit: str | None = None, *, day: bool = False) -> UpstreamThrottled:
-    return UpstreamThrottled("429", retry_after_ms=47_000, day_quota=day, unit=unit)
+def throttled(unit: str | None = None, **said: bool) -> UpstreamThrottled:
+    return UpstreamThrottled("429", retry_after_ms=47_000, unit=unit, **said)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def throttled(unit: str | None = None, *, day: bool = False) -> UpstreamThrottle
         ((TOTAL, MODEL), None, MODEL),
         ((MODEL, "rpm:m"), None, "rpm:m"),
         ((MODEL, "rpm:m", "itpm:m"), "requests", "rpm:m"),
-        ((MODEL, "rpm:m", "itpm:m"), "tokens", "itpm:m"),
+        ((MODEL, "rpm:m", "itpm:m"), "tokens", MODEL),
+        ((MODEL, "rpm:m", "tpm:m", "itpm:m"), "input_tokens", "itpm:m"),
+        ((MODEL, "itpm:m", "tpm:m"), "output_tokens", "tpm:m"),
         ((MODEL, "rpm:m", "tpm:m"), "tokens", "tpm:m"),
         ((MODEL, "rpm:m"), "tokens", MODEL),
         (("rpm:m",), "tokens", MODEL),
@@ -53,20 +55,26 @@ def test_the_limit_nearest_to_the_cause_is_paused(
 
 
 def test_a_day_that_is_used_up_is_over_at_midnight_where_its_quota_says() -> None:
-    los_angeles = paused(throttled(day=True), "rpm:m", "rpd:m")
+    los_angeles = paused(throttled(day_quota=True), "rpm:m", "rpd:m")
     assert los_angeles == Pause("rpd:m", 19 * HOUR_MS, USUAL_RAMP_MS)
-    berlin = paused(throttled(day=True), zone="Europe/Berlin")
+    berlin = paused(throttled(day_quota=True), zone="Europe/Berlin")
     assert berlin == Pause("rpd:m", 10 * HOUR_MS, USUAL_RAMP_MS)
-    assert paused(throttled(day=True), MODEL) == Pause(MODEL, 19 * HOUR_MS, USUAL_RAMP_MS)
-    assert paused(throttled("tokens", day=True), "rpd:m", "tpd:m") == Pause(
+    assert paused(throttled(day_quota=True), MODEL) == Pause(MODEL, 19 * HOUR_MS, USUAL_RAMP_MS)
+    assert paused(throttled("tokens", day_quota=True), "rpd:m", "tpd:m") == Pause(
         "tpd:m", 19 * HOUR_MS, USUAL_RAMP_MS
     )
+
+
+def test_a_limit_of_a_day_that_says_when_it_has_room_is_paused_until_then() -> None:
+    found = paused(throttled("tokens", per_day=True), "tpm:m", "tpd:m", "rpd:m")
+    assert found == Pause("tpd:m", 47_000, USUAL_RAMP_MS)
+    assert paused(throttled("tokens", per_day=True), "tpm:m") == Pause(MODEL, 47_000, USUAL_RAMP_MS)
 
 
 def test_a_day_on_which_the_clocks_change_is_as_long_as_it_is() -> None:
     # Midnight in Los Angeles at 08:00 UTC; on 2026-11-01 the day has 25 hours.
     start = datetime(2026, 11, 1, 7, 0, tzinfo=UTC)
-    found = paused(throttled(day=True), "rpd:m", now=start)
+    found = paused(throttled(day_quota=True), "rpd:m", now=start)
     assert found is not None
     assert found.for_ms == 25 * HOUR_MS
 

@@ -44,6 +44,8 @@ UNPAID: list[tuple[str, int, dict[str, Any]]] = [
     ("openai", 402, {"message": "Insufficient Balance", "type": "unknown_error"}),  # DeepSeek
     ("openai", 402, {"code": 402, "message": "This request requires more credits"}),  # OpenRouter
     ("openai", 403, {"message": "Your newly created team doesn't have any credits yet."}),  # xAI
+    ("openai", 429, {"message": "Your team 0a1b-2c has either used all available credits or "
+                                "reached its monthly spending limit."}),  # xAI
     ("anthropic", 400, {"type": "invalid_request_error",
                         "message": "Your credit balance is too low to reach the API."}),
     ("anthropic", 400, {"type": "invalid_request_error",
@@ -123,6 +125,8 @@ def test_a_request_that_is_too_large_for_its_limit_is_not_tried_again(
         ({"message": "Rate limit reached on requests per day (RPD). Please try again in 8.64s"},
          "requests", 8_640),
         ({"message": "Please retry after 60 seconds."}, None, 60_000),  # Azure, in the text alone
+        ({"message": "Calls have exceeded the token rate limit of your tier."}, "tokens", None),
+        ({"message": "Calls have exceeded the call rate limit of your tier."}, "requests", None),
         ({"message": "slow down", "code": "slow_down"}, None, None),
     ],
 )  # fmt: skip
@@ -132,6 +136,35 @@ def test_openai_says_what_there_was_too_much_of_and_until_when(
     found = classified("openai", 429, error)
     assert isinstance(found, UpstreamThrottled)
     assert (found.unit, found.retry_after_ms, found.of_account) == (unit, wait_ms, False)
+
+
+@pytest.mark.parametrize(
+    ("message", "headers", "unit"),
+    [
+        ("Rate limit reached for `m` on tokens per day (TPD): Limit 9, Used 8, Requested 3. "
+         "Please try again in 9m38.016s.", {}, "tokens"),  # Groq
+        ("Rate limit reached on requests per day (RPD): Limit 9, Used 9, Requested 1.",
+         {}, "requests"),
+        ("Too many requests", {"x-ratelimit-remaining-requests-day": "0",  # Cerebras
+                               "x-ratelimit-reset-requests-day": "3600"}, "requests"),
+    ],
+)  # fmt: skip
+def test_a_limit_of_a_day_is_told_from_one_of_a_minute(
+    message: str, headers: Headers, unit: str
+) -> None:
+    found = classified("openai", 429, {"message": message}, headers)
+    assert isinstance(found, UpstreamThrottled)
+    assert (found.unit, found.per_day, found.day_quota) == (unit, True, False)
+    of_minute = classified("openai", 429, {"message": message.replace("day", "min")})
+    assert isinstance(of_minute, UpstreamThrottled)
+    assert not of_minute.per_day
+
+
+def test_anthropic_names_it_in_its_text_where_no_header_does() -> None:
+    message = "This request would exceed your limit of 200,000 input tokens per minute."
+    found = classified("anthropic", 429, {"type": "rate_limit_error", "message": message})
+    assert isinstance(found, UpstreamThrottled)
+    assert found.unit == "input_tokens"
 
 
 def test_anthropic_says_it_in_its_headers() -> None:
@@ -146,21 +179,24 @@ def test_anthropic_says_it_in_its_headers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "day", "account"),
+    ("ids", "unit", "day", "account"),
     [
-        (["GenerateRequestsPerDayPerProjectPerModel-FreeTier"], True, False),
-        (["GenerateContentPaidTierInputTokensPerModelPerMinute"], False, False),
-        (["GenerateRequestsPerMinutePerProject"], False, True),
-        (["GenerateRequestsPerMinutePerProject", "RequestsPerModelPerMinute"], False, False),
+        (["GenerateRequestsPerDayPerProjectPerModel-FreeTier"], "requests", True, False),
+        (["GenerateContentPaidTierInputTokensPerModelPerMinute"], "input_tokens", False, False),
+        (["GenerateRequestsPerMinutePerProject"], "requests", False, True),
+        (["GenerateRequestsPerMinutePerProject", "RequestsPerModelPerMinute"], "requests", False,
+         False),
+        (["GenerateContentInputTokensPerModelPerMinute-FreeTier",
+          "GenerateRequestsPerDayPerProjectPerModel-FreeTier"], "requests", True, False),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("dialect", ["gemini", "openai"])
 def test_gemini_names_a_model_s_quota_or_the_project_s(
-    dialect: str, ids: list[str], day: bool, account: bool
+    dialect: str, ids: list[str], unit: str, day: bool, account: bool
 ) -> None:
     found = classified(dialect, 429, {"message": "Quota exceeded", "details": quota(*ids)})
     assert isinstance(found, UpstreamThrottled)
-    assert (found.day_quota, found.of_account) == (day, account)
+    assert (found.unit, found.day_quota, found.of_account) == (unit, day, account)
 
 
 @pytest.mark.parametrize(

@@ -292,3 +292,20 @@ def test_no_error_body_of_any_shape_breaks_the_table(body: Any, status: int) -> 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_search_for_an_error_object(tail: bytes) -> None:
     faults.error_in(b'data: {"error": ' + tail)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"object": "error", "message": "Rate limit exceeded", "code": "1300"}', "Rate limit"),
+        (b'{"detail": "the model is not loaded"}', "the model is"),
+        (b'{"error": {"message": "inner"}, "message": "outer"}', "inner"),
+        (b'{"detail": [{"loc": ["body"]}]}', ""),
+        (b'["message"]', ""),
+        (b"<html>message</html>", ""),
+    ],
+)
+def test_a_refusal_whose_body_is_flat_is_read_too(body: bytes, message: str) -> None:
+    found = faults.error_of_refusal_in(body)
+    assert str(found.get("message", "")).startswith(message)
+    assert bool(found) == bool(message)

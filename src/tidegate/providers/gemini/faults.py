@@ -114,6 +114,22 @@ def error_in(tail: bytes) -> dict[str, Any] | None:
     return None
 
 
+def error_of_refusal_in(body: bytes) -> dict[str, Any]:
+    """The error object of an answer that is known to be a refusal: `error_in`, or all of the body
+    where it is flat, as Mistral's and vLLM's are; empty where it tells nothing."""
+    if (found := error_in(body)) is not None:
+        return found
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    if "message" not in value and isinstance(value.get("detail"), str):
+        return {"message": value["detail"]}
+    return value if isinstance(value.get("message"), str) else {}
+
+
 def _error_of(text: str) -> dict[str, Any] | None:
     if '"error"' not in text:
         return None
