@@ -209,8 +209,8 @@ def test_a_retry_after_header_may_be_a_date() -> None:
     [
         ("GenerateRequestsPerDayPerProjectPerModel-FreeTier", True, "requests"),
         ("GenerateRequestsPerMinutePerProjectPerModel-FreeTier", False, "requests"),
-        ("GenerateContentInputTokensPerModelPerMinute-PaidTier1", False, "tokens"),
-        ("GenerateContentInputTokensPerModelPerDay", True, "tokens"),
+        ("GenerateContentInputTokensPerModelPerMinute-PaidTier1", False, "input_tokens"),
+        ("GenerateContentInputTokensPerModelPerDay", True, "input_tokens"),
         (None, False, None),
     ],
 )
