@@ -27,7 +27,10 @@ SHORTEST_BYTES = 64
 LONGEST_BYTES = 65_536
 _HEAD_BYTES = 160
 _TAIL_BYTES = 16_384
-_ENOUGH_BYTES = 2_048
+_ENOUGH_BYTES, _MOST_TAIL_BYTES = 2_048, 4_000_000
+# The start of an event that says something, and what all say that tell an error.
+_EVENT = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])")
+_MAY_TELL = re.compile(rb'"error"\s*:\s*[{"]|"type"\s*:\s*"(?:error|response\.failed)"')
 _IN_LIST = re.compile(rb'[\[,]\s*(?=\{\s*"error"\s*:\s*\{)')
 _DECODER = json.JSONDecoder()
 _STATUSES = {
@@ -55,11 +58,14 @@ def is_too_short(first: bytes) -> bool:
 
 
 def tail_of(pieces: list[bytes]) -> bytes:
-    """The last bytes of an answer, enough for an error."""
+    """The last bytes of an answer, enough for an error: with the whole of its last event, which
+    repeats what was asked for and may be long."""
     start, size_bytes = len(pieces), 0
-    while start and size_bytes < _ENOUGH_BYTES:
+    is_whole = bool(pieces) and pieces[0].lstrip()[:1] in (b"[", b"{")  # no events
+    while start and (size_bytes < _ENOUGH_BYTES or not is_whole):
         start -= 1
         size_bytes += len(pieces[start])
+        is_whole = is_whole or size_bytes > _MOST_TAIL_BYTES or bool(_EVENT.search(pieces[start]))
     return b"".join(pieces[start:])
 
 
@@ -73,14 +79,15 @@ def may_begin_with_error(first: bytes) -> bool:
 
 def error_in(data: bytes) -> dict[str, Any] | None:
     """The object that tells an error, in the first or the last bytes of an answer."""
-    tail = data[-_TAIL_BYTES:]
-    if b'"error"' not in tail and b'"response.failed"' not in tail:
+    if _MAY_TELL.search(data) is None:
         return None
-    for line in reversed(tail.splitlines()):
-        if line.startswith(b"data:") and (found := _telling(line[5:])) is not None:
-            return found
+    for line in reversed(data.splitlines()):
+        told = line.startswith(b"data:") and _MAY_TELL.search(line) and _telling(line[5:])
+        if told:
+            return told
     if (found := _telling(data)) is not None:
         return found
+    tail = data[-_TAIL_BYTES:]
     places = [one.end() for one in _IN_LIST.finditer(tail)]
     return _telling(tail[places[-1] :], at_start=True) if places else None
 
@@ -106,6 +113,18 @@ def _error_of(value: dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(error, dict):
         return error
     return value if value.get("type") == "error" else None
+
+
+def tells_error(value: dict[str, Any]) -> bool:
+    """Whether an event of a stream, or an object of a list, tells an error."""
+    return _error_of(value) is not None
+
+
+def body_of(value: dict[str, Any]) -> dict[str, Any]:
+    """The body of an answer that tells the error from the start, as clients read it."""
+    if value.get("type") == "response.failed":
+        return {"error": _error_of(value)}
+    return value
 
 
 def status_of(value: dict[str, Any]) -> int:

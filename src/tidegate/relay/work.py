@@ -30,6 +30,7 @@ from tidegate.limiter import Permit, PoolPolicy
 from tidegate.providers.relay import Exchange
 from tidegate.relay import inside
 from tidegate.relay.asked import Asked
+from tidegate.relay.beginning import beginning_of
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.charging import native_charge, price_of
 from tidegate.relay.headers import to_return
@@ -336,25 +337,18 @@ class Work:
     async def _first(self, exchange: Exchange, target: Target) -> bytes:
         """The first bytes of the body. Raises CallFailed where they tell an error, of which the
         client has heard nothing yet."""
-        first = await exchange.next()
         if not self._call.endpoint.is_counted:  # such as a file, which may say anything
+            return await exchange.next()
+        first, value = await beginning_of(exchange, streams=self._life.streams)
+        if value is None:
             return first
-        # Half a line of a stream is of no use to anybody.
-        while self._life.streams and inside.is_too_short(first) and not exchange.at_end:
-            first += await exchange.next()
-        if not inside.may_begin_with_error(first):
-            return first
-        while (value := inside.error_in(first)) is None:
-            if exchange.at_end or len(first) > inside.LONGEST_BYTES:
-                return first
-            first += await exchange.next()
         key = target.upstream.key
         raise CallFailed(
             inside.error_of(value, exchange.headers, secret=key),
             target,
             status=inside.status_of(value),
             headers=inside.own_headers(to_return(exchange.headers, key, same_length=False)),
-            body=orjson.dumps(value).replace(key.encode(), b"***"),
+            body=orjson.dumps(inside.body_of(value)).replace(key.encode(), b"***"),
         )
 
     async def _pieces(
