@@ -15,7 +15,9 @@ import orjson
 # An event ends with an empty line; providers write either kind of line.
 _END = re.compile(rb"\r?\n\r?\n")
 _ENDS = (b"\n\n", b"\r\n\r\n")
-_USAGE = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+# Null beside what has no choices either, such as the results of a moderation that was asked for.
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 # Where a usage event tells an error too, it is for the client.
 _ERROR = re.compile(rb'"error"\s*:\s*[{"]')
 _LONGEST_EVENT_BYTES = 1_000_000
@@ -64,4 +66,6 @@ class WithoutUsageEvent:
 
 def _is_usage(event: bytes) -> bool:
     """Whether it is the usage event, or holds it."""
-    return b'"usage"' in event and _USAGE.search(event) is not None
+    if b'"usage"' not in event or _NO_CHOICES.search(event) is None:
+        return False
+    return _USAGE.search(event) is not None

@@ -17,6 +17,7 @@ EVENTS = [
     b'data: {"choices": [ ], "error": {"message": "no"}}\n\n',
     b'data: {"choices":[{"delta":{"content":"\\"choices\\":[] \\"usage\\""}}]}\r\n\r\n',
     b'data: {"choices":[],"usage":{"prompt_tokens":1},"error":{"message":"no"}}\n\n',
+    b'data: {"choices":[],"moderation":{"results":[{"flagged":false}]},"usage":null}\n\n',
     b"data: [DONE]\n\n",
     b"data:[DONE]\r\n\r\n",
 ]
