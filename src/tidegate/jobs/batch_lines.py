@@ -350,6 +350,7 @@ def _record_of(
         charge=life.charge,
         finish_reason=life.told.finish_reason,
         response_id=life.told.response_id,
+        model_version=life.told.model_version,
         failure=failure,
         key_id=line.key_id,
         source="batch",

@@ -83,3 +83,4 @@ async def run_wrapped(
             answer.usage = life.told.usage
             answer.finish_reason = life.told.finish_reason
             answer.response_id = life.told.response_id
+            answer.model_version = life.told.model_version

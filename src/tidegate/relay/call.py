@@ -13,7 +13,8 @@ from tidegate.errors import UpstreamError
 from tidegate.relay.headers import Headers
 from tidegate.relay.paths import Endpoint
 from tidegate.relay.targets import Target
-from tidegate.relay.usage import NOTHING_TOLD, TAIL_BYTES, Told, told_in
+from tidegate.relay.told import NOTHING_TOLD, Told, told_in
+from tidegate.relay.usage import TAIL_BYTES
 from tidegate.tracing import Trail
 
 KEPT_BYTES = 16_000_000

@@ -49,6 +49,7 @@ def record_of(
         charge,
         told.finish_reason,
         told.response_id,
+        told.model_version,
         failure,
         life.streams,
         caller.key_id,

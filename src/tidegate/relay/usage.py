@@ -1,4 +1,4 @@
-"""Usage, identity and finish reason that a provider tells of an answer. Pure.
+"""The usage that a provider tells of an answer. Pure.
 
 Invariant: usage is read at its known place alone: the outermost object of a whole answer, or an
 event of a stream (`usage`, `response.usage`, `message.usage`, `usageMetadata`). Whatever else an
@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -22,19 +21,16 @@ from tidegate.relay.paths import Dialect
 
 HEAD_BYTES = 4_096
 TAIL_BYTES = 65_536
-_PARSED_BYTES = 32_768
 _LONGEST_LIST_BYTES = 2_000_000
-_LONGEST_ID, _LONGEST_REASON = 200, 100
 _MOST_TOKENS = 10**12  # more is no count of one call, and no column could hold the sums
 # Of a stream: the usage stands in one of its last events, where it is told at all.
 _LAST_EVENTS = 8
 _FIRST_EVENTS = 4
 _MOST_CANDIDATES = 64
-# Where an object says its usage and its id, where its choices are, and why one of them ended.
-_PLACES: dict[Dialect, tuple[str, str, str | None, str]] = {
-    Dialect.OPENAI: ("usage", "id", "choices", "finish_reason"),
-    Dialect.ANTHROPIC: ("usage", "id", None, "stop_reason"),
-    Dialect.GEMINI: ("usageMetadata", "responseId", "candidates", "finishReason"),
+_PLACES = {
+    Dialect.OPENAI: "usage",
+    Dialect.ANTHROPIC: "usage",
+    Dialect.GEMINI: "usageMetadata",
 }
 _DETAILS = frozenset(
     (
@@ -49,73 +45,16 @@ _KEYS = {
     Dialect.ANTHROPIC: re.compile(rb'"usage"\s*:\s*\{'),
     Dialect.GEMINI: re.compile(rb'"usageMetadata"\s*:\s*\{'),
 }
-_ID = {
-    Dialect.OPENAI: re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"'),
-    Dialect.ANTHROPIC: re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"'),
-    Dialect.GEMINI: re.compile(rb'"responseId"\s*:\s*"([^"\\]{1,200})"'),
-}
-_FINISH = {
-    Dialect.OPENAI: re.compile(rb'"finish_reason"\s*:\s*"([^"\\]{1,100})"'),
-    Dialect.ANTHROPIC: re.compile(rb'"stop_reason"\s*:\s*"([^"\\]{1,100})"'),
-    Dialect.GEMINI: re.compile(rb'"finishReason"\s*:\s*"([^"\\]{1,100})"'),
-}
 _PICTURES = {
     Dialect.OPENAI: re.compile(rb'"b64_json"\s*:\s*"|"url"\s*:\s*"'),
     Dialect.GEMINI: re.compile(rb'"inlineData"\s*:\s*\{'),
 }
 
 
-# Not frozen, as all else of its kind: each call would pay for that.
-@dataclass(slots=True, unsafe_hash=True)
-class Told:
-    """What an answer says of itself; nobody changes it."""
-
-    usage: Usage
-    finish_reason: str | None = None
-    response_id: str | None = None
-
-
-NOTHING_TOLD = Told(UNKNOWN_USAGE)
-
-
-def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False, cut: bool = False) -> Told:
-    """What an answer says. `omitted`: its middle is missing; its last `TAIL_BYTES` are in one
-    piece. `cut`: it may not have come to its end, so that an object of its inside may be the last
-    that came."""
-    if len(answer) <= _PARSED_BYTES and answer.startswith(b"{"):
-        try:
-            return _told_by_object(dialect, orjson.loads(answer))
-        except orjson.JSONDecodeError:  # cut off
-            pass
-    raw = _usage_in(dialect, answer, omitted, cut)
-    identity = _ID[dialect].search(answer, 0, HEAD_BYTES)
-    finish = None
-    for finish in _FINISH[dialect].finditer(answer, max(0, len(answer) - TAIL_BYTES)):  # noqa: B007 -- the last one counts
-        pass
-    return Told(
-        usage=Usage() if raw is None else usage_of(dialect, raw),
-        finish_reason=finish[1].decode("utf-8", "replace") if finish else None,
-        response_id=identity[1].decode("utf-8", "replace") if identity else None,
-    )
-
-
-def _told_by_object(dialect: Dialect, whole: dict[str, Any]) -> Told:
-    usage_key, id_key, choices_key, finish_key = _PLACES[dialect]
-    raw, identity = whole.get(usage_key), whole.get(id_key)
-    finish = None
-    if choices_key is None:
-        finish = whole.get(finish_key)
-    elif type(choices := whole.get(choices_key)) is list and choices:
-        last = choices[-1]
-        finish = last.get(finish_key) if type(last) is dict else None
-    return Told(
-        usage_of(dialect, raw) if type(raw) is dict else UNKNOWN_USAGE,
-        finish if type(finish) is str and len(finish) <= _LONGEST_REASON else None,
-        identity if type(identity) is str and len(identity) <= _LONGEST_ID else None,
-    )
-
-
-def _usage_in(dialect: Dialect, answer: bytes, omitted: bool, cut: bool) -> dict[str, Any] | None:
+def usage_in(dialect: Dialect, answer: bytes, omitted: bool, cut: bool) -> dict[str, Any] | None:
+    """The usage of an answer in the provider's words; None where it tells none. `omitted`: its
+    middle is missing; its last `TAIL_BYTES` are in one piece. `cut`: it may not have come to its
+    end, so that an object of its inside may be the last that came."""
     start = answer[:HEAD_BYTES].lstrip()[:1]
     if start == b"{":
         return None if cut else _of_outermost(dialect, answer[-TAIL_BYTES:])
@@ -142,7 +81,7 @@ def _of_outermost(dialect: Dialect, tail: bytes) -> dict[str, Any] | None:
     What follows a key closes as many objects and lists as the key is in. So only of a key of the
     outermost object the rest is an object once more when a brace is put before it.
     """
-    key = _PLACES[dialect][0]
+    key = _PLACES[dialect]
     places = [found.start() for found in _KEYS[dialect].finditer(tail)]
     for place in reversed(places[-_MOST_CANDIDATES:]):
         try:
@@ -165,7 +104,7 @@ def _of_list(dialect: Dialect, answer: bytes) -> dict[str, Any] | None:
             value, place = _DECODER.raw_decode(text, gap.end())
         except (ValueError, RecursionError):
             break
-        if type(value) is dict and type(told := value.get(_PLACES[dialect][0])) is dict:
+        if type(value) is dict and type(told := value.get(_PLACES[dialect])) is dict:
             raw = told
     return raw
 
@@ -198,10 +137,10 @@ def _of_start(answer: bytes) -> dict[str, Any] | None:
     for line in answer[:TAIL_BYTES].split(b"\n", 4 * _FIRST_EVENTS):
         if line.startswith(b"data:") and b'"message_start"' in line:
             try:
-                message = _part(orjson.loads(line[5:]), "message")
+                message = part_of(orjson.loads(line[5:]), "message")
             except (orjson.JSONDecodeError, AttributeError):
                 return None
-            return _part(message, "usage") or None
+            return part_of(message, "usage") or None
     return None
 
 
@@ -210,14 +149,14 @@ def _of_event(dialect: Dialect, event: Any) -> dict[str, Any] | None:
     if type(event) is not dict:
         return None
     if dialect is Dialect.GEMINI:
-        return _part(event, "usageMetadata") or None
+        return part_of(event, "usageMetadata") or None
     if dialect is Dialect.ANTHROPIC:
-        return _part(event, "usage") or None
-    if found := _part(event, "usage") or _part(_part(event, "response"), "usage"):
+        return part_of(event, "usage") or None
+    if found := part_of(event, "usage") or part_of(part_of(event, "response"), "usage"):
         return found
     choices = event.get("choices")  # Groq's place, and Moonshot's
     last = choices[-1] if type(choices) is list and choices else None
-    return _part(_part(event, "x_groq"), "usage") or _part(last, "usage") or None
+    return part_of(part_of(event, "x_groq"), "usage") or part_of(last, "usage") or None
 
 
 def pictures_in(dialect: Dialect, body: bytes) -> int:
@@ -226,8 +165,14 @@ def pictures_in(dialect: Dialect, body: bytes) -> int:
     return 0 if pattern is None else len(pattern.findall(body))
 
 
+def usage_at(dialect: Dialect, whole: dict[str, Any]) -> Usage:
+    """The usage of a whole answer that was parsed."""
+    raw = whole.get(_PLACES[dialect])
+    return usage_of(dialect, raw) if type(raw) is dict else UNKNOWN_USAGE
+
+
 def usage_of(dialect: Dialect, raw: Mapping[str, Any]) -> Usage:
-    """The usage in a provider's own words."""
+    """The usage in a provider's own words. Where they do not add up, their total counts."""
     if dialect is Dialect.GEMINI:
         return _gemini(raw)
     return _anthropic(raw) if dialect is Dialect.ANTHROPIC else _openai(raw)
@@ -239,16 +184,28 @@ def _openai(raw: Mapping[str, Any]) -> Usage:
     total = _count(raw, "total_tokens")
     thoughts = cached = None
     if not _DETAILS.isdisjoint(raw):
-        details = _part(raw, "completion_tokens_details", "output_tokens_details")
+        details = part_of(raw, "completion_tokens_details", "output_tokens_details")
         thoughts = _count(details, "reasoning_tokens") if details else None
-        details = _part(raw, "prompt_tokens_details", "input_tokens_details")
+        details = part_of(raw, "prompt_tokens_details", "input_tokens_details")
         cached = _count(details, "cached_tokens") if details else None
-    if given is None and taken is not None and total is not None:
-        given = max(0, total - taken)  # an embedding says no more
+    if taken is not None and total is not None and total > taken + (given or 0):
+        if given is not None and "prompt_audio_seconds" in raw:
+            taken = total - given  # Mistral's input beside the text
+        else:
+            # An embedding's input is all; xAI leaves the thoughts out of the output, and Gemini
+            # tells in OpenAI's dialect of none.
+            if thoughts is None and given is not None:
+                thoughts = total - taken - given
+            given = total - taken
+    elif given is None and taken is not None and total is not None:
+        given = 0
+    if given is not None and thoughts is not None:
+        # They are in it; ours are apart.
+        thoughts = min(thoughts, given)
+        given -= thoughts
     return Usage(
         input_tokens=taken,
-        # The thoughts are in it; ours are apart.
-        output_tokens=given if given is None or thoughts is None else max(0, given - thoughts),
+        output_tokens=given,
         thoughts_tokens=thoughts,
         cached_tokens=cached,
         total_tokens=total,
@@ -280,7 +237,7 @@ def _anthropic(raw: Mapping[str, Any]) -> Usage:
     return Usage(taken, given, None, cached, total)
 
 
-def _part(raw: Any, *names: str) -> dict[str, Any]:
+def part_of(raw: Any, *names: str) -> dict[str, Any]:
     """The first of these members that is an object; empty where there is none."""
     if type(raw) is dict:
         for name in names:

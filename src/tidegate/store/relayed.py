@@ -52,8 +52,17 @@ _USAGE = rows.USAGE_COLUMNS
 _of_usage = attrgetter(*_USAGE)
 _AUDIT_COLUMNS = (
     *("id", "created_at", "request_id", "tenant_id", "pool", "source", "status", "kind"),
-    *("classified_by", "classified_reason", "priority", "model", "response_id", "attempts"),
-    *("lapses", "instance_id", "submitted_at", "admitted_at", "finished_at", "queue_ms"),
+    *("classified_by", "classified_reason", "priority", "model", "model_version"),
+    *(
+        "response_id",
+        "attempts",
+        "lapses",
+        "instance_id",
+        "submitted_at",
+        "admitted_at",
+        "finished_at",
+        "queue_ms",
+    ),
     *("upstream_ms", *_USAGE, "finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
     *("usage_state", "cost_micros", "images", "first_byte_ms"),
@@ -94,6 +103,7 @@ class RelayRecord:
     charge: Charge = NO_CHARGE
     finish_reason: str | None = None
     response_id: str | None = None
+    model_version: str | None = None
     failure: Failure | None = None
     streamed: bool = False
     key_id: str | None = None
@@ -286,7 +296,8 @@ class RelayLog:
         return (
             *(record.request_id, record.received_at, record.request_id, record.tenant_id),
             *(record.pool, record.source, record.status.value, record.kind, "body", ""),
-            *(record.priority, _text(record.model), _text(record.response_id), record.tries, 0),
+            *(record.priority, _text(record.model), _text(record.model_version)),
+            *(_text(record.response_id), record.tries, 0),
             *(self._instance_id, record.received_at, record.admitted_at, record.finished_at),
             *(record.queue_ms, record.upstream_ms, *usage, _text(record.finish_reason)),
             None if failure is None else orjson.dumps(failure).decode(),

@@ -37,7 +37,7 @@ CHAT: Called = ("/v1/chat/completions", {"messages": [{"role": "user", "content"
 RESPONSES: Called = ("/v1/responses", {"input": "Say hello"})
 MESSAGES: Called = (
     "/v1/messages",
-    {"max_tokens": 9, "messages": [{"role": "user", "content": "Say hello"}]},
+    {"max_tokens": 900, "messages": [{"role": "user", "content": "Say hello"}]},
 )
 
 
@@ -52,6 +52,7 @@ UNPAID = {"code": "insufficient_quota", "message": "You exceeded your current qu
 BUSY = {"code": "server_error", "message": "The model can not serve this"}
 START = event("message_start", message={"role": "assistant", "content": [], "usage": {}})
 ROLE = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}])
+ENDS = {RESPONSES[0]: "completed", MESSAGES[0]: "end_turn", CHAT[0]: "stop"}
 FAILING: dict[str, tuple[Called, tuple[bytes, ...]]] = {
     "a response": (
         RESPONSES,
@@ -134,6 +135,8 @@ async def test_an_error_behind_what_has_no_output_goes_to_the_next_upstream(
     assert b'"error":{' not in body.replace(b" ", b"")
     row = await gateway.audit(headers["x-tidegate-request-id"])
     assert (row["status"], row["attempts"]) == ("succeeded", 2)
+    assert row["finish_reason"] == ENDS[called[0]]
+    assert row["model_version"]
 
 
 async def test_it_is_held_back_only_for_a_while(gateway: Gateway, hostile: Hostile) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from tidegate.call import Usage
 from tidegate.relay.paths import Dialect
-from tidegate.relay.usage import TAIL_BYTES, pictures_in, told_in
+from tidegate.relay.told import told_in
+from tidegate.relay.usage import TAIL_BYTES, pictures_in
 
 CHAT = {
     "id": "chatcmpl-1",
@@ -191,3 +192,30 @@ def test_an_answer_that_is_cut_behind_an_object_within_it_tells_no_usage(
     for end in range(1, len(answer)):
         found = told_in(dialect, answer[:1] + before + answer[1:end], cut=True)
         assert found.usage == Usage(), answer[:end]
+
+
+@pytest.mark.parametrize(
+    ("usage", "wanted"),
+    [
+        # xAI tells of an output without the thoughts, ...
+        (
+            {"prompt_tokens": 12, "completion_tokens": 2, "total_tokens": 354,
+             "completion_tokens_details": {"reasoning_tokens": 340}},
+            Usage(12, 2, 340, None, 354),
+        ),
+        # ... Gemini in OpenAI's dialect of none but in the total, ...
+        ({"prompt_tokens": 35, "completion_tokens": 12, "total_tokens": 109},
+         Usage(35, 12, 62, None, 109)),
+        # ... and Mistral of no sound but there.
+        ({"prompt_tokens": 9, "completion_tokens": 248, "total_tokens": 632,
+          "prompt_audio_seconds": 15}, Usage(384, 248, None, None, 632)),
+        ({"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 3},
+         Usage(9, 8, None, None, 3)),
+        ({"prompt_tokens": 9, "total_tokens": 9}, Usage(9, 0, None, None, 9)),
+    ],
+)  # fmt: skip
+def test_a_usage_that_does_not_add_up_is_settled_by_its_total(
+    usage: dict[str, object], wanted: Usage
+) -> None:
+    assert told(Dialect.OPENAI, {"choices": [], "usage": usage}) == wanted
+    assert told_in(Dialect.OPENAI, json.dumps({"usage": usage}).encode()).usage == wanted
