@@ -142,7 +142,15 @@ def _images(
     )
     if isinstance(wanted, list):
         return int(any(isinstance(one, str) and one.lower() == "image" for one in wanted))
-    return int("-image" in model)
+    return int("-image" in model or _may_draw(endpoint, body))
+
+
+def _may_draw(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Whether the model of a response may call the tool that makes pictures."""
+    tools = body.get("tools")
+    if endpoint.path != "/responses" or not isinstance(tools, list):
+        return False
+    return any(isinstance(one, Mapping) and one.get("type") == "image_generation" for one in tools)
 
 
 def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:

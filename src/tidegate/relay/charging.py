@@ -34,7 +34,7 @@ def native_charge(
     usage, model = life.told.usage, life.target.model
     rates = demands.prices.of(model)
     dialect = call.endpoint.dialect
-    if images is None and asked.images and life.streams and dialect is Dialect.GEMINI:
+    if images is None and asked.images and life.streams and _tells_pictures(call):
         images = pictures_in(dialect, life.answer) if life.pieces else 0
     if whole and (images or not is_unknown(usage)):
         return charge_of(rates, usage, images, whole=True)
@@ -43,6 +43,11 @@ def native_charge(
     if is_unknown(usage):
         return estimated_charge(rates, estimate, came.tokens, images or came.pictures)
     return cut_charge(rates, usage, estimate, came.tokens, images)
+
+
+def _tells_pictures(call: NativeCall) -> bool:
+    """Whether the pictures of a whole stream can be counted: others come in parts."""
+    return call.endpoint.dialect is Dialect.GEMINI or call.endpoint.path == "/responses"
 
 
 def price_of(

@@ -45,6 +45,11 @@ _KEYS = {
     Dialect.ANTHROPIC: re.compile(rb'"usage"\s*:\s*\{'),
     Dialect.GEMINI: re.compile(rb'"usageMetadata"\s*:\s*\{'),
 }
+# One that a response made by calling a tool; an event or two before repeat it.
+_CALLED_PICTURE = re.compile(
+    rb'"id"\s*:\s*"([^"\\]{1,200})"\s*,\s*"type"\s*:\s*"image_generation_call"'
+    rb'[^{}]{0,2000}?"result"\s*:\s*"[^"]'
+)
 _PICTURES = {
     Dialect.OPENAI: re.compile(rb'"b64_json"\s*:\s*"|"url"\s*:\s*"'),
     Dialect.GEMINI: re.compile(rb'"inlineData"\s*:\s*\{'),
@@ -161,6 +166,8 @@ def _of_event(dialect: Dialect, event: Any) -> dict[str, Any] | None:
 
 def pictures_in(dialect: Dialect, body: bytes) -> int:
     """How many pictures a whole answer holds."""
+    if dialect is Dialect.OPENAI and b'"image_generation_call"' in body:
+        return len(set(_CALLED_PICTURE.findall(body)))
     pattern = _PICTURES.get(dialect)
     return 0 if pattern is None else len(pattern.findall(body))
 

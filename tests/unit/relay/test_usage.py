@@ -219,3 +219,21 @@ def test_a_usage_that_does_not_add_up_is_settled_by_its_total(
 ) -> None:
     assert told(Dialect.OPENAI, {"choices": [], "usage": usage}) == wanted
     assert told_in(Dialect.OPENAI, json.dumps({"usage": usage}).encode()).usage == wanted
+
+
+def test_pictures_that_a_response_made_by_a_tool_count_once_each() -> None:
+    def made(number: int, result: str | None) -> dict[str, object]:
+        call = {"id": f"ig_{number}", "type": "image_generation_call", "status": "completed"}
+        return call | {"result": result}
+
+    whole = {"output": [made(1, "AAAA"), made(2, "BBBB"), made(3, None)]}
+    assert pictures_in(Dialect.OPENAI, json.dumps(whole).encode()) == 2
+    events = [
+        {"type": "response.output_item.added", "item": made(1, None)},
+        {"type": "response.output_item.done", "item": made(1, "AAAA")},
+        {"type": "response.completed", "response": {"output": [made(1, "AAAA")]}},
+    ]
+    data = b"".join(b"data: %b\n\n" % json.dumps(one).encode() for one in events)
+    assert pictures_in(Dialect.OPENAI, data) == 1
+    text = {"output": [{"text": json.dumps(made(1, "AAAA"))}]}
+    assert pictures_in(Dialect.OPENAI, json.dumps(text).encode()) == 0
