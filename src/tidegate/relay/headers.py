@@ -126,3 +126,12 @@ def content_type_in(headers: Headers) -> str | None:
         if name == b"content-type":
             return value.decode("latin-1")
     return None
+
+
+def of_answer(upstream: str, queue_ms: float) -> Headers:
+    """What every answer bears that an upstream gave, its refusals too: who gave it, and how long
+    the call waited for its turn."""
+    return [
+        (b"x-tidegate-queue-ms", b"%.1f" % queue_ms),
+        (b"x-tidegate-upstream", upstream.encode()),
+    ]

@@ -33,7 +33,7 @@ from tidegate.relay.asked import Asked
 from tidegate.relay.beginning import beginning_of
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.charging import native_charge, price_of
-from tidegate.relay.headers import to_return
+from tidegate.relay.headers import of_answer, to_return
 from tidegate.relay.refusal import refusal_of
 from tidegate.relay.request_body import body_for
 from tidegate.relay.targets import Target
@@ -246,6 +246,7 @@ class Work:
         except CallFailed as failed:
             error = failed
             refused = failed.status >= 400
+            failed.headers += of_answer(target.upstream.name, life.queue_ms)
             life.throttled += isinstance(failed.error, UpstreamThrottled)
             life.failed = failed.error
             outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
@@ -320,8 +321,7 @@ class Work:
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         key = target.upstream.key
         headers = to_return(exchange.headers, key, same_length=without is None)
-        headers.append((b"x-tidegate-queue-ms", b"%.1f" % life.queue_ms))
-        headers.append((b"x-tidegate-upstream", target.upstream.name.encode()))
+        headers += of_answer(target.upstream.name, life.queue_ms)
         if left := self._relay.remaining[target.upstream.pool].of(demand.limits):
             headers.append((b"x-tidegate-remaining", left))
         life.keep(first)

@@ -196,3 +196,21 @@ async def test_a_client_reads_the_error_as_one_that_came_at_once(
     status, headers, body = await read(gateway, RESPONSES)
     assert (status, orjson.loads(body)) == (400, {"error": refused})
     assert headers["content-type"] == "application/json"
+    assert headers["x-tidegate-upstream"] == "gemini"
+
+
+@pytest.mark.parametrize("status", [400, 404, 503])
+async def test_a_refusal_says_which_upstream_it_is_from(
+    open_gateway: Opener, hostile: Hostile, status: int
+) -> None:
+    gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
+    page = b"<html>no</html>"
+    hostile.answer = b"HTTP/1.1 %d No\r\ncontent-length: %d\r\n\r\n%b" % (status, len(page), page)
+    one_try = {"x-tidegate-deadline-ms": "300"}
+    found, headers, body = await read(gateway, CHAT, **one_try)
+    assert (found, body) == (status, page)
+    assert headers["x-tidegate-upstream"] == "gemini"
+    assert float(headers["x-tidegate-queue-ms"]) >= 0
+    ours, headers, _ = await read(gateway, ("/v1/nothing", {}))
+    assert ours == 404
+    assert "x-tidegate-upstream" not in headers
