@@ -44,8 +44,8 @@ _READ_AT_ONCE = 500
 _USE_NOTED_EVERY_S = 60.0
 _FIND_TRIES = 3
 _HOW = (
-    "show an API key as Authorization: Bearer tg_..., x-api-key: tg_..., x-goog-api-key: tg_... "
-    "or ?key=tg_..."
+    "show an API key as Authorization: Bearer tg_..., x-api-key: tg_..., x-goog-api-key: tg_..., "
+    "api-key: tg_... or ?key=tg_..."
 )
 
 log = get_logger()

@@ -33,7 +33,7 @@ from tidegate.http.batch_upload import FORM_BYTES, OVERHEAD_BYTES, Uploaded, rea
 from tidegate.http.batch_views import batch_view, file_view, page
 from tidegate.http.body import Body
 from tidegate.http.caller import caller_of
-from tidegate.http.dialects import body_of, refusal
+from tidegate.http.dialects import body_of, not_relayed, refusal
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
 from tidegate.http.services import Services, services_of
 from tidegate.http.spool import Spool
@@ -94,7 +94,7 @@ async def _answer(request: Request) -> Response:
     method = request.method
     handler = _HANDLERS.get((method, found["room"], found["id"] is not None, found["do"]))
     if handler is None:
-        raise NotFound(f"there is no {method} {request.scope['path']}")
+        raise not_relayed(method, request.scope["path"])
     caller = await caller_of(request, Right.READ if method == "GET" else Right.INFER)
     check_target(request.scope)
     return await handler(Asking(request, services_of(request), caller, found["id"] or ""))

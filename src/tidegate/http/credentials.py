@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 TENANT_HEADER = "x-tidegate-tenant"
 _TENANT = TENANT_HEADER.encode()
 _BEARER = b"authorization"
-_CREDENTIALS = frozenset((_BEARER, b"x-api-key", b"x-goog-api-key"))
+_CREDENTIALS = frozenset((_BEARER, b"x-api-key", b"x-goog-api-key", b"api-key"))
 _NAMES = _CREDENTIALS | {_TENANT}
 _OURS = b"tg_"
 _IN_QUERY = b"key="

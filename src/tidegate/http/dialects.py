@@ -52,6 +52,13 @@ _ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
 _USUAL_RETRY_MS = 1_000
 
 
+def not_relayed(method: str, path: str) -> errors.NotFound:
+    """What is said of a path that no native front has, so that nobody takes it for the provider's
+    word."""
+    said = f"Tidegate does not relay {method} {path[:200]}; docs/gateway.md says what it relays"
+    return errors.NotFound(said)
+
+
 def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers, bytes]:
     """Status, headers and body of an answer that says `error`."""
     status = native_status_of(error)

@@ -18,7 +18,6 @@ from starlette.types import Message, Receive, Scope, Send
 from tidegate.call import ANYBODY, NO_BUDGETS, new_id
 from tidegate.errors import (
     DeadlineExceeded,
-    NotFound,
     RequestTimeout,
     ShuttingDown,
     TidegateError,
@@ -27,7 +26,7 @@ from tidegate.errors import (
 )
 from tidegate.http.access import log_request, who
 from tidegate.http.counted import NATIVE, count_answer
-from tidegate.http.dialects import comfort, event, refusal
+from tidegate.http.dialects import comfort, event, not_relayed, refusal
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import Presence, abort
 from tidegate.http.idempotency import LOST_HEADER
@@ -72,7 +71,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
-            await front.refuse_unheard(NotFound(f"there is no {method} {path}"), None)
+            await front.refuse_unheard(not_relayed(method, path), None)
         elif is_coded(headers) and endpoint.operation is not Operation.UPLOAD:
             coded = UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
             await front.refuse_unheard(coded, endpoint)

@@ -49,7 +49,7 @@ from tidegate.http.refused import note_refused
 from tidegate.http.services import Services
 from tidegate.http.target import SoundTarget
 from tidegate.observed import Source
-from tidegate.relay.paths import is_native
+from tidegate.relay.paths import native_path
 
 _LAST_WORDS_S = 5.0
 _STATIC = Path(__file__).parent / "static"
@@ -86,11 +86,15 @@ class Gateway(FastAPI):
             await super().__call__(scope, receive, send)
             return
         services: Services = self.state.services
+        if scope["method"] == "HEAD":  # the server leaves the body out
+            scope = {**scope, "method": "GET", "extensions": {}}
         path = scope["path"]
+        if (native_at := native_path(path)) is not None:
+            path = scope["path"] = native_at
         if not services.gate.on and (foreign := why_foreign(services, scope)) is not None:
             scope["app"] = self
             await refuse_foreign(foreign, scope, receive, send)
-        elif is_native(path):
+        elif native_at is not None:
             if is_batch_path(scope):
                 scope["app"] = self
                 await self._batches(scope, receive, send)

@@ -64,7 +64,9 @@ class Endpoint:
 
     def path_for(self, model: str) -> str:
         """Its path when the call goes to `model`."""
-        return self.path.replace("{model}", model) if self.model is not None else self.path
+        if self.model is None:
+            return self.path
+        return self.path.replace("{model}", model.replace("/", "%2F"))
 
 
 _NAMED = {
@@ -109,13 +111,48 @@ _GEMINI_MODELS = re.compile(r"/v1(?:alpha|beta)?/models(?:/[\w\-][\w.\-]*)?", re
 _GEMINI_FILES = re.compile(r"/v1(?:alpha|beta)?/files(?:/[\w-]+(?::download)?)?", re.ASCII)
 _GEMINI_UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)
 # No name begins with a dot: ".." would lead elsewhere.
-_MODELS = re.compile(r"/v1/models(?:/[\w\-@][\w.\-:@]{0,199})?", re.ASCII)
+# Of OpenAI's dialect it may hold slashes, as at OpenRouter and vLLM.
+_MODELS = re.compile(r"/v1/models(?:/[\w\-@][\w.\-:@]{0,199}(?:/[\w\-@][\w.\-:@]{0,199}){0,3})?",
+                     re.ASCII)  # fmt: skip
+_SLASHES = re.compile(r"/{2,}")
 _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
+# What clients come to whose base URL is one step off: with a version too many, with one of another
+# gateway's or provider's, or without any.
+_STEPS_OFF = (
+    ("/v1beta/openai/", "/v1/"),
+    ("/openai/v1/", "/v1/"),
+    ("/v1/v1/", "/v1/"),
+    ("/v1beta/v1/", "/v1/"),
+    ("/v1/v1beta/", "/v1beta/"),
+    ("/v1beta/v1beta/", "/v1beta/"),
+)
+_WITHOUT_VERSION = re.compile(
+    r"/(?:chat/completions|completions|responses|embeddings|images/generations"
+    r"|messages(?:/count_tokens)?|models(?:/[^:]{1,400})?)"
+)
+_GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,100}")
+
+
+def native_path(path: str) -> str | None:
+    """The path of a native front that a request means, known or not; None where it means none."""
+    if path in _POSTED:
+        return path
+    plain = _SLASHES.sub("/", path)
+    plain = plain.rstrip("/") if plain.startswith(_ROOTS) else plain
+    for wrong, right in _STEPS_OFF:
+        if plain.startswith(wrong):
+            return right + plain[len(wrong) :]
+    if plain.startswith(_ROOTS):
+        return plain
+    bare = plain.rstrip("/")
+    if _GEMINI_WITHOUT_VERSION.fullmatch(bare):
+        return f"/v1beta{bare}"
+    return f"/v1{bare}" if _WITHOUT_VERSION.fullmatch(bare) else None
 
 
 def is_native(path: str) -> bool:
     """Whether a path belongs to a native front, known or not: its errors are in that dialect."""
-    return path.startswith(_ROOTS)
+    return native_path(path) is not None
 
 
 def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
@@ -175,7 +212,7 @@ def _listed(path: str, dialect: Dialect) -> Endpoint | None:
 
 def _models(dialect: Dialect, path: str) -> Endpoint:
     """The list, or one of them."""
-    folder, below, model = path.rpartition("/models/")
+    folder, below, model = path.partition("/models/")
     if not below:
         return Endpoint(dialect, Operation.MODELS, path)
     return Endpoint(dialect, Operation.MODELS, f"{folder}/models/{{model}}", model=model)

@@ -40,7 +40,8 @@ KEPT = {
     "no list": (first(b"POST", CHAT, b"[]"), 400),
     "no JSON": (first(b"POST", PATH.encode(), b"x"), 400),
     "no path": (first(b"POST", b"/v1/none", ASKED), 404),
-    "a HEAD": (first(b"HEAD", b"/v1/models", b""), 404),
+    "a HEAD": (first(b"HEAD", b"/v1/models", b""), 200),
+    "a HEAD of ours": (first(b"HEAD", b"/health/live", b""), 200),
     "a HEAD of none": (first(b"HEAD", CHAT, b""), 404),
     "an OPTIONS": (first(b"OPTIONS", CHAT, b""), 404),
     "no model": (first(b"POST", MESSAGES, b"{}"), 400),
@@ -120,3 +121,32 @@ async def test_an_alias_serves_embeddings_counts_and_one_models_card(
         "gemini-embedding-001",
         "gemini-2.5-flash",
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (b"/chat/completions", b"POST /v1beta/openai/chat/completions"),
+        (b"/v1beta/openai/chat/completions", b"POST /v1beta/openai/chat/completions"),
+        (b"/v1/v1/chat/completions/", b"POST /v1beta/openai/chat/completions"),
+        (b"//models/gemini-x:generateContent", b"POST /v1beta/models/gemini-x:generateContent"),
+    ],
+)
+async def test_a_base_url_that_is_one_step_off_leads_to_the_same(
+    gateway: Gateway, hostile: Hostile, path: bytes, asked: bytes
+) -> None:
+    body = b'{"contents":[]}' if b"gemini" in path else ASKED
+    assert status_of(await raw(gateway, post(path=path, body=body))) == 200
+    assert hostile.seen[-1].startswith(asked + b" HTTP/1.1"), hostile.seen[-1]
+
+
+async def test_a_path_that_is_not_relayed_is_told_by_tidegate(gateway: Gateway) -> None:
+    got = await raw(gateway, post(path=b"/v1/audio/speech", body=ASKED))
+    assert status_of(got) == 404
+    assert b"Tidegate does not relay POST /v1/audio/speech" in got
+
+
+async def test_an_id_with_slashes_can_be_retrieved(gateway: Gateway, hostile: Hostile) -> None:
+    async with gateway.http.get(f"{gateway.url}/v1/models/meta-llama%2FLlama-3-8B") as answer:
+        assert answer.status == 200
+    assert hostile.seen[-1].startswith(b"GET /v1beta/openai/models/meta-llama%2FLlama-3-8B HTTP")

@@ -16,6 +16,7 @@ OTHER = b"tg_abcdefghij_" + b"b" * 43
         ([(b"authorization", b"Bearer " + KEY)], b""),
         ([(b"authorization", b"bearer  " + KEY + b" ")], b""),
         ([(b"x-api-key", KEY)], b""),
+        ([(b"api-key", KEY)], b""),
         ([(b"x-goog-api-key", b" " + KEY)], b""),
         ([], b"key=" + KEY),
         ([], b"alt=sse&key=" + KEY + b"&wait=1"),

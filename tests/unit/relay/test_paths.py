@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.relay.paths import Dialect, Operation, dialect_of, endpoint_of, is_native
+from tidegate.relay.paths import (
+    Dialect,
+    Operation,
+    dialect_of,
+    endpoint_of,
+    is_native,
+    native_path,
+)
 
 NONE: frozenset[bytes] = frozenset()
 
@@ -66,7 +73,9 @@ def test_calls_of_gemini_name_their_model_in_the_path(
         ("POST", "/v1beta/models/a?b:generateContent"),
         ("POST", "/v1beta/models/../files:generateContent"),
         ("GET", "/v1/chat/completions"),
-        ("GET", "/v1/models/a/b"),
+        ("GET", "/v1/models/a/../b"),
+        ("GET", "/v1/models/a/.b"),
+        ("GET", "/v1/models/a/b/c/d/e"),
         ("DELETE", "/v1beta/files"),
         ("DELETE", "/v1beta/models/x"),
         ("GET", "/upload/v1beta/files"),
@@ -86,3 +95,40 @@ def test_a_path_of_two_dialects_is_told_by_the_key() -> None:
 @pytest.mark.parametrize("path", ["/submit", "/llm/stream", "/status/1", "/docs", "/v1", "/v10/x"])
 def test_the_products_own_paths_are_not_native(path: str) -> None:
     assert not is_native(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/messages", "/v1/messages"),
+        ("/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("/models", "/v1/models"),
+        ("/models/gpt-x", "/v1/models/gpt-x"),
+        ("/models/gemini-x:generateContent", "/v1beta/models/gemini-x:generateContent"),
+        ("/v1beta/openai/chat/completions", "/v1/chat/completions"),
+        ("/openai/v1/responses", "/v1/responses"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/v1/v1beta/models/x:generateContent", "/v1beta/models/x:generateContent"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1//embeddings", "/v1/embeddings"),
+        ("/v1/audio/speech", "/v1/audio/speech"),
+    ],
+)
+def test_a_base_url_that_is_one_step_off_leads_to_the_same(path: str, meant: str) -> None:
+    assert native_path(path) == meant
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/submit", "/status/1", "/files/1", "/responsesx", "/models/x/y:z/a", "/v1", "//"]
+)
+def test_no_path_of_the_product_is_taken_for_one(path: str) -> None:
+    assert native_path(path) is None
+
+
+def test_a_model_s_id_may_hold_slashes_which_stay_escaped() -> None:
+    found = endpoint_of("GET", "/v1/models/meta/Llama-3-8B", Dialect.OPENAI)
+    assert found is not None
+    assert found.model == "meta/Llama-3-8B"
+    assert found.path_for(found.model) == "/models/meta%2FLlama-3-8B"
