@@ -132,14 +132,15 @@ class Places(BaseModel):
     connect_timeout_ms: Milliseconds = Field(
         default=5_000, description="How long connecting to the provider may take."
     )
+    # The SDKs of OpenAI and Anthropic wait for 600 s, each time for the next bytes of a stream.
     first_byte_timeout_ms: Milliseconds = Field(
-        default=60_000, description="How long the provider may take to begin its answer."
+        default=600_000, description="How long the provider may take to begin its answer."
     )
     idle_timeout_ms: Milliseconds = Field(
-        default=60_000, description="The longest silence within a provider's answer."
+        default=600_000, description="The longest silence within a provider's answer."
     )
     total_timeout_ms: Milliseconds = Field(
-        default=600_000, description="How long one call of the provider may take in all."
+        default=3_600_000, description="How long one call of the provider may take in all."
     )
     fetch_timeout_ms: Milliseconds = Field(
         default=20_000, description="How long fetching the picture of an `image_uri` may take."

@@ -31,11 +31,10 @@ PROVIDERS: dict[str, dict[str, str]] = {
 }
 USUAL_AT_ONCE = 64
 _POLICY_KEYS = ("limits", "weights", "bands", "pool")
-_KEYS = (
-    *("provider", "dialects", "key", "models", "aliases", "weight", "prices", "asks_usage"),
-    *_POLICY_KEYS,
-)
-_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage")
+TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
+_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", *TIMEOUTS)
+_KEYS = ("provider", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
+_LONGEST_MS = 86_400_000
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _PRICES = ("input", "output", "cached", "image")
 
@@ -57,7 +56,7 @@ class Upstream:
     """One account. base_urls: dialect -> URL without a slash at its end. models: patterns of what
     it serves. aliases: a client's name for a model -> the provider's. weight: its share where
     several serve a model. prices: pattern -> price. asks_usage: whether a stream may be asked for
-    its usage by `stream_options`."""
+    its usage by `stream_options`. timeouts: those of `TIMEOUTS` that differ from the settings."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -67,6 +66,7 @@ class Upstream:
     weight: int = 1
     prices: Mapping[str, Price] = field(default_factory=dict)
     asks_usage: bool = True
+    timeouts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def pool(self) -> str:
@@ -183,12 +183,22 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path}.asks_usage", str(table["asks_usage"]), "must be true or false"
             )
         found["asks_usage"] = table["asks_usage"]
+    found["timeouts"] = {
+        name: _milliseconds(f"{path}.{name}", table[name]) for name in TIMEOUTS if name in table
+    }
     if "prices" in table:
         prices = _table(f"{path}.prices", table["prices"])
         found["prices"] = {
             str(model): _price(f"{path}.prices.{model}", price) for model, price in prices.items()
         }
     return found
+
+
+def _milliseconds(path: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LONGEST_MS:
+        allowed = f"must be a whole number of milliseconds from 1 to {_LONGEST_MS}"
+        raise ConfigError(path, str(value), allowed)
+    return value
 
 
 def _price(path: str, value: object) -> Price:

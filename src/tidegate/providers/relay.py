@@ -20,7 +20,7 @@ from typing import Any
 import aiohappyeyeballs
 from yarl import URL
 
-from tidegate.errors import UpstreamRejected, UpstreamTimeout, UpstreamUnavailable
+from tidegate.errors import UpstreamRejected, UpstreamUnavailable
 from tidegate.providers.gemini.timeouts import Timeouts
 from tidegate.providers.http1 import READ_AHEAD_BYTES, Answer, Connection, RawHeaders
 
@@ -60,12 +60,17 @@ class Exchange:
     from its sending to the first bytes of its body, None until there are some."""
 
     __slots__ = (
-        *("_answer", "_began", "_connection", "_origin", "_sent", "_total_until", "_wait_until"),
-        *("_whole", "_wire", "first_byte_ms", "headers", "status", "timed_out"),
+        *("_answer", "_began", "_connection", "_origin", "_sent", "_sent_at", "_timeouts"),
+        *("_wait_until", "_whole", "_wire", "first_byte_ms", "headers", "status", "timed_out"),
     )
 
     def __init__(
-        self, wire: RelayWire, origin: Origin, connection: Connection, answer: Answer
+        self,
+        wire: RelayWire,
+        origin: Origin,
+        connection: Connection,
+        answer: Answer,
+        timeouts: Timeouts,
     ) -> None:
         now = wire.time()
         self.status = 0
@@ -79,8 +84,9 @@ class Exchange:
         self._answer = answer
         self._began = False  # the first bytes of its body have been read
         self._whole: bool | None = None  # once closed
-        self._wait_until = now + wire.first_byte_s
-        self._total_until = now + wire.total_s
+        self._timeouts = timeouts
+        self._sent_at = now
+        self._wait_until = now + timeouts.first_byte_ms / 1000
 
     async def begun(self) -> None:
         """Wait for the head of the answer. Raises UpstreamError."""
@@ -134,10 +140,6 @@ class Exchange:
             whole += piece
         return bytes(whole[:max_bytes])
 
-    @property
-    def _sent_at(self) -> float:
-        return self._total_until - self._wire.total_s
-
     def has_crossed(self, failed: BaseException) -> bool:
         """Whether the request met the end of a connection that the upstream had closed before it
         saw any of it, as far as can be told from here."""
@@ -160,18 +162,18 @@ class Exchange:
     def overdue(self, now: float) -> str | None:
         """The phase that has taken too long; asked again and again."""
         answer = self._answer
-        if now > self._total_until:
+        if (now - self._sent_at) * 1000 > self._timeouts.total_ms:
             return "total"
         if not (self._began or answer.pieces or answer.ended):
             return "first_byte" if now > self._wait_until else None
         if answer.stirred or not answer.is_awaited:
             answer.stirred = False
-            self._wait_until = now + self._wire.idle_s
+            self._wait_until = now + self._timeouts.idle_ms / 1000
         return "idle" if now > self._wait_until else None
 
     def cut(self, phase: str) -> None:
         self.timed_out = phase
-        self._answer.fail(self._wire.ran_out(phase))
+        self._answer.fail(self._timeouts.ran_out(phase))
         self._connection.drop()
 
 
@@ -179,9 +181,6 @@ class RelayWire:
     """One per process. `start` before the first call, `aclose` at the end."""
 
     def __init__(self, timeouts: Timeouts) -> None:
-        self.first_byte_s = timeouts.first_byte_ms / 1000
-        self.idle_s = timeouts.idle_ms / 1000
-        self.total_s = timeouts.total_ms / 1000
         self.exchanges: set[Exchange] = set()
         self._loop = asyncio.get_running_loop()
         self.time = self._loop.time
@@ -222,10 +221,12 @@ class RelayWire:
         headers: Iterable[tuple[bytes, bytes]],
         body: bytes | AsyncIterator[bytes] | None,
         on_sent: Callable[[], None] | None = None,
+        timeouts: Timeouts | None = None,
     ) -> Exchange:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
 
-        `on_sent` is called when there is a connection, before the first byte goes out.
+        `timeouts`: other ones than those of all calls, but for connecting. `on_sent` is called when
+        there is a connection, before the first byte goes out.
 
         A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
         Where a kept connection was closed as we sent, the request is sent again, once, on a new
@@ -246,7 +247,8 @@ class RelayWire:
         if on_sent is not None:
             on_sent()
         while True:
-            exchange = Exchange(self, origin, connection, connection.send(head, body))
+            answer = connection.send(head, body)
+            exchange = Exchange(self, origin, connection, answer, timeouts or self._timeouts)
             self.exchanges.add(exchange)
             try:
                 await exchange.begun()
@@ -260,9 +262,6 @@ class RelayWire:
                 if not crossed:
                     raise
             connection = await self._connect(origin)
-
-    def ran_out(self, phase: str) -> UpstreamTimeout:
-        return self._timeouts.ran_out(phase)
 
     # -- connections
 
@@ -295,7 +294,7 @@ class RelayWire:
                     server_hostname=origin.host if origin.secure else None,
                 )
         except TimeoutError:
-            raise self.ran_out("connect") from None
+            raise self._timeouts.ran_out("connect") from None
         except ssl.SSLError as wrong:
             why = wrong.reason or type(wrong).__name__
             raise _unconnected(f"no secure connection to the provider ({why})") from None

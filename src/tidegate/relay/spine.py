@@ -14,11 +14,11 @@ from tidegate.call import DEFAULT_POOL, OTHER_KIND
 from tidegate.config import Config
 from tidegate.demand import Demand, Demands
 from tidegate.demand.cost import Prices
-from tidegate.errors import (
-    NotFound,
-)
+from tidegate.errors import NotFound
 from tidegate.limiter import Limiter
 from tidegate.limiter.demand import Demand as Wanted
+from tidegate.policy.upstreams import Upstream
+from tidegate.providers.gemini.timeouts import Timeouts
 from tidegate.providers.relay import Exchange, RelayWire
 from tidegate.relay.asked import Asked, asked_of, parsed
 from tidegate.relay.call import Life, NativeCall, Out
@@ -71,7 +71,9 @@ class Relay:
             for name, upstream in targets.upstreams.items()
         }
         self._budget = RetryBudget()
-        self._hard_ms = config.total_timeout_ms + _HARD_MARGIN_MS
+        self._timeouts = {
+            name: timeouts_of(config, upstream) for name, upstream in targets.upstreams.items()
+        }
         self._models = Models(wire)
 
     async def run(
@@ -161,8 +163,11 @@ class Relay:
         )
         return self.gate_of(target).bind(demand, target.model)
 
-    def wanted(self, demand: Demand, deadline_ms: int | None, *, once: bool = False) -> Wanted:
-        return demand.to_admit(deadline_ms, self._hard_ms, once=once)
+    def wanted(
+        self, demand: Demand, target: Target, deadline_ms: int | None, *, once: bool = False
+    ) -> Wanted:
+        hard_ms = self._timeouts[target.upstream.name].total_ms + _HARD_MARGIN_MS
+        return demand.to_admit(deadline_ms, hard_ms, once=once)
 
     async def open(
         self,
@@ -182,10 +187,21 @@ class Relay:
         if call.trail is not None:
             said = call.trail.begin(target.upstream.name, target.model, str(place.origin))
             headers.append((HEADER, said.encode()))
-        return await self._wire.open(call.method, place, headers, body, on_sent)
+        timeouts = self._timeouts[target.upstream.name]
+        return await self._wire.open(call.method, place, headers, body, on_sent, timeouts)
 
     def may_try_again(self) -> bool:
         return self._budget.spend()
 
     def demands_of(self, target: Target) -> Demands:
         return self._demands[target.upstream.name]
+
+
+def timeouts_of(config: Config, upstream: Upstream) -> Timeouts:
+    """How long an upstream may take: as it is set for itself, else as for all."""
+    return Timeouts(
+        connect_ms=config.connect_timeout_ms,
+        first_byte_ms=upstream.timeouts.get("first_byte_timeout_ms", config.first_byte_timeout_ms),
+        idle_ms=upstream.timeouts.get("idle_timeout_ms", config.idle_timeout_ms),
+        total_ms=upstream.timeouts.get("total_timeout_ms", config.total_timeout_ms),
+    )

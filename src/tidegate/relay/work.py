@@ -186,7 +186,7 @@ class Work:
         if not demand.limits:
             return nullcontext()
         limiter = self._relay.limiter_of(target)
-        return limiter.try_acquire_for(self._relay.wanted(demand, None, once=True))
+        return limiter.try_acquire_for(self._relay.wanted(demand, target, None, once=True))
 
     def _admission(
         self, target: Target, demand: Demand
@@ -197,7 +197,7 @@ class Work:
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         relay = self._relay
-        admission = relay.limiter_of(target).acquire_for(relay.wanted(demand, left_ms))
+        admission = relay.limiter_of(target).acquire_for(relay.wanted(demand, target, left_ms))
         payer = self._call.caller if self._bills else None
         gate = relay.gate_of(target)
         return Patience(admission, gate, demand, target.model, left_ms, relay.budgets, payer)

@@ -6,9 +6,10 @@ twice as long, up to `LONGEST_MS`; for `DEAD_KEY_MS` where the key was refused o
 
 The gate is a pause of the limit `upstream:NAME` in the pool's record, see `Limiter.close_gate`.
 Calls wait at it within their own deadlines; one at a time is admitted as a try. A 429 is no fault:
-it says that the upstream works, and pauses the model that was asked for. Most faults can be the
-doing of the request, or of a caller who makes such requests: they count once for each request, and
-of one tenant's no more than `MOST_OF_ONE`, until very many different ones have failed.
+it says that the upstream works, and pauses the model that was asked for. Nor is it one where our
+patience ends once the request is out. Most faults can be the doing of the request, or of a caller
+who makes such requests: they count once for each request, and of one tenant's no more than
+`MOST_OF_ONE`, until very many different ones have failed.
 Once an upstream is out, such a fault is laid to the upstream too: it costs a job no attempt.
 
 Invariants: faults are counted in each process, but an upstream is out for all or for none; one
@@ -36,6 +37,7 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamOut,
     UpstreamThrottled,
+    UpstreamTimeout,
     UpstreamUnauthorized,
 )
 from tidegate.limiter import Limiter
@@ -228,6 +230,9 @@ class Gate:
         if error.is_answer or isinstance(error, UpstreamThrottled):
             await self.worked_but(model, tried=tried)
             return
+        if not tried and isinstance(error, UpstreamTimeout) and error.phase != "connect":
+            error.in_outage = self._is_in_outage()
+            return  # we had no more patience: others may be answered sooner
         dead = isinstance(error, UpstreamUnauthorized) and error.of_key
         self._said = error.message
         is_new = self._faults.add(suspect if can_be_provoked(error) else None)

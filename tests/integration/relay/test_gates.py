@@ -14,7 +14,13 @@ from tests.integration.relay.conftest import MODEL
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import wait_until
 from tidegate.demand import Demand as CallDemand
-from tidegate.errors import LeaseLost, LimitPaused, UpstreamThrottled, UpstreamUnavailable
+from tidegate.errors import (
+    LeaseLost,
+    LimitPaused,
+    UpstreamThrottled,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
 from tidegate.limiter import Demand, Limiter
 from tidegate.limiter.limits import Adaptive, Concurrency, PoolPolicy
 from tidegate.policy.control import Control
@@ -200,6 +206,20 @@ async def test_calls_that_are_refused_in_one_moment_slow_down_once(open_gateway:
     refused, demand = UpstreamThrottled("Slow down"), CallDemand((), "default", "normal", 0)
     pauses_ms = await asyncio.gather(*(gate.throttled(refused, MODEL, demand) for _ in range(8)))
     assert 0 < min(pauses_ms) <= max(pauses_ms) == FIRST_PAUSE_MS
+
+
+@pytest.mark.parametrize(
+    ("phase", "state"), [("first_byte", "ok"), ("idle", "ok"), ("total", "ok"), ("connect", "out")]
+)
+async def test_that_our_patience_ends_is_no_fault_of_the_upstream(
+    open_gateway: Opener, phase: str, state: str
+) -> None:
+    """But that it cannot be reached is one."""
+    gate = (await open_gateway(worker=False)).services.relay.health["gemini"]
+    for number in range(2 * FAULTS):
+        late = UpstreamTimeout("too long", phase=phase)
+        await gate.failed(late, MODEL, suspect=Suspect(f"t-{number}", number), tried=False)
+    assert gate.state == state
 
 
 @pytest.mark.parametrize("of_account", [False, True])

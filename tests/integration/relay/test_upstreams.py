@@ -69,6 +69,19 @@ async def warm(gateway: Gateway) -> None:
     await gateway.upstream.reset()
 
 
+async def test_an_upstream_has_the_time_that_it_is_given(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    more = "first_byte_timeout_ms = 150"
+    gateway = await open_gateway(worker=False, tidegate_policy=policy(more=more, end=ONLY))
+    await second.control.set_behaviour(first_byte_ms=1_000)
+    await gateway.upstream.set_behaviour(first_byte_ms=1_000)
+    status, _, body = await ask(gateway, "only-second", **{"x-tidegate-deadline-ms": "100"})
+    assert (status, b"longer than 150 ms" in body) == (504, True)
+    assert gateway.services.relay.health["second"].faults == 0
+    assert (await ask(gateway))[0] == 200, "the others have theirs"
+
+
 ONLY = '[[routes]]\nmodel = "only-second"\ntry = ["second"]\n'
 CHAIN = '[[routes]]\nmodel = "*"\ntry = ["gemini", "second"]\n'
 

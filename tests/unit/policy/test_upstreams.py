@@ -19,6 +19,7 @@ key = "OPENAI_API_KEY"
 models = ["gpt-*"]
 aliases = { fast = "gpt-mini" }
 weight = 2
+idle_timeout_ms = 5_000
 [upstreams.openai.limits]
 "pool:total" = 7
 "rpm:gpt-mini" = 60
@@ -55,6 +56,7 @@ def test_all_that_can_be_said() -> None:
     found = deployment(WHOLE)
     _, openai, local = found.upstreams
     assert (openai.key, openai.weight, openai.fit("fast")) == ("sk-1", 2, 1000)
+    assert openai.timeouts == {"idle_timeout_ms": 5_000}
     assert openai.price("gpt-mini") == Price(0.25, 2, 0.025)
     assert openai.price("gpt-x") == Price(1.25, 10)
     assert openai.price("o9") is None
@@ -90,6 +92,8 @@ def test_no_key_is_shown() -> None:
         ),
         ("[upstreams.gemini]\nkey = 'LOCAL_KEY'", "upstreams.gemini.key"),
         ("[upstreams.gemini]\nweight = 0", "upstreams.gemini.weight"),
+        ("[upstreams.gemini]\nidle_timeout_ms = 0", "upstreams.gemini.idle_timeout_ms"),
+        ("[upstreams.gemini]\ntotal_timeout_ms = 1.5", "upstreams.gemini.total_timeout_ms"),
         ("[upstreams.gemini]\nmodels = []", "upstreams.gemini.models"),
         ("[upstreams.gemini.prices]\nx = {input = -1}", "prices.x.input"),
         ("[[routes]]\nmodel = 'x'\ntry = ['nobody/x']", "routes[0].try"),
