@@ -158,7 +158,7 @@ class LineCaller:
         return len(waits_ms)
 
     def _targets_of(self, line: Line) -> tuple[Key, ...]:
-        model = orjson.loads(line.body).get("model")  # it was checked when the batch came
+        model = orjson.loads(line.body).get("model") or ""  # checked when the batch came
         return targets_of(self._relay, line.endpoint, str(model))
 
     async def _leave_held_up(self) -> None:

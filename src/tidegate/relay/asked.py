@@ -53,9 +53,10 @@ _ANSWERS = ("n", "best_of", "candidateCount", "candidate_count")
 
 @dataclass(slots=True)
 class Asked:
-    """A native request. model: as the client names it. kind: what limits it falls under. images:
-    how many pictures it makes. pieces: of its input, with a first guess of their LLM tokens.
-    wants_usage: whether a stream must be asked to tell its usage."""
+    """A native request. model: as the client names it; empty where it leaves that to the provider.
+    kind: what limits it falls under. images: how many pictures it makes. pieces: of its input, with
+    a first guess of their LLM tokens. wants_usage: whether a stream must be asked to tell its
+    usage."""
 
     model: str
     kind: Kind
@@ -98,7 +99,9 @@ def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
     check_spelling(body)
     check_ends(body)
     model = body.get("model") if endpoint.model is None else endpoint.model
-    if not isinstance(model, str) or not 1 <= len(model) <= 200:
+    if model is None and _has_usual_model(endpoint, body):
+        model = ""
+    elif not isinstance(model, str) or not 1 <= len(model) <= 200:
         wrong = "model is missing" if model is None else "model is not the name of a model"
         raise InvalidRequest("model", wrong, allowed="a text of 1 to 200 characters")
     walk = _Walk()
@@ -120,6 +123,14 @@ def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
         max_output_tokens=_bound(settings, endpoint.operation),
         wants_usage=streams and _hides_usage(endpoint, body),
     )
+
+
+def _has_usual_model(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Whether a call may leave the model to the provider: OpenAI has one for pictures, and a saved
+    prompt names its own."""
+    if endpoint.path == "/responses":
+        return isinstance(body.get("prompt"), Mapping)
+    return endpoint.path == "/images/generations"
 
 
 def _settings(dialect: Dialect, body: Mapping[str, Any]) -> Mapping[str, Any]:

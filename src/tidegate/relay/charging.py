@@ -32,7 +32,7 @@ def native_charge(
     if asked is None or life.target is None or not life.sent or not call.endpoint.is_counted:
         return NO_CHARGE
     usage, model = life.told.usage, life.target.model
-    rates = demands.prices.of(model)
+    rates = demands.prices.of(model or life.told.model_version or "")
     dialect = call.endpoint.dialect
     if images is None and asked.images and life.streams and _tells_pictures(call):
         images = pictures_in(dialect, life.answer) if life.pieces else 0

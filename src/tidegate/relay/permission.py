@@ -43,8 +43,9 @@ def check_model(caller: Caller, model: str, field: str = "model") -> None:
     """Raises Forbidden for a model that is not among those of the caller's tenant."""
     if not caller.may_ask(model):
         allowed = ", ".join(caller.models or ()) or "no model"
+        asked = f"the model {model[:200]}" if model else "without naming a model"
         raise Forbidden(
-            f"tenant {caller.tenant_id} may not ask the model {model[:200]}; allowed: {allowed}",
+            f"tenant {caller.tenant_id} may not ask {asked}; allowed: {allowed}",
             field=field,
             allowed=allowed,
         )

@@ -39,7 +39,7 @@ def record_of(
         call.body,
         life.answer if life.pieces else b"",
         life.kind.value if life.kind else None,
-        target.model if target else life.model,
+        (target.model if target else life.model) or None,
         call.priority,
         life.tries,
         life.admitted_at,

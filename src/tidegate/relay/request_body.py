@@ -44,9 +44,10 @@ def _changed(call: NativeCall, body: dict[str, Any], target: Target, ask_usage: 
     if named is not None:
         again = call.endpoint.operation in _NAMES_IT_AGAIN and named != target.model
         return _named_again(raw, named, target.model) if again else raw
-    if "model" in body and body["model"] != target.model:
+    if target.model and body.get("model") != target.model:
+        with_model = _with_model if "model" in body else _naming_model
         body = {**body, "model": target.model}
-        raw = _with_model(raw, target.model) or orjson.dumps(body)
+        raw = with_model(raw, target.model) or orjson.dumps(body)
     return asking_for_usage(raw, body) if ask_usage else raw
 
 
@@ -64,6 +65,12 @@ def _with_model(raw: bytes, model: str) -> bytes | None:
         if len(found) == 1 or orjson.loads(changed)["model"] == model:
             return changed
     return None
+
+
+def _naming_model(raw: bytes, model: str) -> bytes:
+    """The same with a model that it did not name."""
+    start = raw.index(b"{") + 1
+    return b'%b"model":%b,%b' % (raw[:start], orjson.dumps(model), raw[start:])
 
 
 def _named_again(raw: bytes, named: str, model: str) -> bytes:

@@ -45,10 +45,8 @@ class Targets:
             routed = self._routed(dialect, plain)
             known = (self._best(dialect, plain), True) if routed is None else (routed, False)
             if not known[0]:
-                raise NotFound(
-                    f"no upstream serves the model {model!r} in the {dialect} dialect",
-                    field="model",
-                )
+                what = f"serves the model {model!r}" if model else "takes a call without a model"
+                raise NotFound(f"no upstream {what} in the {dialect} dialect", field="model")
             if len(self._known) < _MODELS_KEPT:
                 self._known[dialect, model] = known
         found, by_lot = known

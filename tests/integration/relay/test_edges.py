@@ -150,3 +150,16 @@ async def test_an_id_with_slashes_can_be_retrieved(gateway: Gateway, hostile: Ho
     async with gateway.http.get(f"{gateway.url}/v1/models/meta-llama%2FLlama-3-8B") as answer:
         assert answer.status == 200
     assert hostile.seen[-1].startswith(b"GET /v1beta/openai/models/meta-llama%2FLlama-3-8B HTTP")
+
+
+async def test_the_model_that_the_provider_took_by_itself_is_on_record(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    answer = b'{"object":"response","status":"completed","id":"resp_1","model":"gpt-x-1"}'
+    hostile.answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(answer), answer)
+    saved = {"prompt": {"id": "pmpt_1"}, "input": "Say hello"}
+    async with gateway.http.post(f"{gateway.url}/v1/responses", json=saved) as response:
+        assert (response.status, await response.read()) == (200, answer)
+        row = await gateway.audit(response.headers["x-tidegate-request-id"])
+    assert b'"model"' not in hostile.seen[-1]
+    assert (row["model"], row["model_version"]) == (None, "gpt-x-1")

@@ -91,6 +91,19 @@ async def test_what_a_tenant_may_ask_and_how_much_at_once(open_gateway: Opener) 
     await wait_until(lambda: gateway.held == 0, 20, "the permit back")
 
 
+async def test_who_may_ask_some_models_names_one(open_gateway: Opener) -> None:
+    """What a saved prompt would ask is not known here."""
+    gateway = await open_gateway(worker=False, auth="on")
+    saved = {"prompt": {"id": "pmpt_1"}, "input": "Say hello"}
+    for name, models, may in (("some", ["gemini-*"], False), ("all", ["*"], True)):
+        key = await key_of(gateway, name, models=models)
+        url = f"{gateway.url}/v1/responses"
+        async with gateway.http.post(url, json=saved, headers=key) as response:
+            said = await response.text()
+            assert (response.status != 403) == may, said
+            assert ("without naming a model" in said) != may
+
+
 async def test_without_keys_a_header_names_the_tenant(gateway: Gateway) -> None:
     _, _, request_id = await ask(gateway, CHAT, {"x-tidegate-tenant": "acme"})
     assert (await gateway.audit(request_id))["tenant_id"] == "acme"

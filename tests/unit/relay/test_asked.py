@@ -207,3 +207,24 @@ def test_parts_are_counted_outside_of_texts_alone() -> None:
         assert not has_too_many_parts(b'{"a":"' + text)
     with pytest.raises(PayloadTooLarge, match="too many values"):
         parsed(most + b"0,0]")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "is_optional"),
+    [
+        ("/v1/responses", {"prompt": {"id": "pmpt_1"}, "input": "hi"}, True),
+        ("/v1/images/generations", {"prompt": "a cat"}, True),
+        ("/v1/responses", {"input": "hi"}, False),
+        ("/v1/responses", {"prompt": "pmpt_1"}, False),
+        ("/v1/chat/completions", {"messages": [], "prompt": {"id": "x"}}, False),
+        ("/v1/images/generations", {"prompt": "a cat", "model": ""}, False),
+    ],
+)
+def test_the_model_is_optional_where_the_provider_has_it_so(
+    path: str, body: dict[str, Any], is_optional: bool
+) -> None:
+    if is_optional:
+        assert asked(path, body).model == ""
+        return
+    with pytest.raises(InvalidRequest, match="model"):
+        asked(path, body)

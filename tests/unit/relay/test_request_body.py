@@ -94,3 +94,9 @@ def test_what_names_the_paths_model_again_names_it_anew(do: str, body: str) -> N
 def test_a_body_that_asks_for_text_is_never_searched_for_names() -> None:
     raw = b'{"contents":[{"parts":[{"functionCall":{"args":{"model":"old"}}}]}]}'
     assert sent(raw, "new", "/v1beta/models/old:generateContent") == raw
+
+
+def test_a_body_without_a_model_gets_one_only_where_a_route_names_it() -> None:
+    raw = b' {"prompt": {"id": "p"}, "n": 1.10}'
+    assert sent(raw, "", "/v1/responses") == raw
+    assert sent(raw, "m", "/v1/responses") == b' {"model":"m","prompt": {"id": "p"}, "n": 1.10}'
