@@ -53,17 +53,8 @@ _of_usage = attrgetter(*_USAGE)
 _AUDIT_COLUMNS = (
     *("id", "created_at", "request_id", "tenant_id", "pool", "source", "status", "kind"),
     *("classified_by", "classified_reason", "priority", "model", "model_version"),
-    *(
-        "response_id",
-        "attempts",
-        "lapses",
-        "instance_id",
-        "submitted_at",
-        "admitted_at",
-        "finished_at",
-        "queue_ms",
-    ),
-    *("upstream_ms", *_USAGE, "finish_reason", "failure"),
+    *("response_id", "attempts", "lapses", "instance_id", "submitted_at", "admitted_at"),
+    *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
     *("usage_state", "cost_micros", "images", "first_byte_ms"),
 )
