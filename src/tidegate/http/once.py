@@ -124,11 +124,11 @@ class Once:
         await out.body(answer, False)
 
     def ended(self, life: Life, content_type: str) -> None:
-        """Keep the answer, once it has gone out."""
-        if life.answer_bytes > KEPT_BYTES:  # only parts of it are there
-            self.failed()
+        """Keep the answer, once it has gone out, as it is to be read: nobody asks for a coding."""
+        if life.answer_bytes > KEPT_BYTES or (life.coding and not life.said):
+            self.failed()  # only parts of it are there
         else:
-            self._keys.end(self._owner, life.http_status, content_type, life.answer)
+            self._keys.end(self._owner, life.http_status, content_type, life.said)
 
     def failed(self) -> None:
         """Let the next caller be answered."""

@@ -303,7 +303,7 @@ class LineCaller:
         status_code: int | None = None
         answer: str | None = None
         if error is None:
-            status_code, answer = life.http_status, life.answer.decode("utf-8", "replace")
+            status_code, answer = life.http_status, life.said.decode("utf-8", "replace")
         elif words is not None and words.status and words.body:
             status_code, answer = words.status, words.body.decode("utf-8", "replace")
         failure = None if error is None else Failure.of(error)
@@ -338,7 +338,7 @@ def _record_of(
         received_at=now,
         finished_at=life.finished_at or now,
         request=line.body.encode(),
-        response=life.answer if life.pieces else b"",
+        response=life.said,
         kind=life.kind.value if life.kind else None,
         model=target.model if target else life.model,
         priority=PRIORITY,

@@ -79,7 +79,7 @@ async def run_wrapped(
         attempt.charge = life.charge
         if life.pieces:
             answer = attempt.answer
-            answer.text = [life.answer.decode("utf-8", "replace")]
+            answer.text = [life.said.decode("utf-8", "replace")]
             answer.usage = life.told.usage
             answer.finish_reason = life.told.finish_reason
             answer.response_id = life.told.response_id

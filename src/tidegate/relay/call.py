@@ -10,6 +10,7 @@ from uuid import UUID
 
 from tidegate.call import NO_CHARGE, Caller, Charge, Kind
 from tidegate.errors import UpstreamError
+from tidegate.relay.coding import decoded
 from tidegate.relay.headers import Headers
 from tidegate.relay.paths import Endpoint
 from tidegate.relay.targets import Target
@@ -77,7 +78,8 @@ class Life:
     """What became of a call; filled step by step, so that one that was cut can be recorded.
 
     http_status: what the client was told; 0 while nothing. pieces: of the upstream's answer, as it
-    came, up to `KEPT_BYTES`; answer_bytes counts all. waits: for its first try or for another one;
+    came, up to `KEPT_BYTES`; answer_bytes counts all. coding: of these bytes, where the upstream
+    compressed them unasked. waits: for its first try or for another one;
     an upstream is not being asked, and has not answered. queue: the pool and the limits in whose
     queue it stands, or stood. sent: the request of its last try began to go out. first_byte_ms:
     of the last try, from then to the first bytes of its answer's body. throttled: tries that were
@@ -108,6 +110,8 @@ class Life:
     charge: Charge = NO_CHARGE
     pieces: list[bytes] = field(default_factory=list)
     answer_bytes: int = 0
+    coding: bytes = b""
+    _decoded: tuple[int, bytes] = (0, b"")
 
     def keep(self, piece: bytes) -> None:
         if self.answer_bytes < KEPT_BYTES:
@@ -124,6 +128,21 @@ class Life:
         return self.pieces[0]
 
     @property
+    def said(self) -> bytes:
+        """What was kept of it as it is to be read: decoded where its upstream compressed it, and
+        empty where that cannot be done."""
+        if not self.pieces or not self.coding:
+            return self.answer if self.pieces else b""
+        if self._decoded[0] != self.answer_bytes:
+            self._decoded = self.answer_bytes, decoded(self.answer, self.coding)
+        return self._decoded[1]
+
+    @property
+    def said_bytes(self) -> int:
+        """How long all of it is, what was not kept too."""
+        return len(self.said) if self.coding else self.answer_bytes
+
+    @property
     def omitted_bytes(self) -> int:
         """How much of its middle was not kept."""
         if self.answer_bytes <= KEPT_BYTES:
@@ -133,12 +152,12 @@ class Life:
     def read_usage(self, endpoint: Endpoint, *, whole: bool) -> None:
         """Find in the answer what it says of itself. `whole`: it came to its end."""
         omitted = self.omitted_bytes > 0
-        self.told = told_in(endpoint.dialect, self.answer, omitted=omitted, cut=not whole)
+        self.told = told_in(endpoint.dialect, self.said, omitted=omitted, cut=not whole)
 
     def begin_again(self) -> None:
         """Another try: what the last one brought is not the answer."""
         self.waits, self.sent = True, False
-        self.pieces, self.answer_bytes = [], 0
+        self.pieces, self.answer_bytes, self.coding = [], 0, b""
         self.told, self.charge = NOTHING_TOLD, NO_CHARGE
         self.first_byte_ms = None
 

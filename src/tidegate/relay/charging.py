@@ -35,10 +35,10 @@ def native_charge(
     rates = demands.prices.of(model or life.told.model_version or "")
     dialect = call.endpoint.dialect
     if images is None and asked.images and life.streams and _tells_pictures(call):
-        images = pictures_in(dialect, life.answer) if life.pieces else 0
+        images = pictures_in(dialect, life.said)
     if whole and (images or not is_unknown(usage)):
         return charge_of(rates, usage, images, whole=True)
-    came = came_in(dialect, life.answer if life.pieces else b"", life.answer_bytes)
+    came = came_in(dialect, life.said, life.said_bytes)
     estimate = _estimate(demands, demand, asked, model, call.caller.tenant_id)
     if is_unknown(usage):
         return estimated_charge(rates, estimate, came.tokens, images or came.pictures)

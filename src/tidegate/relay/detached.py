@@ -98,11 +98,14 @@ def detached_call(
 
 
 async def collected(relay: Relay, call: NativeCall, life: Life, admitted: Begun) -> None:
-    """Make the call; `life.answer` is then the whole answer. Raises what `Relay.run` raises, and
-    UpstreamGarbled for an answer that is too long to keep."""
+    """Make the call; `life.said` is then the whole answer. Raises what `Relay.run` raises, and
+    UpstreamGarbled for an answer that is too long to keep, or compressed so that nobody reads it.
+    """
     await relay.run(call, _Nobody(), life, admitted)
     if life.answer_bytes > KEPT_BYTES:
         raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
+    if life.coding and not life.said:
+        raise UpstreamGarbled(f"the answer is compressed ({life.coding[:20].decode('latin-1')})")
 
 
 class _Nobody(Out):

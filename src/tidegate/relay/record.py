@@ -37,7 +37,7 @@ def record_of(
         call.received_at,
         life.finished_at or datetime.now(UTC),
         call.body,
-        life.answer if life.pieces else b"",
+        life.said or (life.answer if life.pieces else b""),
         life.kind.value if life.kind else None,
         (target.model if target else life.model) or None,
         call.priority,

@@ -6,6 +6,7 @@ from tidegate.errors import UpstreamGarbled
 from tidegate.providers.gemini import faults
 from tidegate.providers.relay import Exchange
 from tidegate.relay.call import CallFailed
+from tidegate.relay.coding import coding_of, decoded
 from tidegate.relay.headers import to_return
 from tidegate.relay.targets import Target
 
@@ -18,7 +19,12 @@ async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFa
     status = exchange.status
     if status < 400:
         raise UpstreamGarbled(f"the provider answered {status}, which is not followed")
-    said = faults.error_of_refusal_in(body)
+    headers, key = exchange.headers, target.upstream.key.encode()
+    coding = coding_of(headers)
+    text = decoded(body, coding) if coding else body
+    if coding and key in text:  # goes on decoded, and without it
+        body, headers = text, [pair for pair in headers if pair[0].lower() != b"content-encoding"]
+    said = faults.error_of_refusal_in(text)
     named = {
         name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
     }
@@ -27,6 +33,6 @@ async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFa
         error,
         target,
         status=status,
-        headers=to_return(exchange.headers, target.upstream.key, same_length=False),
-        body=body.replace(target.upstream.key.encode(), b"***"),
+        headers=to_return(headers, target.upstream.key, same_length=False),
+        body=body.replace(key, b"***"),
     )

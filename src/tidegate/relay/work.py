@@ -33,6 +33,7 @@ from tidegate.relay.asked import Asked
 from tidegate.relay.beginning import beginning_of
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.charging import native_charge, price_of
+from tidegate.relay.coding import coding_of
 from tidegate.relay.headers import of_answer, to_return
 from tidegate.relay.refusal import refusal_of
 from tidegate.relay.request_body import body_for
@@ -278,7 +279,7 @@ class Work:
             life.read_usage(self._call.endpoint, whole=whole)
         images = None
         if demand.images and whole and not life.streams:
-            images = pictures_in(self._call.endpoint.dialect, life.answer)
+            images = pictures_in(self._call.endpoint.dialect, life.said)
         if not refused:
             life.charge = native_charge(
                 self._call, self._asked, life, demands, demand, whole=whole, images=images
@@ -318,6 +319,8 @@ class Work:
         if self._tried or gate.has_doubts:
             await gate.worked(target.model, tried=self._tried)
         life.http_status = exchange.status
+        life.coding = coding_of(exchange.headers)
+        hides_usage = hides_usage and not life.coding
         without = WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         key = target.upstream.key
         headers = to_return(exchange.headers, key, same_length=without is None)
@@ -330,7 +333,8 @@ class Work:
         else:
             await out.start(exchange.status, headers)
             await self._pieces(exchange, first, without)
-        if life.streams and (value := inside.error_in(inside.tail_of(life.pieces))) is not None:
+        pieces = [life.said] if life.coding else life.pieces
+        if life.streams and (value := inside.error_in(inside.tail_of(pieces))) is not None:
             error = inside.error_of(value, exchange.headers, secret=target.upstream.key)
             raise CallFailed(error, target, told=True)
 

@@ -163,3 +163,45 @@ async def test_the_model_that_the_provider_took_by_itself_is_on_record(
         row = await gateway.audit(response.headers["x-tidegate-request-id"])
     assert b'"model"' not in hostile.seen[-1]
     assert (row["model"], row["model_version"]) == (None, "gpt-x-1")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_what_an_upstream_compressed_unasked_goes_on_and_is_read(
+    gateway: Gateway, hostile: Hostile, streams: bool
+) -> None:
+    said = {"id": "c-1", "model": "m-1", "choices": []}
+    told = said | {"usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}}
+    text = orjson.dumps(told)
+    if streams:
+        text = b"data: %b\n\ndata: [DONE]\n\n" % text
+    packed = gzip.compress(text)
+    sort = b"text/event-stream" if streams else b"application/json"
+    length = b"content-length: %d" % len(packed)
+    head = (b"HTTP/1.1 200 OK", b"content-encoding: gzip", b"content-type: %b" % sort, length)
+    hostile.answer = b"\r\n".join(head) + b"\r\n\r\n" + packed
+    body = {"model": "m", "messages": [], "stream": streams}
+    url, key = f"{gateway.url}/v1/chat/completions", {"idempotency-key": "one"}
+    async with gateway.http.post(url, json=body, headers=key) as answer:
+        assert answer.headers["content-encoding"] == "gzip"
+        assert await answer.read() == text  # decoded by the client
+        row = await gateway.audit(answer.headers["x-tidegate-request-id"])
+    async with gateway.http.post(url, json=body, headers=key) as again:
+        assert "content-encoding" not in again.headers
+        assert await again.read() == (b"data: [DONE]\n\n" if streams else text)
+    assert len(hostile.seen) == 1
+    assert (row["input_tokens"], row["output_tokens"], row["usage_state"]) == (5, 7, "told")
+    assert row["model_version"] == "m-1"
+
+
+async def test_a_refusal_that_is_compressed_is_read_and_hides_the_key(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    key = gateway.services.relay.targets.upstreams["gemini"].key
+    said = orjson.dumps({"error": {"message": f"no credit for {key}", "code": "invalid"}})
+    packed = gzip.compress(said)
+    head = (b"HTTP/1.1 400 No", b"content-encoding: gzip", b"content-length: %d" % len(packed))
+    hostile.answer = b"\r\n".join(head) + b"\r\n\r\n" + packed
+    body = {"model": "m", "messages": []}
+    async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=body) as answer:
+        assert (answer.status, "content-encoding" in answer.headers) == (400, False)
+        assert await answer.read() == said.replace(key.encode(), b"***")
