@@ -24,6 +24,10 @@ WRONG = {
     "PORT": (["abc", "-1", "65536", "80.5"], "from 0 to 65535"),
     "TIDEGATE_DEMO": (["perhaps", "2"], "1 or 0"),
     "ADMIN_TOKEN": (["fifteen-letters", "sixteen letters and spaces"], "16 characters"),
+    "CORS_ORIGINS": (
+        ["chat.example", "https://a.example/", "*", "ftp://a.example", "https://u@a.example"],
+        "https://host",
+    ),
     "ALLOWED_HOSTS": (["a b", "https://gate.example", "gate.example:443", "*"], "without ports"),
     "AUTH": (["yes", "1"], "auto, on, off"),
     "AUTH_OUTAGE_MS": (["0", "10m"], "milliseconds"),

@@ -28,6 +28,7 @@ ALLOWED = {
     "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
     "host": "an IP address or a host name",
     "allowed_hosts": "host names or addresses without ports, with commas between",
+    "cors_origins": "addresses of pages as https://host or http://host:port, with commas between",
     "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
     "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
 }
@@ -96,6 +97,12 @@ class Places(BaseModel):
         "While callers show no API key, only requests to these, to HOST and to loopback addresses "
         "are answered (where HOST is no loopback address, also those to addresses and to names "
         "without a dot), so that no web page reaches it under a name of its own.",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description="Web pages that may call this gateway from a browser, as their Origin says "
+        "it, with commas; all paths but the operator's. While callers show no API key, whoever "
+        "opens such a page can spend.",
     )
     auth: Literal["auto", "on", "off"] = Field(
         default="auto",
@@ -174,6 +181,15 @@ class Places(BaseModel):
         is_sound = all(is_address(name) or is_host_name(name) for name in bare)
         return _sound("allowed_hosts", tuple(bare), is_sound)
 
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _origins(cls, value: object) -> object:
+        named = value.split(",") if isinstance(value, str) else value
+        if not isinstance(named, list | tuple):
+            return value
+        origins = tuple(str(one).strip().lower() for one in named if str(one).strip())
+        return _sound("cors_origins", origins, all(map(_is_origin, origins)))
+
     @field_validator("auth", mode="before")
     @classmethod
     def _lower_case(cls, value: object) -> object:
@@ -241,3 +257,14 @@ class Places(BaseModel):
     def emulated(self) -> bool:
         """Whether the provider is the built-in emulator."""
         return self.gemini_api_key is None
+
+
+def _is_origin(text: str) -> bool:
+    """Whether it is the address of a page as a browser says it in Origin."""
+    url = split_url(text)
+    return (
+        url.scheme in ("http", "https")
+        and text == f"{url.scheme}://{url.netloc}"
+        and bool(url.hostname)
+        and "@" not in url.netloc
+    )

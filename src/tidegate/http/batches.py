@@ -73,7 +73,7 @@ def is_batch_path(scope: Scope) -> bool:
     if not path.startswith(("/v1/files", "/v1/batches")) or _PATH.fullmatch(path) is None:
         return False
     names = frozenset(name for name, _ in scope["headers"])
-    return dialect_of(path, names, scope["query_string"]) is not Dialect.GEMINI
+    return dialect_of(path, names, scope["query_string"]) is Dialect.OPENAI
 
 
 async def batches(scope: Scope, receive: Receive, send: Send) -> None:

@@ -22,12 +22,14 @@ _MOST_REMEMBERED = 200
 
 
 class Origins:
-    """What counts as ours, by HOST and ALLOWED_HOSTS."""
+    """What counts as ours, by HOST and ALLOWED_HOSTS; and which pages may call us besides, by
+    CORS_ORIGINS."""
 
     def __init__(self, config: Config) -> None:
         self._loopback = config.is_loopback
         self._names = frozenset((*config.allowed_hosts, config.host))
         self._allowed = frozenset(config.allowed_hosts)
+        self._pages = frozenset(one.encode() for one in config.cors_origins)
         self._known: set[bytes] = set()
 
     def refusal(self, headers: Headers, method: str) -> Forbidden | None:
@@ -43,6 +45,8 @@ class Origins:
                 allowed=f"{self._in_words()}, or a name in ALLOWED_HOSTS",
             )
         if b"origin" not in found and b"sec-fetch-site" not in found:
+            return None
+        if found.get(b"origin") in self._pages:
             return None
         return self.page_refusal(headers, method)
 

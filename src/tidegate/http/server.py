@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -61,6 +62,18 @@ Every path works with and without the prefix `/llm`. Errors are problem JSON (RF
 """
 
 
+_OF_OPERATORS = ("/admin", "/dashboard", "/metrics", "/llm/admin", "/llm/dashboard", "/llm/metrics")
+_CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "HEAD", "POST", "PUT", "DELETE"],
+    "allow_headers": ["*"],
+    "expose_headers": [
+        *("retry-after", "x-request-id", "request-id"),
+        *("x-tidegate-request-id", "x-tidegate-queue-ms", "x-tidegate-upstream"),
+        *("x-tidegate-remaining", "x-tidegate-type"),
+    ],
+}
+
+
 class Gateway(FastAPI):
     """FastAPI, but for the paths that carry the load: their handlers are called directly.
 
@@ -74,6 +87,7 @@ class Gateway(FastAPI):
             "/submit": self._called(jobs.submit, "job"),
             "/stream": self._called(stream.stream, "stream"),
         }
+        self._pages: CORSMiddleware | None = None
         self._batches = AccessLog(batches)
         self._direct = {
             f"{prefix}{path}": AccessLog(app)
@@ -84,7 +98,22 @@ class Gateway(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
-            return
+        elif self._is_of_page(scope):
+            if self._pages is None:
+                origins = self.state.services.config.cors_origins
+                self._pages = CORSMiddleware(self._answer, allow_origins=origins, **_CORS)
+            await self._pages({**scope, "extensions": {}}, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    def _is_of_page(self, scope: Scope) -> bool:
+        """Whether a page may be told by `Access-Control-*` that it may read the answer."""
+        services: Services = self.state.services
+        if not services.config.cors_origins or scope["path"].startswith(_OF_OPERATORS):
+            return False
+        return any(name == b"origin" for name, _ in scope["headers"])
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         services: Services = self.state.services
         if scope["method"] == "HEAD":  # the server leaves the body out
             scope = {**scope, "method": "GET", "extensions": {}}
