@@ -27,7 +27,12 @@ from tidegate.http._compat import (
 )
 from tidegate.http.direct import DIRECT_EXTENSION, Direct
 from tidegate.http.events import ABORT_EXTENSION, GONE_EXTENSION
-from tidegate.http.request_head import RequestLine, as_answer, refusal_of_head
+from tidegate.http.request_head import (
+    RequestLine,
+    as_answer,
+    refusal_of_head,
+    without_offer,
+)
 
 if sys.platform == "linux":
     from fcntl import ioctl
@@ -137,6 +142,8 @@ class BoundedProtocol(UvicornProtocol):
     def _feed(self, piece: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(piece)
+            if b"pgrade" in piece:
+                piece = without_offer(piece)
         else:
             self._overhead_bytes += len(piece)
         self._line.take(piece)

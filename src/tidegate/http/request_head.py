@@ -25,6 +25,20 @@ _HOSTS: set[bytes] = set()
 _MOST_HOSTS = 200
 
 
+# The word of a Connection header by which a client offers another protocol.
+_OFFER = re.compile(rb"(\r\nconnection:[^\r\n]{0,200}?)upgrade\b", re.IGNORECASE)
+_HEAD_END = b"\r\n\r\n"
+
+
+def without_offer(piece: bytes) -> bytes:
+    """The next bytes of a head, and perhaps what follows it, without the offer of another protocol:
+    RFC 9110, section 7.8, lets a server pass over it, and the parser would read no body behind one.
+    As long as it was. The JDK's client makes one of each request on plain HTTP."""
+    end = piece.find(_HEAD_END)
+    head = piece if end < 0 else piece[:end]
+    return _OFFER.sub(rb"\1xpgrade", head) + piece[len(head) :]
+
+
 class RequestLine:
     """The request line as it came, of which the parser returns only the parts."""
 

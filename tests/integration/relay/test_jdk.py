@@ -1,0 +1,85 @@
+"""Clients that offer to go over to HTTP/2, as the JDK's does on plain HTTP: that is ignored."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.integration.security.hostile import Hostile, hostile
+
+__all__ = ["hostile"]
+
+SOURCE = Path(__file__).parents[2] / "data/jdk/Client.java"
+BODY = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "Upgrade: h2c"}]})
+OFFER = (
+    b"Connection: Upgrade, HTTP2-Settings\r\n"
+    b"Upgrade: h2c\r\n"
+    b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+)
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n%b%b\r\n"
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.fixture
+async def gateway(open_gateway: Opener, hostile: Hostile) -> Gateway:
+    return await open_gateway(worker=False, gemini_base_url=hostile.url)
+
+
+WHOLE = HEAD % (OFFER, LENGTH)
+KEPT = HEAD % (OFFER.replace(b"Upgrade,", b"keep-alive, upgrade,"), LENGTH)
+IN_CHUNKS = HEAD % (OFFER, CHUNKED) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        (WHOLE + BODY,),
+        (HEAD % (LENGTH, OFFER) + BODY,),
+        (KEPT + BODY,),
+        (IN_CHUNKS,),  # as Spring's RestClient sends it
+        (WHOLE, BODY),  # as Ktor does
+    ],
+)
+async def test_an_offer_is_ignored_and_the_body_read(
+    gateway: Gateway, hostile: Hostile, segments: tuple[bytes, ...]
+) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    for number in (1, 2):  # on one connection
+        for segment in segments:
+            writer.write(segment)
+            await writer.drain()
+            await asyncio.sleep(0)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        assert await reader.readexactly(2) == b"{}"
+        assert len(hostile.seen) == number
+    writer.close()
+    sent = hostile.seen[-1]
+    assert sent.endswith(BODY)
+    assert b"http2-settings" not in sent.lower()
+    assert b"upgrade" not in sent.removesuffix(BODY).lower()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("javac") is None, reason="there is no JDK")
+async def test_the_jdk_s_own_client(gateway: Gateway, hostile: Hostile) -> None:
+    url = f"{gateway.url}/v1/chat/completions"
+    command = ("java", "-Xshare:auto", "-XX:TieredStopAtLevel=1", str(SOURCE), url, BODY.decode())
+    running = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    said, failed = await running.communicate()
+    assert said.decode().split("\n")[:3] == [
+        "whole HTTP_1_1 200",
+        "whole HTTP_1_1 200",
+        "chunked HTTP_1_1 200",
+    ], failed.decode()
+    assert len(hostile.seen) == 3
+    assert all(one.endswith(BODY) for one in hostile.seen)
