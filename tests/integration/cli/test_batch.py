@@ -88,6 +88,8 @@ async def test_a_killed_run_goes_on_without_asking_anything_twice(
     table.write_text("\n".join(["id,question", *rows]) + "\n")
     arguments = ("batch", "run", str(table), "--column", "question", "--output", str(results))
     for end, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        if end is signal.SIGINT:  # or all could be done before they are paused
+            await gateway.upstream.set_behaviour(first_byte_ms=600)
         enough = (results.read_bytes().count(b"\n") if results.exists() else 0) + 6
         with under_way(gateway.url, tmp_path, *arguments, "--window", "8") as command:
             await wait_until(partial(has_lines, results, enough), 20, "some results")
@@ -104,6 +106,7 @@ async def test_a_killed_run_goes_on_without_asking_anything_twice(
     handed_in = re.search(r"(\d+) are handed in and go on", said)
     assert handed_in is not None
     assert 0 < int(handed_in[1]) <= 8
+    await gateway.upstream.set_behaviour(first_byte_ms=0)
     await limiter.resume("kind:text_only", by="ann")
     last = await run(gateway, *arguments, "--json")
     assert (last.code, last.json["succeeded"]) == (0, 40), last.complained
