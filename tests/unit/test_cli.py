@@ -15,6 +15,8 @@ from tests.commands import ran
 from tidegate import __version__, config
 from tidegate.supervisor.ground import Ground, environment_of
 
+_ROOT = Path(__file__).parents[2]
+
 # The first of them waits for a process that has imported all of ours.
 pytestmark = pytest.mark.slow
 
@@ -43,6 +45,41 @@ def test_a_mistake_in_the_policy_file_is_told_in_one_line(
     assert done.stderr == (
         "tidegate: tidegate.toml: limits.rpm:m=60: must be a whole number or a table\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "line"),
+    [
+        *(
+            (command, "[upstreams.a]\nprovider = 'nobody'\n", "upstreams.a.provider=nobody: must")
+            for command in ("up", "serve", "run_worker.py")
+        ),
+        (
+            *("up", "[upstreams.a]\nprovider = 'openai'\nkey = 'A_KEY'\n"),
+            "A_KEY=(not set): must be set: upstreams.a has its key from it",
+        ),
+        ("up", "[[routes]]\nmodel = 'x'\ntry = ['nobody/x']\n", "routes[0].try=nobody/x: must"),
+    ],
+)
+def test_a_mistake_in_an_upstream_or_route_stops_the_start_before_any_server(
+    command: str, text: str, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tidegate.toml").write_text(text)
+    program = [str(_ROOT / command)] if command.endswith(".py") else ["-m", "tidegate", command]
+    done = subprocess.run(
+        [sys.executable, *program],
+        cwd=tmp_path,
+        env=os.environ | {"PORT": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"tidegate: tidegate.toml: {line}")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tidegate.toml"], "no server has begun"
 
 
 def test_a_wrong_secret_is_never_shown(tmp_path: Path) -> None:

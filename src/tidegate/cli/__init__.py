@@ -126,11 +126,12 @@ def emulator(context: typer.Context) -> None:
 def migrate(json: Json = False) -> None:
     """Bring the database's schema up to date."""
     from tidegate import telemetry
+    from tidegate.config import load
     from tidegate.store.migrate import HEAD
     from tidegate.supervisor.ground import migrate as run
     from tidegate.supervisor.ground import prepared
 
-    config = load_sound()
+    config = load()
     telemetry.configure_logging(config.log_format, "warning", process="migrate")
     with prepared(config, only={"postgres"}) as ground:
         revision = run(ground.config, lambda why: typer.echo(f"tidegate: {why}", err=True))
@@ -146,9 +147,10 @@ def prune(
 ) -> None:
     """Delete requests, answers and files that ended too long ago."""
     from tidegate import telemetry
+    from tidegate.config import load
     from tidegate.supervisor.roles import prune as run
 
-    config = load_sound()
+    config = load()
     telemetry.configure_logging(config.log_format, "warning", process="prune")
     report = run(config, days)
     if json:

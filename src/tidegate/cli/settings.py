@@ -23,12 +23,13 @@ def _config() -> None:
 
 
 def load_sound() -> Config:
-    """The settings, with a policy file that is sound. Raises ConfigError."""
+    """The settings, where all that `config check` checks is sound. Raises ConfigError."""
     from tidegate.config import load
-    from tidegate.policy import deployed
+    from tidegate.policy import deployed, deployed_upstreams
 
     config = load()
     deployed(config)
+    deployed_upstreams(config)
     return config
 
 

@@ -144,9 +144,9 @@ def _upstream(name: str, path: str, table: Mapping[str, Any], secret: ReadSecret
         if key not in _KEYS:
             raise ConfigError(f"{path}.{key}", "(set)", f"is not known; known: {', '.join(_KEYS)}")
     provider = table.get("provider")
-    if provider is not None and provider not in PROVIDERS:
+    if provider is not None and (not isinstance(provider, str) or provider not in PROVIDERS):
         raise ConfigError(
-            f"{path}.provider", str(provider), f"must be one of {', '.join(PROVIDERS)}"
+            f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PROVIDERS)}"
         )
     urls = dict(PROVIDERS[provider]) if provider else {}
     for dialect, url in _table(f"{path}.dialects", table.get("dialects", {})).items():

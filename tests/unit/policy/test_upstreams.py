@@ -80,6 +80,7 @@ def test_no_key_is_shown() -> None:
         ("[upstreams.a]\nprovider = 'openai'\nkey = 'sk-live'", "upstreams.a.key"),
         ("[upstreams.a]\nprovider = 'openai'\nkey = 'NOT_SET'", "NOT_SET"),
         ("[upstreams.a]\nprovider = 'other'\nkey = 'LOCAL_KEY'", "upstreams.a.provider"),
+        ("[upstreams.a]\nprovider = ['openai']\nkey = 'LOCAL_KEY'", "upstreams.a.provider"),
         ("[upstreams.a]\nprovider = 'openai'\nkey = 'LOCAL_KEY'\nodd = 1", "upstreams.a.odd"),
         (
             "[upstreams.a]\nkey = 'LOCAL_KEY'\ndialects = {openai = 'ftp://x'}",
