@@ -26,7 +26,7 @@ from tidegate.telemetry import redact
 
 LIFELINE = "TIDEGATE_LIFELINE_FD"
 EMULATED = "EMULATED_PROVIDER"
-_EMULATORS_KEY = "emulated"
+EMULATORS_KEY = "the-emulator-takes-any-key"
 _MIGRATE_WITHIN_S = 60.0
 _RETRY_S = 1.0
 
@@ -89,7 +89,7 @@ def _filled(config: Config, lease: Lease | None) -> Config:
         found["redis_url"] = SecretStr(lease.redis_url)
     if lease.emulator_url:
         found["gemini_base_url"] = lease.emulator_url
-        found["gemini_api_key"] = SecretStr(_EMULATORS_KEY)
+        found["gemini_api_key"] = SecretStr(EMULATORS_KEY)
     return config.model_copy(update=found)
 
 

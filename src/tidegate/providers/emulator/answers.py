@@ -6,19 +6,27 @@ Invariant: the answer names itself as emulated; the tokens counted are the words
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from base64 import b64encode
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import count, pairwise
 
-from tidegate.providers.emulator import wire
+import orjson
+
+from tidegate.providers.emulator import sounds, wire
 from tidegate.providers.emulator.dialect import Json
 from tidegate.providers.emulator.pictures import draw
 from tidegate.providers.emulator.reading import Asked, Attached
-from tidegate.providers.emulator.schema import structured
+from tidegate.providers.emulator.schema import arguments, structured
 from tidegate.providers.emulator.settings import Behaviour
 
 OUTPUT_PICTURE_TOKENS = 1290
-THOUGHTS_TOKENS = 32
+THOUGHTS = (
+    "This is an emulated thought: no language model was asked, so nobody weighed anything. It "
+    "stands where a model would think before it answers, has thirty-two words, and is all made up."
+)
+THOUGHTS_TOKENS = len(THOUGHTS.split())
+SIGNATURE = b64encode(b"an emulated signature of nothing").decode()
 QUOTED_WORDS = 12
 _WORDS = re.compile(r"\s*\S+\s*")
 _response_ids = count(1)
@@ -44,12 +52,37 @@ def new_response_id() -> str:
 def write(asked: Asked, behaviour: Behaviour) -> Written:
     """Compose the answer to a request."""
     if asked.wants_picture:
-        return _picture(asked, behaviour)
-    pieces, cut_short = cut(text(asked, behaviour), asked.max_output_tokens, behaviour.chunks)
-    return Written(
-        tuple((wire.text_part(piece), tokens) for piece, tokens in pieces),
-        "MAX_TOKENS" if cut_short else "STOP",
-    )
+        written = _picture(asked, behaviour)
+    elif asked.called:
+        written = _calls(asked)
+    elif asked.wants_sound:
+        part = wire.media_part(sounds.MIME_TYPE, sounds.hum(asked.prompt))
+        written = Written(((part, sounds.TOKENS),), "STOP")
+    else:
+        pieces, cut_short = cut(text(asked, behaviour), asked.max_output_tokens, behaviour.chunks)
+        written = Written(
+            tuple((wire.text_part(piece), tokens) for piece, tokens in pieces),
+            "MAX_TOKENS" if cut_short else "STOP",
+        )
+    if not asked.shows_thoughts:
+        return written
+    return replace(written, parts=((wire.thought_part(THOUGHTS), 0), *written.parts))
+
+
+def _calls(asked: Asked) -> Written:
+    """Calls of functions, each whole, as many as the bound leaves room for."""
+    parts: list[tuple[Json, int]] = []
+    left = asked.max_output_tokens
+    for tool in asked.called:
+        given = arguments(asked, tool.schema)
+        tokens = len(orjson.dumps(given).split()) + 1
+        if left is not None and tokens > left:
+            return Written(tuple(parts) or ((wire.text_part(""), 0),), "MAX_TOKENS")
+        left = None if left is None else left - tokens
+        # A model that thinks signs the first of its calls.
+        signature = SIGNATURE if asked.thinks and not parts else None
+        parts.append((wire.call_part(tool.name, given, signature), tokens))
+    return Written(tuple(parts), "STOP")
 
 
 def cut(answer: str, most_tokens: int | None, most_pieces: int) -> tuple[Pieces, bool]:
@@ -66,9 +99,10 @@ def cut(answer: str, most_tokens: int | None, most_pieces: int) -> tuple[Pieces,
 
 
 def whole(asked: Asked, written: Written, response_id: str) -> Json:
-    """The answer as one response: the text of all chunks together, then any picture."""
-    said = "".join(part["text"] for part, _ in written.parts if "text" in part)
-    parts = [wire.text_part(said)] if said else []
+    """The answer as one response: thoughts, the text of all chunks together, then the rest."""
+    parts = [part for part, _ in written.parts if "thought" in part]
+    said = "".join(part["text"] for part, _ in written.parts if part.keys() == {"text"})
+    parts += [wire.text_part(said)] if said else []
     parts += [part for part, _ in written.parts if "text" not in part]
     return wire.answer(
         asked.model,
@@ -124,7 +158,8 @@ def _quoted(prompt: str) -> str:
 def text(asked: Asked, behaviour: Behaviour) -> str:
     """What it says when nothing bounds it."""
     if asked.schema is not None:
-        return structured(asked, asked.schema, behaviour)
+        said = structured(asked, asked.schema, behaviour)
+        return f"```json\n{said}\n```" if asked.fenced else said
     if behaviour.answer is not None:
         return behaviour.answer
     lines = [
@@ -158,7 +193,7 @@ def _picture(asked: Asked, behaviour: Behaviour) -> Written:
     return Written(
         (
             (wire.text_part(said), len(said.split())),
-            (wire.picture_part("image/png", png), OUTPUT_PICTURE_TOKENS),
+            (wire.media_part("image/png", png), OUTPUT_PICTURE_TOKENS),
         ),
         "STOP",
     )

@@ -1,12 +1,10 @@
 """A conversation in messages, as OpenAI's and Anthropic's dialects have it: heard and answered.
 
-Invariant: the same conversation gets the same answer; a function is called only when it was made
-to be or its name stands in the prompt, and never twice for one question.
+Invariant: the same conversation gets the same answer.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,21 +16,14 @@ from tidegate.providers.emulator.answers import Pieces
 from tidegate.providers.emulator.delivery import JSON_TYPE, SSE_TYPE, Script, Step
 from tidegate.providers.emulator.dialect import Json
 from tidegate.providers.emulator.faults import Fault, FaultName
+from tidegate.providers.emulator.functions import Choice, Tool, Turn
+from tidegate.providers.emulator.prompted import ANY_OBJECT, fenced_schema_in, schema_in
 from tidegate.providers.emulator.reading import Asked, Attached, count_by_modality
 from tidegate.providers.emulator.schema import arguments
 from tidegate.providers.emulator.settings import Behaviour
 
 Finish = Literal["stop", "length", "calls", "blocked", "nothing", "unknown"]
 Speaker = Literal["system", "user", "assistant", "tool"]
-Choice = Literal["auto", "required", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function on offer; `schema` is that of its parameters."""
-
-    name: str
-    schema: Json
 
 
 @dataclass(slots=True)
@@ -41,51 +32,60 @@ class Heard:
 
     texts: list[str] = field(default_factory=list)
     attached: list[Attached] = field(default_factory=list)
-    system_chars: int = 0
-    last_speaker: Speaker = "user"
+    system: list[str] = field(default_factory=list)
+    turn: Turn = field(default_factory=Turn)
 
     def hear(self, speaker: Speaker, text: str | None, file: Attached | None = None) -> None:
         if file is not None:
             self.attached.append(file)
         if speaker == "system":
-            self.system_chars += len(text or "")
+            self.system.append(text or "")
             return
-        self.last_speaker = speaker
+        if speaker == "user":
+            self.turn.question()
+        elif speaker == "tool":
+            self.turn.result()
         if text is not None:
             self.texts.append(text)
 
+    def json_schema(self) -> Json:
+        """What is to be answered where only "some JSON" is asked for: what the prompt says."""
+        return schema_in("\n".join([*self.system, *self.texts])) or ANY_OBJECT
+
     def asked(
-        self, model: str, *, schema: Json | None, max_output_tokens: int | None, thinks: bool
+        self,
+        model: str,
+        *,
+        schema: Json | None,
+        max_output_tokens: int | None,
+        thinks: bool,
+        called: Sequence[Tool] = (),
     ) -> Asked:
         prompt = "\n".join(self.texts)
         attached = tuple(self.attached)
+        fenced = None if schema else fenced_schema_in("\n".join([*self.system, prompt]))
         return Asked(
             kind="multi_modal" if attached else "text_only",
             model=model,
             prompt=prompt,
             last_text=self.texts[-1] if self.texts else "",
             attached=attached,
-            input_by_modality=count_by_modality(len(prompt) + self.system_chars, attached),
-            schema=schema,
+            input_by_modality=count_by_modality(
+                len(prompt) + sum(len(text) for text in self.system), attached
+            ),
+            schema=schema or fenced,
+            fenced=fenced is not None,
             max_output_tokens=max_output_tokens,
             thinks=thinks,
+            called=tuple(called),
         )
 
-    def calls(self, tools: Sequence[Tool], choice: Choice | Tool, *, several: bool) -> list[Tool]:
-        """The functions that the answer calls: those the prompt names, else the one it must."""
-        if self.last_speaker == "tool" or choice == "none" or not tools:
-            return []
-        if isinstance(choice, Tool):
-            return [choice]
-        last_text = _plain(self.texts[-1]) if self.texts else ""
-        named = [tool for tool in tools if f" {_plain(tool.name)} " in f" {last_text} "]
-        if not named and choice == "required":
-            named = [tools[0]]
-        return named if several else named[:1]
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.split(r"\W+|_", text.lower())).strip()
+    def calls(
+        self, tools: Sequence[Tool], choice: Choice | Tool, *, several: bool
+    ) -> tuple[Tool, ...]:
+        """The functions that the answer calls."""
+        question = self.texts[-1] if self.texts else ""
+        return self.turn.calls(tools, choice, question, several=several)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +148,7 @@ class Composed:
         return found
 
 
-def compose(
-    asked: Asked, called: Sequence[Tool], behaviour: Behaviour, fault: Fault | None
-) -> Composed:
+def compose(asked: Asked, behaviour: Behaviour, fault: Fault | None) -> Composed:
     """The answer; of the faults, those that make an unusual but well-formed one show in it."""
     most = asked.max_output_tokens
     thoughts = answers.thoughts_of(asked) if most is None else min(answers.thoughts_of(asked), most)
@@ -164,13 +162,13 @@ def compose(
         case FaultName.UNKNOWN_FINISH:
             finish: Finish = "unknown"
         case _:
-            finish = "calls" if called else "stop"
+            finish = "calls" if asked.called else "stop"
     left = None if most is None else most - thoughts
-    if not called:
+    if not asked.called:
         text, short = answers.cut(answers.text(asked, behaviour), left, behaviour.chunks)
         return Composed(text, (), "length" if short else finish, thoughts)
     calls = []
-    for tool in called:
+    for tool in asked.called:
         said = orjson.dumps(arguments(asked, tool.schema)).decode()
         pieces, short = answers.cut(said, left, behaviour.chunks)
         calls.append(Called(f"call_{answers.new_response_id()}", tool.name, pieces))

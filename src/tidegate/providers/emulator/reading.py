@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import orjson
+
 from tidegate.providers.emulator.dialect import Json
+from tidegate.providers.emulator.functions import Choice, Tool, Turn
+from tidegate.providers.emulator.prompted import ANY_OBJECT, schema_in
 from tidegate.providers.emulator.wire import WireError
 
 PICTURE_TOKENS = 258  # of one picture, or one page of a document, as input
+_CHOICES: Mapping[str, Choice] = {
+    "AUTO": "auto",
+    "MODE_UNSPECIFIED": "auto",
+    "VALIDATED": "auto",
+    "ANY": "required",
+    "NONE": "none",
+}
+_BAD_CHOICE = "Invalid value at 'tool_config.function_calling_config"
+_TYPE_OF_MODE = "type.googleapis.com/google.ai.generativelanguage.v1beta.FunctionCallingConfig.Mode"
 _MODALITY_OF = {"image": "IMAGE", "audio": "AUDIO", "video": "VIDEO", "text": "TEXT"}
 
 
@@ -29,7 +42,11 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """`prompt` is all text of the contents; `last_text` the last text part of the last turn."""
+    """`prompt` is all text of the contents; `last_text` the last text part of the last turn.
+
+    `called` are the functions that the answer calls. `fenced`: JSON between the marks of a block
+    of code, since the prompt asks for it.
+    """
 
     kind: str
     model: str
@@ -39,9 +56,13 @@ class Asked:
     input_by_modality: Mapping[str, int]
     schema: Json | None = None
     plain_enum: bool = False
+    fenced: bool = False
     wants_picture: bool = False
+    wants_sound: bool = False
     max_output_tokens: int | None = None
     thinks: bool = False
+    shows_thoughts: bool = False
+    called: tuple[Tool, ...] = ()
 
     @property
     def input_tokens(self) -> int:
@@ -75,7 +96,9 @@ def read_generate(model: str, body: Any, lookup: FileLookup) -> Asked:
     texts: list[str] = []
     attached: list[Attached] = []
     last_text = ""
+    turn = Turn()
     for content in contents:
+        _follow(turn, content)
         for part in _parts(content):
             text, file = _part(part, lookup)
             if text is not None:
@@ -88,11 +111,61 @@ def read_generate(model: str, body: Any, lookup: FileLookup) -> Asked:
     if not isinstance(config, dict):
         raise WireError(400, "Invalid value at 'generation_config'")
     prompt = "\n".join(texts)
-    system = get(body, "systemInstruction")
-    system_chars = sum(len(_part(part, lookup)[0] or "") for part in _parts(system or {}))
-    return _with_config(
-        model, config, prompt, last_text, tuple(attached), len(prompt) + system_chars
-    )
+    system = [_part(part, lookup)[0] or "" for part in _parts(get(body, "systemInstruction") or {})]
+    chars = len(prompt) + sum(len(text) for text in system)
+    asked = _with_config(model, config, prompt, last_text, tuple(attached), chars)
+    if asked.schema is None and get(config, "responseMimeType") == "application/json":
+        asked = replace(asked, schema=schema_in("\n".join([*system, prompt])) or ANY_OBJECT)
+    tools, choice = _functions(body)
+    return replace(asked, called=turn.calls(tools, choice, last_text, several=True))
+
+
+def _follow(turn: Turn, content: Any) -> None:
+    """What a content means for the calls of functions behind the last question."""
+    parts = [part for part in _parts(content) if isinstance(part, dict)]
+    if content.get("role") == "model":
+        calls = [get(part, "functionCall") for part in parts]
+        turn.called += [str(call.get("name")) for call in calls if isinstance(call, dict)]
+    elif any(isinstance(get(part, "functionResponse"), dict) for part in parts):
+        turn.result()
+    else:
+        turn.question()
+
+
+def _functions(body: Json) -> tuple[list[Tool], Choice]:
+    """The functions on offer, and whether one must be called."""
+    given = get(body, "tools") or []
+    tools = [
+        _function(declared)
+        for item in (given if isinstance(given, list) else [given])
+        for declared in (isinstance(item, dict) and get(item, "functionDeclarations")) or ()
+    ]
+    config = get(body, "toolConfig")
+    config = get(config, "functionCallingConfig") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
+    mode = str(get(config, "mode") or "AUTO").upper()
+    if mode not in _CHOICES:
+        raise WireError(400, f"{_BAD_CHOICE}.mode' ({_TYPE_OF_MODE}), {mode!r}")
+    allowed = get(config, "allowedFunctionNames")
+    if isinstance(allowed, list) and allowed:
+        if unknown := set(map(str, allowed)) - {tool.name for tool in tools}:
+            raise WireError(
+                400, f"{_BAD_CHOICE}.allowed_function_names': {min(unknown)} is not declared"
+            )
+        tools = [tool for tool in tools if tool.name in allowed]
+    return tools, _CHOICES[mode]
+
+
+def _function(declared: Any) -> Tool:
+    name = declared.get("name") if isinstance(declared, dict) else None
+    if not isinstance(name, str) or not name:
+        raise WireError(
+            400,
+            "* GenerateContentRequest.tools[0].function_declarations[0].name: Invalid function "
+            "name. Must start with a letter or an underscore.",
+        )
+    schema = get(declared, "parametersJsonSchema") or get(declared, "parameters")
+    return Tool(name, schema if isinstance(schema, dict) else {})
 
 
 def _parts(content: Any) -> Iterator[Any]:
@@ -125,7 +198,17 @@ def _part(part: Any, lookup: FileLookup) -> tuple[str | None, Attached | None]:
         found = lookup(str(get(file, "fileUri") or ""))
         mime = str(get(file, "mimeType") or found.mime_type)
         return text, Attached(mime, found.size_bytes, found.uri)
+    result = get(part, "functionResponse")
+    if isinstance(result, dict):
+        return _result(get(result, "response")), None
     return text, None
+
+
+def _result(response: Any) -> str:
+    """What a function returned: the text where it is one, else its JSON."""
+    values = list(response.values()) if isinstance(response, dict) else [response]
+    value = values[0] if len(values) == 1 else response
+    return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
 
 
 def _with_config(
@@ -139,7 +222,8 @@ def _with_config(
     modalities = get(config, "responseModalities") or []
     if not isinstance(modalities, list):
         raise WireError(400, "Invalid value at 'generation_config.response_modalities'")
-    wants_picture = "IMAGE" in [str(item).upper() for item in modalities]
+    wanted = [str(item).upper() for item in modalities]
+    wants_picture = "IMAGE" in wanted
     wants_picture = wants_picture or (not modalities and "image" in model)
     mime = get(config, "responseMimeType")
     schema = get(config, "responseJsonSchema") or get(config, "responseSchema")
@@ -153,7 +237,9 @@ def _with_config(
         kind = "multi_modal" if attached else "text_only"
     most = get(config, "maxOutputTokens")
     thinking = get(config, "thinkingConfig")
-    budget = get(thinking, "thinkingBudget") if isinstance(thinking, dict) else None
+    thinking = thinking if isinstance(thinking, dict) else {}
+    budget = get(thinking, "thinkingBudget")
+    thinks = bool(budget) or (budget is None and "pro" in model)
     return Asked(
         kind=kind,
         model=model,
@@ -164,8 +250,10 @@ def _with_config(
         schema=schema if mime in ("application/json", "text/x.enum") else None,
         plain_enum=mime == "text/x.enum",
         wants_picture=wants_picture and kind == "image_generation",
+        wants_sound="AUDIO" in wanted,
         max_output_tokens=most if isinstance(most, int) and most > 0 else None,
-        thinks=bool(budget) or (budget is None and "pro" in model),
+        thinks=thinks,
+        shows_thoughts=thinks and get(thinking, "includeThoughts") is True,
     )
 
 

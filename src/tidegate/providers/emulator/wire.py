@@ -113,7 +113,16 @@ def text_part(text: str) -> Json:
     return {"text": text}
 
 
-def picture_part(mime_type: str, data: bytes) -> Json:
+def thought_part(text: str) -> Json:
+    return {"text": text, "thought": True}
+
+
+def call_part(name: str, given: Json, signature: str | None) -> Json:
+    part: Json = {"functionCall": {"name": name, "args": given}}
+    return part if signature is None else part | {"thoughtSignature": signature}
+
+
+def media_part(mime_type: str, data: bytes) -> Json:
     return {"inlineData": {"mimeType": mime_type, "data": b64encode(data).decode()}}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime, timedelta
 
+from tidegate.providers.emulator.answers import new_response_id
 from tidegate.providers.emulator.dialect import Dialect, Failure, Json, Refused, wait_s
 from tidegate.providers.emulator.faults import Fault, FaultName
 from tidegate.providers.emulator.limits import Refusal
@@ -26,7 +27,7 @@ _TYPE_OF = {
 
 def body(status: int, message: str) -> Json:
     inner = {"type": _TYPE_OF.get(status, "api_error"), "message": message}
-    return {"type": "error", "error": inner, "request_id": "req_emulated"}
+    return {"type": "error", "error": inner, "request_id": f"req_{new_response_id()}"}
 
 
 class AnthropicError(Refused):

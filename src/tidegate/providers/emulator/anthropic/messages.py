@@ -8,6 +8,7 @@ from __future__ import annotations
 import orjson
 
 from tidegate.providers.emulator import answers, conversation
+from tidegate.providers.emulator.answers import SIGNATURE
 from tidegate.providers.emulator.anthropic.errors import ANTHROPIC
 from tidegate.providers.emulator.anthropic.reading import Wanted
 from tidegate.providers.emulator.conversation import (
@@ -35,7 +36,7 @@ _STOP_REASON = {
 
 
 def script(wanted: Wanted, behaviour: Behaviour, fault: Fault | None) -> Script:
-    message = _Message(wanted, compose(wanted.asked, wanted.called, behaviour, fault))
+    message = _Message(wanted, compose(wanted.asked, behaviour, fault))
     return conversation.script(
         wanted.asked,
         message.composed,
@@ -67,6 +68,9 @@ class _Message:
         content = [_block(call, call.arguments) for call in composed.calls]
         if composed.text:
             content.insert(0, _block(None, composed.said or ""))
+        if composed.thoughts_tokens:
+            thinking = {"type": "thinking", "thinking": self._thoughts, "signature": SIGNATURE}
+            content.insert(0, thinking)
         body = self._body(content, self._stop_reason, composed.output_tokens)
         return whole_steps(composed, body, composed.output_tokens)
 
@@ -76,12 +80,34 @@ class _Message:
         delta = {"stop_reason": self._stop_reason, "stop_sequence": None}
         usage = {"input_tokens": self.wanted.asked.input_tokens, "output_tokens": total}
         end = {"type": "message_delta", "delta": delta, "usage": usage}
-        pieces = [Step(_piece(moment), moment.output_tokens) for moment in self.composed.moments()]
+        thoughts = self.composed.thoughts_tokens
+        first = 1 if thoughts else 0
+        pieces = [Step(self._thinking(), thoughts)] * first
+        pieces += [
+            Step(_piece(moment, moment.block + first), moment.output_tokens)
+            for moment in self.composed.moments()
+        ]
         return stream_steps(
             named_event(start) + named_event({"type": "ping"}),
             pieces or [Step(b"", total)],
             named_event(end) + named_event({"type": "message_stop"}),
         )
+
+    @property
+    def _thoughts(self) -> str:
+        """As many words as are charged for, where they are to be shown."""
+        words = answers.THOUGHTS.split()[: self.composed.thoughts_tokens]
+        return " ".join(words) if self.wanted.asked.shows_thoughts else ""
+
+    def _thinking(self) -> bytes:
+        """The block of thoughts as events: the text, then its signature, then the end."""
+        block = {"type": "thinking", "thinking": "", "signature": ""}
+        deltas: list[Json] = [{"type": "signature_delta", "signature": SIGNATURE}]
+        if self._thoughts:
+            deltas.insert(0, {"type": "thinking_delta", "thinking": self._thoughts})
+        events = [{"type": "content_block_start", "index": 0, "content_block": block}]
+        events += [{"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas]
+        return b"".join(map(named_event, [*events, {"type": "content_block_stop", "index": 0}]))
 
     @property
     def _stop_reason(self) -> str:
@@ -117,18 +143,18 @@ def _block(call: Called | None, said: str) -> Json:
     return {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
 
 
-def _piece(moment: Moment) -> bytes:
+def _piece(moment: Moment, index: int) -> bytes:
     events = b""
     if moment.opens:
         block = _block(moment.call, "")
-        opened = {"type": "content_block_start", "index": moment.block, "content_block": block}
+        opened = {"type": "content_block_start", "index": index, "content_block": block}
         events = named_event(opened)
     delta = (
         {"type": "text_delta", "text": moment.text}
         if moment.call is None
         else {"type": "input_json_delta", "partial_json": moment.text}
     )
-    events += named_event({"type": "content_block_delta", "index": moment.block, "delta": delta})
+    events += named_event({"type": "content_block_delta", "index": index, "delta": delta})
     if moment.closes:
-        events += named_event({"type": "content_block_stop", "index": moment.block})
+        events += named_event({"type": "content_block_stop", "index": index})
     return events

@@ -7,23 +7,25 @@ an AnthropicError that names the field.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tidegate.providers.emulator.anthropic.errors import AnthropicError
-from tidegate.providers.emulator.conversation import Choice, Heard, Speaker, Tool
+from tidegate.providers.emulator.conversation import Heard, Speaker
 from tidegate.providers.emulator.dialect import Json
+from tidegate.providers.emulator.functions import Choice, Tool
 from tidegate.providers.emulator.reading import Asked, Attached
 
+LEAST_BUDGET = 1024
+_SPEAKERS: dict[str, Speaker] = {"user": "user", "assistant": "assistant", "system": "system"}
 _FILES = {"image": "image/*", "document": "application/pdf"}
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """`asked` as in Gemini's dialect, and the functions to call."""
+    """`asked` as in Gemini's dialect, and how the answer is to come."""
 
     asked: Asked
-    called: Sequence[Tool]
     streamed: bool
 
 
@@ -47,21 +49,49 @@ def read_messages(body: Any, *, counting: bool = False) -> Wanted:
         model,
         schema=_schema(body),
         max_output_tokens=None if counting else most,
-        thinks=False,
+        thinks=_thinks(body.get("thinking"), most),
+        called=_calls(heard, body),
     )
-    return Wanted(asked, _calls(heard, body), body.get("stream") is True)
+    return Wanted(replace(asked, shows_thoughts=_shows(body)), body.get("stream") is True)
+
+
+def _thinks(thinking: Any, most: Any) -> bool:
+    kind = thinking.get("type") if isinstance(thinking, dict) else "disabled"
+    if kind == "enabled":
+        budget = thinking.get("budget_tokens")
+        if not isinstance(budget, int) or budget < LEAST_BUDGET:
+            raise AnthropicError(
+                400,
+                "thinking.enabled.budget_tokens: Input should be greater than or equal to "
+                f"{LEAST_BUDGET}",
+            )
+        if isinstance(most, int) and budget >= most:
+            raise AnthropicError(400, "`max_tokens` must be greater than `thinking.budget_tokens`.")
+    elif kind not in ("disabled", "adaptive"):
+        raise AnthropicError(
+            400, "thinking.type: Input should be 'enabled', 'disabled' or 'adaptive'"
+        )
+    return kind != "disabled"
+
+
+def _shows(body: Json) -> bool:
+    thinking = body.get("thinking")
+    return isinstance(thinking, dict) and thinking.get("display") != "omitted"
 
 
 def _hear(heard: Heard, message: Any, place: str) -> None:
     role = message.get("role") if isinstance(message, dict) else None
-    if role not in ("user", "assistant"):
-        raise AnthropicError(400, f"{place}.role: Input should be 'user' or 'assistant'")
-    speaker: Speaker = "user" if role == "user" else "assistant"
+    speaker = _SPEAKERS.get(str(role))
+    if speaker is None:
+        raise AnthropicError(400, f"{place}.role: Input should be 'user', 'assistant' or 'system'")
     content = message.get("content")
     results = isinstance(content, list) and any(
         isinstance(block, dict) and block.get("type") == "tool_result" for block in content
     )
     heard.hear("tool" if results else speaker, None)
+    for block in content if isinstance(content, list) else ():
+        if isinstance(block, dict) and block.get("type") == "tool_use":
+            heard.turn.called.append(str(block.get("name")))
     for text, file in _blocks(content, f"{place}.content"):
         heard.hear("tool" if results else speaker, text, file)
 
@@ -116,7 +146,7 @@ def _schema(body: Json) -> Json | None:
     return schema if isinstance(schema, dict) else None
 
 
-def _calls(heard: Heard, body: Json) -> list[Tool]:
+def _calls(heard: Heard, body: Json) -> Sequence[Tool]:
     given = body.get("tools") or []
     if not isinstance(given, list):
         raise AnthropicError(400, "tools: Input should be a valid list")

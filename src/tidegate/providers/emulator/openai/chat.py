@@ -36,7 +36,7 @@ _FINISH = {
 
 
 def script(wanted: Wanted, behaviour: Behaviour, fault: Fault | None) -> Script:
-    chat = _Chat(wanted, compose(wanted.asked, wanted.called, behaviour, fault))
+    chat = _Chat(wanted, compose(wanted.asked, behaviour, fault))
     return conversation.script(
         wanted.asked,
         chat.composed,

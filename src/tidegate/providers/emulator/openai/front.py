@@ -13,7 +13,7 @@ from aiohttp import web
 
 from tidegate.providers.emulator.delivery import deliver, deliver_other, ready
 from tidegate.providers.emulator.dialect import Json
-from tidegate.providers.emulator.openai import chat, plain, responses
+from tidegate.providers.emulator.openai import chat, completions, plain, responses
 from tidegate.providers.emulator.openai.errors import (
     OPENAI,
     OpenAIError,
@@ -24,7 +24,7 @@ from tidegate.providers.emulator.openai.reading import read_body, read_chat, rea
 from tidegate.providers.emulator.state import State
 
 _PREFIXES = ("/v1beta/openai/", "/v1/")
-_OWN = {"chat/completions", "responses", "embeddings", "images/generations"}
+_OWN = {"chat/completions", "completions", "responses", "embeddings", "images/generations"}
 
 
 class OpenAIFront:
@@ -88,6 +88,9 @@ class OpenAIFront:
         if name == "responses":
             wanted = read_responses(body, model)
             scripted = partial(responses.script, wanted, body, behaviour)
+        elif name == "completions":
+            wanted = completions.read_completions(body, model)
+            scripted = partial(completions.script, wanted, behaviour)
         else:
             wanted = read_chat(body, model)
             scripted = partial(chat.script, wanted, behaviour)

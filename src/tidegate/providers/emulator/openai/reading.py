@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tidegate.providers.emulator.conversation import Choice, Heard, Speaker, Tool
+from tidegate.providers.emulator.conversation import Heard, Speaker
 from tidegate.providers.emulator.dialect import Json
+from tidegate.providers.emulator.functions import Choice, Tool
 from tidegate.providers.emulator.openai.errors import OpenAIError, wrong
 from tidegate.providers.emulator.openai.parts import read_content
 from tidegate.providers.emulator.reading import Asked
@@ -20,7 +21,6 @@ from tidegate.providers.emulator.reading import Asked
 MOST_CHOICES = 128
 _THINKS = re.compile(r"^(models/)?(o\d|gpt-5)")
 _NO_THOUGHTS = (None, "none", "minimal")
-_ANY_OBJECT: Json = {"type": "object", "properties": {"answer": {"type": "string"}}}
 _SPEAKERS: dict[str, Speaker] = {
     "system": "system",
     "developer": "system",
@@ -33,10 +33,9 @@ _SPEAKERS: dict[str, Speaker] = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """`asked` as in Gemini's dialect, the functions to call, and how the answer is to come."""
+    """`asked` as in Gemini's dialect, and how the answer is to come."""
 
     asked: Asked
-    called: Sequence[Tool]
     choices: int = 1
     streamed: bool = False
     with_usage: bool = False
@@ -64,18 +63,18 @@ def read_chat(body: Json, model: str) -> Wanted:
     options = body.get("stream_options")
     asked = heard.asked(
         model,
-        schema=_schema_of(body.get("response_format"), "response_format"),
-        max_output_tokens=_whole(body, "max_completion_tokens") or _whole(body, "max_tokens"),
+        schema=_schema_of(heard, body.get("response_format"), "response_format"),
+        max_output_tokens=whole(body, "max_completion_tokens") or whole(body, "max_tokens"),
         thinks=_thinks(model, body.get("reasoning_effort")),
+        called=_calls(heard, body),
     )
-    choices = _whole(body, "n") or 1
+    choices = whole(body, "n") or 1
     if choices > MOST_CHOICES:
         raise wrong("n", f"Invalid 'n': integer above maximum value: {MOST_CHOICES}.")
     return Wanted(
         asked,
-        _calls(heard, body),
         choices,
-        streamed=_flag(body, "stream"),
+        streamed=flag(body, "stream"),
         with_usage=isinstance(options, dict) and options.get("include_usage") is True,
     )
 
@@ -93,13 +92,15 @@ def read_responses(body: Json, model: str) -> Wanted:
     else:
         raise wrong("input", "Missing required parameter: 'input'.", "missing_required_parameter")
     text, reasoning = body.get("text"), body.get("reasoning")
+    wanted = text.get("format") if isinstance(text, dict) else None
     asked = heard.asked(
         model,
-        schema=_schema_of(text.get("format") if isinstance(text, dict) else None, "text.format"),
-        max_output_tokens=_whole(body, "max_output_tokens"),
+        schema=_schema_of(heard, wanted, "text.format"),
+        max_output_tokens=whole(body, "max_output_tokens"),
         thinks=_thinks(model, reasoning.get("effort") if isinstance(reasoning, dict) else None),
+        called=_calls(heard, body),
     )
-    return Wanted(asked, _calls(heard, body), streamed=_flag(body, "stream"))
+    return Wanted(asked, streamed=flag(body, "stream"))
 
 
 def _hear(heard: Heard, message: Any, place: str) -> None:
@@ -113,6 +114,11 @@ def _hear(heard: Heard, message: Any, place: str) -> None:
             f"Invalid value: '{message.get('role')}'. Supported values are: {allowed}.",
         )
     heard.hear(speaker, None)
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            heard.turn.called.append(str(function.get("name")))
     for text, file in read_content(message.get("content"), f"{place}.content"):
         heard.hear(speaker, text, file)
 
@@ -122,17 +128,19 @@ def _hear_item(heard: Heard, item: Any, place: str) -> None:
         heard.hear("tool", None)
         for text, file in read_content(item.get("output"), f"{place}.output"):
             heard.hear("tool", text, file)
+    elif isinstance(item, dict) and item.get("type") == "function_call":
+        heard.turn.called.append(str(item.get("name")))
     elif not isinstance(item, dict) or item.get("type", "message") == "message":
         _hear(heard, item, place)
 
 
-def _schema_of(wanted: Any, param: str) -> Json | None:
+def _schema_of(heard: Heard, wanted: Any, param: str) -> Json | None:
     """The schema of a `response_format`, or of a `text.format`, which is flatter."""
     if not isinstance(wanted, dict):
         return None
     match wanted.get("type"):
         case "json_object":
-            return _ANY_OBJECT
+            return heard.json_schema()
         case "json_schema":
             inner = wanted.get("json_schema", wanted)
             schema = inner.get("schema") if isinstance(inner, dict) else None
@@ -146,7 +154,7 @@ def _schema_of(wanted: Any, param: str) -> Json | None:
     return None
 
 
-def _calls(heard: Heard, body: Json) -> list[Tool]:
+def _calls(heard: Heard, body: Json) -> Sequence[Tool]:
     given = body.get("tools") or []
     if not isinstance(given, list):
         raise wrong("tools", "Invalid type for 'tools': expected a list.", "invalid_type")
@@ -183,14 +191,14 @@ def _thinks(model: str, effort: Any) -> bool:
     return effort not in _NO_THOUGHTS or (effort is None and bool(_THINKS.match(model)))
 
 
-def _flag(body: Json, name: str) -> bool:
+def flag(body: Json, name: str) -> bool:
     value = body.get(name)
     if not isinstance(value, bool | None):
         raise wrong(name, f"Invalid type for '{name}': expected a boolean.", "invalid_type")
     return bool(value)
 
 
-def _whole(body: Json, name: str) -> int | None:
+def whole(body: Json, name: str) -> int | None:
     value = body.get(name)
     if value is None:
         return None

@@ -46,7 +46,7 @@ _ECHOED: Json = {
 
 
 def script(wanted: Wanted, body: Json, behaviour: Behaviour, fault: Fault | None) -> Script:
-    response = _Response(wanted, body, compose(wanted.asked, wanted.called, behaviour, fault))
+    response = _Response(wanted, body, compose(wanted.asked, behaviour, fault))
     return conversation.script(
         wanted.asked,
         response.composed,
