@@ -105,7 +105,7 @@ over `instance`, not the sum. What a store that is away would have told is not t
 |---|---|---|---|
 """
 # They never reach a client: they stop a start, are settled between processes, or are its own.
-INSIDE = {errors.ConfigError, errors.ClaimLost}
+INSIDE = {errors.ConfigError, errors.PolicyConflict, errors.ClaimLost}
 INSIDE |= {errors.GatewayRefused, errors.GatewayUnreachable}
 # Nobody raises them: only what is below them in the tree.
 ROOTS = {errors.AdmissionError, errors.UpstreamError}

@@ -182,7 +182,9 @@ class Scene:
     async def finish(self) -> list[str]:
         """End all workers in good order; what of the pool is left that should not be."""
         orders = self.orders_of("watcher")
-        watcher = Limiter.from_url(self.server.url, pool=self.pool, policy=policy_of(orders))
+        watcher = Limiter.from_url(
+            self.server.url, pool=self.pool, policy=policy_of(orders), on_conflict="keep"
+        )
         async with watcher:
             status = await self.fleet.end()
             bad = [f"{name} ended with {code}: {self.last_words(name)}"

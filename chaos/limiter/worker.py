@@ -165,7 +165,13 @@ async def main(orders: Orders) -> None:
     loop.add_signal_handler(signal.SIGUSR1, time.sleep, orders.block_ms / 1000)
     caller = await Caller.connect(orders.truth, orders.name, history=orders.history)
     policy = policy_of(orders)
-    limiter = Limiter(orders.url, pool=orders.pool, policy=policy, stalled_s=orders.stalled_s)
+    limiter = Limiter(
+        orders.url,
+        pool=orders.pool,
+        policy=policy,
+        on_conflict="keep",
+        stalled_s=orders.stalled_s,
+    )
     listening = asyncio.create_task(caller.listen())  # to the end: closing a call needs it
     listening.add_done_callback(_end_without_truth)
     tasks = Tasks(limiter, caller, orders)

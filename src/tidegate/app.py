@@ -138,7 +138,9 @@ async def run_worker_of(
         stack.push_async_callback(processor.aclose)
         url = config.redis_url.get_secret_value()
         limiter = await stack.enter_async_context(
-            Limiter.from_url(url, pool=pool, policy=policy, instance_id=instance_id)
+            Limiter.from_url(
+                url, pool=pool, policy=policy, instance_id=instance_id, on_conflict="keep"
+            )
         )
         others = deployed_upstreams(config)
         untraced = _open_relay(config, others, {pool: limiter}, Tracing(), store)
@@ -329,6 +331,7 @@ async def open_pool(
         policy=await policy_to_start_with(policies, pool, wanted),
         instance_id=instance_id,
         observer=observer,
+        on_conflict="keep",  # the keeper decides, by what is on record
     )
     async with limiter:
         yield limiter, PolicyKeeper(limiter, policies, wanted=wanted, set_by=instance_id)

@@ -2,6 +2,7 @@
 
 TidegateError
 ├── ConfigError                 a setting is wrong; stops the start with one line
+│   └── PolicyConflict          a program's policy is not the one that its pool has in force
 ├── InvalidRequest              the caller's input is wrong; names the field and what is allowed
 │   ├── PayloadTooLarge         a body, file or prompt is over its limit
 │   │   └── FilesFull           a tenant keeps as much in files for batches as it may
@@ -75,6 +76,22 @@ class ConfigError(TidegateError):
         self.variable = variable
         self.value = value
         self.allowed = allowed
+
+
+class PolicyConflict(ConfigError):
+    """The policy of a program is not in force in `pool`, and may not replace the one that is.
+    `limit` is the first limit or field that differs, with both of its values."""
+
+    code = "policy_conflict"
+
+    def __init__(self, message: str, *, pool: str, limit: str, in_force: str, asked: str) -> None:
+        super().__init__(limit, asked, f"{in_force} is in force in pool {pool!r}")
+        self.args = (message,)
+        self.message = message
+        self.pool = pool
+        self.limit = limit
+        self.in_force = in_force
+        self.asked = asked
 
 
 class InvalidRequest(TidegateError):

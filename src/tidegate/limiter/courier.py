@@ -15,12 +15,13 @@ from tidegate.limiter.clock import Clock, Timer
 from tidegate.limiter.keys import Keyspace
 from tidegate.limiter.lease import Lease
 from tidegate.limiter.ledger import Ledger
-from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.link import Link, LinkDown
 from tidegate.limiter.observer import Observer
 from tidegate.limiter.outbox import SPARE_MS
+from tidegate.limiter.precedence import WrittenPolicy
 from tidegate.limiter.scripts import load
 from tidegate.limiter.session import Session
+from tidegate.limiter.snapshot import read_change
 from tidegate.limiter.wire import SyncReply
 
 logger = logging.getLogger("tidegate.limiter")
@@ -30,13 +31,14 @@ LINGER_IDLE_S = SPARE_MS / 1000
 
 
 class Courier:
-    """See the module. `joined` is set once the pool has answered, or will never."""
+    """See the module. `joined` is set once the pool has answered, with the written policy in force
+    unless what is in force is to be kept; or when it never will."""
 
     def __init__(
         self,
         link: Link,
         keys: Keyspace,
-        policy: PoolPolicy,
+        written: WrittenPolicy,
         ledger: Ledger,
         observer: Observer,
         name: str,
@@ -46,6 +48,9 @@ class Courier:
         self._wake = asyncio.Event()
         self._link = link
         self._keys = (keys.meta, keys.layout)
+        self._history = f"{keys.prefix}history"
+        # Until this process has joined for the first time with it.
+        self._written = None if written.on_conflict == "keep" else written
         self._sync = load("sync", clock=clock.server_time)
         self._tend = load("tend", clock=clock.server_time)
         self._clock = clock
@@ -54,15 +59,24 @@ class Courier:
         self._timers: dict[str, Timer] = {}
         self._linger: Timer | None = None
         self.session = Session(
-            policy,
+            written.policy,
             ledger,
             observer,
-            Lease(policy.lease_ms, clock.now_ms),
+            Lease(written.policy.lease_ms, clock.now_ms),
             name=name,
             wake=self._kick,
             alarm=self._set_alarm,
-            settled=self.joined.set,
+            settled=self._settled,
         )
+
+    def _settled(self) -> None:
+        session = self.session
+        if self._written is None or session.fatal or self._written.is_in(session.policy):
+            self._written = None
+            self.joined.set()
+        else:
+            # Another process was faster: decide against what it brought, and join again.
+            session.set_policy(session.policy, session.policy_by)
 
     def _kick(self) -> None:
         if self._wake.is_set():
@@ -94,7 +108,7 @@ class Courier:
                 continue
             except ConfigError as error:
                 session.die(error)
-                return
+                continue
             except Exception as fault:
                 logger.exception("limiter: a fault of its own")
                 session.failed(f"{type(fault).__name__}: {fault}")
@@ -104,6 +118,8 @@ class Courier:
                 continue
             if left:
                 return
+        for waiter in list(self._ledger.waiting.values()):
+            self._ledger.refuse(waiter, session.fatal, session.lease.now_ms())
 
     async def _exchange(self) -> bool:
         """One call, if there is something to say; true if it ended the session."""
@@ -115,6 +131,9 @@ class Courier:
             self._linger = None
         deadline_s = session.lease.deadline_s()
         server = self._link.server or await self._link.connect(deadline_s)
+        if self._written is not None:
+            rows = await self._link.command(("LRANGE", self._history, "0", "-1"), deadline_s)
+            session.policy = self._written.among([read_change(row) for row in rows])
         batch, request = session.prepare(server.run, server.uptime_ms)
         script = self._sync if session.is_ordinary(request) else self._tend
         sent_ms = session.lease.now_ms()

@@ -19,7 +19,7 @@ from tidegate.errors import (
 from tidegate.limiter.clock import Clock, Timer
 from tidegate.limiter.demand import Demand
 from tidegate.limiter.entries import Holding, Waiter
-from tidegate.limiter.flow import Flow, Tokens
+from tidegate.limiter.flow import Flow, Tokens, unknown_limit
 from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import DEFAULT_PRIORITY, PoolPolicy, check_tenant
 from tidegate.limiter.observer import Observer
@@ -38,6 +38,7 @@ class Desk:
         observer: Observer,
         max_waiters: int,
         clock: Clock,
+        pool: str = "",
     ) -> None:
         self.closing = False
         self.idle = asyncio.Event()
@@ -46,6 +47,7 @@ class Desk:
         self._observer = observer
         self._max_waiters = max_waiters
         self._clock = clock
+        self._pool = pool
         self._now_ms = clock.now_ms
         self._wait_ewma_ms: dict[str, float] = {}
         self._bands_of: PoolPolicy | None = None
@@ -81,10 +83,10 @@ class Desk:
         flow = self._ledger.flow(band, demand.tenant, limits)
         if flow.revision != policy.revision:
             check_tenant(demand.tenant)
-            flow.refresh(policy)
+            flow.refresh(policy, self._pool)
         if flow.unnamed is not None and not demand.implicit:
             name = flow.unnamed
-            raise DemandImpossible(f"{name} is not a limit of the policy", limit=name)
+            raise DemandImpossible(unknown_limit(name, policy, self._pool), limit=name)
         return flow
 
     def ask(self, demand: Demand) -> tuple[Waiter, Timer | None]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # What a call is taken to last before the first one of its flow has ended.
 FIRST_COST_MS = 1000.0
 _LEARN = 1 / 8
+# Of how many limits the names are shown to a caller who asks for one that is unknown.
+_KNOWN_SHOWN = 8
 # Of virtual time in a ms of use by a tenant of weight 1.
 UNITS = 100_000
 
@@ -52,6 +54,15 @@ def amount_of(unit: Unit, tokens: Tokens | None, images: int | None) -> int | No
     if unit == "tokens":
         return tokens.total
     return tokens.input if unit == "input_tokens" else tokens.output
+
+
+def unknown_limit(name: str, policy: PoolPolicy, pool: str = "") -> str:
+    """What is wrong with a demand for a limit that a policy does not name."""
+    known = sorted(policy.limits)
+    more = f" and {len(known) - _KNOWN_SHOWN} more" if len(known) > _KNOWN_SHOWN else ""
+    names = ", ".join(known[:_KNOWN_SHOWN]) + more
+    where = f" of pool {pool!r}" if pool else ""
+    return f"limit {name!r} is not in the policy{where} (known: {names})"
 
 
 class Flow:
@@ -105,14 +116,14 @@ class Flow:
     def __repr__(self) -> str:
         return f"<Flow {self.key} waiting={len(self.waiting)} held={self.held}>"
 
-    def refresh(self, policy: PoolPolicy) -> None:
+    def refresh(self, policy: PoolPolicy, pool: str = "") -> None:
         """Read what the policy says. Raises DemandImpossible for a limit that lets nobody in."""
         found = [policy.binding(name) for name in self.limits]
         for name, limit in zip(self.limits, found, strict=True):
             if limit is None:
-                raise DemandImpossible(f"{name} is not a limit of the policy", limit=name)
+                raise DemandImpossible(unknown_limit(name, policy, pool), limit=name)
             if limit.bound == 0:
-                raise DemandImpossible(f"{name} lets nobody in", limit=name)
+                raise DemandImpossible(f"limit {name!r} is 0: it admits no call", limit=name)
         self.list = tuple(limit for limit in found if limit is not None)
         named = policy.limits
         self.unnamed = next((name for name in self.limits if name not in named), None)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -30,6 +31,7 @@ from tidegate.limiter.listener import Listener
 from tidegate.limiter.observer import Observer, State
 from tidegate.limiter.operations import Operations
 from tidegate.limiter.permit import Acquisition, Attempt
+from tidegate.limiter.precedence import OnConflict, WrittenPolicy
 from tidegate.limiter.snapshot import LocalPermit, LocalQueue, LocalState
 
 logger = logging.getLogger("tidegate.limiter")
@@ -54,6 +56,7 @@ class Limiter(Operations):
         policy: PoolPolicy,
         instance_id: str | None = None,
         observer: Observer | None = None,
+        on_conflict: OnConflict = "raise",
         max_waiters: int = MAX_WAITERS,
         stalled_s: float = STALLED_S,
         clock: Clock | None = None,
@@ -67,8 +70,9 @@ class Limiter(Operations):
         self._clock = clock or Clock()
         self._ledger = Ledger()
         self._link = Link(url, self._keys.meta)
+        written = WrittenPolicy(pool, policy, on_conflict)
         self._courier = Courier(
-            *(self._link, self._keys, policy, self._ledger, self._observer),
+            *(self._link, self._keys, written, self._ledger, self._observer),
             instance_id or "",
             self._clock,
         )
@@ -77,7 +81,8 @@ class Limiter(Operations):
         self._listener: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._carrying: asyncio.Task[None] | None = None
-        self._desk = Desk(self._ledger, self._session, self._observer, max_waiters, self._clock)
+        desk = partial(Desk, self._ledger, self._session, self._observer)
+        self._desk = desk(max_waiters, self._clock, pool)
 
     @classmethod
     def from_url(
@@ -88,16 +93,17 @@ class Limiter(Operations):
         policy: PoolPolicy,
         instance_id: str | None = None,
         observer: Observer | None = None,
+        on_conflict: OnConflict = "raise",
         clock: Clock | None = None,
     ) -> Limiter:
         """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`).
 
-        `instance_id` only names the process for people: every start is a new session, so that
-        nobody can take over what a process of the same name still holds. `clock` is for tests.
+        `instance_id` only names the process for people: every start is a new session, which
+        takes over nothing of an earlier one. `on_conflict`: what is done where the pool has
+        another policy in force. `clock` is for tests.
         """
-        return cls(
-            url, pool=pool, policy=policy, instance_id=instance_id, observer=observer, clock=clock
-        )
+        limiter = partial(cls, url, pool=pool, policy=policy, on_conflict=on_conflict)
+        return limiter(instance_id=instance_id, observer=observer, clock=clock)
 
     def __repr__(self) -> str:
         return f"<Limiter {self.pool} {self._session.state} {self._ledger!r}>"
@@ -127,7 +133,7 @@ class Limiter(Operations):
     async def start(self) -> None:
         """Enter the pool. Starts in the state `away` when Valkey does not answer.
 
-        Raises ConfigError for what no retry mends: a server that may evict our keys, or a pool
+        Raises PolicyConflict, and ConfigError for a server that may evict our keys, or a pool
         that a process of another layout uses.
         """
         loop = asyncio.get_running_loop()
@@ -214,11 +220,9 @@ class Limiter(Operations):
         Raises on leaving: LeaseLost, when the session was lost while the body ran; the body is
         cancelled then.
         """
-        wanted = None if tokens is None else tokens_of(tokens)
-        hard_ms = hard_ms or DEFAULT_HARD_MS
-        return self.acquire_for(
-            Demand(limits, tenant, priority, wanted, images, deadline_ms, hard_ms)
-        )
+        wanted, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
+        demand = Demand(limits, tenant, priority, wanted, images, deadline_ms, hard_ms)
+        return self.acquire_for(demand)
 
     def acquire_for(self, demand: Demand) -> Acquisition:
         """As `acquire`, for a demand that is there already."""
@@ -237,8 +241,8 @@ class Limiter(Operations):
         be had at once, which takes no longer than the server's next answer, or while Valkey
         is away. Otherwise as `acquire`."""
         wanted = None if tokens is None else tokens_of(tokens)
-        hard_ms = hard_ms or DEFAULT_HARD_MS
-        demand = Demand(limits, tenant, priority, wanted, images, None, hard_ms, once=True)
+        bound_ms = hard_ms or DEFAULT_HARD_MS
+        demand = Demand(limits, tenant, priority, wanted, images, None, bound_ms, once=True)
         return self.try_acquire_for(demand)
 
     def try_acquire_for(self, demand: Demand) -> Attempt:

@@ -24,6 +24,7 @@ from tidegate.limiter.snapshot import (
     Place,
     Snapshot,
     Why,
+    read_change,
     read_place,
     read_snapshot,
 )
@@ -219,7 +220,7 @@ class Operations:
             )
         except LinkDown as error:
             raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
-        return [_change(row) for row in rows]
+        return [read_change(row) for row in rows]
 
     async def ping(self, timeout_ms: int) -> None:
         """Raises LimiterUnavailable unless Valkey answers within `timeout_ms`."""
@@ -234,8 +235,3 @@ class Operations:
         if policy.revision <= self._session.policy.revision:
             raise TidegateError(f"revision {self._session.policy.revision} is in force already")
         self._session.set_policy(policy, by)
-
-
-def _change(row: bytes) -> Change:
-    revision, at_ms, by, blob = msgpack.unpackb(row, raw=True)[:4]
-    return Change(revision, at_ms, by.decode(), PoolPolicy.unpack(blob))

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgpack
+
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.observer import State
 from tidegate.limiter.wire import InspectReply, lane_of
@@ -133,6 +135,12 @@ class Change:
     at_ms: int
     by: str
     policy: PoolPolicy
+
+
+def read_change(row: bytes) -> Change:
+    """An entry of a pool's history."""
+    revision, at_ms, by, blob = msgpack.unpackb(row, raw=True)[:4]
+    return Change(revision, at_ms, by.decode(), PoolPolicy.unpack(blob))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from tidegate.limiter.limiter import Limiter
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.limiter.observer import Observer
 from tidegate.limiter.operations import FOR_EVER_MS, RAMP_MS
+from tidegate.limiter.precedence import OnConflict
 from tidegate.limiter.snapshot import LocalState, Snapshot
 from tidegate.limiter.sync_permit import Held, SyncAcquisition, SyncAttempt
 
@@ -46,11 +47,11 @@ class SyncLimiter:
         policy: PoolPolicy,
         instance_id: str | None = None,
         observer: Observer | None = None,
+        on_conflict: OnConflict = "raise",
     ) -> None:
         """As `Limiter`. The methods of `observer` are called on the limiter's own thread."""
-        self._limiter = Limiter(
-            url, pool=pool, policy=policy, instance_id=instance_id, observer=observer
-        )
+        limiter = functools.partial(Limiter, url, pool=pool, policy=policy)
+        self._limiter = limiter(instance_id=instance_id, observer=observer, on_conflict=on_conflict)
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="tidegate-limiter", daemon=True)
         # Reentrant: a finalizer may submit in the middle of a submission.
@@ -71,9 +72,11 @@ class SyncLimiter:
         policy: PoolPolicy,
         instance_id: str | None = None,
         observer: Observer | None = None,
+        on_conflict: OnConflict = "raise",
     ) -> Self:
         """A limiter of `pool` at `url`, as `Limiter.from_url`."""
-        return cls(url, pool=pool, policy=policy, instance_id=instance_id, observer=observer)
+        limiter = functools.partial(cls, url, pool=pool, policy=policy)
+        return limiter(instance_id=instance_id, observer=observer, on_conflict=on_conflict)
 
     def __repr__(self) -> str:
         return f"<SyncLimiter {self._limiter!r}>"

@@ -276,7 +276,11 @@ class Limiting:
 
     def _member(self, name: str) -> Limiter:
         return Limiter.from_url(
-            self._url, pool=self._pool, policy=self._policy, instance_id=f"{name}-{self._pool}"
+            self._url,
+            pool=self._pool,
+            policy=self._policy,
+            instance_id=f"{name}-{self._pool}",
+            on_conflict="keep",
         )
 
     async def _launch(self, name: str) -> None:

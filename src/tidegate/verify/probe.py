@@ -97,7 +97,11 @@ async def main(orders: Orders) -> None:
     on_end(me.cancel)
     telemetry.configure_logging("json", "error", process=orders.name)
     limiter = Limiter.from_url(
-        orders.url, pool=orders.pool, policy=orders.pool_policy(), instance_id=orders.name
+        orders.url,
+        pool=orders.pool,
+        policy=orders.pool_policy(),
+        instance_id=orders.name,
+        on_conflict="keep",
     )
     with suppress(asyncio.CancelledError):
         async with Caller(orders.upstream) as caller, limiter:

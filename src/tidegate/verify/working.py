@@ -251,7 +251,8 @@ class Working:
         redis = self._ground.config.redis_url
         assert redis is not None
         url = redis.get_secret_value()
-        async with Limiter.from_url(url, pool=self._pool, policy=self._policy) as looking:
+        opened = Limiter.from_url(url, pool=self._pool, policy=self._policy, on_conflict="keep")
+        async with opened as looking:
             # Or its own joining, still under way, would come after the removal.
             try:
                 async with asyncio.timeout(_JOIN_S):

@@ -10,7 +10,7 @@ import redis.asyncio
 
 from tests.integration.limiter.hands import Hands
 from tests.waiting import wait_until
-from tidegate.limiter import Limiter, Observer, PoolPolicy
+from tidegate.limiter import Limiter, Observer, OnConflict, PoolPolicy
 from tidegate.limiter.clock import Clock
 
 LIMIT = "kind:text_only"
@@ -33,6 +33,7 @@ class Maker:
         max_waiters: int = 100_000,
         lease_ms: int = LEASE_MS,
         policy: PoolPolicy | None = None,
+        on_conflict: OnConflict = "keep",
         clock: Clock | None = None,
         **fields: Any,
     ) -> Limiter:
@@ -42,6 +43,7 @@ class Maker:
             pool=self.pool,
             policy=policy or PoolPolicy({LIMIT: bound}, lease_ms=lease_ms, **fields),
             observer=observer,
+            on_conflict=on_conflict,
             max_waiters=max_waiters,
             clock=clock,
         )

@@ -54,7 +54,9 @@ async def start(valkey_url: str, database_url: str) -> AsyncIterator[Start]:
             policies = Policies(connections)
             wanted = PoolPolicy({"kind:text_only": limit}, lease_ms=800)
             first = await policy_to_start_with(policies, pool, wanted)
-            limiter = Limiter.from_url(url, pool=pool, policy=first, instance_id=name)
+            limiter = Limiter.from_url(
+                url, pool=pool, policy=first, instance_id=name, on_conflict="keep"
+            )
             await stack.enter_async_context(limiter)
             keeper = PolicyKeeper(limiter, policies, wanted=wanted, set_by=name)
             keeping = asyncio.create_task(keeper.run())
