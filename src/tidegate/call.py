@@ -158,6 +158,28 @@ ANYBODY = Caller()
 
 
 @dataclass(frozen=True, slots=True)
+class UsageDetails:
+    """What a provider reports of a call beside its LLM tokens. None: not reported, or 0.
+
+    The tokens are parts of the input or the output. The two parts of `cache_write_tokens` are those
+    written for 5 minutes and for an hour. provider_cost_micros: what the provider itself charges,
+    in millionths of a dollar; never what the call is charged here.
+    """
+
+    cache_write_tokens: int | None = None
+    cache_write_5m_tokens: int | None = None
+    cache_write_1h_tokens: int | None = None
+    input_audio_tokens: int | None = None
+    input_image_tokens: int | None = None
+    input_video_tokens: int | None = None
+    output_audio_tokens: int | None = None
+    output_image_tokens: int | None = None
+    output_video_tokens: int | None = None
+    searches: int | None = None
+    provider_cost_micros: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """LLM tokens that a call used. None means that the provider did not say: never zero."""
 
@@ -166,6 +188,7 @@ class Usage:
     thoughts_tokens: int | None = None
     cached_tokens: int | None = None
     total_tokens: int | None = None
+    details: UsageDetails | None = None
 
 
 UNKNOWN_USAGE = Usage()

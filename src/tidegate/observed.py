@@ -73,6 +73,8 @@ class Observed:
     response_id: str | None = None
     finish_reason: str | None = None
     trail: Trail | None = None
+    cache_write_tokens: int | None = None
+    model_version: str | None = None
 
 
 Listener = Callable[[Sequence[Observed]], None]

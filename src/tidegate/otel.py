@@ -272,10 +272,12 @@ def _answered(one: Observed) -> dict[str, Any]:
     values: dict[str, Any] = {
         GenAI.REQUEST_ID: None if one.request_id is None else str(one.request_id),
         GenAI.RESPONSE_ID: one.response_id,
+        GenAI.RESPONSE_MODEL: one.model_version,
         GenAI.FINISH_REASONS: (one.finish_reason,) if one.finish_reason else None,
         GenAI.INPUT: one.input_tokens,
         GenAI.OUTPUT: one.output_tokens,
         GenAI.CACHED: one.cached_tokens,
+        GenAI.CACHE_WRITES: one.cache_write_tokens,
         GenAI.THOUGHTS: one.thoughts_tokens,
         GenAI.QUEUE_MS: one.queue_ms,
         GenAI.TRIES: one.attempts or None,

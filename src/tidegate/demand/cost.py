@@ -6,11 +6,12 @@ usage or price, makes the cost unknown, never zero; what was not used needs no p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import ceil
 
-from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageState
+from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageDetails, UsageState
 from tidegate.demand.estimator import Estimate, tokens_of
 from tidegate.demand.pieces import PICTURE_TOKENS, pieces_of_text
 from tidegate.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
@@ -23,20 +24,34 @@ _MODELS_KEPT = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A price in picos (10^-12) of money for one LLM token, or one picture."""
+    """A price in picos (10^-12) of money for one LLM token, or one picture. What has no price of
+    its own is priced as the input or the output that it is a part of."""
 
     input: int | None
     output: int | None
     cached: int | None
     image: int | None
+    cache_write: int | None
+    cache_write_1h: int | None
+    input_audio: int | None
+    input_image: int | None
+    output_audio: int | None
+    output_image: int | None
 
     @classmethod
     def of(cls, price: Price) -> Rates:
+        written = _first(price.cache_write, price.input)
         return cls(
-            _picos(price.input, _PICOS // 10**6),
-            _picos(price.output, _PICOS // 10**6),
-            _picos(price.cached if price.cached is not None else price.input, _PICOS // 10**6),
-            _picos(price.image, _PICOS),
+            input=_per_token(price.input),
+            output=_per_token(price.output),
+            cached=_per_token(_first(price.cached, price.input)),
+            image=_picos(price.image, _PICOS),
+            cache_write=_per_token(written),
+            cache_write_1h=_per_token(_first(price.cache_write_1h, written)),
+            input_audio=_per_token(_first(price.input_audio, price.input)),
+            input_image=_per_token(_first(price.input_image, price.input)),
+            output_audio=_per_token(_first(price.output_audio, price.output)),
+            output_image=_per_token(_first(price.output_image, price.output)),
         )
 
 
@@ -67,13 +82,21 @@ def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: b
         cost = None
         if whole and images and rates is not None and rates.image is not None:
             cost = _micros(images * rates.image)
-        return Charge(UsageState.UNKNOWN, usage, images, cost) if images else UNKNOWN_CHARGE
+        is_told = bool(images) or usage.details is not None
+        return Charge(UsageState.UNKNOWN, usage, images, cost) if is_told else UNKNOWN_CHARGE
     state = UsageState.TOLD if whole else UsageState.PARTIAL
     return Charge(state, usage, images, cost_micros(rates, usage, images))
 
 
-def estimated_charge(rates: Rates | None, estimate: Estimate, came: int, images: int = 0) -> Charge:
-    """For a request that went out, and `came` LLM tokens of an answer of which nothing was told.
+def estimated_charge(
+    rates: Rates | None,
+    estimate: Estimate,
+    came: int,
+    images: int = 0,
+    details: UsageDetails | None = None,
+) -> Charge:
+    """For a request that went out, and `came` LLM tokens of an answer of which nothing was told,
+    but for `details` such as the provider's own cost: they are on record, and change no charge.
 
     The input is never below the first guess of it, and the output is what came, whatever was
     reserved: what has been learned from earlier calls lowers no charge.
@@ -83,7 +106,7 @@ def estimated_charge(rates: Rates | None, estimate: Estimate, came: int, images:
         output_tokens=came,
     )
     cost = cost_micros(rates, usage, images)
-    return Charge(UsageState.ESTIMATED, usage, images or None, cost)
+    return Charge(UsageState.ESTIMATED, replace(usage, details=details), images or None, cost)
 
 
 def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[int, int]:
@@ -127,7 +150,7 @@ def answer_charge(
         return UNKNOWN_CHARGE
     came = came_tokens(answer.whole_text, images=images)
     if is_unknown(answer.usage):
-        return estimated_charge(rates, estimate, came, images)
+        return estimated_charge(rates, estimate, came, images, answer.usage.details)
     return cut_charge(rates, answer.usage, estimate, came, images)
 
 
@@ -153,20 +176,65 @@ def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | 
     taken, given = tokens_of(usage)
     if rates is None or taken is None or given is None:
         return None
-    cached = min(usage.cached_tokens or 0, taken)
     pictures = images if images and rates.image is not None else 0
-    parts = (
-        (taken - cached, rates.input),
-        (cached, rates.cached),
-        ((usage.thoughts_tokens or 0) if pictures else given, rates.output),
-        (pictures, rates.image),
-    )
+    thoughts = usage.thoughts_tokens or 0
+    if usage.details is None:
+        cached = min(usage.cached_tokens or 0, taken)
+        parts: tuple[tuple[int, int | None], ...] = (
+            (taken - cached, rates.input),
+            (cached, rates.cached),
+            (thoughts if pictures else given, rates.output),
+            (pictures, rates.image),
+        )
+    else:
+        left = given - min(thoughts, given)
+        said = ((thoughts, rates.output), *_of_output(rates, usage.details, left))
+        parts = (
+            *_of_input(rates, usage, usage.details, taken),
+            *(((thoughts, rates.output), (pictures, rates.image)) if pictures else said),
+        )
     picos = 0
     for count, rate in parts:
         if count and rate is None:
             return None
         picos += count * (rate or 0)
     return _micros(picos)
+
+
+def _of_input(
+    rates: Rates, usage: Usage, details: UsageDetails, taken: int
+) -> Iterator[tuple[int, int | None]]:
+    """The parts of the input: together never more, nor fewer, LLM tokens than `taken`. What was
+    written to a cache comes first, since it is the dearest; of it what is not said to be for an
+    hour is for 5 minutes."""
+    written = min(details.cache_write_tokens or 0, taken)
+    for_an_hour = min(details.cache_write_1h_tokens or 0, written)
+    yield for_an_hour, rates.cache_write_1h
+    yield written - for_an_hour, rates.cache_write
+    cached = min(usage.cached_tokens or 0, taken - written)
+    yield cached, rates.cached
+    left = taken - written - cached
+    audio = min(details.input_audio_tokens or 0, left)
+    yield audio, rates.input_audio
+    pictures = min(details.input_image_tokens or 0, left - audio)
+    yield pictures, rates.input_image
+    yield left - audio - pictures, rates.input
+
+
+def _of_output(rates: Rates, details: UsageDetails, given: int) -> Iterator[tuple[int, int | None]]:
+    audio = min(details.output_audio_tokens or 0, given)
+    yield audio, rates.output_audio
+    pictures = min(details.output_image_tokens or 0, given - audio)
+    yield pictures, rates.output_image
+    yield given - audio - pictures, rates.output
+
+
+def _first(price: float | None, other: float | None) -> float | None:
+    return other if price is None else price
+
+
+def _per_token(price: float | None) -> int | None:
+    return _picos(price, _PICOS // 10**6)
 
 
 def _picos(price: float | None, one: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Literal, cast
 
@@ -20,6 +21,7 @@ from tidegate.http.views import (
 )
 from tidegate.policy.why import Reason
 from tidegate.store.dossier import AttemptRecord, BodyRecord, DeliveryRecord, Dossier
+from tidegate.store.rows import details_of
 from tidegate.store.search import Found
 from tidegate.store.states import Status
 
@@ -142,6 +144,9 @@ class AdminStatus(StatusView):
     trace_id: str | None = Field(default=None, description="Of the trace that it is part of")
     lapses: int = Field(default=0, description="How often its workers died over it")
     asked_model: str | None = Field(default=None, description="The model that its caller named")
+    model_version: str | None = Field(
+        default=None, description="The model that answered, as the provider names it"
+    )
     prompt: str | None = None
     prompt_chars: int | None = Field(
         default=None, description=f"Of the whole prompt; at most {MOST_CHARS} of them are shown"
@@ -237,8 +242,9 @@ def _status(dossier: Dossier, prefix: str) -> AdminStatus:
     record = dossier.record
     files = f"{prefix}/admin/requests/{record.request_id}"
     prompt: str | None = dossier.request.get("prompt")
+    told = replace(record.usage, details=details_of(dossier.of("usage_details")))
     return AdminStatus(
-        **status_values(record, files),
+        **status_values(replace(record, usage=told), files),
         tenant=record.tenant_id,
         pool=dossier.pool,
         endpoint=dossier.of("endpoint"),
@@ -250,6 +256,7 @@ def _status(dossier: Dossier, prefix: str) -> AdminStatus:
         trace_id=_trace_id(dossier.request.get("traceparent")),
         lapses=dossier.of("lapses") or 0,
         asked_model=dossier.request.get("model"),
+        model_version=dossier.of("model_version"),
         prompt=None if prompt is None else prompt[:MOST_CHARS],
         prompt_chars=None if prompt is None else _chars(dossier, prompt),
         image_uri=dossier.request.get("image_uri"),

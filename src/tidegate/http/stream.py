@@ -380,7 +380,7 @@ class StreamedAnswer(Response):
     async def _finish(self, writer: EventWriter) -> None:
         attempt, answer = self._attempt, self._attempt.answer
         if (usage := usage_view(answer.usage)) is not None:
-            await writer.usage(usage.model_dump())
+            await writer.usage(usage.of_event())
         await writer.done(
             {
                 "request_id": str(self._request_id),

@@ -43,6 +43,18 @@ class Amounts(BaseModel):
     partial: int = Field(description="Requests that were cut, charged as far as the provider told")
     estimated: int = Field(description="Requests that were cut, charged for what came")
     unknown: int = Field(description="Requests of which nothing is known; they add nothing")
+    cache_write_tokens: int = Field(description="Of the input: written to the provider's cache")
+    input_audio_tokens: int = Field(description="This and what follows: where it was reported")
+    input_image_tokens: int
+    input_video_tokens: int
+    output_audio_tokens: int
+    output_image_tokens: int
+    output_video_tokens: int
+    searches: int = Field(description="Of the web, by the provider")
+    provider_cost_micros: int = Field(
+        description="What providers themselves charged, as far as they report it, in millionths of "
+        "a dollar"
+    )
 
 
 class UsageRow(Amounts):

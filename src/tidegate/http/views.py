@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Literal, cast
 
@@ -18,6 +19,7 @@ from tidegate.store.records import (
     RequestRecord,
     WebhookRecord,
 )
+from tidegate.store.rows import USAGE_COLUMNS
 from tidegate.store.states import Status
 
 _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
@@ -71,6 +73,33 @@ class UsageView(BaseModel):
     thoughts_tokens: int | None = None
     cached_tokens: int | None = None
     total_tokens: int | None = None
+    cache_write_tokens: int | None = Field(
+        default=None, description="Of the input: written to the provider's cache"
+    )
+    cache_write_5m_tokens: int | None = Field(default=None, description="Of these: for 5 minutes")
+    cache_write_1h_tokens: int | None = Field(default=None, description="Of these: for an hour")
+    input_audio_tokens: int | None = None
+    input_image_tokens: int | None = None
+    input_video_tokens: int | None = None
+    output_audio_tokens: int | None = None
+    output_image_tokens: int | None = None
+    output_video_tokens: int | None = None
+    searches: int | None = Field(
+        default=None,
+        description="Of the web, by the provider; where it counts sources, these",
+    )
+    provider_cost_micros: int | None = Field(
+        default=None, description="What the provider itself charged, in millionths of a dollar"
+    )
+
+    def of_event(self) -> dict[str, int | None]:
+        """As an event shows it: LLM tokens that are unknown as null, details only where known."""
+        values: dict[str, int | None] = self.model_dump()
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name in USAGE_COLUMNS
+        }
 
 
 class ErrorView(BaseModel):
@@ -281,7 +310,9 @@ def item_view(listed: Listed, prefix: str) -> RequestItem:
 
 def usage_view(usage: Usage) -> UsageView | None:
     """None where the provider has reported nothing."""
+    details = {} if usage.details is None else asdict(usage.details)
     view = UsageView(
+        **details,
         input_tokens=usage.input_tokens,
         output_tokens=usage.output_tokens,
         thoughts_tokens=usage.thoughts_tokens,

@@ -26,6 +26,7 @@ from tidegate.providers.addresses import is_public
 from tidegate.providers.post import GuardedPoster, Posted
 from tidegate.store.outbox import Delivery
 from tidegate.store.records import RequestRecord
+from tidegate.store.rows import usage_columns
 from tidegate.store.store import Store
 from tidegate.telemetry import Log, get_logger
 
@@ -141,7 +142,7 @@ def signature(key: bytes, webhook_id: str, sent_at: int, body: bytes) -> str:
 
 def payload(delivery: Delivery, record: RequestRecord) -> bytes:
     """The body: what happened, and the request as it stands, without pictures and long texts."""
-    failure, usage = record.failure, record.usage
+    failure = record.failure
     data: dict[str, Any] = {
         "request_id": record.request_id,
         "status": record.status,
@@ -152,7 +153,7 @@ def payload(delivery: Delivery, record: RequestRecord) -> bytes:
         "finished_at": record.finished_at,
         **_said(record),
         "finish_reason": record.finish_reason,
-        "usage": usage,
+        "usage": usage_columns(record.usage),
         "error": None
         if failure is None
         else {"code": failure.code, "message": failure.message, "retryable": failure.retryable},

@@ -36,19 +36,32 @@ _OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", *TIMEOUTS)
 _KEYS = ("provider", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
 _LONGEST_MS = 86_400_000
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
-_PRICES = ("input", "output", "cached", "image")
+_PRICES = (
+    *("input", "output", "cached", "image", "cache_write", "cache_write_1h"),
+    *("input_audio", "input_image", "output_audio", "output_image"),
+)
 
 ReadSecret = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """In money per million LLM tokens; `image` in money per picture. None: not known."""
+    """In money per million LLM tokens; `image` in money per picture. None: not known.
+
+    cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
+    input_audio to output_image: of the tokens of input and output that are audio or images.
+    """
 
     input: float | None = None
     output: float | None = None
     cached: float | None = None
     image: float | None = None
+    cache_write: float | None = None
+    cache_write_1h: float | None = None
+    input_audio: float | None = None
+    input_image: float | None = None
+    output_audio: float | None = None
+    output_image: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

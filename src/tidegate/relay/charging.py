@@ -41,7 +41,8 @@ def native_charge(
     came = came_in(dialect, life.said, life.said_bytes)
     estimate = _estimate(demands, demand, asked, model, call.caller.tenant_id)
     if is_unknown(usage):
-        return estimated_charge(rates, estimate, came.tokens, images or came.pictures)
+        pictures = images or came.pictures
+        return estimated_charge(rates, estimate, came.tokens, pictures, usage.details)
     return cut_charge(rates, usage, estimate, came.tokens, images)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from tidegate.call import UNKNOWN_USAGE, Usage
+from tidegate.dialects.usage_details import queries_of, searches_of_response, with_searches
 from tidegate.relay.paths import Dialect
 from tidegate.relay.usage import (
     HEAD_BYTES,
@@ -30,6 +31,8 @@ _PARSED_BYTES = 262_144
 _LONGEST_TEXT = 200
 _FIRST_EVENTS, _LAST_EVENTS = 4, 2
 _LONGEST_EVENT_BYTES = 65_536
+_LONGEST_READ_BYTES = 2_000_000
+_SEARCHED = b'"webSearchQueries"'
 # The names of an answer's id and version, where its choices are, and why one of them ended.
 _PLACES: dict[Dialect, tuple[str, str, str | None, str]] = {
     Dialect.OPENAI: ("id", "model", "choices", "finish_reason"),
@@ -76,7 +79,9 @@ def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False, cut: bool
     usage = UNKNOWN_USAGE if raw is None else usage_of(dialect, raw)
     tail = max(0, len(answer) - TAIL_BYTES)
     if dialect is Dialect.OPENAI and (ended := _end_of_response(answer, omitted)):
-        return Told(usage, *_of_response(ended))
+        return Told(with_searches(usage, searches_of_response(ended)), *_of_response(ended))
+    if dialect is Dialect.GEMINI and _SEARCHED in answer:
+        usage = with_searches(usage, len(_queries_in(answer)))
     identity, version, finish = _PATTERNS[dialect]
     ended_by = _last(finish, answer, tail)
     if ended_by is None and dialect is Dialect.GEMINI:
@@ -99,7 +104,9 @@ def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False, cut: bool
 def _told_by_object(dialect: Dialect, whole: dict[str, Any]) -> Told:
     usage = usage_at(dialect, whole)
     if dialect is Dialect.OPENAI and whole.get("object") == "response":
-        return Told(usage, *_of_response(whole))
+        return Told(with_searches(usage, searches_of_response(whole)), *_of_response(whole))
+    if dialect is Dialect.GEMINI and (queries := queries_of(whole)):
+        usage = with_searches(usage, len(queries))
     id_key, version_key, choices_key, finish_key = _PLACES[dialect]
     finish = None
     if choices_key is None:
@@ -130,6 +137,30 @@ def _end_of_response(answer: bytes, omitted: bool) -> dict[str, Any] | None:
         if response.get("status") in _ENDED:
             return response
     return None
+
+
+def _queries_in(answer: bytes) -> set[str]:
+    """What was searched for by an answer in several pieces; a later one may repeat an earlier."""
+    found: set[str] = set()
+    if answer[:HEAD_BYTES].lstrip()[:1] in (b"[", b"{"):
+        if len(answer) <= _LONGEST_READ_BYTES:
+            with suppress(orjson.JSONDecodeError):  # cut off
+                whole = orjson.loads(answer)
+                for chunk in whole if type(whole) is list else (whole,):
+                    found |= queries_of(chunk)
+        return found
+    end, read_bytes = 0, 0
+    while (place := answer.find(_SEARCHED, end)) >= 0 and read_bytes < _LONGEST_READ_BYTES:
+        start = answer.rfind(b"\n", 0, place) + 1
+        end = answer.find(b"\n", place)
+        line = answer[start:] if end < 0 else answer[start:end]
+        read_bytes += len(line)
+        if line.startswith(b"data:"):
+            with suppress(orjson.JSONDecodeError):  # cut off
+                found |= queries_of(orjson.loads(line[5:]))
+        if end < 0:
+            break
+    return found
 
 
 def _first_event(answer: bytes, identity: str) -> dict[str, Any]:

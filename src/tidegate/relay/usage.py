@@ -17,12 +17,18 @@ from typing import Any
 import orjson
 
 from tidegate.call import UNKNOWN_USAGE, Usage
+from tidegate.dialects.usage_details import (
+    MOST_TOKENS,
+    anthropic_details,
+    audio_in,
+    gemini_details,
+    openai_details,
+)
 from tidegate.relay.paths import Dialect
 
 HEAD_BYTES = 4_096
 TAIL_BYTES = 65_536
 _LONGEST_LIST_BYTES = 2_000_000
-_MOST_TOKENS = 10**12  # more is no count of one call, and no column could hold the sums
 # Of a stream: the usage stands in one of its last events, where it is told at all.
 _LAST_EVENTS = 8
 _FIRST_EVENTS = 4
@@ -76,7 +82,7 @@ def usage_in(dialect: Dialect, answer: bytes, omitted: bool, cut: bool) -> dict[
     if dialect is Dialect.ANTHROPIC:
         # The input is told in the first event of a stream, the output in the last.
         begun = _of_start(answer)
-        return None if begun is raw is None else {**(begun or {}), **(raw or {})}
+        return _merged(begun, raw) if begun and raw else raw or begun
     return raw
 
 
@@ -137,6 +143,11 @@ def last_events(answer: bytes, floor: int = 0) -> Iterator[Any]:
         end = place
 
 
+def _merged(begun: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """A later figure counts, but for one that is null."""
+    return begun | {name: value for name, value in raw.items() if value is not None}
+
+
 def _of_start(answer: bytes) -> dict[str, Any] | None:
     """The usage that `message_start` tells, among the first events of a stream."""
     for line in answer[:TAIL_BYTES].split(b"\n", 4 * _FIRST_EVENTS):
@@ -190,14 +201,22 @@ def _openai(raw: Mapping[str, Any]) -> Usage:
     given = _count(raw, "completion_tokens", "output_tokens")
     total = _count(raw, "total_tokens")
     thoughts = cached = None
+    of_taken: dict[str, Any] = {}
+    of_given: dict[str, Any] = {}
     if not _DETAILS.isdisjoint(raw):
-        details = part_of(raw, "completion_tokens_details", "output_tokens_details")
-        thoughts = _count(details, "reasoning_tokens") if details else None
-        details = part_of(raw, "prompt_tokens_details", "input_tokens_details")
-        cached = _count(details, "cached_tokens") if details else None
+        of_given = part_of(raw, "completion_tokens_details", "output_tokens_details")
+        thoughts = _count(of_given, "reasoning_tokens") if of_given else None
+        of_taken = part_of(raw, "prompt_tokens_details", "input_tokens_details")
+        cached = _count(of_taken, "cached_tokens") if of_taken else None
+    if cached is None:  # Moonshot's and Together's name, Mistral's; DeepSeek's
+        cached = _count(raw, "cached_tokens", "num_cached_tokens")
+        cached = _count(raw, "prompt_cache_hit_tokens") if cached is None else cached
+    details = openai_details(raw, of_taken, of_given)
     if taken is not None and total is not None and total > taken + (given or 0):
         if given is not None and "prompt_audio_seconds" in raw:
-            taken = total - given  # Mistral's input beside the text
+            # Mistral's input beside the text.
+            details = audio_in(details, total - given - taken)
+            taken = total - given
         else:
             # An embedding's input is all; xAI leaves the thoughts out of the output, and Gemini
             # tells in OpenAI's dialect of none.
@@ -216,6 +235,7 @@ def _openai(raw: Mapping[str, Any]) -> Usage:
         thoughts_tokens=thoughts,
         cached_tokens=cached,
         total_tokens=total,
+        details=details,
     )
 
 
@@ -232,6 +252,7 @@ def _gemini(raw: Mapping[str, Any]) -> Usage:
         thoughts_tokens=thoughts,
         cached_tokens=_count(raw, "cachedContentTokenCount"),
         total_tokens=total,
+        details=gemini_details(raw),
     )
 
 
@@ -241,7 +262,11 @@ def _anthropic(raw: Mapping[str, Any]) -> Usage:
     cached = _count(raw, "cache_read_input_tokens")
     taken = None if fresh is None else fresh + written + (cached or 0)
     total = None if taken is None or given is None else taken + given
-    return Usage(taken, given, None, cached, total)
+    thoughts = _count(part_of(raw, "output_tokens_details"), "thinking_tokens")
+    if given is not None and thoughts is not None:
+        thoughts = min(thoughts, given)
+        given -= thoughts
+    return Usage(taken, given, thoughts, cached, total, anthropic_details(raw))
 
 
 def part_of(raw: Any, *names: str) -> dict[str, Any]:
@@ -256,6 +281,6 @@ def part_of(raw: Any, *names: str) -> dict[str, Any]:
 
 def _count(raw: Mapping[str, Any], name: str, other: str | None = None) -> int | None:
     value = raw.get(name)
-    if type(value) is int and 0 <= value <= _MOST_TOKENS:
+    if type(value) is int and 0 <= value <= MOST_TOKENS:
         return value
     return None if other is None else _count(raw, other)

@@ -17,7 +17,7 @@ from tidegate.errors import StoreUnavailable
 from tidegate.store import partitions
 from tidegate.telemetry import Log, get_logger
 
-HEAD = "0014"  # the revision that this code needs; a test compares it with the migrations
+HEAD = "0015"  # the revision that this code needs; a test compares it with the migrations
 _LOCK = 7_423_000
 _CONNECT_TIMEOUT_S = 5.0
 

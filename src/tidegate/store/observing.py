@@ -66,6 +66,7 @@ def _of_result(result: AttemptResult, failure: Failure | None) -> dict[str, Any]
         "response_id": result.response_id,
         "finish_reason": result.finish_reason,
         "throttled": int(throttled),
+        "model_version": result.model_version,
         **charged(result.charge),
     }
 
@@ -79,6 +80,7 @@ def charged(charge: Charge) -> dict[str, int | None]:
         "cached_tokens": usage.cached_tokens,
         "thoughts_tokens": usage.thoughts_tokens,
         "cost_micros": charge.cost_micros,
+        "cache_write_tokens": usage.details.cache_write_tokens if usage.details else None,
     }
 
 

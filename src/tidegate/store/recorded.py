@@ -14,10 +14,12 @@ from uuid import UUID
 
 import asyncpg
 
+from tidegate.call import UsageDetails
 from tidegate.errors import NotFound
 from tidegate.store.blobs import Blobs
 from tidegate.store.connection import Connections
 from tidegate.store.queries import sql
+from tidegate.store.rows import details_of
 
 Role = Literal["request", "response"]
 
@@ -70,19 +72,23 @@ class Recorded:
             pieces=packed if row["encoding"] == "raw" else _unpacked(packed),
         )
 
-    async def cost(self, request_id: UUID, tenant_id: str, ended_at: datetime) -> int | None:
-        """What a request that has ended cost, in millionths of money; None where it is not known.
-        Raises StoreUnavailable."""
+    async def charged(
+        self, request_id: UUID, tenant_id: str, ended_at: datetime
+    ) -> tuple[int | None, UsageDetails | None]:
+        """What a request that has ended cost, in millionths of money, and the details of its usage;
+        None where they are not known. Raises StoreUnavailable."""
 
-        async def read(connection: asyncpg.Connection) -> int | None:
-            found: int | None = await connection.fetchval(
-                sql("get_cost"),
+        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            return await connection.fetchrow(
+                sql("get_charged"),
                 *(request_id, tenant_id),
                 *(ended_at - _RECORDED_WITHIN, ended_at + _RECORDED_WITHIN),
             )
-            return found
 
-        return await self._connections.run(read, timeout_ms=_COST_TIMEOUT_MS)
+        row = await self._connections.run(read, timeout_ms=_COST_TIMEOUT_MS)
+        if row is None:
+            return None, None
+        return row["cost_micros"], details_of(row["usage_details"])
 
 
 async def _of(data: bytes) -> AsyncIterator[bytes]:

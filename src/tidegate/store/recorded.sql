@@ -9,8 +9,8 @@ WHERE audit.request_id = $1 AND audit.tenant_id = $2 AND audit.source <> 'batch'
     AND bodies.tenant_id = $2 AND bodies.role = $3
 ORDER BY audit.created_at DESC LIMIT 1
 
--- name: get_cost
--- What request $1 of tenant $2 cost; it ended between $3 and $4, which tell the partitions.
-SELECT cost_micros FROM audit
+-- name: get_charged
+-- What request $1 of tenant $2 cost, and the details of its usage; it ended between $3 and $4, which tell the partitions.
+SELECT cost_micros, usage_details FROM audit
 WHERE request_id = $1 AND tenant_id = $2 AND created_at >= $3 AND created_at < $4
 ORDER BY created_at DESC LIMIT 1

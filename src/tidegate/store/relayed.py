@@ -56,7 +56,7 @@ _AUDIT_COLUMNS = (
     *("response_id", "attempts", "lapses", "instance_id", "submitted_at", "admitted_at"),
     *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
-    *("usage_state", "cost_micros", "images", "first_byte_ms"),
+    *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details"),
 )
 _read_by_usage = itemgetter(*map(_AUDIT_COLUMNS.index, READ))
 _BODY_COLUMNS = (
@@ -295,6 +295,7 @@ class RelayLog:
             *(record.endpoint, record.http_status, record.streamed, record.key_id),
             *(_text(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
             *(charge.images, record.first_byte_ms),
+            None if charge.usage.details is None else rows.details_text(charge.usage),
         )
 
     async def _packed(self, record: RelayRecord) -> list[_Packed]:
@@ -353,6 +354,8 @@ def observed_of(record: RelayRecord) -> Observed:
         record.response_id,
         record.finish_reason,
         record.trail,
+        None if usage.details is None else usage.details.cache_write_tokens,
+        record.model_version,
     )
 
 
@@ -381,6 +384,8 @@ def _entry(record: RelayRecord, values: tuple[Any, ...], both: list[_Packed]) ->
     row = dict(zip(_AUDIT_COLUMNS, values, strict=True))
     if row["failure"] is not None:
         row["failure"] = orjson.loads(row["failure"])
+    if row["usage_details"] is not None:
+        row["usage_details"] = orjson.loads(row["usage_details"])
     bodies = []
     for packed in both:
         body = dict(zip(_BODY_COLUMNS, _body_values(record, *packed), strict=True))

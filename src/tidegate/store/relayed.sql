@@ -3,24 +3,25 @@
 -- name: add_relayed
 -- Append the audit rows of native calls; one that is there already is left, so repeats are safe.
 INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, kind, classified_by,
-    classified_reason, priority, model, response_id, attempts, lapses, instance_id,
+    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, endpoint, http_status,
-    streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms)
+    streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms, usage_details)
 SELECT id, created_at, request_id, tenant_id, pool, source, status, kind, classified_by,
-    classified_reason, priority, model, response_id, attempts, lapses, instance_id,
+    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, endpoint, http_status,
-    streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms
+    streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms, usage_details
 FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
     tenant_id text, pool text, source text, status text, kind text, classified_by text,
-    classified_reason text, priority integer, model text, response_id text,
-    attempts integer, lapses integer, instance_id text, submitted_at timestamptz,
+    classified_reason text, priority integer, model text, model_version text,
+    response_id text, attempts integer, lapses integer, instance_id text, submitted_at timestamptz,
     admitted_at timestamptz, finished_at timestamptz, queue_ms double precision,
     upstream_ms double precision, input_tokens bigint, output_tokens bigint,
     thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
     failure jsonb, endpoint text, http_status integer, streamed boolean, key_id text, subject text,
-    usage_state text, cost_micros bigint, images integer, first_byte_ms double precision)
+    usage_state text, cost_micros bigint, images integer, first_byte_ms double precision,
+    usage_details jsonb)
 ON CONFLICT (id, created_at) DO NOTHING
 RETURNING id
 

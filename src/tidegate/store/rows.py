@@ -7,7 +7,7 @@ spoil the batch of others. Unknown usage stays null, never zero.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +21,7 @@ from tidegate.call import (
     ClassifiedBy,
     Kind,
     Usage,
+    UsageDetails,
     UsageState,
     new_id,
 )
@@ -45,6 +46,7 @@ USAGE_COLUMNS = (
     "cached_tokens",
     "total_tokens",
 )
+DETAILS = tuple(one.name for one in fields(UsageDetails))
 
 
 _MOST_COUNTED = 10**13  # LLM tokens or millionths of money of one call
@@ -166,6 +168,8 @@ def result_row(result: AttemptResult) -> Json:
     }
     if result.charge.state in (UsageState.PARTIAL, UsageState.ESTIMATED):
         row["charged"] = usage_columns(result.charge.usage)
+    if (details := details_row(result.charge.usage)) is not None:
+        row["usage_details"] = details
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -179,6 +183,27 @@ def charge_columns(charge: Charge) -> dict[str, Any]:
         "cost_micros": count_of(charge.cost_micros),
         "images": charge.images,
     }
+
+
+def details_row(usage: Usage) -> dict[str, int] | None:
+    """What is on record of a usage beside its LLM tokens; None where there is nothing."""
+    if (details := usage.details) is None:
+        return None
+    found = {name: count_of(getattr(details, name)) for name in DETAILS}
+    return {name: count for name, count in found.items() if count is not None} or None
+
+
+def details_text(usage: Usage) -> str | None:
+    row = details_row(usage)
+    return None if row is None else orjson.dumps(row).decode()
+
+
+def details_of(raw: str | None) -> UsageDetails | None:
+    """The same from its column, as far as this version knows its names."""
+    if raw is None:
+        return None
+    found = orjson.loads(raw)
+    return UsageDetails(**{name: found[name] for name in DETAILS if name in found})
 
 
 def count_of(tokens: int | None) -> int | None:
@@ -212,6 +237,7 @@ def audit_row(
         "usage_state": attempt.get("usage_state", usual.value),
         "cost_micros": attempt.get("cost_micros", None if lost else 0),
         "images": attempt.get("images"),
+        "usage_details": attempt.get("usage_details"),
         **{column: ended[column] for column in columns},
         **{column: charged[column] for column in USAGE_COLUMNS},
     }
@@ -240,15 +266,20 @@ def relayed_record(row: asyncpg.Record) -> RequestRecord:
         upstream_ms=row["upstream_ms"],
         first_byte_ms=row["first_byte_ms"],
         text=None,
-        # An estimate is for the bill: the provider has told nothing.
-        usage=Usage()
-        if row["usage_state"] == UsageState.ESTIMATED
-        else Usage(**{column: row[column] for column in USAGE_COLUMNS}),
+        usage=_usage_told(row),
         finish_reason=row["finish_reason"],
         failure=failure_of(row["failure"]),
         place=None,
         version=1,
     )
+
+
+def _usage_told(row: asyncpg.Record) -> Usage:
+    details = details_of(row["usage_details"])
+    if row["usage_state"] == UsageState.ESTIMATED:
+        # An estimate is for the bill: the provider has told no LLM tokens.
+        return Usage(details=details)
+    return Usage(**{column: row[column] for column in USAGE_COLUMNS}, details=details)
 
 
 def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:

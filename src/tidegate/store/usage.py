@@ -13,6 +13,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import asyncpg
+import orjson
 
 from tidegate.call import UsageState
 from tidegate.store.connection import Connections
@@ -26,7 +27,10 @@ _SUMMED = ("input_tokens", "output_tokens", "cached_tokens", "thoughts_tokens", 
 _UNKNOWN = UsageState.UNKNOWN.value
 _DOUBTFUL = frozenset((UsageState.PARTIAL.value, UsageState.ESTIMATED.value, _UNKNOWN))
 # What `summed` reads of a row of the audit.
-READ = ("tenant_id", "pool", "model", "finished_at", *_SUMMED, "cost_micros", "usage_state")
+READ = (
+    *("tenant_id", "pool", "model", "finished_at", *_SUMMED, "cost_micros", "usage_state"),
+    "usage_details",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,15 @@ class Total:
     partial: int
     estimated: int
     unknown: int
+    cache_write_tokens: int
+    input_audio_tokens: int
+    input_image_tokens: int
+    input_video_tokens: int
+    output_audio_tokens: int
+    output_image_tokens: int
+    output_video_tokens: int
+    searches: int
+    provider_cost_micros: int
 
 
 COUNTS = tuple(one.name for one in fields(Total) if one.name not in ("tenant", "model", "day"))
@@ -124,12 +137,22 @@ def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
         cost, state = row["cost_micros"], row["usage_state"]
         if cost:
             total["cost_micros"] += cost
+        # Not there in what an earlier version has spilled.
+        if details := row.get("usage_details"):
+            _add_details(total, details)
         if state in _DOUBTFUL:
             total[state] += 1
         if cost is None and state != _UNKNOWN:
             total["unpriced"] += 1
     names = ("tenant_id", "day", "model", "pool")
     return [dict(zip(names, key, strict=True)) | total for key, total in sums.items()]
+
+
+def _add_details(total: dict[str, int], details: str | Json) -> None:
+    found = orjson.loads(details) if isinstance(details, str) else details
+    for name, amount in found.items():
+        if name in total:  # the two parts of what was written to a cache are not summed apart
+            total[name] += amount
 
 
 def day_of(at: datetime | str) -> date:

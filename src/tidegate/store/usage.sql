@@ -26,12 +26,12 @@ INSERT INTO audit (id, request_id, tenant_id, pool, source, status, kind, classi
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
-    cost_micros, images, first_byte_ms)
+    cost_micros, images, first_byte_ms, usage_details)
 SELECT id, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
-    cost_micros, images, first_byte_ms
+    cost_micros, images, first_byte_ms, usage_details
 FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
     source text, status text, kind text, classified_by text, classified_reason text,
     priority integer, model text, model_version text, response_id text, attempts integer,
@@ -39,18 +39,27 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
     finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
     input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
     total_tokens bigint, finish_reason text, failure jsonb, subject text, usage_state text,
-    cost_micros bigint, images integer, first_byte_ms double precision)
+    cost_micros bigint, images integer, first_byte_ms double precision, usage_details jsonb)
 
 -- name: add_usage
 -- Add to the totals what was just recorded; in one order everywhere, lest two wait in a circle.
 INSERT INTO usage_days AS kept (tenant_id, day, model, pool, requests, input_tokens, output_tokens,
-    cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated, unknown)
+    cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated, unknown,
+    cache_write_tokens, input_audio_tokens, input_image_tokens, input_video_tokens,
+    output_audio_tokens, output_image_tokens, output_video_tokens,
+    searches, provider_cost_micros)
 SELECT tenant_id, day, model, pool, requests, input_tokens, output_tokens,
-    cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated, unknown
+    cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated, unknown,
+    cache_write_tokens, input_audio_tokens, input_image_tokens, input_video_tokens,
+    output_audio_tokens, output_image_tokens, output_video_tokens,
+    searches, provider_cost_micros
 FROM json_to_recordset($1::json) AS row (tenant_id text, day date, model text, pool text,
     requests bigint, input_tokens bigint, output_tokens bigint, cached_tokens bigint,
     thoughts_tokens bigint, images bigint, cost_micros bigint, unpriced bigint, partial bigint,
-    estimated bigint, unknown bigint)
+    estimated bigint, unknown bigint,
+    cache_write_tokens bigint, input_audio_tokens bigint, input_image_tokens bigint,
+    input_video_tokens bigint, output_audio_tokens bigint, output_image_tokens bigint,
+    output_video_tokens bigint, searches bigint, provider_cost_micros bigint)
 ORDER BY tenant_id, day, model, pool
 ON CONFLICT (tenant_id, day, model, pool) DO UPDATE SET
     requests = kept.requests + excluded.requests,
@@ -63,7 +72,16 @@ ON CONFLICT (tenant_id, day, model, pool) DO UPDATE SET
     unpriced = kept.unpriced + excluded.unpriced,
     partial = kept.partial + excluded.partial,
     estimated = kept.estimated + excluded.estimated,
-    unknown = kept.unknown + excluded.unknown
+    unknown = kept.unknown + excluded.unknown,
+    cache_write_tokens = kept.cache_write_tokens + excluded.cache_write_tokens,
+    input_audio_tokens = kept.input_audio_tokens + excluded.input_audio_tokens,
+    input_image_tokens = kept.input_image_tokens + excluded.input_image_tokens,
+    input_video_tokens = kept.input_video_tokens + excluded.input_video_tokens,
+    output_audio_tokens = kept.output_audio_tokens + excluded.output_audio_tokens,
+    output_image_tokens = kept.output_image_tokens + excluded.output_image_tokens,
+    output_video_tokens = kept.output_video_tokens + excluded.output_video_tokens,
+    searches = kept.searches + excluded.searches,
+    provider_cost_micros = kept.provider_cost_micros + excluded.provider_cost_micros
 
 -- name: get_usage
 -- Totals from day $4 to day $5, of tenant $6 or of all, apart by tenant, model and day as $1 to $3 say.
@@ -73,7 +91,16 @@ SELECT CASE WHEN $1::boolean THEN tenant_id END AS tenant, CASE WHEN $2::boolean
     sum(cached_tokens)::bigint AS cached_tokens, sum(thoughts_tokens)::bigint AS thoughts_tokens,
     sum(images)::bigint AS images, sum(cost_micros)::bigint AS cost_micros,
     sum(unpriced)::bigint AS unpriced, sum(partial)::bigint AS partial,
-    sum(estimated)::bigint AS estimated, sum(unknown)::bigint AS unknown
+    sum(estimated)::bigint AS estimated, sum(unknown)::bigint AS unknown,
+    sum(cache_write_tokens)::bigint AS cache_write_tokens,
+    sum(input_audio_tokens)::bigint AS input_audio_tokens,
+    sum(input_image_tokens)::bigint AS input_image_tokens,
+    sum(input_video_tokens)::bigint AS input_video_tokens,
+    sum(output_audio_tokens)::bigint AS output_audio_tokens,
+    sum(output_image_tokens)::bigint AS output_image_tokens,
+    sum(output_video_tokens)::bigint AS output_video_tokens,
+    sum(searches)::bigint AS searches,
+    sum(provider_cost_micros)::bigint AS provider_cost_micros
 FROM usage_days
 WHERE day BETWEEN $4 AND $5 AND ($6::text IS NULL OR tenant_id = $6)
 GROUP BY 1, 2, 3 ORDER BY 3, 1, 2 LIMIT $7

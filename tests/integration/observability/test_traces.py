@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from tests.integration.observability.collector import attributes_of, collecting
 from tests.integration.observability.test_metrics import MODEL, chat
 from tests.waiting import wait_until
 from tidegate.embedded.process import free_port
+from tidegate.observed import Observed
+from tidegate.otel import _answered
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
@@ -75,6 +78,7 @@ async def test_one_trace_leads_from_client_through_queue_and_worker_to_the_upstr
         assert said["gen_ai.provider.name"] == "openai"
         assert said["gen_ai.request.stream"] is True
         assert said["gen_ai.usage.output_tokens"] > 0
+        assert said["gen_ai.response.model"] == MODEL
         assert said["tidegate.tries"] == 2
         tries = [span for span in collector.spans if span.parent_span_id == own.span_id]
         codes = sorted(attributes_of(one).get("error.type", "") for one in tries)
@@ -84,6 +88,13 @@ async def test_one_trace_leads_from_client_through_queue_and_worker_to_the_upstr
         duration = collector.metrics["gen_ai.client.operation.duration"]
         assert list(duration.histogram.data_points[0].explicit_bounds)[:2] == [0.01, 0.02]
         assert collector.services == {"tidegate-api", "tidegate-worker"}
+
+
+def test_a_span_says_which_model_answered_and_what_was_written_to_a_cache() -> None:
+    at = datetime(2026, 5, 1, tzinfo=UTC)
+    ended = Observed("relay", "succeeded", "acme", at, cache_write_tokens=5, model_version="m-2")
+    said = {"gen_ai.response.model": "m-2", "gen_ai.usage.cache_creation.input_tokens": 5}
+    assert _answered(ended) == said
 
 
 async def test_without_a_collector_a_clients_traceparent_goes_through_as_it_is(

@@ -9,24 +9,42 @@ from random import Random
 from typing import Any
 
 import asyncpg
+import orjson
 
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until, work_for
-from tidegate.call import NO_CHARGE, UNKNOWN_CHARGE, Charge, Usage, UsageState, new_id
+from tidegate.call import (
+    NO_CHARGE,
+    UNKNOWN_CHARGE,
+    Charge,
+    Usage,
+    UsageDetails,
+    UsageState,
+    new_id,
+)
 from tidegate.store.records import StreamRecord
-from tidegate.store.relayed import RelayRecord
+from tidegate.store.relayed import RelayRecord, _entry
+from tidegate.store.rows import details_of
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
+SUMMED = (
+    *("cache_write_tokens", "input_audio_tokens", "input_image_tokens", "input_video_tokens"),
+    *("output_audio_tokens", "output_image_tokens", "output_video_tokens"),
+    *("searches", "provider_cost_micros"),
+)
+OF_DETAILS = "coalesce(sum((usage_details->>'{}')::bigint), 0)::bigint"
+DETAILS = UsageDetails(3, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11)
 CHARGES = (
     Charge(UsageState.TOLD, Usage(5, 9, 2, 1, 17), None, 100),
+    Charge(UsageState.TOLD, Usage(5, 9, 2, 1, 17, DETAILS), None, 100),
     Charge(UsageState.PARTIAL, Usage(5, 3), None, 40),
     Charge(UsageState.ESTIMATED, Usage(7, 2), 1, None),
     UNKNOWN_CHARGE,
     NO_CHARGE,
 )
-SUMS = """
+SUMS = f"""
     SELECT tenant_id, (finished_at AT TIME ZONE 'UTC')::date AS day, coalesce(model, '') AS model,
         pool, count(*) AS requests,
         coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
@@ -38,7 +56,8 @@ SUMS = """
         count(*) FILTER (WHERE cost_micros IS NULL AND usage_state <> 'unknown') AS unpriced,
         count(*) FILTER (WHERE usage_state = 'partial') AS partial,
         count(*) FILTER (WHERE usage_state = 'estimated') AS estimated,
-        count(*) FILTER (WHERE usage_state = 'unknown') AS unknown
+        count(*) FILTER (WHERE usage_state = 'unknown') AS unknown,
+        {", ".join(map(OF_DETAILS.format, SUMMED))}
     FROM audit GROUP BY 1, 2, 3, 4
 """
 
@@ -59,6 +78,24 @@ def record(number: int, **overrides: Any) -> RelayRecord:
         "charge": CHARGES[number % len(CHARGES)],
     }
     return RelayRecord(**{**values, **overrides})
+
+
+async def test_what_a_version_without_details_has_spilled_is_written(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    """And what this one has spilled keeps them, as the row that COPY could not take does."""
+    detailed = Charge(UsageState.TOLD, Usage(5, 9, 2, 1, 17, DETAILS), None, 100)
+    one = await store.relayed.prepare(record(1, charge=detailed, model_version="m-9"))
+    entry = orjson.loads(orjson.dumps(_entry(one.record, one.audit, one.bodies), default=str))
+    old = orjson.loads(orjson.dumps(entry, default=str))
+    old["row"] |= {"id": str(new_id())}
+    del old["row"]["usage_details"]
+    for given in (entry, old):
+        await store._recorder.enqueue(given)
+    await wait_until(lambda: peek.fetchval("SELECT count(*) = 2 FROM audit"), 20)
+    rows = await peek.fetch("SELECT usage_details, model_version FROM audit ORDER BY 1 NULLS LAST")
+    assert [(details_of(row[0]), row[1]) for row in rows] == [(DETAILS, "m-9"), (None, "m-9")]
+    await totals_are_the_sums(peek)
 
 
 async def totals_are_the_sums(connection: asyncpg.Connection) -> int:

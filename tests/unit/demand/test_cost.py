@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.call import Usage, UsageState
+from tidegate.call import Usage, UsageDetails, UsageState
 from tidegate.demand.cost import (
     Prices,
     Rates,
@@ -18,6 +18,9 @@ from tidegate.demand.estimator import Estimator
 from tidegate.demand.pieces import pieces_of_text
 from tidegate.policy.upstreams import Price, Upstream
 
+CLAUDE = Price(input=4, output=20, cached=0.4, cache_write=5, cache_write_1h=8)
+VOICES = Price(input=1, output=2, input_audio=10, output_audio=20)
+SIGHTS = Price(input=1, output=2, input_image=5, output_image=40)
 FLASH = Price(input=0.30, output=2.50, cached=0.075)
 PICTURES = Price(input=0.30, output=2.50, image=0.039)
 
@@ -41,10 +44,53 @@ PICTURES = Price(input=0.30, output=2.50, image=0.039)
         (FLASH, Usage(), None, None),
         (Price(input=0.3), Usage(10, 0), None, 3),  # what was not used needs no price
         (Price(input=0.3), Usage(10, 1), None, None),
+        # 10 fresh, 20 cached, 30 written for 5 minutes, 40 for an hour
+        (CLAUDE, Usage(100, 0, None, 20, 100, UsageDetails(70, 30, 40)), None, 40 + 8 + 150 + 320),
+        (CLAUDE, Usage(100, 0, None, 20, 100, UsageDetails(70)), None, 40 + 8 + 350),
+        (Price(input=4, output=20, cache_write=5), Usage(70, 0, details=UsageDetails(70, 30, 40)),
+         None, 350),  # an hour as 5 minutes
+        (FLASH, Usage(100, 10, 5, 40, 155, UsageDetails(60)), None, 18 + 3 + 38),  # as input
+        (VOICES, Usage(100, 10, 5, None, 115, UsageDetails(
+            input_audio_tokens=60, output_audio_tokens=8)), None, 40 + 600 + 10 + 4 + 160),
+        (SIGHTS, Usage(100, 50, details=UsageDetails(
+            input_image_tokens=60, output_image_tokens=45)), None, 40 + 300 + 10 + 1_800),
+        # a price for each picture stands for its tokens
+        (PICTURES, Usage(10, 2_580, details=UsageDetails(output_image_tokens=2_580)), 2,
+         3 + 78_000),
     ],
-)
+)  # fmt: skip
 def test_costs(price: Price, usage: Usage, images: int | None, micros: int | None) -> None:
     assert cost_micros(Rates.of(price), usage, images) == micros
+
+
+@pytest.mark.parametrize("many", [0, 1, 50, 100, 101, 10**12])
+def test_no_part_makes_a_call_cheaper_than_it_is_without_it(many: int) -> None:
+    """Whatever is reported of its parts: they never come to more tokens than there are."""
+    parts = UsageDetails(many, many, many, many, many, many, many, many, many, 5, 7)
+    for price in (CLAUDE, VOICES, SIGHTS):
+        rates = Rates.of(price)
+        bare, told = Usage(100, 100, 20), Usage(100, 100, 20, details=parts)
+        cost, least = cost_micros(rates, told, None), cost_micros(rates, bare, None)
+        assert cost is not None
+        assert least is not None
+        assert cost >= least
+        most = Rates.of(Price(input=10, output=40))
+        assert cost <= (cost_micros(most, bare, None) or 0)
+        cached = Usage(100, 100, 20, many, details=parts)
+        assert (cost_micros(rates, cached, None) or 0) >= min(cost, least) - 360
+
+
+def test_what_is_reported_of_a_cut_call_stays_and_estimates_keep_it_without_a_price() -> None:
+    rates, details = Rates.of(CLAUDE), UsageDetails(70, provider_cost_micros=9)
+    estimate = Estimator().of_pieces("m", "text_only", pieces_of_text("x" * 400))
+    cut = cut_charge(rates, Usage(100, 1, None, 20, None, details), estimate, 50, None)
+    assert cut.usage == Usage(100, 50, None, 20, None, details)
+    assert cut.cost_micros == 40 + 8 + 350 + 1_000
+    guessed = estimated_charge(rates, estimate, 5, details=details)
+    assert guessed.usage.details == details
+    assert guessed.cost_micros == estimated_charge(rates, estimate, 5).cost_micros
+    alone = charge_of(rates, Usage(details=details), None, whole=True)
+    assert (alone.state, alone.usage.details) == (UsageState.UNKNOWN, details)
 
 
 def test_sums_are_exact_where_floats_are_not() -> None:

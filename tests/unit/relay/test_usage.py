@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tidegate.call import Usage
+from tidegate.call import Usage, UsageDetails
 from tidegate.relay.paths import Dialect
 from tidegate.relay.told import told_in
 from tidegate.relay.usage import TAIL_BYTES, pictures_in
@@ -64,6 +64,14 @@ def test_anthropic_tells_input_first_and_output_last() -> None:
         10, 4, None, None, 14
     )
     assert told(Dialect.ANTHROPIC, cached) == Usage(100, 4, None, 90, 104)
+    thought = {"usage": {"output_tokens": 4, "output_tokens_details": {"thinking_tokens": 3}}}
+    assert told(Dialect.ANTHROPIC, begin, thought) == Usage(10, 1, 3, None, 14)
+
+
+@pytest.mark.parametrize("name", ["cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens"])
+def test_cached_tokens_that_stand_beside_the_others(name: str) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11, name: 5}
+    assert told(Dialect.OPENAI, {"usage": usage}) == Usage(9, 2, None, 5, 11)
 
 
 def test_what_is_not_told_is_unknown() -> None:
@@ -208,7 +216,8 @@ def test_an_answer_that_is_cut_behind_an_object_within_it_tells_no_usage(
          Usage(35, 12, 62, None, 109)),
         # ... and Mistral of no sound but there.
         ({"prompt_tokens": 9, "completion_tokens": 248, "total_tokens": 632,
-          "prompt_audio_seconds": 15}, Usage(384, 248, None, None, 632)),
+          "prompt_audio_seconds": 15},
+         Usage(384, 248, None, None, 632, UsageDetails(input_audio_tokens=375))),
         ({"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 3},
          Usage(9, 8, None, None, 3)),
         ({"prompt_tokens": 9, "total_tokens": 9}, Usage(9, 0, None, None, 9)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from datetime import UTC, datetime
 
-from tidegate.call import Charge, Usage, UsageState, new_id
+from tidegate.call import Charge, Usage, UsageDetails, UsageState, new_id
 from tidegate.observed import Observed
 from tidegate.store.records import Failure
 from tidegate.store.relayed import RelayRecord, observed_of
@@ -32,9 +32,10 @@ def test_a_record_tells_those_who_count_calls_all_that_they_ask_for() -> None:
         queue_ms=1.5,
         upstream_ms=2.5,
         first_byte_ms=0.5,
-        charge=Charge(UsageState.TOLD, Usage(1, 2, 3, 4, 10), 5, 6),
+        charge=Charge(UsageState.TOLD, Usage(1, 2, 3, 4, 10, UsageDetails(7)), 5, 6),
         finish_reason="stop",
         response_id="r",
+        model_version="m-2",
         failure=Failure("upstream_unavailable", "away"),
         streamed=True,
         upstream="first",
@@ -45,7 +46,7 @@ def test_a_record_tells_those_who_count_calls_all_that_they_ask_for() -> None:
     same = (
         *("tenant_id", "pool", "kind", "model", "upstream", "dialect", "operation", "streamed"),
         *("http_status", "queue_ms", "upstream_ms", "first_byte_ms", "throttled", "request_id"),
-        *("response_id", "finish_reason", "received_at", "finished_at", "trail"),
+        *("response_id", "model_version", "finish_reason", "received_at", "finished_at", "trail"),
     )
     expected = {
         **{name: getattr(record, name) for name in same},
@@ -57,6 +58,7 @@ def test_a_record_tells_those_who_count_calls_all_that_they_ask_for() -> None:
         "output_tokens": 2,
         "thoughts_tokens": 3,
         "cached_tokens": 4,
+        "cache_write_tokens": 7,
         "cost_micros": 6,
     }
     told = observed_of(record)

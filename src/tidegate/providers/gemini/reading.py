@@ -9,10 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tidegate.call import Answer, Delta, Event, Kind, Media, Picture, Usage, UsageReport
+from tidegate.dialects.usage_details import modality_details, with_searches
 from tidegate.errors import EmptyAnswer, PromptBlocked, UpstreamGarbled, UpstreamUnavailable
 
 if TYPE_CHECKING:
-    from google.genai.types import Candidate, GenerateContentResponse, Part
+    from google.genai.types import (
+        Candidate,
+        GenerateContentResponse,
+        ModalityTokenCount,
+        Part,
+    )
 
 
 class Reading:
@@ -28,6 +34,7 @@ class Reading:
         self._chunks = 0
         self._blanks = 0
         self._candidates = 0
+        self._queries: set[str] = set()
 
     def take(self, chunk: GenerateContentResponse) -> list[Event]:
         """The chunk's events: text and pictures, then the usage when it has changed."""
@@ -46,7 +53,7 @@ class Reading:
         if chunk.candidates:
             self._candidates += 1
             events += self._take_candidate(chunk.candidates[0])
-        usage = usage_of(chunk, answer.usage)
+        usage = with_searches(usage_of(chunk, answer.usage), len(self._queries))
         if usage != answer.usage:
             answer.usage = usage
             events.append(UsageReport(usage))
@@ -55,6 +62,9 @@ class Reading:
     def _take_candidate(self, candidate: Candidate) -> list[Event]:
         if candidate.finish_reason is not None:
             self._answer.finish_reason = word(candidate.finish_reason)
+        grounding = candidate.grounding_metadata
+        if grounding is not None:
+            self._queries.update(filter(None, grounding.web_search_queries or ()))
         content = candidate.content
         events: list[Event] = []
         for part in (content.parts if content is not None else None) or ():
@@ -113,7 +123,16 @@ def usage_of(chunk: GenerateContentResponse, before: Usage) -> Usage:
         thoughts_tokens=_later(said.thoughts_token_count, before.thoughts_tokens),
         cached_tokens=_later(said.cached_content_token_count, before.cached_tokens),
         total_tokens=_later(said.total_token_count, before.total_tokens),
+        details=modality_details(
+            [*_counts(said.prompt_tokens_details), *_counts(said.tool_use_prompt_tokens_details)],
+            _counts(said.candidates_tokens_details),
+        )
+        or before.details,
     )
+
+
+def _counts(details: list[ModalityTokenCount] | None) -> list[tuple[str, int | None]]:
+    return [(word(one.modality), one.token_count) for one in details or ()]
 
 
 def _later(said: int | None, before: int | None) -> int | None:

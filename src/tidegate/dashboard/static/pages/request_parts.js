@@ -71,6 +71,7 @@ export function facts(request) {
     ["Decided by", decided(request)],
     ["Model", request.model],
     ["Asked for", request.asked_model !== request.model ? request.asked_model : null],
+    ["Answered by", request.model_version !== request.model ? request.model_version : null],
     ["Path", request.endpoint && h("code", {}, request.endpoint)],
     ["HTTP status", request.http_status],
     ["Priority", request.priority],
@@ -87,10 +88,15 @@ export function facts(request) {
     ["Finish reason", request.finish_reason],
     ["Input tokens", tokens(usage.input_tokens)],
     ["of these cached", tokens(usage.cached_tokens)],
+    ["written to a cache", written(usage)],
+    ["of audio, images, video", media(usage, "input")],
     ["Output tokens", tokens(usage.output_tokens)],
+    ["of these audio, images, video", media(usage, "output")],
     ["Thoughts", tokens(usage.thoughts_tokens)],
     ["All tokens", tokens(usage.total_tokens)],
+    ["Searches", tokens(usage.searches)],
     ["Cost", cost(request)],
+    ["Provider's own cost", dollars(usage.provider_cost_micros)],
     ["Pool", request.pool],
     ["Process", request.process],
     ["API key", request.key && h("code", {}, `tg_${request.key}_…`)],
@@ -102,6 +108,19 @@ export function facts(request) {
 }
 
 const tokens = (value) => (value === undefined || value === null ? null : count(value));
+
+function written(usage) {
+  const hour = usage.cache_write_1h_tokens ? ` (${count(usage.cache_write_1h_tokens)} for an hour)` : "";
+  return usage.cache_write_tokens ? `${count(usage.cache_write_tokens)}${hour}` : null;
+}
+
+/** How many tokens of the input or the output are of which medium. */
+function media(usage, side) {
+  const parts = ["audio", "image", "video"].map((name) => [name, usage[`${side}_${name}_tokens`]]);
+  return parts.filter(([, tokens]) => tokens).map(([name, tokens]) => `${count(tokens)} ${name}`).join(", ");
+}
+
+const dollars = (micros) => (micros === undefined ? null : `$${micros / 1e6}`);
 
 function decided(request) {
   if (!request.classified_by) return null;
