@@ -44,7 +44,9 @@ from tidegate.store import states
 ALL = tuple(block for document in documents() for block in blocks(document))
 # What an example of upstreams leaves out, since the page has said it before.
 _DEFINED_BEFORE = '[upstreams.openai]\nprovider = "openai"\nkey = "OPENAI_API_KEY"\n'
-_KEYS = dict.fromkeys(("OPENAI_API_KEY", "SECOND_OPENAI_KEY", "LOCAL_KEY"), "k")
+_KEYS = dict.fromkeys(
+    ("OPENAI_API_KEY", "SECOND_OPENAI_KEY", "LOCAL_KEY", "ANTHROPIC_API_KEY"), "k"
+)
 
 
 def known(block: Block) -> bool:
