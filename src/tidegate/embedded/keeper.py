@@ -172,7 +172,9 @@ class Keeper:
         if name == "valkey":
             known = self._state.sockets.get(name)
             socket_path = place.for_socket(path, Path(known) if known else None)
-            return ValkeyServer(path, password=self._valkey, socket_path=socket_path)
+            return ValkeyServer(
+                path, password=self._valkey, socket_path=socket_path, keeps_spent=True
+            )
         port = self._state.ports.get(name)
         if port is None or not (adopts or process.is_free(port)):
             port = process.port_to_keep()

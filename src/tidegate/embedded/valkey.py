@@ -2,6 +2,11 @@
 
 A port on loopback can be taken by any user of the machine while the server restarts, and clients
 then send their password to that user. A socket file in a folder of mode 0700 cannot.
+
+What is spent of rates and day quotas outlives the server: it is written to a file every five
+minutes and at an orderly stop, and read at a start. Everything else in the file (sessions, permits,
+pauses, policies) is as old as the file and is removed before the server is announced, so that the
+limiter finds a server without a past, as one that has lost its memory.
 """
 
 from __future__ import annotations
@@ -15,14 +20,37 @@ from urllib.parse import quote
 from tidegate.embedded import place, process
 from tidegate.embedded.process import Identity, Running, ServerFailed
 
+# A snapshot and no append-only file: a call costs Valkey no more than without it. A full disk stops
+# neither writes nor the end of the server.
+_SAVED = (
+    *("--save", "300 1", "--dbfilename", "spent.rdb", "--stop-writes-on-bgsave-error", "no"),
+    *("--shutdown-on-sigterm", "save", "force"),
+)
+_IN_MEMORY = ("--save", "")
+# Keys of the limiter that hold what is spent, of any pool and layout: see `limiter/keys.py`.
+_FORGET_ALL_BUT_SPENT = """
+local cursor, kept = '0', { 'log:', 'rate:', 'quota:' }
+repeat
+  local page = redis.call('SCAN', cursor, 'COUNT', 1000)
+  cursor = page[1]
+  for _, key in ipairs(page[2]) do
+    local keep = false
+    for _, sort in ipairs(kept) do keep = keep or string.find(key, '^tg:%d+:{.-}:' .. sort) end
+    if not keep then redis.call('UNLINK', key) end
+  end
+until cursor == '0'
+return 'done'
+"""
+_CLEANING_S = 10.0
+
 
 class ValkeyServer:
-    """One `valkey-server` process, holding its state in memory only.
+    """One `valkey-server` process. With `keeps_spent` see the module; else all is in memory only.
 
     With a `socket_path`, whose folder is the caller's to protect, it listens there and on no port.
     With a `password` clients need it to connect; the server reads it from a file, never from the
-    command line. Invariant: `maxmemory-policy noeviction`; it never writes to disk, so that
-    every start is an empty one, which the limiter recovers from by re-assertion.
+    command line. Invariant: `maxmemory-policy noeviction`; every start is one without sessions,
+    which the limiter recovers from by re-assertion.
     """
 
     def __init__(
@@ -32,12 +60,16 @@ class ValkeyServer:
         password: str | None = None,
         *,
         socket_path: Path | None = None,
+        keeps_spent: bool = False,
     ) -> None:
         self.folder = folder
         self.socket_path = socket_path
         self.port = 0 if socket_path else port or process.free_port()
         self._password = password
         self._process: Running | None = None
+        self._keeps_spent = keeps_spent
+        self._to_clean = False
+        self._failed_starts = 0
 
     @property
     def url(self) -> str:
@@ -69,16 +101,28 @@ class ValkeyServer:
         command = [
             *(str(_binary()), str(self._settings())),
             *("--port", str(self.port), "--bind", "127.0.0.1", *listening),
-            *("--save", "", "--appendonly", "no"),
+            *(_SAVED if self._keeps_spent else _IN_MEMORY),
+            *("--appendonly", "no"),
             *("--maxmemory-policy", "noeviction", "--dir", str(self.folder)),
         ]
         self._process = process.spawn(command, self._log_path, None, self.folder)
+        self._to_clean = self._keeps_spent
 
     def await_ready(self, timeout_s: float = 10.0) -> None:
         """Wait until the launched or adopted process answers. Raises ServerFailed."""
         if self._process is None:
             raise ServerFailed("Valkey is not running")
-        process.wait_ready(self._process, "Valkey", self._answers, self._log_path, timeout_s)
+        try:
+            process.wait_ready(self._process, "Valkey", self._answers, self._log_path, timeout_s)
+        except ServerFailed:
+            self._failed_starts += 1
+            if self._failed_starts > 1:
+                self._set_file_aside()
+            raise
+        self._failed_starts = 0
+        if self._to_clean:
+            self._clean()
+            self._to_clean = False
 
     def adopt(self, identity: Identity) -> None:
         """Take over a server on this port that a process started which is gone now."""
@@ -118,28 +162,51 @@ class ValkeyServer:
             self._process.stop(how)
             self._process = None
 
-    def _answers(self) -> bool:
-        # By hand: importing the client library costs more time than starting the server.
-        login = f"AUTH {self._password}\r\n" if self._password else ""
+    def _set_file_aside(self) -> None:
+        """It may be what keeps the server from starting: of a later version, or damaged."""
+        file = self.folder / "spent.rdb"
+        if self._keeps_spent and file.exists():
+            file.replace(file.with_suffix(".unreadable"))
+
+    def _clean(self) -> None:
         try:
-            with self._connected() as probe:
-                probe.sendall(f"{login}PING\r\nQUIT\r\n".encode())
-                with probe.makefile("rb") as answer:
-                    return b"+PONG" in answer.read()
+            said = self._ask("EVAL", _FORGET_ALL_BUT_SPENT, "0", timeout_s=_CLEANING_S)
+        except OSError as error:
+            raise ServerFailed(f"Valkey does not answer: {error}") from error
+        if b"done" not in said:
+            raise ServerFailed(f"Valkey did not forget its past: {said!r}")
+
+    def _answers(self) -> bool:
+        try:
+            return b"+PONG" in self._ask("PING", timeout_s=1.0)
         except OSError:
             return False
 
-    def _connected(self) -> socket.socket:
+    def _ask(self, *command: str, timeout_s: float) -> bytes:
+        """The answer to a command, with those to the log-in before it and the farewell after it."""
+        # By hand: importing the client library costs more time than starting the server.
+        login = [("AUTH", self._password)] if self._password else []
+        with self._connected(timeout_s) as probe:
+            probe.sendall(b"".join(map(_packed, [*login, command, ("QUIT",)])))
+            with probe.makefile("rb") as answer:
+                return answer.read()
+
+    def _connected(self, timeout_s: float) -> socket.socket:
         if self.socket_path is None:
-            return socket.create_connection(("127.0.0.1", self.port), timeout=1)
+            return socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
         probe = socket.socket(socket.AF_UNIX)
         try:
-            probe.settimeout(1)
+            probe.settimeout(timeout_s)
             probe.connect(str(self.socket_path))
         except BaseException:
             probe.close()
             raise
         return probe
+
+
+def _packed(command: tuple[str, ...]) -> bytes:
+    words = [word.encode() for word in command]
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in words)
 
 
 def _binary() -> Path:

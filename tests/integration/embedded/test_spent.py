@@ -1,0 +1,110 @@
+"""What is spent of a day quota outlives the bundled Valkey, and nothing else does."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import redis
+
+from tests.integration.embedded.traces import Traces
+from tests.waiting import wait_until
+from tidegate.embedded import Lease, ensure, process
+from tidegate.embedded.folder import Folder
+from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate
+from tidegate.limiter.limits import Limit
+
+DAY, TOKENS, CALLS, MODEL = "rpd:flash", "tph:flash", "rph:flash", "model:flash"
+HOUR_MS = 3_600_000
+LIMITS: dict[str, int | Limit] = {
+    DAY: Quota(3),
+    TOKENS: Rate(50, HOUR_MS, "tokens"),
+    CALLS: Rate(9, HOUR_MS),
+    MODEL: 9,
+}
+POLICY = PoolPolicy(LIMITS, lease_ms=1000)
+SPENT = {DAY: 3, TOKENS: 30, CALLS: 1, MODEL: 0}
+
+
+def _valkey(data_dir: Path) -> Lease:
+    return ensure(data_dir, {"valkey"}, idle_s=0.1)
+
+
+def _limiter(lease: Lease) -> Limiter:
+    assert lease.redis_url is not None
+    return Limiter.from_url(lease.redis_url, pool="gemini", policy=POLICY)
+
+
+async def _call(limiter: Limiter) -> bool:
+    async with limiter.try_acquire(DAY, MODEL) as permit:
+        return permit is not None
+
+
+async def _spend_all(limiter: Limiter) -> None:
+    async with limiter.acquire(TOKENS, CALLS, tokens=30):
+        pass
+    for _ in range(3):
+        async with limiter.acquire(DAY, MODEL):
+            pass
+
+
+async def _used(limiter: Limiter) -> dict[str, int]:
+    limits = (await limiter.snapshot()).limits
+    return {name: limit.used for name, limit in limits.items()}
+
+
+async def test_a_quota_that_is_used_up_is_used_up_after_a_restart(
+    data_dir: Path, traces: Traces
+) -> None:
+    with _valkey(data_dir) as lease:
+        async with _limiter(lease) as limiter:
+            await _spend_all(limiter)
+            await limiter.penalise(MODEL, reason="for as long as it runs")
+        before = process.identify(Folder(data_dir).read().services["valkey"].identity.pid)
+    await traces.none_left(timeout_s=20)
+    with _valkey(data_dir) as lease:
+        assert Folder(data_dir).read().services["valkey"].identity != before
+        async with _limiter(lease) as limiter:
+            await wait_until(lambda: limiter.state == "up")
+            assert not await _call(limiter)
+            assert await _used(limiter) == SPENT
+            assert limiter.pauses() == {}
+            assert len((await limiter.snapshot()).processes) == 1
+
+
+async def test_survivors_do_not_count_twice_what_the_file_holds(
+    data_dir: Path, traces: Traces
+) -> None:
+    with _valkey(data_dir) as lease:
+        assert lease.redis_url is not None
+        async with _limiter(lease) as limiter:
+            await _spend_all(limiter)
+            epoch = (await limiter.snapshot()).epoch
+            # What was admitted since a process and the server compared last is counted on top.
+            await wait_until(lambda: not limiter._ledger.spent_since, what="all is compared")
+            with redis.Redis.from_url(lease.redis_url) as server:
+                server.save()
+            process.Running(Folder(data_dir).read().services["valkey"].identity).stop(
+                signal.SIGKILL
+            )
+            lease_of = limiter._session.lease
+            await wait_until(lambda: lease_of.identity.epoch > epoch, 30, "it has come back")
+            await wait_until(lambda: limiter.state == "up", 30, "it recovered")
+            assert not await _call(limiter)
+            assert await _used(limiter) == SPENT
+    await traces.none_left(timeout_s=20)
+
+
+async def test_a_file_that_cannot_be_read_is_set_aside(data_dir: Path, traces: Traces) -> None:
+    folder = Folder(data_dir).path / "valkey"
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / "spent.rdb").write_bytes(b"REDIS9999 of a later version")
+    with _valkey(data_dir) as lease:
+        async with _limiter(lease) as limiter, limiter.acquire(DAY):
+            pass
+    await traces.none_left(timeout_s=20)
+    assert (folder / "spent.unreadable").exists()
+    with _valkey(data_dir) as lease:
+        async with _limiter(lease) as limiter:
+            assert (await _used(limiter))[DAY] == 1
+    await traces.none_left(timeout_s=20)
