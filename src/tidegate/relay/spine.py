@@ -22,10 +22,11 @@ from tidegate.providers.gemini.timeouts import Timeouts
 from tidegate.providers.relay import Exchange, RelayWire
 from tidegate.relay.asked import Asked, asked_of, parsed
 from tidegate.relay.call import Life, NativeCall, Out
-from tidegate.relay.headers import with_key
+from tidegate.relay.headers import Headers, with_key
 from tidegate.relay.models import Models, is_plain
 from tidegate.relay.paths import Dialect, Operation
 from tidegate.relay.permission import check_body, check_model, check_names
+from tidegate.relay.redirect import MOST_REDIRECTS, REDIRECTS, followed
 from tidegate.relay.remaining import Remaining
 from tidegate.relay.spelling import check_said_once
 from tidegate.relay.targets import Target, Targets
@@ -37,6 +38,7 @@ from tidegate.telemetry import get_logger
 from tidegate.tracing import HEADER, Tracing
 
 _HARD_MARGIN_MS = 5_000
+_REDIRECT_BYTES = 65_536
 
 log = get_logger()
 
@@ -188,13 +190,39 @@ class Relay:
             said = call.trail.begin(target.upstream.name, target.model, str(place.origin))
             headers.append((HEADER, said.encode()))
         timeouts = self._timeouts[target.upstream.name]
-        return await self._wire.open(call.method, place, headers, body, on_sent, timeouts)
+        exchange = await self._wire.open(call.method, place, headers, body, on_sent, timeouts)
+        if exchange.status in REDIRECTS and _may_follow(call):
+            return await self._follow(exchange, base, headers, timeouts)
+        return exchange
+
+    async def _follow(
+        self, exchange: Exchange, base: str, headers: Headers, timeouts: Timeouts
+    ) -> Exchange:
+        """The answer at the end of an upstream's redirects, or the redirect that is not followed.
+        Raises UpstreamError."""
+        for _ in range(MOST_REDIRECTS):
+            onward = followed(exchange.headers, base)
+            if onward is None:
+                break
+            try:
+                await exchange.read(_REDIRECT_BYTES)
+            finally:
+                exchange.close()
+            place = self._wire.place(onward)
+            exchange = await self._wire.open("GET", place, headers, None, None, timeouts)
+            if exchange.status not in REDIRECTS:
+                break
+        return exchange
 
     def may_try_again(self) -> bool:
         return self._budget.spend()
 
     def demands_of(self, target: Target) -> Demands:
         return self._demands[target.upstream.name]
+
+
+def _may_follow(call: NativeCall) -> bool:
+    return call.method == "GET" and call.endpoint.operation is Operation.FILES
 
 
 def timeouts_of(config: Config, upstream: Upstream) -> Timeouts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 from pathlib import Path
 
@@ -11,9 +12,17 @@ from google.genai import Client
 from google.genai.types import HttpOptions
 
 from tests.gateway import Gateway, Opener
-from tests.integration.security.hostile import PATH, Hostile, hostile, post, raw, status_of
+from tests.integration.security.hostile import (
+    PATH,
+    Hostile,
+    hostile,
+    one_try,
+    post,
+    raw,
+    status_of,
+)
 
-__all__ = ["hostile"]
+__all__ = ["hostile", "one_try"]
 
 CHAT = b"/v1/chat/completions"
 MESSAGES = b"/v1/messages"
@@ -205,3 +214,56 @@ async def test_a_refusal_that_is_compressed_is_read_and_hides_the_key(
     async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=body) as answer:
         assert (answer.status, "content-encoding" in answer.headers) == (400, False)
         assert await answer.read() == said.replace(key.encode(), b"***")
+
+
+DOWNLOAD = b"/v1beta/files/f1:download"
+HELD = b"\x00\xff" * 100_000
+
+
+def found(location: str) -> bytes:
+    return b"HTTP/1.1 302 Found\r\nlocation: %b\r\ncontent-length: 2\r\n\r\n{}" % location.encode()
+
+
+async def test_a_download_follows_the_redirect_of_its_upstream(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    """As Google answers one."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        if hostile.seen[-1].startswith(b"GET /download/"):
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(HELD) + HELD)
+        else:
+            writer.write(found(f"{hostile.url}/download/v1beta/files/f1:download?alt=media"))
+        await writer.drain()
+
+    hostile.answer = answer
+    url = f"{gateway.url}{DOWNLOAD.decode()}?alt=media"
+    async with gateway.http.get(url, headers={"x-goog-api-key": "of-a-client"}) as response:
+        assert (response.status, await response.read()) == (200, HELD)
+    first, second = hostile.seen
+    assert first.startswith(b"GET %b?alt=media HTTP/1.1" % DOWNLOAD)
+    assert second.startswith(b"GET /download%b?alt=media HTTP/1.1" % DOWNLOAD)
+    for one in (first, second):
+        assert one.lower().count(b"x-goog-api-key: ") == 1
+        assert b"of-a-client" not in one
+
+
+@pytest.mark.parametrize("path", [DOWNLOAD.decode(), "/v1beta/models"])
+async def test_no_redirect_leads_to_another_server_nor_round_for_ever(
+    gateway: Gateway, hostile: Hostile, one_try: None, path: str
+) -> None:
+    there = Hostile()
+    server = await asyncio.start_server(there.serve, "127.0.0.1", 0)
+    elsewhere = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{path}"
+    try:
+        for location, asked in ((elsewhere, 1), (f"{hostile.url}{path}", 4)):
+            hostile.seen.clear()
+            hostile.answer = found(location)
+            async with gateway.http.get(f"{gateway.url}{path}") as response:
+                assert response.status == 502
+                assert "location" not in response.headers
+                assert b"not followed" in await response.read()
+            assert len(hostile.seen) == (asked if path == DOWNLOAD.decode() else 1)
+    finally:
+        server.close()
+    assert there.seen == []
