@@ -51,10 +51,10 @@ as the path of a file that holds it, under its name with `_FILE`, such as
 `GEMINI_API_KEY_FILE=/run/secrets/gemini`.
 
 **Never by mistake.** Without `DATABASE_URL` and `REDIS_URL` the bundled servers start, and without
-`GEMINI_API_KEY` the built-in emulator makes up the answers. Both happen only while `HOST` is a
-loopback address. On any other address a missing one of the three stops the start, unless
-`TIDEGATE_DEMO=1` says that this is a demonstration. One of the two URLs without the other always
-stops it.
+`GEMINI_API_KEY` the built-in emulator answers as Gemini. Both happen only while `HOST` is a
+loopback address. On any other address both URLs and one upstream, of any provider, must be there,
+unless `TIDEGATE_DEMO=1` says that this is a demonstration. One of the two URLs without the other
+always stops the start.
 
 <!-- Written by scripts/generate_docs.py: change tidegate/config/settings.py instead. -->
 """

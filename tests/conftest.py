@@ -22,7 +22,8 @@ from tidegate.embedded.valkey import ValkeyServer
 __all__ = ["asked_each_time", "database_url", "databases", "pytest_runtest_protocol"]
 
 # A test must never reach a real provider or a server of the person who runs it.
-for _name in ("GEMINI_API_KEY", "DATABASE_URL", "REDIS_URL", "GEMINI_BASE_URL"):
+_OF_THEIRS = ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_BASE_URL")
+for _name in (*_OF_THEIRS, "DATABASE_URL", "REDIS_URL"):
     os.environ.pop(_name, None)
 
 # A logger that was cached under one test's settings is deaf to what a later test captures.

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes the files of secrets that compose.yaml names, with random passwords. What is there stays.
-# The provider's key is taken from GEMINI_API_KEY; without one its file is left to be written.
+# Keys of providers are taken from GEMINI_API_KEY, OPENAI_API_KEY and ANTHROPIC_API_KEY, any of them;
+# others, such as of a second account, are files of their variable's name in secrets/providers.
 set -euo pipefail
 umask 022
 folder=$(cd "$(dirname "$0")" && pwd)/secrets
 # The folder is closed to others; the files in it are not, since containers read them as other users.
-mkdir -p "$folder"
+mkdir -p "$folder/providers"
 chmod 700 "$folder"
 
 random() {
@@ -21,8 +22,16 @@ keep postgres_password "$(random)"
 keep admin_token "$(random)"
 keep redis_url "redis://:$(<"$folder/valkey_password")@valkey:6379/0"
 keep database_url "postgresql://tidegate:$(<"$folder/postgres_password")@postgres:5432/tidegate"
-if [[ -n ${GEMINI_API_KEY:-} ]]; then
-    keep gemini_api_key "$GEMINI_API_KEY"
-elif [[ ! -s $folder/gemini_api_key ]]; then
-    echo "tidegate: write your key for the Gemini API into $folder/gemini_api_key" >&2
+for name in GEMINI_API_KEY OPENAI_API_KEY ANTHROPIC_API_KEY; do
+    [[ -z ${!name:-} ]] || keep "providers/$name" "${!name}"
+done
+# Where a release before this one kept it.
+[[ ! -s $folder/gemini_api_key ]] || keep providers/GEMINI_API_KEY "$(<"$folder/gemini_api_key")"
+: >"$folder/providers.env"
+for file in "$folder/providers/"*; do
+    [[ ! -s $file ]] || echo "${file##*/}_FILE=/run/secrets/providers/${file##*/}" >>"$folder/providers.env"
+done
+if [[ ! -s $folder/providers.env ]]; then
+    echo "tidegate: no provider's key: set OPENAI_API_KEY, ANTHROPIC_API_KEY or GEMINI_API_KEY and run" >&2
+    echo "this again, unless an upstream in tidegate.toml needs none" >&2
 fi

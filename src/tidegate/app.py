@@ -133,9 +133,7 @@ async def run_worker_of(
         store = _store_of(config, blobs, instance_id)
         await store.start()
         stack.push_async_callback(store.aclose)
-        processor = _processor_of(config)
-        await processor.start()
-        stack.push_async_callback(processor.aclose)
+        processor = await stack.enter_async_context(_open_processor(config))
         url = config.redis_url.get_secret_value()
         limiter = await stack.enter_async_context(
             Limiter.from_url(
@@ -170,9 +168,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         looking = asyncio.create_task(_look_at(blobs))
         stack.callback(looking.cancel)
         store = await stack.enter_async_context(_open_store(config, blobs, instance_id))
-        processor = _processor_of(config)
-        await processor.start()
-        stack.push_async_callback(processor.aclose)
+        processor = await stack.enter_async_context(_open_processor(config))
         instruments = Instruments()
         limiters, keepers = await stack.enter_async_context(
             _open_pools(config, store.policies, instance_id, wanted, others, instruments.tally)
@@ -351,9 +347,9 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
 
 
 def _pipeline_of(
-    config: Config, limiter: Limiter, processor: GeminiProcessor, store: Store, relay: Relay
+    config: Config, limiter: Limiter, processor: GeminiProcessor | None, store: Store, relay: Relay
 ) -> Pipeline:
-    own = relay.targets.upstreams[DEFAULT_POOL]  # the account of GEMINI_*
+    own = relay.targets.upstreams.get(DEFAULT_POOL)  # the account of GEMINI_*
     return Pipeline(
         config=config,
         limiter=limiter,
@@ -362,18 +358,28 @@ def _pipeline_of(
         fetcher=_fetcher_of(config),
         observers=store.observers,
         budgets=store.budgets,
+        check_model=relay.targets.check_prompt,
         prices=Prices(own),
         gate=relay.health.get(limiter.pool),
     )
 
 
-def _processor_of(config: Config) -> GeminiProcessor:
-    assert config.gemini_api_key is not None
-    return GeminiProcessor(
+@asynccontextmanager
+async def _open_processor(config: Config) -> AsyncIterator[GeminiProcessor | None]:
+    """Google's SDK at work; None without an account of Gemini."""
+    if config.gemini_api_key is None:
+        yield None
+        return
+    processor = GeminiProcessor(
         api_key=config.gemini_api_key.get_secret_value(),
         base_url=config.gemini_base_url,
         timeouts=_timeouts_of(config),
     )
+    await processor.start()
+    try:
+        yield processor
+    finally:
+        await processor.aclose()
 
 
 def _fetcher_of(config: Config) -> ImageFetcher:

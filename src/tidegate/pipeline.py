@@ -94,15 +94,19 @@ class Pipeline:
         *,
         config: Config,
         limiter: Limiter,
-        processor: GeminiProcessor,
+        processor: GeminiProcessor | None,
         blobs: Blobs,
         fetcher: ImageFetcher,
         observers: Observers,
         budgets: BudgetGate,
+        check_model: Callable[[str], None],
         prices: Prices | None = None,
         gate: Gate | None = None,
     ) -> None:
-        """`gate`: the one that native calls to the same upstream pass."""
+        """`processor`: None where there is no account of Gemini. `check_model` raises
+        InvalidRequest for a model that is not its. `gate`: the one that native calls to the same
+        upstream pass."""
+        self._check_model = check_model
         self._budgets = budgets
         self._config = config
         self._limiter = limiter
@@ -180,6 +184,7 @@ class Pipeline:
 
         `until` is the loop's time at which the caller gives up.
         """
+        self._check_model(self._config.classifier_model)
         types = [*ask.mime_types, *(["image/*"] if ask.image_uri else [])]
         left_ms = (until - asyncio.get_running_loop().time()) * 1000
         model = self._config.classifier_model
@@ -209,6 +214,7 @@ class Pipeline:
     ) -> tuple[Kind, str]:
         """The question itself, under its permit. It is told to those who count calls; charged to
         nobody."""
+        assert self._processor is not None
         started, answer = time.monotonic(), Answer()
         outcome, status, error = Outcome.IGNORED, "failed", None
         try:
@@ -271,9 +277,11 @@ class Pipeline:
 
         `deadline_ms` bounds the wait for admission. `on_admitted` runs under the permit before
         the call; what it raises ends the run with no call made. `caller`: whose budget it spends.
-        Raises AdmissionError, QuotaExceeded, LeaseLost and UpstreamError. Cancellation leaves
+        Raises InvalidRequest for a model that is not for it, AdmissionError, QuotaExceeded,
+        LeaseLost and UpstreamError. Cancellation leaves
         neither a waiter nor an open upstream call.
         """
+        self._check_model(call.model)
         gate, asked_at, hard_ms = self._gate, time.monotonic(), self._hard_ms
         while True:
             policy, left_ms, wait_ms = self._limiter.policy, deadline_ms, inf
@@ -325,6 +333,7 @@ class Pipeline:
     async def _call(
         self, call: Call, attempt: Attempt, sink: Sink | None, permit: Permit, demand: Demand
     ) -> None:
+        assert self._processor is not None
         started, gate = time.monotonic(), self._gate
         tried = gate.is_try(demand)
         attempt.upstream = self._upstream

@@ -9,6 +9,7 @@ import pytest
 
 from tidegate.config import GOOGLE_URL, SECRETS, ClassifierMode, Config, load
 from tidegate.config.environment import allowed
+from tidegate.config.settings import PROVIDER_KEYS
 from tidegate.errors import ConfigError
 
 # Each setting that has wrong values, with some of them and a word of what the line must say.
@@ -88,7 +89,8 @@ WRONG = {
     "TIDEGATE_API_KEY": (["tg_a b", "tg_\u00e9"], "tidegate keys create"),
 }
 ANY_TEXT_WILL_DO = {
-    *("GEMINI_API_KEY", "TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL"),
+    *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"),
+    *("TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL"),
 }
 
 
@@ -231,7 +233,7 @@ def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
     values = {
         "DATABASE_URL": "postgresql://db/x",
         "REDIS_URL": "redis://valkey",
-        "GEMINI_API_KEY": "k",
+        **dict.fromkeys(PROVIDER_KEYS, "k"),
         "ADMIN_TOKEN": "a-token-of-some-length",
         "WEBHOOK_SECRET": "whsec_" + "A" * 32,
         "TIDEGATE_API_KEY": "tg_a_b",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
 from tidegate.config import Config, load
+from tidegate.config.settings import PROVIDER_KEYS
 from tidegate.errors import ConfigError
+from tidegate.policy import deployed_upstreams
 
 WHOLE = {
     "DATABASE_URL": "postgresql://db/x",
@@ -37,7 +40,7 @@ def test_on_any_other_address_a_missing_url_or_key_stops_the_start(host: str, mi
     left = {"both URLs": urls, "GEMINI_API_KEY": ("GEMINI_API_KEY",), "all": tuple(WHOLE)}[missing]
     environ = {name: value for name, value in WHOLE.items() if name not in left}
     with pytest.raises(ConfigError) as refused:
-        given(HOST=host, **environ)
+        deployed_upstreams(given(HOST=host, **environ))
     line = str(refused.value)
     assert line.startswith(f"{left[0]}=(not set): ")
     assert "TIDEGATE_DEMO=1" in line
@@ -51,6 +54,23 @@ def test_with_everything_set_any_address_will_do(host: str) -> None:
     assert not config.is_loopback
     assert not config.embedded
     assert not config.emulated
+
+
+@pytest.mark.parametrize("name", PROVIDER_KEYS)
+def test_the_key_of_any_provider_will_do(name: str) -> None:
+    urls = {one: WHOLE[one] for one in ("DATABASE_URL", "REDIS_URL")}
+    config = given(HOST="0.0.0.0", **urls, **{name: "k"})
+    assert not config.emulated
+    (upstream,) = deployed_upstreams(config).upstreams
+    assert (upstream.name, upstream.key) == (name.partition("_")[0].lower(), "k")
+
+
+def test_an_upstream_of_the_file_will_do(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text('[upstreams.gpu]\nbase_url = "http://gpu:8000"\n')
+    urls = {one: WHOLE[one] for one in ("DATABASE_URL", "REDIS_URL")}
+    config = given(HOST="0.0.0.0", TIDEGATE_POLICY=str(file), **urls)
+    assert [one.name for one in deployed_upstreams(config).upstreams] == ["gpu"]
 
 
 @pytest.mark.parametrize("host", REACHABLE)

@@ -105,8 +105,16 @@ def _say_what_they_come_to(config: Config) -> None:
     servers = "bundled, in DATA_DIR" if config.embedded else "yours"
     typer.echo(f"  listens on          {config.host} port {config.port}")
     typer.echo(f"  PostgreSQL, Valkey  {servers}")
-    typer.echo(f"  provider            {'emulated' if config.emulated else 'real'}")
+    typer.echo(f"  account of Gemini   {_gemini(config)}")
     typer.echo(f"  API keys            {'asked for' if config.asks_for_keys else 'not asked for'}")
+
+
+def _gemini(config: Config) -> str:
+    from tidegate.policy import emulates
+
+    if config.gemini_api_key is not None:
+        return "yours"
+    return "emulated" if emulates(config) else "none: prompts (/submit, /stream) have no upstream"
 
 
 def _say_upstreams(config: Config, deployment: Deployment, policy: PoolPolicy) -> None:

@@ -8,10 +8,11 @@ allowed. Each secret may also be given as `NAME_FILE`, the path of a file that h
 from tidegate.config.client import Client
 from tidegate.config.environment import load, load_client, names_a_collector, secret
 from tidegate.config.operator_key import existing_operator_key, key_file, operator_key
-from tidegate.config.places import GOOGLE_URL
+from tidegate.config.places import EMULATORS_KEY, GOOGLE_URL
 from tidegate.config.settings import KINDS, SECRETS, ClassifierMode, Config
 
 __all__ = [
+    "EMULATORS_KEY",
     "GOOGLE_URL",
     "KINDS",
     "SECRETS",

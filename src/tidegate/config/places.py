@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from tidegate.config.addresses import is_address, is_host_name, split_url
 
 GOOGLE_URL = "https://generativelanguage.googleapis.com"
+# What stands as GEMINI_API_KEY where the emulator answers.
+EMULATORS_KEY = "the-emulator-takes-any-key"
 SHORTEST_TOKEN = 16
 Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
 Value = TypeVar("Value")
@@ -74,7 +76,8 @@ class Places(BaseModel):
     host: str = Field(
         default="127.0.0.1",
         description="The address to listen on. Any but a loopback address needs DATABASE_URL, "
-        "REDIS_URL and GEMINI_API_KEY (or TIDEGATE_DEMO=1).",
+        "REDIS_URL and an upstream: the key of a provider, or one in tidegate.toml (or "
+        "TIDEGATE_DEMO=1).",
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, description="The port to listen on; 0 takes any free one."
@@ -117,7 +120,19 @@ class Places(BaseModel):
 
     gemini_api_key: SecretStr | None = Field(
         default=None,
-        description="Your key for the Gemini API. Without one the built-in emulator answers.",
+        description="Your key for the Gemini API, which makes the upstream `gemini`. Without one "
+        "the built-in emulator answers in its place, on loopback addresses and under "
+        "TIDEGATE_DEMO=1; elsewhere there is no such upstream.",
+    )
+    openai_api_key: SecretStr | None = Field(
+        default=None,
+        description="Your key for OpenAI's API, which makes the upstream `openai` for OpenAI's own "
+        "models, unless tidegate.toml has one that uses it: see docs/gateway.md.",
+    )
+    anthropic_api_key: SecretStr | None = Field(
+        default=None,
+        description="Your key for Anthropic's API, which makes the upstream `anthropic` for "
+        "Claude, unless tidegate.toml has one that uses it.",
     )
     gemini_base_url: str = Field(
         default=GOOGLE_URL,
@@ -255,8 +270,14 @@ class Places(BaseModel):
 
     @property
     def emulated(self) -> bool:
-        """Whether the provider is the built-in emulator."""
-        return self.gemini_api_key is None
+        """Whether the built-in emulator may answer as Gemini: see `policy.emulates`."""
+        return self.gemini_api_key is None and (self.tidegate_demo or self.is_loopback)
+
+    @property
+    def is_made_up(self) -> bool:
+        """Whether the answers of the account `gemini` are the built-in emulator's."""
+        key = self.gemini_api_key
+        return self.emulated or (key is not None and key.get_secret_value() == EMULATORS_KEY)
 
 
 def _is_origin(text: str) -> bool:

@@ -21,8 +21,13 @@ from tidegate.errors import ConfigError
 DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
 KINDS = tuple(DEFAULT_LIMITS)
 MOST_AT_ONCE = 100_000
-NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL", "GEMINI_API_KEY")
-SECRETS = (*NEEDED_IN_THE_OPEN, "ADMIN_TOKEN", "WEBHOOK_SECRET", "TIDEGATE_API_KEY")
+NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL")
+PROVIDER_KEYS = ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
+SECRETS = (
+    *NEEDED_IN_THE_OPEN,
+    *PROVIDER_KEYS,
+    *("ADMIN_TOKEN", "WEBHOOK_SECRET", "TIDEGATE_API_KEY"),
+)
 
 ALLOWED = (
     places.ALLOWED
@@ -37,7 +42,7 @@ ALLOWED = (
 # The headings of the documentation, each above the field that it stands before.
 SECTIONS = {
     "database_url": "Where things are",
-    "gemini_api_key": "The provider",
+    "gemini_api_key": "The providers",
     "rate_limits": "Limits",
     "classifier": "Text or image",
     "max_prompt_chars": "Bounds on what a client may send",

@@ -162,7 +162,7 @@ async def _provider(upstream: Upstream, config: Config) -> Finding:
             mend = "is the address right, and may this machine go out? --offline leaves this out"
             return fail(check, f"{place}: {probed.problem}", mend)
         case 200:
-            return ok(check, f"{place} takes the key")
+            return ok(check, f"{place} {'takes the key' if upstream.key else 'answers'}")
         case 400 | 401 | 403:
             mend = "set another key, or give this one the right to the API"
             return fail(check, f"{place} refuses the key ({probed.status})", mend)

@@ -10,6 +10,7 @@ from tidegate.config import Config, existing_operator_key, key_file
 from tidegate.doctor.finding import Finding, fail, ok, skipped, warn
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, Snapshot
+from tidegate.policy import emulates
 from tidegate.policy.plain import digest, to_plain
 from tidegate.policy.revisions import Origin, differences
 from tidegate.policy.tenancy import with_tenants
@@ -30,16 +31,16 @@ def judge_settings(config: Config) -> Iterator[Finding]:
 
 
 def _demo(config: Config) -> Finding:
-    parts = ["the bundled servers"] * config.embedded + ["made-up answers"] * config.emulated
+    parts = ["the bundled servers"] * config.embedded + ["made-up answers"] * emulates(config)
     if not parts:
-        return ok("settings.demo", "your servers and your provider")
+        return ok("settings.demo", "your servers and your providers")
     said = " and ".join(parts)
     if config.is_loopback:
         return ok("settings.demo", f"{said}, for this machine alone")
     return warn(
         "settings.demo",
         f"{said}, for whoever reaches {config.host}",
-        "set DATABASE_URL, REDIS_URL and GEMINI_API_KEY, and take TIDEGATE_DEMO away",
+        "set DATABASE_URL, REDIS_URL and the key of a provider, and take TIDEGATE_DEMO away",
     )
 
 

@@ -12,9 +12,11 @@ from starlette.requests import Request
 
 from tidegate.call import Caller, Classification, Kind, Scope
 from tidegate.config import Config
+from tidegate.errors import InvalidRequest
 from tidegate.http.access import CALLER_IN_SCOPE
 from tidegate.http.services import services_of
 from tidegate.relay.permission import check_model
+from tidegate.relay.targets import Targets
 
 
 async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
@@ -48,9 +50,28 @@ def check_models(
     """The model that was named, else all those that the request may turn out to need."""
     if caller.models is None:
         return
+    for one in _models(model, classification, config):
+        check_model(caller, one)
+
+
+def check_prompt(
+    targets: Targets, model: str | None, classification: Classification, config: Config
+) -> None:
+    """Raise InvalidRequest where no answer can come of a prompt, whatever kind it turns out to be
+    of."""
+    wrong: list[InvalidRequest] = []
+    models = _models(model, classification, config)
+    for one in models:
+        try:
+            targets.check_prompt(one)
+        except InvalidRequest as refused:
+            wrong.append(refused)
+    if len(wrong) == len(models):
+        raise wrong[0]
+
+
+def _models(model: str | None, classification: Classification, config: Config) -> list[str]:
     if model is not None:
-        check_model(caller, model)
-        return
+        return [model]
     kinds = (classification.kind,) if classification.kind is not None else tuple(Kind)
-    for kind in kinds:
-        check_model(caller, config.model_for(kind))
+    return [config.model_for(kind) for kind in kinds]

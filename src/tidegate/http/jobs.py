@@ -20,12 +20,13 @@ from tidegate.call import Caller, Classification, ClassifiedBy, Scope, new_id
 from tidegate.errors import (
     Forbidden,
     IdempotencyConflict,
+    InvalidRequest,
     NotFound,
     QuotaExceeded,
     StoreUnavailable,
 )
 from tidegate.http.access import TRACE_IN_SCOPE
-from tidegate.http.caller import Reader, caller_of, check_models, payer_of
+from tidegate.http.caller import Reader, caller_of, check_models, check_prompt, payer_of
 from tidegate.http.charged import charged_view
 from tidegate.http.following import until_changed
 from tidegate.http.forms import Submission, Wrapping, discard, read_submission
@@ -196,11 +197,14 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
             check_body(caller, endpoint_named(job.endpoint), orjson.loads(job.prompt))
         earlier = await services.store.earlier(job)
         if earlier is None:
+            if job.endpoint is None:
+                targets = services.relay.targets
+                check_prompt(targets, job.model, job.classification, services.config)
             await services.budgets.let_in(caller)
             async with services.store.queued.room(caller, jobs=1, size_bytes=_size_of(job)):
                 job = await body_apart(job, services.blobs)
                 earlier = await services.store.submit(job)
-    except (Forbidden, IdempotencyConflict, QuotaExceeded):
+    except (Forbidden, IdempotencyConflict, InvalidRequest, QuotaExceeded):
         await _forget(job, services)
         raise
     if earlier is None:

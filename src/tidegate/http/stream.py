@@ -34,13 +34,14 @@ from tidegate.call import (
 from tidegate.errors import (
     DeadlineExceeded,
     Forbidden,
+    InvalidRequest,
     NotFound,
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
 )
 from tidegate.http.access import TRACE_IN_SCOPE
-from tidegate.http.caller import check_models, payer_of
+from tidegate.http.caller import check_models, check_prompt, payer_of
 from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.forms import Submission, discard, read_submission
 from tidegate.http.incoming import Hold
@@ -170,11 +171,14 @@ class StreamedAnswer(Response):
         self._model = submission.model
 
     async def check_models(self) -> None:
-        """Raises Forbidden for a model that the caller may not ask."""
+        """Raises Forbidden for a model that the caller may not ask, InvalidRequest for one that
+        is none of Gemini's account."""
         try:
             config = self._services.config
             check_models(self._caller, self._model, self._classification, config)
-        except Forbidden:
+            targets = self._services.relay.targets
+            check_prompt(targets, self._model, self._classification, config)
+        except (Forbidden, InvalidRequest):
             await discard(self._submission, self._services.blobs)
             raise
 

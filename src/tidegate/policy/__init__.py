@@ -4,7 +4,7 @@
 decides which one is in force, `keeper` sees to it.
 """
 
-from tidegate.policy.file import deployed, deployed_upstreams
+from tidegate.policy.file import deployed, deployed_upstreams, emulates
 from tidegate.policy.keeper import PolicyKeeper, policy_to_start_with
 
-__all__ = ["PolicyKeeper", "deployed", "deployed_upstreams", "policy_to_start_with"]
+__all__ = ["PolicyKeeper", "deployed", "deployed_upstreams", "emulates", "policy_to_start_with"]

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from tidegate.call import CLASSIFIER_LIMIT, Kind
+from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.config import Config, secret
 from tidegate.errors import ConfigError
 from tidegate.limiter.limits import PoolPolicy
@@ -19,6 +19,10 @@ from tidegate.policy.upstreams import Deployment, deployment_of
 USUAL_FILE = Path("tidegate.toml")
 _NOT_OF_THE_POOL = ("upstreams", "routes")
 _LONGEST_BYTES = 1_000_000
+_ANY_ONE = (
+    "must be set when HOST is not loopback (HOST={host}), or OPENAI_API_KEY, or ANTHROPIC_API_KEY, "
+    "or an upstream in tidegate.toml; TIDEGATE_DEMO=1 allows the emulated provider"
+)
 
 
 def deployed(config: Config) -> PoolPolicy:
@@ -43,11 +47,23 @@ def deployed_upstreams(config: Config) -> Deployment:
     """The upstreams of this deployment, with their policies. Raises ConfigError."""
     path = policy_file(config)
     if path is None:
-        return deployment_of({}, config, secret)
-    try:
-        return deployment_of(_read(path), config, secret)
-    except ConfigError as wrong:
-        raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+        found = deployment_of({}, config, secret)
+    else:
+        try:
+            found = deployment_of(_read(path), config, secret)
+        except ConfigError as wrong:
+            raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+    if not found.upstreams:
+        raise ConfigError("GEMINI_API_KEY", "(not set)", _ANY_ONE.format(host=config.host))
+    return found
+
+
+def emulates(config: Config) -> bool:
+    """Whether the built-in emulator is to answer as Gemini: without its key, on loopback or in a
+    demonstration; beside other upstreams only where the bundled servers are in use too. Raises
+    ConfigError."""
+    names = {one.name for one in deployed_upstreams(config).upstreams} if config.emulated else ()
+    return DEFAULT_POOL in names
 
 
 def policy_file(config: Config) -> Path | None:

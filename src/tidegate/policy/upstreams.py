@@ -1,8 +1,10 @@
 """The upstreams of a deployment: accounts at providers, what they serve, who stands in for whom.
 
-Read from `[upstreams.NAME]` and `[[routes]]` of the policy's file. The account of GEMINI_API_KEY is
-always there, as `gemini`. Each upstream is a pool of its own for the limiter. Invariant: a key is
-never in the file, only the name of the variable that holds it. Pure, but for reading that variable.
+Read from `[upstreams.NAME]` and `[[routes]]` of the policy's file. A key in GEMINI_API_KEY,
+OPENAI_API_KEY or ANTHROPIC_API_KEY makes an upstream by itself. Each upstream is a pool of its own
+for the limiter; the pool `gemini` is there without the upstream of that name too, for jobs.
+Invariant: a key is never in the file, only the name of the variable that holds it. Pure, but for
+reading that variable.
 """
 
 from __future__ import annotations
@@ -29,17 +31,32 @@ PROVIDERS: dict[str, dict[str, str]] = {
     "openai": {"openai": "https://api.openai.com/v1"},
     "anthropic": {"anthropic": "https://api.anthropic.com"},
 }
+# Whose models are known by their names, and which variable has the key.
+_OWN_MODELS = {
+    "openai": (
+        *("gpt-*", "chatgpt-*", "o1*", "o3*", "o4*", "codex-*", "ft:*", "text-embedding-3-*"),
+        *("text-embedding-ada-*", "dall-e-*", "omni-moderation-*", "whisper-*", "tts-*", "sora-*"),
+    ),
+    "anthropic": ("claude-*",),
+}
+_KEY_OF = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
+_EMULATED_MODELS = (
+    *("gemini-*", "gemma-*", "imagen-*", "veo-*", "embedding-001", "text-embedding-0*"),
+)
+_OUR_KEY = "tg_"  # an SDK's variable may hold a key of this gateway
 USUAL_AT_ONCE = 64
 _POLICY_KEYS = ("limits", "weights", "bands", "pool")
 TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 _OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", *TIMEOUTS)
-_KEYS = ("provider", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
+_KEYS = ("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
 _LONGEST_MS = 86_400_000
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _PRICES = (
     *("input", "output", "cached", "image", "cache_write", "cache_write_1h"),
     *("input_audio", "input_image", "output_audio", "output_image"),
 )
+
+_IS_FROM_IT = "has its key from it"
 
 ReadSecret = Callable[[str], str]
 
@@ -66,10 +83,11 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """One account. base_urls: dialect -> URL without a slash at its end. models: patterns of what
-    it serves. aliases: a client's name for a model -> the provider's. weight: its share where
-    several serve a model. prices: pattern -> price. asks_usage: whether a stream may be asked for
-    its usage by `stream_options`. timeouts: those of `TIMEOUTS` that differ from the settings."""
+    """One account. base_urls: dialect -> URL without a slash at its end. key: empty where none is
+    needed. models: patterns of what it serves. aliases: a client's name for a model -> the
+    provider's. weight: its share where several serve a model. prices: pattern -> price. asks_usage:
+    whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
+    that differ from the settings."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -118,26 +136,57 @@ class Deployment:
 
 def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret) -> Deployment:
     """`secret` gives the value of a variable, empty where it is not set. Raises ConfigError."""
-    tables = _table("upstreams", stated.get("upstreams", {}))
-    own = _table(f"upstreams.{DEFAULT_POOL}", tables.get(DEFAULT_POOL, {}))
-    found = [_of_environment(own, config)]
+    tables = {
+        name: _table(f"upstreams.{name}", value)
+        for name, value in _table("upstreams", stated.get("upstreams", {})).items()
+    }
+    own = tables.pop(DEFAULT_POOL, None)
+    keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
+    tables |= {name: {} for name in _of_keys(tables, keys)}
+    found = []
+    if config.gemini_api_key is not None or (
+        config.emulated and (not tables or config.embedded or config.tidegate_demo)
+    ):
+        found.append(_of_environment(own or {}, config, is_alone=not tables))
+    elif own is not None:
+        allowed = f"must be set: {_path(DEFAULT_POOL)} {_IS_FROM_IT}"
+        raise ConfigError("GEMINI_API_KEY", "(not set)", allowed)
     policies = {}
-    for name, value in tables.items():
-        if name == DEFAULT_POOL:
-            continue
-        path = f"upstreams.{name}"
+    for name, table in tables.items():
+        path = _path(name)
         if _NAME.fullmatch(name) is None:
             raise ConfigError(path, name, "must be lower-case letters, digits, - and _")
-        table = _table(path, value)
-        found.append(_upstream(name, path, table, secret))
+        found.append(_upstream(name, table, lambda one: keys.get(one) or secret(one)))
         policies[name] = _policy(path, table, stated)
     routes = _routes(stated.get("routes", []), {one.name for one in found})
     return Deployment(tuple(found), routes, policies)
 
 
-def _of_environment(table: Mapping[str, Any], config: Config) -> Upstream:
-    """The account of GEMINI_API_KEY; its limits are those at the top of the file."""
-    path = f"upstreams.{DEFAULT_POOL}"
+def _path(name: str) -> str:
+    return f"upstreams.{name}"
+
+
+def _key_in(config: Config, variable: str) -> str:
+    key = getattr(config, variable.lower())
+    return "" if key is None else str(key.get_secret_value())
+
+
+def _of_keys(tables: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -> list[str]:
+    """The upstreams that keys in the environment make, where the file has none that uses them."""
+    found = []
+    for name, variable in _KEY_OF.items():
+        is_used = name in tables or any(
+            one.get("provider") == name or one.get("key") == variable for one in tables.values()
+        )
+        if keys[variable] and not keys[variable].startswith(_OUR_KEY) and not is_used:
+            found.append(name)
+    return found
+
+
+def _of_environment(table: Mapping[str, Any], config: Config, *, is_alone: bool) -> Upstream:
+    """The account of GEMINI_API_KEY; its limits are those at the top of the file. Beside others the
+    emulator serves only what is named as models of Gemini are."""
+    path = _path(DEFAULT_POOL)
     for key in table:
         if key not in _OWN_KEYS:
             allowed = (
@@ -149,30 +198,73 @@ def _of_environment(table: Mapping[str, Any], config: Config) -> Upstream:
     urls = {"gemini": base, "openai": f"{base}/v1beta/openai"}
     if config.emulated or not config.gemini_base_url.startswith(PROVIDERS["gemini"]["gemini"]):
         urls["anthropic"] = base  # the emulator speaks it too
-    return Upstream(DEFAULT_POOL, urls, key, **_options(path, table))
+    options = _options(path, table)
+    if config.is_made_up and not is_alone:
+        models = (config.text_model, config.multi_modal_model, config.image_model)
+        options.setdefault("models", (*_EMULATED_MODELS, *models, config.classifier_model))
+    return Upstream(DEFAULT_POOL, urls, key, **options)
 
 
-def _upstream(name: str, path: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstream:
+def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstream:
+    path = _path(name)
     for key in table:
         if key not in _KEYS:
             raise ConfigError(f"{path}.{key}", "(set)", f"is not known; known: {', '.join(_KEYS)}")
+    options = _options(path, table)
     provider = table.get("provider")
+    if name in _OWN_MODELS and not {"provider", "base_url", "dialects"} & table.keys():
+        provider = name
+        options.setdefault("models", _OWN_MODELS[name])
     if provider is not None and (not isinstance(provider, str) or provider not in PROVIDERS):
         raise ConfigError(
             f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PROVIDERS)}"
         )
-    urls = dict(PROVIDERS[provider]) if provider else {}
+    urls = _urls(path, provider, table)
+    return Upstream(name, urls, _key(path, provider, table, secret), **options)
+
+
+def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str, str]:
+    """Where it is, by dialect: a `base_url` of its own takes the place of the provider's, so that
+    the key goes nowhere else."""
+    urls = {}
+    if "base_url" in table:
+        dialect = table.get("dialect", provider or DIALECTS[0])
+        if dialect not in DIALECTS:
+            raise ConfigError(
+                f"{path}.dialect", str(dialect)[:100], f"must be one of {', '.join(DIALECTS)}"
+            )
+        urls[dialect] = _rooted(dialect, _base_url(f"{path}.base_url", dialect, table["base_url"]))
+    elif "dialect" in table:
+        raise ConfigError(f"{path}.dialect", "(set)", "is for base_url, which is not set")
+    elif provider is not None:
+        urls |= PROVIDERS[provider]
     for dialect, url in _table(f"{path}.dialects", table.get("dialects", {})).items():
         urls[dialect] = _base_url(f"{path}.dialects.{dialect}", dialect, url)
     if not urls:
-        raise ConfigError(f"{path}.dialects", "(not set)", "must be set, or provider")
-    variable = table.get("key")
+        raise ConfigError(f"{path}.base_url", "(not set)", "must be set, or provider or dialects")
+    return urls
+
+
+def _key(path: str, provider: str | None, table: Mapping[str, Any], secret: ReadSecret) -> str:
+    """Its value: of the variable that is named, else of the provider's usual one; empty for a
+    server that needs none."""
+    variable = table.get("key", _KEY_OF.get(provider or ""))
+    if variable is None and provider is None:
+        return ""
     if not isinstance(variable, str) or re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) is None:
         raise ConfigError(f"{path}.key", "(hidden)", "must be the name of the variable that has it")
     value = secret(variable)
     if not value:
-        raise ConfigError(variable, "(not set)", f"must be set: {path} has its key from it")
-    return Upstream(name, urls, value, **_options(path, table))
+        raise ConfigError(variable, "(not set)", f"must be set: {path} {_IS_FROM_IT}")
+    return value
+
+
+def _rooted(dialect: str, url: str) -> str:
+    """The URL from where the relay's paths go on: of OpenAI's dialect with a version, of others
+    without."""
+    if dialect != "openai":
+        return re.sub(r"/v1(?:beta)?$", "", url)
+    return url if split_url(url).path else f"{url}/v1"
 
 
 def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ async def ask_for_models(dialect: str, base_url: str, key: str, timeout_ms: int)
         "openai": {"Authorization": f"Bearer {key}"},
         "anthropic": {"x-api-key": key, "anthropic-version": "2023-06-01"},
     }[dialect]
+    if not key:  # a server that needs none
+        headers = {name: value for name, value in headers.items() if name == "anthropic-version"}
     try:
         async with (
             aiohttp.ClientSession(

@@ -88,7 +88,9 @@ def to_send(given: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 
 def with_key(headers: Headers, dialect: Dialect, key: str) -> Headers:
-    """The same with the upstream's key, as the dialect shows it."""
+    """The same with the upstream's key, as the dialect shows it; without one where it is empty."""
+    if not key:
+        return headers
     if dialect is Dialect.OPENAI:
         return [*headers, (b"authorization", b"Bearer " + key.encode())]
     name = b"x-goog-api-key" if dialect is Dialect.GEMINI else b"x-api-key"

@@ -6,17 +6,24 @@ equals is drawn by lot, by weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from random import Random
 
-from tidegate.errors import NotFound
+from tidegate.call import DEFAULT_POOL
+from tidegate.errors import InvalidRequest, NotFound
 from tidegate.policy.upstreams import Deployment, Upstream
 from tidegate.relay.paths import Dialect
 
 _MODELS_KEPT = 1_000
 _PATTERN = frozenset("*?[")  # as fnmatch reads them
+_MOST_NAMED = 8  # upstreams, and patterns of each, in a refusal
+_CALLS = {
+    Dialect.OPENAI: "POST /v1/chat/completions",
+    Dialect.ANTHROPIC: "POST /v1/messages",
+    Dialect.GEMINI: "POST /v1beta/models/MODEL:generateContent",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +43,20 @@ class Targets:
         self._random = random or Random()
         # The targets of a model, and whether their order is drawn.
         self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
+        self._for_prompts: set[str] = set()
 
     def of(self, dialect: Dialect, model: str) -> list[Target]:
         """The chain for a model. Raises NotFound where nobody serves it in that dialect."""
         known = self._known.get((dialect, model))
         if known is None:
             plain = model.removeprefix("models/")
-            routed = self._routed(dialect, plain)
-            known = (self._best(dialect, plain), True) if routed is None else (routed, False)
+            routed = self._routed(plain)
+            if routed is not None:
+                known = ([one for one in routed if dialect in one.upstream.base_urls], False)
+            elif plain:
+                known = (self._best(plain, self.speaking(dialect)), True)
+            else:
+                known = (self._without_model(dialect), True)
             if not known[0]:
                 what = f"serves the model {model!r}" if model else "takes a call without a model"
                 raise NotFound(f"no upstream {what} in the {dialect} dialect", field="model")
@@ -62,25 +75,60 @@ class Targets:
         found: dict[str, Target] = {}
         for route in self._routes:
             if not _PATTERN.intersection(route.model):
-                targets = self._routed(dialect, route.model)
-                if targets:
-                    found[route.model] = targets[0]
+                targets = self._routed(route.model) or []
+                speaking = (one for one in targets if dialect in one.upstream.base_urls)
+                if (first := next(speaking, None)) is not None:
+                    found[route.model] = first
         return found
 
-    def _routed(self, dialect: Dialect, model: str) -> list[Target] | None:
+    def check_prompt(self, model: str) -> None:
+        """Raise InvalidRequest where a prompt (of `/submit` or `/stream`) for `model` would be for
+        another upstream than the account of Gemini, which alone answers prompts."""
+        if model in self._for_prompts:
+            return
+        plain = model.removeprefix("models/")
+        own = self.upstreams.get(DEFAULT_POOL)
+        routed = self._routed(plain)
+        found = self._best(plain, self.upstreams.values()) if routed is None else routed
+        if any(one.upstream is own and one.model == plain for one in found):
+            if len(self._for_prompts) < _MODELS_KEPT:
+                self._for_prompts.add(model)
+            return
+        if own is None:
+            said = "a prompt needs the account of GEMINI_API_KEY, and that is not set"
+        elif not found:
+            said = f"no upstream serves the model {model!r}"
+        elif found[0].upstream is own:
+            said = f"{model!r} is a name for native calls; a prompt names {found[0].model!r}"
+            raise InvalidRequest("model", said, allowed=found[0].model)
+        else:
+            said = f"the model {model!r} is served by the upstream {found[0].upstream.name!r}"
+            said += ", which a prompt can't reach"
+        instead = found or [Target(one, "") for one in self.upstreams.values()]
+        calls = dict.fromkeys(_CALLS[_first_dialect(one.upstream)] for one in instead)
+        said += f": call {' or '.join(calls)}, or submit that call as `endpoint` and `body`"
+        raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
+
+    def _routed(self, model: str) -> list[Target] | None:
         for route in self._routes:
             if fnmatchcase(model, route.model):
                 named = ((self.upstreams[name], of_it) for name, of_it in route.targets)
                 return [
                     Target(upstream, of_it or upstream.aliases.get(model, model))
                     for upstream, of_it in named
-                    if dialect in upstream.base_urls
                 ]
         return None
 
-    def _best(self, dialect: Dialect, model: str) -> list[Target]:
+    def _without_model(self, dialect: Dialect) -> list[Target]:
+        """For a call that leaves its model to the provider: those whose own dialect it is, and that
+        take any model, come first."""
+        speaking = self.speaking(dialect)
+        own = [one for one in speaking if _first_dialect(one) is dialect] or speaking
+        return [Target(one, "") for one in [one for one in own if one.fit("")] or own]
+
+    def _best(self, model: str, upstreams: Iterable[Upstream]) -> list[Target]:
         """Those that name the model; those that take any only where nobody does."""
-        fits = [(one.fit(model), one) for one in self.speaking(dialect)]
+        fits = [(one.fit(model), one) for one in upstreams]
         named = [one for fit, one in fits if fit > 1]
         return [
             Target(one, one.aliases.get(model, model))
@@ -97,3 +145,15 @@ class Targets:
             for place, target in enumerate(targets)
         ]
         return [targets[place] for _, place in sorted(keys, reverse=True)]
+
+
+def _first_dialect(upstream: Upstream) -> Dialect:
+    return Dialect(next(iter(upstream.base_urls)))
+
+
+def _served(upstreams: Iterable[Upstream]) -> str:
+    """Which models there are, for people."""
+    return "; ".join(
+        f"{one.name}: {', '.join(one.models[:_MOST_NAMED])}"
+        for one in list(upstreams)[:_MOST_NAMED]
+    )

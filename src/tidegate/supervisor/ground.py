@@ -19,14 +19,14 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from tidegate.config import SECRETS, Config
+from tidegate.config import EMULATORS_KEY, SECRETS, Config
 from tidegate.embedded import Lease, ServiceName, ensure
 from tidegate.errors import StoreUnavailable
+from tidegate.policy import emulates
 from tidegate.telemetry import redact
 
 LIFELINE = "TIDEGATE_LIFELINE_FD"
 EMULATED = "EMULATED_PROVIDER"
-EMULATORS_KEY = "the-emulator-takes-any-key"
 _MIGRATE_WITHIN_S = 60.0
 _RETRY_S = 1.0
 
@@ -57,26 +57,26 @@ def prepared(
     Blocks until it is ready, inside of what `busy` makes of a few words on what it does. Raises
     `embedded.ServerFailed`.
     """
-    services = _missing(config) & set(only)
+    services = _missing(config, only)
     lease = None
     if services:
         with busy("starting the bundled servers"):
             lease = ensure(config.data_dir, services)
     try:
-        yield Ground(_filled(config, lease), lease, config.embedded, config.emulated)
+        yield Ground(_filled(config, lease), lease, config.embedded, "emulator" in services)
     finally:
         if lease is not None:
             with busy("stopping the bundled servers"):
                 lease.close()
 
 
-def _missing(config: Config) -> set[ServiceName]:
+def _missing(config: Config, only: Collection[ServiceName]) -> set[ServiceName]:
     services: set[ServiceName] = set()
     if config.embedded:
         services |= {"postgres", "valkey"}
-    if config.emulated:
+    if "emulator" in only and emulates(config):
         services.add("emulator")
-    return services
+    return services & set(only)
 
 
 def _filled(config: Config, lease: Lease | None) -> Config:

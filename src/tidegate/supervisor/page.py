@@ -12,16 +12,18 @@ from rich.console import Console
 from rich.text import Text
 
 from tidegate import __version__
-from tidegate.call import Kind
+from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.config import Config, key_file, operator_key
 from tidegate.http.signin import CODE_S, make_code
 from tidegate.limiter import PoolPolicy
+from tidegate.policy import deployed_upstreams
 from tidegate.supervisor.ground import Ground
 
 _LABEL = "bold cyan"
 _QUIET = "bright_black"
 _INDENT = "  "
 _LABEL_WIDTH = 12
+_MODELS_SHOWN = 3
 
 
 class Page:
@@ -81,7 +83,7 @@ class Page:
                 (f"{_INDENT}Demo mode. ", "bold yellow"),
                 ("No GEMINI_API_KEY: answers come from the built-in emulator.", "yellow"),
             )
-        self._try(url.removeprefix("http://"))
+        self._try(url.removeprefix("http://"), ground)
         self._line((f"{_INDENT}Ctrl-C stops everything.", _QUIET))
         self._line()
 
@@ -112,18 +114,32 @@ class Page:
         else:
             self._row("PostgreSQL", "yours", "DATABASE_URL")
             self._row("Valkey", "yours", "REDIS_URL")
-        if ground.emulated:
-            self._row("Provider", "emulated", "nothing leaves this machine")
-        else:
-            self._row("Provider", "Gemini", ground.config.gemini_base_url)
+        self._upstreams(ground)
         if ground.lease is not None:
             self._row("Logs", "here", f"and of the bundled servers in {folder}/*/*.log")
 
-    def _try(self, place: str) -> None:
+    def _upstreams(self, ground: Ground) -> None:
+        upstreams = deployed_upstreams(ground.config).upstreams
+        label = "Provider" if len(upstreams) == 1 else "Providers"
+        for one in upstreams:
+            if ground.emulated and one.name == DEFAULT_POOL:
+                alone = "nothing leaves this machine" if len(upstreams) == 1 else "as gemini"
+                self._row(label, "emulated", alone)
+            else:
+                shown = [*one.models[:_MODELS_SHOWN], *["..."] * (len(one.models) > _MODELS_SHOWN)]
+                models = "" if "*" in one.models else f" for {', '.join(shown)}"
+                self._row(label, one.name, next(iter(one.base_urls.values())) + models)
+            label = ""
+
+    def _try(self, place: str, ground: Ground) -> None:
         self._line()
         self._line((f"{_INDENT}Try", _LABEL))
         json = '-H "Content-Type: application/json"'
         key = ' -H "x-api-key: <key>"' if self._config.asks_for_keys else ""
+        if ground.config.gemini_api_key is None:  # no upstream for prompts
+            self._line(f"{_INDENT}{_INDENT}curl{key} {place}/v1/models")
+            self._line()
+            return
         for command in (
             f"""curl {place}/submit{key} {json} -d '{{"data": "Why is the sea salty?"}}'""",
             f'curl{key} "{place}/status/<request_id>?wait=20"',

@@ -18,7 +18,7 @@ from tidegate.config import Config, load, operator_key
 from tidegate.errors import ConfigError
 from tidegate.metrics.instruments import forget
 from tidegate.metrics.names import SHARED
-from tidegate.policy import deployed, deployed_upstreams
+from tidegate.policy import deployed, deployed_upstreams, emulates
 from tidegate.supervisor.bounds import bounds_in_force
 from tidegate.supervisor.family import RENEW_SIGNAL, Child, Family
 from tidegate.supervisor.ground import Ground, environment_of, migrate, prepared
@@ -88,7 +88,7 @@ def _reread(ground: Ground) -> dict[str, str]:
     changed = [name for name, value in of_ours.items() if getattr(wanted, name) != value]
     if wanted.embedded != ground.embedded:
         changed.append("database_url")
-    if wanted.emulated != ground.emulated:
+    if emulates(wanted) != ground.emulated:
         changed.append("gemini_api_key")
     if changed:
         why = "was changed, for which `tidegate up` must be stopped and started again"

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tidegate.config import SECRETS, Config, load
-from tidegate.policy import deployed, deployed_upstreams
+from tidegate.config.settings import PROVIDER_KEYS
+from tidegate.policy import deployed, deployed_upstreams, emulates
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -39,20 +40,20 @@ def as_config(settings: Mapping[str, str], folder: Path, policy: Path) -> Config
     values = {
         "DATABASE_URL": "postgresql://u:p@db/x",
         "REDIS_URL": "redis://:p@valkey",
-        "GEMINI_API_KEY": "k",
         "ADMIN_TOKEN": "t" * 32,
     }
     assert set(values) <= set(SECRETS)
-    found = dict(settings)
+    assert not {f"{name}_FILE" for name in PROVIDER_KEYS} & settings.keys(), "none must be there"
+    found = dict(settings) | {"OPENAI_API_KEY": "k"}
     for name, value in values.items():
         assert settings[f"{name}_FILE"].startswith("/"), f"{name} is a file"
         (folder / name).write_text(value)
         found[f"{name}_FILE"] = str(folder / name)
     config = load(found | {"TIDEGATE_POLICY": str(policy)}, dotenv=None)
     deployed(config)
-    deployed_upstreams(config)
+    assert [one.name for one in deployed_upstreams(config).upstreams] == ["openai"]
     assert not config.embedded
-    assert not config.emulated
+    assert not emulates(config)
     return config
 
 

@@ -20,11 +20,12 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("compose")
     shutil.copytree(DEPLOY, root / "deploy")
     shutil.copy(ROOT / "tidegate.example.toml", root)
-    output(root / "deploy/compose/secrets.sh", env={**os.environ, "GEMINI_API_KEY": "AIza-mine"})
-    before = {path: path.read_text() for path in (root / "deploy/compose/secrets").iterdir()}
+    output(root / "deploy/compose/secrets.sh", env={**os.environ, "OPENAI_API_KEY": "sk-mine"})
+    secrets = [one for one in (root / "deploy/compose/secrets").rglob("*") if one.is_file()]
+    before = {path: path.read_text() for path in secrets}
     output(root / "deploy/compose/secrets.sh", env=dict(os.environ))
     assert {path: path.read_text() for path in before} == before, "what is there stays"
-    assert len(before) == 6
+    assert len(before) == 7
     assert (root / "deploy/compose/secrets").stat().st_mode & 0o777 == 0o700
     command = ("docker-compose", "-f", root / "deploy/compose.yaml", "--profile", "*", "config")
     found: dict[str, Any] = json.loads(output(*command, "--format", "json"))
@@ -39,6 +40,11 @@ def _ours(composed: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: one for name, one in composed["services"].items() if one["image"] == "tidegate:latest"
     }
+
+
+def _settings(service: dict[str, Any]) -> dict[str, str]:
+    """Those that are the same whoever the provider is."""
+    return {k: v for k, v in service["environment"].items() if k != "OPENAI_API_KEY_FILE"}
 
 
 def test_every_service_is_closed_and_bounded(composed: dict[str, Any]) -> None:
@@ -69,9 +75,13 @@ def test_the_settings_are_ours_and_secrets_are_files(
     composed: dict[str, Any], tmp_path: Path
 ) -> None:
     for name, one in _ours(composed).items():
-        settings = one["environment"]
+        settings, key = _settings(one), one["environment"]["OPENAI_API_KEY_FILE"]
         config = as_config(settings, tmp_path, ROOT / "tidegate.example.toml")
         assert not config.migrate_at_start
+        (folder,) = [volume for volume in one["volumes"] if volume["type"] == "bind"]
+        assert folder["read_only"], name
+        assert (Path(folder["source"]) / Path(key).name).read_text() == "sk-mine"
+        assert str(Path(key).parent) == folder["target"]
         mounted = {f"/run/secrets/{secret['source']}" for secret in one["secrets"]}
         files = {value for key, value in settings.items() if key.endswith("_FILE")}
         assert files == mounted, name
@@ -81,7 +91,7 @@ def test_a_container_is_drained_before_it_is_killed(
     composed: dict[str, Any], tmp_path: Path
 ) -> None:
     for one in _ours(composed).values():
-        config = as_config(one["environment"], tmp_path, ROOT / "tidegate.example.toml")
+        config = as_config(_settings(one), tmp_path, ROOT / "tidegate.example.toml")
         drain_s = (config.leave_ms + config.shutdown_grace_ms) / 1000
         minutes = re.fullmatch(r"(?:(\d+)m)?(\d+)s", one["stop_grace_period"])
         assert minutes is not None
@@ -100,7 +110,7 @@ def test_the_balancer_notices_a_leaving_process_before_it_ends(
     output("haproxy", "-c", "-f", file, env={**env, "PATH": f"{env['PATH']}:/usr/sbin"})
     found = re.search(r"inter (\S+) fastinter \S+ fall (\d+)", file.read_text())
     assert found is not None
-    settings = _ours(composed)["api-1"]["environment"]
+    settings = _settings(_ours(composed)["api-1"])
     config = as_config(settings, tmp_path, ROOT / "tidegate.example.toml")
     assert seconds(found[1]) * int(found[2]) * 2 <= config.leave_ms / 1000
 

@@ -6,8 +6,9 @@ import tomllib
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
-from tidegate.config import Config
+from tidegate.config import EMULATORS_KEY, Config
 from tidegate.errors import ConfigError
 from tidegate.policy.upstreams import Deployment, Price, deployment_of
 
@@ -40,9 +41,19 @@ acme = 4
 """
 
 
-def deployment(text: str, **secrets: str) -> Deployment:
+def deployment(text: str, config: Config = CONFIG, **secrets: str) -> Deployment:
     known = {"OPENAI_API_KEY": "sk-1", "LOCAL_KEY": "k"} | secrets
-    return deployment_of(tomllib.loads(text), CONFIG, lambda name: known.get(name, ""))
+    return deployment_of(tomllib.loads(text), config, lambda name: known.get(name, ""))
+
+
+def with_keys(**keys: str) -> Config:
+    """Settings of a gateway that others reach, where no emulator takes the place of Gemini."""
+    stores = {"database_url": "postgresql://db/x", "redis_url": "redis://valkey"}
+    return Config.model_validate({"host": "0.0.0.0", **stores, **keys})
+
+
+def names(found: Deployment) -> list[str]:
+    return [one.name for one in found.upstreams]
 
 
 def test_without_a_file_there_is_the_account_of_the_environment() -> None:
@@ -75,8 +86,13 @@ def test_no_key_is_shown() -> None:
     ("text", "names"),
     [
         ("[upstreams.X]\n", "upstreams.X"),
-        ("[upstreams.a]\nkey = 'LOCAL_KEY'", "upstreams.a.dialects"),
-        ("[upstreams.a]\nprovider = 'openai'", "upstreams.a.key"),
+        ("[upstreams.a]\nkey = 'LOCAL_KEY'", "upstreams.a.base_url"),
+        ("[upstreams.a]\nprovider = 'gemini'", "upstreams.a.key"),
+        ("[upstreams.a]\nprovider = 'anthropic'", "ANTHROPIC_API_KEY"),
+        ("[upstreams.a]\nkey = ''\nbase_url = 'http://x'", "upstreams.a.key"),
+        ("[upstreams.a]\nbase_url = 'gpu:8000'", "upstreams.a.base_url"),
+        ("[upstreams.a]\nbase_url = 'http://x'\ndialect = 'morse'", "upstreams.a.dialect"),
+        ("[upstreams.a]\nprovider = 'openai'\ndialect = 'openai'", "upstreams.a.dialect"),
         ("[upstreams.a]\nprovider = 'openai'\nkey = 'sk-live'", "upstreams.a.key"),
         ("[upstreams.a]\nprovider = 'openai'\nkey = 'NOT_SET'", "NOT_SET"),
         ("[upstreams.a]\nprovider = 'other'\nkey = 'LOCAL_KEY'", "upstreams.a.provider"),
@@ -107,3 +123,77 @@ def test_what_is_wrong_is_named(text: str, names: str) -> None:
     shown: Any = str(refused.value)
     assert names in shown
     assert "sk-live" not in shown
+
+
+def test_a_key_in_the_environment_makes_an_upstream() -> None:
+    found = deployment("", with_keys(openai_api_key="sk-2", anthropic_api_key="sk-ant"))
+    assert names(found) == ["openai", "anthropic"], "no account of Gemini without its key"
+    openai, anthropic = found.upstreams
+    assert (openai.key, openai.base_urls) == ("sk-2", {"openai": "https://api.openai.com/v1"})
+    assert all(openai.fit(one) > 1 for one in ("gpt-5", "o1", "o3-mini", "chatgpt-4o-latest"))
+    assert anthropic.fit("claude-sonnet-5") > 1
+    assert openai.fit("claude-sonnet-5") == anthropic.fit("gpt-5") == openai.fit("") == 0
+    assert found.policies["openai"].bound("pool:total") == 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[upstreams.openai]\nbase_url = 'http://mine'",
+        "[upstreams.first]\nprovider = 'openai'\nkey = 'LOCAL_KEY'",
+        "[upstreams.first]\nbase_url = 'http://mine'\nkey = 'OPENAI_API_KEY'",
+    ],
+)
+def test_a_key_makes_none_where_the_file_has_one_that_uses_it(text: str) -> None:
+    assert len(names(deployment(text, with_keys(openai_api_key="sk-2")))) == 1
+
+
+def test_a_key_of_this_gateway_in_an_sdks_variable_makes_no_upstream() -> None:
+    config = with_keys(openai_api_key="tg_abcd_efgh", anthropic_api_key="sk-ant")
+    assert names(deployment("", config)) == ["anthropic"]
+
+
+def test_the_file_may_say_more_of_the_upstream_that_a_key_makes() -> None:
+    text = "[upstreams.openai.limits]\n'pool:total' = 7"
+    found = deployment(text, with_keys(openai_api_key="sk-2"))
+    assert found.upstreams[0].fit("gpt-5") > 1
+    assert (names(found), found.policies["openai"].bound("pool:total")) == (["openai"], 7)
+    (found_here,) = deployment("[upstreams.openai]\nprovider = 'openai'", with_keys()).upstreams
+    assert (found_here.key, found_here.models) == ("sk-1", ("*",))
+
+
+def test_what_is_said_of_geminis_account_needs_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"^GEMINI_API_KEY=\(not set\): must be set"):
+        deployment("[upstreams.gemini]\nweight = 2", with_keys(openai_api_key="sk-2"))
+
+
+def test_the_emulator_takes_only_geminis_models_beside_another_upstream() -> None:
+    alone = deployment("", Config()).upstreams[0]
+    assert alone.fit("gpt-5") == 1
+    config = Config.model_validate({"openai_api_key": "sk-2", "text_model": "mine"})
+    for one in (config, config.model_copy(update={"gemini_api_key": SecretStr(EMULATORS_KEY)})):
+        gemini = deployment("", one).upstreams[0]
+        assert gemini.name == "gemini"
+        assert gemini.fit("gemini-2.5-flash") > gemini.fit("gpt-5") == gemini.fit("llama") == 0
+        assert gemini.fit("mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("base_url = 'http://gpu:8000/v1'", {"openai": "http://gpu:8000/v1"}),
+        ("base_url = 'http://gpu:8000/'", {"openai": "http://gpu:8000/v1"}),
+        ("base_url = 'http://gpu/llm/v1/'", {"openai": "http://gpu/llm/v1"}),
+        ("base_url = 'http://g/v1'\ndialect = 'anthropic'", {"anthropic": "http://g"}),
+        ("base_url = 'http://g/v1beta'\ndialect = 'gemini'", {"gemini": "http://g"}),
+        (
+            "base_url = 'http://g'\nprovider = 'anthropic'\nkey = 'LOCAL_KEY'",
+            {"anthropic": "http://g"},
+        ),
+        ("dialects = {openai = 'http://g/v1'}", {"openai": "http://g/v1"}),
+    ],
+)
+def test_a_base_url_is_enough(text: str, url: dict[str, str]) -> None:
+    *_, found = deployment(f"[upstreams.gpu]\n{text}").upstreams
+    assert found.base_urls == url
+    assert found.key == ("k" if "LOCAL_KEY" in text else "")

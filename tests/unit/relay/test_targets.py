@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from tidegate.errors import NotFound
+from tidegate.errors import InvalidRequest, NotFound
 from tidegate.policy.upstreams import Deployment, Route, Upstream
 from tidegate.relay.paths import Dialect
 from tidegate.relay.targets import Targets
@@ -57,3 +57,38 @@ def test_a_route_is_a_chain_in_its_order() -> None:
 def test_a_model_that_nobody_serves_is_not_found() -> None:
     with pytest.raises(NotFound, match="claude"):
         targets().of(Dialect.ANTHROPIC, "claude")
+
+
+def test_a_call_that_names_no_model_goes_to_who_speaks_that_dialect_first() -> None:
+    assert {name for name, _ in names(targets(), "")} == {"openai", "twin"}
+    assert names(targets(), "", Dialect.GEMINI) == [("gemini", "")]
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("gpt-x", "by the upstream 'openai', which a prompt can't reach: call POST /v1/chat/compl"),
+        ("fast", "'fast' is served by the upstream 'openai'"),
+        ("smart", "'smart' is served by the upstream 'openai'"),
+        ("mine", "'mine' is a name for native calls; a prompt names 'gemini-pro'"),
+    ],
+)
+def test_a_prompt_for_a_model_of_another_upstream_is_refused(model: str, said: str) -> None:
+    smart = Route("smart", (("openai", "gpt-x"), ("gemini", "gemini-pro")))
+    found = targets(smart, Route("mine", (("gemini", "gemini-pro"),)))
+    with pytest.raises(InvalidRequest) as refused:
+        found.check_prompt(model)
+    assert said in refused.value.message
+    assert refused.value.field == "model"
+
+
+def test_a_prompt_for_a_model_of_geminis_account_passes() -> None:
+    found = targets(Route("gpt-y", (("openai", None), ("gemini", None))))
+    for model in ("gemini-pro", "models/gemini-pro", "whatever", "gpt-y"):
+        found.check_prompt(model)
+
+
+def test_without_geminis_account_a_prompt_is_told_what_there_is() -> None:
+    with pytest.raises(InvalidRequest, match="GEMINI_API_KEY, and that is not set: call") as no:
+        Targets(Deployment((OPENAI,))).check_prompt("gemini-2.5-flash")
+    assert no.value.allowed == "openai: gpt-*"

@@ -1,0 +1,132 @@
+"""A gateway of other providers than Google: what is called natively, and what a prompt is told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.gateway import Gateway, Opener, payload_of
+from tidegate.config import GOOGLE_URL
+from tidegate.providers.emulator import Emulator, run_emulator
+
+CHAT = {"model": "gpt-5-mini", "messages": [{"role": "user", "content": "Say hello"}]}
+# As it is where others reach it: no emulator takes the place of Gemini's account.
+NO_GEMINI = {
+    "host": "0.0.0.0",
+    "auth": "off",
+    "gemini_api_key": None,
+    "gemini_base_url": GOOGLE_URL,
+}
+
+
+@pytest.fixture
+async def openai() -> AsyncIterator[Emulator]:
+    async with run_emulator() as running:
+        yield running
+
+
+@pytest.fixture
+def policy(tmp_path: Path, openai: Emulator, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OPENAI_API_KEY", "key-of-openai")
+    path = tmp_path / "policy.toml"
+    lines = ("[upstreams.openai]", f'base_url = "{openai.url}"', 'key = "OPENAI_API_KEY"')
+    path.write_text("\n".join([*lines, 'models = ["gpt-*"]']))
+    return path
+
+
+async def post(gateway: Gateway, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
+    async with gateway.http.post(f"{gateway.url}{path}", **payload_of(body)) as response:
+        return response.status, await response.json(content_type=None)
+
+
+async def test_a_gateway_without_an_account_of_gemini(
+    open_gateway: Opener, policy: Path, openai: Emulator
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy, **NO_GEMINI)
+    assert list(gateway.services.relay.health) == ["openai"]
+    status, answer = await post(gateway, "/v1/chat/completions", **CHAT)
+    assert (status, answer["object"]) == (200, "chat.completion")
+    wrapped = await gateway.submit(endpoint="/v1/chat/completions", body=CHAT)
+    assert (await gateway.end_of(wrapped))["status"] == "succeeded"
+    for path in ("/submit", "/stream"):
+        for body in ({"data": "Why is the sea salty?"}, {"data": "Nice!", "model": "claude-x"}):
+            status, said = await post(gateway, path, **body)
+            assert (status, said["code"], said["field"]) == (400, "invalid_request", "model")
+            assert "GEMINI_API_KEY" in said["detail"]
+            assert "POST /v1/chat/completions" in said["detail"]
+            assert said["allowed"] == "openai: gpt-*"
+    status, said = await post(gateway, "/v1/chat/completions", **CHAT | {"model": "claude-x"})
+    assert (status, said["error"]["param"]) == (404, "model")
+    assert [call.model for call in await openai.control.calls()] == ["gpt-5-mini"] * 2
+
+
+async def test_a_prompt_for_a_model_of_another_upstream_is_refused(
+    open_gateway: Opener, policy: Path, openai: Emulator
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy)
+    for path in ("/submit", "/stream"):
+        status, said = await post(gateway, path, data="Say hello", model="gpt-5-mini")
+        assert (status, said["field"]) == (400, "model")
+        assert "'gpt-5-mini' is served by the upstream 'openai'" in said["detail"]
+        assert "POST /v1/chat/completions" in said["detail"]
+    done = await gateway.end_of(await gateway.submit(data="Say hello"))
+    assert done["status"] == "succeeded"
+    assert [call.model for call in await gateway.calls()] == [gateway.config.text_model]
+    assert await openai.control.calls() == []
+
+
+async def test_a_job_that_was_taken_in_before_its_model_moved_fails_and_is_not_misrouted(
+    open_gateway: Opener, policy: Path
+) -> None:
+    gateway = await open_gateway(worker=False)
+    job = await gateway.submit(data="Say hello", model="gpt-5-mini")
+    other = await open_gateway(tidegate_policy=policy)
+    record = await other.end_of(job)
+    assert (record["status"], record["error"]["code"]) == ("failed", "invalid_request")
+    assert await gateway.calls() == await other.calls() == []
+
+
+async def test_a_classifier_of_another_upstream_is_not_asked(
+    open_gateway: Opener, policy: Path, openai: Emulator
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy, classifier_model="gpt-5-nano")
+    record = await gateway.end_of(await gateway.submit(data="Nice!"))
+    assert (record["status"], record["classified_by"]) == ("succeeded", "keywords")
+    assert await openai.control.calls() == []
+
+
+async def test_a_server_of_ones_own_needs_an_address_and_no_key(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, set[str]]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append((request.path, {name.lower() for name in request.headers}))
+        choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}}
+        usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+        body = {"id": "c", "object": "chat.completion", "choices": [choice], "usage": usage}
+        return web.json_response(body)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        (address,) = runner.addresses
+        file = tmp_path / "policy.toml"
+        file.write_text(f'[upstreams.gpu]\nbase_url = "http://127.0.0.1:{address[1]}"\n')
+        gateway = await open_gateway(worker=False, tidegate_policy=file, **NO_GEMINI)
+        url, client = f"{gateway.url}/v1/chat/completions", {"Authorization": "Bearer of-a-client"}
+        async with gateway.http.post(url, json=CHAT, headers=client) as response:
+            assert (response.status, response.headers["x-tidegate-upstream"]) == (200, "gpu")
+    finally:
+        await runner.cleanup()
+    ((path, headers),) = seen
+    assert path == "/v1/chat/completions"
+    assert not headers & {"authorization", "x-api-key", "api-key"}
