@@ -74,6 +74,12 @@ class Services:
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
     followers: set[asyncio.Task[Any]] = field(default_factory=set)
 
+    def turn_waiters_away(self) -> None:
+        """Answer calls that wait for a permit now, with 503, so that their clients ask another
+        process; those that have a permit go on."""
+        for limiter in self.limiters.values():
+            limiter.turn_away()
+
     def hold(self, caller: Caller) -> Hold:
         """For the body of one more request. Where a caller shows no key its tenant is what it says,
         and a share would bind nobody."""

@@ -26,6 +26,8 @@ from tidegate.limiter.observer import Observer
 from tidegate.limiter.session import Session
 
 _ANY_TIME = float("inf")
+# When a caller that a stopping process refused may ask another one.
+_RETRY_MS = 1000
 
 
 class Desk:
@@ -41,6 +43,7 @@ class Desk:
         pool: str = "",
     ) -> None:
         self.closing = False
+        self._turning_away = False
         self.idle = asyncio.Event()
         self._ledger = ledger
         self._session = session
@@ -90,8 +93,8 @@ class Desk:
         return flow
 
     def ask(self, demand: Demand) -> tuple[Waiter, Timer | None]:
-        if self.closing:
-            raise ShuttingDown("the limiter is closing")
+        if self.closing or self._turning_away:
+            raise self._stopping()
         if self._session.fatal is not None:
             raise self._session.fatal
         try:
@@ -121,6 +124,17 @@ class Desk:
                 self._session.admit_locally()
         self._session.kick()
         return waiter, timer
+
+    def turn_away(self) -> None:
+        """Refuse the calls that wait, and those that ask from now on."""
+        self._turning_away = True
+        for waiter in list(self._ledger.waiting.values()):
+            self._ledger.refuse(waiter, self._stopping(), self._now_ms())
+        self._session.kick()
+
+    def _stopping(self) -> ShuttingDown:
+        why = "the limiter is closing" if self.closing else "this process is stopping; ask again"
+        return ShuttingDown(why, retry_after_ms=_RETRY_MS)
 
     def _expire(self, waiter: Waiter) -> None:
         """The deadline came."""

@@ -15,7 +15,6 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from tidegate.errors import ShuttingDown
 from tidegate.limiter.clock import Clock
 from tidegate.limiter.courier import Courier
 from tidegate.limiter.decorate import AcquireOptions, P, R, limited
@@ -331,6 +330,10 @@ class Limiter(Operations):
 
     # -- the end
 
+    def turn_away(self) -> None:
+        """Refuse with ShuttingDown what waits, and what asks from now on; bodies run on."""
+        self._desk.turn_away()
+
     async def aclose(self, grace_ms: int = 0) -> None:
         """End the session, so that what it held is free at once.
 
@@ -340,9 +343,7 @@ class Limiter(Operations):
         if self._desk.closing:
             return
         self._desk.closing = True
-        for waiter in list(self._ledger.waiting.values()):
-            closing = ShuttingDown("the limiter is closing")
-            self._ledger.refuse(waiter, closing, self._clock.now_ms())
+        self._desk.turn_away()
         try:
             if not await self._wait_idle(grace_ms / 1000):
                 self._ledger.fence()

@@ -45,6 +45,8 @@ _MARGIN_S = 5.0
 _KEEP_ALIVE_S = 75
 # How long the first request waits for Valkey and PostgreSQL to have answered; they may be away.
 _WARM_WITHIN_MS = 2_000
+# So long before the grace is over a call that still waits is refused: it could not end any more.
+_LAST_S = 1.0
 
 
 def serve(config: Config, fd: int | None = None) -> None:
@@ -210,12 +212,18 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         if (services := getattr(app.state, "services", None)) is not None:
             services.leaving.set()
 
+    def turn_away() -> None:
+        if (services := getattr(app.state, "services", None)) is not None:
+            services.turn_waiters_away()
+
     def stop() -> None:
         server.should_exit = True
+        grace_s = config.shutdown_grace_ms / 1000
+        asyncio.get_running_loop().call_later(max(grace_s - _LAST_S, grace_s / 2), turn_away)
         if (services := getattr(app.state, "services", None)) is not None:
             services.draining.set()
 
-    _on_signals(stop, leave=leave, leave_ms=config.leave_ms)
+    _on_signals(stop, leave=leave, leave_ms=config.leave_ms, hurry=turn_away)
     _on_look(lambda: getattr(app.state, "services", None))
     with living():
         await server.serve(sockets=[listener])
@@ -289,8 +297,13 @@ def _on_look(services: Callable[[], Services | None]) -> None:
 
 
 def _on_signals(
-    stop: Callable[[], None], *, leave: Callable[[], None] = lambda: None, leave_ms: int = 0
+    stop: Callable[[], None],
+    *,
+    leave: Callable[[], None] = lambda: None,
+    leave_ms: int = 0,
+    hurry: Callable[[], None] = lambda: None,
 ) -> None:
+    """`hurry` is called before `stop` where the process does not leave softly first."""
     loop = asyncio.get_running_loop()
     leaving: list[asyncio.TimerHandle] = []
 
@@ -303,10 +316,13 @@ def _on_signals(
 
     def begin(softly: bool) -> None:
         if leaving:
+            hurry()
             stop_now()
             return
         telemetry.get_logger().info(Log.STOPPING)
         tell_stopping()
+        if not softly:
+            hurry()
         if not softly or not leave_ms:
             stop_now()
             return

@@ -329,3 +329,29 @@ async def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes(
         assert b" 413 " in status
         assert b"at most 200000 bytes" in await reader.read()
     writer.close()
+
+
+async def test_a_stop_refuses_calls_that_wait_and_lets_those_under_way_end(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_behaviour(first_byte_ms=2_000)
+
+    async def one() -> tuple[int, str, Any]:
+        async with gateway.http.post(url_of(gateway), json=BODY) as response:
+            return response.status, response.headers.get("Retry-After", ""), await response.json()
+
+    under_way = asyncio.create_task(one())
+    await gateway.in_flight(1)
+    waiting = asyncio.create_task(one())
+    streaming = asyncio.create_task(gateway.stream(text="Explain the tide"))
+    await wait_until(lambda: gateway.waiting == 2, 20)
+    gateway.services.turn_waiters_away()
+    status, retry_after, body = await waiting
+    assert (status, retry_after, body["error"]["status"]) == (503, "1", "UNAVAILABLE")
+    streamed = await streaming
+    assert (streamed.status, streamed.problem["code"]) == (503, "shutting_down")
+    assert (await one())[0] == 503  # on a connection that was open before
+    assert (await under_way)[0] == 200
+    assert gateway.held == 0
+    assert len(await gateway.calls()) == 1
