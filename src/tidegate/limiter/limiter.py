@@ -335,11 +335,8 @@ class Limiter(Operations):
         self._desk.turn_away()
 
     async def aclose(self, grace_ms: int = 0) -> None:
-        """End the session, so that what it held is free at once.
-
-        Waiters get ShuttingDown. Bodies may end within `grace_ms`; what still runs then is
-        cancelled with LeaseLost and given one second more.
-        """
+        """End the session, so that what it held is free. Waiters get ShuttingDown; bodies may end
+        within `grace_ms`, then they are cancelled with LeaseLost and given one second more."""
         if self._desk.closing:
             return
         self._desk.closing = True
