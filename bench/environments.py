@@ -19,14 +19,24 @@ class EnvironmentMissing(Exception):
     """What is to be measured cannot be had on this machine; the message says why."""
 
 
-def python_with(name: str, wanted: Sequence[str], oldest: tuple[int, int] = (3, 11)) -> Path:
-    """The interpreter of a virtual environment that has exactly `wanted` and what those need,
-    compiled to byte code. Raises EnvironmentMissing."""
+def python_with(
+    name: str,
+    wanted: Sequence[str],
+    oldest: tuple[int, int] = (3, 11),
+    *,
+    newest: tuple[int, int] = (3, 99),
+    compiled: bool = True,
+) -> Path:
+    """The interpreter of a virtual environment that has exactly `wanted` and what those need.
+    `compiled` to byte code, for what is measured; else only what needs no compiler is installed.
+    Raises EnvironmentMissing."""
     folder = CACHE / name
-    digest = hashlib.sha256("\n".join([*wanted, str(oldest)]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "\n".join([*wanted, str(oldest), *([str(newest)] if newest < (3, 99) else [])]).encode()
+    ).hexdigest()
     stamp, found = folder / "installed", folder / "bin" / "python"
     if not (stamp.exists() and stamp.read_text() == digest and found.exists()):
-        _install(folder, found, wanted, oldest)
+        _install(folder, found, wanted, _base_python(oldest, newest), compiled=compiled)
         stamp.write_text(digest)
     return found
 
@@ -68,33 +78,35 @@ def run(command: Sequence[str | Path], folder: Path) -> None:
         raise EnvironmentMissing(said[-1])
 
 
-def _install(folder: Path, python: Path, wanted: Sequence[str], oldest: tuple[int, int]) -> None:
+def _install(
+    folder: Path, python: Path, wanted: Sequence[str], base: str, *, compiled: bool
+) -> None:
     uv = Path(sys.executable).with_name("uv")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
-    base = _base_python(oldest)
     run([uv, "venv", "--quiet", "--no-config", "--python", base, folder], folder.parent)
     install: list[str | Path] = [
         uv,
         "pip",
         "install",
         "--quiet",
-        "--compile-bytecode",
+        "--compile-bytecode" if compiled else "--only-binary=:all:",
         "--python",
         python,
     ]
     run([*install, *wanted], folder.parent)
 
 
-def _base_python(oldest: tuple[int, int]) -> str:
-    """The oldest interpreter that will do, so that most run on the same one as we."""
-    if sys.version_info[:2] >= oldest:
+def _base_python(oldest: tuple[int, int], newest: tuple[int, int]) -> str:
+    """Our own where it will do, so that most run on the same one as we; else the oldest."""
+    if oldest <= sys.version_info[:2] <= newest:
         return str(Path(sys.executable).resolve())
-    for minor in range(oldest[1], 20):
+    for minor in range(oldest[1], min(newest[1], 19) + 1):
         found = shutil.which(f"python3.{minor}")
         if found and _runs(found):
             return found
-    raise EnvironmentMissing(f"needs Python {oldest[0]}.{oldest[1]} or newer, and there is none")
+    until = f" to {newest[0]}.{newest[1]}" if newest < (3, 99) else " or newer"
+    raise EnvironmentMissing(f"needs Python {oldest[0]}.{oldest[1]}{until}, and there is none")
 
 
 def _runs(python: str) -> bool:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("src", "tests", "chaos", "bench", "scripts")
-CODE = {".py", ".lua", ".sql", ".sh", ".zsh", ".js", ".css", ".html"}
+FOLDERS = ("src", "tests", "chaos", "bench", "clients", "scripts")
+CODE = {".py", ".lua", ".sql", ".sh", ".zsh", ".js", ".mjs", ".css", ".html"}
 NOT_OURS = ("static/vendor",)
 MOST_LINES = 400
 MOST_LINES_OF_A_FUNCTION = 60

@@ -69,7 +69,7 @@ def call_of(
         scope["method"],
         query,
         to_send(headers if trail is None else _without_parent(headers)),
-        body,
+        body if endpoint.is_counted or endpoint.operation.has_body else b"",
         caller,
         *received,
         wait_ms,

@@ -40,6 +40,12 @@ class Operation(StrEnum):
     def is_counted(self) -> bool:
         return self in (Operation.INFER, Operation.EMBED, Operation.IMAGES)
 
+    @property
+    def has_body(self) -> bool:
+        """Whether a body is part of the call. Google's SDK for JavaScript deletes a file with an
+        empty object, which means nothing."""
+        return self not in (Operation.MODELS, Operation.FILES)
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:

@@ -155,6 +155,18 @@ async def test_a_path_that_is_not_relayed_is_told_by_tidegate(gateway: Gateway) 
     assert b"Tidegate does not relay POST /v1/audio/speech" in got
 
 
+@pytest.mark.parametrize("body", [b"{}", b"[", b'{"model":"m"}'])
+async def test_a_body_where_none_belongs_is_left_out(
+    gateway: Gateway, hostile: Hostile, body: bytes
+) -> None:
+    """Google's SDK for JavaScript deletes a file with an empty object."""
+    url, key = f"{gateway.url}/v1/files/abc", {"x-goog-api-key": "k"}
+    async with gateway.http.delete(url, data=body, headers=key) as answer:
+        assert answer.status == 200
+    assert hostile.seen[-1].startswith(b"DELETE /v1/files/abc HTTP/1.1")
+    assert hostile.seen[-1].endswith(b"\r\n\r\n")
+
+
 async def test_an_id_with_slashes_can_be_retrieved(gateway: Gateway, hostile: Hostile) -> None:
     async with gateway.http.get(f"{gateway.url}/v1/models/meta-llama%2FLlama-3-8B") as answer:
         assert answer.status == 200

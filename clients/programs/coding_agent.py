@@ -1,0 +1,98 @@
+"""Coding agents of npm, each with one question and no tools. Runs in our own Python.
+
+The argument is the folder of their packages; which one is there says which agent is tried.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from cases import GPT, KEY, OPENAI_URL, QUESTION, URL, answered, case, run
+
+PACKAGES = Path(sys.argv[1])
+LONGEST_S = 100
+# No script of a package runs as it is installed: two are called where their packages hold them.
+PROGRAMS = {
+    "claude": "@anthropic-ai/claude-code-linux-*/claude",
+    "codex": ".bin/codex",
+    "gemini": ".bin/gemini",
+    "opencode": "opencode-linux-*/bin/opencode",
+}
+AGENTS = {
+    name: found for name, place in PROGRAMS.items() if (found := sorted(PACKAGES.glob(place)))
+}
+
+
+def ask(name, *arguments, **variables):
+    done = subprocess.run(
+        [AGENTS[name][0], *arguments],
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
+        check=False,
+    )
+    assert not done.returncode, f"{done.stdout.strip()[-200:]} {done.stderr.strip()[-300:]}"
+    answered(" ".join(done.stdout.split()))
+
+
+def claude(model):
+    ask(
+        *("claude", "-p", QUESTION, "--model", model),
+        ANTHROPIC_BASE_URL=URL,
+        ANTHROPIC_API_KEY=KEY,
+    )
+
+
+def codex():
+    provider = {"name": "here", "base_url": OPENAI_URL, "wire_api": "responses", "env_key": "KEY"}
+    settings = [
+        f"model_providers.here.{name}={json.dumps(value)}" for name, value in provider.items()
+    ]
+    flags = [word for one in [*settings, 'model_provider="here"'] for word in ("-c", one)]
+    ask("codex", "exec", "--skip-git-repo-check", "-m", GPT, *flags, QUESTION, KEY=KEY)
+
+
+def gemini(*model):
+    settings = Path.home() / ".gemini" / "settings.json"
+    settings.parent.mkdir(exist_ok=True)
+    chosen = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
+    settings.write_text(json.dumps(chosen))
+    ask(
+        *("gemini", "-p", QUESTION, *model),
+        GOOGLE_GEMINI_BASE_URL=URL,
+        GEMINI_API_KEY=KEY,
+        GEMINI_CLI_TRUST_WORKSPACE="true",
+    )
+
+
+def opencode(provider, package, url, model):
+    options = {"baseURL": url, "apiKey": KEY}
+    here = {"npm": package, "options": options, "models": {model: {}}}
+    Path("opencode.json").write_text(json.dumps({"provider": {provider: here}}))
+    ask("opencode", "run", "-m", f"{provider}/{model}", QUESTION)
+
+
+if "claude" in AGENTS:
+    for name in ("sonnet", "opus", "haiku"):
+        case(name)(lambda name=name: claude(name))
+elif "codex" in AGENTS:
+    case("responses")(codex)
+elif "gemini" in AGENTS:
+    case("default model")(gemini)
+    case("gemini-2.5-flash")(lambda: gemini("-m", "gemini-2.5-flash"))
+elif "opencode" in AGENTS:
+    WAYS = (
+        ("openai", "@ai-sdk/openai", OPENAI_URL, GPT),
+        ("anthropic", "@ai-sdk/anthropic", OPENAI_URL, "claude-sonnet-4-5"),
+        ("google", "@ai-sdk/google", f"{URL}/v1beta", "gemini-2.5-flash"),
+        ("compatible", "@ai-sdk/openai-compatible", OPENAI_URL, GPT),
+    )
+    for way in WAYS:
+        case(way[0])(lambda way=way: opencode(*way))
+assert shutil.which("node"), "node is not installed"
+run()
