@@ -35,8 +35,8 @@ WIDTH = 96
 ENV_HEAD = """\
 Copy this file to .env and take away the # before what you want to change: everything has a
 default. The environment wins over .env. A secret may also be given as the path of a file that
-holds it, under its name with _FILE: GEMINI_API_KEY_FILE=/run/secrets/gemini.
-(Written by scripts/generate_docs.py.)"""
+holds it, under its name with _FILE: GEMINI_API_KEY_FILE=/run/secrets/gemini. OpenTelemetry's own
+variables (OTEL_...) may stand here too: see docs/observability.md. (Written by scripts/generate_docs.py.)"""
 
 DOC_HEAD = """\
 # Configuration

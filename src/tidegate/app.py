@@ -291,7 +291,8 @@ async def _open_relay(
 
 @asynccontextmanager
 async def _tracing(observers: Observers, role: str, instance_id: str) -> AsyncIterator[Tracing]:
-    """Spans and metrics to a collector, where the environment names one."""
+    """Spans and metrics to a collector, where the environment or `.env` names one."""
+    configuration.export_otel()
     if not configuration.names_a_collector():
         yield Tracing()
         return

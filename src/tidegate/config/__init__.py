@@ -6,7 +6,13 @@ allowed. Each secret may also be given as `NAME_FILE`, the path of a file that h
 """
 
 from tidegate.config.client import Client
-from tidegate.config.environment import load, load_client, names_a_collector, secret
+from tidegate.config.environment import (
+    export_otel,
+    load,
+    load_client,
+    names_a_collector,
+    secret,
+)
 from tidegate.config.operator_key import existing_operator_key, key_file, operator_key
 from tidegate.config.places import EMULATORS_KEY, GOOGLE_URL
 from tidegate.config.settings import KINDS, SECRETS, ClassifierMode, Config
@@ -20,6 +26,7 @@ __all__ = [
     "Client",
     "Config",
     "existing_operator_key",
+    "export_otel",
     "key_file",
     "load",
     "load_client",

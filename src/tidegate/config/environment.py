@@ -27,6 +27,7 @@ _COLLECTOR = (
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
     "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
 )
+_OTEL = "OTEL_"
 _UNITS = {"ms": " of milliseconds", "bytes": " of bytes", "days": " of days"}
 
 
@@ -97,6 +98,15 @@ def secret(name: str, dotenv: Path | None = Path(".env")) -> str:
     the file that `<name>_FILE` names; empty where there is none. Raises ConfigError."""
     found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
     return _secret(name, found | os.environ).strip()
+
+
+def export_otel(dotenv: Path = Path(".env")) -> None:
+    """Put OpenTelemetry's variables of `.env` into the environment, where its SDK reads them; what
+    is in the environment stays. Raises ConfigError."""
+    written = _from_dotenv(dotenv) if dotenv.is_file() else {}
+    for name, value in written.items():
+        if name.startswith(_OTEL):
+            os.environ.setdefault(name, value)
 
 
 def names_a_collector(environ: Mapping[str, str] | None = None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,13 +33,20 @@ def traces_of(sent: list[str]) -> set[str]:
 
 
 async def test_one_trace_leads_from_client_through_queue_and_worker_to_the_upstream(
-    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     async with collecting() as collector:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "300")
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.5")
+        variables = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+            "OTEL_METRIC_EXPORT_INTERVAL": "300",
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "0.5",
+        }
+        Path(".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+        for name in variables:  # so that what the gateway sets is gone after the test
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
         gateway = await open_gateway()
         await gateway.upstream.set_fault("throttled", retry_after_s=0.01, count=1)
         status, job = await posted(
