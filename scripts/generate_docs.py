@@ -36,7 +36,8 @@ ENV_HEAD = """\
 Copy this file to .env and take away the # before what you want to change: everything has a
 default. The environment wins over .env. A secret may also be given as the path of a file that
 holds it, under its name with _FILE: GEMINI_API_KEY_FILE=/run/secrets/gemini. OpenTelemetry's own
-variables (OTEL_...) may stand here too: see docs/observability.md. (Written by scripts/generate_docs.py.)"""
+variables (OTEL_...) may stand here too: see docs/observability.md. (Written by
+scripts/generate_docs.py.)"""
 
 DOC_HEAD = """\
 # Configuration

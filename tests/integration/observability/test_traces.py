@@ -28,6 +28,10 @@ async def posted(gateway: Gateway, path: str, body: Any, **headers: str) -> tupl
         return response.status, response.headers["x-tidegate-request-id"]
 
 
+def write_dotenv(variables: dict[str, str]) -> None:
+    Path(".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+
+
 def traces_of(sent: list[str]) -> set[str]:
     return {one.split("-")[1] for one in sent}
 
@@ -43,7 +47,7 @@ async def test_one_trace_leads_from_client_through_queue_and_worker_to_the_upstr
             "OTEL_METRIC_EXPORT_INTERVAL": "300",
             "OTEL_EXPORTER_OTLP_TIMEOUT": "0.5",
         }
-        Path(".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+        write_dotenv(variables)
         for name in variables:  # so that what the gateway sets is gone after the test
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
