@@ -44,6 +44,7 @@ class Log(StrEnum):
     CLASSIFIER_FELL_BACK = "classifier_fell_back"
     LIMITS_CHANGED = "limits_changed"
     LIMITS_CONFLICT = "limits_conflict"
+    LIVE_LIMITS_KEPT = "live_limits_kept"
     LIMIT_PAUSED = "limit_paused"
     LIMIT_RESUMED = "limit_resumed"
     SESSION_REVOKED = "session_revoked"

@@ -14,7 +14,7 @@ from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy import revisions
 from tidegate.policy.plain import Plain, digest, to_plain
-from tidegate.policy.revisions import Decision, Found, Origin, Revision, differences
+from tidegate.policy.revisions import Conflict, Decision, Found, Origin, Revision, differences
 from tidegate.policy.tenancy import with_tenants
 from tidegate.store.policies import Policies
 from tidegate.store.records import PolicyRecord
@@ -167,13 +167,18 @@ class PolicyKeeper:
                 changes=differences(to_plain(before), force.policy)[:_DIFFERENCES_SHOWN],
             )
         if decision.conflict is not None:
-            log.warning(
-                Log.LIMITS_CONFLICT,
-                reason=decision.conflict.value,
-                revision=force.number,
-                set_by=force.set_by,
-                differs=differences(force.policy, to_plain(self.wanted))[:_DIFFERENCES_SHOWN],
-            )
+            self._tell(decision.conflict, force)
+
+    def _tell(self, conflict: Conflict, force: Revision) -> None:
+        """That this deployment's policy is not in force. What was set live is expected to stay."""
+        wanted = to_plain(self.wanted)
+        about = {"revision": force.number, "set_by": force.set_by, "reason": conflict.value}
+        if conflict is Conflict.KEPT:
+            differing = differences(wanted, force.policy)[:_DIFFERENCES_SHOWN]
+            log.info(Log.LIVE_LIMITS_KEPT, **about, differs=differing)
+        else:
+            differing = differences(force.policy, wanted)[:_DIFFERENCES_SHOWN]
+            log.warning(Log.LIMITS_CONFLICT, **about, differs=differing)
 
 
 def revision_of(record: PolicyRecord) -> Revision:

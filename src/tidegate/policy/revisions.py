@@ -4,7 +4,8 @@ A policy comes from a *deployment* (its file and environment) or was set *live* 
 Every one that was in force is kept. The rules, in order:
 
 - what is in force without being on record is put on record;
-- a policy set live stays until somebody sets another one: a deployment that differs is a conflict;
+- a policy set live stays until somebody sets another one: it is kept over a deployment that was in
+  force before it, and a new deployment that differs is a conflict;
 - a deployment's policy that was never in force before becomes the next revision;
 - one that was in force before and was replaced is an older deployment's: a conflict, nothing more;
 - what was set for a tenant alone leaves a deployment's policy the deployment's: the next one keeps
@@ -60,8 +61,9 @@ class Revision:
 
 
 class Conflict(StrEnum):
-    """Why a deployment's policy is not in force."""
+    """Why a deployment's policy is not in force. `KEPT` is no fault: what was set live goes on."""
 
+    KEPT = "the limits that were set live are kept"
     LIVE = "the policy in force was set live"
     OLDER = "this deployment's policy was in force before and has been replaced"
 
@@ -109,7 +111,7 @@ def start(head: Revision | None, seen: bool, found: Found, wanted: Plain, set_by
     if now.digest == ours.digest:
         conflict = None
     elif now.origin is Origin.LIVE:
-        conflict = Conflict.LIVE
+        conflict = Conflict.KEPT if seen else Conflict.LIVE
     elif seen:
         conflict = Conflict.OLDER
     else:

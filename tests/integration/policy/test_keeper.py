@@ -75,9 +75,14 @@ async def test_what_is_set_live_is_in_force_everywhere_and_outlives_every_start(
     changed = await one.keeper.change(to(3), set_by="ann", reason="the provider is ill")
     assert (changed.number, changed.set_by) == (2, "ann")
     await in_force(3, one, other)
-    same, unlike = await start(5), await start(9)
-    for member in (same, unlike):
-        await asyncio.wait_for(member.keeper.settled.wait(), 5)
+    with capture_logs() as logs:
+        same, unlike = await start(5), await start(9)
+        for member in (same, unlike):
+            await asyncio.wait_for(member.keeper.settled.wait(), 5)
+    told = {tuple(line["differs"]): line for line in logs if "differs" in line}
+    kept, ignored = (told[f"limits.kind:text_only: {change}",] for change in ("5 -> 3", "3 -> 9"))
+    assert (kept["log_level"], kept["event"]) == ("info", Log.LIVE_LIMITS_KEPT)
+    assert (ignored["log_level"], ignored["event"]) == ("warning", Log.LIMITS_CONFLICT)
     await in_force(3, same, unlike)
     newest = (await other.keeper.history(1))[0]
     assert (newest.set_by, newest.reason) == ("ann", "the provider is ill")

@@ -124,8 +124,8 @@ def test_what_was_set_live_stays_whatever_is_deployed() -> None:
     pool = new_pool(5)
     pool.start(5)
     pool.set(3)
-    for deployed in (5, 8):
-        assert pool.start(deployed).conflict is Conflict.LIVE
+    for deployed, conflict in ((5, Conflict.KEPT), (8, Conflict.LIVE)):
+        assert pool.start(deployed).conflict is conflict
         assert pool.limit == 3
     assert pool.start(3).conflict is None
     assert len(pool.record) == 2
