@@ -43,6 +43,8 @@ def openai_details(
     raw: Mapping[str, Any], taken: Mapping[str, Any], given: Mapping[str, Any]
 ) -> UsageDetails | None:
     """Of a usage in OpenAI's dialect. `taken` and `given` are its details of input and output."""
+    if _BESIDE_TOKENS.isdisjoint(raw) and not (_has_parts(taken) or _has_parts(given)):
+        return None  # as of most calls
     written = audio = image = video = said_audio = said_image = said_video = None
     if taken:
         written = _count(taken, "cache_write_tokens") or _count(taken, "cache_creation_tokens")
@@ -62,6 +64,18 @@ def openai_details(
     return None
 
 
+def _has_parts(details: Mapping[str, Any]) -> Any:
+    of = details.get
+    return details and (
+        of("audio_tokens")
+        or of("image_tokens")
+        or of("video_tokens")
+        or of("cache_write_tokens")
+        or of("cache_creation_tokens")
+        or of("cache_creation_input_tokens")
+    )
+
+
 def anthropic_details(raw: Mapping[str, Any]) -> UsageDetails | None:
     """Of a usage of Anthropic's."""
     written = _count(raw, "cache_creation_input_tokens")
@@ -78,8 +92,19 @@ def anthropic_details(raw: Mapping[str, Any]) -> UsageDetails | None:
 
 def gemini_details(raw: Mapping[str, Any]) -> UsageDetails | None:
     """Of a `usageMetadata` of Gemini's."""
-    taken = [*_pairs(raw, "promptTokensDetails"), *_pairs(raw, "toolUsePromptTokensDetails")]
-    return modality_details(taken, _pairs(raw, "candidatesTokensDetails"))
+    taken, given = raw.get("promptTokensDetails"), raw.get("candidatesTokensDetails")
+    by_tools = raw.get("toolUsePromptTokensDetails")
+    if _is_text(taken) and not by_tools and (not given or _is_text(given)):
+        return None  # as of most calls
+    return modality_details([*_pairs(taken), *_pairs(by_tools)], _pairs(given))
+
+
+def _is_text(rows: Any) -> bool:
+    """Whether a list of tokens by modality has those of text alone."""
+    if type(rows) is not list or len(rows) != 1:
+        return False
+    only = rows[0]
+    return type(only) is dict and only.get("modality") == "TEXT"
 
 
 def modality_details(taken: Modalities, given: Modalities) -> UsageDetails | None:
@@ -159,8 +184,7 @@ def _cost_micros(raw: Mapping[str, Any]) -> int | None:
     return int(cost * _MICROS + 0.5)
 
 
-def _pairs(raw: Mapping[str, Any], name: str) -> list[tuple[Any, Any]]:
-    rows = raw.get(name)
+def _pairs(rows: Any) -> list[tuple[Any, Any]]:
     if type(rows) is not list:
         return []
     return [

@@ -13,9 +13,9 @@ SHARED = "PROMETHEUS_MULTIPROC_DIR"  # as prometheus-client reads it
 NAMED = "TIDEGATE_CHILD"  # the name of a process among those of its supervisor
 
 Sort = Literal["counter", "gauge", "histogram"]
-# How the values of several processes on one machine come to one: where `sum` or `max` is said, of
-# the living ones alone.
-Merge = Literal["", "livesum", "livemax"]
+# How the values of several processes on one machine come to one: where `sum`, `max` or
+# `mostrecent` is said, of the living ones alone.
+Merge = Literal["", "livesum", "livemax", "livemostrecent"]
 
 _WAITS_S = (
     0.001,
@@ -38,6 +38,8 @@ _QUICK_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 # As the conventions name them.
 CALL_BUCKETS_S = tuple(0.01 * 2**step for step in range(14))
 TOKEN_BUCKETS = tuple(float(4**step) for step in range(14))
+# window: second, minute, hour, day, month; empty where it was not said, mostly a minute.
+_ANNOUNCED = ("upstream", "model", "unit", "window")
 _GEN_AI = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
 
@@ -188,6 +190,24 @@ class Metric:
         "tidegate_upstream_key_refused",
         "Processes whose key an upstream has refused",
         "upstream",
+    )
+    ANNOUNCED_BOUND = _own(
+        "tidegate_upstream_announced_limit",
+        "What an upstream's last answer said that its own rate limit is",
+        *_ANNOUNCED,
+        merge="livemostrecent",
+    )
+    ANNOUNCED_LEFT = _own(
+        "tidegate_upstream_announced_remaining",
+        "What it said remains of it, at that time",
+        *_ANNOUNCED,
+        merge="livemostrecent",
+    )
+    ANNOUNCED_RESET = _own(
+        "tidegate_upstream_announced_reset_timestamp_seconds",
+        "When it said that the limit begins again, since 1970",
+        *_ANNOUNCED,
+        merge="livemostrecent",
     )
     POSTGRES_AWAY = _own("tidegate_postgres_away", "Processes for which PostgreSQL is away")
     SPILL = _own(

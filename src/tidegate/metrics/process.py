@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from tidegate.limiter import Limiter
 from tidegate.metrics.instruments import Instruments
 from tidegate.metrics.names import Metric
+from tidegate.metrics.tally import MOST_MODELS, Known
+from tidegate.spine.announced import Announcement
 from tidegate.spine.routing import Gate
 from tidegate.store.store import Store
 
@@ -41,6 +43,8 @@ class Watch:
         self.health = health
         self._cpu_s = 0.0
         self._dropped = 0
+        self._models = Known(MOST_MODELS)
+        self._heard: dict[tuple[str, str], float] = {}
         self.lag_s = 0.0  # of the last second, the longest
 
     async def run(self) -> None:
@@ -68,6 +72,8 @@ class Watch:
         for upstream, health in self.health.items():
             made.set(Metric.UPSTREAM_OUT, (upstream,), float(health.state != "ok"))
             made.set(Metric.KEY_REFUSED, (upstream,), float(health.key_dead))
+            for said in health.announced.all():
+                self._announce(upstream, said)
         made.set(Metric.POSTGRES_AWAY, (), float(self.store.away))
         made.set(Metric.SPILL, (), self.store.spill.used_bytes)
         made.set(Metric.UNWRITTEN, name, self.store.relayed.waiting)
@@ -80,6 +86,23 @@ class Watch:
         made.tally.add(Metric.CPU, name, cpu_s - self._cpu_s)
         self._cpu_s = cpu_s
         made.flush()
+
+    def _announce(self, upstream: str, one: Announcement) -> None:
+        """Once each, so that of several processes the one that heard it last counts."""
+        heard = self._heard.get((upstream, one.model))
+        model = self._models.of(one.model, learns=True)
+        if heard == one.at or model != one.model:
+            return
+        self._heard[upstream, model] = one.at
+        for limit in one.limits:
+            labels = (upstream, model, limit.unit, limit.window or "")
+            if limit.limit is not None:
+                self._instruments.set(Metric.ANNOUNCED_BOUND, labels, limit.limit)
+            if limit.remaining is not None:
+                self._instruments.set(Metric.ANNOUNCED_LEFT, labels, limit.remaining)
+            if limit.reset_ms is not None:
+                resets_at = one.at + limit.reset_ms / 1000
+                self._instruments.set(Metric.ANNOUNCED_RESET, labels, resets_at)
 
 
 def resident_bytes() -> int:

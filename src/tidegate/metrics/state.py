@@ -66,7 +66,12 @@ class State:
             "threads": threading.active_count(),
             "pools": {name: self._pool(name) for name in watch.limiters},
             "upstreams": {
-                name: {"state": one.state, "key_refused": one.key_dead, "why": one.why}
+                name: {
+                    "state": one.state,
+                    "key_refused": one.key_dead,
+                    "why": one.why,
+                    "announced": [said.shown() for said in one.announced.all()],
+                }
                 for name, one in watch.health.items()
             },
             "record": {

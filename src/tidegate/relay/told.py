@@ -74,7 +74,7 @@ def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False, cut: bool
     """What an answer says. `omitted` and `cut` as in `usage_in`."""
     if len(answer) <= _PARSED_BYTES and answer.startswith(b"{"):
         with suppress(orjson.JSONDecodeError):  # cut off
-            return _told_by_object(dialect, orjson.loads(answer))
+            return _told_by_object(dialect, orjson.loads(answer), answer)
     raw = usage_in(dialect, answer, omitted, cut)
     usage = UNKNOWN_USAGE if raw is None else usage_of(dialect, raw)
     tail = max(0, len(answer) - TAIL_BYTES)
@@ -101,12 +101,12 @@ def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False, cut: bool
     )
 
 
-def _told_by_object(dialect: Dialect, whole: dict[str, Any]) -> Told:
+def _told_by_object(dialect: Dialect, whole: dict[str, Any], answer: bytes) -> Told:
     usage = usage_at(dialect, whole)
     if dialect is Dialect.OPENAI and whole.get("object") == "response":
         return Told(with_searches(usage, searches_of_response(whole)), *_of_response(whole))
-    if dialect is Dialect.GEMINI and (queries := queries_of(whole)):
-        usage = with_searches(usage, len(queries))
+    if dialect is Dialect.GEMINI and _SEARCHED in answer:
+        usage = with_searches(usage, len(queries_of(whole)))
     id_key, version_key, choices_key, finish_key = _PLACES[dialect]
     finish = None
     if choices_key is None:

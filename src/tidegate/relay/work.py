@@ -297,7 +297,11 @@ class Work:
             body = body_for(self._call, self._body, target, ask_usage=hides)
             exchange = await relay.open(self._call, target, body, self._note_sent)
             try:
-                if exchange.status >= 300:
+                status = exchange.status
+                if self._call.endpoint.is_counted and (status < 300 or status == 429):
+                    announced = relay.gate_of(target).announced
+                    announced.note(target.model, exchange.headers)
+                if status >= 300:
                     raise await refusal_of(exchange, target, self._call.endpoint.dialect)
                 await self._pass_on(exchange, target, demand, hides)
             finally:

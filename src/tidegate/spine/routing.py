@@ -42,6 +42,7 @@ from tidegate.errors import (
 )
 from tidegate.limiter import Limiter
 from tidegate.limiter.limits import Concurrency
+from tidegate.spine.announced import Announced
 from tidegate.spine.faults import Faults, Suspect, can_be_provoked
 from tidegate.telemetry import Log, get_logger
 
@@ -85,6 +86,7 @@ class Gate:
         self._digest = sha256(key.encode()).hexdigest()[:8]
         self._clock = clock
         self._faults = Faults()
+        self.announced = Announced()
         self._closed_since: float | None = None
         self._said = ""  # by the provider, for operators
         self._strikes: dict[str, tuple[int, float]] = {}  # how many, and until when the last lasts

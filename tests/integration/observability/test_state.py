@@ -8,12 +8,13 @@ from uuid import uuid4
 
 from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_metrics import Values, chat, of, scraped
+from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.loglines import Lines, lines
 from tests.waiting import wait_until
 from tidegate.embedded.postgres import PostgresServer
 from tidegate.embedded.valkey import ValkeyServer
 
-__all__ = ["lines"]
+__all__ = ["hostile", "lines", "one_try"]
 
 
 async def posted(gateway: Gateway, text: str) -> int:
@@ -91,3 +92,54 @@ async def test_with_both_stores_gone_a_process_still_tells_what_it_is_at(
         return [one["status"] for one in failed] == ["cancelled"] * 2
 
     await wait_until(told, 20, "the calls that failed")
+
+
+async def test_what_an_upstream_announces_of_its_limits_is_told(
+    open_gateway: Opener, hostile: Hostile
+) -> None:
+    """From good answers, whole and streamed, and from a 429; not from what asks no model."""
+    gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
+    heads = [
+        (b"200 OK", b"x-ratelimit-limit-requests: 500\r\nx-ratelimit-remaining-requests: 499"),
+        (b"200 OK", b"x-ratelimit-limit-tokens-minute: 9000\r\n"
+         b"x-ratelimit-remaining-tokens-minute: 7"),
+        (b"200 OK", b"x-other: 1"),
+    ]  # fmt: skip
+    seen = []
+    for number, (status, limits) in enumerate(heads):
+        hostile.answer = b"HTTP/1.1 %b\r\n%b\r\ncontent-length: 2\r\n\r\n{}" % (status, limits)
+        model = f"m{number}"
+        body = chat("Say hello", stream=number == 1) | {"model": model}
+        async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=body) as response:
+            assert response.status == 200
+            await response.read()
+        announced = (await state_of(gateway))["upstreams"]["gemini"]["announced"]
+        seen = [{"model": one["model"], "limits": one["limits"]} for one in announced]
+    assert seen == [
+        {"model": "m0", "limits": [{"unit": "requests", "limit": 500, "remaining": 499}]},
+        {
+            "model": "m1",
+            "limits": [{"unit": "tokens", "window": "minute", "limit": 9000, "remaining": 7}],
+        },
+    ]
+    values = await scraped(gateway)
+    labels = {"upstream": "gemini", "model": "m1", "unit": "tokens", "window": "minute"}
+    assert of(values, "tidegate_upstream_announced_limit", **labels) == 9000
+    assert of(values, "tidegate_upstream_announced_remaining", **labels) == 7
+    assert of(values, "tidegate_upstream_announced_limit", model="m0", window="") == 500
+
+
+async def test_a_429_announces_limits_too(
+    open_gateway: Opener, hostile: Hostile, one_try: None
+) -> None:
+    gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
+    limits = b"anthropic-ratelimit-input-tokens-remaining: 0\r\nretry-after: 1"
+    hostile.answer = b"HTTP/1.1 429 No\r\n%b\r\ncontent-length: 2\r\n\r\n{}" % limits
+    deadline = {"x-tidegate-deadline-ms": "300"}
+    body = chat("Say hello") | {"model": "m", "max_tokens": 5}
+    async with gateway.http.post(
+        f"{gateway.url}/v1/messages", json=body, headers=deadline
+    ) as response:
+        assert response.status == 429
+    (said,) = (await state_of(gateway))["upstreams"]["gemini"]["announced"]
+    assert said["limits"] == [{"unit": "input_tokens", "remaining": 0}]

@@ -1,0 +1,76 @@
+"""What is kept of the rate limits that upstreams announce."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.dialects.rate_headers import RateStatus, rate_statuses
+from tidegate.spine import announced
+from tidegate.spine.announced import MOST_MODELS, Announced, Announcement
+
+OPENAI = [
+    (b"Content-Type", b"application/json"),
+    (b"X-RateLimit-Limit-Requests", b"500"),
+    (b"x-ratelimit-remaining-requests", b"499"),
+    (b"x-ratelimit-reset-requests", b"120ms"),
+    (b"x-ratelimit-limit-tokens", b"30000"),
+    (b"x-ratelimit-remaining-tokens", b"29000"),
+    (b"x-ratelimit-limit-project-tokens", b"20000"),
+    (b"x-ratelimit-remaining-project-tokens", b"1000"),
+]
+ANTHROPIC = [
+    (b"anthropic-ratelimit-input-tokens-limit", b"80000"),
+    (b"anthropic-ratelimit-input-tokens-remaining", b"0"),
+    (b"anthropic-ratelimit-input-tokens-reset", b"1970-01-01T00:16:45Z"),
+]
+
+
+def test_the_latest_answer_of_each_model_counts() -> None:
+    now = 1_000.0
+    heard = Announced(lambda: now)
+    heard.note("a", OPENAI)
+    heard.note("b", [(b"content-type", b"text/plain")])
+    tightest = RateStatus("tokens", None, 20_000, 1_000)
+    first = (RateStatus("requests", None, 500, 499, 120), tightest)
+    assert heard.all() == [Announcement("a", 1_000.0, first)]
+    now = 1_001.0
+    heard.note("a", ANTHROPIC)
+    (said,) = heard.all()
+    assert said == Announcement("a", now, (RateStatus("input_tokens", None, 80_000, 0, 4_000),))
+    limit = {"unit": "input_tokens", "limit": 80_000, "remaining": 0, "reset_ms": 4_000}
+    assert said.shown() == {
+        "model": "a",
+        "at": "1970-01-01T00:16:41.000+00:00",
+        "limits": [limit],
+    }
+
+
+def test_an_answer_is_parsed_when_someone_asks_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = 0
+
+    def counting(*given: object) -> list[RateStatus]:
+        nonlocal parsed
+        parsed += 1
+        return rate_statuses(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(announced, "rate_statuses", counting)
+    heard = Announced(lambda: 1_000.0)
+    for _ in range(1_000):
+        heard.note("m", list(OPENAI))
+    assert parsed == 0
+    assert heard.all() == heard.all()
+    assert parsed == 1
+
+
+def test_whatever_an_upstream_sends_is_bounded() -> None:
+    heard = Announced(lambda: 1_000.0)
+    for number in range(3 * MOST_MODELS):
+        many = [(b"x-ratelimit-limit-tokens-%d" % one, b"9") for one in range(1_000)]
+        odd = [(b"x-ratelimit-limit-requests", b"\xff"), (b"ratelimit", b"9" * 50)]
+        heard.note(f"m{number}", [*OPENAI, *odd, *many])
+    found = heard.all()
+    assert len(found) == MOST_MODELS
+    assert {one.model for one in found} == {
+        f"m{number}" for number in range(2 * MOST_MODELS, 3 * MOST_MODELS)
+    }
+    assert all(len(one.limits) < 10 for one in found)
