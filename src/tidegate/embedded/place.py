@@ -19,6 +19,7 @@ _ROOTS_PLACE = Path("/var/lib/tidegate")
 _MOVED = "moved-to"
 _BELONGS = "belongs-to"
 _SOCKET = "valkey.sock"
+_UNCLEANED = "start.sock"  # no longer than that, as a socket's path has a bound
 # The longest path that a socket address holds on every system (104 bytes on BSD and macOS).
 _SOCKET_PATH_BYTES = 100
 
@@ -80,9 +81,15 @@ def for_socket(folder: Path, known: Path | None) -> Path:
     return Path(tempfile.mkdtemp(prefix="tidegate-")) / _SOCKET
 
 
+def uncleaned(path: Path) -> Path:
+    """Where a server listens whose socket is to become `path`, until it has forgotten its past."""
+    return path.with_name(_UNCLEANED)
+
+
 def remove_socket(folder: Path, path: Path) -> None:
     """Remove the socket of a server that has ended, with the temporary folder made for it."""
     path.unlink(missing_ok=True)
+    uncleaned(path).unlink(missing_ok=True)
     if path.parent != folder and _is_private(path.parent):
         path.parent.rmdir()
 

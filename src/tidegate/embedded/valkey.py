@@ -5,8 +5,8 @@ then send their password to that user. A socket file in a folder of mode 0700 ca
 
 What is spent of rates and day quotas outlives the server: it is written to a file every five
 minutes and at an orderly stop, and read at a start. Everything else in the file (sessions, permits,
-pauses, policies) is as old as the file and is removed before the server is announced, so that the
-limiter finds a server without a past, as one that has lost its memory.
+pauses, policies) is as old as the file and is removed before the socket gets the name that clients
+know, so that the limiter finds a server without a past, as one that has lost its memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ _CLEANING_S = 10.0
 
 
 class ValkeyServer:
-    """One `valkey-server` process. With `keeps_spent` see the module; else all is in memory only.
+    """One `valkey-server` process. With `keeps_spent`, which needs a `socket_path`, see the module;
+    else all is in memory only.
 
     With a `socket_path`, whose folder is the caller's to protect, it listens there and on no port.
     With a `password` clients need it to connect; the server reads it from a file, never from the
@@ -97,7 +98,8 @@ class ValkeyServer:
     def launch(self) -> None:
         """Start the process without waiting for it."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        listening = ["--unixsocket", str(self.socket_path)] if self.socket_path else []
+        self._to_clean = self._keeps_spent
+        listening = ["--unixsocket", str(self._socket)] if self.socket_path else []
         command = [
             *(str(_binary()), str(self._settings())),
             *("--port", str(self.port), "--bind", "127.0.0.1", *listening),
@@ -106,7 +108,6 @@ class ValkeyServer:
             *("--maxmemory-policy", "noeviction", "--dir", str(self.folder)),
         ]
         self._process = process.spawn(command, self._log_path, None, self.folder)
-        self._to_clean = self._keeps_spent
 
     def await_ready(self, timeout_s: float = 10.0) -> None:
         """Wait until the launched or adopted process answers. Raises ServerFailed."""
@@ -122,11 +123,12 @@ class ValkeyServer:
         self._failed_starts = 0
         if self._to_clean:
             self._clean()
-            self._to_clean = False
 
     def adopt(self, identity: Identity) -> None:
-        """Take over a server on this port that a process started which is gone now."""
+        """Take over a server in this place that a process started which is gone now."""
         self._process = Running(identity)
+        if self.socket_path is not None:
+            self._to_clean = self._keeps_spent and place.uncleaned(self.socket_path).exists()
 
     def stop(self) -> None:
         """Orderly end."""
@@ -142,6 +144,13 @@ class ValkeyServer:
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
+
+    @property
+    def _socket(self) -> Path | None:
+        """Where it listens now."""
+        if self._to_clean and self.socket_path is not None:
+            return place.uncleaned(self.socket_path)
+        return self.socket_path
 
     @property
     def _log_path(self) -> Path:
@@ -169,12 +178,17 @@ class ValkeyServer:
             file.replace(file.with_suffix(".unreadable"))
 
     def _clean(self) -> None:
+        """Forget the past, and only then listen where clients look for it."""
+        assert self._socket is not None
+        assert self.socket_path is not None
         try:
             said = self._ask("EVAL", _FORGET_ALL_BUT_SPENT, "0", timeout_s=_CLEANING_S)
         except OSError as error:
             raise ServerFailed(f"Valkey does not answer: {error}") from error
         if b"done" not in said:
             raise ServerFailed(f"Valkey did not forget its past: {said!r}")
+        self._socket.replace(self.socket_path)
+        self._to_clean = False
 
     def _answers(self) -> bool:
         try:
@@ -192,12 +206,12 @@ class ValkeyServer:
                 return answer.read()
 
     def _connected(self, timeout_s: float) -> socket.socket:
-        if self.socket_path is None:
+        if self._socket is None:
             return socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
         probe = socket.socket(socket.AF_UNIX)
         try:
             probe.settimeout(timeout_s)
-            probe.connect(str(self.socket_path))
+            probe.connect(str(self._socket))
         except BaseException:
             probe.close()
             raise

@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 import redis
 
 from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
-from tidegate.embedded import Lease, ensure, process
+from tidegate.embedded import Lease, ensure, place, process
 from tidegate.embedded.folder import Folder
+from tidegate.embedded.valkey import ValkeyServer
 from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate
 from tidegate.limiter.limits import Limit
 
@@ -93,6 +95,35 @@ async def test_survivors_do_not_count_twice_what_the_file_holds(
             assert not await _call(limiter)
             assert await _used(limiter) == SPENT
     await traces.none_left(timeout_s=20)
+
+
+async def test_clients_never_see_what_the_file_holds_besides(tmp_path: Path) -> None:
+    socket = tmp_path / "valkey.sock"
+    server = ValkeyServer(tmp_path / "valkey", socket_path=socket, keeps_spent=True)
+    server.start()
+    with redis.Redis(unix_socket_path=str(socket)) as client:
+        client.set("tg:1:{gemini}:session", "of a process that is gone")
+        client.set("tg:1:{gemini}:quota:rpd:flash", "3")
+        client.save()
+    server.kill()
+    server.launch()
+    try:
+        with redis.Redis(unix_socket_path=str(place.uncleaned(socket))) as early:
+            await wait_until(lambda: _keys(early) == 2, what="the file is read")
+        with redis.Redis(unix_socket_path=str(socket)) as client:
+            with pytest.raises(redis.ConnectionError):
+                client.ping()
+            server.await_ready()
+            assert client.keys() == [b"tg:1:{gemini}:quota:rpd:flash"]
+    finally:
+        server.stop()
+
+
+def _keys(client: redis.Redis) -> int:
+    try:
+        return int(client.dbsize())
+    except redis.ConnectionError:
+        return 0
 
 
 async def test_a_file_that_cannot_be_read_is_set_aside(data_dir: Path, traces: Traces) -> None:
