@@ -90,11 +90,15 @@ def test_a_wrong_secret_is_never_shown(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_an_address_that_is_not_ours_is_told_in_one_line(tmp_path: Path) -> None:
-    done = _run(tmp_path, "serve", HOST="192.0.2.1", PORT="0", TIDEGATE_DEMO="1")
+def test_an_address_that_is_not_ours_is_told_in_one_line_and_a_doubtful_name_in_another(
+    tmp_path: Path,
+) -> None:
+    settings = {"HOST": "192.0.2.1", "PORT": "0", "TIDEGATE_DEMO": "1", "RATE_LIMIT": "5"}
+    done = _run(tmp_path, "serve", **settings)
     assert done.returncode == 2
-    assert done.stderr.startswith("tidegate: HOST=192.0.2.1: must be an address of this machine")
-    assert done.stderr.count("\n") == 1
+    doubtful, wrong = done.stderr.splitlines()
+    assert doubtful.endswith("RATE_LIMIT is not a setting; is RATE_LIMITS meant?")
+    assert wrong.startswith("tidegate: HOST=192.0.2.1: must be an address of this machine")
 
 
 def test_a_custom_provider_without_a_key_is_not_answered_by_the_emulator(tmp_path: Path) -> None:
@@ -170,10 +174,11 @@ def test_check_asks_what_is_meant_by_a_name_that_is_nearly_a_setting(tmp_path: P
     upstream = '[upstreams.two]\nprovider = "gemini"\nkey = "GEMINI_API_KEY_2"\n'
     (tmp_path / "tidegate.toml").write_text(upstream + "[upstreams.two.limits]\n")
     (tmp_path / ".env").write_text("\n".join(lines))
-    done = _run(tmp_path, "config", "check")
+    done = _run(tmp_path, "config", "check", GEMINI_KEY="k", AZURE_OPENAI_API_KEY="k")
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
         "tidegate: .env: ADMIN_TOKEN_FIEL is not a setting; is ADMIN_TOKEN_FILE meant?",
+        "tidegate: the environment: GEMINI_KEY is not a setting; is GEMINI_API_KEY meant?",
         "tidegate: .env: RATE_LIMIT is not a setting; is RATE_LIMITS meant?",
         "tidegate: .env: TEXT_MODLE is not a setting; is TEXT_MODEL meant?",
     ]

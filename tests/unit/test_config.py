@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tidegate.config import GOOGLE_URL, SECRETS, ClassifierMode, Config, load
-from tidegate.config.environment import allowed
+from tidegate.config.environment import allowed, misspelt
 from tidegate.config.settings import PROVIDER_KEYS
 from tidegate.errors import ConfigError
 
@@ -303,3 +303,30 @@ def test_every_setting_is_described_in_a_sentence() -> None:
     for field, info in Config.model_fields.items():
         assert info.description, field
         assert info.description.endswith("."), field
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("RATE_LIMIT", "RATE_LIMITS"), ("GEMINI_KEY", "GEMINI_API_KEY")),
+        *(("OPENAI_KEY", "OPENAI_API_KEY"), ("gemini_api_key", "GEMINI_API_KEY")),
+        *(
+            ("LOGLEVEL", "LOG_LEVEL"),
+            ("DATABASE_URI", "DATABASE_URL"),
+            ("TEXT_MODLE", "TEXT_MODEL"),
+        ),
+        ("ADMIN_TOKEN_FIEL", "ADMIN_TOKEN_FILE"),
+        *((name, None) for name in ("HOSTNAME", "PATH", "HOME", "XDG_DATA_DIRS", "GROQ_API_KEY")),
+        *((name, None) for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_TYPE")),
+        *((name, None) for name in ("AZURE_OPENAI_API_KEY", "GOOGLE_API_KEY", "TIDEGATE_PORT")),
+        *((name, None) for name in ("PORT", "REDIS_URL_FILE", "SHELL", "XAI_API_KEY", "AUTHOR")),
+    ],
+)
+def test_a_name_that_is_nearly_a_setting_is_doubtful(
+    name: str, meant: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / ".env"
+    for place, environ in (("the environment", {name: "1"}), (str(file), {})):
+        file.write_text("" if environ else f"{name}=1")
+        found = misspelt(environ, file)
+        assert [(one.place, one.near) for one in found] == [(place, meant)] * (meant is not None)

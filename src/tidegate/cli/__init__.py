@@ -29,7 +29,7 @@ from tidegate.cli import (
 from tidegate.cli.exits import EPILOGUE, FAILED, INTERRUPTED, code_of
 from tidegate.cli.legible import legible
 from tidegate.cli.pool import Json, choose_pool, show_json
-from tidegate.cli.settings import load_sound
+from tidegate.cli.settings import load_to_run
 from tidegate.embedded.process import ServerFailed
 from tidegate.errors import TidegateError
 
@@ -92,7 +92,7 @@ def up(
     """Start everything, and stop it on Ctrl-C."""
     from tidegate.supervisor.up import up as run
 
-    raise typer.Exit(run(load_sound(), api, workers))
+    raise typer.Exit(run(load_to_run(), api, workers))
 
 
 @app.command(rich_help_panel=_RUN)
@@ -102,7 +102,7 @@ def serve(
     """Serve HTTP in this process alone."""
     from tidegate.supervisor.roles import serve as run
 
-    run(load_sound(), fd)
+    run(load_to_run(), fd)
 
 
 @app.command(rich_help_panel=_RUN)
@@ -110,7 +110,7 @@ def worker() -> None:
     """Do jobs in this process alone."""
     from tidegate.supervisor.roles import work
 
-    work(load_sound())
+    work(load_to_run())
 
 
 @app.command(

@@ -33,6 +33,25 @@ def load_sound() -> Config:
     return config
 
 
+def load_to_run() -> Config:
+    """The same for a process that is to run, unless its supervisor has done it; what may be a
+    mistake is said. Raises ConfigError."""
+    from tidegate.supervisor.ground import is_child
+
+    config = load_sound()
+    if not is_child():
+        say_doubtful(config)
+    return config
+
+
+def say_doubtful(config: Config) -> None:
+    """One line for each variable whose name is nearly a setting's."""
+    from tidegate.policy.file import doubtful
+
+    for one in doubtful(config):
+        typer.echo(f"tidegate: {one}", err=True)
+
+
 @app.command()
 def check(
     defaults: Annotated[
@@ -41,16 +60,13 @@ def check(
     json: Json = False,
 ) -> None:
     """Say whether the settings are sound, what they come to, and where each comes from."""
-    from tidegate.config.environment import misspelt
     from tidegate.policy import deployed, deployed_upstreams
-    from tidegate.policy.file import policy_file
+    from tidegate.policy.file import doubtful, policy_file
 
     config = load_sound()
     policy, deployment = deployed(config), deployed_upstreams(config)
     rows = [row for row in _settings(config) if defaults or row[2] != _DEFAULT]
     file = policy_file(config)
-    spoken_of = "" if file is None else file.read_text()  # another account's key is no mistake
-    doubtful = {name: near for name, near in misspelt().items() if name not in spoken_of}
     if json:
         show_json(
             {
@@ -59,7 +75,7 @@ def check(
                     for name, value, place in rows
                 },
                 "policy_file": None if file is None else str(file),
-                "doubtful": doubtful,
+                "doubtful": {one.name: one.near for one in doubtful(config)},
                 "upstreams": _plain(deployment, policy),
             }
         )
@@ -71,8 +87,7 @@ def check(
     if rows:
         typer.echo()
         show_table("", ("setting", "value", "from"), rows)
-    for name, near in sorted(doubtful.items()):
-        typer.echo(f"tidegate: .env: {name} is not a setting; is {near} meant?", err=True)
+    say_doubtful(config)
 
 
 _DEFAULT, _NOT_SET = "the default", "not set"

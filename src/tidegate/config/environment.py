@@ -6,11 +6,11 @@ Invariant: whatever is wrong leaves as one `ConfigError` of one line without a s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher, get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin
+from typing import Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,7 @@ from tidegate.errors import ConfigError
 Settings = TypeVar("Settings", bound=BaseModel)
 _LONGEST_SHOWN = 200
 _NEAR = 0.82  # a letter too few or two that changed places, not another account's key
+_SAME_WORD = 0.5
 _COLLECTOR = (
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
@@ -64,16 +65,45 @@ def origins(
     return found
 
 
-def misspelt(dotenv: Path = Path(".env")) -> dict[str, str]:
-    """Names in `.env` that are no setting of ours and nearly one, with that one."""
+class Doubt(NamedTuple):
+    """A name that is no setting of ours and nearly one: where it stands, and the setting."""
+
+    name: str
+    place: str
+    near: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.name} is not a setting; is {self.near} meant?"
+
+
+def misspelt(
+    environ: Mapping[str, str] | None = None, dotenv: Path = Path(".env")
+) -> tuple[Doubt, ...]:
+    """Names in the environment and in `.env` that are nearly a setting's."""
     written = _from_dotenv(dotenv) if dotenv.is_file() else {}
+    given = os.environ if environ is None else environ
     names = [name.upper() for model in (Config, Client) for name in model.model_fields]
     known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
-    found: dict[str, str] = {}
-    for name in written.keys() - known.keys():
-        if near := get_close_matches(name.upper(), known, n=1, cutoff=_NEAR):
-            found[name] = near[0]
-    return found
+    found = (
+        Doubt(name, "the environment" if name in given else str(dotenv), near)
+        for name in sorted((written.keys() | given.keys()) - known.keys())
+        if (near := _nearly(name.upper(), known)) is not None
+    )
+    return tuple(found)
+
+
+def _nearly(name: str, known: Iterable[str]) -> str | None:
+    """A setting that `name` may mean, by its letters: not where a word of it is another one
+    (OPENAI_API_BASE), nor where there is a word before it (AZURE_OPENAI_API_KEY)."""
+    for near in get_close_matches(name, known, n=3, cutoff=_NEAR):
+        pairs = [*zip(name.split("_"), near.split("_"), strict=False)]
+        is_as_long = name.count("_") == near.count("_")
+        is_another = is_as_long and any(
+            SequenceMatcher(None, one, other).ratio() < _SAME_WORD for one, other in pairs
+        )
+        if not is_another and not name.endswith(f"_{near}"):
+            return near
+    return None
 
 
 def _loaded(

@@ -11,6 +11,7 @@ from tidegate.doctor.finding import Finding, fail, ok, skipped, warn
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, Snapshot
 from tidegate.policy import emulates
+from tidegate.policy.file import doubtful
 from tidegate.policy.plain import digest, to_plain
 from tidegate.policy.revisions import Origin, differences
 from tidegate.policy.tenancy import with_tenants
@@ -28,6 +29,9 @@ def judge_settings(config: Config) -> Iterator[Finding]:
     """Those that are sound, and may still be a mistake."""
     yield _demo(config)
     yield _webhooks(config)
+    if doubts := doubtful(config):
+        mend = "rename what is misspelt; what is of another program may stay"
+        yield warn("settings.names", "; ".join(map(str, doubts)), mend)
 
 
 def _demo(config: Config) -> Finding:

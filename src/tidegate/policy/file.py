@@ -11,6 +11,7 @@ from typing import Any
 
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.config import Config, secret
+from tidegate.config.environment import Doubt, misspelt
 from tidegate.errors import ConfigError
 from tidegate.limiter.limits import PoolPolicy
 from tidegate.policy.plain import SECTIONS, check_keys, of_plain
@@ -64,6 +65,14 @@ def emulates(config: Config) -> bool:
     ConfigError."""
     names = {one.name for one in deployed_upstreams(config).upstreams} if config.emulated else ()
     return DEFAULT_POOL in names
+
+
+def doubtful(config: Config) -> list[Doubt]:
+    """Names of variables that are nearly a setting's, unless the policy's file speaks of them: the
+    key of another account is no mistake. Raises ConfigError."""
+    path = policy_file(config)
+    spoken_of = "" if path is None else path.read_text(errors="replace")
+    return [one for one in misspelt() if one.name not in spoken_of]
 
 
 def policy_file(config: Config) -> Path | None:

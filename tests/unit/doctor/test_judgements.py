@@ -183,6 +183,16 @@ def test_access_by_address_and_keys() -> None:
     assert state_of(found, "settings.webhooks") is State.WARN
 
 
+def test_a_name_that_is_nearly_a_setting_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not [one for one in deployment.judge_settings(load()) if one.check == "settings.names"]
+    monkeypatch.setenv("GEMINI_KEY", "k")
+    (found,) = [one for one in deployment.judge_settings(load()) if one.check == "settings.names"]
+    assert (found.state, "is GEMINI_API_KEY meant?" in found.found) == (State.WARN, True)
+
+
 def test_keys_that_nobody_is_known_to_have_made_are_named() -> None:
     config = load({}, None)
     key = Key(
