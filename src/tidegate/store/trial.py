@@ -32,6 +32,20 @@ class Trial:
         rows = await self._connections.run(read)
         return {UUID(int=row["request_id"].int): row["records"] for row in rows}
 
+    async def cut_short(self, request_ids: Sequence[UUID]) -> dict[UUID, dict[str, int]]:
+        """How many attempts at each request were cut short before their result was on record, by
+        the process that made them; requests without one are left out."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            rows: list[asyncpg.Record] = await connection.fetch(sql("cut_short"), request_ids)
+            return rows
+
+        found: dict[UUID, dict[str, int]] = {}
+        for row in await self._connections.run(read):
+            by = found.setdefault(UUID(int=row["request_id"].int), {})
+            by[row["instance_id"]] = row["attempts"]
+        return found
+
     async def remove(
         self, tenant_id: str, request_ids: Sequence[UUID], workers: Sequence[str]
     ) -> None:

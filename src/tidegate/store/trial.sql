@@ -5,6 +5,12 @@
 SELECT request_id, count(*) AS records FROM audit WHERE request_id = ANY($1::uuid[])
 GROUP BY request_id
 
+-- name: cut_short
+-- By which process how many attempts at each of the requests $1 were cut short: nobody knows whether
+-- the provider answered them.
+SELECT request_id, instance_id, count(*) AS attempts FROM attempts
+WHERE request_id = ANY($1::uuid[]) AND outcome = 'ambiguous' GROUP BY request_id, instance_id
+
 -- name: audit_of
 -- The rows of the audit of the requests $1.
 SELECT id FROM audit WHERE request_id = ANY($1::uuid[])

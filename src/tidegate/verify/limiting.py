@@ -270,6 +270,7 @@ class Limiting:
             f"{stats.over} over, at most {stats.max_in_flight} of {stats.arrived:,}",
             stats.over == 0 and stats.max_in_flight <= self._plan.limit,
             "more calls were open than the emulated provider allows",
+            lasting=True,
         )
 
     # -- means

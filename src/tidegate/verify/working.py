@@ -36,6 +36,7 @@ from tidegate.verify.cleaning import clean_pool, finish
 from tidegate.verify.plan import KIND, Plan
 from tidegate.verify.probes import Family
 from tidegate.verify.promises import Report, Say
+from tidegate.verify.repeats import repeats
 from tidegate.verify.until import until
 
 AT_ONCE = 3
@@ -66,6 +67,7 @@ class Working:
         self._policy = PoolPolicy({Kind.TEXT_ONLY.limit: AT_ONCE}, lease_ms=plan.lease_ms)
         self._ids: list[UUID] = []
         self._names: set[str] = set()
+        self._killed = ""
 
     async def run(self) -> None:
         """Raises StoreUnavailable where PostgreSQL does not answer."""
@@ -140,7 +142,7 @@ class Working:
             job = NewJob(
                 request_id=new_id(),
                 created_at=datetime.now(UTC),
-                prompt=f"{self._pool} job {number}.",
+                prompt=self._prompt(number),
                 classification=Classification(Kind.TEXT_ONLY, ClassifiedBy.CALLER, "a check"),
                 tenant_id=self._pool,
                 pool=self._pool,
@@ -166,6 +168,7 @@ class Working:
             return None
         self._say(f"kill -9 of {name}")
         await family.kill(name)
+        self._killed = name
         return time.time_ns()
 
     async def _is_calling(self, store: Store, name: str) -> bool:
@@ -193,8 +196,6 @@ class Working:
         whole, done = len(self._ids), states[Status.SUCCEEDED]
         seen = await self._upstream.calls(contains=self._pool)
         calls = Counter(call.prompt for call in seen)
-        cut_off = sum(call.outcome == "client_gone" for call in seen)
-        repeated = sum(many - 1 for many in calls.values())
         if self._plan.kills_worker:
             self._report.kept(
                 "jobs survive the kill of a worker",
@@ -212,20 +213,34 @@ class Working:
             )
             why = f"a claim lease of {self._plan.claim_lease_ms / 1000:g} s takes too long here"
             self._report.skipped("jobs survive the kill of a worker", why)
-        allowed = AT_ONCE if self._plan.kills_worker else 0
-        self._report.kept(
-            "a call is repeated only where a kill cut it off",
-            f"<= {allowed} repeated",
-            f"{repeated} of {len(calls)}, {cut_off} cut off",
-            repeated <= allowed and len(calls) == whole,
-        )
+        self._judge_repeats(calls, await self._trial.cut_short(self._ids))
         recorded = await self._recorded()
         self._report.kept(
             "each result is on record exactly once",
             f"{whole} records",
             f"{sum(recorded.values())} of {len(recorded)} jobs",
             len(recorded) == whole and set(recorded.values()) == {1},
+            lasting=any(many > 1 for many in recorded.values()),
         )
+
+    def _judge_repeats(
+        self, calls: Mapping[str, int], cut_short: Mapping[UUID, Mapping[str, int]]
+    ) -> None:
+        """The emulator counts the calls; the record says whose attempts came to no result."""
+        asked = [calls.get(self._prompt(number), 0) for number in range(len(self._ids))]
+        seen = repeats(asked, [cut_short.get(one, {}) for one in self._ids], self._killed)
+        self._report.kept(
+            "a call is repeated only where a kill left no result",
+            "0 others repeated",
+            f"{seen.others} others, {seen.of_killed} of the killed worker's",
+            seen.others == 0 and seen.unexplained == 0 and all(asked),
+            f"{seen.unexplained} although a result was on record or no attempt was cut short; "
+            f"{asked.count(0)} jobs never called",
+            lasting=seen.unexplained > 0,
+        )
+
+    def _prompt(self, number: int) -> str:
+        return f"{self._pool} job {number}."
 
     async def _recorded(self) -> Mapping[UUID, int]:
         """Audit rows by request; they are written behind the results."""
