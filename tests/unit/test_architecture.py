@@ -46,6 +46,7 @@ PURE = (
     *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model/", "*states.py"),
     *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
     *("policy/edits.py", "policy/words.py", "relay/paths.py", "relay/asked.py", "relay/usage.py"),
+    *("dialects/usage_details.py", "relay/redirect.py", "relay/told.py"),
     *("relay/targets.py", "spine/faults.py", "relay/headers.py", "relay/usage_event.py"),
     "policy/tenancy.py",
     *(f"rehearse/{name}.py" for name in ("amounts", "trace", "load", "tally", "findings")),

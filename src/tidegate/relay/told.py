@@ -33,6 +33,7 @@ _FIRST_EVENTS, _LAST_EVENTS = 4, 2
 _LONGEST_EVENT_BYTES = 65_536
 _LONGEST_READ_BYTES = 2_000_000
 _SEARCHED = b'"webSearchQueries"'
+_SEARCH_CALL = b'"web_search_call"'
 # The names of an answer's id and version, where its choices are, and why one of them ended.
 _PLACES: dict[Dialect, tuple[str, str, str | None, str]] = {
     Dialect.OPENAI: ("id", "model", "choices", "finish_reason"),
@@ -82,6 +83,8 @@ def told_in(dialect: Dialect, answer: bytes, *, omitted: bool = False, cut: bool
         return Told(with_searches(usage, searches_of_response(ended)), *_of_response(ended))
     if dialect is Dialect.GEMINI and _SEARCHED in answer:
         usage = with_searches(usage, len(_queries_in(answer)))
+    elif dialect is Dialect.OPENAI and _SEARCH_CALL in answer and answer.startswith(b"{"):
+        usage = with_searches(usage, _searches_in(answer))
     identity, version, finish = _PATTERNS[dialect]
     ended_by = _last(finish, answer, tail)
     if ended_by is None and dialect is Dialect.GEMINI:
@@ -137,6 +140,14 @@ def _end_of_response(answer: bytes, omitted: bool) -> dict[str, Any] | None:
         if response.get("status") in _ENDED:
             return response
     return None
+
+
+def _searches_in(answer: bytes) -> int:
+    """Those of a response that is too long to be parsed for all that it tells, as with pictures."""
+    if len(answer) <= _LONGEST_READ_BYTES:
+        with suppress(orjson.JSONDecodeError):  # cut off
+            return searches_of_response(orjson.loads(answer))
+    return 0
 
 
 def _queries_in(answer: bytes) -> set[str]:

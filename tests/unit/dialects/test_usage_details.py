@@ -166,7 +166,11 @@ def test_searches_of_a_response_are_those_it_reports_or_shows() -> None:
     reported = seen | {"tool_usage": {"web_search": {"num_requests": 5}}}
     for response, count in ((seen, 3), (reported, 5)):
         ended = {"type": "response.completed", "response": response}
-        answers = (json.dumps(response), f"data: {json.dumps(ended)}\n\ndata: [DONE]\n\n")
+        long = response | {"padding": "x" * 400_000}
+        answers = (
+            *(json.dumps(response), json.dumps(long)),
+            f"data: {json.dumps(ended)}\n\ndata: [DONE]\n\n",
+        )
         for answer in answers:
             details = told_in(OPENAI, answer.encode()).usage.details
             assert details == UsageDetails(searches=count)
