@@ -12,6 +12,7 @@ TidegateError
 ├── Unauthenticated             no credential, or a wrong one
 ├── Forbidden                   not for this caller, whatever it shows
 ├── NotFound                    no such request, file or limit
+├── MethodNotAllowed            the path is known, by other methods
 ├── IdempotencyConflict         the idempotency key was used before, for something else
 ├── AlreadyEnded                too late to cancel it
 ├── PolicyChanged               somebody else has changed what was to be changed
@@ -152,6 +153,16 @@ class NotFound(TidegateError):
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+class MethodNotAllowed(TidegateError):
+    """The path is known, by other methods: `methods`."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, *, methods: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.methods = methods
 
 
 class IdempotencyConflict(TidegateError):

@@ -20,6 +20,8 @@ ADVICE: dict[str, str] = {
     "forbidden": "Its tenant may not ask for this: see what the tenant's models and keys allow.",
     "unauthenticated": "The key was not the right one: see the tenant's keys.",
     "not_found": "What it asks for is not served: check the model's name against the upstreams.",
+    "method_not_allowed": "The path is asked by another method: its answer named which.",
+    "policy_conflict": "A program's limits are not those in force: change one or the other.",
     "idempotency_conflict": "Its key stands for another request: its sender must use a new one.",
     "policy_changed": "Somebody else was quicker: look at what is in force, and change that.",
     "already_ended": "It had ended before.",

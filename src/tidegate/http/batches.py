@@ -76,6 +76,14 @@ def is_batch_path(scope: Scope) -> bool:
     return dialect_of(path, names, scope["query_string"]) is Dialect.OPENAI
 
 
+def batch_methods(path: str) -> tuple[str, ...]:
+    """By which methods a path of ours is known."""
+    if (found := _PATH.fullmatch(path)) is None:
+        return ()
+    place = (found["room"], found["id"] is not None, found["do"])
+    return tuple(method for method, *where in _HANDLERS if tuple(where) == place)
+
+
 async def batches(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request to one of our paths."""
     request = Request(scope, receive)
@@ -89,12 +97,13 @@ async def batches(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def _answer(request: Request) -> Response:
-    found = _PATH.fullmatch(request.scope["path"])
+    path = request.scope["path"]
+    found = _PATH.fullmatch(path)
     assert found is not None
     method = request.method
     handler = _HANDLERS.get((method, found["room"], found["id"] is not None, found["do"]))
     if handler is None:
-        raise not_relayed(method, request.scope["path"])
+        raise not_relayed(method, path, batch_methods(path))
     caller = await caller_of(request, Right.READ if method == "GET" else Right.INFER)
     check_target(request.scope)
     return await handler(Asking(request, services_of(request), caller, found["id"] or ""))

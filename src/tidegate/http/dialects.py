@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from tidegate import errors
+from tidegate.http.methods import allow
 from tidegate.http.problems import native_status_of
 from tidegate.relay.paths import Dialect
 
@@ -23,6 +24,7 @@ _GOOGLE = {
     401: "UNAUTHENTICATED",
     403: "PERMISSION_DENIED",
     404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
     409: "ABORTED",
     413: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
@@ -52,9 +54,13 @@ _ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
 _USUAL_RETRY_MS = 1_000
 
 
-def not_relayed(method: str, path: str) -> errors.NotFound:
-    """What is said of a path that no native front has, so that nobody takes it for the provider's
-    word."""
+def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.TidegateError:
+    """What is said of a path that no native front has, or has by other `methods` only, so that
+    nobody takes it for the provider's word."""
+    if methods:
+        known = " and ".join(methods)
+        said = f"Tidegate does not relay {method} {path[:200]}, but {known}"
+        return errors.MethodNotAllowed(said, methods=methods)
     said = f"Tidegate does not relay {method} {path[:200]}; docs/gateway.md says what it relays"
     return errors.NotFound(said)
 
@@ -74,6 +80,8 @@ def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers
         headers.append((b"connection", b"close"))
     if isinstance(error, errors.UnsupportedMedia) and error.field == "Content-Encoding":
         headers.append((b"accept-encoding", b"identity"))  # RFC 9110, 12.5.3
+    if isinstance(error, errors.MethodNotAllowed):
+        headers.append((b"allow", allow(error.methods).encode()))
     body = orjson.dumps(body_of(dialect, error, status, after_ms))
     headers.append((b"content-length", str(len(body)).encode()))
     return status, headers, body

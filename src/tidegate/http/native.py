@@ -41,7 +41,7 @@ from tidegate.http.upload_pass import let_in, own_urls
 from tidegate.relay.asked import parsed
 from tidegate.relay.call import CallFailed, Life, NativeCall, Out
 from tidegate.relay.headers import Headers, content_type_in
-from tidegate.relay.paths import Dialect, Endpoint, Operation, dialect_of, endpoint_of, posted_to
+from tidegate.relay.paths import Dialect, Endpoint, Operation, meant_by, methods_at
 from tidegate.relay.record import record_of
 from tidegate.relay.under_way import look_at
 from tidegate.relay.uploads import MAX_BYTES, check_files, upload
@@ -61,17 +61,11 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     """Answer a request to a native path; its line is in the log, whatever becomes of it."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
-    endpoint = posted_to(method, path)
-    if endpoint is None:
-        hint = dialect_of(path, {name for name, _ in headers}, scope["query_string"])
-        endpoint = endpoint_of(method, path, hint)
-        dialect = hint if endpoint is None else endpoint.dialect
-    else:
-        dialect = endpoint.dialect
+    endpoint, dialect = meant_by(method, path, headers, scope["query_string"])
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
-            await front.refuse_unheard(not_relayed(method, path), None)
+            await front.refuse_unheard(not_relayed(method, path, methods_at(path, dialect)), None)
         elif is_coded(headers) and endpoint.operation is not Operation.UPLOAD:
             coded = UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
             await front.refuse_unheard(coded, endpoint)

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import errors
+from tidegate.http.methods import allow, methods_in
 from tidegate.http.wrong_value import in_words
 from tidegate.telemetry import Log, get_logger
 
@@ -36,6 +37,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
+    errors.MethodNotAllowed: 405,
     errors.IdempotencyConflict: 409,
     errors.AlreadyEnded: 409,
     errors.PolicyChanged: 409,
@@ -205,9 +207,12 @@ async def _on_validation_error(_request: Request, error: Exception) -> Response:
     return problem_response(errors.InvalidRequest(where, f"{where} {wrong}", allowed=allowed))
 
 
-async def _on_http_error(_request: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = allow(methods_in(request.app.routes, request.scope) or ("GET",))
     body = Problem(
         type="about:blank",
         title=phrase,
@@ -218,7 +223,7 @@ async def _on_http_error(_request: Request, error: Exception) -> Response:
     return JSONResponse(
         body.model_dump(exclude_none=True),
         error.status_code,
-        dict(error.headers or {}),
+        headers,
         media_type=MEDIA_TYPE,
     )
 

@@ -41,8 +41,9 @@ from tidegate.http import (
     waits,
 )
 from tidegate.http.access import AccessLog
-from tidegate.http.batches import batches, is_batch_path
+from tidegate.http.batches import batch_methods, batches, is_batch_path
 from tidegate.http.foreign import refuse_foreign, why_foreign
+from tidegate.http.methods import answer_options, methods_in
 from tidegate.http.native import native
 from tidegate.http.openapi import described
 from tidegate.http.problems import Handler
@@ -50,7 +51,7 @@ from tidegate.http.refused import note_refused
 from tidegate.http.services import Services
 from tidegate.http.target import SoundTarget
 from tidegate.observed import Source
-from tidegate.relay.paths import native_path
+from tidegate.relay.paths import dialect_of, methods_at, native_path
 
 _LAST_WORDS_S = 5.0
 _STATIC = Path(__file__).parent / "static"
@@ -123,6 +124,9 @@ class Gateway(FastAPI):
         if not services.gate.on and (foreign := why_foreign(services, scope)) is not None:
             scope["app"] = self
             await refuse_foreign(foreign, scope, receive, send)
+        elif scope["method"] == "OPTIONS" and (known := self._methods_at(scope, native_at)):
+            scope["app"] = self
+            await AccessLog(partial(answer_options, known))(scope, receive, send)
         elif native_at is not None:
             if is_batch_path(scope):
                 scope["app"] = self
@@ -134,6 +138,15 @@ class Gateway(FastAPI):
             await direct(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+    def _methods_at(self, scope: Scope, native_at: str | None) -> tuple[str, ...]:
+        """By which methods a path is known; none where it is not."""
+        if native_at is None:
+            return methods_in(self.routes, scope)
+        if is_batch_path(scope):
+            return batch_methods(native_at)
+        names = {name for name, _ in scope["headers"]}
+        return methods_at(native_at, dialect_of(native_at, names, scope["query_string"]))
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:

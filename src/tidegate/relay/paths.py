@@ -7,7 +7,7 @@ reached through us but calls of models, the list of models, and files.
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -120,6 +120,7 @@ _GEMINI_UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)
 # Of OpenAI's dialect it may hold slashes, as at OpenRouter and vLLM.
 _MODELS = re.compile(r"/v1/models(?:/[\w\-@][\w.\-:@]{0,199}(?:/[\w\-@][\w.\-:@]{0,199}){0,3})?",
                      re.ASCII)  # fmt: skip
+_METHODS = ("GET", "POST", "PUT", "DELETE")
 _SLASHES = re.compile(r"/{2,}")
 _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
 # What clients come to whose base URL is one step off: with a version too many, with one of another
@@ -173,9 +174,17 @@ def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
     return Dialect.OPENAI
 
 
-def posted_to(method: str, path: str) -> Endpoint | None:
-    """The endpoint of a request whose path alone says it all; a look into a table."""
-    return _POSTED.get(path) if method == "POST" else None
+def meant_by(
+    method: str, path: str, headers: Iterable[tuple[bytes, bytes]], query: bytes
+) -> tuple[Endpoint | None, Dialect]:
+    """The endpoint of a request, None where it is none, and whose words it is in."""
+    endpoint = _POSTED.get(path) if method == "POST" else None  # the path alone says it all
+    if endpoint is None:
+        hint = dialect_of(path, {name for name, _ in headers}, query)
+        endpoint = endpoint_of(method, path, hint)
+        if endpoint is None:
+            return None, hint
+    return endpoint, endpoint.dialect
 
 
 def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
@@ -191,6 +200,11 @@ def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
     if method == "DELETE" and dialect is Dialect.GEMINI and _GEMINI_FILES.fullmatch(path):
         return Endpoint(Dialect.GEMINI, Operation.FILES, path) if path.count("/") == 3 else None
     return _listed(path, dialect) if method == "GET" else None
+
+
+def methods_at(path: str, dialect: Dialect) -> tuple[str, ...]:
+    """By which methods a path is relayed; none where it is not known."""
+    return tuple(one for one in _METHODS if endpoint_of(one, path, dialect) is not None)
 
 
 def _gemini_call(call: re.Match[str]) -> Endpoint | None:

@@ -51,8 +51,11 @@ KEPT = {
     "no path": (first(b"POST", b"/v1/none", ASKED), 404),
     "a HEAD": (first(b"HEAD", b"/v1/models", b""), 200),
     "a HEAD of ours": (first(b"HEAD", b"/health/live", b""), 200),
-    "a HEAD of none": (first(b"HEAD", CHAT, b""), 404),
-    "an OPTIONS": (first(b"OPTIONS", CHAT, b""), 404),
+    "a HEAD of none": (first(b"HEAD", b"/v1/none", b""), 404),
+    "a HEAD of a POST": (first(b"HEAD", CHAT, b""), 405),
+    "an OPTIONS": (first(b"OPTIONS", CHAT, b""), 204),
+    "an OPTIONS of none": (first(b"OPTIONS", b"/v1/none", b""), 404),
+    "a GET": (first(b"GET", CHAT, b""), 405),
     "no model": (first(b"POST", MESSAGES, b"{}"), 400),
     "compressed": (first(b"POST", CHAT, gzip.compress(ASKED), b"content-encoding: gzip"), 415),
 }
@@ -67,7 +70,7 @@ async def test_after_a_refusal_the_next_request_is_answered_on_the_same_connecti
     assert status_of(got) == status
     head, _, rest = got.partition(b"\r\n\r\n")
     length = 0
-    if not request.startswith(b"HEAD"):
+    if not request.startswith(b"HEAD") and status != 204:
         length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
     assert status_of(rest[length:]) == 200, rest
     assert rest.endswith(b"\r\n\r\n{}")
@@ -165,6 +168,39 @@ async def test_a_body_where_none_belongs_is_left_out(
         assert answer.status == 200
     assert hostile.seen[-1].startswith(b"DELETE /v1/files/abc HTTP/1.1")
     assert hostile.seen[-1].endswith(b"\r\n\r\n")
+
+
+METHODS = {
+    b"/v1/chat/completions": ("POST, OPTIONS", b'"type":"invalid_request_error"'),
+    b"/v1/messages": ("POST, OPTIONS", b'{"type":"error"'),
+    b"/v1beta/models/m:generateContent": ("POST, OPTIONS", b'"status":"UNIMPLEMENTED"'),
+    b"/v1/models": ("GET, HEAD, OPTIONS", b"Tidegate does not relay PATCH /v1/models, but GET"),
+    b"/v1/batches": ("GET, HEAD, POST, OPTIONS", b"but POST and GET"),
+    b"/v1/files/file-1": ("GET, HEAD, DELETE, OPTIONS", b"but GET and DELETE"),
+    b"/upload/v1beta/files": ("POST, PUT, OPTIONS", b"but POST and PUT"),
+    b"/health/ready": ("GET, HEAD, OPTIONS", b"about:blank"),
+    b"/submit": ("POST, OPTIONS", b"about:blank"),
+    b"/static/favicon.svg": ("GET, HEAD, OPTIONS", b""),
+}
+
+
+@pytest.mark.parametrize("path", METHODS)
+async def test_a_known_path_says_by_which_methods_it_is_known(
+    gateway: Gateway, hostile: Hostile, path: bytes
+) -> None:
+    methods, said = METHODS[path]
+    url = f"{gateway.url}{path.decode()}"
+    async with gateway.http.options(url) as answer:
+        assert (answer.status, answer.headers["allow"], await answer.read()) == (204, methods, b"")
+    async with gateway.http.patch(url, data=b"{}") as answer:
+        assert (answer.status, answer.headers["allow"]) == (405, methods)
+        assert said in await answer.read()
+    assert hostile.seen == []
+
+
+async def test_a_balancer_s_usual_check_is_answered(gateway: Gateway) -> None:
+    """HAProxy's, as it sends it where it is told nothing else."""
+    assert status_of(await raw(gateway, b"OPTIONS / HTTP/1.0\r\n\r\n")) == 204
 
 
 async def test_an_id_with_slashes_can_be_retrieved(gateway: Gateway, hostile: Hostile) -> None:

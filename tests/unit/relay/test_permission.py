@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.call import ANYBODY, Caller
 from tidegate.errors import Forbidden, InvalidRequest
-from tidegate.relay.paths import Dialect, Endpoint, endpoint_of, posted_to
+from tidegate.relay.paths import Dialect, Endpoint, endpoint_of
 from tidegate.relay.permission import check_body, check_names
 
 CALLER = Caller("acme", models=("gpt-5-mini", "m"))
@@ -17,7 +17,7 @@ SCHEMA = {"type": "object", "properties": {"model": {"const": DEAR}, "fallbacks"
 
 
 def endpoint(path: str) -> Endpoint:
-    found = posted_to("POST", path) or endpoint_of("POST", path, Dialect.GEMINI)
+    found = endpoint_of("POST", path, Dialect.GEMINI)
     assert found is not None
     return found
 

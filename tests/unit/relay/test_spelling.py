@@ -9,12 +9,12 @@ import pytest
 
 from tidegate.errors import InvalidRequest
 from tidegate.relay.asked import asked_of
-from tidegate.relay.paths import Dialect, Endpoint, endpoint_of, posted_to
+from tidegate.relay.paths import Dialect, Endpoint, endpoint_of
 from tidegate.relay.spelling import check_said_once
 
-CHAT = posted_to("POST", "/v1/chat/completions")
-RESPONSES = posted_to("POST", "/v1/responses")
-MESSAGES = posted_to("POST", "/v1/messages")
+CHAT = endpoint_of("POST", "/v1/chat/completions", Dialect.OPENAI)
+RESPONSES = endpoint_of("POST", "/v1/responses", Dialect.OPENAI)
+MESSAGES = endpoint_of("POST", "/v1/messages", Dialect.OPENAI)
 GEMINI = "/v1beta/models/m:generateContent"
 
 
