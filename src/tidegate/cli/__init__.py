@@ -28,7 +28,7 @@ from tidegate.cli import (
 )
 from tidegate.cli.exits import EPILOGUE, FAILED, INTERRUPTED, code_of
 from tidegate.cli.legible import legible
-from tidegate.cli.pool import Json, choose_pool, show_json
+from tidegate.cli.pool import Json, choose_pool, show_json, with_pool_option
 from tidegate.cli.settings import load_to_run
 from tidegate.embedded.process import ServerFailed
 from tidegate.errors import TidegateError
@@ -184,3 +184,6 @@ app.command(rich_help_panel=_OPERATE)(prune)
 app.command(rich_help_panel=_OPERATE)(erase.erase)
 for _of_a_pool in (limits.app, inside.app, tenants.app):
     _of_a_pool.callback()(choose_pool)
+    for _command in _of_a_pool.registered_commands:
+        assert _command.callback is not None
+        _command.callback = with_pool_option(_command.callback)

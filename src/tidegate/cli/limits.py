@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.cli.pool import Json, Reason, in_pool, show_json, show_table, who
+from tidegate.cli.pool import Json, Reason, chosen_pool, in_pool, show_json, show_table, who
 from tidegate.errors import ConfigError, LimiterUnavailable
 
 if TYPE_CHECKING:
@@ -135,12 +135,40 @@ def set_(
         return before, now
 
     before, now = in_pool(change)
+    for line in _missed(list(wanted)):
+        typer.echo(f"tidegate: warning: {line}", err=True)
     if json:
         show_json({"revision": now.number, "set_by": now.set_by, "policy": now.policy})
         return
     typer.echo(f"revision {now.number} is in force")
     for line in differences(before, now.policy):
         typer.echo(f"  {line}")
+
+
+def _missed(keys: list[str]) -> list[str]:
+    """Of the limits that were set on a model: those that no call of the chosen pool ever meets."""
+    from tidegate.config import load
+    from tidegate.demand.reach import whom_it_binds
+    from tidegate.policy import deployed_upstreams
+    from tidegate.policy.scopes import AT_ONCE, TOTAL
+    from tidegate.relay.targets import Targets
+
+    try:
+        targets = Targets(deployed_upstreams(load()))
+    except ConfigError:  # such as a key that only the processes have
+        return []
+    lines = []
+    for key in keys:
+        model = whom_it_binds(key)
+        if model is None or model == TOTAL or model.partition("/")[0] in AT_ONCE:
+            continue
+        pools = targets.pools_for(model)
+        if chosen_pool() not in pools:
+            meant = f"; did you mean --pool {' or '.join(pools)}?" if pools else ""
+            lines.append(
+                f"{key}: no upstream in the pool {chosen_pool()!r} serves {model!r}{meant}"
+            )
+    return lines
 
 
 @app.command()

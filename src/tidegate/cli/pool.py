@@ -8,6 +8,8 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
@@ -35,6 +37,28 @@ Pool = Annotated[str, typer.Option("--pool", help="Whose limits: the name of an 
 def choose_pool(pool: Pool = DEFAULT_POOL) -> None:
     """What `--pool` before a command does."""
     _chosen.set(pool)
+
+
+def with_pool_option(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes `--pool` too, behind its name as well as before it."""
+
+    @wraps(command)
+    def run(*arguments: object, pool: str | None = None, **options: object) -> None:
+        if pool is not None:
+            _chosen.set(pool)
+        command(*arguments, **options)
+
+    kind = Annotated[str | None, typer.Option("--pool", help="Whose limits.")]
+    behind = Parameter("pool", Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    parameters = [*signature(command, eval_str=True).parameters.values(), behind]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def chosen_pool() -> str:
+    """The pool that the command is about."""
+    return _chosen.get()
 
 
 def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:

@@ -29,6 +29,7 @@ _CAPS = {
     "budget_month_tokens": "--month-tokens",
     "retention_days": "--retention-days",
 }
+_OTHERS = {"most_priority": "--priority-cap", "models": "--model"}
 
 
 def _cap(help_: str) -> Any:
@@ -128,7 +129,23 @@ def set_(
         changes["models"] = model or None
     _one_of("--disable", disable, "--enable", enable)
     disabled = True if disable else False if enable else None
-    _say(_set(tenant, changes, weight, limit or [], disabled, reason), json)
+    shown = _set(tenant, changes, weight, limit or [], disabled, reason)
+    _note_unbound([name for name, value in changes.items() if value is not None])
+    _say(shown, json)
+
+
+def _note_unbound(changes: list[str]) -> None:
+    """Say that budgets and caps bind nobody where callers show no API key."""
+    from tidegate.config import load
+
+    options = [_CAPS.get(one, _OTHERS.get(one)) for one in changes if one != "retention_days"]
+    config = load()
+    if options and not config.asks_for_keys:
+        why = f"AUTH={config.auth}" + (f", HOST={config.host}" if config.auth == "auto" else "")
+        named = ", ".join(map(str, options))
+        typer.echo(
+            f"tidegate: note: API keys are not asked for ({why}), so {named} bind nobody", err=True
+        )
 
 
 @app.command()

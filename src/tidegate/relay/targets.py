@@ -109,6 +109,16 @@ class Targets:
         said += f": call {' or '.join(calls)}, or submit that call as `endpoint` and `body`"
         raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
 
+    def pools_for(self, model: str) -> list[str]:
+        """The pools whose limits a model meets, by its name at the provider."""
+        found = {one.upstream.pool for one in self._best(model, self.upstreams.values())}
+        for route in self._routes:
+            of_route = (route.model,) if not _PATTERN.intersection(route.model) else ()
+            for target in (one for named in of_route for one in self._routed(named) or ()):
+                found |= {target.upstream.pool} if target.model == model else set()
+        found |= {one.pool for one in self.upstreams.values() if model in one.aliases.values()}
+        return [one.pool for one in self.upstreams.values() if one.pool in found]
+
     def _routed(self, model: str) -> list[Target] | None:
         for route in self._routes:
             if fnmatchcase(model, route.model):

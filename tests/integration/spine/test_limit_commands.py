@@ -52,6 +52,25 @@ async def test_limits_are_set_shown_and_told_apart_in_the_history(open_gateway: 
     assert "@" in rows[0]["set_by"]
 
 
+async def test_a_limit_that_no_call_of_its_pool_meets_is_told_where_it_belongs(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await on_record(gateway)
+    key = {"OPENAI_API_KEY": "k"}  # makes the upstream
+    changes = ("rpm:gpt-5-mini=100", "rpm:gemini-2.5-pro=9", "rpm:tenant/acme=9", "weights.a=2")
+    done = await tidegate(gateway, "limits", "set", *changes, **key)
+    assert done.code == 0
+    assert done.complained == (
+        "tidegate: warning: rpm:gpt-5-mini: no upstream in the pool 'gemini' serves 'gpt-5-mini'; "
+        "did you mean --pool openai?\n"
+    )
+    behind = await tidegate(gateway, "limits", "set", changes[0], "--pool", "openai", **key)
+    assert (behind.code, behind.complained) == (0, "")
+    shown = await tidegate(gateway, "limits", "show", "--json", "--pool", "openai", **key)
+    assert shown.json["policy"]["limits"] == {"pool:total": 64, "rpm:gpt-5-mini": 100}
+
+
 async def test_the_deployments_own_policy_can_be_put_back(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     await on_record(gateway)

@@ -16,6 +16,7 @@ async def test_a_tenant_and_a_key_from_the_terminal(open_gateway: Opener) -> Non
         *(gateway, "tenants", "set", "acme", "--weight", "4", "--limit", "tenant:acme=5"),
         *("--limit", "rpm:tenant/acme=60", "--priority-cap", "0", "--model", "gemini-2.5-*"),
         *("--queued-jobs", "1000", "--day-money", "12.5", "--reason", "a new customer"),
+        AUTH="on",
     )
     assert (made.code, made.complained) == (0, "")
     assert "  limits  rpm:tenant/acme: 60 requests a minute" in made.said
@@ -65,6 +66,10 @@ async def test_bounds_are_taken_away_and_tenants_removed(open_gateway: Opener) -
     )
     assert (some.json["most_streams"], some.json["models"]) == (3, ["m"])
     assert some.json["disabled_at"]
+    assert some.complained == (
+        "tidegate: note: API keys are not asked for (AUTH=auto, HOST=127.0.0.1), "
+        "so --streams, --model bind nobody\n"
+    )
     none = await tidegate(
         *(gateway, *setting, "--streams", "none", "--all-models", "--enable", "--limit"),
         "tenant:acme=none",

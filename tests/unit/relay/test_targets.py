@@ -92,3 +92,16 @@ def test_without_geminis_account_a_prompt_is_told_what_there_is() -> None:
     with pytest.raises(InvalidRequest, match="GEMINI_API_KEY, and that is not set: call") as no:
         Targets(Deployment((OPENAI,))).check_prompt("gemini-2.5-flash")
     assert no.value.allowed == "openai: gpt-*"
+
+
+@pytest.mark.parametrize(
+    ("model", "pools"),
+    [
+        *(("gpt-x", ["openai", "twin"]), ("gpt-mini", ["openai", "twin"]), ("x", ["gemini"])),
+        ("gpt-routed", ["openai", "twin"]),
+        ("pro", ["gemini", "openai"]),  # the route's own name for it, at openai
+    ],
+)
+def test_a_limit_on_a_model_belongs_to_the_pools_that_call_it(model: str, pools: list[str]) -> None:
+    found = targets(Route("smart", (("openai", "pro"), ("twin", "gpt-routed"))))
+    assert found.pools_for(model) == pools
