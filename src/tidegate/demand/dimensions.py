@@ -1,4 +1,4 @@
-"""How large a picture is, by the first bytes of its file. Pure.
+"""How large a picture is, and how long a film, by the first bytes of its file. Pure.
 
 Invariant: never raises, whatever the bytes are; a size that they do not tell is None.
 """
@@ -58,6 +58,19 @@ def _webp(data: bytes) -> tuple[int, int] | None:
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
         return _pixels(width, height)
     return None
+
+
+def duration_s(data: bytes) -> float | None:
+    """How long an MP4 or QuickTime film lasts, where its head says so; None where it does not."""
+    at = data.find(b"mvhd") + 4
+    try:
+        if at < 4 or data[at] > 1:
+            return None
+        form, times = (">II", at + 12) if data[at] == 0 else (">IQ", at + 20)
+        scale, ticks = struct.unpack_from(form, data, times)
+    except (struct.error, IndexError):
+        return None
+    return ticks / scale if scale else None
 
 
 def _pixels(width: int, height: int) -> tuple[int, int] | None:

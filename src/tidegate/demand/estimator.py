@@ -1,8 +1,9 @@
 """Estimates the LLM tokens of a call before it is made, and learns from what it used. Pure.
 
-Owns a bounded number of tracks: per tenant and model the input, and per tenant, model and kind the
-output. Invariants: an estimate is a whole number of at least 1; an unknown actual figure changes
-nothing; what the calls of one tenant teach changes no estimate of another tenant.
+Owns a bounded number of tracks: per tenant and model the input (apart where the provider runs
+tools, keeps something, or is given files), and per tenant, model and kind the output. Invariants:
+an estimate is a whole number of at least 1; an unknown actual figure changes nothing; what the
+calls of one tenant teach changes no estimate of another tenant.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from math import ceil, inf
 from typing import Any
 
 from tidegate.call import DEFAULT_TENANT, Media, Usage
-from tidegate.demand.pieces import Pieces, answer_of, pieces_of
+from tidegate.demand.pieces import InputPieces, Learning, Pieces, answer_of, pieces_of
 from tidegate.demand.track import Prediction, Track
 
 MOST_TRACKS = 4_096
 MOST_TRACKS_OF_A_TENANT = 64  # models are named by clients
 _INPUT = "input"
+_TOLD_LITTLE = frozenset(f"{_INPUT}:{learning}" for learning in Learning if learning)
+_UNTAUGHT = Track()
 _NO_TRACKS: Mapping[tuple[str, str], Track] = {}
 
 
@@ -47,7 +50,7 @@ class Learned:
     """How good the estimates of one track are.
 
     tenant: whose calls it has learned from, and whom it serves.
-    part: `input`, or `output:<kind>`.
+    part: `input`, `input:hosted`, `input:state`, `input:files`, or `output:<kind>`.
     calls: how many calls it has learned from.
     error: mean absolute error of the middle over the last calls, in parts of the actual tokens;
         None before it can be said.
@@ -106,7 +109,8 @@ class Estimator:
         """The same for an input whose pieces are known."""
         output_pieces = answer_of(images)
         own = self._tracks.get(tenant) or _NO_TRACKS
-        taken = _predict(own, model, _INPUT, input_pieces)
+        part, whole, tools = _input(input_pieces)
+        taken = _predict(own, model, part, whole, tools)
         given = _predict(own, model, _output(kind), output_pieces)
         most = inf if max_output_tokens is None else max(1, max_output_tokens)
         return Estimate(
@@ -128,8 +132,9 @@ class Estimator:
         output figures out."""
         input_tokens, output_tokens = tokens_of(usage)
         if input_tokens is not None:
-            track = self._track(estimate.tenant, estimate.model, _INPUT)
-            track.learn(estimate.input_pieces, input_tokens, estimate.input_tokens)
+            part, whole, tools = _input(estimate.input_pieces)
+            track = self._track(estimate.tenant, estimate.model, part)
+            track.learn(whole, input_tokens, estimate.input_tokens, tools)
         if output_tokens is not None:
             track = self._track(estimate.tenant, estimate.model, _output(estimate.kind))
             track.learn(estimate.output_pieces, output_tokens, estimate.output_tokens)
@@ -166,7 +171,9 @@ class Estimator:
         then.
         """
         read = {
-            (str(one["tenant"]), str(one["model"]), str(one["part"])): Track.restore(one)
+            (str(one["tenant"]), str(one["model"]), str(one["part"])): Track.restore(
+                one, is_told_little=str(one["part"]) in _TOLD_LITTLE
+            )
             for one in exported
         }
         for (tenant, model, part), track in read.items():
@@ -176,7 +183,7 @@ class Estimator:
 
     def _track(self, tenant: str, model: str, part: str) -> Track:
         known = (self._tracks.get(tenant) or _NO_TRACKS).get((model, part))
-        return self._keep(tenant, model, part, known or Track())
+        return self._keep(tenant, model, part, known or Track(is_told_little=part in _TOLD_LITTLE))
 
     def _keep(self, tenant: str, model: str, part: str, track: Track) -> Track:
         own = self._tracks.get(tenant)
@@ -195,9 +202,17 @@ class Estimator:
 
 
 def _predict(
-    own: Mapping[tuple[str, str], Track], model: str, part: str, pieces: Pieces
+    own: Mapping[tuple[str, str], Track], model: str, part: str, pieces: Pieces, tools: int = 0
 ) -> Prediction:
-    return (own.get((model, part)) or Track()).predict(pieces)
+    return (own.get((model, part)) or _UNTAUGHT).predict(pieces, tools)
+
+
+def _input(pieces: Pieces) -> tuple[str, Pieces, int]:
+    """The track of an input, its pieces with what the provider adds, and its tools."""
+    if type(pieces) is not InputPieces:
+        return _INPUT, pieces, 0
+    learning = pieces.learning
+    return f"{_INPUT}:{learning}" if learning else _INPUT, pieces.whole, pieces.tools
 
 
 def tokens_of(usage: Usage) -> tuple[int | None, int | None]:

@@ -1,6 +1,7 @@
 """What a call consists of, each piece with a first guess of its LLM tokens. Pure.
 
-The guesses are a provider's published rules of thumb; what they are off by, `estimator` learns.
+The guesses are rules of thumb, for files those of a provider (`rules`); what they are off by,
+`estimator` learns.
 Invariant: a guess costs no more than a look at the head of a file and a few passes over a text in
 C, and is never 0 for a piece that is there.
 """
@@ -13,7 +14,8 @@ from enum import StrEnum
 from math import ceil
 
 from tidegate.call import Media
-from tidegate.demand.dimensions import dimensions
+from tidegate.demand.dimensions import dimensions, duration_s
+from tidegate.demand.rules import GEMINI, Rules
 
 
 class Modality(StrEnum):
@@ -28,28 +30,73 @@ class Modality(StrEnum):
     DOCUMENT = "document"
     ANSWER = "answer"  # what comes back as text
     PICTURE = "picture"  # what comes back as an image
+    # What no text or file of the request is the measure of.
+    CALL = "call"  # what the provider puts around every call
+    TOOLS = "tools"  # its own prompt for the client's tools
+    HOSTED = "hosted"  # what its own tools read for the model
+    STATE = "state"  # what it keeps of earlier calls: a response, a conversation, cached content
+
+    # An enumeration's own is a call of Python, and there are dozens of them for each request.
+    __hash__ = str.__hash__
+
+
+class Learning(StrEnum):
+    """Which calls are learned from together, apart from all others."""
+
+    TEXT = ""
+    HOSTED = "hosted"  # with tools that the provider runs
+    STATE = "state"  # with something that the provider keeps
+    FILES = "files"
 
 
 Pieces = Mapping[Modality, float]
+_NOTHING: Pieces = {}
+
+
+class InputPieces(dict[Modality, float]):
+    """The pieces of a request: its texts and files. Made by `input_pieces`.
+
+    whole: the same with what the provider adds. learning: the calls that it is learned with.
+    tools: says of two calls that their tools may be the same; 0 without any.
+    """
+
+    __slots__ = ("learning", "tools", "whole")
+    whole: Pieces
+    learning: Learning
+    tools: int
+
+
+def input_pieces(
+    content: Pieces, added: Pieces = _NOTHING, learning: Learning = Learning.TEXT, tools: int = 0
+) -> InputPieces:
+    """Those of a request's content, and of what its provider adds."""
+    pieces = InputPieces(content)
+    pieces.whole = {**content, **added} if added else content
+    pieces.learning = learning
+    pieces.tools = tools
+    return pieces
+
 
 _TOKENS_A_LETTER = {Modality.LATIN: 0.25, Modality.LETTERS: 0.4, Modality.WIDE: 0.7}
 _LATIN, _LATIN_TOKENS = Modality.LATIN, _TOKENS_A_LETTER[Modality.LATIN]
-# https://ai.google.dev/gemini-api/docs/tokens: a picture of up to 384 pixels is one tile, a larger
-# one is cut into tiles of 768; a page of a document counts as a picture.
-_TILE_TOKENS = 258
-_SMALL_PIXELS = 384
-_TILE_PIXELS = 768
-_MOST_TILES = 64
-_UNKNOWN_PICTURE_TOKENS = 4 * _TILE_TOKENS
-_TOKENS_A_SECOND = {Modality.AUDIO: 32, Modality.VIDEO: 295}
 # Typical of a compressed recording, where the file does not say how long it is.
 _BYTES_A_SECOND = {Modality.AUDIO: 16_000, Modality.VIDEO: 250_000}
+_MOST_TIMES_USUAL = 20
 _BYTES_A_PAGE = 50_000
 _PAGE = re.compile(rb"/Type\s*/Page(?![A-Za-z])")
 _TEXT_TYPES = re.compile(r"text/|application/(?:json|xml|yaml|toml|javascript|x-sh|csv|sql)\b")
 _SAMPLE_BYTES = 65_536
 _SEARCHED_BYTES = 1_000_000
 _USUAL_FILE_BYTES = 200_000
+_USUAL_DOCUMENT_TOKENS = 4 * 258.0  # of one that is not seen: a page of Claude's, four of Gemini's
+# Of base64 and the like a LLM token has 4 letters in 3, and not 4. It is looked for where words are
+# long, and only in parts of a long text.
+_DENSE_TOKENS_A_LETTER = 0.75
+_DENSE = re.compile(r"[A-Za-z0-9+/_=-]{64,}")
+_MARKED = bytes(_DENSE.fullmatch(64 * chr(byte)) is not None for byte in range(256))
+_LONG_RUN = 64 * b"\x01"
+_LONG_WORDS_CHARS = 12
+_LOOKED_AT_CHARS, _PLACES = 4_096, 4
 
 ANSWER_TOKENS = 800.0
 PICTURE_TOKENS = 1_290.0
@@ -74,8 +121,11 @@ def answer_of(images: int) -> dict[Modality, float]:
 def pieces_of_text(text: str) -> dict[Modality, float]:
     """The pieces of a text; none of an empty one."""
     letters = len(text)
+    dense = 0.0
+    if letters >= _LONG_WORDS_CHARS * (text.count(" ") + 6):
+        dense = _dense_letters(text) * (_DENSE_TOKENS_A_LETTER - _LATIN_TOKENS)
     if text.isascii():
-        return {_LATIN: max(1.0, letters * _LATIN_TOKENS)} if letters else {}
+        return {_LATIN: max(1.0, letters * _LATIN_TOKENS) + dense} if letters else {}
     # Four lengths tell how many letters take one, two and more bytes, without a loop.
     latin = len(text.encode("ascii", "ignore"))
     four = len(text.encode("utf-16-le", "surrogatepass")) // 2 - letters
@@ -87,46 +137,61 @@ def pieces_of_text(text: str) -> dict[Modality, float]:
         Modality.LETTERS: two_or_three - three,
         Modality.WIDE: three + four,
     }
-    return {
+    found = {
         modality: max(1.0, count * _TOKENS_A_LETTER[modality])
         for modality, count in counted.items()
         if count
     }
+    if dense:
+        found[_LATIN] += dense
+    return found
 
 
-def pieces_of_file(mime_type: str, data: bytes, size_bytes: int) -> dict[Modality, float]:
+def _dense_letters(text: str) -> float:
+    """About how many letters are in long runs of small and capital letters and digits, without a
+    blank between them."""
+    letters = len(text)
+    looked_at, scale = text, 1.0
+    if letters > _PLACES * _LOOKED_AT_CHARS:
+        starts = range(
+            0, letters - _LOOKED_AT_CHARS + 1, (letters - _LOOKED_AT_CHARS) // (_PLACES - 1)
+        )
+        looked_at = " ".join(text[start : start + _LOOKED_AT_CHARS] for start in starts)
+        scale = letters / len(looked_at)
+    if _LONG_RUN not in looked_at.encode("ascii", "replace").translate(_MARKED):
+        return 0.0
+    runs = _DENSE.findall(looked_at)
+    return scale * sum(
+        len(run) for run in runs if not (run.islower() or run.isupper() or run.isalpha())
+    )
+
+
+def pieces_of_file(
+    mime_type: str, data: bytes, size_bytes: int, rules: Rules = GEMINI
+) -> dict[Modality, float]:
     """The pieces of a file of `size_bytes`, of which `data` is all or the beginning."""
     family = mime_type.partition("/")[0]
     if family == "image":
-        return {Modality.IMAGE: _image(data)}
+        return {Modality.IMAGE: rules.picture(dimensions(data))}
     if family == "audio":
-        return {Modality.AUDIO: _timed(Modality.AUDIO, size_bytes / _audio_bytes_a_second(data))}
+        seconds = size_bytes / _audio_bytes_a_second(data)
+        return {Modality.AUDIO: max(1.0, seconds) * rules.audio_second}
     if family == "video":
-        return {
-            Modality.VIDEO: _timed(Modality.VIDEO, size_bytes / _BYTES_A_SECOND[Modality.VIDEO])
-        }
+        seconds = size_bytes / _BYTES_A_SECOND[Modality.VIDEO]
+        if (said := duration_s(data)) is not None:  # a head that says too little lies
+            seconds = max(said, seconds / _MOST_TIMES_USUAL)
+        return {Modality.VIDEO: max(1.0, seconds) * rules.video_second}
     if _TEXT_TYPES.match(mime_type):
         return _text_file(data, size_bytes)
-    return {Modality.DOCUMENT: float(_TILE_TOKENS * _pages(data, size_bytes))}
+    return {Modality.DOCUMENT: rules.page * _pages(data, size_bytes)}
 
 
-def unseen_file(mime_type: str) -> dict[Modality, float]:
+def unseen_file(mime_type: str, rules: Rules = GEMINI) -> dict[Modality, float]:
     """The pieces of a file that is somewhere else: as of one of a usual size."""
-    return pieces_of_file(mime_type, b"", _USUAL_FILE_BYTES)
-
-
-def _image(data: bytes) -> float:
-    size = dimensions(data)
-    if size is None:
-        return _UNKNOWN_PICTURE_TOKENS
-    if max(size) <= _SMALL_PIXELS:
-        return _TILE_TOKENS
-    tiles = ceil(size[0] / _TILE_PIXELS) * ceil(size[1] / _TILE_PIXELS)
-    return _TILE_TOKENS * min(tiles, _MOST_TILES)
-
-
-def _timed(modality: Modality, seconds: float) -> float:
-    return max(1.0, seconds) * _TOKENS_A_SECOND[modality]
+    found = pieces_of_file(mime_type, b"", _USUAL_FILE_BYTES, rules)
+    if Modality.DOCUMENT in found:
+        found[Modality.DOCUMENT] = max(_USUAL_DOCUMENT_TOKENS, rules.page)
+    return found
 
 
 def _audio_bytes_a_second(data: bytes) -> float:

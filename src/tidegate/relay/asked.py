@@ -17,15 +17,27 @@ from typing import Any
 import orjson
 
 from tidegate.call import Kind
-from tidegate.demand.pieces import Modality, pieces_of_file, pieces_of_text, unseen_file
+from tidegate.demand.dimensions import dimensions
+from tidegate.demand.pieces import (
+    InputPieces,
+    Learning,
+    Modality,
+    input_pieces,
+    pieces_of_file,
+    pieces_of_text,
+    unseen_file,
+)
+from tidegate.demand.rules import rules_of
 from tidegate.errors import InvalidRequest, PayloadTooLarge
+from tidegate.relay.hosted import ADDED_BY, ADDED_TOKENS, TOOLS, learning_of, tools_in
 from tidegate.relay.paths import Dialect, Endpoint, Operation
 from tidegate.relay.spelling import check_ends, check_spelling
 
 # Enough to find a picture's size in, and a multiple of 4 characters.
 _HEAD_CHARS = 65_536
 _MOST_VALUES = 200_000
-# Names of fields are not counted, but for those that would be a place to put a text.
+# Names of fields are not counted, but for those of a schema's properties, which the model reads,
+# and those that would be a place to put a text.
 _LONG_NAME_CHARS = 200
 _FEW_WORDS_CHARS = 200  # a file's type, its name, how closely to look
 # Of objects, lists and what stands in them: each costs many times its bytes once it is parsed, and
@@ -40,6 +52,13 @@ _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
 _INLINE_MIME = ("mimeType", "mime_type", "media_type")
 _URI = ("fileUri", "file_uri", "file_id", "image_url", "url")
 _OF_FILES = frozenset(("data", *_URI))
+# What a provider has sealed for itself: no letters of it are a text.
+_SEALED = frozenset(("signature", "thoughtSignature", "thought_signature", "encrypted_content"))
+# Pictures in base64 and nothing beside, as Ollama takes them.
+_PICTURES = "images"
+_BESIDE_TEXTS = _OF_FILES | _SEALED | {_PICTURES}
+_LOOKED_AT = _BESIDE_TEXTS | {"properties"}
+_SEALED_TOKENS_A_LETTER = 0.25
 # `"model":`, in whatever case and however escaped.
 NAMES_MODEL = re.compile(
     rb'"(?:m|\\u00[46]d)(?:o|\\u00[46]f)(?:d|\\u00[46]4)(?:e|\\u00[46]5)(?:l|\\u00[46]c)"\s*:',
@@ -62,7 +81,7 @@ class Asked:
     kind: Kind
     streams: bool = False
     images: int = 0
-    pieces: dict[Modality, float] = field(default_factory=dict)
+    pieces: InputPieces = field(default_factory=lambda: input_pieces({}))
     max_output_tokens: int | None = None
     wants_usage: bool = False
 
@@ -104,7 +123,7 @@ def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
     elif not isinstance(model, str) or not 1 <= len(model) <= 200:
         wrong = "model is missing" if model is None else "model is not the name of a model"
         raise InvalidRequest("model", wrong, allowed="a text of 1 to 200 characters")
-    walk = _Walk()
+    walk = _Walk(endpoint.dialect, model)
     walk.over(body)
     settings = _settings(endpoint.dialect, body)
     images = _images(endpoint, model, body, settings)
@@ -119,7 +138,7 @@ def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
         kind=Kind.IMAGE_GENERATION if images else kind,
         streams=streams,
         images=images,
-        pieces=walk.pieces(),
+        pieces=walk.pieces(endpoint.operation is Operation.INFER),
         max_output_tokens=_bound(settings, endpoint.operation),
         wants_usage=streams and _hides_usage(endpoint, body),
     )
@@ -213,29 +232,67 @@ def _written(values: list[Any]) -> str:
         raise InvalidRequest("body", "the body is nested too deeply", allowed=allowed) from None
 
 
+def _decoded(head: str) -> bytes:
+    try:
+        return b64decode(head + "=" * (-len(head) % 4))
+    except (NotBase64, ValueError):
+        return b""
+
+
 class _Walk:
     """Finds the texts and files of a body, without recursion: its depth is the client's choice."""
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: Dialect, model: str) -> None:
         self.files = 0
+        self._dialect = dialect
+        self._model = model
         self._texts: list[str] = []
+        self._sealed_chars = 0
         self._pieces: dict[Modality, float] = {}
         self._numbers = 0
+        self._values = 0
+        self._tools = 0
+        self._learning = Learning.TEXT
 
-    def pieces(self) -> dict[Modality, float]:
+    def pieces(self, infers: bool) -> InputPieces:
+        """`infers`: a model is asked, and the provider puts its own words around the request."""
         found = pieces_of_text("".join(self._texts))
-        if self._numbers:  # an input that was cut into LLM tokens by the client
-            found[Modality.LATIN] = found.get(Modality.LATIN, 0.0) + self._numbers
+        # An input that was cut into LLM tokens by the client; what is sealed.
+        if more := self._numbers + self._sealed_chars * _SEALED_TOKENS_A_LETTER:
+            found[Modality.LATIN] = found.get(Modality.LATIN, 0.0) + more
         for modality, tokens in self._pieces.items():
             found[modality] = found.get(modality, 0.0) + tokens
-        return found or {Modality.LATIN: 1.0}
+        content = found or {Modality.LATIN: 1.0}
+        if not infers:
+            return input_pieces(content)
+        rules = rules_of(self._dialect, self._model)
+        added = {Modality.CALL: rules.call}
+        if self._tools:
+            added[Modality.TOOLS] = rules.tools
+        learning = self._learning
+        if learning is not Learning.TEXT:
+            added[ADDED_BY[learning]] = ADDED_TOKENS
+        elif self.files:
+            learning = Learning.FILES
+        return input_pieces(content, added, learning, self._tools)
 
     def over(self, body: Mapping[str, Any]) -> None:
-        left: list[Any] = list(body.values())
+        tools = tools_in(body)
+        self._learning = learning_of(self._dialect, body, tools)
+        if tools:
+            self._over(tools)
+            self._tools = 1 + sum(map(len, self._texts))
+            body = dict(body)
+            for name in TOOLS:
+                body.pop(name, None)
+        self._over(list(body.values()))
+
+    def _over(self, left: list[Any]) -> None:
         texts = self._texts
-        for _ in range(_MOST_VALUES):
+        for seen in range(self._values, _MOST_VALUES):
             if not left:
-                break
+                self._values = seen
+                return
             value = left.pop()
             sort = type(value)  # of a parsed body: no subclasses
             if sort is str:
@@ -246,7 +303,7 @@ class _Walk:
             elif sort is dict:
                 if value and max(map(len, value)) > _LONG_NAME_CHARS:
                     texts += value
-                if _OF_FILES.isdisjoint(value):
+                if _LOOKED_AT.isdisjoint(value):
                     left += value.values()
                 else:
                     self._object(value, left)
@@ -257,6 +314,7 @@ class _Walk:
                     left += others
                 else:
                     left += value
+        self._values = _MOST_VALUES
         if left:  # as much as nobody writes by hand: what is left counts as it would be written
             texts.append(_written(left))
 
@@ -267,6 +325,18 @@ class _Walk:
             self._texts.append(text)
 
     def _object(self, value: dict[str, Any], left: list[Any]) -> None:
+        if "properties" in value and type(value["properties"]) is dict:
+            self._texts += value["properties"]
+        if _BESIDE_TEXTS.isdisjoint(value):
+            left += value.values()
+            return
+        if not _SEALED.isdisjoint(value):
+            value = self._unsealed(value)
+        if _PICTURES in value and self._are_pictures(value[_PICTURES]):
+            value = {name: one for name, one in value.items() if name != _PICTURES}
+        if _OF_FILES.isdisjoint(value):
+            left += value.values()
+            return
         data = value.get("data")
         if isinstance(data, str):
             mime = next((value[key] for key in _INLINE_MIME if key in value), None)
@@ -284,22 +354,35 @@ class _Walk:
                 return
         left += value.values()
 
+    def _unsealed(self, value: dict[str, Any]) -> dict[str, Any]:
+        sealed = [name for name in value if name in _SEALED and type(value[name]) is str]
+        self._sealed_chars += sum(len(value[name]) for name in sealed)
+        return {name: one for name, one in value.items() if name not in sealed}
+
+    def _are_pictures(self, values: Any) -> bool:
+        """Whether all begin as pictures do; if so they are counted."""
+        if type(values) is not list or not all(type(one) is str for one in values):
+            return False
+        if not all(dimensions(_decoded(one[:_HEAD_CHARS])) for one in values):
+            return False
+        for one in values:
+            self._file("image/*", one, 0)
+        return True
+
     def _file(self, mime: str, text: str, start: int) -> None:
         self.files += 1
         size_bytes = (len(text) - start) * 3 // 4
-        head = text[start : start + _HEAD_CHARS]
-        try:
-            decoded = b64decode(head + "=" * (-len(head) % 4))
-        except (NotBase64, ValueError):
-            decoded = b""
-        self._add(pieces_of_file(mime, decoded, size_bytes))
+        decoded = _decoded(text[start : start + _HEAD_CHARS])
+        rules = rules_of(self._dialect, self._model)
+        self._add(pieces_of_file(mime, decoded, size_bytes, rules))
 
     def _linked(self, value: dict[str, Any]) -> None:
         """A file that is somewhere else: its sort is known, its size is not."""
         self.files += 1
         mime = next((value[key] for key in _INLINE_MIME if isinstance(value.get(key), str)), None)
         is_picture = "image_url" in value or "url" in value
-        self._add(unseen_file(mime or ("image/*" if is_picture else "application/pdf")))
+        rules = rules_of(self._dialect, self._model)
+        self._add(unseen_file(mime or ("image/*" if is_picture else "application/pdf"), rules))
 
     def _add(self, pieces: Mapping[Modality, float]) -> None:
         for modality, tokens in pieces.items():

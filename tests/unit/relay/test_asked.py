@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
 
 from tests.unit.demand.pictures import png
 from tidegate.call import Kind
-from tidegate.demand.pieces import Modality
+from tidegate.demand.pieces import Learning, Modality
 from tidegate.errors import InvalidRequest, PayloadTooLarge
 from tidegate.relay.asked import MOST_PARTS, Asked, asked_of, has_too_many_parts, parsed
 from tidegate.relay.paths import Dialect, endpoint_of
@@ -27,6 +29,12 @@ def chat(**body: Any) -> Asked:
     return asked("/v1/chat/completions", {"model": "m", **body})
 
 
+def claude(**body: Any) -> Asked:
+    endpoint = endpoint_of("POST", "/v1/messages", Dialect.ANTHROPIC)
+    assert endpoint is not None
+    return asked_of(endpoint, {"model": "m", **body})
+
+
 def gemini(do: str = "generateContent", **body: Any) -> Asked:
     return asked(f"/v1beta/models/g:{do}", body)
 
@@ -38,19 +46,26 @@ def test_text_is_text_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "part",
+    ("part", "ask", "tokens"),
     [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PICTURE}"}},
-        {"type": "input_image", "image_url": f"data:image/png;base64,{PICTURE}"},
-        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}},
-        {"inlineData": {"mimeType": "image/png", "data": PICTURE}},
-        {"inline_data": {"mime_type": "image/png", "data": PICTURE}},
+        ({"image_url": {"url": f"data:image/png;base64,{PICTURE}"}}, chat, 765),
+        ({"type": "input_image", "image_url": f"data:image/png;base64,{PICTURE}"}, chat, 765),
+        ({"role": "user", "images": [PICTURE]}, chat, 765),
+        (
+            {"source": {"type": "base64", "media_type": "image/png", "data": PICTURE}},
+            claude,
+            1000 * 800 / 750,
+        ),
+        ({"inlineData": {"mimeType": "image/png", "data": PICTURE}}, gemini, 4 * 258),
+        ({"inline_data": {"mime_type": "image/png", "data": PICTURE}}, gemini, 4 * 258),
     ],
 )
-def test_a_picture_is_known_in_every_dialect_and_counted_by_its_size(part: dict[str, Any]) -> None:
-    found = chat(messages=[{"role": "user", "content": [{"text": "What is it?"}, part]}])
+def test_a_picture_is_known_in_every_dialect_and_counted_by_its_size(
+    part: dict[str, Any], ask: Callable[..., Asked], tokens: float
+) -> None:
+    found = ask(messages=[{"role": "user", "content": [{"text": "What is it?"}, part]}])
     assert found.kind is Kind.MULTI_MODAL
-    assert found.pieces[Modality.IMAGE] == 4 * 258  # two tiles by two
+    assert found.pieces[Modality.IMAGE] == tokens
     assert found.pieces[Modality.LATIN] < 20
 
 
@@ -147,6 +162,102 @@ def test_a_file_says_a_few_words_of_itself_that_do_not_count() -> None:
     found = chat(content=[part]).pieces
     assert found[Modality.DOCUMENT] > 0
     assert found[Modality.LATIN] <= 1  # the model's own name
+
+
+def test_the_names_of_a_schemas_properties_count() -> None:
+    def schema(*names: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+
+    few, many = (
+        chat(tools=[{"function": {"name": "f", "parameters": schema(*names)}}]).pieces
+        for names in (["a", "b"], ["departure_airport", "arrival_airport"])
+    )
+    assert many[Modality.LATIN] - few[Modality.LATIN] == pytest.approx(30 / 4)
+    nested = chat(response_format={"json_schema": {"schema": {"items": schema("x" * 100)}}}).pieces
+    assert nested[Modality.LATIN] >= 25
+
+
+WEB = {"type": "web_search_20250305", "name": "web_search"}
+OWN = {"type": "function", "function": {"name": "web_search"}}
+
+
+@pytest.mark.parametrize(
+    ("found", "learning"),
+    [
+        (chat(messages=[]), Learning.TEXT),
+        (chat(tools=[OWN], tool_choice="auto"), Learning.TEXT),
+        (chat(functions=[{"name": "code_execution"}]), Learning.TEXT),
+        (claude(tools=[{"name": "web_search", "input_schema": {}}]), Learning.TEXT),
+        (claude(tools=[{"type": "custom", "name": "x", "input_schema": {}}]), Learning.TEXT),
+        (gemini(tools=[{"functionDeclarations": []}]), Learning.TEXT),
+        (gemini(tools={"function_declarations": []}), Learning.TEXT),
+        (chat(previous_response_id=None, plugins=[], tools=None), Learning.TEXT),
+        (asked("/v1/completions", {"model": "m", "prompt": "hi"}), Learning.TEXT),
+        (claude(tools=[OWN, WEB]), Learning.HOSTED),
+        (claude(mcp_servers=[{"url": "https://host"}]), Learning.HOSTED),
+        (chat(tools=[{"type": "openrouter:web_search"}]), Learning.HOSTED),
+        (chat(web_search_options={"search_context_size": "low"}), Learning.HOSTED),
+        (asked("/v1/responses", {"model": "m", "tools": [{"type": "mcp"}]}), Learning.HOSTED),
+        (gemini(tools=[{"functionDeclarations": []}, {"googleSearch": {}}]), Learning.HOSTED),
+        (gemini(tools=[{"url_context": {}}], cachedContent="c/1"), Learning.HOSTED),
+        (gemini(cachedContent="cachedContents/1"), Learning.STATE),
+        (asked("/v1/responses", {"model": "m", "previous_response_id": "r"}), Learning.STATE),
+        (asked("/v1/responses", {"prompt": {"id": "pmpt_1"}}), Learning.STATE),
+        (gemini(contents=[{"fileData": {"fileUri": "https://host/f"}}]), Learning.FILES),
+    ],
+)
+def test_calls_that_read_more_than_they_say_are_learned_from_apart(
+    found: Asked, learning: Learning
+) -> None:
+    assert found.pieces.learning is learning
+    added = found.pieces.whole.keys() - found.pieces.keys()
+    assert (Modality.HOSTED in added) == (learning is Learning.HOSTED)
+    assert (Modality.STATE in added) == (learning is Learning.STATE)
+
+
+def test_what_the_provider_adds_is_no_part_of_the_first_guess() -> None:
+    own, hosted = (claude(messages="x" * 400, tools=[tool]).pieces for tool in (OWN, WEB))
+    assert own.whole[Modality.TOOLS] == 500
+    assert hosted.whole[Modality.HOSTED] == 2_500
+    assert own.keys() == hosted.keys() == {Modality.LATIN}
+    assert Modality.TOOLS not in claude(messages="x" * 400).pieces.whole
+    embedding = asked("/v1/embeddings", {"model": "m", "input": "x" * 400}).pieces
+    assert embedding.whole == embedding
+
+
+def test_the_same_tools_are_known_by_whatever_is_said_beside_them() -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    first, second = (chat(messages=text, tools=tools).pieces for text in ("hi", LONG))
+    assert first.tools == second.tools > 0
+    assert chat(messages=LONG, tools=[OWN]).pieces.tools not in (0, first.tools)
+    assert chat(messages=LONG).pieces.tools == 0
+
+
+BASE64 = b64encode(Random(1).randbytes(3_000)).decode()
+
+
+def test_base64_counts_for_more_than_a_text_of_its_length() -> None:
+    assert chat(messages=BASE64).pieces[Modality.LATIN] == pytest.approx(3_000, rel=0.05)
+    mixed = chat(messages=["Ж" * 40, BASE64]).pieces
+    assert mixed[Modality.LATIN] == pytest.approx(3_000, rel=0.05)
+    assert mixed[Modality.LETTERS] == 16
+    million = chat(messages=BASE64 * 250).pieces[Modality.LATIN]
+    assert million == pytest.approx(750_000, rel=0.05)
+    for text in ("x" * 4_000, "0" * 4_000, "/some/folder/of " * 300, '{"a":1,"b":["C",2]},' * 200):
+        assert chat(messages=text).pieces[Modality.LATIN] == pytest.approx(len(text) / 4, abs=1)
+
+
+@pytest.mark.parametrize("name", ["signature", "thoughtSignature", "encrypted_content"])
+def test_what_a_provider_has_sealed_counts_as_a_text_of_its_length(name: str) -> None:
+    found = chat(messages=[{"parts": [{name: BASE64, "text": "y" * 400}]}]).pieces
+    assert found[Modality.LATIN] == pytest.approx(1_000 + 100, abs=2)
+
+
+@pytest.mark.parametrize("images", [[LONG], "iVBOR" + LONG, [PICTURE, LONG], {"a": LONG}])
+def test_what_is_named_images_and_is_none_is_a_text(images: Any) -> None:
+    found = chat(messages=[{"images": images}]).pieces
+    assert Modality.IMAGE not in found
+    assert found[Modality.LATIN] >= len(LONG) / 4
 
 
 def test_what_is_deep_and_numerous_is_refused() -> None:
