@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import ceil
+from typing import Literal
 
 from tidegate.call import UNKNOWN_CHARGE, Answer, Charge, Usage, UsageDetails, UsageState
 from tidegate.demand.estimator import Estimate, tokens_of
@@ -20,6 +21,8 @@ from tidegate.policy.upstreams import Price, Upstream
 _PICOS = 10**12  # of money: a millionth of what a million LLM tokens cost, for each of them
 _MICRO = 10**6
 _MODELS_KEPT = 1_000
+
+CacheWrite = Literal["5m", "1h"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,11 @@ def estimated_charge(
     came: int,
     images: int = 0,
     details: UsageDetails | None = None,
+    writes: CacheWrite | None = None,
 ) -> Charge:
     """For a request that went out, and `came` LLM tokens of an answer of which nothing was told,
     but for `details` such as the provider's own cost: they are on record, and change no charge.
+    `writes`: to which cache the request asks its input to be written.
 
     The input is never below the first guess of it, and the output is what came, whatever was
     reserved: what has been learned from earlier calls lowers no charge.
@@ -106,6 +111,11 @@ def estimated_charge(
         output_tokens=came,
     )
     cost = cost_micros(rates, usage, images)
+    if writes is not None and cost is not None:
+        written = UsageDetails(usage.input_tokens)
+        if writes == "1h":
+            written = replace(written, cache_write_1h_tokens=usage.input_tokens)
+        cost = max(cost, cost_micros(rates, replace(usage, details=written), images) or 0)
     return Charge(UsageState.ESTIMATED, replace(usage, details=details), images or None, cost)
 
 

@@ -6,9 +6,21 @@ least the first guess of the input, once the request has gone out, and what visi
 
 from __future__ import annotations
 
+from typing import Any
+
+import orjson
+
 from tidegate.call import NO_CHARGE, Charge
 from tidegate.demand import Demand, Demands
-from tidegate.demand.cost import charge_of, cut_charge, estimated_charge, foreseen, is_unknown
+from tidegate.demand.cost import (
+    CacheWrite,
+    Rates,
+    charge_of,
+    cut_charge,
+    estimated_charge,
+    foreseen,
+    is_unknown,
+)
 from tidegate.demand.estimator import Estimate
 from tidegate.relay.asked import Asked
 from tidegate.relay.call import Life, NativeCall
@@ -24,11 +36,12 @@ def native_charge(
     demands: Demands,
     demand: Demand,
     *,
+    body: dict[str, Any],
     whole: bool,
     images: int | None,
 ) -> Charge:
-    """Of a call that an upstream has begun to answer, or may have. `images`: None where they were
-    not counted."""
+    """Of a call that an upstream has begun to answer, or may have. `body`: as it was parsed.
+    `images`: None where they were not counted."""
     if asked is None or life.target is None or not life.sent or not call.endpoint.is_counted:
         return NO_CHARGE
     usage, model = life.told.usage, life.target.model
@@ -42,8 +55,23 @@ def native_charge(
     estimate = _estimate(demands, demand, asked, model, call.caller.tenant_id)
     if is_unknown(usage):
         pictures = images or came.pictures
-        return estimated_charge(rates, estimate, came.tokens, pictures, usage.details)
+        writes = _cache_write(rates, body)
+        return estimated_charge(rates, estimate, came.tokens, pictures, usage.details, writes)
     return cut_charge(rates, usage, estimate, came.tokens, images)
+
+
+def _cache_write(rates: Rates | None, body: dict[str, Any]) -> CacheWrite | None:
+    """To which cache a request asks its input to be written, where that has a price of its own: who
+    leaves before the usage is told has it written all the same."""
+    if rates is None or rates.cache_write == rates.cache_write_1h == rates.input:
+        return None
+    try:
+        text = orjson.dumps(body)  # in which no name is escaped
+    except orjson.JSONEncodeError:  # nested deeper than can be written
+        return "1h"
+    if b'"cache_control":' not in text:
+        return None
+    return "1h" if b'"ttl":"1h"' in text else "5m"
 
 
 def _tells_pictures(call: NativeCall) -> bool:

@@ -281,8 +281,9 @@ class Work:
         if demand.images and whole and not life.streams:
             images = pictures_in(self._call.endpoint.dialect, life.said)
         if not refused:
+            call, asked, body = self._call, self._asked, self._body
             life.charge = native_charge(
-                self._call, self._asked, life, demands, demand, whole=whole, images=images
+                call, asked, life, demands, demand, body=body, whole=whole, images=images
             )
         if permit is None:
             return

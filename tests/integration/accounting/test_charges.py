@@ -230,3 +230,43 @@ async def test_no_query_takes_the_usage_out_of_an_answer(
         url = f"{gateway.url}{path}?{sound}"
         async with gateway.http.post(url, json=body, headers=acme) as got:
             assert got.status == 200, await got.read()
+
+
+@pytest.mark.parametrize(
+    ("asked", "rate"),
+    [
+        ('{"type": "ephemeral"}', 3),
+        ('{"type": "ephemeral", "ttl": "1h"}', 5),
+        ("none", 1),
+    ],
+)
+async def test_who_leaves_early_has_a_cache_written_at_its_price(
+    open_gateway: Opener, tmp_path: Path, asked: str, rate: int
+) -> None:
+    """Also where the name is spelled in another way that JSON has for it."""
+    policy = tmp_path / "written.toml"
+    policy.write_text(
+        '[upstreams.gemini.prices]\n"*" = { input = 1, output = 10, cache_write = 3, '
+        "cache_write_1h = 5 }\n"
+    )
+    gateway = await open_gateway(**ON, tidegate_policy=policy)
+    acme = await key_of(gateway, "acme")
+    await gateway.upstream.set_fault("hang", match="leave")
+    path, body = fronts("leave")[3]
+    text = orjson.dumps(body | {"max_tokens": 9}).decode()
+    if asked != "none":
+        text = text[:-1] + f', "cache\\u005fcontrol": {asked}}}'
+    async with aiohttp.ClientSession() as session:
+        asking = session.post(
+            gateway.url + path,
+            data=text.encode(),
+            headers=acme | VERSION | {"content-type": "application/json"},
+        )
+        task = asyncio.ensure_future(asking)
+        await gateway.in_flight(1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await gateway.in_flight(0)
+    (row,) = await rows_of(gateway, 1)
+    assert (row["usage_state"], row["usage_details"]) == ("estimated", None)
+    assert row["cost_micros"] == rate * row["input_tokens"] + 10 * row["output_tokens"] > 0
