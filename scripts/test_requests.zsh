@@ -13,8 +13,8 @@ usage: scripts/test_requests.zsh TYPE [COUNT]
   TYPE   0 text, 1 multi-modal (a picture and a text file), 2 image generation
   COUNT  how many requests at once, 1 by default
 
-BASE_URL says where the gateway is: http://localhost:8000 by default.
-Exit code: 0 when all succeeded, 1 when any failed, 2 for wrong arguments.
+BASE_URL says where the gateway is; else it is on this machine, on PORT, 8000 by default.
+Exit code: 0 when all succeeded, 1 when any failed or nothing answers, 2 for wrong arguments.
 END
   exit 2
 }
@@ -22,7 +22,7 @@ END
 [ $# -ge 1 ] && [ $# -le 2 ] || usage
 kind=$1
 count=${2:-1}
-base=${BASE_URL:-http://localhost:8000}
+base=${BASE_URL:-http://localhost:${PORT:-8000}}
 base=${base%/}
 case $kind in
   0) kind_name="text" ;;
@@ -109,6 +109,10 @@ follow() {
   done
 }
 
+if [ "$(ask "$base/health/live" | tail -n 1)" = 000 ]; then
+  echo "nothing answers at $base: start it with \`make run\`, or set BASE_URL or PORT" >&2
+  exit 1
+fi
 make_files
 echo "$count request(s) of type $kind ($kind_name) to $base"
 number=1

@@ -28,6 +28,27 @@ DRAWS = """async (values) => {
     return false;
 }"""
 
+# What a chart of lengths up to so many ms writes beside its vertical axis.
+MARKS = """async (longest) => {
+    const at = (file) => import(new URL(`static/${file}`, document.baseURI));
+    const [{ chart }, { length }] = [await at("chart.js"), await at("format.js")];
+    const written = new Set();
+    const context = CanvasRenderingContext2D.prototype;
+    const fillText = context.fillText;
+    context.fillText = function (text, ...rest) {
+        written.add(text);
+        fillText.call(this, text, ...rest);
+    };
+    const one = chart("Waits", [["p50", "--accent"]], length, { signal: AbortSignal.any([]) });
+    document.getElementById("main").replaceChildren(one.element);
+    one.update([0, 60], [[0, longest]]);
+    const marks = () => [...written].filter((text) => /[a-z]/.test(text));
+    for (let frame = 0; frame < 60 && !marks().length; frame += 1)
+        await new Promise(requestAnimationFrame);
+    context.fillText = fillText;
+    return marks();
+}"""
+
 
 @asynccontextmanager
 async def under_traffic(stage: Stage) -> AsyncIterator[None]:

@@ -19,7 +19,7 @@ import pytest_asyncio
 from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
-from tests.browser.pictures import DRAWS
+from tests.browser.pictures import DRAWS, MARKS
 from tests.browser.stage import ARGUMENTS, CHROMIUM, Colours, Stage, opened
 from tests.databases import Databases
 from tests.gateway import PNG, gateway
@@ -376,7 +376,18 @@ async def test_the_systems_own_colours_show_which_page_is_open(stage: Stage) -> 
         assert await elsewhere.evaluate(edge) == ground != await here.evaluate(edge)
 
 
-async def test_a_value_between_two_gaps_is_drawn_as_a_dot(stage: Stage) -> None:
+async def test_a_value_between_two_gaps_is_drawn_as_a_dot_and_marks_are_even(stage: Stage) -> None:
     async with opened(stage, "/nowhere", expected=("Canvas2D",)) as seen:
         assert not await seen.page.evaluate(DRAWS, [None, None, None, None])
         assert await seen.page.evaluate(DRAWS, [None, 5, None, None])
+        assert await seen.page.evaluate(MARKS, 400_000) == ["2 min", "4 min", "6 min"]
+        assert await seen.page.evaluate(MARKS, 100_000) == ["30 s", "1 min", "1.5 min"]
+
+
+async def test_the_options_of_a_try_are_in_line(stage: Stage) -> None:
+    async with opened(stage, "/try") as seen:
+        await seen.page.get_by_text("Options", exact=True).click()
+        place = "all => all.map((one) => one.getBoundingClientRect()).map((r) => [r.y, r.height])"
+        fields = seen.page.locator(".filters .field > :is(input, select)")
+        places = await fields.evaluate_all(place)
+        assert (len(places), places[0]) == (6, places[1])

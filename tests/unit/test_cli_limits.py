@@ -54,3 +54,11 @@ def test_a_pause_says_how_long_it_is(span: list[str], said: str, asked: list[obj
     done = CliRunner().invoke(app, ["limits", "pause", "kind:text_only", *span])
     assert (done.exit_code, done.stdout) == (0, f"kind:text_only {said}\n")
     assert len(asked) == 1
+
+
+def test_a_flag_has_no_type_in_the_help() -> None:
+    told = CliRunner().invoke(app, ["verify", "--help"], env={"COLUMNS": "120"}).stdout
+    assert "--json" in told
+    assert "--help" in told
+    assert "bool" not in told
+    assert "<str>" in told

@@ -27,6 +27,7 @@ from tidegate.cli import (
     verify,
 )
 from tidegate.cli.exits import EPILOGUE, FAILED, INTERRUPTED, code_of
+from tidegate.cli.flags import show_flags_without_type
 from tidegate.cli.legible import legible
 from tidegate.cli.pool import Json, choose_pool, show_json, with_pool_option
 from tidegate.cli.settings import load_to_run
@@ -41,6 +42,7 @@ app = typer.Typer(
     epilog=EPILOGUE,
     pretty_exceptions_enable=False,
 )
+show_flags_without_type()
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _USE, _RUN, _OPERATE = "Use it", "Run it", "Operate it"
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from secrets import token_bytes
 from typing import Annotated, Literal, TypedDict
+from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel
 
@@ -143,9 +144,19 @@ async def feed(
     return Watching(request, services, feed_of(request.app), Wanted(span, pool))
 
 
+async def typed(request: Request, path: str) -> RedirectResponse:
+    """From an address as people type it, such as `/dashboard/requests`, to that page."""
+    if "text/html" not in request.headers.get("accept", ""):
+        raise HTTPException(404)
+    query = f"?{request.url.query}" if request.url.query else ""
+    up = "../" * path.count("/")
+    return RedirectResponse(f"{up}./#/{quote(path.strip('/'))}{query}", headers=HEADERS)
+
+
 def install(app: FastAPI) -> None:
     """Add the dashboard to the application, with and without the prefix `/llm`."""
     for prefix in _PREFIXES:
         for routes in (router, data):
             app.include_router(routes, prefix=prefix)
         app.mount(f"{prefix}/dashboard/static", Files())
+        app.get(f"{prefix}/dashboard/{{path:path}}", include_in_schema=False)(typed)

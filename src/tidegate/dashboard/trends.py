@@ -67,6 +67,7 @@ class Trend:
 
     def frame(self, pool: str, weights: Mapping[str, int]) -> dict[str, Any]:
         """Lines and tables of one pool: spans that are over, rates by the second, lengths in ms.
+        The upstreams are those of all pools.
 
         The tables have at most `MOST_NAMES` rows; `more` says how many names are left out.
         """
@@ -92,7 +93,7 @@ class Trend:
                 {**row, "weight": weights.get(row["name"], 1)} for row in _table(total, "tenant")
             ],
             "models": _table(total, "model"),
-            "upstreams": _table(total, "upstream"),
+            "upstreams": _table(self._upstreams_at(begins), "upstream"),
             "codes": [[name, row[0]] for name, row in _largest(total, "code")],
         }
 
@@ -115,8 +116,19 @@ class Trend:
         }
 
     def _of(self, at: int, pool: str) -> Tally | None:
-        pools = self._open.get(at) or self._settled.get(at)
-        return None if pools is None else pools.get(pool)
+        return self._pools_at(at).get(pool)
+
+    def _pools_at(self, at: int) -> Mapping[str, Tally]:
+        return self._open.get(at) or self._settled.get(at) or {}
+
+    def _upstreams_at(self, begins: Sequence[int]) -> Tally:
+        """What each upstream was called in these spans, whichever pool its calls were in."""
+        total = Tally()
+        for at in begins:
+            for tally in self._pools_at(at).values():
+                called = tally.apart.get("upstream", {})
+                total.merge(Tally(apart={"upstream": called}), _MOST_ADDED)
+        return total
 
 
 def _rate(tally: Tally | None, name: str, step_s: int) -> float:

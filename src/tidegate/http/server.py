@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.middleware.cors import CORSMiddleware
@@ -262,5 +262,7 @@ def _serve_docs(app: FastAPI) -> None:
         return RedirectResponse("/static/favicon.svg")
 
     @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
+    async def root(request: Request) -> RedirectResponse:
+        """People go to the dashboard, programs to the description of the API."""
+        is_browser = "text/html" in request.headers.get("accept", "")
+        return RedirectResponse("dashboard/" if is_browser else "/docs")

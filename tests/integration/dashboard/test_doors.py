@@ -33,3 +33,22 @@ async def test_the_files_are_for_everybody_and_the_data_for_the_token(open_gatew
         status, _, body = await seen(gateway, f"{prefix}/dashboard/session", **shown)
         assert status == 200
         assert b'"asks_for":"operator_key"' in body
+
+
+async def test_addresses_as_people_type_them_lead_to_the_page(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    for typed, page in (
+        ("/", "dashboard/"),
+        ("/dashboard/requests", "./#/requests"),
+        ("/dashboard/requests?status=dead", "./#/requests?status=dead"),
+        ("/llm/dashboard/requests/17", ".././#/requests/17"),
+        ("/dashboard//evil.example", ".././#/evil.example"),
+    ):
+        status, headers, _ = await seen(gateway, typed, **browser)
+        assert (status, headers["Location"]) == (307, page), typed
+    status, headers, _ = await seen(gateway, "/")
+    assert (status, headers["Location"]) == (307, "/docs")
+    for path in ("/dashboard/requests", "/dashboard/none"):
+        status, headers, _ = await seen(gateway, path)
+        assert (status, headers["Content-Type"]) == (404, "application/problem+json")

@@ -107,6 +107,24 @@ async def test_late_ends_count_when_they_happened_and_very_late_ones_in_what_is_
     assert told == {BEGIN: 0.1, BEGIN - 40: 0.1}
 
 
+async def test_the_upstreams_of_all_pools_are_shown_with_every_pool(
+    connections: Connections, clock: Clock
+) -> None:
+    rollup, reader = Rollup(History(connections, "a"), clock), History(connections, "r")
+    trend = Trend(reader, RANGES["5m"])
+    rollup.note([ended(BEGIN)] * 2)
+    rollup.note([ended(BEGIN, pool="openai", upstream="openai", model="gpt")] * 3)
+    rollup.note([ended(BEGIN, "failed", pool="openai", upstream="second", code="x")])
+    clock.now += 20
+    await rollup.flush()
+    await trend.look(clock.now)
+    for pool in (POOL, "openai", "of nobody"):
+        upstreams = trend.frame(pool, {})["upstreams"]
+        calls = {row["name"]: (row["calls"], row["failed"]) for row in upstreams}
+        assert calls == {"gemini": (2, 0), "openai": (3, 0), "second": (1, 1)}
+    assert [row["name"] for row in trend.frame(POOL, {})["models"]] == ["m"]
+
+
 async def test_a_trend_goes_on_reading_only_what_can_still_change(
     connections: Connections, clock: Clock
 ) -> None:

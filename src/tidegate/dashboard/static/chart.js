@@ -79,7 +79,8 @@ export function chart(title, series, words, { signal, least = 0 }) {
 }
 
 /** A value at an axis, in few letters: without the zeros that figures keep for their width. */
-const marked = (words) => (value) => (value === 0 ? "0" : words(value).replace(/\.0+(?=\D)/, ""));
+const marked = (words) => (value) =>
+  value === 0 ? "0" : words(value).replace(/(\.\d*?)0+(?=\D)/, "$1").replace(/\.(?=\D)/, "");
 
 /** The places of values that have none beside them: no line goes there, so each is drawn as a dot. */
 function alone(plot, line) {
@@ -103,7 +104,14 @@ function options(width, series, words, least, tell) {
     scales: { y: { range: (_plot, _min, max) => [0, Math.max(least, (max ?? 0) * 1.08)] } },
     axes: [
       { ...axis, size: 24, space: 64, values: (_plot, at) => at.map((s) => minutes.format(s * 1e3)) },
-      { ...axis, size: 58, space: 32, gap: 4, values: (_plot, all) => all.map(marked(words.short ?? words)) },
+      {
+        ...axis,
+        ...(words.steps ? { incrs: words.steps } : {}),
+        size: 58,
+        space: 26,
+        gap: 4,
+        values: (_plot, all) => all.map(marked(words.short ?? words)),
+      },
     ],
     series: [
       {},

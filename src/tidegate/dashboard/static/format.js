@@ -56,6 +56,14 @@ length.short = (ms) => {
   return `${(ms / 3_600_000).toFixed(1)} h`;
 };
 
+/** What lies between two marks of an axis: 1, 2 or 5 of a unit, and as many as a clock has. */
+length.steps = [
+  ...[1, 2, 5, 10, 20, 50, 100, 200, 500],
+  ...[1, 2, 5, 10, 20, 30].map((s) => s * 1_000),
+  ...[1, 2, 5, 10, 20, 30].map((min) => min * 60_000),
+  ...[1, 2, 5, 10, 20, 50, 100, 200, 500].map((h) => h * 3_600_000),
+];
+
 /** `0.5/s`, `12/s`; slower ones by the minute: `3/min` */
 export function rate(perSecond) {
   if (!given(perSecond)) return NOTHING;

@@ -153,7 +153,7 @@ function filesPicker() {
 /** What may be left as it is. */
 function options(asksFor) {
   const fields = [
-    field("type", "Kind", { options: { "": "Found out from the prompt", ...KINDS } }),
+    field("type", "Kind", { options: { "": "Automatic", ...KINDS }, hint: "Automatic: by the prompt." }),
     field("model", "Model", { hint: "Empty: the one set for the kind." }),
     field("image_uri", "Picture's address", { type: "url", hint: "Fetched by the gateway." }),
     field("priority", "Priority", { type: "number", hint: "From −100 to 100." }),
