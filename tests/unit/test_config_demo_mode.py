@@ -11,6 +11,7 @@ from tidegate.config import Config, load
 from tidegate.config.settings import PROVIDER_KEYS
 from tidegate.errors import ConfigError
 from tidegate.policy import deployed_upstreams
+from tidegate.policy.file import default_pool
 
 WHOLE = {
     "DATABASE_URL": "postgresql://db/x",
@@ -63,6 +64,7 @@ def test_the_key_of_any_provider_will_do(name: str) -> None:
     assert not config.emulated
     (upstream,) = deployed_upstreams(config).upstreams
     assert (upstream.name, upstream.key) == (name.partition("_")[0].lower(), "k")
+    assert default_pool(config) == upstream.name, "what a command is about that names none"
 
 
 def test_an_upstream_of_the_file_will_do(tmp_path: Path) -> None:

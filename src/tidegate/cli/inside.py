@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tidegate.call import DEFAULT_POOL
-from tidegate.cli.pool import Json, Pool, choose_pool, in_pool, show_json, show_table, who
+from tidegate.cli.pool import AnyPool, Json, choose_pool, in_pool, show_json, show_table, who
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +19,7 @@ app = typer.Typer(help="Look at the permits in use.", no_args_is_help=True)
 def why(
     what: Annotated[str, typer.Argument(help="The id of a request, or a ticket: process/ticket.")],
     json: Json = False,
-    pool: Pool = DEFAULT_POOL,
+    pool: AnyPool = None,
 ) -> None:
     """Say why a request waits: for which limit, who has it, who paused it."""
     from tidegate.policy.why import why as ask

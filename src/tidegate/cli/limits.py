@@ -153,8 +153,9 @@ def _missed(keys: list[str]) -> list[str]:
     from tidegate.policy.scopes import AT_ONCE, TOTAL
     from tidegate.relay.targets import Targets
 
+    config = load()
     try:
-        targets = Targets(deployed_upstreams(load()))
+        targets, pool = Targets(deployed_upstreams(config)), chosen_pool(config)
     except ConfigError:  # such as a key that only the processes have
         return []
     lines = []
@@ -163,11 +164,9 @@ def _missed(keys: list[str]) -> list[str]:
         if model is None or model == TOTAL or model.partition("/")[0] in AT_ONCE:
             continue
         pools = targets.pools_for(model)
-        if chosen_pool() not in pools:
+        if pool not in pools:
             meant = f"; did you mean --pool {' or '.join(pools)}?" if pools else ""
-            lines.append(
-                f"{key}: no upstream in the pool {chosen_pool()!r} serves {model!r}{meant}"
-            )
+            lines.append(f"{key}: no upstream in the pool {pool!r} serves {model!r}{meant}")
     return lines
 
 

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
-from tidegate.call import DEFAULT_POOL
 from tidegate.cli.legible import legible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from tidegate.config import Config
     from tidegate.policy.control import Control
     from tidegate.store.tenants import Tenants
 
 T = TypeVar("T")
-_chosen: ContextVar[str] = ContextVar("tidegate_pool", default=DEFAULT_POOL)
+_chosen: ContextVar[str | None] = ContextVar("tidegate_pool", default=None)
 
 PLAIN_WIDTH = 160
 Json = Annotated[bool, typer.Option("--json", help="Show it as JSON.")]
@@ -34,7 +34,17 @@ Reason = Annotated[str, typer.Option(help="Why; it goes on record.")]
 Pool = Annotated[str, typer.Option("--pool", help="Whose limits: the name of an upstream.")]
 
 
-def choose_pool(pool: Pool = DEFAULT_POOL) -> None:
+AnyPool = Annotated[
+    str | None,
+    typer.Option(
+        "--pool",
+        help="Whose limits: the name of an upstream; gemini, or the first of all where that has no "
+        "account.",
+    ),
+]
+
+
+def choose_pool(pool: AnyPool = None) -> None:
     """What `--pool` before a command does."""
     _chosen.set(pool)
 
@@ -48,17 +58,18 @@ def with_pool_option(command: Callable[..., None]) -> Callable[..., None]:
             _chosen.set(pool)
         command(*arguments, **options)
 
-    kind = Annotated[str | None, typer.Option("--pool", help="Whose limits.")]
-    behind = Parameter("pool", Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    behind = Parameter("pool", Parameter.KEYWORD_ONLY, default=None, annotation=AnyPool)
     parameters = [*signature(command, eval_str=True).parameters.values(), behind]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return run
 
 
-def chosen_pool() -> str:
+def chosen_pool(config: Config) -> str:
     """The pool that the command is about."""
-    return _chosen.get()
+    from tidegate.policy.file import default_pool
+
+    return _chosen.get() or default_pool(config)
 
 
 def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
@@ -69,7 +80,7 @@ def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
 
     config = load()
     telemetry.configure_logging(config.log_format, "error", process="command")
-    return run(config, work, _chosen.get())
+    return run(config, work, chosen_pool(config))
 
 
 def with_tenants(work: Callable[[Tenants], Awaitable[T]]) -> T:

@@ -45,11 +45,21 @@ def load_to_run() -> Config:
 
 
 def say_doubtful(config: Config) -> None:
-    """One line for each variable whose name is nearly a setting's."""
+    """One line for each variable whose name is nearly a setting's, and for each configured model
+    that prompts can't reach."""
+    from tidegate.errors import InvalidRequest
+    from tidegate.policy import deployed_upstreams
     from tidegate.policy.file import doubtful
+    from tidegate.relay.targets import Targets
 
     for one in doubtful(config):
         typer.echo(f"tidegate: {one}", err=True)
+    targets = Targets(deployed_upstreams(config))
+    for name in _MODELS if DEFAULT_POOL in targets.upstreams else ():
+        try:
+            targets.check_prompt(getattr(config, name.lower()))
+        except InvalidRequest as refused:
+            typer.echo(f"tidegate: {name}: {refused.message}", err=True)
 
 
 @app.command()
@@ -90,6 +100,7 @@ def check(
     say_doubtful(config)
 
 
+_MODELS = ("TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL")
 _DEFAULT, _NOT_SET = "the default", "not set"
 
 

@@ -122,7 +122,10 @@ async def session(request: Request) -> Session:
         version=__version__,
         asks_for="keys" if services.gate.on else "operator_key",
         cookie=await admitted_as(request) == SIGNED_IN,
-        pools=list(services.limiters),
+        # That of jobs comes last where there is no upstream of its name.
+        pools=sorted(
+            services.limiters, key=lambda one: one not in services.relay.targets.upstreams
+        ),
     )
 
 

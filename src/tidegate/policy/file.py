@@ -67,6 +67,16 @@ def emulates(config: Config) -> bool:
     return DEFAULT_POOL in names
 
 
+def default_pool(config: Config) -> str:
+    """The pool that a command is about which names none: Gemini's, or the first upstream's where
+    there is no account of Gemini."""
+    try:
+        names = [one.name for one in deployed_upstreams(config).upstreams]
+    except ConfigError:  # such as a key that only the processes have
+        return DEFAULT_POOL
+    return DEFAULT_POOL if DEFAULT_POOL in names else names[0]
+
+
 def doubtful(config: Config) -> list[Doubt]:
     """Names of variables that are nearly a setting's, unless the policy's file speaks of them: the
     key of another account is no mistake. Raises ConfigError."""

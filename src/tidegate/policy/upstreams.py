@@ -10,7 +10,7 @@ reading that variable.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -143,14 +143,7 @@ def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret)
     own = tables.pop(DEFAULT_POOL, None)
     keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
     tables |= {name: {} for name in _of_keys(tables, keys)}
-    found = []
-    if config.gemini_api_key is not None or (
-        config.emulated and (not tables or config.embedded or config.tidegate_demo)
-    ):
-        found.append(_of_environment(own or {}, config, is_alone=not tables))
-    elif own is not None:
-        allowed = f"must be set: {_path(DEFAULT_POOL)} {_IS_FROM_IT}"
-        raise ConfigError("GEMINI_API_KEY", "(not set)", allowed)
+    found: list[Upstream] = []
     policies = {}
     for name, table in tables.items():
         path = _path(name)
@@ -158,6 +151,13 @@ def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret)
             raise ConfigError(path, name, "must be lower-case letters, digits, - and _")
         found.append(_upstream(name, table, lambda one: keys.get(one) or secret(one)))
         policies[name] = _policy(path, table, stated)
+    if config.gemini_api_key is not None or (
+        config.emulated and (not found or config.embedded or config.tidegate_demo)
+    ):
+        found.insert(0, _of_environment(own or {}, config, found))
+    elif own is not None:
+        allowed = f"must be set: {_path(DEFAULT_POOL)} {_IS_FROM_IT}"
+        raise ConfigError("GEMINI_API_KEY", "(not set)", allowed)
     routes = _routes(stated.get("routes", []), {one.name for one in found})
     return Deployment(tuple(found), routes, policies)
 
@@ -183,9 +183,11 @@ def _of_keys(tables: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -
     return found
 
 
-def _of_environment(table: Mapping[str, Any], config: Config, *, is_alone: bool) -> Upstream:
+def _of_environment(
+    table: Mapping[str, Any], config: Config, others: Sequence[Upstream]
+) -> Upstream:
     """The account of GEMINI_API_KEY; its limits are those at the top of the file. Beside others the
-    emulator serves only what is named as models of Gemini are."""
+    emulator serves only what is named as models of Gemini are, and what prompts are for."""
     path = _path(DEFAULT_POOL)
     for key in table:
         if key not in _OWN_KEYS:
@@ -199,9 +201,11 @@ def _of_environment(table: Mapping[str, Any], config: Config, *, is_alone: bool)
     if config.emulated or not config.gemini_base_url.startswith(PROVIDERS["gemini"]["gemini"]):
         urls["anthropic"] = base  # the emulator speaks it too
     options = _options(path, table)
-    if config.is_made_up and not is_alone:
-        models = (config.text_model, config.multi_modal_model, config.image_model)
-        options.setdefault("models", (*_EMULATED_MODELS, *models, config.classifier_model))
+    if config.is_made_up and others:
+        ours = (config.text_model, config.multi_modal_model, config.image_model)
+        asked = dict.fromkeys((*ours, config.classifier_model))
+        more = [one for one in asked if not any(other.fit(one) > 1 for other in others)]
+        options.setdefault("models", (*_EMULATED_MODELS, *more))
     return Upstream(DEFAULT_POOL, urls, key, **options)
 
 

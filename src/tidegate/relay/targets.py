@@ -94,20 +94,20 @@ class Targets:
             if len(self._for_prompts) < _MODELS_KEPT:
                 self._for_prompts.add(model)
             return
+        instead = [one.upstream for one in found] or list(self.upstreams.values())
+        calls = dict.fromkeys(_CALLS[_first_dialect(one)] for one in instead)
+        call = f"call {' or '.join(calls)}, or submit that call as `endpoint` and `body`"
         if own is None:
-            said = "a prompt needs the account of GEMINI_API_KEY, and that is not set"
-        elif not found:
+            said = f"a prompt needs the account of GEMINI_API_KEY, and that is not set: {call}"
+            raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
+        if not found:
             said = f"no upstream serves the model {model!r}"
         elif found[0].upstream is own:
             said = f"{model!r} is a name for native calls; a prompt names {found[0].model!r}"
-            raise InvalidRequest("model", said, allowed=found[0].model)
         else:
             said = f"the model {model!r} is served by the upstream {found[0].upstream.name!r}"
-            said += ", which a prompt can't reach"
-        instead = found or [Target(one, "") for one in self.upstreams.values()]
-        calls = dict.fromkeys(_CALLS[_first_dialect(one.upstream)] for one in instead)
-        said += f": call {' or '.join(calls)}, or submit that call as `endpoint` and `body`"
-        raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
+            said += f", which a prompt can't reach: {call}"
+        raise InvalidRequest("model", said, allowed=_served([own]))
 
     def pools_for(self, model: str) -> list[str]:
         """The pools whose limits a model meets, by its name at the provider."""

@@ -78,10 +78,12 @@ class Page:
         if self._config.asks_for_keys:
             self._row("Callers", "show a key", "tidegate keys create makes one; see AUTH")
         if ground.emulated:
+            is_alone = len(deployed_upstreams(ground.config).upstreams) == 1
+            whose = "answers" if is_alone else "answers of gemini"
             self._line()
             self._line(
                 (f"{_INDENT}Demo mode. ", "bold yellow"),
-                ("No GEMINI_API_KEY: answers come from the built-in emulator.", "yellow"),
+                (f"No GEMINI_API_KEY: {whose} come from the built-in emulator.", "yellow"),
             )
         self._try(url.removeprefix("http://"), ground)
         self._line((f"{_INDENT}Ctrl-C stops everything.", _QUIET))

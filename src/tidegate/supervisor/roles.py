@@ -155,9 +155,8 @@ def _standing(config: Config) -> Iterator[Config]:
         return
     with prepared(config) as ground:
         if ground.emulated:
-            telemetry.get_logger().warning(
-                Log.DEMO_MODE, reason="no GEMINI_API_KEY: answers come from the built-in emulator"
-            )
+            reason = "no GEMINI_API_KEY: answers of gemini come from the built-in emulator"
+            telemetry.get_logger().warning(Log.DEMO_MODE, reason=reason)
         if config.migrate_at_start or ground.embedded:
             migrate(ground.config, lambda why: sys.stderr.write(f"tidegate: {why}\n"))
         yield ground.config

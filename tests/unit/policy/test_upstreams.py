@@ -176,6 +176,8 @@ def test_the_emulator_takes_only_geminis_models_beside_another_upstream() -> Non
         assert gemini.name == "gemini"
         assert gemini.fit("gemini-2.5-flash") > gemini.fit("gpt-5") == gemini.fit("llama") == 0
         assert gemini.fit("mine")
+    theirs = config.model_copy(update={"text_model": "gpt-5"})
+    assert deployment("", theirs).upstreams[0].fit("gpt-5") == 0, "it is the other one's"
 
 
 @pytest.mark.parametrize(

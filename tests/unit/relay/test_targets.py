@@ -79,6 +79,7 @@ def test_a_prompt_for_a_model_of_another_upstream_is_refused(model: str, said: s
     with pytest.raises(InvalidRequest) as refused:
         found.check_prompt(model)
     assert said in refused.value.message
+    assert refused.value.allowed == "gemini: *"
     assert refused.value.field == "model"
 
 
