@@ -184,6 +184,8 @@ class Track:
             part = tokens * known.ratio
             middle += part
             doubt += known.variance * part * part
+        if not middle:  # of a request without a body; no call is free of tokens
+            return 1.0, 0.0
         return middle, doubt / (middle * middle)
 
     def _error(self, middle: float) -> float:

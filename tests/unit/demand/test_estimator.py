@@ -288,3 +288,12 @@ def test_whatever_it_is_told_an_estimate_is_a_sound_number(
         # Ratio and margin are bounded by 1,000 each, doubt by about 3.
         assert estimate.input_tokens <= 4e6 * sum(pieces_of(text, ()).values())
         estimator.learn(estimate, Usage(input_tokens, output_tokens))
+
+
+def test_a_request_without_any_input_is_estimated_and_learned_of() -> None:
+    """As one for a file, or for the list of models."""
+    estimator = Estimator()
+    for _ in range(60):
+        estimate = estimator.of_pieces("m", "other", {}, max_output_tokens=1)
+        assert (estimate.expected_input_tokens, estimate.output_tokens) == (1, 1)
+        estimator.learn(estimate, Usage(input_tokens=1, output_tokens=1))
