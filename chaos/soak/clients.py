@@ -23,6 +23,7 @@ from tests.load import PNG
 End = Literal["whole", "refused", "upstream", "cut", "left", "wrong"]
 REFUSALS = {
     *("limiter_unavailable", "store_unavailable", "deadline_exceeded", "queue_full"),
+    "limit_used_up",
     *("lease_lost", "shutting_down", "stalled"),
 }
 MODEL = "gemini-2.5-flash"

@@ -24,7 +24,8 @@ TidegateError
 │   └── BudgetReserved          what is left of that is reserved for its calls under way
 ├── AdmissionError              the limiter said no
 │   ├── DeadlineExceeded        still waiting when the deadline came
-│   │   └── LimitPaused         a limit is paused for longer than the call may wait
+│   │   ├── LimitPaused         a limit is paused for longer than the call may wait
+│   │   └── LimitUsedUp         a limit has no room before the deadline
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
 │   ├── QueueFull               too many waiters already
 │   └── LimiterUnavailable      Valkey is away and the policy is `closed`
@@ -245,6 +246,12 @@ class LimitPaused(DeadlineExceeded):
     """Waiting within the deadline would be in vain; `retry_after_ms` is the end of the pause."""
 
     code = "limit_paused"
+
+
+class LimitUsedUp(DeadlineExceeded):
+    """As LimitPaused, of a rate or a day quota; `retry_after_ms` is when there is room again."""
+
+    code = "limit_used_up"
 
 
 class DemandImpossible(AdmissionError):

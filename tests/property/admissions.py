@@ -30,6 +30,16 @@ class Admission:
 
 
 @dataclass(slots=True)
+class Refusal:
+    """A ticket that could not be let in before its deadline, as the pool said."""
+
+    amount: int
+    until: int
+    epoch: int
+    revision: int
+
+
+@dataclass(slots=True)
 class Admissions:
     """See the module. `since` nothing before which is held against the pool."""
 
@@ -39,16 +49,23 @@ class Admissions:
     _asked: dict[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
     _admitted: dict[tuple[str, int], Admission] = field(default_factory=dict)
     _tried: dict[str, tuple[Gate, int, tuple[str, int] | None]] = field(default_factory=dict)
+    _refused: dict[str, list[Refusal]] = field(default_factory=dict)
+    refusals: int = 0
     _holders: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
 
     def clock_was_set_back(self) -> None:
         """A server that loses its data and whose clock is set back can't know what it gave."""
         self.set_back = True
         self._admitted.clear()
+        self._refused.clear()
 
     def all_was_lost(self) -> None:
         """The server starts anew from what the processes have seen of its rates."""
         self._admitted.clear()
+
+    def ended(self, limit: str) -> None:
+        """A pause was ended: what it was held against is no longer so."""
+        self._refused.pop(limit, None)
 
     def hear(self, request: SyncRequest) -> None:
         """What a process says: its tickets, and what its calls really used."""
@@ -62,6 +79,9 @@ class Admissions:
         for ticket, _, _ in request.cancels:
             admission = self._admitted.get((request.sid, ticket))
             if admission is not None:
+                # A grant that crossed it is given back, which nobody could know before.
+                for name in admission.amounts:
+                    self._refused.pop(name, None)
                 admission.amounts.clear()
 
     def _settle(self, sid: str, ticket: int, actual: str) -> None:
@@ -73,6 +93,30 @@ class Admissions:
         for name, used in zip(flow.lane, read_actual(actual), strict=False):
             if used is not None and name in admission.amounts:
                 admission.amounts[name] = min(admission.amounts[name], used)
+
+    def note_refusals(self, request: SyncRequest, reply: SyncReply) -> None:
+        """Who was refused early: nobody else may be let in there, for as much, until then."""
+        places = {read_member(member).ticket: i for i, (_, member) in enumerate(request.enqueues)}
+        for ticket, name, room_ms, used in reply.barred:
+            left_ms = request.lefts[places[ticket]]
+            assert room_ms >= left_ms, "refused though there is room before its deadline"
+            flow_key, member = self._asked[request.sid, ticket]
+            amount = read_member(member).amount(read_flow(flow_key).lane.index(name))
+            one = Refusal(
+                0 if used < 0 else amount,
+                self.model.now + left_ms,
+                self.model.epoch,
+                self.model.revision,
+            )
+            self._refused.setdefault(name, []).append(one)
+            self.refusals += 1
+
+    def _check_refusals(self, name: str, now: int, amount: int) -> None:
+        said = self.model.epoch, self.model.revision
+        left = [x for x in self._refused.get(name, ()) if x.until > now]
+        self._refused[name] = left = [x for x in left if (x.epoch, x.revision) == said]
+        for one in left:
+            assert amount < one.amount, f"another was refused under {name}, and could have gone"
 
     def check(self, granted: list[tuple[str, int, Grant]], reply: SyncReply | None) -> None:
         """Admissions of this moment, over all sessions."""
@@ -99,6 +143,8 @@ class Admissions:
                 {name: x.window_ms for name, x in limits.items() if isinstance(x, Rate)},
             )
             names.update(flow.lane)
+            for name, amount in self._admitted[sid, ticket].amounts.items():
+                self._check_refusals(name, now, amount)
         for name, admitted in names.items():
             self._check_limit(name, now, admitted)
 

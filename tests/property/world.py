@@ -230,6 +230,7 @@ class World:
             granted += [(sid, push.epoch, grant) for grant in push.grants]
         self._check_state(dump)
         self.admissions.check(granted, real)
+        self.admissions.note_refusals(request, real)
         return real
 
     def renew(self, clients: Sequence[Client]) -> None:
@@ -255,6 +256,7 @@ class World:
         self._act({**request, "said": "by|me"}, done)
 
     def resume(self, name: str) -> None:
+        self.admissions.ended(name)
         done = self.model.resume(name, run=self.run, wall=self.wall_ms)
         self._act({"verb": "resume", "limit": name, "said": ""}, done)
 
@@ -346,6 +348,8 @@ def _sorted(reply: SyncReply) -> SyncReply:
         )
     return reply._replace(
         grants=[(ticket, seq) for ticket, seq in reply.grants],
+        barred=list(reply.barred),
+        outlook=list(reply.outlook),
         stamps=list(reply.stamps),
         refused=list(reply.refused),
         whole=whole,

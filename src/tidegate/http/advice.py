@@ -36,6 +36,8 @@ ADVICE: dict[str, str] = {
     "for, give it a higher priority or a later deadline.",
     "limit_paused": "A limit that it needs is paused for longer than it could wait: see who paused "
     "it and until when, then retry it or end the pause.",
+    "limit_used_up": "A rate or day quota that it needs has no room before its deadline: raise it, "
+    "give a later deadline, or retry it once there is room.",
     "impossible": "It asks for more than the limit can ever give: raise it, or ask for less.",
     "queue_full": "Too many were waiting already: send less at once, or allow more to wait.",
     "limiter_unavailable": "Valkey did not answer: see /health/dependencies, then retry it.",

@@ -52,6 +52,8 @@ _RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
 _BAD_REQUEST = "type.googleapis.com/google.rpc.BadRequest"
 _ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
 _USUAL_RETRY_MS = 1_000
+# The SDKs of OpenAI and Anthropic try again sooner than told where that is longer than a minute.
+_SDK_WAITS_MS = 60_000
 
 
 def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.TidegateError:
@@ -74,7 +76,8 @@ def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers
     headers: Headers = [(b"content-type", b"application/json")]
     if after_ms is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(after_ms / 1000))).encode()))
-    if isinstance(error, errors.BudgetExceeded) and dialect is not Dialect.GEMINI:
+    far = isinstance(error, errors.DeadlineExceeded) and (after_ms or 0) > _SDK_WAITS_MS
+    if (far or isinstance(error, errors.BudgetExceeded)) and dialect is not Dialect.GEMINI:
         headers.append((b"x-should-retry", b"false"))  # a word of these SDKs: it would be in vain
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
         headers.append((b"connection", b"close"))

@@ -47,6 +47,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.QuotaExceeded: 429,
     errors.DeadlineExceeded: 504,
     errors.LimitPaused: 503,
+    errors.LimitUsedUp: 429,
     errors.DemandImpossible: 422,
     errors.QueueFull: 503,
     errors.LimiterUnavailable: 503,

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from tidegate.attempt import Attempt
 from tidegate.call import Caller
 from tidegate.config import Config
-from tidegate.errors import DeadlineExceeded, TidegateError
+from tidegate.errors import DeadlineExceeded, LimitPaused, LimitUsedUp, TidegateError
 from tidegate.pipeline import Ask
 from tidegate.store.cancels import CANCELLED
 from tidegate.store.records import AttemptResult, ClaimedJob, Failure
@@ -18,7 +18,11 @@ from tidegate.telemetry import FrequentLog, Log, get_logger
 log = get_logger()
 _OTHER_ENDS = {
     CANCELLED.code: Status.CANCELLED,
-    DeadlineExceeded.code: Status.EXPIRED,  # when its turn was asked for again, after its mark
+    # When its turn was asked for again, after its mark.
+    **dict.fromkeys(
+        (DeadlineExceeded.code, LimitPaused.code, LimitUsedUp.code),
+        Status.EXPIRED,
+    ),
 }
 log_job = FrequentLog(Log.JOB_DONE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil, inf
 from typing import Any
 
 from tidegate.limiter.entries import Batch
@@ -10,22 +11,30 @@ from tidegate.limiter.flow import Flow
 
 
 def compose(
-    batch: Batch, wanting: Sequence[Flow], looking: Sequence[Flow], at_ms: float
+    batch: Batch,
+    wanting: Sequence[Flow],
+    looking: Sequence[Flow],
+    at_ms: float,
+    *,
+    pauses: bool = False,
 ) -> dict[str, Any]:
     """The fields of a `SyncRequest` that a batch fills; `wanting` are the flows to be hinted at,
-    `looking` those to be looked at.
+    `looking` those to be looked at; `pauses`: some limit is paused.
 
     `held` is of the join; `quotas` are the zones of the day quotas that the flows need. The
     answer's hints count flows in the order of `flows`, from 1.
     """
     numbers: dict[str, int] = {}
     quotas: dict[str, str] = {}
+    firm: set[str] = set()
 
     def number(flow: Flow | None) -> int:
         if flow is None:
             return 0
         if flow.quotas:
             quotas.update(flow.quotas)
+        if flow.firm:
+            firm.update(flow.firm)
         return numbers.setdefault(flow.key, len(numbers) + 1)
 
     return {
@@ -53,6 +62,20 @@ def compose(
         "enqueues": [(number(w.flow), w.member) for w in batch.enqueues],
         "wants": [(number(flow), round(flow.cost_ms)) for flow in wanting],
         "looks": [number(flow) for flow in looking],
+        "lefts": _lefts(batch, at_ms, pauses=pauses),
         "flows": list(numbers),
         "quotas": quotas,
+        "firm": sorted(firm),
     }
+
+
+def _lefts(batch: Batch, at_ms: float, *, pauses: bool) -> list[int]:
+    """By enqueue, for how long it may wait, where time alone may keep it from its turn; nothing
+    where all are 0."""
+    lefts = [
+        max(1, ceil(w.deadline_ms - at_ms))
+        if (w.flow.rates or pauses) and w.deadline_ms != inf and not w.once
+        else 0
+        for w in batch.enqueues
+    ]
+    return lefts if any(lefts) else []

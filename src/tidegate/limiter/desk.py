@@ -10,7 +10,6 @@ import asyncio
 
 from tidegate.errors import (
     AdmissionError,
-    DeadlineExceeded,
     DemandImpossible,
     LimiterUnavailable,
     QueueFull,
@@ -23,6 +22,7 @@ from tidegate.limiter.flow import Flow, Tokens, unknown_limit
 from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.limits import DEFAULT_PRIORITY, PoolPolicy, check_tenant
 from tidegate.limiter.observer import Observer
+from tidegate.limiter.outlook import too_late
 from tidegate.limiter.session import Session
 
 _ANY_TIME = float("inf")
@@ -102,7 +102,7 @@ class Desk:
         except DemandImpossible as error:
             raise self._refused(error) from None
         if len(self._ledger.waiting) >= self._max_waiters:
-            limit, retry_ms = flow.limits[0], self._retry_after_ms(flow)
+            limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
             full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
             raise self._refused(full)
         at = self._now_ms()
@@ -140,20 +140,17 @@ class Desk:
         """The deadline came."""
         if waiter.future.done():
             return
-        limit = waiter.flow.limits[0]
-        retry_ms = self._retry_after_ms(waiter.flow)
+        flow = waiter.flow
+        limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
         error: AdmissionError
-        local = self._session.policy.when_away == "local" and self._session.has_share(
-            waiter.flow.limits
-        )
+        policy = self._session.policy
+        local = policy.when_away == "local" and self._session.has_share(flow.limits)
         if self._session.away and not local:
             error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
         else:
-            error = DeadlineExceeded(
-                f"no permit of {' '.join(waiter.flow.limits)} in time",
-                limit=limit,
-                retry_after_ms=retry_ms,
-            )
+            room_ms = flow.room_at_ms - self._now_ms()
+            amount = flow.spends(waiter.amounts).get(limit, 1)
+            error = too_late(limit, policy.limit(limit), retry_ms, room_ms, flow.used, amount)
         self._ledger.refuse(waiter, self._refused(error), self._now_ms())
         self._session.kick()
 
@@ -162,10 +159,14 @@ class Desk:
         return error
 
     def _retry_after_ms(self, flow: Flow) -> int:
-        """About as long as waiters of its first limit wait these days, at least a second, and not
-        before the end of a pause."""
-        usual_ms = int(self._wait_ewma_ms.get(flow.limits[0], 0.0))
-        return max(1000, usual_ms, self._session.remembered.paused_ms(flow.limits, self._now_ms()))
+        """Until there is room under the limit that it waits for; where nobody knows when, about as
+        long as waiters of that limit wait these days. At least a second, and not before the end of
+        a pause."""
+        at = self._now_ms()
+        wait_ms = round(flow.room_at_ms - at)
+        if wait_ms <= 0:
+            wait_ms = int(self._wait_ewma_ms.get(flow.held_up_by or flow.limits[0], 0.0))
+        return max(1000, wait_ms, self._session.remembered.paused_ms(flow.limits, at))
 
     def abandon(self, waiter: Waiter) -> None:
         self._ledger.abandon(waiter.ticket, self._now_ms())

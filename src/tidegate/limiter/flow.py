@@ -69,12 +69,16 @@ class Flow:
     """See the module. `cost_ms` is how long its calls last, as far as is known; `hint` is set while
     the server lets us pass permits on in it. `quotas` are (limit, zone). `slack_ms` is how much
     later than admitted its calls may be sent; `rest_ms` is what was rounded off the length of its
-    last call."""
+    last call. `firm` are those of its limits that get nothing back when calls end, where the server
+    does not know. `held_up_by` is the limit that it waits for, as the server said last, of which
+    so much is `used`; `room_at_ms` when there is room for its first waiter, 0 while not known."""
 
     __slots__ = (
         "band",
         "cost_ms",
+        "firm",
         "held",
+        "held_up_by",
         "hint",
         "key",
         "lane",
@@ -85,9 +89,11 @@ class Flow:
         "rates",
         "rest_ms",
         "revision",
+        "room_at_ms",
         "slack_ms",
         "tenant",
         "unnamed",
+        "used",
         "waiting",
         "weight",
     )
@@ -103,6 +109,10 @@ class Flow:
         self.held = 0
         self.cost_ms = FIRST_COST_MS
         self.hint: Hint | None = None
+        self.held_up_by: str | None = None
+        self.room_at_ms = 0.0
+        self.used = 0
+        self.firm: tuple[str, ...] = ()
         self.rest_ms = 0.0
         self.revision = -1
         self.list: tuple[Limit, ...] = ()
@@ -133,6 +143,9 @@ class Flow:
         )
         self.quotas = tuple((n, q.zone) for n, q in zip(self.limits, self.list, strict=True)
                             if isinstance(q, Quota))  # fmt: skip
+        self.firm = tuple(n for n, x in zip(self.limits, self.list, strict=True)
+                          if not isinstance(x, Concurrency) and x.unit == "requests"
+                          and not (isinstance(x, Rate) and x.exact))  # fmt: skip
         slacks = [limit.slack for limit in self.list if isinstance(limit, Rate)]
         self.slack_ms = min(slacks, default=float("inf"))
         self.weight = policy.weights.get(self.tenant, 1)
@@ -192,6 +205,10 @@ class Flow:
         whole_ms = max(1, round(exact_ms))
         self.rest_ms = max(-1.0, exact_ms - whole_ms)
         return whole_ms
+
+    def nobody_waits(self) -> None:
+        """What was known of its wait is over."""
+        self.hint, self.held_up_by, self.room_at_ms = None, None, 0.0
 
     def first(self) -> Waiter | None:
         """The first waiter whose task has not been cancelled in this very moment."""

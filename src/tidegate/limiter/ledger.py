@@ -136,7 +136,7 @@ class Ledger:
             del flow.waiting[ticket]
             _count_down(self.waiting_of, flow.limits)
             if not flow.waiting:
-                flow.hint = None
+                flow.nobody_waits()
                 lane = self._lanes[flow.lane]
                 del lane[flow.key]
                 if not lane:

@@ -41,8 +41,7 @@ MAX_LOOKS, LOOKS_BESIDE, MAX_ASKS = 20, 10, 200
 class Session:
     """See the module. `wake` is called when there is something to say, `alarm(name, in_ms)` when
     there will be. `fatal` is set by a fault that no retry mends; `joined` is called at every
-    confirmed answer. `name` is the process, for people.
-    """
+    confirmed answer. `name` is the process, for people."""
 
     def __init__(
         self,
@@ -227,7 +226,8 @@ class Session:
         full = self._full or self._tend or batch.joining
         rounds = self._ledger.rounds_of(begin=self._full or batch.joining)
         looking = rounds.flows_to_look_at(LOOKS_BESIDE if full else MAX_LOOKS)
-        fields = compose(batch, self._ledger.flows_to_hint(MAX_WANTS), looking, at)
+        wanting, pauses = self._ledger.flows_to_hint(MAX_WANTS), bool(self.remembered.pauses)
+        fields = compose(batch, wanting, looking, at, pauses=pauses)
         held, quotas = fields.pop("held"), fields.pop("quotas")
         request = SyncRequest(
             sid=self.sid,
@@ -281,7 +281,7 @@ class Session:
             self._policy_due = False
         self._set_state("recovering" if reply.recovering_ms > 0 else "up")
         at = self.lease.now_ms()
-        self._answers.take(batch, reply, self.policy, sent_ms, at)
+        self._answers.take(batch, request, reply, self.policy, sent_ms, at)
         if reply.whole is not None:
             self._compare(reply, reply.whole, sent_ms, at)
         self._ledger.note_idle(not (reply.parked or reply.timed_ms or reply.recovering_ms > 0))

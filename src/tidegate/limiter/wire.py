@@ -23,6 +23,7 @@ from tidegate.limiter.limits import (
     Rate,
     as_limit,
 )
+from tidegate.limiter.outlook import Barred, Outlook
 
 # ok; ask again by `tend`; the pool began a new epoch; the session is not there; a later batch
 # overtook this one; a process of another layout has the pool.
@@ -167,8 +168,8 @@ class SyncRequest:
     outcome, took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow,
     member. enqueues: flow, member. wants: flow, cost_ms. A member is
     ticket|hard_ms|cost_ms|amounts. looks: flows under whose limits somebody might be admitted.
-    told, pages: what of `Whole` was read before. asks: tickets that may have been admitted.
-    """
+    told, pages: what of `Whole` was read before. asks: tickets that may have been admitted. lefts:
+    ms that each enqueue may wait, 0 where not told. firm: limits of which nothing is given back."""
 
     sid: str
     gen: int
@@ -195,6 +196,8 @@ class SyncRequest:
     told: int = 0
     pages: dict[str, tuple[str, int]] = field(default_factory=dict)
     asks: list[int] = field(default_factory=list)
+    lefts: list[int] = field(default_factory=list)
+    firm: list[str] = field(default_factory=list)
 
     def pack(self) -> bytes:
         values = ((name, getattr(self, name)) for name in _SYNC_FIELDS)
@@ -264,6 +267,8 @@ class SyncReply(NamedTuple):
     refused: list[int]
     hints: list[Hint]
     whole: Whole | None
+    barred: list[Barred]
+    outlook: list[Outlook]
 
     @classmethod
     def unpack(cls, raw: bytes) -> SyncReply:
@@ -278,6 +283,8 @@ class SyncReply(NamedTuple):
                 _listed(values[13]),
                 [Hint(*hint[:5]) for hint in _listed(values[14])],
                 _whole(whole) if whole else None,
+                [Barred(row[0], row[1].decode(), *row[2:4]) for row in _listed(values[16])],
+                [Outlook(row[0], row[1].decode(), *row[2:5]) for row in _listed(values[17])],
             )
         )
 

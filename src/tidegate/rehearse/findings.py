@@ -23,6 +23,7 @@ _TOGETHER_S = 1.0
 _MOST_TENANTS = 40
 _REASONS = {
     "deadline_exceeded": "deadline",
+    "limit_used_up": "used up",
     "queue_full": "queue full",
     "impossible": "impossible",
 }

@@ -103,7 +103,9 @@ class Process:
             amounts=flow.amounts(demand.tokens, demand.images),
             hard_ms=MAX_LEASE_MS,
             now_ms=self.stage.now_ms,
-            deadline_ms=float("inf"),
+            deadline_ms=self.stage.now_ms + arrival.deadline_ms
+            if arrival.deadline_ms is not None
+            else float("inf"),
         )
         self._asking = None
         if not waiter.future.done():

@@ -21,8 +21,10 @@ from tidegate.errors import (
     BudgetReserved,
     DeadlineExceeded,
     DemandImpossible,
+    LimitPaused,
+    LimitUsedUp,
+    TidegateError,
     UpstreamError,
-    UpstreamOut,
     UpstreamThrottled,
     UpstreamUnauthorized,
 )
@@ -46,6 +48,7 @@ from tidegate.spine.patience import NotWorthWaiting, Patience
 if TYPE_CHECKING:
     from tidegate.relay.spine import Relay
 
+_Never = dict[int, DemandImpossible | DeadlineExceeded]
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
 
@@ -132,7 +135,7 @@ class Work:
         paused for longer than we may wait."""
         relay = self._relay
         demands = self._demands(targets)
-        never: dict[int, DemandImpossible] = {}
+        never: _Never = {}
         if len(targets) > 1:
             for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
                 try:
@@ -157,19 +160,21 @@ class Work:
                     return
             except NotWorthWaiting:
                 continue  # in another's queue, if there is one that is
+            except (LimitUsedUp, LimitPaused) as early:
+                if not self._life.waits or self._call.left_ms() <= 0:
+                    raise
+                never[place] = early
             except DeadlineExceeded as late:
                 raise relay.gate_of(targets[place]).out() or late from None
 
     def _demands(self, targets: list[Target]) -> list[Demand]:
         return [self._relay.demand_of(self._call, self._asked, target) for target in targets]
 
-    def _to_wait_for(
-        self, targets: list[Target], demands: list[Demand], never: dict[int, DemandImpossible]
-    ) -> int:
+    def _to_wait_for(self, targets: list[Target], demands: list[Demand], never: _Never) -> int:
         """The place of the first whose queue is worth standing in. Raises DeadlineExceeded where
-        all are paused beyond our deadline, and DemandImpossible where none could ever let us in."""
+        all have room after our deadline only, DemandImpossible where none could ever let us in."""
         left_ms = max(0, self._call.left_ms())
-        late: list[DeadlineExceeded | UpstreamOut] = []
+        late: list[TidegateError] = [x for x in never.values() if x.retry_after_ms]
         for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
             if place in never:
                 continue
@@ -177,9 +182,7 @@ class Work:
             if why is None:
                 return place
             late.append(why)
-        if not late:
-            raise next(iter(never.values()))
-        raise min(late, key=lambda one: one.retry_after_ms or 0)
+        raise min(late or never.values(), key=lambda one: one.retry_after_ms or 0)
 
     def _attempt(
         self, target: Target, demand: Demand

@@ -33,7 +33,6 @@ from tidegate.demand.pause import model_limit, pause_after
 from tidegate.errors import (
     DeadlineExceeded,
     LimiterUnavailable,
-    LimitPaused,
     UpstreamError,
     UpstreamOut,
     UpstreamThrottled,
@@ -42,6 +41,7 @@ from tidegate.errors import (
 )
 from tidegate.limiter import Limiter
 from tidegate.limiter.limits import Concurrency
+from tidegate.limiter.outlook import paused
 from tidegate.spine.announced import Announced
 from tidegate.spine.faults import Faults, Suspect, can_be_provoked
 from tidegate.telemetry import Log, get_logger
@@ -184,8 +184,7 @@ class Gate:
         if (out := self.out()) is not None and (out.retry_after_ms or 0) >= paused_ms - _LATER_MS:
             return out
         last = max(demand.limits, key=lambda one: self.limiter.paused_ms((one,)))
-        said = "what the call needs is paused for longer than it may wait"
-        return LimitPaused(said, limit=last, retry_after_ms=paused_ms)
+        return paused(last, paused_ms)
 
     def check(self, demand: Demand, left_ms: float) -> None:
         """Raises what `late` finds."""

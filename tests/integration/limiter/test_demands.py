@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 
@@ -22,7 +23,7 @@ async def open_limiter(maker: Maker, url: str, policy: PoolPolicy) -> Limiter:
     return limiter
 
 
-def policy_of(limits: dict[str, object], **fields: object) -> PoolPolicy:
+def policy_of(limits: Mapping[str, object], **fields: object) -> PoolPolicy:
     return PoolPolicy(limits, lease_ms=600, revision=2, **fields)  # type: ignore[arg-type]
 
 

@@ -66,11 +66,12 @@ for name in pairs(seen) do
     local used = limit.sort == 'c' and limit.used or T.rates().spent(limit)
     local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0,
       limit.pause.until_ms - pool.now) or 0
-    local at = call('ZSCORE', T.timed_key, name)
+    local at = tonumber(call('ZSCORE', T.timed_key, name) or 0)
+    if limit.sort ~= 'c' and not limit.shadow then at = math.max(at, T.rates().free_at(limit, 1)) end
     list[#list + 1] = { name, limit.sort, limit.bound, used, waiting[name] or 0, lapsing[name] or 0,
       limit.current and math.floor(limit.current / 1000) or limit.bound,
       tonumber(fields['x:' .. name] or 0), paused_ms, limit.pause and limit.pause.said or '',
-      at and math.max(0, tonumber(at) - pool.now) or 0, reserved[name] or 0 }
+      math.max(0, at - pool.now), reserved[name] or 0 }
   end
 end
 local tenants = {}

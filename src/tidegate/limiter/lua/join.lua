@@ -297,7 +297,10 @@ end
 function T.touch_own()
   for _, number in ipairs(q.looks) do
     local at = own.queues[number].at
-    if at and at ~= '!' then T.touch(T.limit_of(at)) end
+    if at and at ~= '!' then
+      T.touch(T.limit_of(at))
+      T.waited[number] = own.queues[number]
+    end
   end
 end
 

@@ -1,7 +1,7 @@
 -- does: counts what is spent of rates and day quotas
 -- keys: meta log rate quota spending
 -- args: resets
--- returns: rates() with fits(), take(), turn_of(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), free_at(), take(), turn_of(), settle(), spent(), assert_spent(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets of a
 -- sixtieth of the window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -190,6 +190,14 @@ T.rates = function()
       if limit.spent + amount <= limit.bound then return true end
     end
     return T.room_again(limit, fits_at(limit, amount))
+  end
+
+  -- When time alone will have made room for `amount`; 0 where there is some, or never any.
+  function f.free_at(limit, amount)
+    loaded(limit)
+    amount = clamped(limit, amount)
+    if amount == 0 or limit.bound == 0 or limit.spent + amount <= limit.bound then return 0 end
+    return fits_at(limit, amount)
   end
 
   -- Whether it is a lower band's turn: true where it is owed what its first ticket takes, and there is

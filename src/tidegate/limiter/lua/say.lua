@@ -1,10 +1,12 @@
 -- does: does what a process says, in the order that frees first, and lets in whom it can
 -- keys: queue
--- args: transfers releases settles cancels enqueues full
--- returns: say_all(), settle_down(), granted, stamps, refused, more
+-- args: transfers releases settles cancels enqueues full lefts
+-- returns: say_all(), settle_down(), granted, stamps, refused, barred, waited, seen_ahead, more
 -- units: ms
 T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
   {}, {}, {}, 0, {}, false, {}
+-- `waited`: by the number of its flow, each queue of which somebody may want to know what it waits for.
+T.barred, T.waited, T.seen_ahead = {}, {}, {}
 
 -- A new session is not let in before all others know of it; see roster.
 function T.is_fresh(sid)
@@ -46,11 +48,14 @@ function T.ask(entries)
       local limit = not queue.at and T.let_in_or_wait(queue, member)
       if limit == nil then
         T.stamps[i] = 0
+      elseif (q.lefts[i] or 0) > 0 and T.bar(queue, member, q.lefts[i]) then
+        T.stamps[i] = 0
       elseif tenant.waiting >= pool.queue_max then
         T.refused[#T.refused + 1] = tonumber(string.match(member, '^%d+'))
       else
         tenant.stamp, tenant.waiting, tenant.changed = tenant.stamp + 1, tenant.waiting + 1, true
         T.stamps[i] = tenant.stamp
+        T.waited[entries[2 * i - 1]] = queue
         local list = adding[queue]
         if not list then
           list = {}
@@ -99,4 +104,5 @@ function T.settle_down()
     T.pump()
   end
   if next(T.outbox) then T.publish() end
+  if own.sid and next(T.waited) then T.seen_ahead = T.outlook() end
 end

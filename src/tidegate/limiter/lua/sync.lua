@@ -1,11 +1,11 @@
 -- does: what a process has to say in passing: frees first, lets in last; the rest is for `tend`
 -- keys: meta layout
 -- args: request
--- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks
--- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
--- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks lefts firm
+-- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole barred outlook
+-- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step), barred (ticket, limit, room_in_ms, used), outlook (flow, limit, room_in_ms, used, firm)
 -- uses: keys clock pool limits places held session say hints reply
--- later: giving room parking pump rates
+-- later: giving room parking pump rates outlook
 T.load_pool()
 local wall = T.wall_clock_ms()
 pool.now = math.max(wall, pool.clock)

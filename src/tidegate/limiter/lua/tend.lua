@@ -1,12 +1,12 @@
 -- does: all that a process has to say to its pool: joins, leaves, recovers, reaps and compares too
 -- keys: meta layout
 -- args: request
--- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks
--- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole
+-- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks lefts firm
+-- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole barred outlook
 -- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster told pages
--- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step)
+-- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step), barred (ticket, limit, room_in_ms, used), outlook (flow, limit, room_in_ms, used, firm)
 -- uses: keys clock pool limits places held recover roster session join say hints reply whole
--- later: giving room parking pump rates
+-- later: giving room parking pump rates outlook
 T.load_pool()
 T.recover()
 T.reap_expired()

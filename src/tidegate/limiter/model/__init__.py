@@ -8,6 +8,7 @@ who waits *is* the queues that are parked. Times are ms of the server's clock, h
     state      limits, sessions, queues, permits
     places     where queues stand, whose turn it is
     permits    what a process says of its permits
+    outlook    when there can be room at the earliest
     pump       letting in
     roster     who is there, and who knows of whom
     joining    entering and leaving, policies, a pool that begins anew

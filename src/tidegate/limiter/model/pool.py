@@ -37,6 +37,7 @@ class PoolModel(Telling):
             limit.retry_at, limit.reserved = None, 0
         self.resets = q.resets if q else {}
         self.touched, self.own, self.granted = set(), None, []
+        self.firm, self.barred, self.waited = frozenset(q.firm if q else ()), [], {}
         self.given_to = defaultdict(list)
         self.budget, self.served, self.more, self.conflict = self.at_once, False, 0, 0
 
@@ -232,6 +233,7 @@ class PoolModel(Telling):
             if tending:
                 self._last_words(q, session)
         self.pump()
+        outlook = self.outlook() if self.own else []
         if tending:
             self._note_sessions()
             if self.own and (q.full or q.join):
@@ -239,12 +241,14 @@ class PoolModel(Telling):
         self._end()
         reply = self._reply(q, status, session if status == "ok" else None)
         whole = self.whole(q) if tending and self.own and q.full else None
-        return reply._replace(stamps=stamps, refused=refused, whole=whole)
+        return reply._replace(stamps=stamps, refused=refused, outlook=outlook, whole=whole)
 
     def _last_words(self, q: SyncRequest, session: Session) -> None:
-        queues = (session.queues.get(q.flows[number - 1]) for number in q.looks)
-        places = {queue.at for queue in queues if queue} - {BLOCKED, None}
-        self.touched |= {place for place in places if place}
+        for number in q.looks:
+            queue = session.queues.get(q.flows[number - 1])
+            if queue is not None and queue.at is not None and queue.at != BLOCKED:
+                self.touched.add(queue.at)
+                self.waited[number] = queue
         if q.leave:
             self.reap(q.sid, hold=False)
             self.own = None
@@ -272,6 +276,8 @@ class PoolModel(Telling):
             refused=[],
             hints=self.hints(q) if status == "ok" else [],
             whole=None,
+            barred=self.barred,
+            outlook=[],
         )
 
     # -- loss and time

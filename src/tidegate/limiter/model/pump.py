@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from tidegate.limiter.limits import Concurrency, Rate
-from tidegate.limiter.model.permits import Permits
+from tidegate.limiter.model.outlook import Outlooks
 from tidegate.limiter.model.state import (
     BLOCKED,
     Flow,
@@ -33,7 +33,7 @@ MOST_STARVING = 8
 Grant = tuple[int, int]
 
 
-class Pump(Permits):
+class Pump(Outlooks):
     """See the module. `subscribed` says whose channel somebody listens to."""
 
     def __init__(self) -> None:
@@ -97,27 +97,33 @@ class Pump(Permits):
         A batch that is said again (`full`) may name tickets that are there: they keep their place.
         """
         stamps, refused = [], []
-        for number, member in q.enqueues:
+        for place, (number, member) in enumerate(q.enqueues):
             key = q.flows[number - 1]
             queue, ticket = session.queues.get(key), read_member(member).ticket
             stamp = 0
             if q.full and queue is not None and member in queue.tickets:
                 stamp = queue.tickets[member]
             elif not (q.full and ticket in session.held):
-                stamp = self._ask_one(session, q.sid, key, member)
+                left_ms = q.lefts[place] if q.lefts else 0
+                stamp = self._ask_one(session, q.sid, key, member, left_ms)
                 if stamp < 0:
                     refused.append(ticket)
+                elif stamp > 0:
+                    self.waited[number] = session.queues[key]
             stamps.append(max(0, stamp))
         return stamps, refused
 
-    def _ask_one(self, session: Session, sid: str, key: str, member: str) -> int:
-        """The stamp of a new ticket; 0 if it went straight in, -1 if it is refused."""
+    def _ask_one(self, session: Session, sid: str, key: str, member: str, left_ms: int) -> int:
+        """The stamp of a new ticket; 0 if it went straight in or its deadline comes too early, -1
+        if it is refused."""
         flow, queue = read_flow(key), session.queues.get(key)
         limit: LimitState | None = self.limit(flow.lane[0])
         if queue is None and not self.quiet() and sid not in self.fresh:
             limit = self.blocker_of_new(flow, read_member(member))
         if limit is None:
             self._admit(sid, key, member, 0)
+            return 0
+        if left_ms and self.bar(flow, read_member(member), left_ms):
             return 0
         most = self.policy.queue_per_tenant if self.policy else 0
         if self.waiting(flow.tenant) >= most:

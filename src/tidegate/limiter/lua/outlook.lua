@@ -1,0 +1,82 @@
+-- does: says when there can be room at the earliest, and refuses a ticket whose deadline comes before
+-- keys: sessions owed
+-- args: firm
+-- returns: bar(), outlook()
+-- units: ms
+-- Nothing of a limit that counts requests is given back when calls end. Of another one a call may have
+-- reserved more than it uses.
+function T.is_firm(limit)
+  if limit.exact then return true end
+  if not T.firm then
+    T.firm = {}
+    for _, name in ipairs(q.firm) do T.firm[name] = true end
+  end
+  return limit.sort ~= 'c' and T.firm[limit.name] or false
+end
+
+-- Whether the usage of a call that has ended is still to be told.
+function T.is_usage_due()
+  if T.usage_due == nil then
+    T.usage_due = false
+    for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
+      if call('EXISTS', T.owed_key(sid)) == 1 then
+        T.usage_due = true
+        break
+      end
+    end
+  end
+  return T.usage_due
+end
+
+-- When there will be room, if nothing is given back; what is used, -1 of a limit that is paused; and
+-- whether that moment is certain for every call. 0 where a call that ends makes room, or nobody knows.
+function T.earliest(limit, amount)
+  local pause, paused_at, at, used = limit.pause, 0, 0, limit.used
+  if limit.sort ~= 'c' then
+    at = T.rates().free_at(limit, amount)
+    used = limit.spent
+  end
+  if limit.shadow then return 0, used, false end
+  if pause and pause.until_ms > pool.now then paused_at = pause.until_ms end
+  if at > paused_at then return at, used, T.is_firm(limit) end
+  if paused_at > 0 then return paused_at, -1, not pause.gate end
+  return 0, used, false
+end
+
+-- Refuses a ticket that can't be let in within `left_ms`, even if it were alone; true if it did.
+function T.bar(queue, member, left_ms)
+  local ticket, text = string.match(member, '^(%d+)|%d+|%d+|(.*)$')
+  local list, latest, found, used = T.amounts_in(text), pool.now + left_ms - 1, nil, 0
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local limit = T.limit_of(name)
+    local settled = limit.sort ~= 'c'
+      and (T.is_firm(limit) or limit.used == 0 and not T.is_usage_due())
+    if settled or limit.pause then
+      local at, spent, firm = T.earliest(limit, list[i] or 1)
+      if at > latest and (firm or settled and spent >= 0) then latest, found, used = at, name, spent end
+    end
+  end
+  if not found then return false end
+  T.barred[#T.barred + 1] = { tonumber(ticket), found, latest - pool.now, used }
+  return true
+end
+
+-- What each queue that somebody asked about waits for now.
+function T.outlook()
+  local list = {}
+  for number, queue in pairs(T.waited) do
+    if queue.at and queue.at ~= '!' then
+      local limit, amount = T.limit_of(queue.at), 1
+      if limit.sort ~= 'c' and not T.is_firm(limit) then
+        local amounts = T.amounts_in(string.match(T.first_of(queue), '^%d+|%d+|%d+|(.*)$'))
+        for i, name in ipairs(T.names_in(queue.lane)) do
+          if name == limit.name then amount = amounts[i] or 1 end
+        end
+      end
+      local at, used, firm = T.earliest(limit, amount)
+      list[#list + 1] = { number, queue.at, math.max(0, at - pool.now), used, firm and 1 or 0 }
+    end
+  end
+  table.sort(list, function(one, other) return one[1] < other[1] end)
+  return list
+end

@@ -1,0 +1,168 @@
+"""Who can't be let in before his deadline is refused now, and nobody else is."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.integration.limiter.makers import Maker
+from tests.integration.limiter.test_demands import open_limiter, policy_of, used
+from tests.waiting import wait_until
+from tidegate.errors import AdmissionError, DeadlineExceeded, LimitPaused, LimitUsedUp
+from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate
+from tidegate.limiter.limits import Limit
+
+TEXT, TOTAL = "kind:text_only", "pool:total"
+HOUR_MS = 3_600_000
+MINUTE = Rate(1, window_ms=60_000)
+
+
+async def take(
+    limiter: Limiter, *limits: str, tokens: int | None = None, deadline_ms: int | None = None
+) -> None:
+    async with limiter.acquire(*limits, tokens=tokens, deadline_ms=deadline_ms):
+        pass
+
+
+async def refusal(
+    limiter: Limiter, *limits: str, deadline_ms: int = 30_000, tokens: int | None = None
+) -> AdmissionError:
+    """What a call hears; the test's own time runs out where it waits for its deadline."""
+    with pytest.raises(AdmissionError) as caught:
+        await asyncio.wait_for(take(limiter, *limits, tokens=tokens, deadline_ms=deadline_ms), 15)
+    return caught.value
+
+
+async def test_a_day_quota_that_is_used_up_refuses_now_and_names_itself(
+    maker: Maker, valkey_url: str
+) -> None:
+    limits = {TEXT: 5, "rpd:x": Quota(2), TOTAL: 5}
+    limiter = await open_limiter(maker, valkey_url, policy_of(limits))
+    for _ in range(2):
+        await take(limiter, *limits)
+    waits = asyncio.create_task(take(limiter, *limits))  # without a deadline it simply waits
+    await wait_until(lambda: limiter.waiters == 1, what="the one that has time")
+    error = await refusal(limiter, *limits)  # behind it, in the same queue
+    assert (type(error), error.limit) == (LimitUsedUp, "rpd:x")
+    room_ms = (await limiter.snapshot()).limits["rpd:x"].room_in_ms
+    assert 0 <= (error.retry_after_ms or 0) - room_ms < 60_000
+    said = "Daily limit rpd:x is used up (2 of 2 requests). It resets at 00:00 America/Los_Angeles"
+    assert error.message.startswith(said)
+    assert limiter.waiters == 1
+    waits.cancel()
+
+
+async def test_a_calls_that_run_give_no_request_of_a_day_back(
+    maker: Maker, valkey_url: str
+) -> None:
+    limits = {"rpd:x": Quota(1), TOTAL: 5}
+    limiter = await open_limiter(maker, valkey_url, policy_of(limits))
+    async with limiter.acquire(*limits):
+        assert (await refusal(limiter, *limits)).limit == "rpd:x"
+
+
+async def test_a_window_that_ends_before_the_deadline_is_waited_for(
+    maker: Maker, valkey_url: str
+) -> None:
+    short = Rate(1, window_ms=1_500, slack_ms=1_000)
+    limits = {TEXT: 5, "rpm:x": MINUTE, "rps:x": short}
+    limiter = await open_limiter(maker, valkey_url, policy_of(limits))
+    await take(limiter, TEXT, "rpm:x", "rps:x")
+    error = await refusal(limiter, TEXT, "rpm:x")
+    said = "Limit rpm:x is used up (1 of 1 requests a minute). There is room in "
+    assert (error.limit, error.message[: len(said)]) == ("rpm:x", said)
+    await take(limiter, TEXT, "rps:x", deadline_ms=HOUR_MS)
+
+
+async def test_what_a_call_that_runs_may_give_back_is_waited_for(
+    maker: Maker, valkey_url: str
+) -> None:
+    limits = {"tpd:x": Quota(1000, unit="tokens"), TOTAL: 5}
+    limiter = await open_limiter(maker, valkey_url, policy_of(limits))
+    async with limiter.acquire(*limits, tokens=900) as permit:
+        waits = asyncio.create_task(
+            take(limiter, *limits, tokens=300, deadline_ms=30_000),
+        )
+        await wait_until(lambda: limiter.waiters == 1, what="one that waits")
+        permit.settle(tokens=600)
+    await waits
+
+    async def none_runs() -> bool:
+        return await used(limiter) == {"tpd:x": 900, TOTAL: 0}
+
+    await wait_until(none_runs, what="no call that could give the rest back")
+    error = await refusal(limiter, *limits, tokens=101)
+    said = "Daily limit tpd:x has no room for 101 tokens more (900 of 1000 are used)."
+    assert error.message.startswith(said)
+
+
+async def test_usage_that_is_still_to_be_told_may_give_back_too(
+    maker: Maker, valkey_url: str
+) -> None:
+    limits = {"tpd:x": Quota(1000, unit="tokens")}
+    limiter = await open_limiter(maker, valkey_url, policy_of(limits))
+    async with limiter.acquire(*limits, tokens=900) as late:
+        late.usage_follows()
+    await wait_until(lambda: limiter.permits_held == 0)
+    async with asyncio.TaskGroup() as group:
+        waits = group.create_task(take(limiter, *limits, tokens=300, deadline_ms=30_000))
+        await wait_until(lambda: limiter.waiters == 1, what="one that waits")
+        late.report_usage(tokens=100)
+    assert waits.done()
+
+
+async def test_who_waits_for_another_limit_hears_when_a_quota_is_used_up(
+    maker: Maker, valkey_url: str
+) -> None:
+    limits = {TEXT: 1, "rpd:x": Quota(1)}
+    limiter = await open_limiter(maker, valkey_url, policy_of(limits))
+    async with limiter.acquire(TEXT):
+        waiting = [asyncio.create_task(refusal(limiter, *limits)) for _ in range(3)]
+        first = asyncio.create_task(take(limiter, *limits))
+        await wait_until(lambda: limiter.waiters == 4, what="four that wait for the first limit")
+        for one in waiting[1:]:
+            one.cancel()  # one is admitted, and the quota is used up
+        waiting[0].cancel()
+        last = asyncio.create_task(refusal(limiter, *limits))
+        await wait_until(lambda: limiter.waiters == 2, what="the last one waits")
+    await first
+    assert (await last).limit == "rpd:x"
+
+
+async def test_a_pause_that_outlasts_the_deadline_refuses_newcomers_and_those_that_wait(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiter = await open_limiter(maker, valkey_url, policy_of({TEXT: 1, TOTAL: 5}))
+    async with limiter.acquire(TEXT):
+        waits = asyncio.create_task(refusal(limiter, TEXT, TOTAL))
+        await wait_until(lambda: limiter.waiters == 1, what="one that waits")
+        await limiter.penalise(TEXT, for_ms=HOUR_MS)
+        for error in (await waits, await refusal(limiter, TEXT, TOTAL)):
+            assert (type(error), error.limit) == (LimitPaused, TEXT)
+            assert HOUR_MS - 60_000 < (error.retry_after_ms or 0) <= HOUR_MS
+            assert error.message.startswith("Limit kind:text_only is paused for ")
+    await limiter.resume(TEXT)
+    await take(limiter, TEXT, TOTAL)
+
+
+async def test_a_wait_that_ends_names_the_limit_that_it_waited_for(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiter = await open_limiter(maker, valkey_url, policy_of({TEXT: 5, TOTAL: 1}))
+    async with limiter.acquire(TOTAL):
+        error = await refusal(limiter, TEXT, TOTAL, deadline_ms=60)
+    assert (type(error), error.limit) == (DeadlineExceeded, TOTAL)
+    assert error.message == "Limit pool:total had no room for this call before its deadline."
+
+
+async def test_a_limit_that_is_raised_is_open_for_who_asks_next(
+    maker: Maker, valkey_url: str
+) -> None:
+    limiter = await open_limiter(maker, valkey_url, policy_of({"rpm:x": MINUTE}))
+    await take(limiter, "rpm:x")
+    assert (await refusal(limiter, "rpm:x")).limit == "rpm:x"
+    more: dict[str, int | Limit] = {"rpm:x": Rate(2, window_ms=60_000)}
+    await limiter.set_policy(PoolPolicy(more, lease_ms=600, revision=3))
+    await wait_until(lambda: limiter.policy.revision == 3, what="the new policy")
+    await take(limiter, "rpm:x")

@@ -1,0 +1,62 @@
+"""What a call hears for which room comes too late."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.errors import LimitPaused, LimitUsedUp
+from tidegate.limiter.limits import Limit, Quota, Rate
+from tidegate.limiter.operations import FOR_EVER_MS
+from tidegate.limiter.outlook import too_early, too_late
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "said"),
+    [
+        (
+            Quota(200),
+            200,
+            "Daily limit rpd:x is used up (200 of 200 requests). "
+            "It resets at 00:00 America/Los_Angeles, in 6 h 50 min.",
+        ),
+        (
+            Quota(1000, "output_tokens", "UTC"),
+            900,
+            "Daily limit rpd:x has no room for 300 output tokens more (900 of 1000 are used). "
+            "It resets at 00:00 UTC, in 6 h 50 min.",
+        ),
+        (
+            Rate(60, 60_000),
+            60,
+            "Limit rpd:x is used up (60 of 60 requests a minute). There is room in 6 h 50 min.",
+        ),
+        (
+            Rate(5, 86_400_000, "images"),
+            7,
+            "Limit rpd:x is used up (7 of 5 images in 24 h). There is room in 6 h 50 min.",
+        ),
+    ],
+)
+def test_a_refusal_says_what_is_used_and_when_there_is_room(
+    limit: Limit, used: int, said: str
+) -> None:
+    error = too_early("rpd:x", limit, 24_639_397, used, 300)
+    assert isinstance(error, LimitUsedUp)
+    assert (error.message, error.limit, error.retry_after_ms) == (said, "rpd:x", 24_639_397)
+
+
+def test_a_pause_says_for_how_long() -> None:
+    error = too_early("model:x", None, 185_000, -1)
+    assert isinstance(error, LimitPaused)
+    assert error.message == (
+        "Limit model:x is paused for 3 min 5 s more, longer than this call may wait."
+    )
+    for_ever = too_early("kind:x", Rate(1, 1000), FOR_EVER_MS, -1)
+    assert for_ever.message.startswith("Limit kind:x is paused until it is resumed, ")
+
+
+def test_a_deadline_that_came_says_when_there_is_room_where_that_is_known() -> None:
+    limit = Rate(60, 60_000)
+    assert too_late("rpm:x", limit, 1_000, 4_000.0, 60).retry_after_ms == 4_000
+    unknown = too_late("rpm:x", limit, 1_000, -20.0, 60)
+    assert (unknown.code, unknown.retry_after_ms) == ("deadline_exceeded", 1_000)
