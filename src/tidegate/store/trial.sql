@@ -6,8 +6,7 @@ SELECT request_id, count(*) AS records FROM audit WHERE request_id = ANY($1::uui
 GROUP BY request_id
 
 -- name: cut_short
--- By which process how many attempts at each of the requests $1 were cut short: nobody knows whether
--- the provider answered them.
+-- How many attempts at each of the requests $1 each process cut short, answered or not.
 SELECT request_id, instance_id, count(*) AS attempts FROM attempts
 WHERE request_id = ANY($1::uuid[]) AND outcome = 'ambiguous' GROUP BY request_id, instance_id
 
