@@ -15,17 +15,17 @@ from tidegate.limiter.flow import Tokens
 from tidegate.limiter.limits import Concurrency, Limit, PoolPolicy, Quota, Rate
 from tidegate.limiter.model.spending import DAY_MS
 
-LIMIT = "some:limit"
+LIMIT, ROOM = "some:limit", "kind:b"
 MINUTE_MS = 60_000
 NOT_KNOWN = None
 
 
 def policy(limit: Limit, revision: int = 1) -> PoolPolicy:
-    return PoolPolicy({LIMIT: limit}, lease_ms=LEASE_MS, revision=revision)
+    return PoolPolicy({LIMIT: limit, ROOM: 9}, lease_ms=LEASE_MS, revision=revision)
 
 
 class Bench:
-    """One process in a pool with one limit."""
+    """One process in a pool with one limit, beside a concurrency that has room."""
 
     def __init__(self, server: Server) -> None:
         self.world = World(server, policy(Rate(1000, MINUTE_MS, "tokens")), Pace())
@@ -41,10 +41,12 @@ class Bench:
         self.client.session.set_policy(policy(limit, revision), "somebody")
         self.say()
 
-    def ask(self, tokens: int, band: int = 1) -> int:
+    def ask(
+        self, tokens: int, band: int = 1, tenant: str = "t", lane: tuple[str, ...] = (LIMIT,)
+    ) -> int:
         """The ticket of a call, let in or not."""
         client, at = self.client, self.world.local_ms
-        flow = client.ledger.flow(band, "t", (LIMIT,))
+        flow = client.ledger.flow(band, tenant, lane)
         flow.refresh(client.session.policy)
         waiter = client.ledger.ask(
             flow,
@@ -198,6 +200,28 @@ def test_a_live_change_of_the_policy_keeps_what_is_still_to_be_settled(bench: Be
     bench.put_in_force(Rate(2000, MINUTE_MS, "tokens"))
     bench.end(call, 100)
     assert bench.spent == 100
+
+
+def test_what_takes_nothing_of_a_rate_waits_for_nobody_behind_its_last_one(bench: Bench) -> None:
+    bench.ask(700, tenant="before")
+    first = bench.ask(400, lane=(ROOM, LIMIT))
+    nothing = bench.ask(0, lane=(ROOM, LIMIT))
+    bench.ask(900, tenant="zeta")
+    assert bench.running == 1
+    bench.wait(MINUTE_MS + 2000)
+    assert first in bench.client.ledger.held
+    assert nothing in bench.client.ledger.held
+
+
+def test_what_takes_nothing_of_a_rate_waits_for_nobody_when_one_gives_up(bench: Bench) -> None:
+    bench.ask(700)
+    bench.ask(900, tenant="other")
+    first = bench.ask(400, lane=(ROOM, LIMIT))
+    nothing = bench.ask(0, lane=(ROOM, LIMIT))
+    assert bench.running == 1
+    bench.client.ledger.abandon(first, bench.world.local_ms)
+    bench.say()
+    assert nothing in bench.client.ledger.held
 
 
 @pytest.mark.parametrize(("low", "great"), [(100, 1000), (200, 100), (700, 300), (1000, 100)])

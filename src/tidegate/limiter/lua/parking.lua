@@ -1,7 +1,7 @@
 -- does: parks a queue at the limit that holds it up, and takes it away again
 -- keys: session queue park line past starving
 -- args: none
--- returns: park(), unpark(), vacate(), blocker(), blocker_of_new(), parked_at(), load_place(), unblock()
+-- returns: park(), unpark(), vacate(), leave_line(), blocker(), blocker_of_new(), parked_at(), load_place(), unblock()
 -- units: virtual time as in places
 function T.save_place(queue)
   local key, field = T.session_key(queue.sid), 'at:' .. queue.flow
@@ -79,6 +79,23 @@ function T.vacate(queue)
   T.forget_starving(queue)
   queue.at = nil
   T.save_place(queue)
+end
+
+-- A queue whose new head takes nothing of the rate in whose line it stands waits where it takes
+-- something: others who lack that rate are not before it.
+function T.leave_line(queue, limit, member, stamp)
+  if limit.sort == 'c' then return end
+  local list, place = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$')), nil
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local takes = (list[i] or 1) > 0
+    if takes and name == limit.name then return end
+    if takes and not place then place = T.limit_of(name) end
+  end
+  if not place then return end
+  T.load_place(queue)
+  T.unpark(queue)
+  T.park(queue, place, stamp)
+  T.touch(place)
 end
 
 -- Whether a queue may take from a limit where others are parked: not past a higher band, nor past

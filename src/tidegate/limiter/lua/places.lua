@@ -57,7 +57,7 @@ end
 
 function T.first_of(queue)
   local head = call('ZRANGE', T.queue_key(queue), 0, 1, 'WITHSCORES')
-  return head[1], tonumber(head[2] or 0), tonumber(head[4])
+  return head[1], tonumber(head[2] or 0), tonumber(head[4]), head[3]
 end
 
 function T.tag_of(limit, queue)
@@ -81,6 +81,7 @@ function T.rehead(queue)
       T.forget_starving(queue)
       T.save_place(queue)
     end
+    T.leave_line(queue, T.limit_of(queue.at), member, stamp)
   end
 end
 

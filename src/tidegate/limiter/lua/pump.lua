@@ -91,7 +91,7 @@ function T.settle_turn(limit, number, list)
   end
 end
 
-function T.let_in(limit, queue, member, next_stamp)
+function T.let_in(limit, queue, member, next_stamp, next_member)
   local ticket, hard_ms, cost_ms, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
   local tenant = T.tenant_of(queue.tenant)
   call('ZREM', T.queue_key(queue), member)
@@ -116,6 +116,7 @@ function T.let_in(limit, queue, member, next_stamp)
     T.forget_starving(queue)
     T.save_place(queue)
   end
+  T.leave_line(queue, limit, next_member, next_stamp)
 end
 
 -- Held up by another limit than it was parked at. One that is sent to and fro goes first at last.
@@ -147,11 +148,11 @@ function T.step(limit, number, list)
     T.save_place(queue)
     return true
   end
-  local member, stamp, next_stamp = T.first_of(queue)
+  local member, stamp, next_stamp, next_member = T.first_of(queue)
   local other, full = T.blocker(queue, T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$')), stamp,
     limit.name)
   if not other then
-    T.let_in(limit, queue, member, next_stamp)
+    T.let_in(limit, queue, member, next_stamp, next_member)
     T.settle_turn(limit, number, list)
     return true
   end
@@ -185,11 +186,11 @@ function T.serve_starving()
     local queue = T.queue_of(id)
     T.load_place(queue)
     if T.deliverable(queue.sid) then
-      local member, _, next_stamp = T.first_of(queue)
+      local member, _, next_stamp, next_member = T.first_of(queue)
       local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
       local room, can_be_saved_for = T.can_be_saved_for(queue, list)
       if room then
-        T.let_in(T.limit_of(queue.at), queue, member, next_stamp)
+        T.let_in(T.limit_of(queue.at), queue, member, next_stamp, next_member)
       elseif can_be_saved_for then
         for _, name in ipairs(T.names_in(queue.lane)) do
           local limit = T.limit_of(name)

@@ -245,8 +245,11 @@ class Permits(Places):
             self.touched.add(queue.at)
         if not queue.tickets:
             self.vacate(queue)
-        elif queue in self._starving and queue.bounced != queue.first()[1]:
+            return
+        if queue in self._starving and queue.bounced != queue.first()[1]:
             self.forget_starving(queue)
+        if queue.at != BLOCKED:
+            self.leave_line(queue)
 
     def _release(
         self,

@@ -307,6 +307,19 @@ class Places:
             self._starving.add(queue)
         self.park(queue, limit)
 
+    def leave_line(self, queue: Queue) -> None:
+        """A queue whose new head takes nothing of the rate in whose line it stands waits where it
+        takes something: others who lack that rate are not before it."""
+        assert queue.at is not None
+        if not self.limit(queue.at).is_rate:
+            return
+        member = read_member(queue.first()[0])
+        takes = [name for i, name in enumerate(queue.flow.lane) if member.amount(i) > 0]
+        if takes and queue.at not in takes:
+            self.unpark(queue)
+            self.park(queue, self.limit(takes[0]))
+            self.touched.add(takes[0])
+
     def block(self, queue: Queue) -> None:
         """Its session takes no grants."""
         self.unpark(queue)

@@ -152,8 +152,10 @@ class Pump(Outlooks):
         self._admit(queue.sid, queue.key, text, cost_ms)
         if not queue.tickets:
             self.vacate(queue)
-        elif self._starving:
+            return
+        if self._starving:
             self.forget_starving(queue)
+        self.leave_line(queue)
 
     def _step(self, limit: LimitState, number: int, bands: list[int]) -> bool:
         """Look at the queue whose turn it is in a band; True if there may be more to do here."""
