@@ -25,7 +25,7 @@ PRICES = f"""
 "{MODEL}" = {{ input = 4, output = 20, cached = 0.4, cache_write = 5, cache_write_1h = 8, \
 input_audio = 10 }}
 """
-CHAT = {
+CHAT: dict[str, Any] = {
     "id": "c-1",
     "model": "served-1",
     "choices": [{"index": 0, "message": {"content": "Hello"}, "finish_reason": "stop"}],
@@ -199,3 +199,17 @@ async def test_jobs_streams_of_ours_and_lines_of_batches(gateway: Gateway, sdk: 
         return bool(OF_CONTENT.items() <= view["usage"].items())
 
     await wait_until(is_shown, 20, "the details of a job")
+
+
+async def test_absurd_figures_are_left_out_of_a_record_that_is_written(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    usage = CHAT["usage"] | {"cost": 1e300, "num_sources_used": 10**18, "server_tool_use": [1]}
+    usage["prompt_tokens_details"] = {"audio_tokens": -5, "cache_write_tokens": 10**17}
+    said = orjson.dumps(CHAT | {"usage": usage}).replace(b"1e300", b"1e999")
+    hostile.answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said)
+    request_id = await asked(gateway, OPENAI, {"model": MODEL, "messages": ASKED})
+    row = await gateway.audit(request_id)
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+    assert orjson.loads(row["usage_details"]) == {"searches": 2}
+    assert row["input_tokens"] == 100
