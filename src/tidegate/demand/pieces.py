@@ -9,7 +9,7 @@ C, and is never 0 for a piece that is there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from math import ceil
 
@@ -120,10 +120,16 @@ def answer_of(images: int) -> dict[Modality, float]:
 
 def pieces_of_text(text: str) -> dict[Modality, float]:
     """The pieces of a text; none of an empty one."""
+    return pieces_of_texts((text,))
+
+
+def pieces_of_texts(texts: Sequence[str]) -> dict[Modality, float]:
+    """Those of several together."""
+    text = "".join(texts)
     letters = len(text)
     dense = 0.0
     if letters >= _LONG_WORDS_CHARS * (text.count(" ") + 6):
-        dense = _dense_letters(text) * (_DENSE_TOKENS_A_LETTER - _LATIN_TOKENS)
+        dense = _dense_letters(text, texts) * (_DENSE_TOKENS_A_LETTER - _LATIN_TOKENS)
     if text.isascii():
         return {_LATIN: max(1.0, letters * _LATIN_TOKENS) + dense} if letters else {}
     # Four lengths tell how many letters take one, two and more bytes, without a loop.
@@ -147,23 +153,25 @@ def pieces_of_text(text: str) -> dict[Modality, float]:
     return found
 
 
-def _dense_letters(text: str) -> float:
+def _dense_letters(text: str, texts: Sequence[str]) -> float:
     """About how many letters are in long runs of small and capital letters and digits, without a
-    blank between them."""
+    blank between them. `texts`: what `text` is made of."""
     letters = len(text)
     looked_at, scale = text, 1.0
     if letters > _PLACES * _LOOKED_AT_CHARS:
-        starts = range(
-            0, letters - _LOOKED_AT_CHARS + 1, (letters - _LOOKED_AT_CHARS) // (_PLACES - 1)
-        )
+        step = (letters - _LOOKED_AT_CHARS) // (_PLACES - 1)
+        starts = range(0, letters - _LOOKED_AT_CHARS + 1, step)
         looked_at = " ".join(text[start : start + _LOOKED_AT_CHARS] for start in starts)
         scale = letters / len(looked_at)
     if _LONG_RUN not in looked_at.encode("ascii", "replace").translate(_MARKED):
         return 0.0
-    runs = _DENSE.findall(looked_at)
-    return scale * sum(
-        len(run) for run in runs if not (run.islower() or run.isupper() or run.isalpha())
-    )
+    if scale == 1.0 and len(texts) > 1:  # no run goes on from one text to the next
+        looked_at = " ".join(texts)
+    return scale * sum(len(run) for run in _DENSE.findall(looked_at) if _is_mixed(run))
+
+
+def _is_mixed(run: str) -> bool:
+    return run.lower() != run != run.upper() and any(map(str.isdigit, run))
 
 
 def pieces_of_file(

@@ -24,7 +24,7 @@ from tidegate.demand.pieces import (
     Modality,
     input_pieces,
     pieces_of_file,
-    pieces_of_text,
+    pieces_of_texts,
     unseen_file,
 )
 from tidegate.demand.rules import rules_of
@@ -256,7 +256,7 @@ class _Walk:
 
     def pieces(self, infers: bool) -> InputPieces:
         """`infers`: a model is asked, and the provider puts its own words around the request."""
-        found = pieces_of_text("".join(self._texts))
+        found = pieces_of_texts(self._texts)
         # An input that was cut into LLM tokens by the client; what is sealed.
         if more := self._numbers + self._sealed_chars * _SEALED_TOKENS_A_LETTER:
             found[Modality.LATIN] = found.get(Modality.LATIN, 0.0) + more

@@ -243,7 +243,15 @@ def test_base64_counts_for_more_than_a_text_of_its_length() -> None:
     assert mixed[Modality.LETTERS] == 16
     million = chat(messages=BASE64 * 250).pieces[Modality.LATIN]
     assert million == pytest.approx(750_000, rel=0.05)
-    for text in ("x" * 4_000, "0" * 4_000, "/some/folder/of " * 300, '{"a":1,"b":["C",2]},' * 200):
+    ids = [{"id": f"call_{BASE64[number : number + 24]}"} for number in range(40)]
+    assert chat(messages=ids).pieces[Modality.LATIN] == pytest.approx(40 * 29 / 4, abs=1)
+    for text in (
+        "x" * 4_000,
+        "0" * 4_000,
+        "BLOCK_NONEuser" * 300,
+        "/some/folder/of " * 300,
+        '{"a":1,"b":["C",2]},' * 200,
+    ):
         assert chat(messages=text).pieces[Modality.LATIN] == pytest.approx(len(text) / 4, abs=1)
 
 
