@@ -92,9 +92,10 @@ _USUAL_DOCUMENT_TOKENS = 4 * 258.0  # of one that is not seen: a page of Claude'
 # Of base64 and the like a LLM token has 4 letters in 3, and not 4. It is looked for where words are
 # long, and only in parts of a long text.
 _DENSE_TOKENS_A_LETTER = 0.75
-_DENSE = re.compile(r"[A-Za-z0-9+/_=-]{64,}")
-_MARKED = bytes(_DENSE.fullmatch(64 * chr(byte)) is not None for byte in range(256))
-_LONG_RUN = 64 * b"\x01"
+_SHORTEST_RUN = 64
+_DENSE = re.compile(rf"[A-Za-z0-9+/_=-]{{{_SHORTEST_RUN},}}")
+_MARKED = bytes(_DENSE.fullmatch(_SHORTEST_RUN * chr(byte)) is not None for byte in range(256))
+_LONG_RUN = _SHORTEST_RUN * b"\x01"
 _LONG_WORDS_CHARS = 12
 _LOOKED_AT_CHARS, _PLACES = 4_096, 4
 
@@ -127,9 +128,8 @@ def pieces_of_texts(texts: Sequence[str]) -> dict[Modality, float]:
     """Those of several together."""
     text = "".join(texts)
     letters = len(text)
-    dense = 0.0
-    if letters >= _LONG_WORDS_CHARS * (text.count(" ") + 6):
-        dense = _dense_letters(text, texts) * (_DENSE_TOKENS_A_LETTER - _LATIN_TOKENS)
+    dense = _dense_letters(text, texts) if letters >= _SHORTEST_RUN else 0.0
+    dense *= _DENSE_TOKENS_A_LETTER - _LATIN_TOKENS
     if text.isascii():
         return {_LATIN: max(1.0, letters * _LATIN_TOKENS) + dense} if letters else {}
     # Four lengths tell how many letters take one, two and more bytes, without a loop.
@@ -163,6 +163,8 @@ def _dense_letters(text: str, texts: Sequence[str]) -> float:
         starts = range(0, letters - _LOOKED_AT_CHARS + 1, step)
         looked_at = " ".join(text[start : start + _LOOKED_AT_CHARS] for start in starts)
         scale = letters / len(looked_at)
+    if len(looked_at) < _LONG_WORDS_CHARS * looked_at.count(" "):
+        return 0.0
     if _LONG_RUN not in looked_at.encode("ascii", "replace").translate(_MARKED):
         return 0.0
     if scale == 1.0 and len(texts) > 1:  # no run goes on from one text to the next

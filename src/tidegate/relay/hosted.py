@@ -7,6 +7,7 @@ apart. Invariant: a tool of a name that is not known here is the client's only w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from tidegate.demand.pieces import Learning, Modality
@@ -17,6 +18,7 @@ TOOLS = frozenset(("tools", "functions"))
 # tool-use/web-fetch-tool); what is worth keeping at a provider has as many at least.
 ADDED_TOKENS = 2_500.0
 ADDED_BY = {Learning.HOSTED: Modality.HOSTED, Learning.STATE: Modality.STATE}
+_MOST_TOOLS = 1_000  # no provider takes as many
 _OWN = frozenset(("function", "custom", "namespace"))
 _OWN_OF_GEMINI = frozenset(("functionDeclarations", "function_declarations"))
 _HOSTED = frozenset(
@@ -47,7 +49,7 @@ def learning_of(dialect: Dialect, body: Mapping[str, Any], tools: list[Any]) -> 
     """With which calls a request is to be learned from, its files aside."""
     if _TELLING.isdisjoint(body):
         return Learning.TEXT
-    for tool in tools:
+    for tool in islice(tools, _MOST_TOOLS):
         if _is_hosted(dialect, tool):
             return Learning.HOSTED
     if not _HOSTED.isdisjoint(body) and any(map(body.get, _HOSTED)):
