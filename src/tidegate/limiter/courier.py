@@ -18,7 +18,7 @@ from tidegate.limiter.ledger import Ledger
 from tidegate.limiter.link import Link, LinkDown
 from tidegate.limiter.observer import Observer
 from tidegate.limiter.outbox import SPARE_MS
-from tidegate.limiter.precedence import WrittenPolicy
+from tidegate.limiter.precedence import WRITTEN_BY, WrittenPolicy
 from tidegate.limiter.scripts import load
 from tidegate.limiter.session import Session
 from tidegate.limiter.snapshot import read_change
@@ -68,6 +68,8 @@ class Courier:
             alarm=self._set_alarm,
             settled=self._settled,
         )
+        if self._written is not None:
+            self.session.policy_by = WRITTEN_BY
 
     def _settled(self) -> None:
         session = self.session

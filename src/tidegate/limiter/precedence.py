@@ -5,7 +5,8 @@ Pure. Decided once, before a process joins for the first time. The rules, in ord
 - an empty pool takes the program's policy, and so does one with a lower revision;
 - a policy that says the same as the one in force runs under that one's revision;
 - a policy that was never in force replaces one that was written in a program, too;
-- all else is a conflict: somebody set the policy live, or this one was in force and was replaced.
+- all else is a conflict: the policy was set live, it is that of a deployment of the gateway, or
+  this one was in force and was replaced.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from tidegate.limiter.snapshot import Change
 
 OnConflict = Literal["raise", "replace", "keep"]
 
-# Who a policy is by that a process brought when it joined.
-WRITTEN_BY = "deployment"
+# Who a policy is by that a program brought when it joined; and that of one that keeps what is in
+# force, such as the gateway, whose limits no edit of a program's code replaces.
+WRITTEN_BY, DEPLOYED_BY = "code", "deployment"
 _SHOWN = 3
 _FIELDS = (
     *("lease_ms", "when_away", "on_lost", "on_expiry"),
@@ -50,16 +52,16 @@ class WrittenPolicy:
         if self.is_in(now.policy):
             return replace(self.policy, revision=now.revision)
         was_in_force = any(self.is_in(change.policy) for change in history)
-        live = now.by != WRITTEN_BY
-        if self.on_conflict == "raise" and (live or was_in_force):
-            raise self._conflict(now, live=live)
+        if self.on_conflict == "raise" and (now.by != WRITTEN_BY or was_in_force):
+            raise self._conflict(now)
         return replace(self.policy, revision=now.revision + 1)
 
-    def _conflict(self, now: Change, *, live: bool) -> PolicyConflict:
+    def _conflict(self, now: Change) -> PolicyConflict:
         differing = _differences(now.policy, self.policy)
         holds = [f"{name}={held}" for name, held, _ in differing]
         asks = [f"{name}={asked}" for name, _, asked in differing]
-        who = f"set live by {now.by or 'a process'}" if live else "which replaced this policy"
+        whose = {WRITTEN_BY: "which replaced this policy", DEPLOYED_BY: "set by a deployment"}
+        who = whose.get(now.by, f"set live by {now.by or 'a process'}")
         return PolicyConflict(
             f"pool {self.pool!r} holds {_shown(holds)} (revision {now.revision}, {who}); this "
             f"process asks for {_shown(asks)}: pass revision={now.revision + 1} in the policy or "

@@ -23,7 +23,9 @@ async def test_an_edited_policy_is_in_force_in_all_processes(valkey_url: str, ma
 async def test_what_was_replaced_or_set_live_is_a_conflict_unless_it_is_asked_for(
     valkey_url: str, maker: Maker
 ) -> None:
-    first = await maker(valkey_url, 1)
+    first = await maker(valkey_url, 1)  # as the gateway
+    with pytest.raises(PolicyConflict, match="set by a deployment"):
+        await maker(valkey_url, 3, on_conflict="raise")
     await first.set_policy(PoolPolicy({LIMIT: 4}, lease_ms=600, revision=2), by="ann")
     await wait_until(lambda: first.policy.revision == 2)
     with pytest.raises(PolicyConflict, match="set live by ann"):
