@@ -144,7 +144,8 @@ def _note_unbound(changes: list[str]) -> None:
         why = f"AUTH={config.auth}" + (f", HOST={config.host}" if config.auth == "auto" else "")
         named = ", ".join(map(str, options))
         typer.echo(
-            f"tidegate: note: API keys are not asked for ({why}), so {named} bind nobody", err=True
+            f"tidegate: note: API keys are not asked for ({why}), so nobody is bound by {named}",
+            err=True,
         )
 
 

@@ -74,7 +74,8 @@ class Page:
         self._row("API", _count(self._apis, "process"), f"its documentation is at {url}/docs")
         self._row("Worker", _count(self._workers, "process"), "takes the jobs of POST /submit")
         self._where(ground)
-        self._at_once(policy, in_force)
+        if ground.config.gemini_api_key is not None:  # or it binds nobody
+            self._at_once(policy, in_force)
         if self._config.asks_for_keys:
             self._row("Callers", "show a key", "tidegate keys create makes one; see AUTH")
         if ground.emulated:

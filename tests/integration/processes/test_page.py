@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +75,21 @@ async def test_the_page_tells_an_address_of_the_dashboard_that_signs_in_and_no_k
     (code,) = re.findall(rf"{gateway.url}/dashboard/\?code=([\w=-]+)", said)
     assert checked("code", key, code) is not None
     assert str(key_file(gateway.config)) in said
+
+
+def test_the_page_names_the_upstreams_and_tries_none_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stores = {"database_url": "postgresql://db/x", "redis_url": "redis://valkey"}
+    keys = {"openai_api_key": "k", "anthropic_api_key": "k"}
+    config = Config.model_validate({"host": "0.0.0.0", "data_dir": tmp_path, **stores, **keys})
+    ground = Ground(config, None, embedded=False, emulated=False)
+    Page(config, 1, 1).ready(ground, "http://localhost:1", deployed(config), None)
+    said = capsys.readouterr().out
+    assert (
+        "Providers   openai       https://api.openai.com/v1 for gpt-*, chatgpt-*, o1*, ...\n"
+        in said
+    )
+    assert " anthropic    https://api.anthropic.com for claude-*\n" in said
+    assert "/submit -H" not in said
+    assert "At once" not in said, "what bounds prompts"

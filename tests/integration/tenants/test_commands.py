@@ -68,7 +68,7 @@ async def test_bounds_are_taken_away_and_tenants_removed(open_gateway: Opener) -
     assert some.json["disabled_at"]
     assert some.complained == (
         "tidegate: note: API keys are not asked for (AUTH=auto, HOST=127.0.0.1), "
-        "so --streams, --model bind nobody\n"
+        "so nobody is bound by --streams, --model\n"
     )
     none = await tidegate(
         *(gateway, *setting, "--streams", "none", "--all-models", "--enable", "--limit"),
