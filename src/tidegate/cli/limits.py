@@ -148,9 +148,8 @@ def set_(
 def _missed(keys: list[str]) -> list[str]:
     """Of the limits that were set on a model: those that no call of the chosen pool ever meets."""
     from tidegate.config import load
-    from tidegate.demand.reach import whom_it_binds
     from tidegate.policy import deployed_upstreams
-    from tidegate.policy.scopes import AT_ONCE, TOTAL
+    from tidegate.policy.scopes import AT_ONCE, TOTAL, whom_it_binds
     from tidegate.relay.targets import Targets
 
     config = load()

@@ -13,9 +13,9 @@ from datetime import datetime, time, timedelta
 from hashlib import sha256
 from zoneinfo import ZoneInfo
 
-from tidegate.demand.reach import plain_model, whom_it_binds
 from tidegate.errors import UpstreamThrottled
 from tidegate.limiter.limits import PoolPolicy, Quota, Rate
+from tidegate.policy.scopes import plain_model, whom_it_binds
 
 LONGEST_MS = 600_000
 USUAL_RAMP_MS = 10_000

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 from tidegate.call import OTHER_KIND
 from tidegate.limiter.limits import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Quota, Rate
-from tidegate.policy.scopes import AT_ONCE, MEASURES, TOTAL
+from tidegate.policy.scopes import MEASURES, TOTAL, plain_model, whom_it_binds
 
 MOST_PRIORITY = 100
 # Of the calls whose limits were looked for: models and tenants are named by clients.
@@ -64,21 +64,6 @@ class Reach:
                     if limit_id != first and (images or not of_images)
                 ]
         return tuple(found)
-
-
-def whom_it_binds(limit_id: str) -> str | None:
-    """A model, `kind/<kind>`, `tenant/<tenant>` or `total`; None for what no call falls under."""
-    scope, _, name = limit_id.partition(":")
-    if scope in MEASURES or scope == "model":
-        return plain_model(name)
-    if scope == "pool":
-        return TOTAL if name == TOTAL else None
-    return f"{scope}/{name}" if scope in AT_ONCE else None
-
-
-def plain_model(model: str) -> str:
-    """A model's name without the folder that Gemini's API lists it in."""
-    return model.removeprefix("models/")
 
 
 def counts_images(limit: Limit | None) -> bool:

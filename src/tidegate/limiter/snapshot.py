@@ -19,7 +19,8 @@ class LimitView:
     """One limit over all processes. `used` counts permits held, `lapsing` included, or what is
     spent of a rate. `waiting` are the tickets that this limit holds up. `current` is the bound that
     an adaptive limit has found. `room_in_ms`: when only time frees it, in how long. `reserved`: of
-    `used`, the estimates of calls that have not ended."""
+    `used`, the estimates of calls that have not ended. `cost_ms`: how long its last calls took on
+    average, 0 while none has ended."""
 
     limit: str
     sort: str
@@ -33,6 +34,7 @@ class LimitView:
     paused_by: str
     room_in_ms: int
     reserved: int = 0
+    cost_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
     """The answer of `inspect` as a snapshot."""
     names = {row[0]: row[1] for row in reply.sessions}
     return Snapshot(
-        limits={row[0]: LimitView(*row[:12]) for row in sorted(reply.limits)},
+        limits={row[0]: LimitView(*row[:13]) for row in sorted(reply.limits)},
         sessions=sum(row[2] > 0 for row in reply.sessions),
         epoch=reply.epoch,
         revision=reply.revision,

@@ -45,6 +45,21 @@ MEASURES = {
 }
 
 
+def whom_it_binds(limit_id: str) -> str | None:
+    """A model, `kind/<kind>`, `tenant/<tenant>` or `total`; None for what no call falls under."""
+    scope, _, name = limit_id.partition(":")
+    if scope in MEASURES or scope == "model":
+        return plain_model(name)
+    if scope == "pool":
+        return TOTAL if name == TOTAL else None
+    return f"{scope}/{name}" if scope in AT_ONCE else None
+
+
+def plain_model(model: str) -> str:
+    """A model's name without the folder that Gemini's API lists it in."""
+    return model.removeprefix("models/")
+
+
 def check_id(limit_id: str) -> None:
     """Raises ConfigError for an id that no call of the product can fall under."""
     scope, _, name = limit_id.partition(":")

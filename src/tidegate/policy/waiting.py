@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from tidegate.call import CLASSIFIER_LIMIT
 from tidegate.limiter import LimitView, Snapshot
+from tidegate.policy.binding import binding_limit
 from tidegate.policy.words import pause_in_words, span_in_words
 from tidegate.store.running import Whereabouts
 from tidegate.store.states import Status
@@ -47,31 +47,12 @@ def waiting(found: Whereabouts, snapshot: Snapshot | None, now: datetime) -> Wai
     if snapshot.recovering_ms:
         left = span_in_words(snapshot.recovering_ms)
         return Waiting(f"waits {left} more, because Valkey lost its data")
-    limit = _limit_of(found, snapshot)
+    limit = binding_limit(found, snapshot)
     if limit is not None:
         return _for(limit)
     if found.claimed_by is None:
         return Waiting("waits for a worker to take it")
     return Waiting("is being prepared")
-
-
-def _limit_of(found: Whereabouts, snapshot: Snapshot) -> LimitView | None:
-    """The limit that holds up what waits of the same tenant and kind, or the kind's own."""
-    # While its kind is not known it is the classifier's answer that it waits for.
-    kind_limit = CLASSIFIER_LIMIT if found.kind is None else f"kind:{found.kind}"
-    queues = [
-        queue
-        for queue in snapshot.queues
-        if queue.tenant == found.tenant_id and kind_limit in queue.limits and queue.held_up_by
-    ]
-    if queues:
-        # Several processes may have some waiting: the one that has this request speaks first.
-        queue = max(queues, key=lambda one: (one.process == found.claimed_by, one.waiting))
-        return snapshot.limits.get(queue.held_up_by or "")
-    view = snapshot.limits.get(kind_limit)
-    if view is not None and (view.paused_ms or view.waiting or view.used >= view.current):
-        return view
-    return None
 
 
 def _for(view: LimitView) -> Waiting:

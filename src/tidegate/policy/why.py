@@ -11,6 +11,7 @@ from uuid import UUID
 
 from tidegate.errors import InvalidRequest, NotFound
 from tidegate.limiter import LimitView, Place, Snapshot
+from tidegate.policy.binding import adapted_from, admitted_per_s, alike, binding_limit
 from tidegate.policy.control import Control, ShownPermit, shown_permits
 from tidegate.policy.words import pause_in_words, span_in_words
 from tidegate.store.running import Whereabouts
@@ -22,8 +23,10 @@ class Reason:
     """What a request or ticket waits for.
 
     sentence: the answer in words. status: of a request. process: that has it. held_up_by: the
-    limit that it waits for. ahead: tickets of its tenant before it; wait_ms: an estimate; both
-    None where they are not known. limit, holders: that limit, and who has permits of it.
+    limit that it waits for. ahead: tickets of its tenant before it, or requests before a job that
+    no worker has taken yet; wait_ms: an estimate; both None where they are not known. limit,
+    holders: that limit, and who has permits of it. adapted_from: the bound of that limit, where it
+    has adapted itself to less. rate_per_s: how many calls a second it admits, where that is known.
     """
 
     what: str
@@ -35,6 +38,8 @@ class Reason:
     wait_ms: int | None = None
     limit: LimitView | None = None
     holders: tuple[ShownPermit, ...] = ()
+    adapted_from: int | None = None
+    rate_per_s: float | None = None
 
 
 async def why(control: Control, what: str) -> Reason:
@@ -99,16 +104,12 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
             sentence += f", after {found.failure_code}"
         return Reason(what, sentence, status)
     if found.claimed_by is None:
-        limit, sentence = await _unclaimed(control, found)
-        return Reason(what, sentence, status, limit=limit)
+        return await _unclaimed(control, found)
     snapshot = await control.limiter.snapshot(permits=True)
-    kind_limit = f"kind:{found.kind}"
     queues = [
         queue
-        for queue in snapshot.queues
-        if queue.process == found.claimed_by
-        and queue.tenant == found.tenant_id
-        and kind_limit in queue.limits
+        for queue in alike(found, snapshot)
+        if queue.process == found.claimed_by and queue.tenant == found.tenant_id
     ]
     if not queues:
         return Reason(what, f"is being prepared by {found.claimed_by}", status, found.claimed_by)
@@ -124,19 +125,49 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
         queue.held_up_by,
         limit=view,
         holders=tuple(await _holders(control, snapshot, queue.held_up_by)),
+        adapted_from=None if view is None else adapted_from(view),
+        rate_per_s=None if view is None else _rate(control, view),
     )
 
 
-async def _unclaimed(control: Control, found: Whereabouts) -> tuple[LimitView | None, str]:
-    if found.kind is None:
-        return None, "waits for a worker that asks the classifier what it is"
-    view = (await control.limiter.snapshot()).limits.get(f"kind:{found.kind}")
-    sentence = f"has waited {_ago(found.created_at)} for a worker to take it"
-    if view is not None and view.paused_ms:
-        sentence += f"; {_paused(view)}"
-    elif view is not None and view.used >= view.current:
-        sentence += f"; {view.limit} is full: {view.used} of {view.current}"
-    return view, sentence
+async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
+    """No worker has it: those that were claimed before it fill the workers' windows."""
+    snapshot = await control.limiter.snapshot(permits=True)
+    view = binding_limit(found, snapshot)
+    what, status = str(found.request_id), found.status.value
+    place = await control.running.place(found.request_id)
+    ahead = None if place is None else place - 1
+    if view is None:
+        sentence = f"has waited {_ago(found.created_at)} for a worker to take it"
+        if found.kind is None:
+            sentence = "waits for a worker that asks the classifier what it is"
+        view = snapshot.limits.get(f"kind:{found.kind}")
+        return Reason(what, sentence, status, ahead=ahead, limit=view)
+    rate = _rate(control, view)
+    wait_ms = None
+    if ahead is not None and rate:
+        wait_ms = round(max(view.room_in_ms, (ahead + 1) * 1000 / rate))
+    sentence = f"has waited {_ago(found.created_at)}: {_state(view)}"
+    if ahead is not None:
+        sentence += f"; {ahead} {'request is' if ahead == 1 else 'requests are'} ahead"
+    if rate is not None and wait_ms is not None:
+        sentence += f", at {rate:.2g}/s about {span_in_words(wait_ms)}"
+    return Reason(
+        what,
+        sentence,
+        status,
+        held_up_by=view.limit,
+        ahead=ahead,
+        wait_ms=wait_ms,
+        limit=view,
+        holders=tuple(await _holders(control, snapshot, view.limit)),
+        adapted_from=adapted_from(view),
+        rate_per_s=rate,
+    )
+
+
+def _rate(control: Control, view: LimitView) -> float | None:
+    return admitted_per_s(view, control.limiter.policy.limit(view.limit))
 
 
 async def _holders(control: Control, snapshot: Snapshot, limit: str | None) -> list[ShownPermit]:
@@ -162,12 +193,20 @@ def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
         return "its process takes no grants: it is paused or can't be reached"
     if view is None:
         return f"waits for {held_up_by}"
+    of_it = f"{held_up_by}: " if view.paused_ms else ""
+    return f"waits for {of_it}{_state(view)}"
+
+
+def _state(view: LimitView) -> str:
+    """A limit, and how much of it is used or who paused it."""
     if view.paused_ms:
-        return f"waits for {held_up_by}: {_paused(view)}"
+        return _paused(view)
     if view.sort == "c":
-        return f"waits for {held_up_by}: {view.used} of {view.current} are in use"
+        before = adapted_from(view)
+        adapted = "" if before is None else f" (adapted down from {before})"
+        return f"{view.limit}: {view.used} of {view.current} are in use{adapted}"
     room = f", room in {span_in_words(view.room_in_ms)}" if view.room_in_ms else ""
-    return f"waits for {held_up_by}: {view.used} of {view.bound} are spent{room}"
+    return f"{view.limit}: {view.used} of {view.bound} are spent{room}"
 
 
 def _paused(view: LimitView) -> str:

@@ -11,6 +11,7 @@ import orjson
 
 from tidegate.errors import NotFound
 from tidegate.store.connection import Connections
+from tidegate.store.places import Places
 from tidegate.store.queries import sql
 from tidegate.store.states import Status
 
@@ -49,6 +50,7 @@ class Running:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
+        self._places = Places()
 
     async def whereabouts(self, request_id: UUID) -> Whereabouts:
         """Raises NotFound: streams, too, are on record only once they have ended."""
@@ -75,6 +77,15 @@ class Running:
             finished_at=row["finished_at"],
             failure_code=None if failure is None else failure.get("code"),
         )
+
+    async def place(self, request_id: UUID) -> int | None:
+        """The place of a queued job, 1 is next; None where that takes too long to tell."""
+
+        async def read(connection: asyncpg.Connection) -> int | None:
+            row = await connection.fetchrow(sql("get_whereabouts"), request_id)
+            return None if row is None else await self._places.of(connection, row)
+
+        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
 
     async def calls(self, pool: str) -> dict[tuple[str, int], RunningCall]:
         """The jobs that hold permits, by process and the sequence of the permit's fence."""

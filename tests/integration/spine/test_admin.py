@@ -202,7 +202,7 @@ async def test_a_pause_holds_everybody_up_until_it_is_resumed(open_gateway: Open
 
     async def held_up() -> Any:
         _, reason = await ask(gateway, "GET", f"/why/{request_id}")
-        return reason if reason.get("held_up_by") else None
+        return reason if reason.get("held_up_by") and reason.get("process") else None
 
     reason = await wait_until(held_up, 20, "the job at the limit")
     assert reason["status"] == "queued"
@@ -246,6 +246,43 @@ async def test_a_job_that_nobody_has_taken_says_so(open_gateway: Opener) -> None
     assert reason["limit"]["limit"] == "kind:text_only"
     _, reason = await ask(gateway, "GET", f"/why/{unsure}")
     assert "asks the classifier" in reason["sentence"]
+
+
+async def test_a_job_behind_the_workers_window_names_the_limit_that_the_others_wait_for(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """Another limit than its type's: the model's, to which it comes by the default."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        '[limits]\n"model:gemini-2.5-flash" = { bound = 2, adaptive = { minimum = 1 } }\n'
+    )
+    gateway = await open_gateway(tidegate_policy=policy, rate_limits={"text_only": 3}, worker=False)
+    await gateway.upstream.set_fault("hang", match="hold it")
+    answered = await gateway.stream(text="Explain one", type="text_only")  # how long a call takes
+    assert answered.names[-1] == "done"
+    gateway.start_worker()
+    for _ in range(2):
+        await gateway.submit(data="hold it", type="text_only")
+    await gateway.in_flight(2)
+    jobs = [await gateway.submit(data=f"after it {n}", type="text_only") for n in range(40)]
+
+    async def stands() -> Any:
+        _, reason = await ask(gateway, "GET", f"/why/{jobs[-1]}")
+        return reason if reason.get("held_up_by") == "model:gemini-2.5-flash" else None
+
+    reason = await wait_until(stands, 20, "what the window waits for")
+    assert (reason["status"], reason["process"]) == ("queued", None), "no worker has it"
+    limit = reason["limit"]
+    assert (limit["limit"], limit["used"], limit["bound"]) == ("model:gemini-2.5-flash", 2, 2)
+    assert len(reason["holders"]) == 2
+    assert 0 < reason["ahead"] <= 39
+    assert reason["rate_per_s"] > 0
+    assert reason["wait_ms"] > 0
+    said = f"; {reason['ahead']} requests are ahead, at "
+    assert ": model:gemini-2.5-flash: 2 of 2 are in use" in reason["sentence"]
+    assert said in reason["sentence"]
+    _, owners = await gateway.get(f"/requests/{jobs[-1]}/why")
+    assert owners["sentence"] == "waits for model:gemini-2.5-flash: 2 of 2 are in use"
 
 
 async def test_a_job_that_waits_for_its_next_try_says_so(open_gateway: Opener) -> None:

@@ -3,7 +3,7 @@
 -- args: request
 -- request: permits
 -- returns: now_ms epoch recovering_ms revision parked seq sessions limits tenants permits queues
--- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket)
+-- units: ms; sessions are (sid, name, left_ms, held, blocked), limits are (name, sort, bound, used, waiting, lapsing, current, shadowed, paused_ms, pause said, room_in_ms, reserved, cost_ms), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket)
 -- uses: keys clock pool limits
 -- later: rates
 T.load_pool()
@@ -71,7 +71,7 @@ for name in pairs(seen) do
     list[#list + 1] = { name, limit.sort, limit.bound, used, waiting[name] or 0, lapsing[name] or 0,
       limit.current and math.floor(limit.current / 1000) or limit.bound,
       tonumber(fields['x:' .. name] or 0), paused_ms, limit.pause and limit.pause.said or '',
-      math.max(0, at - pool.now), reserved[name] or 0 }
+      math.max(0, at - pool.now), reserved[name] or 0, limit.cost_ms }
   end
 end
 local tenants = {}

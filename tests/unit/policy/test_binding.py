@@ -1,0 +1,78 @@
+"""Which limit a queued job waits for, though no worker has it yet, and how fast that one admits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.policy.test_waiting import IDLE, KIND, QUEUED, RATED, pool
+from tidegate.limiter import Concurrency, LimitView, QueueView, Quota, Rate
+from tidegate.limiter.limits import Limit
+from tidegate.policy.binding import adapted_from, admitted_per_s, binding_limit
+from tidegate.store.running import Whereabouts
+
+FLASH = LimitView("model:flash", "c", 12, 6, 164, 0, 6, 0, 0, "", 0, cost_ms=2_000)
+PRO = replace(FLASH, limit="model:pro")
+DAILY = LimitView("rpd:flash", "q", 200, 200, 0, 0, 200, 0, 0, "", 24_640_000)
+UNCLAIMED = replace(QUEUED, claimed_by=None)
+OF_FLASH = replace(UNCLAIMED, model="flash")
+
+
+def queue(tenant: str, *limits: str, at: str, waiting: int = 5) -> QueueView:
+    return replace(RATED, tenant=tenant, limits=limits, held_up_by=at, waiting=waiting)
+
+
+OWN = queue("acme", KIND.limit, FLASH.limit, at=FLASH.limit)
+OTHERS = replace(OWN, tenant="other")
+OWN_PRO = queue("acme", KIND.limit, PRO.limit, at=PRO.limit, waiting=50)
+BY_ITS_TENANT = queue("other", KIND.limit, "tenant:other", at="tenant:other")
+
+
+@pytest.mark.parametrize(
+    ("found", "queues", "limit"),
+    [
+        (UNCLAIMED, (OWN,), "model:flash"),
+        (UNCLAIMED, (OTHERS,), "model:flash"),  # its model is not known: as most of its type
+        (OF_FLASH, (OWN_PRO, OTHERS), "model:flash"),
+        (OF_FLASH, (OWN_PRO,), "rpd:flash"),  # nobody stands anywhere: what is used up
+        (replace(OF_FLASH, model="models/pro"), (OWN, OWN_PRO), "model:pro"),
+        (UNCLAIMED, (BY_ITS_TENANT,), None),
+        (replace(UNCLAIMED, model="lite"), (OWN, OTHERS), None),
+        (QUEUED, (OTHERS,), None),  # a worker has it: it stands in no queue yet
+    ],
+)
+def test_a_job_that_no_worker_has_waits_for_what_those_before_it_wait_for(
+    found: Whereabouts, queues: tuple[QueueView, ...], limit: str | None
+) -> None:
+    view = binding_limit(found, pool(IDLE, FLASH, PRO, DAILY, queues=queues))
+    assert (None if view is None else view.limit) == limit
+
+
+def test_what_is_paused_comes_before_what_is_full() -> None:
+    paused = replace(IDLE, paused_ms=47_000)
+    view = binding_limit(OF_FLASH, pool(paused, FLASH, DAILY))
+    assert view is not None
+    assert view.limit == KIND.limit
+
+
+@pytest.mark.parametrize(
+    ("view", "limit", "per_s"),
+    [
+        (FLASH, Concurrency(12), 3.0),
+        (replace(FLASH, cost_ms=0), Concurrency(12), None),
+        (replace(FLASH, paused_ms=1), Concurrency(12), None),
+        (replace(DAILY, sort="r"), Rate(120, 60_000), 2.0),
+        (replace(DAILY, sort="r"), Rate(120, 60_000, "tokens"), None),
+        (DAILY, Quota(200), None),
+        (FLASH, None, None),
+    ],
+)
+def test_how_fast_a_limit_admits_is_said_only_where_it_is_known(
+    view: LimitView, limit: Limit | None, per_s: float | None
+) -> None:
+    assert admitted_per_s(view, limit) == per_s
+
+
+def test_only_an_adaptive_limit_below_its_bound_has_adapted() -> None:
+    assert (adapted_from(FLASH), adapted_from(KIND), adapted_from(DAILY)) == (12, None, None)
