@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from base64 import b64decode
 from binascii import Error as NotBase64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +34,9 @@ from tidegate.relay.paths import Dialect, Endpoint, Operation
 from tidegate.relay.spelling import check_ends, check_spelling
 
 # Enough to find a picture's size in, and a multiple of 4 characters.
-_HEAD_CHARS = 65_536
-_MOST_VALUES = 200_000
+HEAD_CHARS = 65_536
+MOST_WALKED = 200_000
+NOTHING_SHORTENED: Mapping[str, Sized] = {}
 # Names of fields are not counted, but for those of a schema's properties, which the model reads,
 # and those that would be a place to put a text.
 _LONG_NAME_CHARS = 200
@@ -112,9 +113,11 @@ def parsed(body: bytes) -> dict[str, Any]:
     return value
 
 
-def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
-    """What a request asks for. Raises InvalidRequest where it names no model, or what can't be held
-    to it."""
+def asked_of(
+    endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
+) -> Asked:
+    """What a request asks for; `whole` has the texts for which shorter ones stand in the body.
+    Raises InvalidRequest where it names no model, or what can't be held to it."""
     check_spelling(body)
     check_ends(body)
     model = body.get("model") if endpoint.model is None else endpoint.model
@@ -123,7 +126,7 @@ def asked_of(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
     elif not isinstance(model, str) or not 1 <= len(model) <= 200:
         wrong = "model is missing" if model is None else "model is not the name of a model"
         raise InvalidRequest("model", wrong, allowed="a text of 1 to 200 characters")
-    walk = _Walk(endpoint.dialect, model)
+    walk = _Walk(endpoint.dialect, model, whole)
     walk.over(body)
     settings = _settings(endpoint.dialect, body)
     images = _images(endpoint, model, body, settings)
@@ -242,8 +245,9 @@ def _decoded(head: str) -> bytes:
 class _Walk:
     """Finds the texts and files of a body, without recursion: its depth is the client's choice."""
 
-    def __init__(self, dialect: Dialect, model: str) -> None:
+    def __init__(self, dialect: Dialect, model: str, whole: Mapping[str, Sized]) -> None:
         self.files = 0
+        self._whole = whole
         self._dialect = dialect
         self._model = model
         self._texts: list[str] = []
@@ -289,7 +293,7 @@ class _Walk:
 
     def _over(self, left: list[Any]) -> None:
         texts = self._texts
-        for seen in range(self._values, _MOST_VALUES):
+        for seen in range(self._values, MOST_WALKED):
             if not left:
                 self._values = seen
                 return
@@ -299,7 +303,7 @@ class _Walk:
                 if value[:5] == "data:":
                     self._url(value)
                 else:
-                    texts.append(value)
+                    texts.append(str(self._whole.get(value, value)) if self._whole else value)
             elif sort is dict:
                 if value and max(map(len, value)) > _LONG_NAME_CHARS:
                     texts += value
@@ -314,7 +318,7 @@ class _Walk:
                     left += others
                 else:
                     left += value
-        self._values = _MOST_VALUES
+        self._values = MOST_WALKED
         if left:  # as much as nobody writes by hand: what is left counts as it would be written
             texts.append(_written(left))
 
@@ -322,7 +326,7 @@ class _Walk:
         if (url := _DATA_URL.match(text)) is not None:
             self._file(url["mime"] or "application/octet-stream", text, url.end())
         else:
-            self._texts.append(text)
+            self._texts.append(str(self._whole.get(text, text)))
 
     def _object(self, value: dict[str, Any], left: list[Any]) -> None:
         if "properties" in value and type(value["properties"]) is dict:
@@ -363,7 +367,7 @@ class _Walk:
         """Whether all begin as pictures do; if so they are counted."""
         if type(values) is not list or not all(type(one) is str for one in values):
             return False
-        if not all(dimensions(_decoded(one[:_HEAD_CHARS])) for one in values):
+        if not all(dimensions(_decoded(one[:HEAD_CHARS])) for one in values):
             return False
         for one in values:
             self._file("image/*", one, 0)
@@ -371,8 +375,8 @@ class _Walk:
 
     def _file(self, mime: str, text: str, start: int) -> None:
         self.files += 1
-        size_bytes = (len(text) - start) * 3 // 4
-        decoded = _decoded(text[start : start + _HEAD_CHARS])
+        size_bytes = (len(self._whole.get(text, text)) - start) * 3 // 4
+        decoded = _decoded(text[start : start + HEAD_CHARS])
         rules = rules_of(self._dialect, self._model)
         self._add(pieces_of_file(mime, decoded, size_bytes, rules))
 

@@ -47,7 +47,7 @@ def _changed(call: NativeCall, body: dict[str, Any], target: Target, ask_usage: 
     if target.model and body.get("model") != target.model:
         with_model = _with_model if "model" in body else _naming_model
         body = {**body, "model": target.model}
-        raw = with_model(raw, target.model) or orjson.dumps(body)
+        raw = with_model(raw, target.model) or _rewritten(raw, "model", target.model)
     return asking_for_usage(raw, body) if ask_usage else raw
 
 
@@ -65,6 +65,11 @@ def _with_model(raw: bytes, model: str) -> bytes | None:
         if len(found) == 1 or orjson.loads(changed)["model"] == model:
             return changed
     return None
+
+
+def _rewritten(raw: bytes, name: str, value: Any) -> bytes:
+    """With another value of a field: from the bytes, since a large body is parsed without files."""
+    return orjson.dumps({**orjson.loads(raw), name: value})
 
 
 def _naming_model(raw: bytes, model: str) -> bytes:

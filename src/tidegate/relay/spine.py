@@ -7,6 +7,7 @@ was reserved.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from tidegate.limiter.demand import Demand as Wanted
 from tidegate.policy.upstreams import Upstream
 from tidegate.providers.gemini.timeouts import Timeouts
 from tidegate.providers.relay import Exchange, RelayWire
-from tidegate.relay.asked import Asked, asked_of, parsed
+from tidegate.relay.asked import Asked, asked_of
 from tidegate.relay.call import Life, NativeCall, Out
 from tidegate.relay.headers import Headers, with_key
 from tidegate.relay.models import Models, is_plain
@@ -28,6 +29,7 @@ from tidegate.relay.paths import Dialect, Operation
 from tidegate.relay.permission import check_body, check_model, check_names
 from tidegate.relay.redirect import MOST_REDIRECTS, REDIRECTS, followed
 from tidegate.relay.remaining import Remaining
+from tidegate.relay.skim import skimmed
 from tidegate.relay.spelling import check_said_once
 from tidegate.relay.targets import Target, Targets
 from tidegate.relay.work import Begun, Work
@@ -95,12 +97,15 @@ class Relay:
         body: dict[str, Any] = {}
         asked: Asked | None = None
         if call.endpoint.is_counted or call.body:
-            body = parsed(call.body)
-            asked = asked_of(call.endpoint, body)
-            check_said_once(call.body, body)
+            read = skimmed(call.body)
+            if read.raw is not call.body:  # it was large: others go first now
+                await asyncio.sleep(0)
+            body = read.body
+            asked = asked_of(call.endpoint, body, read.whole)
+            check_said_once(read.raw, body)
             check_model(call.caller, asked.model)
             check_body(call.caller, call.endpoint, body)
-            check_names(call.caller, call.body)
+            check_names(call.caller, read.raw)
             life.model, life.streams = asked.model, asked.streams
             life.kind = asked.kind if call.endpoint.is_counted else None
         self._budget.earn()

@@ -30,7 +30,8 @@ def asking_for_usage(raw: bytes, body: dict[str, Any]) -> bytes:
         return b'%b"stream_options":{"include_usage":true},%b' % (raw[:start], raw[start:])
     options = body["stream_options"]
     asked = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-    return orjson.dumps({**body, "stream_options": asked})
+    # From the bytes, since a large body is parsed without its files.
+    return orjson.dumps({**orjson.loads(raw), "stream_options": asked})
 
 
 class WithoutUsageEvent:

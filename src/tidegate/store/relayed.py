@@ -7,7 +7,6 @@ row, to the recorder, which keeps it on the disk while PostgreSQL is away; a rep
 from __future__ import annotations
 
 import asyncio
-import zlib
 from base64 import b64encode
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ from tidegate.errors import StoreUnavailable
 from tidegate.observed import Observed, Observers, Source
 from tidegate.store import rows
 from tidegate.store.blobs import Blobs, new_key
-from tidegate.store.bodies import INLINE_BYTES
+from tidegate.store.bodies import INLINE_BYTES, WORTH_A_THREAD_BYTES, as_kept
 from tidegate.store.connection import Connections
 from tidegate.store.erased import Mark, erased_among
 from tidegate.store.recorder import Recorder
@@ -46,7 +45,6 @@ _BATCH_ROWS = 200
 _AT_ONCE = 8
 _LINGER_S = 0.05
 _SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL compresses none either
-_QUICK = 1  # a level of zlib: this is on the processor that relays
 _BLOB_TIMEOUT_S = 5.0
 _USAGE = rows.USAGE_COLUMNS
 _of_usage = attrgetter(*_USAGE)
@@ -309,8 +307,9 @@ class RelayLog:
         return both
 
     async def _pack(self, role: str, raw: bytes) -> _Packed:
-        size, encoding = len(raw), "zlib-raw"
-        data = await asyncio.to_thread(_zip, raw) if size > 50_000 else _zip(raw)
+        size = len(raw)
+        large = size > WORTH_A_THREAD_BYTES
+        encoding, data = await asyncio.to_thread(as_kept, raw) if large else as_kept(raw)
         if len(data) > INLINE_BYTES:
             key = new_key(datetime.now(UTC))
             with suppress(StoreUnavailable, TimeoutError):  # then it stays in its row
@@ -357,10 +356,6 @@ def observed_of(record: RelayRecord) -> Observed:
         None if usage.details is None else usage.details.cache_write_tokens,
         record.model_version,
     )
-
-
-def _zip(raw: bytes) -> bytes:
-    return zlib.compress(raw, _QUICK)
 
 
 def _body_values(

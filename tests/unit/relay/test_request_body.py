@@ -17,6 +17,7 @@ from tidegate.policy.upstreams import Upstream
 from tidegate.relay.call import NativeCall
 from tidegate.relay.paths import dialect_of, endpoint_of
 from tidegate.relay.request_body import body_for
+from tidegate.relay.skim import LARGE_BYTES, skimmed
 from tidegate.relay.targets import Target
 
 UPSTREAM = Upstream("u", {"openai": "http://u", "gemini": "http://u"}, "key")
@@ -45,7 +46,7 @@ def sent(raw: bytes, model: str, path: str = "/v1/chat/completions") -> bytes:
         received_at=datetime.now(UTC),
         wait_ms=1,
     )
-    found = body_for(call, orjson.loads(raw), Target(UPSTREAM, model), ask_usage=False)
+    found = body_for(call, skimmed(raw).body, Target(UPSTREAM, model), ask_usage=False)
     assert found is not None
     return found
 
@@ -74,6 +75,12 @@ def test_any_body_means_the_same_but_for_the_model(rest: dict[str, Any], model: 
 
 def test_very_many_models_below_are_written_anew() -> None:
     body = {"below": [{"model": "old"}] * 100, "model": "old"}
+    assert orjson.loads(sent(orjson.dumps(body), "new")) == body | {"model": "new"}
+
+
+def test_what_is_written_anew_holds_the_files_that_were_not_parsed() -> None:
+    file = {"url": f"data:image/png;base64,{'A' * LARGE_BYTES}"}
+    body = {"below": [{"model": "old"}] * 100, "file": file, "model": "old"}
     assert orjson.loads(sent(orjson.dumps(body), "new")) == body | {"model": "new"}
 
 
