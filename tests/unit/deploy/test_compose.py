@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.unit.deploy.deployment import DEPLOY, ROOT, as_config, output, seconds
+from tidegate.config import Config
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,21 @@ def test_the_balancer_notices_a_leaving_process_before_it_ends(
     settings = _settings(_ours(composed)["api-1"])
     config = as_config(settings, tmp_path, ROOT / "tidegate.example.toml")
     assert seconds(found[1]) * int(found[2]) * 2 <= config.leave_ms / 1000
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("haproxy/haproxy.cfg", r"timeout server (\S+)"),
+        ("nginx/tidegate.conf", r"proxy_read_timeout (\S+);"),
+    ],
+)
+def test_no_balancer_ends_a_call_that_may_still_begin_its_answer(file: str, said: str) -> None:
+    found = re.search(said, (DEPLOY / file).read_text())
+    assert found is not None
+    usual = Config.model_fields
+    longest_ms = usual["first_byte_timeout_ms"].default + usual["stream_wait_ms"].default
+    assert seconds(found[1]) * 1000 >= longest_ms
 
 
 def test_valkey_evicts_nothing(composed: dict[str, Any]) -> None:
