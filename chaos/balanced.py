@@ -106,8 +106,8 @@ class Balanced:
 
 @asynccontextmanager
 async def balanced(folder: Path) -> AsyncIterator[Balanced]:
-    """The stores and the provider are there; nothing of ours runs yet."""
-    async with Fleet(folder, apis=0, workers=0) as fleet:
+    """The stores, without a schema, and the provider are there; nothing of ours runs yet."""
+    async with Fleet(folder, apis=0, workers=0, migrated=False) as fleet:
         both = Balanced(fleet)
         try:
             both.start_balancer()
