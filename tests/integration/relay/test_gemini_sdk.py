@@ -90,7 +90,7 @@ async def test_files_are_uploaded_without_a_sight_of_the_key(
     )
     assert file.size_bytes == len(data)
     assert file.name
-    assert file.uri
+    assert file.uri == f"https://generativelanguage.googleapis.com/v1beta/{file.name}"
     answer = await client.aio.models.generate_content(model=MODEL, contents=["Sum it up", file])
     assert answer.text
     assert (await client.aio.files.get(name=file.name)).name == file.name

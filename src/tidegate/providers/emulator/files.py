@@ -21,6 +21,8 @@ from tidegate.providers.emulator.wire import WireError
 
 MAX_FILES = 10_000
 KEPT_S = 48 * 3600
+# Google names a file by its own address, wherever it was asked.
+_URIS = "https://generativelanguage.googleapis.com"
 _FORBIDDEN = "You do not have permission to access the File {name} or it may not exist."
 
 
@@ -34,7 +36,7 @@ class StoredFile:
     active_ns: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def to_json(self, base_url: str) -> Json:
+    def to_json(self) -> Json:
         body = {
             "name": self.name,
             "mimeType": self.mime_type,
@@ -43,7 +45,7 @@ class StoredFile:
             "updateTime": _rfc3339(max(self.active_ns, self.created_ns)),
             "expirationTime": _rfc3339(self.created_ns + KEPT_S * 10**9),
             "sha256Hash": base64.b64encode(self.digest.digest()).decode(),
-            "uri": f"{base_url}/v1beta/{self.name}",
+            "uri": f"{_URIS}/v1beta/{self.name}",
             "state": "ACTIVE" if time.time_ns() >= self.active_ns else "PROCESSING",
             "source": "UPLOADED",
         }

@@ -124,11 +124,11 @@ class GeminiFront:
         if not size.isdecimal() or not 1 <= int(size) <= 100:
             raise WireError(400, "* ListFilesRequest.page_size: must be between 1 and 100")
         found, next_token = self.state.files.page(int(size), token)
-        body: Json = {"files": [file.to_json(_base_url(request)) for file in found]}
+        body: Json = {"files": [file.to_json() for file in found]}
         return body | ({"nextPageToken": next_token} if next_token else {})
 
     def _file(self, request: web.BaseRequest, name: str) -> Json:
-        return self.state.files.find(f"files/{name}").to_json(_base_url(request))
+        return self.state.files.find(f"files/{name}").to_json()
 
     def _delete(self, name: str) -> Json:
         self.state.files.delete(f"files/{name}")
@@ -168,7 +168,7 @@ class GeminiFront:
         pieces = request.content.iter_any()
         files, wait_ms = self.state.files, self.state.behaviour.file_processing_ms
         file = await files.receive(upload_id, request.headers, pieces, wait_ms)
-        body = {} if file is None else {"file": file.to_json(_base_url(request))}
+        body = {} if file is None else {"file": file.to_json()}
         response = json_response(200, body)
         response.headers["X-Goog-Upload-Status"] = "active" if file is None else "final"
         return response
