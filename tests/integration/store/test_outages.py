@@ -125,7 +125,7 @@ async def test_claims_are_not_retaken_when_postgresql_returns(
             except StoreUnavailable:
                 continue
         await work_for(0.02)
-    assert all_may_judge(stores)
+    await wait_until(lambda: all_may_judge(stores))
     for store, job in zip(stores, jobs, strict=True):
         await store.finish(job, Status.SUCCEEDED, result())
         assert (await store.get(job.request_id, "default")).status is Status.SUCCEEDED

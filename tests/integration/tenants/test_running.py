@@ -38,6 +38,7 @@ async def test_what_runs_and_what_waits_is_told_to_its_tenant_and_to_admins(
         admin_token=ADMIN_TOKEN,
         rate_limits={"text_only": 1},
         first_byte_timeout_ms=60_000,
+        stream_wait_ms=600_000,
     )
     acme, other = [await key_of(gateway, name) for name in ("acme", "other")]
     await gateway.upstream.set_fault("hang", match="hold it")
