@@ -21,6 +21,7 @@ from tidegate.errors import ClaimLost
 from tidegate.store import rows
 from tidegate.store.connection import Connections
 from tidegate.store.line_records import record_of
+from tidegate.store.liveness import until_quick
 from tidegate.store.lookback import Lookback
 from tidegate.store.queries import sql
 from tidegate.store.records import Failure, Json
@@ -159,8 +160,8 @@ class BatchLines:
         return await self._connections.run(read)
 
     async def begin(self, line: Line) -> None:
-        """Mark a line as calling. Raises ClaimLost."""
-        await self._begins.write(line.key)
+        """Mark a line as calling, as `Claims.running` does a job. Raises ClaimLost."""
+        await until_quick(lambda: self._begins.write(line.key), self._lease_ms)
 
     async def end(
         self,

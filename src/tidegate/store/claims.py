@@ -23,7 +23,7 @@ from tidegate.store import rows
 from tidegate.store.bell import Bell
 from tidegate.store.connection import Connections
 from tidegate.store.lapses import Lapses
-from tidegate.store.liveness import Steadiness
+from tidegate.store.liveness import Steadiness, until_quick
 from tidegate.store.lookback import AT_ONCE, Lookback
 from tidegate.store.observing import of_row
 from tidegate.store.queries import sql
@@ -177,8 +177,13 @@ class Claims:
         self._bell.changed([job.request_id])
 
     async def running(self, row: Json, job: ClaimedJob) -> None:
+        """Mark a job as running, before its call. Raises ClaimLost.
+
+        A process that stood still until it read the reply asks again: another worker may have the
+        job by then, and its call would be made twice.
+        """
         try:
-            await self._runs.write(row)
+            await until_quick(lambda: self._runs.write(row), self._lease_ms)
         except ClaimLost:
             self.settled(job)
             raise

@@ -138,6 +138,27 @@ async def test_a_dead_workers_jobs_return_and_the_killer_is_dead_after_three_lap
         await judge.stuck.requeue(job.request_id)
 
 
+async def test_a_worker_that_stood_still_before_its_call_learns_that_another_has_the_job(
+    make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen between the commit of its mark and the reading of the reply."""
+    judge, victim = [await make_store(database_url, claim_lease_ms=LEASE_MS) for _ in range(2)]
+    await judge.submit(new_job())
+    (claimed,) = await claim(victim, 1)
+    marks = victim._claims._runs
+    write, asked = marks.write, []
+
+    async def frozen(row: dict[str, object]) -> None:
+        asked.append(row)
+        await write(row)
+        if len(asked) == 1:
+            assert await retaken(judge) == [claimed.request_id]
+
+    monkeypatch.setattr(marks, "write", frozen)
+    with pytest.raises(ClaimLost):
+        await victim.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+
+
 async def retaken(judge: Store) -> list[object]:
     async def beat_and_take() -> list[object]:
         with suppress(StoreUnavailable):  # within a third of a short lease: the next look does it
