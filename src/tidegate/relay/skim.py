@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any, NamedTuple
 
-from tidegate.relay.asked import HEAD_CHARS, MOST_WALKED, NOTHING_SHORTENED, parsed
+from tidegate.relay.asked import parsed
+from tidegate.relay.content import HEAD_CHARS, MOST_WALKED, NOTHING_SHORTENED
 
 LARGE_BYTES = 262_144
 # What stays of a file's text: its type and enough to find a picture's size in.

@@ -17,6 +17,7 @@ from tidegate.relay.asked import MOST_PARTS, Asked, asked_of, has_too_many_parts
 from tidegate.relay.paths import Dialect, endpoint_of
 
 PICTURE = b64encode(png(1000, 800)).decode()
+PICTURE_URL = f"data:image/png;base64,{PICTURE}"
 
 
 def asked(path: str, body: dict[str, Any]) -> Asked:
@@ -48,8 +49,8 @@ def test_text_is_text_only() -> None:
 @pytest.mark.parametrize(
     ("part", "ask", "tokens"),
     [
-        ({"image_url": {"url": f"data:image/png;base64,{PICTURE}"}}, chat, 765),
-        ({"type": "input_image", "image_url": f"data:image/png;base64,{PICTURE}"}, chat, 765),
+        ({"image_url": {"url": PICTURE_URL}}, chat, 765),
+        ({"type": "input_image", "image_url": PICTURE_URL}, chat, 765),
         ({"role": "user", "images": [PICTURE]}, chat, 765),
         (
             {"source": {"type": "base64", "media_type": "image/png", "data": PICTURE}},
@@ -76,6 +77,17 @@ def test_a_picture_is_known_in_every_dialect_and_counted_by_its_size(
         ({"file": {"file_data": f"data:application/pdf;base64,{PICTURE}"}}, "document"),
         ({"fileData": {"mimeType": "video/mp4", "fileUri": "https://host/files/a"}}, "video"),
         ({"image_url": {"url": "https://host/cat.png"}}, "image"),
+        ({"video_url": {"url": "data:video/mp4;base64,AAAA"}}, "video"),
+        ({"type": "document_url", "document_url": "data:application/pdf;base64,AAAA"}, "document"),
+        ({"images": [PICTURE_URL]}, "image"),
+        (
+            {
+                "functionResponse": {
+                    "parts": [{"inlineData": {"mimeType": "image/png", "data": PICTURE}}]
+                }
+            },
+            "image",
+        ),
         ({"type": "input_file", "file_id": "file-1"}, "document"),
     ],
 )
@@ -83,6 +95,13 @@ def test_other_files_count_by_their_sort(part: dict[str, Any], modality: str) ->
     found = chat(messages=[{"content": [part]}])
     assert found.kind is Kind.MULTI_MODAL
     assert found.pieces[Modality(modality)] > 0
+
+
+@pytest.mark.parametrize("image", [PICTURE_URL, [PICTURE_URL, PICTURE_URL]])
+def test_a_picture_may_stand_beside_the_prompt(image: Any) -> None:
+    found = asked("/v1/images/generations", {"model": "m", "prompt": "a cat", "image": image})
+    assert found.pieces[Modality.IMAGE] == 765 * (1 if image == PICTURE_URL else 2)
+    assert found.pieces[Modality.LATIN] < 20
 
 
 def test_base64_is_never_counted_as_text() -> None:
@@ -150,6 +169,20 @@ LONG = "long " * 4_000
         {"tools": [{"parameters": {"enum": [1, LONG]}}]},
         {"tools": [{"parameters": {"properties": {LONG: {"type": "string"}}}}]},
         {"messages": [{"role": "user", "content": LONG}], "x": [""] * 200_001},
+        # As what looks like a file where a provider takes a text.
+        {"messages": [{"role": "user", "content": f"data:text/plain;base64,{LONG}"}]},
+        {"messages": [{"content": [{"type": "text", "text": f"data:;base64,{LONG}"}]}]},
+        {"instructions": f"data:image/png;base64,{LONG}"},
+        {"input": f"data:image/png;base64,{LONG}"},
+        {"messages": [{"tool_calls": [{"function": {"arguments": f"data:;base64,{LONG}"}}]}]},
+        {"input": [{"type": "function_call_output", "output": f"data:;base64,{LONG}"}]},
+        {"messages": [{"type": "tool_use", "input": {"data": LONG, "media_type": "image/png"}}]},
+        {"contents": [{"functionCall": {"args": {"a": [{"url": f"data:;base64,{LONG}"}]}}}]},
+        {"contents": [{"functionResponse": {"response": {"data": LONG, "mimeType": "a/b"}}}]},
+        {"contents": [{"functionResponse": {"response": {"images": [PICTURE], "url": LONG}}}]},
+        {"tools": [{"parameters": {"default": {"data": LONG, "mimeType": "image/png"}}}]},
+        {"response_format": {"json_schema": {"schema": {"properties": {LONG: {}}}}}},
+        {"messages": [{"image_url": f"data:image/svg+xml,{LONG}"}]},
     ],
 )
 def test_no_place_hides_a_text_from_the_first_guess(body: dict[str, Any]) -> None:
