@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.trees import nodes
 from tidegate import errors
 from tidegate.errors import TidegateError
 
@@ -46,7 +47,7 @@ PURE = (
     *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model/", "*states.py"),
     *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
     *("policy/edits.py", "policy/words.py", "relay/paths.py", "relay/asked.py", "relay/usage.py"),
-    *("dialects/usage_details.py", "relay/redirect.py", "relay/told.py"),
+    *("dialects/usage_details.py", "relay/content.py", "relay/redirect.py", "relay/told.py"),
     *("relay/targets.py", "spine/faults.py", "relay/headers.py", "relay/usage_event.py"),
     "policy/tenancy.py",
     *(f"rehearse/{name}.py" for name in ("amounts", "trace", "load", "tally", "findings")),
@@ -85,18 +86,13 @@ def modules() -> dict[str, Path]:
 
 
 @cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
 def imports(path: Path) -> tuple[str, ...]:
     """The dotted names that a file imports; of `from a import b` both `a` and `a.b`."""
     return tuple(_imports(path))
 
 
 def _imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -179,7 +175,7 @@ def test_every_module_is_imported_from_somewhere() -> None:
         used |= set(imports(path)) - {name}
         used |= {
             node.value
-            for node in ast.walk(tree(path))
+            for node in nodes(path)
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
     used |= {name.partition(":")[0] for name in used if ":" in name}
@@ -192,6 +188,7 @@ def test_each_module_named_in_a_list_of_exceptions_exists() -> None:
     assert (set(ENTRIES) | set(IMPORTED_LATE)) <= set(modules())
 
 
+@cache
 def drawn_tree() -> dict[str, str]:
     """Each error that the docstring of errors.py draws, with the one it hangs on."""
     lines = [
@@ -231,7 +228,7 @@ def test_errors_of_ours_are_defined_in_their_tree_only() -> None:
     for path in modules().values():
         if path.name == "errors.py":
             continue
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
                 assert not bases & set(drawn_tree()), f"{path}: {node.name}"

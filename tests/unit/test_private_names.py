@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from tests.unit.trees import nodes, parsed
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src/tidegate").rglob("*.py"))
 COMPAT = [path for path in SOURCES if path.name == "_compat.py"]
@@ -34,15 +36,10 @@ def _is_private(name: str) -> bool:
 
 
 @cache
-def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
 def _defined(path: Path) -> frozenset[str]:
     """The names that a module defines: functions, classes, variables and attributes."""
     found = set()
-    for node in ast.walk(_parsed(path)):
+    for node in nodes(path):
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 found.add(node.name)
@@ -61,7 +58,7 @@ def _defined_anywhere() -> frozenset[str]:
 def _private_names(path: Path) -> Iterator[str]:
     """Private names that a module imports, or reads of what neither it nor, for `self` and `cls`,
     a class of ours that it inherits from has defined."""
-    for node in ast.walk(_parsed(path)):
+    for node in nodes(path):
         match node:
             case ast.ImportFrom(module=str(module)) if module.split(".")[0] not in OURS:
                 names = [f"{module}.{alias.name}" for alias in node.names]
@@ -89,7 +86,7 @@ def test_private_names_of_libraries_are_in_compat_modules_alone() -> None:
 
 @pytest.mark.parametrize("path", COMPAT, ids=lambda path: path.parent.name)
 def test_a_compat_module_names_its_bounds_and_the_test_that_guards_it(path: Path) -> None:
-    said = ast.get_docstring(_parsed(path)) or ""
+    said = ast.get_docstring(parsed(path)) or ""
     named = re.search(r"^([a-z0-9-]+) (>= \S+, < \S+?)\. Guarded by `([^`]+)`", said, re.MULTILINE)
     assert named is not None
     package, versions, test = named.groups()
