@@ -31,9 +31,6 @@ Json = Annotated[bool, typer.Option("--json", help="Show it as JSON.")]
 Reason = Annotated[str, typer.Option(help="Why; it goes on record.")]
 
 
-Pool = Annotated[str, typer.Option("--pool", help="Whose limits: the name of an upstream.")]
-
-
 AnyPool = Annotated[
     str | None,
     typer.Option(

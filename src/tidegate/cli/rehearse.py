@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidegate.call import DEFAULT_POOL
-from tidegate.cli.pool import Json, Pool, choose_pool, in_pool, show_json
+from tidegate.cli.pool import AnyPool, Json, choose_pool, chosen_pool, in_pool, show_json
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def rehearse(
         Path | None, typer.Option(help="Write the calls that were played there, as CSV.")
     ] = None,
     json: Json = False,
-    pool: Pool = DEFAULT_POOL,
+    pool: AnyPool = None,
 ) -> None:
     """Simulate what a policy does to a load: waits, shares, refusals, and which limit binds.
 
@@ -98,6 +98,7 @@ def rehearse(
 
     choose_pool(pool)
     config = load_config()
+    pool = chosen_pool(config)
     models = {kind: config.model_for(kind) for kind in config.rate_limits}
     usual = Usual(models, Pace(first_token_ms, tokens_per_second))
     arrivals = _sooner(_arrivals(config, load, from_record, usual, seed, pool), times)

@@ -17,7 +17,6 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel
 
 from tidegate import __version__
-from tidegate.call import DEFAULT_POOL
 from tidegate.dashboard.feed import feed_of
 from tidegate.dashboard.files import HEADERS, Files, document
 from tidegate.dashboard.past import Wanted
@@ -137,10 +136,11 @@ async def stuck(request: Request) -> Waiting:
 @data.get("/feed")
 async def feed(
     request: Request,
-    pool: Annotated[str, Query(description="Whose charts and tables")] = DEFAULT_POOL,
+    pool: Annotated[str | None, Query(description="Whose charts and tables")] = None,
     span: Annotated[Literal["5m", "1h", "24h"], Query(description="Of charts and tables")] = "5m",
 ) -> Response:
     services = services_of(request)
+    pool = services.usual_pool if pool is None else pool
     if pool not in services.limiters:
         allowed = f"one of {', '.join(services.limiters)}"
         raise InvalidRequest("pool", f"there is no pool {pool[:100]!a}", allowed=allowed)

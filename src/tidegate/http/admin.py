@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from tidegate.call import DEFAULT_POOL
 from tidegate.demand import Learned
 from tidegate.errors import ConfigError, InvalidRequest
 from tidegate.http.admin_body import described, read_json
@@ -27,10 +26,17 @@ _LONGEST_PAUSE_MS = 366 * 86_400_000
 
 async def in_pool(
     request: Request,
-    pool: Annotated[str, Query(description="Whose limits: the name of an upstream")] = DEFAULT_POOL,
+    pool: Annotated[
+        str | None,
+        Query(
+            description="Whose limits: the name of an upstream; `gemini`, or the first, if absent"
+        ),
+    ] = None,
 ) -> None:
     """A dependency of what concerns one pool. Raises InvalidRequest."""
-    known = services_of(request).limiters
+    services = services_of(request)
+    known = services.limiters
+    pool = services.usual_pool if pool is None else pool
     if pool not in known:
         names = ", ".join(known)
         raise InvalidRequest("pool", f"there is no pool {pool}", allowed=f"one of {names}")

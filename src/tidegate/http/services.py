@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from tidegate.call import Caller
+from tidegate.call import DEFAULT_POOL, Caller
 from tidegate.config import Config
 from tidegate.http.auth import Gate
 from tidegate.http.incoming import Bodies, Hold, Room
@@ -73,6 +73,12 @@ class Services:
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
     followers: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    @property
+    def usual_pool(self) -> str:
+        """The pool that a request is about which names none: Gemini's, or the first upstream's."""
+        upstreams = self.relay.targets.upstreams
+        return DEFAULT_POOL if DEFAULT_POOL in upstreams else next(iter(upstreams))
 
     def turn_waiters_away(self) -> None:
         """Answer calls that wait for a permit now, with 503, so that their clients ask another

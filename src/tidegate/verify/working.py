@@ -111,14 +111,18 @@ class Working:
         """This deployment's, pointed at the emulator, with nothing of its disk."""
         from pydantic import SecretStr
 
+        no_policy = folder / "tidegate.toml"
+        no_policy.touch()
         return self._ground.config.model_copy(
             update={
                 "gemini_base_url": self._upstream.url,
                 "gemini_api_key": SecretStr("of-the-emulator"),
+                # No other upstream of the deployment is asked, whatever serves its TEXT_MODEL.
+                "text_model": Config.model_fields["text_model"].default,
                 "data_dir": folder,
                 "blob_url": None,
                 "webhook_secret": None,
-                "tidegate_policy": None,
+                "tidegate_policy": no_policy,
             }
         )
 

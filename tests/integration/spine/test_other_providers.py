@@ -49,6 +49,8 @@ async def test_a_gateway_without_an_account_of_gemini(
     gateway = await open_gateway(tidegate_policy=policy, **NO_GEMINI)
     assert list(gateway.services.relay.health) == ["openai"]
     assert (await gateway.get("/dashboard/session"))[1]["pools"] == ["openai", "gemini"]
+    _, usual = await gateway.get("/admin/limits")
+    assert usual["pool"] == "openai"
     status, answer = await post(gateway, "/v1/chat/completions", **CHAT)
     assert (status, answer["object"]) == (200, "chat.completion")
     wrapped = await gateway.submit(endpoint="/v1/chat/completions", body=CHAT)

@@ -75,11 +75,15 @@ def processes(database_url: str) -> dict[str, object]:
 async def test_every_promise_is_kept_and_nothing_is_left(
     valkey_url: str, database_url: str, tmp_path: Path
 ) -> None:
+    """In a deployment without an account of Gemini, whose prompts would be another upstream's."""
     job = await queue_a_job_of_somebody(database_url)
+    (tmp_path / "tidegate.toml").write_text('[upstreams.own]\nbase_url = "http://127.0.0.1:9/v1"\n')
+    env = environment(valkey_url, database_url, tmp_path) | {"TEXT_MODEL": "gpt-5-mini"}
+    del env["GEMINI_API_KEY"]
     done = await ran(
         *("verify", "--quick", "--json", "--markdown", "report.md"),
         cwd=tmp_path,
-        env=environment(valkey_url, database_url, tmp_path),
+        env=env | {"OPENAI_API_KEY": "a-key-that-is-never-used"},
         within_s=100,
     )
     results = done.json["results"]
