@@ -5,7 +5,7 @@
 -- returns: done
 -- units: ms
 -- uses: keys clock pool limits places held session recover roster say
--- later: giving room parking pump rates
+-- later: giving room parking pump rates timers pauses starving
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0
 -- Where the past may be lost nobody is let in, and no trace is left of our having been here: `tend`

@@ -20,25 +20,10 @@ function T.may_hand_on(queue)
   return true
 end
 
--- By limit and band: how many flows ask for a hint, and the weights of their tenants together.
-local function weights_of_wants()
-  local sums = {}
-  for _, want in ipairs(q.wants) do
-    local queue = own.queues[want[1]]
-    if queue.at and queue.at ~= '!' then
-      local where = queue.at .. '|' .. queue.band
-      local sum = sums[where] or { count = 0, weight = 0 }
-      sum.count, sum.weight = sum.count + 1, sum.weight + T.tenant_of(queue.tenant).weight
-      sums[where] = sum
-    end
-  end
-  return sums
-end
-
 -- All tenants come so far in virtual time, so that none is at its end long before the others. What
 -- those that are not asked for weigh is taken to be as much as these do on average.
 function T.hints()
-  local list, sums, tenants_at = {}, #q.wants > 1 and weights_of_wants(), {}
+  local list, sums, tenants_at = {}, #q.wants > 1 and T.weights_of_wants(), {}
   if not pool.hand_off or pool.starving > 0 or pool.now < pool.recover_until then return list end
   for _, want in ipairs(q.wants) do
     local queue = own.queues[want[1]]

@@ -30,15 +30,6 @@ function T.is_implicit(name)
   return string.find(name, '^model:') ~= nil or string.find(name, '^upstream:') ~= nil
 end
 
--- A gate: a pause that lasts until it is opened, and lets one call at a time try. `taker` is the
--- session|ticket of the last one, `every_ms` the least time between two, `rounds` how many failed.
-function T.gate_of(name)
-  local text = call('HGET', T.meta_key, 'g:' .. name) or '1000|1000|0|'
-  local every_ms, most_ms, rounds, taker = string.match(text, '^(%d+)|(%d+)|(%d+)|(.*)$')
-  return { every_ms = tonumber(every_ms), most_ms = tonumber(most_ms), rounds = tonumber(rounds),
-    taker = taker }
-end
-
 function T.limit_of(name)
   local limit = T.limits[name]
   if limit then return limit end

@@ -61,22 +61,15 @@ function T.bar(queue, member, left_ms)
   return true
 end
 
--- What each queue that somebody asked about waits for now.
-function T.outlook()
-  local list = {}
-  for number, queue in pairs(T.waited) do
-    if queue.at and queue.at ~= '!' then
-      local limit, amount = T.limit_of(queue.at), 1
-      if limit.sort ~= 'c' and not T.is_firm(limit) then
-        local amounts = T.amounts_in(string.match(T.first_of(queue), '^%d+|%d+|%d+|(.*)$'))
-        for i, name in ipairs(T.names_in(queue.lane)) do
-          if name == limit.name then amount = amounts[i] or 1 end
-        end
-      end
-      local at, used, firm = T.earliest(limit, amount)
-      list[#list + 1] = { number, queue.at, math.max(0, at - pool.now), used, firm and 1 or 0 }
+-- What the queue of a flow waits for now, under a rate or a pause.
+function T.outlook(number, queue, limit)
+  local amount = 1
+  if limit.sort ~= 'c' and not T.is_firm(limit) then
+    local amounts = T.amounts_in(string.match(T.first_of(queue), '^%d+|%d+|%d+|(.*)$'))
+    for i, name in ipairs(T.names_in(queue.lane)) do
+      if name == limit.name then amount = amounts[i] or 1 end
     end
   end
-  table.sort(list, function(one, other) return one[1] < other[1] end)
-  return list
+  local at, used, firm = T.earliest(limit, amount)
+  return { number, queue.at, math.max(0, at - pool.now), used, firm and 1 or 0 }
 end

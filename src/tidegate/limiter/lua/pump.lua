@@ -1,7 +1,7 @@
 -- does: lets waiters in, into whatever is free under the touched limits
--- keys: sessions session queue park line timed starving
+-- keys: sessions session queue park line
 -- args: none
--- returns: pump(), publish(), admit(), serve_starving(), look_again(), note_timers()
+-- returns: pump(), publish(), admit(), let_in()
 -- units: ms
 T.ACK_WINDOW = 8
 T.AT_ONCE = 500
@@ -165,72 +165,6 @@ function T.step(limit, number, list)
   return true
 end
 
--- Whether what a queue lacks is given back by calls that end; else nothing need be kept for it.
-function T.can_be_saved_for(queue, list)
-  local room, can = true, true
-  for i, name in ipairs(T.names_in(queue.lane)) do
-    local limit = T.limit_of(name)
-    if not T.has_room(limit, queue.band, list[i] or 1) then
-      room = false
-      can = can and limit.sort == 'c' and not limit.pause and T.cap_of(limit, queue.band) > 0
-    end
-  end
-  return room, can
-end
-
--- What is free is kept for those who were sent to and fro too often, in their order.
-function T.serve_starving()
-  if T.served or pool.now < pool.recover_until then return end
-  T.served = true
-  for _, id in ipairs(call('ZRANGE', T.starving_key, 0, 7)) do
-    local queue = T.queue_of(id)
-    T.load_place(queue)
-    if T.deliverable(queue.sid) then
-      local member, _, next_stamp, next_member = T.first_of(queue)
-      local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
-      local room, can_be_saved_for = T.can_be_saved_for(queue, list)
-      if room then
-        T.let_in(T.limit_of(queue.at), queue, member, next_stamp, next_member)
-      elseif can_be_saved_for then
-        for _, name in ipairs(T.names_in(queue.lane)) do
-          local limit = T.limit_of(name)
-          limit.reserved = limit.reserved + 1
-        end
-      end
-    end
-  end
-end
-
-function T.touch_due()
-  if pool.timed_at == 0 or pool.now < pool.timed_at then return end
-  for _, name in ipairs(call('ZRANGEBYSCORE', T.timed_key, '-inf', T.int(pool.now))) do
-    call('ZREM', T.timed_key, name)
-    T.touched[name] = true
-    T.end_implicit(T.limit_of(name))
-  end
-end
-
--- Of a pause that has passed nothing is kept where no policy names the limit.
-function T.end_implicit(limit)
-  if not limit.implicit then return end
-  if limit.pause_over then
-    limit.pause_over, limit.pause_changed, limit.changed = nil, true, true
-  elseif limit.pause and not limit.pause.gate then
-    local pause = limit.pause
-    local over_at = pause.until_ms + pause.ramp_ms
-    T.look_again(limit.name, pool.now < pause.until_ms and pause.until_ms or over_at)
-  end
-end
-
-function T.look_again(name, at)
-  call('ZADD', T.timed_key, 'LT', T.int(at), name)
-  call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
-end
-
-function T.note_timers()
-  pool.timed_at = tonumber(call('ZRANGE', T.timed_key, 0, 0, 'WITHSCORES')[2] or 0)
-end
-
 -- A limit that only time frees has a moment at which somebody looks again.
 function T.set_timers()
   local due = pool.timed_at > 0 and pool.now >= pool.timed_at
@@ -246,7 +180,7 @@ end
 
 function T.pump()
   if pool.now < pool.recover_until then return end
-  T.touch_due()
+  if pool.timed_at > 0 and pool.now >= pool.timed_at then T.touch_due() end
   if pool.starving > 0 then T.serve_starving() end
   local name = next(T.touched)
   while name and T.budget > 0 do

@@ -104,5 +104,18 @@ function T.settle_down()
     T.pump()
   end
   if next(T.outbox) then T.publish() end
-  if own.sid and next(T.waited) then T.seen_ahead = T.outlook() end
+  if own.sid and next(T.waited) then T.look_ahead() end
+end
+
+-- What each queue that somebody may want to know of waits for now: most for a call to end.
+function T.look_ahead()
+  local list = T.seen_ahead
+  for number, queue in pairs(T.waited) do
+    if queue.at and queue.at ~= '!' then
+      local limit = T.limit_of(queue.at)
+      list[#list + 1] = limit.sort == 'c' and not limit.pause and { number, queue.at, 0, limit.used, 0 }
+        or T.outlook(number, queue, limit)
+    end
+  end
+  if #list > 1 then table.sort(list, function(one, other) return one[1] < other[1] end) end
 end

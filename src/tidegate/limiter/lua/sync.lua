@@ -5,7 +5,7 @@
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole barred outlook
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step), barred (ticket, limit, room_in_ms, used), outlook (flow, limit, room_in_ms, used, firm)
 -- uses: keys clock pool limits places held session say hints reply
--- later: giving room parking pump rates outlook
+-- later: giving room parking pump wants rates timers outlook pauses starving
 T.load_pool()
 local wall = T.wall_clock_ms()
 pool.now = math.max(wall, pool.clock)

@@ -1,0 +1,66 @@
+-- does: says what a pause, a gate and an adaptive limit allow
+-- keys: session
+-- args: none
+-- returns: gate_of(), is_tried(), pause_lets(), adapt()
+-- units: ms
+-- A gate: a pause that lasts until it is opened, and lets one call at a time try. `taker` is the
+-- session|ticket of the last one, `every_ms` the least time between two, `rounds` how many failed.
+function T.gate_of(name)
+  local text = call('HGET', T.meta_key, 'g:' .. name) or '1000|1000|0|'
+  local every_ms, most_ms, rounds, taker = string.match(text, '^(%d+)|(%d+)|(%d+)|(.*)$')
+  return { every_ms = tonumber(every_ms), most_ms = tonumber(most_ms), rounds = tonumber(rounds),
+    taker = taker }
+end
+
+-- Whether the call that a gate let try is still under way. The permits of this very call of the
+-- script are not written yet.
+function T.is_tried(gate)
+  if gate.taker == '' then return false end
+  if gate.fresh then return true end
+  local sid, ticket = string.match(gate.taker, '^([^|]*)|(.*)$')
+  local value = sid == own.sid and own.held[tonumber(ticket)]
+  if value == nil or sid ~= own.sid then
+    value = call('HGET', T.session_key(sid), 'h:' .. ticket)
+  end
+  return value and true or false
+end
+
+-- After a pause the calls come back one by one, over `ramp_ms`, instead of all at once; `passed` is
+-- in the limit's unit. A limit without a bound comes back as one of `RAMP_BOUND` does.
+T.RAMP_BOUND = 64
+function T.pause_lets(limit)
+  local pause, bound = limit.pause, limit.implicit and T.RAMP_BOUND or limit.bound
+  if pool.now < pause.until_ms then return T.room_again(limit, pause.until_ms) end
+  if pause.gate then
+    return not T.is_tried(pause.gate) or T.room_again(limit, pool.now + pause.gate.every_ms)
+  end
+  local allowed = 1 + math.floor(bound * (pool.now - pause.until_ms) / pause.ramp_ms)
+  if pause.passed < allowed then return true end
+  local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, bound))
+  return T.room_again(limit, math.max(at, pool.now + 1))
+end
+
+-- Additive increase while it is used up: one more in a round of calls, and in `ADAPT_CALLS` at least,
+-- since of what is tried beyond the provider's limit one call is refused. A call that is dropped while
+-- all is used up says that one less is taken: its place goes to nobody. Else multiplicative decrease at
+-- most once a second (Chiu and Jain 1989). In thousandths, so that both worlds count alike.
+T.ADAPT_PAUSE_MS = 1000
+T.ADAPT_CALLS = 25
+function T.adapt(limit, outcome)
+  local full = limit.used >= math.floor(limit.current / 1000)
+  if outcome == 0 and full then
+    local round = math.max(limit.current, T.ADAPT_CALLS * 1000)
+    limit.current = math.min(limit.bound * 1000, limit.current + math.floor(1000000 / round))
+  elseif outcome == 2 and full then
+    local taken = math.max(limit.least, limit.used - 1) * 1000
+    if taken >= limit.current then return end
+    limit.current, limit.dropped_at = taken, pool.now
+  elseif outcome == 2 and pool.now - limit.dropped_at >= T.ADAPT_PAUSE_MS then
+    limit.current = math.min(limit.bound * 1000,
+      math.max(limit.least * 1000, math.floor(limit.current * 7 / 10)))
+    limit.dropped_at = pool.now
+  else
+    return
+  end
+  limit.adapted, limit.changed = true, true
+end

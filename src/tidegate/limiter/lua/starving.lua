@@ -1,0 +1,40 @@
+-- does: keeps what is free for tickets that were sent from limit to limit too often
+-- keys: starving
+-- args: none
+-- returns: serve_starving()
+-- units: none
+-- Whether what a queue lacks is given back by calls that end; else nothing need be kept for it.
+function T.can_be_saved_for(queue, list)
+  local room, can = true, true
+  for i, name in ipairs(T.names_in(queue.lane)) do
+    local limit = T.limit_of(name)
+    if not T.has_room(limit, queue.band, list[i] or 1) then
+      room = false
+      can = can and limit.sort == 'c' and not limit.pause and T.cap_of(limit, queue.band) > 0
+    end
+  end
+  return room, can
+end
+
+-- What is free is kept for those who were sent to and fro too often, in their order.
+function T.serve_starving()
+  if T.served or pool.now < pool.recover_until then return end
+  T.served = true
+  for _, id in ipairs(call('ZRANGE', T.starving_key, 0, 7)) do
+    local queue = T.queue_of(id)
+    T.load_place(queue)
+    if T.deliverable(queue.sid) then
+      local member, _, next_stamp, next_member = T.first_of(queue)
+      local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
+      local room, can_be_saved_for = T.can_be_saved_for(queue, list)
+      if room then
+        T.let_in(T.limit_of(queue.at), queue, member, next_stamp, next_member)
+      elseif can_be_saved_for then
+        for _, name in ipairs(T.names_in(queue.lane)) do
+          local limit = T.limit_of(name)
+          limit.reserved = limit.reserved + 1
+        end
+      end
+    end
+  end
+end

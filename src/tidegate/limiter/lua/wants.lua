@@ -1,0 +1,19 @@
+-- does: weighs the flows that ask for a hint, where there are several
+-- keys: none
+-- args: wants
+-- returns: weights_of_wants()
+-- units: none
+-- By limit and band: how many flows ask for a hint, and the weights of their tenants together.
+function T.weights_of_wants()
+  local sums = {}
+  for _, want in ipairs(q.wants) do
+    local queue = own.queues[want[1]]
+    if queue.at and queue.at ~= '!' then
+      local where = queue.at .. '|' .. queue.band
+      local sum = sums[where] or { count = 0, weight = 0 }
+      sum.count, sum.weight = sum.count + 1, sum.weight + T.tenant_of(queue.tenant).weight
+      sums[where] = sum
+    end
+  end
+  return sums
+end
