@@ -13,8 +13,11 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.relay.test_totals import VERSION, fronts
+from tests.integration.security.hostile import one_try
 from tests.integration.tenants.asking import ADMIN_TOKEN, ask, key_of
 from tests.waiting import wait_until
+
+__all__ = ["one_try"]
 from tidegate.providers.emulator.ledger import LoggedCall
 
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
@@ -156,15 +159,14 @@ async def test_a_call_that_is_left_before_its_first_byte_pays_its_input(
 
 
 async def test_a_call_that_was_never_sent_costs_nothing(
-    open_gateway: Opener, limited: Path
+    open_gateway: Opener, limited: Path, one_try: None
 ) -> None:
     gateway = await open_gateway(
         **ON, tidegate_policy=limited, gemini_base_url="http://127.0.0.1:9"
     )
     acme = await key_of(gateway, "acme")
     path, body = fronts("Hello")[2]
-    headers = acme | {"x-tidegate-deadline-ms": "300"}
-    async with gateway.http.post(gateway.url + path, json=body, headers=headers) as response:
+    async with gateway.http.post(gateway.url + path, json=body, headers=acme) as response:
         assert response.status == 502 or response.status == 503
     row = await wait_until(lambda: gateway.database.fetchrow("SELECT * FROM audit"), 20)
     assert (row["usage_state"], row["cost_micros"]) == ("none", 0)

@@ -10,8 +10,11 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.relay.test_totals import VERSION, fronts, is_added_up
+from tests.integration.security.hostile import one_try
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
 from tests.waiting import wait_until
+
+__all__ = ["one_try"]
 
 
 async def called(gateway: Gateway, path: str, body: dict[str, Any], **headers: str) -> int:
@@ -73,12 +76,13 @@ async def test_refusals_cost_nothing_and_cut_streams_what_came(
     await is_added_up(gateway)
 
 
-async def test_refused_calls_are_charged_nothing(open_gateway: Opener, priced: Path) -> None:
+async def test_refused_calls_are_charged_nothing(
+    open_gateway: Opener, priced: Path, one_try: None
+) -> None:
     gateway = await open_gateway(worker=False, tidegate_policy=priced)
     await gateway.upstream.set_fault("throttled_bare", match="no room")
     path, body = fronts("no room")[2]
-    deadline = {"x-tidegate-deadline-ms": "300"}
-    assert await called(gateway, path, body, **deadline) == 429
+    assert await called(gateway, path, body) == 429
     row = await wait_until(lambda: gateway.database.fetchrow("SELECT * FROM audit"), 20)
     assert (row["usage_state"], row["cost_micros"], row["input_tokens"]) == ("none", 0, None)
 

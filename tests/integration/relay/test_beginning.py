@@ -11,12 +11,12 @@ import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
-from tests.integration.security.hostile import Hostile, hostile
+from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import promised_s
 from tidegate.providers.emulator import Emulator, run_emulator
 from tidegate.relay.beginning import HELD_S
 
-__all__ = ["hostile"]
+__all__ = ["hostile", "one_try"]
 
 POLICY = """
 [upstreams.first]
@@ -201,13 +201,12 @@ async def test_a_client_reads_the_error_as_one_that_came_at_once(
 
 @pytest.mark.parametrize("status", [400, 404, 503])
 async def test_a_refusal_says_which_upstream_it_is_from(
-    open_gateway: Opener, hostile: Hostile, status: int
+    open_gateway: Opener, hostile: Hostile, one_try: None, status: int
 ) -> None:
     gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
     page = b"<html>no</html>"
     hostile.answer = b"HTTP/1.1 %d No\r\ncontent-length: %d\r\n\r\n%b" % (status, len(page), page)
-    one_try = {"x-tidegate-deadline-ms": "300"}
-    found, headers, body = await read(gateway, CHAT, **one_try)
+    found, headers, body = await read(gateway, CHAT)
     assert (found, body) == (status, page)
     assert headers["x-tidegate-upstream"] == "gemini"
     assert float(headers["x-tidegate-queue-ms"]) >= 0
