@@ -17,11 +17,19 @@ from typing import Any
 
 import redis
 
-from tidegate.embedded.valkey import ValkeyServer
-from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.limiter.scripts import ScriptName, load
-from tidegate.limiter.wire import Join, Push, Renewal, SyncReply, SyncRequest, flow_of
+from tidegate.embedded.servers import ValkeyServer
+from tidegate.limiter.messages import (
+    Join,
+    Keyspace,
+    Push,
+    Renewal,
+    ScriptName,
+    SyncReply,
+    SyncRequest,
+    flow_of,
+    load,
+)
+from tidegate.limiter.policy import PoolPolicy
 
 LIMIT = "kind:text_only"
 ROOMY = "kind:classifier"

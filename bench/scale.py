@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from bench.limiter.trace import quantile
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.limiter.model import PoolModel
-from tidegate.limiter.wire import Join, Renewal, SyncReply, SyncRequest, flow_of
+from tidegate.limiter.messages import Join, Renewal, SyncReply, SyncRequest, flow_of
+from tidegate.limiter.model.pool import PoolModel
+from tidegate.limiter.policy import PoolPolicy
 
 LIMIT = "kind:text_only"
 WEIGHTS = (1, 2, 4)

@@ -18,7 +18,7 @@ import aiohttp
 
 from tests.fleet import ROOT, Fleet
 from tests.waiting import wait_until
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 
 _LEAVE_MS = 2_500
 

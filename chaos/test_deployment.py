@@ -14,7 +14,7 @@ import pytest
 from tests import scenarios
 from tests.fleet import LIMITS, Fleet
 from tests.load import Load
-from tidegate.rehearse.history import from_emulator, in_flight
+from tidegate.checker import from_emulator, in_flight
 
 Fault = Callable[[Fleet], Awaitable[None]]
 

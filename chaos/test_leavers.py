@@ -13,7 +13,7 @@ import aiohttp
 from tests.fleet import LIMITS, Fleet
 from tests.load import stream
 from tests.waiting import wait_until
-from tidegate.providers.emulator.ledger import LoggedCall
+from tidegate.emulator.state import LoggedCall
 
 LEAVERS = 10_000
 AT_ONCE = 100

@@ -22,7 +22,7 @@ from tests import batching
 from tests.fleet import Fleet
 from tests.unit.jobs.test_outages import BARE, DAY_S, outlast
 from tests.waiting import wait_until, work_for
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 
 JOBS = 10_000
 LINES = 1_000

@@ -9,8 +9,7 @@ import pytest
 
 from tests import rehearsal
 from tests.fleet import Fleet
-from tidegate.rehearse.play import rehearse
-from tidegate.rehearse.stage import Setting
+from tidegate.rehearse.simulation import Setting, rehearse
 
 SECONDS = float(os.environ.get("TIDEGATE_REHEARSAL_S", "240"))
 PLAYS = 20

@@ -18,8 +18,8 @@ from tests.fleet import LIMITS, ROOT
 from tests.scenarios import SLOW
 from tests.steady import Steady, steady_load
 from tests.waiting import wait_until
-from tidegate.providers.emulator.client import EmulatorControl
-from tidegate.store.migrate import HEAD, migrate
+from tidegate.emulator.client import EmulatorControl
+from tidegate.store.database import HEAD, migrate
 
 _VERSIONS = "src/tidegate/store/migrations/versions"
 
@@ -72,7 +72,7 @@ async def test_an_upgrade_with_a_migration_and_a_rollback(tmp_path: Path, older:
     """The older version serves before, beside and after the newer one, on the newer schema."""
     async with balanced(tmp_path) as both:
         url = both.fleet.postgres.url()
-        program = "import asyncio, sys; from tidegate.store.migrate import migrate; "
+        program = "import asyncio, sys; from tidegate.store.database import migrate; "
         code = f"{program} print(asyncio.run(migrate(sys.argv[1])))"
         done = await asyncio.to_thread(
             subprocess.run,

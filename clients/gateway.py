@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 
 READY_WITHIN_S = 120
 STOPPED_WITHIN_S = 40

@@ -10,7 +10,7 @@ tests=(
     tests/contract
     tests/integration/http_input
     tests/integration/servers
-    tests/unit/gemini
+    tests/unit/upstream
     tests/unit/test_tally.py
 )
 

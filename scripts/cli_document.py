@@ -1,6 +1,6 @@
 """`docs/cli.md`: `cli_head.md`, the exit codes, and a reference of all commands.
 
-Invariant: the reference is what `--help` says, the exit codes are those of `tidegate.cli.exits`.
+Invariant: the reference is what `--help` says, the exit codes are those of `tidegate.cli.terminal`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def cli_document() -> str:
     from typer.main import get_command
 
     from tidegate.cli import app
-    from tidegate.cli.exits import EXITS
+    from tidegate.cli.terminal import EXITS
 
     lines = [HEAD.read_text(encoding="utf-8"), "| code | means |", "|---|---|"]
     lines += [f"| {one.code} | {one.means} |" for one in EXITS]

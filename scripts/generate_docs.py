@@ -3,7 +3,7 @@
     python scripts/generate_docs.py           write them
     python scripts/generate_docs.py --check   exit with 1 and name what is out of date
 
-Invariant: what these files say of a setting stands in `tidegate.config.settings`, what they say of
+Invariant: what these files say of a setting stands in `tidegate.settings`, what they say of
 an error in `tidegate.errors` and in the table of `tidegate.http.problems`, of a command in
 `tidegate.cli`, and only there.
 """
@@ -20,14 +20,13 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from tidegate import errors
-from tidegate.config import SECRETS, Config
-from tidegate.config.environment import allowed
-from tidegate.config.settings import SECTIONS
 from tidegate.http.problems import native_status_of, status_of
-from tidegate.metrics.names import ALL
+from tidegate.metrics.instruments import ALL
+from tidegate.settings import SECRETS, SECTIONS, Config, allowed
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cli_document import cli_document
+from code_document import code_document
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 96
@@ -57,7 +56,7 @@ loopback address. On any other address both URLs and one upstream, of any provid
 unless `TIDEGATE_DEMO=1` says that this is a demonstration. One of the two URLs without the other
 always stops the start.
 
-<!-- Written by scripts/generate_docs.py: change tidegate/config/settings.py instead. -->
+<!-- Written by scripts/generate_docs.py: change tidegate/settings.py instead. -->
 """
 
 ERRORS_HEAD = """\
@@ -85,7 +84,7 @@ METRICS_HEAD = """\
 All that `GET /metrics` tells; [observability.md](observability.md#metrics) says how to have it
 scraped and what is behind it. A histogram has `_bucket`, `_sum` and `_count` after its name.
 
-<!-- Written by scripts/generate_docs.py from tidegate/metrics/names.py. -->
+<!-- Written by scripts/generate_docs.py from tidegate/metrics/instruments.py. -->
 """
 OF_PROCESSES = """
 ## What processes have seen
@@ -203,6 +202,7 @@ def documents() -> dict[Path, str]:
         ROOT / "docs" / "configuration.md": configuration(),
         ROOT / "docs" / "errors.md": errors_reference(),
         ROOT / "docs" / "cli.md": cli_document(),
+        ROOT / "docs" / "code.md": code_document(),
         ROOT / "docs" / "metrics.md": metrics_reference(),
     }
 
@@ -218,7 +218,7 @@ def out_of_date() -> list[Path]:
 def _description(field: str) -> str:
     text = Config.model_fields[field].description
     if not text:
-        raise SystemExit(f"{field} has no description in tidegate/config/settings.py")
+        raise SystemExit(f"{field} has no description in tidegate/settings.py")
     return text
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import asyncpg
 
-from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.servers import PostgresServer
 
 TEMPLATE = "template_tidegate"
 # A crash of a server loses nothing without it: what the server wrote is the kernel's.
@@ -57,7 +57,7 @@ def _made(*, migrated: bool) -> Path:
 
 
 async def _migrate(server: PostgresServer) -> None:
-    from tidegate.store.migrate import migrate  # half a second, which most runs do without
+    from tidegate.store.database import migrate
 
     await migrate(server.url())
     connection = await asyncpg.connect(server.url("postgres"))

@@ -16,8 +16,7 @@ from tests.asked_once import asked_each_time
 from tests.clusters import FAST, copied
 from tests.databases import database_url, databases
 from tests.hung import pytest_runtest_protocol
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import PostgresServer, ValkeyServer
 
 __all__ = ["asked_each_time", "database_url", "databases", "pytest_runtest_protocol"]
 

@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 
 from tests.clusters import TEMPLATE
-from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.servers import PostgresServer
 
 _TERMINATE = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity

@@ -44,6 +44,7 @@ _BACKUP = "tests/integration/embedded/test_backup.py"
 _LIBRARY = "tests/integration/library/test_examples.py"
 ELSEWHERE = (
     Elsewhere("README.md", "scripts/test_requests.zsh", "tests/acceptance/test_request_script.py"),
+    Elsewhere("docs/code.md", "", "tests/unit/test_code_document.py", "text"),
     Elsewhere("docs/concepts.md", "submit ──", "tests/unit/test_documents.py"),
     Elsewhere("docs/library.md", "", _LIBRARY, "python"),
     Elsewhere("docs/library.md", "", _LIBRARY, "text"),

@@ -20,10 +20,9 @@ import aiohttp
 from tests.clusters import FAST, copied
 from tests.forked import started
 from tests.waiting import wait_until, work_for
-from tidegate.embedded.process import free_port
-from tidegate.embedded.valkey import ValkeyServer
-from tidegate.providers.emulator.client import EmulatorControl, Stats
-from tidegate.providers.emulator.ledger import LoggedCall
+from tidegate.embedded.servers import ValkeyServer, free_port
+from tidegate.emulator.client import EmulatorControl, Stats
+from tidegate.emulator.state import LoggedCall
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
@@ -124,7 +123,7 @@ class Fleet:
         await asyncio.to_thread(self.valkey.start)
         await asyncio.to_thread(self.postgres.start)
         port_file = self.folder / "emulator.port"
-        module = "tidegate.providers.emulator"
+        module = "tidegate.emulator"
         arguments = [module, "--host", "127.0.0.1", "--port", "0", "--port-file", str(port_file)]
         self._children.append(
             Child("emulator", arguments, self._environment(""), self.folder / "emulator.log")

@@ -32,9 +32,9 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parent.parent
 _IMPORTED = (
     *("tidegate.cli", "tidegate.app", "tidegate.supervisor.roles", "tidegate.http.server"),
-    *("tidegate.http.protocol", "tidegate.jobs.worker", "tidegate.store.migrations"),
-    *("tidegate.providers.gemini.processor", "tidegate.providers.gemini.wire"),
-    *("tidegate.providers.emulator.run", "google.genai", "google.auth.aio.credentials"),
+    *("tidegate.http.uvicorn_protocol", "tidegate.jobs.worker", "tidegate.store.migrations"),
+    *("tidegate.upstream.gemini", "tidegate.upstream.gemini_transport"),
+    *("tidegate.emulator.server", "google.genai", "google.auth.aio.credentials"),
     *("alembic.command", "alembic.config", "sqlalchemy.ext.asyncio", "uvicorn", "uvloop"),
     *("uvicorn.lifespan.on", "encodings.idna"),
 )

@@ -27,12 +27,13 @@ from starlette.datastructures import State
 
 from tests.waiting import wait_until, work_for
 from tidegate.app import create_app, run_worker
-from tidegate.config import Config, operator_key
-from tidegate.http.protocol import bounded
+from tidegate.emulator.client import EmulatorControl
+from tidegate.emulator.server import run_emulator
+from tidegate.emulator.state import LoggedCall
 from tidegate.http.services import Services
-from tidegate.providers.emulator import EmulatorControl, run_emulator
-from tidegate.providers.emulator.ledger import LoggedCall
-from tidegate.store import bodies
+from tidegate.http.uvicorn_protocol import bounded
+from tidegate.settings import Config, operator_key
+from tidegate.store import audit as bodies
 from tidegate.supervisor.roles import Server
 
 PNG = bytes.fromhex(

@@ -14,7 +14,7 @@ import orjson
 import pytest
 import structlog
 
-from tidegate import telemetry
+from tidegate.telemetry import logging as telemetry
 
 Lines = Callable[[], list[dict[str, Any]]]
 

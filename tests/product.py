@@ -21,8 +21,8 @@ from urllib.request import urlopen
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.config import Config
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
+from tidegate.settings import Config
 
 READY_WITHIN_S = 60
 STOPPED_WITHIN_S = 40

@@ -19,13 +19,12 @@ from uuid import UUID
 from tests.fleet import Fleet
 from tests.tenancy import keys_of
 from tests.waiting import wait_until
-from tidegate.limiter import PoolPolicy
-from tidegate.policy.plain import of_plain
-from tidegate.providers.emulator.ledger import LoggedCall
-from tidegate.rehearse.findings import Findings, waits_of
-from tidegate.rehearse.load import load_of
-from tidegate.rehearse.trace import Arrival, Pace, Usual
-from tidegate.store.connection import Connections
+from tidegate.emulator.state import LoggedCall
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.policy.format import of_plain
+from tidegate.rehearse.load import Arrival, Pace, Usual, load_of
+from tidegate.rehearse.report import Findings, waits_of
+from tidegate.store.database import Connections
 
 ADMIN_TOKEN = "of-the-operator-alone"
 LIMIT = "kind:text_only"

@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 
 from tests.waiting import wait_until
-from tidegate.providers.emulator.client import EmulatorControl
+from tidegate.emulator.client import EmulatorControl
 
 KINDS = ("submit", "stream", "native", "native_stream")
 _MODEL = "gemini-2.5-flash"

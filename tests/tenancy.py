@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tests.fleet import Fleet
 from tests.waiting import wait_until
-from tidegate.providers.emulator.ledger import LoggedCall
-from tidegate.rehearse.history import Event, in_flight, window_maximum
+from tidegate.checker import Event, in_flight, window_maximum
+from tidegate.emulator.state import LoggedCall
 
 WEIGHTS = {"small": 1, "middle": 2, "large": 4}
 LIMIT = 8

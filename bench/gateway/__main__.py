@@ -28,7 +28,7 @@ from bench.gateway.programs import Figures, LoadFailed, Upstream
 from bench.gateway.scenarios import MEMORY_REQUESTS, OURS_ONLY, SHARED, NotServing, Setting, Stage
 from bench.gateway.tables import direct_line, grids
 from bench.machine import Patience
-from tidegate.embedded.process import ServerFailed
+from tidegate.embedded.servers import ServerFailed
 
 JOBS = "jobs"
 SCENARIOS = (*SHARED, *OURS_ONLY, JOBS)

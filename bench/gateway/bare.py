@@ -15,9 +15,8 @@ import uvicorn
 import uvloop
 from starlette.types import Receive, Scope, Send
 
-from tidegate.http.protocol import bounded
-from tidegate.providers.gemini.timeouts import Timeouts
-from tidegate.providers.relay import RelayWire
+from tidegate.http.uvicorn_protocol import bounded
+from tidegate.upstream.http import RelayWire, Timeouts
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -22,8 +22,7 @@ from bench.environments import ROOT, EnvironmentMissing, node_modules_with, prog
 from bench.gateway.processes import Program, cpu_ns, resident_bytes
 from bench.gateway.product import Product
 from bench.gateway.programs import HERE, Upstream
-from tidegate.embedded.process import free_port
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer, free_port
 
 PORTKEY = "1.15.2"
 # With newer ones its streams fail: github.com/Portkey-AI/gateway/issues/1389.

@@ -21,9 +21,7 @@ import asyncpg
 
 from bench.environments import ROOT
 from bench.gateway.processes import Program, cpu_ns, family
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.process import free_port
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import PostgresServer, ValkeyServer, free_port
 
 # Above what is ever open here: the limits are asked and kept, and hold up nobody.
 _AT_ONCE = 5000

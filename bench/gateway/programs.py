@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.environments import CACHE, EnvironmentMissing, program, run
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 
 HERE = Path(__file__).parent
 Figures = dict[str, Any]

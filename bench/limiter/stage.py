@@ -27,7 +27,7 @@ from bench.limiter.orders import Orders
 from bench.limiter.trace import Trace
 from bench.machine import cpu_ns
 from bench.peers.catalogue import Entry, interpreter
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 
 READY_S = 20.0
 # Some peers keep a connection for each waiting task.

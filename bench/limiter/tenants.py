@@ -18,11 +18,11 @@ import redis.asyncio
 import uvloop
 
 from bench.limiter.trace import quantile
-from tidegate.embedded.valkey import ValkeyServer
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.limiter.limits import Limit, Rate
-from tidegate.limiter.observer import Observer, State
-from tidegate.limiter.scripts import load
+from tidegate.embedded.servers import ValkeyServer
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import load
+from tidegate.limiter.policy import Limit, PoolPolicy, Rate
+from tidegate.limiter.views import Observer, State
 
 TENANTS = 10_000
 BUSY = 1000

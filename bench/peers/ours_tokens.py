@@ -10,9 +10,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from random import Random
 
 from bench.limiter.orders import Orders
+from tidegate.admission.estimator import Estimate, Estimator
 from tidegate.call import Usage
-from tidegate.demand import Estimate, Estimator
-from tidegate.limiter import Limiter, PoolPolicy, Rate, Tokens
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy, Rate
+from tidegate.limiter.queue import Tokens
 
 WEIGHED = True
 LIMIT = "tpm:bench"

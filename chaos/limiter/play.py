@@ -10,7 +10,7 @@ from chaos.limiter.faults import FAULTS, MIXED, Fault
 from chaos.limiter.report import WAKE_S, Outcome, Round, judge, since_start
 from chaos.limiter.scene import BACK_S, Scene, Size, open_scene
 from tests.waiting import wait_until
-from tidegate.rehearse.history import first_of_new_epoch_s
+from tidegate.checker import first_of_new_epoch_s
 
 
 async def play(

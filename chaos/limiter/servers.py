@@ -11,8 +11,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tidegate.embedded import process
-from tidegate.embedded.valkey import ValkeyServer, _binary
+from tidegate.embedded import servers as process
+from tidegate.embedded.servers import ValkeyServer, _binary
 
 CLOCK_SOURCE = Path(__file__).with_name("clock.c")
 APPEND_ONLY = ("--appendonly", "yes", "--appendfsync", "always")

@@ -26,7 +26,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tidegate.rehearse.history import Event, What
+from tidegate.checker import Event, What
 
 WITH_HISTORY = "history"
 _MEANING: dict[str, What] = {"?": "ask", "+": "begin", "-": "end", "!": "leave"}

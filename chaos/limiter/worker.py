@@ -22,8 +22,8 @@ from typing import Any
 
 from chaos.limiter.truth import Caller
 from tidegate.errors import AdmissionError, LeaseLost
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.limiter.limits import Band, Limit, Rate
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import Band, Limit, PoolPolicy, Rate
 
 LIMIT = "kind:text_only"
 

@@ -16,7 +16,7 @@ from chaos.soak.faults import KILLS
 from chaos.soak.watch import Watch
 from tests.fleet import Fleet
 from tests.waiting import wait_until
-from tidegate.providers.emulator.ledger import LoggedCall
+from tidegate.emulator.state import LoggedCall
 
 _MOST_GROWTH = 1.10
 _SLACK = {"resident MB": 12.0, "open files": 12.0, "connections": 6.0}

@@ -1,3 +1,3 @@
-"""Tidegate: one admission in front of large language models."""
+"""Tidegate: a self-hosted LLM gateway with one fair admission for all processes."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command `tidegate`, also as `python -m tidegate`.
+"""Entry point: the command `tidegate`, also as `python -m tidegate`.
 
 Invariant: this file imports nothing but the standard library, so that whoever installed the limiter
 alone is told in one line what the command needs.

@@ -1,4 +1,4 @@
-"""The composition root: the only place that knows how the rooms are put together."""
+"""Composition root: the one place that wires the parts of a process together."""
 
 from __future__ import annotations
 
@@ -12,44 +12,40 @@ from uuid import uuid4
 
 from fastapi import FastAPI
 
-from tidegate import config as configuration
-from tidegate import dashboard
+from tidegate import settings as configuration
+from tidegate.admission.demand import Prices
 from tidegate.call import DEFAULT_POOL, Kind
-from tidegate.config import Config
+from tidegate.dashboard import routes as dashboard
 from tidegate.dashboard.rollup import counting
-from tidegate.demand.cost import Prices
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Gate
 from tidegate.http.origins import Origins
 from tidegate.http.server import build
 from tidegate.http.services import Services
-from tidegate.jobs.webhook import WebhookSender
+from tidegate.jobs.webhooks import WebhookSender
 from tidegate.jobs.worker import Worker
-from tidegate.limiter import Limiter, Observer, PoolPolicy
-from tidegate.metrics.board import Board
-from tidegate.metrics.calls import Calls
-from tidegate.metrics.exposition import Exposition
-from tidegate.metrics.instruments import Instruments
-from tidegate.metrics.limiting import Limiting
-from tidegate.metrics.names import NAMED
-from tidegate.metrics.process import Watch
-from tidegate.metrics.state import State
-from tidegate.metrics.tally import Tally
-from tidegate.observed import Observers
-from tidegate.pipeline import Pipeline
-from tidegate.policy import PolicyKeeper, deployed, deployed_upstreams, policy_to_start_with
-from tidegate.policy.upstreams import Deployment
-from tidegate.providers.fetch import ImageFetcher
-from tidegate.providers.gemini import GeminiProcessor, Timeouts
-from tidegate.providers.relay import RelayWire
-from tidegate.relay.spine import Relay
-from tidegate.relay.targets import Targets
-from tidegate.relay.under_way import UnderWay
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.views import Observer
+from tidegate.metrics.instruments import NAMED, Calls, Instruments, Limiting, Tally
+from tidegate.metrics.process import Board, Exposition, Watch
+from tidegate.metrics.process import ProcessState as State
+from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams
+from tidegate.policy.rollout import PolicyKeeper, policy_to_start_with
+from tidegate.settings import Config
+from tidegate.spine.native import Relay
+from tidegate.spine.prompt import Pipeline
+from tidegate.spine.record import UnderWay
+from tidegate.spine.routing import Targets
 from tidegate.store.blobs import Blobs
 from tidegate.store.policies import Policies
 from tidegate.store.store import Store
-from tidegate.telemetry import Log, get_logger
-from tidegate.tracing import Tracing
+from tidegate.telemetry.events import Observers
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import Tracing
+from tidegate.upstream.fetch import ImageFetcher
+from tidegate.upstream.gemini import GeminiProcessor
+from tidegate.upstream.http import RelayWire, Timeouts
 
 log = get_logger()
 
@@ -297,7 +293,7 @@ async def _tracing(observers: Observers, role: str, instance_id: str) -> AsyncIt
         yield Tracing()
         return
     try:
-        from tidegate.otel import Collector
+        from tidegate.metrics.otel import Collector
     except ImportError as missing:
         log.warning(Log.NO_OTEL, missing=missing.name, mend="pip install 'tidegate[otel]'")
         yield Tracing()

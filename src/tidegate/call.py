@@ -1,4 +1,4 @@
-"""The internal types that travel through the spine. Pure: no I/O, no provider's or HTTP's words.
+"""Internal types of a call: no I/O, no words of a provider or of HTTP. Pure.
 
 A `Call` is what somebody wants from a model. A provider answers it with `Event`s, pushed one by
 one into a sink, and ends by returning an `Answer`.

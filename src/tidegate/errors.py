@@ -1,4 +1,4 @@
-"""Every error that Tidegate raises on purpose, in one tree.
+"""Errors that Tidegate raises on purpose, in one tree.
 
 TidegateError
 ├── ConfigError                 a setting is wrong; stops the start with one line

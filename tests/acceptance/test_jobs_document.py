@@ -76,7 +76,7 @@ def test_a_webhook_is_refused_where_there_is_no_secret_to_sign_it_with(product: 
 
 
 def test_the_line_that_makes_a_secret_makes_a_sound_one(tmp_path: Path) -> None:
-    from tidegate.config import load
+    from tidegate.settings import load
 
     subprocess.run(["sh", "-c", line_with("WEBHOOK_SECRET=")], cwd=tmp_path, check=True, timeout=10)
     config = load({}, tmp_path / ".env")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 
 if TYPE_CHECKING:
     from tests.product import Product

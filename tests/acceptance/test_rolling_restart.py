@@ -12,7 +12,7 @@ import pytest
 from tests.fleet import LIMITS
 from tests.steady import steady_load
 from tests.waiting import wait_until
-from tidegate.providers.emulator.client import EmulatorControl
+from tidegate.emulator.client import EmulatorControl
 
 if TYPE_CHECKING:
     from tests.product import Product

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.clusters import FAST, copied
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, expect
 
 from tests.gateway import Gateway
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import PostgresServer, ValkeyServer
 
 # The same engine without windows, which takes a third less of a core's time, where it is there.
 CHROMIUM = shutil.which("chromium-headless-shell") or "/usr/bin/chromium"

@@ -24,11 +24,10 @@ from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.dashboard import feed
 from tidegate.dashboard.rollup import count
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.valkey import ValkeyServer
-from tidegate.observed import Observed
-from tidegate.spine.faults import FAULTS
-from tidegate.store.history import Span, Tally
+from tidegate.embedded.servers import PostgresServer, ValkeyServer
+from tidegate.spine.routing import FAULTS
+from tidegate.store.statistics import Span, Tally
+from tidegate.telemetry.events import Observed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -55,7 +54,7 @@ async def stage(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feed, "LIVE_EVERY_S", 0.1)
         patch.setattr(feed, "PAST_EVERY_S", 0.1)
-        patch.setattr("tidegate.dashboard.past.RECORD_EVERY_S", 0.2)
+        patch.setattr("tidegate.dashboard.feed.RECORD_EVERY_S", 0.2)
         async with (
             gateway(folder / "data", **settings) as running,
             async_playwright() as playwright,

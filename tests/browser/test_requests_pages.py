@@ -25,7 +25,7 @@ from tests.databases import Databases
 from tests.gateway import PNG, gateway
 from tests.waiting import wait_until
 from tidegate.call import Scope
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tidegate.providers.emulator import Emulator, run_emulator
+from tidegate.emulator.server import Emulator, run_emulator
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI

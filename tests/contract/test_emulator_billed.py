@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.providers.emulator import Emulator, run_emulator
-from tidegate.providers.emulator.ledger import Billed
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.emulator.state import Billed
 
 BODY = {"contents": [{"parts": [{"text": "Hello there"}]}]}
 STREAM = "streamGenerateContent?alt=sse"

@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.providers.emulator import Emulator, EmulatorSettings, run_emulator
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.emulator.settings import EmulatorSettings
 
 if TYPE_CHECKING:
     from google.genai import Client

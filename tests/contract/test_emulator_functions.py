@@ -11,9 +11,9 @@ import aiohttp
 import pytest
 
 from tests.contract.openai_sdk import MODEL, client, emulator, sdk, user
-from tidegate.config import EMULATORS_KEY
-from tidegate.providers.emulator import Emulator
-from tidegate.providers.emulator.ledger import Billed
+from tidegate.emulator.server import Emulator
+from tidegate.emulator.state import Billed
+from tidegate.settings import EMULATORS_KEY
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -22,7 +22,7 @@ from tests.contract.openai_sdk import (
     text_of,
     user,
 )
-from tidegate.providers.emulator import Emulator
+from tidegate.emulator.server import Emulator
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

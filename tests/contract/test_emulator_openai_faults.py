@@ -10,14 +10,9 @@ import pytest
 
 from tests.contract.openai_sdk import MODEL, ask, client, emulator, sdk, stream, text_of
 from tests.waiting import wait_until
-from tidegate.providers.emulator import (
-    Behaviour,
-    Emulator,
-    EmulatorSettings,
-    RateLimit,
-    run_emulator,
-)
-from tidegate.providers.emulator.ledger import Billed
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.emulator.settings import Behaviour, EmulatorSettings, RateLimit
+from tidegate.emulator.state import Billed
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

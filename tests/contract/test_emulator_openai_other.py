@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from tests.contract.openai_sdk import MODEL, ask, client, emulator, sdk, sync_client, user
-from tidegate.providers.emulator import Emulator
+from tidegate.emulator.server import Emulator
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.providers.emulator import Emulator, EmulatorControl, run_emulator
+from tidegate.emulator.client import EmulatorControl
+from tidegate.emulator.server import Emulator, run_emulator
 
 if TYPE_CHECKING:
     from google.genai import Client

@@ -17,15 +17,10 @@ import aiohttp
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.providers.emulator import (
-    Behaviour,
-    Emulator,
-    EmulatorControl,
-    EmulatorSettings,
-    RateLimit,
-    run_emulator,
-)
-from tidegate.providers.emulator.ledger import KindStats
+from tidegate.emulator.client import EmulatorControl
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.emulator.settings import Behaviour, EmulatorSettings, RateLimit
+from tidegate.emulator.state import KindStats
 
 MODEL = "gemini-2.5-flash"
 SECOND_NS = 1_000_000_000
@@ -326,7 +321,7 @@ async def test_the_log_is_bounded() -> None:
 
 
 async def test_the_control_api_answers_on_loopback_only() -> None:
-    from tidegate.providers.emulator.control import is_loopback
+    from tidegate.emulator.server import is_loopback
 
     for address in ("127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"):
         assert is_loopback(address)
@@ -345,7 +340,7 @@ async def test_a_body_over_the_limit_is_refused(session: aiohttp.ClientSession) 
 def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """The emulator as its own process, with a latency and a limit, and its port file."""
     port_file = tmp_path / "port"
-    command = [sys.executable, "-m", "tidegate.providers.emulator", "--port", "0"]
+    command = [sys.executable, "-m", "tidegate.emulator", "--port", "0"]
     command += ["--port-file", str(port_file), "--behaviour", '{"concurrency": {"text_only": 1}}']
     with subprocess.Popen([*command, "--first-byte-ms", "30"], stderr=subprocess.PIPE) as running:
         yield running, port_file
@@ -384,7 +379,7 @@ async def test_its_own_process_writes_its_port_serves_and_stops_cleanly(
     [["--behaviour", "{"], ["--behaviour", '{"chunks": 0}'], ["--faults", '[{"fault": "x"}]']],
 )
 def test_wrong_settings_stop_the_start_with_one_line(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "tidegate.providers.emulator", "--port", "0", *arguments]
+    command = [sys.executable, "-m", "tidegate.emulator", "--port", "0", *arguments]
     done = subprocess.run(command, capture_output=True, timeout=30, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

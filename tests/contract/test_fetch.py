@@ -17,8 +17,7 @@ from aiohttp.abc import ResolveResult
 from tests.contract.names import Names
 from tests.waiting import wait_until
 from tidegate.errors import FetchRefused
-from tidegate.providers.addresses import Address, is_public
-from tidegate.providers.fetch import ImageFetcher
+from tidegate.upstream.fetch import Address, ImageFetcher, is_public
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(200))
 MAX_BYTES = 100_000

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import FetchRefused
-from tidegate.providers.addresses import MAX_URI_CHARS, check_uri, is_public
+from tidegate.upstream.fetch import MAX_URI_CHARS, check_uri, is_public
 
 PUBLIC = [
     "8.8.8.8",

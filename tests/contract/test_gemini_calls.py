@@ -25,6 +25,7 @@ from tests.contract.gemini_upstream import (
 )
 from tests.waiting import wait_until
 from tidegate.call import Answer, Delta, Kind, Media, Picture, Usage, UsageReport
+from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.errors import (
     EmptyAnswer,
     PromptBlocked,
@@ -34,7 +35,6 @@ from tidegate.errors import (
     UpstreamThrottled,
     UpstreamUnavailable,
 )
-from tidegate.providers.emulator import Emulator, run_emulator
 
 PNG = Media("image/png", b"\x89PNG not really", "fox.png")
 JUDGE = "gemini-2.5-flash-lite"

@@ -22,8 +22,8 @@ from tests.contract.gemini_upstream import (
 )
 from tests.waiting import promised_s, wait_until
 from tidegate.call import Answer, Delta, Event, Kind, Media
-from tidegate.providers.emulator import Emulator, run_emulator
-from tidegate.providers.gemini import GeminiProcessor
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.upstream.gemini import GeminiProcessor
 
 CLOSED_WITHIN_S = promised_s(0.1)
 

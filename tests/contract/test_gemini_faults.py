@@ -21,6 +21,7 @@ from tests.contract.gemini_upstream import (
     run_against,
 )
 from tidegate.call import Answer, Delta, Kind
+from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.errors import (
     EmptyAnswer,
     PromptBlocked,
@@ -31,7 +32,6 @@ from tidegate.errors import (
     UpstreamUnauthorized,
     UpstreamUnavailable,
 )
-from tidegate.providers.emulator import Emulator, run_emulator
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ from tests.contract.gemini_upstream import (
 )
 from tests.waiting import wait_until
 from tidegate.call import Answer, Kind
+from tidegate.emulator.server import run_emulator
 from tidegate.errors import UpstreamError, UpstreamTimeout
-from tidegate.providers.emulator import run_emulator
-from tidegate.providers.gemini import GeminiProcessor, Timeouts
+from tidegate.upstream.gemini import GeminiProcessor
+from tidegate.upstream.http import Timeouts
 
 STOP = chunk("end", finish="STOP", tokens=3)
 THROTTLED = {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "Please retry in 53.0s."}

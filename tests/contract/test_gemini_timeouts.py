@@ -21,9 +21,9 @@ from tests.contract.gemini_upstream import (
 )
 from tests.waiting import promised_s, wait_until
 from tidegate.call import Answer, Delta, Event
+from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.errors import UpstreamTimeout, UpstreamUnavailable
-from tidegate.providers.emulator import Emulator, run_emulator
-from tidegate.providers.gemini import Timeouts
+from tidegate.upstream.http import Timeouts
 
 
 @pytest.fixture

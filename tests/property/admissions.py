@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tidegate.limiter.entries import Holding
-from tidegate.limiter.limits import Concurrency, Rate
-from tidegate.limiter.model import PoolModel
-from tidegate.limiter.model.state import Gate, read_actual, read_flow, read_member
-from tidegate.limiter.wire import SyncReply, SyncRequest
+from tidegate.limiter.messages import SyncReply, SyncRequest
+from tidegate.limiter.model.pool import PoolModel
+from tidegate.limiter.model.scheduler import Gate, read_actual, read_flow, read_member
+from tidegate.limiter.policy import Concurrency, Rate
+from tidegate.limiter.queue import Holding
 
 Grant = tuple[int, int]
 

@@ -13,11 +13,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from random import Random
 
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.rehearse.process import Process
-from tidegate.rehearse.stage import Setting, Stage
-from tidegate.rehearse.tally import Call, Tally
-from tidegate.rehearse.trace import Arrival
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.rehearse.load import Arrival
+from tidegate.rehearse.report import Call, Tally
+from tidegate.rehearse.simulation import Process, Setting, Stage
 
 LIMIT = "kind:text_only"
 # A random case is drawn again whose rarest tenant has fewer calls than one in so many.

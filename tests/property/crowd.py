@@ -10,9 +10,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import count
 
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.limiter.model import PoolModel
-from tidegate.limiter.wire import Join, SyncReply, SyncRequest, flow_of
+from tidegate.limiter.messages import Join, SyncReply, SyncRequest, flow_of
+from tidegate.limiter.model.pool import PoolModel
+from tidegate.limiter.policy import PoolPolicy
 
 HARD_MS = 1_000_000
 RUN = "run"

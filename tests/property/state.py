@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tidegate.limiter.model import PoolModel
-from tidegate.limiter.model.places import BEHIND
-from tidegate.limiter.model.state import BandState, Gate, LimitState, Queue
+from tidegate.limiter.model.pool import PoolModel
+from tidegate.limiter.model.scheduler import BEHIND, BandState, Gate, LimitState, Queue
 
 State = dict[str, Any]
 

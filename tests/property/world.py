@@ -18,18 +18,24 @@ from tests.property.admissions import Admissions
 from tests.property.dump import Reading
 from tests.property.server import Server, Words
 from tests.property.state import of_model
-from tidegate.limiter.entries import Batch, Waiter
-from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.lease import Lease
-from tidegate.limiter.ledger import Ledger
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.limiter.model import PoolModel
-from tidegate.limiter.model.places import LONGEST
-from tidegate.limiter.model.telling import ON_PAGE
-from tidegate.limiter.observer import Observer
-from tidegate.limiter.scripts import ScriptName, fragment, load
-from tidegate.limiter.session import Session
-from tidegate.limiter.wire import Push, Renewal, RenewReply, SyncReply, SyncRequest, pack
+from tidegate.limiter.messages import (
+    Keyspace,
+    Push,
+    Renewal,
+    RenewReply,
+    ScriptName,
+    SyncReply,
+    SyncRequest,
+    fragment,
+    load,
+    pack,
+)
+from tidegate.limiter.model.pool import ON_PAGE, PoolModel
+from tidegate.limiter.model.scheduler import LONGEST
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.queue import Batch, Ledger, Waiter
+from tidegate.limiter.session import Lease, Session
+from tidegate.limiter.views import Observer
 
 CLOCK = """
 function T.wall_clock_ms() return tonumber(ARGV[2]) end

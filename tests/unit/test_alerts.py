@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from tests.markdown import ROOT, anchors, blocks, text_of
-from tidegate.metrics.names import ALL, Spec
-from tidegate.telemetry import Log
+from tidegate.metrics.instruments import ALL, Spec
+from tidegate.telemetry.logging import Log
 
 ALERTS = ROOT / "deploy/prometheus/alerts.yml"
 TESTS = ROOT / "deploy/prometheus/alerts.test.yml"

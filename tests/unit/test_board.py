@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 import orjson
 
-from tidegate.metrics.board import Note, Notes, UpstreamFound, packed, unpacked
-from tidegate.relay.under_way import MOST_CHARS, CallUnderWay, UnderWay, shortened
+from tidegate.metrics.process import Note, Notes, UpstreamFound, packed, unpacked
+from tidegate.spine.record import MOST_CHARS, CallUnderWay, UnderWay, shortened
 
 AT = datetime(2030, 1, 31, 12, 30, 0, 250_000, tzinfo=UTC)
 CALL = CallUnderWay("1", "acme", "relay", AT, AT, kind="text_only", limits=("kind:x", "rpm:y"))

@@ -39,7 +39,7 @@ def test_each_kind_has_a_limit_of_its_own_and_the_classifier_another() -> None:
 
 
 def test_the_kinds_are_those_that_the_settings_limit() -> None:
-    from tidegate.config import KINDS
+    from tidegate.settings import KINDS
 
     assert tuple(kind.value for kind in Kind) == KINDS
 

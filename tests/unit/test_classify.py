@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 
 from tidegate.call import Classification, ClassifiedBy, Kind
-from tidegate.classify import by_keywords, by_rules
-from tidegate.classify.text import HEAD_CHARS, TAIL_CHARS, clip, normalise
-from tidegate.classify.vocabulary import _entries
+from tidegate.classify import (
+    HEAD_CHARS,
+    TAIL_CHARS,
+    _entries,
+    by_keywords,
+    by_rules,
+    clip,
+    normalise,
+)
 
 DATA = Path(__file__).parent.parent / "data"
 DEV = DATA / "prompts_dev.jsonl"

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ran
-from tidegate import __version__, config
-from tidegate.supervisor.ground import Ground, environment_of
+from tidegate import __version__
+from tidegate import settings as config
+from tidegate.supervisor.services import Ground, environment_of
 
 _ROOT = Path(__file__).parents[2]
 
@@ -140,7 +141,7 @@ def test_the_version_is_shown(tmp_path: Path) -> None:
 
 def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = {"fastapi", "uvicorn", "sqlalchemy", "alembic", "asyncpg", "google.genai", "pydantic"}
-    heavy |= {"aiohttp", "redis", "orjson", "rich.console", "tidegate.config", "tidegate.limiter"}
+    heavy |= {"aiohttp", "redis", "orjson", "rich.console", "tidegate.settings", "tidegate.limiter"}
     program = f"import sys, tidegate.cli; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

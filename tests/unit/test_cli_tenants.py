@@ -22,7 +22,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Asked
 
     monkeypatch.setattr("tidegate.cli.tenants.in_pool", ask)
-    monkeypatch.setattr("tidegate.cli.keys.with_tenants", ask)
+    monkeypatch.setattr("tidegate.cli.tenants.with_tenants", ask)
 
 
 @pytest.mark.parametrize(

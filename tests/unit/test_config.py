@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.config import GOOGLE_URL, SECRETS, ClassifierMode, Config, load
-from tidegate.config.environment import allowed, misspelt
-from tidegate.config.settings import PROVIDER_KEYS
 from tidegate.errors import ConfigError
+from tidegate.settings import (
+    GOOGLE_URL,
+    PROVIDER_KEYS,
+    SECRETS,
+    ClassifierMode,
+    Config,
+    allowed,
+    load,
+    misspelt,
+)
 
 # Each setting that has wrong values, with some of them and a word of what the line must say.
 WRONG = {

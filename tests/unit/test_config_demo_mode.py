@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.config import Config, load
-from tidegate.config.settings import PROVIDER_KEYS
 from tidegate.errors import ConfigError
-from tidegate.policy import deployed_upstreams
-from tidegate.policy.file import default_pool
+from tidegate.policy.deployment import default_pool, deployed_upstreams
+from tidegate.settings import PROVIDER_KEYS, Config, load
 
 WHOLE = {
     "DATABASE_URL": "postgresql://db/x",

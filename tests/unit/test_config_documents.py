@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 from dotenv import dotenv_values
 
-from tidegate.config import Config, load
-from tidegate.config.settings import ALLOWED, SECTIONS
+from tidegate.settings import SECTIONS, Config, load
+from tidegate.settings import SETTINGS_ALLOWED as ALLOWED
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate_docs.py"

@@ -35,10 +35,9 @@ from tests.markdown import (
 )
 from tests.shapes import differences, lines_that_differ, streamed
 from tidegate.cli import app
-from tidegate.config import Config, load
-from tidegate.policy import deployed, deployed_upstreams
-from tidegate.rehearse.load import load_of
-from tidegate.rehearse.trace import Pace, Usual
+from tidegate.policy.deployment import deployed, deployed_upstreams
+from tidegate.rehearse.load import Pace, Usual, load_of
+from tidegate.settings import Config, load
 from tidegate.store import states
 
 ALL = tuple(block for document in documents() for block in blocks(document))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.supervisor.notice import READY_PIPE, living, tell_ready, tell_stopping
+from tidegate.supervisor.supervisor import READY_PIPE, living, tell_ready, tell_stopping
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from tidegate.config import Config, existing_operator_key, key_file, operator_key
 from tidegate.errors import ConfigError
-from tidegate.telemetry import redact
+from tidegate.settings import Config, existing_operator_key, key_file, operator_key
+from tidegate.telemetry.logging import redact
 
 _WRITES_KEY = """
 import sys
 from pathlib import Path
-from tidegate.config import Config, operator_key
+from tidegate.settings import Config, operator_key
 config = Config(data_dir=Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()

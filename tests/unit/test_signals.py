@@ -8,9 +8,9 @@ import signal
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.supervisor.family import LEAVE_SIGNAL
-from tidegate.supervisor.ground import LIFELINE
 from tidegate.supervisor.roles import _on_signals
+from tidegate.supervisor.services import LIFELINE
+from tidegate.supervisor.supervisor import LEAVE_SIGNAL
 
 
 class Done:

@@ -8,11 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from tidegate.metrics.calls import Calls
-from tidegate.metrics.instruments import Instruments
-from tidegate.metrics.names import Metric
-from tidegate.metrics.tally import MOST_TENANTS, Known, Tally
-from tidegate.observed import Observed
+from tidegate.metrics.instruments import MOST_TENANTS, Calls, Instruments, Known, Metric, Tally
+from tidegate.telemetry.events import Observed
 
 
 @given(st.lists(st.lists(st.floats(0, 2_000), max_size=20), max_size=5))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 import structlog
 
-from tidegate.telemetry import FrequentLog, Log, configure_logging, get_logger, redact
+from tidegate.telemetry.logging import FrequentLog, Log, configure_logging, get_logger, redact
 
 GOOGLE_KEY = "AIzaSyD-0123456789abcdefghijklmnopqrstuv"
 

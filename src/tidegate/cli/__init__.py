@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it runs: `--help` is quick."""
+"""Command line. A command imports what it needs when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from typing import Annotated
 import typer
 
 from tidegate import __version__
-from tidegate.cli import (
-    backup,
-    batch,
-    doctor,
-    erase,
-    inside,
-    keys,
-    limits,
-    rehearse,
-    requests,
-    requeue,
-    settings,
-    submit,
-    tenants,
-    verify,
+from tidegate.cli import batch, limits, rehearse, submit, tenants
+from tidegate.cli import limits as inside
+from tidegate.cli import operate as backup
+from tidegate.cli import operate as doctor
+from tidegate.cli import operate as settings
+from tidegate.cli import operate as verify
+from tidegate.cli import submit as requests
+from tidegate.cli import submit as requeue
+from tidegate.cli import tenants as erase
+from tidegate.cli import tenants as keys
+from tidegate.cli.operate import load_to_run
+from tidegate.cli.terminal import (
+    EPILOGUE,
+    FAILED,
+    INTERRUPTED,
+    Json,
+    choose_pool,
+    code_of,
+    legible,
+    show_flags_without_type,
+    show_json,
+    with_pool_option,
 )
-from tidegate.cli.exits import EPILOGUE, FAILED, INTERRUPTED, code_of
-from tidegate.cli.flags import show_flags_without_type
-from tidegate.cli.legible import legible
-from tidegate.cli.pool import Json, choose_pool, show_json, with_pool_option
-from tidegate.cli.settings import load_to_run
-from tidegate.embedded.process import ServerFailed
+from tidegate.embedded.servers import ServerFailed
 from tidegate.errors import TidegateError
 
 app = typer.Typer(
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    from tidegate.telemetry import redact
+    from tidegate.telemetry.logging import redact
 
     sys.stderr.write(f"tidegate: {legible(redact(message))}\n")
     sys.exit(code)
@@ -121,17 +123,17 @@ def worker() -> None:
 )
 def emulator(context: typer.Context) -> None:
     """Run the emulated provider alone (-- --help shows its options)."""
-    program = (sys.executable, "-m", "tidegate.providers.emulator", *context.args)
+    program = (sys.executable, "-m", "tidegate.emulator", *context.args)
     os.execv(program[0], program)
 
 
 def migrate(json: Json = False) -> None:
     """Bring the database's schema up to date."""
-    from tidegate import telemetry
-    from tidegate.config import load
-    from tidegate.store.migrate import HEAD
-    from tidegate.supervisor.ground import migrate as run
-    from tidegate.supervisor.ground import prepared
+    from tidegate.settings import load
+    from tidegate.store.database import HEAD
+    from tidegate.supervisor.services import migrate as run
+    from tidegate.supervisor.services import prepared
+    from tidegate.telemetry import logging as telemetry
 
     config = load()
     telemetry.configure_logging(config.log_format, "warning", process="migrate")
@@ -148,9 +150,9 @@ def prune(
     json: Json = False,
 ) -> None:
     """Delete requests, answers and files that ended too long ago."""
-    from tidegate import telemetry
-    from tidegate.config import load
+    from tidegate.settings import load
     from tidegate.supervisor.roles import prune as run
+    from tidegate.telemetry import logging as telemetry
 
     config = load()
     telemetry.configure_logging(config.log_format, "warning", process="prune")
@@ -173,9 +175,9 @@ app.add_typer(settings.app, name="config", rich_help_panel=_OPERATE)
 app.command(rich_help_panel=_OPERATE)(doctor.doctor)
 app.command(rich_help_panel=_OPERATE)(inside.why)
 app.add_typer(limits.app, name="limits", rich_help_panel=_OPERATE)
-app.add_typer(inside.app, name="permits", rich_help_panel=_OPERATE)
+app.add_typer(inside.permits_app, name="permits", rich_help_panel=_OPERATE)
 app.add_typer(tenants.app, name="tenants", rich_help_panel=_OPERATE)
-app.add_typer(keys.app, name="keys", rich_help_panel=_OPERATE)
+app.add_typer(keys.keys_app, name="keys", rich_help_panel=_OPERATE)
 app.command(rich_help_panel=_OPERATE)(requeue.requeue)
 app.command(rich_help_panel=_OPERATE)(rehearse.rehearse)
 app.command(rich_help_panel=_OPERATE)(verify.verify)
@@ -184,7 +186,7 @@ app.command(rich_help_panel=_OPERATE)(backup.backup)
 app.command(rich_help_panel=_OPERATE)(backup.restore)
 app.command(rich_help_panel=_OPERATE)(prune)
 app.command(rich_help_panel=_OPERATE)(erase.erase)
-for _of_a_pool in (limits.app, inside.app, tenants.app):
+for _of_a_pool in (limits.app, inside.permits_app, tenants.app):
     _of_a_pool.callback()(choose_pool)
     for _command in _of_a_pool.registered_commands:
         assert _command.callback is not None

@@ -1,4 +1,4 @@
-"""`tidegate batch run`: a file of prompts worked through, with a progress bar."""
+"""Command `tidegate batch run`: a file of prompts, processed as jobs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import typer
 
 from tidegate.call import Kind
 from tidegate.cli.client import Gateway, calling
-from tidegate.cli.exits import DONE, FAILED
 from tidegate.cli.limits import span_ms
-from tidegate.cli.pool import Json, show_json
+from tidegate.cli.terminal import DONE, FAILED, Json, show_json
 from tidegate.errors import GatewayRefused, GatewayUnreachable
 
 if TYPE_CHECKING:
@@ -93,10 +92,8 @@ async def _run(
     retry_failed: bool,
     json: bool,
 ) -> int:
-    from tidegate.cli.batch_file import read
-    from tidegate.cli.batch_results import Results
-    from tidegate.cli.batch_run import Run
-    from tidegate.config import load_client
+    from tidegate.cli.batch_run import Results, Run, read
+    from tidegate.settings import load_client
 
     prompts = read(file, column, options)
     with Results(output) as results:
@@ -136,7 +133,7 @@ def _display(name: str, tally: Tally) -> Iterator[tuple[Any, float]]:
         return
     from rich.live import Live
 
-    from tidegate.cli.batch_bar import bar
+    from tidegate.cli.batch_run import bar
 
     with Live(bar(name, tally), console=console, auto_refresh=False) as live:
         yield lambda: live.update(bar(name, tally), refresh=True), _REDRAW_S
@@ -163,7 +160,7 @@ class _Lines:
 
 
 def progress_in_words(tally: Tally) -> str:
-    from tidegate.policy.words import span_in_words
+    from tidegate.limiter.messages import span_in_words
 
     words = f"{tally.ended} of {tally.total} done, {tally.failed} failed, {tally.per_second:.1f}/s"
     if tally.left_s is not None and tally.ended < tally.total:
@@ -179,7 +176,7 @@ def _say_stopped(tally: Tally) -> None:
 
 
 def _say_done(batch: Run, output: Path, json: bool) -> None:
-    from tidegate.policy.words import span_in_words
+    from tidegate.limiter.messages import span_in_words
 
     tally = batch.tally
     took_s = time.monotonic() - tally.began

@@ -1,25 +1,257 @@
-"""A file of prompts worked through: so many handed in at a time, each followed to its end.
+"""Run of a file of prompts as jobs, with a progress bar and a file of results.
 
-Each line is a job, handed in under a key of its own, so nothing is lost with this process and
-nothing is asked twice. Why not a batch of `/v1/batches`: that gives its results at its end only.
+Input is JSON lines, plain lines or CSV. Each line is one job with an idempotency key derived from
+the file's content and the line's number, so a second run of the same file submits nothing twice.
+The results file is the only state of a run: one JSON line per finished job; an incomplete last
+line is removed at start.
 
-Invariant: a line's result is written before another takes its place in the window.
+Invariants: a line's result is written before the next line takes its slot; Ctrl-C or `kill -9`
+loses no result.
 """
 
 from __future__ import annotations
 
 import asyncio
+import csv
+import fcntl
+import hashlib
+import json
+import os
 import re
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, Self
 
-from tidegate.cli.batch_file import Line, Prompts
-from tidegate.cli.batch_results import SUCCEEDED, Results, row_of
+import orjson
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
 from tidegate.cli.client import ENDS, Gateway, is_passing
 from tidegate.errors import ConfigError, GatewayRefused, GatewayUnreachable
+
+MOST_BYTES = 200_000_000
+MOST_LINES = 1_000_000
+_PROMPTS = ("prompt", "data", "text")
+_IDS = ("id", "custom_id", "prompt_id")
+_ALONG = ("type", "model", "image_uri", "subject")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One request. `number` counts from 1 in the file; `fields` are those of `POST /submit`."""
+
+    number: int
+    prompt_id: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A whole file. `digest` is of what is asked in it, with the options of the run."""
+
+    lines: tuple[Line, ...]
+    digest: str
+
+    def key(self, line: Line, retries: int) -> str:
+        """The idempotency key of a line that has failed so often before."""
+        again = f"-r{retries}" if retries else ""
+        return f"batch-{self.digest}-{line.number}{again}"
+
+
+def read(path: Path, column: str | None, options: dict[str, Any]) -> Prompts:
+    """The file's lines; `options` go into each that does not say otherwise.
+
+    Raises ConfigError, which names the line, for what can't be a prompt, and for an id that is
+    there twice.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise ConfigError("FILE", str(path), f"must be at most {MOST_BYTES} bytes; split it")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as wrong:
+        why = getattr(wrong, "strerror", None) or "not UTF-8 text"
+        raise ConfigError("FILE", str(path), f"must be a readable file: {why}") from None
+    is_table = path.suffix.lower() in (".csv", ".tsv")
+    found = _of_table(path, text, column, options) if is_table else _of_lines(path, text, options)
+    lines = tuple(found)
+    _check(path, lines)
+    asked = json.dumps([line.fields for line in lines], sort_keys=True).encode()
+    return Prompts(lines, hashlib.sha256(asked).hexdigest()[:32])
+
+
+def _check(path: Path, lines: tuple[Line, ...]) -> None:
+    if not lines:
+        raise ConfigError("FILE", str(path), "must have at least one prompt in it")
+    if len(lines) > MOST_LINES:
+        raise ConfigError("FILE", str(path), f"must have at most {MOST_LINES} lines; split it")
+    seen: dict[str, int] = {}
+    for line in lines:
+        if (before := seen.setdefault(line.prompt_id, line.number)) != line.number:
+            raise _wrong(path, line.number, f"has the id {line.prompt_id!r} of line {before}")
+
+
+def _of_lines(path: Path, text: str, options: dict[str, Any]) -> Iterator[Line]:
+    for number, raw in enumerate(text.split("\n"), start=1):
+        line = raw.strip()
+        if line:
+            yield _line(path, number, _value(path, number, line), options)
+
+
+def _value(path: Path, number: int, line: str) -> Any:
+    """The JSON of a line; what is none and does not look like it is a prompt as it stands."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        if line[0] in "{[":
+            raise _wrong(path, number, "is broken JSON") from None
+        return line
+    return value if isinstance(value, str | dict | list) else line
+
+
+def _line(path: Path, number: int, value: Any, options: dict[str, Any]) -> Line:
+    if isinstance(value, str):
+        return Line(number, str(number), {**options, "data": value})
+    if not isinstance(value, dict):
+        raise _wrong(path, number, "must be a text or an object")
+    prompt_id = next((str(value[name]) for name in _IDS if value.get(name) is not None), None)
+    prompt_id = prompt_id or str(number)
+    if "url" in value and "body" in value:
+        return Line(number, prompt_id, _native(value, options))
+    prompt = next((value[name] for name in _PROMPTS if value.get(name) is not None), None)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _wrong(path, number, f"must have a text as one of {', '.join(_PROMPTS)}")
+    unknown = set(value) - {*_PROMPTS, *_IDS, *_ALONG}
+    if unknown:
+        known = ", ".join((*_PROMPTS, "id", *_ALONG))
+        raise _wrong(path, number, f"has {sorted(unknown)[0]!r}; known are {known}")
+    along = {name: value[name] for name in _ALONG if value.get(name) is not None}
+    return Line(number, prompt_id, {**options, **along, "data": prompt})
+
+
+def _native(value: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A line of OpenAI's batches; what the options say of models and types is in its body."""
+    kept: dict[str, Any] = {
+        name: options[name] for name in ("priority", "deadline_ms") if name in options
+    }
+    return {**kept, "endpoint": value["url"], "body": value["body"]}
+
+
+def _of_table(path: Path, text: str, column: str | None, options: dict[str, Any]) -> Iterator[Line]:
+    rows = csv.DictReader(
+        text.splitlines(keepends=True), delimiter="\t" if path.suffix.lower() == ".tsv" else ","
+    )
+    columns = [name for name in rows.fieldnames or () if name]
+    wanted = [column] if column is not None else [one for one in _PROMPTS if one in columns]
+    if not wanted or wanted[0] not in columns:
+        there = ", ".join(columns) or "none"
+        raise ConfigError(
+            "--column", column or "(not given)", f"must be a column of {path}: {there}"
+        )
+    csv.field_size_limit(MOST_BYTES)
+    for number, row in enumerate(rows, start=1):
+        prompt = (row[wanted[0]] or "").strip()
+        if not prompt:
+            raise _wrong(path, number, f"has nothing in the column {wanted[0]}", what="row")
+        given = {name: row[name] for name in _ALONG if row.get(name)}
+        prompt_id = next((row[name] for name in _IDS if row.get(name)), str(number))
+        yield Line(number, str(prompt_id), {**options, **given, "data": prompt})
+
+
+def _wrong(path: Path, number: int, why: str, *, what: str = "line") -> ConfigError:
+    return ConfigError("FILE", f"{path}, {what} {number}", why)
+
+
+SUCCEEDED = "succeeded"
+
+
+class Results:
+    """An open file of results; one run at a time has it. Raises ConfigError, naming `--output`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not path.is_file():
+            raise ConfigError(
+                "--output", str(path), "must be a file: it tells the next run how far"
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = path.open("a+b")
+        except OSError as wrong:
+            allowed = f"must be a file that can be written: {wrong.strerror}"
+            raise ConfigError("--output", str(path), allowed) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ConfigError("--output", str(path), "another run is writing it") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def read(self) -> list[dict[str, Any]]:
+        """What is there of earlier runs, less half a line at its end."""
+        self._file.seek(0)
+        rows: list[dict[str, Any]] = []
+        whole = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(whole)
+                break
+            whole += len(line)
+            if line.strip():
+                rows.append(self._row(number, line))
+        self._file.seek(0, os.SEEK_END)
+        return rows
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = orjson.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+            where = f"{self.path}, line {number}"
+            raise ConfigError("--output", where, "is not a result of `tidegate batch run`")
+        return row
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a result; it outlives this process once this returns."""
+        self._file.write(orjson.dumps(row) + b"\n")
+        self._file.flush()
+
+
+def row_of(line_id: str, number: int, key: str, view: dict[str, Any]) -> dict[str, Any]:
+    """A result, of the last state of its request or of a refusal to take it."""
+    row: dict[str, Any] = {
+        "id": line_id,
+        "line": number,
+        "status": view["status"],
+        "request_id": view.get("request_id"),
+        "model": view.get("model"),
+        "text": view.get("text"),
+        "usage": view.get("usage"),
+        "cost_micros": view.get("cost_micros"),
+        "error": view.get("error"),
+        "key": key,
+    }
+    for name in ("answer", "images"):
+        if view.get(name):
+            row[name] = view[name]
+    return row
+
 
 AWAY_S = 600.0
 NEVER_THERE_S = 60.0  # where it has not answered once: the address may be wrong
@@ -211,3 +443,46 @@ class Run:
                 continue
             if why["status"] == "queued":
                 self.tally.waiting = re.sub("^waits", "waiting", why["sentence"])
+
+
+_QUIET = "bright_black"
+
+
+def bar(name: str, tally: Tally) -> RenderableType:
+    """Three lines: how much, how fast, and what holds it up."""
+    whole = f"{tally.ended:,} of {tally.total:,}"
+    share = tally.ended / tally.total if tally.total else 1.0
+    top = Table.grid(padding=(0, 2), expand=True)
+    top.add_column(no_wrap=True, overflow="ellipsis", max_width=24)
+    top.add_column(ratio=1)
+    top.add_column(justify="right", no_wrap=True)
+    top.add_column(justify="right", no_wrap=True)
+    top.add_row(
+        Text(name, style="bold"),
+        ProgressBar(total=max(1, tally.total), completed=tally.ended, complete_style="cyan"),
+        whole,
+        f"{share:4.0%}",
+    )
+    lines: list[RenderableType] = [top, _pace(tally)]
+    if tally.ended < tally.total:
+        lines.append(_waiting(tally))
+    return Group(*lines)
+
+
+def _pace(tally: Tally) -> Text:
+    parts = Text(no_wrap=True, overflow="ellipsis")
+    parts.append(f"{tally.per_second:.1f} a second", style="bold")
+    parts.append(f"   {tally.done - tally.failed:,} succeeded", style="green")
+    parts.append(f"   {tally.failed:,} failed", style="red" if tally.failed else _QUIET)
+    if tally.earlier:
+        parts.append(f"   {tally.earlier:,} before", style=_QUIET)
+    if tally.left_s is not None and tally.ended < tally.total:
+        parts.append(f"   {timedelta(seconds=round(tally.left_s))} left")
+    return parts
+
+
+def _waiting(tally: Tally) -> Text:
+    words = f"{tally.handed_in} handed in"
+    if tally.waiting:  # first, since a narrow terminal shows the beginning
+        words = f"{tally.waiting}; {words}"
+    return Text(words, style=_QUIET, no_wrap=True, overflow="ellipsis")

@@ -1,4 +1,4 @@
-"""`tidegate limits`: what is in force, and changing it."""
+"""Commands on a running pool: `tidegate limits`, `tidegate why` and `tidegate permits`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.cli.pool import Json, Reason, chosen_pool, in_pool, show_json, show_table, who
+from tidegate.cli.terminal import (
+    AnyPool,
+    Json,
+    Reason,
+    choose_pool,
+    chosen_pool,
+    in_pool,
+    show_json,
+    show_table,
+    who,
+)
 from tidegate.errors import ConfigError, LimiterUnavailable
 
 if TYPE_CHECKING:
-    from tidegate.policy.control import Control, Overview
-    from tidegate.policy.revisions import Revision
+    from collections.abc import Iterable
+
+    from tidegate.policy.inspection import Control, Overview, ShownPermit
+    from tidegate.policy.rollout import Revision
     from tidegate.store.records import PolicyRecord
 
 app = typer.Typer(help="See and change the limits of the running deployment.", no_args_is_help=True)
@@ -73,7 +85,7 @@ def _show_heading(overview: Overview) -> None:
 
 
 def _remark(one: Any, overview: Overview) -> str:
-    from tidegate.policy.words import pause_in_words
+    from tidegate.limiter.messages import pause_in_words
 
     remarks = []
     if one.paused_ms:
@@ -113,9 +125,8 @@ def set_(
     json: Json = False,
 ) -> None:
     """Change limits, for all processes at once and for good."""
-    from tidegate.policy.edits import edit
-    from tidegate.policy.plain import Plain, to_plain
-    from tidegate.policy.revisions import differences
+    from tidegate.policy.format import Plain, edit, to_plain
+    from tidegate.policy.rollout import differences
 
     wanted = dict(parsed(change) for change in changes or [])
     if deployed == bool(wanted or remove):
@@ -147,10 +158,10 @@ def set_(
 
 def _missed(keys: list[str]) -> list[str]:
     """Of the limits that were set on a model: those that no call of the chosen pool ever meets."""
-    from tidegate.config import load
-    from tidegate.policy import deployed_upstreams
-    from tidegate.policy.scopes import AT_ONCE, TOTAL, whom_it_binds
-    from tidegate.relay.targets import Targets
+    from tidegate.policy.deployment import deployed_upstreams
+    from tidegate.policy.format import AT_ONCE, TOTAL, whom_it_binds
+    from tidegate.settings import load
+    from tidegate.spine.routing import Targets
 
     config = load()
     try:
@@ -228,7 +239,7 @@ def history(
 
 
 def _changes(record: PolicyRecord, before: PolicyRecord | None) -> str:
-    from tidegate.policy.revisions import differences
+    from tidegate.policy.rollout import differences
 
     if before is None:
         return ""
@@ -263,9 +274,81 @@ def parsed(change: str, command: str = "limits set") -> tuple[str, Any]:
 
 def span_ms(option: str, text: str) -> int:
     """`text` in milliseconds. Raises ConfigError, naming the option."""
-    from tidegate.policy.words import ms_of
+    from tidegate.policy.format import ms_of
 
     found = ms_of(text)
     if not found:
         raise ConfigError(option, text, "must be a number and ms, s, m, h or d, such as 10m")
     return max(1, round(found))
+
+
+permits_app = typer.Typer(help="Look at the permits in use.", no_args_is_help=True)
+
+
+def why(
+    what: Annotated[str, typer.Argument(help="The id of a request, or a ticket: process/ticket.")],
+    json: Json = False,
+    pool: AnyPool = None,
+) -> None:
+    """Say why a request waits: for which limit, who has it, who paused it."""
+    from tidegate.policy.inspection import why as ask
+
+    choose_pool(pool)
+    reason = in_pool(lambda control: ask(control, what))
+    if json:
+        show_json(reason)
+        return
+    typer.echo(f"{what} {reason.sentence}")
+    if reason.holders:
+        typer.echo()
+        _show_permits("In use", reason.holders)
+
+
+@permits_app.command("list")
+def list_(json: Json = False) -> None:
+    """Show every permit in use, by process."""
+    permits = in_pool(lambda control: control.permits())
+    if json:
+        show_json(permits)
+    elif permits:
+        _show_permits("", permits)
+    else:
+        typer.echo("no permit is in use")
+
+
+@permits_app.command()
+def revoke(
+    process: Annotated[str, typer.Argument(help="Its name or its session, as `list` shows it.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Take back all that a process holds whose death is certain.
+
+    One that lives cancels its calls when it finds out, and until then the provider may see more
+    calls than allowed.
+    """
+    if not yes:
+        typer.confirm(f"Is {process} certainly dead?", abort=True)
+    ended = in_pool(lambda control: control.revoke(process, by=who()))
+    if json:
+        show_json({"process": process, "sessions": ended})
+        return
+    typer.echo(f"{ended} session{'' if ended == 1 else 's'} of {process} ended")
+
+
+def _show_permits(title: str, permits: Iterable[ShownPermit]) -> None:
+    show_table(
+        title,
+        ("process", "ticket", "tenant", "limits", "since (UTC)", "request"),
+        [
+            (
+                permit.process,
+                str(permit.ticket),
+                permit.tenant,
+                " ".join(permit.limits),
+                "" if permit.since is None else f"{permit.since:%H:%M:%S}",
+                "" if permit.request_id is None else str(permit.request_id),
+            )
+            for permit in permits
+        ],
+    )

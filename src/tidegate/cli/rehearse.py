@@ -1,4 +1,4 @@
-"""`tidegate rehearse`: what limits would do to a load, before they do it."""
+"""Command `tidegate rehearse`: simulates limits under a load."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidegate.call import DEFAULT_POOL
-from tidegate.cli.pool import AnyPool, Json, choose_pool, chosen_pool, in_pool, show_json
+from tidegate.cli.terminal import AnyPool, Json, choose_pool, chosen_pool, in_pool, show_json
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tidegate.config import Config
-    from tidegate.limiter import PoolPolicy
-    from tidegate.policy.control import Control
-    from tidegate.rehearse.findings import Findings
-    from tidegate.rehearse.trace import Arrival, Usual
+    from tidegate.limiter.policy import PoolPolicy
+    from tidegate.policy.inspection import Control
+    from tidegate.rehearse.load import Arrival, Usual
+    from tidegate.rehearse.report import Findings
+    from tidegate.settings import Config
 
 _AS_IT_IS = "as it is"
 _LONGEST_BYTES = 500_000_000
@@ -91,10 +91,9 @@ def rehearse(
 
     Touches nothing: what is simulated is the limiter's executable specification.
     """
-    from tidegate.config import load as load_config
-    from tidegate.rehearse.play import compare
-    from tidegate.rehearse.stage import Setting
-    from tidegate.rehearse.trace import Pace, Usual, write_trace
+    from tidegate.rehearse.load import Pace, Usual, write_trace
+    from tidegate.rehearse.simulation import Setting, compare
+    from tidegate.settings import load as load_config
 
     choose_pool(pool)
     config = load_config()
@@ -118,8 +117,7 @@ def rehearse(
 def _arrivals(
     config: Config, load: str | None, from_record: str | None, usual: Usual, seed: int, pool: str
 ) -> list[Arrival]:
-    from tidegate.rehearse.load import load_of, span_ms
-    from tidegate.rehearse.trace import read_trace
+    from tidegate.rehearse.load import load_of, read_trace, span_ms
 
     if (load is None) == (from_record is None):
         raise ConfigError("rehearse", str(load or "(nothing)"), "give a file, or --from-record")
@@ -133,9 +131,9 @@ def _arrivals(
 
 
 def _from_record(config: Config, last_s: float, usual: Usual, pool: str) -> list[Arrival]:
-    from tidegate.rehearse.trace import from_zero
-    from tidegate.store.past_calls import past_calls
-    from tidegate.supervisor.control import with_record
+    from tidegate.rehearse.load import from_zero
+    from tidegate.store.statistics import past_calls
+    from tidegate.supervisor.roles import with_record
 
     calls = with_record(config, lambda connections: past_calls(connections, pool, last_s))
     if not calls:
@@ -167,8 +165,8 @@ def _sooner(arrivals: list[Arrival], times: float) -> list[Arrival]:
 
 
 def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> PoolPolicy:
-    from tidegate.policy.file import from_file
-    from tidegate.supervisor.control import policy_of
+    from tidegate.policy.deployment import from_file
+    from tidegate.supervisor.roles import policy_of
 
     if file is not None and in_force:
         raise ConfigError("--policy", str(file), "give a file or --in-force, not both")
@@ -186,8 +184,7 @@ def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> 
 def _variants(policy: PoolPolicy, sets: Sequence[str]) -> Mapping[str, PoolPolicy]:
     """The policy as it is, then with each set of changes."""
     from tidegate.cli.limits import parsed
-    from tidegate.policy.edits import edit
-    from tidegate.policy.plain import of_plain, to_plain
+    from tidegate.policy.format import edit, of_plain, to_plain
 
     found = {_AS_IT_IS: policy}
     for changes in sets:
@@ -198,12 +195,9 @@ def _variants(policy: PoolPolicy, sets: Sequence[str]) -> Mapping[str, PoolPolic
 
 
 def _tell(found: list[Findings], svg: Path | None, html: Path | None, *, json: bool) -> None:
-    from tidegate.cli.figures import console, show_chart, show_figures
-    from tidegate.rehearse.chart_svg import svg_of
-    from tidegate.rehearse.chart_text import chart_of
-    from tidegate.rehearse.curves import drawing_of
-    from tidegate.rehearse.page import page_of
-    from tidegate.rehearse.tables import sentence_of, tables_of, title_of
+    from tidegate.cli.terminal import console, show_chart, show_figures
+    from tidegate.rehearse.charts import chart_of, drawing_of, page_of, svg_of
+    from tidegate.rehearse.report import sentence_of, tables_of, title_of
 
     drawings, tables = [drawing_of(one) for one in found], tables_of(found)
     sentence = sentence_of(found[0])

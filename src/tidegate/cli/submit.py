@@ -1,21 +1,23 @@
-"""`tidegate submit`, `status` and `requests`: for those who use a Tidegate that runs somewhere."""
+"""Commands on requests: `tidegate submit`, `status`, `requests` and `requeue`."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tidegate.call import Kind
-from tidegate.cli.client import Gateway, calling
-from tidegate.cli.following import Progress, follow, save_pictures, show_answer, wait
+from tidegate.cli.client import Gateway, Progress, calling, follow, save_pictures, show_answer, wait
 from tidegate.cli.limits import span_ms
-from tidegate.cli.pool import Json, show_json
+from tidegate.cli.terminal import Json, show_json, show_table, terminal_width, who
 from tidegate.errors import ConfigError
+from tidegate.store.states import Status
 
 Output = Annotated[
     Path | None,
@@ -76,7 +78,7 @@ def submit(
         raise ConfigError("TEXT", "(not given)", "give a prompt, a --file or an --image-uri")
 
     async def work() -> int:
-        from tidegate.config import load_client
+        from tidegate.settings import load_client
 
         async with Gateway(load_client()) as gateway:
             accepted = await gateway.submit(fields, tuple(file or ()), idempotency_key)
@@ -103,7 +105,7 @@ def status(
         request_id = str(UUID(request_id))
 
     async def work() -> int:
-        from tidegate.config import load_client
+        from tidegate.settings import load_client
 
         async with Gateway(load_client()) as gateway:
             if follow_:
@@ -166,3 +168,262 @@ def _say_accepted(accepted: dict[str, Any], json: bool) -> None:
         f"tidegate: {accepted['status']}, {kind}; "
         f"tidegate status {accepted['request_id']} --follow shows the rest\n"
     )
+
+
+_MOST_JOBS = 200
+# Each with the least width of a terminal on which it is shown.
+_RUNNING_COLUMNS = (
+    *(("request", 0), ("since", 0), ("state", 0), ("what", 90), ("type", 110), ("model", 130)),
+)
+
+
+def show_running(limit: int, json: bool) -> None:
+    """At most `limit` of them. Raises GatewayRefused, GatewayUnreachable."""
+    items, complete = calling(_under_way(limit))
+    if json:
+        show_json({"items": items, "complete": complete})
+        return
+    if items:
+        width, now = terminal_width(), datetime.now(UTC)
+        columns = [name for name, least in _RUNNING_COLUMNS if least <= width]
+        rows = [tuple(_running_row(item, now)[name] for name in columns) for item in items]
+        show_table("", tuple(columns), rows, whole=("request",))
+    else:
+        sys.stderr.write("tidegate: nothing is under way\n")
+    if not complete:
+        sys.stderr.write("tidegate: these are not all\n")
+
+
+async def _under_way(limit: int) -> tuple[list[dict[str, Any]], bool]:
+    """Streams, native calls and jobs, the oldest first, and whether these are all."""
+    from tidegate.settings import load_client
+
+    async with Gateway(load_client()) as gateway:
+        calls = await gateway.get("/requests/running")
+        jobs = await gateway.get("/requests", status=Status.RUNNING.value, limit=str(_MOST_JOBS))
+    items = sorted([*calls["items"], *jobs["items"]], key=lambda one: str(one["submitted_at"]))
+    complete = calls["complete"] and jobs.get("next_cursor") is None and len(items) <= limit
+    return items[:limit], complete
+
+
+def _running_row(item: dict[str, Any], now: datetime) -> dict[str, str]:
+    state = item["status"]
+    if (limit := item.get("waits_for")) is not None:
+        state += f" for {limit}"
+    since = datetime.fromisoformat(item.get("admitted_at") or item["submitted_at"])
+    return {
+        "request": item["request_id"],
+        "since": f"{max(0.0, (now - since).total_seconds()):.1f} s",
+        "state": state,
+        "what": item.get("endpoint") or item["source"],
+        "type": item.get("type") or "",
+        "model": item.get("model") or "",
+    }
+
+
+_PAGE = 200
+_MOST_PAGES = 500
+# Each with the least width of a terminal on which it is shown.
+_COLUMNS = (
+    *(("request", 0), ("submitted (UTC)", 80), ("state", 0), ("type", 110), ("model", 130)),
+    *(("waited", 90), ("took", 90), ("tokens", 140)),
+)
+
+
+class Source(StrEnum):
+    JOB = "job"
+    STREAM = "stream"
+    RELAY = "relay"
+
+
+def requests(
+    status: Annotated[Status | None, typer.Option(help="Only in this state.")] = None,
+    type_: Annotated[Kind | None, typer.Option("--type", help="Only of this type.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only by this model.")] = None,
+    source: Annotated[Source | None, typer.Option(help="Only that came this way.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(help="From this time on: 2026-01-31T12:00, or 2h for the last two hours."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Before this time, in the same way.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many at most.")] = 20,
+    cursor: Annotated[
+        str | None, typer.Option(help="Go on after the last page: it was told there.")
+    ] = None,
+    running: Annotated[
+        bool,
+        typer.Option(
+            "--running",
+            help="What is under way now, the oldest first: streams and native calls that wait or "
+            "run, which come into the list once they have ended, and jobs that run. Takes no "
+            "other filter.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """List your requests, the newest first."""
+    given = {
+        "status": status,
+        "type": type_,
+        "model": model,
+        "source": source,
+        "since": None if since is None else time_of("--since", since).isoformat(),
+        "until": None if until is None else time_of("--until", until).isoformat(),
+    }
+    query = {name: str(value) for name, value in given.items() if value is not None}
+    if running:
+        if query or cursor is not None:
+            raise ConfigError("--running", "", "takes no other filter")
+        show_running(limit, json)
+        return
+    items, after = calling(_listed(query, limit, cursor))
+    if json:
+        show_json({"items": items, "next_cursor": after})
+        return
+    if items:
+        _show(items)
+    else:
+        sys.stderr.write("tidegate: there are no such requests\n")
+    if after is not None:
+        sys.stderr.write(f"tidegate: there are more: --cursor {after}\n")
+
+
+def _show(items: list[dict[str, Any]]) -> None:
+    """As many columns as fit; ids stay whole, to be copied."""
+    width = terminal_width()
+    columns = [column for column in _COLUMNS if column[1] <= width]
+    rows = [_row(item) for item in items]
+    show_table(
+        "",
+        tuple(name for name, _ in columns),
+        [tuple(row[name] for name, _ in columns) for row in rows],
+        whole=("request",),
+    )
+
+
+async def _listed(
+    query: dict[str, str], limit: int, cursor: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """As many as wanted, page by page, and where the next would begin."""
+    from tidegate.settings import load_client
+
+    items: list[dict[str, Any]] = []
+    async with Gateway(load_client()) as gateway:
+        for _ in range(_MOST_PAGES):
+            place = {} if cursor is None else {"cursor": cursor}
+            most = str(min(_PAGE, limit - len(items)))
+            page = await gateway.get("/requests", limit=most, **place, **query)
+            items += page["items"]
+            cursor = page.get("next_cursor")
+            if cursor is None or len(items) >= limit:
+                break
+    return items, cursor
+
+
+def time_of(option: str, text: str) -> datetime:
+    """A time of ISO 8601, without a zone in UTC, or one so long ago. Raises ConfigError."""
+    try:
+        at = datetime.fromisoformat(text)
+        return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+    except ValueError:
+        pass  # then it must be a span
+    try:
+        return datetime.now(UTC) - timedelta(milliseconds=span_ms(option, text))
+    except (ConfigError, OverflowError):
+        allowed = "must be a time such as 2026-01-31T12:00, or a span such as 2h"
+        raise ConfigError(option, text, allowed) from None
+
+
+def _row(item: dict[str, Any]) -> dict[str, str]:
+    state = item["status"]
+    if (code := item.get("error_code")) is not None:
+        state += f" ({code})"
+    tokens = item.get("total_tokens")
+    return {
+        "request": item["request_id"],
+        "submitted (UTC)": item["submitted_at"][:19].replace("T", " "),
+        "state": state,
+        "type": item.get("type") or "",
+        "model": item.get("model") or "",
+        "waited": _seconds(item.get("queue_ms")),
+        "took": _seconds(item.get("upstream_ms")),
+        "tokens": "" if tokens is None else str(tokens),
+    }
+
+
+def _seconds(span_ms_: float | None) -> str:
+    return "" if span_ms_ is None else f"{span_ms_ / 1000:.1f} s"
+
+
+class Ended(StrEnum):
+    FAILED = "failed"
+    DEAD = "dead"
+
+
+def requeue(
+    since: Annotated[
+        str,
+        typer.Option(help="Those that ended from this time on: 2026-01-31T12:00, or 2h ago: 2h."),
+    ],
+    until: Annotated[
+        str | None, typer.Option(help="Those that ended before this time, in the same way.")
+    ] = None,
+    status: Annotated[
+        list[Ended] | None, typer.Option(help="In this state; may be given twice.")
+    ] = None,
+    error_code: Annotated[
+        str | None, typer.Option(help="Only with this error, such as upstream_unavailable.")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many at most.")] = 1_000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Queue failed jobs again, under their own ids; their webhooks are sent again.
+
+    They get all their attempts and as long a deadline as they had. A repeat changes nothing for
+    jobs that are queued already.
+    """
+    from tidegate.settings import load
+    from tidegate.store.requests import Requeue
+    from tidegate.store.states import Status
+    from tidegate.supervisor.roles import requeue as run
+    from tidegate.telemetry import logging as telemetry
+
+    now = datetime.now(UTC)
+    order = Requeue(
+        since=time_of("--since", since),
+        until=now if until is None else min(now, time_of("--until", until)),
+        statuses=tuple(Status(one.value) for one in status or [Ended.FAILED]),
+        tenant_id=tenant,
+        error_code=error_code,
+        limit=limit,
+    )
+    config = load()
+    telemetry.configure_logging(config.log_format, "warning", process="requeue")
+    if dry_run:
+        _show_requeued(run(config, order, by=None), json)
+        return
+    if not yes:
+        report = run(config, order, by=None)
+        if not report.matching:
+            _show_requeued(report, json)
+            return
+        counts = ", ".join(f"{jobs} {code or '(none)'}" for code, jobs in report.by_code.items())
+        more = f", the first {limit} of more" if report.has_more else ""
+        typer.confirm(f"Queue {report.matching} jobs again ({counts}{more})?", abort=True)
+    _show_requeued(run(config, order, by=who()), json)
+
+
+def _show_requeued(report: object, json: bool) -> None:
+    from tidegate.store.requests import RequeueReport
+
+    assert isinstance(report, RequeueReport)
+    if json:
+        show_json(report)
+        return
+    for code, jobs in report.by_code.items():
+        typer.echo(f"{jobs:>8}  {code or '(none)'}")
+    more = "; there are more, repeat it" if report.has_more else ""
+    typer.echo(f"{report.requeued} of {report.matching} jobs queued again{more}")

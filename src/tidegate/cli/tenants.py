@@ -1,18 +1,22 @@
-"""`tidegate tenants`: who may call, with what share, limits and caps."""
+"""Commands on tenants and API keys: `tidegate tenants`, `keys` and `erase`."""
 
 from __future__ import annotations
 
+import sys
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.cli.limits import in_force, parsed
-from tidegate.cli.pool import Json, Reason, in_pool, show_json, show_table, who
+from tidegate.call import DEFAULT_TENANT, Scope
+from tidegate.cli.limits import in_force, parsed, span_ms
+from tidegate.cli.terminal import Json, Reason, in_pool, show_json, show_table, who, with_tenants
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tidegate.policy.control import Control
+    from tidegate.policy.inspection import Control
     from tidegate.policy.tenants import ShownTenant
+    from tidegate.store.tenants import Key
 
 app = typer.Typer(help="See and change tenants of the running deployment.", no_args_is_help=True)
 
@@ -65,8 +69,8 @@ def list_(json: Json = False) -> None:
 @app.command()
 def show(tenant: TenantName, json: Json = False) -> None:
     """Show one tenant, with the secret that signs its webhooks."""
-    from tidegate.config import load
     from tidegate.policy.tenants import show_tenant, webhook_secret_of
+    from tidegate.settings import load
 
     shown = in_pool(lambda control: show_tenant(control, tenant))
     deployments = load().webhook_secret
@@ -136,7 +140,7 @@ def set_(
 
 def _note_unbound(changes: list[str]) -> None:
     """Say that budgets and caps bind nobody where callers show no API key."""
-    from tidegate.config import load
+    from tidegate.settings import load
 
     options = [_CAPS.get(one, _OTHERS.get(one)) for one in changes if one != "retention_days"]
     config = load()
@@ -213,8 +217,7 @@ def _say(one: ShownTenant, json: bool) -> None:
 
 
 def _limits(one: ShownTenant) -> list[str]:
-    from tidegate.policy.plain import limit_of
-    from tidegate.policy.words import in_words
+    from tidegate.policy.format import in_words, limit_of
 
     return [
         f"{name}: {in_words(limit_of(name, value, strict=False))}"
@@ -268,3 +271,179 @@ def _number(option: str, text: str) -> int | float | None:
 def _one_of(option: str, is_given: bool, other: str, other_is_given: bool) -> None:
     if is_given and other_is_given:
         raise ConfigError(option, "(given)", f"must not be given together with {other}")
+
+
+keys_app = typer.Typer(help="Make, list, keep and revoke API keys.", no_args_is_help=True)
+UNKNOWN_MAKER = "unknown"
+
+
+@keys_app.command()
+def create(
+    tenant: Annotated[str, typer.Option(help="Whose key it is.")] = DEFAULT_TENANT,
+    name: Annotated[str, typer.Option(help="What it is for.")] = "",
+    scope: Annotated[
+        list[Scope] | None,
+        typer.Option(help="What it opens; infer and read if not given. admin opens all of /admin."),
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(help="When it stops working: in 30d, 12h. Without it never.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a key. It goes to standard output, this once: only its digest is kept."""
+    from tidegate.policy.tenants import check_name
+    from tidegate.store.tenants import USUAL_SCOPES
+
+    expires_at = None
+    if expires is not None:
+        try:
+            expires_at = datetime.now(UTC) + timedelta(milliseconds=span_ms("--expires", expires))
+        except OverflowError:
+            raise ConfigError("--expires", expires, "must end before the year 10000") from None
+    check_name(tenant)
+    key, made = with_tenants(
+        lambda tenants: tenants.create_key(
+            tenant,
+            name=name,
+            scopes=scope or USUAL_SCOPES,
+            expires_at=expires_at,
+            made_by=who(),
+        )
+    )
+    if json:
+        show_json({"key": made.text, **_plain_key(key)})
+        return
+    typer.echo(made.text)
+    what = f"a key of {tenant} for {' and '.join(key.scopes)}, named by its prefix {key.prefix}"
+    sys.stderr.write(f"tidegate: {what}; keep it, it is not shown again\n")
+
+
+@keys_app.command("list")
+def list_keys(
+    tenant: Annotated[str | None, typer.Option(help="Only those of this tenant.")] = None,
+    prefix: Annotated[str, typer.Option(help="How the prefix begins.")] = "",
+    json: Json = False,
+) -> None:
+    """Show keys by their prefixes, the oldest first, never the keys themselves."""
+    from tidegate.policy.tenants import check_name
+
+    start = prefix.removeprefix("tg_").partition("_")[0]
+    if not start.isascii():
+        raise ConfigError("--prefix", ascii(start), "must be letters and digits")
+    if tenant is not None:
+        check_name(tenant)
+    keys = with_tenants(lambda tenants: tenants.list_keys(tenant, start))
+    if json:
+        show_json([_plain_key(key) for key in keys])
+    elif not keys:
+        typer.echo("no key is there: tidegate keys create makes one")
+    else:
+        show_table(
+            "",
+            (
+                *("prefix", "tenant", "state", "scopes", "last used (UTC)", "expires (UTC)"),
+                *("made by", "name"),
+            ),
+            [
+                (
+                    key.prefix,
+                    key.tenant_id,
+                    key.state,
+                    " ".join(key.scopes),
+                    _minute(key.last_used_at),
+                    _minute(key.expires_at),
+                    key.made_by or UNKNOWN_MAKER,
+                    key.name,
+                )
+                for key in keys
+            ],
+        )
+
+
+@keys_app.command()
+def keep(
+    prefix: Annotated[str, typer.Argument(help="The key's prefix, or the key itself.")],
+    json: Json = False,
+) -> None:
+    """Answer for a key of which nobody knows who made it: `doctor` then lists it no more."""
+    from tidegate.store.tenants import prefix_in
+
+    meant = prefix_in(prefix)
+    if meant is None:
+        raise ConfigError("keys keep", "(prefix)", "must be a key's prefix of 10 characters")
+    key = with_tenants(lambda tenants: tenants.keep_key(meant, by=f"kept by {who()}"))
+    if json:
+        show_json(_plain_key(key))
+    else:
+        typer.echo(f"{key.prefix} of {key.tenant_id}: {key.made_by}")
+
+
+@keys_app.command()
+def revoke(
+    prefix: Annotated[str, typer.Argument(help="The key's prefix, or the key itself.")],
+    json: Json = False,
+) -> None:
+    """End a key for good; it is refused everywhere within a second."""
+    from tidegate.store.tenants import prefix_in
+
+    meant = prefix_in(prefix)
+    if meant is None:
+        raise ConfigError("keys revoke", "(prefix)", "must be a key's prefix of 10 characters")
+    key = with_tenants(lambda tenants: tenants.revoke_key(meant, by=who()))
+    if json:
+        show_json(_plain_key(key))
+    else:
+        typer.echo(f"{key.prefix} of {key.tenant_id} is revoked")
+
+
+def _plain_key(key: Key) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    values = asdict(key)
+    return {"tenant": values.pop("tenant_id"), **values, "state": key.state}
+
+
+def _minute(at: datetime | None) -> str:
+    return "" if at is None else f"{at:%Y-%m-%d %H:%M}"
+
+
+def erase(
+    subject: Annotated[
+        str | None, typer.Option(help="Whom requests are about, as they named it.")
+    ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only of this tenant; without --subject all of it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Erase requests, answers, files and bodies of a subject or a tenant; totals stay."""
+    from tidegate.settings import load
+    from tidegate.store.retention import Whose
+    from tidegate.supervisor.roles import erase as run
+    from tidegate.telemetry import logging as telemetry
+
+    whose = Whose(tenant, subject)
+    named = " of ".join(
+        [f"subject {subject}"] * (subject is not None) + [f"tenant {tenant}"] * (tenant is not None)
+    )
+    if not (yes or dry_run):
+        typer.confirm(f"Erase all that is on record of {named}, for good?", abort=True)
+    config = load()
+    telemetry.configure_logging(config.log_format, "error", process="erase")
+    report = run(config, whose, dry_run=dry_run)
+    if json:
+        show_json(report)
+        return
+    typer.echo(
+        f"{'would erase' if dry_run else 'erased'} {report.requests} requests, "
+        f"{report.calls} records of calls, {report.blobs} files, "
+        f"{report.answers} kept answers, {report.batches} batches, "
+        f"{report.spilled} entries on this disk"
+    )
+    if report.held:
+        typer.echo(
+            f"{report.held} files of entries are held by running processes, "
+            "which drop what is erased when they write the rest"
+        )

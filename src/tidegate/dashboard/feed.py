@@ -1,28 +1,425 @@
-"""What all viewers of this process are shown, looked up once and encoded once.
+"""Feed of the dashboard: what all viewers of this process see, read once and encoded once.
 
     sampling task ─┬─ live, every second ──────────────┐
-                   └─ now, trend, record, more seldom ─┴─► each viewer: the newest of each event
+                   └─ frame, trends, record, less often ┴─► each viewer: the newest of each event
 
-Invariants: the task runs only while somebody looks, and asks Valkey and PostgreSQL no more often
-for many than for one. A viewer that is slow gets the newest of each event and misses those between:
-what waits for it is at most one frame of each kind. All are let go when the process drains.
+Invariants: the task runs only while there are viewers, and asks Valkey and PostgreSQL equally
+often for one or for many. A slow viewer gets the newest of each event; at most one frame of each
+kind waits for it. A frame is bounded: it has the busiest limits, tenants and processes, and the
+number of others. A span of time that can no longer change is read once while it is shown.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections import defaultdict
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 import orjson
 from fastapi import FastAPI
 
-from tidegate.dashboard.frame import Frame, live_frame
-from tidegate.dashboard.past import Past, Wanted
-from tidegate.errors import ShuttingDown, StoreUnavailable, TooManyFollowers
+from tidegate.dashboard.rollup import FLUSH_EVERY_S, open_s
+from tidegate.errors import LimiterUnavailable, ShuttingDown, StoreUnavailable, TooManyFollowers
 from tidegate.http.services import Services
-from tidegate.telemetry import Log, get_logger
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import Concurrency, PoolPolicy, Quota, Rate
+from tidegate.limiter.views import LimitView, QueueView, SessionView, Snapshot
+from tidegate.metrics.process import Note, UpstreamFound
+from tidegate.policy.format import in_words
+from tidegate.store.audit import Total
+from tidegate.store.statistics import History, Tally, percentiles
+from tidegate.telemetry.logging import Log, get_logger
+
+MOST_LIMITS = 100
+MOST_TENANTS = 50
+MOST_PROCESSES = 100
+MOST_FOUND = 10
+_SORTS = {"c": "concurrency", "r": "rate", "q": "quota"}
+
+Frame = dict[str, Any]
+
+
+async def live_frame(services: Services) -> Frame:
+    """All pools as Valkey sees them now, and the upstreams as the processes do."""
+    notes, pools = await asyncio.gather(
+        services.board.notes(),
+        asyncio.gather(*(_pool(name, limiter) for name, limiter in services.limiters.items())),
+    )
+    return {
+        "at": time.time(),
+        "pools": pools,
+        "postgresql_away": services.store.away,
+        "upstreams": [upstream_frame(name, notes.notes) for name in services.relay.health],
+    }
+
+
+def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
+    """As the process finds it that finds it worst; `found` has those that do not find it well."""
+    told = [
+        (note.process, note.upstreams[upstream]) for note in notes if upstream in note.upstreams
+    ]
+    told.sort(key=lambda one: _badness(one[1]), reverse=True)
+    bad = [(process, one) for process, one in told if one.state != "ok" or one.key_refused]
+    return {
+        "upstream": upstream,
+        "state": told[0][1].state,
+        "key_refused": any(one.key_refused for _, one in told),
+        "detail": told[0][1].why,
+        "processes": len(told),
+        "out_in": len(bad),
+        "found": [
+            {"process": process, "state": one.state, "detail": one.why}
+            for process, one in bad[:MOST_FOUND]
+        ],
+    }
+
+
+def _badness(found: UpstreamFound) -> tuple[bool, int, int]:
+    return found.key_refused, ("ok", "trying", "out").index(found.state), found.faults
+
+
+async def _pool(name: str, limiter: Limiter) -> Frame:
+    try:
+        return pool_frame(name, await limiter.snapshot(), limiter.policy)
+    except LimiterUnavailable as away:
+        return {"pool": name, "problem": away.message}
+
+
+def pool_frame(pool: str, snapshot: Snapshot, policy: PoolPolicy) -> Frame:
+    """One pool: see `docs/dashboard.md` for what the page makes of it."""
+    limits = sorted(snapshot.limits.values(), key=_pressure, reverse=True)
+    processes = sorted(snapshot.processes, key=lambda one: (-one.held, one.name))
+    tenants = _tenants(snapshot)
+    shown = sorted(limits[:MOST_LIMITS], key=lambda one: one.limit)
+    waiting_at = _by_process(snapshot.queues)
+    return {
+        "pool": pool,
+        "revision": snapshot.revision,
+        "recovering_ms": snapshot.recovering_ms,
+        "in_flight": sum(one.held for one in snapshot.processes),
+        "waiting": sum(one.waiting for one in snapshot.tenants),
+        "limits": [_limit(one, policy) for one in shown],
+        "more_limits": len(limits) - len(shown),
+        "tenants": tenants[:MOST_TENANTS],
+        "more_tenants": len(tenants[MOST_TENANTS:]),
+        "processes": [_process(one, waiting_at) for one in processes[:MOST_PROCESSES]],
+        "more_processes": len(processes[MOST_PROCESSES:]),
+    }
+
+
+def _pressure(view: LimitView) -> tuple[bool, int, float]:
+    return view.paused_ms > 0, view.waiting, view.used / max(1, view.current)
+
+
+def _limit(view: LimitView, policy: PoolPolicy) -> Frame:
+    limit = policy.limit(view.limit)
+    found: Frame = {
+        "limit": view.limit,
+        "sort": _SORTS.get(view.sort, view.sort),
+        "words": str(view.bound) if limit is None else in_words(limit),
+        "bound": view.bound,
+        "current": view.current,
+        "used": view.used,
+        "waiting": view.waiting,
+        "lapsing": view.lapsing,
+        "reserved": view.reserved,
+        "shadowed": view.shadowed,
+        "paused_ms": view.paused_ms,
+        "paused_by": view.paused_by,
+        "room_in_ms": view.room_in_ms,
+        "shadow": limit is not None and limit.shadow,
+    }
+    if isinstance(limit, Concurrency):
+        found["adaptive"] = limit.adaptive is not None
+    if isinstance(limit, Rate):
+        found |= {"unit": limit.unit, "window_ms": limit.window_ms}
+    if isinstance(limit, Quota):
+        found |= {"unit": limit.unit, "zone": limit.zone}
+    return found
+
+
+def _tenants(snapshot: Snapshot) -> list[Frame]:
+    """Those that wait, the longest queue first, with what holds them up."""
+    held_up: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for queue in snapshot.queues:
+        held_up[queue.tenant][queue.held_up_by or ""] += queue.waiting
+    found = [
+        {
+            "tenant": one.tenant,
+            "waiting": one.waiting,
+            "weight": one.weight,
+            "held_up_by": _largest(held_up[one.tenant]),
+        }
+        for one in snapshot.tenants
+    ]
+    return sorted(found, key=lambda one: (-one["waiting"], one["tenant"]))
+
+
+def _largest(counted: Mapping[str, int]) -> str:
+    """The limit that holds most of it up; empty where none does."""
+    return max(counted, key=lambda limit: counted[limit], default="")
+
+
+def _by_process(queues: Iterable[QueueView]) -> Mapping[str, int]:
+    waiting: defaultdict[str, int] = defaultdict(int)
+    for queue in queues:
+        waiting[queue.sid] += queue.waiting
+    return waiting
+
+
+def _process(view: SessionView, waiting_at: Mapping[str, int]) -> Frame:
+    return {
+        "process": view.name,
+        "session": view.sid,
+        "left_ms": view.left_ms,
+        "held": view.held,
+        "waiting": waiting_at.get(view.sid, 0),
+        "blocked": view.blocked,
+    }
+
+
+SHARES = (0.5, 0.95, 0.99)
+MOST_NAMES = 30
+NOW_S = 60
+_MOST_ADDED = 1_000  # names that are told apart while spans and processes are added up
+_SINGLE = ("calls", "failed", "throttled", "told_429", "refused", "retried")
+
+
+class Range(NamedTuple):
+    """So many spans of one length, up to now. `every_s`: how often it is worth a look."""
+
+    step_s: int
+    spans: int
+    every_s: float
+
+
+RANGES: dict[str, Range] = {
+    "5m": Range(10, 30, 5.0),
+    "1h": Range(60, 60, 15.0),
+    "24h": Range(300, 288, 60.0),
+}
+
+
+class Trend:
+    """One range, of all pools. `look` reads what is new."""
+
+    def __init__(self, history: History, wanted: Range) -> None:
+        self._history = history
+        self._wanted = wanted
+        self._settled: dict[int, dict[str, Tally]] = {}
+        self._open: dict[int, dict[str, Tally]] = {}
+        self._settled_to = 0.0  # spans that begin before this are in `_settled`, or empty
+        self._now = 0.0
+
+    @property
+    def every_s(self) -> float:
+        return self._wanted.every_s
+
+    async def look(self, now: float) -> None:
+        """Bring it up to `now` (seconds since 1970). Raises StoreUnavailable."""
+        step_s = self._wanted.step_s
+        oldest = (now // step_s - self._wanted.spans) * step_s
+        since = max(oldest, self._settled_to)
+        fresh: dict[int, dict[str, Tally]] = {}
+        for span, tally in await self._history.read(step_s, since):
+            fresh.setdefault(span.at, {}).setdefault(span.pool, Tally()).merge(tally, _MOST_ADDED)
+        settled_to = (now - open_s(step_s) - 3 * FLUSH_EVERY_S) // step_s * step_s
+        self._settled_to = max(since, settled_to)
+        self._settled |= {at: pools for at, pools in fresh.items() if at < self._settled_to}
+        self._settled = {at: pools for at, pools in self._settled.items() if at >= oldest}
+        self._open = {at: pools for at, pools in fresh.items() if at >= self._settled_to}
+        self._now = now
+
+    def frame(self, pool: str, weights: Mapping[str, int]) -> dict[str, Any]:
+        """Lines and tables of one pool: spans that are over, rates by the second, lengths in ms.
+        The upstreams are those of all pools.
+
+        The tables have at most `MOST_NAMES` rows; `more` says how many names are left out.
+        """
+        step_s = self._wanted.step_s
+        last = int(self._now // step_s) * step_s  # has only begun
+        begins = [last - step_s * back for back in range(self._wanted.spans, 0, -1)]
+        tallies = [self._of(at, pool) for at in begins]
+        total = Tally()
+        for tally in tallies:
+            if tally is not None:
+                total.merge(tally, _MOST_ADDED)
+        return {
+            "pool": pool,
+            "step_s": step_s,
+            "at": begins,
+            **{name: [_rate(one, name, step_s) for one in tallies] for name in _SINGLE},
+            "waits": _lines([None if one is None else one.waits for one in tallies]),
+            "lengths": _lines([None if one is None else one.lengths for one in tallies]),
+            "totals": total.counts,
+            "total_waits": percentiles(total.waits, SHARES),
+            "total_lengths": percentiles(total.lengths, SHARES),
+            "tenants": [
+                {**row, "weight": weights.get(row["name"], 1)} for row in _table(total, "tenant")
+            ],
+            "models": _table(total, "model"),
+            "upstreams": _table(self._upstreams_at(begins), "upstream"),
+            "codes": [[name, row[0]] for name, row in _largest_rows(total, "code")],
+        }
+
+    def now(self, pool: str) -> dict[str, Any]:
+        """The newest minute of a pool, as far as it is told."""
+        step_s = self._wanted.step_s
+        last = int(self._now // step_s) * step_s
+        total = Tally()
+        for at in range(last - NOW_S, last, step_s):
+            tally = self._of(at, pool)
+            if tally is not None:
+                total.merge(tally, _MOST_ADDED)
+        return {
+            "per_second": total.counts.get("calls", 0) / NOW_S,
+            "failed": total.counts.get("failed", 0),
+            "throttled": total.counts.get("throttled", 0),
+            "told_429": total.counts.get("told_429", 0),
+            "waits": percentiles(total.waits, SHARES),
+            "lengths": percentiles(total.lengths, SHARES),
+        }
+
+    def _of(self, at: int, pool: str) -> Tally | None:
+        return self._pools_at(at).get(pool)
+
+    def _pools_at(self, at: int) -> Mapping[str, Tally]:
+        return self._open.get(at) or self._settled.get(at) or {}
+
+    def _upstreams_at(self, begins: Sequence[int]) -> Tally:
+        """What each upstream was called in these spans, whichever pool its calls were in."""
+        total = Tally()
+        for at in begins:
+            for tally in self._pools_at(at).values():
+                called = tally.apart.get("upstream", {})
+                total.merge(Tally(apart={"upstream": called}), _MOST_ADDED)
+        return total
+
+
+def _rate(tally: Tally | None, name: str, step_s: int) -> float:
+    return 0.0 if tally is None else round(tally.counts.get(name, 0) / step_s, 3)
+
+
+def _lines(histograms: Sequence[int | None]) -> list[list[float | None]]:
+    """A line for each of `SHARES`; a gap where nothing has ended."""
+    columns = [percentiles(one or 0, SHARES) for one in histograms]
+    return [[_rounded(column[line]) for column in columns] for line in range(len(SHARES))]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def _largest_rows(total: Tally, dimension: str) -> list[tuple[str, list[int]]]:
+    names = total.apart.get(dimension, {})
+    return sorted(names.items(), key=lambda one: (-one[1][0], one[0]))[:MOST_NAMES]
+
+
+def _table(total: Tally, dimension: str) -> list[dict[str, Any]]:
+    columns = ("calls", "failed", "throttled", "tokens", "cost_micros", "upstream_ms")
+    return [
+        {"name": name, **dict(zip(columns, row, strict=False))}
+        for name, row in _largest_rows(total, dimension)
+    ]
+
+
+RECORD_EVERY_S = 10.0
+MOST_ROWS = 30
+_NOW = "5m"  # the newest minute is in it
+
+
+class Wanted(NamedTuple):
+    """What a viewer has chosen to look at."""
+
+    range: str
+    pool: str
+
+
+class Past:
+    """What has been looked up for the viewers of this process."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._trends: dict[str, Trend] = {}
+        self._due_at: dict[str, float] = {}
+        self._told: set[Wanted] = set()
+
+    async def due(self, wanted: Set[Wanted]) -> AsyncIterator[tuple[str, Wanted | None, Frame]]:
+        """The events that it is time for, and whose they are (None: everybody's).
+
+        Raises StoreUnavailable.
+        """
+        ranges = {one.range for one in wanted} | {_NOW}
+        for name in [name for name in self._trends if name not in ranges]:
+            del self._trends[name]
+            self._told = {one for one in self._told if one.range != name}
+        self._told &= wanted
+        for name in sorted(ranges, key=list(RANGES).index):
+            trend = self._trends.setdefault(name, Trend(self._services.store.history, RANGES[name]))
+            looked = self._is_due(name, trend.every_s)
+            if looked:
+                await trend.look(time.time())
+                self._put_off(name, trend.every_s)
+            for one in wanted:
+                if one.range == name and (looked or one not in self._told):
+                    self._told.add(one)
+                    yield "trend", one, {"range": name, **self._frame(trend, one.pool)}
+            if looked and name == _NOW:
+                yield "now", None, {pool: trend.now(pool) for pool in self._services.limiters}
+        if self._is_due("record", RECORD_EVERY_S):
+            frame = await self._record()
+            self._put_off("record", RECORD_EVERY_S)
+            yield "record", None, frame
+
+    def _is_due(self, name: str, every_s: float) -> bool:
+        return time.monotonic() >= self._due_at.get(name, 0.0)
+
+    def _put_off(self, name: str, every_s: float) -> None:
+        self._due_at[name] = time.monotonic() + every_s
+
+    def _frame(self, trend: Trend, pool: str) -> Frame:
+        return trend.frame(pool, self._services.limiters[pool].policy.weights)
+
+    async def _record(self) -> Frame:
+        """What was spent, by the record, and how much waits for a person."""
+        store, today = self._services.store, datetime.now(UTC).date()
+        spans = {"day": today, "month": today.replace(day=1)}
+        spent: dict[str, Any] = {}
+        for span, since in spans.items():
+            tenants = await store.usage.totals(["tenant"], since, today)
+            models = await store.usage.totals(["model"], since, today)
+            spent[span] = {
+                "since": since,
+                "tenants": _largest_span(tenants, "tenant"),
+                "models": _largest_span(models, "model"),
+                "total": _sum(tenants),
+            }
+        dead_jobs, webhooks = await store.stuck.counts()
+        return {"spent": spent, "dead_jobs": dead_jobs, "webhooks_given_up": webhooks}
+
+
+def _largest_span(totals: list[Total], name: str) -> list[Frame]:
+    ordered = sorted(totals, key=lambda one: (one.cost_micros, one.requests), reverse=True)
+    return [{"name": getattr(one, name), **_sum([one])} for one in ordered[:MOST_ROWS]]
+
+
+def _sum(totals: list[Total]) -> Frame:
+    names = ("requests", "input_tokens", "output_tokens", "images", "cost_micros", "unpriced")
+    return {name: sum(getattr(one, name) for one in totals) for name in names}
+
 
 MOST_VIEWERS = 200
 LIVE_EVERY_S = 1.0

@@ -1,4 +1,4 @@
-"""What this process's calls came to, span by span, on its way into the record.
+"""Rollup of this process's finished calls by spans of time, for the record.
 
 Invariant: counting is a few additions in memory; PostgreSQL is asked once every `FLUSH_EVERY_S`,
 and while it is away what was counted waits here, `MOST_SPANS` of it at most. An end is counted in
@@ -13,11 +13,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from tidegate.errors import StoreUnavailable
-from tidegate.observed import JUDGE, REFUSED, RETRIED, Observed
-from tidegate.store.histogram import one
-from tidegate.store.history import KEPT_S, Dimension, History, Span, Tally
+from tidegate.store.statistics import KEPT_S, Dimension, History, Span, Tally, one
 from tidegate.store.store import Store
-from tidegate.telemetry import Log, get_logger
+from tidegate.telemetry.events import JUDGE, REFUSED, RETRIED, Observed
+from tidegate.telemetry.logging import Log, get_logger
 
 FLUSH_EVERY_S = 5.0
 FORGET_EVERY_S = 600.0

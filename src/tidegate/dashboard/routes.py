@@ -1,31 +1,176 @@
-"""`/dashboard`: the document, its files, and the data that only it asks for.
+"""Routes of `/dashboard`: the page, its files, its live feed and its sessions.
 
-Invariant: every route but those of the files, and the two that begin and end a session, is behind
-`admit_admin`. A person signs in with a key, which the page keeps in the tab's own storage and shows
-in a header; or with the one-time code in the address that `tidegate up` prints, which becomes a
-cookie (see `http.signin`): HttpOnly, SameSite=Strict, and counting for no other site's page.
+Every route except the files and the two that start and end a session requires an admin. A person
+signs in with an API key, which the page keeps in the tab's storage, or with the one-time code
+that `tidegate up` prints, which becomes a cookie (HttpOnly, SameSite=Strict; see `http.signin`).
+
+Invariants: the content security policy allows no script but these files; the files hold no secret
+and no figure; a revoked key ends its feed; a client that does not read is disconnected.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
+from pathlib import Path
 from secrets import token_bytes
 from typing import Annotated, Literal, TypedDict
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import RedirectResponse
 from pydantic import BaseModel
+from starlette.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import __version__
-from tidegate.dashboard.feed import feed_of
-from tidegate.dashboard.files import HEADERS, Files, document
-from tidegate.dashboard.past import Wanted
-from tidegate.dashboard.stuck import Waiting, stuck_of
-from tidegate.dashboard.watching import Watching
-from tidegate.errors import InvalidRequest, StoreUnavailable
-from tidegate.http.admin_gate import SIGNED_IN, admit_admin, admitted_as
+from tidegate.dashboard.feed import Feed, Wanted, feed_of
+from tidegate.errors import (
+    InvalidRequest,
+    ShuttingDown,
+    StoreUnavailable,
+    TidegateError,
+    TooManyFollowers,
+)
+from tidegate.http.guards import SIGNED_IN, admit_admin, admitted_as
+from tidegate.http.problems import problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.signin import checked, cookie_name, make_session
+from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
+from tidegate.telemetry.logging import Log, get_logger
+
+FOLDER = Path(__file__).parent / "static"
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob: data:",
+        "media-src blob:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # Asked for anew each time, answered with 304: after an upgrade no module meets an older one.
+    "Cache-Control": "no-cache",
+}
+_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+
+
+def document() -> FileResponse:
+    """The one HTML document; it finds its view from the part of the address after `#`."""
+    return FileResponse(FOLDER / "index.html", headers=HEADERS, media_type="text/html")
+
+
+class Files:
+    """ASGI application: the styles, modules and pictures, with the same headers."""
+
+    def __init__(self) -> None:
+        self._files = StaticFiles(directory=FOLDER)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def headed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *_RAW_HEADERS]
+            await send(message)
+
+        await self._files(scope, receive, headed)
+
+
+class Watching(Response):
+    """Shows the feed to one viewer until its client leaves, its key ends or the process drains."""
+
+    def __init__(self, request: Request, services: Services, feed: Feed, wanted: Wanted) -> None:
+        super().__init__()
+        self._request = request
+        self._services = services
+        self._feed = feed
+        self._wanted = wanted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._feed.watched(self._wanted) as viewer:
+                gone = asyncio.ensure_future(disconnected(receive))
+                gone.add_done_callback(lambda _: viewer.leave())
+                stalled_ms = self._services.config.stalled_reader_ms
+                writer = EventWriter(send, plain_text=False, stalled_ms=stalled_ms)
+                try:
+                    await writer.start({})
+                    while (frames := await viewer.take()) and await self._may_go_on():
+                        await writer.encoded(frames)
+                    await writer.end()
+                except ClientStalled:
+                    abort(scope)
+                finally:
+                    gone.cancel()
+        except (TooManyFollowers, ShuttingDown) as refused:
+            await problem_response(refused)(scope, receive, send)
+
+    async def _may_go_on(self) -> bool:
+        """Whether what was shown still opens it; a page that is not told why asks again."""
+        try:
+            await admit_admin(self._request)
+        except TidegateError:
+            return False
+        return True
+
+
+FRESH_S = 1.0
+
+log = get_logger()
+
+
+class Waiting(BaseModel):
+    """Both are None while PostgreSQL is away."""
+
+    dead_jobs: int | None = None
+    webhooks_given_up: int | None = None
+
+
+class Stuck:
+    """One per API process: see `stuck_of`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._found = (float("-inf"), Waiting())
+        self._looking = asyncio.Lock()
+
+    async def waiting(self) -> Waiting:
+        async with self._looking:
+            at, found = self._found
+            if time.monotonic() - at > FRESH_S:
+                found = await self._look()
+                self._found = (time.monotonic(), found)
+            return found
+
+    async def _look(self) -> Waiting:
+        try:
+            jobs, webhooks = await self._services.store.stuck.counts()
+        except StoreUnavailable as away:
+            log.debug(Log.STORE_AWAY, detail=away.message)
+            return Waiting()
+        return Waiting(dead_jobs=jobs, webhooks_given_up=webhooks)
+
+
+def stuck_of(app: FastAPI) -> Stuck:
+    """That of a running application; made when it is first asked."""
+    stuck: Stuck | None = getattr(app.state, "dashboard_stuck", None)
+    if stuck is None:
+        stuck = app.state.dashboard_stuck = Stuck(app.state.services)
+    return stuck
+
 
 _PREFIXES = ("", "/llm")
 
@@ -163,3 +308,6 @@ def install(app: FastAPI) -> None:
             app.include_router(routes, prefix=prefix)
         app.mount(f"{prefix}/dashboard/static", Files())
         app.get(f"{prefix}/dashboard/{{path:path}}", include_in_schema=False)(typed)
+
+
+__all__ = ["install"]

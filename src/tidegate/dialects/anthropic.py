@@ -1,12 +1,11 @@
-"""Refusals as Anthropic words them."""
+"""Refusals in Anthropic's words."""
 
 from __future__ import annotations
 
 import re
 
-from tidegate.dialects.rate_headers import used_up
-from tidegate.dialects.refusal import Refusal, Said
-from tidegate.dialects.waits import until_date_ms
+from tidegate.dialects.rate_limits import used_up
+from tidegate.dialects.refusal import Refusal, Said, until_date_ms
 
 # From the first word on: a provider that repeats a client's text does so further on.
 _NO_MONEY = re.compile(

@@ -1,4 +1,4 @@
-"""Refusals as Google words them, in Gemini's own dialect and where it speaks others'."""
+"""Refusals in Google's words, in Gemini's own dialect and in the others that it speaks."""
 
 from __future__ import annotations
 

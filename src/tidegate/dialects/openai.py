@@ -1,10 +1,10 @@
-"""Refusals as OpenAI words them, and those who speak its dialect: Azure, xAI, DeepSeek, Groq."""
+"""Refusals in OpenAI's words and in those of compatible providers: Azure, xAI, DeepSeek, Groq."""
 
 from __future__ import annotations
 
 import re
 
-from tidegate.dialects.rate_headers import used_up
+from tidegate.dialects.rate_limits import used_up
 from tidegate.dialects.refusal import Refusal, Said
 
 _UNPAID = frozenset(

@@ -1,4 +1,4 @@
-"""Looking for everything that could be wrong with a deployment, and how to mend it.
+"""Doctor: checks of a deployment, and how to fix what they find.
 
 Facts are gathered by the rooms that may (`limiter.checkup`, `store.checkup`, `providers.probe`),
 and judged here. Invariant: nothing is started or changed, and nothing is left behind: one object is
@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from pydantic import SecretStr
 
 from tidegate.call import DEFAULT_POOL, new_id
-from tidegate.config import Config, load
-from tidegate.doctor import deployment, machine, postgresql, valkey
-from tidegate.doctor.finding import Finding, State, fail, ok, skipped, warn
+from tidegate.doctor import checks as deployment
+from tidegate.doctor import checks as machine
+from tidegate.doctor import stores as postgresql
+from tidegate.doctor import stores as valkey
+from tidegate.doctor.checks import Finding, State, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
-from tidegate.limiter import PoolPolicy, Snapshot
-from tidegate.policy import deployed, deployed_upstreams
-from tidegate.policy.upstreams import Upstream
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.views import Snapshot
+from tidegate.policy.deployment import Upstream, deployed, deployed_upstreams
+from tidegate.settings import Config, load
 from tidegate.store.records import PolicyRecord
 from tidegate.store.tenants import Key
 
@@ -74,7 +77,7 @@ def _with_bundled(config: Config) -> tuple[Config, str]:
     """The settings with the addresses of bundled servers that run; else why there are none."""
     if not config.embedded:
         return config, ""
-    from tidegate.embedded.folder import Folder
+    from tidegate.embedded.lease import Folder
 
     services = Folder(config.data_dir).read().services
     running = {name: one.url for name, one in services.items() if one.identity.alive and one.ready}
@@ -90,7 +93,7 @@ def _with_bundled(config: Config) -> tuple[Config, str]:
 async def _valkey(
     config: Config, policies: dict[str, PoolPolicy], seen: _Seen, *, bundled: bool
 ) -> list[Finding]:
-    from tidegate.limiter.checkup import examine as look
+    from tidegate.limiter.diagnostics import examine as look
 
     assert config.redis_url is not None
     found: list[Finding] = []
@@ -101,7 +104,7 @@ async def _valkey(
             return [*found, valkey.judge_absence(failed)]
         if not found:
             found = [ok("valkey.reach", "it answers")]
-            found += valkey.judge(report, config.lease_ms, embedded=bundled)
+            found += valkey.judge_valkey(report, config.lease_ms, embedded=bundled)
         if report.snapshot is not None:
             seen.snapshots[pool] = report.snapshot
     return found
@@ -110,7 +113,7 @@ async def _valkey(
 async def _postgresql(
     config: Config, policies: dict[str, PoolPolicy], seen: _Seen
 ) -> list[Finding]:
-    from tidegate.store.checkup import examine as look
+    from tidegate.store.diagnostics import examine as look
 
     assert config.database_url is not None
     url = config.database_url.get_secret_value()
@@ -130,7 +133,7 @@ async def _read_record(
     url: str, policies: dict[str, PoolPolicy], seen: _Seen, revision: str
 ) -> None:
     """What the database says of policies and keys; a part that can't be read is told elsewhere."""
-    from tidegate.store.connection import Connections
+    from tidegate.store.database import Connections
     from tidegate.store.policies import Policies
     from tidegate.store.tenants import Tenants
 
@@ -149,7 +152,7 @@ async def _read_record(
 
 
 async def _provider(upstream: Upstream, config: Config) -> Finding:
-    from tidegate.providers.probe import ask_for_models
+    from tidegate.upstream.fetch import ask_for_models
 
     check = f"provider.{upstream.name}"
     if upstream.name == DEFAULT_POOL and config.emulated:

@@ -1,10 +1,10 @@
-"""The keeper: one detached process per `DATA_DIR` that starts the bundled servers and stops them.
+"""Keeper: one detached process per DATA_DIR that starts and stops the bundled servers.
 
     python -m tidegate.embedded.keeper DATA_DIR
 
-Invariant: servers run while anybody holds `users.lock`, and end within `--idle-s` seconds after
-the last has gone, however it went. A server that dies is started again on the same port. The
-servers of a keeper that was killed are adopted by the next one, without a break.
+Invariants: servers run while any process holds `users.lock`, and stop within `--idle-s` seconds
+after the last one ends, however it ends. A server that dies is restarted on the same port. A new
+keeper adopts the servers of a killed one without interruption.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,9 +23,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 
-from tidegate.embedded import place, process
-from tidegate.embedded.emulator import EmulatorServer
-from tidegate.embedded.folder import (
+from tidegate.embedded import servers as place
+from tidegate.embedded import servers as process
+from tidegate.embedded.lease import (
     SERVICES,
     Folder,
     ServiceName,
@@ -34,9 +35,77 @@ from tidegate.embedded.folder import (
     opened,
     try_lock,
 )
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.process import Running, ServerFailed
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import Identity, PostgresServer, Running, ServerFailed, ValkeyServer
+
+_COMMAND = (sys.executable, "-m", "tidegate.emulator")
+
+
+class EmulatorServer:
+    """One emulator process on loopback. It keeps nothing: a start is always a fresh one."""
+
+    def __init__(self, folder: Path, port: int | None = None) -> None:
+        self.folder = folder
+        self.port = port or process.free_port()
+        self._process: Running | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> Running | None:
+        """The process, alive or dead; None before the first start and after a stop."""
+        return self._process
+
+    def start(self, timeout_s: float = 20.0) -> None:
+        """Start and wait until it accepts connections. Raises ServerFailed."""
+        self.launch()
+        self.await_ready(timeout_s)
+
+    def launch(self) -> None:
+        """Start the process without waiting for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._port_file.unlink(missing_ok=True)
+        command = [
+            *(*_COMMAND, "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--port-file", str(self._port_file)),
+        ]
+        self._process = process.spawn(command, self._log_path, None, self.folder)
+
+    def await_ready(self, timeout_s: float = 20.0) -> None:
+        """Wait until the launched or adopted process answers. Raises ServerFailed."""
+        if self._process is None:
+            raise ServerFailed("the emulator is not running")
+        process.wait_ready(self._process, "the emulator", self._accepts, self._log_path, timeout_s)
+
+    def adopt(self, identity: Identity) -> None:
+        """Take over an emulator on this port whose starter is gone."""
+        self._process = Running(identity)
+
+    def stop(self) -> None:
+        """Orderly end; what it is answering is cut off after 2 s."""
+        if self._process is not None:
+            self._process.send(signal.SIGCONT)
+            self._process.stop(signal.SIGTERM, timeout_s=2.0)
+            self._process = None
+
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / "emulator.log"
+
+    @property
+    def _port_file(self) -> Path:
+        return self.folder / "port"
+
+    def _accepts(self) -> bool:
+        if not self._port_file.exists():
+            return False
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return True
+        except OSError:
+            return False
+
 
 _TICK_S = 0.05
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)

@@ -1,34 +1,192 @@
-"""A user's hold on the bundled servers of one `DATA_DIR`.
+"""Lease on the bundled servers of a DATA_DIR, and the files by which users and keeper coordinate.
 
-Invariant: the servers run at least as long as the lease, or any process that inherited its
-descriptor, lives. The kernel gives the lock up, so that `kill -9` of a user is an ordinary end.
+`ensure(data_dir, {"valkey", "postgres"})` starts the servers if needed and returns a `Lease`.
+Files:
 
-The keeper runs from this package too and must start quickly: what costs time is imported late.
+    users.lock             held shared by every user; exclusively by a keeper that stops
+    keeper.lock            held exclusively by the one keeper
+    start.lock             held while a user starts a keeper
+    wanted/NAME            a user requests this server
+    hurry                  the last user requests an immediate stop
+    state.json             keeper, servers, ports and sockets; contains passwords
+    password               of PostgreSQL's superuser, for the keeper only
+    password.application, password.valkey    for the processes of Tidegate
+
+Invariants: servers run at least as long as the lease or any process that inherited its
+descriptor; the kernel releases the lock, so `kill -9` is an ordinary end; every file is readable
+by its owner only; `state.json` is replaced as a whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import secrets
 import select
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self
 
-from tidegate.embedded.folder import (
-    Folder,
-    ServiceName,
-    State,
-    lock_until,
-    opened,
-)
-from tidegate.embedded.process import ServerFailed
+from tidegate.embedded import servers as place
+from tidegate.embedded.servers import Identity, ServerFailed
+
+ServiceName = Literal["valkey", "postgres", "emulator"]
+PasswordName = Literal["password", "password.application", "password.valkey"]
+SERVICES: tuple[ServiceName, ...] = ("valkey", "postgres", "emulator")
+_FOLDER_POLL_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceState:
+    """One server as the keeper last saw it."""
+
+    identity: Identity
+    url: str
+    ready: bool
+
+
+@dataclass(slots=True)
+class State:
+    """What the keeper tells its users. `failures` counts failed starts, with the last reason."""
+
+    keeper: Identity | None = None
+    services: dict[str, ServiceState] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
+    sockets: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+class Folder:
+    """The folder `embedded` in a `DATA_DIR`."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir.resolve()
+        self.path = self.data_dir / "embedded"
+
+    def create(self) -> None:
+        """Make the folder where it is missing. Raises OSError."""
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        # Root's PostgreSQL is another user, who must pass through; the files stay private.
+        self.path.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
+        (self.path / "wanted").mkdir(mode=0o700, exist_ok=True)
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "wanted").is_dir()
+
+    @property
+    def keeper_log(self) -> Path:
+        return self.path / "keeper.log"
+
+    def open_lock(self, name: Literal["users", "keeper", "start"]) -> int:
+        """A descriptor of the lock file, not inherited by children unless passed to them."""
+        return os.open(self.path / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+
+    def owns_lock(self, descriptor: int, name: Literal["users", "keeper", "start"]) -> bool:
+        """Whether the lock file is still the one that was opened, not a new one of its name."""
+        try:
+            return os.path.samestat(os.stat(self.path / f"{name}.lock"), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
+
+    def want(self, service: ServiceName) -> None:
+        (self.path / "wanted" / service).touch(mode=0o600)
+
+    def wanted(self) -> list[ServiceName]:
+        return [name for name in SERVICES if (self.path / "wanted" / name).exists()]
+
+    def want_nothing(self) -> None:
+        for name in SERVICES:
+            (self.path / "wanted" / name).unlink(missing_ok=True)
+
+    @property
+    def hurry(self) -> Path:
+        return self.path / "hurry"
+
+    def password(self, name: PasswordName) -> str:
+        """A password, made on first use. Only for a keeper, before its threads."""
+        path = self.path / name
+        if not path.exists():
+            place.write_private(path, secrets.token_hex(16))
+        return path.read_text(encoding="ascii").strip()
+
+    def read(self) -> State:
+        """What the keeper last said; an empty state where it said nothing."""
+        try:
+            raw = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return State()
+        return State(
+            keeper=_identity(raw["keeper"]) if raw.get("keeper") else None,
+            services={
+                name: ServiceState(_identity(found), found["url"], found["ready"])
+                for name, found in raw.get("services", {}).items()
+            },
+            ports=raw.get("ports", {}),
+            sockets=raw.get("sockets", {}),
+            failures={name: (n, why) for name, (n, why) in raw.get("failures", {}).items()},
+        )
+
+    def write(self, state: State) -> None:
+        """Replace what is said. Raises FileNotFoundError where the folder is gone."""
+        raw = {
+            "keeper": _plain(state.keeper) if state.keeper else None,
+            "services": {
+                name: _plain(found.identity) | {"url": found.url, "ready": found.ready}
+                for name, found in state.services.items()
+            },
+            "ports": state.ports,
+            "sockets": state.sockets,
+            "failures": state.failures,
+        }
+        fresh = self.path / "state.json.new"
+        place.write_private(fresh, json.dumps(raw, indent=1))
+        fresh.rename(self.path / "state.json")
+
+
+def _identity(raw: dict[str, Any]) -> Identity:
+    return Identity(int(raw["pid"]), str(raw["started"]))
+
+
+def _plain(identity: Identity) -> dict[str, Any]:
+    return {"pid": identity.pid, "started": identity.started}
+
+
+def try_lock(descriptor: int, how: int) -> bool:
+    """Take a lock (`fcntl.LOCK_SH` or `LOCK_EX`) if that is possible now."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lock_until(descriptor: int, how: int, deadline: float) -> bool:
+    """Take a lock before the deadline (`time.monotonic()`), or return False."""
+    while not try_lock(descriptor, how):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_FOLDER_POLL_S)
+    return True
+
+
+@contextmanager
+def opened(descriptor: int) -> Iterator[int]:
+    """Close the descriptor, and so give up its lock, at the end."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
 
 _POLL_S = 0.02
 _WATCH_S = 0.5
@@ -102,8 +260,8 @@ class Lease:
             time.sleep(_POLL_S)
 
     def _watch(self) -> None:
-        from tidegate import telemetry
-        from tidegate.telemetry import Log
+        from tidegate.telemetry import logging as telemetry
+        from tidegate.telemetry.logging import Log
 
         logger = telemetry.get_logger()
         while not self._closed.wait(_WATCH_S):
@@ -222,3 +380,6 @@ def _environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name in _VARIABLES or name.startswith(_PREFIXES)
     }
+
+
+__all__ = ["Lease", "ServerFailed", "ServiceName", "ensure"]

@@ -1,0 +1,1 @@
+"""HTTP: routes, authentication, request bodies and error responses."""

@@ -1,4 +1,4 @@
-"""The private names of uvicorn that the HTTP protocol uses.
+"""Private names of uvicorn that the HTTP protocol uses.
 
 uvicorn >= 0.35, < 0.55. Guarded by `tests/integration/http_input/test_uvicorn_internals.py`.
 """

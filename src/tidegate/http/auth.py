@@ -1,12 +1,12 @@
-"""Who calls: from the API key that a request shows to the tenant, and to what it may do.
+"""Authentication: from the API key of a request to its tenant and permissions.
 
-The hot path asks `known`, which does no I/O. What it does not know, `identify` asks PostgreSQL for,
-and remembers. The version number of all tenants and keys is looked at every 0.4 s; a new one has
-everything that is remembered read anew.
+The hot path asks `known`, without I/O. For unknown keys `identify` asks PostgreSQL and caches the
+result. The version number of all tenants and keys is read every 0.4 s; a new number invalidates
+the cache.
 
-Invariant: nobody is let in by what was remembered unless that was known to be the newest within the
-last 0.9 s; or PostgreSQL does not answer, and it was within `AUTH_OUTAGE_MS`. So a revoked key is
-refused everywhere within a second. Keys are remembered by their digest, and never logged.
+Invariants: a cached result counts only if it was current within the last 0.9 s, or, while
+PostgreSQL does not answer, within AUTH_OUTAGE_MS; so a revoked key is refused everywhere within a
+second. Keys are cached by digest and never logged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
+from urllib.parse import unquote_to_bytes
 
 from tidegate.call import ANYBODY, Caller, Scope
 from tidegate.errors import (
@@ -27,12 +28,71 @@ from tidegate.errors import (
     StoreUnavailable,
     Unauthenticated,
 )
-from tidegate.http.credentials import TENANT_HEADER, Shown, shown_in
-from tidegate.limiter.limits import check_tenant
-from tidegate.store.api_keys import digest_of, is_same, prefix_of
-from tidegate.store.tenants import FoundKey, Tenants
-from tidegate.store.writer import GroupWriter
-from tidegate.telemetry import Log, get_logger
+from tidegate.limiter.policy import check_tenant
+from tidegate.store.database import GroupWriter
+from tidegate.store.tenants import FoundKey, Tenants, digest_of, is_same, prefix_of
+from tidegate.telemetry.logging import Log, get_logger
+
+TENANT_HEADER = "x-tidegate-tenant"
+_TENANT = TENANT_HEADER.encode()
+_BEARER = b"authorization"
+_CREDENTIALS = frozenset((_BEARER, b"x-api-key", b"x-goog-api-key", b"api-key"))
+_NAMES = _CREDENTIALS | {_TENANT}
+_OURS = b"tg_"
+_IN_QUERY = b"key="
+
+
+class Shown(NamedTuple):
+    """`several`: keys of ours that differ. `tenant` is empty where two names were given."""
+
+    key: bytes | None
+    tenant: bytes | None
+    several: bool
+
+
+def shown_in(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> Shown:
+    """What is in the headers and the query; of credentials, one of ours goes before others'."""
+    key: bytes | None = None
+    tenant: bytes | None = None
+    several = False
+    for name, value in headers:
+        if name not in _NAMES:
+            continue
+        if name == _TENANT:
+            tenant = value if tenant in (None, value) else b""
+            continue
+        found = _in_authorization(value) if name == _BEARER else value.strip()
+        key, several = _better(key, found, several)
+    if _IN_QUERY in query:
+        for pair in query.split(b"&"):
+            if pair.startswith(_IN_QUERY):
+                found = unquote_to_bytes(pair[len(_IN_QUERY) :])
+                key, several = _better(key, found, several)
+    return Shown(key, tenant, several)
+
+
+def in_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    """All credentials that headers hold, ours or not; none of a query, which ends up in logs."""
+    return [
+        found
+        for name, value in headers
+        if name in _CREDENTIALS
+        and (found := _in_authorization(value) if name == _BEARER else value.strip())
+    ]
+
+
+def _in_authorization(value: bytes) -> bytes:
+    scheme, _, given = value.strip().partition(b" ")
+    return given.strip() if scheme.lower() == b"bearer" else b""
+
+
+def _better(key: bytes | None, found: bytes, several: bool) -> tuple[bytes | None, bool]:
+    if not found or found == key:
+        return key, several
+    if key is None or not key.startswith(_OURS):
+        return found, several
+    return key, several or found.startswith(_OURS)
+
 
 LOOK_EVERY_S = 0.4
 FRESH_S = 0.9

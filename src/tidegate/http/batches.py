@@ -1,7 +1,8 @@
-"""`/v1/files` and `/v1/batches` in OpenAI's shape: ours, not relayed.
+"""Routes `/v1/files` and `/v1/batches` in OpenAI's shape.
 
-Invariant: everything belongs to the tenant of the caller and is not there for others; a batch that
-was answered for is in PostgreSQL; errors are such as OpenAI's SDK knows.
+Invariants: everything belongs to the caller's tenant and does not exist for others; a batch that
+was answered is in PostgreSQL; errors are those that OpenAI's SDK knows; an upload goes to disk as
+it arrives, is bounded, and leaves nothing behind if its form is invalid.
 """
 
 from __future__ import annotations
@@ -9,41 +10,240 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import orjson
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tidegate.call import Caller, new_id
 from tidegate.call import Scope as Right
+from tidegate.dialects.requests import parsed
+from tidegate.dialects.routes import Dialect, dialect_of
 from tidegate.errors import (
     AlreadyEnded,
     FilesFull,
     InvalidRequest,
     NotFound,
+    PayloadTooLarge,
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.http.batch_upload import FORM_BYTES, OVERHEAD_BYTES, Uploaded, read_upload
-from tidegate.http.batch_views import batch_view, file_view, page
-from tidegate.http.body import Body
-from tidegate.http.caller import caller_of
-from tidegate.http.dialects import body_of, not_relayed, refusal
+from tidegate.http.body import Body, Hold, Spool, count_in
+from tidegate.http.guards import caller_of
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
-from tidegate.http.services import Services, services_of
-from tidegate.http.spool import Spool
-from tidegate.http.target import check_target
-from tidegate.relay.asked import parsed
-from tidegate.relay.detached import endpoint_named
-from tidegate.relay.paths import Dialect, dialect_of
+from tidegate.http.problems import body_of, not_relayed, refusal
+from tidegate.http.services import Services, check_target, services_of
+from tidegate.http.submission import (
+    MAX_PART_HEADER_BYTES,
+    MAX_PART_HEADERS,
+    SLICE_BYTES,
+    boundary_of,
+)
+from tidegate.spine.native import endpoint_named
 from tidegate.store.batches import INPUT, OUTPUT, Batch, BatchFile
 from tidegate.store.blobs import new_key
 from tidegate.store.records import Idempotency
+
+_TIMES = (
+    *("created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at"),
+    *("failed_at", "expired_at", "cancelling_at", "cancelled_at"),
+)
+
+
+def file_view(file: BatchFile) -> dict[str, Any]:
+    return {
+        "id": f"file-{file.file_id.hex}",
+        "object": "file",
+        "bytes": file.size_bytes,
+        "created_at": int(file.created_at.timestamp()) if file.created_at else 0,
+        "filename": file.name,
+        "purpose": file.purpose,
+        "status": "processed",
+    }
+
+
+def batch_view(batch: Batch) -> dict[str, Any]:
+    errors = None
+    if batch.errors is not None:
+        errors = {"object": "list", "data": batch.errors}
+    return {
+        "id": f"batch_{batch.batch_id.hex}",
+        "object": "batch",
+        "endpoint": batch.endpoint,
+        "errors": errors,
+        "input_file_id": _file_id(batch.input_file_id),
+        "completion_window": batch.completion_window,
+        "status": batch.status,
+        "output_file_id": _file_id(batch.output_file_id),
+        "error_file_id": _file_id(batch.error_file_id),
+        **{
+            name: int(batch.times[name].timestamp()) if name in batch.times else None
+            for name in _TIMES
+        },
+        "request_counts": {
+            "total": batch.total,
+            "completed": batch.completed,
+            "failed": batch.failed,
+        },
+        "metadata": batch.metadata,
+    }
+
+
+def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """A list of at most `limit`, out of one more where there are more."""
+    shown = found[:limit]
+    return {
+        "object": "list",
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": len(found) > limit,
+    }
+
+
+def _file_id(file_id: UUID | None) -> str | None:
+    return None if file_id is None else f"file-{file_id.hex}"
+
+
+MOST_BYTES = 200_000_000
+OVERHEAD_BYTES = 65_536
+FORM_BYTES = MOST_BYTES + OVERHEAD_BYTES
+_LONGEST_VALUE_BYTES = 200
+_FIELDS = ("purpose", "file")
+
+
+@dataclass(slots=True)
+class Uploaded:
+    """`spool` has the file. `close` removes it."""
+
+    spool: Spool
+    name: str = ""
+    lines: int = 0
+    values: dict[str, str] = field(default_factory=dict)
+    has_file: bool = False
+    ends_open: bool = False
+
+    @property
+    def all_lines(self) -> int:
+        """With the last one, which may have no end."""
+        return self.lines + self.ends_open
+
+
+async def read_upload(body: Body, content_type: str, uploaded: Uploaded, hold: Hold) -> None:
+    """Fill `uploaded`, and count in `hold` what of it is in memory. Raises InvalidRequest and its
+    kin, QueueFull and StoreUnavailable."""
+    if not content_type.startswith("multipart/form-data"):
+        raise InvalidRequest("file", "a file is sent as a form", allowed="multipart/form-data")
+    reader = _Reader(boundary_of(content_type), uploaded)
+    while (piece := await body.next()) is not None:
+        for at in range(0, len(piece), SLICE_BYTES):
+            await reader.take(piece[at : at + SLICE_BYTES])
+        count_in(hold, uploaded.spool.held_bytes)
+    if not reader.ended:
+        raise InvalidRequest("body", "the multipart body ends before its closing boundary")
+    if not uploaded.has_file:
+        raise InvalidRequest("file", "there is no file", allowed="a file of JSON lines")
+    await uploaded.spool.finish()
+
+
+class _Reader:
+    def __init__(self, boundary: bytes, uploaded: Uploaded) -> None:
+        self.ended = False
+        self._uploaded = uploaded
+        self._pieces: list[bytes] = []
+        self._header, self._said = bytearray(), bytearray()
+        self._disposition = b""
+        self._field = ""
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._part_begins,
+                    "on_header_field": self._header_field,
+                    "on_header_value": self._header_value,
+                    "on_header_end": self._header_ends,
+                    "on_headers_finished": self._headers_end,
+                    "on_part_data": self._part_data,
+                    "on_end": self._end,
+                },
+                max_header_count=MAX_PART_HEADERS,
+                max_header_size=MAX_PART_HEADER_BYTES,
+            )
+        except FormParserError as unfit:
+            raise InvalidRequest("Content-Type", f"unfit boundary: {unfit}") from None
+
+    async def take(self, data: bytes) -> None:
+        try:
+            self._parser.write(data)
+        except FormParserError as malformed:
+            raise InvalidRequest("body", f"malformed multipart body: {malformed}") from None
+        pieces, self._pieces = self._pieces, []
+        for piece in pieces:
+            if self._uploaded.spool.size_bytes + len(piece) > MOST_BYTES:
+                raise PayloadTooLarge(
+                    "file",
+                    f"the file is larger than {MOST_BYTES} bytes",
+                    allowed=f"a file of at most {MOST_BYTES} bytes",
+                )
+            self._uploaded.lines += piece.count(b"\n")
+            self._uploaded.ends_open = not piece.endswith(b"\n")
+            await self._uploaded.spool.write(piece)
+
+    def _part_begins(self) -> None:
+        self._disposition = b""
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._said += data[start:end]
+
+    def _header_ends(self) -> None:
+        if bytes(self._header).lower() == b"content-disposition":
+            self._disposition = bytes(self._said)
+        self._header.clear()
+        self._said.clear()
+
+    def _headers_end(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        uploaded = self._uploaded
+        if name not in _FIELDS:
+            shown = ascii(name[:64])
+            raise InvalidRequest(
+                name[:64] or "body", f"there is no field {shown} here", allowed=", ".join(_FIELDS)
+            )
+        if name in uploaded.values or (name == "file" and uploaded.has_file):
+            raise InvalidRequest(name, f"{name!r} is there more than once")
+        self._field = name
+        if name == "file":
+            uploaded.has_file = True
+            given = options.get(b"filename", b"file.jsonl").decode("utf-8", "replace")
+            uploaded.name = Path(given.replace("\\", "/")).name[:200] or "file.jsonl"
+        else:
+            uploaded.values[name] = ""
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._field == "file":
+            self._pieces.append(data[start:end])
+            return
+        said = self._uploaded.values[self._field] + data[start:end].decode("utf-8", "replace")
+        if len(said) > _LONGEST_VALUE_BYTES:
+            raise PayloadTooLarge(self._field, f"{self._field!r} is too long")
+        self._uploaded.values[self._field] = said
+
+    def _end(self) -> None:
+        self.ended = True
+
 
 _PATH = re.compile(r"/v1/(?P<room>files|batches)(?:/(?P<id>[\w-]{1,80})(?:/(?P<do>\w+))?)?/?")
 _FILE_ID = re.compile(r"file-(?P<hex>[0-9a-f]{32})")

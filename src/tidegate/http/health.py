@@ -1,7 +1,7 @@
-"""Health: is the process alive, should it get traffic, do the things that it needs answer?
+"""Routes of health, `/metrics` and `/admin/process`.
 
-Readiness does not ask Valkey or PostgreSQL: were they down, every process would leave the
-balancer, and nobody could answer 503 or use the local share.
+Readiness does not depend on Valkey or PostgreSQL: if it did, an outage of either would take every
+process out of the balancer, and none could answer 503 or use its local share.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
-from typing import Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from starlette.responses import Response
 
 from tidegate.errors import TidegateError
-from tidegate.http.admin_gate import is_admitted
+from tidegate.http.guards import admit_admin, is_admitted
+from tidegate.http.jobs import problem_responses
 from tidegate.http.services import Services, services_of
 
 UNFIT = "the database's schema does not fit this version, or was never seen"
@@ -141,3 +143,45 @@ async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Depen
         detail = f"no answer within {deadline_ms} ms"
     took_ms = round((time.monotonic() - started) * 1000, 1)
     return Dependency(status="failed" if detail else "ok", took_ms=took_ms, detail=detail)
+
+
+PATH = "/metrics"
+metrics_router = APIRouter()
+
+
+@metrics_router.get(
+    PATH,
+    tags=["health"],
+    dependencies=[Depends(admit_admin)],
+    response_class=Response,
+    responses=problem_responses(401, 403)
+    | {
+        200: {
+            "description": "In the text format of Prometheus, or OpenMetrics",
+            "content": {"text/plain": {}},
+        }
+    },
+    summary="Metrics for Prometheus",
+)
+async def metrics(request: Request) -> Response:
+    """What this process and its siblings under one supervisor have seen, and the state of all
+    limits and queues. Opens as `/admin` does: show ADMIN_TOKEN or a key of the scope `admin`."""
+    exposition = services_of(request).exposition
+    body, media_type = await exposition.text(request.headers.get("accept", ""))
+    return Response(body, media_type=media_type)
+
+
+process_router = APIRouter(
+    prefix="/admin",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(401, 403),
+)
+
+
+@process_router.get("/process", summary="What the process that answers is at")
+async def process(request: Request) -> dict[str, Any]:
+    """Its permits and waiters, its sessions, its tasks and memory, what went wrong lately. Asks
+    neither Valkey nor PostgreSQL. SIGQUIT puts the same into the log of a process."""
+    services = services_of(request)
+    return {"draining": services.draining.is_set(), **services.state.shown()}

@@ -1,20 +1,32 @@
-"""The header `Idempotency-Key`: what a caller asks for once, however often it has to ask.
+"""`Idempotency-Key`: one effect of a request, however often it is sent.
 
-Invariant: two requests have the same digest exactly when they ask for the same thing, whatever
-encoding their bodies came in.
+On native paths a repeat (same path, query and body) gets the same answer, and waits if the first
+is still in progress. Failures and answers that are too long to keep are not kept: a repeat is a
+new call. If the process of the first call was lost before the answer was stored, the provider may
+have been called; the header `idempotency-lost` of the new answer names that call.
+
+Invariant: two requests have the same digest exactly if they ask for the same, whatever the
+encoding of their bodies.
 """
 
 from __future__ import annotations
 
 from hashlib import sha256
 from typing import Any
+from urllib.parse import parse_qsl
+from uuid import UUID
 
 import orjson
 from starlette.requests import Request
 
-from tidegate.errors import InvalidRequest
-from tidegate.http.forms import Submission
+from tidegate.dialects.requests import asked_of, parsed
+from tidegate.dialects.usage import WithoutUsageEvent
+from tidegate.errors import BudgetExceeded, IdempotencyConflict, InvalidRequest
+from tidegate.http.submission import Submission
+from tidegate.spine.record import KEPT_BYTES, Life, NativeCall, Out
+from tidegate.store.idempotency import Given, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
+from tidegate.telemetry.logging import Log, get_logger
 
 HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "idempotency-replayed"
@@ -71,3 +83,116 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
     # Without what was not given: a field that comes later leaves older digests as they are.
     given = {name: value for name, value in asked.items() if value is not None}
     return Idempotency(key, sha256(orjson.dumps(given)).hexdigest())
+
+
+_COME_BACK_MS = 1_000
+_NAME = HEADER.lower().encode()
+
+log = get_logger()
+
+
+def wanted_of(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempotency | None:
+    """The key of a request with the digest of what it asks for; None without one. Raises
+    InvalidRequest."""
+    keys = [value for name, value in headers if name == _NAME]
+    if not keys or not call.endpoint.is_counted:
+        return None
+    text = keys[0].decode("latin-1")
+    if len(keys) > 1 or not is_key(text):
+        allowed = f"1 to {MOST_CHARS} printable characters of ASCII, such as a UUID"
+        raise InvalidRequest(HEADER, "this is not an idempotency key", allowed=allowed)
+    return Idempotency(text, sha256(b"%b\0%b" % (_target_of(call).encode(), call.body)).hexdigest())
+
+
+def shows_key(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(name == _NAME for name, _ in headers)
+
+
+async def check_known(
+    keys: NativeKeys, call: NativeCall, headers: list[tuple[bytes, bytes]], spent: BudgetExceeded
+) -> None:
+    """Raises `spent` unless the call's key stands for a call already: to hear of that costs
+    nothing. Raises InvalidRequest and StoreUnavailable as well."""
+    wanted = wanted_of(call, headers)
+    if wanted is None or await keys.known(call.caller.tenant_id, wanted.key) is None:
+        raise spent
+
+
+def _target_of(call: NativeCall) -> str:
+    """What is asked beside the body. In whatever order a query is written, it asks the same."""
+    path = call.endpoint.path_for(call.endpoint.model or "")
+    if not call.query:
+        return path
+    pairs = parse_qsl(call.query, keep_blank_values=True, errors="surrogateescape")
+    return f"{path}?{sorted(pairs)!a}"
+
+
+class Once:
+    """One request under a key. `lost`: the request before it whose answer was lost, if any."""
+
+    def __init__(self, keys: NativeKeys, call: NativeCall, wanted: Idempotency) -> None:
+        self._keys = keys
+        self._call = call
+        self._wanted = wanted
+        self.lost: UUID | None = None
+        self._owner = Owner(
+            tenant_id=call.caller.tenant_id,
+            key=wanted.key,
+            request_id=call.request_id,
+            subject=call.subject,
+            received_at=call.received_at,
+        )
+
+    async def take(self) -> Taken | Given:
+        """Take the key for this request, or return the answer that was given under it. Raises
+        StoreUnavailable, and IdempotencyConflict, also where the first request is not answered
+        before our deadline."""
+        call = self._call
+        taken = await self._keys.take(self._owner, self._wanted)
+        while isinstance(taken, Given):
+            if taken.digest != self._wanted.digest:
+                raise IdempotencyConflict("the key was used for another request")
+            if taken.answer is not None:
+                return taken
+            if call.left_ms() <= 0:
+                raise IdempotencyConflict(
+                    "the first request under the key is still being answered",
+                    retry_after_ms=_COME_BACK_MS,
+                )
+            known = await self._keys.look(call.caller.tenant_id, self._wanted.key)
+            if known is None or known.lapsed:
+                taken = await self._keys.take(self._owner, self._wanted)
+            else:
+                taken = known
+        self.lost = taken.lost
+        if taken.lost is not None:
+            request_id = str(call.request_id)
+            log.warning(Log.KEY_LAPSED, request_id=request_id, lost=str(taken.lost))
+        return taken
+
+    async def replay(self, given: Given, out: Out) -> None:
+        """Answer as was answered before."""
+        assert given.answer is not None
+        answer = given.answer
+        asked = asked_of(self._call.endpoint, parsed(self._call.body))
+        if asked.wants_usage and given.content_type.startswith("text/event-stream"):
+            without = WithoutUsageEvent()
+            answer = without.take(answer) + without.rest()
+        headers = [
+            (b"content-type", given.content_type.encode("latin-1")),
+            (b"content-length", str(len(answer)).encode()),
+            (REPLAYED_HEADER.encode(), b"true"),
+        ]
+        await out.start(given.http_status, headers)
+        await out.body(answer, False)
+
+    def ended(self, life: Life, content_type: str) -> None:
+        """Keep the answer, once it has gone out, as it is to be read: nobody asks for a coding."""
+        if life.answer_bytes > KEPT_BYTES or (life.coding and not life.said):
+            self.failed()  # only parts of it are there
+        else:
+            self._keys.end(self._owner, life.http_status, content_type, life.said)
+
+    def failed(self) -> None:
+        """Let the next caller be answered."""
+        self._keys.free(self._owner)

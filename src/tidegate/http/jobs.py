@@ -1,22 +1,34 @@
-"""`POST /submit`, `GET /status/{request_id}` and `GET /files/{file_id}`.
+"""Routes `POST /submit`, `GET /status/{request_id}` and `GET /files/{file_id}`, polled or live.
 
-Invariant: a 202 is sent only after the request's row is committed.
+The live status is a stream of server-sent events: `status` at each change, then `done`.
+
+Invariants: a 202 is sent only after the request's row is committed; a client that reconnects gets
+the newest version that it has not seen; followers are bounded in number, and end with a revoked
+key, a disconnected client or a stopping process.
 """
 
 from __future__ import annotations
 
+import asyncio
+import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from urllib.parse import quote
 from uuid import UUID
 
 import orjson
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Send
+from starlette.types import Scope as StarletteScope
 
 from tidegate.call import Caller, Classification, ClassifiedBy, Scope, new_id
+from tidegate.call import Scope as Right
+from tidegate.dialects.routes import dialect_of
 from tidegate.errors import (
     Forbidden,
     IdempotencyConflict,
@@ -24,25 +36,229 @@ from tidegate.errors import (
     NotFound,
     QuotaExceeded,
     StoreUnavailable,
+    TidegateError,
+    TooManyFollowers,
 )
-from tidegate.http.access import TRACE_IN_SCOPE
-from tidegate.http.caller import Reader, caller_of, check_models, check_prompt, payer_of
-from tidegate.http.charged import charged_view
-from tidegate.http.following import until_changed
-from tidegate.http.forms import Submission, Wrapping, discard, read_submission
+from tidegate.http.guards import Reader, caller_of, check_models, check_prompt, payer_of
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
-from tidegate.http.live import LIVE, live_status, wants_events
-from tidegate.http.problems import REQUEST_ID_HEADER, Problem
-from tidegate.http.services import Services, services_of
-from tidegate.http.views import Accepted, StatusView, accepted
-from tidegate.http.wrapped import body_apart, wrapped_submission
-from tidegate.pipeline import Ask
-from tidegate.relay.detached import LONGEST_BYTES, endpoint_named
-from tidegate.relay.paths import dialect_of
-from tidegate.relay.permission import check_body
+from tidegate.http.problems import REQUEST_ID_HEADER, Problem, problem_response
+from tidegate.http.services import TRACE_IN_SCOPE, Services, services_of
+from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
+from tidegate.http.submission import (
+    Submission,
+    Wrapping,
+    body_apart,
+    discard,
+    read_submission,
+    wrapped_submission,
+)
+from tidegate.http.views import Accepted, StatusView, accepted, status_view
+from tidegate.spine.native import LONGEST_BYTES, check_body, endpoint_named
+from tidegate.spine.prompt import Ask
 from tidegate.store.blobs import Blobs
-from tidegate.store.records import Earlier, FileRecord, NewJob
-from tidegate.tracing import Parent, parent_in
+from tidegate.store.records import Earlier, FileRecord, NewJob, RequestRecord
+from tidegate.store.states import Status
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import Parent, parent_in
+
+log = get_logger()
+
+
+async def charged_view(services: Services, record: RequestRecord, prefix: str) -> StatusView:
+    """The record as its owner sees it; one that has not ended has cost nothing so far."""
+    cost_micros = None
+    if record.status.is_end and record.finished_at is not None:
+        try:
+            cost_micros, details = await services.store.recorded.charged(
+                record.request_id, record.tenant_id, record.finished_at
+            )
+            record = replace(record, usage=replace(record.usage, details=details))
+        except StoreUnavailable as away:  # an answer without its cost is better than none
+            log.debug(Log.STORE_AWAY, detail=away.message)
+    return status_view(record, prefix, cost_micros)
+
+
+MEDIA_TYPE = "text/event-stream"
+KEEP_ALIVE_S = 15.0
+_COME_BACK_MS = 1_000
+_PAUSE_S = 1.0
+_SEEN = re.compile(r"(?P<version>[0-9]{1,18})(?P<done>-done)?")
+
+
+# What the description says of it, beside the JSON.
+LIVE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The status; or events `status` at each change, and then `done`",
+        "content": {
+            MEDIA_TYPE: {"example": 'id: 1\nevent: status\ndata: {"status": "queued"}\n\n'}
+        },
+    },
+    204: {"description": "You have seen all of its events"},
+}
+
+
+def wants_events(request: Request) -> bool:
+    return MEDIA_TYPE in request.headers.get("accept", "")
+
+
+def live_status(
+    request: Request, services: Services, record: RequestRecord, prefix: str, caller: Caller
+) -> Response:
+    """The response that follows `record`. Raises InvalidRequest.
+
+    A client that has seen all of it is told so by 204: browsers come back until they hear that.
+    """
+    last = request.headers.get("last-event-id")
+    seen = None if last is None else _SEEN.fullmatch(last)
+    if last is not None and seen is None:
+        raise InvalidRequest(
+            "Last-Event-ID", "no event has this id", allowed="the id of the last event received"
+        )
+    version = None if seen is None else int(seen["version"])
+    if seen and seen["done"] and record.status.is_end and version == record.version:
+        return Response(status_code=204)
+    return LiveStatus(request, services, record, prefix, version, caller)
+
+
+class LiveStatus(Response):
+    """Follows one request until it ends, its client leaves, or the process drains."""
+
+    def __init__(
+        self,
+        request: Request,
+        services: Services,
+        record: RequestRecord,
+        prefix: str,
+        seen: int | None,
+        caller: Caller,
+    ) -> None:
+        super().__init__()
+        self._request = request
+        self._services = services
+        self._record = record
+        self._prefix = prefix
+        self._seen = seen
+        self._caller = caller
+        self._written_at = time.monotonic()
+
+    async def __call__(self, scope: StarletteScope, receive: Receive, send: Send) -> None:
+        followers, task = self._services.followers, asyncio.current_task()
+        assert task is not None
+        try:
+            opening = self._services.openings.follower(self._caller)
+        except (QuotaExceeded, TooManyFollowers) as many:
+            await problem_response(many)(scope, receive, send)
+            return
+        followers.add(task)
+        writer = EventWriter(
+            send, plain_text=False, stalled_ms=self._services.config.stalled_reader_ms
+        )
+        over: set[asyncio.Task[Any]] = {
+            asyncio.ensure_future(self._services.draining.wait()),
+            asyncio.ensure_future(disconnected(receive)),
+        }
+        try:
+            await writer.start({REQUEST_ID_HEADER: str(self._record.request_id)})
+            await writer.come_back(_COME_BACK_MS)
+            await self._follow(writer, over)
+            await writer.end()
+        except ClientStalled:
+            abort(scope)
+        finally:
+            for each in over:
+                each.cancel()
+            followers.discard(task)
+            opening.close()
+
+    async def _follow(self, writer: EventWriter, over: set[asyncio.Task[Any]]) -> None:
+        while True:
+            record = self._record
+            if record.version != self._seen:
+                view = await charged_view(self._services, record, self._prefix)
+                told = view.model_dump_json(exclude_none=True).encode()
+                await writer.status("status", told, str(record.version))
+                self._seen, self._written_at = record.version, time.monotonic()
+            if record.status.is_end:
+                last = {"request_id": str(record.request_id), "status": record.status}
+                await writer.status("done", orjson.dumps(last), f"{record.version}-done")
+                return
+            if not await self._changed(over) or not await self._may_go_on():
+                return
+            if time.monotonic() - self._written_at >= KEEP_ALIVE_S:
+                await writer.keep_alive()
+                self._written_at = time.monotonic()
+
+    async def _may_go_on(self) -> bool:
+        """Whether the key that was shown still opens it: it may have been revoked meanwhile."""
+        try:
+            await caller_of(self._request, Right.READ)
+        except TidegateError:  # it is told which when it comes back
+            return False
+        return True
+
+    async def _changed(self, over: set[asyncio.Task[Any]]) -> bool:
+        """Wait for a change, though not for long; false when there is nobody to tell any more."""
+        record, asked_at = self._record, time.monotonic()
+        silent_s = asked_at - self._written_at
+        change: asyncio.Task[Any] = asyncio.ensure_future(
+            self._services.store.wait_change(
+                record.request_id,
+                record.tenant_id,
+                record.version,
+                max(1, round((KEEP_ALIVE_S - silent_s) * 1000)),
+            )
+        )
+        try:
+            await asyncio.wait({change, *over}, return_when=asyncio.FIRST_COMPLETED)
+            if any(each.done() for each in over):
+                return False
+            self._record = change.result()
+        except NotFound:
+            return False  # its time was up, and it was deleted
+        except StoreUnavailable:
+            pass  # asked again below
+        finally:
+            change.cancel()
+        if self._record.version == record.version and time.monotonic() - asked_at < _PAUSE_S:
+            # The store is away, or has too many that wait: it answered at once.
+            await asyncio.wait(over, timeout=_PAUSE_S, return_when=asyncio.FIRST_COMPLETED)
+        return not any(each.done() for each in over)
+
+
+async def until_changed(
+    request: Request, services: Services, record: RequestRecord, wait_s: float
+) -> RequestRecord:
+    """Follow the record until its status differs or nobody should wait any longer.
+
+    That is when the time is up, this process drains, or the client has gone.
+    """
+    until = time.monotonic() + wait_s
+    enough = {
+        asyncio.ensure_future(services.draining.wait()),
+        asyncio.ensure_future(disconnected(request.receive)),
+    }
+    try:
+        first: Status = record.status
+        while record.status is first and (left_s := until - time.monotonic()) > 0:
+            change = asyncio.ensure_future(
+                services.store.wait_change(
+                    record.request_id, record.tenant_id, record.version, round(left_s * 1000)
+                )
+            )
+            try:
+                await asyncio.wait({change, *enough}, return_when=asyncio.FIRST_COMPLETED)
+                if not change.done():
+                    break
+                record = change.result()
+            finally:
+                change.cancel()
+            if any(task.done() for task in enough):
+                break
+        return record
+    finally:
+        for task in enough:
+            task.cancel()
+
 
 _MAX_WAIT_S = 60
 _EXTENSIONS = {

@@ -1,4 +1,4 @@
-"""Whether a request may come from a web page that is not ours.
+"""Origin check: whether a request may come from a web page that is not ours.
 
 A browser sends requests for any page that its user opens, from this machine and to loopback
 addresses too. Two things tell such a page: the browser says for whom it asks (Origin,
@@ -12,8 +12,8 @@ from collections.abc import Collection
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from tidegate.config import Config
 from tidegate.errors import Forbidden
+from tidegate.settings import Config
 
 Headers = Collection[tuple[bytes, bytes]]
 

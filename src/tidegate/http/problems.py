@@ -1,28 +1,110 @@
-"""Errors as RFC 9457 problem JSON, and the only table from an error to an HTTP status.
+"""Error responses: RFC 9457 problem JSON, the dialects' own shapes, and what to do about them.
 
-Invariant: a client never sees a stack trace. An error that we did not foresee is not answered
-here: it goes on to the access log's middleware, the safety net.
+The only table from an error to an HTTP status. In a dialect the facts are the same in the
+provider's shape; "no room in time" is a 429 there, because SDKs decide by status and
+`Retry-After`. OPTIONS and 405 name the methods of a path (RFC 9110, 9.3.7 and 10.2.1).
+
+Invariants: no client sees a stack trace; every error code has its advice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import errors
-from tidegate.http.methods import allow, methods_in
-from tidegate.http.wrong_value import in_words
-from tidegate.telemetry import Log, get_logger
+from tidegate.dialects.routes import Dialect
+from tidegate.telemetry.logging import Log, get_logger
+
+_KINDS = {
+    "uuid_parsing": ("is no id", "an id, as the answer to a submit has it in request_id"),
+    "uuid_type": ("is no id", "an id, as the answer to a submit has it in request_id"),
+    "int_parsing": ("is no whole number", "a whole number"),
+    "int_type": ("is no whole number", "a whole number"),
+    "int_from_float": ("is no whole number", "a whole number"),
+    "float_parsing": ("is no number", "a number"),
+    "float_type": ("is no number", "a number"),
+    "bool_parsing": ("is neither true nor false", "true or false"),
+    "bool_type": ("is neither true nor false", "true or false"),
+    "string_type": ("is no text", "a text"),
+    "list_type": ("is no list", "a list"),
+    "dict_type": ("is no object", "an object"),
+    "date_from_datetime_parsing": ("is no day", "a day such as 2026-01-31"),
+    "date_parsing": ("is no day", "a day such as 2026-01-31"),
+    "datetime_from_date_parsing": ("is no time", "a time such as 2026-01-31T12:00:00Z"),
+    "datetime_parsing": ("is no time", "a time such as 2026-01-31T12:00:00Z"),
+    "extra_forbidden": ("is not known", None),
+    "missing": ("is not given", "required"),
+}
+_BOUNDS = {
+    "greater_than_equal": ("is too small", "{ge} or more"),
+    "greater_than": ("is too small", "more than {gt}"),
+    "less_than_equal": ("is too large", "{le} or less"),
+    "less_than": ("is too large", "less than {lt}"),
+    "string_too_short": ("is too short", "{min_length} characters or more"),
+    "string_too_long": ("is too long", "{max_length} characters or fewer"),
+    "too_short": ("has too few", "{min_length} or more"),
+    "too_long": ("has too many", "{max_length} or fewer"),
+    "literal_error": ("is not known", "{expected}"),
+    "enum": ("is not known", "{expected}"),
+}
+
+
+def in_words(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What is wrong, and what is allowed where that can be told; `error` is one of Pydantic's."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in _KINDS:
+        return _KINDS[kind]
+    if kind in _BOUNDS:
+        wrong, allowed = _BOUNDS[kind]
+        return wrong, allowed.format(**context)
+    return f"is not right: {error['msg']}", None
+
+
+_ORDER = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_ASKED = ("GET", "POST", "PUT", "PATCH", "DELETE")
+_OF_FILES = ("GET",)  # of a folder of files, whose route takes every method
+
+
+def allow(methods: Iterable[str]) -> str:
+    """The value of `Allow`: HEAD is answered wherever GET is, OPTIONS everywhere."""
+    known = {*methods, "OPTIONS"}
+    known |= {"HEAD"} if "GET" in known else set()
+    return ", ".join(method for method in _ORDER if method in known)
+
+
+def methods_in(routes: Sequence[BaseRoute], scope: Scope) -> tuple[str, ...]:
+    """Of all routes that have this path; none where it has none."""
+
+    def is_known(method: str) -> bool:
+        asking = {**scope, "method": method}
+        return any(
+            route.matches(asking)[0] is Match.FULL
+            for route in routes
+            if method in _OF_FILES or not isinstance(route, Mount)
+        )
+
+    return tuple(method for method in _ASKED if is_known(method))
+
+
+async def answer_options(
+    methods: tuple[str, ...], scope: Scope, receive: Receive, send: Send
+) -> None:
+    """204: what can be asked, and nothing of what would be answered."""
+    await Response(status_code=204, headers={"Allow": allow(methods)})(scope, receive, send)
+
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID_HEADER = "x-tidegate-request-id"
@@ -231,3 +313,221 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)  # nobody is there to read it
+
+
+_TRY_ANEW = "Nothing is wrong with the request itself: retry it."
+
+ADVICE: dict[str, str] = {
+    "internal": "This is a fault of the gateway: its log has the details under the request's id.",
+    "config": "A setting is wrong: the log of the process that had it names it.",
+    "invalid_request": "The request can't be right as it is: its sender must change it.",
+    "too_large": "It is larger than what is allowed: send less, or raise the limit on its size.",
+    "files_full": "Its tenant keeps as much in files for batches as it may: delete some.",
+    "unsupported_media": "A file is of a type that is not taken: convert it, or leave it out.",
+    "fetch_refused": "The picture at its address could not, or must not, be fetched: check that "
+    "the address is public and answers with a picture.",
+    "request_timeout": "The client sent too slowly. It may send again.",
+    "forbidden": "Its tenant may not ask for this: see what the tenant's models and keys allow.",
+    "unauthenticated": "The key was not the right one: see the tenant's keys.",
+    "not_found": "What it asks for is not served: check the model's name against the upstreams.",
+    "method_not_allowed": "The path is asked by another method: its answer named which.",
+    "policy_conflict": "A program's limits are not those in force: change one or the other.",
+    "idempotency_conflict": "Its key stands for another request: its sender must use a new one.",
+    "policy_changed": "Somebody else was quicker: look at what is in force, and change that.",
+    "already_ended": "It had ended before.",
+    "not_ended": "It has not ended yet.",
+    "cancelled": "It was cancelled. Retry it if that was a mistake.",
+    "too_many_followers": "This process had enough to follow. Asking again later helps.",
+    "quota_exceeded": "Its tenant has as much queued or open as it may: raise that, or wait.",
+    "budget_reserved": "Its tenant's other calls may spend what is left: ask again when they end.",
+    "budget_exceeded": "Its tenant has spent its budget: raise it, or wait for the next period.",
+    "admission": "The limiter did not let it in: see the limits.",
+    "deadline_exceeded": "It was not let in before its deadline: raise the limit that it waited "
+    "for, give it a higher priority or a later deadline.",
+    "limit_paused": "A limit that it needs is paused for longer than it could wait: see who paused "
+    "it and until when, then retry it or end the pause.",
+    "limit_used_up": "A rate or day quota that it needs has no room before its deadline: raise it, "
+    "give a later deadline, or retry it once there is room.",
+    "impossible": "It asks for more than the limit can ever give: raise it, or ask for less.",
+    "queue_full": "Too many were waiting already: send less at once, or allow more to wait.",
+    "limiter_unavailable": "Valkey did not answer: see /health/dependencies, then retry it.",
+    "lease_lost": f"The process that ran it lost touch with Valkey. {_TRY_ANEW}",
+    "upstream": "The provider failed in a way of its own: its words are in the response.",
+    "upstream_throttled": "The provider said that it is asked too much: lower the limit to what "
+    "it really allows, then retry it.",
+    "upstream_unavailable": f"The provider was down or not to be reached. {_TRY_ANEW}",
+    "upstream_out": "The upstream had failed too often, so the call was not made: it is tried by "
+    "one call at a time. Retry the request once the upstream is back.",
+    "upstream_unpaid": "The account at the provider has no money left: top it up, then retry it.",
+    "upstream_timeout": "The provider took too long: retry it, or allow it more time.",
+    "upstream_rejected": "The provider refuses this very call, and would again: change it. Its "
+    "words are in the response.",
+    "upstream_unauthorized": "The provider does not take our key: put a key that works in place, "
+    "then retry it.",
+    "upstream_garbled": f"The provider's answer was not what its protocol says. {_TRY_ANEW}",
+    "prompt_blocked": "The provider's safety filter refused the prompt: word it differently.",
+    "empty_answer": "The provider answered without content: the finish reason says why. Allow "
+    "more output tokens, or word it differently.",
+    "store_unavailable": "PostgreSQL or the blob store did not answer: see /health/dependencies.",
+    "claim_lost": "Another worker took it over; that one's word counts.",
+    "shutting_down": f"The process that had it was stopping. {_TRY_ANEW}",
+    "worker_died": "The workers that ran it died, each time: look at what it asks for and at the "
+    "workers' logs before you requeue it.",
+    "worker_lost": "The workers that ran it died, each time: look at what it asks for and at the "
+    "workers' logs before you hand it in again.",
+    "gateway_unreachable": "The gateway that was called did not answer: see whether it runs there.",
+    "gateway_refused": "The gateway that was called said no: its words say why.",
+    "client_left": "Its client went away before the answer was whole.",
+    "client_stalled": "Its client stopped reading, and was cut off.",
+}
+
+
+def advice(code: str | None) -> str | None:
+    """One or two sentences; None for a code that we do not know."""
+    return None if code is None else ADVICE.get(code)
+
+
+Headers = list[tuple[bytes, bytes]]
+
+# https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
+_GOOGLE = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    409: "ABORTED",
+    413: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+_OPENAI = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_SPENT = "insufficient_quota"  # both type and code, as of an account without money
+_RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
+_BAD_REQUEST = "type.googleapis.com/google.rpc.BadRequest"
+_ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
+_USUAL_RETRY_MS = 1_000
+# The SDKs of OpenAI and Anthropic try again sooner than told where that is longer than a minute.
+_SDK_WAITS_MS = 60_000
+
+
+def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.TidegateError:
+    """What is said of a path that no native front has, or has by other `methods` only, so that
+    nobody takes it for the provider's word."""
+    if methods:
+        known = " and ".join(methods)
+        said = f"Tidegate does not relay {method} {path[:200]}, but {known}"
+        return errors.MethodNotAllowed(said, methods=methods)
+    said = f"Tidegate does not relay {method} {path[:200]}; docs/gateway.md says what it relays"
+    return errors.NotFound(said)
+
+
+def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of an answer that says `error`."""
+    status = native_status_of(error)
+    after_ms = error.retry_after_ms
+    if after_ms is None and status in (429, 503, 504):
+        after_ms = _USUAL_RETRY_MS
+    headers: Headers = [(b"content-type", b"application/json")]
+    if after_ms is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(after_ms / 1000))).encode()))
+    far = isinstance(error, errors.DeadlineExceeded) and (after_ms or 0) > _SDK_WAITS_MS
+    if (far or isinstance(error, errors.BudgetExceeded)) and dialect is not Dialect.GEMINI:
+        headers.append((b"x-should-retry", b"false"))  # a word of these SDKs: it would be in vain
+    if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
+        headers.append((b"connection", b"close"))
+    if isinstance(error, errors.UnsupportedMedia) and error.field == "Content-Encoding":
+        headers.append((b"accept-encoding", b"identity"))  # RFC 9110, 12.5.3
+    if isinstance(error, errors.MethodNotAllowed):
+        headers.append((b"allow", allow(error.methods).encode()))
+    body = orjson.dumps(body_of(dialect, error, status, after_ms))
+    headers.append((b"content-length", str(len(body)).encode()))
+    return status, headers, body
+
+
+def event(dialect: Dialect, error: errors.TidegateError) -> bytes:
+    """The last event of a stream that failed in the middle."""
+    body = orjson.dumps(body_of(dialect, error, native_status_of(error), error.retry_after_ms))
+    name = b"event: error\n" if dialect is Dialect.ANTHROPIC else b""
+    return b"%bdata: %b\n\n" % (name, body)
+
+
+def comfort(dialect: Dialect) -> bytes:
+    """What says in a stream of events that we are still there: a comment. Google's SDK takes one
+    for an answer that is not JSON, but passes over empty lines."""
+    return b"\n\n" if dialect is Dialect.GEMINI else b": waiting for admission\n\n"
+
+
+def body_of(
+    dialect: Dialect, error: errors.TidegateError, status: int, after_ms: int | None
+) -> dict[str, Any]:
+    """The body as an object."""
+    if dialect is Dialect.GEMINI:
+        return {"error": _google(error, status, after_ms)}
+    if dialect is Dialect.ANTHROPIC:
+        kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": message_of(error)}}
+    kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if isinstance(error, errors.BudgetExceeded):
+        kind = _SPENT
+    limit = getattr(error, "limit", None)
+    said: dict[str, Any] = {
+        "message": message_of(error),
+        "type": kind,
+        "param": getattr(error, "field", None),
+        "code": _code(error),
+    }
+    return {"error": said | ({"limit": limit} if limit else {})}
+
+
+def message_of(error: errors.TidegateError) -> str:
+    """What is wrong, and what would be right: no dialect has a place of its own for that."""
+    allowed = getattr(error, "allowed", None)
+    if not allowed or allowed in error.message:
+        return error.message
+    return f"{error.message}; allowed: {allowed}"
+
+
+def _code(error: errors.TidegateError) -> str:
+    if isinstance(error, errors.Unauthenticated):
+        return "invalid_api_key"
+    if isinstance(error, errors.NotFound) and error.field == "model":
+        return "model_not_found"
+    if isinstance(error, errors.BudgetExceeded):
+        return _SPENT
+    return error.code
+
+
+def _google(error: errors.TidegateError, status: int, after_ms: int | None) -> dict[str, Any]:
+    domain = {"@type": _ERROR_INFO, "reason": error.code.upper(), "domain": "tidegate"}
+    limit = getattr(error, "limit", None)
+    details: list[dict[str, Any]] = [domain | ({"metadata": {"limit": limit}} if limit else {})]
+    if after_ms is not None:
+        details.append({"@type": _RETRY_INFO, "retryDelay": f"{after_ms / 1000:g}s"})
+    field = getattr(error, "field", None)
+    if field is not None:
+        violation = {"field": field, "description": message_of(error)}
+        details.append({"@type": _BAD_REQUEST, "fieldViolations": [violation]})
+    fallback = "INTERNAL" if status >= 500 else "INVALID_ARGUMENT"
+    return {
+        "code": status,
+        "message": message_of(error),
+        "status": _GOOGLE.get(status, fallback),
+        "details": details,
+    }

@@ -1,32 +1,36 @@
-"""`GET /requests` and `DELETE /requests/{request_id}`.
+"""Routes `/requests` and `/usage`: a tenant's own requests, their bodies, state and cost.
 
-Invariant: a caller sees and ends nobody's requests but its own.
+Invariants: a caller sees and cancels its own requests only; bodies are sent as data, so that no
+browser renders one as a page; amounts are whole micro-dollars.
 """
 
 from __future__ import annotations
 
 import struct
 from base64 import b64decode, urlsafe_b64encode
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, date, datetime, timedelta
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi import Query as FromQuery
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Kind
-from tidegate.errors import AlreadyEnded, InvalidRequest
-from tidegate.http.admin_gate import RecordReader
-from tidegate.http.caller import caller_of
-from tidegate.http.charged import charged_view
-from tidegate.http.following import until_changed
-from tidegate.http.jobs import prefix_of, problem_responses
+from tidegate.errors import AlreadyEnded, InvalidRequest, NotFound
+from tidegate.http.guards import Reader, RecordReader, admit_admin, caller_of
+from tidegate.http.jobs import charged_view, prefix_of, problem_responses, until_changed
 from tidegate.http.problems import REQUEST_ID_HEADER
-from tidegate.http.services import services_of
+from tidegate.http.services import Services, services_of
 from tidegate.http.views import RequestPage, StatusView, item_view
-from tidegate.store.listing import START, Filter, Place
+from tidegate.limiter.views import Snapshot
+from tidegate.metrics.process import Notes
+from tidegate.policy.inspection import waiting
+from tidegate.spine.record import CallUnderWay
+from tidegate.store.audit import COUNTS, MOST_ROWS, Total
+from tidegate.store.requests import START, Body, Filter, Place, Role
 from tidegate.store.states import Status
 
 _CONFIRMED_WITHIN_S = 2.0
@@ -37,7 +41,7 @@ _CURSOR = struct.Struct("!q16s")
 router = APIRouter(tags=["jobs"])
 
 
-class Query(BaseModel):
+class ListQuery(BaseModel):
     """Which of the caller's requests to list."""
 
     model_config = ConfigDict(extra="forbid")
@@ -75,7 +79,7 @@ class Query(BaseModel):
     summary="Your requests, newest first",
 )
 async def listed(
-    request: Request, caller: RecordReader, query: Annotated[Query, FromQuery()]
+    request: Request, caller: RecordReader, query: Annotated[ListQuery, FromQuery()]
 ) -> RequestPage:
     """Jobs, and streams and native calls that have ended (those under way are at
     `/requests/running`), without their texts. Go on with `cursor` until there is
@@ -155,3 +159,388 @@ def _place_of(cursor: str) -> Place:
         raise InvalidRequest(
             "cursor", "this is not a cursor", allowed="the `next_cursor` of a page"
         ) from None
+
+
+OMITTED_HEADER = "X-Tidegate-Omitted-Bytes"
+BODY_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **problem_responses(400, 401, 403, 404, 503),
+    200: {
+        "content": {"*/*": {}},  # whatever travelled
+        "description": "The body, with the content type that it came with",
+        "headers": {
+            OMITTED_HEADER: {
+                "description": "How much of the middle of a long answer is not in the record",
+                "schema": {"type": "integer"},
+            }
+        },
+    },
+}
+
+recorded_router = APIRouter(tags=["jobs"])
+
+
+@recorded_router.get(
+    "/requests/{request_id}/request",
+    response_class=StreamingResponse,
+    responses=BODY_RESPONSES,
+    summary="What was asked, as it is in the record",
+)
+async def asked(request: Request, request_id: UUID, caller: RecordReader) -> Response:
+    """Of a native call, the body as it travelled; of a job or a stream, what the record has of it,
+    as JSON. 404 where it is not (yet) kept, or was erased."""
+    return await _body(request, request_id, caller.tenant_id, "request")
+
+
+@recorded_router.get(
+    "/requests/{request_id}/response",
+    response_class=StreamingResponse,
+    responses=BODY_RESPONSES,
+    summary="What was answered, as it is in the record",
+)
+async def answered(request: Request, request_id: UUID, caller: RecordReader) -> Response:
+    """As for `/request`. Of a stream that was cut, what had come."""
+    return await _body(request, request_id, caller.tenant_id, "response")
+
+
+async def _body(request: Request, request_id: UUID, tenant_id: str, role: Role) -> Response:
+    body = await services_of(request).store.recorded.body(request_id, tenant_id, role)
+    return await body_response(body, request_id, role)
+
+
+async def body_response(body: Body, request_id: UUID, role: Role) -> Response:
+    """A body as data to be kept, whatever it says it is. Raises NotFound, StoreUnavailable."""
+    try:
+        # Before the head goes out: a blob that is gone must not become a broken 200.
+        first = await anext(body.pieces, b"")
+    except NotFound:
+        raise NotFound(f"no {role} body of request {request_id} is kept") from None
+    headers = {
+        "Content-Type": body.content_type,
+        "Content-Length": str(body.size_bytes),
+        "Content-Disposition": f'attachment; filename="{request_id}-{role}"',
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "private, no-store",
+    }
+    if body.omitted_bytes:
+        headers[OMITTED_HEADER] = str(body.omitted_bytes)
+    return StreamingResponse(_after(first, body.pieces), headers=headers)
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+waits_router = APIRouter(tags=["jobs"])
+
+
+class WhyView(BaseModel):
+    """What a request waits for, in words and as values."""
+
+    request_id: str
+    status: Status
+    sentence: str = Field(description="Reads well after the request's name")
+    place: int | None = Field(default=None, description="Place in the queue, 1 is next")
+    limit: str | None = Field(default=None, description="The limit that it waits for")
+    used: int | None = Field(default=None, description="Of that limit, by all its users together")
+    bound: int | None = None
+    paused_ms: int | None = Field(default=None, description="How long that limit stays paused")
+    retry_in_ms: int | None = Field(default=None, description="Until it is tried again")
+
+
+@waits_router.get(
+    "/requests/{request_id}/why",
+    response_model=WhyView,
+    response_model_exclude_none=True,
+    responses=problem_responses(400, 401, 403, 404, 503),
+    summary="What a request waits for",
+)
+async def why(request: Request, request_id: UUID, caller: Reader) -> WhyView:
+    """The limit that holds it up, as it was within the last half second. Streams and native calls
+    are on record only once they have ended: `/requests/running` says what they wait for."""
+    services = services_of(request)
+    record = await services.store.get(request_id, caller.tenant_id)
+    found = await services.store.running_calls.whereabouts(request_id)
+    if found.tenant_id != caller.tenant_id:
+        raise NotFound(f"no request {request_id}")
+    snapshot = await _look(services, found.pool) if found.status is Status.QUEUED else None
+    reason = waiting(found, snapshot, datetime.now(UTC))
+    return WhyView(
+        request_id=str(request_id),
+        status=found.status,
+        sentence=reason.sentence,
+        place=record.place,
+        limit=reason.limit,
+        used=reason.used,
+        bound=reason.bound,
+        paused_ms=reason.paused_ms,
+        retry_in_ms=reason.retry_in_ms,
+    )
+
+
+async def _look(services: Services, pool: str) -> Snapshot | None:
+    limiter = services.limiters.get(pool)
+    return None if limiter is None else await services.looks.of(limiter)
+
+
+MOST_SHOWN = 500
+
+running_router = APIRouter(tags=["jobs"])
+admin = APIRouter(
+    prefix="/admin/requests",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(401, 403),
+)
+
+
+class RunningItem(BaseModel):
+    """A stream or a native call that has not ended."""
+
+    request_id: str
+    source: Literal["stream", "relay"]
+    status: Literal["queued", "running"] = Field(
+        description="queued: it waits, for its first try or for another one"
+    )
+    type: Kind | None = None
+    model: str | None = None
+    endpoint: str | None = Field(default=None, description="The native path that was called")
+    submitted_at: datetime
+    admitted_at: datetime | None = None
+    waits_for: str | None = Field(
+        default=None, description="The limit that holds its queue up, where one does"
+    )
+
+
+class AdminRunningItem(RunningItem):
+    """One of any tenant, and where it is."""
+
+    tenant: str
+    process: str = Field(description="Which process has it open")
+    pool: str = Field(description="Empty while no upstream was chosen for it")
+    upstream: str | None = None
+
+
+class RunningPage(BaseModel):
+    """Those of yours, the oldest first."""
+
+    items: list[RunningItem]
+    complete: bool = Field(
+        description="Whether these are all. The 500 oldest are told, and of each process its 200 "
+        "oldest; while Valkey is away, only the one that answers tells of its own"
+    )
+
+
+class AdminRunningPage(BaseModel):
+    """Those of all tenants, the oldest first."""
+
+    items: list[AdminRunningItem]
+    complete: bool = Field(description="As for /requests/running")
+    under_way: int = Field(description="How many there are, told or not")
+
+
+@running_router.get(
+    "/requests/running",
+    response_model_exclude_none=True,
+    responses=problem_responses(401, 403, 503),
+    summary="Your streams and native calls that are under way",
+)
+async def running(request: Request, caller: RecordReader) -> RunningPage:
+    """They come into `/requests` once they have ended. As of a second or two ago; jobs are in
+    `/requests` from the beginning."""
+    services = services_of(request)
+    notes = await services.board.notes()
+    items = await _items(services, notes, caller.tenant_id)
+    return RunningPage(
+        items=[RunningItem(**one.model_dump(include=_OWN)) for one in items[:MOST_SHOWN]],
+        complete=notes.whole and len(items) <= MOST_SHOWN,
+    )
+
+
+@admin.get(
+    "/running",
+    response_model_exclude_none=True,
+    summary="Streams and native calls of all tenants that are under way",
+)
+async def all_running(request: Request) -> AdminRunningPage:
+    """They come into `/admin/requests` once they have ended. As of a second or two ago; jobs are
+    there from the beginning."""
+    services = services_of(request)
+    notes = await services.board.notes()
+    items = await _items(services, notes, None)
+    return AdminRunningPage(
+        items=items[:MOST_SHOWN],
+        complete=notes.whole and len(items) <= MOST_SHOWN,
+        under_way=sum(one.under_way for one in notes.notes),
+    )
+
+
+_OWN = set(RunningItem.model_fields)
+
+
+async def _items(services: Services, notes: Notes, tenant_id: str | None) -> list[AdminRunningItem]:
+    """The oldest calls of a tenant, or of all, with what each waits for; one more than is shown,
+    where there is one."""
+    found = [
+        (note.process, call)
+        for note in notes.notes
+        for call in note.calls
+        if tenant_id is None or call.tenant == tenant_id
+    ]
+    found.sort(key=lambda each: (each[1].received_at, each[1].request_id))
+    del found[MOST_SHOWN + 1 :]
+    waiting = {call.pool for _, call in found if call.admitted_at is None}
+    looks = {
+        pool: await services.looks.of(services.limiters[pool])
+        for pool in waiting & services.limiters.keys()
+    }
+    return [_item(process, call, looks.get(call.pool)) for process, call in found]
+
+
+def _item(process: str, call: CallUnderWay, look: Snapshot | None) -> AdminRunningItem:
+    waits = call.admitted_at is None
+    return AdminRunningItem(
+        request_id=call.request_id,
+        source=call.source,
+        status="queued" if waits else "running",
+        type=Kind(call.kind) if call.kind in _KINDS else None,
+        model=call.model,
+        endpoint=call.endpoint,
+        submitted_at=call.received_at,
+        admitted_at=call.admitted_at,
+        waits_for=_held_up_by(process, call, look) if waits and look is not None else None,
+        tenant=call.tenant,
+        process=process,
+        pool=call.pool,
+        upstream=call.upstream,
+    )
+
+
+_KINDS = {kind.value for kind in Kind}
+
+
+def _held_up_by(process: str, call: CallUnderWay, look: Snapshot) -> str | None:
+    """The limit that holds up the queue in which the call stands."""
+    if not call.limits:
+        return None
+    for queue in look.queues:
+        mine = queue.process == process and queue.tenant == call.tenant
+        if mine and set(call.limits) <= set(queue.limits):
+            return queue.held_up_by
+    return None
+
+
+_APART = ("tenant", "model", "day")
+
+usage_router = APIRouter(tags=["usage"])
+By = Annotated[
+    str,
+    Query(max_length=100, description="What to tell apart, with commas: tenant, model, day"),
+]
+Since = Annotated[date | None, Query(description="The first day, of UTC; else the month's first")]
+Until = Annotated[date | None, Query(description="The last day, of UTC; else today")]
+
+
+class Amounts(BaseModel):
+    """Requests that ended, with what they used. LLM tokens that nobody knows add nothing."""
+
+    requests: int
+    input_tokens: int = Field(description="The cached ones included")
+    output_tokens: int = Field(description="Without the thoughts")
+    cached_tokens: int
+    thoughts_tokens: int
+    images: int = Field(description="Pictures made, where they were counted")
+    cost_micros: int = Field(description="In millionths of the currency of the prices")
+    unpriced: int = Field(description="Requests without a price; they add nothing to the cost")
+    partial: int = Field(description="Requests that were cut, charged as far as the provider told")
+    estimated: int = Field(description="Requests that were cut, charged for what came")
+    unknown: int = Field(description="Requests of which nothing is known; they add nothing")
+    cache_write_tokens: int = Field(description="Of the input: written to the provider's cache")
+    input_audio_tokens: int = Field(description="This and what follows: where it was reported")
+    input_image_tokens: int
+    input_video_tokens: int
+    output_audio_tokens: int
+    output_image_tokens: int
+    output_video_tokens: int
+    searches: int = Field(description="Of the web, by the provider")
+    provider_cost_micros: int = Field(
+        description="What providers themselves charged, as far as they report it, in millionths of "
+        "a dollar"
+    )
+
+
+class UsageRow(Amounts):
+    tenant: str | None = None
+    model: str | None = Field(default=None, description="Empty: no upstream was chosen for it")
+    day: date | None = None
+
+
+class UsageView(BaseModel):
+    """Totals from the day `since` to the day `until`, both included."""
+
+    since: date
+    until: date
+    rows: list[UsageRow]
+    total: Amounts = Field(description="Of the rows that are shown")
+    cut: bool = Field(description=f"There are more than the {MOST_ROWS} rows that are shown")
+
+
+@usage_router.get(
+    "/usage",
+    response_model_exclude_none=True,
+    responses=problem_responses(400, 401, 403, 503),
+    summary="What you used, and what it cost",
+)
+async def own_usage(
+    request: Request,
+    caller: RecordReader,
+    by: By = "model,day",
+    since: Since = None,
+    until: Until = None,
+) -> UsageView:
+    """Requests count on the day of UTC on which they ended, once they are on record."""
+    return await _view(request, by, since, until, caller.tenant_id)
+
+
+@usage_router.get(
+    "/admin/usage",
+    dependencies=[Depends(admit_admin)],
+    response_model_exclude_none=True,
+    responses=problem_responses(400, 401, 403, 503),
+    summary="What all tenants used, and what it cost",
+)
+async def usage(
+    request: Request,
+    by: By = "tenant,model,day",
+    since: Since = None,
+    until: Until = None,
+    tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+) -> UsageView:
+    return await _view(request, by, since, until, tenant)
+
+
+async def _view(
+    request: Request, by: str, since: date | None, until: date | None, tenant: str | None
+) -> UsageView:
+    apart = [name.strip() for name in by.split(",") if name.strip()]
+    allowed = ", ".join(_APART)
+    for name in apart:
+        if name not in _APART:
+            raise InvalidRequest("by", f"by: {name[:50]!a} is not known", allowed=allowed)
+    last = until or datetime.now(UTC).date()
+    first = since or last.replace(day=1)
+    if first > last:
+        raise InvalidRequest("since", "since is after until", allowed=f"a day up to {last}")
+    if tenant is not None and "\0" in tenant:
+        raise InvalidRequest("tenant", "tenant has a NUL character in it")
+    totals = await services_of(request).store.usage.totals(apart, first, last, tenant)
+    rows = [UsageRow.model_validate(one, from_attributes=True) for one in totals]
+    cut = len(rows) == MOST_ROWS
+    return UsageView(since=first, until=last, rows=rows, total=_sum(totals), cut=cut)
+
+
+def _sum(totals: Sequence[Total]) -> Amounts:
+    return Amounts(**{name: sum(getattr(one, name) for one in totals) for name in COUNTS})

@@ -1,4 +1,11 @@
-"""The web application: routes, documentation, error bodies and the access log."""
+"""Web applications: routes, OpenAPI description, and middleware of API and worker processes.
+
+A worker serves metrics, state and health alone; unlike an API it is ready only while the stores
+answer. While callers need no API key, requests of other sites' pages are refused before any
+route, except the two health probes.
+
+Invariant: the description names problem JSON as the only shape of an error.
+"""
 
 from __future__ import annotations
 
@@ -14,44 +21,121 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidegate import __version__
-from tidegate.http import (
-    admin,
-    admin_requests,
-    admin_requeues,
-    admin_stuck,
-    admin_subjects,
-    admin_tenants,
-    admin_webhooks,
-    health,
-    jobs,
-    metrics,
-    problems,
-    process,
-    recorded,
-    requests,
-    running,
-    stream,
-    usage,
-    waits,
-)
-from tidegate.http.access import AccessLog
+from tidegate.dialects.routes import dialect_of, is_native, methods_at, native_path
+from tidegate.errors import Forbidden
+from tidegate.http import health, jobs, problems, requests, stream
+from tidegate.http import health as metrics
+from tidegate.http import health as process
+from tidegate.http import requests as recorded
+from tidegate.http import requests as running
+from tidegate.http import requests as usage
+from tidegate.http import requests as waits
+from tidegate.http.admin import limits as admin
+from tidegate.http.admin import requests as admin_requests
+from tidegate.http.admin import requests as admin_requeues
+from tidegate.http.admin import requests as admin_stuck
+from tidegate.http.admin import requests as admin_webhooks
+from tidegate.http.admin import tenants as admin_subjects
+from tidegate.http.admin import tenants as admin_tenants
 from tidegate.http.batches import batch_methods, batches, is_batch_path
-from tidegate.http.foreign import refuse_foreign, why_foreign
-from tidegate.http.methods import answer_options, methods_in
 from tidegate.http.native import native
-from tidegate.http.openapi import described
-from tidegate.http.problems import Handler
-from tidegate.http.refused import note_refused
-from tidegate.http.services import Services
-from tidegate.http.target import SoundTarget
-from tidegate.observed import Source
-from tidegate.relay.paths import dialect_of, methods_at, native_path
+from tidegate.http.problems import (
+    MEDIA_TYPE,
+    Handler,
+    answer_options,
+    methods_in,
+    problem_response,
+    refusal,
+)
+from tidegate.http.services import (
+    AccessLog,
+    Services,
+    SoundTarget,
+    note_refused,
+    services_of,
+    services_of_scope,
+)
+from tidegate.telemetry.events import Source
+
+_SCHEMES: dict[str, Any] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, tg_..."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "x-goog-api-key": {"type": "apiKey", "in": "header", "name": "x-goog-api-key"},
+    "key": {"type": "apiKey", "in": "query", "name": "key"},
+}
+_FOREIGN = ("HTTPValidationError", "ValidationError")
+
+
+def described(schema: dict[str, Any]) -> dict[str, Any]:
+    """`schema` with its error responses put right; changed in place."""
+    for path in schema["paths"].values():
+        for operation in path.values():
+            responses = operation["responses"]
+            for status, response in list(responses.items()):
+                content = response.get("content", {})
+                if MEDIA_TYPE in content:
+                    content.pop("application/json", None)
+                elif "HTTPValidationError" in str(content):
+                    del responses[status]
+    for name in _FOREIGN:
+        schema["components"]["schemas"].pop(name, None)
+    schema["components"]["securitySchemes"] = _SCHEMES
+    # Where AUTH asks for keys; an empty entry says that it may not.
+    schema["security"] = [*({name: []} for name in _SCHEMES), {}]
+    return schema
+
+
+_PROBES = ("/health/live", "/health/ready", "/llm/health/live", "/llm/health/ready")
+_WHY = "tidegate.foreign"
+
+
+def why_foreign(services: Services, scope: Scope) -> Forbidden | None:
+    """Why a request is not answered without a key; None where it is."""
+    refused = services.origins.refusal(scope["headers"], scope["method"])
+    return None if refused is None or scope["path"] in _PROBES else refused
+
+
+async def refuse_foreign(why: Forbidden, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with what `why_foreign` says; with a line in the log."""
+    scope[_WHY] = why
+    await _refusing(scope, receive, send)
+
+
+class NoForeignPages:
+    """ASGI middleware, for an application whose requests all pass its middlewares."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            services = services_of_scope(scope)
+            if not services.gate.on and (why := why_foreign(services, scope)) is not None:
+                await problem_response(why)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    why: Forbidden = scope[_WHY]
+    if not is_native(scope["path"]):
+        await problem_response(why)(scope, receive, send)
+        return
+    names = {name for name, _ in scope["headers"]}
+    status, headers, body = refusal(dialect_of(scope["path"], names, scope["query_string"]), why)
+    told = {name.decode(): value.decode() for name, value in headers}
+    await Response(body, status, told)(scope, receive, send)
+
+
+_refusing = AccessLog(_refuse)
+
 
 _LAST_WORDS_S = 5.0
 _STATIC = Path(__file__).parent / "static"
@@ -182,20 +266,33 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         redoc_url=None,
     )
     routes = APIRouter()
-    for room in (jobs, requests, running, waits, recorded, usage, stream, health, metrics):
-        routes.include_router(room.router)
+    for router in (
+        *(
+            jobs.router,
+            requests.router,
+            running.running_router,
+            waits.waits_router,
+            recorded.recorded_router,
+        ),
+        *(usage.usage_router, stream.router, health.router, metrics.metrics_router),
+    ):
+        routes.include_router(router)
     routes.include_router(running.admin)  # before the route of `/admin/requests/{request_id}`
-    rooms = (
-        admin,
-        admin_requests,
-        admin_requeues,
-        admin_tenants,
-        admin_webhooks,
-        admin_stuck,
-        admin_subjects,
-    )
-    for room in (process, *rooms):
-        routes.include_router(room.router)
+    for router in (
+        *(
+            process.process_router,
+            admin.router,
+            admin_requests.router,
+            admin_requeues.requeues_router,
+        ),
+        *(
+            admin_tenants.router,
+            admin_webhooks.webhooks_router,
+            admin_stuck.stuck_router,
+            admin_subjects.subjects_router,
+        ),
+    ):
+        routes.include_router(router)
     app.include_router(routes)
     app.include_router(routes, prefix="/llm", include_in_schema=False)
     problems.install(app)
@@ -266,3 +363,42 @@ def _serve_docs(app: FastAPI) -> None:
         """People go to the dashboard, programs to the description of the API."""
         is_browser = "text/html" in request.headers.get("accept", "")
         return RedirectResponse("dashboard/" if is_browser else "/docs")
+
+
+# Less than those who probe wait themselves (deploy/), so that they hear the reason.
+DEADLINE_MS = 1_000
+
+readiness = APIRouter()
+
+
+@readiness.get("/health/ready")
+async def ready(request: Request) -> JSONResponse:
+    return health.readiness(await _why_not(services_of(request)))
+
+
+async def _why_not(services: Services) -> str | None:
+    """Why this worker takes no jobs; None where it does."""
+    if services.leaving.is_set():
+        return "draining"
+    valkey, postgresql = await asyncio.gather(
+        health.probe(services.limiter.ping(DEADLINE_MS), DEADLINE_MS),
+        health.probe(services.store.ping(DEADLINE_MS), DEADLINE_MS),
+    )
+    if postgresql.detail is not None:
+        return f"PostgreSQL: {postgresql.detail}"
+    if valkey.detail is not None and services.limiter.policy.when_away == "closed":
+        return f"Valkey: {valkey.detail}"
+    return None if await services.store.schema_fits() else health.UNFIT
+
+
+def watched_app(services: Services) -> FastAPI:
+    """The application of a process that is open already."""
+    app = FastAPI(title="Tidegate: a worker", docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(readiness)  # goes before the one of `health`, which is an API's
+    for router in (health.router, metrics.metrics_router, process.process_router):
+        app.include_router(router)
+    problems.install(app)
+    app.add_middleware(NoForeignPages)
+    app.add_middleware(AccessLog)
+    app.state.services = services
+    return app

@@ -1,36 +1,71 @@
-"""What the routes need, in one frozen place; `app.py` fills it."""
+"""Services of the routes, the access log, and counters of answered and refused requests.
+
+Invariants: an exception that reaches the access log's middleware is logged once with its
+traceback, and the client gets a plain 500 or a closed connection; a request target that
+PostgreSQL can't store is refused before any route; a pool is inspected once per `FRESH_MS` and
+process, however many ask.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, cast
+from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 from pydantic import SecretStr
-from starlette.requests import HTTPConnection
-from starlette.types import Scope
+from starlette.requests import HTTPConnection, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tidegate.call import DEFAULT_POOL, Caller
-from tidegate.config import Config
+from tidegate.call import ANYBODY, DEFAULT_POOL, Caller
+from tidegate.dialects.routes import Dialect
+from tidegate.errors import InvalidRequest, LimiterUnavailable, TidegateError
 from tidegate.http.auth import Gate
-from tidegate.http.incoming import Bodies, Hold, Room
-from tidegate.http.looks import Looks
-from tidegate.http.openings import Openings
+from tidegate.http.body import Bodies, Hold, Room
 from tidegate.http.origins import Origins
-from tidegate.limiter import Limiter
-from tidegate.metrics.board import Board
-from tidegate.metrics.exposition import Exposition
-from tidegate.metrics.state import State
-from tidegate.metrics.tally import Tally
-from tidegate.observed import Observers
-from tidegate.pipeline import Pipeline
-from tidegate.policy import PolicyKeeper
-from tidegate.relay.spine import Relay
-from tidegate.relay.under_way import UnderWay
+from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_of
+from tidegate.http.quotas import Openings
+from tidegate.http.sse import abort, disconnected
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.views import Snapshot
+from tidegate.metrics.instruments import Metric, Tally
+from tidegate.metrics.process import Board, Exposition
+from tidegate.metrics.process import ProcessState as State
+from tidegate.policy.rollout import PolicyKeeper
+from tidegate.settings import Config
+from tidegate.spine.native import Relay
+from tidegate.spine.prompt import Pipeline
+from tidegate.spine.record import UnderWay
 from tidegate.store.blobs import Blobs
-from tidegate.store.budgets import BudgetGate
+from tidegate.store.quotas import BudgetGate
 from tidegate.store.store import Store
+from tidegate.telemetry.events import REFUSED, Observed, Observers, Source
+from tidegate.telemetry.logging import FrequentLog, Log, get_logger
+
+FRESH_MS = 500
+
+
+class Looks:
+    """The last look at each pool, shared by all who ask."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, Snapshot | None]] = {}
+        self._lock = asyncio.Lock()
+
+    async def of(self, limiter: Limiter) -> Snapshot | None:
+        """None while Valkey is away."""
+        async with self._lock:
+            at, found = self._found.get(limiter.pool, (0.0, None))
+            if time.monotonic() - at > FRESH_MS / 1000:
+                try:
+                    found = await limiter.snapshot()
+                except LimiterUnavailable:
+                    found = None
+                self._found[limiter.pool] = (time.monotonic(), found)
+            return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +140,211 @@ def services_of(connection: HTTPConnection) -> Services:
 
 def services_of_scope(scope: Scope) -> Services:
     return cast(Services, scope["app"].state.services)
+
+
+_ALLOWED = "text in UTF-8 without NUL"
+
+
+class SoundTarget:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                check_target(scope)
+            except InvalidRequest as error:
+                await problem_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def check_target(scope: Scope) -> None:
+    """Raises InvalidRequest that names the parameter, or the path."""
+    query: bytes = scope["query_string"]
+    if b"%" in query:
+        for pair in query.split(b"&"):
+            name, _, value = pair.partition(b"=")
+            shown = ascii(unquote_to_bytes(name)[:64].decode("utf-8", "replace"))[1:-1]
+            for part in (name, value):
+                if "\0" in _text_of(part, shown):
+                    raise InvalidRequest(
+                        shown, f"{shown} has a NUL character in it", allowed=_ALLOWED
+                    )
+    raw: bytes = scope.get("raw_path") or b""
+    if b"%" in raw:  # NUL in it is for its route to refuse, which knows what it names
+        _text_of(raw, "path")
+
+
+def _text_of(raw: bytes, field: str) -> str:
+    try:
+        return unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(field, f"{field} is not text in UTF-8", allowed=_ALLOWED) from None
+
+
+NATIVE = "native"
+# The first part of a path, as a label: what a client makes up is none.
+_ROUTES = {
+    *("submit", "stream", "status", "files", "requests", "usage", "health", "admin", "dashboard"),
+    *("metrics", "docs", "static"),
+}
+_BATCHES = ("/v1/batches", "/v1/files")
+
+
+def route_of(path: str) -> str:
+    """The class of a path that is not a native call's."""
+    if path.startswith(_BATCHES):
+        return "batches"
+    first = path.removeprefix("/llm").lstrip("/").partition("/")[0]
+    return first if first in _ROUTES else "other"
+
+
+def count_answer(tally: Tally, route: str, status: int, took_s: float) -> None:
+    """An HTTP request that has been answered; status 0: its client went before it was."""
+    tally.add(Metric.HTTP, (route, str(status)))
+    tally.add(Metric.HTTP_SECONDS, (route,), took_s)
+
+
+_CUT_WITHIN_S = 1.0
+_REDIRECT = 307
+_REQUEST_ID = REQUEST_ID_HEADER.encode()
+# What machines ask all the time: lines at the level `debug`.
+_ROUTINE = ("/health", "/llm/health", "/metrics", "/llm/metrics")
+TRACE_IN_SCOPE = "tidegate.trace"  # the id of the trace that a request is part of, as text
+CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: whoever finds out who asks puts it there
+
+log = get_logger()
+log_request = FrequentLog(Log.REQUEST_DONE)
+
+
+async def _cut(scope: Scope, receive: Receive) -> None:
+    """End an answer that was begun, and wait until the server has seen that it is over.
+
+    It would write a line of its own about an answer that is not complete.
+    """
+    abort(scope)
+    try:
+        async with asyncio.timeout(_CUT_WITHIN_S):
+            await disconnected(receive)
+    except TimeoutError:
+        return
+
+
+class AccessLog:
+    """ASGI middleware; health checks and scrapes are logged at debug level."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 0  # stays 0 where the client left before it could be answered
+        request_id: str | None = None
+
+        async def watched(message: Message) -> None:
+            nonlocal status, request_id
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                for name, value in message["headers"]:
+                    if name == _REQUEST_ID:
+                        request_id = value.decode()
+                if status == _REDIRECT:
+                    message = {**message, "headers": [_here(one) for one in message["headers"]]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:  # the top of a request's task: logged here, and nowhere else
+            log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
+            if not status:
+                answer = problem_response(TidegateError("an internal error; it has been logged"))
+                await answer(scope, receive, watched)
+            else:
+                await _cut(scope, receive)
+        finally:
+            took_s = time.monotonic() - started
+            path = scope["path"]
+            count_answer(scope["app"].state.services.tally, route_of(path), status, took_s)
+            fields: dict[str, Any] = {
+                "method": scope["method"],
+                "path": path,
+                "status": status,
+                "took_ms": round(took_s * 1000, 1),
+                **({"request_id": request_id} if request_id else {}),
+                **({"trace_id": scope[TRACE_IN_SCOPE]} if TRACE_IN_SCOPE in scope else {}),
+                **who(scope.get(CALLER_IN_SCOPE)),
+            }
+            # After the answers that are ready to go out: in a burst they would wait for the lines.
+            asyncio.get_running_loop().call_soon(say_done, fields)
+
+
+def _here(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    """A slash too much is redirected to a whole URL: of http, where a proxy before us ends TLS, so
+    that a key would be sent in the clear. The path alone leads to the same place."""
+    name, value = header
+    if name != b"location":
+        return header
+    parts = urlsplit(value)
+    own = parts.netloc and not parts.path.startswith(b"//")
+    return (name, urlunsplit((b"", b"", parts.path, parts.query, b""))) if own else header
+
+
+def say_done(fields: dict[str, Any]) -> None:
+    """The line of a request that has been answered."""
+    if fields["path"].startswith(_ROUTINE):
+        log.debug(Log.REQUEST_DONE, **fields)
+    else:
+        log_request(fields)
+
+
+def who(caller: Caller | None) -> dict[str, str]:
+    """The tenant, and the key by its prefix, where a request named one."""
+    if caller is None or caller is ANYBODY:
+        return {}
+    key = {} if caller.key_id is None else {"key_id": caller.key_id}
+    return {"tenant": caller.tenant_id, **key}
+
+
+def note_refused(scope: Scope, source: Source, error: TidegateError) -> None:
+    """Of a request to `/submit` or `/stream`."""
+    caller: Caller = scope.get(CALLER_IN_SCOPE, ANYBODY)
+    services_of(Request(scope)).store.observers.note(
+        Observed(
+            source=source,
+            status=REFUSED,
+            tenant_id=caller.tenant_id,
+            finished_at=datetime.now(UTC),
+            streamed=source == "stream",
+            http_status=status_of(error),
+            code=error.code,
+        )
+    )
+
+
+def note_native(
+    services: Services,
+    caller: Caller,
+    dialect: Dialect,
+    operation: str,
+    http_status: int,
+    error: TidegateError,
+) -> None:
+    """Of a request to a native path. http_status: what the client was told."""
+    services.store.observers.note(
+        Observed(
+            source="relay",
+            status=REFUSED,
+            tenant_id=caller.tenant_id,
+            finished_at=datetime.now(UTC),
+            dialect=dialect.value,
+            operation=operation,
+            http_status=http_status,
+            code=error.code,
+        )
+    )

@@ -1,4 +1,4 @@
-"""How a browser signs in with the operator's key without being shown it.
+"""Sign-in of a browser with a one-time code, so that the operator's key is never shown to it.
 
 `tidegate up` prints an address with a one-time code. The code becomes a cookie:
 

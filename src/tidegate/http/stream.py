@@ -1,4 +1,4 @@
-"""`POST /stream`: one request, answered while the client waits.
+"""Route `POST /stream`: one request, answered while the client waits.
 
 The response's head goes out after admission, so that a refusal is a real 503 or 504. The call runs
 in a task of its own. Invariant: however a stream ends, its upstream call is closed and its permit
@@ -16,7 +16,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from tidegate.attempt import Attempt, attempt_result
 from tidegate.call import (
     CLASSIFIER_LIMIT,
     DEFAULT_POOL,
@@ -40,22 +39,21 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.http.access import TRACE_IN_SCOPE
-from tidegate.http.caller import check_models, check_prompt, payer_of
-from tidegate.http.events import ClientStalled, EventWriter, abort, disconnected
-from tidegate.http.forms import Submission, discard, read_submission
-from tidegate.http.incoming import Hold
+from tidegate.http.body import Hold
+from tidegate.http.guards import check_models, check_prompt, payer_of
 from tidegate.http.jobs import BODY, ask_of, prefix_of, problem_responses
-from tidegate.http.openings import Opening
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
-from tidegate.http.services import Services, services_of
+from tidegate.http.quotas import Opening
+from tidegate.http.services import TRACE_IN_SCOPE, Services, services_of
+from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
+from tidegate.http.submission import Submission, discard, read_submission
 from tidegate.http.views import usage_view
-from tidegate.relay.under_way import CallUnderWay, shortened
+from tidegate.spine.record import Attempt, CallUnderWay, attempt_result, shortened
 from tidegate.store.blobs import new_key
 from tidegate.store.records import Failure, NewJob, OutputFile, StreamRecord
 from tidegate.store.states import Status
-from tidegate.telemetry import Log, get_logger
-from tidegate.tracing import Parent, parent_in
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import Parent, parent_in
 
 _RECORDED_WITHIN_S = 1.0
 _ABORTED_WITHIN_S = 1.0

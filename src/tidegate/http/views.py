@@ -1,4 +1,4 @@
-"""The JSON that `/submit` and `/status` answer with."""
+"""Views: the JSON of `/submit` and `/status`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
-from tidegate.store.listing import Listed
 from tidegate.store.records import (
+    USAGE_COLUMNS,
     Earlier,
     Failure,
     FileRecord,
@@ -19,7 +19,7 @@ from tidegate.store.records import (
     RequestRecord,
     WebhookRecord,
 )
-from tidegate.store.rows import USAGE_COLUMNS
+from tidegate.store.requests import Listed
 from tidegate.store.states import Status
 
 _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"

@@ -1,4 +1,4 @@
-"""A client middleware of `aiohttp` that puts any SDK which uses it under the limiter.
+"""Client middleware for `aiohttp`: puts any SDK that uses it under the limiter.
 
     limit = LimitMiddleware(limiter, Demand(("kind:text_only",), deadline_ms=30_000))
     async with aiohttp.ClientSession(middlewares=(limit,)) as session:
@@ -23,12 +23,18 @@ from aiohttp import (
     ClientResponse,
 )
 
-from tidegate.integrations.answer import Review, Usage
-from tidegate.integrations.demanded import Demanded, Penalised, demand_of, penalised_by
-from tidegate.integrations.exchange import Exchange
+from tidegate.integrations.exchange import (
+    Demanded,
+    Exchange,
+    Penalised,
+    Review,
+    Usage,
+    demand_of,
+    penalised_by,
+)
 
 if TYPE_CHECKING:
-    from tidegate.limiter import Limiter
+    from tidegate.limiter.limiter import Limiter
 
 OVERLOAD = (ClientConnectionError, ClientPayloadError, TimeoutError)
 STREAMED = frozenset({"text/event-stream", "application/x-ndjson"})

@@ -1,26 +1,154 @@
-"""One request to an upstream and its answer, under a permit.
+"""Exchange of a request and its answer with an upstream under a permit, async and in threads.
 
-Invariants: nothing is sent without a permit; the permit is given back once, when the answer's body
-has been read to its end, closed, dropped, or was never there; when the permit is lost or overdue,
-whoever sends or reads is interrupted and the answer closed before the permit is given back.
+Invariants: nothing is sent without a permit; the permit is returned once, when the answer's body
+has been read, closed or dropped; if the permit is lost or overdue, the reader is interrupted and
+the answer closed before the permit is returned (a thread notices at its next bytes). An
+unreadable answer is unknown, never an error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import re
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, TypeVar
 
-from tidegate.errors import LimiterUnavailable
-from tidegate.integrations.answer import outcome_of_error, outcome_of_status
-from tidegate.limiter.hold import Hold
+from tidegate.errors import LimiterUnavailable, UpstreamTimeout
+from tidegate.limiter.permit import Hold
+from tidegate.limiter.queue import Demand
+from tidegate.limiter.sync import SyncPermit
 
 if TYPE_CHECKING:
     from tidegate.errors import TidegateError
-    from tidegate.limiter import Demand, Limiter, Tokens
+    from tidegate.limiter.limiter import Limiter
     from tidegate.limiter.permit import Outcome
+    from tidegate.limiter.queue import Demand, Tokens
+    from tidegate.limiter.sync import SyncLimiter
+
+
+# From the decoded body of a 2xx answer to the LLM tokens that it used; None is unknown.
+Usage = Callable[[bytes], "int | Tokens | None"]
+
+THROTTLED = 429
+# Statuses by which an upstream says that it has too much to do. 529 is Anthropic's.
+OVERLOADED = frozenset({THROTTLED, 503, 529})
+MAX_PAUSE_MS = 86_400_000
+# What is kept of a body to read the usage from; that of a larger one is unknown.
+MAX_KEPT_BYTES = 4_000_000
+# google.rpc.RetryInfo in JSON: https://github.com/googleapis/googleapis, error_details.proto
+_RETRY_INFO = re.compile(rb'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"')
+
+
+def outcome_of_status(status: int) -> Outcome:
+    return "dropped" if status in OVERLOADED else "success"
+
+
+def outcome_of_error(error: BaseException, overload: tuple[type[Exception], ...]) -> Outcome:
+    """How a call went that ended with `error`; only what speaks of overload is `dropped`."""
+    return "dropped" if isinstance(error, (UpstreamTimeout, *overload)) else "ignored"
+
+
+def retry_after_ms(headers: Mapping[str, str], now: datetime) -> int | None:
+    """How long a 429 says to stay away: `retry-after-ms`, or `retry-after` in seconds or as a date.
+
+    None where it does not say.
+    """
+    exact = _number(headers.get("retry-after-ms"))
+    if exact is not None:
+        return _bounded(exact)
+    value = headers.get("retry-after")
+    seconds = _number(value)
+    if seconds is not None:
+        return _bounded(seconds * 1000)
+    if value is None:
+        return None
+    try:
+        at = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if at.tzinfo is None:
+        return None
+    return _bounded((at - now).total_seconds() * 1000)
+
+
+def retry_info_ms(body: bytes) -> int | None:
+    """How long Google's APIs say to stay away: the RetryInfo of an error's body."""
+    found = _RETRY_INFO.search(body)
+    return None if found is None else _bounded(float(found[1]) * 1000)
+
+
+def _number(text: str | None) -> float | None:
+    if text is None or not re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", text):
+        return None
+    return float(text)
+
+
+def _bounded(pause_ms: float) -> int | None:
+    return None if pause_ms <= 0 else min(MAX_PAUSE_MS, -int(-pause_ms // 1))
+
+
+class Review:
+    """One answer, read while it passes by. `take` every chunk, then ask."""
+
+    __slots__ = ("_chunks", "_decode", "_due_in_body", "_size_bytes", "_usage", "pause_ms")
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        *,
+        now: datetime,
+        usage: Usage | None,
+        pauses: bool,
+        decode: Callable[[bytes], bytes],
+    ) -> None:
+        """`decode` undoes the content encoding. `pauses`: whether a 429 is to be obeyed."""
+        throttled = pauses and status == THROTTLED
+        self.pause_ms = retry_after_ms(headers, now) if throttled else None
+        self._due_in_body = throttled and self.pause_ms is None
+        self._usage = usage if 200 <= status < 300 else None
+        self._decode = decode
+        self._chunks: list[bytes] = []
+        self._size_bytes = 0
+
+    @property
+    def wants_body(self) -> bool:
+        return self._usage is not None or self._due_in_body
+
+    def take(self, chunk: bytes) -> None:
+        if not self.wants_body:
+            return
+        self._size_bytes += len(chunk)
+        if self._size_bytes <= MAX_KEPT_BYTES:
+            self._chunks.append(chunk)
+        else:
+            self._chunks.clear()
+
+    def end(self) -> int | Tokens | None:
+        """The body has ended: the LLM tokens that the call used, None where that is unknown.
+
+        `pause_ms` is the last word from here on.
+        """
+        if self._size_bytes == 0 or self._size_bytes > MAX_KEPT_BYTES:
+            return None
+        body = self._decode(b"".join(self._chunks))
+        self._chunks.clear()
+        if self._due_in_body:
+            self.pause_ms = retry_info_ms(body)
+        if self._usage is None:
+            return None
+        try:
+            return self._usage(body)
+        except Exception:
+            # The answer is good, and paid for: a wrong reader of its usage must not lose it.
+            logger.exception("reading the usage of an answer failed: its reservation is kept")
+            return None
+
 
 logger = logging.getLogger("tidegate.integrations")
 
@@ -193,3 +321,150 @@ class Exchange:
         except LimiterUnavailable as away:
             # Nothing of the answer is lost by it: the next 429 tries again.
             logger.warning("a 429 could not pause %s: %s", self.penalised, away)
+
+
+class SyncExchange:
+    """`begin`, send inside `using`, say `answered`, read inside `using`, and end it always."""
+
+    __slots__ = (
+        "_close",
+        "_demand",
+        "_held",
+        "_in_use",
+        "_limiter",
+        "_open",
+        "_outcome",
+        "_overload",
+        "_permit",
+        "penalised",
+    )
+
+    def __init__(
+        self,
+        limiter: SyncLimiter,
+        demand: Demand,
+        penalised: str | None,
+        overload: tuple[type[Exception], ...],
+    ) -> None:
+        """penalised: the limit that `pause` pauses.
+        overload: the client's errors that speak of an upstream with too much to do.
+        """
+        self._limiter = limiter
+        self._demand = demand
+        self._overload = overload
+        self.penalised = penalised
+        self._held = limiter.hold(demand, self._close_unused)
+        self._permit: SyncPermit | None = None
+        # Taken by whoever sends, reads or closes; a thread of the limiter's only tries.
+        self._in_use = threading.RLock()
+        self._open = True
+        self._close: Callable[[], None] | None = None
+        self._outcome: Outcome = "ignored"
+
+    def __repr__(self) -> str:
+        return f"<SyncExchange {self._demand.limits} open={self._open}>"
+
+    def begin(self) -> None:
+        """Wait for the permit, right before sending. Raises what `SyncLimiter.acquire` raises, or
+        LeaseLost; nothing may be sent then. An interrupt gives the ticket or the permit back."""
+        self._permit = self._held.enter()
+        assert self._permit is not None
+        try:
+            self._permit.confirm()
+        except BaseException:
+            self._shut("ignored", None)
+            raise
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Send or read inside. Raises LeaseLost or UpstreamTimeout before and after, when the
+        permit was lost or is overdue."""
+        with self._in_use:
+            self._check()
+            yield
+            self._check()
+
+    def _check(self) -> None:
+        if self._held.failure is not None:
+            raise self._held.failure
+
+    def answered(self, status: int, close: Callable[[], None]) -> None:
+        """The answer has begun; `close` ends it."""
+        self._outcome = outcome_of_status(status)
+        self._close = close
+
+    def _close_unused(self) -> None:
+        """Lost, overdue or dropped: close the answer, unless it is in use. In another thread."""
+        if self._in_use.acquire(blocking=False):
+            try:
+                self._shut("ignored", None)
+            finally:
+                self._in_use.release()
+
+    def complete(self, tokens: int | Tokens | None) -> None:
+        """The whole answer was read. Raises LeaseLost when the permit was lost meanwhile."""
+        self._shut(self._outcome, tokens)
+        self._held.leave()
+
+    def fail(self, error: BaseException) -> None:
+        """Sending or reading ended with `error`."""
+        self._shut(outcome_of_error(error, self._overload), None)
+
+    def abandon(self) -> None:
+        """Nobody reads the answer any further. Does nothing after `complete` or `fail`."""
+        self._shut("ignored" if self._outcome == "success" else self._outcome, None)
+
+    def drop(self) -> bool:
+        """The answer was collected as garbage: close it and give the permit back, soon.
+
+        True if it was still open. May be called in any thread.
+        """
+        return self._open and self._held.drop()
+
+    def pause(self, for_ms: int) -> None:
+        """The upstream said 429, and for how long: pause a limit in all processes."""
+        if self.penalised is None:
+            return
+        try:
+            self._limiter.penalise(self.penalised, for_ms=for_ms, reason="429", by="upstream")
+        except LimiterUnavailable as away:
+            # Nothing of the answer is lost by it: the next 429 tries again.
+            logger.warning("a 429 could not pause %s: %s", self.penalised, away)
+
+    def _shut(self, outcome: Outcome, tokens: int | Tokens | None) -> None:
+        with self._in_use:
+            if not self._open:
+                return
+            self._open = False
+            try:
+                if self._close is not None:
+                    self._close()
+            finally:
+                if self._permit is not None:
+                    self._permit.settle(outcome, tokens=tokens)
+                self._held.release()
+
+
+RequestT = TypeVar("RequestT")
+
+# A demand of every request, or of each by what it is; None needs no permit.
+Demanded = Demand | Callable[[RequestT], Demand | None]
+# The limit that a 429 pauses, or by what was demanded; None pauses nothing.
+Penalised = str | Callable[[Demand], str | None] | None
+
+
+def demand_of(demanded: Demanded[RequestT], request: RequestT) -> Demand | None:
+    """What `request` needs. Raises TypeError for limits that are one string."""
+    demand = demanded if isinstance(demanded, Demand) else demanded(request)
+    if demand is not None and not _is_tuple(demand.limits):
+        raise TypeError(f"limits are a tuple: ({demand.limits!r},)")
+    return demand
+
+
+def _is_tuple(limits: object) -> bool:
+    return isinstance(limits, tuple)
+
+
+def penalised_by(penalised: Penalised, demand: Demand) -> str | None:
+    """The limit to pause when the upstream says 429 to a call of `demand`."""
+    return penalised(demand) if callable(penalised) else penalised

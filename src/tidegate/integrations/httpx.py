@@ -1,4 +1,4 @@
-"""Transports of `httpx` that put any SDK which uses it under the limiter.
+"""Transports for `httpx`: put any SDK that uses it under the limiter.
 
     transport = AsyncLimitedTransport(limiter, Demand(("kind:text_only",)))
     async with httpx.AsyncClient(transport=transport) as client:
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from tidegate.integrations.answer import Usage
-from tidegate.integrations.demanded import Demanded, Penalised
+from tidegate.integrations.exchange import Demanded, Penalised, Usage
 from tidegate.integrations.transport import AsyncBody, AsyncTransport, SyncBody, SyncTransport
 
 if TYPE_CHECKING:
-    from tidegate.limiter import Limiter
-    from tidegate.limiter.threads import SyncLimiter
+    from tidegate.limiter.limiter import Limiter
+    from tidegate.limiter.sync import SyncLimiter
 
 # The limiter bounds the calls: a pool that bounds them too would let permits wait in vain.
 UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=100)

@@ -1,4 +1,4 @@
-"""What `httpx` and its fork `httpx2` have in common: transports that ask the limiter first.
+"""Common parts of the transports for `httpx` and its fork `httpx2`.
 
 Neither is imported here: `httpx.py` and `httpx2.py` name the classes of theirs. Invariant: the
 answer that is handed on is read through a body of ours, so that its end is seen.
@@ -11,14 +11,20 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from tidegate.integrations.answer import Review, Usage
-from tidegate.integrations.demanded import Demanded, Penalised, demand_of, penalised_by
-from tidegate.integrations.exchange import Exchange
-from tidegate.integrations.sync_exchange import SyncExchange
+from tidegate.integrations.exchange import (
+    Demanded,
+    Exchange,
+    Penalised,
+    Review,
+    SyncExchange,
+    Usage,
+    demand_of,
+    penalised_by,
+)
 
 if TYPE_CHECKING:
-    from tidegate.limiter import Limiter
-    from tidegate.limiter.threads import SyncLimiter
+    from tidegate.limiter.limiter import Limiter
+    from tidegate.limiter.sync import SyncLimiter
 
 UNCLOSED = "an answer was neither read to its end nor closed"
 

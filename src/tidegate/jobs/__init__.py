@@ -1,1 +1,1 @@
-"""Jobs: taken from PostgreSQL by workers, admitted and called like every other request."""
+"""Jobs: claimed from PostgreSQL by workers, and called like every other request."""

@@ -1,4 +1,4 @@
-"""Whether and when what has failed is tried again: an attempt, or a webhook. Pure."""
+"""Retry policy: whether and when a failed attempt or webhook is tried again. Pure."""
 
 from __future__ import annotations
 

@@ -1,49 +1,313 @@
-"""A worker: takes jobs, runs each through the spine, and records how it ended.
+"""Worker: claims jobs, runs each through the spine, records its end.
 
-Invariant: every write about a job is fenced by its claim, so that a worker that lost its claim
-changes nothing; a job that this process can't finish is handed back or retaken, never dropped.
+A bounded window of claimed jobs for each kind, so that a full limit of one kind holds up no
+other. Large bodies of wrapped calls are read when they are called, a bounded amount for each
+kind. Images of an answer go to the blob store before the end is recorded.
+
+Invariants: every write about a job is fenced by its claim; a job that this process can't finish
+is returned to the queue, never dropped; a cancellation counts only while the call is open.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from enum import Enum, auto
 from functools import partial
+from typing import Any
 from uuid import UUID
 
-from tidegate.attempt import Attempt, attempt_result
-from tidegate.call import DEFAULT_POOL, Call, Kind
-from tidegate.config import Config
+from tidegate.call import DEFAULT_POOL, Call, Kind, Media, new_id
 from tidegate.errors import (
     ClaimLost,
     DeadlineExceeded,
+    NotFound,
     StoreUnavailable,
     TidegateError,
     UpstreamUnavailable,
 )
-from tidegate.jobs.batch_runner import BatchRunner
-from tidegate.jobs.bodies import CallBodies
-from tidegate.jobs.ends import ask_of, internal, log_end, payer_of, status_of, time_left_ms
-from tidegate.jobs.feeder import Feeder
-from tidegate.jobs.held import Held
-from tidegate.jobs.outages import Key, Outages, Turn
-from tidegate.jobs.pictures import kept
-from tidegate.jobs.put_off import PutOff
+from tidegate.jobs.batches import BatchRunner
+from tidegate.jobs.native import (
+    ask_of,
+    internal,
+    log_end,
+    payer_of,
+    run_wrapped,
+    status_of,
+    targets_of,
+    time_left_ms,
+)
+from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
 from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms, spent_wait_ms
-from tidegate.jobs.stages import Stage, Stages, Tasks, end_cancelling
-from tidegate.jobs.wrapped import run_wrapped, targets_of
-from tidegate.limiter import Permit
-from tidegate.pipeline import Pipeline
-from tidegate.relay.spine import Relay
-from tidegate.store.blobs import Blobs
-from tidegate.store.cancels import CANCELLED
-from tidegate.store.records import AttemptResult, ClaimedJob, Failure
+from tidegate.limiter.permit import Permit
+from tidegate.settings import Config
+from tidegate.spine.native import Relay
+from tidegate.spine.prompt import Pipeline
+from tidegate.spine.record import Attempt, attempt_result
+from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.jobs import CANCELLED
+from tidegate.store.notifications import UNSURE
+from tidegate.store.records import AttemptResult, ClaimedJob, Failure, OutputFile
 from tidegate.store.states import Status
 from tidegate.store.store import Store
-from tidegate.telemetry import Log, get_logger
-from tidegate.tracing import parent_of
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import parent_of
+
+_IDLE_WAIT_MS = 1_000
+_AWAY_WAIT_S = 0.25
+_FULL_WAIT_S = 0.25
+_OUT_WAIT_S = 0.25
+
+
+class Feeder:
+    """Claims jobs of one `kind` (None: those whose kind is unsure) and starts a task for each."""
+
+    def __init__(
+        self,
+        store: Store,
+        put_off: PutOff,
+        pool: str,
+        kind: Kind | None,
+        window: Callable[[], int],
+        work: Callable[[ClaimedJob], Awaitable[None]],
+    ) -> None:
+        self._held = put_off.held
+        self._put_off = put_off
+        self._pool = pool
+        self._store = store
+        self._kind = kind
+        self._lane = kind or UNSURE
+        self._window = window
+        self._work = work
+        self._look = Look()
+        self._slot_freed = asyncio.Event()
+        self._closing = asyncio.Event()
+        self.tasks: dict[asyncio.Task[None], ClaimedJob] = {}
+
+    def __repr__(self) -> str:
+        return f"<Feeder {self._kind or 'unsure'}: {len(self.tasks)} of {self._window()}>"
+
+    def close(self) -> None:
+        """Claim no more. A claim that is under way still comes in, and its jobs are started."""
+        self._closing.set()
+
+    async def run(self) -> None:
+        """Claim and start jobs until closed; jobs already started go on.
+
+        Cancelled in the middle of a claim, it leaves that claim to the store's next heartbeat.
+        """
+        while not self._closing.is_set():
+            window = self._window()
+            free = window - len(self.tasks)
+            if free < max(1, window // 4):
+                self._slot_freed.clear()
+                # Or the window has grown: the limit was raised.
+                await self._unless_closed(self._slot_freed.wait(), _FULL_WAIT_S)
+                continue
+            if not (free := self._held.may_claim(free)):
+                await self._unless_closed(asyncio.sleep(_OUT_WAIT_S))
+                continue
+            mark = self._store.work_mark(self._lane)
+            most = self._look.at(free)
+            try:
+                claimed = await self._store.claim(pool=self._pool, kind=self._kind, limit=most)
+            except StoreUnavailable:
+                # The store logs its change of state.
+                self._held.outages.unclaimed()
+                await self._unless_closed(asyncio.sleep(_AWAY_WAIT_S))
+                continue
+            is_last = len(claimed) < most
+            held = await self._without_held(claimed)
+            if not claimed:
+                self._held.outages.unclaimed()
+            rest_s = self._look.found(held=held, free=len(claimed))
+            await self._keep(claimed, free)
+            for job in claimed:
+                self._start(job)
+            if rest_s:
+                await self._unless_closed(asyncio.sleep(rest_s))
+            elif is_last:
+                await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark, self._lane))
+
+    async def _without_held(self, claimed: list[ClaimedJob]) -> int:
+        """Return jobs to the queue that nothing can be called for; how many."""
+        waits_ms = self._put_off.waits_ms(claimed)
+        held = [job for job in claimed if job.request_id in waits_ms]
+        if held:
+            with suppress(StoreUnavailable):  # or their tasks do it, once PostgreSQL is there
+                await self._put_off.hand_back(held, waits_ms)
+                claimed[:] = [job for job in claimed if job.request_id not in waits_ms]
+        return len(held)
+
+    async def _keep(self, claimed: list[ClaimedJob], most: int) -> None:
+        """Return to the queue what a wide look has brought beyond the window."""
+        if not (more := claimed[most:]):
+            return
+        with suppress(StoreUnavailable):  # or all are started: no job is lost by waiting here
+            await self._store.hand_back(more)
+            del claimed[most:]
+
+    async def _unless_closed(
+        self, wait: Coroutine[Any, Any, object], timeout_s: float | None = None
+    ) -> None:
+        tasks = [asyncio.ensure_future(wait), asyncio.ensure_future(self._closing.wait())]
+        try:
+            await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _start(self, job: ClaimedJob) -> None:
+        task = asyncio.ensure_future(self._work(job))
+        self.tasks[task] = job
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.pop(task)
+        self._slot_freed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error(Log.INTERNAL_ERROR, exc_info=error)
+
+
+Tasks = dict[asyncio.Task[None], ClaimedJob]
+
+
+class Stage(Enum):
+    """How far a job has come in this process; it decides what a stop or a cancel does to it."""
+
+    WAITING = auto()  # handed back at once
+    CALLING = auto()  # admitted: has the grace to end
+    RECORDING = auto()  # its call is over: must not be repeated, and takes only a moment
+
+
+class Stages:
+    """Of the jobs whose tasks `tasks` gives; one that it was told nothing of is waiting."""
+
+    def __init__(self, tasks: Callable[[], Tasks]) -> None:
+        self.tasks = tasks
+        self._stages: dict[tuple[object, int], Stage] = {}
+        self._called_off: set[tuple[object, int]] = set()
+
+    def enter(self, job: ClaimedJob, stage: Stage) -> None:
+        self._stages[_key(job)] = stage
+
+    def leave(self, job: ClaimedJob) -> None:
+        """It waits again, or this process is done with it."""
+        self._stages.pop(_key(job), None)
+        self._called_off.discard(_key(job))
+
+    def at(self, *stages: Stage) -> Tasks:
+        return {
+            task: job
+            for task, job in self.tasks().items()
+            if self._stages.get(_key(job), Stage.WAITING) in stages
+        }
+
+    def call_off(self, task: asyncio.Task[None], job: ClaimedJob) -> None:
+        """Cancel the call of a job that is at CALLING, for its owner."""
+        if _key(job) not in self._called_off:
+            self._called_off.add(_key(job))
+            task.cancel()
+
+    def is_called_off(self, job: ClaimedJob) -> bool:
+        return _key(job) in self._called_off
+
+
+def _key(job: ClaimedJob) -> tuple[object, int]:
+    return job.request_id, job.claim
+
+
+def end_cancelling() -> None:
+    """The current task was cancelled to end its call, and goes on."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
+
+
+class Room:
+    """For `most_bytes` at once. What is larger by itself is let in alone; all in their order."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._held_bytes = 0
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def of(self, size_bytes: int) -> AsyncIterator[None]:
+        """Wait for so much of it, and have it inside of the block. Cancelling is safe."""
+        async with self._turn:
+            while self._held_bytes and self._held_bytes + size_bytes > self._most_bytes:
+                self._freed.clear()
+                await self._freed.wait()
+            self._held_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._held_bytes -= size_bytes
+            self._freed.set()
+
+
+class CallBodies:
+    """Of all wrapped calls that a worker makes."""
+
+    def __init__(self, blobs: Blobs, most_bytes: int) -> None:
+        self._blobs = blobs
+        # Each its own: the calls of one type may be held up for long.
+        self._rooms = {kind: Room(most_bytes // len(Kind)) for kind in Kind}
+
+    @asynccontextmanager
+    async def of(self, job: ClaimedJob, kind: Kind) -> AsyncIterator[bytes]:
+        """The body, for as long as the block lasts. Raises DeadlineExceeded, StoreUnavailable, and
+        NotFound where its bytes are gone."""
+        if not job.attachments:
+            yield job.prompt.encode()
+            return
+        (kept,) = job.attachments
+        left_ms = time_left_ms(job)
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(None if left_ms is None else left_ms / 1000):
+                    await held.enter_async_context(self._rooms[kind].of(kept.size_bytes))
+            except TimeoutError:
+                said = "its deadline came while it waited for room for its body"
+                raise DeadlineExceeded(said, limit=kind.limit) from None
+            try:
+                body = await self._blobs.get(kept.blob_key)
+            except NotFound:
+                raise NotFound("the body of this call is not there any more") from None
+            yield body
+
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 4.0
+
+
+async def kept(blobs: Blobs, pictures: Iterable[Media]) -> tuple[OutputFile, ...]:
+    """Pictures as the files of a record. Raises StoreUnavailable when the blob store stays away for
+    long."""
+    files = []
+    for picture in pictures:
+        key = await _put(blobs, picture.data)
+        kind, data = picture.mime_type, picture.data
+        files.append(OutputFile(new_id(), kind, len(data), key, picture.name))
+    return tuple(files)
+
+
+async def _put(blobs: Blobs, data: bytes) -> str:
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        key = new_key(datetime.now(UTC))
+        try:
+            await blobs.put(key, data)
+            return key
+        except StoreUnavailable:
+            if pause_s > _LONGEST_PAUSE_S:
+                raise
+        await asyncio.sleep(pause_s)
+        pause_s *= 2
+
 
 _UNSURE_WINDOW, _LARGEST_WINDOW = 16, 256
 _STORE_POLL_S = 0.25

@@ -1,4 +1,4 @@
-"""A semaphore for many processes, kept in Valkey: never over, no polling, no leaks.
+"""Limiter: distributed concurrency and rate limits in Valkey, without polling, excess or leaks.
 
 Knows nothing of language models, HTTP or PostgreSQL, and can be used alone:
 
@@ -26,26 +26,26 @@ from tidegate.errors import (
     TidegateError,
     UpstreamTimeout,
 )
-from tidegate.limiter.demand import Demand
-from tidegate.limiter.flow import Tokens
+from tidegate.limiter.connection import OnConflict
 from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.limits import Adaptive, Band, Concurrency, PoolPolicy, Quota, Rate
-from tidegate.limiter.observer import Observer, State
 from tidegate.limiter.permit import Acquisition, Permit
-from tidegate.limiter.precedence import OnConflict
-from tidegate.limiter.snapshot import (
+from tidegate.limiter.policy import Adaptive, Band, Concurrency, PoolPolicy, Quota, Rate
+from tidegate.limiter.queue import Demand, Tokens
+from tidegate.limiter.sync import SyncLimiter
+from tidegate.limiter.views import (
     Change,
     LimitView,
     LocalState,
+    Observer,
     PermitView,
     Place,
     QueueView,
     SessionView,
     Snapshot,
+    State,
     TenantView,
     Why,
 )
-from tidegate.limiter.threads import SyncLimiter
 
 __all__ = [
     "Acquisition",

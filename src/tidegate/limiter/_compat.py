@@ -1,4 +1,4 @@
-"""The private names of redis-py that the limiter uses.
+"""Private names of redis-py that the limiter uses.
 
 redis >= 6.4, < 9. Guarded by `tests/contract/test_private_names.py`.
 """

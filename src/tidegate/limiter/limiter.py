@@ -1,37 +1,518 @@
-"""The limiter as its users see it: permits of a pool, shared by all processes through Valkey.
+"""Limiter: permits of a pool that all processes share through Valkey.
 
-Owns the tasks, the thread and the three connections of one process in one pool. Invariant: what
-`acquire` let in is counted in the pool until the body has ended.
+Owns the tasks, the thread and the three connections of one process in one pool. Errors:
+LimiterUnavailable if Valkey does not answer within a third of the lease.
+
+Invariants: an admitted call is counted in the pool until its body ends; every waiter gets a
+permit or an error, once; a permit is returned without an await.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
-from tidegate.limiter.clock import Clock
-from tidegate.limiter.courier import Courier
-from tidegate.limiter.decorate import AcquireOptions, P, R, limited
-from tidegate.limiter.demand import Demand
-from tidegate.limiter.desk import Desk
-from tidegate.limiter.flow import Tokens, tokens_of
-from tidegate.limiter.heartbeat import STALLED_S, Heartbeat, tell_loop
-from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.ledger import Ledger
-from tidegate.limiter.limits import DEFAULT_HARD_MS, PoolPolicy
-from tidegate.limiter.link import Link
-from tidegate.limiter.listener import Listener
-from tidegate.limiter.observer import Observer, State
-from tidegate.limiter.operations import Operations
+import msgpack
+
+from tidegate.errors import (
+    AdmissionError,
+    DemandImpossible,
+    LimiterUnavailable,
+    QueueFull,
+    ShuttingDown,
+    TidegateError,
+)
+from tidegate.limiter.connection import (
+    STALLED_S,
+    Courier,
+    Heartbeat,
+    Link,
+    LinkDown,
+    Listener,
+    OnConflict,
+    WrittenPolicy,
+    tell_loop,
+)
+from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack, too_late
 from tidegate.limiter.permit import Acquisition, Attempt
-from tidegate.limiter.precedence import OnConflict, WrittenPolicy
-from tidegate.limiter.snapshot import LocalPermit, LocalQueue, LocalState
+from tidegate.limiter.policy import DEFAULT_HARD_MS, DEFAULT_PRIORITY, PoolPolicy, check_tenant
+from tidegate.limiter.queue import (
+    Demand,
+    Flow,
+    Holding,
+    Ledger,
+    Tokens,
+    Waiter,
+    tokens_of,
+    unknown_limit,
+)
+from tidegate.limiter.session import Clock, Session, Timer
+from tidegate.limiter.views import (
+    Change,
+    LocalPermit,
+    LocalQueue,
+    LocalState,
+    Observer,
+    PermitView,
+    Place,
+    Snapshot,
+    State,
+    Why,
+    read_change,
+    read_place,
+    read_snapshot,
+)
+
+if TYPE_CHECKING:
+    from tidegate.limiter.queue import Tokens
+
+_ANY_TIME = float("inf")
+# When a caller that a stopping process refused may ask another one.
+_RETRY_MS = 1000
+
+
+class Desk:
+    """See the module. `closing` turns everybody away; `idle` is set when nothing is held then."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        session: Session,
+        observer: Observer,
+        max_waiters: int,
+        clock: Clock,
+        pool: str = "",
+    ) -> None:
+        self.closing = False
+        self._turning_away = False
+        self.idle = asyncio.Event()
+        self._ledger = ledger
+        self._session = session
+        self._observer = observer
+        self._max_waiters = max_waiters
+        self._clock = clock
+        self._pool = pool
+        self._now_ms = clock.now_ms
+        self._wait_ewma_ms: dict[str, float] = {}
+        self._bands_of: PoolPolicy | None = None
+        self._bands: dict[str, int] = {}
+        self._usual_band = 1
+
+    def is_late(self, holding: Holding) -> bool:
+        """True for a call that would arrive too late after its admission for its rates."""
+        slack_ms = holding.flow.slack_ms
+        return slack_ms != _ANY_TIME and self._now_ms() - holding.admitted_ms > slack_ms
+
+    def check_lapse(self) -> None:
+        """Act on a lease that has lapsed."""
+        self._session.check_lapse()
+
+    def flow_of(self, demand: Demand) -> Flow:
+        policy = self._session.policy
+        if policy is not self._bands_of:
+            self._bands_of = policy
+            self._bands = {band.name: number for number, band in enumerate(policy.bands, 1)}
+            usual = DEFAULT_PRIORITY if DEFAULT_PRIORITY in self._bands else policy.bands[0].name
+            self._usual_band = self._bands[usual]
+        band = self._usual_band
+        if demand.priority is not None and demand.priority not in self._bands:
+            policy.band(demand.priority)
+        if demand.priority is not None:
+            band = self._bands[demand.priority]
+        limits = demand.limits
+        if len(limits) != 1:
+            if not limits:
+                raise ValueError("acquire needs a limit")
+            limits = tuple(sorted(set(limits)))
+        flow = self._ledger.flow(band, demand.tenant, limits)
+        if flow.revision != policy.revision:
+            check_tenant(demand.tenant)
+            flow.refresh(policy, self._pool)
+        if flow.unnamed is not None and not demand.implicit:
+            name = flow.unnamed
+            raise DemandImpossible(unknown_limit(name, policy, self._pool), limit=name)
+        return flow
+
+    def ask(self, demand: Demand) -> tuple[Waiter, Timer | None]:
+        if self.closing or self._turning_away:
+            raise self._stopping()
+        if self._session.fatal is not None:
+            raise self._session.fatal
+        try:
+            flow = self.flow_of(demand)
+        except DemandImpossible as error:
+            raise self._refused(error) from None
+        if len(self._ledger.waiting) >= self._max_waiters:
+            limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
+            full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
+            raise self._refused(full)
+        at = self._now_ms()
+        deadline_ms = demand.deadline_ms
+        waiter = self._ledger.ask(
+            flow,
+            amounts=flow.amounts(demand.tokens, demand.images),
+            hard_ms=max(1, demand.hard_ms),
+            now_ms=at,
+            deadline_ms=float("inf") if deadline_ms is None else at + deadline_ms,
+            once=demand.once,
+        )
+        timer = None
+        if not waiter.future.done():
+            if deadline_ms is not None:
+                delay_s = max(0, deadline_ms) / 1000
+                timer = self._clock.call_later(delay_s, self._expire, waiter)
+            if self._session.away:
+                self._session.admit_locally()
+        self._session.kick()
+        return waiter, timer
+
+    def turn_away(self) -> None:
+        """Refuse the calls that wait, and those that ask from now on."""
+        self._turning_away = True
+        for waiter in list(self._ledger.waiting.values()):
+            self._ledger.refuse(waiter, self._stopping(), self._now_ms())
+        self._session.kick()
+
+    def _stopping(self) -> ShuttingDown:
+        why = "the limiter is closing" if self.closing else "this process is stopping; ask again"
+        return ShuttingDown(why, retry_after_ms=_RETRY_MS)
+
+    def _expire(self, waiter: Waiter) -> None:
+        """The deadline came."""
+        if waiter.future.done():
+            return
+        flow = waiter.flow
+        limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
+        error: AdmissionError
+        policy = self._session.policy
+        local = policy.when_away == "local" and self._session.has_share(flow.limits)
+        if self._session.away and not local:
+            error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
+        else:
+            room_ms = flow.room_at_ms - self._now_ms()
+            amount = flow.spends(waiter.amounts).get(limit, 1)
+            error = too_late(limit, policy.limit(limit), retry_ms, room_ms, flow.used, amount)
+        self._ledger.refuse(waiter, self._refused(error), self._now_ms())
+        self._session.kick()
+
+    def _refused(self, error: AdmissionError) -> AdmissionError:
+        self._observer.refused(error.limit, error.code)
+        return error
+
+    def _retry_after_ms(self, flow: Flow) -> int:
+        """Until there is room under the limit that it waits for; where nobody knows when, about as
+        long as waiters of that limit wait these days. At least a second, and not before the end of
+        a pause."""
+        at = self._now_ms()
+        wait_ms = round(flow.room_at_ms - at)
+        if wait_ms <= 0:
+            wait_ms = int(self._wait_ewma_ms.get(flow.held_up_by or flow.limits[0], 0.0))
+        return max(1000, wait_ms, self._session.remembered.paused_ms(flow.limits, at))
+
+    def abandon(self, waiter: Waiter) -> None:
+        self._ledger.abandon(waiter.ticket, self._now_ms())
+        self._session.kick()
+        self.check_idle()
+
+    def admitted(self, holding: Holding) -> None:
+        named = self._session.policy.limits
+        for name in holding.flow.limits:
+            if name in named:  # the others are named by clients
+                old = self._wait_ewma_ms.get(name, holding.waited_ms)
+                self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
+        self._observer.admitted(holding.flow.limits[0], holding.waited_ms)
+
+    def release(
+        self,
+        holding: Holding,
+        outcome: str,
+        tokens: Tokens | None,
+        images: int | None,
+        usage_later: bool,
+    ) -> None:
+        self._ledger.release(
+            holding.ticket,
+            outcome=outcome,
+            actual=holding.flow.actual(tokens, images),
+            now_ms=self._now_ms(),
+            usage_later=usage_later,
+        )
+        if self._session.away:
+            self._session.admit_locally()
+        self._session.kick()
+        self.check_idle()
+
+    def report(self, holding: Holding, tokens: Tokens | None, images: int | None) -> None:
+        """The usage of a call whose permit was given back before."""
+        self._ledger.settle_later(holding.ticket, holding.flow.actual(tokens, images))
+        self._session.kick()
+
+    def check_idle(self) -> None:
+        if self.closing and not self._ledger.held:
+            self.idle.set()
+
+
+# A pause "until further notice" ends in a hundred years.
+FOR_EVER_MS = 100 * 365 * 86_400_000
+RAMP_MS = 10_000
+
+
+class Operations:
+    """The part of a `Limiter` that is not about its own permits."""
+
+    _link: Link
+    _keys: Keyspace
+    _session: Session
+    _clock: Clock
+
+    async def _run(self, name: ScriptName, request: dict[str, Any], tries: int = 2) -> bytes:
+        """Twice, since the connection may have been closed while it was not used: all that is
+        asked here may be asked again."""
+        keys = (self._keys.meta, self._keys.layout)
+        deadline_s = self._session.lease.deadline_s()
+        script = load(name, clock=self._clock.server_time)
+        while True:
+            try:
+                return await self._link.run(script, keys, pack(request), deadline_s)
+            except LinkDown as error:
+                tries -= 1
+                if not tries:
+                    raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+
+    async def _act(self, request: dict[str, Any]) -> int:
+        """Carries the run that we know of: on another server, whose past may be lost, nobody is let
+        in by this."""
+        server = self._link.server
+        request = {**request, "run": server.run if server else ""}
+        return int(msgpack.unpackb(await self._run("act", request))[0])
+
+    async def snapshot(self, *, permits: bool = False) -> Snapshot:
+        """The pool as Valkey sees it; with each permit in use if asked for."""
+        raw = await self._run("inspect", {"permits": permits})
+        return read_snapshot(InspectReply.unpack(raw), self._session.state)
+
+    async def permits(self) -> tuple[PermitView, ...]:
+        """Every permit in use, by process."""
+        return (await self.snapshot(permits=True)).permits
+
+    async def tell(self, note: bytes, keep_ms: int) -> None:
+        """Leave a word for the other processes of the pool, in the place of the last one; it is
+        forgotten after `keep_ms`."""
+        request = {"sid": self._session.sid, "note": note, "keep_ms": keep_ms, "most": 0}
+        # Once: it is told again soon, and what waits behind it is more urgent.
+        await self._run("notes", request, tries=1)
+
+    async def told(self, most: int) -> dict[str, bytes]:
+        """What the processes of the pool have told, by session: of `most` of them at most."""
+        request = {"sid": "", "note": b"", "keep_ms": 0, "most": most}
+        rows = msgpack.unpackb(await self._run("notes", request), raw=True)
+        return {sid.decode(): note for sid, note in rows}
+
+    async def place(self, session: str, ticket: int) -> Place | None:
+        """How far from its turn a ticket of a session is; None if it does not wait."""
+        raw = await self._run("place", {"sid": session, "ticket": str(ticket)})
+        return read_place(msgpack.unpackb(raw))
+
+    async def why(self, session: str, ticket: int) -> Why | None:
+        """Why a ticket waits: which limit holds it up, and who has it; None if it does not wait.
+
+        `session` is a session or the `instance_id` of its process.
+        """
+        snapshot = await self.snapshot(permits=True)
+        sids = [p.sid for p in snapshot.processes if session in (p.sid, p.name)]
+        for sid in sids:
+            place = await self.place(sid, ticket)
+            if place is not None:
+                limit = snapshot.limits.get(place.held_up_by or "")
+                holders = tuple(p for p in snapshot.permits if place.held_up_by in p.limits)
+                return Why(place, limit, holders)
+        return None
+
+    async def penalise(
+        self,
+        limit: str,
+        *,
+        for_ms: int = FOR_EVER_MS,
+        reason: str = "",
+        by: str = "",
+        ramp_ms: int = RAMP_MS,
+    ) -> bool:
+        """Let nobody in under `limit` for a time, over all processes at once.
+
+        Afterwards calls come back over `ramp_ms`. A pause that would end later stays: False then.
+        """
+        said = f"{by}: {reason}" if reason else by
+        request = {
+            "verb": "pause", "limit": limit, "for_ms": max(1, for_ms), "ramp_ms": max(1, ramp_ms),
+            "said": said,
+        }  # fmt: skip
+        self._session.stop_handing_on()
+        done = bool(await self._act(request))
+        if done:
+            self._session.remembered.pause(
+                limit, self._session.lease.now_ms() + for_ms, ramp_ms, said
+            )
+        self._session.refresh()
+        return done
+
+    async def close_gate(
+        self, limit: str, *, for_ms: int, most_ms: int, tried: bool, reason: str = "", by: str = ""
+    ) -> bool:
+        """Admit nobody under `limit`, in all processes, until `open_gate`, but one call at a time
+        that tries it: after `for_ms`, and after each that failed (`tried`) twice as long, up to
+        `most_ms`. Only a try makes it last longer; False where it stays as it was."""
+        said = f"{by}: {reason}" if reason else by
+        request = {
+            "verb": "close", "limit": limit, "for_ms": max(1, for_ms), "most_ms": max(1, most_ms),
+            "tried": tried, "said": said,
+        }  # fmt: skip
+        self._session.stop_handing_on()
+        done = bool(await self._act(request))
+        if done:
+            self._session.remembered.pause(limit, self._session.lease.now_ms() + for_ms, 0, said)
+        self._session.refresh()
+        return done
+
+    async def open_gate(self, limit: str, *, ramp_ms: int = RAMP_MS) -> bool:
+        """End what `close_gate` began; calls come back over `ramp_ms`. False if it was open."""
+        request = {"verb": "open", "limit": limit, "ramp_ms": max(1, ramp_ms)}
+        done = bool(await self._act(request))
+        self._session.remembered.opened(limit, self._session.lease.now_ms(), ramp_ms)
+        self._session.refresh()
+        return done
+
+    @property
+    def has_pauses(self) -> bool:
+        """Whether anything is paused, or comes back from a pause."""
+        return bool(self._session.remembered.pauses)
+
+    def paused_of(self, limits: Sequence[str]) -> tuple[str, ...]:
+        """Those of these limits that are paused or come back from a pause, as this process last
+        heard. Without I/O."""
+        remembered = self._session.remembered
+        return (
+            remembered.paused_of(limits, self._session.lease.now_ms()) if remembered.pauses else ()
+        )
+
+    def gate(self, limit: str) -> tuple[int, str] | None:
+        """None where a gate is open, as this process last heard; else for how many ms still
+        nobody may try, and what was said when it was closed. Without I/O."""
+        remembered = self._session.remembered
+        return remembered.gate(limit, self._session.lease.now_ms()) if remembered.pauses else None
+
+    def pauses(self) -> Mapping[str, int]:
+        """All limits that are paused, as this process last heard, with the ms that are left."""
+        at = self._session.lease.now_ms()
+        remembered = self._session.remembered
+        return {name: max(0, ms) for name, ms, _, _ in remembered.paused(at)}
+
+    def paused_ms(self, limits: Sequence[str]) -> int:
+        """For how long still nobody is let in under one of these limits, as this process last
+        heard, some seconds ago at most; 0 where none is paused. Without I/O."""
+        return self._session.remembered.paused_ms(limits, self._session.lease.now_ms())
+
+    def tell_of_pauses(self, told: Callable[[], None]) -> None:
+        """Call `told` whenever this process hears of pauses, or hears again that they go on, until
+        `tell_no_more`. It must neither block nor raise."""
+        self._session.remembered.watchers.add(told)
+
+    def tell_no_more(self, told: Callable[[], None]) -> None:
+        self._session.remembered.watchers.discard(told)
+
+    async def resume(self, limit: str, *, by: str = "") -> bool:
+        """End a pause now, without a ramp. False if there was none."""
+        request = {"verb": "resume", "limit": limit, "said": by}
+        done = bool(await self._act(request))
+        self._session.remembered.pauses.pop(limit, None)
+        self._session.refresh()
+        return done
+
+    async def revoke(self, session: str) -> int:
+        """Take back all that a process holds whose death is certain, named by its session or its
+        `instance_id`. If it lives it finds its session gone, and cancels its calls. Returns how
+        many sessions were ended."""
+        return await self._act({"verb": "revoke", "sid": session})
+
+    async def history(self) -> list[Change]:
+        """The last policies, the newest first."""
+        try:
+            rows = await self._link.command(
+                ("LRANGE", f"{self._keys.prefix}history", "0", "-1"),
+                self._session.lease.deadline_s(),
+            )
+        except LinkDown as error:
+            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+        return [read_change(row) for row in rows]
+
+    async def ping(self, timeout_ms: int) -> None:
+        """Raises LimiterUnavailable unless Valkey answers within `timeout_ms`."""
+        try:
+            await self._link.ping(timeout_ms / 1000)
+        except LinkDown as error:
+            raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
+
+    async def set_policy(self, policy: PoolPolicy, *, by: str = "") -> None:
+        """Put a policy with a higher revision in force for the whole pool, at once or as soon as
+        Valkey answers. Nothing is revoked: a limit that was lowered drains."""
+        if policy.revision <= self._session.policy.revision:
+            raise TidegateError(f"revision {self._session.policy.revision} is in force already")
+        self._session.set_policy(policy, by)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class AttemptOptions(TypedDict, total=False):
+    """The keywords of `Limiter.try_acquire`."""
+
+    tenant: str
+    priority: str | None
+    tokens: int | Tokens | None
+    images: int
+    hard_ms: int | None
+
+
+class AcquireOptions(AttemptOptions, total=False):
+    """The keywords of `Limiter.acquire`."""
+
+    deadline_ms: int | None
+
+
+def limited(
+    limiter: Limiter, *limits: str, **options: Unpack[AcquireOptions]
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
+    """Decorate a coroutine function: each call of it waits for a permit and runs while it holds it.
+
+    Takes what `Limiter.acquire` takes; its errors leave the call, and when the permit is lost the
+    function is cancelled and the call raises LeaseLost. Raises TypeError for anything but a
+    coroutine function: what a plain function or a generator returns would outlive the permit.
+    """
+
+    def decorate(
+        function: Callable[P, Coroutine[Any, Any, R]],
+    ) -> Callable[P, Coroutine[Any, Any, R]]:
+        if not inspect.iscoroutinefunction(function):
+            raise TypeError(f"{function!r} is no coroutine function")
+
+        @functools.wraps(function)
+        async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            async with limiter.acquire(*limits, **options) as permit:
+                await permit.confirm()
+                return await function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
 
 logger = logging.getLogger("tidegate.limiter")
 

@@ -1,31 +1,538 @@
-"""What this process is to its pool and what each answer of Valkey means, decided without I/O.
+"""Session of a process in its pool: its states, lease, recovery and local share. Does no I/O.
 
     away ──joined──> recovering ──one lease──> up
-      ^                  │                      │
-      └── no answer ─────┴──────────────────────┘
+     ^                   │                      │
+     └──── no answer ────┴──────────────────────┘
 
-Invariants: each request has a higher batch number, so that one which was delayed in the network and
-overtaken does nothing; no grant is taken when the lease has lapsed; a lapse without any failed call
-before it means that *we* were paused, and ends what runs here.
+Invariants: each request has a higher batch number, so an overtaken one does nothing; no grant is
+accepted after the lease has lapsed; the lease is measured from before the request was sent, by a
+clock that counts suspended time; a lapse without a failed call means that this process was
+suspended, and ends what runs here; while Valkey is unavailable the local shares of all known
+sessions never exceed the limits.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from math import ceil, inf
 from secrets import token_hex
+from typing import Any, Generic, Protocol, TypeVar
+from zoneinfo import ZoneInfo
 
-from tidegate.errors import ConfigError
-from tidegate.limiter.answers import Answers
-from tidegate.limiter.compose import compose
-from tidegate.limiter.entries import Batch, Traffic
-from tidegate.limiter.lease import Identity, Lease
-from tidegate.limiter.ledger import Ledger
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.limiter.local import LocalShare
-from tidegate.limiter.observer import Observer, State
-from tidegate.limiter.remembered import Remembered
-from tidegate.limiter.wire import Join, Push, SyncReply, SyncRequest, Whole
+from tidegate.errors import (
+    AdmissionError,
+    ConfigError,
+    DeadlineExceeded,
+    DemandImpossible,
+    QueueFull,
+)
+from tidegate.limiter.messages import (
+    Barred,
+    Join,
+    Outlook,
+    Push,
+    SyncReply,
+    SyncRequest,
+    Whole,
+    too_early,
+)
+from tidegate.limiter.policy import BUCKETS, Concurrency, Limit, PoolPolicy, Quota, Rate, share_of
+from tidegate.limiter.queue import Batch, Flow, Ledger, Traffic, Waiter
+from tidegate.limiter.views import Observer, State
+
+
+class Answers:
+    """Grants and refusals, told to the ledger and to the observer."""
+
+    def __init__(self, ledger: Ledger, observer: Observer) -> None:
+        self._ledger = ledger
+        self._observer = observer
+
+    def take(
+        self,
+        batch: Batch,
+        request: SyncRequest,
+        reply: SyncReply,
+        policy: PoolPolicy,
+        sent_ms: float,
+        at_ms: float,
+    ) -> None:
+        """What the server decided about a batch that was sent at `sent_ms`."""
+        for ticket, seq in reply.grants:
+            self._ledger.grant(ticket, reply.epoch, seq, at_ms, sent_ms)
+        for ticket in reply.refused:
+            self._refuse_full(ticket, policy, at_ms)
+        for barred in reply.barred:
+            self._refuse_barred(barred, policy, at_ms)
+        for outlook in reply.outlook:
+            flow = self._flow_named(request.flows[outlook.flow - 1])
+            self._foresee(flow, outlook, policy, sent_ms, at_ms)
+        for waiter in batch.enqueues:
+            if waiter.once and waiter.ticket in self._ledger.waiting:
+                limit = waiter.flow.held_up_by or waiter.flow.limits[0]
+                error = DeadlineExceeded("no permit at once", limit=limit, retry_after_ms=1000)
+                self._refuse(waiter, error, at_ms)
+
+    def refuse_impossible(self, policy: PoolPolicy, at_ms: float) -> None:
+        """The policy changed: some may wait for what no waiting will bring."""
+        for waiter in list(self._ledger.waiting.values()):
+            try:
+                waiter.flow.refresh(policy)
+            except DemandImpossible as error:
+                self._refuse(waiter, error, at_ms)
+
+    def _flow_named(self, key: str) -> Flow:
+        band, tenant, lane = key.split("|", 2)
+        return self._ledger.flow(int(band), tenant, tuple(lane.split(" ")))
+
+    def _refuse_barred(self, barred: Barred, policy: PoolPolicy, at_ms: float) -> None:
+        waiter = self._ledger.waiting.get(barred.ticket)
+        if waiter is not None:
+            waiter.sent = False  # it is in no queue
+            self._refuse_early(waiter, barred.limit, policy, barred.room_ms, barred.used, at_ms)
+
+    def _foresee(
+        self, flow: Flow, outlook: Outlook, policy: PoolPolicy, sent_ms: float, at_ms: float
+    ) -> None:
+        """What a flow waits for. Nobody waits longer for what is certain to come too late."""
+        if not flow.waiting:
+            return
+        name, room_ms, used = outlook.limit, outlook.room_ms, outlook.used
+        flow.held_up_by, flow.used = name, used
+        flow.room_at_ms = at_ms + room_ms if room_ms else 0.0
+        if room_ms and outlook.firm:
+            for waiter in list(flow.waiting.values()):
+                if waiter.deadline_ms <= sent_ms + room_ms:
+                    self._refuse_early(waiter, name, policy, room_ms, used, at_ms)
+
+    def _refuse_early(
+        self,
+        waiter: Waiter,
+        name: str,
+        policy: PoolPolicy,
+        room_ms: int,
+        used: int,
+        at_ms: float,
+    ) -> None:
+        amount = waiter.flow.spends(waiter.amounts).get(name, 1)
+        self._refuse(waiter, too_early(name, policy.limit(name), room_ms, used, amount), at_ms)
+
+    def _refuse_full(self, ticket: int, policy: PoolPolicy, at_ms: float) -> None:
+        waiter = self._ledger.waiting.get(ticket)
+        if waiter is None:
+            return
+        waiter.sent = False  # it is in no queue
+        error = QueueFull(
+            f"{waiter.flow.tenant} has {policy.queue_per_tenant} waiters already",
+            limit=waiter.flow.held_up_by or waiter.flow.limits[0],
+            retry_after_ms=1000,
+        )
+        self._refuse(waiter, error, at_ms)
+
+    def _refuse(self, waiter: Waiter, error: AdmissionError, at_ms: float) -> None:
+        self._observer.refused(error.limit, error.code)
+        self._ledger.refuse(waiter, error, at_ms)
+
+
+# A new session is let in after half a lease at the latest, whether all others know of it or not.
+VOUCH_SHARE = 0.4
+# How many comparisons tell how far ahead the server's clock is: about one and a third leases.
+AHEAD_KEPT = 4
+
+
+def next_midnight_ms(zone: str, now_ms: float) -> int:
+    """The next midnight in a time zone, in ms since 1970."""
+    local = datetime.fromtimestamp(now_ms / 1000, UTC).astimezone(ZoneInfo(zone))
+    day = (local + timedelta(days=1)).date()
+    midnight = datetime(day.year, day.month, day.day, tzinfo=ZoneInfo(zone))
+    return int(midnight.timestamp() * 1000)
+
+
+_DAY_MS = 86_400_000
+T = TypeVar("T")
+
+
+class _Reading(Generic[T]):
+    """A list that may come in several pages: `known` has all that was read to the end, and what is
+    being read now. `ended`: this comparison has read it to the end."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, T] = {}
+        self.ended = False
+        self._coming: dict[str, T] = {}
+
+    def take(self, page: dict[str, T], *, goes_on: bool) -> bool:
+        """True if the next page is to be read. While another list goes on the server tells this one
+        from its beginning again: two lists, each begun again by the other, would never end."""
+        if goes_on:
+            self.known |= page
+        if goes_on and self.ended:
+            return False
+        self._coming |= page
+        if not goes_on:
+            self.known, self._coming, self.ended = self._coming, {}, True
+        return goes_on
+
+
+class Remembered:
+    """See the module. Ends are by the lease's clock."""
+
+    def __init__(self) -> None:
+        # Permits held over for dead sessions, with the end of each.
+        self._lapsing: _Reading[float] = _Reading()
+        # limit -> spent as last seen, and when that counts no more
+        self._spent: dict[str, tuple[int, float]] = {}
+        # limit -> end, ramp_ms (0 for a gate), said
+        self._paused: _Reading[tuple[float, int, str]] = _Reading()
+        self.told = 0  # the last change of what is spent that we know of
+        self.pages: dict[str, tuple[str, int]] = {}  # where the lists go on that are not read yet
+        self._midnights: dict[str, int] = {}
+        self._in_force: PoolPolicy | None = None  # when all was compared last
+        # Who is told when there is one.
+        self.watchers: set[Callable[[], None]] = set()
+        # The sessions that are there, and the version of that list; when it was confirmed.
+        self.roster_version = 0
+        self._roster: set[str] = set()
+        self._confirmed_ms = float("-inf")
+        # By how much the server's clock is ahead of the lease's, at the most: as each of the last
+        # comparisons saw it, too much by the time that the question was under way.
+        self._seen_ahead_ms: deque[float] = deque(maxlen=AHEAD_KEPT)
+
+    @property
+    def pauses(self) -> dict[str, tuple[float, int, str]]:
+        return self._paused.known
+
+    def learn(
+        self, whole: Whole, policy: PoolPolicy, sent_ms: float, at_ms: float, *, recovering: bool
+    ) -> bool:
+        """The server told what we asked for at `sent_ms`. True if it has not heard yet which
+        sessions we know now."""
+        self._seen_ahead_ms.append(whole.now_ms - sent_ms)
+        self.told, self.pages = whole.told, dict(whole.pages)
+        self._in_force = policy
+        lapsing = {member: at_ms + left_ms for member, left_ms in whole.lapsing}
+        if not self._lapsing.take(lapsing, goes_on="lapsing" in whole.pages):
+            self.pages.pop("lapsing", None)
+        pauses = {name: (at_ms + left, ramp_ms, said) for name, left, ramp_ms, said in whole.pauses}
+        if not self._paused.take(pauses, goes_on="pauses" in whole.pages):
+            self.pages.pop("pauses", None)
+        if not self.pages:
+            self._begin()
+        for name, amount in whole.spent:
+            if amount:
+                counts_for_ms = self._counts_for(policy.limit(name), whole.now_ms)
+                self._spent[name] = amount, at_ms + counts_for_ms
+            else:
+                self._spent.pop(name, None)
+        self._tell()
+        version, sids = whole.roster
+        news = version != self.roster_version
+        if sids is not None:
+            # While it recovers, those who were there before are still to come.
+            self._roster = self._roster | set(sids) if recovering else set(sids)
+        self.roster_version = version
+        self._confirmed_ms = at_ms
+        return news
+
+    def _counts_for(self, limit: Limit | None, server_ms: float) -> float:
+        """How long at most what is spent of a limit counts, in ms."""
+        if isinstance(limit, Rate):
+            return (limit.window_ms + limit.slack + 1) * (1 + 1 / BUCKETS) + 1
+        if isinstance(limit, Quota):
+            return self._midnight_ms(limit.zone, server_ms) - server_ms
+        return _DAY_MS
+
+    def _midnight_ms(self, zone: str, server_ms: float) -> int:
+        known_ms = self._midnights.get(zone, 0)
+        if not server_ms < known_ms < server_ms + 1.1 * _DAY_MS:
+            known_ms = self._midnights[zone] = next_midnight_ms(zone, server_ms)
+        return known_ms
+
+    def forget_version(self) -> None:
+        """Another epoch: its versions are others, and its clock may be."""
+        self.roster_version = self.told = 0
+        self.pages = {}
+        self._begin()
+        self._seen_ahead_ms.clear()
+
+    def _begin(self) -> None:
+        self._lapsing.ended = self._paused.ended = False
+
+    def places(self, *, begin: bool) -> dict[str, tuple[str, int]]:
+        """Where the next request reads on. `begin`: lists that were read to the end may have
+        changed, and are read once more."""
+        if begin:
+            self._begin()
+        return dict(self.pages)
+
+    @property
+    def _ahead_ms(self) -> float | None:
+        return min(self._seen_ahead_ms, default=None)
+
+    def roster(self, at_ms: float, lease_ms: int) -> list[str]:
+        """The sessions that were there; nobody if what we know may be too old to vouch for."""
+        if at_ms - self._confirmed_ms > lease_ms * VOUCH_SHARE:
+            return []
+        return sorted(self._roster)
+
+    def here(self, server_ms: float) -> float:
+        """A moment of the server's by our clock, at the earliest; minus infinity if not known."""
+        ahead_ms = self._ahead_ms
+        return float("-inf") if ahead_ms is None else server_ms - ahead_ms
+
+    def lapsing(self, at_ms: float) -> list[tuple[str, int]]:
+        """(member, left_ms) of the permits held over."""
+        found = self._lapsing.known.items()
+        return [(member, int(end - at_ms)) for member, end in found if end - at_ms >= 1]
+
+    def spent(self, since: Mapping[str, int], at_ms: float) -> list[tuple[str, int, int]]:
+        """(limit, as last seen, admitted here `since`) of the rates and quotas."""
+        self._spent = {n: seen for n, seen in self._spent.items() if seen[1] > at_ms}
+        names = sorted({*self._spent, *since})
+        return [(name, self._spent.get(name, (0, 0))[0], since.get(name, 0)) for name in names]
+
+    def pause(self, limit: str, end_ms: float, ramp_ms: int, said: str) -> None:
+        self.pauses[limit] = (end_ms, ramp_ms, said)
+        self._tell()
+
+    def opened(self, limit: str, at_ms: float, ramp_ms: int) -> None:
+        """A gate was opened."""
+        _, ramp, said = self.pauses.get(limit, (0.0, 1, ""))
+        if ramp == 0:
+            self.pauses[limit] = (at_ms, ramp_ms, said)
+
+    def _tell(self) -> None:
+        if self.pauses:
+            for told in tuple(self.watchers):
+                told()
+
+    def paused(self, at_ms: float) -> list[tuple[str, int, int, str]]:
+        """(limit, left_ms, ramp_ms, said) of the pauses that go on."""
+        return [
+            (name, int(end - at_ms), ramp_ms, said)
+            for name, (end, ramp_ms, said) in sorted(self.pauses.items())
+            if ramp_ms == 0 or end + ramp_ms - at_ms >= 1
+        ]
+
+    def paused_of(self, limits: Sequence[str], at_ms: float) -> tuple[str, ...]:
+        """Those of these limits that are paused, the time included over which calls come back."""
+        found: list[str] = []
+        for name in limits:
+            if (pause := self.pauses.get(name)) is not None:
+                end, ramp_ms, _ = pause
+                if ramp_ms == 0 or end + ramp_ms > at_ms:
+                    found.append(name)
+        return tuple(found)
+
+    def gate(self, limit: str, at_ms: float) -> tuple[int, str] | None:
+        """For how long a gate lets nobody try, and what was said of it; None where it is open."""
+        end, ramp_ms, said = self.pauses.get(limit, (0.0, 1, ""))
+        return None if ramp_ms else (max(0, int(end - at_ms)), said)
+
+    def paused_ms(self, limits: Sequence[str], at_ms: float) -> int:
+        """For how long still one of these limits is paused; 0 where none is."""
+        if not self.pauses:
+            return 0
+        left = [int(self.pauses[one][0] - at_ms) for one in limits if one in self.pauses]
+        return max(0, *left, 0)
+
+    def resets(self, quotas: Mapping[str, str], at_ms: float) -> dict[str, int]:
+        """When each of these day quotas, limit -> zone, begins again, by the server's clock."""
+        ahead_ms = self._ahead_ms
+        now_ms = time.time() * 1000 if ahead_ms is None else at_ms + ahead_ms
+        return {name: self._midnight_ms(zone, now_ms) for name, zone in quotas.items()}
+
+    def join(
+        self,
+        policy: PoolPolicy,
+        by: str,
+        name: str,
+        held: list[tuple[int, int, int, int, int]],
+        since: Mapping[str, int],
+        at_ms: float,
+        lease_ms: int,
+    ) -> Join:
+        """What a session says that joins; `since` is what it spent since it last compared."""
+        before = self._in_force
+        base = before if before is not None and before.revision < policy.revision else None
+        return Join(
+            policy, by, name, held, self.lapsing(at_ms), self.spent(since, at_ms),
+            self.paused(at_ms), self.roster(at_ms, lease_ms), base,
+        )  # fmt: skip
+
+
+class LocalShare:
+    """What may be let in without asking. `set` before `allows`."""
+
+    def __init__(self) -> None:
+        self._policy: PoolPolicy | None = None
+        self._sessions = 0
+        self._held: Mapping[str, int] = {}
+        # limit -> (ms, amount) of what was let in here
+        self._spent: dict[str, deque[tuple[float, int]]] = {}
+
+    def set(self, policy: PoolPolicy, sessions: int, held: Mapping[str, int]) -> None:
+        """`held` is how many permits this process holds of each limit, and may change."""
+        self._policy, self._sessions, self._held = policy, sessions, held
+
+    def allows(self, waiter: Waiter, at_ms: float) -> bool:
+        """Whether our share of every limit has room; what is taken of rates is noted."""
+        flow = waiter.flow
+        spends = flow.spends(waiter.amounts)
+        for name in flow.limits:
+            if not self._has_room(name, spends.get(name, 0), at_ms):
+                return False
+        for name, amount in spends.items():
+            self._spent.setdefault(name, deque()).append((at_ms, amount))
+        return True
+
+    def _has_room(self, name: str, amount: int, at_ms: float) -> bool:
+        assert self._policy is not None
+        limit = self._policy.binding(name)
+        if limit is None:
+            return False
+        share = share_of(limit.bound, self._sessions)
+        if isinstance(limit, Concurrency):
+            return self._held.get(name, 0) < share
+        span_ms = _DAY_MS if isinstance(limit, Quota) else limit.window_ms + limit.slack
+        spent = self._spent.setdefault(name, deque())
+        while spent and spent[0][0] + span_ms <= at_ms:
+            spent.popleft()
+        return sum(each for _, each in spent) + amount <= share
+
+
+FENCE_SHARE = 0.8
+# More than FENCE_SHARE and the third of a lease from one renewal to the next.
+ALL_LAPSED_SHARE = 1.25
+
+# CLOCK_BOOTTIME goes on while the machine is suspended; elsewhere the platform's best.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def now_ms() -> float:
+    """Milliseconds of a clock that only measures durations and counts suspended time."""
+    return time.clock_gettime(_CLOCK) * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who we are in the pool: an epoch of the pool and our generation in it."""
+
+    epoch: int = 0
+    gen: int = 0
+
+
+class Lease:
+    """The lease of this process's session."""
+
+    __slots__ = ("_confirmed_ms", "identity", "lease_ms", "now_ms")
+
+    def __init__(self, lease_ms: int, clock: Callable[[], float] = now_ms) -> None:
+        self.now_ms = clock
+        self.lease_ms = lease_ms
+        self.identity = Identity()
+        self._confirmed_ms = float("-inf")
+
+    def renewed(self, sent_ms: float, lease_ms: int) -> None:
+        """The server confirmed a request that was sent at `sent_ms`."""
+        self.lease_ms = lease_ms
+        self._confirmed_ms = max(self._confirmed_ms, sent_ms)
+
+    def silent_ms(self) -> float:
+        """How long ago the last confirmed request was sent; infinite before the first."""
+        return self.now_ms() - self._confirmed_ms
+
+    def lapsed(self) -> bool:
+        """True once we must no longer count on our session."""
+        return self.silent_ms() > self.lease_ms * FENCE_SHARE
+
+    def all_lapsed(self) -> bool:
+        """True once the lease of every other session that was cut off with us has lapsed too: they
+        may have been confirmed later, by as much as lies between two renewals."""
+        return self.silent_ms() > self.lease_ms * ALL_LAPSED_SHARE
+
+    def deadline_s(self) -> float:
+        """How long one call to the server may take, so that trouble shows within the lease."""
+        return self.lease_ms / 3000
+
+
+def compose(
+    batch: Batch,
+    wanting: Sequence[Flow],
+    looking: Sequence[Flow],
+    at_ms: float,
+    *,
+    pauses: bool = False,
+) -> dict[str, Any]:
+    """The fields of a `SyncRequest` that a batch fills; `wanting` are the flows to be hinted at,
+    `looking` those to be looked at; `pauses`: some limit is paused.
+
+    `held` is of the join; `quotas` are the zones of the day quotas that the flows need. The
+    answer's hints count flows in the order of `flows`, from 1.
+    """
+    numbers: dict[str, int] = {}
+    quotas: dict[str, str] = {}
+    firm: set[str] = set()
+
+    def number(flow: Flow | None) -> int:
+        if flow is None:
+            return 0
+        if flow.quotas:
+            quotas.update(flow.quotas)
+        if flow.firm:
+            firm.update(flow.firm)
+        return numbers.setdefault(flow.key, len(numbers) + 1)
+
+    return {
+        "held": [
+            (h.ticket, number(h.flow), h.seq, h.hard_left_ms(at_ms), h.cost_ms) for h in batch.held
+        ],
+        "transfers": [
+            (
+                t.source,
+                t.heir.ticket,
+                t.heir.seq,
+                t.heir.hard_left_ms(at_ms),
+                number(t.heir.flow),
+                t.member,
+                t.outcome,
+                t.took_ms,
+            )
+            for t in batch.transfers
+        ],
+        "releases": [
+            (r.ticket, number(r.flow), r.outcome, r.took_ms, r.actual) for r in batch.releases
+        ],
+        "settles": batch.settles,
+        "cancels": [(ticket, number(flow), member) for ticket, flow, member in batch.cancels],
+        "enqueues": [(number(w.flow), w.member) for w in batch.enqueues],
+        "wants": [(number(flow), round(flow.cost_ms)) for flow in wanting],
+        "looks": [number(flow) for flow in looking],
+        "lefts": _lefts(batch, at_ms, pauses=pauses),
+        "flows": list(numbers),
+        "quotas": quotas,
+        "firm": sorted(firm),
+    }
+
+
+def _lefts(batch: Batch, at_ms: float, *, pauses: bool) -> list[int]:
+    """By enqueue, for how long it may wait, where time alone may keep it from its turn; nothing
+    where all are 0."""
+    lefts = [
+        max(1, ceil(w.deadline_ms - at_ms))
+        if (w.flow.rates or pauses) and w.deadline_ms != inf and not w.once
+        else 0
+        for w in batch.enqueues
+    ]
+    return lefts if any(lefts) else []
+
 
 logger = logging.getLogger("tidegate.limiter")
 
@@ -397,3 +904,29 @@ class Session:
             self._alarm("recovered", reply.recovering_ms)
         if reply.timed_ms > 0 and self._ledger.waiting:
             self._alarm("timed", reply.timed_ms)
+
+
+class Timer(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> None:
+        """It is not to come any more."""
+
+
+class Clock:
+    """The machine's. `server_time` is Lua that defines `T.wall_clock_ms` in the place of the
+    server's clock; None in the product."""
+
+    server_time: str | None = None
+    # No method: it is called several times a request.
+    now_ms = staticmethod(now_ms)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def call_later(self, seconds: float, call: Callable[..., object], *arguments: object) -> Timer:
+        return asyncio.get_running_loop().call_later(seconds, call, *arguments)
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """In a thread: True once the event is set, False after so long."""
+        return event.wait(seconds)

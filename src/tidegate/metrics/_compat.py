@@ -1,4 +1,4 @@
-"""The private names of prometheus-client that the metrics use.
+"""Private names of prometheus-client that the metrics use.
 
 prometheus-client >= 0.22, < 0.27. Guarded by `tests/contract/test_private_names.py`.
 """

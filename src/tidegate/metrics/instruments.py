@@ -1,14 +1,20 @@
-"""The metrics of a process as prometheus-client keeps them, alone or together with others.
+"""Prometheus metrics: names, labels, counters, and the registry of a process.
 
-Under a supervisor the processes of a machine keep their values in files of one folder, each under
-its own name: one that dies is followed by one of the same name, which goes on counting where it
-stopped; gauges of a dead one are dropped. Invariant: a registry belongs to one composition.
+Under a supervisor the processes of a machine share one folder of values, so a restarted process
+continues the counters of its predecessor; gauges of dead processes are removed. See
+docs/observability.md.
+
+Invariants: no label holds a request id or a client's words; tenants and models are bounded;
+adding to a counter takes no lock. Base units: seconds, bytes.
 """
 
 from __future__ import annotations
 
 import os
-from typing import cast
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,9 +27,547 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
+from tidegate.limiter.views import Observer, State
 from tidegate.metrics._compat import add_counts
-from tidegate.metrics.names import ALL, NAMED, SHARED, Spec
-from tidegate.metrics.tally import Labels, Tally
+from tidegate.telemetry.events import JUDGE, RETRIED, Observed
+
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # as prometheus-client reads it
+NAMED = "TIDEGATE_CHILD"  # the name of a process among those of its supervisor
+
+Sort = Literal["counter", "gauge", "histogram"]
+# How the values of several processes on one machine come to one: where `sum`, `max` or
+# `mostrecent` is said, of the living ones alone.
+Merge = Literal["", "livesum", "livemax", "livemostrecent"]
+
+_WAITS_S = (
+    0.001,
+    0.005,
+    0.02,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    300.0,
+    1800.0,
+)
+_QUICK_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+# As the conventions name them.
+CALL_BUCKETS_S = tuple(0.01 * 2**step for step in range(14))
+TOKEN_BUCKETS = tuple(float(4**step) for step in range(14))
+# window: second, minute, hour, day, month; empty where it was not said, mostly a minute.
+_ANNOUNCED = ("upstream", "model", "unit", "window")
+_GEN_AI = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spec:
+    """One metric. labels: in their order. everywhere: it is true of the whole deployment, the same
+    from whichever process it is asked; else it is what processes of one machine have seen."""
+
+    name: str
+    sort: Sort
+    said: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    merge: Merge = ""
+    everywhere: bool = False
+
+
+def _counter(name: str, said: str, *labels: str) -> Spec:
+    return Spec(name, "counter", said, labels)
+
+
+def _histogram(name: str, said: str, buckets: tuple[float, ...], *labels: str) -> Spec:
+    return Spec(name, "histogram", said, labels, buckets)
+
+
+def _own(name: str, said: str, *labels: str, merge: Merge = "livesum") -> Spec:
+    return Spec(name, "gauge", said, labels, merge=merge)
+
+
+def _of_all(name: str, said: str, *labels: str) -> Spec:
+    return Spec(name, "gauge", said, labels, everywhere=True)
+
+
+class Metric:
+    """All of them, by what they are called here."""
+
+    CALLS = _counter(
+        "tidegate_calls_total",
+        "Calls that have ended. status: succeeded, failed, cancelled, expired, dead, refused, or "
+        "retried for an attempt that goes back into its queue. source: relay, stream, job, batch, "
+        "or judge for a question of the classifier, which is no request",
+        *("source", "kind", "pool", "model", "status"),
+    )
+    FAILURES = _counter(
+        "tidegate_failures_total",
+        "Calls that did not succeed, by the code of the error",
+        *("source", "pool", "code"),
+    )
+    TENANT_CALLS = _counter(
+        "tidegate_tenant_calls_total", "Calls that have ended, by tenant", "tenant", "status"
+    )
+    TENANT_TOKENS = _counter(
+        "tidegate_tenant_tokens_total", "LLM tokens charged, by tenant", "tenant", "type"
+    )
+    TENANT_COST = _counter(
+        "tidegate_tenant_cost_total", "Cost in the currency of the prices, by tenant", "tenant"
+    )
+    TENANT_QUEUE = _counter(
+        "tidegate_tenant_queue_seconds_total",
+        "Time that admitted calls have waited for admission, by tenant",
+        "tenant",
+    )
+    TOKENS = _counter(
+        "tidegate_tokens_total",
+        "LLM tokens charged, and those of the classifier's questions. cached is a part of input, "
+        "thoughts comes beside output",
+        *("pool", "model", "type"),
+    )
+    COST = _counter(
+        "tidegate_cost_total",
+        "Cost in the currency of the prices, the classifier's questions included",
+        *("pool", "model"),
+    )
+    ATTEMPTS = _counter("tidegate_attempts_total", "Calls made upstream", "source", "pool")
+    THROTTLED = _counter(
+        "tidegate_throttled_total", "Calls upstream that were answered with 429", "source", "pool"
+    )
+    RETRIES = _counter(
+        "tidegate_retries_total", "Calls upstream after the first of a request", "source", "pool"
+    )
+    QUEUE = _histogram(
+        "tidegate_queue_seconds",
+        "From receipt to admission, of admitted calls",
+        _WAITS_S,
+        *("source", "kind", "pool"),
+    )
+    FIRST_BYTE = _histogram(
+        "tidegate_first_byte_seconds",
+        "From sending a call to the first bytes of its answer, of calls that succeeded",
+        CALL_BUCKETS_S,
+        *("source", "pool"),
+    )
+    GEN_AI_DURATION = _histogram(
+        "gen_ai_client_operation_duration_seconds",
+        "Length of the last call upstream; gen_ai.client.operation.duration of OpenTelemetry",
+        CALL_BUCKETS_S,
+        *(*_GEN_AI, "error_type", "pool"),
+    )
+    GEN_AI_TOKENS = _histogram(
+        "gen_ai_client_token_usage",
+        "LLM tokens of a call; gen_ai.client.token.usage of OpenTelemetry",
+        TOKEN_BUCKETS,
+        *(*_GEN_AI, "gen_ai_token_type"),
+    )
+    GEN_AI_FIRST_CHUNK = _histogram(
+        "gen_ai_client_operation_time_to_first_chunk_seconds",
+        "To the first chunk of a stream; gen_ai.client.operation.time_to_first_chunk",
+        CALL_BUCKETS_S,
+        *_GEN_AI,
+    )
+    HTTP = _counter("tidegate_http_requests_total", "Answered HTTP requests", "route", "status")
+    HTTP_SECONDS = _counter(
+        "tidegate_http_request_seconds_total",
+        "Time from receipt to the end of the answer, summed up",
+        "route",
+    )
+    SYNC = _histogram(
+        "tidegate_limiter_sync_seconds",
+        "Round trips of the limiter's script to Valkey",
+        _QUICK_S,
+        "pool",
+    )
+    ENTRIES = _counter(
+        "tidegate_limiter_entries_total",
+        "Entries (a release, a wish to wait, a cancellation) that those round trips carried",
+        "pool",
+    )
+    REFUSALS = _counter(
+        "tidegate_limiter_refusals_total", "Waiters told no", "pool", "limit", "code"
+    )
+    FENCED = _counter(
+        "tidegate_limiter_fenced_permits_total",
+        "Running calls cancelled because this process had lost its session",
+        "pool",
+    )
+    STATE_CHANGES = _counter(
+        "tidegate_limiter_state_changes_total", "Changes into a state", "pool", "state"
+    )
+    STATE = _own(
+        "tidegate_limiter_processes", "Processes by the state of their limiter", "pool", "state"
+    )
+    HELD = _own("tidegate_permits_held", "Permits that processes hold now", "pool", "process")
+    WAITERS = _own("tidegate_waiters", "Calls that wait for admission now", "pool", "process")
+    UPSTREAM_OUT = _own(
+        "tidegate_upstream_out", "Processes that leave an upstream out after faults", "upstream"
+    )
+    KEY_REFUSED = _own(
+        "tidegate_upstream_key_refused",
+        "Processes whose key an upstream has refused",
+        "upstream",
+    )
+    ANNOUNCED_BOUND = _own(
+        "tidegate_upstream_announced_limit",
+        "What an upstream's last answer said that its own rate limit is",
+        *_ANNOUNCED,
+        merge="livemostrecent",
+    )
+    ANNOUNCED_LEFT = _own(
+        "tidegate_upstream_announced_remaining",
+        "What it said remains of it, at that time",
+        *_ANNOUNCED,
+        merge="livemostrecent",
+    )
+    ANNOUNCED_RESET = _own(
+        "tidegate_upstream_announced_reset_timestamp_seconds",
+        "When it said that the limit begins again, since 1970",
+        *_ANNOUNCED,
+        merge="livemostrecent",
+    )
+    POSTGRES_AWAY = _own("tidegate_postgres_away", "Processes for which PostgreSQL is away")
+    SPILL = _own(
+        "tidegate_spill_bytes", "On the disk because PostgreSQL could not take it", merge="livemax"
+    )
+    UNWRITTEN = _own(
+        "tidegate_record_waiting", "Records of native calls that are not written yet", "process"
+    )
+    DROPPED = _counter(
+        "tidegate_record_dropped_total", "Records left out because the buffer was full"
+    )
+    LOOP_LAG = _histogram(
+        "tidegate_event_loop_lag_seconds",
+        "How late a timer of the event loop comes; it is looked at four times a second",
+        _QUICK_S,
+        "process",
+    )
+    MEMORY = _own("tidegate_process_resident_memory_bytes", "Memory in use", "process")
+    CPU = _counter("tidegate_process_cpu_seconds_total", "Processor time used", "process")
+    STARTED = _own(
+        "tidegate_process_start_time_seconds", "When a process started, since 1970", "process"
+    )
+
+    BUILD = _of_all("tidegate_build_info", "1, with the version", "version")
+    VALKEY_UP = _of_all("tidegate_valkey_up", "1 if Valkey has answered for the pool", "pool")
+    POSTGRES_UP = _of_all("tidegate_postgres_up", "1 if PostgreSQL has answered")
+    BOUND = _of_all("tidegate_limit_bound", "The bound in force", "pool", "limit")
+    CURRENT = _of_all(
+        "tidegate_limit_current",
+        "The bound that an adaptive limit has found; of others the bound",
+        *("pool", "limit"),
+    )
+    USED = _of_all(
+        "tidegate_limit_used",
+        "Permits in use, or what of a rate is reserved and spent in its window",
+        *("pool", "limit"),
+    )
+    WAITING = _of_all("tidegate_limit_waiting", "Calls that a limit holds up", "pool", "limit")
+    LAPSING = _of_all(
+        "tidegate_limit_lapsing", "Of those in use: of processes that are gone", "pool", "limit"
+    )
+    PAUSED = _of_all(
+        "tidegate_limit_paused_seconds",
+        "For how long nobody is let in; 0: not paused",
+        *("pool", "limit"),
+    )
+    SESSIONS = _of_all("tidegate_sessions", "Processes in the pool", "pool")
+    BLOCKED = _of_all("tidegate_sessions_blocked", "Of those: paused or out of reach", "pool")
+    RECOVERING = _of_all(
+        "tidegate_pool_recovering_seconds",
+        "Quiet time that is left after Valkey lost its data; nobody is let in",
+        "pool",
+    )
+    EPOCH = _of_all("tidegate_pool_epoch", "Grows when Valkey has lost its data", "pool")
+    REVISION = _of_all("tidegate_policy_revision", "The policy in force", "pool")
+    TENANT_WAITING = _of_all(
+        "tidegate_tenant_waiting", "Calls that wait for admission, by tenant", "pool", "tenant"
+    )
+    QUEUED = _of_all(
+        "tidegate_queue_jobs",
+        "Jobs ready to be taken up, at most 10,000 of a queue. lane: their kind, or unsure",
+        *("pool", "lane", "tenant"),
+    )
+    OLDEST = _of_all("tidegate_queue_oldest_seconds", "Age of the oldest of them", "pool", "lane")
+    RETRYING = _of_all("tidegate_jobs_retrying", "Jobs that wait for their next try, up to 10,000")
+    CLAIMED = _of_all(
+        "tidegate_jobs_claimed", "Jobs that wait for admission in workers, up to 10,000"
+    )
+    RUNNING = _of_all("tidegate_jobs_running", "Jobs that workers run, up to 10,000")
+    DEAD = _of_all("tidegate_jobs_dead", "Dead jobs that nobody has looked after, up to 10,000")
+    WEBHOOKS = _of_all(
+        "tidegate_webhooks_pending", "Webhooks that are to be delivered, up to 10,000"
+    )
+    WEBHOOKS_OLDEST = _of_all(
+        "tidegate_webhooks_oldest_seconds", "For how long the oldest of them has been due"
+    )
+    WORKERS = _of_all("tidegate_workers", "Workers heard of within a minute")
+    LEFT_OUT = _of_all(
+        "tidegate_metrics_left_out",
+        "Limits, tenants or queues beyond those that are shown",
+        "what",
+    )
+
+
+ALL: tuple[Spec, ...] = tuple(one for one in vars(Metric).values() if isinstance(one, Spec))
+
+
+MOST_TENANTS = 100
+MOST_MODELS = 100
+OTHER = "other"
+
+Labels = tuple[str, ...]
+
+
+class Known:
+    """The first so many names; all later ones are `other`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._names: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def of(self, name: str, *, learns: bool) -> str:
+        """The name as a label. learns: it is no invention of a client, and may take a place."""
+        if name in self._names:
+            return name
+        if not learns or len(self._names) >= self._most:
+            return OTHER
+        self._names.add(name)
+        return name
+
+
+class Count:
+    """What a counter has grown by since it was last taken."""
+
+    __slots__ = ("amount", "told")
+
+    def __init__(self) -> None:
+        self.amount = 0.0
+        self.told = False  # a counter is there from its first telling on, be it with zero
+
+    def add(self, amount: float = 1) -> None:
+        self.amount += amount
+
+
+class Spread:
+    """What a histogram has grown by since it was last taken: the counts in its buckets, those above
+    the last one, and the sum of all."""
+
+    __slots__ = ("_bounds", "counts", "is_new", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+        self.is_new = False
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+        self.is_new = True
+
+    def clear(self) -> None:
+        self.counts = [0] * len(self.counts)
+        self.total, self.is_new = 0.0, False
+
+
+class Tally:
+    """The cells of one process, for ever: `count` and `spread` give them to keep."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Spec, Labels], Count] = {}
+        self._spreads: dict[tuple[Spec, Labels], Spread] = {}
+
+    def count(self, metric: Spec, labels: Labels) -> Count:
+        cell = self._counts.get((metric, labels))
+        if cell is None:
+            cell = self._counts[metric, labels] = Count()
+        return cell
+
+    def spread(self, metric: Spec, labels: Labels) -> Spread:
+        cell = self._spreads.get((metric, labels))
+        if cell is None:
+            cell = self._spreads[metric, labels] = Spread(metric.buckets)
+        return cell
+
+    def add(self, metric: Spec, labels: Labels, amount: float = 1) -> None:
+        self.count(metric, labels).add(amount)
+
+    def observe(self, metric: Spec, labels: Labels, value: float) -> None:
+        self.spread(metric, labels).add(value)
+
+    def take_counts(self) -> Iterator[tuple[Spec, Labels, float]]:
+        """What has grown, and what is there for the first time; each begins anew."""
+        for (metric, labels), cell in self._counts.items():
+            if cell.amount or not cell.told:
+                amount, cell.amount, cell.told = cell.amount, 0.0, True
+                yield metric, labels, amount
+
+    def take_spreads(self) -> Iterator[tuple[Spec, Labels, Sequence[int], float]]:
+        """Of each that has grown: the counts of its buckets, and their sum."""
+        for (metric, labels), cell in self._spreads.items():
+            if cell.is_new:
+                counts, total = cell.counts, cell.total
+                cell.clear()
+                yield metric, labels, counts, total
+
+
+PROVIDERS = {"gemini": "gcp.gemini"}  # others are called as their dialect is
+_MICROS = 1_000_000
+_MOST_SORTS = 5_000
+_Sort = tuple[str, str, str, str, str, str, str, str]
+
+
+class Calls:
+    """A listener of `Observers`."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._tenants = Known(MOST_TENANTS)
+        self._models = Known(MOST_MODELS)
+        self._cells: dict[_Sort, _Cells] = {}
+
+    def take(self, batch: Sequence[Observed]) -> None:
+        """Count them."""
+        for one in batch:
+            self._count(one)
+
+    def _count(self, one: Observed) -> None:
+        # Only what a provider answered for is sure to be no invention of a client.
+        worked = one.status == "succeeded"
+        model = self._models.of(one.model, learns=worked) if one.model else ""
+        tenant = self._tenants.of(one.tenant_id, learns=one.attempts > 0)
+        failed = "" if worked else one.code or one.status
+        sort = (
+            *(one.source, one.kind or "", one.pool, model),
+            *(tenant, one.operation, one.dialect, one.status),
+        )
+        cells = self._cells.get(sort)
+        if cells is None:
+            if len(self._cells) >= _MOST_SORTS:
+                self._cells.clear()  # nothing is lost: the tally has them
+            cells = self._cells[sort] = _Cells(self._tally, sort)
+        cells.calls.amount += 1
+        cells.of_tenant.amount += 1
+        if failed:
+            self._tally.add(Metric.FAILURES, (one.source, one.pool, failed))
+        if one.attempts:
+            self._count_attempts(one, cells, failed)
+        if one.cost_micros:
+            cells.cost.amount += one.cost_micros / _MICROS
+            cells.tenant_cost.amount += one.cost_micros / _MICROS
+        if one.input_tokens:
+            cells.use("input", one.input_tokens)
+        if one.output_tokens:
+            cells.use("output", one.output_tokens)
+        if one.cached_tokens:
+            cells.use("cached", one.cached_tokens)
+        if one.thoughts_tokens:
+            cells.use("thoughts", one.thoughts_tokens)
+
+    def _count_attempts(self, one: Observed, cells: _Cells, failed: str) -> None:
+        where = (one.source, one.pool)
+        cells.attempts.amount += one.attempts
+        again = one.attempts - 1 + (one.status == RETRIED)
+        if again:
+            self._tally.add(Metric.RETRIES, where, again)
+        if one.throttled:
+            self._tally.add(Metric.THROTTLED, where, one.throttled)
+        if one.queue_ms is not None:
+            cells.queue.add(one.queue_ms / 1000)
+            cells.tenant_queue.amount += one.queue_ms / 1000
+        if one.upstream_ms is None:
+            return
+        if failed:
+            labels = (*cells.asked, failed, one.pool)
+            self._tally.observe(Metric.GEN_AI_DURATION, labels, one.upstream_ms / 1000)
+            return
+        cells.duration.add(one.upstream_ms / 1000)
+        if one.first_byte_ms is not None:
+            cells.first_byte.add(one.first_byte_ms / 1000)
+            if one.streamed:
+                first_chunk = self._tally.spread(Metric.GEN_AI_FIRST_CHUNK, cells.asked)
+                first_chunk.add(one.first_byte_ms / 1000)
+
+
+class _Cells:
+    """What calls of one sort add to. Questions of the classifier add nothing to a tenant's."""
+
+    def __init__(self, tally: Tally, sort: _Sort) -> None:
+        source, kind, pool, model, tenant, operation, dialect, status = sort
+        self._tally = tally
+        self._where = (pool, model)
+
+        def of_tenant(metric: Spec, *labels: str) -> Count:
+            return Count() if source == JUDGE else tally.count(metric, (tenant, *labels))
+
+        self.asked = (operation, PROVIDERS.get(dialect, dialect), model)
+        self.calls = tally.count(Metric.CALLS, (source, kind, pool, model, status))
+        self.of_tenant = of_tenant(Metric.TENANT_CALLS, status)
+        self.attempts = tally.count(Metric.ATTEMPTS, (source, pool))
+        self.queue = tally.spread(Metric.QUEUE, (source, kind, pool))
+        self.tenant_queue = of_tenant(Metric.TENANT_QUEUE)
+        self.duration = tally.spread(Metric.GEN_AI_DURATION, (*self.asked, "", pool))
+        self.first_byte = tally.spread(Metric.FIRST_BYTE, (source, pool))
+        self.cost = tally.count(Metric.COST, self._where)
+        self.tenant_cost = of_tenant(Metric.TENANT_COST)
+        self._tokens = {
+            name: (
+                tally.count(Metric.TOKENS, (*self._where, name)),
+                of_tenant(Metric.TENANT_TOKENS, name),
+            )
+            for name in ("input", "output", "cached", "thoughts")
+        }
+        self._of_a_call = {
+            name: tally.spread(Metric.GEN_AI_TOKENS, (*self.asked, name))
+            for name in ("input", "output")
+        }
+
+    def use(self, name: str, tokens: int) -> None:
+        """LLM tokens of a sort."""
+        of_all, of_tenant = self._tokens[name]
+        of_all.amount += tokens
+        of_tenant.amount += tokens
+        spread = self._of_a_call.get(name)
+        if spread is not None:
+            spread.add(tokens)
+
+
+MOST_LIMITS = 200
+
+
+class Limiting(Observer):
+    """One for each pool."""
+
+    def __init__(self, tally: Tally, pool: str) -> None:
+        self._tally = tally
+        self._pool = (pool,)
+        self._limits = Known(MOST_LIMITS)
+        # There from the start: of a series that begins with an event Prometheus sees no increase.
+        tally.add(Metric.FENCED, self._pool, 0)
+
+    def state_changed(self, old: State, new: State) -> None:
+        self._tally.add(Metric.STATE_CHANGES, (*self._pool, new))
+
+    def fenced(self, held: int) -> None:
+        if held:
+            self._tally.add(Metric.FENCED, self._pool, held)
+
+    def refused(self, limit: str, code: str) -> None:
+        self._tally.add(Metric.REFUSALS, (*self._pool, self._limits.of(limit, learns=True), code))
+
+    def synced(self, took_ms: float, entries: int) -> None:
+        self._tally.observe(Metric.SYNC, self._pool, took_ms / 1000)
+        self._tally.add(Metric.ENTRIES, self._pool, entries)
+
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # when each series began is half as much again to keep, and of no use
 

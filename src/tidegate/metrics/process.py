@@ -1,22 +1,51 @@
-"""What a process says of itself: looked at a few times a second, apart from any call.
+"""Process state and scrapes: this process, all processes, and the whole deployment.
 
-Invariant: what is looked at is in this process's memory: neither Valkey nor PostgreSQL is asked.
+Each process publishes a note in Valkey every second; any process can report all of them.
+
+Invariants: the state of a process is read from its memory alone, without prompts, answers or
+keys; an answer comes within its deadline, without what a store could not tell; the stores are
+asked once a second, however many scrape.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from functools import cache
+from typing import Any
 
-from tidegate.limiter import Limiter
-from tidegate.metrics.instruments import Instruments
-from tidegate.metrics.names import Metric
-from tidegate.metrics.tally import MOST_MODELS, Known
-from tidegate.spine.announced import Announcement
-from tidegate.spine.routing import Gate
+import orjson
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from tidegate import __version__
+from tidegate.errors import LimiterUnavailable, StoreUnavailable
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.views import Snapshot
+from tidegate.metrics.instruments import (
+    MOST_MODELS,
+    MOST_TENANTS,
+    OTHER,
+    Instruments,
+    Known,
+    Metric,
+    Spec,
+)
+from tidegate.spine.record import CallUnderWay, UnderWay
+from tidegate.spine.routing import Announcement, Gate, State
+from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, Standing
 from tidegate.store.store import Store
+from tidegate.telemetry.events import Observed
+from tidegate.telemetry.logging import Log, get_logger, recent_problems
 
 EVERY_S = 0.25
 _GAUGES_EVERY = 4
@@ -112,3 +141,393 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * _PAGE_BYTES
     except OSError:
         return 0
+
+
+MOST_PERMITS = 200
+MOST_LOCAL_QUEUES = 100
+MOST_FAILURES = 50
+MOST_TASKS = 30
+
+
+class ProcessState:
+    """One per process. A listener of `Observers` too, for the calls that failed last."""
+
+    def __init__(self, instance_id: str, watch: Watch) -> None:
+        self._instance_id = instance_id
+        self._watch = watch
+        self._began = time.monotonic()
+        self._failures: deque[dict[str, Any]] = deque(maxlen=MOST_FAILURES)
+
+    def take(self, batch: Sequence[Observed]) -> None:
+        """Remember those that failed."""
+        for one in batch:
+            if one.status == "succeeded":
+                continue
+            told = {
+                "at": one.finished_at.isoformat(),
+                "request_id": None if one.request_id is None else str(one.request_id),
+                **{name: getattr(one, name) for name in ("source", "status", "code", "pool")},
+                "tenant": one.tenant_id,
+                "model": one.model,
+                "upstream": one.upstream,
+                "attempts": one.attempts,
+            }
+            self._failures.append({name: value for name, value in told.items() if value})
+
+    def shown(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        watch, store = self._watch, self._watch.store
+        return {
+            "instance_id": self._instance_id,
+            "version": __version__,
+            "pid": os.getpid(),
+            "up_s": round(time.monotonic() - self._began, 1),
+            "memory_bytes": resident_bytes(),
+            "cpu_s": round(time.process_time(), 2),
+            "loop_lag_ms": round(watch.lag_s * 1000, 2),
+            "threads": threading.active_count(),
+            "pools": {name: self._pool(name) for name in watch.limiters},
+            "upstreams": {
+                name: {
+                    "state": one.state,
+                    "key_refused": one.key_dead,
+                    "why": one.why,
+                    "announced": [said.shown() for said in one.announced.all()],
+                }
+                for name, one in watch.health.items()
+            },
+            "record": {
+                "postgresql": "away" if store.away else "up",
+                "waiting": store.relayed.waiting,
+                "spilled_bytes": store.spill.used_bytes,
+                "dropped": store.relayed.dropped,
+            },
+            "tasks": _tasks(),
+            "failed_calls": list(self._failures),
+            "problems": recent_problems(),
+        }
+
+    def _pool(self, name: str) -> dict[str, Any]:
+        limiter = self._watch.limiters[name]
+        state = limiter.local_state()
+        return {
+            "valkey": state.state,
+            "last_error": limiter.last_error if state.state == "away" else None,
+            "session": limiter.session,
+            "silent_ms": None if math.isinf(state.silent_ms) else round(state.silent_ms),
+            "sessions": state.sessions,
+            "revision": state.revision,
+            "held": state.permits,
+            "waiting": state.waiters,
+            "permits": [asdict(one) for one in limiter.local_permits(MOST_PERMITS)],
+            "queues": [asdict(one) for one in limiter.local_queues(MOST_LOCAL_QUEUES)],
+        }
+
+
+def _tasks() -> dict[str, int]:
+    """How many tasks of the event loop run which coroutine, the most frequent ones."""
+    names: Counter[str] = Counter()
+    for task in asyncio.all_tasks():
+        names[getattr(task.get_coro(), "__qualname__", "?")] += 1
+    return dict(names.most_common(MOST_TASKS))
+
+
+MOST_LIMITS = 200
+DEADLINE_S = 1.0
+
+log = get_logger()
+
+
+class Given(Collector):
+    """The families of one answer."""
+
+    def __init__(self) -> None:
+        self._families: dict[Spec, GaugeMetricFamily] = {}
+
+    def collect(self) -> Iterable[Family]:
+        return self._families.values()
+
+    def add(self, metric: Spec, value: float, *labels: str) -> None:
+        family = self._families.get(metric)
+        if family is None:
+            family = GaugeMetricFamily(metric.name, metric.said, labels=metric.labels)
+            self._families[metric] = family
+        family.add_metric(labels, value)
+
+
+async def read(limiters: Mapping[str, Limiter], standing: Standing) -> Given:
+    """Ask both stores at once."""
+    given = Given()
+    given.add(Metric.BUILD, 1, __version__)
+    pools, depths = await asyncio.gather(
+        asyncio.gather(*(_snapshot(limiter) for limiter in limiters.values())),
+        _depths(standing),
+    )
+    left_out: Counter[str] = Counter()
+    for pool, snapshot in zip(limiters, pools, strict=True):
+        given.add(Metric.VALKEY_UP, float(snapshot is not None), pool)
+        if snapshot is not None:
+            _tell_pool(given, pool, snapshot, left_out)
+    given.add(Metric.POSTGRES_UP, float(depths is not None))
+    if depths is not None:
+        _tell_depths(given, depths, left_out)
+    for what in ("limits", "tenants", "queues"):
+        given.add(Metric.LEFT_OUT, left_out[what], what)
+    return given
+
+
+async def _snapshot(limiter: Limiter) -> Snapshot | None:
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            return await limiter.snapshot()
+    except (LimiterUnavailable, TimeoutError) as away:
+        log.debug(Log.SCRAPE_INCOMPLETE, of=limiter.pool, detail=repr(away))
+        return None
+    except Exception:  # of one part, which must not take the rest with it
+        log.exception(Log.INTERNAL_ERROR, where="metrics")
+        return None
+
+
+async def _depths(standing: Standing) -> Depths | None:
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            return await standing.depths()
+    except (StoreUnavailable, TimeoutError) as away:
+        log.debug(Log.SCRAPE_INCOMPLETE, of="PostgreSQL", detail=repr(away))
+        return None
+    except Exception:  # of one part, which must not take the rest with it
+        log.exception(Log.INTERNAL_ERROR, where="metrics")
+        return None
+
+
+def _tell_pool(given: Given, pool: str, snapshot: Snapshot, left_out: Counter[str]) -> None:
+    given.add(Metric.SESSIONS, snapshot.sessions, pool)
+    given.add(Metric.BLOCKED, sum(one.blocked for one in snapshot.processes), pool)
+    given.add(Metric.RECOVERING, snapshot.recovering_ms / 1000, pool)
+    given.add(Metric.EPOCH, snapshot.epoch, pool)
+    given.add(Metric.REVISION, snapshot.revision, pool)
+    views = list(snapshot.limits.values())
+    # Where there are more than are shown, those that hold somebody up come first.
+    views.sort(key=lambda view: (-view.waiting, view.limit))
+    for view in views[:MOST_LIMITS]:
+        where = (pool, view.limit)
+        given.add(Metric.BOUND, view.bound, *where)
+        given.add(Metric.CURRENT, view.current, *where)
+        given.add(Metric.USED, view.used, *where)
+        given.add(Metric.WAITING, view.waiting, *where)
+        given.add(Metric.LAPSING, view.lapsing, *where)
+        given.add(Metric.PAUSED, view.paused_ms / 1000, *where)
+    left_out["limits"] += max(0, len(views) - MOST_LIMITS)
+    tenants = sorted(snapshot.tenants, key=lambda one: (-one.waiting, one.tenant))
+    for one in tenants[:MOST_TENANTS]:
+        given.add(Metric.TENANT_WAITING, one.waiting, pool, one.tenant)
+    if rest := tenants[MOST_TENANTS:]:
+        given.add(Metric.TENANT_WAITING, sum(one.waiting for one in rest), pool, OTHER)
+        left_out["tenants"] += len(rest)
+
+
+def _tell_depths(given: Given, depths: Depths, left_out: Counter[str]) -> None:
+    queues = sorted(depths.queues, key=lambda one: -one.jobs)
+    shown = {one.tenant for one in queues}
+    if len(shown) > MOST_TENANTS:
+        shown = set(list(dict.fromkeys(one.tenant for one in queues))[:MOST_TENANTS])
+    jobs: Counter[tuple[str, str, str]] = Counter()
+    oldest: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for one in queues:
+        tenant = one.tenant if one.tenant in shown else OTHER
+        jobs[one.pool, one.lane, tenant] += one.jobs
+        oldest[one.pool, one.lane] = max(oldest[one.pool, one.lane], one.oldest_s)
+    for labels, count in jobs.items():
+        given.add(Metric.QUEUED, count, *labels)
+    for where, age_s in oldest.items():
+        given.add(Metric.OLDEST, age_s, *where)
+    left_out["queues"] += _perhaps_more(depths.queues)
+    given.add(Metric.RETRYING, depths.retrying)
+    given.add(Metric.CLAIMED, depths.claimed)
+    given.add(Metric.RUNNING, depths.running)
+    given.add(Metric.DEAD, depths.dead)
+    given.add(Metric.WEBHOOKS, depths.webhooks)
+    given.add(Metric.WEBHOOKS_OLDEST, depths.webhooks_oldest_s)
+    given.add(Metric.WORKERS, depths.workers)
+
+
+def _perhaps_more(queues: tuple[QueueDepth, ...]) -> int:
+    """Nobody counts the queues beyond those that are looked at: 1 stands for some."""
+    return int(len(queues) >= MOST_QUEUES)
+
+
+TELL_EVERY_S = 1.0
+KEEP_MS = 5_000
+FRESH_S = 0.5
+READ_WITHIN_S = 1.0
+MOST_CALLS = 200
+MOST_PROCESSES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamFound:
+    """An upstream as one process finds it; see `Gate`."""
+
+    state: State
+    key_refused: bool = False
+    faults: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a process tells. `calls` are the oldest of the `under_way`."""
+
+    process: str
+    under_way: int = 0
+    calls: tuple[CallUnderWay, ...] = ()
+    upstreams: Mapping[str, UpstreamFound] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """`reached`: whether Valkey has told those of the other processes."""
+
+    notes: list[Note]
+    reached: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether every call that is under way is in it."""
+        return self.reached and all(len(one.calls) >= one.under_way for one in self.notes)
+
+
+class Board:
+    """One per process. `limiter` is that of the pool in which all processes are."""
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        instance_id: str,
+        under_way: UnderWay,
+        health: Mapping[str, Gate],
+    ) -> None:
+        self.under_way = under_way
+        self.process = instance_id
+        self._limiter = limiter
+        self._health = health
+        self._others: tuple[float, list[Note] | None] = (float("-inf"), None)
+        self._reading = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Tell the others, for ever."""
+        while True:
+            try:
+                if not self._is_away():
+                    await self._limiter.tell(packed(self.own()), KEEP_MS)
+            except LimiterUnavailable as away:
+                log.debug(Log.SCRAPE_INCOMPLETE, of="processes", detail=away.message)
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR, where="board")
+            await asyncio.sleep(TELL_EVERY_S)
+
+    def _is_away(self) -> bool:
+        return self._limiter.state == "away"
+
+    def own(self) -> Note:
+        """What this process has to tell, as of now."""
+        return Note(
+            self.process,
+            len(self.under_way),
+            tuple(self.under_way.oldest(MOST_CALLS)),
+            {
+                name: UpstreamFound(one.state, one.key_dead, one.faults, one.why)
+                for name, one in self._health.items()
+            },
+        )
+
+    async def notes(self) -> Notes:
+        """Of all processes: the own one as of now, the others as of a second or two ago."""
+        async with self._reading:
+            at, others = self._others
+            if time.monotonic() - at > FRESH_S:
+                others = await self._read()
+                self._others = (time.monotonic(), others)
+        return Notes([self.own(), *(others or ())], others is not None)
+
+    async def _read(self) -> list[Note] | None:
+        """None while Valkey does not tell."""
+        if self._is_away():
+            return None
+        try:
+            async with asyncio.timeout(READ_WITHIN_S):
+                told = await self._limiter.told(MOST_PROCESSES)
+        except (LimiterUnavailable, TimeoutError) as away:
+            log.debug(Log.SCRAPE_INCOMPLETE, of="processes", detail=repr(away))
+            return None
+        notes = [unpacked(each) for each in told.values()]
+        return sorted(
+            (one for one in notes if one.process != self.process), key=lambda one: one.process
+        )
+
+
+def packed(note: Note) -> bytes:
+    return orjson.dumps(note)
+
+
+def unpacked(raw: bytes) -> Note:
+    """What another version has added is passed over."""
+    told: dict[str, Any] = orjson.loads(raw)
+    upstreams = {
+        name: UpstreamFound(**_known(UpstreamFound, one)) for name, one in told["upstreams"].items()
+    }
+    calls = tuple(_call(one) for one in told["calls"])
+    return Note(told["process"], told["under_way"], calls, upstreams)
+
+
+def _call(told: dict[str, Any]) -> CallUnderWay:
+    known = _known(CallUnderWay, told)
+    for name in ("received_at", "admitted_at"):
+        if known.get(name) is not None:
+            known[name] = datetime.fromisoformat(known[name])
+    known["limits"] = tuple(known.get("limits", ()))
+    return CallUnderWay(**known)
+
+
+def _known(kind: type, told: dict[str, Any]) -> dict[str, Any]:
+    names = _names(kind)
+    return told if told.keys() <= names else {name: told[name] for name in told.keys() & names}
+
+
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    return frozenset(each.name for each in fields(kind))
+
+
+EXPOSITION_FRESH_S = 1.0
+
+
+class Exposition:
+    """One per process."""
+
+    def __init__(
+        self,
+        instruments: Instruments,
+        watch: Watch,
+        limiters: Mapping[str, Limiter],
+        depths: Standing,
+    ) -> None:
+        self._instruments = instruments
+        self._watch = watch
+        self._limiters = limiters
+        self._depths = depths
+        self._answers: dict[str, tuple[float, bytes, str]] = {}
+        self._making = asyncio.Lock()
+
+    async def text(self, accept: str) -> tuple[bytes, str]:
+        """The metrics and their media type: as OpenMetrics where `accept` asks for it."""
+        sort = "openmetrics" if "openmetrics" in accept else "plain"
+        async with self._making:
+            made_at, body, media_type = self._answers.get(sort, (float("-inf"), b"", ""))
+            if time.monotonic() - made_at > EXPOSITION_FRESH_S:
+                self._watch.look()
+                given = await read(self._limiters, self._depths)
+                encode, media_type = choose_encoder(accept)
+                body = await asyncio.to_thread(encode, self._instruments.also(given))
+                self._answers[sort] = (time.monotonic(), body, media_type)
+        return body, media_type

@@ -1,4 +1,4 @@
-"""Tenants whole, as people see and change them: what is on record, and their part of the policy.
+"""Tenants as people see and change them: their record and their part of the policy.
 
 Invariant: a change is checked before any of it is made. It is two steps, first the policy's, then
 the record's; one that was cut short between them is made whole by repeating it.
@@ -14,10 +14,9 @@ from hashlib import sha256
 from typing import Any
 
 from tidegate.errors import ConfigError, NotFound
-from tidegate.limiter.limits import check_tenant
-from tidegate.policy.control import Control
-from tidegate.policy.plain import Plain, to_plain
-from tidegate.policy.tenancy import share_edit, share_of, without
+from tidegate.limiter.policy import check_tenant
+from tidegate.policy.format import Plain, share_edit, share_of, to_plain, without
+from tidegate.policy.inspection import Control
 from tidegate.store.tenants import Tenant, check_changes
 
 _WEBHOOK_PREFIX = "whsec_"

@@ -1,38 +1,300 @@
-"""A described load: streams of arrivals, from which a trace is drawn by chance. Pure.
+"""Loads of a rehearsal: described streams of arrivals, and traces of calls. Pure.
+
+A described load (TOML):
 
     lasts = "10m"
-
     [[arrivals]]
     tenant = "acme"
     kind = "text_only"
-    per_minute = 120                             # poisson, unless pattern says otherwise
+    per_minute = 120               # Poisson, unless `pattern` says otherwise
     duration_ms = { median = 800, p95 = 3000 }
     output_tokens = 300
     deadline_ms = 30_000
-
     [[arrivals]]
     tenant = "globex"
-    pattern = "bursts"                           # so many at once, every so often
+    pattern = "bursts"
     burst = 200
     every = "60s"
     duration_ms = 500
 
-Invariant: the same description and seed give the same trace, and a stream's calls do not change
-with those of another.
+A trace (CSV with a head, or JSON lines):
+
+    time_ms,tenant,kind,model,duration_ms,input_tokens,output_tokens,priority,deadline_ms
+    0,acme,text_only,gemini-2.5-flash,830,1200,300,0,30000
+
+An amount is a number, `{ median, p95 }`, `{ lognormal = [median, sigma] }`, `{ uniform = [a, b]
+}` or `{ percentiles = { 50 = 800, 90 = 2000 } }`, interpolated between its points.
+
+Invariants: the same description and seed give the same trace; a trace is ordered by time from 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import csv
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from io import StringIO
 from itertools import islice
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
+from tidegate.call import DEFAULT_TENANT, Kind
 from tidegate.errors import ConfigError
-from tidegate.policy.words import ms_of
-from tidegate.rehearse.amounts import Amount, amount_of
-from tidegate.rehearse.trace import MOST_CALLS, MOST_MS, Arrival, Usual, from_zero
+from tidegate.limiter.policy import check_tenant
+from tidegate.policy.format import KIND_NAMES, ms_of
+
+MOST_CALLS = 500_000
+MOST_MS = 31 * 86_400_000
+_KNOWN = (
+    *("time_ms", "tenant", "kind", "model", "duration_ms", "input_tokens", "output_tokens"),
+    *("images", "priority", "deadline_ms"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One call. `duration_ms` is how long the provider takes; `deadline_ms` bounds its wait, None
+    for as long as needed; `images` are those that it makes."""
+
+    time_ms: float
+    tenant: str = DEFAULT_TENANT
+    kind: str = Kind.TEXT_ONLY.value
+    model: str = ""
+    duration_ms: float = 0.0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    images: int = 0
+    priority: int = 0
+    deadline_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long a call takes that only its tokens are known of."""
+
+    first_ms: float = 400.0
+    tokens_per_s: float = 150.0
+
+    def duration_ms(self, output_tokens: int) -> float:
+        return self.first_ms + output_tokens / self.tokens_per_s * 1000
+
+
+class Usual:
+    """What a trace leaves out: the model of each kind."""
+
+    def __init__(self, models: Mapping[str, str], pace: Pace) -> None:
+        self._models = models
+        self._pace = pace
+
+    def arrival(self, place: str, row: Mapping[str, Any]) -> Arrival:
+        """One row. Raises ConfigError that names `place` and the field."""
+        unknown = [key for key in row if key not in _KNOWN]
+        if unknown:
+            raise ConfigError(
+                f"{place}: {unknown[0]}", "", f"is not known; known: {', '.join(_KNOWN)}"
+            )
+        read = _Row(place, row)
+        tenant, kind = read.text("tenant", DEFAULT_TENANT), read.text("kind", Kind.TEXT_ONLY.value)
+        try:
+            check_tenant(tenant)
+        except ConfigError as wrong:
+            raise ConfigError(f"{place}: tenant", tenant, wrong.allowed) from None
+        if kind not in KIND_NAMES:
+            raise ConfigError(f"{place}: kind", kind, f"must be one of {', '.join(KIND_NAMES)}")
+        output_tokens = round(read.number("output_tokens", 0.0))
+        if not (read.has("duration_ms") or read.has("output_tokens")):
+            raise ConfigError(f"{place}: duration_ms", "(not set)", "or output_tokens must be set")
+        made = int(kind == Kind.IMAGE_GENERATION)
+        return Arrival(
+            time_ms=read.number("time_ms"),
+            tenant=tenant,
+            kind=kind,
+            model=read.text("model", self._models.get(kind, "")),
+            duration_ms=read.number("duration_ms", self._pace.duration_ms(output_tokens)),
+            input_tokens=round(read.number("input_tokens", 0.0)),
+            output_tokens=output_tokens,
+            images=round(read.number("images", made)),
+            priority=round(read.number("priority", 0.0, low=-100, high=100)),
+            deadline_ms=round(read.number("deadline_ms")) if read.has("deadline_ms") else None,
+        )
+
+
+class _Row:
+    def __init__(self, place: str, row: Mapping[str, Any]) -> None:
+        self._place = place
+        self._row = row
+
+    def has(self, name: str) -> bool:
+        return self._row.get(name) not in (None, "")
+
+    def text(self, name: str, usual: str) -> str:
+        return str(self._row[name]) if self.has(name) else usual
+
+    def number(
+        self, name: str, usual: float | None = None, *, low: float = 0, high: float = MOST_MS
+    ) -> float:
+        value = self._row[name] if self.has(name) else usual
+        allowed = f"must be a number from {low:g} to {high:.0f}"
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            shown = "(not set)" if value is None else str(value)
+            raise ConfigError(f"{self._place}: {name}", shown, allowed) from None
+        if not low <= number <= high:  # also false for what is no number
+            raise ConfigError(f"{self._place}: {name}", str(value), allowed)
+        return number
+
+
+def read_trace(name: str, text: str, usual: Usual) -> list[Arrival]:
+    """The arrivals of a file called `name`, in order of time, the first at 0.
+
+    JSON lines where the text begins with `{`, else CSV. Raises ConfigError with the file, the line
+    and the field.
+    """
+    rows = _json_rows(name, text) if text.lstrip().startswith("{") else _csv_rows(text)
+    found: list[Arrival] = []
+    for line, row in rows:
+        if len(found) >= MOST_CALLS:
+            raise ConfigError(name, f"(more than {MOST_CALLS} calls)", "is too long")
+        found.append(usual.arrival(f"{name}: line {line}", row))
+    if not found:
+        raise ConfigError(name, "(empty)", "must hold at least one call")
+    return from_zero(found)
+
+
+def from_zero(arrivals: Iterable[Arrival]) -> list[Arrival]:
+    """In order of time, the first one at 0."""
+    found = sorted(arrivals, key=lambda arrival: arrival.time_ms)
+    first_ms = found[0].time_ms if found else 0.0
+    return [replace(arrival, time_ms=arrival.time_ms - first_ms) for arrival in found]
+
+
+def write_trace(arrivals: Iterable[Arrival]) -> str:
+    """As CSV that `read_trace` reads."""
+    text = StringIO()
+    names = [one.name for one in fields(Arrival)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for arrival in arrivals:
+        values = (getattr(arrival, name) for name in names)
+        writer.writerow(f"{value:.3f}" if isinstance(value, float) else value for value in values)
+    return text.getvalue()
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(StringIO(text), restkey="(too many values)")
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _json_rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{name}: line {number}", line[:40], "must be a JSON object")
+        yield number, row
+
+
+MOST = 1e9
+# Of a normal distribution: so many sigmas lie below 95 of 100.
+_P95_SIGMAS = 1.6448536269514722
+_ALLOWED = (
+    "must be a number, { median = .., p95 = .. }, { lognormal = [median, sigma] }, "
+    "{ uniform = [low, high] } or { percentiles = { 50 = .., 95 = .. } }"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """`points`: of a constant the value, of `lognormal` median and sigma, of `uniform` its ends, of
+    `percentiles` shares from 0 to 1 and values, in turn."""
+
+    shape: Literal["constant", "lognormal", "uniform", "percentiles"]
+    points: tuple[float, ...]
+
+    def draw(self, chance: Random) -> float:
+        """One amount, never below 0."""
+        if self.shape == "constant":
+            return self.points[0]
+        if self.shape == "lognormal":
+            median, sigma = self.points
+            return min(MOST, median * math.exp(chance.gauss(0.0, sigma)))
+        if self.shape == "uniform":
+            return chance.uniform(*self.points)
+        return self._between(chance.random())
+
+    def _between(self, share: float) -> float:
+        shares, values = self.points[::2], self.points[1::2]
+        at = bisect_left(shares, share)
+        if at == 0:
+            # Below the lowest that is known: from 0 up to it.
+            return values[0] * share / shares[0] if shares[0] else values[0]
+        if at == len(shares):
+            return values[-1]
+        low, high = shares[at - 1], shares[at]
+        return values[at - 1] + (values[at] - values[at - 1]) * (share - low) / (high - low)
+
+
+def constant(value: float) -> Amount:
+    return Amount("constant", (value,))
+
+
+def amount_of(path: str, value: Any) -> Amount:
+    """The amount that a TOML value describes. Raises ConfigError with `path`."""
+    if _is_number(value):
+        return constant(_number(path, value))
+    if not isinstance(value, Mapping):
+        raise ConfigError(path, str(value), _ALLOWED)
+    if set(value) == {"median", "p95"}:
+        median, p95 = _number(path, value["median"]), _number(path, value["p95"])
+        if not 0 < median <= p95:
+            raise ConfigError(
+                path, str(dict(value)), "p95 must be at least the median, which is > 0"
+            )
+        return Amount("lognormal", (median, math.log(p95 / median) / _P95_SIGMAS))
+    if len(value) == 1:
+        [(shape, given)] = value.items()
+        if shape in ("lognormal", "uniform") and isinstance(given, list) and len(given) == 2:
+            first, second = _number(path, given[0]), _number(path, given[1])
+            if shape == "lognormal" and second > 10:
+                raise ConfigError(path, str(given), "its sigma must be at most 10")
+            if shape == "uniform" and first > second:
+                raise ConfigError(path, str(given), "the lower end comes first")
+            return Amount("lognormal" if shape == "lognormal" else "uniform", (first, second))
+        if shape == "percentiles" and isinstance(given, Mapping) and given:
+            return _percentiles(path, given)
+    raise ConfigError(path, str(dict(value)), _ALLOWED)
+
+
+def _percentiles(path: str, given: Mapping[str, Any]) -> Amount:
+    try:
+        known = sorted((float(percent) / 100, _number(path, at)) for percent, at in given.items())
+    except ValueError:
+        raise ConfigError(path, str(dict(given)), "percentiles are numbers, 0 to 100") from None
+    values = [value for _, value in known]
+    if not all(0 <= share <= 1 for share, _ in known) or values != sorted(values):
+        allowed = "percentiles are from 0 to 100, and their values do not fall"
+        raise ConfigError(path, str(dict(given)), allowed)
+    return Amount("percentiles", tuple(number for pair in known for number in pair))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(path: str, value: Any) -> float:
+    if not _is_number(value) or not 0 <= value <= MOST:
+        raise ConfigError(path, str(value), f"must be a number from 0 to {MOST:.0e}")
+    return float(value)
+
 
 _RATES_S = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
 _AMOUNTS = ("duration_ms", "input_tokens", "output_tokens", "deadline_ms")

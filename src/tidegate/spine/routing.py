@@ -1,20 +1,17 @@
-"""Whether an upstream may be asked now, in all processes together.
+"""Routing: the upstreams of a request in the order of tries, their health and announced limits.
 
-OPEN (asked) -- `FAULTS` real faults in a row --> CLOSED (asked by nobody)
-CLOSED -- `FIRST_MS` later one call of all processes tries -- success --> OPEN, else CLOSED for
-twice as long, up to `LONGEST_MS`; for `DEAD_KEY_MS` where the key was refused or money is gone
+    OPEN -- `FAULTS` consecutive faults --> CLOSED
+    CLOSED -- `FIRST_MS` later one call of all processes tries -- success --> OPEN,
+        else CLOSED for twice as long, up to `LONGEST_MS`; for `DEAD_KEY_MS` after a refused key
 
-The gate is a pause of the limit `upstream:NAME` in the pool's record, see `Limiter.close_gate`.
-Calls wait at it within their own deadlines; one at a time is admitted as a try. A 429 is no fault:
-it says that the upstream works, and pauses the model that was asked for. Nor is it one where our
-patience ends once the request is out. Most faults can be the doing of the request, or of a caller
-who makes such requests: they count once for each request, and of one tenant's no more than
-`MOST_OF_ONE`, until very many different ones have failed.
-Once an upstream is out, such a fault is laid to the upstream too: it costs a job no attempt.
+The gate is a pause of the limit `upstream:NAME` in the pool (`Limiter.close_gate`): calls wait at
+it within their deadlines, one at a time is admitted as a try. A 429 is no fault, nor is a timeout
+of ours. Faults that a request may have provoked count once per request and at most `MOST_OF_ONE`
+per tenant.
 
-Invariants: faults are counted in each process, but an upstream is out for all or for none; one
-request, however often it is made, neither puts it out nor keeps it out; what a client names reaches
-the pool's record only while it is paused, and `MOST_PAUSED` names at most.
+Invariants: the same request has the same targets in every process, equals in random order by
+weight; an upstream is out for all processes or for none; one request never puts an upstream out
+or keeps it out; announced limits limit nothing.
 """
 
 from __future__ import annotations
@@ -22,29 +19,189 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from hashlib import sha256
-from typing import Literal
+from random import Random
+from types import TracebackType
+from typing import Any, Literal
 
-from tidegate.demand import Demand
-from tidegate.demand.pause import model_limit, pause_after
+from tidegate.admission.demand import Demand, model_limit, pause_after
+from tidegate.call import DEFAULT_POOL, Caller
+from tidegate.dialects.rate_limits import RateStatus, rate_statuses
+from tidegate.dialects.routes import Dialect
 from tidegate.errors import (
     DeadlineExceeded,
+    InvalidRequest,
     LimiterUnavailable,
+    NotFound,
     UpstreamError,
     UpstreamOut,
     UpstreamThrottled,
     UpstreamTimeout,
     UpstreamUnauthorized,
 )
-from tidegate.limiter import Limiter
-from tidegate.limiter.limits import Concurrency
-from tidegate.limiter.outlook import paused
-from tidegate.spine.announced import Announced
-from tidegate.spine.faults import Faults, Suspect, can_be_provoked
-from tidegate.telemetry import Log, get_logger
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import paused
+from tidegate.limiter.permit import Acquisition, Permit
+from tidegate.limiter.policy import Concurrency
+from tidegate.policy.deployment import Deployment, Upstream
+from tidegate.store.quotas import BudgetGate
+from tidegate.telemetry.logging import Log, get_logger
+
+MOST_MODELS = 50
+_MOST_HEADERS = 40
+
+RawHeaders = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """Of one model. at: when it was announced, in seconds since 1970; `reset_ms` of each limit
+    counts from then."""
+
+    model: str
+    at: float
+    limits: tuple[RateStatus, ...]
+
+    def shown(self) -> dict[str, Any]:
+        """As plain values, without what was not announced."""
+        limits = [
+            {name: value for name, value in asdict(one).items() if value is not None}
+            for one in self.limits
+        ]
+        at = datetime.fromtimestamp(self.at, UTC).isoformat(timespec="milliseconds")
+        return {"model": self.model, "at": at, "limits": limits}
+
+
+class Announced:
+    """Of one upstream, as this process has heard it."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._heads: dict[str, tuple[RawHeaders, float]] = {}
+        self._read: dict[str, tuple[RawHeaders, Announcement | None]] = {}
+
+    def note(self, model: str, headers: RawHeaders) -> None:
+        """Keep the headers of an answer; nobody changes them."""
+        heads = self._heads
+        if model not in heads and len(heads) >= MOST_MODELS:
+            del heads[next(iter(heads))]
+        heads[model] = headers, self._clock()
+
+    def all(self) -> list[Announcement]:
+        """The latest of each model that announced any limit."""
+        self._read = {model: self._of(model, *head) for model, head in self._heads.items()}
+        return [found for _, found in self._read.values() if found is not None]
+
+    def _of(self, model: str, headers: RawHeaders, at: float) -> tuple[RawHeaders, Any]:
+        known = self._read.get(model)
+        if known is not None and known[0] is headers:
+            return known
+        limits = _limits_in(headers, at)
+        return headers, Announcement(model, at, limits) if limits else None
+
+
+def _limits_in(headers: Iterable[tuple[bytes, bytes]], at: float) -> tuple[RateStatus, ...]:
+    """One of each unit and window: the one of which least remains."""
+    named = [(name.lower(), value) for name, value in headers]
+    said = {
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in [pair for pair in named if b"ratelimit" in pair[0]][:_MOST_HEADERS]
+    }
+    found: dict[tuple[str, str | None], RateStatus] = {}
+    for one in rate_statuses(said, datetime.fromtimestamp(at, UTC)) if said else ():
+        other = found.get((one.unit, one.window))
+        if other is None or _left(one) < _left(other):
+            found[one.unit, one.window] = one
+    return tuple(found.values())
+
+
+def _left(status: RateStatus) -> float:
+    return float("inf") if status.remaining is None else status.remaining
+
+
+FAULTS = 5
+MOST_OF_ONE = FAULTS - 1
+FAULTS_OF_ONE = 20
+# Of the traffic may be tried again, and so many at once after a quiet time.
+RETRY_SHARE = 0.2
+RETRIES_AT_ONCE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A request that may have brought its fault upon itself. tenant: None where clients show no
+    keys, and cannot be told apart. request: the same for the same request."""
+
+    tenant: str | None
+    request: int
+
+
+def can_be_provoked(error: UpstreamError) -> bool:
+    """Whether a request could be the cause of this fault."""
+    return not error.of_upstream
+
+
+@dataclass(slots=True)
+class Faults:
+    """The faults in a row that this process has seen of one upstream."""
+
+    count: int = 0
+    _plain: int = field(default=0)  # faults that no request can have provoked
+    _suspects: set[Suspect] = field(default_factory=set)
+
+    def clear(self) -> None:
+        """It answered as it should."""
+        self.count = self._plain = 0
+        self._suspects.clear()
+
+    def add(self, suspect: Suspect | None) -> bool:
+        """Note a real fault, or one that may be the doing of `suspect`; True if it is another one
+        than those before in this row."""
+        self.count += 1
+        if suspect is None:
+            self._plain += 1
+            return True
+        if suspect in self._suspects:
+            return False
+        if len(self._suspects) >= FAULTS_OF_ONE:
+            self._suspects.clear()
+        self._suspects.add(suspect)
+        return True
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether the upstream is to be out."""
+        if len(self._suspects) >= FAULTS_OF_ONE:
+            return True
+        of_each = Counter(one.tenant for one in self._suspects)
+        counted = sum(
+            count if tenant is None else min(count, MOST_OF_ONE)
+            for tenant, count in of_each.items()
+        )
+        return self._plain + counted >= FAULTS
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    """A bucket that each request fills by a share of a retry."""
+
+    saved: float = RETRIES_AT_ONCE
+
+    def earn(self) -> None:
+        self.saved = min(RETRIES_AT_ONCE, self.saved + RETRY_SHARE)
+
+    def spend(self) -> bool:
+        """Whether one more may be tried again."""
+        if self.saved < 1:
+            return False
+        self.saved -= 1
+        return True
+
 
 FIRST_MS = 1_000
 # Short, as one request is all that it costs to see that an upstream is back; a key that was refused
@@ -386,3 +543,223 @@ def _in_short(error: UpstreamError) -> str:
     if isinstance(error, UpstreamUnauthorized) and error.of_key:
         return error.in_short
     return error.message if error.status is None else f"the provider answered {error.status}"
+
+
+_MODELS_KEPT = 1_000
+_PATTERN = frozenset("*?[")  # as fnmatch reads them
+_MOST_NAMED = 8  # upstreams, and patterns of each, in a refusal
+_CALLS = {
+    Dialect.OPENAI: "POST /v1/chat/completions",
+    Dialect.ANTHROPIC: "POST /v1/messages",
+    Dialect.GEMINI: "POST /v1beta/models/MODEL:generateContent",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An upstream, and the model's name there."""
+
+    upstream: Upstream
+    model: str
+
+
+class Targets:
+    """One per process."""
+
+    def __init__(self, deployment: Deployment, random: Random | None = None) -> None:
+        self.upstreams = {one.name: one for one in deployment.upstreams}
+        self._routes = deployment.routes
+        self._random = random or Random()
+        # The targets of a model, and whether their order is drawn.
+        self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
+        self._for_prompts: set[str] = set()
+
+    def of(self, dialect: Dialect, model: str) -> list[Target]:
+        """The chain for a model. Raises NotFound where nobody serves it in that dialect."""
+        known = self._known.get((dialect, model))
+        if known is None:
+            plain = model.removeprefix("models/")
+            routed = self._routed(plain)
+            if routed is not None:
+                known = ([one for one in routed if dialect in one.upstream.base_urls], False)
+            elif plain:
+                known = (self._best(plain, self.speaking(dialect)), True)
+            else:
+                known = (self._without_model(dialect), True)
+            if not known[0]:
+                what = f"serves the model {model!r}" if model else "takes a call without a model"
+                raise NotFound(f"no upstream {what} in the {dialect} dialect", field="model")
+            if len(self._known) < _MODELS_KEPT:
+                self._known[dialect, model] = known
+        found, by_lot = known
+        return self._drawn(found) if by_lot else list(found)
+
+    def speaking(self, dialect: Dialect) -> list[Upstream]:
+        """All upstreams of a dialect, in the order of the file."""
+        return [one for one in self.upstreams.values() if dialect in one.base_urls]
+
+    def named_by_routes(self, dialect: Dialect) -> dict[str, Target]:
+        """The models that have a name by a route alone, and who is asked first for each. Routes
+        that are patterns name none."""
+        found: dict[str, Target] = {}
+        for route in self._routes:
+            if not _PATTERN.intersection(route.model):
+                targets = self._routed(route.model) or []
+                speaking = (one for one in targets if dialect in one.upstream.base_urls)
+                if (first := next(speaking, None)) is not None:
+                    found[route.model] = first
+        return found
+
+    def check_prompt(self, model: str) -> None:
+        """Raise InvalidRequest where a prompt (of `/submit` or `/stream`) for `model` would be for
+        another upstream than the account of Gemini, which alone answers prompts."""
+        if model in self._for_prompts:
+            return
+        plain = model.removeprefix("models/")
+        own = self.upstreams.get(DEFAULT_POOL)
+        routed = self._routed(plain)
+        found = self._best(plain, self.upstreams.values()) if routed is None else routed
+        if any(one.upstream is own and one.model == plain for one in found):
+            if len(self._for_prompts) < _MODELS_KEPT:
+                self._for_prompts.add(model)
+            return
+        instead = [one.upstream for one in found] or list(self.upstreams.values())
+        calls = dict.fromkeys(_CALLS[_first_dialect(one)] for one in instead)
+        call = f"call {' or '.join(calls)}, or submit that call as `endpoint` and `body`"
+        if own is None:
+            said = f"a prompt needs the account of GEMINI_API_KEY, and that is not set: {call}"
+            raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
+        if not found:
+            said = f"no upstream serves the model {model!r}"
+        elif found[0].upstream is own:
+            said = f"{model!r} is a name for native calls; a prompt names {found[0].model!r}"
+        else:
+            said = f"the model {model!r} is served by the upstream {found[0].upstream.name!r}"
+            said += f", which a prompt can't reach: {call}"
+        raise InvalidRequest("model", said, allowed=_served([own]))
+
+    def pools_for(self, model: str) -> list[str]:
+        """The pools whose limits a model meets, by its name at the provider."""
+        found = {one.upstream.pool for one in self._best(model, self.upstreams.values())}
+        for route in self._routes:
+            of_route = (route.model,) if not _PATTERN.intersection(route.model) else ()
+            for target in (one for named in of_route for one in self._routed(named) or ()):
+                found |= {target.upstream.pool} if target.model == model else set()
+        found |= {one.pool for one in self.upstreams.values() if model in one.aliases.values()}
+        return [one.pool for one in self.upstreams.values() if one.pool in found]
+
+    def _routed(self, model: str) -> list[Target] | None:
+        for route in self._routes:
+            if fnmatchcase(model, route.model):
+                named = ((self.upstreams[name], of_it) for name, of_it in route.targets)
+                return [
+                    Target(upstream, of_it or upstream.aliases.get(model, model))
+                    for upstream, of_it in named
+                ]
+        return None
+
+    def _without_model(self, dialect: Dialect) -> list[Target]:
+        """For a call that leaves its model to the provider: those whose own dialect it is, and that
+        take any model, come first."""
+        speaking = self.speaking(dialect)
+        own = [one for one in speaking if _first_dialect(one) is dialect] or speaking
+        return [Target(one, "") for one in [one for one in own if one.fit("")] or own]
+
+    def _best(self, model: str, upstreams: Iterable[Upstream]) -> list[Target]:
+        """Those that name the model; those that take any only where nobody does."""
+        fits = [(one.fit(model), one) for one in upstreams]
+        named = [one for fit, one in fits if fit > 1]
+        return [
+            Target(one, one.aliases.get(model, model))
+            for one in named or [one for fit, one in fits if fit]
+        ]
+
+    def _drawn(self, targets: Sequence[Target]) -> list[Target]:
+        """By lot, each place by weight among those that are left."""
+        if len(targets) < 2:
+            return list(targets)
+        # Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
+        keys = [
+            (self._random.random() ** (1 / target.upstream.weight), place)
+            for place, target in enumerate(targets)
+        ]
+        return [targets[place] for _, place in sorted(keys, reverse=True)]
+
+
+def _first_dialect(upstream: Upstream) -> Dialect:
+    return Dialect(next(iter(upstream.base_urls)))
+
+
+def _served(upstreams: Iterable[Upstream]) -> str:
+    """Which models there are, for people."""
+    return "; ".join(
+        f"{one.name}: {', '.join(one.models[:_MOST_NAMED])}"
+        for one in list(upstreams)[:_MOST_NAMED]
+    )
+
+
+class NotWorthWaiting(Exception):
+    """What the call needs was paused while it waited: for longer than it may wait, or so that it
+    must be asked for again."""
+
+
+class Patience:
+    """An admission that is left as soon as a pause outlasts the call's deadline, or the budget of
+    its payer is spent.
+
+    Entering it raises NotWorthWaiting or BudgetExceeded then, beside what the admission raises; and
+    NotWorthWaiting also where the call was admitted after something else that binds it was paused:
+    the permit has spent nothing. Cancelled, it leaves the queue, as the admission does.
+    """
+
+    __slots__ = ("_admission", "_budgets", "_demand", "_gate", "_model", "_payer", "_until")
+
+    def __init__(
+        self,
+        admission: Acquisition,
+        gate: Gate,
+        demand: Demand,
+        model: str,
+        left_ms: float,
+        budgets: BudgetGate | None = None,
+        payer: Caller | None = None,
+    ) -> None:
+        """`budgets` and `payer`: where somebody pays who has a budget."""
+        self._admission = admission
+        self._gate = gate
+        self._demand = demand
+        self._model = model
+        self._until = time.monotonic() + left_ms / 1000
+        self._budgets = budgets
+        self._payer = payer
+
+    async def __aenter__(self) -> Permit:
+        limiter, admission = self._gate.limiter, self._admission
+        paused, end = self._paused, None
+        limiter.tell_of_pauses(paused)
+        if self._budgets is not None and self._payer is not None:
+            end = self._budgets.waits(self._payer, admission.leave)
+        try:
+            permit = await admission.__aenter__()
+        finally:
+            limiter.tell_no_more(paused)
+            if end is not None:
+                end()
+        if not limiter.has_pauses or not self._gate.binds_more(self._demand, self._model):
+            return permit
+        permit.settle("ignored", tokens=0, images=0)
+        await admission.__aexit__(None, None, None)
+        raise NotWorthWaiting
+
+    def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> Coroutine[Any, Any, None]:
+        return self._admission.__aexit__(kind, error, trace)
+
+    def _paused(self) -> None:
+        gate, left_ms = self._gate, (self._until - time.monotonic()) * 1000
+        if gate.late(gate.bind(self._demand, self._model), max(0.0, left_ms)) is not None:
+            self._admission.leave(NotWorthWaiting())

@@ -1,4 +1,4 @@
-"""Uploads, generated pictures and large bodies, in a folder or an object store.
+"""Blobs: uploads, generated images and large bodies, in a folder or an object store.
 
 Invariant: a blob is whole or absent: written beside its place and renamed. In the local folder it
 and its directory entry are on the disk before `put` returns, since a 202 relies on it; an object

@@ -1,4 +1,4 @@
-"""Who is alive among the workers, and who may judge that others are not.
+"""Liveness of workers, and which worker may judge that others are dead.
 
 Invariant: only a process whose own heartbeats have reached PostgreSQL for a whole lease without a
 gap may take back the jobs of another. After an outage, when every worker looks dead, nobody may

@@ -1,4 +1,4 @@
-"""Webhooks that wait to be delivered: written with the end that they tell of, taken by senders.
+"""Outbox of webhooks: written in the transaction of the reported end, claimed by senders.
 
 Invariant: a webhook is there exactly when its request's end is on record, and stays due until a
 sender has settled it: a sender that dies is followed by another once its claim is over. So each is
@@ -17,8 +17,7 @@ import orjson
 
 from tidegate.call import new_id
 from tidegate.errors import NotFound
-from tidegate.store.connection import Connections
-from tidegate.store.queries import sql
+from tidegate.store.database import Connections, sql
 from tidegate.store.records import WebhookRecord
 
 WAITING = WebhookRecord("waiting")

@@ -1,4 +1,4 @@
-"""The record of what policy of a pool was in force since when.
+"""Policies on record: which policy of a pool was in force since when.
 
 Invariant: revisions of a pool are written by one transaction at a time, each decided on what is on
 record just then.
@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 import asyncpg
 import orjson
 
-from tidegate.store.connection import Connections
-from tidegate.store.queries import sql
-from tidegate.store.records import PolicyRecord
-from tidegate.store.rows import clean
+from tidegate.store.database import Connections, sql
+from tidegate.store.records import PolicyRecord, clean
 
 MOST_SHOWN = 1_000
 _TIMEOUT_MS = 2_000

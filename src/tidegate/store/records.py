@@ -1,14 +1,21 @@
-"""What the store takes and gives: plain frozen records, no SQL and no I/O.
+"""Records of the store and their rows. No I/O.
 
-Times are aware datetimes in UTC; durations are in milliseconds.
+Times are aware datetimes in UTC, durations milliseconds.
+
+Invariants: text that PostgreSQL can't store (NUL, lone surrogates) is replaced before it can
+spoil a batch; unknown usage is null, never zero.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
+
+import asyncpg
+import orjson
 
 from tidegate.call import (
     DEFAULT_POOL,
@@ -17,11 +24,16 @@ from tidegate.call import (
     Attachment,
     Charge,
     Classification,
+    ClassifiedBy,
+    Kind,
     Usage,
+    UsageDetails,
+    UsageState,
+    new_id,
 )
 from tidegate.errors import TidegateError
 from tidegate.store.states import Status
-from tidegate.tracing import Trail
+from tidegate.telemetry.tracing import Trail
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,3 +265,347 @@ class PolicyRecord:
 
 
 Json = dict[str, Any]
+
+
+USAGE_COLUMNS = (
+    "input_tokens",
+    "output_tokens",
+    "thoughts_tokens",
+    "cached_tokens",
+    "total_tokens",
+)
+DETAILS = tuple(one.name for one in fields(UsageDetails))
+
+
+_MOST_COUNTED = 10**13  # LLM tokens or millionths of money of one call
+
+
+def dumps(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The JSON array that a statement takes as $1."""
+    return orjson.dumps(list(rows), default=str).decode()
+
+
+def clean(text: str) -> str:
+    """`text` as PostgreSQL can hold it."""
+    if text.isascii() and "\x00" not in text:
+        return text
+    if "\x00" in text:
+        text = text.replace("\x00", "\ufffd")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def cleaned(value: Any) -> Any:
+    """The same for every string within a row."""
+    if isinstance(value, str):
+        return clean(str(value))
+    if isinstance(value, dict):
+        return {key: cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [cleaned(item) for item in value]
+    return value
+
+
+def job_row(job: NewJob) -> Json:
+    """The columns that a job or stream has from the start."""
+    row = {
+        "id": job.request_id,
+        "tenant_id": job.tenant_id,
+        "pool": job.pool,
+        "kind": job.classification.kind,
+        "classified_by": job.classification.by,
+        "classified_reason": job.classification.reason,
+        "prompt": job.prompt,
+        "image_uri": job.image_uri,
+        "model": job.model,
+        "priority": job.priority,
+        "created_at": job.created_at,
+        "deadline_at": job.deadline_at,
+    }
+    if job.once is not None:
+        row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
+    if job.endpoint is not None:
+        row["endpoint"] = job.endpoint
+    if job.webhook_url is not None:
+        row["webhook_url"] = job.webhook_url
+    if job.subject is not None:
+        row["subject"] = job.subject
+    if job.traceparent is not None:
+        row["traceparent"] = job.traceparent
+    return {key: cleaned(value) for key, value in row.items()}
+
+
+def input_rows(job: NewJob) -> list[Json]:
+    return [
+        {
+            "id": file.file_id,
+            "request_id": job.request_id,
+            "tenant_id": clean(job.tenant_id),
+            "role": "input",
+            "position": position,
+            "name": clean(file.name),
+            "mime_type": clean(file.mime_type),
+            "size_bytes": file.size_bytes,
+            "blob_key": file.blob_key,
+        }
+        for position, file in enumerate(job.attachments)
+    ]
+
+
+def output_rows(request_id: object, tenant_id: str, pictures: Iterable[OutputFile]) -> list[Json]:
+    return [
+        {
+            "id": picture.file_id,
+            "request_id": request_id,
+            "tenant_id": clean(tenant_id),
+            "role": "output",
+            "position": position,
+            "name": clean(picture.name),
+            "mime_type": clean(picture.mime_type),
+            "size_bytes": picture.size_bytes,
+            "blob_key": picture.blob_key,
+        }
+        for position, picture in enumerate(pictures)
+    ]
+
+
+def failure_row(failure: Failure | None) -> Json | None:
+    return None if failure is None else cleaned(asdict(failure))
+
+
+def result_row(result: AttemptResult) -> Json:
+    """The columns that an attempt's end gives to its request, its attempt and its audit row."""
+    row = {
+        "model": result.model,
+        "admitted_at": result.admitted_at,
+        "finished_at": result.finished_at,
+        "queue_ms": result.queue_ms,
+        "upstream_ms": result.upstream_ms,
+        "first_byte_ms": result.first_byte_ms,
+        "result": result.text,
+        "finish_reason": result.finish_reason,
+        "model_version": result.model_version,
+        "response_id": result.response_id,
+        "fence_epoch": result.fence[0],
+        "fence_sequence": result.fence[1],
+        **usage_columns(result.usage),
+        **charge_columns(result.charge),
+    }
+    if result.charge.state in (UsageState.PARTIAL, UsageState.ESTIMATED):
+        row["charged"] = usage_columns(result.charge.usage)
+    if (details := details_row(result.charge.usage)) is not None:
+        row["usage_details"] = details
+    return {key: cleaned(value) for key, value in row.items()}
+
+
+def usage_columns(usage: Usage) -> dict[str, int | None]:
+    return {column: count_of(getattr(usage, column)) for column in USAGE_COLUMNS}
+
+
+def charge_columns(charge: Charge) -> dict[str, Any]:
+    return {
+        "usage_state": charge.state.value,
+        "cost_micros": count_of(charge.cost_micros),
+        "images": charge.images,
+    }
+
+
+def details_row(usage: Usage) -> dict[str, int] | None:
+    """What is on record of a usage beside its LLM tokens; None where there is nothing."""
+    if (details := usage.details) is None:
+        return None
+    found = {name: count_of(getattr(details, name)) for name in DETAILS}
+    return {name: count for name, count in found.items() if count is not None} or None
+
+
+def details_text(usage: Usage) -> str | None:
+    row = details_row(usage)
+    return None if row is None else orjson.dumps(row).decode()
+
+
+def details_of(raw: str | None) -> UsageDetails | None:
+    """The same from its column, as far as this version knows its names."""
+    if raw is None:
+        return None
+    found = orjson.loads(raw)
+    return UsageDetails(**{name: found[name] for name in DETAILS if name in found})
+
+
+def count_of(tokens: int | None) -> int | None:
+    """A provider's nonsense is as good as no word, and must not lose the answer; nor may sums of it
+    grow beyond what a column holds, which would lose those of others."""
+    return tokens if tokens is not None and 0 <= tokens <= _MOST_COUNTED else None
+
+
+def audit_row(
+    ended: Mapping[str, Any], attempt: Mapping[str, Any], instance_id: str, failure: Json | None
+) -> Json:
+    """One audit row from the ended request as it now stands and what its last attempt said."""
+    columns = (
+        *("tenant_id", "pool", "source", "status", "kind", "classified_by", "classified_reason"),
+        *("priority", "attempts", "lapses", "admitted_at", "finished_at", "queue_ms"),
+        *("upstream_ms", "first_byte_ms", "finish_reason", "subject"),
+    )
+    # What was never answered for was never sent, but where workers died over it.
+    lost = bool(attempt) or ended["status"] == Status.DEAD
+    usual = UsageState.UNKNOWN if lost else UsageState.NONE
+    charged = attempt.get("charged") or ended
+    return {
+        "id": new_id(),
+        "request_id": ended["id"],
+        "submitted_at": ended["created_at"],
+        "model": ended["used_model"] or ended["model"],
+        "model_version": attempt.get("model_version"),
+        "response_id": attempt.get("response_id"),
+        "instance_id": instance_id,
+        "failure": failure,
+        "usage_state": attempt.get("usage_state", usual.value),
+        "cost_micros": attempt.get("cost_micros", None if lost else 0),
+        "images": attempt.get("images"),
+        "usage_details": attempt.get("usage_details"),
+        **{column: ended[column] for column in columns},
+        **{column: charged[column] for column in USAGE_COLUMNS},
+    }
+
+
+def relayed_record(row: asyncpg.Record) -> RequestRecord:
+    """A native call, from its audit row; its answer is in its body."""
+    kind = row["kind"]
+    return RequestRecord(
+        request_id=_uuid(row["request_id"]),
+        tenant_id=row["tenant_id"],
+        source=row["source"],
+        status=Status(row["status"]),
+        classification=Classification(
+            None if kind is None else Kind(kind), ClassifiedBy.BODY, row["endpoint"]
+        ),
+        model=row["model"],
+        priority=row["priority"],
+        attempts=row["attempts"],
+        created_at=row["submitted_at"],
+        admitted_at=row["admitted_at"],
+        finished_at=row["finished_at"],
+        not_before=None,
+        deadline_at=None,
+        queue_ms=row["queue_ms"],
+        upstream_ms=row["upstream_ms"],
+        first_byte_ms=row["first_byte_ms"],
+        text=None,
+        usage=_usage_told(row),
+        finish_reason=row["finish_reason"],
+        failure=failure_of(row["failure"]),
+        place=None,
+        version=1,
+    )
+
+
+def _usage_told(row: asyncpg.Record) -> Usage:
+    details = details_of(row["usage_details"])
+    if row["usage_state"] == UsageState.ESTIMATED:
+        # An estimate is for the bill: the provider has told no LLM tokens.
+        return Usage(details=details)
+    return Usage(**{column: row[column] for column in USAGE_COLUMNS}, details=details)
+
+
+def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:
+    return ClaimedJob(
+        request_id=_uuid(row["id"]),
+        claim=row["claim"],
+        attempts=row["attempts"],
+        created_at=row["created_at"],
+        prompt=row["prompt"],
+        classification=_classification(row),
+        attachments=tuple(
+            Attachment(
+                file_id=_uuid(file["id"]),
+                name=file["name"],
+                mime_type=file["mime_type"],
+                size_bytes=file["size_bytes"],
+                blob_key=file["blob_key"],
+            )
+            for file in files
+        ),
+        image_uri=row["image_uri"],
+        model=row["model"],
+        priority=row["priority"],
+        deadline_at=row["deadline_at"],
+        tenant_id=row["tenant_id"],
+        pool=row["pool"],
+        endpoint=row["endpoint"],
+        traceparent=row["traceparent"],
+        was_called=row["attempt_at"] is not None,
+    )
+
+
+def request_record(
+    row: asyncpg.Record,
+    files: list[asyncpg.Record],
+    webhook: WebhookRecord | None,
+    place: int | None,
+) -> RequestRecord:
+    return RequestRecord(
+        request_id=_uuid(row["id"]),
+        tenant_id=row["tenant_id"],
+        source=row["source"],
+        status=Status(row["status"]),
+        classification=_classification(row),
+        model=row["used_model"] or row["model"],
+        priority=row["priority"],
+        attempts=row["attempts"],
+        created_at=row["created_at"],
+        admitted_at=row["admitted_at"],
+        finished_at=row["finished_at"],
+        not_before=row["not_before"],
+        deadline_at=row["deadline_at"],
+        queue_ms=row["queue_ms"],
+        upstream_ms=row["upstream_ms"],
+        first_byte_ms=row["first_byte_ms"],
+        text=row["result"],
+        usage=Usage(**{column: row[column] for column in USAGE_COLUMNS}),
+        finish_reason=row["finish_reason"],
+        failure=failure_of(row["failure"]),
+        place=place,
+        version=row["version"],
+        files=tuple(file_record(file) for file in files),
+        webhook=webhook,
+        endpoint=row["endpoint"],
+    )
+
+
+def file_record(row: asyncpg.Record) -> FileRecord:
+    return FileRecord(
+        file_id=_uuid(row["id"]),
+        request_id=_uuid(row["request_id"]),
+        tenant_id=row["tenant_id"],
+        role=row["role"],
+        name=row["name"],
+        mime_type=row["mime_type"],
+        size_bytes=row["size_bytes"],
+        blob_key=row["blob_key"],
+    )
+
+
+def earlier(row: asyncpg.Record) -> Earlier:
+    return Earlier(_uuid(row["id"]), Status(row["status"]), _classification(row))
+
+
+def _uuid(value: UUID) -> UUID:
+    # asyncpg's UUID is a subclass of its own, which orjson and msgpack do not know.
+    return UUID(int=value.int)
+
+
+def _classification(row: asyncpg.Record) -> Classification:
+    kind = row["kind"]
+    return Classification(
+        kind=None if kind is None else Kind(kind),
+        by=ClassifiedBy(row["classified_by"]),
+        reason=row["classified_reason"],
+    )
+
+
+def failure_of(raw: str | None) -> Failure | None:
+    """From its column."""
+    return None if raw is None else Failure(**orjson.loads(raw))

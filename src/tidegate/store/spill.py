@@ -1,4 +1,4 @@
-"""Finished work kept on disk while PostgreSQL is away.
+"""Spill: finished work, kept on disk while PostgreSQL is unavailable.
 
 Invariant: what `keep` returned from is on the disk and will be replayed, in order, by this process
 or by the next one with the same folder; never by two at once, since a file belongs to whoever holds
@@ -22,7 +22,7 @@ import orjson
 from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable
 from tidegate.store.records import Json
-from tidegate.telemetry import Log, get_logger
+from tidegate.telemetry.logging import Log, get_logger
 
 REJECTED = "rejected.jsonl"
 _SUFFIX = ".spill"

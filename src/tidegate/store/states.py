@@ -1,4 +1,4 @@
-"""The states of a request, drawn once.
+"""States of a request.
 
                      ┌────────── retry, handed back, worker died ─────────┐
                      ▼                                                    │

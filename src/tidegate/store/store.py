@@ -1,8 +1,7 @@
-"""The store's whole public face: jobs in, claims out, ends recorded, the record read.
+"""Store: PostgreSQL as record and queue, and the blobs beside it. The only door to both.
 
-Invariant: nothing here waits longer than it says, whatever PostgreSQL does; every write may be
-repeated safely; what was promised to be durable is on a disk. The rooms behind it: `connection`
-(deadlines, outages), `claims` (the queue), `recorder` (ends, written behind), `watch` (waiting).
+Invariants: nothing waits longer than it says; every write may be repeated; what was promised to
+be durable is on a disk.
 """
 
 from __future__ import annotations
@@ -18,30 +17,20 @@ import asyncpg
 
 from tidegate.call import Classification, Kind
 from tidegate.errors import NotFound, StoreUnavailable
-from tidegate.observed import RETRIED, Observed, Observers
-from tidegate.store import entries, observing, rows
-from tidegate.store.batch_lines import BatchLines
-from tidegate.store.batches import Batches
-from tidegate.store.bell import Bell
+from tidegate.store import audit as entries
+from tidegate.store import audit as observing
+from tidegate.store import records as rows
+from tidegate.store.audit import Recorder, RelayLog, Spending, UsageTotals
+from tidegate.store.batches import Batches, BatchLines
 from tidegate.store.blobs import Blobs
-from tidegate.store.budgets import BudgetGate
-from tidegate.store.cancels import Cancels
-from tidegate.store.claims import Claims, running_row
-from tidegate.store.connection import Connections, ReadTurns
-from tidegate.store.dossier import Dossiers
-from tidegate.store.erase import Eraser, EraseReport, Whose
-from tidegate.store.history import History
-from tidegate.store.listing import Listing
-from tidegate.store.migrate import HEAD, revision_of
-from tidegate.store.native_keys import NativeKeys
+from tidegate.store.database import HEAD, Connections, ReadTurns, revision_of, sql
+from tidegate.store.idempotency import NativeKeys
+from tidegate.store.jobs import Cancels, Queued, Submits
+from tidegate.store.notifications import Bell, Watch
 from tidegate.store.outbox import Outbox, webhook_of
-from tidegate.store.places import Places
 from tidegate.store.policies import Policies
-from tidegate.store.prune import PruneReport, keep_house, prune
-from tidegate.store.queries import sql
-from tidegate.store.queued import Queued
-from tidegate.store.recorded import Recorded
-from tidegate.store.recorder import Recorder
+from tidegate.store.queue import Claims, running_row
+from tidegate.store.quotas import BudgetGate
 from tidegate.store.records import (
     AttemptResult,
     ClaimedJob,
@@ -54,19 +43,13 @@ from tidegate.store.records import (
     RequestRecord,
     StreamRecord,
 )
-from tidegate.store.relayed import RelayLog
-from tidegate.store.running import Running
-from tidegate.store.search import Search
-from tidegate.store.signins import SignIns
-from tidegate.store.spending import Spending
+from tidegate.store.requests import Dossiers, Listing, Places, Recorded, Running, Search, Stuck
+from tidegate.store.retention import Eraser, EraseReport, PruneReport, Whose, keep_house, prune
 from tidegate.store.spill import Spill
-from tidegate.store.standing import Standing
 from tidegate.store.states import Status
-from tidegate.store.stuck import Stuck
-from tidegate.store.submits import Submits
-from tidegate.store.tenants import Tenants
-from tidegate.store.usage import UsageTotals
-from tidegate.store.watch import Watch
+from tidegate.store.statistics import History, Standing
+from tidegate.store.tenants import SignIns, Tenants
+from tidegate.telemetry.events import RETRIED, Observed, Observers
 
 READ_TIMEOUT_MS, _READS_AT_ONCE = 2_000, 4
 _CLOSE_TIMEOUT_MS = 6_000
@@ -284,7 +267,7 @@ class Store:
     async def record_stream(self, record: StreamRecord) -> None:
         """Accept a finished stream's record, which is written soon; waits when the buffer is full
         and `audit_full` is `block`. A cancelled caller has recorded it whole or not at all."""
-        self.observers.note(observing.of_stream(record))
+        self.observers.note(observing.event_of_stream(record))
         await self._recorder.enqueue(await entries.of_stream(record, self.blobs))
 
     # The worker's side
@@ -361,7 +344,7 @@ class Store:
     async def fail_unadmitted(self, job: ClaimedJob, status: Status, failure: Failure) -> None:
         """End a job that was never sent upstream; as `finish` else."""
         entry = entries.of_unadmitted(job, status, failure, self.blobs)
-        await self._end(job, entry, observing.of_unadmitted(job, status.value, failure))
+        await self._end(job, entry, observing.event_of_unadmitted(job, status.value, failure))
 
     async def hand_back(
         self,

@@ -1,14 +1,22 @@
-"""Tenants and their API keys, as they are on record.
+"""Tenants, API keys and used sign-in codes on record.
 
-Invariant: every change also raises the one version number, in the same transaction: who has seen a
-number has seen all changes up to it. Of a key nothing is kept that could be shown as one.
+A key is `tg_<prefix>_<secret>`. The prefix names it in lists and logs; the secret has 43 random
+letters and digits (256 bits), so one SHA-256 is a sufficient hash.
+
+Invariants: every change raises the one version number in the same transaction; only the digest of
+a key is kept; of any number of processes that spend a sign-in code, one succeeds.
 """
 
 from __future__ import annotations
 
+import hmac
+import re
+import secrets
+import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any, cast
 
 import asyncpg
@@ -16,11 +24,57 @@ import orjson
 
 from tidegate.call import DEFAULT_TENANT, NO_BUDGETS, Budgets, Caller, Caps, Scope
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
-from tidegate.store.api_keys import NewKey, make_key
-from tidegate.store.connection import Connections
-from tidegate.store.queries import sql
-from tidegate.store.rows import clean
-from tidegate.telemetry import Log, get_logger
+from tidegate.store.database import Connections, sql
+from tidegate.store.records import clean
+from tidegate.telemetry.logging import Log, get_logger
+
+_PREFIX_LETTERS = string.ascii_lowercase + string.digits
+_SECRET_LETTERS = string.ascii_letters + string.digits
+_PREFIX_LENGTH = 10
+_SECRET_LENGTH = 43  # 62 ** 43 > 2 ** 256
+_KEY = re.compile(rb"tg_(?P<prefix>[a-z0-9]{10})_[A-Za-z0-9]{43}")
+_NAMED = re.compile(r"(?:tg_)?(?P<prefix>[a-z0-9]{10})(?:_\w*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key that was just made. `text` is to be shown once."""
+
+    prefix: str
+    text: str = field(repr=False)
+    digest: bytes
+
+
+def make_key() -> NewKey:
+    prefix = _random(_PREFIX_LETTERS, _PREFIX_LENGTH)
+    text = f"tg_{prefix}_{_random(_SECRET_LETTERS, _SECRET_LENGTH)}"
+    return NewKey(prefix, text, digest_of(text.encode()))
+
+
+def digest_of(key: bytes) -> bytes:
+    return sha256(key).digest()
+
+
+def prefix_of(key: bytes) -> str | None:
+    """The prefix of what is shaped like a key; None for anything else."""
+    found = _KEY.fullmatch(key)
+    return None if found is None else found["prefix"].decode()
+
+
+def prefix_in(text: str) -> str | None:
+    """The prefix that a person means: bare, with `tg_` before it, or with the secret after it."""
+    found = _NAMED.fullmatch(text.strip())
+    return None if found is None else found["prefix"]
+
+
+def is_same(digest: bytes, other: bytes) -> bool:
+    """In time that says nothing of where they differ."""
+    return hmac.compare_digest(digest, other)
+
+
+def _random(letters: str, length: int) -> str:
+    return "".join(secrets.choice(letters) for _ in range(length))
+
 
 MOST_TENANTS = 10_000
 MOST_KEYS = 1_000
@@ -375,3 +429,23 @@ def _tenant(row: asyncpg.Record) -> Tenant:
     for name in ("budget_day_money", "budget_month_money"):
         values[name] = None if row[name] is None else float(row[name])
     return Tenant(tenant_id=row["id"], **values)
+
+
+class SignIns:
+    """The codes of the dashboard's address that were spent."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def spend(self, nonce: bytes, ends_at: int, spender: bytes) -> bool:
+        """Whether the code counts, which it does for one `spender`; `ends_at` in Unix time.
+
+        Codes that are over are forgotten. Raises StoreUnavailable.
+        """
+
+        async def write(connection: asyncpg.Connection) -> bool:
+            await connection.execute(sql("forget_codes"))
+            end = datetime.fromtimestamp(ends_at, UTC)
+            return bool(await connection.fetchval(sql("spend_code"), nonce, end, spender))
+
+        return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)

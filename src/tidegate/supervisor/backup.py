@@ -1,4 +1,4 @@
-"""The record into a file and back, by PostgreSQL's own `pg_dump` and `pg_restore`.
+"""Backup and restore of the record by PostgreSQL's own `pg_dump` and `pg_restore`.
 
 Invariant: a file with the wanted name is a whole dump, and from its first byte on nobody but its
 owner can read it; a restore goes into a database that has no
@@ -15,11 +15,11 @@ import subprocess
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from tidegate.config import Config
-from tidegate.embedded import place
+from tidegate.embedded import servers as place
 from tidegate.errors import ConfigError, StoreUnavailable
-from tidegate.store.restored import revision_at, settle
-from tidegate.supervisor.ground import prepared
+from tidegate.settings import Config
+from tidegate.store.diagnostics import revision_at, settle
+from tidegate.supervisor.services import prepared
 
 # How pg_restore complains of the file and not of the server.
 _NO_WHOLE_DUMP = ("input file", "valid archive")
@@ -83,7 +83,7 @@ def _url_of(config: Config) -> str:
 def _program(name: str, config: Config) -> str:
     """The bundled one for the bundled server, whose version it has; else that of the system."""
     if config.embedded:
-        return str(place.binaries(None) / name)
+        return str(place.binaries_of(None) / name)
     found = shutil.which(name)
     if found is None:
         raise ConfigError("PATH", name, "is not there: install PostgreSQL's client programs")

@@ -1,10 +1,9 @@
-"""The two kinds of process: one that serves HTTP and one that works on jobs.
+"""Roles of a process: API or worker, and the short session of a command.
 
-Both stop in order on SIGTERM, SIGINT or SIGHUP. On SIGTERM one that serves first leaves: it goes on
-for LEAVE_MS while it says everywhere that it goes; a child of a supervisor, whose place another has
-taken on the same socket, does so on SIGUSR1. A further signal ends the leaving, and one more the
-process. A child also stops in order when its supervisor is gone, however that went. On SIGQUIT a
-process says what it is at, and goes on.
+A process stops in order on SIGTERM, SIGINT or SIGHUP. On SIGTERM an API leaves first: it serves
+for LEAVE_MS while its readiness says that it leaves; a supervised one that was replaced on its
+socket does so on SIGUSR1. A second signal ends the leaving, a third one the process. A child
+stops in order if its supervisor is gone. SIGQUIT logs the process state.
 """
 
 from __future__ import annotations
@@ -17,26 +16,39 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import uvicorn
 
-from tidegate import telemetry
-from tidegate.config import Config
+from tidegate.call import DEFAULT_POOL
+from tidegate.errors import ConfigError
+from tidegate.limiter.policy import PoolPolicy
 from tidegate.metrics.instruments import share_by_name
-from tidegate.supervisor.family import LEAVE_SIGNAL, LOOK_SIGNAL
-from tidegate.supervisor.ground import LIFELINE, is_child, migrate, prepared
-from tidegate.supervisor.listening import listen, url_of
-from tidegate.supervisor.notice import living, tell_ready, tell_stopping
-from tidegate.telemetry import Log
+from tidegate.policy.deployment import deployed, deployed_upstreams
+from tidegate.policy.inspection import Control
+from tidegate.settings import Config
+from tidegate.supervisor.services import LIFELINE, is_child, migrate, prepared
+from tidegate.supervisor.supervisor import (
+    LEAVE_SIGNAL,
+    LOOK_SIGNAL,
+    listen,
+    living,
+    tell_ready,
+    tell_stopping,
+    url_of,
+)
+from tidegate.telemetry import logging as telemetry
+from tidegate.telemetry.logging import Log
 
 if TYPE_CHECKING:
     from tidegate.http.services import Services
-    from tidegate.store.erase import EraseReport, Whose
-    from tidegate.store.prune import PruneReport
-    from tidegate.store.requeues import Requeue, RequeueReport
+    from tidegate.store.database import Connections
+    from tidegate.store.requests import Requeue, RequeueReport
+    from tidegate.store.retention import EraseReport, PruneReport, Whose
+    from tidegate.store.tenants import Tenants
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LEAVE_SIGNAL)
 _MARGIN_S = 5.0
@@ -81,8 +93,8 @@ def _survive_looks() -> None:
 def prune(config: Config, days: int | None) -> PruneReport:
     """Delete what ended more than `days` (or RETENTION_DAYS) ago."""
     from tidegate.store.blobs import Blobs
-    from tidegate.store.connection import Connections
-    from tidegate.store.prune import prune as run
+    from tidegate.store.database import Connections
+    from tidegate.store.retention import prune as run
 
     async def work(url: str) -> PruneReport:
         connections = Connections(url)
@@ -101,8 +113,8 @@ def prune(config: Config, days: int | None) -> PruneReport:
 def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
     """Erase all of a subject or tenant, or only count it."""
     from tidegate.store.blobs import Blobs
-    from tidegate.store.connection import Connections
-    from tidegate.store.erase import Eraser
+    from tidegate.store.database import Connections
+    from tidegate.store.retention import Eraser
 
     async def work(url: str) -> EraseReport:
         connections = Connections(url)
@@ -121,9 +133,9 @@ def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
 
 def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
     """Queue failed jobs again, for somebody; without `by` only count them."""
-    from tidegate.store.bell import Bell
-    from tidegate.store.connection import Connections
-    from tidegate.store.requeues import Requeues
+    from tidegate.store.database import Connections
+    from tidegate.store.notifications import Bell
+    from tidegate.store.requests import Requeues
 
     async def work(url: str) -> RequeueReport:
         connections = Connections(url)
@@ -180,7 +192,7 @@ class Server(QuietServer):
 
 async def _serve(config: Config, listener: socket.socket) -> None:
     from tidegate.app import create_app
-    from tidegate.http.protocol import bounded
+    from tidegate.http.uvicorn_protocol import bounded
 
     app = create_app(config, warm_within_ms=_WARM_WITHIN_MS)
     protocol = bounded(
@@ -258,7 +270,7 @@ async def _work(config: Config) -> None:
 @asynccontextmanager
 async def _seen(services: Services) -> AsyncIterator[None]:
     """A worker's own small server, for those who watch it."""
-    from tidegate.http.watched import watched_app
+    from tidegate.http.server import watched_app
 
     with listen(services.config, for_worker=True) as listener:
         server = QuietServer(
@@ -352,3 +364,85 @@ def follow_lifeline(descriptor: int, grace_s: float) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, name="lifeline", daemon=True).start()
+
+
+T = TypeVar("T")
+Work = Callable[[Control], Awaitable[T]]
+
+_ANSWER_WITHIN_MS = 2_000
+
+
+def in_pool(config: Config, work: Work[T], pool: str = DEFAULT_POOL) -> T:
+    """Run `work` with a pool of the deployment that `config` describes.
+
+    Raises ConfigError, LimiterUnavailable where Valkey does not answer, and what `work` raises.
+    """
+    wanted = policy_of(config, pool)
+    with prepared(config, only={"postgres", "valkey"}) as ground:
+        whole = ground.config
+
+        async def run() -> T:
+            from tidegate.app import open_pool
+            from tidegate.store.database import Connections
+            from tidegate.store.policies import Policies
+            from tidegate.store.requests import Running
+            from tidegate.store.tenants import Tenants
+
+            assert whole.database_url is not None
+            connections = Connections(whole.database_url.get_secret_value())
+            connections.start()
+            name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+            try:
+                policies = Policies(connections)
+                async with open_pool(whole, policies, name, wanted, pool) as (limiter, keeper):
+                    await limiter.ping(_ANSWER_WITHIN_MS)
+                    await limiter.joined()
+                    tenants = Tenants(connections)
+                    return await work(Control(limiter, keeper, Running(connections), tenants))
+            finally:
+                await connections.aclose()
+
+        return asyncio.run(run())
+
+
+def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:
+    """What this deployment asks for in a pool. Raises ConfigError, as for one that is unknown."""
+    if pool == DEFAULT_POOL:
+        return deployed(config)
+    others = deployed_upstreams(config).policies
+    if pool not in others:
+        names = ", ".join((DEFAULT_POOL, *others))
+        raise ConfigError("--pool", pool, f"must be one of {names}")
+    return others[pool]
+
+
+def with_tenants(config: Config, work: Callable[[Tenants], Awaitable[T]]) -> T:
+    """Run `work` on the record of tenants and keys alone, whatever Valkey does.
+
+    Raises StoreUnavailable, and what `work` raises.
+    """
+
+    async def with_them(connections: Connections) -> T:
+        from tidegate.store.tenants import Tenants
+
+        return await work(Tenants(connections))
+
+    return with_record(config, with_them)
+
+
+def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> T:
+    """Run `work` on the record alone. Raises StoreUnavailable, and what `work` raises."""
+    with prepared(config, only={"postgres"}) as ground:
+        url = ground.config.database_url
+        assert url is not None
+
+        async def run() -> T:
+            from tidegate.store.database import Connections
+
+            connections = Connections(url.get_secret_value())
+            try:
+                return await work(connections)
+            finally:
+                await connections.aclose()
+
+        return asyncio.run(run())

@@ -1,4 +1,4 @@
-"""`python -m tidegate.verify.jobber`: a worker of jobs in a pool of its own.
+"""Worker under verification, in a pool of its own: `python -m tidegate.verify.jobber`.
 
 Everything in it is the product's, but for what it is pointed at: the pool and the emulator of the
 verification, and a folder of its own for what it would keep on disk. It claims no job of another
@@ -13,10 +13,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from tidegate import telemetry
-from tidegate.config import load
-from tidegate.policy.plain import of_plain
-from tidegate.verify.orders import on_end, read_orders
+from tidegate.policy.format import of_plain
+from tidegate.settings import load
+from tidegate.telemetry import logging as telemetry
+from tidegate.verify.processes import on_end, read_orders
 
 
 @dataclass(frozen=True, slots=True)

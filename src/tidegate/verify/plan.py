@@ -1,11 +1,18 @@
-"""How long a verification takes and how much load it makes: all of it bounded. Pure."""
+"""Plan, report and clean-up of a verification. Bounded in time and load."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from inspect import isawaitable
+from typing import Any
 
-from tidegate.config import Config
-from tidegate.limiter.limits import PoolPolicy
+from tidegate.errors import TidegateError
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.settings import Config
 
 KIND = "text_only"
 LIMIT = f"kind:{KIND}"
@@ -84,3 +91,133 @@ def plan_of(config: Config, *, quick: bool) -> Plan:
         lease_ms=config.lease_ms,
         claim_lease_ms=config.claim_lease_ms,
     )
+
+
+# Is told what is being done.
+Say = Callable[[str], None]
+
+
+class Verdict(StrEnum):
+    KEPT = "kept"
+    BROKEN = "broken"
+    SKIPPED = "skipped"
+    MEASURED = "measured"  # a figure that nothing is promised of
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One promise. `why`: of a skipped one the reason, of a broken one what was seen. `lasting`:
+    what was seen can't be the doing of a busy machine."""
+
+    promise: str
+    bar: str
+    measured: str
+    verdict: Verdict
+    why: str = ""
+    lasting: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """All results, in the order in which they were found. `about` is what they hold of: versions,
+    load, how long it took. `left` names what could not be removed."""
+
+    about: dict[str, str] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def kept(
+        self,
+        promise: str,
+        bar: str,
+        measured: str,
+        is_kept: bool,
+        why: str = "",
+        *,
+        lasting: bool = False,
+    ) -> None:
+        """Note a promise that was put to the test."""
+        verdict = Verdict.KEPT if is_kept else Verdict.BROKEN
+        result = Result(promise, bar, measured, verdict, "" if is_kept else why, lasting)
+        self.results.append(result)
+
+    def measured(self, what: str, figure: str) -> None:
+        self.results.append(Result(what, "", figure, Verdict.MEASURED))
+
+    def skipped(self, promise: str, why: str) -> None:
+        self.results.append(Result(promise, "", "", Verdict.SKIPPED, why))
+
+    @property
+    def broken(self) -> list[Result]:
+        return [one for one in self.results if one.verdict is Verdict.BROKEN]
+
+    @property
+    def in_doubt(self) -> list[Result]:
+        """Broken ones that a busy machine may have broken: they are put to the test once more."""
+        return [one for one in self.broken if not one.lasting]
+
+    def repeated(self, again: Report) -> Report:
+        """What holds after a second run: of what was in doubt the second result, of everything else
+        the first one, unless the second run broke it in a way that no load explains."""
+        doubtful = {one.promise for one in self.in_doubt}
+        second = {one.promise: one for one in again.results}
+        lasting = {one.promise for one in again.broken if one.lasting}
+        results = []
+        for one in self.results:
+            new = second.get(one.promise)
+            if one.promise not in doubtful:
+                results.append(second[one.promise] if one.promise in lasting else one)
+            elif new is not None:
+                note = f"at the second try; at the first {one.measured}"
+                results.append(replace(new, why=f"{new.why}, {note}" if new.why else note))
+        known = {one.promise for one in self.results}
+        results += [one for one in again.broken if one.promise not in known]
+        return Report({**again.about}, results, [*self.left, *again.left])
+
+    @property
+    def is_sound(self) -> bool:
+        """Nothing broken, and nothing left behind."""
+        return not (self.broken or self.left)
+
+
+_WITHIN_S = 15.0
+_PAUSE_S = 0.2
+
+
+async def finish(work: Coroutine[Any, Any, object]) -> None:
+    """Await it to its end, even where Ctrl-C comes meanwhile; the cancellation goes on then."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
+
+
+async def clean_pool(remove: Callable[[], Awaitable[object]], pool: str, report: Report) -> None:
+    """Call `remove` until it has worked, for some time; then the report says what is left."""
+    end_s = time.monotonic() + _WITHIN_S
+    while True:
+        try:
+            await remove()
+            return
+        except TidegateError as away:
+            if time.monotonic() > end_s:
+                report.left.append(f"keys of the pool {pool}: {away.message}")
+                return
+        await asyncio.sleep(_PAUSE_S)
+
+
+_POLL_S = 0.02
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], within_s: float) -> bool:
+    """Whether it came to hold in time."""
+    end_s = time.monotonic() + within_s
+    while True:
+        holds = condition()
+        if isawaitable(holds):
+            holds = await holds
+        if holds or time.monotonic() > end_s:
+            return bool(holds)
+        await asyncio.sleep(_POLL_S)

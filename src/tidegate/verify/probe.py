@@ -1,4 +1,4 @@
-"""`python -m tidegate.verify.probe`: a process that wants permits without end.
+"""Probe under verification that requests permits without end: `python -m tidegate.verify.probe`.
 
 Orders come as one line of JSON on stdin, since they hold URLs with passwords. What happens is told
 on stdout, a line each and at once, so that a kill loses nothing:
@@ -20,12 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
-from tidegate import telemetry
+from tidegate.emulator.client import Caller
 from tidegate.errors import AdmissionError, LeaseLost
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.policy.plain import of_plain
-from tidegate.providers.emulator.caller import Caller
-from tidegate.verify.orders import on_end, read_orders
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.policy.format import of_plain
+from tidegate.telemetry import logging as telemetry
+from tidegate.verify.processes import on_end, read_orders
 
 # A refusal is quick: the permit is held on for about as long as a call takes, so that the load
 # stays what it was said to be.

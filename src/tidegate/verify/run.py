@@ -1,6 +1,8 @@
-"""A verification from its beginning to its end: what it stands on, what it does, what it removes.
+"""Verification of the promises on this installation: its Valkey, PostgreSQL and network.
 
-Invariant: when it returns or is interrupted, its processes have ended, and its keys and rows are
+Runs in pools and for a tenant of its own; the provider is the emulator on loopback.
+
+Invariant: when it returns or is interrupted, its processes have ended and its keys and rows are
 gone; what could not be removed is named in the report.
 """
 
@@ -14,15 +16,15 @@ from importlib.metadata import version
 from platform import node, python_version
 from secrets import token_hex
 
-from tidegate.config import Config
+from tidegate.emulator.server import run_emulator
+from tidegate.emulator.settings import Behaviour, EmulatorSettings
 from tidegate.errors import TidegateError
-from tidegate.providers.emulator import EmulatorSettings, run_emulator
-from tidegate.providers.emulator.settings import Behaviour
-from tidegate.supervisor.ground import Ground, migrate, prepared
-from tidegate.verify.limiting import Limiting
-from tidegate.verify.plan import KIND, Plan, plan_of
-from tidegate.verify.promises import Report, Say
-from tidegate.verify.working import Working
+from tidegate.rehearse.report import Table
+from tidegate.settings import Config
+from tidegate.supervisor.services import Ground, migrate, prepared
+from tidegate.verify.jobs import Working
+from tidegate.verify.limiter import Limiting
+from tidegate.verify.plan import KIND, Plan, Report, Result, Say, Verdict, plan_of
 
 _JOB_MS = 250
 
@@ -115,3 +117,50 @@ def _emulator(call_ms: int, concurrency: dict[str, int]) -> EmulatorSettings:
         {"first_byte_ms": call_ms, "chunks": 1, "concurrency": concurrency}
     )
     return EmulatorSettings("127.0.0.1", 0, behaviour)
+
+
+_COLUMNS = ("promise", "bar", "measured", "")
+
+
+def table_of(report: Report) -> Table:
+    """Broken ones first: they are what is looked for."""
+    order = [Verdict.BROKEN, Verdict.KEPT, Verdict.MEASURED, Verdict.SKIPPED]
+    results = sorted(report.results, key=lambda one: order.index(one.verdict))
+    return Table("", _COLUMNS, [_row(one) for one in results], right_from=len(_COLUMNS))
+
+
+def sentence_of(report: Report) -> str:
+    """How it ended."""
+    counts = dict.fromkeys(Verdict, 0)
+    for one in report.results:
+        counts[one.verdict] += 1
+    said = [f"{counts[Verdict.KEPT]} promises kept"]
+    if counts[Verdict.BROKEN]:
+        said.append(f"{counts[Verdict.BROKEN]} BROKEN")
+    if counts[Verdict.SKIPPED]:
+        said.append(f"{counts[Verdict.SKIPPED]} skipped")
+    left = "nothing is left behind"
+    if report.left:
+        left = f"could not be removed: {'; '.join(report.left)}"
+    return f"{', '.join(said)}; {left}."
+
+
+def markdown_of(report: Report) -> str:
+    """A section for a runbook."""
+    lines = ["# Tidegate: promises verified", "", sentence_of(report), ""]
+    lines += [f"- {name}: {text}" for name, text in report.about.items()]
+    lines += ["", f"| {' | '.join(_COLUMNS)} |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table_of(report).rows]
+    return "\n".join([*lines, ""])
+
+
+def _row(one: Result) -> tuple[str, ...]:
+    if one.verdict is Verdict.SKIPPED:
+        return one.promise, "", one.why, "skipped"
+    measured = f"{one.measured} ({one.why})" if one.why else one.measured
+    verdict = "" if one.verdict is Verdict.MEASURED else one.verdict.value
+    return one.promise, one.bar, measured, verdict.upper() if verdict == "broken" else verdict
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

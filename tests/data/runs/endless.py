@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from threading import Event
 
-from tidegate.embedded import ensure
+from tidegate.embedded.lease import ensure
 
 _DETACHES = """
 import os, signal

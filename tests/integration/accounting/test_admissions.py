@@ -12,7 +12,7 @@ from tests.batching import begin, completed, content
 from tests.gateway import Gateway, Opener
 from tests.integration.accounting.test_budgets import called
 from tests.integration.batches.conftest import MakeSdk, sdk
-from tests.integration.relay.test_totals import fronts
+from tests.integration.native.test_totals import fronts
 from tests.integration.tenants.asking import ADMIN_TOKEN, key_of, submitted
 from tests.waiting import wait_until
 from tidegate.jobs import retry

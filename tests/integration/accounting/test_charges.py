@@ -12,13 +12,13 @@ import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
-from tests.integration.relay.test_totals import VERSION, fronts
+from tests.integration.native.test_totals import VERSION, fronts
 from tests.integration.security.hostile import one_try
 from tests.integration.tenants.asking import ADMIN_TOKEN, ask, key_of
 from tests.waiting import wait_until
 
 __all__ = ["one_try"]
-from tidegate.providers.emulator.ledger import LoggedCall
+from tidegate.emulator.state import LoggedCall
 
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
 WORDS = 1_500

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.gateway import Gateway, Opener
-from tests.integration.relay.test_totals import VERSION, fronts, is_added_up
+from tests.integration.native.test_totals import VERSION, fronts, is_added_up
 from tests.integration.security.hostile import one_try
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
 from tests.waiting import wait_until

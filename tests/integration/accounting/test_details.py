@@ -12,7 +12,7 @@ import pytest
 from tests.batching import begin, content, end_of
 from tests.gateway import Gateway, Opener
 from tests.integration.batches.conftest import MakeSdk, sdk
-from tests.integration.relay.test_totals import VERSION
+from tests.integration.native.test_totals import VERSION
 from tests.integration.security.hostile import Hostile, hostile
 from tests.waiting import wait_until
 from tidegate.http.problems import REQUEST_ID_HEADER

@@ -19,9 +19,9 @@ from tests.waiting import wait_until
 from tidegate.call import new_id
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store.blobs import Blobs
-from tidegate.store.connection import Connections
-from tidegate.store.erase import Eraser, EraseReport, Whose
+from tidegate.store.database import Connections
 from tidegate.store.records import Json
+from tidegate.store.retention import Eraser, EraseReport, Whose
 from tidegate.store.spill import Spill
 from tidegate.store.store import Store
 

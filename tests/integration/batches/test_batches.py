@@ -13,7 +13,7 @@ from tests.gateway import Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.waiting import wait_until
 from tidegate.call import Scope
-from tidegate.store.queries import sql
+from tidegate.store.database import sql
 
 
 async def test_from_the_file_to_the_answers(open_gateway: Opener, sdk: MakeSdk) -> None:

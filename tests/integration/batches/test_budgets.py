@@ -14,7 +14,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
 from tests.waiting import wait_until
-from tidegate.store.queries import sql
+from tidegate.store.database import sql
 
 LINES = 60
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "rate_limits": {"text_only": 2}}

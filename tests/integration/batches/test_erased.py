@@ -8,7 +8,7 @@ from openai import AsyncOpenAI
 from tests.gateway import Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.waiting import wait_until
-from tidegate.store.erase import Whose
+from tidegate.store.retention import Whose
 
 SECRET = "Rumpelstiltskin"
 

@@ -15,7 +15,7 @@ from tests import batching
 from tests.fleet import Fleet
 from tests.load import ARRIVED_NS, RECORDED_NS
 from tests.waiting import wait_until, work_for
-from tidegate.providers.emulator.ledger import LoggedCall
+from tidegate.emulator.state import LoggedCall
 
 pytestmark = pytest.mark.slow
 

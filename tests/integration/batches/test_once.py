@@ -14,7 +14,7 @@ from tests.batching import ENDPOINT, content
 from tests.gateway import Gateway, Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.integration.batches.test_budgets import ON, with_key
-from tidegate.store.erase import Whose
+from tidegate.store.retention import Whose
 
 REPLAYED = "idempotency-replayed"
 

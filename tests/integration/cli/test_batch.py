@@ -15,7 +15,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.cli.calling import forwarding, run, under_way
 from tests.waiting import wait_until
 from tidegate.cli import batch, batch_run
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 from tidegate.errors import GatewayUnreachable
 
 

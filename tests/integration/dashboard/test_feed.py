@@ -17,9 +17,8 @@ from tests.gateway import Gateway, Opener, small_receive_buffer
 from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.dashboard import feed as feeds
-from tidegate.dashboard.feed import Feed
-from tidegate.dashboard.trends import RANGES, Range
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.dashboard.feed import RANGES, Feed, Range
+from tidegate.embedded.servers import ValkeyServer
 
 
 @pytest.fixture(autouse=True)
@@ -108,10 +107,10 @@ async def test_a_call_that_has_ended_is_in_the_trend_and_in_the_record(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tidegate.dashboard.rollup.FLUSH_EVERY_S", 0.05)
-    monkeypatch.setattr("tidegate.dashboard.past.RECORD_EVERY_S", 0.0)
+    monkeypatch.setattr("tidegate.dashboard.feed.RECORD_EVERY_S", 0.0)
     monkeypatch.setitem(RANGES, "5m", Range(10, 30, 0.0))
     ahead = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + 15)
-    monkeypatch.setattr("tidegate.dashboard.past.time", ahead)  # the span under way is over
+    monkeypatch.setattr("tidegate.dashboard.feed.time", ahead)  # the span under way is over
     gateway = await open_gateway()
     async with watching(gateway) as page:
         await gateway.end_of(await gateway.submit(data="Explain tides"))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from tidegate.dashboard.feed import RANGES, Trend
 from tidegate.dashboard.rollup import MOST_SPANS, Rollup
-from tidegate.dashboard.trends import RANGES, Trend
 from tidegate.errors import StoreUnavailable
-from tidegate.observed import REFUSED, RETRIED, Observed
-from tidegate.store.connection import Connections
-from tidegate.store.history import KEPT_S, MOST_NAMES, OTHERS, History
+from tidegate.store.database import Connections
+from tidegate.store.statistics import KEPT_S, MOST_NAMES, OTHERS, History
+from tidegate.telemetry.events import REFUSED, RETRIED, Observed
 
 BEGIN = 1_800_000_000.0
 POOL = "gemini"

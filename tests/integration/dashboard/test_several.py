@@ -14,8 +14,8 @@ from tests.integration.observability.test_metrics import chat
 from tests.integration.observability.test_shared import ask, ready, running
 from tests.waiting import wait_until
 from tidegate.dashboard import feed as feeds
-from tidegate.embedded.process import free_port
-from tidegate.spine.faults import FAULTS
+from tidegate.embedded.servers import free_port
+from tidegate.spine.routing import FAULTS
 
 
 async def test_any_process_shows_the_calls_and_the_upstreams_of_all(

@@ -10,7 +10,7 @@ from typing import Any
 from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
-from tidegate.policy.edits import edit
+from tidegate.policy.format import edit
 
 
 async def examined(gateway: Gateway, **settings: str) -> tuple[Done, dict[str, dict[str, Any]]]:

@@ -10,12 +10,12 @@ import asyncpg
 import pytest
 
 from tests.integration.pgbouncer.bouncer import Bouncer
-from tidegate.doctor.finding import Finding, State
-from tidegate.doctor.postgresql import judge
-from tidegate.embedded.postgres import PostgresServer
+from tidegate.doctor.checks import Finding, State
+from tidegate.doctor.stores import judge
+from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import StoreUnavailable
-from tidegate.store.checkup import examine
-from tidegate.store.migrate import HEAD
+from tidegate.store.database import HEAD
+from tidegate.store.diagnostics import examine
 
 
 async def found(url: str, processes: int | None = 2, **more: Any) -> dict[str, Finding]:

@@ -11,10 +11,11 @@ import pytest
 from tests.integration.servers.acl import OF_THE_CONNECTIONS, documented, of_the_limiter
 from tests.integration.servers.daemon import Daemon
 from tests.waiting import wait_until
-from tidegate.doctor.finding import Finding, State
-from tidegate.doctor.valkey import judge, judge_absence
+from tidegate.doctor.checks import Finding, State
+from tidegate.doctor.stores import judge_absence
+from tidegate.doctor.stores import judge_valkey as judge
 from tidegate.errors import ConfigError, LimiterUnavailable
-from tidegate.limiter.checkup import commands, examine
+from tidegate.limiter.diagnostics import commands, examine
 
 LEASE_MS = 3_000
 PASSWORD = "sesame"

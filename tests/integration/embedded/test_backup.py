@@ -16,8 +16,8 @@ import pytest
 from tests.integration.embedded.traces import Traces
 from tests.markdown import blocks
 from tests.product import environment
-from tidegate.embedded import ensure
-from tidegate.store.migrate import HEAD, migrate
+from tidegate.embedded.lease import ensure
+from tidegate.store.database import HEAD, migrate
 
 pytestmark = pytest.mark.slow
 

@@ -21,10 +21,10 @@ import redis
 from tests.integration.embedded.traces import Traces
 from tests.integration.embedded.user import User
 from tests.waiting import promised_s, wait_until
-from tidegate.embedded import Lease, ServerFailed, ensure, process
-from tidegate.embedded.folder import Folder
+from tidegate.embedded import servers as process
 from tidegate.embedded.keeper import Keeper
-from tidegate.embedded.process import Identity
+from tidegate.embedded.lease import Folder, Lease, ensure
+from tidegate.embedded.servers import Identity, ServerFailed
 
 
 def _ensure(data_dir: Path, *services: str) -> Lease:

@@ -10,9 +10,9 @@ import pytest
 
 from tests.clusters import copied
 from tests.integration.embedded.traces import Traces
-from tidegate.embedded import ServerFailed, ensure
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.store.migrate import migrate
+from tidegate.embedded.lease import ensure
+from tidegate.embedded.servers import PostgresServer, ServerFailed
+from tidegate.store.database import migrate
 
 
 async def test_a_second_start_on_a_cluster_stops_the_server_that_runs_there(

@@ -10,11 +10,12 @@ import redis
 
 from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
-from tidegate.embedded import Lease, ensure, place, process
-from tidegate.embedded.folder import Folder
-from tidegate.embedded.valkey import ValkeyServer
-from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate
-from tidegate.limiter.limits import Limit
+from tidegate.embedded import servers as place
+from tidegate.embedded import servers as process
+from tidegate.embedded.lease import Folder, Lease, ensure
+from tidegate.embedded.servers import ValkeyServer
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import Limit, PoolPolicy, Quota, Rate
 
 DAY, TOKENS, CALLS, MODEL = "rpd:flash", "tph:flash", "rph:flash", "model:flash"
 HOUR_MS = 3_600_000

@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.embedded import process
+from tidegate.embedded import servers as process
 
 VARIABLE = "TIDEGATE_TEST_MARK"
 

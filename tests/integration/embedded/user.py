@@ -10,7 +10,7 @@ from pathlib import Path
 _PROGRAM = """
 import json, sys
 from pathlib import Path
-from tidegate.embedded import ensure
+from tidegate.embedded.lease import ensure
 lease = ensure(Path(sys.argv[1]), sys.argv[3:], idle_s=float(sys.argv[2]))
 urls = {"postgres": lease.database_url, "valkey": lease.redis_url, "emulator": lease.emulator_url}
 print(json.dumps(urls), flush=True)

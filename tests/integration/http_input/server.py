@@ -18,11 +18,11 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from tidegate.config import Config
 from tidegate.http import problems
-from tidegate.http.events import GONE_EXTENSION, disconnected
-from tidegate.http.forms import read_submission
-from tidegate.http.protocol import BoundedProtocol
+from tidegate.http.sse import GONE_EXTENSION, disconnected
+from tidegate.http.submission import read_submission
+from tidegate.http.uvicorn_protocol import BoundedProtocol
+from tidegate.settings import Config
 from tidegate.store.blobs import Blobs
 
 BIG_BYTES = 30_000_000

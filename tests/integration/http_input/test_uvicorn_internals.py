@@ -7,7 +7,7 @@ import inspect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tidegate.http._compat import UvicornProtocol
-from tidegate.http.protocol import BoundedProtocol, bounded
+from tidegate.http.uvicorn_protocol import BoundedProtocol, bounded
 
 
 def test_every_method_that_we_override_is_still_there_with_its_parameters() -> None:

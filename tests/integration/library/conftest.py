@@ -15,11 +15,11 @@ from tests.integration.library.makers import LIMIT, MakeLimiter, MakeSync, held,
 from tests.integration.library.upstream import Upstream, run_upstream
 from tests.integration.limiter.conftest import leftovers
 from tests.waiting import wait_until
-from tidegate.integrations.answer import Usage
-from tidegate.integrations.demanded import Penalised
-from tidegate.limiter import Limiter
-from tidegate.limiter.threads import SyncLimiter
-from tidegate.providers.emulator import Behaviour, Emulator, EmulatorSettings, run_emulator
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.emulator.settings import Behaviour, EmulatorSettings
+from tidegate.integrations.exchange import Penalised, Usage
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.sync import SyncLimiter
 
 
 @pytest.fixture

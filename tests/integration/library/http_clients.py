@@ -12,9 +12,9 @@ import httpx2
 from tidegate.integrations import aiohttp as ours_aiohttp
 from tidegate.integrations import httpx as ours_httpx
 from tidegate.integrations import httpx2 as ours_httpx2
-from tidegate.integrations.answer import Usage
-from tidegate.integrations.demanded import Penalised
-from tidegate.limiter import Demand, Limiter
+from tidegate.integrations.exchange import Penalised, Usage
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.queue import Demand
 
 
 class OpenAnswer(Protocol):

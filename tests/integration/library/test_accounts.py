@@ -24,9 +24,10 @@ from tests.integration.library.makers import (
 )
 from tests.integration.library.upstream import Upstream
 from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded
-from tidegate.limiter import Demand, Limiter, Tokens
-from tidegate.providers.emulator import Emulator
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.queue import Demand, Tokens
 
 MakeHttp = Callable[..., Http]
 ALL = (LIMIT, OTHER, REQUESTS, TOKENS)

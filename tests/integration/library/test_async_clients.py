@@ -22,9 +22,9 @@ from tests.integration.library.makers import (
 )
 from tests.integration.library.upstream import Upstream
 from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded, LeaseLost, UpstreamTimeout
-from tidegate.limiter import Demand
-from tidegate.providers.emulator import Emulator
+from tidegate.limiter.queue import Demand
 
 MakeHttp = Callable[..., Http]
 ONE = Demand((LIMIT,), deadline_ms=20_000)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.library.upstream import Upstream
-from tidegate.providers.emulator import Emulator
+from tidegate.emulator.server import Emulator
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "library.md"
 _BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)

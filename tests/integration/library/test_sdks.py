@@ -17,10 +17,11 @@ from openai import AsyncOpenAI, OpenAI
 from tests.integration.library.makers import LIMIT, MODEL, MakeLimiter, MakeSync, held
 from tests.integration.library.upstream import Upstream
 from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded
 from tidegate.integrations.httpx2 import AsyncLimitedTransport, LimitedTransport
-from tidegate.limiter import Demand, Limiter
-from tidegate.providers.emulator import Emulator
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.queue import Demand
 
 ONE = Demand((LIMIT,), deadline_ms=20_000)
 

@@ -12,9 +12,9 @@ from random import Random
 from tests.integration.library.http_clients import CLIENT_ERRORS, Http
 from tests.integration.library.makers import LIMIT, MakeLimiter, ask, held, stream, waiting, whole
 from tests.waiting import wait_until, work_for
+from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded
-from tidegate.limiter import Demand
-from tidegate.providers.emulator import Emulator
+from tidegate.limiter.queue import Demand
 
 CALLS = 150
 

@@ -18,12 +18,12 @@ import pytest
 from tests.integration.library.makers import LIMIT, MakeSync, ask, held, stream, waiting, whole
 from tests.integration.library.upstream import Upstream
 from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded, LeaseLost, UpstreamTimeout
 from tidegate.integrations import httpx as ours_httpx
 from tidegate.integrations import httpx2 as ours_httpx2
-from tidegate.limiter import Demand
-from tidegate.limiter.threads import SyncLimiter
-from tidegate.providers.emulator import Emulator
+from tidegate.limiter.queue import Demand
+from tidegate.limiter.sync import SyncLimiter
 
 ONE = Demand((LIMIT,), deadline_ms=20_000)
 HEADERS = {"x-goog-api-key": "k"}

@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.library.makers import LIMIT, MakeSync, held, policy, waiting
 from tests.waiting import wait_until
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -24,7 +24,7 @@ from tidegate.errors import (
     ShuttingDown,
     TidegateError,
 )
-from tidegate.limiter.threads import SyncLimiter
+from tidegate.limiter.sync import SyncLimiter
 
 PATIENT_MS = 20_000
 
@@ -227,7 +227,7 @@ def test_what_would_outlive_its_permit_is_not_decorated(make_sync: MakeSync) -> 
 INTERRUPTED = """
 import sys
 from tidegate.limiter import PoolPolicy
-from tidegate.limiter.threads import SyncLimiter
+from tidegate.limiter.sync import SyncLimiter
 
 url, pool = sys.argv[1:]
 with SyncLimiter.from_url(url, pool=pool, policy=PoolPolicy({"kind:text_only": 1})) as limiter:
@@ -263,7 +263,7 @@ async def test_an_interrupt_while_waiting_gives_the_ticket_back(valkey_url: str)
 FORKED = """
 import os, sys
 from tidegate.limiter import PoolPolicy
-from tidegate.limiter.threads import SyncLimiter
+from tidegate.limiter.sync import SyncLimiter
 
 url, pool = sys.argv[1:]
 with SyncLimiter.from_url(url, pool=pool, policy=PoolPolicy({"kind:text_only": 1})) as limiter:

@@ -13,8 +13,8 @@ import redis.asyncio
 from chaos.limiter.truth import Truth
 from tests.integration.limiter.makers import Maker
 from tests.integration.limiter.slices import stray_fields
-from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.limits import PoolPolicy
+from tidegate.limiter.messages import Keyspace
+from tidegate.limiter.policy import PoolPolicy
 
 LIVES_ON = {
     *("meta", "layout", "history", "timed", "expected", "spending", "paused"),

@@ -18,9 +18,9 @@ from typing import Any
 import redis
 
 from tests.waiting import wait_until, work_for
-from tidegate.limiter import Limiter
-from tidegate.limiter.clock import Clock
-from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import Keyspace
+from tidegate.limiter.session import Clock
 
 START_MS = 1_700_000_000_000
 # How much the hands move in one go.

@@ -10,8 +10,11 @@ import redis.asyncio
 
 from tests.integration.limiter.hands import Hands
 from tests.waiting import wait_until
-from tidegate.limiter import Limiter, Observer, OnConflict, PoolPolicy
-from tidegate.limiter.clock import Clock
+from tidegate.limiter.connection import OnConflict
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.session import Clock
+from tidegate.limiter.views import Observer
 
 LIMIT = "kind:text_only"
 LEASE_MS = 600

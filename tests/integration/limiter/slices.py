@@ -12,15 +12,11 @@ from typing import Any
 
 import redis
 
-from tidegate.limiter.entries import Waiter
-from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.lease import Lease
-from tidegate.limiter.ledger import Ledger
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.limiter.observer import Observer
-from tidegate.limiter.scripts import load
-from tidegate.limiter.session import Session
-from tidegate.limiter.wire import SyncReply
+from tidegate.limiter.messages import Keyspace, SyncReply, load
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.queue import Ledger, Waiter
+from tidegate.limiter.session import Lease, Session
+from tidegate.limiter.views import Observer
 
 CLOCK = """
 function T.wall_clock_ms() return tonumber(redis.call('GET', T.prefix .. 'testclock')) end

@@ -18,7 +18,7 @@ from tests.integration.limiter.makers import (
     used,
 )
 from tests.waiting import wait_until, work_for
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -27,9 +27,10 @@ from tidegate.errors import (
     QueueFull,
     ShuttingDown,
 )
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.lease import now_ms
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import Keyspace
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.session import now_ms
 
 
 async def test_never_more_than_the_limit_are_let_in_over_two_limiters(

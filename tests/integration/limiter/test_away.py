@@ -13,9 +13,10 @@ import uvloop
 from tests.integration.limiter.hands import Hands
 from tests.integration.limiter.makers import LEASE_MS, LIMIT, Body, Maker, command, until_used, used
 from tests.waiting import wait_until
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import DeadlineExceeded, LeaseLost, LimiterUnavailable
-from tidegate.limiter import Limiter, PoolPolicy
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy
 
 
 async def until_state(limiter: Limiter, *states: str) -> None:

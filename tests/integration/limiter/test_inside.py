@@ -9,7 +9,7 @@ import pytest
 from tests.integration.limiter.makers import LIMIT, Body, Maker, until_used, until_waiting
 from tests.waiting import wait_until
 from tidegate.errors import DeadlineExceeded, LeaseLost
-from tidegate.limiter import Limiter
+from tidegate.limiter.limiter import Limiter
 
 
 async def test_a_waiting_ticket_knows_its_place_and_what_holds_it_up(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.integration.limiter.makers import Maker
 from tests.waiting import wait_until
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import LimiterUnavailable
 
 

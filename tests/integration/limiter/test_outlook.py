@@ -10,8 +10,8 @@ from tests.integration.limiter.makers import Maker
 from tests.integration.limiter.test_demands import open_limiter, policy_of, used
 from tests.waiting import wait_until
 from tidegate.errors import AdmissionError, DeadlineExceeded, LimitPaused, LimitUsedUp
-from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate
-from tidegate.limiter.limits import Limit
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import Limit, PoolPolicy, Quota, Rate
 
 TEXT, TOTAL = "kind:text_only", "pool:total"
 HOUR_MS = 3_600_000

@@ -8,8 +8,9 @@ import pytest
 
 from tests.integration.limiter.makers import LIMIT, Body, Maker
 from tests.waiting import wait_until
-from tidegate.embedded.valkey import ValkeyServer
-from tidegate.limiter import DemandImpossible, PolicyConflict, PoolPolicy
+from tidegate.embedded.servers import ValkeyServer
+from tidegate.errors import DemandImpossible, PolicyConflict
+from tidegate.limiter.policy import PoolPolicy
 
 
 async def test_an_edited_policy_is_in_force_in_all_processes(valkey_url: str, maker: Maker) -> None:

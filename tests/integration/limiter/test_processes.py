@@ -13,10 +13,11 @@ from chaos.limiter.truth import Truth
 from chaos.limiter.worker import Orders
 from tests.integration.limiter.makers import LIMIT, Body, Maker
 from tests.waiting import wait_until
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import LeaseLost
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.limiter.lease import now_ms
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.session import now_ms
 
 BOUND = 5
 LEASE_MS = 600

@@ -11,11 +11,11 @@ import pytest
 import redis
 
 from tests.integration.limiter.slices import Pool, Process, stray_fields
-from tidegate.limiter.limits import Limit, PoolPolicy, Rate
-from tidegate.limiter.model.telling import ON_PAGE
-from tidegate.limiter.outbox import MAX_FLOWS
+from tidegate.limiter.messages import Join
+from tidegate.limiter.model.pool import ON_PAGE
+from tidegate.limiter.policy import Limit, PoolPolicy, Rate
+from tidegate.limiter.queue import OUTBOX_MAX_FLOWS as MAX_FLOWS
 from tidegate.limiter.session import LOOKS_BESIDE, MAX_ASKS, MAX_LOOKS
-from tidegate.limiter.wire import Join
 
 LEASE_MS = 30_000
 MANY = 2550  # many pages, the last of them not full

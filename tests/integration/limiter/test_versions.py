@@ -23,8 +23,9 @@ from chaos.limiter.truth import Truth
 from chaos.limiter.worker import Orders
 from tests.integration.limiter.makers import LIMIT, Maker
 from tests.waiting import wait_until
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import Keyspace
+from tidegate.limiter.policy import PoolPolicy
 
 BOUND = 3
 LEASE_MS = 1000
@@ -80,7 +81,7 @@ function T.whole()
   return all
 end
 """,
-    "limiter/wire.py": """
+    "limiter/messages.py": """
 
 _pack_before, _fields_before = pack, Join.as_fields
 
@@ -98,7 +99,7 @@ def _as_fields(self):
 
 Join.as_fields = _as_fields
 """,
-    "limiter/limits.py": """
+    "limiter/policy.py": """
 
 _policy_before = PoolPolicy.pack
 

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
-from tidegate.metrics.names import ALL
+from tidegate.metrics.instruments import ALL
 
 MODEL = "gemini-2.5-flash"
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]

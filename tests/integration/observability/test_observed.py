@@ -14,8 +14,8 @@ from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_metrics import of, scraped
 from tests.waiting import wait_until
 from tidegate.dashboard.rollup import count
-from tidegate.observed import Observed, Observers
-from tidegate.store.history import Tally
+from tidegate.store.statistics import Tally
+from tidegate.telemetry.events import Observed, Observers
 
 MODEL = "gemini-2.5-flash"
 FIRST_BYTE_MS = 150

@@ -12,9 +12,8 @@ from tests.forked import Forked, started
 from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_metrics import Values, chat, of, values_in
 from tests.waiting import wait_until
-from tidegate.embedded.process import free_port
-from tidegate.metrics.instruments import forget
-from tidegate.metrics.names import NAMED, SHARED
+from tidegate.embedded.servers import free_port
+from tidegate.metrics.instruments import NAMED, SHARED, forget
 
 OWN = {"CLASSIFIER": "keywords", "LOG_FORMAT": "json", "SHUTDOWN_GRACE_MS": "1000"}
 

@@ -11,8 +11,7 @@ from tests.integration.observability.test_metrics import Values, chat, of, scrap
 from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.loglines import Lines, lines
 from tests.waiting import wait_until
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import PostgresServer, ValkeyServer
 
 __all__ = ["hostile", "lines", "one_try"]
 

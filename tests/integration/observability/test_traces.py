@@ -12,9 +12,9 @@ from tests.gateway import Gateway, Opener
 from tests.integration.observability.collector import attributes_of, collecting
 from tests.integration.observability.test_metrics import MODEL, chat
 from tests.waiting import wait_until
-from tidegate.embedded.process import free_port
-from tidegate.observed import Observed
-from tidegate.otel import _answered
+from tidegate.embedded.servers import free_port
+from tidegate.metrics.otel import _answered
+from tidegate.telemetry.events import Observed
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"

@@ -9,8 +9,7 @@ from pathlib import Path
 from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_shared import running
 from tests.waiting import wait_until
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import PostgresServer, ValkeyServer
 
 
 async def readiness(gateway: Gateway, url: str) -> tuple[int, str]:

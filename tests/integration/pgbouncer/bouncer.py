@@ -9,8 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.process import Running, free_port, server_account, spawn, wait_ready
+from tidegate.embedded.servers import (
+    PostgresServer,
+    Running,
+    free_port,
+    server_account,
+    spawn,
+    wait_ready,
+)
 
 SERVERS = 3  # connections of the pooler to PostgreSQL: fewer than its clients open
 _COMMAND = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.gateway import open_gateway
 from tests.integration.pgbouncer.bouncer import Bouncer
-from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.servers import PostgresServer
 
 __all__ = ["open_gateway"]
 

@@ -19,9 +19,9 @@ from tests.clusters import FAST, copied
 from tests.gateway import Gateway, Opener, read_stream
 from tests.integration.pgbouncer.bouncer import SERVERS, Bouncer
 from tests.waiting import promised_s, wait_until
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.store import bell
-from tidegate.store.migrate import HEAD, migrate
+from tidegate.embedded.servers import PostgresServer
+from tidegate.store import notifications as bell
+from tidegate.store.database import HEAD, migrate
 
 JOBS = 40
 STREAMS = 20
@@ -142,7 +142,7 @@ async def test_the_schema_is_made_by_processes_that_start_at_once(
     pooled = bouncer.url(empty_database_url.rpartition("/")[2])
     # Processes of their own: asyncpg counts the names of prepared statements in each.
     code = (
-        "import asyncio, sys; from tidegate.store.migrate import migrate; "
+        "import asyncio, sys; from tidegate.store.database import migrate; "
         "print(asyncio.run(migrate(sys.argv[1])))"
     )
     children = [

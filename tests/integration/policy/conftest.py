@@ -10,9 +10,10 @@ from uuid import uuid4
 
 import pytest
 
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.policy import PolicyKeeper, policy_to_start_with
-from tidegate.store.connection import Connections
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.policy.rollout import PolicyKeeper, policy_to_start_with
+from tidegate.store.database import Connections
 from tidegate.store.policies import Policies
 
 

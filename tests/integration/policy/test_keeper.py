@@ -13,14 +13,13 @@ from structlog.testing import capture_logs
 from tests.clusters import FAST, copied
 from tests.integration.policy.conftest import Member, Start
 from tests.waiting import wait_until
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import ConfigError, StoreUnavailable
-from tidegate.limiter import PoolPolicy
-from tidegate.policy import keeper as keeping
-from tidegate.policy.plain import Plain
-from tidegate.policy.tenancy import share_edit
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.policy import rollout as keeping
+from tidegate.policy.format import Plain, share_edit
 from tidegate.store import policies
-from tidegate.telemetry import Log
+from tidegate.telemetry.logging import Log
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ import pytest
 
 from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 
 _ROOT = Path(__file__).parents[3]
 

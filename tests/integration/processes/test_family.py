@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
-from tidegate.supervisor.family import Child, Family
+from tidegate.supervisor.supervisor import Child, Family
 
 _IDLE = "import signal; signal.pause()"
 # Says that it runs, and on SIGTERM that it has finished.
@@ -28,7 +28,7 @@ while True:
 # Says that it is ready, and what it is called.
 _NAMED = """
 import os, pathlib, signal, sys
-from tidegate.supervisor.notice import tell_ready
+from tidegate.supervisor.supervisor import tell_ready
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
 (pathlib.Path(sys.argv[1]) / os.environ["TIDEGATE_CHILD"]).touch()
 tell_ready()
@@ -43,13 +43,13 @@ while True:
 """
 _SUPERVISOR = """
 import asyncio, os, sys
-from tidegate.supervisor.family import Child, Family
+from tidegate.supervisor.supervisor import Child, Family
 child = Child("child", (sys.executable, "-c", sys.argv[1], sys.argv[2]))
 asyncio.run(Family([child], environment=os.environ).run())
 """
 _FOLLOWER = """
 import os, pathlib, signal, sys
-from tidegate.supervisor.ground import LIFELINE
+from tidegate.supervisor.services import LIFELINE
 from tidegate.supervisor.roles import follow_lifeline
 folder = pathlib.Path(sys.argv[1])
 def finish(*_):

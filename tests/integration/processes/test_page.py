@@ -10,14 +10,13 @@ import pytest
 
 from tests.gateway import Gateway, open_gateway
 from tests.waiting import wait_until
-from tidegate.config import Config, key_file
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 from tidegate.http.signin import checked
-from tidegate.policy import deployed
-from tidegate.policy.edits import edit
-from tidegate.supervisor.bounds import bounds_in_force
-from tidegate.supervisor.ground import Ground
-from tidegate.supervisor.page import Page
+from tidegate.policy.deployment import deployed
+from tidegate.policy.format import edit
+from tidegate.settings import Config, key_file
+from tidegate.supervisor.services import Ground
+from tidegate.supervisor.up import Page, bounds_in_force
 
 __all__ = ["open_gateway"]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
 from tidegate.errors import ConfigError
-from tidegate.supervisor.family import RENEW_SIGNAL, Child, Family
+from tidegate.supervisor.supervisor import RENEW_SIGNAL, Child, Family
 
 # Notes each stage of its life, in one file for all. A file `broken` keeps it from becoming ready.
 _NOTING = """
 import os, pathlib, signal, sys
-from tidegate.supervisor.notice import tell_ready
+from tidegate.supervisor.supervisor import tell_ready
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 def note(stage):
     with (folder / "notes").open("a") as notes:

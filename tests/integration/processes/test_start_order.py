@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.fleet import Fleet
 from tests.load import submit
 from tests.waiting import wait_until
-from tidegate.store.migrate import migrate
+from tidegate.store.database import migrate
 
 
 class _Backwards(Fleet):

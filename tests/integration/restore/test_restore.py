@@ -14,9 +14,8 @@ import pytest
 from tests.clusters import copied
 from tests.gateway import PNG, Gateway, Opener
 from tests.waiting import wait_until
-from tidegate.embedded import place
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded import servers as place
+from tidegate.embedded.servers import PostgresServer, ValkeyServer
 
 _AFTER_RESTORE = "UPDATE requests SET ready_xid = 0 WHERE status = 'queued'"
 _DOCUMENT = Path(__file__).parents[3] / "docs" / "operating.md"
@@ -24,7 +23,7 @@ _DOCUMENT = Path(__file__).parents[3] / "docs" / "operating.md"
 
 def _program(name: str) -> str:
     """One of PostgreSQL's own, of the version that the server has."""
-    return str(place.binaries(None) / name)
+    return str(place.binaries_of(None) / name)
 
 
 async def _run(*command: str) -> None:

@@ -19,8 +19,8 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.integration.rivals.routes import NATIVE, OWN, Route
 from tests.waiting import wait_until
-from tidegate.policy.edits import edit
-from tidegate.relay import paths
+from tidegate.dialects import routes as paths
+from tidegate.policy.format import edit
 
 KINDS = ("text_only", "multi_modal", "image_generation", "other")
 Way = Callable[[Gateway, Route], Awaitable[None]]

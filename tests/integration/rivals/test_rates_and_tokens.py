@@ -9,9 +9,9 @@ from typing import Any
 
 from tests.gateway import Gateway, Opener
 from tests.integration.rivals.routes import ASKED, GEMINI
-from tests.unit.demand.pictures import png
+from tests.unit.admission.pictures import png
 from tests.waiting import wait_until
-from tidegate.policy.edits import edit
+from tidegate.policy.format import edit
 
 
 async def opened(open_gateway: Opener, limits: dict[str, Any], **settings: Any) -> Gateway:

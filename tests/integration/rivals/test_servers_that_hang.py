@@ -12,7 +12,7 @@ import time
 from tests.gateway import Gateway, Opener
 from tests.integration.rivals.routes import ASKED, GEMINI
 from tests.waiting import promised_s, wait_until
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 
 MOST_CONNECTIONS = 20
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests import watcher
 from tests.waiting import promised_s, wait_until
-from tidegate.embedded.process import Identity, command_of, identify
+from tidegate.embedded.servers import Identity, command_of, identify
 
 ROOT = Path(__file__).parents[3]
 ENDLESS = "tests/data/runs/endless.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.fleet import Fleet
 from tests.needs import STORES, starts
 from tests.product import started
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 
 ROOT = Path(__file__).parents[3]
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.gateway import open_gateway
 from tests.integration.http_input.server import wait_for
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 
 __all__ = ["open_gateway"]
 

@@ -14,12 +14,12 @@ import pytest
 from tests.gateway import PNG, Gateway, Opener
 from tests.integration.s3.conftest import BUCKET, S3Server, point_to
 from tests.waiting import wait_until
-from tidegate.doctor import State, examine
+from tidegate.doctor import examine
+from tidegate.doctor.checks import State
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store.blobs import Blobs, new_key
-from tidegate.store.connection import Connections
-from tidegate.store.erase import Eraser, Whose
-from tidegate.store.prune import prune
+from tidegate.store.database import Connections
+from tidegate.store.retention import Eraser, Whose, prune
 
 _URL = f"s3://{BUCKET}"
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.gateway import Gateway
-from tidegate.relay import work
+from tidegate.spine import native as work
 
 MODEL = "gemini-2.5-flash"
 PATH = f"/v1beta/models/{MODEL}:generateContent"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.security.hostile import Hostile, post, raw, status_of
-from tidegate.policy.edits import edit
+from tidegate.policy.format import edit
 
 CHAT = b"/v1/chat/completions"
 GEMINI = b"/v1beta/models/m:generateContent"

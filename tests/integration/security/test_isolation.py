@@ -10,7 +10,7 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import key_of
 from tidegate.call import Scope
-from tidegate.policy.edits import edit
+from tidegate.policy.format import edit
 
 PATH = "/v1beta/models/gemini-2.5-flash:generateContent"
 BODY = {"contents": [{"parts": [{"text": "Say hello"}]}]}

@@ -18,8 +18,8 @@ from tests.gateway import Gateway, Opener
 from tests.integration.rivals.routes import NATIVE, OWN, Route
 from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
-from tidegate.relay.spine import Relay
-from tidegate.telemetry import configure_logging
+from tidegate.spine.native import Relay
+from tidegate.telemetry.logging import configure_logging
 
 OURS = "plain-secret-of-the-upstream-0001"  # of a shape that no pattern knows
 ADMIN = "plain-secret-of-the-admin-0002"

@@ -19,7 +19,7 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
-from tidegate.embedded.process import free_port
+from tidegate.embedded.servers import free_port
 
 GUARDED = (
     *("/admin/limits", "/admin/tenants", "/admin/keys", "/admin/requests", "/admin/usage"),

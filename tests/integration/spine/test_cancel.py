@@ -107,7 +107,7 @@ async def _all(gateway: Gateway, count: int) -> bool:
 async def test_it_works_without_a_notification_too(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tidegate.store.bell import Bell
+    from tidegate.store.notifications import Bell
 
     monkeypatch.setattr(Bell, "cancel", lambda self, ids: None)
     gateway = await open_gateway()

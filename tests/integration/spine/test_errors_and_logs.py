@@ -12,7 +12,7 @@ from tests.loglines import Lines, lines
 from tests.outages import all_is_well
 from tests.waiting import wait_until
 from tidegate.http.views import UsageView
-from tidegate.pipeline import Pipeline
+from tidegate.spine.prompt import Pipeline
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 

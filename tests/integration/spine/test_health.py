@@ -12,8 +12,7 @@ import pytest
 from tests.clusters import FAST, copied
 from tests.gateway import Opener
 from tests.waiting import promised_s, wait_until
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import PostgresServer, ValkeyServer
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
-from tidegate.pipeline import Pipeline
+from tidegate.spine.prompt import Pipeline
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 

@@ -19,9 +19,9 @@ from aiohttp import web
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask
 from tidegate.call import ANYBODY
+from tidegate.dialects.requests import parsed
+from tidegate.emulator.server import run_emulator
 from tidegate.errors import InvalidRequest
-from tidegate.providers.emulator import run_emulator
-from tidegate.relay.asked import parsed
 
 PATH = "/v1/chat/completions"
 

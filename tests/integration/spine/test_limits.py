@@ -12,8 +12,8 @@ import pytest
 
 from tests.gateway import PNG, Gateway, Opener
 from tests.waiting import wait_until
-from tidegate.limiter import LimitView
-from tidegate.policy.edits import edit
+from tidegate.limiter.views import LimitView
+from tidegate.policy.format import edit
 
 MODEL = "gemini-2.5-flash"
 CHAT = "/v1/chat/completions"

@@ -16,7 +16,8 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
-from tidegate.http import live, openings
+from tidegate.http import jobs as live
+from tidegate.http import quotas as openings
 from tidegate.store.store import Store
 
 

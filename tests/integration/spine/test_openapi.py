@@ -8,9 +8,9 @@ import pytest
 
 from tests.gateway import PNG, Opener
 from tidegate.app import create_app
-from tidegate.config import Config
-from tidegate.http.fields import read_fields
 from tidegate.http.problems import STATUS
+from tidegate.http.submission import read_fields
+from tidegate.settings import Config
 
 PROBLEM = "application/problem+json"
 PATHS = {

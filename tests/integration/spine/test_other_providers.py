@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 
 from tests.gateway import Gateway, Opener, payload_of
-from tidegate.config import GOOGLE_URL
-from tidegate.providers.emulator import Emulator, run_emulator
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.settings import GOOGLE_URL
 
 CHAT = {"model": "gpt-5-mini", "messages": [{"role": "user", "content": "Say hello"}]}
 # As it is where others reach it: no emulator takes the place of Gemini's account.

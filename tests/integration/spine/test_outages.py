@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from tests.batching import assert_all_succeeded, begin, completed, content, end_of
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
-from tidegate.spine.faults import FAULTS
+from tidegate.spine.routing import FAULTS
 
 MODEL = "gemini-2.5-flash"
 CHAT = "/v1/chat/completions"

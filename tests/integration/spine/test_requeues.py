@@ -14,7 +14,7 @@ from tests.integration.spine.receiver import SECRET, Receiver, receiving
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
 from tests.loglines import Lines, lines
 from tests.waiting import wait_until
-from tidegate.jobs import webhook
+from tidegate.jobs import webhooks as webhook
 
 __all__ = ["lines"]
 

@@ -11,7 +11,7 @@ import aiohttp
 from tests.gateway import Gateway, Opener, read_stream, small_receive_buffer
 from tests.outages import all_is_well
 from tests.waiting import promised_s, wait_until
-from tidegate.embedded.valkey import ValkeyServer
+from tidegate.embedded.servers import ValkeyServer
 
 GONE_WITHIN_S = promised_s(0.1)
 # Between our seeing that all is closed and the test's asking about it, on a busy machine.

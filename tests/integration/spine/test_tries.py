@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.gateway import Gateway, Opener
-from tidegate.providers.emulator import run_emulator
+from tidegate.emulator.server import run_emulator
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": "Say hello"}]}

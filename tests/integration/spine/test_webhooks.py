@@ -17,8 +17,8 @@ from tests.integration.spine.receiver import SECRET, Received, Receiver, receivi
 from tests.markdown import blocks
 from tests.shapes import differences
 from tests.waiting import wait_until
-from tidegate.jobs import webhook
-from tidegate.jobs.webhook import signature
+from tidegate.jobs import webhooks as webhook
+from tidegate.jobs.webhooks import signature
 from tidegate.policy.tenants import webhook_secret_of
 
 SETTINGS: dict[str, Any] = {"webhook_secret": SECRET, "webhook_allow_private": True}

@@ -13,7 +13,7 @@ import pytest
 
 from tests.clusters import FAST, TEMPLATE, copied
 from tidegate.call import new_id
-from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.servers import PostgresServer
 from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 

@@ -17,7 +17,7 @@ from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until, work_for
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import ClaimLost, NotFound, StoreUnavailable
-from tidegate.store.queries import sql
+from tidegate.store.database import sql
 from tidegate.store.records import ClaimedJob
 from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.store.store import Store

@@ -14,7 +14,7 @@ import pytest
 from tests.waiting import wait_until
 from tidegate.call import new_id
 from tidegate.errors import NotFound, StoreUnavailable
-from tidegate.store.connection import Connections, ReadTurns
+from tidegate.store.database import Connections, ReadTurns
 from tidegate.store.store import Store
 
 LAST_STEP = 40  # of the event loop, by which the work below has long ended

@@ -17,8 +17,8 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from tidegate.store import partitions
-from tidegate.store.migrate import HEAD
+from tidegate.store import database as partitions
+from tidegate.store.database import HEAD
 
 # What a step may do although it takes something away from the version before, and why that is none.
 _EXCEPTIONS: dict[tuple[str, str], str] = {}

@@ -11,9 +11,9 @@ import pytest
 
 from tests.integration.store.jobs import UNSURE, new_job, now
 from tidegate.call import Kind, new_id
-from tidegate.store import listing
-from tidegate.store.listing import START, Filter, Place
+from tidegate.store import requests as listing
 from tidegate.store.records import StreamRecord
+from tidegate.store.requests import START, Filter, Place
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 

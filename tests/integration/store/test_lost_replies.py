@@ -11,7 +11,7 @@ from tests.integration.store.lossy import lossy
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.store.queries import sql
+from tidegate.store.database import sql
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 

@@ -10,8 +10,8 @@ import asyncpg
 import pytest
 
 from tidegate.errors import StoreUnavailable
-from tidegate.store import partitions
-from tidegate.store.migrate import HEAD, migrate
+from tidegate.store import database as partitions
+from tidegate.store.database import HEAD, migrate
 
 
 async def test_a_migration_reports_its_revision_and_the_next_has_nothing_to_do(
@@ -28,7 +28,7 @@ async def test_the_code_needs_the_newest_revision(empty_database_url: str) -> No
 
 async def test_processes_that_migrate_at_once_are_safe(empty_database_url: str) -> None:
     code = (
-        "import asyncio, sys; from tidegate.store.migrate import migrate; "
+        "import asyncio, sys; from tidegate.store.database import migrate; "
         "print(asyncio.run(migrate(sys.argv[1])))"
     )
     children = [

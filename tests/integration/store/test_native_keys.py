@@ -16,11 +16,11 @@ from tests.integration.store.conftest import MakeStore
 from tests.integration.store.test_outages import outage
 from tests.waiting import wait_until, work_for
 from tidegate.call import new_id
-from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import StoreUnavailable
-from tidegate.store.erase import Whose
-from tidegate.store.native_keys import Given, NativeKeys, Owner, Taken
+from tidegate.store.idempotency import Given, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
+from tidegate.store.retention import Whose
 from tidegate.store.store import Store
 
 LEASE_MS = 600

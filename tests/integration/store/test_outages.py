@@ -19,7 +19,7 @@ from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import TEXT, new_job, result
 from tests.waiting import promised_s, wait_until, work_for
 from tidegate.call import DEFAULT_POOL, Kind
-from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import StoreUnavailable
 from tidegate.store.records import ClaimedJob, StreamRecord
 from tidegate.store.states import Status

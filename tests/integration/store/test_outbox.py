@@ -15,8 +15,8 @@ from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import ClaimLost, NotFound
+from tidegate.store.database import sql
 from tidegate.store.outbox import add_webhooks
-from tidegate.store.queries import sql
 from tidegate.store.records import ClaimedJob, Failure
 from tidegate.store.states import Status
 from tidegate.store.store import Store
@@ -67,7 +67,7 @@ async def test_an_end_and_its_webhook_are_recorded_together_or_not_at_all(
         if failures:
             raise failures.pop()
 
-    monkeypatch.setattr("tidegate.store.recorder.add_webhooks", killed)
+    monkeypatch.setattr("tidegate.store.audit.add_webhooks", killed)
     with pytest.raises(RuntimeError):
         await store.finish(job, Status.SUCCEEDED, result())
     assert (await store.get(job.request_id, "default")).status is Status.RUNNING

@@ -11,7 +11,7 @@ from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Attachment, Kind, new_id
 from tidegate.errors import NotFound
-from tidegate.store import partitions
+from tidegate.store import database as partitions
 from tidegate.store.blobs import new_key
 from tidegate.store.records import OutputFile
 from tidegate.store.states import Status

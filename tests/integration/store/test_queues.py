@@ -21,7 +21,7 @@ from tests.integration.store.jobs import TEXT, UNSURE, new_job, now, result
 from tests.integration.store.test_claims import FILL
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind
-from tidegate.store.queries import sql
+from tidegate.store.database import sql
 from tidegate.store.records import ClaimedJob, NewJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
@@ -189,7 +189,7 @@ async def test_a_worker_that_starts_finds_what_was_there_in_steps_of_any_length(
     jobs = [new_job() for _ in range(6)]
     for job in jobs:
         await first.submit(job)
-    monkeypatch.setattr("tidegate.store.ready._QUICK_S", 0.0)  # every step counts as slow
+    monkeypatch.setattr("tidegate.store.queue._QUICK_S", 0.0)  # every step counts as slow
     assert await ids(second, 4) == [job.request_id for job in jobs[:4]]
     assert await ids(first) == [job.request_id for job in jobs[4:]]
 

@@ -10,7 +10,7 @@ import pytest
 from tests.integration.store.jobs import new_job, result
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import NotFound
-from tidegate.store import partitions
+from tidegate.store import database as partitions
 from tidegate.store.blobs import new_key
 from tidegate.store.states import Status
 from tidegate.store.store import Store

@@ -12,11 +12,11 @@ import pytest
 from tests.integration.store.jobs import new_job, now, upload
 from tests.waiting import wait_until
 from tidegate.call import Kind, new_id
-from tidegate.store import search
-from tidegate.store.queries import sql
+from tidegate.store import requests as search
+from tidegate.store.audit import RelayRecord
+from tidegate.store.database import sql
 from tidegate.store.records import Failure, StreamRecord
-from tidegate.store.relayed import RelayRecord
-from tidegate.store.search import END, Wanted
+from tidegate.store.requests import END, Wanted
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 

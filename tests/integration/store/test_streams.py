@@ -13,8 +13,8 @@ from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, picture, result, upload
 from tests.waiting import promised_s, wait_until
 from tidegate.call import Usage
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.store import recorder
+from tidegate.embedded.servers import PostgresServer
+from tidegate.store import audit as recorder
 from tidegate.store.records import Failure, StreamRecord
 from tidegate.store.states import Status
 from tidegate.store.store import Store

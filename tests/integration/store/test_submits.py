@@ -108,7 +108,7 @@ async def test_a_key_lives_as_long_as_its_request(store: Store, peek: asyncpg.Co
 async def test_a_submit_without_a_key_costs_no_look_at_keys(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tidegate.store import submits
+    from tidegate.store import jobs as submits
 
     async def never(*_given: object) -> object:
         raise AssertionError("looked for keys")

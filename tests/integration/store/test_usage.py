@@ -14,18 +14,9 @@ import orjson
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until, work_for
-from tidegate.call import (
-    NO_CHARGE,
-    UNKNOWN_CHARGE,
-    Charge,
-    Usage,
-    UsageDetails,
-    UsageState,
-    new_id,
-)
-from tidegate.store.records import StreamRecord
-from tidegate.store.relayed import RelayRecord, _entry
-from tidegate.store.rows import details_of
+from tidegate.call import NO_CHARGE, UNKNOWN_CHARGE, Charge, Usage, UsageDetails, UsageState, new_id
+from tidegate.store.audit import RelayRecord, _entry
+from tidegate.store.records import StreamRecord, details_of
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 

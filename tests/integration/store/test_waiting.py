@@ -12,8 +12,8 @@ from tests.integration.store.jobs import new_job, result
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import NotFound
-from tidegate.store import watch
-from tidegate.store.bell import LANES, Bell
+from tidegate.store import notifications as watch
+from tidegate.store.notifications import LANES, Bell
 from tidegate.store.records import ClaimedJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store

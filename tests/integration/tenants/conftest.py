@@ -9,7 +9,7 @@ import pytest
 
 from tests.clusters import FAST, copied
 from tests.gateway import open_gateway
-from tidegate.embedded.postgres import PostgresServer
+from tidegate.embedded.servers import PostgresServer
 
 __all__ = ["open_gateway"]
 

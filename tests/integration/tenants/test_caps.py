@@ -12,7 +12,8 @@ import pytest
 from tests.gateway import PNG, Opener
 from tests.integration.tenants.asking import ask, key_of, submitted
 from tests.waiting import wait_until
-from tidegate.store import queued, relayed
+from tidegate.store import audit as relayed
+from tidegate.store import jobs as queued
 
 
 async def test_a_priority_over_the_cap_is_lowered_to_it(open_gateway: Opener) -> None:
@@ -136,7 +137,7 @@ async def test_a_cap_that_comes_later_counts_what_is_there(open_gateway: Opener)
 
 
 async def test_counting_never_reads_the_queues_of_others(open_gateway: Opener) -> None:
-    from tidegate.store.queries import sql
+    from tidegate.store.database import sql
 
     gateway = await open_gateway(worker=False)
     fill = (

@@ -11,7 +11,7 @@ import pytest
 from tests.gateway import PNG, Opener
 from tests.integration.tenants.asking import ask, key_of, submitted
 from tests.waiting import wait_until
-from tidegate.policy.edits import edit
+from tidegate.policy.format import edit
 
 
 async def test_requests_files_and_status_are_the_owners_alone(open_gateway: Opener) -> None:

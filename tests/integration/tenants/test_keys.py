@@ -13,8 +13,8 @@ from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of,
 from tests.loglines import Lines, lines
 from tests.waiting import promised_s, wait_until
 from tidegate.call import Scope
-from tidegate.embedded.postgres import PostgresServer
-from tidegate.store.api_keys import make_key
+from tidegate.embedded.servers import PostgresServer
+from tidegate.store.tenants import make_key
 
 __all__ = ["lines"]
 

@@ -9,8 +9,8 @@ from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
 from tests.waiting import wait_until
-from tidegate.embedded.valkey import ValkeyServer
-from tidegate.metrics import board
+from tidegate.embedded.servers import ValkeyServer
+from tidegate.metrics import process as board
 
 MODEL = "gemini-2.5-flash"
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.verify.probes import Family
+from tidegate.verify.processes import Family
 
 SLOW = "tests.integration.verify.slow_to_end"
 

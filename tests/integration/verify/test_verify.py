@@ -18,13 +18,12 @@ from redis.asyncio import Redis
 from tests.commands import ran
 from tests.forked import started
 from tests.waiting import wait_until
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.providers.emulator import EmulatorSettings, run_emulator
-from tidegate.providers.emulator.settings import Behaviour
-from tidegate.verify.limiting import Limiting
-from tidegate.verify.plan import BATON, KIND, LIMIT, WEIGHTS, Plan
-from tidegate.verify.promises import Report, Verdict
-from tidegate.verify.words import markdown_of, sentence_of
+from tidegate.emulator.server import run_emulator
+from tidegate.emulator.settings import Behaviour, EmulatorSettings
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.verify.limiter import Limiting
+from tidegate.verify.plan import BATON, KIND, LIMIT, WEIGHTS, Plan, Report, Verdict
+from tidegate.verify.run import markdown_of, sentence_of
 
 ROOT = Path(__file__).parents[3]
 TABLES = ("requests", "files", "attempts", "audit", "bodies", "usage_days", "queued", "workers")

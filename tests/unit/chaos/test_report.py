@@ -10,7 +10,7 @@ from chaos.limiter.faults import FAULTS, Fault
 from chaos.limiter.report import Outcome, Round, judge, table
 from chaos.limiter.scene import Size
 from chaos.limiter.worker import LIMIT, Orders
-from tidegate.rehearse.history import NS, Event, Span, first_of_new_epoch_s
+from tidegate.checker import NS, Event, Span, first_of_new_epoch_s
 
 SIZE = Size(limit=1, lease_ms=1000)
 ORDERS = Orders(

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from tidegate.cli.legible import legible
+from tidegate.cli.terminal import legible
 
 EVIL = "a\x1b]0;title\x07b\x1b[2Jc\x9b1m\td\n日本語 👩‍👧"
 SAFE = "a\\x1b]0;title\\x07b\\x1b[2Jc\\x9b1m\td\n日本語 👩‍👧"
 SHOW = f"""
-from tidegate.cli.following import show_answer
+from tidegate.cli.client import show_answer
 show_answer({{"text": {EVIL!r}, "status": "succeeded"}})
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.dashboard.files import FOLDER, HEADERS
+from tidegate.dashboard.routes import FOLDER, HEADERS
 
 OURS = [path for path in FOLDER.rglob("*") if path.is_file() and "vendor" not in path.parts]
 MODULES = [path for path in OURS if path.suffix == ".js"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 
-from tidegate.dashboard.frame import (
+from tidegate.dashboard.feed import (
     MOST_FOUND,
     MOST_LIMITS,
     MOST_PROCESSES,
@@ -12,19 +12,9 @@ from tidegate.dashboard.frame import (
     pool_frame,
     upstream_frame,
 )
-from tidegate.limiter import (
-    Adaptive,
-    Concurrency,
-    LimitView,
-    PoolPolicy,
-    QueueView,
-    Quota,
-    Rate,
-    SessionView,
-    Snapshot,
-    TenantView,
-)
-from tidegate.metrics.board import Note, UpstreamFound
+from tidegate.limiter.policy import Adaptive, Concurrency, PoolPolicy, Quota, Rate
+from tidegate.limiter.views import LimitView, QueueView, SessionView, Snapshot, TenantView
+from tidegate.metrics.process import Note, UpstreamFound
 
 
 def limit(name: str, sort: str = "c", *, waiting: int = 0, paused_ms: int = 0) -> LimitView:

@@ -7,9 +7,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from tidegate.config import SECRETS, Config, load
-from tidegate.config.settings import PROVIDER_KEYS
-from tidegate.policy import deployed, deployed_upstreams, emulates
+from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
+from tidegate.settings import PROVIDER_KEYS, SECRETS, Config, load
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.unit.deploy.deployment import DEPLOY, ROOT, as_config, output, seconds
-from tidegate.config import Config
+from tidegate.settings import Config
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import yaml
 
 from tests.markdown import blocks
 from tests.unit.deploy.deployment import DEPLOY, as_config, output
-from tidegate.http import watched
+from tidegate.http import server as watched
 
 _FOLDER = DEPLOY / "kubernetes"
 _VERSIONS = ("1.30.0", "1.37.0")  # the oldest and the newest that are checked

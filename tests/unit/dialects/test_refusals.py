@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tidegate.dialects import error_of_refusal
-from tidegate.dialects.waits import until_date_ms, until_ms
+from tidegate.dialects.faults import error_of_refusal
+from tidegate.dialects.refusal import until_date_ms, until_ms
 from tidegate.errors import (
     UpstreamError,
     UpstreamRejected,

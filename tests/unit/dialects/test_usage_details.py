@@ -9,9 +9,9 @@ import orjson
 import pytest
 
 from tidegate.call import Charge, Usage, UsageDetails, UsageState
-from tidegate.relay.paths import Dialect
-from tidegate.relay.told import told_in
-from tidegate.store.rows import charge_columns, details_of, details_row, details_text
+from tidegate.dialects.responses import told_in
+from tidegate.dialects.routes import Dialect
+from tidegate.store.records import charge_columns, details_of, details_row, details_text
 
 OPENAI, ANTHROPIC, GEMINI = Dialect.OPENAI, Dialect.ANTHROPIC, Dialect.GEMINI
 Json = dict[str, Any]

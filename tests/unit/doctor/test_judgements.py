@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 
 from tidegate.call import Scope
-from tidegate.config import key_file, load, operator_key
-from tidegate.doctor import deployment, machine, postgresql, valkey
-from tidegate.doctor.finding import Finding, State
-from tidegate.limiter import PoolPolicy, SessionView, Snapshot
-from tidegate.limiter.checkup import ServerReport
-from tidegate.policy.plain import digest, to_plain
-from tidegate.store.checkup import DatabaseReport
+from tidegate.doctor import checks as deployment
+from tidegate.doctor import checks as machine
+from tidegate.doctor import stores as postgresql
+from tidegate.doctor import stores as valkey
+from tidegate.doctor.checks import Finding, State
+from tidegate.limiter.diagnostics import ServerReport
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.views import SessionView, Snapshot
+from tidegate.policy.format import digest, to_plain
+from tidegate.settings import key_file, load, operator_key
+from tidegate.store.diagnostics import DatabaseReport
 from tidegate.store.records import PolicyRecord
 from tidegate.store.tenants import Key
 
@@ -87,7 +91,7 @@ def state_of(found: Any, check: str) -> State:
     ],
 )
 def test_servers_of_the_limiter(check: str, change: dict[str, Any], state: State) -> None:
-    found = valkey.judge(replace(SERVER, **change), 3_000, embedded=False)
+    found = valkey.judge_valkey(replace(SERVER, **change), 3_000, embedded=False)
     assert state_of(found, f"valkey.{check}") is state
 
 
@@ -260,7 +264,7 @@ def test_old_and_missing_packages_and_few_descriptors_are_told(
 ) -> None:
     config = load({"PORT": "0"}, None)
     monkeypatch.setattr(
-        "tidegate.doctor.machine.metadata.requires",
+        "tidegate.doctor.checks.metadata.requires",
         lambda _: ["rich>=999; extra == 'gateway'", "no-such-thing>=1", "other>=1; extra == 'x'"],
     )
     (found,) = [one for one in machine.look(config) if one.check == "machine.packages"]

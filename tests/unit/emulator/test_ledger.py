@@ -7,15 +7,8 @@ from dataclasses import asdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.providers.emulator.ledger import (
-    MOST_MODELS,
-    OTHER_MODELS,
-    Billed,
-    Ending,
-    Ledger,
-    LoggedCall,
-)
-from tidegate.providers.emulator.settings import KINDS
+from tidegate.emulator.settings import KINDS
+from tidegate.emulator.state import MOST_MODELS, OTHER_MODELS, Billed, Ending, Ledger, LoggedCall
 
 endings: list[Ending] = ["finished", "failed", "client_gone"]
 step = st.one_of(

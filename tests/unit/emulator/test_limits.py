@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.providers.emulator.limits import (
+from tidegate.emulator.limits import (
     Counter,
     FixedWindow,
     Gate,
@@ -17,7 +17,7 @@ from tidegate.providers.emulator.limits import (
     TokenBucket,
     counter_for,
 )
-from tidegate.providers.emulator.settings import RateLimit
+from tidegate.emulator.settings import RateLimit
 
 Arrivals = list[tuple[int, int]]
 arrivals = st.lists(

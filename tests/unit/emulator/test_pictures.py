@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from tidegate.providers.emulator.pictures import draw
+from tidegate.emulator.content import draw
 
 
 def pixels(data: bytes) -> tuple[int, bytes]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tidegate.emulator.client import _plain
+from tidegate.emulator.settings import Behaviour, Distribution, RateLimit
 from tidegate.errors import InvalidRequest
-from tidegate.providers.emulator.client import _plain
-from tidegate.providers.emulator.settings import Behaviour, Distribution, RateLimit
 
 
 def test_a_behaviour_survives_its_own_json() -> None:

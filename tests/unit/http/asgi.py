@@ -9,7 +9,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.types import Message
 
-from tidegate.config import Config
+from tidegate.settings import Config
 
 BOUNDARY = "frontier"
 MULTIPART = f"multipart/form-data; boundary={BOUNDARY}"

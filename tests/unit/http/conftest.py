@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.http.asgi import settings
-from tidegate.config import Config
+from tidegate.settings import Config
 from tidegate.store.blobs import Blobs
 
 

@@ -10,10 +10,9 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from tests.unit.http.asgi import Sender, request
-from tidegate.config import Config
 from tidegate.errors import InvalidRequest, RequestTimeout
-from tidegate.http.body import Body
-from tidegate.http.incoming import Pace
+from tidegate.http.body import Body, Pace
+from tidegate.settings import Config
 
 
 class DrippingSender(Sender):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.http.credentials import Shown, shown_in
+from tidegate.http.auth import Shown, shown_in
 
 KEY = b"tg_abcdefghij_" + b"a" * 43
 OTHER = b"tg_abcdefghij_" + b"b" * 43

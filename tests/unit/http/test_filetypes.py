@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.unit.http.asgi import PDF, PNG
 from tidegate.errors import UnsupportedMedia
-from tidegate.http.filetypes import HEAD_BYTES, MAX_NAME_CHARS, TypeCheck, safe_name
-from tidegate.providers.pictures import PICTURE_TYPES, picture_type
+from tidegate.http.submission import HEAD_BYTES, MAX_NAME_CHARS, TypeCheck, safe_name
+from tidegate.upstream.fetch import PICTURE_TYPES, picture_type
 
 OCTETS = "application/octet-stream"
 TAIL = bytes(range(256)) * 2

@@ -9,9 +9,9 @@ import pytest
 
 from tests.unit.http.asgi import Sender, request
 from tidegate.call import Kind
-from tidegate.config import Config
 from tidegate.errors import FetchRefused, InvalidRequest, PayloadTooLarge, UnsupportedMedia
-from tidegate.http.forms import Submission, read_submission
+from tidegate.http.submission import Submission, read_submission
+from tidegate.settings import Config
 from tidegate.store.blobs import Blobs
 
 FORM = "application/x-www-form-urlencoded"

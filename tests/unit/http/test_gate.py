@@ -14,8 +14,7 @@ from tidegate.call import ANYBODY, Caller, Caps, Scope
 from tidegate.errors import Forbidden, InvalidRequest, StoreUnavailable, Unauthenticated
 from tidegate.http import auth
 from tidegate.http.auth import FRESH_S, REFUSED_FOR_S, Gate
-from tidegate.store.api_keys import NewKey, make_key
-from tidegate.store.tenants import FoundKey, Tenants
+from tidegate.store.tenants import FoundKey, NewKey, Tenants, make_key
 
 OUTAGE_S = 600.0
 

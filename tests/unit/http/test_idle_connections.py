@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from tidegate.http.protocol import BoundedProtocol
+from tidegate.http.uvicorn_protocol import BoundedProtocol
 
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 KEEP_ALIVE_S = 75.0

@@ -8,7 +8,7 @@ import pytest
 from starlette.types import Message
 
 from tidegate.errors import QueueFull, RequestTimeout
-from tidegate.http.incoming import Bodies, Hold, Incoming, Pace, Patience, Room
+from tidegate.http.body import Bodies, Hold, Incoming, Pace, Patience, Room
 
 MB = 1_000_000
 SHARED = Room(250 * MB, 100 * MB, shared=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 from starlette.staticfiles import StaticFiles
 
-from tidegate.http.methods import allow, methods_in
+from tidegate.http.problems import allow, methods_in
 
 
 def app(folder: Path) -> FastAPI:

@@ -27,10 +27,10 @@ from tests.unit.http.asgi import (
 )
 from tests.waiting import wait_until
 from tidegate.call import Kind
-from tidegate.config import Config
 from tidegate.errors import InvalidRequest, PayloadTooLarge, StoreUnavailable, UnsupportedMedia
-from tidegate.http.forms import discard, read_submission
-from tidegate.http.spool import MEMORY_BYTES
+from tidegate.http.body import MEMORY_BYTES
+from tidegate.http.submission import discard, read_submission
+from tidegate.settings import Config
 from tidegate.store.blobs import Blobs
 
 LARGE = b"line of text\n" * (MEMORY_BYTES // 4)

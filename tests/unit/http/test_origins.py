@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.config import Config
 from tidegate.http.origins import Origins
+from tidegate.settings import Config
 
 LOCAL = Origins(Config())
 NAMED = Origins(Config(allowed_hosts=("gate.example", "other.example")))

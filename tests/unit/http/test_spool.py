@@ -12,7 +12,7 @@ import pytest
 from tests.unit.http.asgi import files_under
 from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
-from tidegate.http.spool import Spool, remove_leftovers
+from tidegate.http.body import Spool, remove_leftovers
 
 
 async def test_a_small_file_never_touches_the_disk(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from tidegate import errors
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
-from tidegate.http.advice import advice
-from tidegate.http.timeline import Step, timeline
-from tidegate.store.dossier import AttemptRecord, DeliveryRecord, Dossier
+from tidegate.http.admin.requests import Step, timeline
+from tidegate.http.problems import advice
 from tidegate.store.records import Failure, RequestRecord
+from tidegate.store.requests import AttemptRecord, DeliveryRecord, Dossier
 from tidegate.store.states import Status
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tidegate.call import Kind
-from tidegate.http.wrong_value import in_words
+from tidegate.http.problems import in_words
 
 
 class Strict(BaseModel):

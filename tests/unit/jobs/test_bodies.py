@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from tidegate.jobs.bodies import Room
+from tidegate.jobs.worker import Room
 
 
 async def test_what_does_not_fit_waits_in_its_order() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tidegate.jobs.batch_check import Check
+from tidegate.jobs.batches import Check
 
 
 def test_a_line_of_countless_values_is_not_even_parsed() -> None:

@@ -8,9 +8,8 @@ from typing import Any, cast
 
 from tests.waiting import wait_until
 from tidegate.errors import UpstreamThrottled
-from tidegate.jobs.batch_lines import LineCaller
-from tidegate.jobs.held import Held
-from tidegate.jobs.outages import Outages, Turn
+from tidegate.jobs.batches import LineCaller
+from tidegate.jobs.outages import Held, Outages, Turn
 
 
 class Lines:

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterable
 
 import pytest
 
-from tidegate.jobs import batch_runner
-from tidegate.jobs.batch_runner import lines_of
+from tidegate.jobs import batches as batch_runner
+from tidegate.jobs.batches import lines_of
 
 
 class Piece(bytes):

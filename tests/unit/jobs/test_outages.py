@@ -18,7 +18,6 @@ from tidegate.errors import (
     UpstreamUnauthorized,
     UpstreamUnavailable,
 )
-from tidegate.jobs.held import Held, Look, look_at
 from tidegate.jobs.outages import (
     DEAD_KEY_S,
     FAULTS,
@@ -26,11 +25,14 @@ from tidegate.jobs.outages import (
     HEAD_START_S,
     LONGEST_S,
     LONGEST_SPREAD_S,
+    Held,
     Key,
+    Look,
     Outages,
+    PutOff,
     Turn,
+    look_at,
 )
-from tidegate.jobs.put_off import PutOff
 
 TEXT: tuple[Key, ...] = (("main", "text"),)
 PICTURES: tuple[Key, ...] = (("main", "pictures"),)

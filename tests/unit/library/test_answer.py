@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 
 from tidegate.errors import LeaseLost, UpstreamTimeout
-from tidegate.integrations.answer import (
+from tidegate.integrations.exchange import (
     MAX_KEPT_BYTES,
     Review,
+    demand_of,
     outcome_of_error,
     outcome_of_status,
+    penalised_by,
     retry_after_ms,
     retry_info_ms,
 )
-from tidegate.integrations.demanded import demand_of, penalised_by
-from tidegate.limiter import Demand
+from tidegate.limiter.queue import Demand
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 

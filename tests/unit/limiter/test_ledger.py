@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tidegate.errors import DemandImpossible
-from tidegate.limiter import outbox
-from tidegate.limiter.entries import Batch, Waiter
-from tidegate.limiter.flow import Tokens
-from tidegate.limiter.ledger import CHAIN, Ledger
-from tidegate.limiter.limits import Adaptive, Concurrency, PoolPolicy, Quota, Rate
-from tidegate.limiter.wire import USAGE_LATER, Hint
+from tidegate.limiter import queue as outbox
+from tidegate.limiter.messages import USAGE_LATER, Hint
+from tidegate.limiter.policy import Adaptive, Concurrency, PoolPolicy, Quota, Rate
+from tidegate.limiter.queue import CHAIN, Batch, Ledger, Tokens, Waiter
 
 LIMITS = ("kind:a",)
 POLICY = PoolPolicy(

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.limiter import PoolPolicy
-from tidegate.limiter.limits import (
+from tidegate.limiter.connection import read_facts
+from tidegate.limiter.messages import band_shares, definition, flow_of, lane_of
+from tidegate.limiter.policy import (
     MAX_LOG,
     Adaptive,
     Band,
     Concurrency,
+    PoolPolicy,
     Quota,
     Rate,
     share_of,
 )
-from tidegate.limiter.link import read_facts
-from tidegate.limiter.wire import band_shares, definition, flow_of, lane_of
 
 FULL = PoolPolicy(
     {

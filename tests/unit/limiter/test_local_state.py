@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.limiter.ledger import CHAIN
-from tidegate.limiter.limits import Limit, Rate
-from tidegate.limiter.wire import Hint
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import Hint
+from tidegate.limiter.policy import Limit, PoolPolicy, Rate
+from tidegate.limiter.queue import CHAIN
 
 TENANTS = 10_000
 

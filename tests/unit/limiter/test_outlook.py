@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tidegate.errors import LimitPaused, LimitUsedUp
-from tidegate.limiter.limits import Limit, Quota, Rate
-from tidegate.limiter.operations import FOR_EVER_MS
-from tidegate.limiter.outlook import too_early, too_late
+from tidegate.limiter.limiter import FOR_EVER_MS
+from tidegate.limiter.messages import too_early, too_late
+from tidegate.limiter.policy import Limit, Quota, Rate
 
 
 @pytest.mark.parametrize(

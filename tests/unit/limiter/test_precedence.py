@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tidegate.errors import PolicyConflict
-from tidegate.limiter import Concurrency, PoolPolicy
-from tidegate.limiter.precedence import WRITTEN_BY, OnConflict, WrittenPolicy
-from tidegate.limiter.snapshot import Change
+from tidegate.limiter.connection import WRITTEN_BY, OnConflict, WrittenPolicy
+from tidegate.limiter.policy import Concurrency, PoolPolicy
+from tidegate.limiter.views import Change
 
 ONE, TEN = {"kind:text_only": 1}, {"kind:text_only": 10}
 

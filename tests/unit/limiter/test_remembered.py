@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.limiter.remembered import AHEAD_KEPT, Remembered
-from tidegate.limiter.wire import Whole
+from tidegate.limiter.messages import Whole
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.session import AHEAD_KEPT, Remembered
 
 POLICY = PoolPolicy({})
 

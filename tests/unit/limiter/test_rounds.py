@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tidegate.limiter.ledger import Ledger
+from tidegate.limiter.queue import Ledger
 
 
 @pytest.fixture

@@ -8,27 +8,32 @@ from importlib.resources import files
 
 import pytest
 
-from tidegate.limiter import flow, limits, session
-from tidegate.limiter.keys import LAYOUT, SHAPES, Keyspace
-from tidegate.limiter.model import (
-    ACK_WINDOW,
-    permits,
-    places,
-    pump,
-    roster,
-    spending,
-    state,
-    telling,
-)
-from tidegate.limiter.scripts import ScriptName, fragment, load, read_header
-from tidegate.limiter.wire import (
+from tidegate.limiter import policy as limits
+from tidegate.limiter import queue as flow
+from tidegate.limiter import session
+from tidegate.limiter.messages import (
+    LAYOUT,
+    SHAPES,
     InspectReply,
+    Keyspace,
     Renewal,
     RenewReply,
+    ScriptName,
     SyncReply,
     SyncRequest,
     Whole,
+    fragment,
+    load,
+    read_header,
 )
+from tidegate.limiter.model import pool as roster
+from tidegate.limiter.model import pool as telling
+from tidegate.limiter.model import rates as spending
+from tidegate.limiter.model import scheduler as permits
+from tidegate.limiter.model import scheduler as places
+from tidegate.limiter.model import scheduler as pump
+from tidegate.limiter.model import scheduler as state
+from tidegate.limiter.model.scheduler import ACK_WINDOW
 
 FRAGMENTS = sorted(
     entry.name.removesuffix(".lua")

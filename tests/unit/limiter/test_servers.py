@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.limiter.servers import Address, Ask, Server, owner_of, read_url
+from tidegate.limiter.topology import Address, Ask, Server, owner_of, read_url
 
 KEY = "tg:1:{gemini}:meta"
 SLOTS = ("CLUSTER", "SLOTS")

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.policy.test_waiting import IDLE, KIND, QUEUED, RATED, pool
-from tidegate.limiter import Concurrency, LimitView, QueueView, Quota, Rate
-from tidegate.limiter.limits import Limit
-from tidegate.policy.binding import adapted_from, admitted_per_s, binding_limit
-from tidegate.store.running import Whereabouts
+from tidegate.limiter.policy import Concurrency, Limit, Quota, Rate
+from tidegate.limiter.views import LimitView, QueueView
+from tidegate.policy.inspection import adapted_from, admitted_per_s, binding_limit
+from tidegate.store.requests import Whereabouts
 
 FLASH = LimitView("model:flash", "c", 12, 6, 164, 0, 6, 0, 0, "", 0, cost_ms=2_000)
 PRO = replace(FLASH, limit="model:pro")

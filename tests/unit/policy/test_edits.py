@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
-from tidegate.policy.edits import edit
+from tidegate.policy.format import edit
 
 BEFORE: dict[str, Any] = {
     "limits": {"kind:text_only": 5, "rpm:m": 60},

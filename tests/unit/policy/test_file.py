@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.config import Config, load
 from tidegate.errors import ConfigError
-from tidegate.limiter.limits import PoolPolicy, Rate
-from tidegate.policy import deployed
-from tidegate.policy.plain import of_plain
-from tidegate.policy.scopes import AT_ONCE
+from tidegate.limiter.policy import PoolPolicy, Rate
+from tidegate.policy.deployment import deployed
+from tidegate.policy.format import AT_ONCE, of_plain
+from tidegate.settings import Config, load
 
 EXAMPLE = Path(__file__).parents[3] / "tidegate.example.toml"
 

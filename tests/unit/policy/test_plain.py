@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import ConfigError
-from tidegate.limiter.limits import (
+from tidegate.limiter.policy import (
     UNITS,
     Adaptive,
     Band,
@@ -21,8 +21,7 @@ from tidegate.limiter.limits import (
     Quota,
     Rate,
 )
-from tidegate.policy.plain import digest, of_plain, to_plain
-from tidegate.policy.scopes import MEASURES
+from tidegate.policy.format import MEASURES, digest, of_plain, to_plain
 
 EVERYTHING = """
 [limits]

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tidegate.errors import ConfigError
-from tidegate.limiter.limits import PoolPolicy
-from tidegate.policy import revisions
-from tidegate.policy.plain import Plain, digest, to_plain
-from tidegate.policy.revisions import Conflict, Decision, Found, Origin, Revision, differences
-from tidegate.policy.tenancy import share_edit, with_tenants
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.policy import rollout as revisions
+from tidegate.policy.format import Plain, digest, share_edit, to_plain, with_tenants
+from tidegate.policy.rollout import Conflict, Decision, Found, Origin, Revision, differences
 
 
 def plain(limit: int) -> Plain:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.policy.tenancy import Share, is_of, share_edit, share_of, without
+from tidegate.policy.format import Share, is_of, share_edit, share_of, without
 
 PLAIN: dict[str, Any] = {
     "limits": {

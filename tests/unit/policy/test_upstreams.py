@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from tidegate.config import EMULATORS_KEY, Config
 from tidegate.errors import ConfigError
-from tidegate.policy.upstreams import Deployment, Price, deployment_of
+from tidegate.policy.deployment import Deployment, Price, deployment_of
+from tidegate.settings import EMULATORS_KEY, Config
 
 CONFIG = Config.model_validate({"gemini_api_key": "AIzaSecret"})
 WHOLE = """

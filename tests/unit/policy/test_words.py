@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.limiter.limits import Adaptive, Concurrency, Limit, Quota, Rate
-from tidegate.policy.words import in_words, pause_in_words, span_in_words
+from tidegate.limiter.messages import pause_in_words, span_in_words
+from tidegate.limiter.policy import Adaptive, Concurrency, Limit, Quota, Rate
+from tidegate.policy.format import in_words
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.providers.emulator.ledger import LoggedCall
-from tidegate.rehearse.history import (
+from tidegate.checker import (
     NS,
     Curve,
     Event,
@@ -19,6 +18,7 @@ from tidegate.rehearse.history import (
     waste,
     window_maximum,
 )
+from tidegate.emulator.state import LoggedCall
 
 LIMIT = "kind:text_only"
 

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.rehearse.amounts import amount_of
-from tidegate.rehearse.load import load_of
-from tidegate.rehearse.trace import Arrival, Pace, Usual, read_trace, write_trace
+from tidegate.rehearse.load import Arrival, Pace, Usual, amount_of, load_of, read_trace, write_trace
 
 USUAL = Usual({"text_only": "a-model"}, Pace(first_ms=100, tokens_per_s=100))
 

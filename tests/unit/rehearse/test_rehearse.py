@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 
-from tidegate.limiter.limits import Band, PoolPolicy, Quota, Rate
-from tidegate.rehearse.findings import Findings
-from tidegate.rehearse.load import load_of
-from tidegate.rehearse.play import compare, rehearse
-from tidegate.rehearse.stage import Setting
-from tidegate.rehearse.tables import sentence_of, tables_of
-from tidegate.rehearse.trace import Arrival, Pace, Usual
+from tidegate.limiter.policy import Band, PoolPolicy, Quota, Rate
+from tidegate.rehearse.load import Arrival, Pace, Usual, load_of
+from tidegate.rehearse.report import Findings, sentence_of, tables_of
+from tidegate.rehearse.simulation import Setting, compare, rehearse
 
 pytestmark = pytest.mark.slow
 

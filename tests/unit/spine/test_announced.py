@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.dialects.rate_headers import RateStatus, rate_statuses
-from tidegate.spine import announced
-from tidegate.spine.announced import MOST_MODELS, Announced, Announcement
+from tidegate.dialects.rate_limits import RateStatus, rate_statuses
+from tidegate.spine import routing as announced
+from tidegate.spine.routing import MOST_MODELS, Announced, Announcement
 
 OPENAI = [
     (b"Content-Type", b"application/json"),

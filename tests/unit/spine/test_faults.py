@@ -13,7 +13,7 @@ from tidegate.errors import (
     UpstreamUnauthorized,
     UpstreamUnavailable,
 )
-from tidegate.spine.faults import (
+from tidegate.spine.routing import (
     FAULTS,
     FAULTS_OF_ONE,
     Faults,

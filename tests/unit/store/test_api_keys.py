@@ -7,8 +7,8 @@ from hashlib import sha256
 
 import pytest
 
-from tidegate.store.api_keys import digest_of, is_same, make_key, prefix_in, prefix_of
-from tidegate.telemetry import redact
+from tidegate.store.tenants import digest_of, is_same, make_key, prefix_in, prefix_of
+from tidegate.telemetry.logging import redact
 
 
 def test_a_key_has_its_form_and_is_kept_as_a_digest_alone() -> None:

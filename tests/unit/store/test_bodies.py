@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from tidegate.store.bodies import as_kept, unpack
+from tidegate.store.audit import as_kept, unpack
 
 
 @pytest.mark.parametrize("text", [b"Say again " * 100_000, b"Say it once"])

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.store.histogram import LANES, counts, lane_of, one, pack, percentiles, unpack
+from tidegate.store.statistics import LANES, counts, lane_of, one, pack, percentiles, unpack
 
 LENGTHS = st.lists(st.floats(1, 3_000_000), min_size=1, max_size=200)
 

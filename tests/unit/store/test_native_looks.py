@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from tidegate.store import native_keys
-from tidegate.store.connection import Connections, Work
-from tidegate.store.native_keys import NativeKeys
+from tidegate.store import idempotency as native_keys
+from tidegate.store.database import Connections, Work
+from tidegate.store.idempotency import NativeKeys
 
 
 class Counted:

@@ -9,8 +9,9 @@ from pathlib import Path
 import orjson
 
 from tidegate.call import Usage
-from tidegate.store import queries, rows
-from tidegate.store.bodies import inline_row, unpack
+from tidegate.store import database as queries
+from tidegate.store import records as rows
+from tidegate.store.audit import inline_row, unpack
 from tidegate.store.liveness import Steadiness
 from tidegate.store.records import AttemptResult, Failure
 

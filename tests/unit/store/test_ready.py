@@ -6,8 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from tidegate.store.lookback import ALL_S, MARGIN_S, Lookback
-from tidegate.store.ready import Ready
+from tidegate.store.queue import ALL_S, MARGIN_S, Lookback, Ready
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -6,10 +6,10 @@ from dataclasses import fields
 from datetime import UTC, datetime
 
 from tidegate.call import Charge, Usage, UsageDetails, UsageState, new_id
-from tidegate.observed import Observed
+from tidegate.store.audit import RelayRecord, observed_of
 from tidegate.store.records import Failure
-from tidegate.store.relayed import RelayRecord, observed_of
 from tidegate.store.states import Status
+from tidegate.telemetry.events import Observed
 
 RECEIVED, ENDED = datetime(2026, 5, 1, tzinfo=UTC), datetime(2026, 5, 2, tzinfo=UTC)
 

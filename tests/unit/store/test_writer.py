@@ -9,8 +9,8 @@ import pytest
 
 from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
-from tidegate.store import writer
-from tidegate.store.writer import GroupWriter
+from tidegate.store import database as writer
+from tidegate.store.database import GroupWriter
 
 
 class Commits:

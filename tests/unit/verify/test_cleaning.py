@@ -7,9 +7,8 @@ import asyncio
 import pytest
 
 from tidegate.errors import LimiterUnavailable
-from tidegate.verify import cleaning
-from tidegate.verify.cleaning import clean_pool, finish
-from tidegate.verify.promises import Report
+from tidegate.verify import plan as cleaning
+from tidegate.verify.plan import Report, clean_pool, finish
 
 
 class Removal:

@@ -1,18 +1,406 @@
-"""A pool as the scripts must treat it: `sync`, `tend`, `renew` and `act`.
+"""Executable specification of a pool: what the scripts must do, in plain Python. Pure.
 
-Invariants: the server's clock never goes back within an epoch; whoever may have lost the past lets
-nobody in for a lease; a request that was overtaken by a later one does nothing.
+The property tests step it beside the real Lua and compare every reply, every push and the state.
+Where the Lua counts, the model derives: usage of a limit *is* the permits under it, waiters *are*
+the queues.
+
+Invariants: the server's clock never goes back within an epoch; after a loss nobody is admitted
+for a lease; an overtaken request does nothing; what a process reports to hold counts, even above
+the limit, which then drains; the highest revision of the policy wins; a reported spent amount is
+never less than the true one.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 
-from tidegate.limiter.limits import Rate
-from tidegate.limiter.model.roster import MOST_TO_ANNOUNCE
-from tidegate.limiter.model.state import BLOCKED, Gate, Pause, Session
-from tidegate.limiter.model.telling import Telling
-from tidegate.limiter.wire import Renewal, RenewReply, Status, SyncReply, SyncRequest
+from tidegate.limiter.messages import (
+    Push,
+    Renewal,
+    RenewReply,
+    Status,
+    SyncReply,
+    SyncRequest,
+    Whole,
+    band_shares,
+    definition,
+)
+from tidegate.limiter.model.scheduler import (
+    ACK_WINDOW,
+    BLOCKED,
+    NO_LIMIT,
+    Gate,
+    Held,
+    Lapsing,
+    LimitState,
+    Pause,
+    Pump,
+    Session,
+    read_flow,
+)
+from tidegate.limiter.policy import PoolPolicy, Rate, as_limit
+
+# Beyond so many sessions a newcomer is not announced, or nobody is named.
+MOST_TO_ANNOUNCE = 64
+# So many newcomers are looked at by one call.
+MOST_AT_ONCE = 64
+MOST_ON_ROSTER = 256
+
+
+class Roster(Pump):
+    """See the module. `version` grows with every change of who is there; `seen` is the version
+    that each session knows; `expected` are those who are to come back; `empty` says that the
+    server knew nothing, `vouched` that somebody has named who was there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version = 0
+        self.seen: dict[str, int] = {}
+        self.expected: set[str] = set()
+        self.empty = False
+        self.vouched = False
+        self.began = 0
+
+    def forget_roster(self, *, empty: bool) -> None:
+        """Another epoch."""
+        self.seen, self.fresh, self.expected = {}, {}, set()
+        self.empty, self.vouched = empty, False
+
+    def call_up(self, sid: str) -> None:
+        """A message without grants: compare everything."""
+        session = self.sessions.get(sid)
+        if session and session.expiry > self.now and sid in self.subscribed:
+            self.pushed.append((sid, Push(self.epoch, session.gen, session.sent, [], self.now)))
+
+    def call_up_others(self, but: str) -> None:
+        for sid in self.sessions:
+            if sid != but:
+                self.call_up(sid)
+
+    def enter_roster(self, sid: str, session: Session, before: Session | None) -> None:
+        """One that was there joins again only to say something new."""
+        if before is not None:
+            session.since = before.since
+            return
+        self.version += 1
+        session.since = self.seen[sid] = self.version
+        if len(self.sessions) > 1:
+            lease_ms = self.policy.lease_ms if self.policy else 0
+            self.fresh[sid] = self.now + lease_ms // 2
+            if not self.quiet() and len(self.sessions) <= MOST_TO_ANNOUNCE:
+                self.call_up_others(sid)
+
+    def leave_roster(self, sid: str) -> None:
+        self.version += 1
+        self.seen.pop(sid, None)
+        self.fresh.pop(sid, None)
+
+    def acknowledge(self, q: SyncRequest) -> None:
+        """What a session knows, and who is known to all by that."""
+        self.seen[q.sid] = max(self.seen[q.sid], q.roster)
+        least = min(self.seen.values())
+        eldest = sorted(self.fresh.items(), key=lambda each: (each[1], each[0]))
+        for sid, until in eldest[:MOST_AT_ONCE]:
+            if until <= self.now or self.sessions[sid].since <= least:
+                del self.fresh[sid]
+                if sid != q.sid:
+                    self.call_up(sid)
+
+    def vouch(self, q: SyncRequest) -> None:
+        """Whoever comes back after an empty restart names those who were there."""
+        assert q.join is not None
+        if not self.empty or not self.quiet():
+            return
+        self.expected |= {sid for sid in q.join.roster if sid not in self.sessions}
+        self.expected.discard(q.sid)
+        self.vouched |= bool(q.join.roster)
+        if self.vouched and not self.expected:
+            lease_ms = self.policy.lease_ms if self.policy else 0
+            self.began, self.recover_until = self.now - max(lease_ms, q.lease_ms), self.now
+            self.call_up_others(q.sid)
+
+    def roster(self, q: SyncRequest) -> tuple[int, list[str] | None]:
+        """Its version, and who is there, for a session that does not know it yet."""
+        if len(self.sessions) > MOST_ON_ROSTER:
+            return 0, []
+        return self.version, None if q.roster == self.version else list(self.sessions)
+
+
+# What a gate is taken for whose record was lost.
+GATE_MS = 1000
+
+
+class Joining(Roster):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conflict = 0
+        self.changes = 0
+        # limit -> the number of its last change, and what was spent then
+        self.spending: dict[str, tuple[int, int]] = {}
+
+    @property
+    def lease_ms(self) -> int:
+        return self.policy.lease_ms if self.policy else 0
+
+    @property
+    def hold(self) -> bool:
+        return self.policy is not None and self.policy.on_expiry == "hold"
+
+    @property
+    def revision(self) -> int:
+        return self.policy.revision if self.policy else 0
+
+    def forget_stamps(self) -> None:
+        """With nobody left in a tenant's queues its stamps may begin anew."""
+        for tenant in self.left:
+            if not self.queues_of[tenant]:
+                self.stamps.pop(tenant, None)
+        self.left.clear()
+
+    def note_spenders(self) -> None:
+        """Each change of what is spent has a number."""
+        for name, limit in sorted(self.limits.items()):
+            if limit.spending.anew:
+                limit.spending.anew = False
+                self.changes += 1
+                self.spending[name] = self.changes, self.spent(limit)
+
+    def begin_epoch(self, q: SyncRequest) -> None:
+        known = self.epoch > 0 or q.epoch > 0
+        for sid in list(self.sessions):
+            self.reap(sid, hold=self.hold)
+        for limit in self.limits.values():
+            limit.asserted = 0
+        self.forget_roster(empty=self.epoch == 0)
+        quiet_ms = max(self.lease_ms, q.lease_ms)
+        if not known:
+            # Nobody knows of this pool: those who might have seen it on an earlier run of the
+            # server have had since its start to come back.
+            quiet_ms = max(0, quiet_ms - q.uptime_ms)
+        self.epoch = max(self.now, self.epoch + 1, q.epoch + 1)
+        self.began, self.recover_until = self.now, self.now + quiet_ms
+
+    def reap(self, sid: str, *, hold: bool, comes_back: bool = False) -> None:
+        """End a session. With `hold` its permits stay counted until the hard deadline of their
+        calls; with `comes_back` what it is still to tell of calls that ended stays known."""
+        session = self.sessions.get(sid)
+        if session is not None:
+            for ticket, held in session.held.items():
+                lane = read_flow(held.flow).lane
+                if hold and held.until > self.now:
+                    self.lapsing[Lapsing(ticket, sid, " ".join(lane))] = held.until
+                else:
+                    self.uncount(lane, sid, ticket)
+            for queue in list(session.queues.values()):
+                self.vacate(queue)
+            del self.sessions[sid]
+        if not comes_back:
+            self.owed.pop(sid, None)
+            self.leave_roster(sid)
+
+    def join(self, q: SyncRequest) -> Status:
+        """The session begins anew with what it says that it holds."""
+        assert q.join is not None
+        before = self.sessions.get(q.sid)
+        if before is not None and q.batch <= before.batch:
+            return "stale"
+        charges = {t: held.charges for t, held in before.held.items()} if before else {}
+        self.reap(q.sid, hold=False, comes_back=True)
+        self._merge(q.join.policy)
+        lost = 0 < q.epoch < self.epoch
+        if lost:
+            # Whoever lived in an earlier epoch proves that there was one.
+            quiet_ms = max(self.lease_ms, q.lease_ms)
+            self.recover_until = max(self.recover_until, self.began + quiet_ms)
+        session = Session(self.next_seq(), q.batch, self.now + self.lease_ms, q.join.name)
+        self.sessions[q.sid] = session
+        self.enter_roster(q.sid, session, before)
+        for ticket, number, seq, hard_ms, cost_ms in q.join.held:
+            key = q.flows[number - 1]
+            lane = read_flow(key).lane
+            self.lapsing.pop(Lapsing(ticket, q.sid, " ".join(lane)), None)
+            self.count(lane, q.sid, ticket)
+            until = self.now + hard_ms
+            session.held[ticket] = Held(seq, until, cost_ms, charges.get(ticket, {}), key)
+        # What else was held over for it is free: it says itself what it holds.
+        for permit in [permit for permit in self.lapsing if permit.sid == q.sid]:
+            self.free_lapsing(permit)
+        if lost:
+            self._remember(q)
+        return "ok"
+
+    def _remember(self, q: SyncRequest) -> None:
+        """What the server lost and the session has seen."""
+        assert q.join is not None
+        for member, left_ms in q.join.lapsing:
+            ticket, sid, lane = member.split("|", 2)
+            permit = Lapsing(int(ticket), sid, lane)
+            if sid not in self.sessions and permit not in self.lapsing:
+                self.lapsing[permit] = self.now + left_ms
+                self.count(tuple(lane.split(" ")), sid, int(ticket))
+        for name, seen, since in q.join.spent:
+            self._assert_spent(name, seen, since)
+        for name, left_ms, ramp_ms, said in q.join.pauses:
+            pause = self.pause_of(self.limit(name))
+            if pause is None or pause.until < self.now + left_ms:
+                self._assert_pause(self.limit(name), self.now + left_ms, ramp_ms, said)
+        self.vouch(q)
+
+    def _assert_pause(self, limit: LimitState, until: int, ramp_ms: int, said: str) -> None:
+        gate = None
+        if ramp_ms == 0:
+            before = limit.pause.gate if limit.pause else None
+            gate = before or Gate(GATE_MS, GATE_MS)
+        limit.pause = Pause(until, ramp_ms, said, gate=gate)
+        if limit.is_implicit:
+            self.look_again(limit.name, until)
+
+    def _assert_spent(self, name: str, seen: int, since: int) -> None:
+        """Rates after a loss: the most that anybody had seen spent, and what each has admitted
+        since."""
+        limit = self.limit(name)
+        if not limit.is_rate:
+            return
+        base = limit.asserted
+        known = max(base, self.spent(limit) if base == 0 else 0)
+        self.spent(limit)
+        limit.spending.add(limit.limit, max(0, seen - known) + since, self.now)
+        limit.asserted = max(base, seen, 1)
+
+    def _merge(self, policy: PoolPolicy) -> None:
+        """The highest revision wins; a start-up never overwrites a newer one."""
+        if policy.revision == self.revision and self.policy and policy.pack() != self.policy.pack():
+            self.conflict = 1
+        if policy.revision <= self.revision:
+            return
+        self.forget_stamps()
+        self.forget_unnamed()
+        before, self.policy = self.policy, policy
+        changed = [
+            name
+            for name, limit in policy.limits.items()
+            if not before
+            or (old := before.limit(name)) is None
+            or definition(old) != definition(as_limit(limit))
+        ]
+        for name in {*self.limits, *policy.limits}:
+            limit = self.limit(name)
+            limit.limit = policy.binding(name) or NO_LIMIT
+            limit.retry_at = None
+            if name not in policy.limits:
+                limit.cost_ms = limit.shadowed = limit.asserted = 0
+            if not limit.is_rate:
+                self.spending.pop(name, None)
+            if not limit.minimum:
+                limit.current, limit.dropped_at = None, 0
+            elif limit.current is not None:
+                limit.current = min(limit.current, limit.limit.bound * 1000)
+        self.forget_unnamed()
+        same = before is not None and band_shares(before.bands) == band_shares(policy.bands)
+        concerned = changed if same else policy.limits
+        self.touched |= {name for name in concerned if self.limit(name).waits}
+        # In a new record nothing was counted in any way.
+        for limit in map(self.limit, changed if before else ()):
+            if limit.is_rate:
+                self.spent(limit)
+                limit.spending.take_along(limit.limit, self.now)
+
+
+# What one call tells of each list, and of how many rates it sees what is spent now.
+ON_PAGE = 100
+LOOKED_AT = 50
+# When a pause ends that lasts until it is ended.
+FOR_EVER = 9007199254740991
+Place = tuple[str, int]
+
+
+class Telling(Joining):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_page, self.looked_at = ON_PAGE, LOOKED_AT
+
+    def whole(self, q: SyncRequest) -> Whole:
+        session, policy = self.sessions[q.sid], self.policy
+        ends = [s.expiry for s in self.sessions.values()] + list(self.lapsing.values())
+        lapsing, more_lapsing = self._page(
+            [(end, "|".join(map(str, permit))) for permit, end in self.lapsing.items()]
+            if self.hold
+            else [],
+            q.pages.get("lapsing"),
+        )
+        paused, more_paused = self._pauses(q.pages.get("pauses"))
+        spent, told, more_spent = self._spent_since(q)
+        pages = {"spent": more_spent, "lapsing": more_lapsing, "pauses": more_paused}
+        tell = policy is not None and (q.revision != self.revision or self.conflict == 1)
+        return Whole(
+            now_ms=self.now,
+            held=[
+                (ticket, held.seq, held.until)
+                for ticket in q.asks
+                if (held := session.held.get(ticket))
+            ],
+            lapsing=[(member, max(0, end - self.now)) for end, member in lapsing],
+            next_event_ms=max(1, min(ends) - self.now),
+            conflict=self.conflict,
+            spent=spent,
+            pauses=[
+                (name, pause.until - self.now, pause.ramp_ms, pause.said)
+                for name in paused
+                if (pause := self.pause_of(self.limit(name)))
+            ],
+            policy=policy.pack() if policy and tell else None,
+            roster=self.roster(q),
+            told=told,
+            pages={name: place for name, place in pages.items() if place},
+        )
+
+    def paused(self) -> dict[str, int]:
+        """When nothing is left of each pause."""
+        pauses = {name: limit.pause for name, limit in self.limits.items() if limit.pause}
+        return {
+            name: FOR_EVER if pause.gate else pause.until + pause.ramp_ms
+            for name, pause in pauses.items()
+        }
+
+    def _pauses(self, place: Place | None) -> tuple[list[str], Place | None]:
+        over = sorted((end, name) for name, end in self.paused().items() if end <= self.now)
+        for _, name in over[: self.looked_at]:
+            self.limit(name).pause = None
+        page, rest = self._page([(end, name) for name, end in self.paused().items()], place)
+        return [name for _, name in page], rest
+
+    def _spent_since(self, q: SyncRequest) -> tuple[list[tuple[str, int]], int, Place | None]:
+        """What is spent of the rates that changed after `told`, as of then; with the first page, of
+        those that did not for the longest time as of now."""
+        order = sorted((number, name) for name, (number, _) in self.spending.items())
+        news = [(number, name) for number, name in order if number > q.told][: self.on_page]
+        behind = len(news) == self.on_page
+        told = news[-1][0] if behind else self.changes
+        found = {name: self.spending[name][1] for _, name in news}
+        for _, name in order[: 0 if "spent" in q.pages else self.looked_at]:
+            limit = self.limit(name)
+            found[name] = self.spent(limit) if limit.is_rate else 0
+            if not found[name]:
+                del self.spending[name]
+        return list(found.items()), told, (str(told), 0) if behind else None
+
+    def _page(
+        self, rows: list[tuple[int, str]], place: Place | None
+    ) -> tuple[list[tuple[int, str]], Place | None]:
+        """The rows that begin at a place, (score, how many of it were read), and the next place."""
+        score, passed = place or ("", 0)
+        first = passed + (sum(at < int(score) for at, _ in rows) if place else 0)
+        page = sorted(rows)[first : first + self.on_page]
+        if len(page) < self.on_page:
+            return page, None
+        last = page[-1][0]
+        if page[0][0] < last:
+            return page, (str(last), 0)
+        return page, (str(last), self.on_page + (passed if score == str(last) else 0))
 
 
 class PoolModel(Telling):
@@ -335,3 +723,6 @@ class PoolModel(Telling):
                 session.closed_at = self.now
             if self.now - session.closed_at >= grace_ms:
                 self.reap(sid, hold=self.hold)
+
+
+__all__ = ["ACK_WINDOW", "PoolModel"]

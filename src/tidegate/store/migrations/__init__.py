@@ -1,1 +1,1 @@
-"""Alembic's folder: raw SQL steps, run only by `tidegate.store.migrate`."""
+"""Alembic's folder: raw SQL steps, run only by `tidegate.store.database`."""

@@ -29,7 +29,7 @@ STEPS = (
     )
     """,
     "INSERT INTO tenants (id) VALUES ('default')",
-    # Of a key only its digest is here: see store/api_keys.py.
+    # Of a key only its digest is here: see store/tenants.py.
     """
     CREATE TABLE keys (
         prefix text PRIMARY KEY,

@@ -12,7 +12,7 @@ depends_on = None
 STEPS = (
     # Each process's count of the calls that ended in a span of time, written anew until the span
     # is over: a write may be repeated. What is counted by name may grow without another step.
-    # waits, lengths: histograms of ms, as store/histogram.py packs them.
+    # waits, lengths: histograms of ms, as store/statistics.py packs them.
     """
     CREATE TABLE history (
         step_s integer NOT NULL,

@@ -1,0 +1,630 @@
+"""Demand of a call on the limiter: its limits, its LLM tokens, its priority, its cost. Pure.
+
+`Demands` builds the demand of a call before admission and its correction after the call. A call
+takes the limit of its kind, and of the other scopes the limits that the policy has. A 429 pauses
+a limit of the requested model, or of the account if the provider names the account; never the
+kind of the call, and never for longer than the next midnight (day quotas) or ten minutes (all
+else). Cost is usage times price in whole micro-dollars, rounded once per call.
+
+Invariants: the settled usage is never less than the usage that is known; unknown usage or an
+unknown price makes the cost unknown, never zero.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, time, timedelta
+from decimal import Decimal
+from hashlib import sha256
+from math import ceil
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+from tidegate.admission.estimator import (
+    PICTURE_TOKENS,
+    Estimate,
+    Estimator,
+    Learned,
+    Pieces,
+    pieces_of_text,
+    tokens_of,
+)
+from tidegate.call import (
+    CLASSIFIER_LIMIT,
+    DEFAULT_TENANT,
+    OTHER_KIND,
+    UNKNOWN_CHARGE,
+    Answer,
+    Call,
+    Charge,
+    Kind,
+    Usage,
+    UsageDetails,
+    UsageState,
+)
+from tidegate.errors import UpstreamError, UpstreamThrottled, UpstreamTimeout, UpstreamUnavailable
+from tidegate.limiter.policy import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Quota, Rate
+from tidegate.limiter.queue import Demand as Wanted
+from tidegate.limiter.queue import Tokens
+from tidegate.policy.deployment import Price, Upstream
+from tidegate.policy.format import MEASURES, TOTAL, plain_model, whom_it_binds
+
+MOST_PRIORITY = 100
+# Of the calls whose limits were looked for: models and tenants are named by clients.
+_MOST_KEPT = 1_000
+
+
+class Reach:
+    """The limits of one policy by whom they bind; made anew when the policy is another one."""
+
+    def __init__(self, policy: PoolPolicy, *, kinds_optional: bool = False) -> None:
+        self.policy = policy
+        self.counts_tokens = any(_counts_tokens(policy.limit(one)) for one in policy.limits)
+        self._kinds_optional = kinds_optional
+        self._found: dict[tuple[str, str, str, bool], tuple[str, ...]] = {}
+        self._bands: dict[int, str] = {}
+        self._bound: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
+        for limit_id in sorted(policy.limits, key=_usual_order):
+            whom = whom_it_binds(limit_id)
+            if whom is not None:
+                self._bound[whom].append((limit_id, counts_images(policy.limit(limit_id))))
+
+    def limits(self, kind: str, model: str, tenant: str, images: int) -> tuple[str, ...]:
+        """The ids of all limits that a call falls under, that of its kind first.
+
+        `images`: how many it makes; without any, limits on images are none of its own.
+        """
+        call = (kind, model, tenant, images > 0)
+        found = self._found.get(call)
+        if found is None:
+            found = self._look_for(kind, model, tenant, images)
+            if len(self._found) < _MOST_KEPT:
+                self._found[call] = found
+        return found
+
+    def band(self, priority: int) -> str:
+        """See `band_of`."""
+        band = self._bands.get(priority)
+        if band is None:
+            band = self._bands[priority] = band_of(priority, self.policy.bands)
+        return band
+
+    def _look_for(self, kind: str, model: str, tenant: str, images: int) -> tuple[str, ...]:
+        first = f"kind:{kind}"
+        required = not self._kinds_optional and kind != OTHER_KIND
+        found = [first] if required or first in self.policy.limits else []
+        for whom in (f"kind/{kind}", plain_model(model), f"tenant/{tenant}", TOTAL):
+            if whom in self._bound:
+                found += [
+                    limit_id
+                    for limit_id, of_images in self._bound[whom]
+                    if limit_id != first and (images or not of_images)
+                ]
+        return tuple(found)
+
+
+def counts_images(limit: Limit | None) -> bool:
+    return isinstance(limit, Rate | Quota) and limit.unit == "images"
+
+
+def _counts_tokens(limit: Limit | None) -> bool:
+    return isinstance(limit, Rate | Quota) and "tokens" in limit.unit
+
+
+def band_of(priority: int, bands: tuple[Band, ...]) -> str:
+    """The band of a request's priority from -100 to 100: 0 is `normal`, or the middle one, and
+    the rest is spread evenly over the bands above and below."""
+    names = [band.name for band in bands]
+    usual = names.index(DEFAULT_PRIORITY) if DEFAULT_PRIORITY in names else len(names) // 2
+    steps = min(abs(priority), MOST_PRIORITY)
+    if not steps:
+        return names[usual]
+    room = usual if priority > 0 else len(names) - 1 - usual
+    away = min(room, 1 + (steps - 1) * room // MOST_PRIORITY)
+    return names[usual - away if priority > 0 else usual + away]
+
+
+def _usual_order(limit_id: str) -> tuple[bool, str]:
+    return limit_id.partition(":")[0] in MEASURES, limit_id
+
+
+_PICOS = 10**12  # of money: a millionth of what a million LLM tokens cost, for each of them
+_MICRO = 10**6
+_MODELS_KEPT = 1_000
+
+CacheWrite = Literal["5m", "1h"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A price in picos (10^-12) of money for one LLM token, or one picture. What has no price of
+    its own is priced as the input or the output that it is a part of."""
+
+    input: int | None
+    output: int | None
+    cached: int | None
+    image: int | None
+    cache_write: int | None
+    cache_write_1h: int | None
+    input_audio: int | None
+    input_image: int | None
+    output_audio: int | None
+    output_image: int | None
+
+    @classmethod
+    def of(cls, price: Price) -> Rates:
+        written = _first(price.cache_write, price.input)
+        return cls(
+            input=_per_token(price.input),
+            output=_per_token(price.output),
+            cached=_per_token(_first(price.cached, price.input)),
+            image=_picos(price.image, _PICOS),
+            cache_write=_per_token(written),
+            cache_write_1h=_per_token(_first(price.cache_write_1h, written)),
+            input_audio=_per_token(_first(price.input_audio, price.input)),
+            input_image=_per_token(_first(price.input_image, price.input)),
+            output_audio=_per_token(_first(price.output_audio, price.output)),
+            output_image=_per_token(_first(price.output_image, price.output)),
+        )
+
+
+class Prices:
+    """Those of one upstream; of each model the pattern is looked for once."""
+
+    def __init__(self, upstream: Upstream | None = None) -> None:
+        self._upstream = upstream if upstream is not None and upstream.prices else None
+        self._known: dict[str, Rates | None] = {}
+
+    def of(self, model: str) -> Rates | None:
+        if self._upstream is None:
+            return None
+        try:
+            return self._known[model]
+        except KeyError:
+            price = self._upstream.price(model)
+            rates = None if price is None else Rates.of(price)
+            if len(self._known) < _MODELS_KEPT:
+                self._known[model] = rates
+            return rates
+
+
+def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:
+    """For what the provider told. `whole`: the answer came to its end."""
+    if is_unknown(usage):
+        # Some providers charge pictures alone, and tell no LLM tokens.
+        cost = None
+        if whole and images and rates is not None and rates.image is not None:
+            cost = _micros(images * rates.image)
+        is_told = bool(images) or usage.details is not None
+        return Charge(UsageState.UNKNOWN, usage, images, cost) if is_told else UNKNOWN_CHARGE
+    state = UsageState.TOLD if whole else UsageState.PARTIAL
+    return Charge(state, usage, images, cost_micros(rates, usage, images))
+
+
+def estimated_charge(
+    rates: Rates | None,
+    estimate: Estimate,
+    came: int,
+    images: int = 0,
+    details: UsageDetails | None = None,
+    writes: CacheWrite | None = None,
+) -> Charge:
+    """For a request that went out, and `came` LLM tokens of an answer of which nothing was told,
+    but for `details` such as the provider's own cost: they are on record, and change no charge.
+    `writes`: to which cache the request asks its input to be written.
+
+    The input is never below the first guess of it, and the output is what came, whatever was
+    reserved: what has been learned from earlier calls lowers no charge.
+    """
+    usage = Usage(
+        input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
+        output_tokens=came,
+    )
+    cost = cost_micros(rates, usage, images)
+    if writes is not None and cost is not None:
+        written = UsageDetails(usage.input_tokens)
+        if writes == "1h":
+            written = replace(written, cache_write_1h_tokens=usage.input_tokens)
+        cost = max(cost, cost_micros(rates, replace(usage, details=written), images) or 0)
+    return Charge(UsageState.ESTIMATED, replace(usage, details=details), images or None, cost)
+
+
+def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[int, int]:
+    """What a call will cost, about: millionths of money, 0 without a price, and LLM tokens."""
+    usage = Usage(
+        input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
+        output_tokens=max(estimate.expected_output_tokens, estimate.guessed_output_tokens),
+    )
+    micros = cost_micros(rates, usage, images) or 0
+    return micros, sum(count or 0 for count in tokens_of(usage))
+
+
+def cut_charge(
+    rates: Rates | None, told: Usage, estimate: Estimate, came: int, images: int | None
+) -> Charge:
+    """For an answer that was cut, of which the provider told some usage before its end.
+
+    A figure of the provider's stands where it is about what came; where it is less than half of
+    that, it was told earlier (Anthropic's at the start of a stream), and what came counts.
+    """
+    taken, given = tokens_of(told)
+    usage = told
+    if taken is None:
+        taken = max(estimate.expected_input_tokens, estimate.guessed_input_tokens)
+        usage = replace(usage, input_tokens=taken)
+    if given is None or 2 * given < came:
+        thoughts = told.thoughts_tokens or 0
+        usage = replace(usage, output_tokens=max(0, came - thoughts), total_tokens=None)
+    return Charge(UsageState.PARTIAL, usage, images, cost_micros(rates, usage, images))
+
+
+def answer_charge(
+    rates: Rates | None, answer: Answer, estimate: Estimate | None, *, whole: bool
+) -> Charge:
+    """For a call by a provider's SDK that was sent: what the provider told of a whole answer, else
+    what came of it at least, and the input."""
+    images = len(answer.pictures)
+    if whole and not is_unknown(answer.usage):
+        return charge_of(rates, answer.usage, images, whole=True)
+    if estimate is None:
+        return UNKNOWN_CHARGE
+    came = came_tokens(answer.whole_text, images=images)
+    if is_unknown(answer.usage):
+        return estimated_charge(rates, estimate, came, images, answer.usage.details)
+    return cut_charge(rates, answer.usage, estimate, came, images)
+
+
+def came_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:
+    """About how many LLM tokens an answer has, as far as it came. `scale`: `text` is of that part
+    of it."""
+    return ceil(sum(pieces_of_text(text).values()) * scale + images * PICTURE_TOKENS)
+
+
+def never_sent(error: UpstreamError) -> bool:
+    """Whether there was no connection to send a request on."""
+    if isinstance(error, UpstreamTimeout):
+        return error.phase == "connect"
+    return isinstance(error, UpstreamUnavailable) and error.broke == "connecting"
+
+
+def is_unknown(usage: Usage) -> bool:
+    return usage.input_tokens is usage.output_tokens is usage.total_tokens is None
+
+
+def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | None:
+    """Pictures that have a price of their own are not charged as output once more."""
+    taken, given = tokens_of(usage)
+    if rates is None or taken is None or given is None:
+        return None
+    pictures = images if images and rates.image is not None else 0
+    thoughts = usage.thoughts_tokens or 0
+    if usage.details is None:
+        cached = min(usage.cached_tokens or 0, taken)
+        parts: tuple[tuple[int, int | None], ...] = (
+            (taken - cached, rates.input),
+            (cached, rates.cached),
+            (thoughts if pictures else given, rates.output),
+            (pictures, rates.image),
+        )
+    else:
+        left = given - min(thoughts, given)
+        said = ((thoughts, rates.output), *_of_output(rates, usage.details, left))
+        parts = (
+            *_of_input(rates, usage, usage.details, taken),
+            *(((thoughts, rates.output), (pictures, rates.image)) if pictures else said),
+        )
+    picos = 0
+    for count, rate in parts:
+        if count and rate is None:
+            return None
+        picos += count * (rate or 0)
+    return _micros(picos)
+
+
+def _of_input(
+    rates: Rates, usage: Usage, details: UsageDetails, taken: int
+) -> Iterator[tuple[int, int | None]]:
+    """The parts of the input: together never more, nor fewer, LLM tokens than `taken`. What was
+    written to a cache comes first, since it is the dearest; of it what is not said to be for an
+    hour is for 5 minutes."""
+    written = min(details.cache_write_tokens or 0, taken)
+    for_an_hour = min(details.cache_write_1h_tokens or 0, written)
+    yield for_an_hour, rates.cache_write_1h
+    yield written - for_an_hour, rates.cache_write
+    cached = min(usage.cached_tokens or 0, taken - written)
+    yield cached, rates.cached
+    left = taken - written - cached
+    audio = min(details.input_audio_tokens or 0, left)
+    yield audio, rates.input_audio
+    pictures = min(details.input_image_tokens or 0, left - audio)
+    yield pictures, rates.input_image
+    yield left - audio - pictures, rates.input
+
+
+def _of_output(rates: Rates, details: UsageDetails, given: int) -> Iterator[tuple[int, int | None]]:
+    audio = min(details.output_audio_tokens or 0, given)
+    yield audio, rates.output_audio
+    pictures = min(details.output_image_tokens or 0, given - audio)
+    yield pictures, rates.output_image
+    yield given - audio - pictures, rates.output
+
+
+def _first(price: float | None, other: float | None) -> float | None:
+    return other if price is None else price
+
+
+def _per_token(price: float | None) -> int | None:
+    return _picos(price, _PICOS // 10**6)
+
+
+def _picos(price: float | None, one: int) -> int | None:
+    # By its decimal digits: 0.1 means a tenth.
+    return None if price is None else round(Decimal(repr(price)) * one)
+
+
+def _micros(picos: int) -> int:
+    return (picos + _MICRO // 2) // _MICRO
+
+
+_CLASSIFIER = CLASSIFIER_LIMIT.partition(":")[2]
+# The judge's instruction and schema, which come on top of each prompt.
+_JUDGE_CHARS = 1_200
+_LEARN_FROM_ONE_IN = 16
+_NO_USAGE = Usage()
+
+
+# Not frozen, as all else of its kind: each call would pay for that.
+@dataclass(slots=True)
+class Demand:
+    """All limits of a call, or none; nobody changes it. `priority` is the name of a band."""
+
+    limits: tuple[str, ...]
+    tenant: str
+    priority: str
+    images: int
+    estimate: Estimate | None = None
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """What to reserve: rarely less than it will use, and never less than the first guess, so
+        that a tenant can't teach its own reservations away. None: it was not estimated, since
+        nobody counts it."""
+        one = self.estimate
+        if one is None:
+            return None
+        return Tokens(
+            max(one.input_tokens, one.guessed_input_tokens),
+            max(one.output_tokens, one.guessed_output_tokens),
+        )
+
+    def to_admit(self, deadline_ms: int | None, hard_ms: int, *, once: bool = False) -> Wanted:
+        """What the limiter is asked for; see its `Demand`."""
+        return Wanted(
+            self.limits,
+            self.tenant,
+            self.priority,
+            self.tokens,
+            self.images,
+            deadline_ms,
+            hard_ms,
+            once,
+            True,
+        )
+
+    def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
+        """What to settle for, None where nothing is known. `whole`: the answer came to its end; of
+        one that was cut the provider may have made more than it told us of. `charged`: what the
+        call is charged for, which is what came of it at least; it can be more than was reserved."""
+        reserved = self.tokens
+        if reserved is None:
+            return None
+        input_tokens, output_tokens = tokens_of(told)
+        came_input, came_output = tokens_of(charged)
+        known = (input_tokens, output_tokens, came_input, came_output)
+        if all(one is None for one in known):
+            return None
+        if input_tokens is None:
+            input_tokens = max(reserved.input, came_input or 0)
+        if output_tokens is None or not whole:
+            output_tokens = max(output_tokens or 0, came_output or 0, reserved.output)
+        return Tokens(input_tokens, output_tokens)
+
+
+class Demands:
+    """One per process and upstream, with what the upstream charges."""
+
+    def __init__(
+        self,
+        estimator: Estimator | None = None,
+        *,
+        kinds_optional: bool = False,
+        prices: Prices | None = None,
+    ) -> None:
+        """`kinds_optional`: a kind without a limit in the policy is not bound by one."""
+        self.estimator = estimator or Estimator()
+        self.prices = prices or Prices()
+        self._kinds_optional = kinds_optional
+        self._reach = Reach(PoolPolicy({}))
+        self._turn = -1  # the first call is one to learn from
+
+    def of(self, call: Call, policy: PoolPolicy) -> Demand:
+        """What a call needs under the policy in force."""
+        images = int(call.kind is Kind.IMAGE_GENERATION)
+        return Demand(
+            limits=self._limits(policy, call.kind.value, call.model, call.tenant_id, images),
+            tenant=call.tenant_id,
+            priority=band_of(call.priority, policy.bands),
+            images=images,
+            estimate=self.estimator.estimate(
+                *(call.model, call.kind.value, call.prompt, call.media),
+                images=images,
+                tenant=call.tenant_id,
+            ),
+        )
+
+    def of_native(
+        self,
+        model: str,
+        kind: str,
+        pieces: Pieces,
+        policy: PoolPolicy,
+        *,
+        tenant: str,
+        priority: int,
+        images: int = 0,
+        max_output_tokens: int | None = None,
+    ) -> Demand:
+        """What a request in a provider's own dialect needs; its limits may be none. Where no limit
+        counts LLM tokens only some calls are estimated, so that the estimator goes on learning: it
+        costs as much as all the rest."""
+        limits = self._limits(policy, kind, model, tenant, images)
+        reach = self._reach
+        self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
+        estimate = None
+        if not self._turn or reach.counts_tokens:
+            estimate = self.estimator.of_pieces(
+                *(model, kind, pieces),
+                images=images,
+                max_output_tokens=max_output_tokens,
+                tenant=tenant,
+            )
+        return Demand(limits, tenant, reach.band(priority), images, estimate)
+
+    def of_question(
+        self,
+        prompt: str,
+        model: str,
+        policy: PoolPolicy,
+        *,
+        max_output_tokens: int,
+        tenant: str = DEFAULT_TENANT,
+    ) -> Demand:
+        """What the classifier's question needs: of its own limit, and of those on the model.
+
+        It takes its tenant's turn, but nothing of the tenant's limits: the question is ours.
+        """
+        return Demand(
+            limits=self._limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
+            tenant=tenant,
+            priority=band_of(0, policy.bands),
+            images=0,
+            estimate=self.estimator.estimate(
+                *(model, _CLASSIFIER, prompt + " " * _JUDGE_CHARS),
+                max_output_tokens=max_output_tokens,
+                tenant=tenant,
+            ),
+        )
+
+    def learn(
+        self, demand: Demand, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool
+    ) -> None:
+        """Take in what a call used. An answer that was cut teaches its input alone, unless more
+        came of it than was reserved."""
+        estimate = demand.estimate
+        if estimate is None:
+            return
+        known = told
+        if not whole:
+            came = tokens_of(charged)[1] or 0
+            output_tokens = came if came > estimate.output_tokens else None
+            known = Usage(input_tokens=told.input_tokens, output_tokens=output_tokens)
+        self.estimator.learn(estimate, known)
+
+    def _limits(
+        self, policy: PoolPolicy, kind: str, model: str, tenant: str, images: int
+    ) -> tuple[str, ...]:
+        if self._reach.policy is not policy:
+            self._reach = Reach(policy, kinds_optional=self._kinds_optional)
+        return self._reach.limits(kind, model, tenant, images)
+
+
+LONGEST_MS = 600_000
+USUAL_RAMP_MS = 10_000
+_PROVIDERS_ZONE = "America/Los_Angeles"
+# Clients name models: what is not a plain name is told by a digest.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@+-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """After `for_ms` calls come back one by one, over `ramp_ms`. 0: nobody said for how long."""
+
+    limit: str
+    for_ms: int
+    ramp_ms: int
+
+
+def pause_after(
+    error: UpstreamThrottled,
+    limits: tuple[str, ...],
+    model: str,
+    policy: PoolPolicy,
+    now: datetime,
+    *,
+    account: str | None = None,
+) -> Pause | None:
+    """The pause that a 429 asks for; None where it speaks of no model.
+
+    `limits`: those of the call. `now` is aware of its zone. `account`: the limit that stands for
+    the whole account, where the 429 names that.
+    """
+    limit_id = account or _blamed(error, limits, plain_model(model), policy)
+    if limit_id is None:
+        return None
+    if error.day_quota:
+        limit = policy.limit(limit_id)
+        zone = limit.zone if isinstance(limit, Quota) else _PROVIDERS_ZONE
+        for_ms = _to_midnight_ms(now, ZoneInfo(zone))
+    else:
+        for_ms = min(LONGEST_MS, error.retry_after_ms or 0)
+    # An error that says a time of nothing does not say for how long.
+    return Pause(limit_id, for_ms, min(USUAL_RAMP_MS, for_ms))
+
+
+def _blamed(
+    error: UpstreamThrottled, limits: tuple[str, ...], model: str, policy: PoolPolicy
+) -> str | None:
+    """The model's own rate of that unit, else its limit on calls at once, which need not be in the
+    policy; None where no model was asked for."""
+    if not model:
+        return None
+    of_model = [limit_id for limit_id in limits if whom_it_binds(limit_id) == model]
+    window = Quota if error.per_day else Rate
+    unit = error.unit or "requests"
+    # A limit on all tokens counts those of the input too, and not the other way round.
+    for wanted in (unit, "tokens") if unit.endswith("_tokens") else (unit,):
+        for limit_id in of_model:
+            limit = policy.limit(limit_id)
+            if isinstance(limit, window) and limit.unit == wanted:
+                return limit_id
+    return next((one for one in of_model if one.startswith("model:")), model_limit(model))
+
+
+def model_limit(model: str) -> str:
+    """The limit on a model's calls at once, which has no bound where no policy names it."""
+    name = plain_model(model)
+    if _PLAIN_NAME.fullmatch(name) is None:
+        name = f"~{sha256(name.encode('utf-8', 'replace')).hexdigest()[:16]}"
+    return f"model:{name}"
+
+
+def _to_midnight_ms(now: datetime, zone: ZoneInfo) -> int:
+    local = now.astimezone(zone)
+    midnight = datetime.combine(local.date() + timedelta(days=1), time(), zone)
+    # As points in time: a day on which the clocks change has 23 or 25 hours.
+    return max(1, round((midnight.timestamp() - now.timestamp()) * 1000))
+
+
+__all__ = [
+    "Demand",
+    "Demands",
+    "Estimate",
+    "Estimator",
+    "Learned",
+    "Pause",
+    "pause_after",
+    "tokens_of",
+]

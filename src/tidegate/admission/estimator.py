@@ -1,0 +1,931 @@
+"""Estimator of the LLM tokens of a call, which learns from the usage of earlier calls. Pure.
+
+A first guess comes from the pieces of a call: texts by script, files by the rules of each
+provider. Tracks correct it: per tenant and model for input, per tenant, model and kind for
+output. A track is a diagonal Kalman filter in logarithms (Kalman, "A New Approach to Linear
+Filtering and Prediction Problems", 1960); the reservation is a quantile of its last errors among
+calls of a similar size (Vovk, "Conditional Validity of Inductive Conformal Predictors", 2012).
+Sources of the rules: ai.google.dev/gemini-api/docs, pages "tokens" and "media-resolution";
+platform.openai.com/docs/guides, pages "images-vision" and "audio"; platform.claude.com/docs,
+pages "vision", "pdf-support" and "tool-use".
+
+Invariants: an estimate is a whole number of at least 1; the number of tracks and their size are
+bounded; calls of one tenant never change the estimates of another; a media resolution that the
+client requests lowers no estimate.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from bisect import bisect_left, insort
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import lru_cache
+from math import ceil, exp, inf, isfinite, log, sqrt
+from typing import Any
+
+from tidegate.call import DEFAULT_TENANT, Media, Usage
+
+_MOST_SEGMENTS = 200
+# Start-of-frame markers of JPEG that carry the size; C4, C8 and CC stand between them.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+
+
+def dimensions(data: bytes) -> tuple[int, int] | None:
+    """Width and height in pixels of a PNG, JPEG, GIF or WebP."""
+    try:
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return _pixels(*struct.unpack_from(">II", data, 16))
+        if data.startswith((b"GIF87a", b"GIF89a")):
+            return _pixels(*struct.unpack_from("<HH", data, 6))
+        if data.startswith(b"\xff\xd8"):
+            return _jpeg(data)
+        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            return _webp(data)
+    except (struct.error, IndexError):
+        return None  # cut short within its head
+    return None
+
+
+def _jpeg(data: bytes) -> tuple[int, int] | None:
+    at = 2
+    for _ in range(_MOST_SEGMENTS):
+        while data[at] == 0xFF:
+            at += 1
+        marker = data[at]
+        at += 1
+        if marker in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            return _pixels(width, height)
+        if marker not in _WITHOUT_LENGTH:
+            at += struct.unpack_from(">H", data, at)[0]
+        if data[at] != 0xFF:
+            return None
+    return None
+
+
+def _webp(data: bytes) -> tuple[int, int] | None:
+    form = data[12:16]
+    if form == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return _pixels(width & 0x3FFF, height & 0x3FFF)
+    if form == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return _pixels((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+    if form == b"VP8X" and len(data) >= 30:
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+        return _pixels(width, height)
+    return None
+
+
+def duration_s(data: bytes) -> float | None:
+    """How long an MP4 or QuickTime film lasts, where its head says so; None where it does not."""
+    at = data.find(b"mvhd") + 4
+    try:
+        if at < 4 or data[at] > 1:
+            return None
+        form, times = (">II", at + 12) if data[at] == 0 else (">IQ", at + 20)
+        scale, ticks = struct.unpack_from(form, data, times)
+    except (struct.error, IndexError):
+        return None
+    return ticks / scale if scale else None
+
+
+def _pixels(width: int, height: int) -> tuple[int, int] | None:
+    return (width, height) if width and height else None
+
+
+Size = tuple[int, int] | None  # width and height in pixels, where they are known
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Of one provider, or one family of its models.
+
+    picture: the tokens of a picture. page: of a page of a document. audio_second, video_second.
+    call: what the provider puts around any call; tools: its own prompt for a client's tools.
+    """
+
+    picture: Callable[[Size], float]
+    page: float
+    audio_second: float
+    video_second: float
+    call: float
+    tools: float
+
+
+def _gemini_tiles(size: Size) -> float:
+    """A picture of up to 384 pixels is one tile of 258, a larger one is cut into tiles of 768."""
+    if size is None:
+        return 4 * 258.0
+    if max(size) <= 384:
+        return 258.0
+    return 258.0 * min(64, ceil(size[0] / 768) * ceil(size[1] / 768))
+
+
+def _openai_tiles(base: float, tile: float) -> Callable[[Size], float]:
+    """Fitted into 2,048 pixels, then its shorter side to 768; so much a tile of 512."""
+
+    def tokens(size: Size) -> float:
+        width, height = size or (1024, 1024)
+        scale = min(1.0, 2048 / max(width, height))
+        scale = min(scale, 768 / min(width, height))
+        return base + tile * ceil(width * scale / 512) * ceil(height * scale / 512)
+
+    return tokens
+
+
+def _openai_patches(each: float) -> Callable[[Size], float]:
+    """So much a patch of 32 pixels, of which there are 1,536 at most."""
+
+    def tokens(size: Size) -> float:
+        width, height = size or (1024, 1024)
+        return each * min(1536, ceil(width / 32) * ceil(height / 32))
+
+    return tokens
+
+
+def _claude(size: Size) -> float:
+    """A token for 750 pixels, once the longer side fits into 1,568; 1,600 at most."""
+    width, height = size or (1568, 1568)
+    scale = min(1.0, 1568 / max(width, height))
+    return max(1.0, min(1600.0, width * scale * height * scale / 750))
+
+
+GEMINI = Rules(_gemini_tiles, page=258, audio_second=32, video_second=295, call=2, tools=10)
+_GEMINI_3 = replace(GEMINI, picture=lambda _: 1120.0, page=560)
+OPENAI = Rules(
+    _openai_tiles(85, 170), page=258, audio_second=10, video_second=295, call=8, tools=40
+)
+# Of a page its text, 1,500 to 3,000, stands for its picture too. The prompt for tools has 159 to
+# 804 tokens, by model and choice of tool.
+ANTHROPIC = Rules(_claude, page=2_250, audio_second=32, video_second=295, call=8, tools=500)
+_BY_DIALECT = {"gemini": GEMINI, "openai": OPENAI, "anthropic": ANTHROPIC}
+_GEMINI_VERSION = re.compile(r"gemini-(\d+)")
+# The first that a model's name holds.
+_OPENAI_MODELS = (
+    ("gpt-4o-mini", replace(OPENAI, picture=_openai_tiles(2833, 5667))),
+    ("o4-mini", replace(OPENAI, picture=_openai_patches(1.72))),
+    ("gpt-4.1-mini", replace(OPENAI, picture=_openai_patches(1.62))),
+    ("gpt-5-mini", replace(OPENAI, picture=_openai_patches(1.62))),
+    ("gpt-4.1-nano", replace(OPENAI, picture=_openai_patches(2.46))),
+    ("gpt-5-nano", replace(OPENAI, picture=_openai_patches(2.46))),
+)
+
+
+@lru_cache(maxsize=512)
+def rules_of(dialect: str, model: str) -> Rules:
+    """Those of a model; of one that is not known, those of its dialect."""
+    rules = _BY_DIALECT[dialect]
+    if rules is OPENAI:
+        return next((found for name, found in _OPENAI_MODELS if name in model), rules)
+    if rules is GEMINI and (version := _GEMINI_VERSION.search(model)) and int(version[1]) >= 3:
+        return _GEMINI_3
+    return rules
+
+
+class Modality(StrEnum):
+    """What is guessed and learned apart. Text comes in three: scripts differ in tokens a letter."""
+
+    LATIN = "latin"  # one byte a letter in UTF-8
+    LETTERS = "letters"  # two: accents, Greek, Cyrillic, Hebrew, Arabic
+    WIDE = "wide"  # three or four: Chinese, Japanese, Korean, Indian scripts, emoji
+    IMAGE = "image"
+    AUDIO = "audio"
+    VIDEO = "video"
+    DOCUMENT = "document"
+    ANSWER = "answer"  # what comes back as text
+    PICTURE = "picture"  # what comes back as an image
+    # What no text or file of the request is the measure of.
+    CALL = "call"  # what the provider puts around every call
+    TOOLS = "tools"  # its own prompt for the client's tools
+    HOSTED = "hosted"  # what its own tools read for the model
+    STATE = "state"  # what it keeps of earlier calls: a response, a conversation, cached content
+
+    # An enumeration's own is a call of Python, and there are dozens of them for each request.
+    __hash__ = str.__hash__
+
+
+class Learning(StrEnum):
+    """Which calls are learned from together, apart from all others."""
+
+    TEXT = ""
+    HOSTED = "hosted"  # with tools that the provider runs
+    STATE = "state"  # with something that the provider keeps
+    FILES = "files"
+
+
+Pieces = Mapping[Modality, float]
+_NOTHING: Pieces = {}
+
+
+class InputPieces(dict[Modality, float]):
+    """The pieces of a request: its texts and files. Made by `input_pieces`.
+
+    whole: the same with what the provider adds. learning: the calls that it is learned with.
+    tools: says of two calls that their tools may be the same; 0 without any.
+    """
+
+    __slots__ = ("learning", "tools", "whole")
+    whole: Pieces
+    learning: Learning
+    tools: int
+
+
+def input_pieces(
+    content: Pieces, added: Pieces = _NOTHING, learning: Learning = Learning.TEXT, tools: int = 0
+) -> InputPieces:
+    """Those of a request's content, and of what its provider adds."""
+    pieces = InputPieces(content)
+    pieces.whole = {**content, **added} if added else content
+    pieces.learning = learning
+    pieces.tools = tools
+    return pieces
+
+
+_TOKENS_A_LETTER = {Modality.LATIN: 0.25, Modality.LETTERS: 0.4, Modality.WIDE: 0.7}
+_LATIN, _LATIN_TOKENS = Modality.LATIN, _TOKENS_A_LETTER[Modality.LATIN]
+# Typical of a compressed recording, where the file does not say how long it is.
+_BYTES_A_SECOND = {Modality.AUDIO: 16_000, Modality.VIDEO: 250_000}
+_MOST_TIMES_USUAL = 20
+_BYTES_A_PAGE = 50_000
+_PAGE = re.compile(rb"/Type\s*/Page(?![A-Za-z])")
+_TEXT_TYPES = re.compile(r"text/|application/(?:json|xml|yaml|toml|javascript|x-sh|csv|sql)\b")
+_SAMPLE_BYTES = 65_536
+_SEARCHED_BYTES = 1_000_000
+_USUAL_FILE_BYTES = 200_000
+_USUAL_DOCUMENT_TOKENS = 4 * 258.0  # of one that is not seen: a page of Claude's, four of Gemini's
+# Of base64 and the like a LLM token has 4 letters in 3, and not 4. It is looked for where words are
+# long, and only in parts of a long text.
+_DENSE_TOKENS_A_LETTER = 0.75
+_SHORTEST_RUN = 64
+_DENSE = re.compile(rf"[A-Za-z0-9+/_=-]{{{_SHORTEST_RUN},}}")
+_MARKED = bytes(_DENSE.fullmatch(_SHORTEST_RUN * chr(byte)) is not None for byte in range(256))
+_LONG_RUN = _SHORTEST_RUN * b"\x01"
+_LONG_WORDS_CHARS = 12
+_LOOKED_AT_CHARS, _PLACES = 4_096, 4
+
+ANSWER_TOKENS = 800.0
+PICTURE_TOKENS = 1_290.0
+
+
+def pieces_of(prompt: str, media: Iterable[Media]) -> dict[Modality, float]:
+    """The pieces of a prompt with its files; never empty."""
+    found = pieces_of_text(prompt)
+    for file in media:
+        for modality, tokens in pieces_of_file(file.mime_type, file.data, len(file.data)).items():
+            found[modality] = found.get(modality, 0.0) + tokens
+    return found or {Modality.LATIN: 1.0}
+
+
+def answer_of(images: int) -> dict[Modality, float]:
+    """The pieces of an answer: text, or so many images with a word to them."""
+    if images:
+        return {Modality.PICTURE: images * PICTURE_TOKENS}
+    return {Modality.ANSWER: ANSWER_TOKENS}
+
+
+def pieces_of_text(text: str) -> dict[Modality, float]:
+    """The pieces of a text; none of an empty one."""
+    return pieces_of_texts((text,))
+
+
+def pieces_of_texts(texts: Sequence[str]) -> dict[Modality, float]:
+    """Those of several together."""
+    text = "".join(texts)
+    letters = len(text)
+    dense = _dense_letters(text, texts) if letters >= _SHORTEST_RUN else 0.0
+    dense *= _DENSE_TOKENS_A_LETTER - _LATIN_TOKENS
+    if text.isascii():
+        return {_LATIN: max(1.0, letters * _LATIN_TOKENS) + dense} if letters else {}
+    # Four lengths tell how many letters take one, two and more bytes, without a loop.
+    latin = len(text.encode("ascii", "ignore"))
+    four = len(text.encode("utf-16-le", "surrogatepass")) // 2 - letters
+    rest_bytes = len(text.encode("utf-8", "surrogatepass")) - latin - 4 * four
+    two_or_three = letters - latin - four
+    three = rest_bytes - 2 * two_or_three
+    counted = {
+        Modality.LATIN: latin,
+        Modality.LETTERS: two_or_three - three,
+        Modality.WIDE: three + four,
+    }
+    found = {
+        modality: max(1.0, count * _TOKENS_A_LETTER[modality])
+        for modality, count in counted.items()
+        if count
+    }
+    if dense:
+        found[_LATIN] += dense
+    return found
+
+
+def _dense_letters(text: str, texts: Sequence[str]) -> float:
+    """About how many letters are in long runs of small and capital letters and digits, without a
+    blank between them. `texts`: what `text` is made of."""
+    letters = len(text)
+    looked_at, scale = text, 1.0
+    if letters > _PLACES * _LOOKED_AT_CHARS:
+        step = (letters - _LOOKED_AT_CHARS) // (_PLACES - 1)
+        starts = range(0, letters - _LOOKED_AT_CHARS + 1, step)
+        looked_at = " ".join(text[start : start + _LOOKED_AT_CHARS] for start in starts)
+        scale = letters / len(looked_at)
+    if len(looked_at) < _LONG_WORDS_CHARS * looked_at.count(" "):
+        return 0.0
+    if _LONG_RUN not in looked_at.encode("ascii", "replace").translate(_MARKED):
+        return 0.0
+    if scale == 1.0 and len(texts) > 1:  # no run goes on from one text to the next
+        looked_at = " ".join(texts)
+    return scale * sum(len(run) for run in _DENSE.findall(looked_at) if _is_mixed(run))
+
+
+def _is_mixed(run: str) -> bool:
+    return run.lower() != run != run.upper() and any(map(str.isdigit, run))
+
+
+def pieces_of_file(
+    mime_type: str, data: bytes, size_bytes: int, rules: Rules = GEMINI
+) -> dict[Modality, float]:
+    """The pieces of a file of `size_bytes`, of which `data` is all or the beginning."""
+    family = mime_type.partition("/")[0]
+    if family == "image":
+        return {Modality.IMAGE: rules.picture(dimensions(data))}
+    if family == "audio":
+        seconds = size_bytes / _audio_bytes_a_second(data)
+        return {Modality.AUDIO: max(1.0, seconds) * rules.audio_second}
+    if family == "video":
+        seconds = size_bytes / _BYTES_A_SECOND[Modality.VIDEO]
+        if (said := duration_s(data)) is not None:  # a head that says too little lies
+            seconds = max(said, seconds / _MOST_TIMES_USUAL)
+        return {Modality.VIDEO: max(1.0, seconds) * rules.video_second}
+    if _TEXT_TYPES.match(mime_type):
+        return _text_file(data, size_bytes)
+    return {Modality.DOCUMENT: rules.page * _pages(data, size_bytes)}
+
+
+def unseen_file(mime_type: str, rules: Rules = GEMINI) -> dict[Modality, float]:
+    """The pieces of a file that is somewhere else: as of one of a usual size."""
+    found = pieces_of_file(mime_type, b"", _USUAL_FILE_BYTES, rules)
+    if Modality.DOCUMENT in found:
+        found[Modality.DOCUMENT] = max(_USUAL_DOCUMENT_TOKENS, rules.page)
+    return found
+
+
+def _audio_bytes_a_second(data: bytes) -> float:
+    """What a WAV says of itself, else what is typical."""
+    if data.startswith(b"RIFF") and data[8:16] == b"WAVEfmt ":
+        said = int.from_bytes(data[28:32], "little")
+        if said >= 1_000:
+            return said
+    return _BYTES_A_SECOND[Modality.AUDIO]
+
+
+def _text_file(data: bytes, size_bytes: int) -> dict[Modality, float]:
+    """As text; of a long file its beginning speaks for the rest."""
+    sample = data[:_SAMPLE_BYTES]
+    scale = size_bytes / max(1, len(sample))
+    return {
+        modality: tokens * scale
+        for modality, tokens in pieces_of_text(sample.decode("utf-8", "ignore")).items()
+    } or {Modality.LATIN: 1.0}
+
+
+def _pages(data: bytes, size_bytes: int) -> int:
+    """Pages of a PDF that names them in the clear, else by its size."""
+    named = len(_PAGE.findall(data, 0, _SEARCHED_BYTES)) if data.startswith(b"%PDF") else 0
+    if named:
+        searched_bytes = min(len(data), _SEARCHED_BYTES)
+        return ceil(named * max(1.0, size_bytes / searched_bytes))
+    return max(1, ceil(size_bytes / _BYTES_A_PAGE))
+
+
+REMEMBERED = 64
+
+
+class Window:
+    """The last `REMEMBERED` figures, in order of time and of size."""
+
+    __slots__ = ("_at", "_by_size", "_by_time")
+
+    def __init__(self, figures: Iterable[float] = ()) -> None:
+        self._by_time: list[float] = []
+        self._by_size: list[float] = []
+        self._at = 0  # of the oldest, once it is full
+        for figure in figures:
+            self.add(figure)
+
+    def __len__(self) -> int:
+        return len(self._by_time)
+
+    def add(self, figure: float) -> None:
+        by_time, by_size = self._by_time, self._by_size
+        if len(by_time) < REMEMBERED:
+            by_time.append(figure)
+        else:
+            del by_size[bisect_left(by_size, by_time[self._at])]
+            by_time[self._at] = figure
+            self._at = (self._at + 1) % REMEMBERED
+        insort(by_size, figure)
+
+    def upper(self, share: float) -> float:
+        """What `share` of all figures are below, as far as these tell; of few, the largest."""
+        by_size = self._by_size
+        above = (1 - share) * (len(by_size) + 1)
+        whole = max(1, int(above))
+        part = max(0.0, above - whole)
+        return by_size[-whole] * (1 - part) + by_size[-whole - 1] * part if part else by_size[-1]
+
+    def ordered(self) -> list[float]:
+        """From the oldest to the newest."""
+        by_time = self._by_time
+        return [*by_time[self._at :], *by_time[: self._at]]
+
+
+__all__ = ["MOST_OFF", "MOST_TOOL_SETS", "REMEMBERED", "Prediction", "Track"]
+
+MOST_OFF = 1_000.0
+MOST_TOOL_SETS = 64
+QUANTILE = 0.95
+# Before anything is known a guess may well be off by 2, and what a provider adds by 3: the upper
+# estimate of a text is about 3 times its guess.
+_CONSTANTS = frozenset((Modality.CALL, Modality.TOOLS, Modality.HOSTED, Modality.STATE))
+_UNKNOWN_VARIANCE = log(2.0) ** 2
+_UNKNOWN_CONSTANT = log(3.0) ** 2
+_NOISE = 0.04
+_NOISE_OF_OTHERS = 1.0  # of calls whose content is not in the request
+_NOISE_TOKENS = 4.0  # a call of few tokens says little of a ratio
+_GAIN = 0.1  # of a surprise, once a ratio is known: what drifts is followed within about 25 calls
+_DRIFT = _GAIN * _GAIN * _NOISE / (1 - _GAIN)
+_KNOWN = 0.1  # the variance of a middle that is known; the errors cover it
+_DOUBTED = 0.2  # that of one whose errors say nothing yet
+_DEVIATIONS = 1.645  # of the 95th percentile
+_DEVIATIONS_BESIDE = 1.2  # beside the quantile of errors, which covers a part of the same doubt
+_MODALITIES = frozenset(modality.value for modality in Modality)
+_LARGEST_STEP = log(4.0)
+# Enough errors for a quantile of them; until ten calls are known what is reserved untaught fades.
+_ENOUGH = 20
+_FEW_CALLS = 10
+_EARLY_ERROR = 8.0
+_SIZES = 4  # below 128 tokens, 2,048, 32,768, and above
+# Of a set of tools: half a call stands for what is usual, and a tenth of a surprise is taken in
+# after so many.
+_USUAL_CALLS = 0.5
+_STEADY_AFTER = 10
+_LARGEST_CONSTANT = 2_000.0
+
+
+class Ratio:
+    """Actual over guessed, and the variance of what we know of its logarithm."""
+
+    __slots__ = ("log_ratio", "ratio", "variance")
+
+    def __init__(self, log_ratio: float, variance: float) -> None:
+        self.log_ratio = log_ratio
+        self.ratio = exp(log_ratio)
+        self.variance = variance
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """`expected` is the middle, `upper` is rarely exceeded; both in LLM tokens."""
+
+    expected: float
+    upper: float
+
+
+_UNKNOWN = {
+    modality: Ratio(0.0, _UNKNOWN_CONSTANT if modality in _CONSTANTS else _UNKNOWN_VARIANCE)
+    for modality in Modality
+}
+
+
+class Track:
+    """One sort of figure, such as the input tokens of one model."""
+
+    def __init__(self, *, is_told_little: bool = False) -> None:
+        """`is_told_little`: the request says little of how many tokens there will be."""
+        self.calls = 0
+        self.ratios: dict[Modality, Ratio] = {}
+        self._noise = _NOISE_OF_OTHERS if is_told_little else _NOISE
+        self._doubted = inf if is_told_little else _DOUBTED
+        self._usual = 0.0  # the middle of the last calls
+        # actual / expected of the last calls, and whether the reserved tokens were too few.
+        self._surprises: deque[float] = deque(maxlen=REMEMBERED)
+        self._short: deque[bool] = deque(maxlen=REMEMBERED)
+        # (actual - middle) / root of the middle: of the last calls, and of those of each size.
+        self._errors = Window()
+        self._errors_by_size: dict[int, Window] = {}  # of the only size: the same object
+        self._early_error = 0.0  # the largest while the middle was doubted
+        # Calls with a set of tools, and what they used over the middle.
+        self._tool_sets: OrderedDict[int, tuple[int, float]] = OrderedDict()
+
+    @property
+    def margin(self) -> float:
+        """What the middle is multiplied by for the upper estimate of a usual call of known
+        pieces."""
+        if not self._errors:
+            return 1.0
+        return 1.0 + max(0.0, self._errors.upper(QUANTILE)) / sqrt(self._usual)
+
+    @property
+    def error(self) -> float | None:
+        """Mean absolute error of the middle in parts of the actual; None before any is known."""
+        if not self._surprises:
+            return None
+        return sum(abs(1 / surprise - 1) for surprise in self._surprises) / len(self._surprises)
+
+    @property
+    def short(self) -> float | None:
+        """The share of the last calls that used more than was reserved."""
+        return sum(self._short) / len(self._short) if self._short else None
+
+    def shown(self) -> dict[str, float]:
+        """Actual tokens over first guess, by modality."""
+        return {modality.value: ratio.ratio for modality, ratio in self.ratios.items()}
+
+    def predict(self, pieces: Pieces, tools: int = 0) -> Prediction:
+        """`tools`: those of the call, as `InputPieces` has them."""
+        middle, doubt = self._middle(pieces, self.ratios)
+        upper = middle * exp(_DEVIATIONS_BESIDE * sqrt(max(0.0, doubt - _KNOWN)))
+        constant = self._constant(tools)
+        expected = max(1.0, middle + constant)
+        known = len(self._errors)
+        error = max(0.0, self._error(middle)) if known else 0.0
+        if known < _ENOUGH:
+            fading = max(0.0, 1 - self.calls / _FEW_CALLS)
+            error = max(error, self._early_error * fading)
+            upper = max(upper + error * sqrt(middle), _unlearned(pieces) * fading)
+        else:
+            upper += error * sqrt(middle)
+        upper += constant
+        return Prediction(expected, max(expected, upper))
+
+    def learn(
+        self, pieces: Pieces, actual_tokens: int, reserved_tokens: float, tools: int = 0
+    ) -> None:
+        """Take in one call. A figure of 0 or less teaches nothing: no call is free of tokens."""
+        if actual_tokens <= 0:
+            return
+        middle, doubt = self._middle(pieces, self.ratios)
+        constant = self._constant(tools)
+        self.calls += 1
+        self._short.append(actual_tokens > reserved_tokens)
+        surprise = actual_tokens / max(1.0, middle + constant)
+        self._surprises.append(min(max(surprise, 1 / MOST_OFF), MOST_OFF))
+        self._usual += (middle - self._usual) * max(_GAIN, 1 / self.calls)
+        error_tokens = min(actual_tokens, MOST_OFF * middle) - middle - constant
+        self._note_error(middle, error_tokens / sqrt(middle), doubt)
+        if tools:
+            self._note_tools(tools, middle, actual_tokens - middle)
+        spread = doubt + self._noise + _NOISE_TOKENS / max(1.0, middle)
+        most = max(_LARGEST_STEP, 3 * sqrt(spread))
+        step = min(max(log(actual_tokens / middle), -most), most) / spread
+        ratios = self.ratios
+        for modality, tokens in pieces.items():
+            known = ratios.get(modality)
+            if known is None:
+                known = ratios[modality] = Ratio(0.0, _UNKNOWN[modality].variance)
+            share = tokens * known.ratio / middle
+            gain = known.variance * share
+            known.log_ratio = _bounded(known.log_ratio + gain * step)
+            known.ratio = exp(known.log_ratio)
+            # Only what was seen can have drifted.
+            known.variance += share * (share * _DRIFT - gain * known.variance / spread)
+
+    @staticmethod
+    def _middle(pieces: Pieces, ratios: Mapping[Modality, Ratio]) -> tuple[float, float]:
+        """The middle without the constant of its tools, and the variance of its logarithm."""
+        middle = doubt = 0.0
+        for modality, tokens in pieces.items():
+            known = ratios.get(modality) or _UNKNOWN[modality]
+            part = tokens * known.ratio
+            middle += part
+            doubt += known.variance * part * part
+        if not middle:  # of a request without a body; no call is free of tokens
+            return 1.0, 0.0
+        return middle, doubt / (middle * middle)
+
+    def _error(self, middle: float) -> float:
+        """What 95 % of the errors of calls of this size are below."""
+        own = self._errors_by_size.get(_size(middle))
+        if own is not None and len(own) >= _ENOUGH:
+            return own.upper(QUANTILE)
+        return self._errors.upper(QUANTILE)
+
+    def _note_error(self, middle: float, error: float, doubt: float) -> None:
+        if doubt > self._doubted:
+            self._early_error = max(self._early_error, error)
+            return
+        size, by_size = _size(middle), self._errors_by_size
+        own = by_size.get(size)
+        if own is None:
+            for other, errors in by_size.items():
+                if errors is self._errors:
+                    by_size[other] = Window(errors.ordered())
+            own = by_size[size] = Window() if by_size else self._errors
+        self._errors.add(error)
+        if own is not self._errors:
+            own.add(error)
+
+    def _constant(self, tools: int) -> float:
+        """What calls with the same tools use over the middle; two thirds of it after the first."""
+        calls, over = self._tool_sets.get(tools, (0, 0.0))
+        return over / (calls + _USUAL_CALLS)
+
+    def _note_tools(self, tools: int, middle: float, over: float) -> None:
+        most = _LARGEST_CONSTANT + 4 * middle
+        over = min(max(over, -middle), most)
+        calls, before = self._tool_sets.pop(tools, (0, 0.0))
+        if calls < _STEADY_AFTER:
+            self._tool_sets[tools] = (calls + 1, before + over)
+        else:
+            self._tool_sets[tools] = (calls, before + over - before / calls)
+        if len(self._tool_sets) > MOST_TOOL_SETS:
+            self._tool_sets.popitem(last=False)
+
+    def export(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "calls": self.calls,
+            "usual": self._usual,
+            "ratios": {
+                modality.value: [ratio.log_ratio, ratio.variance]
+                for modality, ratio in self.ratios.items()
+            },
+            "surprises": list(self._surprises),
+            "short": [int(short) for short in self._short],
+            "early_error": self._early_error,
+            "errors": self._errors.ordered(),
+            "errors_by_size": [
+                [size, errors.ordered()] for size, errors in self._errors_by_size.items()
+            ],
+            "tools": [[tools, *known] for tools, known in self._tool_sets.items()],
+        }
+
+    @classmethod
+    def restore(cls, exported: Mapping[str, Any], *, is_told_little: bool = False) -> Track:
+        """The inverse of `export`; modalities that are not known here are left out.
+
+        Raises ValueError, TypeError or KeyError for what `export` has not made.
+        """
+        track = cls(is_told_little=is_told_little)
+        track.calls = int(exported["calls"])
+        track._usual = _sound(exported["usual"])
+        for name, (log_ratio, variance) in exported["ratios"].items():
+            if name in _MODALITIES:
+                if not isfinite(log_ratio) or not 0 < variance <= 2:
+                    raise ValueError(f"the ratio of {name} is out of range")
+                track.ratios[Modality(name)] = Ratio(_bounded(float(log_ratio)), float(variance))
+        for surprise in exported["surprises"]:
+            if not 1 / MOST_OFF <= surprise <= MOST_OFF:
+                raise ValueError("a surprise is out of range")
+            track._surprises.append(float(surprise))
+        track._short.extend(bool(short) for short in exported["short"])
+        track._early_error = _sound(exported["early_error"])
+        track._errors = Window(map(_sound, exported["errors"]))
+        for size, errors in exported["errors_by_size"]:
+            if size not in range(_SIZES):
+                raise ValueError("a size is out of range")
+            track._errors_by_size[size] = Window(map(_sound, errors))
+        for tools, calls, over in exported["tools"][-MOST_TOOL_SETS:]:
+            track._tool_sets[int(tools)] = (int(calls), _sound(over))
+        return track
+
+
+def _unlearned(pieces: Pieces) -> float:
+    """What is reserved before anything is known."""
+    middle, doubt = Track._middle(pieces, _UNKNOWN)
+    return middle * exp(_DEVIATIONS * sqrt(doubt)) + _EARLY_ERROR * sqrt(middle)
+
+
+def _size(middle: float) -> int:
+    return min(max(0, (int(middle).bit_length() >> 2) - 1), _SIZES - 1)
+
+
+def _sound(figure: float) -> float:
+    if not isfinite(figure):
+        raise ValueError("a figure is no number")
+    return float(figure)
+
+
+def _bounded(log_ratio: float) -> float:
+    return min(max(log_ratio, -log(MOST_OFF)), log(MOST_OFF))
+
+
+MOST_TRACKS = 4_096
+MOST_TRACKS_OF_A_TENANT = 64  # models are named by clients
+_INPUT = "input"
+_TOLD_LITTLE = frozenset(f"{_INPUT}:{learning}" for learning in Learning if learning)
+_UNTAUGHT = Track()
+_NO_TRACKS: Mapping[tuple[str, str], Track] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The tokens of one call: `input_tokens` and `output_tokens` are what to reserve, rarely too
+    few; the `expected` ones are the middle. The `guessed` ones are by the request alone, with
+    nothing learned: its first guess, and of the output no more than its own bound."""
+
+    model: str
+    kind: str
+    tenant: str
+    input_pieces: Pieces
+    output_pieces: Pieces
+    input_tokens: int
+    output_tokens: int
+    expected_input_tokens: int
+    expected_output_tokens: int
+    guessed_input_tokens: int
+    guessed_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """How good the estimates of one track are.
+
+    tenant: whose calls it has learned from, and whom it serves.
+    part: `input`, `input:hosted`, `input:state`, `input:files`, or `output:<kind>`.
+    calls: how many calls it has learned from.
+    error: mean absolute error of the middle over the last calls, in parts of the actual tokens;
+        None before it can be said.
+    short: the share of the last calls that used more than was reserved for them.
+    margin: what is reserved over the middle.
+    ratios: modality -> actual tokens over first guess.
+    """
+
+    tenant: str
+    model: str
+    part: str
+    calls: int
+    error: float | None
+    short: float | None
+    margin: float
+    ratios: Mapping[str, float]
+
+
+class Estimator:
+    """One per process. No I/O; `export` and `restore` are for sharing what was learned."""
+
+    def __init__(self) -> None:
+        self._tracks: OrderedDict[str, OrderedDict[tuple[str, str], Track]] = OrderedDict()
+        self._count = 0
+
+    def estimate(
+        self,
+        model: str,
+        kind: str,
+        prompt: str,
+        media: Sequence[Media] = (),
+        *,
+        images: int = 0,
+        max_output_tokens: int | None = None,
+        tenant: str = DEFAULT_TENANT,
+    ) -> Estimate:
+        """`images`: how many the answer will hold. `max_output_tokens`: the call's own bound."""
+        pieces = pieces_of(prompt, media)
+        return self.of_pieces(
+            *(model, kind, pieces),
+            images=images,
+            max_output_tokens=max_output_tokens,
+            tenant=tenant,
+        )
+
+    def of_pieces(
+        self,
+        model: str,
+        kind: str,
+        input_pieces: Pieces,
+        *,
+        images: int = 0,
+        max_output_tokens: int | None = None,
+        tenant: str = DEFAULT_TENANT,
+    ) -> Estimate:
+        """The same for an input whose pieces are known."""
+        output_pieces = answer_of(images)
+        own = self._tracks.get(tenant) or _NO_TRACKS
+        part, whole, tools = _input(input_pieces)
+        taken = _predict(own, model, part, whole, tools)
+        given = _predict(own, model, _output(kind), output_pieces)
+        most = inf if max_output_tokens is None else max(1, max_output_tokens)
+        return Estimate(
+            model=model,
+            kind=kind,
+            tenant=tenant,
+            input_pieces=input_pieces,
+            output_pieces=output_pieces,
+            input_tokens=_whole(taken.upper),
+            output_tokens=_whole(min(given.upper, most)),
+            expected_input_tokens=_whole(taken.expected),
+            expected_output_tokens=_whole(min(given.expected, most)),
+            guessed_input_tokens=_whole(sum(input_pieces.values())),
+            guessed_output_tokens=_whole(min(sum(output_pieces.values()), most)),
+        )
+
+    def learn(self, estimate: Estimate, usage: Usage) -> None:
+        """Take in what a finished call used. One that was cut teaches its input alone: leave its
+        output figures out."""
+        input_tokens, output_tokens = tokens_of(usage)
+        if input_tokens is not None:
+            part, whole, tools = _input(estimate.input_pieces)
+            track = self._track(estimate.tenant, estimate.model, part)
+            track.learn(whole, input_tokens, estimate.input_tokens, tools)
+        if output_tokens is not None:
+            track = self._track(estimate.tenant, estimate.model, _output(estimate.kind))
+            track.learn(estimate.output_pieces, output_tokens, estimate.output_tokens)
+
+    def error(self) -> tuple[Learned, ...]:
+        """How good the estimates are, for each track, the last used one first."""
+        return tuple(
+            Learned(
+                tenant=tenant,
+                model=model,
+                part=part,
+                calls=track.calls,
+                error=track.error,
+                short=track.short,
+                margin=track.margin,
+                ratios=track.shown(),
+            )
+            for tenant, own in reversed(self._tracks.items())
+            for (model, part), track in reversed(own.items())
+        )
+
+    def export(self) -> list[dict[str, Any]]:
+        """All that was learned, as plain values for JSON."""
+        return [
+            {"tenant": tenant, "model": model, "part": part, **track.export()}
+            for tenant, own in self._tracks.items()
+            for (model, part), track in own.items()
+        ]
+
+    def restore(self, exported: Sequence[Mapping[str, Any]]) -> None:
+        """Take over tracks that have learned from more calls than ours.
+
+        Raises ValueError, TypeError or KeyError for what `export` has not made; nothing is changed
+        then.
+        """
+        read = {
+            (str(one["tenant"]), str(one["model"]), str(one["part"])): Track.restore(
+                one, is_told_little=str(one["part"]) in _TOLD_LITTLE
+            )
+            for one in exported
+        }
+        for (tenant, model, part), track in read.items():
+            known = (self._tracks.get(tenant) or _NO_TRACKS).get((model, part))
+            if known is None or known.calls < track.calls:
+                self._keep(tenant, model, part, track)
+
+    def _track(self, tenant: str, model: str, part: str) -> Track:
+        known = (self._tracks.get(tenant) or _NO_TRACKS).get((model, part))
+        return self._keep(tenant, model, part, known or Track(is_told_little=part in _TOLD_LITTLE))
+
+    def _keep(self, tenant: str, model: str, part: str, track: Track) -> Track:
+        own = self._tracks.get(tenant)
+        if own is None:
+            own = self._tracks[tenant] = OrderedDict()
+        self._tracks.move_to_end(tenant)
+        self._count += (model, part) not in own
+        own[model, part] = track
+        own.move_to_end((model, part))
+        if len(own) > MOST_TRACKS_OF_A_TENANT:
+            own.popitem(last=False)
+            self._count -= 1
+        while self._count > MOST_TRACKS:
+            self._count -= len(self._tracks.popitem(last=False)[1])
+        return track
+
+
+def _predict(
+    own: Mapping[tuple[str, str], Track], model: str, part: str, pieces: Pieces, tools: int = 0
+) -> Prediction:
+    return (own.get((model, part)) or _UNTAUGHT).predict(pieces, tools)
+
+
+def _input(pieces: Pieces) -> tuple[str, Pieces, int]:
+    """The track of an input, its pieces with what the provider adds, and its tools."""
+    if type(pieces) is not InputPieces:
+        return _INPUT, pieces, 0
+    learning = pieces.learning
+    return f"{_INPUT}:{learning}" if learning else _INPUT, pieces.whole, pieces.tools
+
+
+def tokens_of(usage: Usage) -> tuple[int | None, int | None]:
+    """The input and output tokens of a call, thinking counted as output; None where unknown."""
+    output_tokens = usage.output_tokens
+    if output_tokens is not None:
+        output_tokens += usage.thoughts_tokens or 0
+    elif usage.total_tokens is not None and usage.input_tokens is not None:
+        output_tokens = max(0, usage.total_tokens - usage.input_tokens)
+    return usage.input_tokens, output_tokens
+
+
+def _whole(tokens: float) -> int:
+    # What only rounding has put above a whole number is not one token more.
+    return ceil(tokens * (1 - 1e-9))
+
+
+def _output(kind: str) -> str:
+    return f"output:{kind}"

@@ -1,0 +1,391 @@
+"""Checker of a log of calls: counts, order, shares and waste, against a policy. Pure.
+
+A log is a sequence of `Event` in order of time, as seen at the far end of the calls: by the truth
+of the chaos runs (`chaos.limiter.truth`) or by the emulator (`from_emulator`). Nothing here knows
+what the limiter thinks. Times are ns of any one clock; results named `_s` are seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+NS = 1_000_000_000
+
+# asked for a permit; the call began; the call ended; the waiter gave up or was refused
+What = Literal["ask", "begin", "end", "leave"]
+
+
+class Event(NamedTuple):
+    """One thing that happened to one call. `call` is unique among those of its worker that live.
+
+    limits: every limit that the call needs. epoch: that of the permit's fence, on `begin`.
+    """
+
+    at_ns: int
+    what: What
+    worker: str
+    call: int
+    tenant: str = "default"
+    limits: tuple[str, ...] = ()
+    tokens: int = 0
+    priority: str = ""
+    epoch: int = 0
+
+
+class Span(NamedTuple):
+    """A time in which a worker stood still, or was cut off: what it holds is judged apart."""
+
+    worker: str
+    from_ns: int
+    to_ns: int
+
+    def covers(self, at_ns: int) -> bool:
+        return self.from_ns <= at_ns < self.to_ns
+
+
+class Curve:
+    """A count over time: `levels[i]` holds from `times[i]` on, and 0 before the first.
+
+    Of several levels at the same ns the last one counts: the others did not last.
+    """
+
+    def __init__(self, steps: Iterable[tuple[int, int]]) -> None:
+        self.times: list[int] = []
+        self.levels: list[int] = []
+        self._areas: list[int] = []  # level x ns up to times[i]
+        for at_ns, level in steps:
+            if self.times and self.times[-1] == at_ns:
+                self.levels[-1] = level
+                continue
+            last = self.levels[-1] * (at_ns - self.times[-1]) if self.times else 0
+            self._areas.append((self._areas[-1] if self._areas else 0) + last)
+            self.times.append(at_ns)
+            self.levels.append(level)
+
+    def at(self, at_ns: int) -> int:
+        index = bisect_right(self.times, at_ns) - 1
+        return self.levels[index] if index >= 0 else 0
+
+    def mean(self, from_ns: int, to_ns: int) -> float:
+        """The average level of a stretch that is not empty."""
+        return (self._area_until(to_ns) - self._area_until(from_ns)) / (to_ns - from_ns)
+
+    def _area_until(self, at_ns: int) -> int:
+        index = bisect_right(self.times, at_ns) - 1
+        if index < 0:
+            return 0
+        return self._areas[index] + self.levels[index] * (at_ns - self.times[index])
+
+    def peak(self) -> int:
+        return max(self.levels, default=0)
+
+    def peak_at_once(self) -> tuple[int, int]:
+        """(how many, when first)."""
+        peak = self.peak()
+        return (peak, self.times[self.levels.index(peak)]) if self.levels else (0, 0)
+
+    def above_s(self, bound: int) -> float:
+        """For how long it was above `bound`."""
+        pairs = zip(self.times, self.times[1:], self.levels, strict=False)
+        return sum(end - begin for begin, end, level in pairs if level > bound) / NS
+
+    def recovered_ns(
+        self, bound: int, since_ns: int, known_ns: int, *, window_ns: int, share: float
+    ) -> int | None:
+        """How long after `since_ns` it stood at `bound` again, and kept on average `share` of it
+        for a window; None if it had not by `known_ns`, when the log was read."""
+        last_ns = known_ns - window_ns
+        starts = [since_ns] if self.at(since_ns) >= bound else []
+        first = bisect_right(self.times, since_ns)
+        for index in range(first, bisect_right(self.times, last_ns)):
+            if self.levels[index] >= bound:
+                starts.append(self.times[index])
+        for start in starts:
+            if start <= last_ns and self.mean(start, start + window_ns) >= share * bound:
+                return start - since_ns
+        return None
+
+
+def limits_of(events: Iterable[Event]) -> set[str]:
+    return {limit for event in events for limit in event.limits}
+
+
+def in_flight(
+    events: Iterable[Event], limit: str | None = None, *, without: Sequence[Span] = ()
+) -> Curve:
+    """How many calls of `limit` (or of any) were open, but for those of a worker in its span."""
+    marks: list[tuple[int, int, Event | None]] = [
+        (event.at_ns, number, event)
+        for number, event in enumerate(events, start=1)
+        if event.what in ("begin", "end") and (limit is None or limit in event.limits)
+    ]
+    for span in without:
+        marks += [(span.from_ns, 0, None), (span.to_ns, 0, None)]
+    marks.sort(key=lambda mark: mark[:2])
+    workers: Counter[str] = Counter()
+    steps: list[tuple[int, int]] = []
+    level = 0
+    for at_ns, _, event in marks:
+        change = 0 if event is None else 1 if event.what == "begin" else -1
+        if event is not None:
+            workers[event.worker] += change
+        if without:
+            excused = {span.worker for span in without if span.covers(at_ns)}
+            level = sum(count for worker, count in workers.items() if worker not in excused)
+        else:
+            level += change
+        steps.append((at_ns, level))
+    return Curve(steps)
+
+
+class Arrivals(NamedTuple):
+    """The most that began within one sliding window, counted apart, and when that window ended."""
+
+    calls: int = 0
+    tokens: int = 0
+    calls_ns: int = 0
+    tokens_ns: int = 0
+
+
+def window_maximum(events: Iterable[Event], limit: str, window_ns: int) -> Arrivals:
+    """The most calls, and the most tokens, of `limit` that began within any `window_ns`.
+
+    Two calls exactly a window apart are not in the same window.
+    """
+    inside: deque[Event] = deque()
+    tokens, most = 0, Arrivals()
+    for event in events:
+        if event.what != "begin" or limit not in event.limits:
+            continue
+        inside.append(event)
+        tokens += event.tokens
+        while inside[0].at_ns <= event.at_ns - window_ns:
+            tokens -= inside.popleft().tokens
+        if len(inside) > most.calls:
+            most = most._replace(calls=len(inside), calls_ns=event.at_ns)
+        if tokens > most.tokens:
+            most = most._replace(tokens=tokens, tokens_ns=event.at_ns)
+    return most
+
+
+def flows_again_ns(
+    events: Iterable[Event], limit: str, since_ns: int, known_ns: int, *, window_ns: int, least: int
+) -> int | None:
+    """How long after `since_ns` a window began in which at least `least` calls of a rate began;
+    None if none had by `known_ns`."""
+    begins = [e.at_ns for e in events if e.what == "begin" and limit in e.limits]
+    first = bisect_left(begins, since_ns)
+    for index in range(first, len(begins)):
+        start = begins[index]
+        if start + window_ns > known_ns:
+            return None
+        if bisect_left(begins, start + window_ns) - index >= least:
+            return start - since_ns
+    return None
+
+
+def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None:
+    """Seconds from `since_ns` to the first call with a permit of a later epoch than all before."""
+    before = max((e.epoch for e in events if e.what == "begin" and e.at_ns < since_ns), default=0)
+    for event in events:
+        if event.what == "begin" and event.at_ns >= since_ns and event.epoch > before:
+            return (event.at_ns - since_ns) / NS
+    return None
+
+
+class Overtaking(NamedTuple):
+    """The call that went before the most others that had asked earlier and still waited."""
+
+    places: int
+    event: Event | None
+
+
+def overtaking(events: Iterable[Event], *, within_process: bool) -> Overtaking:
+    """The greatest inversion of first come, first served among waiters of one tenant that need
+    the same limits with the same priority: in each process alone, or over all of them.
+
+    Who gave up before is not overtaken. 0 is perfect order.
+    """
+    queues: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    stamps: dict[tuple[str, int], int] = {}
+    worst = Overtaking(0, None)
+    for number, event in enumerate(events):
+        lane = (
+            event.tenant,
+            event.limits,
+            event.priority,
+            event.worker if within_process else "",
+        )
+        key = (event.worker, event.call)
+        if event.what == "ask":
+            stamps[key] = number
+            queues[lane].append(number)
+            continue
+        stamp = stamps.pop(key, None)
+        if stamp is None or event.what == "end":
+            continue
+        queue = queues[lane]
+        place = bisect_left(queue, stamp)
+        del queue[place]
+        if event.what == "begin" and place > worst.places:
+            worst = Overtaking(place, event)
+    return worst
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Permit-seconds that each tenant had of the time in which all of them waited for more.
+
+    off: the furthest from ideal, as a part of it: 0.05 is 5 %. worst_off: the same over the worst
+    single window.
+    """
+
+    together_s: float
+    shares: Mapping[str, float]
+    off: float
+    worst_off: float
+
+
+def shares(events: Iterable[Event], weights: Mapping[str, int], window_ns: int = 0) -> Shares:
+    """Compare with `weights`; `window_ns` of such time makes a window, 0 for one window only."""
+    waiting: Counter[str] = Counter()
+    running: Counter[str] = Counter()
+    asked: set[tuple[str, int]] = set()
+    total: Counter[str] = Counter()
+    window: Counter[str] = Counter()
+    together_ns, window_spent_ns, last_ns, worst = 0, 0, 0, 0.0
+    for event in events:
+        step_ns, last_ns = event.at_ns - last_ns, event.at_ns
+        if all(waiting[tenant] > 0 for tenant in weights):
+            together_ns += step_ns
+            window_spent_ns += step_ns
+            for tenant in weights:
+                total[tenant] += running[tenant] * step_ns
+                window[tenant] += running[tenant] * step_ns
+            if window_ns and window_spent_ns >= window_ns:
+                worst = max(worst, _off(window, weights))
+                window.clear()
+                window_spent_ns = 0
+        _follow(event, waiting, running, asked)
+    everything = sum(total.values()) or 1
+    parts = {tenant: total[tenant] / everything for tenant in weights}
+    off = _off(total, weights)
+    return Shares(together_ns / NS, parts, off, worst if window_ns else off)
+
+
+def _follow(
+    event: Event, waiting: Counter[str], running: Counter[str], asked: set[tuple[str, int]]
+) -> None:
+    key = (event.worker, event.call)
+    if event.what == "ask":
+        asked.add(key)
+        waiting[event.tenant] += 1
+        return
+    if event.what != "end" and key in asked:
+        asked.remove(key)
+        waiting[event.tenant] -= 1
+    if event.what == "begin":
+        running[event.tenant] += 1
+    elif event.what == "end":
+        running[event.tenant] -= 1
+
+
+def _off(had: Mapping[str, int], weights: Mapping[str, int]) -> float:
+    everything, weight = sum(had.values()), sum(weights.values())
+    if everything == 0:
+        return 0.0
+    ideal = {tenant: everything * share / weight for tenant, share in weights.items()}
+    return max(abs(had[tenant] / ideal[tenant] - 1) for tenant in weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Waste:
+    """Permits that a waiter could have had and nobody used, while he waited.
+
+    permit_s: how much, in permit-seconds. possible_s: all permit-seconds of the time in which
+    somebody waited. longest_s: the longest single time in which at least one was free.
+    """
+
+    permit_s: float
+    possible_s: float
+    longest_s: float
+
+    @property
+    def used(self) -> float:
+        """The part of what was possible that was used; 1 if nobody ever waited."""
+        return 1 - self.permit_s / self.possible_s if self.possible_s else 1.0
+
+
+def waste(events: Iterable[Event], bounds: Mapping[str, int]) -> Waste:
+    """Gaps in the use of the limits in `bounds`.
+
+    A waiter that needs several could have had what is free of the scarcest; of several sorts of
+    waiters that count which could have had most.
+    """
+    waiting: Counter[tuple[str, ...]] = Counter()
+    running: Counter[str] = Counter()
+    asked: set[tuple[str, int]] = set()
+    wasted = possible = longest = gap = last_ns = 0
+    for event in events:
+        step_ns, last_ns = event.at_ns - last_ns, event.at_ns
+        room = [
+            (min(bounds[limit] - running[limit] for limit in needed), needed)
+            for needed, count in waiting.items()
+            if count > 0
+        ]
+        if room:
+            free, needed = max(room)
+            wasted += max(0, free) * step_ns
+            possible += min(bounds[limit] for limit in needed) * step_ns
+            gap = gap + step_ns if free > 0 else 0
+            longest = max(longest, gap)
+        else:
+            gap = 0
+        needed = tuple(limit for limit in event.limits if limit in bounds)
+        if not needed:
+            continue
+        key = (event.worker, event.call)
+        if event.what == "ask":
+            asked.add(key)
+            waiting[needed] += 1
+        elif event.what != "end" and key in asked:
+            asked.remove(key)
+            waiting[needed] -= 1
+        if event.what in ("begin", "end"):
+            running.update(dict.fromkeys(needed, 1 if event.what == "begin" else -1))
+    return Waste(wasted / NS, possible / NS, longest / NS)
+
+
+class ServedCall(Protocol):
+    """What is needed of a call in the emulator's log; see `LoggedCall` there."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def started_ns(self) -> int: ...
+    @property
+    def ended_ns(self) -> int | None: ...
+    @property
+    def outcome(self) -> str | None: ...
+
+
+def from_emulator(calls: Iterable[ServedCall]) -> list[Event]:
+    """The emulator's log as events. It sees no waiters, and calls that it refused never began."""
+    events: list[Event] = []
+    for call in calls:
+        if call.outcome == "refused":
+            continue
+        limits = (f"kind:{call.kind}", f"model:{call.model}", "pool:total")
+        begin = Event(call.started_ns, "begin", "emulator", call.id, limits=limits)
+        events.append(begin)
+        if call.ended_ns is not None:
+            events.append(begin._replace(at_ns=call.ended_ns, what="end"))
+    return sorted(events, key=lambda event: event.at_ns)

@@ -1,0 +1,332 @@
+"""Commands of an operator: `tidegate config check`, `doctor`, `verify`, `backup` and `restore`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidegate.call import DEFAULT_POOL
+from tidegate.cli.terminal import DONE, FAILED, Json, show, show_json, show_table
+
+if TYPE_CHECKING:
+    from tidegate.doctor.checks import Finding
+    from tidegate.limiter.policy import PoolPolicy
+    from tidegate.policy.deployment import Deployment
+    from tidegate.settings import Config
+    from tidegate.verify.plan import Report
+
+File = Annotated[Path, typer.Argument(help="A dump in PostgreSQL's custom format.")]
+
+
+def backup(file: File, json: Json = False) -> None:
+    """Write the record (requests, answers, tenants, keys, limits) into a new file.
+
+    Files that were uploaded or generated are not in it: copy DATA_DIR/blobs, or the bucket, after.
+    """
+    from tidegate.settings import load
+    from tidegate.supervisor.backup import back_up
+
+    size_bytes = back_up(load(), file)
+    if json:
+        show_json({"file": str(file), "size_bytes": size_bytes})
+        return
+    typer.echo(f"wrote {size_bytes / 1_000_000:.1f} MB to {file}")
+
+
+def restore(file: File, json: Json = False) -> None:
+    """Fill an empty database from a file that `tidegate backup` or pg_dump has written."""
+    from tidegate.settings import load
+    from tidegate.supervisor.backup import restore as run
+
+    run(load(), file)
+    if json:
+        show_json({"file": str(file), "restored": True})
+        return
+    typer.echo("restored; `tidegate migrate` brings it up to date, as every start does")
+
+
+app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+
+
+@app.callback()
+def _config() -> None:
+    pass
+
+
+def load_sound() -> Config:
+    """The settings, where all that `config check` checks is sound. Raises ConfigError."""
+    from tidegate.policy.deployment import deployed, deployed_upstreams
+    from tidegate.settings import load
+
+    config = load()
+    deployed(config)
+    deployed_upstreams(config)
+    return config
+
+
+def load_to_run() -> Config:
+    """The same for a process that is to run, unless its supervisor has done it; what may be a
+    mistake is said. Raises ConfigError."""
+    from tidegate.supervisor.services import is_child
+
+    config = load_sound()
+    if not is_child():
+        say_doubtful(config)
+    return config
+
+
+def say_doubtful(config: Config) -> None:
+    """One line for each variable whose name is nearly a setting's, and for each configured model
+    that prompts can't reach."""
+    from tidegate.errors import InvalidRequest
+    from tidegate.policy.deployment import deployed_upstreams, doubtful
+    from tidegate.spine.routing import Targets
+
+    for one in doubtful(config):
+        typer.echo(f"tidegate: {one}", err=True)
+    targets = Targets(deployed_upstreams(config))
+    for name in _MODELS if DEFAULT_POOL in targets.upstreams else ():
+        try:
+            targets.check_prompt(getattr(config, name.lower()))
+        except InvalidRequest as refused:
+            typer.echo(f"tidegate: {name}: {refused.message}", err=True)
+
+
+@app.command()
+def check(
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="Show settings that are not given, too.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say whether the settings are sound, what they come to, and where each comes from."""
+    from tidegate.policy.deployment import deployed, deployed_upstreams, doubtful, policy_file
+
+    config = load_sound()
+    policy, deployment = deployed(config), deployed_upstreams(config)
+    rows = [row for row in _settings(config) if defaults or row[2] != _DEFAULT]
+    file = policy_file(config)
+    if json:
+        show_json(
+            {
+                "settings": {
+                    name: {"value": None if value == _NOT_SET else value, "from": place}
+                    for name, value, place in rows
+                },
+                "policy_file": None if file is None else str(file),
+                "doubtful": {one.name: one.near for one in doubtful(config)},
+                "upstreams": _plain(deployment, policy),
+            }
+        )
+        return
+    typer.echo("The settings are sound.")
+    _say_what_they_come_to(config)
+    typer.echo(f"  limits              {file or 'RATE_LIMITS and the defaults; no tidegate.toml'}")
+    _say_upstreams(config, deployment, policy)
+    if rows:
+        typer.echo()
+        show_table("", ("setting", "value", "from"), rows)
+    say_doubtful(config)
+
+
+_MODELS = ("TEXT_MODEL", "MULTI_MODAL_MODEL", "IMAGE_MODEL", "CLASSIFIER_MODEL")
+_DEFAULT, _NOT_SET = "the default", "not set"
+
+
+def _settings(config: Config) -> list[tuple[str, ...]]:
+    """Name, value as it may be shown, and origin."""
+    import json
+
+    from tidegate.settings import SECRETS, origins, shown
+
+    given = origins()
+    rows: list[tuple[str, ...]] = []
+    for field, value in config:
+        name = field.upper()
+        text = json.dumps(value) if isinstance(value, dict) else _as_text(value)
+        is_secret = name in SECRETS and value is not None
+        rows.append((name, shown(name, text) if is_secret else text, given.get(name, _DEFAULT)))
+    return rows
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return _NOT_SET
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _say_what_they_come_to(config: Config) -> None:
+    servers = "bundled, in DATA_DIR" if config.embedded else "yours"
+    typer.echo(f"  listens on          {config.host} port {config.port}")
+    typer.echo(f"  PostgreSQL, Valkey  {servers}")
+    typer.echo(f"  account of Gemini   {_gemini(config)}")
+    typer.echo(f"  API keys            {'asked for' if config.asks_for_keys else 'not asked for'}")
+
+
+def _gemini(config: Config) -> str:
+    from tidegate.policy.deployment import emulates
+
+    if config.gemini_api_key is not None:
+        return "yours"
+    return "emulated" if emulates(config) else "none: prompts (/submit, /stream) have no upstream"
+
+
+def _say_upstreams(config: Config, deployment: Deployment, policy: PoolPolicy) -> None:
+    from tidegate.policy.format import in_words
+
+    for upstream in deployment.upstreams:
+        places = "; ".join(f"{one} at {url}" for one, url in upstream.base_urls.items())
+        if config.emulated and upstream.name == DEFAULT_POOL:
+            places = "the emulator"
+        typer.echo(f"  upstream {upstream.name}: {', '.join(upstream.models)} ({places})")
+        for name, limit in deployment.policies.get(upstream.name, policy).limits.items():
+            typer.echo(f"    {name:<21} {in_words(limit)}")
+    for route in deployment.routes:
+        chain = ", then ".join(f"{name}/{model or route.model}" for name, model in route.targets)
+        typer.echo(f"  route {route.model}: {chain}")
+
+
+def _plain(deployment: Deployment, policy: PoolPolicy) -> list[dict[str, Any]]:
+    from tidegate.policy.format import to_plain
+
+    return [
+        {
+            "name": one.name,
+            "models": one.models,
+            "base_urls": dict(one.base_urls),
+            "policy": to_plain(deployment.policies.get(one.name, policy)),
+        }
+        for one in deployment.upstreams
+    ]
+
+
+_MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "bold red")}
+_SKIPPED = ("-", "bright_black")
+
+
+def doctor(
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask neither providers nor the bucket.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check everything that could be wrong, and say how to mend it; change nothing.
+
+    Exit code 1 if a check fails. Each provider is asked once for its models, to test the key.
+    """
+    from tidegate.doctor import examine
+    from tidegate.doctor.checks import State
+    from tidegate.telemetry import logging as telemetry
+
+    telemetry.configure_logging("console", "error", process="command")
+    found = asyncio.run(examine(online=not offline))
+    failed = sum(one.state is State.FAIL for one in found)
+    warned = sum(one.state is State.WARN for one in found)
+    if json:
+        show_json({"ok": not failed, "failed": failed, "warned": warned, "checks": found})
+    else:
+        _show(found)
+        sys.stderr.write(f"\ntidegate: {_summary(failed, warned, len(found))}\n")
+    raise typer.Exit(FAILED if failed else DONE)
+
+
+def _summary(failed: int, warned: int, count: int) -> str:
+    if not failed and not warned:
+        return f"all {count} checks are well"
+    parts = [f"{failed} fail"] * bool(failed) + [f"{warned} warn"] * bool(warned)
+    return f"of {count} checks {' and '.join(parts)}"
+
+
+def _show(found: list[Finding]) -> None:
+    """A line for each check, by rooms; beneath those that are not well, how to mend them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from tidegate.telemetry.logging import redact
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    room = None
+    for one in found:
+        if room not in (None, one.room):
+            table.add_row("", "", "")
+        room = one.room
+        word, style = _MARKS.get(one.state, _SKIPPED)
+        said = Text(redact(one.found), style="bright_black" if word == "-" else "")
+        if one.mend:
+            said.append(f"\n-> {one.mend}", style="cyan")
+        table.add_row(Text(word, style=style), one.check, said)
+    show(table)
+
+
+_STYLES = {"kept": "green", "BROKEN": "bold red", "skipped": "dim"}
+
+
+def verify(
+    quick: Annotated[bool, typer.Option("--quick", help="15 s instead of a minute.")] = False,
+    provider_limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="What the emulated provider allows at once. Lower than the pool's limit it shows "
+            "what a broken promise looks like.",
+        ),
+    ] = None,
+    restart_command: Annotated[
+        str | None,
+        typer.Option(
+            help="Restarts Valkey without its data, for all who use it; without one that promise "
+            "is skipped.",
+        ),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the report there, for a runbook.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check the promises against this installation, with the emulator for a provider.
+
+    In pools and of a tenant that are made for it and removed after it. Ends with 1 if a promise is
+    broken.
+    """
+    from tidegate.settings import load
+    from tidegate.telemetry import logging as telemetry
+    from tidegate.verify.run import Wishes, markdown_of
+    from tidegate.verify.run import verify as run
+
+    config = load()
+    telemetry.configure_logging(config.log_format, "error", process="verify")
+    wishes = Wishes(quick, provider_limit, restart_command)
+    report = run(config, wishes, lambda what: typer.echo(f"tidegate: {what}", err=True))
+    if markdown is not None:
+        markdown.write_text(markdown_of(report), encoding="utf-8")
+    if json:
+        show_json({"sound": report.is_sound, **_plain_report(report)})
+    else:
+        _show_report(report)
+    raise typer.Exit(0 if report.is_sound else 1)
+
+
+def _plain_report(report: Report) -> dict[str, object]:
+    return {"about": report.about, "results": report.results, "left": report.left}
+
+
+def _show_report(report: Report) -> None:
+    from tidegate.cli.terminal import console, show_figures
+    from tidegate.verify.run import sentence_of, table_of
+
+    shown = console()
+    shown.print()
+    for name, text in report.about.items():
+        shown.print(f"{name:<22}", style="dim", end=" ")
+        shown.print(text, markup=False)
+    shown.print()
+    show_figures(table_of(report), shown, _STYLES)
+    shown.print()
+    shown.print(sentence_of(report), markup=False)

@@ -1,0 +1,284 @@
+"""Output of the commands: tables, safe text, exit codes, and the pool that a command is about.
+
+Text from other sources is escaped before it reaches a terminal, so that it can't send control
+characters. Without a terminal the output is plain text of a fixed width.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+
+import typer
+from typer.core import TyperOption
+
+from tidegate.errors import (
+    ConfigError,
+    GatewayRefused,
+    GatewayUnreachable,
+    InvalidRequest,
+    LimiterUnavailable,
+    StoreUnavailable,
+    TidegateError,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from tidegate.policy.inspection import Control
+    from tidegate.rehearse.report import Table
+    from tidegate.settings import Config
+    from tidegate.store.tenants import Tenants
+
+_WITHOUT_A_TERMINAL = 160
+
+
+def console() -> Console:
+    """As wide as the terminal; without one wide enough for our tables."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WITHOUT_A_TERMINAL)
+
+
+def show_figures(table: Table, to: Console, styles: Mapping[str, str] | None = None) -> None:
+    """Figures to the right. `styles`: of rows that end with a word."""
+    from rich.table import Table as Shown
+    from rich.text import Text
+
+    shown = Shown(
+        title=table.title or None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        header_style="dim",
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    for number, column in enumerate(table.columns):
+        justify = "right" if table.holds_figures(number) else "left"
+        shown.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in table.rows:
+        style = (styles or {}).get(row[-1], "")
+        cells = [*(Text(cell) for cell in row[:-1]), Text(row[-1], style=style)]
+        shown.add_row(*cells, style="dim" if style == "dim" else "")
+    to.print(shown)
+
+
+def show_chart(chart: str, to: Console) -> None:
+    """One that is drawn with blocks, under titles that begin their lines."""
+    from rich.text import Text
+
+    text = Text(chart)
+    text.highlight_regex(r"[▁▂▃▄▅▆▇█]+", "cyan")
+    text.highlight_regex(r"(?m)^\w.*$", "bold")
+    to.print(text, no_wrap=True, overflow="crop")
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def legible(text: str) -> str:
+    """Control characters but new lines and tabs as `\\x1b` and the like: an answer of a model, or a
+    reason somebody typed, could else set a terminal's title, clear it or write its clipboard."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
+
+
+T = TypeVar("T")
+_chosen: ContextVar[str | None] = ContextVar("tidegate_pool", default=None)
+
+PLAIN_WIDTH = 160
+Json = Annotated[bool, typer.Option("--json", help="Show it as JSON.")]
+Reason = Annotated[str, typer.Option(help="Why; it goes on record.")]
+
+
+AnyPool = Annotated[
+    str | None,
+    typer.Option(
+        "--pool",
+        help="Whose limits: the name of an upstream; gemini, or the first of all where that has no "
+        "account.",
+    ),
+]
+
+
+def choose_pool(pool: AnyPool = None) -> None:
+    """What `--pool` before a command does."""
+    _chosen.set(pool)
+
+
+def with_pool_option(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes `--pool` too, behind its name as well as before it."""
+
+    @wraps(command)
+    def run(*arguments: object, pool: str | None = None, **options: object) -> None:
+        if pool is not None:
+            _chosen.set(pool)
+        command(*arguments, **options)
+
+    behind = Parameter("pool", Parameter.KEYWORD_ONLY, default=None, annotation=AnyPool)
+    parameters = [*signature(command, eval_str=True).parameters.values(), behind]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def chosen_pool(config: Config) -> str:
+    """The pool that the command is about."""
+    from tidegate.policy.deployment import default_pool
+
+    return _chosen.get() or default_pool(config)
+
+
+def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
+    """Run `work` on the chosen pool of the deployment that the settings describe."""
+    from tidegate.settings import load
+    from tidegate.supervisor.roles import in_pool as run
+    from tidegate.telemetry import logging as telemetry
+
+    config = load()
+    telemetry.configure_logging(config.log_format, "error", process="command")
+    return run(config, work, chosen_pool(config))
+
+
+def with_tenants(work: Callable[[Tenants], Awaitable[T]]) -> T:
+    """Run `work` on the record of tenants and keys, which needs no Valkey."""
+    from tidegate.settings import load
+    from tidegate.supervisor.roles import with_tenants as run
+    from tidegate.telemetry import logging as telemetry
+
+    config = load()
+    telemetry.configure_logging(config.log_format, "error", process="command")
+    return run(config, work)
+
+
+def who() -> str:
+    """The person at the terminal, as it goes on record."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        name = "somebody"
+    return f"{name}@{socket.gethostname()}"
+
+
+def show_json(value: object) -> None:
+    import orjson
+
+    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def show_table(
+    title: str,
+    columns: tuple[str, ...],
+    rows: list[tuple[str, ...]],
+    *,
+    whole: tuple[str, ...] = (),
+) -> None:
+    """A table on the terminal; numbers to the right, and columns that stay `whole` on one line.
+    Without a terminal it is plain text."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=None, header_style="bold")
+    for number, column in enumerate(columns):
+        figures = bool(rows) and all(row[number].replace("-", "0").isdecimal() for row in rows)
+        side: Literal["left", "right"] = "right" if figures else "left"
+        table.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
+    for row in rows:
+        table.add_row(*(Text(legible(cell)) for cell in row))
+    show(table)
+
+
+def show(what: RenderableType) -> None:
+    """On a terminal as it fits; elsewhere without colours, and without blanks at the ends of lines,
+    which programs would stumble over."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=terminal_width())
+    if sys.stdout.isatty():
+        console.print(what)
+        return
+    with console.capture() as captured:
+        console.print(what)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def terminal_width() -> int:
+    """In characters; wide where there is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
+
+
+DONE = 0
+FAILED = 1
+WRONG = 2
+REFUSED = 3
+AWAY = 4
+INTERRUPTED = 130
+
+
+class Exit(NamedTuple):
+    code: int
+    means: str
+
+
+EXITS = (
+    Exit(DONE, "all is done"),
+    Exit(
+        FAILED,
+        "it failed: the request, lines of a batch, a check of doctor; or there is no such thing",
+    ),
+    Exit(WRONG, "an argument, a setting or a file of yours is wrong"),
+    Exit(REFUSED, "refused: no key or a wrong one, or a cap or budget is reached"),
+    Exit(AWAY, "Tidegate, Valkey or PostgreSQL can't be reached"),
+    Exit(INTERRUPTED, "interrupted by Ctrl-C"),
+)
+
+# The help makes a line of each paragraph.
+EPILOGUE = "Exit codes:\n\n" + "\n\n".join(f"{one.code}: {one.means}" for one in EXITS)
+
+_WRONG_STATUSES = (400, 405, 409, 413, 415, 422)
+_REFUSING_STATUSES = (401, 403, 429)
+_AWAY_STATUSES = (408, 502, 503, 504)
+
+
+def code_of(error: TidegateError) -> int:
+    """The exit code for an error that ends a command."""
+    match error:
+        case ConfigError() | InvalidRequest():
+            return WRONG
+        case GatewayUnreachable() | LimiterUnavailable() | StoreUnavailable():
+            return AWAY
+        case GatewayRefused(status=status):
+            return _code_of_status(status)
+    return FAILED
+
+
+def _code_of_status(status: int) -> int:
+    if status in _WRONG_STATUSES:
+        return WRONG
+    if status in _REFUSING_STATUSES:
+        return REFUSED
+    return AWAY if status in _AWAY_STATUSES else FAILED
+
+
+def show_flags_without_type() -> None:
+    """Typer names the type of every option since it renders types itself; earlier versions name
+    none for a flag."""
+    shown = getattr(TyperOption, "display_type_rich", None)
+    if shown is None:
+        return
+
+    def of_options_with_a_value(option: Any, ctx: Any) -> str | None:
+        if getattr(option, "is_flag", False) and option.metavar is None:
+            return None
+        text: str | None = shown(option, ctx=ctx)
+        return text
+
+    TyperOption.display_type_rich = of_options_with_a_value  # type: ignore[method-assign,assignment]

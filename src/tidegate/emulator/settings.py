@@ -1,0 +1,201 @@
+"""Settings of the emulator: latencies, limits, answers; all can be changed while it runs.
+
+Invariant: a `Behaviour` is sound and never changes; a change makes a new one, or is refused whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from random import Random
+from typing import Any, Literal, Self
+
+from tidegate.errors import InvalidRequest
+
+KINDS = ("text_only", "multi_modal", "image_generation", "classifier", "other")
+EVERY = "*"  # in a table by kind: the value for kinds that are not named
+TOTAL = "total"  # a limit over all kinds together but `other`
+
+Mode = Literal["fixed_window", "sliding_window", "token_bucket"]
+Measure = Literal["requests", "input_tokens"]
+MODES = ("fixed_window", "sliding_window", "token_bucket")
+MEASURES = ("requests", "input_tokens")
+DAY_S = 86_400
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidRequest(name, f"{name}: {value!r} is not a number from {low:g} to {high:g}")
+    return value
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """`value` as an int within bounds; raises InvalidRequest naming the field."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(name, f"{name}: {value!r} is not a whole number from {low} to {high}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Delays in ms. As JSON: `50`, `{"uniform": [20, 80]}` or `{"lognormal": [median, sigma]}`."""
+
+    shape: Literal["fixed", "uniform", "lognormal"] = "fixed"
+    first: float = 0.0
+    second: float = 0.0
+
+    @classmethod
+    def parse(cls, name: str, value: Any) -> Self:
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping) and len(value) == 1:
+            (shape, pair), *_ = value.items()
+            if shape in ("uniform", "lognormal") and isinstance(pair, list | tuple):
+                if len(pair) != 2:
+                    raise InvalidRequest(name, f"{name}: {shape} takes two numbers")
+                top = 3_600_000 if shape == "uniform" else 10
+                first = _number(name, pair[0], 0, 3_600_000)
+                return cls(shape, first, _number(name, pair[1], 0, top))
+        return cls("fixed", _number(name, value, 0, 3_600_000))
+
+    def draw_ms(self, random: Random) -> float:
+        if self.shape == "fixed":
+            return self.first
+        if self.shape == "uniform":
+            return random.uniform(self.first, self.second)
+        return self.first * math.exp(random.gauss(0.0, self.second))
+
+    def to_json(self) -> Any:
+        return self.first if self.shape == "fixed" else {self.shape: [self.first, self.second]}
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """At most `limit` requests or input tokens of `scope` in `window_s` seconds, as `mode` counts.
+
+    `scope` is a kind or `total`. A window of a day or more answers as a quota per day.
+    """
+
+    scope: str
+    limit: int
+    window_s: float = 60.0
+    mode: Mode = "sliding_window"
+    measure: Measure = "requests"
+
+    @property
+    def name(self) -> str:
+        return f"{self.measure}:{self.scope}:{self.window_s:g}s"
+
+    @property
+    def per_day(self) -> bool:
+        return self.window_s >= DAY_S
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping) or not {"scope", "limit"} <= value.keys():
+            raise InvalidRequest("rates", "a rate needs at least a scope and a limit")
+        if unknown := value.keys() - {item.name for item in fields(cls)}:
+            raise InvalidRequest("rates", f"a rate has no field {min(unknown)!r}")
+        for name, allowed in (("scope", (*KINDS, TOTAL)), ("mode", MODES), ("measure", MEASURES)):
+            if name in value and value[name] not in allowed:
+                raise InvalidRequest(f"rates.{name}", f"{value[name]!r} is none of {allowed}")
+        whole("rates.limit", value["limit"], 0, 10**12)
+        _number("rates.window_s", value.get("window_s", 60), 0.001, 10 * DAY_S)
+        return cls(**value)
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """What the emulator does with a sound request.
+
+    Delays are by kind (or `*`). An answer that is not streamed takes as long as the same answer
+    streamed. `concurrency` is by kind or `total`; a kind that is not named has no bound.
+    `answer` replaces the text of every text answer. `classifier_answer` is the value to choose
+    from an enum (a string) or the whole JSON answer (an object).
+    """
+
+    first_byte_ms: Mapping[str, Distribution] = field(default_factory=dict)
+    between_ms: Mapping[str, Distribution] = field(default_factory=dict)
+    chunks: int = 4
+    concurrency: Mapping[str, int] = field(default_factory=dict)
+    rates: tuple[RateLimit, ...] = ()
+    answer: str | None = None
+    classifier_answer: str | Mapping[str, Any] | None = None
+    image_size: int = 512
+    file_processing_ms: int = 50
+    strict_models: bool = False
+
+    def first_byte(self, kind: str) -> Distribution:
+        return _of_kind(self.first_byte_ms, kind)
+
+    def between(self, kind: str) -> Distribution:
+        return _of_kind(self.between_ms, kind)
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """A new behaviour with the given fields replaced; raises InvalidRequest, changing none."""
+        return replace(self, **{name: _sound(name, value) for name, value in changes.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in ("first_byte_ms", "between_ms"):
+            shown[name] = {kind: value.to_json() for kind, value in shown[name].items()}
+        return shown
+
+
+def _of_kind(table: Mapping[str, Distribution], kind: str) -> Distribution:
+    found = table.get(kind) or (table.get(EVERY) if kind != "other" else None)
+    return found or Distribution()
+
+
+def _sound(name: str, value: Any) -> Any:
+    """The value of one field of `Behaviour` from JSON or Python, checked."""
+    match name:
+        case "first_byte_ms" | "between_ms":
+            named = isinstance(value, Mapping) and not value.keys() & {"uniform", "lognormal"}
+            table = value if named else {EVERY: value}
+            _known_keys(name, table, (*KINDS, EVERY))
+            return {kind: Distribution.parse(name, item) for kind, item in table.items()}
+        case "concurrency":
+            if not isinstance(value, Mapping):
+                raise InvalidRequest(name, "concurrency must be an object of kind: number")
+            _known_keys(name, value, (*KINDS, TOTAL))
+            return {kind: whole(name, item, 0, 10**6) for kind, item in value.items()}
+        case "rates" if isinstance(value, list | tuple):
+            return tuple(RateLimit.parse(item) for item in value)
+        case "chunks":
+            return whole(name, value, 1, 1000)
+        case "image_size":
+            return whole(name, value, 1, 2048)
+        case "file_processing_ms":
+            return whole(name, value, 0, 600_000)
+        case "answer" if value is None or isinstance(value, str):
+            return value
+        case "classifier_answer" if value is None or isinstance(value, str | Mapping):
+            return value
+        case "strict_models" if isinstance(value, bool):
+            return value
+    raise InvalidRequest(name, f"{value!r} is not a value of a behaviour {name!r}")
+
+
+def _known_keys(name: str, table: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    if unknown := set(table) - set(allowed):
+        raise InvalidRequest(name, f"{name}: {min(unknown)!r} is none of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatorSettings:
+    """Where it listens and how it starts. `faults` are as in `faults.Fault.parse`.
+
+    `log_size` bounds the call log: the oldest calls are forgotten.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    behaviour: Behaviour = field(default_factory=Behaviour)
+    faults: tuple[Mapping[str, Any], ...] = ()
+    seed: int = 1
+    log_size: int = 50_000
+    max_body_bytes: int = 150_000_000

@@ -1,0 +1,478 @@
+"""State of the emulator: calls in flight, the ledger of all calls, files, client presence.
+
+Every served call passes `serving`, which checks limits, counts the call, and counts its end once.
+The kernel is asked whether clients are still connected, because a gateway can close one call and
+open the next before the event loop sees the disconnect.
+
+Invariants: for every kind, arrived = started + refused and started = finished + failed +
+client_gone + in_flight at every moment; file contents are hashed as they arrive and never kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import select
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from random import Random
+from secrets import token_hex
+from typing import Any, Literal
+
+from aiohttp import web
+
+from tidegate.emulator.content import Attached, get
+from tidegate.emulator.dialect import Json, LimitReached, WireError
+from tidegate.emulator.limits import Faults, Gate, Refusal
+from tidegate.emulator.settings import KINDS, EmulatorSettings
+
+Ending = Literal["finished", "failed", "client_gone", "refused"]
+PROMPT_CHARS = 200
+MOST_MODELS = 1000  # with totals of their own: a client may name any
+OTHER_MODELS = "(others)"
+
+
+@dataclass(slots=True)
+class KindStats:
+    """Counts of one kind. `over` are those refused by a concurrency limit, also in `refused`."""
+
+    arrived: int = 0
+    started: int = 0
+    finished: int = 0
+    failed: int = 0  # ended by a fault that was ordered
+    client_gone: int = 0
+    in_flight: int = 0
+    max_in_flight: int = 0
+    over: int = 0
+    refused: dict[str, int] = field(default_factory=dict)  # by the limit's name
+    bytes: int = 0  # of answers sent
+
+
+@dataclass(slots=True)
+class Billed:
+    """LLM tokens of ended calls: `output_tokens` with the thoughts among them.
+
+    Of a finished call this is the usage that the client was told (in a stream that does not tell
+    it: what it would have told). Of one that broke off it is the input, and the output that had
+    been sent, or nothing when no byte of an answer had been; a whole answer counts in full from
+    its first byte on, since all of it had been made.
+    """
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    thoughts_tokens: int = 0
+
+    def add(self, other: Billed) -> None:
+        self.calls += other.calls
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+        self.thoughts_tokens += other.thoughts_tokens
+
+
+@dataclass(slots=True)
+class LoggedCall:
+    """One call. Times are ns of the wall clock; `outcome` is None while it is in flight.
+
+    Its LLM tokens are as `Billed` counts them, so far.
+    """
+
+    id: int
+    kind: str
+    model: str
+    method: str
+    prompt: str  # its first 200 characters
+    prompt_sha: str  # SHA-256 of the whole, hexadecimal
+    started_ns: int
+    ended_ns: int | None = None
+    outcome: Ending | None = None
+    limit: str | None = None  # which limit refused it
+    fault: str | None = None  # which fault it was given
+    bytes: int = 0
+    dialect: str = "gemini"
+    input_tokens: int = 0
+    output_tokens: int = 0
+    thoughts_tokens: int = 0
+    traceparent: str = ""  # as the request bore it
+
+
+class Ledger:
+    def __init__(self, log_size: int) -> None:
+        self._stats = {kind: KindStats() for kind in KINDS}
+        self._billed: dict[str, dict[str, Billed]] = {}
+        self._log: deque[LoggedCall] = deque(maxlen=log_size)
+        self._last_id = 0
+        self._in_flight_total = 0
+        self._max_in_flight_total = 0
+
+    def of(self, kind: str) -> KindStats:
+        return self._stats[kind]
+
+    @property
+    def in_flight_total(self) -> int:
+        """In flight over all kinds but `other`."""
+        return self._in_flight_total
+
+    def arrive(
+        self, kind: str, model: str, method: str, prompt: str, dialect: str = "gemini"
+    ) -> LoggedCall:
+        """Log an arrival; `start` or `refuse` must follow at once."""
+        self._last_id += 1
+        digest = sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        call = LoggedCall(
+            self._last_id, kind, model, method, prompt[:PROMPT_CHARS], digest, time.time_ns()
+        )
+        call.dialect = dialect
+        self._log.append(call)
+        self._stats[kind].arrived += 1
+        return call
+
+    def refuse(self, call: LoggedCall, limit: str, *, over: bool) -> None:
+        stats = self._stats[call.kind]
+        stats.refused[limit] = stats.refused.get(limit, 0) + 1
+        stats.over += over
+        call.limit = limit
+        call.outcome, call.ended_ns = "refused", time.time_ns()
+
+    def start(self, call: LoggedCall) -> None:
+        stats = self._stats[call.kind]
+        stats.started += 1
+        stats.in_flight += 1
+        stats.max_in_flight = max(stats.max_in_flight, stats.in_flight)
+        if call.kind != "other":
+            self._in_flight_total += 1
+            self._max_in_flight_total = max(self._max_in_flight_total, self._in_flight_total)
+
+    def end(self, call: LoggedCall, outcome: Ending) -> None:
+        """End a started call. Idempotent: the first ending stands."""
+        if call.outcome is not None:
+            return
+        call.outcome, call.ended_ns = outcome, time.time_ns()
+        if call.input_tokens or call.output_tokens:
+            self._bill(call, outcome)
+        stats = self._stats[call.kind]
+        stats.in_flight -= 1
+        if call.kind != "other":
+            self._in_flight_total -= 1
+        match outcome:
+            case "finished":
+                stats.finished += 1
+            case "client_gone":
+                stats.client_gone += 1
+            case _:
+                stats.failed += 1
+
+    def charge(
+        self, call: LoggedCall, input_tokens: int, output_tokens: int, thoughts_tokens: int = 0
+    ) -> None:
+        """What the call costs with the bytes that go out next; the last word stands at its end."""
+        if call.outcome is None:
+            call.input_tokens = input_tokens
+            call.output_tokens = output_tokens
+            call.thoughts_tokens = thoughts_tokens
+
+    def _bill(self, call: LoggedCall, outcome: Ending) -> None:
+        known = call.model in self._billed or len(self._billed) < MOST_MODELS
+        by_outcome = self._billed.setdefault(call.model if known else OTHER_MODELS, {})
+        cost = Billed(1, call.input_tokens, call.output_tokens, call.thoughts_tokens)
+        by_outcome.setdefault(outcome, Billed()).add(cost)
+
+    def sent(self, call: LoggedCall, count_bytes: int) -> None:
+        call.bytes += count_bytes
+        self._stats[call.kind].bytes += count_bytes
+
+    def would_peak(self, kind: str) -> bool:
+        """Whether one more in flight would be a new maximum, of its kind or over all."""
+        stats = self._stats[kind]
+        return (
+            stats.in_flight >= stats.max_in_flight
+            or self._in_flight_total >= self._max_in_flight_total
+        )
+
+    def calls(self, since: int = 0) -> Iterator[LoggedCall]:
+        """The log in order of arrival, from the first with an id above `since`."""
+        return (call for call in self._log if call.id > since)
+
+    def reset(self) -> None:
+        """Forget what has ended. Calls in flight stay in flight, so that their end still counts."""
+        self._billed.clear()
+        running = [call for call in self._log if call.outcome is None]
+        self._log.clear()
+        self._log.extend(running)
+        for kind, old in self._stats.items():
+            count = old.in_flight
+            self._stats[kind] = KindStats(
+                arrived=count, started=count, in_flight=count, max_in_flight=count
+            )
+        self._max_in_flight_total = self._in_flight_total
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kinds": {kind: asdict(stats) for kind, stats in self._stats.items()},
+            "in_flight": self._in_flight_total,
+            "max_in_flight": self._max_in_flight_total,
+            "last_id": self._last_id,
+            "tokens": {
+                model: {outcome: asdict(billed) for outcome, billed in by_outcome.items()}
+                for model, by_outcome in self._billed.items()
+            },
+        }
+
+
+class Presence:
+    """Where the platform has no epoll, nobody is ever found to be gone early."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._call_of: dict[int, int] = {}  # file descriptor -> call id
+
+    def watch(self, request: web.BaseRequest, call_id: int) -> int:
+        """Start to watch a call's connection; returns a handle for `forget`, -1 if it has none."""
+        transport = request.transport
+        sock = None if transport is None else transport.get_extra_info("socket")
+        if sock is None or self._epoll is None:
+            return -1
+        fd: int = sock.fileno()
+        try:
+            self._epoll.register(fd, select.EPOLLRDHUP)
+        except FileExistsError:
+            self._epoll.modify(fd, select.EPOLLRDHUP)
+        self._call_of[fd] = call_id
+        return fd
+
+    def forget(self, fd: int, call_id: int) -> None:
+        # The number may already belong to a newer connection: then it is not ours to remove.
+        if self._epoll is None or self._call_of.get(fd) != call_id:
+            return
+        del self._call_of[fd]
+        try:
+            self._epoll.unregister(fd)
+        except OSError:
+            return  # the connection is closed, and the kernel has removed it by itself
+
+    def departed(self) -> list[int]:
+        """Ids of watched calls whose client has closed. Never blocks."""
+        if self._epoll is None:
+            return []
+        found = self._epoll.poll(0)
+        return [self._call_of[fd] for fd, _ in found if fd in self._call_of]
+
+    def close(self) -> None:
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
+
+
+MAX_FILES = 10_000
+KEPT_S = 48 * 3600
+# Google names a file by its own address, wherever it was asked.
+_URIS = "https://generativelanguage.googleapis.com"
+_FORBIDDEN = "You do not have permission to access the File {name} or it may not exist."
+
+
+@dataclass(slots=True)
+class StoredFile:
+    name: str  # files/abc
+    mime_type: str
+    display_name: str
+    created_ns: int = field(default_factory=time.time_ns)
+    size_bytes: int = 0
+    active_ns: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def to_json(self) -> Json:
+        body = {
+            "name": self.name,
+            "mimeType": self.mime_type,
+            "sizeBytes": str(self.size_bytes),
+            "createTime": _rfc3339(self.created_ns),
+            "updateTime": _rfc3339(max(self.active_ns, self.created_ns)),
+            "expirationTime": _rfc3339(self.created_ns + KEPT_S * 10**9),
+            "sha256Hash": base64.b64encode(self.digest.digest()).decode(),
+            "uri": f"{_URIS}/v1beta/{self.name}",
+            "state": "ACTIVE" if time.time_ns() >= self.active_ns else "PROCESSING",
+            "source": "UPLOADED",
+        }
+        return body | ({"displayName": self.display_name} if self.display_name else {})
+
+
+def _rfc3339(ns: int) -> str:
+    return datetime.fromtimestamp(ns / 1e9, UTC).isoformat().replace("+00:00", "Z")
+
+
+class Files:
+    def __init__(self) -> None:
+        self._files: dict[str, StoredFile] = {}
+        self._uploads: dict[str, StoredFile] = {}
+
+    def clear(self) -> None:
+        self._files.clear()
+        self._uploads.clear()
+
+    def begin(self, headers: Mapping[str, str], body: Any) -> str:
+        """Start a resumable upload; returns its id."""
+        file = get(body, "file") if isinstance(body, dict) else None
+        file = file if isinstance(file, dict) else {}
+        name = str(file.get("name") or f"files/{token_hex(6)}")
+        if not name.startswith("files/"):
+            raise WireError(400, "* CreateFileRequest.file.name: must begin with `files/`")
+        if name in self._files:
+            raise WireError(400, f"Requested entity already exists: {name}")
+        if len(self._files) + len(self._uploads) >= MAX_FILES:
+            raise WireError(429, "Too many files are stored.")
+        declared = headers.get("X-Goog-Upload-Header-Content-Type", "application/octet-stream")
+        mime_type = str(get(file, "mimeType") or declared)
+        shown = str(get(file, "displayName") or headers.get("X-Goog-Upload-File-Name", ""))
+        upload_id = token_hex(16)
+        self._uploads[upload_id] = StoredFile(name, mime_type, shown)
+        return upload_id
+
+    async def receive(
+        self,
+        upload_id: str,
+        headers: Mapping[str, str],
+        content: AsyncIterator[bytes],
+        processing_ms: int,
+    ) -> StoredFile | None:
+        """Take one piece; the file when its command says `finalize`, else None."""
+        file = self._uploads.get(upload_id)
+        if file is None:
+            raise WireError(404, "Upload not found.")
+        offset = headers.get("X-Goog-Upload-Offset", "0")
+        if offset != str(file.size_bytes):
+            raise WireError(400, f"Offset {offset} is not {file.size_bytes}, where we are.")
+        async for piece in content:
+            file.digest.update(piece)
+            file.size_bytes += len(piece)
+        if "finalize" not in headers.get("X-Goog-Upload-Command", "finalize"):
+            return None
+        del self._uploads[upload_id]
+        file.active_ns = time.time_ns() + processing_ms * 1_000_000
+        self._files[file.name] = file
+        return file
+
+    def find(self, name: str) -> StoredFile:
+        """Raises WireError 403, as Gemini does for a file that does not exist."""
+        file = self._files.get(name)
+        if file is None:
+            raise WireError(403, _FORBIDDEN.format(name=name.removeprefix("files/")))
+        return file
+
+    def delete(self, name: str) -> None:
+        del self._files[self.find(name).name]
+
+    def page(self, size: int, token: str) -> tuple[list[StoredFile], str]:
+        """Up to `size` files after the one named by `token`, and the next page's token."""
+        names = sorted(self._files)
+        later = [name for name in names if name > token]
+        chosen = later[:size]
+        return [self._files[name] for name in chosen], chosen[-1] if len(later) > size else ""
+
+    def look_up(self, uri: str) -> Attached:
+        """What a `fileUri` of a prompt stands for; URIs elsewhere are taken as they are."""
+        _, marker, name = uri.partition("/v1beta/files/")
+        if not uri:
+            raise WireError(400, "Invalid value at 'file_data.file_uri': it is empty")
+        if not marker:
+            return Attached("application/octet-stream", None, uri)
+        file = self.find(f"files/{name}")
+        if time.time_ns() < file.active_ns:
+            raise WireError(
+                400, f"The File {name} is not in an ACTIVE state and usage is not allowed."
+            )
+        return Attached(file.mime_type, file.size_bytes, uri)
+
+
+_LONGEST_TRACEPARENT = 100
+
+
+class State:
+    def __init__(
+        self, settings: EmulatorSettings, clock_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        self.settings = settings
+        self.clock_ns = clock_ns
+        self.ledger = Ledger(settings.log_size)
+        self.presence = Presence()
+        self.files = Files()
+        self.random = Random(settings.seed)
+        self.behaviour = settings.behaviour
+        self.faults = Faults(settings.faults, self.random)
+        self._gate = Gate(self.behaviour.concurrency, self.behaviour.rates)
+        self._in_flight: dict[int, LoggedCall] = {}
+        self._call_on: dict[object, LoggedCall] = {}  # aiohttp's protocol of a connection -> call
+
+    def reset(self) -> None:
+        """As at the start: counters, log, windows, files, faults, behaviour, random numbers."""
+        self.ledger.reset()
+        self.files.clear()
+        self.random.seed(self.settings.seed)
+        self.behaviour = self.settings.behaviour
+        self.faults.replace(self.settings.faults)
+        self._gate = Gate(self.behaviour.concurrency, self.behaviour.rates)
+
+    def change_behaviour(self, changes: Mapping[str, Any]) -> None:
+        """Replace some fields; windows start anew only when a limit is among them."""
+        self.behaviour = self.behaviour.changed(changes)
+        if changes.keys() & {"concurrency", "rates"}:
+            self._gate = Gate(self.behaviour.concurrency, self.behaviour.rates)
+
+    @contextmanager
+    def serving(
+        self,
+        request: web.BaseRequest,
+        *,
+        kind: str,
+        model: str,
+        method: str,
+        prompt: str,
+        input_tokens: int = 0,
+        dialect: str = "gemini",
+    ) -> Iterator[LoggedCall]:
+        """Count a call in, and out again at the end. Raises LimitReached when a limit says no."""
+        self._notice_departed()
+        call = self.ledger.arrive(kind, model, method, prompt, dialect)
+        call.traceparent = request.headers.get("traceparent", "")[:_LONGEST_TRACEPARENT]
+        refusal = self._refusal(kind, input_tokens)
+        if refusal is not None:
+            self.ledger.refuse(call, refusal.limit, over=refusal.rate is None)
+            raise LimitReached(refusal, model)
+        self.ledger.start(call)
+        self._in_flight[call.id] = call
+        protocol = request.protocol
+        self._call_on[protocol] = call
+        fd = self.presence.watch(request, call.id)
+        try:
+            yield call
+        except (asyncio.CancelledError, ConnectionError):
+            self.ledger.end(call, "client_gone")
+            raise
+        except BaseException:
+            self.ledger.end(call, "failed")
+            raise
+        finally:
+            self.ledger.end(call, "finished")
+            self.presence.forget(fd, call.id)
+            del self._in_flight[call.id]
+            self._call_on.pop(protocol, None)
+
+    def connection_lost(self, protocol: object) -> None:
+        """The server has just seen this connection end."""
+        if protocol in self._call_on:
+            self.ledger.end(self._call_on[protocol], "client_gone")
+
+    def _refusal(self, kind: str, input_tokens: int) -> Refusal | None:
+        in_flight = self.ledger.of(kind).in_flight
+        full = self._gate.full(kind, in_flight, self.ledger.in_flight_total)
+        return full or self._gate.spend(kind, input_tokens, self.clock_ns())
+
+    def _notice_departed(self) -> None:
+        for call_id in self.presence.departed():
+            if call_id in self._in_flight:
+                self.ledger.end(self._in_flight[call_id], "client_gone")

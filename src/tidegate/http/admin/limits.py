@@ -1,0 +1,289 @@
+"""Routes `/admin/limits`: the limits of the running deployment, and their changes.
+
+Invariants: every route requires an admin; a change records who made it and why; a body is read
+only after its sender is authorised, and at most `MOST_BYTES` of it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from fastapi import APIRouter, Depends, Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tidegate.admission.estimator import Learned
+from tidegate.errors import ConfigError, InvalidRequest, UnsupportedMedia
+from tidegate.http.body import Body
+from tidegate.http.guards import admit_admin
+from tidegate.http.jobs import problem_responses
+from tidegate.http.services import Services, services_of
+from tidegate.policy.format import Edit, edit
+from tidegate.policy.inspection import Control, Overview, Reason, ShownPermit, why
+from tidegate.store.records import PolicyRecord
+
+MOST_BYTES = 1_000_000
+_JSON = "application/json"
+_NUL = rb"\u0000"  # the only way in which JSON can have it
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+async def read_json(request: Request, model: type[ModelT]) -> ModelT:
+    """The body as `model`; an empty one is an empty object.
+
+    Raises InvalidRequest with the path of the field, UnsupportedMedia, PayloadTooLarge and
+    RequestTimeout.
+    """
+    body = Body(request, services_of(request).config)
+    raw = await body.read(MOST_BYTES, field="body")
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if raw and media != _JSON:
+        raise UnsupportedMedia("Content-Type", "the body must be JSON", allowed=_JSON)
+    if not raw and media not in ("", _JSON):
+        raise UnsupportedMedia("Content-Type", "an empty body has no type but JSON", allowed=_JSON)
+    try:
+        found = model.model_validate_json(raw or b"{}")
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(step) for step in first["loc"]) or "body"
+        raise InvalidRequest(where, f"{where}: {first['msg']}") from None
+    if _NUL in raw and (nul := _nul_in(orjson.loads(raw))) is not None:
+        where = ".".join(nul) or "body"
+        raise InvalidRequest(where, f"{where} has a NUL character in it")
+    return found
+
+
+def _nul_in(value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+    """The path of the first text with a NUL, which PostgreSQL can't hold."""
+    if isinstance(value, str):
+        return path if "\0" in value else None
+    if isinstance(value, dict):
+        if any("\0" in name for name in value):
+            return path
+        inner = list(value.items())
+    else:
+        inner = list(enumerate(value)) if isinstance(value, list) else []
+    found = (_nul_in(item, (*path, str(name))) for name, item in inner)
+    return next((one for one in found if one is not None), None)
+
+
+def described(model: type[BaseModel]) -> dict[str, Any]:
+    """What the API's description says of the body."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": False, "content": {_JSON: {"schema": schema}}}}
+
+
+_LONGEST_PAUSE_MS = 366 * 86_400_000
+
+
+async def in_pool(
+    request: Request,
+    pool: Annotated[
+        str | None,
+        Query(
+            description="Whose limits: the name of an upstream; `gemini`, or the first, if absent"
+        ),
+    ] = None,
+) -> None:
+    """A dependency of what concerns one pool. Raises InvalidRequest."""
+    services = services_of(request)
+    known = services.limiters
+    pool = services.usual_pool if pool is None else pool
+    if pool not in known:
+        names = ", ".join(known)
+        raise InvalidRequest("pool", f"there is no pool {pool}", allowed=f"one of {names}")
+    request.state.pool = pool
+
+
+router = APIRouter(
+    prefix="/admin",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin), Depends(in_pool)],
+    responses=problem_responses(400, 401, 403, 408, 413, 415, 503),
+)
+LimitId = Annotated[str, Path(description="A limit's id, such as `kind:text_only` or `rpm:total`")]
+
+
+class Signed(BaseModel):
+    """Who does it, and why; both go on record."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: str = Field(default="admin", min_length=1, max_length=100)
+    reason: str = Field(default="", max_length=500)
+
+
+class NewLimit(Signed):
+    limit: Any = Field(
+        description="A number, or a table as in tidegate.toml", examples=[5, {"bound": 60}]
+    )
+
+
+class Changes(Signed):
+    """Keys are limits' ids, `weights.<tenant>`, `pool.<option>` and `bands`."""
+
+    set: dict[str, Any] = Field(default_factory=dict, examples=[{"kind:text_only": 5}])
+    remove: list[str] = Field(default_factory=list, max_length=10_000)
+    expected: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What keys must be now, or nothing is changed: so nobody overwrites a change "
+        "that they have not seen",
+        examples=[{"kind:text_only": 3}],
+    )
+
+
+class NewPause(Signed):
+    for_ms: int | None = Field(
+        default=None, ge=1, le=_LONGEST_PAUSE_MS, description="Without it: until it is resumed"
+    )
+
+
+class InForceNow(BaseModel):
+    """The revision that is in force now."""
+
+    revision: int
+    set_by: str
+    reason: str
+    policy: dict[str, Any]
+
+
+class Done(BaseModel):
+    """Whether it changed anything."""
+
+    done: bool
+
+
+class Revoked(BaseModel):
+    sessions: int
+
+
+def control_of(request: Request) -> Control:
+    return control_in(services_of(request), request.state.pool)
+
+
+def control_in(services: Services, pool: str) -> Control:
+    """Of a pool that is there."""
+    store = services.store
+    return Control(
+        services.limiters[pool], services.keepers[pool], store.running_calls, store.tenants
+    )
+
+
+@router.get("/limits", summary="All limits, who waits for them, and the policy in force")
+async def limits(request: Request) -> Overview:
+    return await control_of(request).overview()
+
+
+@router.patch(
+    "/limits",
+    responses=problem_responses(404, 409),
+    openapi_extra=described(Changes),
+    summary="Change limits, weights, priorities or options of the pool, all at once",
+)
+async def change_limits(request: Request) -> InForceNow:
+    changes = await read_json(request, Changes)
+    return await _changed(request, changes, edit(changes.set, changes.remove, changes.expected))
+
+
+@router.get("/limits/history", summary="What policy was in force since when, and who set it")
+async def history(
+    request: Request, most: Annotated[int, Query(ge=1, le=1_000)] = 50
+) -> list[PolicyRecord]:
+    return await control_of(request).keeper.history(most)
+
+
+@router.put(
+    "/limits/{limit_id:path}",
+    responses=problem_responses(404),
+    openapi_extra=described(NewLimit),
+    summary="Set one limit; in force everywhere at once",
+)
+async def set_limit(request: Request, limit_id: LimitId) -> InForceNow:
+    new = await read_json(request, NewLimit)
+    return await _changed(request, new, edit({f"limits.{limit_id}": new.limit}))
+
+
+@router.delete(
+    "/limits/{limit_id:path}", responses=problem_responses(404), summary="Take one limit away"
+)
+async def remove_limit(
+    request: Request,
+    limit_id: LimitId,
+    by: Annotated[str, Query(min_length=1, max_length=100)] = "admin",
+    reason: Annotated[str, Query(max_length=500)] = "",
+) -> InForceNow:
+    return await _changed(request, Signed(by=by, reason=reason), edit({}, [f"limits.{limit_id}"]))
+
+
+@router.post(
+    "/limits/{limit_id:path}/pause",
+    responses=problem_responses(404),
+    openapi_extra=described(NewPause),
+    summary="Let nobody in under a limit for a time",
+)
+async def pause(request: Request, limit_id: LimitId) -> Done:
+    """`done` is false where a pause that lasts longer stays."""
+    new = await read_json(request, NewPause)
+    done = await control_of(request).pause(limit_id, new.for_ms, by=new.by, reason=new.reason)
+    return Done(done=done)
+
+
+@router.post(
+    "/limits/{limit_id:path}/resume",
+    responses=problem_responses(404),
+    openapi_extra=described(Signed),
+    summary="End a pause",
+)
+async def resume(request: Request, limit_id: LimitId) -> Done:
+    """`done` is false where there was no pause."""
+    signed = await read_json(request, Signed)
+    return Done(done=await control_of(request).resume(limit_id, by=signed.by))
+
+
+@router.get("/permits", summary="Every permit in use, by process")
+async def permits(request: Request) -> list[ShownPermit]:
+    return await control_of(request).permits()
+
+
+@router.delete(
+    "/permits/{process:path}",
+    responses=problem_responses(404),
+    summary="Take back all that a dead process holds",
+)
+async def revoke(
+    request: Request,
+    process: Annotated[str, Path(description="Its name or its session")],
+    by: Annotated[str, Query(min_length=1, max_length=100)] = "admin",
+) -> Revoked:
+    """Only for a process whose death is certain: one that lives cancels its calls when it finds
+    out, and until then the provider may see more calls than allowed."""
+    return Revoked(sessions=await control_of(request).revoke(process, by=by))
+
+
+@router.get(
+    "/why/{what:path}",
+    responses=problem_responses(404),
+    summary="Why a request or a ticket waits",
+)
+async def why_it_waits(
+    request: Request,
+    what: Annotated[str, Path(description="The id of a request, or process/ticket")],
+) -> Reason:
+    return await why(control_of(request), what)
+
+
+@router.get("/estimates", summary="How good the estimates of LLM tokens of this process are")
+async def estimates(request: Request) -> list[Learned]:
+    return list(services_of(request).pipeline.estimates())
+
+
+async def _changed(request: Request, signed: Signed, change: Edit) -> InForceNow:
+    try:
+        now = await control_of(request).keeper.change(
+            change, set_by=signed.by, reason=signed.reason
+        )
+    except ConfigError as wrong:
+        said = f"{wrong.variable} {wrong.allowed}"
+        raise InvalidRequest(wrong.variable, said, allowed=wrong.allowed) from None
+    return InForceNow(revision=now.number, set_by=now.set_by, reason=now.reason, policy=now.policy)

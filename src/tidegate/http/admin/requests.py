@@ -1,0 +1,874 @@
+"""Routes `/admin/requests`, `/admin/dead`, `/admin/webhooks`: requests of all tenants.
+
+The life of a request is a list of steps from the record:
+
+    submitted ─ classified ─ waiting ─ calling ─┬─ ended ─ webhook
+                                ▲               │
+                                └──── parked ◄──┘ to be retried
+
+Invariants: every route requires an admin; bodies and files are sent as data, whatever type they
+claim; every action logs who did it and why; steps are in the order in which they began, and
+unknown ones are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal, cast
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Query as FromQuery
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from tidegate.call import ClassifiedBy, Kind
+from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound
+from tidegate.http.admin.limits import Done, Signed, control_in, described, read_json
+from tidegate.http.guards import admit_admin
+from tidegate.http.jobs import file_response, prefix_of, problem_responses
+from tidegate.http.problems import advice
+from tidegate.http.requests import BODY_RESPONSES, body_response, ended_by, in_utc
+from tidegate.http.services import Services, services_of
+from tidegate.http.views import (
+    Accepted,
+    ErrorView,
+    StatusView,
+    UsageView,
+    accepted,
+    error_view,
+    status_values,
+    usage_view,
+)
+from tidegate.policy.inspection import Reason, why
+from tidegate.store.jobs import copy_of
+from tidegate.store.records import Failure, details_of
+from tidegate.store.requests import (
+    END,
+    MOST_REQUEUED,
+    AttemptRecord,
+    BodyRecord,
+    DeadJob,
+    DeliveryRecord,
+    Dossier,
+    Found,
+    GivenUpWebhook,
+    Requeue,
+    RequeueReport,
+    Role,
+    Wanted,
+)
+from tidegate.store.states import Status
+from tidegate.telemetry.logging import Log, get_logger
+
+What = Literal[
+    "submitted", "classified", "waiting", "calling", "parked", "cancelling", "ended", "webhook"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A moment `at`, or a time from `at` to `until`.
+
+    goes_on: it has not ended. words: the step in a sentence. attempt: which try it belongs to.
+    first_byte_ms: of a call, from its beginning to the first byte of the answer. outcome, code: how
+    it ended, and the error's name. process: that did it.
+    """
+
+    what: What
+    words: str
+    at: datetime
+    until: datetime | None = None
+    goes_on: bool = False
+    attempt: int | None = None
+    first_byte_ms: float | None = None
+    outcome: str | None = None
+    code: str | None = None
+    process: str | None = None
+    webhook_id: UUID | None = None
+
+
+def timeline(dossier: Dossier, now: datetime) -> tuple[Step, ...]:
+    """All steps so far."""
+    record = dossier.record
+    steps = [_submitted(dossier)]
+    if record.classification.kind is not None:
+        steps.append(_classified(dossier))
+    steps += _tries(dossier, now) if dossier.attempts else _of_row(dossier)
+    asked_at = dossier.of("cancel_asked_at")
+    if asked_at is not None:
+        steps.append(Step("cancelling", "asked to be cancelled", asked_at))
+    if record.status.is_end and record.finished_at is not None:
+        steps.append(_ended(dossier, record.finished_at))
+    steps += [_delivery_step(one) for one in dossier.webhooks]
+    return tuple(sorted(steps, key=lambda step: step.at))
+
+
+def _submitted(dossier: Dossier) -> Step:
+    record = dossier.record
+    came = {
+        "job": "handed in as a job",
+        "stream": "asked for as a stream",
+        "relay": f"called {dossier.of('endpoint')}",
+        "batch": "handed in as a line of a batch",
+    }[record.source]
+    return Step("submitted", f"{came} by the tenant {record.tenant_id}", record.created_at)
+
+
+_DECIDERS = {
+    ClassifiedBy.CALLER: "its caller",
+    ClassifiedBy.RULES: "the rules",
+    ClassifiedBy.LLM: "the LLM",
+    ClassifiedBy.KEYWORDS: "the keywords",
+    ClassifiedBy.BODY: "what was called",
+}
+
+
+def _classified(dossier: Dossier) -> Step:
+    """When is not on record, but it was before the first admission."""
+    found = dossier.record.classification
+    reason = f": {found.reason}" if found.reason else ""
+    return Step(
+        "classified",
+        f"found to be {found.kind} by {_DECIDERS[found.by]}{reason}",
+        dossier.record.created_at,
+    )
+
+
+def _tries(dossier: Dossier, now: datetime) -> list[Step]:
+    """Waiting, calling and being parked, attempt by attempt, and what it does now."""
+    steps: list[Step] = []
+    record = dossier.record
+    free_at: datetime | None = record.created_at
+    failure: Failure | None = None
+    for attempt in dossier.attempts:
+        admitted_at = attempt.admitted_at
+        if admitted_at is not None:
+            waited = timedelta(milliseconds=attempt.queue_ms or 0)
+            waiting_at = max(admitted_at - waited, record.created_at)
+            steps += _parked(free_at, waiting_at, failure, attempt.number)
+            steps.append(_waited(waiting_at, admitted_at, attempt.number))
+        is_last = attempt is dossier.attempts[-1]
+        steps.append(_called(attempt, goes_on=is_last and record.status is Status.RUNNING))
+        free_at, failure = attempt.finished_at, attempt.failure
+    if record.status is Status.QUEUED:
+        steps += _now_queued(record.not_before, free_at, failure, now)
+    return steps
+
+
+def _of_row(dossier: Dossier) -> list[Step]:
+    """The same where no attempt is on record: of what was never admitted, and of native calls,
+    whose tries are only counted."""
+    record = dossier.record
+    if record.admitted_at is None:
+        goes_on = not record.status.is_end
+        words = "waits for admission" if goes_on else "waited, and was never admitted"
+        until = None if goes_on else record.finished_at
+        return [Step("waiting", words, record.created_at, until, goes_on=goes_on)]
+    tries = f" in {record.attempts} tries" if record.attempts > 1 else ""
+    waited = timedelta(milliseconds=record.queue_ms or 0)
+    waiting_at = max(record.admitted_at - waited, record.created_at)
+    return [
+        _waited(waiting_at, record.admitted_at, None),
+        Step(
+            "calling",
+            f"called {record.model or 'the provider'}{tries}",
+            record.admitted_at,
+            record.finished_at,
+            goes_on=not record.status.is_end,
+            first_byte_ms=record.first_byte_ms,
+            outcome=record.status.value if record.status.is_end else None,
+            code=None if record.failure is None else record.failure.code,
+            process=dossier.process,
+        ),
+    ]
+
+
+def _parked(
+    free_at: datetime | None, until: datetime, failure: Failure | None, number: int
+) -> list[Step]:
+    if number == 1 or free_at is None or until <= free_at:
+        return []
+    after = f" after {failure.code}" if failure is not None else ""
+    return [Step("parked", f"left alone before the next try{after}", free_at, until)]
+
+
+def _waited(at: datetime, until: datetime, number: int | None) -> Step:
+    return Step("waiting", "waited for admission", at, until, attempt=number)
+
+
+def _called(attempt: AttemptRecord, *, goes_on: bool) -> Step:
+    is_lost = attempt.outcome == "running" and not goes_on
+    words = f"called {attempt.model}"
+    if goes_on:
+        words = f"calls {attempt.model}"
+    elif is_lost:
+        words += "; its worker was lost over it, and whether it was answered is not known"
+    return Step(
+        "calling",
+        words,
+        attempt.admitted_at or attempt.began_at,
+        attempt.finished_at,
+        goes_on=goes_on,
+        attempt=attempt.number,
+        first_byte_ms=attempt.first_byte_ms,
+        outcome=None if goes_on else "lost" if is_lost else attempt.outcome,
+        code=None if attempt.failure is None else attempt.failure.code,
+        process=attempt.process,
+    )
+
+
+def _now_queued(
+    not_before: datetime | None, free_at: datetime | None, failure: Failure | None, now: datetime
+) -> list[Step]:
+    """It is in the queue again: left alone until its time, then waiting."""
+    after = f" after {failure.code}" if failure is not None else ""
+    if not_before is not None and free_at is not None:
+        words = f"left alone before the next try{after}"
+        parked = Step("parked", words, free_at, not_before, goes_on=not_before > now)
+        if parked.goes_on:
+            return [parked]
+        return [parked, Step("waiting", "waits for admission", not_before, goes_on=True)]
+    return [Step("waiting", "waits for admission", free_at or now, goes_on=True)]
+
+
+def _ended(dossier: Dossier, at: datetime) -> Step:
+    record = dossier.record
+    code = None if record.failure is None else record.failure.code
+    words = record.status.value
+    if record.status is Status.SUCCEEDED and record.finish_reason:
+        words += f" ({record.finish_reason})"
+    elif code and code != record.status.value:
+        words += f": {code}"
+    return Step("ended", words, at, outcome=record.status.value, code=code)
+
+
+def _delivery_step(one: DeliveryRecord) -> Step:
+    tries = "1 try" if one.tries == 1 else f"{one.tries} tries"
+    said = f", answered {one.answer_status}" if one.answer_status is not None else ""
+    if one.state == "delivered":
+        words = f"webhook delivered in {tries}{said}"
+    elif one.state == "given_up":
+        words = f"webhook given up after {tries}{said}"
+    else:
+        words = f"webhook on its way, {tries} so far{said}"
+    if one.problem is not None and one.state != "delivered":
+        words += f": {one.problem}"
+    return Step(
+        "webhook",
+        words,
+        one.created_at,
+        one.ended_at,
+        goes_on=one.state == "pending",
+        outcome=one.state,
+        webhook_id=one.webhook_id,
+    )
+
+
+MOST_CHARS = 200_000
+Source = Literal["job", "stream", "relay", "batch"]
+Action = Literal["cancel", "retry", "requeue", "discard"]
+
+
+class AdminItem(BaseModel):
+    """A request in short, and whose it is."""
+
+    request_id: str
+    tenant: str
+    pool: str = Field(description="Empty while no upstream was chosen for it")
+    source: Source
+    status: Status
+    type: Kind | None = None
+    model: str | None = None
+    endpoint: str | None = Field(default=None, description="The native path that was called")
+    subject: str | None = None
+    priority: int
+    attempts: int
+    submitted_at: datetime
+    admitted_at: datetime | None = None
+    finished_at: datetime | None = None
+    queue_ms: float | None = None
+    upstream_ms: float | None = None
+    total_tokens: int | None = None
+    error_code: str | None = Field(
+        default=None, description="Why it failed, or why its last attempt did"
+    )
+
+
+class AdminPage(BaseModel):
+    """Some of the requests, newest first."""
+
+    items: list[AdminItem]
+    next_cursor: str | None = Field(
+        default=None, description="Give it as `cursor` for the next page; not there on the last"
+    )
+
+
+class StepView(BaseModel):
+    """A moment of a request's life, or a time from `at` to `until`."""
+
+    what: What
+    words: str = Field(description="The step in a sentence")
+    at: datetime
+    until: datetime | None = None
+    goes_on: bool = Field(default=False, description="It has not ended")
+    attempt: int | None = Field(default=None, description="Which try it belongs to, from 1")
+    first_byte_ms: float | None = Field(
+        default=None, description="Of a call: until the first byte of the answer, where known"
+    )
+    outcome: str | None = None
+    code: str | None = Field(default=None, description="Of the error that it ended with")
+    process: str | None = Field(default=None, description="The process that did it")
+    webhook_id: str | None = None
+
+
+class AttemptView(BaseModel):
+    """One try upstream."""
+
+    number: int
+    outcome: str = Field(
+        description="running, failed, or what the request became; running for ever where the "
+        "worker was lost"
+    )
+    process: str
+    model: str
+    admitted_at: datetime | None = None
+    finished_at: datetime | None = None
+    queue_ms: float | None = None
+    upstream_ms: float | None = None
+    first_byte_ms: float | None = None
+    usage: UsageView | None = None
+    finish_reason: str | None = None
+    response_id: str | None = Field(default=None, description="As the provider names its answer")
+    error: ErrorView | None = None
+
+
+class DeliveryView(BaseModel):
+    """A webhook that tells of the request's end."""
+
+    id: str
+    event: str
+    url: str
+    state: Literal["pending", "delivered", "given_up"]
+    tries: int
+    next_try_at: datetime | None = None
+    answer_status: int | None = None
+    problem: str | None = None
+    created_at: datetime
+    ended_at: datetime | None = None
+
+
+class BodyView(BaseModel):
+    """A body in the record, at `/admin/requests/{request_id}/<role>`."""
+
+    role: Literal["request", "response"]
+    size_bytes: int
+    content_type: str
+    omitted_bytes: int = Field(description="How much of the middle of a long one is not kept")
+
+
+class AdminStatus(StatusView):
+    """What its owner sees of it, and whose it is."""
+
+    model_config = ConfigDict(json_schema_extra=None)
+
+    source: Source  # type: ignore[assignment]
+    tenant: str
+    pool: str
+    endpoint: str | None = None
+    streamed: bool | None = None
+    http_status: int | None = Field(default=None, description="Of the answer to a native call")
+    subject: str | None = None
+    key: str | None = Field(default=None, description="The prefix of the API key that was shown")
+    process: str | None = Field(default=None, description="That has it, or had it last")
+    trace_id: str | None = Field(default=None, description="Of the trace that it is part of")
+    lapses: int = Field(default=0, description="How often its workers died over it")
+    asked_model: str | None = Field(default=None, description="The model that its caller named")
+    model_version: str | None = Field(
+        default=None, description="The model that answered, as the provider names it"
+    )
+    prompt: str | None = None
+    prompt_chars: int | None = Field(
+        default=None, description=f"Of the whole prompt; at most {MOST_CHARS} of them are shown"
+    )
+    image_uri: str | None = None
+    cost_micros: int | None = Field(
+        default=None, description="In millionths of the currency of the prices; once it has ended"
+    )
+    usage_state: str | None = Field(
+        default=None, description="told, partial, estimated, unknown or none"
+    )
+
+
+class RequestView(BaseModel):
+    """All that is on record of one request, and what it waits for now."""
+
+    request: AdminStatus
+    timeline: list[StepView]
+    attempts: list[AttemptView]
+    webhooks: list[DeliveryView]
+    bodies: list[BodyView]
+    waiting: Reason | None = Field(default=None, description="While it has not ended")
+    advice: str | None = Field(default=None, description="What can be done about its failure")
+    actions: list[Action] = Field(
+        description="What can be done with it now; requeue and discard at `/admin/dead`"
+    )
+    now: datetime = Field(description="The clock of this process, against which its times are")
+
+
+def admin_item(found: Found) -> AdminItem:
+    listed = found.listed
+    return AdminItem(
+        request_id=str(listed.request_id),
+        tenant=found.tenant_id,
+        pool=found.pool,
+        source=cast(Source, listed.source),
+        status=listed.status,
+        type=listed.kind,
+        model=listed.model,
+        endpoint=found.endpoint,
+        subject=found.subject,
+        priority=listed.priority,
+        attempts=listed.attempts,
+        submitted_at=listed.created_at,
+        admitted_at=listed.admitted_at,
+        finished_at=listed.finished_at,
+        queue_ms=_rounded(listed.queue_ms),
+        upstream_ms=_rounded(listed.upstream_ms),
+        total_tokens=listed.total_tokens,
+        error_code=listed.failure_code,
+    )
+
+
+def request_view(
+    dossier: Dossier, waiting: Reason | None, now: datetime, prefix: str
+) -> RequestView:
+    """`prefix` is the path before `/admin` as the client called it: empty or `/llm`."""
+    failure = dossier.record.failure
+    steps = [
+        StepView.model_validate(
+            {
+                **{name: getattr(step, name) for name in StepView.model_fields},
+                "webhook_id": None if step.webhook_id is None else str(step.webhook_id),
+            }
+        )
+        for step in timeline(dossier, now)
+    ]
+    return RequestView(
+        request=_status(dossier, prefix),
+        timeline=steps,
+        attempts=[_attempt(one) for one in dossier.attempts],
+        webhooks=[_delivery(one) for one in dossier.webhooks],
+        bodies=[_body_view(one) for one in dossier.bodies],
+        waiting=waiting,
+        advice=None if failure is None else advice(failure.code),
+        actions=actions_of(dossier),
+        now=now,
+    )
+
+
+def actions_of(dossier: Dossier) -> list[Action]:
+    """What an operator may do with it now: of jobs alone, since what else there is has a caller
+    who waits for it, or a batch."""
+    status = dossier.record.status
+    if dossier.record.source != "job":
+        return []
+    if not status.is_end:
+        return ["cancel"]
+    return ["requeue", "discard", "retry"] if status is Status.DEAD else ["retry"]
+
+
+def _status(dossier: Dossier, prefix: str) -> AdminStatus:
+    record = dossier.record
+    files = f"{prefix}/admin/requests/{record.request_id}"
+    prompt: str | None = dossier.request.get("prompt")
+    told = replace(record.usage, details=details_of(dossier.of("usage_details")))
+    return AdminStatus(
+        **status_values(replace(record, usage=told), files),
+        tenant=record.tenant_id,
+        pool=dossier.pool,
+        endpoint=dossier.of("endpoint"),
+        streamed=dossier.of("streamed"),
+        http_status=dossier.of("http_status") or None,
+        subject=dossier.of("subject"),
+        key=dossier.of("key_id"),
+        process=dossier.process,
+        trace_id=_trace_id(dossier.request.get("traceparent")),
+        lapses=dossier.of("lapses") or 0,
+        asked_model=dossier.request.get("model"),
+        model_version=dossier.of("model_version"),
+        prompt=None if prompt is None else prompt[:MOST_CHARS],
+        prompt_chars=None if prompt is None else _chars(dossier, prompt),
+        image_uri=dossier.request.get("image_uri"),
+        cost_micros=dossier.of("cost_micros"),
+        usage_state=dossier.of("usage_state"),
+    )
+
+
+def _chars(dossier: Dossier, prompt: str) -> int:
+    """Of the whole prompt. Of a large body of a call it is the head; the body is the file."""
+    inputs = [file for file in dossier.record.files if file.role == "input"]
+    wraps = dossier.record.endpoint is not None
+    return inputs[0].size_bytes if wraps and inputs else len(prompt)
+
+
+def _trace_id(traceparent: str | None) -> str | None:
+    """The second part of a W3C trace context."""
+    return None if traceparent is None else traceparent.split("-")[1]
+
+
+def _attempt(one: AttemptRecord) -> AttemptView:
+    return AttemptView(
+        number=one.number,
+        outcome=one.outcome,
+        process=one.process,
+        model=one.model,
+        admitted_at=one.admitted_at,
+        finished_at=one.finished_at,
+        queue_ms=_rounded(one.queue_ms),
+        upstream_ms=_rounded(one.upstream_ms),
+        first_byte_ms=_rounded(one.first_byte_ms),
+        usage=usage_view(one.usage),
+        finish_reason=one.finish_reason,
+        response_id=one.response_id,
+        error=error_view(one.failure),
+    )
+
+
+def _delivery(one: DeliveryRecord) -> DeliveryView:
+    return DeliveryView(
+        id=str(one.webhook_id),
+        event=one.event,
+        url=one.url,
+        state=cast(Literal["pending", "delivered", "given_up"], one.state),
+        tries=one.tries,
+        next_try_at=one.due_at if one.state == "pending" else None,
+        answer_status=one.answer_status,
+        problem=one.problem,
+        created_at=one.created_at,
+        ended_at=one.ended_at,
+    )
+
+
+def _body_view(one: BodyRecord) -> BodyView:
+    role = cast(Literal["request", "response"], one.role)
+    return BodyView(
+        role=role,
+        size_bytes=one.size_bytes,
+        content_type=one.content_type,
+        omitted_bytes=one.omitted_bytes,
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+_PREFIX = re.compile(r"[0-9a-fA-F]{1,32}")
+_TEXT = Field(default=None, min_length=1, max_length=200)
+
+log = get_logger()
+router = APIRouter(
+    prefix="/admin/requests",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(400, 401, 403, 503),
+)
+
+
+class SearchQuery(BaseModel):
+    """Which requests to list; what is left out means all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: list[Status] = Field(default=[], max_length=10, description="One or several")
+    tenant: str | None = _TEXT
+    model: str | None = Field(default=None, min_length=1, max_length=128, description="Its name")
+    type: Kind | None = None
+    source: Source | None = None
+    error_code: str | None = Field(default=None, min_length=1, max_length=100)
+    subject: str | None = _TEXT
+    id: str | None = Field(
+        default=None, max_length=36, description="How its id begins, with dashes or without"
+    )
+    since: datetime | None = Field(
+        default=None, description="The earliest time of submission; without a zone it is in UTC"
+    )
+    until: datetime | None = Field(
+        default=None, description="The first time of submission that is too late"
+    )
+    limit: int = Field(default=50, ge=1, le=200)
+    cursor: UUID | None = Field(default=None, description="`next_cursor` of the page before")
+
+    def wanted(self) -> Wanted:
+        return Wanted(
+            statuses=frozenset(self.status),
+            tenant_id=self.tenant,
+            model=self.model,
+            kind=self.type,
+            source=self.source,
+            failure_code=self.error_code,
+            subject=self.subject,
+            prefix=_prefix_in(self.id or ""),
+            since=in_utc("since", self.since),
+            until=in_utc("until", self.until),
+        )
+
+
+@router.get(
+    "",
+    response_model_exclude_none=True,
+    summary="Requests of all tenants, newest first",
+)
+async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) -> AdminPage:
+    """Jobs, streams and native calls that have ended, and lines of batches that a worker has now or
+    that have ended. Go on with `cursor` until there is no `next_cursor`: each page looks at 20,000
+    requests at most, so it may hold fewer than `limit`, even none, while there are more."""
+    search = services_of(request).store.search
+    page = await search.page(query.wanted(), query.limit, query.cursor or END)
+    return AdminPage(
+        items=[admin_item(item) for item in page.items],
+        next_cursor=None if page.before is None else str(page.before),
+    )
+
+
+@router.get(
+    "/{request_id}",
+    response_model_exclude_none=True,
+    responses=problem_responses(404),
+    summary="All that is on record of one request, and what it waits for",
+)
+async def one(request: Request, request_id: UUID) -> RequestView:
+    """Its life as a timeline, with each attempt and webhook. `waiting` says why it has not ended;
+    it is not there while Valkey is away."""
+    services = services_of(request)
+    dossier = await services.store.dossiers.of(request_id)
+    waiting = await _waiting(services, dossier)
+    return request_view(dossier, waiting, datetime.now(UTC), prefix_of(request))
+
+
+@router.get(
+    "/{request_id}/request",
+    response_class=StreamingResponse,
+    responses=BODY_RESPONSES,
+    summary="What was asked, as it is in the record",
+)
+async def asked(request: Request, request_id: UUID) -> Response:
+    """Once the request has ended."""
+    return await _body(request, request_id, "request")
+
+
+@router.get(
+    "/{request_id}/response",
+    response_class=StreamingResponse,
+    responses=BODY_RESPONSES,
+    summary="What was answered, as it is in the record",
+)
+async def answered(request: Request, request_id: UUID) -> Response:
+    """Once the request has ended."""
+    return await _body(request, request_id, "response")
+
+
+@router.get(
+    "/{request_id}/files/{file_id}",
+    response_class=StreamingResponse,
+    responses=problem_responses(404)
+    | {200: {"content": {"image/png": {}}, "description": "The file's bytes"}},
+    summary="A picture or file of a request",
+)
+async def file(request: Request, request_id: UUID, file_id: UUID) -> Response:
+    """Pictures may be shown in a page; everything else is offered for download."""
+    services = services_of(request)
+    return await file_response(
+        await services.store.dossiers.file(request_id, file_id), services.blobs
+    )
+
+
+@router.post(
+    "/{request_id}/cancel",
+    response_model=StatusView,
+    response_model_exclude_none=True,
+    responses=problem_responses(404, 408, 409, 413, 415)
+    | {202: {"model": StatusView, "description": "The worker that runs it has been told"}},
+    openapi_extra=described(Signed),
+    summary="Cancel a job of any tenant",
+)
+async def cancel(request: Request, request_id: UUID) -> Response:
+    """As its owner may, by `DELETE /requests/{request_id}`."""
+    signed = await read_json(request, Signed)
+    dossier = await services_of(request).store.dossiers.of(request_id)
+    answer = await ended_by(request, request_id, dossier.record.tenant_id)
+    _log(Log.REQUEST_CANCELLED, request_id, signed)
+    return answer
+
+
+@router.post(
+    "/{request_id}/retry",
+    status_code=202,
+    responses=problem_responses(404, 408, 409, 413, 415),
+    openapi_extra=described(Signed),
+    summary="Hand a job that has ended in anew, as a job of its own",
+)
+async def retry(request: Request, request_id: UUID) -> Accepted:
+    """The same prompt and files, for the same tenant, whatever its caps and budgets are: they count
+    it, but do not refuse it. The first job stays as it is."""
+    signed = await read_json(request, Signed)
+    services = services_of(request)
+    job = await copy_of(await services.store.dossiers.of(request_id), services.blobs)
+    await services.store.submit(job)
+    _log(Log.REQUEST_RETRIED, request_id, signed, anew=str(job.request_id))
+    return accepted(job, prefix_of(request))
+
+
+async def _waiting(services: Services, dossier: Dossier) -> Reason | None:
+    """Of a job, what `tidegate why` says of it."""
+    record = dossier.record
+    if record.status.is_end or record.source != "job" or dossier.pool not in services.limiters:
+        return None
+    try:
+        return await why(control_in(services, dossier.pool), str(record.request_id))
+    except (LimiterUnavailable, NotFound) as missing:
+        log.debug(Log.STORE_AWAY, detail=missing.message)
+        return None
+
+
+async def _body(request: Request, request_id: UUID, role: Role) -> Response:
+    body = await services_of(request).store.recorded.body_of_any(request_id, role)
+    return await body_response(body, request_id, role)
+
+
+def _prefix_in(shown: str) -> str:
+    digits = shown.strip().replace("-", "")
+    if digits and _PREFIX.fullmatch(digits) is None:
+        raise InvalidRequest("id", "that is no beginning of an id", allowed="hexadecimal digits")
+    return digits.lower()
+
+
+def _log(event: Log, request_id: UUID, signed: Signed, **more: str) -> None:
+    log.warning(event, request_id=str(request_id), by=signed.by, reason=signed.reason, **more)
+
+
+stuck_router = APIRouter(
+    prefix="/admin",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(400, 401, 403, 503),
+)
+Most = Annotated[int, Query(ge=1, le=1_000)]
+
+
+@stuck_router.get("/dead", summary="Jobs that killed their workers three times, of all tenants")
+async def dead(request: Request, most: Most = 100) -> list[DeadJob]:
+    return await services_of(request).store.stuck.dead(most)
+
+
+@stuck_router.post(
+    "/dead/{request_id}/requeue",
+    responses=problem_responses(404),
+    summary="Give a dead job a fresh start",
+)
+async def requeue(request: Request, request_id: UUID) -> Done:
+    await services_of(request).store.stuck.requeue(request_id)
+    log.warning(Log.JOB_REQUEUED, request_id=str(request_id))
+    return Done(done=True)
+
+
+@stuck_router.post(
+    "/dead/{request_id}/discard",
+    responses=problem_responses(404),
+    summary="Leave a dead job at that: it is cancelled, for good",
+)
+async def discard(request: Request, request_id: UUID) -> Done:
+    await services_of(request).store.stuck.discard(request_id)
+    log.warning(Log.JOB_DISCARDED, request_id=str(request_id))
+    return Done(done=True)
+
+
+@stuck_router.get("/webhooks", summary="Webhooks that were given up, of all tenants")
+async def given_up(request: Request, most: Most = 100) -> list[GivenUpWebhook]:
+    """`POST /admin/webhooks/{webhook_id}/redeliver` has one delivered again."""
+    return await services_of(request).store.stuck.given_up(most)
+
+
+webhooks_router = APIRouter(
+    prefix="/admin/webhooks",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(400, 401, 403, 503),
+)
+
+
+@webhooks_router.post(
+    "/{webhook_id}/redeliver",
+    responses=problem_responses(404),
+    summary="Deliver a webhook again, whatever became of it",
+)
+async def redeliver(request: Request, webhook_id: UUID) -> Done:
+    """Its id is in the request's status; it is tried at once, and as often as a new one."""
+    await services_of(request).store.outbox.redeliver(webhook_id)
+    return Done(done=True)
+
+
+requeues_router = APIRouter(
+    prefix="/admin/requests",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(400, 401, 403, 503),
+)
+
+
+class NewRequeue(Signed):
+    """Which jobs to queue again. Without `"dry_run": false` they are only counted."""
+
+    since: datetime = Field(description="The earliest end; a time without a zone is in UTC")
+    until: datetime | None = Field(default=None, description="The first end that is too late")
+    status: list[Literal["failed", "dead"]] = Field(default=["failed"], min_length=1, max_length=2)
+    error_code: str | None = Field(default=None, min_length=1, max_length=100)
+    tenant: str | None = _TEXT
+    limit: int = Field(default=1_000, ge=1, le=MOST_REQUEUED)
+    dry_run: bool = Field(default=True, description="Only count")
+
+    def order(self) -> Requeue:
+        now = datetime.now(UTC)
+        since, until = in_utc("since", self.since), in_utc("until", self.until)
+        assert since is not None
+        if until is not None and until <= since:
+            raise InvalidRequest("until", "until is not after since", allowed="a later time")
+        return Requeue(
+            since=since,
+            until=min(until or now, now),  # what fails again meanwhile is not meant
+            statuses=tuple(Status(status) for status in self.status),
+            tenant_id=self.tenant,
+            error_code=self.error_code,
+            limit=self.limit,
+        )
+
+
+@requeues_router.post(
+    "/requeue",
+    operation_id="requeue_admin_requests_requeue_post",
+    responses=problem_responses(408, 413, 415),
+    openapi_extra=described(NewRequeue),
+    summary="Queue failed jobs again, under their own ids",
+)
+async def requeue_failed(request: Request) -> RequeueReport:
+    """Jobs that match, those that ended first, with all their attempts and as long a deadline as
+    they had. Their webhooks are sent again when they end. While `has_more` is true, repeat it; a
+    repeat changes nothing for jobs that are queued already."""
+    asked = await read_json(request, NewRequeue)
+    requeues = services_of(request).store.stuck.requeues
+    if asked.dry_run:
+        return await requeues.preview(asked.order())
+    report = await requeues.run(asked.order())
+    log.warning(
+        Log.JOBS_REQUEUED,
+        jobs=report.requeued,
+        by=asked.by,
+        reason=asked.reason,
+        filter=asked.model_dump(
+            mode="json", exclude={"by", "reason", "dry_run"}, exclude_none=True
+        ),
+    )
+    return report

@@ -1,0 +1,306 @@
+"""Routes `/admin/tenants`, `/admin/keys` and `/admin/subjects`.
+
+Invariants: every route requires an admin; an answer has a key once, when the key is created; a
+change is in force in this process when it is answered, in all others within a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from pydantic import AwareDatetime, BaseModel, Field
+
+from tidegate.call import DEFAULT_TENANT, Scope
+from tidegate.errors import ConfigError, InvalidRequest
+from tidegate.http.admin.limits import Signed, control_of, described, in_pool, read_json
+from tidegate.http.guards import admit_admin, admitted_as
+from tidegate.http.jobs import problem_responses
+from tidegate.http.services import services_of
+from tidegate.http.submission import MAX_SUBJECT_CHARS
+from tidegate.policy import tenants
+from tidegate.policy.tenants import ShownTenant, Wanted
+from tidegate.store.retention import EraseReport, Whose
+from tidegate.store.tenants import SETTABLE, Key, prefix_in
+
+router = APIRouter(
+    prefix="/admin",
+    tags=["tenants"],
+    dependencies=[Depends(admit_admin), Depends(in_pool)],
+    responses=problem_responses(400, 401, 403, 408, 413, 415, 503),
+)
+TenantId = Annotated[str, Path(description="A tenant's name", min_length=1, max_length=200)]
+By = Annotated[str, Query(min_length=1, max_length=100)]
+_LAST = datetime(9999, 1, 1, tzinfo=UTC)  # which is that year in any zone
+_COUNT: Any = Field(default=None, ge=0, description="null: without a bound")
+
+
+class NewTenant(Signed):
+    """What is left out stays as it is, or as usual where the tenant is new."""
+
+    weight: int = Field(default=1, ge=1, le=1_000, description="Its share against other tenants")
+    limits: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Its own limits, as in tidegate.toml; null takes one away",
+        examples=[{"tenant:acme": 5, "rpm:tenant/acme": 60}],
+    )
+    most_priority: int = Field(
+        default=100, ge=-100, le=100, description="A higher priority is lowered to it"
+    )
+    models: list[str] | None = Field(
+        default=None,
+        max_length=200,
+        description="Models that it may ask, or patterns; null: all",
+        examples=[["gemini-2.5-*"]],
+    )
+    most_queued_jobs: int | None = _COUNT
+    most_queued_bytes: int | None = _COUNT
+    most_streams: int | None = Field(
+        default=None, ge=0, le=1_000_000, description="Open at once in each process; null: any"
+    )
+    most_long_polls: int | None = Field(
+        default=None, ge=0, le=1_000_000, description="Open at once in each process; null: any"
+    )
+    budget_day_money: float | None = _COUNT
+    budget_month_money: float | None = _COUNT
+    budget_day_tokens: int | None = _COUNT
+    budget_month_tokens: int | None = _COUNT
+    retention_days: int | None = Field(
+        default=None, ge=1, le=100_000, description="null: RETENTION_DAYS"
+    )
+    disabled: bool = Field(default=False, description="Its keys then open nothing")
+
+
+class TenantView(BaseModel):
+    """A tenant as it is."""
+
+    tenant: str
+    weight: int
+    limits: dict[str, Any]
+    most_priority: int
+    models: list[str] | None
+    most_queued_jobs: int | None
+    most_queued_bytes: int | None
+    most_streams: int | None
+    most_long_polls: int | None
+    budget_day_money: float | None
+    budget_month_money: float | None
+    budget_day_tokens: int | None
+    budget_month_tokens: int | None
+    retention_days: int | None
+    disabled: bool
+    created_at: datetime
+    disabled_at: datetime | None = None
+    keys: int = Field(description="Those that work")
+    webhook_secret: str | None = Field(
+        default=None,
+        description="Signs this tenant's webhooks. Only where one tenant is shown; null while "
+        "WEBHOOK_SECRET is not set",
+    )
+
+
+class NewKey(Signed):
+    """A key to be made."""
+
+    tenant: str = Field(default=DEFAULT_TENANT, min_length=1, max_length=200)
+    name: str = Field(default="", max_length=200, description="What it is for")
+    scopes: list[Literal["infer", "read", "admin"]] = Field(
+        default=["infer", "read"],
+        min_length=1,
+        max_length=10,
+        description="What it opens: calls of models, its tenant's own requests, all of /admin",
+    )
+    expires_at: AwareDatetime | None = Field(default=None, description="null: it never expires")
+
+
+class KeyView(BaseModel):
+    """A key as lists show it: never the key itself."""
+
+    prefix: str
+    tenant: str
+    name: str
+    scopes: list[Scope]
+    state: str = Field(description="works, revoked or expired")
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = Field(default=None, description="Within a minute or so")
+    made_by: str | None = Field(
+        description="By what its maker was admitted; null: nobody was asked for a key when it was "
+        "made, or it was made before that was recorded"
+    )
+
+
+class MadeKey(KeyView):
+    key: str = Field(description="The key itself. It is shown this once: only its digest is kept.")
+
+
+class Removed(BaseModel):
+    removed: bool = True
+
+
+@router.get("/tenants", summary="All tenants, with what they may do")
+async def list_tenants(request: Request) -> list[TenantView]:
+    return [_view(one) for one in await tenants.list_tenants(control_of(request))]
+
+
+@router.get("/tenants/{tenant_id:path}", responses=problem_responses(404), summary="One tenant")
+async def show_tenant(request: Request, response: Response, tenant_id: TenantId) -> TenantView:
+    try:
+        view = _view(await tenants.show_tenant(control_of(request), tenant_id))
+    except ConfigError as wrong:
+        raise _invalid(wrong) from None
+    if (secret := services_of(request).config.webhook_secret) is not None:
+        view.webhook_secret = tenants.webhook_secret_of(secret.get_secret_value(), tenant_id)
+        response.headers["Cache-Control"] = "no-store"
+    return view
+
+
+@router.put(
+    "/tenants/{tenant_id:path}",
+    responses=problem_responses(404),
+    openapi_extra=described(NewTenant),
+    summary="Make a tenant, or change what is named",
+)
+async def set_tenant(request: Request, tenant_id: TenantId) -> TenantView:
+    new = await read_json(request, NewTenant)
+    given = new.model_fields_set
+    wanted = Wanted(
+        changes={name: getattr(new, name) for name in SETTABLE if name in given},
+        weight=new.weight if "weight" in given else None,
+        limits=new.limits if "limits" in given else None,
+        disabled=new.disabled if "disabled" in given else None,
+    )
+    try:
+        shown = await tenants.set_tenant(
+            control_of(request), tenant_id, wanted, by=new.by, reason=new.reason
+        )
+    except ConfigError as wrong:
+        raise _invalid(wrong) from None
+    await services_of(request).gate.refresh()
+    return _view(shown)
+
+
+@router.delete(
+    "/tenants/{tenant_id:path}",
+    responses=problem_responses(404),
+    summary="Take a tenant, its keys and its limits away; its requests stay on record",
+)
+async def remove_tenant(request: Request, tenant_id: TenantId, by: By = "admin") -> Removed:
+    try:
+        await tenants.remove_tenant(control_of(request), tenant_id, by=by)
+    except ConfigError as wrong:
+        raise _invalid(wrong) from None
+    await services_of(request).gate.refresh()
+    return Removed()
+
+
+@router.get("/keys", summary="API keys, the oldest 1,000")
+async def list_keys(
+    request: Request,
+    tenant: Annotated[str | None, Query(max_length=200)] = None,
+    prefix: Annotated[str, Query(max_length=100, description="How a key's prefix begins")] = "",
+) -> list[KeyView]:
+    found = await services_of(request).store.tenants.list_keys(
+        tenant, prefix.removeprefix("tg_").partition("_")[0]
+    )
+    return [KeyView(**_plain(key)) for key in found]
+
+
+@router.post(
+    "/keys",
+    status_code=201,
+    responses=problem_responses(404),
+    openapi_extra=described(NewKey),
+    summary="Make an API key; it is shown this once",
+)
+async def make_key(request: Request, response: Response) -> MadeKey:
+    new = await read_json(request, NewKey)
+    if new.expires_at is not None and new.expires_at <= datetime.now(UTC):
+        raise InvalidRequest("expires_at", "expires_at is over", allowed="a time to come")
+    if new.expires_at is not None and new.expires_at.replace(tzinfo=UTC) > _LAST:
+        raise InvalidRequest("expires_at", "expires_at is out of range", allowed=f"up to {_LAST}")
+    try:
+        tenants.check_name(new.tenant)
+    except ConfigError as wrong:
+        raise _invalid(wrong) from None
+    services = services_of(request)
+    key, made = await services.store.tenants.create_key(
+        new.tenant,
+        name=new.name,
+        scopes=map(Scope, new.scopes),
+        expires_at=new.expires_at,
+        made_by=await admitted_as(request),
+    )
+    await services.gate.refresh()
+    response.headers["Cache-Control"] = "no-store"
+    return MadeKey(**_plain(key), key=made.text)
+
+
+@router.delete(
+    "/keys/{prefix}",
+    responses=problem_responses(404),
+    summary="Revoke an API key, for good",
+)
+async def revoke_key(
+    request: Request,
+    prefix: Annotated[str, Path(description="The key's prefix", max_length=100)],
+    by: By = "admin",
+) -> KeyView:
+    meant = prefix_in(prefix)
+    if meant is None:
+        raise InvalidRequest("prefix", "that is no key's prefix", allowed="10 letters and digits")
+    services = services_of(request)
+    key = await services.store.tenants.revoke_key(meant, by=by)
+    await services.gate.refresh()
+    return KeyView(**_plain(key))
+
+
+def _view(shown: ShownTenant) -> TenantView:
+    values = asdict(shown.tenant)
+    return TenantView(
+        tenant=values.pop("tenant_id"),
+        **values,
+        weight=shown.weight,
+        limits=shown.limits,
+        disabled=shown.tenant.disabled_at is not None,
+    )
+
+
+def _plain(key: Key) -> dict[str, Any]:
+    values = asdict(key)
+    return {"tenant": values.pop("tenant_id"), **values, "state": key.state}
+
+
+def _invalid(wrong: ConfigError) -> InvalidRequest:
+    said = f"{wrong.variable} {wrong.allowed}"
+    return InvalidRequest(wrong.variable, said, allowed=wrong.allowed)
+
+
+_WITHIN_S = 20.0
+
+subjects_router = APIRouter(
+    prefix="/admin/subjects",
+    tags=["admin"],
+    dependencies=[Depends(admit_admin)],
+    responses=problem_responses(400, 401, 403, 404, 503),
+)
+
+
+@subjects_router.delete("/{subject:path}", summary="Erase all that is on record about a subject")
+async def erase_subject(
+    request: Request,
+    subject: Annotated[str, Path(description="As requests named it")],
+    tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    dry_run: Annotated[bool, Query(description="Only count")] = False,
+) -> EraseReport:
+    """Rows, bodies, files and answers, also those that wait on this host's disk; totals stay.
+    Takes up to 20 s: while `done` is false, ask again. It can't be undone."""
+    for field, text in (("subject", subject), ("tenant", tenant or "-")):
+        if not 1 <= len(text) <= MAX_SUBJECT_CHARS or not text.isprintable():
+            allowed = f"1 to {MAX_SUBJECT_CHARS} printable characters"
+            raise InvalidRequest(field, f"{field} must be {allowed}", allowed=allowed)
+    store = services_of(request).store
+    return await store.erase(Whose(tenant, subject), dry_run=dry_run, within_s=_WITHIN_S)

@@ -1,0 +1,204 @@
+"""Access guards: the caller of a request, admins, and upload passes.
+
+An admin shows the operator's key, an API key of scope `admin`, or the cookie of a signed-in
+browser. One of them is required on loopback too, because no header tells whether there is a
+proxy. Google's SDK sends the bytes of an upload without a key, so the upload URL has a signed
+pass.
+
+Invariants: no body is read before its caller is known; the cookie counts only for requests that
+no other site's page sent; a pass is valid for one upload, while its key works, and never goes
+upstream.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlencode
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from tidegate.call import Caller, Classification, Kind, Scope
+from tidegate.errors import InvalidRequest, TidegateError, Unauthenticated
+from tidegate.http.auth import Gate, in_headers, shown_in
+from tidegate.http.services import CALLER_IN_SCOPE, Services, services_of
+from tidegate.http.signin import checked, cookie_name
+from tidegate.settings import Config
+from tidegate.spine.native import UPLOADS, check_model
+from tidegate.spine.routing import Targets
+from tidegate.store.tenants import digest_of, prefix_of
+
+
+async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
+    """Who asks, whom the access log names as well. Raises what `Gate.identify` raises."""
+    gate = services_of(request).gate
+    headers, query = request.scope["headers"], request.scope["query_string"]
+    caller = gate.known(headers, query) if scope is Scope.INFER else None
+    if caller is None:
+        caller = await gate.identify(headers, query, scope)
+    request.scope[CALLER_IN_SCOPE] = caller
+    return caller
+
+
+async def payer_of(request: Request) -> Caller:
+    """The caller of what costs something. Raises BudgetExceeded as well."""
+    caller = await caller_of(request)
+    await services_of(request).budgets.let_in(caller)
+    return caller
+
+
+async def _reader(request: Request) -> Caller:
+    return await caller_of(request, Scope.READ)
+
+
+Reader = Annotated[Caller, Depends(_reader)]
+
+
+def check_models(
+    caller: Caller, model: str | None, classification: Classification, config: Config
+) -> None:
+    """The model that was named, else all those that the request may turn out to need."""
+    if caller.models is None:
+        return
+    for one in _models(model, classification, config):
+        check_model(caller, one)
+
+
+def check_prompt(
+    targets: Targets, model: str | None, classification: Classification, config: Config
+) -> None:
+    """Raise InvalidRequest where no answer can come of a prompt, whatever kind it turns out to be
+    of."""
+    wrong: list[InvalidRequest] = []
+    models = _models(model, classification, config)
+    for one in models:
+        try:
+            targets.check_prompt(one)
+        except InvalidRequest as refused:
+            wrong.append(refused)
+    if len(wrong) == len(models):
+        raise wrong[0]
+
+
+def _models(model: str | None, classification: Classification, config: Config) -> list[str]:
+    if model is not None:
+        return [model]
+    kinds = (classification.kind,) if classification.kind is not None else tuple(Kind)
+    return [config.model_for(kind) for kind in kinds]
+
+
+OPERATOR, SIGNED_IN = "the operator's key", "the dashboard"
+_HOW = (
+    "show the operator's key (ADMIN_TOKEN, else the file operator.key in DATA_DIR) or an API key "
+    "of the scope admin as Authorization: Bearer"
+)
+
+
+async def admit_admin(request: Request) -> None:
+    """A dependency of all admin routes. Raises Unauthenticated, Forbidden, StoreUnavailable."""
+    await admitted_as(request)
+
+
+async def admitted_as(request: Request) -> str:
+    """By what a request is admitted, in words. Raises as `admit_admin`."""
+    services = services_of(request)
+    shown = in_headers(request.scope["headers"])
+    if _shows_operator_key(services, shown):
+        return OPERATOR
+    if not shown and _is_signed_in(request, services):
+        return SIGNED_IN
+    if not shown and not services.gate.on:
+        raise Unauthenticated(_HOW)
+    try:
+        caller = await caller_of(request, Scope.ADMIN)
+    except Unauthenticated as refused:
+        raise Unauthenticated(f"{refused.message}; or {_HOW}") from None
+    return f"the key tg_{caller.key_id}"
+
+
+async def is_admitted(request: Request) -> bool:
+    """Whether a request may see what only operators see; never raises."""
+    try:
+        await admitted_as(request)
+    except TidegateError:
+        return False
+    return True
+
+
+async def _reader_of_record(request: Request) -> Caller:
+    services = services_of(request)
+    if services.gate.on:
+        return await caller_of(request, Scope.READ)
+    await admit_admin(request)
+    caller = services.gate.unasked(request.scope["headers"])
+    request.scope[CALLER_IN_SCOPE] = caller
+    return caller
+
+
+# Of what lists requests, or tells more of them than their status.
+RecordReader = Annotated[Caller, Depends(_reader_of_record)]
+
+
+def _shows_operator_key(services: Services, shown: list[bytes]) -> bool:
+    # In time that says nothing of how much of it was right.
+    key = services.operator_key.get_secret_value().encode()
+    return any(hmac.compare_digest(one, key) for one in shown)
+
+
+def _is_signed_in(request: Request, services: Services) -> bool:
+    key = services.operator_key.get_secret_value()
+    value = request.cookies.get(cookie_name(key), "")
+    if not value or checked("session", key, value) is None:
+        return False
+    refused = services.origins.page_refusal(request.scope["headers"], request.method)
+    if refused is not None:
+        raise refused
+    return True
+
+
+PASS = "tidegate_key"
+_PASS = re.compile(r"([a-z0-9]{10})\.([0-9a-f]{64})", re.ASCII)
+
+
+def own_urls(scope: Any, secret: str) -> Callable[[str], str]:
+    """From the query of an upload's URL to that URL, as the client reaches us; with a pass of the
+    key that the request in `scope` shows, if it is one of ours."""
+    said = dict(scope["headers"])
+    host = said.get(b"host", b"").decode("latin-1")
+    # A proxy that ends TLS says so. Whoever else says it misleads nobody but itself.
+    scheme = "https" if said.get(b"x-forwarded-proto", b"").strip() == b"https" else scope["scheme"]
+    own_url = f"{scheme}://{host}{UPLOADS}"
+    key = shown_in(scope["headers"], scope["query_string"]).key
+    prefix = None if key is None else prefix_of(key)
+    if key is None or prefix is None:
+        return lambda query: f"{own_url}?{query}"
+    digest = digest_of(key)
+    return lambda query: f"{own_url}?{query}&{PASS}={prefix}.{_signature(query, digest, secret)}"
+
+
+async def let_in(gate: Gate, scope: Any, secret: str) -> Caller | None:
+    """Whose upload it is, by the pass in its URL; None where the request shows a key of its own, or
+    no pass. Raises Unauthenticated, Forbidden, StoreUnavailable."""
+    if shown_in(scope["headers"], scope["query_string"]).key is not None:
+        return None
+    pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    shown = [_PASS.fullmatch(value) for name, value in pairs if name == PASS]
+    if len(shown) != 1 or (found := shown[0]) is None:
+        return None
+    query = urlencode([pair for pair in pairs if pair[0] != PASS])
+    prefix, signature = found.groups()
+    return await gate.vouched(
+        prefix,
+        lambda digest: hmac.compare_digest(_signature(query, digest, secret), signature),
+    )
+
+
+def _signature(query: str, digest: bytes, secret: str) -> str:
+    """By the key's digest and the upstream's key together: neither a copy of the database nor a
+    guess at the other is enough."""
+    message = b"an upload\0" + query.encode()
+    return hmac.digest(digest + secret.encode(), message, sha256).hex()

@@ -1,0 +1,639 @@
+"""HTTP/1.1 protocol on uvicorn with bounds on what one connection may cost.
+
+Bounded are size, number and duration of request heads, chunk overhead, pipelined requests and
+clients that do not read. A refused body is neither read nor reset: the response goes out and the
+connection closes a little later. The relay's requests and answers bypass uvicorn's `receive` and
+`send`. Guarded by `tests/integration/http_input/test_uvicorn_internals.py`.
+
+Invariants: no connection stays open without progress beyond its timers; a head that two servers
+could read differently (RFC 9112) is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.flow_control import FlowControl
+
+from tidegate.http._compat import (
+    STATUS_LINE,
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    RequestResponseCycle,
+    Scope,
+    UvicornProtocol,
+)
+from tidegate.http.sse import ABORT_EXTENSION, GONE_EXTENSION
+
+DIRECT_EXTENSION = "tidegate.direct"
+_NO_BODY = (204, 304)
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Direct:
+    """Of one request. Use it for the whole of an answer, or not at all."""
+
+    __slots__ = ("_cycle", "_flow", "_left_bytes")
+
+    def __init__(self, cycle: RequestResponseCycle, flow: FlowControl) -> None:
+        self._cycle = cycle
+        self._flow = flow
+        self._left_bytes: int | None = None  # of the length that the head has told
+
+    def take_body(self) -> bytes | None:
+        """The request's body where all of it is there; None where it must be received."""
+        cycle = self._cycle
+        if cycle.more_body or cycle.disconnected or cycle.waiting_for_100_continue:
+            return None
+        body = bytes(cycle.body)
+        cycle.body = bytearray()
+        cycle.message_event.clear()
+        return body
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """All of an answer; a length among the headers is replaced by its own."""
+        if self._must_look and await self._is_lost():
+            return
+        kept = [pair for pair in headers if pair[0] != b"content-length"]
+        if status in _NO_BODY:
+            body = b""
+        else:
+            kept.append((b"content-length", b"%d" % len(body)))
+        self._cycle.transport.write(self._head_of(status, kept) + body)
+        self._end()
+
+    async def head(self, status: int, headers: Headers) -> None:
+        """The head of an answer that comes piece by piece."""
+        if self._must_look and await self._is_lost():
+            return
+        length = next((value for name, value in headers if name == b"content-length"), None)
+        if length is not None:
+            self._left_bytes = int(length)
+        elif status in _NO_BODY:
+            self._left_bytes = 0
+        else:
+            headers = [*headers, (b"transfer-encoding", b"chunked")]
+        self._cycle.transport.write(self._head_of(status, headers))
+
+    async def piece(self, piece: bytes, more: bool) -> None:
+        """A part of the body. Raises ValueError where it is not as long as was told."""
+        if self._must_look and await self._is_lost():
+            return
+        if self._left_bytes is None:
+            data = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+            if not more:
+                data += b"0\r\n\r\n"
+        else:
+            data = piece
+            self._left_bytes -= len(piece)
+            if self._left_bytes < 0 or (self._left_bytes and not more):
+                raise ValueError("an answer that is not as long as its head has told")
+        if data:
+            self._cycle.transport.write(data)
+        if not more:
+            self._end()
+
+    @property
+    def _must_look(self) -> bool:
+        return self._flow.write_paused or self._cycle.disconnected
+
+    async def _is_lost(self) -> bool:
+        """Wait until the client takes more. True once it is gone."""
+        if self._flow.write_paused and not self._cycle.disconnected:
+            await self._flow.drain()
+        return self._cycle.disconnected
+
+    def _head_of(self, status: int, headers: Headers) -> bytes:
+        cycle = self._cycle
+        lines = [b"%b: %b\r\n" % pair for pair in cycle.default_headers + headers]
+        if not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        said = b"".join(lines)
+        if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
+            raise ValueError("a header holds the end of a line")
+        cycle.response_started = True
+        return b"%b%b\r\n" % (STATUS_LINE[status], said)
+
+    def _end(self) -> None:
+        cycle = self._cycle
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            cycle.transport.close()
+        cycle.on_response()
+
+
+# Status, code and words of a refusal.
+Refusal = tuple[int, str, str]
+
+# RFC 9110, section 7.2: a host and a port, with nothing about the user. An empty one is a host.
+_HOST = re.compile(
+    rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2}){0,255})(?::\d{0,5})?"
+)
+_BAD = "bad_request"
+_END = b"\r\n"
+# Values that were found to be hosts: nearly all clients name the same few.
+_HOSTS: set[bytes] = set()
+_MOST_HOSTS = 200
+
+
+# The word of a Connection header by which a client offers another protocol.
+_OFFER = re.compile(rb"(\r\nconnection:[^\r\n]{0,200}?)upgrade\b", re.IGNORECASE)
+_HEAD_END = b"\r\n\r\n"
+
+
+def without_offer(piece: bytes) -> bytes:
+    """The next bytes of a head, and perhaps what follows it, without the offer of another protocol:
+    RFC 9110, section 7.8, lets a server pass over it, and the parser would read no body behind one.
+    As long as it was. The JDK's client makes one of each request on plain HTTP."""
+    end = piece.find(_HEAD_END)
+    head = piece if end < 0 else piece[:end]
+    return _OFFER.sub(rb"\1xpgrade", head) + piece[len(head) :]
+
+
+class RequestLine:
+    """The request line as it came, of which the parser returns only the parts."""
+
+    __slots__ = ("_is_known", "_is_second", "_kept", "_piece", "_seen")
+
+    def __init__(self) -> None:
+        self._kept = b""  # of a line that began in an earlier piece
+        self._piece = b""
+        self._seen = 0  # how much of the piece lines before have used up
+        self._is_second = False  # another request ended in this piece
+        self._is_known = True  # where the line began
+
+    def take(self, piece: bytes) -> None:
+        """The next bytes of the connection, before the parser has them."""
+        self._piece, self._seen, self._is_second = piece, 0, False
+
+    def keep(self) -> None:
+        """The parser has had the piece, and the head that began in it, or before, goes on."""
+        if self._is_known:
+            self._kept = self._line()
+
+    def begin(self) -> None:
+        """A request has begun in the present piece."""
+        self._is_known = not self._is_second
+
+    def end_message(self) -> None:
+        """A request has ended in the present piece: the next may begin anywhere in it."""
+        self._is_second = True
+
+    def is_as(self, expected: bytes) -> bool:
+        """Whether it is as it would be written from its parts, once the head is there. Of one that
+        began behind another request only that much is known: that it comes later in the piece."""
+        piece = self._piece
+        if self._is_known:
+            self._seen = len(expected)
+            if not self._kept and piece.startswith(expected) and piece.startswith(_END, self._seen):
+                return True
+            line, self._kept = self._line(), b""
+            self._seen = len(line)
+            return line.rstrip(b"\r\n") == expected
+        self._is_known, self._kept = True, b""
+        if not self._is_second:
+            return True
+        at = piece.find(expected, self._seen)
+        self._seen = at + len(expected)
+        return at >= 0
+
+    def _line(self) -> bytes:
+        """All of it that has come up to the present piece's end."""
+        line, piece = self._kept, self._piece
+        if line.endswith(b"\n"):
+            return line
+        if not line:
+            piece = piece.lstrip(b"\r\n")  # as by the parser: RFC 9112, section 2.2
+        return line + piece[: piece.find(b"\n") + 1 or len(piece)]
+
+
+def refusal_of_head(
+    version: str, headers: Iterable[tuple[bytes, bytes]], line_is_plain: bool
+) -> Refusal | None:
+    """None for a head that is as it should be. Names of headers are in lower case."""
+    if version not in ("1.1", "1.0"):
+        if version == "0.9":
+            return 400, _BAD, "the request line names no version of HTTP"
+        return 505, "http_version_not_supported", f"HTTP/{version} is not spoken here: HTTP/1.1 is"
+    if not line_is_plain:
+        return 400, _BAD, "the request line must be method, target and version with one space each"
+    hosts = 0
+    for name, value in headers:
+        if name == b"host":
+            hosts += 1
+            if hosts > 1:
+                return 400, _BAD, "there is more than one Host"
+            if value not in _HOSTS and not _is_host(value):
+                return 400, _BAD, "Host is not a host with an optional port"
+        elif name == b"transfer-encoding":
+            refusal = _refusal_of_coding(version, value.strip().lower())
+            if refusal is not None:
+                return refusal
+    if not hosts and version == "1.1":
+        return 400, _BAD, "there is no Host, which HTTP/1.1 asks for"
+    return None
+
+
+def as_answer(refusal: Refusal, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The answer that tells it, without its first line; `headers` are the server's own."""
+    status, code, detail = refusal
+    body = orjson.dumps(
+        {
+            "type": f"urn:tidegate:problem:{code}",
+            "title": HTTPStatus(status).phrase,
+            "status": status,
+            "detail": detail,
+            "code": code,
+        }
+    )
+    told = [
+        *headers,
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    return b"".join(name + b": " + value + b"\r\n" for name, value in told) + b"\r\n" + body
+
+
+def _is_host(value: bytes) -> bool:
+    if _HOST.fullmatch(value) is None:
+        return False
+    if len(_HOSTS) < _MOST_HOSTS:
+        _HOSTS.add(value)
+    return True
+
+
+def _refusal_of_coding(version: str, coding: bytes) -> Refusal | None:
+    """RFC 9112, sections 6.1 and 6.3. Several headers are several calls: the parser refuses what
+    comes after `chunked`, and all that comes before it is refused here."""
+    if version == "1.0":
+        return 400, _BAD, "HTTP/1.0 has no Transfer-Encoding"
+    if coding == b"chunked":
+        return None
+    if coding.rpartition(b",")[2].strip() != b"chunked":
+        return 400, _BAD, "chunked must be the last coding of Transfer-Encoding"
+    return 501, "not_implemented", "of the codings of Transfer-Encoding only chunked is taken"
+
+
+if sys.platform == "linux":
+    from fcntl import ioctl
+    from termios import TIOCOUTQ
+
+# A slow client's error on the record should be the one that the route raises: it comes first.
+_AFTER_THE_ROUTE_S = 5.0
+
+
+def bounded(*, receive_timeout_ms: int, stalled_reader_ms: int) -> type[BoundedProtocol]:
+    """The protocol with timers from the settings of the same names."""
+    timers = {
+        "HEAD_TIMEOUT_S": receive_timeout_ms / 1000,
+        "STALLED_READER_S": stalled_reader_ms / 1000 + _AFTER_THE_ROUTE_S,
+    }
+    return type("BoundedProtocol", (BoundedProtocol,), timers)
+
+
+class BoundedProtocol(UvicornProtocol):
+    """Give it to uvicorn as `http=`; see `bounded` for timers from the settings."""
+
+    MAX_HEADERS = 100
+    MAX_HEAD_BYTES = 64 * 1024
+    MAX_PIPELINED = 16
+    HEAD_TIMEOUT_S = 15.0  # from the connection, or a request's first byte, to its head's end
+    STALLED_READER_S = 30.0  # a response is being written and the client reads nothing of it
+    CLOSING_S = 5.0  # the same when we are closing
+    LINGER_S = 2.0  # how long, and how much, an early response waits for the client to stop
+    LINGER_BYTES = 1024 * 1024
+    UNDER_WAY_S = 2.0  # at the end: how long a first request, or the rest of a head, may take
+    leaving = False  # of the class, so of all connections of a process at once
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._in_head = True
+        self._head_bytes = 0
+        self._line = RequestLine()
+        self._overhead_bytes = 0  # of a body: what came in beside its content
+        self._body_bytes = 0
+        self._refusal: tuple[int, str, str] | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._write_paused = False
+        self._answered_early = False
+        self._lingering = False
+        self._lingered_bytes = 0
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._when_gone: list[Callable[[], None]] = []
+        self._answering: RequestResponseCycle | None = None
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._extensions: dict[str, dict[object, object]] = {
+            ABORT_EXTENSION: {"call": self._abort},
+            GONE_EXTENSION: {"call": self._when_gone.append},
+        }
+        self._arm_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lingering = True  # nothing is to be begun any more
+        for timer in (self._head_timer, self._write_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._write_timer = self._linger_timer = None
+        self.end_keep_alive_timer()
+        self._tell_the_answering()
+        super().connection_lost(exc)
+        for tell in self._when_gone:
+            tell()
+        self._extensions.clear()  # they hold us, and nothing else would free us at once
+
+    def _abort(self) -> None:
+        self._tell_the_answering()
+        self.transport.abort()
+
+    def _tell_the_answering(self) -> None:
+        """That nobody listens any more. uvicorn tells the newest request alone, which is another
+        one where several were sent at once: the first would be worked on for nobody."""
+        cycle = self._answering
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > self.LINGER_BYTES and not self.transport.is_closing():
+                # Not cut: a reset could destroy the answer before a busy client has read it. One
+                # that finds no taker for its bytes looks up sooner.
+                self.transport.pause_reading()
+            return
+        if not self._in_head or self._head_bytes + len(data) < self.MAX_HEAD_BYTES:
+            if data and not self.transport.is_closing():
+                self._feed(data)
+            return
+        while data and not self._lingering and not self.transport.is_closing():
+            # In pieces: what is over a head's bound is never given to the parser.
+            room = self.MAX_HEAD_BYTES - self._head_bytes if self._in_head else len(data)
+            piece, data = data[:room], data[room:]
+            self._feed(piece)
+            if self._in_head and self._head_bytes >= self.MAX_HEAD_BYTES:
+                self._refuse(431, "headers_too_large", "the request's head is larger than 64 KB")
+                return
+
+    def _feed(self, piece: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(piece)
+            if b"pgrade" in piece:
+                piece = without_offer(piece)
+        else:
+            self._overhead_bytes += len(piece)
+        self._line.take(piece)
+        super().data_received(piece)
+        if self._in_head and self._head_bytes:
+            self._line.keep()
+            self._arm_head_timer()
+        if self._overhead_bytes > self.MAX_HEAD_BYTES + 8 * self._body_bytes:
+            self._refuse(400, "bad_request", "the request's chunks and trailers are too large")
+
+    # What the parser calls; an error raised here ends the connection by `send_400_response`
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._line.begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer: nobody here asks for any, and it must not pass for a header
+        if len(self.headers) >= self.MAX_HEADERS:
+            self._refusal = (431, "too_many_headers", f"more than {self.MAX_HEADERS} headers")
+            raise ValueError(self._refusal[2])
+        # As uvicorn does it: another call for each header would cost as much as all of this.
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_bytes = self._overhead_bytes = self._body_bytes = 0
+        self._disarm_head_timer()
+        version = self.parser.get_http_version()
+        expected = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version.encode())
+        self._refusal = refusal_of_head(version, self.headers, self._line.is_as(expected))
+        if self._refusal is not None:
+            raise ValueError(self._refusal[2])
+        super().on_headers_complete()
+        if self.leaving:
+            self.cycle.keep_alive = False
+        if len(self.pipeline) > self.MAX_PIPELINED:
+            self._refusal = (429, "too_many_pipelined", "too many requests at once")
+            raise ValueError(self._refusal[2])
+        if self.pipeline and len(self.pipeline) <= self.MAX_PIPELINED // 2:
+            # uvicorn reads no further; but it is by reading that a client is seen to leave.
+            self.flow.resume_reading()
+
+    def on_body(self, body: bytes) -> None:
+        self._overhead_bytes -= len(body)
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head = True
+        self._line.end_message()
+        self._head_bytes = self._overhead_bytes = self._body_bytes = 0
+
+    # The answer
+
+    def answering(self, cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
+        async def answer(
+            scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+        ) -> None:
+            assert scope["type"] == "http"
+            scope["extensions"] = extensions = dict(self._extensions)
+            if cycle.more_body:
+                send = self._saying_that_it_is_early(cycle, send)
+            else:  # the body is there as a whole: no answer can be early
+                extensions[DIRECT_EXTENSION] = {"answer": Direct(cycle, self.flow)}
+            try:
+                await app(scope, receive, send)
+            finally:
+                self.ended()
+                self._when_gone.clear()  # answers of one connection are made one after another
+                extensions.clear()  # they hold what holds them: nothing else would free it at once
+                if not cycle.response_complete or self.transport.is_closing():
+                    self.loop.call_soon(self._watch_closing)
+
+        self._answering = cycle
+        return answer
+
+    def _saying_that_it_is_early(
+        self, cycle: RequestResponseCycle, send: ASGISendCallable
+    ) -> ASGISendCallable:
+        async def send_on(message: ASGISendEvent) -> None:
+            if message["type"] == "http.response.start" and cycle.more_body:
+                self._answered_early = True
+                named = [pair for pair in message.get("headers", ()) if pair[0] != b"connection"]
+                message["headers"] = [*named, (b"connection", b"close")]
+                await send(message)
+                cycle.keep_alive = True  # else uvicorn would close, and so reset, at once
+            else:
+                await send(message)
+
+        return send_on
+
+    def on_response_complete(self) -> None:
+        if self._answered_early:
+            self.server_state.total_requests += 1
+            self._linger()
+        else:
+            super().on_response_complete()
+            self._watch_closing()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls when the parser fails; we call it for our own bounds too."""
+        status, code, detail = self._refusal or (400, "bad_request", msg)
+        cycle = self.cycle
+        mid_response = bool(self.pipeline) or (
+            cycle is not None and cycle.response_started and not cycle.response_complete
+        )
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.pipeline.clear()
+        if mid_response or self.transport.is_closing():
+            self._tell_the_answering()
+            self.transport.close()
+            self._watch_closing()
+            return
+        said = as_answer((status, code, detail), self.server_state.default_headers)
+        self.transport.write(STATUS_LINE[status] + said)
+        self._linger()
+
+    def _refuse(self, status: int, code: str, detail: str) -> None:
+        self._refusal = (status, code, detail)
+        self.send_400_response(detail)
+
+    # Timers
+
+    def _arm_head_timer(self) -> None:
+        if self._head_timer is None and not self._lingering:
+            self._head_timer = self.loop.call_later(self.HEAD_TIMEOUT_S, self._head_timeout)
+
+    def _disarm_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_timeout(self) -> None:
+        self._head_timer = None
+        if self._lingering or self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Half of the next request came in during a long answer, which is not to be cut.
+            self._arm_head_timer()
+        elif self._head_bytes:
+            self._refuse(408, "request_timeout", "the request's head arrives too slowly")
+        else:
+            # Browsers open connections in advance: an answer to nothing would confuse them.
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Say that we are done, and give the client time to read it before the connection ends.
+
+        Closing while its bytes come in would send a reset, which can destroy the answer.
+        """
+        if self._lingering or self.transport.is_closing():
+            return
+        self._lingering = True
+        self._disarm_head_timer()
+        self.end_keep_alive_timer()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._linger_timer = self.loop.call_later(self.LINGER_S, self._end_linger)
+        else:
+            self._end_linger()
+
+    def _end_linger(self) -> None:
+        self.transport.close()
+        self._watch_closing()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_paused = True
+        self._watch_writes(self.STALLED_READER_S)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._write_paused = False
+
+    def leave(self) -> None:
+        """Let the answer that is being made be the last of its connection, where it can say so."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_started and not self.pipeline:
+            cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """End when nothing is under way: neither an answer, nor a request that began to come, nor
+        the first one of a client that has only just connected."""
+        type(self).leaving = True
+        self.leave()
+        if (self._head_bytes and self._in_head) or self.cycle is None:
+            self.loop.call_later(self.UNDER_WAY_S, self._end_unasked)
+            return
+        super().shutdown()
+        self._watch_closing()
+
+    def _end_unasked(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_closing()
+
+    def _watch_closing(self) -> None:
+        if self.transport.is_closing():
+            self._watch_writes(self.CLOSING_S)
+
+    def _watch_writes(self, interval_s: float) -> None:
+        """Abort the connection if the client takes nothing for `interval_s`."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        if self.transport.get_write_buffer_size():
+            self._write_timer = self.loop.call_later(
+                interval_s, self._check_writes, interval_s, self._unread_bytes()
+            )
+
+    def _check_writes(self, interval_s: float, before: int) -> None:
+        self._write_timer = None
+        if not self._write_paused and not self.transport.is_closing():
+            return
+        if self.transport.get_write_buffer_size() and self._unread_bytes() >= before:
+            self.transport.abort()
+        else:
+            self._watch_writes(interval_s)
+
+    def _unread_bytes(self) -> int:
+        """What the client has yet to take, in our buffer and, where it says so, the kernel's."""
+        ours = self.transport.get_write_buffer_size()
+        if sys.platform != "linux":
+            return ours
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or sock.fileno() < 0:
+            return ours
+        theirs = ioctl(sock.fileno(), TIOCOUTQ, b"\0\0\0\0")
+        return ours + int.from_bytes(theirs, sys.byteorder)

@@ -1,0 +1,704 @@
+"""Batches in a worker: validation of the input, calls of the lines, assembly of the output.
+
+Invariants: each step is claimed and can be repeated by another worker; a line is marked in
+PostgreSQL before its call and ended after it, both fenced by its claim; at most a few lines are
+in memory; a valid line has a unique custom_id, names a model and requests no stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from codecs import BOM_UTF8
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+from uuid import UUID
+
+import orjson
+
+from tidegate.call import Caller, new_id
+from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
+from tidegate.dialects.routes import dialect_of, endpoint_of
+from tidegate.errors import (
+    ClaimLost,
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseLost,
+    LimiterUnavailable,
+    NotFound,
+    QueueFull,
+    QuotaExceeded,
+    ShuttingDown,
+    StoreUnavailable,
+    TidegateError,
+)
+from tidegate.jobs.native import targets_of
+from tidegate.jobs.outages import Held, Key, Look, Turn
+from tidegate.jobs.retry import is_of_upstream, retry_wait_ms
+from tidegate.limiter.permit import Permit
+from tidegate.settings import Config
+from tidegate.spine.native import (
+    LONGEST_BYTES,
+    Relay,
+    asked_by,
+    collected,
+    detached_call,
+    endpoint_named,
+)
+from tidegate.spine.record import CallFailed, Life
+from tidegate.store.audit import RelayRecord, observed_of
+from tidegate.store.batches import OUTPUT, PRIORITY, Batch, BatchFile, Line, ambiguous_of
+from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.notifications import BATCHES
+from tidegate.store.records import Failure, Json
+from tidegate.store.states import Status
+from tidegate.store.store import Store
+from tidegate.telemetry.events import RETRIED
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import Trail
+
+WINDOW = 128
+MOST_BYTES = 32_000_000  # of the bodies that are claimed at a time
+_STRAYS_EVERY_S = 5.0
+_AWAY_S = 0.25
+_OUT_S = 0.25
+_IDLE_MS = 500
+_PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 200.0, 1_000.0
+_AGAIN_MS = 500.0
+_LAST_RECORDS_S = 8.0
+# Says nothing of the line: it can be called later.
+_LATER = (
+    LimiterUnavailable,
+    QueueFull,
+    StoreUnavailable,
+    LeaseLost,
+    ShuttingDown,
+    DeadlineExceeded,  # the batch expires as a whole
+    QuotaExceeded,  # its tenant's budget: the batch stands still
+)
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A line of a task, which waits for its turn, is called, then writes how it ended."""
+
+    line: Line
+    life: Life
+    trail: Trail | None
+    is_over: bool = False
+    turn: Turn | None = None
+
+    @property
+    def waits(self) -> bool:
+        return self.life.waits and not self.is_over
+
+    @property
+    def is_called(self) -> bool:
+        return not self.life.waits and not self.is_over
+
+
+class LineCaller:
+    """One process's share of all lines. `tasks` are those under way."""
+
+    def __init__(self, config: Config, store: Store, relay: Relay, held: Held) -> None:
+        self._held = held
+        self._outages = held.outages
+        self._config = config
+        self._store = store
+        self._relay = relay
+        self._tasks: dict[asyncio.Task[None], _UnderWay] = {}
+        self._freed = asyncio.Event()
+
+    async def feed(self) -> None:
+        """Claim lines and begin them, for ever."""
+        loop = asyncio.get_running_loop()
+        looked_at = loop.time()
+        look = Look(a_s=_PUT_OFF_A_S, at_once=_PUT_OFF_AT_ONCE)
+        while True:
+            await self._leave_held_up()
+            free = WINDOW - len(self._tasks)
+            if free < WINDOW // 4:
+                self._freed.clear()
+                await self._freed.wait()
+                continue
+            if loop.time() - looked_at > _STRAYS_EVERY_S:
+                looked_at = loop.time()
+                await self._store.batch_lines.release_strays(
+                    one.line for one in self._tasks.values()
+                )
+            if not (free := self._held.may_claim(free)):
+                await asyncio.sleep(_OUT_S)
+                continue
+            mark = self._store.work_mark(BATCHES)
+            most = look.at(free)
+            try:
+                claimed = await self._store.batch_lines.claim(most, MOST_BYTES)
+            except StoreUnavailable:
+                self._outages.unclaimed()
+                raise
+            is_last = len(claimed) < max(1, most // 2)
+            held = await self._without_held(claimed, look.put_off)
+            if not claimed:
+                self._outages.unclaimed()
+            rest_s = look.found(held=held, free=len(claimed))
+            if more := claimed[free:]:
+                del claimed[free:]
+                await self._until_done(partial(self._store.batch_lines.give_back, more))
+            for line in claimed:
+                self._begin(line)
+            if rest_s:
+                await asyncio.sleep(rest_s)
+            elif is_last:
+                await self._store.wait_work(_IDLE_MS, mark, BATCHES)
+
+    async def _without_held(self, claimed: list[Line], put_off: int) -> int:
+        """Return lines to the queue that nothing can be called for; how many."""
+        waits_ms = self._held.waits_ms(
+            ((line.id, self._targets_of(line)) for line in claimed), put_off
+        )
+        if waits_ms:
+            held = [line for line in claimed if line.id in waits_ms]
+            claimed[:] = [line for line in claimed if line.id not in waits_ms]
+            await self._until_done(
+                partial(self._store.batch_lines.give_back, held, waits_ms=waits_ms)
+            )
+        return len(waits_ms)
+
+    def _targets_of(self, line: Line) -> tuple[Key, ...]:
+        model = orjson.loads(line.body).get("model") or ""  # checked when the batch came
+        return targets_of(self._relay, line.endpoint, str(model))
+
+    async def _leave_held_up(self) -> None:
+        """Give up what waits of batches whose tenants may spend no more: it is called later."""
+        over = await self._store.batch_lines.held_up()
+        if over:
+            await self._give_up(lambda one: one.waits and one.line.batch_id in over)
+
+    async def leave_held(self) -> None:
+        """Give up what waits for what cannot be called now: it would take the places of others."""
+        waiting = [one.line for one in self._tasks.values() if one.waits]
+        waits_ms = self._held.waits_ms((line.id, self._targets_of(line)) for line in waiting)
+        await self._give_up(lambda one: one.waits and one.line.id in waits_ms, waits_ms)
+
+    async def leave_ended(self) -> None:
+        """Give up what waits of batches that take no more calls: its turn may be far away."""
+        ids = {one.line.batch_id for one in self._tasks.values() if one.waits}
+        if ids and (over := await self._store.batch_lines.over(ids)):
+            await self._give_up(lambda one: one.waits and one.line.batch_id in over)
+
+    async def drain(self) -> None:
+        """Hand back what waits; what is called has the grace to end."""
+        await self._give_up(lambda one: one.waits)
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=self._config.shutdown_grace_ms / 1000)
+        await self._give_up(lambda one: one.waits or one.is_called)
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=_LAST_RECORDS_S)
+
+    async def _give_up(
+        self, whether: Callable[[_UnderWay], bool], waits_ms: Mapping[UUID, int] | None = None
+    ) -> None:
+        chosen = {task: one.line for task, one in self._tasks.items() if whether(one)}
+        for task in chosen:
+            task.cancel()
+        if not chosen:
+            return
+        await asyncio.wait(chosen)
+        try:
+            await self._store.batch_lines.give_back(chosen.values(), waits_ms=waits_ms)
+        except StoreUnavailable as away:  # they return when this process is gone
+            log.debug(Log.STORE_AWAY, detail=away.message)
+
+    def _begin(self, line: Line) -> None:
+        one = _UnderWay(line, Life(), self._relay.tracing.trail(line.id, None))
+        task = asyncio.create_task(self._guarded(one))
+        self._tasks[task] = one
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        self._freed.set()
+
+    async def _guarded(self, one: _UnderWay) -> None:
+        """The top of a line's task: it must not stay claimed."""
+        try:
+            await self._call(one)
+        except Exception:
+            log.exception(Log.INTERNAL_ERROR, request_id=str(one.line.id))
+            error = TidegateError("an internal error; it has been logged")
+            await self._finish(one.line, Life(), error, None)
+
+    async def _call(self, one: _UnderWay) -> None:
+        line, life = one.line, one.life
+        error: TidegateError | None = None
+        words: CallFailed | None = None
+        try:
+            await self._collect(one)
+        except ClaimLost:
+            # Another worker has it, which this changes nothing of; or its batch is being cancelled.
+            self._outages.left(one.turn)
+            await self._until_done(lambda: self._store.batch_lines.give_back([line]))
+            return
+        except CallFailed as failed:
+            error, words = failed.error, failed
+        except TidegateError as own:
+            error = own
+        if one.turn is not None or is_of_upstream(error):
+            turn = one.turn or Turn(self._targets_of(line))
+            called = life.target.upstream.name if life.target else None
+            self._outages.ended(turn, called, error)
+        if error is not None and (wait_ms := self._wait_ms(line, life, error)) is not None:
+            waits_ms, counted = {line.id: wait_ms}, life.tries - life.of_upstream
+            await self._until_done(
+                lambda: self._store.batch_lines.give_back(
+                    [line], waits_ms=waits_ms, counted=counted
+                )
+            )
+            self._relay.budgets.forget(line.id)
+            if life.tries:
+                again = observed_of(_record_of(line, life, Failure.of(error), None))
+                self._store.observers.note(replace(again, status=RETRIED))
+            return
+        await self._finish(line, life, error, words)
+
+    async def _collect(self, one: _UnderWay) -> None:
+        line = one.line
+
+        async def admitted(_permit: Permit | None) -> None:
+            if one.turn is None and self._outages.is_any:
+                one.turn = self._outages.enter(self._targets_of(line))
+            await self._store.batch_lines.begin(line)
+
+        left_ms = round((line.expires_at - datetime.now(UTC)).total_seconds() * 1000)
+        try:
+            call = detached_call(
+                request_id=line.id,
+                path=line.endpoint,
+                body=line.body.encode(),
+                caller=await self._caller_of(line),
+                priority=PRIORITY,
+                deadline_ms=left_ms,
+                trail=one.trail,
+                most_tries=self._config.max_attempts - line.attempts,
+            )
+            await collected(self._relay, call, one.life, admitted)
+        except asyncio.CancelledError:
+            self._outages.left(one.turn)
+            raise
+        finally:
+            one.is_over = True
+
+    async def _caller_of(self, line: Line) -> Caller:
+        """Who asks, and whose budget it spends. Raises StoreUnavailable."""
+        caller = Caller(line.tenant_id, line.key_id, line.models)
+        if line.key_id is None:
+            return caller
+        return replace(caller, budgets=await self._relay.budgets.budgets_of(line.tenant_id))
+
+    def _wait_ms(self, line: Line, life: Life, error: TidegateError) -> float | None:
+        """Until the line is called again; None where it has failed."""
+        if isinstance(error, _LATER):
+            return _AGAIN_MS
+        if is_of_upstream(error):
+            return self._held.wait_ms(self._targets_of(line))
+        attempts = line.attempts + life.tries - life.of_upstream
+        return retry_wait_ms(error, max(1, attempts), self._config.max_attempts)
+
+    async def _finish(
+        self, line: Line, life: Life, error: TidegateError | None, words: CallFailed | None
+    ) -> None:
+        status_code: int | None = None
+        answer: str | None = None
+        if error is None:
+            status_code, answer = life.http_status, life.said.decode("utf-8", "replace")
+        elif words is not None and words.status and words.body:
+            status_code, answer = words.status, words.body.decode("utf-8", "replace")
+        failure = None if error is None else Failure.of(error)
+        call = await self._store.relayed.prepare(_record_of(line, life, failure, status_code))
+        await self._until_done(
+            lambda: self._store.batch_lines.end(
+                line, call, status_code=status_code, answer=answer, failure=failure
+            )
+        )
+
+    async def _until_done(self, write: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await write()
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(_AWAY_S)
+
+
+def _record_of(
+    line: Line, life: Life, failure: Failure | None, status_code: int | None
+) -> RelayRecord:
+    now, target = datetime.now(UTC), life.target
+    endpoint = endpoint_of("POST", line.endpoint, dialect_of(line.endpoint, frozenset(), b""))
+    return RelayRecord(
+        request_id=line.id,
+        tenant_id=line.tenant_id,
+        pool=target.upstream.pool if target else "",
+        endpoint=line.endpoint,
+        status=Status.SUCCEEDED if failure is None else Status.FAILED,
+        http_status=status_code or 0,
+        received_at=now,
+        finished_at=life.finished_at or now,
+        request=line.body.encode(),
+        response=life.said,
+        kind=life.kind.value if life.kind else None,
+        model=target.model if target else life.model,
+        priority=PRIORITY,
+        tries=line.attempts + life.tries,
+        admitted_at=life.admitted_at,
+        queue_ms=life.queue_ms,
+        upstream_ms=life.upstream_ms,
+        first_byte_ms=life.first_byte_ms,
+        charge=life.charge,
+        finish_reason=life.told.finish_reason,
+        response_id=life.told.response_id,
+        model_version=life.told.model_version,
+        failure=failure,
+        key_id=line.key_id,
+        source="batch",
+        upstream=target.upstream.name if target else None,
+        dialect=endpoint.dialect.value if endpoint else "",
+        operation=endpoint.name if endpoint else "",
+        throttled=life.throttled,
+        trail=life.trail,
+    )
+
+
+MOST_LINES = 50_000
+MOST_ERRORS = 100
+_LONGEST_ID = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """A line that passes. body: as JSON, of ASCII and escapes or UTF-8, without line ends."""
+
+    line: int
+    custom_id: str
+    body: str
+
+
+@dataclass(slots=True)
+class Check:
+    """One file. `errors` has the first hundred; `lines` counts those that are not blank."""
+
+    endpoint: str
+    lines: int = 0
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether to read on is of no use."""
+        return len(self.errors) >= MOST_ERRORS or self.lines > MOST_LINES
+
+    def take(self, number: int, raw: bytes) -> Sound | None:
+        """Check line `number`, counted from 1; a byte order mark before that is passed over."""
+        if number == 1:
+            raw = raw.removeprefix(BOM_UTF8)
+        if not raw.strip():
+            return None
+        self.lines += 1
+        if self.lines > MOST_LINES:
+            self._wrong("too_many_lines", None, f"a batch has at most {MOST_LINES} lines", None)
+            return None
+        if has_too_many_parts(raw):
+            said = f"this line holds too many values: {MOST_PARTS} are taken"
+            self._wrong("invalid_json_line", number, said, None)
+            return None
+        try:
+            value = orjson.loads(raw)
+        except orjson.JSONDecodeError as broken:
+            self._wrong("invalid_json_line", number, f"this line is not JSON: {broken}", None)
+            return None
+        if not isinstance(value, dict):
+            self._wrong("invalid_json_line", number, "this line is not a JSON object", None)
+            return None
+        return self._sound(number, value)
+
+    def end(self) -> None:
+        """The file has no more lines."""
+        if not self.lines:
+            self._wrong("empty_file", None, "the input file has no lines", None)
+
+    def _sound(self, number: int, value: dict[str, Any]) -> Sound | None:
+        custom_id, body = value.get("custom_id"), value.get("body")
+        if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= _LONGEST_ID:
+            said = f"custom_id must be a text of 1 to {_LONGEST_ID} characters"
+            self._wrong("missing_custom_id", number, said, "custom_id")
+            return None
+        if "\x00" in custom_id:
+            self._wrong("invalid_custom_id", number, "a NUL is in custom_id", "custom_id")
+            return None
+        if custom_id in self._seen:
+            said = f"the custom_id {custom_id[:64]!r} is there already"
+            self._wrong("duplicate_custom_id", number, said, "custom_id")
+            return None
+        self._seen.add(custom_id)
+        if value.get("method") != "POST":
+            self._wrong("invalid_method", number, "method must be POST", "method")
+            return None
+        if value.get("url") != self.endpoint:
+            said = f"url must be the batch's endpoint, {self.endpoint}"
+            self._wrong("mismatched_url", number, said, "url")
+            return None
+        if not isinstance(body, dict):
+            self._wrong("invalid_body", number, "body must be an object", "body")
+            return None
+        try:
+            asked_by(endpoint_named(self.endpoint), body)
+        except InvalidRequest as wrong:
+            param = wrong.field if wrong.field.startswith("body") else f"body.{wrong.field}"
+            self._wrong("invalid_body", number, wrong.message, param)
+            return None
+        return Sound(number, custom_id, orjson.dumps(body).decode())
+
+    def _wrong(self, code: str, line: int | None, message: str, param: str | None) -> None:
+        self.errors.append({"code": code, "line": line, "message": message, "param": param})
+
+
+_UNTOUCHED = {
+    "expired": ("batch_expired", "the batch expired before this line was called"),
+    "cancelled": ("batch_cancelled", "the batch was cancelled before this line was called"),
+}
+
+
+def output_line(row: Any, ends_as: str) -> tuple[bool, bytes]:
+    """Whether a line succeeded, and what the batch says of it."""
+    response = error = None
+    failure = None if row["failure"] is None else orjson.loads(row["failure"])
+    request_id = UUID(int=row["id"].int).hex
+    if row["answer"] is not None:
+        response = {
+            "status_code": row["status_code"],
+            "request_id": request_id,
+            "body": _body(row["answer"]),
+        }
+    elif failure is not None:
+        error = {"code": failure["code"], "message": failure["message"]}
+    else:
+        code, message = _UNTOUCHED.get(ends_as, ("not_called", "this line was not called"))
+        if row["attempts"]:
+            message = ambiguous_of(row, ends_as).message
+        error = {"code": code, "message": message}
+    said = {
+        "id": f"batch_req_{request_id}",
+        "custom_id": row["custom_id"],
+        "response": response,
+        "error": error,
+    }
+    return row["state"] == "succeeded", orjson.dumps(said) + b"\n"
+
+
+def _body(answer: str) -> Any:
+    """Verbatim but for line ends between its values; what is not JSON as a text."""
+    try:
+        orjson.loads(answer)
+    except orjson.JSONDecodeError:
+        return answer
+    return orjson.Fragment(answer.replace("\r", " ").replace("\n", " "))
+
+
+class OutputFile:
+    """`with OutputFile(folder) as file`: write, then keep."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lines = 0
+        self._file: BinaryIO | None = None
+        self._path = folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+
+    async def write(self, lines: list[bytes]) -> None:
+        """Raises StoreUnavailable when the disk does not take it."""
+        if lines:
+            self._lines += len(lines)
+            try:
+                await asyncio.to_thread(self._write, b"".join(lines))
+            except OSError as failed:
+                raise StoreUnavailable(f"no room for a batch's file: {failed.strerror}") from failed
+
+    async def keep(self, batch: Batch, what: str, blobs: Blobs) -> BatchFile | None:
+        """Put it into the blob store; None where nothing was written."""
+        if self._file is None:
+            return None
+        size_bytes = await asyncio.to_thread(self._flushed)
+        key = new_key(datetime.now(UTC))
+        await blobs.put_file(key, self._path)
+        name = f"batch_{batch.batch_id.hex}_{what}.jsonl"
+        return BatchFile(new_id(), batch.tenant_id, OUTPUT, name, size_bytes, self._lines, key)
+
+    def _write(self, data: bytes) -> None:
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix="upload-", dir=self._folder)
+            self._path, self._file = Path(name), os.fdopen(handle, "wb")
+        assert self._file is not None
+        self._file.write(data)
+
+    def _flushed(self) -> int:
+        assert self._file is not None
+        self._file.flush()
+        return self._file.tell()
+
+
+_LOOK_EVERY_S = 0.5
+_CHUNK_LINES = 500
+_CHUNK_BYTES = 4_000_000
+
+log = get_logger()
+
+
+class BatchRunner:
+    """One process's share of all batches."""
+
+    def __init__(
+        self, config: Config, store: Store, blobs: Blobs, relay: Relay, held: Held
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._folder = config.data_dir / "tmp"
+        self._lines = LineCaller(config, store, relay, held)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set; then finish what is called within the grace."""
+        loops = (self._lines.feed, self._conduct)
+        tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
+        try:
+            await stop.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._lines.drain()
+
+    async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await loop()
+            except StoreUnavailable as away:
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except Exception:  # the top of a task: logged, and the loop starts again
+                log.exception(Log.WORKER_LOOP_FAILED)
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _conduct(self) -> None:
+        """See to the batches as wholes, one after the other."""
+        while True:
+            await self._store.batches.expire()
+            await self._lines.leave_ended()
+            await self._lines.leave_held()
+            await self._store.batch_lines.retake()
+            while (batch := await self._store.batches.take()) is not None:
+                try:
+                    await (
+                        self._validate(batch)
+                        if batch.status == "validating"
+                        else self._assemble(batch)
+                    )
+                    await self._forget_input(batch)
+                except ClaimLost:
+                    continue
+                finally:
+                    await self._store.batches.free(batch)
+            mark = self._store.work_mark(BATCHES)
+            await self._store.wait_work(round(_LOOK_EVERY_S * 1000), mark, BATCHES)
+
+    async def _forget_input(self, batch: Batch) -> None:
+        """Delete the bytes of a file whose owner deleted it while the batch had yet to read it."""
+        if not await self._store.batches.needs_blob(batch.input_blob):
+            await self._blobs.delete([batch.input_blob])
+
+    async def _validate(self, batch: Batch) -> None:
+        check = Check(batch.endpoint)
+        ready: list[Json] = []
+        size_bytes = number = 0
+        try:
+            async for raw in lines_of(self._blobs.stream(batch.input_blob)):
+                number += 1
+                sound = check.take(number, raw)
+                if check.is_over:
+                    break
+                if sound is None or check.errors:
+                    continue
+                ready.append(
+                    {
+                        "line": sound.line,
+                        "id": new_id(),
+                        "custom_id": sound.custom_id,
+                        "body": sound.body,
+                    }
+                )
+                size_bytes += len(sound.body)
+                if len(ready) >= _CHUNK_LINES or size_bytes > _CHUNK_BYTES:
+                    await self._store.batches.add_lines(batch, ready)
+                    ready, size_bytes = [], 0
+            check.end()
+        except NotFound:
+            gone = "the input file is not there any more"
+            check.errors.append(
+                {"code": "file_not_found", "line": None, "message": gone, "param": "input_file_id"}
+            )
+        if check.errors:
+            await self._store.batches.refuse(batch, check.errors)
+            return
+        if ready:
+            await self._store.batches.add_lines(batch, ready)
+        await self._store.batches.begin(batch, check.lines)
+
+    async def _assemble(self, batch: Batch) -> None:
+        with OutputFile(self._folder) as output, OutputFile(self._folder) as errors:
+            last = 0
+            while rows := await self._store.batches.lines_after(batch, last, _CHUNK_LINES):
+                last = rows[-1]["line"]
+                said = [output_line(row, batch.ends_as) for row in rows]
+                await output.write([line for succeeded, line in said if succeeded])
+                await errors.write([line for succeeded, line in said if not succeeded])
+            kept = (
+                await output.keep(batch, "output", self._blobs),
+                await errors.keep(batch, "error", self._blobs),
+            )
+            try:
+                await self._store.batches.end(batch, *kept)
+            except ClaimLost:
+                await self._blobs.delete([one.blob_key for one in kept if one is not None])
+                raise
+
+
+async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The lines of a file that comes in pieces; one that is too long ends as a broken one."""
+    begun: list[bytes] = []
+    room_bytes = LONGEST_BYTES
+    async for piece in pieces:
+        *ends, rest = piece.split(b"\n")
+        for end in ends:
+            yield b"".join((*begun, end[:room_bytes]))
+            begun, room_bytes = [], LONGEST_BYTES
+        if kept := rest[:room_bytes]:
+            begun.append(kept)
+            room_bytes -= len(kept)
+    if begun:
+        yield b"".join(begun)

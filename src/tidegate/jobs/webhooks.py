@@ -1,0 +1,178 @@
+"""Webhooks: signed notifications of finished requests, as Standard Webhooks has them.
+
+Invariant: whatever a receiver does, it costs us a bounded time and no more; a webhook leaves the
+outbox only when it was answered with 2xx, refused with 410, or tried for the last time.
+
+The convention: https://github.com/standard-webhooks/standard-webhooks
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from base64 import b64decode, b64encode
+from collections import Counter
+from hashlib import sha256
+from typing import Any
+
+import orjson
+
+from tidegate.errors import NotFound, StoreUnavailable
+from tidegate.jobs.retry import webhook_wait_ms
+from tidegate.policy.tenants import webhook_secret_of
+from tidegate.settings import Config
+from tidegate.store.outbox import Delivery
+from tidegate.store.records import RequestRecord, usage_columns
+from tidegate.store.store import Store
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.upstream.fetch import GuardedPoster, Posted, is_public
+
+MOST_AT_ONCE = 64
+MOST_TEXT_CHARS = 100_000
+_LOOK_EVERY_S = 0.5
+_LAST_ANSWERS_S = 1.0
+_LEASE_FACTOR = 2
+_GONE = 410
+
+log = get_logger()
+
+
+class WebhookSender:
+    """Delivers what is due, from one worker; any number of them share the outbox."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        assert config.webhook_secret is not None
+        self._secret = config.webhook_secret.get_secret_value()
+        self._store = store
+        self._lease_ms = _LEASE_FACTOR * config.webhook_timeout_ms
+        private = config.webhook_allow_private
+        self._poster = GuardedPoster(
+            timeout_ms=config.webhook_timeout_ms,
+            is_allowed=lambda address: private or is_public(address),
+        )
+        self._tasks: dict[asyncio.Task[None], str] = {}  # and whose webhook it delivers
+
+    async def run(self) -> None:
+        """Deliver until cancelled; what is under way then has a second to be answered."""
+        try:
+            while True:
+                try:
+                    await self._look()
+                except StoreUnavailable:
+                    pass  # the store logs its change of state
+                except Exception:  # the top of a task: logged, and it goes on
+                    log.exception(Log.WORKER_LOOP_FAILED)
+                await asyncio.sleep(_LOOK_EVERY_S)
+        finally:
+            if self._tasks:
+                await asyncio.wait(set(self._tasks), timeout=_LAST_ANSWERS_S)
+            for task in self._tasks:
+                task.cancel()
+
+    async def _look(self) -> None:
+        """Claim and start what is due, as long as there is more and room for it. A tenant may have
+        half of what the others leave: no receiver that never answers holds up another tenant's."""
+        while (free := MOST_AT_ONCE - len(self._tasks)) > 0:
+            own = Counter(self._tasks.values())
+            full = [tenant for tenant, count in own.items() if count >= (free + count + 1) // 2]
+            most = (free + 1) // 2
+            due = await self._store.outbox.claim(most, self._lease_ms, but_of=full)
+            for delivery in due:
+                task = asyncio.create_task(self._deliver(delivery))
+                self._tasks[task] = delivery.tenant_id
+                task.add_done_callback(self._tasks.pop)
+            if len(due) < most:
+                return
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        # Whatever goes wrong here, the webhook is due again when its claim is over.
+        try:
+            record = await self._store.get(delivery.request_id, delivery.tenant_id)
+            body = payload(delivery, record)
+            answer = await self._poster.post(delivery.url, body, self._headers(delivery, body))
+            await self._settle(delivery, answer)
+        except (NotFound, StoreUnavailable):
+            return
+        except Exception:  # the top of a task
+            log.exception(Log.INTERNAL_ERROR, request_id=str(delivery.request_id))
+
+    def _headers(self, delivery: Delivery, body: bytes) -> dict[str, str]:
+        webhook_id, sent_at = str(delivery.webhook_id), int(time.time())
+        secret = webhook_secret_of(self._secret, delivery.tenant_id)
+        key = b64decode(secret.removeprefix("whsec_"))
+        return {
+            "Content-Type": "application/json",
+            "webhook-id": webhook_id,
+            "webhook-timestamp": str(sent_at),
+            "webhook-signature": signature(key, webhook_id, sent_at, body),
+        }
+
+    async def _settle(self, delivery: Delivery, answer: Posted) -> None:
+        outbox, status = self._store.outbox, answer.status
+        if status is not None and 200 <= status < 300:
+            await outbox.settle(delivery, "delivered", answer_status=status)
+            return
+        problem = answer.problem or f"webhook_url answered with status {status}"
+        wait_ms = None if status == _GONE else webhook_wait_ms(delivery.tries)
+        if wait_ms is None:
+            log.warning(
+                Log.WEBHOOK_GIVEN_UP,
+                webhook_id=str(delivery.webhook_id),
+                request_id=str(delivery.request_id),
+                tries=delivery.tries,
+                reason=problem,
+            )
+        await outbox.settle(
+            delivery,
+            "given_up" if wait_ms is None else "pending",
+            answer_status=status,
+            problem=problem,
+            due_in_ms=wait_ms or 0,
+        )
+
+
+def signature(key: bytes, webhook_id: str, sent_at: int, body: bytes) -> str:
+    """The value of `webhook-signature`: HMAC-SHA256 of `id.timestamp.body`."""
+    signed = b"%b.%d.%b" % (webhook_id.encode(), sent_at, body)
+    return f"v1,{b64encode(hmac.digest(key, signed, sha256)).decode()}"
+
+
+def payload(delivery: Delivery, record: RequestRecord) -> bytes:
+    """The body: what happened, and the request as it stands, without pictures and long texts."""
+    failure = record.failure
+    data: dict[str, Any] = {
+        "request_id": record.request_id,
+        "status": record.status,
+        "type": record.classification.kind,
+        "model": record.model,
+        "attempts": record.attempts,
+        "submitted_at": record.created_at,
+        "finished_at": record.finished_at,
+        **_said(record),
+        "finish_reason": record.finish_reason,
+        "usage": usage_columns(record.usage),
+        "error": None
+        if failure is None
+        else {"code": failure.code, "message": failure.message, "retryable": failure.retryable},
+        "status_url": f"/status/{record.request_id}",
+    }
+    event = {
+        "type": delivery.event,
+        "timestamp": record.finished_at,
+        "data": {name: value for name, value in data.items() if value is not None},
+    }
+    return orjson.dumps(event, option=orjson.OPT_UTC_Z)
+
+
+def _said(record: RequestRecord) -> dict[str, Any]:
+    """The answer as its status shows it; a long one is left to that."""
+    text = record.text
+    if text is None or len(text) > MOST_TEXT_CHARS:
+        return {}
+    if record.endpoint is None:
+        return {"text": text}
+    try:
+        return {"answer": orjson.loads(text)}
+    except orjson.JSONDecodeError:
+        return {"answer": text}

@@ -1,0 +1,579 @@
+"""Connections of the limiter: commands, subscription, heartbeat and the exchange loop. All its I/O.
+
+While one exchange is in progress the next batch collects. The heartbeat renews the session from a
+thread, so that a busy event loop loses no lease, and stops when the loop has stalled.
+
+Before its first join a process compares the policy of its program with the one in force: an empty
+pool, or one with a lower revision, takes the program's; an equal policy runs under the revision
+in force; one that was never in force replaces one that a program wrote; all else is a conflict.
+
+Invariants: a connection on which anything failed, cancellation included, is discarded, so that a
+late answer is never taken for another; one exchange at a time; a notification is a hint: what is
+lost is found by the next full sync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import hiredis
+from redis.asyncio.connection import AbstractConnection
+from redis.connection import ConnectionInterface
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from tidegate.errors import ConfigError, PolicyConflict
+from tidegate.limiter._compat import close_now
+from tidegate.limiter.messages import Keyspace, Push, Renewal, RenewReply, Script, SyncReply, load
+from tidegate.limiter.policy import Concurrency, PoolPolicy, as_limit
+from tidegate.limiter.queue import SPARE_MS, Ledger
+from tidegate.limiter.session import Clock, Lease, Session, Timer
+from tidegate.limiter.topology import MIN_CONNECT_S, Server
+from tidegate.limiter.views import Change, Observer, read_change
+
+# What a connection raises that is lost. uvloop answers a write to a transport that was reset while
+# nobody looked with a plain RuntimeError, "unable to perform operation on <TCPTransport ...>".
+LOST = (OSError, TimeoutError, RedisError, RuntimeError)
+
+
+class LinkDown(Exception):
+    """Valkey did not answer in time, or not at all; whether it heard us is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server says of itself. `run` differs after every restart and on every replica."""
+
+    run: str
+    uptime_ms: int
+
+
+def read_facts(info: bytes) -> ServerFacts:
+    """Facts from the answer to INFO. Raises ConfigError for a server that may evict our keys."""
+    lines = (line.partition(":") for line in info.decode().splitlines())
+    values = {name: value for name, colon, value in lines if colon}
+    policy, memory = values.get("maxmemory_policy", "noeviction"), values.get("maxmemory", "0")
+    if policy != "noeviction" and memory != "0":
+        raise ConfigError(
+            "maxmemory-policy", policy, "Valkey must not evict permits: set noeviction"
+        )
+    return ServerFacts(values["run_id"], int(values["uptime_in_seconds"]) * 1000)
+
+
+class Link:
+    """See the module. Calls wait for each other; `server` is set while connected."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._servers = Server(url, key)
+        self._connection: AbstractConnection | None = None
+        self._lock = asyncio.Lock()
+        self.server: ServerFacts | None = None
+
+    async def connect(self, deadline_s: float) -> ServerFacts:
+        """Connect if we are not, and return who the server is. Raises LinkDown, ConfigError."""
+        async with self._lock:
+            return await self._connect(deadline_s)
+
+    async def _connect(self, deadline_s: float) -> ServerFacts:
+        if self.server is not None:
+            return self.server
+        try:
+            self._connection = await self._servers.connect(deadline_s)
+        except LOST as error:
+            raise LinkDown(str(error) or type(error).__name__) from error
+        info = await self._exchange(("INFO", "server", "memory"), max(deadline_s, MIN_CONNECT_S))
+        self.server = read_facts(info)
+        return self.server
+
+    async def run(
+        self, script: Script, keys: tuple[str, ...], packed: bytes, deadline_s: float
+    ) -> bytes:
+        """Run a script; its reply as packed by it. Raises LinkDown, ConfigError."""
+        async with self._lock:
+            await self._connect(deadline_s)
+            arguments = (len(keys), *keys, packed)
+            try:
+                answer = await self._exchange(("EVALSHA", script.sha, *arguments), deadline_s)
+            except NoScriptError:
+                answer = await self._exchange(("EVAL", script.source, *arguments), deadline_s)
+        return bytes(answer)
+
+    async def command(self, command: tuple[Any, ...], deadline_s: float) -> Any:
+        """One plain command. Raises LinkDown, ConfigError."""
+        async with self._lock:
+            await self._connect(deadline_s)
+            return await self._exchange(command, deadline_s)
+
+    async def ping(self, deadline_s: float) -> None:
+        """Raises LinkDown unless the server answers in time, waiting for our turn included."""
+        try:
+            async with asyncio.timeout(deadline_s), self._lock:
+                await self._connect(deadline_s)
+                await self._exchange(("PING",), deadline_s)
+        except TimeoutError as error:
+            raise LinkDown("no answer to a ping") from error
+
+    async def _exchange(self, command: tuple[Any, ...], deadline_s: float) -> Any:
+        connection = self._connection
+        if connection is None:
+            raise LinkDown("not connected")
+        settled = False
+        try:
+            async with asyncio.timeout(deadline_s):
+                packed = hiredis.pack_command(command)
+                await connection.send_packed_command(packed, check_health=False)
+                answer = await connection.read_response()
+            settled = True
+        except NoScriptError:
+            settled = True
+            raise
+        except ResponseError as error:
+            raise LinkDown(f"Valkey refused: {error}") from error
+        except LOST as error:
+            raise LinkDown(str(error) or type(error).__name__) from error
+        finally:
+            if not settled:
+                self._drop(connection)
+        return answer
+
+    def _drop(self, connection: AbstractConnection) -> None:
+        """Forget a connection without waiting for anybody."""
+        self._connection = None
+        self.server = None
+        close_now(connection)
+
+    async def aclose(self) -> None:
+        async with self._lock:
+            if self._connection is not None:
+                self._drop(self._connection)
+
+
+logger = logging.getLogger("tidegate.limiter")
+
+
+class Listener:
+    """Keeps one connection subscribed to `channel` until its task is cancelled.
+
+    `spoken_to` says which server the link is connected to, None when to none. `compare` has the
+    session compare all with the server: pushes may be lost, or the server itself.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        channel: str,
+        lease: Lease,
+        on_push: Callable[[Push], None],
+        compare: Callable[[], None],
+        spoken_to: Callable[[], ServerFacts | None],
+        clock: Clock,
+    ) -> None:
+        self._server = Server(url, channel)
+        self._spoken_to = spoken_to
+        self.run_id = ""
+        self._channel = channel
+        self._lease = lease
+        self._clock = clock
+        self._on_push = on_push
+        self._compare = compare
+        self.subscribed = False
+
+    async def run(self) -> None:
+        """Listen for ever, subscribing again after every fault."""
+        retry_s = 0.0
+        while True:
+            connection: AbstractConnection | None = None
+            try:
+                connection = await self._server.connect(self._lease.deadline_s())
+                await self._subscribe(connection)
+                retry_s = 0.0
+                await self._listen(connection)
+            except (*LOST, ConfigError) as error:
+                logger.debug("limiter: subscription lost: %s", error)
+                if self.subscribed:
+                    self._compare()
+            finally:
+                self.subscribed = False
+                if connection is not None:
+                    close_now(connection)
+            retry_s = min(max(retry_s * 2, 0.01), self._lease.lease_ms / 6000)
+            await self._clock.sleep(retry_s)
+
+    async def _subscribe(self, connection: AbstractConnection) -> None:
+        async with asyncio.timeout(max(self._lease.deadline_s(), MIN_CONNECT_S)):
+            await connection.send_command("INFO", "server", "memory", check_health=False)
+            self.run_id = read_facts(await connection.read_response()).run
+            self._check_place()
+            await connection.send_command("SSUBSCRIBE", self._channel, check_health=False)
+            await connection.read_response()
+        self.subscribed = True
+        self._compare()
+
+    def _check_place(self) -> None:
+        spoken_to = self._spoken_to()
+        if spoken_to is not None and spoken_to.run != self.run_id:
+            # The link sees that its server is gone only when it speaks.
+            self._compare()
+            raise ConnectionError("subscribed at another server than the one we speak to")
+
+    async def _listen(self, connection: AbstractConnection) -> None:
+        """Read until something breaks; a silent connection is tested by a ping."""
+        reading: asyncio.Task[Any] | None = None
+        pinged = False
+        try:
+            while True:
+                self._check_place()
+                if reading is None:
+                    reading = asyncio.ensure_future(connection.read_response())
+                done, _ = await asyncio.wait({reading}, timeout=self._lease.deadline_s())
+                if not done:
+                    if pinged:
+                        raise TimeoutError("no answer to a ping")
+                    pinged = True
+                    await connection.send_command("PING", check_health=False)
+                    continue
+                message, reading, pinged = reading.result(), None, False
+                if isinstance(message, list) and message[0] == b"smessage":
+                    self._on_push(Push.unpack(message[2]))
+                elif isinstance(message, list) and message[0] == b"sunsubscribe":
+                    raise ConnectionError("the server has given our slot away")
+        finally:
+            if reading is not None:
+                reading.cancel()
+
+
+STALLED_S = 30.0
+
+
+class Heartbeat:
+    """`tell_changed` and `tell_paused` are called from the thread and must be safe for that."""
+
+    def __init__(
+        self,
+        url: str,
+        sid: str,
+        keys: Keyspace,
+        lease: Lease,
+        clock: Clock,
+        *,
+        tell_changed: Callable[[], None],
+        tell_paused: Callable[[], None],
+        stalled_s: float = STALLED_S,
+    ) -> None:
+        self._servers = Server(url, keys.meta)
+        self._sid = sid
+        self._keys = (keys.meta, keys.layout)
+        self._lease = lease
+        self._tell_changed = tell_changed
+        self._tell_paused = tell_paused
+        self._stalled_ms = stalled_s * 1000
+        self._clock = clock
+        self._loop_seen_ms = clock.now_ms()
+        self._script = load("renew", clock=clock.server_time)
+        self._stop = threading.Event()
+        self._connection: ConnectionInterface | None = None
+        self._server: ServerFacts | None = None
+        self._thread = threading.Thread(target=self._run, name="tidegate-heartbeat", daemon=True)
+        self.renewals = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def loop_is_alive(self) -> None:
+        """The loop says so, at least once a lease."""
+        self._loop_seen_ms = self._clock.now_ms()
+
+    def stop(self) -> None:
+        """Ask the thread to end; it does within one call's deadline."""
+        self._stop.set()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        woke_ms = self._clock.now_ms()
+        while not self._clock.wait(self._stop, self._lease.deadline_s()):
+            before_ms, woke_ms = woke_ms, self._clock.now_ms()
+            if woke_ms - before_ms > self._lease.lease_ms and self._lease.lapsed():
+                self._tell_paused()
+            if woke_ms - self._loop_seen_ms > self._stalled_ms:
+                continue
+            try:
+                self._renew()
+            except (OSError, RedisError, ConfigError) as error:
+                logger.debug("limiter: heartbeat failed: %s", error)
+                self._disconnect()
+        self._disconnect()
+
+    def _renew(self) -> None:
+        identity = self._lease.identity
+        if identity.gen == 0:
+            return
+        server = self._connected()
+        request = Renewal(self._sid, identity.gen, identity.epoch, server.run)
+        sent_ms = self._clock.now_ms()
+        reply = RenewReply.unpack(self._evaluate(request.pack()))
+        self.renewals += 1
+        if reply.status == "ok":
+            self._lease.renewed(sent_ms, reply.lease_ms)
+            return
+        # Perhaps the pool lives elsewhere by now, and only this connection does not know.
+        self._disconnect()
+        if self._lease.identity == identity:
+            self._tell_changed()
+
+    def _connected(self) -> ServerFacts:
+        if self._server is None:
+            self._connection = self._servers.connect_blocking(self._lease.deadline_s())
+            self._server = read_facts(self._exchange("INFO", "server", "memory"))
+        return self._server
+
+    def _evaluate(self, packed: bytes) -> bytes:
+        arguments = (len(self._keys), *self._keys, packed)
+        try:
+            return bytes(self._exchange("EVALSHA", self._script.sha, *arguments))
+        except NoScriptError:
+            return bytes(self._exchange("EVAL", self._script.source, *arguments))
+
+    def _exchange(self, *command: Any) -> Any:
+        assert self._connection is not None
+        self._connection.send_command(*command, check_health=False)  # type: ignore[no-untyped-call]
+        return self._connection.read_response()
+
+    def _disconnect(self) -> None:
+        connection, self._connection, self._server = self._connection, None, None
+        if connection is not None:
+            connection.disconnect()  # type: ignore[no-untyped-call]
+
+
+def tell_loop(loop: asyncio.AbstractEventLoop, call: object) -> None:
+    """Call on the loop from the thread; a loop that has been closed needs no news."""
+    assert callable(call)
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)
+
+
+OnConflict = Literal["raise", "replace", "keep"]
+
+# Who a policy is by that a program brought when it joined; and that of one that keeps what is in
+# force, such as the gateway, whose limits no edit of a program's code replaces.
+WRITTEN_BY, DEPLOYED_BY = "code", "deployment"
+_SHOWN = 3
+_FIELDS = (
+    *("lease_ms", "when_away", "on_lost", "on_expiry"),
+    *("bands", "queue_per_tenant", "reap_closed_ms", "hand_off"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenPolicy:
+    """The policy in the code of a program, and what is done where it is not the one in force."""
+
+    pool: str
+    policy: PoolPolicy
+    on_conflict: OnConflict
+
+    def is_in(self, policy: PoolPolicy) -> bool:
+        """Whether a policy says the same, whatever its revision."""
+        return _content(policy) == _content(self.policy)
+
+    def among(self, history: Sequence[Change]) -> PoolPolicy:
+        """The policy to join with. `history`: what was in force, the newest first. Raises
+        PolicyConflict."""
+        if not history or self.policy.revision > history[0].revision:
+            return self.policy
+        now = history[0]
+        if self.is_in(now.policy):
+            return replace(self.policy, revision=now.revision)
+        was_in_force = any(self.is_in(change.policy) for change in history)
+        if self.on_conflict == "raise" and (now.by != WRITTEN_BY or was_in_force):
+            raise self._conflict(now)
+        return replace(self.policy, revision=now.revision + 1)
+
+    def _conflict(self, now: Change) -> PolicyConflict:
+        differing = _differences(now.policy, self.policy)
+        holds = [f"{name}={held}" for name, held, _ in differing]
+        asks = [f"{name}={asked}" for name, _, asked in differing]
+        whose = {WRITTEN_BY: "which replaced this policy", DEPLOYED_BY: "set by a deployment"}
+        who = whose.get(now.by, f"set live by {now.by or 'a process'}")
+        return PolicyConflict(
+            f"pool {self.pool!r} holds {_shown(holds)} (revision {now.revision}, {who}); this "
+            f"process asks for {_shown(asks)}: pass revision={now.revision + 1} in the policy or "
+            "on_conflict='replace' to put it in force, or on_conflict='keep' to run under what "
+            "is in force",
+            pool=self.pool,
+            limit=differing[0][0],
+            in_force=differing[0][1],
+            asked=differing[0][2],
+        )
+
+
+def _content(policy: PoolPolicy) -> bytes:
+    return replace(policy, revision=1).pack()
+
+
+def _differences(held: PoolPolicy, asked: PoolPolicy) -> list[tuple[str, str, str]]:
+    """(name, value in force, value asked for) of each limit, weight and field that differs."""
+    before, after = _flat(held), _flat(asked)
+    names = [*after, *(name for name in before if name not in after)]
+    pairs = [(name, before.get(name, "none"), after.get(name, "none")) for name in names]
+    return [(name, old, new) for name, old, new in pairs if old != new]
+
+
+def _flat(policy: PoolPolicy) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, written in policy.limits.items():
+        limit = as_limit(written)
+        plain = isinstance(limit, Concurrency) and limit == Concurrency(limit.bound)
+        found[name] = str(limit.bound) if plain else repr(limit)
+    found |= {f"weights.{tenant}": str(weight) for tenant, weight in policy.weights.items()}
+    return found | {name: repr(getattr(policy, name)) for name in _FIELDS}
+
+
+def _shown(parts: list[str]) -> str:
+    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return ", ".join(parts[:_SHOWN]) + more
+
+
+LINGER_S = 0.03
+LINGER_IDLE_S = SPARE_MS / 1000
+
+
+class Courier:
+    """See the module. `joined` is set once the pool has answered, with the written policy in force
+    unless what is in force is to be kept; or when it never will."""
+
+    def __init__(
+        self,
+        link: Link,
+        keys: Keyspace,
+        written: WrittenPolicy,
+        ledger: Ledger,
+        observer: Observer,
+        name: str,
+        clock: Clock,
+    ) -> None:
+        self.joined = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._link = link
+        self._keys = (keys.meta, keys.layout)
+        self._history = f"{keys.prefix}history"
+        # Until this process has joined for the first time with it.
+        self._written = None if written.on_conflict == "keep" else written
+        self._sync = load("sync", clock=clock.server_time)
+        self._tend = load("tend", clock=clock.server_time)
+        self._clock = clock
+        self._ledger = ledger
+        self._observer = observer
+        self._timers: dict[str, Timer] = {}
+        self._linger: Timer | None = None
+        self.session = Session(
+            written.policy,
+            ledger,
+            observer,
+            Lease(written.policy.lease_ms, clock.now_ms),
+            name=name,
+            wake=self._kick,
+            alarm=self._set_alarm,
+            settled=self._settled,
+        )
+        if self._written is not None:
+            self.session.policy_by = WRITTEN_BY
+
+    def _settled(self) -> None:
+        session = self.session
+        if self._written is None or session.fatal or self._written.is_in(session.policy):
+            self._written = None
+            self.joined.set()
+        else:
+            # Another process was faster: decide against what it brought, and join again.
+            session.set_policy(session.policy, session.policy_by)
+
+    def _kick(self) -> None:
+        if self._wake.is_set():
+            return
+        if self.session.something_urgent():
+            self._wake.set()
+        elif self._linger is None:
+            delay_s = LINGER_IDLE_S if self._ledger.idle else LINGER_S
+            self._linger = self._clock.call_later(delay_s, self._go)
+
+    def _go(self) -> None:
+        self._linger = None
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled, the session has left, or a fault that no retry mends."""
+        session, retry_s = self.session, 0.0
+        while session.fatal is None:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                left = await self._exchange()
+                retry_s = 0.0
+            except LinkDown as error:
+                session.failed(str(error))
+                retry_s = min(max(retry_s * 2, 0.01), session.lease.lease_ms / 6000)
+                await self._clock.sleep(retry_s)
+                session.refresh()
+                continue
+            except ConfigError as error:
+                session.die(error)
+                continue
+            except Exception as fault:
+                logger.exception("limiter: a fault of its own")
+                session.failed(f"{type(fault).__name__}: {fault}")
+                retry_s = session.lease.lease_ms / 6000
+                await self._clock.sleep(retry_s)
+                session.refresh()
+                continue
+            if left:
+                return
+        for waiter in list(self._ledger.waiting.values()):
+            self._ledger.refuse(waiter, session.fatal, session.lease.now_ms())
+
+    async def _exchange(self) -> bool:
+        """One call, if there is something to say; true if it ended the session."""
+        session = self.session
+        if not session.something_to_say():
+            return False
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        deadline_s = session.lease.deadline_s()
+        server = self._link.server or await self._link.connect(deadline_s)
+        if self._written is not None:
+            rows = await self._link.command(("LRANGE", self._history, "0", "-1"), deadline_s)
+            session.policy = self._written.among([read_change(row) for row in rows])
+        batch, request = session.prepare(server.run, server.uptime_ms)
+        script = self._sync if session.is_ordinary(request) else self._tend
+        sent_ms = session.lease.now_ms()
+        try:
+            raw = await self._link.run(script, self._keys, request.pack(), deadline_s)
+        except BaseException:
+            session.unanswered(batch)
+            raise
+        self._observer.synced(session.lease.now_ms() - sent_ms, len(batch))
+        left = session.answered(batch, request, SyncReply.unpack(raw), sent_ms)
+        if not left and len(self._ledger.outbox):
+            self._kick()  # what was kept back has its time
+        return left
+
+    def _set_alarm(self, name: str, in_ms: float) -> None:
+        """Come back when a lease, a hold, a rate or the quiet time after a loss runs out."""
+        old = self._timers.get(name)
+        if old is not None:
+            old.cancel()
+        delay_s = (in_ms + 1) / 1000
+        self._timers[name] = self._clock.call_later(delay_s, self.session.refresh)
+
+    def stop_timers(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        if self._linger is not None:
+            self._linger.cancel()

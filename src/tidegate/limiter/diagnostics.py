@@ -1,0 +1,210 @@
+"""Diagnostics of a pool's server, and the removal of a pool.
+
+The check-up joins no pool and writes nothing. `forget` removes all keys of a pool, as an empty
+restart would; living processes join again. Keys are named, not searched for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from itertools import product
+from uuid import uuid4
+
+import msgpack
+from redis.exceptions import RedisError
+
+from tidegate.errors import LimiterUnavailable
+from tidegate.limiter._compat import close_now
+from tidegate.limiter.connection import Link, LinkDown
+from tidegate.limiter.messages import SHAPES, InspectReply, Keyspace, flow_of, load, pack
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.topology import Server
+from tidegate.limiter.views import Snapshot, read_snapshot
+
+_ANSWER_S = 2.0
+_PINGS = 21
+_LOOK_AGAIN_S = 0.05
+# Said by the connections themselves, and not by scripts.
+_OWN = ("client|setinfo", "ping", "info", "ssubscribe")
+_CALL = re.compile(r"\bp?call\(\s*'(\w+)'(?:,\s*'(SHARDNUMSUB)')?")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReport:
+    """facts: what INFO says. round_trip_ms: the median of some. clock_ahead_ms: of the server's
+    clock before ours, as far as a round trip can tell. denied: commands that the limiter needs and
+    this user may not run. pushes: whether sharded publish and subscribe work, else why not.
+    snapshot: the pool, or None with the reason in `unread` where scripts don't run."""
+
+    facts: dict[str, str]
+    round_trip_ms: float
+    clock_ahead_ms: float
+    denied: tuple[str, ...]
+    pushes: str
+    snapshot: Snapshot | None
+    unread: str
+
+
+@cache
+def commands() -> tuple[str, ...]:
+    """Every command that the limiter runs, as `command` or `command|subcommand`."""
+    found = set(_OWN)
+    for fragment in files("tidegate.limiter").joinpath("lua").iterdir():
+        for command, inner in _CALL.findall(fragment.read_text(encoding="utf-8")):
+            found.add(f"{command}|{inner}".lower() if inner else command.lower())
+    return tuple(sorted(found))
+
+
+async def examine(url: str, pool: str) -> ServerReport:
+    """Look at the server of `pool`. Raises LimiterUnavailable where it does not answer, and
+    ConfigError for a URL that can't be right or a server that may evict permits."""
+    keys = Keyspace(pool)
+    link = Link(url, keys.meta)
+    try:
+        raw = await link.command(("INFO",), _ANSWER_S)
+        round_trip_ms, ahead_ms = await _clocks(link)
+        denied, unread, snapshot = await _scripts(link, keys)
+        return ServerReport(
+            facts=_facts(raw),
+            round_trip_ms=round_trip_ms,
+            clock_ahead_ms=ahead_ms,
+            denied=denied,
+            pushes=await _pushes(url, link, keys),
+            snapshot=snapshot,
+            unread=unread,
+        )
+    except LinkDown as down:
+        why = "not in time" if isinstance(down.__cause__, TimeoutError) else str(down)
+        raise LimiterUnavailable(f"Valkey does not answer: {why}", limit="") from down
+    finally:
+        await link.aclose()
+
+
+async def look_until(
+    url: str, pool: str, seen: Callable[[Snapshot], bool], within_s: float
+) -> Snapshot:
+    """The pool as soon as it is as `seen` says, and after `within_s` as it is then. Raises
+    LimiterUnavailable where it could not be read at all, and ConfigError as `examine`."""
+    keys, until = Keyspace(pool), time.monotonic() + within_s
+    link, found = Link(url, keys.meta), None
+    question = pack({"permits": False})
+    try:
+        while (left_s := until - time.monotonic()) > 0:
+            raw = await link.run(load("inspect"), (keys.meta, keys.layout), question, left_s)
+            found = read_snapshot(InspectReply.unpack(raw), "up")
+            if seen(found):
+                break
+            await asyncio.sleep(min(_LOOK_AGAIN_S, left_s))
+    except LinkDown as down:
+        if found is None:
+            raise LimiterUnavailable(f"Valkey does not answer: {down}", limit="") from down
+    finally:
+        await link.aclose()
+    if found is None:
+        raise LimiterUnavailable("there was no time to ask Valkey", limit="")
+    return found
+
+
+def _facts(info: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in info.decode("utf-8", "replace").splitlines())
+    return {name: value for name, colon, value in lines if colon}
+
+
+async def _clocks(link: Link) -> tuple[float, float]:
+    """The median round trip, and how far the server's clock is ahead, both in ms."""
+    trips, offsets = [], []
+    for _ in range(_PINGS):
+        began, began_at = time.perf_counter(), time.time()
+        await link.command(("PING",), _ANSWER_S)
+        trips.append((time.perf_counter() - began) * 1000)
+        with suppress(LinkDown):  # told with the other rights
+            began_at = time.time()
+            seconds, micros = await link.command(("TIME",), _ANSWER_S)
+            middle = (began_at + time.time()) / 2
+            offsets.append((int(seconds) + int(micros) / 1e6 - middle) * 1000)
+    return statistics.median(trips), statistics.median(offsets) if offsets else 0.0
+
+
+async def _scripts(link: Link, keys: Keyspace) -> tuple[tuple[str, ...], str, Snapshot | None]:
+    """What the user may not run, why the pool can't be read, and the pool."""
+    try:
+        packed = pack({"commands": list(commands())})
+        answer = await link.run(load("rights"), (keys.meta,), packed, _ANSWER_S)
+    except LinkDown as refused:
+        return (), str(refused), None
+    denied = tuple(msgpack.unpackb(answer))
+    try:
+        raw = await link.run(
+            load("inspect"), (keys.meta, keys.layout), pack({"permits": False}), _ANSWER_S
+        )
+    except LinkDown as refused:
+        return denied, str(refused), None
+    return denied, "", read_snapshot(InspectReply.unpack(raw), "up")
+
+
+async def _pushes(url: str, link: Link, keys: Keyspace) -> str:
+    """Empty where a message of ours comes back to us, by the way that grants take; else why not."""
+    channel = keys.channel(f"doctor-{uuid4().hex}")
+    try:
+        connection = await Server(url, channel).connect(_ANSWER_S)
+    except (OSError, TimeoutError, RedisError) as failed:
+        return f"no second connection: {failed}"
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            await connection.send_command("SSUBSCRIBE", channel, check_health=False)
+            await connection.read_response()
+            heard = await link.command(("SPUBLISH", channel, "doctor"), _ANSWER_S)
+            message = await connection.read_response()
+        return "" if heard == 1 and message[2] == b"doctor" else "the message did not come back"
+    except (OSError, TimeoutError, RedisError, LinkDown) as failed:
+        return str(failed) or "no answer in time"
+    finally:
+        close_now(connection)
+
+
+_DEADLINE_S = 2.0
+
+
+async def forget_pool(
+    url: str, pool: str, policy: PoolPolicy, *, sids: Iterable[str], tenants: Iterable[str]
+) -> int:
+    """Remove every key of a pool whose waiters need one limit each: those of its limits, and of
+    these sessions and tenants. Returns how many there were. Raises LimiterUnavailable."""
+    keys = Keyspace(pool)
+    link = Link(url, keys.meta)
+    names = sorted(_names(keys, policy, list(sids), list(tenants)))
+    try:
+        return int(await link.command(("UNLINK", *names), _DEADLINE_S))
+    except LinkDown as away:
+        raise LimiterUnavailable(str(away), limit="", retry_after_ms=1000) from away
+    finally:
+        await link.aclose()
+
+
+def _names(keys: Keyspace, policy: PoolPolicy, sids: list[str], tenants: list[str]) -> set[str]:
+    """All names that the shapes of `keys.py` can take."""
+    bands = range(1, len(policy.bands) + 1)
+    of_band = [f"{limit}|{band}" for limit, band in product(policy.limits, bands)]
+    flows = [flow_of(band, tenant, (limit,))
+             for band, tenant, limit in product(bands, tenants, policy.limits)]  # fmt: skip
+    endings: dict[str, Iterable[str]] = {
+        "park:": of_band,
+        "past:": of_band,
+        "line:": [f"{one}|{tenant}" for one, tenant in product(of_band, tenants)],
+        **dict.fromkeys(("log:", "rate:", "quota:"), policy.limits),
+        **dict.fromkeys(("session:", "owed:", "note:"), sids),
+        "queue:": [f"{sid}|{flow}" for sid, flow in product(sids, flows)],
+    }
+    found = {keys.layout}
+    for shape in SHAPES:
+        if shape.name != "layout":
+            found |= {f"{keys.prefix}{shape.name}{end}" for end in endings.get(shape.name, ("",))}
+    return found

@@ -1,0 +1,665 @@
+"""Messages between a process and its pool: requests, replies, keys, and the scripts' assembly.
+
+Invariants: the fields of each type, in order, are those of the script's header; within a layout,
+fields are only added at the end and unknown ones ignored, so that two versions work side by side;
+all keys of a pool share one hash tag; a refusal names the limit that the call waits for and when
+there is room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from hashlib import sha1
+from importlib.resources import files
+from itertools import chain
+from typing import Any, Literal, NamedTuple, cast
+
+import msgpack
+
+from tidegate.errors import DeadlineExceeded, LimitPaused, LimitUsedUp
+from tidegate.limiter.policy import (
+    BUCKETS,
+    Band,
+    Concurrency,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Rate,
+    as_limit,
+)
+
+_FOR_EVER_MS = 10 * 365 * 86_400_000
+_WINDOWS = {1_000: "a second", 60_000: "a minute", 3_600_000: "an hour", 86_400_000: "in 24 h"}
+_UNITS = {"input_tokens": "input tokens", "output_tokens": "output tokens"}
+
+
+class Barred(NamedTuple):
+    """A ticket that could not be let in before its deadline. `room_ms` is when there is room under
+    `limit`, of which so much is `used`; -1 where it is paused."""
+
+    ticket: int
+    limit: str
+    room_ms: int
+    used: int
+
+
+class Outlook(NamedTuple):
+    """What `flow` waits for. `room_ms` is when there is room for its first ticket if nothing is
+    given back, 0 where that is not known; `firm`: for none of its tickets there is any before."""
+
+    flow: int
+    limit: str
+    room_ms: int
+    used: int
+    firm: int
+
+
+def too_early(
+    name: str, limit: Limit | None, room_ms: float, used: int, amount: int = 1
+) -> DeadlineExceeded:
+    """There is room under a limit only after the deadline; `used` is -1 where it is paused."""
+    after_ms = max(1, round(room_ms))
+    if used < 0 or limit is None or isinstance(limit, Concurrency):
+        return paused(name, after_ms)
+    daily, unit, bound = isinstance(limit, Quota), unit_in_words(limit), limit.bound
+    state = f"is used up ({used} of {bound} {unit}{'' if daily else f' {window_in_words(limit)}'})"
+    if used < bound:
+        state = f"has no room for {amount} {unit} more ({used} of {bound} are used)"
+    span = span_in_words(after_ms)
+    when = f"There is room in {span}."
+    if isinstance(limit, Quota):
+        when = f"It resets at 00:00 {limit.zone}, in {span}."
+    said = f"{'Daily limit' if daily else 'Limit'} {name} {state}. {when}"
+    return LimitUsedUp(said, limit=name, retry_after_ms=after_ms)
+
+
+def paused(name: str, for_ms: int) -> LimitPaused:
+    """A limit is paused for longer than a call may wait."""
+    said = f"Limit {name} is paused {pause_in_words(for_ms)}, longer than this call may wait."
+    return LimitPaused(said, limit=name, retry_after_ms=for_ms)
+
+
+def too_late(
+    name: str, limit: Limit | None, retry_ms: int, room_ms: float, used: int, amount: int = 1
+) -> DeadlineExceeded:
+    """The deadline came while a call waited for a limit."""
+    if room_ms >= 1:
+        return too_early(name, limit, room_ms, used, amount)
+    said = f"Limit {name} had no room for this call before its deadline."
+    return DeadlineExceeded(said, limit=name, retry_after_ms=retry_ms)
+
+
+def unit_in_words(limit: Limit) -> str:
+    unit = "calls" if isinstance(limit, Concurrency) else limit.unit
+    return _UNITS.get(unit, unit)
+
+
+def window_in_words(limit: Limit) -> str:
+    """`a minute`, `in 90 s`; `at a time` where none counts."""
+    if isinstance(limit, Concurrency):
+        return "at a time"
+    if isinstance(limit, Quota):
+        return "a day"
+    return _WINDOWS.get(limit.window_ms, f"in {limit.window_ms / 1000:g} s")
+
+
+def span_in_words(span_ms: float) -> str:
+    """`850 ms`, `47 s`, `3 min 5 s`, `2 h 10 min`, `3 days`."""
+    if span_ms < 1_000:
+        return f"{round(span_ms)} ms"
+    seconds = round(span_ms / 1000)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{hours // 24} days"
+
+
+def pause_in_words(left_ms: float) -> str:
+    """`for 47 s more`, or `until it is resumed` where nobody meant an end."""
+    if left_ms > _FOR_EVER_MS:
+        return "until it is resumed"
+    return f"for {span_in_words(left_ms)} more"
+
+
+# ok; ask again by `tend`; the pool began a new epoch; the session is not there; a later batch
+# overtook this one; a process of another layout has the pool.
+Status = Literal["ok", "tend", "epoch", "gone", "stale", "layout"]
+
+# Added to an outcome: the usage will be told after the release.
+USAGE_LATER = 10
+OUTCOMES = {"success": 0, "ignored": 1, "dropped": 2}
+
+
+def pack(value: object) -> bytes:
+    """As Lua's cmsgpack reads it: it knows no `bin` type."""
+    return cast(bytes, msgpack.packb(value, use_bin_type=False))
+
+
+def definition(limit: Limit) -> str:
+    """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own."""
+    shadow = int(limit.shadow)
+    if isinstance(limit, Concurrency):
+        least = limit.adaptive.minimum if limit.adaptive else 0
+        return f"c|{limit.bound}|{shadow}|{least}|0|0"
+    if isinstance(limit, Rate):
+        exact = int(limit.exact)
+        return f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
+    return f"q|{limit.bound}|{shadow}|0|0|0"
+
+
+def band_shares(bands: tuple[Band, ...]) -> str:
+    """Per band, in thousandths: its least share, and what is kept free for the bands above it."""
+    parts, above = [], 0
+    for band in bands:
+        parts.append(f"{round(band.min_share * 1000)}:{above}")
+        above += round(band.headroom * 1000)
+    return ",".join(parts)
+
+
+def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
+    """The name of a flow; `band` counts from 1, the highest."""
+    return f"{band}|{tenant}|{' '.join(limits)}"
+
+
+def lane_of(flow: str) -> str:
+    """The limits of a flow, as one string."""
+    return flow.split("|", 2)[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """What a process says when it enters a pool, for the first time or again.
+
+    policy: the newest policy it knows, and who made it. name: the process, for people. held:
+    (ticket, flow, seq, hard_ms, cost_ms) of every call that it holds open. lapsing: (member,
+    left_ms) of permits held over for dead sessions, as last seen. spent: (limit, spent as last
+    seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said). roster: the sessions
+    that were there, if we can vouch for that. base: the policy that was in force before, if known.
+    """
+
+    policy: PoolPolicy
+    by: str
+    name: str
+    held: list[tuple[int, int, int, int, int]]
+    lapsing: list[tuple[str, int]]
+    spent: list[tuple[str, int, int]] = field(default_factory=list)
+    pauses: list[tuple[str, int, int, str]] = field(default_factory=list)
+    roster: list[str] = field(default_factory=list)
+    base: PoolPolicy | None = None
+
+    def as_fields(self) -> dict[str, Any]:
+        blob = self.policy.pack()
+        policy = {
+            "revision": self.policy.revision,
+            # Packed once more: only a server that does not have this revision reads them.
+            "limits": _flat(self.policy.limits),
+            "weights": pack(dict(self.policy.weights)),
+            "digest": _digest(blob),
+            "base": _digest(self.base.pack()) if self.base else "",
+            "changes": _changes(self.base, self.policy) if self.base else b"",
+            "bands": band_shares(self.policy.bands),
+            "queue_max": self.policy.queue_per_tenant,
+            "lease_ms": self.policy.lease_ms,
+            "hold": self.policy.on_expiry == "hold",
+            "hand_off": self.policy.hand_off,
+            "reap_ms": self.policy.reap_closed_ms,
+            "by": self.by,
+            "blob": blob,
+        }
+        return {
+            "policy": policy,
+            "name": self.name,
+            "held": self.held,
+            "lapsing": self.lapsing,
+            "spent": self.spent,
+            "pauses": self.pauses,
+            "roster": self.roster,
+        }
+
+
+def _digest(blob: bytes) -> str:
+    return sha1(blob, usedforsecurity=False).hexdigest()
+
+
+def _flat(limits: Mapping[str, int | Limit]) -> bytes:
+    """Field of the record, definition, and so on."""
+    fields = ((f"d:{name}", definition(as_limit(limit))) for name, limit in limits.items())
+    return cast(bytes, msgpack.packb(list(chain.from_iterable(fields)), use_bin_type=False))
+
+
+def _changes(base: PoolPolicy, policy: PoolPolicy) -> bytes:
+    """The limits and the weights that a policy has otherwise than another one, False if no more."""
+    limits: dict[str, str | Literal[False]] = {
+        n: False for n in base.limits if n not in policy.limits
+    }
+    for name, limit in policy.limits.items():
+        if base.limits.get(name) != limit:
+            limits[name] = definition(as_limit(limit))
+    weights: dict[str, int | Literal[False]] = {
+        n: False for n in base.weights if n not in policy.weights
+    }
+    weights |= {n: of for n, of in policy.weights.items() if base.weights.get(n) != of}
+    return pack({"limits": limits, "weights": weights})
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """Request of `renew`."""
+
+    sid: str
+    gen: int
+    epoch: int
+    run: str
+
+    def pack(self) -> bytes:
+        return pack(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRequest:
+    """Request of `sync` and `tend`. Entries are lists in the order that the fragments' comments
+    give; `flows` names the flows that they speak of, counted from 1, 0 for none.
+
+    transfers: from, to, seq, hard_ms, flow, member, outcome, took_ms. releases: ticket, flow,
+    outcome, took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow,
+    member. enqueues: flow, member. wants: flow, cost_ms. A member is
+    ticket|hard_ms|cost_ms|amounts. looks: flows under whose limits somebody might be admitted.
+    told, pages: what of `Whole` was read before. asks: tickets that may have been admitted. lefts:
+    ms that each enqueue may wait, 0 where not told. firm: limits of which nothing is given back."""
+
+    sid: str
+    gen: int
+    epoch: int
+    run: str
+    uptime_ms: int
+    lease_ms: int
+    revision: int
+    batch: int
+    ack: int = 0
+    roster: int = 0
+    full: bool = False
+    leave: bool = False
+    flows: list[str] = field(default_factory=list)
+    wants: list[tuple[int, int]] = field(default_factory=list)
+    resets: dict[str, int] = field(default_factory=dict)
+    join: Join | None = None
+    transfers: list[tuple[int, int, int, int, int, str, int, int]] = field(default_factory=list)
+    releases: list[tuple[int, int, int, int, str]] = field(default_factory=list)
+    settles: list[tuple[int, str]] = field(default_factory=list)
+    cancels: list[tuple[int, int, str]] = field(default_factory=list)
+    enqueues: list[tuple[int, str]] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
+    told: int = 0
+    pages: dict[str, tuple[str, int]] = field(default_factory=dict)
+    asks: list[int] = field(default_factory=list)
+    lefts: list[int] = field(default_factory=list)
+    firm: list[str] = field(default_factory=list)
+
+    def pack(self) -> bytes:
+        values = ((name, getattr(self, name)) for name in _SYNC_FIELDS)
+        request = {name: value for name, value in values if value}
+        for name in _FLAT:
+            if name in request:
+                request[name] = list(chain.from_iterable(request[name]))
+        if self.join is not None:
+            request["join"] = self.join.as_fields()
+        return pack(request)
+
+
+# Packed without lists of their own: a script takes longer to unpack many small ones.
+_FLAT = ("transfers", "releases", "enqueues")
+_SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
+
+
+class Whole(NamedTuple):
+    """What a `full` request gets on top. `held` holds (ticket, seq, until_ms: when its hard limit
+    ends by the server's clock) of those asked after, `spent` (limit, spent), `pauses` (limit,
+    left_ms, ramp_ms, said); `policy` is None where ours is in force; `roster` is the version of the
+    list of sessions, and the list where we do not have it. `spent` is of what changed after the
+    change `told` of the request, up to this one; `pages` are the places at which the lists go on
+    that are not whole."""
+
+    now_ms: int
+    held: list[tuple[int, int, int]]
+    lapsing: list[tuple[str, int]]
+    next_event_ms: int
+    conflict: int
+    spent: list[tuple[str, int]]
+    pauses: list[tuple[str, int, int, str]]
+    policy: bytes | None
+    roster: tuple[int, list[str] | None]
+    told: int = 0
+    pages: Mapping[str, tuple[str, int]] = {}
+
+
+class Hint(NamedTuple):
+    """Waiters of `flow` up to the stamp `horizon` may be let in by permits that we free; one of
+    stamp s has the virtual start `tag + (s - head) * step`."""
+
+    flow: int
+    horizon: int
+    tag: int
+    head: int
+    step: int
+
+
+class SyncReply(NamedTuple):
+    """Reply of `sync` and `tend`. `stamps` belong to the enqueues, 0 for those let in or refused;
+    `timed_ms` is when something may go that only time frees, 0 for never."""
+
+    status: Status
+    epoch: int
+    gen: int
+    lease_ms: int
+    recovering_ms: int
+    revision: int
+    sessions: int
+    sent: int
+    more: int
+    parked: int
+    timed_ms: int
+    grants: list[tuple[int, int]]
+    stamps: list[int]
+    refused: list[int]
+    hints: list[Hint]
+    whole: Whole | None
+    barred: list[Barred]
+    outlook: list[Outlook]
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> SyncReply:
+        values = msgpack.unpackb(raw, raw=True, use_list=False)
+        whole = values[15]
+        return cls._make(
+            (
+                values[0].decode(),
+                *values[1:11],
+                _pairs(values[11]),
+                _listed(values[12]),
+                _listed(values[13]),
+                [Hint(*hint[:5]) for hint in _listed(values[14])],
+                _whole(whole) if whole else None,
+                [Barred(row[0], row[1].decode(), *row[2:4]) for row in _listed(values[16])],
+                [Outlook(row[0], row[1].decode(), *row[2:5]) for row in _listed(values[17])],
+            )
+        )
+
+
+def _listed(value: Any) -> Any:
+    """Lua has one type for lists and maps: an empty one may arrive as either."""
+    return value or ()
+
+
+def _pairs(rows: Any) -> Any:
+    """A later version may say more in each row."""
+    return tuple(row[:2] for row in _listed(rows))
+
+
+def _whole(values: Any) -> Whole:
+    now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster = values[:9]
+    told, pages = values[9:11]
+    return Whole(
+        now_ms,
+        [tuple(row[:3]) for row in _listed(held)],
+        [(member.decode(), left_ms) for member, left_ms in _pairs(lapsing)],
+        next_event_ms,
+        conflict,
+        [(name.decode(), amount) for name, amount in _pairs(spent)],
+        [
+            (name.decode(), *ms, said.decode())
+            for name, *ms, said in (p[:4] for p in _listed(pauses))
+        ],
+        policy or None,
+        _roster(*roster),
+        told,
+        {name.decode(): (place[0].decode(), place[1]) for name, place in pages.items()}
+        if pages
+        else {},
+    )
+
+
+def _roster(version: int, sids: Any, *_: Any) -> tuple[int, list[str] | None]:
+    return version, None if sids is False else [sid.decode() for sid in _listed(sids)]
+
+
+class RenewReply(NamedTuple):
+    """Reply of `renew`."""
+
+    status: Status
+    epoch: int
+    lease_ms: int
+    recovering_ms: int
+    revision: int
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> RenewReply:
+        return cls(*msgpack.unpackb(raw)[:5])
+
+
+class Push(NamedTuple):
+    """A message on a session's channel. `sent` counts the grants pushed to it up to this one;
+    `at_ms` is the server's time."""
+
+    epoch: int
+    gen: int
+    sent: int
+    grants: list[tuple[int, int]]
+    at_ms: int
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Push:
+        epoch, gen, sent, grants, at_ms, *_ = msgpack.unpackb(raw)
+        return cls(epoch, gen, sent, [row[:2] for row in grants], at_ms)
+
+
+class InspectReply(NamedTuple):
+    """Reply of `inspect`: see its header for the rows of the lists."""
+
+    now_ms: int
+    epoch: int
+    recovering_ms: int
+    revision: int
+    parked: int
+    seq: int
+    sessions: list[Any]
+    limits: list[Any]
+    tenants: list[Any]
+    permits: list[Any]
+    queues: list[Any]
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> InspectReply:
+        values = msgpack.unpackb(raw)
+        return cls._make([*values[:6], *(list(_listed(value)) for value in values[6:11])])
+
+
+__all__ = [
+    "BUCKETS",
+    "OUTCOMES",
+    "USAGE_LATER",
+    "Hint",
+    "InspectReply",
+    "Join",
+    "Push",
+    "RenewReply",
+    "Renewal",
+    "Status",
+    "SyncReply",
+    "SyncRequest",
+    "Whole",
+    "band_shares",
+    "definition",
+    "flow_of",
+    "lane_of",
+    "pack",
+]
+
+
+LAYOUT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class KeyShape:
+    """One kind of key. `ttl` says how long it lives, or why it has no end."""
+
+    name: str
+    type: Literal["string", "hash", "zset", "list"]
+    fields: str
+    ttl: str
+    expires: bool
+
+
+POOL_KEEP = "1 h after the last sync of anybody"
+SESSION_KEEP = "2 h after its session's last sync; gone with the session"
+
+SHAPES = (
+    KeyShape("meta", "hash",
+             "run epoch began recover_until clock seq changes revision lease_ms hold bands "
+             "queue_max hand_off reap_ms policy parked timed_at starving reap_at sessions roster "
+             "fresh empty vouched; per limit d: definition, u: used, "
+             "w: waits:virtual time:credit of each band, and under a rate from:passed in "
+             "microseconds, between which it is owed its share, and held:used in ms, when it "
+             "found no room and took some; p: pause, g: gate, a: adapted, "
+             "x: shadowed, e: how long calls take, b: spent as asserted in this epoch, s: spent "
+             "as of its last change, which are numbered by `changes`; per tenant t: weight, "
+             "n: waiting|last stamp while it waits",
+             "none: the record of the pool, with its policy", False),
+    KeyShape("layout", "string", "the layout's number", "none: guards `meta`", False),
+    KeyShape("history", "list", "the last policies: revision, ms, who, blob",
+             "none: who changed what, 100 at most", False),
+    KeyShape("sessions", "zset", "session by expiry in ms", POOL_KEEP, True),
+    KeyShape("lapsing", "zset", "ticket|session|lane by hard deadline in ms",
+             "1 h after the last hard deadline in it", True),
+    KeyShape("timed", "zset", "limit by the ms at which it has room again", POOL_KEEP, True),
+    KeyShape("spending", "zset", "limit by the number of the last change of what is spent of it",
+             "none: as `meta`, whose s: fields it puts in order", False),
+    KeyShape("paused", "zset", "limit by the ms at which nothing is left of its pause",
+             "none: as `meta`, whose p: fields it puts in order", False),
+    KeyShape("starving", "zset", "session|flow that was sent to and fro, by sequence",
+             POOL_KEEP, True),
+    KeyShape("seen", "zset", "session by the version of the roster that it knows", POOL_KEEP, True),
+    KeyShape("fresh", "zset", "session that not all others know yet by its probation's end in ms",
+             POOL_KEEP, True),
+    KeyShape("expected", "zset", "session that is to come back after an empty restart", POOL_KEEP,
+             True),
+    KeyShape("park:", "zset", "per limit|band: waiting tenant by start tag", SESSION_KEEP, True),
+    KeyShape("line:", "zset", "per limit|band|tenant: session|flow by its first ticket's stamp",
+             SESSION_KEEP, True),
+    KeyShape("past:", "zset", "per limit|band: tenant that waits no more by start tag", POOL_KEEP,
+             True),
+    KeyShape("log:", "list", "per limit: ms of each admission in the window", "the window", True),
+    KeyShape("rate:", "hash", "per limit: amount by the end of its bucket in ms", "two windows",
+             True),
+    KeyShape("quota:", "hash", "per limit: used reset_at", "1 h after its reset", True),
+    KeyShape("session:", "hash", "gen batch sent acked blocked name closed_at since; at:flow -> "
+             "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
+             SESSION_KEEP, True),
+    KeyShape("note:", "string", "per session: what its process tells the others, as bytes",
+             "seconds: it is told again and again", True),
+    KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to be told",
+             SESSION_KEEP, True),
+    KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",
+             SESSION_KEEP, True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Keyspace:
+    """Names the keys of one pool."""
+
+    pool: str
+
+    @property
+    def prefix(self) -> str:
+        return f"tg:{LAYOUT}:{{{self.pool}}}:"
+
+    @property
+    def meta(self) -> str:
+        return f"{self.prefix}meta"
+
+    @property
+    def layout(self) -> str:
+        """The one name that is the same in every layout."""
+        return f"tg:{{{self.pool}}}:layout"
+
+    def channel(self, sid: str) -> str:
+        return f"{self.prefix}grants:{sid}"
+
+    def shape_of(self, key: str) -> KeyShape | None:
+        """The declared shape of a key of this pool, or None if nobody declared it."""
+        if key == self.layout:
+            return next(shape for shape in SHAPES if shape.name == "layout")
+        if not key.startswith(self.prefix):
+            return None
+        rest = key.removeprefix(self.prefix)
+        for shape in SHAPES:
+            if rest == shape.name or (shape.name.endswith(":") and rest.startswith(shape.name)):
+                return shape
+        return None
+
+
+ScriptName = Literal["sync", "tend", "renew", "inspect", "place", "act", "rights", "notes"]
+
+# Releases must work when the server's memory is full: a permit may not leak for want of a byte.
+_FLAGS = "#!lua flags=allow-oom\n"
+
+# Making a function costs more than calling it: those which an ordinary request can do without are
+# made when the first of them is asked for.
+_LATER = """T.later = { %s }
+setmetatable(T, { __index = function(_, name)
+  while #T.later > 0 do
+    table.remove(T.later, 1)()
+    local found = rawget(T, name)
+    if found ~= nil then return found end
+  end
+end })"""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script ready to be sent. `header` maps each word of the header to its text."""
+
+    name: str
+    source: bytes
+    sha: str
+    header: Mapping[str, str]
+
+
+@cache
+def fragment(name: str) -> str:
+    """The text of `lua/{name}.lua`."""
+    return files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+
+
+def read_header(source: str) -> dict[str, str]:
+    """The `-- word: text` lines at the top of a fragment."""
+    header: dict[str, str] = {}
+    for line in source.splitlines():
+        word, colon, text = line.removeprefix("-- ").partition(":")
+        if not line.startswith("-- ") or not colon or not word.isidentifier():
+            break
+        header[word] = text.strip()
+    return header
+
+
+def load(name: ScriptName, *, clock: str | None = None) -> Script:
+    """Assemble a script. `clock` replaces the clock fragment: tests pass one that reads a key."""
+    main = fragment(name)
+    header = read_header(main)
+    parts = [
+        clock if clock is not None and part == "clock" else fragment(part)
+        for part in header["uses"].split()
+    ]
+    later = [f"function()\n{fragment(part)}\nend" for part in header.get("later", "").split()]
+    if later:
+        parts.append(_LATER % ",\n".join(later))
+    source = (_FLAGS + "\n".join([*parts, main])).encode()
+    return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest(), header)

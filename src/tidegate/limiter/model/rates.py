@@ -1,0 +1,146 @@
+"""Spending of a rate or a day quota, counted in one of three ways.
+
+Invariant: what was admitted counts until the whole window has passed since, never shorter. Times
+are ms of the server's clock; amounts are in the limit's unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil
+
+from tidegate.limiter.policy import BUCKETS, Limit, Quota, Rate
+
+DAY_MS = 86_400_000
+
+# One charge: how much was taken, and the end of the bucket or day that it was taken from.
+Charge = tuple[int, int]
+
+
+def span_of(rate: Rate) -> int:
+    """How long an admission counts: a call may arrive later than it was admitted."""
+    return rate.window_ms + rate.slack + 1
+
+
+@dataclass(slots=True)
+class Spending:
+    """All that was counted for one limit. A limit that is made one of another sort finds here what
+    it had counted before. `log`: the moment of each admission. `buckets`: end in ms -> amount.
+    `used` until `reset_at`: of the day. `anew`: something was spent or given back in this call."""
+
+    log: list[int] = field(default_factory=list)
+    buckets: dict[int, int] = field(default_factory=dict)
+    used: int = 0
+    reset_at: int = 0
+    anew: bool = False
+
+    def look(self, limit: Limit, now: int, reset_at: int) -> int:
+        """What is spent. Forgets what counts no more; `reset_at` is the day's end as a process
+        says it, 0 if it does not."""
+        if isinstance(limit, Quota):
+            if self.reset_at <= now:
+                self.used, self.reset_at = 0, now + DAY_MS
+            if reset_at > now:
+                self.reset_at = reset_at
+            return self.used
+        assert isinstance(limit, Rate)
+        if limit.exact:
+            while self.log and self.log[0] + span_of(limit) <= now:
+                del self.log[0]
+            return len(self.log)
+        over = now - span_of(limit)
+        if self.buckets and min(self.buckets) <= over:
+            self.buckets = {end: amount for end, amount in self.buckets.items() if end > over}
+        return sum(self.buckets.values())
+
+    def room_at(self, limit: Limit, amount: int, now: int) -> int:
+        """When `amount` will fit, nothing being given back. Call it after `look`."""
+        if limit.bound == 0:
+            return now + DAY_MS
+        if isinstance(limit, Quota):
+            return self.reset_at
+        assert isinstance(limit, Rate)
+        if limit.exact:
+            return self.log[len(self.log) + amount - limit.bound - 1] + span_of(limit)
+        over = sum(self.buckets.values()) + min(amount, limit.bound) - limit.bound
+        for end in sorted(self.buckets):
+            over -= self.buckets[end]
+            if over <= 0:
+                return end + span_of(limit)
+        return now + span_of(limit)
+
+    def _end_now(self, limit: Limit, now: int) -> int:
+        if isinstance(limit, Quota):
+            return self.reset_at
+        assert isinstance(limit, Rate)
+        width = ceil(span_of(limit) / BUCKETS)
+        return (now // width + 1) * width
+
+    def _spend(self, limit: Limit, end: int, amount: int) -> None:
+        self.anew |= amount != 0
+        if isinstance(limit, Quota):
+            self.used += amount
+        else:
+            self.buckets[end] = self.buckets.get(end, 0) + amount
+
+    def take(self, limit: Limit, amount: int, now: int) -> Charge | None:
+        """Count an admission. Returns what its settlement needs. Call it after `look`."""
+        if amount == 0:
+            return None
+        if not limit.shadow:
+            amount = min(amount, limit.bound)
+        if isinstance(limit, Rate) and limit.exact:
+            self.log.append(now)
+            self.anew = True
+            return None
+        end = self._end_now(limit, now)
+        self._spend(limit, end, amount)
+        return amount, end
+
+    def settle(self, limit: Limit, charge: Charge, actual: int, now: int) -> bool:
+        """Correct a reservation; True if something was given back. Call it after `look`.
+
+        What was reserved too much goes back to where it was taken from, while that still counts:
+        never into a window or a day that has begun since. What was used on top counts from now.
+        """
+        reserved, end = charge
+        extra = actual - reserved
+        if isinstance(limit, Quota):
+            if end >= self.reset_at:
+                self._spend(limit, end, max(extra, -self.used))
+        elif extra > 0:
+            self._spend(limit, self._end_now(limit, now), extra)
+        elif end in self.buckets:
+            self._spend(limit, end, max(extra, -self.buckets[end]))
+        return extra < 0
+
+    def add(self, limit: Limit, amount: int, now: int) -> None:
+        """Count what was spent elsewhere or before as spent now. Call it after `look`."""
+        if amount <= 0:
+            return
+        if isinstance(limit, Rate) and limit.exact:
+            self.log += [now] * min(amount, limit.bound)
+            self.anew |= limit.bound > 0
+        else:
+            self._spend(limit, self._end_now(limit, now), amount)
+
+    def rewind(self, by_ms: int) -> None:
+        """The clock was set back: what was counted is as old as before."""
+        self.log = [at - by_ms for at in self.log]
+        self.buckets = {end - by_ms: amount for end, amount in self.buckets.items()}
+
+    def take_along(self, limit: Limit, now: int) -> None:
+        """What was counted in another way, before the policy said this one, is taken for spent
+        now. Call it after `look`."""
+        span, amount = (span_of(limit) if isinstance(limit, Rate) else DAY_MS), 0
+        exact = isinstance(limit, Rate) and limit.exact
+        if not exact:
+            amount += sum(at + span > now for at in self.log)
+            self.log = []
+        if exact or isinstance(limit, Quota):
+            amount += sum(n for end, n in self.buckets.items() if end + span > now)
+            self.buckets = {}
+        if isinstance(limit, Rate):
+            amount += self.used if self.reset_at > now else 0
+            self.used = self.reset_at = 0
+        self.add(limit, min(limit.bound, amount), now)

@@ -1,0 +1,309 @@
+"""Policy of a pool: limits, weights, bands and lease, and the behaviour in an outage.
+
+Pure. Invariant: a policy that exists is a valid one; two equal policies pack to the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import msgpack
+
+from tidegate.errors import ConfigError
+
+WhenAway = Literal["closed", "local"]
+OnLost = Literal["finish", "cancel"]
+OnExpiry = Literal["reuse", "hold"]
+Unit = Literal["requests", "tokens", "input_tokens", "output_tokens", "images"]
+
+UNITS: tuple[Unit, ...] = ("requests", "tokens", "input_tokens", "output_tokens", "images")
+MIN_LEASE_MS = 200
+MAX_LEASE_MS = 600_000
+MAX_BOUND = 10_000_000_000
+# In `hold`, a permit asked for without `hard_ms` counts for this long after its process died.
+DEFAULT_HARD_MS = 600_000
+# Above so many requests in a window the exact log of admissions gives way to buckets.
+MAX_LOG = 10_000
+BUCKETS = 60
+ARRIVAL_SLACK_MS = 500
+# A limit of such a scope that no policy names has no bound: it is the place of a pause.
+IMPLICIT_SCOPES = ("model:", "upstream:")
+_LIMIT_ID = re.compile(r"[a-z_]+:[^\s|{}]{1,200}")
+_TENANT = re.compile(r"[^\s|{}]{1,200}")
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """A concurrency that finds its own way between `minimum` and the bound: one more for each full
+    round of successes while it is used up, one less for each call that is dropped then."""
+
+    minimum: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Concurrency:
+    """At most `bound` calls at once. In `shadow` it only counts what it would have held up."""
+
+    bound: int
+    shadow: bool = False
+    adaptive: Adaptive | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """At most `bound` of `unit` in any sliding window of arrivals.
+
+    slack_ms: how much later than admitted a call may arrive at the provider, so that the window is
+    longer by it; by default 500 ms, or a twentieth of a window shorter than 10 s.
+    """
+
+    bound: int
+    window_ms: int
+    unit: Unit = "requests"
+    slack_ms: int | None = None
+    shadow: bool = False
+
+    @property
+    def slack(self) -> int:
+        if self.slack_ms is not None:
+            return self.slack_ms
+        return min(ARRIVAL_SLACK_MS, self.window_ms // 20)
+
+    @property
+    def exact(self) -> bool:
+        """True where each admission is logged; else buckets count."""
+        return self.unit == "requests" and self.bound <= MAX_LOG
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """At most `bound` of `unit` a calendar day, which begins at midnight in `zone`."""
+
+    bound: int
+    unit: Unit = "requests"
+    zone: str = "America/Los_Angeles"
+    shadow: bool = False
+
+
+Limit = Concurrency | Rate | Quota
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A priority. `min_share` of the admissions, or of what a rate gives, go to it while it waits,
+    whatever waits above. `headroom` of every concurrency is kept free of the bands below."""
+
+    name: str
+    min_share: float = 0.0
+    headroom: float = 0.0
+
+
+DEFAULT_BANDS = (Band("high"), Band("normal", min_share=0.1), Band("low", min_share=0.05))
+DEFAULT_PRIORITY = "normal"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPolicy:
+    """The policy of a pool. The highest `revision` that any process brings is in force for all.
+
+    limits: id (`scope:name`) -> a limit; a number n is `Concurrency(n)`. A bound of 0 lets nobody
+        in.
+    weights: tenant -> its share against others, 1 to 1000; 1 for those not named.
+    bands: priorities, highest first.
+    queue_per_tenant: waiters that one tenant may have over all processes.
+    lease_ms: how long a process may be silent before its permits are taken back.
+    when_away: what waiters get when Valkey is away for longer than the lease: `closed` lets
+        nobody in, `local` lets each process use limit / last known sessions (rounded down, which
+        may be 0).
+    on_lost: what becomes of running calls when Valkey is away for longer than the lease.
+    on_expiry: whether the permits of a dead or paused process are reused when its lease is over,
+        or held until the hard deadline of its calls.
+    reap_closed_ms: take back what a process held this soon after its connection closed, without
+        waiting for the lease; 0 never does. Safe only where a cut network is not to be feared.
+    hand_off: whether a process may pass a freed permit to its own next waiter when that one is
+        among the next in the pool's order; off makes the order of waiters exact.
+    Raises ConfigError for a value that is out of range.
+    """
+
+    limits: Mapping[str, int | Limit]
+    lease_ms: int = 3000
+    when_away: WhenAway = "closed"
+    on_lost: OnLost = "finish"
+    on_expiry: OnExpiry = "reuse"
+    revision: int = 1
+    weights: Mapping[str, int] = field(default_factory=dict)
+    bands: tuple[Band, ...] = DEFAULT_BANDS
+    queue_per_tenant: int = 100_000
+    reap_closed_ms: int = 0
+    hand_off: bool = True
+
+    def __post_init__(self) -> None:
+        for name, limit in self.limits.items():
+            if not _LIMIT_ID.fullmatch(name):
+                raise ConfigError("limit", name, "a limit's id is `scope:name`")
+            _check_limit(name, as_limit(limit))
+        if not MIN_LEASE_MS <= self.lease_ms <= MAX_LEASE_MS:
+            allowed = f"{MIN_LEASE_MS} to {MAX_LEASE_MS} ms"
+            raise ConfigError("lease_ms", str(self.lease_ms), allowed)
+        if self.revision < 1:
+            raise ConfigError("revision", str(self.revision), "1 or more")
+        for tenant, weight in self.weights.items():
+            check_tenant(tenant)
+            _check_whole(f"weights.{tenant}", weight, 1, 1000)
+        _check_whole("queue_per_tenant", self.queue_per_tenant, 1, 10_000_000)
+        _check_whole("reap_closed_ms", self.reap_closed_ms, 0, MAX_LEASE_MS)
+        _check_bands(self.bands)
+
+    def limit(self, name: str) -> Limit | None:
+        """The limit of that id, or None where there is none."""
+        found = self.limits.get(name)
+        return None if found is None else as_limit(found)
+
+    def binding(self, name: str) -> Limit | None:
+        """As `limit`, but one that is implicit where the policy does not name it."""
+        return self.limit(name) or implicit_limit(name)
+
+    def bound(self, name: str) -> int:
+        """Its bound; 0 where there is no such limit."""
+        found = self.limits.get(name)
+        if isinstance(found, int):
+            return found
+        return 0 if found is None else found.bound
+
+    def bound_in_force(self, name: str) -> int:
+        """As `bound`, with that of a limit that is implicit."""
+        limit = self.binding(name)
+        return 0 if limit is None else limit.bound
+
+    def band(self, priority: str) -> int:
+        """The number of a band, 0 for the highest. Raises ConfigError for an unknown one."""
+        for number, band in enumerate(self.bands):
+            if band.name == priority:
+                return number
+        names = ", ".join(band.name for band in self.bands)
+        raise ConfigError("priority", priority, f"one of {names}")
+
+    def pack(self) -> bytes:
+        """The same bytes for the same policy, whatever the order of its limits."""
+        fields = [
+            self.revision,
+            self.lease_ms,
+            self.when_away,
+            self.on_lost,
+            self.on_expiry,
+            sorted((name, _pack_limit(as_limit(limit))) for name, limit in self.limits.items()),
+            sorted(self.weights.items()),
+            [(band.name, band.min_share, band.headroom) for band in self.bands],
+            self.queue_per_tenant,
+            self.reap_closed_ms,
+            self.hand_off,
+        ]
+        return cast(bytes, msgpack.packb(fields))
+
+    @classmethod
+    def unpack(cls, blob: bytes) -> PoolPolicy:
+        """The inverse of `pack`. Fields that a later version added are ignored."""
+        revision, lease_ms, when_away, on_lost, on_expiry, limits, *rest = msgpack.unpackb(blob)
+        weights, bands, queue_per_tenant, reap_closed_ms, hand_off, *_ = rest
+        return cls(
+            limits={name: _unpack_limit(packed) for name, packed in limits},
+            lease_ms=lease_ms,
+            when_away=when_away,
+            on_lost=on_lost,
+            on_expiry=on_expiry,
+            revision=revision,
+            weights=dict(weights),
+            bands=tuple(Band(*band[:3]) for band in bands),
+            queue_per_tenant=queue_per_tenant,
+            reap_closed_ms=reap_closed_ms,
+            hand_off=hand_off,
+        )
+
+
+def as_limit(limit: int | Limit) -> Limit:
+    """A number is a concurrency."""
+    return Concurrency(limit) if isinstance(limit, int) else limit
+
+
+@lru_cache(maxsize=1_000)
+def implicit_limit(name: str) -> Concurrency | None:
+    """What a limit is that no policy names: without a bound, or None where it must be named."""
+    implicit = name.startswith(IMPLICIT_SCOPES) and _LIMIT_ID.fullmatch(name) is not None
+    return _UNBOUNDED if implicit else None
+
+
+_UNBOUNDED = Concurrency(MAX_BOUND)
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises ConfigError for a name that a tenant can't have."""
+    if not _TENANT.fullmatch(tenant):
+        raise ConfigError("tenant", tenant, "1 to 200 characters without spaces, | { or }")
+
+
+def share_of(bound: int, sessions: int) -> int:
+    """What one of `sessions` processes may use alone: rounded down, so the sum never exceeds."""
+    return bound // sessions if sessions > 0 else 0
+
+
+def _check_whole(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(name, str(value), f"a whole number from {least} to {most}")
+
+
+def _check_limit(name: str, limit: Limit) -> None:
+    if not isinstance(limit, Concurrency | Rate | Quota):
+        raise ConfigError(name, str(limit), "a number, Concurrency, Rate or Quota")
+    _check_whole(name, limit.bound, 0, MAX_BOUND)
+    if isinstance(limit, Concurrency):
+        if limit.adaptive is not None:
+            _check_whole(f"{name}.adaptive.minimum", limit.adaptive.minimum, 1, max(1, limit.bound))
+        return
+    if limit.unit not in UNITS:
+        raise ConfigError(f"{name}.unit", limit.unit, f"one of {', '.join(UNITS)}")
+    if isinstance(limit, Rate):
+        _check_whole(f"{name}.window_ms", limit.window_ms, 100, 86_400_000)
+        _check_whole(f"{name}.slack_ms", limit.slack, 0, limit.window_ms)
+        return
+    try:
+        ZoneInfo(limit.zone)
+    except (ZoneInfoNotFoundError, ValueError):
+        message = "the name of a time zone, such as America/Los_Angeles"
+        raise ConfigError(f"{name}.zone", limit.zone, message) from None
+
+
+def _check_bands(bands: tuple[Band, ...]) -> None:
+    names = [band.name for band in bands]
+    if not 1 <= len(names) <= 8 or len(set(names)) != len(names):
+        raise ConfigError("bands", ", ".join(names), "1 to 8 bands of different names")
+    for band in bands:
+        if not 0 <= band.min_share <= 0.9 or not 0 <= band.headroom <= 0.9:
+            allowed = "min_share and headroom are from 0 to 0.9"
+            raise ConfigError(f"bands.{band.name}", repr(band), allowed)
+    if sum(band.min_share for band in bands) > 0.9 or sum(band.headroom for band in bands) > 0.9:
+        raise ConfigError("bands", ", ".join(names), "all shares together at most 0.9")
+
+
+def _pack_limit(limit: Limit) -> list[Any]:
+    if isinstance(limit, Concurrency):
+        least = limit.adaptive.minimum if limit.adaptive else 0
+        return ["c", limit.bound, limit.shadow, least]
+    if isinstance(limit, Rate):
+        return ["r", limit.bound, limit.shadow, limit.window_ms, limit.unit, limit.slack_ms]
+    return ["q", limit.bound, limit.shadow, limit.unit, limit.zone]
+
+
+def _unpack_limit(packed: list[Any]) -> int | Limit:
+    sort, bound, shadow, *rest = packed
+    if sort == "c" and not shadow and not rest[0]:
+        return int(bound)
+    if sort == "c":
+        return Concurrency(bound, shadow, Adaptive(rest[0]) if rest[0] else None)
+    if sort == "r":
+        return Rate(bound, rest[0], rest[1], rest[2], shadow)
+    return Quota(bound, rest[0], rest[1], shadow)

@@ -1,0 +1,436 @@
+"""SyncLimiter: the limiter for threads, on an event loop in a thread of its own.
+
+Invariants: a permit is counted until its thread leaves the `with`, also if it was lost, because a
+thread can't be cancelled; nothing is submitted to a closed loop; a forked process never uses its
+parent's connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import inspect
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, Unpack
+
+from tidegate.errors import LeaseLost, ShuttingDown, TidegateError
+from tidegate.limiter.connection import OnConflict
+from tidegate.limiter.limiter import FOR_EVER_MS, RAMP_MS, AcquireOptions, AttemptOptions, Limiter
+from tidegate.limiter.permit import Hold, Outcome, Permit
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.queue import Demand
+from tidegate.limiter.views import LocalState, Observer, Snapshot
+
+if TYPE_CHECKING:
+    from tidegate.limiter.queue import Tokens
+
+Acquire = Callable[[], AbstractAsyncContextManager[Permit | None]]
+
+
+class SyncPermit:
+    """A thread's permit. `fence`, `limits` and `waited_ms` are those of `Permit`.
+
+    lost: set when the session behind the permit is gone: end what you do, its result may not count.
+    """
+
+    __slots__ = ("_confirm", "_permit", "lost")
+
+    def __init__(
+        self, permit: Permit, lost: threading.Event, confirm: Callable[[], object]
+    ) -> None:
+        self._permit = permit
+        self._confirm = confirm
+        self.lost = lost
+
+    def __repr__(self) -> str:
+        return f"<SyncPermit {self._permit!r}>"
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        return self._permit.limits
+
+    @property
+    def fence(self) -> tuple[int, int]:
+        return self._permit.fence
+
+    @property
+    def waited_ms(self) -> float:
+        return self._permit.waited_ms
+
+    def confirm(self) -> None:
+        """Call this right before what the permit is for. Raises LeaseLost if the lease is over."""
+        self._confirm()
+
+    def settle(
+        self,
+        outcome: Outcome | str = "success",
+        tokens: int | Tokens | None = None,
+        images: int | None = None,
+    ) -> None:
+        """Remember how the call ended and what it used, as `Permit.settle`."""
+        self._permit.settle(outcome, tokens=tokens, images=images)
+
+
+class Held:
+    """A permit on its way through a thread: `enter` waits for it, `leave` gives it back.
+
+    close: called in a thread of ours when the permit is lost, or overdue (`hard_ms` after its
+        grant), or dropped: end the use if nobody is in it, and call `release` then.
+    """
+
+    def __init__(
+        self,
+        limiter: SyncLimiter,
+        acquire: Acquire,
+        *,
+        hard_ms: int | None = None,
+        close: Callable[[], object] | None = None,
+    ) -> None:
+        self._limiter = limiter
+        self._acquire = acquire
+        self._hard_ms = hard_ms
+        self._close = close
+        self._hold: Hold | None = None
+        self.lost = threading.Event()
+
+    @property
+    def failure(self) -> TidegateError | None:
+        """Why the permit is no longer good; None while it is."""
+        return None if self._hold is None else self._hold.failure
+
+    def enter(self) -> SyncPermit | None:
+        """Wait for the permit. An exception that interrupts the waiting gives the ticket back."""
+        if self._hold is not None:
+            raise RuntimeError("an acquisition can be entered once")
+        hold = self._hold = Hold(self._acquire, self._stop, hard_ms=self._hard_ms)
+        taking = self._limiter.submit(hold.take)
+        try:
+            permit = taking.result()
+        except concurrent.futures.CancelledError:
+            raise ShuttingDown("the limiter is closing") from None
+        except BaseException:
+            self._limiter.tell(hold.abandon)
+            raise
+        return None if permit is None else SyncPermit(permit, self.lost, self._confirm)
+
+    def leave(self) -> None:
+        """Give the permit back. Raises LeaseLost when it was lost before."""
+        if self._hold is None or not self._limiter.ours():
+            return
+        try:
+            self._limiter.submit(self._hold.finish).result()
+        except (ShuttingDown, concurrent.futures.CancelledError):
+            raise LeaseLost("the limiter was closed while the permit was held") from None
+
+    def release(self) -> None:
+        """Give the permit back, soon."""
+        if self._hold is not None:
+            self._limiter.tell(self._hold.release)
+
+    def drop(self) -> bool:
+        """Nobody has the permit any more: have it closed. May be called by the garbage collector.
+
+        False if it has been given back already.
+        """
+        return self._hold is not None and self._limiter.ours() and self._hold.drop()
+
+    def _confirm(self) -> None:
+        assert self._hold is not None
+        self._limiter.submit(self._hold.confirm).result()
+
+    async def _stop(self) -> None:
+        """On the limiter's loop: tell the thread, and wait until it has let go."""
+        assert self._hold is not None
+        self.lost.set()
+        if self._close is not None:
+            await asyncio.to_thread(self._close)
+        await self._hold.let_go()
+
+
+class SyncAcquisition:
+    """What `SyncLimiter.acquire` returns: enter it to wait for the permit, leave it to release."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self, limiter: SyncLimiter, acquire: Acquire) -> None:
+        self._held = Held(limiter, acquire)
+
+    def __enter__(self) -> SyncPermit:
+        permit = self._held.enter()
+        assert permit is not None
+        return permit
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._held.leave()
+        except LeaseLost:
+            if kind is None:
+                raise
+
+
+class SyncAttempt:
+    """What `SyncLimiter.try_acquire` returns: entering never waits, and may give None."""
+
+    __slots__ = ("_had", "_held")
+
+    def __init__(self, limiter: SyncLimiter, acquire: Acquire) -> None:
+        self._held = Held(limiter, acquire)
+        self._had = False
+
+    def __enter__(self) -> SyncPermit | None:
+        permit = self._held.enter()
+        self._had = permit is not None
+        return permit
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._had:
+            return
+        try:
+            self._held.leave()
+        except LeaseLost:
+            if kind is None:
+                raise
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class SyncLimiter:
+    """Permits of one pool for the threads of this process. Enter it, or call `start` and `close`.
+
+    Any number of threads may use it at once. Make one in each process: after a `fork` the child
+    has neither the thread nor the connections, and every use of it there raises RuntimeError.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool: str,
+        policy: PoolPolicy,
+        instance_id: str | None = None,
+        observer: Observer | None = None,
+        on_conflict: OnConflict = "raise",
+    ) -> None:
+        """As `Limiter`. The methods of `observer` are called on the limiter's own thread."""
+        limiter = functools.partial(Limiter, url, pool=pool, policy=policy)
+        self._limiter = limiter(instance_id=instance_id, observer=observer, on_conflict=on_conflict)
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="tidegate-limiter", daemon=True)
+        # Reentrant: a finalizer may submit in the middle of a submission.
+        self._gate = threading.RLock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._grace_ms = 0
+        self._closing = False
+        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._ended = threading.Event()
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        pool: str,
+        policy: PoolPolicy,
+        instance_id: str | None = None,
+        observer: Observer | None = None,
+        on_conflict: OnConflict = "raise",
+    ) -> Self:
+        """A limiter of `pool` at `url`, as `Limiter.from_url`."""
+        limiter = functools.partial(cls, url, pool=pool, policy=policy)
+        return limiter(instance_id=instance_id, observer=observer, on_conflict=on_conflict)
+
+    def __repr__(self) -> str:
+        return f"<SyncLimiter {self._limiter!r}>"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the thread and enter the pool. Raises ConfigError as `Limiter.start`."""
+        self._thread.start()
+        try:
+            self._started.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self, grace_ms: int = 0) -> None:
+        """End the session and join the thread; as `Limiter.aclose`.
+
+        Threads that wait get ShuttingDown. Those with a permit may leave within `grace_ms`; then
+        `permit.lost` is set, they have a second more, and leaving raises LeaseLost. In a forked
+        process this does nothing: the session is its parent's.
+        """
+        if not self.ours():
+            return
+        with self._gate:
+            self._closing, self._grace_ms = True, grace_ms
+            if self._stop is not None:
+                self.tell(self._stop.set)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            # A start that failed is told to whoever waits for it; later faults are the thread's.
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+        finally:
+            self._ended.set()
+
+    async def _serve(self) -> None:
+        stop = asyncio.Event()
+        with self._gate:
+            self._loop, self._stop = asyncio.get_running_loop(), stop
+            if self._closing:  # before it was open
+                stop.set()
+        try:
+            await self._limiter.start()
+            self._started.set_result(None)
+            await stop.wait()
+            await self._limiter.aclose(self._grace_ms)
+        finally:
+            with self._gate:
+                self._ended.set()
+            # What was submitted before becomes tasks now, which `asyncio.run` ends.
+            await asyncio.sleep(0)
+
+    def ours(self) -> bool:
+        """False in a process that was forked from the one that made this."""
+        return os.getpid() == self._pid
+
+    def submit(self, make: Callable[[], Coroutine[Any, Any, R]]) -> concurrent.futures.Future[R]:
+        """Run a coroutine on the limiter's loop. Raises ShuttingDown when that has ended."""
+        if not self.ours():
+            raise RuntimeError("this SyncLimiter belongs to the process that was forked: make one")
+        with self._gate:
+            if self._loop is None or self._ended.is_set():
+                raise ShuttingDown("the limiter has not been started, or is closed")
+            return asyncio.run_coroutine_threadsafe(make(), self._loop)
+
+    def tell(self, call: Callable[[], object]) -> None:
+        """Call on the limiter's loop; one that has ended needs no news."""
+        if not self.ours():
+            return
+        with self._gate:
+            if self._loop is not None and not self._ended.is_set():
+                self._loop.call_soon_threadsafe(call)
+
+    # -- permits
+
+    def acquire(self, *limits: str, **options: Unpack[AcquireOptions]) -> SyncAcquisition:
+        """`with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
+
+        As `Limiter.acquire`, and raises the same. An exception in the waiting thread, such as
+        KeyboardInterrupt, gives the ticket back. A thread cannot be cancelled: when the session is
+        lost, `permit.lost` is set, and leaving raises LeaseLost.
+        """
+        return SyncAcquisition(self, lambda: self._limiter.acquire(*limits, **options))
+
+    def try_acquire(self, *limits: str, **options: Unpack[AttemptOptions]) -> SyncAttempt:
+        """`with limiter.try_acquire("kind:text_only") as permit:`; None if none is free at once."""
+        return SyncAttempt(self, lambda: self._limiter.try_acquire(*limits, **options))
+
+    def limited(
+        self, *limits: str, **options: Unpack[AcquireOptions]
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorate a plain function: each call of it waits for a permit and runs while it has it.
+
+        Raises TypeError for a coroutine function or a generator: they would outlive the permit.
+        """
+
+        def decorate(function: Callable[P, R]) -> Callable[P, R]:
+            lazy = (
+                inspect.iscoroutinefunction(function)
+                or inspect.isgeneratorfunction(function)
+                or inspect.isasyncgenfunction(function)
+            )
+            if lazy:
+                raise TypeError(f"{function!r} is no plain function")
+
+            @functools.wraps(function)
+            def call(*args: P.args, **kwargs: P.kwargs) -> R:
+                with self.acquire(*limits, **options) as permit:
+                    permit.confirm()
+                    return function(*args, **kwargs)
+
+            return call
+
+        return decorate
+
+    def hold(self, demand: Demand, close: Callable[[], object]) -> Held:
+        """A permit for a use whose end another object sees; see `Held`.
+
+        It is overdue when the `hard_ms` of the demand are over.
+        """
+        return Held(
+            self, lambda: self._limiter.acquire_for(demand), hard_ms=demand.hard_ms, close=close
+        )
+
+    # -- what can be seen and changed
+
+    def run(self, ask: Callable[[Limiter], Coroutine[Any, Any, R]]) -> R:
+        """Anything else that a `Limiter` can do: `limiter.run(lambda inner: inner.history())`.
+
+        Do not acquire by it: a permit belongs to the task that asked for it.
+        """
+        return self.submit(lambda: ask(self._limiter)).result()
+
+    def local_state(self) -> LocalState:
+        """This process's part, without asking Valkey."""
+
+        async def look() -> LocalState:
+            return self._limiter.local_state()
+
+        return self.submit(look).result()
+
+    def snapshot(self) -> Snapshot:
+        """The pool as Valkey sees it. Raises LimiterUnavailable when it does not answer."""
+        return self.run(lambda limiter: limiter.snapshot())
+
+    def penalise(
+        self,
+        limit: str,
+        *,
+        for_ms: int = FOR_EVER_MS,
+        reason: str = "",
+        by: str = "",
+        ramp_ms: int = RAMP_MS,
+    ) -> bool:
+        """Pause a limit in all processes, as `Limiter.penalise`."""
+        options: dict[str, Any] = {"reason": reason, "by": by, "ramp_ms": ramp_ms}
+        return self.run(lambda limiter: limiter.penalise(limit, for_ms=for_ms, **options))
+
+    def resume(self, limit: str, *, by: str = "") -> bool:
+        """End a pause, as `Limiter.resume`."""
+        return self.run(lambda limiter: limiter.resume(limit, by=by))

@@ -1,0 +1,339 @@
+"""Topology: connections from a URL, for single servers, Sentinel, Cluster and TLS.
+
+    redis://  rediss://  unix://           the server that the URL names
+    redis+sentinel://a:26379,b/service/0   the master that the sentinels name, if it says so too
+    redis+cluster://a:6379,b               the node that owns the pool's slot, if it says so too
+
+`rediss+...` is the same over TLS. Invariants: every connect asks anew and begins with the next of
+those who may be asked, so that one who is wrong or hangs is not asked for ever; redis-py's retries
+are off, since they would hide an outage. Who is asked what is decided without I/O, by a generator
+that gets each answer or error sent in; the connection that answered last is the one sought.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Generator
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import redis.asyncio.connection
+import redis.asyncio.retry
+import redis.connection
+import redis.retry
+from redis.asyncio.connection import AbstractConnection
+from redis.backoff import NoBackoff
+from redis.connection import ConnectionInterface
+from redis.crc import key_slot
+from redis.exceptions import RedisError
+
+from tidegate.errors import ConfigError
+from tidegate.limiter._compat import close_now
+
+# Connecting takes several round trips; a lease of a few hundred ms must not make it impossible.
+MIN_CONNECT_S = 0.25
+# How often a node of a cluster may send us on to another.
+MAX_HOPS = 4
+MAX_KNOWN_NODES = 64
+
+_BASES = ("redis", "rediss", "unix")
+_SCHEMES = "is not redis, rediss, unix, redis+sentinel or redis+cluster"
+_SLOTS = ("CLUSTER", "SLOTS")
+_PORTS = {"": 0, "sentinel": 26379, "cluster": 6379}
+# Options of a connection that are ours to choose, whatever the URL says.
+_OURS = {
+    *("protocol", "decode_responses", "retry", "retry_on_timeout", "retry_on_error"),
+    *("socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections"),
+}
+
+
+class Address(NamedTuple):
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class Ask(NamedTuple):
+    """Put `command` to the server at `address`; None is the one that the URL names.
+
+    `seed` is true for one who only says whom to ask: its connection can't be the one sought.
+    """
+
+    address: Address | None
+    command: tuple[str, ...] = ()
+    seed: bool = False
+
+
+Search = Generator[Ask, Any, None]
+
+
+class Target(NamedTuple):
+    """A URL taken apart. `finder` says whom the seeds are: nobody, sentinels or cluster nodes."""
+
+    finder: str
+    seeds: tuple[Address, ...]
+    service: str
+    server_url: str
+    seed_url: str
+
+
+def read_url(url: str) -> Target:
+    """Take a URL apart. Raises ConfigError, which never shows the password in it."""
+    scheme, rest = _scheme_of(url), url.partition("://")[2]
+    base, _, finder = scheme.partition("+")
+    if finder not in _PORTS or base not in (_BASES[:2] if finder else _BASES):
+        raise _wrong(scheme, _SCHEMES)
+    if not finder:
+        return Target("", (), "", f"{scheme}://{rest}", "")
+    parts = urlsplit(f"//{rest}")
+    access, at, hosts = parts.netloc.rpartition("@")
+    try:
+        seeds = tuple(_address(host, _PORTS[finder]) for host in hosts.split(","))
+    except ValueError as error:
+        raise _wrong(scheme, "needs host:port, with commas between several") from error
+    service, _, database = parts.path.strip("/").partition("/")
+    if finder == "sentinel" and not service:
+        raise _wrong(scheme, "needs the name of the service: .../host:26379/service")
+    if finder == "cluster" and (service not in ("", "0") or database):
+        raise _wrong(scheme, "a cluster has database 0 only")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    watcher = {name: options.pop(f"sentinel_{name}", "") for name in ("username", "password")}
+    server_url = f"{base}://{access}{at}host/{database}?{urlencode(options)}"
+    if finder == "cluster":
+        return Target(finder, seeds, "", server_url, server_url)
+    options |= {name: value for name, value in watcher.items() if value}
+    return Target(finder, seeds, service, server_url, f"{base}://host?{urlencode(options)}")
+
+
+def _scheme_of(url: str) -> str:
+    """Empty where there is none: what stands in its place may hold a password."""
+    scheme, found, _ = url.partition("://")
+    # redis-py speaks to Valkey, but does not know the schemes named after it.
+    return scheme.replace("valkey", "redis", 1) if found else ""
+
+
+def owner_of(slot: int, slots: Any, asked: Address) -> Address | None:
+    """The master of a slot in an answer to CLUSTER SLOTS that `asked` gave."""
+    for first, last, master, *_ in slots:
+        if first <= slot <= last:
+            return _node(master, asked)
+    return None
+
+
+def _node(entry: Any, asked: Address) -> Address:
+    host = entry[0]
+    # A node that does not know its own name means: the one under which you asked.
+    unknown = host is None or host in (b"", b"?")
+    return Address(asked.host if unknown else host.decode(), int(entry[1]))
+
+
+def _address(text: str, port: int) -> Address:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname:
+        raise ValueError("no host")
+    return Address(parts.hostname, parts.port or port)
+
+
+def _wrong(scheme: str, why: str) -> ConfigError:
+    return ConfigError("url", f"{scheme}://(hidden)", why)
+
+
+class Server:
+    """The server of one pool, found anew at every connect. `key` is any key of the pool.
+
+    Raises ConfigError for a URL that can't be right. Not to be shared by threads.
+    """
+
+    def __init__(self, url: str, key: str) -> None:
+        self._target = read_url(url)
+        self._slot = key_slot(key.encode())
+        self._seeds = self._target.seeds
+        self._turn = 0
+        scheme = _scheme_of(url)
+        try:
+            self._make(Ask(None))
+        except ValueError as error:
+            raise _wrong(scheme, "cannot be read as a URL") from error
+        except (TypeError, RedisError) as error:
+            raise _wrong(scheme, str(error)) from error
+
+    async def connect(self, deadline_s: float) -> AbstractConnection:
+        """A new connection, within `deadline_s` or MIN_CONNECT_S.
+
+        Raises OSError, TimeoutError or RedisError. Cancelling it closes what it had opened.
+        """
+        search, answer = self._search(), None
+        connection: AbstractConnection | None = None
+        try:
+            async with asyncio.timeout(max(deadline_s, MIN_CONNECT_S)) as limit:
+                while (ask := _next(search, answer)) is not None:
+                    if connection is not None:
+                        close_now(connection)
+                    connection = self._make(ask)
+                    left_s = (limit.when() or 0.0) - asyncio.get_running_loop().time()
+                    answer = await _put(connection, ask, left_s)
+        except BaseException:
+            if connection is not None:
+                close_now(connection)
+            raise
+        assert connection is not None
+        return connection
+
+    def connect_blocking(self, timeout_s: float) -> ConnectionInterface:
+        """The same for a thread: no question is begun after `timeout_s` or MIN_CONNECT_S; the last
+        one, and each later call on the connection, may take as long again."""
+        timeout_s = max(timeout_s, MIN_CONNECT_S)
+        end_s = time.monotonic() + timeout_s
+        search, answer = self._search(), None
+        connection: ConnectionInterface | None = None
+        try:
+            while (ask := _next(search, answer)) is not None:
+                if connection is not None:
+                    connection.disconnect()  # type: ignore[no-untyped-call]
+                left_s = end_s - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError("no server of the pool was found in time")
+                connection = self._make_blocking(ask, left_s / 2 if ask.seed else timeout_s)
+                answer = _put_blocking(connection, ask)
+        except BaseException:
+            if connection is not None:
+                connection.disconnect()  # type: ignore[no-untyped-call]
+            raise
+        assert connection is not None
+        return connection
+
+    def _make(self, ask: Ask) -> AbstractConnection:
+        options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(self._url(ask)))
+        kind = options.pop("connection_class", redis.asyncio.connection.Connection)
+        # The deadlines are ours; redis-py's would cut off a subscription that has nothing to say.
+        free = {"socket_timeout": None, "socket_connect_timeout": None}
+        retry = redis.asyncio.retry.Retry(NoBackoff(), 0)
+        connection: AbstractConnection = kind(**_ours(options, ask), **free, retry=retry)
+        return connection
+
+    def _make_blocking(self, ask: Ask, timeout_s: float) -> ConnectionInterface:
+        options = dict(redis.connection.parse_url(self._url(ask)))  # type: ignore[no-untyped-call]
+        kind = options.pop("connection_class", redis.connection.Connection)
+        bounds = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+        retry = redis.retry.Retry(NoBackoff(), 0)
+        connection: ConnectionInterface = kind(**_ours(options, ask), **bounds, retry=retry)
+        return connection
+
+    def _url(self, ask: Ask) -> str:
+        return self._target.seed_url if ask.seed else self._target.server_url
+
+    def _search(self) -> Search:
+        turn, self._turn = self._turn, self._turn + 1
+        if not self._seeds:
+            return _direct()
+        first = turn % len(self._seeds)
+        seeds = self._seeds[first:] + self._seeds[:first]
+        if self._target.finder == "sentinel":
+            return _ask_sentinels(seeds, self._target.service)
+        return self._ask_nodes(seeds)
+
+    def _ask_nodes(self, seeds: tuple[Address, ...]) -> Search:
+        """The owner of our slot, as it says itself; others only say whom to ask next."""
+        problems: dict[Address, object] = {}
+        for seed in seeds:
+            node, answer = seed, (yield Ask(seed, _SLOTS, seed=True))
+            for _ in range(MAX_HOPS):
+                owner = self._owner(answer, node, problems)
+                if owner is None or owner in problems:
+                    break
+                node, answer = owner, (yield Ask(owner, _SLOTS))
+                if self._owner(answer, node, problems) == node:
+                    self._learn(answer, node)
+                    return
+        raise ConnectionError(f"no node of the cluster has our slot: {_listed(problems)}")
+
+    def _owner(
+        self, answer: Any, asked: Address, problems: dict[Address, object]
+    ) -> Address | None:
+        if isinstance(answer, Exception):
+            problems[asked] = answer
+            return None
+        owner = owner_of(self._slot, answer, asked)
+        if owner is None:
+            problems[asked] = f"nobody serves slot {self._slot}"
+        return owner
+
+    def _learn(self, slots: Any, asked: Address) -> None:
+        """The nodes that the URL names may all go; those that we saw are asked as well."""
+        seen = [_node(entry, asked) for _, _, *nodes in slots for entry in nodes]
+        known = dict.fromkeys((*self._target.seeds, *seen))
+        self._seeds = tuple(known)[:MAX_KNOWN_NODES]
+
+
+def _direct() -> Search:
+    answer = yield Ask(None)
+    if isinstance(answer, Exception):
+        raise answer
+
+
+def _ask_sentinels(sentinels: tuple[Address, ...], service: str) -> Search:
+    """Who is master, from the first sentinel whose answer is borne out by the master itself: a
+    sentinel that was cut off names a server that has been replaced."""
+    problems: dict[Address, object] = {}
+    for sentinel in sentinels:
+        question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+        answer = yield Ask(sentinel, question, seed=True)
+        if isinstance(answer, Exception) or not answer:
+            problems[sentinel] = answer or f"knows no {service}"
+            continue
+        master = Address(answer[0].decode(), int(answer[1]))
+        if master in problems:
+            continue
+        role = yield Ask(master, ("ROLE",))
+        if isinstance(role, list) and role[0] == b"master":
+            return
+        problems[master] = role if isinstance(role, Exception) else "is no master"
+    raise ConnectionError(f"no master of {service}: {_listed(problems)}")
+
+
+def _listed(problems: dict[Address, object]) -> str:
+    return "; ".join(f"{address}: {what}" for address, what in problems.items())
+
+
+def _next(search: Search, answer: Any) -> Ask | None:
+    try:
+        return search.send(answer)
+    except StopIteration:
+        return None
+
+
+def _ours(options: dict[str, Any], ask: Ask) -> dict[str, Any]:
+    """The URL's options for a connection, less those that it can't choose."""
+    kept = {name: value for name, value in options.items() if name not in _OURS}
+    if ask.address is not None:
+        kept |= {"host": ask.address.host, "port": ask.address.port}
+    return kept | {"protocol": 2}
+
+
+async def _put(connection: AbstractConnection, ask: Ask, left_s: float) -> Any:
+    """The answer, or the error; of several who may be asked one takes at most half the time."""
+    try:
+        async with asyncio.timeout(left_s / 2 if ask.command else left_s):
+            await connection.connect()  # type: ignore[no-untyped-call]
+            if not ask.command:
+                return None
+            await connection.send_command(*ask.command, check_health=False)
+            return await connection.read_response()
+    except (OSError, TimeoutError, RedisError) as error:
+        return error
+
+
+def _put_blocking(connection: ConnectionInterface, ask: Ask) -> Any:
+    try:
+        connection.connect()  # type: ignore[no-untyped-call]
+        if not ask.command:
+            return None
+        connection.send_command(*ask.command, check_health=False)  # type: ignore[no-untyped-call]
+        return connection.read_response()
+    except (OSError, RedisError) as error:
+        return error

@@ -1,0 +1,262 @@
+"""Views of a pool: snapshot of the whole pool, local state, and observer callbacks.
+
+A snapshot asks Valkey; the local state is read without I/O. Observers run on the event loop and
+must not block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgpack
+
+from tidegate.limiter.messages import InspectReply, lane_of
+from tidegate.limiter.policy import PoolPolicy
+
+State = Literal["up", "away", "recovering"]
+
+
+class Observer:
+    """Derive from it and override what you need; every method does nothing by default."""
+
+    def state_changed(self, old: State, new: State) -> None:
+        """Valkey went away, came back, or is quiet for a lease after a loss."""
+
+    def fenced(self, held: int) -> None:
+        """Our session is gone: `held` running calls were cancelled."""
+
+    def recovered(self, epoch: int) -> None:
+        """We joined a new epoch of the pool and told it what we hold."""
+
+    def admitted(self, limit: str, waited_ms: float) -> None:
+        """A waiter got its permit."""
+
+    def refused(self, limit: str, code: str) -> None:
+        """A waiter was told no; `code` is that of the error."""
+
+    def synced(self, took_ms: float, entries: int) -> None:
+        """One call of the script returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitView:
+    """One limit over all processes. `used` counts permits held, `lapsing` included, or what is
+    spent of a rate. `waiting` are the tickets that this limit holds up. `current` is the bound that
+    an adaptive limit has found. `room_in_ms`: when only time frees it, in how long. `reserved`: of
+    `used`, the estimates of calls that have not ended. `cost_ms`: how long its last calls took on
+    average, 0 while none has ended."""
+
+    limit: str
+    sort: str
+    bound: int
+    used: int
+    waiting: int
+    lapsing: int
+    current: int
+    shadowed: int
+    paused_ms: int
+    paused_by: str
+    room_in_ms: int
+    reserved: int = 0
+    cost_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A process in the pool. `blocked`: it takes no grants, being paused or unreachable."""
+
+    sid: str
+    name: str
+    left_ms: int
+    held: int
+    blocked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TenantView:
+    tenant: str
+    waiting: int
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class PermitView:
+    """A permit in use. `left_ms` is the time to its call's hard deadline."""
+
+    sid: str
+    process: str
+    ticket: int
+    seq: int
+    left_ms: int
+    band: int
+    tenant: str
+    limits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """What one process has waiting of one flow, and the limit that holds its first ticket up; None
+    while the process takes no grants."""
+
+    sid: str
+    process: str
+    band: int
+    tenant: str
+    limits: tuple[str, ...]
+    held_up_by: str | None
+    waiting: int
+    first_ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A pool as Valkey sees it. `recovering_ms` is the quiet time left after a loss."""
+
+    limits: Mapping[str, LimitView]
+    sessions: int
+    epoch: int
+    revision: int
+    recovering_ms: int
+    state: State
+    processes: tuple[SessionView, ...] = ()
+    tenants: tuple[TenantView, ...] = ()
+    queues: tuple[QueueView, ...] = ()
+    permits: tuple[PermitView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far from its turn a waiting ticket is.
+
+    held_up_by: the limit that it waits for; None while its process takes no grants. ahead: tickets
+    of its tenant before it. wait_ms: an estimate, from what calls of this flow last and from the
+    tenant's share against those who wait beside it; None where nothing is known. paused_ms and
+    paused_by: when that limit is paused.
+    """
+
+    tenant: str
+    band: int
+    limits: tuple[str, ...]
+    held_up_by: str | None
+    ahead: int
+    wait_ms: int | None
+    paused_ms: int = 0
+    paused_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """Why a ticket waits: its place, the limit that holds it up, and who has that limit."""
+
+    place: Place
+    limit: LimitView | None
+    holders: tuple[PermitView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A policy that was in force, of the last hundred. `at_ms` since 1970."""
+
+    revision: int
+    at_ms: int
+    by: str
+    policy: PoolPolicy
+
+
+def read_change(row: bytes) -> Change:
+    """An entry of a pool's history."""
+    revision, at_ms, by, blob = msgpack.unpackb(row, raw=True)[:4]
+    return Change(revision, at_ms, by.decode(), PoolPolicy.unpack(blob))
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPermit:
+    """A permit that this process holds. `left_ms` is the time to its call's hard deadline."""
+
+    seq: int
+    tenant: str
+    limits: tuple[str, ...]
+    held_ms: int
+    waited_ms: int
+    left_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalQueue:
+    """What of one flow waits in this process, and for how long its first."""
+
+    band: int
+    tenant: str
+    limits: tuple[str, ...]
+    waiting: int
+    oldest_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalState:
+    """This process alone. `held` and `waiting` count by limit, and are 0 for one that has none.
+    `silent_ms` since Valkey last confirmed our session; inf for never."""
+
+    state: State
+    held: Counter[str]
+    waiting: Counter[str]
+    silent_ms: float
+    sessions: int
+    revision: int
+    permits: int
+    waiters: int
+
+
+def read_snapshot(reply: InspectReply, state: State) -> Snapshot:
+    """The answer of `inspect` as a snapshot."""
+    names = {row[0]: row[1] for row in reply.sessions}
+    return Snapshot(
+        limits={row[0]: LimitView(*row[:13]) for row in sorted(reply.limits)},
+        sessions=sum(row[2] > 0 for row in reply.sessions),
+        epoch=reply.epoch,
+        revision=reply.revision,
+        recovering_ms=reply.recovering_ms,
+        state=state,
+        processes=tuple(
+            SessionView(sid, name, left_ms, held, bool(blocked))
+            for sid, name, left_ms, held, blocked, *_ in reply.sessions
+        ),
+        tenants=tuple(TenantView(*row[:3]) for row in sorted(reply.tenants)),
+        queues=tuple(_queue(row, names) for row in reply.queues),
+        permits=tuple(_permit(row, names) for row in sorted(reply.permits)),
+    )
+
+
+def _flow(flow: str) -> tuple[int, str, tuple[str, ...]]:
+    band, tenant, _ = flow.split("|", 2)
+    return int(band), tenant, tuple(lane_of(flow).split(" "))
+
+
+def _queue(row: list[Any], names: Mapping[str, str]) -> QueueView:
+    sid, flow, at, waiting, _stamp, member, *_ = row
+    first = int(member.split("|")[0]) if member else 0
+    return QueueView(
+        sid, names.get(sid, ""), *_flow(flow), at if at != "!" else None, waiting, first
+    )
+
+
+def _permit(row: list[Any], names: Mapping[str, str]) -> PermitView:
+    sid, ticket, seq, left_ms, flow, *_ = row
+    return PermitView(sid, names.get(sid, ""), ticket, seq, left_ms, *_flow(flow))
+
+
+def read_place(values: list[Any]) -> Place | None:
+    """The answer of `place`; None for a ticket that does not wait."""
+    found, *rest = values
+    if not found:
+        return None
+    flow, at, ahead, rivals, weight, cost_ms, bound, room_in_ms, paused_ms, said, *_ = rest
+    band, tenant, limits = _flow(flow)
+    wait_ms = None
+    if bound > 0:
+        share = weight / max(rivals, weight)
+        wait_ms = int(max(room_in_ms, paused_ms, (ahead + 1) * cost_ms / (bound * share)))
+    return Place(tenant, band, limits, at or None, int(ahead), wait_ms, paused_ms, said)

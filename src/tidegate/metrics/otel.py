@@ -1,0 +1,291 @@
+"""OpenTelemetry: spans and metrics by its conventions for generative AI.
+
+A listener of calls that have ended: spans are made then, with the times and ids that a call has
+gathered in its `Trail`, and sent by threads of the SDK. Importing this file imports the SDK (the
+extra `otel`): only `connected` does, where an endpoint is set.
+
+Invariant: a collector that is away costs a call nothing, is told of once in the log, and what waits
+for it is bounded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import (
+    MetricExportResult,
+    MetricsData,
+    PeriodicExportingMetricReader,
+)
+from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+from opentelemetry.sdk.trace.sampling import Decision
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    set_span_in_context,
+)
+
+from tidegate import __version__
+from tidegate.metrics.instruments import (
+    CALL_BUCKETS_S,
+    MOST_MODELS,
+    PROVIDERS,
+    TOKEN_BUCKETS,
+    Known,
+)
+from tidegate.telemetry.events import REFUSED, RETRIED, Observed
+from tidegate.telemetry.logging import GenAI, Log, get_logger
+from tidegate.telemetry.tracing import Parent, Trail, Try
+
+_CLOSE_WITHIN_MS = 3_000
+_SCOPE = InstrumentationScope("tidegate", __version__)
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_NS_PER_MS = 1_000_000
+
+log = get_logger()
+
+
+class Away:
+    """Whether the collector answers; said when it changes."""
+
+    def __init__(self) -> None:
+        self._away = False
+
+    def told(self, came: bool) -> None:
+        if came == self._away:
+            self._away = not came
+            if self._away:
+                log.warning(Log.COLLECTOR_AWAY)
+            else:
+                log.info(Log.COLLECTOR_BACK)
+
+
+class _Spans(OTLPSpanExporter):
+    def __init__(self, away: Away) -> None:
+        super().__init__()
+        self._told = away
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = super().export(spans)
+        self._told.told(result is SpanExportResult.SUCCESS)
+        return result
+
+
+class _Metrics(OTLPMetricExporter):
+    def __init__(self, away: Away) -> None:
+        super().__init__()
+        self._told = away
+
+    def export(
+        self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **more: Any
+    ) -> MetricExportResult:
+        result = super().export(metrics_data, timeout_millis, **more)
+        self._told.told(result is MetricExportResult.SUCCESS)
+        return result
+
+
+class Collector:
+    """The way to a collector; settings are the standard's own variables (OTEL_*)."""
+
+    def __init__(self, service: str, instance_id: str) -> None:
+        # They would say so again and again of a collector that is away.
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        resource = Resource.create(
+            {
+                "service.name": service,
+                "service.version": __version__,
+                "service.instance.id": instance_id,
+            }
+        )
+        away = Away()
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._processor = BatchSpanProcessor(_Spans(away))
+        self._provider.add_span_processor(self._processor)
+        self._resource = resource
+        self._models = Known(MOST_MODELS)
+        views = [
+            View(instrument_name=name, aggregation=ExplicitBucketHistogramAggregation(buckets))
+            for name, buckets in (
+                (GenAI.OPERATION_DURATION, CALL_BUCKETS_S),
+                (GenAI.TOKEN_USAGE, TOKEN_BUCKETS),
+                (GenAI.FIRST_CHUNK, CALL_BUCKETS_S),
+            )
+        ]
+        self._meters = MeterProvider(
+            [PeriodicExportingMetricReader(_Metrics(away))],
+            resource=resource,
+            shutdown_on_exit=False,
+            views=views,
+        )
+        meter = self._meters.get_meter("tidegate", __version__)
+        self._duration = meter.create_histogram(GenAI.OPERATION_DURATION, unit="s")
+        self._tokens = meter.create_histogram(GenAI.TOKEN_USAGE, unit="{token}")
+        self._first_chunk = meter.create_histogram(GenAI.FIRST_CHUNK, unit="s")
+
+    def samples(self, trace_id: int, parent: Parent | None) -> bool:
+        """Whether a trace is recorded: as OTEL_TRACES_SAMPLER says."""
+        context = None
+        if parent is not None:
+            flags = TraceFlags(TraceFlags.SAMPLED if parent.sampled else TraceFlags.DEFAULT)
+            spans = SpanContext(parent.trace_id, parent.span_id, is_remote=True, trace_flags=flags)
+            context = set_span_in_context(NonRecordingSpan(spans))
+        decided = self._provider.sampler.should_sample(context, trace_id, GenAI.CALL)
+        return decided.decision is Decision.RECORD_AND_SAMPLE
+
+    def take(self, batch: Sequence[Observed]) -> None:
+        """A listener of `Observers`."""
+        for one in batch:
+            if one.status != REFUSED:
+                self._measure(one)
+            if one.trail is not None and one.trail.recorded:
+                for span in self._spans_of(one, one.trail):
+                    self._processor.on_end(span)
+
+    def close(self) -> None:
+        """Send what is waiting, for a few seconds at most. Blocks: give it a thread."""
+        self._processor.force_flush(_CLOSE_WITHIN_MS)
+        self._meters.shutdown(_CLOSE_WITHIN_MS)
+        self._processor.shutdown()  # type: ignore[no-untyped-call]
+
+    def _measure(self, one: Observed) -> None:
+        if one.upstream_ms is None:
+            return
+        about: dict[str, Any] = {
+            GenAI.OPERATION: one.operation,
+            GenAI.PROVIDER: PROVIDERS.get(one.dialect, one.dialect),
+            GenAI.REQUEST_MODEL: self._models.of(one.model or "", learns=one.status == "succeeded"),
+        }
+        failed = {} if one.status == "succeeded" else {GenAI.ERROR: one.code or one.status}
+        self._duration.record(one.upstream_ms / 1000, about | failed)
+        if one.streamed and one.first_byte_ms is not None and not failed:
+            self._first_chunk.record(one.first_byte_ms / 1000, about)
+        for sort, tokens in (("input", one.input_tokens), ("output", one.output_tokens)):
+            if tokens:
+                self._tokens.record(tokens, about | {GenAI.TOKEN_TYPE: sort})
+
+    def _spans_of(self, one: Observed, trail: Trail) -> list[ReadableSpan]:
+        """The tries of an end, and the call itself once it is over."""
+        logical = SpanContext(trail.trace_id, trail.span_id, is_remote=False, trace_flags=_SAMPLED)
+        spans = [self._try(one, logical, number, tried) for number, tried in enumerate(trail.tries)]
+        if one.queue_ms is not None and trail.tries:
+            until_ns = trail.tries[0].began_ns
+            since_ns = until_ns - round(one.queue_ms * _NS_PER_MS)
+            spans.append(
+                self._span(GenAI.QUEUE, SpanKind.INTERNAL, logical, None, since_ns, until_ns)
+            )
+        if one.status != RETRIED:
+            ends = [round(one.finished_at.timestamp() * 1e9)]
+            ended_ns = max(ends + [tried.ended_ns for tried in trail.tries])
+            began_ns = ended_ns
+            if one.received_at is not None:
+                began_ns = min(round(one.received_at.timestamp() * 1e9), ended_ns)
+            spans.append(self._call(one, trail, logical, began_ns, ended_ns))
+        return spans
+
+    def _call(
+        self, one: Observed, trail: Trail, own: SpanContext, began_ns: int, ended_ns: int
+    ) -> ReadableSpan:
+        parent = None
+        if trail.parent is not None:
+            parent = SpanContext(
+                trail.trace_id, trail.parent.span_id, is_remote=True, trace_flags=_SAMPLED
+            )
+        told = _about(one) | _answered(one)
+        code = None if one.status == "succeeded" else one.code or one.status
+        name = f"{one.operation} {one.model}" if one.model else one.operation
+        return self._span(name, SpanKind.CLIENT, parent, own, began_ns, ended_ns, told, code)
+
+    def _try(self, one: Observed, logical: SpanContext, number: int, tried: Try) -> ReadableSpan:
+        own = SpanContext(logical.trace_id, tried.span_id, is_remote=False, trace_flags=_SAMPLED)
+        told = _about(one) | {
+            GenAI.REQUEST_MODEL: tried.model,
+            GenAI.UPSTREAM: tried.upstream,
+            GenAI.TRY: number + 1,
+        }
+        if tried.address:
+            host, _, port = tried.address.rpartition(":")
+            told |= {GenAI.SERVER: host, GenAI.SERVER_PORT: int(port)}
+        if tried.status:
+            told[GenAI.HTTP_STATUS] = tried.status
+        ended_ns = max(tried.ended_ns, tried.began_ns)
+        name = f"{one.operation} {tried.model}"
+        return self._span(
+            name, SpanKind.CLIENT, logical, own, tried.began_ns, ended_ns, told, tried.code
+        )
+
+    def _span(
+        self,
+        name: str,
+        kind: SpanKind,
+        parent: SpanContext | None,
+        own: SpanContext | None,
+        began_ns: int,
+        ended_ns: int,
+        attributes: dict[str, Any] | None = None,
+        code: str | None = None,
+    ) -> ReadableSpan:
+        if own is None:
+            assert parent is not None
+            span_id = self._provider.id_generator.generate_span_id()
+            own = SpanContext(parent.trace_id, span_id, is_remote=False, trace_flags=_SAMPLED)
+        given = dict(attributes or {})
+        if code is not None:
+            given[GenAI.ERROR] = code
+        return ReadableSpan(
+            name=name,
+            context=own,
+            parent=parent,
+            resource=self._resource,
+            attributes=given,
+            kind=kind,
+            status=Status(StatusCode.UNSET if code is None else StatusCode.ERROR),
+            start_time=began_ns,
+            end_time=ended_ns,
+            instrumentation_scope=_SCOPE,
+        )
+
+
+def _about(one: Observed) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        GenAI.OPERATION: one.operation,
+        GenAI.PROVIDER: PROVIDERS.get(one.dialect, one.dialect),
+        GenAI.TENANT: one.tenant_id,
+        GenAI.SOURCE: one.source,
+    }
+    if one.model:
+        told[GenAI.REQUEST_MODEL] = one.model
+    if one.streamed:
+        told[GenAI.STREAM] = True
+    return told
+
+
+def _answered(one: Observed) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        GenAI.REQUEST_ID: None if one.request_id is None else str(one.request_id),
+        GenAI.RESPONSE_ID: one.response_id,
+        GenAI.RESPONSE_MODEL: one.model_version,
+        GenAI.FINISH_REASONS: (one.finish_reason,) if one.finish_reason else None,
+        GenAI.INPUT: one.input_tokens,
+        GenAI.OUTPUT: one.output_tokens,
+        GenAI.CACHED: one.cached_tokens,
+        GenAI.CACHE_WRITES: one.cache_write_tokens,
+        GenAI.THOUGHTS: one.thoughts_tokens,
+        GenAI.QUEUE_MS: one.queue_ms,
+        GenAI.TRIES: one.attempts or None,
+    }
+    if one.streamed and one.first_byte_ms is not None:
+        values[GenAI.RESPONSE_FIRST_CHUNK] = one.first_byte_ms / 1000
+    return {name: value for name, value in values.items() if value is not None}

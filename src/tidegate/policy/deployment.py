@@ -1,0 +1,492 @@
+"""Deployment policy: `tidegate.toml` over the environment over the defaults; upstreams and routes.
+
+Upstreams come from `[upstreams.NAME]` and `[[routes]]`; GEMINI_API_KEY, OPENAI_API_KEY and
+ANTHROPIC_API_KEY each make one. Each upstream is a pool of the limiter.
+
+Invariants: a mistake is one ConfigError that names the file and the key; the file names the
+variable of a key, never the key itself.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
+from tidegate.errors import ConfigError
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.policy.format import SECTIONS, check_keys, of_plain
+from tidegate.settings import Config, Doubt, misspelt, secret, split_url
+
+DIALECTS = ("openai", "gemini", "anthropic")
+PROVIDERS: dict[str, dict[str, str]] = {
+    "gemini": {
+        "gemini": "https://generativelanguage.googleapis.com",
+        "openai": "https://generativelanguage.googleapis.com/v1beta/openai",
+    },
+    "openai": {"openai": "https://api.openai.com/v1"},
+    "anthropic": {"anthropic": "https://api.anthropic.com"},
+}
+# Whose models are known by their names, and which variable has the key.
+_OWN_MODELS = {
+    "openai": (
+        *("gpt-*", "chatgpt-*", "o1*", "o3*", "o4*", "codex-*", "ft:*", "text-embedding-3-*"),
+        *("text-embedding-ada-*", "dall-e-*", "omni-moderation-*", "whisper-*", "tts-*", "sora-*"),
+    ),
+    "anthropic": ("claude-*",),
+}
+_KEY_OF = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
+_EMULATED_MODELS = (
+    *("gemini-*", "gemma-*", "imagen-*", "veo-*", "embedding-001", "text-embedding-0*"),
+)
+_OUR_KEY = "tg_"  # an SDK's variable may hold a key of this gateway
+USUAL_AT_ONCE = 64
+_POLICY_KEYS = ("limits", "weights", "bands", "pool")
+TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
+_OWN_KEYS = ("models", "aliases", "weight", "prices", "asks_usage", *TIMEOUTS)
+_KEYS = ("provider", "base_url", "dialect", "dialects", "key", *_OWN_KEYS, *_POLICY_KEYS)
+_LONGEST_MS = 86_400_000
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+_PRICES = (
+    *("input", "output", "cached", "image", "cache_write", "cache_write_1h"),
+    *("input_audio", "input_image", "output_audio", "output_image"),
+)
+
+_IS_FROM_IT = "has its key from it"
+
+ReadSecret = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """In money per million LLM tokens; `image` in money per picture. None: not known.
+
+    cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
+    input_audio to output_image: of the tokens of input and output that are audio or images.
+    """
+
+    input: float | None = None
+    output: float | None = None
+    cached: float | None = None
+    image: float | None = None
+    cache_write: float | None = None
+    cache_write_1h: float | None = None
+    input_audio: float | None = None
+    input_image: float | None = None
+    output_audio: float | None = None
+    output_image: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """One account. base_urls: dialect -> URL without a slash at its end. key: empty where none is
+    needed. models: patterns of what it serves. aliases: a client's name for a model -> the
+    provider's. weight: its share where several serve a model. prices: pattern -> price. asks_usage:
+    whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
+    that differ from the settings."""
+
+    name: str
+    base_urls: Mapping[str, str]
+    key: str = field(repr=False)
+    models: tuple[str, ...] = ("*",)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    weight: int = 1
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    asks_usage: bool = True
+    timeouts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def pool(self) -> str:
+        return self.name
+
+    def fit(self, model: str) -> int:
+        """How closely it names `model`: 0 not at all, more for more than `*`."""
+        if model in self.aliases:
+            return 1_000
+        fits = [len(one) for one in self.models if fnmatchcase(model, one)]
+        return max(fits, default=0)
+
+    def price(self, model: str) -> Price | None:
+        """Of the pattern that names `model` most closely."""
+        fits = [one for one in self.prices if fnmatchcase(model, one)]
+        return self.prices[max(fits, key=lambda one: (one == model, len(one)))] if fits else None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A chain for the models that fit `model`: each target `(upstream, its model or None)` is
+    tried when those before it are throttled or out."""
+
+    model: str
+    targets: tuple[tuple[str, str | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """All that a policy's file says beside the limits of the pool `gemini`."""
+
+    upstreams: tuple[Upstream, ...]
+    routes: tuple[Route, ...] = ()
+    policies: Mapping[str, PoolPolicy] = field(default_factory=dict)
+
+
+def deployment_of(stated: Mapping[str, Any], config: Config, secret: ReadSecret) -> Deployment:
+    """`secret` gives the value of a variable, empty where it is not set. Raises ConfigError."""
+    tables = {
+        name: _table(f"upstreams.{name}", value)
+        for name, value in _table("upstreams", stated.get("upstreams", {})).items()
+    }
+    own = tables.pop(DEFAULT_POOL, None)
+    keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
+    tables |= {name: {} for name in _of_keys(tables, keys)}
+    found: list[Upstream] = []
+    policies = {}
+    for name, table in tables.items():
+        path = _path(name)
+        if _NAME.fullmatch(name) is None:
+            raise ConfigError(path, name, "must be lower-case letters, digits, - and _")
+        found.append(_upstream(name, table, lambda one: keys.get(one) or secret(one)))
+        policies[name] = _policy(path, table, stated)
+    if config.gemini_api_key is not None or (
+        config.emulated and (not found or config.embedded or config.tidegate_demo)
+    ):
+        found.insert(0, _of_environment(own or {}, config, found))
+    elif own is not None:
+        allowed = f"must be set: {_path(DEFAULT_POOL)} {_IS_FROM_IT}"
+        raise ConfigError("GEMINI_API_KEY", "(not set)", allowed)
+    routes = _routes(stated.get("routes", []), {one.name for one in found})
+    return Deployment(tuple(found), routes, policies)
+
+
+def _path(name: str) -> str:
+    return f"upstreams.{name}"
+
+
+def _key_in(config: Config, variable: str) -> str:
+    key = getattr(config, variable.lower())
+    return "" if key is None else str(key.get_secret_value())
+
+
+def _of_keys(tables: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -> list[str]:
+    """The upstreams that keys in the environment make, where the file has none that uses them."""
+    found = []
+    for name, variable in _KEY_OF.items():
+        is_used = name in tables or any(
+            one.get("provider") == name or one.get("key") == variable for one in tables.values()
+        )
+        if keys[variable] and not keys[variable].startswith(_OUR_KEY) and not is_used:
+            found.append(name)
+    return found
+
+
+def _of_environment(
+    table: Mapping[str, Any], config: Config, others: Sequence[Upstream]
+) -> Upstream:
+    """The account of GEMINI_API_KEY; its limits are those at the top of the file. Beside others the
+    emulator serves only what is named as models of Gemini are, and what prompts are for."""
+    path = _path(DEFAULT_POOL)
+    for key in table:
+        if key not in _OWN_KEYS:
+            allowed = (
+                f"is not for this one, which comes from GEMINI_*; known: {', '.join(_OWN_KEYS)}"
+            )
+            raise ConfigError(f"{path}.{key}", "(set)", allowed)
+    base = config.gemini_base_url.removesuffix("/v1beta")
+    key = config.gemini_api_key.get_secret_value() if config.gemini_api_key else ""
+    urls = {"gemini": base, "openai": f"{base}/v1beta/openai"}
+    if config.emulated or not config.gemini_base_url.startswith(PROVIDERS["gemini"]["gemini"]):
+        urls["anthropic"] = base  # the emulator speaks it too
+    options = _options(path, table)
+    if config.is_made_up and others:
+        ours = (config.text_model, config.multi_modal_model, config.image_model)
+        asked = dict.fromkeys((*ours, config.classifier_model))
+        more = [one for one in asked if not any(other.fit(one) > 1 for other in others)]
+        options.setdefault("models", (*_EMULATED_MODELS, *more))
+    return Upstream(DEFAULT_POOL, urls, key, **options)
+
+
+def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstream:
+    path = _path(name)
+    for key in table:
+        if key not in _KEYS:
+            raise ConfigError(f"{path}.{key}", "(set)", f"is not known; known: {', '.join(_KEYS)}")
+    options = _options(path, table)
+    provider = table.get("provider")
+    if name in _OWN_MODELS and not {"provider", "base_url", "dialects"} & table.keys():
+        provider = name
+        options.setdefault("models", _OWN_MODELS[name])
+    if provider is not None and (not isinstance(provider, str) or provider not in PROVIDERS):
+        raise ConfigError(
+            f"{path}.provider", str(provider)[:100], f"must be one of {', '.join(PROVIDERS)}"
+        )
+    urls = _urls(path, provider, table)
+    return Upstream(name, urls, _key(path, provider, table, secret), **options)
+
+
+def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str, str]:
+    """Where it is, by dialect: a `base_url` of its own takes the place of the provider's, so that
+    the key goes nowhere else."""
+    urls = {}
+    if "base_url" in table:
+        dialect = table.get("dialect", provider or DIALECTS[0])
+        if dialect not in DIALECTS:
+            raise ConfigError(
+                f"{path}.dialect", str(dialect)[:100], f"must be one of {', '.join(DIALECTS)}"
+            )
+        urls[dialect] = _rooted(dialect, _base_url(f"{path}.base_url", dialect, table["base_url"]))
+    elif "dialect" in table:
+        raise ConfigError(f"{path}.dialect", "(set)", "is for base_url, which is not set")
+    elif provider is not None:
+        urls |= PROVIDERS[provider]
+    for dialect, url in _table(f"{path}.dialects", table.get("dialects", {})).items():
+        urls[dialect] = _base_url(f"{path}.dialects.{dialect}", dialect, url)
+    if not urls:
+        raise ConfigError(f"{path}.base_url", "(not set)", "must be set, or provider or dialects")
+    return urls
+
+
+def _key(path: str, provider: str | None, table: Mapping[str, Any], secret: ReadSecret) -> str:
+    """Its value: of the variable that is named, else of the provider's usual one; empty for a
+    server that needs none."""
+    variable = table.get("key", _KEY_OF.get(provider or ""))
+    if variable is None and provider is None:
+        return ""
+    if not isinstance(variable, str) or re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) is None:
+        raise ConfigError(f"{path}.key", "(hidden)", "must be the name of the variable that has it")
+    value = secret(variable)
+    if not value:
+        raise ConfigError(variable, "(not set)", f"must be set: {path} {_IS_FROM_IT}")
+    return value
+
+
+def _rooted(dialect: str, url: str) -> str:
+    """The URL from where the relay's paths go on: of OpenAI's dialect with a version, of others
+    without."""
+    if dialect != "openai":
+        return re.sub(r"/v1(?:beta)?$", "", url)
+    return url if split_url(url).path else f"{url}/v1"
+
+
+def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "models" in table:
+        found["models"] = _texts(f"{path}.models", table["models"])
+    if "aliases" in table:
+        aliases = _table(f"{path}.aliases", table["aliases"])
+        _texts(f"{path}.aliases", list(aliases.values()))
+        found["aliases"] = dict(aliases)
+    if "weight" in table:
+        weight = table["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= 1000:
+            raise ConfigError(
+                f"{path}.weight", str(weight), "must be a whole number from 1 to 1000"
+            )
+        found["weight"] = weight
+    if "asks_usage" in table:
+        if not isinstance(table["asks_usage"], bool):
+            raise ConfigError(
+                f"{path}.asks_usage", str(table["asks_usage"]), "must be true or false"
+            )
+        found["asks_usage"] = table["asks_usage"]
+    found["timeouts"] = {
+        name: _milliseconds(f"{path}.{name}", table[name]) for name in TIMEOUTS if name in table
+    }
+    if "prices" in table:
+        prices = _table(f"{path}.prices", table["prices"])
+        found["prices"] = {
+            str(model): _price(f"{path}.prices.{model}", price) for model, price in prices.items()
+        }
+    return found
+
+
+def _milliseconds(path: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LONGEST_MS:
+        allowed = f"must be a whole number of milliseconds from 1 to {_LONGEST_MS}"
+        raise ConfigError(path, str(value), allowed)
+    return value
+
+
+def _price(path: str, value: object) -> Price:
+    table = _table(path, value)
+    for key, amount in table.items():
+        if key not in _PRICES:
+            raise ConfigError(f"{path}.{key}", str(amount), f"known: {', '.join(_PRICES)}")
+        sound = isinstance(amount, int | float) and not isinstance(amount, bool)
+        if not sound or not 0 <= amount <= 1_000_000:
+            raise ConfigError(f"{path}.{key}", str(amount), "must be an amount of money, 0 or more")
+    return Price(**{key: float(amount) for key, amount in table.items()})
+
+
+def _policy(path: str, table: Mapping[str, Any], stated: Mapping[str, Any]) -> PoolPolicy:
+    plain = {key: table[key] for key in _POLICY_KEYS if key in table}
+    plain.setdefault("limits", {"pool:total": USUAL_AT_ONCE})
+    for key in ("weights", "bands"):  # who gets how much is said once for all
+        if key in stated:
+            plain.setdefault(key, stated[key])
+    try:
+        return of_plain(plain)
+    except ConfigError as wrong:
+        raise ConfigError(f"{path}.{wrong.variable}", wrong.value, wrong.allowed) from None
+
+
+def _routes(value: object, names: set[str]) -> tuple[Route, ...]:
+    if not isinstance(value, list):
+        raise ConfigError("routes", str(value)[:100], "must be a list of tables, [[routes]]")
+    found = []
+    for place, item in enumerate(value):
+        path = f"routes[{place}]"
+        table = _table(path, item)
+        if set(table) != {"model", "try"}:
+            raise ConfigError(path, ", ".join(table), "must have `model` and `try`")
+        (model,) = _texts(f"{path}.model", [table["model"]])
+        targets = []
+        for target in _texts(f"{path}.try", table["try"]):
+            upstream, _, of_it = target.partition("/")
+            if upstream not in names:
+                allowed = (
+                    f"must be an upstream, or upstream/model; known: {', '.join(sorted(names))}"
+                )
+                raise ConfigError(f"{path}.try", target, allowed)
+            targets.append((upstream, of_it or None))
+        found.append(Route(model, tuple(targets)))
+    return tuple(found)
+
+
+def _base_url(path: str, dialect: str, url: object) -> str:
+    if dialect not in DIALECTS:
+        raise ConfigError(path, str(url), f"is not known; known: {', '.join(DIALECTS)}")
+    parts = split_url(url) if isinstance(url, str) else split_url("")
+    plain = bool(parts.hostname) and not (parts.username or parts.password or parts.query)
+    if not plain or parts.scheme not in ("http", "https"):
+        raise ConfigError(
+            path, "(hidden)", "must be an http:// or https:// URL without a user or query"
+        )
+    return str(url).rstrip("/")
+
+
+def _texts(path: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise ConfigError(path, str(value)[:100], "must be a list of texts, not empty")
+    for one in value:
+        if not 1 <= len(one) <= 200:
+            raise ConfigError(path, one[:100], "each must have 1 to 200 characters")
+    return tuple(value)
+
+
+def _table(path: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(path, str(value)[:100], "must be a table")
+    return value
+
+
+USUAL_FILE = Path("tidegate.toml")
+_NOT_OF_THE_POOL = ("upstreams", "routes")
+_LONGEST_BYTES = 1_000_000
+_ANY_ONE = (
+    "must be set when HOST is not loopback (HOST={host}), or OPENAI_API_KEY, or ANTHROPIC_API_KEY, "
+    "or an upstream in tidegate.toml; TIDEGATE_DEMO=1 allows the emulated provider"
+)
+
+
+def deployed(config: Config) -> PoolPolicy:
+    """What this deployment asks for in the pool `gemini`, as revision 1. Raises ConfigError."""
+    path = policy_file(config)
+    return of_plain(_filled({}, config)) if path is None else from_file(path, config)
+
+
+def from_file(path: Path, config: Config) -> PoolPolicy:
+    """The policy of a file; `config` fills in what it does not say. Raises ConfigError."""
+    read = _read(path)
+    stated = {key: value for key, value in read.items() if key not in _NOT_OF_THE_POOL}
+    try:
+        check_keys("", read, (*SECTIONS, *_NOT_OF_THE_POOL))
+        of_plain(stated)  # on its own first: what is wrong is then the file's
+        return of_plain(_filled(stated, config))
+    except ConfigError as wrong:
+        raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+
+
+def deployed_upstreams(config: Config) -> Deployment:
+    """The upstreams of this deployment, with their policies. Raises ConfigError."""
+    path = policy_file(config)
+    if path is None:
+        found = deployment_of({}, config, secret)
+    else:
+        try:
+            found = deployment_of(_read(path), config, secret)
+        except ConfigError as wrong:
+            raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+    if not found.upstreams:
+        raise ConfigError("GEMINI_API_KEY", "(not set)", _ANY_ONE.format(host=config.host))
+    return found
+
+
+def emulates(config: Config) -> bool:
+    """Whether the built-in emulator is to answer as Gemini: without its key, on loopback or in a
+    demonstration; beside other upstreams only where the bundled servers are in use too. Raises
+    ConfigError."""
+    names = {one.name for one in deployed_upstreams(config).upstreams} if config.emulated else ()
+    return DEFAULT_POOL in names
+
+
+def default_pool(config: Config) -> str:
+    """The pool that a command is about which names none: Gemini's, or the first upstream's where
+    there is no account of Gemini."""
+    try:
+        names = [one.name for one in deployed_upstreams(config).upstreams]
+    except ConfigError:  # such as a key that only the processes have
+        return DEFAULT_POOL
+    return DEFAULT_POOL if DEFAULT_POOL in names else names[0]
+
+
+def doubtful(config: Config) -> list[Doubt]:
+    """Names of variables that are nearly a setting's, unless the policy's file speaks of them: the
+    key of another account is no mistake. Raises ConfigError."""
+    path = policy_file(config)
+    spoken_of = "" if path is None else path.read_text(errors="replace")
+    return [one for one in misspelt() if one.name not in spoken_of]
+
+
+def policy_file(config: Config) -> Path | None:
+    """The file that states the policy, or None."""
+    if config.tidegate_policy is not None:
+        return config.tidegate_policy
+    return USUAL_FILE if USUAL_FILE.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        if len(data) > _LONGEST_BYTES:
+            allowed = f"must be a file of at most {_LONGEST_BYTES} bytes"
+            raise ConfigError(str(path), f"({len(data)} bytes)", allowed)
+        return tomllib.loads(data.decode())
+    except OSError as unreadable:
+        allowed = f"must be a readable file: {unreadable.strerror}"
+        raise ConfigError(str(path), "(file)", allowed) from None
+    except UnicodeDecodeError:
+        raise ConfigError(str(path), "(file)", "must be UTF-8 text") from None
+    except tomllib.TOMLDecodeError as broken:
+        raise ConfigError(str(path), "(file)", f"must be TOML: {broken}") from None
+
+
+def _filled(stated: dict[str, Any], config: Config) -> dict[str, Any]:
+    """`stated` with what the environment says of the rest."""
+    kinds = {Kind(kind).limit: limit for kind, limit in config.rate_limits.items()}
+    pool = {
+        "lease_ms": config.lease_ms,
+        "when_away": config.when_valkey_away,
+        "on_lost": config.on_lost,
+        "on_expiry": config.on_expiry,
+    }
+    limits = {**kinds, CLASSIFIER_LIMIT: config.classifier_limit}
+    return {
+        **stated,
+        "limits": limits | stated.get("limits", {}),
+        "pool": pool | stated.get("pool", {}),
+    }

@@ -1,0 +1,537 @@
+"""Formats of a policy: TOML, JSON, edits by key, ids of limits, text for a terminal. Pure.
+
+    pool:total  kind:text_only  model:gemini-2.5-flash  tenant:acme        concurrent calls
+    rpm:gemini-2.5-flash  tpm:total  rpd:kind/text_only  ipm:tenant/acme   a rate or a day's quota
+
+The scope of a rate says what it counts (`r` requests, `t` LLM tokens, `it` input tokens, `ot`
+output tokens, `i` images) and for how long (`ps` second, `pm` minute, `ph` hour, `pd` day, which
+ends at midnight). Its name is a model, `total`, `kind/<kind>` or `tenant/<tenant>`.
+
+Invariants: `of_plain(to_plain(policy))` is the policy; defaults are left out; a change for one
+tenant touches nothing of another's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, Kind
+from tidegate.errors import ConfigError, NotFound, PolicyChanged
+from tidegate.limiter.messages import pause_in_words, span_in_words, unit_in_words, window_in_words
+from tidegate.limiter.policy import (
+    DEFAULT_BANDS,
+    UNITS,
+    Adaptive,
+    Band,
+    Concurrency,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Rate,
+    Unit,
+    as_limit,
+)
+
+AT_ONCE = ("pool", "kind", "model", "tenant")
+TOTAL = "total"
+KIND_NAMES = (*(kind.value for kind in Kind), CLASSIFIER_LIMIT.partition(":")[2], OTHER_KIND)
+_MEASURES: dict[str, Unit] = {
+    "r": "requests",
+    "t": "tokens",
+    "it": "input_tokens",
+    "ot": "output_tokens",
+    "i": "images",
+}
+_WINDOWS_MS = {"ps": 1_000, "pm": 60_000, "ph": 3_600_000}
+_DAY = "pd"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a rate's scope stands for; `window_ms` is None for a day of the calendar."""
+
+    unit: Unit
+    window_ms: int | None
+
+
+MEASURES = {
+    f"{what}{how_long}": Measure(unit, window_ms)
+    for what, unit in _MEASURES.items()
+    for how_long, window_ms in (*_WINDOWS_MS.items(), (_DAY, None))
+}
+
+
+def whom_it_binds(limit_id: str) -> str | None:
+    """A model, `kind/<kind>`, `tenant/<tenant>` or `total`; None for what no call falls under."""
+    scope, _, name = limit_id.partition(":")
+    if scope in MEASURES or scope == "model":
+        return plain_model(name)
+    if scope == "pool":
+        return TOTAL if name == TOTAL else None
+    return f"{scope}/{name}" if scope in AT_ONCE else None
+
+
+def plain_model(model: str) -> str:
+    """A model's name without the folder that Gemini's API lists it in."""
+    return model.removeprefix("models/")
+
+
+def check_id(limit_id: str) -> None:
+    """Raises ConfigError for an id that no call of the product can fall under."""
+    scope, _, name = limit_id.partition(":")
+    if scope in MEASURES:
+        _check_rate_name(limit_id, name)
+    elif scope not in AT_ONCE:
+        known = ", ".join((*AT_ONCE, "rpm", "tpm", "rpd"))
+        raise ConfigError(
+            f"limits.{limit_id}", limit_id, f"its scope must be one of {known} and the like"
+        )
+    elif scope == "pool" and name != TOTAL:
+        raise ConfigError(f"limits.{limit_id}", limit_id, f"the pool's own limit is pool:{TOTAL}")
+    elif scope == "kind":
+        _check_kind(limit_id, name)
+    elif not name:
+        raise ConfigError(f"limits.{limit_id}", limit_id, f"{scope}: must be followed by a name")
+
+
+def _check_rate_name(limit_id: str, name: str) -> None:
+    what, slash, which = name.partition("/")
+    if not name or (slash and what in ("kind", "tenant") and not which):
+        allowed = f"must name a model, {TOTAL}, kind/<kind> or tenant/<tenant>"
+        raise ConfigError(f"limits.{limit_id}", limit_id, allowed)
+    if slash and what == "kind":
+        _check_kind(limit_id, which)
+
+
+def _check_kind(limit_id: str, name: str) -> None:
+    if name not in KIND_NAMES:
+        allowed = f"its kind must be one of {', '.join(KIND_NAMES)}"
+        raise ConfigError(f"limits.{limit_id}", limit_id, allowed)
+
+
+Plain = dict[str, Any]
+
+_CHOICES = {
+    "when_away": ("closed", "local"),
+    "on_lost": ("finish", "cancel"),
+    "on_expiry": ("reuse", "hold"),
+}
+_POOL_TYPES: dict[str, type] = {
+    "lease_ms": int,
+    "when_away": str,
+    "on_lost": str,
+    "on_expiry": str,
+    "queue_per_tenant": int,
+    "reap_closed_ms": int,
+    "hand_off": bool,
+}
+_POOL_DEFAULTS = {one.name: one.default for one in fields(PoolPolicy) if one.name in _POOL_TYPES}
+assert MISSING not in _POOL_DEFAULTS.values()
+SECTIONS = ("limits", "weights", "bands", "pool")
+_SORTS = ("concurrency", "rate", "quota")
+_KEYS: dict[str, dict[str, type]] = {
+    "concurrency": {"bound": int, "shadow": bool, "adaptive": dict},
+    "rate": {"bound": int, "shadow": bool, "unit": str, "window_ms": int, "slack_ms": int},
+    "quota": {"bound": int, "shadow": bool, "unit": str, "zone": str},
+}
+_WORDS = {int: "a whole number", bool: "true or false", str: "a text", dict: "a table"}
+
+
+def to_plain(policy: PoolPolicy) -> Plain:
+    """The policy without its revision."""
+    found: Plain = {
+        "limits": {name: plain_limit(name, policy.limits[name]) for name in sorted(policy.limits)}
+    }
+    if policy.weights:
+        found["weights"] = {tenant: policy.weights[tenant] for tenant in sorted(policy.weights)}
+    if policy.bands != DEFAULT_BANDS:
+        found["bands"] = [_plain_band(band) for band in policy.bands]
+    pool = {
+        name: getattr(policy, name)
+        for name, usual in _POOL_DEFAULTS.items()
+        if getattr(policy, name) != usual
+    }
+    return {**found, "pool": pool} if pool else found
+
+
+def of_plain(plain: Mapping[str, Any], *, revision: int = 1, strict: bool = True) -> PoolPolicy:
+    """The policy that `plain` describes.
+
+    `strict` refuses unknown keys, and limits that no call can fall under; without it they are left
+    out or kept: a record may be of a later version. Raises ConfigError with the path of the key.
+    """
+    if strict:
+        check_keys("", plain, SECTIONS)
+    limits = {
+        str(name): limit_of(str(name), value, strict=strict)
+        for name, value in _table("limits", plain.get("limits", {})).items()
+    }
+    weights = _table("weights", plain.get("weights", {}))
+    for tenant, weight in weights.items():
+        _typed(f"weights.{tenant}", weight, int)
+    return _built(
+        limits=limits,
+        weights=dict(weights),
+        bands=_bands(plain.get("bands"), strict),
+        revision=revision,
+        **_pool(_table("pool", plain.get("pool", {})), strict),
+    )
+
+
+def digest(plain: Mapping[str, Any]) -> str:
+    """The same for the same policy, whatever its order and revision."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain_limit(limit_id: str, limit: int | Limit) -> int | Plain:
+    """A limit as a number where the rest is as its scope says, else as a table."""
+    limit = as_limit(limit)
+    measure = MEASURES.get(limit_id.partition(":")[0])
+    found: Plain = {"bound": limit.bound}
+    if _sort_of(limit_id) != (sort := _sort(limit)):
+        found["type"] = sort
+    if limit.shadow:
+        found["shadow"] = True
+    if isinstance(limit, Concurrency):
+        if limit.adaptive is not None:
+            found["adaptive"] = {"minimum": limit.adaptive.minimum}
+        return found if len(found) > 1 else limit.bound
+    if limit.unit != (measure.unit if measure else "requests"):
+        found["unit"] = limit.unit
+    if isinstance(limit, Quota):
+        if limit.zone != Quota.__dataclass_fields__["zone"].default:
+            found["zone"] = limit.zone
+    else:
+        if measure is None or limit.window_ms != measure.window_ms:
+            found["window_ms"] = limit.window_ms
+        if limit.slack_ms is not None:
+            found["slack_ms"] = limit.slack_ms
+    return found if len(found) > 1 else limit.bound
+
+
+def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limit:
+    """The inverse of `plain_limit`. Raises ConfigError with the path of the key."""
+    path = f"limits.{limit_id}"
+    if strict:
+        check_id(limit_id)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"bound": value}
+    elif not isinstance(value, Mapping):
+        raise ConfigError(path, _shown(value), "must be a whole number or a table")
+    sort = value.get("type", _sort_of(limit_id))
+    if sort not in _SORTS:
+        raise ConfigError(f"{path}.type", _shown(sort), f"must be one of {', '.join(_SORTS)}")
+    if "bound" not in value:
+        raise ConfigError(f"{path}.bound", "(not set)", "must be a whole number")
+    if strict:
+        check_keys(path, value, ("type", *_KEYS[sort]))
+    given = {
+        key: _typed(f"{path}.{key}", value[key], kind)
+        for key, kind in _KEYS[sort].items()
+        if key in value
+    }
+    limit = _limit(sort, limit_id, given, strict)
+    if isinstance(limit, Concurrency) and not limit.shadow and limit.adaptive is None:
+        return limit.bound
+    return limit
+
+
+def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
+    path = f"limits.{limit_id}"
+    if sort == "concurrency":
+        adaptive = given.pop("adaptive", None)
+        if adaptive is None:
+            return Concurrency(**given)
+        if strict:
+            check_keys(f"{path}.adaptive", adaptive, ("minimum",))
+        minimum = _typed(f"{path}.adaptive.minimum", adaptive.get("minimum", 1), int)
+        return Concurrency(**given, adaptive=Adaptive(minimum))
+    measure = MEASURES.get(limit_id.partition(":")[0])
+    given.setdefault("unit", measure.unit if measure else "requests")
+    if given["unit"] not in UNITS:
+        raise ConfigError(f"{path}.unit", given["unit"], f"must be one of {', '.join(UNITS)}")
+    if sort == "quota":
+        return Quota(**given)
+    given.setdefault("window_ms", measure.window_ms if measure else None)
+    if given["window_ms"] is None:
+        raise ConfigError(f"{path}.window_ms", "(not set)", "must be a whole number")
+    return Rate(**given)
+
+
+def _sort_of(limit_id: str) -> str:
+    measure = MEASURES.get(limit_id.partition(":")[0])
+    if measure is None:
+        return "concurrency"
+    return "quota" if measure.window_ms is None else "rate"
+
+
+def _sort(limit: Limit) -> str:
+    if isinstance(limit, Concurrency):
+        return "concurrency"
+    return "rate" if isinstance(limit, Rate) else "quota"
+
+
+def _plain_band(band: Band) -> Plain:
+    found: Plain = {"name": band.name}
+    if band.min_share:
+        found["min_share"] = band.min_share
+    if band.headroom:
+        found["headroom"] = band.headroom
+    return found
+
+
+def _bands(value: object, strict: bool) -> tuple[Band, ...]:
+    if value is None:
+        return DEFAULT_BANDS
+    if not isinstance(value, list):
+        raise ConfigError("bands", _shown(value), "must be a list of tables, [[bands]]")
+    found = []
+    for place, band in enumerate(value):
+        path = f"bands[{place}]"
+        table = _table(path, band)
+        if strict:
+            check_keys(path, table, ("name", "min_share", "headroom"))
+        name = _typed(f"{path}.name", table.get("name", ""), str)
+        if not name:
+            raise ConfigError(f"{path}.name", "(not set)", "must be a text")
+        shares = {}
+        for key in ("min_share", "headroom"):
+            share = table.get(key, 0.0)
+            if isinstance(share, bool) or not isinstance(share, int | float):
+                raise ConfigError(f"{path}.{key}", _shown(share), "must be a number from 0 to 0.9")
+            shares[key] = float(share)
+        found.append(Band(name, **shares))
+    return tuple(found)
+
+
+def _pool(table: Mapping[str, Any], strict: bool) -> Plain:
+    if strict:
+        check_keys("pool", table, tuple(_POOL_TYPES))
+    found = {}
+    for name, kind in _POOL_TYPES.items():
+        if name in table:
+            found[name] = _typed(f"pool.{name}", table[name], kind)
+            if name in _CHOICES and table[name] not in _CHOICES[name]:
+                allowed = f"must be one of {', '.join(_CHOICES[name])}"
+                raise ConfigError(f"pool.{name}", table[name], allowed)
+    return found
+
+
+def _built(**named: Any) -> PoolPolicy:
+    """A PoolPolicy; its own complaints get the path that they have in the file."""
+    make: Callable[..., PoolPolicy] = PoolPolicy
+    try:
+        return make(**named)
+    except ConfigError as wrong:
+        key = wrong.variable
+        if ":" in key:
+            key = f"limits.{key}"
+        elif key in _POOL_TYPES:
+            key = f"pool.{key}"
+        raise ConfigError(key, wrong.value, wrong.allowed) from None
+
+
+def _table(path: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(path, _shown(value), "must be a table")
+    return value
+
+
+def check_keys(path: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raises ConfigError, naming all that are known, for a key that is not."""
+    for key in table:
+        if key not in known:
+            where = f"{path}.{key}" if path else str(key)
+            raise ConfigError(where, _shown(table[key]), f"is not known; known: {', '.join(known)}")
+
+
+def _typed(path: str, value: object, kind: type) -> Any:
+    if not isinstance(value, kind) and not (kind is dict and isinstance(value, Mapping)):
+        raise ConfigError(path, _shown(value), f"must be {_WORDS[kind]}")
+    if isinstance(value, bool) and kind is not bool:
+        raise ConfigError(path, _shown(value), f"must be {_WORDS[kind]}")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+_SECTIONS = ("limits", "weights", "pool")
+Edit = Callable[[Plain], Plain]
+
+
+def edit(
+    set_: Mapping[str, Any], remove: Iterable[str] = (), expected: Mapping[str, Any] | None = None
+) -> Edit:
+    """The change that sets and removes keys, of a policy that has the `expected` values of some.
+
+    Called on a policy it raises PolicyChanged where one has another value, NotFound for a key to
+    remove that is not there, and ConfigError for a key that can't be, or the limit of a kind, which
+    every call needs. Whether the values are sound is seen when the policy is read.
+    """
+    removed = list(remove)
+
+    def change(plain: Plain) -> Plain:
+        _check(plain, expected or {})
+        changed = deepcopy(plain)
+        for key in removed:
+            section, name = _place(key)
+            if name.startswith("kind:"):
+                raise ConfigError(key, "(removed)", "every kind needs its limit; 0 lets nobody in")
+            if name not in changed.get(section, {}):
+                raise NotFound(f"there is no {section}.{name}")
+            del changed[section][name]
+        for key, value in set_.items():
+            if key == "bands":
+                changed["bands"] = value
+                continue
+            section, name = _place(key)
+            changed.setdefault(section, {})[name] = value
+        return changed
+
+    return change
+
+
+def _check(plain: Plain, expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        section, name = _place(key)
+        if (now := plain.get(section, {}).get(name)) != value:
+            raise PolicyChanged(f"{section}.{name}", now)
+
+
+def _place(key: str) -> tuple[str, str]:
+    """The section and the name in it."""
+    if ":" in key.partition(".")[0]:
+        return "limits", key
+    section, _, name = key.partition(".")
+    if section not in _SECTIONS or not name:
+        allowed = "must be a limit's id, weights.<tenant>, pool.<option> or bands"
+        raise ConfigError(key, "(key)", allowed)
+    return section, name
+
+
+__all__ = ["in_words", "ms_of", "pause_in_words", "span_in_words"]
+
+_SPAN = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h|d)")
+_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def in_words(limit: int | Limit) -> str:
+    """`5 at once`, `60 requests a minute`, `1000000 input tokens a day (UTC)`."""
+    limit = as_limit(limit)
+    if isinstance(limit, Concurrency):
+        said = f"{limit.bound} at once"
+        if limit.adaptive is not None:
+            said += f", adapts itself from {limit.adaptive.minimum}"
+    else:
+        said = f"{limit.bound} {unit_in_words(limit)} {window_in_words(limit)}"
+        if isinstance(limit, Quota):
+            said += f" ({limit.zone})"
+    return f"{said}, only counted" if limit.shadow else said
+
+
+def ms_of(text: str) -> float | None:
+    """`500ms`, `30s`, `10m`, `2h` or `1d` in milliseconds; None for anything else."""
+    found = _SPAN.fullmatch(text.strip())
+    return None if found is None else float(found["number"]) * _UNITS_MS[found["unit"]]
+
+
+MOST_WEIGHT = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A tenant's part of the policy. `weight` 1 is what tenants have that are not named."""
+
+    weight: int
+    limits: dict[str, Any]
+
+
+def share_of(plain: Mapping[str, Any], tenant: str) -> Share:
+    limits = plain.get("limits", {})
+    own = {name: value for name, value in limits.items() if is_of(name, tenant)}
+    return Share(plain.get("weights", {}).get(tenant, 1), own)
+
+
+def is_of(limit_id: str, tenant: str) -> bool:
+    """Whether a limit binds this tenant: `tenant:acme`, or a rate such as `rpm:tenant/acme`."""
+    scope, _, name = limit_id.partition(":")
+    return limit_id == f"tenant:{tenant}" or (scope in MEASURES and name == f"tenant/{tenant}")
+
+
+def apart_from_tenants(plain: Plain) -> Plain:
+    """A policy without weights and without limits that bind one tenant alone."""
+    limits = {name: one for name, one in plain.get("limits", {}).items() if not _is_of_one(name)}
+    return {**{key: one for key, one in plain.items() if key != "weights"}, "limits": limits}
+
+
+def with_tenants(wanted: Plain, now: Plain) -> Plain:
+    """`wanted`, and what tenants have now that it does not name."""
+    own = {name: one for name, one in now.get("limits", {}).items() if _is_of_one(name)}
+    both = {**wanted, "limits": own | wanted.get("limits", {})}
+    if weights := now.get("weights", {}) | wanted.get("weights", {}):
+        both["weights"] = weights
+    return both
+
+
+def _is_of_one(limit_id: str) -> bool:
+    scope, _, name = limit_id.partition(":")
+    return scope == "tenant" or (scope in MEASURES and name.startswith("tenant/"))
+
+
+def share_edit(
+    tenant: str,
+    *,
+    weight: int | None = None,
+    limits: Mapping[str, Any] | None = None,
+    remove: Iterable[str] = (),
+) -> Edit | None:
+    """The change of what is given, None where nothing is; a limit of None is removed.
+
+    A limit that is removed need not be there. Raises ConfigError for a limit that is not of this
+    tenant; whether its value is sound is seen when the policy is read.
+    """
+    set_ = {name: value for name, value in (limits or {}).items() if value is not None}
+    gone = [*remove, *(name for name, value in (limits or {}).items() if value is None)]
+    for name in (*set_, *gone):
+        if not is_of(name, tenant):
+            allowed = f"must be tenant:{tenant} or a rate such as rpm:tenant/{tenant}"
+            raise ConfigError(f"limits.{name}", name, allowed)
+    if weight is not None and not 1 <= weight <= MOST_WEIGHT:
+        allowed = f"must be a whole number from 1 to {MOST_WEIGHT}"
+        raise ConfigError(f"weights.{tenant}", str(weight), allowed)
+    if weight is None and not set_ and not gone:
+        return None
+
+    def change(plain: Plain) -> Plain:
+        kept = {name: one for name, one in plain.get("limits", {}).items() if name not in gone}
+        changed = {**plain, "limits": kept | set_}
+        if weight is not None:
+            changed["weights"] = {**plain.get("weights", {}), tenant: weight}
+        return changed
+
+    return change
+
+
+def without(tenant: str) -> Edit:
+    """The change that takes all of a tenant away."""
+
+    def change(plain: Plain) -> Plain:
+        limits = plain.get("limits", {})
+        weights = plain.get("weights", {})
+        return {
+            **plain,
+            "limits": {name: one for name, one in limits.items() if not is_of(name, tenant)},
+            "weights": {name: one for name, one in weights.items() if name != tenant},
+        }
+
+    return change

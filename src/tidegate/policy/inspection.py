@@ -1,0 +1,564 @@
+"""Inspection of a running pool: overview, changes by people, and why a request waits.
+
+An owner learns what its request waits for without processes, other tenants' calls or who paused a
+limit; an operator learns these too. A job beyond the workers' windows waits for the limit at
+which jobs of the same tenant, type and model stand.
+
+Invariants: an overview is complete also while PostgreSQL is unavailable, and says so; asking
+changes nothing; every action logs who did it and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from tidegate.call import CLASSIFIER_LIMIT
+from tidegate.errors import InvalidRequest, NotFound, StoreUnavailable
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.messages import pause_in_words, span_in_words
+from tidegate.limiter.policy import MAX_BOUND, Concurrency, Limit, Rate
+from tidegate.limiter.views import (
+    LimitView,
+    PermitView,
+    Place,
+    QueueView,
+    SessionView,
+    Snapshot,
+    TenantView,
+)
+from tidegate.policy.format import MEASURES, TOTAL, in_words, plain_model, to_plain, whom_it_binds
+from tidegate.policy.rollout import PolicyKeeper
+from tidegate.store.requests import Running, RunningCall, Whereabouts
+from tidegate.store.states import Status
+from tidegate.store.tenants import Tenants
+from tidegate.telemetry.logging import Log, get_logger
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """The revision in force. Who, why and since when are None while the record is not there."""
+
+    revision: int
+    origin: str | None = None
+    set_by: str | None = None
+    reason: str | None = None
+    since: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShownLimit:
+    """A limit with what it comes to in words. For the other fields see `LimitView`; `bound` is
+    that of the policy in force, `current` what an adaptive limit has found."""
+
+    limit: str
+    words: str
+    bound: int
+    current: int
+    used: int
+    waiting: int
+    lapsing: int
+    shadowed: int
+    paused_ms: int
+    paused_by: str
+    room_in_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A pool. `recovering_ms`: nobody is let in for so long, after Valkey lost its data."""
+
+    pool: str
+    in_force: InForce
+    recovering_ms: int
+    limits: list[ShownLimit]
+    processes: list[SessionView]
+    tenants: list[TenantView]
+    queues: list[QueueView]
+    policy: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPermit:
+    """A permit in use. Request and time of admission are known of jobs; None else."""
+
+    process: str
+    session: str
+    ticket: int
+    tenant: str
+    limits: tuple[str, ...]
+    hard_deadline_ms: int
+    request_id: UUID | None = None
+    since: datetime | None = None
+
+
+class Control:
+    """One pool, through this process's limiter. Raises LimiterUnavailable while Valkey is away.
+
+    `tenants` are those on record; what they weigh and their limits are part of the pool's policy.
+    """
+
+    def __init__(
+        self, limiter: Limiter, keeper: PolicyKeeper, running: Running, tenants: Tenants
+    ) -> None:
+        self.limiter = limiter
+        self.keeper = keeper
+        self.running = running
+        self.tenants = tenants
+
+    async def overview(self, *, without_us: bool = False) -> Overview:
+        """`without_us`: this process is only there to look."""
+        snapshot = await self.limiter.snapshot()
+        policy = self.limiter.policy
+        return Overview(
+            pool=self.limiter.pool,
+            in_force=await self._in_force(snapshot.revision),
+            recovering_ms=snapshot.recovering_ms,
+            limits=[self._shown(view) for view in snapshot.limits.values()],
+            processes=[
+                one
+                for one in snapshot.processes
+                if not without_us or one.sid != self.limiter.session
+            ],
+            tenants=list(snapshot.tenants),
+            queues=list(snapshot.queues),
+            policy=to_plain(policy),
+        )
+
+    async def permits(self) -> list[ShownPermit]:
+        """Every permit in use."""
+        held = await self.limiter.permits()
+        return shown_permits(held, await self.calls())
+
+    async def calls(self) -> Mapping[tuple[str, int], RunningCall]:
+        """Whose the permits are, as far as the record knows; nothing while it is away."""
+        try:
+            return await self.running.calls(self.limiter.pool)
+        except StoreUnavailable as away:
+            log.debug(Log.STORE_AWAY, detail=away.message)
+            return {}
+
+    async def pause(self, limit: str, for_ms: int | None, *, by: str, reason: str = "") -> bool:
+        """Let nobody in under a limit for a time, or until it is resumed. False where a pause
+        that lasts longer stays. Raises NotFound."""
+        self._check_there(limit)
+        length = {} if for_ms is None else {"for_ms": for_ms}
+        paused = await self.limiter.penalise(limit, reason=reason, by=by, **length)
+        if paused:
+            log.warning(Log.LIMIT_PAUSED, limit=limit, for_ms=for_ms, by=by, reason=reason)
+        return paused
+
+    async def resume(self, limit: str, *, by: str) -> bool:
+        """End a pause; False if there was none. Raises NotFound."""
+        self._check_there(limit)
+        resumed = await self.limiter.resume(limit, by=by)
+        if resumed:
+            log.warning(Log.LIMIT_RESUMED, limit=limit, by=by)
+        return resumed
+
+    async def revoke(self, process: str, *, by: str) -> int:
+        """Take back all that a process holds whose death is certain. Raises NotFound."""
+        ended = await self.limiter.revoke(process)
+        if not ended:
+            raise NotFound(f"no process {process} is in the pool")
+        log.warning(Log.SESSION_REVOKED, session=process, by=by)
+        return ended
+
+    async def _in_force(self, revision: int) -> InForce:
+        try:
+            newest = (await self.keeper.history(1))[:1]
+        except StoreUnavailable as away:
+            log.debug(Log.STORE_AWAY, detail=away.message)
+            newest = []
+        for record in newest:
+            if record.revision == revision:
+                return InForce(
+                    revision, record.origin, record.set_by, record.reason, record.created_at
+                )
+        return InForce(revision)
+
+    def _shown(self, view: LimitView) -> ShownLimit:
+        limit = self.limiter.policy.limit(view.limit)
+        return ShownLimit(
+            limit=view.limit,
+            words=_words_of(view, limit),
+            bound=view.bound,
+            current=view.current,
+            used=view.used,
+            waiting=view.waiting,
+            lapsing=view.lapsing,
+            shadowed=view.shadowed,
+            paused_ms=view.paused_ms,
+            paused_by=view.paused_by,
+            room_in_ms=view.room_in_ms,
+        )
+
+    def _check_there(self, limit: str) -> None:
+        if self.limiter.policy.binding(limit) is None:
+            raise NotFound(f"there is no limit {limit}")
+
+
+def _words_of(view: LimitView, limit: Limit | None) -> str:
+    if limit is not None:
+        return in_words(limit)
+    return f"{view.bound}" if view.bound < MAX_BOUND else "no limit of its own"
+
+
+def shown_permits(
+    held: tuple[PermitView, ...], calls: Mapping[tuple[str, int], RunningCall]
+) -> list[ShownPermit]:
+    found = []
+    for permit in held:
+        call = calls.get((permit.process, permit.seq))
+        found.append(
+            ShownPermit(
+                process=permit.process,
+                session=permit.sid,
+                ticket=permit.ticket,
+                tenant=permit.tenant,
+                limits=permit.limits,
+                hard_deadline_ms=permit.left_ms,
+                request_id=None if call is None else call.request_id,
+                since=None if call is None else call.admitted_at,
+            )
+        )
+    return found
+
+
+def binding_limit(found: Whereabouts, snapshot: Snapshot) -> LimitView | None:
+    """The limit that a queued job waits for; None where it seems to wait for none."""
+    queues = [one for one in alike(found, snapshot) if one.held_up_by]
+    own = [one for one in queues if one.tenant == found.tenant_id]
+    if not own and found.claimed_by is None:
+        own = [one for one in queues if _binds(one.held_up_by or "", found, any_model=True)]
+    if own:
+        # Several processes may have some waiting: the one that has this job speaks first.
+        queue = max(own, key=lambda one: (one.process == found.claimed_by, one.waiting))
+        return snapshot.limits.get(queue.held_up_by or "")
+    views = [one for one in snapshot.limits.values() if _binds(one.limit, found)]
+    held = [one for one in views if one.paused_ms or one.waiting or is_full(one)]
+    if found.claimed_by is not None:  # it is not in the queue of another limit than its type's
+        held = [one for one in held if one.limit == _kind_limit(found)]
+    return max(held, key=lambda one: (one.paused_ms, one.room_in_ms, one.waiting), default=None)
+
+
+def is_full(view: LimitView) -> bool:
+    return view.used >= (view.current if view.sort == "c" else view.bound)
+
+
+def adapted_from(view: LimitView) -> int | None:
+    """The bound of an adaptive limit that has found a lower one; None of others."""
+    return view.bound if view.sort == "c" and view.current < view.bound else None
+
+
+def admitted_per_s(view: LimitView, limit: Limit | None) -> float | None:
+    """How many calls a second a full limit admits: by how long its last calls took, or by its
+    window. None while nobody knows, and of limits that count something else than calls."""
+    if view.paused_ms:
+        return None
+    if isinstance(limit, Concurrency) and view.cost_ms:
+        return view.current * 1000 / view.cost_ms
+    if isinstance(limit, Rate) and limit.unit == "requests":
+        return limit.bound * 1000 / limit.window_ms
+    return None
+
+
+def _kind_limit(found: Whereabouts) -> str:
+    # While its kind is not known it is the classifier's answer that it waits for.
+    return CLASSIFIER_LIMIT if found.kind is None else f"kind:{found.kind}"
+
+
+def alike(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueView]:
+    """What waits of the same type, and of no other model as far as that is known."""
+    kind_limit = _kind_limit(found)
+    for queue in snapshot.queues:
+        models = {model for one in queue.limits if (model := _model_of(one)) is not None}
+        other = found.model is not None and models and plain_model(found.model) not in models
+        if kind_limit in queue.limits and not other:
+            yield queue
+
+
+def _binds(limit_id: str, found: Whereabouts, *, any_model: bool = False) -> bool:
+    """Whether a job falls under a limit. `any_model`: of a job whose model is not known yet, also
+    where it is one on a model."""
+    model = _model_of(limit_id)
+    if model is not None:
+        return any_model if found.model is None else model == plain_model(found.model)
+    if limit_id == f"upstream:{found.pool}":
+        return True
+    kind = _kind_limit(found).partition(":")[2]
+    return whom_it_binds(limit_id) in (f"kind/{kind}", f"tenant/{found.tenant_id}", TOTAL)
+
+
+def _model_of(limit_id: str) -> str | None:
+    """The model that a limit is on; None of others."""
+    scope, _, name = limit_id.partition(":")
+    is_other = name == TOTAL or name.startswith(("kind/", "tenant/"))
+    if scope == "model" or (scope in MEASURES and not is_other):
+        return plain_model(name)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """What a request or ticket waits for.
+
+    sentence: the answer in words. status: of a request. process: that has it. held_up_by: the
+    limit that it waits for. ahead: tickets of its tenant before it, or requests before a job that
+    no worker has taken yet; wait_ms: an estimate; both None where they are not known. limit,
+    holders: that limit, and who has permits of it. adapted_from: the bound of that limit, where it
+    has adapted itself to less. rate_per_s: how many calls a second it admits, where that is known.
+    """
+
+    what: str
+    sentence: str
+    status: str | None = None
+    process: str | None = None
+    held_up_by: str | None = None
+    ahead: int | None = None
+    wait_ms: int | None = None
+    limit: LimitView | None = None
+    holders: tuple[ShownPermit, ...] = ()
+    adapted_from: int | None = None
+    rate_per_s: float | None = None
+
+
+async def why(control: Control, what: str) -> Reason:
+    """Of a request by its id, or of a ticket as `process/ticket`.
+
+    Raises NotFound, InvalidRequest for what is neither, LimiterUnavailable, StoreUnavailable.
+    """
+    try:
+        request_id = UUID(what)
+    except ValueError:
+        return await _why_ticket(control, what)
+    found = await control.running.whereabouts(request_id)
+    if found.status is Status.RUNNING:
+        return await _why_running(control, found)
+    if found.status is not Status.QUEUED:
+        return Reason(what, _how_it_ended(found), found.status.value)
+    return await _why_queued(control, found)
+
+
+async def _why_ticket(control: Control, what: str) -> Reason:
+    process, slash, number = what.rpartition("/")
+    if not slash or not number.isdecimal():
+        allowed = "the id of a request, or process/ticket"
+        raise InvalidRequest("what", f"{what} is neither a request nor a ticket", allowed=allowed)
+    found = await control.limiter.why(process, int(number))
+    if found is None:
+        raise NotFound(f"no ticket {number} of {process} waits")
+    place = found.place
+    holders = shown_permits(found.holders, await control.calls())
+    return Reason(
+        what,
+        _sentence_of_place(place, found.limit),
+        process=process,
+        held_up_by=place.held_up_by,
+        ahead=place.ahead,
+        wait_ms=place.wait_ms,
+        limit=found.limit,
+        holders=tuple(holders),
+    )
+
+
+async def _why_running(control: Control, found: Whereabouts) -> Reason:
+    permits = [one for one in await control.permits() if one.request_id == found.request_id]
+    sentence = f"has run for {_ago(found.admitted_at)} in {found.claimed_by}"
+    if not permits:
+        sentence += ", though its permit is not in the pool: it is being recorded, or was lost"
+    return Reason(
+        str(found.request_id),
+        sentence,
+        found.status.value,
+        found.claimed_by,
+        holders=tuple(permits),
+    )
+
+
+async def _why_queued(control: Control, found: Whereabouts) -> Reason:
+    """A job that waits: for its time, for a worker, or in a worker for a limit."""
+    what, status = str(found.request_id), found.status.value
+    if found.not_before is not None and (left := _left_ms(found.not_before)) > 0:
+        sentence = f"waits {span_in_words(left)} more before it is tried again"
+        if found.failure_code:
+            sentence += f", after {found.failure_code}"
+        return Reason(what, sentence, status)
+    if found.claimed_by is None:
+        return await _unclaimed(control, found)
+    snapshot = await control.limiter.snapshot(permits=True)
+    queues = [
+        queue
+        for queue in alike(found, snapshot)
+        if queue.process == found.claimed_by and queue.tenant == found.tenant_id
+    ]
+    if not queues:
+        return Reason(what, f"is being prepared by {found.claimed_by}", status, found.claimed_by)
+    # One process may have waiting of it in several bands: the fullest speaks for all.
+    queue = max(queues, key=lambda one: one.waiting)
+    view = snapshot.limits.get(queue.held_up_by or "")
+    place = Place(queue.tenant, queue.band, queue.limits, queue.held_up_by, queue.waiting - 1, None)
+    return Reason(
+        what,
+        _sentence_of_queue(place, view, found.claimed_by),
+        status,
+        found.claimed_by,
+        queue.held_up_by,
+        limit=view,
+        holders=tuple(await _holders(control, snapshot, queue.held_up_by)),
+        adapted_from=None if view is None else adapted_from(view),
+        rate_per_s=None if view is None else _rate(control, view),
+    )
+
+
+async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
+    """No worker has it: those that were claimed before it fill the workers' windows."""
+    snapshot = await control.limiter.snapshot(permits=True)
+    view = binding_limit(found, snapshot)
+    what, status = str(found.request_id), found.status.value
+    place = await control.running.place(found.request_id)
+    ahead = None if place is None else place - 1
+    if view is None:
+        sentence = f"has waited {_ago(found.created_at)} for a worker to take it"
+        if found.kind is None:
+            sentence = "waits for a worker that asks the classifier what it is"
+        view = snapshot.limits.get(f"kind:{found.kind}")
+        return Reason(what, sentence, status, ahead=ahead, limit=view)
+    rate = _rate(control, view)
+    wait_ms = None
+    if ahead is not None and rate:
+        wait_ms = round(max(view.room_in_ms, (ahead + 1) * 1000 / rate))
+    sentence = f"has waited {_ago(found.created_at)}: {_state(view)}"
+    if ahead is not None:
+        sentence += f"; {ahead} {'request is' if ahead == 1 else 'requests are'} ahead"
+    if rate is not None and wait_ms is not None:
+        sentence += f", at {rate:.2g}/s about {span_in_words(wait_ms)}"
+    return Reason(
+        what,
+        sentence,
+        status,
+        held_up_by=view.limit,
+        ahead=ahead,
+        wait_ms=wait_ms,
+        limit=view,
+        holders=tuple(await _holders(control, snapshot, view.limit)),
+        adapted_from=adapted_from(view),
+        rate_per_s=rate,
+    )
+
+
+def _rate(control: Control, view: LimitView) -> float | None:
+    return admitted_per_s(view, control.limiter.policy.limit(view.limit))
+
+
+async def _holders(control: Control, snapshot: Snapshot, limit: str | None) -> list[ShownPermit]:
+    held = tuple(permit for permit in snapshot.permits if limit in permit.limits)
+    return shown_permits(held, await control.calls())
+
+
+def _sentence_of_place(place: Place, view: LimitView | None) -> str:
+    sentence = _sentence(place.held_up_by, view)
+    sentence += f", {place.ahead} before it"
+    if place.wait_ms is not None:
+        sentence += f", about {span_in_words(place.wait_ms)}"
+    return sentence
+
+
+def _sentence_of_queue(place: Place, view: LimitView | None, process: str) -> str:
+    others = f"up to {place.ahead} before it there" if place.ahead else "next in line there"
+    return f"{_sentence(place.held_up_by, view)}, in {process}, {others}"
+
+
+def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
+    if held_up_by is None:
+        return "its process takes no grants: it is paused or can't be reached"
+    if view is None:
+        return f"waits for {held_up_by}"
+    of_it = f"{held_up_by}: " if view.paused_ms else ""
+    return f"waits for {of_it}{_state(view)}"
+
+
+def _state(view: LimitView) -> str:
+    """A limit, and how much of it is used or who paused it."""
+    if view.paused_ms:
+        return _paused(view)
+    if view.sort == "c":
+        before = adapted_from(view)
+        adapted = "" if before is None else f" (adapted down from {before})"
+        return f"{view.limit}: {view.used} of {view.current} are in use{adapted}"
+    room = f", room in {span_in_words(view.room_in_ms)}" if view.room_in_ms else ""
+    return f"{view.limit}: {view.used} of {view.bound} are spent{room}"
+
+
+def _paused(view: LimitView) -> str:
+    by = f" by {view.paused_by}" if view.paused_by else ""
+    return f"{view.limit} is paused{by}, {pause_in_words(view.paused_ms)}"
+
+
+def _how_it_ended(found: Whereabouts) -> str:
+    code = f" ({found.failure_code})" if found.failure_code else ""
+    return f"waits for nothing: {found.status.value}{code}, {_ago(found.finished_at)} ago"
+
+
+def _ago(at: datetime | None) -> str:
+    return "an unknown time" if at is None else span_in_words(max(0.0, -_left_ms(at)))
+
+
+def _left_ms(at: datetime) -> float:
+    return (at - datetime.now(UTC)).total_seconds() * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """`sentence` says it in words; `limit` is the id of the limit that is waited for, if it is one,
+    of whose `bound` so much is `used`. `retry_in_ms`: until it is tried again, after a failure."""
+
+    sentence: str
+    limit: str | None = None
+    used: int | None = None
+    bound: int | None = None
+    paused_ms: int | None = None
+    retry_in_ms: int | None = None
+
+
+def waiting(found: Whereabouts, snapshot: Snapshot | None, now: datetime) -> Waiting:
+    """`snapshot` is of the request's pool; None while Valkey is away."""
+    if found.status is Status.RUNNING:
+        return Waiting("is running")
+    if found.status is not Status.QUEUED:
+        return Waiting(f"has ended: {found.status.value}")
+    if found.not_before is not None and found.not_before > now:
+        left_ms = round((found.not_before - now).total_seconds() * 1000)
+        said = f"is tried again in {span_in_words(left_ms)}"
+        return Waiting(
+            f"{said}, after {found.failure_code}" if found.failure_code else said,
+            retry_in_ms=left_ms,
+        )
+    if snapshot is None:
+        return Waiting("waits until Valkey is back")
+    if snapshot.recovering_ms:
+        left = span_in_words(snapshot.recovering_ms)
+        return Waiting(f"waits {left} more, because Valkey lost its data")
+    limit = binding_limit(found, snapshot)
+    if limit is not None:
+        return _for(limit)
+    if found.claimed_by is None:
+        return Waiting("waits for a worker to take it")
+    return Waiting("is being prepared")
+
+
+def _for(view: LimitView) -> Waiting:
+    if view.paused_ms:
+        said = f"waits for {view.limit}, which is paused {pause_in_words(view.paused_ms)}"
+    elif view.sort == "c":
+        said = f"waits for {view.limit}: {view.used} of {view.current} are in use"
+    else:
+        room = f", room in {span_in_words(view.room_in_ms)}" if view.room_in_ms else ""
+        said = f"waits for {view.limit}: {view.used} of {view.bound} are spent{room}"
+    bound = view.current if view.sort == "c" else view.bound
+    return Waiting(said, view.limit, view.used, bound, view.paused_ms or None)

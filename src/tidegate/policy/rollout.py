@@ -1,0 +1,405 @@
+"""Rollout of policies: which revision is in force, and its record.
+
+A policy comes from a deployment (its file and environment) or was set live by a person. The
+rules, in order:
+- what is in force without being on record is recorded;
+- a live policy stays until another is set: it is kept over a deployment that was in force before
+it; a
+  new deployment that differs is a conflict;
+- a deployment's policy that was never in force becomes the next revision;
+- one that was in force and was replaced is an older deployment's: a conflict, nothing more;
+- changes for single tenants leave a deployment's policy the deployment's.
+
+Invariants: a change is on record before it is in force; revisions only grow; two policies of one
+revision are equal; while PostgreSQL is unavailable the policy in force stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
+from tidegate.policy.format import (
+    Plain,
+    apart_from_tenants,
+    digest,
+    of_plain,
+    to_plain,
+    with_tenants,
+)
+from tidegate.store.policies import Policies
+from tidegate.store.records import PolicyRecord
+from tidegate.telemetry.logging import Log, get_logger
+
+
+class Origin(StrEnum):
+    """Where a policy comes from."""
+
+    DEPLOYMENT = "deployment"
+    LIVE = "live"
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One policy as it is on record, or is to be put there. asked: the digest of what its
+    deployment asks for, where tenants were given more since; else empty."""
+
+    number: int
+    origin: Origin
+    policy: Plain
+    set_by: str
+    reason: str = ""
+    asked: str = ""
+
+    @property
+    def digest(self) -> str:
+        return digest(self.policy)
+
+    @property
+    def asked_digest(self) -> str:
+        return self.asked or self.digest
+
+    @property
+    def pool_policy(self) -> PoolPolicy:
+        """Raises ConfigError for a record of a later version that can't be read."""
+        return of_plain(self.policy, revision=self.number, strict=False)
+
+
+class Conflict(StrEnum):
+    """Why a deployment's policy is not in force. `KEPT` is no fault: what was set live goes on."""
+
+    KEPT = "the limits that were set live are kept"
+    LIVE = "the policy in force was set live"
+    OLDER = "this deployment's policy was in force before and has been replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`new` are to be put on record, in order; `force` is to be in force after that."""
+
+    force: Revision
+    new: tuple[Revision, ...] = ()
+    conflict: Conflict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the limiter has in force, and who put it there as far as it knows."""
+
+    policy: PoolPolicy
+    set_by: str = ""
+
+    @property
+    def number(self) -> int:
+        return self.policy.revision
+
+    @property
+    def plain(self) -> Plain:
+        return to_plain(self.policy)
+
+
+def start(head: Revision | None, seen: bool, found: Found, wanted: Plain, set_by: str) -> Decision:
+    """What a process that starts with the policy `wanted` does.
+
+    `head`: the newest on record. `seen`: whether `wanted` was a deployment's at any time.
+    """
+    ours = Revision(found.number, Origin.DEPLOYMENT, wanted, set_by)
+    if head is None and found.plain == wanted:
+        return Decision(ours, (ours,))
+    adopted = adopt(head, found)
+    now = adopted or head
+    assert now is not None
+    new = (adopted,) if adopted else ()
+    if now.asked_digest != now.digest:
+        both = with_tenants(wanted, now.policy)
+        ours = Revision(found.number, Origin.DEPLOYMENT, both, set_by, asked=digest(wanted))
+    if now.digest == ours.digest:
+        conflict = None
+    elif now.origin is Origin.LIVE:
+        conflict = Conflict.KEPT if seen else Conflict.LIVE
+    elif seen:
+        conflict = Conflict.OLDER
+    else:
+        conflict = None
+        now = replace(ours, number=max(now.number, found.number) + 1)
+        new = (*new, now)
+    return _enforced(now, new, found, conflict)
+
+
+def watch(head: Revision | None, found: Found) -> Decision:
+    """What a process does now and then: the record and the limiter have the same in force."""
+    adopted = adopt(head, found)
+    now = adopted or head
+    assert now is not None
+    return _enforced(now, (adopted,) if adopted else (), found, None)
+
+
+def change(
+    head: Revision | None,
+    found: Found,
+    edit: Callable[[Plain], Plain],
+    *,
+    set_by: str,
+    reason: str,
+    origin: Origin = Origin.LIVE,
+    asked: str = "",
+) -> Decision:
+    """What a person's change does; nothing where it changes nothing. `asked`: see `Revision`.
+
+    Raises what `edit` raises, and ConfigError for a policy that is not sound.
+    """
+    decided = watch(head, found)
+    now = decided.force
+    policy = to_plain(of_plain(edit(now.policy)))
+    if digest(policy) == now.digest and (origin is now.origin or origin is Origin.LIVE):
+        return decided
+    is_deployed = origin is Origin.LIVE and now.origin is Origin.DEPLOYMENT
+    if is_deployed and apart_from_tenants(policy) == apart_from_tenants(now.policy):
+        origin, asked = now.origin, now.asked_digest
+    number = max(now.number, found.number) + 1
+    changed = Revision(number, origin, policy, set_by, reason, asked)
+    return Decision(changed, (*decided.new, changed))
+
+
+def adopt(head: Revision | None, found: Found) -> Revision | None:
+    """What is in force but not on record. It was set live, unless there is no record at all: then
+    it is from before there were records, and a deployment's."""
+    if head is None:
+        reason = "in force before there was a record"
+        return Revision(found.number, Origin.DEPLOYMENT, found.plain, _who(found), reason)
+    if found.number <= head.number:
+        return None
+    policy = found.plain
+    if digest(policy) == head.digest:
+        return replace(head, number=found.number, set_by=_who(found), reason="found in force")
+    return Revision(found.number, Origin.LIVE, policy, _who(found), "found in force")
+
+
+def _who(found: Found) -> str:
+    return found.set_by or "unknown"
+
+
+def _enforced(
+    now: Revision, new: tuple[Revision, ...], found: Found, conflict: Conflict | None
+) -> Decision:
+    """`now` as it is to be in force: with a higher number, where the limiter has another one."""
+    # As this version reads the record: a later one may have put more into it.
+    if now.number == found.number and found.plain != to_plain(now.pool_policy):
+        reason = f"revision {now.number} had another meaning in the limiter"
+        now = replace(now, number=now.number + 1, reason=reason)
+        new = (*new, now)
+    return Decision(now, new, conflict)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What changes from one to the other, a line for each key: `limits.kind:text_only: 5 -> 2`."""
+    old, new = _flat(before), _flat(after)
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            lines.append(f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}")
+    return lines
+
+
+def _flat(plain: Mapping[str, Any]) -> dict[str, object]:
+    """Each limit, weight, band and option of the pool under its path."""
+    found: dict[str, object] = {}
+    for section in ("limits", "weights", "pool"):
+        found |= {f"{section}.{key}": value for key, value in plain.get(section, {}).items()}
+    if "bands" in plain:
+        found["bands"] = plain["bands"]
+    return found
+
+
+_WATCH_S = 10.0
+_RETRY_S = 1.0
+_DIFFERENCES_SHOWN = 20
+
+log = get_logger()
+
+
+async def policy_to_start_with(policies: Policies, pool: str, wanted: PoolPolicy) -> PoolPolicy:
+    """What is on record as in force; `wanted` while nothing is, or it can't be read.
+
+    A Valkey that has just lost everything thus starts with the limits that were in force.
+    """
+    try:
+        record = await policies.newest(pool)
+        if record is not None:
+            return revision_of(record).pool_policy
+    except StoreUnavailable as away:
+        log.debug(Log.STORE_AWAY, detail=away.message)
+    except ConfigError as unreadable:
+        log.warning(Log.LIMITS_CONFLICT, reason=f"the record can't be read: {unreadable.message}")
+    return wanted
+
+
+class PolicyKeeper:
+    """One per process, beside its limiter. `wanted` is what this deployment asks for."""
+
+    def __init__(
+        self, limiter: Limiter, policies: Policies, *, wanted: PoolPolicy, set_by: str
+    ) -> None:
+        self.wanted = wanted
+        self.settled = asyncio.Event()  # what becomes of this deployment's policy is decided
+        self._limiter = limiter
+        self._policies = policies
+        self._set_by = set_by
+
+    async def run(self) -> None:
+        """Put this deployment's policy in force if it is new; then watch, for ever.
+
+        Waits for Valkey and PostgreSQL where they are away.
+        """
+        await self._limiter.joined()
+        settle = self._start
+        while True:
+            pause_s = _WATCH_S
+            try:
+                await settle()
+                settle = self._watch
+                self.settled.set()
+            except StoreUnavailable as away:
+                log.debug(Log.STORE_AWAY, detail=away.message)
+                pause_s = _RETRY_S
+            except ConfigError as unreadable:
+                log.warning(
+                    Log.LIMITS_CONFLICT, reason=f"the record can't be read: {unreadable.message}"
+                )
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR)
+            await asyncio.sleep(pause_s)
+
+    async def change(
+        self,
+        edit: Callable[[Plain], Plain],
+        *,
+        set_by: str,
+        reason: str = "",
+        origin: Origin = Origin.LIVE,
+        asked: str = "",
+    ) -> Revision:
+        """Put what `edit` makes of the policy on record and in force; returns what is in force.
+
+        In force everywhere as soon as Valkey knows it. Raises what `edit` raises, ConfigError for
+        a policy that is not sound, and StoreUnavailable, after which it may be on record
+        nevertheless: the processes then put it in force within some seconds.
+        """
+        found = await self._found()
+        return await self._decided(
+            "",
+            lambda head, _: change(
+                head, found, edit, set_by=set_by, reason=reason, origin=origin, asked=asked
+            ),
+        )
+
+    async def adopt_wanted(self, *, set_by: str, reason: str = "") -> Revision:
+        """Put this deployment's own policy in force, whatever was set live; but what tenants were
+        given, and it does not name, stays. As `change` else."""
+        wanted = to_plain(self.wanted)
+        return await self.change(
+            partial(with_tenants, wanted),
+            set_by=set_by,
+            reason=reason,
+            origin=Origin.DEPLOYMENT,
+            asked=digest(wanted),
+        )
+
+    async def history(self, most: int) -> list[PolicyRecord]:
+        """What was in force, the newest first. Raises StoreUnavailable."""
+        return await self._policies.history(self._limiter.pool, most)
+
+    async def _start(self) -> None:
+        found, wanted = await self._found(), to_plain(self.wanted)
+        await self._decided(
+            digest(wanted),
+            lambda head, seen: start(head, seen, found, wanted, self._set_by),
+        )
+
+    async def _watch(self) -> None:
+        newest = await self._policies.newest(self._limiter.pool)
+        if newest is None or newest.revision != self._limiter.policy.revision:
+            found = await self._found()
+            await self._decided("", lambda head, _: watch(head, found))
+
+    async def _found(self) -> Found:
+        """What the limiter has in force, with who put it there where Valkey can say so."""
+        try:
+            changes = await self._limiter.history()
+        except LimiterUnavailable:
+            changes = []
+        policy = self._limiter.policy
+        by = next((one.by for one in changes if one.revision == policy.revision), "")
+        return Found(policy, by)
+
+    async def _decided(
+        self, seen_digest: str, decide: Callable[[Revision | None, bool], Decision]
+    ) -> Revision:
+        decided: list[Decision] = []
+
+        def under_lock(newest: PolicyRecord | None, seen: bool) -> Sequence[PolicyRecord]:
+            decided[:] = [decide(None if newest is None else revision_of(newest), seen)]
+            return [record_of(revision) for revision in decided[0].new]
+
+        await self._policies.decide(self._limiter.pool, seen_digest, under_lock)
+        decision = decided[0]
+        await self._put_in_force(decision)
+        return decision.force
+
+    async def _put_in_force(self, decision: Decision) -> None:
+        force, before = decision.force, self._limiter.policy
+        if force.number > before.revision:
+            await self._limiter.set_policy(force.pool_policy, by=force.set_by)
+            log.warning(
+                Log.LIMITS_CHANGED,
+                revision=force.number,
+                origin=force.origin.value,
+                set_by=force.set_by,
+                changes=differences(to_plain(before), force.policy)[:_DIFFERENCES_SHOWN],
+            )
+        if decision.conflict is not None:
+            self._tell(decision.conflict, force)
+
+    def _tell(self, conflict: Conflict, force: Revision) -> None:
+        """That this deployment's policy is not in force. What was set live is expected to stay."""
+        wanted = to_plain(self.wanted)
+        about = {"revision": force.number, "set_by": force.set_by, "reason": conflict.value}
+        if conflict is Conflict.KEPT:
+            differing = differences(wanted, force.policy)[:_DIFFERENCES_SHOWN]
+            log.info(Log.LIVE_LIMITS_KEPT, **about, differs=differing)
+        else:
+            differing = differences(force.policy, wanted)[:_DIFFERENCES_SHOWN]
+            log.warning(Log.LIMITS_CONFLICT, **about, differs=differing)
+
+
+def revision_of(record: PolicyRecord) -> Revision:
+    return Revision(
+        number=record.revision,
+        origin=Origin(record.origin),
+        policy=record.policy,
+        set_by=record.set_by,
+        reason=record.reason,
+        asked=record.digest,
+    )
+
+
+def record_of(revision: Revision) -> PolicyRecord:
+    return PolicyRecord(
+        revision=revision.number,
+        origin=revision.origin.value,
+        digest=revision.asked_digest,
+        policy=revision.policy,
+        set_by=revision.set_by,
+        reason=revision.reason,
+    )
+
+
+__all__ = ["PolicyKeeper", "deployed", "deployed_upstreams", "emulates", "policy_to_start_with"]

@@ -1,1 +1,0 @@
-"""Those who answer: one module per upstream dialect, and the emulator."""

@@ -1,0 +1,394 @@
+"""Charts of a rehearsal: curves, SVG, text and an HTML page that loads nothing. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import ceil, log10
+
+from tidegate.rehearse.report import Findings, LimitUse, Sample, Table
+
+OTHERS = "all others"
+MOST_CURVES = 5
+_STEPS = (1.0, 2.0, 5.0, 10.0)
+_TIME_STEPS_MS = tuple(
+    seconds * 1000
+    for seconds in (
+        *(0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600),
+        *(7200, 10800, 21600, 43200, 86400, 172800, 604800),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """`values` belong to the moments of a drawing."""
+
+    name: str
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One policy: its moments in ms, who waits by tenant, and the use of limits as parts of 1."""
+
+    name: str
+    moments: Sequence[float]
+    waiting: Sequence[Curve]
+    used: Sequence[Curve]
+
+    @property
+    def waiting_at_once(self) -> list[float]:
+        """Over all tenants."""
+        whole = [0.0] * len(self.moments)
+        for curve in self.waiting:
+            whole = [one + more for one, more in zip(whole, curve.values, strict=True)]
+        return whole
+
+
+def drawing_of(found: Findings) -> Drawing:
+    """The tenants that wait most, and the limits that matter most, apart; the rest together."""
+    samples = found.samples
+    return Drawing(
+        found.name, [sample.at_ms for sample in samples], _waiting(samples), _used(found, samples)
+    )
+
+
+def _waiting(samples: Sequence[Sample]) -> list[Curve]:
+    total: Counter[str] = Counter()
+    for sample in samples:
+        total.update(sample.waiting)
+    named = [tenant for tenant, waits in total.most_common() if waits]
+    if len(named) > MOST_CURVES:
+        named = named[: MOST_CURVES - 1]
+    curves = [_curve(one, samples, lambda s, one=one: s.waiting.get(one, 0)) for one in named]  # type: ignore[misc]
+    if len(named) < sum(waits > 0 for waits in total.values()):
+        few = set(named)
+
+        def rest(sample: Sample) -> float:
+            return sum(waits for tenant, waits in sample.waiting.items() if tenant not in few)
+
+        curves.append(_curve(OTHERS, samples, rest))
+    return curves
+
+
+def _used(found: Findings, samples: Sequence[Sample]) -> list[Curve]:
+    limits = [one for one in found.limits if one.bound and one.peak]
+    limits.sort(key=lambda one: (-one.held_up, -one.used, one.limit))
+
+    def curve(one: LimitUse) -> Curve:
+        return _curve(one.limit, samples, lambda sample: sample.used[one.limit] / one.bound)
+
+    return [curve(one) for one in limits[:MOST_CURVES]]
+
+
+def _curve(name: str, samples: Sequence[Sample], value: Callable[[Sample], float]) -> Curve:
+    return Curve(name, [value(sample) for sample in samples])
+
+
+def round_up(value: float) -> float:
+    """The least of 1, 2 and 5 times a power of ten that is no less."""
+    if value <= 1:
+        return 1.0
+    power = 10.0 ** int(log10(value))
+    return next(step * power for step in _STEPS if step * power >= value * (1 - 1e-9))
+
+
+def time_ticks_ms(end_ms: float, most: int) -> list[float]:
+    """Moments from 0 on, evenly apart and easy to read, at most so many and one more."""
+    step_ms = next((one for one in _TIME_STEPS_MS if end_ms / one <= most), None)
+    if step_ms is None:
+        step_ms = ceil(end_ms / most / 604_800_000) * 604_800_000.0
+    return [number * step_ms for number in range(int(end_ms / step_ms) + 1)]
+
+
+def moment_in_words(at_ms: float) -> str:
+    """`0`, `500 ms`, `45 s`, `10 min`, `1 h 30`, `2 d`."""
+    if at_ms < 1000:
+        return f"{at_ms:.0f} ms" if at_ms else "0"
+    if at_ms < 120_000:
+        return f"{at_ms / 1000:g} s"
+    minutes = round(at_ms / 60_000, 1)
+    if minutes < 120:
+        return f"{minutes:g} min"
+    hours, minutes = divmod(round(at_ms / 60_000), 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02}" if minutes else f"{hours} h"
+    return f"{hours / 24:g} d"
+
+
+_WIDTH, _PANEL_HEIGHT = 960, 220
+_LEFT, _RIGHT, _TOP, _GAP, _LEGEND = 64, 24, 78, 72, 24
+# A line with more points than this is a thicket.
+_MOST_POINTS = 120
+# Told apart by people who do not see all colours (Okabe and Ito).
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+_STYLE = """
+.tg{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-size:13px}
+.tg .ground{fill:#fff}.tg text{fill:#333}.tg .quiet{fill:#666}
+.tg .head{font-size:16px;font-weight:600;fill:#111}.tg .row{font-size:14px;font-weight:600}
+.tg .name{font-weight:600}
+.tg .grid{stroke:#e4e4e4}.tg .axis{stroke:#999}
+@media (prefers-color-scheme:dark){
+.tg .ground{fill:#16181c}.tg text{fill:#d5d7da}.tg .quiet{fill:#9aa0a6}.tg .head{fill:#fff}
+.tg .grid{stroke:#2c3036}.tg .axis{stroke:#666}}
+"""
+
+
+def svg_of(title: str, drawings: Sequence[Drawing]) -> str:
+    """Who waits, and how much of the limits is used: for one policy above one another, for several
+    side by side, a row for each; all on the same scales."""
+    end_ms = max((one.moments[-1] for one in drawings), default=0.0) or 1.0
+    top = round_up(max((max(one.waiting_at_once) for one in drawings), default=0.0))
+    alone = len(drawings) == 1
+    between = (_WIDTH - _LEFT - _RIGHT - _GAP) / 2
+    width = _WIDTH - _LEFT - _RIGHT if alone else between
+    row = _PANEL_HEIGHT + _LEGEND + _GAP
+    parts = []
+    for number, one in enumerate(drawings):
+        y = _TOP + _LEGEND + number * row
+        if not alone:
+            parts.append(
+                f'<text class="row" x="{_LEFT}" y="{y - 46:.0f}">{escape(one.name)}</text>'
+            )
+        frame = _Frame(_LEFT, y, width, end_ms, one.moments, top)
+        parts += frame.panel("Waiting", "{:,.0f}")
+        parts += frame.stacked(one.waiting)
+        x, y = (_LEFT, y + row) if alone else (_LEFT + between + _GAP, y)
+        frame = _Frame(x, y, width, end_ms, one.moments, 1.0)
+        parts += frame.panel("In use", "{:.0%}")
+        parts += frame.lines(one.used)
+    height = _TOP + row * max(2 if alone else 1, len(drawings))
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="tg" viewBox="0 0 {_WIDTH} {height}" '
+        f'role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+        f'<rect class="ground" width="{_WIDTH}" height="{height}"/>',
+        f'<text class="head" x="{_LEFT}" y="26">{escape(title)}</text>',
+    ]
+    return "\n".join([*head, *parts, "</svg>", ""])
+
+
+class _Frame:
+    """One panel: where it stands, and its scales."""
+
+    def __init__(
+        self,
+        left: float,
+        top: float,
+        width: float,
+        end_ms: float,
+        moments: Sequence[float],
+        most: float,
+    ) -> None:
+        self.left = left
+        self.top = top
+        self.width = width
+        self.bottom = top + _PANEL_HEIGHT
+        self._end_ms = end_ms
+        self._moments = moments
+        self._most = most
+
+    def x(self, at_ms: float) -> float:
+        return self.left + at_ms / self._end_ms * self.width
+
+    def y(self, value: float) -> float:
+        # What is over a limit would leave the panel.
+        return self.bottom - min(1.08, value / self._most) * (_PANEL_HEIGHT - 8)
+
+    def panel(self, name: str, form: str) -> Iterable[str]:
+        """Its name, grid and axes."""
+        y = self.top - 26
+        yield f'<text class="name" x="{self.left:.0f}" y="{y:.0f}">{escape(name)}</text>'
+        for part in (0, 0.25, 0.5, 0.75, 1.0):
+            y = self.y(self._most * part)
+            style = "grid" if part else "axis"
+            right = self.left + self.width
+            yield (
+                f'<line class="{style}" x1="{self.left:.0f}" x2="{right:.0f}" '
+                f'y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+            if part in (0, 0.5, 1.0):
+                label = form.format(self._most * part)
+                yield (
+                    f'<text class="quiet" text-anchor="end" x="{self.left - 8:.0f}" '
+                    f'y="{y + 4:.1f}">{label}</text>'
+                )
+        for at_ms in time_ticks_ms(self._end_ms, max(2, int(self.width / 110))):
+            x = self.x(at_ms)
+            yield (
+                f'<text class="quiet" text-anchor="middle" x="{x:.1f}" '
+                f'y="{self.bottom + 18:.0f}">{moment_in_words(at_ms)}</text>'
+            )
+
+    def stacked(self, curves: Sequence[Curve]) -> Iterable[str]:
+        """One area on the other."""
+        below = [0.0] * len(self._moments)
+        for number, curve in enumerate(curves):
+            above = [one + more for one, more in zip(below, curve.values, strict=True)]
+            there = [f"{self.x(at):.1f},{self.y(v):.1f}" for at, v in self._at(above)]
+            back = [f"{self.x(at):.1f},{self.y(v):.1f}" for at, v in reversed(self._at(below))]
+            yield (
+                f'<polygon fill="{_colour(number)}" fill-opacity=".75" '
+                f'points="{" ".join([*there, *back])}">'
+                f"<title>{escape(curve.name)}</title></polygon>"
+            )
+            below = above
+        yield from self._legend(curves)
+
+    def lines(self, curves: Sequence[Curve]) -> Iterable[str]:
+        """The one that matters most is drawn last, over the others; means of neighbours."""
+        for number, curve in reversed(list(enumerate(curves))):
+            points = " ".join(
+                f"{self.x(at):.1f},{self.y(v):.1f}" for at, v in _thinned(self._at(curve.values))
+            )
+            yield (
+                f'<polyline fill="none" stroke="{_colour(number)}" stroke-width="1.8" '
+                f'stroke-linejoin="round" points="{points}"><title>{escape(curve.name)}</title>'
+                "</polyline>"
+            )
+        yield from self._legend(curves)
+
+    def _at(self, values: Sequence[float]) -> list[tuple[float, float]]:
+        return list(zip(self._moments, values, strict=True))
+
+    def _legend(self, curves: Sequence[Curve]) -> Iterable[str]:
+        x = self.left
+        for number, curve in enumerate(curves):
+            wide = 30 + 7.2 * len(curve.name)
+            if x + wide > self.left + self.width + _GAP / 2:
+                return
+            y = self.top - 10
+            yield (
+                f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="11" height="11" rx="2" '
+                f'fill="{_colour(number)}"/>'
+                f'<text x="{x + 16:.0f}" y="{y:.0f}">{escape(curve.name)}</text>'
+            )
+            x += wide
+
+
+def _thinned(points: list[tuple[float, float]]) -> Iterable[tuple[float, float]]:
+    together = -(-len(points) // _MOST_POINTS)
+    for first in range(0, len(points), together):
+        some = points[first : first + together]
+        yield sum(at for at, _ in some) / len(some), sum(value for _, value in some) / len(some)
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+_HEIGHT = 6
+_LABEL = 8
+_TICK = 14
+NARROWEST, WIDEST = 40, 110
+
+
+def chart_of(drawings: Sequence[Drawing], width: int) -> str:
+    """How many wait; for one policy below it the use of the limit that holds up most, for several
+    each with a chart of its own, all on one scale. `width` is in letters."""
+    width = max(NARROWEST, min(width, WIDEST)) - _LABEL - 2
+    end_ms = max((one.moments[-1] for one in drawings), default=0.0)
+    top = round_up(max((max(one.waiting_at_once) for one in drawings), default=0.0))
+    lines: list[str] = []
+    for one in drawings:
+        of_it = f", {one.name}" if len(drawings) > 1 else ""
+        lines += [
+            f"Waiting{of_it}",
+            *_area(one, one.waiting_at_once, top, f"{top:,.0f}", end_ms, width),
+        ]
+        if one.used and len(drawings) == 1:
+            curve = one.used[0]
+            lines += ["", f"In use of {curve.name}"]
+            lines += _area(one, curve.values, max(1.0, *curve.values), "100 %", end_ms, width)
+        lines.append(_axis(end_ms, width))
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _area(
+    drawing: Drawing,
+    values: Sequence[float],
+    top: float,
+    label: str,
+    end_ms: float,
+    width: int,
+) -> list[str]:
+    shown = _columns(drawing, values, end_ms, width)
+    # What is there at all is seen.
+    levels = [max(int(value > 0), round(min(1.0, value / top) * _HEIGHT * 8)) for value in shown]
+    lines = []
+    for row in range(_HEIGHT - 1, -1, -1):
+        cells = "".join(_EIGHTHS[max(0, min(8, level - row * 8))] for level in levels)
+        named = label if row == _HEIGHT - 1 else "0" if row == 0 else ""
+        lines.append(f"{named:>{_LABEL}} ┤{cells}".rstrip())
+    return lines
+
+
+def _columns(drawing: Drawing, values: Sequence[float], end_ms: float, width: int) -> list[float]:
+    """The greatest value of each column; one without a moment of its own continues the last."""
+    columns: list[float | None] = [None] * width
+    for at_ms, value in zip(drawing.moments, values, strict=True):
+        place = min(width - 1, int(at_ms / end_ms * width)) if end_ms else 0
+        columns[place] = max(value, columns[place] or 0.0)
+    # Sampling ends with the last call.
+    ended = max((n for n, value in enumerate(columns) if value is not None), default=0)
+    found: list[float] = []
+    for number, seen in enumerate(columns):
+        before = found[-1] if found and number < ended else 0.0
+        found.append(before if seen is None else seen)
+    return found
+
+
+def _axis(end_ms: float, width: int) -> str:
+    line, words = ["─"] * width, [" "] * (width + _TICK)
+    for at_ms in time_ticks_ms(end_ms, max(2, width // _TICK)):
+        place = min(width - 1, round(at_ms / end_ms * (width - 1))) if end_ms else 0
+        line[place] = "┬"
+        label = moment_in_words(at_ms)
+        begin = min(place, width - len(label))
+        words[begin : begin + len(label)] = label
+    indent = " " * _LABEL
+    return f"{indent} └{''.join(line)}\n{indent}  {''.join(words).rstrip()}"
+
+
+_PAGE_STYLE = """
+:root{color-scheme:light dark}
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;margin:2rem auto;
+max-width:62rem;padding:0 1rem;color:#222;background:#fff}
+svg{width:100%;height:auto}h1{font-size:1.4rem}h2{font-size:1.05rem;margin:2rem 0 .5rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .9rem .3rem 0;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
+td.figure,th.figure{text-align:right}
+@media (prefers-color-scheme:dark){body{color:#d5d7da;background:#16181c}
+th,td{border-color:#33373d}}
+"""
+
+
+def page_of(title: str, sentence: str, svg: str, tables: Sequence[Table]) -> str:
+    """HTML."""
+    parts = [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{escape(title)}</title>",
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        f"<style>{_PAGE_STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1><p>{escape(sentence)}</p>{svg}",
+    ]
+    for table in tables:
+        parts.append(f'<h2>{escape(table.title)}</h2><div class="scroll"><table><thead><tr>')
+        figures = [table.holds_figures(number) for number in range(len(table.columns))]
+        parts += [_cell("th", *cell) for cell in zip(table.columns, figures, strict=True)]
+        parts.append("</tr></thead><tbody>")
+        for row in table.rows:
+            cells = (_cell("td", *cell) for cell in zip(row, figures, strict=True))
+            parts.append(f"<tr>{''.join(cells)}</tr>")
+        parts.append("</tbody></table></div>")
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _cell(tag: str, text: str, figure: bool) -> str:
+    kind = ' class="figure"' if figure else ""
+    return f"<{tag}{kind}>{escape(text)}</{tag}>"

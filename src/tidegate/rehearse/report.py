@@ -1,0 +1,567 @@
+"""Report of a rehearsal: waits, shares, refusals, utilisation, the binding limit. Pure.
+
+Invariant: each call counts once in its group; a figure without a basis is None, never 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tidegate.admission.demand import Demand
+from tidegate.checker import Event, shares
+from tidegate.limiter.messages import span_in_words
+from tidegate.limiter.model.pool import PoolModel
+from tidegate.limiter.policy import Concurrency, PoolPolicy, Rate, as_limit
+from tidegate.limiter.queue import Tokens, Waiter, amount_of
+from tidegate.policy.format import in_words
+from tidegate.rehearse.load import Arrival
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call. `refused` is the code of the refusal, `at` the limit that held it up then."""
+
+    arrival: Arrival
+    asked_ms: float
+    limits: tuple[str, ...]
+    demand: Demand | None = None
+    waiter: Waiter | None = None
+    began_ms: float | None = None
+    ended_ms: float | None = None
+    refused: str | None = None
+    at: str | None = None
+
+    @property
+    def waited_ms(self) -> float:
+        return 0.0 if self.began_ms is None else self.began_ms - self.asked_ms
+
+    @property
+    def queued(self) -> bool:
+        """It found no room when it came."""
+        return self.waiter is not None and self.waiter.stamp > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One moment: what is used of each limit, and how many wait, by tenant and by the limit that
+    holds them up."""
+
+    at_ms: float
+    used: Mapping[str, int]
+    waiting: Mapping[str, int]
+    held_up: Mapping[str, int]
+
+
+@dataclass(slots=True)
+class Use:
+    """Of one limit: `area` is calls at once times ms, or the amount that was used of a rate, while
+    the load lasted."""
+
+    open: int = 0
+    peak: int = 0
+    area: float = 0.0
+    since_ms: float = 0.0
+
+
+@dataclass(slots=True)
+class Tally:
+    policy: PoolPolicy
+    span_ms: float = 0.0
+    since_ms: float = 0.0
+    end_ms: float = 0.0
+    calls: list[Call] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    uses: dict[str, Use] = field(default_factory=dict)
+
+    def begin(self, span_ms: float) -> None:
+        """The load begins now, and lasts so long."""
+        self.span_ms = span_ms
+        self.uses = {name: Use() for name in self.policy.limits}
+
+    def end(self, now_ms: float) -> None:
+        self.end_ms = now_ms - self.since_ms
+        for use in self.uses.values():
+            self._to(use, self.end_ms)
+
+    def asked(self, call: Call) -> None:
+        call.asked_ms -= self.since_ms
+        self.calls.append(call)
+
+    def refused(self, call: Call, now_ms: float, code: str, at: str | None) -> None:
+        call.refused, call.at = code, at
+        call.ended_ms = now_ms - self.since_ms
+
+    def began(self, call: Call, now_ms: float) -> None:
+        call.began_ms = now_ms - self.since_ms
+        arrival = call.arrival
+        for name in call.limits:
+            use, limit = self.uses[name], as_limit(self.policy.limits[name])
+            if isinstance(limit, Concurrency):
+                self._to(use, call.began_ms)
+                use.open += 1
+                use.peak = max(use.peak, use.open)
+            elif call.began_ms <= self.span_ms:
+                tokens = Tokens(arrival.input_tokens, arrival.output_tokens)
+                use.area += amount_of(limit.unit, tokens, arrival.images) or 0
+
+    def ended(self, call: Call, now_ms: float) -> None:
+        call.ended_ms = now_ms - self.since_ms
+        for name in call.limits:
+            if isinstance(as_limit(self.policy.limits[name]), Concurrency):
+                use = self.uses[name]
+                self._to(use, call.ended_ms)
+                use.open -= 1
+
+    def look(self, now_ms: float, model: PoolModel, wall_ms: int) -> None:
+        """Take a sample of the pool."""
+        model.now = max(model.now, wall_ms)
+        used, waiting, held_up = {}, Counter[str](), Counter[str]()
+        for name in self.policy.limits:
+            limit = model.limit(name)
+            used[name] = model.spent(limit) if limit.is_rate else limit.used
+            if limit.is_rate:
+                use = self.uses[name]
+                use.peak = max(use.peak, used[name])
+        for session in model.sessions.values():
+            for queue in session.queues.values():
+                waiting[queue.flow.tenant] += len(queue.tickets)
+                if queue.at is not None:
+                    held_up[queue.at] += len(queue.tickets)
+        self.samples.append(Sample(now_ms - self.since_ms, used, waiting, held_up))
+
+    def _to(self, use: Use, at_ms: float) -> None:
+        """Count what is open up to a moment, as far as the load lasts."""
+        until_ms = min(at_ms, self.span_ms)
+        if until_ms > use.since_ms:
+            use.area += use.open * (until_ms - use.since_ms)
+            use.since_ms = until_ms
+
+
+DAY_MS = 86_400_000
+# Whoever binds holds up at least this part of all waiting.
+BINDS = 0.05
+# Shares are told of so much time, at the least, in which all tenants wanted more.
+_TOGETHER_S = 1.0
+_MOST_TENANTS = 40
+_REASONS = {
+    "deadline_exceeded": "deadline",
+    "limit_used_up": "used up",
+    "queue_full": "queue full",
+    "impossible": "impossible",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """From arrival to admission, in ms, of the calls that were let in; None where none was."""
+
+    mean_ms: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    longest_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The calls of one tenant, or of one kind. `refused`: reason -> how many. `share` is the part
+    that it had of the scarcest limit while all tenants wanted more, `ideal` that by its weight."""
+
+    name: str
+    calls: int
+    admitted: int
+    queued: int
+    refused: dict[str, int]
+    waits: Waits
+    share: float | None = None
+    ideal: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """One figure over all plays."""
+
+    mean: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpread:
+    """Of the calls of one tenant, or of all, whose name is empty. Waits are in ms; None where in
+    some play no call was let in."""
+
+    name: str
+    mean_ms: Spread | None
+    p95_ms: Spread | None
+    refused: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class LimitUse:
+    """used: the part of it that was used while the load lasted. peak: the most at one moment.
+    held_up: its part of all waiting. refused: calls that were refused while it held them up."""
+
+    limit: str
+    words: str
+    bound: int
+    used: float
+    peak: int
+    held_up: float
+    refused: int
+
+    @property
+    def binds(self) -> bool:
+        return self.held_up >= BINDS or self.refused > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """One policy under one load.
+
+    span_ms: from the first arrival to the last. end_ms: when the last call had ended.
+    queued: calls that found no room and were let in later, each a 429 that nobody gets.
+    shares_of: the limit on calls at once whose shares are told, that which holds up most; None
+        where the tenants hardly ever wanted more of it together.
+    samples: used and waiting over time. plays: how often it was played; spreads: over all plays,
+        of all calls and then of each tenant's, where there was more than one.
+    """
+
+    name: str
+    calls: int
+    admitted: int
+    queued: int
+    span_ms: float
+    end_ms: float
+    refused: dict[str, int]
+    waits: Waits
+    tenants: list[Group]
+    kinds: list[Group]
+    limits: list[LimitUse]
+    shares_of: str | None
+    samples: list[Sample]
+    plays: int = 1
+    spreads: list[GroupSpread] = field(default_factory=list)
+
+    @property
+    def binding(self) -> list[str]:
+        """The limits that bind, the one that holds up most first."""
+        found = [one for one in self.limits if one.binds]
+        found.sort(key=lambda one: (-one.held_up, -one.refused, one.limit))
+        return [one.limit for one in found]
+
+
+def findings_of(name: str, tally: Tally) -> Findings:
+    """What a tally comes to."""
+    calls, policy = tally.calls, tally.policy
+    whole = _group("", calls)
+    limits = _uses(tally)
+    shares_of, parts = _shares(calls, policy, limits)
+    return Findings(
+        name=name,
+        calls=len(calls),
+        admitted=whole.admitted,
+        queued=whole.queued,
+        span_ms=tally.span_ms,
+        end_ms=tally.end_ms,
+        refused=whole.refused,
+        waits=whole.waits,
+        tenants=_groups(calls, lambda call: call.arrival.tenant, parts),
+        kinds=_groups(calls, lambda call: call.arrival.kind, {}),
+        limits=limits,
+        shares_of=shares_of,
+        samples=tally.samples,
+    )
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """By the nearest rank, of values in order."""
+    rank = -(-len(ordered) * percent // 100)
+    return ordered[max(0, int(rank) - 1)]
+
+
+def waits_of(waits_ms: Iterable[float]) -> Waits:
+    ordered = sorted(waits_ms)
+    if not ordered:
+        return Waits(None, None, None, None, None)
+    mean_ms = sum(ordered) / len(ordered)
+    p50, p95, p99 = (percentile(ordered, one) for one in (50, 95, 99))
+    return Waits(mean_ms, p50, p95, p99, ordered[-1])
+
+
+def _groups(
+    calls: Sequence[Call],
+    name_of: Callable[[Call], str],
+    parts: dict[str, tuple[float, float]],
+) -> list[Group]:
+    found: dict[str, list[Call]] = {}
+    for call in calls:
+        found.setdefault(name_of(call), []).append(call)
+    return [_group(name, found[name], parts.get(name)) for name in sorted(found)]
+
+
+def _group(name: str, calls: Sequence[Call], part: tuple[float, float] | None = None) -> Group:
+    admitted = [call for call in calls if call.began_ms is not None]
+    refused = Counter(
+        _REASONS.get(call.refused, call.refused) for call in calls if call.refused is not None
+    )
+    return Group(
+        name=name,
+        calls=len(calls),
+        admitted=len(admitted),
+        queued=sum(call.queued for call in admitted),
+        refused=dict(sorted(refused.items())),
+        waits=waits_of(call.waited_ms for call in admitted),
+        share=part[0] if part else None,
+        ideal=part[1] if part else None,
+    )
+
+
+def _shares(
+    calls: Sequence[Call], policy: PoolPolicy, limits: Sequence[LimitUse]
+) -> tuple[str | None, dict[str, tuple[float, float]]]:
+    """Which limit, and tenant -> (share, ideal)."""
+    at_once = [one for one in limits if isinstance(policy.limit(one.limit), Concurrency)]
+    scarce = max(at_once, key=lambda one: one.held_up, default=None)
+    if scarce is None or not scarce.held_up:
+        return None, {}
+    theirs = [call for call in calls if scarce.limit in call.limits]
+    tenants = sorted({call.arrival.tenant for call in theirs})
+    if not 2 <= len(tenants) <= _MOST_TENANTS:
+        return None, {}
+    weights = {tenant: policy.weights.get(tenant, 1) for tenant in tenants}
+    seen = shares(_events(theirs), weights)
+    if seen.together_s < _TOGETHER_S:
+        return None, {}
+    whole = sum(weights.values())
+    return scarce.limit, {one: (seen.shares[one], weights[one] / whole) for one in tenants}
+
+
+def _events(calls: Sequence[Call]) -> list[Event]:
+    """As an upstream would tell them that also sees who waits."""
+    found = []
+    for number, call in enumerate(calls):
+        tenant = call.arrival.tenant
+
+        def event(at_ms: float, what: str, number: int = number, tenant: str = tenant) -> Event:
+            return Event(round(at_ms * 1e6), what, "", number, tenant)  # type: ignore[arg-type]
+
+        found.append(event(call.asked_ms, "ask"))
+        if call.began_ms is not None:
+            found.append(event(call.began_ms, "begin"))
+        if call.ended_ms is not None:
+            found.append(event(call.ended_ms, "end" if call.began_ms is not None else "leave"))
+    # What has no length keeps its order: the sort is stable.
+    return sorted(found, key=lambda one: one.at_ns)
+
+
+def _uses(tally: Tally) -> list[LimitUse]:
+    held_up: Counter[str] = Counter()
+    for sample in tally.samples:
+        held_up.update(sample.held_up)
+    refused = Counter(call.at for call in tally.calls if call.refused is not None)
+    everything = held_up.total() or 1
+    return [
+        LimitUse(
+            limit=name,
+            words=in_words(limit),
+            bound=as_limit(limit).bound,
+            used=_used(tally.policy, name, tally.uses[name], tally.span_ms),
+            peak=tally.uses[name].peak,
+            held_up=held_up[name] / everything,
+            refused=refused[name],
+        )
+        for name, limit in tally.policy.limits.items()
+    ]
+
+
+def _used(policy: PoolPolicy, name: str, use: Use, span_ms: float) -> float:
+    """The part of what the limit gives in that time."""
+    limit = policy.limit(name)
+    assert limit is not None
+    if limit.bound == 0:
+        return 0.0
+    if isinstance(limit, Concurrency):
+        return use.area / (limit.bound * span_ms) if span_ms else 0.0
+    window_ms = limit.window_ms if isinstance(limit, Rate) else DAY_MS
+    # A load shorter than its window may use what a whole one gives.
+    return use.area / (limit.bound * max(1.0, span_ms / window_ms))
+
+
+_FIGURE = re.compile(r"-|[\d.,]+( ?(ms|s|min|h|%|days?))?( \d+ (s|min))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    right_from: int | None = None
+
+    def holds_figures(self, number: int) -> bool:
+        """Whether a column is best set to the right; `right_from` says so of all from there on."""
+        if self.right_from is not None:
+            return number >= self.right_from
+        cells = [row[number] for row in self.rows]
+        return any(cells) and all(not cell or _FIGURE.fullmatch(cell) for cell in cells)
+
+
+def tables_of(found: Sequence[Findings]) -> list[Table]:
+    """All that is to be said of one policy, or what of several differs."""
+    if len(found) == 1:
+        [one] = found
+        return [
+            _limits(one),
+            _group_tables("Tenants", "tenant", one.tenants, shares=one.shares_of),
+            _group_tables("Kinds", "kind", one.kinds),
+            *([_spreads(one)] if one.spreads else []),
+        ]
+    return [_side_by_side(found)]
+
+
+def sentence_of(found: Findings) -> str:
+    """What happened, for people."""
+    said = [title_of(found)]
+    if found.refused:
+        refused = sum(found.refused.values())
+        why = ", ".join(f"{many:,} {reason}" for reason, many in found.refused.items())
+        said.append(f"{refused:,} refused ({why})")
+    if found.queued:
+        said.append(f"{found.queued:,} found no room and waited: 429s that nobody got")
+    else:
+        said.append("none had to wait")
+    binding = found.binding
+    if len(binding) > 1:
+        said.append(f"{', '.join(binding[:-1])} and {binding[-1]} bind")
+    else:
+        said.append(f"{binding[0]} binds" if binding else "no limit binds")
+    late_ms = found.end_ms - found.span_ms
+    if late_ms > 0.2 * found.span_ms and found.queued:
+        said.append(f"what waited was done {span_in_words(late_ms)} after the last arrival")
+    return "; ".join(said) + "."
+
+
+def title_of(found: Findings) -> str:
+    """Of what load."""
+    return f"{found.calls:,} calls in {span_in_words(found.span_ms)}"
+
+
+def milliseconds(value: float | None) -> str:
+    """`0`, `12 ms`, `3.4 s`, `2 min 5 s`."""
+    if value is None:
+        return "-"
+    if 1000 <= value < 60_000:
+        return f"{value / 1000:.1f} s"
+    return "0" if value < 2 else span_in_words(value)
+
+
+def _limits(found: Findings) -> Table:
+    columns = ("limit", "", "used", "peak", "held up", "refused", "")
+    ordered = sorted(found.limits, key=lambda one: -one.held_up)
+    return Table("Limits", columns, [_limit_row(one) for one in ordered])
+
+
+def _limit_row(one: LimitUse) -> tuple[str, ...]:
+    return (
+        one.limit,
+        one.words,
+        f"{one.used:.0%}",
+        f"{one.peak:,}",
+        f"{one.held_up:.0%}" if one.held_up else "",
+        f"{one.refused:,}" if one.refused else "",
+        "binds" if one.binds else "",
+    )
+
+
+def _group_tables(
+    title: str, column: str, groups: Sequence[Group], shares: str | None = None
+) -> Table:
+    columns: tuple[str, ...] = (
+        column,
+        "calls",
+        "waited",
+        "refused",
+        "p50",
+        "p95",
+        "p99",
+        "longest",
+    )
+    rows: list[tuple[str, ...]] = [_group_row(one) for one in groups]
+    if shares:
+        columns += (f"share of {shares}", "by weight")
+        rows = [
+            (*row, _part(one.share), _part(one.ideal))
+            for row, one in zip(rows, groups, strict=True)
+        ]
+    return Table(title, columns, rows)
+
+
+def _group_row(one: Group) -> tuple[str, ...]:
+    waits = one.waits
+    return (
+        one.name,
+        f"{one.calls:,}",
+        f"{one.queued:,}",
+        f"{sum(one.refused.values()):,}",
+        *map(milliseconds, (waits.p50_ms, waits.p95_ms, waits.p99_ms, waits.longest_ms)),
+    )
+
+
+def _spreads(found: Findings) -> Table:
+    columns = ("tenant", "mean wait", "from", "to", "p95", "from", "to", "refused", "from", "to")
+    rows: list[tuple[str, ...]] = [
+        (
+            spread.name or "(all)",
+            *_spread(spread.mean_ms, milliseconds),
+            *_spread(spread.p95_ms, milliseconds),
+            *_spread(spread.refused, "{:,.0f}".format),
+        )
+        for spread in found.spreads
+    ]
+    return Table(f"Over {found.plays} plays, each call moved a little", columns, rows)
+
+
+def _spread(one: Spread | None, told: Callable[[float], str]) -> tuple[str, str, str]:
+    return ("-",) * 3 if one is None else (told(one.mean), told(one.lowest), told(one.highest))
+
+
+def _side_by_side(found: Sequence[Findings]) -> Table:
+    rows = [
+        ("refused", *(f"{sum(one.refused.values()):,}" for one in found)),
+        ("waited", *(f"{one.queued:,}" for one in found)),
+        *(
+            (f"wait {name}", *(milliseconds(getattr(one.waits, field)) for one in found))
+            for name, field in (("p50", "p50_ms"), ("p95", "p95_ms"), ("p99", "p99_ms"))
+        ),
+    ]
+    for what, of in (("tenant", "tenants"), ("kind", "kinds")):
+        groups: list[list[Group]] = [getattr(one, of) for one in found]
+        if len(groups[0]) < 2:
+            continue
+        for number, group in enumerate(groups[0]):
+            cells = (milliseconds(some[number].waits.p95_ms) for some in groups)
+            rows.append((f"wait p95, {what} {group.name}", *cells))
+            if what == "tenant" and found[0].spreads:
+                ranges = (_range(some.spreads[number + 1].p95_ms) for some in found)
+                rows.append((f"  over {found[0].plays} plays", *ranges))
+            if any(some[number].refused for some in groups):
+                refused = (f"{sum(some[number].refused.values()):,}" for some in groups)
+                rows.append((f"refused, {what} {group.name}", *refused))
+    names = list(dict.fromkeys(limit.limit for one in found for limit in one.limits))
+    for name in names:
+        uses = [{limit.limit: limit for limit in one.limits}.get(name) for one in found]
+        if any(use and use.used for use in uses):
+            rows.append((f"used of {name}", *(_part(use.used if use else None) for use in uses)))
+    rows.append(("binds", *("\n".join(one.binding) or "nothing" for one in found)))
+    return Table(title_of(found[0]), ("", *(one.name for one in found)), rows, right_from=1)
+
+
+def _range(one: Spread | None) -> str:
+    return "-" if one is None else f"{milliseconds(one.lowest)} to {milliseconds(one.highest)}"
+
+
+def _part(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

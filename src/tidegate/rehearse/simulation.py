@@ -1,0 +1,473 @@
+"""Simulation of a load under a policy: the executable model of the limiter in virtual time.
+
+Nothing is measured or contacted: the specification that the property tests hold the scripts to is
+driven by the product's own sessions and queues. A trace can be played several times with each
+call moved a little, because the order of simultaneous arrivals decides who waits.
+
+Invariants: the same arrivals, policy and setting give the same result; a process sends what the
+exchange loop would send, at the same moments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+from itertools import count, cycle
+from random import Random
+
+from tidegate.admission.demand import Demand, Demands
+from tidegate.admission.estimator import Modality
+from tidegate.call import Usage
+from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
+from tidegate.limiter.connection import LINGER_IDLE_S, LINGER_S
+from tidegate.limiter.limiter import MAX_WAITERS, Desk
+from tidegate.limiter.messages import SyncReply, SyncRequest
+from tidegate.limiter.model.pool import PoolModel
+from tidegate.limiter.policy import MAX_LEASE_MS, PoolPolicy
+from tidegate.limiter.queue import Demand as LimiterDemand
+from tidegate.limiter.queue import Flow, Holding, Ledger, Tokens
+from tidegate.limiter.session import Clock, Lease, Session
+from tidegate.limiter.views import Observer
+from tidegate.rehearse.load import Arrival
+from tidegate.rehearse.report import Call, Findings, Group, GroupSpread, Spread, Tally, findings_of
+
+_PULSE_MS = MAX_LEASE_MS / 3
+
+
+class _Told(asyncio.Future[Holding]):
+    """The outcome of a wait, told at once: nobody awaits it."""
+
+    def __init__(self, process: Process, call: Call) -> None:
+        super().__init__(loop=process.stage.loop)
+        self._process = process
+        self._call = call
+
+    def set_result(self, result: Holding, /) -> None:
+        super().set_result(result)
+        self._process.admitted(self._call, result)
+
+    def set_exception(self, exception: type[BaseException] | BaseException, /) -> None:
+        super().set_exception(exception)
+        self.exception()
+        assert isinstance(exception, AdmissionError)
+        self._process.refused(self._call, exception)
+
+
+class Process:
+    """See the module."""
+
+    def __init__(self, stage: Stage, name: str) -> None:
+        self.stage = stage
+        self.ready = False
+        self._demands = Demands(kinds_optional=stage.setting.kinds_optional)
+        self._asking: Call | None = None
+        self._busy = False
+        self._waking = False
+        self._linger: Timer | None = None
+        self._alarms: dict[str, Timer] = {}
+        self.ledger = Ledger(self._new_future)
+        self.session = Session(
+            stage.policy,
+            self.ledger,
+            Observer(),
+            Lease(stage.policy.lease_ms, lambda: stage.now_ms),
+            name=name,
+            wake=self._kick,
+            alarm=self._alarm,
+            settled=self._settled,
+        )
+        self.session.sid = name  # by which ties are broken: the same in every run
+        self._desk = Desk(self.ledger, self.session, Observer(), MAX_WAITERS, Clock())
+        stage.after(_PULSE_MS, self._pulse)
+
+    # -- calls
+
+    def ask(self, arrival: Arrival) -> None:
+        """A call arrives."""
+        demand = self._demand_of(arrival)
+        call = Call(arrival, self.stage.now_ms, demand.limits)
+        self.stage.tally.asked(call)
+        if not demand.limits:  # nothing binds it
+            self._begin(call, None, demand)
+            return
+        wanted = LimiterDemand(demand.limits, demand.tenant, demand.priority)
+        try:
+            flow = self._desk.flow_of(wanted)
+        except DemandImpossible as error:
+            self.refused(call, error)
+            return
+        self._asking, call.demand = call, demand
+        waiter = self.ledger.ask(
+            flow,
+            amounts=flow.amounts(demand.tokens, demand.images),
+            hard_ms=MAX_LEASE_MS,
+            now_ms=self.stage.now_ms,
+            deadline_ms=self.stage.now_ms + arrival.deadline_ms
+            if arrival.deadline_ms is not None
+            else float("inf"),
+        )
+        self._asking = None
+        if not waiter.future.done():
+            call.waiter = waiter
+            if arrival.deadline_ms is not None:
+                self.stage.after(arrival.deadline_ms, lambda: self._expire(call))
+        self.session.kick()
+
+    def admitted(self, call: Call, holding: Holding) -> None:
+        """The ledger let a call in."""
+        assert call.demand is not None
+        self._begin(call, holding, call.demand)
+
+    def refused(self, call: Call, error: AdmissionError) -> None:
+        """It ends before it began."""
+        at = None if call.waiter is None else self._held_up_by(call.waiter.flow)
+        self.stage.tally.refused(call, self.stage.now_ms, error.code, at or error.limit)
+        self.stage.over(call)
+
+    def _demand_of(self, arrival: Arrival) -> Demand:
+        return self._demands.of_native(
+            arrival.model,
+            arrival.kind,
+            {Modality.LATIN: max(1.0, float(arrival.input_tokens))},
+            self.session.policy,
+            tenant=arrival.tenant,
+            priority=arrival.priority,
+            images=arrival.images,
+        )
+
+    def _begin(self, call: Call, holding: Holding | None, demand: Demand) -> None:
+        self.stage.tally.began(call, self.stage.now_ms)
+        took_ms = call.arrival.duration_ms
+        if holding is not None:
+            took_ms += self.stage.setting.hold_ms
+        self.stage.after(took_ms, lambda: self._end(call, holding, demand))
+
+    def _end(self, call: Call, holding: Holding | None, demand: Demand) -> None:
+        arrival = call.arrival
+        self.stage.tally.ended(call, self.stage.now_ms)
+        if holding is not None:
+            flow = holding.flow
+            used = Tokens(arrival.input_tokens, arrival.output_tokens)
+            self.ledger.release(
+                holding.ticket,
+                outcome="success",
+                actual=flow.actual(used, arrival.images),
+                now_ms=self.stage.now_ms,
+            )
+            self.session.kick()
+        usage = Usage(arrival.input_tokens, arrival.output_tokens)
+        self._demands.learn(demand, usage, whole=True)
+        self.stage.over(call)
+
+    def _expire(self, call: Call) -> None:
+        waiter = call.waiter
+        if waiter is None or waiter.future.done():
+            return
+        limit = waiter.flow.limits[0]
+        error = DeadlineExceeded("no permit in time", limit=limit, retry_after_ms=1000)
+        self.ledger.refuse(waiter, error, self.stage.now_ms)
+        self.session.kick()
+
+    def _held_up_by(self, flow: Flow) -> str | None:
+        return self.stage.held_up_by(self.session.sid, flow.key)
+
+    def _new_future(self) -> asyncio.Future[Holding]:
+        assert self._asking is not None
+        return _Told(self, self._asking)
+
+    # -- what it says to the pool
+
+    def _kick(self) -> None:
+        if self._waking:
+            return
+        if self.session.something_urgent():
+            self._wake_up()
+        elif self._linger is None:
+            delay_s = LINGER_IDLE_S if self.ledger.idle else LINGER_S
+            self._linger = self.stage.after(delay_s * 1000, self._go)
+
+    def _go(self) -> None:
+        self._linger = None
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        self._waking = True
+        if not self._busy:
+            self._busy = True
+            self.stage.after(0.0, self._speak)
+
+    def _speak(self) -> None:
+        self._waking = False
+        session = self.session
+        if not session.something_to_say():
+            self._busy = False
+            return
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        batch, request = session.prepare(*self.stage.run)
+        sent_ms = self.stage.now_ms
+
+        def answered(reply: SyncReply) -> None:
+            session.answered(batch, request, reply, sent_ms)
+            if len(self.ledger.outbox):
+                self._kick()
+            self._busy = False
+            if self._waking:
+                self._wake_up()
+
+        tend = not session.is_ordinary(request)
+        self.stage.exchange(request, tend=tend, answered=answered)
+
+    def _alarm(self, name: str, in_ms: float) -> None:
+        old = self._alarms.get(name)
+        if old is not None:
+            old.cancel()
+        self._alarms[name] = self.stage.after(in_ms + 1, self.session.refresh)
+
+    def _pulse(self) -> None:
+        self.session.refresh()
+        self.stage.after(_PULSE_MS, self._pulse)
+
+    def _settled(self) -> None:
+        self.ready = True
+
+
+# The rehearsal begins at this moment: midnight in Los Angeles, where most day quotas begin anew.
+START_MS = 1_735_718_400_000
+# The server has been up for long: nobody is waited for who may have lived before.
+_UPTIME_MS = 10 * MAX_LEASE_MS
+_RUN = "rehearsal"
+_SETTLES_MS = 1000
+_SAMPLES = 480
+_MOST_SAMPLES = 4 * _SAMPLES
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What of a deployment is neither load nor policy.
+
+    processes: to which calls are dealt in turn. round_trip_ms: of one script call.
+    hold_ms: how much longer than a call is open its permit is held.
+    kinds_optional: a kind without a limit is not bound by one, as in pools of other upstreams.
+    """
+
+    processes: int = 2
+    round_trip_ms: float = 0.6
+    hold_ms: float = 1.0
+    kinds_optional: bool = False
+
+
+class Timer:
+    """Something that is due. Cancelled, it does nothing."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class Stage:
+    """See the module. Times are ms from the start."""
+
+    def __init__(self, policy: PoolPolicy, setting: Setting) -> None:
+        self.policy = replace(policy, lease_ms=MAX_LEASE_MS)
+        self.setting = setting
+        self.now_ms = 0.0
+        self.tally = Tally(self.policy)
+        self.model = PoolModel()
+        # Futures want a loop; nothing runs on it.
+        self.loop = asyncio.new_event_loop()
+        self._due: list[tuple[float, int, Timer]] = []
+        self._numbers = count()
+        self._processes: dict[str, Process] = {}
+        self._alive = 0
+
+    def after(self, in_ms: float, call: Callable[[], None]) -> Timer:
+        """Do something in so many ms; what is due at one moment is done in the order it came."""
+        timer = Timer(call)
+        heappush(self._due, (self.now_ms + in_ms, next(self._numbers), timer))
+        return timer
+
+    def play(self, arrivals: Sequence[Arrival]) -> Tally:
+        """Play a trace to the end of its last call."""
+        with closing(self.loop):
+            self._enter()
+            self._alive = len(arrivals)
+            self.tally.begin(arrivals[-1].time_ms if arrivals else 0.0)
+            self._arrive(arrivals)
+            self._sample()
+            while self._alive:
+                self._step()
+        self.tally.end(self.now_ms)
+        return self.tally
+
+    def over(self, call: Call) -> None:
+        """A call has ended or was refused."""
+        self._alive -= 1
+
+    def exchange(
+        self, request: SyncRequest, *, tend: bool, answered: Callable[[SyncReply], None]
+    ) -> None:
+        """Carry a request to the pool and its answer back."""
+        half_ms = self.setting.round_trip_ms / 2
+
+        def arrived() -> None:
+            wall_ms = START_MS + int(self.now_ms)
+            reply = (self.model.tend if tend else self.model.sync)(request, wall_ms)
+            for sid, push in self.model.pushed:
+                heard = self._processes[sid].session.take_push
+                self.after(half_ms, lambda heard=heard, push=push: heard(push))  # type: ignore[misc]
+            self.model.pushed.clear()
+            self.after(half_ms, lambda: answered(reply))
+
+        self.after(half_ms, arrived)
+
+    @property
+    def run(self) -> tuple[str, int]:
+        """What the server says of itself: its run, and for how long it is up."""
+        return _RUN, _UPTIME_MS + int(self.now_ms)
+
+    def held_up_by(self, sid: str, flow: str) -> str | None:
+        """The limit at which a process's waiters of a flow stand."""
+        session = self.model.sessions.get(sid)
+        queue = session.queues.get(flow) if session else None
+        return queue.at if queue else None
+
+    def _enter(self) -> None:
+        """All processes in the pool, and known to each other."""
+        for number in range(self.setting.processes):
+            process = Process(self, f"process-{number + 1}")
+            self._processes[process.session.sid] = process
+            self.model.subscribed.add(process.session.sid)
+            process.session.refresh()
+        while not all(process.ready for process in self._processes.values()):
+            self._step()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Time begins when all that was to be said has been said."""
+        while self._due and self._due[0][0] < self.now_ms + _SETTLES_MS:
+            self._step()
+        self.tally.since_ms = self.now_ms
+
+    def _step(self) -> None:
+        at_ms, _, timer = heappop(self._due)
+        if timer.call is not None:
+            self.now_ms = at_ms
+            timer.call()
+
+    def _arrive(self, arrivals: Sequence[Arrival]) -> None:
+        """One arrival after another, so that only one is in the heap."""
+        in_turn = cycle(self._processes.values())
+        coming, began_ms = iter(arrivals), self.now_ms
+
+        def next_one() -> None:
+            arrival = next(coming, None)
+            if arrival is None:
+                return
+
+            def ask() -> None:
+                next(in_turn).ask(arrival)
+                next_one()
+
+            self.after(max(0.0, began_ms + arrival.time_ms - self.now_ms), ask)
+
+        next_one()
+
+    def _sample(self) -> None:
+        every_ms = max(1.0, self.tally.span_ms / _SAMPLES)
+
+        def look() -> None:
+            self.tally.look(self.now_ms, self.model, START_MS + int(self.now_ms))
+            # Beyond the load only its end is still to come, which may take days for a quota.
+            if len(self.tally.samples) < _MOST_SAMPLES:
+                self.after(every_ms, look)
+
+        look()
+
+
+# As far as a network and a busy machine move a call between two runs.
+LATER_MS = 5.0
+LONGER = 0.01
+
+
+def rehearse(
+    name: str,
+    arrivals: Sequence[Arrival],
+    policy: PoolPolicy,
+    setting: Setting,
+    *,
+    plays: int = 1,
+    seed: int = 1,
+) -> Findings:
+    """What a policy does to a trace; with several `plays` also how far they are apart.
+
+    The first play is of the trace as it is, each other one of its calls moved by a chance that
+    `seed` decides: up to LATER_MS later, and by LONGER longer or shorter.
+    """
+    first = findings_of(name, Stage(policy, setting).play(arrivals))
+    if plays == 1:
+        return first
+    chance = Random(seed)
+    found = [first]
+    for _ in range(plays - 1):
+        moved = _moved(arrivals, chance)
+        found.append(findings_of(name, Stage(policy, setting).play(moved)))
+    return replace(first, plays=plays, spreads=_spreads(found))
+
+
+def compare(
+    arrivals: Sequence[Arrival],
+    policies: Mapping[str, PoolPolicy],
+    setting: Setting,
+    *,
+    plays: int = 1,
+    seed: int = 1,
+) -> list[Findings]:
+    """The same trace, in the same order, under each policy; arguments as of `rehearse`."""
+    return [
+        rehearse(name, arrivals, policy, setting, plays=plays, seed=seed)
+        for name, policy in policies.items()
+    ]
+
+
+def _moved(arrivals: Sequence[Arrival], chance: Random) -> list[Arrival]:
+    moved = [
+        replace(
+            arrival,
+            time_ms=arrival.time_ms + chance.uniform(0, LATER_MS),
+            duration_ms=arrival.duration_ms * chance.uniform(1 - LONGER, 1 + LONGER),
+        )
+        for arrival in arrivals
+    ]
+    return sorted(moved, key=lambda arrival: arrival.time_ms)
+
+
+def _spreads(found: Sequence[Findings]) -> list[GroupSpread]:
+    wholes = [Group("", one.calls, one.admitted, 0, one.refused, one.waits) for one in found]
+    each = [{group.name: group for group in one.tenants} for one in found]
+    return [_spread(wholes), *(_spread([one[name] for one in each]) for name in each[0])]
+
+
+def _spread(groups: Sequence[Group]) -> GroupSpread:
+    def over(figure: Callable[[Group], float | None]) -> Spread | None:
+        values = [value for group in groups if (value := figure(group)) is not None]
+        if len(values) < len(groups):
+            return None
+        return Spread(sum(values) / len(values), min(values), max(values))
+
+    refused = over(lambda group: sum(group.refused.values()))
+    assert refused is not None
+    return GroupSpread(
+        groups[0].name,
+        over(lambda group: group.waits.mean_ms),
+        over(lambda group: group.waits.p95_ms),
+        refused,
+    )

@@ -1,0 +1,979 @@
+"""Settings: types, bounds, defaults and descriptions, read from the environment over `.env`.
+
+`.env.example` and `docs/configuration.md` are generated from here. Each secret may be given as
+`NAME_FILE`, the path of a file. The operator's key is ADMIN_TOKEN, or the file `operator.key` in
+DATA_DIR, which the first process that needs it creates by a hard link, so that all processes read
+the same key.
+
+Invariants: a process starts with a complete and valid `Config`; a mistake is one ConfigError of
+one line that names the variable, its value (never a secret) and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from base64 import b64decode
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from difflib import SequenceMatcher, get_close_matches
+from enum import StrEnum
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
+from urllib.parse import SplitResult, urlsplit
+
+from dotenv import dotenv_values
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from tidegate.errors import ConfigError
+
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.(?!-)[A-Za-z0-9-]{1,63})*\.?")
+
+
+def split_url(text: str) -> SplitResult:
+    """The parts of a URL, all empty where it is none."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # raises for a port that is no number
+    except ValueError:
+        return SplitResult("", "", "", "", "")
+    return parts
+
+
+def is_host_name(text: str) -> bool:
+    return _HOST_NAME.fullmatch(text) is not None
+
+
+def is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+ALLOWED = {
+    "tidegate_url": "an http:// or https:// URL without a user, a password or a query",
+    "tidegate_api_key": "a key as `tidegate keys create` shows it",
+}
+
+
+def _url(value: str) -> str:
+    url = split_url(value)
+    plain = bool(url.hostname) and not (url.username or url.password or url.query or url.fragment)
+    if not plain or url.scheme not in ("http", "https"):
+        raise ValueError(f"must be {ALLOWED['tidegate_url']}")
+    return value.rstrip("/")
+
+
+def _key(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if not (text.isascii() and text.isprintable()) or " " in text:
+        raise ValueError(f"must be {ALLOWED['tidegate_api_key']}")
+    return value
+
+
+Url = Annotated[
+    str | None,
+    AfterValidator(lambda value: value if value is None else _url(value)),
+    Field(
+        description="Where the commands submit, status, requests and batch find Tidegate, as "
+        "https://tidegate.example.com. Not set: http://localhost and PORT."
+    ),
+]
+Key = Annotated[
+    SecretStr | None,
+    AfterValidator(lambda value: value if value is None else _key(value)),
+    Field(description="The API key that those commands show, where one is asked for."),
+]
+Port = Annotated[int, Field(ge=0, le=65535, description="The port to listen on.")]
+
+
+class Client(BaseModel):
+    """Whom the commands call, and with which key."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    tidegate_url: Url = None
+    tidegate_api_key: Key = None
+    port: Port = 8000
+
+    @property
+    def is_on_this_machine(self) -> bool:
+        """Whether the address is a loopback address, as that of a deployment of these settings."""
+        return split_url(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+
+    @property
+    def url(self) -> str:
+        """Without a slash at its end."""
+        return self.tidegate_url or f"http://localhost:{self.port}"
+
+
+GOOGLE_URL = "https://generativelanguage.googleapis.com"
+# What stands as GEMINI_API_KEY where the emulator answers.
+EMULATORS_KEY = "the-emulator-takes-any-key"
+SHORTEST_TOKEN = 16
+Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
+Value = TypeVar("Value")
+
+# What is allowed, where the type alone doesn't say it in a user's words.
+PLACES_ALLOWED = {
+    "database_url": "a URL that starts with postgresql://",
+    "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
+    "redis+cluster://",
+    "data_dir": "the path of a folder, or of one to be made",
+    "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
+    "host": "an IP address or a host name",
+    "allowed_hosts": "host names or addresses without ports, with commas between",
+    "cors_origins": "addresses of pages as https://host or http://host:port, with commas between",
+    "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
+    "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
+}
+
+
+def sound(allowed: str, value: Value, is_sound: bool) -> Value:
+    """`value`, or ValueError with the rest of the sentence."""
+    if not is_sound:
+        raise ValueError(f"must be {allowed}")
+    return value
+
+
+def _sound(field: str, value: Value, is_sound: bool) -> Value:
+    return sound(PLACES_ALLOWED[field], value, is_sound)
+
+
+class Places(BaseModel):
+    """The settings that say where Tidegate is, and what it speaks to."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="The PostgreSQL (15 or newer) that keeps every request and answer, as "
+        "postgresql://user:password@host/database. Set it together with REDIS_URL; without "
+        "both, a bundled PostgreSQL and Valkey start in DATA_DIR.",
+    )
+    redis_url: SecretStr | None = Field(
+        default=None,
+        description="The Valkey or Redis that holds the limits, as "
+        "redis://user:password@host:6379/0; rediss:// is the same over TLS. See "
+        "docs/servers.md for redis+sentinel:// and redis+cluster://.",
+    )
+    data_dir: Path = Field(
+        default=Path("data"),
+        description="Where the bundled servers, uploads and generated images are kept.",
+    )
+    blob_url: str = Field(
+        default="",
+        description="A bucket for uploads and generated images instead of a folder in DATA_DIR, "
+        "as s3://, gs:// or az://; its credentials come from the cloud's own variables.",
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        description="The address to listen on. Any but a loopback address needs DATABASE_URL, "
+        "REDIS_URL and an upstream: the key of a provider, or one in tidegate.toml (or "
+        "TIDEGATE_DEMO=1).",
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8000, description="The port to listen on; 0 takes any free one."
+    )
+    tidegate_demo: bool = Field(
+        default=False,
+        description="Allow the bundled servers and the emulated provider on an address that "
+        "others can reach. For demonstrations only: the answers are made up.",
+    )
+    admin_token: SecretStr | None = Field(
+        default=None,
+        description="The operator's key, which opens `/admin`, the dashboard and `/metrics`, as "
+        "Authorization: Bearer; an API key of the scope admin does as well. Not set: the one in "
+        "`operator.key` in DATA_DIR, which the first process makes. Set it where processes run "
+        "with a DATA_DIR each.",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Further names of this gateway, with commas, as clients write them in Host. "
+        "While callers show no API key, only requests to these, to HOST and to loopback addresses "
+        "are answered (where HOST is no loopback address, also those to addresses and to names "
+        "without a dot), so that no web page reaches it under a name of its own.",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description="Web pages that may call this gateway from a browser, as their Origin says "
+        "it, with commas; all paths but the operator's. While callers show no API key, whoever "
+        "opens such a page can spend.",
+    )
+    auth: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Whether callers must show an API key: see docs/tenants.md. auto asks for one "
+        "on any HOST but a loopback address; off asks nobody, wherever it listens.",
+    )
+    auth_outage_ms: Milliseconds = Field(
+        default=600_000,
+        description="How long API keys that were seen before go on working while PostgreSQL is "
+        "away; after it requests get 503.",
+    )
+
+    gemini_api_key: SecretStr | None = Field(
+        default=None,
+        description="Your key for the Gemini API, which makes the upstream `gemini`. Without one "
+        "the built-in emulator answers in its place, on loopback addresses and under "
+        "TIDEGATE_DEMO=1; elsewhere there is no such upstream.",
+    )
+    openai_api_key: SecretStr | None = Field(
+        default=None,
+        description="Your key for OpenAI's API, which makes the upstream `openai` for OpenAI's own "
+        "models, unless tidegate.toml has one that uses it: see docs/gateway.md.",
+    )
+    anthropic_api_key: SecretStr | None = Field(
+        default=None,
+        description="Your key for Anthropic's API, which makes the upstream `anthropic` for "
+        "Claude, unless tidegate.toml has one that uses it.",
+    )
+    gemini_base_url: str = Field(
+        default=GOOGLE_URL,
+        description="Where the Gemini API is, for a proxy or an emulator in its place.",
+    )
+    text_model: str = Field(
+        default="gemini-2.5-flash", description="The model for requests of text alone."
+    )
+    multi_modal_model: str = Field(
+        default="gemini-2.5-flash", description="The model for requests with files."
+    )
+    image_model: str = Field(
+        default="gemini-2.5-flash-image", description="The model that makes images."
+    )
+    classifier_model: str = Field(
+        default="gemini-2.5-flash-lite",
+        description="The model that is asked whether a request wants an image.",
+    )
+    connect_timeout_ms: Milliseconds = Field(
+        default=5_000, description="How long connecting to the provider may take."
+    )
+    # The SDKs of OpenAI and Anthropic wait for 600 s, each time for the next bytes of a stream.
+    first_byte_timeout_ms: Milliseconds = Field(
+        default=600_000, description="How long the provider may take to begin its answer."
+    )
+    idle_timeout_ms: Milliseconds = Field(
+        default=600_000, description="The longest silence within a provider's answer."
+    )
+    total_timeout_ms: Milliseconds = Field(
+        default=3_600_000, description="How long one call of the provider may take in all."
+    )
+    fetch_timeout_ms: Milliseconds = Field(
+        default=20_000, description="How long fetching the picture of an `image_uri` may take."
+    )
+
+    @field_validator("data_dir")
+    @classmethod
+    def _folder(cls, value: Path) -> Path:
+        folder = value.expanduser()
+        try:
+            sound = folder.is_dir() or not folder.exists()
+        except PermissionError:  # in a folder that this user may not look into
+            sound = False
+        return _sound("data_dir", folder, sound)
+
+    @field_validator("admin_token")
+    @classmethod
+    def _token(cls, value: SecretStr) -> SecretStr:
+        token = value.get_secret_value()
+        sound = len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()
+        return _sound("admin_token", value, sound and " " not in token)
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            return value
+        bare = [str(name).strip().removeprefix("[").removesuffix("]").lower() for name in names]
+        bare = [name.removesuffix(".") for name in bare if name]
+        is_sound = all(is_address(name) or is_host_name(name) for name in bare)
+        return _sound("allowed_hosts", tuple(bare), is_sound)
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _origins(cls, value: object) -> object:
+        named = value.split(",") if isinstance(value, str) else value
+        if not isinstance(named, list | tuple):
+            return value
+        origins = tuple(str(one).strip().lower() for one in named if str(one).strip())
+        return _sound("cors_origins", origins, all(map(_is_origin, origins)))
+
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _lower_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("host")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        bare = value.removeprefix("[").removesuffix("]")
+        return _sound("host", bare.lower(), is_address(bare) or is_host_name(bare))
+
+    @field_validator("blob_url")
+    @classmethod
+    def _bucket(cls, value: str) -> str:
+        url = split_url(value)
+        bucket = url.scheme in ("s3", "gs", "az") and not (url.username or url.query)
+        return _sound("blob_url", value, bucket or not value)
+
+    @field_validator("gemini_base_url")
+    @classmethod
+    def _http(cls, value: str) -> str:
+        url = split_url(value)
+        plain = bool(url.hostname) and not (url.username or url.password or url.query)
+        return _sound(
+            "gemini_base_url", value.rstrip("/"), plain and url.scheme in ("http", "https")
+        )
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgres(cls, value: SecretStr) -> SecretStr:
+        # Not taken apart: several hosts with a port each are allowed here.
+        scheme = value.get_secret_value().partition("://")[0]
+        return _sound("database_url", value, scheme in ("postgresql", "postgres"))
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: SecretStr) -> SecretStr:
+        # redis-py speaks to Valkey, but does not know the schemes named after it.
+        text = re.sub(r"^valkey(s?)(://|\+)", r"redis\1\2", value.get_secret_value())
+        # Not taken apart: several hosts with a port each are allowed there.
+        several = re.match(r"rediss?\+(sentinel|cluster)://.", text) is not None
+        return _sound(
+            "redis_url",
+            SecretStr(text),
+            several or split_url(text).scheme in ("redis", "rediss", "unix"),
+        )
+
+    @property
+    def is_loopback(self) -> bool:
+        if is_address(self.host):
+            return ip_address(self.host).is_loopback
+        return self.host == "localhost"
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether callers must show an API key."""
+        return self.auth == "on" or (self.auth == "auto" and not self.is_loopback)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether Valkey and PostgreSQL are the bundled ones."""
+        return self.database_url is None
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the built-in emulator may answer as Gemini: see `policy.emulates`."""
+        return self.gemini_api_key is None and (self.tidegate_demo or self.is_loopback)
+
+    @property
+    def is_made_up(self) -> bool:
+        """Whether the answers of the account `gemini` are the built-in emulator's."""
+        key = self.gemini_api_key
+        return self.emulated or (key is not None and key.get_secret_value() == EMULATORS_KEY)
+
+
+def _is_origin(text: str) -> bool:
+    """Whether it is the address of a page as a browser says it in Origin."""
+    url = split_url(text)
+    return (
+        url.scheme in ("http", "https")
+        and text == f"{url.scheme}://{url.netloc}"
+        and bool(url.hostname)
+        and "@" not in url.netloc
+    )
+
+
+DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
+KINDS = tuple(DEFAULT_LIMITS)
+MOST_AT_ONCE = 100_000
+NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL")
+PROVIDER_KEYS = ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
+SECRETS = (
+    *NEEDED_IN_THE_OPEN,
+    *PROVIDER_KEYS,
+    *("ADMIN_TOKEN", "WEBHOOK_SECRET", "TIDEGATE_API_KEY"),
+)
+
+SETTINGS_ALLOWED = (
+    PLACES_ALLOWED
+    | ALLOWED
+    | {
+        "tidegate_policy": "the path of a file that is there",
+        "webhook_secret": "whsec_ and 24 to 64 bytes in base64",
+        "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
+        f" by type ({', '.join(KINDS)})",
+    }
+)
+# The headings of the documentation, each above the field that it stands before.
+SECTIONS = {
+    "database_url": "Where things are",
+    "gemini_api_key": "The providers",
+    "rate_limits": "Limits",
+    "classifier": "Text or image",
+    "max_prompt_chars": "Bounds on what a client may send",
+    "max_attempts": "Jobs and the record",
+    "log_format": "Logs and metrics",
+    "tidegate_url": "The command line",
+}
+
+
+class ClassifierMode(StrEnum):
+    """Who decides whether a request wants an image: see docs/classification.md."""
+
+    LLM = "llm"
+    AUTO = "auto"
+    KEYWORDS = "keywords"
+
+
+class Config(Places):
+    """Every setting of a deployment. Field names are the variables' names in lower case."""
+
+    rate_limits: dict[str, int] = Field(
+        default_factory=DEFAULT_LIMITS.copy,
+        description="How many calls of each type may run at once, over all processes together. "
+        "A type left out keeps its default.",
+    )
+    tidegate_policy: Path | None = Field(
+        default=None,
+        description="A file with all limits, rates, weights and priorities: see docs/limits.md. "
+        "Not set: tidegate.toml in the folder that the product is started from, if it is there. "
+        "What it says comes before RATE_LIMITS and the settings below.",
+    )
+    semaphore_timeout: Annotated[float, Field(ge=0.2, le=3600)] = Field(
+        default=3.0,
+        description="The lease in seconds: how soon what a crashed process held is free again. "
+        "Calls may run for much longer; a living process renews its lease.",
+    )
+    when_valkey_away: Literal["closed", "local"] = Field(
+        default="closed",
+        description="While Valkey is away for longer than the lease: closed lets requests wait "
+        "and then refuses them with 503; local lets each process use its share of the limits.",
+    )
+    on_lost: Literal["finish", "cancel"] = Field(
+        default="finish",
+        description="Whether running calls finish or are cancelled when Valkey is away for "
+        "longer than the lease.",
+    )
+    on_expiry: Literal["reuse", "hold"] = Field(
+        default="reuse",
+        description="What happens to the permits of a process that went silent: reuse gives them "
+        "away after the lease; hold keeps them until its calls must have ended.",
+    )
+
+    classifier: ClassifierMode = Field(
+        default=ClassifierMode.AUTO,
+        description="Who decides whether a request wants an image: llm asks a model every time, "
+        "auto only when the rules are unsure, keywords never.",
+    )
+    classifier_timeout_ms: Milliseconds = Field(
+        default=2_000, description="How long the model may take to decide, before keywords do."
+    )
+    classifier_limit: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        default=2, description="How many such questions may run at once, outside RATE_LIMITS."
+    )
+
+    max_prompt_chars: Annotated[int, Field(ge=1)] = Field(
+        default=200_000, description="The longest prompt that is taken, in characters."
+    )
+    max_file_bytes: Annotated[int, Field(ge=1)] = Field(
+        default=50_000_000, description="The largest single file that is taken."
+    )
+    max_files: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=10, description="How many files one request may carry."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1)] = Field(
+        default=100_000_000, description="The largest request that is taken, files included."
+    )
+    max_held_bytes: Annotated[int, Field(ge=1)] = Field(
+        default=250_000_000,
+        description="How much of the bodies of requests one process holds in memory at once, "
+        "those of up to 64 KB aside: native calls and prompts of /stream until they end, all "
+        "others while they arrive; more are refused with 429. A process takes about twice as "
+        "much memory for them. MAX_BODY_BYTES where that is more. A tenant with keys may have "
+        "half of what the others leave of it. Jobs count until they are stored (503 where there "
+        "is no room); of large wrapped calls a worker holds a third of it for each type of job, "
+        "and the others wait.",
+    )
+    max_batch_files_bytes: Annotated[int, Field(ge=1)] = Field(
+        default=10_000_000_000,
+        description="How much one tenant may keep in the files that it uploads for batches, until "
+        "it deletes them or RETENTION_DAYS are over. More is refused: see docs/batches.md.",
+    )
+    receive_timeout_ms: Milliseconds = Field(
+        default=15_000, description="The longest silence of a client while it sends its request."
+    )
+    stream_wait_ms: Milliseconds = Field(
+        default=30_000,
+        description="How long a stream or a native call waits for its turn before it is refused, "
+        "where the request gives no deadline.",
+    )
+    keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = Field(
+        default=0,
+        description="While a native stream waits longer than this, comments keep its connection "
+        "alive; from then on a refusal is an event in a 200. 0: never.",
+    )
+    stalled_reader_ms: Milliseconds = Field(
+        default=30_000, description="How long a client may stop reading before it is cut off."
+    )
+
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=5,
+        description="How many attempts a job has. A fault of the upstream itself (no connection, "
+        "429, 502, 503, a refused key) uses up none.",
+    )
+    claim_lease_ms: Milliseconds = Field(
+        default=15_000, description="How soon another worker takes over a dead worker's jobs."
+    )
+    job_deadline_ms: Annotated[int | None, Field(ge=1)] = Field(
+        default=None,
+        description="How long a job may wait for its turn before it expires, where the request "
+        "gives no deadline_ms. Not set: as long as needed.",
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None,
+        description="Signs webhooks (see docs/jobs.md), as whsec_ and random bytes in base64. "
+        "Without one no webhook_url is taken.",
+    )
+    webhook_allow_private: bool = Field(
+        default=False,
+        description="Send webhooks to private, loopback and link-local addresses too. Only where "
+        "everybody who may submit may also reach what is there.",
+    )
+    webhook_timeout_ms: Milliseconds = Field(
+        default=15_000, description="How long the receiver of a webhook may take to answer."
+    )
+    retention_days: Annotated[int, Field(ge=1)] = Field(
+        default=30, description="How long requests and answers are kept (tidegate prune)."
+    )
+    spill_max_bytes: Annotated[int, Field(ge=0)] = Field(
+        default=256_000_000,
+        description="How much may be kept on disk of what PostgreSQL could not take.",
+    )
+    audit_full: Literal["block", "drop"] = Field(
+        default="block",
+        description="When the record cannot keep up: block lets requests wait for it, drop "
+        "leaves records out and counts them.",
+    )
+    leave_ms: Annotated[int, Field(ge=0, le=3_600_000)] = Field(
+        default=1_000,
+        description="How long a process that gets SIGTERM goes on taking requests, while it says "
+        "on /health/ready and on every answer that it leaves, so that balancers and clients with "
+        "kept connections go elsewhere. Ctrl-C does not wait for it.",
+    )
+    shutdown_grace_ms: Milliseconds = Field(
+        default=20_000, description="How long running calls may go on after that."
+    )
+    migrate_at_start: bool = Field(
+        default=True,
+        description="Whether serve and worker bring the database's schema up to date before they "
+        "begin. Where `tidegate migrate` does it, 0 lets them start at once and become ready when "
+        "the schema fits.",
+    )
+
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="The look of the log: auto is console on a terminal, else json."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least serious lines that are logged."
+    )
+    worker_port: Annotated[int | None, Field(ge=0, le=65_535)] = Field(
+        default=None,
+        description="Where a worker that runs by itself (tidegate worker) is asked how it is, on "
+        "HOST: /health/live and /health/ready for probes, /metrics, /admin/process; 0 takes any "
+        "free port. Not set: nowhere. Those of tidegate up are seen at its API.",
+    )
+
+    tidegate_url: Url = None
+    tidegate_api_key: Key = None
+
+    @field_validator("rate_limits", mode="before")
+    @classmethod
+    def _limits(cls, value: object) -> dict[str, int]:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (json.JSONDecodeError, RecursionError):
+                value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"must be {SETTINGS_ALLOWED['rate_limits']}")
+        for kind, limit in value.items():
+            if kind not in KINDS:
+                raise ValueError(f"has the unknown type {kind!r}; known are {', '.join(KINDS)}")
+            if type(limit) is not int or not 0 <= limit <= MOST_AT_ONCE:
+                raise ValueError(f"{kind} must be a whole number from 0 to {MOST_AT_ONCE}")
+        return DEFAULT_LIMITS | value
+
+    @field_validator(
+        *("when_valkey_away", "on_lost", "on_expiry", "classifier", "audit_full"),
+        *("log_level", "log_format"),
+        mode="before",
+    )
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _signing(cls, value: SecretStr) -> SecretStr:
+        head, mark, coded = value.get_secret_value().partition("whsec_")
+        try:
+            key = b64decode(coded, validate=True)
+        except ValueError:
+            key = b""
+        is_sound = bool(mark) and not head and 24 <= len(key) <= 64
+        return sound(SETTINGS_ALLOWED["webhook_secret"], value, is_sound)
+
+    @field_validator("tidegate_policy")
+    @classmethod
+    def _policy(cls, value: Path) -> Path:
+        path = value.expanduser()
+        return sound(SETTINGS_ALLOWED["tidegate_policy"], path, path.is_file())
+
+    @model_validator(mode="after")
+    def _never_by_mistake(self) -> Self:
+        """Demo mode (bundled servers, emulated provider) is for loopback, or asked for by name."""
+        if bool(self.database_url) != bool(self.redis_url):
+            missing, given = "REDIS_URL", "DATABASE_URL"
+            if not self.database_url:
+                missing, given = given, missing
+            raise ConfigError(missing, "(not set)", f"{given} is set, so this must be set as well")
+        if self.gemini_base_url != GOOGLE_URL and self.gemini_api_key is None:
+            raise ConfigError(
+                "GEMINI_API_KEY", "(not set)", "GEMINI_BASE_URL is set, so this must be set as well"
+            )
+        if self.tidegate_demo or self.is_loopback:
+            return self
+        for name in NEEDED_IN_THE_OPEN:
+            if getattr(self, name.lower()) is None:
+                raise ConfigError(
+                    name,
+                    "(not set)",
+                    f"must be set when HOST is not loopback (HOST={self.host}); "
+                    "TIDEGATE_DEMO=1 allows the bundled servers and the emulated provider",
+                )
+        return self
+
+    @property
+    def lease_ms(self) -> int:
+        return round(self.semaphore_timeout * 1000)
+
+    def model_for(self, kind: str) -> str:
+        """The configured model of a kind (`text_only`, `multi_modal`, `image_generation`)."""
+        names = {"text_only": self.text_model, "multi_modal": self.multi_modal_model}
+        return names.get(kind, self.image_model)
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+_LONGEST_SHOWN = 200
+_NEAR = 0.82  # a letter too few or two that changed places, not another account's key
+_SAME_WORD = 0.5
+_COLLECTOR = (
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+)
+_OTEL = "OTEL_"
+_UNITS = {"ms": " of milliseconds", "bytes": " of bytes", "days": " of days"}
+
+
+def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")) -> Config:
+    """Read the environment over `.env` over the defaults; an empty value is one not given.
+
+    Raises ConfigError, whose message is the one line to show.
+    """
+    return _loaded(Config, environ, dotenv)
+
+
+def load_client(
+    environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")
+) -> Client:
+    """Whom the commands call, read as `load` reads. Raises ConfigError."""
+    return _loaded(Client, environ, dotenv)
+
+
+def origins(
+    environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")
+) -> dict[str, str]:
+    """Where the value of each setting that is given comes from, in words, by its name."""
+    written = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    given = os.environ if environ is None else environ
+    found: dict[str, str] = {}
+    for field in Config.model_fields:
+        name = field.upper()
+        for key in (name, f"{name}_FILE") if name in SECRETS else (name,):
+            # As `load` sees it: an empty variable of the environment hides a line of the file.
+            value = given[key] if key in given else written.get(key, "")
+            if value.strip():
+                place = "the environment" if key in given else str(dotenv)
+                found[name] = place if key == name else f"the file of {key}, from {place}"
+    return found
+
+
+class Doubt(NamedTuple):
+    """A name that is no setting of ours and nearly one: where it stands, and the setting."""
+
+    name: str
+    place: str
+    near: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.name} is not a setting; is {self.near} meant?"
+
+
+def misspelt(
+    environ: Mapping[str, str] | None = None, dotenv: Path = Path(".env")
+) -> tuple[Doubt, ...]:
+    """Names in the environment and in `.env` that are nearly a setting's."""
+    written = _from_dotenv(dotenv) if dotenv.is_file() else {}
+    given = os.environ if environ is None else environ
+    names = [name.upper() for model in (Config, Client) for name in model.model_fields]
+    known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
+    found = (
+        Doubt(name, "the environment" if name in given else str(dotenv), near)
+        for name in sorted((written.keys() | given.keys()) - known.keys())
+        if (near := _nearly(name.upper(), known)) is not None
+    )
+    return tuple(found)
+
+
+def _nearly(name: str, known: Iterable[str]) -> str | None:
+    """A setting that `name` may mean, by its letters: not where a word of it is another one
+    (OPENAI_API_BASE), nor where there is a word before it (AZURE_OPENAI_API_KEY)."""
+    for near in get_close_matches(name, known, n=3, cutoff=_NEAR):
+        pairs = [*zip(name.split("_"), near.split("_"), strict=False)]
+        is_as_long = name.count("_") == near.count("_")
+        is_another = is_as_long and any(
+            SequenceMatcher(None, one, other).ratio() < _SAME_WORD for one, other in pairs
+        )
+        if not is_another and not name.endswith(f"_{near}"):
+            return near
+    return None
+
+
+def _loaded(
+    model: type[Settings], environ: Mapping[str, str] | None, dotenv: Path | None
+) -> Settings:
+    found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    found |= os.environ if environ is None else environ
+    values: dict[str, str] = {}
+    for field in model.model_fields:
+        name = field.upper()
+        raw = _secret(name, found) if name in SECRETS else found.get(name, "")
+        if raw.strip():
+            values[field] = raw.strip()
+    try:
+        return model.model_validate(values)
+    except ValidationError as invalid:
+        raise _first(invalid, values) from None
+
+
+def secret(name: str, dotenv: Path | None = Path(".env")) -> str:
+    """A secret whose variable the policy's file names: from the environment over `.env`, or from
+    the file that `<name>_FILE` names; empty where there is none. Raises ConfigError."""
+    found = _from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    return _secret(name, found | os.environ).strip()
+
+
+def export_otel(dotenv: Path = Path(".env")) -> None:
+    """Put OpenTelemetry's variables of `.env` into the environment, where its SDK reads them; what
+    is in the environment stays. Raises ConfigError."""
+    written = _from_dotenv(dotenv) if dotenv.is_file() else {}
+    for name, value in written.items():
+        if name.startswith(_OTEL):
+            os.environ.setdefault(name, value)
+
+
+def names_a_collector(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether OpenTelemetry's own variables say where spans and metrics are to go."""
+    found = os.environ if environ is None else environ
+    if found.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    return any(found.get(name, "").strip() for name in _COLLECTOR)
+
+
+def allowed(field: str) -> str:
+    """What a setting may be, in a user's words; reads well after "must be"."""
+    if field in SETTINGS_ALLOWED:
+        return SETTINGS_ALLOWED[field]
+    info = Config.model_fields[field]
+    types = [one for one in get_args(info.annotation) if one is not type(None)]
+    if get_origin(info.annotation) is Literal:
+        return f"one of {', '.join(map(str, types))}"
+    kind = info.annotation if isinstance(info.annotation, type) else types[0]
+    if issubclass(kind, StrEnum):
+        return f"one of {', '.join(member.value for member in kind)}"
+    if issubclass(kind, bool):
+        return "1 or 0 (or true and false, yes and no)"
+    if issubclass(kind, int | float):
+        what = "a whole number" if issubclass(kind, int) else "a number"
+        return _number(what + _UNITS.get(field.rpartition("_")[2], ""), info.metadata)
+    return "text"
+
+
+def _number(what: str, metadata: list[object]) -> str:
+    bounds = {
+        side: getattr(one, side) for one in metadata for side in ("ge", "le") if hasattr(one, side)
+    }
+    return f"{what} from {bounds['ge']}" + (f" to {bounds['le']}" if "le" in bounds else " up")
+
+
+def _from_dotenv(path: Path) -> dict[str, str]:
+    try:
+        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise ConfigError(str(path), "(file)", _unreadable(unreadable)) from None
+
+
+def _secret(name: str, found: Mapping[str, str]) -> str:
+    path = found.get(f"{name}_FILE", "").strip()
+    if not path:
+        return found.get(name, "")
+    if found.get(name, "").strip():
+        raise ConfigError(
+            f"{name}_FILE", _one_line(path), f"set either {name} or {name}_FILE, not both"
+        )
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise ConfigError(f"{name}_FILE", _one_line(path), _unreadable(unreadable)) from None
+    if not text:  # taken as "not set" it would start a gateway of made-up answers by mistake
+        raise ConfigError(f"{name}_FILE", _one_line(path), "must be a file that is not empty")
+    return text
+
+
+def _unreadable(error: OSError | UnicodeDecodeError) -> str:
+    return f"must be a readable file: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+
+
+def _first(invalid: ValidationError, values: Mapping[str, str]) -> ConfigError:
+    problem = invalid.errors(include_url=False, include_input=False)[0]
+    field = str(problem["loc"][0])
+    name = field.upper()
+    value = "(hidden)" if name in SECRETS else _one_line(values[field])
+    own_words = problem["type"] == "value_error"
+    said = str(problem["msg"]).removeprefix("Value error, ")
+    return ConfigError(name, value, said if own_words else f"must be {allowed(field)}")
+
+
+def shown(name: str, value: object) -> str:
+    """A setting's value on one line, for people: never a secret, nor what a URL hides."""
+    return "(hidden)" if name in SECRETS else _one_line(str(value))
+
+
+def _one_line(value: str) -> str:
+    """`value` without line breaks and, where it is a URL, without a user, password or query."""
+    scheme, is_url, rest = value.partition("://")
+    if is_url:
+        before, asks, _ = rest.partition("?")
+        _, at, place = before.rpartition("@")
+        value = f"{scheme}://{'***@' if at else ''}{place}{'?***' if asks else ''}"
+    printable = "".join(letter if letter.isprintable() else " " for letter in value)
+    return printable if len(printable) <= _LONGEST_SHOWN else f"{printable[:_LONGEST_SHOWN]}..."
+
+
+FILE_NAME = "operator.key"
+PREFIX = "tgop_"
+_RANDOM_BYTES = 32
+
+
+def operator_key(config: Config) -> SecretStr:
+    """The key of this deployment; makes the file where neither it nor ADMIN_TOKEN is there.
+
+    Raises ConfigError where it can neither be read nor made.
+    """
+    if config.admin_token is not None:
+        return config.admin_token
+    path = key_file(config)
+    try:
+        if not path.exists():
+            _make(path)
+        return _operator_key_sound(path, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as failed:
+        why = getattr(failed, "strerror", None) or "it is not text"
+        said = f"cannot be read or made ({why}); let this user write to it, or set ADMIN_TOKEN"
+        raise ConfigError("DATA_DIR", str(path), said) from None
+
+
+def existing_operator_key(config: Config) -> SecretStr | None:
+    """The key where it can be read here, for a command that makes none. Raises ConfigError where
+    the file holds no key."""
+    if config.admin_token is not None:
+        return config.admin_token
+    path = key_file(config)
+    try:
+        return _operator_key_sound(path, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def key_file(config: Config) -> Path:
+    return config.data_dir / FILE_NAME
+
+
+def _make(path: Path) -> None:
+    """Put a new key at `path`, unless one is there by then. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{FILE_NAME}.{secrets.token_hex(8)}")
+    descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(f"{PREFIX}{secrets.token_urlsafe(_RANDOM_BYTES)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Keep the file's name through a crash of the machine."""
+    with suppress(OSError):  # not every system lets a folder be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _operator_key_sound(path: Path, text: str) -> SecretStr:
+    key = text.strip()
+    if len(key) < SHORTEST_TOKEN or not key.isascii() or not key.isprintable() or " " in key:
+        said = f"must hold one key of {SHORTEST_TOKEN} characters or more; remove it to get another"
+        raise ConfigError("DATA_DIR", str(path), said)
+    return SecretStr(key)
+
+
+__all__ = [
+    "EMULATORS_KEY",
+    "GOOGLE_URL",
+    "KINDS",
+    "SECRETS",
+    "ClassifierMode",
+    "Client",
+    "Config",
+    "existing_operator_key",
+    "export_otel",
+    "key_file",
+    "load",
+    "load_client",
+    "names_a_collector",
+    "operator_key",
+    "secret",
+]

@@ -1,0 +1,1388 @@
+"""Audit record: ends of attempts, jobs and streams, native calls, bodies and usage totals.
+
+Written behind, in batches, one transaction each; while PostgreSQL is unavailable entries wait on
+disk. Bodies are compressed, inline if small, else in the blob store.
+
+Invariants: an accepted entry is written exactly once, with its request, files, attempt and
+totals; a job's end is fenced by its claim; charges count from when they are noted until totals
+that hold them are read; a record of an erased tenant or subject is not written after the erasure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from base64 import b64encode
+from collections import Counter, deque
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from datetime import UTC, date, datetime
+from hashlib import sha256
+from operator import attrgetter, itemgetter
+from typing import Any, Literal, NamedTuple
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.call import NO_CHARGE, Answer, Charge, Usage, UsageState, new_id
+from tidegate.errors import ClaimLost, StoreUnavailable, UpstreamError, UpstreamThrottled
+from tidegate.store import records as rows
+from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.database import Connections, GroupWriter, sql
+from tidegate.store.idempotency import KEY_OPS, settle_keys
+from tidegate.store.notifications import Bell
+from tidegate.store.outbox import add_webhooks
+from tidegate.store.records import (
+    AttemptResult,
+    ClaimedJob,
+    Failure,
+    Json,
+    NewJob,
+    StreamRecord,
+    audit_row,
+    cleaned,
+    dumps,
+)
+from tidegate.store.spill import Spill
+from tidegate.store.states import Status
+from tidegate.telemetry.events import JUDGE, Observed, Observers, Source
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import Trail
+
+INLINE_BYTES = 8192
+ENCODING = "zlib"
+WORTH_A_THREAD_BYTES = 50_000
+_QUICK = 1  # a level of zlib: native bodies are compressed on the processor that relays
+_SAMPLED_BYTES, _SAMPLE_BYTES, _WORTH_IT = 262_144, 16_384, 0.7
+# A window that holds a small body whole, and tables to fit: by default zlib prepares 256 KB each
+# time, which for a small body is several times the work itself. The result is as small.
+_BODIES_SMALL_BYTES = 4096
+_SMALL_WINDOW_BITS = 12
+_SMALL_TABLES = 5
+
+
+def request_body(
+    prompt: str, image_uri: str | None, model: str | None, files: list[Json]
+) -> dict[str, Any]:
+    return {"prompt": prompt, "image_uri": image_uri, "model": model, "files": files}
+
+
+def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
+    files = [
+        {
+            "file_id": file.file_id,
+            "name": file.name,
+            "mime_type": file.mime_type,
+            "size_bytes": file.size_bytes,
+        }
+        for file in job.attachments
+    ]
+    if job.endpoint is not None:  # of a large body the file alone: `prompt` is a piece of it
+        return {"endpoint": job.endpoint} | ({"files": files} if files else {"body": job.prompt})
+    return request_body(job.prompt, job.image_uri, job.model, files)
+
+
+def body_of_result(result: AttemptResult) -> dict[str, Any]:
+    files = [
+        {
+            "file_id": picture.file_id,
+            "mime_type": picture.mime_type,
+            "size_bytes": picture.size_bytes,
+        }
+        for picture in result.pictures
+    ]
+    return {"text": result.text, "files": files, "finish_reason": result.finish_reason}
+
+
+def inline_row(role: str, body: dict[str, Any]) -> Json:
+    """The row of a body, whatever its size, without its id and owner."""
+    raw = orjson.dumps(cleaned(body))
+    return _row(role, len(raw), data=b64encode(_packed(raw)).decode())
+
+
+async def row_of(role: str, body: dict[str, Any], blobs: Blobs) -> Json:
+    """The row of a body; a large one goes to the blobs first."""
+    raw = orjson.dumps(cleaned(body))
+    if len(raw) > WORTH_A_THREAD_BYTES:
+        packed = await asyncio.to_thread(_packed, raw)
+    else:
+        packed = _packed(raw)
+    if len(packed) > INLINE_BYTES:
+        key = new_key(datetime.now(UTC))
+        # Else kept inline instead, as the invariant says.
+        with suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(_BLOB_TIMEOUT_S):
+                await blobs.put(key, packed)
+            return _row(role, len(raw), blob_key=key)
+    return _row(role, len(raw), data=b64encode(packed).decode())
+
+
+def _packed(raw: bytes) -> bytes:
+    if len(raw) > _BODIES_SMALL_BYTES:
+        return zlib.compress(raw)
+    packer = zlib.compressobj(wbits=_SMALL_WINDOW_BITS, memLevel=_SMALL_TABLES)
+    return packer.compress(raw) + packer.flush()
+
+
+def _row(role: str, size_bytes: int, data: str | None = None, blob_key: str | None = None) -> Json:
+    return {
+        "role": role,
+        "encoding": ENCODING,
+        "size_bytes": size_bytes,
+        "data": data,
+        "blob_key": blob_key,
+    }
+
+
+def as_kept(raw: bytes) -> tuple[str, bytes]:
+    """A native body in the encoding in which it is kept."""
+    if len(raw) > _SAMPLED_BYTES and not _shrinks(raw):
+        return "raw", raw
+    return "zlib-raw", zlib.compress(raw, _QUICK)
+
+
+def _shrinks(raw: bytes) -> bool:
+    """Whether it is worth compressing, by a look at three places. A file in base64 would lose a
+    quarter, and take half a second of the processor for 20 MB."""
+    step = len(raw) // 4
+    samples = [raw[at : at + _SAMPLE_BYTES] for at in (step, 2 * step, 3 * step)]
+    size = sum(len(zlib.compress(one, _QUICK)) for one in samples)
+    return size < _WORTH_IT * sum(map(len, samples))
+
+
+def unpack(encoding: str, packed: bytes) -> Any:
+    """The JSON value of a stored body; a native one as the text that travelled."""
+    if encoding == "raw":
+        return packed.decode("utf-8", "replace")
+    if encoding == "zlib-raw":
+        return zlib.decompress(packed).decode("utf-8", "replace")
+    if encoding != ENCODING:
+        raise ValueError(f"a body in the unknown encoding {encoding!r}")
+    return orjson.loads(zlib.decompress(packed))
+
+
+MOST_ROWS = 10_000
+_TIMEOUT_MS = 5_000
+_SUMMED = ("input_tokens", "output_tokens", "cached_tokens", "thoughts_tokens", "images")
+_UNKNOWN = UsageState.UNKNOWN.value
+_DOUBTFUL = frozenset((UsageState.PARTIAL.value, UsageState.ESTIMATED.value, _UNKNOWN))
+# What `summed` reads of a row of the audit.
+READ = (
+    *("tenant_id", "pool", "model", "finished_at", *_SUMMED, "cost_micros", "usage_state"),
+    "usage_details",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """A sum. What is None was not asked apart. unpriced: requests whose LLM tokens are known, but
+    no price for them; they add nothing to the cost. partial, estimated, unknown: how many requests
+    are charged so; the rest is as the provider told it."""
+
+    tenant: str | None
+    model: str | None
+    day: date | None
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    thoughts_tokens: int
+    images: int
+    cost_micros: int
+    unpriced: int
+    partial: int
+    estimated: int
+    unknown: int
+    cache_write_tokens: int
+    input_audio_tokens: int
+    input_image_tokens: int
+    input_video_tokens: int
+    output_audio_tokens: int
+    output_image_tokens: int
+    output_video_tokens: int
+    searches: int
+    provider_cost_micros: int
+
+
+COUNTS = tuple(one.name for one in fields(Total) if one.name not in ("tenant", "model", "day"))
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """By one tenant, in a day and in the month that it is in."""
+
+    day_micros: int = 0
+    month_micros: int = 0
+    day_tokens: int = 0
+    month_tokens: int = 0
+
+
+class UsageTotals:
+    """Raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def totals(
+        self, by: Iterable[str], since: date, until: date, tenant_id: str | None = None
+    ) -> list[Total]:
+        """Sums of the days from `since` to `until`, both included, apart `by` tenant, model, day;
+        the first `MOST_ROWS` in their order."""
+        apart = set(by)
+        wanted = [name in apart for name in ("tenant", "model", "day")]
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("get_usage"), *wanted, since, until, tenant_id, MOST_ROWS
+            )
+            return found
+
+        rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        return [Total(**dict(row)) for row in rows]
+
+    async def spent(self, tenants: Sequence[str], today: date) -> dict[str, Spent]:
+        """What each has spent so far; nothing of those that have not."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("get_spent"), list(tenants), today.replace(day=1), today
+            )
+            return found
+
+        rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        values = [{name: row[name] for name in Spent.__dataclass_fields__} for row in rows]
+        return {row["tenant_id"]: Spent(**one) for row, one in zip(rows, values, strict=True)}
+
+
+async def add_usage(connection: asyncpg.Connection, audit: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows of the audit that this transaction inserts, `READ` of each. The last thing that it
+    does: the totals of a day are locked by it."""
+    sums = summed(audit)
+    if sums:
+        await connection.execute(sql("add_usage"), dumps(sums))
+
+
+def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
+    """The rows of the totals that rows of the audit come to."""
+    sums: dict[tuple[str, date, str, str], dict[str, int]] = {}
+    for row in audit:
+        key = (row["tenant_id"], day_of(row["finished_at"]), row["model"] or "", row["pool"])
+        total = sums.get(key)
+        if total is None:
+            total = sums[key] = dict.fromkeys(COUNTS, 0)
+        total["requests"] += 1
+        for name in _SUMMED:
+            if amount := row[name]:
+                total[name] += amount
+        cost, state = row["cost_micros"], row["usage_state"]
+        if cost:
+            total["cost_micros"] += cost
+        # Not there in what an earlier version has spilled.
+        if details := row.get("usage_details"):
+            _add_details(total, details)
+        if state in _DOUBTFUL:
+            total[state] += 1
+        if cost is None and state != _UNKNOWN:
+            total["unpriced"] += 1
+    names = ("tenant_id", "day", "model", "pool")
+    return [dict(zip(names, key, strict=True)) | total for key, total in sums.items()]
+
+
+def _add_details(total: dict[str, int], details: str | Json) -> None:
+    found = orjson.loads(details) if isinstance(details, str) else details
+    for name, amount in found.items():
+        if name in total:  # the two parts of what was written to a cache are not summed apart
+            total[name] += amount
+
+
+def day_of(at: datetime | str) -> date:
+    """The day of UTC of a time; a text is as it was spilled."""
+    moment = moment_of(at)
+    return moment.date() if moment.tzinfo is UTC else moment.astimezone(UTC).date()
+
+
+def moment_of(at: datetime | str) -> datetime:
+    return datetime.fromisoformat(at) if isinstance(at, str) else at
+
+
+MOST_OPEN = 100_000
+_One = tuple[str, int, int]  # tenant, micros, tokens
+
+
+class _Sums:
+    """Millionths of money and LLM tokens by tenant."""
+
+    def __init__(self) -> None:
+        self._counters: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+
+    def of(self, tenant_id: str) -> tuple[int, int]:
+        micros, tokens = self._counters
+        return micros[tenant_id], tokens[tenant_id]
+
+    def add(self, one: _One, sign: int) -> None:
+        tenant_id, *amounts = one
+        for counter, amount in zip(self._counters, amounts, strict=True):
+            counter[tenant_id] += sign * amount
+            if not counter[tenant_id]:
+                del counter[tenant_id]
+
+
+class Spending:
+    """One per process. A refresh is `begin`, reading the totals, then `end`."""
+
+    def __init__(self) -> None:
+        self._open: dict[UUID, _One] = {}  # noted, not yet written
+        self._sums = _Sums()
+        self._recent: list[_One] = []  # written since the last refresh began
+        self._settling: list[_One] = []  # written before it began
+        self._reserved: dict[UUID, _One] = {}
+        self._reserved_sums = _Sums()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Spending reserved={len(self._reserved)} open={len(self._open)}"
+            f" written={len(self._recent)}>"
+        )
+
+    def of(self, tenant_id: str) -> tuple[int, int]:
+        """Millionths of money, and LLM tokens."""
+        return self._sums.of(tenant_id)
+
+    def reserved(self, tenant_id: str) -> tuple[int, int]:
+        """The same for its calls under way."""
+        return self._reserved_sums.of(tenant_id)
+
+    def reserve(self, request_id: UUID, tenant_id: str, micros: int, tokens: int) -> None:
+        """A call is about to be made, which will cost about so much."""
+        self._release(request_id)
+        one = self._reserved[request_id] = (tenant_id, micros, tokens)
+        self._reserved_sums.add(one, 1)
+
+    def settle(self, request_id: UUID, tenant_id: str, charge: Charge) -> None:
+        """The call is over: what it is charged counts instead of what was reserved."""
+        self._release(request_id)
+        self.forget(request_id)
+        one = (tenant_id, charge.cost_micros or 0, charge.tokens)
+        if not any(one[1:]) or len(self._open) >= MOST_OPEN:
+            return
+        self._open[request_id] = one
+        self._sums.add(one, 1)
+
+    def forget(self, request_id: UUID) -> None:
+        """What was noted of a request is charged to nobody: another try of it follows."""
+        if (one := self._open.pop(request_id, None)) is not None:
+            self._sums.add(one, -1)
+
+    def written(self, ids: Iterable[UUID | str]) -> None:
+        """These are committed; others than those noted here are passed over."""
+        if not self._open:
+            return
+        for given in ids:
+            one = self._open.pop(given if isinstance(given, UUID) else UUID(given), None)
+            if one is not None:
+                self._recent.append(one)
+
+    def begin(self) -> None:
+        """The totals are about to be read."""
+        self._settling += self._recent
+        self._recent = []
+
+    def end(self) -> None:
+        """They were read: what was written before `begin` is in them."""
+        for one in self._settling:
+            self._sums.add(one, -1)
+        self._settling = []
+
+    def _release(self, request_id: UUID) -> None:
+        if (one := self._reserved.pop(request_id, None)) is not None:
+            self._reserved_sums.add(one, -1)
+
+
+class Mark(NamedTuple):
+    """Whose a record is, and when the call was received."""
+
+    tenant_id: str
+    subject: str | None
+    received_at: datetime | str
+
+
+def digest_of(subject: str) -> bytes:
+    return sha256(subject.encode()).digest()
+
+
+async def mark_erased(
+    connection: asyncpg.Connection, tenant_id: str | None, subject: str | None
+) -> None:
+    """In a transaction of its own. Raises StoreUnavailable where somebody else, such as a backup,
+    has the table for long: all who write records would wait behind us."""
+    await connection.execute("SET LOCAL lock_timeout = '1500ms'")
+    try:
+        await connection.execute(sql("lock_erased"))
+    except asyncpg.LockNotAvailableError:
+        raise StoreUnavailable("the table `erased` is in use, perhaps by a backup") from None
+    digest = None if subject is None else digest_of(subject)
+    await connection.execute(sql("add_erased"), new_id(), tenant_id, digest)
+
+
+async def erased_among(connection: asyncpg.Connection, marks: Sequence[Mark]) -> set[int]:
+    """The places of those that are not to be written."""
+    tenants = {mark.tenant_id for mark in marks}
+    digests = {mark.subject: digest_of(mark.subject) for mark in marks if mark.subject is not None}
+    found = await connection.fetch(sql("get_erased"), list(tenants), list(digests.values()))
+    return set(_matching(marks, digests, found)) if found else set()
+
+
+async def erased_entries(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
+    """Of the recorder's entries those whose tenant or subject was erased; of a job its request is
+    gone, which is enough."""
+    whole = [entry for entry in entries if entry["op"] in ("stream", "relay", "answer")]
+    if not whole:
+        return []
+    marks = []
+    for entry in whole:
+        row = entry["row"]
+        received_at = row["created_at"] if entry["op"] == "stream" else row["submitted_at"]
+        marks.append(Mark(row["tenant_id"], row.get("subject"), received_at))
+    return [whole[place] for place in await erased_among(connection, marks)]
+
+
+def _matching(
+    marks: Sequence[Mark], digests: Mapping[str, bytes], found: Sequence[Mapping[str, Any]]
+) -> Iterable[int]:
+    for place, mark in enumerate(marks):
+        digest = None if mark.subject is None else digests[mark.subject]
+        for row in found:
+            is_tenants = row["tenant_id"] in (None, mark.tenant_id)
+            is_subjects = row["subject_digest"] in (None, digest)
+            if is_tenants and is_subjects and moment_of(mark.received_at) <= row["erased_at"]:
+                yield place
+                break
+
+
+MAX_PENDING_STREAMS = 2_000
+MAX_PENDING_BYTES = 64_000_000
+_RETRY_MS = 200
+_REPLAY_EVERY_MS = 5_000
+
+
+class Recorder:
+    """Takes what `entries` makes."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        bell: Bell,
+        spill: Spill,
+        *,
+        blobs: Blobs,
+        spending: Spending,
+        instance_id: str,
+        when_full: Literal["block", "drop"],
+        observers: Observers,
+    ) -> None:
+        self._connections = connections
+        self._blobs = blobs
+        self._spending = spending
+        self._bell = bell
+        self._spill = spill
+        self._instance_id = instance_id
+        self._when_full = when_full
+        self._observers = observers
+        self._writer: GroupWriter[Json, None] = GroupWriter(self._commit, _size_of)
+        self._tasks: set[asyncio.Task[bool]] = set()
+        self._streams = 0
+        self._streams_bytes = 0
+        self._room = asyncio.Event()
+        self._dropped = 0
+        self.dropped = 0  # since the start
+        self._replay_soon = asyncio.Event()
+        self._replayer: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def start(self) -> None:
+        self._connections.on_back.append(self._replay_soon.set)
+        self._replay_soon.set()
+        self._replayer = asyncio.create_task(self._replay())
+
+    async def aclose(self, timeout_ms: int) -> None:
+        """Write what is pending within `timeout_ms`; what can't be is on the disk."""
+        self._closing = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_ms / 1000)
+        left = list(self._tasks)
+        if self._replayer is not None:
+            self._replayer.cancel()
+            left_replay = [self._replayer]
+            await asyncio.gather(*left_replay, return_exceptions=True)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        self._spill.close()
+
+    async def record(self, entry: Awaitable[Json], observed: Observed) -> bool:
+        """Write `entry`, or keep it on the disk while PostgreSQL is away; True if written. Those
+        who count calls are then told of it, as `observed`.
+
+        Raises ClaimLost, or StoreUnavailable when the spill is full too. A cancelled caller's
+        entry is written or kept all the same.
+        """
+        task = self._start(entry)
+        task.add_done_callback(lambda done: self._observe(done, observed))
+        return await asyncio.shield(task)
+
+    def _observe(self, done: asyncio.Task[bool], observed: Observed) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._observers.note(observed)
+
+    def keep(self, entry: Json) -> asyncio.Task[bool]:
+        """As `record`, for what is neither counted nor awaited."""
+        return self._start(entry)
+
+    async def enqueue(self, entry: Json) -> None:
+        """Accept `entry` into the bounded buffer and return; `when_full` says what a full one does.
+
+        A cancelled caller that was still waiting for room has recorded nothing.
+        """
+        size_bytes = _size_of(entry)
+        while self._streams and (
+            self._streams >= MAX_PENDING_STREAMS
+            or self._streams_bytes + size_bytes > MAX_PENDING_BYTES
+        ):
+            if self._when_full == "drop":
+                self._drop()
+                return
+            self._room.clear()
+            await self._room.wait()
+        if self._dropped:
+            get_logger().warning(Log.AUDIT_DROPPED, dropping=False, dropped=self._dropped)
+            self._dropped = 0
+        self._streams += 1
+        self._streams_bytes += size_bytes
+        task = self._start(entry, patient=True)
+        task.add_done_callback(lambda _task: self._left(size_bytes))
+
+    def _left(self, size_bytes: int) -> None:
+        self._streams -= 1
+        self._streams_bytes -= size_bytes
+        self._room.set()
+
+    def _drop(self) -> None:
+        if not self._dropped:
+            get_logger().warning(Log.AUDIT_DROPPED, dropping=True)
+        self._dropped += 1
+        self.dropped += 1
+
+    def _start(self, entry: Json | Awaitable[Json], patient: bool = False) -> asyncio.Task[bool]:
+        task = asyncio.create_task(self._write_or_keep(entry, patient))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[bool]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ClaimLost | StoreUnavailable):
+            get_logger().error(Log.INTERNAL_ERROR, where="recorder", error=repr(error))
+
+    async def _write_or_keep(self, given: Json | Awaitable[Json], patient: bool) -> bool:
+        entry = given if isinstance(given, dict) else await given
+        while True:
+            try:
+                await self._writer.write(entry)
+                return True
+            except StoreUnavailable:
+                try:
+                    await self._spill.keep(entry)
+                    # After a mere blip nobody will tell us that PostgreSQL is back.
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(_RETRY_MS / 1000, self._replay_soon.set)
+                    return False
+                except StoreUnavailable:
+                    if not patient or self._closing:
+                        raise
+            await asyncio.sleep(_RETRY_MS / 1000)
+
+    async def _replay(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_REPLAY_EVERY_MS / 1000):
+                    await self._replay_soon.wait()
+            except TimeoutError:
+                pass  # another process may have died and left its file
+            self._replay_soon.clear()
+            if self._connections.away:
+                continue
+            try:
+                await self._spill.replay(self._write_again)
+            except StoreUnavailable:
+                continue  # the connections' return wakes us
+            except Exception as failed:  # noqa: BLE001 -- top of a task
+                get_logger().error(Log.INTERNAL_ERROR, where="replay", error=repr(failed))
+
+    async def _write_again(self, entries: list[Json]) -> None:
+        results = await asyncio.gather(
+            *(self._writer.write(entry) for entry in entries), return_exceptions=True
+        )
+        for entry, result in zip(entries, results, strict=True):
+            if isinstance(result, StoreUnavailable):
+                raise result
+            if isinstance(result, ClaimLost):
+                get_logger().warning(
+                    Log.SPILL_REPLAYED, request_id=str(entry["row"]["id"]), refused=repr(result)
+                )
+            elif isinstance(result, BaseException):
+                await self._spill.reject(entry, repr(result))
+                get_logger().error(Log.INTERNAL_ERROR, where="replay", error=repr(result))
+
+    async def _commit(self, entries: Sequence[Json]) -> list[Exception | None]:
+        async def work(
+            connection: asyncpg.Connection,
+        ) -> tuple[list[Json], tuple[set[str], list[UUID], set[str]]]:
+            gone = await erased_entries(connection, entries)
+            ids = {id(entry) for entry in gone}
+            kept = [entry for entry in entries if id(entry) not in ids]
+            await settle_keys(connection, [entry for entry in kept if entry["op"] in KEY_OPS])
+            rest = [entry for entry in kept if entry["op"] not in KEY_OPS]
+            return gone, await _write_entries(connection, rest, self._instance_id)
+
+        gone, (written, changed, pools) = await self._connections.run(work)
+        written |= {str(entry["row"]["id"]) for entry in gone if entry["op"] not in KEY_OPS}
+        self._spending.written(written)
+        self._bell.changed(changed)
+        self._bell.work(pools)
+        lost = [
+            entry
+            for entry in entries
+            if entry["op"] not in KEY_OPS and str(entry["row"]["id"]) not in written
+        ]
+        await self._discard([*gone, *lost])
+        self._spending.written(str(entry["row"]["id"]) for entry in lost)  # it never will be
+        ids = {id(entry) for entry in lost}
+        return [
+            ClaimLost(f"another worker has {entry['row']['id']} now") if id(entry) in ids else None
+            for entry in entries
+        ]
+
+    async def _discard(self, entries: Sequence[Json]) -> None:
+        """Delete the blobs of entries that nobody will write: those that were made for them."""
+        own = [body for entry in entries for body in entry["bodies"]]
+        own += [file for entry in entries for file in entry["files"] if file["role"] == "output"]
+        keys = [one["blob_key"] for one in own if one["blob_key"] is not None]
+        if keys:
+            with suppress(StoreUnavailable):  # then they go with the other orphans
+                await self._blobs.delete(keys)
+
+
+def _size_of(entry: Json) -> int:
+    text = sum(len(entry["row"].get(name) or "") for name in ("result", "prompt", "answer"))
+    return 1_000 + text + sum(len(body.get("data") or "") for body in entry["bodies"])
+
+
+async def _write_entries(
+    connection: asyncpg.Connection, entries: Sequence[Json], instance_id: str
+) -> tuple[set[str], list[UUID], set[str]]:
+    """One batch in one transaction.
+
+    Returns the ids that are written, now or before; those that changed; the pools with work.
+    """
+    ops: dict[str, dict[str, Json]] = {"end": {}, "retry": {}, "stream": {}, "relay": {}}
+    for entry in sorted(entries, key=lambda entry: str(entry["row"]["id"])):
+        ops[entry["op"]][str(entry["row"]["id"])] = entry
+    rows: dict[str, asyncpg.Record] = {}
+    pools: set[str] = set()
+    if ops["end"]:
+        rows |= await _rows(connection, "end_requests", ops["end"])
+    if ops["retry"]:
+        retried = await _rows(connection, "retry_requests", ops["retry"])
+        pools = {row["pool"] for row in retried.values()}
+        rows |= retried
+    if ops["stream"]:
+        rows |= await _rows(connection, "add_streams", ops["stream"])
+    relayed = []
+    if ops["relay"]:
+        relayed = await _add_relayed(connection, list(ops["relay"].values()))
+    by_id = {key: entry for group in ops.values() for key, entry in group.items()}
+    fresh = [(by_id[key], row) for key, row in rows.items()]
+    await _add_files(connection, fresh)
+    await _end_attempts(connection, fresh, instance_id)
+    await add_audit(
+        connection,
+        [
+            (row, entry["attempt"] or {}, entry["row"]["failure"], entry["bodies"])
+            for entry, row in fresh
+            if entry["op"] != "retry"
+        ],
+        instance_id,
+        relayed,
+    )
+    written = set(rows) | set(ops["stream"]) | set(ops["relay"])
+    missing = [
+        {"id": key, "claim": entry["row"]["claim"], "status": entry["row"]["status"]}
+        for key, entry in by_id.items()
+        if key not in written
+    ]
+    if missing:
+        found = await connection.fetch(sql("already_written"), dumps(missing))
+        written |= {str(row["id"]) for row in found}
+    return written, [UUID(key) for key in rows], pools
+
+
+async def _rows(
+    connection: asyncpg.Connection, name: str, entries: dict[str, Json]
+) -> dict[str, asyncpg.Record]:
+    found = await connection.fetch(sql(name), dumps(entry["row"] for entry in entries.values()))
+    return {str(row["id"]): row for row in found}
+
+
+async def _add_relayed(connection: asyncpg.Connection, entries: list[Json]) -> list[Json]:
+    """Returns the rows that were not there before."""
+    added = await connection.fetch(sql("add_relayed"), dumps(entry["row"] for entry in entries))
+    found = [body for entry in entries for body in entry["bodies"]]
+    if found:
+        await connection.execute(sql("add_relayed_bodies"), dumps(found))
+    ids = {str(row["id"]) for row in added}
+    return [entry["row"] for entry in entries if str(entry["row"]["id"]) in ids]
+
+
+async def _add_files(
+    connection: asyncpg.Connection, fresh: list[tuple[Json, asyncpg.Record]]
+) -> None:
+    files = [file for entry, _ in fresh for file in entry["files"]]
+    if files:
+        await connection.execute(sql("add_files"), dumps(files))
+
+
+async def _end_attempts(
+    connection: asyncpg.Connection, fresh: list[tuple[Json, asyncpg.Record]], instance_id: str
+) -> None:
+    ended, whole = [], []
+    for entry, row in fresh:
+        attempt = entry["attempt"]
+        if attempt is None:
+            continue
+        outcome = "failed" if entry["op"] == "retry" else entry["row"]["status"]
+        common = {**attempt, "outcome": outcome, "failure": entry["row"]["failure"]}
+        if row["attempt_id"] is not None:
+            ended.append({**common, "id": row["attempt_id"], "created_at": row["attempt_at"]})
+        else:
+            owner = {"tenant_id": row["tenant_id"], "pool": row["pool"], "kind": row["kind"]}
+            place = {"id": new_id(), "request_id": row["id"], "number": 1, "claim": row["claim"]}
+            whole.append({**common, **owner, **place, "instance_id": instance_id})
+    if ended:
+        await connection.execute(sql("end_attempts"), dumps(ended))
+    if whole:
+        await connection.execute(sql("add_attempts"), dumps(whole))
+
+
+async def add_audit(
+    connection: asyncpg.Connection,
+    ended: Sequence[tuple[asyncpg.Record, Json, Json | None, list[Json]]],
+    instance_id: str,
+    relayed: Sequence[Json] = (),
+) -> None:
+    """Append audit rows, their bodies and webhooks for requests that ended in this transaction,
+    and add them to the totals, with the `relayed` rows that it has appended.
+
+    Each is (the row as it now stands, its last attempt, its failure, its bodies).
+    """
+    audits, packed = [], []
+    for row, attempt, failure, own_bodies in ended:
+        audit = audit_row(row, attempt, instance_id, failure)
+        audits.append(audit)
+        for body in own_bodies:
+            owner = {"id": audit["id"], "tenant_id": row["tenant_id"], "pool": row["pool"]}
+            packed.append({**body, **owner})
+    if audits:
+        await connection.execute(sql("add_audit"), dumps(audits))
+    await add_webhooks(connection, [row for row, *_ in ended])
+    if packed:
+        await connection.execute(sql("add_bodies"), dumps(packed))
+    await add_usage(connection, [*audits, *relayed])
+
+
+async def audit_unanswered(
+    connection: asyncpg.Connection, ended: list[asyncpg.Record], failure: Json, instance_id: str
+) -> None:
+    """The same for requests that ended here in the database, without a worker's answer."""
+    asked = [
+        inline_row("request", request_body(row["prompt"], row["image_uri"], row["model"], []))
+        for row in ended
+    ]
+    await add_audit(
+        connection,
+        [(row, {}, failure, [body]) for row, body in zip(ended, asked, strict=True)],
+        instance_id,
+    )
+
+
+async def of_end(job: ClaimedJob, status: Status, result: AttemptResult, blobs: Blobs) -> Json:
+    attempt = rows.result_row(result)
+    row = {
+        **attempt,
+        "id": job.request_id,
+        "claim": job.claim,
+        "status": status,
+        "failure": rows.failure_row(result.failure),
+    }
+    return {
+        "op": "end",
+        "row": row,
+        "attempt": attempt,
+        "files": rows.output_rows(job.request_id, job.tenant_id, result.pictures),
+        "bodies": [
+            await row_of("request", body_of_job(job), blobs),
+            await row_of("response", body_of_result(result), blobs),
+        ],
+    }
+
+
+async def of_retry(
+    job: ClaimedJob, result: AttemptResult, not_before: datetime, *, is_counted: bool
+) -> Json:
+    row = {
+        "id": job.request_id,
+        "claim": job.claim,
+        "status": Status.QUEUED,
+        "not_before": not_before,
+        "uncounted": 0 if is_counted else 1,
+        "upstream_ms": result.upstream_ms,
+        "first_byte_ms": result.first_byte_ms,
+        "failure": rows.failure_row(result.failure),
+    }
+    attempt = rows.result_row(result)
+    return {"op": "retry", "row": row, "attempt": attempt, "files": [], "bodies": []}
+
+
+async def of_unadmitted(job: ClaimedJob, status: Status, failure: Failure, blobs: Blobs) -> Json:
+    row = {
+        "id": job.request_id,
+        "claim": job.claim,
+        "status": status,
+        "finished_at": datetime.now(UTC),
+        "failure": rows.failure_row(failure),
+    }
+    body = await row_of("request", body_of_job(job), blobs)
+    return {"op": "end", "row": row, "attempt": None, "files": [], "bodies": [body]}
+
+
+async def of_stream(record: StreamRecord, blobs: Blobs) -> Json:
+    job, result = record.job, record.result
+    failure = record.failure or (result.failure if result else None)
+    attempt = None if result is None else rows.result_row(result)
+    row = {
+        **(attempt or {}),
+        "used_model": None if attempt is None else attempt["model"],
+        **rows.job_row(job),
+        "status": record.status,
+        "finished_at": record.finished_at,
+        "attempts": 0 if result is None else 1,
+        "failure": rows.failure_row(failure),
+        "claim": 0,
+    }
+    files = rows.input_rows(job)
+    own_bodies = [await row_of("request", body_of_job(job), blobs)]
+    if result is not None:
+        files += rows.output_rows(job.request_id, job.tenant_id, result.pictures)
+        own_bodies.append(await row_of("response", body_of_result(result), blobs))
+    return {"op": "stream", "row": row, "attempt": attempt, "files": files, "bodies": own_bodies}
+
+
+log = get_logger()
+
+SOURCE: Source = "relay"
+MAX_WAITING = 10_000
+MAX_WAITING_BYTES = 64_000_000
+_BATCH_ROWS = 200
+_AT_ONCE = 8
+_LINGER_S = 0.05
+_SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL compresses none either
+_BLOB_TIMEOUT_S = 5.0
+_USAGE = rows.USAGE_COLUMNS
+_of_usage = attrgetter(*_USAGE)
+_AUDIT_COLUMNS = (
+    *("id", "created_at", "request_id", "tenant_id", "pool", "source", "status", "kind"),
+    *("classified_by", "classified_reason", "priority", "model", "model_version"),
+    *("response_id", "attempts", "lapses", "instance_id", "submitted_at", "admitted_at"),
+    *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
+    *("endpoint", "http_status", "streamed", "key_id", "subject"),
+    *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details"),
+)
+_read_by_usage = itemgetter(*map(_AUDIT_COLUMNS.index, READ))
+_BODY_COLUMNS = (
+    *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
+    *("blob_key", "content_type", "omitted_bytes"),
+)
+
+
+# role, encoding, size_bytes, data, blob_key
+_Packed = tuple[str, str, int, bytes | None, str | None]
+
+
+@dataclass(slots=True)
+class RelayRecord:
+    """One native call as it ended. `request` and `response` are the bytes as they travelled."""
+
+    request_id: UUID
+    tenant_id: str
+    pool: str
+    endpoint: str
+    status: Status
+    http_status: int
+    received_at: datetime
+    finished_at: datetime
+    request: bytes
+    response: bytes
+    kind: str | None = None
+    model: str | None = None
+    priority: int = 0
+    tries: int = 0
+    admitted_at: datetime | None = None
+    queue_ms: float = 0.0
+    upstream_ms: float = 0.0
+    first_byte_ms: float | None = None
+    charge: Charge = NO_CHARGE
+    finish_reason: str | None = None
+    response_id: str | None = None
+    model_version: str | None = None
+    failure: Failure | None = None
+    streamed: bool = False
+    key_id: str | None = None
+    subject: str | None = None
+    request_type: str | None = None  # content types, as they were told
+    response_type: str | None = None
+    omitted_bytes: int = 0  # of the answer's middle
+    source: Source = SOURCE  # or `batch`, for a line of one
+    upstream: str | None = None  # what follows is for those who count calls, and not on record
+    dialect: str = ""
+    operation: str = ""
+    throttled: int = 0
+    trail: Trail | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return 1_000 + len(self.request) + len(self.response)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A record as it is written: its row, and its bodies."""
+
+    record: RelayRecord
+    audit: tuple[Any, ...]
+    bodies: list[_Packed]
+
+
+class RelayLog:
+    """One per process. `start`, then `put` or `room`; `aclose` at the end. What has to be written
+    with something else goes through `prepare`, `add` and `noted` instead of `put`."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        recorder: Recorder,
+        blobs: Blobs,
+        *,
+        instance_id: str,
+        when_full: Literal["block", "drop"],
+        spending: Spending,
+        observers: Observers,
+    ) -> None:
+        self._connections = connections
+        self._recorder = recorder
+        self._spending = spending
+        self._observers = observers
+        self._blobs = blobs
+        self._instance_id = instance_id
+        self._when_full = when_full
+        self._waiting: deque[RelayRecord] = deque()
+        self._waiting_bytes = 0
+        self._more = asyncio.Event()
+        self._room = asyncio.Event()
+        self._dropped = 0
+        self._dropped_ever = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def aclose(self, timeout_ms: int) -> None:
+        """Write what is waiting within `timeout_ms`."""
+        if self._task is None:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_ms / 1000):
+                while self._waiting_bytes:
+                    self._more.set()
+                    self._room.clear()
+                    await self._room.wait()
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    @property
+    def dropped(self) -> int:
+        """How many records this process has left out since its start, for want of room."""
+        return self._dropped_ever + self._recorder.dropped
+
+    @property
+    def waiting(self) -> int:
+        """Records that are not written yet."""
+        return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
+
+    async def room(self) -> None:
+        """Before a call: with `block`, wait while the record can't keep up."""
+        while self._when_full == "block" and self.is_full:
+            self._room.clear()
+            await self._room.wait()
+
+    async def room_within(self, wait_ms: float) -> None:
+        """The same, no longer than a call may wait. Raises StoreUnavailable."""
+        try:
+            async with asyncio.timeout(max(0, wait_ms) / 1000):
+                await self.room()
+        except TimeoutError:
+            raise StoreUnavailable("the record cannot keep up") from None
+
+    def put(self, record: RelayRecord) -> None:
+        """Take in the record of a call that has ended; with `drop`, not while it is full."""
+        if self._when_full == "drop" and self.is_full:
+            if not self._dropped:
+                log.warning(Log.AUDIT_DROPPED, dropping=True)
+            self._dropped += 1
+            self._dropped_ever += 1
+            self._observers.note(observed_of(record))
+            return
+        if self._dropped:
+            log.warning(Log.AUDIT_DROPPED, dropping=False, dropped=self._dropped)
+            self._dropped = 0
+        self._waiting.append(record)
+        self._waiting_bytes += record.size_bytes
+        self._more.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._more.wait()
+            await asyncio.sleep(_LINGER_S)  # a batch costs as much as a row
+            self._more.clear()
+            while self._waiting:
+                count = min(len(self._waiting), _BATCH_ROWS)
+                batch = [self._waiting.popleft() for _ in range(count)]
+                self._observers.tell([observed_of(record) for record in batch])
+                try:
+                    await self._write(batch)
+                except Exception:  # the top of a task: logged, and it goes on
+                    log.exception(Log.INTERNAL_ERROR, where="relay log")
+                finally:
+                    self._waiting_bytes -= sum(record.size_bytes for record in batch)
+                    self._room.set()
+
+    async def prepare(self, record: RelayRecord) -> Prepared:
+        """The record as `add` takes it; a large body is in the blob store from now on."""
+        return Prepared(record, self._audit_values(record), await self._packed(record))
+
+    async def add(self, connection: asyncpg.Connection, given: Sequence[Prepared]) -> set[int]:
+        """Write records in a transaction of the caller's. Returns the places of those that are left
+        out, since their tenant or subject was erased."""
+        marks = [
+            Mark(one.record.tenant_id, one.record.subject, one.record.received_at) for one in given
+        ]
+        gone = await erased_among(connection, marks)
+        kept = [one for place, one in enumerate(given) if place not in gone]
+        await connection.copy_records_to_table(
+            "audit",
+            records=[one.audit for one in kept],
+            columns=_AUDIT_COLUMNS,
+            timeout=None,
+        )
+        bodies = [_body_values(one.record, *body) for one in kept for body in one.bodies]
+        await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
+        # A repeat after a commit whose reply was lost has failed by now, at the same ids.
+        await add_usage(
+            connection, [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in kept]
+        )
+        return gone
+
+    def noted(self, records: Iterable[RelayRecord]) -> None:
+        """Tell those who count calls, and their costs, of records that `add` has written."""
+        written = list(records)
+        self._spending.written(record.request_id for record in written)
+        self._observers.tell([observed_of(record) for record in written])
+
+    async def _write(self, batch: list[RelayRecord]) -> None:
+        given = []
+        for number, record in enumerate(batch, 1):
+            given.append(await self.prepare(record))
+            if not number % _AT_ONCE:
+                await asyncio.sleep(0)  # a whole batch would hold up everybody for milliseconds
+        try:
+            gone = await self._connections.run(lambda connection: self.add(connection, given))
+            self._spending.written(record.request_id for record in batch)
+            if gone:
+                keys = [body[-1] for place in gone for body in given[place].bodies if body[-1]]
+                with suppress(StoreUnavailable):
+                    await self._blobs.delete(keys)
+        except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
+            log.debug(Log.STORE_AWAY, detail=repr(no))
+            for one in given:
+                await self._recorder.enqueue(_entry(one.record, one.audit, one.bodies))
+
+    def _audit_values(self, record: RelayRecord) -> tuple[Any, ...]:
+        failure = rows.failure_row(record.failure)
+        charge = record.charge
+        usage = [rows.count_of(amount) for amount in _of_usage(charge.usage)]
+        return (
+            *(record.request_id, record.received_at, record.request_id, record.tenant_id),
+            *(record.pool, record.source, record.status.value, record.kind, "body", ""),
+            *(record.priority, _text(record.model), _text(record.model_version)),
+            *(_text(record.response_id), record.tries, 0),
+            *(self._instance_id, record.received_at, record.admitted_at, record.finished_at),
+            *(record.queue_ms, record.upstream_ms, *usage, _text(record.finish_reason)),
+            None if failure is None else orjson.dumps(failure).decode(),
+            *(record.endpoint, record.http_status, record.streamed, record.key_id),
+            *(_text(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
+            *(charge.images, record.first_byte_ms),
+            None if charge.usage.details is None else rows.details_text(charge.usage),
+        )
+
+    async def _packed(self, record: RelayRecord) -> list[_Packed]:
+        both: list[_Packed] = []
+        for role, raw in (("request", record.request), ("response", record.response)):
+            size = len(raw)
+            if size >= _SMALL_BYTES:
+                both.append(await self._pack(role, raw))
+            elif size:
+                both.append((role, "raw", size, raw, None))
+        return both
+
+    async def _pack(self, role: str, raw: bytes) -> _Packed:
+        size = len(raw)
+        large = size > WORTH_A_THREAD_BYTES
+        encoding, data = await asyncio.to_thread(as_kept, raw) if large else as_kept(raw)
+        if len(data) > INLINE_BYTES:
+            key = new_key(datetime.now(UTC))
+            with suppress(StoreUnavailable, TimeoutError):  # then it stays in its row
+                async with asyncio.timeout(_BLOB_TIMEOUT_S):
+                    await self._blobs.put(key, data)
+                return role, encoding, size, None, key
+        return role, encoding, size, data, None
+
+
+def observed_of(record: RelayRecord) -> Observed:
+    """The same for those who count calls."""
+    failure, charge, tried = record.failure, record.charge, record.tries > 0
+    usage = charge.usage
+    # By their order: names would double what so many fields cost.
+    return Observed(
+        record.source,
+        record.status.value,
+        record.tenant_id,
+        record.finished_at,
+        record.pool,
+        record.kind,
+        record.model,
+        record.upstream,
+        record.dialect,
+        record.operation,
+        record.streamed,
+        record.http_status,
+        None if failure is None else failure.code,
+        record.queue_ms if tried else None,
+        record.upstream_ms if tried else None,
+        record.first_byte_ms,
+        record.tries,
+        record.throttled,
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_tokens,
+        usage.thoughts_tokens,
+        charge.cost_micros,
+        record.request_id,
+        record.received_at,
+        record.response_id,
+        record.finish_reason,
+        record.trail,
+        None if usage.details is None else usage.details.cache_write_tokens,
+        record.model_version,
+    )
+
+
+def _body_values(
+    record: RelayRecord,
+    role: str,
+    encoding: str,
+    size_bytes: int,
+    data: bytes | None,
+    blob_key: str | None,
+) -> tuple[Any, ...]:
+    owner = (record.tenant_id, record.pool)
+    place = (record.request_id, record.received_at, role)
+    is_request = role == "request"
+    said = record.request_type if is_request else record.response_type
+    omitted_bytes = 0 if is_request else record.omitted_bytes
+    return (*place, *owner, encoding, size_bytes, data, blob_key, _text(said), omitted_bytes)
+
+
+def _entry(record: RelayRecord, values: tuple[Any, ...], both: list[_Packed]) -> Json:
+    """The same for the recorder, as JSON."""
+    row = dict(zip(_AUDIT_COLUMNS, values, strict=True))
+    if row["failure"] is not None:
+        row["failure"] = orjson.loads(row["failure"])
+    if row["usage_details"] is not None:
+        row["usage_details"] = orjson.loads(row["usage_details"])
+    bodies = []
+    for packed in both:
+        body = dict(zip(_BODY_COLUMNS, _body_values(record, *packed), strict=True))
+        if body["data"] is not None:
+            body["data"] = b64encode(body["data"]).decode()
+        bodies.append(body)
+    return {"op": "relay", "row": row, "attempt": None, "files": [], "bodies": bodies}
+
+
+def _text(text: str | None) -> str | None:
+    return None if text is None else rows.clean(text)
+
+
+_THROTTLED = 429
+
+
+def of_job(
+    job: ClaimedJob, status: str, result: AttemptResult, failure: Failure | None
+) -> Observed:
+    """An attempt of a job that was made; `status` is `retried` where there will be another."""
+    return Observed(
+        source="job",
+        status=status,
+        tenant_id=job.tenant_id,
+        finished_at=result.finished_at,
+        pool=job.pool,
+        kind=job.classification.kind,
+        code=None if failure is None else failure.code,
+        request_id=job.request_id,
+        received_at=job.created_at,
+        trail=result.trail,
+        **_of_result(result, failure),
+    )
+
+
+def event_of_stream(record: StreamRecord) -> Observed:
+    job, result = record.job, record.result
+    failure = record.failure or (result.failure if result else None)
+    return Observed(
+        source="stream",
+        status=record.status.value,
+        tenant_id=job.tenant_id,
+        finished_at=record.finished_at,
+        pool=job.pool,
+        kind=job.classification.kind,
+        streamed=True,
+        code=None if failure is None else failure.code,
+        request_id=job.request_id,
+        received_at=job.created_at,
+        trail=job.trail,
+        **({"model": job.model} if result is None else _of_result(result, failure)),
+    )
+
+
+def _of_result(result: AttemptResult, failure: Failure | None) -> dict[str, Any]:
+    throttled = failure is not None and failure.upstream_status == _THROTTLED
+    return {
+        "model": result.model,
+        "upstream": result.upstream,
+        "dialect": result.dialect,
+        "operation": result.operation,
+        "queue_ms": result.queue_ms,
+        "upstream_ms": result.upstream_ms,
+        "first_byte_ms": result.first_byte_ms,
+        "attempts": 1,
+        "response_id": result.response_id,
+        "finish_reason": result.finish_reason,
+        "throttled": int(throttled),
+        "model_version": result.model_version,
+        **charged(result.charge),
+    }
+
+
+def charged(charge: Charge) -> dict[str, int | None]:
+    """The LLM tokens and the money of a call."""
+    usage: Usage = charge.usage
+    return {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "thoughts_tokens": usage.thoughts_tokens,
+        "cost_micros": charge.cost_micros,
+        "cache_write_tokens": usage.details.cache_write_tokens if usage.details else None,
+    }
+
+
+def event_of_unadmitted(job: ClaimedJob, status: str, failure: Failure) -> Observed:
+    """A job that ended in a worker without a call."""
+    return Observed(
+        source="job",
+        status=status,
+        tenant_id=job.tenant_id,
+        finished_at=datetime.now(UTC),
+        pool=job.pool,
+        kind=job.classification.kind,
+        model=job.model,
+        code=failure.code,
+    )
+
+
+def of_question(
+    tenant_id: str,
+    upstream: str,
+    model: str,
+    status: str,
+    *,
+    error: UpstreamError | None,
+    answer: Answer,
+    charge: Charge,
+    queue_ms: float,
+    upstream_ms: float,
+) -> Observed:
+    """What the classifier has asked a model, for a request of that tenant. `upstream` is its own
+    pool."""
+    usage = charge.usage
+    return Observed(
+        source=JUDGE,
+        status=status,
+        tenant_id=tenant_id,
+        finished_at=datetime.now(UTC),
+        pool=upstream,
+        kind="classifier",
+        model=model,
+        upstream=upstream,
+        code=None if error is None else error.code,
+        queue_ms=queue_ms,
+        upstream_ms=upstream_ms,
+        attempts=1,
+        throttled=int(isinstance(error, UpstreamThrottled)),
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cached_tokens=usage.cached_tokens,
+        thoughts_tokens=usage.thoughts_tokens,
+        cost_micros=charge.cost_micros,
+        response_id=answer.response_id,
+        finish_reason=answer.finish_reason,
+    )
+
+
+def of_row(row: Mapping[str, Any], failure: Json) -> Observed:
+    """A job that ended in the database, from its row as it stands."""
+    return Observed(
+        source="job",
+        status=row["status"],
+        tenant_id=row["tenant_id"],
+        finished_at=row["finished_at"],
+        pool=row["pool"],
+        kind=row["kind"],
+        model=row["used_model"] or row["model"],
+        code=failure["code"],
+        queue_ms=row["queue_ms"],
+    )

@@ -1,0 +1,650 @@
+"""Connections to PostgreSQL, named statements, group commit, migrations and partitions.
+
+Every unit of work is one transaction without named prepared statements, so that PgBouncer may run
+in transaction mode.
+
+Invariants: nothing waits longer than its deadline; a connection that failed or was used by a
+cancelled caller is not reused; in an outage callers fail immediately and one probe looks for the
+end; every write gets exactly one answer; migrations run once, under an advisory lock; an insert
+never fails for lack of a partition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from importlib.resources import files
+from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
+
+import asyncpg
+
+from tidegate.call import new_id
+from tidegate.errors import StoreUnavailable, TidegateError
+from tidegate.telemetry.logging import Log, get_logger
+
+T = TypeVar("T")
+Work = Callable[[asyncpg.Connection], Awaitable[T]]
+
+CONNECT_TIMEOUT_MS = 1_500
+COMMAND_TIMEOUT_MS = 5_000
+SLOW_MS = 1_000  # after this the probe looks whether the server still answers
+PROBE_TIMEOUT_MS = 1_000
+PROBE_EVERY_MS = 200
+_TRIES = 3
+# One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
+# since the statistics of a queue are always stale, no plan may come to scan it whole.
+_BEGIN = (
+    "BEGIN; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; "
+    "SET LOCAL statement_timeout = {timeout_ms}; "
+    "SET LOCAL idle_in_transaction_session_timeout = 10000"
+)
+
+# Worth another try on another connection: the work itself was not at fault.
+_TRANSIENT = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    # asyncpg's word for a connection whose end was announced between two statements.
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,  # shutdown, crash of a neighbour, starting up, cancelled
+    asyncpg.InsufficientResourcesError,  # too many connections, disk full
+    asyncpg.TransactionRollbackError,  # deadlock
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.ReadOnlySQLTransactionError,  # a server that has been demoted
+)
+# A connection that was cut: says nothing yet of the server.
+_CUT = (
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    ConnectionResetError,
+)
+# The server is there but is not the one we need (yet).
+_UNFIT = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InsufficientPrivilegeError,
+)
+
+
+class _Commit:
+    """Of one try. Once it is `sent` the transaction may be committed, whatever is heard of it."""
+
+    sent = False
+
+
+class Connections:
+    """At most `size` connections, opened as needed."""
+
+    def __init__(self, url: str, *, size: int = 10) -> None:
+        self._url = url
+        self._slots = asyncio.Semaphore(size)
+        self._idle: list[asyncpg.Connection] = []
+        self._busy: set[asyncpg.Connection] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._probe: asyncio.Task[None] | None = None
+        self._away: str | None = None  # why, while away
+        self._closed = False
+        self.on_back: list[Callable[[], None]] = []
+
+    @property
+    def away(self) -> bool:
+        return self._away is not None
+
+    def __repr__(self) -> str:
+        return f"<Connections busy={len(self._busy)} idle={len(self._idle)} away={self._away!r}>"
+
+    def start(self) -> None:
+        """Begin to connect in the background; PostgreSQL may come later."""
+        self._suspect()
+
+    async def aclose(self, timeout_ms: int = 2_000) -> None:
+        """Let work under way end within `timeout_ms`, then cut it off and close everything."""
+        self._closed = True
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_ms / 1000)
+        for connection in [*self._busy, *self._idle]:
+            connection.terminate()
+        self._idle.clear()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def run(
+        self, work: Work[T], *, timeout_ms: int = COMMAND_TIMEOUT_MS, repeatable: bool = True
+    ) -> T:
+        """Run `work` in a transaction and commit; repeats it when the connection was at fault.
+
+        `repeatable`: whether a repeat is right where the first transaction was committed and the
+        reply was lost. Where it is not, such as for a claim that takes whatever is ready, the work
+        is repeated only as long as no COMMIT was sent. Raises StoreUnavailable, at once while
+        PostgreSQL is known to be away; unrepeatable work may be committed then. A cancelled caller
+        leaves at once; the transaction ends by itself within its deadline, either way.
+        """
+        if self._closed or self._away is not None:
+            await asyncio.sleep(0)  # a caller that tries in a loop must not starve the others
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+        if self._away is not None:
+            raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
+        task = asyncio.create_task(self._run(work, timeout_ms, repeatable))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_abandoned)
+            raise
+
+    async def ping(self, timeout_ms: int) -> None:
+        """One round trip on a connection of its own; raises StoreUnavailable."""
+        try:
+            connection = await self._answered(timeout_ms / 1000)
+        except (*_TRANSIENT, *_UNFIT) as failed:
+            raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+        connection.terminate()
+
+    async def dedicated(self) -> asyncpg.Connection:
+        """A connection outside the pool, for LISTEN; the caller terminates it."""
+        if self._away is not None:
+            raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
+        try:
+            return await self._connect(CONNECT_TIMEOUT_MS / 1000)
+        except (*_TRANSIENT, *_UNFIT) as failed:
+            raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+
+    async def _run(self, work: Work[T], timeout_ms: int, repeatable: bool) -> T:
+        deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
+        tries = 0
+        while True:
+            tries += 1
+            commit = _Commit()
+            try:
+                return await self._transaction(work, deadline, timeout_ms, commit)
+            except _UNFIT as unfit:
+                raise StoreUnavailable(_unfit_words(unfit)) from unfit
+            except _TRANSIENT as failed:
+                late = asyncio.get_running_loop().time() >= deadline
+                if late or tries == _TRIES:
+                    self._suspect()
+                if late or self.away or tries == _TRIES or self._closed:
+                    raise StoreUnavailable(f"PostgreSQL failed: {_words(failed)}") from failed
+                if commit.sent and not repeatable:
+                    said = f"the reply to a COMMIT was lost: {_words(failed)}"
+                    raise StoreUnavailable(said) from failed
+
+    async def _transaction(
+        self, work: Work[T], deadline: float, timeout_ms: int, commit: _Commit
+    ) -> T:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout_at(deadline):
+            await self._slots.acquire()
+        try:
+            connection = await self._take(deadline)
+            # Not by cancelling the query: asyncpg would then open a connection to cancel it,
+            # which a frozen server never closes.
+            watchdog = loop.call_at(deadline, connection.terminate)
+            doubt = loop.call_later(SLOW_MS / 1000, self._suspect)
+            self._busy.add(connection)
+            try:
+                await connection.execute(_BEGIN.format(timeout_ms=timeout_ms))
+                result = await work(connection)
+                commit.sent = True
+                await connection.execute("COMMIT")
+            except BaseException as failed:
+                cut_off = connection.is_closed()
+                connection.terminate()
+                if cut_off and isinstance(failed, AttributeError):
+                    # What asyncpg makes of an end between two steps of one statement.
+                    raise asyncpg.InterfaceError("the connection was cut off") from failed
+                raise
+            finally:
+                watchdog.cancel()
+                doubt.cancel()
+                self._busy.discard(connection)
+            if self._closed or self.away:
+                connection.terminate()
+            else:
+                self._idle.append(connection)
+            return result
+        finally:
+            self._slots.release()
+
+    async def _take(self, deadline: float) -> asyncpg.Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        left = deadline - asyncio.get_running_loop().time()
+        try:
+            return await self._connect(min(CONNECT_TIMEOUT_MS / 1000, max(left, 0.001)))
+        except asyncpg.TooManyConnectionsError:
+            raise  # it answers, and those that we have go on working
+        except _CUT:
+            self._suspect()
+            raise
+        except (*_TRANSIENT, *_UNFIT) as failed:
+            self._gone(_words(failed))
+            raise
+
+    async def _connect(self, timeout_s: float) -> asyncpg.Connection:
+        return await asyncpg.connect(
+            self._url,
+            timeout=timeout_s,
+            statement_cache_size=0,
+            server_settings={"application_name": "tidegate"},
+        )
+
+    async def _answered(self, timeout_s: float) -> asyncpg.Connection:
+        """A new connection on which the server has answered, within `timeout_s` all in all.
+
+        Raises what asyncpg raises, and TimeoutError. PgBouncer lets its clients in by itself
+        while the server behind it is gone: only the answer to a statement is the server's.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        connection = await self._connect(timeout_s)
+        watchdog = loop.call_at(deadline, connection.terminate)
+        try:
+            await connection.execute("SELECT 1")
+        except BaseException as failed:
+            connection.terminate()
+            if isinstance(failed, Exception) and loop.time() >= deadline:
+                raise TimeoutError from failed
+            raise
+        finally:
+            watchdog.cancel()
+        return connection
+
+    def _gone(self, reason: str) -> None:
+        if self._away is None:
+            get_logger().warning(Log.STORE_AWAY, reason=reason)
+        self._away = reason
+        while self._idle:
+            self._idle.pop().terminate()
+        for connection in self._busy:
+            connection.terminate()
+        self._suspect()
+
+    def _suspect(self) -> None:
+        if self._probe is None and not self._closed:
+            self._probe = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        """Try to connect until it works; the first failure makes PostgreSQL `away`."""
+        cuts_left = 2
+        try:
+            while True:
+                try:
+                    self._idle.append(await self._answered(PROBE_TIMEOUT_MS / 1000))
+                    break
+                except asyncpg.TooManyConnectionsError:
+                    break
+                except (*_TRANSIENT, *_UNFIT) as failed:
+                    cuts_left -= isinstance(failed, _CUT)
+                    if cuts_left < 0 or not isinstance(failed, _CUT):
+                        self._gone(_words(failed))
+                await asyncio.sleep(PROBE_EVERY_MS / 1000)
+        finally:
+            self._probe = None
+        if self._away is not None:
+            self._away = None
+            get_logger().info(Log.STORE_BACK)
+            for tell in self.on_back:
+                tell()
+
+
+class ReadTurns:
+    """A tenant's reads of single requests, `most` of them at a time in this process: however many
+    of its clients poll, the other connections are for everybody else."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, tenant_id: str, timeout_ms: int) -> AsyncIterator[None]:
+        """Wait for a turn, no longer than that. Raises StoreUnavailable."""
+        turns = self._of.get(tenant_id)
+        if turns is None:
+            turns = self._of[tenant_id] = asyncio.Semaphore(self._most)
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                await turns.acquire()
+        except TimeoutError:
+            raise StoreUnavailable(f"too many reads of tenant {tenant_id} wait here") from None
+        try:
+            yield
+        finally:
+            turns.release()
+
+
+def _abandoned(task: asyncio.Task[Any]) -> None:
+    """Its caller has left: an outage concerns nobody any more, and what else it raised is logged
+    here, where asyncio would complain of an exception that was never retrieved."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, TidegateError):
+        get_logger().error(Log.INTERNAL_ERROR, where="store", error=repr(error))
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, TidegateError):
+        return error.message
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
+
+
+def _unfit_words(error: asyncpg.PostgresError) -> str:
+    unmigrated = isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError))
+    mend = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
+    return f"the database is not ready for us: {error}{mend}"
+
+
+_HEAD = re.compile(r"^-- name: (?P<name>\w+)\n-- (?P<does>.+)\n", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    name: str
+    does: str
+    sql: str
+
+
+def _load(text: str) -> dict[str, Query]:
+    heads = list(_HEAD.finditer(text))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    return {
+        head["name"]: Query(head["name"], head["does"], text[head.end() : end].strip())
+        for head, end in zip(heads, ends, strict=True)
+    }
+
+
+QUERIES = {
+    name: query
+    for file in files("tidegate.store").iterdir()
+    if file.name.endswith(".sql")
+    for name, query in _load(file.read_text(encoding="utf-8")).items()
+}
+
+
+def sql(name: str) -> str:
+    """The text of the statement `name`."""
+    return QUERIES[name].sql
+
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+
+MAX_ROWS = 500
+MAX_BATCH_BYTES = 8_000_000
+MAX_WAITING = 20_000
+
+
+class GroupWriter(Generic[Row, Result]):
+    """Hands batches to `commit`, which answers one result, or one exception, per row.
+
+    `size_of` gives the bytes of a row, so that a batch stays bounded.
+    """
+
+    def __init__(
+        self,
+        commit: Callable[[Sequence[Row]], Awaitable[Sequence[Result | Exception]]],
+        size_of: Callable[[Row], int],
+    ) -> None:
+        self._commit = commit
+        self._size_of = size_of
+        self._waiting: deque[tuple[Row, asyncio.Future[Result]]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    async def write(self, row: Row) -> Result:
+        """Wait until `row` is committed. A cancelled caller's row may still be written."""
+        if len(self._waiting) >= MAX_WAITING:
+            raise StoreUnavailable("too many writes are waiting for PostgreSQL")
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((row, future))
+        if self._task is None:
+            self._task = asyncio.create_task(self._drain())
+        return await future
+
+    async def aclose(self) -> None:
+        """Wait for what is waiting; each batch has its own deadline."""
+        while self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                await self._settle(self._next())
+        finally:
+            self._task = None
+
+    def _next(self) -> list[tuple[Row, asyncio.Future[Result]]]:
+        batch: list[tuple[Row, asyncio.Future[Result]]] = []
+        size_bytes = 0
+        while self._waiting and len(batch) < MAX_ROWS and size_bytes < MAX_BATCH_BYTES:
+            batch.append(self._waiting.popleft())
+            size_bytes += self._size_of(batch[-1][0])
+        return batch
+
+    async def _settle(self, batch: list[tuple[Row, asyncio.Future[Result]]]) -> None:
+        results: Sequence[Result | Exception]
+        try:
+            results = await self._commit([row for row, _ in batch])
+        except StoreUnavailable as away:
+            results = [StoreUnavailable(away.message) for _ in batch]
+        except Exception as failed:  # noqa: BLE001 -- handed to the caller whose row it is
+            if len(batch) > 1:
+                for pair in batch:
+                    await self._settle([pair])
+                return
+            results = [failed]
+        for (_, future), result in zip(batch, results, strict=True):
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
+TABLES = ("attempts", "audit", "bodies")
+DAYS_AHEAD = 7
+# An attempt's row grows once, when it ends: where its page has room for that, no index is touched.
+_SETTINGS = {"attempts": "WITH (fillfactor = 40)"}
+_PARTITIONS_LOCK = 7_423_001  # advisory lock of everyone who makes or drops partitions
+
+
+def name_of(table: str, day: date) -> str:
+    return f"{table}_{day:%Y%m%d}"
+
+
+def day_of(name: str) -> date | None:
+    """The day of a partition's name; None for the default partition."""
+    stamp = name.rpartition("_")[2]
+    if not stamp.isdigit():
+        return None
+    return datetime.strptime(stamp, "%Y%m%d").replace(tzinfo=UTC).date()
+
+
+async def make_ahead(connection: asyncpg.Connection, today: date) -> list[str]:
+    """Make what is missing of today's and the next days' partitions; runs in a transaction.
+
+    Returns the names of those made.
+    """
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", _PARTITIONS_LOCK)
+    days = [today + timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]
+    names = [name_of(table, day) for table in TABLES for day in days]
+    missing = await connection.fetch(
+        "SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass(name) IS NULL", names
+    )
+    absent = {row["name"] for row in missing}
+    for table in TABLES:
+        for day in days:
+            if name_of(table, day) in absent:
+                await _make(connection, table, day)
+    return sorted(absent)
+
+
+async def _make(connection: asyncpg.Connection, table: str, day: date) -> None:
+    start = datetime.combine(day, time.min, UTC)
+    end = start + timedelta(days=1)
+    name = name_of(table, day)
+    settings = _SETTINGS.get(table, "")
+    await connection.execute(f"CREATE TABLE {name} (LIKE {table} INCLUDING ALL) {settings}")
+    await connection.execute(
+        f"""
+        WITH moved AS (
+            DELETE FROM {table}_default WHERE created_at >= $1 AND created_at < $2 RETURNING *
+        )
+        INSERT INTO {name} SELECT * FROM moved
+        """,
+        start,
+        end,
+    )
+    await connection.execute(
+        f"ALTER TABLE {table} ATTACH PARTITION {name} "
+        f"FOR VALUES FROM ('{start.isoformat()}') TO ('{end.isoformat()}')"
+    )
+
+
+async def older_than(connection: asyncpg.Connection, day: date) -> list[tuple[str, str]]:
+    """(table, partition) of every partition whose whole day is before `day`, oldest first."""
+    rows = await connection.fetch(
+        """
+        SELECT parent.relname AS parent, child.relname AS child
+        FROM pg_inherits
+        JOIN pg_class parent ON parent.oid = inhparent
+        JOIN pg_class child ON child.oid = inhrelid
+        WHERE parent.oid = ANY($1::regclass[])
+        """,
+        list(TABLES),
+    )
+    found = [
+        (when, row["parent"], row["child"])
+        for row in rows
+        if (when := day_of(row["child"])) is not None and when < day
+    ]
+    return [(parent, child) for _, parent, child in sorted(found)]
+
+
+async def drop(connection: asyncpg.Connection, table: str, name: str) -> bool:
+    """Drop one partition in this transaction; False when others use it and it must wait.
+
+    Waiting long for the lock would hold up every insert that queues behind it.
+    """
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", _PARTITIONS_LOCK)
+    await connection.execute("SET LOCAL lock_timeout = '500ms'")
+    await connection.execute("SAVEPOINT before_drop")
+    try:
+        await connection.execute(f"ALTER TABLE {table} DETACH PARTITION {name}")
+        await connection.execute(f"DROP TABLE {name}")
+    except asyncpg.LockNotAvailableError:
+        await connection.execute("ROLLBACK TO SAVEPOINT before_drop")
+        return False
+    return True
+
+
+HEAD = "0015"  # the revision that this code needs; a test compares it with the migrations
+_LOCK = 7_423_000
+_CONNECT_TIMEOUT_S = 5.0
+
+
+async def revision_of(connection: asyncpg.Connection) -> str | None:
+    """The revision in the database, or None where no migration has run; runs in a transaction."""
+    if await connection.fetchval("SELECT to_regclass('alembic_version') IS NULL"):
+        return None
+    revision: str | None = await connection.fetchval("SELECT version_num FROM alembic_version")
+    return revision
+
+
+async def _revision_alone(connection: asyncpg.Connection) -> str | None:
+    # Outside a transaction PgBouncer may send a statement to one server and its run to another.
+    async with connection.transaction():
+        return await revision_of(connection)
+
+
+async def migrate(url: str) -> str | None:
+    """Run the missing steps and make partitions ahead.
+
+    Returns the new revision, or None where there was nothing to do. Raises StoreUnavailable when
+    PostgreSQL can't be reached. Cancellation does not stop steps under way.
+    """
+    try:
+        connection = await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
+        raise StoreUnavailable(f"cannot migrate: {failed}") from failed
+    try:
+        before = await _revision_alone(connection)
+        if before is None or before < HEAD:
+            await asyncio.to_thread(_upgrade, url)
+        async with connection.transaction():
+            after = await revision_of(connection)
+            await make_ahead(connection, datetime.now(UTC).date())
+    finally:
+        await connection.close(timeout=_CONNECT_TIMEOUT_S)
+    if after == before:
+        return None
+    get_logger().info(Log.MIGRATED, before=before, after=after)
+    return after
+
+
+class _DistinctlyPrepared(asyncpg.Connection):  # type: ignore[misc] # it has no types
+    """Names the statements that SQLAlchemy prepares as nobody else does.
+
+    PgBouncer hands on server connections with what was prepared in them, and asyncpg counts its
+    names from one in every process.
+    """
+
+    async def prepare(self, query: str, **more: Any) -> Any:
+        return await super().prepare(query, **{**more, "name": f"tidegate_{new_id().hex}"})
+
+
+def _upgrade(url: str) -> None:
+    """Alembic is synchronous under SQLAlchemy's greenlets: it gets a thread and a loop."""
+    asyncio.run(_upgrade_under_lock(url))
+
+
+async def _upgrade_under_lock(url: str) -> None:
+    # Imported here: together they cost more than a second of start-up.
+    from alembic import command
+    from alembic.config import Config
+    from sqlalchemy import Connection, text
+    from sqlalchemy.ext.asyncio import create_async_engine
+    from sqlalchemy.pool import NullPool
+
+    config = Config()
+    config.set_main_option("script_location", "tidegate.store:migrations")
+
+    def upgrade(connection: Connection) -> None:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+    async def connect() -> asyncpg.Connection:
+        return await asyncpg.connect(
+            url,
+            timeout=_CONNECT_TIMEOUT_S,
+            statement_cache_size=0,
+            connection_class=_DistinctlyPrepared,
+        )
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    try:
+        async with engine.begin() as connection:
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            await connection.run_sync(upgrade)
+    finally:
+        await engine.dispose()

@@ -1,0 +1,215 @@
+"""Diagnostics of a database: check-up, comparison around a restore, rows of a trial.
+
+Invariants: a check-up writes nothing and is bounded in time; a trial's removal touches only its
+own rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store.database import HEAD, Connections, revision_of, sql
+
+OLD_S = 300.0
+_CONNECT_S = 5.0
+_ANSWER_S = 5.0
+_TRIPS = 11
+_REVISIONS = "alembic_version"
+
+
+@dataclass(frozen=True, slots=True)
+class OldTransaction:
+    pid: int
+    who: str
+    program: str
+    state: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseReport:
+    """facts: the columns of `look_at_server`. revision: of the schema, None where there is none or
+    it may not be read; `needed` is the code's. pooled: a pooler stands in between; `shares`: it
+    gives one server's connection to several clients in turn, as in transaction mode."""
+
+    facts: dict[str, Any]
+    revision: str | None
+    needed: str
+    round_trip_ms: float
+    clock_ahead_ms: float
+    pooled: bool
+    shares: bool
+    old: tuple[OldTransaction, ...]
+    sizes: dict[str, int]
+    foreign: tuple[str, ...]
+    unusable: tuple[str, ...]
+
+
+async def examine(url: str, old_s: float = OLD_S) -> DatabaseReport:
+    """Look at the database; transactions count as old after `old_s` seconds.
+
+    Raises StoreUnavailable, which says why, where it can't be used at all.
+    """
+    try:
+        connection = await _connect(url)
+        try:
+            return await _report(connection, url, old_s)
+        finally:
+            connection.terminate()
+    except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as no:
+        why = str(no) or "no answer in time"
+        raise StoreUnavailable(f"PostgreSQL can't be used: {why}") from no
+
+
+async def _connect(url: str) -> asyncpg.Connection:
+    return await asyncpg.connect(
+        url,
+        timeout=_CONNECT_S,
+        command_timeout=_ANSWER_S,
+        statement_cache_size=0,
+        server_settings={"application_name": "tidegate doctor"},
+    )
+
+
+async def _report(connection: asyncpg.Connection, url: str, old_s: float) -> DatabaseReport:
+    async with connection.transaction(readonly=True):
+        began_at = time.time()
+        facts = dict(await connection.fetchrow(sql("look_at_server")))
+        middle = (began_at + time.time()) / 2
+        trips = []
+        for _ in range(_TRIPS):
+            began = time.perf_counter()
+            await connection.execute("SELECT 1")
+            trips.append((time.perf_counter() - began) * 1000)
+        old = await connection.fetch(sql("look_at_transactions"), old_s)
+        tables = await connection.fetch(sql("look_at_tables"))
+        unusable = tuple(row["name"] for row in tables if not row["may_use"])
+        revision = None if _REVISIONS in unusable else await revision_of(connection)
+    # A pooler hands out process numbers of its own.
+    pooled = connection.get_server_pid() != facts["backend"]
+    return DatabaseReport(
+        facts=facts,
+        revision=revision,
+        needed=HEAD,
+        round_trip_ms=statistics.median(trips),
+        clock_ahead_ms=(facts["clock_s"] - middle) * 1000,
+        pooled=pooled,
+        shares=pooled and await _shares(connection, url),
+        old=tuple(
+            OldTransaction(row["pid"], row["who"], row["program"], row["state"] or "", row["age_s"])
+            for row in old
+        ),
+        sizes={row["name"]: row["size_bytes"] for row in tables},
+        foreign=tuple(row["name"] for row in tables if not row["is_ours"]),
+        unusable=unusable,
+    )
+
+
+async def _shares(connection: asyncpg.Connection, url: str) -> bool:
+    """Whether a second client gets the server's connection that ours has just used: a pooler in
+    transaction mode takes the one that was used last, one in session mode keeps it for us."""
+    other = await _connect(url)
+    try:
+        first = await _backend(connection)
+        return first == await _backend(other)
+    finally:
+        other.terminate()
+
+
+async def _backend(connection: asyncpg.Connection) -> int:
+    async with connection.transaction(readonly=True):
+        found: int = await connection.fetchval("SELECT pg_backend_pid()")
+        return found
+
+
+_CONNECT_TIMEOUT_S = 5.0
+# A new server counts its transactions from the beginning: what is queued would look as if it were
+# to come in the far future, and be read again at every look.
+_AS_OF_OLD = "UPDATE requests SET ready_xid = 0 WHERE status = 'queued'"
+
+
+async def revision_at(url: str) -> str | None:
+    """The revision of the record in a database, None for one without. Raises StoreUnavailable."""
+    connection = await _connected(url)
+    try:
+        async with connection.transaction():
+            return await revision_of(connection)
+    finally:
+        await connection.close()
+
+
+async def settle(url: str) -> None:
+    """Fit what was restored to the server that it is in now. Raises StoreUnavailable."""
+    connection = await _connected(url)
+    try:
+        await connection.execute(_AS_OF_OLD)
+        await connection.execute("ANALYZE")
+    finally:
+        await connection.close()
+
+
+async def _connected(url: str) -> asyncpg.Connection:
+    try:
+        return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
+        raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+
+
+_TIMEOUT_MS = 10_000
+
+
+class Trial:
+    """Every method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def recorded(self, request_ids: Sequence[UUID]) -> dict[UUID, int]:
+        """How many records of its end each request has; those without one are left out."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            rows: list[asyncpg.Record] = await connection.fetch(sql("recorded_of"), request_ids)
+            return rows
+
+        rows = await self._connections.run(read)
+        return {UUID(int=row["request_id"].int): row["records"] for row in rows}
+
+    async def cut_short(self, request_ids: Sequence[UUID]) -> dict[UUID, dict[str, int]]:
+        """How many attempts at each request were cut short before their result was on record, by
+        the process that made them; requests without one are left out."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            rows: list[asyncpg.Record] = await connection.fetch(sql("cut_short"), request_ids)
+            return rows
+
+        found: dict[UUID, dict[str, int]] = {}
+        for row in await self._connections.run(read):
+            by = found.setdefault(UUID(int=row["request_id"].int), {})
+            by[row["instance_id"]] = row["attempts"]
+        return found
+
+    async def remove(
+        self, tenant_id: str, request_ids: Sequence[UUID], workers: Sequence[str]
+    ) -> None:
+        """Everything: requests with attempts, records and bodies; sums; workers."""
+
+        async def delete(connection: asyncpg.Connection) -> None:
+            rows = await connection.fetch(sql("audit_of"), request_ids)
+            audit = [row["id"] for row in rows]
+            await connection.execute(sql("erase_requests"), request_ids)
+            await connection.execute(sql("erase_attempts"), request_ids)
+            await connection.execute(sql("erase_bodies"), audit)
+            await connection.execute(sql("erase_audit"), audit)
+            await connection.execute(sql("drop_usage_of"), tenant_id)
+            await connection.execute(sql("drop_queued_of"), tenant_id)
+            await connection.execute(sql("drop_workers"), workers)
+
+        await self._connections.run(delete, timeout_ms=_TIMEOUT_MS)

@@ -1,0 +1,291 @@
+"""Idempotency keys of native calls and batches, and the answers under them.
+
+Invariant: of all callers under one key at a time, one is answered by the provider. A process renews
+the keys of the calls that it answers; a key that nobody renews for a lease (its process was killed,
+or never learned that the key is its own) is free for the next caller, who learns which call was
+lost. Only a process that PostgreSQL itself has heard without a gap for a lease may free another's
+key, as with the claims of jobs, so that an outage of PostgreSQL frees none.
+
+An answer that cannot be stored when its call ends is kept, in memory or on the disk, until it is;
+its key is renewed meanwhile. Above `MOST_PENDING_BYTES` of such answers the next is dropped, and
+its key lapses. The key of a batch is written in the batch's own transaction, and has no answer but
+the batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from uuid import UUID
+
+import asyncpg
+
+from tidegate.errors import StoreUnavailable
+from tidegate.store.database import Connections, sql
+from tidegate.store.liveness import Steadiness
+from tidegate.store.records import Idempotency, Json, dumps
+from tidegate.telemetry.logging import Log, get_logger
+
+LONGEST_LEASE_MS = 10_000
+MOST_PENDING_BYTES = 64_000_000
+ANSWER, FREE = KEY_OPS = "answer", "free"  # of the entries that the recorder writes
+_TIMEOUT_MS = 2_000
+_LOOK_S = 0.1
+_RETRY_S = 0.2
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is known under a key. `answer` is None while the request is still being answered;
+    `lapsed`: its owner has not renewed the key for a lease. `lost`: the request before it under the
+    same key, whose answer was lost with its process."""
+
+    digest: str
+    request_id: UUID
+    http_status: int = 0
+    content_type: str = ""
+    answer: bytes | None = None
+    lapsed: bool = False
+    lost: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The key belongs to this request now; `lost` as in `Given`."""
+
+    lost: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A request that holds a key."""
+
+    tenant_id: str
+    key: str
+    request_id: UUID
+    subject: str | None
+    received_at: datetime
+
+    def row(self) -> Json:
+        return {
+            "id": self.request_id,
+            "tenant_id": self.tenant_id,
+            "idempotency_key": self.key,
+            "subject": self.subject,
+            "submitted_at": self.received_at,
+        }
+
+
+class NativeKeys:
+    """Methods that ask PostgreSQL raise StoreUnavailable. `keep` writes an entry, True, or keeps it
+    on the disk until it can be written, False."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        keep: Callable[[Json], asyncio.Task[bool]],
+        *,
+        lease_ms: int,
+    ) -> None:
+        self._connections = connections
+        self._keep = keep
+        self.lease_ms = min(lease_ms, LONGEST_LEASE_MS)
+        self._steadiness = Steadiness(self.lease_ms)
+        self._owned: dict[UUID, Owner] = {}
+        self._looking: dict[tuple[str, str], asyncio.Task[Given | None]] = {}
+        self._pending_bytes = 0
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def aclose(self) -> None:
+        """What is pending is the recorder's."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+        for looking in self._looking.values():
+            looking.cancel()
+
+    async def take(self, owner: Owner, wanted: Idempotency) -> Taken | Given:
+        """Take the key for `owner`, or return what is known under it."""
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew_often())
+        lease_ms = self._judged_ms()
+
+        async def take(connection: asyncpg.Connection) -> Taken | Given:
+            return await take_key(
+                connection, owner.tenant_id, wanted, owner.request_id, lease_ms=lease_ms
+            )
+
+        taken = await self._connections.run(take, timeout_ms=_TIMEOUT_MS)
+        if isinstance(taken, Taken):
+            self._owned[owner.request_id] = owner
+        return taken
+
+    async def known(self, tenant_id: str, key: str) -> Given | None:
+        """What is known under a key, which stays as it is."""
+        lease_ms = self._judged_ms()
+
+        async def find(connection: asyncpg.Connection) -> Given | None:
+            return await known_key(connection, tenant_id, key, lease_ms=lease_ms)
+
+        return await self._connections.run(find, timeout_ms=_TIMEOUT_MS)
+
+    async def look(self, tenant_id: str, key: str) -> Given | None:
+        """The same, a moment later. All that wait for one key in this process share the look."""
+        place = (tenant_id, key)
+        looking = self._looking.get(place)
+        # One that has ended is there until its callbacks run. To await it yields to nobody: a
+        # caller that looks in a loop would hold the process's loop up.
+        if looking is None or looking.done():
+            looking = self._looking[place] = asyncio.create_task(self._look(*place))
+            looking.add_done_callback(partial(self._looked, place))
+        return await asyncio.shield(looking)
+
+    async def _look(self, tenant_id: str, key: str) -> Given | None:
+        await asyncio.sleep(_LOOK_S)
+        return await self.known(tenant_id, key)
+
+    def _looked(self, place: tuple[str, str], looking: asyncio.Task[Given | None]) -> None:
+        if self._looking.get(place) is looking:
+            del self._looking[place]
+        if not looking.cancelled():
+            looking.exception()  # retrieved: all that waited may have left
+
+    def end(self, owner: Owner, http_status: int, content_type: str, answer: bytes) -> None:
+        """Keep the answer for later callers under the key; returns immediately."""
+        if self._pending_bytes + len(answer) > MOST_PENDING_BYTES:
+            self._owned.pop(owner.request_id, None)
+            log.warning(Log.STORE_AWAY, detail="too many answers wait to be stored", dropped=1)
+            return
+        told = {
+            "http_status": http_status,
+            "content_type": content_type,
+            "answer": b64encode(answer).decode(),
+        }
+        self._settle(owner, ANSWER, owner.row() | told, len(answer))
+
+    def free(self, owner: Owner) -> None:
+        """Let the next caller be answered under the key; returns immediately."""
+        self._settle(owner, FREE, owner.row(), 0)
+
+    def _settle(self, owner: Owner, op: str, row: Json, size_bytes: int) -> None:
+        self._pending_bytes += size_bytes
+        entry: Json = {"op": op, "row": row, "attempt": None, "files": [], "bodies": []}
+        self._keep(entry).add_done_callback(partial(self._settled, owner, size_bytes))
+
+    def _settled(self, owner: Owner, size_bytes: int, writing: asyncio.Task[bool]) -> None:
+        self._pending_bytes -= size_bytes
+        failed = writing.cancelled() or writing.exception() is not None
+        if failed:
+            log.warning(Log.STORE_AWAY, detail="an answer under a key was lost: the key lapses")
+        if failed or writing.result():
+            self._owned.pop(owner.request_id, None)
+        # Else it is on the disk: the key is renewed until a renewal finds that it has ended.
+
+    # Liveness
+
+    def _judged_ms(self) -> int | None:
+        return self.lease_ms if self._steadiness.may_judge else None
+
+    async def _renew_often(self) -> None:
+        while True:
+            pause_s = self.lease_ms / 3_000
+            try:
+                await self._renew()
+            except StoreUnavailable:
+                self._steadiness.missed()
+                pause_s = min(pause_s, _RETRY_S)  # others count from the last one that succeeded
+            await asyncio.sleep(pause_s)
+
+    async def _renew(self) -> None:
+        sent_at = self._steadiness.clock()
+        owned = sorted(self._owned.values(), key=lambda one: (one.tenant_id, one.key))
+
+        async def renew(connection: asyncpg.Connection) -> set[int]:
+            found = await connection.fetch(
+                sql("renew_native_keys"),
+                [owner.tenant_id for owner in owned],
+                [owner.key for owner in owned],
+                [owner.request_id for owner in owned],
+            )
+            return {row["request_id"].int for row in found}
+
+        renewed = await self._connections.run(renew, timeout_ms=max(self.lease_ms // 3, 100))
+        self._steadiness.beaten(sent_at)
+        for owner in owned:
+            if owner.request_id.int not in renewed:  # ended, erased, or another's by now
+                self._owned.pop(owner.request_id, None)
+
+
+async def take_key(
+    connection: asyncpg.Connection,
+    tenant_id: str,
+    wanted: Idempotency,
+    request_id: UUID,
+    *,
+    lease_ms: int | None = None,
+) -> Taken | Given:
+    """As `NativeKeys.take`, in the transaction of what the key is for. Another caller that takes
+    the key waits for the end of that transaction. lease_ms: how long a key may go without being
+    renewed; None leaves every owner its key."""
+    row = await connection.fetchrow(
+        *(sql("take_native_key"), tenant_id, wanted.key, bytes.fromhex(wanted.digest)),
+        *(request_id, _seconds(lease_ms)),
+    )
+    if row is not None:
+        return Taken(_uuid(row["lost"]))
+    given = await known_key(connection, tenant_id, wanted.key)
+    if given is None:  # it became a day old, or was freed, between the two statements
+        return await take_key(connection, tenant_id, wanted, request_id, lease_ms=lease_ms)
+    if given.request_id == request_id:  # taken by a try whose reply was lost
+        return Taken(given.lost)
+    return given
+
+
+async def known_key(
+    connection: asyncpg.Connection, tenant_id: str, key: str, *, lease_ms: int | None = None
+) -> Given | None:
+    """What is known under a key, which is left as it is."""
+    row = await connection.fetchrow(sql("get_native_key"), tenant_id, key, _seconds(lease_ms))
+    if row is None:
+        return None
+    return Given(
+        digest=row["digest"].hex(),
+        request_id=UUID(int=row["request_id"].int),
+        http_status=row["http_status"] or 0,
+        content_type=row["content_type"] or "",
+        answer=row["answer"] if row["ended"] else None,
+        lapsed=row["lapsed"],
+        lost=_uuid(row["lost"]),
+    )
+
+
+async def end_key(connection: asyncpg.Connection, tenant_id: str, key: str, given: Given) -> None:
+    """Keep the answer, in the transaction of what the key is for."""
+    await connection.execute(
+        sql("end_native_key"),
+        *(tenant_id, key, given.request_id),
+        *(given.http_status, given.content_type, given.answer),
+    )
+
+
+async def settle_keys(connection: asyncpg.Connection, entries: Sequence[Json]) -> None:
+    """Write the entries of `NativeKeys`. Harmless to repeat: a key that another request has taken
+    meanwhile stays that one's."""
+    for op, name in ((ANSWER, "end_native_keys"), (FREE, "free_native_keys")):
+        found = [entry["row"] for entry in entries if entry["op"] == op]
+        if found:
+            await connection.execute(sql(name), dumps(found))
+
+
+def _seconds(lease_ms: int | None) -> float | None:
+    return None if lease_ms is None else lease_ms / 1000
+
+
+def _uuid(found: asyncpg.pgproto.pgproto.UUID | None) -> UUID | None:
+    return None if found is None else UUID(int=found.int)

@@ -1,0 +1,829 @@
+"""Queue of ready jobs: claims in fair order, their release, and the jobs of silent workers.
+
+PostgreSQL keeps index entries of jobs that have left the queue until no transaction can see them,
+so a claim never searches from the start: it reads which jobs came since the last reading and
+starts in each queue (tenant and priority) at the first ready job. Sweeps from the start take at
+most a fiftieth of the time.
+
+Invariants: a job has at most one valid claim, `requests.claim`; releasing it in any way raises
+that number; nothing that is ready stays unseen; a claim whose reply was lost is found by its
+claimant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.call import Classification, Kind, new_id
+from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.store import records as rows
+from tidegate.store.audit import audit_unanswered, of_row
+from tidegate.store.database import Connections, GroupWriter, sql
+from tidegate.store.liveness import Steadiness, until_quick
+from tidegate.store.notifications import Bell
+from tidegate.store.records import ClaimedJob, FailedTry, Failure, Json
+from tidegate.store.states import MAX_LAPSES, Status
+from tidegate.telemetry.events import Observers
+from tidegate.telemetry.logging import Log, get_logger
+
+_ALL = 2**62  # after every transaction
+_MOST_EARLY = 256
+_QUICK_S = 0.05
+
+Key = tuple[str, int]  # tenant and priority
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A queue that a claim looks at: `n` is the tenant's turn."""
+
+    n: int
+    key: Key
+    since: datetime | None
+    early: tuple[UUID, ...]
+
+    def row(self) -> Json:
+        return {
+            "n": self.n,
+            "tenant_id": self.key[0],
+            "priority": self.key[1],
+            "since": self.since,
+            "early": list(self.early),
+        }
+
+
+@dataclass(slots=True)
+class _Queue:
+    """`since`: when its first ready job was made, but for the early ones; None: no others.
+
+    Early ones are claimed by their ids. So a job that comes back after long does not have the
+    search begin with it, among all that have left since.
+    """
+
+    since: datetime | None = None
+    early: dict[UUID, datetime] = field(default_factory=dict)
+
+    def add(self, jobs: int, named: Sequence[tuple[datetime, UUID]]) -> None:
+        """`jobs` became ready; `named` are the oldest of them, in their order."""
+        if jobs > len(named):
+            self._begin(named[-1][0])
+        for made_at, request_id in named:
+            if self.since is None or made_at < self.since:
+                self.early[request_id] = made_at
+        if len(self.early) > _MOST_EARLY:
+            by_age = sorted(self.early.items(), key=lambda one: (one[1], one[0]))
+            self._begin(by_age[_MOST_EARLY // 2][1])
+            self.early = dict(by_age[: _MOST_EARLY // 2])
+
+    def _begin(self, made_at: datetime) -> None:
+        self.since = made_at if self.since is None else min(self.since, made_at)
+
+    def turn(self, n: int, key: Key, limit: int) -> Turn:
+        """The oldest first: what is not early waits while there are more early ones than asked."""
+        oldest = sorted(self.early, key=lambda one: (self.early[one], one))
+        few = len(oldest) <= 2 * limit
+        return Turn(n, key, self.since if few else None, tuple(oldest[: 2 * limit]))
+
+
+class Ready:
+    """The ready jobs of one pool and lane."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, dict[int, _Queue]] = {}
+        self._tenants: list[str] = []
+        self._xmax: int | None = None
+        self._under_way: list[int] = []
+        self._swept_to = 0
+        self._sweep_end = 0
+        self._step = _ALL
+
+    def __repr__(self) -> str:
+        queues = sum(len(queues) for queues in self._queues.values())
+        return f"<Ready queues={queues} swept={self.is_swept}>"
+
+    # Reading on
+
+    @property
+    def is_unread(self) -> bool:
+        return self._xmax is None
+
+    @property
+    def unread(self) -> tuple[int, int, list[int]]:
+        """The transactions to read: from, before, and those that were under way."""
+        return (_ALL if self._xmax is None else self._xmax), _ALL, self._under_way
+
+    def read(self, rows: Sequence[Row]) -> None:
+        """Take in what came; the snapshot of it is where the next reading begins."""
+        xmax = rows[0]["xmax"]
+        if self._xmax is None or xmax < self._xmax:
+            # The first reading; or another server, which has not come as far as the one before.
+            self._xmax = xmax
+            self.begin_sweep()
+        self._xmax, self._under_way = xmax, rows[0]["under_way"]
+        self._add(rows)
+
+    # Going through all that was there before
+
+    @property
+    def is_swept(self) -> bool:
+        return not self.is_unread and self._swept_to >= self._sweep_end
+
+    def begin_sweep(self) -> None:
+        """Look at all again, up to where was read, whatever is known."""
+        assert self._xmax is not None
+        self._swept_to, self._sweep_end = 0, self._xmax
+
+    @property
+    def unswept(self) -> tuple[int, int, list[int]]:
+        """The next step, as `unread`."""
+        return self._swept_to, min(self._swept_to + self._step, self._sweep_end), []
+
+    @property
+    def is_shortest_step(self) -> bool:
+        return self._step == 1
+
+    def swept(self, before: int, rows: Sequence[Row], took_s: float) -> None:
+        """A step is done; a slow one is followed by a shorter one."""
+        self._add(rows)
+        self._swept_to = before
+        self._step = min(2 * self._step, _ALL) if took_s < _QUICK_S else max(1, self._step // 2)
+
+    def not_swept(self) -> None:
+        """A step took too long."""
+        self._step = max(1, min(self._step, self._sweep_end - self._swept_to) // 8)
+
+    def _add(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row["tenant_id"] is None:
+                continue
+            tenant = row["tenant_id"]
+            if tenant not in self._queues:
+                self._queues[tenant] = {}
+                insort(self._tenants, tenant)
+            queue = self._queues[tenant].setdefault(row["priority"], _Queue())
+            queue.add(row["jobs"], list(zip(row["made_at"], row["ids"], strict=True)))
+
+    # Claiming
+
+    def tenants_after(self, last: str) -> list[str]:
+        """All tenants that may have ready jobs, in turn from after `last`."""
+        place = bisect_right(self._tenants, last)
+        return self._tenants[place:] + self._tenants[:place]
+
+    def turns(self, tenants: Iterable[str], limit: int) -> list[Turn]:
+        """What a claim of at most `limit` jobs is to look at."""
+        return [
+            queue.turn(n, (tenant, priority), limit)
+            for n, tenant in enumerate(tenants)
+            for priority, queue in self._queues.get(tenant, {}).items()
+        ]
+
+    def settle(self, turn: Turn, since: datetime | None, early: Iterable[UUID]) -> None:
+        """After the claim's commit: where the queue begins now, and the early ones that are left.
+
+        What was learnt meanwhile by sweeping stands.
+        """
+        tenant, priority = turn.key
+        queues = self._queues.get(tenant, {})
+        queue = queues.get(priority)
+        if queue is None:
+            return
+        if queue.since == turn.since:
+            queue.since = since
+        left = set(early)
+        for request_id in turn.early:
+            if request_id not in left:
+                queue.early.pop(request_id, None)
+        if queue.since is None and not queue.early:
+            del queues[priority]
+            if not queues:
+                del self._queues[tenant]
+                self._tenants.pop(bisect_right(self._tenants, tenant) - 1)
+
+
+MARGIN_S = 15.0  # longer than any transaction of ours, and than clocks differ
+ALL_S = 1e9
+AT_ONCE = 500  # what one search finds at most
+_WHOLE_EVERY_S = 1.0
+_SHARE = 50
+_HURRIED_S = 0.005
+_UNKNOWN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One search, which goes back `back_s` seconds."""
+
+    back_s: float
+    began: float
+    is_whole: bool
+
+
+class Lookback:
+    """One for each kind of search in a process; several may be under way."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._done: float | None = None
+        self._whole_at = 0.0  # when the last one from the beginning was begun
+        self._whole_took_s = 0.0
+
+    def begin(self, *, hurried: bool = False) -> Look:
+        """A `hurried` search begins at the very beginning only where that was quick last time."""
+        now = self._clock()
+        due = now - self._whole_at >= max(_WHOLE_EVERY_S, _SHARE * self._whole_took_s)
+        if self._done is None or (due and not (hurried and self._whole_took_s > _HURRIED_S)):
+            # Until it has ended well it counts as long: one that fails is not begun again at once.
+            self._whole_at, self._whole_took_s = now, _UNKNOWN_S
+            return Look(ALL_S, now, True)
+        return Look(now - self._done + MARGIN_S, now, False)
+
+    def end(self, look: Look, *, complete: bool) -> None:
+        """It ended well; `complete` if there was no more to find than it took."""
+        if look.is_whole:
+            self._whole_took_s = self._clock() - look.began
+        if complete and (self._done is None or look.began > self._done):
+            self._done = look.began
+
+
+_TENANTS_AT_ONCE = 32
+_ROUNDS = 4
+_READ_EVERY_S = 2.0
+_SWEEP_EVERY_S = 30.0
+_SWEEP_SHARE = 50
+_MOST_SWEEP_S = 4.0
+_STEP_MS = 500
+_LAST_STEP_MS = 4_500
+
+Lane = tuple[str, str]  # pool and lane
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of a lane, and when it was last read and swept."""
+
+    ready: Ready
+    last_tenant: str = ""
+    is_first: bool = True
+    read_at: float = 0.0
+    swept_at: float = 0.0
+    sweep_s: float = 0.0
+
+
+class Queues:
+    """`lock` is held while jobs are being claimed."""
+
+    def __init__(self, connections: Connections, bell: Bell, *, instance_id: str) -> None:
+        self._connections = connections
+        self._bell = bell
+        self._instance_id = instance_id
+        self.lock = asyncio.Lock()
+        self._sweeping = asyncio.Lock()
+        self._lanes: dict[Lane, _Known] = {}
+        self._ripening = Lookback()
+        # It may be another server, and may have lost what the old one had seen.
+        connections.on_back.append(self._lanes.clear)
+
+    async def claim(self, lane: Lane, limit: int) -> list[ClaimedJob]:
+        """Claim up to `limit` jobs, the caller holding `lock`.
+
+        Raises StoreUnavailable, after which some may be claimed.
+        """
+        known = self._lanes.setdefault(lane, _Known(Ready()))
+        if known.is_first:
+            await self._sweep(lane, known, _MOST_SWEEP_S)
+            known.is_first = False
+        tenants, jobs = await self._read_and_take(lane, known, limit)
+        at_once = _TENANTS_AT_ONCE
+        for _ in range(_ROUNDS):
+            while tenants and len(jobs) < limit:
+                # Others had been there first: the next step is a larger one.
+                at_once *= 2
+                some, tenants = tenants[:at_once], tenants[at_once:]
+                jobs += await self._take(lane, known, some, limit - len(jobs))
+            if len(jobs) >= limit:
+                break
+            # Others may have locked the candidates that we saw while more wait behind them.
+            tenants = known.ready.tenants_after(known.last_tenant)
+        return jobs
+
+    async def tend(self) -> None:
+        """Keep up with lanes in which nothing is claimed just now, and look again at all of it.
+
+        To be called every second or so; raises StoreUnavailable.
+        """
+        await self._ripen_all()
+        for lane, known in list(self._lanes.items()):
+            if time.monotonic() - known.read_at > _READ_EVERY_S:
+                async with self.lock:
+                    await self._read(lane, known)
+            pause_s = max(_SWEEP_EVERY_S, _SWEEP_SHARE * known.sweep_s)
+            if known.ready.is_swept and time.monotonic() - known.swept_at > pause_s:
+                known.ready.begin_sweep()
+                known.sweep_s = 0.0
+            if not known.ready.is_swept:
+                await self._sweep(lane, known, _MOST_SWEEP_S)
+
+    async def _read_and_take(
+        self, lane: Lane, known: _Known, limit: int
+    ) -> tuple[list[str], list[ClaimedJob]]:
+        """The usual claim, in one transaction; returns also the tenants that were not looked at."""
+        look = self._ripening.begin(hurried=True)
+
+        async def work(
+            connection: asyncpg.Connection,
+        ) -> tuple[int, list[str], list[Turn], list[asyncpg.Record], list[ClaimedJob]]:
+            ripe = 0
+            came = await _came(connection, lane, known.ready.unread, look.back_s)
+            known.ready.read(came)
+            if came[0]["is_ripening"]:
+                ripe = await _ripen(connection, look.back_s)
+                known.ready.read(await _came(connection, lane, known.ready.unread))
+            tenants = known.ready.tenants_after(known.last_tenant)
+            some, left = tenants[:_TENANTS_AT_ONCE], tenants[_TENANTS_AT_ONCE:]
+            return ripe, left, *await self._claim(connection, lane, known, some, limit)
+
+        ripe, tenants, turns, found, jobs = await self._connections.run(work, repeatable=False)
+        self._ripening.end(look, complete=ripe < AT_ONCE)
+        known.read_at = time.monotonic()
+        self._settle(known, turns, found, jobs)
+        if ripe:
+            self._bell.work([lane[0]])
+        return tenants, jobs
+
+    async def _take(
+        self, lane: Lane, known: _Known, tenants: list[str], limit: int
+    ) -> list[ClaimedJob]:
+        async def work(
+            connection: asyncpg.Connection,
+        ) -> tuple[list[Turn], list[asyncpg.Record], list[ClaimedJob]]:
+            return await self._claim(connection, lane, known, tenants, limit)
+
+        turns, found, jobs = await self._connections.run(work, repeatable=False)
+        self._settle(known, turns, found, jobs)
+        return jobs
+
+    async def _claim(
+        self,
+        connection: asyncpg.Connection,
+        lane: Lane,
+        known: _Known,
+        tenants: list[str],
+        limit: int,
+    ) -> tuple[list[Turn], list[asyncpg.Record], list[ClaimedJob]]:
+        turns = known.ready.turns(tenants, limit)
+        if not turns:
+            return [], [], []
+        queues = rows.dumps(turn.row() for turn in turns)
+        found = await connection.fetch(sql("claim"), *lane, limit, self._instance_id, queues)
+        taken = [row for row in found if row["id"] is not None]
+        return turns, found, await _with_files(connection, taken)
+
+    def _settle(
+        self,
+        known: _Known,
+        turns: list[Turn],
+        found: list[asyncpg.Record],
+        jobs: list[ClaimedJob],
+    ) -> None:
+        """Once the claim is committed, and not before: till then others may have its jobs."""
+        after = {(row["of_n"], row["of_priority"]): row for row in found}
+        for turn in turns:
+            row = after[turn.n, turn.key[1]]
+            known.ready.settle(turn, row["since_now"], row["early_left"] or ())
+        if jobs:
+            known.last_tenant = jobs[-1].tenant_id
+
+    async def _read(self, lane: Lane, known: _Known) -> None:
+        async def work(connection: asyncpg.Connection) -> None:
+            known.ready.read(await _came(connection, lane, known.ready.unread))
+
+        await self._connections.run(work)
+        known.read_at = time.monotonic()
+
+    async def _sweep(self, lane: Lane, known: _Known, most_s: float) -> None:
+        """Look at all that was there before the last reading, as far as `most_s` reaches."""
+        until = time.monotonic() + most_s
+        async with self._sweeping:
+            if known.ready.is_unread:
+                await self._read(lane, known)
+            while not known.ready.is_swept and time.monotonic() < until:
+                began = time.monotonic()
+                await self._sweep_step(lane, known.ready)
+                known.sweep_s += time.monotonic() - began
+            known.swept_at = time.monotonic()
+
+    async def _sweep_step(self, lane: Lane, ready: Ready) -> None:
+        step = ready.unswept
+        step_ms = _LAST_STEP_MS if ready.is_shortest_step else _STEP_MS
+
+        async def work(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
+            await connection.execute(f"SET LOCAL statement_timeout = {step_ms}")
+            try:
+                return await _came(connection, lane, step)
+            except asyncpg.QueryCanceledError:
+                return None
+
+        began = time.monotonic()
+        found = await self._connections.run(work)
+        if found is None:
+            ready.not_swept()
+        else:
+            ready.swept(step[1], found, time.monotonic() - began)
+
+    async def _ripen_all(self) -> None:
+        look = self._ripening.begin()
+
+        async def work(connection: asyncpg.Connection) -> int:
+            return await _ripen(connection, look.back_s)
+
+        ripe = await self._connections.run(work)
+        self._ripening.end(look, complete=ripe < AT_ONCE)
+
+
+async def _came(
+    connection: asyncpg.Connection,
+    lane: Lane,
+    transactions: tuple[int, int, list[int]],
+    ripe_since_s: float = 0.0,
+) -> list[asyncpg.Record]:
+    """What became ready in `transactions`."""
+    found: list[asyncpg.Record] = await connection.fetch(
+        sql("came"), *lane, *transactions, ripe_since_s
+    )
+    return found
+
+
+async def _ripen(connection: asyncpg.Connection, back_s: float) -> int:
+    """How many retries have become ready."""
+    return int((await connection.execute(sql("ripen"), back_s)).rpartition(" ")[2])
+
+
+async def _with_files(
+    connection: asyncpg.Connection, taken: list[asyncpg.Record]
+) -> list[ClaimedJob]:
+    files: dict[object, list[asyncpg.Record]] = {row["id"]: [] for row in taken}
+    with_files = [row["id"] for row in taken if row["has_files"]]
+    if with_files:
+        for file in await connection.fetch(sql("get_input_files"), with_files):
+            files[file["request_id"]].append(file)
+    return [rows.claimed_job(row, files[row["id"]]) for row in taken]
+
+
+class Lapses:
+    """One in each process. `begin`, `lock` in the transaction, and `end` after its commit."""
+
+    def __init__(self, lease_ms: int) -> None:
+        self._lease_ms = lease_ms
+        self._lookback = Lookback()
+        self._seen: dict[str, datetime] = {}  # silent ones, with when they were last heard
+        self._silent: dict[str, datetime] = {}
+
+    def begin(self) -> Look:
+        return self._lookback.begin()
+
+    async def lock(self, connection: asyncpg.Connection, look: Look) -> list[UUID]:
+        """Lock up to 500 jobs that have lapsed; returns their ids."""
+        found = await connection.fetch(sql("silent_workers"), self._lease_ms)
+        self._silent = {row["instance_id"]: row["seen_at"] for row in found}
+        names = [
+            name
+            for name, seen_at in self._silent.items()
+            if look.is_whole or self._seen.get(name) != seen_at
+        ]
+        if look.is_whole:
+            unknown = await connection.fetch(sql("unknown_holders"), self._lease_ms)
+            names += [row["claimed_by"] for row in unknown]
+        if not names:
+            return []
+        return [
+            row["id"] for row in await connection.fetch(sql("lock_lapsed"), names, self._lease_ms)
+        ]
+
+    def end(self, look: Look, retaken: int) -> None:
+        if retaken < AT_ONCE:
+            self._seen = self._silent
+        self._lookback.end(look, complete=retaken < AT_ONCE)
+
+
+_WORKER_DIED = Failure(
+    code="worker_died",
+    message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
+)
+_EXPIRED = Failure(code="deadline_exceeded", message="its deadline came while it was queued")
+
+
+class Claims:
+    """The worker's side of the queue."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        bell: Bell,
+        observers: Observers,
+        *,
+        instance_id: str,
+        lease_ms: int,
+    ) -> None:
+        self._observers = observers
+        self._connections = connections
+        self._bell = bell
+        self._instance_id = instance_id
+        self._lease_ms = lease_ms
+        self._steadiness = Steadiness(lease_ms)
+        self._held: dict[UUID, int] = {}
+        self._doubtful = False
+        self._queues = Queues(connections, bell, instance_id=instance_id)
+        self._lapses = Lapses(lease_ms)
+        self._straying = Lookback()
+        self._expiring = Lookback()
+        self._runs: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 500)
+
+    @property
+    def may_judge(self) -> bool:
+        """Whether this process may take back what others had."""
+        return self._steadiness.may_judge
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    def settled(self, job: ClaimedJob) -> None:
+        """This process is done with the job's claim."""
+        if self._held.get(job.request_id) == job.claim:
+            del self._held[job.request_id]
+
+    async def heartbeat(self) -> None:
+        sent_at = self._steadiness.clock()
+
+        async def beat(connection: asyncpg.Connection) -> None:
+            await connection.execute(sql("beat"), self._instance_id)
+
+        try:
+            await self._connections.run(beat, timeout_ms=max(self._lease_ms // 3, 100))
+        except StoreUnavailable:
+            self._steadiness.missed()
+            raise
+        self._steadiness.beaten(sent_at)
+        if self._doubtful or not self._queues.lock.locked():
+            await self._look_for_strays()
+
+    async def leave(self) -> None:
+        async def leave(connection: asyncpg.Connection) -> list[str]:
+            return [row["pool"] for row in await connection.fetch(sql("leave"), self._instance_id)]
+
+        self._bell.work(await self._connections.run(leave))
+        self._steadiness.missed()
+        self._held.clear()
+
+    async def claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
+        if limit <= 0:
+            return []
+        if not self._steadiness.fresh:
+            # Claims of a worker that PostgreSQL has not heard of would count as lapsed.
+            await self.heartbeat()
+        if self._doubtful:
+            await self._release_strays()
+        task = asyncio.create_task(self._claim(pool, kind, limit))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._undelivered)
+            raise
+        except StoreUnavailable:
+            self._doubtful = True
+            raise
+
+    async def _claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
+        lane = "unsure" if kind is None else kind.value
+        async with self._queues.lock:
+            jobs = await self._queues.claim((pool, lane), limit)
+            self._held |= {job.request_id: job.claim for job in jobs}
+        return jobs
+
+    async def tend(self) -> None:
+        """See `Queues.tend`."""
+        await self._queues.tend()
+
+    def _undelivered(self, task: asyncio.Task[list[ClaimedJob]]) -> None:
+        """The caller was cancelled: nobody will work on these."""
+        self._doubtful = True
+        if not task.cancelled() and task.exception() is None:
+            for job in task.result():
+                self.settled(job)
+
+    async def _look_for_strays(self) -> None:
+        """With doubt now, without it as often as it is cheap."""
+        look = self._straying.begin()
+        if self._doubtful or look.is_whole:
+            await self._release_strays()
+            self._straying.end(look, complete=True)
+
+    async def _release_strays(self) -> None:
+        async with self._queues.lock:
+            self._doubtful = False
+            held = list(self._held)
+
+            async def release(connection: asyncpg.Connection) -> list[str]:
+                found = await connection.fetch(sql("release_strays"), self._instance_id, held)
+                return [row["pool"] for row in found]
+
+            try:
+                self._bell.work(await self._connections.run(release))
+            except StoreUnavailable:
+                self._doubtful = True
+                raise
+
+    async def classified(self, job: ClaimedJob, classification: Classification) -> None:
+        async def classify(connection: asyncpg.Connection) -> bool:
+            kind, by = classification.kind, classification.by
+            reason = rows.clean(classification.reason)
+            done = await connection.fetchval(
+                sql("set_classified"), job.request_id, job.claim, kind, by, reason
+            )
+            return done is not None
+
+        if not await self._connections.run(classify):
+            self.settled(job)
+            raise ClaimLost(f"another worker has {job.request_id} now")
+        self._bell.changed([job.request_id])
+
+    async def running(self, row: Json, job: ClaimedJob) -> None:
+        """Mark a job as running, before its call. Raises ClaimLost.
+
+        A process that stood still until it read the reply asks again: another worker may have the
+        job by then, and its call would be made twice.
+        """
+        try:
+            await until_quick(lambda: self._runs.write(row), self._lease_ms)
+        except ClaimLost:
+            self.settled(job)
+            raise
+
+    async def another(self, row: Json, job: ClaimedJob, failed: FailedTry) -> None:
+        """A running job's call has failed, and another one is about to be made. Raises
+        ClaimLost."""
+        ended = {"outcome": "failed", "finished_at": failed.finished_at}
+        ended |= {"upstream_ms": failed.upstream_ms, "failure": rows.failure_row(failed.failure)}
+
+        async def begin(connection: asyncpg.Connection) -> bool:
+            found = await connection.fetchrow(
+                sql("running_attempt"), job.request_id, job.claim, self._instance_id
+            )
+            if found is None:
+                return False
+            if UUID(int=found["attempt_id"].int) == row["attempt_id"]:
+                return True  # by a try whose reply was lost
+            place = {"id": found["attempt_id"], "created_at": found["attempt_at"]}
+            await connection.execute(sql("end_attempts"), rows.dumps([ended | place]))
+            await connection.execute(
+                sql("begin_another"),
+                *(job.request_id, row["attempt_id"], int(failed.is_counted), self._instance_id),
+                *(row["model"], row["fence_epoch"], row["fence_sequence"], row["admitted_at"]),
+            )
+            return True
+
+        if not await self._connections.run(begin):
+            self.settled(job)
+            raise ClaimLost(f"another worker has {job.request_id} now")
+
+    async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
+        by_id = {str(row["id"]): row for row in batch}
+        ordered = rows.dumps(by_id[key] for key in sorted(by_id))
+
+        async def begin(connection: asyncpg.Connection) -> set[str]:
+            begun = await connection.fetch(sql("begin_running"), ordered, self._instance_id)
+            return {str(row["id"]) for row in begun}
+
+        begun = await self._connections.run(begin)
+        self._bell.changed(UUID(key) for key in begun)
+        return [
+            None if str(row["id"]) in begun else ClaimLost(f"another worker has {row['id']} now")
+            for row in batch
+        ]
+
+    async def hand_back(
+        self,
+        jobs: Sequence[ClaimedJob],
+        waits_ms: Mapping[UUID, int],
+        failure: Failure | None,
+    ) -> None:
+        """See `Store.hand_back`."""
+        why = rows.failure_row(failure)
+        claims = rows.dumps(
+            {
+                "id": job.request_id,
+                "claim": job.claim,
+                "wait_ms": waits_ms.get(job.request_id),
+                "failure": why,
+            }
+            for job in jobs
+        )
+
+        async def give(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            returned: list[asyncpg.Record] = await connection.fetch(sql("hand_back"), claims)
+            await _mark_ambiguous(connection, returned)
+            return returned
+
+        returned = await self._connections.run(give)
+        for job in jobs:
+            self.settled(job)
+        self._bell.changed(row["id"] for row in returned if row["old_status"] == Status.RUNNING)
+        self._bell.work({row["pool"] for row in returned if row["not_before"] is None})
+
+    async def bring_back(self, claims: Mapping[UUID, int]) -> None:
+        """Let jobs that were handed back for a time be claimed now, each unless it has been claimed
+        since it had that claim. Raises StoreUnavailable."""
+        if not claims:
+            return
+        put_off = rows.dumps({"id": one, "claim": claim} for one, claim in claims.items())
+
+        async def bring(connection: asyncpg.Connection) -> set[str]:
+            return {row["pool"] for row in await connection.fetch(sql("bring_back"), put_off)}
+
+        self._bell.work(await self._connections.run(bring))
+
+    async def retake_lapsed(self) -> list[UUID]:
+        """Return dead workers' jobs to the queue, at most 500; returns their ids. Does nothing
+        until this process has had its own heartbeats answered for a whole lease."""
+        if not self._steadiness.may_judge:
+            return []
+        failure = asdict(_WORKER_DIED)
+        look = self._lapses.begin()
+
+        async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            locked = await self._lapses.lock(connection, look)
+            if not locked:
+                return []
+            retaken: list[asyncpg.Record] = await connection.fetch(
+                sql("retake"), locked, MAX_LAPSES, orjson.dumps(failure).decode()
+            )
+            await _mark_ambiguous(connection, retaken)
+            dead = [row for row in retaken if row["status"] == Status.DEAD]
+            await audit_unanswered(connection, dead, failure, self._instance_id)
+            return retaken
+
+        retaken = await self._connections.run(retake)
+        self._lapses.end(look, len(retaken))
+        ids = [UUID(int=row["id"].int) for row in retaken]
+        if retaken:
+            get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
+            for row in retaken:
+                if row["status"] == Status.DEAD:
+                    self._observers.note(of_row(row, failure))
+                    get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
+            self._bell.changed(ids)
+            self._bell.work(row["pool"] for row in retaken)
+        return ids
+
+    async def expire_due(self) -> int:
+        failure = asdict(_EXPIRED)
+        look = self._expiring.begin()
+
+        async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            due: list[asyncpg.Record] = await connection.fetch(
+                sql("expire_due"), orjson.dumps(failure).decode(), look.back_s
+            )
+            await audit_unanswered(connection, due, failure, self._instance_id)
+            return due
+
+        due = await self._connections.run(expire)
+        self._expiring.end(look, complete=len(due) < AT_ONCE)
+        self._observers.tell([of_row(row, failure) for row in due])
+        self._bell.changed(UUID(int=row["id"].int) for row in due)
+        return len(due)
+
+
+async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.Record]) -> None:
+    """The attempts of jobs that were running: nobody knows what the provider did."""
+    attempts = [
+        {"id": row["attempt_id"], "created_at": row["attempt_at"], "outcome": "ambiguous"}
+        for row in returned
+        if row["old_status"] == Status.RUNNING and row["attempt_id"] is not None
+    ]
+    if attempts:
+        await connection.execute(sql("end_attempts"), rows.dumps(attempts))
+
+
+def running_row(job: ClaimedJob, model: str, fence: tuple[int, int], queue_ms: float) -> Json:
+    """What `Claims.running` takes; the time of admission is set by the caller's clock."""
+    return {
+        "id": job.request_id,
+        "claim": job.claim,
+        "attempt_id": new_id(),
+        "model": rows.clean(model),
+        "fence_epoch": fence[0],
+        "fence_sequence": fence[1],
+        "queue_ms": queue_ms,
+    }

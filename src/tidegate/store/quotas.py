@@ -1,0 +1,292 @@
+"""Budgets of tenants: checked before a call waits and again at its admission, without I/O.
+
+What a tenant has spent are the totals on record, read every second for those that have a budget
+and call, what this process has spent that may not be in them yet, and for an admission what it
+reserves for calls under way. Invariant: no call is admitted by totals of another day; so a budget
+is exceeded by no more than what calls cost beyond their estimates, and what other processes have
+under way, have recorded since the last look or not recorded yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from uuid import UUID
+
+from tidegate.call import NO_BUDGETS, Budgets, Caller, Charge
+from tidegate.errors import BudgetExceeded, BudgetReserved, StoreUnavailable
+from tidegate.store.audit import Spending, Spent, UsageTotals
+from tidegate.store.tenants import Tenants
+from tidegate.telemetry.logging import Log, get_logger
+
+LOOK_EVERY_S = 1.0
+_WATCHED_FOR_S = 600.0
+_RESERVED_RETRY_MS = 1_000
+_NOTHING = Spent()
+_NONE = (0, 0)
+
+log = get_logger()
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A tenant with a budget: its totals of `day` and the month it is in; None while not read.
+
+    waiting: calls in a queue, told when the budget is spent. room: of calls that were refused since
+    all that was left is reserved; the first goes on when something of that is settled."""
+
+    asked_at: float
+    spent: Spent = field(default_factory=Spent)
+    day: date | None = None
+    waiting: dict[object, tuple[Caller, Callable[[BudgetExceeded], None]]] = field(
+        default_factory=dict
+    )
+    room: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+
+class BudgetGate:
+    """One per process."""
+
+    def __init__(
+        self,
+        totals: UsageTotals,
+        spending: Spending,
+        tenants: Tenants,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._totals = totals
+        self._spending = spending
+        self._tenants = tenants
+        # Of tenants whose jobs and batches this process works on: asked at, and their budgets.
+        self._payers: dict[str, tuple[float, Budgets]] = {}
+        self._now = now
+        self._watched: dict[str, _Watched] = {}
+        self._reading = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<BudgetGate watched={len(self._watched)}>"
+
+    async def let_in(self, caller: Caller) -> None:
+        """Raises BudgetExceeded, or StoreUnavailable where what was spent is not known at all."""
+        if (spent := await self.spent(caller)) is not None:
+            raise spent
+
+    async def budgets_of(self, tenant_id: str) -> Budgets:
+        """The budgets of a tenant whose key is not at hand, as of a second ago. Raises
+        StoreUnavailable where they are not known at all."""
+        known = self._payers.get(tenant_id)
+        if known is None:
+            found = await self._tenants.budgets([tenant_id])
+            known = (0.0, found.get(tenant_id, NO_BUDGETS))
+        self._payers[tenant_id] = (time.monotonic(), known[1])
+        return known[1]
+
+    async def spent(self, caller: Caller) -> BudgetExceeded | None:
+        """Why the caller may not ask for anything new. Raises StoreUnavailable."""
+        if caller.budgets is NO_BUDGETS:
+            return None
+        now = self._now()
+        watched = await self._known(caller.tenant_id, now)
+        return self._exceeded(caller, watched, now)
+
+    async def reserve(self, caller: Caller, request_id: UUID, micros: int, tokens: int) -> None:
+        """Reserve what an admitted call will cost, before it is made; `settle` must follow.
+
+        Raises BudgetExceeded where all is spent; BudgetReserved where calls under way may spend
+        what is left; StoreUnavailable.
+        """
+        now = self._now()
+        watched = await self._known(caller.tenant_id, now)
+        if (spent := self._exceeded(caller, watched, now)) is not None:
+            raise spent
+        for limit, most, used in self._used(caller, watched, reserved=True):
+            if used >= most:
+                raise _reserved(caller.tenant_id, limit, most)
+        self._spending.reserve(request_id, caller.tenant_id, micros, tokens)
+
+    def settle(self, caller: Caller, request_id: UUID, charge: Charge) -> None:
+        """The call is over, and is charged so: that counts until it is in the totals."""
+        self._spending.settle(request_id, caller.tenant_id, charge)
+        if (watched := self._watched.get(caller.tenant_id)) is not None:
+            self._look_after(watched)
+
+    @asynccontextmanager
+    async def held(
+        self, caller: Caller, request_id: UUID, price: tuple[int, int], charge: Callable[[], Charge]
+    ) -> AsyncIterator[None]:
+        """Reserve `price` for what is done inside, and settle it by `charge`. Raises what
+        `reserve` raises."""
+        if caller.budgets is NO_BUDGETS:
+            yield
+            return
+        await self.reserve(caller, request_id, *price)
+        try:
+            yield
+        finally:
+            self.settle(caller, request_id, charge())
+
+    def forget(self, request_id: UUID) -> None:
+        """A call that `settle` was told of will not be recorded, since another try follows."""
+        self._spending.forget(request_id)
+
+    async def room(self, caller: Caller, within_s: float) -> None:
+        """Wait until something that was reserved is settled, or for about a second."""
+        watched = await self._known(caller.tenant_id, self._now())
+        future = asyncio.get_running_loop().create_future()
+        watched.room.append(future)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(within_s, LOOK_EVERY_S)):
+                    await future
+        finally:
+            if future in watched.room:
+                watched.room.remove(future)
+
+    def waits(self, caller: Caller, told: Callable[[BudgetExceeded], None]) -> Callable[[], None]:
+        """Have `told` called once the budget is spent; what is returned ends that."""
+        watched, key = self._watched.get(caller.tenant_id), object()
+        if watched is None:  # it is asked for again when it is admitted
+            return lambda: None
+        watched.waiting[key] = (caller, told)
+
+        def end() -> None:
+            watched.waiting.pop(key, None)
+
+        return end
+
+    def _look_after(self, watched: _Watched) -> None:
+        """Tell those who wait what the last figures mean to them."""
+        if watched.waiting:  # all of one tenant: what holds for the first holds for all
+            caller, _ = next(iter(watched.waiting.values()))
+            if (spent := self._exceeded(caller, watched, self._now())) is not None:
+                for _, told in list(watched.waiting.values()):
+                    told(spent)
+        while watched.room:
+            future = watched.room.popleft()
+            if not future.done():
+                future.set_result(None)
+                return
+
+    async def _known(self, tenant_id: str, now: datetime) -> _Watched:
+        watched = self._watched.get(tenant_id)
+        if watched is None or watched.day != now.date():
+            watched = await self._first_look(tenant_id, now)
+        watched.asked_at = time.monotonic()
+        return watched
+
+    def _exceeded(self, caller: Caller, watched: _Watched, now: datetime) -> BudgetExceeded | None:
+        for limit, most, used in self._used(caller, watched, reserved=False):
+            if used >= most:
+                return _exceeded(caller.tenant_id, limit, most, used, now)
+        return None
+
+    def _used(
+        self, caller: Caller, watched: _Watched, *, reserved: bool
+    ) -> list[tuple[str, int, int]]:
+        """Each budget of a caller by its name, how much it is, and what of it is used."""
+        micros, tokens = self._spending.of(caller.tenant_id)
+        held_micros, held_tokens = self._spending.reserved(caller.tenant_id) if reserved else _NONE
+        spent, budgets = watched.spent, caller.budgets
+        micros, tokens = micros + held_micros, tokens + held_tokens
+        return [
+            (limit, most, used)
+            for limit, most, used in (
+                ("budget_day_money", budgets.day_micros, spent.day_micros + micros),
+                ("budget_day_tokens", budgets.day_tokens, spent.day_tokens + tokens),
+                ("budget_month_money", budgets.month_micros, spent.month_micros + micros),
+                ("budget_month_tokens", budgets.month_tokens, spent.month_tokens + tokens),
+            )
+            if most is not None
+        ]
+
+    async def run(self) -> None:
+        """Look every second, for ever."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                await self.refresh()
+            except StoreUnavailable as away:  # what was spent before, and since by us, counts
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR, where="budgets")
+
+    async def refresh(self) -> None:
+        """Read the totals of all who asked lately. Raises StoreUnavailable."""
+        async with self._reading:
+            oldest = time.monotonic() - _WATCHED_FOR_S
+            self._watched = {
+                name: one
+                for name, one in self._watched.items()
+                if one.asked_at >= oldest or one.waiting or one.room
+            }
+            await self._read()
+            await self._read_payers(oldest)
+        for watched in self._watched.values():
+            self._look_after(watched)
+
+    async def _read_payers(self, oldest: float) -> None:
+        self._payers = {name: one for name, one in self._payers.items() if one[0] >= oldest}
+        if self._payers:
+            found = await self._tenants.budgets(list(self._payers))
+            for name, (asked_at, _) in list(self._payers.items()):
+                self._payers[name] = (asked_at, found.get(name, NO_BUDGETS))
+
+    async def _first_look(self, tenant_id: str, now: datetime) -> _Watched:
+        async with self._reading:
+            watched = self._watched.get(tenant_id)
+            if watched is None:
+                watched = self._watched[tenant_id] = _Watched(time.monotonic())
+            if watched.day != now.date():  # else another has asked meanwhile
+                await self._read()
+            return watched
+
+    async def _read(self) -> None:
+        if not self._watched:
+            self._spending.begin()
+            self._spending.end()
+            return
+        today = self._now().date()
+        self._spending.begin()
+        found = await self._totals.spent(list(self._watched), today)
+        self._spending.end()
+        for name, one in self._watched.items():
+            one.spent, one.day = found.get(name, _NOTHING), today
+
+
+def _reserved(tenant_id: str, limit: str, most: int) -> BudgetReserved:
+    _, period, unit = limit.split("_")
+    figure, what = (f"{most / 1e6:.6f}", "") if unit == "money" else (str(most), " LLM tokens")
+    return BudgetReserved(
+        f"what is left of tenant {tenant_id}'s budget of the {period} is reserved for its calls "
+        "that are under way",
+        limit=limit,
+        allowed=f"{figure}{what} in a {period} of UTC",
+        retry_after_ms=_RESERVED_RETRY_MS,
+    )
+
+
+def _exceeded(tenant_id: str, limit: str, most: int, used: int, now: datetime) -> BudgetExceeded:
+    _, period, unit = limit.split("_")
+    ends = _end_of(period, now)
+    figures = [f"{one / 1e6:.6f}" if unit == "money" else str(one) for one in (most, used)]
+    what = "" if unit == "money" else " LLM tokens"
+    return BudgetExceeded(
+        f"tenant {tenant_id} has spent its budget of the {period}: {figures[1]} of "
+        f"{figures[0]}{what}; the next {period} begins at {ends:%Y-%m-%d %H:%M} UTC",
+        limit=limit,
+        allowed=f"{figures[0]}{what} in a {period} of UTC",
+        retry_after_ms=max(1_000, round((ends - now).total_seconds() * 1000)),
+    )
+
+
+def _end_of(period: str, now: datetime) -> datetime:
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    if period == "day":
+        return midnight + timedelta(days=1)
+    return (midnight.replace(day=1) + timedelta(days=32)).replace(day=1)

@@ -1,0 +1,890 @@
+"""Requests on record: lists, search, details, bodies, state, bulk requeue.
+
+Invariants: a page reads at most `MOST_LOOKED_AT` rows, so it may hold fewer entries than
+requested while there are more; paging never shows a request twice; bodies are decompressed piece
+by piece; requeued jobs are failed or dead ones, at most as many as requested, under their own
+ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from tidegate.call import Classification, ClassifiedBy, Kind, Usage, UsageDetails
+from tidegate.errors import NotFound
+from tidegate.store import records as rows
+from tidegate.store.blobs import Blobs
+from tidegate.store.database import Connections, sql
+from tidegate.store.notifications import Bell
+from tidegate.store.outbox import webhook_of
+from tidegate.store.records import Failure, FileRecord, RequestRecord, clean, details_of
+from tidegate.store.states import Status
+
+MOST_LOOKED_AT = 20_000
+_TIMEOUT_MS = 5_000
+_FIRST = datetime(1, 1, 1, tzinfo=UTC)
+_LAST = datetime(9999, 12, 31, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place between two requests: after the one that was made at that time, and has that id."""
+
+    created_at: datetime
+    request_id: UUID
+
+
+START = Place(_LAST, UUID(int=2**128 - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which requests; None means all. `since` is the earliest, `until` is past the last."""
+
+    status: Status | None = None
+    kind: Kind | None = None
+    model: str | None = None
+    source: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it may pass over requests within its time."""
+        return any(value is not None for value in (self.status, self.kind, self.model, self.source))
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A request in short: without what was asked and answered. `model` is the one that was used."""
+
+    request_id: UUID
+    source: str
+    status: Status
+    kind: Kind | None
+    model: str | None
+    priority: int
+    attempts: int
+    created_at: datetime
+    admitted_at: datetime | None
+    finished_at: datetime | None
+    queue_ms: float | None
+    upstream_ms: float | None
+    total_tokens: int | None
+    failure_code: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """`after` is where the next page starts; None on the last."""
+
+    items: tuple[Listed, ...]
+    after: Place | None
+
+
+class Listing:
+    """Raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def page(self, tenant_id: str, wanted: Filter, limit: int, place: Place = START) -> Page:
+        """At most `limit` requests from `place` on."""
+        most = MOST_LOOKED_AT if wanted.is_narrow else limit + 1
+        within = (
+            *(tenant_id, wanted.since or _FIRST, wanted.until or _LAST),
+            *(place.created_at, place.request_id),
+        )
+        model = None if wanted.model is None else clean(wanted.model)
+        filters = (wanted.status, wanted.kind, model, wanted.source)
+
+        async def read(
+            connection: asyncpg.Connection,
+        ) -> tuple[list[asyncpg.Record], asyncpg.Record | None]:
+            found = await connection.fetch(sql("list_requests"), *within, *filters, limit + 1, most)
+            if len(found) > limit or not wanted.is_narrow:
+                return found, None
+            return found, await connection.fetchrow(sql("list_reach"), *within, most)
+
+        found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        items = tuple(listed(row) for row in found[:limit])
+        if len(found) > limit:
+            return Page(items, Place(items[-1].created_at, items[-1].request_id))
+        return Page(items, None if reach is None else Place(reach["created_at"], _uuid(reach)))
+
+
+def listed(row: asyncpg.Record) -> Listed:
+    """A row with the columns of `list_requests`."""
+    return Listed(
+        request_id=_uuid(row),
+        source=row["source"],
+        status=Status(row["status"]),
+        kind=None if row["kind"] is None else Kind(row["kind"]),
+        model=row["model"],
+        priority=row["priority"],
+        attempts=row["attempts"],
+        created_at=row["created_at"],
+        admitted_at=row["admitted_at"],
+        finished_at=row["finished_at"],
+        queue_ms=row["queue_ms"],
+        upstream_ms=row["upstream_ms"],
+        total_tokens=row["total_tokens"],
+        failure_code=row["failure_code"],
+    )
+
+
+def _uuid(row: asyncpg.Record) -> UUID:
+    return UUID(int=row["id"].int)
+
+
+END = UUID(int=2**128 - 1)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+_HEX_DIGITS = 32
+# A request gets its id once it has been read, which may take a while after its receipt; and a
+# moment before, where the clock that names it is read first.
+_ID_AFTER, _ID_BEFORE = timedelta(hours=1), timedelta(seconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which requests; None, or nothing, means all.
+
+    prefix: how their ids begin, as hexadecimal digits without dashes. since: the earliest time of
+    receipt; until: past the last.
+    """
+
+    statuses: frozenset[Status] = frozenset()
+    tenant_id: str | None = None
+    model: str | None = None
+    kind: Kind | None = None
+    source: str | None = None
+    failure_code: str | None = None
+    subject: str | None = None
+    prefix: str = ""
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def ids(self, before: UUID = END) -> tuple[UUID, UUID]:
+        """Within which ids they are, from the first to past the last, and before `before`."""
+        first = UUID(self.prefix.ljust(_HEX_DIGITS, "0"))
+        last = UUID(self.prefix.ljust(_HEX_DIGITS, "f"))
+        past = END if last == END else UUID(int=last.int + 1)
+        if self.since is not None:
+            first = max(first, _id_at(self.since, -_ID_BEFORE))
+        if self.until is not None:
+            past = min(past, _id_at(self.until, _ID_AFTER))
+        return first, min(past, before)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A request in short, and whose it is. `endpoint` is the path of a native call."""
+
+    listed: Listed
+    tenant_id: str
+    pool: str
+    subject: str | None
+    endpoint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPage:
+    """`before` is what the next page is asked for with; None on the last."""
+
+    items: tuple[Found, ...]
+    before: UUID | None
+
+
+class Search:
+    """Raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    async def page(self, wanted: Wanted, limit: int, before: UUID = END) -> FoundPage:
+        """At most `limit` requests whose ids come before `before`."""
+        first, past = wanted.ids(before)
+        if first >= past:
+            return FoundPage((), None)
+        filters = (
+            [status.value for status in wanted.statuses] or None,
+            _clean(wanted.tenant_id),
+            _clean(wanted.model),
+            wanted.kind,
+            wanted.source,
+            _clean(wanted.failure_code),
+            _clean(wanted.subject),
+            wanted.since or _FIRST,
+            wanted.until or _LAST,
+        )
+
+        async def read(
+            connection: asyncpg.Connection,
+        ) -> tuple[list[asyncpg.Record], UUID | None]:
+            look = (first, past, limit + 1, MOST_LOOKED_AT)
+            found = await connection.fetch(sql("search_requests"), *look, *filters)
+            if len(found) > limit:
+                return found, None
+            reach = await connection.fetchval(sql("search_reach"), first, past, MOST_LOOKED_AT)
+            return found, reach
+
+        found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        items = tuple(_found(row) for row in found[:limit])
+        if len(found) > limit:
+            return FoundPage(items, items[-1].listed.request_id)
+        return FoundPage(items, None if reach is None else UUID(int=reach.int))
+
+
+def _found(row: asyncpg.Record) -> Found:
+    return Found(listed(row), row["tenant_id"], row["pool"], row["subject"], row["endpoint"])
+
+
+def _clean(text: str | None) -> str | None:
+    return None if text is None else clean(text)
+
+
+def _id_at(time: datetime, off: timedelta) -> UUID:
+    """The first id of that time and so much more; of the nearest that has any."""
+    ms = (time - _EPOCH + off) // _MILLISECOND
+    return UUID(int=min(max(ms, 0), 2**48 - 1) << 80)
+
+
+_MOST_MS = 250
+_SLOW_S = 0.2
+_SHARE = 20
+
+
+class Places:
+    """One in each process."""
+
+    def __init__(self) -> None:
+        self._not_before = 0.0
+
+    async def of(self, connection: asyncpg.Connection, row: asyncpg.Record) -> int | None:
+        """1 is next. The last thing in its transaction: that is broken when it took too long."""
+        if row["status"] != Status.QUEUED or time.monotonic() < self._not_before:
+            return None
+        await connection.execute(f"SET LOCAL statement_timeout = {_MOST_MS}")
+        began = time.monotonic()
+        try:
+            place: int | None = await connection.fetchval(sql("get_place"), row["id"])
+        except asyncpg.QueryCanceledError:
+            place = None
+        took_s = time.monotonic() - began
+        if took_s > _SLOW_S:
+            self._not_before = time.monotonic() + _SHARE * took_s
+        return place
+
+
+_DOSSIER_TIMEOUT_MS = 3_000
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One try upstream. `outcome` is `running` while it goes on, and for ever where its worker
+    died over it; else `failed`, or what the request became."""
+
+    number: int
+    outcome: str
+    process: str
+    model: str
+    began_at: datetime
+    admitted_at: datetime | None
+    finished_at: datetime | None
+    queue_ms: float | None
+    upstream_ms: float | None
+    first_byte_ms: float | None
+    usage: Usage
+    finish_reason: str | None
+    failure: Failure | None
+    response_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    """A webhook. `ended_at` is when it was delivered or given up."""
+
+    webhook_id: UUID
+    event: str
+    url: str
+    state: str
+    tries: int
+    due_at: datetime
+    answer_status: int | None
+    problem: str | None
+    created_at: datetime
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class BodyRecord:
+    """Of a body that is kept: `omitted_bytes` of its middle are not."""
+
+    role: str
+    size_bytes: int
+    content_type: str
+    omitted_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dossier:
+    """A request. `asked_model` is the one that its caller named; `process` has it, or had it last.
+
+    `request` and `ended` are its rows of `requests` and `audit`, where it has any.
+    """
+
+    record: RequestRecord
+    pool: str
+    process: str | None
+    attempts: tuple[AttemptRecord, ...]
+    webhooks: tuple[DeliveryRecord, ...]
+    bodies: tuple[BodyRecord, ...]
+    request: Mapping[str, Any]
+    ended: Mapping[str, Any]
+
+    def of(self, column: str) -> Any:
+        """What either row has there, that of its end first; None where neither has it."""
+        value = self.ended.get(column)
+        return self.request.get(column) if value is None else value
+
+
+class Dossiers:
+    """Every method raises StoreUnavailable and NotFound."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._places = Places()
+
+    async def of(self, request_id: UUID) -> Dossier:
+        """All of one request."""
+
+        async def read(connection: asyncpg.Connection) -> Dossier | None:
+            request = await connection.fetchrow(sql("dossier_request"), request_id)
+            ended = await connection.fetchrow(sql("dossier_audit"), request_id)
+            if request is None and ended is None:
+                line = await connection.fetchrow(sql("dossier_line"), request_id)
+                return None if line is None else _of_line(line)
+            return await self._read(connection, request_id, request, ended)
+
+        found = await self._connections.run(read, timeout_ms=_DOSSIER_TIMEOUT_MS)
+        if found is None:
+            raise NotFound(f"no request {request_id} is on record")
+        return found
+
+    async def file(self, request_id: UUID, file_id: UUID) -> FileRecord:
+        """A file of a request."""
+
+        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            return await connection.fetchrow(sql("dossier_file"), file_id, request_id)
+
+        row = await self._connections.run(read, timeout_ms=_DOSSIER_TIMEOUT_MS)
+        if row is None:
+            raise NotFound(f"no file {file_id} of request {request_id}")
+        return rows.file_record(row)
+
+    async def _read(
+        self,
+        connection: asyncpg.Connection,
+        request_id: UUID,
+        request: asyncpg.Record | None,
+        ended: asyncpg.Record | None,
+    ) -> Dossier:
+        attempts = await connection.fetch(sql("dossier_attempts"), request_id)
+        webhooks = await connection.fetch(sql("dossier_webhooks"), request_id)
+        bodies: list[asyncpg.Record] = []
+        if ended is not None:
+            key = (ended["id"], ended["created_at"])
+            bodies = await connection.fetch(sql("dossier_bodies"), *key)
+        if request is not None:
+            files = await connection.fetch(sql("get_request_files"), request_id)
+            webhook = await webhook_of(connection, request)
+            place = await self._places.of(connection, request)
+            record = rows.request_record(request, files, webhook, place)
+            if not record.status.is_end:
+                ended = None  # a dead job that was requeued: that was its end before
+        else:
+            assert ended is not None
+            record = rows.relayed_record(ended)
+        first, last = dict(request or {}), dict(ended or {})
+        return Dossier(
+            record=record,
+            pool=(first or last)["pool"],
+            process=first.get("claimed_by") or last.get("instance_id"),
+            attempts=tuple(_attempt(row) for row in reversed(attempts)),
+            webhooks=tuple(_delivery(row) for row in reversed(webhooks)),
+            bodies=tuple(_body(row) for row in bodies),
+            request=first,
+            ended=last,
+        )
+
+
+def _attempt(row: asyncpg.Record) -> AttemptRecord:
+    return AttemptRecord(
+        number=row["number"],
+        outcome=row["outcome"],
+        process=row["instance_id"],
+        model=row["model"],
+        began_at=row["created_at"],
+        admitted_at=row["admitted_at"],
+        finished_at=row["finished_at"],
+        queue_ms=row["queue_ms"],
+        upstream_ms=row["upstream_ms"],
+        first_byte_ms=row["first_byte_ms"],
+        usage=Usage(**{column: row[column] for column in rows.USAGE_COLUMNS}),
+        finish_reason=row["finish_reason"],
+        failure=rows.failure_of(row["failure"]),
+        response_id=row["response_id"],
+    )
+
+
+def _delivery(row: asyncpg.Record) -> DeliveryRecord:
+    return DeliveryRecord(
+        webhook_id=UUID(int=row["id"].int),
+        event=row["event"],
+        url=row["url"],
+        state=row["state"],
+        tries=row["tries"],
+        due_at=row["due_at"],
+        answer_status=row["answer_status"],
+        problem=row["problem"],
+        created_at=row["created_at"],
+        ended_at=row["ended_at"],
+    )
+
+
+def _body(row: asyncpg.Record) -> BodyRecord:
+    content_type = row["content_type"] or "application/json"
+    return BodyRecord(row["role"], row["size_bytes"], content_type, row["omitted_bytes"])
+
+
+def _of_line(row: asyncpg.Record) -> Dossier:
+    """A line of a batch that has not ended: it has no row of its own anywhere else."""
+    made_at = datetime.fromtimestamp((row["id"].int >> 80) / 1000, UTC)
+    record = RequestRecord(
+        request_id=UUID(int=row["id"].int),
+        tenant_id=row["tenant_id"],
+        source="batch",
+        status=Status.RUNNING if row["state"] == "calling" else Status.QUEUED,
+        classification=Classification(None, ClassifiedBy.BODY, row["endpoint"]),
+        model=None,
+        priority=-100,
+        attempts=row["attempts"],
+        created_at=made_at,
+        admitted_at=None,
+        finished_at=None,
+        not_before=None,
+        deadline_at=row["expires_at"],
+        queue_ms=None,
+        upstream_ms=None,
+        first_byte_ms=None,
+        text=None,
+        usage=Usage(),
+        finish_reason=None,
+        failure=None,
+        place=None,
+        version=1,
+    )
+    request = {"prompt": row["body"], "lapses": row["lapses"], "endpoint": row["endpoint"]}
+    request |= {"key_id": row["key_id"], "batch_id": row["batch_id"]}
+    return Dossier(record, "", row["claimed_by"], (), (), (), request, {})
+
+
+Role = Literal["request", "response"]
+
+_JSON = "application/json"
+_PIECE_BYTES = 64 * 1024
+_RECORDED_WITHIN = timedelta(days=1)  # of its end, though it was kept on a disk meanwhile
+_COST_TIMEOUT_MS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """`omitted_bytes` of its middle are not in the record; `size_bytes` is what is."""
+
+    content_type: str
+    size_bytes: int
+    omitted_bytes: int
+    pieces: AsyncIterator[bytes]
+
+
+class Recorded:
+    """Of one deployment."""
+
+    def __init__(self, connections: Connections, blobs: Blobs) -> None:
+        self._connections = connections
+        self._blobs = blobs
+
+    async def body(self, request_id: UUID, tenant_id: str, role: Role) -> Body:
+        """Raises NotFound where none is kept, or not for this tenant, and StoreUnavailable; so
+        may its pieces."""
+        return await self._read(request_id, role, "get_body", tenant_id)
+
+    async def body_of_any(self, request_id: UUID, role: Role) -> Body:
+        """The same, whoever it belongs to: for an operator."""
+        return await self._read(request_id, role, "dossier_body")
+
+    async def _read(self, request_id: UUID, role: Role, query: str, *owner: str) -> Body:
+        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            return await connection.fetchrow(sql(query), request_id, *owner, role)
+
+        row = await self._connections.run(read)
+        if row is None:
+            raise NotFound(f"no {role} body of request {request_id} is kept")
+        packed = (
+            _of(row["data"]) if row["data"] is not None else self._blobs.stream(row["blob_key"])
+        )
+        return Body(
+            content_type=row["content_type"] or _JSON,
+            size_bytes=row["size_bytes"],
+            omitted_bytes=row["omitted_bytes"],
+            pieces=packed if row["encoding"] == "raw" else _unpacked(packed),
+        )
+
+    async def charged(
+        self, request_id: UUID, tenant_id: str, ended_at: datetime
+    ) -> tuple[int | None, UsageDetails | None]:
+        """What a request that has ended cost, in millionths of money, and the details of its usage;
+        None where they are not known. Raises StoreUnavailable."""
+
+        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            return await connection.fetchrow(
+                sql("get_charged"),
+                *(request_id, tenant_id),
+                *(ended_at - _RECORDED_WITHIN, ended_at + _RECORDED_WITHIN),
+            )
+
+        row = await self._connections.run(read, timeout_ms=_COST_TIMEOUT_MS)
+        if row is None:
+            return None, None
+        return row["cost_micros"], details_of(row["usage_details"])
+
+
+async def _of(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+async def _unpacked(packed: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """What zlib packed, in bounded pieces: a small one may unpack to a thousand times its size."""
+    unpacker = zlib.decompressobj()
+    async for piece in packed:
+        left = piece
+        while left:
+            if found := unpacker.decompress(left, _PIECE_BYTES):
+                yield found
+            left = unpacker.unconsumed_tail
+    if found := unpacker.flush():
+        yield found
+
+
+_RUNNING_TIMEOUT_MS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """A request. `claimed_by` is the process that has it, None while none has."""
+
+    request_id: UUID
+    tenant_id: str
+    pool: str
+    status: Status
+    kind: str | None
+    model: str | None
+    claimed_by: str | None
+    attempts: int
+    created_at: datetime
+    not_before: datetime | None
+    admitted_at: datetime | None
+    finished_at: datetime | None
+    failure_code: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunningCall:
+    """A job that holds a permit since `admitted_at`."""
+
+    request_id: UUID
+    admitted_at: datetime | None
+
+
+class Running:
+    """Every method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._places = Places()
+
+    async def whereabouts(self, request_id: UUID) -> Whereabouts:
+        """Raises NotFound: streams, too, are on record only once they have ended."""
+
+        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            return await connection.fetchrow(sql("get_whereabouts"), request_id)
+
+        row = await self._connections.run(read, timeout_ms=_RUNNING_TIMEOUT_MS)
+        if row is None:
+            raise NotFound(f"no request {request_id} is on record")
+        failure = None if row["failure"] is None else orjson.loads(row["failure"])
+        return Whereabouts(
+            request_id=UUID(int=row["id"].int),
+            tenant_id=row["tenant_id"],
+            pool=row["pool"],
+            status=Status(row["status"]),
+            kind=row["kind"],
+            model=row["model"],
+            claimed_by=row["claimed_by"],
+            attempts=row["attempts"],
+            created_at=row["created_at"],
+            not_before=row["not_before"],
+            admitted_at=row["admitted_at"],
+            finished_at=row["finished_at"],
+            failure_code=None if failure is None else failure.get("code"),
+        )
+
+    async def place(self, request_id: UUID) -> int | None:
+        """The place of a queued job, 1 is next; None where that takes too long to tell."""
+
+        async def read(connection: asyncpg.Connection) -> int | None:
+            row = await connection.fetchrow(sql("get_whereabouts"), request_id)
+            return None if row is None else await self._places.of(connection, row)
+
+        return await self._connections.run(read, timeout_ms=_RUNNING_TIMEOUT_MS)
+
+    async def calls(self, pool: str) -> dict[tuple[str, int], RunningCall]:
+        """The jobs that hold permits, by process and the sequence of the permit's fence."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            rows: list[asyncpg.Record] = await connection.fetch(sql("running_calls"), pool)
+            return rows
+
+        rows = await self._connections.run(read, timeout_ms=_RUNNING_TIMEOUT_MS)
+        return {
+            (row["instance_id"], row["fence_sequence"]): RunningCall(
+                UUID(int=row["id"].int), row["admitted_at"]
+            )
+            for row in rows
+        }
+
+
+MOST_REQUEUED = 10_000
+REQUEUED_FROM = (Status.FAILED, Status.DEAD)
+_STEP = 500
+_WITHIN_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """Which jobs: those that ended in [since, until), of one tenant and error code where given."""
+
+    since: datetime
+    until: datetime
+    statuses: tuple[Status, ...] = (Status.FAILED,)
+    tenant_id: str | None = None
+    error_code: str | None = None
+    limit: int = 1_000
+
+    def __post_init__(self) -> None:
+        assert set(self.statuses) <= set(REQUEUED_FROM)
+        assert 1 <= self.limit <= MOST_REQUEUED
+
+
+@dataclass(frozen=True, slots=True)
+class RequeueReport:
+    """`matching`: jobs that an order means, by error code, those beyond its limit left out.
+    `requeued`: how many of them are queued again. `has_more`: the same order would find more."""
+
+    matching: int
+    requeued: int = 0
+    has_more: bool = False
+    by_code: Mapping[str, int] = field(default_factory=dict)
+
+
+class Requeues:
+    """Raises StoreUnavailable, after which a part may be queued again: repeat the order."""
+
+    def __init__(self, connections: Connections, bell: Bell) -> None:
+        self._connections = connections
+        self._bell = bell
+
+    async def preview(self, order: Requeue) -> RequeueReport:
+        """What `run` would do."""
+
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("count_requeues"), *_filters(order), order.limit + 1
+            )
+            return found
+
+        rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        by_code = Counter({row["code"]: row["jobs"] for row in rows})
+        matching = by_code.total()
+        return RequeueReport(
+            matching=min(matching, order.limit),
+            has_more=matching > order.limit,
+            by_code=dict(by_code),
+        )
+
+    async def run(self, order: Requeue) -> RequeueReport:
+        """Queue the jobs again, step by step, for at most about 20 s."""
+        before = await self.preview(order)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _WITHIN_S
+        requeued = 0
+        while requeued < order.limit and loop.time() < until:
+            step = min(_STEP, order.limit - requeued)
+            rows = await self._step(order, step)
+            requeued += len(rows)
+            self._bell.changed(UUID(int=row["id"].int) for row in rows)
+            self._bell.work({row["pool"] for row in rows})
+            if len(rows) < step:
+                break
+        left = before.matching - requeued
+        return RequeueReport(before.matching, requeued, before.has_more or left > 0, before.by_code)
+
+    async def _step(self, order: Requeue, most: int) -> list[asyncpg.Record]:
+        async def requeue(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            rows: list[asyncpg.Record] = await connection.fetch(
+                sql("requeue_ended"), *_filters(order), most
+            )
+            return rows
+
+        # A repeat would take other jobs, beyond the limit.
+        return await self._connections.run(requeue, timeout_ms=_TIMEOUT_MS, repeatable=False)
+
+
+def _filters(order: Requeue) -> tuple[list[str], datetime, datetime, str | None, str | None]:
+    statuses = [status.value for status in order.statuses]
+    return statuses, order.since, order.until, order.tenant_id, order.error_code
+
+
+MOST_COUNTED = 1_000
+_STUCK_TIMEOUT_MS = 3_000
+
+
+@dataclass(frozen=True, slots=True)
+class DeadJob:
+    """A job whose workers died under it so often that it is not tried again."""
+
+    request_id: UUID
+    tenant: str
+    pool: str
+    type: Kind | None
+    model: str | None
+    attempts: int
+    lapses: int
+    submitted_at: datetime
+    died_at: datetime
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUpWebhook:
+    """A webhook that no try has delivered. `answer_status` and `problem` are of the last try."""
+
+    webhook_id: UUID
+    request_id: UUID
+    tenant: str
+    event: str
+    url: str
+    tries: int
+    answer_status: int | None
+    problem: str | None
+    given_up_at: datetime
+
+
+class Stuck:
+    """Every method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections, bell: Bell) -> None:
+        self._connections = connections
+        self._bell = bell
+        self.requeues = Requeues(connections, bell)
+
+    async def counts(self) -> tuple[int, int]:
+        """Dead jobs and webhooks given up, as far as `MOST_COUNTED` of each."""
+
+        async def read(connection: asyncpg.Connection) -> asyncpg.Record:
+            return await connection.fetchrow(sql("count_stuck"), MOST_COUNTED)
+
+        row = await self._connections.run(read, timeout_ms=_STUCK_TIMEOUT_MS)
+        return row["jobs"], row["webhooks"]
+
+    async def dead(self, most: int) -> list[DeadJob]:
+        """The jobs that died last, the newest first."""
+        return [
+            DeadJob(
+                request_id=_uuid_of(row["id"]),
+                tenant=row["tenant_id"],
+                pool=row["pool"],
+                type=None if row["kind"] is None else Kind(row["kind"]),
+                model=row["model"],
+                attempts=row["attempts"],
+                lapses=row["lapses"],
+                submitted_at=row["created_at"],
+                died_at=row["finished_at"],
+                problem=row["problem"],
+            )
+            for row in await self._rows("list_dead", most)
+        ]
+
+    async def given_up(self, most: int) -> list[GivenUpWebhook]:
+        """The webhooks that were given up last, the newest first."""
+        return [
+            GivenUpWebhook(
+                webhook_id=_uuid_of(row["id"]),
+                request_id=_uuid_of(row["request_id"]),
+                tenant=row["tenant_id"],
+                event=row["event"],
+                url=row["url"],
+                tries=row["tries"],
+                answer_status=row["answer_status"],
+                problem=row["problem"],
+                given_up_at=row["ended_at"],
+            )
+            for row in await self._rows("list_given_up", most)
+        ]
+
+    async def discard(self, request_id: UUID) -> None:
+        """End a dead job for good, as cancelled; raises NotFound when there is no such dead job."""
+
+        async def discard(connection: asyncpg.Connection) -> UUID | None:
+            found: UUID | None = await connection.fetchval(sql("discard_dead"), request_id)
+            return found
+
+        if await self._connections.run(discard) is None:
+            raise NotFound(f"no dead job {request_id}")
+        self._bell.changed([request_id])
+
+    async def _rows(self, name: str, most: int) -> list[asyncpg.Record]:
+        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            found: list[asyncpg.Record] = await connection.fetch(sql(name), most)
+            return found
+
+        return await self._connections.run(read, timeout_ms=_STUCK_TIMEOUT_MS)
+
+    async def requeue(self, request_id: UUID) -> None:
+        """Give a dead job a fresh start; raises NotFound when there is no such dead job."""
+
+        async def requeue(connection: asyncpg.Connection) -> str | None:
+            pool: str | None = await connection.fetchval(sql("requeue_dead"), request_id)
+            return pool
+
+        pool = await self._connections.run(requeue)
+        if pool is None:
+            raise NotFound(f"no dead job {request_id}")
+        self._bell.changed([request_id])
+        self._bell.work([pool])
+
+
+def _uuid_of(value: UUID) -> UUID:
+    return UUID(int=value.int)  # asyncpg has a class of its own

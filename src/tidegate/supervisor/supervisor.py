@@ -1,0 +1,473 @@
+"""Supervisor of several processes: started, restarted, replaced, stopped.
+
+Listeners of a child's readiness are the supervisor (a pipe) and systemd (`Type=notify`).
+
+Invariants: when `run` returns no child is left; a child that outlives a killed supervisor learns
+of it by the end of its lifeline; during a replacement never fewer processes run than before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, count
+from types import TracebackType
+from typing import Self
+
+from tidegate.errors import ConfigError
+from tidegate.metrics.instruments import NAMED
+from tidegate.settings import Config
+from tidegate.supervisor.services import LIFELINE
+from tidegate.telemetry.logging import Log, get_logger
+
+_READY_WITHIN_S = 60.0
+
+Process = asyncio.subprocess.Process
+
+
+class Successor:
+    """`async with` starts it. `born`: the process and the end of its pipe that is read here."""
+
+    def __init__(
+        self,
+        born: Awaitable[tuple[Process, int]],
+        end: Callable[[Process], Awaitable[None]],
+    ) -> None:
+        self._born = born
+        self._end = end
+        self._process: Process | None = None
+        self._pipe = -1
+
+    async def __aenter__(self) -> Self:
+        self._process, self._pipe = await self._born
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._pipe)
+        if self._process is not None:
+            await self._end(self._process)
+
+    def taken_over(self) -> Process:
+        """The process, for which the caller answers from now on."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        return process
+
+    async def not_ready(self) -> str | None:
+        """None once it is ready; why it is not, when it has ended or takes too long."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._pipe, readable.set)
+        try:
+            async with asyncio.timeout(_READY_WITHIN_S):
+                await readable.wait()
+        except TimeoutError:
+            return f"not ready within {_READY_WITHIN_S:g} s"
+        finally:
+            loop.remove_reader(self._pipe)
+        if os.read(self._pipe, 1):
+            return None
+        assert self._process is not None
+        return f"ended with exit code {await self._process.wait()} at its start"
+
+
+READY_PIPE = "TIDEGATE_READY_FD"
+_SYSTEMD = "NOTIFY_SOCKET"
+_WATCHDOG, _WATCHED = "WATCHDOG_USEC", "WATCHDOG_PID"
+
+
+def tell_ready() -> None:
+    """Say, once, that this process takes requests or jobs."""
+    pipe = os.environ.pop(READY_PIPE, "")
+    if pipe:
+        _write_and_close(int(pipe))
+    _tell_systemd("READY=1")
+
+
+def tell_stopping() -> None:
+    """Say that the end of this process has begun, so that it is not taken for a crash."""
+    _tell_systemd("STOPPING=1")
+
+
+@contextmanager
+def living() -> Iterator[None]:
+    """Inside, systemd's watchdog hears from the event loop as long as it turns; where the unit has
+    one (`WatchdogSec`), and means this process."""
+    every_s = _watchdog_s() / 2
+    if not every_s:
+        yield
+        return
+    telling = asyncio.create_task(_tell_life(every_s), name="watchdog")
+    try:
+        yield
+    finally:
+        telling.cancel()
+
+
+async def _tell_life(every_s: float) -> None:
+    while True:
+        _tell_systemd("WATCHDOG=1")
+        await asyncio.sleep(every_s)
+
+
+def _watchdog_s() -> float:
+    """How long we may be silent; 0 where nobody listens, or to our parent alone."""
+    span_us = os.environ.get(_WATCHDOG, "")
+    if not span_us.isdecimal() or os.environ.get(_WATCHED) != str(os.getpid()):
+        return 0.0
+    return int(span_us) / 1_000_000
+
+
+def _write_and_close(pipe: int) -> None:
+    try:
+        os.write(pipe, b"1")
+    except BrokenPipeError:
+        return  # the supervisor is gone, which the lifeline tells in its own way
+    finally:
+        os.close(pipe)
+
+
+def _tell_systemd(state: str) -> None:
+    address = os.environ.get(_SYSTEMD, "")
+    if not address.startswith(("/", "@")) or not hasattr(socket, "AF_UNIX"):
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaking:
+        speaking.setblocking(False)
+        try:
+            speaking.sendto(state.encode(), address)
+        except OSError:
+            return  # nobody listens (any more): a process does not fail for want of a listener
+
+
+LOOK_SIGNAL = signal.SIGQUIT  # to any: say what you are at; passed on to all children
+LEAVE_SIGNAL = signal.SIGUSR1  # to a child: another has your place, go softly
+RENEW_SIGNAL = signal.SIGUSR2  # to the supervisor: replace all children, one by one
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_SETTLED_S = 10.0
+_MARGIN_S = 5.0
+_TOO_OFTEN = 5
+_WRONG_CONFIG = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """One process: `argv` holds no secret, since anybody on the machine can read it."""
+
+    name: str
+    argv: tuple[str, ...]
+
+
+class Family:
+    """The children of one supervisor."""
+
+    def __init__(
+        self,
+        children: Sequence[Child],
+        *,
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+        grace_s: float = 20.0,
+        leave_s: float = 0.0,
+        on_stopping: Callable[[], None] = lambda: None,
+        on_ended: Callable[[str], None] = lambda _name: None,
+        reread: Callable[[], Mapping[str, str]] | None = None,
+    ) -> None:
+        """`reread`: what replaced children are to have as their environment; may raise
+        ConfigError, and then nothing is replaced. `on_ended` hears the name of each process that
+        is gone: the child's, or where an old one was still there, that with a number after it."""
+        self._children = children
+        self._environment = environment
+        self._pass_fds = pass_fds
+        self._grace_s = grace_s
+        self._leave_s = leave_s
+        self._on_stopping = on_stopping
+        self._reread = reread
+        self._on_ended = on_ended
+        self._names: set[str] = set()  # of the processes that are there
+        self._waiting: set[asyncio.Task[None]] = set()
+        self._renewing: asyncio.Task[None] | None = None
+        self._renew_again = False
+        self._lifeline = -1
+        self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._stop = asyncio.Event()
+        self._hasten = asyncio.Event()
+        self._settled = False
+        self.failure: str | None = None
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The processes that run now, by their children's names."""
+        return {name: process.pid for name, process in self._running.items()}
+
+    def settled(self) -> None:
+        """All is well: from now on a child that dies is started again without end."""
+        self._settled = True
+
+    def stop(self) -> None:
+        """Begin the end; asked for a second time, do not wait any longer."""
+        if self._stop.is_set():
+            self._hasten.set()
+            return
+        self._stop.set()
+        self._on_stopping()
+
+    @property
+    def renewing(self) -> bool:
+        return self._renewing is not None and not self._renewing.done()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    async def run(self) -> None:
+        """Keep the children running until `stop`, a signal, or a failure to start at all.
+
+        `failure` then says what failed, or is None. Cancellation stops the children in order.
+        """
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(RENEW_SIGNAL, self.renew)
+        loop.add_signal_handler(LOOK_SIGNAL, self._look)
+        self._lifeline, holds = os.pipe()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for child in self._children:
+                    tasks.create_task(self._keep(child))
+        finally:
+            if self._renewing is not None:
+                self._renewing.cancel()
+                await asyncio.gather(self._renewing, return_exceptions=True)
+            os.close(self._lifeline)
+            os.close(holds)
+            for number in (*_SIGNALS, RENEW_SIGNAL, LOOK_SIGNAL):
+                loop.remove_signal_handler(number)
+
+    def renew(self) -> None:
+        """Replace every child by a new process, with code and settings as they are now.
+
+        One after another: the next of a name takes its place when it is ready, and only then the
+        old one leaves. It stops at the first that does not become ready. Asked for once more
+        meanwhile, it begins anew at its end.
+        """
+        if self.renewing:
+            self._renew_again = True
+        elif not self.stopping:
+            self._renewing = asyncio.create_task(self._renew_all())
+
+    async def _renew_all(self) -> None:
+        self._renew_again = True
+        while self._renew_again and not self.stopping:
+            self._renew_again = False
+            before = self._environment
+            try:
+                self._environment = self._reread() if self._reread is not None else before
+            except ConfigError as wrong:
+                get_logger().error(Log.RENEWAL_STOPPED, reason=str(wrong))
+                return
+            get_logger().info(Log.RENEWING, children=[child.name for child in self._children])
+            for child in self._children:
+                if not await self._renew(child):
+                    self._environment = before
+                    return
+            get_logger().info(Log.RENEWED)
+
+    async def _renew(self, child: Child) -> bool:
+        """Whether a new process has taken the place of the child's old one."""
+        async with Successor(self._born(child), self._end) as successor:
+            if (why := await successor.not_ready()) is not None:
+                get_logger().error(Log.RENEWAL_STOPPED, child=child.name, reason=why)
+                return False
+            old = self._running.get(child.name)
+            self._running[child.name] = successor.taken_over()
+        if old is not None and old.returncode is None:
+            old.send_signal(LEAVE_SIGNAL)
+            await self._end(old, told=True)
+        return True
+
+    async def _keep(self, child: Child) -> None:
+        deaths = 0
+        while not self.stopping:
+            born = time.monotonic()
+            process = self._running.get(child.name)  # one that took the place of one that died
+            if process is None:
+                process = await self._start(child)
+            try:
+                code = await self._ended_or_stop(process)
+            finally:
+                latest = self._running.get(child.name, process)
+                if latest is process or self.stopping:
+                    self._running.pop(child.name, None)
+                    await asyncio.gather(*(self._end(one) for one in {process, latest}))
+            if code is None:
+                return
+            if latest is not process:
+                continue
+            deaths = 1 if time.monotonic() - born > _SETTLED_S else deaths + 1
+            get_logger().error(
+                Log.CHILD_DIED, child=child.name, pid=process.pid, exit_code=code, deaths=deaths
+            )
+            if not self._settled and (code == _WRONG_CONFIG or deaths >= _TOO_OFTEN):
+                self.failure = f"the {child.name} process ended with exit code {code} at its start"
+                self.stop()
+                return
+            await self._pause(_BACKOFF_S[min(deaths, len(_BACKOFF_S)) - 1])
+
+    async def _start(self, child: Child) -> asyncio.subprocess.Process:
+        process = await self._spawn(child, {}, ())
+        self._running[child.name] = process
+        return process
+
+    async def _born(self, child: Child) -> tuple[asyncio.subprocess.Process, int]:
+        """A process that is not yet the child's, and the pipe by which it says that it is ready."""
+        hears, says = os.pipe()
+        try:
+            process = await self._spawn(child, {READY_PIPE: str(says)}, (says,))
+        except BaseException:
+            os.close(hears)
+            raise
+        finally:
+            os.close(says)
+        return process, hears
+
+    async def _spawn(
+        self, child: Child, environment: Mapping[str, str], pass_fds: Sequence[int]
+    ) -> asyncio.subprocess.Process:
+        name = self._free_name(child)
+        process = await asyncio.create_subprocess_exec(
+            *child.argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            env={
+                **self._environment,
+                LIFELINE: str(self._lifeline),
+                NAMED: name,
+                **environment,
+            },
+            pass_fds=[*self._pass_fds, self._lifeline, *pass_fds],
+            # In a session of its own: a terminal's Ctrl-C is for the supervisor alone, who tells.
+            start_new_session=True,
+        )
+        get_logger().debug(Log.CHILD_STARTED, child=child.name, pid=process.pid)
+        self._names.add(name)
+        task = asyncio.create_task(self._until_gone(process, name))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+        return process
+
+    def _free_name(self, child: Child) -> str:
+        """No two processes that are there have the same: what they count is kept by their names."""
+        tries = (f"{child.name}.{number}" for number in count(2))
+        return next(name for name in chain((child.name,), tries) if name not in self._names)
+
+    async def _until_gone(self, process: asyncio.subprocess.Process, name: str) -> None:
+        await process.wait()
+        self._names.discard(name)
+        self._on_ended(name)
+
+    def _look(self) -> None:
+        for process in self._running.values():
+            if process.returncode is None:
+                process.send_signal(LOOK_SIGNAL)
+
+    async def _ended_or_stop(self, process: asyncio.subprocess.Process) -> int | None:
+        """The exit code of a process that died by itself; None when it is to be stopped."""
+        ended = asyncio.create_task(process.wait())
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return None if self.stopping else process.returncode
+        finally:
+            ended.cancel()
+            stop.cancel()
+
+    async def _end(self, process: asyncio.subprocess.Process, *, told: bool = False) -> None:
+        """Have it end in order, or after its time by force; `told`: it leaves already."""
+        if process.returncode is not None:
+            return
+        if not told:
+            process.terminate()
+        ended = asyncio.create_task(process.wait())
+        hasten = asyncio.create_task(self._hasten.wait())
+        await asyncio.wait(
+            {ended, hasten},
+            timeout=(self._leave_s if told else 0.0) + self._grace_s + _MARGIN_S,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        hasten.cancel()
+        if not ended.done():
+            process.kill()
+        await ended
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        except TimeoutError:
+            return
+
+
+_BACKLOG = 2048
+
+
+def listen(config: Config, *, for_worker: bool = False) -> socket.socket:
+    """A socket that listens on HOST and PORT, or WORKER_PORT. Raises ConfigError where that
+    cannot be."""
+    name, port = "PORT", config.port
+    if for_worker and config.worker_port is not None:
+        name, port = "WORKER_PORT", config.worker_port
+    family, address = _address(config, port)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and address[0] == "::":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as refused:
+        listener.close()
+        raise _explained(config, refused, name, port) from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine finds the socket."""
+    host, port = listener.getsockname()[:2]
+    if host in ("127.0.0.1", "::1", "0.0.0.0", "::"):
+        return f"http://localhost:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _address(config: Config, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    host = config.host.strip("[]")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as unknown:
+        raise _explained(config, unknown, "PORT", port) from None
+    # `localhost` has two addresses; clients that try the other one first come back to this one.
+    family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    return family, (str(address[0]), port)
+
+
+def _explained(config: Config, refused: OSError, name: str, port: int) -> ConfigError:
+    match refused.errno:
+        case errno.EADDRINUSE:
+            why = "is in use by another program; choose another port, or 0 for any free one"
+            return ConfigError(name, str(port), why)
+        case errno.EACCES:
+            why = "may not be opened by this user; ports from 1024 on may"
+            return ConfigError(name, str(port), why)
+    return ConfigError("HOST", config.host, f"must be an address of this machine: {refused}")

@@ -1,0 +1,1 @@
+"""Telemetry of a process: log events, trace context, finished calls."""

@@ -1,0 +1,334 @@
+"""Logging: names of all events, format of the lines, redaction of secrets.
+
+Invariant: this is the only file that spells an event's name. A line is one event with fields; on a
+terminal it is coloured text, elsewhere JSON. Secrets never reach a line: values of fields whose
+name says that they are secret are replaced, at any depth, and so is a key or a password inside a
+text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import sys
+from collections import deque
+from collections.abc import Mapping, MutableMapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, Literal
+
+import orjson
+import structlog
+
+
+class Log(StrEnum):
+    """Event names. One line per request at most: `REQUEST_DONE` or `JOB_DONE`."""
+
+    STARTED = "started"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    DEMO_MODE = "demo_mode"
+    REQUEST_DONE = "request_done"
+    REQUEST_FAILED = "request_failed"
+    JOB_DONE = "job_done"
+    JOB_RETRY = "job_retry"
+    JOB_DEAD = "job_dead"
+    JOB_REQUEUED = "job_requeued"
+    JOBS_REQUEUED = "jobs_requeued"
+    JOB_DISCARDED = "job_discarded"
+    JOBS_RETAKEN = "jobs_retaken"
+    WEBHOOK_GIVEN_UP = "webhook_given_up"
+    WORKER_LOOP_FAILED = "worker_loop_failed"
+    CLASSIFIER_FELL_BACK = "classifier_fell_back"
+    LIMITS_CHANGED = "limits_changed"
+    LIMITS_CONFLICT = "limits_conflict"
+    LIVE_LIMITS_KEPT = "live_limits_kept"
+    LIMIT_PAUSED = "limit_paused"
+    LIMIT_RESUMED = "limit_resumed"
+    SESSION_REVOKED = "session_revoked"
+    REQUEST_CANCELLED = "request_cancelled"
+    REQUEST_RETRIED = "request_retried"
+    STORE_AWAY = "store_away"
+    STORE_BACK = "store_back"
+    BLOBS_AWAY = "blobs_away"
+    SPILLED = "spilled"
+    SPILL_REPLAYED = "spill_replayed"
+    AUDIT_DROPPED = "audit_dropped"
+    MIGRATED = "migrated"
+    PRUNED = "pruned"
+    ERASED = "erased"
+    CHILD_STARTED = "child_started"
+    CHILD_DIED = "child_died"
+    RENEWING = "renewing"
+    RENEWED = "renewed"
+    RENEWAL_STOPPED = "renewal_stopped"
+    EMBEDDED_STARTED = "embedded_started"
+    INTERNAL_ERROR = "internal_error"
+    UPSTREAM_KEY_DEAD = "upstream_key_dead"
+    UPSTREAM_OUT = "upstream_out"
+    UPSTREAM_BACK = "upstream_back"
+    NO_API_KEY = "no_api_key"
+    TENANT_CHANGED = "tenant_changed"
+    KEY_MADE = "key_made"
+    KEY_REVOKED = "key_revoked"
+    KEY_LAPSED = "key_lapsed"
+    SCRAPE_INCOMPLETE = "scrape_incomplete"
+    WATCHED = "watched"
+    COLLECTOR_AWAY = "collector_away"
+    COLLECTOR_BACK = "collector_back"
+    NO_OTEL = "no_otel"
+    PROCESS_STATE = "process_state"
+
+
+class GenAI(StrEnum):
+    """Names of spans, metrics and attributes: by OpenTelemetry's conventions for generative AI
+    (https://opentelemetry.io/docs/specs/semconv/gen-ai/) where those name them, else our own."""
+
+    OPERATION = "gen_ai.operation.name"
+    PROVIDER = "gen_ai.provider.name"
+    REQUEST_MODEL = "gen_ai.request.model"
+    STREAM = "gen_ai.request.stream"
+    RESPONSE_ID = "gen_ai.response.id"
+    RESPONSE_MODEL = "gen_ai.response.model"
+    FINISH_REASONS = "gen_ai.response.finish_reasons"
+    RESPONSE_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+    INPUT = "gen_ai.usage.input_tokens"
+    OUTPUT = "gen_ai.usage.output_tokens"
+    CACHED = "gen_ai.usage.cache_read.input_tokens"
+    CACHE_WRITES = "gen_ai.usage.cache_creation.input_tokens"
+    THOUGHTS = "gen_ai.usage.reasoning.output_tokens"
+    TOKEN_TYPE = "gen_ai.token.type"
+    OPERATION_DURATION = "gen_ai.client.operation.duration"
+    TOKEN_USAGE = "gen_ai.client.token.usage"
+    FIRST_CHUNK = "gen_ai.client.operation.time_to_first_chunk"
+    ERROR = "error.type"
+    SERVER = "server.address"
+    SERVER_PORT = "server.port"
+    HTTP_STATUS = "http.response.status_code"
+    CALL = "tidegate.call"
+    QUEUE = "tidegate.queue"
+    TENANT = "tidegate.tenant"
+    SOURCE = "tidegate.source"
+    REQUEST_ID = "tidegate.request_id"
+    UPSTREAM = "tidegate.upstream"
+    TRY = "tidegate.try"
+    TRIES = "tidegate.tries"
+    QUEUE_MS = "tidegate.queue_ms"
+
+
+_STRUCTLOG_OWN = ("_record", "_from_structlog")
+_OF_SEVERAL_LINES = ("event", "exception", "stack")
+_SECRET_FIELD = re.compile(
+    r"key$|secret|password|credential|authorization|cookie|(?:access|refresh|auth|id|admin)_token$",
+    re.IGNORECASE,
+)
+# Of a URL's password: all up to the last "@" of the word, since people leave "/" and "@" bare in
+# it; not the digits of a port.
+_SECRET_IN_TEXT = re.compile(
+    r"(?P<before>"
+    r"(?P<password>://[^/\s:@'\"]*:(?!\d+(?:[/?#\s'\",]|$)))"
+    r"|[?&](?:key|api_?key|upload_id|access_token|tidegate_key)="
+    r"|(?:x-(?:goog-)?api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
+    r")"
+    r"(?(password)[^\s'\"]*(?=@)|[^&\s'\"]+)"
+    r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}|\btgop_[\w-]{20,}",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+    """`text` without Google's keys and ours, secrets in URLs, and the values of secret headers."""
+    return _SECRET_IN_TEXT.sub(lambda found: f"{found['before'] or ''}***", text)
+
+
+_redacted_path = lru_cache(1_000)(redact)  # most requests are for one of a few
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {
+            name: "***" if _SECRET_FIELD.search(str(name)) else _redacted(inner)
+            for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return redact(repr(value) if isinstance(value, BaseException) else str(value))
+
+
+def _redact_event(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    event.pop("color_message", None)  # uvicorn's second copy of its text, with terminal codes
+    for name, value in event.items():
+        if name in _STRUCTLOG_OWN:
+            continue
+        event[name] = "***" if _SECRET_FIELD.search(name) else _redacted(value)
+    return event
+
+
+def _to_json(event: Any, **_options: Any) -> str:
+    return _as_plain_json(orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode())
+
+
+# What a terminal or a viewer may obey instead of showing it: controls (C0, DEL, C1), line and
+# paragraph separators, and marks that change the direction of the text around them.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def _as_plain_json(line: str) -> str:
+    """The same JSON, with escapes for what orjson leaves as it is."""
+    return line if line.isascii() and "\x7f" not in line else _OBEYED.sub(_escaped, line)
+
+
+def _plain(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """For a terminal: whatever a stranger sent is shown, and not obeyed. Line breaks stay in what
+    has several lines of its own, an event of another library or the text of an exception; but none
+    of its lines can be taken for one of the log."""
+    for name, value in event.items():
+        if not isinstance(value, str) or value.isprintable():
+            continue
+        if name in _OF_SEVERAL_LINES:
+            event[name] = "\n    ".join(_OBEYED.sub(_escaped, line) for line in value.split("\n"))
+        else:
+            event[name] = _OBEYED.sub(_escaped, value)
+    return event
+
+
+def _remember(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    if event.get("level") in _SERIOUS:
+        said = {name: value for name, value in event.items() if name not in _STRUCTLOG_OWN}
+        _problems.append({name: _shortened(value) for name, value in said.items()})
+    return event
+
+
+def _shortened(value: Any) -> Any:
+    return value[-_LONGEST_SHOWN:] if isinstance(value, str) else value
+
+
+def recent_problems() -> list[dict[str, Any]]:
+    """The last lines of this process from the level `warning` on, redacted."""
+    return list(_problems)
+
+
+_SERIOUS = ("warning", "error", "critical")
+_LONGEST_SHOWN = 2_000
+_problems: deque[dict[str, Any]] = deque(maxlen=50)
+
+# What other libraries say of each request; some of it at a level below `info` holds its content.
+_NOISY = (
+    *("httpx", "httpx2", "httpcore", "httpcore2", "google_genai", "alembic"),
+    *("aiohttp.access", "asyncio", "multipart", "python_multipart"),
+)
+
+
+def configure_logging(
+    style: Literal["auto", "console", "json"], level: str, *, process: str
+) -> None:
+    """Set up structlog and the standard library's loggers to write the same lines to stderr."""
+
+    def add_process(
+        _logger: object, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        # Not a context variable: a thread of its own, such as a heartbeat's, would not see it.
+        event.setdefault("process", process)
+        return event
+
+    console = style == "console" or (style == "auto" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        add_process,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.format_exc_info,
+        _redact_event,
+        _remember,
+    ]
+    final: list[Any] = (
+        [_plain, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        if console
+        else [structlog.processors.JSONRenderer(serializer=_to_json)]
+    )
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
+    )
+    global _lines
+    wanted = not console and level.lower() in ("debug", "info")
+    handler = logging.StreamHandler(sys.stderr)
+    _lines = (handler, process) if wanted else None
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for noisy in _NOISY:
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+class FrequentLog:
+    """The line of each request or job, at a twentieth of a logger's cost: written straight to the
+    stream where lines are JSON, those of one turn of the event loop together. Give it only fields
+    that cannot hold a secret, beside the path."""
+
+    def __init__(self, event: Log) -> None:
+        self._event = event
+        self._name = event.value
+        self._ready: list[str] = []
+
+    def __call__(self, fields: dict[str, Any]) -> None:
+        if _lines is None:
+            get_logger().info(self._event, **fields)
+            return
+        if "path" in fields:
+            fields["path"] = _redacted_path(fields["path"])
+        fields["event"] = self._name
+        fields["process"] = _lines[1]
+        fields["level"] = "info"
+        fields["timestamp"] = datetime.now(UTC)
+        if not self._ready:
+            asyncio.get_running_loop().call_soon(self._write)
+        self._ready.append(orjson.dumps(fields, default=str, option=_STAMP).decode())
+
+    def _write(self) -> None:
+        lines, self._ready = self._ready, []
+        if _lines is None:
+            return
+        try:
+            _lines[0].stream.write("".join([_as_plain_json(line) + "\n" for line in lines]))
+            _lines[0].flush()
+        except (OSError, ValueError):  # a stream that is closed is no reason to fail a request
+            return
+
+
+# The handler and the process's name, while the lines of requests and jobs are JSON and wanted.
+_lines: tuple[logging.StreamHandler[Any], str] | None = None
+_STAMP = orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
+
+
+def get_logger() -> structlog.stdlib.BoundLogger:
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+    return logger

@@ -1,0 +1,1 @@
+"""Upstreams: connections to providers, and Gemini by its SDK."""

@@ -1,0 +1,400 @@
+"""Fetches on a caller's behalf, guarded against server-side request forgery; provider probes.
+
+Invariants: a socket is opened only to an allowed address, checked on the address that is
+connected to, for every hop; nothing of ours is sent (no cookies, credentials, referrer or proxy);
+at most `max_bytes` are kept; a webhook follows no redirect; an image type is named only by a
+unique signature.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+from aiohttp.resolver import ThreadedResolver
+from yarl import URL
+
+from tidegate.call import Media
+from tidegate.errors import FetchRefused
+
+Address = IPv4Address | IPv6Address
+MAX_URI_CHARS = 2048
+ALLOWED = (
+    "an http:// or https:// URL of a public host, on port 80, 443 or above 1023, "
+    f"without a user name or password, at most {MAX_URI_CHARS} characters"
+)
+
+# Own tables rather than `is_global`, whose answers have changed between Python's releases.
+_CLOSED_V4 = tuple(
+    IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",  # private
+        "100.64.0.0/10",  # carrier-grade NAT; one cloud's metadata too
+        "127.0.0.0/8",  # loopback
+        "168.63.129.16/32",  # a cloud's metadata on an otherwise public address
+        "169.254.0.0/16",  # link-local; most clouds' metadata
+        "172.16.0.0/12",  # private
+        "192.0.0.0/24",  # protocol assignments
+        "192.0.2.0/24",  # documentation
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",  # private
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, broadcast
+    )
+)
+# Outside it lie loopback, unspecified, mapped, compatible, NAT64, ULA, link-local, multicast.
+_OPEN_V6 = IPv6Network("2000::/3")
+_CLOSED_V6 = tuple(
+    IPv6Network(network)
+    for network in (
+        "2001::/23",  # protocol assignments; Teredo wraps IPv4 in 2001::/32
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4 wraps IPv4
+        "3fff::/20",  # documentation
+    )
+)
+_CLOSED_NAMES = ("localhost", "metadata", "metadata.google.internal")
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_NAME = re.compile(rf"(?!.{{254}}){_LABEL}(\.{_LABEL})*")
+_AUTHORITY = re.compile(r"[^/?#]*//([^/?#]*)")
+_UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f\\]")
+# How inet_aton reads a host: 2130706433, 0x7f.1, 0177.0.0.1, 127.1.
+_LOOKS_NUMERIC = re.compile(r"(.*\.)?(0[xX][0-9a-fA-F]*|[0-9]+)\.?")
+
+
+def is_public(address: Address) -> bool:
+    """Whether `address` may be connected to on a caller's behalf."""
+    if isinstance(address, IPv4Address):
+        return not any(address in network for network in _CLOSED_V4)
+    # ISATAP hides an IPv4 address in the lower half of an address of any network.
+    if int(address) >> 32 & 0xFDFF_FFFF == 0x0000_5EFE:
+        return False
+    return address in _OPEN_V6 and not any(address in network for network in _CLOSED_V6)
+
+
+def check_uri(
+    uri: str, is_allowed: Callable[[Address], bool] = is_public, *, field: str = "image_uri"
+) -> URL:
+    """Parse `uri`, refusing all that can be refused without asking DNS.
+
+    Raises FetchRefused, which names `field`.
+    """
+    try:
+        return _checked(uri, is_allowed)
+    except ValueError as wrong:
+        raise refused(str(wrong), field) from None
+
+
+def _checked(uri: str, is_allowed: Callable[[Address], bool]) -> URL:
+    if len(uri) > MAX_URI_CHARS:
+        raise ValueError(f"is longer than {MAX_URI_CHARS} characters")
+    if _UNSAFE.search(uri):
+        raise ValueError("has spaces, backslashes or control characters in it")
+    try:
+        url = URL(uri)
+        port = url.port
+    except ValueError:
+        raise ValueError("is not a URL") from None
+    if url.scheme not in ("http", "https"):
+        raise ValueError("is neither http:// nor https://")
+    host = (url.raw_host or "").rstrip(".").lower()
+    if not host:
+        raise ValueError("names no host")
+    # Of the text itself: the parser drops an empty name, and brackets that hold no address.
+    authority = found[1] if (found := _AUTHORITY.match(uri)) else ""
+    if "@" in authority:
+        raise ValueError("has a user name or password in it")
+    if port not in (80, 443) and (port is None or port < 1024):
+        raise ValueError("names a port that is not allowed")
+    _check_host(host, is_allowed, bracketed="[" in authority)
+    return url.with_fragment(None)
+
+
+def refused(problem: str, field: str = "image_uri") -> FetchRefused:
+    """The one error of this room; `problem` continues the sentence that begins with the field."""
+    return FetchRefused(field, f"{field} {problem}", allowed=ALLOWED)
+
+
+def _check_host(host: str, is_allowed: Callable[[Address], bool], *, bracketed: bool) -> None:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        if _LOOKS_NUMERIC.fullmatch(host):
+            raise ValueError("spells an address in numbers in an unusual way") from None
+        if bracketed or not _NAME.fullmatch(host):
+            raise ValueError("is not a URL") from None
+        name_is_closed = host in _CLOSED_NAMES or host.endswith(".localhost")
+        if name_is_closed and not is_allowed(IPv4Address("127.0.0.1")):
+            raise ValueError("does not name a public host") from None
+        return
+    if not is_allowed(address):
+        raise ValueError("does not name a public host")
+
+
+class AddressRefused(OSError):
+    """The name led to an address that may not be connected to."""
+
+
+def guarded_session(
+    is_allowed: Callable[[Address], bool],
+    resolver: AbstractResolver | None,
+    headers: Mapping[str, str],
+) -> aiohttp.ClientSession:
+    """For one exchange: nothing is shared with another. The caller bounds the time."""
+
+    def open_socket(info: aiohttp.AddrInfoType) -> socket.socket:
+        """Called with the very address that the connection is then made to."""
+        family, kind, protocol, _, where = info
+        if not is_allowed(ip_address(str(where[0]).split("%", 1)[0])):
+            raise AddressRefused("the address is not public")
+        return socket.socket(family=family, type=kind, proto=protocol)
+
+    connector = aiohttp.TCPConnector(
+        resolver=resolver or ThreadedResolver(),
+        socket_factory=open_socket,
+        use_dns_cache=False,
+        force_close=True,
+        limit=1,
+    )
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        auto_decompress=False,
+        timeout=aiohttp.ClientTimeout(total=None),
+        headers=dict(headers),
+    )
+
+
+def why_not_sent(failed: aiohttp.ClientError) -> str:
+    """In words that go on from what was to be reached: "...could not be connected to"."""
+    if isinstance(failed, aiohttp.ClientConnectorDNSError):
+        return "names a host that cannot be found"
+    if isinstance(failed, aiohttp.ClientConnectorError):
+        if "the address is not public" in str(failed.os_error):
+            return "does not lead to a public address"
+        return "could not be connected to"
+    if isinstance(failed, aiohttp.InvalidURL):
+        return "is not a URL"
+    return "was not answered properly"
+
+
+PICTURE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/heic", "image/heif")
+
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+_HEIF_BRANDS = {b"mif1", b"msf1", b"mif2"}
+
+
+def picture_type(head: bytes) -> str | None:
+    """The MIME type of the picture that begins with `head` (32 bytes are enough), or None."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "image/webp"
+    return _iso_picture(head)
+
+
+def iso_brands(head: bytes) -> list[bytes]:
+    """The brands of an ISO base media file (MP4, HEIF, ...), major first; empty for others."""
+    if head[4:8] != b"ftyp" or len(head) < 12:
+        return []
+    end = min(int.from_bytes(head[:4], "big"), len(head), 256)
+    return [head[8:12], *(head[at : at + 4] for at in range(16, end - 3, 4))]
+
+
+def _iso_picture(head: bytes) -> str | None:
+    brands = iso_brands(head)
+    if not brands:
+        return None
+    if brands[0] in _HEIC_BRANDS:
+        return "image/heic"
+    if brands[0] in _HEIF_BRANDS:
+        # AVIF files may lead with the general brand too, and we do not take those.
+        return None if b"avif" in brands or b"avis" in brands else "image/heif"
+    return None
+
+
+__all__ = ["ImageFetcher", "check_uri"]
+
+MAX_REDIRECTS = 3
+_REDIRECTS = (301, 302, 303, 307, 308)
+_HEADERS = {
+    "Accept": ", ".join(PICTURE_TYPES),
+    "Accept-Encoding": "identity",
+    "User-Agent": "tidegate",
+}
+# Servers that do not say, or say so of everything.
+_UNSAID = ("application/octet-stream", "binary/octet-stream")
+
+
+class ImageFetcher:
+    """Fetches pictures of at most `max_bytes` within `timeout_ms` in all, name look-up included.
+
+    `is_allowed` judges each address; `resolver` looks names up (the system's resolver in a
+    thread by default). Both are for tests: production uses the defaults.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        timeout_ms: int,
+        is_allowed: Callable[[Address], bool] = is_public,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._timeout_ms = timeout_ms
+        self._is_allowed = is_allowed
+        self._resolver = resolver
+
+    async def fetch(self, uri: str) -> Media:
+        """The picture at `uri`. Raises FetchRefused; cancelling closes the connection."""
+        try:
+            async with asyncio.timeout(self._timeout_ms / 1000), AsyncExitStack() as stack:
+                session = await stack.enter_async_context(self._session())
+                return await self._follow(session, check_uri(uri, self._is_allowed))
+        except TimeoutError:
+            raise refused(f"did not arrive within {self._timeout_ms} ms") from None
+        except aiohttp.ClientError as failed:
+            raise refused(why_not_sent(failed)) from None
+
+    def _session(self) -> aiohttp.ClientSession:
+        return guarded_session(self._is_allowed, self._resolver, _HEADERS)
+
+    async def _follow(self, session: aiohttp.ClientSession, url: URL) -> Media:
+        for _ in range(MAX_REDIRECTS + 1):
+            async with session.get(url, allow_redirects=False) as response:
+                if response.status not in _REDIRECTS:
+                    return await self._read(response)
+                target = response.headers.get("Location", "")
+            try:
+                url = url.join(URL(target))
+            except ValueError:
+                raise refused("redirects to something that is not a URL") from None
+            url = check_uri(str(url), self._is_allowed)
+        raise refused(f"redirects more than {MAX_REDIRECTS} times")
+
+    async def _read(self, response: aiohttp.ClientResponse) -> Media:
+        if response.status != 200:
+            raise refused(f"was answered with status {response.status}")
+        if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            raise refused("was answered with a compressed body, which is not taken")
+        said = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
+        if said and said not in _UNSAID and not said.startswith("image/"):
+            raise refused(f"is not an image but {said[:64]!r}")
+        if response.content_length is not None and response.content_length > self._max_bytes:
+            raise self._too_large()
+        data = bytearray()
+        async for chunk in response.content.iter_any():
+            data += chunk
+            if len(data) > self._max_bytes:
+                raise self._too_large()
+            if len(data) >= 32 and picture_type(bytes(data[:256])) is None:
+                break
+        mime_type = picture_type(bytes(data[:256]))
+        if mime_type is None:
+            raise refused("is not an image of a type that is taken")
+        name = "".join(letter for letter in response.url.name if letter.isprintable())
+        return Media(mime_type=mime_type, data=bytes(data), name=name[:128])
+
+    def _too_large(self) -> FetchRefused:
+        return refused(f"is larger than {self._max_bytes} bytes")
+
+
+_POST_HEADERS = {"User-Agent": "tidegate", "Accept": "*/*", "Accept-Encoding": "identity"}
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """The status of the answer; None without one, and then why, in words."""
+
+    status: int | None = None
+    problem: str | None = None
+
+
+class GuardedPoster:
+    """Posts within `timeout_ms` in all; `is_allowed` judges each address."""
+
+    def __init__(
+        self,
+        *,
+        timeout_ms: int,
+        is_allowed: Callable[[Address], bool] = is_public,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        self._timeout_ms = timeout_ms
+        self._is_allowed = is_allowed
+        self._resolver = resolver
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Posted:
+        """Cancelling closes the connection."""
+        try:
+            target = check_uri(url, self._is_allowed, field="webhook_url")
+            async with (
+                asyncio.timeout(self._timeout_ms / 1000),
+                guarded_session(self._is_allowed, self._resolver, _POST_HEADERS) as session,
+                session.post(target, data=body, headers=headers, allow_redirects=False) as answer,
+            ):
+                return Posted(answer.status)
+        except FetchRefused as refused:
+            return Posted(problem=refused.message)
+        except TimeoutError:
+            return Posted(problem=f"webhook_url did not answer within {self._timeout_ms} ms")
+        except aiohttp.ClientError as failed:
+            return Posted(problem=f"webhook_url {why_not_sent(failed)}")
+
+
+_PATHS = {"gemini": "/v1beta/models?pageSize=1", "openai": "/models", "anthropic": "/v1/models"}
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The status of the answer; None without one, and then why, in words."""
+
+    status: int | None = None
+    problem: str = ""
+
+
+async def ask_for_models(dialect: str, base_url: str, key: str, timeout_ms: int) -> Probed:
+    """Ask a provider that speaks `dialect` (`gemini`, `openai` or `anthropic`). Never raises for
+    what the provider or the network does."""
+    headers = {
+        "gemini": {"x-goog-api-key": key},
+        "openai": {"Authorization": f"Bearer {key}"},
+        "anthropic": {"x-api-key": key, "anthropic-version": "2023-06-01"},
+    }[dialect]
+    if not key:  # a server that needs none
+        headers = {name: value for name, value in headers.items() if name == "anthropic-version"}
+    try:
+        async with (
+            aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=timeout_ms / 1000), trust_env=False
+            ) as session,
+            session.get(
+                base_url + _PATHS[dialect], headers=headers, allow_redirects=False
+            ) as answer,
+        ):
+            return Probed(answer.status)
+    except TimeoutError:
+        return Probed(problem=f"no answer within {timeout_ms} ms")
+    except (aiohttp.ClientError, ValueError) as failed:
+        number = getattr(failed, "errno", None) or 0
+        # asyncio's own words for it list every address that was tried.
+        words = os.strerror(number) if number > 0 else str(failed) or type(failed).__name__
+        return Probed(problem=words)

@@ -1,0 +1,537 @@
+"""Transport of the SDK's requests over connections of our own.
+
+httpx2 examines every connection of its pool for each request, which dominates a call's cost at a
+hundred concurrent calls. Events of a stream that nobody follows are merged before the SDK parses
+them.
+
+Invariants: leaving a `Scope` returns only after all its exchanges are closed; a phase's timeout
+runs only while waiting for the provider; answers are bounded; what is not plain is left to the
+SDK as it came. Importing this module costs 0.2 s (httpx2), so only `GeminiProcessor.start` does,
+in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Coroutine, Mapping
+from contextlib import AsyncExitStack
+from contextvars import ContextVar, Token
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+import orjson
+
+from tidegate.dialects.faults import Wreck
+from tidegate.errors import UpstreamGarbled
+from tidegate.telemetry.tracing import HEADER
+from tidegate.upstream.http import Exchange, RelayWire, Timeouts, out_of_time
+
+_EVENTS = b"text/event-stream"
+# The connection says these by itself.
+_FRAMING = ("host", "content-length", "connection", "transfer-encoding", "accept-encoding")
+_HEADS_KEPT = 64
+
+
+class Asked(httpx2.Request):
+    """A request as our connections take it: httpx2 would take it apart, and we put it together.
+
+    Of what it inherits only the type is used; nobody but the carrier reads it.
+    """
+
+    def __init__(
+        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
+    ) -> None:
+        self.method = method.upper()
+        self.whole_url = url
+        self.fields, self.is_upload = _fields(tuple(headers.items()))
+        self.body = content
+
+    def __repr__(self) -> str:
+        return f"<Asked {self.method}>"  # the URL of an upload holds the key
+
+
+class Carrier:
+    """Not bounded in connections. Proxies of the environment are not used; SSL_CERT_FILE and
+    SSL_CERT_DIR are honoured. The first request makes its connections' keeper: the carrier may be
+    built outside of the event loop.
+    """
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
+        self._tls = httpx2.create_ssl_context()
+        self._tls.set_alpn_protocols(["http/1.1"])
+        self._wire: _Wire | None = None
+
+    async def send(self, request: Asked, traceparent: str | None = None) -> Carried:
+        """Send a request and wait for the head of its answer. Raises UpstreamError."""
+        wire = self._wire or await self._opened()
+        place, fields = wire.place(request.whole_url), request.fields
+        if traceparent is not None:
+            fields = [*fields, (HEADER, traceparent.encode())]
+        return Carried(await wire.open(request.method, place, fields, request.body))
+
+    async def aclose(self) -> None:
+        if self._wire is not None:
+            await self._wire.aclose()
+
+    async def _opened(self) -> _Wire:
+        self._wire = _Wire(self._timeouts, self._tls)
+        await self._wire.start()
+        return self._wire
+
+
+@lru_cache(_HEADS_KEPT)
+def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """As they are sent, and whether they belong to an upload; the SDK sends the same ones with
+    nearly every call."""
+    said = {name.lower(): value for name, value in headers}
+    sent = {name: value for name, value in said.items() if name not in _FRAMING}
+    fields = [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent.items()]
+    return [*fields, (b"accept-encoding", b"identity")], "x-goog-upload-command" in said
+
+
+class _Wire(RelayWire):
+    """With the certificates that the SDK's own client trusts."""
+
+    def __init__(self, timeouts: Timeouts, tls: ssl.SSLContext) -> None:
+        super().__init__(timeouts)
+        self._tls = tls
+
+    def tls_context(self) -> ssl.SSLContext:  # type: ignore[override]
+        return self._tls
+
+
+class Carried:
+    """An answer whose head is there."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.status = exchange.status
+        self.raw_headers = exchange.headers
+        # The next bytes of the body as soon as there are some; empty at its end.
+        self.next = exchange.next
+        # End it: the connection is kept, and True returned, only where the answer has come to its
+        # end. Else it is closed in the event loop's next round.
+        self.close = exchange.close
+
+    @property
+    def first_byte_ms(self) -> float | None:
+        """From sending the request to the first bytes of the body; None until there are some."""
+        return self._exchange.first_byte_ms
+
+    def field(self, name: bytes) -> bytes:
+        """The value of a header; empty without it. `name` in small letters."""
+        size = len(name)
+        for known, value in self.raw_headers:
+            if len(known) == size and known.lower() == name:
+                return value
+        return b""
+
+    @property
+    def is_events(self) -> bool:
+        return self.status == 200 and self.field(b"content-type").lower().startswith(_EVENTS)
+
+
+_EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId"))
+_CANDIDATE = frozenset(("content", "finishReason", "index"))
+_CONTENT = frozenset(("parts", "role"))
+# What the SDK would check and nobody would read is left out of a usage.
+_USAGE = frozenset(
+    (
+        *("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount"),
+        *("cachedContentTokenCount", "totalTokenCount"),
+    )
+)
+_PART = {"text": str, "thought": bool, "thoughtSignature": str}
+_DATA = b"data: "
+
+
+class _NotPlain(Exception):
+    """An event that must be read as it is."""
+
+
+def gathered(stream: bytes) -> bytes | None:
+    """One event for all events of `stream`, of fields that are listed here; None unless all of them
+    are plain."""
+    events = stream.replace(b"\r\n", b"\n").split(b"\n\n")
+    if events.pop() or not events:
+        return None  # cut in mid-event, or there is nothing to gather
+    whole = _Whole()
+    try:
+        for event in events:
+            if not event.startswith(_DATA) or b"\n" in event:
+                return None
+            whole.add(orjson.loads(event[len(_DATA) :]))
+    except (_NotPlain, orjson.JSONDecodeError):
+        return None
+    return b"%b%b\n\n" % (_DATA, orjson.dumps(whole.event()))
+
+
+def whole_events(stream: bytes) -> bytes:
+    """What was cut, up to the end of its last whole event."""
+    ends = (stream.rfind(end) + len(end) for end in (b"\n\n", b"\r\n\r\n") if end in stream)
+    return stream[: max(ends, default=0)]
+
+
+class _Whole:
+    """All that the events so far have said. `add` raises _NotPlain."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, Any] = {}
+        self._usage: dict[str, Any] = {}
+        self._candidate: dict[str, Any] | None = None
+        self._parts: list[dict[str, Any] | list[str]] = []  # a list: pieces of one text
+
+    def add(self, event: Any) -> None:
+        if not isinstance(event, dict) or not event or not event.keys() <= _EVENT:
+            raise _NotPlain
+        for name, value in event.items():
+            if name == "candidates":
+                self._add_candidates(value)
+            elif name == "usageMetadata":
+                self._add_usage(value)
+            elif not isinstance(value, str) or not value:
+                raise _NotPlain
+            else:
+                self._said[name] = value
+
+    def _add_candidates(self, candidates: Any) -> None:
+        if not isinstance(candidates, list) or len(candidates) != 1:
+            raise _NotPlain
+        candidate = _gathered_fields(candidates[0], _CANDIDATE)
+        if self._candidate is None:
+            self._candidate = {}
+        if "finishReason" in candidate:
+            reason = candidate["finishReason"]
+            if not isinstance(reason, str) or not reason:
+                raise _NotPlain
+            self._candidate["finishReason"] = reason
+        if type(candidate.get("index", 0)) is not int:
+            raise _NotPlain
+        if "content" in candidate:
+            self._add_content(_gathered_fields(candidate["content"], _CONTENT))
+
+    def _add_content(self, content: dict[str, Any]) -> None:
+        parts = content.get("parts", [])
+        if not isinstance(parts, list) or not isinstance(content.get("role", ""), str):
+            raise _NotPlain
+        for part in parts:
+            if not isinstance(part, dict) or "text" not in part:
+                raise _NotPlain
+            if any(type(value) is not _PART.get(name) for name, value in part.items()):
+                raise _NotPlain
+            last = self._parts[-1] if self._parts else None
+            if len(part) > 1:
+                self._parts.append(part)
+            elif isinstance(last, list):
+                last.append(part["text"])
+            else:
+                self._parts.append([part["text"]])
+
+    def _add_usage(self, usage: Any) -> None:
+        if not isinstance(usage, dict):
+            raise _NotPlain
+        for name, value in usage.items():
+            if type(value) is int and value >= 0:
+                if name in _USAGE:
+                    self._usage[name] = value
+            elif not isinstance(value, list) or name in _USAGE:
+                raise _NotPlain
+
+    def event(self) -> dict[str, Any]:
+        said = self._said
+        if self._candidate is not None:
+            parts = [{"text": "".join(p)} if isinstance(p, list) else p for p in self._parts]
+            content = {"parts": parts}
+            said = {"candidates": [{"content": content, **self._candidate}], **said}
+        return {**said, "usageMetadata": self._usage} if self._usage else said
+
+
+def _gathered_fields(value: Any, known: frozenset[str]) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value.keys() <= known:
+        raise _NotPlain
+    return value
+
+
+TAIL_BYTES = 65_536
+# A longer answer goes to the SDK as it comes.
+MOST_GATHERED_BYTES = 1_000_000
+
+_scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=None)
+
+
+class CarriedExchange:
+    """One request and its response: what is known of it, and how to close it.
+
+    It is `whole` once it is closed after the end of its answer: its connection is kept. `held` is
+    what ended its answer, while what came before that is still being read. It is `plain` where all
+    of its answer is one event that holds no field which the SDK does not know.
+    """
+
+    __slots__ = ("_body", "_carried", "_wire", "held", "plain", "tail", "whole")
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._body: _Body | None = None
+        self._carried: Carried | None = None
+        self.tail: deque[bytes] = deque()
+        self.whole = False
+        self.held: BaseException | None = None
+        self.plain = False
+        wire.open_exchanges.add(self)
+
+    def answered(self, carried: Carried, *, gathers: bool) -> _Answer:
+        self._carried = carried
+        self._body = _Body(self, carried, self._wire, gathers and carried.is_events)
+        # The SDK copies all headers for each chunk of a stream, and reads none of them.
+        shown = () if carried.is_events else carried.raw_headers
+        return _Answer(carried.status, headers=shown, stream=self._body)
+
+    def wreck(self) -> Wreck:
+        carried = self._carried
+        tail = b"".join(self.tail)[-TAIL_BYTES:]
+        if carried is None:
+            return Wreck(None, {}, tail)
+        return Wreck(carried.status, httpx2.Headers(carried.raw_headers), tail)
+
+    @property
+    def first_byte_ms(self) -> float | None:
+        """See `Carried`."""
+        return None if self._carried is None else self._carried.first_byte_ms
+
+    async def aclose(self) -> None:
+        if self._body is not None:
+            await self._body.aclose()
+
+    def closed(self, *, whole: bool = False) -> None:
+        self.whole = whole
+        if whole:
+            self._body = None  # a cycle would wait for the collector
+        self._wire.open_exchanges.discard(self)
+
+
+class _Body(httpx2.AsyncByteStream):
+    """A response's bytes, with a bound on all. Where it `gathers`, a stream's events come as one;
+    and what cuts them off, a cancellation too, comes out of the read after that one.
+    """
+
+    def __init__(
+        self, exchange: CarriedExchange, carried: Carried, wire: Wire, gathers: bool
+    ) -> None:
+        self._gathers = gathers
+        self._exchange = exchange
+        self._carried = carried
+        self._wire = wire
+        self._size_bytes = 0
+        self._tail_bytes = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        held, self._exchange.held = self._exchange.held, None
+        if held is not None:
+            raise held
+        chunk = await (self._all() if self._gathers else self._piece())
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def _all(self) -> bytes:
+        self._gathers = False
+        pieces: list[bytes] = []
+        try:
+            while piece := await self._piece():
+                pieces.append(piece)
+                if self._size_bytes > MOST_GATHERED_BYTES:
+                    return b"".join(pieces)
+        except (Exception, asyncio.CancelledError) as end:
+            came = whole_events(b"".join(pieces))
+            if not came:
+                raise
+            self._exchange.held = end
+            return self._as_one(came)
+        return self._as_one(b"".join(pieces))
+
+    def _as_one(self, stream: bytes) -> bytes:
+        event = gathered(stream)
+        self._exchange.plain = event is not None
+        return stream if event is None else event
+
+    async def _piece(self) -> bytes:
+        chunk: bytes = await self._carried.next()
+        if not chunk:
+            return chunk
+        self._size_bytes += len(chunk)
+        if self._size_bytes > self._wire.max_answer_bytes:
+            raise UpstreamGarbled(
+                f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
+            )
+        tail = self._exchange.tail
+        tail.append(chunk)
+        self._tail_bytes += len(chunk)
+        while self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
+            self._tail_bytes -= len(tail.popleft())
+        return chunk
+
+    async def aclose(self) -> None:
+        self._exchange.closed(whole=self._carried.close())
+
+
+class _Answer(httpx2.Response):
+    """Read straight from its body: httpx2 would put two generators in between."""
+
+    stream: _Body
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> _Body:  # type: ignore[override]
+        return self.stream
+
+
+class Wire(httpx2.AsyncClient):
+    """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls.
+
+    Of what a client of httpx2 does it leaves out all that the SDK has no use for (cookies, proxies,
+    redirects, credentials, hooks), which costs as much as sending a request.
+    """
+
+    def __init__(self, timeouts: Timeouts, max_answer_bytes: int) -> None:
+        super().__init__(transport=httpx2.MockTransport(_no_other_way), trust_env=False)
+        self.max_answer_bytes = max_answer_bytes
+        self.open_exchanges: set[CarriedExchange] = set()
+        self._carrier = Carrier(timeouts)
+
+    def build_request(
+        self,
+        method: str,
+        url: httpx2.URL | str,
+        *,
+        content: Any = None,
+        headers: Any = None,
+        timeout: Any = None,
+        **other: Any,
+    ) -> httpx2.Request:
+        """`content` is bytes or None. The time is ours: `timeout` is not looked at."""
+        unknown = [name for name, value in other.items() if value]
+        if unknown:
+            raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
+        return Asked(method, str(url), headers or {}, content or None)
+
+    async def send(
+        self, request: httpx2.Request, *, stream: bool = False, **_other: Any
+    ) -> httpx2.Response:
+        assert isinstance(request, Asked)
+        exchange = CarriedExchange(self)
+        scope = _scope.get()
+        if scope is not None:
+            scope.exchanges.append(exchange)
+        try:
+            traceparent = None if scope is None else scope.traceparent
+            carried = await self._carrier.send(request, traceparent)
+        except BaseException:
+            exchange.closed()
+            raise
+        gathers = scope is not None and scope.gathers
+        response = exchange.answered(carried, gathers=gathers)
+        response.request = request
+        if request.is_upload:
+            # Without this header the SDK repeats an upload three times, sleeping in between.
+            response.headers.setdefault("x-goog-upload-status", "unknown")
+        if carried.field(b"content-encoding") not in (b"", b"identity"):
+            await uninterrupted(exchange.aclose())
+            raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
+        if not stream:
+            await response.aread()
+        return response
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self._carrier.aclose()
+
+
+class Scope:
+    """The exchanges of one call, and its total time. Leaving it closes what is still open, even
+    when cancelled; raises UpstreamTimeout when the time has run out. Where it `gathers`, the SDK
+    gets the events of a stream as one. `traceparent` goes with all its requests.
+    """
+
+    def __init__(
+        self, total_ms: int, *, gathers: bool = False, traceparent: str | None = None
+    ) -> None:
+        self.gathers = gathers
+        self.traceparent = traceparent
+        self.exchanges: list[CarriedExchange] = []
+        self._total_ms = total_ms
+        self._total = asyncio.timeout(total_ms / 1000)
+        self._token: Token[Scope | None] | None = None
+
+    async def __aenter__(self) -> Scope:
+        await self._total.__aenter__()
+        self._token = _scope.set(self)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._token is not None:
+            _scope.reset(self._token)
+        late: BaseException | None = None
+        try:
+            # A task is dear; and what has ended well needs no closing.
+            if not all(exchange.whole for exchange in self.exchanges):
+                await uninterrupted(self._close())
+                for exchange in self.exchanges:
+                    if isinstance(exchange.held, asyncio.CancelledError):
+                        raise exchange.held  # the SDK failed on what had come before it
+        except BaseException as failed:  # noqa: BLE001 -- raised below
+            kind, error = type(failed), (late := failed)
+        try:
+            await self._total.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise out_of_time("total", self._total_ms) from None
+        if late is not None:
+            raise late
+
+    async def _close(self) -> None:
+        async with AsyncExitStack() as stack:
+            for exchange in self.exchanges:
+                stack.push_async_callback(exchange.aclose)
+
+    @property
+    def first_byte_ms(self) -> float | None:
+        """Of the last exchange: from its sending to the first bytes of its answer's body."""
+        return self.exchanges[-1].first_byte_ms if self.exchanges else None
+
+    def wreck(self) -> Wreck | None:
+        """What is known of the last exchange; None when nothing was sent."""
+        return self.exchanges[-1].wreck() if self.exchanges else None
+
+
+def is_plain() -> bool:
+    """Of the answer that the SDK is reading in this task."""
+    scope = _scope.get()
+    return scope is not None and bool(scope.exchanges) and scope.exchanges[-1].plain
+
+
+def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
+    raise RuntimeError("every request goes through the carrier")
+
+
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Finish `work` even if the caller is cancelled meanwhile, then let the cancellation go on."""
+    task = asyncio.ensure_future(work)
+    interrupted: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as cancelled:
+            interrupted = cancelled
+    if interrupted is not None:
+        raise interrupted
+    task.result()

@@ -1,0 +1,677 @@
+"""HTTP/1.1 client of native calls: bytes out, bytes back; llhttp parses the answers.
+
+Connections are tried by RFC 8305 ("happy eyeballs").
+
+Invariants: one attempt, no redirect, no decompression, no proxy; an answer ends where its own
+length says or has failed; unexpected bytes end the connection; an abandoned exchange is closed
+before its permit is returned; read-ahead and heads are bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from time import perf_counter
+from typing import Any, cast
+
+import aiohappyeyeballs
+from httptools import HttpParserCallbackError, HttpParserError, HttpResponseParser
+from yarl import URL
+
+from tidegate.errors import (
+    TidegateError,
+    UpstreamGarbled,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+MAX_HEAD_BYTES = 64 * 1024
+MAX_HEADERS = 200
+# How much of an answer may lie here unread before its connection is read no further.
+READ_AHEAD_BYTES = 256 * 1024
+# A larger body is not copied to go out with its head.
+_COPIED_BYTES = 64 * 1024
+_NO_BODY = (204, 304)
+_LENGTH, _CODING = b"content-length", b"transfer-encoding"
+
+
+class _Unusable(Exception):
+    """What came is no answer; the message says why."""
+
+
+class Answer:
+    """What came back of one request, so far. `status` is 0 until its head is there; `ended` once
+    all of it is; `failure` says why no more will come."""
+
+    __slots__ = (
+        *("_loop", "_waiter", "ended", "failure", "headers", "pieces", "size_bytes", "status"),
+        "stirred",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.status = 0
+        self.headers: RawHeaders = []
+        self.pieces: list[bytes] = []
+        self.size_bytes = 0  # of the pieces
+        self.ended = False
+        self.failure: TidegateError | None = None
+        self.stirred = False  # something has come since whoever looks after it looked
+        self._loop = loop
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_awaited(self) -> bool:
+        return self._waiter is not None
+
+    async def change(self) -> None:
+        """Wait for more. One task at a time."""
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def changed(self) -> None:
+        self.stirred = True
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def fail(self, failure: TidegateError) -> None:
+        """Unless it has ended already; the first reason stands."""
+        if not self.ended and self.failure is None:
+            self.failure = failure
+            self.changed()
+
+
+class Connection(asyncio.Protocol):
+    """One connection; `when_lost` is called when it is gone."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, when_lost: Callable[[Connection], None]
+    ) -> None:
+        self.idle_since = 0.0  # for whoever keeps it
+        self.lost = False
+        self._loop = loop
+        self._when_lost = when_lost
+        self._transport: asyncio.Transport
+        self._answer: Answer | None = None
+        self._parser = HttpResponseParser(self)
+        self._begin_head()
+        self._may_stay = False
+        self._until_close = False
+        self._reads = True
+        self._hinted: Answer | None = None  # something came before it, such as early hints
+        self._sending: asyncio.Task[None] | None = None
+        self._room: asyncio.Future[None] | None = None  # set while the upstream takes no more
+
+    # -- one exchange
+
+    def send(self, head: bytes, body: bytes | AsyncIterator[bytes] | None) -> Answer:
+        """Send a request; `head` without the empty line at its end, and without a length where
+        the body comes in pieces."""
+        answer = self._answer = Answer(self._loop)
+        self._may_stay = self._until_close = False
+        if body is None:
+            self._transport.write(head + b"\r\n")
+        elif not isinstance(body, bytes):
+            self._transport.write(head + b"transfer-encoding: chunked\r\n\r\n")
+            self._sending = self._loop.create_task(self._send_pieces(body))
+            self._sending.add_done_callback(partial(_sent, answer))
+        elif len(body) <= _COPIED_BYTES:
+            self._transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+        else:
+            self._transport.write(b"%bcontent-length: %d\r\n\r\n" % (head, len(body)))
+            self._transport.write(body)
+        return answer
+
+    async def _send_pieces(self, body: AsyncIterator[bytes]) -> None:
+        async for piece in body:
+            if piece:
+                self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            if self._room is not None:
+                await self._room
+        self._transport.write(b"0\r\n\r\n")
+
+    def read_on(self) -> None:
+        """There is room for more of the answer."""
+        if not self._reads:
+            self._reads = True
+            if not self.lost:
+                self._transport.resume_reading()
+
+    def done(self) -> bool:
+        """The answer has been read; True if the connection can take the next request."""
+        sending, self._sending = self._sending, None
+        if self.lost or not self._may_stay or (sending is not None and not sending.done()):
+            self.drop()
+            return False
+        self._answer = None
+        return not self._transport.is_closing()
+
+    def drop(self) -> None:
+        """End it at once, in the event loop's next round."""
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+        if not self.lost:
+            self._transport.abort()
+
+    @property
+    def is_open(self) -> bool:
+        return not self.lost and not self._transport.is_closing()
+
+    # -- what the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
+
+    def data_received(self, data: bytes) -> None:
+        answer = self._answer
+        if answer is None or answer.ended or answer.failure is not None:
+            self._transport.abort()
+            return
+        try:
+            if not self._in_head:
+                self._surplus_bytes += len(data)
+                self._parser.feed_data(data)
+            else:
+                self._read_head(data)
+            if self._surplus_bytes > MAX_HEAD_BYTES + 8 * self._body_bytes:
+                raise _Unusable("the provider's chunks and trailers are too large")
+        except (HttpParserError, _Unusable) as wrong:
+            why = wrong.__context__ if isinstance(wrong, HttpParserCallbackError) else wrong
+            said = str(why) if isinstance(why, _Unusable) else "the provider's answer is not HTTP"
+            answer.fail(UpstreamGarbled(said))
+            self._transport.abort()
+
+    def _read_head(self, data: bytes) -> None:
+        """In pieces: what is over the bound is never given to the parser."""
+        while data:
+            room = MAX_HEAD_BYTES - self._head_bytes if self._in_head else len(data)
+            piece, data = (data, b"") if len(data) <= room else (data[:room], data[room:])
+            self._head_bytes += len(piece)
+            self._parser.feed_data(piece)
+            if self._in_head and self._head_bytes >= MAX_HEAD_BYTES:
+                raise _Unusable(f"the head of the provider's answer is over {MAX_HEAD_BYTES} bytes")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        answer, self._answer = self._answer, None
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        if answer is not None and not answer.ended:
+            if exc is None and self._until_close and answer.failure is None:
+                answer.ended = True
+                answer.changed()
+            elif answer.status:
+                answer.fail(UpstreamUnavailable("the provider closed the connection in mid-answer"))
+            else:
+                heard = self._head_bytes or self._hinted is answer
+                said = "the provider closed the connection before its answer"
+                answer.fail(UpstreamUnavailable(said, broke=None if heard else "unheard"))
+        self._when_lost(self)
+
+    def pause_writing(self) -> None:
+        self._room = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
+
+    # -- what the parser calls; an error raised here comes out of `feed_data`
+
+    def _begin_head(self) -> None:
+        self._in_head = True
+        self._interim = False
+        self._head_bytes = self._surplus_bytes = self._body_bytes = 0
+        self._headers: RawHeaders = []
+        self._length: bytes | None = None
+        self._coding: bytes | None = None
+
+    def on_message_begin(self) -> None:
+        if self._answer is None or self._answer.ended:
+            raise _Unusable("there is more behind the provider's answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer: nobody here asks for any
+        headers = self._headers
+        if len(headers) >= MAX_HEADERS:
+            raise _Unusable(f"the provider's answer has more than {MAX_HEADERS} headers")
+        headers.append((name, value))
+        size = len(name)
+        if size == 14 and name.lower() == _LENGTH:
+            self._length = value
+        elif size == 17 and name.lower() == _CODING:
+            self._coding = value if self._coding is None else b"several"
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if not 200 <= status < 600:
+            if status < 100 or status == 101 or status >= 600:
+                # 101: nobody here speaks another protocol.
+                raise _Unusable(f"the provider answered {status}, which is no answer")
+            if self._coding or self._length not in (None, b"0"):
+                # RFC 9112, section 6.3: it has none; but the parser would take what follows for it.
+                raise _Unusable(f"the provider answered {status} with a body")
+            self._interim = True
+            self._hinted = self._answer
+            return
+        if self._coding is not None and self._coding.lower() != b"chunked":
+            raise _Unusable("the provider's answer is in an unknown transfer coding")
+        if status in _NO_BODY and (self._coding or self._length not in (None, b"0")):
+            raise _Unusable(f"the provider answered {status} with a body")
+        framed = self._length is not None or self._coding is not None or status in _NO_BODY
+        self._until_close = not framed
+        self._may_stay = framed and self._parser.should_keep_alive()
+        self._in_head = False
+        answer = self._answer
+        assert answer is not None
+        answer.headers = self._headers
+        answer.status = status
+        answer.changed()
+
+    def on_body(self, body: bytes) -> None:
+        answer = self._answer
+        assert answer is not None
+        size = len(body)
+        self._surplus_bytes -= size
+        self._body_bytes += size
+        answer.pieces.append(body)
+        answer.size_bytes += size
+        if answer.size_bytes > READ_AHEAD_BYTES and self._reads:
+            self._reads = False
+            self._transport.pause_reading()
+        answer.changed()
+
+    def on_message_complete(self) -> None:
+        interim = self._interim
+        self._begin_head()
+        answer = self._answer
+        if not interim and answer is not None:
+            answer.ended = True
+            answer.changed()
+
+
+def _sent(answer: Answer, sending: asyncio.Task[None]) -> None:
+    """A body has been sent piece by piece, or whoever it came from has failed."""
+    broken = None if sending.cancelled() else sending.exception()
+    if isinstance(broken, TidegateError):
+        answer.fail(broken)
+    elif broken is not None:
+        name = type(broken).__name__
+        answer.fail(UpstreamUnavailable(f"the request's body broke off ({name})"))
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Bounds of one upstream call. connect: until the request is sent (TLS included); first_byte:
+    from sending to the first byte of the answer's body; idle: between two pieces of it; total: all
+    of it, and the only one that counts time spent waiting for a slow sink.
+    """
+
+    connect_ms: int
+    first_byte_ms: int
+    idle_ms: int
+    total_ms: int
+
+    def of(self, phase: str) -> int:
+        """The limit of `connect`, `first_byte`, `idle` or `total`, in ms."""
+        limits = {
+            "connect": self.connect_ms,
+            "first_byte": self.first_byte_ms,
+            "idle": self.idle_ms,
+            "total": self.total_ms,
+        }
+        return limits[phase]
+
+    def ran_out(self, phase: str) -> UpstreamTimeout:
+        return out_of_time(phase, self.of(phase))
+
+
+def out_of_time(phase: str, limit_ms: int) -> UpstreamTimeout:
+    return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)
+
+
+_KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: whoever closes first is us
+# A server that closed an idle connection as we sent says so within a round trip. One that takes
+# longer had the request, and may have worked on it.
+_CROSSED_S = 1.0
+_NAMES_S = 30.0
+_SWEEP_S = 0.25
+_NEXT_ADDRESS_S = 0.25
+_URLS_KEPT = 2_000
+_NOT_IN_LINE = re.compile(rb"[\x00-\x20\x7f-\xff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where connections go."""
+
+    host: str
+    port: int
+    secure: bool
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A URL, taken apart: `line` is the request's first line without its method, and the host."""
+
+    origin: Origin
+    line: bytes
+
+
+class Exchange:
+    """One call and its answer. `status` and `headers` are there once it is opened; first_byte_ms:
+    from its sending to the first bytes of its body, None until there are some."""
+
+    __slots__ = (
+        *("_answer", "_began", "_connection", "_origin", "_sent", "_sent_at", "_timeouts"),
+        *("_wait_until", "_whole", "_wire", "first_byte_ms", "headers", "status", "timed_out"),
+    )
+
+    def __init__(
+        self,
+        wire: RelayWire,
+        origin: Origin,
+        connection: Connection,
+        answer: Answer,
+        timeouts: Timeouts,
+    ) -> None:
+        now = wire.time()
+        self.status = 0
+        self.headers: RawHeaders = []  # as they came, names in any case
+        self.timed_out: str | None = None
+        self.first_byte_ms: float | None = None
+        self._sent = perf_counter()  # the loop's clock is too coarse for it
+        self._wire = wire
+        self._origin = origin
+        self._connection = connection
+        self._answer = answer
+        self._began = False  # the first bytes of its body have been read
+        self._whole: bool | None = None  # once closed
+        self._timeouts = timeouts
+        self._sent_at = now
+        self._wait_until = now + timeouts.first_byte_ms / 1000
+
+    async def begun(self) -> None:
+        """Wait for the head of the answer. Raises UpstreamError."""
+        answer = self._answer
+        while True:
+            if answer.failure is not None and not answer.pieces:
+                raise answer.failure
+            if answer.status:
+                break
+            await answer.change()
+        self.status, self.headers = answer.status, answer.headers
+        answer.stirred = True
+
+    async def next(self) -> bytes:
+        """The next bytes of the body as soon as there are some; empty at its end.
+
+        Raises UpstreamError. Cancelling leaves the exchange open: `close` it.
+        """
+        answer = self._answer
+        while not answer.pieces:
+            if answer.ended:
+                return b""
+            if answer.failure is not None:
+                raise answer.failure
+            await answer.change()
+        pieces = answer.pieces
+        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        if answer.size_bytes > READ_AHEAD_BYTES:
+            self._connection.read_on()
+        answer.size_bytes = 0
+        if not self._began:
+            self._began = True
+            self.first_byte_ms = (perf_counter() - self._sent) * 1000
+        return whole
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all of the body has come: the next piece is the last."""
+        return self._answer.ended
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all of the body has been read."""
+        return self._answer.ended and not self._answer.pieces
+
+    async def read(self, max_bytes: int) -> bytes:
+        """The whole body, or its first `max_bytes`."""
+        whole = bytearray()
+        while len(whole) < max_bytes and (piece := await self.next()):
+            whole += piece
+        return bytes(whole[:max_bytes])
+
+    def has_crossed(self, failed: BaseException) -> bool:
+        """Whether the request met the end of a connection that the upstream had closed before it
+        saw any of it, as far as can be told from here."""
+        if not isinstance(failed, UpstreamUnavailable) or failed.broke != "unheard":
+            return False
+        return self._whole is None and self._wire.time() - self._sent_at <= _CROSSED_S
+
+    def close(self) -> bool:
+        """End it: the connection is kept, and True returned, only when the answer has come to its
+        end. Else it is closed in the event loop's next round. Idempotent."""
+        if self._whole is None:
+            self._wire.exchanges.discard(self)
+            self._whole = self.at_end
+            if not self._whole:
+                self._connection.drop()
+            elif self._connection.done():
+                self._wire.keep(self._origin, self._connection)
+        return self._whole
+
+    def overdue(self, now: float) -> str | None:
+        """The phase that has taken too long; asked again and again."""
+        answer = self._answer
+        if (now - self._sent_at) * 1000 > self._timeouts.total_ms:
+            return "total"
+        if not (self._began or answer.pieces or answer.ended):
+            return "first_byte" if now > self._wait_until else None
+        if answer.stirred or not answer.is_awaited:
+            answer.stirred = False
+            self._wait_until = now + self._timeouts.idle_ms / 1000
+        return "idle" if now > self._wait_until else None
+
+    def cut(self, phase: str) -> None:
+        self.timed_out = phase
+        self._answer.fail(self._timeouts.ran_out(phase))
+        self._connection.drop()
+
+
+class RelayWire:
+    """One per process. `start` before the first call, `aclose` at the end."""
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self.exchanges: set[Exchange] = set()
+        self._loop = asyncio.get_running_loop()
+        self.time = self._loop.time
+        self._timeouts = timeouts
+        self._places: dict[str, Place] = {}
+        self._idle: dict[Origin, list[Connection]] = {}
+        self.connections: set[Connection] = set()
+        self._names: dict[Origin, tuple[float, list[Any]]] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def aclose(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for exchange in list(self.exchanges):
+            exchange.close()
+        self._idle.clear()
+        for connection in list(self.connections):
+            connection.drop()
+        await asyncio.sleep(0)
+
+    def place(self, text: str) -> Place:
+        """Of a URL that is whole and quoted already; kept, since taking one apart is dear. Raises
+        UpstreamRejected."""
+        known = self._places.get(text)
+        if known is None:
+            known = _place(text)
+            if len(self._places) < _URLS_KEPT:
+                self._places[text] = known
+        return known
+
+    async def open(
+        self,
+        method: str,
+        place: Place,
+        headers: Iterable[tuple[bytes, bytes]],
+        body: bytes | AsyncIterator[bytes] | None,
+        on_sent: Callable[[], None] | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> Exchange:
+        """Send a request and wait for the head of its answer. Raises UpstreamError.
+
+        `timeouts`: other ones than those of all calls, but for connecting. `on_sent` is called when
+        there is a connection, before the first byte goes out.
+
+        A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
+        Where a kept connection was closed as we sent, the request is sent again, once, on a new
+        one; a body in pieces could not be, and goes on a new one at once. Cancelling closes the
+        connection.
+        """
+        lines = [b"%b: %b\r\n" % pair for pair in headers]
+        said = b"".join(lines)
+        if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
+            raise UpstreamRejected("the request could not be sent: a header holds a line's end")
+        head = b"%b %b%b" % (method.encode("ascii"), place.line, said)
+        if body is None and method != "GET":
+            body = b""
+        origin = place.origin
+        again = body is None or isinstance(body, bytes)
+        kept = self._idle_one(origin) if again else None
+        connection = kept or await self._connect(origin)
+        if on_sent is not None:
+            on_sent()
+        while True:
+            answer = connection.send(head, body)
+            exchange = Exchange(self, origin, connection, answer, timeouts or self._timeouts)
+            self.exchanges.add(exchange)
+            try:
+                await exchange.begun()
+                return exchange
+            except BaseException as failed:
+                crossed = connection is kept and exchange.has_crossed(failed)
+                exchange.close()
+                # A connection is really closed in the loop's next round: its permit goes after
+                # that.
+                await asyncio.sleep(0)
+                if not crossed:
+                    raise
+            connection = await self._connect(origin)
+
+    # -- connections
+
+    def keep(self, origin: Origin, connection: Connection) -> None:
+        """It may take another request."""
+        connection.idle_since = self.time()
+        self._idle.setdefault(origin, []).append(connection)
+
+    def _idle_one(self, origin: Origin) -> Connection | None:
+        kept = self._idle.get(origin)
+        while kept:
+            connection = kept.pop()
+            if connection.is_open:
+                return connection
+        return None
+
+    async def _connect(self, origin: Origin) -> Connection:
+        try:
+            async with asyncio.timeout(self._timeouts.connect_ms / 1000):
+                connected = await aiohappyeyeballs.start_connection(
+                    await self._addresses(origin),
+                    happy_eyeballs_delay=_NEXT_ADDRESS_S,
+                    interleave=1,
+                    loop=self._loop,
+                )
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self._loop, self.connections.discard),
+                    sock=connected,
+                    ssl=self.tls_context() if origin.secure else None,
+                    server_hostname=origin.host if origin.secure else None,
+                )
+        except TimeoutError:
+            raise self._timeouts.ran_out("connect") from None
+        except ssl.SSLError as wrong:
+            why = wrong.reason or type(wrong).__name__
+            raise _unconnected(f"no secure connection to the provider ({why})") from None
+        except (OSError, UnicodeError):
+            raise _unconnected("could not connect to the provider") from None
+        self.connections.add(connection)
+        return connection
+
+    async def _addresses(self, origin: Origin) -> list[Any]:
+        now = self.time()
+        until, found = self._names.get(origin, (0.0, []))
+        if now > until:
+            found = await self._loop.getaddrinfo(
+                origin.host, origin.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+            )
+            self._names[origin] = (now + _NAMES_S, found)
+        return found
+
+    @staticmethod
+    @cache
+    def tls_context() -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+    async def _sweep(self) -> None:
+        """One timer for all: a timeout of its own for each read would cost more than the read."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = self.time()
+            for exchange in list(self.exchanges):
+                if (phase := exchange.overdue(now)) is not None:
+                    exchange.cut(phase)
+            for origin, kept in self._idle.items():
+                self._idle[origin] = [one for one in kept if not _retired(one, now)]
+
+
+def _retired(connection: Connection, now: float) -> bool:
+    if connection.is_open and now - connection.idle_since <= _KEEPALIVE_S:
+        return False
+    connection.drop()
+    return True
+
+
+def _unconnected(message: str) -> UpstreamUnavailable:
+    return UpstreamUnavailable(message, broke="connecting")
+
+
+def _place(text: str) -> Place:
+    try:
+        url = URL(text, encoded=True)
+        host, port = url.raw_host, url.port
+    except ValueError:
+        host = port = None
+    line = b"%b HTTP/1.1\r\nhost: %b\r\n"
+    if host is None or port is None or url.scheme not in ("http", "https"):
+        raise UpstreamRejected("the request could not be sent: its URL is none")
+    target, named = url.raw_path_qs.encode(), url.host_port_subcomponent or ""
+    if _NOT_IN_LINE.search(target) or _NOT_IN_LINE.search(named.encode()):
+        raise UpstreamRejected("the request could not be sent: its URL is not in ASCII")
+    return Place(Origin(host, port, url.scheme == "https"), line % (target, named.encode()))

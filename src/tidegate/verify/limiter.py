@@ -1,0 +1,446 @@
+"""Verification of the limiter: load, fairness, kill, pause, data loss, live change, latency.
+
+Invariants: excess is counted by the emulator, never by us; the bars for latency are round trips
+of this network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+
+from tidegate.checker import NS, Span, first_of_new_epoch_s, in_flight, shares
+from tidegate.emulator.client import EmulatorControl
+from tidegate.errors import ConfigError, LimiterUnavailable
+from tidegate.limiter.diagnostics import forget_pool
+from tidegate.limiter.limiter import Limiter
+from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter.queue import SPARE_MS
+from tidegate.policy.format import to_plain
+from tidegate.rehearse.report import waits_of
+from tidegate.verify.plan import (
+    BATON,
+    KIND,
+    LIMIT,
+    WEIGHTS,
+    Plan,
+    Report,
+    Say,
+    clean_pool,
+    finish,
+    until,
+)
+from tidegate.verify.probe import Orders
+from tidegate.verify.processes import Family
+
+# What a busy machine adds to a round trip; and for how long a freed permit is kept for the next one
+# in its own process.
+_OURS_MS, _KEPT_MS = 10.0, SPARE_MS
+_NO_LONGER_SPARE_S = 1.2 * SPARE_MS / 1000
+
+
+async def measure(here: Limiter, there: Limiter, rounds: int, report: Report) -> None:
+    """`here` and `there` are two sessions of one pool."""
+    trip = waits_of([await _timed(here.ping(2_000)) for _ in range(rounds)])
+    assert trip.p50_ms is not None
+    report.measured("a round trip to Valkey, p50 / p99", _ms(trip.p50_ms, trip.p99_ms))
+    _judge(
+        report,
+        "a free permit is had in about a round trip",
+        [await _admission(here, number) for number in range(rounds)],
+        2 * trip.p50_ms + _OURS_MS,
+    )
+    pairs = [(here, there) if number % 2 else (there, here) for number in range(rounds)]
+    _judge(
+        report,
+        "a freed permit reaches a waiter elsewhere by push",
+        [await _handed_over(*pair) for pair in pairs],
+        3 * trip.p50_ms + _KEPT_MS + _OURS_MS,
+    )
+
+
+def _judge(report: Report, promise: str, took_ms: list[float], bar_ms: float) -> None:
+    waits = waits_of(took_ms)
+    assert waits.p50_ms is not None
+    told = f"p50 / p99 {_ms(waits.p50_ms, waits.p99_ms)}"
+    report.kept(promise, f"p50 <= {bar_ms:.1f} ms", told, waits.p50_ms <= bar_ms)
+
+
+async def _admission(here: Limiter, number: int) -> float:
+    """A permit that nobody has had just before, so that Valkey has to be asked."""
+    began = time.perf_counter()
+    async with here.acquire(LIMIT, tenant=list(WEIGHTS)[number % len(WEIGHTS)]):
+        took_ms = (time.perf_counter() - began) * 1000
+    await asyncio.sleep(_NO_LONGER_SPARE_S)
+    return took_ms
+
+
+async def _timed(work: Awaitable[object]) -> float:
+    """How long it took, in ms."""
+    began = time.perf_counter()
+    await work
+    return (time.perf_counter() - began) * 1000
+
+
+async def _handed_over(here: Limiter, there: Limiter) -> float:
+    """From giving a permit back here to its being had by one who waits there, in ms."""
+    waits = asyncio.Event()
+    freed = 0.0
+
+    async def wait() -> float:
+        waits.set()
+        async with there.acquire(BATON):
+            return time.perf_counter()
+
+    async with here.acquire(BATON):
+        waiter = asyncio.create_task(wait())
+        await waits.wait()
+        await until(lambda: there.local_state().waiting[BATON] > 0, 1.0)
+        # The ticket is in the queue once its process has heard so.
+        await asyncio.sleep(_NO_LONGER_SPARE_S)
+        freed = time.perf_counter()
+    return (await waiter - freed) * 1000
+
+
+def _ms(p50_ms: float | None, p99_ms: float | None) -> str:
+    return " / ".join("-" if one is None else f"{one:.1f}" for one in (p50_ms, p99_ms)) + " ms"
+
+
+MARK = "tidegate-verify"
+_START_S = 30.0
+# For so long, and in such a part, permits are used again before we call it so.
+_AGAIN_NS, _AGAIN_SHARE = NS // 2, 0.8
+_SLACK_S = 1.0
+_USED = 0.9
+
+
+class Limiting:
+    """One run. `url` of Valkey, `upstream` the emulator; `pool` is made for this."""
+
+    def __init__(
+        self,
+        url: str,
+        pool: str,
+        policy: PoolPolicy,
+        plan: Plan,
+        upstream: EmulatorControl,
+        report: Report,
+        say: Say,
+        restart_command: str | None = None,
+    ) -> None:
+        self._url = url
+        self._pool = pool
+        self._policy = policy
+        self._plan = plan
+        self._upstream = upstream
+        self._report = report
+        self._say = say
+        self._restart_command = restart_command
+        # Set once what a busy machine would spoil has been measured.
+        self.measured = asyncio.Event()
+        self._sids: set[str] = set()
+        self._frozen: list[Span] = []
+
+    async def run(self) -> None:
+        """All of it; raises LimiterUnavailable where Valkey does not answer."""
+        self._limiter = self._member("verify")
+        try:
+            async with self._limiter:
+                await self._limiter.ping(2_000)
+                await self._limiter.joined()
+                try:
+                    self._say("latencies")
+                    async with self._member("verify-2") as other:
+                        await other.joined()
+                        await measure(*(self._limiter, other, self._plan.rounds, self._report))
+                    self.measured.set()
+                    async with Family("tidegate.verify.probe") as self._family:
+                        await self._under_load()
+                        await self._drain()
+                finally:
+                    with suppress(LimiterUnavailable):  # then `_forget` says what is left
+                        await finish(self._note())
+        finally:
+            self.measured.set()
+            await finish(self._forget())
+        await self._judge_over()
+
+    async def _under_load(self) -> None:
+        names = [f"probe-{number + 1}" for number in range(self._plan.probes)]
+        self._say(f"load of {self._plan.calls_per_s:.0f} calls a second by {len(names)} processes")
+        await asyncio.gather(*(self._launch(name) for name in names))
+        if not await until(self._is_full, _START_S):
+            self._report.kept("permits are used", "all of them", "never all", False, "see stderr")
+            return
+        await self._load()
+        await self._pause(self._busiest())
+        await self._kill(self._busiest())
+        await self._lower()
+        await self._lose()
+
+    # -- under load
+
+    async def _load(self) -> None:
+        plan, began_ns = self._plan, time.monotonic_ns()
+        await asyncio.sleep(plan.load_s)
+        ended_ns, events = time.monotonic_ns(), self._family.events()
+        used = in_flight(events).mean(began_ns, ended_ns) / plan.limit
+        self._report.kept(
+            "permits are used while anybody waits", f">= {_USED:.0%}", f"{used:.1%}", used >= _USED
+        )
+        calls = sum(event.what == "begin" for event in events)
+        self._report.measured("calls under load", f"{calls}, {calls / plan.load_s:.0f} a second")
+
+        self._judge_shares()
+
+    def _judge_shares(self) -> None:
+        seen = shares(self._family.events(), WEIGHTS)
+        whole = sum(WEIGHTS.values())
+        told = ", ".join(f"{seen.shares[one]:.1%} of {w / whole:.0%}" for one, w in WEIGHTS.items())
+        self._report.kept(
+            "tenants share by their weights",
+            f"within {self._plan.fair:.0%}",
+            f"{told}: {seen.off:.1%} off",
+            seen.off <= self._plan.fair,
+        )
+
+    async def _kill(self, name: str) -> None:
+        self._say(f"kill -9 of {name}")
+        since_ns = time.monotonic_ns()
+        await self._family.kill(name)
+        bar_s = self._plan.lease_ms / 1000 + _SLACK_S
+        took_s = await self._used_again(since_ns, bar_s + 3)
+        self._report.kept(
+            "what a killed process held is back within the lease",
+            f"<= {bar_s:.1f} s",
+            _seconds(took_s),
+            took_s is not None and took_s <= bar_s,
+        )
+        await self._launch(f"{name}b")
+
+    async def _pause(self, name: str) -> None:
+        """SIGSTOP for two leases, then SIGCONT."""
+        self._say(f"{name} stands still")
+        since_ns, span_s = time.monotonic_ns(), 2 * self._plan.lease_ms / 1000
+        self._family.signal(name, signal.SIGSTOP)
+        await asyncio.sleep(span_s)
+        self._family.signal(name, signal.SIGCONT)
+        resumed_ns = time.monotonic_ns()
+        self._frozen.append(Span(name, since_ns, resumed_ns + NS // 2))
+        again = await until(lambda: self._began_since(name, resumed_ns), 10.0)
+        self._report.kept(
+            "a paused process gives up what it held, and joins anew",
+            "new calls",
+            f"{self._family.told('lost', name)} calls cancelled, "
+            f"{'new ones' if again else 'none since'}",
+            again,
+        )
+        if self._policy.on_expiry == "hold":
+            reason = "ON_EXPIRY=hold keeps them until the calls must have ended"
+            self._report.skipped("a paused process's permits are reused", reason)
+            return
+        bar_s = self._plan.lease_ms / 1000 + _SLACK_S
+        took_s = await self._used_again(since_ns, bar_s + 3)
+        self._report.kept(
+            "a paused process's permits are reused within the lease",
+            f"<= {bar_s:.1f} s",
+            _seconds(took_s),
+            took_s is not None and took_s <= bar_s,
+        )
+
+    async def _lower(self) -> None:
+        low = max(1, self._plan.limit // 2)
+        self._say(f"the limit lowered to {low}, live")
+        since_ns = time.monotonic_ns()
+        await self._change(low)
+        bar_s = 1.0 + self._plan.call_ms / 1000
+        await asyncio.sleep(2 * bar_s)
+        curve = in_flight(self._family.events(), without=self._frozen)
+        above = [at for at, level in zip(curve.times, curve.levels, strict=True)
+                 if at >= since_ns and level > low]  # fmt: skip
+        index = curve.times.index(above[-1]) + 1 if above else 0
+        drained_ns = curve.times[index] if above and index < len(curve.times) else since_ns
+        took_s = (drained_ns - since_ns) / NS
+        self._report.kept(
+            "a limit that is lowered drains",
+            f"<= {bar_s:.1f} s",
+            _seconds(took_s),
+            curve.at(time.monotonic_ns()) <= low and took_s <= bar_s,
+        )
+        await self._change(self._plan.limit)
+        if not await until(self._is_full, 5.0):
+            self._report.kept("a raised limit is used", "<= 5 s", "not used", False)
+
+    async def _lose(self) -> None:
+        """All that Valkey has of this pool goes, as in an empty restart; nothing of others'."""
+        self._say("Valkey loses the pool")
+        await self._note()
+        await self._judge_loss("after a loss of the pool's keys permits are granted anew",
+                               self._remove_keys)  # fmt: skip
+        again = "the same after a restart of Valkey without its data"
+        if self._restart_command is None:
+            why = "give --restart-command; the pool's keys were removed instead"
+            self._report.skipped(again, why)
+            return
+        self._say("Valkey restarts")
+        await self._judge_loss(again, self._restart)
+
+    async def _judge_loss(self, promise: str, lose: Callable[[], Awaitable[object]]) -> None:
+        since_ns = time.monotonic_ns()
+        await lose()
+        lost_ns = time.monotonic_ns()
+        bar_s = self._plan.lease_ms / 1000 + _SLACK_S
+        granted_s: float | None = None
+
+        def granted() -> bool:
+            nonlocal granted_s
+            granted_s = first_of_new_epoch_s(self._family.events(), since_ns)
+            return granted_s is not None
+
+        seen = await until(granted, bar_s + 5)
+        took_s = None if granted_s is None else granted_s - (lost_ns - since_ns) / NS
+        in_time = took_s is not None and took_s <= bar_s
+        self._report.kept(promise, f"<= {bar_s:.1f} s", _seconds(took_s), seen and in_time)
+        if not await until(self._is_full, 5.0):
+            self._report.kept("and all of them are used again", "<= 5 s", "not all", False)
+
+    async def _restart(self) -> None:
+        """By the operator's own command; until Valkey answers again."""
+        assert self._restart_command is not None
+        process = await asyncio.create_subprocess_shell(self._restart_command)
+        status = await process.wait()
+        if status:
+            raise ConfigError("--restart-command", f"(exit {status})", "must end with 0")
+
+        async def answers() -> bool:
+            try:
+                await self._limiter.ping(500)
+            except LimiterUnavailable:
+                return False
+            return True
+
+        await until(answers, 30.0)
+
+    async def _drain(self) -> None:
+        self._say("drain")
+        await self._note()
+        began = time.monotonic()
+        names = self._family.names
+        ended = await asyncio.gather(*(self._family.end(name) for name in names))
+        empty = await until(self._is_empty, self._plan.lease_ms / 1000)
+        took_s = time.monotonic() - began
+        self._report.kept(
+            "processes that are told to end do so in order, and hold nothing",
+            "exit 0, an empty pool",
+            f"{sum(status == 0 for status in ended)} of {len(names)}, "
+            f"{'empty' if empty else 'not empty'} after {_seconds(took_s)}",
+            empty and all(status == 0 for status in ended),
+            ", ".join(f"{name} {status}" for name, status in zip(names, ended, strict=True)),
+        )
+
+    async def _judge_over(self) -> None:
+        stats = (await self._upstream.stats())[KIND]
+        self._report.kept(
+            "never more calls at the provider than the limit",
+            f"0 over, at most {self._plan.limit}",
+            f"{stats.over} over, at most {stats.max_in_flight} of {stats.arrived:,}",
+            stats.over == 0 and stats.max_in_flight <= self._plan.limit,
+            "more calls were open than the emulated provider allows",
+            lasting=True,
+        )
+
+    # -- means
+
+    def _member(self, name: str) -> Limiter:
+        return Limiter.from_url(
+            self._url,
+            pool=self._pool,
+            policy=self._policy,
+            instance_id=f"{name}-{self._pool}",
+            on_conflict="keep",
+        )
+
+    async def _launch(self, name: str) -> None:
+        orders = Orders(
+            url=self._url,
+            pool=self._pool,
+            upstream=self._upstream.url,
+            name=name,
+            policy=to_plain(self._policy),
+            tenants=list(WEIGHTS),
+            tasks=self._plan.tasks,
+            limit=LIMIT,
+            mark=MARK,
+        )
+        await self._family.start(name, asdict(orders), {})
+        # Told to end before it knows how, it would not end in order.
+        if not await until(lambda: self._family.has_told(name), _START_S):
+            self._report.left.append(f"{name} has not come up in {_START_S:.0f} s")
+
+    def _is_full(self) -> bool:
+        curve = in_flight(self._family.events(), without=self._frozen)
+        return curve.at(time.monotonic_ns()) >= self._plan.limit
+
+    async def _is_empty(self) -> bool:
+        snapshot = await self._limiter.snapshot()
+        view = snapshot.limits[LIMIT]
+        return snapshot.sessions == 1 and not (view.used or view.waiting)
+
+    def _busiest(self) -> str:
+        """The process that began most calls lately."""
+        begun = Counter(e.worker for e in self._family.events()[-200:] if e.what == "begin")
+        return max(self._family.names, key=lambda name: begun[name])
+
+    def _began_since(self, name: str, since_ns: int) -> bool:
+        return any(
+            event.worker == name and event.what == "begin" and event.at_ns > since_ns
+            for event in self._family.events()
+        )
+
+    async def _used_again(self, since_ns: int, within_s: float) -> float | None:
+        """Seconds from then until all permits were in use, and stayed so."""
+        found: int | None = None
+
+        def again() -> bool:
+            nonlocal found
+            curve = in_flight(self._family.events(), without=self._frozen)
+            found = curve.recovered_ns(
+                self._plan.limit,
+                since_ns,
+                time.monotonic_ns(),
+                window_ns=_AGAIN_NS,
+                share=_AGAIN_SHARE,
+            )
+            return found is not None
+
+        await until(again, within_s)
+        return None if found is None else found / NS
+
+    async def _change(self, limit: int) -> None:
+        now = self._limiter.policy
+        wanted = replace(now, limits={**now.limits, LIMIT: limit}, revision=now.revision + 1)
+        await self._limiter.set_policy(wanted, by=self._pool)
+
+    async def _note(self) -> None:
+        """Whose keys there are."""
+        snapshot = await self._limiter.snapshot()
+        self._sids |= {process.sid for process in snapshot.processes}
+
+    async def _remove_keys(self) -> int:
+        tenants = [*WEIGHTS, "default"]
+        return await forget_pool(
+            self._url, self._pool, self._policy, sids=self._sids, tenants=tenants
+        )
+
+    async def _forget(self) -> None:
+        """Nothing of the pool is left, whatever happened."""
+        await clean_pool(self._remove_keys, self._pool, self._report)
+
+
+def _seconds(took_s: float | None) -> str:
+    return "not seen" if took_s is None else f"{took_s:.2f} s"

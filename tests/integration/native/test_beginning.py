@@ -1,0 +1,215 @@
+"""What comes of a stream before any output is held back: a call that fails then is helped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.integration.security.hostile import Hostile, hostile, one_try
+from tests.waiting import promised_s
+from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.spine.native import HELD_S
+
+__all__ = ["hostile", "one_try"]
+
+POLICY = """
+[upstreams.first]
+dialects = {{ openai = "{first}/v1", anthropic = "{first}" }}
+key = "FIRST_KEY"
+
+[upstreams.second]
+dialects = {{ openai = "{second}/v1", anthropic = "{second}" }}
+key = "SECOND_KEY"
+
+[[routes]]
+model = "*"
+try = ["first", "second"]
+"""
+Called = tuple[str, dict[str, object]]
+SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+CHAT: Called = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Say hello"}]})
+RESPONSES: Called = ("/v1/responses", {"input": "Say hello"})
+MESSAGES: Called = (
+    "/v1/messages",
+    {"max_tokens": 900, "messages": [{"role": "user", "content": "Say hello"}]},
+)
+
+
+def event(name: str = "", **said: object) -> bytes:
+    value = {"type": name, **said} if name else said
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(value)}\n\n".encode()
+
+
+CREATED = event("response.created", response={"status": "in_progress", "error": None})
+UNPAID = {"code": "insufficient_quota", "message": "You exceeded your current quota"}
+BUSY = {"code": "server_error", "message": "The model can not serve this"}
+START = event("message_start", message={"role": "assistant", "content": [], "usage": {}})
+ROLE = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}])
+ENDS = {RESPONSES[0]: "completed", MESSAGES[0]: "end_turn", CHAT[0]: "stop"}
+FAILING: dict[str, tuple[Called, tuple[bytes, ...]]] = {
+    "a response": (
+        RESPONSES,
+        (
+            CREATED,
+            event("response.in_progress", response={"error": None}),
+            event("response.failed", response={"status": "failed", "error": BUSY}),
+        ),
+    ),
+    "a response without money": (
+        RESPONSES,
+        (CREATED, event("error", error=UNPAID), event("response.failed", response={})),
+    ),
+    "a message": (
+        MESSAGES,
+        (
+            START,
+            event("ping"),
+            event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+            event("error", error={"type": "overloaded_error", "message": "Overloaded"}),
+        ),
+    ),
+    "a chunk": (
+        CHAT,
+        (
+            b": PROCESSING\n\n",
+            ROLE,
+            event(id="g", error={"code": 502, "message": "no"}, choices=[{"delta": {}}]),
+        ),
+    ),
+}
+
+
+def chunked(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in pieces)
+
+
+@pytest.fixture
+async def second() -> AsyncIterator[Emulator]:
+    async with run_emulator() as running:
+        yield running
+
+
+@pytest.fixture
+async def gateway(
+    open_gateway: Opener,
+    hostile: Hostile,
+    second: Emulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Gateway:
+    monkeypatch.setenv("FIRST_KEY", "key-of-the-first")
+    monkeypatch.setenv("SECOND_KEY", "key-of-the-second")
+    policy = tmp_path / "policy.toml"
+    policy.write_text(POLICY.format(first=hostile.url, second=second.url))
+    return await open_gateway(worker=False, tidegate_policy=policy)
+
+
+async def read(
+    gateway: Gateway, called: Called, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    path, body = called
+    whole = {"model": "m", "stream": True, **body}
+    if called is MESSAGES:
+        headers["anthropic-version"] = "2023-06-01"
+    async with gateway.http.post(gateway.url + path, json=whole, headers=headers) as response:
+        named = {name.lower(): value for name, value in response.headers.items()}
+        return response.status, named, await response.read()
+
+
+@pytest.mark.parametrize("name", FAILING)
+async def test_an_error_behind_what_has_no_output_goes_to_the_next_upstream(
+    gateway: Gateway, hostile: Hostile, name: str
+) -> None:
+    called, pieces = FAILING[name]
+    hostile.answer = SSE + chunked(*pieces, b"")
+    status, headers, body = await read(gateway, called)
+    assert (status, headers["x-tidegate-upstream"]) == (200, "second")
+    assert len(hostile.seen) == 1
+    assert b'"error":{' not in body.replace(b" ", b"")
+    row = await gateway.audit(headers["x-tidegate-request-id"])
+    assert (row["status"], row["attempts"]) == ("succeeded", 2)
+    assert row["finish_reason"] == ENDS[called[0]]
+    assert row["model_version"]
+
+
+async def test_it_is_held_back_only_for_a_while(gateway: Gateway, hostile: Hostile) -> None:
+    """A model may think in silence for a minute; what came first is passed on as it came."""
+    go_on = asyncio.Event()
+    text = event("response.output_text.delta", delta="Hi")
+    end = event("response.completed", response={"status": "completed", "error": None})
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE + chunked(CREATED))
+        await go_on.wait()
+        writer.write(chunked(text, end, b""))
+        await writer.drain()
+
+    hostile.answer = answer
+    path, body = RESPONSES
+    asked = {"model": "m", "stream": True, **body}
+    async with gateway.http.post(gateway.url + path, json=asked) as response:
+        async with asyncio.timeout(promised_s(HELD_S + 1)):
+            first = await response.content.readany()
+        assert first == CREATED
+        go_on.set()
+        assert await response.read() == text + end
+    row = await gateway.audit(response.headers["x-tidegate-request-id"])
+    assert row["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("padding_bytes", [10, 3_500, 20_000, 300_000])
+async def test_a_response_that_failed_is_on_record_however_long_its_last_event_is(
+    gateway: Gateway, hostile: Hostile, padding_bytes: int
+) -> None:
+    failed = {"instructions": "x" * padding_bytes, "status": "failed", "error": BUSY}
+    stream = b"".join(
+        (
+            CREATED,
+            event("response.output_text.delta", delta="Tea is"),
+            event("response.failed", response=failed),
+        )
+    )
+    pieces = [stream[at : at + 1_448] for at in range(0, len(stream), 1_448)]
+    hostile.answer = SSE + chunked(*pieces, b"")
+    for tries in (1, 2):
+        status, headers, body = await read(gateway, RESPONSES, **{"idempotency-key": "one"})
+        assert (status, body) == (200, stream)
+        row = await gateway.audit(headers["x-tidegate-request-id"])
+        assert (row["status"], row["failure"]["code"]) == ("failed", "upstream_unavailable")
+        assert len(hostile.seen) == tries, "a failed answer is not given again under its key"
+
+
+async def test_a_client_reads_the_error_as_one_that_came_at_once(
+    open_gateway: Opener, hostile: Hostile
+) -> None:
+    gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
+    refused = {"code": "invalid_prompt", "type": "invalid_request_error", "message": "not so"}
+    failed = event("response.failed", response={"error": refused})
+    hostile.answer = SSE + chunked(CREATED, failed, b"")
+    status, headers, body = await read(gateway, RESPONSES)
+    assert (status, orjson.loads(body)) == (400, {"error": refused})
+    assert headers["content-type"] == "application/json"
+    assert headers["x-tidegate-upstream"] == "gemini"
+
+
+@pytest.mark.parametrize("status", [400, 404, 503])
+async def test_a_refusal_says_which_upstream_it_is_from(
+    open_gateway: Opener, hostile: Hostile, one_try: None, status: int
+) -> None:
+    gateway = await open_gateway(worker=False, gemini_base_url=hostile.url)
+    page = b"<html>no</html>"
+    hostile.answer = b"HTTP/1.1 %d No\r\ncontent-length: %d\r\n\r\n%b" % (status, len(page), page)
+    found, headers, body = await read(gateway, CHAT)
+    assert (found, body) == (status, page)
+    assert headers["x-tidegate-upstream"] == "gemini"
+    assert float(headers["x-tidegate-queue-ms"]) >= 0
+    ours, headers, _ = await read(gateway, ("/v1/nothing", {}))
+    assert ours == 404
+    assert "x-tidegate-upstream" not in headers

@@ -1,0 +1,142 @@
+"""A quota that is used up refuses now, with its own name and the true time, in every dialect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.gateway import Gateway, Opener
+from tests.integration.native.conftest import MODEL
+from tests.waiting import wait_until
+from tidegate.emulator.server import Emulator, run_emulator
+
+LIMIT = f"rpd:{MODEL}"
+SAID = (
+    f"Daily limit {LIMIT} is used up (1 of 1 requests). It resets at 00:00 America/Los_Angeles, in "
+)
+GEMINI: tuple[str, dict[str, Any]] = (
+    f"/v1beta/models/{MODEL}:generateContent",
+    {"contents": [{"parts": [{"text": "Say hello"}]}]},
+)
+OPENAI: tuple[str, dict[str, Any]] = (
+    "/v1/chat/completions",
+    {"model": MODEL, "messages": [{"role": "user", "content": "Say hello"}]},
+)
+ONE_A_DAY = f'[limits]\n"kind:text_only" = 5\n"{LIMIT}" = 1\n'
+CHAIN = """
+[upstreams.second]
+dialects = {{ gemini = "{url}" }}
+key = "SECOND_KEY"
+
+[upstreams.second.limits]
+"pool:total" = 1
+"rpd:{model}" = {day}
+
+[[routes]]
+model = "*"
+try = ["gemini", "second"]
+"""
+Answer = tuple[int, dict[str, str], dict[str, Any]]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.toml"
+    path.write_text(ONE_A_DAY)
+    return path
+
+
+@pytest.fixture
+async def second() -> AsyncIterator[Emulator]:
+    async with run_emulator() as running:
+        yield running
+
+
+@pytest.fixture
+def chain(policy: Path, second: Emulator, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SECOND_KEY", "key-of-the-second")
+    policy.write_text(ONE_A_DAY + CHAIN.format(url=second.url, model=MODEL, day=2))
+    return policy
+
+
+async def ask(gateway: Gateway, call: tuple[str, dict[str, Any]] = GEMINI) -> Answer:
+    async with asyncio.timeout(60):  # a call waits for an hour where it is not refused
+        headers = {"x-tidegate-deadline-ms": "3600000"}
+        path, body = call
+        async with gateway.http.post(gateway.url + path, json=body, headers=headers) as response:
+            named = {name.lower(): value for name, value in response.headers.items()}
+            return response.status, named, orjson.loads(await response.read())
+
+
+async def room_ms(gateway: Gateway) -> int:
+    return (await gateway.services.limiter.snapshot()).limits[LIMIT].room_in_ms
+
+
+async def test_a_days_quota_of_ours_that_is_used_up_is_told_in_each_dialect(
+    open_gateway: Opener, policy: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    assert (await ask(gateway))[0] == 200
+    status, headers, body = await ask(gateway, OPENAI)
+    error = body["error"]
+    assert (status, error["code"], error["limit"]) == (429, "limit_used_up", LIMIT)
+    assert (error["type"], error["message"].startswith(SAID)) == ("rate_limit_error", True)
+    assert 0 <= int(headers["retry-after"]) - await room_ms(gateway) / 1000 < 60
+    assert headers["x-should-retry"] == "false"
+    status, headers, body = await ask(gateway)
+    error = body["error"]
+    assert (status, error["status"]) == (429, "RESOURCE_EXHAUSTED")
+    assert error["message"].startswith(SAID)
+    [info, retry] = error["details"]
+    assert info["metadata"] == {"limit": LIMIT}
+    assert float(retry["retryDelay"].rstrip("s")) <= int(headers["retry-after"])
+    assert len(await gateway.calls()) == 1
+
+
+async def test_a_stream_of_ours_and_a_job_with_a_deadline_hear_it_too(
+    open_gateway: Opener, policy: Path
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy)
+    assert (await ask(gateway))[0] == 200
+    streamed = await gateway.stream(text="Explain", model=MODEL, deadline_ms=3_600_000)
+    problem = streamed.problem
+    assert (streamed.status, problem["code"], problem["limit"]) == (429, "limit_used_up", LIMIT)
+    assert 0 <= problem["retry_after_ms"] - await room_ms(gateway) < 60_000
+    timed = await gateway.submit(data="Explain this", model=MODEL, deadline_ms=3_600_000)
+    patient = await gateway.submit(data="Explain that", model=MODEL)
+    record = await gateway.end_of(timed, 60)
+    assert (record["status"], record["error"]["code"]) == ("expired", "limit_used_up")
+    assert record["error"]["message"].startswith(SAID)
+
+    async def waits() -> bool:
+        return (await gateway.services.limiter.snapshot()).limits[LIMIT].waiting == 1
+
+    await wait_until(waits, 20, "the job without a deadline")
+    assert (await gateway.status(patient))["status"] == "queued"
+
+
+async def test_another_upstream_is_waited_for_instead_until_its_quota_is_used_up_too(
+    open_gateway: Opener, chain: Path, second: Emulator
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=chain)
+    assert (await ask(gateway))[1]["x-tidegate-upstream"] == "gemini"
+    await second.control.set_fault("hang", count=1)
+    holding = asyncio.create_task(ask(gateway))
+
+    async def holds() -> bool:
+        return (await second.control.stats()).in_flight == 1
+
+    await wait_until(holds, 20, "the second's only place")
+    waits = asyncio.create_task(ask(gateway))
+    limiter = gateway.services.relay._pools["second"]
+    await wait_until(lambda: limiter.local_state().waiting["pool:total"] == 1, 20, "the queue")
+    holding.cancel()
+    status, headers, _ = await waits
+    assert (status, headers["x-tidegate-upstream"]) == (200, "second")
+    status, _, body = await ask(gateway, GEMINI)
+    assert (status, body["error"]["message"].split(" (")[0]) == (429, SAID.split(" (")[0])

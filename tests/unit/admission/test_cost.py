@@ -1,0 +1,142 @@
+"""What calls cost: sums that were worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.admission.demand import (
+    Prices,
+    Rates,
+    came_tokens,
+    charge_of,
+    cost_micros,
+    cut_charge,
+    estimated_charge,
+)
+from tidegate.admission.estimator import Estimator, pieces_of_text
+from tidegate.call import Usage, UsageDetails, UsageState
+from tidegate.policy.deployment import Price, Upstream
+
+CLAUDE = Price(input=4, output=20, cached=0.4, cache_write=5, cache_write_1h=8)
+VOICES = Price(input=1, output=2, input_audio=10, output_audio=20)
+SIGHTS = Price(input=1, output=2, input_image=5, output_image=40)
+FLASH = Price(input=0.30, output=2.50, cached=0.075)
+PICTURES = Price(input=0.30, output=2.50, image=0.039)
+
+
+@pytest.mark.parametrize(
+    ("price", "usage", "images", "micros"),
+    [
+        (FLASH, Usage(1_000_000, 0), None, 300_000),
+        (FLASH, Usage(0, 1_000_000), None, 2_500_000),
+        # 60 fresh at 0.3, 40 cached at 0.075, 10 of output with 5 of thoughts at 2.5
+        (FLASH, Usage(100, 10, 5, 40, 155), None, 18 + 3 + 38),  # 37.5
+        (Price(input=0.30, output=2.50), Usage(100, 10, None, 40), None, 30 + 25),  # as input
+        (Price(input=0.1, output=0.4), Usage(1, 0), None, 0),  # a tenth of a millionth
+        (Price(input=0.1, output=0.4), Usage(5, 0), None, 1),  # a half: up
+        (Price(input=0.1, output=0.4), Usage(3, 1), None, 1),  # 0.3 + 0.4: rounded once
+        (PICTURES, Usage(10, 2_580), 2, 3 + 78_000),  # its LLM tokens are the pictures
+        (PICTURES, Usage(10, 2_580, 4), 2, 3 + 10 + 78_000),
+        (FLASH, Usage(10, 1_290), 1, 3 + 3_225),  # no price a picture: as output
+        (FLASH, Usage(10, None, None, None, 30), None, 3 + 50),  # the output from the total
+        (FLASH, Usage(10, None), None, None),
+        (FLASH, Usage(), None, None),
+        (Price(input=0.3), Usage(10, 0), None, 3),  # what was not used needs no price
+        (Price(input=0.3), Usage(10, 1), None, None),
+        # 10 fresh, 20 cached, 30 written for 5 minutes, 40 for an hour
+        (CLAUDE, Usage(100, 0, None, 20, 100, UsageDetails(70, 30, 40)), None, 40 + 8 + 150 + 320),
+        (CLAUDE, Usage(100, 0, None, 20, 100, UsageDetails(70)), None, 40 + 8 + 350),
+        (Price(input=4, output=20, cache_write=5), Usage(70, 0, details=UsageDetails(70, 30, 40)),
+         None, 350),  # an hour as 5 minutes
+        (FLASH, Usage(100, 10, 5, 40, 155, UsageDetails(60)), None, 18 + 3 + 38),  # as input
+        (VOICES, Usage(100, 10, 5, None, 115, UsageDetails(
+            input_audio_tokens=60, output_audio_tokens=8)), None, 40 + 600 + 10 + 4 + 160),
+        (SIGHTS, Usage(100, 50, details=UsageDetails(
+            input_image_tokens=60, output_image_tokens=45)), None, 40 + 300 + 10 + 1_800),
+        # a price for each picture stands for its tokens
+        (PICTURES, Usage(10, 2_580, details=UsageDetails(output_image_tokens=2_580)), 2,
+         3 + 78_000),
+    ],
+)  # fmt: skip
+def test_costs(price: Price, usage: Usage, images: int | None, micros: int | None) -> None:
+    assert cost_micros(Rates.of(price), usage, images) == micros
+
+
+@pytest.mark.parametrize("many", [0, 1, 50, 100, 101, 10**12])
+def test_no_part_makes_a_call_cheaper_than_it_is_without_it(many: int) -> None:
+    """Whatever is reported of its parts: they never come to more tokens than there are."""
+    parts = UsageDetails(many, many, many, many, many, many, many, many, many, 5, 7)
+    for price in (CLAUDE, VOICES, SIGHTS):
+        rates = Rates.of(price)
+        bare, told = Usage(100, 100, 20), Usage(100, 100, 20, details=parts)
+        cost, least = cost_micros(rates, told, None), cost_micros(rates, bare, None)
+        assert cost is not None
+        assert least is not None
+        assert cost >= least
+        most = Rates.of(Price(input=10, output=40))
+        assert cost <= (cost_micros(most, bare, None) or 0)
+        cached = Usage(100, 100, 20, many, details=parts)
+        assert (cost_micros(rates, cached, None) or 0) >= min(cost, least) - 360
+
+
+def test_what_is_reported_of_a_cut_call_stays_and_estimates_keep_it_without_a_price() -> None:
+    rates, details = Rates.of(CLAUDE), UsageDetails(70, provider_cost_micros=9)
+    estimate = Estimator().of_pieces("m", "text_only", pieces_of_text("x" * 400))
+    cut = cut_charge(rates, Usage(100, 1, None, 20, None, details), estimate, 50, None)
+    assert cut.usage == Usage(100, 50, None, 20, None, details)
+    assert cut.cost_micros == 40 + 8 + 350 + 1_000
+    guessed = estimated_charge(rates, estimate, 5, details=details)
+    assert guessed.usage.details == details
+    assert guessed.cost_micros == estimated_charge(rates, estimate, 5).cost_micros
+    alone = charge_of(rates, Usage(details=details), None, whole=True)
+    assert (alone.state, alone.usage.details) == (UsageState.UNKNOWN, details)
+
+
+def test_sums_are_exact_where_floats_are_not() -> None:
+    rates = Rates.of(Price(input=0.1, output=0.2))
+    assert cost_micros(rates, Usage(3 * 10**15, 3 * 10**15), None) == 9 * 10**14
+
+
+def test_the_price_is_of_the_pattern_that_names_the_model_most_closely() -> None:
+    dear = Price(input=5.0)
+    upstream = Upstream("u", {}, "key", prices={"*": Price(input=1.0), "gemini-2.5-*": dear})
+    prices = Prices(upstream)
+    assert prices.of("gemini-2.5-pro") == prices.of("gemini-2.5-pro") == Rates.of(dear)
+    assert prices.of("else") == Rates.of(Price(input=1.0))
+    assert Prices(Upstream("u", {}, "key")).of("m") is None
+    assert cost_micros(None, Usage(1, 1), None) is None
+
+
+def test_the_state_says_how_far_it_is_known() -> None:
+    rates = Rates.of(FLASH)
+    assert charge_of(rates, Usage(1, 2), None, whole=True).state is UsageState.TOLD
+    assert charge_of(rates, Usage(1, 2), None, whole=False).state is UsageState.PARTIAL
+    unknown = charge_of(rates, Usage(), None, whole=True)
+    assert (unknown.state, unknown.cost_micros) == (UsageState.UNKNOWN, None)
+    alone = charge_of(Rates.of(PICTURES), Usage(), 2, whole=True)
+    assert (alone.state, alone.cost_micros) == (UsageState.UNKNOWN, 78_000)
+
+
+def test_what_came_is_charged_whatever_was_reserved_or_learned() -> None:
+    estimator = Estimator()
+    pieces = pieces_of_text("x" * 400)
+    for _ in range(200):
+        estimate = estimator.of_pieces("m", "text_only", pieces)
+        estimator.learn(estimate, Usage(input_tokens=2, output_tokens=1))
+    estimate = estimator.of_pieces("m", "text_only", pieces, max_output_tokens=50)
+    assert (estimate.expected_input_tokens, estimate.output_tokens) < (50, 50)
+    charge = estimated_charge(Rates.of(FLASH), estimate, came_tokens("y" * 100_000))
+    assert charge.state is UsageState.ESTIMATED
+    assert charge.usage == Usage(100, 25_000)
+    nothing = estimated_charge(Rates.of(FLASH), estimate, 0)
+    assert (nothing.usage, nothing.cost_micros) == (Usage(100, 0), 30)
+
+
+def test_a_cut_answer_is_charged_for_what_came_where_less_was_told() -> None:
+    estimate = Estimator().of_pieces("m", "text_only", pieces_of_text("x" * 400))
+    rates = Rates.of(FLASH)
+    told = Usage(90, 10, 5, 40, 105)
+    assert cut_charge(rates, told, estimate, 30, None).usage == told
+    more = cut_charge(rates, told, estimate, 31, None)
+    assert (more.state, more.usage) == (UsageState.PARTIAL, Usage(90, 26, 5, 40))
+    assert cut_charge(rates, Usage(output_tokens=3), estimate, 9, None).usage == Usage(100, 9)

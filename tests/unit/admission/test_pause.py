@@ -1,0 +1,116 @@
+"""What a 429 pauses, and for how long."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+import pytest
+
+from tidegate.admission.demand import (
+    LONGEST_MS,
+    USUAL_RAMP_MS,
+    Pause,
+    Reach,
+    model_limit,
+    pause_after,
+)
+from tidegate.errors import UpstreamThrottled
+from tidegate.policy.format import of_plain
+
+NOON = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
+HOUR_MS = 3_600_000
+KIND, MODEL, TOTAL = "kind:text_only", "model:m", "pool:total"
+
+
+def paused(
+    error: UpstreamThrottled, *limits: str, now: datetime = NOON, zone: str | None = None
+) -> Pause | None:
+    tables = {"rpd:m": {"bound": 5, "zone": zone}} if zone else {}
+    policy = of_plain({"limits": {**dict.fromkeys((KIND, *limits), 5), **tables}})
+    asked = Reach(policy).limits("text_only", "m", "acme", 0)
+    return pause_after(error, asked, "models/m", policy, now)
+
+
+def throttled(unit: str | None = None, **said: bool) -> UpstreamThrottled:
+    return UpstreamThrottled("429", retry_after_ms=47_000, unit=unit, **said)
+
+
+@pytest.mark.parametrize(
+    ("limits", "unit", "blamed"),
+    [
+        ((), None, MODEL),
+        ((TOTAL, "rpm:total", "rpm:kind/text_only", "tenant:acme"), None, MODEL),
+        ((TOTAL, MODEL), None, MODEL),
+        ((MODEL, "rpm:m"), None, "rpm:m"),
+        ((MODEL, "rpm:m", "itpm:m"), "requests", "rpm:m"),
+        ((MODEL, "rpm:m", "itpm:m"), "tokens", MODEL),
+        ((MODEL, "rpm:m", "tpm:m", "itpm:m"), "input_tokens", "itpm:m"),
+        ((MODEL, "itpm:m", "tpm:m"), "output_tokens", "tpm:m"),
+        ((MODEL, "rpm:m", "tpm:m"), "tokens", "tpm:m"),
+        ((MODEL, "rpm:m"), "tokens", MODEL),
+        (("rpm:m",), "tokens", MODEL),
+        ((MODEL, "rpd:m"), "requests", MODEL),
+        (("model:m2", "rpm:m2"), None, MODEL),
+    ],
+)
+def test_the_limit_nearest_to_the_cause_is_paused(
+    limits: tuple[str, ...], unit: str | None, blamed: str
+) -> None:
+    assert paused(throttled(unit), *limits) == Pause(blamed, 47_000, USUAL_RAMP_MS)
+
+
+def test_a_day_that_is_used_up_is_over_at_midnight_where_its_quota_says() -> None:
+    los_angeles = paused(throttled(day_quota=True), "rpm:m", "rpd:m")
+    assert los_angeles == Pause("rpd:m", 19 * HOUR_MS, USUAL_RAMP_MS)
+    berlin = paused(throttled(day_quota=True), zone="Europe/Berlin")
+    assert berlin == Pause("rpd:m", 10 * HOUR_MS, USUAL_RAMP_MS)
+    assert paused(throttled(day_quota=True), MODEL) == Pause(MODEL, 19 * HOUR_MS, USUAL_RAMP_MS)
+    assert paused(throttled("tokens", day_quota=True), "rpd:m", "tpd:m") == Pause(
+        "tpd:m", 19 * HOUR_MS, USUAL_RAMP_MS
+    )
+
+
+def test_a_limit_of_a_day_that_says_when_it_has_room_is_paused_until_then() -> None:
+    found = paused(throttled("tokens", per_day=True), "tpm:m", "tpd:m", "rpd:m")
+    assert found == Pause("tpd:m", 47_000, USUAL_RAMP_MS)
+    assert paused(throttled("tokens", per_day=True), "tpm:m") == Pause(MODEL, 47_000, USUAL_RAMP_MS)
+
+
+def test_a_day_on_which_the_clocks_change_is_as_long_as_it_is() -> None:
+    # Midnight in Los Angeles at 08:00 UTC; on 2026-11-01 the day has 25 hours.
+    start = datetime(2026, 11, 1, 7, 0, tzinfo=UTC)
+    found = paused(throttled(day_quota=True), "rpd:m", now=start)
+    assert found is not None
+    assert found.for_ms == 25 * HOUR_MS
+
+
+def test_a_pause_without_a_time_is_for_the_caller_to_measure() -> None:
+    assert paused(UpstreamThrottled("429"), "rpm:m") == Pause("rpm:m", 0, 0)
+    assert paused(UpstreamThrottled("429", retry_after_ms=0), "rpm:m") == Pause("rpm:m", 0, 0)
+
+
+def test_what_speaks_of_no_model_pauses_nothing() -> None:
+    policy = of_plain({"limits": {KIND: 5}})
+    assert pause_after(throttled(), (KIND,), "", policy, NOON) is None
+
+
+def test_the_account_is_paused_where_the_provider_names_it() -> None:
+    policy = of_plain({"limits": {KIND: 5, "rpm:m": 5}})
+    found = pause_after(throttled(), (KIND, "rpm:m"), "m", policy, NOON, account="upstream:u")
+    assert found == Pause("upstream:u", 47_000, USUAL_RAMP_MS)
+
+
+@pytest.mark.parametrize("name", ["two words", "a|b", "{tag}", "\x00", "é", "x" * 10_000, "\ud800"])
+def test_a_model_of_any_name_has_a_limit_that_fits_into_the_record(name: str) -> None:
+    limit = model_limit(f"models/{name}")
+    assert re.fullmatch(r"model:~[0-9a-f]{16}", limit)
+    assert limit == model_limit(name)
+    assert model_limit("models/gemini-2.5-flash") == "model:gemini-2.5-flash"
+
+
+def test_no_answer_can_pause_for_longer_than_it_could_mean() -> None:
+    found = paused(UpstreamThrottled("429", retry_after_ms=86_400_000), "rpm:m")
+    assert found == Pause("rpm:m", LONGEST_MS, USUAL_RAMP_MS)
+    short = paused(UpstreamThrottled("429", retry_after_ms=800), "rpm:m")
+    assert short == Pause("rpm:m", 800, 800)

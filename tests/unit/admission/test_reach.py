@@ -1,0 +1,105 @@
+"""Which limits a call falls under, and in which band it waits."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.admission.demand import MOST_PRIORITY, Reach, band_of
+from tidegate.limiter.policy import DEFAULT_BANDS, Band, PoolPolicy, Quota, Rate
+from tidegate.policy.format import of_plain
+
+POLICY = of_plain(
+    {
+        "limits": {
+            "pool:total": 50,
+            "kind:text_only": 5,
+            "kind:image_generation": 2,
+            "model:m": 20,
+            "model:models/other": 20,
+            "tenant:acme": 3,
+            "rpm:m": 60,
+            "tpm:m": 1_000_000,
+            "rpd:m": 10_000,
+            "rps:total": 9,
+            "itpm:kind/text_only": 5_000,
+            "rpm:tenant/acme": 6,
+            "ipm:m": 4,
+            "ipd:total": 400,
+        }
+    }
+)
+
+
+def test_a_call_falls_under_all_that_name_its_kind_model_tenant_or_everybody() -> None:
+    limits = Reach(POLICY).limits("text_only", "m", "acme", 0)
+    assert limits[0] == "kind:text_only"
+    assert set(limits) == {
+        *("kind:text_only", "pool:total", "model:m", "tenant:acme"),
+        *("rpm:m", "tpm:m", "rpd:m", "rps:total", "itpm:kind/text_only", "rpm:tenant/acme"),
+    }
+    assert len(limits) == len(set(limits))
+
+
+def test_another_call_falls_under_what_is_its_own() -> None:
+    assert set(Reach(POLICY).limits("multi_modal", "x", "default", 0)) == {
+        *("kind:multi_modal", "pool:total", "rps:total"),
+    }
+
+
+def test_limits_on_images_bind_only_those_who_make_some() -> None:
+    with_images = set(Reach(POLICY).limits("image_generation", "m", "default", 1))
+    assert {"ipm:m", "ipd:total"} <= with_images
+    without = set(Reach(POLICY).limits("image_generation", "m", "default", 0))
+    assert with_images - without == {"ipm:m", "ipd:total"}
+
+
+def test_the_same_call_always_asks_for_its_limits_in_the_same_order() -> None:
+    """They name the lane that it waits in."""
+    turned = PoolPolicy(dict(reversed(list(POLICY.limits.items()))))
+    for call in (("text_only", "m", "acme", 0), ("image_generation", "m", "x", 1)):
+        assert Reach(POLICY).limits(*call) == Reach(turned).limits(*call)
+
+
+def test_a_model_is_the_same_with_and_without_its_folder() -> None:
+    reach = Reach(POLICY)
+    assert "model:models/other" in reach.limits("text_only", "other", "x", 0)
+    assert "rpm:m" in reach.limits("text_only", "models/m", "x", 0)
+
+
+def test_the_limit_of_the_kind_is_asked_for_even_where_the_policy_has_none() -> None:
+    assert Reach(PoolPolicy({})).limits("text_only", "m", "x", 0) == ("kind:text_only",)
+
+
+def test_limits_of_other_scopes_bind_nobody() -> None:
+    policy = PoolPolicy({"kind:text_only": 1, "gpu:a": 3, "pool:some": 1, "model:m": Rate(5, 1000)})
+    limits = Reach(policy).limits("text_only", "m", "a", 0)
+    assert limits == ("kind:text_only", "model:m")
+
+
+def test_it_is_the_unit_that_says_whether_a_limit_is_on_images() -> None:
+    policy = PoolPolicy({"rpd:m": Quota(5, unit="images"), "model:m": 3})
+    assert Reach(policy).limits("text_only", "m", "x", 0) == ("kind:text_only", "model:m")
+
+
+@pytest.mark.parametrize(
+    ("priority", "band"),
+    [(-100, "low"), (-1, "low"), (0, "normal"), (1, "high"), (100, "high"), (1_000, "high")],
+)
+def test_a_priority_is_a_band(priority: int, band: str) -> None:
+    assert band_of(priority, DEFAULT_BANDS) == band
+
+
+def test_many_bands_share_the_priorities_above_and_below() -> None:
+    bands = tuple(Band(name) for name in ("a", "b", "normal", "d", "e", "f", "g"))
+    found = [band_of(priority, bands) for priority in range(-MOST_PRIORITY, MOST_PRIORITY + 1)]
+    assert found == ["g"] * 25 + ["f"] * 25 + ["e"] * 25 + ["d"] * 25 + ["normal"] + [
+        *["b"] * 50,
+        *["a"] * 50,
+    ]
+
+
+@pytest.mark.parametrize("names", [("only",), ("normal",), ("x", "y"), ("normal", "z")])
+def test_every_priority_has_a_band_and_a_higher_one_never_a_lower(names: tuple[str, ...]) -> None:
+    bands = tuple(Band(name) for name in names)
+    places = [names.index(band_of(priority, bands)) for priority in range(-101, 102)]
+    assert places == sorted(places, reverse=True)

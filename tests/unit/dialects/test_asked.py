@@ -1,0 +1,382 @@
+"""What native bodies ask for."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.unit.admission.pictures import png
+from tidegate.admission.estimator import Learning, Modality
+from tidegate.call import Kind
+from tidegate.dialects.requests import MOST_PARTS, Asked, asked_of, has_too_many_parts, parsed
+from tidegate.dialects.routes import Dialect, endpoint_of
+from tidegate.errors import InvalidRequest, PayloadTooLarge
+
+PICTURE = b64encode(png(1000, 800)).decode()
+PICTURE_URL = f"data:image/png;base64,{PICTURE}"
+
+
+def asked(path: str, body: dict[str, Any]) -> Asked:
+    endpoint = endpoint_of("POST", path, Dialect.OPENAI)
+    assert endpoint is not None
+    return asked_of(endpoint, body)
+
+
+def chat(**body: Any) -> Asked:
+    return asked("/v1/chat/completions", {"model": "m", **body})
+
+
+def claude(**body: Any) -> Asked:
+    endpoint = endpoint_of("POST", "/v1/messages", Dialect.ANTHROPIC)
+    assert endpoint is not None
+    return asked_of(endpoint, {"model": "m", **body})
+
+
+def gemini(do: str = "generateContent", **body: Any) -> Asked:
+    return asked(f"/v1beta/models/g:{do}", body)
+
+
+def test_text_is_text_only() -> None:
+    found = chat(messages=[{"role": "user", "content": "x" * 400}])
+    assert (found.model, found.kind, found.images) == ("m", Kind.TEXT_ONLY, 0)
+    assert found.pieces[Modality.LATIN] == pytest.approx(100, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("part", "ask", "tokens"),
+    [
+        ({"image_url": {"url": PICTURE_URL}}, chat, 765),
+        ({"type": "input_image", "image_url": PICTURE_URL}, chat, 765),
+        ({"role": "user", "images": [PICTURE]}, chat, 765),
+        (
+            {"source": {"type": "base64", "media_type": "image/png", "data": PICTURE}},
+            claude,
+            1000 * 800 / 750,
+        ),
+        ({"inlineData": {"mimeType": "image/png", "data": PICTURE}}, gemini, 4 * 258),
+        ({"inline_data": {"mime_type": "image/png", "data": PICTURE}}, gemini, 4 * 258),
+    ],
+)
+def test_a_picture_is_known_in_every_dialect_and_counted_by_its_size(
+    part: dict[str, Any], ask: Callable[..., Asked], tokens: float
+) -> None:
+    found = ask(messages=[{"role": "user", "content": [{"text": "What is it?"}, part]}])
+    assert found.kind is Kind.MULTI_MODAL
+    assert found.pieces[Modality.IMAGE] == tokens
+    assert found.pieces[Modality.LATIN] < 20
+
+
+@pytest.mark.parametrize(
+    ("part", "modality"),
+    [
+        ({"input_audio": {"data": b64encode(b"x" * 64_000).decode(), "format": "mp3"}}, "audio"),
+        ({"file": {"file_data": f"data:application/pdf;base64,{PICTURE}"}}, "document"),
+        ({"fileData": {"mimeType": "video/mp4", "fileUri": "https://host/files/a"}}, "video"),
+        ({"image_url": {"url": "https://host/cat.png"}}, "image"),
+        ({"video_url": {"url": "data:video/mp4;base64,AAAA"}}, "video"),
+        ({"type": "document_url", "document_url": "data:application/pdf;base64,AAAA"}, "document"),
+        ({"images": [PICTURE_URL]}, "image"),
+        (
+            {
+                "functionResponse": {
+                    "parts": [{"inlineData": {"mimeType": "image/png", "data": PICTURE}}]
+                }
+            },
+            "image",
+        ),
+        ({"type": "input_file", "file_id": "file-1"}, "document"),
+    ],
+)
+def test_other_files_count_by_their_sort(part: dict[str, Any], modality: str) -> None:
+    found = chat(messages=[{"content": [part]}])
+    assert found.kind is Kind.MULTI_MODAL
+    assert found.pieces[Modality(modality)] > 0
+
+
+@pytest.mark.parametrize("image", [PICTURE_URL, [PICTURE_URL, PICTURE_URL]])
+def test_a_picture_may_stand_beside_the_prompt(image: Any) -> None:
+    found = asked("/v1/images/generations", {"model": "m", "prompt": "a cat", "image": image})
+    assert found.pieces[Modality.IMAGE] == 765 * (1 if image == PICTURE_URL else 2)
+    assert found.pieces[Modality.LATIN] < 20
+
+
+def test_base64_is_never_counted_as_text() -> None:
+    found = chat(messages=[{"content": [{"image_url": {"url": "data:;base64," + "A" * 100_000}}]}])
+    assert sum(found.pieces.values()) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("found", "images"),
+    [
+        (asked("/v1/images/generations", {"model": "m", "prompt": "a cat"}), 1),
+        (asked("/v1/images/generations", {"model": "m", "prompt": "a cat", "n": 3}), 3),
+        (gemini(generationConfig={"responseModalities": ["TEXT", "IMAGE"]}), 1),
+        (gemini(generation_config={"response_modalities": ["image"]}), 1),
+        (asked("/v1/responses", {"model": "m", "tools": [{"type": "image_generation"}]}), 1),
+        (asked("/v1/responses", {"model": "m", "tools": [{"type": "web_search"}, "odd"]}), 0),
+        (asked("/v1/chat/completions", {"model": "m", "tools": [{"type": "image_generation"}]}), 0),
+        (asked("/v1beta/models/gemini-x-image:generateContent", {"contents": []}), 1),
+        (gemini(contents=[]), 0),
+        (asked("/v1beta/models/gemini-x-image:countTokens", {"contents": []}), 0),
+    ],
+)
+def test_what_makes_pictures_is_image_generation(found: Asked, images: int) -> None:
+    assert found.images == images
+    assert (found.kind is Kind.IMAGE_GENERATION) == bool(images)
+
+
+@pytest.mark.parametrize(
+    ("found", "bound"),
+    [
+        (chat(max_tokens=50), 50),
+        (chat(max_completion_tokens=60, n=2), 120),
+        # What a server reads of several, and how many answers it makes, is to its taste.
+        (chat(max_completion_tokens=1, max_tokens=4_000), 4_000),
+        (gemini(generationConfig={"max_tokens": 1, "maxOutputTokens": 80}), 80),
+        (chat(max_tokens=1, n=128), 128),
+        (asked("/v1/completions", {"model": "m", "max_tokens": 10, "best_of": 20, "n": 1}), 200),
+        (gemini(generation_config={"max_output_tokens": 8, "candidate_count": 4}), 32),
+        (asked("/v1/responses", {"model": "m", "input": "x", "max_output_tokens": 70}), 70),
+        (gemini(generationConfig={"maxOutputTokens": 80}), 80),
+        (chat(max_tokens=None), None),
+        (chat(max_tokens=True), None),
+        (asked("/v1/embeddings", {"model": "m", "input": "x"}), 1),
+    ],
+)
+def test_the_bound_on_the_answer(found: Asked, bound: int | None) -> None:
+    assert found.max_output_tokens == bound
+
+
+def test_an_input_of_token_numbers_counts_each() -> None:
+    found = asked("/v1/embeddings", {"model": "m", "input": [[1, 2, 3], [4, 5]]})
+    assert sum(found.pieces.values()) == pytest.approx(5, abs=1.1)
+
+
+LONG = "long " * 4_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # Beside a file, in a list that begins with a number, as a name, behind very many values.
+        {"messages": [{"role": "user", "content": LONG, "url": "https://host/a.png"}]},
+        {"tools": [{"parameters": {"p": {"description": LONG, "file_id": "f", "type": "string"}}}]},
+        {"tools": [{"data": "AAAA", "mimeType": "image/png", "description": LONG}]},
+        {"tools": [{"parameters": {"enum": [1, LONG]}}]},
+        {"tools": [{"parameters": {"properties": {LONG: {"type": "string"}}}}]},
+        {"messages": [{"role": "user", "content": LONG}], "x": [""] * 200_001},
+        # As what looks like a file where a provider takes a text.
+        {"messages": [{"role": "user", "content": f"data:text/plain;base64,{LONG}"}]},
+        {"messages": [{"content": [{"type": "text", "text": f"data:;base64,{LONG}"}]}]},
+        {"instructions": f"data:image/png;base64,{LONG}"},
+        {"input": f"data:image/png;base64,{LONG}"},
+        {"messages": [{"tool_calls": [{"function": {"arguments": f"data:;base64,{LONG}"}}]}]},
+        {"input": [{"type": "function_call_output", "output": f"data:;base64,{LONG}"}]},
+        {"messages": [{"type": "tool_use", "input": {"data": LONG, "media_type": "image/png"}}]},
+        {"contents": [{"functionCall": {"args": {"a": [{"url": f"data:;base64,{LONG}"}]}}}]},
+        {"contents": [{"functionResponse": {"response": {"data": LONG, "mimeType": "a/b"}}}]},
+        {"contents": [{"functionResponse": {"response": {"images": [PICTURE], "url": LONG}}}]},
+        {"tools": [{"parameters": {"default": {"data": LONG, "mimeType": "image/png"}}}]},
+        {"response_format": {"json_schema": {"schema": {"properties": {LONG: {}}}}}},
+        {"messages": [{"image_url": f"data:image/svg+xml,{LONG}"}]},
+    ],
+)
+def test_no_place_hides_a_text_from_the_first_guess(body: dict[str, Any]) -> None:
+    found = chat(**body)
+    assert found.pieces[Modality.LATIN] >= len(LONG) / 4
+
+
+def test_a_file_says_a_few_words_of_itself_that_do_not_count() -> None:
+    part = {"type": "input_file", "filename": "a.pdf", "file_id": "file-1", "detail": "high"}
+    found = chat(content=[part]).pieces
+    assert found[Modality.DOCUMENT] > 0
+    assert found[Modality.LATIN] <= 1  # the model's own name
+
+
+def test_the_names_of_a_schemas_properties_count() -> None:
+    def schema(*names: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+
+    few, many = (
+        chat(tools=[{"function": {"name": "f", "parameters": schema(*names)}}]).pieces
+        for names in (["a", "b"], ["departure_airport", "arrival_airport"])
+    )
+    assert many[Modality.LATIN] - few[Modality.LATIN] == pytest.approx(30 / 4)
+    nested = chat(response_format={"json_schema": {"schema": {"items": schema("x" * 100)}}}).pieces
+    assert nested[Modality.LATIN] >= 25
+
+
+WEB = {"type": "web_search_20250305", "name": "web_search"}
+OWN = {"type": "function", "function": {"name": "web_search"}}
+
+
+@pytest.mark.parametrize(
+    ("found", "learning"),
+    [
+        (chat(messages=[]), Learning.TEXT),
+        (chat(tools=[OWN], tool_choice="auto"), Learning.TEXT),
+        (chat(functions=[{"name": "code_execution"}]), Learning.TEXT),
+        (claude(tools=[{"name": "web_search", "input_schema": {}}]), Learning.TEXT),
+        (claude(tools=[{"type": "custom", "name": "x", "input_schema": {}}]), Learning.TEXT),
+        (gemini(tools=[{"functionDeclarations": []}]), Learning.TEXT),
+        (gemini(tools={"function_declarations": []}), Learning.TEXT),
+        (chat(previous_response_id=None, plugins=[], tools=None), Learning.TEXT),
+        (asked("/v1/completions", {"model": "m", "prompt": "hi"}), Learning.TEXT),
+        (claude(tools=[OWN, WEB]), Learning.HOSTED),
+        (claude(mcp_servers=[{"url": "https://host"}]), Learning.HOSTED),
+        (chat(tools=[{"type": "openrouter:web_search"}]), Learning.HOSTED),
+        (chat(web_search_options={"search_context_size": "low"}), Learning.HOSTED),
+        (asked("/v1/responses", {"model": "m", "tools": [{"type": "mcp"}]}), Learning.HOSTED),
+        (gemini(tools=[{"functionDeclarations": []}, {"googleSearch": {}}]), Learning.HOSTED),
+        (gemini(tools=[{"url_context": {}}], cachedContent="c/1"), Learning.HOSTED),
+        (gemini(cachedContent="cachedContents/1"), Learning.STATE),
+        (asked("/v1/responses", {"model": "m", "previous_response_id": "r"}), Learning.STATE),
+        (asked("/v1/responses", {"prompt": {"id": "pmpt_1"}}), Learning.STATE),
+        (gemini(contents=[{"fileData": {"fileUri": "https://host/f"}}]), Learning.FILES),
+    ],
+)
+def test_calls_that_read_more_than_they_say_are_learned_from_apart(
+    found: Asked, learning: Learning
+) -> None:
+    assert found.pieces.learning is learning
+    added = found.pieces.whole.keys() - found.pieces.keys()
+    assert (Modality.HOSTED in added) == (learning is Learning.HOSTED)
+    assert (Modality.STATE in added) == (learning is Learning.STATE)
+
+
+def test_what_the_provider_adds_is_no_part_of_the_first_guess() -> None:
+    own, hosted = (claude(messages="x" * 400, tools=[tool]).pieces for tool in (OWN, WEB))
+    assert own.whole[Modality.TOOLS] == 500
+    assert hosted.whole[Modality.HOSTED] == 2_500
+    assert own.keys() == hosted.keys() == {Modality.LATIN}
+    assert Modality.TOOLS not in claude(messages="x" * 400).pieces.whole
+    embedding = asked("/v1/embeddings", {"model": "m", "input": "x" * 400}).pieces
+    assert embedding.whole == embedding
+
+
+def test_the_same_tools_are_known_by_whatever_is_said_beside_them() -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    first, second = (chat(messages=text, tools=tools).pieces for text in ("hi", LONG))
+    assert first.tools == second.tools > 0
+    assert chat(messages=LONG, tools=[OWN]).pieces.tools not in (0, first.tools)
+    assert chat(messages=LONG).pieces.tools == 0
+
+
+BASE64 = b64encode(Random(1).randbytes(3_000)).decode()
+
+
+def test_base64_counts_for_more_than_a_text_of_its_length() -> None:
+    assert chat(messages=BASE64).pieces[Modality.LATIN] == pytest.approx(3_000, rel=0.05)
+    mixed = chat(messages=["Ж" * 40, BASE64]).pieces
+    assert mixed[Modality.LATIN] == pytest.approx(3_000, rel=0.05)
+    assert mixed[Modality.LETTERS] == 16
+    million = chat(messages=BASE64 * 250).pieces[Modality.LATIN]
+    assert million == pytest.approx(750_000, rel=0.05)
+    ids = [{"id": f"call_{BASE64[number : number + 24]}"} for number in range(40)]
+    assert chat(messages=ids).pieces[Modality.LATIN] == pytest.approx(40 * 29 / 4, abs=1)
+    for text in (
+        "x" * 4_000,
+        "0" * 4_000,
+        "BLOCK_NONEuser" * 300,
+        "/some/folder/of " * 300,
+        '{"a":1,"b":["C",2]},' * 200,
+    ):
+        assert chat(messages=text).pieces[Modality.LATIN] == pytest.approx(len(text) / 4, abs=1)
+
+
+@pytest.mark.parametrize("name", ["signature", "thoughtSignature", "encrypted_content"])
+def test_what_a_provider_has_sealed_counts_as_a_text_of_its_length(name: str) -> None:
+    found = chat(messages=[{"parts": [{name: BASE64, "text": "y" * 400}]}]).pieces
+    assert found[Modality.LATIN] == pytest.approx(1_000 + 100, abs=2)
+
+
+@pytest.mark.parametrize("images", [[LONG], "iVBOR" + LONG, [PICTURE, LONG], {"a": LONG}])
+def test_what_is_named_images_and_is_none_is_a_text(images: Any) -> None:
+    found = chat(messages=[{"images": images}]).pieces
+    assert Modality.IMAGE not in found
+    assert found[Modality.LATIN] >= len(LONG) / 4
+
+
+def test_what_is_deep_and_numerous_is_refused() -> None:
+    deep: Any = "x"
+    for _ in range(400):
+        deep = [deep]
+    with pytest.raises(InvalidRequest):
+        chat(x=[deep] * 200_001)
+
+
+@pytest.mark.parametrize(
+    ("found", "streams", "wants"),
+    [
+        (chat(stream=True), True, True),
+        (chat(stream=True, stream_options={"include_usage": True}), True, False),
+        (chat(stream=True, stream_options={"include_usage": False}), True, True),
+        (chat(stream=True, stream_options=None), True, True),
+        (chat(stream=True, stream_options={"include_usage": "yes"}), True, False),
+        (chat(stream=True, stream_options="all"), True, False),
+        (chat(), False, False),
+        (asked("/v1/responses", {"model": "m", "stream": True}), True, False),
+        (gemini("streamGenerateContent"), True, False),
+    ],
+)
+def test_streams_and_their_usage(found: Asked, streams: bool, wants: bool) -> None:
+    assert (found.streams, found.wants_usage) == (streams, wants)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"1"])
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parsed(body)
+    assert refused.value.field == "body"
+
+
+@pytest.mark.parametrize("model", [None, "", 5, ["m"], "x" * 201])
+def test_a_body_without_a_model_is_refused(model: object) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        asked("/v1/chat/completions", {"model": model})
+    assert refused.value.field == "model"
+
+
+def test_depth_and_unknown_fields_are_no_fault() -> None:
+    deep: Any = "end"
+    for _ in range(900):
+        deep = {"next": [deep]}
+    found = chat(messages=[], field_of_next_year=deep)
+    assert found.kind is Kind.TEXT_ONLY
+
+
+def test_parts_are_counted_outside_of_texts_alone() -> None:
+    most = b"[" + b"0," * (MOST_PARTS - 1)
+    assert not has_too_many_parts(most)
+    assert has_too_many_parts(most + b"[")
+    assert has_too_many_parts(b'["' + b",[{" * 9 + b'\\\\",' + most)
+    for text in (b",[{" * MOST_PARTS, b'\\",' * MOST_PARTS, b"\\\\" * MOST_PARTS + b'\\",' * 9):
+        assert not has_too_many_parts(b'{"a":"' + text + b'"}')
+        assert not has_too_many_parts(b'{"a":"' + text)
+    with pytest.raises(PayloadTooLarge, match="too many values"):
+        parsed(most + b"0,0]")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "is_optional"),
+    [
+        ("/v1/responses", {"prompt": {"id": "pmpt_1"}, "input": "hi"}, True),
+        ("/v1/images/generations", {"prompt": "a cat"}, True),
+        ("/v1/responses", {"input": "hi"}, False),
+        ("/v1/responses", {"prompt": "pmpt_1"}, False),
+        ("/v1/chat/completions", {"messages": [], "prompt": {"id": "x"}}, False),
+        ("/v1/images/generations", {"prompt": "a cat", "model": ""}, False),
+    ],
+)
+def test_the_model_is_optional_where_the_provider_has_it_so(
+    path: str, body: dict[str, Any], is_optional: bool
+) -> None:
+    if is_optional:
+        assert asked(path, body).model == ""
+        return
+    with pytest.raises(InvalidRequest, match="model"):
+        asked(path, body)

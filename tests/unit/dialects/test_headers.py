@@ -1,0 +1,99 @@
+"""Which headers pass."""
+
+from __future__ import annotations
+
+from tidegate.dialects.routes import Dialect, to_return, to_send, with_key
+
+
+def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
+    given = [
+        (b"host", b"here"),
+        (b"authorization", b"Bearer theirs"),
+        (b"x-api-key", b"theirs"),
+        (b"x-goog-api-key", b"theirs"),
+        (b"cookie", b"a=b"),
+        (b"connection", b"close, X-Hop"),
+        (b"connection", b"keep-alive"),
+        (b"x-hop", b"1"),
+        (b"x-http-method-override", b"DELETE"),
+        (b"transfer-encoding", b"chunked"),
+        (b"content-length", b"5"),
+        (b"x-forwarded-for", b"10.0.0.1"),
+        (b"x-tidegate-priority", b"5"),
+        (b"idempotency-key", b"k"),
+        (b"accept-encoding", b"gzip"),
+        (b"x-goog-fieldmask", b"candidates"),
+        (b"x-goog-encode-response-if-executable", b"base64"),
+        (b"content-type", b"application/json"),
+        (b"x-stainless-lang", b"python"),
+        (b"anthropic-beta", b"new"),
+    ]
+    sent = with_key(to_send(given), Dialect.ANTHROPIC, "ours")
+    assert sent == [
+        (b"content-type", b"application/json"),
+        (b"x-stainless-lang", b"python"),
+        (b"anthropic-beta", b"new"),
+        (b"accept-encoding", b"identity"),
+        (b"x-api-key", b"ours"),
+    ]
+
+
+def test_the_key_is_shown_as_the_dialect_has_it() -> None:
+    assert with_key([], Dialect.OPENAI, "k") == [(b"authorization", b"Bearer k")]
+    assert with_key([], Dialect.GEMINI, "k") == [(b"x-goog-api-key", b"k")]
+
+
+def test_what_comes_back() -> None:
+    given = [
+        (b"Content-Type", b"application/json"),
+        (b"Content-Length", b"10"),
+        (b"Connection", b"X-Odd"),
+        (b"Connection", b"close"),
+        (b"X-Odd", b"1"),
+        (b"X-Bell", b"a\x07b"),
+        (b"Date", b"Tue, 15 Nov 1994 08:12:31 GMT"),  # our server tells its own
+        (b"Clear-Site-Data", b"*"),
+        (b"Set-Cookie", b"tracked=1"),
+        (b"Transfer-Encoding", b"chunked"),
+        (b"X-Tidegate-Request-Id", b"forged"),
+        (b"x-ratelimit-remaining-requests", b"9"),
+    ]
+    assert to_return(given) == [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"10"),
+        (b"x-ratelimit-remaining-requests", b"9"),
+    ]
+    assert (b"content-length", b"10") not in to_return(given, same_length=False)
+
+
+def test_what_concerns_a_browser_or_a_connection_stays_here() -> None:
+    for name in (
+        *("Access-Control-Allow-Origin", "access-control-allow-credentials", "WWW-Authenticate"),
+        *("Service-Worker-Allowed", "Link", "Location", "Content-Location", "Server", "Via"),
+        *("Alt-Svc", "Strict-Transport-Security", "Set-Cookie", "Content-Security-Policy"),
+        *("Clear-Site-Data", "Cross-Origin-Opener-Policy", "X-Frame-Options", "Refresh", "NEL"),
+        *("Permissions-Policy", "Timing-Allow-Origin", "SourceMap", "Sec-WebSocket-Accept"),
+        *("Proxy-Authenticate", "Upgrade", "Keep-Alive", "Report-To", "Accept-CH"),
+    ):
+        assert to_return([(name.encode(), b"x")]) == [], name
+
+
+def test_what_sdks_and_operators_read_passes() -> None:
+    for name in (
+        *("content-type", "content-disposition", "cache-control", "etag", "retry-after"),
+        *("retry-after-ms", "x-should-retry", "x-request-id", "request-id", "cf-ray"),
+        *("openai-organization", "openai-processing-ms", "openai-version", "openai-model"),
+        *("anthropic-organization-id", "anthropic-ratelimit-tokens-remaining"),
+        *("x-ratelimit-limit-requests", "x-ratelimit-reset-tokens", "ratelimit", "x-goog-hash"),
+        *("x-goog-upload-url", "x-goog-upload-status", "x-goog-upload-chunk-granularity"),
+        *("x-goog-upload-size-received", "x-gemini-service-tier", "deprecation", "sunset", "vary"),
+        *("x-content-type-options", "x-vertex-ai-llm-request-type", "azureml-model-session"),
+    ):
+        assert to_return([(name.encode(), b"x")]) == [(name.encode(), b"x")], name
+
+
+def test_a_header_that_repeats_the_upstreams_key_does_not_show_it() -> None:
+    seen = [(b"x-seen", b"Bearer sk-secret-key"), (b"x-cache", b"none")]
+    assert to_return(seen, "sk-secret-key") == [(b"x-seen", b"Bearer ***"), (b"x-cache", b"none")]
+    assert to_return(seen, "none") == seen
+    assert to_return(seen, "") == seen

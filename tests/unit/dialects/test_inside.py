@@ -1,0 +1,108 @@
+"""Errors inside of answers that began as a success."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidegate.dialects import responses as inside
+from tidegate.errors import (
+    UpstreamError,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamUnauthorized,
+    UpstreamUnavailable,
+)
+
+GEMINI = b'{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}'
+ANTHROPIC = b'{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}'
+RESPONSES = (
+    b'{"type":"response.failed","response":{"id":"r","error":{"code":"rate_limit_exceeded",'
+    b'"message":"Please try again in 2s."}}}'
+)
+ERRORS = {
+    "an event": b"data: " + GEMINI + b"\n\n",
+    "without a space": b"data:" + GEMINI + b"\n\n",
+    "with other line ends": b"data: " + GEMINI + b"\r\n\r\n",
+    "a named event": b"event: error\ndata: " + ANTHROPIC + b"\n\n",
+    "behind a comment": b": hello\n\nevent: error\ndata: " + ANTHROPIC + b"\n\n",
+    "a list of one": b"[" + GEMINI + b"\n]\n",
+    "alone": b" \n" + GEMINI,
+    "that a response failed": b"event: response.failed\ndata: " + RESPONSES + b"\n\n",
+    "of OpenAI": b'data: {"error":{"message":"no","type":"server_error","code":null}}\n\n',
+    "in a word": b'data: {"error":"no"}\n\n',
+}
+NO_ERRORS = {
+    "a chunk": b'data: {"choices":[{"delta":{"content":"{\\"error\\": {}}"}}],"error":null}\n\n',
+    "a response": b'data: {"type":"response.completed","response":{"error":null}}\n\n',
+    "a text": b'data: {"a":"\\ndata: {\\"error\\": {\\"code\\": 503}}\\n\\n"}\n\n',
+    "text in a list": b'[{"a":"[{\\"error\\": {\\"code\\": 503}}"}]',
+    "the end": b"data:[DONE]\n\n",
+    "a tool's argument": b'data: {"choices":[{"args":{"error":{"code":503}}}]}\n\n',
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_seen_at_the_start_and_at_the_end(name: str) -> None:
+    assert inside.may_begin_with_error(ERRORS[name])
+    assert inside.error_in(ERRORS[name]) is not None
+    if name not in ("a list of one", "alone"):
+        before = b'data: {"choices":[]}\n\n' * 1_000
+        assert inside.error_in(before + ERRORS[name]) is not None
+        assert inside.error_in(before + ERRORS[name] + b"data: [DONE]\n\n") is not None
+
+
+def test_an_error_that_ends_a_list_is_seen() -> None:
+    item = b'{"candidates":[{"content":{"parts":[{"text":"x"}]}}]}'
+    assert inside.error_in(b"[" + item + b"\n,\r\n" + GEMINI + b"\n]") == json.loads(GEMINI)
+    assert inside.error_in(b'"}]}}]}\n,' + GEMINI + b"\n]") == json.loads(GEMINI)
+
+
+@pytest.mark.parametrize("name", NO_ERRORS)
+def test_nothing_else_is_taken_for_one(name: str) -> None:
+    assert inside.error_in(NO_ERRORS[name]) is None
+    assert not inside.may_begin_with_error(NO_ERRORS[name])
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "kind"),
+    [
+        (json.loads(GEMINI), 503, UpstreamUnavailable),
+        (json.loads(ANTHROPIC), 529, UpstreamUnavailable),
+        (json.loads(RESPONSES), 429, UpstreamThrottled),
+        ({"error": {"type": "rate_limit_error"}}, 429, UpstreamThrottled),
+        ({"error": {"type": "tokens", "code": "rate_limit_exceeded"}}, 429, UpstreamThrottled),
+        ({"error": {"type": "invalid_request_error"}}, 400, UpstreamRejected),
+        ({"error": {"type": "authentication_error"}}, 401, UpstreamUnauthorized),
+        ({"type": "error", "code": "server_error", "message": "no"}, 500, UpstreamUnavailable),
+        ({"error": {"code": 429}}, 429, UpstreamThrottled),
+        ({"error": {"code": 200}}, 500, UpstreamUnavailable),
+        ({"error": "no"}, 500, UpstreamUnavailable),
+    ],
+)
+def test_what_the_error_would_have_been_as_a_status(
+    value: dict[str, object], status: int, kind: type[UpstreamError]
+) -> None:
+    assert inside.status_of(value) == status
+    assert type(inside.error_of(value, [], secret="key")) is kind
+
+
+@given(st.sampled_from(list(ERRORS.values())), st.integers(1, 80))
+def test_an_error_is_seen_however_its_first_bytes_arrive(event: bytes, size: int) -> None:
+    pieces = [event[at : at + size] for at in range(0, len(event), size)]
+    first = pieces.pop(0)
+    while pieces and inside.is_too_short(first):
+        first += pieces.pop(0)
+    comment = event.startswith(b": ") and not inside.may_begin_with_error(first)
+    assert inside.may_begin_with_error(first) or comment
+    assert inside.error_in(inside.tail_of([first, *pieces])) is not None
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_the_search(data: bytes) -> None:
+    inside.error_in(b'data: {"error"' + data)
+    inside.may_begin_with_error(data)

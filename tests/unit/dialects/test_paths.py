@@ -1,0 +1,134 @@
+"""What native paths mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.dialects.routes import (
+    Dialect,
+    Operation,
+    dialect_of,
+    endpoint_of,
+    is_native,
+    native_path,
+)
+
+NONE: frozenset[bytes] = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "dialect", "operation", "below"),
+    [
+        ("POST", "/v1/chat/completions", "openai", "infer", "/chat/completions"),
+        ("POST", "/v1/responses", "openai", "infer", "/responses"),
+        ("POST", "/v1/embeddings", "openai", "embed", "/embeddings"),
+        ("POST", "/v1/images/generations", "openai", "images", "/images/generations"),
+        ("GET", "/v1/models", "openai", "models", "/models"),
+        ("GET", "/v1/models/gpt-x", "openai", "models", "/models/gpt-x"),
+        ("POST", "/v1/messages", "anthropic", "infer", "/v1/messages"),
+        ("POST", "/upload/v1beta/files", "gemini", "upload", "/upload/v1beta/files"),
+        ("GET", "/v1beta/models", "gemini", "models", "/v1beta/models"),
+        ("GET", "/v1beta/files/abc-1", "gemini", "files", "/v1beta/files/abc-1"),
+        ("DELETE", "/v1beta/files/abc-1", "gemini", "files", "/v1beta/files/abc-1"),
+    ],
+)
+def test_known_paths(method: str, path: str, dialect: str, operation: str, below: str) -> None:
+    found = endpoint_of(method, path, dialect_of(path, NONE, b""))
+    assert found is not None
+    assert (found.dialect, found.operation) == (dialect, operation)
+    assert found.path_for(found.model or "") == below
+    assert found.model == ("gpt-x" if below.endswith("gpt-x") else None)
+    assert is_native(path)
+
+
+@pytest.mark.parametrize(
+    ("do", "operation", "streams"),
+    [
+        ("generateContent", Operation.INFER, False),
+        ("streamGenerateContent", Operation.INFER, True),
+        ("countTokens", Operation.COUNT, False),
+        ("embedContent", Operation.EMBED, False),
+        ("batchEmbedContents", Operation.EMBED, False),
+        ("somethingOfNextYear", Operation.INFER, False),
+    ],
+)
+@pytest.mark.parametrize("version", ["v1", "v1beta", "v1alpha"])
+def test_calls_of_gemini_name_their_model_in_the_path(
+    version: str, do: str, operation: Operation, streams: bool
+) -> None:
+    found = endpoint_of("POST", f"/{version}/models/gemini-x:{do}", Dialect.GEMINI)
+    assert found is not None
+    assert (found.operation, found.streams, found.model) == (operation, streams, "gemini-x")
+    assert found.path_for("other-1") == f"/{version}/models/other-1:{do}"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/files"),
+        ("GET", "/v1/responses/resp_1"),
+        ("DELETE", "/v1/responses/resp_1"),
+        ("POST", "/v1beta/models/x:batchGenerateContent"),
+        ("POST", "/v1beta/models/x:predictLongRunning"),
+        ("POST", "/v1beta/models/a?b:generateContent"),
+        ("POST", "/v1beta/models/../files:generateContent"),
+        ("GET", "/v1/chat/completions"),
+        ("GET", "/v1/models/a/../b"),
+        ("GET", "/v1/models/a/.b"),
+        ("GET", "/v1/models/a/b/c/d/e"),
+        ("DELETE", "/v1beta/files"),
+        ("DELETE", "/v1beta/models/x"),
+        ("GET", "/upload/v1beta/files"),
+    ],
+)
+def test_what_is_not_known_is_not_relayed(method: str, path: str) -> None:
+    assert endpoint_of(method, path, dialect_of(path, NONE, b"")) is None
+
+
+def test_a_path_of_two_dialects_is_told_by_the_key() -> None:
+    assert dialect_of("/v1/models", NONE, b"") is Dialect.OPENAI
+    assert dialect_of("/v1/models", frozenset({b"x-goog-api-key"}), b"") is Dialect.GEMINI
+    assert dialect_of("/v1/models", NONE, b"key=abc") is Dialect.GEMINI
+    assert dialect_of("/v1/models", frozenset({b"anthropic-version"}), b"") is Dialect.ANTHROPIC
+
+
+@pytest.mark.parametrize("path", ["/submit", "/llm/stream", "/status/1", "/docs", "/v1", "/v10/x"])
+def test_the_products_own_paths_are_not_native(path: str) -> None:
+    assert not is_native(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/messages", "/v1/messages"),
+        ("/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("/models", "/v1/models"),
+        ("/models/gpt-x", "/v1/models/gpt-x"),
+        ("/models/gemini-x:generateContent", "/v1beta/models/gemini-x:generateContent"),
+        ("/v1beta/openai/chat/completions", "/v1/chat/completions"),
+        ("/openai/v1/responses", "/v1/responses"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/v1/v1beta/models/x:generateContent", "/v1beta/models/x:generateContent"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1//embeddings", "/v1/embeddings"),
+        ("/v1/audio/speech", "/v1/audio/speech"),
+    ],
+)
+def test_a_base_url_that_is_one_step_off_leads_to_the_same(path: str, meant: str) -> None:
+    assert native_path(path) == meant
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/submit", "/status/1", "/files/1", "/responsesx", "/models/x/y:z/a", "/v1", "//"]
+)
+def test_no_path_of_the_product_is_taken_for_one(path: str) -> None:
+    assert native_path(path) is None
+
+
+def test_a_model_s_id_may_hold_slashes_which_stay_escaped() -> None:
+    found = endpoint_of("GET", "/v1/models/meta/Llama-3-8B", Dialect.OPENAI)
+    assert found is not None
+    assert found.model == "meta/Llama-3-8B"
+    assert found.path_for(found.model) == "/models/meta%2FLlama-3-8B"

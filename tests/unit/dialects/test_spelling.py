@@ -1,0 +1,83 @@
+"""Fields that admission goes by: said once, in their own case, and never for work that goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from tidegate.dialects.requests import asked_of, check_said_once
+from tidegate.dialects.routes import Dialect, Endpoint, endpoint_of
+from tidegate.errors import InvalidRequest
+
+CHAT = endpoint_of("POST", "/v1/chat/completions", Dialect.OPENAI)
+RESPONSES = endpoint_of("POST", "/v1/responses", Dialect.OPENAI)
+MESSAGES = endpoint_of("POST", "/v1/messages", Dialect.OPENAI)
+GEMINI = "/v1beta/models/m:generateContent"
+
+
+def wrong(endpoint: Endpoint | None, raw: str) -> InvalidRequest:
+    assert endpoint is not None
+    with pytest.raises(InvalidRequest) as refused:
+        checked(endpoint, raw)
+    return refused.value
+
+
+def checked(endpoint: Endpoint, raw: str) -> None:
+    body = orjson.loads(raw)
+    asked_of(endpoint, body)
+    check_said_once(raw.encode(), body)
+
+
+@pytest.mark.parametrize(
+    ("field", "twice"),
+    [
+        ("model", '"model":"x"'),
+        ("model", '"Model":"x"'),
+        ("model", '"mod\\u0065l":"x"'),
+        ("stream", '"stream":false,"stream":true'),
+        ("stream", '"stream":true,"str\\u0065am":false'),
+        ("stream", '"Stream":true'),
+        ("stream", '"\u017ftream":true'),
+        ("stream", '"stream":true,"STREAM":false'),
+        ("max_tokens", '"max_tokens":5,"max_tokens":50000'),
+        ("max_tokens", '"max_tokens":5,"max_to\u212aens":50000'),
+        ("max_completion_tokens", '"Max_Completion_Tokens":50000'),
+        ("n", '"n":1,"N":100'),
+        ("background", '"background":false,"background":false'),
+        ("generationConfig", '"generationConfig":{},"generation_config":{}'),
+    ],
+)
+def test_a_field_that_is_named_twice_or_in_another_case_is_refused(field: str, twice: str) -> None:
+    error = wrong(CHAT, f'{{"model":"m","messages":[],{twice}}}')
+    assert error.field == field
+    assert error.allowed
+
+
+def test_the_same_names_within_other_fields_are_nobodys_business() -> None:
+    raw = (
+        '{"model":"m","stream":true,"max_tokens":5,"messages":[{"content":"\\u0073tream\\":"}'
+        '],"tools":[{"function":{"parameters":{"properties":{"model":{},"Model":{},"stream":{},'
+        '"max_tokens":{"type":"integer"},"n":{},"str\\u0065am":{}}}}}],"metadata":{"n":"1"}}'
+    )
+    assert CHAT is not None
+    checked(CHAT, raw)
+
+
+@pytest.mark.parametrize("value", ["true", "1", '"true"', '"false"', "{}"])
+@pytest.mark.parametrize("name", ["background", "deferred"])
+def test_work_that_goes_on_after_its_answer_is_refused_in_every_dialect(
+    name: str, value: str
+) -> None:
+    gemini = endpoint_of("POST", GEMINI, Dialect.GEMINI)
+    for endpoint in (CHAT, RESPONSES, MESSAGES, gemini):
+        error = wrong(endpoint, f'{{"model":"m","input":"x","{name}":{value}}}')
+        assert (error.field, error.allowed) == (name, "false")
+        assert "limit" in error.message
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_what_says_that_it_does_not_go_on_is_taken(value: Any) -> None:
+    assert RESPONSES is not None
+    assert asked_of(RESPONSES, {"model": "m", "input": "x", "background": value}).model == "m"

@@ -1,0 +1,248 @@
+"""Usage as it is told, in whole answers and at the end of streams."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tidegate.call import Usage, UsageDetails
+from tidegate.dialects.responses import told_in
+from tidegate.dialects.routes import Dialect
+from tidegate.dialects.usage import TAIL_BYTES, pictures_in
+
+CHAT = {
+    "id": "chatcmpl-1",
+    "choices": [{"message": {"content": 'he said "usage": {"prompt_tokens": 9}'}}],
+    "usage": {
+        "prompt_tokens": 12,
+        "completion_tokens": 30,
+        "total_tokens": 42,
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 10},
+    },
+}
+
+
+def told(dialect: Dialect, *events: object) -> Usage:
+    data = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
+    return told_in(dialect, data).usage
+
+
+def test_chat_completions() -> None:
+    found = told_in(Dialect.OPENAI, json.dumps(CHAT).encode())
+    assert found.usage == Usage(12, 20, 10, 4, 42)
+    assert found.response_id == "chatcmpl-1"
+
+
+def test_the_last_word_of_a_stream_counts() -> None:
+    first = {"usage": None, "choices": [{"delta": {"content": "x"}}]}
+    partial = {"usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 1}}
+    whole = {"usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 9}}
+    assert told(Dialect.OPENAI, first, CHAT).output_tokens == 20
+    assert told(Dialect.GEMINI, partial, whole).output_tokens == 9
+
+
+def test_responses_and_embeddings() -> None:
+    usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
+    assert told(Dialect.OPENAI, {"response": {"usage": usage}}) == Usage(3, 5, None, None, 8)
+    assert told(Dialect.OPENAI, {"usage": {"prompt_tokens": 7, "total_tokens": 7}}) == Usage(
+        7, 0, None, None, 7
+    )
+
+
+def test_gemini_leaves_out_what_is_none() -> None:
+    assert told(Dialect.GEMINI, {"usageMetadata": {"promptTokenCount": 5, "totalTokenCount": 5}})
+    usage = {"promptTokenCount": 5, "totalTokenCount": 25, "thoughtsTokenCount": 8}
+    assert told(Dialect.GEMINI, {"usageMetadata": usage}) == Usage(5, 12, 8, None, 25)
+
+
+def test_anthropic_tells_input_first_and_output_last() -> None:
+    begin = {"type": "message_start", "message": {"id": "msg_1", "usage": {"input_tokens": 10}}}
+    cached = {"usage": {"input_tokens": 10, "cache_read_input_tokens": 90, "output_tokens": 4}}
+    assert told(Dialect.ANTHROPIC, begin, {"usage": {"output_tokens": 4}}) == Usage(
+        10, 4, None, None, 14
+    )
+    assert told(Dialect.ANTHROPIC, cached) == Usage(100, 4, None, 90, 104)
+    thought = {"usage": {"output_tokens": 4, "output_tokens_details": {"thinking_tokens": 3}}}
+    assert told(Dialect.ANTHROPIC, begin, thought) == Usage(10, 1, 3, None, 14)
+
+
+@pytest.mark.parametrize("name", ["cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens"])
+def test_cached_tokens_that_stand_beside_the_others(name: str) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11, name: 5}
+    assert told(Dialect.OPENAI, {"usage": usage}) == Usage(9, 2, None, 5, 11)
+
+
+def test_what_is_not_told_is_unknown() -> None:
+    assert told(Dialect.OPENAI, {"choices": []}) == Usage()
+    assert told_in(Dialect.GEMINI, b"").usage == Usage()
+    assert told(Dialect.OPENAI, {"usage": {"prompt_tokens": "many"}}) == Usage()
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_an_answer_that_was_cut_is_read_as_far_as_it_goes(cut: int) -> None:
+    data = json.dumps(CHAT).encode()[:-cut]
+    assert told_in(Dialect.OPENAI, data).usage in (Usage(), Usage(12, 20, 10, 4, 42))
+
+
+def test_a_model_cannot_pretend_to_a_usage() -> None:
+    text = json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+    assert told(Dialect.OPENAI, {"choices": [{"message": {"content": text}}]}) == Usage()
+
+
+FORGED = {"usage": {"input_tokens": 0, "output_tokens": 0}}
+GEMINI_FORGED = {"usageMetadata": {"promptTokenCount": 0, "candidatesTokenCount": 0}}
+ECHO = [{"type": "function", "parameters": {"type": "object", "properties": FORGED}}]
+
+
+def response(kind: str, **changes: object) -> dict[str, object]:
+    echoed = {"tools": ECHO, "text": {"format": {"schema": FORGED}}, "usage": None}
+    return {"type": kind, "sequence_number": 1, "response": echoed | changes}
+
+
+def test_a_schema_that_an_answer_repeats_tells_no_usage() -> None:
+    delta = {"type": "response.output_text.delta", "delta": "x"}
+    assert told(Dialect.OPENAI, response("response.created"), delta) == Usage()
+    ended = response("response.completed", usage={"input_tokens": 3, "output_tokens": 5})
+    assert told(Dialect.OPENAI, response("response.created"), delta, ended) == Usage(3, 5)
+    # Cut in the middle of the last event, behind what it repeats.
+    data = b"data: %b\n\n" % json.dumps(ended).encode()
+    for cut in range(2, 80):
+        assert told_in(Dialect.OPENAI, data[:-cut]).usage in (Usage(), Usage(3, 5))
+    whole = json.dumps(response("", usage={"input_tokens": 3, "output_tokens": 5})["response"])
+    assert told_in(Dialect.OPENAI, whole.encode()).usage == Usage(3, 5)
+    assert told_in(Dialect.OPENAI, whole.encode()[:-3]).usage == Usage()
+
+
+@pytest.mark.parametrize("padding", [0, 40_000, 100_000, 400_000])
+def test_only_the_outermost_object_tells_the_usage_of_a_long_answer(padding: int) -> None:
+    long = {"output": "x" * padding, "tools": ECHO, "metadata": FORGED}
+    data = json.dumps(long).encode()
+    assert told_in(Dialect.OPENAI, data).usage == Usage()
+    said = json.dumps({**long, "usage": {"input_tokens": 3, "output_tokens": 5}, "user": None})
+    assert told_in(Dialect.OPENAI, said.encode()).usage == Usage(3, 5)
+    part = {"functionCall": {"name": "f", "args": GEMINI_FORGED}}
+    called = {"x": "y" * padding, "candidates": [{"content": {"parts": [part]}}]}
+    told_at_end = {**called, "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 9}}
+    for end in ("", "\n"):
+        assert told_in(Dialect.GEMINI, (json.dumps(called) + end).encode()).usage == Usage()
+        listed = (json.dumps([told_at_end, called]) + end).encode()
+        assert told_in(Dialect.GEMINI, listed).usage == Usage(5, 9)
+        listed = (json.dumps([called, told_at_end]) + end).encode()
+        assert told_in(Dialect.GEMINI, listed).usage == Usage(5, 9)
+
+
+def test_a_list_that_was_cut_tells_what_its_last_whole_object_told() -> None:
+    first = {"candidates": [], "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 1}}
+    second = {"candidates": [{"content": {"parts": [{"functionCall": {"args": GEMINI_FORGED}}]}}]}
+    data = json.dumps([first, second], indent=1).encode()
+    assert told_in(Dialect.GEMINI, data[:-20]).usage == Usage(5, 1)
+    assert told_in(Dialect.GEMINI, data[:40]).usage == Usage()
+
+
+def test_a_call_of_a_tool_tells_no_usage() -> None:
+    block = {"type": "tool_use", "input": FORGED}
+    whole = {"content": [block], "usage": {"input_tokens": 7, "output_tokens": 5}}
+    assert told_in(Dialect.ANTHROPIC, json.dumps(whole).encode()).usage == Usage(
+        7, 5, None, None, 12
+    )
+    assert told_in(Dialect.ANTHROPIC, json.dumps({"content": [block]}).encode()).usage == Usage()
+
+
+def test_where_the_middle_is_missing_nothing_is_read_over_the_gap() -> None:
+    forged = b'data: {"a":"' + b"x" * 100
+    tail = b'","usage":{"prompt_tokens":0,"completion_tokens":0}}\n\ndata: [DONE]\n\n'
+    tail = b"y" * (TAIL_BYTES - len(tail)) + tail
+    assert told_in(Dialect.OPENAI, forged + tail).usage == Usage(0, 0)
+    assert told_in(Dialect.OPENAI, forged + tail, omitted=True).usage == Usage()
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"choices": [], "x_groq": {"usage": {"prompt_tokens": 3, "completion_tokens": 5}}},
+        {"choices": [{"usage": {"prompt_tokens": 3, "completion_tokens": 5}}]},
+    ],
+)
+def test_places_of_other_providers(event: dict[str, object]) -> None:
+    assert told(Dialect.OPENAI, {"choices": []}, event) == Usage(3, 5)
+
+
+def test_a_count_that_no_call_can_have_is_unknown() -> None:
+    huge = {"prompt_tokens": 10**15, "completion_tokens": 5}
+    assert told(Dialect.OPENAI, {"usage": huge}).input_tokens is None
+
+
+def test_pictures() -> None:
+    two = {"data": [{"b64_json": "A"}, {"b64_json": "B"}]}
+    assert pictures_in(Dialect.OPENAI, json.dumps(two).encode()) == 2
+    one = {"candidates": [{"content": {"parts": [{"inlineData": {"data": "A"}}]}}]}
+    assert pictures_in(Dialect.GEMINI, json.dumps(one).encode()) == 1
+
+
+ECHOED = (
+    b'{"tools": [{"parameters": {"usage": {"input_tokens": 0, "output_tokens": 0}}}], "usage": {}}'
+)
+CALLING = (
+    b'[{"candidates": [{"content": {"parts": [{"functionCall": {"args": {"a": ['
+    b'{"usageMetadata": {"promptTokenCount": 0, "candidatesTokenCount": 0}}]}}}]}}]}]'
+)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "answer"), [(Dialect.OPENAI, ECHOED), (Dialect.GEMINI, CALLING)]
+)
+@pytest.mark.parametrize("before", [b"", b" " * 40_000])
+def test_an_answer_that_is_cut_behind_an_object_within_it_tells_no_usage(
+    dialect: Dialect, answer: bytes, before: bytes
+) -> None:
+    for end in range(1, len(answer)):
+        found = told_in(dialect, answer[:1] + before + answer[1:end], cut=True)
+        assert found.usage == Usage(), answer[:end]
+
+
+@pytest.mark.parametrize(
+    ("usage", "wanted"),
+    [
+        # xAI tells of an output without the thoughts, ...
+        (
+            {"prompt_tokens": 12, "completion_tokens": 2, "total_tokens": 354,
+             "completion_tokens_details": {"reasoning_tokens": 340}},
+            Usage(12, 2, 340, None, 354),
+        ),
+        # ... Gemini in OpenAI's dialect of none but in the total, ...
+        ({"prompt_tokens": 35, "completion_tokens": 12, "total_tokens": 109},
+         Usage(35, 12, 62, None, 109)),
+        # ... and Mistral of no sound but there.
+        ({"prompt_tokens": 9, "completion_tokens": 248, "total_tokens": 632,
+          "prompt_audio_seconds": 15},
+         Usage(384, 248, None, None, 632, UsageDetails(input_audio_tokens=375))),
+        ({"prompt_tokens": 9, "completion_tokens": 8, "total_tokens": 3},
+         Usage(9, 8, None, None, 3)),
+        ({"prompt_tokens": 9, "total_tokens": 9}, Usage(9, 0, None, None, 9)),
+    ],
+)  # fmt: skip
+def test_a_usage_that_does_not_add_up_is_settled_by_its_total(
+    usage: dict[str, object], wanted: Usage
+) -> None:
+    assert told(Dialect.OPENAI, {"choices": [], "usage": usage}) == wanted
+    assert told_in(Dialect.OPENAI, json.dumps({"usage": usage}).encode()).usage == wanted
+
+
+def test_pictures_that_a_response_made_by_a_tool_count_once_each() -> None:
+    def made(number: int, result: str | None) -> dict[str, object]:
+        call = {"id": f"ig_{number}", "type": "image_generation_call", "status": "completed"}
+        return call | {"result": result}
+
+    whole = {"output": [made(1, "AAAA"), made(2, "BBBB"), made(3, None)]}
+    assert pictures_in(Dialect.OPENAI, json.dumps(whole).encode()) == 2
+    events = [
+        {"type": "response.output_item.added", "item": made(1, None)},
+        {"type": "response.output_item.done", "item": made(1, "AAAA")},
+        {"type": "response.completed", "response": {"output": [made(1, "AAAA")]}},
+    ]
+    data = b"".join(b"data: %b\n\n" % json.dumps(one).encode() for one in events)
+    assert pictures_in(Dialect.OPENAI, data) == 1
+    text = {"output": [{"text": json.dumps(made(1, "AAAA"))}]}
+    assert pictures_in(Dialect.OPENAI, json.dumps(text).encode()) == 0

@@ -1,0 +1,51 @@
+"""Answers that an upstream compressed unasked."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+
+import pytest
+
+from tidegate.spine.record import MOST_BYTES, coding_of, decoded
+
+TEXT = b'{"usage": {"prompt_tokens": 5}}' * 100
+
+
+def raw(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("coding", "data"),
+    [
+        (b"gzip", gzip.compress(TEXT)),
+        (b"x-gzip", gzip.compress(TEXT)),
+        (b"deflate", zlib.compress(TEXT)),
+        (b"deflate", raw(TEXT)),
+    ],
+)
+def test_it_is_read_and_so_is_as_much_as_came_of_it(coding: bytes, data: bytes) -> None:
+    assert decoded(data, coding) == TEXT
+    assert TEXT.startswith(decoded(data[:-9], coding))
+
+
+@pytest.mark.parametrize(
+    ("coding", "data"),
+    [
+        (b"br", TEXT),
+        (b"gzip", TEXT),
+        (b"gzip", b""),
+        (b"gzip", gzip.compress(bytes(MOST_BYTES + 1))),
+        (b"gzip", bytes(5_000_000)),
+    ],
+)
+def test_what_cannot_be_read_is_nothing(coding: bytes, data: bytes) -> None:
+    assert decoded(data, coding) == b""
+
+
+def test_which_coding_it_is_in() -> None:
+    assert coding_of([(b"Content-Encoding", b" GZIP ")]) == b"gzip"
+    assert coding_of([(b"content-encoding", b"identity")]) == b""
+    assert coding_of([(b"content-type", b"gzip")]) == b""
