@@ -37,8 +37,8 @@ async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
         await fleet.ready(fleet.url)
         await _more_than(client, batch, 100)
         assert await _repeated(fleet) == [], "an outage repeats nothing"
-        killed_ns = time.time_ns()
         fleet.workers[-1].kill()
+        killed_ns = time.time_ns()
         assert await batching.completed(client, batch) < LINES
         fleet.start_worker()
         done = await batching.end_of(client, batch, 75)

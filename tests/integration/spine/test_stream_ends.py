@@ -15,7 +15,7 @@ from tidegate.embedded.servers import ValkeyServer
 
 GONE_WITHIN_S = promised_s(0.1)
 # Between our seeing that all is closed and the test's asking about it, on a busy machine.
-SLACK_S = 0.15
+SLACK_S = promised_s(0.15)
 
 
 async def _all_closed(gateway: Gateway, left: float) -> None:
