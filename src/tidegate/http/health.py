@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from tidegate.errors import TidegateError
 from tidegate.http.guards import admit_admin, is_admitted
-from tidegate.http.jobs import problem_responses
+from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
 
 UNFIT = "the database's schema does not fit this version, or was never seen"

@@ -12,12 +12,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
-from urllib.parse import quote
 from uuid import UUID
 
 import orjson
@@ -41,7 +39,7 @@ from tidegate.errors import (
 )
 from tidegate.http.guards import Reader, caller_of, check_models, check_prompt, payer_of
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
-from tidegate.http.problems import REQUEST_ID_HEADER, Problem, problem_response
+from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_responses
 from tidegate.http.services import TRACE_IN_SCOPE, Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.submission import (
@@ -52,11 +50,17 @@ from tidegate.http.submission import (
     read_submission,
     wrapped_submission,
 )
-from tidegate.http.views import Accepted, StatusView, accepted, status_view
+from tidegate.http.views import (
+    Accepted,
+    StatusView,
+    accepted,
+    file_response,
+    prefix_of,
+    status_view,
+)
 from tidegate.spine.native import LONGEST_BYTES, check_body, endpoint_named
 from tidegate.spine.prompt import Ask
-from tidegate.store.blobs import Blobs
-from tidegate.store.records import Earlier, FileRecord, NewJob, RequestRecord
+from tidegate.store.records import Earlier, NewJob, RequestRecord
 from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Parent, parent_in
@@ -261,21 +265,8 @@ async def until_changed(
 
 
 _MAX_WAIT_S = 60
-_EXTENSIONS = {
-    "image/png": ".png",
-    "image/jpeg": ".jpg",
-    "image/webp": ".webp",
-    "image/gif": ".gif",
-}
-_INLINE_TYPES = tuple(_EXTENSIONS)
 
 router = APIRouter(tags=["jobs"])
-
-
-def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entry of problem JSON for each status."""
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"model": Problem, "content": content} for status in statuses}
 
 
 _FIELDS: dict[str, Any] = {
@@ -347,11 +338,6 @@ def _body_of(fields: dict[str, Any], only_json: dict[str, Any] | None = None) ->
 
 BODY = _body_of(_FIELDS)
 _JOB_BODY = _body_of(_FIELDS | _WEBHOOK, _WRAPPED)
-
-
-def prefix_of(request: Request) -> str:
-    """`/llm` when the client used that prefix, else nothing: links keep to what it used."""
-    return "/llm" if request.scope["path"].startswith("/llm/") else ""
 
 
 def ask_of(submission: Submission, caller: Caller) -> Ask:
@@ -519,33 +505,3 @@ async def file(request: Request, file_id: UUID, caller: Reader) -> Response:
     """Pictures may be shown in a page; everything else is offered for download."""
     services = services_of(request)
     return await file_response(await services.store.file(file_id, caller.tenant_id), services.blobs)
-
-
-async def file_response(record: FileRecord, blobs: Blobs) -> Response:
-    """The bytes of a file, in a way that no browser runs anything in it. Raises NotFound,
-    StoreUnavailable."""
-    file_id = record.file_id
-    pieces = blobs.stream(record.blob_key)
-    try:
-        # Before the head goes out: a blob that is gone must not become a broken 200.
-        first = await anext(pieces, b"")
-    except NotFound:
-        raise NotFound(f"the bytes of file {file_id} are not there any more") from None
-    inline = record.mime_type in _INLINE_TYPES
-    name = quote(record.name or f"{file_id}{_EXTENSIONS.get(record.mime_type, '')}", safe="")
-    headers = {
-        "Content-Length": str(record.size_bytes),
-        "Content-Disposition": f"{'inline' if inline else 'attachment'}; filename*=UTF-8''{name}",
-        "Content-Security-Policy": "default-src 'none'; sandbox",
-        "X-Content-Type-Options": "nosniff",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Cache-Control": "private, max-age=31536000, immutable",
-    }
-    body = _after(first, pieces)
-    return StreamingResponse(body, headers=headers, media_type=record.mime_type)
-
-
-async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for piece in rest:
-        yield piece

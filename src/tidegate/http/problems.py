@@ -531,3 +531,9 @@ def _google(error: errors.TidegateError, status: int, after_ms: int | None) -> d
         "status": _GOOGLE.get(status, fallback),
         "details": details,
     }
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of problem JSON for each status."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"model": Problem, "content": content} for status in statuses}

@@ -21,10 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from tidegate.call import Kind
 from tidegate.errors import AlreadyEnded, InvalidRequest, NotFound
 from tidegate.http.guards import Reader, RecordReader, admit_admin, caller_of
-from tidegate.http.jobs import charged_view, prefix_of, problem_responses, until_changed
-from tidegate.http.problems import REQUEST_ID_HEADER
+from tidegate.http.jobs import charged_view, until_changed
+from tidegate.http.problems import REQUEST_ID_HEADER, problem_responses
 from tidegate.http.services import Services, services_of
-from tidegate.http.views import RequestPage, StatusView, item_view
+from tidegate.http.views import RequestPage, StatusView, item_view, prefix_of
 from tidegate.limiter.views import Snapshot
 from tidegate.metrics.process import Notes
 from tidegate.policy.inspection import waiting

@@ -41,13 +41,13 @@ from tidegate.errors import (
 )
 from tidegate.http.body import Hold
 from tidegate.http.guards import check_models, check_prompt, payer_of
-from tidegate.http.jobs import BODY, ask_of, prefix_of, problem_responses
-from tidegate.http.problems import REQUEST_ID_HEADER, problem_response
+from tidegate.http.jobs import BODY, ask_of
+from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_responses
 from tidegate.http.quotas import Opening
 from tidegate.http.services import TRACE_IN_SCOPE, Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.submission import Submission, discard, read_submission
-from tidegate.http.views import usage_view
+from tidegate.http.views import prefix_of, usage_view
 from tidegate.spine.record import Attempt, CallUnderWay, attempt_result, shortened
 from tidegate.store.blobs import new_key
 from tidegate.store.records import Failure, NewJob, OutputFile, StreamRecord

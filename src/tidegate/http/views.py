@@ -1,15 +1,21 @@
-"""Views: the JSON of `/submit` and `/status`."""
+"""Views: the JSON of `/submit` and `/status`, and the files of a request."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Literal, cast
+from urllib.parse import quote
 
 import orjson
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
+from tidegate.errors import NotFound
+from tidegate.store.blobs import Blobs
 from tidegate.store.records import (
     USAGE_COLUMNS,
     Earlier,
@@ -23,6 +29,13 @@ from tidegate.store.requests import Listed
 from tidegate.store.states import Status
 
 _EXAMPLE_ID = "019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
+_EXTENSIONS = {
+    "image/png": ".png",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+    "image/gif": ".gif",
+}
+_INLINE_TYPES = tuple(_EXTENSIONS)
 
 
 class Classified(BaseModel):
@@ -360,3 +373,38 @@ def _file(record: FileRecord, prefix: str) -> FileView:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
+
+
+def prefix_of(request: Request) -> str:
+    """`/llm` when the client used that prefix, else nothing: links keep to what it used."""
+    return "/llm" if request.scope["path"].startswith("/llm/") else ""
+
+
+async def file_response(record: FileRecord, blobs: Blobs) -> Response:
+    """The bytes of a file, in a way that no browser runs anything in it. Raises NotFound,
+    StoreUnavailable."""
+    file_id = record.file_id
+    pieces = blobs.stream(record.blob_key)
+    try:
+        # Before the head goes out: a blob that is gone must not become a broken 200.
+        first = await anext(pieces, b"")
+    except NotFound:
+        raise NotFound(f"the bytes of file {file_id} are not there any more") from None
+    inline = record.mime_type in _INLINE_TYPES
+    name = quote(record.name or f"{file_id}{_EXTENSIONS.get(record.mime_type, '')}", safe="")
+    headers = {
+        "Content-Length": str(record.size_bytes),
+        "Content-Disposition": f"{'inline' if inline else 'attachment'}; filename*=UTF-8''{name}",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "private, max-age=31536000, immutable",
+    }
+    body = _after(first, pieces)
+    return StreamingResponse(body, headers=headers, media_type=record.mime_type)
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece

@@ -16,7 +16,7 @@ from tidegate.admission.estimator import Learned
 from tidegate.errors import ConfigError, InvalidRequest, UnsupportedMedia
 from tidegate.http.body import Body
 from tidegate.http.guards import admit_admin
-from tidegate.http.jobs import problem_responses
+from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.policy.format import Edit, edit
 from tidegate.policy.inspection import Control, Overview, Reason, ShownPermit, why

@@ -28,8 +28,7 @@ from tidegate.call import ClassifiedBy, Kind
 from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound
 from tidegate.http.admin.limits import Done, Signed, control_in, described, read_json
 from tidegate.http.guards import admit_admin
-from tidegate.http.jobs import file_response, prefix_of, problem_responses
-from tidegate.http.problems import advice
+from tidegate.http.problems import advice, problem_responses
 from tidegate.http.requests import BODY_RESPONSES, body_response, ended_by, in_utc
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import (
@@ -39,6 +38,8 @@ from tidegate.http.views import (
     UsageView,
     accepted,
     error_view,
+    file_response,
+    prefix_of,
     status_values,
     usage_view,
 )

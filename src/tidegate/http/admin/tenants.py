@@ -17,7 +17,7 @@ from tidegate.call import DEFAULT_TENANT, Scope
 from tidegate.errors import ConfigError, InvalidRequest
 from tidegate.http.admin.limits import Signed, control_of, described, in_pool, read_json
 from tidegate.http.guards import admit_admin, admitted_as
-from tidegate.http.jobs import problem_responses
+from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
 from tidegate.http.submission import MAX_SUBJECT_CHARS
 from tidegate.policy import tenants
