@@ -117,9 +117,9 @@ async def test_random_pairs_of_faults_lose_no_job(tmp_path: Path, rounds: int) -
             await load.submit(60)
             for name in pair:
                 await asyncio.sleep(rng.uniform(0.1, 1.0))
+                await FAULTS[name](fleet)
                 if FAULTS[name] is _kill_worker:
                     killed_at_ns.append(time.time_ns())
-                await FAULTS[name](fleet)
             await load.assert_all_succeeded()
             await fleet.assert_never_over()
             await load.assert_called_once(killed_at_ns=killed_at_ns)
