@@ -33,7 +33,8 @@ class Block:
 @cache
 def documents() -> tuple[str, ...]:
     """Every document, as a path from the root."""
-    found = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    names = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+    found = [*(ROOT / name for name in names), *sorted((ROOT / "docs").rglob("*.md"))]
     return tuple(path.relative_to(ROOT).as_posix() for path in found)
 
 
