@@ -18,7 +18,8 @@ from typing import Any
 import redis
 
 from tidegate.embedded.servers import ValkeyServer
-from tidegate.limiter.messages import (
+from tidegate.limiter import PoolPolicy
+from tidegate.limiter.simulation import (
     Join,
     Keyspace,
     Push,
@@ -29,7 +30,6 @@ from tidegate.limiter.messages import (
     flow_of,
     load,
 )
-from tidegate.limiter.policy import PoolPolicy
 
 LIMIT = "kind:text_only"
 ROOMY = "kind:classifier"

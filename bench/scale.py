@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from bench.limiter.trace import quantile
-from tidegate.limiter.messages import Join, Renewal, SyncReply, SyncRequest, flow_of
-from tidegate.limiter.model.pool import PoolModel
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
+from tidegate.limiter.simulation import Join, PoolModel, Renewal, SyncReply, SyncRequest, flow_of
 
 LIMIT = "kind:text_only"
 WEIGHTS = (1, 2, 4)

@@ -20,7 +20,7 @@ from tests.fleet import Fleet
 from tests.tenancy import keys_of
 from tests.waiting import wait_until
 from tidegate.emulator.state import LoggedCall
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import of_plain
 from tidegate.rehearse.load import Arrival, Pace, Usual, load_of
 from tidegate.rehearse.report import Findings, waits_of

@@ -19,10 +19,8 @@ import uvloop
 
 from bench.limiter.trace import quantile
 from tidegate.embedded.servers import ValkeyServer
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.messages import load
-from tidegate.limiter.policy import Limit, PoolPolicy, Rate
-from tidegate.limiter.views import Observer, State
+from tidegate.limiter import Limit, Limiter, Observer, PoolPolicy, Rate, State
+from tidegate.limiter.simulation import load
 
 TENANTS = 10_000
 BUSY = 1000

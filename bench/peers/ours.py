@@ -7,9 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from bench.limiter.orders import Orders
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.permit import Acquisition, Permit
-from tidegate.limiter.policy import PoolPolicy, Rate
+from tidegate.limiter import Acquisition, Limiter, Permit, PoolPolicy, Rate
 
 CALLS = "kind:text_only"
 ARRIVALS = "rpm:bench"

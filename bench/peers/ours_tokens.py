@@ -12,9 +12,7 @@ from random import Random
 from bench.limiter.orders import Orders
 from tidegate.admission.estimator import Estimate, Estimator
 from tidegate.call import Usage
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy, Rate
-from tidegate.limiter.queue import Tokens
+from tidegate.limiter import Limiter, PoolPolicy, Rate, Tokens
 
 WEIGHED = True
 LIMIT = "tpm:bench"

@@ -24,9 +24,7 @@ from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.webhooks import WebhookSender
 from tidegate.jobs.worker import Worker
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.views import Observer
+from tidegate.limiter import Limiter, Observer, PoolPolicy
 from tidegate.metrics.instruments import NAMED, Calls, Instruments, Limiting, Tally
 from tidegate.metrics.process import Board, Exposition, Watch
 from tidegate.metrics.process import ProcessState as State

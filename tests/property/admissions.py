@@ -11,11 +11,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tidegate.limiter.messages import SyncReply, SyncRequest
-from tidegate.limiter.model.pool import PoolModel
-from tidegate.limiter.model.scheduler import Gate, read_actual, read_flow, read_member
-from tidegate.limiter.policy import Concurrency, Rate
-from tidegate.limiter.queue import Holding
+from tidegate.limiter import Concurrency, Rate
+from tidegate.limiter.simulation import (
+    Gate,
+    Holding,
+    PoolModel,
+    SyncReply,
+    SyncRequest,
+    read_actual,
+    read_flow,
+    read_member,
+)
 
 Grant = tuple[int, int]
 

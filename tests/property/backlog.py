@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from random import Random
 
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
 from tidegate.rehearse.load import Arrival
 from tidegate.rehearse.report import Call, Tally
 from tidegate.rehearse.simulation import Process, Setting, Stage

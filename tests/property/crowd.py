@@ -10,9 +10,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import count
 
-from tidegate.limiter.messages import Join, SyncReply, SyncRequest, flow_of
-from tidegate.limiter.model.pool import PoolModel
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
+from tidegate.limiter.simulation import Join, PoolModel, SyncReply, SyncRequest, flow_of
 
 HARD_MS = 1_000_000
 RUN = "run"

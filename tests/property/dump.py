@@ -12,8 +12,7 @@ from typing import Any
 import msgpack
 
 from tests.property.state import State
-from tidegate.limiter.messages import Keyspace
-from tidegate.limiter.model.scheduler import BEHIND
+from tidegate.limiter.simulation import BEHIND, Keyspace
 
 # Every key with its type, whether its life has an end, and all that is in it.
 DUMP = b"""

@@ -5,10 +5,8 @@ Judged apart from the model's own rules of turns, from what is used and what is 
 
 from __future__ import annotations
 
-from tidegate.limiter.model.pool import PoolModel
-from tidegate.limiter.model.rates import span_of
-from tidegate.limiter.model.scheduler import LimitState, Queue, read_member
-from tidegate.limiter.policy import Concurrency, Rate
+from tidegate.limiter import Concurrency, Rate
+from tidegate.limiter.simulation import LimitState, PoolModel, Queue, read_member, span_of
 
 
 def free_but_waiting(model: PoolModel) -> list[str]:

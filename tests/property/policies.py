@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tidegate.limiter.policy import Adaptive, Band, Concurrency, Limit, PoolPolicy, Quota, Rate
+from tidegate.limiter import Adaptive, Band, Concurrency, Limit, PoolPolicy, Quota, Rate
 
 LEASE_MS = 30_000
 WINDOW_MS = 60_000

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tidegate.limiter.model.pool import PoolModel
-from tidegate.limiter.model.scheduler import BEHIND, BandState, Gate, LimitState, Queue
+from tidegate.limiter.simulation import BEHIND, BandState, Gate, LimitState, PoolModel, Queue
 
 State = dict[str, Any]
 

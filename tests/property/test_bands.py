@@ -13,7 +13,7 @@ from itertools import count
 import pytest
 
 from tests.property.crowd import Call, Crowd, Process
-from tidegate.limiter.policy import MAX_LEASE_MS, PoolPolicy, Rate
+from tidegate.limiter import MAX_LEASE_MS, PoolPolicy, Rate
 
 WINDOW_MS = 10_000
 BOUND = 10_000

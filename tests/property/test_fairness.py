@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.property.crowd import Crowd, bands_of, tenants_of
-from tidegate.limiter.policy import Band, PoolPolicy, Rate
+from tidegate.limiter import Band, PoolPolicy, Rate
 
 WEIGHTS = {"a": 1, "b": 2, "c": 4, "d": 8}
 

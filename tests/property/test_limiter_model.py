@@ -25,9 +25,8 @@ from tests.property.server import Server
 from tests.property.traffic import HARD_MS, Flow, Traffic, clients, kinds_of_flow
 from tests.property.world import Client, Pace, World
 from tidegate import limiter
-from tidegate.limiter.model.scheduler import LONGEST
-from tidegate.limiter.policy import Rate
-from tidegate.limiter.queue import Waiter
+from tidegate.limiter import Rate
+from tidegate.limiter.simulation import LONGEST, Waiter
 
 STEPS = int(os.environ.get("TIDEGATE_MODEL_STEPS", "20000"))
 WALKS = 4  # beside one another, where there are several test processes

@@ -11,9 +11,8 @@ import pytest
 from tests.property.policies import LEASE_MS
 from tests.property.server import Server
 from tests.property.world import Client, Pace, World
-from tidegate.limiter.model.rates import DAY_MS
-from tidegate.limiter.policy import Concurrency, Limit, PoolPolicy, Quota, Rate
-from tidegate.limiter.queue import Tokens
+from tidegate.limiter import Concurrency, Limit, PoolPolicy, Quota, Rate, Tokens
+from tidegate.limiter.simulation import DAY_MS
 
 LIMIT, ROOM = "some:limit", "kind:b"
 MINUTE_MS = 60_000

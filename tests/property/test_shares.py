@@ -13,7 +13,7 @@ import pytest
 from tests.property.backlog import RAREST, Backlog, Tenant, random_backlog
 from tests.property.server import Server
 from tests.property.world import Pace, World
-from tidegate.limiter.messages import SyncReply, SyncRequest
+from tidegate.limiter.simulation import SyncReply, SyncRequest
 from tidegate.rehearse.simulation import START_MS
 
 CALLS = 2000

@@ -13,7 +13,7 @@ from tests.property.idle import free_but_waiting
 from tests.property.policies import LANES, LEASE_MS, TENANTS
 from tests.property.world import Client, Fate, World
 from tidegate.errors import DemandImpossible
-from tidegate.limiter.queue import Tokens
+from tidegate.limiter import Tokens
 
 HARD_MS = 10_000_000
 MOST_ROUNDS = 1000

@@ -18,24 +18,27 @@ from tests.property.admissions import Admissions
 from tests.property.dump import Reading
 from tests.property.server import Server, Words
 from tests.property.state import of_model
-from tidegate.limiter.messages import (
+from tidegate.limiter import Observer, PoolPolicy
+from tidegate.limiter.simulation import (
+    LONGEST,
+    ON_PAGE,
+    Batch,
     Keyspace,
+    Lease,
+    Ledger,
+    PoolModel,
     Push,
     Renewal,
     RenewReply,
     ScriptName,
+    Session,
     SyncReply,
     SyncRequest,
+    Waiter,
     fragment,
     load,
     pack,
 )
-from tidegate.limiter.model.pool import ON_PAGE, PoolModel
-from tidegate.limiter.model.scheduler import LONGEST
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.queue import Batch, Ledger, Waiter
-from tidegate.limiter.session import Lease, Session
-from tidegate.limiter.views import Observer
 
 CLOCK = """
 function T.wall_clock_ms() return tonumber(ARGV[2]) end

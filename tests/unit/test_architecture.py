@@ -132,6 +132,32 @@ def test_the_limiter_knows_nothing_of_ours_but_the_errors() -> None:
             )
 
 
+# What is tested by itself; all else goes through the public names, or through the simulation.
+LIMITERS_OWN = (
+    *("tests/unit/limiter", "tests/integration/limiter", "tests/integration/servers"),
+    "tests/contract/test_private_names.py",
+)
+
+
+def test_the_limiter_is_reached_through_its_doors_alone() -> None:
+    """The product by a contract of import-linter, which names all that is inside; tests and
+    benchmarks here."""
+    doors = {"tidegate.limiter", "tidegate.limiter.simulation"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    protected = project["tool"]["importlinter"]["contracts"][1]["protected_modules"]
+    inside = {".".join(name.split(".")[:3]) for name in modules() if "tidegate.limiter." in name}
+    assert set(protected) == inside - doors
+    strangers = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for room in ("tests", "bench", "scripts")
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if not path.relative_to(ROOT).as_posix().startswith(LIMITERS_OWN)
+        for name in imports(path)
+        if name.startswith(tuple(protected))
+    ]
+    assert strangers == []
+
+
 def test_pure_files_import_no_library_that_does_io() -> None:
     pure = [path for path in modules().values() if is_in(path, PURE)]
     assert len(pure) >= 5

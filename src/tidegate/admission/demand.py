@@ -46,9 +46,8 @@ from tidegate.call import (
     UsageState,
 )
 from tidegate.errors import UpstreamError, UpstreamThrottled, UpstreamTimeout, UpstreamUnavailable
-from tidegate.limiter.policy import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Quota, Rate
-from tidegate.limiter.queue import Demand as Wanted
-from tidegate.limiter.queue import Tokens
+from tidegate.limiter import DEFAULT_PRIORITY, Band, Limit, PoolPolicy, Quota, Rate, Tokens
+from tidegate.limiter import Demand as Wanted
 from tidegate.policy.deployment import Price, Upstream
 from tidegate.policy.format import MEASURES, TOTAL, plain_model, whom_it_binds
 

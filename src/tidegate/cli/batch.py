@@ -160,11 +160,11 @@ class _Lines:
 
 
 def progress_in_words(tally: Tally) -> str:
-    from tidegate.limiter.messages import span_in_words
+    from tidegate.limiter import format_span
 
     words = f"{tally.ended} of {tally.total} done, {tally.failed} failed, {tally.per_second:.1f}/s"
     if tally.left_s is not None and tally.ended < tally.total:
-        words += f", {span_in_words(tally.left_s * 1000)} left"
+        words += f", {format_span(tally.left_s * 1000)} left"
     return f"{words}; {tally.waiting}" if tally.waiting else words
 
 
@@ -176,7 +176,7 @@ def _say_stopped(tally: Tally) -> None:
 
 
 def _say_done(batch: Run, output: Path, json: bool) -> None:
-    from tidegate.limiter.messages import span_in_words
+    from tidegate.limiter import format_span
 
     tally = batch.tally
     took_s = time.monotonic() - tally.began
@@ -198,7 +198,7 @@ def _say_done(batch: Run, output: Path, json: bool) -> None:
     words = f"{tally.ended - failed} of {tally.total} succeeded, {failed} failed"
     if tally.earlier:
         words += f" ({tally.earlier} of them in an earlier run)"
-    words += f"; {span_in_words(took_s * 1000)}"
+    words += f"; {format_span(took_s * 1000)}"
     if tally.tokens:
         words += f", {tally.tokens} tokens"
     if tally.cost_micros:

@@ -85,12 +85,12 @@ def _show_heading(overview: Overview) -> None:
 
 
 def _remark(one: Any, overview: Overview) -> str:
-    from tidegate.limiter.messages import pause_in_words
+    from tidegate.limiter import format_pause
 
     remarks = []
     if one.paused_ms:
         by = f" by {one.paused_by}" if one.paused_by else ""
-        remarks.append(f"paused{by}, {pause_in_words(one.paused_ms)}")
+        remarks.append(f"paused{by}, {format_pause(one.paused_ms)}")
     if one.current != one.bound:
         remarks.append(f"now {one.current} at once")
     if one.lapsing:

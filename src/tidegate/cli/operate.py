@@ -14,7 +14,7 @@ from tidegate.cli.terminal import DONE, FAILED, Json, show, show_json, show_tabl
 
 if TYPE_CHECKING:
     from tidegate.doctor.checks import Finding
-    from tidegate.limiter.policy import PoolPolicy
+    from tidegate.limiter import PoolPolicy
     from tidegate.policy.deployment import Deployment
     from tidegate.settings import Config
     from tidegate.verify.plan import Report

@@ -13,7 +13,7 @@ from tidegate.cli.terminal import AnyPool, Json, choose_pool, chosen_pool, in_po
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tidegate.limiter.policy import PoolPolicy
+    from tidegate.limiter import PoolPolicy
     from tidegate.policy.inspection import Control
     from tidegate.rehearse.load import Arrival, Usual
     from tidegate.rehearse.report import Findings

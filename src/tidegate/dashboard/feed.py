@@ -34,9 +34,17 @@ from fastapi import FastAPI
 from tidegate.dashboard.rollup import FLUSH_EVERY_S, open_s
 from tidegate.errors import LimiterUnavailable, ShuttingDown, StoreUnavailable, TooManyFollowers
 from tidegate.http.services import Services
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import Concurrency, PoolPolicy, Quota, Rate
-from tidegate.limiter.views import LimitView, QueueView, SessionView, Snapshot
+from tidegate.limiter import (
+    Concurrency,
+    Limiter,
+    LimitView,
+    PoolPolicy,
+    QueueView,
+    Quota,
+    Rate,
+    SessionView,
+    Snapshot,
+)
 from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.policy.format import in_words
 from tidegate.store.audit import Total

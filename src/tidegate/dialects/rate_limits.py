@@ -18,8 +18,7 @@ from typing import Literal
 
 from tidegate.dialects.refusal import bounded_ms, span_ms, until_ms
 from tidegate.errors import TidegateError
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import MAX_BOUND
+from tidegate.limiter import MAX_BOUND, Limiter
 from tidegate.telemetry.logging import Log, get_logger
 
 Unit = Literal["input_tokens", "output_tokens", "tokens", "images", "requests"]

@@ -19,8 +19,7 @@ from tidegate.doctor import stores as postgresql
 from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.views import Snapshot
+from tidegate.limiter import PoolPolicy, Snapshot
 from tidegate.policy.deployment import Upstream, deployed, deployed_upstreams
 from tidegate.settings import Config, load
 from tidegate.store.records import PolicyRecord
@@ -93,7 +92,7 @@ def _with_bundled(config: Config) -> tuple[Config, str]:
 async def _valkey(
     config: Config, policies: dict[str, PoolPolicy], seen: _Seen, *, bundled: bool
 ) -> list[Finding]:
-    from tidegate.limiter.diagnostics import examine as look
+    from tidegate.limiter import examine as look
 
     assert config.redis_url is not None
     found: list[Finding] = []

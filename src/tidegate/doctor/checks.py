@@ -17,9 +17,7 @@ from urllib.request import urlopen
 
 from tidegate.embedded.servers import command_of
 from tidegate.errors import ConfigError
-from tidegate.limiter.messages import pause_in_words
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.views import Snapshot
+from tidegate.limiter import PoolPolicy, Snapshot, format_pause
 from tidegate.policy.deployment import doubtful, emulates
 from tidegate.policy.format import digest, to_plain, with_tenants
 from tidegate.policy.rollout import Origin, differences
@@ -258,7 +256,7 @@ def _paused(pool: str, snapshot: Snapshot) -> Finding:
     by = f" by {first.paused_by}" if first.paused_by else ""
     return warn(
         f"pool.{pool}.limits",
-        f"{first.limit} is paused{by}, {pause_in_words(first.paused_ms)}"
+        f"{first.limit} is paused{by}, {format_pause(first.paused_ms)}"
         + (f"; {len(paused) - 1} more" if len(paused) > 1 else ""),
         f"tidegate limits resume {first.limit}, if it should not be",
     )

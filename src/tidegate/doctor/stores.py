@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from tidegate.doctor.checks import Finding, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, TidegateError
-from tidegate.limiter.diagnostics import ServerReport, commands
-from tidegate.limiter.messages import span_in_words
+from tidegate.limiter import ServerReport, commands, format_span
 from tidegate.store.diagnostics import DatabaseReport
 
 _VALKEY_OLDEST = {"Valkey": (8, 0), "Redis": (7, 2)}
@@ -324,7 +323,7 @@ def _transactions(report: DatabaseReport) -> Finding:
     program = f", {first.program}" if first.program else ""
     return warn(
         "postgresql.transactions",
-        f"{len(report.old)} of more than 5 minutes; the oldest {span_in_words(first.age_s * 1000)}"
+        f"{len(report.old)} of more than 5 minutes; the oldest {format_span(first.age_s * 1000)}"
         f", {first.state} ({first.who}{program}, pid {first.pid}): dead rows stay until it ends",
         f"SELECT pg_terminate_backend({first.pid}), and idle_in_transaction_session_timeout",
     )

@@ -28,7 +28,7 @@ from tidegate.errors import (
     StoreUnavailable,
     Unauthenticated,
 )
-from tidegate.limiter.policy import check_tenant
+from tidegate.limiter import check_tenant
 from tidegate.store.database import GroupWriter
 from tidegate.store.tenants import FoundKey, Tenants, digest_of, is_same, prefix_of
 from tidegate.telemetry.logging import Log, get_logger

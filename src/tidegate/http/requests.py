@@ -25,7 +25,7 @@ from tidegate.http.jobs import charged_view, until_changed
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import RequestPage, StatusView, item_view, prefix_of
-from tidegate.limiter.views import Snapshot
+from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
 from tidegate.policy.inspection import waiting
 from tidegate.spine.record import CallUnderWay

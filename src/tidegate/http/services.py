@@ -29,8 +29,7 @@ from tidegate.http.origins import Origins
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_of
 from tidegate.http.quotas import Openings
 from tidegate.http.sse import abort, disconnected
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.views import Snapshot
+from tidegate.limiter import Limiter, Snapshot
 from tidegate.metrics.instruments import Metric, Tally
 from tidegate.metrics.process import Board, Exposition
 from tidegate.metrics.process import ProcessState as State

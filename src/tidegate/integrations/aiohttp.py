@@ -34,7 +34,7 @@ from tidegate.integrations.exchange import (
 )
 
 if TYPE_CHECKING:
-    from tidegate.limiter.limiter import Limiter
+    from tidegate.limiter import Limiter
 
 OVERLOAD = (ClientConnectionError, ClientPayloadError, TimeoutError)
 STREAMED = frozenset({"text/event-stream", "application/x-ndjson"})

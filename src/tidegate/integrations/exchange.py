@@ -19,16 +19,11 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from tidegate.errors import LimiterUnavailable, UpstreamTimeout
-from tidegate.limiter.permit import Hold
-from tidegate.limiter.queue import Demand
-from tidegate.limiter.sync import SyncPermit
+from tidegate.limiter import Demand, DetachedPermit, SyncPermit
 
 if TYPE_CHECKING:
     from tidegate.errors import TidegateError
-    from tidegate.limiter.limiter import Limiter
-    from tidegate.limiter.permit import Outcome
-    from tidegate.limiter.queue import Demand, Tokens
-    from tidegate.limiter.sync import SyncLimiter
+    from tidegate.limiter import Demand, Limiter, Outcome, SyncLimiter, Tokens
 
 
 # From the decoded body of a 2xx answer to the LLM tokens that it used; None is unknown.
@@ -182,7 +177,9 @@ class Exchange:
         self._limiter = limiter
         self._demand = demand
         self._overload = overload
-        self._hold = Hold(lambda: limiter.acquire_for(demand), self._stop, hard_ms=demand.hard_ms)
+        self._hold = DetachedPermit(
+            lambda: limiter.acquire_for(demand), self._stop, hard_ms=demand.hard_ms
+        )
         self.penalised = penalised
         self._scopes: set[asyncio.Timeout] = set()
         self._users = 0

@@ -17,8 +17,7 @@ from tidegate.integrations.exchange import Demanded, Penalised, Usage
 from tidegate.integrations.transport import AsyncBody, AsyncTransport, SyncBody, SyncTransport
 
 if TYPE_CHECKING:
-    from tidegate.limiter.limiter import Limiter
-    from tidegate.limiter.sync import SyncLimiter
+    from tidegate.limiter import Limiter, SyncLimiter
 
 # The limiter bounds the calls: a pool that bounds them too would let permits wait in vain.
 UNBOUNDED = httpx2.Limits(max_connections=None, max_keepalive_connections=100)

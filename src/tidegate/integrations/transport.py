@@ -23,8 +23,7 @@ from tidegate.integrations.exchange import (
 )
 
 if TYPE_CHECKING:
-    from tidegate.limiter.limiter import Limiter
-    from tidegate.limiter.sync import SyncLimiter
+    from tidegate.limiter import Limiter, SyncLimiter
 
 UNCLOSED = "an answer was neither read to its end nor closed"
 

@@ -41,7 +41,7 @@ from tidegate.errors import (
 from tidegate.jobs.native import targets_of
 from tidegate.jobs.outages import Held, Key, Look, Turn
 from tidegate.jobs.retry import is_of_upstream, retry_wait_ms
-from tidegate.limiter.permit import Permit
+from tidegate.limiter import Permit
 from tidegate.settings import Config
 from tidegate.spine.native import (
     LONGEST_BYTES,

@@ -14,7 +14,7 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.jobs.outages import Key
-from tidegate.limiter.permit import Permit
+from tidegate.limiter import Permit
 from tidegate.settings import Config
 from tidegate.spine.native import Begun, Relay, collected, detached_call, endpoint_named
 from tidegate.spine.prompt import Ask

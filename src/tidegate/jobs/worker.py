@@ -41,7 +41,7 @@ from tidegate.jobs.native import (
 )
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
 from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms, spent_wait_ms
-from tidegate.limiter.permit import Permit
+from tidegate.limiter import Permit
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import Pipeline

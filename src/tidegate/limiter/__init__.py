@@ -7,7 +7,8 @@ Knows nothing of language models, HTTP or PostgreSQL, and can be used alone:
         async with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:
             ...
 
-`courier.py` draws the states; `lua/` is what runs in Valkey; `model.py` is the specification that
+All else of this package is private to it, but for `simulation`, the engine without its I/O.
+`session.py` draws the states; `lua/` is what runs in Valkey; `model/` is the specification that
 the tests step beside it.
 """
 
@@ -26,12 +27,36 @@ from tidegate.errors import (
     TidegateError,
     UpstreamTimeout,
 )
-from tidegate.limiter.connection import OnConflict
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.permit import Acquisition, Permit
-from tidegate.limiter.policy import Adaptive, Band, Concurrency, PoolPolicy, Quota, Rate
-from tidegate.limiter.queue import Demand, Tokens
-from tidegate.limiter.sync import SyncLimiter
+from tidegate.limiter.connection import STALLED_S, OnConflict
+from tidegate.limiter.diagnostics import ServerReport, commands, examine, forget_pool, look_until
+from tidegate.limiter.limiter import Limiter, limited
+from tidegate.limiter.messages import (
+    format_pause,
+    format_span,
+    format_unit,
+    format_window,
+    limit_paused,
+)
+from tidegate.limiter.permit import Acquisition, DetachedPermit, Outcome, Permit
+from tidegate.limiter.policy import (
+    DEFAULT_BANDS,
+    DEFAULT_PRIORITY,
+    MAX_BOUND,
+    MAX_LEASE_MS,
+    UNITS,
+    Adaptive,
+    Band,
+    Concurrency,
+    Limit,
+    PoolPolicy,
+    Quota,
+    Rate,
+    Unit,
+    as_limit,
+    check_tenant,
+)
+from tidegate.limiter.queue import SPARE_MS, Demand, Tokens
+from tidegate.limiter.sync import SyncLimiter, SyncPermit
 from tidegate.limiter.views import (
     Change,
     LimitView,
@@ -48,6 +73,13 @@ from tidegate.limiter.views import (
 )
 
 __all__ = [
+    "DEFAULT_BANDS",
+    "DEFAULT_PRIORITY",
+    "MAX_BOUND",
+    "MAX_LEASE_MS",
+    "SPARE_MS",
+    "STALLED_S",
+    "UNITS",
     "Acquisition",
     "Adaptive",
     "AdmissionError",
@@ -58,7 +90,9 @@ __all__ = [
     "DeadlineExceeded",
     "Demand",
     "DemandImpossible",
+    "DetachedPermit",
     "LeaseLost",
+    "Limit",
     "LimitPaused",
     "LimitUsedUp",
     "LimitView",
@@ -67,6 +101,7 @@ __all__ = [
     "LocalState",
     "Observer",
     "OnConflict",
+    "Outcome",
     "Permit",
     "PermitView",
     "Place",
@@ -76,14 +111,29 @@ __all__ = [
     "QueueView",
     "Quota",
     "Rate",
+    "ServerReport",
     "SessionView",
     "ShuttingDown",
     "Snapshot",
     "State",
     "SyncLimiter",
+    "SyncPermit",
     "TenantView",
     "TidegateError",
     "Tokens",
+    "Unit",
     "UpstreamTimeout",
     "Why",
+    "as_limit",
+    "check_tenant",
+    "commands",
+    "examine",
+    "forget_pool",
+    "format_pause",
+    "format_span",
+    "format_unit",
+    "format_window",
+    "limit_paused",
+    "limited",
+    "look_until",
 ]

@@ -42,7 +42,7 @@ from tidegate.limiter.connection import (
     tell_loop,
 )
 from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack, too_late
-from tidegate.limiter.permit import Acquisition, Attempt
+from tidegate.limiter.permit import Acquisition, TryAcquisition
 from tidegate.limiter.policy import DEFAULT_HARD_MS, DEFAULT_PRIORITY, PoolPolicy, check_tenant
 from tidegate.limiter.queue import (
     Demand,
@@ -716,7 +716,7 @@ class Limiter(Operations):
         tokens: int | Tokens | None = None,
         images: int = 0,
         hard_ms: int | None = None,
-    ) -> Attempt:
+    ) -> TryAcquisition:
         """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if it can't
         be had at once, which takes no longer than the server's next answer, or while Valkey
         is away. Otherwise as `acquire`."""
@@ -725,12 +725,12 @@ class Limiter(Operations):
         demand = Demand(limits, tenant, priority, wanted, images, None, bound_ms, once=True)
         return self.try_acquire_for(demand)
 
-    def try_acquire_for(self, demand: Demand) -> Attempt:
+    def try_acquire_for(self, demand: Demand) -> TryAcquisition:
         """As `try_acquire`, for a demand that is there already: one that takes the first answer."""
         if demand.deadline_ms is None:
             within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
             demand = replace(demand, deadline_ms=within_ms)
-        return Attempt(self.acquire_for(demand))
+        return TryAcquisition(self.acquire_for(demand))
 
     def limited(
         self, *limits: str, **options: Unpack[AcquireOptions]

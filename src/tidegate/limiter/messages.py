@@ -63,12 +63,12 @@ def too_early(
     """There is room under a limit only after the deadline; `used` is -1 where it is paused."""
     after_ms = max(1, round(room_ms))
     if used < 0 or limit is None or isinstance(limit, Concurrency):
-        return paused(name, after_ms)
-    daily, unit, bound = isinstance(limit, Quota), unit_in_words(limit), limit.bound
-    state = f"is used up ({used} of {bound} {unit}{'' if daily else f' {window_in_words(limit)}'})"
+        return limit_paused(name, after_ms)
+    daily, unit, bound = isinstance(limit, Quota), format_unit(limit), limit.bound
+    state = f"is used up ({used} of {bound} {unit}{'' if daily else f' {format_window(limit)}'})"
     if used < bound:
         state = f"has no room for {amount} {unit} more ({used} of {bound} are used)"
-    span = span_in_words(after_ms)
+    span = format_span(after_ms)
     when = f"There is room in {span}."
     if isinstance(limit, Quota):
         when = f"It resets at 00:00 {limit.zone}, in {span}."
@@ -76,9 +76,9 @@ def too_early(
     return LimitUsedUp(said, limit=name, retry_after_ms=after_ms)
 
 
-def paused(name: str, for_ms: int) -> LimitPaused:
+def limit_paused(name: str, for_ms: int) -> LimitPaused:
     """A limit is paused for longer than a call may wait."""
-    said = f"Limit {name} is paused {pause_in_words(for_ms)}, longer than this call may wait."
+    said = f"Limit {name} is paused {format_pause(for_ms)}, longer than this call may wait."
     return LimitPaused(said, limit=name, retry_after_ms=for_ms)
 
 
@@ -92,12 +92,12 @@ def too_late(
     return DeadlineExceeded(said, limit=name, retry_after_ms=retry_ms)
 
 
-def unit_in_words(limit: Limit) -> str:
+def format_unit(limit: Limit) -> str:
     unit = "calls" if isinstance(limit, Concurrency) else limit.unit
     return _UNITS.get(unit, unit)
 
 
-def window_in_words(limit: Limit) -> str:
+def format_window(limit: Limit) -> str:
     """`a minute`, `in 90 s`; `at a time` where none counts."""
     if isinstance(limit, Concurrency):
         return "at a time"
@@ -106,7 +106,7 @@ def window_in_words(limit: Limit) -> str:
     return _WINDOWS.get(limit.window_ms, f"in {limit.window_ms / 1000:g} s")
 
 
-def span_in_words(span_ms: float) -> str:
+def format_span(span_ms: float) -> str:
     """`850 ms`, `47 s`, `3 min 5 s`, `2 h 10 min`, `3 days`."""
     if span_ms < 1_000:
         return f"{round(span_ms)} ms"
@@ -122,11 +122,11 @@ def span_in_words(span_ms: float) -> str:
     return f"{hours // 24} days"
 
 
-def pause_in_words(left_ms: float) -> str:
+def format_pause(left_ms: float) -> str:
     """`for 47 s more`, or `until it is resumed` where nobody meant an end."""
     if left_ms > _FOR_EVER_MS:
         return "until it is resumed"
-    return f"for {span_in_words(left_ms)} more"
+    return f"for {format_span(left_ms)} more"
 
 
 # ok; ask again by `tend`; the pool began a new epoch; the session is not there; a later batch

@@ -257,7 +257,7 @@ class Acquisition:
             raise LeaseLost(message) from error
 
 
-class Attempt:
+class TryAcquisition:
     """What `Limiter.try_acquire` returns: entering gives the permit, or None without waiting for
     more than the server's answer."""
 
@@ -285,7 +285,7 @@ class Attempt:
             await self._acquisition.__aexit__(kind, error, traceback)
 
 
-class Hold:
+class DetachedPermit:
     """One permit. `take` waits for it, `release` or `finish` gives it back.
 
     acquire: makes the acquisition; called on the loop, by `take`.
@@ -327,7 +327,7 @@ class Hold:
         self.failure: TidegateError | None = None
 
     def __repr__(self) -> str:
-        return f"<Hold {self.permit!r} released={self._released.is_set()}>"
+        return f"<DetachedPermit {self.permit!r} released={self._released.is_set()}>"
 
     async def take(self) -> Permit | None:
         """Wait for the permit; None is the answer of an attempt that may not wait.

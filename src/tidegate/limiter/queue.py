@@ -37,7 +37,7 @@ _LEARN = 1 / 8
 # Of how many limits the names are shown to a caller who asks for one that is unknown.
 _KNOWN_SHOWN = 8
 # Of virtual time in a ms of use by a tenant of weight 1.
-UNITS = 100_000
+VIRTUAL_UNITS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -777,7 +777,7 @@ class Ledger:
             return None
         waiter = min(found)[4]
         chosen = waiter.flow
-        self._local_tags[chosen.tenant] += waiter.cost_ms * UNITS // chosen.weight
+        self._local_tags[chosen.tenant] += waiter.cost_ms * VIRTUAL_UNITS // chosen.weight
         return waiter
 
     def recycle_unsent(self, now_ms: float) -> None:

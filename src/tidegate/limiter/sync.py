@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, Unpack
 from tidegate.errors import LeaseLost, ShuttingDown, TidegateError
 from tidegate.limiter.connection import OnConflict
 from tidegate.limiter.limiter import FOR_EVER_MS, RAMP_MS, AcquireOptions, AttemptOptions, Limiter
-from tidegate.limiter.permit import Hold, Outcome, Permit
+from tidegate.limiter.permit import DetachedPermit, Outcome, Permit
 from tidegate.limiter.policy import PoolPolicy
 from tidegate.limiter.queue import Demand
 from tidegate.limiter.views import LocalState, Observer, Snapshot
@@ -95,7 +95,7 @@ class Held:
         self._acquire = acquire
         self._hard_ms = hard_ms
         self._close = close
-        self._hold: Hold | None = None
+        self._hold: DetachedPermit | None = None
         self.lost = threading.Event()
 
     @property
@@ -107,7 +107,7 @@ class Held:
         """Wait for the permit. An exception that interrupts the waiting gives the ticket back."""
         if self._hold is not None:
             raise RuntimeError("an acquisition can be entered once")
-        hold = self._hold = Hold(self._acquire, self._stop, hard_ms=self._hard_ms)
+        hold = self._hold = DetachedPermit(self._acquire, self._stop, hard_ms=self._hard_ms)
         taking = self._limiter.submit(hold.take)
         try:
             permit = taking.result()

@@ -27,7 +27,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-from tidegate.limiter.views import Observer, State
+from tidegate.limiter import Observer, State
 from tidegate.metrics._compat import add_counts
 from tidegate.telemetry.events import JUDGE, RETRIED, Observed
 

@@ -29,8 +29,7 @@ from prometheus_client.registry import Collector
 
 from tidegate import __version__
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.views import Snapshot
+from tidegate.limiter import Limiter, Snapshot
 from tidegate.metrics.instruments import (
     MOST_MODELS,
     MOST_TENANTS,

@@ -19,7 +19,7 @@ from typing import Any
 
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import SECTIONS, check_keys, of_plain
 from tidegate.settings import Config, Doubt, misspelt, secret, split_url
 

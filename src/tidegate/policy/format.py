@@ -23,8 +23,7 @@ from typing import Any
 
 from tidegate.call import CLASSIFIER_LIMIT, OTHER_KIND, Kind
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
-from tidegate.limiter.messages import pause_in_words, span_in_words, unit_in_words, window_in_words
-from tidegate.limiter.policy import (
+from tidegate.limiter import (
     DEFAULT_BANDS,
     UNITS,
     Adaptive,
@@ -36,6 +35,10 @@ from tidegate.limiter.policy import (
     Rate,
     Unit,
     as_limit,
+    format_pause,
+    format_span,
+    format_unit,
+    format_window,
 )
 
 AT_ONCE = ("pool", "kind", "model", "tenant")
@@ -419,7 +422,7 @@ def _place(key: str) -> tuple[str, str]:
     return section, name
 
 
-__all__ = ["in_words", "ms_of", "pause_in_words", "span_in_words"]
+__all__ = ["format_pause", "format_span", "in_words", "ms_of"]
 
 _SPAN = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|h|d)")
 _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -433,7 +436,7 @@ def in_words(limit: int | Limit) -> str:
         if limit.adaptive is not None:
             said += f", adapts itself from {limit.adaptive.minimum}"
     else:
-        said = f"{limit.bound} {unit_in_words(limit)} {window_in_words(limit)}"
+        said = f"{limit.bound} {format_unit(limit)} {format_window(limit)}"
         if isinstance(limit, Quota):
             said += f" ({limit.zone})"
     return f"{said}, only counted" if limit.shadow else said

@@ -18,17 +18,21 @@ from uuid import UUID
 
 from tidegate.call import CLASSIFIER_LIMIT
 from tidegate.errors import InvalidRequest, NotFound, StoreUnavailable
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.messages import pause_in_words, span_in_words
-from tidegate.limiter.policy import MAX_BOUND, Concurrency, Limit, Rate
-from tidegate.limiter.views import (
+from tidegate.limiter import (
+    MAX_BOUND,
+    Concurrency,
+    Limit,
+    Limiter,
     LimitView,
     PermitView,
     Place,
     QueueView,
+    Rate,
     SessionView,
     Snapshot,
     TenantView,
+    format_pause,
+    format_span,
 )
 from tidegate.policy.format import MEASURES, TOTAL, in_words, plain_model, to_plain, whom_it_binds
 from tidegate.policy.rollout import PolicyKeeper
@@ -385,7 +389,7 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     """A job that waits: for its time, for a worker, or in a worker for a limit."""
     what, status = str(found.request_id), found.status.value
     if found.not_before is not None and (left := _left_ms(found.not_before)) > 0:
-        sentence = f"waits {span_in_words(left)} more before it is tried again"
+        sentence = f"waits {format_span(left)} more before it is tried again"
         if found.failure_code:
             sentence += f", after {found.failure_code}"
         return Reason(what, sentence, status)
@@ -437,7 +441,7 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
     if ahead is not None:
         sentence += f"; {ahead} {'request is' if ahead == 1 else 'requests are'} ahead"
     if rate is not None and wait_ms is not None:
-        sentence += f", at {rate:.2g}/s about {span_in_words(wait_ms)}"
+        sentence += f", at {rate:.2g}/s about {format_span(wait_ms)}"
     return Reason(
         what,
         sentence,
@@ -465,7 +469,7 @@ def _sentence_of_place(place: Place, view: LimitView | None) -> str:
     sentence = _sentence(place.held_up_by, view)
     sentence += f", {place.ahead} before it"
     if place.wait_ms is not None:
-        sentence += f", about {span_in_words(place.wait_ms)}"
+        sentence += f", about {format_span(place.wait_ms)}"
     return sentence
 
 
@@ -491,13 +495,13 @@ def _state(view: LimitView) -> str:
         before = adapted_from(view)
         adapted = "" if before is None else f" (adapted down from {before})"
         return f"{view.limit}: {view.used} of {view.current} are in use{adapted}"
-    room = f", room in {span_in_words(view.room_in_ms)}" if view.room_in_ms else ""
+    room = f", room in {format_span(view.room_in_ms)}" if view.room_in_ms else ""
     return f"{view.limit}: {view.used} of {view.bound} are spent{room}"
 
 
 def _paused(view: LimitView) -> str:
     by = f" by {view.paused_by}" if view.paused_by else ""
-    return f"{view.limit} is paused{by}, {pause_in_words(view.paused_ms)}"
+    return f"{view.limit} is paused{by}, {format_pause(view.paused_ms)}"
 
 
 def _how_it_ended(found: Whereabouts) -> str:
@@ -506,7 +510,7 @@ def _how_it_ended(found: Whereabouts) -> str:
 
 
 def _ago(at: datetime | None) -> str:
-    return "an unknown time" if at is None else span_in_words(max(0.0, -_left_ms(at)))
+    return "an unknown time" if at is None else format_span(max(0.0, -_left_ms(at)))
 
 
 def _left_ms(at: datetime) -> float:
@@ -534,7 +538,7 @@ def waiting(found: Whereabouts, snapshot: Snapshot | None, now: datetime) -> Wai
         return Waiting(f"has ended: {found.status.value}")
     if found.not_before is not None and found.not_before > now:
         left_ms = round((found.not_before - now).total_seconds() * 1000)
-        said = f"is tried again in {span_in_words(left_ms)}"
+        said = f"is tried again in {format_span(left_ms)}"
         return Waiting(
             f"{said}, after {found.failure_code}" if found.failure_code else said,
             retry_in_ms=left_ms,
@@ -542,7 +546,7 @@ def waiting(found: Whereabouts, snapshot: Snapshot | None, now: datetime) -> Wai
     if snapshot is None:
         return Waiting("waits until Valkey is back")
     if snapshot.recovering_ms:
-        left = span_in_words(snapshot.recovering_ms)
+        left = format_span(snapshot.recovering_ms)
         return Waiting(f"waits {left} more, because Valkey lost its data")
     limit = binding_limit(found, snapshot)
     if limit is not None:
@@ -554,11 +558,11 @@ def waiting(found: Whereabouts, snapshot: Snapshot | None, now: datetime) -> Wai
 
 def _for(view: LimitView) -> Waiting:
     if view.paused_ms:
-        said = f"waits for {view.limit}, which is paused {pause_in_words(view.paused_ms)}"
+        said = f"waits for {view.limit}, which is paused {format_pause(view.paused_ms)}"
     elif view.sort == "c":
         said = f"waits for {view.limit}: {view.used} of {view.current} are in use"
     else:
-        room = f", room in {span_in_words(view.room_in_ms)}" if view.room_in_ms else ""
+        room = f", room in {format_span(view.room_in_ms)}" if view.room_in_ms else ""
         said = f"waits for {view.limit}: {view.used} of {view.bound} are spent{room}"
     bound = view.current if view.sort == "c" else view.bound
     return Waiting(said, view.limit, view.used, bound, view.paused_ms or None)

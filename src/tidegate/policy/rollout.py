@@ -24,8 +24,7 @@ from functools import partial
 from typing import Any
 
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
 from tidegate.policy.format import (
     Plain,

@@ -14,7 +14,7 @@ from hashlib import sha256
 from typing import Any
 
 from tidegate.errors import ConfigError, NotFound
-from tidegate.limiter.policy import check_tenant
+from tidegate.limiter import check_tenant
 from tidegate.policy.format import Plain, share_edit, share_of, to_plain, without
 from tidegate.policy.inspection import Control
 from tidegate.store.tenants import Tenant, check_changes

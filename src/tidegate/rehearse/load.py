@@ -43,7 +43,7 @@ from typing import Any, Literal
 
 from tidegate.call import DEFAULT_TENANT, Kind
 from tidegate.errors import ConfigError
-from tidegate.limiter.policy import check_tenant
+from tidegate.limiter import check_tenant
 from tidegate.policy.format import KIND_NAMES, ms_of
 
 MOST_CALLS = 500_000

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 
 from tidegate.admission.demand import Demand
 from tidegate.checker import Event, shares
-from tidegate.limiter.messages import span_in_words
-from tidegate.limiter.model.pool import PoolModel
-from tidegate.limiter.policy import Concurrency, PoolPolicy, Rate, as_limit
-from tidegate.limiter.queue import Tokens, Waiter, amount_of
+from tidegate.limiter import Concurrency, PoolPolicy, Rate, Tokens, as_limit, format_span
+from tidegate.limiter.simulation import PoolModel, Waiter, amount_of
 from tidegate.policy.format import in_words
 from tidegate.rehearse.load import Arrival
 
@@ -440,13 +438,13 @@ def sentence_of(found: Findings) -> str:
         said.append(f"{binding[0]} binds" if binding else "no limit binds")
     late_ms = found.end_ms - found.span_ms
     if late_ms > 0.2 * found.span_ms and found.queued:
-        said.append(f"what waited was done {span_in_words(late_ms)} after the last arrival")
+        said.append(f"what waited was done {format_span(late_ms)} after the last arrival")
     return "; ".join(said) + "."
 
 
 def title_of(found: Findings) -> str:
     """Of what load."""
-    return f"{found.calls:,} calls in {span_in_words(found.span_ms)}"
+    return f"{found.calls:,} calls in {format_span(found.span_ms)}"
 
 
 def milliseconds(value: float | None) -> str:
@@ -455,7 +453,7 @@ def milliseconds(value: float | None) -> str:
         return "-"
     if 1000 <= value < 60_000:
         return f"{value / 1000:.1f} s"
-    return "0" if value < 2 else span_in_words(value)
+    return "0" if value < 2 else format_span(value)
 
 
 def _limits(found: Findings) -> Table:

@@ -22,15 +22,23 @@ from tidegate.admission.demand import Demand, Demands
 from tidegate.admission.estimator import Modality
 from tidegate.call import Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
-from tidegate.limiter.connection import LINGER_IDLE_S, LINGER_S
-from tidegate.limiter.limiter import MAX_WAITERS, Desk
-from tidegate.limiter.messages import SyncReply, SyncRequest
-from tidegate.limiter.model.pool import PoolModel
-from tidegate.limiter.policy import MAX_LEASE_MS, PoolPolicy
-from tidegate.limiter.queue import Demand as LimiterDemand
-from tidegate.limiter.queue import Flow, Holding, Ledger, Tokens
-from tidegate.limiter.session import Clock, Lease, Session
-from tidegate.limiter.views import Observer
+from tidegate.limiter import MAX_LEASE_MS, Observer, PoolPolicy, Tokens
+from tidegate.limiter import Demand as LimiterDemand
+from tidegate.limiter.simulation import (
+    LINGER_IDLE_S,
+    LINGER_S,
+    MAX_WAITERS,
+    Clock,
+    Desk,
+    Flow,
+    Holding,
+    Lease,
+    Ledger,
+    PoolModel,
+    Session,
+    SyncReply,
+    SyncRequest,
+)
 from tidegate.rehearse.load import Arrival
 from tidegate.rehearse.report import Call, Findings, Group, GroupSpread, Spread, Tally, findings_of
 

@@ -83,10 +83,8 @@ from tidegate.errors import (
     UpstreamThrottled,
     UpstreamUnauthorized,
 )
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.permit import Permit
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.queue import Demand as Wanted
+from tidegate.limiter import Demand as Wanted
+from tidegate.limiter import Limiter, Permit, PoolPolicy
 from tidegate.policy.deployment import Upstream
 from tidegate.settings import Config
 from tidegate.spine.record import (

@@ -48,8 +48,7 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamThrottled,
 )
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.permit import Acquisition, Permit
+from tidegate.limiter import Acquisition, Limiter, Permit
 from tidegate.settings import ClassifierMode, Config
 from tidegate.spine.record import Attempt
 from tidegate.spine.routing import Gate, NotWorthWaiting, Patience, Suspect

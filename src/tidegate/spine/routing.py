@@ -44,10 +44,7 @@ from tidegate.errors import (
     UpstreamTimeout,
     UpstreamUnauthorized,
 )
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.messages import paused
-from tidegate.limiter.permit import Acquisition, Permit
-from tidegate.limiter.policy import Concurrency
+from tidegate.limiter import Acquisition, Concurrency, Limiter, Permit, limit_paused
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.store.quotas import BudgetGate
 from tidegate.telemetry.logging import Log, get_logger
@@ -341,7 +338,7 @@ class Gate:
         if (out := self.out()) is not None and (out.retry_after_ms or 0) >= paused_ms - _LATER_MS:
             return out
         last = max(demand.limits, key=lambda one: self.limiter.paused_ms((one,)))
-        return paused(last, paused_ms)
+        return limit_paused(last, paused_ms)
 
     def check(self, demand: Demand, left_ms: float) -> None:
         """Raises what `late` finds."""

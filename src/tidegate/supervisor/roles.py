@@ -25,7 +25,7 @@ import uvicorn
 
 from tidegate.call import DEFAULT_POOL
 from tidegate.errors import ConfigError
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
 from tidegate.metrics.instruments import share_by_name
 from tidegate.policy.deployment import deployed, deployed_upstreams
 from tidegate.policy.inspection import Control

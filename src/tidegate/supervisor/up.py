@@ -24,9 +24,7 @@ from tidegate import __version__
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError, LimiterUnavailable
 from tidegate.http.signin import CODE_S, make_code
-from tidegate.limiter.diagnostics import look_until
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.views import Snapshot
+from tidegate.limiter import PoolPolicy, Snapshot, look_until
 from tidegate.metrics.instruments import SHARED, forget
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
 from tidegate.settings import Config, key_file, load, operator_key

@@ -20,9 +20,7 @@ from uuid import UUID
 from tidegate.call import Classification, ClassifiedBy, Kind, new_id
 from tidegate.emulator.client import EmulatorControl
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
-from tidegate.limiter.diagnostics import forget_pool
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import Limiter, PoolPolicy, forget_pool
 from tidegate.policy.format import to_plain
 from tidegate.rehearse.report import waits_of
 from tidegate.settings import Config

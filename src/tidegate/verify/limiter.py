@@ -17,10 +17,7 @@ from dataclasses import asdict, replace
 from tidegate.checker import NS, Span, first_of_new_epoch_s, in_flight, shares
 from tidegate.emulator.client import EmulatorControl
 from tidegate.errors import ConfigError, LimiterUnavailable
-from tidegate.limiter.diagnostics import forget_pool
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.queue import SPARE_MS
+from tidegate.limiter import SPARE_MS, Limiter, PoolPolicy, forget_pool
 from tidegate.policy.format import to_plain
 from tidegate.rehearse.report import waits_of
 from tidegate.verify.plan import (

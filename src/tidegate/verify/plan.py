@@ -11,7 +11,7 @@ from inspect import isawaitable
 from typing import Any
 
 from tidegate.errors import TidegateError
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
 from tidegate.settings import Config
 
 KIND = "text_only"

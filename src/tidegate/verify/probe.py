@@ -22,8 +22,7 @@ from itertools import count
 
 from tidegate.emulator.client import Caller
 from tidegate.errors import AdmissionError, LeaseLost
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy.format import of_plain
 from tidegate.telemetry import logging as telemetry
 from tidegate.verify.processes import on_end, read_orders

@@ -15,7 +15,7 @@ from tidegate.doctor.checks import Finding, State
 from tidegate.doctor.stores import judge_absence
 from tidegate.doctor.stores import judge_valkey as judge
 from tidegate.errors import ConfigError, LimiterUnavailable
-from tidegate.limiter.diagnostics import commands, examine
+from tidegate.limiter import commands, examine
 
 LEASE_MS = 3_000
 PASSWORD = "sesame"

@@ -14,8 +14,7 @@ from tidegate.embedded import servers as place
 from tidegate.embedded import servers as process
 from tidegate.embedded.lease import Folder, Lease, ensure
 from tidegate.embedded.servers import ValkeyServer
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import Limit, PoolPolicy, Quota, Rate
+from tidegate.limiter import Limit, Limiter, PoolPolicy, Quota, Rate
 
 DAY, TOKENS, CALLS, MODEL = "rpd:flash", "tph:flash", "rph:flash", "model:flash"
 HOUR_MS = 3_600_000

@@ -18,8 +18,7 @@ from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.emulator.settings import Behaviour, EmulatorSettings
 from tidegate.integrations.exchange import Penalised, Usage
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.sync import SyncLimiter
+from tidegate.limiter import Limiter, SyncLimiter
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from tidegate.integrations import aiohttp as ours_aiohttp
 from tidegate.integrations import httpx as ours_httpx
 from tidegate.integrations import httpx2 as ours_httpx2
 from tidegate.integrations.exchange import Penalised, Usage
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.queue import Demand
+from tidegate.limiter import Demand, Limiter
 
 
 class OpenAnswer(Protocol):

@@ -6,9 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tests.waiting import wait_until
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy, Rate
-from tidegate.limiter.sync import SyncLimiter
+from tidegate.limiter import Limiter, PoolPolicy, Rate, SyncLimiter
 
 LIMIT = "kind:text_only"
 OTHER = "pool:total"

@@ -26,8 +26,7 @@ from tests.integration.library.upstream import Upstream
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.queue import Demand, Tokens
+from tidegate.limiter import Demand, Limiter, Tokens
 
 MakeHttp = Callable[..., Http]
 ALL = (LIMIT, OTHER, REQUESTS, TOKENS)

@@ -24,7 +24,7 @@ from tests.integration.library.upstream import Upstream
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded, LeaseLost, UpstreamTimeout
-from tidegate.limiter.queue import Demand
+from tidegate.limiter import Demand
 
 MakeHttp = Callable[..., Http]
 ONE = Demand((LIMIT,), deadline_ms=20_000)

@@ -9,7 +9,7 @@ import pytest
 from tests.integration.library.makers import LIMIT, MakeLimiter, held
 from tests.waiting import wait_until
 from tidegate.errors import DeadlineExceeded, LeaseLost
-from tidegate.limiter.limiter import limited
+from tidegate.limiter import limited
 
 
 async def test_each_call_runs_with_a_permit_of_its_own(make_limiter: MakeLimiter) -> None:

@@ -13,7 +13,7 @@ from tests.integration.library.makers import LIMIT, MakeLimiter, MakeSync, held,
 from tests.waiting import wait_until
 from tidegate.integrations import httpx as ours_httpx
 from tidegate.integrations import httpx2 as ours_httpx2
-from tidegate.limiter.queue import Demand
+from tidegate.limiter import Demand
 
 ONE = Demand((LIMIT,), deadline_ms=20_000)
 PAIRS = pytest.mark.parametrize(

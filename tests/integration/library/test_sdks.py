@@ -20,8 +20,7 @@ from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded
 from tidegate.integrations.httpx2 import AsyncLimitedTransport, LimitedTransport
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.queue import Demand
+from tidegate.limiter import Demand, Limiter
 
 ONE = Demand((LIMIT,), deadline_ms=20_000)
 

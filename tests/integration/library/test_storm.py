@@ -14,7 +14,7 @@ from tests.integration.library.makers import LIMIT, MakeLimiter, ask, held, stre
 from tests.waiting import wait_until, work_for
 from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded
-from tidegate.limiter.queue import Demand
+from tidegate.limiter import Demand
 
 CALLS = 150
 

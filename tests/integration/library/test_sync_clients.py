@@ -22,8 +22,7 @@ from tidegate.emulator.server import Emulator
 from tidegate.errors import DeadlineExceeded, LeaseLost, UpstreamTimeout
 from tidegate.integrations import httpx as ours_httpx
 from tidegate.integrations import httpx2 as ours_httpx2
-from tidegate.limiter.queue import Demand
-from tidegate.limiter.sync import SyncLimiter
+from tidegate.limiter import Demand, SyncLimiter
 
 ONE = Demand((LIMIT,), deadline_ms=20_000)
 HEADERS = {"x-goog-api-key": "k"}

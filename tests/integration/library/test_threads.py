@@ -24,7 +24,7 @@ from tidegate.errors import (
     ShuttingDown,
     TidegateError,
 )
-from tidegate.limiter.sync import SyncLimiter
+from tidegate.limiter import SyncLimiter
 
 PATIENT_MS = 20_000
 

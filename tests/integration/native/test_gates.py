@@ -21,9 +21,7 @@ from tidegate.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import Adaptive, Concurrency, PoolPolicy
-from tidegate.limiter.queue import Demand
+from tidegate.limiter import Adaptive, Concurrency, Demand, Limiter, PoolPolicy
 from tidegate.policy.inspection import Control
 from tidegate.spine.routing import FAULTS, FIRST_PAUSE_MS, LONGEST_DOUBT_S, Gate, Suspect
 

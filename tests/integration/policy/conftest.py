@@ -10,8 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy.rollout import PolicyKeeper, policy_to_start_with
 from tidegate.store.database import Connections
 from tidegate.store.policies import Policies

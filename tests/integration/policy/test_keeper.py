@@ -15,7 +15,7 @@ from tests.integration.policy.conftest import Member, Start
 from tests.waiting import wait_until
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import ConfigError, StoreUnavailable
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
 from tidegate.policy import rollout as keeping
 from tidegate.policy.format import Plain, share_edit
 from tidegate.store import policies

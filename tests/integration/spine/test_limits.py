@@ -12,7 +12,7 @@ import pytest
 
 from tests.gateway import PNG, Gateway, Opener
 from tests.waiting import wait_until
-from tidegate.limiter.views import LimitView
+from tidegate.limiter import LimitView
 from tidegate.policy.format import edit
 
 MODEL = "gemini-2.5-flash"

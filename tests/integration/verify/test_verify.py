@@ -20,7 +20,7 @@ from tests.forked import started
 from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
 from tidegate.emulator.settings import Behaviour, EmulatorSettings
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
 from tidegate.verify.limiter import Limiting
 from tidegate.verify.plan import BATON, KIND, LIMIT, WEIGHTS, Plan, Report, Verdict
 from tidegate.verify.run import markdown_of, sentence_of

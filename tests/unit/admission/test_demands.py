@@ -9,8 +9,7 @@ import pytest
 from tidegate.admission.demand import Demand, Demands
 from tidegate.admission.estimator import Modality
 from tidegate.call import Call, Kind, Usage
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.queue import Tokens
+from tidegate.limiter import PoolPolicy, Tokens
 from tidegate.policy.format import of_plain
 
 POLICY = of_plain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tidegate.admission.demand import MOST_PRIORITY, Reach, band_of
-from tidegate.limiter.policy import DEFAULT_BANDS, Band, PoolPolicy, Quota, Rate
+from tidegate.limiter import DEFAULT_BANDS, Band, PoolPolicy, Quota, Rate
 from tidegate.policy.format import of_plain
 
 POLICY = of_plain(

@@ -12,8 +12,18 @@ from tidegate.dashboard.feed import (
     pool_frame,
     upstream_frame,
 )
-from tidegate.limiter.policy import Adaptive, Concurrency, PoolPolicy, Quota, Rate
-from tidegate.limiter.views import LimitView, QueueView, SessionView, Snapshot, TenantView
+from tidegate.limiter import (
+    Adaptive,
+    Concurrency,
+    LimitView,
+    PoolPolicy,
+    QueueView,
+    Quota,
+    Rate,
+    SessionView,
+    Snapshot,
+    TenantView,
+)
 from tidegate.metrics.process import Note, UpstreamFound
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.deploy.deployment import DEPLOY, ROOT, as_config, output, seconds
-from tidegate.limiter.connection import STALLED_S
+from tidegate.limiter import STALLED_S
 
 _FOLDER = DEPLOY / "systemd"
 _PROCESSES = (

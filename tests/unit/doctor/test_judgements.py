@@ -16,9 +16,7 @@ from tidegate.doctor import checks as machine
 from tidegate.doctor import stores as postgresql
 from tidegate.doctor import stores as valkey
 from tidegate.doctor.checks import Finding, State
-from tidegate.limiter.diagnostics import ServerReport
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.views import SessionView, Snapshot
+from tidegate.limiter import PoolPolicy, ServerReport, SessionView, Snapshot
 from tidegate.policy.format import digest, to_plain
 from tidegate.settings import key_file, load, operator_key
 from tidegate.store.diagnostics import DatabaseReport

@@ -20,7 +20,7 @@ from tidegate.integrations.exchange import (
     retry_after_ms,
     retry_info_ms,
 )
-from tidegate.limiter.queue import Demand
+from tidegate.limiter import Demand
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 

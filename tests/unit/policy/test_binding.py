@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.policy.test_waiting import IDLE, KIND, QUEUED, RATED, pool
-from tidegate.limiter.policy import Concurrency, Limit, Quota, Rate
-from tidegate.limiter.views import LimitView, QueueView
+from tidegate.limiter import Concurrency, Limit, LimitView, QueueView, Quota, Rate
 from tidegate.policy.inspection import adapted_from, admitted_per_s, binding_limit
 from tidegate.store.requests import Whereabouts
 

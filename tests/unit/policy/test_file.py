@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.limiter.policy import PoolPolicy, Rate
+from tidegate.limiter import PoolPolicy, Rate
 from tidegate.policy.deployment import deployed
 from tidegate.policy.format import AT_ONCE, of_plain
 from tidegate.settings import Config, load

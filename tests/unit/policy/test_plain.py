@@ -11,16 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import ConfigError
-from tidegate.limiter.policy import (
-    UNITS,
-    Adaptive,
-    Band,
-    Concurrency,
-    Limit,
-    PoolPolicy,
-    Quota,
-    Rate,
-)
+from tidegate.limiter import UNITS, Adaptive, Band, Concurrency, Limit, PoolPolicy, Quota, Rate
 from tidegate.policy.format import MEASURES, digest, of_plain, to_plain
 
 EVERYTHING = """

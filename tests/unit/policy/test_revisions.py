@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tidegate.errors import ConfigError
-from tidegate.limiter.policy import PoolPolicy
+from tidegate.limiter import PoolPolicy
 from tidegate.policy import rollout as revisions
 from tidegate.policy.format import Plain, digest, share_edit, to_plain, with_tenants
 from tidegate.policy.rollout import Conflict, Decision, Found, Origin, Revision, differences

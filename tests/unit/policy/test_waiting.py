@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tidegate.call import new_id
-from tidegate.limiter.views import LimitView, QueueView, Snapshot
+from tidegate.limiter import LimitView, QueueView, Snapshot
 from tidegate.policy.inspection import waiting
 from tidegate.store.requests import Whereabouts
 from tidegate.store.states import Status

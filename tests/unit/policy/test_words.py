@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.limiter.messages import pause_in_words, span_in_words
-from tidegate.limiter.policy import Adaptive, Concurrency, Limit, Quota, Rate
+from tidegate.limiter import Adaptive, Concurrency, Limit, Quota, Rate, format_pause, format_span
 from tidegate.policy.format import in_words
 
 
@@ -39,9 +38,9 @@ def test_a_limit_in_words(limit: int | Limit, said: str) -> None:
     ],
 )
 def test_a_span_in_words(span_ms: float, said: str) -> None:
-    assert span_in_words(span_ms) == said
+    assert format_span(span_ms) == said
 
 
 def test_a_pause_without_an_end_is_not_told_in_days() -> None:
-    assert pause_in_words(47_000) == "for 47 s more"
-    assert pause_in_words(100 * 365 * 86_400_000) == "until it is resumed"
+    assert format_pause(47_000) == "for 47 s more"
+    assert format_pause(100 * 365 * 86_400_000) == "until it is resumed"

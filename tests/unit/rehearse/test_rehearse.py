@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.limiter.policy import Band, PoolPolicy, Quota, Rate
+from tidegate.limiter import Band, PoolPolicy, Quota, Rate
 from tidegate.rehearse.load import Arrival, Pace, Usual, load_of
 from tidegate.rehearse.report import Findings, sentence_of, tables_of
 from tidegate.rehearse.simulation import Setting, compare, rehearse

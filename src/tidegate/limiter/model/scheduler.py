@@ -321,12 +321,12 @@ RAMP_BOUND = 64
 STARVES = 8
 # Of virtual time in a ms of use by a tenant of weight 1: what is rounded off is less than a fifth
 # of a percent from 5 ms on, at any weight.
-UNITS = 100_000
+VIRTUAL_UNITS = 100_000
 # A double counts whole numbers up to 2^53: virtual time begins again before it comes near.
 LONGEST = 1 << 51
 # How far behind a band's time the tag of a tenant that waits no more is still known: its calls may
 # be under way, and what they used is added to it. An hour of one permit of weight 1.
-BEHIND = 3_600_000 * UNITS
+BEHIND = 3_600_000 * VIRTUAL_UNITS
 
 # While a higher band uses a rate, lower ones leave one part in so many of it free.
 LEFT_FREE = 20
@@ -386,7 +386,7 @@ class Places:
 
     def step(self, cost_ms: int, tenant: str) -> int:
         """What so much use adds to a tenant's virtual time."""
-        return cost_ms * UNITS // self.weight(tenant)
+        return cost_ms * VIRTUAL_UNITS // self.weight(tenant)
 
     def band_rule(self, band: int) -> tuple[int, int]:
         """Least share and what is kept free above, in thousandths."""

@@ -1,0 +1,79 @@
+"""Engine of the limiter without its I/O: for rehearsals, benchmarks and tests.
+
+Holds the executable model of a pool, the session and the queue of a process, and the messages
+between them. Invariant: the product itself never imports this; what it exports may change with
+any version, unlike the names of `tidegate.limiter`.
+"""
+
+from tidegate.limiter.connection import LINGER_IDLE_S, LINGER_S
+from tidegate.limiter.limiter import MAX_WAITERS, Desk
+from tidegate.limiter.messages import (
+    Join,
+    Keyspace,
+    Push,
+    Renewal,
+    RenewReply,
+    ScriptName,
+    SyncReply,
+    SyncRequest,
+    flow_of,
+    fragment,
+    load,
+    pack,
+)
+from tidegate.limiter.model.pool import ON_PAGE, PoolModel
+from tidegate.limiter.model.rates import DAY_MS, span_of
+from tidegate.limiter.model.scheduler import (
+    BEHIND,
+    LONGEST,
+    BandState,
+    Gate,
+    LimitState,
+    Queue,
+    read_actual,
+    read_flow,
+    read_member,
+)
+from tidegate.limiter.queue import Batch, Flow, Holding, Ledger, Waiter, amount_of
+from tidegate.limiter.session import Clock, Lease, Session
+
+__all__ = [
+    "BEHIND",
+    "DAY_MS",
+    "LINGER_IDLE_S",
+    "LINGER_S",
+    "LONGEST",
+    "MAX_WAITERS",
+    "ON_PAGE",
+    "BandState",
+    "Batch",
+    "Clock",
+    "Desk",
+    "Flow",
+    "Gate",
+    "Holding",
+    "Join",
+    "Keyspace",
+    "Lease",
+    "Ledger",
+    "LimitState",
+    "PoolModel",
+    "Push",
+    "Queue",
+    "RenewReply",
+    "Renewal",
+    "ScriptName",
+    "Session",
+    "SyncReply",
+    "SyncRequest",
+    "Waiter",
+    "amount_of",
+    "flow_of",
+    "fragment",
+    "load",
+    "pack",
+    "read_actual",
+    "read_flow",
+    "read_member",
+    "span_of",
+]
