@@ -2,14 +2,13 @@
 
 Invariants: errors have Anthropic's shape, an overload is a 529; the input usage is in the first
 event of a stream, the output usage in the last but one; unknown fields and blocks are ignored; a
-body that Anthropic refuses is an AnthropicError that names the field.
+body that Anthropic refuses raises Refused with the field's name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -17,25 +16,34 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from tidegate.emulator import content as answers
-from tidegate.emulator import conversation
-from tidegate.emulator.content import SIGNATURE, Asked, Attached, Choice, Tool, new_response_id
-from tidegate.emulator.conversation import (
-    Called,
+from tidegate.emulator.content import (
+    SIGNATURE,
+    THOUGHTS,
+    Attached,
+    CalledFunction,
+    Choice,
     Composed,
-    Heard,
+    Conversation,
+    ModelRequest,
     Moment,
     Speaker,
+    Tool,
+    base64_bytes,
     compose,
+    new_response_id,
+)
+from tidegate.emulator.delivery import (
+    AnswerScript,
+    ScriptStep,
+    Served,
+    broken_object,
     named_event,
     stream_steps,
     whole_steps,
 )
-from tidegate.emulator.delivery import Script, Step, broken_object, deliver, deliver_other, ready
-from tidegate.emulator.dialect import Dialect, Failure, Json, Refused, wait_s
-from tidegate.emulator.limits import Fault, FaultName, Refusal
+from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
+from tidegate.emulator.limits import Fault, FaultName, LimitRefusal
 from tidegate.emulator.settings import Behaviour
-from tidegate.emulator.state import State
 
 _TYPE_OF = {
     400: "invalid_request_error",
@@ -49,19 +57,13 @@ _TYPE_OF = {
 }
 
 
-def body(status: int, message: str) -> Json:
+def error(status: int, message: str, headers: Mapping[str, str] | None = None) -> ErrorResponse:
     inner = {"type": _TYPE_OF.get(status, "api_error"), "message": message}
-    return {"type": "error", "error": inner, "request_id": f"req_{new_response_id()}"}
+    body = {"type": "error", "error": inner, "request_id": f"req_{new_response_id()}"}
+    return ErrorResponse(status, body, headers or {})
 
 
-class AnthropicError(Refused):
-    """A request that Anthropic would refuse."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(Failure(status, body(status, message)))
-
-
-def throttled(measure: str, bound: int, retry_after_s: float, per: str = "minute") -> Failure:
+def throttled(measure: str, bound: int, retry_after_s: float, per: str = "minute") -> ErrorResponse:
     """429 that says when to come back. `measure` is `requests` or `input-tokens`."""
     message = (
         f"This request would exceed your organization's rate limit of {bound} "
@@ -75,48 +77,49 @@ def throttled(measure: str, bound: int, retry_after_s: float, per: str = "minute
         f"{name}-remaining": "0",
         f"{name}-reset": reset.isoformat(timespec="seconds").replace("+00:00", "Z"),
     }
-    return Failure(429, body(429, message), headers)
+    return error(429, message, headers)
 
 
-def refused(refusal: Refusal, model: str) -> Failure:
-    """The 429 of a limit that the emulator really enforces."""
+def refused(refusal: LimitRefusal, model: str) -> ErrorResponse:
+    """The 429 of a limit that the emulator enforces."""
     wait = wait_s(refusal)
     if refusal.rate is None or wait is None:
         message = (
             f"Number of concurrent connections to {model} has exceeded your rate limit. "
             "Please try again later or contact sales."
         )
-        return Failure(429, body(429, message))
+        return error(429, message)
     measure = "input-tokens" if refusal.rate.measure == "input_tokens" else "requests"
     return throttled(measure, refusal.bound, wait, "day" if refusal.rate.per_day else "minute")
 
 
-def _throttled_on_order(fault: Fault, model: str) -> Failure | None:
+def _throttled_on_order(fault: Fault, model: str) -> ErrorResponse | None:
     minute = throttled("requests", 10, fault.retry_after_s)
     match fault.fault:
         case FaultName.THROTTLED:
             return minute
         case FaultName.THROTTLED_BARE:
-            return Failure(429, body(429, f"Rate limit of {model} reached."))
+            return error(429, f"Rate limit of {model} reached.")
         case FaultName.DAY_QUOTA:
             return throttled("requests", 250, fault.retry_after_s, "day")
         case FaultName.ERROR_LIST:
-            return Failure(429, [minute.body] if isinstance(minute.body, dict) else minute.body)
+            return ErrorResponse(
+                429, [minute.body] if isinstance(minute.body, dict) else minute.body
+            )
     return None
 
 
-ANTHROPIC = Dialect(
+ANTHROPIC = EmulatedApi(
     name="anthropic",
-    error=lambda status, message: Failure(status, body(status, message)),
+    error=error,
     refused=refused,
-    plain={
+    faults={
         FaultName.UNAVAILABLE: (529, "Overloaded"),
         FaultName.INTERNAL: (500, "Internal server error"),
         FaultName.UNAUTHORIZED: (401, "invalid x-api-key"),
         FaultName.FORBIDDEN: (403, "Your API key has no permission to use this resource."),
     },
     throttled=_throttled_on_order,
-    inside=body,
 )
 
 
@@ -125,38 +128,34 @@ _SPEAKERS: dict[str, Speaker] = {"user": "user", "assistant": "assistant", "syst
 _FILES = {"image": "image/*", "document": "application/pdf"}
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """`asked` as in Gemini's dialect, and how the answer is to come."""
-
-    asked: Asked
-    streamed: bool
+_NOT_JSON = "The request body is not valid JSON."
 
 
-def read_messages(body: Any, *, counting: bool = False) -> Wanted:
-    """Parse a body of messages, or of messages/count_tokens. Raises AnthropicError (400)."""
+def read_messages(body: Any, *, counting: bool = False) -> ModelRequest:
+    """Parse a body of messages, or of messages/count_tokens. Raises Refused (400)."""
     if not isinstance(body, dict):
-        raise AnthropicError(400, "The request body is not valid JSON.")
+        raise Refused(400, _NOT_JSON)
     model, messages, most = body.get("model"), body.get("messages"), body.get("max_tokens")
     if not isinstance(model, str) or not model:
-        raise AnthropicError(400, "model: Field required")
+        raise Refused(400, "model: Field required")
     if not isinstance(messages, list) or not messages:
-        raise AnthropicError(400, "messages: Field required")
+        raise Refused(400, "messages: Field required")
     if not counting and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise AnthropicError(400, "max_tokens: Field required, an integer of at least 1")
-    heard = Heard()
+        raise Refused(400, "max_tokens: Field required, an integer of at least 1")
+    conversation = Conversation()
     for text, _ in _blocks(body.get("system"), "system"):
-        heard.hear("system", text)
+        conversation.add("system", text)
     for index, message in enumerate(messages):
-        _hear(heard, message, f"messages.{index}")
-    asked = heard.asked(
+        _add_message(conversation, message, f"messages.{index}")
+    return conversation.request(
         model,
         schema=_schema(body),
         max_output_tokens=None if counting else most,
         thinks=_thinks(body.get("thinking"), most),
-        called=_calls(heard, body),
+        called=_calls(conversation, body),
+        shows_thoughts=_shows(body.get("thinking")),
+        streamed=body.get("stream") is True,
     )
-    return Wanted(replace(asked, shows_thoughts=_shows(body)), body.get("stream") is True)
 
 
 def _thinks(thinking: Any, most: Any) -> bool:
@@ -164,40 +163,37 @@ def _thinks(thinking: Any, most: Any) -> bool:
     if kind == "enabled":
         budget = thinking.get("budget_tokens")
         if not isinstance(budget, int) or budget < LEAST_BUDGET:
-            raise AnthropicError(
+            raise Refused(
                 400,
                 "thinking.enabled.budget_tokens: Input should be greater than or equal to "
                 f"{LEAST_BUDGET}",
             )
         if isinstance(most, int) and budget >= most:
-            raise AnthropicError(400, "`max_tokens` must be greater than `thinking.budget_tokens`.")
+            raise Refused(400, "`max_tokens` must be greater than `thinking.budget_tokens`.")
     elif kind not in ("disabled", "adaptive"):
-        raise AnthropicError(
-            400, "thinking.type: Input should be 'enabled', 'disabled' or 'adaptive'"
-        )
+        raise Refused(400, "thinking.type: Input should be 'enabled', 'disabled' or 'adaptive'")
     return kind != "disabled"
 
 
-def _shows(body: Json) -> bool:
-    thinking = body.get("thinking")
+def _shows(thinking: Any) -> bool:
     return isinstance(thinking, dict) and thinking.get("display") != "omitted"
 
 
-def _hear(heard: Heard, message: Any, place: str) -> None:
+def _add_message(conversation: Conversation, message: Any, place: str) -> None:
     role = message.get("role") if isinstance(message, dict) else None
     speaker = _SPEAKERS.get(str(role))
     if speaker is None:
-        raise AnthropicError(400, f"{place}.role: Input should be 'user', 'assistant' or 'system'")
+        raise Refused(400, f"{place}.role: Input should be 'user', 'assistant' or 'system'")
     content = message.get("content")
     results = isinstance(content, list) and any(
         isinstance(block, dict) and block.get("type") == "tool_result" for block in content
     )
-    heard.hear("tool" if results else speaker, None)
+    conversation.add("tool" if results else speaker, None)
     for block in content if isinstance(content, list) else ():
         if isinstance(block, dict) and block.get("type") == "tool_use":
-            heard.turn.called.append(str(block.get("name")))
+            conversation.called.append(str(block.get("name")))
     for text, file in _blocks(content, f"{place}.content"):
-        heard.hear("tool" if results else speaker, text, file)
+        conversation.add("tool" if results else speaker, text, file)
 
 
 def _blocks(content: Any, place: str) -> Iterator[tuple[str | None, Attached | None]]:
@@ -207,10 +203,10 @@ def _blocks(content: Any, place: str) -> Iterator[tuple[str | None, Attached | N
         yield content, None
         return
     if not isinstance(content, list):
-        raise AnthropicError(400, f"{place}: Input should be a valid string or list")
+        raise Refused(400, f"{place}: Input should be a valid string or list")
     for index, block in enumerate(content):
         if not isinstance(block, dict):
-            raise AnthropicError(400, f"{place}.{index}: Input should be an object")
+            raise Refused(400, f"{place}.{index}: Input should be an object")
         yield from _read_block(block, f"{place}.{index}")
 
 
@@ -218,7 +214,7 @@ def _read_block(block: Json, place: str) -> Iterator[tuple[str | None, Attached 
     kind = block.get("type")
     if kind == "text":
         if not isinstance(block.get("text"), str):
-            raise AnthropicError(400, f"{place}.text: Input should be a valid string")
+            raise Refused(400, f"{place}.text: Input should be a valid string")
         yield block["text"], None
     elif kind in _FILES:
         yield _file(block.get("source"), _FILES[kind], f"{place}.source")
@@ -230,17 +226,16 @@ def _file(source: Any, default: str, place: str) -> tuple[str | None, Attached |
     source = source if isinstance(source, dict) else {}
     match source.get("type"):
         case "base64":
-            data = source.get("data")
-            if not isinstance(data, str) or len(data.rstrip("=")) % 4 == 1:
-                raise AnthropicError(400, f"{place}.base64.data: Invalid base64 data")
-            size = len(data.rstrip("=")) * 3 // 4
+            size = base64_bytes(source.get("data"))
+            if size is None:
+                raise Refused(400, f"{place}.base64.data: Invalid base64 data")
             return None, Attached(str(source.get("media_type") or default), size)
         case "text":
             return str(source.get("data") or ""), None
         case "url" | "file":
             uri = str(source.get("url") or source.get("file_id") or "")
             return None, Attached(default, None, uri)
-    raise AnthropicError(400, f"{place}.type: Input should be 'base64', 'url', 'file' or 'text'")
+    raise Refused(400, f"{place}.type: Input should be 'base64', 'url', 'file' or 'text'")
 
 
 def _schema(body: Json) -> Json | None:
@@ -250,10 +245,10 @@ def _schema(body: Json) -> Json | None:
     return schema if isinstance(schema, dict) else None
 
 
-def _calls(heard: Heard, body: Json) -> Sequence[Tool]:
+def _calls(conversation: Conversation, body: Json) -> Sequence[Tool]:
     given = body.get("tools") or []
     if not isinstance(given, list):
-        raise AnthropicError(400, "tools: Input should be a valid list")
+        raise Refused(400, "tools: Input should be a valid list")
     tools = [
         Tool(item["name"], item["input_schema"])
         for item in given
@@ -269,9 +264,11 @@ def _calls(heard: Heard, body: Json) -> Sequence[Tool]:
     elif wanted.get("type") == "tool":
         named = [tool for tool in tools if tool.name == wanted.get("name")]
         if not named:
-            raise AnthropicError(400, f"Tool '{wanted.get('name')}' not found in provided tools")
+            raise Refused(400, f"Tool '{wanted.get('name')}' not found in provided tools")
         choice = named[0]
-    return heard.calls(tools, choice, several=wanted.get("disable_parallel_tool_use") is not True)
+    return conversation.calls(
+        tools, choice, several=wanted.get("disable_parallel_tool_use") is not True
+    )
 
 
 _GARBAGE = b'{"type": "content_block_delta", "del'
@@ -284,15 +281,13 @@ _STOP_REASON = {
 }
 
 
-def script(wanted: Wanted, behaviour: Behaviour, fault: Fault | None) -> Script:
-    message = _Message(wanted, compose(wanted.asked, behaviour, fault))
-    return conversation.script(
-        wanted.asked,
-        message.composed,
-        message.stream() if wanted.streamed else message.whole(),
-        streamed=wanted.streamed,
-        broken=lambda _, fault: _broken(fault, wanted.streamed),
-        headers={"request-id": f"req_{message.id}"},
+def script(asked: ModelRequest, behaviour: Behaviour, fault: Fault | None) -> AnswerScript:
+    message = _Message(asked, compose(asked, behaviour, fault))
+    return AnswerScript(
+        message.stream() if asked.streamed else message.whole(),
+        lambda _, fault: _broken(fault, asked.streamed),
+        message.composed.thoughts_tokens,
+        {"request-id": f"req_{message.id}"},
     )
 
 
@@ -307,46 +302,47 @@ def _broken(fault: Fault, streamed: bool) -> bytes:
 class _Message:
     """One answer in the shapes of this API."""
 
-    def __init__(self, wanted: Wanted, composed: Composed) -> None:
-        self.id = f"msg_{answers.new_response_id()}"
-        self.wanted = wanted
+    def __init__(self, asked: ModelRequest, composed: Composed) -> None:
+        self.id = f"msg_{new_response_id()}"
+        self._asked = asked
         self.composed = composed
 
-    def whole(self) -> list[Step]:
+    def whole(self) -> list[ScriptStep]:
         composed = self.composed
-        content = [_block(call, call.arguments) for call in composed.calls]
-        if composed.text:
-            content.insert(0, _block(None, composed.said or ""))
+        content = [
+            _block(call, (composed.said or "") if call is None else call.arguments)
+            for call in composed.blocks
+        ]
         if composed.thoughts_tokens:
             thinking = {"type": "thinking", "thinking": self._thoughts, "signature": SIGNATURE}
             content.insert(0, thinking)
         body = self._body(content, self._stop_reason, composed.output_tokens)
         return whole_steps(composed, body, composed.output_tokens)
 
-    def stream(self) -> list[Step]:
+    def stream(self) -> list[ScriptStep]:
         total = self.composed.output_tokens
         start = {"type": "message_start", "message": self._body([], None, min(1, total))}
         delta = {"stop_reason": self._stop_reason, "stop_sequence": None}
-        usage = {"input_tokens": self.wanted.asked.input_tokens, "output_tokens": total}
+        usage = {"input_tokens": self._asked.input_tokens, "output_tokens": total}
         end = {"type": "message_delta", "delta": delta, "usage": usage}
         thoughts = self.composed.thoughts_tokens
         first = 1 if thoughts else 0
-        pieces = [Step(self._thinking(), thoughts)] * first
+        pieces = [ScriptStep(self._thinking(), thoughts)] * first
         pieces += [
-            Step(_piece(moment, moment.block + first), moment.output_tokens)
+            ScriptStep(_piece(moment, moment.block + first), moment.output_tokens)
             for moment in self.composed.moments()
         ]
         return stream_steps(
             named_event(start) + named_event({"type": "ping"}),
-            pieces or [Step(b"", total)],
+            pieces or [ScriptStep(b"", total)],
             named_event(end) + named_event({"type": "message_stop"}),
         )
 
     @property
     def _thoughts(self) -> str:
         """As many words as are charged for, where they are to be shown."""
-        words = answers.THOUGHTS.split()[: self.composed.thoughts_tokens]
-        return " ".join(words) if self.wanted.asked.shows_thoughts else ""
+        words = THOUGHTS.split()[: self.composed.thoughts_tokens]
+        return " ".join(words) if self._asked.shows_thoughts else ""
 
     def _thinking(self) -> bytes:
         """The block of thoughts as events: the text, then its signature, then the end."""
@@ -367,12 +363,12 @@ class _Message:
             "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self.wanted.asked.model,
+            "model": self._asked.model,
             "content": content,
             "stop_reason": stop_reason,
             "stop_sequence": None,
             "usage": {
-                "input_tokens": self.wanted.asked.input_tokens,
+                "input_tokens": self._asked.input_tokens,
                 "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": 0,
                 "output_tokens": output_tokens,
@@ -381,7 +377,7 @@ class _Message:
         }
 
 
-def _block(call: Called | None, said: str) -> Json:
+def _block(call: CalledFunction | None, said: str) -> Json:
     """A block of content; an input that a bound has cut off is no JSON, and left empty."""
     if call is None:
         return {"type": "text", "text": said}
@@ -413,70 +409,56 @@ MODELS = ("claude-haiku-5-5", "claude-opus-5-5", "claude-sonnet-5-5")
 _PREFIX = "/v1/"
 
 
-class AnthropicFront:
-    """What comes for Anthropic's API."""
+def wants(request: web.BaseRequest) -> bool:
+    """Whether a request is for this API.
 
-    dialect = ANTHROPIC
+    `/v1/models` is a path of all three: this API's requests have a version in a header.
+    """
+    if not request.path.startswith(_PREFIX):
+        return False
+    name = request.path.removeprefix(_PREFIX)
+    return name.partition("/")[0] == "messages" or "anthropic-version" in request.headers
 
-    def __init__(self, state: State) -> None:
-        self.state = state
 
-    def wants(self, request: web.BaseRequest) -> bool:
-        """`/v1/models` is a path of all three: here it comes with a version in a header."""
-        if not request.path.startswith(_PREFIX):
-            return False
-        name = request.path.removeprefix(_PREFIX)
-        return name.partition("/")[0] == "messages" or "anthropic-version" in request.headers
+async def route(served: Served) -> web.StreamResponse:
+    request, behaviour = served.request, served.behaviour
+    _check_headers(request)
+    match request.method, request.path.removeprefix(_PREFIX).rstrip("/").split("/"):
+        case "POST", ["messages"]:
+            asked = read_messages(await served.json(_NOT_JSON))
+            _check_model(behaviour, asked.model)
+            return await served.generate(asked, partial(script, asked, served.behaviour))
+        case "POST", ["messages", "count_tokens"]:
+            asked = read_messages(await served.json(_NOT_JSON), counting=True)
+            _check_model(behaviour, asked.model)
+            counted = {"input_tokens": asked.input_tokens}
+            return await served.other("count", asked.model, lambda: counted)
+        case "GET", ["models"]:
+            return await served.other("models", "", _list_models)
+        case "GET", ["models", model]:
+            return await served.other("models", model, lambda: _model(served.behaviour, model))
+    raise Refused(404, f"Not found: {request.method} {request.path}")
 
-    async def route(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._check_headers(request)
-        match request.method, request.path.removeprefix(_PREFIX).rstrip("/").split("/"):
-            case "POST", ["messages"]:
-                wanted = read_messages(await _json(request))
-                self._check_model(wanted.asked.model)
-                scripted = partial(script, wanted, self.state.behaviour)
-                method = "stream" if wanted.streamed else "generate"
-                return await deliver(self.state, request, ANTHROPIC, wanted.asked, method, scripted)
-            case "POST", ["messages", "count_tokens"]:
-                asked = read_messages(await _json(request), counting=True).asked
-                self._check_model(asked.model)
-                counted = ready(lambda: {"input_tokens": asked.input_tokens})
-                return await deliver_other(
-                    self.state, request, ANTHROPIC, "count", asked.model, counted
-                )
-            case "GET", ["models"]:
-                return await deliver_other(
-                    self.state, request, ANTHROPIC, "models", "", ready(_list_models)
-                )
-            case "GET", ["models", model]:
-                return await deliver_other(
-                    self.state,
-                    request,
-                    ANTHROPIC,
-                    "models",
-                    model,
-                    ready(lambda: self._model(model)),
-                )
-        raise AnthropicError(404, f"Not found: {request.method} {request.path}")
 
-    @staticmethod
-    def _check_headers(request: web.BaseRequest) -> None:
-        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-        key = request.headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
-        if not key:
-            raise AnthropicError(401, "x-api-key header is required")
-        if key == "invalid-key":
-            raise AnthropicError(401, "invalid x-api-key")
-        if "anthropic-version" not in request.headers:
-            raise AnthropicError(400, "anthropic-version: header is required")
+def _check_headers(request: web.BaseRequest) -> None:
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    key = request.headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
+    if not key:
+        raise Refused(401, "x-api-key header is required")
+    if key == "invalid-key":
+        raise Refused(401, "invalid x-api-key")
+    if "anthropic-version" not in request.headers:
+        raise Refused(400, "anthropic-version: header is required")
 
-    def _check_model(self, model: str) -> None:
-        if self.state.behaviour.strict_models and model not in MODELS:
-            raise AnthropicError(404, f"model: {model}")
 
-    def _model(self, model: str) -> Json:
-        self._check_model(model)
-        return _describe(model)
+def _check_model(behaviour: Behaviour, model: str) -> None:
+    if behaviour.strict_models and model not in MODELS:
+        raise Refused(404, f"model: {model}")
+
+
+def _model(behaviour: Behaviour, model: str) -> Json:
+    _check_model(behaviour, model)
+    return _describe(model)
 
 
 def _describe(model: str) -> Json:
@@ -492,13 +474,3 @@ def _describe(model: str) -> Json:
 def _list_models() -> Json:
     data = [_describe(name) for name in MODELS]
     return {"data": data, "has_more": False, "first_id": MODELS[0], "last_id": MODELS[-1]}
-
-
-async def _json(request: web.BaseRequest) -> Any:
-    try:
-        return orjson.loads(await request.read())
-    except orjson.JSONDecodeError:
-        raise AnthropicError(400, "The request body is not valid JSON.") from None
-
-
-__all__ = ["AnthropicFront"]

@@ -1,24 +1,26 @@
 """Delivery of answers in any dialect: pace, counting, and faults in mid-answer.
 
 Invariant: a call counts as in flight until just before its last bytes are handed to the kernel, so
-that whoever has read the whole answer is never counted as still being served.
+that a client that has read the whole answer is never counted as still being served.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import isawaitable
 from typing import Any, Literal, NoReturn
 
 import orjson
 from aiohttp import web
 
-from tidegate.emulator.content import Asked
-from tidegate.emulator.dialect import Dialect, Failure
+from tidegate.emulator.content import Composed, ModelRequest
+from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused
 from tidegate.emulator.limits import BREAKS_OFF, MID_ANSWER, Fault, FaultName
-from tidegate.emulator.settings import Distribution
-from tidegate.emulator.state import LoggedCall, State
+from tidegate.emulator.settings import Behaviour, Distribution
+from tidegate.emulator.state import EmulatorState, LoggedCall
 
 EMULATOR_HEADER = "x-tidegate-emulator"
 EMULATED = {EMULATOR_HEADER: "1"}
@@ -29,7 +31,7 @@ UNAVAILABLE = "The service is currently unavailable."
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScriptStep:
     """What goes out at one moment, and the answer's LLM tokens that are out by then."""
 
     data: bytes
@@ -37,22 +39,19 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
+class AnswerScript:
     """An answer, step by step. One that is not streamed is the data of its last step.
 
     `broken` gives the bytes of a fault that strikes instead of the step of that number.
     """
 
-    steps: Sequence[Step]
-    streamed: bool
-    input_tokens: int
+    steps: Sequence[ScriptStep]
     broken: Callable[[int, Fault], bytes]
     thoughts_tokens: int = 0
-    content_type: str = JSON_TYPE
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Scripted = Callable[[Fault | None], Script]
+Scripted = Callable[[Fault | None], AnswerScript]
 
 
 def json_response(status: int, body: Any, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -60,144 +59,170 @@ def json_response(status: int, body: Any, headers: Mapping[str, str] | None = No
     return web.Response(status=status, body=orjson.dumps(body), headers=whole)
 
 
-def failed(failure: Failure) -> web.Response:
-    return json_response(failure.status, failure.body, failure.headers)
+def failed(error: ErrorResponse) -> web.Response:
+    return json_response(error.status, error.body, error.headers)
 
 
-def broken_object(dialect: Dialect, garbage: bytes, fault: Fault) -> bytes:
-    """What stands where JSON should: half of it, or an error object."""
+def broken_object(api: EmulatedApi, garbage: bytes, fault: Fault) -> bytes:
+    """The bytes in place of JSON: half of it, or an error object."""
     if fault.fault is FaultName.GARBAGE:
         return garbage
     message = EXHAUSTED if fault.code == 429 else UNAVAILABLE
-    return orjson.dumps(dialect.inside(fault.code, message))
+    return orjson.dumps(api.error(fault.code, message).body)
 
 
-async def deliver(
-    state: State,
-    request: web.BaseRequest,
-    dialect: Dialect,
-    asked: Asked,
-    method: str,
-    scripted: Scripted,
-) -> web.StreamResponse:
-    """Serve a call that generates; `scripted` composes its answer, given its fault.
-
-    `method` is what the log calls it: `generate` or `stream`.
-    """
-    with state.serving(
-        request,
-        kind=asked.kind,
-        model=asked.model,
-        method=method,
-        prompt=asked.prompt,
-        input_tokens=asked.input_tokens,
-        dialect=dialect.name,
-    ) as call:
-        fault = state.faults.strike(asked.kind, asked.prompt)
-        if (early := await _early_fault(state, request, dialect, call, fault)) is not None:
-            return early
-        return await _Answering(state, request, call, scripted(fault), fault).run()
+def whole_steps(composed: Composed, body: Json, output_tokens: int) -> list[ScriptStep]:
+    """An answer that is not streamed: it takes as many moments as it would as a stream."""
+    waits = max(len(composed.moments()) - 1, 0)
+    return [ScriptStep(b"", 0)] * waits + [ScriptStep(orjson.dumps(body), output_tokens)]
 
 
-async def deliver_other(
-    state: State,
-    request: web.BaseRequest,
-    dialect: Dialect,
-    method: str,
-    model: str,
-    answer: Callable[[], Awaitable[web.Response]],
-    *,
-    input_tokens: int = 0,
-) -> web.StreamResponse:
-    """Serve a call that generates nothing; it is counted as the kind `other`."""
-    with state.serving(
-        request,
-        kind="other",
-        model=model,
-        method=method,
-        prompt=request.path,
-        input_tokens=input_tokens,
-        dialect=dialect.name,
-    ) as call:
-        fault = state.faults.strike("other", request.path)
-        if (early := await _early_fault(state, request, dialect, call, fault)) is not None:
-            return early
-        delay_ms = state.behaviour.first_byte("other").draw_ms(state.random)
-        if fault is not None and fault.fault is FaultName.SLOW_FIRST_TOKEN:
-            delay_ms += fault.delay_ms
-        if delay_ms > 0:
-            await asyncio.sleep(delay_ms / 1000)
-        response = await answer()
-        if fault is not None and fault.fault is FaultName.GARBAGE:
-            response.body = b'{"broken": ['
-            state.ledger.end(call, "failed")
-        state.ledger.charge(call, input_tokens, 0)
-        if isinstance(response.body, bytes):
-            state.ledger.sent(call, len(response.body))
-        return response
+def stream_steps(head: bytes, pieces: Iterable[ScriptStep], tail: bytes) -> list[ScriptStep]:
+    """A stream: what comes before goes out with the first piece, what comes after with the last."""
+    found = list(pieces)
+    found[0] = ScriptStep(head + found[0].data, found[0].output_tokens)
+    found[-1] = ScriptStep(found[-1].data + tail, found[-1].output_tokens)
+    return found
 
 
-def ready(answer: Callable[[], Any]) -> Callable[[], Awaitable[web.Response]]:
-    """An answer for `deliver_other` that needs no waiting."""
+def data_event(data: bytes) -> bytes:
+    return b"data: %s\n\n" % data
 
-    async def respond() -> web.Response:
-        return json_response(200, answer())
 
-    return respond
+def named_event(event: Json) -> bytes:
+    """An SSE event that is named by its type."""
+    return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), orjson.dumps(event))
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A request and the API that serves it."""
+
+    state: EmulatorState
+    request: web.BaseRequest
+    api: EmulatedApi
+
+    @property
+    def behaviour(self) -> Behaviour:
+        return self.state.behaviour
+
+    async def json(self, complaint: str) -> Any:
+        """The body; raises Refused (400) with `complaint`, where `{}` stands for the reason."""
+        try:
+            return orjson.loads(await self.request.read())
+        except orjson.JSONDecodeError as broken:
+            raise Refused(400, complaint.format(broken)) from None
+
+    async def generate(
+        self, asked: ModelRequest, scripted: Scripted, content_type: str | None = None
+    ) -> web.StreamResponse:
+        """Serve a call that generates; `scripted` composes its answer, given its fault."""
+        method = "stream" if asked.streamed else "generate"
+        with self._serving(asked.kind, asked.model, method, asked.prompt, asked.input_tokens) as (
+            call,
+            fault,
+        ):
+            if (early := await self._early_fault(call, fault)) is not None:
+                return early
+            content_type = content_type or (SSE_TYPE if asked.streamed else JSON_TYPE)
+            script = scripted(fault)
+            return await _Answering(self, call, asked, script, fault, content_type).run()
+
+    async def other(
+        self,
+        method: str,
+        model: str,
+        answer: Callable[[], Json | Awaitable[web.Response]],
+        *,
+        input_tokens: int = 0,
+    ) -> web.StreamResponse:
+        """Serve a call that generates nothing; it is counted as the kind `other`."""
+        with self._serving("other", model, method, self.request.path, input_tokens) as (
+            call,
+            fault,
+        ):
+            if (early := await self._early_fault(call, fault)) is not None:
+                return early
+            ledger = self.state.ledger
+            delay_ms = self.behaviour.first_byte("other").draw_ms(self.state.random)
+            if fault is not None and fault.fault is FaultName.SLOW_FIRST_TOKEN:
+                delay_ms += fault.delay_ms
+            if delay_ms > 0:
+                await asyncio.sleep(delay_ms / 1000)
+            found = answer()
+            response = await found if isawaitable(found) else json_response(200, found)
+            if fault is not None and fault.fault is FaultName.GARBAGE:
+                response.body = b'{"broken": ['
+                ledger.end(call, "failed")
+            ledger.charge(call, input_tokens, 0)
+            if isinstance(response.body, bytes):
+                ledger.sent(call, len(response.body))
+            return response
+
+    @contextmanager
+    def _serving(
+        self, kind: str, model: str, method: str, prompt: str, input_tokens: int
+    ) -> Iterator[tuple[LoggedCall, Fault | None]]:
+        """Count the call until the block ends, and choose its fault."""
+        with self.state.serving(
+            self.request,
+            kind=kind,
+            model=model,
+            method=method,
+            prompt=prompt,
+            input_tokens=input_tokens,
+            dialect=self.api.name,
+        ) as call:
+            yield call, self.state.faults.strike(kind, prompt)
+
+    async def _early_fault(self, call: LoggedCall, fault: Fault | None) -> web.Response | None:
+        """Carry out a fault that ends the call before its answer; None for any other."""
+        if fault is None:
+            return None
+        call.fault = fault.fault.value
+        if fault.fault is FaultName.HANG:
+            await _forever()
+        if fault.fault is FaultName.CUT:
+            await self.cut(call)
+        if (error := self.api.ordered(fault, call.model)) is not None:
+            self.state.ledger.end(call, "failed")
+            return failed(error)
+        return None
+
+    async def cut(self, call: LoggedCall) -> NoReturn:
+        """Close the connection; the loss of it then cancels this task."""
+        self.state.ledger.end(call, "failed")
+        if self.request.transport is not None:
+            self.request.transport.close()
+        await _forever()
 
 
 async def _forever() -> NoReturn:
-    """Until cancelled, as happens when the client leaves or the server stops."""
+    """Wait until cancelled, as happens when the client leaves or the server stops."""
     await asyncio.get_running_loop().create_future()
-    raise AssertionError("nobody sets this future")
-
-
-async def _cut(state: State, request: web.BaseRequest, call: LoggedCall) -> NoReturn:
-    """Close the connection; the loss of it then cancels this task."""
-    state.ledger.end(call, "failed")
-    if request.transport is not None:
-        request.transport.close()
-    await _forever()
-
-
-async def _early_fault(
-    state: State,
-    request: web.BaseRequest,
-    dialect: Dialect,
-    call: LoggedCall,
-    fault: Fault | None,
-) -> web.Response | None:
-    """Carry out a fault that ends the call before it is answered; None when it is not one."""
-    if fault is None:
-        return None
-    call.fault = fault.fault.value
-    if fault.fault is FaultName.HANG:
-        await _forever()
-    if fault.fault is FaultName.CUT:
-        await _cut(state, request, call)
-    if (failure := dialect.ordered(fault, call.model)) is not None:
-        state.ledger.end(call, "failed")
-        return failed(failure)
-    return None
+    raise AssertionError("no code sets this future")
 
 
 class _Answering:
-    """One answer on its way."""
+    """One answer being sent."""
 
     def __init__(
         self,
-        state: State,
-        request: web.BaseRequest,
+        served: Served,
         call: LoggedCall,
-        script: Script,
+        asked: ModelRequest,
+        script: AnswerScript,
         fault: Fault | None,
+        content_type: str,
     ) -> None:
-        self._state = state
-        self._request = request
+        self._served = served
+        self._state = served.state
         self._call = call
+        self._asked = asked
         self._script = script
         self._fault = fault
-        self._behaviour = state.behaviour
+        self._headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
+        self._behaviour = served.behaviour
 
     async def run(self) -> web.StreamResponse:
         await self._pause(self._behaviour.first_byte(self._call.kind))
@@ -205,7 +230,7 @@ class _Answering:
             await asyncio.sleep(self._fault.delay_ms / 1000)
         in_mid_answer = self._fault is not None and self._fault.fault in MID_ANSWER
         fault = self._fault if in_mid_answer else None
-        if self._script.streamed:
+        if self._asked.streamed:
             return await self._send_stream(fault)
         for _ in self._script.steps[1:]:
             await self._between()
@@ -222,9 +247,9 @@ class _Answering:
         step = self._script.steps[-1]
         data = step.data
         if fault is not None and fault.fault in BREAKS_OFF:
-            response = self._response()
+            response = web.StreamResponse(headers=self._headers)
             response.content_length = len(data)
-            await response.prepare(self._request)
+            await response.prepare(self._served.request)
             self._charge(step)
             await self._write(response, data[: len(data) // 2])
             await self._break_off(fault)
@@ -233,12 +258,12 @@ class _Answering:
         else:
             self._charge(step)
         self._end("finished" if fault is None else "failed", len(data))
-        return web.Response(body=data, headers=self._headers())
+        return web.Response(body=data, headers=self._headers)
 
     async def _send_stream(self, fault: Fault | None) -> web.StreamResponse:
         steps = self._script.steps
-        response = self._response()
-        await response.prepare(self._request)
+        response = web.StreamResponse(headers=self._headers)
+        await response.prepare(self._served.request)
         for index, step in enumerate(steps):
             if index:
                 await self._between()
@@ -263,22 +288,16 @@ class _Answering:
 
     async def _break_off(self, fault: Fault) -> NoReturn:
         if fault.fault is FaultName.CUT_MID_STREAM:
-            await _cut(self._state, self._request, self._call)
+            await self._served.cut(self._call)
         await _forever()
-
-    def _headers(self) -> dict[str, str]:
-        return EMULATED | {"Content-Type": self._script.content_type} | dict(self._script.headers)
-
-    def _response(self) -> web.StreamResponse:
-        return web.StreamResponse(headers=self._headers())
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
         self._state.ledger.sent(self._call, len(data))
         await response.write(data)
 
-    def _charge(self, step: Step) -> None:
+    def _charge(self, step: ScriptStep) -> None:
         self._state.ledger.charge(
-            self._call, self._script.input_tokens, step.output_tokens, self._script.thoughts_tokens
+            self._call, self._asked.input_tokens, step.output_tokens, self._script.thoughts_tokens
         )
 
     def _end(self, outcome: Literal["finished", "failed"], last_bytes: int) -> None:

@@ -1,115 +1,533 @@
 """Gemini's API: generateContent, streamGenerateContent, tokens, models and files.
 
-Invariant: every error is a google.rpc body.
+Invariants: every error is a google.rpc body; sound is 16-bit little-endian PCM with one channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from array import array
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from hashlib import sha256
+from sys import byteorder
 from typing import Any, Literal
 
 import orjson
 from aiohttp import web
 
-from tidegate.emulator import content as answers
-from tidegate.emulator import dialect as wire
-from tidegate.emulator.content import Asked, get, read_generate
+from tidegate.emulator.content import (
+    OUTPUT_PICTURE_TOKENS,
+    SIGNATURE,
+    THOUGHTS,
+    Attached,
+    Choice,
+    Conversation,
+    ModelRequest,
+    Speaker,
+    Tool,
+    answer_text,
+    arguments,
+    base64_bytes,
+    cut,
+    draw,
+    embedding,
+    get,
+    listed,
+    new_response_id,
+    quoted,
+    thoughts_of,
+)
 from tidegate.emulator.delivery import (
     EMULATED,
     JSON_TYPE,
     SSE_TYPE,
-    Script,
-    Step,
+    AnswerScript,
+    ScriptStep,
+    Served,
     broken_object,
-    deliver,
-    deliver_other,
     json_response,
-    ready,
 )
-from tidegate.emulator.dialect import GEMINI, Json, WireError, key_invalid, key_missing
-from tidegate.emulator.limits import BODIES, Fault, FaultName
+from tidegate.emulator.dialect import EmulatedApi, ErrorResponse, Json, Refused, wait_s
+from tidegate.emulator.limits import BODIES, Fault, FaultName, LimitRefusal
 from tidegate.emulator.settings import Behaviour
-from tidegate.emulator.state import State
 
-Framing = Literal["whole", "sse", "array"]
-Framed = Callable[[int, bytes], bytes]
-_GARBAGE = b'{"candidates": [{"content": {"parts": [{"te'
+_TYPE = "type.googleapis.com/google.rpc."
+_QUOTA_URL = "https://ai.google.dev/gemini-api/docs/rate-limits"
+STATUS_OF = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    413: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+}
 
 
-async def generate(
-    state: State, request: web.BaseRequest, model: str, body: Any, framing: Framing
-) -> web.StreamResponse:
-    asked = read_generate(model, body, state.files.look_up)
-    method = "generate" if framing == "whole" else "stream"
-    scripted = partial(_script, asked, state.behaviour, framing)
-    return await deliver(state, request, wire.GEMINI, asked, method, scripted)
+def error(code: int, message: str, details: Sequence[Json] = ()) -> ErrorResponse:
+    inner: Json = {"code": code, "message": message, "status": STATUS_OF.get(code, "UNKNOWN")}
+    if details:
+        inner["details"] = list(details)
+    return ErrorResponse(code, {"error": inner})
 
 
-def _script(asked: Asked, behaviour: Behaviour, framing: Framing, fault: Fault | None) -> Script:
-    frame = _FRAMED[framing]
-    bodies = _bodies(asked, behaviour, framing, fault)
-    steps = [
-        Step(frame(index, orjson.dumps(body)), output_tokens)
-        for index, (body, output_tokens) in enumerate(bodies)
+def check_key(request: web.BaseRequest) -> str:
+    """The key of a request; raises Refused as Gemini does without one."""
+    key = request.headers.get("x-goog-api-key") or request.query.get("key")
+    if not key:
+        raise Refused(
+            403,
+            "Method doesn't allow unregistered callers (callers without established identity). "
+            "Please use API Key or other form of API consumer identity to call this API.",
+        )
+    if key == "invalid-key":
+        detail = {
+            "@type": f"{_TYPE}ErrorInfo",
+            "reason": "API_KEY_INVALID",
+            "domain": "googleapis.com",
+            "metadata": {"service": "generativelanguage.googleapis.com"},
+        }
+        message = "API key not valid. Please pass a valid API key."
+        raise Refused(400, message, details=[detail])
+    return key
+
+
+def throttled(
+    model: str, *, quota_id: str, metric: str, value: int, retry_after_s: float | None
+) -> ErrorResponse:
+    """429 as Gemini words it; without a time to name there is no RetryInfo."""
+    violation = {
+        "quotaMetric": f"generativelanguage.googleapis.com/{metric}",
+        "quotaId": quota_id,
+        "quotaDimensions": {"location": "global", "model": model},
+        "quotaValue": str(value),
+    }
+    details: list[Json] = [
+        {
+            "@type": f"{_TYPE}Help",
+            "links": [{"description": "Learn more about Gemini API quotas", "url": _QUOTA_URL}],
+        },
+        {"@type": f"{_TYPE}QuotaFailure", "violations": [violation]},
     ]
-    if framing == "array":
-        steps[-1] = Step(steps[-1].data + b"]", steps[-1].output_tokens)
-    return Script(
-        steps,
-        streamed=framing != "whole",
-        input_tokens=asked.input_tokens,
-        broken=lambda index, fault: frame(index, broken_object(wire.GEMINI, _GARBAGE, fault)),
-        thoughts_tokens=answers.thoughts_of(asked),
-        content_type=SSE_TYPE if framing == "sse" else JSON_TYPE,
+    message = (
+        "You exceeded your current quota, please check your plan and billing details. "
+        f"For more information on this error, head to: {_QUOTA_URL}."
+    )
+    if retry_after_s is not None:
+        message += f"\nPlease retry in {retry_after_s:.9g}s."
+        details.append({"@type": f"{_TYPE}RetryInfo", "retryDelay": f"{retry_after_s:.9g}s"})
+    return error(429, message, details)
+
+
+def refused(refusal: LimitRefusal, model: str) -> ErrorResponse:
+    """The 429 of a limit that the emulator enforces."""
+    rate = refusal.rate
+    if rate is None:
+        quota_id, metric = "GenerateConcurrentRequestsPerProject", "generate_concurrent_requests"
+    elif rate.measure == "input_tokens":
+        per = "Day" if rate.per_day else "Minute"
+        quota_id = f"GenerateContentInputTokensPerModelPer{per}-Emulated"
+        metric = "generate_content_input_token_count"
+    else:
+        per = "Day" if rate.per_day else "Minute"
+        quota_id = f"GenerateRequestsPer{per}PerProjectPerModel-Emulated"
+        metric = "generate_requests"
+    return throttled(
+        model,
+        quota_id=quota_id,
+        metric=metric,
+        value=refusal.bound,
+        retry_after_s=wait_s(refusal),
     )
 
 
-def _bodies(
-    asked: Asked, behaviour: Behaviour, framing: Framing, fault: Fault | None
-) -> list[tuple[Json, int]]:
-    """One body a step in time, with the LLM tokens sent by then."""
-    response_id = answers.new_response_id()
-    thoughts = answers.thoughts_of(asked)
-    written = answers.write(asked, behaviour)
-    if fault is not None and fault.fault in BODIES:
-        tokens = written.tokens if fault.fault is FaultName.UNKNOWN_FINISH else 0
-        return [(_faulty_body(fault, asked, written, response_id), tokens + thoughts)]
-    if framing == "whole":
-        body = answers.whole(asked, written, response_id)
-        return [({}, 0)] * (len(written.parts) - 1) + [(body, written.tokens + thoughts)]
-    sent = 0
-    bodies = []
-    for body, (_, tokens) in zip(
-        answers.chunks(asked, written, response_id), written.parts, strict=True
-    ):
-        sent += tokens
-        bodies.append((body, sent + thoughts))
-    return bodies
+def throttled_on_order(fault: Fault, model: str) -> ErrorResponse | None:
+    match fault.fault:
+        case FaultName.THROTTLED:
+            return _free_tier(model, "Minute", 10, fault.retry_after_s)
+        case FaultName.THROTTLED_BARE:
+            return error(429, "Resource has been exhausted (e.g. check quota).")
+        case FaultName.DAY_QUOTA:
+            return _free_tier(model, "Day", 250, fault.retry_after_s)
+        case FaultName.ERROR_LIST:
+            minute = _free_tier(model, "Minute", 10, fault.retry_after_s).body
+            return ErrorResponse(429, [minute] if isinstance(minute, dict) else minute)
+    return None
 
 
-_FRAMED: dict[Framing, Framed] = {
+def _free_tier(model: str, per: str, value: int, retry_after_s: float) -> ErrorResponse:
+    return throttled(
+        model,
+        quota_id=f"GenerateRequestsPer{per}PerProjectPerModel-FreeTier",
+        metric="generate_content_free_tier_requests",
+        value=value,
+        retry_after_s=retry_after_s,
+    )
+
+
+GEMINI = EmulatedApi(
+    name="gemini",
+    error=error,
+    refused=refused,
+    faults={
+        FaultName.UNAVAILABLE: (503, "The model is overloaded. Please try again later."),
+        FaultName.INTERNAL: (500, "An internal error has occurred. Please retry."),
+        FaultName.UNAUTHORIZED: (401, "Request had invalid authentication credentials."),
+        FaultName.FORBIDDEN: (
+            403,
+            "Your API key was reported as leaked. Please use another API key.",
+        ),
+    },
+    throttled=throttled_on_order,
+)
+
+
+_CHOICES: Mapping[str, Choice] = {
+    "AUTO": "auto",
+    "MODE_UNSPECIFIED": "auto",
+    "VALIDATED": "auto",
+    "ANY": "required",
+    "NONE": "none",
+}
+_BAD_CHOICE = "Invalid value at 'tool_config.function_calling_config"
+_TYPE_OF_MODE = "type.googleapis.com/google.ai.generativelanguage.v1beta.FunctionCallingConfig.Mode"
+_BAD_BODY = "Invalid JSON payload received. {}"
+FileLookup = Callable[[str], Attached]
+
+
+def read_generate(
+    model: str, body: Any, lookup: FileLookup, *, streamed: bool = False
+) -> ModelRequest:
+    """Parse a body of generateContent, streamGenerateContent or countTokens.
+
+    `lookup` returns the file of a URI, or raises Refused. Raises Refused (400).
+    """
+    if not isinstance(body, dict):
+        raise Refused(400, "Invalid JSON payload received. Expected an object.")
+    contents = get(body, "contents")
+    if not isinstance(contents, list) or not contents:
+        raise Refused(400, "* GenerateContentRequest.contents: contents is not specified\n")
+    conversation = Conversation()
+    for content in contents:
+        _add_content(conversation, content, lookup)
+    config = get(body, "generationConfig")
+    config = {} if config is None else config
+    if not isinstance(config, dict):
+        raise Refused(400, "Invalid value at 'generation_config'")
+    for part in _parts(get(body, "systemInstruction") or {}):
+        conversation.add("system", _part(part, lookup)[0])
+    asked = _with_config(model, config, conversation)
+    if asked.schema is None and get(config, "responseMimeType") == "application/json":
+        asked = replace(asked, schema=conversation.json_schema())
+    tools, choice = _functions(body)
+    return replace(asked, called=conversation.calls(tools, choice), streamed=streamed)
+
+
+def _add_content(conversation: Conversation, content: Any, lookup: FileLookup) -> None:
+    parts = list(_parts(content))
+    objects = [part for part in parts if isinstance(part, dict)]
+    if content.get("role") == "model":
+        speaker: Speaker = "assistant"
+        calls = [get(part, "functionCall") for part in objects]
+        conversation.called += [str(call.get("name")) for call in calls if isinstance(call, dict)]
+    elif any(isinstance(get(part, "functionResponse"), dict) for part in objects):
+        speaker = "tool"
+    else:
+        speaker = "user"
+    conversation.add(speaker, None)
+    for part in parts:
+        conversation.add(speaker, *_part(part, lookup))
+
+
+def _functions(body: Json) -> tuple[list[Tool], Choice]:
+    """The functions on offer, and whether one must be called."""
+    given = get(body, "tools") or []
+    tools = [
+        _function(declared)
+        for item in (given if isinstance(given, list) else [given])
+        for declared in (isinstance(item, dict) and get(item, "functionDeclarations")) or ()
+    ]
+    config = get(body, "toolConfig")
+    config = get(config, "functionCallingConfig") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
+    mode = str(get(config, "mode") or "AUTO").upper()
+    if mode not in _CHOICES:
+        raise Refused(400, f"{_BAD_CHOICE}.mode' ({_TYPE_OF_MODE}), {mode!r}")
+    allowed = get(config, "allowedFunctionNames")
+    if isinstance(allowed, list) and allowed:
+        if unknown := set(map(str, allowed)) - {tool.name for tool in tools}:
+            raise Refused(
+                400, f"{_BAD_CHOICE}.allowed_function_names': {min(unknown)} is not declared"
+            )
+        tools = [tool for tool in tools if tool.name in allowed]
+    return tools, _CHOICES[mode]
+
+
+def _function(declared: Any) -> Tool:
+    name = declared.get("name") if isinstance(declared, dict) else None
+    if not isinstance(name, str) or not name:
+        raise Refused(
+            400,
+            "* GenerateContentRequest.tools[0].function_declarations[0].name: Invalid function "
+            "name. Must start with a letter or an underscore.",
+        )
+    schema = get(declared, "parametersJsonSchema") or get(declared, "parameters")
+    return Tool(name, schema if isinstance(schema, dict) else {})
+
+
+def _parts(content: Any) -> Iterator[Any]:
+    if not isinstance(content, dict):
+        raise Refused(400, "Invalid value at 'contents': expected an object")
+    parts = content.get("parts") or ()
+    if not isinstance(parts, list | tuple | dict):
+        raise Refused(400, "Invalid value at 'contents[0].parts': expected a list")
+    yield from [parts] if isinstance(parts, dict) else parts
+
+
+def _part(part: Any, lookup: FileLookup) -> tuple[str | None, Attached | None]:
+    if not isinstance(part, dict):
+        raise Refused(400, "Invalid value at 'contents[0].parts[0]': expected an object")
+    text = part.get("text")
+    if text is not None and not isinstance(text, str):
+        raise Refused(400, "Invalid value at 'contents[0].parts[0].text' (TYPE_STRING)")
+    inline = get(part, "inlineData")
+    if isinstance(inline, dict):
+        size = base64_bytes(inline.get("data"))
+        if size is None:
+            raise Refused(400, "Invalid value at 'inline_data.data' (TYPE_BYTES), Base64 failed")
+        mime = get(inline, "mimeType")
+        if not mime:
+            raise Refused(400, "Unable to process inline data: no mime type")
+        return text, Attached(str(mime), size)
+    file = get(part, "fileData")
+    if isinstance(file, dict):
+        found = lookup(str(get(file, "fileUri") or ""))
+        mime = str(get(file, "mimeType") or found.mime_type)
+        return text, Attached(mime, found.size_bytes, found.uri)
+    result = get(part, "functionResponse")
+    if isinstance(result, dict):
+        return _result(get(result, "response")), None
+    return text, None
+
+
+def _result(response: Any) -> str:
+    """What a function returned: the text where it is one, else its JSON."""
+    values = list(response.values()) if isinstance(response, dict) else [response]
+    value = values[0] if len(values) == 1 else response
+    return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+
+
+def _with_config(model: str, config: Json, conversation: Conversation) -> ModelRequest:
+    modalities = get(config, "responseModalities") or []
+    if not isinstance(modalities, list):
+        raise Refused(400, "Invalid value at 'generation_config.response_modalities'")
+    wanted = [str(item).upper() for item in modalities]
+    wants_picture = "IMAGE" in wanted or (not modalities and "image" in model)
+    mime = get(config, "responseMimeType")
+    schema = get(config, "responseJsonSchema") or get(config, "responseSchema")
+    if not isinstance(schema, dict) or mime not in ("application/json", "text/x.enum"):
+        schema = None
+    most = get(config, "maxOutputTokens")
+    thinking = get(config, "thinkingConfig")
+    thinking = thinking if isinstance(thinking, dict) else {}
+    budget = get(thinking, "thinkingBudget")
+    thinks = bool(budget) or (budget is None and "pro" in model)
+    asked = conversation.request(
+        model,
+        schema=schema,
+        fences=False,
+        plain_enum=mime == "text/x.enum",
+        wants_sound="AUDIO" in wanted,
+        max_output_tokens=most if isinstance(most, int) and most > 0 else None,
+        thinks=thinks,
+        shows_thoughts=thinks and get(thinking, "includeThoughts") is True,
+    )
+    if has_enum(schema):
+        return replace(asked, kind="classifier")
+    return replace(asked, kind="image_generation", wants_picture=True) if wants_picture else asked
+
+
+def has_enum(schema: Any) -> bool:
+    """Whether a schema lets the model choose among named values anywhere in it."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("enum"), list):
+            return True
+        return any(has_enum(value) for value in schema.values())
+    return isinstance(schema, list) and any(has_enum(value) for value in schema)
+
+
+RATE_HZ = 24_000
+MIME_TYPE = f"audio/L16;codec=pcm;rate={RATE_HZ}"
+DURATION_MS = 400
+TOKENS = 25 * DURATION_MS // 1000  # Gemini counts 25 a second
+
+
+def hum(of: str) -> bytes:
+    """A tone whose pitch depends on the text."""
+    pitch_hz = 220 + sha256(of.encode("utf-8", "replace")).digest()[0]
+    step = math.tau * pitch_hz / RATE_HZ
+    samples = array(
+        "h",
+        (round(8000 * math.sin(step * index)) for index in range(RATE_HZ * DURATION_MS // 1000)),
+    )
+    if byteorder == "big":
+        samples.byteswap()
+    return samples.tobytes()
+
+
+Framing = Literal["whole", "sse", "array"]
+_GARBAGE = b'{"candidates": [{"content": {"parts": [{"te'
+_FRAMED: dict[Framing, Callable[[int, bytes], bytes]] = {
     "whole": lambda index, data: data,
     "sse": lambda index, data: b"data: " + data + b"\r\n\r\n",
     "array": lambda index, data: (b"[" if index == 0 else b",\r\n") + data,
 }
 
 
-def _faulty_body(fault: Fault, asked: Asked, written: answers.Written, response_id: str) -> Json:
-    model, used = asked.model, answers.usage_of(asked, 0)
-    match fault.fault:
-        case FaultName.BLOCKED_PROMPT:
-            return wire.blocked(model, response_id, used, fault.reason)
-        case FaultName.UNKNOWN_FINISH:
-            body = answers.whole(asked, written, response_id)
-            body["candidates"][0]["finishReason"] = "SOMETHING_NEW"
-            return body
-        case FaultName.SAFETY | FaultName.NO_IMAGE:
-            reason = fault.fault.value.upper()
-            return wire.answer(model, response_id, used, parts=None, finish_reason=reason)
-    return wire.answer(model, response_id, used, parts=None, finish_reason=None) | {
-        "candidates": []
-    }
+def media_part(mime_type: str, data: bytes) -> Json:
+    return {"inlineData": {"mimeType": mime_type, "data": b64encode(data).decode()}}
+
+
+class _GeminiAnswer:
+    """One answer in the shapes of this API: parts with their LLM tokens, and its finish."""
+
+    def __init__(self, asked: ModelRequest, behaviour: Behaviour) -> None:
+        self._asked = asked
+        self._id = new_response_id()
+        self._thoughts = thoughts_of(asked)
+        self._finish = "STOP"
+        self._parts: list[tuple[Json, int]] = []
+        if asked.wants_picture:
+            self._picture(behaviour)
+        elif asked.called:
+            self._calls()
+        elif asked.wants_sound:
+            self._parts = [(media_part(MIME_TYPE, hum(asked.prompt)), TOKENS)]
+        else:
+            text = answer_text(asked, behaviour)
+            pieces, cut_short = cut(text, asked.max_output_tokens, behaviour.chunks)
+            self._finish = "MAX_TOKENS" if cut_short else self._finish
+            self._parts = [({"text": piece}, tokens) for piece, tokens in pieces]
+        if asked.shows_thoughts:
+            self._parts.insert(0, ({"text": THOUGHTS, "thought": True}, 0))
+
+    def bodies(self, framing: Framing, fault: Fault | None) -> list[tuple[Json, int]]:
+        """One body a step in time, with the LLM tokens sent by then."""
+        tokens = sum(tokens for _, tokens in self._parts)
+        if fault is not None and fault.fault in BODIES:
+            written = tokens if fault.fault is FaultName.UNKNOWN_FINISH else 0
+            return [(self._faulty(fault, written), written + self._thoughts)]
+        if framing == "whole":
+            whole = self._whole(self._finish, tokens)
+            return [({}, 0)] * (len(self._parts) - 1) + [(whole, tokens + self._thoughts)]
+        sent = 0
+        bodies = []
+        for index, (part, part_tokens) in enumerate(self._parts):
+            sent += part_tokens
+            last = index == len(self._parts) - 1
+            body = self._candidate(sent, [part], self._finish if last else None)
+            bodies.append((body, sent + self._thoughts))
+        return bodies
+
+    def _whole(self, finish: str, tokens: int) -> Json:
+        """The answer as one response: thoughts, the text of all chunks together, then the rest."""
+        parts = [part for part, _ in self._parts if "thought" in part]
+        said = "".join(part["text"] for part, _ in self._parts if part.keys() == {"text"})
+        parts += [{"text": said}] if said else []
+        parts += [part for part, _ in self._parts if "text" not in part]
+        return self._candidate(tokens, parts, finish)
+
+    def _faulty(self, fault: Fault, tokens: int) -> Json:
+        match fault.fault:
+            case FaultName.BLOCKED_PROMPT:
+                return self._body(0, promptFeedback={"blockReason": fault.reason})
+            case FaultName.UNKNOWN_FINISH:
+                return self._whole("SOMETHING_NEW", tokens)
+            case FaultName.SAFETY | FaultName.NO_IMAGE:
+                return self._candidate(0, None, fault.fault.value.upper())
+        return self._body(0, candidates=[])
+
+    def _candidate(self, tokens: int, parts: list[Json] | None, finish: str | None) -> Json:
+        """A whole response, or one chunk of a stream; without `parts` there is no content."""
+        candidate: Json = {"index": 0}
+        if parts is not None:
+            candidate["content"] = {"parts": parts, "role": "model"}
+        if finish is not None:
+            candidate["finishReason"] = finish
+        return self._body(tokens, candidates=[candidate])
+
+    def _body(self, output_tokens: int, **first: Any) -> Json:
+        asked = self._asked
+        usage: Json = {
+            "promptTokenCount": asked.input_tokens,
+            "totalTokenCount": asked.input_tokens + output_tokens + self._thoughts,
+            "promptTokensDetails": _modalities(asked),
+        }
+        if output_tokens:
+            usage["candidatesTokenCount"] = output_tokens
+        if asked.thinks:
+            usage["thoughtsTokenCount"] = self._thoughts
+        return {
+            **first,
+            "usageMetadata": usage,
+            "modelVersion": asked.model,
+            "responseId": self._id,
+        }
+
+    def _picture(self, behaviour: Behaviour) -> None:
+        asked = self._asked
+        said = f"Here is an emulated picture for “{quoted(asked.last_text)}”."
+        if asked.attached:
+            said += f" With it came {listed(asked.attached)}."
+        png = draw(asked.prompt, behaviour.image_size)
+        self._parts = [
+            ({"text": said}, len(said.split())),
+            (media_part("image/png", png), OUTPUT_PICTURE_TOKENS),
+        ]
+
+    def _calls(self) -> None:
+        """Function calls, each whole, as many as the bound leaves room for."""
+        left = self._asked.max_output_tokens
+        for tool in self._asked.called:
+            given = arguments(self._asked, tool.schema)
+            tokens = len(orjson.dumps(given).split()) + 1
+            if left is not None and tokens > left:
+                self._finish = "MAX_TOKENS"
+                self._parts = self._parts or [({"text": ""}, 0)]
+                return
+            left = None if left is None else left - tokens
+            part: Json = {"functionCall": {"name": tool.name, "args": given}}
+            if self._asked.thinks and not self._parts:  # a model that thinks signs its first call
+                part["thoughtSignature"] = SIGNATURE
+            self._parts.append((part, tokens))
+
+
+def _modalities(asked: ModelRequest) -> list[Json]:
+    counted = asked.input_by_modality
+    return [{"modality": name, "tokenCount": count} for name, count in counted.items()]
+
+
+def _script(
+    asked: ModelRequest, behaviour: Behaviour, framing: Framing, fault: Fault | None
+) -> AnswerScript:
+    frame = _FRAMED[framing]
+    bodies = _GeminiAnswer(asked, behaviour).bodies(framing, fault)
+    steps = [
+        ScriptStep(frame(index, orjson.dumps(body)), output_tokens)
+        for index, (body, output_tokens) in enumerate(bodies)
+    ]
+    if framing == "array":
+        steps[-1] = ScriptStep(steps[-1].data + b"]", steps[-1].output_tokens)
+    return AnswerScript(
+        steps,
+        broken=lambda index, fault: frame(index, broken_object(GEMINI, _GARBAGE, fault)),
+        thoughts_tokens=thoughts_of(asked),
+    )
 
 
 VERSIONS = ("v1", "v1alpha", "v1beta")
@@ -123,159 +541,122 @@ MODELS = {
 EMBEDDING_DIMENSIONS = 768
 
 
-class GeminiFront:
-    """What comes for Gemini's API."""
+async def route(served: Served) -> web.StreamResponse:
+    request = served.request
+    steps = request.path.strip("/").split("/")
+    upload = steps[0] == "upload"
+    if upload:
+        steps = steps[1:]
+    if steps == [""]:
+        return web.Response(text="Tidegate's emulator of Gemini's API.\n", headers=EMULATED)
+    if len(steps) < 2 or steps[0] not in VERSIONS:
+        raise Refused(404, f"Not found: {request.path}")
+    if upload:
+        return await _upload(served)
+    check_key(request)
+    files = served.state.files
+    match request.method, steps[1:]:
+        case "POST", ["models", call] if ":" in call:
+            model, _, action = call.rpartition(":")
+            return await _act(served, model, action)
+        case "GET", ["models"]:
+            return await served.other("models", "", _list_models)
+        case "GET", ["models", name]:
+            return await served.other("models", name, lambda: _checked_model(served, name))
+        case "GET", ["files"]:
+            return await served.other("files", "", lambda: _list_files(served))
+        case "GET", ["files", name]:
+            return await served.other("files", "", lambda: files.find(f"files/{name}").to_json())
+        case "DELETE", ["files", name]:
+            return await served.other("files", "", lambda: files.delete(f"files/{name}"))
+    raise Refused(404, f"Not found: {request.method} {request.path}")
 
-    dialect = GEMINI
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+async def _act(served: Served, model: str, action: str) -> web.StreamResponse:
+    _check_model(served.behaviour, model)
+    body = await served.json(_BAD_BODY)
+    match action:
+        case "generateContent":
+            return await _generate(served, model, body, "whole")
+        case "streamGenerateContent":
+            framing: Framing = "sse" if served.request.query.get("alt") == "sse" else "array"
+            return await _generate(served, model, body, framing)
+        case "countTokens":
+            return await served.other("count", model, lambda: _count(served, model, body))
+        case "embedContent":
+            return await served.other("embed", model, lambda: {"embedding": _embedding(body)})
+        case "batchEmbedContents":
+            return await served.other("embed", model, lambda: _embed_many(body))
+    raise Refused(404, f"Not found: {action}")
 
-    async def route(self, request: web.BaseRequest) -> web.StreamResponse:
-        steps = request.path.strip("/").split("/")
-        upload = steps[0] == "upload"
-        if upload:
-            steps = steps[1:]
-        if steps == [""]:
-            return web.Response(text="Tidegate's emulator of Gemini's API.\n", headers=EMULATED)
-        if len(steps) < 2 or steps[0] not in VERSIONS:
-            raise WireError(404, f"Not found: {request.path}")
-        if upload:
-            return await self._upload(request)
-        self._check_key(request)
-        match request.method, steps[1:]:
-            case "POST", ["models", call] if ":" in call:
-                model, _, action = call.rpartition(":")
-                return await self._act(request, model, action)
-            case "GET", ["models"]:
-                return await self._other(request, "models", "", _list_models)
-            case "GET", ["models", name]:
-                return await self._other(request, "models", name, lambda: self._model(name))
-            case "GET", ["files"]:
-                return await self._other(request, "files", "", lambda: self._list(request))
-            case "GET", ["files", name]:
-                return await self._other(request, "files", "", lambda: self._file(request, name))
-            case "DELETE", ["files", name]:
-                return await self._other(request, "files", "", lambda: self._delete(name))
-        raise WireError(404, f"Not found: {request.method} {request.path}")
 
-    @staticmethod
-    def _check_key(request: web.BaseRequest) -> str:
-        key = request.headers.get("x-goog-api-key") or request.query.get("key")
-        if not key:
-            raise key_missing()
-        if key == "invalid-key":
-            raise key_invalid()
-        return key
+async def _generate(served: Served, model: str, body: Any, framing: Framing) -> web.StreamResponse:
+    asked = read_generate(model, body, served.state.files.look_up, streamed=framing != "whole")
+    scripted = partial(_script, asked, served.behaviour, framing)
+    return await served.generate(asked, scripted, SSE_TYPE if framing == "sse" else JSON_TYPE)
 
-    async def _act(self, request: web.BaseRequest, model: str, action: str) -> web.StreamResponse:
-        self._check_model(model)
-        body = await _json(request)
-        match action:
-            case "generateContent":
-                return await generate(self.state, request, model, body, "whole")
-            case "streamGenerateContent":
-                framing: Framing = "sse" if request.query.get("alt") == "sse" else "array"
-                return await generate(self.state, request, model, body, framing)
-            case "countTokens":
-                return await self._other(request, "count", model, lambda: self._count(model, body))
-            case "embedContent":
-                return await self._other(request, "embed", model, lambda: _embed_one(body))
-            case "batchEmbedContents":
-                return await self._other(request, "embed", model, lambda: _embed_many(body))
-        raise WireError(404, f"Not found: {action}")
 
-    async def _other(
-        self, request: web.BaseRequest, method: str, model: str, answer: Callable[[], Json]
-    ) -> web.StreamResponse:
-        return await deliver_other(self.state, request, GEMINI, method, model, ready(answer))
-
-    def _check_model(self, model: str) -> None:
-        if self.state.behaviour.strict_models and model not in MODELS:
-            raise WireError(
-                404,
-                f"models/{model} is not found for API version v1beta, or is not supported for "
-                "generateContent. Call ListModels to see the list of available models.",
-            )
-
-    def _model(self, name: str) -> Json:
-        self._check_model(name)
-        return _model(name)
-
-    def _count(self, model: str, body: Any) -> Json:
-        whole = get(body, "generateContentRequest") if isinstance(body, dict) else None
-        asked = read_generate(model, whole or body, self.state.files.look_up)
-        details = [
-            {"modality": name, "tokenCount": count}
-            for name, count in asked.input_by_modality.items()
-        ]
-        return {"totalTokens": asked.input_tokens, "promptTokensDetails": details}
-
-    def _list(self, request: web.BaseRequest) -> Json:
-        size = get(request.query, "pageSize") or "10"
-        token = get(request.query, "pageToken") or ""
-        if not size.isdecimal() or not 1 <= int(size) <= 100:
-            raise WireError(400, "* ListFilesRequest.page_size: must be between 1 and 100")
-        found, next_token = self.state.files.page(int(size), token)
-        body: Json = {"files": [file.to_json() for file in found]}
-        return body | ({"nextPageToken": next_token} if next_token else {})
-
-    def _file(self, request: web.BaseRequest, name: str) -> Json:
-        return self.state.files.find(f"files/{name}").to_json()
-
-    def _delete(self, name: str) -> Json:
-        self.state.files.delete(f"files/{name}")
-        return {}
-
-    async def _upload(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.method not in ("POST", "PUT"):
-            raise WireError(405, f"Not for uploads: {request.method}")
-        upload_id = request.query.get("upload_id")
-        if upload_id is None:
-            key = self._check_key(request)
-            return await deliver_other(
-                self.state, request, GEMINI, "upload", "", lambda: self._upload_start(request, key)
-            )
-        return await deliver_other(
-            self.state,
-            request,
-            GEMINI,
-            "upload",
-            "",
-            lambda: self._upload_piece(request, upload_id),
+def _check_model(behaviour: Behaviour, model: str) -> None:
+    if behaviour.strict_models and model not in MODELS:
+        raise Refused(
+            404,
+            f"models/{model} is not found for API version v1beta, or is not supported for "
+            "generateContent. Call ListModels to see the list of available models.",
         )
 
-    async def _upload_start(self, request: web.BaseRequest, key: str) -> web.Response:
-        body = await _json(request) if request.can_read_body else {}
-        upload_id = self.state.files.begin(request.headers, body)
-        response = json_response(200, {})
-        response.headers["X-Goog-Upload-Status"] = "active"
-        # The key is part of the real thing's upload URL too: it must never be logged.
-        response.headers["X-Goog-Upload-URL"] = (
-            f"{_base_url(request)}{request.path}"
-            f"?key={key}&upload_id={upload_id}&upload_protocol=resumable"
-        )
-        return response
 
-    async def _upload_piece(self, request: web.BaseRequest, upload_id: str) -> web.Response:
-        pieces = request.content.iter_any()
-        files, wait_ms = self.state.files, self.state.behaviour.file_processing_ms
-        file = await files.receive(upload_id, request.headers, pieces, wait_ms)
-        body = {} if file is None else {"file": file.to_json()}
-        response = json_response(200, body)
-        response.headers["X-Goog-Upload-Status"] = "active" if file is None else "final"
-        return response
+def _checked_model(served: Served, name: str) -> Json:
+    _check_model(served.behaviour, name)
+    return _model(name)
 
 
-def _base_url(request: web.BaseRequest) -> str:
-    return f"http://{request.host}"
+def _count(served: Served, model: str, body: Any) -> Json:
+    inner = get(body, "generateContentRequest") if isinstance(body, dict) else None
+    asked = read_generate(model, inner or body, served.state.files.look_up)
+    return {"totalTokens": asked.input_tokens, "promptTokensDetails": _modalities(asked)}
 
 
-async def _json(request: web.BaseRequest) -> Any:
-    try:
-        return orjson.loads(await request.read())
-    except orjson.JSONDecodeError as broken:
-        raise WireError(400, f"Invalid JSON payload received. {broken}") from None
+def _list_files(served: Served) -> Json:
+    query = served.request.query
+    size = get(query, "pageSize") or "10"
+    if not size.isdecimal() or not 1 <= int(size) <= 100:
+        raise Refused(400, "* ListFilesRequest.page_size: must be between 1 and 100")
+    found, next_token = served.state.files.page(int(size), get(query, "pageToken") or "")
+    body: Json = {"files": [file.to_json() for file in found]}
+    return body | ({"nextPageToken": next_token} if next_token else {})
+
+
+async def _upload(served: Served) -> web.StreamResponse:
+    request = served.request
+    if request.method not in ("POST", "PUT"):
+        raise Refused(405, f"Not for uploads: {request.method}")
+    upload_id = request.query.get("upload_id")
+    if upload_id is None:
+        key = check_key(request)
+        return await served.other("upload", "", lambda: _upload_start(served, key))
+    return await served.other("upload", "", lambda: _upload_piece(served, upload_id))
+
+
+async def _upload_start(served: Served, key: str) -> web.Response:
+    request = served.request
+    body = await served.json(_BAD_BODY) if request.can_read_body else {}
+    upload_id = served.state.files.begin(request.headers, body)
+    # The key is part of the real upload URL too: it must never be logged.
+    url = f"http://{request.host}{request.path}?key={key}&upload_id={upload_id}"
+    headers = {
+        "X-Goog-Upload-Status": "active",
+        "X-Goog-Upload-URL": f"{url}&upload_protocol=resumable",
+    }
+    return json_response(200, {}, headers)
+
+
+async def _upload_piece(served: Served, upload_id: str) -> web.Response:
+    request, wait_ms = served.request, served.behaviour.file_processing_ms
+    pieces = request.content.iter_any()
+    file = await served.state.files.receive(upload_id, request.headers, pieces, wait_ms)
+    if file is None:
+        return json_response(200, {}, {"X-Goog-Upload-Status": "active"})
+    return json_response(200, {"file": file.to_json()}, {"X-Goog-Upload-Status": "final"})
 
 
 def _model(name: str) -> Json:
@@ -294,14 +675,10 @@ def _list_models() -> Json:
     return {"models": [_model(name) for name in MODELS]}
 
 
-def _embed_one(body: Any) -> Json:
-    return {"embedding": _embedding(body)}
-
-
 def _embed_many(body: Any) -> Json:
     requests = get(body, "requests") if isinstance(body, dict) else None
     if not isinstance(requests, list) or not requests:
-        raise WireError(400, "* BatchEmbedContentsRequest.requests: must not be empty")
+        raise Refused(400, "* BatchEmbedContentsRequest.requests: must not be empty")
     return {"embeddings": [_embedding(item) for item in requests]}
 
 
@@ -309,11 +686,11 @@ def _embedding(body: Any) -> Json:
     content = get(body, "content") if isinstance(body, dict) else None
     parts = content.get("parts") if isinstance(content, dict) else None
     if not isinstance(parts, list):
-        raise WireError(400, "* EmbedContentRequest.content: content is not specified")
+        raise Refused(400, "* EmbedContentRequest.content: content is not specified")
     text = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
     wanted = get(body, "outputDimensionality")
     config = get(body, "embedContentConfig")
     if wanted is None and isinstance(config, dict):
         wanted = get(config, "outputDimensionality")
     size = wanted if isinstance(wanted, int) and 1 <= wanted <= 3072 else EMBEDDING_DIMENSIONS
-    return {"values": answers.embedding(text, size)}
+    return {"values": embedding(text, size)}

@@ -122,7 +122,7 @@ def counter_for(rate: RateLimit) -> Counter:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class LimitRefusal:
     """Which limit said no. `rate` is None for a concurrency limit, which has no time to name."""
 
     limit: str
@@ -131,23 +131,23 @@ class Refusal:
     rate: RateLimit | None
 
 
-class Gate:
+class LimitGate:
     """All limits of the emulator: all or none."""
 
     def __init__(self, concurrency: Mapping[str, int], rates: Iterable[RateLimit]) -> None:
         self._concurrency = concurrency
         self._rates = [(rate, counter_for(rate)) for rate in rates]
 
-    def full(self, kind: str, in_flight: int, in_flight_total: int) -> Refusal | None:
+    def full(self, kind: str, in_flight: int, in_flight_total: int) -> LimitRefusal | None:
         """The concurrency limit that has no room for one more, if any."""
         held = ((kind, in_flight), (TOTAL, in_flight_total))
         for scope, count in held if kind != "other" else held[:1]:
             bound = self._concurrency.get(scope)
             if bound is not None and count >= bound:
-                return Refusal(f"concurrency:{scope}", bound, 0, None)
+                return LimitRefusal(f"concurrency:{scope}", bound, 0, None)
         return None
 
-    def spend(self, kind: str, input_tokens: int, now_ns: int) -> Refusal | None:
+    def spend(self, kind: str, input_tokens: int, now_ns: int) -> LimitRefusal | None:
         """Spend one request and its tokens of every rate, or nothing and say which refused."""
         scopes = (kind,) if kind == "other" else (kind, TOTAL)
         mine = [
@@ -157,7 +157,7 @@ class Gate:
         ]
         for rate, counter, amount in mine:
             if wait_ns := counter.wait_ns(amount, now_ns):
-                return Refusal(rate.name, rate.limit, wait_ns, rate)
+                return LimitRefusal(rate.name, rate.limit, wait_ns, rate)
         for _, counter, amount in mine:
             counter.take(amount, now_ns)
         return None
@@ -260,7 +260,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
-class Faults:
+class FaultOrders:
     """The orders in force."""
 
     def __init__(self, orders: Iterable[Mapping[str, Any]], random: Random) -> None:

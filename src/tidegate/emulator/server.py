@@ -12,30 +12,32 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from tidegate.emulator.anthropic import AnthropicFront
+from tidegate.emulator import anthropic, gemini, openai
+from tidegate.emulator.anthropic import ANTHROPIC
 from tidegate.emulator.client import EmulatorControl
-from tidegate.emulator.delivery import failed, json_response
-from tidegate.emulator.dialect import LimitReached, Refused, error
-from tidegate.emulator.gemini import GeminiFront
-from tidegate.emulator.openai import OpenAIFront
+from tidegate.emulator.delivery import Served, failed, json_response
+from tidegate.emulator.dialect import LimitReached, Refused
+from tidegate.emulator.gemini import GEMINI
+from tidegate.emulator.openai import OPENAI
 from tidegate.emulator.settings import Behaviour, EmulatorSettings, RateLimit
-from tidegate.emulator.state import State
+from tidegate.emulator.state import EmulatorState
 from tidegate.errors import InvalidRequest
 
 PREFIX = "/_emulator/"
 MAX_CALLS = 100_000
 
 
-async def control(state: State, request: web.BaseRequest) -> web.Response:
+async def control(state: EmulatorState, request: web.BaseRequest) -> web.Response:
     """GET stats, calls, faults, behaviour; POST reset, faults (adds); PUT faults, behaviour."""
     if not is_loopback(request.remote):
-        return json_response(403, error(403, "The control API answers on loopback only."))
+        return failed(GEMINI.error(403, "The control API answers on loopback only."))
     name = request.path.removeprefix(PREFIX)
     try:
         match request.method, name:
@@ -61,11 +63,11 @@ async def control(state: State, request: web.BaseRequest) -> web.Response:
                 change(orders)
                 return json_response(200, {"faults": state.faults.to_json()})
     except InvalidRequest as invalid:
-        return json_response(400, error(400, invalid.message))
-    return json_response(404, error(404, f"no control {request.method} {name}"))
+        return failed(GEMINI.error(400, invalid.message))
+    return failed(GEMINI.error(404, f"no control {request.method} {name}"))
 
 
-def _calls(state: State, request: web.BaseRequest) -> list[dict[str, Any]]:
+def _calls(state: EmulatorState, request: web.BaseRequest) -> list[dict[str, Any]]:
     since = request.query.get("since", "0")
     if not since.isdecimal():
         raise InvalidRequest("since", f"since={since!r} is not the id of a call")
@@ -93,32 +95,34 @@ async def _object(request: web.BaseRequest) -> dict[str, Any]:
     return value
 
 
-Front = GeminiFront | OpenAIFront | AnthropicFront
+_FRONTS = ((ANTHROPIC, anthropic), (OPENAI, openai))  # all else is for Gemini's
+
+
+async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamResponse:
+    """By the path, where only one API has it; else by the way in which the key is sent."""
+    if request.path.startswith(PREFIX):
+        return await control(state, request)
+    found = ((api, front.route) for api, front in _FRONTS if front.wants(request))
+    api, route = next(found, (GEMINI, gemini.route))
+    try:
+        return await route(Served(state, request, api))
+    except LimitReached as full:
+        return failed(api.refused(full.refusal, full.model))
+    except Refused as refused:
+        return failed(api.error(refused.status, refused.message, **refused.facts))
+    except web.HTTPRequestEntityTooLarge:
+        return failed(api.error(413, "Request payload size exceeds the limit."))
 
 
 class _Listener(web.Server):
-    """Tells of a lost connection at once: the handler's own cancellation comes two turns later."""
+    """Notes a lost connection immediately: the handler's own cancellation comes two turns later.
 
-    def __init__(self, state: State, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._state = state
+    A handler is cancelled as soon as its client disconnects.
+    """
 
-    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
-        self._state.connection_lost(handler)
-        super().connection_lost(handler, exc)
-
-
-class EmulatorServer:
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self._gemini = GeminiFront(state)
-        self._openai = OpenAIFront(state)
-        self._anthropic = AnthropicFront(state)
-
-    def web_server(self) -> web.Server:
-        """An aiohttp server that cancels a handler as soon as its client leaves."""
+    def __init__(self, state: EmulatorState) -> None:
         loop = asyncio.get_running_loop()
-        most_bytes = self.state.settings.max_body_bytes
+        most_bytes = state.settings.max_body_bytes
 
         def make(
             message: Any, payload: Any, protocol: Any, writer: Any, task: Any
@@ -127,32 +131,17 @@ class EmulatorServer:
                 message, payload, protocol, writer, task, loop, client_max_size=most_bytes
             )
 
-        return _Listener(
-            self.state,
-            self.handle,
+        super().__init__(
+            partial(handle, state),
             request_factory=make,
             handler_cancellation=True,
             access_log=None,
         )
+        self._state = state
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.path.startswith(PREFIX):
-            return await control(self.state, request)
-        front = self._front(request)
-        try:
-            return await front.route(request)
-        except LimitReached as full:
-            return failed(front.dialect.refused(full.refusal, full.model))
-        except Refused as refused:
-            return failed(refused.failure)
-        except web.HTTPRequestEntityTooLarge:
-            return failed(front.dialect.error(413, "Request payload size exceeds the limit."))
-
-    def _front(self, request: web.BaseRequest) -> Front:
-        """By the path, where only one API has it; else by the way in which the key is sent."""
-        if self._anthropic.wants(request):
-            return self._anthropic
-        return self._openai if self._openai.wants(request) else self._gemini
+    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
+        self._state.connection_lost(handler)
+        super().connection_lost(handler, exc)
 
 
 STOP_GRACE_S = 0.1
@@ -176,8 +165,8 @@ async def run_emulator(
     Raises OSError when the port is taken. At the end, calls in flight are cut off.
     """
     settings = settings or EmulatorSettings()
-    state = State(settings, clock_ns)
-    runner = web.ServerRunner(EmulatorServer(state).web_server(), shutdown_timeout=STOP_GRACE_S)
+    state = EmulatorState(settings, clock_ns)
+    runner = web.ServerRunner(_Listener(state), shutdown_timeout=STOP_GRACE_S)
     await runner.setup()
     site = web.TCPSite(runner, settings.host, settings.port, backlog=4096)
     await site.start()

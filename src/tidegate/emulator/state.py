@@ -28,8 +28,8 @@ from typing import Any, Literal
 from aiohttp import web
 
 from tidegate.emulator.content import Attached, get
-from tidegate.emulator.dialect import Json, LimitReached, WireError
-from tidegate.emulator.limits import Faults, Gate, Refusal
+from tidegate.emulator.dialect import Json, LimitReached, Refused
+from tidegate.emulator.limits import FaultOrders, LimitGate, LimitRefusal
 from tidegate.emulator.settings import KINDS, EmulatorSettings
 
 Ending = Literal["finished", "failed", "client_gone", "refused"]
@@ -102,7 +102,7 @@ class LoggedCall:
     traceparent: str = ""  # as the request bore it
 
 
-class Ledger:
+class CallLedger:
     def __init__(self, log_size: int) -> None:
         self._stats = {kind: KindStats() for kind in KINDS}
         self._billed: dict[str, dict[str, Billed]] = {}
@@ -187,14 +187,6 @@ class Ledger:
         call.bytes += count_bytes
         self._stats[call.kind].bytes += count_bytes
 
-    def would_peak(self, kind: str) -> bool:
-        """Whether one more in flight would be a new maximum, of its kind or over all."""
-        stats = self._stats[kind]
-        return (
-            stats.in_flight >= stats.max_in_flight
-            or self._in_flight_total >= self._max_in_flight_total
-        )
-
     def calls(self, since: int = 0) -> Iterator[LoggedCall]:
         """The log in order of arrival, from the first with an id above `since`."""
         return (call for call in self._log if call.id > since)
@@ -225,7 +217,7 @@ class Ledger:
         }
 
 
-class Presence:
+class ConnectionWatch:
     """Where the platform has no epoll, nobody is ever found to be gone early."""
 
     def __init__(self) -> None:
@@ -306,7 +298,7 @@ def _rfc3339(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9, UTC).isoformat().replace("+00:00", "Z")
 
 
-class Files:
+class FileStore:
     def __init__(self) -> None:
         self._files: dict[str, StoredFile] = {}
         self._uploads: dict[str, StoredFile] = {}
@@ -321,11 +313,11 @@ class Files:
         file = file if isinstance(file, dict) else {}
         name = str(file.get("name") or f"files/{token_hex(6)}")
         if not name.startswith("files/"):
-            raise WireError(400, "* CreateFileRequest.file.name: must begin with `files/`")
+            raise Refused(400, "* CreateFileRequest.file.name: must begin with `files/`")
         if name in self._files:
-            raise WireError(400, f"Requested entity already exists: {name}")
+            raise Refused(400, f"Requested entity already exists: {name}")
         if len(self._files) + len(self._uploads) >= MAX_FILES:
-            raise WireError(429, "Too many files are stored.")
+            raise Refused(429, "Too many files are stored.")
         declared = headers.get("X-Goog-Upload-Header-Content-Type", "application/octet-stream")
         mime_type = str(get(file, "mimeType") or declared)
         shown = str(get(file, "displayName") or headers.get("X-Goog-Upload-File-Name", ""))
@@ -343,10 +335,10 @@ class Files:
         """Take one piece; the file when its command says `finalize`, else None."""
         file = self._uploads.get(upload_id)
         if file is None:
-            raise WireError(404, "Upload not found.")
+            raise Refused(404, "Upload not found.")
         offset = headers.get("X-Goog-Upload-Offset", "0")
         if offset != str(file.size_bytes):
-            raise WireError(400, f"Offset {offset} is not {file.size_bytes}, where we are.")
+            raise Refused(400, f"Offset {offset} is not {file.size_bytes}, where we are.")
         async for piece in content:
             file.digest.update(piece)
             file.size_bytes += len(piece)
@@ -358,14 +350,16 @@ class Files:
         return file
 
     def find(self, name: str) -> StoredFile:
-        """Raises WireError 403, as Gemini does for a file that does not exist."""
+        """Raises Refused 403, as Gemini does for a file that does not exist."""
         file = self._files.get(name)
         if file is None:
-            raise WireError(403, _FORBIDDEN.format(name=name.removeprefix("files/")))
+            raise Refused(403, _FORBIDDEN.format(name=name.removeprefix("files/")))
         return file
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str) -> Json:
+        """Remove it; the body of the answer, which is empty."""
         del self._files[self.find(name).name]
+        return {}
 
     def page(self, size: int, token: str) -> tuple[list[StoredFile], str]:
         """Up to `size` files after the one named by `token`, and the next page's token."""
@@ -378,12 +372,12 @@ class Files:
         """What a `fileUri` of a prompt stands for; URIs elsewhere are taken as they are."""
         _, marker, name = uri.partition("/v1beta/files/")
         if not uri:
-            raise WireError(400, "Invalid value at 'file_data.file_uri': it is empty")
+            raise Refused(400, "Invalid value at 'file_data.file_uri': it is empty")
         if not marker:
             return Attached("application/octet-stream", None, uri)
         file = self.find(f"files/{name}")
         if time.time_ns() < file.active_ns:
-            raise WireError(
+            raise Refused(
                 400, f"The File {name} is not in an ACTIVE state and usage is not allowed."
             )
         return Attached(file.mime_type, file.size_bytes, uri)
@@ -392,19 +386,19 @@ class Files:
 _LONGEST_TRACEPARENT = 100
 
 
-class State:
+class EmulatorState:
     def __init__(
         self, settings: EmulatorSettings, clock_ns: Callable[[], int] = time.time_ns
     ) -> None:
         self.settings = settings
         self.clock_ns = clock_ns
-        self.ledger = Ledger(settings.log_size)
-        self.presence = Presence()
-        self.files = Files()
+        self.ledger = CallLedger(settings.log_size)
+        self.presence = ConnectionWatch()
+        self.files = FileStore()
         self.random = Random(settings.seed)
         self.behaviour = settings.behaviour
-        self.faults = Faults(settings.faults, self.random)
-        self._gate = Gate(self.behaviour.concurrency, self.behaviour.rates)
+        self.faults = FaultOrders(settings.faults, self.random)
+        self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
         self._in_flight: dict[int, LoggedCall] = {}
         self._call_on: dict[object, LoggedCall] = {}  # aiohttp's protocol of a connection -> call
 
@@ -415,13 +409,13 @@ class State:
         self.random.seed(self.settings.seed)
         self.behaviour = self.settings.behaviour
         self.faults.replace(self.settings.faults)
-        self._gate = Gate(self.behaviour.concurrency, self.behaviour.rates)
+        self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
 
     def change_behaviour(self, changes: Mapping[str, Any]) -> None:
         """Replace some fields; windows start anew only when a limit is among them."""
         self.behaviour = self.behaviour.changed(changes)
         if changes.keys() & {"concurrency", "rates"}:
-            self._gate = Gate(self.behaviour.concurrency, self.behaviour.rates)
+            self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
 
     @contextmanager
     def serving(
@@ -467,7 +461,7 @@ class State:
         if protocol in self._call_on:
             self.ledger.end(self._call_on[protocol], "client_gone")
 
-    def _refusal(self, kind: str, input_tokens: int) -> Refusal | None:
+    def _refusal(self, kind: str, input_tokens: int) -> LimitRefusal | None:
         in_flight = self.ledger.of(kind).in_flight
         full = self._gate.full(kind, in_flight, self.ledger.in_flight_total)
         return full or self._gate.spend(kind, input_tokens, self.clock_ns())

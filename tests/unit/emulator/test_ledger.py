@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.emulator.settings import KINDS
-from tidegate.emulator.state import MOST_MODELS, OTHER_MODELS, Billed, Ending, Ledger, LoggedCall
+from tidegate.emulator.state import (
+    MOST_MODELS,
+    OTHER_MODELS,
+    Billed,
+    CallLedger,
+    Ending,
+    LoggedCall,
+)
 
 endings: list[Ending] = ["finished", "failed", "client_gone"]
 step = st.one_of(
@@ -20,7 +27,7 @@ step = st.one_of(
 )
 
 
-def check(ledger: Ledger, running: list[LoggedCall]) -> None:
+def check(ledger: CallLedger, running: list[LoggedCall]) -> None:
     for kind in KINDS:
         stats = ledger.of(kind)
         assert stats.arrived == stats.started + sum(stats.refused.values())
@@ -35,7 +42,7 @@ def check(ledger: Ledger, running: list[LoggedCall]) -> None:
 def test_arrivals_are_refused_running_or_ended_and_never_two_of_these(
     steps: list[tuple[str, str]],
 ) -> None:
-    ledger, running, ended = Ledger(10), list[LoggedCall](), list[LoggedCall]()
+    ledger, running, ended = CallLedger(10), list[LoggedCall](), list[LoggedCall]()
     billed: dict[str, int] = {}
     for what, value in steps:
         if what == "start":
@@ -61,7 +68,7 @@ def test_arrivals_are_refused_running_or_ended_and_never_two_of_these(
 
 
 def test_totals_are_kept_for_a_bounded_number_of_models() -> None:
-    ledger = Ledger(10)
+    ledger = CallLedger(10)
     for number in range(MOST_MODELS + 5):
         call = ledger.arrive("text_only", f"m{number}", "generate", "x")
         ledger.start(call)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tidegate.emulator.limits import (
     Counter,
     FixedWindow,
-    Gate,
-    Refusal,
+    LimitGate,
+    LimitRefusal,
     SlidingWindow,
     TokenBucket,
     counter_for,
@@ -123,8 +123,8 @@ TOKENS = RateLimit("total", 100, 60, "token_bucket", "input_tokens")
 
 
 def test_a_refused_demand_has_spent_nothing_of_any_limit() -> None:
-    gate = Gate({}, [MINE, ALL, TOKENS])
-    assert gate.spend("text_only", 101, 0) == Refusal(TOKENS.name, 100, 60 * 10**9, TOKENS)
+    gate = LimitGate({}, [MINE, ALL, TOKENS])
+    assert gate.spend("text_only", 101, 0) == LimitRefusal(TOKENS.name, 100, 60 * 10**9, TOKENS)
     assert gate.spend("text_only", 1, 0) is None
     assert gate.spend("text_only", 1, 0) is None
     refused = gate.spend("text_only", 1, 0)
@@ -137,7 +137,7 @@ def test_a_refused_demand_has_spent_nothing_of_any_limit() -> None:
 
 
 def test_calls_that_generate_nothing_are_outside_the_total() -> None:
-    gate = Gate({"total": 1, "text_only": 5}, [RateLimit("total", 0, 60)])
+    gate = LimitGate({"total": 1, "text_only": 5}, [RateLimit("total", 0, 60)])
     assert gate.spend("other", 0, 0) is None
     assert gate.full("other", 9, 9) is None
     full = gate.full("text_only", 0, 1)
