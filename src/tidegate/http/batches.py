@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import orjson
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -37,17 +35,21 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.http.body import Body, Hold, Spool, count_in
+from tidegate.http.body import (
+    WITH_ITS_HEAD_BYTES,
+    BodyBudget,
+    Incoming,
+    Multipart,
+    Part,
+    PartHead,
+    Spool,
+    count_in,
+    incoming_of,
+)
 from tidegate.http.guards import caller_of
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
 from tidegate.http.problems import body_of, not_relayed, refusal
 from tidegate.http.services import Services, check_target, services_of
-from tidegate.http.submission import (
-    MAX_PART_HEADER_BYTES,
-    MAX_PART_HEADERS,
-    SLICE_BYTES,
-    boundary_of,
-)
 from tidegate.spine.native import endpoint_named
 from tidegate.store.batches import INPUT, OUTPUT, Batch, BatchFile
 from tidegate.store.blobs import new_key
@@ -138,83 +140,38 @@ class Uploaded:
         return self.lines + self.ends_open
 
 
-async def read_upload(body: Body, content_type: str, uploaded: Uploaded, hold: Hold) -> None:
+async def read_upload(
+    body: Incoming, content_type: str, uploaded: Uploaded, hold: BodyBudget
+) -> None:
     """Fill `uploaded`, and count in `hold` what of it is in memory. Raises InvalidRequest and its
     kin, QueueFull and StoreUnavailable."""
     if not content_type.startswith("multipart/form-data"):
         raise InvalidRequest("file", "a file is sent as a form", allowed="multipart/form-data")
-    reader = _Reader(boundary_of(content_type), uploaded)
-    while (piece := await body.next()) is not None:
-        for at in range(0, len(piece), SLICE_BYTES):
-            await reader.take(piece[at : at + SLICE_BYTES])
-        count_in(hold, uploaded.spool.held_bytes)
-    if not reader.ended:
-        raise InvalidRequest("body", "the multipart body ends before its closing boundary")
+    await Multipart(content_type).read(body, _UploadReader(uploaded, hold).take)
     if not uploaded.has_file:
         raise InvalidRequest("file", "there is no file", allowed="a file of JSON lines")
     await uploaded.spool.finish()
 
 
-class _Reader:
-    def __init__(self, boundary: bytes, uploaded: Uploaded) -> None:
-        self.ended = False
+class _UploadReader:
+    def __init__(self, uploaded: Uploaded, hold: BodyBudget) -> None:
         self._uploaded = uploaded
-        self._pieces: list[bytes] = []
-        self._header, self._said = bytearray(), bytearray()
-        self._disposition = b""
+        self._hold = hold
         self._field = ""
-        try:
-            self._parser = MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._part_begins,
-                    "on_header_field": self._header_field,
-                    "on_header_value": self._header_value,
-                    "on_header_end": self._header_ends,
-                    "on_headers_finished": self._headers_end,
-                    "on_part_data": self._part_data,
-                    "on_end": self._end,
-                },
-                max_header_count=MAX_PART_HEADERS,
-                max_header_size=MAX_PART_HEADER_BYTES,
-            )
-        except FormParserError as unfit:
-            raise InvalidRequest("Content-Type", f"unfit boundary: {unfit}") from None
 
-    async def take(self, data: bytes) -> None:
-        try:
-            self._parser.write(data)
-        except FormParserError as malformed:
-            raise InvalidRequest("body", f"malformed multipart body: {malformed}") from None
-        pieces, self._pieces = self._pieces, []
-        for piece in pieces:
-            if self._uploaded.spool.size_bytes + len(piece) > MOST_BYTES:
-                raise PayloadTooLarge(
-                    "file",
-                    f"the file is larger than {MOST_BYTES} bytes",
-                    allowed=f"a file of at most {MOST_BYTES} bytes",
-                )
-            self._uploaded.lines += piece.count(b"\n")
-            self._uploaded.ends_open = not piece.endswith(b"\n")
-            await self._uploaded.spool.write(piece)
+    async def take(self, part: Part) -> None:
+        if isinstance(part, PartHead):
+            self._begin(part)
+        elif part is not None and self._field == "file":
+            await self._take_file(part)
+        elif part is not None:
+            text = self._uploaded.values[self._field] + part.decode("utf-8", "replace")
+            if len(text) > _LONGEST_VALUE_BYTES:
+                raise PayloadTooLarge(self._field, f"{self._field!r} is too long")
+            self._uploaded.values[self._field] = text
 
-    def _part_begins(self) -> None:
-        self._disposition = b""
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._said += data[start:end]
-
-    def _header_ends(self) -> None:
-        if bytes(self._header).lower() == b"content-disposition":
-            self._disposition = bytes(self._said)
-        self._header.clear()
-        self._said.clear()
-
-    def _headers_end(self) -> None:
-        _, options = parse_options_header(self._disposition)
+    def _begin(self, head: PartHead) -> None:
+        _, options = head.disposition()
         name = options.get(b"name", b"").decode("utf-8", "replace")
         uploaded = self._uploaded
         if name not in _FIELDS:
@@ -232,17 +189,18 @@ class _Reader:
         else:
             uploaded.values[name] = ""
 
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._field == "file":
-            self._pieces.append(data[start:end])
-            return
-        said = self._uploaded.values[self._field] + data[start:end].decode("utf-8", "replace")
-        if len(said) > _LONGEST_VALUE_BYTES:
-            raise PayloadTooLarge(self._field, f"{self._field!r} is too long")
-        self._uploaded.values[self._field] = said
-
-    def _end(self) -> None:
-        self.ended = True
+    async def _take_file(self, data: bytes) -> None:
+        uploaded = self._uploaded
+        if uploaded.spool.size_bytes + len(data) > MOST_BYTES:
+            raise PayloadTooLarge(
+                "file",
+                f"the file is larger than {MOST_BYTES} bytes",
+                allowed=f"a file of at most {MOST_BYTES} bytes",
+            )
+        uploaded.lines += data.count(b"\n")
+        uploaded.ends_open = not data.endswith(b"\n")
+        await uploaded.spool.write(data)
+        count_in(self._hold, uploaded.spool.held_bytes, WITH_ITS_HEAD_BYTES)
 
 
 _PATH = re.compile(r"/v1/(?P<room>files|batches)(?:/(?P<id>[\w-]{1,80})(?:/(?P<do>\w+))?)?/?")
@@ -330,7 +288,7 @@ async def _upload(asking: Asking) -> Response:
     services, config = asking.services, asking.services.config
     uploaded, hold = Uploaded(Spool(config.data_dir / "tmp")), services.hold(asking.caller)
     try:
-        body = Body(asking.request, config, max_bytes=FORM_BYTES)
+        body = incoming_of(asking.request, config, max_bytes=FORM_BYTES)
         await _check_room(asking)
         await read_upload(body, asking.request.headers.get("content-type", ""), uploaded, hold)
         if uploaded.values.get("purpose") != INPUT:
@@ -355,7 +313,7 @@ async def _upload(asking: Asking) -> Response:
             await _delete_blob(services, file.blob_key)
             raise
     finally:
-        hold.give_back()
+        hold.release()
         await uploaded.spool.close()
     return _json(file_view(file))
 
@@ -436,8 +394,9 @@ async def _create(asking: Asking) -> Response:
     key = key_of(asking.request)
     if key is None:
         await services.budgets.let_in(asking.caller)
-    body = Body(asking.request, services.config)
-    order = _order(parsed(await body.read(_CREATE_BYTES, field="body")))
+    most_bytes = min(_CREATE_BYTES, services.config.max_body_bytes)
+    body = incoming_of(asking.request, services.config, max_bytes=most_bytes, in_memory=True)
+    order = _order(parsed(await body.whole()))
     once = None if key is None else Idempotency(key, order.digest)
     if once is not None:
         # Before all that a repeat may be without: a budget, room in the queue, its file.

@@ -7,13 +7,14 @@ work happens in threads; after `close` nothing is left on disk, also if the call
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import file_digest, sha256
@@ -22,6 +23,8 @@ from threading import Lock
 from typing import Any, BinaryIO
 
 from anyio import to_thread
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
@@ -39,20 +42,22 @@ _RETRY_AFTER_MS = 1_000
 
 
 @dataclass(slots=True)
-class Bodies:
-    """How much of requests' bodies this process holds: those of native calls from their arrival to
-    the end of their calls, and prompts of streams, since they wait in memory; of jobs and of
-    uploads until they are stored. What comes with its head, 64 KB or so, does not count.
+class BodyMemory:
+    """Bytes of requests' bodies in the memory of this process, in all and by tenant.
 
-    `turn` is taken to parse a large one of a job: what comes of it is several times its size.
+    Bodies of native calls and prompts of streams count from their arrival to the end of their
+    calls, since they wait in memory; jobs and uploads until they are stored. A body of 64 KB or so
+    that comes with its head does not count.
+
+    `turn` is taken to parse a large body of a job: the values take several times its size.
     """
 
     held_bytes: int = 0
     of_tenants: Counter[str] = field(default_factory=Counter)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def hold(self, tenant_id: str, size_bytes: int) -> None:
-        """So many more; fewer where it is negative."""
+    def add(self, tenant_id: str, size_bytes: int) -> None:
+        """Add so many; subtract if negative."""
         self.held_bytes += size_bytes
         self.of_tenants[tenant_id] += size_bytes
         if not self.of_tenants[tenant_id]:
@@ -60,10 +65,10 @@ class Bodies:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """How much all of `bodies` may be together. `shared`: a tenant may have half of what the others
-    leave of it, so that no number of tenants can fill it; one body of the largest size always
-    fits where nobody else holds any."""
+class MemoryBound:
+    """Bound of a BodyMemory. `shared`: a tenant may have half of what the others leave, so that no
+    number of tenants can fill it; one body of the largest size always fits if no other tenant
+    holds any."""
 
     most_bytes: int
     largest_bytes: int
@@ -76,43 +81,43 @@ class Room:
         return max(left_bytes // 2, 0 if others_bytes else self.largest_bytes)
 
 
-class Hold:
-    """What one request of a tenant holds in `bodies`."""
+class BodyBudget:
+    """Part of `memory` that one request of a tenant occupies."""
 
-    __slots__ = ("_bodies", "_room", "_tenant_id", "held_bytes")
+    __slots__ = ("_bound", "_memory", "_tenant_id", "held_bytes")
 
-    def __init__(self, bodies: Bodies, room: Room, tenant_id: str) -> None:
-        self._bodies = bodies
-        self._room = room
+    def __init__(self, memory: BodyMemory, bound: MemoryBound, tenant_id: str) -> None:
+        self._memory = memory
+        self._bound = bound
         self._tenant_id = tenant_id
         self.held_bytes = 0
 
     @property
     def turn(self) -> asyncio.Lock:
-        return self._bodies.turn
+        return self._memory.turn
 
     def reach(self, size_bytes: int) -> None:
-        """Hold so much in all. Raises QueueFull where there is no room for it."""
-        more_bytes, bodies = size_bytes - self.held_bytes, self._bodies
-        own_bytes = bodies.of_tenants.get(self._tenant_id, 0)
-        others_bytes = bodies.held_bytes - own_bytes
-        if own_bytes + more_bytes > self._room.share_bytes(others_bytes):
-            whose = f"of tenant {self._tenant_id}" if self._room.shared else "of requests"
+        """Occupy so much in all. Raises QueueFull if there is no room for it."""
+        more_bytes, memory = size_bytes - self.held_bytes, self._memory
+        own_bytes = memory.of_tenants.get(self._tenant_id, 0)
+        others_bytes = memory.held_bytes - own_bytes
+        if own_bytes + more_bytes > self._bound.share_bytes(others_bytes):
+            whose = f"of tenant {self._tenant_id}" if self._bound.shared else "of requests"
             said = f"this process holds as much of the bodies {whose} as it may"
             raise QueueFull(said, limit="MAX_HELD_BYTES", retry_after_ms=_RETRY_AFTER_MS)
-        bodies.hold(self._tenant_id, more_bytes)
+        memory.add(self._tenant_id, more_bytes)
         self.held_bytes = size_bytes
 
     def keep(self, size_bytes: int) -> None:
-        """Hold no more than that from here on, and nothing where it would have come with a head."""
+        """Occupy at most so much from here on; nothing if so little could come with a head."""
         if (left := size_bytes if size_bytes > WITH_ITS_HEAD_BYTES else 0) < self.held_bytes:
-            self._bodies.hold(self._tenant_id, left - self.held_bytes)
+            self._memory.add(self._tenant_id, left - self.held_bytes)
             self.held_bytes = left
 
-    def give_back(self) -> None:
-        """All of it. Idempotent."""
+    def release(self) -> None:
+        """Release all of it. Idempotent."""
         if self.held_bytes:
-            self._bodies.hold(self._tenant_id, -self.held_bytes)
+            self._memory.add(self._tenant_id, -self.held_bytes)
         self.held_bytes = 0
 
 
@@ -149,59 +154,77 @@ class Patience:
         self._whole_s -= waited_s
 
 
-class ClientGone(Exception):
-    """The client left before its request was whole."""
-
-
 class Incoming:
-    """Read it in `task`, which is cancelled when the client is too slow; `is_slow` is true then,
-    for where another task does the reading. Raises PayloadTooLarge, RequestTimeout or ClientGone.
+    """The body of one request: read it whole, or piece by piece, once.
+
+    A client that is too slow has `task` cancelled, which must be the one that reads, or one that
+    waits for it; `is_slow` is true from then on. Reads raise PayloadTooLarge beyond `max_bytes`,
+    RequestTimeout (in `task` alone), or ClientDisconnect when the client has gone. Cancelling a
+    read is safe; the body cannot be read on afterwards.
     """
 
-    __slots__ = ("_hold", "_patience", "_receive", "_task", "is_slow")
+    __slots__ = (
+        *("_hold", "_max_bytes", "_more", "_patience", "_receive", "_task"),
+        *("is_slow", "received_bytes"),
+    )
 
     def __init__(
-        self, receive: Receive, task: asyncio.Task[Any], pace: Pace, *, in_memory: bool
+        self,
+        receive: Receive,
+        task: asyncio.Task[Any],
+        pace: Pace,
+        *,
+        max_bytes: int,
+        in_memory: bool,
     ) -> None:
+        self.is_slow = False
+        self.received_bytes = 0
         self._receive = receive
         self._task = task
+        self._max_bytes = max_bytes
         self._patience = Patience(pace, in_memory=in_memory)
-        self.is_slow = False
-        self._hold: Hold | None = None
+        self._more = True
+        self._hold: BodyBudget | None = None
 
-    async def whole(self, most_bytes: int, hold: Hold) -> bytes:
-        """All of it; it is counted in `hold` until `give_back`. Raises QueueFull too."""
-        message = await self._next()
-        piece: bytes = message.get("body", b"")
-        if not message.get("more_body", False) and len(piece) <= most_bytes:
-            return piece
+    async def next(self) -> bytes | None:
+        """The next piece, never an empty one; None at the end."""
+        while self._more:
+            message = await self._message()
+            self._more = message.get("more_body", False)
+            piece: bytes = message.get("body", b"")
+            self.received_bytes += len(piece)
+            check_size(self.received_bytes, self._max_bytes)
+            if piece:
+                return piece
+        return None
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        while (piece := await self.next()) is not None:
+            yield piece
+
+    async def whole(self, hold: BodyBudget | None = None, *, free_bytes: int = 0) -> bytes:
+        """All of it. Counted in `hold` until `release` as soon as it is longer than `free_bytes`,
+        unless it came with its head. Raises QueueFull too."""
         self._hold = hold
-        pieces = []
-        async for one in self.pieces(most_bytes, message):
-            hold.reach(hold.held_bytes + len(one))
-            pieces.append(one)
+        piece = await self.next() or b""
+        if not self._more and len(piece) <= WITH_ITS_HEAD_BYTES:
+            return piece
+        pieces, size_bytes = [piece], len(piece)
+        count_in(hold, size_bytes, free_bytes)
+        while (more := await self.next()) is not None:
+            pieces.append(more)
+            size_bytes += len(more)
+            count_in(hold, size_bytes, free_bytes)
         whole = b"".join(pieces)
         await asyncio.sleep(0)  # a copy of many MB takes its time: others go first now
         return whole
 
-    def give_back(self) -> None:
-        """The call has ended. Idempotent."""
+    def release(self) -> None:
+        """Release what is counted in the budget, at the end of the call. Idempotent."""
         if self._hold is not None:
-            self._hold.give_back()
+            self._hold.release()
 
-    async def pieces(self, most_bytes: int, message: Message | None = None) -> AsyncIterator[bytes]:
-        """Piece by piece, from `message` on where there is one."""
-        size_bytes, more = 0, True
-        while more:
-            message = await self._next() if message is None else message
-            piece, more = message.get("body", b""), message.get("more_body", False)
-            message = None
-            size_bytes += len(piece)
-            check_size(size_bytes, most_bytes)
-            if piece:
-                yield piece
-
-    async def _next(self) -> Message:
+    async def _message(self) -> Message:
         loop, patience = asyncio.get_running_loop(), self._patience
         began = loop.time()
         timer = loop.call_later(patience.left_s(), self._too_slow)
@@ -215,7 +238,8 @@ class Incoming:
         finally:
             timer.cancel()
         if message["type"] != "http.request":
-            raise ClientGone
+            self._more = False
+            raise ClientDisconnect
         patience.waited(loop.time() - began, len(message.get("body", b"")))
         return message
 
@@ -224,107 +248,146 @@ class Incoming:
         self._task.cancel()
 
 
-def check_announced(headers: Iterable[tuple[bytes, bytes]], most_bytes: int) -> None:
-    """Before anything is read: what the head says of the body. Raises PayloadTooLarge."""
+def incoming_of(
+    request: Request,
+    config: Config,
+    *,
+    max_bytes: int | None = None,
+    pace: Pace | None = None,
+    in_memory: bool = False,
+) -> Incoming:
+    """The body of `request`, of MAX_BODY_BYTES at most unless `max_bytes` is given, to be read in
+    the present task. Raises PayloadTooLarge and InvalidRequest for its announced length."""
+    task = asyncio.current_task()
+    assert task is not None
+    most = config.max_body_bytes if max_bytes is None else max_bytes
+    check_announced(request.scope["headers"], most)
+    pace = pace or Pace(silence_ms=config.receive_timeout_ms)
+    return Incoming(request.receive, task, pace, max_bytes=most, in_memory=in_memory)
+
+
+_NUMBER = re.compile(rb"[0-9]{1,18}")
+
+
+def check_announced(headers: Iterable[tuple[bytes, bytes]], max_bytes: int) -> None:
+    """Check what the head announces, before anything is read. Raises PayloadTooLarge, and
+    InvalidRequest for a length that is no number."""
     for name, value in headers:
-        if name == b"content-length":  # a number, or the server would not have let it in
-            check_size(int(value), most_bytes)
+        if name == b"content-length":
+            if not _NUMBER.fullmatch(value):
+                raise InvalidRequest("Content-Length", "Content-Length is not a number of bytes")
+            check_size(int(value), max_bytes)
 
 
-def check_size(size_bytes: int, most_bytes: int) -> None:
+def check_size(size_bytes: int, max_bytes: int) -> None:
     """Raises PayloadTooLarge."""
-    if size_bytes > most_bytes:
-        allowed = f"at most {most_bytes} bytes"
-        raise PayloadTooLarge("body", "the body is too large", allowed=allowed)
+    if size_bytes > max_bytes:
+        allowed = f"at most {max_bytes} bytes"
+        raise PayloadTooLarge("body", f"the body is larger than {max_bytes} bytes", allowed=allowed)
 
 
-_NUMBER = re.compile(r"[0-9]{1,18}")
-
-
-class Body:
-    """Pieces of the body by `next()`; None at its end.
-
-    `next` raises PayloadTooLarge, RequestTimeout, or starlette's ClientDisconnect when the client
-    has gone. Cancelling it is safe; the body cannot be read on afterwards.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        config: Config,
-        *,
-        pace: Pace | None = None,
-        max_bytes: int | None = None,
-    ) -> None:
-        """Raises PayloadTooLarge at once when the announced length is over the limit."""
-        self.received_bytes = 0
-        self._max_bytes = config.max_body_bytes if max_bytes is None else max_bytes
-        self._pace = pace or Pace(silence_ms=config.receive_timeout_ms)
-        self._patience = Patience(self._pace, in_memory=False)
-        self._receive = request.receive
-        self._more = True
-        announced = request.headers.get("content-length", "0")
-        if not _NUMBER.fullmatch(announced):
-            raise InvalidRequest("Content-Length", "Content-Length is not a number of bytes")
-        if int(announced) > self._max_bytes:
-            raise self._too_large()
-
-    async def next(self) -> bytes | None:
-        loop = asyncio.get_running_loop()
-        while self._more:
-            begun = loop.time()
-            try:
-                async with asyncio.timeout(self._patience.left_s()):
-                    message = await self._receive()
-            except TimeoutError:
-                raise RequestTimeout("the request's body arrives too slowly") from None
-            waited_s = loop.time() - begun
-            if message["type"] != "http.request":
-                self._more = False
-                raise ClientDisconnect
-            self._more = message.get("more_body", False)
-            piece: bytes = message.get("body", b"")
-            self._patience.waited(waited_s, len(piece))
-            self.received_bytes += len(piece)
-            if self.received_bytes > self._max_bytes:
-                raise self._too_large()
-            if piece:
-                return piece
-        return None
-
-    async def read(self, max_bytes: int, *, field: str, hold: Hold | None = None) -> bytes:
-        """The whole body, counted in `hold` once it is more than comes with a head. Raises
-        PayloadTooLarge, naming `field`, at the first piece over, and QueueFull for the hold."""
-        whole = bytearray()
-        self._patience = Patience(self._pace, in_memory=True)
-        while (piece := await self.next()) is not None:
-            whole += piece
-            if len(whole) > max_bytes:
-                raise too_long(field, max_bytes)
-            count_in(hold, len(whole))
-        return bytes(whole)
-
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(
-            "body",
-            f"the request is larger than {self._max_bytes} bytes",
-            allowed=f"at most {self._max_bytes} bytes in all",
-        )
-
-
-def count_in(hold: Hold | None, held_bytes: int) -> None:
-    """Count what a body holds of memory, once it is more than comes with a head. Raises
-    QueueFull."""
-    if hold is not None and held_bytes > max(WITH_ITS_HEAD_BYTES, hold.held_bytes):
+def count_in(hold: BodyBudget | None, held_bytes: int, free_bytes: int) -> None:
+    """Count what a body occupies in memory once it is more than `free_bytes`. Raises QueueFull."""
+    if hold is not None and held_bytes > max(free_bytes, hold.held_bytes):
         hold.reach(held_bytes)
 
 
-def too_long(field: str, max_bytes: int) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        field,
-        f"the body is longer than {max_bytes} bytes",
-        allowed=f"at most {max_bytes} bytes of this content type",
-    )
+SLICE_BYTES = 64 * 1024
+MAX_PART_HEADERS = 8
+MAX_PART_HEADER_BYTES = 4096
+
+# It warns of each malformed body, with the caller's bytes; our own error says it already.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class PartHead:
+    """The headers of a part, by lower-case name."""
+
+    headers: Mapping[str, bytes]
+
+    def disposition(self) -> tuple[bytes, dict[bytes, bytes]]:
+        """The kind of `Content-Disposition` and its options."""
+        return parse_options_header(self.headers.get("content-disposition"))
+
+
+Part = PartHead | bytes | None  # the head of a part, some of its content, its end
+
+
+class Multipart:
+    """Parser of one multipart body, whose parts come in the order of the bytes."""
+
+    def __init__(self, content_type: str) -> None:
+        """Raises InvalidRequest for a Content-Type without a sound boundary."""
+        self._parts: list[Part] = []
+        self._headers: dict[str, bytes] = {}
+        self._name = bytearray()
+        self._value = bytearray()
+        self._ended = False
+        boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+        if not boundary:
+            raise InvalidRequest(
+                "Content-Type",
+                "multipart/form-data without a boundary",
+                allowed="multipart/form-data; boundary=...; let your HTTP client write this header",
+            )
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers_finished,
+                    "on_part_data": self._on_part_data,
+                    "on_part_end": lambda: self._parts.append(None),
+                    "on_end": self._on_end,
+                },
+                max_header_count=MAX_PART_HEADERS,
+                max_header_size=MAX_PART_HEADER_BYTES,
+            )
+        except FormParserError as unfit:
+            raise InvalidRequest("Content-Type", f"unfit boundary: {unfit}") from None
+
+    async def read(self, body: Incoming, take: Callable[[Part], Awaitable[None]]) -> None:
+        """Give each part to `take`. Raises InvalidRequest, and what `body` and `take` raise."""
+        while (chunk := await body.next()) is not None:
+            for at in range(0, len(chunk), SLICE_BYTES):
+                try:
+                    self._parser.write(chunk[at : at + SLICE_BYTES])
+                except FormParserError as malformed:
+                    wrong = f"malformed multipart body: {malformed}"
+                    raise InvalidRequest("body", wrong) from None
+                parts, self._parts = self._parts, []
+                for part in parts:
+                    await take(part)
+            # A body that is all there already must not hold the loop to its end.
+            await asyncio.sleep(0)
+        if body.received_bytes == 0:
+            raise InvalidRequest("body", "the body is empty")
+        if not self._ended:
+            raise InvalidRequest("body", "the multipart body ends before its closing boundary")
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._name.decode("ascii", "replace").lower()] = bytes(self._value)
+        self._name.clear()
+        self._value.clear()
+
+    def _on_headers_finished(self) -> None:
+        self._parts.append(PartHead(self._headers))
+        self._headers = {}
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._parts.append(data[start:end])
+
+    def _on_end(self) -> None:
+        self._ended = True
 
 
 MEMORY_BYTES = 256 * 1024

@@ -43,12 +43,12 @@ from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_
 from tidegate.http.services import TRACE_IN_SCOPE, Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.submission import (
+    JOB_BODY,
     Submission,
-    Wrapping,
+    ask_of,
     body_apart,
     discard,
     read_submission,
-    wrapped_submission,
 )
 from tidegate.http.views import (
     Accepted,
@@ -58,8 +58,7 @@ from tidegate.http.views import (
     prefix_of,
     status_view,
 )
-from tidegate.spine.native import LONGEST_BYTES, check_body, endpoint_named
-from tidegate.spine.prompt import Ask
+from tidegate.spine.native import check_body, endpoint_named
 from tidegate.store.records import Earlier, NewJob, RequestRecord
 from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
@@ -269,92 +268,11 @@ _MAX_WAIT_S = 60
 router = APIRouter(tags=["jobs"])
 
 
-_FIELDS: dict[str, Any] = {
-    "data": {"type": "string", "description": "The prompt"},
-    "text": {"type": "string", "description": "Another name for `data`"},
-    "image_uri": {"type": "string", "format": "uri", "description": "A public picture to fetch"},
-    "type": {
-        "type": "string",
-        "enum": ["text_only", "multi_modal", "image_generation"],
-        "description": "Skips classification",
-    },
-    "model": {"type": "string", "description": "Instead of the model configured for the type"},
-    "priority": {"type": "integer", "minimum": -100, "maximum": 100, "default": 0},
-    "deadline_ms": {
-        "type": "integer",
-        "minimum": 1,
-        "description": "From receipt to admission; later the request expires",
-    },
-    "subject": {
-        "type": "string",
-        "minLength": 1,
-        "maxLength": 200,
-        "description": "Whom it is about, so that it can be erased: see docs/accounting.md",
-    },
-}
-_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
-
-_WEBHOOK: dict[str, Any] = {
-    "webhook_url": {
-        "type": "string",
-        "format": "uri",
-        "description": "Is told of the end, signed: see docs/jobs.md. Needs WEBHOOK_SECRET",
-    },
-}
-_WRAPPED: dict[str, Any] = {
-    "endpoint": {
-        "type": "string",
-        "description": "A native path, such as /v1/chat/completions, instead of a prompt",
-    },
-    "body": {"type": "object", "description": "What goes to `endpoint`; 20 MB at most"},
-}
-_EXAMPLES = {
-    "text": {"value": {"data": "Explain the importance of cybersecurity."}},
-    "image": {"value": {"data": "Generate an image of a futuristic city."}},
-    "edit": {
-        "value": {
-            "data": "Make this picture a watercolour",
-            "image_uri": "https://example.com/cat.png",
-        }
-    },
-}
-
-
-def _body_of(fields: dict[str, Any], only_json: dict[str, Any] | None = None) -> dict[str, Any]:
-    values = {"type": "object", "properties": fields, "additionalProperties": False}
-    as_json = {**values, "properties": {**fields, **(only_json or {})}}
-    with_files = {**values, "properties": {**fields, "file": _FILES, "files": _FILES}}
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": as_json, "examples": _EXAMPLES},
-                "multipart/form-data": {"schema": with_files},
-                "application/x-www-form-urlencoded": {"schema": values},
-            },
-        }
-    }
-
-
-BODY = _body_of(_FIELDS)
-_JOB_BODY = _body_of(_FIELDS | _WEBHOOK, _WRAPPED)
-
-
-def ask_of(submission: Submission, caller: Caller) -> Ask:
-    return Ask(
-        prompt=submission.prompt,
-        attachments=submission.attachments,
-        image_uri=submission.image_uri,
-        kind=submission.kind,
-        tenant_id=caller.tenant_id,
-    )
-
-
 @router.post(
     "/submit",
     status_code=202,
     response_model=Accepted,
-    openapi_extra=_JOB_BODY | {"parameters": [PARAMETER]},
+    openapi_extra=JOB_BODY | {"parameters": [PARAMETER]},
     responses=problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 503),
     summary="Hand in a request; a worker answers it",
 )
@@ -374,7 +292,6 @@ async def submit(request: Request) -> Response:
             services.blobs,
             as_job=True,
             digests=key is not None,
-            wrapping=Wrapping(wrapped_submission, LONGEST_BYTES),
             hold=hold,
         )
         parent = parent_in(request.scope["headers"])
@@ -383,7 +300,7 @@ async def submit(request: Request) -> Response:
             request.scope[TRACE_IN_SCOPE] = trail.trace
         taken = await _submitted(job, services, caller)
     finally:
-        hold.give_back()
+        hold.release()
     body = accepted(taken, prefix_of(request)).model_dump_json()
     headers = {REQUEST_ID_HEADER: str(taken.request_id)}
     if isinstance(taken, Earlier):

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 from uuid import UUID
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, NO_BUDGETS, Caller, new_id
@@ -40,7 +41,7 @@ from tidegate.errors import (
     UnsupportedMedia,
     UpstreamUnauthorized,
 )
-from tidegate.http.body import ClientGone, Incoming, Pace, check_announced, check_size
+from tidegate.http.body import Incoming, Pace, check_announced, check_size
 from tidegate.http.guards import PASS, let_in, own_urls
 from tidegate.http.idempotency import LOST_HEADER, Once, check_known, shows_key, wanted_of
 from tidegate.http.problems import REQUEST_ID_HEADER, comfort, event, not_relayed, refusal
@@ -247,7 +248,7 @@ class _Front(Out):
         finally:
             self._services.streams.discard(self._task)
             if self._incoming is not None:
-                self._incoming.give_back()
+                self._incoming.release()
 
     async def _answer(self, endpoint: Endpoint) -> None:
         uploads = endpoint.operation is Operation.UPLOAD
@@ -280,7 +281,7 @@ class _Front(Out):
         except TidegateError as error:
             await self.refuse_unheard(error, endpoint)
             return
-        except ClientGone:
+        except ClientDisconnect:
             return
         look = partial(look_at, call, self._life, self._scope["path"])
         self._services.under_way.enter(self, look)
@@ -307,13 +308,15 @@ class _Front(Out):
         if body is None:
             check_announced(self._scope["headers"], most_bytes)
             hold = self._services.hold(self._caller)
-            return await self._arriving(in_memory=True).whole(most_bytes, hold)
+            return await self._arriving(most_bytes, in_memory=True).whole(hold)
         check_size(len(body), most_bytes)
         return body
 
-    def _arriving(self, *, in_memory: bool) -> Incoming:
+    def _arriving(self, max_bytes: int, *, in_memory: bool) -> Incoming:
         pace = Pace(silence_ms=self._services.config.receive_timeout_ms)
-        self._incoming = Incoming(self._receive, self._task, pace, in_memory=in_memory)
+        self._incoming = Incoming(
+            self._receive, self._task, pace, max_bytes=max_bytes, in_memory=in_memory
+        )
         return self._incoming
 
     async def _identify(self, endpoint: Endpoint) -> None:
@@ -383,7 +386,7 @@ class _Front(Out):
 
     async def _upload(self, call: NativeCall) -> None:
         own = own_urls(self._scope, self._upload_secret(call.endpoint))
-        pieces = self._arriving(in_memory=False).pieces(MAX_BYTES)
+        pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
         await upload(self._services.relay, call, pieces, own, self, self._life)
 
     def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:

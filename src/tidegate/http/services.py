@@ -24,7 +24,7 @@ from tidegate.call import ANYBODY, DEFAULT_POOL, Caller
 from tidegate.dialects.routes import Dialect
 from tidegate.errors import InvalidRequest, LimiterUnavailable, TidegateError
 from tidegate.http.auth import Gate
-from tidegate.http.body import Bodies, Hold, Room
+from tidegate.http.body import BodyBudget, BodyMemory, MemoryBound
 from tidegate.http.origins import Origins
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_of
 from tidegate.http.quotas import Openings
@@ -101,7 +101,7 @@ class Services:
     origins: Origins
     budgets: BudgetGate
     openings: Openings = field(default_factory=Openings)
-    bodies: Bodies = field(default_factory=Bodies)
+    bodies: BodyMemory = field(default_factory=BodyMemory)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     looks: Looks = field(default_factory=Looks)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
@@ -120,13 +120,13 @@ class Services:
         for limiter in self.limiters.values():
             limiter.turn_away()
 
-    def hold(self, caller: Caller) -> Hold:
+    def hold(self, caller: Caller) -> BodyBudget:
         """For the body of one more request. Where a caller shows no key its tenant is what it says,
         and a share would bind nobody."""
         config = self.config
         most_bytes = max(config.max_held_bytes, config.max_body_bytes)
-        room = Room(most_bytes, config.max_body_bytes, shared=caller.key_id is not None)
-        return Hold(self.bodies, room, caller.tenant_id)
+        bound = MemoryBound(most_bytes, config.max_body_bytes, shared=caller.key_id is not None)
+        return BodyBudget(self.bodies, bound, caller.tenant_id)
 
     @property
     def under_way(self) -> UnderWay:

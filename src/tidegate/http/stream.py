@@ -39,14 +39,13 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.http.body import Hold
+from tidegate.http.body import BodyBudget
 from tidegate.http.guards import check_models, check_prompt, payer_of
-from tidegate.http.jobs import BODY, ask_of
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_responses
 from tidegate.http.quotas import Opening
 from tidegate.http.services import TRACE_IN_SCOPE, Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
-from tidegate.http.submission import Submission, discard, read_submission
+from tidegate.http.submission import BODY, Submission, ask_of, discard, read_submission
 from tidegate.http.views import prefix_of, usage_view
 from tidegate.spine.record import Attempt, CallUnderWay, attempt_result, shortened
 from tidegate.store.blobs import new_key
@@ -107,7 +106,7 @@ async def stream(request: Request) -> Response:
         await answer.check_models()
     except BaseException:
         opening.close()
-        hold.give_back()
+        hold.release()
         raise
     return answer
 
@@ -144,7 +143,7 @@ class StreamedAnswer(Response):
         *,
         caller: Caller,
         opening: Opening,
-        hold: Hold,
+        hold: BodyBudget,
         received: float,
         received_at: datetime,
         plain_text: bool,
@@ -207,7 +206,7 @@ class StreamedAnswer(Response):
             self._services.streams.discard(task)
             self._services.under_way.leave(self)
             self._opening.close()
-            self._hold.give_back()
+            self._hold.release()
 
     def _look(self) -> CallUnderWay:
         """How it stands, for whoever asks what is under way."""

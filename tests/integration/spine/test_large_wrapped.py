@@ -145,7 +145,7 @@ async def test_what_a_process_holds_of_them_is_bounded(open_gateway: Opener) -> 
     assert (status, problem["code"], problem["limit"]) == (503, "queue_full", "MAX_HELD_BYTES")
     assert problem["retry_after_ms"] == 1_000
     assert gateway.services.bodies.held_bytes == 500_000
-    others.give_back()
+    others.release()
     assert (await submitted(gateway, body))[0] == 202
     assert gateway.services.bodies.held_bytes == 0
 

@@ -11,7 +11,7 @@ from starlette.types import Message
 
 from tests.unit.http.asgi import Sender, request
 from tidegate.errors import InvalidRequest, RequestTimeout
-from tidegate.http.body import Body, Pace
+from tidegate.http.body import Pace, incoming_of
 from tidegate.settings import Config
 
 
@@ -31,7 +31,7 @@ class DrippingSender(Sender):
 
 
 async def pieces(incoming: Request, pace: Pace) -> AsyncIterator[bytes]:
-    body = Body(incoming, Config(), pace=pace)
+    body = incoming_of(incoming, Config(), pace=pace)
     while (piece := await body.next()) is not None:
         yield piece
 
@@ -59,7 +59,7 @@ async def test_a_slow_client_that_keeps_the_pace_is_heard_to_its_end() -> None:
 
 
 async def test_our_own_time_does_not_count_against_the_client() -> None:
-    body = Body(
+    body = incoming_of(
         request(DrippingSender(count=5, gap_s=0)),
         Config(),
         pace=Pace(silence_ms=1000, grace_ms=100, min_bytes_per_s=1000),
@@ -75,4 +75,4 @@ async def test_our_own_time_does_not_count_against_the_client() -> None:
 @pytest.mark.parametrize("length", ["-1", "1e9", "0x10", "", "9" * 40])
 async def test_a_content_length_that_is_no_number_is_refused(length: str) -> None:
     with pytest.raises(InvalidRequest):
-        Body(request(b"", headers=[("content-length", length)]), Config())
+        incoming_of(request(b"", headers=[("content-length", length)]), Config())

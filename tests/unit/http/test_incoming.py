@@ -8,46 +8,46 @@ import pytest
 from starlette.types import Message
 
 from tidegate.errors import QueueFull, RequestTimeout
-from tidegate.http.body import Bodies, Hold, Incoming, Pace, Patience, Room
+from tidegate.http.body import BodyBudget, BodyMemory, Incoming, MemoryBound, Pace, Patience
 
 MB = 1_000_000
-SHARED = Room(250 * MB, 100 * MB, shared=True)
+SHARED = MemoryBound(250 * MB, 100 * MB, shared=True)
 
 
 def test_one_tenant_leaves_room_for_all_others() -> None:
-    bodies = Bodies()
-    Hold(bodies, SHARED, "alice").reach(83 * MB)
+    bodies = BodyMemory()
+    BodyBudget(bodies, SHARED, "alice").reach(83 * MB)
     for _ in range(100):
         with pytest.raises(QueueFull) as full:
-            Hold(bodies, SHARED, "alice").reach(83 * MB)
+            BodyBudget(bodies, SHARED, "alice").reach(83 * MB)
         assert (full.value.limit, full.value.retry_after_ms) == ("MAX_HELD_BYTES", 1_000)
     assert bodies.of_tenants == {"alice": 83 * MB}
     for tenant in ("bob", "carol", "dave", "erin"):
-        hold = Hold(bodies, SHARED, tenant)
+        hold = BodyBudget(bodies, SHARED, tenant)
         hold.reach(200_000)
-        hold.give_back()
+        hold.release()
         most = (SHARED.most_bytes - bodies.held_bytes) // 2
         with pytest.raises(QueueFull, match=f"of tenant {tenant}"):
-            Hold(bodies, SHARED, tenant).reach(most + 1)
-        Hold(bodies, SHARED, tenant).reach(most)
+            BodyBudget(bodies, SHARED, tenant).reach(most + 1)
+        BodyBudget(bodies, SHARED, tenant).reach(most)
     assert bodies.held_bytes < SHARED.most_bytes
 
 
 def test_the_largest_body_fits_where_nobody_else_holds_any() -> None:
-    bodies, room = Bodies(), Room(100 * MB, 100 * MB, shared=True)
-    first = Hold(bodies, room, "alice")
+    bodies, room = BodyMemory(), MemoryBound(100 * MB, 100 * MB, shared=True)
+    first = BodyBudget(bodies, room, "alice")
     first.reach(100 * MB)
     with pytest.raises(QueueFull):
-        Hold(bodies, room, "alice").reach(70_000)
-    first.give_back()
-    first.give_back()
+        BodyBudget(bodies, room, "alice").reach(70_000)
+    first.release()
+    first.release()
     assert (bodies.held_bytes, bodies.of_tenants) == (0, {})
 
 
 def test_without_keys_there_are_no_shares() -> None:
-    bodies, room = Bodies(), Room(100 * MB, 60 * MB, shared=False)
-    Hold(bodies, room, "default").reach(60 * MB)
-    hold = Hold(bodies, room, "default")
+    bodies, room = BodyMemory(), MemoryBound(100 * MB, 60 * MB, shared=False)
+    BodyBudget(bodies, room, "default").reach(60 * MB)
+    hold = BodyBudget(bodies, room, "default")
     hold.reach(40 * MB)
     with pytest.raises(QueueFull, match="of requests"):
         hold.reach(40 * MB + 1)
@@ -93,11 +93,11 @@ async def test_a_native_body_that_trickles_is_ended() -> None:
     task = asyncio.current_task()
     assert task is not None
     pace = Pace(silence_ms=5_000, grace_ms=100)
-    incoming = Incoming(receive, task, pace, in_memory=True)
-    bodies = Bodies()
+    incoming = Incoming(receive, task, pace, max_bytes=10 * MB, in_memory=True)
+    bodies = BodyMemory()
     with pytest.raises(RequestTimeout):
-        await incoming.whole(10 * MB, Hold(bodies, SHARED, "alice"))
+        await incoming.whole(BodyBudget(bodies, SHARED, "alice"))
     assert bodies.held_bytes >= MB
     assert sent < 50
-    incoming.give_back()
+    incoming.release()
     assert bodies.held_bytes == 0

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tidegate.admission.estimator import Learned
 from tidegate.errors import ConfigError, InvalidRequest, UnsupportedMedia
-from tidegate.http.body import Body
+from tidegate.http.body import incoming_of
 from tidegate.http.guards import admit_admin
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
@@ -35,8 +35,9 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
     Raises InvalidRequest with the path of the field, UnsupportedMedia, PayloadTooLarge and
     RequestTimeout.
     """
-    body = Body(request, services_of(request).config)
-    raw = await body.read(MOST_BYTES, field="body")
+    config = services_of(request).config
+    most_bytes = min(MOST_BYTES, config.max_body_bytes)
+    raw = await incoming_of(request, config, max_bytes=most_bytes, in_memory=True).whole()
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if raw and media != _JSON:
         raise UnsupportedMedia("Content-Type", "the body must be JSON", allowed=_JSON)

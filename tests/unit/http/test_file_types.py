@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.http.asgi import PDF, PNG
 from tidegate.errors import UnsupportedMedia
-from tidegate.http.submission import HEAD_BYTES, MAX_NAME_CHARS, TypeCheck, safe_name
+from tidegate.http.file_types import HEAD_BYTES, MAX_NAME_CHARS, TypeCheck, safe_name
 from tidegate.upstream.fetch import PICTURE_TYPES, picture_type
 
 OCTETS = "application/octet-stream"
