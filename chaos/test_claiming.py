@@ -76,7 +76,7 @@ async def churn(busy: asyncpg.Connection, jobs: int) -> None:
 
 async def claims_ms(url: str, folder: Path, busy: asyncpg.Connection) -> list[float]:
     """How long the claims of a worker that has just started take while jobs go on coming."""
-    store = Store.from_url(
+    store = Store(
         url,
         instance_id=f"w-{time.time()}",
         blobs=Blobs.from_url("", folder),
@@ -87,10 +87,10 @@ async def claims_ms(url: str, folder: Path, busy: asyncpg.Connection) -> list[fl
     )
 
     async def look_around() -> None:
-        await store.heartbeat()
-        await store.retake_lapsed()
-        await store.tend_queues()
-        await store.expire_due()
+        await store.queue.heartbeat()
+        await store.queue.retake_expired()
+        await store.queue.maintain()
+        await store.queue.expire_due()
 
     async def tend() -> None:
         while True:
@@ -104,7 +104,7 @@ async def claims_ms(url: str, folder: Path, busy: asyncpg.Connection) -> list[fl
         for number in range(FIRST + CLAIMS):
             await busy.execute(WRITE, EACH, TENANTS)
             began = time.perf_counter()
-            jobs = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=EACH)
+            jobs = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=EACH)
             taken.append((time.perf_counter() - began) * 1000)
             assert len(jobs) == EACH
             if number == FIRST - 1:

@@ -184,7 +184,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             config=config,
             observers=store.observers,
             tally=instruments.tally,
-            exposition=Exposition(instruments, watch, limiters, store.standing),
+            exposition=Exposition(instruments, watch, limiters, store.queue_depths),
             state=_counted(store.observers, instruments, State(instance_id, watch)),
             board=board,
             store=store,
@@ -330,7 +330,7 @@ async def open_pool(
 
 def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
     assert config.database_url is not None
-    return Store.from_url(
+    return Store(
         config.database_url.get_secret_value(),
         instance_id=instance_id,
         blobs=blobs,

@@ -279,7 +279,7 @@ async def test_while_a_store_is_away_the_page_says_so_and_recovers(stage: Stage)
             await expect(alerts.first).to_be_visible()
         finally:
             stage.postgres.resume()
-        await wait_until(lambda: not stage.gateway.services.store.away)
+        await wait_until(lambda: not stage.gateway.services.store.connections.away)
         await alerts.first.get_by_role("button", name="Try again").click()
         await expect(page.get_by_text("No dead jobs")).to_be_visible()
         await wait_until(lambda: stage.gateway.services.limiter.local_state().state == "up")

@@ -69,7 +69,7 @@ async def live_frame(services: Services) -> Frame:
     return {
         "at": time.time(),
         "pools": pools,
-        "postgresql_away": services.store.away,
+        "postgresql_away": services.store.connections.away,
         "upstreams": [upstream_frame(name, notes.notes) for name in services.relay.health],
     }
 

@@ -247,7 +247,9 @@ async def _refused(services: Services, code: str) -> Refused | None:
     if sound is None:
         return "used"
     try:
-        counts = await services.store.signins.spend(sound.nonce, sound.ends_at, token_bytes(16))
+        counts = await services.store.tenants.spend_code(
+            sound.nonce, sound.ends_at, token_bytes(16)
+        )
     except StoreUnavailable:
         return "unavailable"
     return None if counts else "used"

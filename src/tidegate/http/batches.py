@@ -407,7 +407,9 @@ async def _create(asking: Asking) -> Response:
     if file.purpose == OUTPUT:
         raise InvalidRequest("input_file_id", "this is what a batch gave", allowed="an input file")
     batch_id = new_id()
-    room = services.store.queued.room(asking.caller, jobs=file.lines, size_bytes=file.size_bytes)
+    room = services.store.queue_caps.room(
+        asking.caller, jobs=file.lines, size_bytes=file.size_bytes
+    )
     async with room:
         batch = await batches.add(
             batch_id, asking.caller, file, order.endpoint, order.metadata, once

@@ -105,7 +105,7 @@ async def dependencies(request: Request) -> JSONResponse:
     services = services_of(request)
     valkey, postgresql, blobs = await asyncio.gather(
         probe(services.limiter.ping(_DEADLINE_MS)),
-        probe(services.store.ping(_DEADLINE_MS)),
+        probe(services.store.connections.ping(_DEADLINE_MS)),
         probe(services.blobs.ping()),
     )
     failed = "failed" in (valkey.status, postgresql.status, blobs.status)

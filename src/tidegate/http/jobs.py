@@ -72,7 +72,7 @@ async def charged_view(services: Services, record: RequestRecord, prefix: str) -
     cost_micros = None
     if record.status.is_end and record.finished_at is not None:
         try:
-            cost_micros, details = await services.store.recorded.charged(
+            cost_micros, details = await services.store.requests.charged(
                 record.request_id, record.tenant_id, record.finished_at
             )
             record = replace(record, usage=replace(record.usage, details=details))
@@ -204,7 +204,7 @@ class LiveStatus(Response):
         record, asked_at = self._record, time.monotonic()
         silent_s = asked_at - self._written_at
         change: asyncio.Task[Any] = asyncio.ensure_future(
-            self._services.store.wait_change(
+            self._services.store.requests.wait_change(
                 record.request_id,
                 record.tenant_id,
                 record.version,
@@ -244,7 +244,7 @@ async def until_changed(
         first: Status = record.status
         while record.status is first and (left_s := until - time.monotonic()) > 0:
             change = asyncio.ensure_future(
-                services.store.wait_change(
+                services.store.requests.wait_change(
                     record.request_id, record.tenant_id, record.version, round(left_s * 1000)
                 )
             )
@@ -314,15 +314,15 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
         check_models(caller, job.model, job.classification, services.config)
         if caller.models is not None and job.endpoint is not None:
             check_body(caller, endpoint_named(job.endpoint), orjson.loads(job.prompt))
-        earlier = await services.store.earlier(job)
+        earlier = await services.store.jobs.earlier(job)
         if earlier is None:
             if job.endpoint is None:
                 targets = services.relay.targets
                 check_prompt(targets, job.model, job.classification, services.config)
             await services.budgets.let_in(caller)
-            async with services.store.queued.room(caller, jobs=1, size_bytes=_size_of(job)):
+            async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
                 job = await body_apart(job, services.blobs)
-                earlier = await services.store.submit(job)
+                earlier = await services.store.jobs.submit(job)
     except (Forbidden, IdempotencyConflict, InvalidRequest, QuotaExceeded):
         await _forget(job, services)
         raise
@@ -401,7 +401,7 @@ async def status(
     ended answers at once. With `Accept: text/event-stream` every change is an event `status`, and
     the last event is `done`; `Last-Event-ID` goes on where a connection was lost."""
     services = services_of(request)
-    record = await services.store.get(request_id, caller.tenant_id)
+    record = await services.store.requests.get(request_id, caller.tenant_id)
     if wants_events(request):
         return live_status(request, services, record, prefix_of(request), caller)
     if wait and not record.status.is_end:
@@ -421,4 +421,6 @@ async def status(
 async def file(request: Request, file_id: UUID, caller: Reader) -> Response:
     """Pictures may be shown in a page; everything else is offered for download."""
     services = services_of(request)
-    return await file_response(await services.store.file(file_id, caller.tenant_id), services.blobs)
+    return await file_response(
+        await services.store.requests.file(file_id, caller.tenant_id), services.blobs
+    )

@@ -86,7 +86,7 @@ async def listed(
     no `next_cursor`: a page may hold fewer than `limit`, even none, while there are more. What is
     submitted meanwhile does not move the pages."""
     place = START if query.cursor is None else _place_of(query.cursor)
-    page = await services_of(request).store.listing.page(
+    page = await services_of(request).store.requests.page(
         caller.tenant_id, query.filter(), query.limit, place
     )
     prefix = prefix_of(request)
@@ -120,8 +120,8 @@ async def cancel(request: Request, request_id: UUID) -> Response:
 async def ended_by(request: Request, request_id: UUID, tenant_id: str) -> Response:
     """Cancel it for its owner; the answer says how it stands then, 202 while it still ends."""
     services = services_of(request)
-    before = await services.store.cancels.cancel(request_id, tenant_id)
-    record = await services.store.get(request_id, tenant_id)
+    before = await services.store.jobs.cancel(request_id, tenant_id)
+    record = await services.store.requests.get(request_id, tenant_id)
     if before is Status.RUNNING and record.status is Status.RUNNING:
         record = await until_changed(request, services, record, _CONFIRMED_WITHIN_S)
     if record.status.is_end and record.status is not Status.CANCELLED:
@@ -203,7 +203,7 @@ async def answered(request: Request, request_id: UUID, caller: RecordReader) -> 
 
 
 async def _body(request: Request, request_id: UUID, tenant_id: str, role: Role) -> Response:
-    body = await services_of(request).store.recorded.body(request_id, tenant_id, role)
+    body = await services_of(request).store.requests.body(request_id, tenant_id, role)
     return await body_response(body, request_id, role)
 
 
@@ -262,7 +262,7 @@ async def why(request: Request, request_id: UUID, caller: Reader) -> WhyView:
     """The limit that holds it up, as it was within the last half second. Streams and native calls
     are on record only once they have ended: `/requests/running` says what they wait for."""
     services = services_of(request)
-    record = await services.store.get(request_id, caller.tenant_id)
+    record = await services.store.requests.get(request_id, caller.tenant_id)
     found = await services.store.running_calls.whereabouts(request_id)
     if found.tenant_id != caller.tenant_id:
         raise NotFound(f"no request {request_id}")

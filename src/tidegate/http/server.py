@@ -382,7 +382,7 @@ async def _why_not(services: Services) -> str | None:
         return "draining"
     valkey, postgresql = await asyncio.gather(
         health.probe(services.limiter.ping(DEADLINE_MS), DEADLINE_MS),
-        health.probe(services.store.ping(DEADLINE_MS), DEADLINE_MS),
+        health.probe(services.store.connections.ping(DEADLINE_MS), DEADLINE_MS),
     )
     if postgresql.detail is not None:
         return f"PostgreSQL: {postgresql.detail}"

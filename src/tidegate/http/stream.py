@@ -368,9 +368,9 @@ class StreamedAnswer(Response):
         store, pause_s = self._services.store, _FIRST_LOOK_S
         try:
             async with asyncio.timeout(_RECORDED_WITHIN_S):
-                while not store.away:
+                while not store.connections.away:
                     try:
-                        await store.get(self._request_id, self._caller.tenant_id)
+                        await store.requests.get(self._request_id, self._caller.tenant_id)
                         return
                     except NotFound:
                         await asyncio.sleep(pause_s)

@@ -422,7 +422,7 @@ class PutOff:
         failure: Failure | None = None,
     ) -> None:
         """As `Store.hand_back`; those in `waits_ms` are put off."""
-        await self._store.hand_back(jobs, waits_ms, failure)
+        await self._store.queue.release(jobs, waits_ms, failure)
         for job in jobs:
             if (wait_ms := (waits_ms or {}).get(job.request_id)) is not None:
                 self.note(job, wait_ms)
@@ -439,7 +439,7 @@ class PutOff:
     async def bring_back(self) -> None:
         """Let those be claimed that nothing holds any more. To be called every second; raises
         StoreUnavailable, after which they come back in their time."""
-        await self._store.bring_back(self._back())
+        await self._store.queue.bring_back(self._back())
 
     async def bring_all_back(self) -> None:
         """Leave what is known here to other processes; raises StoreUnavailable."""
@@ -447,7 +447,7 @@ class PutOff:
         claims = {one: what[0] for group in groups.values() for one, what in group.ids.items()}
         while claims:
             some = [claims.popitem() for _ in range(min(_MOST_BACK, len(claims)))]
-            await self._store.bring_back(dict(some))
+            await self._store.queue.bring_back(dict(some))
 
     def _back(self) -> dict[UUID, int]:
         found: dict[UUID, int] = {}

@@ -88,7 +88,7 @@ class WebhookSender:
     async def _deliver(self, delivery: Delivery) -> None:
         # Whatever goes wrong here, the webhook is due again when its claim is over.
         try:
-            record = await self._store.get(delivery.request_id, delivery.tenant_id)
+            record = await self._store.requests.get(delivery.request_id, delivery.tenant_id)
             body = payload(delivery, record)
             answer = await self._poster.post(delivery.url, body, self._headers(delivery, body))
             await self._settle(delivery, answer)

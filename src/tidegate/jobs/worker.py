@@ -109,10 +109,12 @@ class Feeder:
             if not (free := self._held.may_claim(free)):
                 await self._unless_closed(asyncio.sleep(_OUT_WAIT_S))
                 continue
-            mark = self._store.work_mark(self._lane)
+            mark = self._store.watch.work_mark(self._lane)
             most = self._look.at(free)
             try:
-                claimed = await self._store.claim(pool=self._pool, kind=self._kind, limit=most)
+                claimed = await self._store.queue.claim(
+                    pool=self._pool, kind=self._kind, limit=most
+                )
             except StoreUnavailable:
                 # The store logs its change of state.
                 self._held.outages.unclaimed()
@@ -129,7 +131,9 @@ class Feeder:
             if rest_s:
                 await self._unless_closed(asyncio.sleep(rest_s))
             elif is_last:
-                await self._unless_closed(self._store.wait_work(_IDLE_WAIT_MS, mark, self._lane))
+                await self._unless_closed(
+                    self._store.watch.wait_work(_IDLE_WAIT_MS, mark, self._lane)
+                )
 
     async def _without_held(self, claimed: list[ClaimedJob]) -> int:
         """Return jobs to the queue that nothing can be called for; how many."""
@@ -146,7 +150,7 @@ class Feeder:
         if not (more := claimed[most:]):
             return
         with suppress(StoreUnavailable):  # or all are started: no job is lost by waiting here
-            await self._store.hand_back(more)
+            await self._store.queue.release(more)
             del claimed[most:]
 
     async def _unless_closed(
@@ -364,9 +368,9 @@ class Worker:
         """Work until `stop` is set; then finish what runs within the grace, hand back the rest."""
         beat_s = self._config.claim_lease_ms / 3000
         store = self._store
-        await self._store_tolerant(store.heartbeat)
-        each_beat = (store.heartbeat, store.retake_lapsed)
-        each_second = (store.tend_queues, store.expire_due, store.cancels.cancel_returned)
+        await self._store_tolerant(store.queue.heartbeat)
+        each_beat = (store.queue.heartbeat, store.queue.retake_expired)
+        each_second = (store.queue.maintain, store.queue.expire_due, store.queue.cancel_returned)
         for_held = (self._leave_held, self._put_off.bring_back)
         loops = [
             *(self._forever(feeder.run) for feeder in self._feeders),
@@ -386,7 +390,7 @@ class Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for last in (self._put_off.bring_all_back, self._store.leave):
+            for last in (self._put_off.bring_all_back, self._store.queue.leave):
                 await self._store_tolerant(last)
 
     async def _close_feeders(self, running: list[asyncio.Task[None]]) -> None:
@@ -428,13 +432,13 @@ class Worker:
     async def _heed_cancels(self) -> None:
         """Give up, at the latest after a second, what its owners do not want any more."""
         while True:
-            heard = await self._store.cancels.wait(_CANCELS_EVERY_MS)
+            heard = await self._store.jobs.wait_cancels(_CANCELS_EVERY_MS)
             mine = {job.request_id for job in self._tasks().values()}
             if mine:
                 await self._store_tolerant(partial(self._heed, heard & mine))
 
     async def _heed(self, heard: set[UUID]) -> None:
-        asked = await self._store.cancels.asked(heard)
+        asked = await self._store.jobs.to_cancel(heard)
         for task, job in self._stages.at(Stage.CALLING).items():
             if job.request_id in asked:
                 self._stages.call_off(task, job)
@@ -457,8 +461,8 @@ class Worker:
                 self._outages.left(turn)
 
             async def requeue() -> None:
-                await self._store.classified(job, decided)
-                await self._store.hand_back([job])
+                await self._store.queue.classified(job, decided)
+                await self._store.queue.release([job])
 
             await self._fenced(requeue)
 
@@ -492,7 +496,9 @@ class Worker:
                 turn = self._outages.enter(self._targets_of(job))
             self._stages.enter(job, Stage.CALLING)
             fence = (0, 0) if permit is None else permit.fence
-            running = partial(self._store.running, job, model=model, failed=attempt.failed_try)
+            running = partial(
+                self._store.queue.running, job, model=model, failed=attempt.failed_try
+            )
             await running(fence=fence, queue_ms=attempt.queue_ms)
             attempt.is_marked, attempt.failed_try = True, None
 
@@ -564,7 +570,7 @@ class Worker:
             error, pictures = error or away, ()
         failure = Failure.of(error) if error else None
         result = attempt_result(attempt, model, pictures, failure)
-        wait_ms, hand_back = spent_wait_ms(error), self._store.hand_back
+        wait_ms, hand_back = spent_wait_ms(error), self._store.queue.release
         if is_of_upstream(error):
             hand_back, wait_ms = self._put_off.hand_back, self._put_off.wait_ms(job)
         is_counted = wait_ms is None
@@ -576,7 +582,7 @@ class Worker:
                 return
             if isinstance(error, NOT_THE_JOBS_FAULT):
                 await asyncio.sleep(_STORE_POLL_S)
-                await self._fenced(lambda: self._store.hand_back([job]))
+                await self._fenced(lambda: self._store.queue.release([job]))
                 return
             await self._end_unadmitted(job, error)
         else:
@@ -590,7 +596,9 @@ class Worker:
 
     async def _end_unadmitted(self, job: ClaimedJob, error: TidegateError) -> None:
         status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
-        await self._fenced(lambda: self._store.fail_unadmitted(job, status, Failure.of(error)))
+        await self._fenced(
+            lambda: self._store.queue.fail_unadmitted(job, status, Failure.of(error))
+        )
 
     async def _end(
         self, job: ClaimedJob, result: AttemptResult, wait_ms: int | None, is_counted: bool
@@ -598,9 +606,9 @@ class Worker:
         """Record the end of an attempt: the job's, or with `wait_ms` until the next attempt."""
         if wait_ms is not None:
             not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms)
-            await self._fenced(lambda: self._store.retry(job, result, not_before, is_counted))
+            await self._fenced(lambda: self._store.queue.retry(job, result, not_before, is_counted))
         else:
-            await self._fenced(lambda: self._store.finish(job, status_of(result), result))
+            await self._fenced(lambda: self._store.queue.finish(job, status_of(result), result))
 
     async def _fenced(self, write: Callable[[], Awaitable[None]]) -> None:
         """Make a fenced write, waiting for PostgreSQL if need be; a lost claim ends it quietly."""
@@ -617,7 +625,7 @@ class Worker:
         while True:
             await asyncio.sleep(_STORE_POLL_S)
             with suppress(StoreUnavailable):
-                await self._store.ping(1_000)
+                await self._store.connections.ping(1_000)
                 return
 
     async def _store_tolerant(self, call: Callable[[], Awaitable[object]]) -> None:

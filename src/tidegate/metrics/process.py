@@ -41,7 +41,7 @@ from tidegate.metrics.instruments import (
 )
 from tidegate.spine.record import CallUnderWay, UnderWay
 from tidegate.spine.routing import Announcement, Gate, State
-from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, Standing
+from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, QueueDepths
 from tidegate.store.store import Store
 from tidegate.telemetry.events import Observed
 from tidegate.telemetry.logging import Log, get_logger, recent_problems
@@ -102,7 +102,7 @@ class Watch:
             made.set(Metric.KEY_REFUSED, (upstream,), float(health.key_dead))
             for said in health.announced.all():
                 self._announce(upstream, said)
-        made.set(Metric.POSTGRES_AWAY, (), float(self.store.away))
+        made.set(Metric.POSTGRES_AWAY, (), float(self.store.connections.away))
         made.set(Metric.SPILL, (), self.store.spill.used_bytes)
         made.set(Metric.UNWRITTEN, name, self.store.relayed.waiting)
         dropped = self.store.relayed.dropped
@@ -196,7 +196,7 @@ class ProcessState:
                 for name, one in watch.health.items()
             },
             "record": {
-                "postgresql": "away" if store.away else "up",
+                "postgresql": "away" if store.connections.away else "up",
                 "waiting": store.relayed.waiting,
                 "spilled_bytes": store.spill.used_bytes,
                 "dropped": store.relayed.dropped,
@@ -254,7 +254,7 @@ class Given(Collector):
         family.add_metric(labels, value)
 
 
-async def read(limiters: Mapping[str, Limiter], standing: Standing) -> Given:
+async def read(limiters: Mapping[str, Limiter], standing: QueueDepths) -> Given:
     """Ask both stores at once."""
     given = Given()
     given.add(Metric.BUILD, 1, __version__)
@@ -287,7 +287,7 @@ async def _snapshot(limiter: Limiter) -> Snapshot | None:
         return None
 
 
-async def _depths(standing: Standing) -> Depths | None:
+async def _depths(standing: QueueDepths) -> Depths | None:
     try:
         async with asyncio.timeout(DEADLINE_S):
             return await standing.depths()
@@ -509,7 +509,7 @@ class Exposition:
         instruments: Instruments,
         watch: Watch,
         limiters: Mapping[str, Limiter],
-        depths: Standing,
+        depths: QueueDepths,
     ) -> None:
         self._instruments = instruments
         self._watch = watch

@@ -147,6 +147,35 @@ class Connections:
             task.add_done_callback(_abandoned)
             raise
 
+    async def rows(
+        self,
+        name: str,
+        *values: Any,
+        timeout_ms: int = COMMAND_TIMEOUT_MS,
+        repeatable: bool = True,
+    ) -> list[asyncpg.Record]:
+        """All rows of the statement `name`, in a transaction of its own; raises as `run` does."""
+        return await self.run(
+            lambda connection: connection.fetch(sql(name), *values),
+            timeout_ms=timeout_ms,
+            repeatable=repeatable,
+        )
+
+    async def row(
+        self, name: str, *values: Any, timeout_ms: int = COMMAND_TIMEOUT_MS
+    ) -> asyncpg.Record | None:
+        """The first row of the statement `name`, in a transaction of its own."""
+        return await self.run(
+            lambda connection: connection.fetchrow(sql(name), *values), timeout_ms=timeout_ms
+        )
+
+    async def execute(self, name: str, *values: Any, timeout_ms: int = COMMAND_TIMEOUT_MS) -> int:
+        """Run the statement `name` in a transaction of its own; how many rows it affected."""
+        done: str = await self.run(
+            lambda connection: connection.execute(sql(name), *values), timeout_ms=timeout_ms
+        )
+        return count_in(done)
+
     async def ping(self, timeout_ms: int) -> None:
         """One round trip on a connection of its own; raises StoreUnavailable."""
         try:
@@ -371,8 +400,7 @@ def _load(text: str) -> dict[str, Query]:
 
 QUERIES = {
     name: query
-    for file in files("tidegate.store").iterdir()
-    if file.name.endswith(".sql")
+    for file in (files("tidegate.store") / "sql").iterdir()
     for name, query in _load(file.read_text(encoding="utf-8")).items()
 }
 
@@ -380,6 +408,11 @@ QUERIES = {
 def sql(name: str) -> str:
     """The text of the statement `name`."""
     return QUERIES[name].sql
+
+
+def count_in(done: str) -> int:
+    """The rows affected, from the command tag of a statement such as `DELETE 3`."""
+    return int(done.rpartition(" ")[2])
 
 
 Row = TypeVar("Row")

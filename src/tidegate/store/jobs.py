@@ -37,28 +37,44 @@ from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.notifications import UNSURE, Bell
 from tidegate.store.records import Earlier, Failure, FileRecord, NewJob
-from tidegate.store.requests import Dossier
+from tidegate.store.requests import RequestDetail
 from tidegate.store.states import Status
 from tidegate.telemetry.events import Observers
 
 TIMEOUT_MS = 2_000
+CANCELLED = RequestCancelled("its owner cancelled it")
+CANCELLED_FAILURE = asdict(Failure.of(CANCELLED))
 
 Outcome = Earlier | Exception | None
 _Keyed = dict[tuple[str, str], asyncpg.Record]
 
 
-class Submits:
-    """Submits at the same time share one transaction."""
+class Jobs:
+    """The submitter's side, and the cancellations that workers see. Methods that ask PostgreSQL
+    raise StoreUnavailable."""
 
-    def __init__(self, connections: Connections, bell: Bell) -> None:
+    def __init__(
+        self, connections: Connections, bell: Bell, observers: Observers, *, instance_id: str
+    ) -> None:
         self._connections = connections
         self._bell = bell
+        self._observers = observers
+        self._instance_id = instance_id
+        self._notified: set[UUID] = set()
+        self._rung = asyncio.Event()
+        bell.on_cancel = self._on_cancel
         self._writer: GroupWriter[NewJob, Earlier | None] = GroupWriter(
             self._insert, lambda job: 1_000 + len(job.prompt)
         )
 
     async def submit(self, job: NewJob) -> Earlier | None:
-        """See `Store.submit`."""
+        """Return when the job is committed; concurrent submits share one transaction.
+
+        None for a new job, else the one that was submitted under its key before; nothing of `job`
+        is recorded then. Raises IdempotencyConflict, or StoreUnavailable within about 2 s, whatever
+        PostgreSQL does. After a cancellation or StoreUnavailable the job may be there, whole, or
+        not at all.
+        """
         try:
             async with asyncio.timeout(TIMEOUT_MS / 1000 + 0.5):
                 return await self._writer.write(job)
@@ -66,23 +82,82 @@ class Submits:
             raise StoreUnavailable("PostgreSQL did not commit the job in time") from None
 
     async def earlier(self, job: NewJob) -> Earlier | None:
-        """The request that has the job's key already. Raises IdempotencyConflict where it asked for
-        something else, and StoreUnavailable."""
+        """The request that has the job's idempotency key already. Raises IdempotencyConflict where
+        that was a different request."""
         if job.once is None:
             return None
-
-        async def find(connection: asyncpg.Connection) -> _Keyed:
-            return await _find(connection, [job])
-
-        found = await self._connections.run(find, timeout_ms=TIMEOUT_MS)
+        found = await self._connections.run(
+            lambda connection: _find(connection, [job]), timeout_ms=TIMEOUT_MS
+        )
         outcome = _outcome(job, found) if found else None
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
+    async def cancel(self, request_id: UUID, tenant_id: str) -> Status:
+        """End a job, or have the worker that runs it end it; returns what the job was before.
+
+        Raises NotFound, or AlreadyEnded unless it is cancelled already.
+        """
+        ended: list[asyncpg.Record] = []
+
+        async def cancel(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            nonlocal ended
+            ended = []
+            row = await connection.fetchrow(sql("lock_owned"), request_id, tenant_id)
+            if row is None:
+                return None
+            if row["status"] == Status.QUEUED:
+                failure = orjson.dumps(CANCELLED_FAILURE).decode()
+                ended = await connection.fetch(sql("cancel_queued"), request_id, failure)
+                await audit_unanswered(connection, ended, CANCELLED_FAILURE, self._instance_id)
+            elif row["status"] == Status.RUNNING:
+                await connection.execute(sql("ask_to_cancel"), request_id)
+            return row
+
+        row = await self._connections.run(cancel, timeout_ms=TIMEOUT_MS)
+        if row is None:
+            raise NotFound(f"no request {request_id}")
+        self._observers.tell([of_row(job, CANCELLED_FAILURE) for job in ended])
+        before = Status(row["status"])
+        if before.is_end and before is not Status.CANCELLED:
+            raise AlreadyEnded(f"the request has ended: {before}")
+        if before is Status.QUEUED:
+            self._bell.changed([request_id])
+        if row["claimed_by"] is not None:
+            self._bell.cancel([request_id])
+        return before
+
+    async def wait_cancels(self, timeout_ms: int) -> set[UUID]:
+        """Return when a cancellation is notified, or after the time: the jobs notified of.
+
+        Only a hint, of all workers' jobs; `to_cancel` knows.
+        """
+        self._bell.hear()
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                await self._rung.wait()
+        except TimeoutError:
+            pass
+        self._rung.clear()
+        notified, self._notified = self._notified, set()
+        return notified
+
+    async def to_cancel(self, notified: Iterable[UUID]) -> set[UUID]:
+        """The jobs that this worker must end; of its waiting ones only those in `notified`.
+
+        Waiting ones hold no permit, and are ended at the latest when they are admitted.
+        """
+        jobs = await self._connections.rows("asked_of_worker", self._instance_id, list(notified))
+        return {rows.uuid_of(job["id"]) for job in jobs}
+
+    def _on_cancel(self, ids: Iterable[UUID]) -> None:
+        self._notified.update(ids)
+        self._rung.set()
+
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Outcome]:
-        # Two processes that insert the same keys wait for one another: in one order, lest they
-        # wait in a circle.
+        # Two processes that insert the same keys wait for one another: in one order, so that they
+        # do not wait in a circle.
         keyed = sorted((job for job in jobs if job.once is not None), key=_place)
         plain = [job for job in jobs if job.once is None]
         requests = rows.dumps(rows.job_row(job) for job in [*plain, *keyed])
@@ -97,7 +172,11 @@ class Submits:
             return found
 
         found = await self._connections.run(insert, timeout_ms=TIMEOUT_MS)
-        for lane, pools in _lanes(job for job in jobs if _is_new(job, found)).items():
+        lanes: dict[str, set[str]] = {}
+        for job in jobs:
+            if _is_new(job, found):
+                lanes.setdefault(job.classification.kind or UNSURE, set()).add(job.pool)
+        for lane, pools in lanes.items():
             self._bell.work(pools, [lane])
         return [_outcome(job, found) for job in jobs]
 
@@ -116,14 +195,6 @@ def _place(job: NewJob) -> tuple[str, str]:
     return rows.clean(job.tenant_id), rows.clean(job.once.key)
 
 
-def _lanes(jobs: Iterable[NewJob]) -> dict[str, set[str]]:
-    """The pools that have work in each lane."""
-    lanes: dict[str, set[str]] = {}
-    for job in jobs:
-        lanes.setdefault(job.classification.kind or UNSURE, set()).add(job.pool)
-    return lanes
-
-
 def _is_new(job: NewJob, found: _Keyed) -> bool:
     if job.once is None:
         return True
@@ -140,112 +211,10 @@ def _outcome(job: NewJob, found: _Keyed) -> Outcome:
         return StoreUnavailable("the key was just set free; ask again")
     if row["digest"] != job.once.digest:
         return IdempotencyConflict("this key was used before, for a different request")
-    return rows.earlier(row)
+    return Earlier(rows.uuid_of(row["id"]), Status(row["status"]), rows.classification_of(row))
 
 
-CANCELLED = RequestCancelled("its owner cancelled it")
-_FAILURE = asdict(Failure.of(CANCELLED))
-_TIMEOUT_MS = 2_000
-
-
-class Cancels:
-    """Both sides of it: the owner's and the worker's. Every method raises StoreUnavailable."""
-
-    def __init__(
-        self, connections: Connections, bell: Bell, observers: Observers, *, instance_id: str
-    ) -> None:
-        self._observers = observers
-        self._connections = connections
-        self._bell = bell
-        self._instance_id = instance_id
-        self._heard: set[UUID] = set()
-        self._rung = asyncio.Event()
-        bell.on_cancel = self._on_cancel
-
-    async def cancel(self, request_id: UUID, tenant_id: str) -> Status:
-        """End a job, or ask the worker that runs it to; returns what the job was before.
-
-        Raises NotFound, or AlreadyEnded unless it is cancelled already.
-        """
-
-        ended: list[asyncpg.Record] = []
-
-        async def cancel(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            nonlocal ended
-            ended = []
-            found = await connection.fetchrow(sql("lock_owned"), request_id, tenant_id)
-            if found is None:
-                return None
-            if found["status"] == Status.QUEUED:
-                failure = orjson.dumps(_FAILURE).decode()
-                ended = await connection.fetch(sql("cancel_queued"), request_id, failure)
-                await audit_unanswered(connection, ended, _FAILURE, self._instance_id)
-            elif found["status"] == Status.RUNNING:
-                await connection.execute(sql("ask_to_cancel"), request_id)
-            return found
-
-        found = await self._connections.run(cancel, timeout_ms=_TIMEOUT_MS)
-        if found is None:
-            raise NotFound(f"no request {request_id}")
-        self._observers.tell([of_row(row, _FAILURE) for row in ended])
-        before = Status(found["status"])
-        if before.is_end and before is not Status.CANCELLED:
-            raise AlreadyEnded(f"the request has ended: {before}")
-        if before is Status.QUEUED:
-            self._bell.changed([request_id])
-        if found["claimed_by"] is not None:
-            self._bell.cancel([request_id])
-        return before
-
-    async def wait(self, timeout_ms: int) -> set[UUID]:
-        """Return when somebody asks for the end of a job, or after the time: the jobs heard of.
-
-        Only a hint, of all workers' jobs; `asked` knows.
-        """
-        self._bell.hear()
-        try:
-            async with asyncio.timeout(timeout_ms / 1000):
-                await self._rung.wait()
-        except TimeoutError:
-            pass
-        self._rung.clear()
-        heard, self._heard = self._heard, set()
-        return heard
-
-    async def asked(self, heard: Iterable[UUID]) -> set[UUID]:
-        """Which jobs this worker is to give up; of its waiting ones only those that were `heard`.
-
-        Waiting ones hold no permit, and are told at the latest when they are admitted.
-        """
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            rows: list[asyncpg.Record] = await connection.fetch(
-                sql("asked_of_worker"), self._instance_id, list(heard)
-            )
-            return rows
-
-        return {UUID(int=row["id"].int) for row in await self._connections.run(read)}
-
-    async def cancel_returned(self) -> int:
-        """End jobs that are in the queue again though their end was asked for, at most 500."""
-
-        async def cancel(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            failure = orjson.dumps(_FAILURE).decode()
-            ended: list[asyncpg.Record] = await connection.fetch(sql("cancel_returned"), failure)
-            await audit_unanswered(connection, ended, _FAILURE, self._instance_id)
-            return ended
-
-        ended = await self._connections.run(cancel)
-        self._observers.tell([of_row(row, _FAILURE) for row in ended])
-        self._bell.changed(UUID(int=row["id"].int) for row in ended)
-        return len(ended)
-
-    def _on_cancel(self, ids: Iterable[UUID]) -> None:
-        self._heard.update(ids)
-        self._rung.set()
-
-
-async def copy_of(dossier: Dossier, blobs: Blobs) -> NewJob:
+async def copy_of(dossier: RequestDetail, blobs: Blobs) -> NewJob:
     """A new job that is not submitted yet; the blobs of its files are there.
 
     Raises InvalidRequest for what was no job, NotEnded, NotFound where the bytes of a file are
@@ -307,7 +276,7 @@ _LANES = [*(kind.value for kind in Kind), "unsure"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Arrival:
     tenant_id: str
     caps: Caps
     jobs: int
@@ -334,12 +303,12 @@ class _Room:
     def may_count(self) -> bool:
         return self.age_ms >= max(_COUNT_EVERY_MS, _COUNT_SHARE * self.count_ms)
 
-    def take(self, one: _Wanted) -> None:
+    def take(self, one: _Arrival) -> None:
         self.jobs += one.jobs
         if self.size_bytes >= 0:
             self.size_bytes += one.size_bytes
 
-    def refusal(self, one: _Wanted) -> QuotaExceeded | None:
+    def refusal(self, one: _Arrival) -> QuotaExceeded | None:
         caps = one.caps
         if caps.most_queued_jobs is not None and self.jobs + one.jobs > caps.most_queued_jobs:
             return _refused(one, "most_queued_jobs", f"{caps.most_queued_jobs} queued jobs")
@@ -349,13 +318,13 @@ class _Room:
         return None
 
 
-class Queued:
-    """Where jobs are let into the queue; nothing is asked of tenants without such caps."""
+class QueueCaps:
+    """Caps on the queued jobs of a tenant; costs nothing where a tenant has none."""
 
     def __init__(self, connections: Connections, pool: str = DEFAULT_POOL) -> None:
         self._connections = connections
         self._pool = pool
-        self._writers: dict[str, GroupWriter[_Wanted, None]] = {}
+        self._writers: dict[str, GroupWriter[_Arrival, None]] = {}
         self._submitting: Counter[str] = Counter()
         self._submitting_bytes: Counter[str] = Counter()
 
@@ -366,7 +335,7 @@ class Queued:
             yield
             return
         tenant = caller.tenant_id
-        await self._writer(tenant).write(_Wanted(tenant, caller.caps, jobs, size_bytes))
+        await self._writer(tenant).write(_Arrival(tenant, caller.caps, jobs, size_bytes))
         self._submitting[tenant] += jobs
         self._submitting_bytes[tenant] += size_bytes
         try:
@@ -377,23 +346,23 @@ class Queued:
             if not self._submitting[tenant]:
                 del self._submitting[tenant], self._submitting_bytes[tenant]
 
-    def _writer(self, tenant: str) -> GroupWriter[_Wanted, None]:
+    def _writer(self, tenant: str) -> GroupWriter[_Arrival, None]:
         """One for each tenant: counting the long queue of one holds up nobody else."""
         writer = self._writers.get(tenant)
         if writer is None:
             if len(self._writers) >= _MOST_WRITERS:
                 self._writers = {name: one for name, one in self._writers.items() if one.waiting}
-            writer = self._writers[tenant] = GroupWriter(self._let_in, lambda _one: 1)
+            writer = self._writers[tenant] = GroupWriter(self._admit, lambda _one: 1)
         return writer
 
-    async def _let_in(self, batch: Sequence[_Wanted]) -> Sequence[Exception | None]:
+    async def _admit(self, batch: Sequence[_Arrival]) -> Sequence[Exception | None]:
         async def work(connection: asyncpg.Connection) -> list[QuotaExceeded | None]:
             return await self._decide(connection, batch)
 
-        return await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
+        return await self._connections.run(work, timeout_ms=TIMEOUT_MS)
 
     async def _decide(
-        self, connection: asyncpg.Connection, batch: Sequence[_Wanted]
+        self, connection: asyncpg.Connection, batch: Sequence[_Arrival]
     ) -> list[QuotaExceeded | None]:
         tenant = batch[0].tenant_id
         room = await self._locked(connection, tenant)
@@ -436,8 +405,8 @@ class Queued:
         return (time.monotonic() - began) * 1000
 
 
-def _any_refused(room: _Room, batch: Sequence[_Wanted]) -> bool:
-    whole = _Wanted(
+def _any_refused(room: _Room, batch: Sequence[_Arrival]) -> bool:
+    whole = _Arrival(
         batch[0].tenant_id,
         batch[0].caps,
         sum(one.jobs for one in batch),
@@ -446,7 +415,7 @@ def _any_refused(room: _Room, batch: Sequence[_Wanted]) -> bool:
     return room.refusal(whole) is not None
 
 
-def _refused(one: _Wanted, limit: str, allowed: str) -> QuotaExceeded:
+def _refused(one: _Arrival, limit: str, allowed: str) -> QuotaExceeded:
     return QuotaExceeded(
         f"tenant {one.tenant_id} has as much in the queue as it may",
         limit=limit,

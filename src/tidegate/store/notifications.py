@@ -192,13 +192,17 @@ class Watch:
         if request_id in self._waiting:
             self._seen[request_id] = version
 
-    def work_mark(self, lane: str | None) -> int:
-        """How often there was news of work in the lane; None for any."""
+    def work_mark(self, lane: str | None = None) -> int:
+        """How often there was news of work in the lane; None for any. Read before a claim and given
+        to `wait_work`: work that came in between then counts."""
         heard = self._rung if lane is None else {lane, None}
         return sum(self._rung.get(one, 0) for one in heard)
 
-    async def wait_work(self, timeout_ms: int, since: int | None, lane: str | None) -> None:
-        """Return when work may have come since the mark `since`, or after the time at most."""
+    async def wait_work(
+        self, timeout_ms: int, since: int | None = None, lane: str | None = None
+    ) -> None:
+        """Return when work may have come since the mark `since`, at the latest after `timeout_ms`
+        or one second. A lane is a kind of jobs, `UNSURE` or `BATCHES`; None stands for all."""
         self._bell.hear()
         if since is not None and since != self.work_mark(lane):
             return

@@ -15,10 +15,10 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, NoReturn
 from uuid import UUID
 
 import asyncpg
@@ -26,14 +26,17 @@ import orjson
 
 from tidegate.call import Classification, Kind, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.store import audit
 from tidegate.store import records as rows
-from tidegate.store.audit import audit_unanswered, of_row
-from tidegate.store.database import Connections, GroupWriter, sql
+from tidegate.store.audit import Recorder
+from tidegate.store.blobs import Blobs
+from tidegate.store.database import Connections, GroupWriter, count_in, sql
+from tidegate.store.jobs import CANCELLED_FAILURE
 from tidegate.store.liveness import Steadiness, until_quick
-from tidegate.store.notifications import Bell
-from tidegate.store.records import ClaimedJob, FailedTry, Failure, Json
+from tidegate.store.notifications import UNSURE, Bell
+from tidegate.store.records import AttemptResult, ClaimedJob, FailedTry, Failure, Json
 from tidegate.store.states import MAX_LAPSES, Status
-from tidegate.telemetry.events import Observers
+from tidegate.telemetry.events import RETRIED, Observed, Observers
 from tidegate.telemetry.logging import Log, get_logger
 
 _ALL = 2**62  # after every transaction
@@ -281,7 +284,7 @@ class _Known:
     sweep_s: float = 0.0
 
 
-class Queues:
+class ReadyQueues:
     """`lock` is held while jobs are being claimed."""
 
     def __init__(self, connections: Connections, bell: Bell, *, instance_id: str) -> None:
@@ -318,7 +321,7 @@ class Queues:
             tenants = known.ready.tenants_after(known.last_tenant)
         return jobs
 
-    async def tend(self) -> None:
+    async def maintain(self) -> None:
         """Keep up with lanes in which nothing is claimed just now, and look again at all of it.
 
         To be called every second or so; raises StoreUnavailable.
@@ -348,7 +351,7 @@ class Queues:
             came = await _came(connection, lane, known.ready.unread, look.back_s)
             known.ready.read(came)
             if came[0]["is_ripening"]:
-                ripe = await _ripen(connection, look.back_s)
+                ripe = count_in(await connection.execute(sql("ripen"), look.back_s))
                 known.ready.read(await _came(connection, lane, known.ready.unread))
             tenants = known.ready.tenants_after(known.last_tenant)
             some, left = tenants[:_TENANTS_AT_ONCE], tenants[_TENANTS_AT_ONCE:]
@@ -365,12 +368,10 @@ class Queues:
     async def _take(
         self, lane: Lane, known: _Known, tenants: list[str], limit: int
     ) -> list[ClaimedJob]:
-        async def work(
-            connection: asyncpg.Connection,
-        ) -> tuple[list[Turn], list[asyncpg.Record], list[ClaimedJob]]:
-            return await self._claim(connection, lane, known, tenants, limit)
-
-        turns, found, jobs = await self._connections.run(work, repeatable=False)
+        turns, found, jobs = await self._connections.run(
+            lambda connection: self._claim(connection, lane, known, tenants, limit),
+            repeatable=False,
+        )
         self._settle(known, turns, found, jobs)
         return jobs
 
@@ -406,10 +407,7 @@ class Queues:
             known.last_tenant = jobs[-1].tenant_id
 
     async def _read(self, lane: Lane, known: _Known) -> None:
-        async def work(connection: asyncpg.Connection) -> None:
-            known.ready.read(await _came(connection, lane, known.ready.unread))
-
-        await self._connections.run(work)
+        known.ready.read(await self._connections.rows("came", *lane, *known.ready.unread, 0.0))
         known.read_at = time.monotonic()
 
     async def _sweep(self, lane: Lane, known: _Known, most_s: float) -> None:
@@ -445,10 +443,7 @@ class Queues:
     async def _ripen_all(self) -> None:
         look = self._ripening.begin()
 
-        async def work(connection: asyncpg.Connection) -> int:
-            return await _ripen(connection, look.back_s)
-
-        ripe = await self._connections.run(work)
+        ripe = await self._connections.execute("ripen", look.back_s)
         self._ripening.end(look, complete=ripe < AT_ONCE)
 
 
@@ -465,11 +460,6 @@ async def _came(
     return found
 
 
-async def _ripen(connection: asyncpg.Connection, back_s: float) -> int:
-    """How many retries have become ready."""
-    return int((await connection.execute(sql("ripen"), back_s)).rpartition(" ")[2])
-
-
 async def _with_files(
     connection: asyncpg.Connection, taken: list[asyncpg.Record]
 ) -> list[ClaimedJob]:
@@ -481,8 +471,8 @@ async def _with_files(
     return [rows.claimed_job(row, files[row["id"]]) for row in taken]
 
 
-class Lapses:
-    """One in each process. `begin`, `lock` in the transaction, and `end` after its commit."""
+class ExpiredClaims:
+    """Claims of silent workers. `begin`, `lock` in the transaction, `end` after its commit."""
 
     def __init__(self, lease_ms: int) -> None:
         self._lease_ms = lease_ms
@@ -494,7 +484,7 @@ class Lapses:
         return self._lookback.begin()
 
     async def lock(self, connection: asyncpg.Connection, look: Look) -> list[UUID]:
-        """Lock up to 500 jobs that have lapsed; returns their ids."""
+        """Lock up to 500 jobs whose claims have expired; returns their ids."""
         found = await connection.fetch(sql("silent_workers"), self._lease_ms)
         self._silent = {row["instance_id"]: row["seen_at"] for row in found}
         names = [
@@ -524,14 +514,17 @@ _WORKER_DIED = Failure(
 _EXPIRED = Failure(code="deadline_exceeded", message="its deadline came while it was queued")
 
 
-class Claims:
-    """The worker's side of the queue."""
+class JobQueue:
+    """The worker's side: claims of jobs, and what becomes of them. Every method that asks
+    PostgreSQL raises StoreUnavailable."""
 
     def __init__(
         self,
         connections: Connections,
         bell: Bell,
         observers: Observers,
+        recorder: Recorder,
+        blobs: Blobs,
         *,
         instance_id: str,
         lease_ms: int,
@@ -539,13 +532,15 @@ class Claims:
         self._observers = observers
         self._connections = connections
         self._bell = bell
+        self._recorder = recorder
+        self._blobs = blobs
         self._instance_id = instance_id
         self._lease_ms = lease_ms
         self._steadiness = Steadiness(lease_ms)
         self._held: dict[UUID, int] = {}
         self._doubtful = False
-        self._queues = Queues(connections, bell, instance_id=instance_id)
-        self._lapses = Lapses(lease_ms)
+        self._queues = ReadyQueues(connections, bell, instance_id=instance_id)
+        self._lapses = ExpiredClaims(lease_ms)
         self._straying = Lookback()
         self._expiring = Lookback()
         self._runs: GroupWriter[Json, None] = GroupWriter(self._begin, lambda _row: 500)
@@ -565,13 +560,12 @@ class Claims:
             del self._held[job.request_id]
 
     async def heartbeat(self) -> None:
+        """Report that this worker lives, every third of the claim lease."""
         sent_at = self._steadiness.clock()
-
-        async def beat(connection: asyncpg.Connection) -> None:
-            await connection.execute(sql("beat"), self._instance_id)
-
         try:
-            await self._connections.run(beat, timeout_ms=max(self._lease_ms // 3, 100))
+            await self._connections.execute(
+                "beat", self._instance_id, timeout_ms=max(self._lease_ms // 3, 100)
+            )
         except StoreUnavailable:
             self._steadiness.missed()
             raise
@@ -580,18 +574,21 @@ class Claims:
             await self._look_for_strays()
 
     async def leave(self) -> None:
-        async def leave(connection: asyncpg.Connection) -> list[str]:
-            return [row["pool"] for row in await connection.fetch(sql("leave"), self._instance_id)]
-
-        self._bell.work(await self._connections.run(leave))
+        """Report that this worker is leaving; its queued claims are free immediately."""
+        freed = await self._connections.rows("leave", self._instance_id)
+        self._bell.work(row["pool"] for row in freed)
         self._steadiness.missed()
         self._held.clear()
 
     async def claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
+        """Up to `limit` queued jobs of the kind, None for those still unsure; tenants in turn.
+
+        A cancelled caller's claims are released by the next heartbeat.
+        """
         if limit <= 0:
             return []
         if not self._steadiness.fresh:
-            # Claims of a worker that PostgreSQL has not heard of would count as lapsed.
+            # Claims of a worker that PostgreSQL has not heard of would count as expired.
             await self.heartbeat()
         if self._doubtful:
             await self._release_strays()
@@ -605,122 +602,86 @@ class Claims:
             self._doubtful = True
             raise
 
-    async def _claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
-        lane = "unsure" if kind is None else kind.value
-        async with self._queues.lock:
-            jobs = await self._queues.claim((pool, lane), limit)
-            self._held |= {job.request_id: job.claim for job in jobs}
-        return jobs
-
-    async def tend(self) -> None:
-        """See `Queues.tend`."""
-        await self._queues.tend()
-
-    def _undelivered(self, task: asyncio.Task[list[ClaimedJob]]) -> None:
-        """The caller was cancelled: nobody will work on these."""
-        self._doubtful = True
-        if not task.cancelled() and task.exception() is None:
-            for job in task.result():
-                self.settled(job)
-
-    async def _look_for_strays(self) -> None:
-        """With doubt now, without it as often as it is cheap."""
-        look = self._straying.begin()
-        if self._doubtful or look.is_whole:
-            await self._release_strays()
-            self._straying.end(look, complete=True)
-
-    async def _release_strays(self) -> None:
-        async with self._queues.lock:
-            self._doubtful = False
-            held = list(self._held)
-
-            async def release(connection: asyncpg.Connection) -> list[str]:
-                found = await connection.fetch(sql("release_strays"), self._instance_id, held)
-                return [row["pool"] for row in found]
-
-            try:
-                self._bell.work(await self._connections.run(release))
-            except StoreUnavailable:
-                self._doubtful = True
-                raise
+    async def maintain(self) -> None:
+        """Keep up with what became ready, every second or so."""
+        await self._queues.maintain()
 
     async def classified(self, job: ClaimedJob, classification: Classification) -> None:
-        async def classify(connection: asyncpg.Connection) -> bool:
-            kind, by = classification.kind, classification.by
-            reason = rows.clean(classification.reason)
-            done = await connection.fetchval(
-                sql("set_classified"), job.request_id, job.claim, kind, by, reason
-            )
-            return done is not None
-
-        if not await self._connections.run(classify):
-            self.settled(job)
-            raise ClaimLost(f"another worker has {job.request_id} now")
+        """Record a job's kind. Raises ClaimLost."""
+        done = await self._connections.row(
+            "set_classified",
+            *(job.request_id, job.claim, classification.kind, classification.by),
+            rows.clean(classification.reason),
+        )
+        if done is None:
+            self._lost(job)
         self._bell.changed([job.request_id])
 
-    async def running(self, row: Json, job: ClaimedJob) -> None:
-        """Mark a job as running, before its call. Raises ClaimLost.
+    async def running(
+        self,
+        job: ClaimedJob,
+        *,
+        model: str,
+        fence: tuple[int, int],
+        queue_ms: float,
+        failed: FailedTry | None = None,
+    ) -> None:
+        """Record that the job is admitted, before its call; `failed`: another one before, under the
+        same claim. Raises ClaimLost, or StoreUnavailable, with which it may be recorded.
 
         A process that stood still until it read the reply asks again: another worker may have the
         job by then, and its call would be made twice.
         """
+        row = {
+            "id": job.request_id,
+            "claim": job.claim,
+            "attempt_id": new_id(),
+            "model": rows.clean(model),
+            "fence_epoch": fence[0],
+            "fence_sequence": fence[1],
+            "queue_ms": queue_ms,
+            "admitted_at": datetime.now(UTC),
+        }
+        if failed is not None:
+            await self._begin_another(row, job, failed)
+            return
         try:
             await until_quick(lambda: self._runs.write(row), self._lease_ms)
         except ClaimLost:
             self.settled(job)
             raise
 
-    async def another(self, row: Json, job: ClaimedJob, failed: FailedTry) -> None:
-        """A running job's call has failed, and another one is about to be made. Raises
-        ClaimLost."""
-        ended = {"outcome": "failed", "finished_at": failed.finished_at}
-        ended |= {"upstream_ms": failed.upstream_ms, "failure": rows.failure_row(failed.failure)}
+    async def finish(self, job: ClaimedJob, status: Status, result: AttemptResult) -> None:
+        """Record a job's end, on disk while PostgreSQL is unavailable. Raises ClaimLost,
+        StoreUnavailable when the spill is full. A cancelled caller's end is recorded all the
+        same."""
+        observed = audit.of_job(job, status.value, result, result.failure)
+        await self._end(job, audit.of_end(job, status, result, self._blobs), observed)
 
-        async def begin(connection: asyncpg.Connection) -> bool:
-            found = await connection.fetchrow(
-                sql("running_attempt"), job.request_id, job.claim, self._instance_id
-            )
-            if found is None:
-                return False
-            if UUID(int=found["attempt_id"].int) == row["attempt_id"]:
-                return True  # by a try whose reply was lost
-            place = {"id": found["attempt_id"], "created_at": found["attempt_at"]}
-            await connection.execute(sql("end_attempts"), rows.dumps([ended | place]))
-            await connection.execute(
-                sql("begin_another"),
-                *(job.request_id, row["attempt_id"], int(failed.is_counted), self._instance_id),
-                *(row["model"], row["fence_epoch"], row["fence_sequence"], row["admitted_at"]),
-            )
-            return True
+    async def retry(
+        self, job: ClaimedJob, result: AttemptResult, not_before: datetime, is_counted: bool = True
+    ) -> None:
+        """Record a failed attempt and queue the job again, not before then; otherwise as
+        `finish`."""
+        observed = audit.of_job(job, RETRIED, result, result.failure)
+        entry = audit.of_retry(job, result, not_before, is_counted=is_counted)
+        await self._end(job, entry, observed)
 
-        if not await self._connections.run(begin):
-            self.settled(job)
-            raise ClaimLost(f"another worker has {job.request_id} now")
+    async def fail_unadmitted(self, job: ClaimedJob, status: Status, failure: Failure) -> None:
+        """End a job that was never sent upstream; otherwise as `finish`."""
+        entry = audit.of_unadmitted(job, status, failure, self._blobs)
+        await self._end(job, entry, audit.event_of_unadmitted(job, status.value, failure))
 
-    async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
-        by_id = {str(row["id"]): row for row in batch}
-        ordered = rows.dumps(by_id[key] for key in sorted(by_id))
-
-        async def begin(connection: asyncpg.Connection) -> set[str]:
-            begun = await connection.fetch(sql("begin_running"), ordered, self._instance_id)
-            return {str(row["id"]) for row in begun}
-
-        begun = await self._connections.run(begin)
-        self._bell.changed(UUID(key) for key in begun)
-        return [
-            None if str(row["id"]) in begun else ClaimLost(f"another worker has {row['id']} now")
-            for row in batch
-        ]
-
-    async def hand_back(
+    async def release(
         self,
         jobs: Sequence[ClaimedJob],
-        waits_ms: Mapping[UUID, int],
-        failure: Failure | None,
+        waits_ms: Mapping[UUID, int] | None = None,
+        failure: Failure | None = None,
     ) -> None:
-        """See `Store.hand_back`."""
-        why = rows.failure_row(failure)
+        """Release claims, of jobs in `waits_ms` for so long, over `failure`."""
+        if not jobs:
+            return
+        why, waits_ms = rows.failure_row(failure), waits_ms or {}
         claims = rows.dumps(
             {
                 "id": job.request_id,
@@ -731,30 +692,26 @@ class Claims:
             for job in jobs
         )
 
-        async def give(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+        async def release(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             returned: list[asyncpg.Record] = await connection.fetch(sql("hand_back"), claims)
             await _mark_ambiguous(connection, returned)
             return returned
 
-        returned = await self._connections.run(give)
+        returned = await self._connections.run(release)
         for job in jobs:
             self.settled(job)
         self._bell.changed(row["id"] for row in returned if row["old_status"] == Status.RUNNING)
         self._bell.work({row["pool"] for row in returned if row["not_before"] is None})
 
     async def bring_back(self, claims: Mapping[UUID, int]) -> None:
-        """Let jobs that were handed back for a time be claimed now, each unless it has been claimed
-        since it had that claim. Raises StoreUnavailable."""
-        if not claims:
-            return
-        put_off = rows.dumps({"id": one, "claim": claim} for one, claim in claims.items())
+        """Make jobs that were released for a time ready now, each unless it has been claimed since
+        it had that claim."""
+        if claims:
+            put_off = rows.dumps({"id": one, "claim": claim} for one, claim in claims.items())
+            back = await self._connections.rows("bring_back", put_off)
+            self._bell.work({row["pool"] for row in back})
 
-        async def bring(connection: asyncpg.Connection) -> set[str]:
-            return {row["pool"] for row in await connection.fetch(sql("bring_back"), put_off)}
-
-        self._bell.work(await self._connections.run(bring))
-
-    async def retake_lapsed(self) -> list[UUID]:
+    async def retake_expired(self) -> list[UUID]:
         """Return dead workers' jobs to the queue, at most 500; returns their ids. Does nothing
         until this process has had its own heartbeats answered for a whole lease."""
         if not self._steadiness.may_judge:
@@ -771,38 +728,121 @@ class Claims:
             )
             await _mark_ambiguous(connection, retaken)
             dead = [row for row in retaken if row["status"] == Status.DEAD]
-            await audit_unanswered(connection, dead, failure, self._instance_id)
+            await audit.audit_unanswered(connection, dead, failure, self._instance_id)
             return retaken
 
         retaken = await self._connections.run(retake)
         self._lapses.end(look, len(retaken))
-        ids = [UUID(int=row["id"].int) for row in retaken]
+        ids = [rows.uuid_of(row["id"]) for row in retaken]
         if retaken:
             get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
             for row in retaken:
                 if row["status"] == Status.DEAD:
-                    self._observers.note(of_row(row, failure))
+                    self._observers.note(audit.of_row(row, failure))
                     get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
             self._bell.changed(ids)
             self._bell.work(row["pool"] for row in retaken)
         return ids
 
     async def expire_due(self) -> int:
-        failure = asdict(_EXPIRED)
+        """End queued jobs whose deadline has passed, at most 500; returns how many."""
         look = self._expiring.begin()
+        expired = await self._end_queued("expire_due", asdict(_EXPIRED), look.back_s)
+        self._expiring.end(look, complete=expired < AT_ONCE)
+        return expired
 
-        async def expire(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            due: list[asyncpg.Record] = await connection.fetch(
-                sql("expire_due"), orjson.dumps(failure).decode(), look.back_s
+    async def cancel_returned(self) -> int:
+        """End jobs that are in the queue again though they were cancelled, at most 500."""
+        return await self._end_queued("cancel_returned", CANCELLED_FAILURE)
+
+    async def _end_queued(self, name: str, failure: Json, *values: float) -> int:
+        async def end(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            ended: list[asyncpg.Record] = await connection.fetch(
+                sql(name), orjson.dumps(failure).decode(), *values
             )
-            await audit_unanswered(connection, due, failure, self._instance_id)
-            return due
+            await audit.audit_unanswered(connection, ended, failure, self._instance_id)
+            return ended
 
-        due = await self._connections.run(expire)
-        self._expiring.end(look, complete=len(due) < AT_ONCE)
-        self._observers.tell([of_row(row, failure) for row in due])
-        self._bell.changed(UUID(int=row["id"].int) for row in due)
-        return len(due)
+        ended = await self._connections.run(end)
+        self._observers.tell([audit.of_row(row, failure) for row in ended])
+        self._bell.changed(rows.uuid_of(row["id"]) for row in ended)
+        return len(ended)
+
+    async def _end(self, job: ClaimedJob, entry: Awaitable[Json], observed: Observed) -> None:
+        if await self._recorder.record(entry, observed):
+            self.settled(job)
+
+    def _lost(self, job: ClaimedJob) -> NoReturn:
+        self.settled(job)
+        raise ClaimLost(f"another worker has {job.request_id} now")
+
+    async def _claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
+        async with self._queues.lock:
+            jobs = await self._queues.claim((pool, kind or UNSURE), limit)
+            self._held |= {job.request_id: job.claim for job in jobs}
+        return jobs
+
+    def _undelivered(self, task: asyncio.Task[list[ClaimedJob]]) -> None:
+        """The caller was cancelled: no worker will run these."""
+        self._doubtful = True
+        if not task.cancelled() and task.exception() is None:
+            for job in task.result():
+                self.settled(job)
+
+    async def _look_for_strays(self) -> None:
+        """With doubt now, without it as often as it is cheap."""
+        look = self._straying.begin()
+        if self._doubtful or look.is_whole:
+            await self._release_strays()
+            self._straying.end(look, complete=True)
+
+    async def _release_strays(self) -> None:
+        async with self._queues.lock:
+            self._doubtful = False
+            try:
+                freed = await self._connections.rows(
+                    "release_strays", self._instance_id, list(self._held)
+                )
+            except StoreUnavailable:
+                self._doubtful = True
+                raise
+            self._bell.work(row["pool"] for row in freed)
+
+    async def _begin_another(self, row: Json, job: ClaimedJob, failed: FailedTry) -> None:
+        """A running job's call has failed, and another one is about to be made."""
+        ended = {"outcome": "failed", "finished_at": failed.finished_at}
+        ended |= {"upstream_ms": failed.upstream_ms, "failure": rows.failure_row(failed.failure)}
+
+        async def begin(connection: asyncpg.Connection) -> bool:
+            found = await connection.fetchrow(
+                sql("running_attempt"), job.request_id, job.claim, self._instance_id
+            )
+            if found is None:
+                return False
+            if rows.uuid_of(found["attempt_id"]) == row["attempt_id"]:
+                return True  # by a try whose reply was lost
+            place = {"id": found["attempt_id"], "created_at": found["attempt_at"]}
+            await connection.execute(sql("end_attempts"), rows.dumps([ended | place]))
+            await connection.execute(
+                sql("begin_another"),
+                *(job.request_id, row["attempt_id"], int(failed.is_counted), self._instance_id),
+                *(row["model"], row["fence_epoch"], row["fence_sequence"], row["admitted_at"]),
+            )
+            return True
+
+        if not await self._connections.run(begin):
+            self._lost(job)
+
+    async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
+        by_id = {str(row["id"]): row for row in batch}
+        ordered = rows.dumps(by_id[key] for key in sorted(by_id))
+        running = await self._connections.rows("begin_running", ordered, self._instance_id)
+        begun = {str(row["id"]) for row in running}
+        self._bell.changed(UUID(key) for key in begun)
+        return [
+            None if str(row["id"]) in begun else ClaimLost(f"another worker has {row['id']} now")
+            for row in batch
+        ]
 
 
 async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.Record]) -> None:
@@ -814,16 +854,3 @@ async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg
     ]
     if attempts:
         await connection.execute(sql("end_attempts"), rows.dumps(attempts))
-
-
-def running_row(job: ClaimedJob, model: str, fence: tuple[int, int], queue_ms: float) -> Json:
-    """What `Claims.running` takes; the time of admission is set by the caller's clock."""
-    return {
-        "id": job.request_id,
-        "claim": job.claim,
-        "attempt_id": new_id(),
-        "model": rows.clean(model),
-        "fence_epoch": fence[0],
-        "fence_sequence": fence[1],
-        "queue_ms": queue_ms,
-    }

@@ -8,13 +8,13 @@ spoil a batch; unknown usage is null, never zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, TypeVar, cast
 from uuid import UUID
 
-import asyncpg
 import orjson
 
 from tidegate.call import (
@@ -265,6 +265,7 @@ class PolicyRecord:
 
 
 Json = dict[str, Any]
+Record = TypeVar("Record")
 
 
 USAGE_COLUMNS = (
@@ -471,139 +472,99 @@ def audit_row(
     }
 
 
-def relayed_record(row: asyncpg.Record) -> RequestRecord:
+def record_of(cls: type[Record], row: Mapping[str, Any], /, **values: Any) -> Record:
+    """A dataclass from a row: each field from `values`, else from the column of its name."""
+    for name in _names_of(cast(Hashable, cls)):
+        if name not in values:
+            value = row[name]
+            values[name] = uuid_of(value) if isinstance(value, UUID) else value
+    return cls(**values)
+
+
+@cache
+def _names_of(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(one.name for one in fields(cls))
+
+
+def uuid_of(value: UUID) -> UUID:
+    """The standard library's UUID: orjson and msgpack do not know asyncpg's subclass."""
+    return UUID(int=value.int)
+
+
+def kind_of(row: Mapping[str, Any]) -> Kind | None:
+    return None if row["kind"] is None else Kind(row["kind"])
+
+
+def classification_of(row: Mapping[str, Any]) -> Classification:
+    by = ClassifiedBy(row["classified_by"])
+    return Classification(kind=kind_of(row), by=by, reason=row["classified_reason"])
+
+
+def usage_of(row: Mapping[str, Any]) -> Usage:
+    return Usage(**{column: row[column] for column in USAGE_COLUMNS})
+
+
+def relayed_record(row: Mapping[str, Any]) -> RequestRecord:
     """A native call, from its audit row; its answer is in its body."""
-    kind = row["kind"]
-    return RequestRecord(
-        request_id=_uuid(row["request_id"]),
-        tenant_id=row["tenant_id"],
-        source=row["source"],
+    details = details_of(row["usage_details"])
+    # An estimate is for the bill: the provider has reported no LLM tokens.
+    estimated = row["usage_state"] == UsageState.ESTIMATED
+    return record_of(
+        RequestRecord,
+        row,
         status=Status(row["status"]),
-        classification=Classification(
-            None if kind is None else Kind(kind), ClassifiedBy.BODY, row["endpoint"]
-        ),
-        model=row["model"],
-        priority=row["priority"],
-        attempts=row["attempts"],
+        classification=Classification(kind_of(row), ClassifiedBy.BODY, row["endpoint"]),
         created_at=row["submitted_at"],
-        admitted_at=row["admitted_at"],
-        finished_at=row["finished_at"],
         not_before=None,
         deadline_at=None,
-        queue_ms=row["queue_ms"],
-        upstream_ms=row["upstream_ms"],
-        first_byte_ms=row["first_byte_ms"],
         text=None,
-        usage=_usage_told(row),
-        finish_reason=row["finish_reason"],
+        usage=replace(Usage() if estimated else usage_of(row), details=details),
         failure=failure_of(row["failure"]),
         place=None,
         version=1,
+        files=(),
+        webhook=None,
+        endpoint=None,
     )
 
 
-def _usage_told(row: asyncpg.Record) -> Usage:
-    details = details_of(row["usage_details"])
-    if row["usage_state"] == UsageState.ESTIMATED:
-        # An estimate is for the bill: the provider has told no LLM tokens.
-        return Usage(details=details)
-    return Usage(**{column: row[column] for column in USAGE_COLUMNS}, details=details)
-
-
-def claimed_job(row: asyncpg.Record, files: list[asyncpg.Record]) -> ClaimedJob:
-    return ClaimedJob(
-        request_id=_uuid(row["id"]),
-        claim=row["claim"],
-        attempts=row["attempts"],
-        created_at=row["created_at"],
-        prompt=row["prompt"],
-        classification=_classification(row),
+def claimed_job(row: Mapping[str, Any], files: Iterable[Mapping[str, Any]]) -> ClaimedJob:
+    return record_of(
+        ClaimedJob,
+        row,
+        request_id=uuid_of(row["id"]),
+        classification=classification_of(row),
         attachments=tuple(
-            Attachment(
-                file_id=_uuid(file["id"]),
-                name=file["name"],
-                mime_type=file["mime_type"],
-                size_bytes=file["size_bytes"],
-                blob_key=file["blob_key"],
-            )
-            for file in files
+            record_of(Attachment, file, file_id=uuid_of(file["id"])) for file in files
         ),
-        image_uri=row["image_uri"],
-        model=row["model"],
-        priority=row["priority"],
-        deadline_at=row["deadline_at"],
-        tenant_id=row["tenant_id"],
-        pool=row["pool"],
-        endpoint=row["endpoint"],
-        traceparent=row["traceparent"],
         was_called=row["attempt_at"] is not None,
     )
 
 
 def request_record(
-    row: asyncpg.Record,
-    files: list[asyncpg.Record],
+    row: Mapping[str, Any],
+    files: Iterable[Mapping[str, Any]],
     webhook: WebhookRecord | None,
     place: int | None,
 ) -> RequestRecord:
-    return RequestRecord(
-        request_id=_uuid(row["id"]),
-        tenant_id=row["tenant_id"],
-        source=row["source"],
+    return record_of(
+        RequestRecord,
+        row,
+        request_id=uuid_of(row["id"]),
         status=Status(row["status"]),
-        classification=_classification(row),
+        classification=classification_of(row),
         model=row["used_model"] or row["model"],
-        priority=row["priority"],
-        attempts=row["attempts"],
-        created_at=row["created_at"],
-        admitted_at=row["admitted_at"],
-        finished_at=row["finished_at"],
-        not_before=row["not_before"],
-        deadline_at=row["deadline_at"],
-        queue_ms=row["queue_ms"],
-        upstream_ms=row["upstream_ms"],
-        first_byte_ms=row["first_byte_ms"],
         text=row["result"],
-        usage=Usage(**{column: row[column] for column in USAGE_COLUMNS}),
-        finish_reason=row["finish_reason"],
+        usage=usage_of(row),
         failure=failure_of(row["failure"]),
         place=place,
-        version=row["version"],
         files=tuple(file_record(file) for file in files),
         webhook=webhook,
-        endpoint=row["endpoint"],
     )
 
 
-def file_record(row: asyncpg.Record) -> FileRecord:
-    return FileRecord(
-        file_id=_uuid(row["id"]),
-        request_id=_uuid(row["request_id"]),
-        tenant_id=row["tenant_id"],
-        role=row["role"],
-        name=row["name"],
-        mime_type=row["mime_type"],
-        size_bytes=row["size_bytes"],
-        blob_key=row["blob_key"],
-    )
-
-
-def earlier(row: asyncpg.Record) -> Earlier:
-    return Earlier(_uuid(row["id"]), Status(row["status"]), _classification(row))
-
-
-def _uuid(value: UUID) -> UUID:
-    # asyncpg's UUID is a subclass of its own, which orjson and msgpack do not know.
-    return UUID(int=value.int)
-
-
-def _classification(row: asyncpg.Record) -> Classification:
-    kind = row["kind"]
-    return Classification(
-        kind=None if kind is None else Kind(kind),
-        by=ClassifiedBy(row["classified_by"]),
-        reason=row["classified_reason"],
-    )
+def file_record(row: Mapping[str, Any]) -> FileRecord:
+    return record_of(FileRecord, row, file_id=uuid_of(row["id"]))
 
 
 def failure_of(raw: str | None) -> Failure | None:

@@ -19,20 +19,29 @@ from typing import Any, Literal
 from uuid import UUID
 
 import asyncpg
-import orjson
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage, UsageDetails
 from tidegate.errors import NotFound
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
-from tidegate.store.database import Connections, sql
-from tidegate.store.notifications import Bell
+from tidegate.store.database import Connections, ReadTurns, sql
+from tidegate.store.notifications import Bell, Watch
 from tidegate.store.outbox import webhook_of
-from tidegate.store.records import Failure, FileRecord, RequestRecord, clean, details_of
+from tidegate.store.records import (
+    Failure,
+    FileRecord,
+    RequestRecord,
+    clean,
+    details_of,
+    record_of,
+)
 from tidegate.store.states import Status
 
 MOST_LOOKED_AT = 20_000
+_READ_TIMEOUT_MS = 2_000
+_DETAIL_TIMEOUT_MS = 3_000
 _TIMEOUT_MS = 5_000
+_READS_AT_ONCE = 4
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
 _LAST = datetime(9999, 12, 31, tzinfo=UTC)
 
@@ -91,61 +100,6 @@ class Page:
 
     items: tuple[Listed, ...]
     after: Place | None
-
-
-class Listing:
-    """Raises StoreUnavailable."""
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-
-    async def page(self, tenant_id: str, wanted: Filter, limit: int, place: Place = START) -> Page:
-        """At most `limit` requests from `place` on."""
-        most = MOST_LOOKED_AT if wanted.is_narrow else limit + 1
-        within = (
-            *(tenant_id, wanted.since or _FIRST, wanted.until or _LAST),
-            *(place.created_at, place.request_id),
-        )
-        model = None if wanted.model is None else clean(wanted.model)
-        filters = (wanted.status, wanted.kind, model, wanted.source)
-
-        async def read(
-            connection: asyncpg.Connection,
-        ) -> tuple[list[asyncpg.Record], asyncpg.Record | None]:
-            found = await connection.fetch(sql("list_requests"), *within, *filters, limit + 1, most)
-            if len(found) > limit or not wanted.is_narrow:
-                return found, None
-            return found, await connection.fetchrow(sql("list_reach"), *within, most)
-
-        found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
-        items = tuple(listed(row) for row in found[:limit])
-        if len(found) > limit:
-            return Page(items, Place(items[-1].created_at, items[-1].request_id))
-        return Page(items, None if reach is None else Place(reach["created_at"], _uuid(reach)))
-
-
-def listed(row: asyncpg.Record) -> Listed:
-    """A row with the columns of `list_requests`."""
-    return Listed(
-        request_id=_uuid(row),
-        source=row["source"],
-        status=Status(row["status"]),
-        kind=None if row["kind"] is None else Kind(row["kind"]),
-        model=row["model"],
-        priority=row["priority"],
-        attempts=row["attempts"],
-        created_at=row["created_at"],
-        admitted_at=row["admitted_at"],
-        finished_at=row["finished_at"],
-        queue_ms=row["queue_ms"],
-        upstream_ms=row["upstream_ms"],
-        total_tokens=row["total_tokens"],
-        failure_code=row["failure_code"],
-    )
-
-
-def _uuid(row: asyncpg.Record) -> UUID:
-    return UUID(int=row["id"].int)
 
 
 END = UUID(int=2**128 - 1)
@@ -207,50 +161,6 @@ class FoundPage:
     before: UUID | None
 
 
-class Search:
-    """Raises StoreUnavailable."""
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-
-    async def page(self, wanted: Wanted, limit: int, before: UUID = END) -> FoundPage:
-        """At most `limit` requests whose ids come before `before`."""
-        first, past = wanted.ids(before)
-        if first >= past:
-            return FoundPage((), None)
-        filters = (
-            [status.value for status in wanted.statuses] or None,
-            _clean(wanted.tenant_id),
-            _clean(wanted.model),
-            wanted.kind,
-            wanted.source,
-            _clean(wanted.failure_code),
-            _clean(wanted.subject),
-            wanted.since or _FIRST,
-            wanted.until or _LAST,
-        )
-
-        async def read(
-            connection: asyncpg.Connection,
-        ) -> tuple[list[asyncpg.Record], UUID | None]:
-            look = (first, past, limit + 1, MOST_LOOKED_AT)
-            found = await connection.fetch(sql("search_requests"), *look, *filters)
-            if len(found) > limit:
-                return found, None
-            reach = await connection.fetchval(sql("search_reach"), first, past, MOST_LOOKED_AT)
-            return found, reach
-
-        found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
-        items = tuple(_found(row) for row in found[:limit])
-        if len(found) > limit:
-            return FoundPage(items, items[-1].listed.request_id)
-        return FoundPage(items, None if reach is None else UUID(int=reach.int))
-
-
-def _found(row: asyncpg.Record) -> Found:
-    return Found(listed(row), row["tenant_id"], row["pool"], row["subject"], row["endpoint"])
-
-
 def _clean(text: str | None) -> str | None:
     return None if text is None else clean(text)
 
@@ -286,9 +196,6 @@ class Places:
         if took_s > _SLOW_S:
             self._not_before = time.monotonic() + _SHARE * took_s
         return place
-
-
-_DOSSIER_TIMEOUT_MS = 3_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +246,7 @@ class BodyRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Dossier:
+class RequestDetail:
     """A request. `asked_model` is the one that its caller named; `process` has it, or had it last.
 
     `request` and `ended` are its rows of `requests` and `audit`, where it has any.
@@ -360,47 +267,216 @@ class Dossier:
         return self.request.get(column) if value is None else value
 
 
-class Dossiers:
-    """Every method raises StoreUnavailable and NotFound."""
+Role = Literal["request", "response"]
 
-    def __init__(self, connections: Connections) -> None:
+_JSON = "application/json"
+_PIECE_BYTES = 64 * 1024
+_RECORDED_WITHIN = timedelta(days=1)  # of its end, though it was kept on a disk meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """`omitted_bytes` of its middle are not in the record; `size_bytes` is what is."""
+
+    content_type: str
+    size_bytes: int
+    omitted_bytes: int
+    pieces: AsyncIterator[bytes]
+
+
+class Requests:
+    """Requests of all tenants. Every method raises StoreUnavailable."""
+
+    def __init__(self, connections: Connections, blobs: Blobs, watch: Watch) -> None:
         self._connections = connections
-        self._places = Places()
+        self._blobs = blobs
+        self._watch = watch
+        self._places, self._turns = Places(), ReadTurns(_READS_AT_ONCE)
 
-    async def of(self, request_id: UUID) -> Dossier:
-        """All of one request."""
+    async def get(self, request_id: UUID, tenant_id: str) -> RequestRecord:
+        """The request as it now stands. Raises NotFound."""
 
-        async def read(connection: asyncpg.Connection) -> Dossier | None:
+        async def read(connection: asyncpg.Connection) -> RequestRecord | None:
+            row = await connection.fetchrow(sql("get_request"), request_id, tenant_id)
+            if row is not None:
+                return await self._record(connection, row)
+            relayed = await connection.fetchrow(sql("get_relayed"), request_id, tenant_id)
+            return None if relayed is None else rows.relayed_record(relayed)
+
+        async with self._turns.turn(tenant_id, _READ_TIMEOUT_MS):
+            record = await self._connections.run(read, timeout_ms=_READ_TIMEOUT_MS)
+        if record is None:
+            raise NotFound(f"no request {request_id}")
+        return record
+
+    async def wait_change(
+        self, request_id: UUID, tenant_id: str, version: int, timeout_ms: int
+    ) -> RequestRecord:
+        """The request as soon as its version is not `version`, or after `timeout_ms`.
+
+        With too many watchers in this process it answers immediately. Cancellation leaves nothing.
+        Raises NotFound.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
+        changed = self._watch.watch(request_id)
+        if changed is None:
+            return await self.get(request_id, tenant_id)
+        try:
+            while True:
+                changed.clear()
+                record = await self.get(request_id, tenant_id)
+                self._watch.known(request_id, record.version)
+                if record.version != version:
+                    return record
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await changed.wait()
+                except TimeoutError:
+                    return record
+        finally:
+            self._watch.unwatch(request_id, changed)
+
+    async def page(self, tenant_id: str, wanted: Filter, limit: int, place: Place = START) -> Page:
+        """At most `limit` requests of a tenant from `place` on."""
+        most = MOST_LOOKED_AT if wanted.is_narrow else limit + 1
+        within = (
+            *(tenant_id, wanted.since or _FIRST, wanted.until or _LAST),
+            *(place.created_at, place.request_id),
+        )
+        filters = (wanted.status, wanted.kind, _clean(wanted.model), wanted.source)
+
+        async def read(
+            connection: asyncpg.Connection,
+        ) -> tuple[list[asyncpg.Record], asyncpg.Record | None]:
+            found = await connection.fetch(sql("list_requests"), *within, *filters, limit + 1, most)
+            if len(found) > limit or not wanted.is_narrow:
+                return found, None
+            return found, await connection.fetchrow(sql("list_reach"), *within, most)
+
+        found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        items = tuple(_listed(row) for row in found[:limit])
+        if len(found) > limit:
+            return Page(items, Place(items[-1].created_at, items[-1].request_id))
+        end = None if reach is None else Place(reach["created_at"], rows.uuid_of(reach["id"]))
+        return Page(items, end)
+
+    async def search(self, wanted: Wanted, limit: int, before: UUID = END) -> FoundPage:
+        """At most `limit` requests of any tenant whose ids come before `before`."""
+        first, past = wanted.ids(before)
+        if first >= past:
+            return FoundPage((), None)
+        filters = (
+            [status.value for status in wanted.statuses] or None,
+            _clean(wanted.tenant_id),
+            _clean(wanted.model),
+            wanted.kind,
+            wanted.source,
+            _clean(wanted.failure_code),
+            _clean(wanted.subject),
+            wanted.since or _FIRST,
+            wanted.until or _LAST,
+        )
+
+        async def read(
+            connection: asyncpg.Connection,
+        ) -> tuple[list[asyncpg.Record], UUID | None]:
+            look = (first, past, limit + 1, MOST_LOOKED_AT)
+            found = await connection.fetch(sql("search_requests"), *look, *filters)
+            if len(found) > limit:
+                return found, None
+            reach = await connection.fetchval(sql("search_reach"), first, past, MOST_LOOKED_AT)
+            return found, reach
+
+        found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        items = tuple(record_of(Found, row, listed=_listed(row)) for row in found[:limit])
+        if len(found) > limit:
+            return FoundPage(items, items[-1].listed.request_id)
+        return FoundPage(items, None if reach is None else rows.uuid_of(reach))
+
+    async def detail(self, request_id: UUID) -> RequestDetail:
+        """All of one request, for an operator. Raises NotFound."""
+
+        async def read(connection: asyncpg.Connection) -> RequestDetail | None:
             request = await connection.fetchrow(sql("dossier_request"), request_id)
             ended = await connection.fetchrow(sql("dossier_audit"), request_id)
             if request is None and ended is None:
                 line = await connection.fetchrow(sql("dossier_line"), request_id)
                 return None if line is None else _of_line(line)
-            return await self._read(connection, request_id, request, ended)
+            return await self._detail(connection, request_id, request, ended)
 
-        found = await self._connections.run(read, timeout_ms=_DOSSIER_TIMEOUT_MS)
+        found = await self._connections.run(read, timeout_ms=_DETAIL_TIMEOUT_MS)
         if found is None:
             raise NotFound(f"no request {request_id} is on record")
         return found
 
-    async def file(self, request_id: UUID, file_id: UUID) -> FileRecord:
-        """A file of a request."""
+    async def file(self, file_id: UUID, tenant_id: str) -> FileRecord:
+        """A stored file by its public id. Raises NotFound."""
+        row = await self._connections.row(
+            "get_file", file_id, tenant_id, timeout_ms=_READ_TIMEOUT_MS
+        )
+        if row is None:
+            raise NotFound(f"no file {file_id}")
+        return rows.file_record(row)
 
-        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            return await connection.fetchrow(sql("dossier_file"), file_id, request_id)
-
-        row = await self._connections.run(read, timeout_ms=_DOSSIER_TIMEOUT_MS)
+    async def file_of_any(self, request_id: UUID, file_id: UUID) -> FileRecord:
+        """A file of a request of any tenant, for an operator. Raises NotFound."""
+        row = await self._connections.row(
+            "dossier_file", file_id, request_id, timeout_ms=_DETAIL_TIMEOUT_MS
+        )
         if row is None:
             raise NotFound(f"no file {file_id} of request {request_id}")
         return rows.file_record(row)
 
-    async def _read(
+    async def body(self, request_id: UUID, tenant_id: str, role: Role) -> Body:
+        """Raises NotFound where none is kept, or not for this tenant; so may its pieces."""
+        return self._body(
+            request_id, role, await self._connections.row("get_body", request_id, tenant_id, role)
+        )
+
+    async def body_of_any(self, request_id: UUID, role: Role) -> Body:
+        """The same of any tenant, for an operator."""
+        return self._body(
+            request_id, role, await self._connections.row("dossier_body", request_id, role)
+        )
+
+    async def charged(
+        self, request_id: UUID, tenant_id: str, ended_at: datetime
+    ) -> tuple[int | None, UsageDetails | None]:
+        """What a request that has ended cost, in millionths of money, and the details of its usage;
+        None where they are not known."""
+        within = (ended_at - _RECORDED_WITHIN, ended_at + _RECORDED_WITHIN)
+        row = await self._connections.row(
+            "get_charged", request_id, tenant_id, *within, timeout_ms=_READ_TIMEOUT_MS
+        )
+        return (
+            (None, None) if row is None else (row["cost_micros"], details_of(row["usage_details"]))
+        )
+
+    def _body(self, request_id: UUID, role: Role, row: asyncpg.Record | None) -> Body:
+        if row is None:
+            raise NotFound(f"no {role} body of request {request_id} is kept")
+        packed = (
+            _of(row["data"]) if row["data"] is not None else self._blobs.stream(row["blob_key"])
+        )
+        return record_of(
+            Body,
+            row,
+            content_type=row["content_type"] or _JSON,
+            pieces=packed if row["encoding"] == "raw" else _unpacked(packed),
+        )
+
+    async def _record(self, connection: asyncpg.Connection, row: asyncpg.Record) -> RequestRecord:
+        files = await connection.fetch(sql("get_request_files"), row["id"])
+        webhook = await webhook_of(connection, row)
+        return rows.request_record(row, files, webhook, await self._places.of(connection, row))
+
+    async def _detail(
         self,
         connection: asyncpg.Connection,
         request_id: UUID,
         request: asyncpg.Record | None,
         ended: asyncpg.Record | None,
-    ) -> Dossier:
+    ) -> RequestDetail:
         attempts = await connection.fetch(sql("dossier_attempts"), request_id)
         webhooks = await connection.fetch(sql("dossier_webhooks"), request_id)
         bodies: list[asyncpg.Record] = []
@@ -408,72 +484,57 @@ class Dossiers:
             key = (ended["id"], ended["created_at"])
             bodies = await connection.fetch(sql("dossier_bodies"), *key)
         if request is not None:
-            files = await connection.fetch(sql("get_request_files"), request_id)
-            webhook = await webhook_of(connection, request)
-            place = await self._places.of(connection, request)
-            record = rows.request_record(request, files, webhook, place)
+            record = await self._record(connection, request)
             if not record.status.is_end:
                 ended = None  # a dead job that was requeued: that was its end before
         else:
             assert ended is not None
             record = rows.relayed_record(ended)
         first, last = dict(request or {}), dict(ended or {})
-        return Dossier(
+        return RequestDetail(
             record=record,
             pool=(first or last)["pool"],
             process=first.get("claimed_by") or last.get("instance_id"),
             attempts=tuple(_attempt(row) for row in reversed(attempts)),
-            webhooks=tuple(_delivery(row) for row in reversed(webhooks)),
-            bodies=tuple(_body(row) for row in bodies),
+            webhooks=tuple(
+                record_of(DeliveryRecord, row, webhook_id=rows.uuid_of(row["id"]))
+                for row in reversed(webhooks)
+            ),
+            bodies=tuple(
+                record_of(BodyRecord, row, content_type=row["content_type"] or _JSON)
+                for row in bodies
+            ),
             request=first,
             ended=last,
         )
 
 
+def _listed(row: asyncpg.Record) -> Listed:
+    """A row with the columns of `list_requests`."""
+    return record_of(
+        Listed,
+        row,
+        request_id=rows.uuid_of(row["id"]),
+        status=Status(row["status"]),
+        kind=rows.kind_of(row),
+    )
+
+
 def _attempt(row: asyncpg.Record) -> AttemptRecord:
-    return AttemptRecord(
-        number=row["number"],
-        outcome=row["outcome"],
+    return record_of(
+        AttemptRecord,
+        row,
         process=row["instance_id"],
-        model=row["model"],
         began_at=row["created_at"],
-        admitted_at=row["admitted_at"],
-        finished_at=row["finished_at"],
-        queue_ms=row["queue_ms"],
-        upstream_ms=row["upstream_ms"],
-        first_byte_ms=row["first_byte_ms"],
-        usage=Usage(**{column: row[column] for column in rows.USAGE_COLUMNS}),
-        finish_reason=row["finish_reason"],
+        usage=rows.usage_of(row),
         failure=rows.failure_of(row["failure"]),
-        response_id=row["response_id"],
     )
 
 
-def _delivery(row: asyncpg.Record) -> DeliveryRecord:
-    return DeliveryRecord(
-        webhook_id=UUID(int=row["id"].int),
-        event=row["event"],
-        url=row["url"],
-        state=row["state"],
-        tries=row["tries"],
-        due_at=row["due_at"],
-        answer_status=row["answer_status"],
-        problem=row["problem"],
-        created_at=row["created_at"],
-        ended_at=row["ended_at"],
-    )
-
-
-def _body(row: asyncpg.Record) -> BodyRecord:
-    content_type = row["content_type"] or "application/json"
-    return BodyRecord(row["role"], row["size_bytes"], content_type, row["omitted_bytes"])
-
-
-def _of_line(row: asyncpg.Record) -> Dossier:
+def _of_line(row: asyncpg.Record) -> RequestDetail:
     """A line of a batch that has not ended: it has no row of its own anywhere else."""
-    made_at = datetime.fromtimestamp((row["id"].int >> 80) / 1000, UTC)
     record = RequestRecord(
-        request_id=UUID(int=row["id"].int),
+        request_id=rows.uuid_of(row["id"]),
         tenant_id=row["tenant_id"],
         source="batch",
         status=Status.RUNNING if row["state"] == "calling" else Status.QUEUED,
@@ -481,7 +542,7 @@ def _of_line(row: asyncpg.Record) -> Dossier:
         model=None,
         priority=-100,
         attempts=row["attempts"],
-        created_at=made_at,
+        created_at=datetime.fromtimestamp((row["id"].int >> 80) / 1000, UTC),
         admitted_at=None,
         finished_at=None,
         not_before=None,
@@ -498,77 +559,7 @@ def _of_line(row: asyncpg.Record) -> Dossier:
     )
     request = {"prompt": row["body"], "lapses": row["lapses"], "endpoint": row["endpoint"]}
     request |= {"key_id": row["key_id"], "batch_id": row["batch_id"]}
-    return Dossier(record, "", row["claimed_by"], (), (), (), request, {})
-
-
-Role = Literal["request", "response"]
-
-_JSON = "application/json"
-_PIECE_BYTES = 64 * 1024
-_RECORDED_WITHIN = timedelta(days=1)  # of its end, though it was kept on a disk meanwhile
-_COST_TIMEOUT_MS = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """`omitted_bytes` of its middle are not in the record; `size_bytes` is what is."""
-
-    content_type: str
-    size_bytes: int
-    omitted_bytes: int
-    pieces: AsyncIterator[bytes]
-
-
-class Recorded:
-    """Of one deployment."""
-
-    def __init__(self, connections: Connections, blobs: Blobs) -> None:
-        self._connections = connections
-        self._blobs = blobs
-
-    async def body(self, request_id: UUID, tenant_id: str, role: Role) -> Body:
-        """Raises NotFound where none is kept, or not for this tenant, and StoreUnavailable; so
-        may its pieces."""
-        return await self._read(request_id, role, "get_body", tenant_id)
-
-    async def body_of_any(self, request_id: UUID, role: Role) -> Body:
-        """The same, whoever it belongs to: for an operator."""
-        return await self._read(request_id, role, "dossier_body")
-
-    async def _read(self, request_id: UUID, role: Role, query: str, *owner: str) -> Body:
-        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            return await connection.fetchrow(sql(query), request_id, *owner, role)
-
-        row = await self._connections.run(read)
-        if row is None:
-            raise NotFound(f"no {role} body of request {request_id} is kept")
-        packed = (
-            _of(row["data"]) if row["data"] is not None else self._blobs.stream(row["blob_key"])
-        )
-        return Body(
-            content_type=row["content_type"] or _JSON,
-            size_bytes=row["size_bytes"],
-            omitted_bytes=row["omitted_bytes"],
-            pieces=packed if row["encoding"] == "raw" else _unpacked(packed),
-        )
-
-    async def charged(
-        self, request_id: UUID, tenant_id: str, ended_at: datetime
-    ) -> tuple[int | None, UsageDetails | None]:
-        """What a request that has ended cost, in millionths of money, and the details of its usage;
-        None where they are not known. Raises StoreUnavailable."""
-
-        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            return await connection.fetchrow(
-                sql("get_charged"),
-                *(request_id, tenant_id),
-                *(ended_at - _RECORDED_WITHIN, ended_at + _RECORDED_WITHIN),
-            )
-
-        row = await self._connections.run(read, timeout_ms=_COST_TIMEOUT_MS)
-        if row is None:
-            return None, None
-        return row["cost_micros"], details_of(row["usage_details"])
+    return RequestDetail(record, "", row["claimed_by"], (), (), (), request, {})
 
 
 async def _of(data: bytes) -> AsyncIterator[bytes]:
@@ -586,9 +577,6 @@ async def _unpacked(packed: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             left = unpacker.unconsumed_tail
     if found := unpacker.flush():
         yield found
-
-
-_RUNNING_TIMEOUT_MS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -619,7 +607,7 @@ class RunningCall:
 
 
 class Running:
-    """Every method raises StoreUnavailable."""
+    """Where requests are, for those who watch a pool. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -627,28 +615,18 @@ class Running:
 
     async def whereabouts(self, request_id: UUID) -> Whereabouts:
         """Raises NotFound: streams, too, are on record only once they have ended."""
-
-        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            return await connection.fetchrow(sql("get_whereabouts"), request_id)
-
-        row = await self._connections.run(read, timeout_ms=_RUNNING_TIMEOUT_MS)
+        row = await self._connections.row(
+            "get_whereabouts", request_id, timeout_ms=_READ_TIMEOUT_MS
+        )
         if row is None:
             raise NotFound(f"no request {request_id} is on record")
-        failure = None if row["failure"] is None else orjson.loads(row["failure"])
-        return Whereabouts(
-            request_id=UUID(int=row["id"].int),
-            tenant_id=row["tenant_id"],
-            pool=row["pool"],
+        failure = rows.failure_of(row["failure"])
+        return record_of(
+            Whereabouts,
+            row,
+            request_id=rows.uuid_of(row["id"]),
             status=Status(row["status"]),
-            kind=row["kind"],
-            model=row["model"],
-            claimed_by=row["claimed_by"],
-            attempts=row["attempts"],
-            created_at=row["created_at"],
-            not_before=row["not_before"],
-            admitted_at=row["admitted_at"],
-            finished_at=row["finished_at"],
-            failure_code=None if failure is None else failure.get("code"),
+            failure_code=None if failure is None else failure.code,
         )
 
     async def place(self, request_id: UUID) -> int | None:
@@ -658,21 +636,16 @@ class Running:
             row = await connection.fetchrow(sql("get_whereabouts"), request_id)
             return None if row is None else await self._places.of(connection, row)
 
-        return await self._connections.run(read, timeout_ms=_RUNNING_TIMEOUT_MS)
+        return await self._connections.run(read, timeout_ms=_READ_TIMEOUT_MS)
 
     async def calls(self, pool: str) -> dict[tuple[str, int], RunningCall]:
         """The jobs that hold permits, by process and the sequence of the permit's fence."""
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            rows: list[asyncpg.Record] = await connection.fetch(sql("running_calls"), pool)
-            return rows
-
-        rows = await self._connections.run(read, timeout_ms=_RUNNING_TIMEOUT_MS)
+        found = await self._connections.rows("running_calls", pool, timeout_ms=_READ_TIMEOUT_MS)
         return {
             (row["instance_id"], row["fence_sequence"]): RunningCall(
-                UUID(int=row["id"].int), row["admitted_at"]
+                rows.uuid_of(row["id"]), row["admitted_at"]
             )
-            for row in rows
+            for row in found
         }
 
 
@@ -709,66 +682,7 @@ class RequeueReport:
     by_code: Mapping[str, int] = field(default_factory=dict)
 
 
-class Requeues:
-    """Raises StoreUnavailable, after which a part may be queued again: repeat the order."""
-
-    def __init__(self, connections: Connections, bell: Bell) -> None:
-        self._connections = connections
-        self._bell = bell
-
-    async def preview(self, order: Requeue) -> RequeueReport:
-        """What `run` would do."""
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(
-                sql("count_requeues"), *_filters(order), order.limit + 1
-            )
-            return found
-
-        rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
-        by_code = Counter({row["code"]: row["jobs"] for row in rows})
-        matching = by_code.total()
-        return RequeueReport(
-            matching=min(matching, order.limit),
-            has_more=matching > order.limit,
-            by_code=dict(by_code),
-        )
-
-    async def run(self, order: Requeue) -> RequeueReport:
-        """Queue the jobs again, step by step, for at most about 20 s."""
-        before = await self.preview(order)
-        loop = asyncio.get_running_loop()
-        until = loop.time() + _WITHIN_S
-        requeued = 0
-        while requeued < order.limit and loop.time() < until:
-            step = min(_STEP, order.limit - requeued)
-            rows = await self._step(order, step)
-            requeued += len(rows)
-            self._bell.changed(UUID(int=row["id"].int) for row in rows)
-            self._bell.work({row["pool"] for row in rows})
-            if len(rows) < step:
-                break
-        left = before.matching - requeued
-        return RequeueReport(before.matching, requeued, before.has_more or left > 0, before.by_code)
-
-    async def _step(self, order: Requeue, most: int) -> list[asyncpg.Record]:
-        async def requeue(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            rows: list[asyncpg.Record] = await connection.fetch(
-                sql("requeue_ended"), *_filters(order), most
-            )
-            return rows
-
-        # A repeat would take other jobs, beyond the limit.
-        return await self._connections.run(requeue, timeout_ms=_TIMEOUT_MS, repeatable=False)
-
-
-def _filters(order: Requeue) -> tuple[list[str], datetime, datetime, str | None, str | None]:
-    statuses = [status.value for status in order.statuses]
-    return statuses, order.since, order.until, order.tenant_id, order.error_code
-
-
 MOST_COUNTED = 1_000
-_STUCK_TIMEOUT_MS = 3_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -803,88 +717,102 @@ class GivenUpWebhook:
 
 
 class Stuck:
-    """Every method raises StoreUnavailable."""
+    """What a person decides on: dead jobs, failed ones to requeue, webhooks given up. Every method
+    raises StoreUnavailable."""
 
     def __init__(self, connections: Connections, bell: Bell) -> None:
         self._connections = connections
         self._bell = bell
-        self.requeues = Requeues(connections, bell)
 
     async def counts(self) -> tuple[int, int]:
         """Dead jobs and webhooks given up, as far as `MOST_COUNTED` of each."""
-
-        async def read(connection: asyncpg.Connection) -> asyncpg.Record:
-            return await connection.fetchrow(sql("count_stuck"), MOST_COUNTED)
-
-        row = await self._connections.run(read, timeout_ms=_STUCK_TIMEOUT_MS)
+        (row,) = await self._connections.rows(
+            "count_stuck", MOST_COUNTED, timeout_ms=_DETAIL_TIMEOUT_MS
+        )
         return row["jobs"], row["webhooks"]
 
     async def dead(self, most: int) -> list[DeadJob]:
         """The jobs that died last, the newest first."""
         return [
-            DeadJob(
-                request_id=_uuid_of(row["id"]),
+            record_of(
+                DeadJob,
+                row,
+                request_id=rows.uuid_of(row["id"]),
                 tenant=row["tenant_id"],
-                pool=row["pool"],
-                type=None if row["kind"] is None else Kind(row["kind"]),
-                model=row["model"],
-                attempts=row["attempts"],
-                lapses=row["lapses"],
+                type=rows.kind_of(row),
                 submitted_at=row["created_at"],
                 died_at=row["finished_at"],
-                problem=row["problem"],
             )
-            for row in await self._rows("list_dead", most)
+            for row in await self._connections.rows(
+                "list_dead", most, timeout_ms=_DETAIL_TIMEOUT_MS
+            )
         ]
 
     async def given_up(self, most: int) -> list[GivenUpWebhook]:
         """The webhooks that were given up last, the newest first."""
         return [
-            GivenUpWebhook(
-                webhook_id=_uuid_of(row["id"]),
-                request_id=_uuid_of(row["request_id"]),
+            record_of(
+                GivenUpWebhook,
+                row,
+                webhook_id=rows.uuid_of(row["id"]),
                 tenant=row["tenant_id"],
-                event=row["event"],
-                url=row["url"],
-                tries=row["tries"],
-                answer_status=row["answer_status"],
-                problem=row["problem"],
                 given_up_at=row["ended_at"],
             )
-            for row in await self._rows("list_given_up", most)
+            for row in await self._connections.rows(
+                "list_given_up", most, timeout_ms=_DETAIL_TIMEOUT_MS
+            )
         ]
 
     async def discard(self, request_id: UUID) -> None:
-        """End a dead job for good, as cancelled; raises NotFound when there is no such dead job."""
-
-        async def discard(connection: asyncpg.Connection) -> UUID | None:
-            found: UUID | None = await connection.fetchval(sql("discard_dead"), request_id)
-            return found
-
-        if await self._connections.run(discard) is None:
+        """End a dead job for good, as cancelled. Raises NotFound where there is no such dead
+        job."""
+        if await self._connections.row("discard_dead", request_id) is None:
             raise NotFound(f"no dead job {request_id}")
         self._bell.changed([request_id])
-
-    async def _rows(self, name: str, most: int) -> list[asyncpg.Record]:
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(sql(name), most)
-            return found
-
-        return await self._connections.run(read, timeout_ms=_STUCK_TIMEOUT_MS)
 
     async def requeue(self, request_id: UUID) -> None:
-        """Give a dead job a fresh start; raises NotFound when there is no such dead job."""
-
-        async def requeue(connection: asyncpg.Connection) -> str | None:
-            pool: str | None = await connection.fetchval(sql("requeue_dead"), request_id)
-            return pool
-
-        pool = await self._connections.run(requeue)
-        if pool is None:
+        """Queue a dead job again. Raises NotFound where there is no such dead job."""
+        row = await self._connections.row("requeue_dead", request_id)
+        if row is None:
             raise NotFound(f"no dead job {request_id}")
         self._bell.changed([request_id])
-        self._bell.work([pool])
+        self._bell.work([row["pool"]])
+
+    async def preview(self, order: Requeue) -> RequeueReport:
+        """What `requeue_all` would do."""
+        found = await self._connections.rows(
+            "count_requeues", *_filters(order), order.limit + 1, timeout_ms=_TIMEOUT_MS
+        )
+        by_code = Counter({row["code"]: row["jobs"] for row in found})
+        matching = by_code.total()
+        return RequeueReport(
+            matching=min(matching, order.limit),
+            has_more=matching > order.limit,
+            by_code=dict(by_code),
+        )
+
+    async def requeue_all(self, order: Requeue) -> RequeueReport:
+        """Queue the jobs again, step by step, for at most about 20 s. After StoreUnavailable a
+        part may be queued again: repeat the order."""
+        before = await self.preview(order)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _WITHIN_S
+        requeued = 0
+        while requeued < order.limit and loop.time() < until:
+            step = min(_STEP, order.limit - requeued)
+            # A repeat would take other jobs, beyond the limit.
+            found = await self._connections.rows(
+                "requeue_ended", *_filters(order), step, timeout_ms=_TIMEOUT_MS, repeatable=False
+            )
+            requeued += len(found)
+            self._bell.changed(rows.uuid_of(row["id"]) for row in found)
+            self._bell.work({row["pool"] for row in found})
+            if len(found) < step:
+                break
+        left = before.matching - requeued
+        return RequeueReport(before.matching, requeued, before.has_more or left > 0, before.by_code)
 
 
-def _uuid_of(value: UUID) -> UUID:
-    return UUID(int=value.int)  # asyncpg has a class of its own
+def _filters(order: Requeue) -> tuple[list[str], datetime, datetime, str | None, str | None]:
+    statuses = [status.value for status in order.statuses]
+    return statuses, order.since, order.until, order.tenant_id, order.error_code

@@ -213,7 +213,7 @@ MOST_COUNTED = 10_000
 MOST_QUEUES = 200
 _FRESH_S = 1.0
 _SHARE = 50
-_STANDING_TIMEOUT_MS = 1_000
+_DEPTHS_TIMEOUT_MS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +241,8 @@ class Depths:
     workers: int
 
 
-class Standing:
-    """One per process."""
+class QueueDepths:
+    """Depths of the queues, read as often as is cheap. One per process."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -254,7 +254,7 @@ class Standing:
         if self._read is not None and time.monotonic() < self._next_at and not self._away:
             return self._read
         began = time.monotonic()
-        self._read = await self._connections.run(_read, timeout_ms=_STANDING_TIMEOUT_MS)
+        self._read = await self._connections.run(_read, timeout_ms=_DEPTHS_TIMEOUT_MS)
         ended = time.monotonic()
         self._next_at = ended + max(_FRESH_S, _SHARE * (ended - began))
         return self._read

@@ -337,6 +337,17 @@ class Tenants:
             raise NotFound(f"there is no tenant {tenant_id}")
         log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes="removed")
 
+    async def spend_code(self, nonce: bytes, ends_at: int, spender: bytes) -> bool:
+        """Whether a sign-in code of the dashboard counts, which it does for one `spender`. Expired
+        codes are deleted. `ends_at`: in Unix time."""
+
+        async def write(connection: asyncpg.Connection) -> bool:
+            await connection.execute(sql("forget_codes"))
+            end = datetime.fromtimestamp(ends_at, UTC)
+            return bool(await connection.fetchval(sql("spend_code"), nonce, end, spender))
+
+        return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+
     async def _read(self, tenant_id: str | None) -> list[Tenant]:
         async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             found: list[asyncpg.Record] = await connection.fetch(
@@ -429,23 +440,3 @@ def _tenant(row: asyncpg.Record) -> Tenant:
     for name in ("budget_day_money", "budget_month_money"):
         values[name] = None if row[name] is None else float(row[name])
     return Tenant(tenant_id=row["id"], **values)
-
-
-class SignIns:
-    """The codes of the dashboard's address that were spent."""
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-
-    async def spend(self, nonce: bytes, ends_at: int, spender: bytes) -> bool:
-        """Whether the code counts, which it does for one `spender`; `ends_at` in Unix time.
-
-        Codes that are over are forgotten. Raises StoreUnavailable.
-        """
-
-        async def write(connection: asyncpg.Connection) -> bool:
-            await connection.execute(sql("forget_codes"))
-            end = datetime.fromtimestamp(ends_at, UTC)
-            return bool(await connection.fetchval(sql("spend_code"), nonce, end, spender))
-
-        return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)

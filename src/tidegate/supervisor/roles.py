@@ -94,14 +94,15 @@ def prune(config: Config, days: int | None) -> PruneReport:
     """Delete what ended more than `days` (or RETENTION_DAYS) ago."""
     from tidegate.store.blobs import Blobs
     from tidegate.store.database import Connections
-    from tidegate.store.retention import prune as run
+    from tidegate.store.retention import Retention
 
     async def work(url: str) -> PruneReport:
         connections = Connections(url)
         connections.start()
         try:
             blobs = Blobs.from_url(config.blob_url, config.data_dir)
-            return await run(connections, blobs, days or config.retention_days)
+            retention = Retention(connections, blobs, config.data_dir / "spill")
+            return await retention.prune(days or config.retention_days)
         finally:
             await connections.aclose()
 
@@ -114,15 +115,15 @@ def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
     """Erase all of a subject or tenant, or only count it."""
     from tidegate.store.blobs import Blobs
     from tidegate.store.database import Connections
-    from tidegate.store.retention import Eraser
+    from tidegate.store.retention import Retention
 
     async def work(url: str) -> EraseReport:
         connections = Connections(url)
         connections.start()
         try:
             blobs = Blobs.from_url(config.blob_url, config.data_dir)
-            eraser = Eraser(connections, blobs, config.data_dir / "spill", whose)
-            return await eraser.run(dry_run=dry_run)
+            retention = Retention(connections, blobs, config.data_dir / "spill")
+            return await retention.erase(whose, dry_run=dry_run)
         finally:
             await connections.aclose()
 
@@ -135,17 +136,17 @@ def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
     """Queue failed jobs again, for somebody; without `by` only count them."""
     from tidegate.store.database import Connections
     from tidegate.store.notifications import Bell
-    from tidegate.store.requests import Requeues
+    from tidegate.store.requests import Stuck
 
     async def work(url: str) -> RequeueReport:
         connections = Connections(url)
         connections.start()
         bell = Bell(connections)
         try:
-            requeues = Requeues(connections, bell)
+            stuck = Stuck(connections, bell)
             if by is None:
-                return await requeues.preview(order)
-            report = await requeues.run(order)
+                return await stuck.preview(order)
+            report = await stuck.requeue_all(order)
             telemetry.get_logger().warning(Log.JOBS_REQUEUED, jobs=report.requeued, by=by)
             return report
         finally:

@@ -150,7 +150,7 @@ class Working:
         assert config.database_url is not None
         name = f"{self._pool}-submits"
         self._names.add(name)
-        return Store.from_url(
+        return Store(
             config.database_url.get_secret_value(),
             instance_id=name,
             blobs=Blobs.from_url(config.blob_url, config.data_dir),
@@ -173,7 +173,7 @@ class Working:
             )
             self._ids.append(job.request_id)
             began = time.perf_counter()
-            await store.submit(job)
+            await store.jobs.submit(job)
             took_ms.append((time.perf_counter() - began) * 1000)
         waits = waits_of(took_ms)
         assert waits.p50_ms is not None
@@ -213,7 +213,7 @@ class Working:
         await until(ended, _SOONEST_S + lease_s)
 
     async def _states(self, store: Store) -> Mapping[UUID, Status]:
-        return {one: (await store.get(one, self._pool)).status for one in self._ids}
+        return {one: (await store.requests.get(one, self._pool)).status for one in self._ids}
 
     async def _judge(self, store: Store, killed_ns: int | None) -> None:
         states = Counter((await self._states(store)).values())

@@ -21,7 +21,7 @@ from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections
 from tidegate.store.records import Json
-from tidegate.store.retention import Eraser, EraseReport, Whose
+from tidegate.store.retention import EraseReport, Retention, Whose
 from tidegate.store.spill import Spill
 from tidegate.store.store import Store
 
@@ -146,7 +146,7 @@ async def test_a_whole_tenant_is_erased(open_gateway: Opener) -> None:
     for headers, text in ((acme, SECRET), ({}, "Kunigunde")):
         await called_chat(gateway, text, **headers)
     await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 2 FROM audit"), 20)
-    report = await gateway.services.store.erase(Whose("acme"), dry_run=False, within_s=20)
+    report = await gateway.services.store.retention.erase(Whose("acme"), dry_run=False, within_s=20)
     assert (report.calls, report.done) == (1, True)
     assert await traces(gateway, SECRET) == set()
     assert await gateway.database.fetchval("SELECT count(*) FROM audit") == 1
@@ -157,9 +157,9 @@ async def test_a_run_that_was_cut_short_is_taken_up_again(open_gateway: Opener) 
     await called_chat(gateway, SECRET, **{"x-tidegate-subject": SUBJECT})
     await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 1 FROM audit"), 20)
     store = gateway.services.store
-    cut = await store.erase(Whose(None, SUBJECT), dry_run=False, within_s=0)
+    cut = await store.retention.erase(Whose(None, SUBJECT), dry_run=False, within_s=0)
     assert (cut.calls, cut.done) == (0, False)
-    whole = await store.erase(Whose(None, SUBJECT), dry_run=False, within_s=20)
+    whole = await store.retention.erase(Whose(None, SUBJECT), dry_run=False, within_s=20)
     assert (whole.calls, whole.done) == (1, True)
 
 
@@ -168,7 +168,7 @@ async def erase(url: str, folder: Path, whose: Whose) -> EraseReport:
     connections.start()
     try:
         blobs = Blobs.from_url("", folder)
-        return await Eraser(connections, blobs, folder / "spill", whose).run()
+        return await Retention(connections, blobs, folder / "spill").erase(whose)
     finally:
         await connections.aclose()
 
@@ -196,7 +196,7 @@ async def test_what_waits_on_a_disk_is_erased_or_dropped_when_it_is_written(
     whose = Whose(None, SUBJECT)
     report = await erase(database_url, folder if reached else tmp_path / "here", whose)
     assert report.spilled == (1 if reached else 0)
-    store = Store.from_url(
+    store = Store(
         database_url,
         instance_id="later",
         blobs=Blobs.from_url("", folder),

@@ -93,7 +93,7 @@ async def test_batches_and_their_files_are_kept_for_their_tenants_days(
         await gateway.database.execute(
             "UPDATE batch_files SET created_at = now() - make_interval(days => $1)", days
         )
-        await store.prune(30)
+        await store.retention.prune(30)
         return {
             tenant: (len((await client.batches.list()).data), len((await client.files.list()).data))
             for tenant, client in clients.items()

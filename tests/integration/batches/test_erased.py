@@ -49,9 +49,9 @@ async def test_a_tenants_batches_go_with_it_and_nobody_elses(
 
     await wait_until(ended, 20, "both batches")
     await wait_until(lambda: gateway.database.fetchval("SELECT count(*) = 6 FROM audit"), 20)
-    counted = await gateway.services.store.erase(Whose("acme"), dry_run=True, within_s=20)
+    counted = await gateway.services.store.retention.erase(Whose("acme"), dry_run=True, within_s=20)
     assert (counted.batches, counted.calls, counted.done) == (1, 3, False)
-    report = await gateway.services.store.erase(Whose("acme"), dry_run=False, within_s=20)
+    report = await gateway.services.store.retention.erase(Whose("acme"), dry_run=False, within_s=20)
     assert (report.batches, report.calls, report.done) == (1, 3, True)
     for table, left in (("batches", 1), ("batch_files", 2), ("audit", 3)):
         rows = await gateway.database.fetch(f"SELECT DISTINCT tenant_id FROM {table}")

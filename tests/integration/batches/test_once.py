@@ -125,6 +125,6 @@ async def test_a_key_goes_with_its_tenants_batches(open_gateway: Opener, sdk: Ma
     gateway = await open_gateway(worker=False)
     client = sdk(gateway, "acme")
     first, _ = await made(client, await uploaded(client), "k-8")
-    await gateway.services.store.erase(Whose("acme"), dry_run=False, within_s=20)
+    await gateway.services.store.retention.erase(Whose("acme"), dry_run=False, within_s=20)
     second, replayed = await made(client, await uploaded(client), "k-8")
     assert (second.id != first.id, replayed) == (True, False)

@@ -179,7 +179,9 @@ async def _goes_and_comes(
     gateway = await open_gateway(database_url=bouncer.url(database))
     assert (await gateway.end_of(await gateway.submit(data="Before")))["status"] == "succeeded"
     server.stop()
-    await wait_until(lambda: gateway.services.store.away, 20, "the outage to be noticed")
+    await wait_until(
+        lambda: gateway.services.store.connections.away, 20, "the outage to be noticed"
+    )
     async with gateway.http.post(f"{gateway.url}/submit", json={"data": "Now"}) as answer:
         assert answer.status == 503
     status, health = await gateway.get("/health/dependencies")
@@ -188,6 +190,6 @@ async def _goes_and_comes(
         stream = await read_stream(response)
     assert stream.names[-1] == "done", "streams go on"
     server.start()
-    await wait_until(lambda: not gateway.services.store.away, 40, "its return")
+    await wait_until(lambda: not gateway.services.store.connections.away, 40, "its return")
     assert (await gateway.recorded(stream.request_id))["status"] == "succeeded"
     assert (await gateway.end_of(await gateway.submit(data="After")))["status"] == "succeeded"

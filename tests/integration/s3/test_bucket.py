@@ -19,7 +19,7 @@ from tidegate.doctor.checks import State
 from tidegate.errors import NotFound, StoreUnavailable
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections
-from tidegate.store.retention import Eraser, Whose, prune
+from tidegate.store.retention import Retention, Whose
 
 _URL = f"s3://{BUCKET}"
 
@@ -93,11 +93,12 @@ async def test_prune_and_erase_delete_there(
     assert gateway.config.database_url is not None
     connections = Connections(gateway.config.database_url.get_secret_value())
     try:
-        await prune(connections, blobs, retention_days=30)
+        retention = Retention(connections, blobs, tmp_path / "spill")
+        await retention.prune(30)
         assert orphan not in s3.sizes()
         assert sorted(s3.sizes().values()) == [4, 9]
         whose = Whose("default", "ann")
-        await Eraser(connections, blobs, tmp_path / "spill", whose).run(dry_run=False)
+        await retention.erase(whose)
         assert list(s3.sizes().values()) == [9]
     finally:
         await connections.aclose()

@@ -14,7 +14,8 @@ from tests.waiting import wait_until
 from tidegate.http.views import UsageView
 from tidegate.spine.prompt import Pipeline
 from tidegate.store.blobs import Blobs
-from tidegate.store.store import Store
+from tidegate.store.jobs import Jobs
+from tidegate.store.requests import Requests
 
 __all__ = ["lines"]
 
@@ -35,9 +36,9 @@ async def test_an_error_that_nobody_foresaw_is_a_plain_500_and_one_line(
     prefix: str, path: str, open_gateway: Opener, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = await open_gateway(worker=False)
-    monkeypatch.setattr(Store, "submit", _boom)
-    monkeypatch.setattr(Store, "get", _boom)
-    monkeypatch.setattr(Store, "file", _boom)
+    monkeypatch.setattr(Jobs, "submit", _boom)
+    monkeypatch.setattr(Requests, "get", _boom)
+    monkeypatch.setattr(Requests, "file", _boom)
     monkeypatch.setattr(Pipeline, "decide", _boom)
     a_file = "/019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
     posted = path in ("/submit", "/stream")

@@ -12,7 +12,7 @@ from tests.waiting import wait_until
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.spine.prompt import Pipeline
 from tidegate.store.blobs import Blobs
-from tidegate.store.store import Store
+from tidegate.store.queue import JobQueue
 
 
 async def _outcomes(gateway: Gateway, request_id: str) -> list[tuple[int, str]]:
@@ -214,7 +214,7 @@ async def test_a_generated_picture_is_kept_though_the_blob_store_fails_for_a_mom
 async def test_a_job_that_cannot_be_handed_back_at_once_is_handed_back_later(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, hand_back = Pipeline.run, Store.hand_back
+    run, release = Pipeline.run, JobQueue.release
     no_permits = [LimiterUnavailable("Valkey is away", limit="kind:text_only")]
     no_store = [StoreUnavailable("PostgreSQL is away")]
 
@@ -223,13 +223,13 @@ async def test_a_job_that_cannot_be_handed_back_at_once_is_handed_back_later(
             raise no_permits.pop()
         await run(self, *given, **named)
 
-    async def away(self: Store, jobs: Any) -> None:
+    async def away(self: JobQueue, jobs: Any) -> None:
         if no_store:
             raise no_store.pop()
-        await hand_back(self, jobs)
+        await release(self, jobs)
 
     monkeypatch.setattr(Pipeline, "run", refused)
-    monkeypatch.setattr(Store, "hand_back", away)
+    monkeypatch.setattr(JobQueue, "release", away)
     gateway = await open_gateway()
     record = await gateway.end_of(await gateway.submit(data="Explain the tide"))
     assert (record["status"], record["attempts"]) == ("succeeded", 1)

@@ -18,7 +18,7 @@ from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
 from tidegate.http import jobs as live
 from tidegate.http import quotas as openings
-from tidegate.store.store import Store
+from tidegate.store.requests import Requests
 
 
 @dataclass
@@ -165,14 +165,14 @@ async def test_their_number_is_bounded(
 async def test_an_outage_of_the_store_is_sat_out(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait_change, away = Store.wait_change, [StoreUnavailable("PostgreSQL is away")]
+    wait_change, away = Requests.wait_change, [StoreUnavailable("PostgreSQL is away")]
 
-    async def flaky(self: Store, *given: Any) -> Any:
+    async def flaky(self: Requests, *given: Any) -> Any:
         if away:
             raise away.pop()
         return await wait_change(self, *given)
 
-    monkeypatch.setattr(Store, "wait_change", flaky)
+    monkeypatch.setattr(Requests, "wait_change", flaky)
     monkeypatch.setattr(live, "_PAUSE_S", 0.05)
     gateway = await open_gateway(worker=False)
     async with _following(gateway, await gateway.submit(data="Explain")) as seen:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.gateway import Opener
 from tests.waiting import promised_s, wait_until
-from tidegate.store.store import Store
+from tidegate.store.queue import JobQueue
 
 
 async def test_running_jobs_finish_and_waiting_ones_are_free_at_once(
@@ -66,13 +66,13 @@ async def test_what_outlasts_the_grace_is_cut_and_handed_back(open_gateway: Open
 async def test_an_end_that_is_being_recorded_is_not_handed_back(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish, may_finish = Store.finish, asyncio.Event()
+    finish, may_finish = JobQueue.finish, asyncio.Event()
 
-    async def slow(self: Store, *given: object) -> None:
+    async def slow(self: JobQueue, *given: object) -> None:
         await may_finish.wait()
         await finish(self, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Store, "finish", slow)
+    monkeypatch.setattr(JobQueue, "finish", slow)
     gateway = await open_gateway(shutdown_grace_ms=100)
     request_id = await gateway.submit(data="Explain the tide")
 

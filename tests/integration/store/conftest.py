@@ -34,7 +34,7 @@ async def make_store(tmp_path: Path) -> AsyncIterator[MakeStore]:
                 "audit_full": "block",
                 "claim_lease_ms": 600,
             }
-            store = Store.from_url(url, **{**values, **overrides})
+            store = Store(url, **{**values, **overrides})
             await store.start()
             stack.push_async_callback(store.aclose)
             return store

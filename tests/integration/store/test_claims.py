@@ -36,7 +36,7 @@ LISTED = ["greedy", datetime.min.replace(tzinfo=UTC), now(), now(), UUID(int=2**
 
 
 async def claim(store: Store, limit: int) -> list[ClaimedJob]:
-    return await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit)
+    return await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit)
 
 
 async def test_a_long_queue_of_one_tenant_does_not_delay_anothers_first_job(
@@ -45,14 +45,14 @@ async def test_a_long_queue_of_one_tenant_does_not_delay_anothers_first_job(
     await peek.execute(FILL, "greedy", 5_000)
     modest = [new_job(tenant_id=name) for name in ("a-modest", "modest", "zz-modest")]
     for job in modest:
-        await store.submit(job)
+        await store.jobs.submit(job)
     # One at a time, each finished before the next: nothing in flight tells who had his turn.
     tenants = []
     for _ in range(8):
         (claimed,) = await claim(store, 1)
         tenants.append(claimed.tenant_id)
-        await store.running(claimed, model="m", fence=(1, 1), queue_ms=0)
-        await store.finish(claimed, Status.SUCCEEDED, result())
+        await store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        await store.queue.finish(claimed, Status.SUCCEEDED, result())
     assert set(tenants[:4]) == {"greedy", "a-modest", "modest", "zz-modest"}
     assert tenants[4:] == ["greedy"] * 4
 
@@ -60,7 +60,7 @@ async def test_a_long_queue_of_one_tenant_does_not_delay_anothers_first_job(
 async def test_a_batch_takes_the_tenants_in_turn(store: Store) -> None:
     for tenant in ("a", "b", "c"):
         for _ in range(4):
-            await store.submit(new_job(tenant_id=tenant))
+            await store.jobs.submit(new_job(tenant_id=tenant))
     assert Counter(job.tenant_id for job in await claim(store, 6)) == {"a": 2, "b": 2, "c": 2}
     # The next batch goes on where the last one stopped.
     assert [job.tenant_id for job in await claim(store, 4)] == ["a", "b", "c", "a"]
@@ -74,7 +74,7 @@ async def test_within_a_tenant_priority_comes_first_and_then_age(store: Store) -
         "urgent": new_job(priority=9),
     }
     for job in jobs.values():
-        await store.submit(job)
+        await store.jobs.submit(job)
     order = [job.request_id for job in await claim(store, 3)]
     assert order == [jobs[name].request_id for name in ("urgent", "old", "young")]
 
@@ -104,13 +104,13 @@ async def test_a_dead_workers_jobs_return_and_the_killer_is_dead_after_three_lap
 ) -> None:
     judge = await make_store(database_url, claim_lease_ms=LEASE_MS)
     job, waiting = new_job(), new_job()
-    await judge.submit(job)
+    await judge.jobs.submit(job)
     for lapse in range(1, MAX_LAPSES + 1):
         victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
         (claimed,) = await claim(victim, 1)
-        await victim.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        await victim.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         assert await retaken(judge) == [job.request_id]
-        record = await judge.get(job.request_id, "default")
+        record = await judge.requests.get(job.request_id, "default")
         assert record.status is (Status.DEAD if lapse == MAX_LAPSES else Status.QUEUED)
         if lapse == MAX_LAPSES - 1:
             # Before its last try it comes apart from those that lapsed with it: they may be sound.
@@ -120,20 +120,20 @@ async def test_a_dead_workers_jobs_return_and_the_killer_is_dead_after_three_lap
             )
             assert 0 < later_s <= 30
         with pytest.raises(ClaimLost):
-            await victim.finish(claimed, Status.SUCCEEDED, result("too late"))
+            await victim.queue.finish(claimed, Status.SUCCEEDED, result("too late"))
     assert record.failure is not None
     assert record.failure.code == "worker_died"
     outcomes = await peek.fetch("SELECT outcome FROM attempts")
     assert [row["outcome"] for row in outcomes] == ["ambiguous"] * MAX_LAPSES
     assert await peek.fetchval("SELECT count(*) FROM audit WHERE status = 'dead'") == 1
     # A job that was only queued at a worker that died is not to blame.
-    await judge.submit(waiting)
+    await judge.jobs.submit(waiting)
     victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
     await claim(victim, 1)
     assert await retaken(judge) == [waiting.request_id]
     assert await peek.fetchval("SELECT max(lapses) FROM requests WHERE status = 'queued'") == 0
     await judge.stuck.requeue(job.request_id)
-    assert (await judge.get(job.request_id, "default")).status is Status.QUEUED
+    assert (await judge.requests.get(job.request_id, "default")).status is Status.QUEUED
     with pytest.raises(NotFound):
         await judge.stuck.requeue(job.request_id)
 
@@ -143,9 +143,9 @@ async def test_a_worker_that_stood_still_before_its_call_learns_that_another_has
 ) -> None:
     """Frozen between the commit of its mark and the reading of the reply."""
     judge, victim = [await make_store(database_url, claim_lease_ms=LEASE_MS) for _ in range(2)]
-    await judge.submit(new_job())
+    await judge.jobs.submit(new_job())
     (claimed,) = await claim(victim, 1)
-    marks = victim._claims._runs
+    marks = victim.queue._runs
     write, asked = marks.write, []
 
     async def frozen(row: dict[str, object]) -> None:
@@ -156,14 +156,14 @@ async def test_a_worker_that_stood_still_before_its_call_learns_that_another_has
 
     monkeypatch.setattr(marks, "write", frozen)
     with pytest.raises(ClaimLost):
-        await victim.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        await victim.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
 
 
 async def retaken(judge: Store) -> list[object]:
     async def beat_and_take() -> list[object]:
         with suppress(StoreUnavailable):  # within a third of a short lease: the next look does it
-            await judge.heartbeat()
-            return list(await judge.retake_lapsed())
+            await judge.queue.heartbeat()
+            return list(await judge.queue.retake_expired())
         return []
 
     found: list[object] = await wait_until(beat_and_take)
@@ -174,40 +174,40 @@ async def test_a_worker_that_has_just_started_judges_nobody(
     make_store: MakeStore, database_url: str, peek: asyncpg.Connection
 ) -> None:
     silent = await make_store(database_url, claim_lease_ms=LEASE_MS)
-    await silent.submit(new_job())
+    await silent.jobs.submit(new_job())
     (claimed,) = await claim(silent, 1)
     await peek.execute("UPDATE workers SET seen_at = now() - interval '1 hour'")
     fresh = await make_store(database_url, claim_lease_ms=LEASE_MS)
-    await fresh.heartbeat()
-    assert await fresh.retake_lapsed() == []
-    await silent.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+    await fresh.queue.heartbeat()
+    assert await fresh.queue.retake_expired() == []
+    await silent.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
 
 
 async def test_live_workers_keep_what_they_hold(make_store: MakeStore, database_url: str) -> None:
     judge, worker = [await make_store(database_url, claim_lease_ms=LEASE_MS) for _ in range(2)]
-    await worker.submit(new_job())
+    await worker.jobs.submit(new_job())
     await claim(worker, 1)
     until = asyncio.get_running_loop().time() + 3 * LEASE_MS / 1000
     while asyncio.get_running_loop().time() < until:
-        await asyncio.gather(judge.heartbeat(), worker.heartbeat())
-        assert await judge.retake_lapsed() == []
+        await asyncio.gather(judge.queue.heartbeat(), worker.queue.heartbeat())
+        assert await judge.queue.retake_expired() == []
         await work_for(LEASE_MS / 5000)
-    assert judge._claims._steadiness.may_judge
+    assert judge.queue._steadiness.may_judge
 
 
 async def test_a_worker_that_leaves_frees_what_it_had_queued(store: Store) -> None:
-    await store.submit(new_job())
+    await store.jobs.submit(new_job())
     (first,) = await claim(store, 1)
-    await store.leave()
+    await store.queue.leave()
     (second,) = await claim(store, 1)
     assert second.request_id == first.request_id
     with pytest.raises(ClaimLost):
-        await store.running(first, model="m", fence=(1, 1), queue_ms=0)
+        await store.queue.running(first, model="m", fence=(1, 1), queue_ms=0)
 
 
 async def test_claims_that_a_cancelled_caller_never_saw_are_given_back(store: Store) -> None:
-    await store.submit(new_job())
-    await store.heartbeat()
+    await store.jobs.submit(new_job())
+    await store.queue.heartbeat()
     for turns in range(1, 60):
         claiming = asyncio.create_task(claim(store, 1))
         for _ in range(turns):
@@ -215,15 +215,15 @@ async def test_claims_that_a_cancelled_caller_never_saw_are_given_back(store: St
         claiming.cancel()
         outcome = (await asyncio.gather(claiming, return_exceptions=True))[0]
         if isinstance(outcome, list):
-            await store.hand_back(outcome)
+            await store.queue.release(outcome)
 
     async def back() -> list[ClaimedJob]:
-        await store.heartbeat()
+        await store.queue.heartbeat()
         return await claim(store, 1)
 
     (job,) = await wait_until(back)
-    assert store._claims.held == 1
-    await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+    assert store.queue.held == 1
+    await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
 
 
 @pytest.fixture

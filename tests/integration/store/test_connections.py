@@ -129,10 +129,10 @@ async def test_the_reads_of_one_tenant_leave_connections_to_others(
 async def test_a_request_is_read_in_a_turn_of_its_tenant(store: Store) -> None:
     async with AsyncExitStack() as stack:
         for _ in range(4):
-            await stack.enter_async_context(store._turns.turn("alice", 20_000))
-        waiting = asyncio.create_task(store.get(new_id(), "alice"))
+            await stack.enter_async_context(store.requests._turns.turn("alice", 20_000))
+        waiting = asyncio.create_task(store.requests.get(new_id(), "alice"))
         with pytest.raises(NotFound):
-            await store.get(new_id(), "bob")
+            await store.requests.get(new_id(), "bob")
         assert not waiting.done()
     with pytest.raises(NotFound):
         await waiting

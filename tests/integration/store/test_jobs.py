@@ -20,14 +20,14 @@ from tidegate.store.store import Store
 
 
 async def claim_one(store: Store, kind: Kind | None = Kind.TEXT_ONLY) -> ClaimedJob:
-    (job,) = await store.claim(pool=DEFAULT_POOL, kind=kind, limit=1)
+    (job,) = await store.queue.claim(pool=DEFAULT_POOL, kind=kind, limit=1)
     return job
 
 
 async def run_one(store: Store, job: NewJob | None = None) -> ClaimedJob:
-    await store.submit(job or new_job())
+    await store.jobs.submit(job or new_job())
     claimed = await claim_one(store)
-    await store.running(claimed, model="gemini-test", fence=(1, 7), queue_ms=3.0)
+    await store.queue.running(claimed, model="gemini-test", fence=(1, 7), queue_ms=3.0)
     return claimed
 
 
@@ -39,8 +39,8 @@ async def test_a_submitted_job_reads_back_as_it_was_given(store: Store) -> None:
         priority=3,
         deadline_at=now() + timedelta(hours=1),
     )
-    await store.submit(job)
-    record = await store.get(job.request_id, "default")
+    await store.jobs.submit(job)
+    record = await store.requests.get(job.request_id, "default")
     assert record.status is Status.QUEUED
     assert record.source == "job"
     assert record.classification == TEXT
@@ -53,34 +53,34 @@ async def test_a_submitted_job_reads_back_as_it_was_given(store: Store) -> None:
 
 async def test_an_unknown_request_and_one_of_another_tenant_are_not_found(store: Store) -> None:
     job = new_job(attachments=(upload(),))
-    await store.submit(job)
+    await store.jobs.submit(job)
     for request_id, tenant_id in ((new_id(), "default"), (job.request_id, "other")):
         with pytest.raises(NotFound):
-            await store.get(request_id, tenant_id)
+            await store.requests.get(request_id, tenant_id)
     file_id = job.attachments[0].file_id
-    assert (await store.file(file_id, "default")).request_id == job.request_id
+    assert (await store.requests.file(file_id, "default")).request_id == job.request_id
     with pytest.raises(NotFound):
-        await store.file(file_id, "other")
+        await store.requests.file(file_id, "other")
 
 
 async def test_a_job_goes_from_queue_to_result_with_everything_recorded(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     job = new_job(attachments=(upload(),))
-    await store.submit(job)
+    await store.jobs.submit(job)
     claimed = await claim_one(store)
     assert claimed.prompt == job.prompt
     assert claimed.attachments == job.attachments
     assert claimed.attempts == 0
-    assert (await store.get(job.request_id, "default")).status is Status.QUEUED
-    await store.running(claimed, model="gemini-test", fence=(4, 2), queue_ms=3.5)
-    running = await store.get(job.request_id, "default")
+    assert (await store.requests.get(job.request_id, "default")).status is Status.QUEUED
+    await store.queue.running(claimed, model="gemini-test", fence=(4, 2), queue_ms=3.5)
+    running = await store.requests.get(job.request_id, "default")
     assert (running.status, running.attempts, running.queue_ms) == (Status.RUNNING, 1, 3.5)
     assert running.place is None
     output = picture()
     done = result(pictures=(output,))
-    await store.finish(claimed, Status.SUCCEEDED, done)
-    record = await store.get(job.request_id, "default")
+    await store.queue.finish(claimed, Status.SUCCEEDED, done)
+    record = await store.requests.get(job.request_id, "default")
     assert (record.status, record.text) == (Status.SUCCEEDED, done.text)
     assert record.usage == done.usage
     assert (record.admitted_at, record.finished_at) == (done.admitted_at, done.finished_at)
@@ -100,7 +100,7 @@ async def test_the_audit_has_request_response_usage_and_timings(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     claimed = await run_one(store, new_job("A prompt to keep"))
-    await store.finish(claimed, Status.SUCCEEDED, result("An answer to keep"))
+    await store.queue.finish(claimed, Status.SUCCEEDED, result("An answer to keep"))
     (audit,) = await peek.fetch("SELECT * FROM audit")
     assert audit["request_id"] == claimed.request_id
     assert (audit["source"], audit["status"], audit["kind"]) == ("job", "succeeded", "text_only")
@@ -118,7 +118,7 @@ async def test_a_large_body_goes_to_the_blobs(store: Store, peek: asyncpg.Connec
     # Random enough that compression leaves more than 8 KB.
     prompt = "".join(str(new_id()) for _ in range(2000))
     claimed = await run_one(store, new_job(prompt))
-    await store.finish(claimed, Status.SUCCEEDED, result("short"))
+    await store.queue.finish(claimed, Status.SUCCEEDED, result("short"))
     row = await peek.fetchrow("SELECT * FROM bodies WHERE role = 'request'")
     assert row["data"] is None
     packed = await store.blobs.get(row["blob_key"])
@@ -130,16 +130,16 @@ async def test_a_retry_waits_for_its_time_and_counts_its_attempts(
 ) -> None:
     claimed = await run_one(store)
     failure = Failure("upstream_throttled", "too many", retryable=True, retry_after_ms=50)
-    await store.retry(claimed, result("", failure=failure), now() + timedelta(hours=1))
-    record = await store.get(claimed.request_id, "default")
+    await store.queue.retry(claimed, result("", failure=failure), now() + timedelta(hours=1))
+    record = await store.requests.get(claimed.request_id, "default")
     assert (record.status, record.attempts, record.failure) == (Status.QUEUED, 1, failure)
-    assert await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=5) == []
+    assert await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=5) == []
     await peek.execute("UPDATE requests SET not_before = now()")
     again = await claim_one(store)
     assert (again.request_id, again.attempts) == (claimed.request_id, 1)
-    await store.running(again, model="gemini-test", fence=(1, 8), queue_ms=1.0)
-    await store.finish(again, Status.SUCCEEDED, result())
-    record = await store.get(claimed.request_id, "default")
+    await store.queue.running(again, model="gemini-test", fence=(1, 8), queue_ms=1.0)
+    await store.queue.finish(again, Status.SUCCEEDED, result())
+    record = await store.requests.get(claimed.request_id, "default")
     assert (record.attempts, record.failure) == (2, None)
     outcomes = await peek.fetch("SELECT number, outcome FROM attempts ORDER BY number")
     assert [tuple(row) for row in outcomes] == [(1, "failed"), (2, "succeeded")]
@@ -150,25 +150,25 @@ async def test_only_the_holder_of_the_claim_may_write(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     claimed = await run_one(store)
-    await store.hand_back([claimed])
+    await store.queue.release([claimed])
     failure = Failure("internal", "x")
     for attempt in (
-        store.running(claimed, model="m", fence=(1, 1), queue_ms=0),
-        store.classified(claimed, TEXT),
-        store.finish(claimed, Status.SUCCEEDED, result("stale")),
-        store.fail_unadmitted(claimed, Status.FAILED, failure),
+        store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0),
+        store.queue.classified(claimed, TEXT),
+        store.queue.finish(claimed, Status.SUCCEEDED, result("stale")),
+        store.queue.fail_unadmitted(claimed, Status.FAILED, failure),
     ):
         with pytest.raises(ClaimLost):
             await attempt
-    record = await store.get(claimed.request_id, "default")
+    record = await store.requests.get(claimed.request_id, "default")
     assert (record.status, record.text) == (Status.QUEUED, None)
     assert await peek.fetchval("SELECT count(*) FROM audit") == 0
 
 
 async def test_a_job_handed_back_is_ready_at_once(store: Store) -> None:
-    await store.submit(new_job())
+    await store.jobs.submit(new_job())
     first = await claim_one(store)
-    await store.hand_back([first])
+    await store.queue.release([first])
     second = await claim_one(store)
     assert second.request_id == first.request_id
     assert second.claim > first.claim
@@ -176,13 +176,13 @@ async def test_a_job_handed_back_is_ready_at_once(store: Store) -> None:
 
 async def test_an_unsure_job_changes_its_queue_when_it_is_classified(store: Store) -> None:
     job = new_job(classification=UNSURE)
-    await store.submit(job)
-    assert await store.claim(pool=DEFAULT_POOL, kind=Kind.IMAGE_GENERATION, limit=1) == []
+    await store.jobs.submit(job)
+    assert await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.IMAGE_GENERATION, limit=1) == []
     claimed = await claim_one(store, None)
     chosen = Classification(Kind.IMAGE_GENERATION, ClassifiedBy.LLM, "it asks for a picture")
-    await store.classified(claimed, chosen)
-    await store.hand_back([claimed])
-    assert (await store.get(job.request_id, "default")).classification == chosen
+    await store.queue.classified(claimed, chosen)
+    await store.queue.release([claimed])
+    assert (await store.requests.get(job.request_id, "default")).classification == chosen
     again = await claim_one(store, Kind.IMAGE_GENERATION)
     assert again.classification == chosen
 
@@ -191,27 +191,27 @@ async def test_a_job_past_its_deadline_expires_even_when_claimed(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     for _ in range(2):
-        await store.submit(new_job(deadline_at=now() - timedelta(seconds=1)))
+        await store.jobs.submit(new_job(deadline_at=now() - timedelta(seconds=1)))
     claimed = await claim_one(store)
-    assert await store.expire_due() == 2
-    assert await store.expire_due() == 0
-    record = await store.get(claimed.request_id, "default")
+    assert await store.queue.expire_due() == 2
+    assert await store.queue.expire_due() == 0
+    record = await store.requests.get(claimed.request_id, "default")
     assert record.status is Status.EXPIRED
     assert record.failure is not None
     assert record.failure.code == "deadline_exceeded"
     with pytest.raises(ClaimLost):
-        await store.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        await store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
     assert await peek.fetchval("SELECT count(*) FROM audit WHERE status = 'expired'") == 2
 
 
 async def test_a_job_that_was_never_admitted_can_fail_without_an_attempt(
     store: Store, peek: asyncpg.Connection
 ) -> None:
-    await store.submit(new_job())
+    await store.jobs.submit(new_job())
     claimed = await claim_one(store)
     failure = Failure("impossible", "no limit allows it")
-    await store.fail_unadmitted(claimed, Status.FAILED, failure)
-    record = await store.get(claimed.request_id, "default")
+    await store.queue.fail_unadmitted(claimed, Status.FAILED, failure)
+    record = await store.requests.get(claimed.request_id, "default")
     assert (record.status, record.failure, record.attempts) == (Status.FAILED, failure, 0)
     assert await peek.fetchval("SELECT count(*) FROM attempts") == 0
     assert await peek.fetchval("SELECT count(*) FROM audit") == 1
@@ -220,18 +220,18 @@ async def test_a_job_that_was_never_admitted_can_fail_without_an_attempt(
 async def test_the_place_counts_priority_first_then_age(store: Store) -> None:
     jobs = [new_job(), new_job(), new_job(priority=5)]
     for job in jobs:
-        await store.submit(job)
-    places = [(await store.get(job.request_id, "default")).place for job in jobs]
+        await store.jobs.submit(job)
+    places = [(await store.requests.get(job.request_id, "default")).place for job in jobs]
     assert places == [2, 3, 1]
 
 
 async def test_a_hundred_submits_at_once_share_a_few_commits(
     store: Store, peek: asyncpg.Connection
 ) -> None:
-    await store.submit(new_job())
+    await store.jobs.submit(new_job())
     jobs = [new_job(attachments=(upload(),)) for _ in range(100)]
     inserted_by = "SELECT count(DISTINCT xmin::text) FROM requests"
-    await asyncio.gather(*(store.submit(job) for job in jobs))
+    await asyncio.gather(*(store.jobs.submit(job) for job in jobs))
     assert await peek.fetchval("SELECT count(*) FROM requests") == 101
     assert await peek.fetchval("SELECT count(*) FROM files") == 100
     assert await peek.fetchval(inserted_by) <= 5
@@ -241,13 +241,13 @@ async def test_text_that_postgresql_cannot_hold_harms_neither_itself_nor_others(
     store: Store,
 ) -> None:
     odd, plain = new_job("nul \x00 and half \ud83d"), new_job("plain")
-    await asyncio.gather(store.submit(odd), store.submit(plain))
-    assert (await store.get(plain.request_id, "default")).status is Status.QUEUED
+    await asyncio.gather(store.jobs.submit(odd), store.jobs.submit(plain))
+    assert (await store.requests.get(plain.request_id, "default")).status is Status.QUEUED
     for _ in range(2):
         claimed = await claim_one(store)
-        await store.running(claimed, model="m", fence=(1, 1), queue_ms=0)
-        await store.finish(claimed, Status.SUCCEEDED, result("answer \x00 \ud83d"))
-    record = await store.get(odd.request_id, "default")
+        await store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        await store.queue.finish(claimed, Status.SUCCEEDED, result("answer \x00 \ud83d"))
+    record = await store.requests.get(odd.request_id, "default")
     assert record.text == "answer \ufffd ?"
 
 
@@ -255,27 +255,27 @@ async def test_a_bad_row_fails_alone(store: Store) -> None:
     bad = new_job(priority=2**40)  # does not fit its column
     good = [new_job() for _ in range(5)]
     results = await asyncio.gather(
-        *(store.submit(job) for job in [*good[:2], bad, *good[2:]]), return_exceptions=True
+        *(store.jobs.submit(job) for job in [*good[:2], bad, *good[2:]]), return_exceptions=True
     )
     assert [isinstance(outcome, Exception) for outcome in results] == [False] * 2 + [True] + [
         False
     ] * 3
     for job in good:
-        assert (await store.get(job.request_id, "default")).status is Status.QUEUED
+        assert (await store.requests.get(job.request_id, "default")).status is Status.QUEUED
 
 
 async def test_repeating_a_write_whose_reply_was_lost_changes_nothing(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     job = new_job(attachments=(upload(),))
-    await store.submit(job)
-    await store.submit(job)
+    await store.jobs.submit(job)
+    await store.jobs.submit(job)
     claimed = await claim_one(store)
     for fence in ((1, 7), (1, 8)):
-        await store.running(claimed, model="m", fence=fence, queue_ms=0)
+        await store.queue.running(claimed, model="m", fence=fence, queue_ms=0)
     for _ in range(2):
-        await store.finish(claimed, Status.SUCCEEDED, result())
-    record = await store.get(job.request_id, "default")
+        await store.queue.finish(claimed, Status.SUCCEEDED, result())
+    record = await store.requests.get(job.request_id, "default")
     assert (record.attempts, len(record.files)) == (1, 1)
     attempts = await peek.fetch("SELECT fence_sequence FROM attempts")
     assert [row["fence_sequence"] for row in attempts] == [8]
@@ -286,4 +286,4 @@ async def test_repeating_a_write_whose_reply_was_lost_changes_nothing(
 async def test_ids_come_back_as_plain_uuids(store: Store) -> None:
     claimed = await run_one(store)
     assert type(claimed.request_id) is UUID
-    assert type((await store.get(claimed.request_id, "default")).request_id) is UUID
+    assert type((await store.requests.get(claimed.request_id, "default")).request_id) is UUID

@@ -25,7 +25,7 @@ async def ids(store: Store, wanted: Filter = ALL, limit: int = 200) -> list[UUID
     found: list[UUID] = []
     place: Place | None = START
     while place is not None:
-        page = await store.listing.page("default", wanted, limit, place)
+        page = await store.requests.page("default", wanted, limit, place)
         assert len(page.items) <= limit
         found += [item.request_id for item in page.items]
         place = page.after
@@ -35,7 +35,7 @@ async def ids(store: Store, wanted: Filter = ALL, limit: int = 200) -> list[UUID
 async def submitted(store: Store, count: int) -> list[UUID]:
     jobs = [new_job() for _ in range(count)]
     for job in jobs:
-        await store.submit(job)
+        await store.jobs.submit(job)
     return [job.request_id for job in reversed(jobs)]
 
 
@@ -43,15 +43,15 @@ async def test_requests_come_newest_first_whatever_the_size_of_a_page(store: Sto
     expected = await submitted(store, 7)
     for limit in (1, 3, 7, 8):
         assert await ids(store, limit=limit) == expected
-    assert (await store.listing.page("default", ALL, 7)).after is None
-    assert (await store.listing.page("other", ALL, 7)).items == ()
+    assert (await store.requests.page("default", ALL, 7)).after is None
+    assert (await store.requests.page("other", ALL, 7)).items == ()
 
 
 async def test_those_of_the_same_moment_are_told_apart_by_their_ids(store: Store) -> None:
     moment = now()
     made = [replace(new_job(), request_id=new_id(), created_at=moment) for _ in range(5)]
     for job in made:
-        await store.submit(job)
+        await store.jobs.submit(job)
     expected = sorted((job.request_id for job in made), reverse=True)
     assert await ids(store, limit=2) == expected
 
@@ -61,7 +61,7 @@ async def test_going_on_shows_nothing_twice_while_new_ones_arrive(store: Store) 
     found: list[UUID] = []
     place: Place | None = START
     while place is not None:
-        page = await store.listing.page("default", ALL, 2, place)
+        page = await store.requests.page("default", ALL, 2, place)
         found += [item.request_id for item in page.items]
         place = page.after
         await submitted(store, 3)
@@ -74,11 +74,11 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
     unsure = new_job(created_at=start + timedelta(seconds=1), classification=UNSURE)
     late = new_job(created_at=start + timedelta(seconds=2))
     for job in (text, unsure, late):
-        await store.submit(job)
-    await store.cancels.cancel(late.request_id, "default")
+        await store.jobs.submit(job)
+    await store.jobs.cancel(late.request_id, "default")
     stream = new_job(created_at=start + timedelta(seconds=3))
     await store.record_stream(StreamRecord(stream, Status.SUCCEEDED, now(), None))
-    await store._recorder.aclose(2_000)
+    await store.recorder.aclose(2_000)
     assert await peek.fetchval("SELECT count(*) FROM requests") == 4
     one, two = start + timedelta(seconds=1), start + timedelta(seconds=2)
     expected = {
@@ -94,7 +94,7 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
     }
     for wanted, jobs in expected.items():
         assert await ids(store, wanted, 2) == [job.request_id for job in jobs], wanted
-    (item,) = (await store.listing.page("default", Filter(status=Status.CANCELLED), 2)).items
+    (item,) = (await store.requests.page("default", Filter(status=Status.CANCELLED), 2)).items
     assert (item.failure_code, item.attempts, item.source) == ("cancelled", 0, "job")
 
 
@@ -103,8 +103,8 @@ async def test_a_rare_one_is_found_over_several_looks_that_are_each_bounded(
 ) -> None:
     monkeypatch.setattr(listing, "MOST_LOOKED_AT", 4)
     rare = new_job(model="rare")
-    await store.submit(rare)
+    await store.jobs.submit(rare)
     await submitted(store, 10)
-    page = await store.listing.page("default", Filter(model="rare"), 5)
+    page = await store.requests.page("default", Filter(model="rare"), 5)
     assert (page.items, page.after is not None) == ((), True)
     assert await ids(store, Filter(model="rare"), 5) == [rare.request_id]

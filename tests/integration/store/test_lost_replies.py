@@ -20,7 +20,7 @@ _UNKNOWN = "SELECT count(*) FROM requests WHERE claimed_by IS NOT NULL"
 
 
 async def claim(store: Store, limit: int) -> list[object]:
-    return list(await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit))
+    return list(await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit))
 
 
 async def test_jobs_of_a_claim_whose_commit_reply_was_lost_are_claimed_again(
@@ -28,10 +28,10 @@ async def test_jobs_of_a_claim_whose_commit_reply_was_lost_are_claimed_again(
 ) -> None:
     direct = await make_store(database_url)
     for _ in range(JOBS):
-        await direct.submit(new_job())
+        await direct.jobs.submit(new_job())
     async with lossy(database_url) as proxy:
         worker = await make_store(proxy.url)
-        await worker.heartbeat()
+        await worker.queue.heartbeat()
         proxy.lose_commit_of(sql("claim"))
         with pytest.raises(StoreUnavailable):
             await claim(worker, 12)
@@ -47,12 +47,12 @@ async def test_a_heartbeat_finds_claims_that_nobody_doubts(
 ) -> None:
     """Whatever mistake loses a claim, its worker releases it while it lives."""
     worker = await make_store(database_url)
-    await worker.submit(new_job())
-    await worker.heartbeat()
+    await worker.jobs.submit(new_job())
+    await worker.queue.heartbeat()
     await peek.execute("UPDATE requests SET claim = 1, claimed_by = $1", worker.instance_id)
 
     async def released() -> bool:
-        await worker.heartbeat()
+        await worker.queue.heartbeat()
         return bool(await peek.fetchval(_UNKNOWN) == 0)
 
     await wait_until(released)
@@ -65,11 +65,11 @@ async def test_an_end_whose_commit_reply_was_lost_is_recorded_once(
     async with lossy(database_url) as proxy:
         worker = await make_store(proxy.url)
         job = new_job()
-        await worker.submit(job)
-        (claimed,) = await worker.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
-        await worker.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        await worker.jobs.submit(job)
+        (claimed,) = await worker.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+        await worker.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         proxy.lose_commit_of(sql("end_requests"))
-        await worker.finish(claimed, Status.SUCCEEDED, result())
+        await worker.queue.finish(claimed, Status.SUCCEEDED, result())
         assert proxy.lost == 1
     assert await peek.fetchval("SELECT count(*) FROM audit") == 1
     assert await peek.fetchval("SELECT status FROM requests") == "succeeded"

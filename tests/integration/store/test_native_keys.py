@@ -34,7 +34,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.store import Store
 
 async def main(url, folder):
-    store = Store.from_url(url, instance_id="killed", blobs=Blobs.from_url("", folder),
+    store = Store(url, instance_id="killed", blobs=Blobs.from_url("", folder),
         spill_dir=folder / "spill", spill_max_bytes=1000, audit_full="block",
         claim_lease_ms=1_500)
     await store.start()
@@ -127,7 +127,7 @@ async def test_an_answer_that_comes_late_does_not_replace_the_next_ones(
 async def test_an_answer_of_what_was_erased_meanwhile_is_not_kept(store: Store) -> None:
     owner = owner_of(subject="patient-1")
     await store.native_keys.take(owner, WANTED)
-    await store.erase(Whose(subject="patient-1"), dry_run=False, within_s=20)
+    await store.retention.erase(Whose(subject="patient-1"), dry_run=False, within_s=20)
     store.native_keys.end(owner, 200, "text/plain", b"said")
     await wait_until(lambda: is_lapsed(store), 20, "the key is free")
     assert isinstance(await store.native_keys.take(owner_of(), WANTED), Taken)
@@ -161,14 +161,14 @@ async def test_a_stall_as_a_call_ends_loses_no_answer_and_frees_no_key(
     await mine.native_keys.take(failed, of_failed)
     assert isinstance(await other.native_keys.take(owner_of(), WANTED), Given)
     async with outage(own_server, how):
-        await wait_until(lambda: mine.away and other.away)
+        await wait_until(lambda: mine.connections.away and other.connections.away)
         mine.native_keys.free(failed)
         await work_for(2 * LEASE_MS / 1_000)  # by the clock alone the owner would look dead
     for _ in range(8):
         assert not await is_lapsed(other)
         await work_for(LEASE_MS / 4_000)
     async with outage(own_server, how):
-        await wait_until(lambda: mine.away)
+        await wait_until(lambda: mine.connections.away)
         mine.native_keys.end(owner, 200, "text/plain", b"said")
     await wait_until(lambda: is_answered(other), 20, "the answer is there")
 

@@ -29,9 +29,9 @@ LEASE_MS = 600
 
 
 async def running_job(store: Store) -> ClaimedJob:
-    await store.submit(new_job())
-    (job,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
-    await store.running(job, model="m", fence=(1, 1), queue_ms=1.0)
+    await store.jobs.submit(new_job())
+    (job,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    await store.queue.running(job, model="m", fence=(1, 1), queue_ms=1.0)
     return job
 
 
@@ -62,20 +62,20 @@ async def test_an_outage_refuses_submits_quickly_and_keeps_ends_until_it_is_over
     store = await make_store(own_url, claim_lease_ms=LEASE_MS)
     jobs = [await running_job(store) for _ in range(3)]
     unadmitted = new_job()
-    await store.submit(unadmitted)
+    await store.jobs.submit(unadmitted)
     async with outage(own_server, how):
         # The first to notice may take its deadline; the others are told at once.
         for limit_s in (3.0, 0.5):
             began = time.monotonic()
             with pytest.raises(StoreUnavailable):
-                await store.submit(new_job("lost to the outage"))
+                await store.jobs.submit(new_job("lost to the outage"))
             assert time.monotonic() - began < promised_s(limit_s)
-            await wait_until(lambda: store.away)
+            await wait_until(lambda: store.connections.away)
         began = time.monotonic()
         with pytest.raises(StoreUnavailable):
-            await store.get(jobs[0].request_id, "default")
+            await store.requests.get(jobs[0].request_id, "default")
         await asyncio.gather(
-            *(store.finish(job, Status.SUCCEEDED, result(f"{job.claim}")) for job in jobs)
+            *(store.queue.finish(job, Status.SUCCEEDED, result(f"{job.claim}")) for job in jobs)
         )
         stream = StreamRecord(new_job("a stream"), Status.SUCCEEDED, jobs[0].created_at, result())
         await store.record_stream(stream)
@@ -85,13 +85,15 @@ async def test_an_outage_refuses_submits_quickly_and_keeps_ends_until_it_is_over
 
         async def succeeded(job: ClaimedJob = job) -> bool:
             try:
-                return (await store.get(job.request_id, "default")).status is Status.SUCCEEDED
+                return (
+                    await store.requests.get(job.request_id, "default")
+                ).status is Status.SUCCEEDED
             except StoreUnavailable:
                 return False
 
         await wait_until(succeeded, 4)  # at once, not at the next look into the folder
     await wait_until(lambda: rows_exist(own_url, "SELECT 1 FROM requests WHERE source = 'stream'"))
-    assert (await store.get(unadmitted.request_id, "default")).status is Status.QUEUED
+    assert (await store.requests.get(unadmitted.request_id, "default")).status is Status.QUEUED
     audits = await rows(own_url, "SELECT request_id FROM audit")
     assert len(audits) == len({row["request_id"] for row in audits}) == 4
     lost = await rows(own_url, "SELECT status FROM requests WHERE prompt = 'lost to the outage'")
@@ -112,36 +114,36 @@ async def test_claims_are_not_retaken_when_postgresql_returns(
     beats = [asyncio.create_task(keep_beating(store)) for store in stores]
     await wait_until(lambda: all_may_judge(stores))
     async with outage(own_server, how):
-        await wait_until(lambda: all(store.away for store in stores))
+        await wait_until(lambda: all(store.connections.away for store in stores))
         # Longer than the lease: by the clock alone both would look dead.
         left = asyncio.get_running_loop().time() + 2 * LEASE_MS / 1000
         await wait_until(lambda: asyncio.get_running_loop().time() > left)
-    await wait_until(lambda: not any(store.away for store in stores))
+    await wait_until(lambda: not any(store.connections.away for store in stores))
     end = asyncio.get_running_loop().time() + 3 * LEASE_MS / 1000
     while asyncio.get_running_loop().time() < end:
         for store in stores:
             try:
-                assert await store.retake_lapsed() == []
+                assert await store.queue.retake_expired() == []
             except StoreUnavailable:
                 continue
         await work_for(0.02)
     await wait_until(lambda: all_may_judge(stores))
     for store, job in zip(stores, jobs, strict=True):
-        await store.finish(job, Status.SUCCEEDED, result())
-        assert (await store.get(job.request_id, "default")).status is Status.SUCCEEDED
+        await store.queue.finish(job, Status.SUCCEEDED, result())
+        assert (await store.requests.get(job.request_id, "default")).status is Status.SUCCEEDED
     for beat in beats:
         beat.cancel()
     await asyncio.gather(*beats, return_exceptions=True)
 
 
 def all_may_judge(stores: list[Store]) -> bool:
-    return all(store._claims._steadiness.may_judge for store in stores)
+    return all(store.queue._steadiness.may_judge for store in stores)
 
 
 async def keep_beating(store: Store) -> None:
     while True:
         with suppress(StoreUnavailable):  # the outage that the test makes
-            await store.heartbeat()
+            await store.queue.heartbeat()
         await work_for(LEASE_MS / 3000)
 
 
@@ -158,7 +160,7 @@ async def test_connections_cut_at_random_moments_lose_and_double_nothing(
             job = new_job(f"job {number}")
             while True:
                 try:
-                    await store.submit(job)
+                    await store.jobs.submit(job)
                     break
                 except StoreUnavailable:
                     continue
@@ -167,8 +169,8 @@ async def test_connections_cut_at_random_moments_lose_and_double_nothing(
     async def work(store: Store) -> None:
         while not stop.is_set():
             try:
-                await store.heartbeat()
-                jobs = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=5)
+                await store.queue.heartbeat()
+                jobs = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=5)
             except StoreUnavailable:
                 continue
             await asyncio.gather(*(run(store, job) for job in jobs))
@@ -178,11 +180,11 @@ async def test_connections_cut_at_random_moments_lose_and_double_nothing(
     async def run(store: Store, job: ClaimedJob) -> None:
         while True:
             try:
-                await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+                await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
                 break
             except StoreUnavailable:
                 continue
-        await store.finish(job, Status.SUCCEEDED, result())
+        await store.queue.finish(job, Status.SUCCEEDED, result())
         finished.append(str(job.request_id))
 
     async def cut() -> None:
@@ -225,11 +227,11 @@ async def test_a_store_starts_before_its_database_does(
     async with outage(own_server, "stop"):
         store = await make_store(own_url)
         with pytest.raises(StoreUnavailable):
-            await store.ping(500)
+            await store.connections.ping(500)
         assert not await store.schema_fits()
     await wait_until(store.schema_fits)
-    await store.ping(1000)
-    await store.submit(new_job())
+    await store.connections.ping(1000)
+    await store.jobs.submit(new_job())
 
 
 async def test_a_frozen_server_does_not_outlast_a_ping_or_a_closing(
@@ -240,18 +242,18 @@ async def test_a_frozen_server_does_not_outlast_a_ping_or_a_closing(
     async with outage(own_server, "pause"):
         began = time.monotonic()
         with pytest.raises(StoreUnavailable):
-            await store.ping(300)
+            await store.connections.ping(300)
         assert time.monotonic() - began < promised_s(1.0)
-        finishing = asyncio.create_task(store.finish(job, Status.SUCCEEDED, result("late")))
-        await wait_until(lambda: store._recorder._tasks)
+        finishing = asyncio.create_task(store.queue.finish(job, Status.SUCCEEDED, result("late")))
+        await wait_until(lambda: store.recorder._tasks)
         began = time.monotonic()
         await store.aclose()
         assert time.monotonic() - began < promised_s(12.0)
         await finishing
     again = await make_store(own_url, spill_dir=tmp_path / "spill")
-    record = await again.get(job.request_id, "default")
+    record = await again.requests.get(job.request_id, "default")
     found = (
-        await again.wait_change(job.request_id, "default", record.version, 5000)
+        await again.requests.wait_change(job.request_id, "default", record.version, 5000)
         if (record.status is Status.RUNNING)
         else record
     )
@@ -264,18 +266,18 @@ async def test_a_full_spill_refuses_what_it_cannot_keep(
     store = await make_store(own_url, spill_max_bytes=3_000)
     jobs = [await running_job(store) for _ in range(3)]
     async with outage(own_server, "stop"):
-        await store.finish(jobs[0], Status.SUCCEEDED, result())
+        await store.queue.finish(jobs[0], Status.SUCCEEDED, result())
         with pytest.raises(StoreUnavailable, match="spill is full"):
-            await store.finish(jobs[1], Status.SUCCEEDED, result("x" * 3_000))
+            await store.queue.finish(jobs[1], Status.SUCCEEDED, result("x" * 3_000))
     done = await wait_status(store, jobs[0])
     assert done is Status.SUCCEEDED
-    await store.finish(jobs[1], Status.SUCCEEDED, result())
+    await store.queue.finish(jobs[1], Status.SUCCEEDED, result())
 
 
 async def wait_status(store: Store, job: ClaimedJob) -> Status:
     async def ended() -> Status | None:
         try:
-            status = (await store.get(job.request_id, "default")).status
+            status = (await store.requests.get(job.request_id, "default")).status
         except StoreUnavailable:
             return None
         return status if status.is_end else None
@@ -288,14 +290,14 @@ async def test_the_answer_of_classification_is_not_kept_back_by_an_outage(
     own_server: PostgresServer, own_url: str, make_store: MakeStore
 ) -> None:
     store = await make_store(own_url)
-    await store.submit(new_job())
-    (job,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    await store.jobs.submit(new_job())
+    (job,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
     async with outage(own_server, "stop"):
         for refused in (
-            store.classified(job, TEXT),
-            store.running(job, model="m", fence=(1, 1), queue_ms=0),
-            store.hand_back([job]),
-            store.heartbeat(),
+            store.queue.classified(job, TEXT),
+            store.queue.running(job, model="m", fence=(1, 1), queue_ms=0),
+            store.queue.release([job]),
+            store.queue.heartbeat(),
         ):
             with pytest.raises(StoreUnavailable):
                 await refused
@@ -314,19 +316,19 @@ from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 async def main(url, folder):
-    store = Store.from_url(url, instance_id="doomed", blobs=Blobs.from_url("", folder),
+    store = Store(url, instance_id="doomed", blobs=Blobs.from_url("", folder),
         spill_dir=folder / "spill", spill_max_bytes=10**7, audit_full="block",
         claim_lease_ms=60_000)
     await store.start()
     for _ in range(5):
-        await store.submit(new_job())
-    jobs = await store.claim(pool="gemini", kind=Kind.TEXT_ONLY, limit=5)
+        await store.jobs.submit(new_job())
+    jobs = await store.queue.claim(pool="gemini", kind=Kind.TEXT_ONLY, limit=5)
     for job in jobs:
-        await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+        await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
     print("running", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     for job in jobs:
-        await store.finish(job, Status.SUCCEEDED, result("kept on disk"))
+        await store.queue.finish(job, Status.SUCCEEDED, result("kept on disk"))
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
@@ -359,7 +361,7 @@ async def test_a_single_frozen_connection_costs_one_deadline_and_no_more(
 ) -> None:
     store = await make_store(own_url)
     job = new_job()
-    await store.submit(job)
+    await store.jobs.submit(job)
     # Backends of the store frozen one by one, while the server goes on accepting others.
     query = (
         "SELECT pid FROM pg_stat_activity "
@@ -372,10 +374,10 @@ async def test_a_single_frozen_connection_costs_one_deadline_and_no_more(
         began = time.monotonic()
         for _ in pids:
             with suppress(StoreUnavailable):
-                await store.get(job.request_id, "default")
+                await store.requests.get(job.request_id, "default")
         assert time.monotonic() - began < promised_s(2.5) * len(pids)
-        assert not store.away
-        record = await store.get(job.request_id, "default")
+        assert not store.connections.away
+        record = await store.requests.get(job.request_id, "default")
         assert record.status is Status.QUEUED
     finally:
         for pid in pids:

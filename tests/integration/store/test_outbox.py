@@ -26,15 +26,15 @@ LEASE_MS = 60_000
 
 
 async def run_one(store: Store, url: str | None = URL) -> ClaimedJob:
-    await store.submit(new_job(webhook_url=url))
-    (job,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
-    await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+    await store.jobs.submit(new_job(webhook_url=url))
+    (job,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
     return job
 
 
 async def ended(store: Store) -> UUID:
     job = await run_one(store)
-    await store.finish(job, Status.SUCCEEDED, result())
+    await store.queue.finish(job, Status.SUCCEEDED, result())
     return job.request_id
 
 
@@ -42,15 +42,15 @@ async def test_only_the_one_end_that_is_recorded_has_a_webhook(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     job = await run_one(store)
-    await store.retry(job, result(failure=Failure("x", "x")), now() - timedelta(seconds=1))
+    await store.queue.retry(job, result(failure=Failure("x", "x")), now() - timedelta(seconds=1))
     assert await store.outbox.claim(10, LEASE_MS) == []
-    (again,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    (again,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
     with pytest.raises(ClaimLost):
-        await store.finish(job, Status.SUCCEEDED, result("stale"))
+        await store.queue.finish(job, Status.SUCCEEDED, result("stale"))
     for _ in range(2):  # the second as after a lost reply
-        await store.finish(again, Status.SUCCEEDED, result())
+        await store.queue.finish(again, Status.SUCCEEDED, result())
     other = await run_one(store, None)
-    await store.finish(other, Status.SUCCEEDED, result())
+    await store.queue.finish(other, Status.SUCCEEDED, result())
     (delivery,) = await store.outbox.claim(10, LEASE_MS)
     assert (delivery.request_id, delivery.event) == (job.request_id, "request.succeeded")
     assert (delivery.url, delivery.tries) == (URL, 1)
@@ -69,10 +69,10 @@ async def test_an_end_and_its_webhook_are_recorded_together_or_not_at_all(
 
     monkeypatch.setattr("tidegate.store.audit.add_webhooks", killed)
     with pytest.raises(RuntimeError):
-        await store.finish(job, Status.SUCCEEDED, result())
-    assert (await store.get(job.request_id, "default")).status is Status.RUNNING
+        await store.queue.finish(job, Status.SUCCEEDED, result())
+    assert (await store.requests.get(job.request_id, "default")).status is Status.RUNNING
     assert await peek.fetchval("SELECT count(*) FROM webhooks") == 0
-    await store.finish(job, Status.SUCCEEDED, result())
+    await store.queue.finish(job, Status.SUCCEEDED, result())
     assert await peek.fetchval("SELECT count(*) FROM webhooks") == 1
 
 
@@ -82,9 +82,9 @@ async def test_ends_without_a_worker_have_a_webhook_too(
     late = new_job(webhook_url=URL, deadline_at=now() - timedelta(seconds=1))
     unwanted = new_job(webhook_url=URL)
     for job in (late, unwanted):
-        await store.submit(job)
-    await store.expire_due()
-    await store.cancels.cancel(unwanted.request_id, "default")
+        await store.jobs.submit(job)
+    await store.queue.expire_due()
+    await store.jobs.cancel(unwanted.request_id, "default")
     found = await store.outbox.claim(10, LEASE_MS)
     assert {each.request_id: each.event for each in found} == {
         late.request_id: "request.expired",
@@ -108,7 +108,7 @@ async def test_two_senders_never_have_the_same_one_and_a_lost_one_is_due_again(
     assert again == replace(claimed[0], tries=2)
     # The first sender was only slow: what it says now counts no more.
     await stores[0].outbox.settle(claimed[0], "given_up", problem="too late")
-    shown = (await stores[0].get(again.request_id, "default")).webhook
+    shown = (await stores[0].requests.get(again.request_id, "default")).webhook
     assert shown is not None
     assert (shown.state, shown.tries) == ("pending", 2)
 
@@ -120,7 +120,7 @@ async def test_what_failed_is_due_later_and_what_is_settled_never_unless_asked_f
     (delivery,) = await store.outbox.claim(1, LEASE_MS)
     await store.outbox.settle(delivery, "pending", problem="busy", due_in_ms=3_600_000)
     assert await store.outbox.claim(1, LEASE_MS) == []
-    shown = (await store.get(request_id, "default")).webhook
+    shown = (await store.requests.get(request_id, "default")).webhook
     assert shown is not None
     assert shown.due_at is not None
     assert (shown.problem, shown.due_at > now() + timedelta(minutes=55)) == ("busy", True)
@@ -136,7 +136,7 @@ async def test_what_failed_is_due_later_and_what_is_settled_never_unless_asked_f
 async def test_they_go_with_their_request(store: Store, peek: asyncpg.Connection) -> None:
     await ended(store)
     await peek.execute("UPDATE requests SET finished_at = $1", now() - timedelta(days=40))
-    await store.prune(30)
+    await store.retention.prune(30)
     assert await peek.fetchval("SELECT count(*) FROM webhooks") == 0
 
 

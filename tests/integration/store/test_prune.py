@@ -39,27 +39,27 @@ async def test_pruning_takes_the_old_ended_requests_and_never_a_queued_or_runnin
     ended = {}
     for name in ("old", "fresh"):
         upload = Attachment(new_id(), "a.pdf", "application/pdf", 1, keys[name])
-        await store.submit(new_job(attachments=(upload,)))
-        (claimed,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
-        await store.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+        await store.jobs.submit(new_job(attachments=(upload,)))
+        (claimed,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+        await store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         pictures: tuple[OutputFile, ...] = ()
         if name == "old":
             pictures = (OutputFile(new_id(), "image/png", 1, keys["picture"]),)
-        await store.finish(claimed, Status.SUCCEEDED, result(pictures=pictures))
+        await store.queue.finish(claimed, Status.SUCCEEDED, result(pictures=pictures))
         ended[name] = claimed.request_id
     upload = Attachment(new_id(), "a.pdf", "application/pdf", 1, keys["queued"])
     ancient = now() - timedelta(days=400)
     waiting = new_job(created_at=ancient, attachments=(upload,))
     running = new_job(created_at=ancient - timedelta(days=1))
-    await store.submit(running)
-    (claimed,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
-    await store.running(claimed, model="m", fence=(1, 1), queue_ms=0)
-    await store.submit(waiting)
+    await store.jobs.submit(running)
+    (claimed,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    await store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+    await store.jobs.submit(waiting)
     await peek.execute(
         "UPDATE requests SET finished_at = now() - interval '31 days 1 hour' WHERE id = $1",
         ended["old"],
     )
-    report = await store.prune(30)
+    report = await store.retention.prune(30)
     assert (report.requests, report.blobs) == (1, 2)
     left = {row["id"] for row in await peek.fetch("SELECT id FROM requests")}
     assert left == {ended["fresh"], waiting.request_id, running.request_id}
@@ -69,7 +69,7 @@ async def test_pruning_takes_the_old_ended_requests_and_never_a_queued_or_runnin
         "fresh": True,
         "queued": True,
     }
-    assert (await store.prune(30)).requests == 0
+    assert (await store.retention.prune(30)).requests == 0
 
 
 async def test_old_partitions_are_dropped_with_the_blobs_of_their_bodies(
@@ -86,7 +86,7 @@ async def test_old_partitions_are_dropped_with_the_blobs_of_their_bodies(
         datetime.combine(old, datetime.min.time(), UTC) + timedelta(hours=5),
         key,
     )
-    report = await store.prune(30)
+    report = await store.retention.prune(30)
     made = (partitions.DAYS_AHEAD + 1) * len(partitions.TABLES)
     assert (report.partitions, report.skipped, report.blobs) == (made, 0, 1)
     assert not await there(store, key)
@@ -103,9 +103,9 @@ async def test_a_partition_in_use_is_left_for_the_next_run(
     name = partitions.name_of("audit", old)
     async with peek.transaction():
         await peek.execute(f"LOCK TABLE {name} IN ACCESS SHARE MODE")
-        report = await store.prune(30)
+        report = await store.retention.prune(30)
     assert report.skipped == 1
-    assert (await store.prune(30)).partitions == 1
+    assert (await store.retention.prune(30)).partitions == 1
 
 
 async def test_rows_that_fell_into_the_default_partition_move_to_their_day(
@@ -151,7 +151,7 @@ async def test_an_old_upload_whose_submit_never_came_is_swept(
 ) -> None:
     orphan, wanted = await stored(store, b"x"), await stored(store, b"y")
     upload = Attachment(new_id(), "a.pdf", "application/pdf", 1, wanted)
-    await store.submit(new_job(attachments=(upload,)))
-    report = await store.prune(30)
+    await store.jobs.submit(new_job(attachments=(upload,)))
+    report = await store.retention.prune(30)
     assert report.blobs == 1
     assert (await there(store, orphan), await there(store, wanted)) == (False, True)

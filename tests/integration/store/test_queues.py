@@ -32,7 +32,7 @@ DEAD = "UPDATE requests SET status = 'dead', claimed_by = NULL, finished_at = no
 
 
 async def claim(store: Store, limit: int = 10) -> list[ClaimedJob]:
-    return await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit)
+    return await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit)
 
 
 async def ids(store: Store, limit: int = 10) -> list[UUID]:
@@ -44,23 +44,23 @@ def old_job(**overrides: Any) -> NewJob:
 
 
 async def hand_back(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> None:
-    await holder.hand_back([job])
+    await holder.queue.release([job])
 
 
 async def bring_back(holder: Store, peek: asyncpg.Connection, job: ClaimedJob) -> None:
-    await holder.hand_back([job], {job.request_id: 3_600_000})
-    await holder.bring_back({job.request_id: job.claim})
+    await holder.queue.release([job], {job.request_id: 3_600_000})
+    await holder.queue.bring_back({job.request_id: job.claim})
     assert await peek.fetchval(WAITS, job.request_id), "it was put off since that claim"
-    await holder.bring_back({job.request_id: job.claim + 1})
+    await holder.queue.bring_back({job.request_id: job.claim + 1})
 
 
 async def retry(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> None:
-    await holder.running(job, model="m", fence=(1, 1), queue_ms=0)
-    await holder.retry(job, result(), now() - timedelta(milliseconds=1))
+    await holder.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
+    await holder.queue.retry(job, result(), now() - timedelta(milliseconds=1))
 
 
 async def leave(holder: Store, _peek: asyncpg.Connection, _job: ClaimedJob) -> None:
-    await holder.leave()
+    await holder.queue.leave()
 
 
 async def lapse(holder: Store, peek: asyncpg.Connection, _job: ClaimedJob) -> None:
@@ -75,9 +75,9 @@ async def forgotten(holder: Store, peek: asyncpg.Connection, _job: ClaimedJob) -
 
 
 async def stray(holder: Store, _peek: asyncpg.Connection, job: ClaimedJob) -> None:
-    holder._claims.settled(job)
-    holder._claims._doubtful = True
-    await holder.heartbeat()
+    holder.queue.settled(job)
+    holder.queue._doubtful = True
+    await holder.queue.heartbeat()
 
 
 async def requeue(holder: Store, peek: asyncpg.Connection, job: ClaimedJob) -> None:
@@ -101,48 +101,48 @@ async def test_a_job_that_comes_back_is_found_behind_where_a_worker_has_read(
     worker = await make_store(database_url, claim_lease_ms=300)
     holder = await make_store(database_url, claim_lease_ms=60_000)
     job = old_job()
-    await worker.submit(job)
+    await worker.jobs.submit(job)
     (held,) = await claim(holder)
     later = [new_job() for _ in range(2)]
     for one in later:
-        await worker.submit(one)
+        await worker.jobs.submit(one)
     assert await ids(worker, 1) == [later[0].request_id]
     await way(holder, peek, held)
 
     async def found() -> list[UUID]:
         if way in (lapse, forgotten):
-            await worker.heartbeat()
-            await worker.retake_lapsed()
+            await worker.queue.heartbeat()
+            await worker.queue.retake_expired()
         return [found for found in await ids(worker) if found != later[1].request_id]
 
     assert await wait_until(found) == [job.request_id]
 
 
 async def test_an_unsure_job_is_found_under_its_kind(store: Store) -> None:
-    await store.submit(new_job())
+    await store.jobs.submit(new_job())
     await claim(store)
     job = old_job(classification=UNSURE)
-    await store.submit(job)
+    await store.jobs.submit(job)
     assert await ids(store) == []
-    (unsure,) = await store.claim(pool=DEFAULT_POOL, kind=None, limit=9)
-    await store.classified(unsure, TEXT)
-    await store.hand_back([unsure])
+    (unsure,) = await store.queue.claim(pool=DEFAULT_POOL, kind=None, limit=9)
+    await store.queue.classified(unsure, TEXT)
+    await store.queue.release([unsure])
     assert await ids(store) == [job.request_id]
 
 
 async def test_jobs_that_come_back_keep_their_place(store: Store) -> None:
     jobs = [new_job(created_at=now() - timedelta(minutes=9 - n)) for n in range(6)]
     for job in jobs:
-        await store.submit(job)
+        await store.jobs.submit(job)
     first = await claim(store, 2)
-    await store.hand_back(first[::-1])
+    await store.queue.release(first[::-1])
     assert await ids(store, 6) == [job.request_id for job in jobs]
 
 
 async def test_a_commit_that_is_late_is_found_beside_a_transaction_that_never_ends(
     store: Store, peek: asyncpg.Connection, database_url: str
 ) -> None:
-    await store.submit(new_job())
+    await store.jobs.submit(new_job())
     idle = await asyncpg.connect(database_url)
     await idle.execute("BEGIN; SELECT pg_current_xact_id()")
     await peek.execute("BEGIN")
@@ -153,7 +153,7 @@ async def test_a_commit_that_is_late_is_found_beside_a_transaction_that_never_en
     )
     assert len(await ids(store)) == 1
     for _ in range(3):
-        await store.submit(new_job())
+        await store.jobs.submit(new_job())
         assert len(await ids(store)) == 1
     await peek.execute("COMMIT")
     assert await ids(store) == [late]
@@ -163,7 +163,7 @@ async def test_a_commit_that_is_late_is_found_beside_a_transaction_that_never_en
 
 async def known_read(store: Store) -> None:
     """Have it read what came, as `tend_queues` does."""
-    queues, lane = store._claims._queues, (DEFAULT_POOL, "text_only")
+    queues, lane = store.queue._queues, (DEFAULT_POOL, "text_only")
     await queues._read(lane, queues._lanes[lane])
 
 
@@ -173,10 +173,10 @@ async def test_more_than_are_remembered_by_name_come_back(
     worker, other = [await make_store(database_url, claim_lease_ms=60_000) for _ in range(2)]
     await peek.execute(FILL, "a", 400)
     held = await claim(other, 400)
-    await worker.submit(new_job())
+    await worker.jobs.submit(new_job())
     assert len(await ids(worker)) == 1
     for start in range(0, 400, 50):  # each few enough to be named, in all too many
-        await other.hand_back(held[start : start + 50])
+        await other.queue.release(held[start : start + 50])
         await known_read(worker)
     found = await ids(worker, 150) + await ids(worker, 150) + await ids(worker, 150)
     assert found == [job.request_id for job in held]
@@ -188,29 +188,29 @@ async def test_a_worker_that_starts_finds_what_was_there_in_steps_of_any_length(
     first, second = [await make_store(database_url, claim_lease_ms=60_000) for _ in range(2)]
     jobs = [new_job() for _ in range(6)]
     for job in jobs:
-        await first.submit(job)
+        await first.jobs.submit(job)
     monkeypatch.setattr("tidegate.store.queue._QUICK_S", 0.0)  # every step counts as slow
     assert await ids(second, 4) == [job.request_id for job in jobs[:4]]
     assert await ids(first) == [job.request_id for job in jobs[4:]]
 
 
 async def test_what_a_worker_has_overlooked_is_found_when_it_looks_again(store: Store) -> None:
-    await store.submit(new_job())
+    await store.jobs.submit(new_job())
     await claim(store)
     job = new_job()
-    await store.submit(job)
-    known = store._claims._queues._lanes[DEFAULT_POOL, "text_only"]
+    await store.jobs.submit(job)
+    known = store.queue._queues._lanes[DEFAULT_POOL, "text_only"]
     known.ready._xmax = 2**40  # as after a server that had come farther
     assert await ids(store) == []
-    await store.tend_queues()
+    await store.queue.maintain()
     assert await ids(store) == [job.request_id]
     other = new_job()
-    await store.submit(other)
+    await store.jobs.submit(other)
     await known_read(store)
     known.ready._queues.clear()
     known.ready._tenants.clear()
     known.swept_at = -1e9
-    await store.tend_queues()
+    await store.queue.maintain()
     assert await ids(store) == [other.request_id]
 
 
@@ -227,18 +227,20 @@ async def test_random_moves_of_three_workers_strand_no_job(
         if move < 0.35:
             tenant, priority = dice.choice("abc"), dice.choice([0, 0, 5])
             made_at = now() - timedelta(seconds=dice.choice([0, 0, 60]))
-            await store.submit(new_job(tenant_id=tenant, priority=priority, created_at=made_at))
+            await store.jobs.submit(
+                new_job(tenant_id=tenant, priority=priority, created_at=made_at)
+            )
             submitted += 1
         elif move < 0.65:
             held += [(store, job) for job in await claim(store, dice.randint(1, 4))]
         elif held:
             holder, job = held.pop(dice.randrange(len(held)))
             if move < 0.8:
-                await holder.hand_back([job])
+                await holder.queue.release([job])
             elif move < 0.9:
                 await retry(holder, peek, job)
             else:
-                await holder.finish(job, Status.SUCCEEDED, result())
+                await holder.queue.finish(job, Status.SUCCEEDED, result())
                 ended.append(job.request_id)
     while jobs := await claim(dice.choice(stores)):
         held += [(stores[0], job) for job in jobs]

@@ -62,7 +62,7 @@ async def test_each_tenant_keeps_its_own_days(
     }
     kept = {("brief", 1), ("usual", 1), ("usual", 10), ("long", 1), ("long", 10), ("long", 40)}
     for _ in range(2):  # and a second run finds nothing more to do
-        await store.prune(30)
+        await store.retention.prune(30)
         for table in ("audit", "bodies"):
             rows = await peek.fetch(f"SELECT tenant_id, created_at FROM {table}")
             today = datetime.now(UTC).date()
@@ -72,7 +72,7 @@ async def test_each_tenant_keeps_its_own_days(
     if with_partitions:
         gone = partitions.name_of("audit", datetime.now(UTC).date() - timedelta(days=70))
         assert await peek.fetchval("SELECT to_regclass($1) IS NULL", gone)
-    await store.prune(3)  # another default changes nothing for those with their own
+    await store.retention.prune(3)  # another default changes nothing for those with their own
     assert await peek.fetchval("SELECT count(*) FROM audit WHERE tenant_id = 'long'") == 3
     assert await peek.fetchval("SELECT count(*) FROM audit WHERE tenant_id = 'usual'") == 1
 
@@ -83,15 +83,15 @@ async def test_ended_requests_go_by_their_tenants_days(
     for tenant, days in TENANTS.items():
         await store.tenants.set(tenant, {"retention_days": days}, by="test")
         for age in (1, 10, 40, 70):
-            await store.submit(new_job(f"{age}", tenant_id=tenant))
-    for job in await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=50):
-        await store.running(job, model="m", fence=(1, 1), queue_ms=0)
-        await store.finish(job, Status.SUCCEEDED, result())
+            await store.jobs.submit(new_job(f"{age}", tenant_id=tenant))
+    for job in await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=50):
+        await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
+        await store.queue.finish(job, Status.SUCCEEDED, result())
     await peek.execute(
         "UPDATE requests SET created_at = now() - make_interval(days => prompt::integer),"
         " finished_at = now() - make_interval(days => prompt::integer)"
     )
-    report = await store.prune(30)
+    report = await store.retention.prune(30)
     rows = await peek.fetch("SELECT tenant_id, prompt FROM requests")
     assert report.requests == 6
     assert {(row["tenant_id"], int(row["prompt"])) for row in rows} == {

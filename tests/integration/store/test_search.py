@@ -48,7 +48,7 @@ async def ids(store: Store, wanted: Wanted = ALL, limit: int = 200) -> list[UUID
     found: list[UUID] = []
     before: UUID | None = END
     while before is not None:
-        page = await store.search.page(wanted, limit, before)
+        page = await store.requests.search(wanted, limit, before)
         assert len(page.items) <= limit
         found += [item.listed.request_id for item in page.items]
         before = page.before
@@ -87,20 +87,20 @@ async def test_all_tenants_and_sources_are_in_one_list_and_each_request_once(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     job = new_job(tenant_id="a", attachments=(upload(),))
-    await store.submit(job)
+    await store.jobs.submit(job)
     native = call("b")
     await put(store, peek, native)
     stream = new_job(tenant_id="c", request_id=new_id())
     await store.record_stream(StreamRecord(stream, Status.SUCCEEDED, now(), None))
-    await store._recorder.aclose(2_000)
+    await store.recorder.aclose(2_000)
     line = call("d", source="batch", status=Status.FAILED, failure=Failure("upstream", "no"))
     await put(store, peek, line)
-    await store.cancels.cancel(job.request_id, "a")
+    await store.jobs.cancel(job.request_id, "a")
     assert await peek.fetchval("SELECT count(*) FROM audit") == 4, "one for each that has ended"
     newest_first = [line.request_id, stream.request_id, native.request_id, job.request_id]
     for limit in (1, 2, 4, 5):
         assert await ids(store, limit=limit) == newest_first
-    (found,) = (await store.search.page(Wanted(source="batch"), 9)).items
+    (found,) = (await store.requests.search(Wanted(source="batch"), 9)).items
     assert (found.tenant_id, found.listed.source, found.endpoint) == (
         *("d", "batch", "/v1/chat/completions"),
     )
@@ -121,9 +121,9 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
     other = new_job(**at(1), tenant_id="b")
     native = call("a", request_id=at(2)["request_id"], received_at=at(2)["created_at"], model="m")
     for job in (text, other):
-        await store.submit(job)
+        await store.jobs.submit(job)
     await put(store, peek, native)
-    await store.cancels.cancel(other.request_id, "b")
+    await store.jobs.cancel(other.request_id, "b")
     expected: dict[Wanted, list[Any]] = {
         Wanted(statuses=frozenset({Status.QUEUED})): [text],
         Wanted(statuses=frozenset({Status.QUEUED, Status.CANCELLED})): [other, text],
@@ -164,9 +164,9 @@ async def test_a_line_of_a_batch_is_found_while_a_worker_has_it(
             "state) VALUES ($1, $2, $3, 'a', 'c', '{}', 2, $4)",
             *(held, number, line, state),
         )
-    (found,) = (await store.search.page(ALL, 9)).items
+    (found,) = (await store.requests.search(ALL, 9)).items
     assert (found.listed.request_id, found.listed.status) == (held, Status.RUNNING)
-    dossier = await store.dossiers.of(held)
+    dossier = await store.requests.detail(held)
     assert (dossier.record.source, dossier.record.status) == ("batch", Status.RUNNING)
 
 
@@ -175,10 +175,10 @@ async def test_a_rare_one_is_found_over_several_looks_that_are_each_bounded(
 ) -> None:
     monkeypatch.setattr(search, "MOST_LOOKED_AT", 4)
     rare = new_job(model="rare")
-    await store.submit(rare)
+    await store.jobs.submit(rare)
     for _ in range(10):
-        await store.submit(new_job())
-    page = await store.search.page(Wanted(model="rare"), 5)
+        await store.jobs.submit(new_job())
+    page = await store.requests.search(Wanted(model="rare"), 5)
     assert (page.items, page.before is not None) == ((), True)
     assert await ids(store, Wanted(model="rare"), 5) == [rare.request_id]
 

@@ -39,7 +39,7 @@ async def test_a_stream_is_recorded_whole(store: Store, peek: asyncpg.Connection
     record = stream()
     await store.record_stream(record)
     await wait_until(lambda: peek.fetchval("SELECT count(*) FROM audit"))
-    found = await store.get(record.job.request_id, "default")
+    found = await store.requests.get(record.job.request_id, "default")
     assert (found.source, found.status, found.attempts) == ("stream", Status.SUCCEEDED, 1)
     assert [file.role for file in found.files] == ["input", "output"]
     assert found.model == "gemini-test"
@@ -58,7 +58,7 @@ async def test_a_stream_that_was_never_admitted_is_recorded_with_its_refusal(
     record = stream(status=Status.EXPIRED, result=None, failure=failure)
     await store.record_stream(record)
     await wait_until(lambda: peek.fetchval("SELECT count(*) FROM audit"))
-    found = await store.get(record.job.request_id, "default")
+    found = await store.requests.get(record.job.request_id, "default")
     assert (found.status, found.failure, found.attempts) == (Status.EXPIRED, failure, 0)
     assert found.usage == Usage()
     assert await count(peek, "attempts") == 0
@@ -70,14 +70,14 @@ async def test_a_stream_recorded_twice_is_there_once(
     record = stream()
     for _ in range(2):
         await store.record_stream(record)
-        await wait_until(lambda: not store._recorder._tasks)
+        await wait_until(lambda: not store.recorder._tasks)
     assert await count(peek, "audit") == 1
     assert await count(peek, "attempts") == 1
 
 
 async def test_many_streams_share_few_transactions(store: Store, peek: asyncpg.Connection) -> None:
     await asyncio.gather(*(store.record_stream(stream()) for _ in range(200)))
-    await wait_until(lambda: not store._recorder._tasks)
+    await wait_until(lambda: not store.recorder._tasks)
     assert await count(peek, "audit") == 200
     assert await peek.fetchval("SELECT count(DISTINCT xmin::text) FROM audit") <= 40
 
@@ -110,7 +110,7 @@ async def test_a_full_buffer_blocks_or_drops_as_it_was_told(
         sixth = asyncio.create_task(store.record_stream(stream()))
         if when_full == "drop":
             await sixth
-            assert store._recorder._dropped == 1
+            assert store.recorder._dropped == 1
         else:
             await asyncio.wait({sixth}, timeout=0.3)
             assert not sixth.done()
@@ -118,7 +118,7 @@ async def test_a_full_buffer_blocks_or_drops_as_it_was_told(
     finally:
         await asyncio.to_thread(own_server.start)
     await asyncio.wait_for(sixth, 10)
-    await wait_until(lambda: not store._recorder._tasks)
+    await wait_until(lambda: not store.recorder._tasks)
     peek = await asyncpg.connect(own_url)
     assert await count(peek, "audit") == (6 if when_full == "block" else 5)
     await peek.close()

@@ -29,8 +29,8 @@ async def test_the_same_key_and_request_gives_the_first_one_and_records_nothing_
     store: Store, peek: asyncpg.Connection
 ) -> None:
     first = keyed("k", attachments=(upload(),))
-    assert await store.submit(first) is None
-    again = await store.submit(keyed("k", attachments=(upload(),)))
+    assert await store.jobs.submit(first) is None
+    again = await store.jobs.submit(keyed("k", attachments=(upload(),)))
     assert again == Earlier(first.request_id, Status.QUEUED, first.classification)
     assert await peek.fetchval("SELECT count(*) FROM requests") == 1
     files = await peek.fetch("SELECT id FROM files")
@@ -38,25 +38,27 @@ async def test_the_same_key_and_request_gives_the_first_one_and_records_nothing_
 
 
 async def test_the_same_key_with_another_request_is_a_conflict(store: Store) -> None:
-    await store.submit(keyed("k"))
+    await store.jobs.submit(keyed("k"))
     with pytest.raises(IdempotencyConflict):
-        await store.submit(keyed("k", OTHER))
+        await store.jobs.submit(keyed("k", OTHER))
 
 
 async def test_a_key_belongs_to_its_tenant(store: Store) -> None:
-    await store.submit(keyed("k"))
-    assert await store.submit(keyed("k", OTHER, tenant_id="acme")) is None
+    await store.jobs.submit(keyed("k"))
+    assert await store.jobs.submit(keyed("k", OTHER, tenant_id="acme")) is None
 
 
 async def test_a_conflict_harms_no_other_job_of_its_batch(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     first = keyed("k")
-    await store.submit(first)
+    await store.jobs.submit(first)
     plain = [new_job(attachments=(upload(),)) for _ in range(3)]
     fresh, again, wrong = keyed("new"), keyed("k"), keyed("k", OTHER, attachments=(upload(),))
     batch = [plain[0], again, plain[1], wrong, fresh, plain[2]]
-    outcomes = await asyncio.gather(*(store.submit(job) for job in batch), return_exceptions=True)
+    outcomes = await asyncio.gather(
+        *(store.jobs.submit(job) for job in batch), return_exceptions=True
+    )
     assert [type(outcome) for outcome in outcomes] == [
         *(type(None), Earlier, type(None), IdempotencyConflict, type(None), type(None)),
     ]
@@ -67,8 +69,8 @@ async def test_a_conflict_harms_no_other_job_of_its_batch(
 
 async def test_a_repeat_of_a_submit_whose_reply_was_lost_is_no_replay(store: Store) -> None:
     job = keyed("k", attachments=(upload(),))
-    assert await store.submit(job) is None
-    assert await store.submit(job) is None
+    assert await store.jobs.submit(job) is None
+    assert await store.jobs.submit(job) is None
 
 
 async def test_a_hundred_at_once_over_two_processes_are_one_job(
@@ -81,7 +83,7 @@ async def test_a_hundred_at_once_over_two_processes_are_one_job(
         [keyed(key) for key in order for _ in range(50)] for order in (keys, list(reversed(keys)))
     ]
     outcomes = await asyncio.gather(
-        *(store.submit(job) for store, own in zip(stores, jobs, strict=True) for job in own)
+        *(store.jobs.submit(job) for store, own in zip(stores, jobs, strict=True) for job in own)
     )
     ids: dict[str, set[object]] = {key: set() for key in keys}
     for job, outcome in zip([*jobs[0], *jobs[1]], outcomes, strict=True):
@@ -93,16 +95,16 @@ async def test_a_hundred_at_once_over_two_processes_are_one_job(
 
 
 async def test_a_key_lives_as_long_as_its_request(store: Store, peek: asyncpg.Connection) -> None:
-    await store.submit(keyed("k"))
-    (job,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
-    await store.fail_unadmitted(job, Status.FAILED, Failure("internal", "x"))
-    again = await store.submit(keyed("k"))
+    await store.jobs.submit(keyed("k"))
+    (job,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    await store.queue.fail_unadmitted(job, Status.FAILED, Failure("internal", "x"))
+    again = await store.jobs.submit(keyed("k"))
     assert again is not None
     assert again.status is Status.FAILED
     await peek.execute("UPDATE requests SET finished_at = $1", now() - timedelta(days=40))
-    await store.prune(30)
+    await store.retention.prune(30)
     fresh = replace(keyed("k", OTHER), request_id=new_id())
-    assert await store.submit(fresh) is None
+    assert await store.jobs.submit(fresh) is None
 
 
 async def test_a_submit_without_a_key_costs_no_look_at_keys(
@@ -114,4 +116,4 @@ async def test_a_submit_without_a_key_costs_no_look_at_keys(
         raise AssertionError("looked for keys")
 
     monkeypatch.setattr(submits, "_find", never)
-    assert await store.submit(new_job()) is None
+    assert await store.jobs.submit(new_job()) is None

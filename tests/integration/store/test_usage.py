@@ -82,7 +82,7 @@ async def test_what_a_version_without_details_has_spilled_is_written(
     old["row"] |= {"id": str(new_id())}
     del old["row"]["usage_details"]
     for given in (entry, old):
-        await store._recorder.enqueue(given)
+        await store.recorder.enqueue(given)
     await wait_until(lambda: peek.fetchval("SELECT count(*) = 2 FROM audit"), 20)
     rows = await peek.fetch("SELECT usage_details, model_version FROM audit ORDER BY 1 NULLS LAST")
     assert [(details_of(row[0]), row[1]) for row in rows] == [(DETAILS, "m-9"), (None, "m-9")]
@@ -142,11 +142,11 @@ async def test_totals_are_exact_though_connections_are_cut_in_the_middle(
 
 
 async def test_jobs_count_when_they_end_and_once(store: Store, peek: asyncpg.Connection) -> None:
-    await store.submit(new_job())
-    (job,) = await store.claim(pool="gemini", kind=new_job().classification.kind, limit=1)
-    await store.running(job, model="m", fence=(1, 1), queue_ms=0)
+    await store.jobs.submit(new_job())
+    (job,) = await store.queue.claim(pool="gemini", kind=new_job().classification.kind, limit=1)
+    await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
     for _ in range(2):  # a repeat, as after a reply that was lost
-        await store.finish(job, Status.SUCCEEDED, result(charge=CHARGES[0]))
+        await store.queue.finish(job, Status.SUCCEEDED, result(charge=CHARGES[0]))
     assert await totals_are_the_sums(peek) == 1
     (total,) = await store.usage.totals(("model",), now().date(), now().date())
     assert (total.model, total.cost_micros) == ("gemini-test", 100)

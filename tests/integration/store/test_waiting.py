@@ -20,14 +20,14 @@ from tidegate.store.store import Store
 
 
 async def claim_one(store: Store) -> ClaimedJob:
-    (job,) = await store.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+    (job,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
     return job
 
 
 async def listening(store: Store) -> None:
     """Wait until `store` hears notifications."""
     store._bell.hear()
-    await wait_until(lambda: store._bell._line is not None and store.work_mark() > 0)
+    await wait_until(lambda: store._bell._line is not None and store.watch.work_mark() > 0)
 
 
 async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
@@ -36,27 +36,27 @@ async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
     api, worker = [await make_store(database_url, claim_lease_ms=5_000) for _ in range(2)]
     await listening(api)
     job = new_job()
-    await api.submit(job)
+    await api.jobs.submit(job)
     claimed = await claim_one(worker)
-    before = await api.get(job.request_id, "default")
+    before = await api.requests.get(job.request_id, "default")
     delays = []
     version = before.version
     for change in ("running", "finish"):
         waiting = asyncio.create_task(
-            api.wait_change(job.request_id, "default", version, timeout_ms=10_000)
+            api.requests.wait_change(job.request_id, "default", version, timeout_ms=10_000)
         )
-        await wait_until(lambda: len(api._watch) == 1 and api._watch._seen)
+        await wait_until(lambda: len(api.watch) == 1 and api.watch._seen)
         if change == "running":
-            await worker.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+            await worker.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         else:
-            await worker.finish(claimed, Status.SUCCEEDED, result())
+            await worker.queue.finish(claimed, Status.SUCCEEDED, result())
         began = time.monotonic()
         version = (await waiting).version
         delays.append(time.monotonic() - began)
-    assert (await api.get(job.request_id, "default")).status is Status.SUCCEEDED
+    assert (await api.requests.get(job.request_id, "default")).status is Status.SUCCEEDED
     # Polling alone would take up to half a second; one of two may catch a tick of it.
     assert min(delays) < 0.15
-    assert len(api._watch) == 0
+    assert len(api.watch) == 0
 
 
 async def test_a_long_poll_ends_by_polling_when_notifications_are_lost(
@@ -66,12 +66,14 @@ async def test_a_long_poll_ends_by_polling_when_notifications_are_lost(
     monkeypatch.setattr(Bell, "hear", lambda _self: None)
     api = await make_store(database_url)
     job = new_job()
-    await api.submit(job)
-    version = (await api.get(job.request_id, "default")).version
-    waiting = asyncio.create_task(api.wait_change(job.request_id, "default", version, 10_000))
-    await wait_until(lambda: api._watch._seen)
+    await api.jobs.submit(job)
+    version = (await api.requests.get(job.request_id, "default")).version
+    waiting = asyncio.create_task(
+        api.requests.wait_change(job.request_id, "default", version, 10_000)
+    )
+    await wait_until(lambda: api.watch._seen)
     claimed = await claim_one(api)
-    await api.running(claimed, model="m", fence=(1, 1), queue_ms=0)
+    await api.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
     began = time.monotonic()
     assert (await waiting).status is Status.RUNNING
     assert time.monotonic() - began < 2 * watch.POLL_MS / 1000
@@ -79,37 +81,37 @@ async def test_a_long_poll_ends_by_polling_when_notifications_are_lost(
 
 async def test_a_long_poll_answers_at_once_when_the_caller_is_behind(store: Store) -> None:
     job = new_job()
-    await store.submit(job)
+    await store.jobs.submit(job)
     began = time.monotonic()
-    await store.wait_change(job.request_id, "default", version=0, timeout_ms=10_000)
+    await store.requests.wait_change(job.request_id, "default", version=0, timeout_ms=10_000)
     with pytest.raises(NotFound):
-        await store.wait_change(new_id(), "default", version=0, timeout_ms=10_000)
+        await store.requests.wait_change(new_id(), "default", version=0, timeout_ms=10_000)
     assert time.monotonic() - began < 1.0
 
 
 async def test_a_long_poll_without_a_change_returns_what_there_is(store: Store) -> None:
     job = new_job()
-    await store.submit(job)
-    version = (await store.get(job.request_id, "default")).version
-    record = await store.wait_change(job.request_id, "default", version, timeout_ms=50)
+    await store.jobs.submit(job)
+    version = (await store.requests.get(job.request_id, "default")).version
+    record = await store.requests.wait_change(job.request_id, "default", version, timeout_ms=50)
     assert (record.status, record.version) == (Status.QUEUED, version)
 
 
 async def test_a_cancelled_long_poll_leaves_nothing_behind(store: Store) -> None:
     job = new_job()
-    await store.submit(job)
-    version = (await store.get(job.request_id, "default")).version
+    await store.jobs.submit(job)
+    version = (await store.requests.get(job.request_id, "default")).version
     waiting = [
-        asyncio.create_task(store.wait_change(job.request_id, "default", version, 10_000))
+        asyncio.create_task(store.requests.wait_change(job.request_id, "default", version, 10_000))
         for _ in range(20)
     ]
-    await wait_until(lambda: len(store._watch) == 20)
+    await wait_until(lambda: len(store.watch) == 20)
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert len(store._watch) == 0
-    assert store._watch._seen == {}
-    await wait_until(lambda: store._watch._poller is None)
+    assert len(store.watch) == 0
+    assert store.watch._seen == {}
+    await wait_until(lambda: store.watch._poller is None)
 
 
 async def test_too_many_watchers_answer_at_once(
@@ -117,10 +119,10 @@ async def test_too_many_watchers_answer_at_once(
 ) -> None:
     monkeypatch.setattr(watch, "MAX_WATCHERS", 0)
     job = new_job()
-    await store.submit(job)
-    version = (await store.get(job.request_id, "default")).version
+    await store.jobs.submit(job)
+    version = (await store.requests.get(job.request_id, "default")).version
     began = time.monotonic()
-    await store.wait_change(job.request_id, "default", version, 10_000)
+    await store.requests.wait_change(job.request_id, "default", version, 10_000)
     assert time.monotonic() - began < 1.0
 
 
@@ -131,9 +133,9 @@ async def test_a_worker_is_woken_by_a_submit_elsewhere(
     await listening(worker)
     delays = []
     for _ in range(3):
-        waiting = asyncio.create_task(worker.wait_work(10_000))
+        waiting = asyncio.create_task(worker.watch.wait_work(10_000))
         await asyncio.sleep(0)
-        await api.submit(new_job())
+        await api.jobs.submit(new_job())
         began = time.monotonic()
         await waiting
         delays.append(time.monotonic() - began)
@@ -145,13 +147,13 @@ async def test_work_wakes_only_those_who_wait_for_its_lane(
 ) -> None:
     store = await make_store(database_url)
     await listening(store)
-    before = {lane: store.work_mark(lane) for lane in LANES}
-    await store.submit(new_job())
-    await wait_until(lambda: store.work_mark(Kind.TEXT_ONLY) != before[Kind.TEXT_ONLY])
-    woken = {lane for lane in LANES if store.work_mark(lane) != before[lane]}
+    before = {lane: store.watch.work_mark(lane) for lane in LANES}
+    await store.jobs.submit(new_job())
+    await wait_until(lambda: store.watch.work_mark(Kind.TEXT_ONLY) != before[Kind.TEXT_ONLY])
+    woken = {lane for lane in LANES if store.watch.work_mark(lane) != before[lane]}
     assert woken == {Kind.TEXT_ONLY}
     store._bell.work([DEFAULT_POOL])  # as processes of an older release ring
-    await wait_until(lambda: all(store.work_mark(lane) != before[lane] for lane in LANES))
+    await wait_until(lambda: all(store.watch.work_mark(lane) != before[lane] for lane in LANES))
 
 
 async def test_work_that_came_between_claim_and_wait_is_not_missed(
@@ -159,16 +161,16 @@ async def test_work_that_came_between_claim_and_wait_is_not_missed(
 ) -> None:
     worker = await make_store(database_url)
     await listening(worker)
-    mark = worker.work_mark()
-    assert await worker.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1) == []
-    await worker.submit(new_job())
-    await wait_until(lambda: worker.work_mark() != mark)
+    mark = worker.watch.work_mark()
+    assert await worker.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1) == []
+    await worker.jobs.submit(new_job())
+    await wait_until(lambda: worker.watch.work_mark() != mark)
     began = time.monotonic()
-    await worker.wait_work(10_000, since=mark)
+    await worker.watch.wait_work(10_000, since=mark)
     assert time.monotonic() - began < 0.5
 
 
 async def test_waiting_for_work_never_outlasts_a_second(store: Store) -> None:
     began = time.monotonic()
-    await store.wait_work(60_000)
+    await store.watch.wait_work(60_000)
     assert time.monotonic() - began < 2.0

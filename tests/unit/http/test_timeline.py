@@ -13,7 +13,7 @@ from tidegate.call import Classification, ClassifiedBy, Kind, Usage
 from tidegate.http.admin.requests import Step, timeline
 from tidegate.http.problems import advice
 from tidegate.store.records import Failure, RequestRecord
-from tidegate.store.requests import AttemptRecord, DeliveryRecord, Dossier
+from tidegate.store.requests import AttemptRecord, DeliveryRecord, RequestDetail
 from tidegate.store.states import Status
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -51,7 +51,7 @@ def dossier(
     webhooks: tuple[DeliveryRecord, ...] = (),
     request: dict[str, Any] | None = None,
     **more: Any,
-) -> Dossier:
+) -> RequestDetail:
     values: dict[str, Any] = {
         "request_id": ID,
         "tenant_id": "acme",
@@ -77,7 +77,7 @@ def dossier(
         "version": 1,
     }
     record = RequestRecord(**{**values, **more})
-    return Dossier(record, "gemini", "worker-1", attempts, webhooks, (), request or {}, {})
+    return RequestDetail(record, "gemini", "worker-1", attempts, webhooks, (), request or {}, {})
 
 
 def told(steps: tuple[Step, ...]) -> list[tuple[str, float, float | None]]:

@@ -53,9 +53,9 @@ from tidegate.store.requests import (
     BodyRecord,
     DeadJob,
     DeliveryRecord,
-    Dossier,
     Found,
     GivenUpWebhook,
+    RequestDetail,
     Requeue,
     RequeueReport,
     Role,
@@ -91,7 +91,7 @@ class Step:
     webhook_id: UUID | None = None
 
 
-def timeline(dossier: Dossier, now: datetime) -> tuple[Step, ...]:
+def timeline(dossier: RequestDetail, now: datetime) -> tuple[Step, ...]:
     """All steps so far."""
     record = dossier.record
     steps = [_submitted(dossier)]
@@ -107,7 +107,7 @@ def timeline(dossier: Dossier, now: datetime) -> tuple[Step, ...]:
     return tuple(sorted(steps, key=lambda step: step.at))
 
 
-def _submitted(dossier: Dossier) -> Step:
+def _submitted(dossier: RequestDetail) -> Step:
     record = dossier.record
     came = {
         "job": "handed in as a job",
@@ -127,7 +127,7 @@ _DECIDERS = {
 }
 
 
-def _classified(dossier: Dossier) -> Step:
+def _classified(dossier: RequestDetail) -> Step:
     """When is not on record, but it was before the first admission."""
     found = dossier.record.classification
     reason = f": {found.reason}" if found.reason else ""
@@ -138,7 +138,7 @@ def _classified(dossier: Dossier) -> Step:
     )
 
 
-def _tries(dossier: Dossier, now: datetime) -> list[Step]:
+def _tries(dossier: RequestDetail, now: datetime) -> list[Step]:
     """Waiting, calling and being parked, attempt by attempt, and what it does now."""
     steps: list[Step] = []
     record = dossier.record
@@ -159,7 +159,7 @@ def _tries(dossier: Dossier, now: datetime) -> list[Step]:
     return steps
 
 
-def _of_row(dossier: Dossier) -> list[Step]:
+def _of_row(dossier: RequestDetail) -> list[Step]:
     """The same where no attempt is on record: of what was never admitted, and of native calls,
     whose tries are only counted."""
     record = dossier.record
@@ -235,7 +235,7 @@ def _now_queued(
     return [Step("waiting", "waits for admission", free_at or now, goes_on=True)]
 
 
-def _ended(dossier: Dossier, at: datetime) -> Step:
+def _ended(dossier: RequestDetail, at: datetime) -> Step:
     record = dossier.record
     code = None if record.failure is None else record.failure.code
     words = record.status.value
@@ -444,7 +444,7 @@ def admin_item(found: Found) -> AdminItem:
 
 
 def request_view(
-    dossier: Dossier, waiting: Reason | None, now: datetime, prefix: str
+    dossier: RequestDetail, waiting: Reason | None, now: datetime, prefix: str
 ) -> RequestView:
     """`prefix` is the path before `/admin` as the client called it: empty or `/llm`."""
     failure = dossier.record.failure
@@ -470,7 +470,7 @@ def request_view(
     )
 
 
-def actions_of(dossier: Dossier) -> list[Action]:
+def actions_of(dossier: RequestDetail) -> list[Action]:
     """What an operator may do with it now: of jobs alone, since what else there is has a caller
     who waits for it, or a batch."""
     status = dossier.record.status
@@ -481,7 +481,7 @@ def actions_of(dossier: Dossier) -> list[Action]:
     return ["requeue", "discard", "retry"] if status is Status.DEAD else ["retry"]
 
 
-def _status(dossier: Dossier, prefix: str) -> AdminStatus:
+def _status(dossier: RequestDetail, prefix: str) -> AdminStatus:
     record = dossier.record
     files = f"{prefix}/admin/requests/{record.request_id}"
     prompt: str | None = dossier.request.get("prompt")
@@ -508,7 +508,7 @@ def _status(dossier: Dossier, prefix: str) -> AdminStatus:
     )
 
 
-def _chars(dossier: Dossier, prompt: str) -> int:
+def _chars(dossier: RequestDetail, prompt: str) -> int:
     """Of the whole prompt. Of a large body of a call it is the head; the body is the file."""
     inputs = [file for file in dossier.record.files if file.role == "input"]
     wraps = dossier.record.endpoint is not None
@@ -627,8 +627,8 @@ async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) ->
     """Jobs, streams and native calls that have ended, and lines of batches that a worker has now or
     that have ended. Go on with `cursor` until there is no `next_cursor`: each page looks at 20,000
     requests at most, so it may hold fewer than `limit`, even none, while there are more."""
-    search = services_of(request).store.search
-    page = await search.page(query.wanted(), query.limit, query.cursor or END)
+    requests = services_of(request).store.requests
+    page = await requests.search(query.wanted(), query.limit, query.cursor or END)
     return AdminPage(
         items=[admin_item(item) for item in page.items],
         next_cursor=None if page.before is None else str(page.before),
@@ -645,7 +645,7 @@ async def one(request: Request, request_id: UUID) -> RequestView:
     """Its life as a timeline, with each attempt and webhook. `waiting` says why it has not ended;
     it is not there while Valkey is away."""
     services = services_of(request)
-    dossier = await services.store.dossiers.of(request_id)
+    dossier = await services.store.requests.detail(request_id)
     waiting = await _waiting(services, dossier)
     return request_view(dossier, waiting, datetime.now(UTC), prefix_of(request))
 
@@ -683,7 +683,7 @@ async def file(request: Request, request_id: UUID, file_id: UUID) -> Response:
     """Pictures may be shown in a page; everything else is offered for download."""
     services = services_of(request)
     return await file_response(
-        await services.store.dossiers.file(request_id, file_id), services.blobs
+        await services.store.requests.file_of_any(request_id, file_id), services.blobs
     )
 
 
@@ -699,7 +699,7 @@ async def file(request: Request, request_id: UUID, file_id: UUID) -> Response:
 async def cancel(request: Request, request_id: UUID) -> Response:
     """As its owner may, by `DELETE /requests/{request_id}`."""
     signed = await read_json(request, Signed)
-    dossier = await services_of(request).store.dossiers.of(request_id)
+    dossier = await services_of(request).store.requests.detail(request_id)
     answer = await ended_by(request, request_id, dossier.record.tenant_id)
     _log(Log.REQUEST_CANCELLED, request_id, signed)
     return answer
@@ -717,13 +717,13 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
     it, but do not refuse it. The first job stays as it is."""
     signed = await read_json(request, Signed)
     services = services_of(request)
-    job = await copy_of(await services.store.dossiers.of(request_id), services.blobs)
-    await services.store.submit(job)
+    job = await copy_of(await services.store.requests.detail(request_id), services.blobs)
+    await services.store.jobs.submit(job)
     _log(Log.REQUEST_RETRIED, request_id, signed, anew=str(job.request_id))
     return accepted(job, prefix_of(request))
 
 
-async def _waiting(services: Services, dossier: Dossier) -> Reason | None:
+async def _waiting(services: Services, dossier: RequestDetail) -> Reason | None:
     """Of a job, what `tidegate why` says of it."""
     record = dossier.record
     if record.status.is_end or record.source != "job" or dossier.pool not in services.limiters:
@@ -736,7 +736,7 @@ async def _waiting(services: Services, dossier: Dossier) -> Reason | None:
 
 
 async def _body(request: Request, request_id: UUID, role: Role) -> Response:
-    body = await services_of(request).store.recorded.body_of_any(request_id, role)
+    body = await services_of(request).store.requests.body_of_any(request_id, role)
     return await body_response(body, request_id, role)
 
 
@@ -859,10 +859,10 @@ async def requeue_failed(request: Request) -> RequeueReport:
     they had. Their webhooks are sent again when they end. While `has_more` is true, repeat it; a
     repeat changes nothing for jobs that are queued already."""
     asked = await read_json(request, NewRequeue)
-    requeues = services_of(request).store.stuck.requeues
+    stuck = services_of(request).store.stuck
     if asked.dry_run:
-        return await requeues.preview(asked.order())
-    report = await requeues.run(asked.order())
+        return await stuck.preview(asked.order())
+    report = await stuck.requeue_all(asked.order())
     log.warning(
         Log.JOBS_REQUEUED,
         jobs=report.requeued,

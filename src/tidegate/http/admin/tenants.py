@@ -303,4 +303,4 @@ async def erase_subject(
             allowed = f"1 to {MAX_SUBJECT_CHARS} printable characters"
             raise InvalidRequest(field, f"{field} must be {allowed}", allowed=allowed)
     store = services_of(request).store
-    return await store.erase(Whose(tenant, subject), dry_run=dry_run, within_s=_WITHIN_S)
+    return await store.retention.erase(Whose(tenant, subject), dry_run=dry_run, within_s=_WITHIN_S)
