@@ -11,8 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tidegate.embedded import servers as process
-from tidegate.embedded.servers import ValkeyServer, _binary
+from tidegate.embedded.servers import ValkeyServer, _binary, port_to_keep
 
 CLOCK_SOURCE = Path(__file__).with_name("clock.c")
 APPEND_ONLY = ("--appendonly", "yes", "--appendfsync", "always")
@@ -30,7 +29,7 @@ class Server(ValkeyServer):
         addresses: Sequence[str] = (),
         clock: Clock | None = None,
     ) -> None:
-        super().__init__(folder, port=process.port_to_keep())
+        super().__init__(folder, port=port_to_keep())
         self.options = list(options)
         self._addresses = addresses
         self._clock = clock
@@ -46,7 +45,7 @@ class Server(ValkeyServer):
         ]
         if self._clock is not None:
             command = ["env", *self._clock.environment, *command]
-        self._process = process.spawn(command, self._log_path, None, self.folder)
+        self.process.spawn(command)
 
     def url_at(self, address: str) -> str:
         return f"redis://{address}:{self.port}/0"

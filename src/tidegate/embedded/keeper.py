@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -23,89 +22,28 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 
-from tidegate.embedded import servers as place
-from tidegate.embedded import servers as process
 from tidegate.embedded.lease import (
     SERVICES,
     Folder,
+    KeeperState,
     ServiceName,
     ServiceState,
-    State,
     lock_until,
     opened,
     try_lock,
 )
-from tidegate.embedded.servers import Identity, PostgresServer, Running, ServerFailed, ValkeyServer
-
-_COMMAND = (sys.executable, "-m", "tidegate.emulator")
-
-
-class EmulatorServer:
-    """One emulator process on loopback. It keeps nothing: a start is always a fresh one."""
-
-    def __init__(self, folder: Path, port: int | None = None) -> None:
-        self.folder = folder
-        self.port = port or process.free_port()
-        self._process: Running | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def running(self) -> Running | None:
-        """The process, alive or dead; None before the first start and after a stop."""
-        return self._process
-
-    def start(self, timeout_s: float = 20.0) -> None:
-        """Start and wait until it accepts connections. Raises ServerFailed."""
-        self.launch()
-        self.await_ready(timeout_s)
-
-    def launch(self) -> None:
-        """Start the process without waiting for it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._port_file.unlink(missing_ok=True)
-        command = [
-            *(*_COMMAND, "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--port-file", str(self._port_file)),
-        ]
-        self._process = process.spawn(command, self._log_path, None, self.folder)
-
-    def await_ready(self, timeout_s: float = 20.0) -> None:
-        """Wait until the launched or adopted process answers. Raises ServerFailed."""
-        if self._process is None:
-            raise ServerFailed("the emulator is not running")
-        process.wait_ready(self._process, "the emulator", self._accepts, self._log_path, timeout_s)
-
-    def adopt(self, identity: Identity) -> None:
-        """Take over an emulator on this port whose starter is gone."""
-        self._process = Running(identity)
-
-    def stop(self) -> None:
-        """Orderly end; what it is answering is cut off after 2 s."""
-        if self._process is not None:
-            self._process.send(signal.SIGCONT)
-            self._process.stop(signal.SIGTERM, timeout_s=2.0)
-            self._process = None
-
-    @property
-    def _log_path(self) -> Path:
-        return self.folder / "emulator.log"
-
-    @property
-    def _port_file(self) -> Path:
-        return self.folder / "port"
-
-    def _accepts(self) -> bool:
-        if not self._port_file.exists():
-            return False
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return True
-        except OSError:
-            return False
-
+from tidegate.embedded.servers import (
+    EmulatorServer,
+    PostgresServer,
+    RunningProcess,
+    ServerFailed,
+    ValkeyServer,
+    for_socket,
+    identify,
+    is_free,
+    port_to_keep,
+    remove_socket,
+)
 
 _TICK_S = 0.05
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -120,7 +58,7 @@ class Keeper:
     def __init__(self, folder: Folder, idle_s: float) -> None:
         self._folder = folder
         self._idle_s = idle_s
-        self._state = State()
+        self._state = KeeperState()
         self._superuser = self._application = self._valkey = ""
         self._writing = threading.Lock()
         self._stopping = threading.Event()
@@ -140,7 +78,7 @@ class Keeper:
             self._application = self._folder.password("password.application")
             self._valkey = self._folder.password("password.valkey")
             with self._changing() as state:
-                state.keeper = process.identify(os.getpid())
+                state.keeper = identify(os.getpid())
             if began is not None:
                 with opened(began), contextlib.suppress(BrokenPipeError):  # it may be gone already
                     os.write(began, b"1")
@@ -198,7 +136,7 @@ class Keeper:
         while not self._stopping.is_set():
             try:
                 server = server or self._new(name)
-                if server.running is None or not server.running.alive:
+                if server.process.running is None or not server.process.running.alive:
                     ready = False
                     server.launch()
                     self._note(name, server, ready=False)
@@ -220,7 +158,7 @@ class Keeper:
         with self._changing() as state:
             state.services.pop(name, None)
             if (used := state.sockets.pop(name, None)) is not None:
-                place.remove_socket(self._folder.path / name, Path(used))
+                remove_socket(self._folder.path / name, Path(used))
 
     def _adopted(self, name: ServiceName) -> Server | None:
         """The server that a killed keeper has left running, if there is one."""
@@ -230,9 +168,9 @@ class Keeper:
         server = self._new(name, adopts=True)
         url = server.url() if isinstance(server, PostgresServer) else server.url
         if url != before.url:  # one of an earlier version, which clients reached otherwise
-            Running(before.identity).stop(signal.SIGINT)
+            RunningProcess(before.identity).stop(signal.SIGINT)
             return None
-        server.adopt(before.identity)
+        server.process.adopt(before.identity)
         return server
 
     def _new(self, name: ServiceName, *, adopts: bool = False) -> Server:
@@ -240,13 +178,13 @@ class Keeper:
         path = self._folder.path / name
         if name == "valkey":
             known = self._state.sockets.get(name)
-            socket_path = place.for_socket(path, Path(known) if known else None)
+            socket_path = for_socket(path, Path(known) if known else None)
             return ValkeyServer(
                 path, password=self._valkey, socket_path=socket_path, keeps_spent=True
             )
         port = self._state.ports.get(name)
-        if port is None or not (adopts or process.is_free(port)):
-            port = process.port_to_keep()
+        if port is None or not (adopts or is_free(port)):
+            port = port_to_keep()
         if name == "postgres":
             return PostgresServer(
                 path, port, password=self._superuser, application_password=self._application
@@ -254,7 +192,7 @@ class Keeper:
         return EmulatorServer(path, port)
 
     def _note(self, name: ServiceName, server: Server, *, ready: bool) -> None:
-        running = server.running
+        running = server.process.running
         if running is None:
             return
         url = server.url() if isinstance(server, PostgresServer) else server.url
@@ -272,7 +210,7 @@ class Keeper:
             state.services.pop(name, None)
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[State]:
+    def _changing(self) -> Iterator[KeeperState]:
         """Change what is said, by one thread at a time, and say it."""
         with self._writing:
             yield self._state
@@ -285,8 +223,8 @@ class Keeper:
 def _can_be_there(server: Server) -> bool:
     if isinstance(server, ValkeyServer):
         return True  # its socket is in a folder that nobody else may use
-    running = server.running
-    return (running is not None and running.alive) or process.is_free(server.port)
+    running = server.process.running
+    return (running is not None and running.alive) or is_free(server.port)
 
 
 def main() -> None:

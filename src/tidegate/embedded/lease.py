@@ -31,13 +31,12 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from tidegate.embedded import servers as place
-from tidegate.embedded.servers import Identity, ServerFailed
+from tidegate.embedded.servers import ProcessIdentity, ServerFailed, write_private
 
 ServiceName = Literal["valkey", "postgres", "emulator"]
 PasswordName = Literal["password", "password.application", "password.valkey"]
@@ -49,16 +48,16 @@ _FOLDER_POLL_S = 0.01
 class ServiceState:
     """One server as the keeper last saw it."""
 
-    identity: Identity
+    identity: ProcessIdentity
     url: str
     ready: bool
 
 
 @dataclass(slots=True)
-class State:
+class KeeperState:
     """What the keeper tells its users. `failures` counts failed starts, with the last reason."""
 
-    keeper: Identity | None = None
+    keeper: ProcessIdentity | None = None
     services: dict[str, ServiceState] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
     sockets: dict[str, str] = field(default_factory=dict)
@@ -116,49 +115,31 @@ class Folder:
         """A password, made on first use. Only for a keeper, before its threads."""
         path = self.path / name
         if not path.exists():
-            place.write_private(path, secrets.token_hex(16))
+            write_private(path, secrets.token_hex(16))
         return path.read_text(encoding="ascii").strip()
 
-    def read(self) -> State:
+    def read(self) -> KeeperState:
         """What the keeper last said; an empty state where it said nothing."""
         try:
             raw = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            return State()
-        return State(
-            keeper=_identity(raw["keeper"]) if raw.get("keeper") else None,
+            return KeeperState()
+        return KeeperState(
+            keeper=ProcessIdentity(**raw["keeper"]) if raw["keeper"] else None,
             services={
-                name: ServiceState(_identity(found), found["url"], found["ready"])
-                for name, found in raw.get("services", {}).items()
+                name: ServiceState(ProcessIdentity(**found.pop("identity")), **found)
+                for name, found in raw["services"].items()
             },
-            ports=raw.get("ports", {}),
-            sockets=raw.get("sockets", {}),
-            failures={name: (n, why) for name, (n, why) in raw.get("failures", {}).items()},
+            ports=raw["ports"],
+            sockets=raw["sockets"],
+            failures={name: (count, why) for name, (count, why) in raw["failures"].items()},
         )
 
-    def write(self, state: State) -> None:
+    def write(self, state: KeeperState) -> None:
         """Replace what is said. Raises FileNotFoundError where the folder is gone."""
-        raw = {
-            "keeper": _plain(state.keeper) if state.keeper else None,
-            "services": {
-                name: _plain(found.identity) | {"url": found.url, "ready": found.ready}
-                for name, found in state.services.items()
-            },
-            "ports": state.ports,
-            "sockets": state.sockets,
-            "failures": state.failures,
-        }
         fresh = self.path / "state.json.new"
-        place.write_private(fresh, json.dumps(raw, indent=1))
+        write_private(fresh, json.dumps(asdict(state), indent=1))
         fresh.rename(self.path / "state.json")
-
-
-def _identity(raw: dict[str, Any]) -> Identity:
-    return Identity(int(raw["pid"]), str(raw["started"]))
-
-
-def _plain(identity: Identity) -> dict[str, Any]:
-    return {"pid": identity.pid, "started": identity.started}
 
 
 def try_lock(descriptor: int, how: int) -> bool:
@@ -333,7 +314,7 @@ def _await_ready(
         time.sleep(_POLL_S)
 
 
-def _url_when_ready(state: State, name: ServiceName) -> str | None:
+def _url_when_ready(state: KeeperState, name: ServiceName) -> str | None:
     found = state.services.get(name)
     return found.url if found and found.ready and found.identity.alive else None
 

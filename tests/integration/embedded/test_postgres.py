@@ -22,8 +22,8 @@ async def test_a_second_start_on_a_cluster_stops_the_server_that_runs_there(
     first.start()
     second = PostgresServer(tmp_path / "postgres")
     second.start()
-    assert first.running is not None
-    assert not first.running.alive
+    assert first.process.running is not None
+    assert not first.process.running.alive
     assert traces.pids("postgres -D") == [second.pid]
     second.stop()
 

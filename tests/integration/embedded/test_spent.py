@@ -86,7 +86,7 @@ async def test_survivors_do_not_count_twice_what_the_file_holds(
             await wait_until(lambda: not limiter._ledger.spent_since, what="all is compared")
             with redis.Redis.from_url(lease.redis_url) as server:
                 server.save()
-            process.Running(Folder(data_dir).read().services["valkey"].identity).stop(
+            process.RunningProcess(Folder(data_dir).read().services["valkey"].identity).stop(
                 signal.SIGKILL
             )
             lease_of = limiter._session.lease

