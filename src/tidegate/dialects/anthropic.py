@@ -1,11 +1,156 @@
-"""Refusals in Anthropic's words."""
+"""Anthropic's dialect: messages. Pure."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Set, Sized
+from typing import Any
 
-from tidegate.dialects.rate_limits import used_up
-from tidegate.dialects.refusal import Refusal, Said, until_date_ms
+import orjson
+
+from tidegate.admission.estimator import Rules, rules_of
+from tidegate.call import Usage, UsageDetails
+from tidegate.dialects.answers import (
+    TAIL_BYTES,
+    AnswerForm,
+    as_text,
+    count_of,
+    object_facts,
+    part_of,
+    positive_of,
+    scanned_facts,
+    whole_object,
+)
+from tidegate.dialects.headers import until_date_ms, used_up
+from tidegate.dialects.requests import request_facts as facts_of_request
+from tidegate.dialects.spec import (
+    NOTHING_SHORTENED,
+    AnswerFacts,
+    Dialect,
+    DialectSpec,
+    Endpoint,
+    ErrorAnswer,
+    JsonObject,
+    ModelList,
+    Operation,
+    OutputEvents,
+    RefusalFacts,
+    RequestFacts,
+    is_models_path,
+    models_endpoint,
+)
+from tidegate.errors import TidegateError
+
+_CALLS = {
+    path: Endpoint(Dialect.ANTHROPIC, operation, path)
+    for path, operation in (
+        ("/v1/messages", Operation.INFER),
+        ("/v1/messages/count_tokens", Operation.COUNT),
+    )
+}
+
+
+def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
+    return b"anthropic-version" in headers or path.startswith("/v1/messages")
+
+
+def endpoint_of(method: str, path: str) -> Endpoint | None:
+    """The list of models, or one of them."""
+    if method == "GET" and is_models_path(path):
+        return models_endpoint(Dialect.ANTHROPIC, path)
+    return None
+
+
+def request_facts(
+    endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
+) -> RequestFacts:
+    """Facts of a request. Raises InvalidRequest."""
+    return facts_of_request(endpoint, body, whole, rules_of=_rules_of)
+
+
+def _rules_of(model: str) -> Rules:
+    return rules_of("anthropic", model)
+
+
+def usage_of(raw: Mapping[str, Any]) -> Usage:
+    """The usage that an answer reports; its input is in three parts."""
+    fresh, given = count_of(raw, "input_tokens"), count_of(raw, "output_tokens")
+    written = count_of(raw, "cache_creation_input_tokens") or 0
+    cached = count_of(raw, "cache_read_input_tokens")
+    taken = None if fresh is None else fresh + written + (cached or 0)
+    total = None if taken is None or given is None else taken + given
+    thoughts = count_of(part_of(raw, "output_tokens_details"), "thinking_tokens")
+    if given is not None and thoughts is not None:
+        thoughts = min(thoughts, given)
+        given -= thoughts
+    return Usage(taken, given, thoughts, cached, total, _usage_details(raw, written))
+
+
+def _usage_details(raw: Mapping[str, Any], written: int) -> UsageDetails | None:
+    searches = positive_of(part_of(raw, "server_tool_use"), "web_search_requests")
+    if not written and not searches:
+        return None
+    split = part_of(raw, "cache_creation") if written else {}
+    return UsageDetails(
+        written or None,
+        positive_of(split, "ephemeral_5m_input_tokens"),
+        positive_of(split, "ephemeral_1h_input_tokens"),
+        searches=searches,
+    )
+
+
+def _event_usage(event: JsonObject) -> JsonObject | None:
+    return part_of(event, "usage") or None
+
+
+_FIRST_EVENTS = 4
+
+
+def _begun_usage(answer: bytes) -> JsonObject | None:
+    """The usage in `message_start`, which has the input; the last event has the output."""
+    for line in answer[:TAIL_BYTES].split(b"\n", 4 * _FIRST_EVENTS):
+        if line.startswith(b"data:") and b'"message_start"' in line:
+            try:
+                return part_of(part_of(orjson.loads(line[5:]), "message"), "usage") or None
+            except orjson.JSONDecodeError:
+                return None
+    return None
+
+
+_FORM = AnswerForm(
+    usage="usage",
+    identity="id",
+    version="model",
+    finish="stop_reason",
+    choices=None,
+    usage_of=usage_of,
+    event_usage=_event_usage,
+    begun_usage=_begun_usage,
+)
+
+
+def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
+    """Facts of a message, whole or as a stream."""
+    if (whole := whole_object(answer)) is not None:
+        return object_facts(_FORM, whole)
+    return scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
+
+
+def image_count(_answer: bytes) -> int:
+    """None: no model of this dialect generates images."""
+    return 0
+
+
+def add_output(event: JsonObject, output: OutputEvents) -> None:
+    """Collect the visible output of an event."""
+    block = part_of(event, "content_block")
+    for part in (part_of(event, "delta"), block):
+        for name in ("text", "thinking", "partial_json"):
+            if type(part.get(name)) is str:
+                output.texts.append(part[name])
+    if block.get("input"):
+        output.texts.append(as_text(block["input"]))
+
 
 # From the first word on: a provider that repeats a client's text does so further on.
 _NO_MONEY = re.compile(
@@ -19,22 +164,76 @@ _BY_NAME = re.compile(
 )
 
 
-def refusal(said: Said) -> Refusal | None:
+def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     """None where it is worded in no way of this dialect's own."""
-    details = said.error.get("details")
+    details = answer.error.get("details")
     code = details.get("error_code") if isinstance(details, dict) else None
-    spent = code == "enforced_spend_limit_reached" or "billing_error" in said.words
-    if spent or _NO_MONEY.match(said.message):
-        return Refusal("unpaid", wait_ms=until_date_ms(said.message, said.now))
-    if "authentication_error" in said.words and said.status == 401:
-        return Refusal("key")
-    if said.status == 429 and _NEVER.match(said.message):
-        return Refusal("never")
-    if said.status != 429:
+    spent = code == "enforced_spend_limit_reached" or "billing_error" in answer.words
+    if spent or _NO_MONEY.match(answer.message):
+        return RefusalFacts("unpaid", wait_ms=until_date_ms(answer.message, answer.now))
+    if "authentication_error" in answer.words and answer.status == 401:
+        return RefusalFacts("key")
+    if answer.status == 429 and _NEVER.match(answer.message):
+        return RefusalFacts("never")
+    if answer.status != 429:
         return None
-    spent, named = used_up(said.headers, said.now), _BY_NAME.search(said.message)
+    spent, named = used_up(answer.headers, answer.now), _BY_NAME.search(answer.message)
     if spent is not None:
-        return Refusal("throttled", unit=spent.unit, wait_ms=spent.reset_ms)
+        return RefusalFacts("throttled", unit=spent.unit, wait_ms=spent.reset_ms)
     if named is not None:
-        return Refusal("throttled", unit=named["unit"].lower().replace(" ", "_"))
+        return RefusalFacts("throttled", unit=named["unit"].lower().replace(" ", "_"))
     return None
+
+
+_STATUSES = {
+    "overloaded_error": 529,
+    "rate_limit_error": 429,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "invalid_request_error": 400,
+    "request_too_large": 413,
+    "timeout_error": 504,
+}
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def problem(error: TidegateError, status: int, _retry_after_ms: int | None) -> JsonObject:
+    """The body of an answer with an error of ours."""
+    kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message_with_allowed}}
+
+
+def _listed_models(models: list[JsonObject]) -> JsonObject:
+    first, last = (models[0]["id"], models[-1]["id"]) if models else (None, None)
+    return {"data": models, "has_more": False, "first_id": first, "last_id": last}
+
+
+ANTHROPIC = DialectSpec(
+    name=Dialect.ANTHROPIC,
+    example="POST /v1/messages",
+    calls=_CALLS,
+    endpoint_of=endpoint_of,
+    is_spoken=_is_spoken,
+    models=ModelList("/v1/models?limit=1000", "data", "id", _listed_models),
+    key_header=(b"x-api-key", b""),
+    # Without a version Anthropic refuses a call; its SDKs all send this one.
+    headers=((b"anthropic-version", b"2023-06-01"),),
+    request_facts=request_facts,
+    answer_facts=answer_facts,
+    add_output=add_output,
+    image_count=image_count,
+    statuses=_STATUSES,
+    refusal=refusal,
+    problem=problem,
+    error_event=b"event: error\n",
+    keep_alive=b": waiting for admission\n\n",
+    no_retry=((b"x-should-retry", b"false"),),
+)

@@ -1,11 +1,293 @@
-"""Refusals in Google's words, in Gemini's own dialect and in the others that it speaks."""
+"""Google's dialect: generateContent and its siblings. Pure.
+
+Google also refuses in these words in the other dialects that it speaks.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Set, Sized
+from contextlib import suppress
 from typing import Any
 
-from tidegate.dialects.refusal import Refusal, Said
+import orjson
+
+from tidegate.admission.estimator import Rules, rules_of
+from tidegate.call import Usage, UsageDetails
+from tidegate.dialects.answers import (
+    HEAD_BYTES,
+    LONGEST_READ_BYTES,
+    MOST_TOKENS,
+    AnswerForm,
+    as_text,
+    count_of,
+    last_match,
+    object_facts,
+    object_of,
+    objects_in,
+    part_of,
+    scanned_facts,
+    short_text,
+    value_pattern,
+    whole_object,
+    with_searches,
+)
+from tidegate.dialects.requests import request_facts as facts_of_request
+from tidegate.dialects.spec import (
+    NOTHING_SHORTENED,
+    AnswerFacts,
+    Dialect,
+    DialectSpec,
+    Endpoint,
+    ErrorAnswer,
+    JsonObject,
+    ModelList,
+    Operation,
+    OutputEvents,
+    RefusalFacts,
+    RequestFacts,
+    models_endpoint,
+)
+from tidegate.errors import TidegateError
+
+# A method that is not named here is one of the future: it asks a model for something.
+_OPERATIONS = {
+    "countTokens": Operation.COUNT,
+    "computeTokens": Operation.COUNT,
+    "embedContent": Operation.EMBED,
+    "batchEmbedContents": Operation.EMBED,
+}
+# Begins work that goes on after the call, which can be neither admitted nor accounted.
+_STARTS_WORK = re.compile(r"^(?:batchGenerate|asyncBatch)|LongRunning$")
+_CALL = re.compile(
+    r"(?P<folder>/v1(?:alpha|beta)?/(?:models|tunedModels)/)(?P<model>[\w\-@][\w.\-@]{0,199}):(?P<do>\w+)",
+    re.ASCII,
+)
+_MODELS = re.compile(r"/v1(?:alpha|beta)?/models(?:/[\w\-][\w.\-]*)?", re.ASCII)
+_FILES = re.compile(r"/v1(?:alpha|beta)?/files(?:/[\w-]+(?::download)?)?", re.ASCII)
+_UPLOAD = re.compile(r"/upload/v1(?:alpha|beta)?/files", re.ASCII)
+
+
+def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
+    return not path.startswith("/v1/") or b"x-goog-api-key" in headers or b"key=" in query
+
+
+def endpoint_of(method: str, path: str) -> Endpoint | None:
+    """The endpoint of a call, an upload, a file or a model."""
+    if method == "POST" and (call := _CALL.fullmatch(path)) is not None:
+        do = call["do"]
+        if _STARTS_WORK.search(do):
+            return None
+        return Endpoint(
+            Dialect.GEMINI,
+            _OPERATIONS.get(do, Operation.INFER),
+            f"{call['folder']}{{model}}:{do}",
+            model=call["model"],
+            streams=do.startswith("stream"),
+        )
+    if method in ("POST", "PUT") and _UPLOAD.fullmatch(path):
+        return Endpoint(Dialect.GEMINI, Operation.UPLOAD, path)
+    if method == "DELETE" and path.count("/") == 3 and _FILES.fullmatch(path):
+        return Endpoint(Dialect.GEMINI, Operation.FILES, path)
+    if method == "GET" and _MODELS.fullmatch(path):
+        return models_endpoint(Dialect.GEMINI, path)
+    if method == "GET" and _FILES.fullmatch(path):
+        return Endpoint(Dialect.GEMINI, Operation.FILES, path)
+    return None
+
+
+_OWN_TOOLS = frozenset(("functionDeclarations", "function_declarations"))
+
+
+def _is_hosted(tool: JsonObject) -> bool:
+    return not tool.keys() <= _OWN_TOOLS
+
+
+def request_facts(
+    endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
+) -> RequestFacts:
+    """Facts of a request. Raises InvalidRequest."""
+    settings = body.get("generationConfig", body.get("generation_config"))
+    return facts_of_request(
+        endpoint,
+        body,
+        whole,
+        rules_of=_rules_of,
+        is_hosted=_is_hosted,
+        settings=settings if isinstance(settings, Mapping) else {},
+    )
+
+
+def _rules_of(model: str) -> Rules:
+    return rules_of("gemini", model)
+
+
+# Modalities by name, and by number where Google writes its enumerations so.
+_AUDIO = frozenset(("AUDIO", 4))
+_IMAGE = frozenset(("IMAGE", 2))
+_VIDEO = frozenset(("VIDEO", 3))
+
+Modalities = Iterable[tuple[Any, Any]]
+_MOST_MODALITIES = 64
+_MOST_QUERIES = 10_000
+
+
+def usage_of(raw: Mapping[str, Any]) -> Usage:
+    """The usage that an answer reports, which leaves out what is 0."""
+    taken, total = count_of(raw, "promptTokenCount"), count_of(raw, "totalTokenCount")
+    tools = count_of(raw, "toolUsePromptTokenCount")
+    given, thoughts = count_of(raw, "candidatesTokenCount"), count_of(raw, "thoughtsTokenCount")
+    if given is None and total is not None and taken is not None:
+        # It leaves out what is 0.
+        given = max(0, total - taken - (thoughts or 0) - (tools or 0))
+    return Usage(
+        input_tokens=taken if taken is None or tools is None else taken + tools,
+        output_tokens=given,
+        thoughts_tokens=thoughts,
+        cached_tokens=count_of(raw, "cachedContentTokenCount"),
+        total_tokens=total,
+        details=_usage_details(raw),
+    )
+
+
+def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
+    taken, given = raw.get("promptTokensDetails"), raw.get("candidatesTokensDetails")
+    by_tools = raw.get("toolUsePromptTokensDetails")
+    if _is_text(taken) and not by_tools and (not given or _is_text(given)):
+        return None  # as of most calls
+    return modality_details([*_pairs(taken), *_pairs(by_tools)], _pairs(given))
+
+
+def _is_text(rows: Any) -> bool:
+    """Whether a list of tokens by modality has those of text alone."""
+    if type(rows) is not list or len(rows) != 1:
+        return False
+    only = rows[0]
+    return type(only) is dict and only.get("modality") == "TEXT"
+
+
+def modality_details(taken: Modalities, given: Modalities) -> UsageDetails | None:
+    """Of the tokens of input and output by modality."""
+    parts = (*_by_modality(taken), *_by_modality(given))
+    return UsageDetails(None, None, None, *parts) if any(parts) else None
+
+
+def _pairs(rows: Any) -> list[tuple[Any, Any]]:
+    if type(rows) is not list:
+        return []
+    return [
+        (one.get("modality"), one.get("tokenCount"))
+        for one in rows[:_MOST_MODALITIES]
+        if type(one) is dict
+    ]
+
+
+def _by_modality(pairs: Modalities) -> tuple[int | None, int | None, int | None]:
+    audio = image = video = 0
+    for modality, tokens in pairs:
+        if type(tokens) is not int or not 0 < tokens <= MOST_TOKENS:
+            continue
+        if type(modality) not in (str, int):
+            continue
+        if modality in _AUDIO:
+            audio += tokens
+        elif modality in _IMAGE:
+            image += tokens
+        elif modality in _VIDEO:
+            video += tokens
+    return audio or None, image or None, video or None
+
+
+def _event_usage(event: JsonObject) -> JsonObject | None:
+    return part_of(event, "usageMetadata") or None
+
+
+_FORM = AnswerForm(
+    usage="usageMetadata",
+    identity="responseId",
+    version="modelVersion",
+    finish="finishReason",
+    choices="candidates",
+    usage_of=usage_of,
+    event_usage=_event_usage,
+)
+_SEARCHED = b'"webSearchQueries"'
+_BLOCKED = value_pattern("blockReason")
+_NUMBERED = re.compile(rb'"finishReason"\s*:\s*(\d{1,9})\b')
+
+
+def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
+    """Facts of an answer, whole, as a list, or as a stream."""
+    if (whole := whole_object(answer)) is not None:
+        facts = object_facts(_FORM, whole)
+        if facts.finish_reason is None:
+            facts.finish_reason = short_text(part_of(whole, "promptFeedback").get("blockReason"))
+    else:
+        facts = scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
+        if facts.finish_reason is None:
+            facts.finish_reason = last_match(_NUMBERED, answer) or last_match(_BLOCKED, answer)
+    if _SEARCHED in answer:
+        queries = _queries_in(answer) if whole is None else queries_of(whole)
+        facts.usage = with_searches(facts.usage, len(queries))
+    return facts
+
+
+def queries_of(chunk: Any) -> set[str]:
+    """What Gemini searched the web for, by the grounding of one answer or of a piece of it."""
+    found: set[str] = set()
+    candidates = chunk.get("candidates") if type(chunk) is dict else None
+    for candidate in candidates if type(candidates) is list else ():
+        grounding = candidate.get("groundingMetadata") if type(candidate) is dict else None
+        queries = grounding.get("webSearchQueries") if type(grounding) is dict else None
+        if type(queries) is list:
+            found.update(one for one in queries[:_MOST_QUERIES] if type(one) is str and one)
+    return found
+
+
+def _queries_in(answer: bytes) -> set[str]:
+    """What was searched for by an answer in several pieces; a later one may repeat an earlier."""
+    found: set[str] = set()
+    if answer[:HEAD_BYTES].lstrip()[:1] in (b"[", b"{"):
+        if len(answer) <= LONGEST_READ_BYTES:
+            with suppress(orjson.JSONDecodeError):  # cut off
+                whole = orjson.loads(answer)
+                for chunk in whole if type(whole) is list else (whole,):
+                    found |= queries_of(chunk)
+        return found
+    end, read_bytes = 0, 0
+    while (place := answer.find(_SEARCHED, end)) >= 0 and read_bytes < LONGEST_READ_BYTES:
+        start = answer.rfind(b"\n", 0, place) + 1
+        end = answer.find(b"\n", place)
+        line = answer[start:] if end < 0 else answer[start:end]
+        read_bytes += len(line)
+        if line.startswith(b"data:"):
+            with suppress(orjson.JSONDecodeError):  # cut off
+                found |= queries_of(orjson.loads(line[5:]))
+        if end < 0:
+            break
+    return found
+
+
+_INLINE = re.compile(rb'"inlineData"\s*:\s*\{')
+
+
+def image_count(answer: bytes) -> int:
+    """How many images a whole answer holds."""
+    return len(_INLINE.findall(answer))
+
+
+def add_output(event: JsonObject, output: OutputEvents) -> None:
+    for candidate in objects_in(event.get("candidates")):
+        for part in objects_in(part_of(candidate, "content").get("parts")):
+            for name, value in part.items():
+                if name in ("inlineData", "inline_data"):
+                    mime = str(object_of(value).get("mimeType", ""))
+                    output.unnamed_images += not mime.startswith("audio/")
+                elif name == "text" and type(value) is str:
+                    output.texts.append(value)
+                elif type(value) is dict:  # a function's call, code, what code gave
+                    output.texts.append(as_text(value))
+
 
 # From the first word on: a provider that repeats a client's text does so further on.
 _DEAD_KEY = re.compile(
@@ -20,21 +302,21 @@ _NO_MONEY = re.compile(
 _ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECASE)
 
 
-def refusal(said: Said) -> Refusal | None:
+def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     """None where it is worded in no way of this dialect's own."""
-    if _NO_MONEY.match(said.message):
-        return Refusal("unpaid")
-    if said.status == 403 and _ABOUT_A_THING.search(said.message):
-        return Refusal("of_thing")
-    if said.status == 400 and _dead_key(said):
-        return Refusal("key")
-    if said.status != 429:
+    if _NO_MONEY.match(answer.message):
+        return RefusalFacts("unpaid")
+    if answer.status == 403 and _ABOUT_A_THING.search(answer.message):
+        return RefusalFacts("of_thing")
+    if answer.status == 400 and _dead_key(answer):
+        return RefusalFacts("key")
+    if answer.status != 429:
         return None
-    quotas = _quota_ids(said.details)
+    quotas = _quota_ids(answer.details)
     if not quotas:
         return None
     of_day = [one for one in quotas if "perday" in one]
-    return Refusal(
+    return RefusalFacts(
         "throttled",
         unit=_unit_of(" ".join(of_day or quotas)),
         per_day=bool(of_day),
@@ -48,7 +330,7 @@ def _unit_of(quotas: str) -> str | None:
     return next((unit for name, unit in names.items() if name in quotas), None)
 
 
-def _quota_ids(details: list[dict[str, Any]]) -> list[str]:
+def _quota_ids(details: list[JsonObject]) -> list[str]:
     """The quotas that a call was over, such as generaterequestsperdayperprojectpermodel-freetier:
     in lower case, since their spelling varies."""
     return [
@@ -59,7 +341,90 @@ def _quota_ids(details: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _dead_key(said: Said) -> bool:
-    if any(str(detail.get("reason")).startswith("API_KEY_") for detail in said.details):
+def _dead_key(answer: ErrorAnswer) -> bool:
+    if any(str(detail.get("reason")).startswith("API_KEY_") for detail in answer.details):
         return True
-    return bool(_DEAD_KEY.match(said.message))
+    return bool(_DEAD_KEY.match(answer.message))
+
+
+# https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
+_STATUS_NAMES = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    409: "ABORTED",
+    413: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+_STATUSES = {
+    "CANCELLED": 499,
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "OUT_OF_RANGE": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "INTERNAL": 500,
+    "UNKNOWN": 500,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+_RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
+_BAD_REQUEST = "type.googleapis.com/google.rpc.BadRequest"
+_ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
+
+
+def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> JsonObject:
+    """The body of an answer with an error of ours."""
+    domain = {"@type": _ERROR_INFO, "reason": error.code.upper(), "domain": "tidegate"}
+    limit = getattr(error, "limit", None)
+    details: list[JsonObject] = [domain | ({"metadata": {"limit": limit}} if limit else {})]
+    if retry_after_ms is not None:
+        details.append({"@type": _RETRY_INFO, "retryDelay": f"{retry_after_ms / 1000:g}s"})
+    field = getattr(error, "field", None)
+    if field is not None:
+        violation = {"field": field, "description": error.message_with_allowed}
+        details.append({"@type": _BAD_REQUEST, "fieldViolations": [violation]})
+    fallback = "INTERNAL" if status >= 500 else "INVALID_ARGUMENT"
+    body = {
+        "code": status,
+        "message": error.message_with_allowed,
+        "status": _STATUS_NAMES.get(status, fallback),
+        "details": details,
+    }
+    return {"error": body}
+
+
+GEMINI = DialectSpec(
+    name=Dialect.GEMINI,
+    example="POST /v1beta/models/MODEL:generateContent",
+    calls={},
+    endpoint_of=endpoint_of,
+    is_spoken=_is_spoken,
+    models=ModelList(
+        "/v1beta/models?pageSize=1000",
+        "models",
+        "name",
+        lambda models: {"models": models},
+        prefix="models/",
+    ),
+    key_header=(b"x-goog-api-key", b""),
+    headers=(),
+    request_facts=request_facts,
+    answer_facts=answer_facts,
+    add_output=add_output,
+    image_count=image_count,
+    statuses=_STATUSES,
+    refusal=refusal,
+    problem=problem,
+    error_event=b"",
+    # Google's SDK takes a comment for an answer that is not JSON, but passes over empty lines.
+    keep_alive=b"\n\n",
+    no_retry=(),
+)

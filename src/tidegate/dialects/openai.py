@@ -1,11 +1,385 @@
-"""Refusals in OpenAI's words and in those of compatible providers: Azure, xAI, DeepSeek, Groq."""
+"""OpenAI's dialect, with those of compatible providers: chat completions and responses.
+
+Compatible are Azure, OpenRouter, xAI, Perplexity, Mistral, Groq, DeepSeek, Moonshot, Together,
+Alibaba and LiteLLM, where they name things in their own way. Pure.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Set, Sized
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from typing import Any
 
-from tidegate.dialects.rate_limits import used_up
-from tidegate.dialects.refusal import Refusal, Said
+import orjson
+
+from tidegate.admission.estimator import Rules, rules_of
+from tidegate.call import Usage, UsageDetails
+from tidegate.dialects.answers import (
+    HEAD_BYTES,
+    LONGEST_READ_BYTES,
+    TAIL_BYTES,
+    AnswerForm,
+    count_of,
+    last_events,
+    matched_text,
+    object_facts,
+    object_of,
+    objects_in,
+    part_of,
+    positive_of,
+    scanned_facts,
+    short_text,
+    whole_object,
+    with_searches,
+)
+from tidegate.dialects.headers import used_up
+from tidegate.dialects.requests import request_facts as facts_of_request
+from tidegate.dialects.spec import (
+    NOTHING_SHORTENED,
+    AnswerFacts,
+    Dialect,
+    DialectSpec,
+    Endpoint,
+    ErrorAnswer,
+    JsonObject,
+    ModelList,
+    Operation,
+    OutputEvents,
+    RefusalFacts,
+    RequestFacts,
+    is_models_path,
+    models_endpoint,
+)
+from tidegate.errors import (
+    BudgetExceeded,
+    NotFound,
+    TidegateError,
+    Unauthenticated,
+)
+
+_CALLS = {
+    f"/v1{path}": Endpoint(Dialect.OPENAI, operation, path)
+    for path, operation in (
+        ("/chat/completions", Operation.INFER),
+        ("/completions", Operation.INFER),
+        ("/responses", Operation.INFER),
+        ("/embeddings", Operation.EMBED),
+        ("/images/generations", Operation.IMAGES),
+    )
+}
+
+
+def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
+    return True  # where no other dialect is
+
+
+def endpoint_of(method: str, path: str) -> Endpoint | None:
+    """The list of models, or one of them."""
+    if method == "GET" and is_models_path(path):
+        return models_endpoint(Dialect.OPENAI, path.removeprefix("/v1"))
+    return None
+
+
+def request_facts(
+    endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
+) -> RequestFacts:
+    """Facts of a request. Raises InvalidRequest."""
+    is_response = endpoint.path == "/responses"
+    # A saved prompt names its own model.
+    saved = is_response and isinstance(body.get("prompt"), Mapping)
+    return facts_of_request(
+        endpoint,
+        body,
+        whole,
+        rules_of=_rules_of,
+        has_default_model=saved or endpoint.path == "/images/generations",
+        may_draw=is_response and _may_draw(body.get("tools")),
+        hides_usage=_hides_usage(endpoint, body),
+    )
+
+
+def _rules_of(model: str) -> Rules:
+    return rules_of("openai", model)
+
+
+def _may_draw(tools: Any) -> bool:
+    """Whether the model of a response may call the tool that generates images."""
+    return any(one.get("type") == "image_generation" for one in objects_in(tools))
+
+
+def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+    """Chat completions stream no usage unless they are asked to. Of options that are none, or say
+    neither yes nor no, the provider itself is to say so."""
+    if endpoint.path not in ("/chat/completions", "/completions"):
+        return False
+    options = body.get("stream_options")
+    if options is None:
+        return True
+    return isinstance(options, Mapping) and options.get("include_usage") in (None, False)
+
+
+_MOST_ITEMS = 10_000
+_MICROS = 1_000_000
+_TICKS_A_MICRO = 10_000  # xAI's ticks: 10^10 are a dollar
+_MOST_DOLLARS = 1_000_000
+_MOST_TICKS = _MOST_DOLLARS * _MICROS * _TICKS_A_MICRO
+# Beside the tokens: requests for these are read further.
+_BESIDE_TOKENS = frozenset(
+    (
+        *("cost", "cost_in_usd_ticks", "server_tool_use", "server_tool_use_details"),
+        *("server_side_tool_usage_details", "num_search_queries", "num_sources_used"),
+        "cache_creation_input_tokens",
+    )
+)
+_DETAILS = frozenset(
+    (
+        *("completion_tokens_details", "output_tokens_details"),
+        *("prompt_tokens_details", "input_tokens_details"),
+    )
+)
+_CACHE_WRITES = ("cache_write_tokens", "cache_creation_tokens", "cache_creation_input_tokens")
+_PARTS = ("audio_tokens", "image_tokens", "video_tokens", *_CACHE_WRITES)
+
+
+def usage_of(raw: Mapping[str, Any]) -> Usage:
+    """The usage that an answer reports. Where it does not add up, its total counts."""
+    taken = count_of(raw, "prompt_tokens", "input_tokens")
+    given = count_of(raw, "completion_tokens", "output_tokens")
+    total = count_of(raw, "total_tokens")
+    thoughts = cached = None
+    of_taken: JsonObject = {}
+    of_given: JsonObject = {}
+    if not _DETAILS.isdisjoint(raw):
+        of_given = part_of(raw, "completion_tokens_details", "output_tokens_details")
+        thoughts = count_of(of_given, "reasoning_tokens") if of_given else None
+        of_taken = part_of(raw, "prompt_tokens_details", "input_tokens_details")
+        cached = count_of(of_taken, "cached_tokens") if of_taken else None
+    if cached is None:  # Moonshot's and Together's name, Mistral's, DeepSeek's
+        cached = count_of(raw, "cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens")
+    details = _usage_details(raw, of_taken, of_given)
+    if taken is not None and total is not None and total > taken + (given or 0):
+        if given is not None and "prompt_audio_seconds" in raw:
+            # Mistral's input beside the text, which no count of its own reports.
+            audio = total - given - taken
+            details = replace(details or UsageDetails(), input_audio_tokens=audio)
+            taken = total - given
+        else:
+            # An embedding's input is all; xAI leaves the thoughts out of the output, and Gemini
+            # reports none in OpenAI's dialect.
+            if thoughts is None and given is not None:
+                thoughts = total - taken - given
+            given = total - taken
+    elif given is None and taken is not None and total is not None:
+        given = 0
+    if given is not None and thoughts is not None:
+        # They are in it; ours are apart.
+        thoughts = min(thoughts, given)
+        given -= thoughts
+    return Usage(taken, given, thoughts, cached, total, details)
+
+
+def _usage_details(
+    raw: Mapping[str, Any], taken: Mapping[str, Any], given: Mapping[str, Any]
+) -> UsageDetails | None:
+    """`taken` and `given` are the details of input and output."""
+    has_more = not _BESIDE_TOKENS.isdisjoint(raw)
+    if not (has_more or any(map(taken.get, _PARTS)) or any(map(given.get, _PARTS))):
+        return None  # as of most calls
+    written = positive_of(taken, *_CACHE_WRITES)
+    parts = (*_by_modality(taken), *_by_modality(given))
+    searches = cost = None
+    if has_more:
+        written = written or positive_of(raw, "cache_creation_input_tokens")
+        searches, cost = _searches(raw), _cost_micros(raw)
+    if written or searches or cost is not None or any(parts):
+        return UsageDetails(written, None, None, *parts, searches, cost)
+    return None
+
+
+def _by_modality(side: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    if not side:
+        return None, None, None
+    audio, image = positive_of(side, "audio_tokens"), positive_of(side, "image_tokens")
+    return audio, image, positive_of(side, "video_tokens")
+
+
+def _searches(raw: Mapping[str, Any]) -> int | None:
+    for name in ("server_tool_use", "server_tool_use_details"):  # LiteLLM's, OpenRouter's
+        if count := positive_of(part_of(raw, name), "web_search_requests"):
+            return count
+    used = part_of(raw, "server_side_tool_usage_details")  # xAI's
+    count = sum(positive_of(used, name) or 0 for name in ("web_search_calls", "x_search_calls"))
+    return count or positive_of(raw, "num_search_queries", "num_sources_used")
+
+
+def _cost_micros(raw: Mapping[str, Any]) -> int | None:
+    ticks = raw.get("cost_in_usd_ticks")
+    if type(ticks) is int and 0 <= ticks <= _MOST_TICKS:
+        return (ticks + _TICKS_A_MICRO // 2) // _TICKS_A_MICRO
+    cost = raw.get("cost")
+    if type(cost) is dict:  # Perplexity's
+        cost = cost.get("total_cost")
+    if isinstance(cost, bool) or not isinstance(cost, int | float):
+        return None
+    if not 0 <= cost <= _MOST_DOLLARS:  # nor what is no number
+        return None
+    return int(cost * _MICROS + 0.5)
+
+
+def _event_usage(event: JsonObject) -> JsonObject | None:
+    if found := part_of(event, "usage") or part_of(part_of(event, "response"), "usage"):
+        return found
+    choices = event.get("choices")  # Groq's place, and Moonshot's
+    last = choices[-1] if type(choices) is list and choices else None
+    return part_of(part_of(event, "x_groq"), "usage") or part_of(last, "usage") or None
+
+
+_FORM = AnswerForm(
+    usage="usage",
+    identity="id",
+    version="model",
+    finish="finish_reason",
+    choices="choices",
+    usage_of=usage_of,
+    event_usage=_event_usage,
+)
+_LAST_RESPONSES = 2
+_SEARCH_CALL = b'"web_search_call"'
+_ENDED = frozenset({"completed", "incomplete", "failed", "cancelled"})
+_RESPONSE_STATUS = re.compile(rb'"status"\s*:\s*"(completed|incomplete|failed|cancelled)"')
+
+
+def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
+    """Facts of a chat completion or a response, whole or as a stream."""
+    if (whole := whole_object(answer)) is not None:
+        facts = object_facts(_FORM, whole)
+        return _response_facts(facts.usage, whole) if whole.get("object") == "response" else facts
+    facts = scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
+    if ended := _end_of_response(answer, omitted):
+        return _response_facts(facts.usage, ended)
+    if answer.startswith(b"{"):
+        if _SEARCH_CALL in answer and len(answer) <= LONGEST_READ_BYTES:
+            # A response that is too long to be parsed for all facts, as with images.
+            with suppress(orjson.JSONDecodeError):  # cut off
+                facts.usage = with_searches(facts.usage, _searches_of(orjson.loads(answer)))
+        if facts.finish_reason is None:
+            facts.finish_reason = matched_text(_RESPONSE_STATUS.search(answer, 0, HEAD_BYTES))
+    return facts
+
+
+def _response_facts(usage: Usage, response: JsonObject) -> AnswerFacts:
+    status = response.get("status")
+    reason = part_of(response, "incomplete_details").get("reason")
+    return AnswerFacts(
+        with_searches(usage, _searches_of(response)),
+        short_text((reason or status) if status in _ENDED else None),
+        short_text(response.get("id")),
+        short_text(response.get("model")),
+    )
+
+
+def _end_of_response(answer: bytes, omitted: bool) -> JsonObject | None:
+    """The response that the last event of its stream repeats."""
+    if b'"response.' not in answer[:HEAD_BYTES]:
+        return None
+    floor = max(0, answer.find(b"\n", len(answer) - TAIL_BYTES)) if omitted else 0
+    for event in islice(last_events(answer, floor), _LAST_RESPONSES):
+        response = part_of(event, "response")
+        if response.get("status") in _ENDED:
+            return response
+    return None
+
+
+def _searches_of(response: Mapping[str, Any]) -> int:
+    """Searches of the web that a response reports, or else has among its items."""
+    reported = positive_of(part_of(part_of(response, "tool_usage"), "web_search"), "num_requests")
+    items = response.get("output")
+    if reported or type(items) is not list:
+        return reported or 0
+    return sum(map(_is_search, items[:_MOST_ITEMS]))
+
+
+def _is_search(item: Any) -> bool:
+    """Opening a page that was found, or looking into it, is no search of its own."""
+    if type(item) is not dict or item.get("type") != "web_search_call":
+        return False
+    action = item.get("action")
+    return type(action) is not dict or action.get("type") in (None, "search")
+
+
+# One that a response made by calling a tool; an event or two before repeat it.
+_CALLED_IMAGE = re.compile(
+    rb'"id"\s*:\s*"([^"\\]{1,200})"\s*,\s*"type"\s*:\s*"image_generation_call"'
+    rb'[^{}]{0,2000}?"result"\s*:\s*"[^"]'
+)
+_IMAGE = re.compile(rb'"b64_json"\s*:\s*"|"url"\s*:\s*"')
+
+
+def image_count(answer: bytes) -> int:
+    """How many images a whole answer holds."""
+    if b'"image_generation_call"' in answer:
+        return len(set(_CALLED_IMAGE.findall(answer)))
+    return len(_IMAGE.findall(answer))
+
+
+def add_output(event: JsonObject, output: OutputEvents) -> None:
+    """Collect the visible output of an event."""
+    if type(event.get("type")) is str and event["type"].startswith("response."):
+        _add_response(event, output)
+    else:
+        _add_chat(event, output)
+
+
+def _add_response(event: JsonObject, output: OutputEvents) -> None:
+    if type(event.get("delta")) is str and event["type"] != "response.audio.delta":
+        output.texts.append(event["delta"])
+    elif event["type"].endswith(".done"):
+        output.repeated += [
+            event[name]
+            for name in ("text", "arguments", "refusal", "input", "code")
+            if type(event.get(name)) is str
+        ]
+    item = object_of(event.get("item"))
+    if "partial_image_b64" in event or (item.get("result") and "image" in str(item.get("type"))):
+        output.images.add(str(event.get("item_id") or item.get("id")))
+
+
+def _add_chat(event: JsonObject, output: OutputEvents) -> None:
+    for choice in objects_in(event.get("choices")):
+        if type(choice.get("text")) is str:
+            output.texts.append(choice["text"])
+        delta = object_of(choice.get("delta") or choice.get("message"))
+        output.texts += _strings(delta.get("content"))
+        output.texts += _strings(delta.get("refusal"))
+        # Some servers say the same under both names.
+        output.texts += _strings(delta.get("reasoning_content")) or _strings(delta.get("reasoning"))
+        calls = objects_in(delta.get("tool_calls"))
+        for call in (*calls, {"function": delta.get("function_call")}):
+            for what in (object_of(call.get("function")), object_of(call.get("custom"))):
+                output.texts += [
+                    what[name]
+                    for name in ("name", "arguments", "input")
+                    if type(what.get(name)) is str
+                ]
+        output.texts += _strings(object_of(delta.get("audio")).get("transcript"))
+        output.unnamed_images += len(objects_in(delta.get("images")))
+    if "b64_json" in event:
+        output.images.add(str(event.get("output_index")))
+
+
+def _strings(value: Any) -> list[str]:
+    """The texts of a value, which is one or, at some providers, a list of objects with some."""
+    if type(value) is str:
+        return [value]
+    found: list[str] = []
+    for part in objects_in(value):
+        for name in ("text", "thinking"):
+            found += _strings(part.get(name))
+    return found
+
 
 _UNPAID = frozenset(
     {
@@ -39,32 +413,32 @@ _BY_RATE = re.compile(r"\b(token|request|call) rate limit\b", re.IGNORECASE)
 _PER_DAY = re.compile(r"\b(?:token|request)s? per day\b", re.IGNORECASE)
 
 
-def refusal(said: Said) -> Refusal | None:
+def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     """None where it is worded in no way of this dialect's own."""
-    no_credits = said.status in (402, 403, 429) and _NO_CREDITS.match(said.message)
-    if no_credits or said.words & _UNPAID:
-        return Refusal("unpaid")
-    if said.status in (400, 401, 403) and (
-        "invalid_api_key" in said.words or _DEAD_KEY.match(said.message)
+    no_credits = answer.status in (402, 403, 429) and _NO_CREDITS.match(answer.message)
+    if no_credits or answer.words & _UNPAID:
+        return RefusalFacts("unpaid")
+    if answer.status in (400, 401, 403) and (
+        "invalid_api_key" in answer.words or _DEAD_KEY.match(answer.message)
     ):
-        return Refusal("key")
-    if said.status != 429:
+        return RefusalFacts("key")
+    if answer.status != 429:
         return None
-    if _is_too_large(said.message):
-        return Refusal("never")
-    spent = used_up(said.headers, said.now)
-    unit = _unit_of(said) or (spent.unit if spent else None)
+    if _is_too_large(answer.message):
+        return RefusalFacts("never")
+    spent = used_up(answer.headers, answer.now)
+    unit = _unit_of(answer) or (spent.unit if spent else None)
     of_day = spent is not None and spent.window == "day" and spent.unit == unit
     wait_ms = spent.reset_ms if spent else None
-    per_day = of_day or bool(_PER_DAY.search(said.message))
-    return Refusal("throttled", unit=unit, wait_ms=wait_ms, per_day=per_day)
+    per_day = of_day or bool(_PER_DAY.search(answer.message))
+    return RefusalFacts("throttled", unit=unit, wait_ms=wait_ms, per_day=per_day)
 
 
-def _unit_of(said: Said) -> str | None:
+def _unit_of(answer: ErrorAnswer) -> str | None:
     """What there was too much of, as the refusal says."""
-    if unit := next((unit for unit in _UNITS if unit in said.words), None):
+    if unit := next((unit for unit in _UNITS if unit in answer.words), None):
         return unit
-    found = _BY_NAME.search(said.message) or _BY_RATE.search(said.message)
+    found = _BY_NAME.search(answer.message) or _BY_RATE.search(answer.message)
     if found is None:
         return None
     return "tokens" if found[1].lower() == "token" else "requests"
@@ -76,3 +450,67 @@ def _is_too_large(message: str) -> bool:
         return True
     found = _LIMIT_AND_REQUESTED.search(message)
     return found is not None and int(found[2]) > int(found[1])
+
+
+_STATUSES = {
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "tokens": 429,
+    "requests": 429,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "invalid_request_error": 400,
+}
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+_SPENT = "insufficient_quota"  # both type and code, as of an account without money
+
+
+def problem(error: TidegateError, status: int, _retry_after_ms: int | None) -> JsonObject:
+    """The body of an answer with an error of ours."""
+    kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    code = error.code
+    if isinstance(error, BudgetExceeded):
+        kind = code = _SPENT
+    elif isinstance(error, Unauthenticated):
+        code = "invalid_api_key"
+    elif isinstance(error, NotFound) and error.field == "model":
+        code = "model_not_found"
+    body: JsonObject = {
+        "message": error.message_with_allowed,
+        "type": kind,
+        "param": getattr(error, "field", None),
+        "code": code,
+    }
+    limit = getattr(error, "limit", None)
+    return {"error": body | ({"limit": limit} if limit else {})}
+
+
+OPENAI = DialectSpec(
+    name=Dialect.OPENAI,
+    example="POST /v1/chat/completions",
+    calls=_CALLS,
+    endpoint_of=endpoint_of,
+    is_spoken=_is_spoken,
+    models=ModelList("/models", "data", "id", lambda models: {"object": "list", "data": models}),
+    key_header=(b"authorization", b"Bearer "),
+    headers=(),
+    request_facts=request_facts,
+    answer_facts=answer_facts,
+    add_output=add_output,
+    image_count=image_count,
+    statuses=_STATUSES,
+    refusal=refusal,
+    problem=problem,
+    error_event=b"",
+    keep_alive=b": waiting for admission\n\n",
+    no_retry=((b"x-should-retry", b"false"),),
+)

@@ -18,7 +18,7 @@ import re
 from base64 import b64decode
 from binascii import Error as NotBase64
 from collections.abc import Callable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -29,15 +29,15 @@ from tidegate.admission.estimator import (
     InputPieces,
     Learning,
     Modality,
+    Rules,
     dimensions,
     input_pieces,
     pieces_of_file,
     pieces_of_texts,
-    rules_of,
     unseen_file,
 )
 from tidegate.call import Kind
-from tidegate.dialects.routes import Dialect, Endpoint, Operation
+from tidegate.dialects.spec import NOTHING_SHORTENED, Endpoint, JsonObject, Operation, RequestFacts
 from tidegate.errors import InvalidRequest, PayloadTooLarge
 
 TOOLS = frozenset(("tools", "functions"))
@@ -47,7 +47,6 @@ ADDED_TOKENS = 2_500.0
 ADDED_BY = {Learning.HOSTED: Modality.HOSTED, Learning.STATE: Modality.STATE}
 _MOST_TOOLS = 1_000  # no provider takes as many
 _OWN = frozenset(("function", "custom", "namespace"))
-_OWN_OF_GEMINI = frozenset(("functionDeclarations", "function_declarations"))
 _HOSTED = frozenset(
     ("web_search_options", "search_parameters", "search_settings", "plugins", "mcp_servers")
 )
@@ -72,12 +71,14 @@ def tools_in(body: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-def learning_of(dialect: Dialect, body: Mapping[str, Any], tools: list[Any]) -> Learning:
-    """With which calls a request is to be learned from, its files aside."""
+def learning_of(
+    body: Mapping[str, Any], tools: list[Any], is_hosted: Callable[[JsonObject], bool]
+) -> Learning:
+    """The calls that a request is learned with, if it has no files."""
     if _TELLING.isdisjoint(body):
         return Learning.TEXT
     for tool in islice(tools, _MOST_TOOLS):
-        if _is_hosted(dialect, tool):
+        if type(tool) is dict and is_hosted(tool):
             return Learning.HOSTED
     if not _HOSTED.isdisjoint(body) and any(map(body.get, _HOSTED)):
         return Learning.HOSTED
@@ -87,11 +88,8 @@ def learning_of(dialect: Dialect, body: Mapping[str, Any], tools: list[Any]) -> 
     return Learning.STATE if type(body.get("prompt")) is dict else Learning.TEXT
 
 
-def _is_hosted(dialect: Dialect, tool: Any) -> bool:
-    if type(tool) is not dict:
-        return False
-    if dialect is Dialect.GEMINI:
-        return not tool.keys() <= _OWN_OF_GEMINI
+def is_hosted_tool(tool: JsonObject) -> bool:
+    """Whether the provider runs a tool, as OpenAI and Anthropic declare it."""
     kind = tool.get("type")
     return type(kind) is str and kind not in _OWN
 
@@ -99,7 +97,6 @@ def _is_hosted(dialect: Dialect, tool: Any) -> bool:
 # Enough to find a picture's size in, and a multiple of 4 characters.
 HEAD_CHARS = 65_536
 MOST_WALKED = 200_000
-NOTHING_SHORTENED: Mapping[str, Sized] = {}
 # Names of fields are not counted, but for those of a schema's properties, which the model reads,
 # and those that would be a place to put a text.
 _LONG_NAME_CHARS = 200
@@ -159,11 +156,13 @@ def _decoded(head: str) -> bytes:
 class Content:
     """Finds the texts and files of a body, without recursion: its depth is the client's choice."""
 
-    def __init__(self, dialect: Dialect, model: str, whole: Mapping[str, Sized]) -> None:
+    def __init__(
+        self, rules: Rules, is_hosted: Callable[[JsonObject], bool], whole: Mapping[str, Sized]
+    ) -> None:
         self.files = 0
         self._whole = whole
-        self._dialect = dialect
-        self._model = model
+        self._rules = rules
+        self._is_hosted = is_hosted
         self._texts: list[str] = []
         self._plain: list[Any] = []
         self._sealed_chars = 0
@@ -184,10 +183,9 @@ class Content:
         content = found or {Modality.LATIN: 1.0}
         if not infers:
             return input_pieces(content)
-        rules = rules_of(self._dialect, self._model)
-        added = {Modality.CALL: rules.call}
+        added = {Modality.CALL: self._rules.call}
         if self._tools:
-            added[Modality.TOOLS] = rules.tools
+            added[Modality.TOOLS] = self._rules.tools
         learning = self._learning
         if learning is not Learning.TEXT:
             added[ADDED_BY[learning]] = ADDED_TOKENS
@@ -197,7 +195,7 @@ class Content:
 
     def over(self, body: Mapping[str, Any]) -> None:
         tools = tools_in(body)
-        self._learning = learning_of(self._dialect, body, tools)
+        self._learning = learning_of(body, tools, self._is_hosted)
         if tools:
             self._over(tools)
             self._tools = 1 + sum(map(len, self._texts))
@@ -213,9 +211,7 @@ class Content:
         self._walk(self._plain, self._values_of)
         self._plain = []
 
-    def _walk(
-        self, left: list[Any], over_object: Callable[[dict[str, Any], list[Any]], None]
-    ) -> None:
+    def _walk(self, left: list[Any], over_object: Callable[[JsonObject, list[Any]], None]) -> None:
         texts = self._texts
         for seen in range(self._values, MOST_WALKED):
             if not left:
@@ -243,13 +239,13 @@ class Content:
         if left:  # as much as nobody writes by hand: what is left counts as it would be written
             texts.append(_written(left))
 
-    def _values_of(self, value: dict[str, Any], left: list[Any]) -> None:
+    def _values_of(self, value: JsonObject, left: list[Any]) -> None:
         """Of an object that is text; the names in a schema are text too."""
         if type(names := value.get("properties")) is dict:
             self._texts += names
         left += value.values()
 
-    def _take_urls(self, value: dict[str, Any]) -> None:
+    def _take_urls(self, value: JsonObject) -> None:
         """Count the files that an object holds as data URLs, and take them out of it."""
         for key in _OF_URLS.intersection(value):
             held = value[key]
@@ -266,7 +262,7 @@ class Content:
         self._file(url["mime"] or "application/octet-stream", value, url.end())
         return True
 
-    def _object(self, value: dict[str, Any], left: list[Any]) -> None:
+    def _object(self, value: JsonObject, left: list[Any]) -> None:
         if type(names := value.get("properties")) is dict:
             self._texts += names
         if not _AS_TEXT.isdisjoint(value):
@@ -304,7 +300,7 @@ class Content:
                 return
         left += value.values()
 
-    def _unsealed(self, value: dict[str, Any]) -> dict[str, Any]:
+    def _unsealed(self, value: JsonObject) -> JsonObject:
         sealed = [name for name in value if name in _SEALED and type(value[name]) is str]
         self._sealed_chars += sum(len(value[name]) for name in sealed)
         return {name: one for name, one in value.items() if name not in sealed}
@@ -323,16 +319,15 @@ class Content:
         self.files += 1
         size_bytes = (len(self._whole.get(text, text)) - start) * 3 // 4
         decoded = _decoded(text[start : start + HEAD_CHARS])
-        rules = rules_of(self._dialect, self._model)
-        self._add(pieces_of_file(mime, decoded, size_bytes, rules))
+        self._add(pieces_of_file(mime, decoded, size_bytes, self._rules))
 
-    def _linked(self, value: dict[str, Any]) -> None:
+    def _linked(self, value: JsonObject) -> None:
         """A file that is somewhere else: its sort is known, its size is not."""
         self.files += 1
         mime = next((value[key] for key in _INLINE_MIME if isinstance(value.get(key), str)), None)
         is_picture = "image_url" in value or "url" in value
-        rules = rules_of(self._dialect, self._model)
-        self._add(unseen_file(mime or ("image/*" if is_picture else "application/pdf"), rules))
+        usual = "image/*" if is_picture else "application/pdf"
+        self._add(unseen_file(mime or usual, self._rules))
 
     def _add(self, pieces: Mapping[Modality, float]) -> None:
         for modality, tokens in pieces.items():
@@ -423,22 +418,6 @@ _BOUNDS_NAMES = frozenset(_OUTPUT_BOUNDS)
 _ANSWERS = ("n", "best_of", "candidateCount", "candidate_count")
 
 
-@dataclass(slots=True)
-class Asked:
-    """A native request. model: as the client names it; empty where it leaves that to the provider.
-    kind: what limits it falls under. images: how many pictures it makes. pieces: of its input, with
-    a first guess of their LLM tokens. wants_usage: whether a stream must be asked to tell its
-    usage."""
-
-    model: str
-    kind: Kind
-    streams: bool = False
-    images: int = 0
-    pieces: InputPieces = field(default_factory=lambda: input_pieces({}))
-    max_output_tokens: int | None = None
-    wants_usage: bool = False
-
-
 def has_too_many_parts(body: bytes) -> bool:
     """Whether JSON holds more than `MOST_PARTS` commas, lists and objects, outside of its texts."""
     if len(body) <= MOST_PARTS or sum(map(body.count, (b",", b"[", b"{"))) <= MOST_PARTS:
@@ -453,7 +432,7 @@ def check_parts(body: bytes) -> None:
         raise PayloadTooLarge("body", "the body holds too many values", allowed=allowed)
 
 
-def parsed(body: bytes) -> dict[str, Any]:
+def parsed(body: bytes) -> JsonObject:
     """The body as a JSON object; raises InvalidRequest and PayloadTooLarge."""
     check_parts(body)
     try:
@@ -465,59 +444,63 @@ def parsed(body: bytes) -> dict[str, Any]:
     return value
 
 
-def asked_of(
-    endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
-) -> Asked:
-    """What a request asks for; `whole` has the texts for which shorter ones stand in the body.
-    Raises InvalidRequest where it names no model, or what can't be held to it."""
+def request_facts(
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    whole: Mapping[str, Sized],
+    *,
+    rules_of: Callable[[str], Rules],
+    is_hosted: Callable[[JsonObject], bool] = is_hosted_tool,
+    settings: Mapping[str, Any] | None = None,
+    has_default_model: bool = False,
+    may_draw: bool = False,
+    hides_usage: bool = False,
+) -> RequestFacts:
+    """Facts of a request in any dialect.
+
+    rules_of: how the provider counts the files of a model. settings: the object of the body with
+    bounds and modalities, where that is not the body itself. has_default_model: the provider
+    chooses one if none is named. may_draw: the model has a tool that generates images.
+    hides_usage: a stream reports its usage only on request. Raises InvalidRequest for a request
+    that names no model, or that the limits cannot be applied to.
+    """
     check_spelling(body)
     check_ends(body)
     model = body.get("model") if endpoint.model is None else endpoint.model
-    if model is None and _has_usual_model(endpoint, body):
+    if model is None and has_default_model:
         model = ""
     elif not isinstance(model, str) or not 1 <= len(model) <= 200:
         wrong = "model is missing" if model is None else "model is not the name of a model"
         raise InvalidRequest("model", wrong, allowed="a text of 1 to 200 characters")
-    content = Content(endpoint.dialect, model, whole)
+    content = Content(rules_of(model), is_hosted, whole)
     content.over(body)
-    settings = _settings(endpoint.dialect, body)
-    images = _images(endpoint, model, body, settings)
+    settings = body if settings is None else settings
+    images = _images(endpoint, model, body, settings, may_draw)
     kind = Kind.MULTI_MODAL if content.files else Kind.TEXT_ONLY
     stream = body.get("stream")
     if stream is not None and type(stream) is not bool and endpoint.model is None:
         # Some servers take 1 or "yes" for true: they would stream what is not taken for a stream.
         raise InvalidRequest("stream", "stream is neither true nor false", allowed="true or false")
     streams = endpoint.streams or stream is True
-    return Asked(
+    return RequestFacts(
         model=model,
         kind=Kind.IMAGE_GENERATION if images else kind,
         streams=streams,
         images=images,
         pieces=content.pieces(endpoint.operation is Operation.INFER),
         max_output_tokens=_bound(settings, endpoint.operation),
-        wants_usage=streams and _hides_usage(endpoint, body),
+        wants_usage=streams and hides_usage,
     )
 
 
-def _has_usual_model(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Whether a call may leave the model to the provider: OpenAI has one for pictures, and a saved
-    prompt names its own."""
-    if endpoint.path == "/responses":
-        return isinstance(body.get("prompt"), Mapping)
-    return endpoint.path == "/images/generations"
-
-
-def _settings(dialect: Dialect, body: Mapping[str, Any]) -> Mapping[str, Any]:
-    if dialect is not Dialect.GEMINI:
-        return body
-    found = body.get("generationConfig", body.get("generation_config"))
-    return found if isinstance(found, Mapping) else {}
-
-
 def _images(
-    endpoint: Endpoint, model: str, body: Mapping[str, Any], settings: Mapping[str, Any]
+    endpoint: Endpoint,
+    model: str,
+    body: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    may_draw: bool,
 ) -> int:
-    """How many pictures the answer will hold; 0 where it is not asked for any."""
+    """How many images the answer holds; 0 where none is requested."""
     if endpoint.operation is Operation.IMAGES:
         return _whole(body.get("n"), 1)
     if endpoint.operation is not Operation.INFER:
@@ -527,15 +510,7 @@ def _images(
     )
     if isinstance(wanted, list):
         return int(any(isinstance(one, str) and one.lower() == "image" for one in wanted))
-    return int("-image" in model or _may_draw(endpoint, body))
-
-
-def _may_draw(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Whether the model of a response may call the tool that makes pictures."""
-    tools = body.get("tools")
-    if endpoint.path != "/responses" or not isinstance(tools, list):
-        return False
-    return any(isinstance(one, Mapping) and one.get("type") == "image_generation" for one in tools)
+    return int("-image" in model or may_draw)
 
 
 def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
@@ -559,17 +534,6 @@ def _whole(value: object, usual: int) -> int:
     return value if sound and isinstance(value, int) else usual
 
 
-def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Chat completions stream no usage unless they are asked to. Of options that are none, or say
-    neither yes nor no, the provider itself is to say so."""
-    if endpoint.path not in ("/chat/completions", "/completions"):
-        return False
-    options = body.get("stream_options")
-    if options is None:
-        return True
-    return isinstance(options, Mapping) and options.get("include_usage") in (None, False)
-
-
 LARGE_BYTES = 262_144
 # What stays of a file's text: its type and enough to find a picture's size in.
 _KEPT_BYTES = 2 * HEAD_CHARS
@@ -586,7 +550,7 @@ class Skimmed(NamedTuple):
     `whole` has, for each text in it that stands for a longer one, that one."""
 
     raw: bytes
-    body: dict[str, Any]
+    body: JsonObject
     whole: Mapping[str, Sized] = NOTHING_SHORTENED
 
 

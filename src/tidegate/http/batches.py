@@ -24,8 +24,9 @@ from starlette.types import Receive, Scope, Send
 
 from tidegate.call import Caller, new_id
 from tidegate.call import Scope as Right
+from tidegate.dialects import DIALECTS, dialect_of
 from tidegate.dialects.requests import parsed
-from tidegate.dialects.routes import Dialect, dialect_of
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
     AlreadyEnded,
     FilesFull,
@@ -48,7 +49,7 @@ from tidegate.http.body import (
 )
 from tidegate.http.guards import caller_of
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
-from tidegate.http.problems import body_of, not_relayed, refusal
+from tidegate.http.problems import not_relayed, refusal
 from tidegate.http.services import Services, check_target, services_of
 from tidegate.spine.native import endpoint_named
 from tidegate.store.batches import INPUT, OUTPUT, Batch, BatchFile
@@ -270,7 +271,7 @@ async def _answer(request: Request) -> Response:
 def _refused(error: TidegateError) -> Response:
     status, headers, body = refusal(Dialect.OPENAI, error)
     if isinstance(error, NotFound):  # no model is meant here
-        said = body_of(Dialect.OPENAI, error, status, None)
+        said = DIALECTS[Dialect.OPENAI].problem(error, status, None)
         said["error"]["code"] = error.code
         body = orjson.dumps(said)
     kept = {name.decode(): value.decode() for name, value in headers if name != b"content-length"}

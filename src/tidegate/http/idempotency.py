@@ -19,8 +19,9 @@ from uuid import UUID
 import orjson
 from starlette.requests import Request
 
-from tidegate.dialects.requests import asked_of, parsed
-from tidegate.dialects.usage import WithoutUsageEvent
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.answers import WithoutUsageEvent
+from tidegate.dialects.requests import parsed
 from tidegate.errors import BudgetExceeded, IdempotencyConflict, InvalidRequest
 from tidegate.http.submission import Submission
 from tidegate.spine.record import KEPT_BYTES, Life, NativeCall, Out
@@ -174,7 +175,9 @@ class Once:
         """Answer as was answered before."""
         assert given.answer is not None
         answer = given.answer
-        asked = asked_of(self._call.endpoint, parsed(self._call.body))
+        endpoint = self._call.endpoint
+        body = parsed(self._call.body)
+        asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
         if asked.wants_usage and given.content_type.startswith("text/event-stream"):
             without = WithoutUsageEvent()
             answer = without.take(answer) + without.rest()

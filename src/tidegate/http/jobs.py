@@ -26,7 +26,7 @@ from starlette.types import Scope as StarletteScope
 
 from tidegate.call import Caller, Classification, ClassifiedBy, Scope, new_id
 from tidegate.call import Scope as Right
-from tidegate.dialects.routes import dialect_of
+from tidegate.dialects import dialect_of
 from tidegate.errors import (
     Forbidden,
     IdempotencyConflict,

@@ -21,17 +21,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, NO_BUDGETS, Caller, new_id
+from tidegate.dialects import DIALECTS, endpoint_in, methods_at
+from tidegate.dialects.headers import content_type_in, to_send
 from tidegate.dialects.requests import parsed
-from tidegate.dialects.routes import (
-    Dialect,
-    Endpoint,
-    Headers,
-    Operation,
-    content_type_in,
-    meant_by,
-    methods_at,
-    to_send,
-)
+from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -44,7 +37,7 @@ from tidegate.errors import (
 from tidegate.http.body import Incoming, Pace, check_announced, check_size
 from tidegate.http.guards import PASS, let_in, own_urls
 from tidegate.http.idempotency import LOST_HEADER, Once, check_known, shows_key, wanted_of
-from tidegate.http.problems import REQUEST_ID_HEADER, comfort, event, not_relayed, refusal
+from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
 from tidegate.http.quotas import Opening
 from tidegate.http.services import NATIVE, Services, count_answer, log_request, note_native, who
 from tidegate.http.sse import Presence, abort
@@ -186,7 +179,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     """Answer a request to a native path; its line is in the log, whatever becomes of it."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
-    endpoint, dialect = meant_by(method, path, headers, scope["query_string"])
+    endpoint, dialect = endpoint_in(method, path, headers, scope["query_string"])
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
@@ -408,7 +401,7 @@ class _Front(Out):
             if not self._head_sent:
                 headers = [(_TYPE, b"text/event-stream"), (b"cache-control", b"no-store")]
                 await self._send_head(200, headers)
-            await self.body(comfort(self._dialect), True)
+            await self.body(DIALECTS[self._dialect].keep_alive, True)
 
     def _with_id(self, headers: Headers) -> Headers:
         self._id_text = str(self._request_id)
@@ -475,7 +468,7 @@ class _Front(Out):
         if not self._head_sent:
             await self.refuse(error)
         elif self._life.streams and self._ends_whole:
-            await self.body(event(self._dialect, error), False)
+            await self.body(error_event(self._dialect, error), False)
         else:
             abort(self._scope)
 

@@ -28,7 +28,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidegate import __version__
-from tidegate.dialects.routes import dialect_of, is_native, methods_at, native_path
+from tidegate.dialects import dialect_of, methods_at, native_path
 from tidegate.errors import Forbidden
 from tidegate.http import health, jobs, problems, requests, stream
 from tidegate.http import health as metrics
@@ -125,7 +125,7 @@ class NoForeignPages:
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     why: Forbidden = scope[_WHY]
-    if not is_native(scope["path"]):
+    if native_path(scope["path"]) is None:
         await problem_response(why)(scope, receive, send)
         return
     names = {name for name, _ in scope["headers"]}

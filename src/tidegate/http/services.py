@@ -21,7 +21,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, DEFAULT_POOL, Caller
-from tidegate.dialects.routes import Dialect
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import InvalidRequest, LimiterUnavailable, TidegateError
 from tidegate.http.auth import Gate
 from tidegate.http.body import BodyBudget, BodyMemory, MemoryBound

@@ -23,8 +23,8 @@ from uuid import UUID
 import orjson
 
 from tidegate.call import Caller, new_id
+from tidegate.dialects import dialect_of, endpoint_of
 from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
-from tidegate.dialects.routes import dialect_of, endpoint_of
 from tidegate.errors import (
     ClaimLost,
     DeadlineExceeded,

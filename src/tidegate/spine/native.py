@@ -50,24 +50,11 @@ from tidegate.admission.demand import (
 )
 from tidegate.admission.estimator import Estimate
 from tidegate.call import DEFAULT_POOL, NO_BUDGETS, NO_CHARGE, OTHER_KIND, Caller, Charge, Outcome
-from tidegate.dialects import faults
-from tidegate.dialects import responses as inside
-from tidegate.dialects.rate_limits import Remaining
-from tidegate.dialects.requests import NAMES_MODEL, Asked, asked_of, check_said_once, skimmed
-from tidegate.dialects.responses import came_in
-from tidegate.dialects.routes import (
-    Dialect,
-    Endpoint,
-    Headers,
-    Operation,
-    dialect_of,
-    endpoint_of,
-    of_answer,
-    to_return,
-    to_send,
-    with_key,
-)
-from tidegate.dialects.usage import WithoutUsageEvent, asking_for_usage, pictures_in
+from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, refusals
+from tidegate.dialects.answers import WithoutUsageEvent, asking_for_usage, visible_output
+from tidegate.dialects.headers import Remaining, of_answer, to_return, to_send, with_key
+from tidegate.dialects.requests import NAMES_MODEL, check_said_once, skimmed
+from tidegate.dialects.spec import Dialect, Endpoint, Headers, ModelList, Operation, RequestFacts
 from tidegate.errors import (
     BudgetReserved,
     DeadlineExceeded,
@@ -126,11 +113,13 @@ async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFa
     text = decoded(body, coding) if coding else body
     if coding and key in text:  # goes on decoded, and without it
         body, headers = text, [pair for pair in headers if pair[0].lower() != b"content-encoding"]
-    said = faults.error_of_refusal_in(text)
+    said = refusals.error_of_refusal_in(text)
     named = {
         name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
     }
-    error = faults.from_status(status, said, named, secret=target.upstream.key, dialect=dialect)
+    error = refusals.upstream_error(
+        status, said, named, secret=target.upstream.key, dialect=dialect
+    )
     return CallFailed(
         error,
         target,
@@ -142,7 +131,7 @@ async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFa
 
 def native_charge(
     call: NativeCall,
-    asked: Asked | None,
+    asked: RequestFacts | None,
     life: Life,
     demands: Demands,
     demand: Demand,
@@ -157,15 +146,15 @@ def native_charge(
         return NO_CHARGE
     usage, model = life.told.usage, life.target.model
     rates = demands.prices.of(model or life.told.model_version or "")
-    dialect = call.endpoint.dialect
+    dialect = DIALECTS[call.endpoint.dialect]
     if images is None and asked.images and life.streams and _tells_pictures(call):
-        images = pictures_in(dialect, life.said)
+        images = dialect.image_count(life.said)
     if whole and (images or not is_unknown(usage)):
         return charge_of(rates, usage, images, whole=True)
-    came = came_in(dialect, life.said, life.said_bytes)
+    came = visible_output(dialect, life.said, life.said_bytes)
     estimate = _estimate(demands, demand, asked, model, call.caller.tenant_id)
     if is_unknown(usage):
-        pictures = images or came.pictures
+        pictures = images or came.images
         writes = _cache_write(rates, body)
         return estimated_charge(rates, estimate, came.tokens, pictures, usage.details, writes)
     return cut_charge(rates, usage, estimate, came.tokens, images)
@@ -191,7 +180,7 @@ def _tells_pictures(call: NativeCall) -> bool:
 
 
 def price_of(
-    call: NativeCall, asked: Asked | None, model: str, demands: Demands, demand: Demand
+    call: NativeCall, asked: RequestFacts | None, model: str, demands: Demands, demand: Demand
 ) -> tuple[int, int]:
     """What a call will cost, about: millionths of money, and LLM tokens."""
     if asked is None or not call.endpoint.is_counted:
@@ -200,7 +189,9 @@ def price_of(
     return foreseen(demands.prices.of(model), estimate, asked.images)
 
 
-def _estimate(demands: Demands, demand: Demand, asked: Asked, model: str, tenant: str) -> Estimate:
+def _estimate(
+    demands: Demands, demand: Demand, asked: RequestFacts, model: str, tenant: str
+) -> Estimate:
     if demand.estimate is not None:
         return demand.estimate
     return demands.estimator.of_pieces(
@@ -311,12 +302,12 @@ async def beginning_of(exchange: Exchange, *, streams: bool) -> tuple[bytes, dic
         if prelude.is_events:
             return first, prelude.error
     # Half a line is of no use to anybody.
-    while streams and inside.is_too_short(first) and not exchange.at_end:
+    while streams and refusals.is_too_short(first) and not exchange.at_end:
         first += await exchange.next()
-    if not inside.may_begin_with_error(first):
+    if not refusals.may_begin_with_error(first):
         return first, None
-    while (value := inside.error_in(first)) is None:
-        if exchange.at_end or len(first) > inside.LONGEST_BYTES:
+    while (value := refusals.error_event_in(first)) is None:
+        if exchange.at_end or len(first) > refusals.LONGEST_BYTES:
             return first, None
         first += await exchange.next()
     return first, value
@@ -356,7 +347,7 @@ class Prelude:
             return False
         if type(value) is not dict:
             return False
-        if inside.tells_error(value):
+        if refusals.error_object(value) is not None:
             self.error = value
             return False
         return _has_no_output(value)
@@ -406,7 +397,7 @@ class Work:
         relay: Relay,
         call: NativeCall,
         body: dict[str, Any],
-        asked: Asked | None,
+        asked: RequestFacts | None,
         out: Out,
         life: Life,
         on_admitted: Begun | None,
@@ -625,7 +616,7 @@ class Work:
             life.read_usage(self._call.endpoint, whole=whole)
         images = None
         if demand.images and whole and not life.streams:
-            images = pictures_in(self._call.endpoint.dialect, life.said)
+            images = DIALECTS[self._call.endpoint.dialect].image_count(life.said)
         if not refused:
             call, asked, body = self._call, self._asked, self._body
             life.charge = native_charge(
@@ -685,8 +676,13 @@ class Work:
             await out.start(exchange.status, headers)
             await self._pieces(exchange, first, without)
         pieces = [life.said] if life.coding else life.pieces
-        if life.streams and (value := inside.error_in(inside.tail_of(pieces))) is not None:
-            error = inside.error_of(value, exchange.headers, secret=target.upstream.key)
+        if (
+            life.streams
+            and (value := refusals.error_event_in(refusals.tail_of(pieces))) is not None
+        ):
+            error = refusals.stream_error(
+                value, exchange.headers, secret=key, dialect=self._call.endpoint.dialect
+            )
             raise CallFailed(error, target, told=True)
 
     async def _first(self, exchange: Exchange, target: Target) -> bytes:
@@ -699,11 +695,13 @@ class Work:
             return first
         key = target.upstream.key
         raise CallFailed(
-            inside.error_of(value, exchange.headers, secret=key),
+            refusals.stream_error(
+                value, exchange.headers, secret=key, dialect=self._call.endpoint.dialect
+            ),
             target,
-            status=inside.status_of(value),
-            headers=inside.own_headers(to_return(exchange.headers, key, same_length=False)),
-            body=orjson.dumps(inside.body_of(value)).replace(key.encode(), b"***"),
+            status=refusals.status_of(refusals.error_object(value) or {}),
+            headers=refusals.own_headers(to_return(exchange.headers, key, same_length=False)),
+            body=orjson.dumps(refusals.error_body(value)).replace(key.encode(), b"***"),
         )
 
     async def _pieces(
@@ -865,13 +863,6 @@ def _is_of_client(path: str, value: Mapping[str, Any]) -> bool:
 
 _KEPT_S = 60.0
 _LONGEST_BYTES = 4_000_000
-# path, key of the list, key of a model's name
-_SHAPES = {
-    Dialect.OPENAI: ("/models", "data", "id"),
-    Dialect.ANTHROPIC: ("/v1/models?limit=1000", "data", "id"),
-    Dialect.GEMINI: ("/v1beta/models?pageSize=1000", "models", "name"),
-}
-_FOLDER = "models/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -892,7 +883,7 @@ class Models:
     ) -> bytes:
         """The body of the answer; `routes` are the names that routes give, and whom each leads to.
         Raises CallFailed where no upstream gave a list."""
-        dialect = call.endpoint.dialect
+        shape = DIALECTS[call.endpoint.dialect].models
         found = await asyncio.gather(
             *(self._of(call, one) for one in upstreams), return_exceptions=True
         )
@@ -902,16 +893,15 @@ class Models:
             if isinstance(result, BaseException):
                 failure = result
                 continue
-            for model in _shown(dialect, upstream, result):
-                models.setdefault(str(model[_SHAPES[dialect][2]]), model)
+            for model in _shown(shape, upstream, result):
+                models.setdefault(str(model[shape.id_key]), model)
         if failure is not None and len(models) == 0:
             raise failure
         for name, target in routes.items():
-            models[_named(dialect, name)] = _as(
-                dialect, name, models.get(_named(dialect, target.model), {})
-            )
+            known = models.get(f"{shape.prefix}{target.model}", {})
+            models[f"{shape.prefix}{name}"] = _as(shape, name, known)
         allowed = [one for name, one in models.items() if call.caller.may_ask(name)]
-        return orjson.dumps(_whole(dialect, allowed))
+        return orjson.dumps(shape.whole(allowed))
 
     async def _of(self, call: NativeCall, upstream: Upstream) -> list[dict[str, Any]]:
         dialect = call.endpoint.dialect
@@ -923,17 +913,18 @@ class Models:
 
     async def _asked(self, call: NativeCall, upstream: Upstream) -> list[dict[str, Any]]:
         dialect, target = call.endpoint.dialect, Target(upstream, "")
-        path, key, name = _SHAPES[dialect]
-        url = f"{upstream.base_urls[dialect]}{path}"
+        spec = DIALECTS[dialect]
+        shape = spec.models
+        url = f"{upstream.base_urls[dialect]}{shape.path}"
         given = [pair for pair in call.headers if pair[0] == b"anthropic-version"]
-        headers = with_key([*given, *to_send([])], dialect, upstream.key)
+        headers = with_key([*given, *to_send([])], spec, upstream.key)
         try:
             exchange = await self._wire.open("GET", self._wire.place(url), headers, None)
             try:
                 if exchange.status >= 300:
                     raise await refusal_of(exchange, target, dialect)
                 body = orjson.loads(await exchange.read(_LONGEST_BYTES))
-                models = [one for one in body[key] if isinstance(one[name], str)]
+                models = [one for one in body[shape.key] if isinstance(one[shape.id_key], str)]
             finally:
                 exchange.close()
         except UpstreamError as error:
@@ -951,34 +942,19 @@ def is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Tar
 
 
 def _shown(
-    dialect: Dialect, upstream: Upstream, models: list[dict[str, Any]]
+    shape: ModelList, upstream: Upstream, models: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Those that may be asked by their own name, and the aliases."""
-    key = _SHAPES[dialect][2]
-    folder = _named(dialect, "")
-    found = [one for one in models if upstream.fit(one[key].removeprefix(folder))]
-    by_name = {one[key].removeprefix(folder): one for one in models}
+    found = [one for one in models if upstream.fit(one[shape.id_key].removeprefix(shape.prefix))]
+    by_name = {one[shape.id_key].removeprefix(shape.prefix): one for one in models}
     for alias, name in upstream.aliases.items():
-        found.append(_as(dialect, alias, by_name.get(name, {})))
+        found.append(_as(shape, alias, by_name.get(name, {})))
     return found
 
 
-def _named(dialect: Dialect, model: str) -> str:
-    return f"{_FOLDER}{model}" if dialect is Dialect.GEMINI else model
-
-
-def _as(dialect: Dialect, name: str, model: Mapping[str, Any]) -> dict[str, Any]:
+def _as(shape: ModelList, name: str, model: Mapping[str, Any]) -> dict[str, Any]:
     """A model by another name."""
-    return {**model, _SHAPES[dialect][2]: _named(dialect, name)}
-
-
-def _whole(dialect: Dialect, models: list[dict[str, Any]]) -> dict[str, Any]:
-    if dialect is Dialect.GEMINI:
-        return {"models": models}
-    if dialect is Dialect.ANTHROPIC:
-        ends = [models[0]["id"], models[-1]["id"]] if models else [None, None]
-        return {"data": models, "has_more": False, "first_id": ends[0], "last_id": ends[1]}
-    return {"object": "list", "data": models}
+    return {**model, shape.id_key: f"{shape.prefix}{name}"}
 
 
 MOST_REDIRECTS = 3
@@ -1061,13 +1037,13 @@ class Relay:
         if call.endpoint.operation is Operation.MODELS and await self._listed(call, out, life):
             return
         body: dict[str, Any] = {}
-        asked: Asked | None = None
+        asked: RequestFacts | None = None
         if call.endpoint.is_counted or call.body:
             read = skimmed(call.body)
             if read.raw is not call.body:  # it was large: others go first now
                 await asyncio.sleep(0)
             body = read.body
-            asked = asked_of(call.endpoint, body, read.whole)
+            asked = DIALECTS[call.endpoint.dialect].request_facts(call.endpoint, body, read.whole)
             check_said_once(read.raw, body)
             check_model(call.caller, asked.model)
             check_body(call.caller, call.endpoint, body)
@@ -1093,7 +1069,7 @@ class Relay:
         await out.body(body, False)
         return True
 
-    def _chain(self, call: NativeCall, asked: Asked | None) -> list[Target]:
+    def _chain(self, call: NativeCall, asked: RequestFacts | None) -> list[Target]:
         if asked is not None:
             return self.targets.of(call.endpoint.dialect, asked.model)
         name = call.endpoint.model
@@ -1122,7 +1098,7 @@ class Relay:
     def limiter_of(self, target: Target) -> Limiter:
         return self._pools[target.upstream.pool]
 
-    def demand_of(self, call: NativeCall, asked: Asked | None, target: Target) -> Demand:
+    def demand_of(self, call: NativeCall, asked: RequestFacts | None, target: Target) -> Demand:
         counted = call.endpoint.is_counted and asked is not None
         demand = self._demands[target.upstream.name].of_native(
             target.model,
@@ -1155,7 +1131,7 @@ class Relay:
         text = f"{base}{call.endpoint.path_for(target.model)}"
         if call.query:
             text = f"{text}?{call.query}"
-        headers = with_key(call.headers, dialect, target.upstream.key)
+        headers = with_key(call.headers, DIALECTS[dialect], target.upstream.key)
         place = self._wire.place(text)
         if call.trail is not None:
             said = call.trail.begin(target.upstream.name, target.model, str(place.origin))
@@ -1210,8 +1186,6 @@ def timeouts_of(config: Config, upstream: Upstream) -> Timeouts:
 LONGEST_BYTES = 20_000_000
 _NO_DEADLINE_MS = 30 * 86_400_000
 _JSON = (b"content-type", b"application/json")
-# Without a version Anthropic refuses; its SDKs all say this one.
-_HEADERS = {Dialect.ANTHROPIC: [_JSON, (b"anthropic-version", b"2023-06-01")]}
 _ALLOWED = (
     "a native path that asks a model, such as /v1/chat/completions, /v1/responses, /v1/messages "
     "or /v1beta/models/<model>:generateContent"
@@ -1233,14 +1207,14 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     return endpoint
 
 
-def asked_by(endpoint: Endpoint, body: Mapping[str, Any]) -> Asked:
+def asked_by(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
     """What a body asks for. Raises InvalidRequest, for a stream too, and for a model that can't be
     put on record."""
     if body.get("stream"):
         raise InvalidRequest(
             "body.stream", "an answer that is waited for does not stream", allowed="false"
         )
-    asked = asked_of(endpoint, body)
+    asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
     if not asked.model.isprintable():  # neither NUL nor half of a surrogate pair is
         raise InvalidRequest("body.model", "this is not the name of a model", allowed="a name")
     return asked
@@ -1268,7 +1242,7 @@ def detached_call(
         endpoint=endpoint,
         method="POST",
         query="",
-        headers=_HEADERS.get(endpoint.dialect, [_JSON]),
+        headers=[_JSON, *DIALECTS[endpoint.dialect].headers],
         body=body,
         caller=caller,
         received=time.monotonic(),

@@ -16,9 +16,9 @@ from typing import Literal
 from uuid import UUID
 
 from tidegate.call import NO_CHARGE, Answer, Caller, Charge, Kind
-from tidegate.dialects.responses import NOTHING_TOLD, Told, told_in
-from tidegate.dialects.routes import Endpoint, Headers
-from tidegate.dialects.usage import TAIL_BYTES
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.answers import TAIL_BYTES
+from tidegate.dialects.spec import NO_FACTS, AnswerFacts, Endpoint, Headers
 from tidegate.errors import UpstreamError
 from tidegate.spine.routing import Target
 from tidegate.store.audit import SOURCE, RelayRecord
@@ -145,7 +145,7 @@ class Life:
     of_upstream: int = 0
     trail: Trail | None = None
     http_status: int = 0
-    told: Told = NOTHING_TOLD
+    told: AnswerFacts = NO_FACTS
     charge: Charge = NO_CHARGE
     pieces: list[bytes] = field(default_factory=list)
     answer_bytes: int = 0
@@ -191,13 +191,14 @@ class Life:
     def read_usage(self, endpoint: Endpoint, *, whole: bool) -> None:
         """Find in the answer what it says of itself. `whole`: it came to its end."""
         omitted = self.omitted_bytes > 0
-        self.told = told_in(endpoint.dialect, self.said, omitted=omitted, cut=not whole)
+        dialect = DIALECTS[endpoint.dialect]
+        self.told = dialect.answer_facts(self.said, omitted=omitted, cut=not whole)
 
     def begin_again(self) -> None:
         """Another try: what the last one brought is not the answer."""
         self.waits, self.sent = True, False
         self.pieces, self.answer_bytes, self.coding = [], 0, b""
-        self.told, self.charge = NOTHING_TOLD, NO_CHARGE
+        self.told, self.charge = NO_FACTS, NO_CHARGE
         self.first_byte_ms = None
 
 

@@ -31,8 +31,9 @@ from typing import Any, Literal
 
 from tidegate.admission.demand import Demand, model_limit, pause_after
 from tidegate.call import DEFAULT_POOL, Caller
-from tidegate.dialects.rate_limits import RateStatus, rate_statuses
-from tidegate.dialects.routes import Dialect
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.headers import RateStatus, rate_statuses
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -545,11 +546,6 @@ def _in_short(error: UpstreamError) -> str:
 _MODELS_KEPT = 1_000
 _PATTERN = frozenset("*?[")  # as fnmatch reads them
 _MOST_NAMED = 8  # upstreams, and patterns of each, in a refusal
-_CALLS = {
-    Dialect.OPENAI: "POST /v1/chat/completions",
-    Dialect.ANTHROPIC: "POST /v1/messages",
-    Dialect.GEMINI: "POST /v1beta/models/MODEL:generateContent",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -621,7 +617,7 @@ class Targets:
                 self._for_prompts.add(model)
             return
         instead = [one.upstream for one in found] or list(self.upstreams.values())
-        calls = dict.fromkeys(_CALLS[_first_dialect(one)] for one in instead)
+        calls = dict.fromkeys(DIALECTS[_first_dialect(one)].example for one in instead)
         call = f"call {' or '.join(calls)}, or submit that call as `endpoint` and `body`"
         if own is None:
             said = f"a prompt needs the account of GEMINI_API_KEY, and that is not set: {call}"

@@ -26,8 +26,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tidegate.call import Answer, Call, Delta, Event, Kind, Media, Picture, Sink, Usage, UsageReport
-from tidegate.dialects import faults
-from tidegate.dialects.usage import modality_details, with_searches
+from tidegate.dialects import refusals
+from tidegate.dialects.answers import with_searches
+from tidegate.dialects.gemini import modality_details
 from tidegate.errors import (
     EmptyAnswer,
     PromptBlocked,
@@ -505,7 +506,7 @@ class GeminiProcessor:
     def _ours(self, failure: Exception, scope: Scope) -> UpstreamError:
         """To be raised `from None`: the SDK's texts hold whole foreign bodies, and may hold the
         upload URL."""
-        return faults.translate(failure, scope.wreck(), secret=self._api_key)
+        return refusals.translate(failure, scope.wreck(), secret=self._api_key)
 
     def _finish(self, reading: Reading, scope: Scope) -> None:
         try:
@@ -517,10 +518,12 @@ class GeminiProcessor:
 
     def _raise_hidden_error(self, scope: Scope, suspected: bool) -> None:
         wreck = scope.wreck()
-        error = faults.error_in(wreck.tail) if suspected and wreck is not None else None
-        if error is not None and wreck is not None:
-            code = faults.code_of(error)
-            raise faults.from_status(code, error, wreck.headers, secret=self._api_key)
+        if not suspected or wreck is None:
+            return
+        if (event := refusals.error_event_in(wreck.tail)) is not None:
+            error = refusals.error_object(event) or {}
+            code = refusals.status_of(error)
+            raise refusals.upstream_error(code, error, wreck.headers, secret=self._api_key)
 
     def _forget_later(self, sdk: _Sdk, names: Sequence[str]) -> None:
         """Deleting must not hold up the permit: a task of its own, awaited by `aclose`."""

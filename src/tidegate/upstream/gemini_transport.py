@@ -25,7 +25,7 @@ from typing import Any, Self
 import httpx2
 import orjson
 
-from tidegate.dialects.faults import Wreck
+from tidegate.dialects.refusals import Wreck
 from tidegate.errors import UpstreamGarbled
 from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.http import Exchange, RelayWire, Timeouts, out_of_time

@@ -19,7 +19,9 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.integration.rivals.routes import NATIVE, OWN, Route
 from tests.waiting import wait_until
-from tidegate.dialects import routes as paths
+from tidegate import dialects
+from tidegate.dialects import gemini
+from tidegate.dialects.spec import Dialect, Operation
 from tidegate.policy.format import edit
 
 KINDS = ("text_only", "multi_modal", "image_generation", "other")
@@ -185,14 +187,14 @@ async def test_every_route_gives_its_permit_back(gateway: Gateway, way: Way) -> 
 
 def test_no_native_route_is_left_out() -> None:
     seen = {re.sub(r"\?.*", "", route.path) for route in NATIVE}
-    known = {*paths._POSTED, "/v1/models", "/v1beta/models"}
+    known = {*dialects._POSTED, "/v1/models", "/v1beta/models"}
     assert known <= seen
-    for do in (*paths._GEMINI_OPERATIONS, "generateContent", "streamGenerateContent"):
+    for do in (*gemini._OPERATIONS, "generateContent", "streamGenerateContent"):
         assert any(path.endswith(f":{do}") for path in seen), do
     by_operation = {
         endpoint.operation
         for route in NATIVE
-        for hint in (paths.Dialect.GEMINI, paths.Dialect.OPENAI)
-        if (endpoint := paths.endpoint_of(route.method, route.path.partition("?")[0], hint))
+        for hint in (Dialect.GEMINI, Dialect.OPENAI)
+        if (endpoint := dialects.endpoint_of(route.method, route.path.partition("?")[0], hint))
     }
-    assert by_operation == set(paths.Operation)
+    assert by_operation == set(Operation)

@@ -14,8 +14,8 @@ import pytest
 from tidegate.admission.demand import Demand, Demands
 from tidegate.admission.estimator import MOST_TOOL_SETS
 from tidegate.call import Usage
-from tidegate.dialects.requests import asked_of
-from tidegate.dialects.routes import Dialect, endpoint_of
+from tidegate.dialects import DIALECTS, endpoint_of
+from tidegate.dialects.spec import Dialect
 from tidegate.policy.format import of_plain
 
 POLICY = of_plain({"limits": {"kind:text_only": 5, "kind:multi_modal": 5, "itpm:m": 1_000_000}})
@@ -31,7 +31,9 @@ def tool(name: str, *properties: str) -> Body:
 def demand(demands: Demands, body: Body, tenant: str = "acme") -> Demand:
     endpoint = endpoint_of("POST", "/v1/messages", Dialect.ANTHROPIC)
     assert endpoint is not None
-    asked = asked_of(endpoint, {"model": "m", "max_tokens": 50, **body})
+    asked = DIALECTS[endpoint.dialect].request_facts(
+        endpoint, {"model": "m", "max_tokens": 50, **body}
+    )
     return demands.of_native(
         *(asked.model, asked.kind.value, asked.pieces, POLICY),
         tenant=tenant,

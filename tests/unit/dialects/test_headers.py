@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tidegate.dialects.routes import Dialect, to_return, to_send, with_key
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.headers import to_return, to_send, with_key
+from tidegate.dialects.spec import Dialect
 
 
 def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
@@ -28,7 +30,7 @@ def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
         (b"x-stainless-lang", b"python"),
         (b"anthropic-beta", b"new"),
     ]
-    sent = with_key(to_send(given), Dialect.ANTHROPIC, "ours")
+    sent = with_key(to_send(given), DIALECTS[Dialect.ANTHROPIC], "ours")
     assert sent == [
         (b"content-type", b"application/json"),
         (b"x-stainless-lang", b"python"),
@@ -39,8 +41,8 @@ def test_keys_hops_and_traces_of_the_client_stay_here() -> None:
 
 
 def test_the_key_is_shown_as_the_dialect_has_it() -> None:
-    assert with_key([], Dialect.OPENAI, "k") == [(b"authorization", b"Bearer k")]
-    assert with_key([], Dialect.GEMINI, "k") == [(b"x-goog-api-key", b"k")]
+    assert with_key([], DIALECTS[Dialect.OPENAI], "k") == [(b"authorization", b"Bearer k")]
+    assert with_key([], DIALECTS[Dialect.GEMINI], "k") == [(b"x-goog-api-key", b"k")]
 
 
 def test_what_comes_back() -> None:

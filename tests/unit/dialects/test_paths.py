@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.dialects.routes import (
-    Dialect,
-    Operation,
-    dialect_of,
-    endpoint_of,
-    is_native,
-    native_path,
-)
+from tidegate.dialects import dialect_of, endpoint_of, native_path
+from tidegate.dialects.spec import Dialect, Operation
 
 NONE: frozenset[bytes] = frozenset()
 
@@ -38,7 +32,7 @@ def test_known_paths(method: str, path: str, dialect: str, operation: str, below
     assert (found.dialect, found.operation) == (dialect, operation)
     assert found.path_for(found.model or "") == below
     assert found.model == ("gpt-x" if below.endswith("gpt-x") else None)
-    assert is_native(path)
+    assert native_path(path) is not None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +88,7 @@ def test_a_path_of_two_dialects_is_told_by_the_key() -> None:
 
 @pytest.mark.parametrize("path", ["/submit", "/llm/stream", "/status/1", "/docs", "/v1", "/v10/x"])
 def test_the_products_own_paths_are_not_native(path: str) -> None:
-    assert not is_native(path)
+    assert native_path(path) is None
 
 
 @pytest.mark.parametrize(

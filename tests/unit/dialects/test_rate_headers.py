@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tidegate.dialects.rate_limits import RateStatus, rate_statuses, used_up
+from tidegate.dialects.headers import RateStatus, rate_statuses, used_up
 
 NOW = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
 NOW_S = int(NOW.timestamp())

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tidegate.dialects.faults import error_of_refusal
-from tidegate.dialects.refusal import until_date_ms, until_ms
+from tidegate.dialects.headers import until_date_ms, until_ms
+from tidegate.dialects.refusals import upstream_error
 from tidegate.errors import (
     UpstreamError,
     UpstreamRejected,
@@ -24,7 +24,7 @@ Headers = dict[str, str]
 def classified(
     dialect: str, status: int, error: dict[str, Any], headers: Headers | None = None
 ) -> UpstreamError:
-    return error_of_refusal(dialect, status, error, headers or {}, "what was said")
+    return upstream_error(status, error, headers or {}, secret="", dialect=dialect)
 
 
 def quota(*ids: str) -> list[dict[str, Any]]:

@@ -8,16 +8,10 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.dialects.requests import (
-    LARGE_BYTES,
-    Asked,
-    asked_of,
-    check_said_once,
-    parsed,
-    skimmed,
-)
-from tidegate.dialects.routes import Dialect, endpoint_of
-from tidegate.dialects.usage import asking_for_usage
+from tidegate.dialects import DIALECTS, endpoint_of
+from tidegate.dialects.answers import asking_for_usage
+from tidegate.dialects.requests import LARGE_BYTES, check_said_once, parsed, skimmed
+from tidegate.dialects.spec import Dialect, RequestFacts
 from tidegate.errors import TidegateError
 
 CHAT = endpoint_of("POST", "/v1/chat/completions", Dialect.OPENAI)
@@ -67,10 +61,10 @@ AS_A_WHOLE = {
 }
 
 
-def asked(endpoint: Any, raw: bytes) -> Asked:
+def asked(endpoint: Any, raw: bytes) -> RequestFacts:
     read = skimmed(raw)
     assert endpoint is not None
-    return asked_of(endpoint, read.body, read.whole)
+    return DIALECTS[endpoint.dialect].request_facts(endpoint, read.body, read.whole)
 
 
 @pytest.mark.parametrize("name", WITH_FILES)
@@ -80,7 +74,7 @@ def test_what_is_asked_is_what_the_whole_asks(name: str, indent: int) -> None:
     raw = orjson.dumps(body, option=indent)
     assert endpoint is not None
     assert len(skimmed(raw).raw) < len(raw)
-    assert asked(endpoint, raw) == asked_of(endpoint, parsed(raw))
+    assert asked(endpoint, raw) == DIALECTS[endpoint.dialect].request_facts(endpoint, parsed(raw))
 
 
 @pytest.mark.parametrize("name", AS_A_WHOLE)
@@ -117,7 +111,7 @@ def refusal(raw: bytes, *, whole: bool) -> tuple[type[TidegateError], str | None
         read = skimmed(raw)
         body, shown = (parsed(raw), raw) if whole else (read.body, read.raw)
         assert CHAT is not None
-        asked_of(CHAT, body, {} if whole else read.whole)
+        DIALECTS[CHAT.dialect].request_facts(CHAT, body, {} if whole else read.whole)
         check_said_once(shown, body)
     except TidegateError as error:
         return type(error), getattr(error, "field", None)
@@ -139,7 +133,7 @@ def test_nobody_can_write_what_stands_for_a_file() -> None:
     kept = mark.rpartition("~")[0]
     again = orjson.dumps(chat(of_url(URL), {"type": "text", "text": kept}, {"text": f"{kept}~0"}))
     assert CHAT is not None
-    assert asked(CHAT, again) == asked_of(CHAT, parsed(again))
+    assert asked(CHAT, again) == DIALECTS[CHAT.dialect].request_facts(CHAT, parsed(again))
 
 
 def test_what_goes_on_holds_the_file() -> None:

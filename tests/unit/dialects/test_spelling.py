@@ -7,8 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.dialects.requests import asked_of, check_said_once
-from tidegate.dialects.routes import Dialect, Endpoint, endpoint_of
+from tidegate.dialects import DIALECTS, endpoint_of
+from tidegate.dialects.requests import check_said_once
+from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import InvalidRequest
 
 CHAT = endpoint_of("POST", "/v1/chat/completions", Dialect.OPENAI)
@@ -26,7 +27,7 @@ def wrong(endpoint: Endpoint | None, raw: str) -> InvalidRequest:
 
 def checked(endpoint: Endpoint, raw: str) -> None:
     body = orjson.loads(raw)
-    asked_of(endpoint, body)
+    DIALECTS[endpoint.dialect].request_facts(endpoint, body)
     check_said_once(raw.encode(), body)
 
 
@@ -80,4 +81,9 @@ def test_work_that_goes_on_after_its_answer_is_refused_in_every_dialect(
 @pytest.mark.parametrize("value", [False, None])
 def test_what_says_that_it_does_not_go_on_is_taken(value: Any) -> None:
     assert RESPONSES is not None
-    assert asked_of(RESPONSES, {"model": "m", "input": "x", "background": value}).model == "m"
+    assert (
+        DIALECTS[RESPONSES.dialect]
+        .request_facts(RESPONSES, {"model": "m", "input": "x", "background": value})
+        .model
+        == "m"
+    )

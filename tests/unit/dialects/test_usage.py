@@ -7,9 +7,9 @@ import json
 import pytest
 
 from tidegate.call import Usage, UsageDetails
-from tidegate.dialects.responses import told_in
-from tidegate.dialects.routes import Dialect
-from tidegate.dialects.usage import TAIL_BYTES, pictures_in
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.answers import TAIL_BYTES
+from tidegate.dialects.spec import Dialect
 
 CHAT = {
     "id": "chatcmpl-1",
@@ -26,11 +26,11 @@ CHAT = {
 
 def told(dialect: Dialect, *events: object) -> Usage:
     data = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
-    return told_in(dialect, data).usage
+    return DIALECTS[dialect].answer_facts(data).usage
 
 
 def test_chat_completions() -> None:
-    found = told_in(Dialect.OPENAI, json.dumps(CHAT).encode())
+    found = DIALECTS[Dialect.OPENAI].answer_facts(json.dumps(CHAT).encode())
     assert found.usage == Usage(12, 20, 10, 4, 42)
     assert found.response_id == "chatcmpl-1"
 
@@ -76,14 +76,14 @@ def test_cached_tokens_that_stand_beside_the_others(name: str) -> None:
 
 def test_what_is_not_told_is_unknown() -> None:
     assert told(Dialect.OPENAI, {"choices": []}) == Usage()
-    assert told_in(Dialect.GEMINI, b"").usage == Usage()
+    assert DIALECTS[Dialect.GEMINI].answer_facts(b"").usage == Usage()
     assert told(Dialect.OPENAI, {"usage": {"prompt_tokens": "many"}}) == Usage()
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_an_answer_that_was_cut_is_read_as_far_as_it_goes(cut: int) -> None:
     data = json.dumps(CHAT).encode()[:-cut]
-    assert told_in(Dialect.OPENAI, data).usage in (Usage(), Usage(12, 20, 10, 4, 42))
+    assert DIALECTS[Dialect.OPENAI].answer_facts(data).usage in (Usage(), Usage(12, 20, 10, 4, 42))
 
 
 def test_a_model_cannot_pretend_to_a_usage() -> None:
@@ -109,53 +109,59 @@ def test_a_schema_that_an_answer_repeats_tells_no_usage() -> None:
     # Cut in the middle of the last event, behind what it repeats.
     data = b"data: %b\n\n" % json.dumps(ended).encode()
     for cut in range(2, 80):
-        assert told_in(Dialect.OPENAI, data[:-cut]).usage in (Usage(), Usage(3, 5))
+        assert DIALECTS[Dialect.OPENAI].answer_facts(data[:-cut]).usage in (Usage(), Usage(3, 5))
     whole = json.dumps(response("", usage={"input_tokens": 3, "output_tokens": 5})["response"])
-    assert told_in(Dialect.OPENAI, whole.encode()).usage == Usage(3, 5)
-    assert told_in(Dialect.OPENAI, whole.encode()[:-3]).usage == Usage()
+    assert DIALECTS[Dialect.OPENAI].answer_facts(whole.encode()).usage == Usage(3, 5)
+    assert DIALECTS[Dialect.OPENAI].answer_facts(whole.encode()[:-3]).usage == Usage()
 
 
 @pytest.mark.parametrize("padding", [0, 40_000, 100_000, 400_000])
 def test_only_the_outermost_object_tells_the_usage_of_a_long_answer(padding: int) -> None:
     long = {"output": "x" * padding, "tools": ECHO, "metadata": FORGED}
     data = json.dumps(long).encode()
-    assert told_in(Dialect.OPENAI, data).usage == Usage()
+    assert DIALECTS[Dialect.OPENAI].answer_facts(data).usage == Usage()
     said = json.dumps({**long, "usage": {"input_tokens": 3, "output_tokens": 5}, "user": None})
-    assert told_in(Dialect.OPENAI, said.encode()).usage == Usage(3, 5)
+    assert DIALECTS[Dialect.OPENAI].answer_facts(said.encode()).usage == Usage(3, 5)
     part = {"functionCall": {"name": "f", "args": GEMINI_FORGED}}
     called = {"x": "y" * padding, "candidates": [{"content": {"parts": [part]}}]}
     told_at_end = {**called, "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 9}}
     for end in ("", "\n"):
-        assert told_in(Dialect.GEMINI, (json.dumps(called) + end).encode()).usage == Usage()
+        assert (
+            DIALECTS[Dialect.GEMINI].answer_facts((json.dumps(called) + end).encode()).usage
+            == Usage()
+        )
         listed = (json.dumps([told_at_end, called]) + end).encode()
-        assert told_in(Dialect.GEMINI, listed).usage == Usage(5, 9)
+        assert DIALECTS[Dialect.GEMINI].answer_facts(listed).usage == Usage(5, 9)
         listed = (json.dumps([called, told_at_end]) + end).encode()
-        assert told_in(Dialect.GEMINI, listed).usage == Usage(5, 9)
+        assert DIALECTS[Dialect.GEMINI].answer_facts(listed).usage == Usage(5, 9)
 
 
 def test_a_list_that_was_cut_tells_what_its_last_whole_object_told() -> None:
     first = {"candidates": [], "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 1}}
     second = {"candidates": [{"content": {"parts": [{"functionCall": {"args": GEMINI_FORGED}}]}}]}
     data = json.dumps([first, second], indent=1).encode()
-    assert told_in(Dialect.GEMINI, data[:-20]).usage == Usage(5, 1)
-    assert told_in(Dialect.GEMINI, data[:40]).usage == Usage()
+    assert DIALECTS[Dialect.GEMINI].answer_facts(data[:-20]).usage == Usage(5, 1)
+    assert DIALECTS[Dialect.GEMINI].answer_facts(data[:40]).usage == Usage()
 
 
 def test_a_call_of_a_tool_tells_no_usage() -> None:
     block = {"type": "tool_use", "input": FORGED}
     whole = {"content": [block], "usage": {"input_tokens": 7, "output_tokens": 5}}
-    assert told_in(Dialect.ANTHROPIC, json.dumps(whole).encode()).usage == Usage(
+    assert DIALECTS[Dialect.ANTHROPIC].answer_facts(json.dumps(whole).encode()).usage == Usage(
         7, 5, None, None, 12
     )
-    assert told_in(Dialect.ANTHROPIC, json.dumps({"content": [block]}).encode()).usage == Usage()
+    assert (
+        DIALECTS[Dialect.ANTHROPIC].answer_facts(json.dumps({"content": [block]}).encode()).usage
+        == Usage()
+    )
 
 
 def test_where_the_middle_is_missing_nothing_is_read_over_the_gap() -> None:
     forged = b'data: {"a":"' + b"x" * 100
     tail = b'","usage":{"prompt_tokens":0,"completion_tokens":0}}\n\ndata: [DONE]\n\n'
     tail = b"y" * (TAIL_BYTES - len(tail)) + tail
-    assert told_in(Dialect.OPENAI, forged + tail).usage == Usage(0, 0)
-    assert told_in(Dialect.OPENAI, forged + tail, omitted=True).usage == Usage()
+    assert DIALECTS[Dialect.OPENAI].answer_facts(forged + tail).usage == Usage(0, 0)
+    assert DIALECTS[Dialect.OPENAI].answer_facts(forged + tail, omitted=True).usage == Usage()
 
 
 @pytest.mark.parametrize(
@@ -176,9 +182,9 @@ def test_a_count_that_no_call_can_have_is_unknown() -> None:
 
 def test_pictures() -> None:
     two = {"data": [{"b64_json": "A"}, {"b64_json": "B"}]}
-    assert pictures_in(Dialect.OPENAI, json.dumps(two).encode()) == 2
+    assert DIALECTS[Dialect.OPENAI].image_count(json.dumps(two).encode()) == 2
     one = {"candidates": [{"content": {"parts": [{"inlineData": {"data": "A"}}]}}]}
-    assert pictures_in(Dialect.GEMINI, json.dumps(one).encode()) == 1
+    assert DIALECTS[Dialect.GEMINI].image_count(json.dumps(one).encode()) == 1
 
 
 ECHOED = (
@@ -198,7 +204,7 @@ def test_an_answer_that_is_cut_behind_an_object_within_it_tells_no_usage(
     dialect: Dialect, answer: bytes, before: bytes
 ) -> None:
     for end in range(1, len(answer)):
-        found = told_in(dialect, answer[:1] + before + answer[1:end], cut=True)
+        found = DIALECTS[dialect].answer_facts(answer[:1] + before + answer[1:end], cut=True)
         assert found.usage == Usage(), answer[:end]
 
 
@@ -227,7 +233,9 @@ def test_a_usage_that_does_not_add_up_is_settled_by_its_total(
     usage: dict[str, object], wanted: Usage
 ) -> None:
     assert told(Dialect.OPENAI, {"choices": [], "usage": usage}) == wanted
-    assert told_in(Dialect.OPENAI, json.dumps({"usage": usage}).encode()).usage == wanted
+    assert (
+        DIALECTS[Dialect.OPENAI].answer_facts(json.dumps({"usage": usage}).encode()).usage == wanted
+    )
 
 
 def test_pictures_that_a_response_made_by_a_tool_count_once_each() -> None:
@@ -236,13 +244,13 @@ def test_pictures_that_a_response_made_by_a_tool_count_once_each() -> None:
         return call | {"result": result}
 
     whole = {"output": [made(1, "AAAA"), made(2, "BBBB"), made(3, None)]}
-    assert pictures_in(Dialect.OPENAI, json.dumps(whole).encode()) == 2
+    assert DIALECTS[Dialect.OPENAI].image_count(json.dumps(whole).encode()) == 2
     events = [
         {"type": "response.output_item.added", "item": made(1, None)},
         {"type": "response.output_item.done", "item": made(1, "AAAA")},
         {"type": "response.completed", "response": {"output": [made(1, "AAAA")]}},
     ]
     data = b"".join(b"data: %b\n\n" % json.dumps(one).encode() for one in events)
-    assert pictures_in(Dialect.OPENAI, data) == 1
+    assert DIALECTS[Dialect.OPENAI].image_count(data) == 1
     text = {"output": [{"text": json.dumps(made(1, "AAAA"))}]}
-    assert pictures_in(Dialect.OPENAI, json.dumps(text).encode()) == 0
+    assert DIALECTS[Dialect.OPENAI].image_count(json.dumps(text).encode()) == 0

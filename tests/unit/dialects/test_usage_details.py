@@ -9,8 +9,8 @@ import orjson
 import pytest
 
 from tidegate.call import Charge, Usage, UsageDetails, UsageState
-from tidegate.dialects.responses import told_in
-from tidegate.dialects.routes import Dialect
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.spec import Dialect
 from tidegate.store.records import charge_columns, details_of, details_row, details_text
 
 OPENAI, ANTHROPIC, GEMINI = Dialect.OPENAI, Dialect.ANTHROPIC, Dialect.GEMINI
@@ -88,15 +88,15 @@ def stream(dialect: Dialect, usage: Json) -> bytes:
 def test_each_provider_s_words_are_read(
     dialect: Dialect, usage: Json, wanted: UsageDetails
 ) -> None:
-    assert told_in(dialect, whole(dialect, usage)).usage.details == wanted
-    assert told_in(dialect, whole(dialect, usage, 400_000)).usage.details == wanted
-    assert told_in(dialect, stream(dialect, usage)).usage.details == wanted
+    assert DIALECTS[dialect].answer_facts(whole(dialect, usage)).usage.details == wanted
+    assert DIALECTS[dialect].answer_facts(whole(dialect, usage, 400_000)).usage.details == wanted
+    assert DIALECTS[dialect].answer_facts(stream(dialect, usage)).usage.details == wanted
 
 
 @pytest.mark.parametrize(("dialect", "usage"), NOTHING)
 def test_what_is_not_reported_or_none_is_not_there(dialect: Dialect, usage: Json) -> None:
-    assert told_in(dialect, whole(dialect, usage)).usage.details is None
-    assert told_in(dialect, stream(dialect, usage)).usage.details is None
+    assert DIALECTS[dialect].answer_facts(whole(dialect, usage)).usage.details is None
+    assert DIALECTS[dialect].answer_facts(stream(dialect, usage)).usage.details is None
 
 
 ABSURD: tuple[Any, ...] = (-1, 10**17, 10**30, 1.5, "5", True, None, [], {}, {"modality": []})
@@ -117,7 +117,7 @@ def test_absurd_figures_are_left_out_and_can_be_written(figure: object) -> None:
     ]
     for dialect, usage in usages:
         for answer in (whole(dialect, usage), stream(dialect, usage)):
-            found = told_in(dialect, answer).usage
+            found = DIALECTS[dialect].answer_facts(answer).usage
             written = details_text(found)
             if "cache_creation" in usage:
                 assert found.details == UsageDetails(cache_write_tokens=300)
@@ -127,14 +127,16 @@ def test_absurd_figures_are_left_out_and_can_be_written(figure: object) -> None:
 
 @pytest.mark.parametrize("cost", [-0.1, 1e300, 10**30, "0.1", True, {"total_cost": -1}, {}])
 def test_an_absurd_cost_is_none(cost: object) -> None:
-    assert told_in(OPENAI, whole(OPENAI, CHAT | {"cost": cost})).usage.details is None
+    assert DIALECTS[OPENAI].answer_facts(whole(OPENAI, CHAT | {"cost": cost})).usage.details is None
     infinite = whole(OPENAI, CHAT | {"cost": 0}).replace(b'"cost": 0', b'"cost": 1e999')
-    assert told_in(OPENAI, infinite).usage.details is None
+    assert DIALECTS[OPENAI].answer_facts(infinite).usage.details is None
 
 
 def test_what_no_column_holds_is_left_out_of_the_record() -> None:
     rows = [{"modality": "AUDIO", "tokenCount": 10**12}] * 60
-    usage = told_in(GEMINI, whole(GEMINI, CONTENT | {"promptTokensDetails": rows})).usage
+    usage = (
+        DIALECTS[GEMINI].answer_facts(whole(GEMINI, CONTENT | {"promptTokensDetails": rows})).usage
+    )
     assert details_row(usage) is None
     assert charge_columns(Charge(UsageState.TOLD, usage))["usage_state"] == "told"
 
@@ -147,12 +149,14 @@ def test_what_an_answer_repeats_or_a_model_writes_is_not_read() -> None:
         {"metadata": {"usage": forged}, "tools": [{"usage": forged}], "usage": CHAT},
         {"usage_breakdown": {"models": [{"usage": forged}]}, "usage": CHAT},
     ):
-        assert told_in(OPENAI, json.dumps(answer).encode()).usage == Usage(900, 90, None, None, 990)
+        assert DIALECTS[OPENAI].answer_facts(json.dumps(answer).encode()).usage == Usage(
+            900, 90, None, None, 990
+        )
     args = {"groundingMetadata": {"webSearchQueries": ["x"]}, "usageMetadata": CONTENT}
     part = {"functionCall": {"name": "f", "args": args}}
     said = {"candidates": [{"content": {"parts": [part]}}], "usageMetadata": CONTENT}
     for data in (json.dumps(said), json.dumps([said]), f"data: {json.dumps(said)}\n\n"):
-        assert told_in(GEMINI, data.encode()).usage.details is None
+        assert DIALECTS[GEMINI].answer_facts(data.encode()).usage.details is None
 
 
 def searched(*actions: object) -> dict[str, object]:
@@ -172,9 +176,9 @@ def test_searches_of_a_response_are_those_it_reports_or_shows() -> None:
             f"data: {json.dumps(ended)}\n\ndata: [DONE]\n\n",
         )
         for answer in answers:
-            details = told_in(OPENAI, answer.encode()).usage.details
+            details = DIALECTS[OPENAI].answer_facts(answer.encode()).usage.details
             assert details == UsageDetails(searches=count)
-    assert told_in(OPENAI, json.dumps(searched()).encode()).usage.details is None
+    assert DIALECTS[OPENAI].answer_facts(json.dumps(searched()).encode()).usage.details is None
 
 
 def grounded(*queries: str) -> dict[str, object]:
@@ -186,10 +190,10 @@ def test_queries_of_gemini_count_once_each_however_often_a_stream_repeats_them()
     pieces = (grounded("a"), grounded("a", "b", ""), {"candidates": "none"}, grounded())
     streamed = b"".join(b"data: %b\r\n\r\n" % orjson.dumps(one) for one in pieces)
     for answer in (streamed, orjson.dumps(pieces), orjson.dumps(grounded("a", "b"))):
-        assert told_in(GEMINI, answer).usage.details == UsageDetails(searches=2)
-    assert told_in(GEMINI, streamed[: streamed.index(b'"b"')]).usage.details == UsageDetails(
-        searches=1
-    )
+        assert DIALECTS[GEMINI].answer_facts(answer).usage.details == UsageDetails(searches=2)
+    assert DIALECTS[GEMINI].answer_facts(
+        streamed[: streamed.index(b'"b"')]
+    ).usage.details == UsageDetails(searches=1)
 
 
 def test_the_column_is_read_as_far_as_its_names_are_known() -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.dialects.usage import WithoutUsageEvent, asking_for_usage
+from tidegate.dialects.answers import WithoutUsageEvent, asking_for_usage
 
 USAGE = b'data: {"id":"1","choices":[],"usage":{"prompt_tokens":1}}\n\n'
 EVENTS = [

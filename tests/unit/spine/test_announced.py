@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.dialects.rate_limits import RateStatus, rate_statuses
+from tidegate.dialects.headers import RateStatus, rate_statuses
 from tidegate.spine import routing as announced
 from tidegate.spine.routing import MOST_MODELS, Announced, Announcement
 

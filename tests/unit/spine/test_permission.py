@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tidegate.call import ANYBODY, Caller
-from tidegate.dialects.routes import Dialect, Endpoint, endpoint_of
+from tidegate.dialects import endpoint_of
+from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import Forbidden, InvalidRequest
 from tidegate.spine.native import check_body, check_names
 

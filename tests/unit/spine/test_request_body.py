@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.call import ANYBODY
+from tidegate.dialects import dialect_of, endpoint_of
 from tidegate.dialects.requests import LARGE_BYTES, skimmed
-from tidegate.dialects.routes import dialect_of, endpoint_of
 from tidegate.policy.deployment import Upstream
 from tidegate.spine.native import body_for
 from tidegate.spine.record import NativeCall

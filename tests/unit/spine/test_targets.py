@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from tidegate.dialects.routes import Dialect
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import InvalidRequest, NotFound
 from tidegate.policy.deployment import Deployment, Route, Upstream
 from tidegate.spine.routing import Targets

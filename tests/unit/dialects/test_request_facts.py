@@ -12,31 +12,32 @@ import pytest
 from tests.unit.admission.pictures import png
 from tidegate.admission.estimator import Learning, Modality
 from tidegate.call import Kind
-from tidegate.dialects.requests import MOST_PARTS, Asked, asked_of, has_too_many_parts, parsed
-from tidegate.dialects.routes import Dialect, endpoint_of
+from tidegate.dialects import DIALECTS, endpoint_of
+from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts, parsed
+from tidegate.dialects.spec import Dialect, RequestFacts
 from tidegate.errors import InvalidRequest, PayloadTooLarge
 
 PICTURE = b64encode(png(1000, 800)).decode()
 PICTURE_URL = f"data:image/png;base64,{PICTURE}"
 
 
-def asked(path: str, body: dict[str, Any]) -> Asked:
+def asked(path: str, body: dict[str, Any]) -> RequestFacts:
     endpoint = endpoint_of("POST", path, Dialect.OPENAI)
     assert endpoint is not None
-    return asked_of(endpoint, body)
+    return DIALECTS[endpoint.dialect].request_facts(endpoint, body)
 
 
-def chat(**body: Any) -> Asked:
+def chat(**body: Any) -> RequestFacts:
     return asked("/v1/chat/completions", {"model": "m", **body})
 
 
-def claude(**body: Any) -> Asked:
+def claude(**body: Any) -> RequestFacts:
     endpoint = endpoint_of("POST", "/v1/messages", Dialect.ANTHROPIC)
     assert endpoint is not None
-    return asked_of(endpoint, {"model": "m", **body})
+    return DIALECTS[endpoint.dialect].request_facts(endpoint, {"model": "m", **body})
 
 
-def gemini(do: str = "generateContent", **body: Any) -> Asked:
+def gemini(do: str = "generateContent", **body: Any) -> RequestFacts:
     return asked(f"/v1beta/models/g:{do}", body)
 
 
@@ -62,7 +63,7 @@ def test_text_is_text_only() -> None:
     ],
 )
 def test_a_picture_is_known_in_every_dialect_and_counted_by_its_size(
-    part: dict[str, Any], ask: Callable[..., Asked], tokens: float
+    part: dict[str, Any], ask: Callable[..., RequestFacts], tokens: float
 ) -> None:
     found = ask(messages=[{"role": "user", "content": [{"text": "What is it?"}, part]}])
     assert found.kind is Kind.MULTI_MODAL
@@ -124,7 +125,7 @@ def test_base64_is_never_counted_as_text() -> None:
         (asked("/v1beta/models/gemini-x-image:countTokens", {"contents": []}), 0),
     ],
 )
-def test_what_makes_pictures_is_image_generation(found: Asked, images: int) -> None:
+def test_what_makes_pictures_is_image_generation(found: RequestFacts, images: int) -> None:
     assert found.images == images
     assert (found.kind is Kind.IMAGE_GENERATION) == bool(images)
 
@@ -147,7 +148,7 @@ def test_what_makes_pictures_is_image_generation(found: Asked, images: int) -> N
         (asked("/v1/embeddings", {"model": "m", "input": "x"}), 1),
     ],
 )
-def test_the_bound_on_the_answer(found: Asked, bound: int | None) -> None:
+def test_the_bound_on_the_answer(found: RequestFacts, bound: int | None) -> None:
     assert found.max_output_tokens == bound
 
 
@@ -240,7 +241,7 @@ OWN = {"type": "function", "function": {"name": "web_search"}}
     ],
 )
 def test_calls_that_read_more_than_they_say_are_learned_from_apart(
-    found: Asked, learning: Learning
+    found: RequestFacts, learning: Learning
 ) -> None:
     assert found.pieces.learning is learning
     added = found.pieces.whole.keys() - found.pieces.keys()
@@ -323,7 +324,7 @@ def test_what_is_deep_and_numerous_is_refused() -> None:
         (gemini("streamGenerateContent"), True, False),
     ],
 )
-def test_streams_and_their_usage(found: Asked, streams: bool, wants: bool) -> None:
+def test_streams_and_their_usage(found: RequestFacts, streams: bool, wants: bool) -> None:
     assert (found.streams, found.wants_usage) == (streams, wants)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tidegate.admission.estimator import PICTURE_TOKENS
-from tidegate.dialects.responses import came_in
-from tidegate.dialects.routes import Dialect
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.answers import visible_output
+from tidegate.dialects.spec import Dialect
 
 SAID = "x" * 400  # about a hundred LLM tokens
 
@@ -19,7 +20,7 @@ def stream(*events: object, end: bytes = b"") -> bytes:
 
 
 def tokens(dialect: Dialect, answer: bytes) -> int:
-    return came_in(dialect, answer, len(answer)).tokens
+    return visible_output(DIALECTS[dialect], answer, len(answer)).tokens
 
 
 def delta(**fields: Any) -> dict[str, Any]:
@@ -73,9 +74,9 @@ def test_all_of_a_long_stream_counts(length: int) -> None:
     answer = stream(*events)
     assert tokens(Dialect.OPENAI, answer) == pytest.approx(length, rel=0.02)
     # Of one whose middle was not kept, what was kept stands for the rest.
-    assert came_in(Dialect.OPENAI, answer, 2 * len(answer)).tokens == pytest.approx(
-        2 * length, rel=0.02
-    )
+    assert visible_output(
+        DIALECTS[Dialect.OPENAI], answer, 2 * len(answer)
+    ).tokens == pytest.approx(2 * length, rel=0.02)
 
 
 def test_a_whole_answer_that_was_cut_in_a_text_counts_up_to_there() -> None:
@@ -88,13 +89,13 @@ def test_a_whole_answer_that_was_cut_in_a_text_counts_up_to_there() -> None:
 
 
 def test_pictures_count() -> None:
-    shown = came_in(Dialect.GEMINI, stream(part(inlineData={"data": "A"})), 100)
-    assert (shown.pictures, shown.tokens) == (1, PICTURE_TOKENS)
+    shown = visible_output(DIALECTS[Dialect.GEMINI], stream(part(inlineData={"data": "A"})), 100)
+    assert (shown.images, shown.tokens) == (1, PICTURE_TOKENS)
     partial = {"type": "response.image_generation_call.partial_image", "item_id": "i"}
     events = [{**partial, "partial_image_b64": "A"}] * 3
-    assert came_in(Dialect.OPENAI, stream(*events), 100).pictures == 1
+    assert visible_output(DIALECTS[Dialect.OPENAI], stream(*events), 100).images == 1
     whole = json.dumps({"data": [{"b64_json": "A"}]}).encode()
-    assert came_in(Dialect.OPENAI, whole, len(whole)).pictures == 1
+    assert visible_output(DIALECTS[Dialect.OPENAI], whole, len(whole)).images == 1
 
 
 def test_what_is_no_stream_of_a_known_shape_hurts_nothing() -> None:
@@ -107,12 +108,12 @@ def test_what_is_no_stream_of_a_known_shape_hurts_nothing() -> None:
     "answer", [b"\x0a\x90\x03" + b"x" * 397, b"// API callback\nf(" + b"x" * 382]
 )
 def test_an_answer_in_a_form_that_is_not_read_counts_by_its_size(answer: bytes) -> None:
-    assert came_in(Dialect.GEMINI, answer, len(answer)).tokens == 100
-    assert came_in(Dialect.GEMINI, answer, 4 * len(answer)).tokens == 400
+    assert visible_output(DIALECTS[Dialect.GEMINI], answer, len(answer)).tokens == 100
+    assert visible_output(DIALECTS[Dialect.GEMINI], answer, 4 * len(answer)).tokens == 400
 
 
 @pytest.mark.parametrize(
     "start", [b": hello\n\n", b"event: ping\n", b"\xef\xbb\xbfdata: {}\n\n", b"\n\n:"]
 )
 def test_events_that_say_nothing_are_no_answer(start: bytes) -> None:
-    assert came_in(Dialect.OPENAI, start, len(start)).tokens == 0
+    assert visible_output(DIALECTS[Dialect.OPENAI], start, len(start)).tokens == 0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.dialects import faults
+from tidegate.dialects import refusals
 from tidegate.errors import (
     UpstreamError,
     UpstreamGarbled,
@@ -37,7 +37,7 @@ JSON = st.recursive(
 
 
 def mapped(status: int, headers: dict[str, str] | None = None, **error: Any) -> UpstreamError:
-    return faults.from_status(status, error, headers or {}, secret="s3cret")
+    return refusals.upstream_error(status, error, headers or {}, secret="s3cret")
 
 
 @pytest.mark.parametrize(
@@ -235,11 +235,11 @@ def test_a_400_about_the_key_means_that_the_key_is_dead(error: dict[str, Any]) -
 
 @pytest.mark.parametrize("field", ["code", "status"])
 def test_the_code_of_an_error_object_is_its_number_or_its_word(field: str) -> None:
-    assert faults.code_of({"code": 429, "status": "RESOURCE_EXHAUSTED"}) == 429
-    assert faults.code_of({"code": "503"}) == 503
-    assert faults.code_of({"status": "PERMISSION_DENIED"}) == 403
-    assert faults.code_of({field: None}) == 500
-    assert faults.code_of({"code": 200}) == 500
+    assert refusals.status_of({"code": 429, "status": "RESOURCE_EXHAUSTED"}) == 429
+    assert refusals.status_of({"code": "503"}) == 503
+    assert refusals.status_of({"status": "PERMISSION_DENIED"}) == 403
+    assert refusals.status_of({field: None}) == 500
+    assert refusals.status_of({"code": 200}) == 500
 
 
 @pytest.mark.parametrize(
@@ -253,22 +253,22 @@ def test_the_code_of_an_error_object_is_its_number_or_its_word(field: str) -> No
     ],
 )
 def test_an_error_object_is_found_in_the_last_bytes(tail: bytes, code: int) -> None:
-    found = faults.error_in(tail)
+    found = refusals.error_event_in(tail)
     assert found is not None
-    assert found["code"] == code
+    assert (refusals.error_object(found) or {})["code"] == code
 
 
 @pytest.mark.parametrize(
     "tail", [b"", b"\xff\xfe", b'data: {"text": "\\"error\\" is a word"}\n\n', b'{"error": null}']
 )
 def test_no_error_object_is_found_where_there_is_none(tail: bytes) -> None:
-    assert faults.error_in(tail) is None
+    assert refusals.error_event_in(tail) is None
 
 
 def test_messages_are_one_bounded_line_without_keys() -> None:
     key = "AIzaSy" + "k" * 33
     text = f"s3cret and {key}\n at https://u:pw@h/x?key=abc&upload_id=def " + "y" * 2_000
-    message = faults.clean(text, "s3cret")
+    message = refusals.clean(text, "s3cret")
     for hidden in ("s3cret", key, "pw", "abc", "def", "\n"):
         assert hidden not in message
     assert len(message) < 510
@@ -276,22 +276,22 @@ def test_messages_are_one_bounded_line_without_keys() -> None:
 
 def test_a_key_that_the_provider_has_masked_itself_is_not_told_either() -> None:
     said = "Incorrect API key provided: sk-proj-**********wxyz. You can find your key at h"
-    assert faults.clean(said, "s3cret") == (
+    assert refusals.clean(said, "s3cret") == (
         "Incorrect API key provided: *** You can find your key at h"
     )
-    assert len(faults.clean("*** " + "y" * 1_000_000, "s3cret")) < 510
+    assert len(refusals.clean("*** " + "y" * 1_000_000, "s3cret")) < 510
 
 
 @given(JSON, st.integers(100, 599))
 def test_no_error_body_of_any_shape_breaks_the_table(body: Any, status: int) -> None:
     error = body if isinstance(body, dict) else {"details": body, "message": body}
-    assert isinstance(faults.from_status(status, error, {}, secret=""), UpstreamError)
-    assert 400 <= faults.code_of(error) <= 599
+    assert isinstance(refusals.upstream_error(status, error, {}, secret=""), UpstreamError)
+    assert 400 <= refusals.status_of(error) <= 599
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_search_for_an_error_object(tail: bytes) -> None:
-    faults.error_in(b'data: {"error": ' + tail)
+    refusals.error_event_in(b'data: {"error": ' + tail)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +306,6 @@ def test_no_bytes_break_the_search_for_an_error_object(tail: bytes) -> None:
     ],
 )
 def test_a_refusal_whose_body_is_flat_is_read_too(body: bytes, message: str) -> None:
-    found = faults.error_of_refusal_in(body)
+    found = refusals.error_of_refusal_in(body)
     assert str(found.get("message", "")).startswith(message)
     assert bool(found) == bool(message)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 import pytest
 
-from tidegate.dialects.responses import told_in
-from tidegate.dialects.routes import Dialect
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.spec import Dialect
 
 Said = tuple[str | None, str | None, str | None]
 
 
 def said(dialect: Dialect, data: bytes, *, cut: bool = False) -> Said:
-    told = told_in(dialect, data, cut=cut)
+    told = DIALECTS[dialect].answer_facts(data, cut=cut)
     return told.finish_reason, told.response_id, told.model_version
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.dialects import responses as inside
+from tidegate.dialects import refusals
 from tidegate.errors import (
     UpstreamError,
     UpstreamRejected,
@@ -48,24 +48,24 @@ NO_ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_is_seen_at_the_start_and_at_the_end(name: str) -> None:
-    assert inside.may_begin_with_error(ERRORS[name])
-    assert inside.error_in(ERRORS[name]) is not None
+    assert refusals.may_begin_with_error(ERRORS[name])
+    assert refusals.error_event_in(ERRORS[name]) is not None
     if name not in ("a list of one", "alone"):
         before = b'data: {"choices":[]}\n\n' * 1_000
-        assert inside.error_in(before + ERRORS[name]) is not None
-        assert inside.error_in(before + ERRORS[name] + b"data: [DONE]\n\n") is not None
+        assert refusals.error_event_in(before + ERRORS[name]) is not None
+        assert refusals.error_event_in(before + ERRORS[name] + b"data: [DONE]\n\n") is not None
 
 
 def test_an_error_that_ends_a_list_is_seen() -> None:
     item = b'{"candidates":[{"content":{"parts":[{"text":"x"}]}}]}'
-    assert inside.error_in(b"[" + item + b"\n,\r\n" + GEMINI + b"\n]") == json.loads(GEMINI)
-    assert inside.error_in(b'"}]}}]}\n,' + GEMINI + b"\n]") == json.loads(GEMINI)
+    assert refusals.error_event_in(b"[" + item + b"\n,\r\n" + GEMINI + b"\n]") == json.loads(GEMINI)
+    assert refusals.error_event_in(b'"}]}}]}\n,' + GEMINI + b"\n]") == json.loads(GEMINI)
 
 
 @pytest.mark.parametrize("name", NO_ERRORS)
 def test_nothing_else_is_taken_for_one(name: str) -> None:
-    assert inside.error_in(NO_ERRORS[name]) is None
-    assert not inside.may_begin_with_error(NO_ERRORS[name])
+    assert refusals.error_event_in(NO_ERRORS[name]) is None
+    assert not refusals.may_begin_with_error(NO_ERRORS[name])
 
 
 @pytest.mark.parametrize(
@@ -87,22 +87,22 @@ def test_nothing_else_is_taken_for_one(name: str) -> None:
 def test_what_the_error_would_have_been_as_a_status(
     value: dict[str, object], status: int, kind: type[UpstreamError]
 ) -> None:
-    assert inside.status_of(value) == status
-    assert type(inside.error_of(value, [], secret="key")) is kind
+    assert refusals.status_of(refusals.error_object(value) or {}) == status
+    assert type(refusals.stream_error(value, [], secret="key", dialect="gemini")) is kind
 
 
 @given(st.sampled_from(list(ERRORS.values())), st.integers(1, 80))
 def test_an_error_is_seen_however_its_first_bytes_arrive(event: bytes, size: int) -> None:
     pieces = [event[at : at + size] for at in range(0, len(event), size)]
     first = pieces.pop(0)
-    while pieces and inside.is_too_short(first):
+    while pieces and refusals.is_too_short(first):
         first += pieces.pop(0)
-    comment = event.startswith(b": ") and not inside.may_begin_with_error(first)
-    assert inside.may_begin_with_error(first) or comment
-    assert inside.error_in(inside.tail_of([first, *pieces])) is not None
+    comment = event.startswith(b": ") and not refusals.may_begin_with_error(first)
+    assert refusals.may_begin_with_error(first) or comment
+    assert refusals.error_event_in(refusals.tail_of([first, *pieces])) is not None
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_search(data: bytes) -> None:
-    inside.error_in(b'data: {"error"' + data)
-    inside.may_begin_with_error(data)
+    refusals.error_event_in(b'data: {"error"' + data)
+    refusals.may_begin_with_error(data)

@@ -1,0 +1,374 @@
+"""Headers: which pass to an upstream and back to a client, and the limits and waits in them.
+
+Known rate limits are OpenAI's with those of compatible providers (Azure, Groq, Mistral, Cerebras,
+Together, OpenRouter) and Anthropic's; Google sends none. A value that is no number is skipped,
+never an error.
+
+Invariants: headers of one connection, of the client's browser, of its address and of its key never
+pass; unknown headers do. A wait is within 0 to `MAX_RETRY_AFTER_MS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+from tidegate.dialects.spec import DialectSpec, Headers
+from tidegate.errors import TidegateError
+from tidegate.limiter import MAX_BOUND, Limiter
+from tidegate.telemetry.logging import Log, get_logger
+
+# RFC 9110, section 7.6.1, and what Connection itself names.
+_HOP_BY_HOP = frozenset(
+    (
+        *(b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate"),
+        *(b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+    )
+)
+_OURS = b"x-tidegate-"
+_NOT_SENT = _HOP_BY_HOP | frozenset(
+    (
+        *(b"host", b"content-length", b"expect", b"accept-encoding", b"cookie", b"idempotency-key"),
+        *(b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"),
+        *(b"openai-organization", b"openai-project", b"x-goog-user-project"),
+        *(b"forwarded", b"via", b"x-real-ip", b"origin", b"referer"),
+        # Some servers take these for the method or the path that is really meant.
+        *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
+        *(b"x-original-url", b"x-rewrite-url"),
+        # Some begin work for them that goes on after their answer, under no permit.
+        *(b"prefer", b"x-dashscope-async"),
+        # Google leaves out what these do not name, such as the usage; and encodes the answer.
+        *(b"x-goog-fieldmask", b"x-goog-encode-response-if-executable"),
+    )
+)
+_NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")
+# What has a say over the client's browser, our origin or our connections, and what our own server
+# says. Of a redirect: an upstream's address is none of ours, and a client that followed it would
+# show its key there.
+_NOT_RETURNED = _HOP_BY_HOP | frozenset(
+    (
+        *(b"date", b"server", b"via", b"x-powered-by", b"alt-used", b"priority"),
+        *(b"location", b"content-location", b"refresh", b"link"),
+        *(b"set-cookie", b"set-cookie2", b"clear-site-data", b"set-login", b"p3p"),
+        *(b"www-authenticate", b"authentication-info", b"activate-storage-access"),
+        *(b"alt-svc", b"strict-transport-security", b"public-key-pins", b"expect-ct"),
+        *(b"public-key-pins-report-only", b"early-data", b"http2-settings"),
+        *(b"content-security-policy", b"content-security-policy-report-only"),
+        *(b"permissions-policy", b"feature-policy", b"document-policy", b"referrer-policy"),
+        *(b"x-frame-options", b"x-xss-protection", b"x-permitted-cross-domain-policies"),
+        *(b"x-dns-prefetch-control", b"x-download-options", b"x-ua-compatible"),
+        *(
+            b"origin-agent-cluster",
+            b"origin-trial",
+            b"service-worker-allowed",
+            b"speculation-rules",
+        ),
+        *(b"supports-loading-mode", b"no-vary-search", b"sourcemap", b"x-sourcemap"),
+        *(b"nel", b"report-to", b"reporting-endpoints", b"timing-allow-origin", b"tk"),
+        *(b"accept-ch", b"accept-ch-lifetime", b"critical-ch", b"use-as-dictionary"),
+    )
+)
+_NOT_RETURNED_PREFIXES = (_OURS, b"access-control-", b"cross-origin-", b"sec-", b"proxy-")
+_SHORTEST_SECRET_BYTES = 8  # a shorter one, such as `none`, opens nothing
+_NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+def to_send(given: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """The headers of a client that go on to the upstream. Names are in lower case, as ASGI gives
+    them."""
+    found, named = [], b""
+    for pair in given:
+        name = pair[0]
+        if name in _NOT_SENT:
+            if name == b"connection":  # there may be several
+                named = b"%b,%b" % (named, pair[1].lower()) if named else pair[1].lower()
+        elif not name.startswith(_NOT_SENT_PREFIXES):
+            found.append(pair)
+    if named and named not in (b"keep-alive", b"close"):
+        found = _without_named(found, named)
+    # A compressed answer could not be read for its usage.
+    found.append((b"accept-encoding", b"identity"))
+    return found
+
+
+def _without_named(headers: Headers, connection: bytes) -> Headers:
+    """`headers` without those that the value of Connection names."""
+    dropped = {name.strip() for name in connection.split(b",")}
+    return [pair for pair in headers if pair[0] not in dropped]
+
+
+def with_key(headers: Headers, dialect: DialectSpec, key: str) -> Headers:
+    """`headers` with the upstream's key, if there is one, in the dialect's header."""
+    if not key:
+        return headers
+    name, prefix = dialect.key_header
+    return [*headers, (name, prefix + key.encode())]
+
+
+def to_return(
+    given: Iterable[tuple[bytes, bytes]], key: str = "", *, same_length: bool = True
+) -> Headers:
+    """The headers of an upstream's answer that go back to the client. Where they repeat the
+    upstream's `key` it is masked."""
+    found, named = [], b""
+    for raw_name, value in given:
+        name = raw_name.lower()
+        if name == b"connection":
+            named = b"%b,%b" % (named, value.lower()) if named else value.lower()
+        if name in _NOT_RETURNED or (name == b"content-length" and not same_length):
+            continue
+        if not name.startswith(_NOT_RETURNED_PREFIXES) or name == b"x-tidegate-emulator":
+            found.append((name, value))
+    values = b"".join([value for _, value in found])
+    if (secret := key.encode()) in values and len(secret) >= _SHORTEST_SECRET_BYTES:
+        found = [(name, value.replace(secret, b"***")) for name, value in found]
+    if _NO_VALUE.search(values):  # our server would not send it
+        found = [pair for pair in found if not _NO_VALUE.search(pair[1])]
+    if named and named not in (b"keep-alive", b"close"):
+        found = _without_named(found, named)
+    return found
+
+
+def content_type_in(headers: Headers) -> str | None:
+    """None where none is told."""
+    for name, value in headers:
+        if name == b"content-type":
+            return value.decode("latin-1")
+    return None
+
+
+def of_answer(upstream: str, queue_ms: float) -> Headers:
+    """What every answer bears that an upstream gave, its refusals too: who gave it, and how long
+    the call waited for its turn."""
+    return [
+        (b"x-tidegate-queue-ms", b"%.1f" % queue_ms),
+        (b"x-tidegate-upstream", upstream.encode()),
+    ]
+
+
+MAX_RETRY_AFTER_MS = 86_400_000
+_NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+_DURATION = re.compile(r"^\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*$")
+# A span of time as Go writes it, and with it OpenAI: 17ms, 1.5s, 6m0s, 1h2m3s.
+_SPAN = re.compile(
+    rf"(?=\d)(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m(?!s))?(?:({_NUMBER})s)?(?:({_NUMBER})ms)?"
+)
+_SPANS_MS = (86_400_000, 3_600_000, 60_000, 1_000, 1)
+_IN_MESSAGE = re.compile(
+    r"\b(?:retry|try again) (?:in|after)\s+([\d.]{1,20}\s?[dhms][\d.dhms]{0,60})", re.IGNORECASE
+)
+# As Azure says it, and Anthropic of a month's limit.
+_SECONDS = re.compile(r"\bretry after\s+(\d{1,6}) seconds?\b", re.IGNORECASE)
+_DAY = re.compile(r"\bregain access on\s+(\d{4}-\d\d-\d\d)(?:\s+at\s+(\d\d:\d\d))?", re.IGNORECASE)
+
+
+def retry_after_ms(
+    error: Mapping[str, Any], details: list[dict[str, Any]], headers: Mapping[str, str]
+) -> int | None:
+    """None where nothing says how long."""
+    for detail in details:
+        if str(detail.get("@type", "")).endswith("RetryInfo"):
+            found = _DURATION.match(str(detail.get("retryDelay", "")))
+            if found:
+                return bounded_ms(float(found[1]) * 1000)
+    message = str(error.get("message", ""))[:4_000]
+    if seconds := _SECONDS.search(message):
+        return bounded_ms(float(seconds[1]) * 1000)
+    said = _IN_MESSAGE.search(message)
+    if said and (ms := span_ms(said[1])) is not None:
+        return bounded_ms(ms)
+    if re.fullmatch(_NUMBER, header := headers.get("retry-after-ms", "").strip()):
+        return bounded_ms(float(header))
+    return _of_header(headers.get("retry-after", ""))
+
+
+def until_date_ms(message: str, now: datetime) -> int | None:
+    """Until the day from which the account may spend again, in a sentence."""
+    found = _DAY.search(message[:4_000])
+    if found is None:
+        return None
+    return until_ms(f"{found[1]}T{found[2] or '00:00'}:00+00:00", now)
+
+
+def until_ms(moment: str, now: datetime) -> int | None:
+    """Until a moment as RFC 3339 writes it."""
+    try:
+        at = datetime.fromisoformat(moment.strip())
+    except ValueError:
+        return None
+    at = at.replace(tzinfo=at.tzinfo or UTC)
+    return bounded_ms((at - now).total_seconds() * 1000)
+
+
+def span_ms(text: str) -> float | None:
+    """None where it is not a span of time; a bare number is one of seconds."""
+    text = text.replace(" ", "").lower().rstrip(".")
+    if re.fullmatch(_NUMBER, text):
+        return float(text) * 1000
+    found = _SPAN.fullmatch(text)
+    if found is None:
+        return None
+    parts = zip(found.groups(), _SPANS_MS, strict=True)
+    return sum(float(part) * unit_ms for part, unit_ms in parts if part is not None)
+
+
+def bounded_ms(value: float) -> int:
+    """Whole, not below 0 and not over a day."""
+    return min(max(0, round(value)), MAX_RETRY_AFTER_MS)
+
+
+def _of_header(header: str) -> int | None:
+    """Seconds, or a date."""
+    found = _DURATION.match(header)
+    if found:
+        return bounded_ms(float(found[1]) * 1000)
+    try:
+        at = parsedate_to_datetime(header)
+        left = at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return bounded_ms(left.total_seconds() * 1000)
+
+
+Unit = Literal["input_tokens", "output_tokens", "tokens", "images", "requests"]
+
+_BY_SIZE = re.compile(
+    r"(?:x-)?ratelimitbysize-(?P<what>limit|remaining|reset)(?:-(?P<window>minute|month))?"
+)
+_NAMES = (
+    re.compile(
+        r"x-ratelimit-(?P<what>limit|remaining|reset)(?:-(?P<of>[a-z_-]{1,40}?))??"
+        r"(?:-(?P<window>second|minute|hour|day|month))?"
+    ),
+    re.compile(r"anthropic-ratelimit-(?P<of>[a-z-]{1,40})-(?P<what>limit|remaining|reset)"),
+    _BY_SIZE,
+)
+_UNITS: dict[str, Unit] = {
+    "requests": "requests",
+    "req": "requests",
+    "project-requests": "requests",
+    "tokens": "tokens",
+    "project-tokens": "tokens",
+    "tokens_usage_based": "tokens",
+    "input-tokens": "input_tokens",
+    "output-tokens": "output_tokens",
+    "images": "images",
+    "input-images": "images",
+}
+_NARROWEST_FIRST: tuple[Unit, ...] = (
+    "input_tokens",
+    "output_tokens",
+    "tokens",
+    "images",
+    "requests",
+)
+_EPOCH_S, _EPOCH_MS = 1e9, 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class RateStatus:
+    """One rate limit. window: `second`, `minute`, `hour`, `day` or `month`; None where its headers
+    do not name it, mostly a minute."""
+
+    unit: Unit
+    window: str | None = None
+    limit: int | None = None
+    remaining: int | None = None
+    reset_ms: int | None = None
+
+
+def rate_statuses(headers: Mapping[str, str], now: datetime) -> list[RateStatus]:
+    """All that the headers tell of; their names are in lower case."""
+    found: dict[tuple[int, str, str | None], dict[str, int]] = {}
+    for name, value in headers.items():
+        if "ratelimit" not in name:
+            continue
+        for sort, pattern in enumerate(_NAMES):
+            if (match := pattern.fullmatch(name)) is None:
+                continue
+            parts = match.groupdict()
+            of = parts.get("of") or ("tokens" if pattern is _BY_SIZE else "requests")
+            number = _reset_ms(value, now) if parts["what"] == "reset" else _whole(value)
+            if of in _UNITS and number is not None:
+                found.setdefault((sort, of, parts.get("window")), {})[parts["what"]] = number
+            break
+    return [
+        RateStatus(_UNITS[of], window, said.get("limit"), said.get("remaining"), said.get("reset"))
+        for (_, of, window), said in found.items()
+    ]
+
+
+def used_up(headers: Mapping[str, str], now: datetime) -> RateStatus | None:
+    """The narrowest limit of which nothing remains, with the time after which all of them begin
+    again; None where something remains of each."""
+    empty = [one for one in rate_statuses(headers, now) if one.remaining == 0]
+    if not empty:
+        return None
+    first = min(empty, key=lambda one: _NARROWEST_FIRST.index(one.unit))
+    resets_ms = [one.reset_ms for one in empty if one.reset_ms is not None]
+    return RateStatus(first.unit, first.window, first.limit, 0, max(resets_ms, default=None))
+
+
+def _whole(value: str) -> int | None:
+    value = value.strip()
+    return int(value) if re.fullmatch(r"\d{1,15}", value) else None
+
+
+def _reset_ms(value: str, now: datetime) -> int | None:
+    """From a span of time, a moment as RFC 3339 writes it, or seconds or ms since 1970."""
+    if re.fullmatch(r"\d{1,15}(?:\.\d{1,9})?", value := value.strip()):
+        number = float(value)
+        if number >= _EPOCH_S:
+            at_s = number / 1000 if number >= _EPOCH_MS else number
+            return bounded_ms((at_s - now.timestamp()) * 1000)
+        return bounded_ms(number * 1000)
+    span = span_ms(value)
+    return until_ms(value, now) if span is None else bounded_ms(span)
+
+
+_FRESH_S = 1.0
+
+
+class Remaining:
+    """Of one pool."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+        self._left: dict[str, int] = {}
+        self._texts: dict[tuple[str, ...], bytes] = {}
+        self._asked = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    def of(self, limits: tuple[str, ...]) -> bytes:
+        """`kind:text_only=3, rpm:m=57`, as far as is known; empty while nothing is."""
+        now = time.monotonic()
+        if now - self._asked > _FRESH_S and self._asking is None:
+            self._asked = now
+            self._asking = asyncio.create_task(self._ask())
+        text = self._texts.get(limits)
+        if text is None:
+            known = [f"{one}={self._left[one]}" for one in limits if one in self._left]
+            text = self._texts[limits] = ", ".join(known).encode()
+        return text
+
+    async def _ask(self) -> None:
+        try:
+            snapshot = await self._limiter.snapshot()
+        except TidegateError as away:
+            get_logger().debug(Log.STORE_AWAY, detail=away.message)
+            self._left = {}
+        else:
+            self._left = {
+                name: max(0, view.current - view.used)
+                for name, view in snapshot.limits.items()
+                if view.bound < MAX_BOUND  # one that no policy names has none
+            }
+        finally:
+            self._texts = {}
+            self._asking = None

@@ -1,0 +1,352 @@
+"""Errors of upstreams: refusals, errors within a 200 stream and broken exchanges, classified.
+
+Each dialect reads its own error bodies first, then those of the others, because providers mix
+them; the HTTP status decides what no dialect knows. The source is what arrived on the wire, never
+an SDK's exception text, because SDKs raise TypeError on some error bodies.
+
+Invariants: a refusal is one of throttled, unpaid, invalid key, busy, never possible, or about
+this request alone; nothing that a client can provoke alone counts as a refusal of the key; no
+message holds the API key or a whole foreign page; a model's text cannot imitate an error event,
+because quotes and line ends in it are escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, assert_never
+
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.headers import retry_after_ms
+from tidegate.dialects.spec import Dialect, ErrorAnswer, Headers, JsonObject, RefusalFacts
+from tidegate.errors import (
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamTimeout,
+    UpstreamUnauthorized,
+    UpstreamUnavailable,
+    UpstreamUnpaid,
+)
+from tidegate.telemetry.logging import redact
+
+# Other 4xx that say "not now" rather than "never": the same call may succeed later.
+TRANSIENT_CODES = (408, 425, 499)
+# HTTP statuses of errors by their type, code or status.
+_STATUSES = {word: status for spec in DIALECTS.values() for word, status in spec.statuses.items()}
+_IN_ORDER = tuple(DIALECTS[name] for name in ("gemini", "openai", "anthropic"))
+# A server of one's own that has all hands full: vLLM, SGLang, TGI, Ollama, llama.cpp.
+_BUSY = re.compile(
+    r"server (?:is )?busy|no slots? available|loading model|maximum pending requests|"
+    r"queue (?:is )?full|too many (?:pending|waiting|concurrent) requests",
+    re.IGNORECASE,
+)
+# Who refuses the key says so. "The caller does not have permission" is also what Gemini says of a
+# private video, and there are keys that may do some things and not others.
+_ABOUT_THE_KEY = re.compile(
+    r"\b(?:api.?key|credential|consumer|project|account|organi[sz]ation|billing|suspended)",
+    re.IGNORECASE,
+)
+_ABOUT_A_SCOPE = re.compile(r"missing scopes?\b|\bresource\b", re.IGNORECASE)
+
+
+def upstream_error(
+    status: int,
+    error: Mapping[str, Any],
+    headers: Mapping[str, str],
+    *,
+    secret: str,
+    dialect: str = Dialect.GEMINI,
+) -> UpstreamError:
+    """The error for an HTTP status (or that of an error object) and an error object. `headers` are
+    in lower case; `secret` is the API key, removed from the message."""
+    message = f"the provider answered {status}: {_reason(error, secret)}"
+    answer = ErrorAnswer(status, error, headers, datetime.now(UTC))
+    wait_ms = retry_after_ms(error, answer.details, headers)
+    refusal = _by_words(dialect, answer)
+    if refusal is None:
+        return _by_status(answer, message, wait_ms)
+    wait_ms = wait_ms if refusal.wait_ms is None else max(wait_ms or 0, refusal.wait_ms)
+    match refusal.reason:
+        case "throttled" | "busy":
+            return UpstreamThrottled(
+                message,
+                status=status,
+                retry_after_ms=wait_ms,
+                per_day=refusal.per_day,
+                day_quota=refusal.day_quota,
+                unit=refusal.unit,
+                of_account=refusal.of_account,
+            )
+        case "unpaid":
+            return UpstreamUnpaid(message, status=status, retry_after_ms=wait_ms)
+        case "key":
+            return UpstreamUnauthorized(message, status=status)
+        case "never" | "of_thing":
+            return UpstreamRejected(message, status=status)
+        case _:
+            assert_never(refusal.reason)
+
+
+def _by_words(dialect: str, answer: ErrorAnswer) -> RefusalFacts | None:
+    own = DIALECTS[dialect]
+    throttled = None
+    for spec in (own, *(one for one in _IN_ORDER if one is not own)):
+        refusal = spec.refusal(answer)
+        if refusal is None:
+            continue
+        if refusal.reason != "throttled":
+            return refusal
+        more = refusal.unit or refusal.day_quota
+        if throttled is None or (throttled.unit is None and more):
+            throttled = refusal
+    if answer.status in (429, 503) and _BUSY.search(answer.message):
+        return RefusalFacts("busy")
+    return throttled
+
+
+def _by_status(answer: ErrorAnswer, message: str, wait_ms: int | None) -> UpstreamError:
+    status = answer.status
+    if status == 402:
+        return UpstreamUnpaid(message, status=status, retry_after_ms=wait_ms)
+    if status == 429:
+        return UpstreamThrottled(message, retry_after_ms=wait_ms)
+    if status in (401, 403):
+        return UpstreamUnauthorized(message, status=status, of_key=_is_of_key(answer))
+    if status >= 500 or status in TRANSIENT_CODES:
+        return UpstreamUnavailable(message, status=status, retry_after_ms=wait_ms)
+    if 300 <= status < 500:
+        return UpstreamRejected(message, status=status)
+    return UpstreamGarbled(message, status=status)
+
+
+def _is_of_key(answer: ErrorAnswer) -> bool:
+    if any("reason" in detail for detail in answer.details):
+        return True
+    if _ABOUT_A_SCOPE.search(answer.message):
+        return False
+    return answer.status != 403 or bool(_ABOUT_THE_KEY.search(answer.message))
+
+
+MAX_MESSAGE_CHARS = 500
+# How OpenAI names a refused key: its first and its last letters.
+_MASKED_KEY = re.compile(r"\S*\*{3,}\S*")
+_GOOGLE_KEY = re.compile(r"AIza[0-9A-Za-z_-]{20,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Wreck:
+    """What is known of a failed exchange: `status` is None when no response had begun."""
+
+    status: int | None
+    headers: Mapping[str, str]
+    tail: bytes
+
+
+def translate(failure: Exception, wreck: Wreck | None, *, secret: str) -> UpstreamError:
+    """Our error for `failure`, raised by the SDK or the HTTP client. `wreck` is None when nothing
+    was sent. `secret` is the API key, removed from every message.
+    """
+    if isinstance(failure, UpstreamTimeout):
+        return failure
+    if wreck is not None and wreck.status is not None:
+        event = error_event_in(wreck.tail)
+        error = None if event is None else error_object(event)
+        if wreck.status != 200:
+            return upstream_error(wreck.status, error or {}, wreck.headers, secret=secret)
+        if error is not None:
+            return upstream_error(status_of(error), error, wreck.headers, secret=secret)
+    if isinstance(failure, UpstreamError):
+        return failure
+    return _without_error_body(failure, sent=wreck is not None)
+
+
+def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
+    import httpx2
+
+    name = type(failure).__name__
+    if isinstance(failure, httpx2.ConnectTimeout):
+        return UpstreamTimeout("connecting to the provider took too long", phase="connect")
+    if isinstance(failure, httpx2.TimeoutException):
+        return UpstreamTimeout("the provider was silent for too long", phase="idle")
+    if isinstance(failure, httpx2.RemoteProtocolError):
+        # One class for two faults: the text tells a cut connection from bytes that aren't HTTP.
+        if "disconnected" in str(failure) or "peer closed" in str(failure):
+            return UpstreamUnavailable("the provider closed the connection in mid-answer")
+        return UpstreamGarbled("the provider's answer is not HTTP")
+    if isinstance(failure, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
+        return UpstreamRejected(f"the request could not be sent ({name})")
+    if isinstance(failure, httpx2.ConnectError):
+        return UpstreamUnavailable("could not connect to the provider", broke="connecting")
+    if isinstance(failure, httpx2.TransportError | OSError):
+        return UpstreamUnavailable(f"the connection to the provider broke ({name})")
+    if not sent:
+        return UpstreamRejected(f"the request could not be built ({name})", status=400)
+    return UpstreamGarbled(f"the provider's answer is not what its protocol says ({name})")
+
+
+def error_of_refusal_in(body: bytes) -> JsonObject:
+    """The error object of an answer that is known to be a refusal; all of the body where it is
+    flat, as Mistral's and vLLM's are; empty where it has none."""
+    if (value := error_event_in(body)) is not None:
+        return error_object(value) or {}
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    if "message" not in value and isinstance(value.get("detail"), str):
+        return {"message": value["detail"]}
+    return value if isinstance(value.get("message"), str) else {}
+
+
+def status_of(error: Mapping[str, Any]) -> int:
+    """The HTTP status that an error object would have had; 500 where it has none."""
+    for word in (error.get("code"), error.get("type")):
+        if (status := _STATUSES.get(str(word))) is not None:
+            return status
+    code = error.get("code")
+    if isinstance(code, str) and code.isascii() and code.isdigit():
+        code = int(code)
+    if isinstance(code, int) and 400 <= code <= 599:
+        return code
+    return _STATUSES.get(str(error.get("status")), 500)
+
+
+def _reason(error: Mapping[str, Any], secret: str) -> str:
+    message = error.get("message")
+    if not isinstance(message, str) or not message.strip():
+        status = error.get("status")
+        return status[:100] if isinstance(status, str) else "no reason given"
+    return clean(message, secret)
+
+
+def clean(message: str, secret: str) -> str:
+    """A provider's text on one line, cut to a bound, without keys."""
+    if secret:
+        message = message.replace(secret, "***")
+    message = " ".join(message.split())
+    if "***" in message:  # cut first: a word without end would be searched again and again
+        message = _MASKED_KEY.sub("***", message[: 4 * MAX_MESSAGE_CHARS])
+    message = redact(_GOOGLE_KEY.sub("***", message))
+    return message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
+
+
+# The first that is no comment: an error, in an event, in a list or alone.
+_BEGINS = re.compile(
+    rb"(?:\s+|:[^\n]*\n|(?:event|id|retry):[^\n]*\n)*(?:data:)?\s*\[?\s*\{\s*"
+    rb'(?:"error"\s*:\s*[{"]|"type"\s*:\s*"error"|"type"\s*:\s*"response\.failed")'
+)
+# A first piece that is shorter may be half of a line that says so.
+SHORTEST_BYTES = 64
+LONGEST_BYTES = 65_536
+_HEAD_BYTES = 160
+_TAIL_BYTES = 16_384
+_ENOUGH_BYTES, _MOST_TAIL_BYTES = 2_048, 4_000_000
+# The start of an event that says something, and what all say that tell an error.
+_EVENT = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])")
+_MAY_REPORT = re.compile(
+    rb'"error"\s*:\s*(?:data:\s*)?[{"]|"type"\s*:\s*"(?:error|response\.failed)"'
+)
+_BETWEEN_EVENTS = re.compile(rb"\r?\n\r?\n")
+_IN_LIST = re.compile(rb'[\[,]\s*(?=\{\s*"error"\s*:\s*\{)')
+_DECODER = json.JSONDecoder()
+
+
+def is_too_short(first: bytes) -> bool:
+    """Whether the first bytes of a stream may be half of a line that tells an error."""
+    if len(first) >= SHORTEST_BYTES or first.endswith((b"\n\n", b"\r\n\r\n")):
+        return False
+    return not first.endswith(b"\n") or first.lstrip()[:6] in (b"", b"event:")
+
+
+def tail_of(pieces: list[bytes]) -> bytes:
+    """The last bytes of an answer, enough for an error: with the whole of its last event, which
+    repeats what was asked for and may be long."""
+    start, size_bytes = len(pieces), 0
+    is_whole = bool(pieces) and pieces[0].lstrip()[:1] in (b"[", b"{")  # no events
+    while start and (size_bytes < _ENOUGH_BYTES or not is_whole):
+        start -= 1
+        size_bytes += len(pieces[start])
+        is_whole = is_whole or size_bytes > _MOST_TAIL_BYTES or bool(_EVENT.search(pieces[start]))
+    return b"".join(pieces[start:])
+
+
+def may_begin_with_error(first: bytes) -> bool:
+    """Of the first bytes of an answer."""
+    head = first[:_HEAD_BYTES]  # nearly all are seen to be none at a glance
+    if b"error" not in head and b"response.failed" not in head:
+        return False
+    return _BEGINS.match(first) is not None
+
+
+def error_event_in(data: bytes) -> JsonObject | None:
+    """The object that reports an error, in the first or the last bytes of an answer: a JSON body,
+    an item of a list, or an event."""
+    if _MAY_REPORT.search(data) is None:
+        return None
+    lines = _data_lines(data)
+    events = [b"\n".join(_data_lines(event)) for event in _BETWEEN_EVENTS.split(data)]
+    for text in (*reversed(lines), *reversed(events), data):  # an event may have several lines
+        if _MAY_REPORT.search(text) and (event := _error_event(text)) is not None:
+            return event
+    tail = data[-_TAIL_BYTES:]
+    places = [one.end() for one in _IN_LIST.finditer(tail)]
+    return _error_event(tail[places[-1] :], at_start=True) if places else None
+
+
+def _data_lines(data: bytes) -> list[bytes]:
+    return [line[5:] for line in data.splitlines() if line.startswith(b"data:")]
+
+
+def _error_event(text: bytes, *, at_start: bool = False) -> JsonObject | None:
+    """`at_start`: something may follow the object."""
+    decoded = text.decode("utf-8", "replace").strip()
+    try:
+        value = _DECODER.raw_decode(decoded)[0] if at_start else json.loads(decoded)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, list):
+        value = value[0] if len(value) == 1 else None
+    return value if isinstance(value, dict) and error_object(value) else None
+
+
+def error_object(value: JsonObject) -> JsonObject | None:
+    """The error that an event of a stream, a body, or an item of a list reports; None where it
+    reports none."""
+    if value.get("type") == "response.failed" and isinstance(value.get("response"), dict):
+        value = value["response"]
+    error = value.get("error")
+    if isinstance(error, str):
+        return {"message": error}
+    if isinstance(error, dict):
+        return error
+    return value if value.get("type") == "error" else None
+
+
+def error_body(event: JsonObject) -> JsonObject:
+    """The body of an answer that is this error from the start, as clients read it."""
+    if event.get("type") == "response.failed":
+        return {"error": error_object(event)}
+    return event
+
+
+def stream_error(
+    event: JsonObject, headers: Iterable[tuple[bytes, bytes]], *, secret: str, dialect: str
+) -> UpstreamError:
+    """The error for an event of a stream."""
+    named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
+    error = error_object(event) or {}
+    return upstream_error(status_of(error), error, named, secret=secret, dialect=dialect)
+
+
+def own_headers(headers: Headers) -> Headers:
+    """Those of the answer that an error of its own may bear."""
+    framing = (b"content-type", b"content-length", b"cache-control")
+    kept = [pair for pair in headers if pair[0] not in framing]
+    return [(b"content-type", b"application/json"), *kept]

@@ -1,0 +1,277 @@
+"""Dialect interface: what each provider's API defines, and the types of a request and its answer.
+
+A dialect is one module that fills one `DialectSpec`; `tidegate.dialects` lists them. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Set, Sized
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+from tidegate.admission.estimator import InputPieces, input_pieces
+from tidegate.call import UNKNOWN_USAGE, Kind, Usage
+from tidegate.errors import TidegateError
+
+Headers = list[tuple[bytes, bytes]]
+JsonObject = dict[str, Any]
+NOTHING_SHORTENED: Mapping[str, Sized] = {}
+
+
+class Dialect(StrEnum):
+    """Names of the dialects, as settings and the record have them."""
+
+    OPENAI = "openai"
+    GEMINI = "gemini"
+    ANTHROPIC = "anthropic"
+
+    # An enumeration's own is a call of Python, and each request looks up several tables.
+    __hash__ = str.__hash__
+
+
+class Operation(StrEnum):
+    """What a call does, as far as admission and accounting see it.
+
+    INFER requests text or images of a model, EMBED vectors, IMAGES images alone; COUNT, MODELS,
+    FILES and UPLOAD run no model, and take a limit only where there is one for `kind:other`.
+    """
+
+    INFER = "infer"
+    EMBED = "embed"
+    IMAGES = "images"
+    COUNT = "count"
+    MODELS = "models"
+    FILES = "files"
+    UPLOAD = "upload"
+
+    @property
+    def is_counted(self) -> bool:
+        return self in (Operation.INFER, Operation.EMBED, Operation.IMAGES)
+
+    @property
+    def has_body(self) -> bool:
+        """Whether a body is part of the call. Google's SDK for JavaScript deletes a file with an
+        empty object, which means nothing."""
+        return self not in (Operation.MODELS, Operation.FILES)
+
+
+_NAMES = {
+    Operation.INFER: "chat",
+    Operation.EMBED: "embeddings",
+    Operation.IMAGES: "generate_images",
+    Operation.COUNT: "count_tokens",
+    Operation.MODELS: "models",
+    Operation.FILES: "files",
+    Operation.UPLOAD: "upload",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A native path. path: below the upstream's base URL, beginning with a slash, with `{model}`
+    where the model stands. model: as the path has it; None where the body names it. streams: the
+    path alone says that the answer is a stream."""
+
+    dialect: Dialect
+    operation: Operation
+    path: str
+    model: str | None = None
+    streams: bool = False
+    is_counted: bool = field(init=False, compare=False)  # as the operation's
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_counted", self.operation.is_counted)
+
+    @property
+    def name(self) -> str:
+        """The operation in the semantic conventions of telemetry; holds no model's name."""
+        if self.dialect is Dialect.GEMINI and self.operation is Operation.INFER:
+            return "generate_content"
+        return _NAMES[self.operation]
+
+    def path_for(self, model: str) -> str:
+        """The path of a call of `model`."""
+        if self.model is None:
+            return self.path
+        return self.path.replace("{model}", model.replace("/", "%2F"))
+
+
+# No name begins with a dot: ".." would lead elsewhere. It may hold slashes, as at OpenRouter and
+# vLLM.
+_MODELS = re.compile(
+    r"/v1/models(?:/[\w\-@][\w.\-:@]{0,199}(?:/[\w\-@][\w.\-:@]{0,199}){0,3})?", re.ASCII
+)
+
+
+def is_models_path(path: str) -> bool:
+    """Whether a path is that of the models, or of one, in the dialects of OpenAI and Anthropic."""
+    return _MODELS.fullmatch(path) is not None
+
+
+def models_endpoint(dialect: Dialect, path: str) -> Endpoint:
+    """The list of models, or one of them."""
+    folder, below, model = path.partition("/models/")
+    if not below:
+        return Endpoint(dialect, Operation.MODELS, path)
+    return Endpoint(dialect, Operation.MODELS, f"{folder}/models/{{model}}", model=model)
+
+
+@dataclass(slots=True)
+class RequestFacts:
+    """What admission needs of a native request. model: as the client names it; empty where it
+    leaves that to the provider. kind: which limits apply. images: how many it generates. pieces: of
+    its input, with a first estimate of their LLM tokens. wants_usage: whether a stream reports its
+    usage only if the gateway requests it."""
+
+    model: str
+    kind: Kind
+    streams: bool = False
+    images: int = 0
+    pieces: InputPieces = field(default_factory=lambda: input_pieces({}))
+    max_output_tokens: int | None = None
+    wants_usage: bool = False
+
+
+# Mutable, for speed: each call makes one.
+@dataclass(slots=True, unsafe_hash=True)
+class AnswerFacts:
+    """What an answer reports. model_version: of the model that answered, which may differ from the
+    requested one."""
+
+    usage: Usage
+    finish_reason: str | None = None
+    response_id: str | None = None
+    model_version: str | None = None
+
+
+NO_FACTS = AnswerFacts(UNKNOWN_USAGE)
+
+
+@dataclass(slots=True)
+class OutputEvents:
+    """Output in the events of a stream so far. `repeated`: texts that repeat earlier deltas as a
+    whole. `images`: ids of those that have one."""
+
+    texts: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    images: set[str] = field(default_factory=set)
+    unnamed_images: int = 0
+
+
+# throttled: too much for now. unpaid: the account has no money left. key: the key is dead.
+# busy: a self-hosted server has no room at the moment, which is no fault. never: the same request
+# would be refused again. of_thing: about a resource that the request names.
+RefusalReason = Literal["throttled", "unpaid", "key", "busy", "never", "of_thing"]
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalFacts:
+    """A classified refusal. unit: what there was too much of. wait_ms: a wait that only this
+    dialect reports. per_day: too much for a day. day_quota: for the day until midnight.
+    of_account: whether it applies to more than the requested model."""
+
+    reason: RefusalReason
+    unit: str | None = None
+    wait_ms: int | None = None
+    per_day: bool = False
+    day_quota: bool = False
+    of_account: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """A provider's error as it came: the error object of the body, headers in lower case."""
+
+    status: int
+    error: Mapping[str, Any]
+    headers: Mapping[str, str]
+    now: datetime
+
+    @property
+    def message(self) -> str:
+        """Its text, cut to a bound."""
+        return str(self.error.get("message", ""))[:4_000]
+
+    @property
+    def words(self) -> frozenset[str]:
+        """Its type and code."""
+        return frozenset(str(self.error.get(name)) for name in ("type", "code"))
+
+    @property
+    def details(self) -> list[JsonObject]:
+        """Google's list; empty where the details are something else."""
+        found = self.error.get("details")
+        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+@dataclass(frozen=True, slots=True)
+class ModelList:
+    """List of models. path: where it is, below the base URL; key: of the list; id_key: of a
+    model's name, which begins with `prefix`. whole: the body of an answer with these models."""
+
+    path: str
+    key: str
+    id_key: str
+    whole: Callable[[list[JsonObject]], JsonObject]
+    prefix: str = ""
+
+
+class ReadsRequest(Protocol):
+    def __call__(
+        self,
+        endpoint: Endpoint,
+        body: Mapping[str, Any],
+        whole: Mapping[str, Sized] = NOTHING_SHORTENED,
+    ) -> RequestFacts: ...
+
+
+class ReadsAnswer(Protocol):
+    def __call__(
+        self, answer: bytes, *, omitted: bool = False, cut: bool = False
+    ) -> AnswerFacts: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DialectSpec:
+    """Functions and constants of one dialect.
+
+    Paths: `calls` are those that are matched as they are, by POST; `endpoint_of(method, path)`
+    reads the others, None for one that it does not have. `is_spoken(path, headers, query)` decides
+    whose a path is that several dialects have, by the names of the headers. `example` is a call.
+
+    Requests: `request_facts(endpoint, body, whole)`, where `whole` has the texts for which shorter
+    ones stand in the body; raises InvalidRequest. `key_header` is a name and what precedes the key
+    in its value; `headers` are what a call needs that no client has made.
+
+    Answers: `answer_facts(answer)` reads what was kept of one, where `omitted` says that its middle
+    is missing, and `cut` that it may not have come to its end; `add_output(event, output)` collects
+    visible output; `image_count` counts the images of a whole answer.
+
+    Errors: `statuses` are HTTP statuses of error objects by their type, code or status; `refusal`
+    classifies an upstream's error, None for one that is not in this dialect's words;
+    `problem(error, status, retry_after_ms)` is the body of one of ours, `error_event` begins the
+    event in which a stream reports it. `no_retry` are headers that stop the retries of its SDKs.
+    `keep_alive` is what a stream sends while it waits.
+    """
+
+    name: Dialect
+    example: str
+    calls: Mapping[str, Endpoint]
+    endpoint_of: Callable[[str, str], Endpoint | None]
+    is_spoken: Callable[[str, Set[bytes], bytes], bool]
+    models: ModelList
+    key_header: tuple[bytes, bytes]
+    headers: tuple[tuple[bytes, bytes], ...]
+    request_facts: ReadsRequest
+    answer_facts: ReadsAnswer
+    add_output: Callable[[JsonObject, OutputEvents], None]
+    image_count: Callable[[bytes], int]
+    statuses: Mapping[str, int]
+    refusal: Callable[[ErrorAnswer], RefusalFacts | None]
+    problem: Callable[[TidegateError, int, int | None], JsonObject]
+    error_event: bytes
+    keep_alive: bytes
+    no_retry: tuple[tuple[bytes, bytes], ...]
