@@ -19,7 +19,7 @@ from tidegate.dashboard import routes as dashboard
 from tidegate.dashboard.rollup import counting
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Gate
-from tidegate.http.origins import Origins
+from tidegate.http.browsers import Origins
 from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.webhooks import WebhookSender

@@ -9,7 +9,7 @@ from playwright.async_api import async_playwright, expect
 
 from tests.browser.stage import ARGUMENTS, CHROMIUM, PATIENCE_MS, TEXT
 from tests.waiting import wait_until
-from tidegate.http.signin import make_code
+from tidegate.http.browsers import make_code
 
 if TYPE_CHECKING:
     from tests.product import Product

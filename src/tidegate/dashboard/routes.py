@@ -2,7 +2,7 @@
 
 Every route except the files and the two that start and end a session requires an admin. A person
 signs in with an API key, which the page keeps in the tab's storage, or with the one-time code
-that `tidegate up` prints, which becomes a cookie (HttpOnly, SameSite=Strict; see `http.signin`).
+that `tidegate up` prints, which becomes a cookie (HttpOnly, SameSite=Strict; see `http.browsers`).
 
 Invariants: the content security policy allows no script but these files; the files hold no secret
 and no figure; a revoked key ends its feed; a client that does not read is disconnected.
@@ -33,10 +33,10 @@ from tidegate.errors import (
     TidegateError,
     TooManyFollowers,
 )
+from tidegate.http.browsers import checked, cookie_name, make_session
 from tidegate.http.guards import SIGNED_IN, admit_admin, admitted_as
 from tidegate.http.problems import problem_response
 from tidegate.http.services import Services, services_of
-from tidegate.http.signin import checked, cookie_name, make_session
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.telemetry.logging import Log, get_logger
 

@@ -8,7 +8,7 @@ it arrives, is bounded, and leaves nothing behind if its form is invalid.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from uuid import UUID
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tidegate.call import Caller, new_id
@@ -51,6 +51,7 @@ from tidegate.http.guards import caller_of
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
 from tidegate.http.problems import not_relayed, refusal
 from tidegate.http.services import Services, check_target, services_of
+from tidegate.http.views import streamed
 from tidegate.spine.native import endpoint_named
 from tidegate.store.batches import INPUT, OUTPUT, Batch, BatchFile
 from tidegate.store.blobs import new_key
@@ -359,14 +360,13 @@ async def _file(asking: Asking) -> Response:
 
 async def _content(asking: Asking) -> Response:
     file = await _found_file(asking)
-    pieces = asking.services.blobs.stream(file.blob_key)
-    first = await anext(pieces, b"")  # before the head goes out: the bytes may be gone
     headers = {
-        "content-length": str(file.size_bytes),
-        "content-disposition": "attachment",
-        "x-content-type-options": "nosniff",
+        "Content-Type": "application/jsonl",
+        "Content-Length": str(file.size_bytes),
+        "Content-Disposition": "attachment",
     }
-    return StreamingResponse(_after(first, pieces), headers=headers, media_type="application/jsonl")
+    pieces = asking.services.blobs.stream(file.blob_key)
+    return await streamed(pieces, headers, f"the bytes of {asking.id} are not there any more")
 
 
 async def _delete(asking: Asking) -> Response:
@@ -379,12 +379,6 @@ async def _delete(asking: Asking) -> Response:
 
 async def _found_file(asking: Asking) -> BatchFile:
     return await asking.services.store.batches.file(_id(asking.id, _FILE_ID), asking.tenant)
-
-
-async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for piece in rest:
-        yield piece
 
 
 # Batches

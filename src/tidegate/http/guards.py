@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, urlencode
 
-from fastapi import Depends
+from fastapi import APIRouter, Depends
 from starlette.requests import Request
 
 from tidegate.call import Caller, Classification, Kind, Scope
 from tidegate.errors import InvalidRequest, TidegateError, Unauthenticated
 from tidegate.http.auth import Gate, in_headers, shown_in
+from tidegate.http.browsers import checked, cookie_name
+from tidegate.http.problems import problem_responses
 from tidegate.http.services import CALLER_IN_SCOPE, Services, services_of
-from tidegate.http.signin import checked, cookie_name
 from tidegate.settings import Config
 from tidegate.spine.native import UPLOADS, check_model
 from tidegate.spine.routing import Targets
@@ -118,6 +119,16 @@ async def admitted_as(request: Request) -> str:
     except Unauthenticated as refused:
         raise Unauthenticated(f"{refused.message}; or {_HOW}") from None
     return f"the key tg_{caller.key_id}"
+
+
+def admin_router(*statuses: int, tag: str = "admin", depends: Sequence[Any] = ()) -> APIRouter:
+    """A router below `/admin` that admits admins alone. statuses: of its other answers."""
+    return APIRouter(
+        prefix="/admin",
+        tags=[tag],
+        dependencies=[Depends(admit_admin), *depends],
+        responses=problem_responses(401, 403, *statuses),
+    )
 
 
 async def is_admitted(request: Request) -> bool:

@@ -17,14 +17,15 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from tidegate.errors import TidegateError
-from tidegate.http.guards import admit_admin, is_admitted
+from tidegate.http.guards import admin_router, admit_admin, is_admitted
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
 
 UNFIT = "the database's schema does not fit this version, or was never seen"
 _DEADLINE_MS = 2_000
 
-router = APIRouter(prefix="/health", tags=["health"])
+router = APIRouter(tags=["health"])
+process_router = admin_router()
 
 
 class Liveness(BaseModel):
@@ -65,13 +66,13 @@ class Dependencies(BaseModel):
     )
 
 
-@router.get("/live", response_model=Liveness, summary="The process runs")
+@router.get("/health/live", response_model=Liveness, summary="The process runs")
 async def live() -> Liveness:
     return Liveness()
 
 
 @router.get(
-    "/ready",
+    "/health/ready",
     response_model=Readiness,
     response_model_exclude_none=True,
     responses={503: {"model": Readiness}},
@@ -96,7 +97,7 @@ def readiness(reason: str | None) -> JSONResponse:
 
 
 @router.get(
-    "/dependencies",
+    "/health/dependencies",
     response_model=Dependencies,
     responses={503: {"model": Dependencies}},
     summary="Valkey, PostgreSQL and the store of files, asked now, with a deadline",
@@ -145,13 +146,8 @@ async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Depen
     return Dependency(status="failed" if detail else "ok", took_ms=took_ms, detail=detail)
 
 
-PATH = "/metrics"
-metrics_router = APIRouter()
-
-
-@metrics_router.get(
-    PATH,
-    tags=["health"],
+@router.get(
+    "/metrics",
     dependencies=[Depends(admit_admin)],
     response_class=Response,
     responses=problem_responses(401, 403)
@@ -169,14 +165,6 @@ async def metrics(request: Request) -> Response:
     exposition = services_of(request).exposition
     body, media_type = await exposition.text(request.headers.get("accept", ""))
     return Response(body, media_type=media_type)
-
-
-process_router = APIRouter(
-    prefix="/admin",
-    tags=["admin"],
-    dependencies=[Depends(admit_admin)],
-    responses=problem_responses(401, 403),
-)
 
 
 @process_router.get("/process", summary="What the process that answers is at")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -156,24 +157,19 @@ class LiveStatus(Response):
         writer = EventWriter(
             send, plain_text=False, stalled_ms=self._services.config.stalled_reader_ms
         )
-        over: set[asyncio.Task[Any]] = {
-            asyncio.ensure_future(self._services.draining.wait()),
-            asyncio.ensure_future(disconnected(receive)),
-        }
         try:
-            await writer.start({REQUEST_ID_HEADER: str(self._record.request_id)})
-            await writer.come_back(_COME_BACK_MS)
-            await self._follow(writer, over)
-            await writer.end()
+            async with _ends(self._services, receive) as ends:
+                await writer.start({REQUEST_ID_HEADER: str(self._record.request_id)})
+                await writer.come_back(_COME_BACK_MS)
+                await self._follow(writer, ends)
+                await writer.end()
         except ClientStalled:
             abort(scope)
         finally:
-            for each in over:
-                each.cancel()
             followers.discard(task)
             opening.close()
 
-    async def _follow(self, writer: EventWriter, over: set[asyncio.Task[Any]]) -> None:
+    async def _follow(self, writer: EventWriter, ends: Ends) -> None:
         while True:
             record = self._record
             if record.version != self._seen:
@@ -185,7 +181,7 @@ class LiveStatus(Response):
                 last = {"request_id": str(record.request_id), "status": record.status}
                 await writer.status("done", orjson.dumps(last), f"{record.version}-done")
                 return
-            if not await self._changed(over) or not await self._may_go_on():
+            if not await self._changed(ends) or not await self._may_go_on():
                 return
             if time.monotonic() - self._written_at >= KEEP_ALIVE_S:
                 await writer.keep_alive()
@@ -199,33 +195,56 @@ class LiveStatus(Response):
             return False
         return True
 
-    async def _changed(self, over: set[asyncio.Task[Any]]) -> bool:
-        """Wait for a change, though not for long; false when there is nobody to tell any more."""
-        record, asked_at = self._record, time.monotonic()
-        silent_s = asked_at - self._written_at
-        change: asyncio.Task[Any] = asyncio.ensure_future(
-            self._services.store.requests.wait_change(
-                record.request_id,
-                record.tenant_id,
-                record.version,
-                max(1, round((KEEP_ALIVE_S - silent_s) * 1000)),
-            )
-        )
+    async def _changed(self, ends: Ends) -> bool:
+        """Wait for a change, though not for long; false if nobody is to be sent any more."""
+        record, began = self._record, time.monotonic()
+        silent_s = began - self._written_at
+        wait_ms = max(1, round((KEEP_ALIVE_S - silent_s) * 1000))
         try:
-            await asyncio.wait({change, *over}, return_when=asyncio.FIRST_COMPLETED)
-            if any(each.done() for each in over):
-                return False
-            self._record = change.result()
+            self._record = await _next(self._services, record, wait_ms, ends)
         except NotFound:
             return False  # its time was up, and it was deleted
         except StoreUnavailable:
             pass  # asked again below
-        finally:
-            change.cancel()
-        if self._record.version == record.version and time.monotonic() - asked_at < _PAUSE_S:
-            # The store is away, or has too many that wait: it answered at once.
-            await asyncio.wait(over, timeout=_PAUSE_S, return_when=asyncio.FIRST_COMPLETED)
-        return not any(each.done() for each in over)
+        if self._record.version == record.version and time.monotonic() - began < _PAUSE_S:
+            # The store is unavailable, or has too many that wait: it answered immediately.
+            await asyncio.wait(ends, timeout=_PAUSE_S, return_when=asyncio.FIRST_COMPLETED)
+        return not any(each.done() for each in ends)
+
+
+Ends = set[asyncio.Task[Any]]
+
+
+@asynccontextmanager
+async def _ends(services: Services, receive: Receive) -> AsyncIterator[Ends]:
+    """Tasks, one of which ends when waiting is to end: this process drains, or the client has
+    gone."""
+    ends: Ends = {
+        asyncio.ensure_future(services.draining.wait()),
+        asyncio.ensure_future(disconnected(receive)),
+    }
+    try:
+        yield ends
+    finally:
+        for each in ends:
+            each.cancel()
+
+
+async def _next(
+    services: Services, record: RequestRecord, wait_ms: int, ends: Ends
+) -> RequestRecord:
+    """The record at its next change, or as it is after `wait_ms` or one of `ends`. Raises NotFound
+    and StoreUnavailable."""
+    change: asyncio.Task[RequestRecord] = asyncio.ensure_future(
+        services.store.requests.wait_change(
+            record.request_id, record.tenant_id, record.version, wait_ms
+        )
+    )
+    try:
+        await asyncio.wait({change, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        return change.result() if change.done() else record
+    finally:
+        change.cancel()
 
 
 async def until_changed(
@@ -236,31 +255,13 @@ async def until_changed(
     That is when the time is up, this process drains, or the client has gone.
     """
     until = time.monotonic() + wait_s
-    enough = {
-        asyncio.ensure_future(services.draining.wait()),
-        asyncio.ensure_future(disconnected(request.receive)),
-    }
-    try:
-        first: Status = record.status
+    first: Status = record.status
+    async with _ends(services, request.receive) as ends:
         while record.status is first and (left_s := until - time.monotonic()) > 0:
-            change = asyncio.ensure_future(
-                services.store.requests.wait_change(
-                    record.request_id, record.tenant_id, record.version, round(left_s * 1000)
-                )
-            )
-            try:
-                await asyncio.wait({change, *enough}, return_when=asyncio.FIRST_COMPLETED)
-                if not change.done():
-                    break
-                record = change.result()
-            finally:
-                change.cancel()
-            if any(task.done() for task in enough):
+            record = await _next(services, record, round(left_s * 1000), ends)
+            if any(each.done() for each in ends):
                 break
-        return record
-    finally:
-        for task in enough:
-            task.cancel()
+    return record
 
 
 _MAX_WAIT_S = 60

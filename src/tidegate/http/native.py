@@ -38,8 +38,15 @@ from tidegate.http.body import Incoming, Pace, check_announced, check_size
 from tidegate.http.guards import PASS, let_in, own_urls
 from tidegate.http.idempotency import LOST_HEADER, Once, check_known, shows_key, wanted_of
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
-from tidegate.http.quotas import Opening
-from tidegate.http.services import NATIVE, Services, count_answer, log_request, note_native, who
+from tidegate.http.services import (
+    NATIVE,
+    Opening,
+    Services,
+    count_answer,
+    log_request,
+    note_native,
+    who,
+)
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
 from tidegate.spine.native import MAX_BYTES, check_files, upload

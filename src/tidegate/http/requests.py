@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from base64 import b64decode, urlsafe_b64encode
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -20,11 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Kind
 from tidegate.errors import AlreadyEnded, InvalidRequest, NotFound
-from tidegate.http.guards import Reader, RecordReader, admit_admin, caller_of
+from tidegate.http.guards import Reader, RecordReader, admin_router, admit_admin, caller_of
 from tidegate.http.jobs import charged_view, until_changed
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_responses
 from tidegate.http.services import Services, services_of
-from tidegate.http.views import RequestPage, StatusView, item_view, prefix_of
+from tidegate.http.views import (
+    RequestPage,
+    StatusView,
+    item_view,
+    prefix_of,
+    streamed,
+    view_of,
+)
 from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
 from tidegate.policy.inspection import waiting
@@ -39,6 +46,7 @@ _MICROSECOND = timedelta(microseconds=1)
 _CURSOR = struct.Struct("!q16s")
 
 router = APIRouter(tags=["jobs"])
+admin_running = admin_router()
 
 
 class ListQuery(BaseModel):
@@ -176,10 +184,8 @@ BODY_RESPONSES: dict[int | str, dict[str, Any]] = {
     },
 }
 
-recorded_router = APIRouter(tags=["jobs"])
 
-
-@recorded_router.get(
+@router.get(
     "/requests/{request_id}/request",
     response_class=StreamingResponse,
     responses=BODY_RESPONSES,
@@ -191,7 +197,7 @@ async def asked(request: Request, request_id: UUID, caller: RecordReader) -> Res
     return await _body(request, request_id, caller.tenant_id, "request")
 
 
-@recorded_router.get(
+@router.get(
     "/requests/{request_id}/response",
     response_class=StreamingResponse,
     responses=BODY_RESPONSES,
@@ -209,32 +215,15 @@ async def _body(request: Request, request_id: UUID, tenant_id: str, role: Role) 
 
 async def body_response(body: Body, request_id: UUID, role: Role) -> Response:
     """A body as data to be kept, whatever it says it is. Raises NotFound, StoreUnavailable."""
-    try:
-        # Before the head goes out: a blob that is gone must not become a broken 200.
-        first = await anext(body.pieces, b"")
-    except NotFound:
-        raise NotFound(f"no {role} body of request {request_id} is kept") from None
     headers = {
         "Content-Type": body.content_type,
         "Content-Length": str(body.size_bytes),
         "Content-Disposition": f'attachment; filename="{request_id}-{role}"',
-        "Content-Security-Policy": "default-src 'none'; sandbox",
-        "X-Content-Type-Options": "nosniff",
-        "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "private, no-store",
     }
     if body.omitted_bytes:
         headers[OMITTED_HEADER] = str(body.omitted_bytes)
-    return StreamingResponse(_after(first, body.pieces), headers=headers)
-
-
-async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for piece in rest:
-        yield piece
-
-
-waits_router = APIRouter(tags=["jobs"])
+    return await streamed(body.pieces, headers, f"no {role} body of request {request_id} is kept")
 
 
 class WhyView(BaseModel):
@@ -251,7 +240,7 @@ class WhyView(BaseModel):
     retry_in_ms: int | None = Field(default=None, description="Until it is tried again")
 
 
-@waits_router.get(
+@router.get(
     "/requests/{request_id}/why",
     response_model=WhyView,
     response_model_exclude_none=True,
@@ -268,16 +257,8 @@ async def why(request: Request, request_id: UUID, caller: Reader) -> WhyView:
         raise NotFound(f"no request {request_id}")
     snapshot = await _look(services, found.pool) if found.status is Status.QUEUED else None
     reason = waiting(found, snapshot, datetime.now(UTC))
-    return WhyView(
-        request_id=str(request_id),
-        status=found.status,
-        sentence=reason.sentence,
-        place=record.place,
-        limit=reason.limit,
-        used=reason.used,
-        bound=reason.bound,
-        paused_ms=reason.paused_ms,
-        retry_in_ms=reason.retry_in_ms,
+    return view_of(
+        WhyView, reason, request_id=str(request_id), status=found.status, place=record.place
     )
 
 
@@ -287,14 +268,6 @@ async def _look(services: Services, pool: str) -> Snapshot | None:
 
 
 MOST_SHOWN = 500
-
-running_router = APIRouter(tags=["jobs"])
-admin = APIRouter(
-    prefix="/admin/requests",
-    tags=["admin"],
-    dependencies=[Depends(admit_admin)],
-    responses=problem_responses(401, 403),
-)
 
 
 class RunningItem(BaseModel):
@@ -342,7 +315,7 @@ class AdminRunningPage(BaseModel):
     under_way: int = Field(description="How many there are, told or not")
 
 
-@running_router.get(
+@router.get(
     "/requests/running",
     response_model_exclude_none=True,
     responses=problem_responses(401, 403, 503),
@@ -360,8 +333,8 @@ async def running(request: Request, caller: RecordReader) -> RunningPage:
     )
 
 
-@admin.get(
-    "/running",
+@admin_running.get(
+    "/requests/running",
     response_model_exclude_none=True,
     summary="Streams and native calls of all tenants that are under way",
 )
@@ -402,20 +375,14 @@ async def _items(services: Services, notes: Notes, tenant_id: str | None) -> lis
 
 def _item(process: str, call: CallUnderWay, look: Snapshot | None) -> AdminRunningItem:
     waits = call.admitted_at is None
-    return AdminRunningItem(
-        request_id=call.request_id,
-        source=call.source,
+    return view_of(
+        AdminRunningItem,
+        call,
         status="queued" if waits else "running",
         type=Kind(call.kind) if call.kind in _KINDS else None,
-        model=call.model,
-        endpoint=call.endpoint,
         submitted_at=call.received_at,
-        admitted_at=call.admitted_at,
         waits_for=_held_up_by(process, call, look) if waits and look is not None else None,
-        tenant=call.tenant,
         process=process,
-        pool=call.pool,
-        upstream=call.upstream,
     )
 
 

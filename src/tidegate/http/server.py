@@ -31,18 +31,8 @@ from tidegate import __version__
 from tidegate.dialects import dialect_of, methods_at, native_path
 from tidegate.errors import Forbidden
 from tidegate.http import health, jobs, problems, requests, stream
-from tidegate.http import health as metrics
-from tidegate.http import health as process
-from tidegate.http import requests as recorded
-from tidegate.http import requests as running
-from tidegate.http import requests as usage
-from tidegate.http import requests as waits
-from tidegate.http.admin import limits as admin
+from tidegate.http.admin import limits as admin_limits
 from tidegate.http.admin import requests as admin_requests
-from tidegate.http.admin import requests as admin_requeues
-from tidegate.http.admin import requests as admin_stuck
-from tidegate.http.admin import requests as admin_webhooks
-from tidegate.http.admin import tenants as admin_subjects
 from tidegate.http.admin import tenants as admin_tenants
 from tidegate.http.batches import batch_methods, batches, is_batch_path
 from tidegate.http.native import native
@@ -93,19 +83,13 @@ def described(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 _PROBES = ("/health/live", "/health/ready", "/llm/health/live", "/llm/health/ready")
-_WHY = "tidegate.foreign"
 
 
 def why_foreign(services: Services, scope: Scope) -> Forbidden | None:
-    """Why a request is not answered without a key; None where it is."""
-    refused = services.origins.refusal(scope["headers"], scope["method"])
-    return None if refused is None or scope["path"] in _PROBES else refused
-
-
-async def refuse_foreign(why: Forbidden, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with what `why_foreign` says; with a line in the log."""
-    scope[_WHY] = why
-    await _refusing(scope, receive, send)
+    """Why a request is not answered without a key; None if it is, or callers must show one."""
+    if services.gate.on or scope["path"] in _PROBES:
+        return None
+    return services.origins.refusal(scope["headers"], scope["method"])
 
 
 class NoForeignPages:
@@ -115,16 +99,12 @@ class NoForeignPages:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            services = services_of_scope(scope)
-            if not services.gate.on and (why := why_foreign(services, scope)) is not None:
-                await problem_response(why)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        why = why_foreign(services_of_scope(scope), scope) if scope["type"] == "http" else None
+        answer = self._app if why is None else problem_response(why)
+        await answer(scope, receive, send)
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    why: Forbidden = scope[_WHY]
+async def _refuse(why: Forbidden, scope: Scope, receive: Receive, send: Send) -> None:
     if native_path(scope["path"]) is None:
         await problem_response(why)(scope, receive, send)
         return
@@ -132,9 +112,6 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     status, headers, body = refusal(dialect_of(scope["path"], names, scope["query_string"]), why)
     told = {name.decode(): value.decode() for name, value in headers}
     await Response(body, status, told)(scope, receive, send)
-
-
-_refusing = AccessLog(_refuse)
 
 
 _LAST_WORDS_S = 5.0
@@ -205,9 +182,9 @@ class Gateway(FastAPI):
         path = scope["path"]
         if (native_at := native_path(path)) is not None:
             path = scope["path"] = native_at
-        if not services.gate.on and (foreign := why_foreign(services, scope)) is not None:
+        if (foreign := why_foreign(services, scope)) is not None:
             scope["app"] = self
-            await refuse_foreign(foreign, scope, receive, send)
+            await AccessLog(partial(_refuse, foreign))(scope, receive, send)
         elif scope["method"] == "OPTIONS" and (known := self._methods_at(scope, native_at)):
             scope["app"] = self
             await AccessLog(partial(answer_options, known))(scope, receive, send)
@@ -267,30 +244,10 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
     )
     routes = APIRouter()
     for router in (
-        *(
-            jobs.router,
-            requests.router,
-            running.running_router,
-            waits.waits_router,
-            recorded.recorded_router,
-        ),
-        *(usage.usage_router, stream.router, health.router, metrics.metrics_router),
-    ):
-        routes.include_router(router)
-    routes.include_router(running.admin)  # before the route of `/admin/requests/{request_id}`
-    for router in (
-        *(
-            process.process_router,
-            admin.router,
-            admin_requests.router,
-            admin_requeues.requeues_router,
-        ),
-        *(
-            admin_tenants.router,
-            admin_webhooks.webhooks_router,
-            admin_stuck.stuck_router,
-            admin_subjects.subjects_router,
-        ),
+        *(jobs.router, requests.router, requests.usage_router, stream.router, health.router),
+        requests.admin_running,  # before the route of `/admin/requests/{request_id}`
+        *(health.process_router, admin_limits.router, admin_requests.router),
+        *(admin_tenants.router, admin_tenants.subjects_router),
     ):
         routes.include_router(router)
     app.include_router(routes)
@@ -395,7 +352,7 @@ def watched_app(services: Services) -> FastAPI:
     """The application of a process that is open already."""
     app = FastAPI(title="Tidegate: a worker", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(readiness)  # goes before the one of `health`, which is an API's
-    for router in (health.router, metrics.metrics_router, process.process_router):
+    for router in (health.router, health.process_router):
         app.include_router(router)
     problems.install(app)
     app.add_middleware(NoForeignPages)

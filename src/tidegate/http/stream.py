@@ -42,8 +42,7 @@ from tidegate.errors import (
 from tidegate.http.body import BodyBudget
 from tidegate.http.guards import check_models, check_prompt, payer_of
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_responses
-from tidegate.http.quotas import Opening
-from tidegate.http.services import TRACE_IN_SCOPE, Services, services_of
+from tidegate.http.services import TRACE_IN_SCOPE, Opening, Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.submission import BODY, Submission, ask_of, discard, read_submission
 from tidegate.http.views import prefix_of, usage_view

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
+from uuid import UUID
 
 import orjson
 from fastapi import Request
@@ -36,6 +37,13 @@ _EXTENSIONS = {
     "image/gif": ".gif",
 }
 _INLINE_TYPES = tuple(_EXTENSIONS)
+_AS_DATA = {
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+ViewT = TypeVar("ViewT", bound=BaseModel)
 
 
 class Classified(BaseModel):
@@ -258,38 +266,28 @@ def status_view(record: RequestRecord, prefix: str, cost_micros: int | None = No
 
 def status_values(record: RequestRecord, prefix: str) -> dict[str, Any]:
     """The fields of `StatusView`; files are below `prefix`."""
-    files = {
-        role: [_file(each, prefix) for each in record.files if each.role == role]
-        for role in ("input", "output")
-    }
+    classification = record.classification
     return {
-        "request_id": str(record.request_id),
-        "source": record.source,
-        "status": record.status,
-        "place": record.place,
-        "model": record.model,
-        "priority": record.priority,
-        "attempts": record.attempts,
+        **{name: _shown(getattr(record, name)) for name in _SAME_IN_STATUS},
         "submitted_at": record.created_at,
-        "admitted_at": record.admitted_at,
-        "finished_at": record.finished_at,
-        "deadline_at": record.deadline_at,
         "retry_at": record.not_before if record.status is Status.QUEUED else None,
-        "queue_ms": _rounded(record.queue_ms),
-        "upstream_ms": _rounded(record.upstream_ms),
-        "first_byte_ms": _rounded(record.first_byte_ms),
         "text": record.text if record.endpoint is None else None,
         "answer": _answer(record),
-        "images": files["output"],
-        "files": files["input"],
+        "images": [_file(one, prefix) for one in record.files if one.role == "output"],
+        "files": [_file(one, prefix) for one in record.files if one.role == "input"],
         "usage": usage_view(record.usage),
-        "finish_reason": record.finish_reason,
         "error": error_view(record.failure),
-        "webhook": None if record.webhook is None else _webhook(record.webhook),
-        "type": record.classification.kind,
-        "classified_by": _decider(record.classification),
-        "classified_why": record.classification.reason,
+        "webhook": _webhook(record.webhook),
+        "type": classification.kind,
+        "classified_by": _decider(classification),
+        "classified_why": classification.reason,
     }
+
+
+_SAME_IN_STATUS = (
+    *("request_id", "source", "status", "place", "model", "priority", "attempts", "admitted_at"),
+    *("finished_at", "deadline_at", "queue_ms", "upstream_ms", "first_byte_ms", "finish_reason"),
+)
 
 
 def _answer(record: RequestRecord) -> Any:
@@ -302,81 +300,57 @@ def _answer(record: RequestRecord) -> Any:
 
 
 def item_view(listed: Listed, prefix: str) -> RequestItem:
-    return RequestItem(
-        request_id=str(listed.request_id),
-        source=cast(Literal["job", "stream", "relay"], listed.source),
-        status=listed.status,
+    return view_of(
+        RequestItem,
+        listed,
         type=listed.kind,
-        model=listed.model,
-        priority=listed.priority,
-        attempts=listed.attempts,
         submitted_at=listed.created_at,
-        admitted_at=listed.admitted_at,
-        finished_at=listed.finished_at,
-        queue_ms=_rounded(listed.queue_ms),
-        upstream_ms=_rounded(listed.upstream_ms),
-        total_tokens=listed.total_tokens,
         error_code=listed.failure_code,
         status_url=f"{prefix}/status/{listed.request_id}",
     )
 
 
 def usage_view(usage: Usage) -> UsageView | None:
-    """None where the provider has reported nothing."""
+    """None if the provider has reported nothing."""
+    counts = {name: getattr(usage, name) for name in USAGE_COLUMNS}
     details = {} if usage.details is None else asdict(usage.details)
-    view = UsageView(
-        **details,
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        thoughts_tokens=usage.thoughts_tokens,
-        cached_tokens=usage.cached_tokens,
-        total_tokens=usage.total_tokens,
-    )
+    view = UsageView(**counts, **details)
     return view if any(value is not None for value in view.model_dump().values()) else None
 
 
 def error_view(failure: Failure | None) -> ErrorView | None:
-    if failure is None:
-        return None
-    return ErrorView(
-        code=failure.code,
-        message=failure.message,
-        retryable=failure.retryable,
-        retry_after_ms=failure.retry_after_ms,
-        upstream_status=failure.upstream_status,
-    )
+    return None if failure is None else view_of(ErrorView, failure)
+
+
+def view_of(view: type[ViewT], record: object, **named: Any) -> ViewT:
+    """The view of a record: its fields of the same names, and those that are `named`."""
+    fields = view.model_fields.keys() - named.keys()
+    return view(**{name: _shown(getattr(record, name)) for name in fields}, **named)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 1)
+    return str(value) if isinstance(value, UUID) else value
 
 
 def _decider(classification: Classification) -> ClassifiedBy | None:
     return classification.by if classification.kind else None
 
 
-def _webhook(record: WebhookRecord) -> WebhookView:
-    return WebhookView(
-        id=None if record.webhook_id is None else str(record.webhook_id),
-        state=record.state,
-        tries=record.tries,
-        next_try_at=record.due_at,
-        answer_status=record.answer_status,
-        problem=record.problem,
-    )
+def _webhook(record: WebhookRecord | None) -> WebhookView | None:
+    if record is None:
+        return None
+    webhook_id = _shown(record.webhook_id)
+    return view_of(WebhookView, record, id=webhook_id, next_try_at=record.due_at)
 
 
 def _file(record: FileRecord, prefix: str) -> FileView:
-    return FileView(
-        url=f"{prefix}/files/{record.file_id}",
-        mime_type=record.mime_type,
-        size_bytes=record.size_bytes,
-        name=record.name,
-    )
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
+    return view_of(FileView, record, url=f"{prefix}/files/{record.file_id}")
 
 
 def prefix_of(request: Request) -> str:
-    """`/llm` when the client used that prefix, else nothing: links keep to what it used."""
+    """`/llm` if the client used that prefix, else nothing: links keep to what it used."""
     return "/llm" if request.scope["path"].startswith("/llm/") else ""
 
 
@@ -384,27 +358,31 @@ async def file_response(record: FileRecord, blobs: Blobs) -> Response:
     """The bytes of a file, in a way that no browser runs anything in it. Raises NotFound,
     StoreUnavailable."""
     file_id = record.file_id
-    pieces = blobs.stream(record.blob_key)
-    try:
-        # Before the head goes out: a blob that is gone must not become a broken 200.
-        first = await anext(pieces, b"")
-    except NotFound:
-        raise NotFound(f"the bytes of file {file_id} are not there any more") from None
     inline = record.mime_type in _INLINE_TYPES
     name = quote(record.name or f"{file_id}{_EXTENSIONS.get(record.mime_type, '')}", safe="")
     headers = {
         "Content-Length": str(record.size_bytes),
         "Content-Disposition": f"{'inline' if inline else 'attachment'}; filename*=UTF-8''{name}",
-        "Content-Security-Policy": "default-src 'none'; sandbox",
-        "X-Content-Type-Options": "nosniff",
-        "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "private, max-age=31536000, immutable",
     }
-    body = _after(first, pieces)
-    return StreamingResponse(body, headers=headers, media_type=record.mime_type)
+    gone = f"the bytes of file {file_id} are not there any more"
+    return await streamed(blobs.stream(record.blob_key), headers, gone, record.mime_type)
 
 
-async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for piece in rest:
-        yield piece
+async def streamed(
+    pieces: AsyncIterator[bytes], headers: dict[str, str], gone: str, media_type: str | None = None
+) -> Response:
+    """Bytes as data to be kept, whatever type they claim. Raises NotFound, which says `gone`, and
+    StoreUnavailable."""
+    try:
+        # Before the head goes out: a blob that is gone must not become a broken 200.
+        first = await anext(pieces, b"")
+    except NotFound:
+        raise NotFound(gone) from None
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return StreamingResponse(whole(), headers={**_AS_DATA, **headers}, media_type=media_type)

@@ -23,7 +23,7 @@ from rich.text import Text
 from tidegate import __version__
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError, LimiterUnavailable
-from tidegate.http.signin import CODE_S, make_code
+from tidegate.http.browsers import CODE_S, make_code
 from tidegate.limiter import PoolPolicy, Snapshot, look_until
 from tidegate.metrics.instruments import SHARED, forget
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates

@@ -11,7 +11,7 @@ import pytest
 from tests.gateway import Gateway, open_gateway
 from tests.waiting import wait_until
 from tidegate.embedded.servers import free_port
-from tidegate.http.signin import checked
+from tidegate.http.browsers import checked
 from tidegate.policy.deployment import deployed
 from tidegate.policy.format import edit
 from tidegate.settings import Config, key_file

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
-from tidegate.http.signin import cookie_name, make_code, make_session
+from tidegate.http.browsers import cookie_name, make_code, make_session
 
 CHAT = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": "Say hello"}]}
 NO_ID = "00000000-0000-7000-8000-000000000000"

@@ -17,7 +17,7 @@ from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tidegate.errors import StoreUnavailable
 from tidegate.http import jobs as live
-from tidegate.http import quotas as openings
+from tidegate.http import services as openings
 from tidegate.store.requests import Requests
 
 

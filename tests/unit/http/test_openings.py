@@ -8,8 +8,8 @@ import pytest
 
 from tidegate.call import Caller, Caps
 from tidegate.errors import QuotaExceeded, TooManyFollowers
-from tidegate.http import quotas as bounds
-from tidegate.http.quotas import Openings
+from tidegate.http import services as bounds
+from tidegate.http.services import Openings
 
 
 def test_one_more_than_the_cap_is_refused_until_one_closes() -> None:

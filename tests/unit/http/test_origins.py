@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.http.origins import Origins
+from tidegate.http.browsers import Origins
 from tidegate.settings import Config
 
 LOCAL = Origins(Config())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 
-from tidegate.http.signin import CODE_S, SESSION_S, checked, cookie_name, make_code, make_session
+from tidegate.http.browsers import CODE_S, SESSION_S, checked, cookie_name, make_code, make_session
 
 KEY, OTHER = "tgop_" + "k" * 43, "tgop_" + "o" * 43
 NOW = 1_800_000_000.0

@@ -10,7 +10,7 @@ import pytest
 
 from tidegate import errors
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
-from tidegate.http.admin.requests import Step, timeline
+from tidegate.http.admin.requests import StepView, timeline
 from tidegate.http.problems import advice
 from tidegate.store.records import Failure, RequestRecord
 from tidegate.store.requests import AttemptRecord, DeliveryRecord, RequestDetail
@@ -80,7 +80,7 @@ def dossier(
     return RequestDetail(record, "gemini", "worker-1", attempts, webhooks, (), request or {}, {})
 
 
-def told(steps: tuple[Step, ...]) -> list[tuple[str, float, float | None]]:
+def told(steps: tuple[StepView, ...]) -> list[tuple[str, float, float | None]]:
     """What, when, and until when, in seconds since the start."""
 
     def seconds(time: datetime | None) -> float | None:
@@ -204,7 +204,7 @@ def test_webhooks_are_part_of_it(state: str, words: str) -> None:
         *(None if state == "delivered" else "refused", at(3), None),
     )
     steps = timeline(dossier(Status.SUCCEEDED, webhooks=(one,), finished_at=at(2)), at(10))
-    assert (steps[-1].words, steps[-1].webhook_id) == (words, ID)
+    assert (steps[-1].words, steps[-1].webhook_id) == (words, str(ID))
     assert steps[-1].goes_on == (state == "pending")
 
 

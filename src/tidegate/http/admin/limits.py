@@ -6,16 +6,18 @@ only after its sender is authorised, and at most `MOST_BYTES` of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tidegate.admission.estimator import Learned
 from tidegate.errors import ConfigError, InvalidRequest, UnsupportedMedia
 from tidegate.http.body import incoming_of
-from tidegate.http.guards import admit_admin
+from tidegate.http.guards import admin_router
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.policy.format import Edit, edit
@@ -44,7 +46,7 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
     if not raw and media not in ("", _JSON):
         raise UnsupportedMedia("Content-Type", "an empty body has no type but JSON", allowed=_JSON)
     try:
-        found = model.model_validate_json(raw or b"{}")
+        values = model.model_validate_json(raw or b"{}")
     except ValidationError as invalid:
         first = invalid.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(step) for step in first["loc"]) or "body"
@@ -52,7 +54,7 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
     if _NUL in raw and (nul := _nul_in(orjson.loads(raw))) is not None:
         where = ".".join(nul) or "body"
         raise InvalidRequest(where, f"{where} has a NUL character in it")
-    return found
+    return values
 
 
 def _nul_in(value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
@@ -67,6 +69,16 @@ def _nul_in(value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
         inner = list(enumerate(value)) if isinstance(value, list) else []
     found = (_nul_in(item, (*path, str(name))) for name, item in inner)
     return next((one for one in found if one is not None), None)
+
+
+@contextmanager
+def config_errors_refused() -> Iterator[None]:
+    """Raises InvalidRequest instead of ConfigError: here the values are a caller's."""
+    try:
+        yield
+    except ConfigError as wrong:
+        words = f"{wrong.variable} {wrong.allowed}"
+        raise InvalidRequest(wrong.variable, words, allowed=wrong.allowed) from None
 
 
 def described(model: type[BaseModel]) -> dict[str, Any]:
@@ -89,21 +101,17 @@ async def in_pool(
 ) -> None:
     """A dependency of what concerns one pool. Raises InvalidRequest."""
     services = services_of(request)
-    known = services.limiters
     pool = services.usual_pool if pool is None else pool
-    if pool not in known:
-        names = ", ".join(known)
+    if pool not in services.limiters:
+        names = ", ".join(services.limiters)
         raise InvalidRequest("pool", f"there is no pool {pool}", allowed=f"one of {names}")
     request.state.pool = pool
 
 
-router = APIRouter(
-    prefix="/admin",
-    tags=["admin"],
-    dependencies=[Depends(admit_admin), Depends(in_pool)],
-    responses=problem_responses(400, 401, 403, 408, 413, 415, 503),
-)
+router = admin_router(400, 408, 413, 415, 503, depends=[Depends(in_pool)])
 LimitId = Annotated[str, Path(description="A limit's id, such as `kind:text_only` or `rpm:total`")]
+
+By = Annotated[str, Query(min_length=1, max_length=100)]
 
 
 class Signed(BaseModel):
@@ -211,7 +219,7 @@ async def set_limit(request: Request, limit_id: LimitId) -> InForceNow:
 async def remove_limit(
     request: Request,
     limit_id: LimitId,
-    by: Annotated[str, Query(min_length=1, max_length=100)] = "admin",
+    by: By = "admin",
     reason: Annotated[str, Query(max_length=500)] = "",
 ) -> InForceNow:
     return await _changed(request, Signed(by=by, reason=reason), edit({}, [f"limits.{limit_id}"]))
@@ -255,7 +263,7 @@ async def permits(request: Request) -> list[ShownPermit]:
 async def revoke(
     request: Request,
     process: Annotated[str, Path(description="Its name or its session")],
-    by: Annotated[str, Query(min_length=1, max_length=100)] = "admin",
+    by: By = "admin",
 ) -> Revoked:
     """Only for a process whose death is certain: one that lives cancels its calls when it finds
     out, and until then the provider may see more calls than allowed."""
@@ -280,11 +288,7 @@ async def estimates(request: Request) -> list[Learned]:
 
 
 async def _changed(request: Request, signed: Signed, change: Edit) -> InForceNow:
-    try:
-        now = await control_of(request).keeper.change(
-            change, set_by=signed.by, reason=signed.reason
-        )
-    except ConfigError as wrong:
-        said = f"{wrong.variable} {wrong.allowed}"
-        raise InvalidRequest(wrong.variable, said, allowed=wrong.allowed) from None
+    keeper = control_of(request).keeper
+    with config_errors_refused():
+        now = await keeper.change(change, set_by=signed.by, reason=signed.reason)
     return InForceNow(revision=now.number, set_by=now.set_by, reason=now.reason, policy=now.policy)

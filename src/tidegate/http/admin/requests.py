@@ -16,10 +16,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Query, Request
 from fastapi import Query as FromQuery
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tidegate.call import ClassifiedBy, Kind
 from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound
 from tidegate.http.admin.limits import Done, Signed, control_in, described, read_json
-from tidegate.http.guards import admit_admin
+from tidegate.http.guards import admin_router
 from tidegate.http.problems import advice, problem_responses
 from tidegate.http.requests import BODY_RESPONSES, body_response, ended_by, in_utc
 from tidegate.http.services import Services, services_of
@@ -42,6 +42,7 @@ from tidegate.http.views import (
     prefix_of,
     status_values,
     usage_view,
+    view_of,
 )
 from tidegate.policy.inspection import Reason, why
 from tidegate.store.jobs import copy_of
@@ -50,7 +51,6 @@ from tidegate.store.requests import (
     END,
     MOST_REQUEUED,
     AttemptRecord,
-    BodyRecord,
     DeadJob,
     DeliveryRecord,
     Found,
@@ -70,28 +70,26 @@ What = Literal[
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A moment `at`, or a time from `at` to `until`.
-
-    goes_on: it has not ended. words: the step in a sentence. attempt: which try it belongs to.
-    first_byte_ms: of a call, from its beginning to the first byte of the answer. outcome, code: how
-    it ended, and the error's name. process: that did it.
-    """
+class StepView:
+    """A moment of a request's life, or a time from `at` to `until`."""
 
     what: What
-    words: str
+    words: Annotated[str, Field(description="The step in a sentence")]
     at: datetime
     until: datetime | None = None
-    goes_on: bool = False
-    attempt: int | None = None
-    first_byte_ms: float | None = None
+    goes_on: Annotated[bool, Field(description="It has not ended")] = False
+    attempt: Annotated[int | None, Field(description="Which try it belongs to, from 1")] = None
+    first_byte_ms: Annotated[
+        float | None,
+        Field(description="Of a call: until the first byte of the answer, where known"),
+    ] = None
     outcome: str | None = None
-    code: str | None = None
-    process: str | None = None
-    webhook_id: UUID | None = None
+    code: Annotated[str | None, Field(description="Of the error that it ended with")] = None
+    process: Annotated[str | None, Field(description="The process that did it")] = None
+    webhook_id: str | None = None
 
 
-def timeline(dossier: RequestDetail, now: datetime) -> tuple[Step, ...]:
+def timeline(dossier: RequestDetail, now: datetime) -> tuple[StepView, ...]:
     """All steps so far."""
     record = dossier.record
     steps = [_submitted(dossier)]
@@ -100,14 +98,14 @@ def timeline(dossier: RequestDetail, now: datetime) -> tuple[Step, ...]:
     steps += _tries(dossier, now) if dossier.attempts else _of_row(dossier)
     asked_at = dossier.of("cancel_asked_at")
     if asked_at is not None:
-        steps.append(Step("cancelling", "asked to be cancelled", asked_at))
+        steps.append(StepView("cancelling", "asked to be cancelled", asked_at))
     if record.status.is_end and record.finished_at is not None:
         steps.append(_ended(dossier, record.finished_at))
     steps += [_delivery_step(one) for one in dossier.webhooks]
     return tuple(sorted(steps, key=lambda step: step.at))
 
 
-def _submitted(dossier: RequestDetail) -> Step:
+def _submitted(dossier: RequestDetail) -> StepView:
     record = dossier.record
     came = {
         "job": "handed in as a job",
@@ -115,7 +113,7 @@ def _submitted(dossier: RequestDetail) -> Step:
         "relay": f"called {dossier.of('endpoint')}",
         "batch": "handed in as a line of a batch",
     }[record.source]
-    return Step("submitted", f"{came} by the tenant {record.tenant_id}", record.created_at)
+    return StepView("submitted", f"{came} by the tenant {record.tenant_id}", record.created_at)
 
 
 _DECIDERS = {
@@ -127,20 +125,20 @@ _DECIDERS = {
 }
 
 
-def _classified(dossier: RequestDetail) -> Step:
+def _classified(dossier: RequestDetail) -> StepView:
     """When is not on record, but it was before the first admission."""
     found = dossier.record.classification
     reason = f": {found.reason}" if found.reason else ""
-    return Step(
+    return StepView(
         "classified",
         f"found to be {found.kind} by {_DECIDERS[found.by]}{reason}",
         dossier.record.created_at,
     )
 
 
-def _tries(dossier: RequestDetail, now: datetime) -> list[Step]:
+def _tries(dossier: RequestDetail, now: datetime) -> list[StepView]:
     """Waiting, calling and being parked, attempt by attempt, and what it does now."""
-    steps: list[Step] = []
+    steps: list[StepView] = []
     record = dossier.record
     free_at: datetime | None = record.created_at
     failure: Failure | None = None
@@ -159,7 +157,7 @@ def _tries(dossier: RequestDetail, now: datetime) -> list[Step]:
     return steps
 
 
-def _of_row(dossier: RequestDetail) -> list[Step]:
+def _of_row(dossier: RequestDetail) -> list[StepView]:
     """The same where no attempt is on record: of what was never admitted, and of native calls,
     whose tries are only counted."""
     record = dossier.record
@@ -167,13 +165,13 @@ def _of_row(dossier: RequestDetail) -> list[Step]:
         goes_on = not record.status.is_end
         words = "waits for admission" if goes_on else "waited, and was never admitted"
         until = None if goes_on else record.finished_at
-        return [Step("waiting", words, record.created_at, until, goes_on=goes_on)]
+        return [StepView("waiting", words, record.created_at, until, goes_on=goes_on)]
     tries = f" in {record.attempts} tries" if record.attempts > 1 else ""
     waited = timedelta(milliseconds=record.queue_ms or 0)
     waiting_at = max(record.admitted_at - waited, record.created_at)
     return [
         _waited(waiting_at, record.admitted_at, None),
-        Step(
+        StepView(
             "calling",
             f"called {record.model or 'the provider'}{tries}",
             record.admitted_at,
@@ -189,25 +187,25 @@ def _of_row(dossier: RequestDetail) -> list[Step]:
 
 def _parked(
     free_at: datetime | None, until: datetime, failure: Failure | None, number: int
-) -> list[Step]:
+) -> list[StepView]:
     if number == 1 or free_at is None or until <= free_at:
         return []
     after = f" after {failure.code}" if failure is not None else ""
-    return [Step("parked", f"left alone before the next try{after}", free_at, until)]
+    return [StepView("parked", f"left alone before the next try{after}", free_at, until)]
 
 
-def _waited(at: datetime, until: datetime, number: int | None) -> Step:
-    return Step("waiting", "waited for admission", at, until, attempt=number)
+def _waited(at: datetime, until: datetime, number: int | None) -> StepView:
+    return StepView("waiting", "waited for admission", at, until, attempt=number)
 
 
-def _called(attempt: AttemptRecord, *, goes_on: bool) -> Step:
+def _called(attempt: AttemptRecord, *, goes_on: bool) -> StepView:
     is_lost = attempt.outcome == "running" and not goes_on
     words = f"called {attempt.model}"
     if goes_on:
         words = f"calls {attempt.model}"
     elif is_lost:
         words += "; its worker was lost over it, and whether it was answered is not known"
-    return Step(
+    return StepView(
         "calling",
         words,
         attempt.admitted_at or attempt.began_at,
@@ -223,19 +221,19 @@ def _called(attempt: AttemptRecord, *, goes_on: bool) -> Step:
 
 def _now_queued(
     not_before: datetime | None, free_at: datetime | None, failure: Failure | None, now: datetime
-) -> list[Step]:
+) -> list[StepView]:
     """It is in the queue again: left alone until its time, then waiting."""
     after = f" after {failure.code}" if failure is not None else ""
     if not_before is not None and free_at is not None:
         words = f"left alone before the next try{after}"
-        parked = Step("parked", words, free_at, not_before, goes_on=not_before > now)
+        parked = StepView("parked", words, free_at, not_before, goes_on=not_before > now)
         if parked.goes_on:
             return [parked]
-        return [parked, Step("waiting", "waits for admission", not_before, goes_on=True)]
-    return [Step("waiting", "waits for admission", free_at or now, goes_on=True)]
+        return [parked, StepView("waiting", "waits for admission", not_before, goes_on=True)]
+    return [StepView("waiting", "waits for admission", free_at or now, goes_on=True)]
 
 
-def _ended(dossier: RequestDetail, at: datetime) -> Step:
+def _ended(dossier: RequestDetail, at: datetime) -> StepView:
     record = dossier.record
     code = None if record.failure is None else record.failure.code
     words = record.status.value
@@ -243,10 +241,10 @@ def _ended(dossier: RequestDetail, at: datetime) -> Step:
         words += f" ({record.finish_reason})"
     elif code and code != record.status.value:
         words += f": {code}"
-    return Step("ended", words, at, outcome=record.status.value, code=code)
+    return StepView("ended", words, at, outcome=record.status.value, code=code)
 
 
-def _delivery_step(one: DeliveryRecord) -> Step:
+def _delivery_step(one: DeliveryRecord) -> StepView:
     tries = "1 try" if one.tries == 1 else f"{one.tries} tries"
     said = f", answered {one.answer_status}" if one.answer_status is not None else ""
     if one.state == "delivered":
@@ -257,14 +255,14 @@ def _delivery_step(one: DeliveryRecord) -> Step:
         words = f"webhook on its way, {tries} so far{said}"
     if one.problem is not None and one.state != "delivered":
         words += f": {one.problem}"
-    return Step(
+    return StepView(
         "webhook",
         words,
         one.created_at,
         one.ended_at,
         goes_on=one.state == "pending",
         outcome=one.state,
-        webhook_id=one.webhook_id,
+        webhook_id=str(one.webhook_id),
     )
 
 
@@ -305,24 +303,6 @@ class AdminPage(BaseModel):
     next_cursor: str | None = Field(
         default=None, description="Give it as `cursor` for the next page; not there on the last"
     )
-
-
-class StepView(BaseModel):
-    """A moment of a request's life, or a time from `at` to `until`."""
-
-    what: What
-    words: str = Field(description="The step in a sentence")
-    at: datetime
-    until: datetime | None = None
-    goes_on: bool = Field(default=False, description="It has not ended")
-    attempt: int | None = Field(default=None, description="Which try it belongs to, from 1")
-    first_byte_ms: float | None = Field(
-        default=None, description="Of a call: until the first byte of the answer, where known"
-    )
-    outcome: str | None = None
-    code: str | None = Field(default=None, description="Of the error that it ended with")
-    process: str | None = Field(default=None, description="The process that did it")
-    webhook_id: str | None = None
 
 
 class AttemptView(BaseModel):
@@ -421,24 +401,15 @@ class RequestView(BaseModel):
 
 def admin_item(found: Found) -> AdminItem:
     listed = found.listed
-    return AdminItem(
-        request_id=str(listed.request_id),
+    return view_of(
+        AdminItem,
+        listed,
         tenant=found.tenant_id,
         pool=found.pool,
-        source=cast(Source, listed.source),
-        status=listed.status,
         type=listed.kind,
-        model=listed.model,
         endpoint=found.endpoint,
         subject=found.subject,
-        priority=listed.priority,
-        attempts=listed.attempts,
         submitted_at=listed.created_at,
-        admitted_at=listed.admitted_at,
-        finished_at=listed.finished_at,
-        queue_ms=_rounded(listed.queue_ms),
-        upstream_ms=_rounded(listed.upstream_ms),
-        total_tokens=listed.total_tokens,
         error_code=listed.failure_code,
     )
 
@@ -448,21 +419,12 @@ def request_view(
 ) -> RequestView:
     """`prefix` is the path before `/admin` as the client called it: empty or `/llm`."""
     failure = dossier.record.failure
-    steps = [
-        StepView.model_validate(
-            {
-                **{name: getattr(step, name) for name in StepView.model_fields},
-                "webhook_id": None if step.webhook_id is None else str(step.webhook_id),
-            }
-        )
-        for step in timeline(dossier, now)
-    ]
     return RequestView(
         request=_status(dossier, prefix),
-        timeline=steps,
+        timeline=list(timeline(dossier, now)),
         attempts=[_attempt(one) for one in dossier.attempts],
         webhooks=[_delivery(one) for one in dossier.webhooks],
-        bodies=[_body_view(one) for one in dossier.bodies],
+        bodies=[view_of(BodyView, one) for one in dossier.bodies],
         waiting=waiting,
         advice=None if failure is None else advice(failure.code),
         actions=actions_of(dossier),
@@ -521,62 +483,20 @@ def _trace_id(traceparent: str | None) -> str | None:
 
 
 def _attempt(one: AttemptRecord) -> AttemptView:
-    return AttemptView(
-        number=one.number,
-        outcome=one.outcome,
-        process=one.process,
-        model=one.model,
-        admitted_at=one.admitted_at,
-        finished_at=one.finished_at,
-        queue_ms=_rounded(one.queue_ms),
-        upstream_ms=_rounded(one.upstream_ms),
-        first_byte_ms=_rounded(one.first_byte_ms),
-        usage=usage_view(one.usage),
-        finish_reason=one.finish_reason,
-        response_id=one.response_id,
-        error=error_view(one.failure),
-    )
+    usage, error = usage_view(one.usage), error_view(one.failure)
+    return view_of(AttemptView, one, usage=usage, error=error)
 
 
 def _delivery(one: DeliveryRecord) -> DeliveryView:
-    return DeliveryView(
-        id=str(one.webhook_id),
-        event=one.event,
-        url=one.url,
-        state=cast(Literal["pending", "delivered", "given_up"], one.state),
-        tries=one.tries,
-        next_try_at=one.due_at if one.state == "pending" else None,
-        answer_status=one.answer_status,
-        problem=one.problem,
-        created_at=one.created_at,
-        ended_at=one.ended_at,
-    )
-
-
-def _body_view(one: BodyRecord) -> BodyView:
-    role = cast(Literal["request", "response"], one.role)
-    return BodyView(
-        role=role,
-        size_bytes=one.size_bytes,
-        content_type=one.content_type,
-        omitted_bytes=one.omitted_bytes,
-    )
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
+    next_try_at = one.due_at if one.state == "pending" else None
+    return view_of(DeliveryView, one, id=str(one.webhook_id), next_try_at=next_try_at)
 
 
 _PREFIX = re.compile(r"[0-9a-fA-F]{1,32}")
 _TEXT = Field(default=None, min_length=1, max_length=200)
 
 log = get_logger()
-router = APIRouter(
-    prefix="/admin/requests",
-    tags=["admin"],
-    dependencies=[Depends(admit_admin)],
-    responses=problem_responses(400, 401, 403, 503),
-)
+router = admin_router(400, 503)
 
 
 class SearchQuery(BaseModel):
@@ -619,7 +539,7 @@ class SearchQuery(BaseModel):
 
 
 @router.get(
-    "",
+    "/requests",
     response_model_exclude_none=True,
     summary="Requests of all tenants, newest first",
 )
@@ -636,7 +556,7 @@ async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) ->
 
 
 @router.get(
-    "/{request_id}",
+    "/requests/{request_id}",
     response_model_exclude_none=True,
     responses=problem_responses(404),
     summary="All that is on record of one request, and what it waits for",
@@ -651,7 +571,7 @@ async def one(request: Request, request_id: UUID) -> RequestView:
 
 
 @router.get(
-    "/{request_id}/request",
+    "/requests/{request_id}/request",
     response_class=StreamingResponse,
     responses=BODY_RESPONSES,
     summary="What was asked, as it is in the record",
@@ -662,7 +582,7 @@ async def asked(request: Request, request_id: UUID) -> Response:
 
 
 @router.get(
-    "/{request_id}/response",
+    "/requests/{request_id}/response",
     response_class=StreamingResponse,
     responses=BODY_RESPONSES,
     summary="What was answered, as it is in the record",
@@ -673,7 +593,7 @@ async def answered(request: Request, request_id: UUID) -> Response:
 
 
 @router.get(
-    "/{request_id}/files/{file_id}",
+    "/requests/{request_id}/files/{file_id}",
     response_class=StreamingResponse,
     responses=problem_responses(404)
     | {200: {"content": {"image/png": {}}, "description": "The file's bytes"}},
@@ -688,7 +608,7 @@ async def file(request: Request, request_id: UUID, file_id: UUID) -> Response:
 
 
 @router.post(
-    "/{request_id}/cancel",
+    "/requests/{request_id}/cancel",
     response_model=StatusView,
     response_model_exclude_none=True,
     responses=problem_responses(404, 408, 409, 413, 415)
@@ -706,7 +626,7 @@ async def cancel(request: Request, request_id: UUID) -> Response:
 
 
 @router.post(
-    "/{request_id}/retry",
+    "/requests/{request_id}/retry",
     status_code=202,
     responses=problem_responses(404, 408, 409, 413, 415),
     openapi_extra=described(Signed),
@@ -751,21 +671,15 @@ def _log(event: Log, request_id: UUID, signed: Signed, **more: str) -> None:
     log.warning(event, request_id=str(request_id), by=signed.by, reason=signed.reason, **more)
 
 
-stuck_router = APIRouter(
-    prefix="/admin",
-    tags=["admin"],
-    dependencies=[Depends(admit_admin)],
-    responses=problem_responses(400, 401, 403, 503),
-)
 Most = Annotated[int, Query(ge=1, le=1_000)]
 
 
-@stuck_router.get("/dead", summary="Jobs that killed their workers three times, of all tenants")
+@router.get("/dead", summary="Jobs that killed their workers three times, of all tenants")
 async def dead(request: Request, most: Most = 100) -> list[DeadJob]:
     return await services_of(request).store.stuck.dead(most)
 
 
-@stuck_router.post(
+@router.post(
     "/dead/{request_id}/requeue",
     responses=problem_responses(404),
     summary="Give a dead job a fresh start",
@@ -776,7 +690,7 @@ async def requeue(request: Request, request_id: UUID) -> Done:
     return Done(done=True)
 
 
-@stuck_router.post(
+@router.post(
     "/dead/{request_id}/discard",
     responses=problem_responses(404),
     summary="Leave a dead job at that: it is cancelled, for good",
@@ -787,22 +701,14 @@ async def discard(request: Request, request_id: UUID) -> Done:
     return Done(done=True)
 
 
-@stuck_router.get("/webhooks", summary="Webhooks that were given up, of all tenants")
+@router.get("/webhooks", summary="Webhooks that were given up, of all tenants")
 async def given_up(request: Request, most: Most = 100) -> list[GivenUpWebhook]:
     """`POST /admin/webhooks/{webhook_id}/redeliver` has one delivered again."""
     return await services_of(request).store.stuck.given_up(most)
 
 
-webhooks_router = APIRouter(
-    prefix="/admin/webhooks",
-    tags=["admin"],
-    dependencies=[Depends(admit_admin)],
-    responses=problem_responses(400, 401, 403, 503),
-)
-
-
-@webhooks_router.post(
-    "/{webhook_id}/redeliver",
+@router.post(
+    "/webhooks/{webhook_id}/redeliver",
     responses=problem_responses(404),
     summary="Deliver a webhook again, whatever became of it",
 )
@@ -810,14 +716,6 @@ async def redeliver(request: Request, webhook_id: UUID) -> Done:
     """Its id is in the request's status; it is tried at once, and as often as a new one."""
     await services_of(request).store.outbox.redeliver(webhook_id)
     return Done(done=True)
-
-
-requeues_router = APIRouter(
-    prefix="/admin/requests",
-    tags=["admin"],
-    dependencies=[Depends(admit_admin)],
-    responses=problem_responses(400, 401, 403, 503),
-)
 
 
 class NewRequeue(Signed):
@@ -847,8 +745,8 @@ class NewRequeue(Signed):
         )
 
 
-@requeues_router.post(
-    "/requeue",
+@router.post(
+    "/requests/requeue",
     operation_id="requeue_admin_requests_requeue_post",
     responses=problem_responses(408, 413, 415),
     openapi_extra=described(NewRequeue),

@@ -10,13 +10,21 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import Depends, Path, Query, Request, Response
 from pydantic import AwareDatetime, BaseModel, Field
 
 from tidegate.call import DEFAULT_TENANT, Scope
-from tidegate.errors import ConfigError, InvalidRequest
-from tidegate.http.admin.limits import Signed, control_of, described, in_pool, read_json
-from tidegate.http.guards import admit_admin, admitted_as
+from tidegate.errors import InvalidRequest
+from tidegate.http.admin.limits import (
+    By,
+    Signed,
+    config_errors_refused,
+    control_of,
+    described,
+    in_pool,
+    read_json,
+)
+from tidegate.http.guards import admin_router, admitted_as
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import services_of
 from tidegate.http.submission import MAX_SUBJECT_CHARS
@@ -25,14 +33,9 @@ from tidegate.policy.tenants import ShownTenant, Wanted
 from tidegate.store.retention import EraseReport, Whose
 from tidegate.store.tenants import SETTABLE, Key, prefix_in
 
-router = APIRouter(
-    prefix="/admin",
-    tags=["tenants"],
-    dependencies=[Depends(admit_admin), Depends(in_pool)],
-    responses=problem_responses(400, 401, 403, 408, 413, 415, 503),
-)
+router = admin_router(400, 408, 413, 415, 503, tag="tenants", depends=[Depends(in_pool)])
+subjects_router = admin_router(400, 404, 503)
 TenantId = Annotated[str, Path(description="A tenant's name", min_length=1, max_length=200)]
-By = Annotated[str, Query(min_length=1, max_length=100)]
 _LAST = datetime(9999, 1, 1, tzinfo=UTC)  # which is that year in any zone
 _COUNT: Any = Field(default=None, ge=0, description="null: without a bound")
 
@@ -148,10 +151,8 @@ async def list_tenants(request: Request) -> list[TenantView]:
 
 @router.get("/tenants/{tenant_id:path}", responses=problem_responses(404), summary="One tenant")
 async def show_tenant(request: Request, response: Response, tenant_id: TenantId) -> TenantView:
-    try:
+    with config_errors_refused():
         view = _view(await tenants.show_tenant(control_of(request), tenant_id))
-    except ConfigError as wrong:
-        raise _invalid(wrong) from None
     if (secret := services_of(request).config.webhook_secret) is not None:
         view.webhook_secret = tenants.webhook_secret_of(secret.get_secret_value(), tenant_id)
         response.headers["Cache-Control"] = "no-store"
@@ -173,12 +174,9 @@ async def set_tenant(request: Request, tenant_id: TenantId) -> TenantView:
         limits=new.limits if "limits" in given else None,
         disabled=new.disabled if "disabled" in given else None,
     )
-    try:
-        shown = await tenants.set_tenant(
-            control_of(request), tenant_id, wanted, by=new.by, reason=new.reason
-        )
-    except ConfigError as wrong:
-        raise _invalid(wrong) from None
+    control = control_of(request)
+    with config_errors_refused():
+        shown = await tenants.set_tenant(control, tenant_id, wanted, by=new.by, reason=new.reason)
     await services_of(request).gate.refresh()
     return _view(shown)
 
@@ -189,10 +187,8 @@ async def set_tenant(request: Request, tenant_id: TenantId) -> TenantView:
     summary="Take a tenant, its keys and its limits away; its requests stay on record",
 )
 async def remove_tenant(request: Request, tenant_id: TenantId, by: By = "admin") -> Removed:
-    try:
+    with config_errors_refused():
         await tenants.remove_tenant(control_of(request), tenant_id, by=by)
-    except ConfigError as wrong:
-        raise _invalid(wrong) from None
     await services_of(request).gate.refresh()
     return Removed()
 
@@ -222,10 +218,8 @@ async def make_key(request: Request, response: Response) -> MadeKey:
         raise InvalidRequest("expires_at", "expires_at is over", allowed="a time to come")
     if new.expires_at is not None and new.expires_at.replace(tzinfo=UTC) > _LAST:
         raise InvalidRequest("expires_at", "expires_at is out of range", allowed=f"up to {_LAST}")
-    try:
+    with config_errors_refused():
         tenants.check_name(new.tenant)
-    except ConfigError as wrong:
-        raise _invalid(wrong) from None
     services = services_of(request)
     key, made = await services.store.tenants.create_key(
         new.tenant,
@@ -274,22 +268,12 @@ def _plain(key: Key) -> dict[str, Any]:
     return {"tenant": values.pop("tenant_id"), **values, "state": key.state}
 
 
-def _invalid(wrong: ConfigError) -> InvalidRequest:
-    said = f"{wrong.variable} {wrong.allowed}"
-    return InvalidRequest(wrong.variable, said, allowed=wrong.allowed)
-
-
 _WITHIN_S = 20.0
 
-subjects_router = APIRouter(
-    prefix="/admin/subjects",
-    tags=["admin"],
-    dependencies=[Depends(admit_admin)],
-    responses=problem_responses(400, 401, 403, 404, 503),
+
+@subjects_router.delete(
+    "/subjects/{subject:path}", summary="Erase all that is on record about a subject"
 )
-
-
-@subjects_router.delete("/{subject:path}", summary="Erase all that is on record about a subject")
 async def erase_subject(
     request: Request,
     subject: Annotated[str, Path(description="As requests named it")],
