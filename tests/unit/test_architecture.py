@@ -63,7 +63,6 @@ ENTRIES = {
     "tidegate.integrations.httpx": "for users of httpx",
     "tidegate.integrations.httpx2": "for users of httpx2",
     "tidegate.emulator.__main__": "python -m tidegate.emulator.server",
-    "tidegate.verify.jobber": "a process of its own, python -m",
     "tidegate.store.migrations.env": "Alembic loads it by its path",
     "tidegate.store.migrations.versions": "the folder of the steps",
 }

@@ -140,8 +140,8 @@ _HEADERS = {"x-goog-api-key": "any", "content-type": "application/json"}
 _TOTAL_S = 60
 
 
-class Caller:
-    """`async with Caller(url) as caller: status = await caller.call("a prompt")`."""
+class PlainCaller:
+    """`async with PlainCaller(url) as caller: status = await caller.call("a prompt")`."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/") + _PATH

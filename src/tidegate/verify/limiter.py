@@ -15,9 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 
 from tidegate.checker import NS, Span, first_of_new_epoch_s, in_flight, shares
-from tidegate.emulator.client import EmulatorControl
 from tidegate.errors import ConfigError, LimiterUnavailable
-from tidegate.limiter import SPARE_MS, Limiter, PoolPolicy, forget_pool
+from tidegate.limiter import SPARE_MS, Limiter, forget_pool
 from tidegate.policy.format import to_plain
 from tidegate.rehearse.report import waits_of
 from tidegate.verify.plan import (
@@ -25,15 +24,15 @@ from tidegate.verify.plan import (
     KIND,
     LIMIT,
     WEIGHTS,
-    Plan,
     Report,
-    Say,
+    VerifiedPool,
     clean_pool,
     finish,
+    milliseconds,
+    seconds,
     until,
 )
-from tidegate.verify.probe import Orders
-from tidegate.verify.processes import Family
+from tidegate.verify.processes import ProbeOrders, ProcessFamily
 
 # What a busy machine adds to a round trip; and for how long a freed permit is kept for the next one
 # in its own process.
@@ -45,27 +44,18 @@ async def measure(here: Limiter, there: Limiter, rounds: int, report: Report) ->
     """`here` and `there` are two sessions of one pool."""
     trip = waits_of([await _timed(here.ping(2_000)) for _ in range(rounds)])
     assert trip.p50_ms is not None
-    report.measured("a round trip to Valkey, p50 / p99", _ms(trip.p50_ms, trip.p99_ms))
-    _judge(
-        report,
+    report.measured("a round trip to Valkey, p50 / p99", milliseconds(trip))
+    report.median(
         "a free permit is had in about a round trip",
         [await _admission(here, number) for number in range(rounds)],
         2 * trip.p50_ms + _OURS_MS,
     )
     pairs = [(here, there) if number % 2 else (there, here) for number in range(rounds)]
-    _judge(
-        report,
+    report.median(
         "a freed permit reaches a waiter elsewhere by push",
         [await _handed_over(*pair) for pair in pairs],
         3 * trip.p50_ms + _KEPT_MS + _OURS_MS,
     )
-
-
-def _judge(report: Report, promise: str, took_ms: list[float], bar_ms: float) -> None:
-    waits = waits_of(took_ms)
-    assert waits.p50_ms is not None
-    told = f"p50 / p99 {_ms(waits.p50_ms, waits.p99_ms)}"
-    report.kept(promise, f"p50 <= {bar_ms:.1f} ms", told, waits.p50_ms <= bar_ms)
 
 
 async def _admission(here: Limiter, number: int) -> float:
@@ -104,10 +94,6 @@ async def _handed_over(here: Limiter, there: Limiter) -> float:
     return (await waiter - freed) * 1000
 
 
-def _ms(p50_ms: float | None, p99_ms: float | None) -> str:
-    return " / ".join("-" if one is None else f"{one:.1f}" for one in (p50_ms, p99_ms)) + " ms"
-
-
 MARK = "tidegate-verify"
 _START_S = 30.0
 # For so long, and in such a part, permits are used again before we call it so.
@@ -116,27 +102,17 @@ _SLACK_S = 1.0
 _USED = 0.9
 
 
-class Limiting:
-    """One run. `url` of Valkey, `upstream` the emulator; `pool` is made for this."""
+class LimiterVerification:
+    """One run. `url` of Valkey; `restart_command` restarts it without its data."""
 
-    def __init__(
-        self,
-        url: str,
-        pool: str,
-        policy: PoolPolicy,
-        plan: Plan,
-        upstream: EmulatorControl,
-        report: Report,
-        say: Say,
-        restart_command: str | None = None,
-    ) -> None:
+    def __init__(self, pool: VerifiedPool, url: str, restart_command: str | None = None) -> None:
         self._url = url
-        self._pool = pool
-        self._policy = policy
-        self._plan = plan
-        self._upstream = upstream
-        self._report = report
-        self._say = say
+        self._pool = pool.name
+        self._policy = pool.policy
+        self._plan = pool.plan
+        self._upstream = pool.upstream
+        self._report = pool.report
+        self._say = pool.say
         self._restart_command = restart_command
         # Set once what a busy machine would spoil has been measured.
         self.measured = asyncio.Event()
@@ -154,9 +130,9 @@ class Limiting:
                     self._say("latencies")
                     async with self._member("verify-2") as other:
                         await other.joined()
-                        await measure(*(self._limiter, other, self._plan.rounds, self._report))
+                        await measure(self._limiter, other, self._plan.rounds, self._report)
                     self.measured.set()
-                    async with Family("tidegate.verify.probe") as self._family:
+                    async with ProcessFamily("probe") as self._family:
                         await self._under_load()
                         await self._drain()
                 finally:
@@ -179,8 +155,6 @@ class Limiting:
         await self._kill(self._busiest())
         await self._lower()
         await self._lose()
-
-    # -- under load
 
     async def _load(self) -> None:
         plan, began_ns = self._plan, time.monotonic_ns()
@@ -212,12 +186,7 @@ class Limiting:
         await self._family.kill(name)
         bar_s = self._plan.lease_ms / 1000 + _SLACK_S
         took_s = await self._used_again(since_ns, bar_s + 3)
-        self._report.kept(
-            "what a killed process held is back within the lease",
-            f"<= {bar_s:.1f} s",
-            _seconds(took_s),
-            took_s is not None and took_s <= bar_s,
-        )
+        self._report.within("what a killed process held is back within the lease", took_s, bar_s)
         await self._launch(f"{name}b")
 
     async def _pause(self, name: str) -> None:
@@ -243,12 +212,7 @@ class Limiting:
             return
         bar_s = self._plan.lease_ms / 1000 + _SLACK_S
         took_s = await self._used_again(since_ns, bar_s + 3)
-        self._report.kept(
-            "a paused process's permits are reused within the lease",
-            f"<= {bar_s:.1f} s",
-            _seconds(took_s),
-            took_s is not None and took_s <= bar_s,
-        )
+        self._report.within("a paused process's permits are reused within the lease", took_s, bar_s)
 
     async def _lower(self) -> None:
         low = max(1, self._plan.limit // 2)
@@ -262,13 +226,9 @@ class Limiting:
                  if at >= since_ns and level > low]  # fmt: skip
         index = curve.times.index(above[-1]) + 1 if above else 0
         drained_ns = curve.times[index] if above and index < len(curve.times) else since_ns
-        took_s = (drained_ns - since_ns) / NS
-        self._report.kept(
-            "a limit that is lowered drains",
-            f"<= {bar_s:.1f} s",
-            _seconds(took_s),
-            curve.at(time.monotonic_ns()) <= low and took_s <= bar_s,
-        )
+        drained = curve.at(time.monotonic_ns()) <= low
+        took_s = (drained_ns - since_ns) / NS if drained else None
+        self._report.within("a limit that is lowered drains", took_s, bar_s)
         await self._change(self._plan.limit)
         if not await until(self._is_full, 5.0):
             self._report.kept("a raised limit is used", "<= 5 s", "not used", False)
@@ -299,10 +259,9 @@ class Limiting:
             granted_s = first_of_new_epoch_s(self._family.events(), since_ns)
             return granted_s is not None
 
-        seen = await until(granted, bar_s + 5)
+        await until(granted, bar_s + 5)
         took_s = None if granted_s is None else granted_s - (lost_ns - since_ns) / NS
-        in_time = took_s is not None and took_s <= bar_s
-        self._report.kept(promise, f"<= {bar_s:.1f} s", _seconds(took_s), seen and in_time)
+        self._report.within(promise, took_s, bar_s)
         if not await until(self._is_full, 5.0):
             self._report.kept("and all of them are used again", "<= 5 s", "not all", False)
 
@@ -335,7 +294,7 @@ class Limiting:
             "processes that are told to end do so in order, and hold nothing",
             "exit 0, an empty pool",
             f"{sum(status == 0 for status in ended)} of {len(names)}, "
-            f"{'empty' if empty else 'not empty'} after {_seconds(took_s)}",
+            f"{'empty' if empty else 'not empty'} after {seconds(took_s)}",
             empty and all(status == 0 for status in ended),
             ", ".join(f"{name} {status}" for name, status in zip(names, ended, strict=True)),
         )
@@ -351,8 +310,6 @@ class Limiting:
             lasting=True,
         )
 
-    # -- means
-
     def _member(self, name: str) -> Limiter:
         return Limiter.from_url(
             self._url,
@@ -363,7 +320,7 @@ class Limiting:
         )
 
     async def _launch(self, name: str) -> None:
-        orders = Orders(
+        orders = ProbeOrders(
             url=self._url,
             pool=self._pool,
             upstream=self._upstream.url,
@@ -437,7 +394,3 @@ class Limiting:
     async def _forget(self) -> None:
         """Nothing of the pool is left, whatever happened."""
         await clean_pool(self._remove_keys, self._pool, self._report)
-
-
-def _seconds(took_s: float | None) -> str:
-    return "not seen" if took_s is None else f"{took_s:.2f} s"

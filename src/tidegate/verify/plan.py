@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from inspect import isawaitable
 from typing import Any
 
+from tidegate.emulator.client import EmulatorControl
 from tidegate.errors import TidegateError
 from tidegate.limiter import PoolPolicy
+from tidegate.rehearse.report import Waits, waits_of
 from tidegate.settings import Config
 
 KIND = "text_only"
 LIMIT = f"kind:{KIND}"
 WEIGHTS = {"light": 1, "heavy": 3}
-# Of the measurement of how soon a freed permit is heard of elsewhere.
+# Of the measurement of how soon a freed permit reaches a waiter of another process.
 BATON = "kind:classifier"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """probes: processes that want permits, `tasks` of each tenant in each. limit: permits; each is
+    """Size of a verification.
+
+    probes: processes that request permits, `tasks` of each tenant in each. limit: permits; each is
     held for a call of `call_ms`. load_s: how long shares and use are measured; fair: how far off
-    shares may be in so short a time. rounds: of each
-    latency. jobs: how many are submitted. workers: that do them. kills_worker: whether one of those
-    is killed, which takes a claim lease."""
+    shares may be in so short a time. rounds: of each latency. jobs: how many are submitted.
+    workers: that run them. kills_worker: whether one is killed, which takes a claim lease.
+    """
 
     probes: int
     tasks: int
@@ -44,11 +48,11 @@ class Plan:
 
     @property
     def calls_per_s(self) -> float:
-        """At the most: all of them to the emulator."""
+        """The most calls a second, all of them to the emulator."""
         return self.limit * 1000 / self.call_ms
 
     def policy(self, config: Config) -> PoolPolicy:
-        """The deployment's own words on failures, with limits of ours."""
+        """The deployment's settings for failures, with limits of the verification."""
         return PoolPolicy(
             {LIMIT: self.limit, BATON: 1},
             lease_ms=self.lease_ms,
@@ -93,7 +97,7 @@ def plan_of(config: Config, *, quick: bool) -> Plan:
     )
 
 
-# Is told what is being done.
+# Called with the step that begins.
 Say = Callable[[str], None]
 
 
@@ -106,8 +110,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One promise. `why`: of a skipped one the reason, of a broken one what was seen. `lasting`:
-    what was seen can't be the doing of a busy machine."""
+    """One promise. `why` is the reason of a skipped one, the observation of a broken one.
+
+    `lasting`: a busy machine can't explain the observation.
+    """
 
     promise: str
     bar: str
@@ -119,8 +125,10 @@ class Result:
 
 @dataclass(slots=True)
 class Report:
-    """All results, in the order in which they were found. `about` is what they hold of: versions,
-    load, how long it took. `left` names what could not be removed."""
+    """All results in order. `about` are the circumstances: versions, load, duration.
+
+    `left` names what could not be removed.
+    """
 
     about: dict[str, str] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
@@ -136,10 +144,22 @@ class Report:
         *,
         lasting: bool = False,
     ) -> None:
-        """Note a promise that was put to the test."""
+        """Note a promise that was tested."""
         verdict = Verdict.KEPT if is_kept else Verdict.BROKEN
         result = Result(promise, bar, measured, verdict, "" if is_kept else why, lasting)
         self.results.append(result)
+
+    def within(self, promise: str, took_s: float | None, bar_s: float) -> None:
+        """Note a promise of a time; None where it was not seen to happen."""
+        is_kept = took_s is not None and took_s <= bar_s
+        self.kept(promise, f"<= {bar_s:.1f} s", seconds(took_s), is_kept)
+
+    def median(self, promise: str, took_ms: Iterable[float], bar_ms: float) -> None:
+        """Note a promise of a median latency."""
+        waits = waits_of(took_ms)
+        assert waits.p50_ms is not None
+        told = f"p50 / p99 {milliseconds(waits)}"
+        self.kept(promise, f"p50 <= {bar_ms:.1f} ms", told, waits.p50_ms <= bar_ms)
 
     def measured(self, what: str, figure: str) -> None:
         self.results.append(Result(what, "", figure, Verdict.MEASURED))
@@ -153,12 +173,12 @@ class Report:
 
     @property
     def in_doubt(self) -> list[Result]:
-        """Broken ones that a busy machine may have broken: they are put to the test once more."""
+        """Broken ones that a busy machine may have broken: they are tested once more."""
         return [one for one in self.broken if not one.lasting]
 
     def repeated(self, again: Report) -> Report:
-        """What holds after a second run: of what was in doubt the second result, of everything else
-        the first one, unless the second run broke it in a way that no load explains."""
+        """The report after a second run: of what was in doubt the second result, of everything
+        else the first one, unless the second run broke it in a way that no load explains."""
         doubtful = {one.promise for one in self.in_doubt}
         second = {one.promise: one for one in again.results}
         lasting = {one.promise for one in again.broken if one.lasting}
@@ -176,8 +196,30 @@ class Report:
 
     @property
     def is_sound(self) -> bool:
-        """Nothing broken, and nothing left behind."""
+        """Whether nothing is broken, and nothing left behind."""
         return not (self.broken or self.left)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedPool:
+    """A pool that is made for the verification: its policy, its provider, and the report on it."""
+
+    name: str
+    policy: PoolPolicy
+    plan: Plan
+    upstream: EmulatorControl
+    report: Report
+    say: Say
+
+
+def seconds(took_s: float | None) -> str:
+    return "not seen" if took_s is None else f"{took_s:.2f} s"
+
+
+def milliseconds(waits: Waits) -> str:
+    """Median and 99th percentile."""
+    shown = ("-" if one is None else f"{one:.1f}" for one in (waits.p50_ms, waits.p99_ms))
+    return " / ".join(shown) + " ms"
 
 
 _WITHIN_S = 15.0
@@ -185,7 +227,7 @@ _PAUSE_S = 0.2
 
 
 async def finish(work: Coroutine[Any, Any, object]) -> None:
-    """Await it to its end, even where Ctrl-C comes meanwhile; the cancellation goes on then."""
+    """Await it to its end; a cancellation meanwhile is raised after it."""
     task = asyncio.create_task(work)
     try:
         await asyncio.shield(task)
@@ -195,15 +237,15 @@ async def finish(work: Coroutine[Any, Any, object]) -> None:
 
 
 async def clean_pool(remove: Callable[[], Awaitable[object]], pool: str, report: Report) -> None:
-    """Call `remove` until it has worked, for some time; then the report says what is left."""
+    """Call `remove` until it works, for 15 s; then the report names what is left."""
     end_s = time.monotonic() + _WITHIN_S
     while True:
         try:
             await remove()
             return
-        except TidegateError as away:
+        except TidegateError as failed:
             if time.monotonic() > end_s:
-                report.left.append(f"keys of the pool {pool}: {away.message}")
+                report.left.append(f"keys of the pool {pool}: {failed.message}")
                 return
         await asyncio.sleep(_PAUSE_S)
 
@@ -212,7 +254,7 @@ _POLL_S = 0.02
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], within_s: float) -> bool:
-    """Whether it came to hold in time."""
+    """Whether the condition came to hold in time."""
     end_s = time.monotonic() + within_s
     while True:
         holds = condition()

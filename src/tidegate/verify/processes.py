@@ -3,9 +3,11 @@
     python -m tidegate.verify.processes probe|worker
 
 Orders come as one line of JSON on stdin, because they hold URLs with passwords. The probe prints
-one line per event, immediately: MONOTONIC_NS WHAT CALL TENANT EPOCH, where WHAT is ask, begin,
-end, leave, lost (a lease), over (refused by the provider) or failed. SIGTERM or the end of stdin
-ends the process.
+one line per event, immediately, so that a kill loses nothing: MONOTONIC_NS WHAT CALL TENANT EPOCH,
+where WHAT is ask, begin, end, leave, lost (a lease), over (refused by the provider) or failed, and
+EPOCH is that of the permit at its begin. The worker is the product's, in a pool of the
+verification; it claims no job of another pool and no batch, and sends no webhook. SIGTERM or the
+end of stdin ends either in order.
 """
 
 from __future__ import annotations
@@ -19,22 +21,32 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import Any, Self, get_args
 
 from tidegate.checker import Event, What
+from tidegate.emulator.client import PlainCaller
+from tidegate.errors import AdmissionError, LeaseLost
+from tidegate.limiter import Limiter
+from tidegate.policy.format import of_plain
+from tidegate.settings import load
+from tidegate.telemetry import logging as telemetry
 from tidegate.verify.plan import finish
 
 _END_S = 10.0
 _WHATS = set(get_args(What))
 
 
-class Family:
-    """`async with Family("tidegate.verify.probe") as family`. `events` are in order of time once
-    asked for; `seen` counts what is no event, by process and word."""
+class ProcessFamily:
+    """`async with ProcessFamily("probe") as family`: processes of one program of this module.
 
-    def __init__(self, module: str) -> None:
-        self._module = module
+    `events` are in order of time; `seen` counts the other words, by process and word.
+    """
+
+    def __init__(self, program: str, module: str = "tidegate.verify.processes") -> None:
+        self._command = (sys.executable, "-m", module, program)
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._events: list[Event] = []
@@ -60,7 +72,7 @@ class Family:
     async def start(self, name: str, orders: Mapping[str, Any], env: Mapping[str, str]) -> None:
         """In a session of its own: Ctrl-C is for us, who end it in order."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", self._module),
+            *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **env},
@@ -114,7 +126,7 @@ class Family:
         return sorted(self._events, key=lambda event: event.at_ns)
 
     def has_told(self, name: str) -> bool:
-        """Whether a process is up."""
+        """Whether a process has begun its work."""
         return any(event.worker == name for event in self._events)
 
     def told(self, what: str, name: str = "") -> int:
@@ -173,3 +185,102 @@ def on_end(stop: Callable[[], object]) -> None:
             stop()
 
     loop.add_reader(_STDIN, look)
+
+
+# A refusal is quick: the permit is held on for about as long as a call takes, so that the load
+# stays what it was said to be.
+_REFUSED_S = 0.12
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeOrders:
+    """`policy` is as in a file; `tasks` of each tenant. mark: in every prompt."""
+
+    url: str
+    pool: str
+    upstream: str
+    name: str
+    policy: dict[str, object]
+    tenants: Sequence[str]
+    tasks: int
+    limit: str
+    mark: str
+
+
+class Probe:
+    """The tasks of a process that requests permits without end."""
+
+    def __init__(self, limiter: Limiter, caller: PlainCaller, orders: ProbeOrders) -> None:
+        self._limiter = limiter
+        self._caller = caller
+        self._orders = orders
+        self._numbers = count(1)
+
+    async def want(self, tenant: str) -> None:
+        """One call after the other, without end."""
+        while True:
+            number = next(self._numbers)
+            tell("ask", number, tenant)
+            begun = False
+            try:
+                async with self._limiter.acquire(self._orders.limit, tenant=tenant) as permit:
+                    await permit.confirm()
+                    begun = True
+                    tell("begin", number, tenant, permit.fence[0])
+                    try:
+                        status = await self._caller.call(f"{self._orders.mark} {number}")
+                        if status != 200:
+                            tell("over" if status == 429 else "failed", number, tenant)
+                            await asyncio.sleep(_REFUSED_S)
+                    finally:
+                        tell("end", number, tenant)
+            except LeaseLost:
+                tell("lost", number, tenant)
+            except AdmissionError:
+                await asyncio.sleep(0.05)
+            finally:
+                if not begun:
+                    tell("leave", number, tenant)
+
+
+def tell(what: str, number: int, tenant: str, epoch: int = 0) -> None:
+    os.write(1, f"{time.monotonic_ns()} {what} {number} {tenant} {epoch}\n".encode())
+
+
+async def run_probe(orders: ProbeOrders) -> None:
+    me = asyncio.current_task()
+    assert me is not None
+    on_end(me.cancel)
+    telemetry.configure_logging("json", "error", process=orders.name)
+    limiter = Limiter.from_url(
+        orders.url,
+        pool=orders.pool,
+        policy=of_plain(orders.policy),
+        instance_id=orders.name,
+        on_conflict="keep",
+    )
+    with suppress(asyncio.CancelledError):
+        async with PlainCaller(orders.upstream) as caller, limiter:
+            probe = Probe(limiter, caller, orders)
+            async with asyncio.TaskGroup() as group:
+                for tenant in orders.tenants:
+                    for _ in range(orders.tasks):
+                        group.create_task(probe.want(tenant))
+
+
+async def run_worker(pool: str, name: str, policy: dict[str, object]) -> None:
+    """A worker of `pool`, with the settings of its environment."""
+    from tidegate.app import run_worker_of
+
+    stop = asyncio.Event()
+    on_end(stop.set)
+    config = load()
+    telemetry.configure_logging(config.log_format, "error", process=name)
+    await run_worker_of(pool, of_plain(policy), config, name, stop)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "probe":
+        asyncio.run(run_probe(ProbeOrders(**read_orders())))
+    else:
+        asyncio.run(run_worker(**read_orders()))

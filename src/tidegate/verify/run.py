@@ -10,21 +10,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from platform import node, python_version
 from secrets import token_hex
 
+from tidegate.call import Kind
 from tidegate.emulator.server import run_emulator
 from tidegate.emulator.settings import Behaviour, EmulatorSettings
 from tidegate.errors import TidegateError
+from tidegate.limiter import PoolPolicy
 from tidegate.rehearse.report import Table
 from tidegate.settings import Config
 from tidegate.supervisor.services import Ground, migrate, prepared
-from tidegate.verify.jobs import Working
-from tidegate.verify.limiter import Limiting
-from tidegate.verify.plan import KIND, Plan, Report, Result, Say, Verdict, plan_of
+from tidegate.verify.jobs import AT_ONCE, JobVerification
+from tidegate.verify.limiter import LimiterVerification
+from tidegate.verify.plan import (
+    KIND,
+    Plan,
+    Report,
+    Result,
+    Say,
+    Verdict,
+    VerifiedPool,
+    plan_of,
+)
 
 _JOB_MS = 250
 
@@ -77,12 +88,16 @@ async def _verify(ground: Ground, plan: Plan, wishes: Wishes, say: Say) -> Repor
         run_emulator(limits) as for_limits,
         run_emulator(_emulator(_JOB_MS, {})) as for_jobs,
     ):
-        url = redis.get_secret_value()
-        limiting = Limiting(
-            *(url, pool, policy, plan, for_limits.control, report, say),
-            restart_command=wishes.restart_command,
+        limiter_pool = VerifiedPool(pool, policy, plan, for_limits.control, report, say)
+        job_pool = replace(
+            limiter_pool,
+            name=f"{pool}-jobs",
+            policy=PoolPolicy({Kind.TEXT_ONLY.limit: AT_ONCE}, lease_ms=plan.lease_ms),
+            upstream=for_jobs.control,
         )
-        working = Working(ground, f"{pool}-jobs", plan, for_jobs.control, report, say)
+        url = redis.get_secret_value()
+        limiting = LimiterVerification(limiter_pool, url, wishes.restart_command)
+        working = JobVerification(job_pool, ground)
         try:
             await _both(limiting, working)
         except asyncio.CancelledError:  # no report follows
@@ -93,7 +108,7 @@ async def _verify(ground: Ground, plan: Plan, wishes: Wishes, say: Say) -> Repor
     return report
 
 
-async def _both(limiting: Limiting, working: Working) -> None:
+async def _both(limiting: LimiterVerification, working: JobVerification) -> None:
     """Side by side, as they would be. Each cleans up, whatever becomes of the other."""
 
     async def work() -> None:

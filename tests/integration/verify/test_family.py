@@ -7,13 +7,13 @@ import asyncio
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.verify.processes import Family
+from tidegate.verify.processes import ProcessFamily
 
 SLOW = "tests.integration.verify.slow_to_end"
 
 
 async def test_a_block_that_is_cancelled_at_its_end_waits_for_its_processes() -> None:
-    family = Family(SLOW)
+    family = ProcessFamily("", SLOW)
 
     async def block() -> None:
         async with family:
@@ -30,7 +30,7 @@ async def test_a_block_that_is_cancelled_at_its_end_waits_for_its_processes() ->
 
 
 async def test_a_killing_that_is_cancelled_is_done_at_the_end() -> None:
-    family = Family(SLOW)
+    family = ProcessFamily("", SLOW)
 
     async def block() -> None:
         async with family:

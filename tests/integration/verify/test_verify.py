@@ -21,8 +21,8 @@ from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
 from tidegate.emulator.settings import Behaviour, EmulatorSettings
 from tidegate.limiter import PoolPolicy
-from tidegate.verify.limiter import Limiting
-from tidegate.verify.plan import BATON, KIND, LIMIT, WEIGHTS, Plan, Report, Verdict
+from tidegate.verify.limiter import LimiterVerification
+from tidegate.verify.plan import BATON, KIND, LIMIT, WEIGHTS, Plan, Report, Verdict, VerifiedPool
 from tidegate.verify.run import markdown_of, sentence_of
 
 ROOT = Path(__file__).parents[3]
@@ -165,10 +165,8 @@ async def test_a_provider_that_allows_less_is_noticed(valkey_url: str) -> None:
     report = Report()
     async with run_emulator(EmulatorSettings("127.0.0.1", 0, behaviour)) as emulator:
         pool = "tidegate-verify-too-much"
-        limiting = Limiting(
-            *(valkey_url, pool, policy, plan, emulator.control, report, lambda what: None)
-        )
-        await limiting.run()
+        verified = VerifiedPool(pool, policy, plan, emulator.control, report, lambda what: None)
+        await LimiterVerification(verified, valkey_url).run()
     over = [one for one in report.broken if one.promise.startswith("never more calls")]
     assert [one.verdict for one in over] == [Verdict.BROKEN], report.results
     assert not over[0].measured.startswith("0 over")
