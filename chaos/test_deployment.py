@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from chaos.history import from_emulator
 from tests import scenarios
 from tests.fleet import LIMITS, Fleet
 from tests.load import Load
-from tidegate.checker import from_emulator, in_flight
+from tidegate.checker import in_flight
 
 Fault = Callable[[Fleet], Awaitable[None]]
 

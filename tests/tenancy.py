@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from chaos.history import window_maximum
 from tests.fleet import Fleet
 from tests.waiting import wait_until
-from tidegate.checker import Event, in_flight, window_maximum
+from tidegate.checker import Event, in_flight
 from tidegate.emulator.state import LoggedCall
 
 WEIGHTS = {"small": 1, "middle": 2, "large": 4}

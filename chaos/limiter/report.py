@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from chaos.history import overtaking, window_maximum
 from chaos.limiter.faults import Bar, Fault
 from chaos.limiter.scene import RATE, Size, concurrency_of
 from chaos.limiter.worker import LIMIT, Orders
-from tidegate.checker import NS, Curve, Event, Span, in_flight, overtaking, shares, window_maximum
+from tidegate.checker import NS, Curve, Event, Span, in_flight, shares
 
 # How long a worker that stood still may take to end its calls: it has to be given the processor.
 WAKE_S = 0.5

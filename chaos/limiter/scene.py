@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from uuid import uuid4
 
+from chaos.history import flows_again_ns
 from chaos.limiter.fleet import Fleet
 from chaos.limiter.network import Cable
 from chaos.limiter.proxy import Proxy
@@ -24,7 +25,7 @@ from chaos.limiter.truth import Truth
 from chaos.limiter.worker import LIMIT, Orders, policy_of
 from tests.integration.limiter.conftest import leftovers
 from tests.waiting import wait_until
-from tidegate.checker import NS, Curve, Span, flows_again_ns, in_flight
+from tidegate.checker import NS, Curve, Span, in_flight
 from tidegate.limiter.limiter import Limiter
 
 # How the workers reach Valkey: straight; each through a proxy of its own; each by a cable of its

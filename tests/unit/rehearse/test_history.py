@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.checker import (
-    NS,
-    Curve,
-    Event,
-    Span,
+from chaos.history import (
     flows_again_ns,
     from_emulator,
-    in_flight,
     limits_of,
     overtaking,
-    shares,
     waste,
     window_maximum,
 )
+from tidegate.checker import NS, Curve, Event, Span, in_flight, shares
 from tidegate.emulator.state import LoggedCall
 
 LIMIT = "kind:text_only"
