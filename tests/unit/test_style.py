@@ -33,7 +33,6 @@ MAYBE_BANNER = re.compile(r"(?:#|--|//|/\*)\s*[-=#*~_+]{3,}")
 
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "long_files": {
-        "src/tidegate/admission/estimator.py": "tracks and pieces are to be parted by idea",
         "src/tidegate/classify/__init__.py": "the grammar is to be judged again, or replaced",
         "src/tidegate/limiter/model/scheduler.py": "classes that hold one another are to come",
         "src/tidegate/limiter/queue.py": "to become one object that decides and returns",

@@ -27,8 +27,8 @@ from tidegate.admission.estimator import (
     PICTURE_TOKENS,
     Estimate,
     Estimator,
-    Learned,
     Pieces,
+    pieces_of,
     pieces_of_text,
     tokens_of,
 )
@@ -457,8 +457,10 @@ class Demands:
             tenant=call.tenant_id,
             priority=band_of(call.priority, policy.bands),
             images=images,
-            estimate=self.estimator.estimate(
-                *(call.model, call.kind.value, call.prompt, call.media),
+            estimate=self.estimator.of_pieces(
+                call.model,
+                call.kind.value,
+                pieces_of(call.prompt, call.media),
                 images=images,
                 tenant=call.tenant_id,
             ),
@@ -485,7 +487,9 @@ class Demands:
         estimate = None
         if not self._turn or reach.counts_tokens:
             estimate = self.estimator.of_pieces(
-                *(model, kind, pieces),
+                model,
+                kind,
+                pieces,
                 images=images,
                 max_output_tokens=max_output_tokens,
                 tenant=tenant,
@@ -510,8 +514,10 @@ class Demands:
             tenant=tenant,
             priority=band_of(0, policy.bands),
             images=0,
-            estimate=self.estimator.estimate(
-                *(model, _CLASSIFIER, prompt + " " * _JUDGE_CHARS),
+            estimate=self.estimator.of_pieces(
+                model,
+                _CLASSIFIER,
+                pieces_of(prompt + " " * _JUDGE_CHARS),
                 max_output_tokens=max_output_tokens,
                 tenant=tenant,
             ),
@@ -615,15 +621,3 @@ def _to_midnight_ms(now: datetime, zone: ZoneInfo) -> int:
     midnight = datetime.combine(local.date() + timedelta(days=1), time(), zone)
     # As points in time: a day on which the clocks change has 23 or 25 hours.
     return max(1, round((midnight.timestamp() - now.timestamp()) * 1000))
-
-
-__all__ = [
-    "Demand",
-    "Demands",
-    "Estimate",
-    "Estimator",
-    "Learned",
-    "Pause",
-    "pause_after",
-    "tokens_of",
-]

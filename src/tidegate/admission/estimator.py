@@ -1,13 +1,10 @@
 """Estimator of the LLM tokens of a call, which learns from the usage of earlier calls. Pure.
 
-A first guess comes from the pieces of a call: texts by script, files by the rules of each
-provider. Tracks correct it: per tenant and model for input, per tenant, model and kind for
-output. A track is a diagonal Kalman filter in logarithms (Kalman, "A New Approach to Linear
-Filtering and Prediction Problems", 1960); the reservation is a quantile of its last errors among
-calls of a similar size (Vovk, "Conditional Validity of Inductive Conformal Predictors", 2012).
-Sources of the rules: ai.google.dev/gemini-api/docs, pages "tokens" and "media-resolution";
-platform.openai.com/docs/guides, pages "images-vision" and "audio"; platform.claude.com/docs,
-pages "vision", "pdf-support" and "tool-use".
+A first guess comes from the pieces of a call: texts by script, files by the rules of its dialect.
+Tracks correct it: per tenant and model for input, per tenant, model and kind for output. A track is
+a diagonal Kalman filter in logarithms (Kalman, "A New Approach to Linear Filtering and Prediction
+Problems", 1960); the reservation is a quantile of its last errors among calls of a similar size
+(Vovk, "Conditional Validity of Inductive Conformal Predictors", 2012).
 
 Invariants: an estimate is a whole number of at least 1; the number of tracks and their size are
 bounded; calls of one tenant never change the estimates of another; a media resolution that the
@@ -21,11 +18,9 @@ import struct
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
-from math import ceil, exp, inf, isfinite, log, sqrt
-from typing import Any
+from math import ceil, exp, inf, log, sqrt
 
 from tidegate.call import DEFAULT_TENANT, Media, Usage
 
@@ -104,7 +99,7 @@ Size = tuple[int, int] | None  # width and height in pixels, where they are know
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Of one provider, or one family of its models.
+    """Token counts of files and calls at one provider, or in one family of its models.
 
     picture: the tokens of a picture. page: of a page of a document. audio_second, video_second.
     call: what the provider puts around any call; tools: its own prompt for a client's tools.
@@ -118,7 +113,7 @@ class Rules:
     tools: float
 
 
-def _gemini_tiles(size: Size) -> float:
+def _usual_tiles(size: Size) -> float:
     """A picture of up to 384 pixels is one tile of 258, a larger one is cut into tiles of 768."""
     if size is None:
         return 4 * 258.0
@@ -127,65 +122,8 @@ def _gemini_tiles(size: Size) -> float:
     return 258.0 * min(64, ceil(size[0] / 768) * ceil(size[1] / 768))
 
 
-def _openai_tiles(base: float, tile: float) -> Callable[[Size], float]:
-    """Fitted into 2,048 pixels, then its shorter side to 768; so much a tile of 512."""
-
-    def tokens(size: Size) -> float:
-        width, height = size or (1024, 1024)
-        scale = min(1.0, 2048 / max(width, height))
-        scale = min(scale, 768 / min(width, height))
-        return base + tile * ceil(width * scale / 512) * ceil(height * scale / 512)
-
-    return tokens
-
-
-def _openai_patches(each: float) -> Callable[[Size], float]:
-    """So much a patch of 32 pixels, of which there are 1,536 at most."""
-
-    def tokens(size: Size) -> float:
-        width, height = size or (1024, 1024)
-        return each * min(1536, ceil(width / 32) * ceil(height / 32))
-
-    return tokens
-
-
-def _claude(size: Size) -> float:
-    """A token for 750 pixels, once the longer side fits into 1,568; 1,600 at most."""
-    width, height = size or (1568, 1568)
-    scale = min(1.0, 1568 / max(width, height))
-    return max(1.0, min(1600.0, width * scale * height * scale / 750))
-
-
-GEMINI = Rules(_gemini_tiles, page=258, audio_second=32, video_second=295, call=2, tools=10)
-_GEMINI_3 = replace(GEMINI, picture=lambda _: 1120.0, page=560)
-OPENAI = Rules(
-    _openai_tiles(85, 170), page=258, audio_second=10, video_second=295, call=8, tools=40
-)
-# Of a page its text, 1,500 to 3,000, stands for its picture too. The prompt for tools has 159 to
-# 804 tokens, by model and choice of tool.
-ANTHROPIC = Rules(_claude, page=2_250, audio_second=32, video_second=295, call=8, tools=500)
-_BY_DIALECT = {"gemini": GEMINI, "openai": OPENAI, "anthropic": ANTHROPIC}
-_GEMINI_VERSION = re.compile(r"gemini-(\d+)")
-# The first that a model's name holds.
-_OPENAI_MODELS = (
-    ("gpt-4o-mini", replace(OPENAI, picture=_openai_tiles(2833, 5667))),
-    ("o4-mini", replace(OPENAI, picture=_openai_patches(1.72))),
-    ("gpt-4.1-mini", replace(OPENAI, picture=_openai_patches(1.62))),
-    ("gpt-5-mini", replace(OPENAI, picture=_openai_patches(1.62))),
-    ("gpt-4.1-nano", replace(OPENAI, picture=_openai_patches(2.46))),
-    ("gpt-5-nano", replace(OPENAI, picture=_openai_patches(2.46))),
-)
-
-
-@lru_cache(maxsize=512)
-def rules_of(dialect: str, model: str) -> Rules:
-    """Those of a model; of one that is not known, those of its dialect."""
-    rules = _BY_DIALECT[dialect]
-    if rules is OPENAI:
-        return next((found for name, found in _OPENAI_MODELS if name in model), rules)
-    if rules is GEMINI and (version := _GEMINI_VERSION.search(model)) and int(version[1]) >= 3:
-        return _GEMINI_3
-    return rules
+# Gemini's; other providers change what they count in another way.
+USUAL_RULES = Rules(_usual_tiles, page=258, audio_second=32, video_second=295, call=2, tools=10)
 
 
 class Modality(StrEnum):
@@ -273,7 +211,7 @@ ANSWER_TOKENS = 800.0
 PICTURE_TOKENS = 1_290.0
 
 
-def pieces_of(prompt: str, media: Iterable[Media]) -> dict[Modality, float]:
+def pieces_of(prompt: str, media: Iterable[Media] = ()) -> dict[Modality, float]:
     """The pieces of a prompt with its files; never empty."""
     found = pieces_of_text(prompt)
     for file in media:
@@ -347,7 +285,7 @@ def _is_mixed(run: str) -> bool:
 
 
 def pieces_of_file(
-    mime_type: str, data: bytes, size_bytes: int, rules: Rules = GEMINI
+    mime_type: str, data: bytes, size_bytes: int, rules: Rules = USUAL_RULES
 ) -> dict[Modality, float]:
     """The pieces of a file of `size_bytes`, of which `data` is all or the beginning."""
     family = mime_type.partition("/")[0]
@@ -366,7 +304,7 @@ def pieces_of_file(
     return {Modality.DOCUMENT: rules.page * _pages(data, size_bytes)}
 
 
-def unseen_file(mime_type: str, rules: Rules = GEMINI) -> dict[Modality, float]:
+def unseen_file(mime_type: str, rules: Rules = USUAL_RULES) -> dict[Modality, float]:
     """The pieces of a file that is somewhere else: as of one of a usual size."""
     found = pieces_of_file(mime_type, b"", _USUAL_FILE_BYTES, rules)
     if Modality.DOCUMENT in found:
@@ -408,26 +346,22 @@ REMEMBERED = 64
 class Window:
     """The last `REMEMBERED` figures, in order of time and of size."""
 
-    __slots__ = ("_at", "_by_size", "_by_time")
+    __slots__ = ("_by_size", "by_time")
 
     def __init__(self, figures: Iterable[float] = ()) -> None:
-        self._by_time: list[float] = []
+        self.by_time: deque[float] = deque(maxlen=REMEMBERED)
         self._by_size: list[float] = []
-        self._at = 0  # of the oldest, once it is full
         for figure in figures:
             self.add(figure)
 
     def __len__(self) -> int:
-        return len(self._by_time)
+        return len(self.by_time)
 
     def add(self, figure: float) -> None:
-        by_time, by_size = self._by_time, self._by_size
-        if len(by_time) < REMEMBERED:
-            by_time.append(figure)
-        else:
-            del by_size[bisect_left(by_size, by_time[self._at])]
-            by_time[self._at] = figure
-            self._at = (self._at + 1) % REMEMBERED
+        by_time, by_size = self.by_time, self._by_size
+        if len(by_time) == REMEMBERED:
+            del by_size[bisect_left(by_size, by_time[0])]
+        by_time.append(figure)
         insort(by_size, figure)
 
     def upper(self, share: float) -> float:
@@ -438,13 +372,6 @@ class Window:
         part = max(0.0, above - whole)
         return by_size[-whole] * (1 - part) + by_size[-whole - 1] * part if part else by_size[-1]
 
-    def ordered(self) -> list[float]:
-        """From the oldest to the newest."""
-        by_time = self._by_time
-        return [*by_time[self._at :], *by_time[: self._at]]
-
-
-__all__ = ["MOST_OFF", "MOST_TOOL_SETS", "REMEMBERED", "Prediction", "Track"]
 
 MOST_OFF = 1_000.0
 MOST_TOOL_SETS = 64
@@ -463,7 +390,6 @@ _KNOWN = 0.1  # the variance of a middle that is known; the errors cover it
 _DOUBTED = 0.2  # that of one whose errors say nothing yet
 _DEVIATIONS = 1.645  # of the 95th percentile
 _DEVIATIONS_BESIDE = 1.2  # beside the quantile of errors, which covers a part of the same doubt
-_MODALITIES = frozenset(modality.value for modality in Modality)
 _LARGEST_STEP = log(4.0)
 # Enough errors for a quantile of them; until ten calls are known what is reserved untaught fades.
 _ENOUGH = 20
@@ -624,7 +550,7 @@ class Track:
         if own is None:
             for other, errors in by_size.items():
                 if errors is self._errors:
-                    by_size[other] = Window(errors.ordered())
+                    by_size[other] = Window(errors.by_time)
             own = by_size[size] = Window() if by_size else self._errors
         self._errors.add(error)
         if own is not self._errors:
@@ -646,54 +572,6 @@ class Track:
         if len(self._tool_sets) > MOST_TOOL_SETS:
             self._tool_sets.popitem(last=False)
 
-    def export(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "calls": self.calls,
-            "usual": self._usual,
-            "ratios": {
-                modality.value: [ratio.log_ratio, ratio.variance]
-                for modality, ratio in self.ratios.items()
-            },
-            "surprises": list(self._surprises),
-            "short": [int(short) for short in self._short],
-            "early_error": self._early_error,
-            "errors": self._errors.ordered(),
-            "errors_by_size": [
-                [size, errors.ordered()] for size, errors in self._errors_by_size.items()
-            ],
-            "tools": [[tools, *known] for tools, known in self._tool_sets.items()],
-        }
-
-    @classmethod
-    def restore(cls, exported: Mapping[str, Any], *, is_told_little: bool = False) -> Track:
-        """The inverse of `export`; modalities that are not known here are left out.
-
-        Raises ValueError, TypeError or KeyError for what `export` has not made.
-        """
-        track = cls(is_told_little=is_told_little)
-        track.calls = int(exported["calls"])
-        track._usual = _sound(exported["usual"])
-        for name, (log_ratio, variance) in exported["ratios"].items():
-            if name in _MODALITIES:
-                if not isfinite(log_ratio) or not 0 < variance <= 2:
-                    raise ValueError(f"the ratio of {name} is out of range")
-                track.ratios[Modality(name)] = Ratio(_bounded(float(log_ratio)), float(variance))
-        for surprise in exported["surprises"]:
-            if not 1 / MOST_OFF <= surprise <= MOST_OFF:
-                raise ValueError("a surprise is out of range")
-            track._surprises.append(float(surprise))
-        track._short.extend(bool(short) for short in exported["short"])
-        track._early_error = _sound(exported["early_error"])
-        track._errors = Window(map(_sound, exported["errors"]))
-        for size, errors in exported["errors_by_size"]:
-            if size not in range(_SIZES):
-                raise ValueError("a size is out of range")
-            track._errors_by_size[size] = Window(map(_sound, errors))
-        for tools, calls, over in exported["tools"][-MOST_TOOL_SETS:]:
-            track._tool_sets[int(tools)] = (int(calls), _sound(over))
-        return track
-
 
 def _unlearned(pieces: Pieces) -> float:
     """What is reserved before anything is known."""
@@ -703,12 +581,6 @@ def _unlearned(pieces: Pieces) -> float:
 
 def _size(middle: float) -> int:
     return min(max(0, (int(middle).bit_length() >> 2) - 1), _SIZES - 1)
-
-
-def _sound(figure: float) -> float:
-    if not isfinite(figure):
-        raise ValueError("a figure is no number")
-    return float(figure)
 
 
 def _bounded(log_ratio: float) -> float:
@@ -767,31 +639,11 @@ class Learned:
 
 
 class Estimator:
-    """One per process. No I/O; `export` and `restore` are for sharing what was learned."""
+    """One per process. No I/O."""
 
     def __init__(self) -> None:
         self._tracks: OrderedDict[str, OrderedDict[tuple[str, str], Track]] = OrderedDict()
         self._count = 0
-
-    def estimate(
-        self,
-        model: str,
-        kind: str,
-        prompt: str,
-        media: Sequence[Media] = (),
-        *,
-        images: int = 0,
-        max_output_tokens: int | None = None,
-        tenant: str = DEFAULT_TENANT,
-    ) -> Estimate:
-        """`images`: how many the answer will hold. `max_output_tokens`: the call's own bound."""
-        pieces = pieces_of(prompt, media)
-        return self.of_pieces(
-            *(model, kind, pieces),
-            images=images,
-            max_output_tokens=max_output_tokens,
-            tenant=tenant,
-        )
 
     def of_pieces(
         self,
@@ -803,7 +655,7 @@ class Estimator:
         max_output_tokens: int | None = None,
         tenant: str = DEFAULT_TENANT,
     ) -> Estimate:
-        """The same for an input whose pieces are known."""
+        """`images`: how many the answer will hold. `max_output_tokens`: the call's own bound."""
         output_pieces = answer_of(images)
         own = self._tracks.get(tenant) or _NO_TRACKS
         part, whole, tools = _input(input_pieces)
@@ -852,31 +704,6 @@ class Estimator:
             for tenant, own in reversed(self._tracks.items())
             for (model, part), track in reversed(own.items())
         )
-
-    def export(self) -> list[dict[str, Any]]:
-        """All that was learned, as plain values for JSON."""
-        return [
-            {"tenant": tenant, "model": model, "part": part, **track.export()}
-            for tenant, own in self._tracks.items()
-            for (model, part), track in own.items()
-        ]
-
-    def restore(self, exported: Sequence[Mapping[str, Any]]) -> None:
-        """Take over tracks that have learned from more calls than ours.
-
-        Raises ValueError, TypeError or KeyError for what `export` has not made; nothing is changed
-        then.
-        """
-        read = {
-            (str(one["tenant"]), str(one["model"]), str(one["part"])): Track.restore(
-                one, is_told_little=str(one["part"]) in _TOLD_LITTLE
-            )
-            for one in exported
-        }
-        for (tenant, model, part), track in read.items():
-            known = (self._tracks.get(tenant) or _NO_TRACKS).get((model, part))
-            if known is None or known.calls < track.calls:
-                self._keep(tenant, model, part, track)
 
     def _track(self, tenant: str, model: str, part: str) -> Track:
         known = (self._tracks.get(tenant) or _NO_TRACKS).get((model, part))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set, Sized
+from dataclasses import replace
 from typing import Any
 
 import orjson
 
-from tidegate.admission.estimator import Rules, rules_of
+from tidegate.admission.estimator import USUAL_RULES, Rules, Size
 from tidegate.call import Usage, UsageDetails
 from tidegate.dialects.answers import (
     TAIL_BYTES,
@@ -65,11 +66,25 @@ def request_facts(
     endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
 ) -> RequestFacts:
     """Facts of a request. Raises InvalidRequest."""
-    return facts_of_request(endpoint, body, whole, rules_of=_rules_of)
+    return facts_of_request(endpoint, body, whole, rules_of=rules_of)
 
 
-def _rules_of(model: str) -> Rules:
-    return rules_of("anthropic", model)
+def _picture(size: Size) -> float:
+    """A token for 750 pixels, once the longer side fits into 1,568; 1,600 at most."""
+    width, height = size or (1568, 1568)
+    scale = min(1.0, 1568 / max(width, height))
+    return max(1.0, min(1600.0, width * scale * height * scale / 750))
+
+
+# Of a page its text, 1,500 to 3,000, stands for its picture too. The prompt for tools has 159 to
+# 804 tokens, by model and choice of tool.
+_RULES = replace(USUAL_RULES, picture=_picture, page=2_250, call=8, tools=500)
+
+
+def rules_of(_model: str) -> Rules:
+    """Token counts of files; platform.claude.com/docs, pages "vision", "pdf-support" and
+    "tool-use"."""
+    return _RULES
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
@@ -226,6 +241,7 @@ ANTHROPIC = DialectSpec(
     key_header=(b"x-api-key", b""),
     # Without a version Anthropic refuses a call; its SDKs all send this one.
     headers=((b"anthropic-version", b"2023-06-01"),),
+    rules_of=rules_of,
     request_facts=request_facts,
     answer_facts=answer_facts,
     add_output=add_output,

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Set, Sized
 from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import orjson
 
-from tidegate.admission.estimator import Rules, rules_of
+from tidegate.admission.estimator import USUAL_RULES, Rules
 from tidegate.call import Usage, UsageDetails
 from tidegate.dialects.answers import (
     HEAD_BYTES,
@@ -112,14 +114,22 @@ def request_facts(
         endpoint,
         body,
         whole,
-        rules_of=_rules_of,
+        rules_of=rules_of,
         is_hosted=_is_hosted,
         settings=settings if isinstance(settings, Mapping) else {},
     )
 
 
-def _rules_of(model: str) -> Rules:
-    return rules_of("gemini", model)
+_GEMINI_3_RULES = replace(USUAL_RULES, picture=lambda _: 1120.0, page=560)
+_VERSION = re.compile(r"gemini-(\d+)")
+
+
+@lru_cache(maxsize=512)
+def rules_of(model: str) -> Rules:
+    """Token counts of a model's files; ai.google.dev/gemini-api/docs, pages "tokens" and
+    "media-resolution"."""
+    version = _VERSION.search(model)
+    return _GEMINI_3_RULES if version and int(version[1]) >= 3 else USUAL_RULES
 
 
 # Modalities by name, and by number where Google writes its enumerations so.
@@ -416,6 +426,7 @@ GEMINI = DialectSpec(
     ),
     key_header=(b"x-goog-api-key", b""),
     headers=(),
+    rules_of=rules_of,
     request_facts=request_facts,
     answer_facts=answer_facts,
     add_output=add_output,

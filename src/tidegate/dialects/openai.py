@@ -7,15 +7,17 @@ Alibaba and LiteLLM, where they name things in their own way. Pure.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set, Sized
+from collections.abc import Callable, Mapping, Set, Sized
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
+from math import ceil
 from typing import Any
 
 import orjson
 
-from tidegate.admission.estimator import Rules, rules_of
+from tidegate.admission.estimator import USUAL_RULES, Rules, Size
 from tidegate.call import Usage, UsageDetails
 from tidegate.dialects.answers import (
     HEAD_BYTES,
@@ -94,15 +96,52 @@ def request_facts(
         endpoint,
         body,
         whole,
-        rules_of=_rules_of,
+        rules_of=rules_of,
         has_default_model=saved or endpoint.path == "/images/generations",
         may_draw=is_response and _may_draw(body.get("tools")),
         hides_usage=_hides_usage(endpoint, body),
     )
 
 
-def _rules_of(model: str) -> Rules:
-    return rules_of("openai", model)
+def _tiles(base: float, tile: float) -> Callable[[Size], float]:
+    """Fitted into 2,048 pixels, then its shorter side to 768; so much a tile of 512."""
+
+    def tokens(size: Size) -> float:
+        width, height = size or (1024, 1024)
+        scale = min(1.0, 2048 / max(width, height))
+        scale = min(scale, 768 / min(width, height))
+        return base + tile * ceil(width * scale / 512) * ceil(height * scale / 512)
+
+    return tokens
+
+
+def _patches(each: float) -> Callable[[Size], float]:
+    """So much a patch of 32 pixels, of which there are 1,536 at most."""
+
+    def tokens(size: Size) -> float:
+        width, height = size or (1024, 1024)
+        return each * min(1536, ceil(width / 32) * ceil(height / 32))
+
+    return tokens
+
+
+_RULES = replace(USUAL_RULES, picture=_tiles(85, 170), audio_second=10, call=8, tools=40)
+# The first that a model's name holds.
+_RULES_OF_MODELS = (
+    ("gpt-4o-mini", replace(_RULES, picture=_tiles(2833, 5667))),
+    ("o4-mini", replace(_RULES, picture=_patches(1.72))),
+    ("gpt-4.1-mini", replace(_RULES, picture=_patches(1.62))),
+    ("gpt-5-mini", replace(_RULES, picture=_patches(1.62))),
+    ("gpt-4.1-nano", replace(_RULES, picture=_patches(2.46))),
+    ("gpt-5-nano", replace(_RULES, picture=_patches(2.46))),
+)
+
+
+@lru_cache(maxsize=512)
+def rules_of(model: str) -> Rules:
+    """Token counts of a model's files; platform.openai.com/docs/guides, pages "images-vision" and
+    "audio"."""
+    return next((rules for name, rules in _RULES_OF_MODELS if name in model), _RULES)
 
 
 def _may_draw(tools: Any) -> bool:
@@ -503,6 +542,7 @@ OPENAI = DialectSpec(
     models=ModelList("/models", "data", "id", lambda models: {"object": "list", "data": models}),
     key_header=(b"authorization", b"Bearer "),
     headers=(),
+    rules_of=rules_of,
     request_facts=request_facts,
     answer_facts=answer_facts,
     add_output=add_output,

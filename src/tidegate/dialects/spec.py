@@ -12,7 +12,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, Protocol
 
-from tidegate.admission.estimator import InputPieces, input_pieces
+from tidegate.admission.estimator import InputPieces, Rules, input_pieces
 from tidegate.call import UNKNOWN_USAGE, Kind, Usage
 from tidegate.errors import TidegateError
 
@@ -243,8 +243,9 @@ class DialectSpec:
     whose a path is that several dialects have, by the names of the headers. `example` is a call.
 
     Requests: `request_facts(endpoint, body, whole)`, where `whole` has the texts for which shorter
-    ones stand in the body; raises InvalidRequest. `key_header` is a name and what precedes the key
-    in its value; `headers` are what a call needs that no client has made.
+    ones stand in the body; raises InvalidRequest. `rules_of(model)` are the token counts of files.
+    `key_header` is a name and what precedes the key in its value; `headers` are what a call needs
+    that no client has made.
 
     Answers: `answer_facts(answer)` reads what was kept of one, where `omitted` says that its middle
     is missing, and `cut` that it may not have come to its end; `add_output(event, output)` collects
@@ -265,6 +266,7 @@ class DialectSpec:
     models: ModelList
     key_header: tuple[bytes, bytes]
     headers: tuple[tuple[bytes, bytes], ...]
+    rules_of: Callable[[str], Rules]
     request_facts: ReadsRequest
     answer_facts: ReadsAnswer
     add_output: Callable[[JsonObject, OutputEvents], None]

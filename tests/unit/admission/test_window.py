@@ -12,10 +12,10 @@ from tidegate.admission.estimator import REMEMBERED, Window
 def test_it_holds_the_last_figures(figures: list[float]) -> None:
     window = Window(figures)
     last = figures[-REMEMBERED:]
-    assert window.ordered() == last
+    assert list(window.by_time) == last
     assert len(window) == len(last)
     assert window.upper(0.999) == max(last)
-    assert Window(window.ordered()).upper(0.95) == window.upper(0.95)
+    assert Window(window.by_time).upper(0.95) == window.upper(0.95)
     assert min(last) <= window.upper(0.5) <= max(last)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tidegate.admission.demand import Demand, Demands
-from tidegate.admission.estimator import MOST_TOOL_SETS
+from tidegate.admission.estimator import MOST_TOOL_SETS, Modality, Track
 from tidegate.call import Usage
 from tidegate.dialects import DIALECTS, endpoint_of
 from tidegate.dialects.spec import Dialect
@@ -179,17 +179,15 @@ def test_one_wild_figure_does_not_throw_a_set_of_tools_off() -> None:
     assert input_of(demand(demands, body)) < 2 * input_of(before)
 
 
-def test_the_sets_of_tools_that_are_known_are_bounded_and_can_be_handed_on() -> None:
-    demands = Demands()
+def test_the_sets_of_tools_that_are_known_are_bounded() -> None:
+    track = Track()
     for number in range(2 * MOST_TOOL_SETS):
-        body = {"messages": "hi", "tools": [tool("x" * (number + 1))]}
-        demands.learn(demand(demands, body), Usage(1_000, 10), whole=True)
-    exported = demands.estimator.export()
-    assert max(len(track["tools"]) for track in exported) == MOST_TOOL_SETS
-    pupil = Demands()
-    pupil.estimator.restore(exported)
-    assert demand(pupil, body).tokens == demand(demands, body).tokens
-    assert pupil.estimator.export() == exported
+        track.learn({Modality.LATIN: 10.0}, 1_000, 2_000, tools=number + 1)
+    oldest = MOST_TOOL_SETS + 1
+    plain = track.predict({Modality.LATIN: 10.0}).expected
+    for number in range(1, 2 * MOST_TOOL_SETS + 1):
+        known = track.predict({Modality.LATIN: 10.0}, tools=number).expected != plain
+        assert known == (number >= oldest)
 
 
 def test_calls_of_each_track_are_shown_by_themselves() -> None:

@@ -7,17 +7,11 @@ import struct
 import pytest
 
 from tests.unit.admission.pictures import png
-from tidegate.admission.estimator import (
-    ANTHROPIC,
-    GEMINI,
-    OPENAI,
-    Modality,
-    Rules,
-    duration_s,
-    pieces_of_file,
-    rules_of,
-    unseen_file,
-)
+from tidegate.admission.estimator import Modality, Rules, duration_s, pieces_of_file, unseen_file
+from tidegate.dialects import DIALECTS
+
+GEMINI, GEMINI_3 = (DIALECTS["gemini"].rules_of(f"gemini-{version}") for version in ("2.5", "3"))
+OPENAI, ANTHROPIC = (DIALECTS[dialect].rules_of("any") for dialect in ("openai", "anthropic"))
 
 
 @pytest.mark.parametrize(
@@ -41,12 +35,12 @@ from tidegate.admission.estimator import (
 def test_a_picture_counts_as_its_provider_counts(
     dialect: str, model: str, size: tuple[int, int], tokens: float
 ) -> None:
-    rules = rules_of(dialect, model)
+    rules = DIALECTS[dialect].rules_of(model)
     found = pieces_of_file("image/png", png(*size), 1_000_000, rules)[Modality.IMAGE]
     assert found == pytest.approx(tokens, abs=1)
 
 
-@pytest.mark.parametrize("rules", [GEMINI, OPENAI, ANTHROPIC, rules_of("gemini", "gemini-3")])
+@pytest.mark.parametrize("rules", [GEMINI, OPENAI, ANTHROPIC, GEMINI_3])
 def test_no_size_is_beyond_a_rule(rules: Rules) -> None:
     for size in ((1, 1), (1, 100_000), (2**31, 2**31), None):
         assert 0 < rules.picture(size) <= 64 * 258
@@ -54,8 +48,7 @@ def test_no_size_is_beyond_a_rule(rules: Rules) -> None:
 
 def test_a_page_and_a_second_count_as_their_provider_counts() -> None:
     pdf = b"%PDF-1.7\n" + b"<< /Type /Page >>" * 3
-    gemini_3 = rules_of("gemini", "gemini-3-flash")
-    pages = {rules.page: rules for rules in (GEMINI, ANTHROPIC, gemini_3)}
+    pages = {rules.page: rules for rules in (GEMINI, ANTHROPIC, GEMINI_3)}
     assert pages.keys() == {258, 2_250, 560}
     for page, rules in pages.items():
         found = pieces_of_file("application/pdf", pdf, len(pdf), rules)
