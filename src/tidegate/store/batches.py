@@ -22,9 +22,8 @@ from tidegate.call import DEFAULT_POOL, UNKNOWN_CHARGE, Caller
 from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
 from tidegate.store import records as rows
 from tidegate.store.audit import Prepared, RelayLog, RelayRecord
-from tidegate.store.database import Connections, GroupWriter, sql
+from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import Given, end_key, known_key, take_key
-from tidegate.store.liveness import until_quick
 from tidegate.store.notifications import BATCHES, Bell
 from tidegate.store.queue import Lookback
 from tidegate.store.records import Failure, Idempotency, Json
@@ -51,7 +50,7 @@ def record_of(row: Mapping[str, Any], *, status: Status, failure: Failure) -> Re
     """The record of a line that was called, as its row in PostgreSQL tells it."""
     now = datetime.now(UTC)
     return RelayRecord(
-        request_id=UUID(int=row["id"].int),
+        request_id=rows.uuid_of(row["id"]),
         tenant_id=row["tenant_id"],
         pool="",
         endpoint=row["endpoint"],
@@ -160,17 +159,12 @@ class Batches:
     async def check_room(self, tenant_id: str, size_bytes: int, most_bytes: int) -> None:
         """Raises FilesFull where so much more is too much already now."""
 
-        async def read(connection: asyncpg.Connection) -> int:
-            return int(
-                await connection.fetchval(sql("kept_batch_files"), tenant_id, None, _LEAST_BYTES)
-            )
-
-        kept_bytes = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
-        _check_room(tenant_id, kept_bytes, size_bytes, most_bytes)
+        (row,) = await self._connections.rows("kept_batch_files", tenant_id, None, _LEAST_BYTES)
+        _check_room(tenant_id, row[0], size_bytes, most_bytes)
 
     async def file(self, file_id: UUID, tenant_id: str) -> BatchFile:
         """Raises NotFound."""
-        row = await self._row("get_batch_file", file_id, tenant_id)
+        row = await self._connections.row("get_batch_file", file_id, tenant_id)
         if row is None:
             raise NotFound(f"there is no file file-{file_id.hex}")
         return _file(row)
@@ -179,7 +173,7 @@ class Batches:
         self, tenant_id: str, *, after: UUID | None, purpose: str | None, limit: int, upwards: bool
     ) -> list[BatchFile]:
         name = "list_batch_files_upwards" if upwards else "list_batch_files"
-        found = await self._rows(name, tenant_id, after, purpose, limit)
+        found = await self._connections.rows(name, tenant_id, after, purpose, limit)
         return [_file(row) for row in found]
 
     async def delete_file(self, file_id: UUID, tenant_id: str) -> str | None:
@@ -254,44 +248,46 @@ class Batches:
 
     async def get(self, batch_id: UUID, tenant_id: str) -> Batch:
         """Raises NotFound."""
-        row = await self._row("get_batch", batch_id, tenant_id)
+        row = await self._connections.row("get_batch", batch_id, tenant_id)
         if row is None:
             raise NotFound(f"there is no batch batch_{batch_id.hex}")
         return _batch(row)
 
     async def listed(self, tenant_id: str, *, after: UUID | None, limit: int) -> list[Batch]:
-        return [_batch(row) for row in await self._rows("list_batches", tenant_id, after, limit)]
+        return [
+            _batch(row)
+            for row in await self._connections.rows("list_batches", tenant_id, after, limit)
+        ]
 
     async def cancel(self, batch_id: UUID, tenant_id: str) -> tuple[Batch, bool]:
         """The batch, and whether it could be cancelled now. Raises NotFound."""
-        row = await self._row("cancel_batch", batch_id, tenant_id)
+        row = await self._connections.row("cancel_batch", batch_id, tenant_id)
         return await self.get(batch_id, tenant_id), row is not None
 
     # The worker's side
 
     async def take(self) -> Batch | None:
         """One batch that is to be validated or assembled, if there is any."""
-        row = await self._row("take_batch", self._instance_id)
+        row = await self._connections.row("take_batch", self._instance_id)
         return None if row is None else _batch(row)
 
     async def free(self, batch: Batch) -> None:
-        await self._row("free_batch", batch.batch_id, batch.claim)
+        await self._connections.row("free_batch", batch.batch_id, batch.claim)
 
     async def expire(self) -> None:
-        await self._row("expire_batches")
+        await self._connections.row("expire_batches")
 
     async def add_lines(self, batch: Batch, lines: Sequence[Json]) -> None:
         """Lines have `line`, `id`, `custom_id` and `body`, the last as JSON."""
 
-        async def add(connection: asyncpg.Connection) -> None:
-            await connection.execute(
-                sql("add_batch_lines"), batch.batch_id, batch.tenant_id, rows.dumps(lines)
-            )
-
-        await self._connections.run(add, timeout_ms=_BULK_TIMEOUT_MS)
+        await self._connections.execute(
+            "add_batch_lines",
+            *(batch.batch_id, batch.tenant_id, rows.dumps(lines)),
+            timeout_ms=_BULK_TIMEOUT_MS,
+        )
 
     async def begin(self, batch: Batch, total: int) -> None:
-        await self._row("begin_batch", batch.batch_id, batch.claim, total)
+        await self._connections.row("begin_batch", batch.batch_id, batch.claim, total)
         self._bell.work([DEFAULT_POOL], [BATCHES])
 
     async def refuse(self, batch: Batch, errors: Sequence[Json]) -> None:
@@ -305,7 +301,7 @@ class Batches:
         await self._connections.run(refuse, timeout_ms=_BULK_TIMEOUT_MS)
 
     async def lines_after(self, batch: Batch, line: int, limit: int) -> list[asyncpg.Record]:
-        return await self._rows("finished_batch_lines", batch.batch_id, line, limit)
+        return await self._connections.rows("finished_batch_lines", batch.batch_id, line, limit)
 
     async def end(self, batch: Batch, output: BatchFile | None, error: BatchFile | None) -> None:
         """With it go its lines; of those that were called without an answer the record tells.
@@ -317,7 +313,7 @@ class Batches:
             ended = await connection.fetchval(sql("end_batch"), batch.batch_id, batch.claim, *ids)
             if ended is None:
                 row = await connection.fetchrow(sql("get_batch"), batch.batch_id, batch.tenant_id)
-                ours = [None if one is None else UUID(int=one.int) for one in _files_of(row)]
+                ours = [row["output_file_id"], row["error_file_id"]]
                 return ours == ids and row["status"] == batch.ends_as  # a reply that was lost
             for file in (output, error):
                 if file is not None:
@@ -337,21 +333,10 @@ class Batches:
         status, ended = _CUT_SHORT[batch.ends_as], batch.ends_as
         return [
             record_of(row, status=status, failure=ambiguous_of(row, ended))
-            for row in await self._rows("unanswered_batch_lines", batch.batch_id, _MOST_UNANSWERED)
+            for row in await self._connections.rows(
+                "unanswered_batch_lines", batch.batch_id, _MOST_UNANSWERED
+            )
         ]
-
-    async def _row(self, name: str, *given: Any) -> asyncpg.Record | None:
-        async def read(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            return await connection.fetchrow(sql(name), *given)
-
-        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
-
-    async def _rows(self, name: str, *given: Any) -> list[asyncpg.Record]:
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(sql(name), *given)
-            return found
-
-        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
 
 
 async def _add_file(connection: asyncpg.Connection, file: BatchFile) -> None:
@@ -384,45 +369,28 @@ async def _made_before(
     return row
 
 
-def _files_of(row: asyncpg.Record) -> tuple[UUID | None, UUID | None]:
-    return row["output_file_id"], row["error_file_id"]
-
-
 def _file(row: asyncpg.Record) -> BatchFile:
-    return BatchFile(
-        file_id=UUID(int=row["id"].int),
-        tenant_id=row["tenant_id"],
-        purpose=row["purpose"],
-        name=row["name"],
-        size_bytes=row["size_bytes"],
-        lines=row["lines"],
-        blob_key=row["blob_key"],
-        created_at=row["created_at"],
-    )
+    return rows.record_of(BatchFile, row, file_id=rows.uuid_of(row["id"]))
 
 
 def _batch(row: asyncpg.Record) -> Batch:
-    metadata, errors = row["metadata"], row["errors"]
-    return Batch(
-        batch_id=UUID(int=row["id"].int),
-        tenant_id=row["tenant_id"],
-        endpoint=row["endpoint"],
-        input_file_id=UUID(int=row["input_file_id"].int),
-        input_blob=row["input_blob"],
-        completion_window=row["completion_window"],
-        status=row["status"],
-        ends_as=row["ends_as"],
-        total=row["total"],
-        completed=row["completed"],
-        failed=row["failed"],
-        metadata=None if metadata is None else orjson.loads(metadata),
-        errors=None if errors is None else orjson.loads(errors),
-        output_file_id=row["output_file_id"],
-        error_file_id=row["error_file_id"],
-        models=None if row["models"] is None else tuple(row["models"]),
+    return rows.record_of(
+        Batch,
+        row,
+        batch_id=rows.uuid_of(row["id"]),
+        metadata=_json(row["metadata"]),
+        errors=_json(row["errors"]),
+        models=_models(row),
         times={name: row[name] for name in _TIMES if row[name] is not None},
-        claim=row["claim"],
     )
+
+
+def _json(column: str | None) -> Any:
+    return None if column is None else orjson.loads(column)
+
+
+def _models(row: asyncpg.Record) -> tuple[str, ...] | None:
+    return None if row["models"] is None else tuple(row["models"])
 
 
 _HELD_UP_EVERY_S = 1.0
@@ -501,14 +469,12 @@ class BatchLines:
         look = self._claims.begin()
         since = {} if look.is_whole else {str(key): line for key, line in self._from.items()}
 
-        async def claim(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(
-                *(sql("claim_batch_lines"), self._instance_id, limit, most_bytes),
-                *(orjson.dumps(since).decode(), list(self._held_up)),
-            )
-            return found
-
-        lines = [_line(row) for row in await self._connections.run(claim)]
+        claimed = await self._connections.rows(
+            "claim_batch_lines",
+            *(self._instance_id, limit, most_bytes),
+            *(orjson.dumps(since).decode(), list(self._held_up)),
+        )
+        lines = [rows.record_of(Line, row, models=_models(row)) for row in claimed]
         self._claims.end(look, complete=True)
         if look.is_whole:
             self._from.clear()
@@ -521,13 +487,8 @@ class BatchLines:
         spent a budget, are disabled or gone. Looked for once a second at most."""
         now = time.monotonic()
         if now - self._held_up_at >= _HELD_UP_EVERY_S:
-
-            async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-                found: list[asyncpg.Record] = await connection.fetch(sql("batches_held_up"))
-                return found
-
-            found = await self._connections.run(read)
-            self._held_up = frozenset(UUID(int=row["id"].int) for row in found)
+            found = await self._connections.rows("batches_held_up")
+            self._held_up = frozenset(rows.uuid_of(row["id"]) for row in found)
             self._held_up_at = now
         return self._held_up
 
@@ -537,22 +498,13 @@ class BatchLines:
         if not look.is_whole:
             return
         ids = [line.id for line in held]
-
-        async def release(connection: asyncpg.Connection) -> None:
-            await connection.execute(sql("release_stray_lines"), self._instance_id, ids)
-
-        await self._connections.run(release)
+        await self._connections.execute("release_stray_lines", self._instance_id, ids)
         self._strays.end(look, complete=True)
 
     async def over(self, batch_ids: Iterable[UUID]) -> frozenset[UUID]:
         """Those of these batches of which no more lines may begin."""
-        ids = list(batch_ids)
-
-        async def read(connection: asyncpg.Connection) -> frozenset[UUID]:
-            found = await connection.fetch(sql("batches_over"), ids)
-            return frozenset(UUID(int=row["id"].int) for row in found)
-
-        return await self._connections.run(read)
+        found = await self._connections.rows("batches_over", list(batch_ids))
+        return frozenset(rows.uuid_of(row["id"]) for row in found)
 
     async def begin(self, line: Line) -> None:
         """Mark a line as calling, as `Claims.running` does a job. Raises ClaimLost."""
@@ -595,11 +547,7 @@ class BatchLines:
             {**line.key, "after_ms": waits_ms.get(line.id), "uncounted": uncounted}
             for line in lines
         )
-
-        async def give(connection: asyncpg.Connection) -> None:
-            await connection.execute(sql("return_batch_lines"), given)
-
-        await self._connections.run(give)
+        await self._connections.execute("return_batch_lines", given)
 
     async def retake(self) -> None:
         """Return what dead workers had."""
@@ -626,11 +574,8 @@ class BatchLines:
         self._lapses.end(look, complete=True)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
-        async def begin(connection: asyncpg.Connection) -> set[tuple[int, int]]:
-            begun = await connection.fetch(sql("begin_batch_lines"), _ordered(batch))
-            return {(row["batch_id"].int, row["line"]) for row in begun}
-
-        begun = await self._connections.run(begin)
+        calling = await self._connections.rows("begin_batch_lines", _ordered(batch))
+        begun = {(row["batch_id"].int, row["line"]) for row in calling}
         return [
             None
             if (row["batch_id"].int, row["line"]) in begun
@@ -675,20 +620,3 @@ async def _count(connection: asyncpg.Connection, ended: Iterable[asyncpg.Record]
 
 def _ordered(batch: Sequence[Json]) -> str:
     return rows.dumps(sorted(batch, key=lambda row: (row["batch_id"].int, row["line"])))
-
-
-def _line(row: asyncpg.Record) -> Line:
-    return Line(
-        batch_id=UUID(int=row["batch_id"].int),
-        line=row["line"],
-        claim=row["claim"],
-        id=UUID(int=row["id"].int),
-        tenant_id=row["tenant_id"],
-        custom_id=row["custom_id"],
-        endpoint=row["endpoint"],
-        body=row["body"],
-        models=None if row["models"] is None else tuple(row["models"]),
-        key_id=row["key_id"],
-        attempts=row["attempts"],
-        expires_at=row["expires_at"],
-    )

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL, named statements, group commit, migrations and partitions.
+"""Connections to PostgreSQL, liveness, named statements, group commit, migrations, partitions.
 
 Every unit of work is one transaction without named prepared statements, so that PgBouncer may run
 in transaction mode.
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, timedelta
 from importlib.resources import files
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
@@ -379,6 +380,62 @@ def _unfit_words(error: asyncpg.PostgresError) -> str:
     return f"the database is not ready for us: {error}{mend}"
 
 
+_MOST_ASKS = 3
+
+
+def _now() -> float:
+    # Counts the time that the machine was asleep, where the platform can tell.
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock)
+
+
+class Steadiness:
+    """How long this process's heartbeats have reached PostgreSQL without a gap.
+
+    Invariant: only a process whose own heartbeats have done so for a whole lease may take over the
+    jobs of another. After an outage, when every worker looks dead, none may until all that live
+    have had a lease's time to report.
+    """
+
+    def __init__(self, lease_ms: int) -> None:
+        self._lease_s = lease_ms / 1000
+        self._since: float | None = None
+        self._last: float | None = None
+
+    def beaten(self, sent_at: float) -> None:
+        """A heartbeat sent at `sent_at` was committed."""
+        if self._last is None or sent_at - self._last > self._lease_s * 2 / 3:
+            self._since = sent_at
+        self._last = sent_at
+
+    def missed(self) -> None:
+        self._since = self._last = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the last heartbeat is within the lease."""
+        return self._last is not None and _now() - self._last < self._lease_s * 2 / 3
+
+    @property
+    def may_judge(self) -> bool:
+        return self.fresh and self._since is not None and _now() - self._since >= self._lease_s
+
+    @staticmethod
+    def clock() -> float:
+        """Seconds on the clock that `beaten` takes."""
+        return _now()
+
+
+async def until_quick(ask: Callable[[], Awaitable[object]], lease_ms: int) -> None:
+    """Repeat `ask` until its reply is read within a third of a lease, three times at most: another
+    process may have the claim of one that stood still meanwhile. Raises what `ask` raises."""
+    for _ in range(_MOST_ASKS):
+        asked_at = _now()
+        await ask()
+        if _now() - asked_at < lease_ms / 3000:
+            return
+
+
 _HEAD = re.compile(r"^-- name: (?P<name>\w+)\n-- (?P<does>.+)\n", re.MULTILINE)
 
 
@@ -518,12 +575,10 @@ async def make_ahead(connection: asyncpg.Connection, today: date) -> list[str]:
 
     Returns the names of those made.
     """
-    await connection.execute("SELECT pg_advisory_xact_lock($1)", _PARTITIONS_LOCK)
+    await connection.execute(sql("lock_partitions"), _PARTITIONS_LOCK)
     days = [today + timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]
     names = [name_of(table, day) for table in TABLES for day in days]
-    missing = await connection.fetch(
-        "SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass(name) IS NULL", names
-    )
+    missing = await connection.fetch(sql("missing_partitions"), names)
     absent = {row["name"] for row in missing}
     for table in TABLES:
         for day in days:
@@ -533,39 +588,19 @@ async def make_ahead(connection: asyncpg.Connection, today: date) -> list[str]:
 
 
 async def _make(connection: asyncpg.Connection, table: str, day: date) -> None:
-    start = datetime.combine(day, time.min, UTC)
+    start = datetime.combine(day, datetime.min.time(), UTC)
     end = start + timedelta(days=1)
-    name = name_of(table, day)
+    place = {"table": table, "partition": name_of(table, day)}
     settings = _SETTINGS.get(table, "")
-    await connection.execute(f"CREATE TABLE {name} (LIKE {table} INCLUDING ALL) {settings}")
-    await connection.execute(
-        f"""
-        WITH moved AS (
-            DELETE FROM {table}_default WHERE created_at >= $1 AND created_at < $2 RETURNING *
-        )
-        INSERT INTO {name} SELECT * FROM moved
-        """,
-        start,
-        end,
-    )
-    await connection.execute(
-        f"ALTER TABLE {table} ATTACH PARTITION {name} "
-        f"FOR VALUES FROM ('{start.isoformat()}') TO ('{end.isoformat()}')"
-    )
+    await connection.execute(sql("create_partition").format(**place, settings=settings))
+    await connection.execute(sql("fill_partition").format(**place), start, end)
+    bounds = {"start": start.isoformat(), "end": end.isoformat()}
+    await connection.execute(sql("attach_partition").format(**place, **bounds))
 
 
 async def older_than(connection: asyncpg.Connection, day: date) -> list[tuple[str, str]]:
     """(table, partition) of every partition whose whole day is before `day`, oldest first."""
-    rows = await connection.fetch(
-        """
-        SELECT parent.relname AS parent, child.relname AS child
-        FROM pg_inherits
-        JOIN pg_class parent ON parent.oid = inhparent
-        JOIN pg_class child ON child.oid = inhrelid
-        WHERE parent.oid = ANY($1::regclass[])
-        """,
-        list(TABLES),
-    )
+    rows = await connection.fetch(sql("list_partitions"), list(TABLES))
     found = [
         (when, row["parent"], row["child"])
         for row in rows
@@ -579,12 +614,12 @@ async def drop(connection: asyncpg.Connection, table: str, name: str) -> bool:
 
     Waiting long for the lock would hold up every insert that queues behind it.
     """
-    await connection.execute("SELECT pg_advisory_xact_lock($1)", _PARTITIONS_LOCK)
+    await connection.execute(sql("lock_partitions"), _PARTITIONS_LOCK)
     await connection.execute("SET LOCAL lock_timeout = '500ms'")
     await connection.execute("SAVEPOINT before_drop")
     try:
-        await connection.execute(f"ALTER TABLE {table} DETACH PARTITION {name}")
-        await connection.execute(f"DROP TABLE {name}")
+        for statement in ("detach_partition", "drop_partition"):
+            await connection.execute(sql(statement).format(table=table, partition=name))
     except asyncpg.LockNotAvailableError:
         await connection.execute("ROLLBACK TO SAVEPOINT before_drop")
         return False

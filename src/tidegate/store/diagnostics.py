@@ -17,6 +17,7 @@ import asyncpg
 
 from tidegate.errors import StoreUnavailable
 from tidegate.store.database import HEAD, Connections, revision_of, sql
+from tidegate.store.records import uuid_of
 
 OLD_S = 300.0
 _CONNECT_S = 5.0
@@ -131,9 +132,6 @@ async def _backend(connection: asyncpg.Connection) -> int:
 
 
 _CONNECT_TIMEOUT_S = 5.0
-# A new server counts its transactions from the beginning: what is queued would look as if it were
-# to come in the far future, and be read again at every look.
-_AS_OF_OLD = "UPDATE requests SET ready_xid = 0 WHERE status = 'queued'"
 
 
 async def revision_at(url: str) -> str | None:
@@ -150,7 +148,7 @@ async def settle(url: str) -> None:
     """Fit what was restored to the server that it is in now. Raises StoreUnavailable."""
     connection = await _connected(url)
     try:
-        await connection.execute(_AS_OF_OLD)
+        await connection.execute(sql("settle_restored"))
         await connection.execute("ANALYZE")
     finally:
         await connection.close()
@@ -174,25 +172,16 @@ class Trial:
 
     async def recorded(self, request_ids: Sequence[UUID]) -> dict[UUID, int]:
         """How many records of its end each request has; those without one are left out."""
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            rows: list[asyncpg.Record] = await connection.fetch(sql("recorded_of"), request_ids)
-            return rows
-
-        rows = await self._connections.run(read)
-        return {UUID(int=row["request_id"].int): row["records"] for row in rows}
+        rows = await self._connections.rows("recorded_of", request_ids)
+        return {uuid_of(row["request_id"]): row["records"] for row in rows}
 
     async def cut_short(self, request_ids: Sequence[UUID]) -> dict[UUID, dict[str, int]]:
         """How many attempts at each request were cut short before their result was on record, by
         the process that made them; requests without one are left out."""
 
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            rows: list[asyncpg.Record] = await connection.fetch(sql("cut_short"), request_ids)
-            return rows
-
         found: dict[UUID, dict[str, int]] = {}
-        for row in await self._connections.run(read):
-            by = found.setdefault(UUID(int=row["request_id"].int), {})
+        for row in await self._connections.rows("cut_short", request_ids):
+            by = found.setdefault(uuid_of(row["request_id"]), {})
             by[row["instance_id"]] = row["attempts"]
         return found
 

@@ -25,8 +25,7 @@ from uuid import UUID
 import asyncpg
 
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections, sql
-from tidegate.store.liveness import Steadiness
+from tidegate.store.database import Connections, Steadiness, sql
 from tidegate.store.records import Idempotency, Json, dumps
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -115,13 +114,12 @@ class NativeKeys:
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_often())
         lease_ms = self._judged_ms()
-
-        async def take(connection: asyncpg.Connection) -> Taken | Given:
-            return await take_key(
+        taken = await self._connections.run(
+            lambda connection: take_key(
                 connection, owner.tenant_id, wanted, owner.request_id, lease_ms=lease_ms
-            )
-
-        taken = await self._connections.run(take, timeout_ms=_TIMEOUT_MS)
+            ),
+            timeout_ms=_TIMEOUT_MS,
+        )
         if isinstance(taken, Taken):
             self._owned[owner.request_id] = owner
         return taken
@@ -129,11 +127,10 @@ class NativeKeys:
     async def known(self, tenant_id: str, key: str) -> Given | None:
         """What is known under a key, which stays as it is."""
         lease_ms = self._judged_ms()
-
-        async def find(connection: asyncpg.Connection) -> Given | None:
-            return await known_key(connection, tenant_id, key, lease_ms=lease_ms)
-
-        return await self._connections.run(find, timeout_ms=_TIMEOUT_MS)
+        return await self._connections.run(
+            lambda connection: known_key(connection, tenant_id, key, lease_ms=lease_ms),
+            timeout_ms=_TIMEOUT_MS,
+        )
 
     async def look(self, tenant_id: str, key: str) -> Given | None:
         """The same, a moment later. All that wait for one key in this process share the look."""
@@ -205,17 +202,14 @@ class NativeKeys:
     async def _renew(self) -> None:
         sent_at = self._steadiness.clock()
         owned = sorted(self._owned.values(), key=lambda one: (one.tenant_id, one.key))
-
-        async def renew(connection: asyncpg.Connection) -> set[int]:
-            found = await connection.fetch(
-                sql("renew_native_keys"),
-                [owner.tenant_id for owner in owned],
-                [owner.key for owner in owned],
-                [owner.request_id for owner in owned],
-            )
-            return {row["request_id"].int for row in found}
-
-        renewed = await self._connections.run(renew, timeout_ms=max(self.lease_ms // 3, 100))
+        found = await self._connections.rows(
+            "renew_native_keys",
+            [owner.tenant_id for owner in owned],
+            [owner.key for owner in owned],
+            [owner.request_id for owner in owned],
+            timeout_ms=max(self.lease_ms // 3, 100),
+        )
+        renewed = {row["request_id"].int for row in found}
         self._steadiness.beaten(sent_at)
         for owner in owned:
             if owner.request_id.int not in renewed:  # ended, erased, or another's by now

@@ -112,7 +112,7 @@ class Jobs:
                 ended = await connection.fetch(sql("cancel_queued"), request_id, failure)
                 await audit_unanswered(connection, ended, CANCELLED_FAILURE, self._instance_id)
             elif row["status"] == Status.RUNNING:
-                await connection.execute(sql("ask_to_cancel"), request_id)
+                await connection.execute(sql("request_cancel"), request_id)
             return row
 
         row = await self._connections.run(cancel, timeout_ms=TIMEOUT_MS)
@@ -148,7 +148,9 @@ class Jobs:
 
         Waiting ones hold no permit, and are ended at the latest when they are admitted.
         """
-        jobs = await self._connections.rows("asked_of_worker", self._instance_id, list(notified))
+        jobs = await self._connections.rows(
+            "cancelled_of_worker", self._instance_id, list(notified)
+        )
         return {rows.uuid_of(job["id"]) for job in jobs}
 
     def _on_cancel(self, ids: Iterable[UUID]) -> None:

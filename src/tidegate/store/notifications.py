@@ -18,8 +18,8 @@ import asyncpg
 
 from tidegate.call import Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections, sql
-from tidegate.store.records import dumps
+from tidegate.store.database import Connections
+from tidegate.store.records import dumps, uuid_of
 
 # What work is for, beside a kind of jobs: jobs whose kind is unsure, and batches.
 UNSURE = "unsure"
@@ -88,11 +88,7 @@ class Bell:
         try:
             while self._has_news():
                 messages = dumps({"channel": to, "payload": said} for to, said in self._messages())
-
-                async def send(connection: asyncpg.Connection, messages: str = messages) -> None:
-                    await connection.execute(sql("notify"), messages)
-
-                await self._connections.run(send)
+                await self._connections.execute("notify", messages)
         except StoreUnavailable:
             # Only hints are lost: whoever waits polls as well.
             self._messages()
@@ -243,17 +239,11 @@ class Watch:
                 await asyncio.sleep(POLL_MS / 1000)
                 ids = list(self._waiting)
 
-                async def versions(
-                    connection: asyncpg.Connection, ids: list[UUID] = ids
-                ) -> list[asyncpg.Record]:
-                    found: list[asyncpg.Record] = await connection.fetch(sql("get_versions"), ids)
-                    return found
-
                 try:
-                    rows = await self._connections.run(versions)
+                    rows = await self._connections.rows("get_versions", ids)
                 except StoreUnavailable:
                     continue
-                now = {UUID(int=row["id"].int): row["version"] for row in rows}
+                now = {uuid_of(row["id"]): row["version"] for row in rows}
                 # One that is gone has changed too.
                 self._on_changed(
                     request_id

@@ -18,7 +18,7 @@ import orjson
 from tidegate.call import new_id
 from tidegate.errors import NotFound
 from tidegate.store.database import Connections, sql
-from tidegate.store.records import WebhookRecord
+from tidegate.store.records import WebhookRecord, record_of, uuid_of
 
 WAITING = WebhookRecord("waiting")
 
@@ -46,24 +46,8 @@ class Outbox:
     ) -> list[Delivery]:
         """At most `limit` due webhooks, none of the tenants `but_of`; one that is not settled
         within the lease is due again."""
-
-        async def claim(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            rows: list[asyncpg.Record] = await connection.fetch(
-                sql("claim_webhooks"), limit, float(lease_ms), list(but_of)
-            )
-            return rows
-
-        return [
-            Delivery(
-                webhook_id=UUID(int=row["id"].int),
-                request_id=UUID(int=row["request_id"].int),
-                tenant_id=row["tenant_id"],
-                event=row["event"],
-                url=row["url"],
-                tries=row["tries"],
-            )
-            for row in await self._connections.run(claim)
-        ]
+        rows = await self._connections.rows("claim_webhooks", limit, float(lease_ms), list(but_of))
+        return [record_of(Delivery, row, webhook_id=uuid_of(row["id"])) for row in rows]
 
     async def settle(
         self,
@@ -75,26 +59,19 @@ class Outbox:
         due_in_ms: int = 0,
     ) -> None:
         """Record how a try went; does nothing when another sender has the webhook by now."""
-        given = (delivery.webhook_id, delivery.tries, state, answer_status, problem)
-
-        async def settle(connection: asyncpg.Connection) -> None:
-            await connection.execute(sql("settle_webhook"), *given, float(due_in_ms))
-
-        await self._connections.run(settle)
+        fence = (delivery.webhook_id, delivery.tries)
+        await self._connections.execute(
+            "settle_webhook", *fence, state, answer_status, problem, float(due_in_ms)
+        )
 
     async def redeliver(self, webhook_id: UUID) -> None:
         """Have a webhook delivered again, whatever became of it; raises NotFound."""
-
-        async def redeliver(connection: asyncpg.Connection) -> UUID | None:
-            found: UUID | None = await connection.fetchval(sql("redeliver_webhook"), webhook_id)
-            return found
-
-        if await self._connections.run(redeliver) is None:
+        if await self._connections.row("redeliver_webhook", webhook_id) is None:
             raise NotFound(f"no webhook {webhook_id}")
 
 
 async def add_webhooks(connection: asyncpg.Connection, ended: Iterable[asyncpg.Record]) -> None:
-    """For those of these requests, ended in this transaction, whose owners want to be told."""
+    """For those of these requests, ended in this transaction, that have a webhook."""
     rows = [
         {
             "id": str(new_id()),
@@ -114,17 +91,11 @@ async def add_webhooks(connection: asyncpg.Connection, ended: Iterable[asyncpg.R
 async def webhook_of(
     connection: asyncpg.Connection, request: asyncpg.Record
 ) -> WebhookRecord | None:
-    """What became of telling a request's owner; None where nobody is to be told."""
+    """What became of a request's webhook; None where it has none."""
     if request["webhook_url"] is None:
         return None
     row = await connection.fetchrow(sql("get_webhook"), request["id"])
     if row is None:
         return WAITING
-    return WebhookRecord(
-        state=row["state"],
-        webhook_id=UUID(int=row["id"].int),
-        tries=row["tries"],
-        due_at=row["due_at"] if row["state"] == "pending" else None,
-        answer_status=row["answer_status"],
-        problem=row["problem"],
-    )
+    due_at = row["due_at"] if row["state"] == "pending" else None
+    return record_of(WebhookRecord, row, webhook_id=uuid_of(row["id"]), due_at=due_at)

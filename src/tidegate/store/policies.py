@@ -12,7 +12,7 @@ import asyncpg
 import orjson
 
 from tidegate.store.database import Connections, sql
-from tidegate.store.records import PolicyRecord, clean
+from tidegate.store.records import PolicyRecord, clean, record_of
 
 MOST_SHOWN = 1_000
 _TIMEOUT_MS = 2_000
@@ -34,11 +34,10 @@ class Policies:
 
     async def history(self, pool: str, most: int) -> list[PolicyRecord]:
         """The newest `most` revisions (1,000 at the utmost), the one in force first."""
-
-        async def read(connection: asyncpg.Connection) -> list[PolicyRecord]:
-            return await _newest(connection, pool, min(most, MOST_SHOWN))
-
-        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        rows = await self._connections.rows(
+            "get_policies", pool, min(most, MOST_SHOWN), timeout_ms=_TIMEOUT_MS
+        )
+        return [_policy(row) for row in rows]
 
     async def decide(self, pool: str, digest: str, decide: Decide) -> None:
         """Put on record what `decide` returns, while no other process can do so.
@@ -49,9 +48,9 @@ class Policies:
 
         async def work(connection: asyncpg.Connection) -> None:
             await connection.execute(sql("lock_policies"), pool)
-            newest = await _newest(connection, pool, 1)
+            newest = await connection.fetchrow(sql("get_policies"), pool, 1)
             seen = await connection.fetch(sql("deployed_before"), pool, [digest])
-            for record in decide(newest[0] if newest else None, bool(seen)):
+            for record in decide(None if newest is None else _policy(newest), bool(seen)):
                 await connection.execute(
                     sql("add_policy"),
                     pool,
@@ -68,17 +67,5 @@ class Policies:
         await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
 
 
-async def _newest(connection: asyncpg.Connection, pool: str, most: int) -> list[PolicyRecord]:
-    rows = await connection.fetch(sql("get_policies"), pool, most)
-    return [
-        PolicyRecord(
-            revision=row["revision"],
-            origin=row["origin"],
-            digest=row["digest"],
-            policy=orjson.loads(row["policy"]),
-            set_by=row["set_by"],
-            reason=row["reason"],
-            created_at=row["created_at"],
-        )
-        for row in rows
-    ]
+def _policy(row: asyncpg.Record) -> PolicyRecord:
+    return record_of(PolicyRecord, row, policy=orjson.loads(row["policy"]))

@@ -30,9 +30,8 @@ from tidegate.store import audit
 from tidegate.store import records as rows
 from tidegate.store.audit import Recorder
 from tidegate.store.blobs import Blobs
-from tidegate.store.database import Connections, GroupWriter, count_in, sql
+from tidegate.store.database import Connections, GroupWriter, Steadiness, count_in, sql, until_quick
 from tidegate.store.jobs import CANCELLED_FAILURE
-from tidegate.store.liveness import Steadiness, until_quick
 from tidegate.store.notifications import UNSURE, Bell
 from tidegate.store.records import AttemptResult, ClaimedJob, FailedTry, Failure, Json
 from tidegate.store.states import MAX_LAPSES, Status
@@ -693,7 +692,7 @@ class JobQueue:
         )
 
         async def release(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            returned: list[asyncpg.Record] = await connection.fetch(sql("hand_back"), claims)
+            returned: list[asyncpg.Record] = await connection.fetch(sql("release_claims"), claims)
             await _mark_ambiguous(connection, returned)
             return returned
 

@@ -397,10 +397,10 @@ class Requests:
         """All of one request, for an operator. Raises NotFound."""
 
         async def read(connection: asyncpg.Connection) -> RequestDetail | None:
-            request = await connection.fetchrow(sql("dossier_request"), request_id)
-            ended = await connection.fetchrow(sql("dossier_audit"), request_id)
+            request = await connection.fetchrow(sql("detail_request"), request_id)
+            ended = await connection.fetchrow(sql("detail_audit"), request_id)
             if request is None and ended is None:
-                line = await connection.fetchrow(sql("dossier_line"), request_id)
+                line = await connection.fetchrow(sql("detail_line"), request_id)
                 return None if line is None else _of_line(line)
             return await self._detail(connection, request_id, request, ended)
 
@@ -421,7 +421,7 @@ class Requests:
     async def file_of_any(self, request_id: UUID, file_id: UUID) -> FileRecord:
         """A file of a request of any tenant, for an operator. Raises NotFound."""
         row = await self._connections.row(
-            "dossier_file", file_id, request_id, timeout_ms=_DETAIL_TIMEOUT_MS
+            "detail_file", file_id, request_id, timeout_ms=_DETAIL_TIMEOUT_MS
         )
         if row is None:
             raise NotFound(f"no file {file_id} of request {request_id}")
@@ -436,7 +436,7 @@ class Requests:
     async def body_of_any(self, request_id: UUID, role: Role) -> Body:
         """The same of any tenant, for an operator."""
         return self._body(
-            request_id, role, await self._connections.row("dossier_body", request_id, role)
+            request_id, role, await self._connections.row("detail_body", request_id, role)
         )
 
     async def charged(
@@ -477,12 +477,12 @@ class Requests:
         request: asyncpg.Record | None,
         ended: asyncpg.Record | None,
     ) -> RequestDetail:
-        attempts = await connection.fetch(sql("dossier_attempts"), request_id)
-        webhooks = await connection.fetch(sql("dossier_webhooks"), request_id)
+        attempts = await connection.fetch(sql("detail_attempts"), request_id)
+        webhooks = await connection.fetch(sql("detail_webhooks"), request_id)
         bodies: list[asyncpg.Record] = []
         if ended is not None:
             key = (ended["id"], ended["created_at"])
-            bodies = await connection.fetch(sql("dossier_bodies"), *key)
+            bodies = await connection.fetch(sql("detail_bodies"), *key)
         if request is not None:
             record = await self._record(connection, request)
             if not record.status.is_end:

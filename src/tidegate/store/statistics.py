@@ -23,6 +23,7 @@ import asyncpg
 import orjson
 
 from tidegate.store.database import Connections, sql
+from tidegate.store.records import record_of
 
 LANES = 90  # from 1 ms to over an hour; the first is below 1 ms, the last all that is above
 _BITS = 64
@@ -171,21 +172,15 @@ class History:
             [pack(tally.lengths) for _, tally in counted],
         )
 
-        async def write(connection: asyncpg.Connection) -> None:
-            await connection.execute(sql("write_history"), self._instance_id, *columns)
-
-        await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        await self._connections.execute(
+            "write_history", self._instance_id, *columns, timeout_ms=_TIMEOUT_MS
+        )
 
     async def read(self, step_s: int, since: float) -> list[tuple[Span, Tally]]:
         """Every process's count of every span from `since` on (seconds since 1970), by time."""
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(
-                sql("read_history"), step_s, since, MOST_ROWS
-            )
-            return found
-
-        rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        rows = await self._connections.rows(
+            "read_history", step_s, since, MOST_ROWS, timeout_ms=_TIMEOUT_MS
+        )
         return [
             (
                 Span(step_s, row["at"], row["pool"]),
@@ -201,12 +196,10 @@ class History:
 
     async def forget(self, now: float) -> None:
         """Delete what is older than `KEPT_S`."""
-
-        async def forget(connection: asyncpg.Connection) -> None:
-            for step_s, kept_s in KEPT_S.items():
-                await connection.execute(sql("forget_history"), step_s, now - kept_s)
-
-        await self._connections.run(forget, timeout_ms=_TIMEOUT_MS)
+        for step_s, kept_s in KEPT_S.items():
+            await self._connections.execute(
+                "forget_history", step_s, now - kept_s, timeout_ms=_TIMEOUT_MS
+            )
 
 
 MOST_COUNTED = 10_000
@@ -251,7 +244,8 @@ class QueueDepths:
 
     async def depths(self) -> Depths:
         """As they stood a moment ago. Raises StoreUnavailable."""
-        if self._read is not None and time.monotonic() < self._next_at and not self._away:
+        is_fresh = time.monotonic() < self._next_at and not self._connections.away
+        if self._read is not None and is_fresh:
             return self._read
         began = time.monotonic()
         self._read = await self._connections.run(_read, timeout_ms=_DEPTHS_TIMEOUT_MS)
@@ -259,17 +253,15 @@ class QueueDepths:
         self._next_at = ended + max(_FRESH_S, _SHARE * (ended - began))
         return self._read
 
-    @property
-    def _away(self) -> bool:
-        return self._connections.away
-
 
 async def _read(connection: asyncpg.Connection) -> Depths:
-    queues = await connection.fetch(sql("standing_queues"), MOST_QUEUES, MOST_COUNTED)
-    row = await connection.fetchrow(sql("standing_jobs"), MOST_COUNTED)
+    queues = await connection.fetch(sql("depth_of_queues"), MOST_QUEUES, MOST_COUNTED)
+    row = await connection.fetchrow(sql("depth_of_jobs"), MOST_COUNTED)
     assert row is not None
     now = datetime.now(UTC)
-    return Depths(
+    return record_of(
+        Depths,
+        row,
         queues=tuple(
             QueueDepth(
                 *(one["pool"], one["lane"], one["tenant_id"], one["jobs"]),
@@ -277,13 +269,7 @@ async def _read(connection: asyncpg.Connection) -> Depths:
             )
             for one in queues
         ),
-        retrying=row["retrying"],
-        claimed=row["claimed"],
-        running=row["running"],
-        dead=row["dead"],
-        webhooks=row["webhooks"],
         webhooks_oldest_s=float(row["webhooks_oldest_s"] or 0),
-        workers=row["workers"],
     )
 
 
@@ -293,7 +279,7 @@ MOST_CALLS = 200_000
 
 @dataclass(frozen=True, slots=True)
 class PastCall:
-    """One call that was let in. `kind` and `model` are None where the record does not have them."""
+    """One admitted call. `kind` and `model` are None where the record does not have them."""
 
     submitted_at: datetime
     tenant_id: str
@@ -307,14 +293,10 @@ class PastCall:
 
 
 async def past_calls(connections: Connections, pool: str, last_s: float) -> list[PastCall]:
-    """What was handed in during the last seconds, in order of time; the newest `MOST_CALLS` where
+    """What was submitted during the last seconds, in order of time; the newest `MOST_CALLS` where
     there was more. Raises StoreUnavailable."""
 
-    async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-        rows: list[asyncpg.Record] = await connection.fetch(
-            sql("past_calls"), pool, last_s, MOST_CALLS
-        )
-        return rows
-
-    rows = await connections.run(read, timeout_ms=_PAST_CALLS_TIMEOUT_MS)
+    rows = await connections.rows(
+        "past_calls", pool, last_s, MOST_CALLS, timeout_ms=_PAST_CALLS_TIMEOUT_MS
+    )
     return [PastCall(**row) for row in reversed(rows)]

@@ -25,7 +25,7 @@ import orjson
 from tidegate.call import DEFAULT_TENANT, NO_BUDGETS, Budgets, Caller, Caps, Scope
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.store.database import Connections, sql
-from tidegate.store.records import clean
+from tidegate.store.records import clean, dumps, record_of
 from tidegate.telemetry.logging import Log, get_logger
 
 _PREFIX_LETTERS = string.ascii_lowercase + string.digits
@@ -165,11 +165,7 @@ class Tenants:
 
     async def version(self) -> int:
         """Answers or raises within half a second."""
-
-        async def read(connection: asyncpg.Connection) -> int:
-            return await _version(connection)
-
-        return await self._connections.run(read, timeout_ms=_LOOK_TIMEOUT_MS)
+        return await self._connections.run(_version, timeout_ms=_LOOK_TIMEOUT_MS)
 
     async def find(self, prefixes: Sequence[str]) -> tuple[int, dict[str, FoundKey]]:
         """The keys with these prefixes, at the version that is returned or at a later one."""
@@ -183,27 +179,17 @@ class Tenants:
 
     async def budgets(self, tenants: Sequence[str]) -> dict[str, Budgets]:
         """What each of them may spend; `NO_BUDGETS` itself where that is not bound."""
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(sql("get_budgets"), list(tenants))
-            return found
-
-        return {row["id"]: _budgets(row) for row in await self._connections.run(read)}
+        found = await self._connections.rows("get_budgets", list(tenants))
+        return {row["id"]: _budgets(row) for row in found}
 
     async def any_key(self) -> bool:
-        async def read(connection: asyncpg.Connection) -> bool:
-            return bool(await connection.fetchval(sql("any_key")))
-
-        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        (row,) = await self._connections.rows("any_key", timeout_ms=_TIMEOUT_MS)
+        return bool(row[0])
 
     async def used(self, at: Mapping[str, datetime]) -> None:
         """Note when keys were last used."""
-        rows = orjson.dumps([{"prefix": key, "used_at": when} for key, when in at.items()])
-
-        async def write(connection: asyncpg.Connection) -> None:
-            await connection.execute(sql("keys_used"), rows.decode())
-
-        await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        keys = dumps({"prefix": key, "used_at": when} for key, when in at.items())
+        await self._connections.execute("keys_used", keys, timeout_ms=_TIMEOUT_MS)
 
     # What a person does with keys
 
@@ -219,17 +205,9 @@ class Tenants:
         """The key on record, and the key itself, to be shown once. `made_by`: who has proven that
         they may make keys. Raises NotFound."""
         made, given = make_key(), sorted({scope.value for scope in scopes})
-
-        async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            row = await connection.fetchrow(
-                sql("add_key"),
-                *(made.prefix, tenant_id, made.digest, clean(name), given, expires_at, made_by),
-            )
-            await connection.execute(sql("count_change"))
-            return row
-
+        columns = (made.prefix, tenant_id, made.digest, clean(name), given, expires_at, made_by)
         try:
-            row = await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+            row = await self._change("add_key", *columns)
         except asyncpg.ForeignKeyViolationError:
             raise NotFound(f"there is no tenant {tenant_id}") from None
         if row is None:  # once in many lifetimes
@@ -240,12 +218,7 @@ class Tenants:
     async def revoke_key(self, prefix: str, *, by: str) -> Key:
         """End a key; safe to repeat. Raises NotFound."""
 
-        async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            row = await connection.fetchrow(sql("revoke_key"), prefix)
-            await connection.execute(sql("count_change"))
-            return row
-
-        row = await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        row = await self._change("revoke_key", prefix)
         if row is None:
             raise NotFound(f"there is no key with the prefix {prefix}")
         log.warning(Log.KEY_REVOKED, key_id=prefix, tenant=row["tenant_id"], by=by)
@@ -253,34 +226,22 @@ class Tenants:
 
     async def keep_key(self, prefix: str, *, by: str) -> Key:
         """Record who answers for a key that nobody is known to have made. Raises NotFound."""
-
-        async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
-            return await connection.fetchrow(sql("keep_key"), prefix, by)
-
-        row = await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+        row = await self._connections.row("keep_key", prefix, by, timeout_ms=_TIMEOUT_MS)
         if row is None:
             raise NotFound(f"there is no key with the prefix {prefix}")
         return _key(row)
 
     async def unvouched_keys(self) -> list[Key]:
         """Up to 1,000 keys that work and of which nobody knows who made them."""
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(sql("unvouched_keys"), MOST_KEYS)
-            return found
-
-        return [_key(row) for row in await self._connections.run(read, timeout_ms=_TIMEOUT_MS)]
+        found = await self._connections.rows("unvouched_keys", MOST_KEYS, timeout_ms=_TIMEOUT_MS)
+        return [_key(row) for row in found]
 
     async def list_keys(self, tenant_id: str | None = None, prefix: str = "") -> list[Key]:
         """The oldest 1,000, those that do not work any more included."""
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(
-                sql("list_keys"), tenant_id, prefix, MOST_KEYS
-            )
-            return found
-
-        return [_key(row) for row in await self._connections.run(read, timeout_ms=_TIMEOUT_MS)]
+        found = await self._connections.rows(
+            "list_keys", tenant_id, prefix, MOST_KEYS, timeout_ms=_TIMEOUT_MS
+        )
+        return [_key(row) for row in found]
 
     # What a person does with tenants
 
@@ -328,12 +289,7 @@ class Tenants:
         if tenant_id == DEFAULT_TENANT:
             raise ConfigError("tenant", tenant_id, "is always there; disable it instead")
 
-        async def write(connection: asyncpg.Connection) -> str | None:
-            removed = await connection.fetchval(sql("remove_tenant"), tenant_id)
-            await connection.execute(sql("count_change"))
-            return cast("str | None", removed)
-
-        if await self._connections.run(write, timeout_ms=_TIMEOUT_MS) is None:
+        if await self._change("remove_tenant", tenant_id) is None:
             raise NotFound(f"there is no tenant {tenant_id}")
         log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes="removed")
 
@@ -348,14 +304,21 @@ class Tenants:
 
         return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
 
-    async def _read(self, tenant_id: str | None) -> list[Tenant]:
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(
-                sql("list_tenants"), tenant_id, MOST_TENANTS
-            )
-            return found
+    async def _change(self, name: str, *values: object) -> asyncpg.Record | None:
+        """Run a statement and raise the version; the row that the statement returns."""
 
-        return [_tenant(row) for row in await self._connections.run(read, timeout_ms=_TIMEOUT_MS)]
+        async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
+            row = await connection.fetchrow(sql(name), *values)
+            await connection.execute(sql("count_change"))
+            return row
+
+        return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
+
+    async def _read(self, tenant_id: str | None) -> list[Tenant]:
+        found = await self._connections.rows(
+            "list_tenants", tenant_id, MOST_TENANTS, timeout_ms=_TIMEOUT_MS
+        )
+        return [_tenant(row) for row in found]
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
@@ -403,7 +366,7 @@ async def _version(connection: asyncpg.Connection) -> int:
 
 
 def _found(row: asyncpg.Record) -> FoundKey:
-    caps = Caps(**{one.name: row[one.name] for one in fields(Caps)})
+    caps = record_of(Caps, row)
     caller = Caller(
         tenant_id=row["tenant_id"],
         key_id=row["prefix"],
@@ -424,19 +387,21 @@ def _found(row: asyncpg.Record) -> FoundKey:
 
 
 def _budgets(row: asyncpg.Record) -> Budgets:
-    budgets = Budgets(**{one.name: row[one.name] for one in fields(Budgets)})
+    budgets = record_of(Budgets, row)
     return NO_BUDGETS if budgets == NO_BUDGETS else budgets
 
 
 def _key(row: asyncpg.Record) -> Key:
     scopes = tuple(Scope(one) for one in row["scopes"] if one in set(Scope))
-    values = {one.name: row[one.name] for one in fields(Key)}
-    return Key(**values | {"scopes": scopes})
+    return record_of(Key, row, scopes=scopes)
 
 
 def _tenant(row: asyncpg.Record) -> Tenant:
-    values = {one.name: row[one.name] for one in fields(Tenant) if one.name != "tenant_id"}
-    values["models"] = None if row["models"] is None else tuple(row["models"])
-    for name in ("budget_day_money", "budget_month_money"):
-        values[name] = None if row[name] is None else float(row[name])
-    return Tenant(tenant_id=row["id"], **values)
+    money = ("budget_day_money", "budget_month_money")
+    return record_of(
+        Tenant,
+        row,
+        tenant_id=row["id"],
+        models=None if row["models"] is None else tuple(row["models"]),
+        **{name: None if row[name] is None else float(row[name]) for name in money},
+    )

@@ -282,7 +282,7 @@ async def test_nothing_hot_walks_past_what_an_old_snapshot_keeps(
         "begin_running": [one, "w"],
         "end_requests": [one],
         "retry_requests": [one],
-        "hand_back": [one],
+        "release_claims": [one],
         "cancel_queued": [job["id"], "{}"],
         "get_versions": [[job["id"]]],
         "silent_workers": [1000.0],

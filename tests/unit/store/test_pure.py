@@ -12,7 +12,7 @@ from tidegate.call import Usage
 from tidegate.store import database as queries
 from tidegate.store import records as rows
 from tidegate.store.audit import inline_row, unpack
-from tidegate.store.liveness import Steadiness
+from tidegate.store.database import Steadiness
 from tidegate.store.records import AttemptResult, Failure
 
 FOLDER = Path(queries.__file__).parent

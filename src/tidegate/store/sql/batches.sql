@@ -1,4 +1,4 @@
--- Statements on batches, their files and lines: see batches.py and batch_lines.py.
+-- Batches, their files and lines.
 
 -- name: add_batch_file
 -- Keep a file of a batch; one that is there already is left, so repeats are safe.
@@ -260,31 +260,3 @@ RETURNING l.batch_id, l.state, l.id, l.tenant_id, l.attempts, l.lapses,
     CASE WHEN l.state = 'failed' THEN l.body END AS body,
     (SELECT endpoint FROM batches b WHERE b.id = l.batch_id) AS endpoint,
     (SELECT key_id FROM batches b WHERE b.id = l.batch_id) AS key_id
-
--- name: queued_of_batches
--- The lines that batches of tenant $1 have yet to work through, and their part of the input's bytes.
-SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs, coalesce(sum(ceil(
-    input_bytes * (total - completed - failed)::numeric / greatest(total, 1))), 0)::bigint AS size_bytes
-FROM batches WHERE tenant_id = $1 AND status IN ('validating', 'in_progress')
-
--- name: batches_ended_before
--- Batches that ended before $1, oldest first, at most $2; of the tenants $3, or where not $4 of all others.
-SELECT id FROM batches
-WHERE greatest(completed_at, failed_at, expired_at, cancelled_at) < $1
-    AND (tenant_id = ANY($3::text[])) = $4
-ORDER BY id LIMIT $2
-
--- name: delete_batches
--- Forget ended batches.
-DELETE FROM batches WHERE id = ANY($1::uuid[])
-
--- name: old_batch_files
--- Files from before $1 that no batch has yet to read, at most $2; of the tenants $3, or of all others.
-SELECT f.id, f.blob_key FROM batch_files f
-WHERE f.created_at < $1 AND (f.tenant_id = ANY($3::text[])) = $4 AND NOT EXISTS (
-    SELECT 1 FROM batches b WHERE b.status = 'validating' AND b.input_blob = f.blob_key)
-ORDER BY f.id LIMIT $2
-
--- name: delete_batch_files
--- Forget files whose blobs are gone.
-DELETE FROM batch_files WHERE id = ANY($1::uuid[])

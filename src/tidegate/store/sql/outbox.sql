@@ -1,4 +1,4 @@
--- Statements of the webhooks that wait to be delivered: see outbox.py.
+-- Webhooks that wait to be delivered.
 
 -- name: add_webhooks
 -- Insert webhooks, in the transaction that ends their requests.

@@ -1,4 +1,4 @@
--- The statements on the record of policies: see policies.py.
+-- Policies on record.
 
 -- name: lock_policies
 -- Let no other process decide on the policy of pool $1 until this transaction ends.

@@ -1,4 +1,8 @@
--- Statements on tenants and API keys: see tenants.py.
+-- Tenants, API keys and sign-in codes.
+
+-- name: forget_queued
+-- Have what tenant $1 has queued counted anew: its caps may have been others for a while.
+DELETE FROM queued WHERE tenant_id = $1
 
 -- name: access_version
 -- The number that grows with every change of a tenant or key.
@@ -128,13 +132,3 @@ SELECT t.*, 0 AS keys FROM tenants t WHERE id = $1 FOR UPDATE
 -- Forget a tenant with its keys; its requests stay until their time is over.
 DELETE FROM tenants WHERE id = $1
 RETURNING id
-
--- name: own_retention
--- Tenants whose requests are kept for other days than $1.
-SELECT id, retention_days FROM tenants WHERE retention_days <> $1
-
--- name: prune_candidates_of
--- Ended requests of tenant $3 older than $1, oldest first, at most $2.
-SELECT id FROM requests WHERE tenant_id = $3 AND created_at < $1
-    AND status NOT IN ('queued', 'running') AND finished_at < $1
-ORDER BY created_at LIMIT $2

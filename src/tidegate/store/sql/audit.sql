@@ -1,4 +1,135 @@
--- Ended requests on record, and what they come to by tenant, day and model: see usage.py.
+-- Ends of requests, native calls, bodies, usage totals, and who was erased. Many rows travel as one
+-- JSON array in $1, so that a group commit is one statement whatever its size. Every write to a job
+-- is fenced by its claim.
+
+-- name: add_attempts
+-- Insert attempts that have ended.
+INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
+    instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
+    upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
+    finish_reason, model_version, response_id, failure, first_byte_ms)
+SELECT id, coalesce(created_at, now()), request_id, tenant_id, pool, kind, number, claim,
+    instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
+    upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
+    finish_reason, model_version, response_id, failure, first_byte_ms
+FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
+    tenant_id text, pool text, kind text, number integer, claim bigint, instance_id text,
+    model text, fence_epoch bigint, fence_sequence bigint, outcome text, admitted_at timestamptz,
+    finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
+    input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
+    total_tokens bigint, finish_reason text, model_version text, response_id text, failure jsonb,
+    first_byte_ms double precision)
+
+-- name: end_requests
+-- Bring claimed jobs to their end state with all that is known of them.
+UPDATE requests r SET
+    status = row.status,
+    finished_at = row.finished_at,
+    admitted_at = coalesce(row.admitted_at, r.admitted_at),
+    queue_ms = coalesce(row.queue_ms, r.queue_ms),
+    upstream_ms = row.upstream_ms,
+    first_byte_ms = row.first_byte_ms,
+    used_model = coalesce(row.model, r.used_model),
+    result = row.result,
+    input_tokens = row.input_tokens,
+    output_tokens = row.output_tokens,
+    thoughts_tokens = row.thoughts_tokens,
+    cached_tokens = row.cached_tokens,
+    total_tokens = row.total_tokens,
+    finish_reason = row.finish_reason,
+    failure = row.failure,
+    claimed_by = NULL,
+    not_before = NULL,
+    version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text,
+    finished_at timestamptz, admitted_at timestamptz, queue_ms double precision,
+    upstream_ms double precision, model text, result text, input_tokens bigint,
+    output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
+    finish_reason text, failure jsonb, first_byte_ms double precision)
+WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
+RETURNING r.*
+
+-- name: retry_requests
+-- Put claimed jobs back into the queue, not before a given time; `uncounted` attempts are given again.
+UPDATE requests r SET
+    status = 'queued',
+    attempts = r.attempts - CASE WHEN r.status = 'running' THEN coalesce(row.uncounted, 0) ELSE 0 END,
+    claim = r.claim + 1,
+    claimed_by = NULL,
+    not_before = row.not_before,
+    failure = row.failure,
+    upstream_ms = row.upstream_ms,
+    first_byte_ms = row.first_byte_ms,
+    version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, not_before timestamptz,
+    failure jsonb, upstream_ms double precision, first_byte_ms double precision, uncounted integer)
+WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
+RETURNING r.*
+
+-- name: already_written
+-- Which of these writes were committed before, by a try whose reply was lost.
+SELECT r.id
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text)
+JOIN requests r ON r.id = row.id
+WHERE (r.claim = row.claim AND r.status = row.status AND row.status <> 'queued')
+    OR (r.claim = row.claim + 1 AND row.status = 'queued' AND r.status = 'queued')
+
+-- name: add_bodies
+-- Append the bodies of audit rows: inline as base64, or the key of a blob.
+INSERT INTO bodies (id, role, tenant_id, pool, encoding, size_bytes, data, blob_key)
+SELECT id, role, tenant_id, pool, encoding, size_bytes, decode(data, 'base64'), blob_key
+FROM json_to_recordset($1::json) AS row (id uuid, role text, tenant_id text, pool text,
+    encoding text, size_bytes bigint, data text, blob_key text)
+
+-- name: lock_erased
+-- Wait for all who have looked into the table and are not done with what they write.
+LOCK TABLE erased IN ACCESS EXCLUSIVE MODE
+
+-- name: add_erased
+-- Have nothing of tenant $2 and subject $3 recorded any more that was received before now.
+INSERT INTO erased (id, tenant_id, subject_digest) VALUES ($1, $2, $3)
+
+-- name: get_erased
+-- What was erased of the tenants $1 as a whole, or of the subjects with the digests $2.
+SELECT tenant_id, subject_digest, erased_at FROM erased
+WHERE (subject_digest IS NULL AND tenant_id = ANY($1::text[]))
+    OR subject_digest = ANY($2::bytea[])
+
+-- name: add_relayed
+-- Append the audit rows of native calls; one that is there already is left, so repeats are safe.
+INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, kind, classified_by,
+    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
+    submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, endpoint, http_status,
+    streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms, usage_details)
+SELECT id, created_at, request_id, tenant_id, pool, source, status, kind, classified_by,
+    classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
+    submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, endpoint, http_status,
+    streamed, key_id, subject, usage_state, cost_micros, images, first_byte_ms, usage_details
+FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
+    tenant_id text, pool text, source text, status text, kind text, classified_by text,
+    classified_reason text, priority integer, model text, model_version text,
+    response_id text, attempts integer, lapses integer, instance_id text, submitted_at timestamptz,
+    admitted_at timestamptz, finished_at timestamptz, queue_ms double precision,
+    upstream_ms double precision, input_tokens bigint, output_tokens bigint,
+    thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
+    failure jsonb, endpoint text, http_status integer, streamed boolean, key_id text, subject text,
+    usage_state text, cost_micros bigint, images integer, first_byte_ms double precision,
+    usage_details jsonb)
+ON CONFLICT (id, created_at) DO NOTHING
+RETURNING id
+
+-- name: add_relayed_bodies
+-- Append the bodies of native calls; one that is there already is left.
+INSERT INTO bodies (id, created_at, role, tenant_id, pool, encoding, size_bytes, data, blob_key,
+    content_type, omitted_bytes)
+SELECT id, created_at, role, tenant_id, pool, encoding, size_bytes, decode(data, 'base64'), blob_key,
+    content_type, coalesce(omitted_bytes, 0)
+FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, role text, tenant_id text,
+    pool text, encoding text, size_bytes bigint, data text, blob_key text, content_type text,
+    omitted_bytes bigint)
+ON CONFLICT (id, created_at, role) DO NOTHING
 
 -- name: add_streams
 -- Insert finished streams whole; one that is there already is left, so repeats are safe.

@@ -1,7 +1,38 @@
--- How much there is of each, for those who watch over all: see standing.py. Every count is bounded,
--- and walks an index of what it counts alone.
+-- Calls that have ended, counted by process and span of time; queue depths; past calls. Every count of
+-- queue depths is bounded, and walks an index of what it counts alone.
 
--- name: standing_queues
+-- name: write_history
+-- Put down what a process has counted in some spans, in the place of what it said of them before.
+INSERT INTO history AS kept (step_s, at, pool, instance_id, counts, apart, waits, lengths)
+SELECT step_s, to_timestamp(at), pool, $1, counts::jsonb, apart::jsonb, waits, lengths
+FROM unnest($2::integer[], $3::float8[], $4::text[], $5::text[], $6::text[], $7::bytea[],
+    $8::bytea[]) AS row (step_s, at, pool, counts, apart, waits, lengths)
+ON CONFLICT (step_s, at, pool, instance_id) DO UPDATE SET
+    counts = excluded.counts, apart = excluded.apart,
+    waits = excluded.waits, lengths = excluded.lengths
+
+-- name: read_history
+-- What all processes have counted in the spans of $1 seconds that begin at $2 or later.
+SELECT extract(epoch FROM at)::bigint AS at, pool, counts, apart, waits, lengths FROM history
+WHERE step_s = $1 AND at >= to_timestamp($2::float8)
+ORDER BY at LIMIT $3
+
+-- name: forget_history
+-- Delete the spans of $1 seconds that began before $2.
+DELETE FROM history WHERE step_s = $1 AND at < to_timestamp($2::float8)
+
+-- name: past_calls
+-- The last $3 calls of pool $1 that were handed in within the last $2 seconds, the newest first.
+SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) AS upstream_ms,
+    coalesce(input_tokens, 0) AS input_tokens,
+    coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0) AS output_tokens,
+    coalesce(images, 0) AS images
+FROM audit
+WHERE pool = $1 AND created_at >= now() - $2 * interval '1 second'
+    AND submitted_at >= now() - $2 * interval '1 second' AND admitted_at IS NOT NULL
+ORDER BY submitted_at DESC LIMIT $3
+
+-- name: depth_of_queues
 -- The jobs that are ready in up to $1 queues, up to $2 of each, and when the oldest was handed in.
 WITH RECURSIVE queues AS (
     (SELECT pool || '/' || lane || '/' || tenant_id AS queue, pool, lane, tenant_id, 1 AS place
@@ -28,7 +59,7 @@ FROM queues CROSS JOIN LATERAL (
     ) AS counted
 ) AS found
 
--- name: standing_jobs
+-- name: depth_of_jobs
 -- Jobs that wait for a retry, that workers have, that run or are dead, up to $1 of each; and more.
 SELECT
     (SELECT count(*) FROM (SELECT 1 FROM requests

@@ -1,50 +1,7 @@
--- Every statement of the store. Many rows travel as one JSON array in $1, so that a group commit
--- is one statement whatever its size. Every write to a job is fenced by its claim.
-
--- name: add_files
--- Insert the files of requests written in the same transaction.
-INSERT INTO files (id, request_id, tenant_id, role, position, name, mime_type, size_bytes, blob_key)
-SELECT id, request_id, tenant_id, role, position, name, mime_type, size_bytes, blob_key
-FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, role text,
-    position integer, name text, mime_type text, size_bytes bigint, blob_key text)
-ON CONFLICT (id) DO NOTHING
-
--- name: get_request
--- One request of a tenant.
-SELECT id, tenant_id, source, status, kind, classified_by, classified_reason, model, used_model,
-    priority, attempts, created_at, admitted_at, finished_at, not_before, deadline_at, queue_ms,
-    upstream_ms, first_byte_ms, result, input_tokens, output_tokens, thoughts_tokens, cached_tokens,
-    total_tokens, finish_reason, failure, version, webhook_url, endpoint
-FROM requests WHERE id = $1 AND tenant_id = $2
-
--- name: get_place
--- The place of queued request $1 in its queue, counted up to 10,000.
-SELECT 1 + (
-    SELECT count(*) FROM (
-        (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
-            AND q.lane = r.lane AND q.priority > r.priority
-            ORDER BY q.priority LIMIT 10000)
-        UNION ALL
-        (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
-            AND q.lane = r.lane AND q.priority = r.priority
-            AND (q.created_at, q.id) < (r.created_at, r.id)
-            ORDER BY q.created_at, q.id LIMIT 10000)
-        LIMIT 10000
-    ) AS before
-) AS place
-FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
-
--- name: get_request_files
--- All files of one request in their order, uploads first.
-SELECT * FROM files WHERE request_id = $1 ORDER BY role, position
-
--- name: get_file
--- One file by its public id, for its owner only.
-SELECT * FROM files WHERE id = $1 AND tenant_id = $2
-
--- name: get_versions
--- The versions of many requests: the one query that all long polls of a process share.
-SELECT id, version FROM requests WHERE id = ANY($1::uuid[])
+-- Ready jobs, claims, and the jobs of silent workers. What finds and claims ready jobs is bounded from
+-- below, so that none walks past the entries of jobs that have left the queue long ago. Each condition
+-- is written as its index has it, word for word, and otherwise where a job is looked up by its id: the
+-- planner takes a partial index, however many dead entries it has, for an empty one.
 
 -- name: beat
 -- Say that this worker is alive.
@@ -115,78 +72,6 @@ SELECT $2, now(), id, tenant_id, pool, kind,
     $4, $5, $6, $7, 'running', $8, queue_ms
 FROM begun
 
--- name: add_attempts
--- Insert attempts that have ended.
-INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
-    instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
-    upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
-    finish_reason, model_version, response_id, failure, first_byte_ms)
-SELECT id, coalesce(created_at, now()), request_id, tenant_id, pool, kind, number, claim,
-    instance_id, model, fence_epoch, fence_sequence, outcome, admitted_at, finished_at, queue_ms,
-    upstream_ms, input_tokens, output_tokens, thoughts_tokens, cached_tokens, total_tokens,
-    finish_reason, model_version, response_id, failure, first_byte_ms
-FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, request_id uuid,
-    tenant_id text, pool text, kind text, number integer, claim bigint, instance_id text,
-    model text, fence_epoch bigint, fence_sequence bigint, outcome text, admitted_at timestamptz,
-    finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
-    input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
-    total_tokens bigint, finish_reason text, model_version text, response_id text, failure jsonb,
-    first_byte_ms double precision)
-
--- name: end_requests
--- Bring claimed jobs to their end state with all that is known of them.
-UPDATE requests r SET
-    status = row.status,
-    finished_at = row.finished_at,
-    admitted_at = coalesce(row.admitted_at, r.admitted_at),
-    queue_ms = coalesce(row.queue_ms, r.queue_ms),
-    upstream_ms = row.upstream_ms,
-    first_byte_ms = row.first_byte_ms,
-    used_model = coalesce(row.model, r.used_model),
-    result = row.result,
-    input_tokens = row.input_tokens,
-    output_tokens = row.output_tokens,
-    thoughts_tokens = row.thoughts_tokens,
-    cached_tokens = row.cached_tokens,
-    total_tokens = row.total_tokens,
-    finish_reason = row.finish_reason,
-    failure = row.failure,
-    claimed_by = NULL,
-    not_before = NULL,
-    version = r.version + 1
-FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text,
-    finished_at timestamptz, admitted_at timestamptz, queue_ms double precision,
-    upstream_ms double precision, model text, result text, input_tokens bigint,
-    output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
-    finish_reason text, failure jsonb, first_byte_ms double precision)
-WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
-RETURNING r.*
-
--- name: retry_requests
--- Put claimed jobs back into the queue, not before a given time; `uncounted` attempts are given again.
-UPDATE requests r SET
-    status = 'queued',
-    attempts = r.attempts - CASE WHEN r.status = 'running' THEN coalesce(row.uncounted, 0) ELSE 0 END,
-    claim = r.claim + 1,
-    claimed_by = NULL,
-    not_before = row.not_before,
-    failure = row.failure,
-    upstream_ms = row.upstream_ms,
-    first_byte_ms = row.first_byte_ms,
-    version = r.version + 1
-FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, not_before timestamptz,
-    failure jsonb, upstream_ms double precision, first_byte_ms double precision, uncounted integer)
-WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
-RETURNING r.*
-
--- name: already_written
--- Which of these writes were committed before, by a try whose reply was lost.
-SELECT r.id
-FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text)
-JOIN requests r ON r.id = row.id
-WHERE (r.claim = row.claim AND r.status = row.status AND row.status <> 'queued')
-    OR (r.claim = row.claim + 1 AND row.status = 'queued' AND r.status = 'queued')
-
 -- name: end_attempts
 -- Record how attempts ended.
 UPDATE attempts a SET
@@ -210,14 +95,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, outcom
     first_byte_ms double precision)
 WHERE a.id = row.id AND a.created_at = row.created_at
 
--- name: add_bodies
--- Append the bodies of audit rows: inline as base64, or the key of a blob.
-INSERT INTO bodies (id, role, tenant_id, pool, encoding, size_bytes, data, blob_key)
-SELECT id, role, tenant_id, pool, encoding, size_bytes, decode(data, 'base64'), blob_key
-FROM json_to_recordset($1::json) AS row (id uuid, role text, tenant_id text, pool text,
-    encoding text, size_bytes bigint, data text, blob_key text)
-
--- name: hand_back
+-- name: release_claims
 -- Release claims, as a worker that stops does, or for `wait_ms`; not counted as lapses.
 UPDATE requests r SET status = 'queued', claim = r.claim + 1, claimed_by = NULL,
     not_before = now() + row.wait_ms * interval '1 millisecond',
@@ -314,43 +192,118 @@ WHERE id IN (
 )
 RETURNING *
 
--- name: requeue_dead
--- A person's decision: a dead job gets a fresh start.
-UPDATE requests SET status = 'queued', lapses = 0, claim = claim + 1, claimed_by = NULL,
-    failure = NULL, finished_at = NULL, not_before = NULL, cancel_asked_at = NULL,
-    version = version + 1
-WHERE id = $1 AND status = 'dead'
-RETURNING pool
+-- name: cancel_returned
+-- End up to 500 jobs that came back into the queue after their end was asked for.
+UPDATE requests SET status = 'cancelled', claim = claim + 1, claimed_by = NULL, not_before = NULL,
+    finished_at = now(), failure = $1::jsonb, version = version + 1
+WHERE id IN (
+    SELECT id FROM requests
+    WHERE coalesce(status IN ('queued', 'running') AND cancel_asked_at IS NOT NULL, false)
+        AND coalesce(status = 'queued', false)
+    LIMIT 500 FOR UPDATE SKIP LOCKED
+)
+RETURNING *
 
--- name: notify
--- Wake listeners; sent apart from the change itself, since NOTIFY takes an instance-wide lock.
-SELECT pg_notify(channel, payload)
-FROM json_to_recordset($1::json) AS row (channel text, payload text)
+-- name: ripen
+-- Let retries take their place among the ready whose time has come in the last $1 seconds.
+UPDATE requests SET not_before = NULL, version = version + 1
+WHERE id IN (
+    SELECT id FROM requests WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false)
+        AND not_before <= now() AND not_before > now() - $1 * interval '1 second'
+    ORDER BY not_before LIMIT 500 FOR UPDATE SKIP LOCKED
+)
 
--- name: prune_candidates
--- Ended requests older than $1, oldest first, at most $2, of all tenants but $3.
-SELECT id FROM requests WHERE status NOT IN ('queued', 'running') AND finished_at < $1
-    AND NOT (tenant_id = ANY($3::text[]))
-ORDER BY finished_at LIMIT $2
+-- name: bring_back
+-- Let jobs that were put off take their place among the ready; none that was claimed since.
+UPDATE requests r SET not_before = NULL, version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint)
+WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued' AND r.claimed_by IS NULL
+    AND r.not_before IS NOT NULL
+RETURNING r.pool
 
--- name: blobs_of_requests
--- The blobs of the files of many requests.
-SELECT blob_key FROM files WHERE request_id = ANY($1::uuid[])
+-- name: came
+-- What became ready in pool $1, lane $2 in the transactions [$3, $4) and $5; whether `ripen` $6 has work.
+WITH found AS MATERIALIZED (
+    SELECT tenant_id, priority, created_at, id FROM requests
+    WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
+            AND ready_xid >= 0, false)
+        AND pool = $1 AND lane = $2 AND ready_xid >= $3 AND ready_xid < $4
+    UNION ALL
+    SELECT r.tenant_id, r.priority, r.created_at, r.id
+    FROM unnest($5::bigint[]) AS late (xid) CROSS JOIN LATERAL (
+        SELECT tenant_id, priority, created_at, id FROM requests
+        WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
+                AND ready_xid >= 0, false)
+            AND pool = $1 AND lane = $2 AND ready_xid = late.xid
+        OFFSET 0
+    ) AS r
+), ranked AS (
+    SELECT found.*, row_number() OVER w AS place,
+        count(*) OVER (PARTITION BY tenant_id, priority) AS jobs
+    FROM found WINDOW w AS (PARTITION BY tenant_id, priority ORDER BY created_at, id)
+), queues AS (
+    SELECT tenant_id, priority, max(jobs) AS jobs, array_agg(created_at ORDER BY place) AS made_at,
+        array_agg(id ORDER BY place) AS ids
+    FROM ranked WHERE place <= 64 GROUP BY tenant_id, priority
+)
+SELECT pg_snapshot_xmax(seen.snapshot)::text::bigint AS xmax,
+    ARRAY(SELECT xid::text::bigint FROM pg_snapshot_xip(seen.snapshot) AS xid) AS under_way,
+    EXISTS (
+        SELECT 1 FROM requests WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false)
+            AND not_before <= now() AND not_before > now() - $6 * interval '1 second'
+    ) AS is_ripening, queues.*
+FROM (SELECT pg_current_snapshot() AS snapshot) AS seen LEFT JOIN queues ON true
 
--- name: delete_requests
--- Delete ended requests with their files.
-DELETE FROM requests WHERE id = ANY($1::uuid[]) AND status NOT IN ('queued', 'running')
-
--- name: forget_workers
--- Forget workers that have long been gone and hold nothing.
-DELETE FROM workers w WHERE seen_at < $1 AND NOT EXISTS (
-    SELECT 1 FROM requests r
-    WHERE coalesce(r.status IN ('queued', 'running') AND r.claimed_by IS NOT NULL, false)
-        AND r.claimed_by = w.instance_id)
-
--- name: blobs_in_use
--- Which of these blobs are still referred to.
-SELECT blob_key FROM files WHERE blob_key = ANY($1::text[]) UNION ALL
-SELECT blob_key FROM bodies WHERE blob_key = ANY($1::text[]) UNION ALL
-SELECT blob_key FROM batch_files WHERE blob_key = ANY($1::text[]) UNION ALL
-SELECT input_blob FROM batches WHERE input_blob = ANY($1::text[]) AND status = 'validating'
+-- name: claim
+-- Claim up to $3 ready jobs of pool $1, lane $2 for $4 from the queues $5, tenants in turn.
+WITH queues AS MATERIALIZED (
+    SELECT n, tenant_id, priority, since, early FROM json_to_recordset($5::json)
+        AS row (n integer, tenant_id text, priority integer, since timestamptz, early uuid[])
+), candidates AS MATERIALIZED (
+    SELECT head.*, row_number() OVER (PARTITION BY n ORDER BY priority DESC, created_at, id) AS turn
+    FROM (
+        SELECT queues.n, queues.priority, r.created_at, r.id, false AS is_early
+        FROM queues CROSS JOIN LATERAL (
+            SELECT created_at, id FROM requests
+            WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+                AND pool || '/' || lane || '/' || tenant_id = $1 || '/' || $2 || '/' || queues.tenant_id
+                AND priority = queues.priority AND created_at >= queues.since
+            ORDER BY created_at, id LIMIT $3
+        ) AS r
+        UNION ALL
+        SELECT queues.n, queues.priority, r.created_at, r.id, true
+        FROM queues CROSS JOIN unnest(queues.early) AS named (id) CROSS JOIN LATERAL (
+            SELECT created_at, id FROM requests
+            WHERE id = named.id AND pool = $1 AND lane = $2
+                AND coalesce(not_before IS NULL AND claimed_by IS NULL AND status = 'queued', false)
+            OFFSET 0
+        ) AS r
+        WHERE queues.since IS NULL OR r.created_at < queues.since
+    ) AS head
+), picked AS MATERIALIZED (
+    SELECT r.id, c.n, c.turn
+    FROM (SELECT id, n, turn FROM candidates ORDER BY turn, n) AS c CROSS JOIN LATERAL (
+        SELECT id FROM requests
+        WHERE id = c.id
+            AND coalesce(not_before IS NULL AND claimed_by IS NULL AND status = 'queued', false)
+        FOR UPDATE SKIP LOCKED
+    ) AS r
+    LIMIT $3
+), claimed AS (
+    UPDATE requests r SET claim = r.claim + 1, claimed_by = $4
+    FROM picked WHERE r.id = picked.id
+    RETURNING r.*, picked.n, picked.turn
+), looked_at AS (
+    SELECT c.n, c.priority, count(*) FILTER (WHERE NOT c.is_early) AS scanned,
+        max(c.created_at) FILTER (WHERE NOT c.is_early) AS last,
+        min(c.created_at) FILTER (WHERE NOT c.is_early AND claimed.id IS NULL) AS first_left,
+        array_agg(c.id) FILTER (WHERE c.is_early AND claimed.id IS NULL) AS early_left
+    FROM candidates c LEFT JOIN claimed ON claimed.id = c.id GROUP BY c.n, c.priority
+)
+SELECT claimed.*, EXISTS (
+        SELECT 1 FROM files f WHERE f.request_id = claimed.id AND f.role = 'input'
+    ) AS has_files, queues.n AS of_n, queues.priority AS of_priority, looked_at.early_left,
+    coalesce(first_left, CASE WHEN scanned >= $3 THEN last END) AS since_now
+FROM queues LEFT JOIN looked_at USING (n, priority)
+    LEFT JOIN claimed ON claimed.n = queues.n AND claimed.priority = queues.priority
+ORDER BY claimed.turn, claimed.n

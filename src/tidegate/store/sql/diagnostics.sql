@@ -1,4 +1,4 @@
--- Statements that look for what is wrong with a database, and change nothing: see checkup.py.
+-- A check-up of a database, which changes nothing; and the rows of a trial.
 
 -- name: look_at_server
 -- What the server says of itself and of our place in it.
@@ -38,3 +38,35 @@ SELECT c.relname AS name, pg_total_relation_size(c.oid) AS size_bytes,
 FROM pg_class c
 WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r'
 ORDER BY 2 DESC
+
+-- name: recorded_of
+-- How many rows of the audit each of the requests $1 has.
+SELECT request_id, count(*) AS records FROM audit WHERE request_id = ANY($1::uuid[])
+GROUP BY request_id
+
+-- name: cut_short
+-- How many attempts at each of the requests $1 each process cut short, answered or not.
+SELECT request_id, instance_id, count(*) AS attempts FROM attempts
+WHERE request_id = ANY($1::uuid[]) AND outcome = 'ambiguous' GROUP BY request_id, instance_id
+
+-- name: audit_of
+-- The rows of the audit of the requests $1.
+SELECT id FROM audit WHERE request_id = ANY($1::uuid[])
+
+-- name: drop_usage_of
+-- Forget what tenant $1 used.
+DELETE FROM usage_days WHERE tenant_id = $1
+
+-- name: drop_queued_of
+-- Forget how much tenant $1 had queued.
+DELETE FROM queued WHERE tenant_id = $1
+
+-- name: drop_workers
+-- Forget that the workers $1 were ever alive.
+DELETE FROM workers WHERE instance_id = ANY($1::text[])
+
+-- name: settle_restored
+-- Queued jobs of a restored record: as if they had been ready since ever.
+-- A new server counts its transactions from the beginning: they would look as if they were to come
+-- in the far future, and be read again at every look.
+UPDATE requests SET ready_xid = 0 WHERE status = 'queued'

@@ -1,5 +1,5 @@
 -- Idempotency keys of native calls: who is answering, and what was answered; and of batches, whose
--- request is the batch. See native_keys.py.
+-- request is the batch.
 
 -- name: take_native_key
 -- Take key $2 of tenant $1 for request $4: a new one, one a day old, or one that has lapsed.
@@ -56,7 +56,3 @@ FROM unnest($1::text[], $2::text[], $3::uuid[]) AS mine(tenant_id, idempotency_k
 WHERE known.tenant_id = mine.tenant_id AND known.idempotency_key = mine.idempotency_key
     AND known.request_id = mine.request_id AND known.ended_at IS NULL
 RETURNING known.request_id
-
--- name: forget_native_keys
--- Forget keys that nobody can use any more.
-DELETE FROM native_keys WHERE created_at < now() - interval '24 hours'

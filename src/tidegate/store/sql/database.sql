@@ -1,0 +1,40 @@
+-- Partitions. {table} and {partition} are names of ours, never text of a caller.
+
+-- name: lock_partitions
+-- Wait for others who make or drop partitions.
+SELECT pg_advisory_xact_lock($1)
+
+-- name: missing_partitions
+-- Which of these tables there are not.
+SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass(name) IS NULL
+
+-- name: create_partition
+-- A table for one day, not attached yet.
+CREATE TABLE {partition} (LIKE {table} INCLUDING ALL) {settings}
+
+-- name: fill_partition
+-- Move the rows of [$1, $2) out of the default partition.
+WITH moved AS (
+    DELETE FROM {table}_default WHERE created_at >= $1 AND created_at < $2 RETURNING *
+)
+INSERT INTO {partition} SELECT * FROM moved
+
+-- name: attach_partition
+-- Make the table a partition.
+ALTER TABLE {table} ATTACH PARTITION {partition} FOR VALUES FROM ('{start}') TO ('{end}')
+
+-- name: list_partitions
+-- The partitions of these tables.
+SELECT parent.relname AS parent, child.relname AS child
+FROM pg_inherits
+JOIN pg_class parent ON parent.oid = inhparent
+JOIN pg_class child ON child.oid = inhrelid
+WHERE parent.oid = ANY($1::regclass[])
+
+-- name: detach_partition
+-- Take a partition out of its table.
+ALTER TABLE {table} DETACH PARTITION {partition}
+
+-- name: drop_partition
+-- Delete a detached partition.
+DROP TABLE {partition}

@@ -1,0 +1,278 @@
+-- Requests on record: one, a tenant's own, all of an operator, their bodies, what is stuck.
+--
+-- Lists of a tenant: jobs and streams are in `requests`, native calls in `audit`; each side gives as
+-- many as are looked at, and both are merged. Searches are in the order of ids, which begin with the
+-- time and are primary keys: `audit` has a row of its own for each job and stream that has ended,
+-- which is looked at on the way, and left out.
+
+-- name: get_request
+-- One request of a tenant.
+SELECT id, tenant_id, source, status, kind, classified_by, classified_reason, model, used_model,
+    priority, attempts, created_at, admitted_at, finished_at, not_before, deadline_at, queue_ms,
+    upstream_ms, first_byte_ms, result, input_tokens, output_tokens, thoughts_tokens, cached_tokens,
+    total_tokens, finish_reason, failure, version, webhook_url, endpoint
+FROM requests WHERE id = $1 AND tenant_id = $2
+
+-- name: get_place
+-- The place of queued request $1 in its queue, counted up to 10,000.
+SELECT 1 + (
+    SELECT count(*) FROM (
+        (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
+            AND q.lane = r.lane AND q.priority > r.priority
+            ORDER BY q.priority LIMIT 10000)
+        UNION ALL
+        (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
+            AND q.lane = r.lane AND q.priority = r.priority
+            AND (q.created_at, q.id) < (r.created_at, r.id)
+            ORDER BY q.created_at, q.id LIMIT 10000)
+        LIMIT 10000
+    ) AS before
+) AS place
+FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
+
+-- name: get_request_files
+-- All files of one request in their order, uploads first.
+SELECT * FROM files WHERE request_id = $1 ORDER BY role, position
+
+-- name: get_file
+-- One file by its public id, for its owner only.
+SELECT * FROM files WHERE id = $1 AND tenant_id = $2
+
+-- name: requeue_dead
+-- A person's decision: a dead job gets a fresh start.
+UPDATE requests SET status = 'queued', lapses = 0, claim = claim + 1, claimed_by = NULL,
+    failure = NULL, finished_at = NULL, not_before = NULL, cancel_asked_at = NULL,
+    version = version + 1
+WHERE id = $1 AND status = 'dead'
+RETURNING pool
+
+-- name: detail_request
+-- Request $1, a job or a stream that has ended.
+SELECT * FROM requests WHERE id = $1
+
+-- name: detail_audit
+-- How request $1 ended, the last time; of a native call or a line of a batch all that there is.
+SELECT * FROM audit WHERE request_id = $1 ORDER BY created_at DESC LIMIT 1
+
+-- name: detail_line
+-- Line $1 of a batch, while a worker has it.
+SELECT l.id, l.tenant_id, l.state, l.attempts, l.lapses, l.claimed_by, l.body, l.batch_id,
+    b.endpoint, b.key_id, b.expires_at
+FROM batch_lines l JOIN batches b ON b.id = l.batch_id
+WHERE l.state IN ('claimed', 'calling') AND l.id = $1
+
+-- name: detail_attempts
+-- The last 100 attempts of request $1, the latest first.
+SELECT * FROM attempts WHERE request_id = $1 ORDER BY created_at DESC, number DESC LIMIT 100
+
+-- name: detail_webhooks
+-- The last 20 webhooks of request $1, the latest first.
+SELECT id, event, url, state, tries, due_at, answer_status, problem, created_at, ended_at
+FROM webhooks WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 20
+
+-- name: detail_bodies
+-- Which bodies there are with audit row $1 of the time $2.
+SELECT role, size_bytes, content_type, omitted_bytes FROM bodies
+WHERE id = $1 AND created_at = $2
+
+-- name: detail_body
+-- The body in the role $2 of request $1, as it ended the last time.
+SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key, bodies.content_type,
+    bodies.omitted_bytes
+FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
+WHERE audit.request_id = $1 AND bodies.role = $2
+ORDER BY audit.created_at DESC LIMIT 1
+
+-- name: detail_file
+-- File $1 of request $2.
+SELECT * FROM files WHERE id = $1 AND request_id = $2
+
+-- name: list_requests
+-- Requests of tenant $1 in [$2, $3) before ($4, $5), newest first: $10 that match of $11 looked at.
+SELECT * FROM (
+    (SELECT id, source, status, kind, coalesce(used_model, model) AS model, priority, attempts,
+        created_at, admitted_at, finished_at, queue_ms, upstream_ms, total_tokens,
+        failure ->> 'code' AS failure_code
+    FROM requests
+    WHERE tenant_id = $1 AND created_at >= $2 AND created_at < $3
+        AND (created_at, id) < ($4, $5::uuid)
+    ORDER BY created_at DESC, id DESC
+    LIMIT $11)
+    UNION ALL
+    (SELECT id, source, status, kind, model, priority, attempts,
+        created_at, admitted_at, finished_at, queue_ms, upstream_ms, total_tokens,
+        failure ->> 'code' AS failure_code
+    FROM audit
+    WHERE source = 'relay' AND tenant_id = $1 AND created_at >= $2 AND created_at < $3
+        AND (created_at, id) < ($4, $5::uuid)
+    ORDER BY created_at DESC, id DESC
+    LIMIT $11)
+    ORDER BY created_at DESC, id DESC
+    LIMIT $11
+) AS looked_at
+WHERE ($6::text IS NULL OR status = $6) AND ($7::text IS NULL OR kind = $7)
+    AND ($8::text IS NULL OR model = $8) AND ($9::text IS NULL OR source = $9)
+ORDER BY created_at DESC, id DESC
+LIMIT $10
+
+-- name: list_reach
+-- The last of the $6 requests that `list_requests` looks at, where there are that many.
+SELECT created_at, id FROM (
+    (SELECT created_at, id FROM requests
+    WHERE tenant_id = $1 AND created_at >= $2 AND created_at < $3
+        AND (created_at, id) < ($4, $5::uuid)
+    ORDER BY created_at DESC, id DESC
+    LIMIT $6)
+    UNION ALL
+    (SELECT created_at, id FROM audit
+    WHERE source = 'relay' AND tenant_id = $1 AND created_at >= $2 AND created_at < $3
+        AND (created_at, id) < ($4, $5::uuid)
+    ORDER BY created_at DESC, id DESC
+    LIMIT $6)
+) AS looked_at
+ORDER BY created_at DESC, id DESC
+OFFSET $6 - 1 LIMIT 1
+
+-- name: get_body
+-- The body in the role $3 of a request of tenant $2 that has ended.
+SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key, bodies.content_type,
+    bodies.omitted_bytes
+FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
+WHERE audit.request_id = $1 AND audit.tenant_id = $2 AND audit.source <> 'batch'
+    AND bodies.tenant_id = $2 AND bodies.role = $3
+ORDER BY audit.created_at DESC LIMIT 1
+
+-- name: get_charged
+-- What request $1 of tenant $2 cost, and the details of its usage; it ended between $3 and $4, which tell the partitions.
+SELECT cost_micros, usage_details FROM audit
+WHERE request_id = $1 AND tenant_id = $2 AND created_at >= $3 AND created_at < $4
+ORDER BY created_at DESC LIMIT 1
+
+-- name: get_relayed
+-- The record of one native call of a tenant.
+SELECT * FROM audit WHERE request_id = $1 AND tenant_id = $2 AND source = 'relay' LIMIT 1
+
+-- name: count_requeues
+-- By error code: jobs of the states $1 that ended in [$2, $3), of tenant $4 and code $5 where given; up to $6.
+SELECT coalesce(code, '') AS code, count(*) AS jobs FROM (
+    SELECT failure ->> 'code' AS code FROM requests
+    WHERE status NOT IN ('queued', 'running') AND status = ANY($1::text[]) AND source = 'job'
+        AND finished_at >= $2 AND finished_at < $3 AND ($4::text IS NULL OR tenant_id = $4)
+        AND ($5::text IS NULL OR failure ->> 'code' = $5)
+    ORDER BY finished_at LIMIT $6
+) AS matching GROUP BY 1 ORDER BY 2 DESC, 1
+
+-- name: requeue_ended
+-- Queue up to $6 such jobs again, those that ended first: as when they were new, but for their place.
+UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, claim = claim + 1,
+    claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
+    cancel_asked_at = NULL, queue_ms = NULL, upstream_ms = NULL, first_byte_ms = NULL,
+    deadline_at = now() + (deadline_at - created_at), version = version + 1
+WHERE id IN (
+    SELECT id FROM requests
+    WHERE status NOT IN ('queued', 'running') AND status = ANY($1::text[]) AND source = 'job'
+        AND finished_at >= $2 AND finished_at < $3 AND ($4::text IS NULL OR tenant_id = $4)
+        AND ($5::text IS NULL OR failure ->> 'code' = $5)
+    ORDER BY finished_at LIMIT $6 FOR UPDATE SKIP LOCKED
+)
+RETURNING id, pool
+
+-- name: get_whereabouts
+-- Where request $1 stands, whoever owns it.
+SELECT id, tenant_id, pool, status, kind, coalesce(used_model, model) AS model, claimed_by,
+    attempts, created_at, not_before, admitted_at, finished_at, failure
+FROM requests WHERE id = $1
+
+-- name: running_calls
+-- The jobs of pool $1 that hold a permit: whose it is, by process and sequence of its fence.
+SELECT r.id, a.instance_id, a.fence_sequence, r.admitted_at
+FROM requests r JOIN attempts a ON a.id = r.attempt_id AND a.created_at = r.attempt_at
+WHERE r.claimed_by IS NOT NULL AND r.status = 'running' AND r.pool = $1
+LIMIT 5000
+
+-- name: search_requests
+-- Requests with ids in [$1, $2), newest first: $3 that match the rest of $4 looked at.
+SELECT id, tenant_id, pool, source, status, kind, model, priority, attempts, created_at,
+    admitted_at, finished_at, queue_ms, upstream_ms, total_tokens, failure_code, subject, endpoint
+FROM (
+    (SELECT id, tenant_id, pool, source, status, kind, coalesce(used_model, model) AS model,
+        priority, attempts, created_at, admitted_at, finished_at, queue_ms, upstream_ms,
+        total_tokens, failure ->> 'code' AS failure_code, subject, endpoint
+    FROM requests
+    WHERE id >= $1 AND id < $2
+    ORDER BY id DESC
+    LIMIT $4)
+    UNION ALL
+    (SELECT id, tenant_id, pool,
+        CASE WHEN source IN ('relay', 'batch') THEN source END, status, kind, model,
+        priority, attempts, CASE WHEN source = 'batch' THEN to_timestamp(
+            ('x0000' || translate(left(id::text, 13), '-', ''))::bit(64)::bigint / 1000.0)
+            ELSE submitted_at END,
+        admitted_at, finished_at, queue_ms, upstream_ms,
+        total_tokens, failure ->> 'code', subject, endpoint
+    FROM audit
+    WHERE id >= $1 AND id < $2
+    ORDER BY id DESC
+    LIMIT $4)
+    UNION ALL
+    (SELECT l.id, l.tenant_id, '', 'batch',
+        CASE l.state WHEN 'calling' THEN 'running' ELSE 'queued' END, NULL, NULL, -100,
+        l.attempts, to_timestamp(
+            ('x0000' || translate(left(l.id::text, 13), '-', ''))::bit(64)::bigint / 1000.0),
+        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint
+    FROM batch_lines l JOIN batches b ON b.id = l.batch_id
+    WHERE l.state IN ('claimed', 'calling') AND l.id >= $1 AND l.id < $2
+    ORDER BY l.id DESC
+    LIMIT $4)
+    ORDER BY id DESC
+    LIMIT $4
+) AS looked_at
+WHERE source IS NOT NULL
+    AND ($5::text[] IS NULL OR status = ANY($5)) AND ($6::text IS NULL OR tenant_id = $6)
+    AND ($7::text IS NULL OR model = $7) AND ($8::text IS NULL OR kind = $8)
+    AND ($9::text IS NULL OR source = $9) AND ($10::text IS NULL OR failure_code = $10)
+    AND ($11::text IS NULL OR subject = $11)
+    AND created_at >= $12 AND created_at < $13
+ORDER BY id DESC
+LIMIT $3
+
+-- name: search_reach
+-- The last of the $3 that `search_requests` looks at, where there are that many.
+SELECT id FROM (
+    (SELECT id FROM requests WHERE id >= $1 AND id < $2 ORDER BY id DESC LIMIT $3)
+    UNION ALL
+    (SELECT id FROM audit WHERE id >= $1 AND id < $2 ORDER BY id DESC LIMIT $3)
+    UNION ALL
+    (SELECT id FROM batch_lines
+    WHERE state IN ('claimed', 'calling') AND id >= $1 AND id < $2
+    ORDER BY id DESC LIMIT $3)
+) AS looked_at
+ORDER BY id DESC
+OFFSET $3 - 1 LIMIT 1
+
+-- name: count_stuck
+-- How many dead jobs and how many webhooks that were given up there are, up to $1 of each.
+SELECT
+    (SELECT count(*) FROM (SELECT FROM requests
+        WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT $1) AS one) AS jobs,
+    (SELECT count(*) FROM (SELECT FROM webhooks
+        WHERE coalesce(state = 'given_up', false) ORDER BY ended_at LIMIT $1) AS one) AS webhooks
+
+-- name: list_dead
+-- The $1 jobs that died last.
+SELECT id, tenant_id, pool, kind, coalesce(used_model, model) AS model, attempts, lapses,
+    created_at, finished_at, failure ->> 'message' AS problem
+FROM requests WHERE coalesce(status = 'dead', false)
+ORDER BY finished_at DESC LIMIT $1
+
+-- name: discard_dead
+-- A person's decision: a dead job is not to be made any more.
+UPDATE requests SET status = 'cancelled', claim = claim + 1, version = version + 1
+WHERE id = $1 AND status = 'dead'
+RETURNING id
+
+-- name: list_given_up
+-- The $1 webhooks that were given up last.
+SELECT id, request_id, tenant_id, event, url, tries, answer_status, problem, ended_at
+FROM webhooks WHERE coalesce(state = 'given_up', false)
+ORDER BY ended_at DESC LIMIT $1
