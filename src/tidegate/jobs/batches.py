@@ -135,7 +135,7 @@ class LineCaller:
             if not (free := self._held.may_claim(free)):
                 await asyncio.sleep(_OUT_S)
                 continue
-            mark = self._store.watch.work_mark(BATCHES)
+            mark = self._store.notifications.work_mark(BATCHES)
             most = look.at(free)
             try:
                 claimed = await self._store.batch_lines.claim(most, MOST_BYTES)
@@ -155,7 +155,7 @@ class LineCaller:
             if rest_s:
                 await asyncio.sleep(rest_s)
             elif is_last:
-                await self._store.watch.wait_work(_IDLE_MS, mark, BATCHES)
+                await self._store.notifications.wait_work(_IDLE_MS, mark, BATCHES)
 
     async def _without_held(self, claimed: list[Line], put_off: int) -> int:
         """Return lines to the queue that nothing can be called for; how many."""
@@ -624,8 +624,8 @@ class BatchRunner:
                     continue
                 finally:
                     await self._store.batches.free(batch)
-            mark = self._store.watch.work_mark(BATCHES)
-            await self._store.watch.wait_work(round(_LOOK_EVERY_S * 1000), mark, BATCHES)
+            mark = self._store.notifications.work_mark(BATCHES)
+            await self._store.notifications.wait_work(round(_LOOK_EVERY_S * 1000), mark, BATCHES)
 
     async def _forget_input(self, batch: Batch) -> None:
         """Delete the bytes of a file whose owner deleted it while the batch had yet to read it."""

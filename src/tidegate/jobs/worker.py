@@ -109,7 +109,7 @@ class Feeder:
             if not (free := self._held.may_claim(free)):
                 await self._unless_closed(asyncio.sleep(_OUT_WAIT_S))
                 continue
-            mark = self._store.watch.work_mark(self._lane)
+            mark = self._store.notifications.work_mark(self._lane)
             most = self._look.at(free)
             try:
                 claimed = await self._store.queue.claim(
@@ -132,7 +132,7 @@ class Feeder:
                 await self._unless_closed(asyncio.sleep(rest_s))
             elif is_last:
                 await self._unless_closed(
-                    self._store.watch.wait_work(_IDLE_WAIT_MS, mark, self._lane)
+                    self._store.notifications.wait_work(_IDLE_WAIT_MS, mark, self._lane)
                 )
 
     async def _without_held(self, claimed: list[ClaimedJob]) -> int:
@@ -432,7 +432,7 @@ class Worker:
     async def _heed_cancels(self) -> None:
         """Give up, at the latest after a second, what its owners do not want any more."""
         while True:
-            heard = await self._store.jobs.wait_cancels(_CANCELS_EVERY_MS)
+            heard = await self._store.notifications.wait_cancels(_CANCELS_EVERY_MS)
             mine = {job.request_id for job in self._tasks().values()}
             if mine:
                 await self._store_tolerant(partial(self._heed, heard & mine))

@@ -32,7 +32,7 @@ from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.idempotency import KEY_OPS, settle_keys
-from tidegate.store.notifications import Bell
+from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import add_webhooks
 from tidegate.store.records import (
     AttemptResult,
@@ -473,7 +473,7 @@ class Recorder:
     def __init__(
         self,
         connections: Connections,
-        bell: Bell,
+        notifications: Notifications,
         spill: Spill,
         *,
         blobs: Blobs,
@@ -485,7 +485,7 @@ class Recorder:
         self._connections = connections
         self._blobs = blobs
         self._spending = spending
-        self._bell = bell
+        self._notifications = notifications
         self._spill = spill
         self._instance_id = instance_id
         self._when_full = when_full
@@ -650,8 +650,8 @@ class Recorder:
         gone, (written, changed, pools) = await self._connections.run(work)
         written |= {str(entry["row"]["id"]) for entry in gone if entry["op"] not in KEY_OPS}
         self._spending.written(written)
-        self._bell.changed(changed)
-        self._bell.work(pools)
+        self._notifications.changed(changed)
+        self._notifications.work(pools)
         lost = [
             entry
             for entry in entries

@@ -24,7 +24,7 @@ from tidegate.store import records as rows
 from tidegate.store.audit import Prepared, RelayLog, RelayRecord
 from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import Given, end_key, known_key, take_key
-from tidegate.store.notifications import BATCHES, Bell
+from tidegate.store.notifications import BATCHES, Notifications
 from tidegate.store.queue import Lookback
 from tidegate.store.records import Failure, Idempotency, Json
 from tidegate.store.states import MAX_LAPSES, Status
@@ -76,7 +76,6 @@ def _model_in(body: str) -> str | None:
 
 
 INPUT, OUTPUT = "batch", "batch_output"
-_TIMEOUT_MS = 5_000
 _BULK_TIMEOUT_MS = 30_000
 _LEAST_BYTES = 4_096  # that a file counts for: it also is a row, and a block on the disk
 _TIMES = (
@@ -129,11 +128,15 @@ class Batches:
     """Every method raises StoreUnavailable."""
 
     def __init__(
-        self, connections: Connections, bell: Bell, relayed: RelayLog, instance_id: str
+        self,
+        connections: Connections,
+        notifications: Notifications,
+        relayed: RelayLog,
+        instance_id: str,
     ) -> None:
         self._relayed = relayed
         self._connections = connections
-        self._bell = bell
+        self._notifications = notifications
         self._instance_id = instance_id
 
     # Files
@@ -153,7 +156,7 @@ class Batches:
                 await _add_file(connection, file)
             return int(kept)
 
-        kept_bytes = await self._connections.run(add, timeout_ms=_TIMEOUT_MS)
+        kept_bytes = await self._connections.run(add)
         _check_room(tenant_id, kept_bytes, file.size_bytes, most_bytes)
 
     async def check_room(self, tenant_id: str, size_bytes: int, most_bytes: int) -> None:
@@ -184,7 +187,7 @@ class Batches:
             key = await connection.fetchval(sql("delete_batch_file"), file_id, tenant_id)
             return key, bool(await connection.fetchval(sql("uses_batch_blob"), key))
 
-        key, used = await self._connections.run(delete, timeout_ms=_TIMEOUT_MS)
+        key, used = await self._connections.run(delete)
         if key is None:
             raise NotFound(f"there is no file file-{file_id.hex}")
         return None if used else key
@@ -196,7 +199,7 @@ class Batches:
             names = ("names_batch_blob", "uses_batch_blob")
             return any([await connection.fetchval(sql(name), key) for name in names])
 
-        return await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        return await self._connections.run(read)
 
     # Batches
 
@@ -228,9 +231,9 @@ class Batches:
             await connection.execute(sql("add_batch"), *given)
             return await connection.fetchrow(sql("get_batch"), batch_id, tenant_id)
 
-        added = _batch(await self._connections.run(add, timeout_ms=_TIMEOUT_MS))
+        added = _batch(await self._connections.run(add))
         if added.batch_id == batch_id:
-            self._bell.work([DEFAULT_POOL], [BATCHES])
+            self._notifications.work([DEFAULT_POOL], [BATCHES])
         return added
 
     async def earlier(self, tenant_id: str, once: Idempotency) -> Batch | None:
@@ -243,7 +246,7 @@ class Batches:
                 return None
             return await _made_before(connection, tenant_id, once, before)
 
-        row = await self._connections.run(find, timeout_ms=_TIMEOUT_MS)
+        row = await self._connections.run(find)
         return None if row is None else _batch(row)
 
     async def get(self, batch_id: UUID, tenant_id: str) -> Batch:
@@ -288,7 +291,7 @@ class Batches:
 
     async def begin(self, batch: Batch, total: int) -> None:
         await self._connections.row("begin_batch", batch.batch_id, batch.claim, total)
-        self._bell.work([DEFAULT_POOL], [BATCHES])
+        self._notifications.work([DEFAULT_POOL], [BATCHES])
 
     async def refuse(self, batch: Batch, errors: Sequence[Json]) -> None:
         said = orjson.dumps(rows.cleaned(list(errors))).decode()

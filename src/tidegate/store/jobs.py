@@ -35,7 +35,7 @@ from tidegate.store import records as rows
 from tidegate.store.audit import audit_unanswered, of_row
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
-from tidegate.store.notifications import UNSURE, Bell
+from tidegate.store.notifications import UNSURE, Notifications
 from tidegate.store.records import Earlier, Failure, FileRecord, NewJob
 from tidegate.store.requests import RequestDetail
 from tidegate.store.states import Status
@@ -54,15 +54,17 @@ class Jobs:
     raise StoreUnavailable."""
 
     def __init__(
-        self, connections: Connections, bell: Bell, observers: Observers, *, instance_id: str
+        self,
+        connections: Connections,
+        notifications: Notifications,
+        observers: Observers,
+        *,
+        instance_id: str,
     ) -> None:
         self._connections = connections
-        self._bell = bell
+        self._notifications = notifications
         self._observers = observers
         self._instance_id = instance_id
-        self._notified: set[UUID] = set()
-        self._rung = asyncio.Event()
-        bell.on_cancel = self._on_cancel
         self._writer: GroupWriter[NewJob, Earlier | None] = GroupWriter(
             self._insert, lambda job: 1_000 + len(job.prompt)
         )
@@ -123,25 +125,10 @@ class Jobs:
         if before.is_end and before is not Status.CANCELLED:
             raise AlreadyEnded(f"the request has ended: {before}")
         if before is Status.QUEUED:
-            self._bell.changed([request_id])
+            self._notifications.changed([request_id])
         if row["claimed_by"] is not None:
-            self._bell.cancel([request_id])
+            self._notifications.cancel([request_id])
         return before
-
-    async def wait_cancels(self, timeout_ms: int) -> set[UUID]:
-        """Return when a cancellation is notified, or after the time: the jobs notified of.
-
-        Only a hint, of all workers' jobs; `to_cancel` knows.
-        """
-        self._bell.hear()
-        try:
-            async with asyncio.timeout(timeout_ms / 1000):
-                await self._rung.wait()
-        except TimeoutError:
-            pass
-        self._rung.clear()
-        notified, self._notified = self._notified, set()
-        return notified
 
     async def to_cancel(self, notified: Iterable[UUID]) -> set[UUID]:
         """The jobs that this worker must end; of its waiting ones only those in `notified`.
@@ -152,10 +139,6 @@ class Jobs:
             "cancelled_of_worker", self._instance_id, list(notified)
         )
         return {rows.uuid_of(job["id"]) for job in jobs}
-
-    def _on_cancel(self, ids: Iterable[UUID]) -> None:
-        self._notified.update(ids)
-        self._rung.set()
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Outcome]:
         # Two processes that insert the same keys wait for one another: in one order, so that they
@@ -179,7 +162,7 @@ class Jobs:
             if _is_new(job, found):
                 lanes.setdefault(job.classification.kind or UNSURE, set()).add(job.pool)
         for lane, pools in lanes.items():
-            self._bell.work(pools, [lane])
+            self._notifications.work(pools, [lane])
         return [_outcome(job, found) for job in jobs]
 
 

@@ -18,7 +18,7 @@ import orjson
 from tidegate.call import new_id
 from tidegate.errors import NotFound
 from tidegate.store.database import Connections, sql
-from tidegate.store.records import WebhookRecord, record_of, uuid_of
+from tidegate.store.records import WebhookRecord, record_of
 
 WAITING = WebhookRecord("waiting")
 
@@ -47,7 +47,7 @@ class Outbox:
         """At most `limit` due webhooks, none of the tenants `but_of`; one that is not settled
         within the lease is due again."""
         rows = await self._connections.rows("claim_webhooks", limit, float(lease_ms), list(but_of))
-        return [record_of(Delivery, row, webhook_id=uuid_of(row["id"])) for row in rows]
+        return [record_of(Delivery, row) for row in rows]
 
     async def settle(
         self,
@@ -98,4 +98,4 @@ async def webhook_of(
     if row is None:
         return WAITING
     due_at = row["due_at"] if row["state"] == "pending" else None
-    return record_of(WebhookRecord, row, webhook_id=uuid_of(row["id"]), due_at=due_at)
+    return record_of(WebhookRecord, row, due_at=due_at)

@@ -32,7 +32,7 @@ from tidegate.store.audit import Recorder
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, GroupWriter, Steadiness, count_in, sql, until_quick
 from tidegate.store.jobs import CANCELLED_FAILURE
-from tidegate.store.notifications import UNSURE, Bell
+from tidegate.store.notifications import UNSURE, Notifications
 from tidegate.store.records import AttemptResult, ClaimedJob, FailedTry, Failure, Json
 from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.telemetry.events import RETRIED, Observed, Observers
@@ -286,9 +286,11 @@ class _Known:
 class ReadyQueues:
     """`lock` is held while jobs are being claimed."""
 
-    def __init__(self, connections: Connections, bell: Bell, *, instance_id: str) -> None:
+    def __init__(
+        self, connections: Connections, notifications: Notifications, *, instance_id: str
+    ) -> None:
         self._connections = connections
-        self._bell = bell
+        self._notifications = notifications
         self._instance_id = instance_id
         self.lock = asyncio.Lock()
         self._sweeping = asyncio.Lock()
@@ -361,7 +363,7 @@ class ReadyQueues:
         known.read_at = time.monotonic()
         self._settle(known, turns, found, jobs)
         if ripe:
-            self._bell.work([lane[0]])
+            self._notifications.work([lane[0]])
         return tenants, jobs
 
     async def _take(
@@ -520,7 +522,7 @@ class JobQueue:
     def __init__(
         self,
         connections: Connections,
-        bell: Bell,
+        notifications: Notifications,
         observers: Observers,
         recorder: Recorder,
         blobs: Blobs,
@@ -530,7 +532,7 @@ class JobQueue:
     ) -> None:
         self._observers = observers
         self._connections = connections
-        self._bell = bell
+        self._notifications = notifications
         self._recorder = recorder
         self._blobs = blobs
         self._instance_id = instance_id
@@ -538,7 +540,7 @@ class JobQueue:
         self._steadiness = Steadiness(lease_ms)
         self._held: dict[UUID, int] = {}
         self._doubtful = False
-        self._queues = ReadyQueues(connections, bell, instance_id=instance_id)
+        self._queues = ReadyQueues(connections, notifications, instance_id=instance_id)
         self._lapses = ExpiredClaims(lease_ms)
         self._straying = Lookback()
         self._expiring = Lookback()
@@ -575,7 +577,7 @@ class JobQueue:
     async def leave(self) -> None:
         """Report that this worker is leaving; its queued claims are free immediately."""
         freed = await self._connections.rows("leave", self._instance_id)
-        self._bell.work(row["pool"] for row in freed)
+        self._notifications.work(row["pool"] for row in freed)
         self._steadiness.missed()
         self._held.clear()
 
@@ -614,7 +616,7 @@ class JobQueue:
         )
         if done is None:
             self._lost(job)
-        self._bell.changed([job.request_id])
+        self._notifications.changed([job.request_id])
 
     async def running(
         self,
@@ -699,8 +701,10 @@ class JobQueue:
         returned = await self._connections.run(release)
         for job in jobs:
             self.settled(job)
-        self._bell.changed(row["id"] for row in returned if row["old_status"] == Status.RUNNING)
-        self._bell.work({row["pool"] for row in returned if row["not_before"] is None})
+        self._notifications.changed(
+            row["id"] for row in returned if row["old_status"] == Status.RUNNING
+        )
+        self._notifications.work({row["pool"] for row in returned if row["not_before"] is None})
 
     async def bring_back(self, claims: Mapping[UUID, int]) -> None:
         """Make jobs that were released for a time ready now, each unless it has been claimed since
@@ -708,7 +712,7 @@ class JobQueue:
         if claims:
             put_off = rows.dumps({"id": one, "claim": claim} for one, claim in claims.items())
             back = await self._connections.rows("bring_back", put_off)
-            self._bell.work({row["pool"] for row in back})
+            self._notifications.work({row["pool"] for row in back})
 
     async def retake_expired(self) -> list[UUID]:
         """Return dead workers' jobs to the queue, at most 500; returns their ids. Does nothing
@@ -739,8 +743,8 @@ class JobQueue:
                 if row["status"] == Status.DEAD:
                     self._observers.note(audit.of_row(row, failure))
                     get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
-            self._bell.changed(ids)
-            self._bell.work(row["pool"] for row in retaken)
+            self._notifications.changed(ids)
+            self._notifications.work(row["pool"] for row in retaken)
         return ids
 
     async def expire_due(self) -> int:
@@ -764,7 +768,7 @@ class JobQueue:
 
         ended = await self._connections.run(end)
         self._observers.tell([audit.of_row(row, failure) for row in ended])
-        self._bell.changed(rows.uuid_of(row["id"]) for row in ended)
+        self._notifications.changed(rows.uuid_of(row["id"]) for row in ended)
         return len(ended)
 
     async def _end(self, job: ClaimedJob, entry: Awaitable[Json], observed: Observed) -> None:
@@ -805,7 +809,7 @@ class JobQueue:
             except StoreUnavailable:
                 self._doubtful = True
                 raise
-            self._bell.work(row["pool"] for row in freed)
+            self._notifications.work(row["pool"] for row in freed)
 
     async def _begin_another(self, row: Json, job: ClaimedJob, failed: FailedTry) -> None:
         """A running job's call has failed, and another one is about to be made."""
@@ -837,7 +841,7 @@ class JobQueue:
         ordered = rows.dumps(by_id[key] for key in sorted(by_id))
         running = await self._connections.rows("begin_running", ordered, self._instance_id)
         begun = {str(row["id"]) for row in running}
-        self._bell.changed(UUID(key) for key in begun)
+        self._notifications.changed(UUID(key) for key in begun)
         return [
             None if str(row["id"]) in begun else ClaimLost(f"another worker has {row['id']} now")
             for row in batch

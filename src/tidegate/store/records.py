@@ -21,6 +21,7 @@ from tidegate.call import (
     DEFAULT_POOL,
     DEFAULT_TENANT,
     UNKNOWN_CHARGE,
+    UNKNOWN_USAGE,
     Attachment,
     Charge,
     Classification,
@@ -226,23 +227,23 @@ class RequestRecord:
     source: str  # job | stream
     status: Status
     classification: Classification
-    model: str | None
     priority: int
     attempts: int
     created_at: datetime
-    admitted_at: datetime | None
-    finished_at: datetime | None
-    not_before: datetime | None
-    deadline_at: datetime | None
-    queue_ms: float | None
-    upstream_ms: float | None
-    first_byte_ms: float | None
-    text: str | None
-    usage: Usage
-    finish_reason: str | None
-    failure: Failure | None
-    place: int | None
-    version: int  # grows with every change; what a long poll waits for
+    model: str | None = None
+    admitted_at: datetime | None = None
+    finished_at: datetime | None = None
+    not_before: datetime | None = None
+    deadline_at: datetime | None = None
+    queue_ms: float | None = None
+    upstream_ms: float | None = None
+    first_byte_ms: float | None = None
+    text: str | None = None
+    usage: Usage = UNKNOWN_USAGE
+    finish_reason: str | None = None
+    failure: Failure | None = None
+    place: int | None = None
+    version: int = 1  # grows with every change; what a long poll waits for
     files: tuple[FileRecord, ...] = ()
     webhook: WebhookRecord | None = None
     endpoint: str | None = None  # of a job that wraps a native call; `text` is the answer's body
@@ -328,14 +329,9 @@ def job_row(job: NewJob) -> Json:
     }
     if job.once is not None:
         row |= {"idempotency_key": job.once.key, "idempotency_digest": job.once.digest}
-    if job.endpoint is not None:
-        row["endpoint"] = job.endpoint
-    if job.webhook_url is not None:
-        row["webhook_url"] = job.webhook_url
-    if job.subject is not None:
-        row["subject"] = job.subject
-    if job.traceparent is not None:
-        row["traceparent"] = job.traceparent
+    for name in ("endpoint", "webhook_url", "subject", "traceparent"):
+        if (value := getattr(job, name)) is not None:
+            row[name] = value
     return {key: cleaned(value) for key, value in row.items()}
 
 
@@ -473,9 +469,10 @@ def audit_row(
 
 
 def record_of(cls: type[Record], row: Mapping[str, Any], /, **values: Any) -> Record:
-    """A dataclass from a row: each field from `values`, else from the column of its name."""
+    """A dataclass from a row: each field from `values`, else from the column of its name, else its
+    default. asyncpg's UUIDs become the standard library's."""
     for name in _names_of(cast(Hashable, cls)):
-        if name not in values:
+        if name not in values and name in row:
             value = row[name]
             values[name] = uuid_of(value) if isinstance(value, UUID) else value
     return cls(**values)
@@ -515,15 +512,8 @@ def relayed_record(row: Mapping[str, Any]) -> RequestRecord:
         status=Status(row["status"]),
         classification=Classification(kind_of(row), ClassifiedBy.BODY, row["endpoint"]),
         created_at=row["submitted_at"],
-        not_before=None,
-        deadline_at=None,
-        text=None,
         usage=replace(Usage() if estimated else usage_of(row), details=details),
         failure=failure_of(row["failure"]),
-        place=None,
-        version=1,
-        files=(),
-        webhook=None,
         endpoint=None,
     )
 

@@ -25,7 +25,7 @@ from tidegate.errors import NotFound
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, ReadTurns, sql
-from tidegate.store.notifications import Bell, Watch
+from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import webhook_of
 from tidegate.store.records import (
     Failure,
@@ -40,7 +40,6 @@ from tidegate.store.states import Status
 MOST_LOOKED_AT = 20_000
 _READ_TIMEOUT_MS = 2_000
 _DETAIL_TIMEOUT_MS = 3_000
-_TIMEOUT_MS = 5_000
 _READS_AT_ONCE = 4
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
 _LAST = datetime(9999, 12, 31, tzinfo=UTC)
@@ -269,7 +268,6 @@ class RequestDetail:
 
 Role = Literal["request", "response"]
 
-_JSON = "application/json"
 _PIECE_BYTES = 64 * 1024
 _RECORDED_WITHIN = timedelta(days=1)  # of its end, though it was kept on a disk meanwhile
 
@@ -287,10 +285,12 @@ class Body:
 class Requests:
     """Requests of all tenants. Every method raises StoreUnavailable."""
 
-    def __init__(self, connections: Connections, blobs: Blobs, watch: Watch) -> None:
+    def __init__(
+        self, connections: Connections, blobs: Blobs, notifications: Notifications
+    ) -> None:
         self._connections = connections
         self._blobs = blobs
-        self._watch = watch
+        self._notifications = notifications
         self._places, self._turns = Places(), ReadTurns(_READS_AT_ONCE)
 
     async def get(self, request_id: UUID, tenant_id: str) -> RequestRecord:
@@ -318,14 +318,14 @@ class Requests:
         Raises NotFound.
         """
         deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
-        changed = self._watch.watch(request_id)
+        changed = self._notifications.watch(request_id)
         if changed is None:
             return await self.get(request_id, tenant_id)
         try:
             while True:
                 changed.clear()
                 record = await self.get(request_id, tenant_id)
-                self._watch.known(request_id, record.version)
+                self._notifications.known(request_id, record.version)
                 if record.version != version:
                     return record
                 try:
@@ -334,7 +334,7 @@ class Requests:
                 except TimeoutError:
                     return record
         finally:
-            self._watch.unwatch(request_id, changed)
+            self._notifications.unwatch(request_id, changed)
 
     async def page(self, tenant_id: str, wanted: Filter, limit: int, place: Place = START) -> Page:
         """At most `limit` requests of a tenant from `place` on."""
@@ -353,7 +353,7 @@ class Requests:
                 return found, None
             return found, await connection.fetchrow(sql("list_reach"), *within, most)
 
-        found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        found, reach = await self._connections.run(read)
         items = tuple(_listed(row) for row in found[:limit])
         if len(found) > limit:
             return Page(items, Place(items[-1].created_at, items[-1].request_id))
@@ -387,7 +387,7 @@ class Requests:
             reach = await connection.fetchval(sql("search_reach"), first, past, MOST_LOOKED_AT)
             return found, reach
 
-        found, reach = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
+        found, reach = await self._connections.run(read)
         items = tuple(record_of(Found, row, listed=_listed(row)) for row in found[:limit])
         if len(found) > limit:
             return FoundPage(items, items[-1].listed.request_id)
@@ -458,12 +458,8 @@ class Requests:
         packed = (
             _of(row["data"]) if row["data"] is not None else self._blobs.stream(row["blob_key"])
         )
-        return record_of(
-            Body,
-            row,
-            content_type=row["content_type"] or _JSON,
-            pieces=packed if row["encoding"] == "raw" else _unpacked(packed),
-        )
+        pieces = packed if row["encoding"] == "raw" else _unpacked(packed)
+        return record_of(Body, row, pieces=pieces)
 
     async def _record(self, connection: asyncpg.Connection, row: asyncpg.Record) -> RequestRecord:
         files = await connection.fetch(sql("get_request_files"), row["id"])
@@ -496,14 +492,8 @@ class Requests:
             pool=(first or last)["pool"],
             process=first.get("claimed_by") or last.get("instance_id"),
             attempts=tuple(_attempt(row) for row in reversed(attempts)),
-            webhooks=tuple(
-                record_of(DeliveryRecord, row, webhook_id=rows.uuid_of(row["id"]))
-                for row in reversed(webhooks)
-            ),
-            bodies=tuple(
-                record_of(BodyRecord, row, content_type=row["content_type"] or _JSON)
-                for row in bodies
-            ),
+            webhooks=tuple(record_of(DeliveryRecord, row) for row in reversed(webhooks)),
+            bodies=tuple(record_of(BodyRecord, row) for row in bodies),
             request=first,
             ended=last,
         )
@@ -539,23 +529,10 @@ def _of_line(row: asyncpg.Record) -> RequestDetail:
         source="batch",
         status=Status.RUNNING if row["state"] == "calling" else Status.QUEUED,
         classification=Classification(None, ClassifiedBy.BODY, row["endpoint"]),
-        model=None,
         priority=-100,
         attempts=row["attempts"],
         created_at=datetime.fromtimestamp((row["id"].int >> 80) / 1000, UTC),
-        admitted_at=None,
-        finished_at=None,
-        not_before=None,
         deadline_at=row["expires_at"],
-        queue_ms=None,
-        upstream_ms=None,
-        first_byte_ms=None,
-        text=None,
-        usage=Usage(),
-        finish_reason=None,
-        failure=None,
-        place=None,
-        version=1,
     )
     request = {"prompt": row["body"], "lapses": row["lapses"], "endpoint": row["endpoint"]}
     request |= {"key_id": row["key_id"], "batch_id": row["batch_id"]}
@@ -620,14 +597,7 @@ class Running:
         )
         if row is None:
             raise NotFound(f"no request {request_id} is on record")
-        failure = rows.failure_of(row["failure"])
-        return record_of(
-            Whereabouts,
-            row,
-            request_id=rows.uuid_of(row["id"]),
-            status=Status(row["status"]),
-            failure_code=None if failure is None else failure.code,
-        )
+        return record_of(Whereabouts, row, status=Status(row["status"]))
 
     async def place(self, request_id: UUID) -> int | None:
         """The place of a queued job, 1 is next; None where that takes too long to tell."""
@@ -642,9 +612,7 @@ class Running:
         """The jobs that hold permits, by process and the sequence of the permit's fence."""
         found = await self._connections.rows("running_calls", pool, timeout_ms=_READ_TIMEOUT_MS)
         return {
-            (row["instance_id"], row["fence_sequence"]): RunningCall(
-                rows.uuid_of(row["id"]), row["admitted_at"]
-            )
+            (row["instance_id"], row["fence_sequence"]): record_of(RunningCall, row)
             for row in found
         }
 
@@ -720,9 +688,9 @@ class Stuck:
     """What a person decides on: dead jobs, failed ones to requeue, webhooks given up. Every method
     raises StoreUnavailable."""
 
-    def __init__(self, connections: Connections, bell: Bell) -> None:
+    def __init__(self, connections: Connections, notifications: Notifications) -> None:
         self._connections = connections
-        self._bell = bell
+        self._notifications = notifications
 
     async def counts(self) -> tuple[int, int]:
         """Dead jobs and webhooks given up, as far as `MOST_COUNTED` of each."""
@@ -734,15 +702,7 @@ class Stuck:
     async def dead(self, most: int) -> list[DeadJob]:
         """The jobs that died last, the newest first."""
         return [
-            record_of(
-                DeadJob,
-                row,
-                request_id=rows.uuid_of(row["id"]),
-                tenant=row["tenant_id"],
-                type=rows.kind_of(row),
-                submitted_at=row["created_at"],
-                died_at=row["finished_at"],
-            )
+            record_of(DeadJob, row)
             for row in await self._connections.rows(
                 "list_dead", most, timeout_ms=_DETAIL_TIMEOUT_MS
             )
@@ -751,13 +711,7 @@ class Stuck:
     async def given_up(self, most: int) -> list[GivenUpWebhook]:
         """The webhooks that were given up last, the newest first."""
         return [
-            record_of(
-                GivenUpWebhook,
-                row,
-                webhook_id=rows.uuid_of(row["id"]),
-                tenant=row["tenant_id"],
-                given_up_at=row["ended_at"],
-            )
+            record_of(GivenUpWebhook, row)
             for row in await self._connections.rows(
                 "list_given_up", most, timeout_ms=_DETAIL_TIMEOUT_MS
             )
@@ -768,21 +722,19 @@ class Stuck:
         job."""
         if await self._connections.row("discard_dead", request_id) is None:
             raise NotFound(f"no dead job {request_id}")
-        self._bell.changed([request_id])
+        self._notifications.changed([request_id])
 
     async def requeue(self, request_id: UUID) -> None:
         """Queue a dead job again. Raises NotFound where there is no such dead job."""
         row = await self._connections.row("requeue_dead", request_id)
         if row is None:
             raise NotFound(f"no dead job {request_id}")
-        self._bell.changed([request_id])
-        self._bell.work([row["pool"]])
+        self._notifications.changed([request_id])
+        self._notifications.work([row["pool"]])
 
     async def preview(self, order: Requeue) -> RequeueReport:
         """What `requeue_all` would do."""
-        found = await self._connections.rows(
-            "count_requeues", *_filters(order), order.limit + 1, timeout_ms=_TIMEOUT_MS
-        )
+        found = await self._connections.rows("count_requeues", *_filters(order), order.limit + 1)
         by_code = Counter({row["code"]: row["jobs"] for row in found})
         matching = by_code.total()
         return RequeueReport(
@@ -802,11 +754,11 @@ class Stuck:
             step = min(_STEP, order.limit - requeued)
             # A repeat would take other jobs, beyond the limit.
             found = await self._connections.rows(
-                "requeue_ended", *_filters(order), step, timeout_ms=_TIMEOUT_MS, repeatable=False
+                "requeue_ended", *_filters(order), step, repeatable=False
             )
             requeued += len(found)
-            self._bell.changed(rows.uuid_of(row["id"]) for row in found)
-            self._bell.work({row["pool"] for row in found})
+            self._notifications.changed(rows.uuid_of(row["id"]) for row in found)
+            self._notifications.work({row["pool"] for row in found})
             if len(found) < step:
                 break
         left = before.matching - requeued

@@ -18,7 +18,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.database import HEAD, Connections, revision_of
 from tidegate.store.idempotency import NativeKeys
 from tidegate.store.jobs import Jobs, QueueCaps
-from tidegate.store.notifications import Bell, Watch
+from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import Outbox
 from tidegate.store.policies import Policies
 from tidegate.store.queue import JobQueue
@@ -60,21 +60,20 @@ class Store:
         self.connections = connections = Connections(url)
         self.spill = Spill(spill_dir, spill_max_bytes)
         self.spending, self.usage = Spending(), UsageTotals(connections)
-        self._bell = Bell(connections)
-        self.watch = Watch(connections, self._bell)
+        self.notifications = Notifications(connections)
         self.recorder, self.relayed = self._open_audit(audit_full)
-        self.jobs = Jobs(connections, self._bell, self.observers, instance_id=instance_id)
+        self.jobs = Jobs(connections, self.notifications, self.observers, instance_id=instance_id)
         self.queue_caps = QueueCaps(connections)
         self.queue = JobQueue(
             connections,
-            self._bell,
+            self.notifications,
             self.observers,
             self.recorder,
             blobs,
             instance_id=instance_id,
             lease_ms=claim_lease_ms,
         )
-        self.batches = Batches(connections, self._bell, self.relayed, instance_id)
+        self.batches = Batches(connections, self.notifications, self.relayed, instance_id)
         self.batch_lines = BatchLines(
             connections,
             self.relayed,
@@ -83,8 +82,11 @@ class Store:
             may_judge=lambda: self.queue.may_judge,
         )
         self.native_keys = NativeKeys(connections, self.recorder.keep, lease_ms=claim_lease_ms)
-        self.requests = Requests(connections, blobs, self.watch)
-        self.running_calls, self.stuck = Running(connections), Stuck(connections, self._bell)
+        self.requests = Requests(connections, blobs, self.notifications)
+        self.running_calls, self.stuck = (
+            Running(connections),
+            Stuck(connections, self.notifications),
+        )
         self.history, self.queue_depths = (
             History(connections, instance_id),
             QueueDepths(connections),
@@ -97,7 +99,7 @@ class Store:
     def _open_audit(self, audit_full: Literal["block", "drop"]) -> tuple[Recorder, RelayLog]:
         recorder = Recorder(
             self.connections,
-            self._bell,
+            self.notifications,
             self.spill,
             blobs=self.blobs,
             spending=self.spending,
@@ -128,11 +130,11 @@ class Store:
         if self._background is not None:
             self._background.cancel()
             await asyncio.gather(self._background, return_exceptions=True)
-        await self.watch.aclose()
+        self.notifications.wake_all()
         await self.relayed.aclose(_CLOSE_TIMEOUT_MS // 3)
         await self.recorder.aclose(_CLOSE_TIMEOUT_MS)
         await self.native_keys.aclose()
-        await self._bell.aclose()
+        await self.notifications.aclose()
         await self.connections.aclose()
 
     async def schema_fits(self) -> bool:

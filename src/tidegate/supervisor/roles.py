@@ -135,22 +135,22 @@ def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
 def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
     """Queue failed jobs again, for somebody; without `by` only count them."""
     from tidegate.store.database import Connections
-    from tidegate.store.notifications import Bell
+    from tidegate.store.notifications import Notifications
     from tidegate.store.requests import Stuck
 
     async def work(url: str) -> RequeueReport:
         connections = Connections(url)
         connections.start()
-        bell = Bell(connections)
+        notifications = Notifications(connections)
         try:
-            stuck = Stuck(connections, bell)
+            stuck = Stuck(connections, notifications)
             if by is None:
                 return await stuck.preview(order)
             report = await stuck.requeue_all(order)
             telemetry.get_logger().warning(Log.JOBS_REQUEUED, jobs=report.requeued, by=by)
             return report
         finally:
-            await bell.aclose()
+            await notifications.aclose()
             await connections.aclose()
 
     with prepared(config, only={"postgres"}) as ground:

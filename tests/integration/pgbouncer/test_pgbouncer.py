@@ -20,7 +20,7 @@ from tests.gateway import Gateway, Opener, read_stream
 from tests.integration.pgbouncer.bouncer import SERVERS, Bouncer
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.servers import PostgresServer
-from tidegate.store import notifications as bell
+from tidegate.store import notifications
 from tidegate.store.database import HEAD, migrate
 
 JOBS = 40
@@ -74,13 +74,13 @@ async def test_who_waits_is_woken_by_polling(
     opened: OpenBoth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
-    was = bell.Bell._heard
+    was = notifications.Notifications._on_message
 
-    def hear(self: bell.Bell, *said: Any) -> None:
+    def hear(self: notifications.Notifications, *said: Any) -> None:
         heard.append(said[2])
         was(self, *said)
 
-    monkeypatch.setattr(bell.Bell, "_heard", hear)
+    monkeypatch.setattr(notifications.Notifications, "_on_message", hear)
     gateway = await opened(worker=False)
     request_id = await gateway.submit(data="Explain")
     first = await gateway.status(request_id)

@@ -107,9 +107,9 @@ async def _all(gateway: Gateway, count: int) -> bool:
 async def test_it_works_without_a_notification_too(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tidegate.store.notifications import Bell
+    from tidegate.store.notifications import Notifications
 
-    monkeypatch.setattr(Bell, "cancel", lambda self, ids: None)
+    monkeypatch.setattr(Notifications, "cancel", lambda self, ids: None)
     gateway = await open_gateway()
     await gateway.upstream.set_fault("hang")
     request_id = await gateway.submit(data="Explain the tide")

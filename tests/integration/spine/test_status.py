@@ -84,7 +84,7 @@ async def test_a_long_poll_answers_at_once_when_the_process_drains(open_gateway:
     gateway = await open_gateway(worker=False)
     request_id = await gateway.submit(data="Explain the tide")
     poll = asyncio.create_task(_poll(gateway, request_id))
-    await wait_until(lambda: len(gateway.services.store.watch) == 1, 20)
+    await wait_until(lambda: len(gateway.services.store.notifications) == 1, 20)
     gateway.services.draining.set()
     body, _ = await asyncio.wait_for(poll, promised_s(1))
     assert body["status"] == "queued"
@@ -98,9 +98,9 @@ async def test_a_client_that_leaves_a_long_poll_leaves_nothing_behind(
     gateway = await open_gateway(worker=False)
     request_id = await gateway.submit(data="Explain the tide")
     poll = asyncio.create_task(_poll(gateway, request_id))
-    await wait_until(lambda: len(gateway.services.store.watch) == 1, 20)
+    await wait_until(lambda: len(gateway.services.store.notifications) == 1, 20)
     poll.cancel()
-    await wait_until(lambda: len(gateway.services.store.watch) == 0, 20, "nobody watches")
+    await wait_until(lambda: len(gateway.services.store.notifications) == 0, 20, "nobody watches")
 
 
 async def test_unknown_and_senseless_questions_are_problems(open_gateway: Opener) -> None:

@@ -83,10 +83,10 @@ async def test_the_worker_of_a_running_job_hears_of_it_and_no_other_does(
 ) -> None:
     other = await make_store(database_url)
     job, kept = await run_one(store), await run_one(store)
-    hearing = asyncio.create_task(store.jobs.wait_cancels(20_000))
-    await wait_until(lambda: store._bell._line is not None)
+    hearing = asyncio.create_task(store.notifications.wait_cancels(20_000))
+    await wait_until(lambda: store.notifications._line is not None)
     listened = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%cancel%'"
-    assert store._bell._line is not None
+    assert store.notifications._line is not None
     await wait_until(lambda: other.connections.run(lambda c: c.fetchval(listened)))
     assert await other.jobs.cancel(job.request_id, "default") is Status.RUNNING
     assert await hearing == {job.request_id}

@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import NotFound
 from tidegate.store import notifications as watch
-from tidegate.store.notifications import LANES, Bell
+from tidegate.store.notifications import LANES, Notifications
 from tidegate.store.records import ClaimedJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
@@ -26,8 +26,10 @@ async def claim_one(store: Store) -> ClaimedJob:
 
 async def listening(store: Store) -> None:
     """Wait until `store` hears notifications."""
-    store._bell.hear()
-    await wait_until(lambda: store._bell._line is not None and store.watch.work_mark() > 0)
+    store.notifications.listen()
+    await wait_until(
+        lambda: store.notifications._line is not None and store.notifications.work_mark() > 0
+    )
 
 
 async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
@@ -45,7 +47,7 @@ async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
         waiting = asyncio.create_task(
             api.requests.wait_change(job.request_id, "default", version, timeout_ms=10_000)
         )
-        await wait_until(lambda: len(api.watch) == 1 and api.watch._seen)
+        await wait_until(lambda: len(api.notifications) == 1 and api.notifications._seen)
         if change == "running":
             await worker.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         else:
@@ -56,14 +58,14 @@ async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
     assert (await api.requests.get(job.request_id, "default")).status is Status.SUCCEEDED
     # Polling alone would take up to half a second; one of two may catch a tick of it.
     assert min(delays) < 0.15
-    assert len(api.watch) == 0
+    assert len(api.notifications) == 0
 
 
 async def test_a_long_poll_ends_by_polling_when_notifications_are_lost(
     make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As behind PgBouncer in transaction mode: nobody hears anything.
-    monkeypatch.setattr(Bell, "hear", lambda _self: None)
+    monkeypatch.setattr(Notifications, "listen", lambda _self: None)
     api = await make_store(database_url)
     job = new_job()
     await api.jobs.submit(job)
@@ -71,7 +73,7 @@ async def test_a_long_poll_ends_by_polling_when_notifications_are_lost(
     waiting = asyncio.create_task(
         api.requests.wait_change(job.request_id, "default", version, 10_000)
     )
-    await wait_until(lambda: api.watch._seen)
+    await wait_until(lambda: api.notifications._seen)
     claimed = await claim_one(api)
     await api.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
     began = time.monotonic()
@@ -105,13 +107,13 @@ async def test_a_cancelled_long_poll_leaves_nothing_behind(store: Store) -> None
         asyncio.create_task(store.requests.wait_change(job.request_id, "default", version, 10_000))
         for _ in range(20)
     ]
-    await wait_until(lambda: len(store.watch) == 20)
+    await wait_until(lambda: len(store.notifications) == 20)
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    assert len(store.watch) == 0
-    assert store.watch._seen == {}
-    await wait_until(lambda: store.watch._poller is None)
+    assert len(store.notifications) == 0
+    assert store.notifications._seen == {}
+    await wait_until(lambda: store.notifications._poller is None)
 
 
 async def test_too_many_watchers_answer_at_once(
@@ -133,7 +135,7 @@ async def test_a_worker_is_woken_by_a_submit_elsewhere(
     await listening(worker)
     delays = []
     for _ in range(3):
-        waiting = asyncio.create_task(worker.watch.wait_work(10_000))
+        waiting = asyncio.create_task(worker.notifications.wait_work(10_000))
         await asyncio.sleep(0)
         await api.jobs.submit(new_job())
         began = time.monotonic()
@@ -147,13 +149,17 @@ async def test_work_wakes_only_those_who_wait_for_its_lane(
 ) -> None:
     store = await make_store(database_url)
     await listening(store)
-    before = {lane: store.watch.work_mark(lane) for lane in LANES}
+    before = {lane: store.notifications.work_mark(lane) for lane in LANES}
     await store.jobs.submit(new_job())
-    await wait_until(lambda: store.watch.work_mark(Kind.TEXT_ONLY) != before[Kind.TEXT_ONLY])
-    woken = {lane for lane in LANES if store.watch.work_mark(lane) != before[lane]}
+    await wait_until(
+        lambda: store.notifications.work_mark(Kind.TEXT_ONLY) != before[Kind.TEXT_ONLY]
+    )
+    woken = {lane for lane in LANES if store.notifications.work_mark(lane) != before[lane]}
     assert woken == {Kind.TEXT_ONLY}
-    store._bell.work([DEFAULT_POOL])  # as processes of an older release ring
-    await wait_until(lambda: all(store.watch.work_mark(lane) != before[lane] for lane in LANES))
+    store.notifications.work([DEFAULT_POOL])  # as processes of an older release ring
+    await wait_until(
+        lambda: all(store.notifications.work_mark(lane) != before[lane] for lane in LANES)
+    )
 
 
 async def test_work_that_came_between_claim_and_wait_is_not_missed(
@@ -161,16 +167,16 @@ async def test_work_that_came_between_claim_and_wait_is_not_missed(
 ) -> None:
     worker = await make_store(database_url)
     await listening(worker)
-    mark = worker.watch.work_mark()
+    mark = worker.notifications.work_mark()
     assert await worker.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1) == []
     await worker.jobs.submit(new_job())
-    await wait_until(lambda: worker.watch.work_mark() != mark)
+    await wait_until(lambda: worker.notifications.work_mark() != mark)
     began = time.monotonic()
-    await worker.watch.wait_work(10_000, since=mark)
+    await worker.notifications.wait_work(10_000, since=mark)
     assert time.monotonic() - began < 0.5
 
 
 async def test_waiting_for_work_never_outlasts_a_second(store: Store) -> None:
     began = time.monotonic()
-    await store.watch.wait_work(60_000)
+    await store.notifications.wait_work(60_000)
     assert time.monotonic() - began < 2.0

@@ -16,7 +16,7 @@ WHERE id IN (
     WHERE state = 'pending' AND due_at <= now() AND tenant_id <> ALL ($3::text[])
     ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
 )
-RETURNING id, request_id, tenant_id, event, url, tries
+RETURNING id AS webhook_id, request_id, tenant_id, event, url, tries
 
 -- name: settle_webhook
 -- Record how try $2 of webhook $1 went; the next one is due in $6 milliseconds.
@@ -32,5 +32,5 @@ RETURNING id
 
 -- name: get_webhook
 -- The latest webhook of request $1.
-SELECT id, state, tries, due_at, answer_status, problem FROM webhooks
+SELECT id AS webhook_id, state, tries, due_at, answer_status, problem FROM webhooks
 WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 1

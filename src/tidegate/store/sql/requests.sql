@@ -67,18 +67,20 @@ SELECT * FROM attempts WHERE request_id = $1 ORDER BY created_at DESC, number DE
 
 -- name: detail_webhooks
 -- The last 20 webhooks of request $1, the latest first.
-SELECT id, event, url, state, tries, due_at, answer_status, problem, created_at, ended_at
+SELECT id AS webhook_id, event, url, state, tries, due_at, answer_status, problem, created_at,
+    ended_at
 FROM webhooks WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 20
 
 -- name: detail_bodies
 -- Which bodies there are with audit row $1 of the time $2.
-SELECT role, size_bytes, content_type, omitted_bytes FROM bodies
+SELECT role, size_bytes, coalesce(content_type, 'application/json') AS content_type, omitted_bytes
+FROM bodies
 WHERE id = $1 AND created_at = $2
 
 -- name: detail_body
 -- The body in the role $2 of request $1, as it ended the last time.
-SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key, bodies.content_type,
-    bodies.omitted_bytes
+SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key,
+    coalesce(bodies.content_type, 'application/json') AS content_type, bodies.omitted_bytes
 FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
 WHERE audit.request_id = $1 AND bodies.role = $2
 ORDER BY audit.created_at DESC LIMIT 1
@@ -135,8 +137,8 @@ OFFSET $6 - 1 LIMIT 1
 
 -- name: get_body
 -- The body in the role $3 of a request of tenant $2 that has ended.
-SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key, bodies.content_type,
-    bodies.omitted_bytes
+SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key,
+    coalesce(bodies.content_type, 'application/json') AS content_type, bodies.omitted_bytes
 FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
 WHERE audit.request_id = $1 AND audit.tenant_id = $2 AND audit.source <> 'batch'
     AND bodies.tenant_id = $2 AND bodies.role = $3
@@ -179,13 +181,14 @@ RETURNING id, pool
 
 -- name: get_whereabouts
 -- Where request $1 stands, whoever owns it.
-SELECT id, tenant_id, pool, status, kind, coalesce(used_model, model) AS model, claimed_by,
-    attempts, created_at, not_before, admitted_at, finished_at, failure
+SELECT id, id AS request_id, tenant_id, pool, status, kind, coalesce(used_model, model) AS model,
+    claimed_by, attempts, created_at, not_before, admitted_at, finished_at,
+    failure ->> 'code' AS failure_code
 FROM requests WHERE id = $1
 
 -- name: running_calls
 -- The jobs of pool $1 that hold a permit: whose it is, by process and sequence of its fence.
-SELECT r.id, a.instance_id, a.fence_sequence, r.admitted_at
+SELECT r.id AS request_id, a.instance_id, a.fence_sequence, r.admitted_at
 FROM requests r JOIN attempts a ON a.id = r.attempt_id AND a.created_at = r.attempt_at
 WHERE r.claimed_by IS NOT NULL AND r.status = 'running' AND r.pool = $1
 LIMIT 5000
@@ -260,8 +263,9 @@ SELECT
 
 -- name: list_dead
 -- The $1 jobs that died last.
-SELECT id, tenant_id, pool, kind, coalesce(used_model, model) AS model, attempts, lapses,
-    created_at, finished_at, failure ->> 'message' AS problem
+SELECT id AS request_id, tenant_id AS tenant, pool, kind AS type,
+    coalesce(used_model, model) AS model, attempts, lapses, created_at AS submitted_at,
+    finished_at AS died_at, failure ->> 'message' AS problem
 FROM requests WHERE coalesce(status = 'dead', false)
 ORDER BY finished_at DESC LIMIT $1
 
@@ -273,6 +277,7 @@ RETURNING id
 
 -- name: list_given_up
 -- The $1 webhooks that were given up last.
-SELECT id, request_id, tenant_id, event, url, tries, answer_status, problem, ended_at
+SELECT id AS webhook_id, request_id, tenant_id AS tenant, event, url, tries, answer_status, problem,
+    ended_at AS given_up_at
 FROM webhooks WHERE coalesce(state = 'given_up', false)
 ORDER BY ended_at DESC LIMIT $1
