@@ -26,7 +26,7 @@ from tidegate.dashboard import feed
 from tidegate.dashboard.rollup import count
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
 from tidegate.spine.routing import FAULTS
-from tidegate.store.statistics import Span, Tally
+from tidegate.store.statistics import CallCounts, TimeSpan
 from tidegate.telemetry.events import Observed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -286,7 +286,7 @@ async def test_while_a_store_is_away_the_page_says_so_and_recovers(stage: Stage)
 
 
 async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) -> None:
-    now, asked = datetime.now(UTC), Tally()
+    now, asked = datetime.now(UTC), CallCounts()
     question = Observed(
         "judge",
         "succeeded",
@@ -298,7 +298,7 @@ async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) 
     )
     count(asked, question)
     a_while_ago = int(now.timestamp()) // 10 * 10 - 20
-    await stage.gateway.services.store.history.write([(Span(10, a_while_ago, "gemini"), asked)])
+    await stage.gateway.services.store.history.write([(TimeSpan(10, a_while_ago, "gemini"), asked)])
     async with opened(stage) as seen:
         told = seen.page.locator("[aria-label='Spend']").get_by_text("of the classifier")
         await expect(told).to_have_text(

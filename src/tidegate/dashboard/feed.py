@@ -48,7 +48,7 @@ from tidegate.limiter import (
 from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.policy.format import in_words
 from tidegate.store.audit import Total
-from tidegate.store.statistics import History, Tally, percentiles
+from tidegate.store.statistics import CallCounts, History, percentiles
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_LIMITS = 100
@@ -227,8 +227,8 @@ class Trend:
     def __init__(self, history: History, wanted: Range) -> None:
         self._history = history
         self._wanted = wanted
-        self._settled: dict[int, dict[str, Tally]] = {}
-        self._open: dict[int, dict[str, Tally]] = {}
+        self._settled: dict[int, dict[str, CallCounts]] = {}
+        self._open: dict[int, dict[str, CallCounts]] = {}
         self._settled_to = 0.0  # spans that begin before this are in `_settled`, or empty
         self._now = 0.0
 
@@ -241,9 +241,11 @@ class Trend:
         step_s = self._wanted.step_s
         oldest = (now // step_s - self._wanted.spans) * step_s
         since = max(oldest, self._settled_to)
-        fresh: dict[int, dict[str, Tally]] = {}
+        fresh: dict[int, dict[str, CallCounts]] = {}
         for span, tally in await self._history.read(step_s, since):
-            fresh.setdefault(span.at, {}).setdefault(span.pool, Tally()).merge(tally, _MOST_ADDED)
+            fresh.setdefault(span.at, {}).setdefault(span.pool, CallCounts()).merge(
+                tally, _MOST_ADDED
+            )
         settled_to = (now - open_s(step_s) - 3 * FLUSH_EVERY_S) // step_s * step_s
         self._settled_to = max(since, settled_to)
         self._settled |= {at: pools for at, pools in fresh.items() if at < self._settled_to}
@@ -261,7 +263,7 @@ class Trend:
         last = int(self._now // step_s) * step_s  # has only begun
         begins = [last - step_s * back for back in range(self._wanted.spans, 0, -1)]
         tallies = [self._of(at, pool) for at in begins]
-        total = Tally()
+        total = CallCounts()
         for tally in tallies:
             if tally is not None:
                 total.merge(tally, _MOST_ADDED)
@@ -287,7 +289,7 @@ class Trend:
         """The newest minute of a pool, as far as it is told."""
         step_s = self._wanted.step_s
         last = int(self._now // step_s) * step_s
-        total = Tally()
+        total = CallCounts()
         for at in range(last - NOW_S, last, step_s):
             tally = self._of(at, pool)
             if tally is not None:
@@ -301,23 +303,23 @@ class Trend:
             "lengths": percentiles(total.lengths, SHARES),
         }
 
-    def _of(self, at: int, pool: str) -> Tally | None:
+    def _of(self, at: int, pool: str) -> CallCounts | None:
         return self._pools_at(at).get(pool)
 
-    def _pools_at(self, at: int) -> Mapping[str, Tally]:
+    def _pools_at(self, at: int) -> Mapping[str, CallCounts]:
         return self._open.get(at) or self._settled.get(at) or {}
 
-    def _upstreams_at(self, begins: Sequence[int]) -> Tally:
+    def _upstreams_at(self, begins: Sequence[int]) -> CallCounts:
         """What each upstream was called in these spans, whichever pool its calls were in."""
-        total = Tally()
+        total = CallCounts()
         for at in begins:
             for tally in self._pools_at(at).values():
                 called = tally.apart.get("upstream", {})
-                total.merge(Tally(apart={"upstream": called}), _MOST_ADDED)
+                total.merge(CallCounts(apart={"upstream": called}), _MOST_ADDED)
         return total
 
 
-def _rate(tally: Tally | None, name: str, step_s: int) -> float:
+def _rate(tally: CallCounts | None, name: str, step_s: int) -> float:
     return 0.0 if tally is None else round(tally.counts.get(name, 0) / step_s, 3)
 
 
@@ -331,12 +333,12 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
 
 
-def _largest_rows(total: Tally, dimension: str) -> list[tuple[str, list[int]]]:
+def _largest_rows(total: CallCounts, dimension: str) -> list[tuple[str, list[int]]]:
     names = total.apart.get(dimension, {})
     return sorted(names.items(), key=lambda one: (-one[1][0], one[0]))[:MOST_NAMES]
 
 
-def _table(total: Tally, dimension: str) -> list[dict[str, Any]]:
+def _table(total: CallCounts, dimension: str) -> list[dict[str, Any]]:
     columns = ("calls", "failed", "throttled", "tokens", "cost_micros", "upstream_ms")
     return [
         {"name": name, **dict(zip(columns, row, strict=False))}

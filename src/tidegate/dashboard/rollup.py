@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from tidegate.errors import StoreUnavailable
-from tidegate.store.statistics import KEPT_S, Dimension, History, Span, Tally, one
+from tidegate.store.statistics import KEPT_S, CallCounts, Dimension, History, TimeSpan, one
 from tidegate.store.store import Store
 from tidegate.telemetry.events import JUDGE, REFUSED, RETRIED, Observed
 from tidegate.telemetry.logging import Log, get_logger
@@ -38,9 +38,10 @@ class Rollup:
     def __init__(self, history: History, clock: Callable[[], float] = time.time) -> None:
         self._history = history
         self._clock = clock
-        self._fresh: dict[tuple[int, str], Tally] = {}  # by begin and pool, since the last flush
-        self._tallies: dict[Span, Tally] = {}
-        self._changed: set[Span] = set()
+        # By begin and pool, since the last flush.
+        self._fresh: dict[tuple[int, str], CallCounts] = {}
+        self._tallies: dict[TimeSpan, CallCounts] = {}
+        self._changed: set[TimeSpan] = set()
         self._forgot_at = clock()
 
     def __repr__(self) -> str:
@@ -55,7 +56,7 @@ class Rollup:
             key = (int(at // _SHORTEST_S) * _SHORTEST_S, ended.pool)
             tally = self._fresh.get(key)
             if tally is None:
-                tally = self._fresh[key] = Tally()
+                tally = self._fresh[key] = CallCounts()
             count(tally, ended)
 
     async def run(self) -> None:
@@ -91,8 +92,8 @@ class Rollup:
         fresh, self._fresh = self._fresh, {}
         for (at, pool), tally in fresh.items():
             for step_s in OPEN_SPANS:
-                span = Span(step_s, at // step_s * step_s, pool)
-                self._tallies.setdefault(span, Tally()).merge(tally)
+                span = TimeSpan(step_s, at // step_s * step_s, pool)
+                self._tallies.setdefault(span, CallCounts()).merge(tally)
                 self._changed.add(span)
 
     def _drop_old(self) -> None:
@@ -126,7 +127,7 @@ def open_s(step_s: int) -> float:
     return OPEN_SPANS[step_s] * step_s
 
 
-def count(tally: Tally, ended: Observed) -> None:
+def count(tally: CallCounts, ended: Observed) -> None:
     """Add one end.
 
     `counts`: calls that ended; of them succeeded and failed; refused before they were anything;
@@ -161,7 +162,7 @@ def count(tally: Tally, ended: Observed) -> None:
         _count_apart(tally, ended, ("tenant", "model", "upstream"))
 
 
-def _count_spent(tally: Tally, ended: Observed) -> None:
+def _count_spent(tally: CallCounts, ended: Observed) -> None:
     if ended.throttled:
         tally.count("throttled", ended.throttled)
     if ended.input_tokens or ended.output_tokens:
@@ -171,7 +172,7 @@ def _count_spent(tally: Tally, ended: Observed) -> None:
         tally.count("cost_micros", ended.cost_micros)
 
 
-def _count_apart(tally: Tally, ended: Observed, dimensions: Sequence[Dimension]) -> None:
+def _count_apart(tally: CallCounts, ended: Observed, dimensions: Sequence[Dimension]) -> None:
     failed = ended.status in ("failed", "dead")
     tokens = (ended.input_tokens or 0) + (ended.output_tokens or 0)
     amounts = (

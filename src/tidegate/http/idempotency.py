@@ -25,7 +25,7 @@ from tidegate.dialects.requests import parsed
 from tidegate.errors import BudgetExceeded, IdempotencyConflict, InvalidRequest
 from tidegate.http.submission import Submission
 from tidegate.spine.record import KEPT_BYTES, Life, NativeCall, Out
-from tidegate.store.idempotency import Given, NativeKeys, Owner, Taken
+from tidegate.store.idempotency import KeyState, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -144,13 +144,13 @@ class Once:
             received_at=call.received_at,
         )
 
-    async def take(self) -> Taken | Given:
+    async def take(self) -> Taken | KeyState:
         """Take the key for this request, or return the answer that was given under it. Raises
         StoreUnavailable, and IdempotencyConflict, also where the first request is not answered
         before our deadline."""
         call = self._call
         taken = await self._keys.take(self._owner, self._wanted)
-        while isinstance(taken, Given):
+        while isinstance(taken, KeyState):
             if taken.digest != self._wanted.digest:
                 raise IdempotencyConflict("the key was used for another request")
             if taken.answer is not None:
@@ -171,7 +171,7 @@ class Once:
             log.warning(Log.KEY_LAPSED, request_id=request_id, lost=str(taken.lost))
         return taken
 
-    async def replay(self, given: Given, out: Out) -> None:
+    async def replay(self, given: KeyState, out: Out) -> None:
         """Answer as was answered before."""
         assert given.answer is not None
         answer = given.answer

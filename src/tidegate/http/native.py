@@ -51,7 +51,7 @@ from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
 from tidegate.spine.native import MAX_BYTES, check_files, upload
 from tidegate.spine.record import CallFailed, Life, NativeCall, Out, look_at, record_of
-from tidegate.store.idempotency import Given
+from tidegate.store.idempotency import KeyState
 from tidegate.store.records import Failure, Idempotency
 from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
@@ -373,7 +373,7 @@ class _Front(Out):
         """Under an idempotency key. A new call where the one that it waited for has failed."""
         once = self._once = Once(self._services.store.native_keys, call, wanted)
         taken = await once.take()
-        if isinstance(taken, Given):
+        if isinstance(taken, KeyState):
             self._request_id, self._recorded = taken.request_id, True
             await once.replay(taken, self)
             return

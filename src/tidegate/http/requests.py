@@ -37,7 +37,7 @@ from tidegate.metrics.process import Notes
 from tidegate.policy.inspection import waiting
 from tidegate.spine.record import CallUnderWay
 from tidegate.store.audit import COUNTS, MOST_ROWS, Total
-from tidegate.store.requests import START, Body, Filter, Place, Role
+from tidegate.store.requests import START, Body, Filter, ListCursor, Role
 from tidegate.store.states import Status
 
 _CONFIRMED_WITHIN_S = 2.0
@@ -153,16 +153,16 @@ def in_utc(field: str, time: datetime | None) -> datetime | None:
         raise InvalidRequest(field, f"{field} is out of range") from None
 
 
-def _cursor_of(place: Place) -> str:
+def _cursor_of(place: ListCursor) -> str:
     since = place.created_at - _EPOCH
     raw = _CURSOR.pack(since // _MICROSECOND, place.request_id.bytes)
     return urlsafe_b64encode(raw).decode()
 
 
-def _place_of(cursor: str) -> Place:
+def _place_of(cursor: str) -> ListCursor:
     try:
         microseconds, raw = _CURSOR.unpack(b64decode(cursor, altchars=b"-_", validate=True))
-        return Place(_EPOCH + microseconds * _MICROSECOND, UUID(bytes=raw))
+        return ListCursor(_EPOCH + microseconds * _MICROSECOND, UUID(bytes=raw))
     except (ValueError, OverflowError, struct.error):
         raise InvalidRequest(
             "cursor", "this is not a cursor", allowed="the `next_cursor` of a page"

@@ -53,7 +53,7 @@ from tidegate.spine.native import (
 )
 from tidegate.spine.record import CallFailed, Life
 from tidegate.store.audit import RelayRecord, observed_of
-from tidegate.store.batches import OUTPUT, PRIORITY, Batch, BatchFile, Line, ambiguous_of
+from tidegate.store.batches import OUTPUT, PRIORITY, Batch, BatchFile, BatchLine, ambiguous_of
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.notifications import BATCHES
 from tidegate.store.records import Failure, Json
@@ -88,7 +88,7 @@ _LATER = (
 class _UnderWay:
     """A line of a task, which waits for its turn, is called, then writes how it ended."""
 
-    line: Line
+    line: BatchLine
     life: Life
     trail: Trail | None
     is_over: bool = False
@@ -157,7 +157,7 @@ class LineCaller:
             elif is_last:
                 await self._store.notifications.wait_work(_IDLE_MS, mark, BATCHES)
 
-    async def _without_held(self, claimed: list[Line], put_off: int) -> int:
+    async def _without_held(self, claimed: list[BatchLine], put_off: int) -> int:
         """Return lines to the queue that nothing can be called for; how many."""
         waits_ms = self._held.waits_ms(
             ((line.id, self._targets_of(line)) for line in claimed), put_off
@@ -170,7 +170,7 @@ class LineCaller:
             )
         return len(waits_ms)
 
-    def _targets_of(self, line: Line) -> tuple[Key, ...]:
+    def _targets_of(self, line: BatchLine) -> tuple[Key, ...]:
         model = orjson.loads(line.body).get("model") or ""  # checked when the batch came
         return targets_of(self._relay, line.endpoint, str(model))
 
@@ -215,7 +215,7 @@ class LineCaller:
         except StoreUnavailable as away:  # they return when this process is gone
             log.debug(Log.STORE_AWAY, detail=away.message)
 
-    def _begin(self, line: Line) -> None:
+    def _begin(self, line: BatchLine) -> None:
         one = _UnderWay(line, Life(), self._relay.tracing.trail(line.id, None))
         task = asyncio.create_task(self._guarded(one))
         self._tasks[task] = one
@@ -294,14 +294,14 @@ class LineCaller:
         finally:
             one.is_over = True
 
-    async def _caller_of(self, line: Line) -> Caller:
+    async def _caller_of(self, line: BatchLine) -> Caller:
         """Who asks, and whose budget it spends. Raises StoreUnavailable."""
         caller = Caller(line.tenant_id, line.key_id, line.models)
         if line.key_id is None:
             return caller
         return replace(caller, budgets=await self._relay.budgets.budgets_of(line.tenant_id))
 
-    def _wait_ms(self, line: Line, life: Life, error: TidegateError) -> float | None:
+    def _wait_ms(self, line: BatchLine, life: Life, error: TidegateError) -> float | None:
         """Until the line is called again; None where it has failed."""
         if isinstance(error, _LATER):
             return _AGAIN_MS
@@ -311,7 +311,7 @@ class LineCaller:
         return retry_wait_ms(error, max(1, attempts), self._config.max_attempts)
 
     async def _finish(
-        self, line: Line, life: Life, error: TidegateError | None, words: CallFailed | None
+        self, line: BatchLine, life: Life, error: TidegateError | None, words: CallFailed | None
     ) -> None:
         status_code: int | None = None
         answer: str | None = None
@@ -337,7 +337,7 @@ class LineCaller:
 
 
 def _record_of(
-    line: Line, life: Life, failure: Failure | None, status_code: int | None
+    line: BatchLine, life: Life, failure: Failure | None, status_code: int | None
 ) -> RelayRecord:
     now, target = datetime.now(UTC), life.target
     endpoint = endpoint_of("POST", line.endpoint, dialect_of(line.endpoint, frozenset(), b""))

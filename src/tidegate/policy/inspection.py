@@ -36,7 +36,7 @@ from tidegate.limiter import (
 )
 from tidegate.policy.format import MEASURES, TOTAL, in_words, plain_model, to_plain, whom_it_binds
 from tidegate.policy.rollout import PolicyKeeper
-from tidegate.store.requests import Running, RunningCall, Whereabouts
+from tidegate.store.requests import ActiveRequests, RunningCall, Whereabouts
 from tidegate.store.states import Status
 from tidegate.store.tenants import Tenants
 from tidegate.telemetry.logging import Log, get_logger
@@ -108,7 +108,7 @@ class Control:
     """
 
     def __init__(
-        self, limiter: Limiter, keeper: PolicyKeeper, running: Running, tenants: Tenants
+        self, limiter: Limiter, keeper: PolicyKeeper, running: ActiveRequests, tenants: Tenants
     ) -> None:
         self.limiter = limiter
         self.keeper = keeper

@@ -23,7 +23,7 @@ from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
 from tidegate.store import records as rows
 from tidegate.store.audit import Prepared, RelayLog, RelayRecord
 from tidegate.store.database import Connections, GroupWriter, sql, until_quick
-from tidegate.store.idempotency import Given, end_key, known_key, take_key
+from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
 from tidegate.store.notifications import BATCHES, Notifications
 from tidegate.store.queue import Lookback
 from tidegate.store.records import Failure, Idempotency, Json
@@ -224,9 +224,9 @@ class Batches:
         async def add(connection: asyncpg.Connection) -> asyncpg.Record:
             if once is not None:
                 before = await take_key(connection, tenant_id, once, batch_id)
-                if isinstance(before, Given):
+                if isinstance(before, KeyState):
                     return await _made_before(connection, tenant_id, once, before)
-                made = Given(once.digest, batch_id, 200, "application/json", b"")
+                made = KeyState(once.digest, batch_id, 200, "application/json", b"")
                 await end_key(connection, tenant_id, once.key, made)
             await connection.execute(sql("add_batch"), *given)
             return await connection.fetchrow(sql("get_batch"), batch_id, tenant_id)
@@ -362,7 +362,7 @@ def _check_room(tenant_id: str, kept_bytes: int, size_bytes: int, most_bytes: in
 
 
 async def _made_before(
-    connection: asyncpg.Connection, tenant_id: str, once: Idempotency, before: Given
+    connection: asyncpg.Connection, tenant_id: str, once: Idempotency, before: KeyState
 ) -> asyncpg.Record:
     if before.digest != once.digest:
         raise IdempotencyConflict("the key was used for another request")
@@ -407,7 +407,7 @@ _DIED = Failure(
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     """A claimed line. `id` names it on the record; `attempts` are those begun before this claim."""
 
     batch_id: UUID
@@ -467,7 +467,7 @@ class BatchLines:
             self._end, lambda end: 200 + 2 * end.call.record.size_bytes
         )
 
-    async def claim(self, limit: int, most_bytes: int) -> list[Line]:
+    async def claim(self, limit: int, most_bytes: int) -> list[BatchLine]:
         """Lines that come back are found at the latest by the next search from the beginning."""
         look = self._claims.begin()
         since = {} if look.is_whole else {str(key): line for key, line in self._from.items()}
@@ -477,7 +477,7 @@ class BatchLines:
             *(self._instance_id, limit, most_bytes),
             *(orjson.dumps(since).decode(), list(self._held_up)),
         )
-        lines = [rows.record_of(Line, row, models=_models(row)) for row in claimed]
+        lines = [rows.record_of(BatchLine, row, models=_models(row)) for row in claimed]
         self._claims.end(look, complete=True)
         if look.is_whole:
             self._from.clear()
@@ -495,7 +495,7 @@ class BatchLines:
             self._held_up_at = now
         return self._held_up
 
-    async def release_strays(self, held: Iterable[Line]) -> None:
+    async def release_strays(self, held: Iterable[BatchLine]) -> None:
         """Give up what this process has claimed and does not know of: the reply was lost."""
         look = self._strays.begin()
         if not look.is_whole:
@@ -509,13 +509,13 @@ class BatchLines:
         found = await self._connections.rows("batches_over", list(batch_ids))
         return frozenset(rows.uuid_of(row["id"]) for row in found)
 
-    async def begin(self, line: Line) -> None:
+    async def begin(self, line: BatchLine) -> None:
         """Mark a line as calling, as `Claims.running` does a job. Raises ClaimLost."""
         await until_quick(lambda: self._begins.write(line.key), self._lease_ms)
 
     async def end(
         self,
-        line: Line,
+        line: BatchLine,
         call: Prepared,
         *,
         status_code: int | None,
@@ -538,7 +538,7 @@ class BatchLines:
 
     async def give_back(
         self,
-        lines: Iterable[Line],
+        lines: Iterable[BatchLine],
         *,
         waits_ms: Mapping[UUID, float] | Mapping[UUID, int] | None = None,
         counted: int = 1,

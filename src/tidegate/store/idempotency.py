@@ -40,7 +40,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class KeyState:
     """What is known under a key. `answer` is None while the request is still being answered;
     `lapsed`: its owner has not renewed the key for a lease. `lost`: the request before it under the
     same key, whose answer was lost with its process."""
@@ -97,7 +97,7 @@ class NativeKeys:
         self.lease_ms = min(lease_ms, LONGEST_LEASE_MS)
         self._steadiness = Steadiness(self.lease_ms)
         self._owned: dict[UUID, Owner] = {}
-        self._looking: dict[tuple[str, str], asyncio.Task[Given | None]] = {}
+        self._looking: dict[tuple[str, str], asyncio.Task[KeyState | None]] = {}
         self._pending_bytes = 0
         self._renewing: asyncio.Task[None] | None = None
 
@@ -109,7 +109,7 @@ class NativeKeys:
         for looking in self._looking.values():
             looking.cancel()
 
-    async def take(self, owner: Owner, wanted: Idempotency) -> Taken | Given:
+    async def take(self, owner: Owner, wanted: Idempotency) -> Taken | KeyState:
         """Take the key for `owner`, or return what is known under it."""
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_often())
@@ -124,7 +124,7 @@ class NativeKeys:
             self._owned[owner.request_id] = owner
         return taken
 
-    async def known(self, tenant_id: str, key: str) -> Given | None:
+    async def known(self, tenant_id: str, key: str) -> KeyState | None:
         """What is known under a key, which stays as it is."""
         lease_ms = self._judged_ms()
         return await self._connections.run(
@@ -132,7 +132,7 @@ class NativeKeys:
             timeout_ms=_TIMEOUT_MS,
         )
 
-    async def look(self, tenant_id: str, key: str) -> Given | None:
+    async def look(self, tenant_id: str, key: str) -> KeyState | None:
         """The same, a moment later. All that wait for one key in this process share the look."""
         place = (tenant_id, key)
         looking = self._looking.get(place)
@@ -143,11 +143,11 @@ class NativeKeys:
             looking.add_done_callback(partial(self._looked, place))
         return await asyncio.shield(looking)
 
-    async def _look(self, tenant_id: str, key: str) -> Given | None:
+    async def _look(self, tenant_id: str, key: str) -> KeyState | None:
         await asyncio.sleep(_LOOK_S)
         return await self.known(tenant_id, key)
 
-    def _looked(self, place: tuple[str, str], looking: asyncio.Task[Given | None]) -> None:
+    def _looked(self, place: tuple[str, str], looking: asyncio.Task[KeyState | None]) -> None:
         if self._looking.get(place) is looking:
             del self._looking[place]
         if not looking.cancelled():
@@ -223,7 +223,7 @@ async def take_key(
     request_id: UUID,
     *,
     lease_ms: int | None = None,
-) -> Taken | Given:
+) -> Taken | KeyState:
     """As `NativeKeys.take`, in the transaction of what the key is for. Another caller that takes
     the key waits for the end of that transaction. lease_ms: how long a key may go without being
     renewed; None leaves every owner its key."""
@@ -243,12 +243,12 @@ async def take_key(
 
 async def known_key(
     connection: asyncpg.Connection, tenant_id: str, key: str, *, lease_ms: int | None = None
-) -> Given | None:
+) -> KeyState | None:
     """What is known under a key, which is left as it is."""
     row = await connection.fetchrow(sql("get_native_key"), tenant_id, key, _seconds(lease_ms))
     if row is None:
         return None
-    return Given(
+    return KeyState(
         digest=row["digest"].hex(),
         request_id=UUID(int=row["request_id"].int),
         http_status=row["http_status"] or 0,
@@ -259,7 +259,9 @@ async def known_key(
     )
 
 
-async def end_key(connection: asyncpg.Connection, tenant_id: str, key: str, given: Given) -> None:
+async def end_key(
+    connection: asyncpg.Connection, tenant_id: str, key: str, given: KeyState
+) -> None:
     """Keep the answer, in the transaction of what the key is for."""
     await connection.execute(
         sql("end_native_key"),

@@ -35,7 +35,7 @@ class Delivery:
     tries: int
 
 
-class Outbox:
+class WebhookOutbox:
     """The sender's and the operator's side. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:

@@ -47,7 +47,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class QueueTurn:
     """A queue that a claim looks at: `n` is the tenant's turn."""
 
     n: int
@@ -91,11 +91,11 @@ class _Queue:
     def _begin(self, made_at: datetime) -> None:
         self.since = made_at if self.since is None else min(self.since, made_at)
 
-    def turn(self, n: int, key: Key, limit: int) -> Turn:
+    def turn(self, n: int, key: Key, limit: int) -> QueueTurn:
         """The oldest first: what is not early waits while there are more early ones than asked."""
         oldest = sorted(self.early, key=lambda one: (self.early[one], one))
         few = len(oldest) <= 2 * limit
-        return Turn(n, key, self.since if few else None, tuple(oldest[: 2 * limit]))
+        return QueueTurn(n, key, self.since if few else None, tuple(oldest[: 2 * limit]))
 
 
 class Ready:
@@ -183,7 +183,7 @@ class Ready:
         place = bisect_right(self._tenants, last)
         return self._tenants[place:] + self._tenants[:place]
 
-    def turns(self, tenants: Iterable[str], limit: int) -> list[Turn]:
+    def turns(self, tenants: Iterable[str], limit: int) -> list[QueueTurn]:
         """What a claim of at most `limit` jobs is to look at."""
         return [
             queue.turn(n, (tenant, priority), limit)
@@ -191,7 +191,7 @@ class Ready:
             for priority, queue in self._queues.get(tenant, {}).items()
         ]
 
-    def settle(self, turn: Turn, since: datetime | None, early: Iterable[UUID]) -> None:
+    def settle(self, turn: QueueTurn, since: datetime | None, early: Iterable[UUID]) -> None:
         """After the claim's commit: where the queue begins now, and the early ones that are left.
 
         What was learnt meanwhile by sweeping stands.
@@ -224,7 +224,7 @@ _UNKNOWN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Scan:
     """One search, which goes back `back_s` seconds."""
 
     back_s: float
@@ -241,17 +241,17 @@ class Lookback:
         self._whole_at = 0.0  # when the last one from the beginning was begun
         self._whole_took_s = 0.0
 
-    def begin(self, *, hurried: bool = False) -> Look:
+    def begin(self, *, hurried: bool = False) -> Scan:
         """A `hurried` search begins at the very beginning only where that was quick last time."""
         now = self._clock()
         due = now - self._whole_at >= max(_WHOLE_EVERY_S, _SHARE * self._whole_took_s)
         if self._done is None or (due and not (hurried and self._whole_took_s > _HURRIED_S)):
             # Until it has ended well it counts as long: one that fails is not begun again at once.
             self._whole_at, self._whole_took_s = now, _UNKNOWN_S
-            return Look(ALL_S, now, True)
-        return Look(now - self._done + MARGIN_S, now, False)
+            return Scan(ALL_S, now, True)
+        return Scan(now - self._done + MARGIN_S, now, False)
 
-    def end(self, look: Look, *, complete: bool) -> None:
+    def end(self, look: Scan, *, complete: bool) -> None:
         """It ended well; `complete` if there was no more to find than it took."""
         if look.is_whole:
             self._whole_took_s = self._clock() - look.began
@@ -347,7 +347,7 @@ class ReadyQueues:
 
         async def work(
             connection: asyncpg.Connection,
-        ) -> tuple[int, list[str], list[Turn], list[asyncpg.Record], list[ClaimedJob]]:
+        ) -> tuple[int, list[str], list[QueueTurn], list[asyncpg.Record], list[ClaimedJob]]:
             ripe = 0
             came = await _came(connection, lane, known.ready.unread, look.back_s)
             known.ready.read(came)
@@ -383,7 +383,7 @@ class ReadyQueues:
         known: _Known,
         tenants: list[str],
         limit: int,
-    ) -> tuple[list[Turn], list[asyncpg.Record], list[ClaimedJob]]:
+    ) -> tuple[list[QueueTurn], list[asyncpg.Record], list[ClaimedJob]]:
         turns = known.ready.turns(tenants, limit)
         if not turns:
             return [], [], []
@@ -395,7 +395,7 @@ class ReadyQueues:
     def _settle(
         self,
         known: _Known,
-        turns: list[Turn],
+        turns: list[QueueTurn],
         found: list[asyncpg.Record],
         jobs: list[ClaimedJob],
     ) -> None:
@@ -481,10 +481,10 @@ class ExpiredClaims:
         self._seen: dict[str, datetime] = {}  # silent ones, with when they were last heard
         self._silent: dict[str, datetime] = {}
 
-    def begin(self) -> Look:
+    def begin(self) -> Scan:
         return self._lookback.begin()
 
-    async def lock(self, connection: asyncpg.Connection, look: Look) -> list[UUID]:
+    async def lock(self, connection: asyncpg.Connection, look: Scan) -> list[UUID]:
         """Lock up to 500 jobs whose claims have expired; returns their ids."""
         found = await connection.fetch(sql("silent_workers"), self._lease_ms)
         self._silent = {row["instance_id"]: row["seen_at"] for row in found}
@@ -502,7 +502,7 @@ class ExpiredClaims:
             row["id"] for row in await connection.fetch(sql("lock_lapsed"), names, self._lease_ms)
         ]
 
-    def end(self, look: Look, retaken: int) -> None:
+    def end(self, look: Scan, retaken: int) -> None:
         if retaken < AT_ONCE:
             self._seen = self._silent
         self._lookback.end(look, complete=retaken < AT_ONCE)

@@ -46,14 +46,14 @@ _LAST = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ListCursor:
     """A place between two requests: after the one that was made at that time, and has that id."""
 
     created_at: datetime
     request_id: UUID
 
 
-START = Place(_LAST, UUID(int=2**128 - 1))
+START = ListCursor(_LAST, UUID(int=2**128 - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class ListPage:
     """`after` is where the next page starts; None on the last."""
 
     items: tuple[Listed, ...]
-    after: Place | None
+    after: ListCursor | None
 
 
 END = UUID(int=2**128 - 1)
@@ -111,7 +111,7 @@ _ID_AFTER, _ID_BEFORE = timedelta(hours=1), timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SearchFilter:
     """Which requests; None, or nothing, means all.
 
     prefix: how their ids begin, as hexadecimal digits without dashes. since: the earliest time of
@@ -142,7 +142,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundRequest:
     """A request in short, and whose it is. `endpoint` is the path of a native call."""
 
     listed: Listed
@@ -156,7 +156,7 @@ class Found:
 class FoundPage:
     """`before` is what the next page is asked for with; None on the last."""
 
-    items: tuple[Found, ...]
+    items: tuple[FoundRequest, ...]
     before: UUID | None
 
 
@@ -175,7 +175,7 @@ _SLOW_S = 0.2
 _SHARE = 20
 
 
-class Places:
+class QueuePlaces:
     """One in each process."""
 
     def __init__(self) -> None:
@@ -291,7 +291,7 @@ class Requests:
         self._connections = connections
         self._blobs = blobs
         self._notifications = notifications
-        self._places, self._turns = Places(), ReadTurns(_READS_AT_ONCE)
+        self._places, self._turns = QueuePlaces(), ReadTurns(_READS_AT_ONCE)
 
     async def get(self, request_id: UUID, tenant_id: str) -> RequestRecord:
         """The request as it now stands. Raises NotFound."""
@@ -336,7 +336,9 @@ class Requests:
         finally:
             self._notifications.unwatch(request_id, changed)
 
-    async def page(self, tenant_id: str, wanted: Filter, limit: int, place: Place = START) -> Page:
+    async def page(
+        self, tenant_id: str, wanted: Filter, limit: int, place: ListCursor = START
+    ) -> ListPage:
         """At most `limit` requests of a tenant from `place` on."""
         most = MOST_LOOKED_AT if wanted.is_narrow else limit + 1
         within = (
@@ -356,11 +358,11 @@ class Requests:
         found, reach = await self._connections.run(read)
         items = tuple(_listed(row) for row in found[:limit])
         if len(found) > limit:
-            return Page(items, Place(items[-1].created_at, items[-1].request_id))
-        end = None if reach is None else Place(reach["created_at"], rows.uuid_of(reach["id"]))
-        return Page(items, end)
+            return ListPage(items, ListCursor(items[-1].created_at, items[-1].request_id))
+        end = None if reach is None else ListCursor(reach["created_at"], rows.uuid_of(reach["id"]))
+        return ListPage(items, end)
 
-    async def search(self, wanted: Wanted, limit: int, before: UUID = END) -> FoundPage:
+    async def search(self, wanted: SearchFilter, limit: int, before: UUID = END) -> FoundPage:
         """At most `limit` requests of any tenant whose ids come before `before`."""
         first, past = wanted.ids(before)
         if first >= past:
@@ -388,7 +390,7 @@ class Requests:
             return found, reach
 
         found, reach = await self._connections.run(read)
-        items = tuple(record_of(Found, row, listed=_listed(row)) for row in found[:limit])
+        items = tuple(record_of(FoundRequest, row, listed=_listed(row)) for row in found[:limit])
         if len(found) > limit:
             return FoundPage(items, items[-1].listed.request_id)
         return FoundPage(items, None if reach is None else rows.uuid_of(reach))
@@ -583,12 +585,12 @@ class RunningCall:
     admitted_at: datetime | None
 
 
-class Running:
+class ActiveRequests:
     """Where requests are, for those who watch a pool. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._places = Places()
+        self._places = QueuePlaces()
 
     async def whereabouts(self, request_id: UUID) -> Whereabouts:
         """Raises NotFound: streams, too, are on record only once they have ended."""
@@ -684,7 +686,7 @@ class GivenUpWebhook:
     given_up_at: datetime
 
 
-class Stuck:
+class StuckWork:
     """What a person decides on: dead jobs, failed ones to requeue, webhooks given up. Every method
     raises StoreUnavailable."""
 

@@ -95,7 +95,7 @@ _TIMEOUT_MS = 3_000
 
 
 @dataclass(slots=True)
-class Tally:
+class CallCounts:
     """What ended in a span. For the names in `counts` and `apart` see `dashboard.rollup`.
 
     waits and lengths are histograms: of the time to admission, and of calls upstream.
@@ -117,7 +117,7 @@ class Tally:
             name = OTHERS if len(names) >= MOST_NAMES else name[:_LONGEST_NAME].replace("\0", "")
         _add(names, name, amounts)
 
-    def merge(self, other: Tally, most_names: int = MOST_NAMES) -> None:
+    def merge(self, other: CallCounts, most_names: int = MOST_NAMES) -> None:
         """Add what another process, or another span, has counted; names beyond so many together."""
         for name, amount in other.counts.items():
             self.count(name, amount)
@@ -145,7 +145,7 @@ def _add(names: dict[str, list[int]], name: str, amounts: Sequence[int]) -> None
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TimeSpan:
     """A span of `step_s` seconds that begins at `at` (seconds since 1970), in one pool."""
 
     step_s: int
@@ -160,7 +160,7 @@ class History:
         self._connections = connections
         self._instance_id = instance_id
 
-    async def write(self, counted: Sequence[tuple[Span, Tally]]) -> None:
+    async def write(self, counted: Sequence[tuple[TimeSpan, CallCounts]]) -> None:
         """What this process has counted so far in each of these spans."""
         columns = (
             [span.step_s for span, _ in counted],
@@ -176,15 +176,15 @@ class History:
             "write_history", self._instance_id, *columns, timeout_ms=_TIMEOUT_MS
         )
 
-    async def read(self, step_s: int, since: float) -> list[tuple[Span, Tally]]:
+    async def read(self, step_s: int, since: float) -> list[tuple[TimeSpan, CallCounts]]:
         """Every process's count of every span from `since` on (seconds since 1970), by time."""
         rows = await self._connections.rows(
             "read_history", step_s, since, MOST_ROWS, timeout_ms=_TIMEOUT_MS
         )
         return [
             (
-                Span(step_s, row["at"], row["pool"]),
-                Tally(
+                TimeSpan(step_s, row["at"], row["pool"]),
+                CallCounts(
                     orjson.loads(row["counts"]),
                     orjson.loads(row["apart"]),
                     unpack(row["waits"]),

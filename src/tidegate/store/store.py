@@ -19,12 +19,12 @@ from tidegate.store.database import HEAD, Connections, revision_of
 from tidegate.store.idempotency import NativeKeys
 from tidegate.store.jobs import Jobs, QueueCaps
 from tidegate.store.notifications import Notifications
-from tidegate.store.outbox import Outbox
+from tidegate.store.outbox import WebhookOutbox
 from tidegate.store.policies import Policies
 from tidegate.store.queue import JobQueue
 from tidegate.store.quotas import BudgetGate
 from tidegate.store.records import StreamRecord
-from tidegate.store.requests import Requests, Running, Stuck
+from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import Spill
 from tidegate.store.statistics import History, QueueDepths
@@ -84,8 +84,8 @@ class Store:
         self.native_keys = NativeKeys(connections, self.recorder.keep, lease_ms=claim_lease_ms)
         self.requests = Requests(connections, blobs, self.notifications)
         self.running_calls, self.stuck = (
-            Running(connections),
-            Stuck(connections, self.notifications),
+            ActiveRequests(connections),
+            StuckWork(connections, self.notifications),
         )
         self.history, self.queue_depths = (
             History(connections, instance_id),
@@ -93,7 +93,7 @@ class Store:
         )
         self.policies, self.tenants = Policies(connections), Tenants(connections)
         self.budgets = BudgetGate(self.usage, self.spending, self.tenants)
-        self.outbox = Outbox(connections)
+        self.outbox = WebhookOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)
 
     def _open_audit(self, audit_full: Literal["block", "drop"]) -> tuple[Recorder, RelayLog]:

@@ -37,7 +37,7 @@ _NAMED = re.compile(r"(?:tg_)?(?P<prefix>[a-z0-9]{10})(?:_\w*)?")
 
 
 @dataclass(frozen=True, slots=True)
-class NewKey:
+class GeneratedKey:
     """A key that was just made. `text` is to be shown once."""
 
     prefix: str
@@ -45,10 +45,10 @@ class NewKey:
     digest: bytes
 
 
-def make_key() -> NewKey:
+def make_key() -> GeneratedKey:
     prefix = _random(_PREFIX_LETTERS, _PREFIX_LENGTH)
     text = f"tg_{prefix}_{_random(_SECRET_LETTERS, _SECRET_LENGTH)}"
-    return NewKey(prefix, text, digest_of(text.encode()))
+    return GeneratedKey(prefix, text, digest_of(text.encode()))
 
 
 def digest_of(key: bytes) -> bytes:
@@ -201,7 +201,7 @@ class Tenants:
         scopes: Iterable[Scope] = USUAL_SCOPES,
         expires_at: datetime | None = None,
         made_by: str | None = None,
-    ) -> tuple[Key, NewKey]:
+    ) -> tuple[Key, GeneratedKey]:
         """The key on record, and the key itself, to be shown once. `made_by`: who has proven that
         they may make keys. Raises NotFound."""
         made, given = make_key(), sorted({scope.value for scope in scopes})

@@ -136,14 +136,14 @@ def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
     """Queue failed jobs again, for somebody; without `by` only count them."""
     from tidegate.store.database import Connections
     from tidegate.store.notifications import Notifications
-    from tidegate.store.requests import Stuck
+    from tidegate.store.requests import StuckWork
 
     async def work(url: str) -> RequeueReport:
         connections = Connections(url)
         connections.start()
         notifications = Notifications(connections)
         try:
-            stuck = Stuck(connections, notifications)
+            stuck = StuckWork(connections, notifications)
             if by is None:
                 return await stuck.preview(order)
             report = await stuck.requeue_all(order)
@@ -386,7 +386,7 @@ def in_pool(config: Config, work: Work[T], pool: str = DEFAULT_POOL) -> T:
             from tidegate.app import open_pool
             from tidegate.store.database import Connections
             from tidegate.store.policies import Policies
-            from tidegate.store.requests import Running
+            from tidegate.store.requests import ActiveRequests
             from tidegate.store.tenants import Tenants
 
             assert whole.database_url is not None
@@ -399,7 +399,9 @@ def in_pool(config: Config, work: Work[T], pool: str = DEFAULT_POOL) -> T:
                     await limiter.ping(_ANSWER_WITHIN_MS)
                     await limiter.joined()
                     tenants = Tenants(connections)
-                    return await work(Control(limiter, keeper, Running(connections), tenants))
+                    return await work(
+                        Control(limiter, keeper, ActiveRequests(connections), tenants)
+                    )
             finally:
                 await connections.aclose()
 

@@ -14,7 +14,7 @@ from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_metrics import of, scraped
 from tests.waiting import wait_until
 from tidegate.dashboard.rollup import count
-from tidegate.store.statistics import Tally
+from tidegate.store.statistics import CallCounts
 from tidegate.telemetry.events import Observed, Observers
 
 MODEL = "gemini-2.5-flash"
@@ -210,7 +210,7 @@ async def _is_counted_for_no_tenant(gateway: Gateway, ends: Sequence[Observed]) 
     for name, which in (("tidegate_cost_total", ends), ("tidegate_tenant_cost_total", answered)):
         spent = sum(one.cost_micros or 0 for one in which) / 1e6
         assert of(values, name) == pytest.approx(spent)
-    tally = Tally()
+    tally = CallCounts()
     for one in ends:
         count(tally, one)
     assert (tally.counts["calls"], tally.counts["succeeded"], tally.counts["judged"]) == (3, 3, 3)

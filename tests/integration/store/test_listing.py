@@ -13,7 +13,7 @@ from tests.integration.store.jobs import UNSURE, new_job, now
 from tidegate.call import Kind, new_id
 from tidegate.store import requests as listing
 from tidegate.store.records import StreamRecord
-from tidegate.store.requests import START, Filter, Place
+from tidegate.store.requests import START, Filter, ListCursor
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
@@ -23,7 +23,7 @@ ALL = Filter()
 async def ids(store: Store, wanted: Filter = ALL, limit: int = 200) -> list[UUID]:
     """All pages together."""
     found: list[UUID] = []
-    place: Place | None = START
+    place: ListCursor | None = START
     while place is not None:
         page = await store.requests.page("default", wanted, limit, place)
         assert len(page.items) <= limit
@@ -59,7 +59,7 @@ async def test_those_of_the_same_moment_are_told_apart_by_their_ids(store: Store
 async def test_going_on_shows_nothing_twice_while_new_ones_arrive(store: Store) -> None:
     expected = await submitted(store, 6)
     found: list[UUID] = []
-    place: Place | None = START
+    place: ListCursor | None = START
     while place is not None:
         page = await store.requests.page("default", ALL, 2, place)
         found += [item.request_id for item in page.items]

@@ -18,7 +18,7 @@ from tests.waiting import wait_until, work_for
 from tidegate.call import new_id
 from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import StoreUnavailable
-from tidegate.store.idempotency import Given, NativeKeys, Owner, Taken
+from tidegate.store.idempotency import KeyState, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
 from tidegate.store.retention import Whose
 from tidegate.store.store import Store
@@ -51,7 +51,7 @@ def owner_of(key: str = WANTED.key, subject: str | None = None) -> Owner:
     return Owner("default", key, new_id(), subject, datetime.now(UTC))
 
 
-async def known(store: Store) -> Given | None:
+async def known(store: Store) -> KeyState | None:
     try:
         return await store.native_keys.known("default", WANTED.key)
     except StoreUnavailable:
@@ -78,7 +78,7 @@ async def test_kill_9_frees_a_key_within_its_lease_and_names_the_call(
     first = UUID((await child.stdout.readline()).decode().strip())
     store = await make_store(database_url, claim_lease_ms=LONGER_MS)
     given = await store.native_keys.take(owner_of(), WANTED)
-    assert isinstance(given, Given)
+    assert isinstance(given, KeyState)
     assert (given.request_id, given.answer) == (first, None)
     # As long as it lives the key is its own, whoever looks.
     for _ in range(6):
@@ -98,10 +98,10 @@ async def test_another_request_does_not_take_a_lapsed_key(
     await gone.native_keys.take(owner_of(), WANTED)
     await gone.native_keys.aclose()
     other = Idempotency(WANTED.key, "cd" * 32)
-    assert isinstance(await store.native_keys.take(owner_of(), other), Given)
+    assert isinstance(await store.native_keys.take(owner_of(), other), KeyState)
     await wait_until(lambda: is_lapsed(store), 20, "the key has lapsed")
     given = await store.native_keys.take(owner_of(), other)
-    assert isinstance(given, Given)
+    assert isinstance(given, KeyState)
     assert given.digest == WANTED.digest
 
 
@@ -138,7 +138,7 @@ async def test_all_that_wait_for_a_key_share_a_look(
 ) -> None:
     looks, find = [], NativeKeys.known
 
-    async def counted(self: NativeKeys, tenant_id: str, key: str) -> Given | None:
+    async def counted(self: NativeKeys, tenant_id: str, key: str) -> KeyState | None:
         looks.append(key)
         return await find(self, tenant_id, key)
 
@@ -159,7 +159,7 @@ async def test_a_stall_as_a_call_ends_loses_no_answer_and_frees_no_key(
     of_failed = Idempotency(failed.key, WANTED.digest)
     await mine.native_keys.take(owner, WANTED)
     await mine.native_keys.take(failed, of_failed)
-    assert isinstance(await other.native_keys.take(owner_of(), WANTED), Given)
+    assert isinstance(await other.native_keys.take(owner_of(), WANTED), KeyState)
     async with outage(own_server, how):
         await wait_until(lambda: mine.connections.away and other.connections.away)
         mine.native_keys.free(failed)

@@ -16,11 +16,11 @@ from tidegate.store import requests as search
 from tidegate.store.audit import RelayRecord
 from tidegate.store.database import sql
 from tidegate.store.records import Failure, StreamRecord
-from tidegate.store.requests import END, Wanted
+from tidegate.store.requests import END, SearchFilter
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
-ALL = Wanted()
+ALL = SearchFilter()
 # Jobs that ended, each with its audit row, and native calls: ids that tell their time, as ours do.
 FILL = """
     WITH made AS (
@@ -43,7 +43,7 @@ FILL = """
 """
 
 
-async def ids(store: Store, wanted: Wanted = ALL, limit: int = 200) -> list[UUID]:
+async def ids(store: Store, wanted: SearchFilter = ALL, limit: int = 200) -> list[UUID]:
     """All pages together."""
     found: list[UUID] = []
     before: UUID | None = END
@@ -100,7 +100,7 @@ async def test_all_tenants_and_sources_are_in_one_list_and_each_request_once(
     newest_first = [line.request_id, stream.request_id, native.request_id, job.request_id]
     for limit in (1, 2, 4, 5):
         assert await ids(store, limit=limit) == newest_first
-    (found,) = (await store.requests.search(Wanted(source="batch"), 9)).items
+    (found,) = (await store.requests.search(SearchFilter(source="batch"), 9)).items
     assert (found.tenant_id, found.listed.source, found.endpoint) == (
         *("d", "batch", "/v1/chat/completions"),
     )
@@ -124,25 +124,25 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
         await store.jobs.submit(job)
     await put(store, peek, native)
     await store.jobs.cancel(other.request_id, "b")
-    expected: dict[Wanted, list[Any]] = {
-        Wanted(statuses=frozenset({Status.QUEUED})): [text],
-        Wanted(statuses=frozenset({Status.QUEUED, Status.CANCELLED})): [other, text],
-        Wanted(tenant_id="a"): [native, text],
-        Wanted(tenant_id="a\0"): [],
-        Wanted(model="gemini-a"): [text],
-        Wanted(kind=Kind.TEXT_ONLY): [other, text],
-        Wanted(source="relay"): [native],
-        Wanted(failure_code="cancelled"): [other],
-        Wanted(subject="ann"): [text],
-        Wanted(since=start + timedelta(seconds=1)): [native, other],
-        Wanted(until=start + timedelta(seconds=1)): [text],
-        Wanted(since=datetime.max.replace(tzinfo=UTC)): [],
-        Wanted(until=datetime.min.replace(tzinfo=UTC)): [],
-        Wanted(prefix=text.request_id.hex): [text],
-        Wanted(prefix=text.request_id.hex[:20]): [text],
-        Wanted(prefix="0"): [native, other, text],
-        Wanted(prefix="f"): [],
-        Wanted(prefix="f" * 32): [],
+    expected: dict[SearchFilter, list[Any]] = {
+        SearchFilter(statuses=frozenset({Status.QUEUED})): [text],
+        SearchFilter(statuses=frozenset({Status.QUEUED, Status.CANCELLED})): [other, text],
+        SearchFilter(tenant_id="a"): [native, text],
+        SearchFilter(tenant_id="a\0"): [],
+        SearchFilter(model="gemini-a"): [text],
+        SearchFilter(kind=Kind.TEXT_ONLY): [other, text],
+        SearchFilter(source="relay"): [native],
+        SearchFilter(failure_code="cancelled"): [other],
+        SearchFilter(subject="ann"): [text],
+        SearchFilter(since=start + timedelta(seconds=1)): [native, other],
+        SearchFilter(until=start + timedelta(seconds=1)): [text],
+        SearchFilter(since=datetime.max.replace(tzinfo=UTC)): [],
+        SearchFilter(until=datetime.min.replace(tzinfo=UTC)): [],
+        SearchFilter(prefix=text.request_id.hex): [text],
+        SearchFilter(prefix=text.request_id.hex[:20]): [text],
+        SearchFilter(prefix="0"): [native, other, text],
+        SearchFilter(prefix="f"): [],
+        SearchFilter(prefix="f" * 32): [],
     }
     for wanted, requests in expected.items():
         assert await ids(store, wanted, 2) == [one.request_id for one in requests], wanted
@@ -178,9 +178,9 @@ async def test_a_rare_one_is_found_over_several_looks_that_are_each_bounded(
     await store.jobs.submit(rare)
     for _ in range(10):
         await store.jobs.submit(new_job())
-    page = await store.requests.search(Wanted(model="rare"), 5)
+    page = await store.requests.search(SearchFilter(model="rare"), 5)
     assert (page.items, page.before is not None) == ((), True)
-    assert await ids(store, Wanted(model="rare"), 5) == [rare.request_id]
+    assert await ids(store, SearchFilter(model="rare"), 5) == [rare.request_id]
 
 
 async def test_a_page_reads_no_more_than_it_looks_at(peek: asyncpg.Connection) -> None:

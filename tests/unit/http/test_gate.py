@@ -14,7 +14,7 @@ from tidegate.call import ANYBODY, Caller, Caps, Scope
 from tidegate.errors import Forbidden, InvalidRequest, StoreUnavailable, Unauthenticated
 from tidegate.http import auth
 from tidegate.http.auth import FRESH_S, REFUSED_FOR_S, Gate
-from tidegate.store.tenants import FoundKey, NewKey, Tenants, make_key
+from tidegate.store.tenants import FoundKey, GeneratedKey, Tenants, make_key
 
 OUTAGE_S = 600.0
 
@@ -34,7 +34,7 @@ class Record(Tenants):
     def clock(self) -> float:
         return self.now
 
-    def add(self, tenant: str = "acme", **overrides: Any) -> NewKey:
+    def add(self, tenant: str = "acme", **overrides: Any) -> GeneratedKey:
         made = make_key()
         caller = Caller(tenant, made.prefix, caps=overrides.pop("caps", Caps()))
         usual: dict[str, Any] = {
@@ -49,7 +49,7 @@ class Record(Tenants):
         self.number += 1
         return made
 
-    def change(self, made: NewKey, **values: Any) -> None:
+    def change(self, made: GeneratedKey, **values: Any) -> None:
         found = self.keys[made.prefix]
         now = {name: getattr(found, name) for name in FoundKey.__slots__} | values
         self.keys[made.prefix] = FoundKey(**now)
@@ -76,7 +76,7 @@ class Record(Tenants):
         self.noted |= at
 
 
-def headers_of(key: NewKey | str, **more: str) -> list[tuple[bytes, bytes]]:
+def headers_of(key: GeneratedKey | str, **more: str) -> list[tuple[bytes, bytes]]:
     text = key if isinstance(key, str) else key.text
     tenant = [(b"x-tidegate-tenant", name.encode()) for name in more.values()]
     return [(b"authorization", f"Bearer {text}".encode()), *tenant]

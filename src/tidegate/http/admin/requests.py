@@ -53,13 +53,13 @@ from tidegate.store.requests import (
     AttemptRecord,
     DeadJob,
     DeliveryRecord,
-    Found,
+    FoundRequest,
     GivenUpWebhook,
     RequestDetail,
     Requeue,
     RequeueReport,
     Role,
-    Wanted,
+    SearchFilter,
 )
 from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
@@ -399,7 +399,7 @@ class RequestView(BaseModel):
     now: datetime = Field(description="The clock of this process, against which its times are")
 
 
-def admin_item(found: Found) -> AdminItem:
+def admin_item(found: FoundRequest) -> AdminItem:
     listed = found.listed
     return view_of(
         AdminItem,
@@ -523,8 +523,8 @@ class SearchQuery(BaseModel):
     limit: int = Field(default=50, ge=1, le=200)
     cursor: UUID | None = Field(default=None, description="`next_cursor` of the page before")
 
-    def wanted(self) -> Wanted:
-        return Wanted(
+    def wanted(self) -> SearchFilter:
+        return SearchFilter(
             statuses=frozenset(self.status),
             tenant_id=self.tenant,
             model=self.model,
