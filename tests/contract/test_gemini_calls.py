@@ -319,22 +319,3 @@ async def test_a_judge_that_makes_no_sense_is_an_error(
         with pytest.raises(UpstreamError) as raised:
             await ours.judge("a fox", [], model=JUDGE, answer=Answer())
     assert type(raised.value) is error
-
-
-async def test_tokens_are_counted(emulator: Emulator) -> None:
-    async with gemini(emulator.url) as ours:
-        assert await ours.count_tokens(call(prompt="a" * 400)) == 100
-        assert await ours.count_tokens(call(media=(PNG,))) > 200
-
-
-@pytest.mark.parametrize(
-    ("body", "error"),
-    [({}, UpstreamGarbled), ([], UpstreamGarbled), ({"error": {"code": 503}}, UpstreamUnavailable)],
-)
-async def test_a_count_that_is_none_is_an_error(body: object, error: type[UpstreamError]) -> None:
-    async def script(_: Received, to: Connection) -> None:
-        await to.whole(200, body)
-
-    async with raw_upstream(script) as upstream, gemini(upstream.url) as ours:
-        with pytest.raises(error):
-            await ours.count_tokens(call())

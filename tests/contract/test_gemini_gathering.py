@@ -142,7 +142,9 @@ async def test_what_came_before_a_timeout_is_kept(phase: str, limits: Timeouts) 
 def has_come(ours: GeminiProcessor) -> bool:
     sdk = ours._sdk
     assert sdk is not None
-    return any(b"".join(exchange.tail).endswith(b"\n\r\n") for exchange in sdk.wire.open_exchanges)
+    return any(
+        b"".join(exchange.tail).endswith(b"\n\r\n") for exchange in sdk.connections.open_exchanges
+    )
 
 
 @pytest.mark.parametrize("times", [1, 3])

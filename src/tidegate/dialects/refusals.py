@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, assert_never
 
@@ -27,7 +26,6 @@ from tidegate.errors import (
     UpstreamGarbled,
     UpstreamRejected,
     UpstreamThrottled,
-    UpstreamTimeout,
     UpstreamUnauthorized,
     UpstreamUnavailable,
     UpstreamUnpaid,
@@ -136,57 +134,6 @@ MAX_MESSAGE_CHARS = 500
 # How OpenAI names a refused key: its first and its last letters.
 _MASKED_KEY = re.compile(r"\S*\*{3,}\S*")
 _GOOGLE_KEY = re.compile(r"AIza[0-9A-Za-z_-]{20,}")
-
-
-@dataclass(frozen=True, slots=True)
-class Wreck:
-    """What is known of a failed exchange: `status` is None when no response had begun."""
-
-    status: int | None
-    headers: Mapping[str, str]
-    tail: bytes
-
-
-def translate(failure: Exception, wreck: Wreck | None, *, secret: str) -> UpstreamError:
-    """Our error for `failure`, raised by the SDK or the HTTP client. `wreck` is None when nothing
-    was sent. `secret` is the API key, removed from every message.
-    """
-    if isinstance(failure, UpstreamTimeout):
-        return failure
-    if wreck is not None and wreck.status is not None:
-        event = error_event_in(wreck.tail)
-        error = None if event is None else error_object(event)
-        if wreck.status != 200:
-            return upstream_error(wreck.status, error or {}, wreck.headers, secret=secret)
-        if error is not None:
-            return upstream_error(status_of(error), error, wreck.headers, secret=secret)
-    if isinstance(failure, UpstreamError):
-        return failure
-    return _without_error_body(failure, sent=wreck is not None)
-
-
-def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
-    import httpx2
-
-    name = type(failure).__name__
-    if isinstance(failure, httpx2.ConnectTimeout):
-        return UpstreamTimeout("connecting to the provider took too long", phase="connect")
-    if isinstance(failure, httpx2.TimeoutException):
-        return UpstreamTimeout("the provider was silent for too long", phase="idle")
-    if isinstance(failure, httpx2.RemoteProtocolError):
-        # One class for two faults: the text tells a cut connection from bytes that aren't HTTP.
-        if "disconnected" in str(failure) or "peer closed" in str(failure):
-            return UpstreamUnavailable("the provider closed the connection in mid-answer")
-        return UpstreamGarbled("the provider's answer is not HTTP")
-    if isinstance(failure, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
-        return UpstreamRejected(f"the request could not be sent ({name})")
-    if isinstance(failure, httpx2.ConnectError):
-        return UpstreamUnavailable("could not connect to the provider", broke="connecting")
-    if isinstance(failure, httpx2.TransportError | OSError):
-        return UpstreamUnavailable(f"the connection to the provider broke ({name})")
-    if not sent:
-        return UpstreamRejected(f"the request could not be built ({name})", status=400)
-    return UpstreamGarbled(f"the provider's answer is not what its protocol says ({name})")
 
 
 def error_of_refusal_in(body: bytes) -> JsonObject:

@@ -26,7 +26,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tidegate.call import Answer, Call, Delta, Event, Kind, Media, Picture, Sink, Usage, UsageReport
-from tidegate.dialects import refusals
 from tidegate.dialects.answers import with_searches
 from tidegate.dialects.gemini import modality_details
 from tidegate.errors import (
@@ -52,8 +51,7 @@ if TYPE_CHECKING:
         Part,
     )
 
-    from tidegate.upstream.gemini_transport import Scope, Wire
-    from tidegate.upstream.gemini_types import Settings
+    from tidegate.upstream.gemini_transport import Scope, SdkClient, Settings
 
 
 class Reading:
@@ -343,7 +341,7 @@ class _Sdk:
     """The SDK, once imported and connected to our transport."""
 
     client: AsyncClient
-    wire: Wire
+    connections: SdkClient
     faults: tuple[type[Exception], ...]
     settings: Mapping[Kind, Settings]
 
@@ -380,11 +378,7 @@ class GeminiProcessor:
     @property
     def open_calls(self) -> int:
         """HTTP exchanges with the provider that are open now, housekeeping included."""
-        return len(self._sdk.wire.open_exchanges) if self._sdk is not None else 0
-
-    async def start(self) -> None:
-        """Import the SDK and build its client. Repeating it does nothing."""
-        await self._started()
+        return len(self._sdk.connections.open_exchanges) if self._sdk is not None else 0
 
     async def aclose(self) -> None:
         """Give deletions of uploaded files up to 2 s, then close every connection."""
@@ -393,7 +387,7 @@ class GeminiProcessor:
             for chore in late:
                 chore.cancel()
         if self._sdk is not None:
-            await self._sdk.wire.aclose()
+            await self._sdk.connections.aclose()
 
     async def run(self, call: Call, answer: Answer, sink: Sink | None) -> None:
         """Make the call, push Delta, Picture and UsageReport events into `sink` as they arrive and
@@ -403,10 +397,9 @@ class GeminiProcessor:
         Raises UpstreamError's subclasses, and whatever `sink` raises, unchanged. Cancellation at
         any point closes the upstream connection before it comes out of here.
         """
-        from tidegate.upstream.gemini_transport import Scope
-        from tidegate.upstream.gemini_types import turn_of
+        from tidegate.upstream.gemini_transport import Scope, turn_of
 
-        sdk = self._sdk or await self._started()
+        sdk = self._sdk or await self.start()
         model = model_path(call.model)
         uploaded: list[str] = []
         scope = Scope(self._timeouts.total_ms, gathers=sink is None, traceparent=call.traceparent)
@@ -428,7 +421,7 @@ class GeminiProcessor:
                         chunk = await anext(chunks, None)
                         events = reading.take(chunk) if chunk is not None else None
                     except sdk.faults as failure:
-                        raise self._ours(failure, scope) from None
+                        raise scope.error_of(failure, self._api_key) from None
                     if events is None:
                         break
                     if sink is not None:
@@ -449,7 +442,7 @@ class GeminiProcessor:
         """
         from tidegate.upstream.gemini_transport import Scope
 
-        sdk = await self._started()
+        sdk = await self.start()
         async with Scope(self._timeouts.total_ms) as scope:
             with self._translated(sdk, scope):
                 response = await sdk.client.models.generate_content(
@@ -463,23 +456,6 @@ class GeminiProcessor:
                 self._finish(reading, scope)
                 raise EmptyAnswer("the judge said nothing", finish_reason=answer.finish_reason)
             return judgement(answer.whole_text, mime_types)
-
-    async def count_tokens(self, call: Call) -> int:
-        """LLM tokens of the call's input, files inline. Raises UpstreamError's subclasses."""
-        from tidegate.upstream.gemini_transport import Scope
-
-        sdk = await self._started()
-        parts = [inline(media) for media in call.media]
-        async with Scope(self._timeouts.total_ms) as scope:
-            with self._translated(sdk, scope):
-                response = await sdk.client.models.count_tokens(
-                    model=model_path(call.model),
-                    contents=turn(call.prompt, parts),
-                )
-            self._raise_hidden_error(scope, response.total_tokens is None)
-            if response.total_tokens is None or response.total_tokens < 0:
-                raise UpstreamGarbled("the provider gave no number of tokens")
-            return response.total_tokens
 
     async def _parts(
         self, sdk: _Sdk, scope: Scope, call: Call, uploaded: list[str]
@@ -501,29 +477,16 @@ class GeminiProcessor:
         try:
             yield
         except sdk.faults as failure:
-            raise self._ours(failure, scope) from None
-
-    def _ours(self, failure: Exception, scope: Scope) -> UpstreamError:
-        """To be raised `from None`: the SDK's texts hold whole foreign bodies, and may hold the
-        upload URL."""
-        return refusals.translate(failure, scope.wreck(), secret=self._api_key)
+            raise scope.error_of(failure, self._api_key) from None
 
     def _finish(self, reading: Reading, scope: Scope) -> None:
         try:
             reading.finish()
         except UpstreamError:
             # The SDK sees an error object only when it is the first key of its chunk.
-            self._raise_hidden_error(scope, True)
+            if (hidden := scope.error_in_answer(self._api_key)) is not None:
+                raise hidden from None
             raise
-
-    def _raise_hidden_error(self, scope: Scope, suspected: bool) -> None:
-        wreck = scope.wreck()
-        if not suspected or wreck is None:
-            return
-        if (event := refusals.error_event_in(wreck.tail)) is not None:
-            error = refusals.error_object(event) or {}
-            code = refusals.status_of(error)
-            raise refusals.upstream_error(code, error, wreck.headers, secret=self._api_key)
 
     def _forget_later(self, sdk: _Sdk, names: Sequence[str]) -> None:
         """Deleting must not hold up the permit: a task of its own, awaited by `aclose`."""
@@ -544,7 +507,8 @@ class GeminiProcessor:
                     Log.INTERNAL_ERROR, what="uploaded file not deleted", error=str(failure)
                 )
 
-    async def _started(self) -> _Sdk:
+    async def start(self) -> _Sdk:
+        """Import the SDK and build its client. Repeating it does nothing."""
         if self._sdk is None:
             async with self._starting:
                 if self._sdk is None:
@@ -556,22 +520,21 @@ class GeminiProcessor:
         from google import genai
         from google.genai import errors, types
 
-        from tidegate.upstream.gemini_transport import Wire
-        from tidegate.upstream.gemini_types import Settings
+        from tidegate.upstream.gemini_transport import SdkClient, Settings
 
         # These loggers' lines show whole URLs, and an upload's URL holds the key.
         for name in ("httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.WARNING)
         # A finish reason that the SDK does not know yet is no reason for a warning in our log.
         warnings.filterwarnings("ignore", message=".* is not a valid [A-Z]", category=UserWarning)
-        wire = Wire(self._timeouts, self._max_answer_bytes)
+        connections = SdkClient(self._timeouts, self._max_answer_bytes)
         client = genai.Client(
             vertexai=False,
             api_key=self._api_key,
             http_options=types.HttpOptions(
                 base_url=self._base_url,
                 api_version=API_VERSION,
-                httpx_async_client=wire,
+                httpx_async_client=connections,
                 # Never used, but the SDK would build one, with certificates and proxies of its own.
                 httpx_client=httpx2.Client(transport=httpx2.MockTransport(_no_sync_calls)),
             ),
@@ -581,11 +544,8 @@ class GeminiProcessor:
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
         known_faults = (UpstreamError, errors.APIError, *wire_faults, *shape_faults)
         settings = {kind: Settings(**settings_of(kind)) for kind in Kind}
-        return _Sdk(client.aio, wire, known_faults, settings)
+        return _Sdk(client.aio, connections, known_faults, settings)
 
 
 def _no_sync_calls(request: httpx2.Request) -> httpx2.Response:
     raise RuntimeError("only the SDK's async client is connected")
-
-
-__all__ = ["GeminiProcessor", "Timeouts"]

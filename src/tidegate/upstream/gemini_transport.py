@@ -1,21 +1,23 @@
-"""Transport of the SDK's requests over connections of our own.
+"""Client of the SDK over connections of our own, and light types for its requests.
 
 httpx2 examines every connection of its pool for each request, which dominates a call's cost at a
-hundred concurrent calls. Events of a stream that nobody follows are merged before the SDK parses
-them.
+hundred concurrent calls. Events of a stream without a listener are merged before the SDK parses
+them. The SDK's converters look every field of a model up by `name in model`; a pydantic model has
+no such test, so that Python walks through all fields, finds nothing, and the SDK goes on to
+`getattr`: a third of what a call cost.
 
 Invariants: leaving a `Scope` returns only after all its exchanges are closed; a phase's timeout
-runs only while waiting for the provider; answers are bounded; what is not plain is left to the
-SDK as it came. Importing this module costs 0.2 s (httpx2), so only `GeminiProcessor.start` does,
-in a thread.
+runs only while waiting for the provider; answers are bounded; an answer that is not plain is left
+to the SDK as it came; the light types hold exactly what the dictionaries of a request say, and are
+never changed. Importing this module costs 1 to 2 s (httpx2 and the SDK), so only
+`GeminiProcessor.start` does, in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import ContextVar, Token
 from functools import lru_cache
@@ -24,9 +26,16 @@ from typing import Any, Self
 
 import httpx2
 import orjson
+from google.genai import types
 
-from tidegate.dialects.refusals import Wreck
-from tidegate.errors import UpstreamGarbled
+from tidegate.dialects import refusals
+from tidegate.errors import (
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
 from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.http import Exchange, RelayWire, Timeouts, out_of_time
 
@@ -36,10 +45,10 @@ _FRAMING = ("host", "content-length", "connection", "transfer-encoding", "accept
 _HEADS_KEPT = 64
 
 
-class Asked(httpx2.Request):
-    """A request as our connections take it: httpx2 would take it apart, and we put it together.
+class PlainRequest(httpx2.Request):
+    """A request as our connections take it; httpx2 would parse it, and we would join it again.
 
-    Of what it inherits only the type is used; nobody but the carrier reads it.
+    Of what it inherits only the type is used.
     """
 
     def __init__(
@@ -51,37 +60,7 @@ class Asked(httpx2.Request):
         self.body = content
 
     def __repr__(self) -> str:
-        return f"<Asked {self.method}>"  # the URL of an upload holds the key
-
-
-class Carrier:
-    """Not bounded in connections. Proxies of the environment are not used; SSL_CERT_FILE and
-    SSL_CERT_DIR are honoured. The first request makes its connections' keeper: the carrier may be
-    built outside of the event loop.
-    """
-
-    def __init__(self, timeouts: Timeouts) -> None:
-        self._timeouts = timeouts
-        self._tls = httpx2.create_ssl_context()
-        self._tls.set_alpn_protocols(["http/1.1"])
-        self._wire: _Wire | None = None
-
-    async def send(self, request: Asked, traceparent: str | None = None) -> Carried:
-        """Send a request and wait for the head of its answer. Raises UpstreamError."""
-        wire = self._wire or await self._opened()
-        place, fields = wire.place(request.whole_url), request.fields
-        if traceparent is not None:
-            fields = [*fields, (HEADER, traceparent.encode())]
-        return Carried(await wire.open(request.method, place, fields, request.body))
-
-    async def aclose(self) -> None:
-        if self._wire is not None:
-            await self._wire.aclose()
-
-    async def _opened(self) -> _Wire:
-        self._wire = _Wire(self._timeouts, self._tls)
-        await self._wire.start()
-        return self._wire
+        return f"<PlainRequest {self.method}>"  # the URL of an upload holds the key
 
 
 @lru_cache(_HEADS_KEPT)
@@ -92,48 +71,6 @@ def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, byt
     sent = {name: value for name, value in said.items() if name not in _FRAMING}
     fields = [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent.items()]
     return [*fields, (b"accept-encoding", b"identity")], "x-goog-upload-command" in said
-
-
-class _Wire(RelayWire):
-    """With the certificates that the SDK's own client trusts."""
-
-    def __init__(self, timeouts: Timeouts, tls: ssl.SSLContext) -> None:
-        super().__init__(timeouts)
-        self._tls = tls
-
-    def tls_context(self) -> ssl.SSLContext:  # type: ignore[override]
-        return self._tls
-
-
-class Carried:
-    """An answer whose head is there."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self.status = exchange.status
-        self.raw_headers = exchange.headers
-        # The next bytes of the body as soon as there are some; empty at its end.
-        self.next = exchange.next
-        # End it: the connection is kept, and True returned, only where the answer has come to its
-        # end. Else it is closed in the event loop's next round.
-        self.close = exchange.close
-
-    @property
-    def first_byte_ms(self) -> float | None:
-        """From sending the request to the first bytes of the body; None until there are some."""
-        return self._exchange.first_byte_ms
-
-    def field(self, name: bytes) -> bytes:
-        """The value of a header; empty without it. `name` in small letters."""
-        size = len(name)
-        for known, value in self.raw_headers:
-            if len(known) == size and known.lower() == name:
-                return value
-        return b""
-
-    @property
-    def is_events(self) -> bool:
-        return self.status == 200 and self.field(b"content-type").lower().startswith(_EVENTS)
 
 
 _EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId"))
@@ -264,44 +201,35 @@ MOST_GATHERED_BYTES = 1_000_000
 _scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=None)
 
 
-class CarriedExchange:
+class SdkExchange:
     """One request and its response: what is known of it, and how to close it.
 
     It is `whole` once it is closed after the end of its answer: its connection is kept. `held` is
-    what ended its answer, while what came before that is still being read. It is `plain` where all
-    of its answer is one event that holds no field which the SDK does not know.
+    the failure that ended its answer, while what came before is still being read. It is `plain`
+    where all of its answer is one event without a field that the SDK does not know.
     """
 
-    __slots__ = ("_body", "_carried", "_wire", "held", "plain", "tail", "whole")
+    __slots__ = ("_body", "_client", "exchange", "held", "plain", "tail", "whole")
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, client: SdkClient) -> None:
+        self._client = client
         self._body: _Body | None = None
-        self._carried: Carried | None = None
+        self.exchange: Exchange | None = None
         self.tail: deque[bytes] = deque()
         self.whole = False
         self.held: BaseException | None = None
         self.plain = False
-        wire.open_exchanges.add(self)
+        client.open_exchanges.add(self)
 
-    def answered(self, carried: Carried, *, gathers: bool) -> _Answer:
-        self._carried = carried
-        self._body = _Body(self, carried, self._wire, gathers and carried.is_events)
+    def answered(self, exchange: Exchange, *, gathers: bool) -> _Answer:
+        self.exchange = exchange
+        is_events = exchange.status == 200 and _header(exchange, b"content-type").startswith(
+            _EVENTS
+        )
+        self._body = _Body(self, exchange, self._client, gathers and is_events)
         # The SDK copies all headers for each chunk of a stream, and reads none of them.
-        shown = () if carried.is_events else carried.raw_headers
-        return _Answer(carried.status, headers=shown, stream=self._body)
-
-    def wreck(self) -> Wreck:
-        carried = self._carried
-        tail = b"".join(self.tail)[-TAIL_BYTES:]
-        if carried is None:
-            return Wreck(None, {}, tail)
-        return Wreck(carried.status, httpx2.Headers(carried.raw_headers), tail)
-
-    @property
-    def first_byte_ms(self) -> float | None:
-        """See `Carried`."""
-        return None if self._carried is None else self._carried.first_byte_ms
+        shown = () if is_events else exchange.headers
+        return _Answer(exchange.status, headers=shown, stream=self._body)
 
     async def aclose(self) -> None:
         if self._body is not None:
@@ -311,7 +239,16 @@ class CarriedExchange:
         self.whole = whole
         if whole:
             self._body = None  # a cycle would wait for the collector
-        self._wire.open_exchanges.discard(self)
+        self._client.open_exchanges.discard(self)
+
+
+def _header(exchange: Exchange, name: bytes) -> bytes:
+    """The value of a header, `name` and it in lower case; empty without it."""
+    size = len(name)
+    for known, value in exchange.headers:
+        if len(known) == size and known.lower() == name:
+            return value.lower()
+    return b""
 
 
 class _Body(httpx2.AsyncByteStream):
@@ -320,12 +257,12 @@ class _Body(httpx2.AsyncByteStream):
     """
 
     def __init__(
-        self, exchange: CarriedExchange, carried: Carried, wire: Wire, gathers: bool
+        self, call: SdkExchange, exchange: Exchange, client: SdkClient, gathers: bool
     ) -> None:
         self._gathers = gathers
+        self._call = call
         self._exchange = exchange
-        self._carried = carried
-        self._wire = wire
+        self._max_bytes = client.max_answer_bytes
         self._size_bytes = 0
         self._tail_bytes = 0
 
@@ -333,7 +270,7 @@ class _Body(httpx2.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        held, self._exchange.held = self._exchange.held, None
+        held, self._call.held = self._call.held, None
         if held is not None:
             raise held
         chunk = await (self._all() if self._gathers else self._piece())
@@ -353,25 +290,23 @@ class _Body(httpx2.AsyncByteStream):
             came = whole_events(b"".join(pieces))
             if not came:
                 raise
-            self._exchange.held = end
+            self._call.held = end
             return self._as_one(came)
         return self._as_one(b"".join(pieces))
 
     def _as_one(self, stream: bytes) -> bytes:
         event = gathered(stream)
-        self._exchange.plain = event is not None
+        self._call.plain = event is not None
         return stream if event is None else event
 
     async def _piece(self) -> bytes:
-        chunk: bytes = await self._carried.next()
+        chunk = await self._exchange.next()
         if not chunk:
             return chunk
         self._size_bytes += len(chunk)
-        if self._size_bytes > self._wire.max_answer_bytes:
-            raise UpstreamGarbled(
-                f"the provider's answer is larger than {self._wire.max_answer_bytes} bytes"
-            )
-        tail = self._exchange.tail
+        if self._size_bytes > self._max_bytes:
+            raise UpstreamGarbled(f"the provider's answer is larger than {self._max_bytes} bytes")
+        tail = self._call.tail
         tail.append(chunk)
         self._tail_bytes += len(chunk)
         while self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
@@ -379,7 +314,7 @@ class _Body(httpx2.AsyncByteStream):
         return chunk
 
     async def aclose(self) -> None:
-        self._exchange.closed(whole=self._carried.close())
+        self._call.closed(whole=self._exchange.close())
 
 
 class _Answer(httpx2.Response):
@@ -391,18 +326,22 @@ class _Answer(httpx2.Response):
         return self.stream
 
 
-class Wire(httpx2.AsyncClient):
+class SdkClient(httpx2.AsyncClient):
     """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls.
 
-    Of what a client of httpx2 does it leaves out all that the SDK has no use for (cookies, proxies,
-    redirects, credentials, hooks), which costs as much as sending a request.
+    It does nothing that the SDK does not use (cookies, proxies, redirects, credentials, hooks),
+    which costs as much as sending a request. SSL_CERT_FILE and SSL_CERT_DIR are honoured. The first
+    request opens its connections: the client may be built outside of the event loop.
     """
 
     def __init__(self, timeouts: Timeouts, max_answer_bytes: int) -> None:
         super().__init__(transport=httpx2.MockTransport(_no_other_way), trust_env=False)
         self.max_answer_bytes = max_answer_bytes
-        self.open_exchanges: set[CarriedExchange] = set()
-        self._carrier = Carrier(timeouts)
+        self.open_exchanges: set[SdkExchange] = set()
+        self._timeouts = timeouts
+        self._tls = httpx2.create_ssl_context()
+        self._tls.set_alpn_protocols(["http/1.1"])
+        self._wire: RelayWire | None = None
 
     def build_request(
         self,
@@ -418,30 +357,32 @@ class Wire(httpx2.AsyncClient):
         unknown = [name for name, value in other.items() if value]
         if unknown:
             raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
-        return Asked(method, str(url), headers or {}, content or None)
+        return PlainRequest(method, str(url), headers or {}, content or None)
 
     async def send(
         self, request: httpx2.Request, *, stream: bool = False, **_other: Any
     ) -> httpx2.Response:
-        assert isinstance(request, Asked)
-        exchange = CarriedExchange(self)
-        scope = _scope.get()
+        assert isinstance(request, PlainRequest)
+        call, scope = SdkExchange(self), _scope.get()
         if scope is not None:
-            scope.exchanges.append(exchange)
+            scope.exchanges.append(call)
+        fields = request.fields
+        if scope is not None and scope.traceparent is not None:
+            fields = [*fields, (HEADER, scope.traceparent.encode())]
         try:
-            traceparent = None if scope is None else scope.traceparent
-            carried = await self._carrier.send(request, traceparent)
+            wire = self._wire or await self._opened()
+            place = wire.place(request.whole_url)
+            exchange = await wire.open(request.method, place, fields, request.body)
         except BaseException:
-            exchange.closed()
+            call.closed()
             raise
-        gathers = scope is not None and scope.gathers
-        response = exchange.answered(carried, gathers=gathers)
+        response = call.answered(exchange, gathers=scope is not None and scope.gathers)
         response.request = request
         if request.is_upload:
             # Without this header the SDK repeats an upload three times, sleeping in between.
             response.headers.setdefault("x-goog-upload-status", "unknown")
-        if carried.field(b"content-encoding") not in (b"", b"identity"):
-            await uninterrupted(exchange.aclose())
+        if _header(exchange, b"content-encoding") not in (b"", b"identity"):
+            await uninterrupted(call.aclose())
             raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
         if not stream:
             await response.aread()
@@ -449,7 +390,13 @@ class Wire(httpx2.AsyncClient):
 
     async def aclose(self) -> None:
         await super().aclose()
-        await self._carrier.aclose()
+        if self._wire is not None:
+            await self._wire.aclose()
+
+    async def _opened(self) -> RelayWire:
+        self._wire = RelayWire(self._timeouts, self._tls)
+        await self._wire.start()
+        return self._wire
 
 
 class Scope:
@@ -463,7 +410,7 @@ class Scope:
     ) -> None:
         self.gathers = gathers
         self.traceparent = traceparent
-        self.exchanges: list[CarriedExchange] = []
+        self.exchanges: list[SdkExchange] = []
         self._total_ms = total_ms
         self._total = asyncio.timeout(total_ms / 1000)
         self._token: Token[Scope | None] | None = None
@@ -506,11 +453,63 @@ class Scope:
     @property
     def first_byte_ms(self) -> float | None:
         """Of the last exchange: from its sending to the first bytes of its answer's body."""
-        return self.exchanges[-1].first_byte_ms if self.exchanges else None
+        last = self.exchanges[-1].exchange if self.exchanges else None
+        return None if last is None else last.first_byte_ms
 
-    def wreck(self) -> Wreck | None:
-        """What is known of the last exchange; None when nothing was sent."""
-        return self.exchanges[-1].wreck() if self.exchanges else None
+    def error_of(self, failure: Exception, secret: str) -> UpstreamError:
+        """The error for `failure`, raised by the SDK or its client in the last exchange. `secret`
+        is the API key, removed from every message.
+
+        To be raised `from None`: texts of the SDK hold whole foreign bodies, and may hold the URL
+        of an upload.
+        """
+        if isinstance(failure, UpstreamTimeout):
+            return failure
+        exchange = self.exchanges[-1].exchange if self.exchanges else None
+        if exchange is not None and exchange.status != 200:
+            error = refusals.error_of_refusal_in(self._tail())
+            headers = httpx2.Headers(exchange.headers)
+            return refusals.upstream_error(exchange.status, error, headers, secret=secret)
+        if (error_in_answer := self.error_in_answer(secret)) is not None:
+            return error_in_answer
+        if isinstance(failure, UpstreamError):
+            return failure
+        return _without_error_body(failure, sent=bool(self.exchanges))
+
+    def error_in_answer(self, secret: str) -> UpstreamError | None:
+        """The error that the last answer reports under status 200; None where it reports none."""
+        exchange = self.exchanges[-1].exchange if self.exchanges else None
+        if exchange is None or (event := refusals.error_event_in(self._tail())) is None:
+            return None
+        headers = httpx2.Headers(exchange.headers)
+        error = refusals.error_object(event) or {}
+        status = refusals.status_of(error)
+        return refusals.upstream_error(status, error, headers, secret=secret)
+
+    def _tail(self) -> bytes:
+        return b"".join(self.exchanges[-1].tail)[-TAIL_BYTES:]
+
+
+def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
+    name = type(failure).__name__
+    if isinstance(failure, httpx2.ConnectTimeout):
+        return UpstreamTimeout("connecting to the provider took too long", phase="connect")
+    if isinstance(failure, httpx2.TimeoutException):
+        return UpstreamTimeout("the provider was silent for too long", phase="idle")
+    if isinstance(failure, httpx2.RemoteProtocolError):
+        # One class for two faults: the text tells a cut connection from bytes that aren't HTTP.
+        if "disconnected" in str(failure) or "peer closed" in str(failure):
+            return UpstreamUnavailable("the provider closed the connection in mid-answer")
+        return UpstreamGarbled("the provider's answer is not HTTP")
+    if isinstance(failure, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
+        return UpstreamRejected(f"the request could not be sent ({name})")
+    if isinstance(failure, httpx2.ConnectError):
+        return UpstreamUnavailable("could not connect to the provider", broke="connecting")
+    if isinstance(failure, httpx2.TransportError | OSError):
+        return UpstreamUnavailable(f"the connection to the provider broke ({name})")
+    if not sent:
+        return UpstreamRejected(f"the request could not be built ({name})", status=400)
+    return UpstreamGarbled(f"the provider's answer is not what its protocol says ({name})")
 
 
 def is_plain() -> bool:
@@ -520,7 +519,7 @@ def is_plain() -> bool:
 
 
 def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
-    raise RuntimeError("every request goes through the carrier")
+    raise RuntimeError("every request goes over connections of our own")
 
 
 async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
@@ -535,3 +534,48 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     if interrupted is not None:
         raise interrupted
     task.result()
+
+
+class Settings(types.GenerateContentConfig):
+    """Made once and used for any number of calls."""
+
+    def __contains__(self, name: object) -> bool:
+        return False
+
+    @property
+    def include_all_fields(self) -> bool:
+        """Read by the SDK for each chunk, which it else prunes of fields that it does not know:
+        half of the cost of reading one, and useless where there can be none."""
+        return is_plain()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Always a shallow one: the SDK asks for a deep one with every call, to be safe."""
+        return super().model_copy(update=update)
+
+
+class Turn(types.Content):
+    def __contains__(self, name: object) -> bool:
+        return False
+
+
+class Piece(types.Part):
+    def __contains__(self, name: object) -> bool:
+        return False
+
+
+# Copied: making one by its constructor checks every field that there is, absent ones too.
+_TURN = Turn(role="user", parts=[])
+_PIECE = Piece(text="")
+
+
+def turn_of(content: Mapping[str, Any]) -> Turn:
+    """One turn of `request`. Raises ValueError where the SDK's types do not allow it."""
+    parts: Sequence[Mapping[str, Any]] = content["parts"]
+    return _TURN.model_copy(update={"parts": [_piece_of(part) for part in parts]})
+
+
+def _piece_of(part: Mapping[str, Any]) -> Piece:
+    if part.keys() != {"text"}:
+        return Piece(**part)
+    part["text"].encode()  # raises for what is no Unicode, as the constructor does
+    return _PIECE.model_copy(update=part)

@@ -327,13 +327,8 @@ class Timeouts:
 
     def of(self, phase: str) -> int:
         """The limit of `connect`, `first_byte`, `idle` or `total`, in ms."""
-        limits = {
-            "connect": self.connect_ms,
-            "first_byte": self.first_byte_ms,
-            "idle": self.idle_ms,
-            "total": self.total_ms,
-        }
-        return limits[phase]
+        limit_ms: int = getattr(self, f"{phase}_ms")
+        return limit_ms
 
     def ran_out(self, phase: str) -> UpstreamTimeout:
         return out_of_time(phase, self.of(phase))
@@ -380,7 +375,7 @@ class Exchange:
 
     __slots__ = (
         *("_answer", "_began", "_connection", "_origin", "_sent", "_sent_at", "_timeouts"),
-        *("_wait_until", "_whole", "_wire", "first_byte_ms", "headers", "status", "timed_out"),
+        *("_wait_until", "_whole", "_wire", "first_byte_ms", "headers", "status"),
     )
 
     def __init__(
@@ -394,7 +389,6 @@ class Exchange:
         now = wire.time()
         self.status = 0
         self.headers: RawHeaders = []  # as they came, names in any case
-        self.timed_out: str | None = None
         self.first_byte_ms: float | None = None
         self._sent = perf_counter()  # the loop's clock is too coarse for it
         self._wire = wire
@@ -443,11 +437,6 @@ class Exchange:
         return whole
 
     @property
-    def has_ended(self) -> bool:
-        """Whether all of the body has come: the next piece is the last."""
-        return self._answer.ended
-
-    @property
     def at_end(self) -> bool:
         """Whether all of the body has been read."""
         return self._answer.ended and not self._answer.pieces
@@ -491,7 +480,6 @@ class Exchange:
         return "idle" if now > self._wait_until else None
 
     def cut(self, phase: str) -> None:
-        self.timed_out = phase
         self._answer.fail(self._timeouts.ran_out(phase))
         self._connection.drop()
 
@@ -499,8 +487,10 @@ class Exchange:
 class RelayWire:
     """One per process. `start` before the first call, `aclose` at the end."""
 
-    def __init__(self, timeouts: Timeouts) -> None:
+    def __init__(self, timeouts: Timeouts, tls: ssl.SSLContext | None = None) -> None:
+        """`tls` is made from the system's certificates where none is given."""
         self.exchanges: set[Exchange] = set()
+        self._tls = tls
         self._loop = asyncio.get_running_loop()
         self.time = self._loop.time
         self._timeouts = timeouts
@@ -609,7 +599,7 @@ class RelayWire:
                 _, connection = await self._loop.create_connection(
                     lambda: Connection(self._loop, self.connections.discard),
                     sock=connected,
-                    ssl=self.tls_context() if origin.secure else None,
+                    ssl=(self._tls or self.tls_context()) if origin.secure else None,
                     server_hostname=origin.host if origin.secure else None,
                 )
         except TimeoutError:
