@@ -29,6 +29,8 @@ from tidegate.limiter.simulation import (
     SyncRequest,
     flow_of,
     load,
+    pack_request,
+    unpack_reply,
 )
 
 LIMIT = "kind:text_only"
@@ -87,7 +89,7 @@ class Peer:
             roster=self._roster,
             **fields,
         )
-        reply = SyncReply.unpack(self._pool.run(script, request.pack()))
+        reply = unpack_reply(self._pool.run(script, pack_request(request)))
         if reply.status == "tend":
             return self.say("tend", **{**fields, "full": True})
         if reply.status != "ok":

@@ -187,9 +187,9 @@ class PoolMachine(Traffic):
             if not client.paused:
                 client.session.check_lapse()
                 self.expire(client)
-                for ticket in [t for t, h in client.ledger.held.items() if h.fenced]:
+                for ticket in [t for t, h in client.queue.held.items() if h.fenced]:
                     self.end(client, ticket)
-                self.world.admissions.check_fences(client.sid, client.ledger.held.values())
+                self.world.admissions.check_fences(client.sid, client.queue.held.values())
         if self.strict and not self.shape.shadow:
             for name in CONCURRENCIES:
                 policies = [client.session.policy for client in self.world.clients]
@@ -202,9 +202,9 @@ class PoolMachine(Traffic):
 
     def expire(self, client: Client) -> None:
         """What the timers of the waiters do."""
-        for waiter in list(client.ledger.waiting.values()):
+        for waiter in list(client.queue.waiting.values()):
             if waiter.deadline_ms <= self.world.local_ms:
-                client.ledger.refuse(waiter, TimeoutError(), self.world.local_ms)
+                client.queue.refuse(waiter, TimeoutError(), self.world.local_ms)
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
@@ -224,11 +224,11 @@ class PoolMachine(Traffic):
             client.session.check_lapse()
             if not client.subscribed:
                 world.subscribe(client)
-            for number, waiter in enumerate(list(client.ledger.waiting.values())):
+            for number, waiter in enumerate(list(client.queue.waiting.values())):
                 # Rates and gates may keep many for long, a quota for another day.
                 slow = number > 3 and (self.needs_a_rate(waiter) or self.meets_a_gate(waiter))
                 if slow or "rpd:x" in waiter.flow.limits:
-                    client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
+                    client.queue.refuse(waiter, TimeoutError(), world.local_ms)
         # A round lets in one at the least, but where a rate makes all wait for a window.
         for number in range(200 + 2 * len(self.all_waiting())):
             self.go_round(compare=number % 3 == 0)
@@ -236,7 +236,7 @@ class PoolMachine(Traffic):
                 break
         for client, waiter in self.all_waiting():
             assert not self.can_be_let_in(waiter), "a waiter was forgotten"
-            client.ledger.refuse(waiter, TimeoutError(), world.local_ms)
+            client.queue.refuse(waiter, TimeoutError(), world.local_ms)
         for client in world.clients:
             assert all(waiter.future.done() for waiter in client.asked)
             client.session.leave()
@@ -254,13 +254,13 @@ class PoolMachine(Traffic):
             if compare:
                 client.session.refresh()
             self.speak(client)
-            for ticket in list(client.ledger.held):
+            for ticket in list(client.queue.held):
                 self.end(client, ticket)
             self.speak(client)
         self.time_passes_with_heartbeats(LEASE_MS // 3)
 
     def all_waiting(self) -> list[tuple[Client, Waiter]]:
-        return [(c, waiter) for c in self.world.clients for waiter in c.ledger.waiting.values()]
+        return [(c, waiter) for c in self.world.clients for waiter in c.queue.waiting.values()]
 
     def needs_a_rate(self, waiter: Waiter) -> bool:
         """By any policy that is or may come to be in force."""

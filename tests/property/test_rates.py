@@ -45,9 +45,9 @@ class Bench:
     ) -> int:
         """The ticket of a call, let in or not."""
         client, at = self.client, self.world.local_ms
-        flow = client.ledger.flow(band, tenant, lane)
+        flow = client.queue.flow(band, tenant, lane)
         flow.refresh(client.session.policy)
-        waiter = client.ledger.ask(
+        waiter = client.queue.ask(
             flow,
             amounts=flow.amounts(Tokens(tokens), 1),
             hard_ms=1_000_000,
@@ -59,11 +59,11 @@ class Bench:
 
     def end(self, ticket: int, used: int | None, *, unaware: bool = False) -> None:
         """`unaware`: its usage is told as it was before the policy changed."""
-        flow = self.client.ledger.held[ticket].flow
+        flow = self.client.queue.held[ticket].flow
         if not unaware:
             flow.refresh(self.client.session.policy)
         actual = flow.actual(None if used is None else Tokens(used), None)
-        self.client.ledger.release(
+        self.client.queue.release(
             ticket, outcome="success", actual=actual, now_ms=self.world.local_ms
         )
         self.say()
@@ -82,7 +82,7 @@ class Bench:
 
     @property
     def running(self) -> int:
-        return len(self.client.ledger.held)
+        return len(self.client.queue.held)
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_unknown_usage_keeps_the_reservation(bench: Bench) -> None:
 def test_more_than_a_limit_can_give_waits_for_all_of_it(bench: Bench) -> None:
     first, great = bench.ask(100), bench.ask(5000)
     bench.end(first, 100)
-    assert great not in bench.client.ledger.held
+    assert great not in bench.client.queue.held
     bench.wait(MINUTE_MS + 2000)
-    assert great in bench.client.ledger.held
+    assert great in bench.client.queue.held
     assert bench.spent == 1000
 
 
@@ -171,14 +171,14 @@ def test_a_quota_begins_anew_at_its_midnight_and_not_before(bench: Bench) -> Non
     bench.ask(1)
     bench.ask(1)
     third = bench.ask(1)
-    assert third not in bench.client.ledger.held
+    assert third not in bench.client.queue.held
     state = bench.world.model.limit(LIMIT).spending
     left_ms = state.reset_at - bench.world.wall_ms
     assert 0 < left_ms <= DAY_MS
     bench.wait(left_ms - 1000)
-    assert third not in bench.client.ledger.held
+    assert third not in bench.client.queue.held
     bench.wait(2000)
-    assert third in bench.client.ledger.held
+    assert third in bench.client.queue.held
     assert bench.spent == 1
 
 
@@ -208,8 +208,8 @@ def test_what_takes_nothing_of_a_rate_waits_for_nobody_behind_its_last_one(bench
     bench.ask(900, tenant="zeta")
     assert bench.running == 1
     bench.wait(MINUTE_MS + 2000)
-    assert first in bench.client.ledger.held
-    assert nothing in bench.client.ledger.held
+    assert first in bench.client.queue.held
+    assert nothing in bench.client.queue.held
 
 
 def test_what_takes_nothing_of_a_rate_waits_for_nobody_when_one_gives_up(bench: Bench) -> None:
@@ -218,9 +218,9 @@ def test_what_takes_nothing_of_a_rate_waits_for_nobody_when_one_gives_up(bench: 
     first = bench.ask(400, lane=(ROOM, LIMIT))
     nothing = bench.ask(0, lane=(ROOM, LIMIT))
     assert bench.running == 1
-    bench.client.ledger.abandon(first, bench.world.local_ms)
+    bench.client.queue.abandon(first, bench.world.local_ms)
     bench.say()
-    assert nothing in bench.client.ledger.held
+    assert nothing in bench.client.queue.held
 
 
 @pytest.mark.parametrize(("low", "great"), [(100, 1000), (200, 100), (700, 300), (1000, 100)])
@@ -229,15 +229,15 @@ def test_bands_share_a_rate_in_both_worlds(bench: Bench, low: int, great: int) -
     bench.put_in_force(Rate(1000, 2000, "tokens"))
     high_calls = 0
     for number in range(150):
-        if len(bench.client.ledger.waiting) < 6:
+        if len(bench.client.queue.waiting) < 6:
             bench.ask(great if number % 10 == 0 else 60, band=1)
             bench.ask(low, band=3)
             bench.ask(50, band=2 + number % 2)
         bench.wait(110)
-        for ticket, holding in list(bench.client.ledger.held.items()):
+        for ticket, holding in list(bench.client.queue.held.items()):
             high_calls += holding.flow.band == 1
             bench.end(ticket, None if number % 3 else 40)
-        waiting = list(bench.client.ledger.waiting)
+        waiting = list(bench.client.queue.waiting)
         if waiting and number % 7 == 0:
-            bench.client.ledger.abandon(waiting[-1], bench.world.local_ms)
+            bench.client.queue.abandon(waiting[-1], bench.world.local_ms)
     assert high_calls > 10

@@ -61,7 +61,7 @@ class Traffic(RuleBasedStateMachine):
         client, at = self.client(who), self.world.local_ms
         if client.paused:
             return
-        kind = client.ledger.flow(*flow)
+        kind = client.queue.flow(*flow)
         try:
             kind.refresh(client.session.policy)
         except DemandImpossible:
@@ -70,7 +70,7 @@ class Traffic(RuleBasedStateMachine):
         amounts = kind.amounts(Tokens(tokens), 1)
         for _ in range(times):
             client.asked.append(
-                client.ledger.ask(
+                client.queue.ask(
                     kind, amounts=amounts, hard_ms=HARD_MS, now_ms=at, deadline_ms=deadline_ms
                 )
             )
@@ -120,11 +120,11 @@ class Traffic(RuleBasedStateMachine):
 
     def give_up(self, who: int, which: int) -> None:
         client = self.client(who)
-        waiting = list(client.ledger.waiting.values())
+        waiting = list(client.queue.waiting.values())
         if waiting and not client.paused:
             waiter = waiting[which % len(waiting)]
             waiter.future.cancel()
-            client.ledger.abandon(waiter.ticket, self.world.local_ms)
+            client.queue.abandon(waiter.ticket, self.world.local_ms)
 
     @rule(
         who=clients,
@@ -135,13 +135,13 @@ class Traffic(RuleBasedStateMachine):
     )
     def end_a_call(self, who: int, which: int, outcome: str, used: int | None, later: bool) -> None:
         client = self.client(who)
-        held = list(client.ledger.held)
+        held = list(client.queue.held)
         if held and not client.paused:
             self.end(client, held[which % len(held)], outcome, used, later)
 
     def end_a_call_and_ask_for_the_next(self, who: int, which: int) -> None:
         client = self.client(who)
-        held = list(client.ledger.held.values())
+        held = list(client.queue.held.values())
         if held and not client.paused:
             flow = held[which % len(held)].flow
             used = (None, 100, 1500, 0)[which % 4]
@@ -156,12 +156,12 @@ class Traffic(RuleBasedStateMachine):
         used: int | None = None,
         later: bool = False,
     ) -> None:
-        flow = client.ledger.held[ticket].flow
+        flow = client.queue.held[ticket].flow
         known = used is not None
         actual = flow.actual(Tokens(used or 0) if known else None, 2 if known else None)
         if later:
             client.usage_due.append((ticket, actual))
-        client.ledger.release(
+        client.queue.release(
             ticket,
             outcome=outcome,
             actual="" if later else actual,
@@ -173,7 +173,7 @@ class Traffic(RuleBasedStateMachine):
         client = self.client(who)
         if client.usage_due and not client.paused:
             ticket, actual = client.usage_due.pop(which % len(client.usage_due))
-            client.ledger.settle_later(ticket, actual)
+            client.queue.settle_later(ticket, actual)
 
     # -- what the network does, and time
 

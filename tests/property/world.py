@@ -1,6 +1,7 @@
 """A pool in real Valkey and its model, stepped side by side, with clients that may be cut off.
 
-The clients are the product's own `Session` and `Ledger`; only the network and the clocks are ours.
+The clients are the product's own `Session` and `LocalQueue`; only the network and the clocks are
+ours.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tidegate.limiter.simulation import (
     Batch,
     Keyspace,
     Lease,
-    Ledger,
+    LocalQueue,
     PoolModel,
     Push,
     Renewal,
@@ -38,6 +39,8 @@ from tidegate.limiter.simulation import (
     fragment,
     load,
     pack,
+    pack_request,
+    unpack_reply,
 )
 
 CLOCK = """
@@ -91,10 +94,10 @@ def script_source(name: ScriptName, pace: Pace) -> bytes:
 
 @dataclass(eq=False)
 class Client:
-    """One process: its session, its ledger, its mailbox of pushes, and what it has yet to tell."""
+    """One process: its session, its queue, its mailbox of pushes, and what it has yet to tell."""
 
     session: Session
-    ledger: Ledger
+    queue: LocalQueue
     subscribed: bool = False
     paused: bool = False
     mailbox: list[Push] = field(default_factory=list)
@@ -159,20 +162,19 @@ class World:
     # -- clients
 
     def new_client(self) -> Client:
-        ledger = Ledger(self.loop.create_future)
+        queue = LocalQueue(self.loop.create_future)
         lease = Lease(self.policy.lease_ms, lambda: self.local_ms)
         session = Session(
             self.policy,
-            ledger,
+            queue,
             Observer(),
             lease,
             name=f"process-{len(self.clients)}",
             wake=_nothing,
             alarm=lambda name, in_ms: None,
-            settled=_nothing,
         )
         session.sid = f"s{next(self._sids):03}"  # by which ties are broken: the same in every run
-        client = Client(session, ledger)
+        client = Client(session, queue)
         self.clients.append(client)
         self.subscribe(client)
         return client
@@ -218,7 +220,7 @@ class World:
         if fate == "twice":
             self.call(request, tend=tend)
         client.session.answered(batch, request, reply, self.local_ms)
-        self.admissions.check_fences(client.sid, client.ledger.held.values())
+        self.admissions.check_fences(client.sid, client.queue.held.values())
 
     def _unanswered(self, client: Client, batch: Batch) -> None:
         client.session.unanswered(batch)
@@ -226,8 +228,8 @@ class World:
 
     def call(self, request: SyncRequest, *, tend: bool) -> SyncReply:
         """In both worlds, which must agree."""
-        raw, dump = self._run("tend" if tend else "sync", request.pack())
-        real = _sorted(SyncReply.unpack(raw))
+        raw, dump = self._run("tend" if tend else "sync", pack_request(request))
+        real = _sorted(unpack_reply(raw))
         self.admissions.hear(request)
         if tend:
             expected = self.model.tend(request, self.wall_ms)
@@ -325,7 +327,7 @@ class World:
 
     def really_open(self, limit: str) -> int:
         """Calls that are running, over all processes, as an upstream would count them."""
-        return sum(client.ledger.held_of[limit] for client in self.clients)
+        return sum(client.queue.held_of[limit] for client in self.clients)
 
     def leftovers(self) -> list[str]:
         """Keys that should have gone with the last session."""

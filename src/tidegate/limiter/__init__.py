@@ -27,7 +27,7 @@ from tidegate.errors import (
     TidegateError,
     UpstreamTimeout,
 )
-from tidegate.limiter.connection import STALLED_S, OnConflict
+from tidegate.limiter.connection import STALLED_S
 from tidegate.limiter.diagnostics import ServerReport, commands, examine, forget_pool, look_until
 from tidegate.limiter.limiter import Limiter, limited
 from tidegate.limiter.messages import (
@@ -46,28 +46,30 @@ from tidegate.limiter.policy import (
     UNITS,
     Adaptive,
     Band,
+    Change,
     Concurrency,
+    Demand,
     Limit,
+    OnConflict,
     PoolPolicy,
     Quota,
     Rate,
+    Tokens,
     Unit,
     as_limit,
     check_tenant,
 )
-from tidegate.limiter.queue import SPARE_MS, Demand, Tokens
+from tidegate.limiter.queue import SPARE_MS
+from tidegate.limiter.session import Observer, State
 from tidegate.limiter.sync import SyncLimiter, SyncPermit
 from tidegate.limiter.views import (
-    Change,
     LimitView,
     LocalState,
-    Observer,
     PermitView,
     Place,
     QueueView,
     SessionView,
     Snapshot,
-    State,
     TenantView,
     Why,
 )

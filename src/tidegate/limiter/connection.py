@@ -3,10 +3,6 @@
 While one exchange is in progress the next batch collects. The heartbeat renews the session from a
 thread, so that a busy event loop loses no lease, and stops when the loop has stalled.
 
-Before its first join a process compares the policy of its program with the one in force: an empty
-pool, or one with a lower revision, takes the program's; an equal policy runs under the revision
-in force; one that was never in force replaces one that a program wrote; all else is a conflict.
-
 Invariants: a connection on which anything failed, cancellation included, is discarded, so that a
 late answer is never taken for another; one exchange at a time; a notification is a hint: what is
 lost is found by the next full sync.
@@ -17,23 +13,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
 
 import hiredis
+import msgpack
 from redis.asyncio.connection import AbstractConnection
 from redis.connection import ConnectionInterface
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from tidegate.errors import ConfigError, PolicyConflict
+from tidegate.errors import ConfigError
 from tidegate.limiter._compat import close_now
-from tidegate.limiter.messages import Keyspace, Push, Renewal, RenewReply, Script, SyncReply, load
-from tidegate.limiter.policy import Concurrency, PoolPolicy, as_limit
-from tidegate.limiter.queue import SPARE_MS, Ledger
-from tidegate.limiter.session import Clock, Lease, Session, Timer
+from tidegate.limiter.messages import (
+    Barred,
+    Hint,
+    Keyspace,
+    Outlook,
+    Push,
+    Renewal,
+    RenewReply,
+    Script,
+    SyncReply,
+    SyncRequest,
+    Whole,
+    load,
+)
+from tidegate.limiter.policy import WRITTEN_BY, WrittenPolicy, read_change
+from tidegate.limiter.queue import SPARE_MS, LocalQueue
+from tidegate.limiter.session import Clock, Lease, Observer, Session, Timer
 from tidegate.limiter.topology import MIN_CONNECT_S, Server
-from tidegate.limiter.views import Change, Observer, read_change
 
 # What a connection raises that is lost. uvloop answers a write to a transport that was reset while
 # nobody looked with a plain RuntimeError, "unable to perform operation on <TCPTransport ...>".
@@ -357,102 +367,82 @@ def tell_loop(loop: asyncio.AbstractEventLoop, call: object) -> None:
         loop.call_soon_threadsafe(call)
 
 
-OnConflict = Literal["raise", "replace", "keep"]
-
-# Who a policy is by that a program brought when it joined; and that of one that keeps what is in
-# force, such as the gateway, whose limits no edit of a program's code replaces.
-WRITTEN_BY, DEPLOYED_BY = "code", "deployment"
-_SHOWN = 3
-_FIELDS = (
-    *("lease_ms", "when_away", "on_lost", "on_expiry"),
-    *("bands", "queue_per_tenant", "reap_closed_ms", "hand_off"),
-)
+# Packed without lists of their own: a script takes longer to unpack many small ones.
+_FLAT = ("transfers", "releases", "enqueues")
+_SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenPolicy:
-    """The policy in the code of a program, and what is done where it is not the one in force."""
+def pack_request(request: SyncRequest) -> bytes:
+    """A request as the scripts read it: fields that are empty are left out."""
+    packed: dict[str, Any] = {}
+    for name in _SYNC_FIELDS:
+        if value := getattr(request, name):
+            packed[name] = list(chain.from_iterable(value)) if name in _FLAT else value
+    if request.join is not None:
+        packed["join"] = request.join.as_fields()
+    return bytes(msgpack.packb(packed, use_bin_type=False))
 
-    pool: str
-    policy: PoolPolicy
-    on_conflict: OnConflict
 
-    def is_in(self, policy: PoolPolicy) -> bool:
-        """Whether a policy says the same, whatever its revision."""
-        return _content(policy) == _content(self.policy)
-
-    def among(self, history: Sequence[Change]) -> PoolPolicy:
-        """The policy to join with. `history`: what was in force, the newest first. Raises
-        PolicyConflict."""
-        if not history or self.policy.revision > history[0].revision:
-            return self.policy
-        now = history[0]
-        if self.is_in(now.policy):
-            return replace(self.policy, revision=now.revision)
-        was_in_force = any(self.is_in(change.policy) for change in history)
-        if self.on_conflict == "raise" and (now.by != WRITTEN_BY or was_in_force):
-            raise self._conflict(now)
-        return replace(self.policy, revision=now.revision + 1)
-
-    def _conflict(self, now: Change) -> PolicyConflict:
-        differing = _differences(now.policy, self.policy)
-        holds = [f"{name}={held}" for name, held, _ in differing]
-        asks = [f"{name}={asked}" for name, _, asked in differing]
-        whose = {WRITTEN_BY: "which replaced this policy", DEPLOYED_BY: "set by a deployment"}
-        who = whose.get(now.by, f"set live by {now.by or 'a process'}")
-        return PolicyConflict(
-            f"pool {self.pool!r} holds {_shown(holds)} (revision {now.revision}, {who}); this "
-            f"process asks for {_shown(asks)}: pass revision={now.revision + 1} in the policy or "
-            "on_conflict='replace' to put it in force, or on_conflict='keep' to run under what "
-            "is in force",
-            pool=self.pool,
-            limit=differing[0][0],
-            in_force=differing[0][1],
-            asked=differing[0][2],
+def unpack_reply(raw: bytes) -> SyncReply:
+    """The reply of `sync` or `tend`. Lua has one type for lists and maps: an empty one may arrive
+    as either. A later version may say more in each row."""
+    values = msgpack.unpackb(raw, raw=True, use_list=False)
+    whole = values[15]
+    return SyncReply._make(
+        (
+            values[0].decode(),
+            *values[1:11],
+            _pairs(values[11]),
+            values[12] or (),
+            values[13] or (),
+            [Hint(*hint[:5]) for hint in values[14] or ()],
+            _unpack_whole(whole) if whole else None,
+            [Barred(row[0], row[1].decode(), *row[2:4]) for row in values[16] or ()],
+            [Outlook(row[0], row[1].decode(), *row[2:5]) for row in values[17] or ()],
         )
+    )
 
 
-def _content(policy: PoolPolicy) -> bytes:
-    return replace(policy, revision=1).pack()
+def _pairs(rows: Any) -> Any:
+    return tuple(row[:2] for row in rows or ())
 
 
-def _differences(held: PoolPolicy, asked: PoolPolicy) -> list[tuple[str, str, str]]:
-    """(name, value in force, value asked for) of each limit, weight and field that differs."""
-    before, after = _flat(held), _flat(asked)
-    names = [*after, *(name for name in before if name not in after)]
-    pairs = [(name, before.get(name, "none"), after.get(name, "none")) for name in names]
-    return [(name, old, new) for name, old, new in pairs if old != new]
-
-
-def _flat(policy: PoolPolicy) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, written in policy.limits.items():
-        limit = as_limit(written)
-        plain = isinstance(limit, Concurrency) and limit == Concurrency(limit.bound)
-        found[name] = str(limit.bound) if plain else repr(limit)
-    found |= {f"weights.{tenant}": str(weight) for tenant, weight in policy.weights.items()}
-    return found | {name: repr(getattr(policy, name)) for name in _FIELDS}
-
-
-def _shown(parts: list[str]) -> str:
-    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-    return ", ".join(parts[:_SHOWN]) + more
+def _unpack_whole(values: Any) -> Whole:
+    now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster = values[:9]
+    told, pages = values[9:11]
+    version, sids = roster[:2]
+    return Whole(
+        now_ms,
+        [tuple(row[:3]) for row in held or ()],
+        [(member.decode(), left_ms) for member, left_ms in _pairs(lapsing)],
+        next_event_ms,
+        conflict,
+        [(name.decode(), amount) for name, amount in _pairs(spent)],
+        [(p[0].decode(), p[1], p[2], p[3].decode()) for p in pauses or ()],
+        policy or None,
+        (version, None if sids is False else [sid.decode() for sid in sids or ()]),
+        told,
+        {name.decode(): (place[0].decode(), place[1]) for name, place in dict(pages or ()).items()},
+    )
 
 
 LINGER_S = 0.03
 LINGER_IDLE_S = SPARE_MS / 1000
 
 
-class Courier:
-    """See the module. `joined` is set once the pool has answered, with the written policy in force
-    unless what is in force is to be kept; or when it never will."""
+class ExchangeLoop:
+    """The exchange loop: sends what the local queue has, and has the session interpret replies.
+
+    joined: set once the pool has answered, with the written policy in force unless what is in
+    force is to be kept; or when it never will.
+    """
 
     def __init__(
         self,
         link: Link,
         keys: Keyspace,
         written: WrittenPolicy,
-        ledger: Ledger,
+        queue: LocalQueue,
         observer: Observer,
         name: str,
         clock: Clock,
@@ -467,77 +457,64 @@ class Courier:
         self._sync = load("sync", clock=clock.server_time)
         self._tend = load("tend", clock=clock.server_time)
         self._clock = clock
-        self._ledger = ledger
-        self._observer = observer
+        self._queue = queue
         self._timers: dict[str, Timer] = {}
         self._linger: Timer | None = None
         self.session = Session(
             written.policy,
-            ledger,
+            queue,
             observer,
             Lease(written.policy.lease_ms, clock.now_ms),
             name=name,
-            wake=self._kick,
+            wake=self.wake,
             alarm=self._set_alarm,
-            settled=self._settled,
         )
         if self._written is not None:
             self.session.policy_by = WRITTEN_BY
 
-    def _settled(self) -> None:
-        session = self.session
-        if self._written is None or session.fatal or self._written.is_in(session.policy):
-            self._written = None
-            self.joined.set()
-        else:
-            # Another process was faster: decide against what it brought, and join again.
-            session.set_policy(session.policy, session.policy_by)
-
-    def _kick(self) -> None:
+    def wake(self) -> None:
+        """There is something to send: now if it is urgent, else once others had time to join."""
         if self._wake.is_set():
             return
         if self.session.something_urgent():
             self._wake.set()
         elif self._linger is None:
-            delay_s = LINGER_IDLE_S if self._ledger.idle else LINGER_S
-            self._linger = self._clock.call_later(delay_s, self._go)
+            delay_s = LINGER_IDLE_S if self._queue.idle else LINGER_S
+            self._linger = self._clock.call_later(delay_s, self._end_linger)
 
-    def _go(self) -> None:
+    def _end_linger(self) -> None:
         self._linger = None
         self._wake.set()
 
     async def run(self) -> None:
-        """Until cancelled, the session has left, or a fault that no retry mends."""
+        """Until cancelled, the session has left, or a fault that no retry fixes."""
         session, retry_s = self.session, 0.0
         while session.fatal is None:
             await self._wake.wait()
             self._wake.clear()
             try:
-                left = await self._exchange()
+                if await self._exchange():
+                    return
                 retry_s = 0.0
+                continue
+            except ConfigError as error:
+                session.fail(error)
+                continue
             except LinkDown as error:
                 session.failed(str(error))
                 retry_s = min(max(retry_s * 2, 0.01), session.lease.lease_ms / 6000)
-                await self._clock.sleep(retry_s)
-                session.refresh()
-                continue
-            except ConfigError as error:
-                session.die(error)
-                continue
             except Exception as fault:
                 logger.exception("limiter: a fault of its own")
                 session.failed(f"{type(fault).__name__}: {fault}")
                 retry_s = session.lease.lease_ms / 6000
-                await self._clock.sleep(retry_s)
-                session.refresh()
-                continue
-            if left:
-                return
-        for waiter in list(self._ledger.waiting.values()):
-            self._ledger.refuse(waiter, session.fatal, session.lease.now_ms())
+            await self._clock.sleep(retry_s)
+            session.refresh()
+        self.joined.set()
+        for waiter in list(self._queue.waiting.values()):
+            self._queue.refuse(waiter, session.fatal, session.lease.now_ms())
 
     async def _exchange(self) -> bool:
-        """One call, if there is something to say; true if it ended the session."""
+        """One call, if there is something to send; true if it ended the session."""
         session = self.session
         if not session.something_to_say():
             return False
@@ -553,15 +530,25 @@ class Courier:
         script = self._sync if session.is_ordinary(request) else self._tend
         sent_ms = session.lease.now_ms()
         try:
-            raw = await self._link.run(script, self._keys, request.pack(), deadline_s)
+            raw = await self._link.run(script, self._keys, pack_request(request), deadline_s)
         except BaseException:
             session.unanswered(batch)
             raise
-        self._observer.synced(session.lease.now_ms() - sent_ms, len(batch))
-        left = session.answered(batch, request, SyncReply.unpack(raw), sent_ms)
-        if not left and len(self._ledger.outbox):
-            self._kick()  # what was kept back has its time
+        left = session.answered(batch, request, unpack_reply(raw), sent_ms)
+        if not self.joined.is_set() and (session.accepted or session.fatal):
+            self._check_joined()
+        if not left and self._queue.pending:
+            self.wake()  # what was kept back has its time
         return left
+
+    def _check_joined(self) -> None:
+        session = self.session
+        if self._written is None or session.fatal or self._written.is_in(session.policy):
+            self._written = None
+            self.joined.set()
+        else:
+            # Another process was faster: decide against what it brought, and join again.
+            session.set_policy(session.policy, session.policy_by)
 
     def _set_alarm(self, name: str, in_ms: float) -> None:
         """Come back when a lease, a hold, a rate or the quiet time after a loss runs out."""

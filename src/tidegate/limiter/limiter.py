@@ -15,263 +15,407 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypedDict, TypeVar, Unpack
+from typing import Any, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import msgpack
 
-from tidegate.errors import (
-    AdmissionError,
-    DemandImpossible,
-    LimiterUnavailable,
-    QueueFull,
-    ShuttingDown,
-    TidegateError,
-)
+from tidegate.errors import LimiterUnavailable, TidegateError
 from tidegate.limiter.connection import (
     STALLED_S,
-    Courier,
+    ExchangeLoop,
     Heartbeat,
     Link,
     LinkDown,
     Listener,
-    OnConflict,
-    WrittenPolicy,
     tell_loop,
 )
-from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack, too_late
-from tidegate.limiter.permit import Acquisition, TryAcquisition
-from tidegate.limiter.policy import DEFAULT_HARD_MS, DEFAULT_PRIORITY, PoolPolicy, check_tenant
-from tidegate.limiter.queue import (
-    Demand,
-    Flow,
-    Holding,
-    Ledger,
-    Tokens,
-    Waiter,
-    tokens_of,
-    unknown_limit,
-)
-from tidegate.limiter.session import Clock, Session, Timer
-from tidegate.limiter.views import (
+from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack
+from tidegate.limiter.permit import Acquisition, PermitIssuer, TryAcquisition
+from tidegate.limiter.policy import (
+    DEFAULT_HARD_MS,
     Change,
+    Demand,
+    OnConflict,
+    PoolPolicy,
+    Tokens,
+    WrittenPolicy,
+    read_change,
+    tokens_of,
+)
+from tidegate.limiter.queue import LocalQueue
+from tidegate.limiter.session import Clock, Observer, State
+from tidegate.limiter.views import (
     LocalPermit,
-    LocalQueue,
+    LocalQueueView,
     LocalState,
-    Observer,
     PermitView,
     Place,
     Snapshot,
-    State,
     Why,
-    read_change,
     read_place,
     read_snapshot,
 )
-
-if TYPE_CHECKING:
-    from tidegate.limiter.queue import Tokens
-
-_ANY_TIME = float("inf")
-# When a caller that a stopping process refused may ask another one.
-_RETRY_MS = 1000
-
-
-class Desk:
-    """See the module. `closing` turns everybody away; `idle` is set when nothing is held then."""
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        session: Session,
-        observer: Observer,
-        max_waiters: int,
-        clock: Clock,
-        pool: str = "",
-    ) -> None:
-        self.closing = False
-        self._turning_away = False
-        self.idle = asyncio.Event()
-        self._ledger = ledger
-        self._session = session
-        self._observer = observer
-        self._max_waiters = max_waiters
-        self._clock = clock
-        self._pool = pool
-        self._now_ms = clock.now_ms
-        self._wait_ewma_ms: dict[str, float] = {}
-        self._bands_of: PoolPolicy | None = None
-        self._bands: dict[str, int] = {}
-        self._usual_band = 1
-
-    def is_late(self, holding: Holding) -> bool:
-        """True for a call that would arrive too late after its admission for its rates."""
-        slack_ms = holding.flow.slack_ms
-        return slack_ms != _ANY_TIME and self._now_ms() - holding.admitted_ms > slack_ms
-
-    def check_lapse(self) -> None:
-        """Act on a lease that has lapsed."""
-        self._session.check_lapse()
-
-    def flow_of(self, demand: Demand) -> Flow:
-        policy = self._session.policy
-        if policy is not self._bands_of:
-            self._bands_of = policy
-            self._bands = {band.name: number for number, band in enumerate(policy.bands, 1)}
-            usual = DEFAULT_PRIORITY if DEFAULT_PRIORITY in self._bands else policy.bands[0].name
-            self._usual_band = self._bands[usual]
-        band = self._usual_band
-        if demand.priority is not None and demand.priority not in self._bands:
-            policy.band(demand.priority)
-        if demand.priority is not None:
-            band = self._bands[demand.priority]
-        limits = demand.limits
-        if len(limits) != 1:
-            if not limits:
-                raise ValueError("acquire needs a limit")
-            limits = tuple(sorted(set(limits)))
-        flow = self._ledger.flow(band, demand.tenant, limits)
-        if flow.revision != policy.revision:
-            check_tenant(demand.tenant)
-            flow.refresh(policy, self._pool)
-        if flow.unnamed is not None and not demand.implicit:
-            name = flow.unnamed
-            raise DemandImpossible(unknown_limit(name, policy, self._pool), limit=name)
-        return flow
-
-    def ask(self, demand: Demand) -> tuple[Waiter, Timer | None]:
-        if self.closing or self._turning_away:
-            raise self._stopping()
-        if self._session.fatal is not None:
-            raise self._session.fatal
-        try:
-            flow = self.flow_of(demand)
-        except DemandImpossible as error:
-            raise self._refused(error) from None
-        if len(self._ledger.waiting) >= self._max_waiters:
-            limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
-            full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
-            raise self._refused(full)
-        at = self._now_ms()
-        deadline_ms = demand.deadline_ms
-        waiter = self._ledger.ask(
-            flow,
-            amounts=flow.amounts(demand.tokens, demand.images),
-            hard_ms=max(1, demand.hard_ms),
-            now_ms=at,
-            deadline_ms=float("inf") if deadline_ms is None else at + deadline_ms,
-            once=demand.once,
-        )
-        timer = None
-        if not waiter.future.done():
-            if deadline_ms is not None:
-                delay_s = max(0, deadline_ms) / 1000
-                timer = self._clock.call_later(delay_s, self._expire, waiter)
-            if self._session.away:
-                self._session.admit_locally()
-        self._session.kick()
-        return waiter, timer
-
-    def turn_away(self) -> None:
-        """Refuse the calls that wait, and those that ask from now on."""
-        self._turning_away = True
-        for waiter in list(self._ledger.waiting.values()):
-            self._ledger.refuse(waiter, self._stopping(), self._now_ms())
-        self._session.kick()
-
-    def _stopping(self) -> ShuttingDown:
-        why = "the limiter is closing" if self.closing else "this process is stopping; ask again"
-        return ShuttingDown(why, retry_after_ms=_RETRY_MS)
-
-    def _expire(self, waiter: Waiter) -> None:
-        """The deadline came."""
-        if waiter.future.done():
-            return
-        flow = waiter.flow
-        limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
-        error: AdmissionError
-        policy = self._session.policy
-        local = policy.when_away == "local" and self._session.has_share(flow.limits)
-        if self._session.away and not local:
-            error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
-        else:
-            room_ms = flow.room_at_ms - self._now_ms()
-            amount = flow.spends(waiter.amounts).get(limit, 1)
-            error = too_late(limit, policy.limit(limit), retry_ms, room_ms, flow.used, amount)
-        self._ledger.refuse(waiter, self._refused(error), self._now_ms())
-        self._session.kick()
-
-    def _refused(self, error: AdmissionError) -> AdmissionError:
-        self._observer.refused(error.limit, error.code)
-        return error
-
-    def _retry_after_ms(self, flow: Flow) -> int:
-        """Until there is room under the limit that it waits for; where nobody knows when, about as
-        long as waiters of that limit wait these days. At least a second, and not before the end of
-        a pause."""
-        at = self._now_ms()
-        wait_ms = round(flow.room_at_ms - at)
-        if wait_ms <= 0:
-            wait_ms = int(self._wait_ewma_ms.get(flow.held_up_by or flow.limits[0], 0.0))
-        return max(1000, wait_ms, self._session.remembered.paused_ms(flow.limits, at))
-
-    def abandon(self, waiter: Waiter) -> None:
-        self._ledger.abandon(waiter.ticket, self._now_ms())
-        self._session.kick()
-        self.check_idle()
-
-    def admitted(self, holding: Holding) -> None:
-        named = self._session.policy.limits
-        for name in holding.flow.limits:
-            if name in named:  # the others are named by clients
-                old = self._wait_ewma_ms.get(name, holding.waited_ms)
-                self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
-        self._observer.admitted(holding.flow.limits[0], holding.waited_ms)
-
-    def release(
-        self,
-        holding: Holding,
-        outcome: str,
-        tokens: Tokens | None,
-        images: int | None,
-        usage_later: bool,
-    ) -> None:
-        self._ledger.release(
-            holding.ticket,
-            outcome=outcome,
-            actual=holding.flow.actual(tokens, images),
-            now_ms=self._now_ms(),
-            usage_later=usage_later,
-        )
-        if self._session.away:
-            self._session.admit_locally()
-        self._session.kick()
-        self.check_idle()
-
-    def report(self, holding: Holding, tokens: Tokens | None, images: int | None) -> None:
-        """The usage of a call whose permit was given back before."""
-        self._ledger.settle_later(holding.ticket, holding.flow.actual(tokens, images))
-        self._session.kick()
-
-    def check_idle(self) -> None:
-        if self.closing and not self._ledger.held:
-            self.idle.set()
-
 
 # A pause "until further notice" ends in a hundred years.
 FOR_EVER_MS = 100 * 365 * 86_400_000
 RAMP_MS = 10_000
 
 
-class Operations:
-    """The part of a `Limiter` that is not about its own permits."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    _link: Link
-    _keys: Keyspace
-    _session: Session
-    _clock: Clock
+
+class AttemptOptions(TypedDict, total=False):
+    """The keywords of `Limiter.try_acquire`."""
+
+    tenant: str
+    priority: str | None
+    tokens: int | Tokens | None
+    images: int
+    hard_ms: int | None
+
+
+class AcquireOptions(AttemptOptions, total=False):
+    """The keywords of `Limiter.acquire`."""
+
+    deadline_ms: int | None
+
+
+def limited(
+    limiter: Limiter, *limits: str, **options: Unpack[AcquireOptions]
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
+    """Decorate a coroutine function: each call of it waits for a permit and runs while it holds it.
+
+    Takes what `Limiter.acquire` takes; its errors leave the call, and when the permit is lost the
+    function is cancelled and the call raises LeaseLost. Raises TypeError for anything but a
+    coroutine function: what a plain function or a generator returns would outlive the permit.
+    """
+
+    def decorate(
+        function: Callable[P, Coroutine[Any, Any, R]],
+    ) -> Callable[P, Coroutine[Any, Any, R]]:
+        if not inspect.iscoroutinefunction(function):
+            raise TypeError(f"{function!r} is no coroutine function")
+
+        @functools.wraps(function)
+        async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            async with limiter.acquire(*limits, **options) as permit:
+                await permit.confirm()
+                return await function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+logger = logging.getLogger("tidegate.limiter")
+
+MAX_WAITERS = 100_000
+# With `reap_closed_ms`: how often a process looks whose connection is closed, at most.
+MIN_LOOK_MS = 25
+# How long a closing limiter waits for bodies that it has cancelled.
+CLOSE_BODIES_S = 1.0
+# How long it tries to tell the server, so that nothing waits for its lease: at least.
+GOODBYE_S = 1.0
+
+
+class Limiter:
+    """Permits of one pool for this process. Enter it, or call `start` and `aclose`."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool: str,
+        policy: PoolPolicy,
+        instance_id: str | None = None,
+        observer: Observer | None = None,
+        on_conflict: OnConflict = "raise",
+        max_waiters: int = MAX_WAITERS,
+        stalled_s: float = STALLED_S,
+        clock: Clock | None = None,
+    ) -> None:
+        self.pool = pool
+        self.instance_id = instance_id
+        self._url = url
+        self._keys = Keyspace(pool)
+        self._stalled_s = stalled_s
+        self._clock = clock or Clock()
+        self._queue = LocalQueue()
+        self._link = Link(url, self._keys.meta)
+        self._exchanges = ExchangeLoop(
+            self._link,
+            self._keys,
+            WrittenPolicy(pool, policy, on_conflict),
+            self._queue,
+            observer or Observer(),
+            instance_id or "",
+            self._clock,
+        )
+        self._session = self._exchanges.session
+        self._heartbeat: Heartbeat | None = None
+        self._listener: Listener | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._exchanging: asyncio.Task[None] | None = None
+        self._issuer = PermitIssuer(
+            self._queue, self._session, max_waiters, self._clock, self._exchanges.wake, pool
+        )
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        pool: str,
+        policy: PoolPolicy,
+        instance_id: str | None = None,
+        observer: Observer | None = None,
+        on_conflict: OnConflict = "raise",
+        clock: Clock | None = None,
+    ) -> Limiter:
+        """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`).
+
+        `instance_id` only names the process for people: every start is a new session, which
+        takes over nothing of an earlier one. `on_conflict`: what is done where the pool has
+        another policy in force. `clock` is for tests.
+        """
+        return cls(
+            url,
+            pool=pool,
+            policy=policy,
+            instance_id=instance_id,
+            observer=observer,
+            on_conflict=on_conflict,
+            clock=clock,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Limiter {self.pool} {self._session.state} {self._queue!r}>"
+
+    @property
+    def session(self) -> str:
+        """The name of this process's session in the pool."""
+        return self._session.sid
+
+    @property
+    def policy(self) -> PoolPolicy:
+        """The policy in force, as far as this process knows."""
+        return self._session.policy
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def start(self) -> None:
+        """Enter the pool. Starts in the state `away` when Valkey does not answer.
+
+        Raises PolicyConflict, and ConfigError for a server that may evict our keys, or a pool
+        that a process of another layout uses.
+        """
+        loop = asyncio.get_running_loop()
+        exchanges, session = self._exchanges, self._session
+        self._heartbeat = Heartbeat(
+            self._url,
+            session.sid,
+            self._keys,
+            session.lease,
+            self._clock,
+            tell_changed=lambda: tell_loop(loop, session.refresh),
+            tell_paused=lambda: tell_loop(loop, session.paused),
+            stalled_s=self._stalled_s,
+        )
+        self._listener = Listener(
+            self._url,
+            self._keys.channel(session.sid),
+            session.lease,
+            session.take_push,
+            session.refresh,
+            lambda: self._link.server,
+            self._clock,
+        )
+        self._exchanging = asyncio.create_task(exchanges.run(), name="tidegate-exchanges")
+        self._tasks = [
+            asyncio.create_task(self._listener.run(), name="tidegate-listener"),
+            asyncio.create_task(self._pulse(), name="tidegate-pulse"),
+        ]
+        session.refresh()
+        self._heartbeat.start()
+        try:
+            async with asyncio.timeout(max(2 * session.lease.deadline_s(), 0.5)):
+                await exchanges.joined.wait()
+        except TimeoutError:
+            logger.warning("limiter: starting without Valkey: %s", self.last_error)
+        except asyncio.CancelledError:
+            await self._stop()
+            raise
+        if session.fatal is not None:
+            await self._stop()
+            raise session.fatal
+
+    async def _pulse(self) -> None:
+        """Shows the heartbeat that the loop lives, compares all with Valkey, watches the lease."""
+        lease, compared_ms = self._session.lease, self._clock.now_ms()
+        while True:
+            every_ms = lease.lease_ms / 3
+            if self.policy.reap_closed_ms:
+                every_ms = min(every_ms, max(MIN_LOOK_MS, self.policy.reap_closed_ms / 4))
+            await self._clock.sleep(min(lease.lease_ms / 12, every_ms) / 1000)
+            if self._heartbeat is not None:
+                self._heartbeat.loop_is_alive()
+            self._session.check_lapse()
+            self._session.admit_locally()
+            if self._clock.now_ms() - compared_ms >= every_ms * 0.95:
+                compared_ms = self._clock.now_ms()
+                self._session.refresh()
+
+    # -- permits
+
+    def acquire(
+        self,
+        *limits: str,
+        tenant: str = "default",
+        priority: str | None = None,
+        tokens: int | Tokens | None = None,
+        images: int = 0,
+        deadline_ms: int | None = None,
+        hard_ms: int | None = None,
+    ) -> Acquisition:
+        """`async with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
+
+        Entering waits for all of `limits` together, at most `deadline_ms`; leaving gives the permit
+        back without a round trip. `tenant` is whose share it is; `priority` the name of a band;
+        `tokens` and `images` an estimate for limits that count them. `hard_ms` is the longest that
+        the call can last: with `on_expiry = "hold"` the permit of a dead process counts for that
+        long (10 minutes if not given).
+
+        Raises on entering: DeadlineExceeded, LimiterUnavailable (Valkey is away at the deadline),
+        DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown; ConfigError for
+        an unknown priority or a tenant's name that can't be one; ValueError for a limit of tokens
+        without `tokens`. Cancelling the wait takes the ticket out; a permit that was granted in
+        that moment is given back.
+        Raises on leaving: LeaseLost, when the session was lost while the body ran; the body is
+        cancelled then.
+        """
+        wanted, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
+        demand = Demand(limits, tenant, priority, wanted, images, deadline_ms, hard_ms)
+        return self.acquire_for(demand)
+
+    def acquire_for(self, demand: Demand) -> Acquisition:
+        """As `acquire`, for a demand that is there already."""
+        return Acquisition(self._issuer, demand)
+
+    def try_acquire(
+        self,
+        *limits: str,
+        tenant: str = "default",
+        priority: str | None = None,
+        tokens: int | Tokens | None = None,
+        images: int = 0,
+        hard_ms: int | None = None,
+    ) -> TryAcquisition:
+        """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if it can't
+        be had at once, which takes no longer than the server's next answer, or while Valkey
+        is away. Otherwise as `acquire`."""
+        wanted = None if tokens is None else tokens_of(tokens)
+        bound_ms = hard_ms or DEFAULT_HARD_MS
+        demand = Demand(limits, tenant, priority, wanted, images, None, bound_ms, once=True)
+        return self.try_acquire_for(demand)
+
+    def try_acquire_for(self, demand: Demand) -> TryAcquisition:
+        """As `try_acquire`, for a demand that is there already: one that takes the first answer."""
+        if demand.deadline_ms is None:
+            within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
+            demand = replace(demand, deadline_ms=within_ms)
+        return TryAcquisition(self.acquire_for(demand))
+
+    def limited(
+        self, *limits: str, **options: Unpack[AcquireOptions]
+    ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
+        """A decorator: each call of the coroutine function runs under a permit. Options as
+        `acquire` takes them."""
+        return limited(self, *limits, **options)
+
+    # -- what can be seen
+
+    @property
+    def state(self) -> State:
+        """Whether Valkey answers this process."""
+        return self._session.state
+
+    @property
+    def permits_held(self) -> int:
+        """How many permits this process holds."""
+        return len(self._queue.held)
+
+    @property
+    def waiters(self) -> int:
+        """How many calls of this process wait for a permit."""
+        return len(self._queue.waiting)
+
+    def local_state(self) -> LocalState:
+        """This process's part, without I/O. The cost grows with the limits that are in use here;
+        `state`, `permits_held` and `waiters` cost nothing."""
+        return LocalState(
+            state=self._session.state,
+            held=self._queue.held_of.copy(),
+            waiting=self._queue.waiting_of.copy(),
+            silent_ms=self._session.lease.silent_ms(),
+            sessions=self._session.sessions,
+            revision=self.policy.revision,
+            permits=len(self._queue.held),
+            waiters=len(self._queue.waiting),
+        )
+
+    @property
+    def last_error(self) -> str:
+        """Why Valkey was last found to be away."""
+        return self._session.last_error or "no answer yet"
+
+    def local_permits(self, most: int) -> list[LocalPermit]:
+        """The permits of this process, the oldest first, without I/O."""
+        at = self._session.lease.now_ms()
+        oldest = islice(self._queue.held.values(), most)  # in the order of their grants
+        return [
+            LocalPermit(
+                seq=one.seq,
+                tenant=one.flow.tenant,
+                limits=one.flow.limits,
+                held_ms=round(at - one.held_from_ms),
+                waited_ms=round(one.waited_ms),
+                left_ms=one.hard_left_ms(at),
+            )
+            for one in oldest
+        ]
+
+    def local_queues(self, most: int) -> list[LocalQueueView]:
+        """The waiters of this process by flow, the longest queues first, without I/O."""
+        at = self._session.lease.now_ms()
+        return [
+            LocalQueueView(
+                flow.band,
+                flow.tenant,
+                flow.limits,
+                len(flow.waiting),
+                round(at - next(iter(flow.waiting.values())).asked_ms),
+            )
+            for flow in self._queue.longest_queues(most)
+        ]
+
+    async def joined(self) -> None:
+        """Return once the pool has answered for the first time; while Valkey is away, wait."""
+        await self._exchanges.joined.wait()
+
+    # -- the pool
 
     async def _run(self, name: ScriptName, request: dict[str, Any], tries: int = 2) -> bytes:
         """Twice, since the connection may have been closed while it was not used: all that is
@@ -466,365 +610,22 @@ class Operations:
             raise TidegateError(f"revision {self._session.policy.revision} is in force already")
         self._session.set_policy(policy, by)
 
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class AttemptOptions(TypedDict, total=False):
-    """The keywords of `Limiter.try_acquire`."""
-
-    tenant: str
-    priority: str | None
-    tokens: int | Tokens | None
-    images: int
-    hard_ms: int | None
-
-
-class AcquireOptions(AttemptOptions, total=False):
-    """The keywords of `Limiter.acquire`."""
-
-    deadline_ms: int | None
-
-
-def limited(
-    limiter: Limiter, *limits: str, **options: Unpack[AcquireOptions]
-) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
-    """Decorate a coroutine function: each call of it waits for a permit and runs while it holds it.
-
-    Takes what `Limiter.acquire` takes; its errors leave the call, and when the permit is lost the
-    function is cancelled and the call raises LeaseLost. Raises TypeError for anything but a
-    coroutine function: what a plain function or a generator returns would outlive the permit.
-    """
-
-    def decorate(
-        function: Callable[P, Coroutine[Any, Any, R]],
-    ) -> Callable[P, Coroutine[Any, Any, R]]:
-        if not inspect.iscoroutinefunction(function):
-            raise TypeError(f"{function!r} is no coroutine function")
-
-        @functools.wraps(function)
-        async def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            async with limiter.acquire(*limits, **options) as permit:
-                await permit.confirm()
-                return await function(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
-logger = logging.getLogger("tidegate.limiter")
-
-MAX_WAITERS = 100_000
-# With `reap_closed_ms`: how often a process looks whose connection is closed, at most.
-MIN_LOOK_MS = 25
-# How long a closing limiter waits for bodies that it has cancelled.
-CLOSE_BODIES_S = 1.0
-# How long it tries to tell the server, so that nothing waits for its lease: at least.
-GOODBYE_S = 1.0
-
-
-class Limiter(Operations):
-    """Permits of one pool for this process. Enter it, or call `start` and `aclose`."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        pool: str,
-        policy: PoolPolicy,
-        instance_id: str | None = None,
-        observer: Observer | None = None,
-        on_conflict: OnConflict = "raise",
-        max_waiters: int = MAX_WAITERS,
-        stalled_s: float = STALLED_S,
-        clock: Clock | None = None,
-    ) -> None:
-        self.pool = pool
-        self.instance_id = instance_id
-        self._url = url
-        self._keys = Keyspace(pool)
-        self._observer = observer if observer is not None else Observer()
-        self._stalled_s = stalled_s
-        self._clock = clock or Clock()
-        self._ledger = Ledger()
-        self._link = Link(url, self._keys.meta)
-        written = WrittenPolicy(pool, policy, on_conflict)
-        self._courier = Courier(
-            *(self._link, self._keys, written, self._ledger, self._observer),
-            instance_id or "",
-            self._clock,
-        )
-        self._session = self._courier.session
-        self._heartbeat: Heartbeat | None = None
-        self._listener: Listener | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._carrying: asyncio.Task[None] | None = None
-        desk = partial(Desk, self._ledger, self._session, self._observer)
-        self._desk = desk(max_waiters, self._clock, pool)
-
-    @classmethod
-    def from_url(
-        cls,
-        url: str,
-        *,
-        pool: str,
-        policy: PoolPolicy,
-        instance_id: str | None = None,
-        observer: Observer | None = None,
-        on_conflict: OnConflict = "raise",
-        clock: Clock | None = None,
-    ) -> Limiter:
-        """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`).
-
-        `instance_id` only names the process for people: every start is a new session, which
-        takes over nothing of an earlier one. `on_conflict`: what is done where the pool has
-        another policy in force. `clock` is for tests.
-        """
-        limiter = partial(cls, url, pool=pool, policy=policy, on_conflict=on_conflict)
-        return limiter(instance_id=instance_id, observer=observer, clock=clock)
-
-    def __repr__(self) -> str:
-        return f"<Limiter {self.pool} {self._session.state} {self._ledger!r}>"
-
-    @property
-    def session(self) -> str:
-        """The name of this process's session in the pool."""
-        return self._session.sid
-
-    @property
-    def policy(self) -> PoolPolicy:
-        """The policy in force, as far as this process knows."""
-        return self._session.policy
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    async def start(self) -> None:
-        """Enter the pool. Starts in the state `away` when Valkey does not answer.
-
-        Raises PolicyConflict, and ConfigError for a server that may evict our keys, or a pool
-        that a process of another layout uses.
-        """
-        loop = asyncio.get_running_loop()
-        courier, session = self._courier, self._session
-        self._heartbeat = Heartbeat(
-            self._url,
-            session.sid,
-            self._keys,
-            session.lease,
-            self._clock,
-            tell_changed=lambda: tell_loop(loop, session.refresh),
-            tell_paused=lambda: tell_loop(loop, session.paused),
-            stalled_s=self._stalled_s,
-        )
-        self._listener = Listener(
-            self._url,
-            self._keys.channel(session.sid),
-            session.lease,
-            session.take_push,
-            session.refresh,
-            lambda: self._link.server,
-            self._clock,
-        )
-        self._carrying = asyncio.create_task(courier.run(), name="tidegate-courier")
-        self._tasks = [
-            asyncio.create_task(self._listener.run(), name="tidegate-listener"),
-            asyncio.create_task(self._pulse(), name="tidegate-pulse"),
-        ]
-        session.refresh()
-        self._heartbeat.start()
-        try:
-            async with asyncio.timeout(max(2 * session.lease.deadline_s(), 0.5)):
-                await courier.joined.wait()
-        except TimeoutError:
-            logger.warning("limiter: starting without Valkey: %s", self.last_error)
-        except asyncio.CancelledError:
-            await self._stop()
-            raise
-        if session.fatal is not None:
-            await self._stop()
-            raise session.fatal
-
-    async def _pulse(self) -> None:
-        """Shows the heartbeat that the loop lives, compares all with Valkey, watches the lease."""
-        lease, compared_ms = self._session.lease, self._clock.now_ms()
-        while True:
-            every_ms = lease.lease_ms / 3
-            if self.policy.reap_closed_ms:
-                every_ms = min(every_ms, max(MIN_LOOK_MS, self.policy.reap_closed_ms / 4))
-            await self._clock.sleep(min(lease.lease_ms / 12, every_ms) / 1000)
-            if self._heartbeat is not None:
-                self._heartbeat.loop_is_alive()
-            self._session.check_lapse()
-            self._session.admit_locally()
-            if self._clock.now_ms() - compared_ms >= every_ms * 0.95:
-                compared_ms = self._clock.now_ms()
-                self._session.refresh()
-
-    # -- permits
-
-    def acquire(
-        self,
-        *limits: str,
-        tenant: str = "default",
-        priority: str | None = None,
-        tokens: int | Tokens | None = None,
-        images: int = 0,
-        deadline_ms: int | None = None,
-        hard_ms: int | None = None,
-    ) -> Acquisition:
-        """`async with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:`
-
-        Entering waits for all of `limits` together, at most `deadline_ms`; leaving gives the permit
-        back without a round trip. `tenant` is whose share it is; `priority` the name of a band;
-        `tokens` and `images` an estimate for limits that count them. `hard_ms` is the longest that
-        the call can last: with `on_expiry = "hold"` the permit of a dead process counts for that
-        long (10 minutes if not given).
-
-        Raises on entering: DeadlineExceeded, LimiterUnavailable (Valkey is away at the deadline),
-        DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown; ConfigError for
-        an unknown priority or a tenant's name that can't be one; ValueError for a limit of tokens
-        without `tokens`. Cancelling the wait takes the ticket out; a permit that was granted in
-        that moment is given back.
-        Raises on leaving: LeaseLost, when the session was lost while the body ran; the body is
-        cancelled then.
-        """
-        wanted, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
-        demand = Demand(limits, tenant, priority, wanted, images, deadline_ms, hard_ms)
-        return self.acquire_for(demand)
-
-    def acquire_for(self, demand: Demand) -> Acquisition:
-        """As `acquire`, for a demand that is there already."""
-        return Acquisition(self._desk, demand)
-
-    def try_acquire(
-        self,
-        *limits: str,
-        tenant: str = "default",
-        priority: str | None = None,
-        tokens: int | Tokens | None = None,
-        images: int = 0,
-        hard_ms: int | None = None,
-    ) -> TryAcquisition:
-        """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if it can't
-        be had at once, which takes no longer than the server's next answer, or while Valkey
-        is away. Otherwise as `acquire`."""
-        wanted = None if tokens is None else tokens_of(tokens)
-        bound_ms = hard_ms or DEFAULT_HARD_MS
-        demand = Demand(limits, tenant, priority, wanted, images, None, bound_ms, once=True)
-        return self.try_acquire_for(demand)
-
-    def try_acquire_for(self, demand: Demand) -> TryAcquisition:
-        """As `try_acquire`, for a demand that is there already: one that takes the first answer."""
-        if demand.deadline_ms is None:
-            within_ms = max(1, round(2000 * self._session.lease.deadline_s()))
-            demand = replace(demand, deadline_ms=within_ms)
-        return TryAcquisition(self.acquire_for(demand))
-
-    def limited(
-        self, *limits: str, **options: Unpack[AcquireOptions]
-    ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
-        """A decorator: each call of the coroutine function runs under a permit. Options as
-        `acquire` takes them."""
-        return limited(self, *limits, **options)
-
-    # -- what can be seen
-
-    @property
-    def state(self) -> State:
-        """Whether Valkey answers this process."""
-        return self._session.state
-
-    @property
-    def permits_held(self) -> int:
-        """How many permits this process holds."""
-        return len(self._ledger.held)
-
-    @property
-    def waiters(self) -> int:
-        """How many calls of this process wait for a permit."""
-        return len(self._ledger.waiting)
-
-    def local_state(self) -> LocalState:
-        """This process's part, without I/O. The cost grows with the limits that are in use here;
-        `state`, `permits_held` and `waiters` cost nothing."""
-        return LocalState(
-            state=self._session.state,
-            held=self._ledger.held_of.copy(),
-            waiting=self._ledger.waiting_of.copy(),
-            silent_ms=self._session.lease.silent_ms(),
-            sessions=self._session.sessions,
-            revision=self.policy.revision,
-            permits=len(self._ledger.held),
-            waiters=len(self._ledger.waiting),
-        )
-
-    @property
-    def last_error(self) -> str:
-        """Why Valkey was last found to be away."""
-        return self._session.last_error or "no answer yet"
-
-    def local_permits(self, most: int) -> list[LocalPermit]:
-        """The permits of this process, the oldest first, without I/O."""
-        at = self._session.lease.now_ms()
-        oldest = islice(self._ledger.held.values(), most)  # in the order of their grants
-        return [
-            LocalPermit(
-                seq=one.seq,
-                tenant=one.flow.tenant,
-                limits=one.flow.limits,
-                held_ms=round(at - one.held_from_ms),
-                waited_ms=round(one.waited_ms),
-                left_ms=one.hard_left_ms(at),
-            )
-            for one in oldest
-        ]
-
-    def local_queues(self, most: int) -> list[LocalQueue]:
-        """The waiters of this process by flow, the longest queues first, without I/O."""
-        at = self._session.lease.now_ms()
-        return [
-            LocalQueue(
-                flow.band,
-                flow.tenant,
-                flow.limits,
-                len(flow.waiting),
-                round(at - next(iter(flow.waiting.values())).asked_ms),
-            )
-            for flow in self._ledger.longest_queues(most)
-        ]
-
-    async def joined(self) -> None:
-        """Return once the pool has answered for the first time; while Valkey is away, wait."""
-        await self._courier.joined.wait()
-
     # -- the end
 
     def turn_away(self) -> None:
         """Refuse with ShuttingDown what waits, and what asks from now on; bodies run on."""
-        self._desk.turn_away()
+        self._issuer.turn_away()
 
     async def aclose(self, grace_ms: int = 0) -> None:
         """End the session, so that what it held is free. Waiters get ShuttingDown; bodies may end
         within `grace_ms`, then they are cancelled with LeaseLost and given one second more."""
-        if self._desk.closing:
+        if self._issuer.closing:
             return
-        self._desk.closing = True
-        self._desk.turn_away()
+        self._issuer.closing = True
+        self._issuer.turn_away()
         try:
             if not await self._wait_idle(grace_ms / 1000):
-                self._ledger.fence()
+                self._queue.fence()
                 await self._wait_idle(CLOSE_BODIES_S)
             await self._say_goodbye()
         finally:
@@ -832,9 +633,9 @@ class Limiter(Operations):
 
     async def _wait_idle(self, timeout_s: float) -> bool:
         """True once nothing is held."""
-        idle = self._desk.idle
+        idle = self._issuer.idle
         idle.clear()
-        self._desk.check_idle()
+        self._issuer.check_idle()
         if idle.is_set():
             return True
         try:
@@ -845,20 +646,20 @@ class Limiter(Operations):
         return True
 
     async def _say_goodbye(self) -> None:
-        if self._carrying is None:
+        if self._exchanging is None:
             return
         # Perhaps it is away only because we stood still and missed its last answer.
-        calls = 1 if self._session.away else 2
+        calls = 1 if self._session.state == "away" else 2
         self._session.leave()
         timeout_s = max(calls * self._session.lease.deadline_s(), GOODBYE_S)
-        await asyncio.wait({self._carrying}, timeout=timeout_s)
+        await asyncio.wait({self._exchanging}, timeout=timeout_s)
 
     async def _stop(self) -> None:
-        self._desk.closing = True
-        self._courier.stop_timers()
+        self._issuer.closing = True
+        self._exchanges.stop_timers()
         if self._heartbeat is not None:
             self._heartbeat.stop()
-        tasks = [*self._tasks, self._carrying] if self._carrying is not None else self._tasks
+        tasks = [*self._tasks, self._exchanging] if self._exchanging is not None else self._tasks
         await _end(tasks)
         await self._link.aclose()
         if self._heartbeat is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha1
 from importlib.resources import files
@@ -21,7 +21,6 @@ import msgpack
 
 from tidegate.errors import DeadlineExceeded, LimitPaused, LimitUsedUp
 from tidegate.limiter.policy import (
-    BUCKETS,
     Band,
     Concurrency,
     Limit,
@@ -303,21 +302,6 @@ class SyncRequest:
     lefts: list[int] = field(default_factory=list)
     firm: list[str] = field(default_factory=list)
 
-    def pack(self) -> bytes:
-        values = ((name, getattr(self, name)) for name in _SYNC_FIELDS)
-        request = {name: value for name, value in values if value}
-        for name in _FLAT:
-            if name in request:
-                request[name] = list(chain.from_iterable(request[name]))
-        if self.join is not None:
-            request["join"] = self.join.as_fields()
-        return pack(request)
-
-
-# Packed without lists of their own: a script takes longer to unpack many small ones.
-_FLAT = ("transfers", "releases", "enqueues")
-_SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
-
 
 class Whole(NamedTuple):
     """What a `full` request gets on top. `held` holds (ticket, seq, until_ms: when its hard limit
@@ -374,61 +358,6 @@ class SyncReply(NamedTuple):
     barred: list[Barred]
     outlook: list[Outlook]
 
-    @classmethod
-    def unpack(cls, raw: bytes) -> SyncReply:
-        values = msgpack.unpackb(raw, raw=True, use_list=False)
-        whole = values[15]
-        return cls._make(
-            (
-                values[0].decode(),
-                *values[1:11],
-                _pairs(values[11]),
-                _listed(values[12]),
-                _listed(values[13]),
-                [Hint(*hint[:5]) for hint in _listed(values[14])],
-                _whole(whole) if whole else None,
-                [Barred(row[0], row[1].decode(), *row[2:4]) for row in _listed(values[16])],
-                [Outlook(row[0], row[1].decode(), *row[2:5]) for row in _listed(values[17])],
-            )
-        )
-
-
-def _listed(value: Any) -> Any:
-    """Lua has one type for lists and maps: an empty one may arrive as either."""
-    return value or ()
-
-
-def _pairs(rows: Any) -> Any:
-    """A later version may say more in each row."""
-    return tuple(row[:2] for row in _listed(rows))
-
-
-def _whole(values: Any) -> Whole:
-    now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster = values[:9]
-    told, pages = values[9:11]
-    return Whole(
-        now_ms,
-        [tuple(row[:3]) for row in _listed(held)],
-        [(member.decode(), left_ms) for member, left_ms in _pairs(lapsing)],
-        next_event_ms,
-        conflict,
-        [(name.decode(), amount) for name, amount in _pairs(spent)],
-        [
-            (name.decode(), *ms, said.decode())
-            for name, *ms, said in (p[:4] for p in _listed(pauses))
-        ],
-        policy or None,
-        _roster(*roster),
-        told,
-        {name.decode(): (place[0].decode(), place[1]) for name, place in pages.items()}
-        if pages
-        else {},
-    )
-
-
-def _roster(version: int, sids: Any, *_: Any) -> tuple[int, list[str] | None]:
-    return version, None if sids is False else [sid.decode() for sid in _listed(sids)]
-
 
 class RenewReply(NamedTuple):
     """Reply of `renew`."""
@@ -478,29 +407,7 @@ class InspectReply(NamedTuple):
     @classmethod
     def unpack(cls, raw: bytes) -> InspectReply:
         values = msgpack.unpackb(raw)
-        return cls._make([*values[:6], *(list(_listed(value)) for value in values[6:11])])
-
-
-__all__ = [
-    "BUCKETS",
-    "OUTCOMES",
-    "USAGE_LATER",
-    "Hint",
-    "InspectReply",
-    "Join",
-    "Push",
-    "RenewReply",
-    "Renewal",
-    "Status",
-    "SyncReply",
-    "SyncRequest",
-    "Whole",
-    "band_shares",
-    "definition",
-    "flow_of",
-    "lane_of",
-    "pack",
-]
+        return cls._make([*values[:6], *(list(value or ()) for value in values[6:11])])
 
 
 LAYOUT = 2

@@ -11,54 +11,253 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from math import inf
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tidegate.errors import (
+    AdmissionError,
     DeadlineExceeded,
+    DemandImpossible,
     LeaseLost,
     LimiterUnavailable,
+    QueueFull,
     ShuttingDown,
     TidegateError,
     UpstreamTimeout,
 )
-from tidegate.limiter.queue import Demand, Holding, Tokens, Waiter, tokens_of
-from tidegate.limiter.session import Timer
-
-if TYPE_CHECKING:
-    from tidegate.limiter.limiter import Desk
+from tidegate.limiter.messages import too_late
+from tidegate.limiter.policy import (
+    DEFAULT_PRIORITY,
+    Demand,
+    PoolPolicy,
+    Tokens,
+    check_tenant,
+    tokens_of,
+    unknown_limit,
+)
+from tidegate.limiter.queue import Flow, Holding, LocalQueue, Waiter
+from tidegate.limiter.session import Clock, Session, Timer
 
 Outcome = Literal["success", "ignored", "dropped"]
 
 
+# When a caller that a stopping process refused may ask another one.
+_RETRY_MS = 1000
+
+
+class PermitIssuer:
+    """Turns demands into waiters of the local queue, and waits into permits or errors.
+
+    closing: every demand is refused; `idle` is set when nothing is held then.
+    """
+
+    def __init__(
+        self,
+        queue: LocalQueue,
+        session: Session,
+        max_waiters: int,
+        clock: Clock,
+        wake: Callable[[], None],
+        pool: str = "",
+    ) -> None:
+        self.closing = False
+        self._turning_away = False
+        self.idle = asyncio.Event()
+        self._queue = queue
+        self._session = session
+        self._max_waiters = max_waiters
+        self._clock = clock
+        self._wake = wake
+        self._pool = pool
+        self._now_ms = clock.now_ms
+        self._wait_ewma_ms: dict[str, float] = {}
+        self._bands_of: PoolPolicy | None = None
+        self._bands: dict[str | None, int] = {}
+
+    def is_late(self, holding: Holding) -> bool:
+        """True for a call that would arrive too late after its admission for its rates."""
+        slack_ms = holding.flow.slack_ms
+        return slack_ms != inf and self._now_ms() - holding.admitted_ms > slack_ms
+
+    def check_lapse(self) -> None:
+        """Act on a lease that has lapsed."""
+        self._session.check_lapse()
+
+    def flow_of(self, demand: Demand) -> Flow:
+        """Raises DemandImpossible, ConfigError for a priority or tenant that cannot be."""
+        policy = self._session.policy
+        if policy is not self._bands_of:
+            self._bands_of = policy
+            self._bands = {band.name: number for number, band in enumerate(policy.bands, 1)}
+            self._bands[None] = self._bands.get(DEFAULT_PRIORITY, 1)
+        band = self._bands.get(demand.priority)
+        if band is None:
+            band = policy.band(str(demand.priority)) + 1
+        limits = demand.limits
+        if len(limits) != 1:
+            if not limits:
+                raise ValueError("acquire needs a limit")
+            limits = tuple(sorted(set(limits)))
+        flow = self._queue.flows.get((band, demand.tenant, limits))
+        if flow is None:
+            flow = self._queue.flow(band, demand.tenant, limits)
+        if flow.revision != policy.revision:
+            check_tenant(demand.tenant)
+            flow.refresh(policy, self._pool)
+        if flow.unnamed is not None and not demand.implicit:
+            name = flow.unnamed
+            raise DemandImpossible(unknown_limit(name, policy, self._pool), limit=name)
+        return flow
+
+    def ask(self, demand: Demand) -> tuple[Waiter, Timer | None]:
+        """A waiter of the local queue, and the timer of its deadline."""
+        if self.closing or self._turning_away:
+            raise self._stopping()
+        if self._session.fatal is not None:
+            raise self._session.fatal
+        try:
+            flow = self.flow_of(demand)
+        except DemandImpossible as error:
+            raise self._refused(error) from None
+        if len(self._queue.waiting) >= self._max_waiters:
+            limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
+            full = QueueFull("too many waiters already", limit=limit, retry_after_ms=retry_ms)
+            raise self._refused(full)
+        at = self._now_ms()
+        deadline_ms = demand.deadline_ms
+        waiter = self._queue.ask(
+            flow,
+            amounts=flow.amounts(demand.tokens, demand.images) if flow.rates else "",
+            hard_ms=max(1, demand.hard_ms),
+            now_ms=at,
+            deadline_ms=inf if deadline_ms is None else at + deadline_ms,
+            once=demand.once,
+        )
+        timer = None
+        if not waiter.future.done():
+            if deadline_ms is not None:
+                delay_s = max(0, deadline_ms) / 1000
+                timer = self._clock.call_later(delay_s, self._expire, waiter)
+            if self._session.state == "away":
+                self._session.admit_locally()
+        self._wake()
+        return waiter, timer
+
+    def turn_away(self) -> None:
+        """Refuse the calls that wait, and those that ask from now on."""
+        self._turning_away = True
+        for waiter in list(self._queue.waiting.values()):
+            self._queue.refuse(waiter, self._stopping(), self._now_ms())
+        self._wake()
+
+    def _stopping(self) -> ShuttingDown:
+        why = "the limiter is closing" if self.closing else "this process is stopping; ask again"
+        return ShuttingDown(why, retry_after_ms=_RETRY_MS)
+
+    def _expire(self, waiter: Waiter) -> None:
+        """The deadline came."""
+        if waiter.future.done():
+            return
+        flow = waiter.flow
+        limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
+        error: AdmissionError
+        session = self._session
+        local = session.policy.when_away == "local" and session.has_share(flow.limits)
+        if session.state == "away" and not local:
+            error = LimiterUnavailable("Valkey is away", limit=limit, retry_after_ms=retry_ms)
+        else:
+            room_ms = flow.room_at_ms - self._now_ms()
+            amount = flow.spends(waiter.amounts).get(limit, 1)
+            rule = session.policy.limit(limit)
+            error = too_late(limit, rule, retry_ms, room_ms, flow.used, amount)
+        self._queue.refuse(waiter, self._refused(error), self._now_ms())
+        self._wake()
+
+    def _refused(self, error: AdmissionError) -> AdmissionError:
+        self._session.observer.refused(error.limit, error.code)
+        return error
+
+    def _retry_after_ms(self, flow: Flow) -> int:
+        """Until there is room under the limit that it waits for; where that is not known, about as
+        long as waiters of that limit wait these days. At least a second, and not before the end of
+        a pause."""
+        at = self._now_ms()
+        wait_ms = round(flow.room_at_ms - at)
+        if wait_ms <= 0:
+            wait_ms = int(self._wait_ewma_ms.get(flow.held_up_by or flow.limits[0], 0.0))
+        return max(1000, wait_ms, self._session.remembered.paused_ms(flow.limits, at))
+
+    def abandon(self, waiter: Waiter) -> None:
+        """The waiting task was cancelled."""
+        self._queue.abandon(waiter.ticket, self._now_ms())
+        self._wake()
+        self.check_idle()
+
+    def admitted(self, holding: Holding) -> None:
+        """Learn how long calls wait for each limit."""
+        named = self._session.policy.limits
+        for name in holding.flow.limits:
+            if name in named:  # the others are named by clients
+                old = self._wait_ewma_ms.get(name, holding.waited_ms)
+                self._wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
+        self._session.observer.admitted(holding.flow.limits[0], holding.waited_ms)
+
+    def release(
+        self,
+        holding: Holding,
+        outcome: str,
+        tokens: Tokens | None,
+        images: int | None,
+        usage_later: bool,
+    ) -> None:
+        """Return a permit, or pass it on in this process."""
+        flow = holding.flow
+        self._queue.release(
+            holding.ticket,
+            outcome=outcome,
+            actual=flow.actual(tokens, images) if flow.rates else "",
+            now_ms=self._now_ms(),
+            usage_later=usage_later,
+        )
+        if self._session.state == "away":
+            self._session.admit_locally()
+        self._wake()
+        self.check_idle()
+
+    def report(self, holding: Holding, tokens: Tokens | None, images: int | None) -> None:
+        """The usage of a call whose permit was released before."""
+        self._queue.settle_later(holding.ticket, holding.flow.actual(tokens, images))
+        self._wake()
+
+    def check_idle(self) -> None:
+        """Sets `idle` if it is closing and nothing is held."""
+        if self.closing and not self._queue.held:
+            self.idle.set()
+
+
 async def _over() -> None:
-    raise RuntimeError("the permit was given back")
+    raise RuntimeError("the permit was released")
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Permit:
     """One call's permit. `fence` orders permits: (epoch, sequence), higher is younger.
 
     lost: set when the session behind the permit is gone; the body is being cancelled then.
-    waited_ms: from asking to being let in.
-    A permit taken from the local share while Valkey is away has no sequence: 0.
+    waited_ms: from the demand to the admission.
+    A permit taken from the local share while Valkey is unavailable has no sequence: 0.
     """
 
-    __slots__ = (
-        "_ask_again", "_desk", "_holding", "_lost", "images", "outcome", "tokens", "usage_later",
-    )  # fmt: skip
-
-    def __init__(
-        self, holding: Holding, desk: Desk, ask_again: Callable[[], Awaitable[None]]
-    ) -> None:
-        self._holding = holding
-        self._desk = desk
-        self._ask_again = ask_again
-        self._lost: asyncio.Event | None = None
-        self.outcome: str = "success"
-        self.tokens: Tokens | None = None
-        self.images: int | None = None
-        self.usage_later = False
+    _holding: Holding
+    _issuer: PermitIssuer
+    _ask_again: Callable[[], Awaitable[None]]
+    _lost: asyncio.Event | None = None
+    outcome: str = "success"
+    tokens: Tokens | None = None
+    images: int | None = None
+    usage_later: bool = False
 
     @property
     def lost(self) -> asyncio.Event:
@@ -95,16 +294,16 @@ class Permit:
     async def confirm(self) -> None:
         """Await this right before what the permit is for.
 
-        A process that stood still since it was let in learns here that its lease is over, instead
+        A process that was suspended since its admission learns here that its lease is over, instead
         of making one more call first: the body is cancelled, and LeaseLost leaves the `async with`.
-        Under a rate, one that was let in longer ago than the rate's slack gives that back and asks
-        again, so that its call is not counted in a window that it does not belong to; this raises
-        what `acquire` raises. Otherwise it costs no round trip.
+        Under a rate, a permit that was admitted longer ago than the rate's slack is returned and
+        asked for again, so that its call is not counted in a window that it does not belong to;
+        this raises what `acquire` raises. Otherwise it costs no round trip.
         """
-        self._desk.check_lapse()
+        self._issuer.check_lapse()
         if self.is_lost:
             await asyncio.sleep(0)  # the cancellation arrives here
-        while self._desk.is_late(self._holding):
+        while self._issuer.is_late(self._holding):
             await self._ask_again()
 
     def settle(
@@ -113,7 +312,7 @@ class Permit:
         tokens: int | Tokens | None = None,
         images: int | None = None,
     ) -> None:
-        """Remember how the call ended and what it used; the release carries it.
+        """Record how the call ended and what it used; the release sends it.
 
         outcome: `success`, `ignored` (it says nothing of the provider) or `dropped` (throttled or
         failed). tokens, images: actual usage; None if unknown, then the reservation stands.
@@ -123,32 +322,30 @@ class Permit:
         self.images = images
 
     def usage_follows(self) -> None:
-        """The usage will be told by `report_usage` after the permit was given back."""
+        """Declare that `report_usage` follows after the permit was released."""
         self.usage_later = True
 
     def report_usage(self, tokens: int | Tokens | None = None, images: int | None = None) -> None:
-        """Tell the usage of a call whose permit was given back after `usage_follows`."""
+        """Send the usage of a call whose permit was released after `usage_follows`."""
         self.tokens = None if tokens is None else tokens_of(tokens)
         self.images = images
-        self._desk.report(self._holding, self.tokens, self.images)
+        self._issuer.report(self._holding, self.tokens, self.images)
 
     def __repr__(self) -> str:
         names = " ".join(self.limits)
         return f"<Permit {names} fence={self.fence} lost={self.is_lost}>"
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Acquisition:
     """What `Limiter.acquire` returns: enter it to wait for the permit, leave it to release."""
 
-    __slots__ = ("_cancelling", "_demand", "_desk", "_permit", "_task", "_waiter")
-
-    def __init__(self, desk: Desk, demand: Demand) -> None:
-        self._desk = desk
-        self._demand = demand
-        self._permit: Permit | None = None
-        self._waiter: Waiter | None = None
-        self._task: asyncio.Task[object] | None = None
-        self._cancelling = 0
+    _issuer: PermitIssuer
+    _demand: Demand
+    _permit: Permit | None = None
+    _waiter: Waiter | None = None
+    _task: asyncio.Task[object] | None = None
+    _cancelling: int = 0
 
     @property
     def ticket(self) -> int | None:
@@ -161,15 +358,15 @@ class Acquisition:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("acquire needs a task")
-        waiter, timer = self._desk.ask(self._demand)
+        waiter, timer = self._issuer.ask(self._demand)
         if timer is None and waiter.future.done():
             holding = waiter.future.result()
         else:
             holding = await self._wait(waiter, timer)
-        permit = Permit(holding, self._desk, self._ask_again)
+        permit = Permit(holding, self._issuer, self._ask_again)
         self._task, self._cancelling, self._permit = task, task.cancelling(), permit
         self._hand_over(holding)
-        if self._desk.is_late(holding):
+        if self._issuer.is_late(holding):
             await self._until_in_time()
         return permit
 
@@ -184,7 +381,7 @@ class Acquisition:
         try:
             return await waiter.future
         except BaseException:
-            self._desk.abandon(waiter)
+            self._issuer.abandon(waiter)
             raise
         finally:
             self._waiter = None
@@ -195,30 +392,30 @@ class Acquisition:
         holding.on_fence = self._fence
         if holding.fenced:  # between the grant and our waking up
             self._fence()
-        self._desk.admitted(holding)
+        self._issuer.admitted(holding)
 
     async def _until_in_time(self) -> None:
-        """Who was let in too long ago, in a process that stood still, asks again."""
+        """In a process that was suspended since the admission, ask again."""
         try:
-            while self._permit is not None and self._desk.is_late(self._permit._holding):
+            while self._permit is not None and self._issuer.is_late(self._permit._holding):
                 await self._ask_again()
         except BaseException:
             permit, self._permit = self._permit, None
             if permit is not None:
-                self._desk.release(permit._holding, "ignored", Tokens(), 0, usage_later=False)
+                self._issuer.release(permit._holding, "ignored", Tokens(), 0, usage_later=False)
             raise
 
     async def _ask_again(self) -> None:
-        """Give the permit back unused, and wait for another one."""
+        """Return the permit unused, and wait for another one."""
         assert self._permit is not None
         old = self._permit._holding
-        self._desk.release(old, "ignored", Tokens(), 0, usage_later=False)
+        self._issuer.release(old, "ignored", Tokens(), 0, usage_later=False)
         waited_ms = old.waited_ms
         demand = self._demand
         if demand.deadline_ms is not None:
             left_ms = max(0, demand.deadline_ms - round(waited_ms))
             demand = replace(demand, deadline_ms=left_ms)
-        holding = await self._wait(*self._desk.ask(demand))
+        holding = await self._wait(*self._issuer.ask(demand))
         holding.waited_ms += waited_ms
         self._permit._holding = holding
         self._hand_over(holding)
@@ -242,8 +439,8 @@ class Acquisition:
         asked = permit.is_lost
         holding.on_fence = permit.lose
         # A body that ends in the moment its process wakes up from a pause has lost its lease too.
-        self._desk.check_lapse()
-        self._desk.release(
+        self._issuer.check_lapse()
+        self._issuer.release(
             holding, permit.outcome, permit.tokens, permit.images, permit.usage_later
         )
         # They hold one another: without this the garbage collector would have to find them.
@@ -257,15 +454,13 @@ class Acquisition:
             raise LeaseLost(message) from error
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class TryAcquisition:
     """What `Limiter.try_acquire` returns: entering gives the permit, or None without waiting for
     more than the server's answer."""
 
-    __slots__ = ("_acquisition", "_entered")
-
-    def __init__(self, acquisition: Acquisition) -> None:
-        self._acquisition = acquisition
-        self._entered = False
+    _acquisition: Acquisition
+    _entered: bool = False
 
     async def __aenter__(self) -> Permit | None:
         try:
@@ -285,60 +480,41 @@ class TryAcquisition:
             await self._acquisition.__aexit__(kind, error, traceback)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class DetachedPermit:
-    """One permit. `take` waits for it, `release` or `finish` gives it back.
+    """One permit in a task of its own: `take` waits for it, `release` or `finish` returns it.
 
-    acquire: makes the acquisition; called on the loop, by `take`.
-    stop: awaited when the permit is lost, overdue or dropped, before it is given back. It has to
+    _acquire: makes the acquisition; called on the loop, by `take`.
+    _stop: awaited when the permit is lost, overdue or dropped, before it is returned. It has to
         end what the permit is for.
     hard_ms: how long after its grant the permit is overdue; None is never.
-    failure: why the hold ended by itself, once it did.
+    failure: why the permit ended by itself, once it did.
     """
 
-    __slots__ = (
-        "_acquire",
-        "_admitted",
-        "_dropped",
-        "_hard_ms",
-        "_loop",
-        "_owner",
-        "_released",
-        "_stop",
-        "failure",
-        "permit",
-    )
-
-    def __init__(
-        self,
-        acquire: Callable[[], AbstractAsyncContextManager[Permit | None]],
-        stop: Callable[[], Awaitable[None]],
-        *,
-        hard_ms: int | None = None,
-    ) -> None:
-        self._acquire = acquire
-        self._stop = stop
-        self._hard_ms = hard_ms
-        self._released = asyncio.Event()
-        self._dropped = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._owner: asyncio.Task[None] | None = None
-        self._admitted: asyncio.Future[Permit | None] | None = None
-        self.permit: Permit | None = None
-        self.failure: TidegateError | None = None
+    _acquire: Callable[[], AbstractAsyncContextManager[Permit | None]]
+    _stop: Callable[[], Awaitable[None]]
+    hard_ms: int | None = None
+    permit: Permit | None = None
+    failure: TidegateError | None = None
+    _released: asyncio.Event = field(default_factory=asyncio.Event)
+    _dropped: bool = False
+    _loop: asyncio.AbstractEventLoop | None = None
+    _owner: asyncio.Task[None] | None = None
+    _admitted: asyncio.Future[Permit | None] | None = None
 
     def __repr__(self) -> str:
         return f"<DetachedPermit {self.permit!r} released={self._released.is_set()}>"
 
     async def take(self) -> Permit | None:
-        """Wait for the permit; None is the answer of an attempt that may not wait.
+        """Wait for the permit; None where the acquisition may not wait.
 
-        Raises what the acquisition raises. Cancellation gives the ticket or the permit back.
+        Raises what the acquisition raises. Cancellation returns the ticket or the permit.
         """
         if self._owner is not None:
-            raise RuntimeError("a hold can be taken once")
+            raise RuntimeError("a detached permit can be taken once")
         self._loop = asyncio.get_running_loop()
         self._admitted = self._loop.create_future()
-        self._owner = self._loop.create_task(self._own(self._admitted), name="tidegate-hold")
+        self._owner = self._loop.create_task(self._own(self._admitted), name="tidegate-permit")
         self._owner.add_done_callback(self._ended)
         try:
             return await self._admitted
@@ -357,10 +533,10 @@ class DetachedPermit:
 
     async def _until_released(self, permit: Permit) -> None:
         try:
-            async with asyncio.timeout(None if self._hard_ms is None else self._hard_ms / 1000):
+            async with asyncio.timeout(None if self.hard_ms is None else self.hard_ms / 1000):
                 await self._released.wait()
         except TimeoutError:
-            message = f"the call was still open {self._hard_ms} ms after it was let in"
+            message = f"the call was still open {self.hard_ms} ms after its admission"
             self.failure = UpstreamTimeout(message, phase="total")
             await self._stop()
         except asyncio.CancelledError:
@@ -386,7 +562,7 @@ class DetachedPermit:
             self._admitted.cancel()
 
     def _complain(self, error: BaseException) -> None:
-        """What stopped the use has failed itself, and nobody waits for it."""
+        """`_stop` has failed itself, and no caller waits for it."""
         assert self._loop is not None
         context = {"message": "tidegate: a call could not be stopped", "exception": error}
         self._loop.call_exception_handler(context)
@@ -399,24 +575,24 @@ class DetachedPermit:
             raise LeaseLost(f"the session that held {self.permit!r} is gone")
 
     def release(self) -> None:
-        """Give the permit back, soon. Repeating it does nothing."""
+        """Return the permit, soon. Repeating it does nothing."""
         self._released.set()
 
     def abandon(self) -> None:
-        """Give back the ticket or the permit: whoever waited is gone."""
+        """Return the ticket or the permit: the caller that waited is gone."""
         self._released.set()
         if self._owner is not None and self.permit is None:
             self._owner.cancel()
 
     @property
     def released(self) -> bool:
-        """Whether whoever had the permit has let go."""
+        """Whether the user of the permit has released it."""
         return self._released.is_set()
 
     def drop(self) -> bool:
-        """Stop the use, then give the permit back: nobody has it any more. From any thread.
+        """Stop the use, then return the permit: it has no user any more. From any thread.
 
-        False if it has been given back already.
+        False if it has been released already.
         """
         if self._released.is_set() or self._owner is None or self._owner.done():
             return False
@@ -428,16 +604,16 @@ class DetachedPermit:
         return True
 
     async def let_go(self) -> None:
-        """Return once the permit may be given back."""
+        """Return once the permit may be released."""
         await self._released.wait()
 
     async def ended(self) -> None:
-        """Return once the permit is given back. Cancellation only ends the waiting."""
+        """Return once the permit is returned to the pool. Cancellation only ends the waiting."""
         assert self._owner is not None
         await asyncio.wait({self._owner})
 
     async def finish(self) -> None:
-        """Give the permit back. Raises LeaseLost when it was lost before."""
+        """Return the permit. Raises LeaseLost when it was lost before."""
         self.release()
         await self.ended()
         if self.failure is not None:

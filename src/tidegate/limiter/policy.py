@@ -1,20 +1,24 @@
 """Policy of a pool: limits, weights, bands and lease, and the behaviour in an outage.
 
+Before its first join a process compares the policy of its program with the one in force: an empty
+pool, or one with a lower revision, takes the program's; an equal policy runs under the revision
+in force; one that was never in force replaces one that a program wrote; all else is a conflict.
+
 Pure. Invariant: a policy that exists is a valid one; two equal policies pack to the same bytes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgpack
 
-from tidegate.errors import ConfigError
+from tidegate.errors import ConfigError, PolicyConflict
 
 WhenAway = Literal["closed", "local"]
 OnLost = Literal["finish", "cancel"]
@@ -307,3 +311,172 @@ def _unpack_limit(packed: list[Any]) -> int | Limit:
     if sort == "r":
         return Rate(bound, rest[0], rest[1], rest[2], shadow)
     return Quota(bound, rest[0], rest[1], shadow)
+
+
+# Of how many limits the names are shown to a caller who asks for one that is unknown.
+_KNOWN_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """LLM tokens of a call: an estimate before it, or what it used."""
+
+    input: int = 0
+    output: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.input + self.output
+
+
+def tokens_of(tokens: int | Tokens) -> Tokens:
+    """A number is a total whose parts are not known: it counts as input."""
+    return Tokens(tokens) if isinstance(tokens, int) else tokens
+
+
+def amount_of(unit: Unit, tokens: Tokens | None, images: int | None) -> int | None:
+    """How much of a unit a call takes or used; None where that is not known."""
+    if unit == "requests":
+        return 1
+    if unit == "images":
+        return images
+    if tokens is None:
+        return None
+    if unit == "tokens":
+        return tokens.total
+    return tokens.input if unit == "input_tokens" else tokens.output
+
+
+def unknown_limit(name: str, policy: PoolPolicy, pool: str = "") -> str:
+    """What is wrong with a demand for a limit that a policy does not name."""
+    known = sorted(policy.limits)
+    more = f" and {len(known) - _KNOWN_SHOWN} more" if len(known) > _KNOWN_SHOWN else ""
+    names = ", ".join(known[:_KNOWN_SHOWN]) + more
+    where = f" of pool {pool!r}" if pool else ""
+    return f"limit {name!r} is not in the policy{where} (known: {names})"
+
+
+# Not frozen, as all else of its kind: each call would pay for that.
+@dataclass(slots=True)
+class Demand:
+    """All of `limits` or none; nobody changes it.
+
+    tenant: whose share it is. priority: the name of a band, None for the usual one. tokens, images:
+    an estimate, for limits that count them. deadline_ms: how long it may wait, None for as long as
+    needed. hard_ms: the longest that the call can last. once: take the first answer for the last.
+    implicit: limits that the policy does not name are allowed where their scope is implicit; a
+    misspelt name would otherwise be a limit without a bound.
+    """
+
+    limits: tuple[str, ...]
+    tenant: str = "default"
+    priority: str | None = None
+    tokens: Tokens | None = None
+    images: int = 0
+    deadline_ms: int | None = None
+    hard_ms: int = DEFAULT_HARD_MS
+    once: bool = False
+    implicit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A policy that was in force, of the last hundred. `at_ms` since 1970."""
+
+    revision: int
+    at_ms: int
+    by: str
+    policy: PoolPolicy
+
+
+def read_change(row: bytes) -> Change:
+    """An entry of a pool's history."""
+    revision, at_ms, by, blob = msgpack.unpackb(row, raw=True)[:4]
+    return Change(revision, at_ms, by.decode(), PoolPolicy.unpack(blob))
+
+
+OnConflict = Literal["raise", "replace", "keep"]
+
+
+# Who a policy is by that a program brought when it joined; and that of one that keeps what is in
+# force, such as the gateway, whose limits no edit of a program's code replaces.
+WRITTEN_BY, DEPLOYED_BY = "code", "deployment"
+
+
+_SHOWN = 3
+
+
+_FIELDS = (
+    *("lease_ms", "when_away", "on_lost", "on_expiry"),
+    *("bands", "queue_per_tenant", "reap_closed_ms", "hand_off"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenPolicy:
+    """The policy in the code of a program, and what is done where it is not the one in force."""
+
+    pool: str
+    policy: PoolPolicy
+    on_conflict: OnConflict
+
+    def is_in(self, policy: PoolPolicy) -> bool:
+        """Whether a policy says the same, whatever its revision."""
+        return _content(policy) == _content(self.policy)
+
+    def among(self, history: Sequence[Change]) -> PoolPolicy:
+        """The policy to join with. `history`: what was in force, the newest first. Raises
+        PolicyConflict."""
+        if not history or self.policy.revision > history[0].revision:
+            return self.policy
+        now = history[0]
+        if self.is_in(now.policy):
+            return replace(self.policy, revision=now.revision)
+        was_in_force = any(self.is_in(change.policy) for change in history)
+        if self.on_conflict == "raise" and (now.by != WRITTEN_BY or was_in_force):
+            raise self._conflict(now)
+        return replace(self.policy, revision=now.revision + 1)
+
+    def _conflict(self, now: Change) -> PolicyConflict:
+        differing = _differences(now.policy, self.policy)
+        holds = [f"{name}={held}" for name, held, _ in differing]
+        asks = [f"{name}={asked}" for name, _, asked in differing]
+        whose = {WRITTEN_BY: "which replaced this policy", DEPLOYED_BY: "set by a deployment"}
+        who = whose.get(now.by, f"set live by {now.by or 'a process'}")
+        return PolicyConflict(
+            f"pool {self.pool!r} holds {_shown(holds)} (revision {now.revision}, {who}); this "
+            f"process asks for {_shown(asks)}: pass revision={now.revision + 1} in the policy or "
+            "on_conflict='replace' to put it in force, or on_conflict='keep' to run under what "
+            "is in force",
+            pool=self.pool,
+            limit=differing[0][0],
+            in_force=differing[0][1],
+            asked=differing[0][2],
+        )
+
+
+def _content(policy: PoolPolicy) -> bytes:
+    return replace(policy, revision=1).pack()
+
+
+def _differences(held: PoolPolicy, asked: PoolPolicy) -> list[tuple[str, str, str]]:
+    """(name, value in force, value asked for) of each limit, weight and field that differs."""
+    before, after = _written_out(held), _written_out(asked)
+    names = [*after, *(name for name in before if name not in after)]
+    pairs = [(name, before.get(name, "none"), after.get(name, "none")) for name in names]
+    return [(name, old, new) for name, old, new in pairs if old != new]
+
+
+def _written_out(policy: PoolPolicy) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, written in policy.limits.items():
+        limit = as_limit(written)
+        plain = isinstance(limit, Concurrency) and limit == Concurrency(limit.bound)
+        found[name] = str(limit.bound) if plain else repr(limit)
+    found |= {f"weights.{tenant}": str(weight) for tenant, weight in policy.weights.items()}
+    return found | {name: repr(getattr(policy, name)) for name in _FIELDS}
+
+
+def _shown(parts: list[str]) -> str:
+    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return ", ".join(parts[:_SHOWN]) + more

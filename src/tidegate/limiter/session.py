@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from math import ceil, inf
 from secrets import token_hex
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 from zoneinfo import ZoneInfo
 
 from tidegate.errors import (
@@ -34,7 +34,6 @@ from tidegate.errors import (
     QueueFull,
 )
 from tidegate.limiter.messages import (
-    Barred,
     Join,
     Outlook,
     Push,
@@ -44,101 +43,32 @@ from tidegate.limiter.messages import (
     too_early,
 )
 from tidegate.limiter.policy import BUCKETS, Concurrency, Limit, PoolPolicy, Quota, Rate, share_of
-from tidegate.limiter.queue import Batch, Flow, Ledger, Traffic, Waiter
-from tidegate.limiter.views import Observer, State
+from tidegate.limiter.queue import Batch, Flow, LocalQueue, Traffic, Waiter
+
+State = Literal["up", "away", "recovering"]
 
 
-class Answers:
-    """Grants and refusals, told to the ledger and to the observer."""
+class Observer:
+    """Callbacks on the event loop, which must not block. Derive from it and override what you
+    need; every method does nothing by default."""
 
-    def __init__(self, ledger: Ledger, observer: Observer) -> None:
-        self._ledger = ledger
-        self._observer = observer
+    def state_changed(self, old: State, new: State) -> None:
+        """Valkey became unavailable or available, or is quiet for a lease after a loss."""
 
-    def take(
-        self,
-        batch: Batch,
-        request: SyncRequest,
-        reply: SyncReply,
-        policy: PoolPolicy,
-        sent_ms: float,
-        at_ms: float,
-    ) -> None:
-        """What the server decided about a batch that was sent at `sent_ms`."""
-        for ticket, seq in reply.grants:
-            self._ledger.grant(ticket, reply.epoch, seq, at_ms, sent_ms)
-        for ticket in reply.refused:
-            self._refuse_full(ticket, policy, at_ms)
-        for barred in reply.barred:
-            self._refuse_barred(barred, policy, at_ms)
-        for outlook in reply.outlook:
-            flow = self._flow_named(request.flows[outlook.flow - 1])
-            self._foresee(flow, outlook, policy, sent_ms, at_ms)
-        for waiter in batch.enqueues:
-            if waiter.once and waiter.ticket in self._ledger.waiting:
-                limit = waiter.flow.held_up_by or waiter.flow.limits[0]
-                error = DeadlineExceeded("no permit at once", limit=limit, retry_after_ms=1000)
-                self._refuse(waiter, error, at_ms)
+    def fenced(self, held: int) -> None:
+        """Our session is gone: `held` running calls were cancelled."""
 
-    def refuse_impossible(self, policy: PoolPolicy, at_ms: float) -> None:
-        """The policy changed: some may wait for what no waiting will bring."""
-        for waiter in list(self._ledger.waiting.values()):
-            try:
-                waiter.flow.refresh(policy)
-            except DemandImpossible as error:
-                self._refuse(waiter, error, at_ms)
+    def recovered(self, epoch: int) -> None:
+        """We joined a new epoch of the pool and reported what we hold."""
 
-    def _flow_named(self, key: str) -> Flow:
-        band, tenant, lane = key.split("|", 2)
-        return self._ledger.flow(int(band), tenant, tuple(lane.split(" ")))
+    def admitted(self, limit: str, waited_ms: float) -> None:
+        """A waiter got its permit."""
 
-    def _refuse_barred(self, barred: Barred, policy: PoolPolicy, at_ms: float) -> None:
-        waiter = self._ledger.waiting.get(barred.ticket)
-        if waiter is not None:
-            waiter.sent = False  # it is in no queue
-            self._refuse_early(waiter, barred.limit, policy, barred.room_ms, barred.used, at_ms)
+    def refused(self, limit: str, code: str) -> None:
+        """A waiter was refused; `code` is that of the error."""
 
-    def _foresee(
-        self, flow: Flow, outlook: Outlook, policy: PoolPolicy, sent_ms: float, at_ms: float
-    ) -> None:
-        """What a flow waits for. Nobody waits longer for what is certain to come too late."""
-        if not flow.waiting:
-            return
-        name, room_ms, used = outlook.limit, outlook.room_ms, outlook.used
-        flow.held_up_by, flow.used = name, used
-        flow.room_at_ms = at_ms + room_ms if room_ms else 0.0
-        if room_ms and outlook.firm:
-            for waiter in list(flow.waiting.values()):
-                if waiter.deadline_ms <= sent_ms + room_ms:
-                    self._refuse_early(waiter, name, policy, room_ms, used, at_ms)
-
-    def _refuse_early(
-        self,
-        waiter: Waiter,
-        name: str,
-        policy: PoolPolicy,
-        room_ms: int,
-        used: int,
-        at_ms: float,
-    ) -> None:
-        amount = waiter.flow.spends(waiter.amounts).get(name, 1)
-        self._refuse(waiter, too_early(name, policy.limit(name), room_ms, used, amount), at_ms)
-
-    def _refuse_full(self, ticket: int, policy: PoolPolicy, at_ms: float) -> None:
-        waiter = self._ledger.waiting.get(ticket)
-        if waiter is None:
-            return
-        waiter.sent = False  # it is in no queue
-        error = QueueFull(
-            f"{waiter.flow.tenant} has {policy.queue_per_tenant} waiters already",
-            limit=waiter.flow.held_up_by or waiter.flow.limits[0],
-            retry_after_ms=1000,
-        )
-        self._refuse(waiter, error, at_ms)
-
-    def _refuse(self, waiter: Waiter, error: AdmissionError, at_ms: float) -> None:
-        self._observer.refused(error.limit, error.code)
-        self._ledger.refuse(waiter, error, at_ms)
+    def synced(self, took_ms: float, entries: int) -> None:
+        """One call of the script returned."""
 
 
 # A new session is let in after half a lease at the latest, whether all others know of it or not.
@@ -546,38 +476,38 @@ MAX_LOOKS, LOOKS_BESIDE, MAX_ASKS = 20, 10, 200
 
 
 class Session:
-    """See the module. `wake` is called when there is something to say, `alarm(name, in_ms)` when
-    there will be. `fatal` is set by a fault that no retry mends; `joined` is called at every
-    confirmed answer. `name` is the process, for people."""
+    """See the module. `wake` is called when there is something to send, `alarm(name, in_ms)` when
+    there will be. `accepted`: the last reply was, within the lease. `fatal` is set by a fault that
+    no retry fixes. `name` is the process, for people.
+    """
 
     def __init__(
         self,
         policy: PoolPolicy,
-        ledger: Ledger,
+        queue: LocalQueue,
         observer: Observer,
         lease: Lease,
         *,
         name: str = "",
         wake: Callable[[], None],
         alarm: Callable[[str, float], None],
-        settled: Callable[[], None],
     ) -> None:
         self.sid = token_hex(8)
         self.name = name
         self.policy = policy
         self.policy_by = "deployment"
         self.lease = lease
+        self.observer = observer
         self.state: State = "away"
+        self.accepted = False
         self.fatal: ConfigError | None = None
         self.sessions = 0
         self.last_error = ""  # while there has been none
         self.traffic = Traffic()
         self.remembered = Remembered()
-        self._ledger = ledger
-        self._observer = observer
+        self._queue = queue
         self._wake = wake
         self._alarm = alarm
-        self._settled = settled
         self._batch = 0
         self._full = True
         self._tend = False
@@ -588,11 +518,6 @@ class Session:
         self._lapse_seen = True
         self._sent_seen = self._acked = 0
         self._local = LocalShare()
-        self._answers = Answers(ledger, observer)
-
-    def kick(self) -> None:
-        """There is something to say."""
-        self._wake()
 
     def refresh(self) -> None:
         """Compare all with the server, soon."""
@@ -613,9 +538,9 @@ class Session:
         at = self.lease.now_ms()
         admitted_ms = self.remembered.here(push.at_ms)
         for ticket, seq in push.grants:
-            self._ledger.grant(ticket, push.epoch, seq, at, admitted_ms)
-        if self._sent_seen - self._acked >= ACK_EARLY or self._ledger.outbox.urgent:
-            self.kick()
+            self._queue.grant(ticket, push.epoch, seq, at, admitted_ms)
+        if self._sent_seen - self._acked >= ACK_EARLY or self._queue.urgent:
+            self._wake()
 
     def check_lapse(self) -> bool:
         """True if the lease has lapsed; acts on it the first time. Cheap: call it anywhere."""
@@ -624,7 +549,7 @@ class Session:
         if not self._lapse_seen:
             self._lapse_seen = True
             self._must_join = True
-            self._ledger.recycling = False
+            self._queue.recycling = False
             self._forget_hints()
             if not self._failing or self.policy.on_lost == "cancel":
                 self._fence("paused" if not self._failing else "Valkey is away")
@@ -636,11 +561,11 @@ class Session:
         self.policy, self.policy_by = policy, by
         self._policy_due = True
         self._forget_hints()
-        self._answers.refuse_impossible(policy, self.lease.now_ms())
+        self._refuse_impossible()
         self.refresh()
 
     def paused(self) -> None:
-        """The heartbeat saw that this process stood still for longer than its lease."""
+        """The heartbeat saw that this process was suspended for longer than its lease."""
         if not self._lapse_seen:
             self._failing = False
         self.check_lapse()
@@ -651,91 +576,66 @@ class Session:
         self._full = True
 
     def _forget_hints(self) -> None:
-        self._ledger.note_idle(False)
-        self._ledger.drop_hints()
+        self._queue.note_idle(False)
+        self._queue.take_hints({})
 
     def admit_locally(self) -> None:
-        """Use our share when Valkey is away for longer than the lease and the policy says so."""
+        """Use our share when Valkey is unavailable for longer than the lease and the policy says
+        so."""
         if self.policy.when_away == "local" and self._failing and self.lease.all_lapsed():
             at = self.lease.now_ms()
-            self._local.set(self.policy, self.sessions, self._ledger.held_of)
-            self._ledger.admit_locally(
+            self._local.set(self.policy, self.sessions, self._queue.held_of)
+            self._queue.admit_locally(
                 lambda waiter: self._local.allows(waiter, at), self.lease.identity.epoch, at
             )
 
     def has_share(self, limits: Sequence[str]) -> bool:
-        """Whether this process may use any of these limits alone, while Valkey is away."""
+        """Whether this process may use any of these limits alone, while Valkey is unavailable."""
         return 0 < self.sessions <= min(self.policy.bound_in_force(name) for name in limits)
-
-    @property
-    def away(self) -> bool:
-        return self.state == "away"
 
     def leave(self) -> None:
         """End the session with the next request."""
         self._leaving = True
         self.refresh()
 
-    # -- what there is to say
-
-    def prepare(self, run: str, uptime_ms: int) -> tuple[Batch, SyncRequest]:
-        """The next request, for a server that says this of itself. Answer it by `answered`,
-        `unanswered` or `failed`."""
-        joining = self._must_join or self._policy_due
-        at = float("inf") if self._leaving else self.lease.now_ms()
-        batch = self._ledger.take_join() if joining else self._ledger.take(at)
-        self.traffic.syncs += 1
-        return batch, self._request(batch, run, uptime_ms)
-
-    def answered(
-        self, batch: Batch, request: SyncRequest, reply: SyncReply, sent_ms: float
-    ) -> bool:
-        """The server's answer to a request that was sent at `sent_ms`. True if we have left."""
-        if reply.status == "ok":
-            self._ledger.outbox.confirm(batch)
-            self._ledger.stamp(batch.enqueues, reply.stamps)
-            self._accepted(batch, request, reply, sent_ms)
-        else:
-            self._ledger.restore(batch)
-            self._rejected(reply)
-        return request.leave and reply.status != "stale"
-
-    def unanswered(self, batch: Batch) -> None:
-        """Nobody knows whether the request arrived."""
-        self._ledger.restore(batch)
-        self._full = True
+    # -- requests
 
     def something_urgent(self) -> bool:
         """True if a request must not wait for others to come along."""
         return (
-            self._ledger.outbox.urgent
+            self._queue.urgent
             or self._full
             or self._tend
             or self._must_join
             or self._policy_due
             or self._leaving
-            or len(self._ledger.rounds.looks) > 0
+            or len(self._queue.looks) > 0
             or self._sent_seen - self._acked >= ACK_EARLY
         )
 
     def something_to_say(self) -> bool:
         """True if a request is due."""
-        return self.something_urgent() or len(self._ledger.outbox) > 0
+        return self.something_urgent() or self._queue.pending > 0
 
-    @staticmethod
-    def is_ordinary(request: SyncRequest) -> bool:
-        """True for what the quicker script can do."""
-        return not (request.full or request.leave or request.join or request.looks)
-
-    def _request(self, batch: Batch, run: str, uptime_ms: int) -> SyncRequest:
+    def prepare(self, run: str, uptime_ms: int) -> tuple[Batch, SyncRequest]:
+        """The next request, for a server that says this of itself. Answer it by `answered`,
+        `unanswered` or `failed`."""
+        joining = self._must_join or self._policy_due
         at = self.lease.now_ms()
-        self._batch += 1
-        full = self._full or self._tend or batch.joining
-        rounds = self._ledger.rounds_of(begin=self._full or batch.joining)
-        looking = rounds.flows_to_look_at(LOOKS_BESIDE if full else MAX_LOOKS)
-        wanting, pauses = self._ledger.flows_to_hint(MAX_WANTS), bool(self.remembered.pauses)
+        queue, remembered, self._batch = self._queue, self.remembered, self._batch + 1
+        batch = queue.take_join() if joining else queue.take(inf if self._leaving else at)
+        self.traffic.syncs += 1
+        full = self._full or self._tend or joining
+        if self._full or joining:
+            queue.begin_rounds()
+        looking = queue.flows_to_look_at(LOOKS_BESIDE if full else MAX_LOOKS)
+        wanting, pauses = queue.flows_to_hint(MAX_WANTS), bool(remembered.pauses)
         fields = compose(batch, wanting, looking, at, pauses=pauses)
         held, quotas = fields.pop("held"), fields.pop("quotas")
+        join = None
+        if joining:
+            policy, lease_ms = (self.policy, self.policy_by, self.name), self.lease.lease_ms
+            join = remembered.join(*policy, held, queue.spent_since, at, lease_ms)
         request = SyncRequest(
             sid=self.sid,
             gen=self.lease.identity.gen,
@@ -746,24 +646,43 @@ class Session:
             revision=self.policy.revision,
             batch=self._batch,
             ack=self._sent_seen,
-            roster=self.remembered.roster_version,
+            roster=remembered.roster_version,
             full=full,
             leave=self._leaving,
-            resets=self.remembered.resets(quotas, at) if quotas else {},
-            told=self.remembered.told if full else 0,
-            pages=self.remembered.places(begin=self._full) if full else {},
-            asks=rounds.tickets_to_ask_after(MAX_ASKS) if full else [],
-            join=self._join(held, at) if batch.joining else None,
+            resets=remembered.resets(quotas, at) if quotas else {},
+            told=remembered.told if full else 0,
+            pages=remembered.places(begin=self._full) if full else {},
+            asks=queue.tickets_to_ask_after(MAX_ASKS) if full else [],
+            join=join,
             **fields,
         )
         self._full = self._tend = False
-        return request
+        return batch, request
 
-    def _join(self, held: list[tuple[int, int, int, int, int]], at: float) -> Join:
-        policy, lease_ms = (self.policy, self.policy_by, self.name), self.lease.lease_ms
-        return self.remembered.join(*policy, held, self._ledger.spent_since, at, lease_ms)
+    @staticmethod
+    def is_ordinary(request: SyncRequest) -> bool:
+        """True for what the quicker script can do."""
+        return not (request.full or request.leave or request.join or request.looks)
 
-    # -- what an answer means
+    # -- what a reply means
+
+    def answered(
+        self, batch: Batch, request: SyncRequest, reply: SyncReply, sent_ms: float
+    ) -> bool:
+        """The server's answer to a request that was sent at `sent_ms`. True if we have left."""
+        self.accepted = False
+        self.observer.synced(self.lease.now_ms() - sent_ms, len(batch))
+        if reply.status == "ok":
+            self._accepted(batch, request, reply, sent_ms)
+        else:
+            self._queue.restore(batch)
+            self._rejected(reply)
+        return request.leave and reply.status != "stale"
+
+    def unanswered(self, batch: Batch) -> None:
+        """Whether the request arrived is not known."""
+        self._queue.restore(batch)
+        self._full = True
 
     def _accepted(
         self, batch: Batch, request: SyncRequest, reply: SyncReply, sent_ms: float
@@ -774,55 +693,118 @@ class Session:
         self.sessions = reply.sessions
         if batch.joining:
             self._joined(reply)
+        queue, at = self._queue, self.lease.now_ms()
         if self.lease.lapsed():
-            # The answer is as old as the lease: we stood still while it came.
+            # The answer is as old as the lease: we were suspended while it came.
+            queue.confirm(batch, reply.stamps)
             self._lapse_seen = False
             self._failing = False
             self.check_lapse()
             return
+        self.accepted = True
         self._must_join = False
         self._failing = False
         self._lapse_seen = False
-        # A policy that came while a request was under way is still to be said.
+        # A policy that came while a request was in progress is still to be sent.
         if request.join is not None and request.join.policy == self.policy:
             self._policy_due = False
-        self._set_state("recovering" if reply.recovering_ms > 0 else "up")
-        at = self.lease.now_ms()
-        self._answers.take(batch, request, reply, self.policy, sent_ms, at)
+        recovering = reply.recovering_ms > 0
+        self._set_state("recovering" if recovering else "up")
+        queue.confirm(batch, reply.stamps)
+        for ticket, seq in reply.grants:
+            queue.grant(ticket, reply.epoch, seq, at, sent_ms)
+        if reply.refused or reply.barred or reply.outlook:
+            self._take_refusals(request, reply, sent_ms)
+        for waiter in batch.enqueues:
+            if waiter.once and waiter.ticket in queue.waiting:
+                limit = waiter.flow.held_up_by or waiter.flow.limits[0]
+                self._refuse(
+                    waiter, DeadlineExceeded("no permit at once", limit=limit, retry_after_ms=1000)
+                )
         if reply.whole is not None:
             self._compare(reply, reply.whole, sent_ms, at)
-        self._ledger.note_idle(not (reply.parked or reply.timed_ms or reply.recovering_ms > 0))
-        self._ledger.take_hints({request.flows[h.flow - 1]: h for h in reply.hints})
-        self._arm(reply)
-        self._settled()
+        queue.note_idle(not (reply.parked or reply.timed_ms or recovering))
+        queue.take_hints({request.flows[h.flow - 1]: h for h in reply.hints})
+        # Come back when the quiet time after a loss ends, or at a limit that only time frees.
+        if recovering:
+            self._alarm("recovered", reply.recovering_ms)
+        if reply.timed_ms > 0 and queue.waiting:
+            self._alarm("timed", reply.timed_ms)
         self._tend |= reply.more > 0
-        if reply.more or self._ledger.outbox.urgent or self._ledger.rounds.looks:
-            self.kick()
+        if reply.more or queue.urgent or queue.looks:
+            self._wake()
+
+    def _take_refusals(self, request: SyncRequest, reply: SyncReply, sent_ms: float) -> None:
+        """Tickets that the server did not take, and what the flows of others wait for."""
+        waiting = self._queue.waiting
+        for ticket in reply.refused:
+            if (waiter := waiting.get(ticket)) is not None:
+                waiter.sent = False  # it is in no queue
+                flow, most = waiter.flow, self.policy.queue_per_tenant
+                limit = flow.held_up_by or flow.limits[0]
+                said = f"{flow.tenant} has {most} waiters already"
+                self._refuse(waiter, QueueFull(said, limit=limit, retry_after_ms=1000))
+        for barred in reply.barred:
+            if (waiter := waiting.get(barred.ticket)) is not None:
+                waiter.sent = False
+                self._refuse_early(waiter, barred.limit, barred.room_ms, barred.used)
+        for outlook in reply.outlook:
+            band, tenant, lane = request.flows[outlook.flow - 1].split("|", 2)
+            flow = self._queue.flow(int(band), tenant, tuple(lane.split(" ")))
+            self._foresee(flow, outlook, sent_ms)
+
+    def _foresee(self, flow: Flow, outlook: Outlook, sent_ms: float) -> None:
+        """What a flow waits for. No call waits longer for what is certain to come too late."""
+        if not flow.waiting:
+            return
+        room_ms = outlook.room_ms
+        flow.held_up_by, flow.used = outlook.limit, outlook.used
+        flow.room_at_ms = self.lease.now_ms() + room_ms if room_ms else 0.0
+        if room_ms and outlook.firm:
+            for waiter in list(flow.waiting.values()):
+                if waiter.deadline_ms <= sent_ms + room_ms:
+                    self._refuse_early(waiter, outlook.limit, room_ms, outlook.used)
+
+    def _refuse_early(self, waiter: Waiter, name: str, room_ms: int, used: int) -> None:
+        amount = waiter.flow.spends(waiter.amounts).get(name, 1)
+        self._refuse(waiter, too_early(name, self.policy.limit(name), room_ms, used, amount))
+
+    def _refuse_impossible(self) -> None:
+        """The policy changed: some may wait for what no waiting will bring."""
+        for waiter in list(self._queue.waiting.values()):
+            try:
+                waiter.flow.refresh(self.policy)
+            except DemandImpossible as error:
+                self._refuse(waiter, error)
+
+    def _refuse(self, waiter: Waiter, error: AdmissionError) -> None:
+        self.observer.refused(error.limit, error.code)
+        self._queue.refuse(waiter, error, self.lease.now_ms())
 
     def _compare(self, reply: SyncReply, whole: Whole, sent_ms: float, at: float) -> None:
+        queue, remembered = self._queue, self.remembered
         self._sent_seen = max(self._sent_seen, reply.sent)
         self._adopt(whole)
         recovering = reply.recovering_ms > 0
-        news = self.remembered.learn(whole, self.policy, sent_ms, at, recovering=recovering)
+        news = remembered.learn(whole, self.policy, sent_ms, at, recovering=recovering)
         told = [name for name, _ in whole.spent] if "spent" in whole.pages else None
-        self._ledger.reconcile(whole.held, reply.epoch, at, self.remembered.here, told)
-        if news or self.remembered.pages or self._ledger.rounds.asks:
-            # The others wait to hear that we know, or the server has more to tell.
+        queue.reconcile(whole.held, reply.epoch, at, remembered.here, told)
+        if news or remembered.pages or queue.asks:
+            # The others wait to hear that we know, or the server has more to report.
             self._tend = True
             self._wake()
-        if 0 < whole.next_event_ms < reply.lease_ms and self._ledger.waiting:
+        if 0 < whole.next_event_ms < reply.lease_ms and queue.waiting:
             self._alarm("next_event", whole.next_event_ms)
 
     def _joined(self, reply: SyncReply) -> None:
         old = self.lease.identity
         self.lease.identity = Identity(reply.epoch, reply.gen)
         self._sent_seen = self._acked = 0
-        self._full = True
-        self._wake()
+        self.refresh()
         self.traffic.joins += 1
         if reply.epoch != old.epoch:
             self.remembered.forget_version()
-            self._observer.recovered(reply.epoch)
+            self.observer.recovered(reply.epoch)
 
     def _rejected(self, reply: SyncReply) -> None:
         """The server does not know us. Whose fault it was decides what becomes of what runs."""
@@ -832,14 +814,14 @@ class Session:
             return
         self.check_lapse()
         if reply.status == "layout":
-            self.die(ConfigError("layout", "other", "another version of Tidegate uses this pool"))
+            self.fail(ConfigError("layout", "other", "another version of Tidegate uses this pool"))
             return
         if reply.status == "gone" and not self._failing:
             self._fence("the session was gone")
         if reply.status == "epoch" and not self._lapse_seen:
-            # Only what we assert will count: what was given back is free, whoever heard of it.
-            self._ledger.start_recycling()
-            self._ledger.recycle_forgotten(self.lease.now_ms())
+            # Only what we assert will count: what was released is free, even if it was received.
+            self._queue.start_recycling()
+            self._queue.recycle_forgotten(self.lease.now_ms())
         self._must_join = True
         self._forget_hints()
         self.refresh()
@@ -858,52 +840,44 @@ class Session:
         self._policy_due = False
         self._forget_hints()
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
-        self._answers.refuse_impossible(self.policy, self.lease.now_ms())
+        self._refuse_impossible()
 
     def failed(self, reason: str) -> None:
-        """A call did not succeed: Valkey is away."""
+        """A call did not succeed: Valkey is unavailable."""
         self.traffic.failures += 1
         self.last_error = reason
         self._forget_hints()
         if not self._failing:
-            # Before anything failed: have we been asleep?
+            # Before anything failed: were we suspended?
             self.check_lapse()
             self._failing = True
         if not self._lapse_seen:
-            self._ledger.start_recycling()
-            self._ledger.recycle_unsent(self.lease.now_ms())
+            self._queue.start_recycling()
+            self._queue.recycle_unsent(self.lease.now_ms())
         self._set_state("away", reason)
 
     def _fence(self, reason: str) -> None:
-        if count := self._ledger.fence():
+        if count := self._queue.fence():
             logger.warning("limiter: %s; %d running calls cancelled", reason, count)
-        self._observer.fenced(count)
+        self.observer.fenced(count)
 
-    def die(self, error: ConfigError) -> None:
-        """No retry mends this."""
+    def fail(self, error: ConfigError) -> None:
+        """No retry fixes this."""
         self.fatal = error
         logger.error("limiter: stopped: %s", error)
-        self._settled()
 
     def _set_state(self, new: State, why: str = "") -> None:
         old, self.state = self.state, new
         if new == "recovering":
-            self._ledger.start_recycling()
+            self._queue.start_recycling()
         elif new == "up":
-            self._ledger.recycling = False
+            self._queue.recycling = False
         if old == new:
             return
         level = logging.WARNING if new == "away" else logging.INFO
         was = f", was {old}" if self.last_error else ""
         logger.log(level, "limiter: %s%s%s", new, was, f" ({why})" if why else "")
-        self._observer.state_changed(old, new)
-
-    def _arm(self, reply: SyncReply) -> None:
-        """Come back when the quiet time after a loss ends, or a limit that only time frees."""
-        if reply.recovering_ms > 0:
-            self._alarm("recovered", reply.recovering_ms)
-        if reply.timed_ms > 0 and self._ledger.waiting:
-            self._alarm("timed", reply.timed_ms)
+        self.observer.state_changed(old, new)
 
 
 class Timer(Protocol):

@@ -5,8 +5,8 @@ between them. Invariant: the product itself never imports this; what it exports 
 any version, unlike the names of `tidegate.limiter`.
 """
 
-from tidegate.limiter.connection import LINGER_IDLE_S, LINGER_S
-from tidegate.limiter.limiter import MAX_WAITERS, Desk
+from tidegate.limiter.connection import LINGER_IDLE_S, LINGER_S, pack_request, unpack_reply
+from tidegate.limiter.limiter import MAX_WAITERS
 from tidegate.limiter.messages import (
     Join,
     Keyspace,
@@ -34,7 +34,9 @@ from tidegate.limiter.model.scheduler import (
     read_flow,
     read_member,
 )
-from tidegate.limiter.queue import Batch, Flow, Holding, Ledger, Waiter, amount_of
+from tidegate.limiter.permit import PermitIssuer
+from tidegate.limiter.policy import amount_of
+from tidegate.limiter.queue import Batch, Flow, Holding, LocalQueue, Waiter
 from tidegate.limiter.session import Clock, Lease, Session
 
 __all__ = [
@@ -48,15 +50,15 @@ __all__ = [
     "BandState",
     "Batch",
     "Clock",
-    "Desk",
     "Flow",
     "Gate",
     "Holding",
     "Join",
     "Keyspace",
     "Lease",
-    "Ledger",
     "LimitState",
+    "LocalQueue",
+    "PermitIssuer",
     "PoolModel",
     "Push",
     "Queue",
@@ -72,8 +74,10 @@ __all__ = [
     "fragment",
     "load",
     "pack",
+    "pack_request",
     "read_actual",
     "read_flow",
     "read_member",
     "span_of",
+    "unpack_reply",
 ]

@@ -19,15 +19,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, Unpack
 
 from tidegate.errors import LeaseLost, ShuttingDown, TidegateError
-from tidegate.limiter.connection import OnConflict
 from tidegate.limiter.limiter import FOR_EVER_MS, RAMP_MS, AcquireOptions, AttemptOptions, Limiter
 from tidegate.limiter.permit import DetachedPermit, Outcome, Permit
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.queue import Demand
-from tidegate.limiter.views import LocalState, Observer, Snapshot
+from tidegate.limiter.policy import Demand, OnConflict, PoolPolicy
+from tidegate.limiter.session import Observer
+from tidegate.limiter.views import LocalState, Snapshot
 
 if TYPE_CHECKING:
-    from tidegate.limiter.queue import Tokens
+    from tidegate.limiter.policy import Tokens
 
 Acquire = Callable[[], AbstractAsyncContextManager[Permit | None]]
 

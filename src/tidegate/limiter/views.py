@@ -9,36 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import msgpack
+from typing import Any
 
 from tidegate.limiter.messages import InspectReply, lane_of
-from tidegate.limiter.policy import PoolPolicy
-
-State = Literal["up", "away", "recovering"]
-
-
-class Observer:
-    """Derive from it and override what you need; every method does nothing by default."""
-
-    def state_changed(self, old: State, new: State) -> None:
-        """Valkey went away, came back, or is quiet for a lease after a loss."""
-
-    def fenced(self, held: int) -> None:
-        """Our session is gone: `held` running calls were cancelled."""
-
-    def recovered(self, epoch: int) -> None:
-        """We joined a new epoch of the pool and told it what we hold."""
-
-    def admitted(self, limit: str, waited_ms: float) -> None:
-        """A waiter got its permit."""
-
-    def refused(self, limit: str, code: str) -> None:
-        """A waiter was told no; `code` is that of the error."""
-
-    def synced(self, took_ms: float, entries: int) -> None:
-        """One call of the script returned."""
+from tidegate.limiter.session import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,22 +131,6 @@ class Why:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """A policy that was in force, of the last hundred. `at_ms` since 1970."""
-
-    revision: int
-    at_ms: int
-    by: str
-    policy: PoolPolicy
-
-
-def read_change(row: bytes) -> Change:
-    """An entry of a pool's history."""
-    revision, at_ms, by, blob = msgpack.unpackb(row, raw=True)[:4]
-    return Change(revision, at_ms, by.decode(), PoolPolicy.unpack(blob))
-
-
-@dataclass(frozen=True, slots=True)
 class LocalPermit:
     """A permit that this process holds. `left_ms` is the time to its call's hard deadline."""
 
@@ -185,7 +143,7 @@ class LocalPermit:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalQueue:
+class LocalQueueView:
     """What of one flow waits in this process, and for how long its first."""
 
     band: int

@@ -29,11 +29,11 @@ from tidegate.limiter.simulation import (
     LINGER_S,
     MAX_WAITERS,
     Clock,
-    Desk,
     Flow,
     Holding,
     Lease,
-    Ledger,
+    LocalQueue,
+    PermitIssuer,
     PoolModel,
     Session,
     SyncReply,
@@ -76,19 +76,18 @@ class Process:
         self._waking = False
         self._linger: Timer | None = None
         self._alarms: dict[str, Timer] = {}
-        self.ledger = Ledger(self._new_future)
+        self.queue = LocalQueue(self._new_future)
         self.session = Session(
             stage.policy,
-            self.ledger,
+            self.queue,
             Observer(),
             Lease(stage.policy.lease_ms, lambda: stage.now_ms),
             name=name,
             wake=self._kick,
             alarm=self._alarm,
-            settled=self._settled,
         )
         self.session.sid = name  # by which ties are broken: the same in every run
-        self._desk = Desk(self.ledger, self.session, Observer(), MAX_WAITERS, Clock())
+        self._issuer = PermitIssuer(self.queue, self.session, MAX_WAITERS, Clock(), self._kick)
         stage.after(_PULSE_MS, self._pulse)
 
     # -- calls
@@ -103,12 +102,12 @@ class Process:
             return
         wanted = LimiterDemand(demand.limits, demand.tenant, demand.priority)
         try:
-            flow = self._desk.flow_of(wanted)
+            flow = self._issuer.flow_of(wanted)
         except DemandImpossible as error:
             self.refused(call, error)
             return
         self._asking, call.demand = call, demand
-        waiter = self.ledger.ask(
+        waiter = self.queue.ask(
             flow,
             amounts=flow.amounts(demand.tokens, demand.images),
             hard_ms=MAX_LEASE_MS,
@@ -122,7 +121,7 @@ class Process:
             call.waiter = waiter
             if arrival.deadline_ms is not None:
                 self.stage.after(arrival.deadline_ms, lambda: self._expire(call))
-        self.session.kick()
+        self._kick()
 
     def admitted(self, call: Call, holding: Holding) -> None:
         """The ledger let a call in."""
@@ -159,13 +158,13 @@ class Process:
         if holding is not None:
             flow = holding.flow
             used = Tokens(arrival.input_tokens, arrival.output_tokens)
-            self.ledger.release(
+            self.queue.release(
                 holding.ticket,
                 outcome="success",
                 actual=flow.actual(used, arrival.images),
                 now_ms=self.stage.now_ms,
             )
-            self.session.kick()
+            self._kick()
         usage = Usage(arrival.input_tokens, arrival.output_tokens)
         self._demands.learn(demand, usage, whole=True)
         self.stage.over(call)
@@ -176,8 +175,8 @@ class Process:
             return
         limit = waiter.flow.limits[0]
         error = DeadlineExceeded("no permit in time", limit=limit, retry_after_ms=1000)
-        self.ledger.refuse(waiter, error, self.stage.now_ms)
-        self.session.kick()
+        self.queue.refuse(waiter, error, self.stage.now_ms)
+        self._kick()
 
     def _held_up_by(self, flow: Flow) -> str | None:
         return self.stage.held_up_by(self.session.sid, flow.key)
@@ -194,7 +193,7 @@ class Process:
         if self.session.something_urgent():
             self._wake_up()
         elif self._linger is None:
-            delay_s = LINGER_IDLE_S if self.ledger.idle else LINGER_S
+            delay_s = LINGER_IDLE_S if self.queue.idle else LINGER_S
             self._linger = self.stage.after(delay_s * 1000, self._go)
 
     def _go(self) -> None:
@@ -221,7 +220,8 @@ class Process:
 
         def answered(reply: SyncReply) -> None:
             session.answered(batch, request, reply, sent_ms)
-            if len(self.ledger.outbox):
+            self.ready |= session.accepted
+            if self.queue.pending:
                 self._kick()
             self._busy = False
             if self._waking:
@@ -239,9 +239,6 @@ class Process:
     def _pulse(self) -> None:
         self.session.refresh()
         self.stage.after(_PULSE_MS, self._pulse)
-
-    def _settled(self) -> None:
-        self.ready = True
 
 
 # The rehearsal begins at this moment: midnight in Los Angeles, where most day quotas begin anew.

@@ -83,7 +83,7 @@ async def test_survivors_do_not_count_twice_what_the_file_holds(
             await _spend_all(limiter)
             epoch = (await limiter.snapshot()).epoch
             # What was admitted since a process and the server compared last is counted on top.
-            await wait_until(lambda: not limiter._ledger.spent_since, what="all is compared")
+            await wait_until(lambda: not limiter._queue.spent_since, what="all is compared")
             with redis.Redis.from_url(lease.redis_url) as server:
                 server.save()
             process.RunningProcess(Folder(data_dir).read().services["valkey"].identity).stop(

@@ -260,7 +260,7 @@ async def test_each_hop_of_a_redirect_takes_a_permit_of_its_own(
     answer = await http.send("GET", f"{upstream.url}/redirect")
     assert b"total_tokens" in await answer.read()
     assert upstream.paths == ["/redirect", "/whole"]
-    assert limiter._ledger.counts.admitted == 2
+    assert limiter._queue.counts.admitted == 2
     await until_free(limiter)
 
 

@@ -141,7 +141,7 @@ async def test_a_refusal_leaves_openais_sdk_as_it_is_and_is_not_repeated(
                 model="gpt", messages=[{"role": "user", "content": "late"}]
             )
     assert upstream.paths == []
-    assert limiter._ledger.counts.admitted == 1
+    assert limiter._queue.counts.admitted == 1
 
 
 async def test_openais_sync_sdk(make_sync: MakeSync, upstream: Upstream) -> None:

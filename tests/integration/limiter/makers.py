@@ -10,11 +10,9 @@ import redis.asyncio
 
 from tests.integration.limiter.hands import Hands
 from tests.waiting import wait_until
-from tidegate.limiter.connection import OnConflict
 from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.session import Clock
-from tidegate.limiter.views import Observer
+from tidegate.limiter.policy import OnConflict, PoolPolicy
+from tidegate.limiter.session import Clock, Observer
 
 LIMIT = "kind:text_only"
 LEASE_MS = 600

@@ -12,11 +12,11 @@ from typing import Any
 
 import redis
 
-from tidegate.limiter.messages import Keyspace, SyncReply, load
+from tidegate.limiter.connection import pack_request, unpack_reply
+from tidegate.limiter.messages import Keyspace, load
 from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.queue import Ledger, Waiter
-from tidegate.limiter.session import Lease, Session
-from tidegate.limiter.views import Observer
+from tidegate.limiter.queue import LocalQueue, Waiter
+from tidegate.limiter.session import Lease, Observer, Session
 
 CLOCK = """
 function T.wall_clock_ms() return tonumber(redis.call('GET', T.prefix .. 'testclock')) end
@@ -88,15 +88,14 @@ class Process:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.ledger = Ledger(pool.loop.create_future)
+        self.queue = LocalQueue(pool.loop.create_future)
         self.session = Session(
             pool.policy,
-            self.ledger,
+            self.queue,
             Observer(),
             Lease(pool.policy.lease_ms, lambda: float(pool.now_ms)),
             wake=lambda: None,
             alarm=lambda name, in_ms: None,
-            settled=lambda: None,
         )
 
     def say(self) -> list[dict[str, int]]:
@@ -118,18 +117,18 @@ class Process:
         name = "sync" if session.is_ordinary(request) else "tend"
         pool.server.delete(f"{pool.keys.meta}:testwork")
         keys = (pool.keys.meta, pool.keys.layout)
-        raw = pool.server.evalsha(pool.scripts[name], 2, *keys, request.pack())
+        raw = pool.server.evalsha(pool.scripts[name], 2, *keys, pack_request(request))
         if lost:
             session.unanswered(batch)
         else:
-            session.answered(batch, request, SyncReply.unpack(raw), float(pool.now_ms))
+            session.answered(batch, request, unpack_reply(raw), float(pool.now_ms))
         counted = pool.server.hgetall(f"{pool.keys.meta}:testwork")
         return {key.decode(): int(count) for key, count in counted.items()}
 
     def ask(self, tenant: str, *limits: str, hard_ms: int = 600_000) -> Waiter:
-        flow = self.ledger.flow(1, tenant, tuple(sorted(limits)))
+        flow = self.queue.flow(1, tenant, tuple(sorted(limits)))
         flow.refresh(self.session.policy)
-        return self.ledger.ask(
+        return self.queue.ask(
             flow,
             amounts="",
             hard_ms=hard_ms,
@@ -140,7 +139,7 @@ class Process:
     def end(self, tickets: Iterable[int], *, later: bool = False) -> None:
         now_ms = float(self.pool.now_ms)
         for ticket in tickets:
-            self.ledger.release(
+            self.queue.release(
                 ticket, outcome="success", actual="", now_ms=now_ms, usage_later=later
             )
         self.say()

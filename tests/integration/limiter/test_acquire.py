@@ -116,7 +116,7 @@ async def test_under_load_there_is_at_most_one_script_call_for_an_admission(
     before = sum(limiter._session.traffic.syncs for limiter in limiters)
     await asyncio.gather(*(call(limiters[i % 2]) for i in range(40)))
     syncs = sum(limiter._session.traffic.syncs for limiter in limiters) - before
-    admitted = sum(limiter._ledger.counts.admitted for limiter in limiters)
+    admitted = sum(limiter._queue.counts.admitted for limiter in limiters)
     assert admitted == 800
     assert syncs / admitted <= 1.0
 
@@ -182,7 +182,7 @@ async def test_a_storm_of_cancellations_leaks_nothing(maker: Maker, valkey_url: 
     await until_used(limiters[0], 0)
     snapshot = await limiters[0].snapshot()
     assert snapshot.limits[LIMIT].waiting == 0
-    assert all(not limiter._ledger.held and not limiter._ledger.waiting for limiter in limiters)
+    assert all(not limiter._queue.held and not limiter._queue.waiting for limiter in limiters)
 
 
 async def test_closing_frees_at_once_what_was_held_and_refuses_waiters(

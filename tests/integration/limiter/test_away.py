@@ -76,7 +76,7 @@ async def test_permits_are_passed_on_in_order_while_valkey_is_away_within_the_le
     for body in waiters[2:]:
         await body.end()
     await until_used(limiter, 0)
-    assert limiter._ledger.counts.recycled == 3
+    assert limiter._queue.counts.recycled == 3
 
 
 async def test_closed_lets_nobody_in_after_the_lease_and_says_when_to_come_again(
@@ -186,7 +186,7 @@ async def test_after_an_empty_restart_it_goes_on_when_all_are_back_who_were_ther
     assert await used(limiters[0]) == 2
     assert not any(waiter.admitted.is_set() for waiter in waiters)
     await end_all(running, waiters)
-    assert all(limiter._ledger.counts.fenced == 0 for limiter in limiters)
+    assert all(limiter._queue.counts.fenced == 0 for limiter in limiters)
     fences = [body.fence for body in running + waiters if body.fence]
     assert max(fences[:2]) < min(fences[2:])
 
@@ -221,7 +221,7 @@ async def test_after_an_empty_restart_nobody_comes_in_for_a_lease_while_one_is_m
         await body.end()
     for limiter in limiters:
         await until_state(limiter, "up")
-    assert sum(limiter._ledger.counts.recycled for limiter in limiters) == 2
+    assert sum(limiter._queue.counts.recycled for limiter in limiters) == 2
     await end_all([], waiters)
 
 
@@ -276,7 +276,7 @@ async def test_a_lost_command_connection_costs_no_permit(maker: Maker, valkey_ur
     for body in bodies:
         await body.end()
     await until_used(limiter, 0)
-    assert limiter._ledger.counts.fenced == 0
+    assert limiter._queue.counts.fenced == 0
 
 
 class Heard(logging.Handler):

@@ -12,8 +12,7 @@ from tests.integration.limiter.makers import Maker
 from tests.waiting import wait_until, work_for
 from tidegate.errors import DeadlineExceeded, DemandImpossible, QueueFull
 from tidegate.limiter.limiter import Limiter
-from tidegate.limiter.policy import Adaptive, Band, Concurrency, PoolPolicy, Quota, Rate
-from tidegate.limiter.queue import Tokens
+from tidegate.limiter.policy import Adaptive, Band, Concurrency, PoolPolicy, Quota, Rate, Tokens
 from tidegate.limiter.session import now_ms
 
 TEXT, IMAGE, TOTAL = "kind:text_only", "kind:image_generation", "pool:total"

@@ -162,7 +162,7 @@ async def test_a_blocked_event_loop_keeps_its_permits(maker: Maker, valkey_url: 
     waiter = Body(other)
     await body.end()
     await (await waiter.until_admitted()).end()
-    assert limiter._ledger.counts.fenced == 0
+    assert limiter._queue.counts.fenced == 0
 
 
 async def test_a_stalled_event_loop_lets_its_session_lapse(

@@ -14,7 +14,7 @@ from tests.integration.limiter.slices import Pool, Process, stray_fields
 from tidegate.limiter.messages import Join
 from tidegate.limiter.model.pool import ON_PAGE
 from tidegate.limiter.policy import Limit, PoolPolicy, Rate
-from tidegate.limiter.queue import OUTBOX_MAX_FLOWS as MAX_FLOWS
+from tidegate.limiter.queue import MAX_FLOWS
 from tidegate.limiter.session import LOOKS_BESIDE, MAX_ASKS, MAX_LOOKS
 
 LEASE_MS = 30_000
@@ -66,7 +66,7 @@ def test_what_a_tend_reads_does_not_grow_with_the_limits_of_the_pool(made: Made)
         for number in range(20):
             process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
         process.say()
-        assert len(process.ledger.held) == 20
+        assert len(process.queue.held) == 20
         pool.pass_time(LEASE_MS // 3)
         [work[tenants]] = process.compare()
         pool.wipe()
@@ -80,7 +80,7 @@ def test_a_process_with_many_waiting_tenants_has_them_looked_at_some_by_some(mad
         for _ in range(2):
             process.ask(str(number), f"tenant:{number}")
     process.say()
-    assert len(process.ledger.waiting) == 1000
+    assert len(process.queue.waiting) == 1000
     pool.pass_time(LEASE_MS // 3)
     looks = process.compare()
     comparisons = math.ceil(1000 / MAX_ASKS)  # each asks after some, and has some looked at
@@ -89,7 +89,7 @@ def test_a_process_with_many_waiting_tenants_has_them_looked_at_some_by_some(mad
     # Of the first call: what the session itself holds and where it waits is one answer.
     assert max(work["commands"] for work in looks) < 12 * MAX_LOOKS
     # All of them are looked at: a limit that somebody raises lets in everybody.
-    assert len(process.ledger.held) == 1000
+    assert len(process.queue.held) == 1000
 
 
 def test_what_a_comparison_reads_does_not_grow_with_what_the_process_holds(made: Made) -> None:
@@ -102,7 +102,7 @@ def test_what_a_comparison_reads_does_not_grow_with_what_the_process_holds(made:
                 process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
         process.say()
         process.compare()
-        assert (len(process.ledger.held), len(process.ledger.waiting)) == (tenants, tenants)
+        assert (len(process.queue.held), len(process.queue.waiting)) == (tenants, tenants)
         pool.pass_time(LEASE_MS // 3)
         work = process.compare()
         most[tenants] = max(each["elements"] for each in work)
@@ -128,11 +128,11 @@ def test_all_that_was_admitted_without_an_answer_is_found_some_by_some(
     while pool.field("u:kind:text_only") != "1501":
         process.session.refresh()
         process.exchange(lost=True)
-    assert not process.ledger.held
+    assert not process.queue.held
     work = process.say()
-    assert len(process.ledger.held) == 1500
+    assert len(process.queue.held) == 1500
     assert max(each["elements"] for each in work) < 1500
-    assert process.ledger.counts.strays == 0
+    assert process.queue.counts.strays == 0
 
 
 def test_one_call_asks_for_some_tenants_and_the_next_for_others(made: Made) -> None:
@@ -141,9 +141,9 @@ def test_one_call_asks_for_some_tenants_and_the_next_for_others(made: Made) -> N
     for number in range(1000):
         process.ask(str(number), f"tenant:{number}", f"rpm:{number}")
     work = process.say()
-    assert len(process.ledger.held) == 1000
+    assert len(process.queue.held) == 1000
     assert max(each["commands"] for each in work) < 15 * MAX_FLOWS
-    process.end(list(process.ledger.held))
+    process.end(list(process.queue.held))
     assert pool.fields("u") == set()
 
 
@@ -153,7 +153,7 @@ def test_what_many_tenants_have_spent_is_known_to_all_when_valkey_loses_it(made:
     for number in range(MANY):
         spender.ask(str(number), f"rpm:{number}")
     spender.say()
-    assert len(spender.ledger.held) == MANY
+    assert len(spender.queue.held) == MANY
     pool.pass_time(LEASE_MS // 3)
     work = survivor.compare()
     assert len(work) == math.ceil(MANY / ON_PAGE), "told in pages, one after another"
@@ -193,7 +193,7 @@ def test_more_permits_held_over_than_a_page_are_told_by_the_survivors(made: Made
     for _ in range(3000):
         dying.ask("t", "kind:text_only", hard_ms=3_600_000)
     dying.say()
-    assert len(dying.ledger.held) == 3000
+    assert len(dying.queue.held) == 3000
     for _ in range(4):
         pool.pass_time(LEASE_MS // 3)
         survivor.compare()
@@ -206,7 +206,7 @@ def test_more_permits_held_over_than_a_page_are_told_by_the_survivors(made: Made
     survivor.compare()
     survivor.ask("t", "kind:text_only")
     survivor.say()
-    assert len(survivor.ledger.held) == 0
+    assert len(survivor.queue.held) == 0
 
 
 def test_of_limits_that_are_taken_away_nothing_stays_in_the_record(made: Made) -> None:
@@ -223,13 +223,13 @@ def test_of_limits_that_are_taken_away_nothing_stays_in_the_record(made: Made) -
                 waiting.append(process.ask(str(number), f"tenant:{number}", f"rpm:{number}"))
         process.say()
         pool.pass_time(100)
-        process.end(list(process.ledger.held))
+        process.end(list(process.queue.held))
         if generation % 2:  # somebody still waits and runs when the limits go
             process.session.set_policy(many(10, revision=3 + generation, first=first + 10), "me")
         process.say()
         for waiter in waiting:
-            process.ledger.abandon(waiter.ticket, float(pool.now_ms))
-        process.end(list(process.ledger.held))
+            process.queue.abandon(waiter.ticket, float(pool.now_ms))
+        process.end(list(process.queue.held))
         record = {
             k.decode(): v.decode(errors="replace")
             for k, v in pool.server.hgetall(pool.keys.meta).items()
@@ -302,12 +302,12 @@ def test_usage_that_is_announced_and_never_told_is_bounded(made: Made) -> None:
         for _ in range(250):
             process.ask("t", "tpm:x")
         process.say()
-        process.end(list(process.ledger.held), later=True)
+        process.end(list(process.queue.held), later=True)
     process.compare()
     owed = f"{pool.keys.prefix}owed:{process.session.sid}"
     assert pool.server.hlen(owed) == 2000
     newest = max(int(ticket) for ticket in pool.server.hkeys(owed))
-    process.ledger.settle_later(newest, "0")
+    process.queue.settle_later(newest, "0")
     process.say()
     assert not pool.server.hexists(owed, newest), "what is told late still counts"
 

@@ -35,9 +35,9 @@ async def limiter() -> Limiter:
 
 
 def ask(limiter: Limiter, number: int) -> int:
-    flow = limiter._ledger.flow(1, str(number), (f"rpm:{number}", f"tenant:{number}"))
+    flow = limiter._queue.flow(1, str(number), (f"rpm:{number}", f"tenant:{number}"))
     flow.refresh(limiter.policy)
-    waiter = limiter._ledger.ask(
+    waiter = limiter._queue.ask(
         flow, amounts="1,1", hard_ms=1000, now_ms=float(number), deadline_ms=float("inf")
     )
     return waiter.ticket
@@ -63,29 +63,29 @@ async def test_no_question_about_this_process_walks_through_all_limits(
 
 async def test_the_state_names_the_limits_that_are_in_use_here(limiter: Limiter) -> None:
     first, second, third = (ask(limiter, number) for number in (7, 8, 8))
-    limiter._ledger.grant(first, 1, CHAIN, 0.0)
+    limiter._queue.grant(first, 1, CHAIN, 0.0)
     state = limiter.local_state()
     assert state.held == {"rpm:7": 1, "tenant:7": 1}
     assert state.waiting == {"rpm:8": 2, "tenant:8": 2}
     assert state.waiting["tenant:9"] == 0
     assert (limiter.permits_held, limiter.waiters) == (state.permits, state.waiters) == (1, 2)
     assert [(q.tenant, q.waiting) for q in limiter.local_queues(1)] == [("8", 2)]
-    limiter._ledger.release(first, outcome="success", actual="", now_ms=1.0)
+    limiter._queue.release(first, outcome="success", actual="", now_ms=1.0)
     for ticket in (second, third):
-        limiter._ledger.abandon(ticket, 1.0)
+        limiter._queue.abandon(ticket, 1.0)
     state = limiter.local_state()
     assert (state.held, state.waiting) == ({}, {})
 
 
 async def test_an_answer_without_hints_looks_at_no_flow_that_has_none(limiter: Limiter) -> None:
-    ledger = limiter._ledger
+    queue = limiter._queue
     held, waiting = ask(limiter, 7), ask(limiter, 7)
-    ledger.grant(held, 1, CHAIN, 0.0)
-    flow = ledger.waiting[waiting].flow
+    queue.grant(held, 1, CHAIN, 0.0)
+    flow = queue.waiting[waiting].flow
     flow.plain = True
-    assert ledger.flows_to_hint(16) == [flow]
-    ledger.take_hints({flow.key: Hint(1, 5, 0, 1, 100)})
+    assert queue.flows_to_hint(16) == [flow]
+    queue.take_hints({flow.key: Hint(1, 5, 0, 1, 100)})
     hints = [flow.hint]
-    ledger._lanes = Watched(ledger._lanes)  # type: ignore[assignment,arg-type]
-    ledger.take_hints({})
+    queue._lanes = Watched(queue._lanes)  # type: ignore[assignment,arg-type]
+    queue.take_hints({})
     assert hints != [flow.hint] == [None]

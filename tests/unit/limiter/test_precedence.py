@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tidegate.errors import PolicyConflict
-from tidegate.limiter.connection import WRITTEN_BY, OnConflict, WrittenPolicy
-from tidegate.limiter.policy import Concurrency, PoolPolicy
-from tidegate.limiter.views import Change
+from tidegate.limiter.policy import (
+    WRITTEN_BY,
+    Change,
+    Concurrency,
+    OnConflict,
+    PoolPolicy,
+    WrittenPolicy,
+)
 
 ONE, TEN = {"kind:text_only": 1}, {"kind:text_only": 10}
 
