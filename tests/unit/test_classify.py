@@ -13,15 +13,8 @@ from typing import Any
 import pytest
 
 from tidegate.call import Classification, ClassifiedBy, Kind
-from tidegate.classify import (
-    HEAD_CHARS,
-    TAIL_CHARS,
-    _entries,
-    by_keywords,
-    by_rules,
-    clip,
-    normalise,
-)
+from tidegate.classify import by_keywords, by_rules
+from tidegate.classify.vocabulary import HEAD_CHARS, TAIL_CHARS, _entries, clip, normalise
 
 DATA = Path(__file__).parent.parent / "data"
 DEV = DATA / "prompts_dev.jsonl"

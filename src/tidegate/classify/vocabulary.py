@@ -1,0 +1,436 @@
+"""Vocabulary of the classifier: the words of a prompt, labelled in 18 languages. Pure.
+
+The text is clipped, normalised and split into clauses; `languages/` holds one file of labelled
+words a language.
+
+Invariants: the work is bounded whatever the length of the prompt; every pattern is linear; a word
+that differs in meaning between languages counts only for the languages of the text.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from functools import lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+HEAD_CHARS = 1600
+TAIL_CHARS = 1000
+MAX_WORDS = 420
+NORMAL_CHARS = 3000  # compatibility forms may grow to many characters
+
+_INVISIBLE = dict.fromkeys(
+    [0x00AD, 0x0640, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFE0E, 0xFE0F, 0xFEFF]
+)
+_ALIKE = str.maketrans(
+    {"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "`", "ł": "l", "ø": "o", "\u0131": "i"}
+)
+_LATIN_MARKS = re.compile("[\u0300-\u036f\u064b-\u065f\u0670]+")
+
+# Scripts that write no spaces between words (or glue endings on): matched inside, not word by word.
+UNSPACED = "\u0e00-\u0e7f\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_TOKEN = re.compile(f"(?:[^\\W_{UNSPACED}]|[\u0900-\u0dff])+")
+_UNSPACED_RUN = re.compile(f"[{UNSPACED}]")
+_CLAUSE_END = re.compile(r"[!?;\n\u3002\u037e\u061f\u0964\u2026]+|\.(?=\s|$)|\.(?=\.)")
+
+_INNER_APOSTROPHE = re.compile("(?<=[\u0400-\u04ff])['\u02bc\u2019](?=[\u0400-\u04ff])")
+
+_FENCE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+_QUOTES = [
+    re.compile(f"{start}[^{start}{end}\n]{{2,400}}{end}")
+    for start, end in ('""', "“”", "„“", "„”", "«»", "»«", "「」", "『』", "\u2039\u203a", "““")
+]
+_QUOTED = re.compile("[\"'`“”„«»「」『』\u2039\u203a]")
+_SINGLE_QUOTE = re.compile(r"(?<![^\s(:,])'(?=\S)[^'\n]{2,400}'(?![^\W_])")
+
+
+class Token(NamedTuple):
+    """A word at `start:end` of the normalised text: with its accents, and without."""
+
+    kept: str
+    plain: str
+    start: int
+    end: int
+
+
+class Span(NamedTuple):
+    """One clause of the text, and whether a question mark ends it."""
+
+    start: int
+    end: int
+    question: bool
+
+
+def clip(prompt: str) -> str:
+    """The beginning and the end, where an instruction stands; the middle is material."""
+    if len(prompt) <= HEAD_CHARS + TAIL_CHARS:
+        return prompt
+    return prompt[:HEAD_CHARS] + "\n" + prompt[-TAIL_CHARS:]
+
+
+def normalise(prompt: str) -> str:
+    """Clipped, NFKC, case-folded, without invisible characters; accents are still there."""
+    clipped = clip(prompt)
+    if clipped.isascii():  # what follows would change nothing
+        return clipped.casefold().strip()
+    text = unicodedata.normalize("NFKC", clipped).translate(_INVISIBLE)
+    text = unicodedata.normalize("NFC", text.casefold())[:NORMAL_CHARS]
+    text = _INNER_APOSTROPHE.sub("", text)
+    return text.replace("\u2019", "'").replace("\u2018", "'").strip()
+
+
+def plain(word: str) -> str:
+    """The word without the accents that people leave out; Indic vowel signs are no accents."""
+    if word.isascii():
+        return word.replace("`", "'")
+    marks_off = _LATIN_MARKS.sub("", unicodedata.normalize("NFKD", word))
+    return unicodedata.normalize("NFC", marks_off).translate(_ALIKE)
+
+
+def without_quotations(text: str) -> tuple[str, str]:
+    """The text with quoted words and code blocks blanked, and what was inside them."""
+    if _QUOTED.search(text) is None:
+        return text, ""
+    text = _unwrapped(text)
+    inside: list[str] = []
+
+    def blank(match: re.Match[str]) -> str:
+        inside.append(match.group()[1:-1])
+        return ' "" '
+
+    for pattern in (_FENCE, *_QUOTES, _SINGLE_QUOTE):
+        text = pattern.sub(blank, text)
+    return text, " ".join(inside)
+
+
+def _unwrapped(text: str) -> str:
+    """Quotation marks around the whole prompt quote nothing."""
+    for start, end in ('""', "''", "“”", "«»", "「」", "„“"):
+        body = text[1:-1]
+        if text[:1] == start and text[-1:] == end and start not in body and end not in body:
+            return body.strip()
+    return text
+
+
+def tokens(text: str) -> list[Token]:
+    """The words in order; of a text of single letters only the first and last ones."""
+    matches = list(_TOKEN.finditer(text))
+    if len(matches) > MAX_WORDS:
+        matches = matches[: MAX_WORDS // 2] + matches[-MAX_WORDS // 2 :]
+    found = [(m.group(), m.start(), m.end()) for m in matches]
+    return [Token(kept, plain(kept), start, end) for kept, start, end in found]
+
+
+def has_unspaced(text: str) -> bool:
+    return _UNSPACED_RUN.search(text) is not None
+
+
+def clauses(text: str) -> list[Span]:
+    """Sentences and lines, in order, without empty ones."""
+    spans: list[Span] = []
+    start = 0
+    for match in _CLAUSE_END.finditer(text):
+        if text[start : match.start()].strip():
+            asked = any(mark in match.group() for mark in "?\u037e\u061f") and (
+                match.group()[0] != ";"
+            )
+            spans.append(Span(start, match.end(), asked))
+        start = match.end()
+    if text[start:].strip():
+        spans.append(Span(start, len(text), False))
+    return spans
+
+
+MIN_STEM_CHARS = 2
+MAX_STEM_CHARS = 14
+_VOCABULARY_PAUSE = re.compile(r"[.!?;:,\n]")
+ACTIVE_SHARE = 0.5
+
+
+class Label(StrEnum):
+    """What a word does in a request."""
+
+    COMMON = "common"  # only tells the language
+    LEAD = "lead"  # may stand directly before a command: please, you, then
+    JOIN = "join"  # and, then: may also stand before a command, and joins two wishes
+    WISH = "wish"  # I want to: perhaps the writer means to do it
+    ASK = "ask"  # wants words: explain, write, what, how
+    COVER = "cover"  # wants words, and what follows is its material: translate, summarise
+    OPENER = "opener"  # a question when it opens one: is, does
+    DRAW = "draw"  # makes pictures by itself: draw, paint
+    MAKE = "make"  # makes anything: create, generate
+    GENERATE = "generate"  # makes, by an image model's word
+    WANT = "want"  # asks for a thing: show me, I need
+    EDIT = "edit"  # changes a picture, if there is one
+    TURN = "turn"  # changes a thing into another: convert, turn
+    PICTURE = "picture"  # a thing that an image model makes: photo, logo
+    TEXT = "text"  # a thing that a text model makes: code, contract, caption
+    LETTERING = "lettering"  # words that can be on a picture: title, text
+    FIGURATIVE = "figurative"  # what one draws without a pencil: conclusions
+    ABSTRACT = "abstract"  # what one paints a picture of in words: the economy
+    IDIOM = "idiom"  # paint a picture (of)
+    FORMAT = "format"  # a drawing written as text: SVG, ASCII, Mermaid
+    TOOL = "tool"  # a language or program, unless it is the thing drawn: Python
+    ARTICLE = "article"  # a, two: opens a description
+    PREP = "prep"  # ends the noun phrase that a verb governs
+    NEGATION = "negation"
+    STYLE = "style"  # how a picture looks: watercolour, bokeh
+    VISUAL = "visual"  # what is often in a picture: dragon, sunset
+    PERSON = "person"  # tells of somebody, which a picture's description rarely does: I, was
+
+
+@dataclass(frozen=True, slots=True)
+class Syntax:
+    """Word order: which of several verbs governs, and where a noun phrase has its head."""
+
+    verb_last: bool = False
+    head_last: bool = False
+    object_first: bool = False
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    parts: tuple[str, ...]
+    language: str
+    label: Label
+    keeps_accents: bool
+    width: int = field(init=False)
+    exact: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", len(self.parts))
+        object.__setattr__(self, "exact", not self.parts[-1].endswith("*"))
+
+
+class Mark(NamedTuple):
+    """A stretch of the text with what it may mean."""
+
+    start: int
+    end: int
+    labels: frozenset[Label]
+    language: str
+
+    def has(self, *labels: Label) -> bool:
+        return not self.labels.isdisjoint(labels)
+
+
+@dataclass(slots=True)
+class _Table:
+    words: defaultdict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    unspaced: defaultdict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    syntax: dict[str, Syntax] = field(default_factory=dict)
+    typos: dict[str, str] = field(default_factory=dict)
+    arabic_prefixes: list[str] = field(default_factory=list)
+    arabic_endings: list[str] = field(default_factory=list)
+
+
+class _Hit(NamedTuple):
+    entry: Entry
+    start: int
+    end: int
+    width: int  # tokens, or characters of an unspaced script
+    exact: bool
+
+
+def _load() -> _Table:
+    table = _Table()
+    for path in sorted(files("tidegate.classify").joinpath("languages").iterdir(), key=str):
+        if path.name.endswith(".toml"):
+            _add(table, path.name.removesuffix(".toml"), path.read_text(encoding="utf-8"))
+    for entries in table.unspaced.values():
+        entries.sort(key=lambda entry: len(entry.parts[0]), reverse=True)
+    return table
+
+
+def _add(table: _Table, language: str, source: str) -> None:
+    data = tomllib.loads(source)
+    flags = set(data.get("syntax", []))
+    order = flags & {field.name for field in fields(Syntax)}
+    table.syntax[language] = Syntax(**dict.fromkeys(order, True))
+    for name, words in data["words"].items():
+        label = Label(name)
+        for word in words.split():
+            _add_word(table, flags, language, label, word.casefold())
+    table.arabic_prefixes += data.get("prefixes", "").split()
+    table.arabic_endings += data.get("endings", "").split()
+    for word in data.get("typos", "").split():
+        for wrong in _misspellings(word):
+            table.typos.setdefault(wrong, word)
+
+
+def _add_word(table: _Table, flags: set[str], language: str, label: Label, word: str) -> None:
+    keeps, unspaced = "keeps_accents" in flags, "unspaced" in flags
+    shape = word if keeps or unspaced else plain(word)
+    if unspaced and has_unspaced(shape):
+        entry = Entry((shape.replace("_", " "),), language, label, keeps)
+        table.unspaced[shape[0]].append(entry)
+        return
+    forms = [shape]
+    if label in (Label.VISUAL, Label.STYLE) and len(shape) >= 4 and "_" not in shape:
+        forms += [shape[:-1] + "*"] if "inflected" in flags else []
+        forms += [shape + "*"] if "suffixed" in flags else []
+    for form in forms:
+        entry = Entry(tuple(form.split("_")), language, label, keeps)
+        table.words[entry.parts[0]].append(entry)
+
+
+def _misspellings(word: str) -> Iterator[str]:
+    """One letter lost, doubled or swapped with its neighbour; the first letter is usually right."""
+    for at in range(1, len(word)):
+        yield word[:at] + word[at + 1 :]
+        yield word[:at] + word[at] + word[at:]
+        if at + 1 < len(word):
+            yield word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+
+
+TABLE = _load()
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A text with its tokens and marks, in order."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    marks: tuple[Mark, ...]
+    language: str | None
+
+    def syntax(self, language: str) -> Syntax:
+        return TABLE.syntax[language]
+
+
+def label_words(text: str) -> Marked:
+    """Label the known words; the longest phrase wins where several begin."""
+    words = tokens(text)
+    hits = list(_word_hits(text, words))
+    if has_unspaced(text):
+        hits += _unspaced_hits(text)
+    scores = _scores(hits)
+    top = max(scores.values(), default=0.0)
+    active = {language for language, score in scores.items() if score >= top * ACTIVE_SHARE}
+    best = max(scores, key=lambda language: scores[language]) if scores else None
+    return Marked(text, tuple(words), tuple(_chosen(hits, active, best)), best)
+
+
+def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
+    for at, token in enumerate(words):
+        # Only words of an ordinary length are remembered: a stranger chooses them.
+        find = _entries if len(token.kept) <= MAX_STEM_CHARS else _entries.__wrapped__
+        for entry in find(token.plain, token.kept):
+            width = entry.width
+            if width == 1:
+                yield _Hit(entry, token.start, token.end, 1, entry.exact)
+            elif _follows(text, words, at, entry):
+                yield _Hit(entry, token.start, words[at + width - 1].end, width, entry.exact)
+
+
+@lru_cache(maxsize=20_000)
+def _entries(plain_word: str, kept: str) -> tuple[Entry, ...]:
+    """What may begin with this word, its misspellings corrected when nothing else does."""
+    entries = tuple(
+        entry
+        for shape, keeps_accents in _shapes(plain_word, kept)
+        for key in _keys(shape)
+        for entry in TABLE.words.get(key, ())
+        if entry.keeps_accents == keeps_accents
+    )
+    right = TABLE.typos.get(plain_word)
+    if entries or right is None:
+        return entries
+    return tuple(entry for entry in TABLE.words[right] if len(entry.parts) == 1)
+
+
+def _shapes(plain_word: str, kept: str) -> Iterator[tuple[str, bool]]:
+    yield plain_word, False
+    yield kept, True
+    if len(plain_word) > 4 and plain_word.endswith("s") and plain_word not in TABLE.words:
+        yield plain_word[:-1], False
+        if plain_word.endswith("ies"):
+            yield plain_word[:-3] + "y", False
+    if "\u0600" <= plain_word[0] <= "\u06ff":
+        for prefix in TABLE.arabic_prefixes:
+            if plain_word.startswith(prefix) and len(plain_word) > len(prefix) + 2:
+                yield plain_word[len(prefix) :], False
+        for ending in TABLE.arabic_endings:
+            if plain_word.endswith(ending) and len(plain_word) > 3:
+                yield plain_word[: -len(ending)], False
+
+
+def _keys(word: str) -> Iterator[str]:
+    yield word
+    for length in range(MIN_STEM_CHARS, min(len(word), MAX_STEM_CHARS) + 1):
+        yield word[:length] + "*"
+
+
+def _follows(text: str, words: list[Token], at: int, entry: Entry) -> bool:
+    """Whether the rest of a phrase comes after its first word, with no pause between."""
+    parts, end = entry.parts, at + entry.width
+    if end > len(words):
+        return False
+    for step in range(1, entry.width):
+        part, word = parts[step], words[at + step]
+        shape = word.kept if entry.keeps_accents else word.plain
+        if shape != part and not (part[-1] == "*" and shape.startswith(part[:-1])):
+            return False
+    return _VOCABULARY_PAUSE.search(text, words[at].end, words[end - 1].start) is None
+
+
+def _unspaced_hits(text: str) -> Iterator[_Hit]:
+    kana = re.search("[\u3040-\u30ff]", text) is not None
+    absent = "zh" if kana else "ja"
+    for at, char in enumerate(text):
+        for entry in TABLE.unspaced.get(char, ()):
+            word = entry.parts[0]
+            if entry.language != absent and text.startswith(word, at):
+                yield _Hit(entry, at, at + len(word), len(word), True)
+
+
+def _scores(hits: list[_Hit]) -> dict[str, float]:
+    seen: dict[tuple[str, int], float] = {}
+    for hit in hits:
+        worth = 1.0 if hit.exact else 0.6
+        for step in range(hit.width if hit.width < 4 else 3):
+            key = (hit.entry.language, hit.start + step)
+            if worth > seen.get(key, 0.0):
+                seen[key] = worth
+    scores: defaultdict[str, float] = defaultdict(float)
+    for (language, _), worth in seen.items():
+        scores[language] += worth
+    return dict(scores)
+
+
+def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Mark]:
+    by_start: defaultdict[int, list[_Hit]] = defaultdict(list)
+    for hit in hits:
+        by_start[hit.start].append(hit)
+    reach = 0
+    for start in sorted(by_start):
+        if start < reach:
+            continue
+        here = by_start[start]
+        if len(here) == 1:
+            only = here[0]
+            if only.entry.language in active or only.exact:
+                reach = only.end
+                yield Mark(start, reach, frozenset((only.entry.label,)), only.entry.language)
+            continue
+        languages = {hit.entry.language for hit in here}
+        usable = [h for h in here if h.entry.language in active]
+        if not usable and len(languages) == 1:
+            usable = [h for h in here if h.exact]
+        if not usable:
+            continue
+        if any(h.entry.language == best for h in usable):
+            usable = [h for h in usable if h.entry.language == best]
+        rank = max((h.width, h.exact, len(h.entry.parts[0])) for h in usable)
+        top = [h for h in usable if (h.width, h.exact, len(h.entry.parts[0])) == rank]
+        reach = top[0].end
+        labels = frozenset(h.entry.label for h in top)
+        yield Mark(start, reach, labels, top[0].entry.language)
