@@ -24,12 +24,12 @@ from tidegate.http.server import build
 from tidegate.http.services import Services
 from tidegate.jobs.webhooks import WebhookSender
 from tidegate.jobs.worker import Worker
-from tidegate.limiter import Limiter, Observer, PoolPolicy
+from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.metrics.instruments import NAMED, Calls, Instruments, Limiting, Tally
 from tidegate.metrics.process import Board, Exposition, Watch
 from tidegate.metrics.process import ProcessState as State
 from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams
-from tidegate.policy.rollout import PolicyKeeper, policy_to_start_with
+from tidegate.policy.rollout import PolicyKeeper, open_pool
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import Pipeline
@@ -260,9 +260,9 @@ async def _open_pools(
     keepers: dict[str, PolicyKeeper] = {}
     async with AsyncExitStack() as stack:
         for pool, policy in ({DEFAULT_POOL: wanted} | dict(others.policies)).items():
-            limiters[pool], keepers[pool] = await stack.enter_async_context(
-                open_pool(config, policies, instance_id, policy, pool, Limiting(tally, pool))
-            )
+            opening = open_pool(config, policies, instance_id, policy, pool, Limiting(tally, pool))
+            keepers[pool] = await stack.enter_async_context(opening)
+            limiters[pool] = keepers[pool].limiter
             keeping = asyncio.create_task(keepers[pool].run())
             stack.callback(keeping.cancel)
         yield limiters, keepers
@@ -303,29 +303,6 @@ async def _tracing(observers: Observers, role: str, instance_id: str) -> AsyncIt
     finally:
         observers.flush()
         await asyncio.to_thread(collector.close)
-
-
-@asynccontextmanager
-async def open_pool(
-    config: Config,
-    policies: Policies,
-    instance_id: str,
-    wanted: PoolPolicy,
-    pool: str = DEFAULT_POOL,
-    observer: Observer | None = None,
-) -> AsyncIterator[tuple[Limiter, PolicyKeeper]]:
-    """The limiter of a pool, with what is on record in force, and the keeper of its policy."""
-    assert config.redis_url is not None
-    limiter = Limiter.from_url(
-        config.redis_url.get_secret_value(),
-        pool=pool,
-        policy=await policy_to_start_with(policies, pool, wanted),
-        instance_id=instance_id,
-        observer=observer,
-        on_conflict="keep",  # the keeper decides, by what is on record
-    )
-    async with limiter:
-        yield limiter, PolicyKeeper(limiter, policies, wanted=wanted, set_by=instance_id)
 
 
 def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:

@@ -10,16 +10,7 @@ from typing import Annotated
 import typer
 
 from tidegate import __version__
-from tidegate.cli import batch, limits, rehearse, submit, tenants
-from tidegate.cli import limits as inside
-from tidegate.cli import operate as backup
-from tidegate.cli import operate as doctor
-from tidegate.cli import operate as settings
-from tidegate.cli import operate as verify
-from tidegate.cli import submit as requests
-from tidegate.cli import submit as requeue
-from tidegate.cli import tenants as erase
-from tidegate.cli import tenants as keys
+from tidegate.cli import batch, limits, operate, rehearse, submit, tenants
 from tidegate.cli.operate import load_to_run
 from tidegate.cli.terminal import (
     EPILOGUE,
@@ -28,9 +19,10 @@ from tidegate.cli.terminal import (
     Json,
     choose_pool,
     code_of,
+    command_config,
     legible,
     show_flags_without_type,
-    show_json,
+    tell,
     with_pool_option,
 )
 from tidegate.embedded.servers import ServerFailed
@@ -50,7 +42,7 @@ _USE, _RUN, _OPERATE = "Use it", "Run it", "Operate it"
 
 
 def main() -> None:
-    """Run the command line. The exit codes are those of `exits`."""
+    """Run the command line. Its exit codes are `EXITS`."""
     try:
         app()
     except TidegateError as failed:
@@ -129,20 +121,18 @@ def emulator(context: typer.Context) -> None:
 
 def migrate(json: Json = False) -> None:
     """Bring the database's schema up to date."""
-    from tidegate.settings import load
     from tidegate.store.database import HEAD
     from tidegate.supervisor.services import migrate as run
     from tidegate.supervisor.services import prepared
-    from tidegate.telemetry import logging as telemetry
 
-    config = load()
-    telemetry.configure_logging(config.log_format, "warning", process="migrate")
+    config = command_config("migrate", "warning")
     with prepared(config, only={"postgres"}) as ground:
         revision = run(ground.config, lambda why: typer.echo(f"tidegate: {why}", err=True))
-    if json:
-        show_json({"changed": revision is not None, "revision": revision or HEAD})
-        return
-    typer.echo(f"schema brought to revision {revision}" if revision else "schema is up to date")
+    tell(
+        json,
+        {"changed": revision is not None, "revision": revision or HEAD},
+        f"schema brought to revision {revision}" if revision else "schema is up to date",
+    )
 
 
 def prune(
@@ -150,44 +140,39 @@ def prune(
     json: Json = False,
 ) -> None:
     """Delete requests, answers and files that ended too long ago."""
-    from tidegate.settings import load
-    from tidegate.supervisor.roles import prune as run
-    from tidegate.telemetry import logging as telemetry
+    from tidegate.supervisor.maintenance import prune as run
 
-    config = load()
-    telemetry.configure_logging(config.log_format, "warning", process="prune")
-    report = run(config, days)
-    if json:
-        show_json(report)
-        return
-    typer.echo(
+    report = run(command_config("prune", "warning"), days)
+    tell(
+        json,
+        report,
         f"deleted {report.requests} requests, {report.blobs} files, {report.partitions} partitions"
-        f" ({report.skipped} left for the next run)"
+        f" ({report.skipped} left for the next run)",
     )
 
 
 # In the order of the help.
 app.command(rich_help_panel=_USE)(submit.submit)
 app.command(rich_help_panel=_USE)(submit.status)
-app.command(rich_help_panel=_USE)(requests.requests)
+app.command(rich_help_panel=_USE)(submit.requests)
 app.add_typer(batch.app, name="batch", rich_help_panel=_USE)
-app.add_typer(settings.app, name="config", rich_help_panel=_OPERATE)
-app.command(rich_help_panel=_OPERATE)(doctor.doctor)
-app.command(rich_help_panel=_OPERATE)(inside.why)
+app.add_typer(operate.app, name="config", rich_help_panel=_OPERATE)
+app.command(rich_help_panel=_OPERATE)(operate.doctor)
+app.command(rich_help_panel=_OPERATE)(limits.why)
 app.add_typer(limits.app, name="limits", rich_help_panel=_OPERATE)
-app.add_typer(inside.permits_app, name="permits", rich_help_panel=_OPERATE)
+app.add_typer(limits.permits_app, name="permits", rich_help_panel=_OPERATE)
 app.add_typer(tenants.app, name="tenants", rich_help_panel=_OPERATE)
-app.add_typer(keys.keys_app, name="keys", rich_help_panel=_OPERATE)
-app.command(rich_help_panel=_OPERATE)(requeue.requeue)
+app.add_typer(tenants.keys_app, name="keys", rich_help_panel=_OPERATE)
+app.command(rich_help_panel=_OPERATE)(submit.requeue)
 app.command(rich_help_panel=_OPERATE)(rehearse.rehearse)
-app.command(rich_help_panel=_OPERATE)(verify.verify)
+app.command(rich_help_panel=_OPERATE)(operate.verify)
 app.command(rich_help_panel=_OPERATE)(migrate)
-app.command(rich_help_panel=_OPERATE)(backup.backup)
-app.command(rich_help_panel=_OPERATE)(backup.restore)
+app.command(rich_help_panel=_OPERATE)(operate.backup)
+app.command(rich_help_panel=_OPERATE)(operate.restore)
 app.command(rich_help_panel=_OPERATE)(prune)
-app.command(rich_help_panel=_OPERATE)(erase.erase)
-for _of_a_pool in (limits.app, inside.permits_app, tenants.app):
+app.command(rich_help_panel=_OPERATE)(tenants.erase)
+for _of_a_pool in (limits.app, limits.permits_app, tenants.app):
     _of_a_pool.callback()(choose_pool)
-    for _command in _of_a_pool.registered_commands:
-        assert _command.callback is not None
-        _command.callback = with_pool_option(_command.callback)
+    for _registered in _of_a_pool.registered_commands:
+        assert _registered.callback is not None
+        _registered.callback = with_pool_option(_registered.callback)

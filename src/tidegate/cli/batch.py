@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidegate.call import Kind
-from tidegate.cli.client import Gateway, calling
+from tidegate.cli.client import Gateway, with_gateway
 from tidegate.cli.limits import span_ms
-from tidegate.cli.terminal import DONE, FAILED, Json, show_json
+from tidegate.cli.terminal import DONE, FAILED, Json, given, show_json
 from tidegate.errors import GatewayRefused, GatewayUnreachable
 
 if TYPE_CHECKING:
@@ -72,40 +72,26 @@ def run(
     Stopped, killed or cut off, the same command goes on where it was. Exit code 1 means that some
     lines have failed.
     """
-    given = {
-        "type": None if type_ is None else type_.value,
-        "model": model,
-        "priority": priority,
-        "deadline_ms": None if deadline is None else span_ms("--deadline", deadline),
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    target = output or file.with_name(f"{file.stem}.results.jsonl")
-    raise typer.Exit(calling(_run(file, target, column, options, window, retry_failed, json)))
-
-
-async def _run(
-    file: Path,
-    output: Path,
-    column: str | None,
-    options: dict[str, Any],
-    window: int,
-    retry_failed: bool,
-    json: bool,
-) -> int:
     from tidegate.cli.batch_run import Results, Run, read
-    from tidegate.settings import load_client
 
+    deadline_ms = None if deadline is None else span_ms("--deadline", deadline)
+    kind = type_ and type_.value
+    options = given(type=kind, model=model, priority=priority, deadline_ms=deadline_ms)
+    target = output or file.with_name(f"{file.stem}.results.jsonl")
     prompts = read(file, column, options)
-    with Results(output) as results:
-        async with Gateway(load_client()) as gateway:
+
+    async def work(gateway: Gateway) -> int:
+        with Results(target) as results:
             batch = Run(gateway, prompts, results, window=window, retry_failed=retry_failed)
             try:
                 await _shown(file.name, batch)
             except (asyncio.CancelledError, GatewayRefused, GatewayUnreachable, OSError):
                 _say_stopped(batch.tally)
                 raise
-    _say_done(batch, output, json)
-    return FAILED if batch.tally.failed + batch.failed_earlier else DONE
+        _say_done(batch, target, json)
+        return FAILED if batch.tally.failed + batch.failed_earlier else DONE
+
+    raise typer.Exit(with_gateway(work))
 
 
 async def _shown(name: str, batch: Run) -> None:

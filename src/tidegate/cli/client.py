@@ -12,7 +12,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,9 +190,16 @@ def _operator_key(settings: Client) -> SecretStr | None:
         return None
 
 
-def calling(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's work to its end; Ctrl-C cancels it and raises KeyboardInterrupt."""
-    return asyncio.run(work)
+def with_gateway(work: Callable[[Gateway], Coroutine[Any, Any, T]]) -> T:
+    """Run a command's work on the gateway of the settings; Ctrl-C cancels it and raises
+    KeyboardInterrupt."""
+    from tidegate.settings import load_client
+
+    async def run() -> T:
+        async with Gateway(load_client()) as gateway:
+            return await work(gateway)
+
+    return asyncio.run(run())
 
 
 def is_passing(error: GatewayRefused | GatewayUnreachable) -> bool:

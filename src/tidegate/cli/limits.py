@@ -16,15 +16,18 @@ from tidegate.cli.terminal import (
     in_pool,
     show_json,
     show_table,
+    tell,
     who,
+    with_keeper,
 )
 from tidegate.errors import ConfigError, LimiterUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tidegate.policy.inspection import Control, Overview, ShownPermit
-    from tidegate.policy.rollout import Revision
+    from tidegate.limiter import Limiter
+    from tidegate.policy.inspection import Overview, ShownPermit
+    from tidegate.policy.rollout import PolicyKeeper, Revision
     from tidegate.store.records import PolicyRecord
 
 app = typer.Typer(help="See and change the limits of the running deployment.", no_args_is_help=True)
@@ -136,24 +139,24 @@ def set_(
             "give changes, or --deployed",
         )
 
-    async def change(control: Control) -> tuple[Plain, Revision]:
-        keeper, before = control.keeper, to_plain(control.limiter.policy)
+    async def change(keeper: PolicyKeeper) -> tuple[Plain, Revision]:
+        before = to_plain(keeper.limiter.policy)
         if deployed:
             now = await keeper.adopt_wanted(set_by=who(), reason=reason)
         else:
             now = await keeper.change(edit(wanted, remove or []), set_by=who(), reason=reason)
-        await in_force(control, now.number)
+        await in_force(keeper.limiter, now.number)
         return before, now
 
-    before, now = in_pool(change)
+    before, now = with_keeper(change)
     for line in _missed(list(wanted)):
         typer.echo(f"tidegate: warning: {line}", err=True)
-    if json:
-        show_json({"revision": now.number, "set_by": now.set_by, "policy": now.policy})
-        return
-    typer.echo(f"revision {now.number} is in force")
-    for line in differences(before, now.policy):
-        typer.echo(f"  {line}")
+    changes_made = "".join(f"\n  {line}" for line in differences(before, now.policy))
+    tell(
+        json,
+        {"revision": now.number, "set_by": now.set_by, "policy": now.policy},
+        f"revision {now.number} is in force{changes_made}",
+    )
 
 
 def _missed(keys: list[str]) -> list[str]:
@@ -161,6 +164,11 @@ def _missed(keys: list[str]) -> list[str]:
     from tidegate.policy.deployment import deployed_upstreams
     from tidegate.policy.format import AT_ONCE, TOTAL, whom_it_binds
     from tidegate.settings import load
+
+    models = {key: model for key in keys if (model := whom_it_binds(key)) not in (None, TOTAL)}
+    models = {key: one for key, one in models.items() if one.partition("/")[0] not in AT_ONCE}
+    if not models:
+        return []
     from tidegate.spine.routing import Targets
 
     config = load()
@@ -169,10 +177,7 @@ def _missed(keys: list[str]) -> list[str]:
     except ConfigError:  # such as a key that only the processes have
         return []
     lines = []
-    for key in keys:
-        model = whom_it_binds(key)
-        if model is None or model == TOTAL or model.partition("/")[0] in AT_ONCE:
-            continue
+    for key, model in models.items():
         pools = targets.pools_for(model)
         if pool not in pools:
             meant = f"; did you mean --pool {' or '.join(pools)}?" if pools else ""
@@ -193,22 +198,18 @@ def pause(
     """Let nobody in under a limit; what runs goes on."""
     for_ms = None if for_ is None else span_ms("--for", for_)
     paused = in_pool(lambda control: control.pause(limit, for_ms, by=who(), reason=reason))
-    if json:
-        show_json({"limit": limit, "done": paused, "for_ms": for_ms})
-    elif paused:
-        typer.echo(f"{limit} is paused {f'for {for_}' if for_ else 'until it is resumed'}")
-    else:
-        typer.echo(f"{limit} is paused already, and for longer")
+    text = f"{limit} is paused already, and for longer"
+    if paused:
+        text = f"{limit} is paused {f'for {for_}' if for_ else 'until it is resumed'}"
+    tell(json, {"limit": limit, "done": paused, "for_ms": for_ms}, text)
 
 
 @app.command()
 def resume(limit: LimitId, json: Json = False) -> None:
     """End a pause."""
     resumed = in_pool(lambda control: control.resume(limit, by=who()))
-    if json:
-        show_json({"limit": limit, "done": resumed})
-        return
-    typer.echo(f"{limit} is resumed" if resumed else f"{limit} was not paused")
+    text = f"{limit} is resumed" if resumed else f"{limit} was not paused"
+    tell(json, {"limit": limit, "done": resumed}, text)
 
 
 @app.command()
@@ -217,7 +218,7 @@ def history(
     json: Json = False,
 ) -> None:
     """Show which policies were in force since when, who set them, and why."""
-    records = in_pool(lambda control: control.keeper.history(most))
+    records = with_keeper(lambda keeper: keeper.history(most))
     if json:
         show_json(records)
         return
@@ -246,12 +247,12 @@ def _changes(record: PolicyRecord, before: PolicyRecord | None) -> str:
     return "\n".join(differences(before.policy, record.policy)) or "none"
 
 
-async def in_force(control: Control, revision: int) -> None:
+async def in_force(limiter: Limiter, revision: int) -> None:
     """Wait until Valkey has it, so that the command's end does not take it along."""
     try:
         async with asyncio.timeout(_IN_FORCE_WITHIN_S):
             while True:
-                if (await control.limiter.snapshot()).revision >= revision:
+                if (await limiter.snapshot()).revision >= revision:
                     return
                 await asyncio.sleep(_LOOK_AGAIN_S)
     except TimeoutError:
@@ -330,10 +331,8 @@ def revoke(
     if not yes:
         typer.confirm(f"Is {process} certainly dead?", abort=True)
     ended = in_pool(lambda control: control.revoke(process, by=who()))
-    if json:
-        show_json({"process": process, "sessions": ended})
-        return
-    typer.echo(f"{ended} session{'' if ended == 1 else 's'} of {process} ended")
+    text = f"{ended} session{'' if ended == 1 else 's'} of {process} ended"
+    tell(json, {"process": process, "sessions": ended}, text)
 
 
 def _show_permits(title: str, permits: Iterable[ShownPermit]) -> None:

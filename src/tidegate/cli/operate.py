@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidegate.call import DEFAULT_POOL
-from tidegate.cli.terminal import DONE, FAILED, Json, show, show_json, show_table
+from tidegate.cli.terminal import (
+    DONE,
+    FAILED,
+    Json,
+    command_config,
+    show,
+    show_json,
+    show_table,
+    tell,
+)
 
 if TYPE_CHECKING:
     from tidegate.doctor.checks import Finding
@@ -28,25 +37,21 @@ def backup(file: File, json: Json = False) -> None:
     Files that were uploaded or generated are not in it: copy DATA_DIR/blobs, or the bucket, after.
     """
     from tidegate.settings import load
-    from tidegate.supervisor.backup import back_up
+    from tidegate.supervisor.maintenance import back_up
 
     size_bytes = back_up(load(), file)
-    if json:
-        show_json({"file": str(file), "size_bytes": size_bytes})
-        return
-    typer.echo(f"wrote {size_bytes / 1_000_000:.1f} MB to {file}")
+    text = f"wrote {size_bytes / 1_000_000:.1f} MB to {file}"
+    tell(json, {"file": str(file), "size_bytes": size_bytes}, text)
 
 
 def restore(file: File, json: Json = False) -> None:
     """Fill an empty database from a file that `tidegate backup` or pg_dump has written."""
     from tidegate.settings import load
-    from tidegate.supervisor.backup import restore as run
+    from tidegate.supervisor.maintenance import restore as run
 
     run(load(), file)
-    if json:
-        show_json({"file": str(file), "restored": True})
-        return
-    typer.echo("restored; `tidegate migrate` brings it up to date, as every start does")
+    text = "restored; `tidegate migrate` brings it up to date, as every start does"
+    tell(json, {"file": str(file), "restored": True}, text)
 
 
 app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
@@ -295,26 +300,20 @@ def verify(
     In pools and of a tenant that are made for it and removed after it. Ends with 1 if a promise is
     broken.
     """
-    from tidegate.settings import load
-    from tidegate.telemetry import logging as telemetry
     from tidegate.verify.run import Wishes, markdown_of
     from tidegate.verify.run import verify as run
 
-    config = load()
-    telemetry.configure_logging(config.log_format, "error", process="verify")
+    config = command_config("verify")
     wishes = Wishes(quick, provider_limit, restart_command)
     report = run(config, wishes, lambda what: typer.echo(f"tidegate: {what}", err=True))
     if markdown is not None:
         markdown.write_text(markdown_of(report), encoding="utf-8")
     if json:
-        show_json({"sound": report.is_sound, **_plain_report(report)})
+        values = {"about": report.about, "results": report.results, "left": report.left}
+        show_json({"sound": report.is_sound, **values})
     else:
         _show_report(report)
     raise typer.Exit(0 if report.is_sound else 1)
-
-
-def _plain_report(report: Report) -> dict[str, object]:
-    return {"about": report.about, "results": report.results, "left": report.left}
 
 
 def _show_report(report: Report) -> None:

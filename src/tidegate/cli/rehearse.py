@@ -133,7 +133,7 @@ def _arrivals(
 def _from_record(config: Config, last_s: float, usual: Usual, pool: str) -> list[Arrival]:
     from tidegate.rehearse.load import from_zero
     from tidegate.store.statistics import past_calls
-    from tidegate.supervisor.roles import with_record
+    from tidegate.supervisor.services import with_record
 
     calls = with_record(config, lambda connections: past_calls(connections, pool, last_s))
     if not calls:
@@ -166,7 +166,7 @@ def _sooner(arrivals: list[Arrival], times: float) -> list[Arrival]:
 
 def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> PoolPolicy:
     from tidegate.policy.deployment import from_file
-    from tidegate.supervisor.roles import policy_of
+    from tidegate.supervisor.services import policy_of
 
     if file is not None and in_force:
         raise ConfigError("--policy", str(file), "give a file or --in-force, not both")

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tidegate.call import Kind
-from tidegate.cli.client import Gateway, Progress, calling, follow, save_pictures, show_answer, wait
+from tidegate.cli.client import (
+    Gateway,
+    Progress,
+    follow,
+    save_pictures,
+    show_answer,
+    wait,
+    with_gateway,
+)
 from tidegate.cli.limits import span_ms
-from tidegate.cli.terminal import Json, show_json, show_table, terminal_width, who
+from tidegate.cli.terminal import (
+    Json,
+    command_config,
+    given,
+    show_json,
+    show_table,
+    tell,
+    terminal_width,
+    who,
+)
 from tidegate.errors import ConfigError
 from tidegate.store.states import Status
+
+if TYPE_CHECKING:
+    from tidegate.store.requests import RequeueReport
 
 Output = Annotated[
     Path | None,
@@ -63,31 +85,27 @@ def submit(
     """Hand in a request. Prints its id, or with --wait or --follow its answer."""
     if text == "-":
         text = sys.stdin.read()
-    given = {
-        "data": text or None,
-        "image_uri": image_uri,
-        "type": None if type_ is None else type_.value,
-        "model": model,
-        "priority": priority,
-        "deadline_ms": None if deadline is None else span_ms("--deadline", deadline),
-        "webhook_url": webhook_url,
-        "subject": subject,
-    }
-    fields = {name: value for name, value in given.items() if value is not None}
+    fields = given(
+        data=text or None,
+        image_uri=image_uri,
+        type=type_ and type_.value,
+        model=model,
+        priority=priority,
+        deadline_ms=None if deadline is None else span_ms("--deadline", deadline),
+        webhook_url=webhook_url,
+        subject=subject,
+    )
     if not text and not file and not image_uri:
         raise ConfigError("TEXT", "(not given)", "give a prompt, a --file or an --image-uri")
 
-    async def work() -> int:
-        from tidegate.settings import load_client
+    async def work(gateway: Gateway) -> int:
+        accepted = await gateway.submit(fields, tuple(file or ()), idempotency_key)
+        if not (wait_ or follow_ or output):
+            _say_accepted(accepted, json)
+            return 0
+        return await _to_the_end(gateway, accepted["request_id"], follow_, output, json)
 
-        async with Gateway(load_client()) as gateway:
-            accepted = await gateway.submit(fields, tuple(file or ()), idempotency_key)
-            if not (wait_ or follow_ or output):
-                _say_accepted(accepted, json)
-                return 0
-            return await _to_the_end(gateway, accepted["request_id"], follow_, output, json)
-
-    raise typer.Exit(calling(work()))
+    raise typer.Exit(with_gateway(work))
 
 
 def status(
@@ -104,23 +122,20 @@ def status(
     with suppress(ValueError):
         request_id = str(UUID(request_id))
 
-    async def work() -> int:
-        from tidegate.settings import load_client
+    async def work(gateway: Gateway) -> int:
+        if follow_:
+            return await _to_the_end(gateway, request_id, True, output, json)
+        view = await gateway.get(f"/status/{request_id}")
+        if json:
+            show_json(view)
+        progress = Progress(silent=json)
+        progress.state(view)
+        await save_pictures(gateway, view, output, progress)
+        if view["status"] in ("queued", "running"):
+            return await _say_waiting(gateway, view, progress)
+        return _code_of(view) if json else show_answer(view)
 
-        async with Gateway(load_client()) as gateway:
-            if follow_:
-                return await _to_the_end(gateway, request_id, True, output, json)
-            view = await gateway.get(f"/status/{request_id}")
-            if json:
-                show_json(view)
-            progress = Progress(silent=json)
-            progress.state(view)
-            await save_pictures(gateway, view, output, progress)
-            if view["status"] in ("queued", "running"):
-                return await _say_waiting(gateway, view, progress)
-            return _code_of(view) if json else show_answer(view)
-
-    raise typer.Exit(calling(work()))
+    raise typer.Exit(with_gateway(work))
 
 
 async def _say_waiting(gateway: Gateway, view: dict[str, Any], progress: Progress) -> int:
@@ -179,28 +194,31 @@ _RUNNING_COLUMNS = (
 
 def show_running(limit: int, json: bool) -> None:
     """At most `limit` of them. Raises GatewayRefused, GatewayUnreachable."""
-    items, complete = calling(_under_way(limit))
+    items, complete = with_gateway(partial(_under_way, limit))
     if json:
         show_json({"items": items, "complete": complete})
         return
-    if items:
-        width, now = terminal_width(), datetime.now(UTC)
-        columns = [name for name, least in _RUNNING_COLUMNS if least <= width]
-        rows = [tuple(_running_row(item, now)[name] for name in columns) for item in items]
-        show_table("", tuple(columns), rows, whole=("request",))
-    else:
-        sys.stderr.write("tidegate: nothing is under way\n")
+    now = datetime.now(UTC)
+    rows = [_running_row(item, now) for item in items]
+    _show(_RUNNING_COLUMNS, rows, "nothing is under way")
     if not complete:
         sys.stderr.write("tidegate: these are not all\n")
 
 
-async def _under_way(limit: int) -> tuple[list[dict[str, Any]], bool]:
-    """Streams, native calls and jobs, the oldest first, and whether these are all."""
-    from tidegate.settings import load_client
+def _show(columns: Sequence[tuple[str, int]], rows: list[dict[str, str]], nothing: str) -> None:
+    """As many columns as fit; ids stay whole, to be copied. `nothing`: said without rows."""
+    if not rows:
+        sys.stderr.write(f"tidegate: {nothing}\n")
+        return
+    width = terminal_width()
+    shown = tuple(name for name, least in columns if least <= width)
+    show_table("", shown, [tuple(row[name] for name in shown) for row in rows], whole=("request",))
 
-    async with Gateway(load_client()) as gateway:
-        calls = await gateway.get("/requests/running")
-        jobs = await gateway.get("/requests", status=Status.RUNNING.value, limit=str(_MOST_JOBS))
+
+async def _under_way(limit: int, gateway: Gateway) -> tuple[list[dict[str, Any]], bool]:
+    """Streams, native calls and jobs, the oldest first, and whether these are all."""
+    calls = await gateway.get("/requests/running")
+    jobs = await gateway.get("/requests", status=Status.RUNNING.value, limit=str(_MOST_JOBS))
     items = sorted([*calls["items"], *jobs["items"]], key=lambda one: str(one["submitted_at"]))
     complete = calls["complete"] and jobs.get("next_cursor") is None and len(items) <= limit
     return items[:limit], complete
@@ -262,61 +280,42 @@ def requests(
     json: Json = False,
 ) -> None:
     """List your requests, the newest first."""
-    given = {
-        "status": status,
-        "type": type_,
-        "model": model,
-        "source": source,
-        "since": None if since is None else time_of("--since", since).isoformat(),
-        "until": None if until is None else time_of("--until", until).isoformat(),
-    }
-    query = {name: str(value) for name, value in given.items() if value is not None}
+    filters = given(
+        status=status,
+        type=type_,
+        model=model,
+        source=source,
+        since=None if since is None else time_of("--since", since).isoformat(),
+        until=None if until is None else time_of("--until", until).isoformat(),
+    )
+    query = {name: str(value) for name, value in filters.items()}
     if running:
         if query or cursor is not None:
             raise ConfigError("--running", "", "takes no other filter")
         show_running(limit, json)
         return
-    items, after = calling(_listed(query, limit, cursor))
+    items, after = with_gateway(partial(_listed, query, limit, cursor))
     if json:
         show_json({"items": items, "next_cursor": after})
         return
-    if items:
-        _show(items)
-    else:
-        sys.stderr.write("tidegate: there are no such requests\n")
+    _show(_COLUMNS, [_row(item) for item in items], "there are no such requests")
     if after is not None:
         sys.stderr.write(f"tidegate: there are more: --cursor {after}\n")
 
 
-def _show(items: list[dict[str, Any]]) -> None:
-    """As many columns as fit; ids stay whole, to be copied."""
-    width = terminal_width()
-    columns = [column for column in _COLUMNS if column[1] <= width]
-    rows = [_row(item) for item in items]
-    show_table(
-        "",
-        tuple(name for name, _ in columns),
-        [tuple(row[name] for name, _ in columns) for row in rows],
-        whole=("request",),
-    )
-
-
 async def _listed(
-    query: dict[str, str], limit: int, cursor: str | None
+    query: dict[str, str], limit: int, cursor: str | None, gateway: Gateway
 ) -> tuple[list[dict[str, Any]], str | None]:
     """As many as wanted, page by page, and where the next would begin."""
-    from tidegate.settings import load_client
-
     items: list[dict[str, Any]] = []
-    async with Gateway(load_client()) as gateway:
-        for _ in range(_MOST_PAGES):
-            place = {} if cursor is None else {"cursor": cursor}
-            most = str(min(_PAGE, limit - len(items)))
-            page = await gateway.get("/requests", limit=most, **place, **query)
-            items += page["items"]
-            cursor = page.get("next_cursor")
-            if cursor is None or len(items) >= limit:
-                break
+    for _ in range(_MOST_PAGES):
+        place = {} if cursor is None else {"cursor": cursor}
+        most = str(min(_PAGE, limit - len(items)))
+        page = await gateway.get("/requests", limit=most, **place, **query)
+        items += page["items"]
+        cursor = page.get("next_cursor")
+        if cursor is None or len(items) >= limit:
+            break
     return items, cursor
 
 
@@ -385,11 +384,8 @@ def requeue(
     They get all their attempts and as long a deadline as they had. A repeat changes nothing for
     jobs that are queued already.
     """
-    from tidegate.settings import load
     from tidegate.store.requests import Requeue
-    from tidegate.store.states import Status
-    from tidegate.supervisor.roles import requeue as run
-    from tidegate.telemetry import logging as telemetry
+    from tidegate.supervisor.maintenance import requeue as run
 
     now = datetime.now(UTC)
     order = Requeue(
@@ -400,8 +396,7 @@ def requeue(
         error_code=error_code,
         limit=limit,
     )
-    config = load()
-    telemetry.configure_logging(config.log_format, "warning", process="requeue")
+    config = command_config("requeue", "warning")
     if dry_run:
         _show_requeued(run(config, order, by=None), json)
         return
@@ -416,14 +411,8 @@ def requeue(
     _show_requeued(run(config, order, by=who()), json)
 
 
-def _show_requeued(report: object, json: bool) -> None:
-    from tidegate.store.requests import RequeueReport
-
-    assert isinstance(report, RequeueReport)
-    if json:
-        show_json(report)
-        return
-    for code, jobs in report.by_code.items():
-        typer.echo(f"{jobs:>8}  {code or '(none)'}")
+def _show_requeued(report: RequeueReport, json: bool) -> None:
+    codes = "".join(f"{jobs:>8}  {code or '(none)'}\n" for code, jobs in report.by_code.items())
     more = "; there are more, repeat it" if report.has_more else ""
-    typer.echo(f"{report.requeued} of {report.matching} jobs queued again{more}")
+    text = f"{report.requeued} of {report.matching} jobs queued again{more}"
+    tell(json, report, f"{codes}{text}")

@@ -10,7 +10,17 @@ import typer
 
 from tidegate.call import DEFAULT_TENANT, Scope
 from tidegate.cli.limits import in_force, parsed, span_ms
-from tidegate.cli.terminal import Json, Reason, in_pool, show_json, show_table, who, with_tenants
+from tidegate.cli.terminal import (
+    Json,
+    Reason,
+    command_config,
+    in_pool,
+    show_json,
+    show_table,
+    tell,
+    who,
+    with_tenants,
+)
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -168,13 +178,10 @@ def remove(
 
     async def work(control: Control) -> None:
         await remove_tenant(control, tenant, by=who(), reason=reason)
-        await in_force(control, control.limiter.policy.revision)
+        await in_force(control.limiter, control.limiter.policy.revision)
 
     in_pool(work)
-    if json:
-        show_json({"tenant": tenant, "removed": True})
-    else:
-        typer.echo(f"{tenant} is removed")
+    tell(json, {"tenant": tenant, "removed": True}, f"{tenant} is removed")
 
 
 def _set(
@@ -197,7 +204,7 @@ def _set(
 
     async def work(control: Control) -> ShownTenant:
         shown = await set_tenant(control, tenant, wanted, by=who(), reason=reason)
-        await in_force(control, control.limiter.policy.revision)
+        await in_force(control.limiter, control.limiter.policy.revision)
         return shown
 
     return in_pool(work)
@@ -366,16 +373,9 @@ def keep(
     json: Json = False,
 ) -> None:
     """Answer for a key of which nobody knows who made it: `doctor` then lists it no more."""
-    from tidegate.store.tenants import prefix_in
-
-    meant = prefix_in(prefix)
-    if meant is None:
-        raise ConfigError("keys keep", "(prefix)", "must be a key's prefix of 10 characters")
+    meant = _prefix("keys keep", prefix)
     key = with_tenants(lambda tenants: tenants.keep_key(meant, by=f"kept by {who()}"))
-    if json:
-        show_json(_plain_key(key))
-    else:
-        typer.echo(f"{key.prefix} of {key.tenant_id}: {key.made_by}")
+    tell(json, _plain_key(key), f"{key.prefix} of {key.tenant_id}: {key.made_by}")
 
 
 @keys_app.command()
@@ -384,16 +384,18 @@ def revoke(
     json: Json = False,
 ) -> None:
     """End a key for good; it is refused everywhere within a second."""
+    meant = _prefix("keys revoke", prefix)
+    key = with_tenants(lambda tenants: tenants.revoke_key(meant, by=who()))
+    tell(json, _plain_key(key), f"{key.prefix} of {key.tenant_id} is revoked")
+
+
+def _prefix(command: str, text: str) -> str:
     from tidegate.store.tenants import prefix_in
 
-    meant = prefix_in(prefix)
-    if meant is None:
-        raise ConfigError("keys revoke", "(prefix)", "must be a key's prefix of 10 characters")
-    key = with_tenants(lambda tenants: tenants.revoke_key(meant, by=who()))
-    if json:
-        show_json(_plain_key(key))
-    else:
-        typer.echo(f"{key.prefix} of {key.tenant_id} is revoked")
+    prefix = prefix_in(text)
+    if prefix is None:
+        raise ConfigError(command, "(prefix)", "must be a key's prefix of 10 characters")
+    return prefix
 
 
 def _plain_key(key: Key) -> dict[str, Any]:
@@ -419,10 +421,8 @@ def erase(
     json: Json = False,
 ) -> None:
     """Erase requests, answers, files and bodies of a subject or a tenant; totals stay."""
-    from tidegate.settings import load
     from tidegate.store.retention import Whose
-    from tidegate.supervisor.roles import erase as run
-    from tidegate.telemetry import logging as telemetry
+    from tidegate.supervisor.maintenance import erase as run
 
     whose = Whose(tenant, subject)
     named = " of ".join(
@@ -430,20 +430,16 @@ def erase(
     )
     if not (yes or dry_run):
         typer.confirm(f"Erase all that is on record of {named}, for good?", abort=True)
-    config = load()
-    telemetry.configure_logging(config.log_format, "error", process="erase")
-    report = run(config, whose, dry_run=dry_run)
-    if json:
-        show_json(report)
-        return
-    typer.echo(
+    report = run(command_config("erase"), whose, dry_run=dry_run)
+    text = (
         f"{'would erase' if dry_run else 'erased'} {report.requests} requests, "
         f"{report.calls} records of calls, {report.blobs} files, "
         f"{report.answers} kept answers, {report.batches} batches, "
         f"{report.spilled} entries on this disk"
     )
     if report.held:
-        typer.echo(
-            f"{report.held} files of entries are held by running processes, "
+        text += (
+            f"\n{report.held} files of entries are held by running processes, "
             "which drop what is erased when they write the rest"
         )
+    tell(json, report, text)

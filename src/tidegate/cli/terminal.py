@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from tidegate.policy.inspection import Control
+    from tidegate.policy.rollout import PolicyKeeper
     from tidegate.rehearse.report import Table
     from tidegate.settings import Config
     from tidegate.store.tenants import Tenants
@@ -137,26 +138,50 @@ def chosen_pool(config: Config) -> str:
     return _chosen.get() or default_pool(config)
 
 
-def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
-    """Run `work` on the chosen pool of the deployment that the settings describe."""
+def command_config(process: str = "command", level: str = "error") -> Config:
+    """The settings; logs of `level` and above go to standard error."""
     from tidegate.settings import load
-    from tidegate.supervisor.roles import in_pool as run
     from tidegate.telemetry import logging as telemetry
 
     config = load()
-    telemetry.configure_logging(config.log_format, "error", process="command")
-    return run(config, work, chosen_pool(config))
+    telemetry.configure_logging(config.log_format, level, process=process)
+    return config
+
+
+def with_keeper(work: Callable[[PolicyKeeper], Awaitable[T]]) -> T:
+    """Run `work` on the policy of the chosen pool of the deployment that the settings describe."""
+    from tidegate.supervisor.services import with_keeper as run
+
+    config = command_config()
+    return run(config, chosen_pool(config), lambda keeper, _: work(keeper))
+
+
+def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
+    """Run `work` on the chosen pool, with what the record knows of its calls and tenants."""
+    from tidegate.policy.inspection import Control
+    from tidegate.store.requests import ActiveRequests
+    from tidegate.store.tenants import Tenants
+    from tidegate.supervisor.services import with_keeper as run
+
+    config = command_config()
+    return run(
+        config,
+        chosen_pool(config),
+        lambda keeper, record: work(Control(keeper, ActiveRequests(record), Tenants(record))),
+    )
 
 
 def with_tenants(work: Callable[[Tenants], Awaitable[T]]) -> T:
     """Run `work` on the record of tenants and keys, which needs no Valkey."""
-    from tidegate.settings import load
-    from tidegate.supervisor.roles import with_tenants as run
-    from tidegate.telemetry import logging as telemetry
+    from tidegate.store.tenants import Tenants
+    from tidegate.supervisor.services import with_record
 
-    config = load()
-    telemetry.configure_logging(config.log_format, "error", process="command")
-    return run(config, work)
+    return with_record(command_config(), lambda record: work(Tenants(record)))
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that have a value."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def who() -> str:
@@ -172,6 +197,11 @@ def show_json(value: object) -> None:
     import orjson
 
     typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def tell(json: bool, value: object, text: str) -> None:
+    """Print a result: `value` as JSON, else `text`."""
+    show_json(value) if json else typer.echo(text)
 
 
 def show_table(

@@ -22,7 +22,6 @@ from tidegate.limiter import (
     MAX_BOUND,
     Concurrency,
     Limit,
-    Limiter,
     LimitView,
     PermitView,
     Place,
@@ -107,11 +106,9 @@ class Control:
     `tenants` are those on record; what they weigh and their limits are part of the pool's policy.
     """
 
-    def __init__(
-        self, limiter: Limiter, keeper: PolicyKeeper, running: ActiveRequests, tenants: Tenants
-    ) -> None:
-        self.limiter = limiter
+    def __init__(self, keeper: PolicyKeeper, running: ActiveRequests, tenants: Tenants) -> None:
         self.keeper = keeper
+        self.limiter = keeper.limiter
         self.running = running
         self.tenants = tenants
 

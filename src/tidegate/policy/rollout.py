@@ -17,15 +17,15 @@ revision are equal; while PostgreSQL is unavailable the policy in force stays.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
 
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
-from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
+from tidegate.limiter import Limiter, Observer, PoolPolicy
 from tidegate.policy.format import (
     Plain,
     apart_from_tenants,
@@ -34,6 +34,7 @@ from tidegate.policy.format import (
     to_plain,
     with_tenants,
 )
+from tidegate.settings import Config
 from tidegate.store.policies import Policies
 from tidegate.store.records import PolicyRecord
 from tidegate.telemetry.logging import Log, get_logger
@@ -241,6 +242,29 @@ async def policy_to_start_with(policies: Policies, pool: str, wanted: PoolPolicy
     return wanted
 
 
+@asynccontextmanager
+async def open_pool(
+    config: Config,
+    policies: Policies,
+    instance_id: str,
+    wanted: PoolPolicy,
+    pool: str,
+    observer: Observer | None = None,
+) -> AsyncIterator[PolicyKeeper]:
+    """The keeper of a pool's policy, with its limiter, and what is on record in force."""
+    assert config.redis_url is not None
+    limiter = Limiter.from_url(
+        config.redis_url.get_secret_value(),
+        pool=pool,
+        policy=await policy_to_start_with(policies, pool, wanted),
+        instance_id=instance_id,
+        observer=observer,
+        on_conflict="keep",  # the keeper decides, by what is on record
+    )
+    async with limiter:
+        yield PolicyKeeper(limiter, policies, wanted=wanted, set_by=instance_id)
+
+
 class PolicyKeeper:
     """One per process, beside its limiter. `wanted` is what this deployment asks for."""
 
@@ -249,7 +273,7 @@ class PolicyKeeper:
     ) -> None:
         self.wanted = wanted
         self.settled = asyncio.Event()  # what becomes of this deployment's policy is decided
-        self._limiter = limiter
+        self.limiter = limiter
         self._policies = policies
         self._set_by = set_by
 
@@ -258,7 +282,7 @@ class PolicyKeeper:
 
         Waits for Valkey and PostgreSQL where they are away.
         """
-        await self._limiter.joined()
+        await self.limiter.joined()
         settle = self._start
         while True:
             pause_s = _WATCH_S
@@ -314,7 +338,7 @@ class PolicyKeeper:
 
     async def history(self, most: int) -> list[PolicyRecord]:
         """What was in force, the newest first. Raises StoreUnavailable."""
-        return await self._policies.history(self._limiter.pool, most)
+        return await self._policies.history(self.limiter.pool, most)
 
     async def _start(self) -> None:
         found, wanted = await self._found(), to_plain(self.wanted)
@@ -324,18 +348,18 @@ class PolicyKeeper:
         )
 
     async def _watch(self) -> None:
-        newest = await self._policies.newest(self._limiter.pool)
-        if newest is None or newest.revision != self._limiter.policy.revision:
+        newest = await self._policies.newest(self.limiter.pool)
+        if newest is None or newest.revision != self.limiter.policy.revision:
             found = await self._found()
             await self._decided("", lambda head, _: watch(head, found))
 
     async def _found(self) -> Found:
         """What the limiter has in force, with who put it there where Valkey can say so."""
         try:
-            changes = await self._limiter.history()
+            changes = await self.limiter.history()
         except LimiterUnavailable:
             changes = []
-        policy = self._limiter.policy
+        policy = self.limiter.policy
         by = next((one.by for one in changes if one.revision == policy.revision), "")
         return Found(policy, by)
 
@@ -348,15 +372,15 @@ class PolicyKeeper:
             decided[:] = [decide(None if newest is None else revision_of(newest), seen)]
             return [record_of(revision) for revision in decided[0].new]
 
-        await self._policies.decide(self._limiter.pool, seen_digest, under_lock)
+        await self._policies.decide(self.limiter.pool, seen_digest, under_lock)
         decision = decided[0]
         await self._put_in_force(decision)
         return decision.force
 
     async def _put_in_force(self, decision: Decision) -> None:
-        force, before = decision.force, self._limiter.policy
+        force, before = decision.force, self.limiter.policy
         if force.number > before.revision:
-            await self._limiter.set_policy(force.pool_policy, by=force.set_by)
+            await self.limiter.set_policy(force.pool_policy, by=force.set_by)
             log.warning(
                 Log.LIMITS_CHANGED,
                 revision=force.number,
@@ -399,6 +423,3 @@ def record_of(revision: Revision) -> PolicyRecord:
         set_by=revision.set_by,
         reason=revision.reason,
     )
-
-
-__all__ = ["PolicyKeeper", "deployed", "deployed_upstreams", "emulates", "policy_to_start_with"]

@@ -1,4 +1,4 @@
-"""Roles of a process: API or worker, and the short session of a command.
+"""Roles of a process: API or worker.
 
 A process stops in order on SIGTERM, SIGINT or SIGHUP. On SIGTERM an API leaves first: it serves
 for LEAVE_MS while its readiness says that it leaves; a supervised one that was replaced on its
@@ -16,19 +16,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from tidegate.call import DEFAULT_POOL
-from tidegate.errors import ConfigError
-from tidegate.limiter import PoolPolicy
 from tidegate.metrics.instruments import share_by_name
-from tidegate.policy.deployment import deployed, deployed_upstreams
-from tidegate.policy.inspection import Control
 from tidegate.settings import Config
 from tidegate.supervisor.services import LIFELINE, is_child, migrate, prepared
 from tidegate.supervisor.supervisor import (
@@ -45,10 +39,6 @@ from tidegate.telemetry.logging import Log
 
 if TYPE_CHECKING:
     from tidegate.http.services import Services
-    from tidegate.store.database import Connections
-    from tidegate.store.requests import Requeue, RequeueReport
-    from tidegate.store.retention import EraseReport, PruneReport, Whose
-    from tidegate.store.tenants import Tenants
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LEAVE_SIGNAL)
 _MARGIN_S = 5.0
@@ -88,74 +78,6 @@ def _survive_looks() -> None:
     """Until there is something to see: the signal would end a process that is starting."""
     if sys.platform != "win32":
         signal.signal(LOOK_SIGNAL, signal.SIG_IGN)
-
-
-def prune(config: Config, days: int | None) -> PruneReport:
-    """Delete what ended more than `days` (or RETENTION_DAYS) ago."""
-    from tidegate.store.blobs import Blobs
-    from tidegate.store.database import Connections
-    from tidegate.store.retention import Retention
-
-    async def work(url: str) -> PruneReport:
-        connections = Connections(url)
-        connections.start()
-        try:
-            blobs = Blobs.from_url(config.blob_url, config.data_dir)
-            retention = Retention(connections, blobs, config.data_dir / "spill")
-            return await retention.prune(days or config.retention_days)
-        finally:
-            await connections.aclose()
-
-    with prepared(config, only={"postgres"}) as ground:
-        assert ground.config.database_url is not None
-        return asyncio.run(work(ground.config.database_url.get_secret_value()))
-
-
-def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
-    """Erase all of a subject or tenant, or only count it."""
-    from tidegate.store.blobs import Blobs
-    from tidegate.store.database import Connections
-    from tidegate.store.retention import Retention
-
-    async def work(url: str) -> EraseReport:
-        connections = Connections(url)
-        connections.start()
-        try:
-            blobs = Blobs.from_url(config.blob_url, config.data_dir)
-            retention = Retention(connections, blobs, config.data_dir / "spill")
-            return await retention.erase(whose, dry_run=dry_run)
-        finally:
-            await connections.aclose()
-
-    with prepared(config, only={"postgres"}) as ground:
-        assert ground.config.database_url is not None
-        return asyncio.run(work(ground.config.database_url.get_secret_value()))
-
-
-def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
-    """Queue failed jobs again, for somebody; without `by` only count them."""
-    from tidegate.store.database import Connections
-    from tidegate.store.notifications import Notifications
-    from tidegate.store.requests import StuckWork
-
-    async def work(url: str) -> RequeueReport:
-        connections = Connections(url)
-        connections.start()
-        notifications = Notifications(connections)
-        try:
-            stuck = StuckWork(connections, notifications)
-            if by is None:
-                return await stuck.preview(order)
-            report = await stuck.requeue_all(order)
-            telemetry.get_logger().warning(Log.JOBS_REQUEUED, jobs=report.requeued, by=by)
-            return report
-        finally:
-            await notifications.aclose()
-            await connections.aclose()
-
-    with prepared(config, only={"postgres"}) as ground:
-        assert ground.config.database_url is not None
-        return asyncio.run(work(ground.config.database_url.get_secret_value()))
 
 
 @contextmanager
@@ -365,87 +287,3 @@ def follow_lifeline(descriptor: int, grace_s: float) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, name="lifeline", daemon=True).start()
-
-
-T = TypeVar("T")
-Work = Callable[[Control], Awaitable[T]]
-
-_ANSWER_WITHIN_MS = 2_000
-
-
-def in_pool(config: Config, work: Work[T], pool: str = DEFAULT_POOL) -> T:
-    """Run `work` with a pool of the deployment that `config` describes.
-
-    Raises ConfigError, LimiterUnavailable where Valkey does not answer, and what `work` raises.
-    """
-    wanted = policy_of(config, pool)
-    with prepared(config, only={"postgres", "valkey"}) as ground:
-        whole = ground.config
-
-        async def run() -> T:
-            from tidegate.app import open_pool
-            from tidegate.store.database import Connections
-            from tidegate.store.policies import Policies
-            from tidegate.store.requests import ActiveRequests
-            from tidegate.store.tenants import Tenants
-
-            assert whole.database_url is not None
-            connections = Connections(whole.database_url.get_secret_value())
-            connections.start()
-            name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
-            try:
-                policies = Policies(connections)
-                async with open_pool(whole, policies, name, wanted, pool) as (limiter, keeper):
-                    await limiter.ping(_ANSWER_WITHIN_MS)
-                    await limiter.joined()
-                    tenants = Tenants(connections)
-                    return await work(
-                        Control(limiter, keeper, ActiveRequests(connections), tenants)
-                    )
-            finally:
-                await connections.aclose()
-
-        return asyncio.run(run())
-
-
-def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:
-    """What this deployment asks for in a pool. Raises ConfigError, as for one that is unknown."""
-    if pool == DEFAULT_POOL:
-        return deployed(config)
-    others = deployed_upstreams(config).policies
-    if pool not in others:
-        names = ", ".join((DEFAULT_POOL, *others))
-        raise ConfigError("--pool", pool, f"must be one of {names}")
-    return others[pool]
-
-
-def with_tenants(config: Config, work: Callable[[Tenants], Awaitable[T]]) -> T:
-    """Run `work` on the record of tenants and keys alone, whatever Valkey does.
-
-    Raises StoreUnavailable, and what `work` raises.
-    """
-
-    async def with_them(connections: Connections) -> T:
-        from tidegate.store.tenants import Tenants
-
-        return await work(Tenants(connections))
-
-    return with_record(config, with_them)
-
-
-def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> T:
-    """Run `work` on the record alone. Raises StoreUnavailable, and what `work` raises."""
-    with prepared(config, only={"postgres"}) as ground:
-        url = ground.config.database_url
-        assert url is not None
-
-        async def run() -> T:
-            from tidegate.store.database import Connections
-
-            connections = Connections(url.get_secret_value())
-            try:
-                return await work(connections)
-            finally:
-                await connections.aclose()
-
-        return asyncio.run(run())

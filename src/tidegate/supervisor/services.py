@@ -1,7 +1,7 @@
-"""Backing services of a process: bundled servers and the emulator if none are configured.
+"""Backing services of a process, bundled if none are configured, and sessions of commands.
 
 Invariant: a process runs on a whole configuration. What was missing is filled in once, by the
-first process of a family, and handed to its children as environment variables, never as arguments.
+first process of a family, and passed to its children as environment variables, never as arguments.
 """
 
 from __future__ import annotations
@@ -9,21 +9,29 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 from pydantic import SecretStr
 
+from tidegate.call import DEFAULT_POOL
 from tidegate.embedded.lease import Lease, ServiceName, ensure
-from tidegate.errors import StoreUnavailable
-from tidegate.policy.deployment import emulates
+from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.limiter import PoolPolicy
+from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
 from tidegate.settings import EMULATORS_KEY, SECRETS, Config
 from tidegate.telemetry.logging import redact
+
+if TYPE_CHECKING:
+    from tidegate.policy.rollout import PolicyKeeper
+    from tidegate.store.database import Connections
 
 LIFELINE = "TIDEGATE_LIFELINE_FD"
 EMULATED = "EMULATED_PROVIDER"
@@ -101,12 +109,11 @@ def migrate(config: Config, say: Callable[[str], object]) -> str | None:
     """
     from tidegate.store.database import migrate as run_steps
 
-    assert config.database_url is not None
     deadline = time.monotonic() + _MIGRATE_WITHIN_S
     told = False
     while True:
         try:
-            return asyncio.run(run_steps(config.database_url.get_secret_value()))
+            return asyncio.run(run_steps(database_url_of(config)))
         except StoreUnavailable as away:
             if time.monotonic() > deadline:
                 raise
@@ -149,3 +156,72 @@ def _as_text(value: object) -> str:
 def is_child() -> bool:
     """Whether this process was started by a supervisor, which has prepared everything."""
     return LIFELINE in os.environ
+
+
+T = TypeVar("T")
+
+_ANSWER_WITHIN_MS = 2_000
+
+
+def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> T:
+    """Run `work` on the record alone, whatever Valkey does. Raises StoreUnavailable, and what
+    `work` raises."""
+    from tidegate.store.database import Connections
+
+    async def run(url: str) -> T:
+        connections = Connections(url)
+        connections.start()
+        try:
+            return await work(connections)
+        finally:
+            await connections.aclose()
+
+    with prepared(config, only={"postgres"}) as ground:
+        return asyncio.run(run(database_url_of(ground.config)))
+
+
+def with_keeper(
+    config: Config, pool: str, work: Callable[[PolicyKeeper, Connections], Awaitable[T]]
+) -> T:
+    """Run `work` with the policy of a pool of the deployment that `config` describes, and the
+    record.
+
+    Raises ConfigError, LimiterUnavailable if Valkey does not answer, and what `work` raises.
+    """
+    from tidegate.policy.rollout import open_pool
+    from tidegate.store.database import Connections
+    from tidegate.store.policies import Policies
+
+    wanted = policy_of(config, pool)
+    name = f"cli-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+
+    async def run(whole: Config) -> T:
+        connections = Connections(database_url_of(whole))
+        connections.start()
+        try:
+            async with open_pool(whole, Policies(connections), name, wanted, pool) as keeper:
+                await keeper.limiter.ping(_ANSWER_WITHIN_MS)
+                await keeper.limiter.joined()
+                return await work(keeper, connections)
+        finally:
+            await connections.aclose()
+
+    with prepared(config, only={"postgres", "valkey"}) as ground:
+        return asyncio.run(run(ground.config))
+
+
+def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:
+    """What this deployment asks for in a pool. Raises ConfigError, as for one that is unknown."""
+    if pool == DEFAULT_POOL:
+        return deployed(config)
+    others = deployed_upstreams(config).policies
+    if pool not in others:
+        names = ", ".join((DEFAULT_POOL, *others))
+        raise ConfigError("--pool", pool, f"must be one of {names}")
+    return others[pool]
+
+
+def database_url_of(config: Config) -> str:
+    """The URL of PostgreSQL in a whole configuration."""
+    assert config.database_url is not None
+    return config.database_url.get_secret_value()

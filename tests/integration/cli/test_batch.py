@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -167,4 +168,4 @@ async def test_a_gateway_that_was_never_there_is_given_up_soon(
     (tmp_path / "one.jsonl").write_text("Say hello\n")
     monkeypatch.setenv("TIDEGATE_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(GatewayUnreachable, match="Connection refused"):
-        await batch._run(tmp_path / "one.jsonl", tmp_path / "out", None, {}, 2, False, False)
+        await asyncio.to_thread(batch.run, tmp_path / "one.jsonl", tmp_path / "out", window=2)

@@ -152,9 +152,8 @@ async def test_a_person_opens_a_gate_by_ending_its_pause(open_gateway: Opener) -
     await limiter.close_gate("upstream:gemini", for_ms=60_000, most_ms=60_000, tried=False)
     assert (await ask(gateway, deadline_ms=500))[0] == 503
     services = gateway.services
-    control = Control(
-        limiter, services.keepers["gemini"], services.store.running_calls, services.store.tenants
-    )
+    store = services.store
+    control = Control(services.keepers["gemini"], store.running_calls, store.tenants)
     shown = {one.limit: one for one in (await control.overview()).limits}
     assert shown["upstream:gemini"].paused_ms > 0
     assert await control.resume("upstream:gemini", by="somebody")

@@ -174,9 +174,7 @@ def control_of(request: Request) -> Control:
 def control_in(services: Services, pool: str) -> Control:
     """Of a pool that is there."""
     store = services.store
-    return Control(
-        services.limiters[pool], services.keepers[pool], store.running_calls, store.tenants
-    )
+    return Control(services.keepers[pool], store.running_calls, store.tenants)
 
 
 @router.get("/limits", summary="All limits, who waits for them, and the policy in force")

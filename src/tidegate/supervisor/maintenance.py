@@ -1,9 +1,10 @@
-"""Backup and restore of the record by PostgreSQL's own `pg_dump` and `pg_restore`.
+"""Maintenance of the record by commands: prune, erase, requeue, backup and restore.
 
-Invariant: a file with the wanted name is a whole dump, and from its first byte on nobody but its
-owner can read it; a restore goes into a database that has no
-tables of ours, and is all there or nothing of it. Passwords reach the programs by their
-environment, never by their arguments.
+Backup and restore are those of PostgreSQL's own `pg_dump` and `pg_restore`.
+
+Invariants: a file with the wanted name is a whole dump, and from its first byte on nobody but its
+owner can read it; a restore goes into a database that has no tables of ours, and is all there or
+nothing of it. Passwords reach the programs by their environment, never by their arguments.
 """
 
 from __future__ import annotations
@@ -13,16 +14,69 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from tidegate.embedded import servers as place
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.settings import Config
 from tidegate.store.diagnostics import revision_at, settle
-from tidegate.supervisor.services import prepared
+from tidegate.supervisor.services import database_url_of, prepared, with_record
+from tidegate.telemetry.logging import Log, get_logger
+
+if TYPE_CHECKING:
+    from tidegate.store.database import Connections
+    from tidegate.store.requests import Requeue, RequeueReport
+    from tidegate.store.retention import EraseReport, PruneReport, Retention, Whose
 
 # How pg_restore complains of the file and not of the server.
 _NO_WHOLE_DUMP = ("input file", "valid archive")
+
+
+def prune(config: Config, days: int | None) -> PruneReport:
+    """Delete what ended more than `days` (or RETENTION_DAYS) ago."""
+
+    async def work(connections: Connections) -> PruneReport:
+        return await _retention(config, connections).prune(days or config.retention_days)
+
+    return with_record(config, work)
+
+
+def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
+    """Erase all of a subject or tenant, or only count it."""
+
+    async def work(connections: Connections) -> EraseReport:
+        return await _retention(config, connections).erase(whose, dry_run=dry_run)
+
+    return with_record(config, work)
+
+
+def _retention(config: Config, connections: Connections) -> Retention:
+    from tidegate.store.blobs import Blobs
+    from tidegate.store.retention import Retention
+
+    blobs = Blobs.from_url(config.blob_url, config.data_dir)
+    return Retention(connections, blobs, config.data_dir / "spill")
+
+
+def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
+    """Queue failed jobs again, for an operator; without `by` only count them."""
+    from tidegate.store.notifications import Notifications
+    from tidegate.store.requests import StuckWork
+
+    async def work(connections: Connections) -> RequeueReport:
+        notifications = Notifications(connections)
+        try:
+            stuck = StuckWork(connections, notifications)
+            if by is None:
+                return await stuck.preview(order)
+            report = await stuck.requeue_all(order)
+            get_logger().warning(Log.JOBS_REQUEUED, jobs=report.requeued, by=by)
+            return report
+        finally:
+            await notifications.aclose()
+
+    return with_record(config, work)
 
 
 def back_up(config: Config, file: Path) -> int:
@@ -42,7 +96,7 @@ def back_up(config: Config, file: Path) -> int:
     except OSError as failed:
         raise ConfigError("FILE", str(partial), f"cannot be made: {failed.strerror}") from None
     with prepared(config, only={"postgres"}) as ground:
-        url = _url_of(ground.config)
+        url = database_url_of(ground.config)
         _run(_program("pg_dump", config), url, "--format=custom", f"--file={partial.resolve()}")
     partial.rename(file)
     return file.stat().st_size
@@ -57,7 +111,7 @@ def restore(config: Config, file: Path) -> None:
     if not file.is_file():
         raise ConfigError("FILE", str(file), "is not there")
     with prepared(config, only={"postgres"}) as ground:
-        url = _url_of(ground.config)
+        url = database_url_of(ground.config)
         if (revision := asyncio.run(revision_at(url))) is not None:
             raise ConfigError(
                 "DATABASE_URL",
@@ -73,11 +127,6 @@ def restore(config: Config, file: Path) -> None:
                 raise ConfigError("FILE", str(file), allowed) from None
             raise
         asyncio.run(settle(url))
-
-
-def _url_of(config: Config) -> str:
-    assert config.database_url is not None
-    return config.database_url.get_secret_value()
 
 
 def _program(name: str, config: Config) -> str:
