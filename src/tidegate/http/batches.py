@@ -308,7 +308,7 @@ async def _upload(asking: Asking) -> Response:
         if uploaded.spool.path is None:
             await services.blobs.put(file.blob_key, uploaded.spool.data)
         else:
-            await services.blobs.put_file(file.blob_key, uploaded.spool.path)
+            await services.blobs.put(file.blob_key, uploaded.spool.path)
         try:
             await services.store.batches.add_file(file, config.max_batch_files_bytes)
         except FilesFull:

@@ -636,7 +636,7 @@ async def _put(key: str, upload: Upload, blobs: Blobs) -> None:
     if upload.spool.path is None:
         await blobs.put(key, upload.spool.data)
     else:
-        await blobs.put_file(key, upload.spool.path)
+        await blobs.put(key, upload.spool.path)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:

@@ -547,7 +547,7 @@ class OutputFile:
             return None
         size_bytes = await asyncio.to_thread(self._flushed)
         key = new_key(datetime.now(UTC))
-        await blobs.put_file(key, self._path)
+        await blobs.put(key, self._path)
         name = f"batch_{batch.batch_id.hex}_{what}.jsonl"
         return BatchFile(new_id(), batch.tenant_id, OUTPUT, name, size_bytes, self._lines, key)
 

@@ -26,7 +26,7 @@ _READ_BYTES = 256 * 1024
 _DELETE_AT_ONCE = 500
 _OPTIONS: dict[str, Any] = {
     # Of one request; a large file is sent in pieces of some megabytes each. An endpoint without TLS
-    # is there only where it was asked for by its URL.
+    # is used only where its URL names one.
     "client_options": {"connect_timeout": "2s", "timeout": "30s", "allow_http": True},
     # Without bounds of ours an outage would hold a submit for three minutes.
     "retry_config": {
@@ -68,17 +68,9 @@ class Blobs:
         return cls(LocalStore(folder, mkdir=True), folder)
 
     async def ping(self) -> None:
-        """Raises StoreUnavailable unless the store is there, and lets us look into it."""
+        """Raises StoreUnavailable unless the store answers and allows listing."""
         await self.days()
         self.away = False
-
-    async def put(self, key: str, data: bytes) -> None:
-        """Returns when the bytes are durable. A cancelled put may leave the whole blob."""
-        await self._put(key, data)
-
-    async def put_file(self, key: str, path: Path) -> None:
-        """The same for a file, which is read in pieces."""
-        await self._put(key, path)
 
     async def get(self, key: str) -> bytes:
         try:
@@ -132,7 +124,9 @@ class Blobs:
             except (BaseError, OSError) as failed:
                 raise _translated(failed, key) from failed
 
-    async def _put(self, key: str, source: bytes | Path) -> None:
+    async def put(self, key: str, source: bytes | Path) -> None:
+        """Returns when the bytes, or those of the file, which is read in pieces, are durable. A
+        cancelled put may leave the whole blob."""
         folder = self._folder
         try:
             await obstore.put_async(self._store, key, source)
@@ -162,7 +156,7 @@ def _translated(failed: BaseException, key: str) -> NotFound | StoreUnavailable:
 
 
 def _unavailable(failed: BaseException) -> StoreUnavailable:
-    """In words of ours: the text of the error holds addresses, and what the server has said."""
+    """The error without its text, which holds addresses and the server's answer."""
     said = str(failed)
     status = found[1] if (found := _STATUS.search(said)) else ""
     if "169.254.169.254" in said:

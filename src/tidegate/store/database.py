@@ -60,7 +60,7 @@ _TRANSIENT = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,  # a server that has been demoted
 )
-# A connection that was cut: says nothing yet of the server.
+# A connection that was cut: no evidence yet about the server.
 _CUT = (
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
@@ -79,7 +79,7 @@ _UNFIT = (
 
 
 class _Commit:
-    """Of one try. Once it is `sent` the transaction may be committed, whatever is heard of it."""
+    """State of one try. Once COMMIT is `sent` the transaction may be committed."""
 
     sent = False
 
@@ -129,9 +129,9 @@ class Connections:
 
         `repeatable`: whether a repeat is right where the first transaction was committed and the
         reply was lost. Where it is not, such as for a claim that takes whatever is ready, the work
-        is repeated only as long as no COMMIT was sent. Raises StoreUnavailable, at once while
-        PostgreSQL is known to be away; unrepeatable work may be committed then. A cancelled caller
-        leaves at once; the transaction ends by itself within its deadline, either way.
+        is repeated only as long as no COMMIT was sent. Raises StoreUnavailable, immediately while
+        PostgreSQL is known to be unavailable; unrepeatable work may be committed then. A cancelled
+        caller returns immediately; the transaction ends by itself within its deadline, either way.
         """
         if self._closed or self._away is not None:
             await asyncio.sleep(0)  # a caller that tries in a loop must not starve the others
@@ -279,7 +279,7 @@ class Connections:
     async def _answered(self, timeout_s: float) -> asyncpg.Connection:
         """A new connection on which the server has answered, within `timeout_s` all in all.
 
-        Raises what asyncpg raises, and TimeoutError. PgBouncer lets its clients in by itself
+        Raises what asyncpg raises, and TimeoutError. PgBouncer accepts its clients by itself
         while the server behind it is gone: only the answer to a statement is the server's.
         """
         loop = asyncio.get_running_loop()
@@ -331,8 +331,8 @@ class Connections:
         if self._away is not None:
             self._away = None
             get_logger().info(Log.STORE_BACK)
-            for tell in self.on_back:
-                tell()
+            for notify in self.on_back:
+                notify()
 
 
 class ReadTurns:
@@ -361,7 +361,7 @@ class ReadTurns:
 
 
 def _abandoned(task: asyncio.Task[Any]) -> None:
-    """Its caller has left: an outage concerns nobody any more, and what else it raised is logged
+    """The caller was cancelled: an outage is of no interest any more, and any other error is logged
     here, where asyncio would complain of an exception that was never retrieved."""
     error = None if task.cancelled() else task.exception()
     if error is not None and not isinstance(error, TidegateError):
@@ -376,15 +376,15 @@ def _words(error: BaseException) -> str:
 
 def _unfit_words(error: asyncpg.PostgresError) -> str:
     unmigrated = isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError))
-    mend = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
-    return f"the database is not ready for us: {error}{mend}"
+    remedy = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
+    return f"the database is not ready for us: {error}{remedy}"
 
 
 _MOST_ASKS = 3
 
 
 def _now() -> float:
-    # Counts the time that the machine was asleep, where the platform can tell.
+    # Counts the time that the machine was suspended, where the platform does.
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return time.clock_gettime(clock)
 
@@ -481,7 +481,7 @@ MAX_WAITING = 20_000
 
 
 class GroupWriter(Generic[Row, Result]):
-    """Hands batches to `commit`, which answers one result, or one exception, per row.
+    """Passes batches to `commit`, which returns one result, or one exception, per row.
 
     `size_of` gives the bytes of a row, so that a batch stays bounded.
     """
@@ -536,7 +536,7 @@ class GroupWriter(Generic[Row, Result]):
             results = await self._commit([row for row, _ in batch])
         except StoreUnavailable as away:
             results = [StoreUnavailable(away.message) for _ in batch]
-        except Exception as failed:  # noqa: BLE001 -- handed to the caller whose row it is
+        except Exception as failed:  # noqa: BLE001 -- raised in the caller whose row it is
             if len(batch) > 1:
                 for pair in batch:
                     await self._settle([pair])
@@ -671,9 +671,9 @@ async def migrate(url: str) -> str | None:
 
 
 class _DistinctlyPrepared(asyncpg.Connection):  # type: ignore[misc] # it has no types
-    """Names the statements that SQLAlchemy prepares as nobody else does.
+    """Gives the statements that SQLAlchemy prepares names that no other client uses.
 
-    PgBouncer hands on server connections with what was prepared in them, and asyncpg counts its
+    PgBouncer passes on server connections with what was prepared in them, and asyncpg counts its
     names from one in every process.
     """
 

@@ -3,7 +3,7 @@
 Invariant: of all callers under one key at a time, one is answered by the provider. A process renews
 the keys of the calls that it answers; a key that nobody renews for a lease (its process was killed,
 or never learned that the key is its own) is free for the next caller, who learns which call was
-lost. Only a process that PostgreSQL itself has heard without a gap for a lease may free another's
+lost. Only a process whose own heartbeats arrived without a gap for a lease may free another's
 key, as with the claims of jobs, so that an outage of PostgreSQL frees none.
 
 An answer that cannot be stored when its call ends is kept, in memory or on the disk, until it is;
@@ -82,8 +82,10 @@ class Owner:
 
 
 class NativeKeys:
-    """Methods that ask PostgreSQL raise StoreUnavailable. `keep` writes an entry, True, or keeps it
-    on the disk until it can be written, False."""
+    """Keys that this process answers for. Methods that ask PostgreSQL raise StoreUnavailable.
+
+    `keep` writes an entry, True, or keeps it on the disk until it can be written, False.
+    """
 
     def __init__(
         self,
@@ -136,8 +138,8 @@ class NativeKeys:
         """The same, a moment later. All that wait for one key in this process share the look."""
         place = (tenant_id, key)
         looking = self._looking.get(place)
-        # One that has ended is there until its callbacks run. To await it yields to nobody: a
-        # caller that looks in a loop would hold the process's loop up.
+        # One that has ended is there until its callbacks run. Awaiting it does not yield: a
+        # caller that looks in a loop would block the event loop.
         if looking is None or looking.done():
             looking = self._looking[place] = asyncio.create_task(self._look(*place))
             looking.add_done_callback(partial(self._looked, place))
@@ -159,12 +161,12 @@ class NativeKeys:
             self._owned.pop(owner.request_id, None)
             log.warning(Log.STORE_AWAY, detail="too many answers wait to be stored", dropped=1)
             return
-        told = {
+        answered = {
             "http_status": http_status,
             "content_type": content_type,
             "answer": b64encode(answer).decode(),
         }
-        self._settle(owner, ANSWER, owner.row() | told, len(answer))
+        self._settle(owner, ANSWER, owner.row() | answered, len(answer))
 
     def free(self, owner: Owner) -> None:
         """Let the next caller be answered under the key; returns immediately."""

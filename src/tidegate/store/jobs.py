@@ -207,8 +207,8 @@ async def copy_of(dossier: RequestDetail, blobs: Blobs) -> NewJob:
     """
     record, row = dossier.record, dossier.request
     if record.source != "job":
-        said = f"this is no job, but of the source {record.source}: its caller has had the answer"
-        raise InvalidRequest("request_id", said, allowed="a job")
+        why = f"this is no job, but of the source {record.source}: its caller has had the answer"
+        raise InvalidRequest("request_id", why, allowed="a job")
     if not record.status.is_end:
         raise NotEnded(f"the request has not ended yet: {record.status}")
     now = datetime.now(UTC)
@@ -272,7 +272,7 @@ class _Arrival:
 class _Room:
     """What is queued, and how long ago and with what effort that was counted.
 
-    `size_bytes` is below zero while it is not known: it is only counted for those who need it.
+    `size_bytes` is below zero while it is not known: it is counted only where a cap needs it.
     """
 
     jobs: int
@@ -332,7 +332,7 @@ class QueueCaps:
                 del self._submitting[tenant], self._submitting_bytes[tenant]
 
     def _writer(self, tenant: str) -> GroupWriter[_Arrival, None]:
-        """One for each tenant: counting the long queue of one holds up nobody else."""
+        """One for each tenant: counting one's long queue does not block the others."""
         writer = self._writers.get(tenant)
         if writer is None:
             if len(self._writers) >= _MOST_WRITERS:

@@ -37,8 +37,9 @@ log = get_logger()
 class _Watched:
     """A tenant with a budget: its totals of `day` and the month it is in; None while not read.
 
-    waiting: calls in a queue, told when the budget is spent. room: of calls that were refused since
-    all that was left is reserved; the first goes on when something of that is settled."""
+    waiting: calls in a queue, notified when the budget is spent. room: of calls that were refused
+    since all that was left is reserved; the first goes on when something of that is settled.
+    """
 
     asked_at: float
     spent: Spent = field(default_factory=Spent)
@@ -78,7 +79,7 @@ class BudgetGate:
             raise spent
 
     async def budgets_of(self, tenant_id: str) -> Budgets:
-        """The budgets of a tenant whose key is not at hand, as of a second ago. Raises
+        """The budgets of a tenant whose key is not known here, as of a second ago. Raises
         StoreUnavailable where they are not known at all."""
         known = self._payers.get(tenant_id)
         if known is None:
@@ -88,7 +89,7 @@ class BudgetGate:
         return known[1]
 
     async def spent(self, caller: Caller) -> BudgetExceeded | None:
-        """Why the caller may not ask for anything new. Raises StoreUnavailable."""
+        """Why the caller may not submit anything new. Raises StoreUnavailable."""
         if caller.budgets is NO_BUDGETS:
             return None
         now = self._now()
@@ -132,7 +133,7 @@ class BudgetGate:
             self.settle(caller, request_id, charge())
 
     def forget(self, request_id: UUID) -> None:
-        """A call that `settle` was told of will not be recorded, since another try follows."""
+        """A call that was settled will not be recorded, since another try follows."""
         self._spending.forget(request_id)
 
     async def room(self, caller: Caller, within_s: float) -> None:
@@ -148,12 +149,12 @@ class BudgetGate:
             if future in watched.room:
                 watched.room.remove(future)
 
-    def waits(self, caller: Caller, told: Callable[[BudgetExceeded], None]) -> Callable[[], None]:
-        """Have `told` called once the budget is spent; what is returned ends that."""
+    def waits(self, caller: Caller, notify: Callable[[BudgetExceeded], None]) -> Callable[[], None]:
+        """Call `notify` once the budget is spent; the function that is returned ends that."""
         watched, key = self._watched.get(caller.tenant_id), object()
         if watched is None:  # it is asked for again when it is admitted
             return lambda: None
-        watched.waiting[key] = (caller, told)
+        watched.waiting[key] = (caller, notify)
 
         def end() -> None:
             watched.waiting.pop(key, None)
@@ -161,12 +162,12 @@ class BudgetGate:
         return end
 
     def _look_after(self, watched: _Watched) -> None:
-        """Tell those who wait what the last figures mean to them."""
+        """Notify waiting calls of the last figures."""
         if watched.waiting:  # all of one tenant: what holds for the first holds for all
             caller, _ = next(iter(watched.waiting.values()))
             if (spent := self._exceeded(caller, watched, self._now())) is not None:
-                for _, told in list(watched.waiting.values()):
-                    told(spent)
+                for _, notify in list(watched.waiting.values()):
+                    notify(spent)
         while watched.room:
             future = watched.room.popleft()
             if not future.done():
@@ -217,7 +218,7 @@ class BudgetGate:
                 log.exception(Log.INTERNAL_ERROR, where="budgets")
 
     async def refresh(self) -> None:
-        """Read the totals of all who asked lately. Raises StoreUnavailable."""
+        """Read the totals of all tenants that called lately. Raises StoreUnavailable."""
         async with self._reading:
             oldest = time.monotonic() - _WATCHED_FOR_S
             self._watched = {

@@ -75,7 +75,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A request in short: without what was asked and answered. `model` is the one that was used."""
+    """A request in short: without its prompt and its answer. `model` is the one that was used."""
 
     request_id: UUID
     source: str
@@ -154,7 +154,7 @@ class FoundRequest:
 
 @dataclass(frozen=True, slots=True)
 class FoundPage:
-    """`before` is what the next page is asked for with; None on the last."""
+    """`before` is where the next page starts; None on the last."""
 
     items: tuple[FoundRequest, ...]
     before: UUID | None
@@ -602,7 +602,7 @@ class ActiveRequests:
         return record_of(Whereabouts, row, status=Status(row["status"]))
 
     async def place(self, request_id: UUID) -> int | None:
-        """The place of a queued job, 1 is next; None where that takes too long to tell."""
+        """The place of a queued job, 1 is next; None where that takes too long to count."""
 
         async def read(connection: asyncpg.Connection) -> int | None:
             row = await connection.fetchrow(sql("get_whereabouts"), request_id)
@@ -687,8 +687,10 @@ class GivenUpWebhook:
 
 
 class StuckWork:
-    """What a person decides on: dead jobs, failed ones to requeue, webhooks given up. Every method
-    raises StoreUnavailable."""
+    """What an operator decides on: dead jobs, failed ones to requeue, webhooks given up.
+
+    Every method raises StoreUnavailable.
+    """
 
     def __init__(self, connections: Connections, notifications: Notifications) -> None:
         self._connections = connections

@@ -1,8 +1,8 @@
 """Spill: finished work, kept on disk while PostgreSQL is unavailable.
 
 Invariant: what `keep` returned from is on the disk and will be replayed, in order, by this process
-or by the next one with the same folder; never by two at once, since a file belongs to whoever holds
-its lock. Replaying twice is harmless: every write is fenced or keyed.
+or by the next one with the same folder; never by two concurrently, since a file belongs to the
+holder of its lock. Replaying twice is harmless: every write is fenced or keyed.
 
 A file is lines of `<crc32 as 8 hex digits> <JSON>`; a torn last line was never acknowledged.
 """
@@ -76,7 +76,7 @@ class Spill:
         await future
 
     async def replay(self, write: Callable[[list[Json]], Awaitable[None]]) -> int:
-        """Hand every entry to `write`, in chunks; a file goes when it is written. Returns how many.
+        """Pass every entry to `write`, in chunks; a file is deleted when written. Returns how many.
 
         `write` raises StoreUnavailable to stop; the file then stays for the next time.
         """
@@ -100,7 +100,7 @@ class Spill:
             return count
 
     async def reject(self, entry: Json, reason: str) -> None:
-        """Put aside, for a person, what PostgreSQL will never take."""
+        """Put aside, for an operator, what PostgreSQL will never accept."""
         line = orjson.dumps({"reason": reason, "entry": entry}) + b"\n"
         await asyncio.to_thread(_append_to, self._folder / REJECTED, line)
 

@@ -1,6 +1,6 @@
 """States of a request.
 
-                     ┌────────── retry, handed back, worker died ─────────┐
+                     ┌────────── retry, released, worker died ────────────┐
                      ▼                                                    │
     submit ──────► queued ────────────── admitted ───────────────────► running
                      │                                                    │

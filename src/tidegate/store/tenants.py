@@ -68,7 +68,7 @@ def prefix_in(text: str) -> str | None:
 
 
 def is_same(digest: bytes, other: bytes) -> bool:
-    """In time that says nothing of where they differ."""
+    """Compare in constant time."""
     return hmac.compare_digest(digest, other)
 
 
@@ -114,7 +114,7 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key as it is shown in lists. `made_by` is None where nobody was asked for a key when
+    """An API key as it is shown in lists. `made_by` is None where no key was required when
     it was made, or it was made before that was recorded."""
 
     prefix: str
@@ -161,8 +161,6 @@ class Tenants:
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
-    # What the front asks
-
     async def version(self) -> int:
         """Answers or raises within half a second."""
         return await self._connections.run(_version, timeout_ms=_LOOK_TIMEOUT_MS)
@@ -190,8 +188,6 @@ class Tenants:
         """Note when keys were last used."""
         keys = dumps({"prefix": key, "used_at": when} for key, when in at.items())
         await self._connections.execute("keys_used", keys, timeout_ms=_TIMEOUT_MS)
-
-    # What a person does with keys
 
     async def create_key(
         self,
@@ -225,14 +221,14 @@ class Tenants:
         return _key(row)
 
     async def keep_key(self, prefix: str, *, by: str) -> Key:
-        """Record who answers for a key that nobody is known to have made. Raises NotFound."""
+        """Record who vouches for a key whose maker is unknown. Raises NotFound."""
         row = await self._connections.row("keep_key", prefix, by, timeout_ms=_TIMEOUT_MS)
         if row is None:
             raise NotFound(f"there is no key with the prefix {prefix}")
         return _key(row)
 
     async def unvouched_keys(self) -> list[Key]:
-        """Up to 1,000 keys that work and of which nobody knows who made them."""
+        """Up to 1,000 keys that work and whose makers are unknown."""
         found = await self._connections.rows("unvouched_keys", MOST_KEYS, timeout_ms=_TIMEOUT_MS)
         return [_key(row) for row in found]
 
@@ -242,8 +238,6 @@ class Tenants:
             "list_keys", tenant_id, prefix, MOST_KEYS, timeout_ms=_TIMEOUT_MS
         )
         return [_key(row) for row in found]
-
-    # What a person does with tenants
 
     async def list_tenants(self) -> list[Tenant]:
         """All tenants (10,000 at the utmost) by id; the tenant `default` is always there."""
@@ -378,7 +372,7 @@ def _found(row: asyncpg.Record) -> FoundKey:
     return FoundKey(
         digest=bytes(row["digest"]),
         caller=caller,
-        # A scope that this version does not know opens nothing here.
+        # A scope that this version does not know permits nothing here.
         scopes=frozenset(Scope(one) for one in row["scopes"] if one in set(Scope)),
         revoked=row["revoked"],
         disabled=row["disabled"],

@@ -20,7 +20,7 @@ async def test_bytes_and_files_come_back_as_they_went_in(tmp_path: Path) -> None
     large.write_bytes(os.urandom(3_000_000))
     small_key, large_key = new_key(NOW), new_key(NOW)
     await blobs.put(small_key, b"small")
-    await blobs.put_file(large_key, large)
+    await blobs.put(large_key, large)
     assert await blobs.get(small_key) == b"small"
     pieces = [piece async for piece in blobs.stream(large_key)]
     assert len(pieces) > 1

@@ -41,8 +41,8 @@ class FailingBlobs(Blobs):
 
     puts = 0
 
-    async def put(self, key: str, data: bytes) -> None:
-        await super().put(key, data)
+    async def put(self, key: str, source: bytes | Path) -> None:
+        await super().put(key, source)
         self.puts += 1
         if self.puts == 2:
             raise StoreUnavailable("the disk is full")
@@ -54,10 +54,10 @@ class SlowBlobs(Blobs):
     def hold(self) -> None:
         self.begun, self.go = asyncio.Event(), asyncio.Event()
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, source: bytes | Path) -> None:
         self.begun.set()
         await self.go.wait()
-        await super().put(key, data)
+        await super().put(key, source)
 
 
 async def test_texts_and_files_come_out_whole(config: Config, blobs: Blobs, tmp_path: Path) -> None:

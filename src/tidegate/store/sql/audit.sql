@@ -50,7 +50,7 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running'
 RETURNING r.*
 
 -- name: retry_requests
--- Put claimed jobs back into the queue, not before a given time; `uncounted` attempts are given again.
+-- Put claimed jobs back into the queue, not before a given time; `uncounted` attempts may be made again.
 UPDATE requests r SET
     status = 'queued',
     attempts = r.attempts - CASE WHEN r.status = 'running' THEN coalesce(row.uncounted, 0) ELSE 0 END,
@@ -173,7 +173,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
     cost_micros bigint, images integer, first_byte_ms double precision, usage_details jsonb)
 
 -- name: add_usage
--- Add to the totals what was just recorded; in one order everywhere, lest two wait in a circle.
+-- Add to the totals what was just recorded; in one order everywhere, so that no two wait in a circle.
 INSERT INTO usage_days AS kept (tenant_id, day, model, pool, requests, input_tokens, output_tokens,
     cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated, unknown,
     cache_write_tokens, input_audio_tokens, input_image_tokens, input_video_tokens,

@@ -39,7 +39,7 @@ WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2) AND ($3::text IS NULL OR 
 ORDER BY id LIMIT $4
 
 -- name: delete_batch_file
--- Forget a file of a tenant; its blob is told.
+-- Forget a file of a tenant; returns its blob.
 DELETE FROM batch_files WHERE id = $1 AND tenant_id = $2 RETURNING blob_key
 
 -- name: uses_batch_blob

@@ -43,7 +43,7 @@ WHERE known.tenant_id = row.tenant_id AND known.idempotency_key = row.idempotenc
     AND known.request_id = row.id AND known.ended_at IS NULL
 
 -- name: free_native_keys
--- Give up the keys of requests that were not answered: who asks again is to be answered.
+-- Free the keys of requests that were not answered: a repeat is to be answered.
 DELETE FROM native_keys known
 USING jsonb_to_recordset($1::jsonb) AS row(id uuid, tenant_id text, idempotency_key text)
 WHERE known.tenant_id = row.tenant_id AND known.idempotency_key = row.idempotency_key

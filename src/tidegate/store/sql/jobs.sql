@@ -46,7 +46,7 @@ FROM queued WHERE tenant_id = $1 AND pool = $2
 FOR UPDATE
 
 -- name: begin_queued
--- Make the row to lock; old enough to be counted at once.
+-- Make the row to lock; old enough to be counted immediately.
 INSERT INTO queued (tenant_id, pool, jobs, size_bytes, counted_at, count_ms)
 VALUES ($1, $2, 0, 0, 'epoch', 0)
 ON CONFLICT (tenant_id, pool) DO NOTHING
@@ -80,7 +80,7 @@ UPDATE queued SET jobs = $3, size_bytes = $4,
 WHERE tenant_id = $1 AND pool = $2
 
 -- name: submit_requests
--- Insert many jobs at once; a row whose id or key is there already is left out, so repeats are safe.
+-- Insert many jobs; a row whose id or key is there already is left out, so repeats are safe.
 INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
     prompt, image_uri, model, priority, created_at, deadline_at, idempotency_key,
     idempotency_digest, webhook_url, subject, endpoint, traceparent)

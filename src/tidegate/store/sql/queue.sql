@@ -193,7 +193,7 @@ WHERE id IN (
 RETURNING *
 
 -- name: cancel_returned
--- End up to 500 jobs that came back into the queue after their end was asked for.
+-- End up to 500 jobs that came back into the queue after they were cancelled.
 UPDATE requests SET status = 'cancelled', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $1::jsonb, version = version + 1
 WHERE id IN (

@@ -103,7 +103,7 @@ SELECT (SELECT count(*) FROM batches WHERE tenant_id = $1) AS batches,
 SELECT id, blob_key FROM batch_files WHERE tenant_id = $1 ORDER BY id LIMIT $2
 
 -- name: forget_native_keys
--- Forget keys that nobody can use any more.
+-- Forget keys that can not be used any more.
 DELETE FROM native_keys WHERE created_at < now() - interval '24 hours'
 
 -- name: walk_partition

@@ -2,7 +2,7 @@
 -- queue depths is bounded, and walks an index of what it counts alone.
 
 -- name: write_history
--- Put down what a process has counted in some spans, in the place of what it said of them before.
+-- Record what a process has counted in some spans, in place of its earlier counts of them.
 INSERT INTO history AS kept (step_s, at, pool, instance_id, counts, apart, waits, lengths)
 SELECT step_s, to_timestamp(at), pool, $1, counts::jsonb, apart::jsonb, waits, lengths
 FROM unnest($2::integer[], $3::float8[], $4::text[], $5::text[], $6::text[], $7::bytea[],
@@ -22,7 +22,7 @@ ORDER BY at LIMIT $3
 DELETE FROM history WHERE step_s = $1 AND at < to_timestamp($2::float8)
 
 -- name: past_calls
--- The last $3 calls of pool $1 that were handed in within the last $2 seconds, the newest first.
+-- The last $3 calls of pool $1 that were submitted within the last $2 seconds, the newest first.
 SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) AS upstream_ms,
     coalesce(input_tokens, 0) AS input_tokens,
     coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0) AS output_tokens,
@@ -33,7 +33,7 @@ WHERE pool = $1 AND created_at >= now() - $2 * interval '1 second'
 ORDER BY submitted_at DESC LIMIT $3
 
 -- name: depth_of_queues
--- The jobs that are ready in up to $1 queues, up to $2 of each, and when the oldest was handed in.
+-- The jobs that are ready in up to $1 queues, up to $2 of each, and when the oldest was submitted.
 WITH RECURSIVE queues AS (
     (SELECT pool || '/' || lane || '/' || tenant_id AS queue, pool, lane, tenant_id, 1 AS place
     FROM requests

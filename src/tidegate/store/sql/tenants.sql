@@ -1,7 +1,7 @@
 -- Tenants, API keys and sign-in codes.
 
 -- name: forget_queued
--- Have what tenant $1 has queued counted anew: its caps may have been others for a while.
+-- Have what tenant $1 has queued counted again: its caps may have been others for a while.
 DELETE FROM queued WHERE tenant_id = $1
 
 -- name: access_version
@@ -62,13 +62,13 @@ RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, l
     made_by
 
 -- name: keep_key
--- Put on record who answers for a key of which nobody knows who made it.
+-- Record who vouches for a key whose maker is unknown.
 UPDATE keys SET made_by = coalesce(made_by, $2) WHERE prefix = $1
 RETURNING prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at,
     made_by
 
 -- name: unvouched_keys
--- Up to $1 keys that work and of which nobody knows who made them, those for /admin first.
+-- Up to $1 keys that work and whose makers are unknown, those for /admin first.
 SELECT prefix, tenant_id, name, scopes, created_at, expires_at, revoked_at, last_used_at, made_by
 FROM keys
 WHERE made_by IS NULL AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
@@ -82,7 +82,7 @@ ON CONFLICT (nonce) DO UPDATE SET ends_at = excluded.ends_at
 RETURNING true
 
 -- name: forget_codes
--- Forget codes that nobody could use any more, whatever the clocks of the processes say.
+-- Forget codes that can not be used any more, whatever the clocks of the processes say.
 DELETE FROM spent_codes WHERE ends_at < now() - interval '1 day'
 
 -- name: list_keys
