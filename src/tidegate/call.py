@@ -19,7 +19,7 @@ DEFAULT_POOL = "gemini"
 
 
 class Kind(StrEnum):
-    """What a request asks for; each kind has a limit of its own, `kind:<value>`."""
+    """Kind of a request; each kind has a limit of its own, `kind:<value>`."""
 
     TEXT_ONLY = "text_only"
     MULTI_MODAL = "multi_modal"
@@ -207,7 +207,7 @@ class UsageState(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Charge:
     """What a call is charged for. `cost_micros` is in millionths of money; None where the price or
-    the usage is not known. `images` are those that came, None where nobody counted."""
+    the usage is not known. `images` are those that came, None where they were not counted."""
 
     state: UsageState = UsageState.NONE
     usage: Usage = UNKNOWN_USAGE
@@ -231,7 +231,7 @@ UNKNOWN_CHARGE = Charge(UsageState.UNKNOWN, cost_micros=None)
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The limiter has admitted the call; `waited_ms` is the time from asking to being let in."""
+    """The limiter has admitted the call; `waited_ms` is the time from request to admission."""
 
     waited_ms: float
 
@@ -275,7 +275,7 @@ class Answer:
 
 
 class Outcome(StrEnum):
-    """How a permit's call ended, as the limiter is told."""
+    """How a permit's call ended, as reported to the limiter."""
 
     SUCCESS = "success"
     IGNORED = "ignored"  # cancelled or refused for reasons that say nothing of the provider

@@ -16,7 +16,7 @@ TidegateError
 ├── IdempotencyConflict         the idempotency key was used before, for something else
 ├── AlreadyEnded                too late to cancel it
 ├── PolicyChanged               somebody else has changed what was to be changed
-├── NotEnded                    too early to try it anew
+├── NotEnded                    too early to try it again
 ├── RequestCancelled            its owner cancelled it: why it failed, on record
 ├── TooManyFollowers            this process streams the status of enough requests already
 ├── QuotaExceeded               a tenant has as much here as it may; says of what
@@ -28,7 +28,7 @@ TidegateError
 │   │   └── LimitUsedUp         a limit has no room before the deadline
 │   ├── DemandImpossible        no amount of waiting would help; says which limit
 │   ├── QueueFull               too many waiters already
-│   └── LimiterUnavailable      Valkey is away and the policy is `closed`
+│   └── LimiterUnavailable      Valkey is unavailable and the policy is `closed`
 ├── LeaseLost                   the session that held the permit is gone; results may not be stored
 ├── UpstreamError               the provider failed us; `of_upstream` says whose fault it is
 │   ├── UpstreamThrottled       429; for how long, and whether a day's quota is gone
@@ -41,7 +41,7 @@ TidegateError
 │   ├── UpstreamGarbled         the answer is not what the protocol says
 │   ├── PromptBlocked           the provider's safety filter refused the prompt
 │   └── EmptyAnswer             an answer without content; carries the finish reason
-├── StoreUnavailable            PostgreSQL is away
+├── StoreUnavailable            PostgreSQL is unavailable
 ├── ClaimLost                   another worker has the job now; our result may not be stored
 ├── GatewayRefused              a Tidegate that a command called said no; has its status and code
 ├── GatewayUnreachable          a Tidegate that a command called does not answer
@@ -155,7 +155,7 @@ class Forbidden(TidegateError):
 
 
 class NotFound(TidegateError):
-    """`field` names the input that asked for it, where it was one."""
+    """`field` names the input that required it, where there was one."""
 
     code = "not_found"
 
@@ -175,7 +175,7 @@ class MethodNotAllowed(TidegateError):
 
 
 class IdempotencyConflict(TidegateError):
-    """The key stands for an earlier request, which asked for something else."""
+    """The key stands for an earlier request, for something else."""
 
     code = "idempotency_conflict"
     field = "Idempotency-Key"
@@ -225,7 +225,7 @@ class QuotaExceeded(TidegateError):
 
 class BudgetExceeded(QuotaExceeded):
     """`limit` is the name of the budget, e.g. `budget_day_tokens`. Waiting helps, until the day or
-    the month ends in UTC; asking again at once does not."""
+    the month ends in UTC; an immediate retry does not."""
 
     code = "budget_exceeded"
 
@@ -317,7 +317,7 @@ class UpstreamThrottled(UpstreamError):
     unit: what there was too much of, `requests`, `tokens`, `input_tokens`, `output_tokens` or
         `images`; None where the provider did not say.
     per_day: whether it was too much for a day, whenever that begins.
-    of_account: whether it binds the whole account, and not only the model that was asked for.
+    of_account: whether it binds the whole account, and not only the requested model.
     `lowered_limit` is set where an adaptive limit was lowered for it, and nothing was paused.
     """
 
@@ -407,7 +407,7 @@ class UpstreamRejected(UpstreamError):
 
 class UpstreamUnauthorized(UpstreamError):
     """`of_key` is false where the provider's words may be about this call alone. `in_short` is what
-    everybody may hear of it."""
+    every client may read it."""
 
     code = "upstream_unauthorized"
     in_short: ClassVar[str] = "the provider refuses this gateway's own key"

@@ -22,7 +22,7 @@ from difflib import SequenceMatcher, get_close_matches
 from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 from urllib.parse import SplitResult, urlsplit
 
 from dotenv import dotenv_values
@@ -39,7 +39,50 @@ from pydantic import (
 
 from tidegate.errors import ConfigError
 
+GOOGLE_URL = "https://generativelanguage.googleapis.com"
+# The value of GEMINI_API_KEY where the emulator answers.
+EMULATORS_KEY = "the-emulator-takes-any-key"
+SHORTEST_TOKEN = 16
+DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
+KINDS = tuple(DEFAULT_LIMITS)
+MOST_AT_ONCE = 100_000
+Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
+Positive = Annotated[int, Field(ge=1)]
+Value = TypeVar("Value")
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.(?!-)[A-Za-z0-9-]{1,63})*\.?")
+
+
+# What is allowed, where the type alone does not say it in a user's words.
+ALLOWED = {
+    "database_url": "a URL that starts with postgresql://",
+    "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
+    "redis+cluster://",
+    "data_dir": "the path of a folder, or of one to be made",
+    "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
+    "host": "an IP address or a host name",
+    "allowed_hosts": "host names or addresses without ports, with commas between",
+    "cors_origins": "addresses of pages as https://host or http://host:port, with commas between",
+    "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
+    "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
+    "tidegate_policy": "the path of a file that is there",
+    "webhook_secret": "whsec_ and 24 to 64 bytes in base64",
+    "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
+    f" by type ({', '.join(KINDS)})",
+    "tidegate_url": "an http:// or https:// URL without a user, a password or a query",
+    "tidegate_api_key": "a key as `tidegate keys create` shows it",
+}
+
+
+def setting(default: Any, text: str) -> Any:
+    """A setting: its default and its description."""
+    return Field(default=default, description=text)
+
+
+def _checked(field: str, value: Value, is_sound: bool) -> Value:
+    """`value`, or ValueError with what is allowed."""
+    if not is_sound:
+        raise ValueError(f"must be {ALLOWED[field]}")
+    return value
 
 
 def split_url(text: str) -> SplitResult:
@@ -64,30 +107,32 @@ def is_address(text: str) -> bool:
     return True
 
 
-ALLOWED = {
-    "tidegate_url": "an http:// or https:// URL without a user, a password or a query",
-    "tidegate_api_key": "a key as `tidegate keys create` shows it",
-}
+def _is_plain_url(text: str) -> bool:
+    """Whether it is an HTTP URL without a user, a password or a query."""
+    url = split_url(text)
+    plain = bool(url.hostname) and not (url.username or url.password or url.query)
+    return plain and url.scheme in ("http", "https")
 
 
-def _url(value: str) -> str:
-    url = split_url(value)
-    plain = bool(url.hostname) and not (url.username or url.password or url.query or url.fragment)
-    if not plain or url.scheme not in ("http", "https"):
-        raise ValueError(f"must be {ALLOWED['tidegate_url']}")
-    return value.rstrip("/")
+def _is_key(text: str) -> bool:
+    return text.isascii() and text.isprintable() and " " not in text
 
 
-def _key(value: SecretStr) -> SecretStr:
-    text = value.get_secret_value()
-    if not (text.isascii() and text.isprintable()) or " " in text:
-        raise ValueError(f"must be {ALLOWED['tidegate_api_key']}")
-    return value
+def _url(value: str | None) -> str | None:
+    if value is None:
+        return None
+    is_sound = _is_plain_url(value) and not split_url(value).fragment
+    return _checked("tidegate_url", value.rstrip("/"), is_sound)
+
+
+def _key(value: SecretStr | None) -> SecretStr | None:
+    is_sound = value is None or _is_key(value.get_secret_value())
+    return _checked("tidegate_api_key", value, is_sound)
 
 
 Url = Annotated[
     str | None,
-    AfterValidator(lambda value: value if value is None else _url(value)),
+    AfterValidator(_url),
     Field(
         description="Where the commands submit, status, requests and batch find Tidegate, as "
         "https://tidegate.example.com. Not set: http://localhost and PORT."
@@ -95,8 +140,8 @@ Url = Annotated[
 ]
 Key = Annotated[
     SecretStr | None,
-    AfterValidator(lambda value: value if value is None else _key(value)),
-    Field(description="The API key that those commands show, where one is asked for."),
+    AfterValidator(_key),
+    Field(description="The API key that those commands show, where one is required."),
 ]
 Port = Annotated[int, Field(ge=0, le=65535, description="The port to listen on.")]
 
@@ -121,159 +166,310 @@ class Client(BaseModel):
         return self.tidegate_url or f"http://localhost:{self.port}"
 
 
-GOOGLE_URL = "https://generativelanguage.googleapis.com"
-# What stands as GEMINI_API_KEY where the emulator answers.
-EMULATORS_KEY = "the-emulator-takes-any-key"
-SHORTEST_TOKEN = 16
-Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
-Value = TypeVar("Value")
+def _is_origin(text: str) -> bool:
+    """Whether it is the address of a page as a browser says it in Origin."""
+    url = split_url(text)
+    return (
+        url.scheme in ("http", "https")
+        and text == f"{url.scheme}://{url.netloc}"
+        and bool(url.hostname)
+        and "@" not in url.netloc
+    )
 
-# What is allowed, where the type alone doesn't say it in a user's words.
-PLACES_ALLOWED = {
-    "database_url": "a URL that starts with postgresql://",
-    "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
-    "redis+cluster://",
-    "data_dir": "the path of a folder, or of one to be made",
-    "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
-    "host": "an IP address or a host name",
-    "allowed_hosts": "host names or addresses without ports, with commas between",
-    "cors_origins": "addresses of pages as https://host or http://host:port, with commas between",
-    "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
-    "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
+
+NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL")
+PROVIDER_KEYS = ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
+SECRETS = (
+    *NEEDED_IN_THE_OPEN,
+    *PROVIDER_KEYS,
+    *("ADMIN_TOKEN", "WEBHOOK_SECRET", "TIDEGATE_API_KEY"),
+)
+
+# The headings of the documentation, each above the field that it stands before.
+SECTIONS = {
+    "database_url": "Where things are",
+    "gemini_api_key": "The providers",
+    "rate_limits": "Limits",
+    "classifier": "Text or image",
+    "max_prompt_chars": "Bounds on what a client may send",
+    "max_attempts": "Jobs and the record",
+    "log_format": "Logs and metrics",
+    "tidegate_url": "The command line",
 }
 
 
-def sound(allowed: str, value: Value, is_sound: bool) -> Value:
-    """`value`, or ValueError with the rest of the sentence."""
-    if not is_sound:
-        raise ValueError(f"must be {allowed}")
-    return value
+class ClassifierMode(StrEnum):
+    """Who decides whether a request wants an image: see docs/classification.md."""
+
+    LLM = "llm"
+    AUTO = "auto"
+    KEYWORDS = "keywords"
 
 
-def _sound(field: str, value: Value, is_sound: bool) -> Value:
-    return sound(PLACES_ALLOWED[field], value, is_sound)
-
-
-class Places(BaseModel):
-    """The settings that say where Tidegate is, and what it speaks to."""
+class Config(BaseModel):
+    """Every setting of a deployment. Field names are the variables' names in lower case."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    database_url: SecretStr | None = Field(
-        default=None,
-        description="The PostgreSQL (15 or newer) that keeps every request and answer, as "
-        "postgresql://user:password@host/database. Set it together with REDIS_URL; without "
-        "both, a bundled PostgreSQL and Valkey start in DATA_DIR.",
+    database_url: SecretStr | None = setting(
+        None,
+        "The PostgreSQL (15 or newer) that keeps every request and answer, as "
+        "postgresql://user:password@host/database. Set it together with REDIS_URL; without both, "
+        "a bundled PostgreSQL and Valkey start in DATA_DIR.",
     )
-    redis_url: SecretStr | None = Field(
-        default=None,
-        description="The Valkey or Redis that holds the limits, as "
-        "redis://user:password@host:6379/0; rediss:// is the same over TLS. See "
-        "docs/servers.md for redis+sentinel:// and redis+cluster://.",
+    redis_url: SecretStr | None = setting(
+        None,
+        "The Valkey or Redis that holds the limits, as redis://user:password@host:6379/0; "
+        "rediss:// is the same over TLS. See docs/servers.md for redis+sentinel:// and "
+        "redis+cluster://.",
     )
-    data_dir: Path = Field(
-        default=Path("data"),
-        description="Where the bundled servers, uploads and generated images are kept.",
+    data_dir: Path = setting(
+        Path("data"), "Where the bundled servers, uploads and generated images are kept."
     )
-    blob_url: str = Field(
-        default="",
-        description="A bucket for uploads and generated images instead of a folder in DATA_DIR, "
-        "as s3://, gs:// or az://; its credentials come from the cloud's own variables.",
+    blob_url: str = setting(
+        "",
+        "A bucket for uploads and generated images instead of a folder in DATA_DIR, as s3://, "
+        "gs:// or az://; its credentials come from the cloud's own variables.",
     )
-    host: str = Field(
-        default="127.0.0.1",
-        description="The address to listen on. Any but a loopback address needs DATABASE_URL, "
-        "REDIS_URL and an upstream: the key of a provider, or one in tidegate.toml (or "
-        "TIDEGATE_DEMO=1).",
+    host: str = setting(
+        "127.0.0.1",
+        "The address to listen on. Any but a loopback address needs DATABASE_URL, REDIS_URL and "
+        "an upstream: the key of a provider, or one in tidegate.toml (or TIDEGATE_DEMO=1).",
     )
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        default=8000, description="The port to listen on; 0 takes any free one."
+    port: Annotated[int, Field(ge=0, le=65535)] = setting(
+        8000, "The port to listen on; 0 takes any free one."
     )
-    tidegate_demo: bool = Field(
-        default=False,
-        description="Allow the bundled servers and the emulated provider on an address that "
-        "others can reach. For demonstrations only: the answers are made up.",
+    tidegate_demo: bool = setting(
+        False,
+        "Allow the bundled servers and the emulated provider on an address that others can reach. "
+        "For demonstrations only: the answers are made up.",
     )
-    admin_token: SecretStr | None = Field(
-        default=None,
-        description="The operator's key, which opens `/admin`, the dashboard and `/metrics`, as "
+    admin_token: SecretStr | None = setting(
+        None,
+        "The operator's key, which opens `/admin`, the dashboard and `/metrics`, as "
         "Authorization: Bearer; an API key of the scope admin does as well. Not set: the one in "
         "`operator.key` in DATA_DIR, which the first process makes. Set it where processes run "
         "with a DATA_DIR each.",
     )
-    allowed_hosts: tuple[str, ...] = Field(
-        default=(),
-        description="Further names of this gateway, with commas, as clients write them in Host. "
-        "While callers show no API key, only requests to these, to HOST and to loopback addresses "
-        "are answered (where HOST is no loopback address, also those to addresses and to names "
-        "without a dot), so that no web page reaches it under a name of its own.",
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "Further names of this gateway, with commas, as clients write them in Host. While callers "
+        "show no API key, only requests to these, to HOST and to loopback addresses are answered "
+        "(where HOST is no loopback address, also those to addresses and to names without a dot), "
+        "so that no web page reaches it under a name of its own.",
     )
-    cors_origins: tuple[str, ...] = Field(
-        default=(),
-        description="Web pages that may call this gateway from a browser, as their Origin says "
-        "it, with commas; all paths but the operator's. While callers show no API key, whoever "
-        "opens such a page can spend.",
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        "Web pages that may call this gateway from a browser, as their Origin says it, with "
+        "commas; all paths but the operator's. While callers show no API key, any visitor of such "
+        "a page can spend.",
     )
-    auth: Literal["auto", "on", "off"] = Field(
-        default="auto",
-        description="Whether callers must show an API key: see docs/tenants.md. auto asks for one "
-        "on any HOST but a loopback address; off asks nobody, wherever it listens.",
+    auth: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Whether callers must show an API key: see docs/tenants.md. auto requires one on any HOST "
+        "but a loopback address; off never requires one.",
     )
-    auth_outage_ms: Milliseconds = Field(
-        default=600_000,
-        description="How long API keys that were seen before go on working while PostgreSQL is "
-        "away; after it requests get 503.",
+    auth_outage_ms: Milliseconds = setting(
+        600_000,
+        "How long API keys that were seen before remain valid while PostgreSQL is unavailable; "
+        "then requests get 503.",
     )
 
-    gemini_api_key: SecretStr | None = Field(
-        default=None,
-        description="Your key for the Gemini API, which makes the upstream `gemini`. Without one "
-        "the built-in emulator answers in its place, on loopback addresses and under "
-        "TIDEGATE_DEMO=1; elsewhere there is no such upstream.",
+    gemini_api_key: SecretStr | None = setting(
+        None,
+        "Your key for the Gemini API, which makes the upstream `gemini`. Without one the built-in "
+        "emulator answers in its place, on loopback addresses and under TIDEGATE_DEMO=1; "
+        "elsewhere there is no such upstream.",
     )
-    openai_api_key: SecretStr | None = Field(
-        default=None,
-        description="Your key for OpenAI's API, which makes the upstream `openai` for OpenAI's own "
-        "models, unless tidegate.toml has one that uses it: see docs/gateway.md.",
+    openai_api_key: SecretStr | None = setting(
+        None,
+        "Your key for OpenAI's API, which makes the upstream `openai` for OpenAI's own models, "
+        "unless tidegate.toml has one that uses it: see docs/gateway.md.",
     )
-    anthropic_api_key: SecretStr | None = Field(
-        default=None,
-        description="Your key for Anthropic's API, which makes the upstream `anthropic` for "
-        "Claude, unless tidegate.toml has one that uses it.",
+    anthropic_api_key: SecretStr | None = setting(
+        None,
+        "Your key for Anthropic's API, which makes the upstream `anthropic` for Claude, unless "
+        "tidegate.toml has one that uses it.",
     )
-    gemini_base_url: str = Field(
-        default=GOOGLE_URL,
-        description="Where the Gemini API is, for a proxy or an emulator in its place.",
+    gemini_base_url: str = setting(
+        GOOGLE_URL, "Where the Gemini API is, for a proxy or an emulator in its place."
     )
-    text_model: str = Field(
-        default="gemini-2.5-flash", description="The model for requests of text alone."
+    text_model: str = setting("gemini-2.5-flash", "The model for requests of text alone.")
+    multi_modal_model: str = setting("gemini-2.5-flash", "The model for requests with files.")
+    image_model: str = setting("gemini-2.5-flash-image", "The model that makes images.")
+    classifier_model: str = setting(
+        "gemini-2.5-flash-lite", "The model that is asked whether a request wants an image."
     )
-    multi_modal_model: str = Field(
-        default="gemini-2.5-flash", description="The model for requests with files."
-    )
-    image_model: str = Field(
-        default="gemini-2.5-flash-image", description="The model that makes images."
-    )
-    classifier_model: str = Field(
-        default="gemini-2.5-flash-lite",
-        description="The model that is asked whether a request wants an image.",
-    )
-    connect_timeout_ms: Milliseconds = Field(
-        default=5_000, description="How long connecting to the provider may take."
+    connect_timeout_ms: Milliseconds = setting(
+        5_000, "How long connecting to the provider may take."
     )
     # The SDKs of OpenAI and Anthropic wait for 600 s, each time for the next bytes of a stream.
-    first_byte_timeout_ms: Milliseconds = Field(
-        default=600_000, description="How long the provider may take to begin its answer."
+    first_byte_timeout_ms: Milliseconds = setting(
+        600_000, "How long the provider may take to begin its answer."
     )
-    idle_timeout_ms: Milliseconds = Field(
-        default=600_000, description="The longest silence within a provider's answer."
+    idle_timeout_ms: Milliseconds = setting(
+        600_000, "The longest silence within a provider's answer."
     )
-    total_timeout_ms: Milliseconds = Field(
-        default=3_600_000, description="How long one call of the provider may take in all."
+    total_timeout_ms: Milliseconds = setting(
+        3_600_000, "How long one call of the provider may take in all."
     )
-    fetch_timeout_ms: Milliseconds = Field(
-        default=20_000, description="How long fetching the picture of an `image_uri` may take."
+    fetch_timeout_ms: Milliseconds = setting(
+        20_000, "How long fetching the picture of an `image_uri` may take."
     )
+
+    rate_limits: dict[str, int] = setting(
+        DEFAULT_LIMITS,
+        "How many calls of each type may run concurrently, over all processes together. A type "
+        "left out keeps its default.",
+    )
+    tidegate_policy: Path | None = setting(
+        None,
+        "A file with all limits, rates, weights and priorities: see docs/limits.md. Not set: "
+        "tidegate.toml in the folder that the product is started from, if it is there. What it "
+        "says comes before RATE_LIMITS and the settings below.",
+    )
+    semaphore_timeout: Annotated[float, Field(ge=0.2, le=3600)] = setting(
+        3.0,
+        "The lease in seconds: how soon what a crashed process held is free again. Calls may run "
+        "for much longer; a living process renews its lease.",
+    )
+    when_valkey_away: Literal["closed", "local"] = setting(
+        "closed",
+        "While Valkey is unavailable for longer than the lease: closed lets requests wait and then "
+        "refuses them with 503; local lets each process use its share of the limits.",
+    )
+    on_lost: Literal["finish", "cancel"] = setting(
+        "finish",
+        "Whether running calls finish or are cancelled when Valkey is unavailable for longer than "
+        "the lease.",
+    )
+    on_expiry: Literal["reuse", "hold"] = setting(
+        "reuse",
+        "What happens to the permits of a process that went silent: reuse releases them after "
+        "the lease; hold keeps them until its calls must have ended.",
+    )
+
+    classifier: ClassifierMode = setting(
+        ClassifierMode.AUTO,
+        "Who decides whether a request wants an image: llm asks a model every time, auto only "
+        "when the rules are unsure, keywords never.",
+    )
+    classifier_timeout_ms: Milliseconds = setting(
+        2_000, "How long the model may take to decide, before keywords do."
+    )
+    classifier_limit: Annotated[int, Field(ge=1, le=10_000)] = setting(
+        2, "How many such questions may run concurrently, outside RATE_LIMITS."
+    )
+
+    max_prompt_chars: Positive = setting(
+        200_000, "The longest prompt that is taken, in characters."
+    )
+    max_file_bytes: Positive = setting(50_000_000, "The largest single file that is taken.")
+    max_files: Annotated[int, Field(ge=0, le=1000)] = setting(
+        10, "How many files one request may carry."
+    )
+    max_body_bytes: Positive = setting(
+        100_000_000, "The largest request that is taken, files included."
+    )
+    max_held_bytes: Positive = setting(
+        250_000_000,
+        "How much of the bodies of requests one process holds in memory, those of up to "
+        "64 KB aside: native calls and prompts of /stream until they end, all others while they "
+        "arrive; more are refused with 429. A process takes about twice as much memory for them. "
+        "MAX_BODY_BYTES where that is more. A tenant with keys may have half of what the others "
+        "leave of it. Jobs count until they are stored (503 where there is no room); of large "
+        "wrapped calls a worker holds a third of it for each type of job, and the others wait.",
+    )
+    max_batch_files_bytes: Positive = setting(
+        10_000_000_000,
+        "How much one tenant may keep in the files that it uploads for batches, until it deletes "
+        "them or RETENTION_DAYS are over. More is refused: see docs/batches.md.",
+    )
+    receive_timeout_ms: Milliseconds = setting(
+        15_000, "The longest silence of a client while it sends its request."
+    )
+    stream_wait_ms: Milliseconds = setting(
+        30_000,
+        "How long a stream or a native call waits for its turn before it is refused, where the "
+        "request gives no deadline.",
+    )
+    keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
+        0,
+        "While a native stream waits longer than this, comments keep its connection alive; from "
+        "then on a refusal is an event in a 200. 0: never.",
+    )
+    stalled_reader_ms: Milliseconds = setting(
+        30_000, "How long a client may stop reading before it is cut off."
+    )
+
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = setting(
+        5,
+        "How many attempts a job has. A fault of the upstream itself (no connection, 429, 502, "
+        "503, a refused key) uses up none.",
+    )
+    claim_lease_ms: Milliseconds = setting(
+        15_000, "How soon another worker takes over a dead worker's jobs."
+    )
+    job_deadline_ms: Annotated[int | None, Field(ge=1)] = setting(
+        None,
+        "How long a job may wait for its turn before it expires, where the request gives no "
+        "deadline_ms. Not set: as long as needed.",
+    )
+    webhook_secret: SecretStr | None = setting(
+        None,
+        "Signs webhooks (see docs/jobs.md), as whsec_ and random bytes in base64. Without one no "
+        "webhook_url is taken.",
+    )
+    webhook_allow_private: bool = setting(
+        False,
+        "Send webhooks to private, loopback and link-local addresses too. Only where every client "
+        "who may submit may also reach what is there.",
+    )
+    webhook_timeout_ms: Milliseconds = setting(
+        15_000, "How long the receiver of a webhook may take to answer."
+    )
+    retention_days: Positive = setting(
+        30, "How long requests and answers are kept (tidegate prune)."
+    )
+    spill_max_bytes: Annotated[int, Field(ge=0)] = setting(
+        256_000_000, "How much may be kept on disk of what PostgreSQL could not take."
+    )
+    audit_full: Literal["block", "drop"] = setting(
+        "block",
+        "When the record cannot keep up: block lets requests wait for it, drop leaves records out "
+        "and counts them.",
+    )
+    leave_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
+        1_000,
+        "How long a process that gets SIGTERM goes on taking requests, while it says on "
+        "/health/ready and on every answer that it leaves, so that balancers and clients with "
+        "kept connections go elsewhere. Ctrl-C does not wait for it.",
+    )
+    shutdown_grace_ms: Milliseconds = setting(
+        20_000, "How long running calls may go on after that."
+    )
+    migrate_at_start: bool = setting(
+        True,
+        "Whether serve and worker bring the database's schema up to date before they begin. Where "
+        "`tidegate migrate` does it, 0 lets them start immediately and become ready when the "
+        "schema fits.",
+    )
+
+    log_format: Literal["auto", "console", "json"] = setting(
+        "auto", "The look of the log: auto is console on a terminal, else json."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "The least serious lines that are logged."
+    )
+    worker_port: Annotated[int | None, Field(ge=0, le=65_535)] = setting(
+        None,
+        "Where a worker that runs by itself (tidegate worker) is asked how it is, on HOST: "
+        "/health/live and /health/ready for probes, /metrics, /admin/process; 0 takes any free "
+        "port. Not set: nowhere. Those of tidegate up are seen at its API.",
+    )
+
+    tidegate_url: Url = None
+    tidegate_api_key: Key = None
 
     @field_validator("data_dir")
     @classmethod
@@ -283,14 +479,13 @@ class Places(BaseModel):
             sound = folder.is_dir() or not folder.exists()
         except PermissionError:  # in a folder that this user may not look into
             sound = False
-        return _sound("data_dir", folder, sound)
+        return _checked("data_dir", folder, sound)
 
     @field_validator("admin_token")
     @classmethod
     def _token(cls, value: SecretStr) -> SecretStr:
         token = value.get_secret_value()
-        sound = len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()
-        return _sound("admin_token", value, sound and " " not in token)
+        return _checked("admin_token", value, len(token) >= SHORTEST_TOKEN and _is_key(token))
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod
@@ -301,7 +496,7 @@ class Places(BaseModel):
         bare = [str(name).strip().removeprefix("[").removesuffix("]").lower() for name in names]
         bare = [name.removesuffix(".") for name in bare if name]
         is_sound = all(is_address(name) or is_host_name(name) for name in bare)
-        return _sound("allowed_hosts", tuple(bare), is_sound)
+        return _checked("allowed_hosts", tuple(bare), is_sound)
 
     @field_validator("cors_origins", mode="before")
     @classmethod
@@ -310,41 +505,32 @@ class Places(BaseModel):
         if not isinstance(named, list | tuple):
             return value
         origins = tuple(str(one).strip().lower() for one in named if str(one).strip())
-        return _sound("cors_origins", origins, all(map(_is_origin, origins)))
-
-    @field_validator("auth", mode="before")
-    @classmethod
-    def _lower_case(cls, value: object) -> object:
-        return value.lower() if isinstance(value, str) else value
+        return _checked("cors_origins", origins, all(map(_is_origin, origins)))
 
     @field_validator("host")
     @classmethod
     def _address(cls, value: str) -> str:
         bare = value.removeprefix("[").removesuffix("]")
-        return _sound("host", bare.lower(), is_address(bare) or is_host_name(bare))
+        return _checked("host", bare.lower(), is_address(bare) or is_host_name(bare))
 
     @field_validator("blob_url")
     @classmethod
     def _bucket(cls, value: str) -> str:
         url = split_url(value)
         bucket = url.scheme in ("s3", "gs", "az") and not (url.username or url.query)
-        return _sound("blob_url", value, bucket or not value)
+        return _checked("blob_url", value, bucket or not value)
 
     @field_validator("gemini_base_url")
     @classmethod
     def _http(cls, value: str) -> str:
-        url = split_url(value)
-        plain = bool(url.hostname) and not (url.username or url.password or url.query)
-        return _sound(
-            "gemini_base_url", value.rstrip("/"), plain and url.scheme in ("http", "https")
-        )
+        return _checked("gemini_base_url", value.rstrip("/"), _is_plain_url(value))
 
     @field_validator("database_url")
     @classmethod
     def _postgres(cls, value: SecretStr) -> SecretStr:
         # Not taken apart: several hosts with a port each are allowed here.
         scheme = value.get_secret_value().partition("://")[0]
-        return _sound("database_url", value, scheme in ("postgresql", "postgres"))
+        return _checked("database_url", value, scheme in ("postgresql", "postgres"))
 
     @field_validator("redis_url")
     @classmethod
@@ -353,11 +539,84 @@ class Places(BaseModel):
         text = re.sub(r"^valkey(s?)(://|\+)", r"redis\1\2", value.get_secret_value())
         # Not taken apart: several hosts with a port each are allowed there.
         several = re.match(r"rediss?\+(sentinel|cluster)://.", text) is not None
-        return _sound(
+        return _checked(
             "redis_url",
             SecretStr(text),
             several or split_url(text).scheme in ("redis", "rediss", "unix"),
         )
+
+    @field_validator("rate_limits", mode="before")
+    @classmethod
+    def _limits(cls, value: object) -> dict[str, int]:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (json.JSONDecodeError, RecursionError):
+                value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"must be {ALLOWED['rate_limits']}")
+        for kind, limit in value.items():
+            if kind not in KINDS:
+                raise ValueError(f"has the unknown type {kind!r}; known are {', '.join(KINDS)}")
+            if type(limit) is not int or not 0 <= limit <= MOST_AT_ONCE:
+                raise ValueError(f"{kind} must be a whole number from 0 to {MOST_AT_ONCE}")
+        return DEFAULT_LIMITS | value
+
+    @field_validator(
+        "auth",
+        "when_valkey_away",
+        "on_lost",
+        "on_expiry",
+        "classifier",
+        "audit_full",
+        "log_level",
+        "log_format",
+        mode="before",
+    )
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _signing(cls, value: SecretStr) -> SecretStr:
+        head, mark, coded = value.get_secret_value().partition("whsec_")
+        try:
+            key = b64decode(coded, validate=True)
+        except ValueError:
+            key = b""
+        is_sound = bool(mark) and not head and 24 <= len(key) <= 64
+        return _checked("webhook_secret", value, is_sound)
+
+    @field_validator("tidegate_policy")
+    @classmethod
+    def _policy(cls, value: Path) -> Path:
+        path = value.expanduser()
+        return _checked("tidegate_policy", path, path.is_file())
+
+    @model_validator(mode="after")
+    def _never_by_mistake(self) -> Self:
+        """Demo mode (bundled servers, emulated provider) is for loopback, or set by name."""
+        if bool(self.database_url) != bool(self.redis_url):
+            missing, given = "REDIS_URL", "DATABASE_URL"
+            if not self.database_url:
+                missing, given = given, missing
+            raise ConfigError(missing, "(not set)", f"{given} is set, so this must be set as well")
+        if self.gemini_base_url != GOOGLE_URL and self.gemini_api_key is None:
+            raise ConfigError(
+                "GEMINI_API_KEY", "(not set)", "GEMINI_BASE_URL is set, so this must be set as well"
+            )
+        if self.tidegate_demo or self.is_loopback:
+            return self
+        for name in NEEDED_IN_THE_OPEN:
+            if getattr(self, name.lower()) is None:
+                raise ConfigError(
+                    name,
+                    "(not set)",
+                    f"must be set when HOST is not loopback (HOST={self.host}); "
+                    "TIDEGATE_DEMO=1 allows the bundled servers and the emulated provider",
+                )
+        return self
 
     @property
     def is_loopback(self) -> bool:
@@ -385,288 +644,6 @@ class Places(BaseModel):
         """Whether the answers of the account `gemini` are the built-in emulator's."""
         key = self.gemini_api_key
         return self.emulated or (key is not None and key.get_secret_value() == EMULATORS_KEY)
-
-
-def _is_origin(text: str) -> bool:
-    """Whether it is the address of a page as a browser says it in Origin."""
-    url = split_url(text)
-    return (
-        url.scheme in ("http", "https")
-        and text == f"{url.scheme}://{url.netloc}"
-        and bool(url.hostname)
-        and "@" not in url.netloc
-    )
-
-
-DEFAULT_LIMITS = {"text_only": 5, "multi_modal": 3, "image_generation": 2}
-KINDS = tuple(DEFAULT_LIMITS)
-MOST_AT_ONCE = 100_000
-NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL")
-PROVIDER_KEYS = ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
-SECRETS = (
-    *NEEDED_IN_THE_OPEN,
-    *PROVIDER_KEYS,
-    *("ADMIN_TOKEN", "WEBHOOK_SECRET", "TIDEGATE_API_KEY"),
-)
-
-SETTINGS_ALLOWED = (
-    PLACES_ALLOWED
-    | ALLOWED
-    | {
-        "tidegate_policy": "the path of a file that is there",
-        "webhook_secret": "whsec_ and 24 to 64 bytes in base64",
-        "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
-        f" by type ({', '.join(KINDS)})",
-    }
-)
-# The headings of the documentation, each above the field that it stands before.
-SECTIONS = {
-    "database_url": "Where things are",
-    "gemini_api_key": "The providers",
-    "rate_limits": "Limits",
-    "classifier": "Text or image",
-    "max_prompt_chars": "Bounds on what a client may send",
-    "max_attempts": "Jobs and the record",
-    "log_format": "Logs and metrics",
-    "tidegate_url": "The command line",
-}
-
-
-class ClassifierMode(StrEnum):
-    """Who decides whether a request wants an image: see docs/classification.md."""
-
-    LLM = "llm"
-    AUTO = "auto"
-    KEYWORDS = "keywords"
-
-
-class Config(Places):
-    """Every setting of a deployment. Field names are the variables' names in lower case."""
-
-    rate_limits: dict[str, int] = Field(
-        default_factory=DEFAULT_LIMITS.copy,
-        description="How many calls of each type may run at once, over all processes together. "
-        "A type left out keeps its default.",
-    )
-    tidegate_policy: Path | None = Field(
-        default=None,
-        description="A file with all limits, rates, weights and priorities: see docs/limits.md. "
-        "Not set: tidegate.toml in the folder that the product is started from, if it is there. "
-        "What it says comes before RATE_LIMITS and the settings below.",
-    )
-    semaphore_timeout: Annotated[float, Field(ge=0.2, le=3600)] = Field(
-        default=3.0,
-        description="The lease in seconds: how soon what a crashed process held is free again. "
-        "Calls may run for much longer; a living process renews its lease.",
-    )
-    when_valkey_away: Literal["closed", "local"] = Field(
-        default="closed",
-        description="While Valkey is away for longer than the lease: closed lets requests wait "
-        "and then refuses them with 503; local lets each process use its share of the limits.",
-    )
-    on_lost: Literal["finish", "cancel"] = Field(
-        default="finish",
-        description="Whether running calls finish or are cancelled when Valkey is away for "
-        "longer than the lease.",
-    )
-    on_expiry: Literal["reuse", "hold"] = Field(
-        default="reuse",
-        description="What happens to the permits of a process that went silent: reuse gives them "
-        "away after the lease; hold keeps them until its calls must have ended.",
-    )
-
-    classifier: ClassifierMode = Field(
-        default=ClassifierMode.AUTO,
-        description="Who decides whether a request wants an image: llm asks a model every time, "
-        "auto only when the rules are unsure, keywords never.",
-    )
-    classifier_timeout_ms: Milliseconds = Field(
-        default=2_000, description="How long the model may take to decide, before keywords do."
-    )
-    classifier_limit: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        default=2, description="How many such questions may run at once, outside RATE_LIMITS."
-    )
-
-    max_prompt_chars: Annotated[int, Field(ge=1)] = Field(
-        default=200_000, description="The longest prompt that is taken, in characters."
-    )
-    max_file_bytes: Annotated[int, Field(ge=1)] = Field(
-        default=50_000_000, description="The largest single file that is taken."
-    )
-    max_files: Annotated[int, Field(ge=0, le=1000)] = Field(
-        default=10, description="How many files one request may carry."
-    )
-    max_body_bytes: Annotated[int, Field(ge=1)] = Field(
-        default=100_000_000, description="The largest request that is taken, files included."
-    )
-    max_held_bytes: Annotated[int, Field(ge=1)] = Field(
-        default=250_000_000,
-        description="How much of the bodies of requests one process holds in memory at once, "
-        "those of up to 64 KB aside: native calls and prompts of /stream until they end, all "
-        "others while they arrive; more are refused with 429. A process takes about twice as "
-        "much memory for them. MAX_BODY_BYTES where that is more. A tenant with keys may have "
-        "half of what the others leave of it. Jobs count until they are stored (503 where there "
-        "is no room); of large wrapped calls a worker holds a third of it for each type of job, "
-        "and the others wait.",
-    )
-    max_batch_files_bytes: Annotated[int, Field(ge=1)] = Field(
-        default=10_000_000_000,
-        description="How much one tenant may keep in the files that it uploads for batches, until "
-        "it deletes them or RETENTION_DAYS are over. More is refused: see docs/batches.md.",
-    )
-    receive_timeout_ms: Milliseconds = Field(
-        default=15_000, description="The longest silence of a client while it sends its request."
-    )
-    stream_wait_ms: Milliseconds = Field(
-        default=30_000,
-        description="How long a stream or a native call waits for its turn before it is refused, "
-        "where the request gives no deadline.",
-    )
-    keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = Field(
-        default=0,
-        description="While a native stream waits longer than this, comments keep its connection "
-        "alive; from then on a refusal is an event in a 200. 0: never.",
-    )
-    stalled_reader_ms: Milliseconds = Field(
-        default=30_000, description="How long a client may stop reading before it is cut off."
-    )
-
-    max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
-        default=5,
-        description="How many attempts a job has. A fault of the upstream itself (no connection, "
-        "429, 502, 503, a refused key) uses up none.",
-    )
-    claim_lease_ms: Milliseconds = Field(
-        default=15_000, description="How soon another worker takes over a dead worker's jobs."
-    )
-    job_deadline_ms: Annotated[int | None, Field(ge=1)] = Field(
-        default=None,
-        description="How long a job may wait for its turn before it expires, where the request "
-        "gives no deadline_ms. Not set: as long as needed.",
-    )
-    webhook_secret: SecretStr | None = Field(
-        default=None,
-        description="Signs webhooks (see docs/jobs.md), as whsec_ and random bytes in base64. "
-        "Without one no webhook_url is taken.",
-    )
-    webhook_allow_private: bool = Field(
-        default=False,
-        description="Send webhooks to private, loopback and link-local addresses too. Only where "
-        "everybody who may submit may also reach what is there.",
-    )
-    webhook_timeout_ms: Milliseconds = Field(
-        default=15_000, description="How long the receiver of a webhook may take to answer."
-    )
-    retention_days: Annotated[int, Field(ge=1)] = Field(
-        default=30, description="How long requests and answers are kept (tidegate prune)."
-    )
-    spill_max_bytes: Annotated[int, Field(ge=0)] = Field(
-        default=256_000_000,
-        description="How much may be kept on disk of what PostgreSQL could not take.",
-    )
-    audit_full: Literal["block", "drop"] = Field(
-        default="block",
-        description="When the record cannot keep up: block lets requests wait for it, drop "
-        "leaves records out and counts them.",
-    )
-    leave_ms: Annotated[int, Field(ge=0, le=3_600_000)] = Field(
-        default=1_000,
-        description="How long a process that gets SIGTERM goes on taking requests, while it says "
-        "on /health/ready and on every answer that it leaves, so that balancers and clients with "
-        "kept connections go elsewhere. Ctrl-C does not wait for it.",
-    )
-    shutdown_grace_ms: Milliseconds = Field(
-        default=20_000, description="How long running calls may go on after that."
-    )
-    migrate_at_start: bool = Field(
-        default=True,
-        description="Whether serve and worker bring the database's schema up to date before they "
-        "begin. Where `tidegate migrate` does it, 0 lets them start at once and become ready when "
-        "the schema fits.",
-    )
-
-    log_format: Literal["auto", "console", "json"] = Field(
-        default="auto", description="The look of the log: auto is console on a terminal, else json."
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="The least serious lines that are logged."
-    )
-    worker_port: Annotated[int | None, Field(ge=0, le=65_535)] = Field(
-        default=None,
-        description="Where a worker that runs by itself (tidegate worker) is asked how it is, on "
-        "HOST: /health/live and /health/ready for probes, /metrics, /admin/process; 0 takes any "
-        "free port. Not set: nowhere. Those of tidegate up are seen at its API.",
-    )
-
-    tidegate_url: Url = None
-    tidegate_api_key: Key = None
-
-    @field_validator("rate_limits", mode="before")
-    @classmethod
-    def _limits(cls, value: object) -> dict[str, int]:
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (json.JSONDecodeError, RecursionError):
-                value = None
-        if not isinstance(value, dict):
-            raise ValueError(f"must be {SETTINGS_ALLOWED['rate_limits']}")
-        for kind, limit in value.items():
-            if kind not in KINDS:
-                raise ValueError(f"has the unknown type {kind!r}; known are {', '.join(KINDS)}")
-            if type(limit) is not int or not 0 <= limit <= MOST_AT_ONCE:
-                raise ValueError(f"{kind} must be a whole number from 0 to {MOST_AT_ONCE}")
-        return DEFAULT_LIMITS | value
-
-    @field_validator(
-        *("when_valkey_away", "on_lost", "on_expiry", "classifier", "audit_full"),
-        *("log_level", "log_format"),
-        mode="before",
-    )
-    @classmethod
-    def _lower(cls, value: object) -> object:
-        return value.lower() if isinstance(value, str) else value
-
-    @field_validator("webhook_secret")
-    @classmethod
-    def _signing(cls, value: SecretStr) -> SecretStr:
-        head, mark, coded = value.get_secret_value().partition("whsec_")
-        try:
-            key = b64decode(coded, validate=True)
-        except ValueError:
-            key = b""
-        is_sound = bool(mark) and not head and 24 <= len(key) <= 64
-        return sound(SETTINGS_ALLOWED["webhook_secret"], value, is_sound)
-
-    @field_validator("tidegate_policy")
-    @classmethod
-    def _policy(cls, value: Path) -> Path:
-        path = value.expanduser()
-        return sound(SETTINGS_ALLOWED["tidegate_policy"], path, path.is_file())
-
-    @model_validator(mode="after")
-    def _never_by_mistake(self) -> Self:
-        """Demo mode (bundled servers, emulated provider) is for loopback, or asked for by name."""
-        if bool(self.database_url) != bool(self.redis_url):
-            missing, given = "REDIS_URL", "DATABASE_URL"
-            if not self.database_url:
-                missing, given = given, missing
-            raise ConfigError(missing, "(not set)", f"{given} is set, so this must be set as well")
-        if self.gemini_base_url != GOOGLE_URL and self.gemini_api_key is None:
-            raise ConfigError(
-                "GEMINI_API_KEY", "(not set)", "GEMINI_BASE_URL is set, so this must be set as well"
-            )
-        if self.tidegate_demo or self.is_loopback:
-            return self
-        for name in NEEDED_IN_THE_OPEN:
-            if getattr(self, name.lower()) is None:
-                raise ConfigError(
-                    name,
-                    "(not set)",
-                    f"must be set when HOST is not loopback (HOST={self.host}); "
-                    "TIDEGATE_DEMO=1 allows the bundled servers and the emulated provider",
-                )
-        return self
 
     @property
     def lease_ms(self) -> int:
@@ -808,8 +785,8 @@ def names_a_collector(environ: Mapping[str, str] | None = None) -> bool:
 
 def allowed(field: str) -> str:
     """What a setting may be, in a user's words; reads well after "must be"."""
-    if field in SETTINGS_ALLOWED:
-        return SETTINGS_ALLOWED[field]
+    if field in ALLOWED:
+        return ALLOWED[field]
     info = Config.model_fields[field]
     types = [one for one in get_args(info.annotation) if one is not type(None)]
     if get_origin(info.annotation) is Literal:
@@ -954,26 +931,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _operator_key_sound(path: Path, text: str) -> SecretStr:
     key = text.strip()
-    if len(key) < SHORTEST_TOKEN or not key.isascii() or not key.isprintable() or " " in key:
+    if len(key) < SHORTEST_TOKEN or not _is_key(key):
         said = f"must hold one key of {SHORTEST_TOKEN} characters or more; remove it to get another"
         raise ConfigError("DATA_DIR", str(path), said)
     return SecretStr(key)
-
-
-__all__ = [
-    "EMULATORS_KEY",
-    "GOOGLE_URL",
-    "KINDS",
-    "SECRETS",
-    "ClassifierMode",
-    "Client",
-    "Config",
-    "existing_operator_key",
-    "export_otel",
-    "key_file",
-    "load",
-    "load_client",
-    "names_a_collector",
-    "operator_key",
-    "secret",
-]

@@ -12,8 +12,7 @@ from types import ModuleType
 import pytest
 from dotenv import dotenv_values
 
-from tidegate.settings import SECTIONS, Config, load
-from tidegate.settings import SETTINGS_ALLOWED as ALLOWED
+from tidegate.settings import ALLOWED, SECTIONS, Config, load
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate_docs.py"

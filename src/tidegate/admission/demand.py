@@ -57,7 +57,7 @@ _MOST_KEPT = 1_000
 
 
 class Reach:
-    """The limits of one policy by whom they bind; made anew when the policy is another one."""
+    """The limits of one policy by the scope they apply to; one for each policy."""
 
     def __init__(self, policy: PoolPolicy, *, kinds_optional: bool = False) -> None:
         self.policy = policy
@@ -378,7 +378,7 @@ _NO_USAGE = Usage()
 # Not frozen, as all else of its kind: each call would pay for that.
 @dataclass(slots=True)
 class Demand:
-    """All limits of a call, or none; nobody changes it. `priority` is the name of a band."""
+    """All limits of a call, or none; never changed. `priority` is the name of a band."""
 
     limits: tuple[str, ...]
     tenant: str
@@ -390,7 +390,7 @@ class Demand:
     def tokens(self) -> Tokens | None:
         """What to reserve: rarely less than it will use, and never less than the first guess, so
         that a tenant can't teach its own reservations away. None: it was not estimated, since
-        nobody counts it."""
+        no limit counts it."""
         one = self.estimate
         if one is None:
             return None
@@ -400,7 +400,7 @@ class Demand:
         )
 
     def to_admit(self, deadline_ms: int | None, hard_ms: int, *, once: bool = False) -> Wanted:
-        """What the limiter is asked for; see its `Demand`."""
+        """The request to the limiter; see its `Demand`."""
         return Wanted(
             self.limits,
             self.tenant,
@@ -478,9 +478,9 @@ class Demands:
         images: int = 0,
         max_output_tokens: int | None = None,
     ) -> Demand:
-        """What a request in a provider's own dialect needs; its limits may be none. Where no limit
-        counts LLM tokens only some calls are estimated, so that the estimator goes on learning: it
-        costs as much as all the rest."""
+        """The demand of a request in a provider's own dialect; its limits may be none. Where no
+        limit counts LLM tokens only some calls are estimated, so that the estimator goes on
+        learning: it costs as much as all the rest."""
         limits = self._limits(policy, kind, model, tenant, images)
         reach = self._reach
         self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
@@ -507,7 +507,7 @@ class Demands:
     ) -> Demand:
         """What the classifier's question needs: of its own limit, and of those on the model.
 
-        It takes its tenant's turn, but nothing of the tenant's limits: the question is ours.
+        It queues as its tenant, but takes nothing of the tenant's limits: the question is ours.
         """
         return Demand(
             limits=self._limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
@@ -526,7 +526,7 @@ class Demands:
     def learn(
         self, demand: Demand, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool
     ) -> None:
-        """Take in what a call used. An answer that was cut teaches its input alone, unless more
+        """Learn from what a call used. An answer that was cut teaches its input alone, unless more
         came of it than was reserved."""
         estimate = demand.estimate
         if estimate is None:
@@ -549,13 +549,13 @@ class Demands:
 LONGEST_MS = 600_000
 USUAL_RAMP_MS = 10_000
 _PROVIDERS_ZONE = "America/Los_Angeles"
-# Clients name models: what is not a plain name is told by a digest.
+# Clients name models: a name that is not plain is written as a digest.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@+-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """After `for_ms` calls come back one by one, over `ramp_ms`. 0: nobody said for how long."""
+    """After `for_ms` calls come back one by one, over `ramp_ms`. 0: for an unknown time."""
 
     limit: str
     for_ms: int
@@ -571,7 +571,7 @@ def pause_after(
     *,
     account: str | None = None,
 ) -> Pause | None:
-    """The pause that a 429 asks for; None where it speaks of no model.
+    """The pause that a 429 requires; None where it concerns no model.
 
     `limits`: those of the call. `now` is aware of its zone. `account`: the limit that stands for
     the whole account, where the 429 names that.
@@ -592,8 +592,8 @@ def pause_after(
 def _blamed(
     error: UpstreamThrottled, limits: tuple[str, ...], model: str, policy: PoolPolicy
 ) -> str | None:
-    """The model's own rate of that unit, else its limit on calls at once, which need not be in the
-    policy; None where no model was asked for."""
+    """The model's own rate of that unit, else its limit on concurrent calls, which need not be in
+    the policy; None for a call without a model."""
     if not model:
         return None
     of_model = [limit_id for limit_id in limits if whom_it_binds(limit_id) == model]
@@ -609,7 +609,7 @@ def _blamed(
 
 
 def model_limit(model: str) -> str:
-    """The limit on a model's calls at once, which has no bound where no policy names it."""
+    """The limit on a model's concurrent calls, which has no bound where no policy names it."""
     name = plain_model(model)
     if _PLAIN_NAME.fullmatch(name) is None:
         name = f"~{sha256(name.encode('utf-8', 'replace')).hexdigest()[:16]}"

@@ -492,7 +492,7 @@ class Track:
     def learn(
         self, pieces: Pieces, actual_tokens: int, reserved_tokens: float, tools: int = 0
     ) -> None:
-        """Take in one call. A figure of 0 or less teaches nothing: no call is free of tokens."""
+        """Learn from one call. A figure of 0 or less teaches nothing: no call is free of tokens."""
         if actual_tokens <= 0:
             return
         middle, doubt = self._middle(pieces, self.ratios)
@@ -677,7 +677,7 @@ class Estimator:
         )
 
     def learn(self, estimate: Estimate, usage: Usage) -> None:
-        """Take in what a finished call used. One that was cut teaches its input alone: leave its
+        """Learn from what a finished call used. One that was cut teaches its input alone: leave its
         output figures out."""
         input_tokens, output_tokens = tokens_of(usage)
         if input_tokens is not None:

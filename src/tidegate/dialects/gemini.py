@@ -52,7 +52,7 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import TidegateError
 
-# A method that is not named here is one of the future: it asks a model for something.
+# A method that is not named here is a future one: a call of a model.
 _OPERATIONS = {
     "countTokens": Operation.COUNT,
     "computeTokens": Operation.COUNT,
@@ -307,7 +307,7 @@ _NO_MONEY = re.compile(
     r"your (?:prepayment credits are depleted|project has exceeded its (?:\w+ )?spending cap)",
     re.IGNORECASE,
 )
-# A 403 on what was asked for, such as a file that is not there (Gemini's word for it) or a model
+# A 403 on a requested resource, such as a file that is not there (Gemini's word for it) or a model
 # that the account may not use: it says nothing of the key, which serves others at this moment.
 _ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECASE)
 

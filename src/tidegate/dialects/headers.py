@@ -41,16 +41,16 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
         # Some servers take these for the method or the path that is really meant.
         *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
         *(b"x-original-url", b"x-rewrite-url"),
-        # Some begin work for them that goes on after their answer, under no permit.
+        # Some servers begin work for them that continues after their answer, under no permit.
         *(b"prefer", b"x-dashscope-async"),
         # Google leaves out what these do not name, such as the usage; and encodes the answer.
         *(b"x-goog-fieldmask", b"x-goog-encode-response-if-executable"),
     )
 )
 _NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")
-# What has a say over the client's browser, our origin or our connections, and what our own server
-# says. Of a redirect: an upstream's address is none of ours, and a client that followed it would
-# show its key there.
+# Headers that control the client's browser, our origin or our connections, and those that our own
+# server sets. Of a redirect: a client that followed it to an upstream's address would send its key
+# there.
 _NOT_RETURNED = _HOP_BY_HOP | frozenset(
     (
         *(b"date", b"server", b"via", b"x-powered-by", b"alt-used", b"priority"),
@@ -80,7 +80,7 @@ _NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def to_send(given: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """The headers of a client that go on to the upstream. Names are in lower case, as ASGI gives
+    """The headers of a client that pass to the upstream. Names are in lower case, as ASGI has
     them."""
     found, named = [], b""
     for pair in given:
@@ -114,7 +114,7 @@ def with_key(headers: Headers, dialect: DialectSpec, key: str) -> Headers:
 def to_return(
     given: Iterable[tuple[bytes, bytes]], key: str = "", *, same_length: bool = True
 ) -> Headers:
-    """The headers of an upstream's answer that go back to the client. Where they repeat the
+    """The headers of an upstream's answer that pass to the client. Where they repeat the
     upstream's `key` it is masked."""
     found, named = [], b""
     for raw_name, value in given:
@@ -136,7 +136,7 @@ def to_return(
 
 
 def content_type_in(headers: Headers) -> str | None:
-    """None where none is told."""
+    """The value of Content-Type; None without one."""
     for name, value in headers:
         if name == b"content-type":
             return value.decode("latin-1")
@@ -144,8 +144,8 @@ def content_type_in(headers: Headers) -> str | None:
 
 
 def of_answer(upstream: str, queue_ms: float) -> Headers:
-    """What every answer bears that an upstream gave, its refusals too: who gave it, and how long
-    the call waited for its turn."""
+    """Headers of every answer of an upstream, refusals too: which upstream, and the wait of the
+    call for admission."""
     return [
         (b"x-tidegate-queue-ms", b"%.1f" % queue_ms),
         (b"x-tidegate-upstream", upstream.encode()),
@@ -284,7 +284,7 @@ class RateStatus:
 
 
 def rate_statuses(headers: Mapping[str, str], now: datetime) -> list[RateStatus]:
-    """All that the headers tell of; their names are in lower case."""
+    """The rate limits that headers report; names are in lower case."""
     found: dict[tuple[int, str, str | None], dict[str, int]] = {}
     for name, value in headers.items():
         if "ratelimit" not in name:
@@ -360,8 +360,8 @@ class Remaining:
     async def _ask(self) -> None:
         try:
             snapshot = await self._limiter.snapshot()
-        except TidegateError as away:
-            get_logger().debug(Log.STORE_AWAY, detail=away.message)
+        except TidegateError as failed:
+            get_logger().debug(Log.STORE_AWAY, detail=failed.message)
             self._left = {}
         else:
             self._left = {

@@ -214,7 +214,7 @@ def is_too_short(first: bytes) -> bool:
 
 def tail_of(pieces: list[bytes]) -> bytes:
     """The last bytes of an answer, enough for an error: with the whole of its last event, which
-    repeats what was asked for and may be long."""
+    repeats the request and may be long."""
     start, size_bytes = len(pieces), 0
     is_whole = bool(pieces) and pieces[0].lstrip()[:1] in (b"[", b"{")  # no events
     while start and (size_bytes < _ENOUGH_BYTES or not is_whole):

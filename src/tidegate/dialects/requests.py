@@ -236,7 +236,7 @@ class Content:
                 else:
                     left += value
         self._values = MOST_WALKED
-        if left:  # as much as nobody writes by hand: what is left counts as it would be written
+        if left:  # more than a person writes: the rest counts as it would be written
             texts.append(_written(left))
 
     def _values_of(self, value: JsonObject, left: list[Any]) -> None:
@@ -344,9 +344,9 @@ _READ = frozenset(
 _WRITTEN = {name: b'"%b"' % name.encode() for name in _READ}
 # Go's parser folds letters beyond ASCII too: a long s is an s to it.
 _FOLDED = {name.casefold(): name for name in _READ}
-# The end of a key with an escaped character of ASCII, which nobody needs to escape.
+# The end of a key with an escaped character of ASCII, which needs no escape.
 _ESCAPED = re.compile(rb'\\u00[4-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*:')
-# What asks for work that goes on after its answer: OpenAI's word, and xAI's.
+# Fields that request work which continues after the answer: OpenAI's, and xAI's.
 _GO_ON = ("background", "deferred")
 
 
@@ -387,8 +387,8 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
 
 
 def check_ends(body: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for what asks for work that goes on after its answer: no permit could
-    be held for it, and nobody would be charged."""
+    """Raises InvalidRequest for a request for work that continues after its answer: it would hold
+    no permit and be charged to no tenant."""
     for name in _GO_ON:
         if body.get(name) not in (None, False):
             raise InvalidRequest(

@@ -348,7 +348,7 @@ class _Sdk:
 
 class GeminiProcessor:
     """Calls Gemini. `start` imports the SDK (1 to 2 s of CPU, in a thread); without it the first
-    call does. One processor per event loop; any number of calls at once.
+    call does. One processor per event loop; any number of concurrent calls.
     """
 
     def __init__(

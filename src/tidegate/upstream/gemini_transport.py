@@ -76,7 +76,7 @@ def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, byt
 _EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId"))
 _CANDIDATE = frozenset(("content", "finishReason", "index"))
 _CONTENT = frozenset(("parts", "role"))
-# What the SDK would check and nobody would read is left out of a usage.
+# Fields of a usage that the SDK would check and no caller reads are left out.
 _USAGE = frozenset(
     (
         *("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount"),
@@ -549,7 +549,7 @@ class Settings(types.GenerateContentConfig):
         return is_plain()
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Always a shallow one: the SDK asks for a deep one with every call, to be safe."""
+        """A shallow copy: the SDK requests a deep one with every call, to be safe."""
         return super().model_copy(update=update)
 
 

@@ -63,7 +63,7 @@ class Answer:
         self.size_bytes = 0  # of the pieces
         self.ended = False
         self.failure: TidegateError | None = None
-        self.stirred = False  # something has come since whoever looks after it looked
+        self.stirred = False  # something has come since the last check
         self._loop = loop
         self._waiter: asyncio.Future[None] | None = None
 
@@ -98,7 +98,7 @@ class Connection(asyncio.Protocol):
     def __init__(
         self, loop: asyncio.AbstractEventLoop, when_lost: Callable[[Connection], None]
     ) -> None:
-        self.idle_since = 0.0  # for whoever keeps it
+        self.idle_since = 0.0  # set while it is kept
         self.lost = False
         self._loop = loop
         self._when_lost = when_lost
@@ -158,7 +158,7 @@ class Connection(asyncio.Protocol):
         return not self._transport.is_closing()
 
     def drop(self) -> None:
-        """End it at once, in the event loop's next round."""
+        """End it in the event loop's next round."""
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
@@ -244,7 +244,7 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
-            return  # a trailer: nobody here asks for any
+            return  # a trailer: none is requested
         headers = self._headers
         if len(headers) >= MAX_HEADERS:
             raise _Unusable(f"the provider's answer has more than {MAX_HEADERS} headers")
@@ -259,7 +259,7 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if not 200 <= status < 600:
             if status < 100 or status == 101 or status >= 600:
-                # 101: nobody here speaks another protocol.
+                # 101: no other protocol is spoken here.
                 raise _Unusable(f"the provider answered {status}, which is no answer")
             if self._coding or self._length not in (None, b"0"):
                 # RFC 9112, section 6.3: it has none; but the parser would take what follows for it.
@@ -304,7 +304,7 @@ class Connection(asyncio.Protocol):
 
 
 def _sent(answer: Answer, sending: asyncio.Task[None]) -> None:
-    """A body has been sent piece by piece, or whoever it came from has failed."""
+    """A body has been sent piece by piece, or its source has failed."""
     broken = None if sending.cancelled() else sending.exception()
     if isinstance(broken, TidegateError):
         answer.fail(broken)
@@ -338,7 +338,7 @@ def out_of_time(phase: str, limit_ms: int) -> UpstreamTimeout:
     return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)
 
 
-_KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: whoever closes first is us
+_KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: we close first
 # A server that closed an idle connection as we sent says so within a round trip. One that takes
 # longer had the request, and may have worked on it.
 _CROSSED_S = 1.0
@@ -539,7 +539,7 @@ class RelayWire:
 
         A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
         Where a kept connection was closed as we sent, the request is sent again, once, on a new
-        one; a body in pieces could not be, and goes on a new one at once. Cancelling closes the
+        one; a body in pieces could not be, and always goes on a new one. Cancelling closes the
         connection.
         """
         lines = [b"%b: %b\r\n" % pair for pair in headers]
