@@ -56,6 +56,10 @@ MOST_TENANTS = 50
 MOST_PROCESSES = 100
 MOST_FOUND = 10
 _SORTS = {"c": "concurrency", "r": "rate", "q": "quota"}
+_LIMIT_FIELDS = (
+    *("limit", "bound", "current", "used", "waiting", "lapsing", "reserved", "shadowed"),
+    *("paused_ms", "paused_by", "room_in_ms"),
+)
 
 Frame = dict[str, Any]
 
@@ -135,19 +139,9 @@ def _pressure(view: LimitView) -> tuple[bool, int, float]:
 def _limit(view: LimitView, policy: PoolPolicy) -> Frame:
     limit = policy.limit(view.limit)
     found: Frame = {
-        "limit": view.limit,
+        **{name: getattr(view, name) for name in _LIMIT_FIELDS},
         "sort": _SORTS.get(view.sort, view.sort),
         "words": str(view.bound) if limit is None else in_words(limit),
-        "bound": view.bound,
-        "current": view.current,
-        "used": view.used,
-        "waiting": view.waiting,
-        "lapsing": view.lapsing,
-        "reserved": view.reserved,
-        "shadowed": view.shadowed,
-        "paused_ms": view.paused_ms,
-        "paused_by": view.paused_by,
-        "room_in_ms": view.room_in_ms,
         "shadow": limit is not None and limit.shadow,
     }
     if isinstance(limit, Concurrency):

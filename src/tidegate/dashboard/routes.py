@@ -11,7 +11,7 @@ and no figure; a revoked key ends its feed; a client that does not read is disco
 from __future__ import annotations
 
 import asyncio
-import time
+from functools import partial
 from pathlib import Path
 from secrets import token_bytes
 from typing import Annotated, Literal, TypedDict
@@ -38,6 +38,7 @@ from tidegate.http.guards import SIGNED_IN, admit_admin, admitted_as
 from tidegate.http.problems import problem_response
 from tidegate.http.services import Services, services_of
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
+from tidegate.metrics.process import Recent
 from tidegate.telemetry.logging import Log, get_logger
 
 FOLDER = Path(__file__).parent / "static"
@@ -139,37 +140,23 @@ class Waiting(BaseModel):
     webhooks_given_up: int | None = None
 
 
-class Stuck:
-    """One per API process: see `stuck_of`."""
-
-    def __init__(self, services: Services) -> None:
-        self._services = services
-        self._found = (float("-inf"), Waiting())
-        self._looking = asyncio.Lock()
-
-    async def waiting(self) -> Waiting:
-        async with self._looking:
-            at, found = self._found
-            if time.monotonic() - at > FRESH_S:
-                found = await self._look()
-                self._found = (time.monotonic(), found)
-            return found
-
-    async def _look(self) -> Waiting:
-        try:
-            jobs, webhooks = await self._services.store.stuck.counts()
-        except StoreUnavailable as away:
-            log.debug(Log.STORE_AWAY, detail=away.message)
-            return Waiting()
-        return Waiting(dead_jobs=jobs, webhooks_given_up=webhooks)
+async def _waiting(services: Services) -> Waiting:
+    try:
+        jobs, webhooks = await services.store.stuck.counts()
+    except StoreUnavailable as away:
+        log.debug(Log.STORE_AWAY, detail=away.message)
+        return Waiting()
+    return Waiting(dead_jobs=jobs, webhooks_given_up=webhooks)
 
 
-def stuck_of(app: FastAPI) -> Stuck:
+def _waiting_of(app: FastAPI) -> Recent[Waiting]:
     """That of a running application; made when it is first asked."""
-    stuck: Stuck | None = getattr(app.state, "dashboard_stuck", None)
-    if stuck is None:
-        stuck = app.state.dashboard_stuck = Stuck(app.state.services)
-    return stuck
+    recent: Recent[Waiting] | None = getattr(app.state, "dashboard_waiting", None)
+    if recent is None:
+        recent = app.state.dashboard_waiting = Recent(
+            FRESH_S, partial(_waiting, app.state.services)
+        )
+    return recent
 
 
 _PREFIXES = ("", "/llm")
@@ -277,7 +264,7 @@ async def session(request: Request) -> Session:
 
 @data.get("/stuck")
 async def stuck(request: Request) -> Waiting:
-    return await stuck_of(request.app).waiting()
+    return await _waiting_of(request.app).get()
 
 
 @data.get("/feed")

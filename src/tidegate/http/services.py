@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Self, cast
 from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
@@ -38,7 +39,7 @@ from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_o
 from tidegate.http.sse import abort, disconnected
 from tidegate.limiter import Limiter, Snapshot
 from tidegate.metrics.instruments import Metric, Tally
-from tidegate.metrics.process import Board, Exposition
+from tidegate.metrics.process import Board, Exposition, Recent
 from tidegate.metrics.process import ProcessState as State
 from tidegate.policy.rollout import PolicyKeeper
 from tidegate.settings import Config
@@ -58,20 +59,20 @@ class Looks:
     """The last look at each pool, shared by all who ask."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[float, Snapshot | None]] = {}
-        self._lock = asyncio.Lock()
+        self._pools: dict[str, Recent[Snapshot | None]] = {}
 
     async def of(self, limiter: Limiter) -> Snapshot | None:
-        """None while Valkey is away."""
-        async with self._lock:
-            at, found = self._found.get(limiter.pool, (0.0, None))
-            if time.monotonic() - at > FRESH_MS / 1000:
-                try:
-                    found = await limiter.snapshot()
-                except LimiterUnavailable:
-                    found = None
-                self._found[limiter.pool] = (time.monotonic(), found)
-            return found
+        """None while Valkey is unavailable."""
+        if limiter.pool not in self._pools:
+            self._pools[limiter.pool] = Recent(FRESH_MS / 1000, partial(_snapshot, limiter))
+        return await self._pools[limiter.pool].get()
+
+
+async def _snapshot(limiter: Limiter) -> Snapshot | None:
+    try:
+        return await limiter.snapshot()
+    except LimiterUnavailable:
+        return None
 
 
 MOST_LONG_POLLS = 4_000

@@ -15,11 +15,11 @@ import os
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import orjson
 from prometheus_client.core import GaugeMetricFamily
@@ -50,6 +50,28 @@ EVERY_S = 0.25
 _GAUGES_EVERY = 4
 _STATES = ("up", "away", "recovering")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4_096
+
+
+T = TypeVar("T")
+
+
+class Recent(Generic[T]):
+    """The last answer to a question, which is asked again only if the answer is older than
+    `fresh_s`, however many want it."""
+
+    def __init__(self, fresh_s: float, ask: Callable[[], Awaitable[T]]) -> None:
+        self._fresh_s = fresh_s
+        self._ask = ask
+        self._answers: list[tuple[float, T]] = []
+        self._asking = asyncio.Lock()
+
+    async def get(self) -> T:
+        """Raises what the question raises."""
+        async with self._asking:
+            if not self._answers or time.monotonic() - self._answers[0][0] > self._fresh_s:
+                answer = await self._ask()
+                self._answers[:] = [(time.monotonic(), answer)]
+            return self._answers[0][1]
 
 
 class Watch:
@@ -258,9 +280,9 @@ async def read(limiters: Mapping[str, Limiter], standing: QueueDepths) -> Given:
     """Ask both stores at once."""
     given = Given()
     given.add(Metric.BUILD, 1, __version__)
+    snapshots = (_asked(one.pool, one.snapshot()) for one in limiters.values())
     pools, depths = await asyncio.gather(
-        asyncio.gather(*(_snapshot(limiter) for limiter in limiters.values())),
-        _depths(standing),
+        asyncio.gather(*snapshots), _asked("PostgreSQL", standing.depths())
     )
     left_out: Counter[str] = Counter()
     for pool, snapshot in zip(limiters, pools, strict=True):
@@ -275,24 +297,13 @@ async def read(limiters: Mapping[str, Limiter], standing: QueueDepths) -> Given:
     return given
 
 
-async def _snapshot(limiter: Limiter) -> Snapshot | None:
+async def _asked(of: str, work: Awaitable[T]) -> T | None:
+    """None if the store does not answer in time."""
     try:
         async with asyncio.timeout(DEADLINE_S):
-            return await limiter.snapshot()
-    except (LimiterUnavailable, TimeoutError) as away:
-        log.debug(Log.SCRAPE_INCOMPLETE, of=limiter.pool, detail=repr(away))
-        return None
-    except Exception:  # of one part, which must not take the rest with it
-        log.exception(Log.INTERNAL_ERROR, where="metrics")
-        return None
-
-
-async def _depths(standing: QueueDepths) -> Depths | None:
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            return await standing.depths()
-    except (StoreUnavailable, TimeoutError) as away:
-        log.debug(Log.SCRAPE_INCOMPLETE, of="PostgreSQL", detail=repr(away))
+            return await work
+    except (LimiterUnavailable, StoreUnavailable, TimeoutError) as away:
+        log.debug(Log.SCRAPE_INCOMPLETE, of=of, detail=repr(away))
         return None
     except Exception:  # of one part, which must not take the rest with it
         log.exception(Log.INTERNAL_ERROR, where="metrics")
@@ -410,8 +421,7 @@ class Board:
         self.process = instance_id
         self._limiter = limiter
         self._health = health
-        self._others: tuple[float, list[Note] | None] = (float("-inf"), None)
-        self._reading = asyncio.Lock()
+        self._others = Recent(FRESH_S, self._read)
 
     async def run(self) -> None:
         """Tell the others, for ever."""
@@ -442,11 +452,7 @@ class Board:
 
     async def notes(self) -> Notes:
         """Of all processes: the own one as of now, the others as of a second or two ago."""
-        async with self._reading:
-            at, others = self._others
-            if time.monotonic() - at > FRESH_S:
-                others = await self._read()
-                self._others = (time.monotonic(), others)
+        others = await self._others.get()
         return Notes([self.own(), *(others or ())], others is not None)
 
     async def _read(self) -> list[Note] | None:

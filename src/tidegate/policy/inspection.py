@@ -11,7 +11,7 @@ changes nothing; every action logs who did it and why.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -185,19 +185,10 @@ class Control:
 
     def _shown(self, view: LimitView) -> ShownLimit:
         limit = self.limiter.policy.limit(view.limit)
-        return ShownLimit(
-            limit=view.limit,
-            words=_words_of(view, limit),
-            bound=view.bound,
-            current=view.current,
-            used=view.used,
-            waiting=view.waiting,
-            lapsing=view.lapsing,
-            shadowed=view.shadowed,
-            paused_ms=view.paused_ms,
-            paused_by=view.paused_by,
-            room_in_ms=view.room_in_ms,
-        )
+        same = {
+            one.name: getattr(view, one.name) for one in fields(ShownLimit) if one.name != "words"
+        }
+        return ShownLimit(words=_words_of(view, limit), **same)
 
     def _check_there(self, limit: str) -> None:
         if self.limiter.policy.binding(limit) is None:

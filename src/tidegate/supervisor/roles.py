@@ -38,6 +38,8 @@ from tidegate.telemetry import logging as telemetry
 from tidegate.telemetry.logging import Log
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from tidegate.http.services import Services
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LEAVE_SIGNAL)
@@ -113,6 +115,20 @@ class Server(QuietServer):
         tell_ready()
 
 
+def _uvicorn_config(app: FastAPI, **options: Any) -> uvicorn.Config:
+    # Its notes on starting and stopping say nothing that ours do not.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    return uvicorn.Config(
+        app,
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # whom a proxy speaks for decides nothing here
+        **options,
+    )
+
+
 async def _serve(config: Config, listener: socket.socket) -> None:
     from tidegate.app import create_app
     from tidegate.http.uvicorn_protocol import bounded
@@ -122,43 +138,39 @@ async def _serve(config: Config, listener: socket.socket) -> None:
         receive_timeout_ms=config.receive_timeout_ms,
         stalled_reader_ms=config.stalled_reader_ms,
     )
-    settings = uvicorn.Config(
+    settings = _uvicorn_config(
         app,
         http=protocol,
-        ws="none",
         lifespan="on",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,  # whom a proxy speaks for decides nothing here
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
     )
-    # Its notes on starting and stopping say nothing that ours do not.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     server = Server(settings)
+
+    def opened() -> Services | None:
+        return getattr(app.state, "services", None)
 
     def leave() -> None:
         protocol.leaving = True
         for connection in server.server_state.connections:
             if isinstance(connection, protocol):
                 connection.leave()
-        if (services := getattr(app.state, "services", None)) is not None:
+        if (services := opened()) is not None:
             services.leaving.set()
 
     def turn_away() -> None:
-        if (services := getattr(app.state, "services", None)) is not None:
+        if (services := opened()) is not None:
             services.turn_waiters_away()
 
     def stop() -> None:
         server.should_exit = True
         grace_s = config.shutdown_grace_ms / 1000
         asyncio.get_running_loop().call_later(max(grace_s - _LAST_S, grace_s / 2), turn_away)
-        if (services := getattr(app.state, "services", None)) is not None:
+        if (services := opened()) is not None:
             services.draining.set()
 
     _on_signals(stop, leave=leave, leave_ms=config.leave_ms, hurry=turn_away)
-    _on_look(lambda: getattr(app.state, "services", None))
+    _on_look(opened)
     with living():
         await server.serve(sockets=[listener])
 
@@ -196,19 +208,8 @@ async def _seen(services: Services) -> AsyncIterator[None]:
     from tidegate.http.server import watched_app
 
     with listen(services.config, for_worker=True) as listener:
-        server = QuietServer(
-            uvicorn.Config(
-                watched_app(services),
-                ws="none",
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        app = watched_app(services)
+        server = QuietServer(_uvicorn_config(app, lifespan="off", timeout_graceful_shutdown=1))
         telemetry.get_logger().info(Log.WATCHED, url=url_of(listener))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -14,12 +14,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
-from types import TracebackType
-from typing import Self
 
 from tidegate.errors import ConfigError
 from tidegate.metrics.instruments import NAMED
@@ -30,57 +28,6 @@ from tidegate.telemetry.logging import Log, get_logger
 _READY_WITHIN_S = 60.0
 
 Process = asyncio.subprocess.Process
-
-
-class Successor:
-    """`async with` starts it. `born`: the process and the end of its pipe that is read here."""
-
-    def __init__(
-        self,
-        born: Awaitable[tuple[Process, int]],
-        end: Callable[[Process], Awaitable[None]],
-    ) -> None:
-        self._born = born
-        self._end = end
-        self._process: Process | None = None
-        self._pipe = -1
-
-    async def __aenter__(self) -> Self:
-        self._process, self._pipe = await self._born
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._pipe)
-        if self._process is not None:
-            await self._end(self._process)
-
-    def taken_over(self) -> Process:
-        """The process, for which the caller answers from now on."""
-        assert self._process is not None
-        process, self._process = self._process, None
-        return process
-
-    async def not_ready(self) -> str | None:
-        """None once it is ready; why it is not, when it has ended or takes too long."""
-        loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(self._pipe, readable.set)
-        try:
-            async with asyncio.timeout(_READY_WITHIN_S):
-                await readable.wait()
-        except TimeoutError:
-            return f"not ready within {_READY_WITHIN_S:g} s"
-        finally:
-            loop.remove_reader(self._pipe)
-        if os.read(self._pipe, 1):
-            return None
-        assert self._process is not None
-        return f"ended with exit code {await self._process.wait()} at its start"
 
 
 READY_PIPE = "TIDEGATE_READY_FD"
@@ -203,7 +150,7 @@ class Family:
         self._renewing: asyncio.Task[None] | None = None
         self._renew_again = False
         self._lifeline = -1
-        self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._running: dict[str, Process] = {}
         self._stop = asyncio.Event()
         self._hasten = asyncio.Event()
         self._settled = False
@@ -289,12 +236,20 @@ class Family:
 
     async def _renew(self, child: Child) -> bool:
         """Whether a new process has taken the place of the child's old one."""
-        async with Successor(self._born(child), self._end) as successor:
-            if (why := await successor.not_ready()) is not None:
-                get_logger().error(Log.RENEWAL_STOPPED, child=child.name, reason=why)
-                return False
-            old = self._running.get(child.name)
-            self._running[child.name] = successor.taken_over()
+        process, pipe = await self._born(child)
+        try:
+            why = await _not_ready(process, pipe)
+        except BaseException:
+            await self._end(process)
+            raise
+        finally:
+            os.close(pipe)
+        if why is not None:
+            await self._end(process)
+            get_logger().error(Log.RENEWAL_STOPPED, child=child.name, reason=why)
+            return False
+        old = self._running.get(child.name)
+        self._running[child.name] = process
         if old is not None and old.returncode is None:
             old.send_signal(LEAVE_SIGNAL)
             await self._end(old, told=True)
@@ -328,12 +283,12 @@ class Family:
                 return
             await self._pause(_BACKOFF_S[min(deaths, len(_BACKOFF_S)) - 1])
 
-    async def _start(self, child: Child) -> asyncio.subprocess.Process:
+    async def _start(self, child: Child) -> Process:
         process = await self._spawn(child, {}, ())
         self._running[child.name] = process
         return process
 
-    async def _born(self, child: Child) -> tuple[asyncio.subprocess.Process, int]:
+    async def _born(self, child: Child) -> tuple[Process, int]:
         """A process that is not yet the child's, and the pipe by which it says that it is ready."""
         hears, says = os.pipe()
         try:
@@ -347,7 +302,7 @@ class Family:
 
     async def _spawn(
         self, child: Child, environment: Mapping[str, str], pass_fds: Sequence[int]
-    ) -> asyncio.subprocess.Process:
+    ) -> Process:
         name = self._free_name(child)
         process = await asyncio.create_subprocess_exec(
             *child.argv,
@@ -374,7 +329,7 @@ class Family:
         tries = (f"{child.name}.{number}" for number in count(2))
         return next(name for name in chain((child.name,), tries) if name not in self._names)
 
-    async def _until_gone(self, process: asyncio.subprocess.Process, name: str) -> None:
+    async def _until_gone(self, process: Process, name: str) -> None:
         await process.wait()
         self._names.discard(name)
         self._on_ended(name)
@@ -384,7 +339,7 @@ class Family:
             if process.returncode is None:
                 process.send_signal(LOOK_SIGNAL)
 
-    async def _ended_or_stop(self, process: asyncio.subprocess.Process) -> int | None:
+    async def _ended_or_stop(self, process: Process) -> int | None:
         """The exit code of a process that died by itself; None when it is to be stopped."""
         ended = asyncio.create_task(process.wait())
         stop = asyncio.create_task(self._stop.wait())
@@ -395,7 +350,7 @@ class Family:
             ended.cancel()
             stop.cancel()
 
-    async def _end(self, process: asyncio.subprocess.Process, *, told: bool = False) -> None:
+    async def _end(self, process: Process, *, told: bool = False) -> None:
         """Have it end in order, or after its time by force; `told`: it leaves already."""
         if process.returncode is not None:
             return
@@ -418,6 +373,24 @@ class Family:
             await asyncio.wait_for(self._stop.wait(), seconds)
         except TimeoutError:
             return
+
+
+async def _not_ready(process: Process, pipe: int) -> str | None:
+    """None once the process says by its pipe that it is ready; why it is not, if it has ended or
+    takes too long."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(pipe, readable.set)
+    try:
+        async with asyncio.timeout(_READY_WITHIN_S):
+            await readable.wait()
+    except TimeoutError:
+        return f"not ready within {_READY_WITHIN_S:g} s"
+    finally:
+        loop.remove_reader(pipe)
+    if os.read(pipe, 1):
+        return None
+    return f"ended with exit code {await process.wait()} at its start"
 
 
 _BACKLOG = 2048

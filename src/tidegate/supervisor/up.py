@@ -342,10 +342,7 @@ async def _not_ready(listener: socket.socket) -> str | None:
         async with asyncio.timeout(_PROBE_S):
             reader, writer = await asyncio.open_connection(host, port)
             try:
-                request = (
-                    "GET /health/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-                )
-                writer.write(request.encode())
+                writer.write(_PROBE)
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             finally:
                 writer.close()
