@@ -61,7 +61,10 @@ def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
 
     `headers`: the names that it has, in lower case.
     """
-    return next(spec.name for spec in DIALECTS.values() if spec.is_spoken(path, headers, query))
+    for spec in DIALECTS.values():
+        if spec.is_spoken(path, headers, query):
+            break
+    return spec.name
 
 
 def endpoint_in(

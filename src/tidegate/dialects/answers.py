@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -87,54 +88,29 @@ def with_searches(usage: Usage, searches: int) -> Usage:
     return replace(usage, details=replace(details, searches=searches))
 
 
+@cache
 def value_pattern(name: str) -> re.Pattern[bytes]:
     """Pattern of a short text in the member `name`."""
     return re.compile(rb'"%b"\s*:\s*"([^"\\]{1,200})"' % name.encode())
 
 
+@dataclass(frozen=True, slots=True)
 class AnswerForm:
     """Places of facts in the answers of one dialect.
 
     `usage`, `identity`, `version` and `finish` name members of an answer; the last one is in the
     last of `choices` where these have a name. `usage_of` reads a usage, `event_usage` finds it in
-    an event. `begun_usage` finds what a stream reports at its start, which later figures replace.
+    an event. `begins_with_usage`: a stream reports some of it in the event that has its id.
     """
 
-    __slots__ = (
-        "begun_usage",
-        "choices",
-        "event_usage",
-        "finish",
-        "finish_pattern",
-        "identity",
-        "identity_pattern",
-        "usage",
-        "usage_of",
-        "usage_pattern",
-        "version",
-        "version_pattern",
-    )
-
-    def __init__(
-        self,
-        *,
-        usage: str,
-        identity: str,
-        version: str,
-        finish: str,
-        choices: str | None,
-        usage_of: Callable[[Mapping[str, Any]], Usage],
-        event_usage: Callable[[JsonObject], JsonObject | None],
-        begun_usage: Callable[[bytes], JsonObject | None] = lambda _: None,
-    ) -> None:
-        self.usage, self.usage_of = usage, usage_of
-        self.event_usage, self.begun_usage = event_usage, begun_usage
-        self.identity, self.version = identity, version
-        self.finish, self.choices = finish, choices
-        self.usage_pattern = re.compile(rb'"%b"\s*:\s*\{' % usage.encode())
-        self.identity_pattern = value_pattern(identity)
-        self.version_pattern = value_pattern(version)
-        self.finish_pattern = value_pattern(finish)
+    usage: str
+    identity: str
+    version: str
+    finish: str
+    choices: str | None
+    usage_of: Callable[[Mapping[str, Any]], Usage]
+    event_usage: Callable[[JsonObject], JsonObject]
+    begins_with_usage: bool = False
 
 
 def whole_object(answer: bytes) -> JsonObject | None:
@@ -165,46 +141,40 @@ def object_facts(form: AnswerForm, whole: JsonObject) -> AnswerFacts:
 
 def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) -> AnswerFacts:
     """Facts of a stream, of a list, or of an object that is long or was cut."""
-    raw = _usage_in(form, answer, omitted, cut)
+    start = answer[:HEAD_BYTES].lstrip()[:1]
     begun = _first_event(answer, form.identity)
+    if start == b"{":
+        raw = {} if cut else _outermost_usage(form, answer[-TAIL_BYTES:])
+    elif start == b"[":
+        tail = answer[-TAIL_BYTES:].rstrip()
+        ended = tail.endswith(b"]") and not cut
+        raw = _outermost_usage(form, tail[:-1]) if ended else {}
+        if not raw and not omitted:
+            raw = _list_usage(form, answer)
+    else:
+        # `omitted`: the last `TAIL_BYTES` are in one piece.
+        floor = max(0, answer.find(b"\n", len(answer) - TAIL_BYTES)) if omitted else 0
+        usages = (form.event_usage(event) for event in last_events(answer, floor))
+        raw = next(filter(None, usages), {})
+        if form.begins_with_usage:
+            later = {name: value for name, value in raw.items() if value is not None}
+            raw = part_of(begun, form.usage) | later
     return AnswerFacts(
-        UNKNOWN_USAGE if raw is None else form.usage_of(raw),
-        last_match(form.finish_pattern, answer),
-        short_text(begun.get(form.identity)) or _scanned(form.identity_pattern, answer),
-        short_text(begun.get(form.version)) or _scanned(form.version_pattern, answer),
+        form.usage_of(raw) if raw else UNKNOWN_USAGE,
+        last_match(value_pattern(form.finish), answer),
+        short_text(begun.get(form.identity)) or _scanned(value_pattern(form.identity), answer),
+        short_text(begun.get(form.version)) or _scanned(value_pattern(form.version), answer),
     )
 
 
-def _usage_in(form: AnswerForm, answer: bytes, omitted: bool, cut: bool) -> JsonObject | None:
-    """The usage in the provider's own fields; None where none is reported. `omitted`: the middle is
-    missing; the last `TAIL_BYTES` are in one piece. `cut`: the answer may not have come to its
-    end, so that an inner object may be the last that came."""
-    start = answer[:HEAD_BYTES].lstrip()[:1]
-    if start == b"{":
-        return None if cut else _outermost_usage(form, answer[-TAIL_BYTES:])
-    if start == b"[":
-        tail = answer[-TAIL_BYTES:].rstrip()
-        ended = tail.endswith(b"]") and not cut
-        found = _outermost_usage(form, tail[:-1]) if ended else None
-        return _list_usage(form, answer) if found is None and not omitted else found
-    floor = answer.find(b"\n", len(answer) - TAIL_BYTES) if omitted else 0
-    raw = None
-    for event in last_events(answer, max(0, floor)):
-        if type(event) is dict and (raw := form.event_usage(event)) is not None:
-            break
-    begun = form.begun_usage(answer)
-    if begun and raw:
-        return begun | {name: value for name, value in raw.items() if value is not None}
-    return raw or begun
-
-
-def _outermost_usage(form: AnswerForm, tail: bytes) -> JsonObject | None:
+def _outermost_usage(form: AnswerForm, tail: bytes) -> JsonObject:
     """The usage of an object that has come to its end, of which these are the last bytes.
 
     What follows a key closes as many objects and lists as the key is in. So only of a key of the
     outermost object the rest is an object once more when a brace is put before it.
     """
-    places = [found.start() for found in form.usage_pattern.finditer(tail)]
+    pattern = rb'"%b"\s*:\s*\{' % form.usage.encode()
+    places = [found.start() for found in re.finditer(pattern, tail)]
     for place in reversed(places[-_MOST_CANDIDATES:]):
         try:
             found = orjson.loads(b"{" + tail[place:])[form.usage]
@@ -212,26 +182,26 @@ def _outermost_usage(form: AnswerForm, tail: bytes) -> JsonObject | None:
             continue
         if type(found) is dict:
             return found
-    return None
+    return {}
 
 
-def _list_usage(form: AnswerForm, answer: bytes) -> JsonObject | None:
+def _list_usage(form: AnswerForm, answer: bytes) -> JsonObject:
     """The last usage that a whole object of a list reports; the list may be cut."""
+    raw: JsonObject = {}
     if len(answer) > LONGEST_READ_BYTES:
-        return None
+        return raw
     text = answer.decode("utf-8", "replace")
-    place, raw = text.index("[") + 1, None
+    place = text.index("[") + 1
     while (gap := _BETWEEN.match(text, place)) is not None:
         try:
             value, place = _DECODER.raw_decode(text, gap.end())
         except (ValueError, RecursionError):
             break
-        if type(value) is dict and type(usage := value.get(form.usage)) is dict:
-            raw = usage
+        raw = part_of(value, form.usage) or raw
     return raw
 
 
-def last_events(answer: bytes, floor: int = 0) -> Iterator[Any]:
+def last_events(answer: bytes, floor: int = 0) -> Iterator[JsonObject]:
     """The last events of a stream that hold a usage, each parsed, the last one first.
 
     Inside of JSON line ends are escaped, so a line that begins with `data:` is one of the stream.
@@ -248,14 +218,14 @@ def last_events(answer: bytes, floor: int = 0) -> Iterator[Any]:
         line = answer[begin : line_end if line_end >= 0 else len(answer)]
         if b'"usage' in line:
             with suppress(orjson.JSONDecodeError):  # cut off
-                yield orjson.loads(line)
+                yield object_of(orjson.loads(line))
         if place < 0:
             return
         end = place
 
 
 def _first_event(answer: bytes, identity: str) -> JsonObject:
-    """The first event of a stream that has an id, or the message that it begins."""
+    """The message that a stream begins, or its first event with an id."""
     place = 0
     for _ in range(_FIRST_EVENTS):
         start = place if answer.startswith(b"data:", place) else answer.find(b"\ndata:", place) + 1
@@ -267,9 +237,10 @@ def _first_event(answer: bytes, identity: str) -> JsonObject:
             event = orjson.loads(answer[start + 5 : end])
         except orjson.JSONDecodeError:
             continue
-        found = part_of(event, "message") or event
-        if type(found) is dict and found.get(identity):
-            return found
+        if message := part_of(event, "message"):
+            return message
+        if type(event) is dict and event.get(identity):
+            return event
     return {}
 
 

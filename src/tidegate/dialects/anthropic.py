@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set, Sized
+from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 from typing import Any
-
-import orjson
 
 from tidegate.admission.estimator import USUAL_RULES, Rules, Size
 from tidegate.call import Usage, UsageDetails
 from tidegate.dialects.answers import (
-    TAIL_BYTES,
     AnswerForm,
     as_text,
     count_of,
@@ -23,9 +21,8 @@ from tidegate.dialects.answers import (
     whole_object,
 )
 from tidegate.dialects.headers import until_date_ms, used_up
-from tidegate.dialects.requests import request_facts as facts_of_request
+from tidegate.dialects.requests import request_facts
 from tidegate.dialects.spec import (
-    NOTHING_SHORTENED,
     AnswerFacts,
     Dialect,
     DialectSpec,
@@ -36,9 +33,7 @@ from tidegate.dialects.spec import (
     Operation,
     OutputEvents,
     RefusalFacts,
-    RequestFacts,
-    is_models_path,
-    models_endpoint,
+    listed_models,
 )
 from tidegate.errors import TidegateError
 
@@ -56,17 +51,7 @@ def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
 
 
 def endpoint_of(method: str, path: str) -> Endpoint | None:
-    """The list of models, or one of them."""
-    if method == "GET" and is_models_path(path):
-        return models_endpoint(Dialect.ANTHROPIC, path)
-    return None
-
-
-def request_facts(
-    endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
-) -> RequestFacts:
-    """Facts of a request. Raises InvalidRequest."""
-    return facts_of_request(endpoint, body, whole, rules_of=rules_of)
+    return listed_models(Dialect.ANTHROPIC, path) if method == "GET" else None
 
 
 def _picture(size: Size) -> float:
@@ -114,22 +99,8 @@ def _usage_details(raw: Mapping[str, Any], written: int) -> UsageDetails | None:
     )
 
 
-def _event_usage(event: JsonObject) -> JsonObject | None:
-    return part_of(event, "usage") or None
-
-
-_FIRST_EVENTS = 4
-
-
-def _begun_usage(answer: bytes) -> JsonObject | None:
-    """The usage in `message_start`, which has the input; the last event has the output."""
-    for line in answer[:TAIL_BYTES].split(b"\n", 4 * _FIRST_EVENTS):
-        if line.startswith(b"data:") and b'"message_start"' in line:
-            try:
-                return part_of(part_of(orjson.loads(line[5:]), "message"), "usage") or None
-            except orjson.JSONDecodeError:
-                return None
-    return None
+def _event_usage(event: JsonObject) -> JsonObject:
+    return part_of(event, "usage")
 
 
 _FORM = AnswerForm(
@@ -140,7 +111,7 @@ _FORM = AnswerForm(
     choices=None,
     usage_of=usage_of,
     event_usage=_event_usage,
-    begun_usage=_begun_usage,
+    begins_with_usage=True,  # the input, in `message_start`
 )
 
 
@@ -242,7 +213,7 @@ ANTHROPIC = DialectSpec(
     # Without a version Anthropic refuses a call; its SDKs all send this one.
     headers=((b"anthropic-version", b"2023-06-01"),),
     rules_of=rules_of,
-    request_facts=request_facts,
+    request_facts=partial(request_facts, rules_of=rules_of),
     answer_facts=answer_facts,
     add_output=add_output,
     image_count=image_count,
@@ -250,6 +221,4 @@ ANTHROPIC = DialectSpec(
     refusal=refusal,
     problem=problem,
     error_event=b"event: error\n",
-    keep_alive=b": waiting for admission\n\n",
-    no_retry=((b"x-should-retry", b"false"),),
 )

@@ -208,8 +208,8 @@ def _by_modality(pairs: Modalities) -> tuple[int | None, int | None, int | None]
     return audio or None, image or None, video or None
 
 
-def _event_usage(event: JsonObject) -> JsonObject | None:
-    return part_of(event, "usageMetadata") or None
+def _event_usage(event: JsonObject) -> JsonObject:
+    return part_of(event, "usageMetadata")
 
 
 _FORM = AnswerForm(
@@ -237,45 +237,37 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
         if facts.finish_reason is None:
             facts.finish_reason = last_match(_NUMBERED, answer) or last_match(_BLOCKED, answer)
     if _SEARCHED in answer:
-        queries = _queries_in(answer) if whole is None else queries_of(whole)
+        queries = _queries_in(answer) if whole is None else _queries_of(whole)
         facts.usage = with_searches(facts.usage, len(queries))
     return facts
 
 
-def queries_of(chunk: Any) -> set[str]:
-    """What Gemini searched the web for, by the grounding of one answer or of a piece of it."""
-    found: set[str] = set()
-    candidates = chunk.get("candidates") if type(chunk) is dict else None
-    for candidate in candidates if type(candidates) is list else ():
-        grounding = candidate.get("groundingMetadata") if type(candidate) is dict else None
-        queries = grounding.get("webSearchQueries") if type(grounding) is dict else None
-        if type(queries) is list:
-            found.update(one for one in queries[:_MOST_QUERIES] if type(one) is str and one)
-    return found
-
-
 def _queries_in(answer: bytes) -> set[str]:
-    """What was searched for by an answer in several pieces; a later one may repeat an earlier."""
-    found: set[str] = set()
+    """Searches of the web in an answer; a later piece may repeat those of an earlier one."""
     if answer[:HEAD_BYTES].lstrip()[:1] in (b"[", b"{"):
-        if len(answer) <= LONGEST_READ_BYTES:
-            with suppress(orjson.JSONDecodeError):  # cut off
-                whole = orjson.loads(answer)
-                for chunk in whole if type(whole) is list else (whole,):
-                    found |= queries_of(chunk)
-        return found
-    end, read_bytes = 0, 0
-    while (place := answer.find(_SEARCHED, end)) >= 0 and read_bytes < LONGEST_READ_BYTES:
-        start = answer.rfind(b"\n", 0, place) + 1
-        end = answer.find(b"\n", place)
-        line = answer[start:] if end < 0 else answer[start:end]
-        read_bytes += len(line)
-        if line.startswith(b"data:"):
-            with suppress(orjson.JSONDecodeError):  # cut off
-                found |= queries_of(orjson.loads(line[5:]))
-        if end < 0:
+        texts = [answer]
+    else:
+        lines = (line for line in answer.split(b"\n") if _SEARCHED in line)
+        texts = [line[5:] for line in lines if line.startswith(b"data:")]
+    queries: set[str] = set()
+    read_bytes = 0
+    for text in texts:
+        if (read_bytes := read_bytes + len(text)) > LONGEST_READ_BYTES:
             break
-    return found
+        with suppress(orjson.JSONDecodeError):  # cut off
+            value = orjson.loads(text)
+            for chunk in value if type(value) is list else (value,):
+                queries |= _queries_of(object_of(chunk))
+    return queries
+
+
+def _queries_of(chunk: JsonObject) -> set[str]:
+    queries: set[str] = set()
+    for candidate in objects_in(chunk.get("candidates")):
+        named = part_of(candidate, "groundingMetadata").get("webSearchQueries")
+        if type(named) is list:
+            queries.update(one for one in named[:_MOST_QUERIES] if type(one) is str and one)
+    return queries
 
 
 _INLINE = re.compile(rb'"inlineData"\s*:\s*\{')
@@ -414,7 +406,6 @@ def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> Js
 GEMINI = DialectSpec(
     name=Dialect.GEMINI,
     example="POST /v1beta/models/MODEL:generateContent",
-    calls={},
     endpoint_of=endpoint_of,
     is_spoken=_is_spoken,
     models=ModelList(
@@ -425,7 +416,6 @@ GEMINI = DialectSpec(
         prefix="models/",
     ),
     key_header=(b"x-goog-api-key", b""),
-    headers=(),
     rules_of=rules_of,
     request_facts=request_facts,
     answer_facts=answer_facts,
@@ -434,7 +424,6 @@ GEMINI = DialectSpec(
     statuses=_STATUSES,
     refusal=refusal,
     problem=problem,
-    error_event=b"",
     # Google's SDK takes a comment for an answer that is not JSON, but passes over empty lines.
     keep_alive=b"\n\n",
     no_retry=(),

@@ -52,8 +52,7 @@ from tidegate.dialects.spec import (
     OutputEvents,
     RefusalFacts,
     RequestFacts,
-    is_models_path,
-    models_endpoint,
+    listed_models,
 )
 from tidegate.errors import (
     BudgetExceeded,
@@ -79,10 +78,7 @@ def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
 
 
 def endpoint_of(method: str, path: str) -> Endpoint | None:
-    """The list of models, or one of them."""
-    if method == "GET" and is_models_path(path):
-        return models_endpoint(Dialect.OPENAI, path.removeprefix("/v1"))
-    return None
+    return listed_models(Dialect.OPENAI, path, "/v1") if method == "GET" else None
 
 
 def request_facts(
@@ -268,12 +264,12 @@ def _cost_micros(raw: Mapping[str, Any]) -> int | None:
     return int(cost * _MICROS + 0.5)
 
 
-def _event_usage(event: JsonObject) -> JsonObject | None:
+def _event_usage(event: JsonObject) -> JsonObject:
     if found := part_of(event, "usage") or part_of(part_of(event, "response"), "usage"):
         return found
     choices = event.get("choices")  # Groq's place, and Moonshot's
     last = choices[-1] if type(choices) is list and choices else None
-    return part_of(part_of(event, "x_groq"), "usage") or part_of(last, "usage") or None
+    return part_of(part_of(event, "x_groq"), "usage") or part_of(last, "usage")
 
 
 _FORM = AnswerForm(
@@ -541,7 +537,6 @@ OPENAI = DialectSpec(
     is_spoken=_is_spoken,
     models=ModelList("/models", "data", "id", lambda models: {"object": "list", "data": models}),
     key_header=(b"authorization", b"Bearer "),
-    headers=(),
     rules_of=rules_of,
     request_facts=request_facts,
     answer_facts=answer_facts,
@@ -550,7 +545,4 @@ OPENAI = DialectSpec(
     statuses=_STATUSES,
     refusal=refusal,
     problem=problem,
-    error_event=b"",
-    keep_alive=b": waiting for admission\n\n",
-    no_retry=((b"x-should-retry", b"false"),),
 )

@@ -447,7 +447,7 @@ def parsed(body: bytes) -> JsonObject:
 def request_facts(
     endpoint: Endpoint,
     body: Mapping[str, Any],
-    whole: Mapping[str, Sized],
+    whole: Mapping[str, Sized] = NOTHING_SHORTENED,
     *,
     rules_of: Callable[[str], Rules],
     is_hosted: Callable[[JsonObject], bool] = is_hosted_tool,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Set, Sized
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tidegate.admission.estimator import InputPieces, Rules, input_pieces
 from tidegate.call import UNKNOWN_USAGE, Kind, Usage
@@ -106,9 +106,12 @@ _MODELS = re.compile(
 )
 
 
-def is_models_path(path: str) -> bool:
-    """Whether a path is that of the models, or of one, in the dialects of OpenAI and Anthropic."""
-    return _MODELS.fullmatch(path) is not None
+def listed_models(dialect: Dialect, path: str, root: str = "") -> Endpoint | None:
+    """The list of models, or one of them, in the dialects of OpenAI and Anthropic. `root`: what
+    of the path is in the base URL."""
+    if _MODELS.fullmatch(path) is None:
+        return None
+    return models_endpoint(dialect, path.removeprefix(root))
 
 
 def models_endpoint(dialect: Dialect, path: str) -> Endpoint:
@@ -219,21 +222,6 @@ class ModelList:
     prefix: str = ""
 
 
-class ReadsRequest(Protocol):
-    def __call__(
-        self,
-        endpoint: Endpoint,
-        body: Mapping[str, Any],
-        whole: Mapping[str, Sized] = NOTHING_SHORTENED,
-    ) -> RequestFacts: ...
-
-
-class ReadsAnswer(Protocol):
-    def __call__(
-        self, answer: bytes, *, omitted: bool = False, cut: bool = False
-    ) -> AnswerFacts: ...
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class DialectSpec:
     """Functions and constants of one dialect.
@@ -243,13 +231,14 @@ class DialectSpec:
     whose a path is that several dialects have, by the names of the headers. `example` is a call.
 
     Requests: `request_facts(endpoint, body, whole)`, where `whole` has the texts for which shorter
-    ones stand in the body; raises InvalidRequest. `rules_of(model)` are the token counts of files.
-    `key_header` is a name and what precedes the key in its value; `headers` are what a call needs
-    that no client has made.
+    ones stand in the body, if there are any; raises InvalidRequest. `rules_of(model)` are the token
+    counts of files. `key_header` is a name and what precedes the key in its value; `headers` are
+    what a call needs that no client has made.
 
-    Answers: `answer_facts(answer)` reads what was kept of one, where `omitted` says that its middle
-    is missing, and `cut` that it may not have come to its end; `add_output(event, output)` collects
-    visible output; `image_count` counts the images of a whole answer.
+    Answers: `answer_facts(answer, omitted=False, cut=False)` reads what was kept of one, where
+    `omitted` says that its middle is missing, and `cut` that it may not have come to its end;
+    `add_output(event, output)` collects visible output; `image_count(answer)` counts the images of
+    a whole answer.
 
     Errors: `statuses` are HTTP statuses of error objects by their type, code or status; `refusal`
     classifies an upstream's error, None for one that is not in this dialect's words;
@@ -260,20 +249,20 @@ class DialectSpec:
 
     name: Dialect
     example: str
-    calls: Mapping[str, Endpoint]
     endpoint_of: Callable[[str, str], Endpoint | None]
     is_spoken: Callable[[str, Set[bytes], bytes], bool]
     models: ModelList
     key_header: tuple[bytes, bytes]
-    headers: tuple[tuple[bytes, bytes], ...]
     rules_of: Callable[[str], Rules]
-    request_facts: ReadsRequest
-    answer_facts: ReadsAnswer
+    request_facts: Callable[..., RequestFacts]
+    answer_facts: Callable[..., AnswerFacts]
     add_output: Callable[[JsonObject, OutputEvents], None]
     image_count: Callable[[bytes], int]
     statuses: Mapping[str, int]
     refusal: Callable[[ErrorAnswer], RefusalFacts | None]
     problem: Callable[[TidegateError, int, int | None], JsonObject]
-    error_event: bytes
-    keep_alive: bytes
-    no_retry: tuple[tuple[bytes, bytes], ...]
+    calls: Mapping[str, Endpoint] = field(default_factory=dict)
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    no_retry: tuple[tuple[bytes, bytes], ...] = ((b"x-should-retry", b"false"),)
+    error_event: bytes = b""
+    keep_alive: bytes = b": waiting for admission\n\n"
