@@ -135,6 +135,15 @@ class Gateway:
         self.workers.append((stop, asyncio.create_task(run_worker(config, stop))))
         return stop
 
+    async def start_ready_worker(self) -> None:
+        """Start a worker, and wait until its start no longer keeps this event loop busy: beside it,
+        what the API or a test asks of PostgreSQL may find no answer in time."""
+        ready = asyncio.Event()
+        stop = asyncio.Event()
+        working = asyncio.create_task(run_worker(self.config, stop, on_ready=ready.set))
+        self.workers.append((stop, working))
+        await wait_until(lambda: ready.is_set() or working.done(), 20, "a worker that is ready")
+
     async def stop_worker(self) -> None:
         """Stop the first worker in order, and wait until it has."""
         stop, task = self.workers.pop(0)
@@ -322,7 +331,7 @@ async def gateway(
                 running.serving.result()
             await wait_until(lambda: running.services.limiter.local_state().state == "up", 20)
             if worker:
-                running.start_worker()
+                await running.start_ready_worker()
             yield running
         finally:
             for stop, _ in running.workers:

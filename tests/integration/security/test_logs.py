@@ -80,7 +80,13 @@ async def test_no_key_is_in_any_line_whatever_fails(
     open_gateway: Opener, written: StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = await open_gateway(
-        auth="on", gemini_api_key=OURS, admin_token=ADMIN, webhook_secret=WEBHOOKS, max_attempts=1
+        auth="on",
+        gemini_api_key=OURS,
+        admin_token=ADMIN,
+        webhook_secret=WEBHOOKS,
+        max_attempts=1,
+        semaphore_timeout=5,
+        claim_lease_ms=5_000,
     )
     made = await key_of(gateway, "acme")
     key = made["Authorization"].removeprefix("Bearer ")
