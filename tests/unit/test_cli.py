@@ -129,9 +129,7 @@ def test_a_full_disk_is_told_in_one_line(arguments: tuple[str, ...], tmp_path: P
             timeout=60,
         )
     assert done.returncode == 1
-    assert done.stderr == (
-        "tidegate: what is told or kept cannot be written: No space left on device\n"
-    )
+    assert done.stderr == "tidegate: output or files cannot be written: No space left on device\n"
 
 
 def test_the_version_is_shown(tmp_path: Path) -> None:

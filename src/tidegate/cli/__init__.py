@@ -54,7 +54,7 @@ def main() -> None:
     except OSError as failed:
         if failed.errno not in _NO_ROOM:
             raise
-        _leave(f"what is told or kept cannot be written: {failed.strerror}", FAILED)
+        _leave(f"output or files cannot be written: {failed.strerror}", FAILED)
 
 
 def _leave(message: str, code: int) -> None:

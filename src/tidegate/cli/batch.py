@@ -60,7 +60,7 @@ def run(
         str | None, typer.Option(help="Let a line expire that has waited 10m, 2h, 1d.")
     ] = None,
     window: Annotated[
-        int, typer.Option(min=1, max=1_000, help="How many are handed in at a time.")
+        int, typer.Option(min=1, max=1_000, help="How many are submitted at a time.")
     ] = 64,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")
@@ -126,7 +126,7 @@ def _display(name: str, tally: Tally) -> Iterator[tuple[Any, float]]:
 
 
 class _Lines:
-    """A line on standard error now and then, and at once where what is waited for has changed."""
+    """A line on standard error now and then, and immediately if the reason to wait has changed."""
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
@@ -157,7 +157,7 @@ def progress_in_words(tally: Tally) -> str:
 def _say_stopped(tally: Tally) -> None:
     sys.stderr.write(
         f"tidegate: stopped with {tally.ended} of {tally.total} done; "
-        f"{tally.handed_in} are handed in and go on. The same command goes on from here.\n"
+        f"{tally.submitted} are submitted and go on. The same command goes on from here.\n"
     )
 
 

@@ -270,7 +270,7 @@ class Tally:
     earlier: int = 0
     done: int = 0
     failed: int = 0
-    handed_in: int = 0
+    submitted: int = 0
     tokens: int = 0
     cost_micros: int = 0
     waiting: str = ""
@@ -305,7 +305,7 @@ class Tally:
 
 
 class Run:
-    """One run. `tally` is for whoever shows it."""
+    """One run. `tally` has its progress."""
 
     def __init__(
         self,
@@ -350,8 +350,8 @@ class Run:
     async def run(self) -> None:
         """Until all lines have ended. Raises GatewayRefused where no line would be taken,
         GatewayUnreachable after AWAY_S without an answer, NEVER_THERE_S where there was none at
-        all, and OSError for a result that can't be written. Cancelled, it leaves what is handed in
-        to its own end, where the next run finds it.
+        all, and OSError for a result that can't be written. Cancelled, it leaves submitted lines
+        to their own end, where the next run finds it.
         """
         lines = iter(self._left)
         asking = asyncio.create_task(self._ask_why())
@@ -374,20 +374,20 @@ class Run:
             self.tally.count(row)
 
     async def _ended(self, line: Line, key: str) -> dict[str, Any]:
-        """Hand a line in and follow it to its end; a refusal of this line alone is its result."""
+        """Submit a line and follow it to its end; a refusal of this line alone is its result."""
         request_id = None
         try:
             accepted = await self._patiently(lambda: self._gateway.submit(line.fields, key=key))
             request_id = accepted["request_id"]
-            self.tally.handed_in += 1
+            self.tally.submitted += 1
             view = await self._followed(line.number, request_id)
         except GatewayRefused as refused:
             if refused.problem in _STOPPING:
                 raise
             error = {"code": refused.problem, "message": refused.message, "retryable": False}
             view = {"status": "refused", "error": error, "request_id": request_id}
-        # Not where this is cancelled: what is handed in goes on without us.
-        self.tally.handed_in -= request_id is not None
+        # Not where this is cancelled: submitted lines go on without us.
+        self.tally.submitted -= request_id is not None
         self._queued.pop(line.number, None)
         return view
 
@@ -482,7 +482,7 @@ def _pace(tally: Tally) -> Text:
 
 
 def _waiting(tally: Tally) -> Text:
-    words = f"{tally.handed_in} handed in"
+    words = f"{tally.submitted} submitted"
     if tally.waiting:  # first, since a narrow terminal shows the beginning
         words = f"{tally.waiting}; {words}"
     return Text(words, style=_QUIET, no_wrap=True, overflow="ellipsis")

@@ -95,7 +95,7 @@ class Gateway:
     async def submit(
         self, fields: Mapping[str, Any], files: tuple[Path, ...] = (), key: str | None = None
     ) -> dict[str, Any]:
-        """Hand in a request, with its files as a form. Raises OSError for a file of ours that
+        """Submit a request, with its files as a form. Raises OSError for a file of ours that
         can't be read, and as `get`. With a `key` it is safe to repeat."""
         headers = {} if key is None else {"Idempotency-Key": key}
         body = {"json": fields} if not files else {"data": _form(fields, files)}

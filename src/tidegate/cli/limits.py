@@ -83,7 +83,7 @@ def _show_heading(overview: Overview) -> None:
     typer.echo(line)
     typer.echo(f"{len(overview.processes)} processes in the pool {overview.pool}")
     if overview.recovering_ms:
-        typer.echo(f"Nobody is let in for {overview.recovering_ms} ms: Valkey lost its data")
+        typer.echo(f"No call is admitted for {overview.recovering_ms} ms: Valkey lost its data")
     typer.echo()
 
 
@@ -114,7 +114,7 @@ def set_(
         ),
     ] = None,
     remove: Annotated[
-        list[str] | None, typer.Option(help="A key to take away.", metavar="KEY")
+        list[str] | None, typer.Option(help="A key to remove.", metavar="KEY")
     ] = None,
     deployed: Annotated[
         bool,
@@ -127,7 +127,7 @@ def set_(
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Change limits, for all processes at once and for good."""
+    """Change limits, for all processes and for good."""
     from tidegate.policy.format import Plain, edit, to_plain
     from tidegate.policy.rollout import differences
 
@@ -195,7 +195,7 @@ def pause(
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Let nobody in under a limit; what runs goes on."""
+    """Pause a limit: it admits no call; running calls go on."""
     for_ms = None if for_ is None else span_ms("--for", for_)
     paused = in_pool(lambda control: control.pause(limit, for_ms, by=who(), reason=reason))
     text = f"{limit} is paused already, and for longer"
@@ -323,7 +323,7 @@ def revoke(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     json: Json = False,
 ) -> None:
-    """Take back all that a process holds whose death is certain.
+    """Release all permits of a process whose death is certain.
 
     One that lives cancels its calls when it finds out, and until then the provider may see more
     calls than allowed.

@@ -219,7 +219,7 @@ def doctor(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Check everything that could be wrong, and say how to mend it; change nothing.
+    """Check everything that could be wrong, and say how to fix it; change nothing.
 
     Exit code 1 if a check fails. Each provider is asked once for its models, to test the key.
     """
@@ -247,7 +247,7 @@ def _summary(failed: int, warned: int, count: int) -> str:
 
 
 def _show(found: list[Finding]) -> None:
-    """A line for each check, by rooms; beneath those that are not well, how to mend them."""
+    """A line for each check, by rooms; beneath those that are not well, how to fix them."""
     from rich.table import Table
     from rich.text import Text
 
@@ -279,8 +279,8 @@ def verify(
         int | None,
         typer.Option(
             min=1,
-            help="What the emulated provider allows at once. Lower than the pool's limit it shows "
-            "what a broken promise looks like.",
+            help="Concurrent calls that the emulated provider allows. Lower than the pool's limit "
+            "it shows what a broken promise looks like.",
         ),
     ] = None,
     restart_command: Annotated[

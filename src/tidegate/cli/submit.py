@@ -73,16 +73,16 @@ def submit(
         str | None, typer.Option(help="Let it expire if its turn has not come in 30s, 10m, 2h.")
     ] = None,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="Handing in again under the same key changes nothing.")
+        str | None, typer.Option(help="Submitting again under the same key changes nothing.")
     ] = None,
-    webhook_url: Annotated[str | None, typer.Option(help="Is told of the end.")] = None,
+    webhook_url: Annotated[str | None, typer.Option(help="Gets a webhook at the end.")] = None,
     subject: Annotated[str | None, typer.Option(help="Whom it is about, to erase it by.")] = None,
     wait_: Wait = False,
     follow_: FollowIt = False,
     output: Output = None,
     json: Json = False,
 ) -> None:
-    """Hand in a request. Prints its id, or with --wait or --follow its answer."""
+    """Submit a request. Prints its id, or with --wait or --follow its answer."""
     if text == "-":
         text = sys.stdin.read()
     fields = given(
@@ -266,7 +266,7 @@ def requests(
     until: Annotated[str | None, typer.Option(help="Before this time, in the same way.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many at most.")] = 20,
     cursor: Annotated[
-        str | None, typer.Option(help="Go on after the last page: it was told there.")
+        str | None, typer.Option(help="Go on after the last page, which printed it.")
     ] = None,
     running: Annotated[
         bool,

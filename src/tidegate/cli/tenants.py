@@ -47,7 +47,7 @@ _OTHERS = {"most_priority": "--priority-cap", "models": "--model"}
 
 
 def _cap(help_: str) -> Any:
-    return typer.Option(help=f"{help_}; none takes the bound away.", metavar="N|none")
+    return typer.Option(help=f"{help_}; none removes the bound.", metavar="N|none")
 
 
 @app.command("list")
@@ -130,7 +130,7 @@ def set_(
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Make a tenant, or change what is named; in force everywhere within a second."""
+    """Create a tenant, or change the named fields; in force everywhere within a second."""
     bounds = (
         *(queued_jobs, queued_bytes, streams, long_polls),
         *(day_money, month_money, day_tokens, month_tokens, retention_days),
@@ -170,7 +170,7 @@ def remove(
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Take a tenant, its keys, its weight and its limits away; its requests stay on record."""
+    """Remove a tenant, its keys, its weight and its limits; its requests stay on record."""
     from tidegate.policy.tenants import remove_tenant
 
     if not yes:

@@ -196,7 +196,7 @@ def _process(view: SessionView, waiting_at: Mapping[str, int]) -> Frame:
 SHARES = (0.5, 0.95, 0.99)
 MOST_NAMES = 30
 NOW_S = 60
-_MOST_ADDED = 1_000  # names that are told apart while spans and processes are added up
+_MOST_ADDED = 1_000  # names that are kept apart while spans and processes are added up
 _SINGLE = ("calls", "failed", "throttled", "told_429", "refused", "retried")
 
 
@@ -280,7 +280,7 @@ class Trend:
         }
 
     def now(self, pool: str) -> dict[str, Any]:
-        """The newest minute of a pool, as far as it is told."""
+        """The newest minute of a pool, as far as it is known."""
         step_s = self._wanted.step_s
         last = int(self._now // step_s) * step_s
         total = CallCounts()
@@ -527,7 +527,7 @@ class Feed:
         self._tell("live", await live_frame(self._services))
 
     async def _tell_past(self, past: Past) -> None:
-        """Look at what is due; who has come since the last look is served by the next."""
+        """Look at what is due; viewers that came since the last look are served by the next."""
         wanted = {viewer.wanted for viewer in self._viewers}
         async for event, whose, frame in past.due(wanted):
             self._tell(event, frame, whose)

@@ -2,7 +2,7 @@
 
 Invariant: counting is a few additions in memory; PostgreSQL is asked once every `FLUSH_EVERY_S`,
 and while it is away what was counted waits here, `MOST_SPANS` of it at most. An end is counted in
-the span in which it happened, or, where it is told later than that, in the oldest that is open.
+the span in which it happened, or, if it is reported later than that, in the oldest that is open.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # Asked for anew each time, answered with 304: after an upgrade no module meets an older one.
+    # Requested again each time, answered with 304: after an upgrade no module meets an older one.
     "Cache-Control": "no-cache",
 }
 _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]

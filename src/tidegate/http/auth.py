@@ -126,7 +126,7 @@ class _Known:
 
 
 class Gate:
-    """One per API process. `on`: callers must show a key; else everybody is let in."""
+    """One per API process. `on`: callers must show a key; else no key is needed."""
 
     def __init__(
         self,
@@ -405,7 +405,7 @@ def tenant_named(raw: bytes) -> str:
 
 
 def _wrong_with(found: FoundKey | None, digest: bytes) -> str | None:
-    """Why a key does not work. Only who has shown the whole key is told what became of it."""
+    """Why a key does not work; what became of it only if the whole key was shown."""
     if found is None or not is_same(found.digest, digest):
         return "the API key is not the right one"
     if found.revoked:

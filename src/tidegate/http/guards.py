@@ -180,7 +180,7 @@ def own_urls(scope: Any, secret: str) -> Callable[[str], str]:
     key that the request in `scope` shows, if it is one of ours."""
     said = dict(scope["headers"])
     host = said.get(b"host", b"").decode("latin-1")
-    # A proxy that ends TLS says so. Whoever else says it misleads nobody but itself.
+    # A proxy that ends TLS says so. A client that says so falsely misleads only itself.
     scheme = "https" if said.get(b"x-forwarded-proto", b"").strip() == b"https" else scope["scheme"]
     own_url = f"{scheme}://{host}{UPLOADS}"
     key = shown_in(scope["headers"], scope["query_string"]).key

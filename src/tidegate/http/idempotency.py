@@ -112,7 +112,7 @@ def shows_key(headers: list[tuple[bytes, bytes]]) -> bool:
 async def check_known(
     keys: NativeKeys, call: NativeCall, headers: list[tuple[bytes, bytes]], spent: BudgetExceeded
 ) -> None:
-    """Raises `spent` unless the call's key stands for a call already: to hear of that costs
+    """Raises `spent` unless the key belongs to an earlier call: its answer costs
     nothing. Raises InvalidRequest and StoreUnavailable as well."""
     wanted = wanted_of(call, headers)
     if wanted is None or await keys.known(call.caller.tenant_id, wanted.key) is None:

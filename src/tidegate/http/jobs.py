@@ -110,7 +110,7 @@ def live_status(
 ) -> Response:
     """The response that follows `record`. Raises InvalidRequest.
 
-    A client that has seen all of it is told so by 204: browsers come back until they hear that.
+    A client that has seen all of it gets 204: browsers reconnect until then.
     """
     last = request.headers.get("last-event-id")
     seen = None if last is None else _SEEN.fullmatch(last)
@@ -191,7 +191,7 @@ class LiveStatus(Response):
         """Whether the key that was shown still opens it: it may have been revoked meanwhile."""
         try:
             await caller_of(self._request, Right.READ)
-        except TidegateError:  # it is told which when it comes back
+        except TidegateError:  # the client learns which one when it reconnects
             return False
         return True
 
@@ -275,7 +275,7 @@ router = APIRouter(tags=["jobs"])
     response_model=Accepted,
     openapi_extra=JOB_BODY | {"parameters": [PARAMETER]},
     responses=problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 503),
-    summary="Hand in a request; a worker answers it",
+    summary="Submit a request; a worker answers it",
 )
 async def submit(request: Request) -> Response:
     """Takes text, files and image prompts, as JSON or multipart. The answer means that the
@@ -399,8 +399,8 @@ async def status(
     ] = 0,
 ) -> StatusView | Response:
     """With `wait`, answers as soon as the status changes or the time is up. A request that has
-    ended answers at once. With `Accept: text/event-stream` every change is an event `status`, and
-    the last event is `done`; `Last-Event-ID` goes on where a connection was lost."""
+    ended answers immediately. With `Accept: text/event-stream` every change is an event `status`,
+    and the last event is `done`; `Last-Event-ID` goes on where a connection was lost."""
     services = services_of(request)
     record = await services.store.requests.get(request_id, caller.tenant_id)
     if wants_events(request):

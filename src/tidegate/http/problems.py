@@ -251,7 +251,7 @@ async def answered(
     refused: Callable[[errors.TidegateError], None],
 ) -> None:
     """Call a handler without a router; its errors become the same problems as a route's, and
-    `refused` is told of them.
+    `refused` gets each of them.
 
     Other errors, and those after the head of the response has gone out, are raised.
     """
@@ -333,7 +333,7 @@ ADVICE: dict[str, str] = {
     "not_found": "What it asks for is not served: check the model's name against the upstreams.",
     "method_not_allowed": "The path is asked by another method: its answer named which.",
     "policy_conflict": "A program's limits are not those in force: change one or the other.",
-    "idempotency_conflict": "Its key stands for another request: its sender must use a new one.",
+    "idempotency_conflict": "Its key belongs to another request: its sender must use a new one.",
     "policy_changed": "Somebody else was quicker: look at what is in force, and change that.",
     "already_ended": "It had ended before.",
     "not_ended": "It has not ended yet.",
@@ -343,14 +343,14 @@ ADVICE: dict[str, str] = {
     "budget_reserved": "Its tenant's other calls may spend what is left: ask again when they end.",
     "budget_exceeded": "Its tenant has spent its budget: raise it, or wait for the next period.",
     "admission": "The limiter did not let it in: see the limits.",
-    "deadline_exceeded": "It was not let in before its deadline: raise the limit that it waited "
+    "deadline_exceeded": "It was not admitted before its deadline: raise the limit that it waited "
     "for, give it a higher priority or a later deadline.",
     "limit_paused": "A limit that it needs is paused for longer than it could wait: see who paused "
     "it and until when, then retry it or end the pause.",
     "limit_used_up": "A rate or day quota that it needs has no room before its deadline: raise it, "
     "give a later deadline, or retry it once there is room.",
     "impossible": "It asks for more than the limit can ever give: raise it, or ask for less.",
-    "queue_full": "Too many were waiting already: send less at once, or allow more to wait.",
+    "queue_full": "Too many were waiting already: send fewer concurrently, or allow more to wait.",
     "limiter_unavailable": "Valkey did not answer: see /health/dependencies, then retry it.",
     "lease_lost": f"The process that ran it lost touch with Valkey. {_TRY_ANEW}",
     "upstream": "The provider failed in a way of its own: its words are in the response.",

@@ -119,7 +119,7 @@ async def listed(
     summary="Cancel a request that is queued or running",
 )
 async def cancel(request: Request, request_id: UUID) -> Response:
-    """A queued request is ended at once; of a running one the call to the provider is closed, and
+    """A queued request ends immediately; of a running one the call to the provider is closed, and
     what had come is kept. Cancelling again changes nothing. What has ended otherwise is 409."""
     caller = await caller_of(request)
     return await ended_by(request, request_id, caller.tenant_id)
@@ -302,7 +302,7 @@ class RunningPage(BaseModel):
 
     items: list[RunningItem]
     complete: bool = Field(
-        description="Whether these are all. The 500 oldest are told, and of each process its 200 "
+        description="Whether these are all. The 500 oldest are listed, and of each process its 200 "
         "oldest; while Valkey is away, only the one that answers tells of its own"
     )
 

@@ -322,7 +322,7 @@ def _serve_docs(app: FastAPI) -> None:
         return RedirectResponse("dashboard/" if is_browser else "/docs")
 
 
-# Less than those who probe wait themselves (deploy/), so that they hear the reason.
+# Shorter than the timeouts of the probes (deploy/), so that they get the reason.
 DEADLINE_MS = 1_000
 
 readiness = APIRouter()

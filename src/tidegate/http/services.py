@@ -168,8 +168,8 @@ def _quota_exceeded(caller: Caller, most: int, what: str) -> QuotaExceeded:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`leaving` is set once the process is told to stop: it is not ready any more. `draining` is
-    set when it takes no more requests: long polls then answer at once.
+    """`leaving` is set when the process is to stop: it is not ready any more. `draining` is set
+    when it takes no more requests: long polls then answer immediately.
 
     `limiters` and `keepers` are those of every pool; `limiter` and `keeper` of the pool `gemini`.
     `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
@@ -312,7 +312,7 @@ _REQUEST_ID = REQUEST_ID_HEADER.encode()
 # What machines ask all the time: lines at the level `debug`.
 _ROUTINE = ("/health", "/llm/health", "/metrics", "/llm/metrics")
 TRACE_IN_SCOPE = "tidegate.trace"  # the id of the trace that a request is part of, as text
-CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: whoever finds out who asks puts it there
+CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: set by what identifies the caller
 
 log = get_logger()
 log_request = FrequentLog(Log.REQUEST_DONE)

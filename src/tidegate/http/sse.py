@@ -76,7 +76,7 @@ class EventWriter:
         await self._emit("error", data, f"\n\n[{error.code}: {error.message}]\n")
 
     async def status(self, event: str, data: bytes, event_id: str) -> None:
-        """An event of a request's life, by whose id a client that comes back is told the rest."""
+        """An event of a request's life; a client that reconnects with its id gets later ones."""
         named = b"id: %b\nevent: %b\n" % (event_id.encode(), event.encode())
         await self._body(b"%bdata: %b\n\n" % (named, data), more=True)
 
@@ -129,7 +129,7 @@ async def disconnected(receive: Receive) -> None:
 
 
 def abort(scope: Scope) -> None:
-    """Cut the client's connection at once, where the server offers that."""
+    """Cut the client's connection immediately, if the server offers that."""
     offered = scope.get("extensions", {}).get(ABORT_EXTENSION)
     if offered is not None:
         offered["call"]()

@@ -726,7 +726,7 @@ _WEBHOOK: dict[str, Any] = {
     "webhook_url": {
         "type": "string",
         "format": "uri",
-        "description": "Is told of the end, signed: see docs/jobs.md. Needs WEBHOOK_SECRET",
+        "description": "Gets a signed webhook at the end: see docs/jobs.md. Needs WEBHOOK_SECRET",
     },
 }
 _WRAPPED: dict[str, Any] = {

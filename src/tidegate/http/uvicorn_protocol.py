@@ -85,7 +85,7 @@ class Direct:
         self._cycle.transport.write(self._head_of(status, headers))
 
     async def piece(self, piece: bytes, more: bool) -> None:
-        """A part of the body. Raises ValueError where it is not as long as was told."""
+        """A part of the body. Raises ValueError if it is not as long as announced."""
         if self._must_look and await self._is_lost():
             return
         if self._left_bytes is None:
@@ -314,7 +314,7 @@ class BoundedProtocol(UvicornProtocol):
     LINGER_S = 2.0  # how long, and how much, an early response waits for the client to stop
     LINGER_BYTES = 1024 * 1024
     UNDER_WAY_S = 2.0  # at the end: how long a first request, or the rest of a head, may take
-    leaving = False  # of the class, so of all connections of a process at once
+    leaving = False  # of the class, so of all connections of a process
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -355,7 +355,7 @@ class BoundedProtocol(UvicornProtocol):
         super().connection_lost(exc)
         for tell in self._when_gone:
             tell()
-        self._extensions.clear()  # they hold us, and nothing else would free us at once
+        self._extensions.clear()  # they hold us, and nothing else would free us immediately
 
     def _abort(self) -> None:
         self._tell_the_answering()
@@ -363,7 +363,7 @@ class BoundedProtocol(UvicornProtocol):
 
     def _tell_the_answering(self) -> None:
         """That nobody listens any more. uvicorn tells the newest request alone, which is another
-        one where several were sent at once: the first would be worked on for nobody."""
+        one where several were pipelined: the first would go on without a client."""
         cycle = self._answering
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
@@ -437,7 +437,7 @@ class BoundedProtocol(UvicornProtocol):
         if self.leaving:
             self.cycle.keep_alive = False
         if len(self.pipeline) > self.MAX_PIPELINED:
-            self._refusal = (429, "too_many_pipelined", "too many requests at once")
+            self._refusal = (429, "too_many_pipelined", "too many pipelined requests")
             raise ValueError(self._refusal[2])
         if self.pipeline and len(self.pipeline) <= self.MAX_PIPELINED // 2:
             # uvicorn reads no further; but it is by reading that a client is seen to leave.
@@ -471,7 +471,7 @@ class BoundedProtocol(UvicornProtocol):
             finally:
                 self.ended()
                 self._when_gone.clear()  # answers of one connection are made one after another
-                extensions.clear()  # they hold what holds them: nothing else would free it at once
+                extensions.clear()  # they hold what holds them: nothing else would free it now
                 if not cycle.response_complete or self.transport.is_closing():
                     self.loop.call_soon(self._watch_closing)
 
@@ -487,7 +487,7 @@ class BoundedProtocol(UvicornProtocol):
                 named = [pair for pair in message.get("headers", ()) if pair[0] != b"connection"]
                 message["headers"] = [*named, (b"connection", b"close")]
                 await send(message)
-                cycle.keep_alive = True  # else uvicorn would close, and so reset, at once
+                cycle.keep_alive = True  # else uvicorn would close, and so reset, immediately
             else:
                 await send(message)
 

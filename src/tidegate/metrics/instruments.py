@@ -273,14 +273,14 @@ class Metric:
     )
     PAUSED = _of_all(
         "tidegate_limit_paused_seconds",
-        "For how long nobody is let in; 0: not paused",
+        "For how long no call is admitted; 0: not paused",
         *("pool", "limit"),
     )
     SESSIONS = _of_all("tidegate_sessions", "Processes in the pool", "pool")
     BLOCKED = _of_all("tidegate_sessions_blocked", "Of those: paused or out of reach", "pool")
     RECOVERING = _of_all(
         "tidegate_pool_recovering_seconds",
-        "Quiet time that is left after Valkey lost its data; nobody is let in",
+        "Quiet time that is left after Valkey lost its data; no call is admitted",
         "pool",
     )
     EPOCH = _of_all("tidegate_pool_epoch", "Grows when Valkey has lost its data", "pool")
@@ -405,7 +405,7 @@ class Tally:
         self.spread(metric, labels).add(value)
 
     def take_counts(self) -> Iterator[tuple[Spec, Labels, float]]:
-        """What has grown, and what is there for the first time; each begins anew."""
+        """What has grown, and what is there for the first time; each begins again at zero."""
         for (metric, labels), cell in self._counts.items():
             if cell.amount or not cell.told:
                 amount, cell.amount, cell.told = cell.amount, 0.0, True

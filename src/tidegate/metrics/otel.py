@@ -4,7 +4,7 @@ A listener of calls that have ended: spans are made then, with the times and ids
 gathered in its `Trail`, and sent by threads of the SDK. Importing this file imports the SDK (the
 extra `otel`): only `connected` does, where an endpoint is set.
 
-Invariant: a collector that is away costs a call nothing, is told of once in the log, and what waits
+Invariant: a collector that is away costs a call nothing, is logged once, and what waits
 for it is bounded.
 """
 

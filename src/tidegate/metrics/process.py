@@ -277,7 +277,7 @@ class Given(Collector):
 
 
 async def read(limiters: Mapping[str, Limiter], standing: QueueDepths) -> Given:
-    """Ask both stores at once."""
+    """Ask both stores concurrently."""
     given = Given()
     given.add(Metric.BUILD, 1, __version__)
     snapshots = (_asked(one.pool, one.snapshot()) for one in limiters.values())
@@ -362,7 +362,7 @@ def _tell_depths(given: Given, depths: Depths, left_out: Counter[str]) -> None:
 
 
 def _perhaps_more(queues: tuple[QueueDepth, ...]) -> int:
-    """Nobody counts the queues beyond those that are looked at: 1 stands for some."""
+    """Queues beyond the scanned ones are not counted: 1 means some."""
     return int(len(queues) >= MOST_QUEUES)
 
 

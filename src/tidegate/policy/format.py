@@ -57,7 +57,7 @@ _DAY = "pd"
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What a rate's scope stands for; `window_ms` is None for a day of the calendar."""
+    """What a rate's scope counts; `window_ms` is None for a day of the calendar."""
 
     unit: Unit
     window_ms: int | None

@@ -74,7 +74,7 @@ class ShownLimit:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A pool. `recovering_ms`: nobody is let in for so long, after Valkey lost its data."""
+    """A pool. `recovering_ms`: no call is admitted for so long, after Valkey lost its data."""
 
     pool: str
     in_force: InForce
@@ -145,8 +145,8 @@ class Control:
             return {}
 
     async def pause(self, limit: str, for_ms: int | None, *, by: str, reason: str = "") -> bool:
-        """Let nobody in under a limit for a time, or until it is resumed. False where a pause
-        that lasts longer stays. Raises NotFound."""
+        """Pause a limit, which then admits no call, for a time or until it is resumed. False if a
+        pause that lasts longer stays. Raises NotFound."""
         self._check_there(limit)
         length = {} if for_ms is None else {"for_ms": for_ms}
         paused = await self.limiter.penalise(limit, reason=reason, by=by, **length)
@@ -163,7 +163,7 @@ class Control:
         return resumed
 
     async def revoke(self, process: str, *, by: str) -> int:
-        """Take back all that a process holds whose death is certain. Raises NotFound."""
+        """Release all permits of a process whose death is certain. Raises NotFound."""
         ended = await self.limiter.revoke(process)
         if not ended:
             raise NotFound(f"no process {process} is in the pool")

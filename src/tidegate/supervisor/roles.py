@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LEAVE_SIGNAL)
 _MARGIN_S = 5.0
-# Longer than clients and balancers keep an idle connection (60 s is common): whoever closes first
-# must not be us, or a request that is on its way meets a closed door.
+# Longer than clients and balancers keep an idle connection (60 s is common): if this side closed
+# first, a request on its way would meet a closed connection.
 _KEEP_ALIVE_S = 75
 # How long the first request waits for Valkey and PostgreSQL to have answered; they may be away.
 _WARM_WITHIN_MS = 2_000
@@ -60,7 +60,7 @@ def serve(config: Config, fd: int | None = None) -> None:
     """
     telemetry.configure_logging(config.log_format, config.log_level, process="api")
     _survive_looks()
-    # Before the servers are started: a taken port should be told at once.
+    # Before the servers are started: a taken port should be reported immediately.
     listener = socket.socket(fileno=fd) if fd is not None else listen(config)
     with listener, _standing(config) as whole:
         if not is_child():
@@ -108,7 +108,7 @@ class QuietServer(uvicorn.Server):
 
 
 class Server(QuietServer):
-    """Tells whoever waits for it that it is up."""
+    """Reports that it is up, to the supervisor or systemd."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -204,7 +204,7 @@ async def _work(config: Config) -> None:
 
 @asynccontextmanager
 async def _seen(services: Services) -> AsyncIterator[None]:
-    """A worker's own small server, for those who watch it."""
+    """A worker's own small server for probes and scrapes."""
     from tidegate.http.server import watched_app
 
     with listen(services.config, for_worker=True) as listener:

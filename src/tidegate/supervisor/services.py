@@ -104,7 +104,7 @@ def _filled(config: Config, lease: Lease | None) -> Config:
 def migrate(config: Config, say: Callable[[str], object]) -> str | None:
     """Bring the schema up to date, waiting up to a minute for a database that is away.
 
-    Returns the new revision, or None where there was nothing to do; `say` is told once why it
+    Returns the new revision, or None where there was nothing to do; `say` gets, once, why it
     waits. Raises StoreUnavailable when the minute is over.
     """
     from tidegate.store.database import migrate as run_steps

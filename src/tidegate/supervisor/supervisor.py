@@ -210,7 +210,7 @@ class Family:
 
         One after another: the next of a name takes its place when it is ready, and only then the
         old one leaves. It stops at the first that does not become ready. Asked for once more
-        meanwhile, it begins anew at its end.
+        meanwhile, it begins again at its end.
         """
         if self.renewing:
             self._renew_again = True

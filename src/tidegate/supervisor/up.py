@@ -84,7 +84,7 @@ class Page:
         self, ground: Ground, url: str, policy: PoolPolicy, in_force: Mapping[Kind, int] | None
     ) -> None:
         """The start-up page. `policy` is what this deployment asks for; in_force: how many calls of
-        each kind may run at once now, None where that is not known."""
+        each kind may run concurrently now, None if that is not known."""
         self._line()
         self._line((f"{_INDENT}≋ Tidegate", "bold"), (f" {__version__}", _QUIET), f"   {url}")
         self._line()

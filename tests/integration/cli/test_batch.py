@@ -104,7 +104,7 @@ async def test_a_killed_run_goes_on_without_asking_anything_twice(
                 file.write(b'{"id": "39", "line"')
     said = command.complained()
     assert "The same command goes on from here." in said
-    handed_in = re.search(r"(\d+) are handed in and go on", said)
+    handed_in = re.search(r"(\d+) are submitted and go on", said)
     assert handed_in is not None
     assert 0 < int(handed_in[1]) <= 8
     await gateway.upstream.set_behaviour(first_byte_ms=0)

@@ -177,7 +177,7 @@ def control_in(services: Services, pool: str) -> Control:
     return Control(services.keepers[pool], store.running_calls, store.tenants)
 
 
-@router.get("/limits", summary="All limits, who waits for them, and the policy in force")
+@router.get("/limits", summary="All limits, their waiters, and the policy in force")
 async def limits(request: Request) -> Overview:
     return await control_of(request).overview()
 
@@ -186,7 +186,7 @@ async def limits(request: Request) -> Overview:
     "/limits",
     responses=problem_responses(404, 409),
     openapi_extra=described(Changes),
-    summary="Change limits, weights, priorities or options of the pool, all at once",
+    summary="Change limits, weights, priorities or options of the pool, in one step",
 )
 async def change_limits(request: Request) -> InForceNow:
     changes = await read_json(request, Changes)
@@ -204,7 +204,7 @@ async def history(
     "/limits/{limit_id:path}",
     responses=problem_responses(404),
     openapi_extra=described(NewLimit),
-    summary="Set one limit; in force everywhere at once",
+    summary="Set one limit; in force everywhere immediately",
 )
 async def set_limit(request: Request, limit_id: LimitId) -> InForceNow:
     new = await read_json(request, NewLimit)
@@ -212,7 +212,7 @@ async def set_limit(request: Request, limit_id: LimitId) -> InForceNow:
 
 
 @router.delete(
-    "/limits/{limit_id:path}", responses=problem_responses(404), summary="Take one limit away"
+    "/limits/{limit_id:path}", responses=problem_responses(404), summary="Remove one limit"
 )
 async def remove_limit(
     request: Request,
@@ -227,7 +227,7 @@ async def remove_limit(
     "/limits/{limit_id:path}/pause",
     responses=problem_responses(404),
     openapi_extra=described(NewPause),
-    summary="Let nobody in under a limit for a time",
+    summary="Pause a limit for a time: it admits no call",
 )
 async def pause(request: Request, limit_id: LimitId) -> Done:
     """`done` is false where a pause that lasts longer stays."""
@@ -256,7 +256,7 @@ async def permits(request: Request) -> list[ShownPermit]:
 @router.delete(
     "/permits/{process:path}",
     responses=problem_responses(404),
-    summary="Take back all that a dead process holds",
+    summary="Release all permits of a dead process",
 )
 async def revoke(
     request: Request,

@@ -108,10 +108,10 @@ def timeline(dossier: RequestDetail, now: datetime) -> tuple[StepView, ...]:
 def _submitted(dossier: RequestDetail) -> StepView:
     record = dossier.record
     came = {
-        "job": "handed in as a job",
+        "job": "submitted as a job",
         "stream": "asked for as a stream",
         "relay": f"called {dossier.of('endpoint')}",
-        "batch": "handed in as a line of a batch",
+        "batch": "submitted as a line of a batch",
     }[record.source]
     return StepView("submitted", f"{came} by the tenant {record.tenant_id}", record.created_at)
 
@@ -630,7 +630,7 @@ async def cancel(request: Request, request_id: UUID) -> Response:
     status_code=202,
     responses=problem_responses(404, 408, 409, 413, 415),
     openapi_extra=described(Signed),
-    summary="Hand a job that has ended in anew, as a job of its own",
+    summary="Submit a job that has ended again, as a new job",
 )
 async def retry(request: Request, request_id: UUID) -> Accepted:
     """The same prompt and files, for the same tenant, whatever its caps and budgets are: they count
@@ -693,7 +693,7 @@ async def requeue(request: Request, request_id: UUID) -> Done:
 @router.post(
     "/dead/{request_id}/discard",
     responses=problem_responses(404),
-    summary="Leave a dead job at that: it is cancelled, for good",
+    summary="Cancel a dead job, for good",
 )
 async def discard(request: Request, request_id: UUID) -> Done:
     await services_of(request).store.stuck.discard(request_id)
@@ -713,7 +713,7 @@ async def given_up(request: Request, most: Most = 100) -> list[GivenUpWebhook]:
     summary="Deliver a webhook again, whatever became of it",
 )
 async def redeliver(request: Request, webhook_id: UUID) -> Done:
-    """Its id is in the request's status; it is tried at once, and as often as a new one."""
+    """Its id is in the request's status; it is tried immediately, and as often as a new one."""
     await services_of(request).store.outbox.redeliver(webhook_id)
     return Done(done=True)
 

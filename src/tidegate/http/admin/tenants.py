@@ -61,10 +61,10 @@ class NewTenant(Signed):
     most_queued_jobs: int | None = _COUNT
     most_queued_bytes: int | None = _COUNT
     most_streams: int | None = Field(
-        default=None, ge=0, le=1_000_000, description="Open at once in each process; null: any"
+        default=None, ge=0, le=1_000_000, description="Concurrently open in each process; null: any"
     )
     most_long_polls: int | None = Field(
-        default=None, ge=0, le=1_000_000, description="Open at once in each process; null: any"
+        default=None, ge=0, le=1_000_000, description="Concurrently open in each process; null: any"
     )
     budget_day_money: float | None = _COUNT
     budget_month_money: float | None = _COUNT
@@ -163,7 +163,7 @@ async def show_tenant(request: Request, response: Response, tenant_id: TenantId)
     "/tenants/{tenant_id:path}",
     responses=problem_responses(404),
     openapi_extra=described(NewTenant),
-    summary="Make a tenant, or change what is named",
+    summary="Create a tenant, or change the named fields",
 )
 async def set_tenant(request: Request, tenant_id: TenantId) -> TenantView:
     new = await read_json(request, NewTenant)
@@ -184,7 +184,7 @@ async def set_tenant(request: Request, tenant_id: TenantId) -> TenantView:
 @router.delete(
     "/tenants/{tenant_id:path}",
     responses=problem_responses(404),
-    summary="Take a tenant, its keys and its limits away; its requests stay on record",
+    summary="Remove a tenant, its keys and its limits; its requests stay on record",
 )
 async def remove_tenant(request: Request, tenant_id: TenantId, by: By = "admin") -> Removed:
     with config_errors_refused():
@@ -210,7 +210,7 @@ async def list_keys(
     status_code=201,
     responses=problem_responses(404),
     openapi_extra=described(NewKey),
-    summary="Make an API key; it is shown this once",
+    summary="Create an API key; it is shown this once",
 )
 async def make_key(request: Request, response: Response) -> MadeKey:
     new = await read_json(request, NewKey)
