@@ -114,22 +114,14 @@ def commands(clause: Clause, mark: Mark) -> bool:
     asks = mark.has(Label.ASK, Label.COVER) and not mark.has(Label.TEXT)
     if asks or not clause.syntax(mark).strict:
         return True
-    if opens(clause, mark) or (mark.has(Label.WANT) and " " in clause.between(*_ends(mark))):
-        return True
     at = bisect_left(clause.marked.tokens, mark.start, key=lambda token: token.start)
     word = clause.marked.tokens[at - 1] if at else None
     if word is None or word.start < clause.span.start:
         return True
     if _PAUSE.search(clause.between(word.end, mark.start)):
         return True
-    if word.plain.endswith("ly"):
-        return True
     last = next((m for m in clause.marks if m.end == word.end), None)
     return last is not None and last.has(*_BEFORE_COMMAND)
-
-
-def _ends(mark: Mark) -> tuple[int, int]:
-    return mark.start, mark.end
 
 
 def wished(clause: Clause, verb: Mark) -> bool:
@@ -151,7 +143,7 @@ def negated_verb(clause: Clause, mark: Mark) -> bool:
                 return True
         elif other.start >= mark.end and mark.has(Label.MAKE, Label.DRAW, Label.WANT):
             gap = clause.between(mark.end, other.start)
-            if len(gap.split()) <= 1 and not gap.strip(" ,").endswith(","):
+            if len(gap.split()) <= 1:
                 return not _PAUSE.search(gap)
     return False
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -313,7 +313,7 @@ def label_words(text: str) -> Marked:
     if has_unspaced(text):
         hits += _unspaced_hits(text)
     scores = _scores(hits)
-    top = max(scores.values(), default=0.0)
+    top = max(scores.values(), default=0)
     active = {language for language, score in scores.items() if score >= top * ACTIVE_SHARE}
     best = max(scores, key=lambda language: scores[language]) if scores else None
     return Marked(text, tuple(words), tuple(_chosen(hits, active, best)), best)
@@ -352,8 +352,6 @@ def _shapes(plain_word: str, kept: str) -> Iterator[tuple[str, bool]]:
     yield kept, True
     if len(plain_word) > 4 and plain_word.endswith("s") and plain_word not in TABLE.words:
         yield plain_word[:-1], False
-        if plain_word.endswith("ies"):
-            yield plain_word[:-3] + "y", False
     if "\u0600" <= plain_word[0] <= "\u06ff":
         for prefix in TABLE.arabic_prefixes:
             if plain_word.startswith(prefix) and len(plain_word) > len(prefix) + 2:
@@ -392,18 +390,10 @@ def _unspaced_hits(text: str) -> Iterator[_Hit]:
                 yield _Hit(entry, at, at + len(word), len(word), True)
 
 
-def _scores(hits: list[_Hit]) -> dict[str, float]:
-    seen: dict[tuple[str, int], float] = {}
-    for hit in hits:
-        worth = 1.0 if hit.exact else 0.6
-        for step in range(hit.width if hit.width < 4 else 3):
-            key = (hit.entry.language, hit.start + step)
-            if worth > seen.get(key, 0.0):
-                seen[key] = worth
-    scores: defaultdict[str, float] = defaultdict(float)
-    for (language, _), worth in seen.items():
-        scores[language] += worth
-    return dict(scores)
+def _scores(hits: list[_Hit]) -> Counter[str]:
+    """How many places of the text each language explains; a long phrase counts for three."""
+    seen = {(hit.entry.language, hit.start + at) for hit in hits for at in range(min(hit.width, 3))}
+    return Counter(language for language, _ in seen)
 
 
 def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Mark]:
