@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 from tidegate.emulator.state import LoggedCall
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import of_plain
-from tidegate.rehearse.load import Arrival, Pace, Usual, load_of
+from tidegate.rehearse.load import Arrival, TokenPace, Usual, load_of
 from tidegate.rehearse.report import Findings, waits_of
 from tidegate.store.database import Connections
 
@@ -70,7 +70,7 @@ def described(seconds: float) -> dict[str, Any]:
 
 
 def trace_of(seconds: float, seed: int = 1) -> list[Arrival]:
-    return load_of(described(seconds)).draw(Usual({"text_only": MODEL}, Pace()), seed)
+    return load_of(described(seconds)).draw(Usual({"text_only": MODEL}, TokenPace()), seed)
 
 
 def policy() -> PoolPolicy:

@@ -10,7 +10,7 @@ from chaos.history import overtaking, window_maximum
 from chaos.limiter.faults import Bar, Fault
 from chaos.limiter.scene import RATE, Size, concurrency_of
 from chaos.limiter.worker import LIMIT, Orders
-from tidegate.checker import NS, Curve, Event, Span, in_flight, shares
+from tidegate.checker import NS, Curve, Event, Interruption, in_flight, shares
 
 # How long a worker that stood still may take to end its calls: it has to be given the processor.
 WAKE_S = 0.5
@@ -48,7 +48,7 @@ def judge(
     fault: Fault,
     outcome: Outcome,
     events: Sequence[Event],
-    frozen: Sequence[Span],
+    frozen: Sequence[Interruption],
     size: Size,
     orders: Orders,
 ) -> None:
@@ -59,7 +59,7 @@ def judge(
     outcome.used = _used(in_flight(events, LIMIT, without=frozen), outcome.limit)
     outcome.overtaken = overtaking(events, within_process=True).places
     outcome.overtaken_across = overtaking(events, within_process=False).places
-    excused = [Span(s.worker, s.from_ns, s.to_ns + int(WAKE_S * NS)) for s in frozen]
+    excused = [Interruption(s.worker, s.from_ns, s.to_ns + int(WAKE_S * NS)) for s in frozen]
     for limit, bound in concurrency_of(orders):
         counted = in_flight(events, limit, without=excused if fault.promise != "0 over" else ())
         peak, at_ns = counted.peak_at_once()

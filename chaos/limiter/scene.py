@@ -25,7 +25,7 @@ from chaos.limiter.truth import Truth
 from chaos.limiter.worker import LIMIT, Orders, policy_of
 from tests.integration.limiter.conftest import leftovers
 from tests.waiting import wait_until
-from tidegate.checker import NS, Curve, Span, in_flight
+from tidegate.checker import NS, Curve, Interruption, in_flight
 from tidegate.limiter.limiter import Limiter
 
 # How the workers reach Valkey: straight; each through a proxy of its own; each by a cable of its
@@ -88,7 +88,7 @@ class Scene:
     links: list[Proxy] = field(default_factory=list)  # from a replica to its primary
     proxies: dict[str, Proxy] = field(default_factory=dict)
     cables: dict[str, Cable] = field(default_factory=dict)
-    frozen: list[Span] = field(default_factory=list)
+    frozen: list[Interruption] = field(default_factory=list)
     deeds: list[tuple[int, str]] = field(default_factory=list)  # what chance chose, and when
     pool: str = field(default_factory=lambda: f"chaos-{uuid4().hex[:8]}")
 
@@ -128,7 +128,7 @@ class Scene:
         began_ns = time.monotonic_ns()
         yield
         end_ns = time.monotonic_ns() + int(longer_s * NS)
-        self.frozen.append(Span(name, began_ns, end_ns))
+        self.frozen.append(Interruption(name, began_ns, end_ns))
 
     async def ready(self) -> None:
         """Wait until all workers are there and all permits in use."""

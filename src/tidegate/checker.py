@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 
 NS = 1_000_000_000
 
-# asked for a permit; the call began; the call ended; the waiter gave up or was refused
+# requested a permit; the call began; the call ended; the waiter left or was refused
 What = Literal["ask", "begin", "end", "leave"]
 
 
 class Event(NamedTuple):
-    """One thing that happened to one call. `call` is unique among those of its worker that live.
+    """Event of one call. `call` is unique among those of its worker that live.
 
     limits: every limit that the call needs. epoch: that of the permit's fence, on `begin`.
     """
@@ -35,8 +35,8 @@ class Event(NamedTuple):
     epoch: int = 0
 
 
-class Span(NamedTuple):
-    """A time in which a worker stood still, or was cut off: what it holds is judged apart."""
+class Interruption(NamedTuple):
+    """A time in which a worker stood still, or was cut off: its calls are judged apart."""
 
     worker: str
     from_ns: int
@@ -110,7 +110,7 @@ class Curve:
 
 
 def in_flight(
-    events: Iterable[Event], limit: str | None = None, *, without: Sequence[Span] = ()
+    events: Iterable[Event], limit: str | None = None, *, without: Sequence[Interruption] = ()
 ) -> Curve:
     """How many calls of `limit` (or of any) were open, but for those of a worker in its span."""
     marks: list[tuple[int, int, Event | None]] = [

@@ -15,8 +15,8 @@ from random import Random
 
 from tidegate.limiter import PoolPolicy
 from tidegate.rehearse.load import Arrival
-from tidegate.rehearse.report import Call, Tally
-from tidegate.rehearse.simulation import Process, Setting, Stage
+from tidegate.rehearse.report import LoadCall, LoadTally
+from tidegate.rehearse.simulation import Playback, Process, Setting
 
 LIMIT = "kind:text_only"
 # A random case is drawn again whose rarest tenant has fewer calls than one in so many.
@@ -34,7 +34,7 @@ class Tenant:
     callers: int | None = None
 
 
-class Meter(Tally):
+class Meter(LoadTally):
     """Adds up the permit-time of each tenant, in ms, since the last reset."""
 
     def __init__(self, policy: PoolPolicy) -> None:
@@ -44,13 +44,13 @@ class Meter(Tally):
         self._open: Counter[str] = Counter()
         self._seen_ms: dict[str, float] = {}
 
-    def asked(self, call: Call) -> None:
+    def asked(self, call: LoadCall) -> None:
         """Nothing is kept of a call that waits."""
 
-    def began(self, call: Call, now_ms: float) -> None:
+    def began(self, call: LoadCall, now_ms: float) -> None:
         self._count(call.arrival.tenant, 1, now_ms)
 
-    def ended(self, call: Call, now_ms: float) -> None:
+    def ended(self, call: LoadCall, now_ms: float) -> None:
         self._count(call.arrival.tenant, -1, now_ms)
         self.calls_of[call.arrival.tenant] += 1
 
@@ -71,7 +71,7 @@ class Meter(Tally):
         self._open[tenant] += change
 
 
-class Backlog(Stage):
+class Backlog(Playback):
     """See the module."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Backlog(Stage):
         self._bound = bound
         self._asks_in: dict[int, Process] = {}
 
-    def over(self, call: Call) -> None:
+    def over(self, call: LoadCall) -> None:
         """The tenant asks again, in the same process."""
         process = self._asks_in.pop(id(call.arrival))
         self._ask(process, call.arrival.tenant)

@@ -36,7 +36,7 @@ from tests.markdown import (
 from tests.shapes import differences, lines_that_differ, streamed
 from tidegate.cli import app
 from tidegate.policy.deployment import deployed, deployed_upstreams
-from tidegate.rehearse.load import Pace, Usual, load_of
+from tidegate.rehearse.load import TokenPace, Usual, load_of
 from tidegate.settings import Config, load
 from tidegate.store import states
 
@@ -100,7 +100,7 @@ TOML = [block for block in ALL if block.language == "toml"]
     "block", [one for one in TOML if OF_A_LOAD in one.text], ids=lambda block: block.name
 )
 def test_a_load_that_is_shown_is_sound(block: Block) -> None:
-    assert load_of(tomllib.loads(block.text)).draw(Usual({}, Pace()), 1)
+    assert load_of(tomllib.loads(block.text)).draw(Usual({}, TokenPace()), 1)
 
 
 @pytest.mark.parametrize(

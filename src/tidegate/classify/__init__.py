@@ -18,11 +18,11 @@ from enum import StrEnum
 
 from tidegate.call import Classification, ClassifiedBy, Kind
 from tidegate.classify.vocabulary import (
+    Bounds,
     Label,
-    Mark,
     Marked,
-    Span,
     Syntax,
+    Word,
     clauses,
     label_words,
     normalise,
@@ -42,18 +42,18 @@ class Lean(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What one clause asks for; `strong` when it says so in as many words."""
+class Intent:
+    """Request of one clause; `strong` when it is explicit."""
 
     lean: Lean
     reason: str
     strong: bool = False
-    covers: bool = False  # what follows is material, not a further wish
+    covers: bool = False  # the clauses after it are material, not a further wish
     negated: bool = False
 
 
-NAMES_TEXT = Reading(Lean.TEXT, "names a text")
-NOTHING = Reading(Lean.NEITHER, "no request was recognised")
+NAMES_TEXT = Intent(Lean.TEXT, "names a text")
+NOTHING = Intent(Lean.NEITHER, "no request was recognised")
 
 VERBS = (
     Label.ASK,
@@ -76,28 +76,28 @@ _BEFORE_COMMAND = (Label.LEAD, Label.JOIN, Label.WISH, Label.WANT, Label.NEGATIO
 @dataclass(frozen=True, slots=True)
 class Clause:
     marked: Marked
-    span: Span
-    marks: tuple[Mark, ...]
+    span: Bounds
+    marks: tuple[Word, ...]
     with_image: bool
 
     @property
     def text(self) -> str:
         return self.marked.text[self.span.start : self.span.end]
 
-    def syntax(self, mark: Mark) -> Syntax:
+    def syntax(self, mark: Word) -> Syntax:
         return self.marked.syntax(mark.language)
 
-    def after(self, mark: Mark) -> list[Mark]:
+    def after(self, mark: Word) -> list[Word]:
         return [m for m in self.marks if mark.end <= m.start < mark.end + OBJECT_CHARS]
 
-    def before(self, mark: Mark) -> list[Mark]:
+    def before(self, mark: Word) -> list[Word]:
         return [m for m in self.marks if m.end <= mark.start and mark.start - m.end < OBJECT_CHARS]
 
     def between(self, left: int, right: int) -> str:
         return self.marked.text[left:right]
 
 
-def ends_of(marks: tuple[Mark, ...]) -> tuple[Mark, ...]:
+def ends_of(marks: tuple[Word, ...]) -> tuple[Word, ...]:
     """A clause of hundreds of known words is no sentence; its ends say enough."""
     if len(marks) <= CLAUSE_MARKS:
         return marks
@@ -105,11 +105,11 @@ def ends_of(marks: tuple[Mark, ...]) -> tuple[Mark, ...]:
     return marks[:half] + marks[-half:]
 
 
-def opens(clause: Clause, mark: Mark) -> bool:
+def opens(clause: Clause, mark: Word) -> bool:
     return not clause.between(clause.span.start, mark.start).strip(' "¿,-*#>')
 
 
-def commands(clause: Clause, mark: Mark) -> bool:
+def commands(clause: Clause, mark: Word) -> bool:
     """Whether a verb may be a command: in English, nouns and other people's verbs look alike."""
     asks = mark.has(Label.ASK, Label.COVER) and not mark.has(Label.TEXT)
     if asks or not clause.syntax(mark).strict:
@@ -124,12 +124,12 @@ def commands(clause: Clause, mark: Mark) -> bool:
     return last is not None and last.has(*_BEFORE_COMMAND)
 
 
-def wished(clause: Clause, verb: Mark) -> bool:
+def wished(clause: Clause, verb: Word) -> bool:
     """ "I want to draw a cat": a wish for a picture, or for help with one."""
     return any(m.has(Label.WISH) and verb.start - m.end <= 1 for m in clause.before(verb))
 
 
-def negated_verb(clause: Clause, mark: Mark) -> bool:
+def negated_verb(clause: Clause, mark: Word) -> bool:
     """A negation up to two words before the verb, or after it where verbs come last."""
     syntax = clause.syntax(mark)
     for other in clause.marks:
@@ -148,8 +148,8 @@ def negated_verb(clause: Clause, mark: Mark) -> bool:
     return False
 
 
-def object_of(clause: Clause, verb: Mark) -> tuple[Mark | None, list[Mark]]:
-    """The head of what a verb governs, and all marks of its object."""
+def object_of(clause: Clause, verb: Word) -> tuple[Word | None, list[Word]]:
+    """The head of the object of a verb, and all marks of the object."""
     syntax = clause.syntax(verb)
     if syntax.verb_last:
         marks = clause.before(verb)
@@ -164,12 +164,12 @@ def object_of(clause: Clause, verb: Mark) -> tuple[Mark | None, list[Mark]]:
     return head, marks
 
 
-def _head(clause: Clause, verb: Mark, marks: Sequence[Mark]) -> Mark | None:
+def _head(clause: Clause, verb: Word, marks: Sequence[Word]) -> Word | None:
     """The last noun of the noun phrase that ends at its first preposition.
 
     "Draw for me a table": a preposition directly after the verb ends nothing.
     """
-    head: Mark | None = None
+    head: Word | None = None
     for mark in marks:
         if head is not None and _phrase_ended(clause, head, mark):
             break
@@ -180,14 +180,14 @@ def _head(clause: Clause, verb: Mark, marks: Sequence[Mark]) -> Mark | None:
     return head
 
 
-def _phrase_ended(clause: Clause, head: Mark, mark: Mark) -> bool:
+def _phrase_ended(clause: Clause, head: Word, mark: Word) -> bool:
     """Whether a noun phrase with a head ends before the mark: at a colon, or a next verb."""
     if CLOSED.search(clause.between(head.end, mark.start)):
         return True
     return mark.has(*VERBS) and commands(clause, mark)
 
 
-def asks_ability(clause: Clause, verb: Mark, head: Mark | None) -> bool:
+def asks_ability(clause: Clause, verb: Word, head: Word | None) -> bool:
     """ "Can you generate images?" asks about an ability; an article would make it a wish."""
     rest = clause.between((head or verb).end, clause.span.end)
     opened = clause.between(clause.span.start, verb.start).strip(' "¿').split()
@@ -203,8 +203,8 @@ def participles(marked: Marked) -> int:
     return min(2, sum(token.start not in known for token in found))
 
 
-def scene_points(marks: Sequence[Mark]) -> float:
-    """How much the words describe a picture: its style, its things, and nobody's story."""
+def scene_points(marks: Sequence[Word]) -> float:
+    """How much the words describe a picture: its style, its things, and no story."""
     points = 0.0
     for mark in marks:
         if mark.has(Label.STYLE):
@@ -220,15 +220,15 @@ def scene_points(marks: Sequence[Mark]) -> float:
     return points
 
 
-def read_clause(marked: Marked, span: Span, *, with_image: bool) -> Reading:
+def read_clause(marked: Marked, span: Bounds, *, with_image: bool) -> Intent:
     marks = ends_of(tuple(m for m in marked.marks if span.start <= m.start < span.end))
     clause = Clause(marked, span, marks, with_image)
     if _wants_markup(clause):
-        return Reading(Lean.TEXT, "asks for code, markup or characters", strong=True)
+        return Intent(Lean.TEXT, "asks for code, markup or characters", strong=True)
     verbs = [m for m in marks if m.has(*VERBS) and commands(clause, m)]
     opened = bool(marks) and marks[0].has(Label.OPENER) and opens(clause, marks[0])
     if opened and span.question and not any(v.has(Label.DRAW, Label.MAKE) for v in verbs):
-        return Reading(Lean.TEXT, "is a question", strong=True)
+        return Intent(Lean.TEXT, "is a question", strong=True)
     if not verbs:
         return _read_phrase(clause)
     if all(clause.syntax(v).verb_last for v in verbs):
@@ -248,7 +248,7 @@ def _wants_markup(clause: Clause) -> bool:
     return False
 
 
-def _read_verb_first(clause: Clause, verbs: Sequence[Mark]) -> Reading:
+def _read_verb_first(clause: Clause, verbs: Sequence[Word]) -> Intent:
     reading = NOTHING
     for at, verb in enumerate(verbs):
         if verb.has(Label.ASK, Label.COVER) and not verb.has(*PICTORIAL):
@@ -257,10 +257,10 @@ def _read_verb_first(clause: Clause, verbs: Sequence[Mark]) -> Reading:
             later = _later_wish(clause, verb, verbs[at + 1 :])
             if later is not None:
                 return later
-            return Reading(Lean.TEXT, "asks for words", strong=True, covers=verb.has(Label.COVER))
+            return Intent(Lean.TEXT, "asks for words", strong=True, covers=verb.has(Label.COVER))
         if negated_verb(clause, verb):
             if verb.has(Label.DRAW, Label.MAKE, Label.WANT):
-                reading = Reading(Lean.TEXT, "refuses a picture", negated=True)
+                reading = Intent(Lean.TEXT, "refuses a picture", negated=True)
             continue
         found = _read_command(clause, verb)
         if found.lean is not Lean.NEITHER:
@@ -268,7 +268,7 @@ def _read_verb_first(clause: Clause, verbs: Sequence[Mark]) -> Reading:
     return _read_phrase(clause) if reading is NOTHING else reading
 
 
-def _later_wish(clause: Clause, ask: Mark, verbs: Sequence[Mark]) -> Reading | None:
+def _later_wish(clause: Clause, ask: Word, verbs: Sequence[Word]) -> Intent | None:
     """ "Write a haiku, and then generate an image of it": a second command, with its picture."""
     for verb in verbs:
         before = [mark for mark in clause.before(verb) if mark.start > ask.end]
@@ -279,19 +279,19 @@ def _later_wish(clause: Clause, ask: Mark, verbs: Sequence[Mark]) -> Reading | N
     return None
 
 
-def _read_verb_last(clause: Clause, verbs: Sequence[Mark]) -> Reading:
+def _read_verb_last(clause: Clause, verbs: Sequence[Word]) -> Intent:
     verb = verbs[-1]
     if verb.has(Label.WANT) and len(verbs) > 1:
         verb = verbs[-2]
     if verb.has(Label.ASK, Label.COVER) and not verb.has(*PICTORIAL):
-        return Reading(Lean.TEXT, "asks for words", strong=True, covers=verb.has(Label.COVER))
+        return Intent(Lean.TEXT, "asks for words", strong=True, covers=verb.has(Label.COVER))
     if negated_verb(clause, verb):
-        return Reading(Lean.TEXT, "refuses a picture", negated=True)
+        return Intent(Lean.TEXT, "refuses a picture", negated=True)
     found = _read_command(clause, verb)
     return found if found.lean is not Lean.NEITHER else _read_phrase(clause)
 
 
-def _read_command(clause: Clause, verb: Mark) -> Reading:
+def _read_command(clause: Clause, verb: Word) -> Intent:
     head, marks = object_of(clause, verb)
     if verb.has(Label.WANT) and _wants_you_to(clause, verb):
         return NOTHING
@@ -299,11 +299,11 @@ def _read_command(clause: Clause, verb: Mark) -> Reading:
         return _read_idiom(marks)
     if verb.has(Label.DRAW):
         if asks_ability(clause, verb, head):
-            return Reading(Lean.TEXT, "asks what can be drawn", strong=True)
+            return Intent(Lean.TEXT, "asks what can be drawn", strong=True)
         if head is not None and not head.has(Label.PICTURE, Label.LETTERING):
             kind = "figurative" if head.has(Label.FIGURATIVE) else "a text"
-            return Reading(Lean.TEXT, f"what it draws is {kind}", strong=True)
-        return Reading(Lean.IMAGE, "asks to draw something", strong=not wished(clause, verb))
+            return Intent(Lean.TEXT, f"what it draws is {kind}", strong=True)
+        return Intent(Lean.IMAGE, "asks to draw something", strong=not wished(clause, verb))
     if clause.with_image:
         return _read_change(clause, verb, head, marks)
     if verb.has(Label.TURN):
@@ -312,44 +312,44 @@ def _read_command(clause: Clause, verb: Mark) -> Reading:
         return NOTHING
     asked = next((m for m in marks if m.has(Label.ASK, Label.COVER)), None)
     if asked is not None and (head is None or verb.end <= asked.start < head.start):
-        return Reading(Lean.TEXT, "asks for words", strong=True)
+        return Intent(Lean.TEXT, "asks for words", strong=True)
     if head is not None and head.has(Label.PICTURE):
         if asks_ability(clause, verb, head):
-            return Reading(Lean.TEXT, "asks what can be made", strong=True)
+            return Intent(Lean.TEXT, "asks what can be made", strong=True)
         weak = verb.has(Label.WANT) or wished(clause, verb)
-        return Reading(Lean.IMAGE, "asks for a picture", strong=not weak)
+        return Intent(Lean.IMAGE, "asks for a picture", strong=not weak)
     if head is not None:
-        return Reading(Lean.TEXT, "asks for a text", strong=verb.has(Label.MAKE))
+        return Intent(Lean.TEXT, "asks for a text", strong=verb.has(Label.MAKE))
     if scene_points(marks) >= (GENERATED_POINTS if verb.has(Label.GENERATE) else MADE_POINTS):
-        return Reading(Lean.IMAGE, "asks to make what reads like a scene")
+        return Intent(Lean.IMAGE, "asks to make what reads like a scene")
     return NOTHING
 
 
-def _read_turn(clause: Clause, verb: Mark, marks: Sequence[Mark]) -> Reading:
+def _read_turn(clause: Clause, verb: Word, marks: Sequence[Word]) -> Intent:
     """No image is there: "turn this poem into a painting"."""
     into = next((m for m in marks if m.has(Label.PREP)), verb)
     head = next((m for m in marks if m.start >= into.end and m.has(*HEADS)), None)
     if head is not None and head.has(Label.PICTURE):
-        return Reading(Lean.IMAGE, "asks to turn something into a picture", strong=True)
+        return Intent(Lean.IMAGE, "asks to turn something into a picture", strong=True)
     return NOTHING
 
 
-def _wants_you_to(clause: Clause, verb: Mark) -> bool:
-    """ "I want you to": what is wanted is the next verb."""
+def _wants_you_to(clause: Clause, verb: Word) -> bool:
+    """ "I want you to": the request is the next verb."""
     following = next((m for m in clause.marks if m.start >= verb.end), None)
     if following is None or not following.has(Label.LEAD):
         return False
     return not clause.between(verb.end, following.start).strip()
 
 
-def _read_idiom(marks: Sequence[Mark]) -> Reading:
+def _read_idiom(marks: Sequence[Word]) -> Intent:
     """ "Paint a picture of" life in 1900 with words, of a fox with paint."""
     if any(m.has(Label.ABSTRACT, Label.ASK, Label.TEXT, Label.FIGURATIVE) for m in marks):
-        return Reading(Lean.TEXT, "paints its picture in words")
-    return Reading(Lean.IMAGE, "asks to paint a picture", strong=True)
+        return Intent(Lean.TEXT, "paints its picture in words")
+    return Intent(Lean.IMAGE, "asks to paint a picture", strong=True)
 
 
-def _read_change(clause: Clause, verb: Mark, head: Mark | None, marks: Sequence[Mark]) -> Reading:
+def _read_change(clause: Clause, verb: Word, head: Word | None, marks: Sequence[Word]) -> Intent:
     """A verb about an attached image: a change of it, or a text out of it."""
     if verb.has(Label.TURN):
         into = next((m for m in marks if m.has(Label.PREP)), None)
@@ -358,24 +358,24 @@ def _read_change(clause: Clause, verb: Mark, head: Mark | None, marks: Sequence[
     if verb.has(Label.TURN, Label.WANT):
         named = head is not None and head.has(Label.PICTURE)
         if not named and any(m.has(Label.TEXT) for m in marks):
-            return Reading(Lean.TEXT, "asks for a text from the image")
+            return Intent(Lean.TEXT, "asks for a text from the image")
         pictured = any(m.has(Label.PICTURE, Label.STYLE, Label.VISUAL) for m in marks)
         alone = not clause.between(verb.end, clause.span.end).strip(" .!")
         if not (verb.has(Label.TURN) or pictured or alone):
             return NOTHING
-        return Reading(Lean.IMAGE, "asks to change the image", strong=True)
+        return Intent(Lean.IMAGE, "asks to change the image", strong=True)
     lettering = head is not None and verb.has(Label.EDIT) and head.has(Label.LETTERING)
     if head is not None and head.has(Label.TEXT, Label.FIGURATIVE) and not lettering:
-        return Reading(Lean.TEXT, "asks for a text about the image")
-    return Reading(Lean.IMAGE, "asks to make or change the image", strong=True)
+        return Intent(Lean.TEXT, "asks for a text about the image")
+    return Intent(Lean.IMAGE, "asks to make or change the image", strong=True)
 
 
-def _read_phrase(clause: Clause) -> Reading:
+def _read_phrase(clause: Clause) -> Intent:
     """No verb: "logo for a coffee shop" names a picture, "logo design tips" a text."""
     marks = clause.marks
     if any(m.has(Label.NEGATION) for m in marks[:1]):
         pictures = [m for m in marks[1:3] if m.has(Label.PICTURE)]
-        return Reading(Lean.TEXT, "refuses a picture", negated=True) if pictures else NOTHING
+        return Intent(Lean.TEXT, "refuses a picture", negated=True) if pictures else NOTHING
     if clause.with_image:
         return NOTHING
     head = _phrase_head(clause, _leading_phrase(clause))
@@ -385,15 +385,15 @@ def _read_phrase(clause: Clause) -> Reading:
         return NAMES_TEXT
     if any(m.has(Label.PERSON, Label.OPENER) for m in marks):
         return NOTHING
-    return Reading(Lean.IMAGE, "names a picture")
+    return Intent(Lean.IMAGE, "names a picture")
 
 
-def _leading_phrase(clause: Clause) -> list[Mark]:
+def _leading_phrase(clause: Clause) -> list[Word]:
     marks = clause.marks
     said = next((m.start for m in marks if not m.has(Label.LEAD, Label.COMMON)), clause.span.start)
     comma = PHRASE_END.search(clause.marked.text, said, clause.span.end)
     end = comma.start() if comma else clause.span.end
-    phrase: list[Mark] = []
+    phrase: list[Word] = []
     for mark in clause.marks:
         if mark.start >= end or (mark.has(Label.PREP) and phrase):
             break
@@ -401,7 +401,7 @@ def _leading_phrase(clause: Clause) -> list[Mark]:
     return phrase
 
 
-def _phrase_head(clause: Clause, phrase: Sequence[Mark]) -> Mark | None:
+def _phrase_head(clause: Clause, phrase: Sequence[Word]) -> Word | None:
     heads = [m for m in phrase if m.has(*HEADS)]
     if not heads:
         return None
@@ -430,7 +430,7 @@ _OPTICS = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Ruling:
     """`sure` is set only where the rules may decide without asking a model."""
 
     wants_image: bool
@@ -438,11 +438,11 @@ class Verdict:
     reason: str
 
 
-def judge(prompt: str, *, with_image: bool) -> Verdict:
+def judge(prompt: str, *, with_image: bool) -> Ruling:
     """Whether the prompt asks for a picture to be made (or, `with_image`, to be changed)."""
     text = normalise(prompt)
     if not text:
-        return Verdict(False, True, "there is no prompt")
+        return Ruling(False, True, "there is no prompt")
     outside, quoted = without_quotations(text)
     marked = label_words(outside)
     readings = _readings(marked, with_image)
@@ -450,15 +450,15 @@ def judge(prompt: str, *, with_image: bool) -> Verdict:
     if quoted and all(r.lean is Lean.NEITHER for r in readings):
         whole = label_words(text.replace('"', " "))
         again = _weigh(whole, _readings(whole, with_image), with_image)
-        return Verdict(again.wants_image, False, again.reason)
+        return Ruling(again.wants_image, False, again.reason)
     return verdict
 
 
-def _readings(marked: Marked, with_image: bool) -> list[Reading]:
+def _readings(marked: Marked, with_image: bool) -> list[Intent]:
     spans = clauses(marked.text)
     if len(spans) > FIRST_CLAUSES + LAST_CLAUSES:
         spans = spans[:FIRST_CLAUSES] + spans[-LAST_CLAUSES:]
-    found: list[Reading] = []
+    found: list[Intent] = []
     for span in spans:
         reading = read_clause(marked, span, with_image=with_image)
         found.append(reading)
@@ -467,7 +467,7 @@ def _readings(marked: Marked, with_image: bool) -> list[Reading]:
     return found
 
 
-def _weigh(marked: Marked, readings: list[Reading], with_image: bool) -> Verdict:
+def _weigh(marked: Marked, readings: list[Intent], with_image: bool) -> Ruling:
     wishes = [r for r in readings if r.lean is Lean.IMAGE]
     texts = [r for r in readings if r.lean is Lean.TEXT]
     strong = next((r for r in wishes if r.strong), None)
@@ -475,23 +475,23 @@ def _weigh(marked: Marked, readings: list[Reading], with_image: bool) -> Verdict
         later = readings[readings.index(strong) + 1 :]
         refused = next((r for r in later if r.negated), None)
         if refused is not None:
-            return Verdict(False, False, refused.reason)
+            return Ruling(False, False, refused.reason)
         markup = next((r for r in texts if "markup" in r.reason), None)
         if markup is not None:
-            return Verdict(False, False, markup.reason)
-        return Verdict(True, _sure_image(marked, readings), strong.reason)
+            return Ruling(False, False, markup.reason)
+        return Ruling(True, _sure_image(marked, readings), strong.reason)
     if _PARAMETER.search(marked.text) and not any(r.strong for r in texts):
-        return Verdict(True, not texts, "has an image generator's parameters")
+        return Ruling(True, not texts, "has an image generator's parameters")
     if any(r is not NAMES_TEXT for r in texts):
         return _text(marked, readings, texts[0].reason, with_image)
     points = _points(marked)
     if texts and points < SURE_POINTS:
         return _text(marked, readings, texts[0].reason, with_image)
     if wishes:
-        return Verdict(True, _sure_image(marked, readings), wishes[0].reason)
+        return Ruling(True, _sure_image(marked, readings), wishes[0].reason)
     if points >= _points_needed(marked, with_image):
         sure = points >= SURE_POINTS and _sure_image(marked, readings)
-        return Verdict(True, sure, "reads like the description of a picture")
+        return Ruling(True, sure, "reads like the description of a picture")
     return _text(marked, readings, "nothing asks for a picture", with_image)
 
 
@@ -508,7 +508,7 @@ def _points_needed(marked: Marked, with_image: bool) -> float:
     return DESCRIBED_POINTS if described else SCENE_POINTS
 
 
-def _sure_image(marked: Marked, readings: list[Reading]) -> bool:
+def _sure_image(marked: Marked, readings: list[Intent]) -> bool:
     doubts = (
         Label.ASK,
         Label.COVER,
@@ -525,12 +525,12 @@ def _sure_image(marked: Marked, readings: list[Reading]) -> bool:
     return plain and agreed and len(marked.text) <= SURE_IMAGE_CHARS
 
 
-def _text(marked: Marked, readings: list[Reading], reason: str, with_image: bool) -> Verdict:
+def _text(marked: Marked, readings: list[Intent], reason: str, with_image: bool) -> Ruling:
     """Sure when words are asked for and nothing pictorial is said."""
     asked = bool(readings) and readings[0].lean is Lean.TEXT and readings[0].strong
     short = len(marked.text) <= SURE_TEXT_CHARS
     if asked and _opens_with_question(marked) and all(r.lean is not Lean.IMAGE for r in readings):
-        return Verdict(False, short and scene_points(marked.marks) < SURE_POINTS, reason)
+        return Ruling(False, short and scene_points(marked.marks) < SURE_POINTS, reason)
     pictorial = [Label.DRAW, Label.STYLE, Label.IDIOM]
     pictorial += [Label.EDIT, Label.TURN, Label.MAKE, Label.WANT] if with_image else []
     hinted = any(m.has(*pictorial) and not m.has(Label.ASK, Label.COVER) for m in marked.marks)
@@ -544,7 +544,7 @@ def _text(marked: Marked, readings: list[Reading], reason: str, with_image: bool
         and not (makes and depicts)
         and not (makes and pictures and not with_image)
     )
-    return Verdict(False, sure, reason)
+    return Ruling(False, sure, reason)
 
 
 def _opens_with_question(marked: Marked) -> bool:

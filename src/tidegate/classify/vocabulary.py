@@ -59,7 +59,7 @@ class Token(NamedTuple):
     end: int
 
 
-class Span(NamedTuple):
+class Bounds(NamedTuple):
     """One clause of the text, and whether a question mark ends it."""
 
     start: int
@@ -77,7 +77,7 @@ def clip(prompt: str) -> str:
 def normalise(prompt: str) -> str:
     """Clipped, NFKC, case-folded, without invisible characters; accents are still there."""
     clipped = clip(prompt)
-    if clipped.isascii():  # what follows would change nothing
+    if clipped.isascii():  # no step below would change it
         return clipped.casefold().strip()
     text = unicodedata.normalize("NFKC", clipped).translate(_INVISIBLE)
     text = unicodedata.normalize("NFC", text.casefold())[:NORMAL_CHARS]
@@ -94,7 +94,7 @@ def plain(word: str) -> str:
 
 
 def without_quotations(text: str) -> tuple[str, str]:
-    """The text with quoted words and code blocks blanked, and what was inside them."""
+    """The text with quoted words and code blocks blanked, and their contents."""
     if _QUOTED.search(text) is None:
         return text, ""
     text = _unwrapped(text)
@@ -131,19 +131,19 @@ def has_unspaced(text: str) -> bool:
     return _UNSPACED_RUN.search(text) is not None
 
 
-def clauses(text: str) -> list[Span]:
+def clauses(text: str) -> list[Bounds]:
     """Sentences and lines, in order, without empty ones."""
-    spans: list[Span] = []
+    spans: list[Bounds] = []
     start = 0
     for match in _CLAUSE_END.finditer(text):
         if text[start : match.start()].strip():
             asked = any(mark in match.group() for mark in "?\u037e\u061f") and (
                 match.group()[0] != ";"
             )
-            spans.append(Span(start, match.end(), asked))
+            spans.append(Bounds(start, match.end(), asked))
         start = match.end()
     if text[start:].strip():
-        spans.append(Span(start, len(text), False))
+        spans.append(Bounds(start, len(text), False))
     return spans
 
 
@@ -154,14 +154,14 @@ ACTIVE_SHARE = 0.5
 
 
 class Label(StrEnum):
-    """What a word does in a request."""
+    """Role of a word in a request."""
 
     COMMON = "common"  # only tells the language
     LEAD = "lead"  # may stand directly before a command: please, you, then
     JOIN = "join"  # and, then: may also stand before a command, and joins two wishes
     WISH = "wish"  # I want to: perhaps the writer means to do it
     ASK = "ask"  # wants words: explain, write, what, how
-    COVER = "cover"  # wants words, and what follows is its material: translate, summarise
+    COVER = "cover"  # wants words, and the rest is its material: translate, summarise
     OPENER = "opener"  # a question when it opens one: is, does
     DRAW = "draw"  # makes pictures by itself: draw, paint
     MAKE = "make"  # makes anything: create, generate
@@ -172,8 +172,8 @@ class Label(StrEnum):
     PICTURE = "picture"  # a thing that an image model makes: photo, logo
     TEXT = "text"  # a thing that a text model makes: code, contract, caption
     LETTERING = "lettering"  # words that can be on a picture: title, text
-    FIGURATIVE = "figurative"  # what one draws without a pencil: conclusions
-    ABSTRACT = "abstract"  # what one paints a picture of in words: the economy
+    FIGURATIVE = "figurative"  # drawn without a pencil: conclusions
+    ABSTRACT = "abstract"  # a picture of it is painted in words: the economy
     IDIOM = "idiom"  # paint a picture (of)
     FORMAT = "format"  # a drawing written as text: SVG, ASCII, Mermaid
     TOOL = "tool"  # a language or program, unless it is the thing drawn: Python
@@ -181,8 +181,8 @@ class Label(StrEnum):
     PREP = "prep"  # ends the noun phrase that a verb governs
     NEGATION = "negation"
     STYLE = "style"  # how a picture looks: watercolour, bokeh
-    VISUAL = "visual"  # what is often in a picture: dragon, sunset
-    PERSON = "person"  # tells of somebody, which a picture's description rarely does: I, was
+    VISUAL = "visual"  # often in a picture: dragon, sunset
+    PERSON = "person"  # tells a story, which a picture's description rarely does: I, was
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +209,8 @@ class Entry:
         object.__setattr__(self, "exact", not self.parts[-1].endswith("*"))
 
 
-class Mark(NamedTuple):
-    """A stretch of the text with what it may mean."""
+class Word(NamedTuple):
+    """A stretch of the text with its possible labels."""
 
     start: int
     end: int
@@ -299,7 +299,7 @@ class Marked:
 
     text: str
     tokens: tuple[Token, ...]
-    marks: tuple[Mark, ...]
+    marks: tuple[Word, ...]
     language: str | None
 
     def syntax(self, language: str) -> Syntax:
@@ -333,7 +333,7 @@ def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
 
 @lru_cache(maxsize=20_000)
 def _entries(plain_word: str, kept: str) -> tuple[Entry, ...]:
-    """What may begin with this word, its misspellings corrected when nothing else does."""
+    """Entries that begin with this word, its misspelling corrected when there are none."""
     entries = tuple(
         entry
         for shape, keeps_accents in _shapes(plain_word, kept)
@@ -392,11 +392,12 @@ def _unspaced_hits(text: str) -> Iterator[_Hit]:
 
 def _scores(hits: list[_Hit]) -> Counter[str]:
     """How many places of the text each language explains; a long phrase counts for three."""
-    seen = {(hit.entry.language, hit.start + at) for hit in hits for at in range(min(hit.width, 3))}
-    return Counter(language for language, _ in seen)
+    seen = ((hit.entry.language, hit.start + at) for hit in hits for at in range(min(hit.width, 3)))
+    # In order of the text, which decides between languages that explain as much.
+    return Counter(language for language, _ in dict.fromkeys(seen))
 
 
-def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Mark]:
+def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Word]:
     by_start: defaultdict[int, list[_Hit]] = defaultdict(list)
     for hit in hits:
         by_start[hit.start].append(hit)
@@ -409,7 +410,7 @@ def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Ma
             only = here[0]
             if only.entry.language in active or only.exact:
                 reach = only.end
-                yield Mark(start, reach, frozenset((only.entry.label,)), only.entry.language)
+                yield Word(start, reach, frozenset((only.entry.label,)), only.entry.language)
             continue
         languages = {hit.entry.language for hit in here}
         usable = [h for h in here if h.entry.language in active]
@@ -423,4 +424,4 @@ def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Ma
         top = [h for h in usable if (h.width, h.exact, len(h.entry.parts[0])) == rank]
         reach = top[0].end
         labels = frozenset(h.entry.label for h in top)
-        yield Mark(start, reach, labels, top[0].entry.language)
+        yield Word(start, reach, labels, top[0].entry.language)

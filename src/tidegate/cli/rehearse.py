@@ -91,7 +91,7 @@ def rehearse(
 
     Touches nothing: what is simulated is the limiter's executable specification.
     """
-    from tidegate.rehearse.load import Pace, Usual, write_trace
+    from tidegate.rehearse.load import TokenPace, Usual, write_trace
     from tidegate.rehearse.simulation import Setting, compare
     from tidegate.settings import load as load_config
 
@@ -99,7 +99,7 @@ def rehearse(
     config = load_config()
     pool = chosen_pool(config)
     models = {kind: config.model_for(kind) for kind in config.rate_limits}
-    usual = Usual(models, Pace(first_token_ms, tokens_per_second))
+    usual = Usual(models, TokenPace(first_token_ms, tokens_per_second))
     arrivals = _sooner(_arrivals(config, load, from_record, usual, seed, pool), times)
     policies = _variants(_policy(config, policy, in_force=in_force, pool=pool), set_ or [])
     setting = Setting(

@@ -1,8 +1,8 @@
 """Doctor: checks of a deployment, and how to fix what they find.
 
-Facts are gathered by the rooms that may (`limiter.checkup`, `store.checkup`, `providers.probe`),
-and judged here. Invariant: nothing is started or changed, and nothing is left behind: one object is
-written to a bucket and deleted at once.
+Facts are gathered by `limiter.diagnostics`, `store.diagnostics` and `upstream.fetch`, and judged
+here. Invariant: nothing is started or changed, and nothing is left behind: one object is written to
+a bucket and deleted immediately.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RECORDS = 50
 
 @dataclass
 class _Seen:
-    """What one part of the examination found that another needs."""
+    """Results of one part of the examination that another needs."""
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     records: dict[str, list[PolicyRecord]] = field(default_factory=dict)
@@ -131,7 +131,7 @@ async def _postgresql(
 async def _read_record(
     url: str, policies: dict[str, PoolPolicy], seen: _Seen, revision: str
 ) -> None:
-    """What the database says of policies and keys; a part that can't be read is told elsewhere."""
+    """Read policies and keys; a part that can't be read has a finding of its own."""
     from tidegate.store.database import Connections
     from tidegate.store.policies import Policies
     from tidegate.store.tenants import Tenants

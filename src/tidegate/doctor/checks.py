@@ -37,7 +37,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """check: its stable name, `room.what`. found: in words. mend: what to do about it."""
+    """check: its stable name, such as `valkey.reach`. found: in words. mend: how to fix it."""
 
     check: str
     state: State
@@ -89,7 +89,7 @@ def _demo(config: Config) -> Finding:
         return ok("settings.demo", f"{said}, for this machine alone")
     return warn(
         "settings.demo",
-        f"{said}, for whoever reaches {config.host}",
+        f"{said}, for every client that reaches {config.host}",
         "set DATABASE_URL, REDIS_URL and the key of a provider, and take TIDEGATE_DEMO away",
     )
 
@@ -109,15 +109,15 @@ def _webhooks(config: Config) -> Finding:
 def judge_access(
     config: Config, any_key: bool | None, unvouched: Sequence[Key] | None = None
 ) -> Iterator[Finding]:
-    """`any_key`: whether there are API keys that work. `unvouched`: those of which nobody knows who
-    made them. None where that is not known."""
+    """`any_key`: whether there are API keys that work. `unvouched`: keys whose maker is not on
+    record. None where that is not known."""
     if not config.asks_for_keys:
         if config.is_loopback:
             yield ok("access.keys", "not asked for, and only this machine can call")
         else:
             yield warn(
                 "access.keys",
-                f"AUTH=off: whoever reaches {config.host} may call",
+                f"AUTH=off: every client that reaches {config.host} may call",
                 "take AUTH away, unless something in front asks for you",
             )
     elif any_key is None:
@@ -125,7 +125,7 @@ def judge_access(
     elif not any_key:
         yield fail(
             "access.keys",
-            "asked for, and there are none: nobody can call",
+            "asked for, and there are none: no client can call",
             "KEY=$(tidegate keys create)",
         )
     else:
@@ -161,8 +161,8 @@ def _unvouched(keys: Sequence[Key] | None) -> Finding:
     shown = ", ".join(f"{key.prefix} ({' '.join(key.scopes)})" for key in keys[:_MOST_KEYS_SHOWN])
     more = " ..." if len(keys) > _MOST_KEYS_SHOWN else ""
     said = (
-        f"{len(keys)} API keys that work, {admins} of them for /admin, were made while nobody was "
-        f"asked for a key, or before that was recorded: {shown}{more}"
+        f"{len(keys)} API keys that work, {admins} of them for /admin, were made while AUTH was "
+        f"off, or before that was recorded: {shown}{more}"
     )
     mend = "those you know: tidegate keys keep PREFIX; all others: tidegate keys revoke PREFIX"
     return warn(check, said, mend)
@@ -196,7 +196,7 @@ def _policy(
         return warn(
             check,
             f"revision {newest.revision} is on record, {snapshot.revision} in force in Valkey",
-            "processes mend this within 10 s while both servers answer; else see their logs",
+            "processes fix this within 10 s while both servers answer; else see their logs",
         )
     plain, beside = to_plain(wanted), ""
     if newest.digest != digest(newest.policy):  # tenants were given more than was deployed
@@ -214,7 +214,7 @@ def _policy(
 
 
 def _rivals(records: Sequence[PolicyRecord]) -> str:
-    """Who took turns in putting different deployments' policies in force lately."""
+    """Processes that lately put policies of different deployments in force in turns."""
     since = datetime.now(UTC) - _RIVALS_WITHIN
     recent = [
         one
@@ -231,15 +231,15 @@ def _sessions(pool: str, snapshot: Snapshot) -> Finding:
     if snapshot.recovering_ms:
         return warn(
             check,
-            f"nobody is let in for {snapshot.recovering_ms} ms: Valkey lost its data",
-            "wait; processes tell again what they hold",
+            f"no permit is granted for {snapshot.recovering_ms} ms: Valkey lost its data",
+            "wait; processes report again what they hold",
         )
     stuck = [one.name or one.sid for one in snapshot.processes if one.blocked]
     if stuck:
         return warn(
             check,
             f"{', '.join(stuck[:_SHOWN])}: takes no grants, being paused or cut off",
-            "look at it; `tidegate permits revoke` takes back what a dead one holds",
+            "look at it; `tidegate permits revoke` releases what a dead one holds",
         )
     if not snapshot.processes:
         return ok(check, "none runs")
@@ -269,7 +269,7 @@ def hosts_of(snapshot: Snapshot) -> set[str]:
 
 
 def judge_blobs(config: Config, snapshots: Mapping[str, Snapshot]) -> Finding:
-    """Whether what one machine stores can be read by another."""
+    """Whether files that one machine stores can be read by another."""
     hosts = set().union(*(hosts_of(one) for one in snapshots.values()))
     if not config.blob_url and len(hosts) > 1:
         return warn(
@@ -410,7 +410,7 @@ def _secret_files(dotenv: Path) -> Finding:
         return warn("files.secrets", f"others may read {names}", f"chmod 600 {names}")
     if not files:
         return ok("files.secrets", "no secret is read from a file")
-    return ok("files.secrets", f"nobody else may read the files with secrets ({len(files)})")
+    return ok("files.secrets", f"no other user may read the files with secrets ({len(files)})")
 
 
 def _secrets() -> dict[str, str]:
@@ -422,7 +422,7 @@ def _by_file() -> list[str]:
 
 
 def port(config: Config) -> Finding:
-    """Whether HOST and PORT can be had, or who has them."""
+    """Whether HOST and PORT are free, or which program has them."""
     from tidegate.supervisor.supervisor import listen
 
     if config.port == 0:
@@ -458,12 +458,12 @@ def _is_ours(config: Config) -> bool:
 
 
 def _owner_of(number: int) -> str:
-    """Who listens on a port of this machine, where the system tells: ` (nginx, pid 12)`."""
+    """The program that listens on a port, where the system shows it: ` (nginx, pid 12)`."""
     inodes = {inode for inode, listens_on in _listening() if listens_on == number}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             links = {os.readlink(one) for one in (process / "fd").iterdir()}
-        except OSError:  # gone, or somebody else's
+        except OSError:  # ended, or another user's
             continue
         if links & {f"socket:[{inode}]" for inode in inodes}:
             command = command_of(int(process.name)).split(" ")[0]

@@ -1,4 +1,4 @@
-"""Checks of PostgreSQL and Valkey: what they report against what Tidegate needs. Pure."""
+"""Checks of PostgreSQL and Valkey: their reports against the needs of Tidegate. Pure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def judge_valkey(report: ServerReport, lease_ms: int, *, embedded: bool) -> Iter
 
 
 def judge_absence(failed: TidegateError) -> Finding:
-    """What it means that the server could not be looked at at all."""
+    """The finding where the server could not be examined."""
     said = str(failed)
     if isinstance(failed, ConfigError) and failed.variable == "maxmemory-policy":
         return _evicting(failed.value)
@@ -90,7 +90,7 @@ def _memory(facts: dict[str, str]) -> Finding:
         return warn(
             "valkey.memory",
             f"{used / _MB:.0f} of {most / _MB:.0f} MB are used",
-            "raise maxmemory, or find what else fills it: nobody can wait once it is full",
+            "raise maxmemory, or find what else fills it: no call can wait once it is full",
         )
     bound = f"of {most / _MB:.0f} MB" if most else "without a bound"
     return ok("valkey.memory", f"noeviction; {used / _MB:.0f} MB used {bound}")
@@ -123,7 +123,7 @@ def _failover(facts: dict[str, str]) -> Finding:
         return warn(
             "valkey.failover",
             f"{replicas} replica{'s' * (replicas > 1)}, but min-replicas-to-write is 0: "
-            "after a split both sides let in up to the limits",
+            "after a split both sides admit up to the limits",
             "set min-replicas-to-write 1: docs/servers.md, 'Failover'",
         )
     return ok("valkey.failover", f"{replicas} replicas, and min-replicas-to-write is set")

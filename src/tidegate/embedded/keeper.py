@@ -65,7 +65,7 @@ class Keeper:
         self._threads: dict[str, threading.Thread] = {}
 
     def run(self, began: int | None) -> None:
-        """Keep the servers until nobody needs them; return at once if another keeper is there.
+        """Keep the servers until no process needs them; return immediately if another keeper runs.
 
         `began` is a descriptor that is closed once this keeper is in charge.
         """
@@ -151,7 +151,7 @@ class Keeper:
                 self._stopping.wait(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
                 if server is not None and not _can_be_there(server):
-                    server = None  # somebody else has its port: on another one, then
+                    server = None  # another program has its port: choose another one
             self._stopping.wait(_TICK_S)
         if server is not None:
             server.stop()
@@ -211,24 +211,24 @@ class Keeper:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[KeeperState]:
-        """Change what is said, by one thread at a time, and say it."""
+        """Change the published state, one thread at a time, and write it."""
         with self._writing:
             yield self._state
             try:
                 self._folder.write(self._state)
             except FileNotFoundError:
-                self._stopping.set()  # the folder was removed: nobody can ask for us any more
+                self._stopping.set()  # the folder was removed: no process can use it any more
 
 
 def _can_be_there(server: Server) -> bool:
     if isinstance(server, ValkeyServer):
-        return True  # its socket is in a folder that nobody else may use
+        return True  # its socket is in a folder that no other user may enter
     running = server.process.running
     return (running is not None and running.alive) or is_free(server.port)
 
 
 def main() -> None:
-    """Detach from whoever started this, and keep."""
+    """Detach from the starter, and keep."""
     parser = argparse.ArgumentParser(prog="tidegate.embedded.keeper")
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--idle-s", type=float, default=5.0)

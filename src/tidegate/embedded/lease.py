@@ -1,6 +1,7 @@
 """Lease on the bundled servers of a DATA_DIR, and the files by which users and keeper coordinate.
 
-`ensure(data_dir, {"valkey", "postgres"})` starts the servers if needed and returns a `Lease`.
+`ensure(data_dir, {"valkey", "postgres"})` starts the servers if needed, and returns a
+`ServersLease`.
 Files:
 
     users.lock             held shared by every user; exclusively by a keeper that stops
@@ -55,7 +56,7 @@ class ServiceState:
 
 @dataclass(slots=True)
 class KeeperState:
-    """What the keeper tells its users. `failures` counts failed starts, with the last reason."""
+    """State that the keeper publishes. `failures` counts failed starts, with the last reason."""
 
     keeper: ProcessIdentity | None = None
     services: dict[str, ServiceState] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Folder:
     def create(self) -> None:
         """Make the folder where it is missing. Raises OSError."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        # Root's PostgreSQL is another user, who must pass through; the files stay private.
+        # The PostgreSQL of root runs as another user, which must pass through; files stay private.
         self.path.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
         (self.path / "wanted").mkdir(mode=0o700, exist_ok=True)
 
@@ -119,7 +120,7 @@ class Folder:
         return path.read_text(encoding="ascii").strip()
 
     def read(self) -> KeeperState:
-        """What the keeper last said; an empty state where it said nothing."""
+        """The published state; an empty one where there is none."""
         try:
             raw = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -136,7 +137,7 @@ class Folder:
         )
 
     def write(self, state: KeeperState) -> None:
-        """Replace what is said. Raises FileNotFoundError where the folder is gone."""
+        """Publish the state. Raises FileNotFoundError where the folder was removed."""
         fresh = self.path / "state.json.new"
         write_private(fresh, json.dumps(asdict(state), indent=1))
         fresh.rename(self.path / "state.json")
@@ -162,7 +163,7 @@ def lock_until(descriptor: int, how: int, deadline: float) -> bool:
 
 @contextmanager
 def opened(descriptor: int) -> Iterator[int]:
-    """Close the descriptor, and so give up its lock, at the end."""
+    """Close the descriptor, and so release its lock, at the end."""
     try:
         yield descriptor
     finally:
@@ -177,7 +178,7 @@ _VARIABLES = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_L
 _PREFIXES = ("LC_", "PYTHON", "TIDEGATE_EMULATOR_", "TIDEGATE_TEST_")
 
 
-class Lease:
+class ServersLease:
     """Keeps the servers running until `close`; starts another keeper when the keeper dies."""
 
     def __init__(self, folder: Folder, descriptor: int, urls: Mapping[str, str], idle_s: float):
@@ -218,7 +219,7 @@ class Lease:
         self.close()
 
     def close(self, timeout_s: float = 25.0) -> None:
-        """Let go. If this was the last user, the servers end now: returns when they have.
+        """Release it. If this was the last user, the servers end now: returns when they have.
 
         Raises ServerFailed where they can't be ended because their keeper does not start.
         """
@@ -266,11 +267,11 @@ def ensure(
     *,
     timeout_s: float = 30.0,
     idle_s: float = 5.0,
-) -> Lease:
+) -> ServersLease:
     """Have these servers running in `data_dir`, started by this process or by another one.
 
-    Blocks until all are ready. Any number of processes may call this at once. Raises ServerFailed
-    after `timeout_s` seconds, or as soon as a server has failed to start three times.
+    Blocks until all are ready. Any number of processes may call this concurrently. Raises
+    ServerFailed after `timeout_s` seconds, or as soon as a server has failed to start three times.
     """
     folder = Folder(data_dir)
     deadline = time.monotonic() + timeout_s
@@ -285,7 +286,7 @@ def ensure(
         for name in services:
             folder.want(name)
         urls = _await_ready(folder, services, idle_s, deadline)
-        return Lease(folder, descriptor, urls, idle_s)
+        return ServersLease(folder, descriptor, urls, idle_s)
     except BaseException:
         os.close(descriptor)
         raise
@@ -353,8 +354,8 @@ def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """What the keeper and its servers need. A list of what they get, since any other variable may
-    hold the key of an upstream, and others can read a server's environment: as root the servers
+    """Environment of the keeper and its servers. An allow-list, since any other variable may hold
+    the key of an upstream, and other users can read a server's environment: as root the servers
     run as a user that other daemons share."""
     return {
         name: value
@@ -363,4 +364,4 @@ def _environment() -> dict[str, str]:
     }
 
 
-__all__ = ["Lease", "ServerFailed", "ServiceName", "ensure"]
+__all__ = ["ServerFailed", "ServersLease", "ServiceName", "ensure"]

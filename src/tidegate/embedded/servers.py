@@ -423,7 +423,7 @@ def _enterable_by(path: Path, account: Account) -> bool:
 
 
 def _owner(cluster: Path) -> Account | None:
-    """Who made the cluster: it starts only under its owner. None where there is none, or root."""
+    """Owner of the cluster, which starts only under it. None where there is none, or root."""
     if not cluster.exists():
         return None
     status = cluster.stat()
@@ -532,7 +532,7 @@ class PostgresServer:
         self.process.await_ready(timeout_s)
 
     def postmaster(self) -> Postmaster | None:
-        """The server that runs on this cluster now, whoever started it.
+        """The server that runs on this cluster now, of any starter.
 
         The file of one that has gone is removed when its number belongs to another program now,
         or still to its zombie: PostgreSQL would take either for a server and refuse to start.
@@ -655,7 +655,7 @@ _SAVED = (
     *("--shutdown-on-sigterm", "save", "force"),
 )
 _IN_MEMORY = ("--save", "")
-# Keys of the limiter that hold what is spent, of any pool and layout: see `limiter/messages.py`.
+# Keys of the limiter that hold spent rates and quotas, of any pool: see `limiter/messages.py`.
 _FORGET_ALL_BUT_SPENT = """
 local cursor, kept = '0', { 'log:', 'rate:', 'quota:' }
 repeat
@@ -771,7 +771,7 @@ class ValkeyServer:
         return path
 
     def _set_file_aside(self) -> None:
-        """It may be what keeps the server from starting: of a later version, or damaged."""
+        """Rename a file that may keep the server from starting: of a later version, or damaged."""
         file = self.folder / "spent.rdb"
         if self._keeps_spent and file.exists():
             file.replace(file.with_suffix(".unreadable"))

@@ -75,7 +75,7 @@ async def serve(settings: EmulatorSettings, port_file: Path | None) -> None:
         loop.add_signal_handler(number, stop.set)
     async with run_emulator(settings) as emulator:
         if port_file is not None:
-            # Renamed into place, so that whoever waits for it never reads half a number.
+            # Renamed into place, so that no reader sees half a number.
             fresh = port_file.with_name(f"{port_file.name}.{os.getpid()}")
             fresh.write_text(f"{emulator.port}\n", encoding="utf-8")
             fresh.replace(port_file)

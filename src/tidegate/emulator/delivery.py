@@ -32,7 +32,7 @@ UNAVAILABLE = "The service is currently unavailable."
 
 @dataclass(frozen=True, slots=True)
 class ScriptStep:
-    """What goes out at one moment, and the answer's LLM tokens that are out by then."""
+    """Bytes sent at one moment, and the answer's LLM tokens sent by then."""
 
     data: bytes
     output_tokens: int
@@ -42,7 +42,7 @@ class ScriptStep:
 class AnswerScript:
     """An answer, step by step. One that is not streamed is the data of its last step.
 
-    `broken` gives the bytes of a fault that strikes instead of the step of that number.
+    `broken` gives the bytes of a fault that occurs instead of the step of that number.
     """
 
     steps: Sequence[ScriptStep]
@@ -78,7 +78,7 @@ def whole_steps(composed: Composed, body: Json, output_tokens: int) -> list[Scri
 
 
 def stream_steps(head: bytes, pieces: Iterable[ScriptStep], tail: bytes) -> list[ScriptStep]:
-    """A stream: what comes before goes out with the first piece, what comes after with the last."""
+    """A stream: `head` is sent with the first piece, `tail` with the last."""
     found = list(pieces)
     found[0] = ScriptStep(head + found[0].data, found[0].output_tokens)
     found[-1] = ScriptStep(found[-1].data + tail, found[-1].output_tokens)
@@ -125,8 +125,9 @@ class Served:
             if (early := await self._early_fault(call, fault)) is not None:
                 return early
             content_type = content_type or (SSE_TYPE if asked.streamed else JSON_TYPE)
-            script = scripted(fault)
-            return await _Answering(self, call, asked, script, fault, content_type).run()
+            script, behaviour = scripted(fault), self.behaviour
+            headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
+            return await _Answering(self, call, asked, script, fault, headers, behaviour).run()
 
     async def other(
         self,
@@ -203,26 +204,17 @@ async def _forever() -> NoReturn:
     raise AssertionError("no code sets this future")
 
 
+@dataclass(frozen=True, slots=True)
 class _Answering:
     """One answer being sent."""
 
-    def __init__(
-        self,
-        served: Served,
-        call: LoggedCall,
-        asked: ModelRequest,
-        script: AnswerScript,
-        fault: Fault | None,
-        content_type: str,
-    ) -> None:
-        self._served = served
-        self._state = served.state
-        self._call = call
-        self._asked = asked
-        self._script = script
-        self._fault = fault
-        self._headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
-        self._behaviour = served.behaviour
+    _served: Served
+    _call: LoggedCall
+    _asked: ModelRequest
+    _script: AnswerScript
+    _fault: Fault | None
+    _headers: Mapping[str, str]
+    _behaviour: Behaviour  # as it was when the call arrived
 
     async def run(self) -> web.StreamResponse:
         await self._pause(self._behaviour.first_byte(self._call.kind))
@@ -237,7 +229,7 @@ class _Answering:
         return await self._send_whole(fault)
 
     async def _pause(self, delays: Distribution) -> None:
-        if (delay_ms := delays.draw_ms(self._state.random)) > 0:
+        if (delay_ms := delays.draw_ms(self._served.state.random)) > 0:
             await asyncio.sleep(delay_ms / 1000)
 
     async def _between(self) -> None:
@@ -292,14 +284,14 @@ class _Answering:
         await _forever()
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
-        self._state.ledger.sent(self._call, len(data))
+        self._served.state.ledger.sent(self._call, len(data))
         await response.write(data)
 
     def _charge(self, step: ScriptStep) -> None:
-        self._state.ledger.charge(
+        self._served.state.ledger.charge(
             self._call, self._asked.input_tokens, step.output_tokens, self._script.thoughts_tokens
         )
 
     def _end(self, outcome: Literal["finished", "failed"], last_bytes: int) -> None:
-        self._state.ledger.sent(self._call, last_bytes)
-        self._state.ledger.end(self._call, outcome)
+        self._served.state.ledger.sent(self._call, last_bytes)
+        self._served.state.ledger.end(self._call, outcome)

@@ -24,7 +24,7 @@ class ErrorResponse:
 
 
 class Refused(Exception):
-    """A request that the API would refuse. `facts` are what its own error objects hold besides."""
+    """A request that the API would refuse. `facts` are further fields of its error object."""
 
     def __init__(self, status: int, message: str, **facts: Any) -> None:
         super().__init__(message)

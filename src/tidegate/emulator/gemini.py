@@ -316,7 +316,7 @@ def _part(part: Any, lookup: FileLookup) -> tuple[str | None, Attached | None]:
 
 
 def _result(response: Any) -> str:
-    """What a function returned: the text where it is one, else its JSON."""
+    """The result of a function: its text where it is one, else its JSON."""
     values = list(response.values()) if isinstance(response, dict) else [response]
     value = values[0] if len(values) == 1 else response
     return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()

@@ -29,7 +29,7 @@ class Counter(Protocol):
         """0 when `amount` fits now; else how long until it may (a whole window if it never can)."""
 
     def take(self, amount: int, now_ns: int) -> None:
-        """Spend what `wait_ns` has just said fits."""
+        """Spend an amount for which `wait_ns` has just returned 0."""
 
 
 class FixedWindow:
@@ -123,7 +123,7 @@ def counter_for(rate: RateLimit) -> Counter:
 
 @dataclass(frozen=True, slots=True)
 class LimitRefusal:
-    """Which limit said no. `rate` is None for a concurrency limit, which has no time to name."""
+    """The limit that refused. `rate` is None for a concurrency limit, which has no time to name."""
 
     limit: str
     bound: int
@@ -148,7 +148,7 @@ class LimitGate:
         return None
 
     def spend(self, kind: str, input_tokens: int, now_ns: int) -> LimitRefusal | None:
-        """Spend one request and its tokens of every rate, or nothing and say which refused."""
+        """Spend one request and its tokens of every rate; or nothing, and return the refusal."""
         scopes = (kind,) if kind == "other" else (kind, TOTAL)
         mine = [
             (rate, counter, 1 if rate.measure == "requests" else input_tokens)
@@ -164,7 +164,7 @@ class LimitGate:
 
 
 class FaultName(StrEnum):
-    """What can go wrong. The first group ends the call before it is answered."""
+    """Faults that can be injected. The first group ends the call before it is answered."""
 
     THROTTLED = "throttled"  # 429 with RetryInfo
     THROTTLED_BARE = "throttled_bare"  # 429 without details
@@ -203,7 +203,7 @@ BODIES = {
 
 @dataclass(slots=True)
 class Fault:
-    """An order. Without `count` it stands until removed; without `probability` it always strikes.
+    """An injected fault. Without `count` it stays until removed; without `probability` it is sure.
 
     `kind` None means every kind but `other`. `match` is a part of the prompt, or of a file's path.
     """
@@ -261,7 +261,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 class FaultOrders:
-    """The orders in force."""
+    """The injected faults in force."""
 
     def __init__(self, orders: Iterable[Mapping[str, Any]], random: Random) -> None:
         self._orders = [Fault.parse(order) for order in orders]
@@ -274,7 +274,7 @@ class FaultOrders:
         self._orders += [Fault.parse(order) for order in orders]
 
     def strike(self, kind: str, prompt: str) -> Fault | None:
-        """The fault that this call gets, used up by one."""
+        """The fault of this call, its count reduced by one."""
         for order in self._orders:
             if not order.suits(kind, prompt):
                 continue

@@ -149,7 +149,7 @@ STOP_GRACE_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Emulator:
-    """A running emulator. `url` is what Google's SDK wants; OpenAI's wants `/v1` behind it."""
+    """A running emulator. `url` is the base URL of Google's SDK; OpenAI's appends `/v1`."""
 
     url: str
     port: int

@@ -109,7 +109,7 @@ class RateLimit:
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What the emulator does with a sound request.
+    """Behaviour of the emulator towards a sound request.
 
     Delays are by kind (or `*`). An answer that is not streamed takes as long as the same answer
     streamed. `concurrency` is by kind or `total`; a kind that is not named has no bound.

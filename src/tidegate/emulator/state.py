@@ -40,7 +40,7 @@ OTHER_MODELS = "(others)"
 
 @dataclass(slots=True)
 class KindStats:
-    """Counts of one kind. `over` are those refused by a concurrency limit, also in `refused`."""
+    """Counts of one kind. `over` are refused by a concurrency limit, also in `refused`."""
 
     arrived: int = 0
     started: int = 0
@@ -58,10 +58,9 @@ class KindStats:
 class Billed:
     """LLM tokens of ended calls: `output_tokens` with the thoughts among them.
 
-    Of a finished call this is the usage that the client was told (in a stream that does not tell
-    it: what it would have told). Of one that broke off it is the input, and the output that had
-    been sent, or nothing when no byte of an answer had been; a whole answer counts in full from
-    its first byte on, since all of it had been made.
+    Of a finished call this is the usage in its answer (in a stream that omits it: the usage that
+    would be in it). Of one that broke off it is the input and the output sent, or nothing when no
+    byte of an answer was sent; an answer that is not streamed counts in full from its first byte.
     """
 
     calls: int = 0
@@ -122,7 +121,7 @@ class CallLedger:
     def arrive(
         self, kind: str, model: str, method: str, prompt: str, dialect: str = "gemini"
     ) -> LoggedCall:
-        """Log an arrival; `start` or `refuse` must follow at once."""
+        """Log an arrival; `start` or `refuse` must follow immediately."""
         self._last_id += 1
         digest = sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
         call = LoggedCall(
@@ -171,7 +170,7 @@ class CallLedger:
     def charge(
         self, call: LoggedCall, input_tokens: int, output_tokens: int, thoughts_tokens: int = 0
     ) -> None:
-        """What the call costs with the bytes that go out next; the last word stands at its end."""
+        """Set the cost of the call with the bytes sent next; the last one set is billed."""
         if call.outcome is None:
             call.input_tokens = input_tokens
             call.output_tokens = output_tokens
@@ -218,7 +217,7 @@ class CallLedger:
 
 
 class ConnectionWatch:
-    """Where the platform has no epoll, nobody is ever found to be gone early."""
+    """Watch of connections for clients that leave. Without epoll none is noticed early."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
@@ -369,7 +368,7 @@ class FileStore:
         return [self._files[name] for name in chosen], chosen[-1] if len(later) > size else ""
 
     def look_up(self, uri: str) -> Attached:
-        """What a `fileUri` of a prompt stands for; URIs elsewhere are taken as they are."""
+        """The file of a `fileUri`; URIs of other hosts are accepted unread."""
         _, marker, name = uri.partition("/v1beta/files/")
         if not uri:
             raise Refused(400, "Invalid value at 'file_data.file_uri': it is empty")
@@ -412,7 +411,7 @@ class EmulatorState:
         self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
 
     def change_behaviour(self, changes: Mapping[str, Any]) -> None:
-        """Replace some fields; windows start anew only when a limit is among them."""
+        """Replace some fields; windows restart only when a limit is among them."""
         self.behaviour = self.behaviour.changed(changes)
         if changes.keys() & {"concurrency", "rates"}:
             self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
@@ -429,7 +428,7 @@ class EmulatorState:
         input_tokens: int = 0,
         dialect: str = "gemini",
     ) -> Iterator[LoggedCall]:
-        """Count a call in, and out again at the end. Raises LimitReached when a limit says no."""
+        """Count a call while the block runs. Raises LimitReached when a limit refuses it."""
         self._notice_departed()
         call = self.ledger.arrive(kind, model, method, prompt, dialect)
         call.traceparent = request.headers.get("traceparent", "")[:_LONGEST_TRACEPARENT]
@@ -457,7 +456,7 @@ class EmulatorState:
             self._call_on.pop(protocol, None)
 
     def connection_lost(self, protocol: object) -> None:
-        """The server has just seen this connection end."""
+        """Note that this connection has ended."""
         if protocol in self._call_on:
             self.ledger.end(self._call_on[protocol], "client_gone")
 

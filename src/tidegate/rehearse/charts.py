@@ -23,8 +23,8 @@ _TIME_STEPS_MS = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
-    """`values` belong to the moments of a drawing."""
+class ChartCurve:
+    """Values at the moments of a drawing."""
 
     name: str
     values: Sequence[float]
@@ -32,16 +32,16 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One policy: its moments in ms, who waits by tenant, and the use of limits as parts of 1."""
+    """One policy: its moments in ms, waiters by tenant, and the use of limits as parts of 1."""
 
     name: str
     moments: Sequence[float]
-    waiting: Sequence[Curve]
-    used: Sequence[Curve]
+    waiting: Sequence[ChartCurve]
+    used: Sequence[ChartCurve]
 
     @property
     def waiting_at_once(self) -> list[float]:
-        """Over all tenants."""
+        """Waiters of all tenants together."""
         whole = [0.0] * len(self.moments)
         for curve in self.waiting:
             whole = [one + more for one, more in zip(whole, curve.values, strict=True)]
@@ -56,7 +56,7 @@ def drawing_of(found: Findings) -> Drawing:
     )
 
 
-def _waiting(samples: Sequence[Sample]) -> list[Curve]:
+def _waiting(samples: Sequence[Sample]) -> list[ChartCurve]:
     total: Counter[str] = Counter()
     for sample in samples:
         total.update(sample.waiting)
@@ -74,18 +74,18 @@ def _waiting(samples: Sequence[Sample]) -> list[Curve]:
     return curves
 
 
-def _used(found: Findings, samples: Sequence[Sample]) -> list[Curve]:
+def _used(found: Findings, samples: Sequence[Sample]) -> list[ChartCurve]:
     limits = [one for one in found.limits if one.bound and one.peak]
     limits.sort(key=lambda one: (-one.held_up, -one.used, one.limit))
 
-    def curve(one: LimitUse) -> Curve:
+    def curve(one: LimitUse) -> ChartCurve:
         return _curve(one.limit, samples, lambda sample: sample.used[one.limit] / one.bound)
 
     return [curve(one) for one in limits[:MOST_CURVES]]
 
 
-def _curve(name: str, samples: Sequence[Sample], value: Callable[[Sample], float]) -> Curve:
-    return Curve(name, [value(sample) for sample in samples])
+def _curve(name: str, samples: Sequence[Sample], value: Callable[[Sample], float]) -> ChartCurve:
+    return ChartCurve(name, [value(sample) for sample in samples])
 
 
 def round_up(value: float) -> float:
@@ -123,7 +123,7 @@ _WIDTH, _PANEL_HEIGHT = 960, 220
 _LEFT, _RIGHT, _TOP, _GAP, _LEGEND = 64, 24, 78, 72, 24
 # A line with more points than this is a thicket.
 _MOST_POINTS = 120
-# Told apart by people who do not see all colours (Okabe and Ito).
+# Distinguishable with colour blindness (Okabe and Ito).
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 _STYLE = """
 .tg{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-size:13px}
@@ -138,8 +138,8 @@ _STYLE = """
 
 
 def svg_of(title: str, drawings: Sequence[Drawing]) -> str:
-    """Who waits, and how much of the limits is used: for one policy above one another, for several
-    side by side, a row for each; all on the same scales."""
+    """Waiters, and the use of limits: one above the other for one policy, for several side by side,
+    a row for each; all on the same scales."""
     end_ms = max((one.moments[-1] for one in drawings), default=0.0) or 1.0
     top = round_up(max((max(one.waiting_at_once) for one in drawings), default=0.0))
     alone = len(drawings) == 1
@@ -171,39 +171,34 @@ def svg_of(title: str, drawings: Sequence[Drawing]) -> str:
     return "\n".join([*head, *parts, "</svg>", ""])
 
 
+@dataclass(frozen=True, slots=True)
 class _Frame:
-    """One panel: where it stands, and its scales."""
+    """One panel: its place and its scales."""
 
-    def __init__(
-        self,
-        left: float,
-        top: float,
-        width: float,
-        end_ms: float,
-        moments: Sequence[float],
-        most: float,
-    ) -> None:
-        self.left = left
-        self.top = top
-        self.width = width
-        self.bottom = top + _PANEL_HEIGHT
-        self._end_ms = end_ms
-        self._moments = moments
-        self._most = most
+    left: float
+    top: float
+    width: float
+    end_ms: float
+    moments: Sequence[float]
+    most: float
+
+    @property
+    def bottom(self) -> float:
+        return self.top + _PANEL_HEIGHT
 
     def x(self, at_ms: float) -> float:
-        return self.left + at_ms / self._end_ms * self.width
+        return self.left + at_ms / self.end_ms * self.width
 
     def y(self, value: float) -> float:
-        # What is over a limit would leave the panel.
-        return self.bottom - min(1.08, value / self._most) * (_PANEL_HEIGHT - 8)
+        # A use above the limit would leave the panel.
+        return self.bottom - min(1.08, value / self.most) * (_PANEL_HEIGHT - 8)
 
     def panel(self, name: str, form: str) -> Iterable[str]:
         """Its name, grid and axes."""
         y = self.top - 26
         yield f'<text class="name" x="{self.left:.0f}" y="{y:.0f}">{escape(name)}</text>'
         for part in (0, 0.25, 0.5, 0.75, 1.0):
-            y = self.y(self._most * part)
+            y = self.y(self.most * part)
             style = "grid" if part else "axis"
             right = self.left + self.width
             yield (
@@ -211,21 +206,21 @@ class _Frame:
                 f'y1="{y:.1f}" y2="{y:.1f}"/>'
             )
             if part in (0, 0.5, 1.0):
-                label = form.format(self._most * part)
+                label = form.format(self.most * part)
                 yield (
                     f'<text class="quiet" text-anchor="end" x="{self.left - 8:.0f}" '
                     f'y="{y + 4:.1f}">{label}</text>'
                 )
-        for at_ms in time_ticks_ms(self._end_ms, max(2, int(self.width / 110))):
+        for at_ms in time_ticks_ms(self.end_ms, max(2, int(self.width / 110))):
             x = self.x(at_ms)
             yield (
                 f'<text class="quiet" text-anchor="middle" x="{x:.1f}" '
                 f'y="{self.bottom + 18:.0f}">{moment_in_words(at_ms)}</text>'
             )
 
-    def stacked(self, curves: Sequence[Curve]) -> Iterable[str]:
+    def stacked(self, curves: Sequence[ChartCurve]) -> Iterable[str]:
         """One area on the other."""
-        below = [0.0] * len(self._moments)
+        below = [0.0] * len(self.moments)
         for number, curve in enumerate(curves):
             above = [one + more for one, more in zip(below, curve.values, strict=True)]
             there = [f"{self.x(at):.1f},{self.y(v):.1f}" for at, v in self._at(above)]
@@ -238,7 +233,7 @@ class _Frame:
             below = above
         yield from self._legend(curves)
 
-    def lines(self, curves: Sequence[Curve]) -> Iterable[str]:
+    def lines(self, curves: Sequence[ChartCurve]) -> Iterable[str]:
         """The one that matters most is drawn last, over the others; means of neighbours."""
         for number, curve in reversed(list(enumerate(curves))):
             points = " ".join(
@@ -252,9 +247,9 @@ class _Frame:
         yield from self._legend(curves)
 
     def _at(self, values: Sequence[float]) -> list[tuple[float, float]]:
-        return list(zip(self._moments, values, strict=True))
+        return list(zip(self.moments, values, strict=True))
 
-    def _legend(self, curves: Sequence[Curve]) -> Iterable[str]:
+    def _legend(self, curves: Sequence[ChartCurve]) -> Iterable[str]:
         x = self.left
         for number, curve in enumerate(curves):
             wide = 30 + 7.2 * len(curve.name)
@@ -318,7 +313,7 @@ def _area(
     width: int,
 ) -> list[str]:
     shown = _columns(drawing, values, end_ms, width)
-    # What is there at all is seen.
+    # The least value above 0 is drawn.
     levels = [max(int(value > 0), round(min(1.0, value / top) * _HEIGHT * 8)) for value in shown]
     lines = []
     for row in range(_HEIGHT - 1, -1, -1):

@@ -72,8 +72,8 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How long a call takes that only its tokens are known of."""
+class TokenPace:
+    """Duration of a call of which only the tokens are known."""
 
     first_ms: float = 400.0
     tokens_per_s: float = 150.0
@@ -82,12 +82,12 @@ class Pace:
         return self.first_ms + output_tokens / self.tokens_per_s * 1000
 
 
+@dataclass(frozen=True, slots=True)
 class Usual:
-    """What a trace leaves out: the model of each kind."""
+    """Defaults of a trace: the model of each kind, and the pace of tokens."""
 
-    def __init__(self, models: Mapping[str, str], pace: Pace) -> None:
-        self._models = models
-        self._pace = pace
+    models: Mapping[str, str]
+    pace: TokenPace
 
     def arrival(self, place: str, row: Mapping[str, Any]) -> Arrival:
         """One row. Raises ConfigError that names `place` and the field."""
@@ -112,8 +112,8 @@ class Usual:
             time_ms=read.number("time_ms"),
             tenant=tenant,
             kind=kind,
-            model=read.text("model", self._models.get(kind, "")),
-            duration_ms=read.number("duration_ms", self._pace.duration_ms(output_tokens)),
+            model=read.text("model", self.models.get(kind, "")),
+            duration_ms=read.number("duration_ms", self.pace.duration_ms(output_tokens)),
             input_tokens=round(read.number("input_tokens", 0.0)),
             output_tokens=output_tokens,
             images=round(read.number("images", made)),
@@ -122,29 +122,29 @@ class Usual:
         )
 
 
+@dataclass(frozen=True, slots=True)
 class _Row:
-    def __init__(self, place: str, row: Mapping[str, Any]) -> None:
-        self._place = place
-        self._row = row
+    place: str
+    row: Mapping[str, Any]
 
     def has(self, name: str) -> bool:
-        return self._row.get(name) not in (None, "")
+        return self.row.get(name) not in (None, "")
 
     def text(self, name: str, usual: str) -> str:
-        return str(self._row[name]) if self.has(name) else usual
+        return str(self.row[name]) if self.has(name) else usual
 
     def number(
         self, name: str, usual: float | None = None, *, low: float = 0, high: float = MOST_MS
     ) -> float:
-        value = self._row[name] if self.has(name) else usual
+        value = self.row[name] if self.has(name) else usual
         allowed = f"must be a number from {low:g} to {high:.0f}"
         try:
             number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             shown = "(not set)" if value is None else str(value)
-            raise ConfigError(f"{self._place}: {name}", shown, allowed) from None
-        if not low <= number <= high:  # also false for what is no number
-            raise ConfigError(f"{self._place}: {name}", str(value), allowed)
+            raise ConfigError(f"{self.place}: {name}", shown, allowed) from None
+        if not low <= number <= high:  # also false for NaN
+            raise ConfigError(f"{self.place}: {name}", str(value), allowed)
         return number
 
 
@@ -305,7 +305,7 @@ _PATTERNS = ("poisson", "constant", "bursts")
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One table of a load: moments of arrival, and what is the same or drawn anew for each."""
+    """One table of a load: moments of arrival, constant fields, and fields drawn for each call."""
 
     moments: Callable[[Random], Iterator[float]]
     same: Mapping[str, Any]

@@ -19,8 +19,8 @@ from tidegate.rehearse.load import Arrival
 
 
 @dataclass(slots=True, eq=False)
-class Call:
-    """One call. `refused` is the code of the refusal, `at` the limit that held it up then."""
+class LoadCall:
+    """One call. `refused` is the code of the refusal, `at` the limit that blocked it then."""
 
     arrival: Arrival
     asked_ms: float
@@ -38,14 +38,13 @@ class Call:
 
     @property
     def queued(self) -> bool:
-        """It found no room when it came."""
+        """Whether it found no room at its arrival."""
         return self.waiter is not None and self.waiter.stamp > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One moment: what is used of each limit, and how many wait, by tenant and by the limit that
-    holds them up."""
+    """One moment: the use of each limit, and the waiters by tenant and by the limit that blocks."""
 
     at_ms: float
     used: Mapping[str, int]
@@ -55,8 +54,8 @@ class Sample:
 
 @dataclass(slots=True)
 class Use:
-    """Of one limit: `area` is calls at once times ms, or the amount that was used of a rate, while
-    the load lasted."""
+    """Use of one limit: `area` is open calls times ms, or the amount used of a rate, while the load
+    lasted."""
 
     open: int = 0
     peak: int = 0
@@ -65,17 +64,17 @@ class Use:
 
 
 @dataclass(slots=True)
-class Tally:
+class LoadTally:
     policy: PoolPolicy
     span_ms: float = 0.0
     since_ms: float = 0.0
     end_ms: float = 0.0
-    calls: list[Call] = field(default_factory=list)
+    calls: list[LoadCall] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     uses: dict[str, Use] = field(default_factory=dict)
 
     def begin(self, span_ms: float) -> None:
-        """The load begins now, and lasts so long."""
+        """Begin the load, which lasts `span_ms`."""
         self.span_ms = span_ms
         self.uses = {name: Use() for name in self.policy.limits}
 
@@ -84,15 +83,15 @@ class Tally:
         for use in self.uses.values():
             self._to(use, self.end_ms)
 
-    def asked(self, call: Call) -> None:
+    def asked(self, call: LoadCall) -> None:
         call.asked_ms -= self.since_ms
         self.calls.append(call)
 
-    def refused(self, call: Call, now_ms: float, code: str, at: str | None) -> None:
+    def refused(self, call: LoadCall, now_ms: float, code: str, at: str | None) -> None:
         call.refused, call.at = code, at
         call.ended_ms = now_ms - self.since_ms
 
-    def began(self, call: Call, now_ms: float) -> None:
+    def began(self, call: LoadCall, now_ms: float) -> None:
         call.began_ms = now_ms - self.since_ms
         arrival = call.arrival
         for name in call.limits:
@@ -105,7 +104,7 @@ class Tally:
                 tokens = Tokens(arrival.input_tokens, arrival.output_tokens)
                 use.area += amount_of(limit.unit, tokens, arrival.images) or 0
 
-    def ended(self, call: Call, now_ms: float) -> None:
+    def ended(self, call: LoadCall, now_ms: float) -> None:
         call.ended_ms = now_ms - self.since_ms
         for name in call.limits:
             if isinstance(as_limit(self.policy.limits[name]), Concurrency):
@@ -131,7 +130,7 @@ class Tally:
         self.samples.append(Sample(now_ms - self.since_ms, used, waiting, held_up))
 
     def _to(self, use: Use, at_ms: float) -> None:
-        """Count what is open up to a moment, as far as the load lasts."""
+        """Count open calls up to a moment, as far as the load lasts."""
         until_ms = min(at_ms, self.span_ms)
         if until_ms > use.since_ms:
             use.area += use.open * (until_ms - use.since_ms)
@@ -139,9 +138,9 @@ class Tally:
 
 
 DAY_MS = 86_400_000
-# Whoever binds holds up at least this part of all waiting.
+# A limit that binds blocks at least this part of all waiting.
 BINDS = 0.05
-# Shares are told of so much time, at the least, in which all tenants wanted more.
+# Shares are reported of at least so much time in which all tenants wait.
 _TOGETHER_S = 1.0
 _MOST_TENANTS = 40
 _REASONS = {
@@ -154,7 +153,7 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """From arrival to admission, in ms, of the calls that were let in; None where none was."""
+    """From arrival to admission, in ms, of the admitted calls; None where none was."""
 
     mean_ms: float | None
     p50_ms: float | None
@@ -179,7 +178,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Range:
     """One figure over all plays."""
 
     mean: float
@@ -190,12 +189,12 @@ class Spread:
 @dataclass(frozen=True, slots=True)
 class GroupSpread:
     """Of the calls of one tenant, or of all, whose name is empty. Waits are in ms; None where in
-    some play no call was let in."""
+    some play no call was admitted."""
 
     name: str
-    mean_ms: Spread | None
-    p95_ms: Spread | None
-    refused: Spread
+    mean_ms: Range | None
+    p95_ms: Range | None
+    refused: Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +220,9 @@ class Findings:
     """One policy under one load.
 
     span_ms: from the first arrival to the last. end_ms: when the last call had ended.
-    queued: calls that found no room and were let in later, each a 429 that nobody gets.
-    shares_of: the limit on calls at once whose shares are told, that which holds up most; None
-        where the tenants hardly ever wanted more of it together.
+    queued: calls that found no room and were admitted later, each an avoided 429.
+    shares_of: the concurrency limit whose shares are reported, the one that blocks most; None
+        where the tenants hardly ever waited together.
     samples: used and waiting over time. plays: how often it was played; spreads: over all plays,
         of all calls and then of each tenant's, where there was more than one.
     """
@@ -246,14 +245,14 @@ class Findings:
 
     @property
     def binding(self) -> list[str]:
-        """The limits that bind, the one that holds up most first."""
+        """The limits that bind, the one that blocks most first."""
         found = [one for one in self.limits if one.binds]
         found.sort(key=lambda one: (-one.held_up, -one.refused, one.limit))
         return [one.limit for one in found]
 
 
-def findings_of(name: str, tally: Tally) -> Findings:
-    """What a tally comes to."""
+def findings_of(name: str, tally: LoadTally) -> Findings:
+    """Findings of a tally."""
     calls, policy = tally.calls, tally.policy
     whole = _group("", calls)
     limits = _uses(tally)
@@ -291,17 +290,17 @@ def waits_of(waits_ms: Iterable[float]) -> Waits:
 
 
 def _groups(
-    calls: Sequence[Call],
-    name_of: Callable[[Call], str],
+    calls: Sequence[LoadCall],
+    name_of: Callable[[LoadCall], str],
     parts: dict[str, tuple[float, float]],
 ) -> list[Group]:
-    found: dict[str, list[Call]] = {}
+    found: dict[str, list[LoadCall]] = {}
     for call in calls:
         found.setdefault(name_of(call), []).append(call)
     return [_group(name, found[name], parts.get(name)) for name in sorted(found)]
 
 
-def _group(name: str, calls: Sequence[Call], part: tuple[float, float] | None = None) -> Group:
+def _group(name: str, calls: Sequence[LoadCall], part: tuple[float, float] | None = None) -> Group:
     admitted = [call for call in calls if call.began_ms is not None]
     refused = Counter(
         _REASONS.get(call.refused, call.refused) for call in calls if call.refused is not None
@@ -319,7 +318,7 @@ def _group(name: str, calls: Sequence[Call], part: tuple[float, float] | None = 
 
 
 def _shares(
-    calls: Sequence[Call], policy: PoolPolicy, limits: Sequence[LimitUse]
+    calls: Sequence[LoadCall], policy: PoolPolicy, limits: Sequence[LimitUse]
 ) -> tuple[str | None, dict[str, tuple[float, float]]]:
     """Which limit, and tenant -> (share, ideal)."""
     at_once = [one for one in limits if isinstance(policy.limit(one.limit), Concurrency)]
@@ -338,8 +337,8 @@ def _shares(
     return scarce.limit, {one: (seen.shares[one], weights[one] / whole) for one in tenants}
 
 
-def _events(calls: Sequence[Call]) -> list[Event]:
-    """As an upstream would tell them that also sees who waits."""
+def _events(calls: Sequence[LoadCall]) -> list[Event]:
+    """Events as an upstream would log them that also sees waiters."""
     found = []
     for number, call in enumerate(calls):
         tenant = call.arrival.tenant
@@ -352,11 +351,11 @@ def _events(calls: Sequence[Call]) -> list[Event]:
             found.append(event(call.began_ms, "begin"))
         if call.ended_ms is not None:
             found.append(event(call.ended_ms, "end" if call.began_ms is not None else "leave"))
-    # What has no length keeps its order: the sort is stable.
+    # Events of one moment keep their order: the sort is stable.
     return sorted(found, key=lambda one: one.at_ns)
 
 
-def _uses(tally: Tally) -> list[LimitUse]:
+def _uses(tally: LoadTally) -> list[LimitUse]:
     held_up: Counter[str] = Counter()
     for sample in tally.samples:
         held_up.update(sample.held_up)
@@ -377,7 +376,7 @@ def _uses(tally: Tally) -> list[LimitUse]:
 
 
 def _used(policy: PoolPolicy, name: str, use: Use, span_ms: float) -> float:
-    """The part of what the limit gives in that time."""
+    """The used part of the limit's capacity in that time."""
     limit = policy.limit(name)
     assert limit is not None
     if limit.bound == 0:
@@ -385,7 +384,7 @@ def _used(policy: PoolPolicy, name: str, use: Use, span_ms: float) -> float:
     if isinstance(limit, Concurrency):
         return use.area / (limit.bound * span_ms) if span_ms else 0.0
     window_ms = limit.window_ms if isinstance(limit, Rate) else DAY_MS
-    # A load shorter than its window may use what a whole one gives.
+    # A load shorter than its window may use the capacity of a whole one.
     return use.area / (limit.bound * max(1.0, span_ms / window_ms))
 
 
@@ -408,7 +407,7 @@ class Table:
 
 
 def tables_of(found: Sequence[Findings]) -> list[Table]:
-    """All that is to be said of one policy, or what of several differs."""
+    """Tables of one policy, or the differences of several."""
     if len(found) == 1:
         [one] = found
         return [
@@ -421,7 +420,7 @@ def tables_of(found: Sequence[Findings]) -> list[Table]:
 
 
 def sentence_of(found: Findings) -> str:
-    """What happened, for people."""
+    """Summary in one sentence."""
     said = [title_of(found)]
     if found.refused:
         refused = sum(found.refused.values())
@@ -443,7 +442,7 @@ def sentence_of(found: Findings) -> str:
 
 
 def title_of(found: Findings) -> str:
-    """Of what load."""
+    """Title: the size of the load."""
     return f"{found.calls:,} calls in {format_span(found.span_ms)}"
 
 
@@ -522,7 +521,7 @@ def _spreads(found: Findings) -> Table:
     return Table(f"Over {found.plays} plays, each call moved a little", columns, rows)
 
 
-def _spread(one: Spread | None, told: Callable[[float], str]) -> tuple[str, str, str]:
+def _spread(one: Range | None, told: Callable[[float], str]) -> tuple[str, str, str]:
     return ("-",) * 3 if one is None else (told(one.mean), told(one.lowest), told(one.highest))
 
 
@@ -557,7 +556,7 @@ def _side_by_side(found: Sequence[Findings]) -> Table:
     return Table(title_of(found[0]), ("", *(one.name for one in found)), rows, right_from=1)
 
 
-def _range(one: Spread | None) -> str:
+def _range(one: Range | None) -> str:
     return "-" if one is None else f"{milliseconds(one.lowest)} to {milliseconds(one.highest)}"
 
 

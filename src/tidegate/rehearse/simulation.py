@@ -40,15 +40,23 @@ from tidegate.limiter.simulation import (
     SyncRequest,
 )
 from tidegate.rehearse.load import Arrival
-from tidegate.rehearse.report import Call, Findings, Group, GroupSpread, Spread, Tally, findings_of
+from tidegate.rehearse.report import (
+    Findings,
+    Group,
+    GroupSpread,
+    LoadCall,
+    LoadTally,
+    Range,
+    findings_of,
+)
 
 _PULSE_MS = MAX_LEASE_MS / 3
 
 
 class _Told(asyncio.Future[Holding]):
-    """The outcome of a wait, told at once: nobody awaits it."""
+    """Outcome of a wait, reported immediately: no task awaits it."""
 
-    def __init__(self, process: Process, call: Call) -> None:
+    def __init__(self, process: Process, call: LoadCall) -> None:
         super().__init__(loop=process.stage.loop)
         self._process = process
         self._call = call
@@ -67,15 +75,15 @@ class _Told(asyncio.Future[Holding]):
 class Process:
     """See the module."""
 
-    def __init__(self, stage: Stage, name: str) -> None:
+    def __init__(self, stage: Playback, name: str) -> None:
         self.stage = stage
         self.ready = False
         self._demands = Demands(kinds_optional=stage.setting.kinds_optional)
-        self._asking: Call | None = None
+        self._asking: LoadCall | None = None
         self._busy = False
         self._waking = False
-        self._linger: Timer | None = None
-        self._alarms: dict[str, Timer] = {}
+        self._linger: VirtualTimer | None = None
+        self._alarms: dict[str, VirtualTimer] = {}
         self.queue = LocalQueue(self._new_future)
         self.session = Session(
             stage.policy,
@@ -90,12 +98,10 @@ class Process:
         self._issuer = PermitIssuer(self.queue, self.session, MAX_WAITERS, Clock(), self._kick)
         stage.after(_PULSE_MS, self._pulse)
 
-    # -- calls
-
     def ask(self, arrival: Arrival) -> None:
         """A call arrives."""
         demand = self._demand_of(arrival)
-        call = Call(arrival, self.stage.now_ms, demand.limits)
+        call = LoadCall(arrival, self.stage.now_ms, demand.limits)
         self.stage.tally.asked(call)
         if not demand.limits:  # nothing binds it
             self._begin(call, None, demand)
@@ -123,13 +129,13 @@ class Process:
                 self.stage.after(arrival.deadline_ms, lambda: self._expire(call))
         self._kick()
 
-    def admitted(self, call: Call, holding: Holding) -> None:
-        """The ledger let a call in."""
+    def admitted(self, call: LoadCall, holding: Holding) -> None:
+        """Begin an admitted call."""
         assert call.demand is not None
         self._begin(call, holding, call.demand)
 
-    def refused(self, call: Call, error: AdmissionError) -> None:
-        """It ends before it began."""
+    def refused(self, call: LoadCall, error: AdmissionError) -> None:
+        """End a call that was refused."""
         at = None if call.waiter is None else self._held_up_by(call.waiter.flow)
         self.stage.tally.refused(call, self.stage.now_ms, error.code, at or error.limit)
         self.stage.over(call)
@@ -145,14 +151,14 @@ class Process:
             images=arrival.images,
         )
 
-    def _begin(self, call: Call, holding: Holding | None, demand: Demand) -> None:
+    def _begin(self, call: LoadCall, holding: Holding | None, demand: Demand) -> None:
         self.stage.tally.began(call, self.stage.now_ms)
         took_ms = call.arrival.duration_ms
         if holding is not None:
             took_ms += self.stage.setting.hold_ms
         self.stage.after(took_ms, lambda: self._end(call, holding, demand))
 
-    def _end(self, call: Call, holding: Holding | None, demand: Demand) -> None:
+    def _end(self, call: LoadCall, holding: Holding | None, demand: Demand) -> None:
         arrival = call.arrival
         self.stage.tally.ended(call, self.stage.now_ms)
         if holding is not None:
@@ -169,7 +175,7 @@ class Process:
         self._demands.learn(demand, usage, whole=True)
         self.stage.over(call)
 
-    def _expire(self, call: Call) -> None:
+    def _expire(self, call: LoadCall) -> None:
         waiter = call.waiter
         if waiter is None or waiter.future.done():
             return
@@ -184,8 +190,6 @@ class Process:
     def _new_future(self) -> asyncio.Future[Holding]:
         assert self._asking is not None
         return _Told(self, self._asking)
-
-    # -- what it says to the pool
 
     def _kick(self) -> None:
         if self._waking:
@@ -241,9 +245,9 @@ class Process:
         self.stage.after(_PULSE_MS, self._pulse)
 
 
-# The rehearsal begins at this moment: midnight in Los Angeles, where most day quotas begin anew.
+# The rehearsal begins at this moment: midnight in Los Angeles, when most day quotas restart.
 START_MS = 1_735_718_400_000
-# The server has been up for long: nobody is waited for who may have lived before.
+# The server has been up for long: no earlier session can still hold a permit.
 _UPTIME_MS = 10 * MAX_LEASE_MS
 _RUN = "rehearsal"
 _SETTLES_MS = 1000
@@ -253,7 +257,7 @@ _MOST_SAMPLES = 4 * _SAMPLES
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What of a deployment is neither load nor policy.
+    """Deployment of a rehearsal: all that is neither load nor policy.
 
     processes: to which calls are dealt in turn. round_trip_ms: of one script call.
     hold_ms: how much longer than a call is open its permit is held.
@@ -266,8 +270,8 @@ class Setting:
     kinds_optional: bool = False
 
 
-class Timer:
-    """Something that is due. Cancelled, it does nothing."""
+class VirtualTimer:
+    """A call that is due at a moment. Cancelled, it does nothing."""
 
     __slots__ = ("call",)
 
@@ -278,29 +282,29 @@ class Timer:
         self.call = None
 
 
-class Stage:
+class Playback:
     """See the module. Times are ms from the start."""
 
     def __init__(self, policy: PoolPolicy, setting: Setting) -> None:
         self.policy = replace(policy, lease_ms=MAX_LEASE_MS)
         self.setting = setting
         self.now_ms = 0.0
-        self.tally = Tally(self.policy)
+        self.tally = LoadTally(self.policy)
         self.model = PoolModel()
-        # Futures want a loop; nothing runs on it.
+        # Futures need a loop; nothing runs on it.
         self.loop = asyncio.new_event_loop()
-        self._due: list[tuple[float, int, Timer]] = []
+        self._due: list[tuple[float, int, VirtualTimer]] = []
         self._numbers = count()
         self._processes: dict[str, Process] = {}
         self._alive = 0
 
-    def after(self, in_ms: float, call: Callable[[], None]) -> Timer:
-        """Do something in so many ms; what is due at one moment is done in the order it came."""
-        timer = Timer(call)
+    def after(self, in_ms: float, call: Callable[[], None]) -> VirtualTimer:
+        """Call in so many ms; calls due at one moment run in the order of their registration."""
+        timer = VirtualTimer(call)
         heappush(self._due, (self.now_ms + in_ms, next(self._numbers), timer))
         return timer
 
-    def play(self, arrivals: Sequence[Arrival]) -> Tally:
+    def play(self, arrivals: Sequence[Arrival]) -> LoadTally:
         """Play a trace to the end of its last call."""
         with closing(self.loop):
             self._enter()
@@ -313,7 +317,7 @@ class Stage:
         self.tally.end(self.now_ms)
         return self.tally
 
-    def over(self, call: Call) -> None:
+    def over(self, call: LoadCall) -> None:
         """A call has ended or was refused."""
         self._alive -= 1
 
@@ -336,7 +340,7 @@ class Stage:
 
     @property
     def run(self) -> tuple[str, int]:
-        """What the server says of itself: its run, and for how long it is up."""
+        """The run and the uptime that the server reports."""
         return _RUN, _UPTIME_MS + int(self.now_ms)
 
     def held_up_by(self, sid: str, flow: str) -> str | None:
@@ -357,7 +361,7 @@ class Stage:
         self._settle()
 
     def _settle(self) -> None:
-        """Time begins when all that was to be said has been said."""
+        """Time begins when the sessions have exchanged all their messages."""
         while self._due and self._due[0][0] < self.now_ms + _SETTLES_MS:
             self._step()
         self.tally.since_ms = self.now_ms
@@ -412,19 +416,19 @@ def rehearse(
     plays: int = 1,
     seed: int = 1,
 ) -> Findings:
-    """What a policy does to a trace; with several `plays` also how far they are apart.
+    """Findings of a trace under a policy; with several `plays` also their spread.
 
     The first play is of the trace as it is, each other one of its calls moved by a chance that
     `seed` decides: up to LATER_MS later, and by LONGER longer or shorter.
     """
-    first = findings_of(name, Stage(policy, setting).play(arrivals))
+    first = findings_of(name, Playback(policy, setting).play(arrivals))
     if plays == 1:
         return first
     chance = Random(seed)
     found = [first]
     for _ in range(plays - 1):
         moved = _moved(arrivals, chance)
-        found.append(findings_of(name, Stage(policy, setting).play(moved)))
+        found.append(findings_of(name, Playback(policy, setting).play(moved)))
     return replace(first, plays=plays, spreads=_spreads(found))
 
 
@@ -462,11 +466,11 @@ def _spreads(found: Sequence[Findings]) -> list[GroupSpread]:
 
 
 def _spread(groups: Sequence[Group]) -> GroupSpread:
-    def over(figure: Callable[[Group], float | None]) -> Spread | None:
+    def over(figure: Callable[[Group], float | None]) -> Range | None:
         values = [value for group in groups if (value := figure(group)) is not None]
         if len(values) < len(groups):
             return None
-        return Spread(sum(values) / len(values), min(values), max(values))
+        return Range(sum(values) / len(values), min(values), max(values))
 
     refused = over(lambda group: sum(group.refused.values()))
     assert refused is not None

@@ -22,7 +22,7 @@ from uuid import uuid4
 from pydantic import SecretStr
 
 from tidegate.call import DEFAULT_POOL
-from tidegate.embedded.lease import Lease, ServiceName, ensure
+from tidegate.embedded.lease import ServersLease, ServiceName, ensure
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
@@ -44,7 +44,7 @@ class Ground:
     """`config` is whole. `lease` holds the bundled servers, where there are any."""
 
     config: Config
-    lease: Lease | None
+    lease: ServersLease | None
     embedded: bool
     emulated: bool
 
@@ -87,7 +87,7 @@ def _missing(config: Config, only: Collection[ServiceName]) -> set[ServiceName]:
     return services & set(only)
 
 
-def _filled(config: Config, lease: Lease | None) -> Config:
+def _filled(config: Config, lease: ServersLease | None) -> Config:
     if lease is None:
         return config
     found: dict[str, Any] = {}

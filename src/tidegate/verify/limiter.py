@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 
-from tidegate.checker import NS, Span, first_of_new_epoch_s, in_flight, shares
+from tidegate.checker import NS, Interruption, first_of_new_epoch_s, in_flight, shares
 from tidegate.errors import ConfigError, LimiterUnavailable
 from tidegate.limiter import SPARE_MS, Limiter, forget_pool
 from tidegate.policy.format import to_plain
@@ -34,8 +34,8 @@ from tidegate.verify.plan import (
 )
 from tidegate.verify.processes import ProbeOrders, ProcessFamily
 
-# What a busy machine adds to a round trip; and for how long a freed permit is kept for the next one
-# in its own process.
+# Added to a round trip by a busy machine; and how long a freed permit is kept for the next call of
+# its own process.
 _OURS_MS, _KEPT_MS = 10.0, SPARE_MS
 _NO_LONGER_SPARE_S = 1.2 * SPARE_MS / 1000
 
@@ -59,7 +59,7 @@ async def measure(here: Limiter, there: Limiter, rounds: int, report: Report) ->
 
 
 async def _admission(here: Limiter, number: int) -> float:
-    """A permit that nobody has had just before, so that Valkey has to be asked."""
+    """Latency in ms of a permit that no process has just released, so that Valkey must grant it."""
     began = time.perf_counter()
     async with here.acquire(LIMIT, tenant=list(WEIGHTS)[number % len(WEIGHTS)]):
         took_ms = (time.perf_counter() - began) * 1000
@@ -75,7 +75,7 @@ async def _timed(work: Awaitable[object]) -> float:
 
 
 async def _handed_over(here: Limiter, there: Limiter) -> float:
-    """From giving a permit back here to its being had by one who waits there, in ms."""
+    """From the release of a permit here to its grant to a waiter there, in ms."""
     waits = asyncio.Event()
     freed = 0.0
 
@@ -96,7 +96,7 @@ async def _handed_over(here: Limiter, there: Limiter) -> float:
 
 MARK = "tidegate-verify"
 _START_S = 30.0
-# For so long, and in such a part, permits are used again before we call it so.
+# For how long, and in which part, permits must be in use again.
 _AGAIN_NS, _AGAIN_SHARE = NS // 2, 0.8
 _SLACK_S = 1.0
 _USED = 0.9
@@ -114,10 +114,10 @@ class LimiterVerification:
         self._report = pool.report
         self._say = pool.say
         self._restart_command = restart_command
-        # Set once what a busy machine would spoil has been measured.
+        # Set when the latencies, which load would spoil, have been measured.
         self.measured = asyncio.Event()
         self._sids: set[str] = set()
-        self._frozen: list[Span] = []
+        self._frozen: list[Interruption] = []
 
     async def run(self) -> None:
         """All of it; raises LimiterUnavailable where Valkey does not answer."""
@@ -136,7 +136,7 @@ class LimiterVerification:
                         await self._under_load()
                         await self._drain()
                 finally:
-                    with suppress(LimiterUnavailable):  # then `_forget` says what is left
+                    with suppress(LimiterUnavailable):  # then `_forget` reports the rest
                         await finish(self._note())
         finally:
             self.measured.set()
@@ -197,10 +197,10 @@ class LimiterVerification:
         await asyncio.sleep(span_s)
         self._family.signal(name, signal.SIGCONT)
         resumed_ns = time.monotonic_ns()
-        self._frozen.append(Span(name, since_ns, resumed_ns + NS // 2))
+        self._frozen.append(Interruption(name, since_ns, resumed_ns + NS // 2))
         again = await until(lambda: self._began_since(name, resumed_ns), 10.0)
         self._report.kept(
-            "a paused process gives up what it held, and joins anew",
+            "a paused process releases what it held, and joins again",
             "new calls",
             f"{self._family.told('lost', name)} calls cancelled, "
             f"{'new ones' if again else 'none since'}",
@@ -234,10 +234,10 @@ class LimiterVerification:
             self._report.kept("a raised limit is used", "<= 5 s", "not used", False)
 
     async def _lose(self) -> None:
-        """All that Valkey has of this pool goes, as in an empty restart; nothing of others'."""
+        """Remove all keys of this pool, as an empty restart would; none of others'."""
         self._say("Valkey loses the pool")
         await self._note()
-        await self._judge_loss("after a loss of the pool's keys permits are granted anew",
+        await self._judge_loss("after a loss of the pool's keys permits are granted again",
                                self._remove_keys)  # fmt: skip
         again = "the same after a restart of Valkey without its data"
         if self._restart_command is None:
@@ -266,7 +266,7 @@ class LimiterVerification:
             self._report.kept("and all of them are used again", "<= 5 s", "not all", False)
 
     async def _restart(self) -> None:
-        """By the operator's own command; until Valkey answers again."""
+        """Restart by the operator's own command, and wait until Valkey answers."""
         assert self._restart_command is not None
         process = await asyncio.create_subprocess_shell(self._restart_command)
         status = await process.wait()
@@ -291,7 +291,7 @@ class LimiterVerification:
         empty = await until(self._is_empty, self._plan.lease_ms / 1000)
         took_s = time.monotonic() - began
         self._report.kept(
-            "processes that are told to end do so in order, and hold nothing",
+            "processes that get SIGTERM end in order, and hold nothing",
             "exit 0, an empty pool",
             f"{sum(status == 0 for status in ended)} of {len(names)}, "
             f"{'empty' if empty else 'not empty'} after {seconds(took_s)}",
@@ -332,7 +332,7 @@ class LimiterVerification:
             mark=MARK,
         )
         await self._family.start(name, asdict(orders), {})
-        # Told to end before it knows how, it would not end in order.
+        # A signal before its handler is installed would not end it in order.
         if not await until(lambda: self._family.has_told(name), _START_S):
             self._report.left.append(f"{name} has not come up in {_START_S:.0f} s")
 
@@ -381,7 +381,7 @@ class LimiterVerification:
         await self._limiter.set_policy(wanted, by=self._pool)
 
     async def _note(self) -> None:
-        """Whose keys there are."""
+        """Remember the sessions whose keys exist."""
         snapshot = await self._limiter.snapshot()
         self._sids |= {process.sid for process in snapshot.processes}
 
@@ -392,5 +392,5 @@ class LimiterVerification:
         )
 
     async def _forget(self) -> None:
-        """Nothing of the pool is left, whatever happened."""
+        """Remove all keys of the pool."""
         await clean_pool(self._remove_keys, self._pool, self._report)

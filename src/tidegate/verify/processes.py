@@ -62,7 +62,7 @@ class ProcessFamily:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # All of it: what is removed next is theirs.
+        # To the end: the keys that are removed next are theirs.
         await finish(self._end_all())
 
     @property
@@ -70,7 +70,7 @@ class ProcessFamily:
         return list(self._processes)
 
     async def start(self, name: str, orders: Mapping[str, Any], env: Mapping[str, str]) -> None:
-        """In a session of its own: Ctrl-C is for us, who end it in order."""
+        """Start in a session of its own, out of reach of Ctrl-C."""
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
@@ -118,11 +118,11 @@ class ProcessFamily:
         await asyncio.gather(*(self.end(name) for name in self.names))
 
     def ended(self) -> list[str]:
-        """Those that ended by themselves."""
+        """Names of processes that ended by themselves."""
         return [name for name, one in self._processes.items() if one.returncode is not None]
 
     def events(self) -> list[Event]:
-        """All that was told up to now."""
+        """All events up to now."""
         return sorted(self._events, key=lambda event: event.at_ns)
 
     def has_told(self, name: str) -> bool:
@@ -130,7 +130,7 @@ class ProcessFamily:
         return any(event.worker == name for event in self._events)
 
     def told(self, what: str, name: str = "") -> int:
-        """How often a word was told, by one process or by all."""
+        """How often a word was printed, by one process or by all."""
         return sum(n for (who, word), n in self.seen.items() if word == what and name in ("", who))
 
     async def _hear(self, name: str, process: asyncio.subprocess.Process) -> None:
@@ -151,7 +151,7 @@ class ProcessFamily:
                 self._open.pop((name, event.call), None)
 
     def _gone(self, name: str, at_ns: int) -> None:
-        """What it had open has ended, and who waited has left."""
+        """End its open calls, and let its waiters leave."""
         for key, event in [one for one in self._open.items() if one[0][0] == name]:
             what: What = "end" if event.what == "begin" else "leave"
             self._events.append(event._replace(at_ns=at_ns, what=what))
@@ -187,8 +187,8 @@ def on_end(stop: Callable[[], object]) -> None:
     loop.add_reader(_STDIN, look)
 
 
-# A refusal is quick: the permit is held on for about as long as a call takes, so that the load
-# stays what it was said to be.
+# A refusal is quick: the permit is held for about as long as a call takes, so that the load stays
+# as announced.
 _REFUSED_S = 0.12
 
 

@@ -42,8 +42,11 @@ _JOB_MS = 250
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What is left to the operator. provider_limit: what the emulated provider allows at once, the
-    pool's limit unless given. restart_command: restarts Valkey without its data."""
+    """Options of the operator.
+
+    provider_limit: concurrent calls that the emulated provider allows, by default the pool's limit.
+    restart_command: restarts Valkey without its data.
+    """
 
     quick: bool = False
     provider_limit: int | None = None
@@ -51,10 +54,10 @@ class Wishes:
 
 
 def verify(config: Config, wishes: Wishes, say: Say) -> Report:
-    """Check the promises against the servers that `config` names, or the bundled ones. What is not
-    kept and may be the doing of a busy machine is put to the test once more.
+    """Check the promises against the servers that `config` names, or the bundled ones. A promise
+    that is broken, perhaps by a busy machine, is tested once more.
 
-    `say` is told what is being done. Raises TidegateError where Valkey or PostgreSQL is not there.
+    `say` is called with each step. Raises TidegateError where Valkey or PostgreSQL is unavailable.
     """
     plan = plan_of(config, quick=wishes.quick)
     with prepared(config, only={"postgres", "valkey"}) as ground:
@@ -109,7 +112,7 @@ async def _verify(ground: Ground, plan: Plan, wishes: Wishes, say: Say) -> Repor
 
 
 async def _both(limiting: LimiterVerification, working: JobVerification) -> None:
-    """Side by side, as they would be. Each cleans up, whatever becomes of the other."""
+    """Run both concurrently. Each cleans up, however the other ends."""
 
     async def work() -> None:
         await limiting.measured.wait()
@@ -138,14 +141,14 @@ _COLUMNS = ("promise", "bar", "measured", "")
 
 
 def table_of(report: Report) -> Table:
-    """Broken ones first: they are what is looked for."""
+    """Table of the results, broken ones first."""
     order = [Verdict.BROKEN, Verdict.KEPT, Verdict.MEASURED, Verdict.SKIPPED]
     results = sorted(report.results, key=lambda one: order.index(one.verdict))
     return Table("", _COLUMNS, [_row(one) for one in results], right_from=len(_COLUMNS))
 
 
 def sentence_of(report: Report) -> str:
-    """How it ended."""
+    """Summary in one sentence."""
     counts = dict.fromkeys(Verdict, 0)
     for one in report.results:
         counts[one.verdict] += 1

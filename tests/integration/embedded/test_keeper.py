@@ -23,11 +23,11 @@ from tests.integration.embedded.user import User
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded import servers as process
 from tidegate.embedded.keeper import Keeper
-from tidegate.embedded.lease import Folder, Lease, ensure
+from tidegate.embedded.lease import Folder, ServersLease, ensure
 from tidegate.embedded.servers import ProcessIdentity, ServerFailed
 
 
-def _ensure(data_dir: Path, *services: str) -> Lease:
+def _ensure(data_dir: Path, *services: str) -> ServersLease:
     return ensure(data_dir, services, idle_s=0.3)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
 from tidegate.embedded import servers as place
 from tidegate.embedded import servers as process
-from tidegate.embedded.lease import Folder, Lease, ensure
+from tidegate.embedded.lease import Folder, ServersLease, ensure
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.limiter import Limit, Limiter, PoolPolicy, Quota, Rate
 
@@ -28,11 +28,11 @@ POLICY = PoolPolicy(LIMITS, lease_ms=1000)
 SPENT = {DAY: 3, TOKENS: 30, CALLS: 1, MODEL: 0}
 
 
-def _valkey(data_dir: Path) -> Lease:
+def _valkey(data_dir: Path) -> ServersLease:
     return ensure(data_dir, {"valkey"}, idle_s=0.1)
 
 
-def _limiter(lease: Lease) -> Limiter:
+def _limiter(lease: ServersLease) -> Limiter:
     assert lease.redis_url is not None
     return Limiter.from_url(lease.redis_url, pool="gemini", policy=POLICY)
 

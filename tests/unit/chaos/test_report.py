@@ -10,7 +10,7 @@ from chaos.limiter.faults import FAULTS, Fault
 from chaos.limiter.report import Outcome, Round, judge, table
 from chaos.limiter.scene import Size
 from chaos.limiter.worker import LIMIT, Orders
-from tidegate.checker import NS, Event, Span, first_of_new_epoch_s
+from tidegate.checker import NS, Event, Interruption, first_of_new_epoch_s
 
 SIZE = Size(limit=1, lease_ms=1000)
 ORDERS = Orders(
@@ -30,7 +30,7 @@ def judged(
     fault: Fault,
     calls: list[list[Event]],
     *,
-    frozen: tuple[Span, ...] = (),
+    frozen: tuple[Interruption, ...] = (),
     orders: Orders = ORDERS,
     **of_round: float,
 ) -> Outcome:
@@ -60,12 +60,12 @@ def test_one_call_too_many_breaks_it() -> None:
 
 
 def test_what_stands_still_is_excused_where_that_is_promised() -> None:
-    stopped = (Span("w1", int(2.4 * NS), 3 * NS),)
+    stopped = (Interruption("w1", int(2.4 * NS), 3 * NS),)
     assert judged(FAULTS["stop-reuse"], OVER, frozen=stopped, recovery_s=0.5).problems == []
     assert judged(FAULTS["stop-hold"], OVER, frozen=stopped, recovery_s=0.5).problems != []
-    earlier = (Span("w1", 0, 1 * NS),)
+    earlier = (Interruption("w1", 0, 1 * NS),)
     assert judged(FAULTS["stop-reuse"], OVER, frozen=earlier, recovery_s=0.5).problems != []
-    another = (Span("w7", int(2.4 * NS), 3 * NS),)
+    another = (Interruption("w7", int(2.4 * NS), 3 * NS),)
     assert judged(FAULTS["stop-reuse"], OVER, frozen=another, recovery_s=0.5).problems != []
 
 

@@ -12,7 +12,7 @@ from chaos.history import (
     waste,
     window_maximum,
 )
-from tidegate.checker import NS, Curve, Event, Span, in_flight, shares
+from tidegate.checker import NS, Curve, Event, Interruption, in_flight, shares
 from tidegate.emulator.state import LoggedCall
 
 LIMIT = "kind:text_only"
@@ -81,10 +81,10 @@ def test_what_a_stopped_worker_holds_is_excused_only_while_it_is_stopped() -> No
     others = calls((3, 5), worker="w1")
     events = merged(stopped, others)
     assert in_flight(events, LIMIT).peak() == 2
-    assert in_flight(events, LIMIT, without=[Span("w0", 2 * NS, 6 * NS)]).peak() == 1
-    too_short = [Span("w0", 2 * NS, 4 * NS)]
+    assert in_flight(events, LIMIT, without=[Interruption("w0", 2 * NS, 6 * NS)]).peak() == 1
+    too_short = [Interruption("w0", 2 * NS, 4 * NS)]
     assert in_flight(events, LIMIT, without=too_short).above_s(1) == pytest.approx(1.0)
-    the_other = [Span("w1", 0, 4 * NS)]
+    the_other = [Interruption("w1", 0, 4 * NS)]
     assert in_flight(events, LIMIT, without=the_other).above_s(1) == pytest.approx(1.0)
 
 

@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError
-from tidegate.rehearse.load import Arrival, Pace, Usual, amount_of, load_of, read_trace, write_trace
+from tidegate.rehearse.load import (
+    Arrival,
+    TokenPace,
+    Usual,
+    amount_of,
+    load_of,
+    read_trace,
+    write_trace,
+)
 
-USUAL = Usual({"text_only": "a-model"}, Pace(first_ms=100, tokens_per_s=100))
+USUAL = Usual({"text_only": "a-model"}, TokenPace(first_ms=100, tokens_per_s=100))
 
 
 def drawn(**stream: Any) -> list[Arrival]:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from tidegate.limiter import Band, PoolPolicy, Quota, Rate
-from tidegate.rehearse.load import Arrival, Pace, Usual, load_of
+from tidegate.rehearse.load import Arrival, TokenPace, Usual, load_of
 from tidegate.rehearse.report import Findings, sentence_of, tables_of
 from tidegate.rehearse.simulation import Setting, compare, rehearse
 
 pytestmark = pytest.mark.slow
 
 TEXT = "kind:text_only"
-USUAL = Usual({"text_only": "m"}, Pace())
+USUAL = Usual({"text_only": "m"}, TokenPace())
 AT_ONCE = Setting(round_trip_ms=0.1, hold_ms=0.0)
 
 
