@@ -554,7 +554,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@+-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class LimitPause:
     """After `for_ms` calls come back one by one, over `ramp_ms`. 0: for an unknown time."""
 
     limit: str
@@ -570,7 +570,7 @@ def pause_after(
     now: datetime,
     *,
     account: str | None = None,
-) -> Pause | None:
+) -> LimitPause | None:
     """The pause that a 429 requires; None where it concerns no model.
 
     `limits`: those of the call. `now` is aware of its zone. `account`: the limit that stands for
@@ -586,7 +586,7 @@ def pause_after(
     else:
         for_ms = min(LONGEST_MS, error.retry_after_ms or 0)
     # An error that says a time of nothing does not say for how long.
-    return Pause(limit_id, for_ms, min(USUAL_RAMP_MS, for_ms))
+    return LimitPause(limit_id, for_ms, min(USUAL_RAMP_MS, for_ms))
 
 
 def _blamed(

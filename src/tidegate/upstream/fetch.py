@@ -232,8 +232,6 @@ def _iso_picture(head: bytes) -> str | None:
     return None
 
 
-__all__ = ["ImageFetcher", "check_uri"]
-
 MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = {
@@ -245,39 +243,30 @@ _HEADERS = {
 _UNSAID = ("application/octet-stream", "binary/octet-stream")
 
 
+@dataclass(frozen=True, slots=True)
 class ImageFetcher:
-    """Fetches pictures of at most `max_bytes` within `timeout_ms` in all, name look-up included.
+    """Fetches images of at most `max_bytes` within `timeout_ms` in all, name look-up included.
 
     `is_allowed` judges each address; `resolver` looks names up (the system's resolver in a
     thread by default). Both are for tests: production uses the defaults.
     """
 
-    def __init__(
-        self,
-        *,
-        max_bytes: int,
-        timeout_ms: int,
-        is_allowed: Callable[[Address], bool] = is_public,
-        resolver: AbstractResolver | None = None,
-    ) -> None:
-        self._max_bytes = max_bytes
-        self._timeout_ms = timeout_ms
-        self._is_allowed = is_allowed
-        self._resolver = resolver
+    max_bytes: int
+    timeout_ms: int
+    is_allowed: Callable[[Address], bool] = is_public
+    resolver: AbstractResolver | None = None
 
     async def fetch(self, uri: str) -> Media:
         """The picture at `uri`. Raises FetchRefused; cancelling closes the connection."""
         try:
-            async with asyncio.timeout(self._timeout_ms / 1000), AsyncExitStack() as stack:
-                session = await stack.enter_async_context(self._session())
-                return await self._follow(session, check_uri(uri, self._is_allowed))
+            async with asyncio.timeout(self.timeout_ms / 1000), AsyncExitStack() as stack:
+                session = guarded_session(self.is_allowed, self.resolver, _HEADERS)
+                await stack.enter_async_context(session)
+                return await self._follow(session, check_uri(uri, self.is_allowed))
         except TimeoutError:
-            raise refused(f"did not arrive within {self._timeout_ms} ms") from None
+            raise refused(f"did not arrive within {self.timeout_ms} ms") from None
         except aiohttp.ClientError as failed:
             raise refused(why_not_sent(failed)) from None
-
-    def _session(self) -> aiohttp.ClientSession:
-        return guarded_session(self._is_allowed, self._resolver, _HEADERS)
 
     async def _follow(self, session: aiohttp.ClientSession, url: URL) -> Media:
         for _ in range(MAX_REDIRECTS + 1):
@@ -289,7 +278,7 @@ class ImageFetcher:
                 url = url.join(URL(target))
             except ValueError:
                 raise refused("redirects to something that is not a URL") from None
-            url = check_uri(str(url), self._is_allowed)
+            url = check_uri(str(url), self.is_allowed)
         raise refused(f"redirects more than {MAX_REDIRECTS} times")
 
     async def _read(self, response: aiohttp.ClientResponse) -> Media:
@@ -300,12 +289,12 @@ class ImageFetcher:
         said = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
         if said and said not in _UNSAID and not said.startswith("image/"):
             raise refused(f"is not an image but {said[:64]!r}")
-        if response.content_length is not None and response.content_length > self._max_bytes:
+        if response.content_length is not None and response.content_length > self.max_bytes:
             raise self._too_large()
         data = bytearray()
         async for chunk in response.content.iter_any():
             data += chunk
-            if len(data) > self._max_bytes:
+            if len(data) > self.max_bytes:
                 raise self._too_large()
             if len(data) >= 32 and picture_type(bytes(data[:256])) is None:
                 break
@@ -316,7 +305,7 @@ class ImageFetcher:
         return Media(mime_type=mime_type, data=bytes(data), name=name[:128])
 
     def _too_large(self) -> FetchRefused:
-        return refused(f"is larger than {self._max_bytes} bytes")
+        return refused(f"is larger than {self.max_bytes} bytes")
 
 
 _POST_HEADERS = {"User-Agent": "tidegate", "Accept": "*/*", "Accept-Encoding": "identity"}
@@ -330,34 +319,28 @@ class Posted:
     problem: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
 class GuardedPoster:
     """Posts within `timeout_ms` in all; `is_allowed` judges each address."""
 
-    def __init__(
-        self,
-        *,
-        timeout_ms: int,
-        is_allowed: Callable[[Address], bool] = is_public,
-        resolver: AbstractResolver | None = None,
-    ) -> None:
-        self._timeout_ms = timeout_ms
-        self._is_allowed = is_allowed
-        self._resolver = resolver
+    timeout_ms: int
+    is_allowed: Callable[[Address], bool] = is_public
+    resolver: AbstractResolver | None = None
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Posted:
         """Cancelling closes the connection."""
         try:
-            target = check_uri(url, self._is_allowed, field="webhook_url")
+            target = check_uri(url, self.is_allowed, field="webhook_url")
             async with (
-                asyncio.timeout(self._timeout_ms / 1000),
-                guarded_session(self._is_allowed, self._resolver, _POST_HEADERS) as session,
+                asyncio.timeout(self.timeout_ms / 1000),
+                guarded_session(self.is_allowed, self.resolver, _POST_HEADERS) as session,
                 session.post(target, data=body, headers=headers, allow_redirects=False) as answer,
             ):
                 return Posted(answer.status)
         except FetchRefused as refused:
             return Posted(problem=refused.message)
         except TimeoutError:
-            return Posted(problem=f"webhook_url did not answer within {self._timeout_ms} ms")
+            return Posted(problem=f"webhook_url did not answer within {self.timeout_ms} ms")
         except aiohttp.ClientError as failed:
             return Posted(problem=f"webhook_url {why_not_sent(failed)}")
 

@@ -51,10 +51,10 @@ if TYPE_CHECKING:
         Part,
     )
 
-    from tidegate.upstream.gemini_transport import Scope, SdkClient, Settings
+    from tidegate.upstream.gemini_transport import CallScope, SdkClient, Settings
 
 
-class Reading:
+class AnswerReader:
     """Reads the chunks of one answer into `answer`.
 
     chunk  --take-->  events, in order       end of stream  --finish-->  fine, or an UpstreamError
@@ -397,16 +397,18 @@ class GeminiProcessor:
         Raises UpstreamError's subclasses, and whatever `sink` raises, unchanged. Cancellation at
         any point closes the upstream connection before it comes out of here.
         """
-        from tidegate.upstream.gemini_transport import Scope, turn_of
+        from tidegate.upstream.gemini_transport import CallScope, turn_of
 
         sdk = self._sdk or await self.start()
         model = model_path(call.model)
         uploaded: list[str] = []
-        scope = Scope(self._timeouts.total_ms, gathers=sink is None, traceparent=call.traceparent)
+        scope = CallScope(
+            self._timeouts.total_ms, gathers=sink is None, traceparent=call.traceparent
+        )
         try:
             async with scope:
                 parts = await self._parts(sdk, scope, call, uploaded) if call.media else []
-                reading = Reading(call.kind, answer)
+                reading = AnswerReader(call.kind, answer)
                 chunks = None
                 while True:
                     # Round SDK awaits only: the sink's exceptions must come out as they are.
@@ -440,17 +442,17 @@ class GeminiProcessor:
         to 4,000 characters; `answer` is filled with what came. Raises UpstreamError's subclasses;
         the caller bounds and cancels it.
         """
-        from tidegate.upstream.gemini_transport import Scope
+        from tidegate.upstream.gemini_transport import CallScope
 
         sdk = await self.start()
-        async with Scope(self._timeouts.total_ms) as scope:
+        async with CallScope(self._timeouts.total_ms) as scope:
             with self._translated(sdk, scope):
                 response = await sdk.client.models.generate_content(
                     model=model_path(model),
                     contents=judge_question(prompt, mime_types),
                     config=judge_settings(mime_types),  # type: ignore[arg-type]
                 )
-                reading = Reading(Kind.TEXT_ONLY, answer)
+                reading = AnswerReader(Kind.TEXT_ONLY, answer)
                 reading.take(response)
             if not answer.text:
                 self._finish(reading, scope)
@@ -458,7 +460,7 @@ class GeminiProcessor:
             return judgement(answer.whole_text, mime_types)
 
     async def _parts(
-        self, sdk: _Sdk, scope: Scope, call: Call, uploaded: list[str]
+        self, sdk: _Sdk, scope: CallScope, call: Call, uploaded: list[str]
     ) -> list[dict[str, Any]]:
         large: set[int] = set()
         if call.kind is not Kind.IMAGE_GENERATION:
@@ -473,13 +475,13 @@ class GeminiProcessor:
         return parts
 
     @contextmanager
-    def _translated(self, sdk: _Sdk, scope: Scope) -> Iterator[None]:
+    def _translated(self, sdk: _Sdk, scope: CallScope) -> Iterator[None]:
         try:
             yield
         except sdk.faults as failure:
             raise scope.error_of(failure, self._api_key) from None
 
-    def _finish(self, reading: Reading, scope: Scope) -> None:
+    def _finish(self, reading: AnswerReader, scope: CallScope) -> None:
         try:
             reading.finish()
         except UpstreamError:
@@ -495,11 +497,11 @@ class GeminiProcessor:
         chore.add_done_callback(self._chores.discard)
 
     async def _forget(self, sdk: _Sdk, names: Sequence[str]) -> None:
-        from tidegate.upstream.gemini_transport import Scope
+        from tidegate.upstream.gemini_transport import CallScope
 
         for name in names:
             try:
-                async with Scope(FORGET_WITHIN_MS) as scope:
+                async with CallScope(FORGET_WITHIN_MS) as scope:
                     with self._translated(sdk, scope):
                         await sdk.client.files.delete(name=name)
             except UpstreamError as failure:

@@ -6,7 +6,7 @@ them. The SDK's converters look every field of a model up by `name in model`; a 
 no such test, so that Python walks through all fields, finds nothing, and the SDK goes on to
 `getattr`: a third of what a call cost.
 
-Invariants: leaving a `Scope` returns only after all its exchanges are closed; a phase's timeout
+Invariants: leaving a `CallScope` returns only after all its exchanges are closed; a phase's timeout
 runs only while waiting for the provider; answers are bounded; an answer that is not plain is left
 to the SDK as it came; the light types hold exactly what the dictionaries of a request say, and are
 never changed. Importing this module costs 1 to 2 s (httpx2 and the SDK), so only
@@ -198,7 +198,7 @@ TAIL_BYTES = 65_536
 # A longer answer goes to the SDK as it comes.
 MOST_GATHERED_BYTES = 1_000_000
 
-_scope: ContextVar[Scope | None] = ContextVar("tidegate_gemini_scope", default=None)
+_scope: ContextVar[CallScope | None] = ContextVar("tidegate_gemini_scope", default=None)
 
 
 class SdkExchange:
@@ -399,7 +399,7 @@ class SdkClient(httpx2.AsyncClient):
         return self._wire
 
 
-class Scope:
+class CallScope:
     """The exchanges of one call, and its total time. Leaving it closes what is still open, even
     when cancelled; raises UpstreamTimeout when the time has run out. Where it `gathers`, the SDK
     gets the events of a stream as one. `traceparent` goes with all its requests.
@@ -413,9 +413,9 @@ class Scope:
         self.exchanges: list[SdkExchange] = []
         self._total_ms = total_ms
         self._total = asyncio.timeout(total_ms / 1000)
-        self._token: Token[Scope | None] | None = None
+        self._token: Token[CallScope | None] | None = None
 
-    async def __aenter__(self) -> Scope:
+    async def __aenter__(self) -> CallScope:
         await self._total.__aenter__()
         self._token = _scope.set(self)
         return self
@@ -553,7 +553,7 @@ class Settings(types.GenerateContentConfig):
         return super().model_copy(update=update)
 
 
-class Turn(types.Content):
+class UserTurn(types.Content):
     def __contains__(self, name: object) -> bool:
         return False
 
@@ -564,11 +564,11 @@ class Piece(types.Part):
 
 
 # Copied: making one by its constructor checks every field that there is, absent ones too.
-_TURN = Turn(role="user", parts=[])
+_TURN = UserTurn(role="user", parts=[])
 _PIECE = Piece(text="")
 
 
-def turn_of(content: Mapping[str, Any]) -> Turn:
+def turn_of(content: Mapping[str, Any]) -> UserTurn:
     """One turn of `request`. Raises ValueError where the SDK's types do not allow it."""
     parts: Sequence[Mapping[str, Any]] = content["parts"]
     return _TURN.model_copy(update={"parts": [_piece_of(part) for part in parts]})

@@ -47,7 +47,7 @@ class _Unusable(Exception):
     """What came is no answer; the message says why."""
 
 
-class Answer:
+class HttpAnswer:
     """What came back of one request, so far. `status` is 0 until its head is there; `ended` once
     all of it is; `failure` says why no more will come."""
 
@@ -103,22 +103,22 @@ class Connection(asyncio.Protocol):
         self._loop = loop
         self._when_lost = when_lost
         self._transport: asyncio.Transport
-        self._answer: Answer | None = None
+        self._answer: HttpAnswer | None = None
         self._parser = HttpResponseParser(self)
         self._begin_head()
         self._may_stay = False
         self._until_close = False
         self._reads = True
-        self._hinted: Answer | None = None  # something came before it, such as early hints
+        self._hinted: HttpAnswer | None = None  # something came before it, such as early hints
         self._sending: asyncio.Task[None] | None = None
         self._room: asyncio.Future[None] | None = None  # set while the upstream takes no more
 
     # -- one exchange
 
-    def send(self, head: bytes, body: bytes | AsyncIterator[bytes] | None) -> Answer:
+    def send(self, head: bytes, body: bytes | AsyncIterator[bytes] | None) -> HttpAnswer:
         """Send a request; `head` without the empty line at its end, and without a length where
         the body comes in pieces."""
-        answer = self._answer = Answer(self._loop)
+        answer = self._answer = HttpAnswer(self._loop)
         self._may_stay = self._until_close = False
         if body is None:
             self._transport.write(head + b"\r\n")
@@ -303,7 +303,7 @@ class Connection(asyncio.Protocol):
             answer.changed()
 
 
-def _sent(answer: Answer, sending: asyncio.Task[None]) -> None:
+def _sent(answer: HttpAnswer, sending: asyncio.Task[None]) -> None:
     """A body has been sent piece by piece, or its source has failed."""
     broken = None if sending.cancelled() else sending.exception()
     if isinstance(broken, TidegateError):
@@ -350,7 +350,7 @@ _NOT_IN_LINE = re.compile(rb"[\x00-\x20\x7f-\xff]")
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class UpstreamOrigin:
     """Where connections go."""
 
     host: str
@@ -362,10 +362,10 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RequestPlace:
     """A URL, taken apart: `line` is the request's first line without its method, and the host."""
 
-    origin: Origin
+    origin: UpstreamOrigin
     line: bytes
 
 
@@ -381,9 +381,9 @@ class Exchange:
     def __init__(
         self,
         wire: RelayWire,
-        origin: Origin,
+        origin: UpstreamOrigin,
         connection: Connection,
-        answer: Answer,
+        answer: HttpAnswer,
         timeouts: Timeouts,
     ) -> None:
         now = wire.time()
@@ -494,10 +494,10 @@ class RelayWire:
         self._loop = asyncio.get_running_loop()
         self.time = self._loop.time
         self._timeouts = timeouts
-        self._places: dict[str, Place] = {}
-        self._idle: dict[Origin, list[Connection]] = {}
+        self._places: dict[str, RequestPlace] = {}
+        self._idle: dict[UpstreamOrigin, list[Connection]] = {}
         self.connections: set[Connection] = set()
-        self._names: dict[Origin, tuple[float, list[Any]]] = {}
+        self._names: dict[UpstreamOrigin, tuple[float, list[Any]]] = {}
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -513,7 +513,7 @@ class RelayWire:
             connection.drop()
         await asyncio.sleep(0)
 
-    def place(self, text: str) -> Place:
+    def place(self, text: str) -> RequestPlace:
         """Of a URL that is whole and quoted already; kept, since taking one apart is dear. Raises
         UpstreamRejected."""
         known = self._places.get(text)
@@ -526,7 +526,7 @@ class RelayWire:
     async def open(
         self,
         method: str,
-        place: Place,
+        place: RequestPlace,
         headers: Iterable[tuple[bytes, bytes]],
         body: bytes | AsyncIterator[bytes] | None,
         on_sent: Callable[[], None] | None = None,
@@ -574,12 +574,12 @@ class RelayWire:
 
     # -- connections
 
-    def keep(self, origin: Origin, connection: Connection) -> None:
+    def keep(self, origin: UpstreamOrigin, connection: Connection) -> None:
         """It may take another request."""
         connection.idle_since = self.time()
         self._idle.setdefault(origin, []).append(connection)
 
-    def _idle_one(self, origin: Origin) -> Connection | None:
+    def _idle_one(self, origin: UpstreamOrigin) -> Connection | None:
         kept = self._idle.get(origin)
         while kept:
             connection = kept.pop()
@@ -587,7 +587,7 @@ class RelayWire:
                 return connection
         return None
 
-    async def _connect(self, origin: Origin) -> Connection:
+    async def _connect(self, origin: UpstreamOrigin) -> Connection:
         try:
             async with asyncio.timeout(self._timeouts.connect_ms / 1000):
                 connected = await aiohappyeyeballs.start_connection(
@@ -612,7 +612,7 @@ class RelayWire:
         self.connections.add(connection)
         return connection
 
-    async def _addresses(self, origin: Origin) -> list[Any]:
+    async def _addresses(self, origin: UpstreamOrigin) -> list[Any]:
         now = self.time()
         until, found = self._names.get(origin, (0.0, []))
         if now > until:
@@ -652,7 +652,7 @@ def _unconnected(message: str) -> UpstreamUnavailable:
     return UpstreamUnavailable(message, broke="connecting")
 
 
-def _place(text: str) -> Place:
+def _place(text: str) -> RequestPlace:
     try:
         url = URL(text, encoded=True)
         host, port = url.raw_host, url.port
@@ -664,4 +664,6 @@ def _place(text: str) -> Place:
     target, named = url.raw_path_qs.encode(), url.host_port_subcomponent or ""
     if _NOT_IN_LINE.search(target) or _NOT_IN_LINE.search(named.encode()):
         raise UpstreamRejected("the request could not be sent: its URL is not in ASCII")
-    return Place(Origin(host, port, url.scheme == "https"), line % (target, named.encode()))
+    return RequestPlace(
+        UpstreamOrigin(host, port, url.scheme == "https"), line % (target, named.encode())
+    )

@@ -10,7 +10,7 @@ import pytest
 from tidegate.admission.demand import (
     LONGEST_MS,
     USUAL_RAMP_MS,
-    Pause,
+    LimitPause,
     Reach,
     model_limit,
     pause_after,
@@ -25,7 +25,7 @@ KIND, MODEL, TOTAL = "kind:text_only", "model:m", "pool:total"
 
 def paused(
     error: UpstreamThrottled, *limits: str, now: datetime = NOON, zone: str | None = None
-) -> Pause | None:
+) -> LimitPause | None:
     tables = {"rpd:m": {"bound": 5, "zone": zone}} if zone else {}
     policy = of_plain({"limits": {**dict.fromkeys((KIND, *limits), 5), **tables}})
     asked = Reach(policy).limits("text_only", "m", "acme", 0)
@@ -57,24 +57,28 @@ def throttled(unit: str | None = None, **said: bool) -> UpstreamThrottled:
 def test_the_limit_nearest_to_the_cause_is_paused(
     limits: tuple[str, ...], unit: str | None, blamed: str
 ) -> None:
-    assert paused(throttled(unit), *limits) == Pause(blamed, 47_000, USUAL_RAMP_MS)
+    assert paused(throttled(unit), *limits) == LimitPause(blamed, 47_000, USUAL_RAMP_MS)
 
 
 def test_a_day_that_is_used_up_is_over_at_midnight_where_its_quota_says() -> None:
     los_angeles = paused(throttled(day_quota=True), "rpm:m", "rpd:m")
-    assert los_angeles == Pause("rpd:m", 19 * HOUR_MS, USUAL_RAMP_MS)
+    assert los_angeles == LimitPause("rpd:m", 19 * HOUR_MS, USUAL_RAMP_MS)
     berlin = paused(throttled(day_quota=True), zone="Europe/Berlin")
-    assert berlin == Pause("rpd:m", 10 * HOUR_MS, USUAL_RAMP_MS)
-    assert paused(throttled(day_quota=True), MODEL) == Pause(MODEL, 19 * HOUR_MS, USUAL_RAMP_MS)
-    assert paused(throttled("tokens", day_quota=True), "rpd:m", "tpd:m") == Pause(
+    assert berlin == LimitPause("rpd:m", 10 * HOUR_MS, USUAL_RAMP_MS)
+    assert paused(throttled(day_quota=True), MODEL) == LimitPause(
+        MODEL, 19 * HOUR_MS, USUAL_RAMP_MS
+    )
+    assert paused(throttled("tokens", day_quota=True), "rpd:m", "tpd:m") == LimitPause(
         "tpd:m", 19 * HOUR_MS, USUAL_RAMP_MS
     )
 
 
 def test_a_limit_of_a_day_that_says_when_it_has_room_is_paused_until_then() -> None:
     found = paused(throttled("tokens", per_day=True), "tpm:m", "tpd:m", "rpd:m")
-    assert found == Pause("tpd:m", 47_000, USUAL_RAMP_MS)
-    assert paused(throttled("tokens", per_day=True), "tpm:m") == Pause(MODEL, 47_000, USUAL_RAMP_MS)
+    assert found == LimitPause("tpd:m", 47_000, USUAL_RAMP_MS)
+    assert paused(throttled("tokens", per_day=True), "tpm:m") == LimitPause(
+        MODEL, 47_000, USUAL_RAMP_MS
+    )
 
 
 def test_a_day_on_which_the_clocks_change_is_as_long_as_it_is() -> None:
@@ -86,8 +90,8 @@ def test_a_day_on_which_the_clocks_change_is_as_long_as_it_is() -> None:
 
 
 def test_a_pause_without_a_time_is_for_the_caller_to_measure() -> None:
-    assert paused(UpstreamThrottled("429"), "rpm:m") == Pause("rpm:m", 0, 0)
-    assert paused(UpstreamThrottled("429", retry_after_ms=0), "rpm:m") == Pause("rpm:m", 0, 0)
+    assert paused(UpstreamThrottled("429"), "rpm:m") == LimitPause("rpm:m", 0, 0)
+    assert paused(UpstreamThrottled("429", retry_after_ms=0), "rpm:m") == LimitPause("rpm:m", 0, 0)
 
 
 def test_what_speaks_of_no_model_pauses_nothing() -> None:
@@ -98,7 +102,7 @@ def test_what_speaks_of_no_model_pauses_nothing() -> None:
 def test_the_account_is_paused_where_the_provider_names_it() -> None:
     policy = of_plain({"limits": {KIND: 5, "rpm:m": 5}})
     found = pause_after(throttled(), (KIND, "rpm:m"), "m", policy, NOON, account="upstream:u")
-    assert found == Pause("upstream:u", 47_000, USUAL_RAMP_MS)
+    assert found == LimitPause("upstream:u", 47_000, USUAL_RAMP_MS)
 
 
 @pytest.mark.parametrize("name", ["two words", "a|b", "{tag}", "\x00", "é", "x" * 10_000, "\ud800"])
@@ -111,6 +115,6 @@ def test_a_model_of_any_name_has_a_limit_that_fits_into_the_record(name: str) ->
 
 def test_no_answer_can_pause_for_longer_than_it_could_mean() -> None:
     found = paused(UpstreamThrottled("429", retry_after_ms=86_400_000), "rpm:m")
-    assert found == Pause("rpm:m", LONGEST_MS, USUAL_RAMP_MS)
+    assert found == LimitPause("rpm:m", LONGEST_MS, USUAL_RAMP_MS)
     short = paused(UpstreamThrottled("429", retry_after_ms=800), "rpm:m")
-    assert short == Pause("rpm:m", 800, 800)
+    assert short == LimitPause("rpm:m", 800, 800)

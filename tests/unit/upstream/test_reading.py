@@ -10,7 +10,7 @@ from google.genai.types import GenerateContentResponse
 
 from tidegate.call import Answer, Delta, Kind, Media, Picture, Usage, UsageReport
 from tidegate.errors import EmptyAnswer, PromptBlocked, UpstreamGarbled, UpstreamUnavailable
-from tidegate.upstream.gemini import Reading
+from tidegate.upstream.gemini import AnswerReader
 
 
 def response(*parts: dict[str, Any], **more: Any) -> GenerateContentResponse:
@@ -28,7 +28,7 @@ def picture(data: bytes = b"png", mime_type: str = "image/png", **more: Any) -> 
 
 def test_a_piece_is_in_the_answer_before_its_event_is_given_out() -> None:
     answer = Answer()
-    events = Reading(Kind.IMAGE_GENERATION, answer).take(response({"text": "See:"}, picture()))
+    events = AnswerReader(Kind.IMAGE_GENERATION, answer).take(response({"text": "See:"}, picture()))
     assert events == [Delta("See:"), Picture(Media("image/png", b"png"))]
     assert answer.text == ["See:"]
     assert answer.pictures == [Media("image/png", b"png")]
@@ -43,12 +43,12 @@ def test_what_is_no_text_or_picture_is_passed_over() -> None:
         {"text": ""},
         {"function_call": {"name": "f", "args": {}}},
     )
-    assert Reading(Kind.TEXT_ONLY, Answer()).take(response(*parts)) == []
+    assert AnswerReader(Kind.TEXT_ONLY, Answer()).take(response(*parts)) == []
 
 
 def test_usage_is_reported_when_it_changes_and_unknown_stays_unknown() -> None:
     answer = Answer()
-    reading = Reading(Kind.TEXT_ONLY, answer)
+    reading = AnswerReader(Kind.TEXT_ONLY, answer)
     first = response(usage_metadata={"prompt_token_count": 7})
     assert reading.take(first) == [UsageReport(Usage(input_tokens=7))]
     assert reading.take(first) == []
@@ -78,7 +78,7 @@ def test_usage_is_reported_when_it_changes_and_unknown_stays_unknown() -> None:
 def test_what_the_end_of_an_answer_means(
     kind: Kind, chunks: list[GenerateContentResponse], error: type[Exception] | None
 ) -> None:
-    reading = Reading(kind, Answer())
+    reading = AnswerReader(kind, Answer())
     for chunk in chunks:
         reading.take(chunk)
     if error is None:
@@ -93,7 +93,7 @@ def test_a_block_reason_counts_only_without_content() -> None:
     blocked = GenerateContentResponse.model_validate(
         {"prompt_feedback": {"block_reason": "NEW_RULE"}}
     )
-    reading = Reading(Kind.TEXT_ONLY, Answer())
+    reading = AnswerReader(Kind.TEXT_ONLY, Answer())
     reading.take(blocked)
     with pytest.raises(PromptBlocked) as raised:
         reading.finish()
