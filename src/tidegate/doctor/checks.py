@@ -37,7 +37,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """check: its stable name, such as `valkey.reach`. found: in words. mend: how to fix it."""
+    """Result of a check, by its stable name such as `valkey.reach`, in words, with its fix."""
 
     check: str
     state: State

@@ -178,7 +178,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class PlayRange:
     """One figure over all plays."""
 
     mean: float
@@ -192,9 +192,9 @@ class GroupSpread:
     some play no call was admitted."""
 
     name: str
-    mean_ms: Range | None
-    p95_ms: Range | None
-    refused: Range
+    mean_ms: PlayRange | None
+    p95_ms: PlayRange | None
+    refused: PlayRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,7 +521,7 @@ def _spreads(found: Findings) -> Table:
     return Table(f"Over {found.plays} plays, each call moved a little", columns, rows)
 
 
-def _spread(one: Range | None, told: Callable[[float], str]) -> tuple[str, str, str]:
+def _spread(one: PlayRange | None, told: Callable[[float], str]) -> tuple[str, str, str]:
     return ("-",) * 3 if one is None else (told(one.mean), told(one.lowest), told(one.highest))
 
 
@@ -556,7 +556,7 @@ def _side_by_side(found: Sequence[Findings]) -> Table:
     return Table(title_of(found[0]), ("", *(one.name for one in found)), rows, right_from=1)
 
 
-def _range(one: Range | None) -> str:
+def _range(one: PlayRange | None) -> str:
     return "-" if one is None else f"{milliseconds(one.lowest)} to {milliseconds(one.highest)}"
 
 

@@ -46,7 +46,7 @@ from tidegate.rehearse.report import (
     GroupSpread,
     LoadCall,
     LoadTally,
-    Range,
+    PlayRange,
     findings_of,
 )
 
@@ -466,11 +466,11 @@ def _spreads(found: Sequence[Findings]) -> list[GroupSpread]:
 
 
 def _spread(groups: Sequence[Group]) -> GroupSpread:
-    def over(figure: Callable[[Group], float | None]) -> Range | None:
+    def over(figure: Callable[[Group], float | None]) -> PlayRange | None:
         values = [value for group in groups if (value := figure(group)) is not None]
         if len(values) < len(groups):
             return None
-        return Range(sum(values) / len(values), min(values), max(values))
+        return PlayRange(sum(values) / len(values), min(values), max(values))
 
     refused = over(lambda group: sum(group.refused.values()))
     assert refused is not None

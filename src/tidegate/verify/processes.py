@@ -141,7 +141,12 @@ class ProcessFamily:
                 self.seen[name, what] += 1
                 continue
             event = Event(
-                *(int(at), what, name, int(number), tenant, ("",)),  # type: ignore[arg-type]
+                int(at),
+                what,  # type: ignore[arg-type]
+                name,
+                int(number),
+                tenant,
+                ("",),
                 epoch=int(epoch),
             )
             self._events.append(event)
