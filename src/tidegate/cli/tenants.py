@@ -26,7 +26,6 @@ from tidegate.errors import ConfigError
 if TYPE_CHECKING:
     from tidegate.policy.inspection import Control
     from tidegate.policy.tenants import ShownTenant
-    from tidegate.store.tenants import Key
 
 app = typer.Typer(help="See and change tenants of the running deployment.", no_args_is_help=True)
 
@@ -53,11 +52,11 @@ def _cap(help_: str) -> Any:
 @app.command("list")
 def list_(json: Json = False) -> None:
     """Show all tenants."""
-    from tidegate.policy.tenants import list_tenants
+    from tidegate.policy.tenants import list_tenants, plain_tenant
 
     found = in_pool(list_tenants)
     if json:
-        show_json([_plain(one) for one in found])
+        show_json([plain_tenant(one) for one in found])
         return
     show_table(
         "",
@@ -79,14 +78,14 @@ def list_(json: Json = False) -> None:
 @app.command()
 def show(tenant: TenantName, json: Json = False) -> None:
     """Show one tenant, with the secret that signs its webhooks."""
-    from tidegate.policy.tenants import show_tenant, webhook_secret_of
+    from tidegate.policy.tenants import plain_tenant, show_tenant, webhook_secret_of
     from tidegate.settings import load
 
     shown = in_pool(lambda control: show_tenant(control, tenant))
     deployments = load().webhook_secret
     secret = deployments and webhook_secret_of(deployments.get_secret_value(), tenant)
     if json:
-        show_json({**_plain(shown), "webhook_secret": secret})
+        show_json({**plain_tenant(shown), "webhook_secret": secret})
         return
     _say(shown, json)
     if secret:
@@ -211,8 +210,10 @@ def _set(
 
 
 def _say(one: ShownTenant, json: bool) -> None:
+    from tidegate.policy.tenants import plain_tenant
+
     if json:
-        show_json(_plain(one))
+        show_json(plain_tenant(one))
         return
     tenant = one.tenant
     typer.echo(f"{tenant.tenant_id}{'' if tenant.disabled_at is None else ' (disabled)'}")
@@ -243,14 +244,6 @@ def _bounds(one: ShownTenant) -> list[str]:
         if (value := getattr(tenant, name)) is not None:
             lines.append(f"{option.removeprefix('--').replace('-', ' ')}: {value:.12g}")
     return lines
-
-
-def _plain(one: ShownTenant) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    values = asdict(one.tenant)
-    name = values.pop("tenant_id")
-    return {"tenant": name, "weight": one.weight, "limits": one.limits, **values}
 
 
 def _changed_bounds(texts: tuple[str | None, ...]) -> dict[str, Any]:
@@ -298,7 +291,7 @@ def create(
     json: Json = False,
 ) -> None:
     """Make a key. It goes to standard output, this once: only its digest is kept."""
-    from tidegate.policy.tenants import check_name
+    from tidegate.policy.tenants import check_name, plain_key
     from tidegate.store.tenants import USUAL_SCOPES
 
     expires_at = None
@@ -318,7 +311,7 @@ def create(
         )
     )
     if json:
-        show_json({"key": made.text, **_plain_key(key)})
+        show_json({"key": made.text, **plain_key(key)})
         return
     typer.echo(made.text)
     what = f"a key of {tenant} for {' and '.join(key.scopes)}, named by its prefix {key.prefix}"
@@ -332,7 +325,7 @@ def list_keys(
     json: Json = False,
 ) -> None:
     """Show keys by their prefixes, the oldest first, never the keys themselves."""
-    from tidegate.policy.tenants import check_name
+    from tidegate.policy.tenants import check_name, plain_key
 
     start = prefix.removeprefix("tg_").partition("_")[0]
     if not start.isascii():
@@ -341,7 +334,7 @@ def list_keys(
         check_name(tenant)
     keys = with_tenants(lambda tenants: tenants.list_keys(tenant, start))
     if json:
-        show_json([_plain_key(key) for key in keys])
+        show_json([plain_key(key) for key in keys])
     elif not keys:
         typer.echo("no key is there: tidegate keys create makes one")
     else:
@@ -373,9 +366,11 @@ def keep(
     json: Json = False,
 ) -> None:
     """Answer for a key of which nobody knows who made it: `doctor` then lists it no more."""
+    from tidegate.policy.tenants import plain_key
+
     meant = _prefix("keys keep", prefix)
     key = with_tenants(lambda tenants: tenants.keep_key(meant, by=f"kept by {who()}"))
-    tell(json, _plain_key(key), f"{key.prefix} of {key.tenant_id}: {key.made_by}")
+    tell(json, plain_key(key), f"{key.prefix} of {key.tenant_id}: {key.made_by}")
 
 
 @keys_app.command()
@@ -384,9 +379,11 @@ def revoke(
     json: Json = False,
 ) -> None:
     """End a key for good; it is refused everywhere within a second."""
+    from tidegate.policy.tenants import plain_key
+
     meant = _prefix("keys revoke", prefix)
     key = with_tenants(lambda tenants: tenants.revoke_key(meant, by=who()))
-    tell(json, _plain_key(key), f"{key.prefix} of {key.tenant_id} is revoked")
+    tell(json, plain_key(key), f"{key.prefix} of {key.tenant_id} is revoked")
 
 
 def _prefix(command: str, text: str) -> str:
@@ -396,13 +393,6 @@ def _prefix(command: str, text: str) -> str:
     if prefix is None:
         raise ConfigError(command, "(prefix)", "must be a key's prefix of 10 characters")
     return prefix
-
-
-def _plain_key(key: Key) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    values = asdict(key)
-    return {"tenant": values.pop("tenant_id"), **values, "state": key.state}
 
 
 def _minute(at: datetime | None) -> str:

@@ -256,18 +256,15 @@ class Trend:
         step_s = self._wanted.step_s
         last = int(self._now // step_s) * step_s  # has only begun
         begins = [last - step_s * back for back in range(self._wanted.spans, 0, -1)]
-        tallies = [self._of(at, pool) for at in begins]
-        total = CallCounts()
-        for tally in tallies:
-            if tally is not None:
-                total.merge(tally, _MOST_ADDED)
+        counts = [self._of(at, pool) for at in begins]
+        total = _merged(counts)
         return {
             "pool": pool,
             "step_s": step_s,
             "at": begins,
-            **{name: [_rate(one, name, step_s) for one in tallies] for name in _SINGLE},
-            "waits": _lines([None if one is None else one.waits for one in tallies]),
-            "lengths": _lines([None if one is None else one.lengths for one in tallies]),
+            **{name: [_rate(one, name, step_s) for one in counts] for name in _SINGLE},
+            "waits": _lines([one.waits for one in counts]),
+            "lengths": _lines([one.lengths for one in counts]),
             "totals": total.counts,
             "total_waits": percentiles(total.waits, SHARES),
             "total_lengths": percentiles(total.lengths, SHARES),
@@ -283,11 +280,7 @@ class Trend:
         """The newest minute of a pool, as far as it is known."""
         step_s = self._wanted.step_s
         last = int(self._now // step_s) * step_s
-        total = CallCounts()
-        for at in range(last - NOW_S, last, step_s):
-            tally = self._of(at, pool)
-            if tally is not None:
-                total.merge(tally, _MOST_ADDED)
+        total = _merged([self._of(at, pool) for at in range(last - NOW_S, last, step_s)])
         return {
             "per_second": total.counts.get("calls", 0) / NOW_S,
             "failed": total.counts.get("failed", 0),
@@ -297,29 +290,33 @@ class Trend:
             "lengths": percentiles(total.lengths, SHARES),
         }
 
-    def _of(self, at: int, pool: str) -> CallCounts | None:
-        return self._pools_at(at).get(pool)
+    def _of(self, at: int, pool: str) -> CallCounts:
+        return self._pools_at(at).get(pool) or CallCounts()
 
     def _pools_at(self, at: int) -> Mapping[str, CallCounts]:
         return self._open.get(at) or self._settled.get(at) or {}
 
     def _upstreams_at(self, begins: Sequence[int]) -> CallCounts:
         """What each upstream was called in these spans, whichever pool its calls were in."""
-        total = CallCounts()
-        for at in begins:
-            for tally in self._pools_at(at).values():
-                called = tally.apart.get("upstream", {})
-                total.merge(CallCounts(apart={"upstream": called}), _MOST_ADDED)
-        return total
+        counts = [one for at in begins for one in self._pools_at(at).values()]
+        called = [one.apart.get("upstream", {}) for one in counts]
+        return _merged([CallCounts(apart={"upstream": one}) for one in called])
 
 
-def _rate(tally: CallCounts | None, name: str, step_s: int) -> float:
-    return 0.0 if tally is None else round(tally.counts.get(name, 0) / step_s, 3)
+def _merged(counts: Iterable[CallCounts]) -> CallCounts:
+    total = CallCounts()
+    for one in counts:
+        total.merge(one, _MOST_ADDED)
+    return total
 
 
-def _lines(histograms: Sequence[int | None]) -> list[list[float | None]]:
+def _rate(counts: CallCounts, name: str, step_s: int) -> float:
+    return round(counts.counts.get(name, 0) / step_s, 3)
+
+
+def _lines(histograms: Sequence[int]) -> list[list[float | None]]:
     """A line for each of `SHARES`; a gap where nothing has ended."""
-    columns = [percentiles(one or 0, SHARES) for one in histograms]
+    columns = [percentiles(one, SHARES) for one in histograms]
     return [[_rounded(column[line]) for column in columns] for line in range(len(SHARES))]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from typing import Any, Never
+from typing import Any, Never, TypeVar
 from urllib.parse import parse_qsl
 
 import anyio
@@ -56,6 +56,7 @@ MAX_PRIORITY = 100
 MAX_DEADLINE_MS = 7 * 86_400_000
 MAX_SUBJECT_CHARS = 200
 
+T = TypeVar("T")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
@@ -104,18 +105,20 @@ def read_fields(
     given = {name: value for name, value in values.items() if value is not None}
     return Submission(
         prompt=_prompt(given, config.max_prompt_chars),
-        image_uri=_image_uri(given.get("image_uri"), is_allowed),
-        kind=_kind(given.get("type")),
-        model=_model(given.get("model")),
+        image_uri=_optional(given, "image_uri", partial(_image_uri, is_allowed)),
+        kind=_optional(given, "type", _kind),
+        model=_optional(given, "model", _model),
         priority=_integer("priority", given.get("priority", 0), -MAX_PRIORITY, MAX_PRIORITY),
-        deadline_ms=(
-            _integer("deadline_ms", given["deadline_ms"], 1, MAX_DEADLINE_MS)
-            if "deadline_ms" in given
-            else None
+        deadline_ms=_optional(
+            given, "deadline_ms", lambda value: _integer("deadline_ms", value, 1, MAX_DEADLINE_MS)
         ),
-        webhook_url=_webhook_url(given.get("webhook_url"), config),
-        subject=_subject(given.get("subject")),
+        webhook_url=_optional(given, "webhook_url", partial(_webhook_url, config)),
+        subject=_optional(given, "subject", _subject),
     )
+
+
+def _optional(given: Mapping[str, Any], name: str, check: Callable[[Any], T]) -> T | None:
+    return check(given[name]) if name in given else None
 
 
 def from_form(pairs: Mapping[str, str]) -> dict[str, Any]:
@@ -182,9 +185,7 @@ def _text(field: str, value: Any) -> str:
     return value
 
 
-def _kind(value: Any) -> Kind | None:
-    if value is None:
-        return None
+def _kind(value: Any) -> Kind:
     try:
         return Kind(_text("type", value))
     except ValueError:
@@ -193,9 +194,7 @@ def _kind(value: Any) -> Kind | None:
         ) from None
 
 
-def _model(value: Any) -> str | None:
-    if value is None:
-        return None
+def _model(value: Any) -> str:
     name = _text("model", value)
     if len(name) > 128 or not _MODEL.fullmatch(name):
         raise InvalidRequest(
@@ -215,17 +214,13 @@ def _integer(field: str, value: Any, lowest: int, highest: int) -> int:
     return value
 
 
-def _image_uri(value: Any, is_allowed: Callable[[Address], bool]) -> str | None:
-    if value is None:
-        return None
+def _image_uri(is_allowed: Callable[[Address], bool], value: Any) -> str:
     uri = _text("image_uri", value)
     check_uri(uri, is_allowed)
     return uri
 
 
-def _webhook_url(value: Any, config: Config) -> str | None:
-    if value is None:
-        return None
+def _webhook_url(config: Config, value: Any) -> str:
     url = _text("webhook_url", value)
     if config.webhook_secret is None:
         raise InvalidRequest(
@@ -236,9 +231,7 @@ def _webhook_url(value: Any, config: Config) -> str | None:
     return url
 
 
-def _subject(value: Any) -> str | None:
-    if value is None:
-        return None
+def _subject(value: Any) -> str:
     subject = _text("subject", value).strip()
     if not 1 <= len(subject) <= MAX_SUBJECT_CHARS or not subject.isprintable():
         allowed = f"1 to {MAX_SUBJECT_CHARS} printable characters"

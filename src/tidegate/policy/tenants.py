@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -17,7 +17,7 @@ from tidegate.errors import ConfigError, NotFound
 from tidegate.limiter import check_tenant
 from tidegate.policy.format import Plain, share_edit, share_of, to_plain, without
 from tidegate.policy.inspection import Control
-from tidegate.store.tenants import Tenant, check_changes
+from tidegate.store.tenants import Key, Tenant, check_changes
 
 _WEBHOOK_PREFIX = "whsec_"
 
@@ -107,3 +107,16 @@ def webhook_secret_of(deployments: str, tenant_id: str) -> str:
 def _shown(tenant: Tenant, plain: Plain) -> ShownTenant:
     share = share_of(plain, tenant.tenant_id)
     return ShownTenant(tenant, share.weight, share.limits)
+
+
+def plain_tenant(shown: ShownTenant) -> dict[str, Any]:
+    """A tenant as plain values, by the names that the API and `--json` have."""
+    values = asdict(shown.tenant)
+    name = values.pop("tenant_id")
+    return {"tenant": name, "weight": shown.weight, "limits": shown.limits, **values}
+
+
+def plain_key(key: Key) -> dict[str, Any]:
+    """A key likewise, never the key itself."""
+    values = asdict(key)
+    return {"tenant": values.pop("tenant_id"), **values, "state": key.state}

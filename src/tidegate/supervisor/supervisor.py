@@ -261,7 +261,7 @@ class Family:
             born = time.monotonic()
             process = self._running.get(child.name)  # one that took the place of one that died
             if process is None:
-                process = await self._start(child)
+                process = self._running[child.name] = await self._spawn(child, {}, ())
             try:
                 code = await self._ended_or_stop(process)
             finally:
@@ -282,11 +282,6 @@ class Family:
                 self.stop()
                 return
             await self._pause(_BACKOFF_S[min(deaths, len(_BACKOFF_S)) - 1])
-
-    async def _start(self, child: Child) -> Process:
-        process = await self._spawn(child, {}, ())
-        self._running[child.name] = process
-        return process
 
     async def _born(self, child: Child) -> tuple[Process, int]:
         """A process that is not yet the child's, and the pipe by which it says that it is ready."""

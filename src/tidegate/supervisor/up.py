@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from tempfile import TemporaryDirectory
@@ -70,6 +70,8 @@ class Page:
         self._line((f"{_INDENT}{text}", "yellow"))
 
     def stopping(self) -> None:
+        """Report that the end has begun, to systemd too."""
+        tell_stopping()
         grace_s = self._config.shutdown_grace_ms / 1000
         self._line()
         self._line(
@@ -247,7 +249,7 @@ def up(config: Config, apis: int, workers: int) -> int:
                 pass_fds=[listener.fileno(), *([ground.lease.descriptor] if ground.lease else [])],
                 grace_s=config.shutdown_grace_ms / 1000,
                 leave_s=config.leave_ms / 1000,
-                on_stopping=_both(tell_stopping, page.stopping),
+                on_stopping=page.stopping,
                 on_ended=lambda name: forget(name, counts),
                 reread=lambda: {**_reread(ground), SHARED: counts},
             )
@@ -257,14 +259,6 @@ def up(config: Config, apis: int, workers: int) -> int:
             return 1
         page.stopped()
         return 0
-
-
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        first()
-        second()
-
-    return run
 
 
 def _reread(ground: Ground) -> dict[str, str]:

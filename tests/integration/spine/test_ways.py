@@ -18,7 +18,7 @@ REACHED = {
     "relayed call": Goal(40, 182),
     "acquire to grant": Goal(8, 38),
     "submit to webhook": Goal(58, 300),
-    "limits set to in force": Goal(30, 275),
+    "limits set to in force": Goal(23, 235),
 }
 
 

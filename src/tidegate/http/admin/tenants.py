@@ -6,7 +6,6 @@ change is in force in this process when it is answered, in all others within a s
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -31,7 +30,7 @@ from tidegate.http.submission import MAX_SUBJECT_CHARS
 from tidegate.policy import tenants
 from tidegate.policy.tenants import ShownTenant, Wanted
 from tidegate.store.retention import EraseReport, Whose
-from tidegate.store.tenants import SETTABLE, Key, prefix_in
+from tidegate.store.tenants import SETTABLE, prefix_in
 
 router = admin_router(400, 408, 413, 415, 503, tag="tenants", depends=[Depends(in_pool)])
 subjects_router = admin_router(400, 404, 503)
@@ -202,7 +201,7 @@ async def list_keys(
     found = await services_of(request).store.tenants.list_keys(
         tenant, prefix.removeprefix("tg_").partition("_")[0]
     )
-    return [KeyView(**_plain(key)) for key in found]
+    return [KeyView(**tenants.plain_key(key)) for key in found]
 
 
 @router.post(
@@ -230,7 +229,7 @@ async def make_key(request: Request, response: Response) -> MadeKey:
     )
     await services.gate.refresh()
     response.headers["Cache-Control"] = "no-store"
-    return MadeKey(**_plain(key), key=made.text)
+    return MadeKey(**tenants.plain_key(key), key=made.text)
 
 
 @router.delete(
@@ -249,23 +248,12 @@ async def revoke_key(
     services = services_of(request)
     key = await services.store.tenants.revoke_key(meant, by=by)
     await services.gate.refresh()
-    return KeyView(**_plain(key))
+    return KeyView(**tenants.plain_key(key))
 
 
 def _view(shown: ShownTenant) -> TenantView:
-    values = asdict(shown.tenant)
-    return TenantView(
-        tenant=values.pop("tenant_id"),
-        **values,
-        weight=shown.weight,
-        limits=shown.limits,
-        disabled=shown.tenant.disabled_at is not None,
-    )
-
-
-def _plain(key: Key) -> dict[str, Any]:
-    values = asdict(key)
-    return {"tenant": values.pop("tenant_id"), **values, "state": key.state}
+    disabled = shown.tenant.disabled_at is not None
+    return TenantView(**tenants.plain_tenant(shown), disabled=disabled)
 
 
 _WITHIN_S = 20.0
