@@ -290,6 +290,8 @@ class UpstreamError(TidegateError):
     once it is known that other requests fail at that upstream as well."""
 
     code = "upstream"
+    # Whether the upstream works, and this is its answer to this one request.
+    is_answer: ClassVar[bool] = False
     in_outage = False
 
     def __init__(
@@ -304,11 +306,6 @@ class UpstreamError(TidegateError):
         error uses up none of a job's attempts. False where the request may have brought it about.
         """
         return self.in_outage
-
-    @property
-    def is_answer(self) -> bool:
-        """Whether the upstream works, and this is what it says to this one request."""
-        return False
 
 
 class UpstreamThrottled(UpstreamError):
@@ -399,15 +396,12 @@ class UpstreamTimeout(UpstreamError):
 
 class UpstreamRejected(UpstreamError):
     code = "upstream_rejected"
-
-    @property
-    def is_answer(self) -> bool:
-        return True
+    is_answer = True
 
 
 class UpstreamUnauthorized(UpstreamError):
     """`of_key` is false where the provider's words may be about this call alone. `in_short` is what
-    every client may read it."""
+    every client may read."""
 
     code = "upstream_unauthorized"
     in_short: ClassVar[str] = "the provider refuses this gateway's own key"
@@ -443,28 +437,22 @@ class PromptBlocked(UpstreamError):
     """`reason` is the provider's own word, such as `SAFETY`."""
 
     code = "prompt_blocked"
+    is_answer = True
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message, status=200)
         self.reason = reason
-
-    @property
-    def is_answer(self) -> bool:
-        return True
 
 
 class EmptyAnswer(UpstreamError):
     """`finish_reason` is the provider's own word, or None where it gave none."""
 
     code = "empty_answer"
+    is_answer = True
 
     def __init__(self, message: str, *, finish_reason: str | None) -> None:
         super().__init__(message, status=200)
         self.finish_reason = finish_reason
-
-    @property
-    def is_answer(self) -> bool:
-        return True
 
 
 class StoreUnavailable(TidegateError):

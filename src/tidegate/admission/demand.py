@@ -450,20 +450,16 @@ class Demands:
         self._turn = -1  # the first call is one to learn from
 
     def of(self, call: Call, policy: PoolPolicy) -> Demand:
-        """What a call needs under the policy in force."""
-        images = int(call.kind is Kind.IMAGE_GENERATION)
-        return Demand(
-            limits=self._limits(policy, call.kind.value, call.model, call.tenant_id, images),
+        """The demand of a call under the policy in force."""
+        return self.of_native(
+            call.model,
+            call.kind.value,
+            pieces_of(call.prompt, call.media),
+            policy,
             tenant=call.tenant_id,
-            priority=band_of(call.priority, policy.bands),
-            images=images,
-            estimate=self.estimator.of_pieces(
-                call.model,
-                call.kind.value,
-                pieces_of(call.prompt, call.media),
-                images=images,
-                tenant=call.tenant_id,
-            ),
+            priority=call.priority,
+            images=int(call.kind is Kind.IMAGE_GENERATION),
+            estimates_all=True,
         )
 
     def of_native(
@@ -477,15 +473,16 @@ class Demands:
         priority: int,
         images: int = 0,
         max_output_tokens: int | None = None,
+        estimates_all: bool = False,
     ) -> Demand:
         """The demand of a request in a provider's own dialect; its limits may be none. Where no
-        limit counts LLM tokens only some calls are estimated, so that the estimator goes on
-        learning: it costs as much as all the rest."""
+        limit counts LLM tokens only some calls are estimated, unless `estimates_all`, so that the
+        estimator goes on learning: it costs as much as all the rest."""
         limits = self._limits(policy, kind, model, tenant, images)
         reach = self._reach
         self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN
         estimate = None
-        if not self._turn or reach.counts_tokens:
+        if not self._turn or reach.counts_tokens or estimates_all:
             estimate = self.estimator.of_pieces(
                 model,
                 kind,
@@ -512,7 +509,7 @@ class Demands:
         return Demand(
             limits=self._limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
             tenant=tenant,
-            priority=band_of(0, policy.bands),
+            priority=self._reach.band(0),
             images=0,
             estimate=self.estimator.of_pieces(
                 model,
