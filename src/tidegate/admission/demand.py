@@ -191,9 +191,9 @@ class Prices:
 
 
 def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:
-    """For what the provider told. `whole`: the answer came to its end."""
+    """Charge for the usage that the provider reported. `whole`: the answer came to its end."""
     if is_unknown(usage):
-        # Some providers charge pictures alone, and tell no LLM tokens.
+        # Some providers charge images alone, and report no LLM tokens.
         cost = None
         if whole and images and rates is not None and rates.image is not None:
             cost = _micros(images * rates.image)
@@ -211,9 +211,9 @@ def estimated_charge(
     details: UsageDetails | None = None,
     writes: CacheWrite | None = None,
 ) -> Charge:
-    """For a request that went out, and `came` LLM tokens of an answer of which nothing was told,
+    """For a request that went out, and `came` LLM tokens of an answer without reported usage,
     but for `details` such as the provider's own cost: they are on record, and change no charge.
-    `writes`: to which cache the request asks its input to be written.
+    `writes`: to which cache the request has its input written.
 
     The input is never below the first guess of it, and the output is what came, whatever was
     reserved: what has been learned from earlier calls lowers no charge.
@@ -232,7 +232,7 @@ def estimated_charge(
 
 
 def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[int, int]:
-    """What a call will cost, about: millionths of money, 0 without a price, and LLM tokens."""
+    """Expected cost of a call: millionths of money, 0 without a price, and LLM tokens."""
     usage = Usage(
         input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
         output_tokens=max(estimate.expected_output_tokens, estimate.guessed_output_tokens),
@@ -244,10 +244,10 @@ def foreseen(rates: Rates | None, estimate: Estimate, images: int = 0) -> tuple[
 def cut_charge(
     rates: Rates | None, told: Usage, estimate: Estimate, came: int, images: int | None
 ) -> Charge:
-    """For an answer that was cut, of which the provider told some usage before its end.
+    """Charge for an answer that was cut, with some usage reported before its end.
 
     A figure of the provider's stands where it is about what came; where it is less than half of
-    that, it was told earlier (Anthropic's at the start of a stream), and what came counts.
+    that, it was reported earlier (Anthropic's at the start of a stream), and what came counts.
     """
     taken, given = tokens_of(told)
     usage = told
@@ -263,8 +263,8 @@ def cut_charge(
 def answer_charge(
     rates: Rates | None, answer: Answer, estimate: Estimate | None, *, whole: bool
 ) -> Charge:
-    """For a call by a provider's SDK that was sent: what the provider told of a whole answer, else
-    what came of it at least, and the input."""
+    """For a call by a provider's SDK that was sent: by the usage reported with a whole answer,
+    else by what came of it at least, and the input."""
     images = len(answer.pictures)
     if whole and not is_unknown(answer.usage):
         return charge_of(rates, answer.usage, images, whole=True)
@@ -327,7 +327,7 @@ def _of_input(
     rates: Rates, usage: Usage, details: UsageDetails, taken: int
 ) -> Iterator[tuple[int, int | None]]:
     """The parts of the input: together never more, nor fewer, LLM tokens than `taken`. What was
-    written to a cache comes first, since it is the dearest; of it what is not said to be for an
+    written to a cache comes first, since it is the dearest; what is not reported as for an
     hour is for 5 minutes."""
     written = min(details.cache_write_tokens or 0, taken)
     for_an_hour = min(details.cache_write_1h_tokens or 0, written)
@@ -388,8 +388,8 @@ class Demand:
 
     @property
     def tokens(self) -> Tokens | None:
-        """What to reserve: rarely less than it will use, and never less than the first guess, so
-        that a tenant can't teach its own reservations away. None: it was not estimated, since
+        """LLM tokens to reserve: rarely less than it will use, and never less than the first guess,
+        so that a tenant can't teach its own reservations away. None: it was not estimated, since
         no limit counts it."""
         one = self.estimate
         if one is None:
@@ -414,8 +414,8 @@ class Demand:
         )
 
     def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
-        """What to settle for, None where nothing is known. `whole`: the answer came to its end; of
-        one that was cut the provider may have made more than it told us of. `charged`: what the
+        """LLM tokens to settle, None where nothing is known. `whole`: the answer came to its end;
+        of one that was cut the provider may have made more than it reported. `charged`: what the
         call is charged for, which is what came of it at least; it can be more than was reserved."""
         reserved = self.tokens
         if reserved is None:
@@ -502,7 +502,7 @@ class Demands:
         max_output_tokens: int,
         tenant: str = DEFAULT_TENANT,
     ) -> Demand:
-        """What the classifier's question needs: of its own limit, and of those on the model.
+        """The demand of the classifier's question: on its own limit, and on those of the model.
 
         It queues as its tenant, but takes nothing of the tenant's limits: the question is ours.
         """
@@ -582,7 +582,7 @@ def pause_after(
         for_ms = _to_midnight_ms(now, ZoneInfo(zone))
     else:
         for_ms = min(LONGEST_MS, error.retry_after_ms or 0)
-    # An error that says a time of nothing does not say for how long.
+    # A wait of 0 is no wait that is known.
     return LimitPause(limit_id, for_ms, min(USUAL_RAMP_MS, for_ms))
 
 

@@ -78,7 +78,7 @@ def _webp(data: bytes) -> tuple[int, int] | None:
 
 
 def duration_s(data: bytes) -> float | None:
-    """How long an MP4 or QuickTime film lasts, where its head says so; None where it does not."""
+    """How long an MP4 or QuickTime film lasts, by its head; None without one."""
     at = data.find(b"mvhd") + 4
     try:
         if at < 4 or data[at] > 1:
@@ -127,7 +127,8 @@ USUAL_RULES = Rules(_usual_tiles, page=258, audio_second=32, video_second=295, c
 
 
 class Modality(StrEnum):
-    """What is guessed and learned apart. Text comes in three: scripts differ in tokens a letter."""
+    """Modalities, each estimated and learned apart. Text has three: scripts differ in tokens a
+    letter."""
 
     LATIN = "latin"  # one byte a letter in UTF-8
     LETTERS = "letters"  # two: accents, Greek, Cyrillic, Hebrew, Arabic
@@ -138,7 +139,7 @@ class Modality(StrEnum):
     DOCUMENT = "document"
     ANSWER = "answer"  # what comes back as text
     PICTURE = "picture"  # what comes back as an image
-    # What no text or file of the request is the measure of.
+    # Tokens that no text or file of the request measures.
     CALL = "call"  # what the provider puts around every call
     TOOLS = "tools"  # its own prompt for the client's tools
     HOSTED = "hosted"  # what its own tools read for the model
@@ -165,7 +166,7 @@ class InputPieces(dict[Modality, float]):
     """The pieces of a request: its texts and files. Made by `input_pieces`.
 
     whole: the same with what the provider adds. learning: the calls that it is learned with.
-    tools: says of two calls that their tools may be the same; 0 without any.
+    tools: equal for two calls whose tools may be the same; 0 without any.
     """
 
     __slots__ = ("learning", "tools", "whole")
@@ -187,7 +188,7 @@ def input_pieces(
 
 _TOKENS_A_LETTER = {Modality.LATIN: 0.25, Modality.LETTERS: 0.4, Modality.WIDE: 0.7}
 _LATIN, _LATIN_TOKENS = Modality.LATIN, _TOKENS_A_LETTER[Modality.LATIN]
-# Typical of a compressed recording, where the file does not say how long it is.
+# Typical of a compressed recording, for a file without a duration.
 _BYTES_A_SECOND = {Modality.AUDIO: 16_000, Modality.VIDEO: 250_000}
 _MOST_TIMES_USUAL = 20
 _BYTES_A_PAGE = 50_000
@@ -296,7 +297,7 @@ def pieces_of_file(
         return {Modality.AUDIO: max(1.0, seconds) * rules.audio_second}
     if family == "video":
         seconds = size_bytes / _BYTES_A_SECOND[Modality.VIDEO]
-        if (said := duration_s(data)) is not None:  # a head that says too little lies
+        if (said := duration_s(data)) is not None:  # a shorter duration is wrong
             seconds = max(said, seconds / _MOST_TIMES_USUAL)
         return {Modality.VIDEO: max(1.0, seconds) * rules.video_second}
     if _TEXT_TYPES.match(mime_type):
@@ -313,7 +314,7 @@ def unseen_file(mime_type: str, rules: Rules = USUAL_RULES) -> dict[Modality, fl
 
 
 def _audio_bytes_a_second(data: bytes) -> float:
-    """What a WAV says of itself, else what is typical."""
+    """Bytes a second by a WAV's head, else what is typical."""
     if data.startswith(b"RIFF") and data[8:16] == b"WAVEfmt ":
         said = int.from_bytes(data[28:32], "little")
         if said >= 1_000:
@@ -365,7 +366,7 @@ class Window:
         insort(by_size, figure)
 
     def upper(self, share: float) -> float:
-        """What `share` of all figures are below, as far as these tell; of few, the largest."""
+        """The quantile `share` of all figures, estimated from these; of few, the largest."""
         by_size = self._by_size
         above = (1 - share) * (len(by_size) + 1)
         whole = max(1, int(above))
@@ -383,11 +384,11 @@ _UNKNOWN_VARIANCE = log(2.0) ** 2
 _UNKNOWN_CONSTANT = log(3.0) ** 2
 _NOISE = 0.04
 _NOISE_OF_OTHERS = 1.0  # of calls whose content is not in the request
-_NOISE_TOKENS = 4.0  # a call of few tokens says little of a ratio
+_NOISE_TOKENS = 4.0  # a call of few tokens teaches little of a ratio
 _GAIN = 0.1  # of a surprise, once a ratio is known: what drifts is followed within about 25 calls
 _DRIFT = _GAIN * _GAIN * _NOISE / (1 - _GAIN)
 _KNOWN = 0.1  # the variance of a middle that is known; the errors cover it
-_DOUBTED = 0.2  # that of one whose errors say nothing yet
+_DOUBTED = 0.2  # that of one whose errors do not count yet
 _DEVIATIONS = 1.645  # of the 95th percentile
 _DEVIATIONS_BESIDE = 1.2  # beside the quantile of errors, which covers a part of the same doubt
 _LARGEST_STEP = log(4.0)
@@ -432,7 +433,7 @@ class Track:
     """One sort of figure, such as the input tokens of one model."""
 
     def __init__(self, *, is_told_little: bool = False) -> None:
-        """`is_told_little`: the request says little of how many tokens there will be."""
+        """`is_told_little`: the request alone predicts its tokens poorly."""
         self.calls = 0
         self.ratios: dict[Modality, Ratio] = {}
         self._noise = _NOISE_OF_OTHERS if is_told_little else _NOISE
@@ -450,7 +451,7 @@ class Track:
 
     @property
     def margin(self) -> float:
-        """What the middle is multiplied by for the upper estimate of a usual call of known
+        """Factor on the middle for the upper estimate of a usual call of known
         pieces."""
         if not self._errors:
             return 1.0
@@ -535,7 +536,7 @@ class Track:
         return middle, doubt / (middle * middle)
 
     def _error(self, middle: float) -> float:
-        """What 95 % of the errors of calls of this size are below."""
+        """The 95th percentile of the errors of calls of this size."""
         own = self._errors_by_size.get(_size(middle))
         if own is not None and len(own) >= _ENOUGH:
             return own.upper(QUANTILE)
@@ -557,7 +558,8 @@ class Track:
             own.add(error)
 
     def _constant(self, tools: int) -> float:
-        """What calls with the same tools use over the middle; two thirds of it after the first."""
+        """Tokens that calls with the same tools use over the middle; two thirds of them after the
+        first."""
         calls, over = self._tool_sets.get(tools, (0, 0.0))
         return over / (calls + _USUAL_CALLS)
 
@@ -574,7 +576,7 @@ class Track:
 
 
 def _unlearned(pieces: Pieces) -> float:
-    """What is reserved before anything is known."""
+    """The reservation before anything is known."""
     middle, doubt = Track._middle(pieces, _UNKNOWN)
     return middle * exp(_DEVIATIONS * sqrt(doubt)) + _EARLY_ERROR * sqrt(middle)
 
@@ -618,7 +620,7 @@ class Estimate:
 class Learned:
     """How good the estimates of one track are.
 
-    tenant: whose calls it has learned from, and whom it serves.
+    tenant: its calls taught the track, and it alone uses it.
     part: `input`, `input:hosted`, `input:state`, `input:files`, or `output:<kind>`.
     calls: how many calls it has learned from.
     error: mean absolute error of the middle over the last calls, in parts of the actual tokens;
@@ -750,7 +752,7 @@ def tokens_of(usage: Usage) -> tuple[int | None, int | None]:
 
 
 def _whole(tokens: float) -> int:
-    # What only rounding has put above a whole number is not one token more.
+    # An excess over a whole number by rounding alone is not one token more.
     return ceil(tokens * (1 - 1e-9))
 
 

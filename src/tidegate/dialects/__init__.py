@@ -22,7 +22,7 @@ _POSTED = {path: call for spec in DIALECTS.values() for path, call in spec.calls
 _METHODS = ("GET", "POST", "PUT", "DELETE")
 _SLASHES = re.compile(r"/{2,}")
 _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/")
-# What clients come to whose base URL is one step off: with a version too many, with one of another
+# Paths of clients whose base URL is one step off: with a version too many, with one of another
 # gateway's or provider's, or without any.
 _STEPS_OFF = (
     ("/v1beta/openai/", "/v1/"),

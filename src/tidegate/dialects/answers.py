@@ -271,7 +271,7 @@ def short_text(value: Any) -> str | None:
 # A longer stream is read in places spread evenly over it, and what they hold stands for the rest.
 _READ_BYTES = 2_000_000
 _READ_PLACES = 16
-# The fields in which the dialects put what a model says, thinks, or calls tools with, where an
+# The fields of a model's text, thoughts and tool calls in all dialects, where an
 # answer cannot be parsed; a text that was cut goes up to where it was.
 _OUTPUT = re.compile(
     rb'"(?:content|text|delta|thinking|reasoning|reasoning_content|refusal|arguments|partial_json'
@@ -410,7 +410,7 @@ class WithoutUsageEvent:
         return b"".join(event for event in events if not _is_usage(event) or _ERROR.search(event))
 
     def rest(self) -> bytes:
-        """What was left when the stream ended, without the end of an event."""
+        """The rest of a stream that ended within an event."""
         held, self._held = self._held, b""
         return held
 

@@ -300,7 +300,7 @@ _NO_MONEY = re.compile(
     re.IGNORECASE,
 )
 # A 403 on a requested resource, such as a file that is not there (Gemini's word for it) or a model
-# that the account may not use: it says nothing of the key, which serves others at this moment.
+# that the account may not use: it is not about the key, which serves other calls at this moment.
 _ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECASE)
 
 

@@ -163,7 +163,7 @@ _SPANS_MS = (86_400_000, 3_600_000, 60_000, 1_000, 1)
 _IN_MESSAGE = re.compile(
     r"\b(?:retry|try again) (?:in|after)\s+([\d.]{1,20}\s?[dhms][\d.dhms]{0,60})", re.IGNORECASE
 )
-# As Azure says it, and Anthropic of a month's limit.
+# Azure's wording, and Anthropic's of a month's limit.
 _SECONDS = re.compile(r"\bretry after\s+(\d{1,6}) seconds?\b", re.IGNORECASE)
 _DAY = re.compile(r"\bregain access on\s+(\d{4}-\d\d-\d\d)(?:\s+at\s+(\d\d:\d\d))?", re.IGNORECASE)
 
@@ -171,7 +171,7 @@ _DAY = re.compile(r"\bregain access on\s+(\d{4}-\d\d-\d\d)(?:\s+at\s+(\d\d:\d\d)
 def retry_after_ms(
     error: Mapping[str, Any], details: list[dict[str, Any]], headers: Mapping[str, str]
 ) -> int | None:
-    """None where nothing says how long."""
+    """The wait that a refusal requests; None where it names none."""
     for detail in details:
         if str(detail.get("@type", "")).endswith("RetryInfo"):
             found = _DURATION.match(str(detail.get("retryDelay", "")))

@@ -146,8 +146,8 @@ def _may_draw(tools: Any) -> bool:
 
 
 def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Chat completions stream no usage unless they are asked to. Of options that are none, or say
-    neither yes nor no, the provider itself is to say so."""
+    """Whether a chat completion streams no usage unless it is requested. Options of a wrong type
+    are left to the provider."""
     if endpoint.path not in ("/chat/completions", "/completions"):
         return False
     options = body.get("stream_options")
@@ -389,7 +389,7 @@ def _add_chat(event: JsonObject, output: OutputEvents) -> None:
         delta = object_of(choice.get("delta") or choice.get("message"))
         output.texts += _strings(delta.get("content"))
         output.texts += _strings(delta.get("refusal"))
-        # Some servers say the same under both names.
+        # Some servers send the same under both names.
         output.texts += _strings(delta.get("reasoning_content")) or _strings(delta.get("reasoning"))
         calls = objects_in(delta.get("tool_calls"))
         for call in (*calls, {"function": delta.get("function_call")}):
@@ -441,7 +441,7 @@ _TOO_LARGE = re.compile(r"\brequest too large\b", re.IGNORECASE)
 _LIMIT_AND_REQUESTED = re.compile(
     r"\bLimit:? (\d{1,12}), (?:Used:? \d{1,12}, )?Requested:? (\d{1,12})"
 )
-# By its type, by the name of the limit, and as Azure says it.
+# By its type, by the name of the limit, and in Azure's words.
 _UNITS = ("tokens", "requests")
 _BY_NAME = re.compile(r"\b(token|request)s? per (?:second|min|minute|hour|day)\b", re.IGNORECASE)
 _BY_RATE = re.compile(r"\b(token|request|call) rate limit\b", re.IGNORECASE)
@@ -470,7 +470,7 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
 
 
 def _unit_of(answer: ErrorAnswer) -> str | None:
-    """What there was too much of, as the refusal says."""
+    """What there was too much of, by the refusal's words."""
     if unit := next((unit for unit in _UNITS if unit in answer.words), None):
         return unit
     found = _BY_NAME.search(answer.message) or _BY_RATE.search(answer.message)

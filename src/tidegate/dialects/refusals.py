@@ -32,7 +32,7 @@ from tidegate.errors import (
 )
 from tidegate.telemetry.logging import redact
 
-# Other 4xx that say "not now" rather than "never": the same call may succeed later.
+# Other 4xx that mean "not now" rather than "never": the same call may succeed later.
 TRANSIENT_CODES = (408, 425, 499)
 # HTTP statuses of errors by their type, code or status.
 _STATUSES = {word: status for spec in DIALECTS.values() for word, status in spec.statuses.items()}
@@ -43,8 +43,8 @@ _BUSY = re.compile(
     r"queue (?:is )?full|too many (?:pending|waiting|concurrent) requests",
     re.IGNORECASE,
 )
-# Who refuses the key says so. "The caller does not have permission" is also what Gemini says of a
-# private video, and there are keys that may do some things and not others.
+# A refusal of the key names it. Gemini also answers "The caller does not have permission" for a
+# private video, and some keys may do some things and not others.
 _ABOUT_THE_KEY = re.compile(
     r"\b(?:api.?key|credential|consumer|project|account|organi[sz]ation|billing|suspended)",
     re.IGNORECASE,
@@ -189,13 +189,13 @@ _BEGINS = re.compile(
     rb"(?:\s+|:[^\n]*\n|(?:event|id|retry):[^\n]*\n)*(?:data:)?\s*\[?\s*\{\s*"
     rb'(?:"error"\s*:\s*[{"]|"type"\s*:\s*"error"|"type"\s*:\s*"response\.failed")'
 )
-# A first piece that is shorter may be half of a line that says so.
+# A first piece that is shorter may be half of a line that reports one.
 SHORTEST_BYTES = 64
 LONGEST_BYTES = 65_536
 _HEAD_BYTES = 160
 _TAIL_BYTES = 16_384
 _ENOUGH_BYTES, _MOST_TAIL_BYTES = 2_048, 4_000_000
-# The start of an event that says something, and what all say that tell an error.
+# The start of an event with content, and a mark of all that report an error.
 _EVENT = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])")
 _MAY_REPORT = re.compile(
     rb'"error"\s*:\s*(?:data:\s*)?[{"]|"type"\s*:\s*"(?:error|response\.failed)"'
@@ -206,7 +206,7 @@ _DECODER = json.JSONDecoder()
 
 
 def is_too_short(first: bytes) -> bool:
-    """Whether the first bytes of a stream may be half of a line that tells an error."""
+    """Whether the first bytes of a stream may be half of a line that reports an error."""
     if len(first) >= SHORTEST_BYTES or first.endswith((b"\n\n", b"\r\n\r\n")):
         return False
     return not first.endswith(b"\n") or first.lstrip()[:6] in (b"", b"event:")

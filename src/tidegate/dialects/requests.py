@@ -120,7 +120,7 @@ _AS_TEXT = frozenset(
         *("responseSchema", "response_schema", "responseJsonSchema", "response_json_schema"),
     )
 )
-# What a provider has sealed for itself: no letters of it are a text.
+# Fields that a provider has sealed for itself: their letters are no text.
 _SEALED = frozenset(("signature", "thoughtSignature", "thought_signature", "encrypted_content"))
 # Pictures in base64 and nothing beside, as Ollama takes them.
 _PICTURES = "images"
@@ -130,7 +130,7 @@ _SEALED_TOKENS_A_LETTER = 0.25
 
 
 def _beside(value: Mapping[str, Any], key: str) -> list[Any]:
-    """What an object says beside its file: it is input too, but for the few words on the file."""
+    """Values of an object beside its file: input too, but for the few words on the file."""
     return [
         one
         for name, one in value.items()
@@ -173,7 +173,7 @@ class Content:
         self._learning = Learning.TEXT
 
     def pieces(self, infers: bool) -> InputPieces:
-        """`infers`: a model is asked, and the provider puts its own words around the request."""
+        """`infers`: a model runs, and the provider adds its own words to the request."""
         found = pieces_of_texts(self._texts)
         # An input that was cut into LLM tokens by the client; what is sealed.
         if more := self._numbers + self._sealed_chars * _SEALED_TOKENS_A_LETTER:
@@ -206,7 +206,7 @@ class Content:
         self._over(list(body.values()))
 
     def _over(self, left: list[Any]) -> None:
-        """Files too; then what is text in whatever it is written."""
+        """Count files too; then everything that is text in any form."""
         self._walk(left, self._object)
         self._walk(self._plain, self._values_of)
         self._plain = []
@@ -362,8 +362,8 @@ def check_spelling(body: Mapping[str, Any]) -> None:
 
 
 def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest where the outermost object of `raw`, which was parsed to `body`, says
-    a field twice."""
+    """Raises InvalidRequest where the outermost object of `raw`, which was parsed to `body`, has a
+    field twice."""
     # To look at each key is dear: nearly all bodies are done with some counts.
     for key in body:
         if (needle := _WRITTEN.get(key)) is not None and raw.count(needle) > 1:
@@ -525,7 +525,7 @@ def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
 
 
 def _answers(value: object) -> int:
-    """How many answers are made, by a field that may say so."""
+    """How many answers are made, by the value of a field."""
     return value if type(value) is int and value > 0 else 1
 
 
@@ -535,7 +535,7 @@ def _whole(value: object, usual: int) -> int:
 
 
 LARGE_BYTES = 262_144
-# What stays of a file's text: its type and enough to find a picture's size in.
+# The start of a file's text that is kept: its type and enough to find a picture's size in.
 _KEPT_BYTES = 2 * HEAD_CHARS
 _LONGEST_TYPE_BYTES = 1_000
 _BYTES_A_TEXT = 4_096  # of a body with more texts than that, the first ones alone are looked at
@@ -624,7 +624,7 @@ def _end_of(raw: bytes, place: int) -> int:
 
 
 def _is_plain(raw: bytes, start: int, end: int, all_ascii: bool) -> bool:
-    """Whether it says itself, in any parser."""
+    """Whether any parser reads it as it is written."""
     if any(raw.find(one, start, end) >= 0 for one in _FORBIDDEN):
         return False
     return all_ascii or raw[start:end].isascii()

@@ -33,7 +33,7 @@ class Dialect(StrEnum):
 
 
 class Operation(StrEnum):
-    """What a call does, as far as admission and accounting see it.
+    """Operation of a call, as admission and accounting distinguish them.
 
     INFER requests text or images of a model, EMBED vectors, IMAGES images alone; COUNT, MODELS,
     FILES and UPLOAD run no model, and take a limit only where there is one for `kind:other`.
@@ -124,7 +124,7 @@ def models_endpoint(dialect: Dialect, path: str) -> Endpoint:
 
 @dataclass(slots=True)
 class RequestFacts:
-    """What admission needs of a native request. model: as the client names it; empty where it
+    """Facts of a native request for admission. model: as the client names it; empty where it
     leaves that to the provider. kind: which limits apply. images: how many it generates. pieces: of
     its input, with a first estimate of their LLM tokens. wants_usage: whether a stream reports its
     usage only if the gateway requests it."""
@@ -141,8 +141,8 @@ class RequestFacts:
 # Mutable, for speed: each call makes one.
 @dataclass(slots=True, unsafe_hash=True)
 class AnswerFacts:
-    """What an answer reports. model_version: of the model that answered, which may differ from the
-    requested one."""
+    """Facts that an answer reports. model_version: of the model that answered, which may differ
+    from the requested one."""
 
     usage: Usage
     finish_reason: str | None = None

@@ -239,7 +239,7 @@ _HEADERS = {
     "Accept-Encoding": "identity",
     "User-Agent": "tidegate",
 }
-# Servers that do not say, or say so of everything.
+# Types of servers that do not know it.
 _UNSAID = ("application/octet-stream", "binary/octet-stream")
 
 

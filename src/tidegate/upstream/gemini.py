@@ -269,7 +269,7 @@ def judge_settings(mime_types: Sequence[str]) -> dict[str, Any]:
 
 
 def judgement(text: str, mime_types: Sequence[str]) -> tuple[Kind, str]:
-    """The judge's answer. Raises UpstreamGarbled when it is not what the schema says."""
+    """The judge's answer. Raises UpstreamGarbled when it does not fit the schema."""
     allowed = (_kind_unless_image(mime_types).value, Kind.IMAGE_GENERATION.value)
     try:
         value = json.loads(text)
@@ -438,7 +438,7 @@ class GeminiProcessor:
     async def judge(
         self, prompt: str, mime_types: Sequence[str], *, model: str, answer: Answer
     ) -> tuple[Kind, str]:
-        """Ask an LLM what the request wants: its kind and a short reason. The prompt is data, cut
+        """Classify the request by an LLM: its kind and a short reason. The prompt is data, cut
         to 4,000 characters; `answer` is filled with what came. Raises UpstreamError's subclasses;
         the caller bounds and cancels it.
         """

@@ -40,7 +40,7 @@ from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.http import Exchange, RelayWire, Timeouts, out_of_time
 
 _EVENTS = b"text/event-stream"
-# The connection says these by itself.
+# The connection sends these itself.
 _FRAMING = ("host", "content-length", "connection", "transfer-encoding", "accept-encoding")
 _HEADS_KEPT = 64
 
@@ -109,13 +109,13 @@ def gathered(stream: bytes) -> bytes | None:
 
 
 def whole_events(stream: bytes) -> bytes:
-    """What was cut, up to the end of its last whole event."""
+    """The whole events of a stream that was cut."""
     ends = (stream.rfind(end) + len(end) for end in (b"\n\n", b"\r\n\r\n") if end in stream)
     return stream[: max(ends, default=0)]
 
 
 class _Whole:
-    """All that the events so far have said. `add` raises _NotPlain."""
+    """Content of the events so far. `add` raises _NotPlain."""
 
     def __init__(self) -> None:
         self._said: dict[str, Any] = {}
@@ -497,7 +497,7 @@ def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
     if isinstance(failure, httpx2.TimeoutException):
         return UpstreamTimeout("the provider was silent for too long", phase="idle")
     if isinstance(failure, httpx2.RemoteProtocolError):
-        # One class for two faults: the text tells a cut connection from bytes that aren't HTTP.
+        # One class for two faults, which its text distinguishes.
         if "disconnected" in str(failure) or "peer closed" in str(failure):
             return UpstreamUnavailable("the provider closed the connection in mid-answer")
         return UpstreamGarbled("the provider's answer is not HTTP")

@@ -44,12 +44,12 @@ _LENGTH, _CODING = b"content-length", b"transfer-encoding"
 
 
 class _Unusable(Exception):
-    """What came is no answer; the message says why."""
+    """The bytes are no answer; the message has the reason."""
 
 
 class HttpAnswer:
-    """What came back of one request, so far. `status` is 0 until its head is there; `ended` once
-    all of it is; `failure` says why no more will come."""
+    """Answer to one request, as far as it came. `status` is 0 until its head is there; `ended` once
+    all of it is; `failure` is why no more will come."""
 
     __slots__ = (
         *("_loop", "_waiter", "ended", "failure", "headers", "pieces", "size_bytes", "status"),
@@ -194,7 +194,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _read_head(self, data: bytes) -> None:
-        """In pieces: what is over the bound is never given to the parser."""
+        """Feed it in pieces: the parser never receives more than the bound."""
         while data:
             room = MAX_HEAD_BYTES - self._head_bytes if self._in_head else len(data)
             piece, data = (data, b"") if len(data) <= room else (data[:room], data[room:])
@@ -339,7 +339,7 @@ def out_of_time(phase: str, limit_ms: int) -> UpstreamTimeout:
 
 
 _KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: we close first
-# A server that closed an idle connection as we sent says so within a round trip. One that takes
+# A server that closed an idle connection as we sent reports it within a round trip. One that takes
 # longer had the request, and may have worked on it.
 _CROSSED_S = 1.0
 _NAMES_S = 30.0
@@ -450,7 +450,7 @@ class Exchange:
 
     def has_crossed(self, failed: BaseException) -> bool:
         """Whether the request met the end of a connection that the upstream had closed before it
-        saw any of it, as far as can be told from here."""
+        saw any of it, as far as can be known here."""
         if not isinstance(failed, UpstreamUnavailable) or failed.broke != "unheard":
             return False
         return self._whole is None and self._wire.time() - self._sent_at <= _CROSSED_S
@@ -468,7 +468,7 @@ class Exchange:
         return self._whole
 
     def overdue(self, now: float) -> str | None:
-        """The phase that has taken too long; asked again and again."""
+        """The phase that has taken too long; None for none. Called periodically."""
         answer = self._answer
         if (now - self._sent_at) * 1000 > self._timeouts.total_ms:
             return "total"
