@@ -104,7 +104,7 @@ def _flat(results: Results) -> tuple[str, bool]:
 
 def _open(results: Results) -> tuple[str, bool]:
     held, whole = (results.of(OURS, "opened", figure) for figure in ("most_open", "whole"))
-    return f"{held:.0f} at once, {whole:.0f} came whole", held >= 2000 and whole >= 2000
+    return f"{held:.0f} concurrently, {whole:.0f} came whole", held >= 2000 and whole >= 2000
 
 
 def _jobs(results: Results) -> tuple[str, bool]:
@@ -143,6 +143,6 @@ BARS = (
     ),
     _Bar("added at 64 connections, 50 ms upstream, p50 / p99", "<= 3 / 15 ms", _added),
     _Bar("memory over 200,000 requests", "flat: at most 3 % more after the first tenth", _flat),
-    _Bar("streams open at once in one process", ">= 2,000", _open),
+    _Bar("streams open concurrently in one process", ">= 2,000", _open),
     _Bar("jobs from submit to succeeded, kind decided by rules", ">= 1,000 a second", _jobs),
 )

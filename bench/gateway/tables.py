@@ -159,7 +159,7 @@ MEMORY: dict[str, Cell] = {
     "MB before, and with streams open": _pair(
         "opened", "before_bytes", "most_bytes", "{:.0f}", 1e6
     ),
-    "streams open at once": _figure("opened", "most_open"),
+    "streams open concurrently": _figure("opened", "most_open"),
     "came whole, of 2,000": _figure("opened", "whole"),
     "first event p99 ms": _figure("opened", "first_p99_ms"),
     "MB after 20,000 / 200,000 requests": _pair(

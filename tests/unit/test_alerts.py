@@ -115,7 +115,7 @@ def test_each_alert_has_its_entry_in_the_runbook_and_each_entry_its_alert() -> N
         body = text_of("docs/runbook.md").partition(f"## {name}\n")[2].partition("\n## ")[0]
         assert "**Means**" in body
         assert "ook" in body
-        assert "end**" in body or "mend**" in body
+        assert "Fix**" in body or "fix**" in body
 
 
 def test_the_scrape_that_is_shown_is_one_that_prometheus_takes(tmp_path: Path) -> None:
