@@ -11,4 +11,4 @@ async def all_is_well(gateway: Gateway) -> None:
     for name, view in (await limiter.snapshot()).limits.items():
         if view.paused_by or view.paused_ms:
             await limiter.resume(name)
-    await gateway.services.relay.health["gemini"].open()
+    await gateway.services.spine.health["gemini"].open()

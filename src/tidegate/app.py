@@ -13,10 +13,10 @@ from uuid import uuid4
 from fastapi import FastAPI
 
 from tidegate import settings as configuration
-from tidegate.admission.demand import Prices
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.dashboard import routes as dashboard
 from tidegate.dashboard.rollup import counting
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import StoreUnavailable
 from tidegate.http.auth import Gate
 from tidegate.http.browsers import Origins
@@ -30,15 +30,15 @@ from tidegate.metrics.process import Board, Exposition, Watch
 from tidegate.metrics.process import ProcessState as State
 from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams
 from tidegate.policy.rollout import PolicyKeeper, open_pool
+from tidegate.record import ActiveCalls, CallListeners
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
-from tidegate.spine.prompt import Pipeline
-from tidegate.spine.record import UnderWay
+from tidegate.spine.prompt import Prompts
 from tidegate.spine.routing import Targets
+from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
 from tidegate.store.policies import Policies
 from tidegate.store.store import Store
-from tidegate.telemetry.events import Observers
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Tracing
 from tidegate.upstream.fetch import ImageFetcher
@@ -105,7 +105,8 @@ async def run_worker(
             config=config,
             store=services.store,
             blobs=services.blobs,
-            pipeline=services.pipeline,
+            limiter=services.limiter,
+            prompts=services.prompts,
             relay=services.relay,
         )
         sending = asyncio.create_task(_send_webhooks(config, services.store))
@@ -127,19 +128,25 @@ async def run_worker_of(
         store = _store_of(config, blobs, instance_id)
         await store.start()
         stack.push_async_callback(store.aclose)
-        processor = await stack.enter_async_context(_open_processor(config))
         url = config.redis_url.get_secret_value()
         limiter = await stack.enter_async_context(
             Limiter.from_url(
                 url, pool=pool, policy=policy, instance_id=instance_id, on_conflict="keep"
             )
         )
-        others = deployed_upstreams(config)
-        untraced = _open_relay(config, others, {pool: limiter}, Tracing(), store)
-        relay = await stack.enter_async_context(untraced)
-        pipeline = _pipeline_of(config, limiter, processor, store, relay)
+        targets = Targets(deployed_upstreams(config))
+        pools = dict.fromkeys(targets.upstreams, limiter)
+        spine = _spine_of(config, targets, pools, Tracing(), store)
+        relay = await stack.enter_async_context(_open_relay(config, spine))
+        prompts = await stack.enter_async_context(_open_prompts(config, spine, store))
         worker = Worker(
-            config=config, store=store, blobs=blobs, pipeline=pipeline, relay=relay, pool=pool
+            config=config,
+            store=store,
+            blobs=blobs,
+            limiter=limiter,
+            prompts=prompts,
+            relay=relay,
+            pool=pool,
         )
         await worker.run(stop)
 
@@ -162,35 +169,35 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
         looking = asyncio.create_task(_look_at(blobs))
         stack.callback(looking.cancel)
         store = await stack.enter_async_context(_open_store(config, blobs, instance_id))
-        processor = await stack.enter_async_context(_open_processor(config))
         instruments = Instruments()
         limiters, keepers = await stack.enter_async_context(
             _open_pools(config, store.policies, instance_id, wanted, others, instruments.tally)
         )
         limiter, keeper = limiters[DEFAULT_POOL], keepers[DEFAULT_POOL]
-        tracing = await stack.enter_async_context(_tracing(store.observers, role, instance_id))
-        opening = _open_relay(config, others, limiters, tracing, store)
-        relay = await stack.enter_async_context(opening)
-        pipeline = _pipeline_of(config, limiter, processor, store, relay)
+        tracing = await stack.enter_async_context(_tracing(store.listeners, role, instance_id))
+        spine = _spine_of(config, Targets(others), limiters, tracing, store)
+        relay = await stack.enter_async_context(_open_relay(config, spine))
+        prompts = await stack.enter_async_context(_open_prompts(config, spine, store))
         name = os.environ.get(NAMED) or role
-        watch = Watch(instruments, name, limiters=limiters, store=store, health=relay.health)
+        watch = Watch(instruments, name, limiters=limiters, store=store, health=spine.health)
         stack.callback(asyncio.create_task(watch.run()).cancel)
-        board = Board(limiter, instance_id, UnderWay(), relay.health)
+        board = Board(limiter, instance_id, ActiveCalls(), spine.health)
         stack.callback(asyncio.create_task(board.run()).cancel)
         gate = Gate(store.tenants, on=config.asks_for_keys, outage_ms=config.auth_outage_ms)
         if role == "api":
             await stack.enter_async_context(gate.at_work())
         services = Services(
             config=config,
-            observers=store.observers,
+            listeners=store.listeners,
             tally=instruments.tally,
             exposition=Exposition(instruments, watch, limiters, store.queue_depths),
-            state=_counted(store.observers, instruments, State(instance_id, watch)),
+            state=_counted(store.listeners, instruments, State(instance_id, watch)),
             board=board,
             store=store,
             blobs=blobs,
             limiter=limiter,
-            pipeline=pipeline,
+            spine=spine,
+            prompts=prompts,
             keeper=keeper,
             relay=relay,
             keepers=keepers,
@@ -201,17 +208,17 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             budgets=store.budgets,
         )
         _collect_rarely()
-        limits = {kind.value: pipeline.at_once(kind) for kind in Kind}
+        limits = {kind.value: limiter.policy.bound(kind.limit) for kind in Kind}
         log.info(Log.STARTED, role=role, instance_id=instance_id, limits=limits)
         yield services
         services.draining.set()
         log.info(Log.STOPPED, role=role, instance_id=instance_id)
 
 
-def _counted(observers: Observers, instruments: Instruments, state: State) -> State:
+def _counted(listeners: CallListeners, instruments: Instruments, state: State) -> State:
     """Have calls that end counted for scrapes, and those that fail remembered in `state`."""
-    observers.listen(Calls(instruments.tally).take)
-    observers.listen(state.take)
+    listeners.listen(Calls(instruments.tally).take)
+    listeners.listen(state.take)
     return state
 
 
@@ -243,7 +250,7 @@ async def _open_store(config: Config, blobs: Blobs, instance_id: str) -> AsyncIt
             yield store
     finally:
         await store.aclose()
-        store.observers.flush()
+        store.listeners.flush()
 
 
 @asynccontextmanager
@@ -268,23 +275,26 @@ async def _open_pools(
         yield limiters, keepers
 
 
+def _spine_of(
+    config: Config, targets: Targets, pools: dict[str, Limiter], tracing: Tracing, store: Store
+) -> Spine:
+    return Spine(
+        config=config, targets=targets, pools=pools, tracing=tracing, budgets=store.budgets
+    )
+
+
 @asynccontextmanager
-async def _open_relay(
-    config: Config, others: Deployment, pools: dict[str, Limiter], tracing: Tracing, store: Store
-) -> AsyncIterator[Relay]:
+async def _open_relay(config: Config, spine: Spine) -> AsyncIterator[Relay]:
     wire = RelayWire(_timeouts_of(config))
     await wire.start()
     try:
-        targets, budgets = Targets(others), store.budgets
-        yield Relay(
-            config=config, targets=targets, pools=pools, wire=wire, tracing=tracing, budgets=budgets
-        )
+        yield Relay(spine, wire)
     finally:
         await wire.aclose()
 
 
 @asynccontextmanager
-async def _tracing(observers: Observers, role: str, instance_id: str) -> AsyncIterator[Tracing]:
+async def _tracing(listeners: CallListeners, role: str, instance_id: str) -> AsyncIterator[Tracing]:
     """Spans and metrics to a collector, where the environment or `.env` names one."""
     configuration.export_otel()
     if not configuration.names_a_collector():
@@ -297,11 +307,11 @@ async def _tracing(observers: Observers, role: str, instance_id: str) -> AsyncIt
         yield Tracing()
         return
     collector = Collector(f"tidegate-{role}", instance_id)
-    observers.listen(collector.take)
+    listeners.listen(collector.take)
     try:
         yield Tracing(collector.samples)
     finally:
-        observers.flush()
+        listeners.flush()
         await asyncio.to_thread(collector.close)
 
 
@@ -318,40 +328,27 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
     )
 
 
-def _pipeline_of(
-    config: Config, limiter: Limiter, processor: GeminiProcessor | None, store: Store, relay: Relay
-) -> Pipeline:
-    own = relay.targets.upstreams.get(DEFAULT_POOL)  # the account of GEMINI_*
-    return Pipeline(
-        config=config,
-        limiter=limiter,
-        processor=processor,
-        blobs=store.blobs,
-        fetcher=_fetcher_of(config),
-        observers=store.observers,
-        budgets=store.budgets,
-        check_model=relay.targets.check_prompt,
-        prices=Prices(own),
-        gate=relay.health.get(limiter.pool),
-    )
-
-
 @asynccontextmanager
-async def _open_processor(config: Config) -> AsyncIterator[GeminiProcessor | None]:
-    """Google's SDK at work; None without an account of Gemini."""
-    if config.gemini_api_key is None:
-        yield None
-        return
-    processor = GeminiProcessor(
-        api_key=config.gemini_api_key.get_secret_value(),
-        base_url=config.gemini_base_url,
-        timeouts=_timeouts_of(config),
-    )
-    await processor.start()
-    try:
-        yield processor
-    finally:
-        await processor.aclose()
+async def _open_prompts(config: Config, spine: Spine, store: Store) -> AsyncIterator[Prompts]:
+    """Google's SDK at work, for each upstream of Gemini's dialect."""
+    async with AsyncExitStack() as stack:
+        processors = {}
+        for upstream in spine.targets.speaking(Dialect.GEMINI):
+            processor = processors[upstream.name] = GeminiProcessor(
+                api_key=upstream.key,
+                base_url=upstream.base_urls[Dialect.GEMINI],
+                timeouts=spine.timeouts[upstream.name],
+            )
+            await processor.start()
+            stack.push_async_callback(processor.aclose)
+        yield Prompts(
+            config=config,
+            spine=spine,
+            processors=processors,
+            blobs=store.blobs,
+            fetcher=_fetcher_of(config),
+            listeners=store.listeners,
+        )
 
 
 def _fetcher_of(config: Config) -> ImageFetcher:

@@ -263,7 +263,7 @@ class Answer:
 
     text: list[str] = field(default_factory=list)
     pictures: list[Media] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = UNKNOWN_USAGE
     finish_reason: str | None = None
     model_version: str | None = None
     response_id: str | None = None
@@ -272,6 +272,11 @@ class Answer:
     @property
     def whole_text(self) -> str:
         return "".join(self.text)
+
+    def clear(self) -> None:
+        """Forget what came: another try follows."""
+        self.text, self.pictures, self.usage = [], [], UNKNOWN_USAGE
+        self.finish_reason = self.model_version = self.response_id = self.first_byte_ms = None
 
 
 class Outcome(StrEnum):

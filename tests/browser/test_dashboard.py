@@ -21,13 +21,13 @@ from tests.browser.pictures import under_traffic
 from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, Colours, Stage, opened
 from tests.gateway import gateway
 from tests.waiting import wait_until
-from tidegate.call import Scope
+from tidegate.call import Charge, Scope, Usage
 from tidegate.dashboard import feed
 from tidegate.dashboard.rollup import count
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
+from tidegate.record import CallRecord
 from tidegate.spine.routing import FAULTS
 from tidegate.store.statistics import CallCounts, TimeSpan
-from tidegate.telemetry.events import Observed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -287,15 +287,9 @@ async def test_while_a_store_is_away_the_page_says_so_and_recovers(stage: Stage)
 
 async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) -> None:
     now, asked = datetime.now(UTC), CallCounts()
-    question = Observed(
-        "judge",
-        "succeeded",
-        "default",
-        now,
-        input_tokens=1_200,
-        output_tokens=34,
-        cost_micros=445_000,
-    )
+    charge = Charge(usage=Usage(1_200, 34), cost_micros=445_000)
+    question = CallRecord("judge", "default", now, charge=charge)
+    question.end("succeeded")
     count(asked, question)
     a_while_ago = int(now.timestamp()) // 10 * 10 - 20
     await stage.gateway.services.store.history.write([(TimeSpan(10, a_while_ago, "gemini"), asked)])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from uuid import UUID
 
 import orjson
 
 from tidegate.metrics.process import Note, Notes, UpstreamFound, packed, unpacked
-from tidegate.spine.record import MOST_CHARS, CallUnderWay, UnderWay, shortened
+from tidegate.record import ActiveCall, ActiveCalls, CallRecord
 
 AT = datetime(2030, 1, 31, 12, 30, 0, 250_000, tzinfo=UTC)
-CALL = CallUnderWay("1", "acme", "relay", AT, AT, kind="text_only", limits=("kind:x", "rpm:y"))
+CALL = ActiveCall("1", "acme", "relay", AT, AT, kind="text_only", limits=("kind:x", "rpm:y"))
 NOTE = Note("api-1", 1, (CALL,), {"gemini": UpstreamFound("out", True, 5, "why")})
 
 
@@ -31,15 +32,17 @@ def test_it_is_not_the_whole_where_a_process_has_more_or_was_not_heard() -> None
 
 
 def test_the_oldest_that_are_left_are_told_and_none_is_told_twice() -> None:
-    calls, here = [object() for _ in range(4)], UnderWay()
-    for number, call in enumerate(calls):
-        here.enter(call, lambda n=number: CallUnderWay(str(n), "t", "stream", AT))  # type: ignore[misc]
+    calls, here = [CallRecord("stream", "t", AT, UUID(int=n)) for n in range(4)], ActiveCalls()
+    for call in calls:
+        here.enter(call)
     here.leave(calls[0])
     here.leave(calls[0])
-    assert [one.request_id for one in here.oldest(2)] == ["1", "2"]
-    assert repr(here) == "<UnderWay calls=3>"
+    assert [one.request_id for one in here.oldest(2)] == [str(UUID(int=1)), str(UUID(int=2))]
+    assert repr(here) == "<ActiveCalls 3>"
 
 
 def test_a_name_that_a_client_made_up_is_cut() -> None:
-    assert shortened("m" * 1_000_000) == "m" * MOST_CHARS
-    assert shortened(None) is None
+    call = CallRecord("stream", "t", AT, model="m" * 1_000_000)
+    assert ActiveCall.of(call).model == "m" * 200
+    call.model = None
+    assert ActiveCall.of(call).model is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from tidegate.metrics.instruments import MOST_TENANTS, Calls, Instruments, Known, Metric, Tally
-from tidegate.telemetry.events import Observed
+from tidegate.record import CallRecord
 
 
 @given(st.lists(st.lists(st.floats(0, 2_000), max_size=20), max_size=5))
@@ -51,9 +51,11 @@ def test_names_that_clients_make_up_take_no_place() -> None:
     calls = Calls(tally)
     now = datetime.now(UTC)
 
-    def of(number: int, status: str, attempts: int) -> Observed:
+    def of(number: int, status: str, attempts: int) -> CallRecord:
         name = f"n{number}"
-        return Observed("relay", status, name, now, model=name, attempts=attempts, upstream_ms=1.0)
+        record = CallRecord("relay", name, now, model=name, attempts=attempts, upstream_ms=1.0)
+        record.end(status)
+        return record
 
     calls.take([of(number, "refused", 0) for number in range(1_000)])
     calls.take([of(number, "succeeded", 1) for number in range(2_000, 2_500)])

@@ -74,7 +74,7 @@ async def live_frame(services: Services) -> Frame:
         "at": time.time(),
         "pools": pools,
         "postgresql_away": services.store.connections.away,
-        "upstreams": [upstream_frame(name, notes.notes) for name in services.relay.health],
+        "upstreams": [upstream_frame(name, notes.notes) for name in services.spine.health],
     }
 
 

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from tidegate.errors import StoreUnavailable
+from tidegate.record import JUDGE, REFUSED, RETRIED, CallRecord
 from tidegate.store.statistics import KEPT_S, CallCounts, Dimension, History, TimeSpan, one
 from tidegate.store.store import Store
-from tidegate.telemetry.events import JUDGE, REFUSED, RETRIED, Observed
 from tidegate.telemetry.logging import Log, get_logger
 
 FLUSH_EVERY_S = 5.0
@@ -47,12 +47,12 @@ class Rollup:
     def __repr__(self) -> str:
         return f"<Rollup spans={len(self._tallies)} to_write={len(self._changed)}>"
 
-    def note(self, batch: Sequence[Observed]) -> None:
+    def note(self, batch: Sequence[CallRecord]) -> None:
         """Count ended calls."""
         now = self._clock()
         oldest = now - (OPEN_SPANS[_SHORTEST_S] - 1) * _SHORTEST_S
         for ended in batch:
-            at = max(oldest, min(now, ended.finished_at.timestamp()))
+            at = max(oldest, min(now, ended.ended_at.timestamp()))
             key = (int(at // _SHORTEST_S) * _SHORTEST_S, ended.pool)
             tally = self._fresh.get(key)
             if tally is None:
@@ -110,14 +110,14 @@ class Rollup:
 async def counting(store: Store) -> AsyncIterator[None]:
     """Count this process's calls as long as the block lasts; what is left is written at its end."""
     rollup = Rollup(store.history)
-    store.observers.listen(rollup.note)
+    store.listeners.listen(rollup.note)
     running = asyncio.create_task(rollup.run(), name="rollup")
     try:
         yield
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        store.observers.flush()
+        store.listeners.flush()
         with suppress(StoreUnavailable):
             await rollup.flush()
 
@@ -127,7 +127,7 @@ def open_s(step_s: int) -> float:
     return OPEN_SPANS[step_s] * step_s
 
 
-def count(tally: CallCounts, ended: Observed) -> None:
+def count(tally: CallCounts, ended: CallRecord) -> None:
     """Add one end.
 
     `counts`: calls that ended; of them succeeded and failed; refused before they were anything;
@@ -140,8 +140,8 @@ def count(tally: CallCounts, ended: Observed) -> None:
     """
     if ended.source == JUDGE:
         tally.count("judged")
-        tally.count("judged_tokens", (ended.input_tokens or 0) + (ended.output_tokens or 0))
-        tally.count("judged_cost_micros", ended.cost_micros or 0)
+        tally.count("judged_tokens", _tokens_of(ended))
+        tally.count("judged_cost_micros", ended.charge.cost_micros or 0)
         _count_spent(tally, ended)
         _count_apart(tally, ended, ("model", "upstream"))
         return
@@ -162,22 +162,27 @@ def count(tally: CallCounts, ended: Observed) -> None:
         _count_apart(tally, ended, ("tenant", "model", "upstream"))
 
 
-def _count_spent(tally: CallCounts, ended: Observed) -> None:
+def _count_spent(tally: CallCounts, ended: CallRecord) -> None:
     if ended.throttled:
         tally.count("throttled", ended.throttled)
-    if ended.input_tokens or ended.output_tokens:
-        tally.count("input_tokens", ended.input_tokens or 0)
-        tally.count("output_tokens", ended.output_tokens or 0)
-    if ended.cost_micros:
-        tally.count("cost_micros", ended.cost_micros)
+    usage = ended.charge.usage
+    if usage.input_tokens or usage.output_tokens:
+        tally.count("input_tokens", usage.input_tokens or 0)
+        tally.count("output_tokens", usage.output_tokens or 0)
+    if ended.charge.cost_micros:
+        tally.count("cost_micros", ended.charge.cost_micros)
 
 
-def _count_apart(tally: CallCounts, ended: Observed, dimensions: Sequence[Dimension]) -> None:
+def _tokens_of(ended: CallRecord) -> int:
+    usage = ended.charge.usage
+    return (usage.input_tokens or 0) + (usage.output_tokens or 0)
+
+
+def _count_apart(tally: CallCounts, ended: CallRecord, dimensions: Sequence[Dimension]) -> None:
     failed = ended.status in ("failed", "dead")
-    tokens = (ended.input_tokens or 0) + (ended.output_tokens or 0)
     amounts = (
-        *(int(ended.status != RETRIED), int(failed), ended.throttled, tokens),
-        *(ended.cost_micros or 0, round(ended.upstream_ms or 0)),
+        *(int(ended.status != RETRIED), int(failed), ended.throttled, _tokens_of(ended)),
+        *(ended.charge.cost_micros or 0, round(ended.upstream_ms or 0)),
     )
     for dimension in dimensions:
         name: str | None

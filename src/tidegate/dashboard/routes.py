@@ -257,7 +257,7 @@ async def session(request: Request) -> Session:
         cookie=await admitted_as(request) == SIGNED_IN,
         # That of jobs comes last where there is no upstream of its name.
         pools=sorted(
-            services.limiters, key=lambda one: one not in services.relay.targets.upstreams
+            services.limiters, key=lambda one: one not in services.spine.targets.upstreams
         ),
     )
 

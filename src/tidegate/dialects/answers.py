@@ -26,10 +26,10 @@ import orjson
 from tidegate.admission.demand import came_tokens
 from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
 from tidegate.dialects.spec import AnswerFacts, DialectSpec, JsonObject, OutputEvents
+from tidegate.record import TAIL_BYTES
 
 MOST_TOKENS = 10**12  # more is no count of one call, and no column could hold the sums
 HEAD_BYTES = 4_096
-TAIL_BYTES = 65_536
 PARSED_BYTES = 262_144
 LONGEST_READ_BYTES = 2_000_000
 _LONGEST_TEXT = 200

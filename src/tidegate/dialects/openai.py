@@ -22,7 +22,6 @@ from tidegate.call import Usage, UsageDetails
 from tidegate.dialects.answers import (
     HEAD_BYTES,
     LONGEST_READ_BYTES,
-    TAIL_BYTES,
     AnswerForm,
     count_of,
     last_events,
@@ -60,6 +59,7 @@ from tidegate.errors import (
     TidegateError,
     Unauthenticated,
 )
+from tidegate.record import TAIL_BYTES
 
 _CALLS = {
     f"/v1{path}": Endpoint(Dialect.OPENAI, operation, path)

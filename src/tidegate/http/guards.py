@@ -29,7 +29,8 @@ from tidegate.http.browsers import checked, cookie_name
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import CALLER_IN_SCOPE, Services, services_of
 from tidegate.settings import Config
-from tidegate.spine.native import UPLOADS, check_model
+from tidegate.spine.models import check_model
+from tidegate.spine.native import UPLOADS
 from tidegate.spine.routing import Targets
 from tidegate.store.tenants import digest_of, prefix_of
 

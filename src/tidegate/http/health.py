@@ -127,7 +127,7 @@ def _upstreams(services: Services) -> dict[str, UpstreamHealth]:
         name: UpstreamHealth(
             status=health.state, key_refused=health.key_dead, detail=health.in_short or None
         )
-        for name, health in services.relay.health.items()
+        for name, health in services.spine.health.items()
     }
 
 

@@ -24,7 +24,8 @@ from tidegate.dialects.answers import WithoutUsageEvent
 from tidegate.dialects.requests import parsed
 from tidegate.errors import BudgetExceeded, IdempotencyConflict, InvalidRequest
 from tidegate.http.submission import Submission
-from tidegate.spine.record import KEPT_BYTES, Life, NativeCall, Out
+from tidegate.record import KEPT_BYTES, CallRecord
+from tidegate.spine.native import NativeCall, Out
 from tidegate.store.idempotency import KeyState, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency
 from tidegate.telemetry.logging import Log, get_logger
@@ -115,7 +116,7 @@ async def check_known(
     """Raises `spent` unless the key belongs to an earlier call: its answer costs
     nothing. Raises InvalidRequest and StoreUnavailable as well."""
     wanted = wanted_of(call, headers)
-    if wanted is None or await keys.known(call.caller.tenant_id, wanted.key) is None:
+    if wanted is None or await keys.known(call.terms.caller.tenant_id, wanted.key) is None:
         raise spent
 
 
@@ -137,9 +138,9 @@ class Once:
         self._wanted = wanted
         self.lost: UUID | None = None
         self._owner = Owner(
-            tenant_id=call.caller.tenant_id,
+            tenant_id=call.terms.caller.tenant_id,
             key=wanted.key,
-            request_id=call.request_id,
+            request_id=call.terms.request_id,
             subject=call.subject,
             received_at=call.received_at,
         )
@@ -155,19 +156,19 @@ class Once:
                 raise IdempotencyConflict("the key was used for another request")
             if taken.answer is not None:
                 return taken
-            if call.left_ms() <= 0:
+            if call.terms.left_ms() <= 0:
                 raise IdempotencyConflict(
                     "the first request under the key is still being answered",
                     retry_after_ms=_COME_BACK_MS,
                 )
-            known = await self._keys.look(call.caller.tenant_id, self._wanted.key)
+            known = await self._keys.look(call.terms.caller.tenant_id, self._wanted.key)
             if known is None or known.lapsed:
                 taken = await self._keys.take(self._owner, self._wanted)
             else:
                 taken = known
         self.lost = taken.lost
         if taken.lost is not None:
-            request_id = str(call.request_id)
+            request_id = str(call.terms.request_id)
             log.warning(Log.KEY_LAPSED, request_id=request_id, lost=str(taken.lost))
         return taken
 
@@ -189,12 +190,12 @@ class Once:
         await out.start(given.http_status, headers)
         await out.body(answer, False)
 
-    def ended(self, life: Life, content_type: str) -> None:
+    def ended(self, record: CallRecord, content_type: str) -> None:
         """Keep the answer, once it has gone out, as it is to be read: nobody asks for a coding."""
-        if life.answer_bytes > KEPT_BYTES or (life.coding and not life.said):
+        if record.answer_bytes > KEPT_BYTES or (record.coding and not record.text):
             self.failed()  # only parts of it are there
         else:
-            self._keys.end(self._owner, life.http_status, content_type, life.said)
+            self._keys.end(self._owner, record.http_status, content_type, record.text)
 
     def failed(self) -> None:
         """Let the next caller be answered."""

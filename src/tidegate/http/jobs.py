@@ -59,7 +59,8 @@ from tidegate.http.views import (
     prefix_of,
     status_view,
 )
-from tidegate.spine.native import check_body, endpoint_named
+from tidegate.spine.models import check_body
+from tidegate.spine.native import endpoint_named
 from tidegate.store.records import Earlier, NewJob, RequestRecord
 from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
@@ -297,7 +298,7 @@ async def submit(request: Request) -> Response:
         )
         parent = parent_in(request.scope["headers"])
         job = _new_job(submission, services, received, caller, key, parent)
-        if (trail := services.relay.tracing.trail(job.request_id, parent)) is not None:
+        if (trail := services.spine.tracing.trail(job.request_id, parent)) is not None:
             request.scope[TRACE_IN_SCOPE] = trail.trace
         taken = await _submitted(job, services, caller)
     finally:
@@ -318,7 +319,7 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
         earlier = await services.store.jobs.earlier(job)
         if earlier is None:
             if job.endpoint is None:
-                targets = services.relay.targets
+                targets = services.spine.targets
                 check_prompt(targets, job.model, job.classification, services.config)
             await services.budgets.let_in(caller)
             async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
@@ -376,9 +377,9 @@ def _new_job(
 def _classified(submission: Submission, services: Services, caller: Caller) -> Classification:
     """The kind as far as it is known. Raises NotFound where nobody serves a native call."""
     if submission.endpoint is None:
-        return services.pipeline.first_look(ask_of(submission, caller))
+        return services.prompts.first_look(ask_of(submission, caller))
     dialect = dialect_of(submission.endpoint, frozenset(), b"")
-    services.relay.targets.of(dialect, submission.model or "")
+    services.spine.targets.of(dialect, submission.model or "")
     return Classification(submission.kind, ClassifiedBy.BODY, submission.endpoint)
 
 

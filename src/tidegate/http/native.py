@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 from uuid import UUID
@@ -44,15 +43,15 @@ from tidegate.http.services import (
     Services,
     count_answer,
     log_request,
-    note_native,
     who,
 )
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
-from tidegate.spine.native import MAX_BYTES, check_files, upload
-from tidegate.spine.record import CallFailed, Life, NativeCall, Out, look_at, record_of
+from tidegate.record import REFUSED, CallRecord, Failure
+from tidegate.spine.native import MAX_BYTES, NativeCall, Out, check_files
+from tidegate.spine.run import CallFailed, Terms
 from tidegate.store.idempotency import KeyState
-from tidegate.store.records import Failure, Idempotency
+from tidegate.store.records import Idempotency
 from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import HEADER, Tracing, parent_of
@@ -100,19 +99,17 @@ def call_of(
         query = _without_key(scope["query_string"].decode("latin-1"))
         if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
             _check_form(query)
+    received_s, received_at = received
+    priority = min(priority, caller.most_priority)
     return NativeCall(
-        request_id,
+        Terms(request_id, caller, received_s, wait_ms, priority, trail),
         endpoint,
         scope["method"],
         query,
         to_send(headers if trail is None else _without_parent(headers)),
         body if endpoint.is_counted or endpoint.operation.has_body else b"",
-        caller,
-        *received,
-        wait_ms,
-        min(priority, caller.most_priority),
+        received_at,
         subject,
-        trail,
     )
 
 
@@ -208,8 +205,8 @@ class _Front(Out):
 
     __slots__ = (
         *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
-        *("_received_at", "_life", "_ends_whole", "_task", "_head_sent", "_id_text"),
-        *("_recorded", "_headers", "_caller", "_direct", "_incoming", "_once"),
+        *("_received_at", "_record", "_ends_whole", "_task", "_head_sent", "_id_text"),
+        *("_is_replay", "_headers", "_caller", "_direct", "_incoming", "_once"),
     )
 
     def __init__(
@@ -225,11 +222,11 @@ class _Front(Out):
         self._id_text = ""  # of the answer's head
         self._received = time.monotonic()
         self._received_at = datetime.now(UTC)
-        self._life = Life()
+        self._record = CallRecord("relay", ANYBODY.tenant_id, self._received_at)
         self._ends_whole = True  # what went out ends with whole events, as far as we know
         self._head_sent = False
         self._caller = ANYBODY
-        self._recorded = False  # already, by the request that this one repeats
+        self._is_replay = False  # of the answer to an earlier request, which is on record
         self._headers: Headers = []  # of the answer
         self._once: Once | None = None  # under an idempotency key
         task = asyncio.current_task()
@@ -268,7 +265,7 @@ class _Front(Out):
                 request_id=self._request_id,
                 received=(self._received, self._received_at),
                 usual_wait_ms=self._services.config.stream_wait_ms,
-                tracing=self._services.relay.tracing,
+                tracing=self._services.spine.tracing,
             )
             if spent is not None:
                 keys = self._services.store.native_keys
@@ -276,30 +273,43 @@ class _Front(Out):
             if not endpoint.is_counted:
                 check_files(call)
             if self._services.store.relayed.is_full:
-                await self._services.store.relayed.room_within(call.left_ms())
+                await self._services.store.relayed.room_within(call.terms.left_ms())
             opening = self._opening(call)
         except TidegateError as error:
             await self.refuse_unheard(error, endpoint)
             return
         except ClientDisconnect:
             return
-        look = partial(look_at, call, self._life, self._scope["path"])
-        self._services.under_way.enter(self, look)
+        self._begin_record(call)
+        self._services.active_calls.enter(self._record)
         presence = Presence(self._scope, _never if uploads else self._receive, self._task)
         comfort = self._comforting(endpoint)
         try:
             status, failure = await self._run(call, presence)
         finally:
-            self._services.under_way.leave(self)
+            self._services.active_calls.leave(self._record)
             if comfort is not None:
                 comfort.cancel()
             if opening is not None:
                 opening.close()
             await presence.end()
-        if not self._recorded:
-            self._record(call, status, failure)
+        if not self._is_replay:
+            self._record.response_type = content_type_in(self._headers)
+            self._record.end(status, failure)
+            self._services.store.relayed.put(self._record)
             if self._once is not None and status is Status.SUCCEEDED:
-                self._once.ended(self._life, content_type_in(self._headers) or "")
+                self._once.ended(self._record, content_type_in(self._headers) or "")
+
+    def _begin_record(self, call: NativeCall) -> None:
+        record, terms, endpoint = self._record, call.terms, call.endpoint
+        caller = terms.caller
+        record.request_id = self._request_id
+        record.tenant_id, record.key_id = caller.tenant_id, caller.key_id
+        record.endpoint, record.dialect = self._scope["path"], endpoint.dialect.value
+        record.operation = endpoint.name
+        record.request, record.priority, record.subject = call.body, terms.priority, call.subject
+        record.request_type = content_type_in(self._scope["headers"])
+        record.trail = terms.trail
 
     async def _whole_body(self) -> bytes:
         config = self._services.config
@@ -329,14 +339,14 @@ class _Front(Out):
         self._caller = await gate.identify(headers, query) if caller is None else caller
 
     def _upload_secret(self, endpoint: Endpoint) -> str:
-        return self._services.relay.first_of(endpoint.dialect).upstream.key
+        return self._services.spine.first_of(endpoint.dialect).upstream.key
 
     def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
-        if call.caller.caps.most_streams is None or not call.endpoint.is_counted:
+        if call.terms.caller.caps.most_streams is None or not call.endpoint.is_counted:
             return None
         streams = call.endpoint.streams or parsed(call.body).get("stream") is True
-        return self._services.openings.stream(call.caller) if streams else None
+        return self._services.openings.stream(call.terms.caller) if streams else None
 
     async def _run(self, call: NativeCall, presence: Presence) -> tuple[Status, Failure | None]:
         """Make the call, and tell the client how it failed if it did."""
@@ -346,7 +356,7 @@ class _Front(Out):
             elif (wanted := wanted_of(call, self._scope["headers"])) is not None:
                 await self._run_once(call, wanted)
             else:
-                await self._services.relay.run(call, self, self._life)
+                await self._services.relay.run(call, self, self._record)
             return Status.SUCCEEDED, None
         except CallFailed as failed:
             await self._tell_failed(failed)
@@ -374,12 +384,12 @@ class _Front(Out):
         once = self._once = Once(self._services.store.native_keys, call, wanted)
         taken = await once.take()
         if isinstance(taken, KeyState):
-            self._request_id, self._recorded = taken.request_id, True
+            self._request_id, self._is_replay = taken.request_id, True
             await once.replay(taken, self)
             return
         try:
-            await self._services.budgets.let_in(call.caller)
-            await self._services.relay.run(call, self, self._life)
+            await self._services.budgets.let_in(call.terms.caller)
+            await self._services.relay.run(call, self, self._record)
         except BaseException:
             once.failed()
             raise
@@ -387,7 +397,7 @@ class _Front(Out):
     async def _upload(self, call: NativeCall) -> None:
         own = own_urls(self._scope, self._upload_secret(call.endpoint))
         pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
-        await upload(self._services.relay, call, pieces, own, self, self._life)
+        await self._services.relay.upload(call, pieces, own, self, self._record)
 
     def _comforting(self, endpoint: Endpoint) -> asyncio.Task[None] | None:
         """What keeps the connection of a stream alive while it waits, where that is wanted."""
@@ -403,7 +413,7 @@ class _Front(Out):
         wrong then is told as an event."""
         while True:
             await asyncio.sleep(every_s)
-            if self.started or not self._life.streams:
+            if self.started or not self._record.streamed:
                 return
             if not self._head_sent:
                 headers = [(_TYPE, b"text/event-stream"), (b"cache-control", b"no-store")]
@@ -424,7 +434,7 @@ class _Front(Out):
 
     async def _send_head(self, status: int, headers: Headers) -> None:
         self._head_sent = True
-        self._life.http_status = status
+        self._record.http_status = status
         headers = self._with_id(headers)
         if self._direct is not None:
             await self._direct.head(status, headers)
@@ -444,7 +454,7 @@ class _Front(Out):
             await super().whole(status, headers, body)
             return
         self.started, self._headers, self._head_sent = True, headers, True
-        self._life.http_status = status
+        self._record.http_status = status
         await self._direct.whole(status, self._with_id(headers), body)
 
     async def refuse(self, error: TidegateError) -> None:
@@ -467,50 +477,42 @@ class _Front(Out):
         after_ms = failed.paused_ms or failed.error.retry_after_ms
         if after_ms and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
-        self._life.keep(failed.body)
+        self._record.keep(failed.body)
         await self.whole(failed.status, headers, failed.body)
 
     async def tell(self, error: TidegateError) -> None:
         """What can still be told: all, the last event of a stream, or a connection cut short."""
         if not self._head_sent:
             await self.refuse(error)
-        elif self._life.streams and self._ends_whole:
+        elif self._record.streamed and self._ends_whole:
             await self.body(error_event(self._dialect, error), False)
         else:
             abort(self._scope)
 
     def say_done(self) -> None:
         took_s = time.monotonic() - self._received
-        count_answer(self._services.tally, NATIVE, self._life.http_status, took_s)
+        count_answer(self._services.tally, NATIVE, self._record.http_status, took_s)
         fields = {
             "method": self._scope["method"],
             "path": self._scope["path"],
-            "status": self._life.http_status,
+            "status": self._record.http_status,
             "took_ms": round(took_s * 1000, 1),
             "request_id": self._id_text or str(self._request_id),
         }
-        if self._life.trail is not None:
-            fields["trace_id"] = self._life.trail.trace
+        if self._record.trail is not None:
+            fields["trace_id"] = self._record.trail.trace
         if self._caller is not ANYBODY:
             fields |= who(self._caller)
         log_request(fields)
 
-    def _record(self, call: NativeCall, status: Status, failure: Failure | None) -> None:
-        record = record_of(
-            *(call, self._life, self._scope["path"], status, failure),
-            http_status=self._life.http_status,
-            request_type=content_type_in(self._scope["headers"]),
-            response_type=content_type_in(self._headers),
-        )
-        self._services.store.relayed.put(record)
-
     async def refuse_unheard(self, error: TidegateError, endpoint: Endpoint | None) -> None:
         """Answer with an error of ours what does not come on the record."""
         await self.refuse(error)
-        operation = "unknown" if endpoint is None else endpoint.name
-        note_native(
-            self._services, self._caller, self._dialect, operation, self._life.http_status, error
-        )
+        record = self._record
+        record.tenant_id, record.dialect = self._caller.tenant_id, self._dialect.value
+        record.operation = "unknown" if endpoint is None else endpoint.name
+        record.end(REFUSED, Failure.of(error))
+        self._services.store.listeners.note(record)
 
 
 async def _never() -> Message:

@@ -35,7 +35,7 @@ from tidegate.http.views import (
 from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
 from tidegate.policy.inspection import waiting
-from tidegate.spine.record import CallUnderWay
+from tidegate.record import ActiveCall
 from tidegate.store.audit import COUNTS, MOST_ROWS, Total
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
 from tidegate.store.states import Status
@@ -373,7 +373,7 @@ async def _items(services: Services, notes: Notes, tenant_id: str | None) -> lis
     return [_item(process, call, looks.get(call.pool)) for process, call in found]
 
 
-def _item(process: str, call: CallUnderWay, look: Snapshot | None) -> AdminRunningItem:
+def _item(process: str, call: ActiveCall, look: Snapshot | None) -> AdminRunningItem:
     waits = call.admitted_at is None
     return view_of(
         AdminRunningItem,
@@ -389,7 +389,7 @@ def _item(process: str, call: CallUnderWay, look: Snapshot | None) -> AdminRunni
 _KINDS = {kind.value for kind in Kind}
 
 
-def _held_up_by(process: str, call: CallUnderWay, look: Snapshot) -> str | None:
+def _held_up_by(process: str, call: ActiveCall, look: Snapshot) -> str | None:
     """The limit that holds up the queue in which the call stands."""
     if not call.limits:
         return None

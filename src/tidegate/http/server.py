@@ -52,7 +52,7 @@ from tidegate.http.services import (
     services_of,
     services_of_scope,
 )
-from tidegate.telemetry.events import Source
+from tidegate.record import Source
 
 _SCHEMES: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, tg_..."},

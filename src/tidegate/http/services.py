@@ -24,7 +24,6 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, DEFAULT_POOL, Caller
-from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
     InvalidRequest,
     LimiterUnavailable,
@@ -42,14 +41,14 @@ from tidegate.metrics.instruments import Metric, Tally
 from tidegate.metrics.process import Board, Exposition, Recent
 from tidegate.metrics.process import ProcessState as State
 from tidegate.policy.rollout import PolicyKeeper
+from tidegate.record import REFUSED, ActiveCalls, CallListeners, CallRecord, Failure, Source
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
-from tidegate.spine.prompt import Pipeline
-from tidegate.spine.record import UnderWay
+from tidegate.spine.prompt import Prompts
+from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
 from tidegate.store.quotas import BudgetGate
 from tidegate.store.store import Store
-from tidegate.telemetry.events import REFUSED, Observed, Observers, Source
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 
 FRESH_MS = 500
@@ -174,15 +173,15 @@ class Services:
     `limiters` and `keepers` are those of every pool; `limiter` and `keeper` of the pool `gemini`.
     `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
     `followers` are those that stream the status of a request.
-    `observers` are told of every call that has ended, with whatever `observers.listen` was given.
-    `under_way` has the streams and native calls of this process, `board` tells the other processes
-    of them, and this one of theirs.
+    `listeners` are told of every call that has ended, with whatever `listeners.listen` was given.
+    `active_calls` has the streams and native calls of this process, which `board` reports to the
+    other processes, and theirs to this one.
     `tally` counts what is answered, `exposition` answers scrapes, and `state` says what this
     process is at.
     """
 
     config: Config
-    observers: Observers
+    listeners: CallListeners
     tally: Tally
     exposition: Exposition
     state: State
@@ -190,7 +189,8 @@ class Services:
     store: Store
     blobs: Blobs
     limiter: Limiter
-    pipeline: Pipeline
+    spine: Spine
+    prompts: Prompts
     keeper: PolicyKeeper
     relay: Relay
     keepers: Mapping[str, PolicyKeeper]
@@ -210,7 +210,7 @@ class Services:
     @property
     def usual_pool(self) -> str:
         """The pool that a request is about which names none: Gemini's, or the first upstream's."""
-        upstreams = self.relay.targets.upstreams
+        upstreams = self.spine.targets.upstreams
         return DEFAULT_POOL if DEFAULT_POOL in upstreams else next(iter(upstreams))
 
     def turn_waiters_away(self) -> None:
@@ -228,8 +228,8 @@ class Services:
         return BodyBudget(self.bodies, bound, caller.tenant_id)
 
     @property
-    def under_way(self) -> UnderWay:
-        return self.board.under_way
+    def active_calls(self) -> ActiveCalls:
+        return self.board.active_calls
 
 
 def services_of(connection: HTTPConnection) -> Services:
@@ -412,37 +412,8 @@ def who(caller: Caller | None) -> dict[str, str]:
 def note_refused(scope: Scope, source: Source, error: TidegateError) -> None:
     """Of a request to `/submit` or `/stream`."""
     caller: Caller = scope.get(CALLER_IN_SCOPE, ANYBODY)
-    services_of(Request(scope)).store.observers.note(
-        Observed(
-            source=source,
-            status=REFUSED,
-            tenant_id=caller.tenant_id,
-            finished_at=datetime.now(UTC),
-            streamed=source == "stream",
-            http_status=status_of(error),
-            code=error.code,
-        )
-    )
-
-
-def note_native(
-    services: Services,
-    caller: Caller,
-    dialect: Dialect,
-    operation: str,
-    http_status: int,
-    error: TidegateError,
-) -> None:
-    """Of a request to a native path. http_status: what the client was told."""
-    services.store.observers.note(
-        Observed(
-            source="relay",
-            status=REFUSED,
-            tenant_id=caller.tenant_id,
-            finished_at=datetime.now(UTC),
-            dialect=dialect.value,
-            operation=operation,
-            http_status=http_status,
-            code=error.code,
-        )
-    )
+    now = datetime.now(UTC)
+    record = CallRecord(source, caller.tenant_id, now, streamed=source == "stream")
+    record.http_status = status_of(error)
+    record.end(REFUSED, Failure.of(error))
+    services_of(Request(scope)).store.listeners.note(record)

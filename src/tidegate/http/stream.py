@@ -46,9 +46,11 @@ from tidegate.http.services import TRACE_IN_SCOPE, Opening, Services, services_o
 from tidegate.http.sse import ClientStalled, EventWriter, abort, disconnected
 from tidegate.http.submission import BODY, Submission, ask_of, discard, read_submission
 from tidegate.http.views import prefix_of, usage_view
-from tidegate.spine.record import Attempt, CallUnderWay, attempt_result, shortened
+from tidegate.limiter import Permit
+from tidegate.record import CallRecord, Failure, OutputFile
+from tidegate.spine.run import Terms
 from tidegate.store.blobs import new_key
-from tidegate.store.records import Failure, NewJob, OutputFile, StreamRecord
+from tidegate.store.records import NewJob
 from tidegate.store.states import Status
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Parent, parent_in
@@ -159,21 +161,37 @@ class StreamedAnswer(Response):
         self._received_at = received_at
         self._plain_text = plain_text
         self._request_id = new_id()
-        trail = services.relay.tracing.trail(self._request_id, parent)
-        self._attempt = Attempt(waiting_since=received_at, trail=trail)
         self._outputs: list[OutputFile] = []
         self._ask = ask_of(submission, caller)
-        self._classification = services.pipeline.first_look(self._ask)
-        self._model = submission.model
+        self._classification = services.prompts.first_look(self._ask)
+        kind = self._classification.kind
+        self._record = CallRecord(
+            "stream",
+            caller.tenant_id,
+            received_at,
+            self._request_id,
+            priority=self._priority,
+            key_id=caller.key_id,
+            subject=submission.subject,
+            trail=services.spine.tracing.trail(self._request_id, parent),
+            kind=kind,
+            model=submission.model,
+            streamed=True,
+            pool=DEFAULT_POOL,
+            # While its kind is unknown it waits for the answer of the classifier.
+            waits_for=(DEFAULT_POOL, (CLASSIFIER_LIMIT,) if kind is None else ()),
+            waits_since=received_at,
+        )
 
     async def check_models(self) -> None:
         """Raises Forbidden for a model that the caller may not ask, InvalidRequest for one that
         is none of Gemini's account."""
         try:
             config = self._services.config
-            check_models(self._caller, self._model, self._classification, config)
-            targets = self._services.relay.targets
-            check_prompt(targets, self._model, self._classification, config)
+            model = self._submission.model
+            check_models(self._caller, model, self._classification, config)
+            targets = self._services.spine.targets
+            check_prompt(targets, model, self._classification, config)
         except (Forbidden, InvalidRequest):
             await discard(self._submission, self._services.blobs)
             raise
@@ -182,17 +200,17 @@ class StreamedAnswer(Response):
         """Work until the end, or until the client has gone."""
         task = asyncio.current_task()
         assert task is not None
-        if self._attempt.trail is not None:
-            scope[TRACE_IN_SCOPE] = self._attempt.trail.trace
+        if self._record.trail is not None:
+            scope[TRACE_IN_SCOPE] = self._record.trail.trace
         self._services.streams.add(task)
-        self._services.under_way.enter(self, self._look)
+        self._services.active_calls.enter(self._record)
         stalled_ms = self._services.config.stalled_reader_ms
         writer = EventWriter(send, plain_text=self._plain_text, stalled_ms=stalled_ms)
         gone = asyncio.create_task(disconnected(receive))
         try:
             end = await self._run(writer, gone, task)
             # Shielded, as the record must be kept though this process is stopping.
-            record = asyncio.create_task(self._record(end))
+            record = asyncio.create_task(self._store_record(end))
             self._services.streams.add(record)
             record.add_done_callback(self._services.streams.discard)
             await asyncio.shield(record)
@@ -203,27 +221,9 @@ class StreamedAnswer(Response):
         finally:
             gone.cancel()
             self._services.streams.discard(task)
-            self._services.under_way.leave(self)
+            self._services.active_calls.leave(self._record)
             self._opening.close()
             self._hold.release()
-
-    def _look(self) -> CallUnderWay:
-        """How it stands, for whoever asks what is under way."""
-        attempt, kind = self._attempt, self._classification.kind
-        # While its kind is not known it is the classifier's answer that it waits for.
-        limits = (CLASSIFIER_LIMIT,) if kind is None else attempt.limits
-        return CallUnderWay(
-            request_id=str(self._request_id),
-            tenant=self._caller.tenant_id,
-            source="stream",
-            received_at=self._received_at,
-            admitted_at=attempt.admitted_at,
-            kind=kind.value if kind else None,
-            model=shortened(self._model),
-            upstream=attempt.upstream,
-            pool=DEFAULT_POOL,
-            limits=limits,
-        )
 
     async def _run(
         self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
@@ -256,11 +256,16 @@ class StreamedAnswer(Response):
         return _failed(TidegateError("an internal error; it has been logged"))
 
     async def _answer(self, writer: EventWriter) -> None:
-        pipeline, submission = self._services.pipeline, self._submission
-        self._classification = await pipeline.decide(self._ask, within_ms=self._left_ms())
+        prompts, submission = self._services.prompts, self._submission
+        self._classification = await prompts.decide(self._ask, within_ms=self._left_ms())
         kind = self._classification.kind
         assert kind is not None
-        self._model = submission.model or self._services.config.model_for(kind)
+        model = submission.model or self._services.config.model_for(kind)
+        self._record.kind, self._record.model, self._record.waits_for = (
+            kind,
+            model,
+            (DEFAULT_POOL, ()),
+        )
         if kind is Kind.IMAGE_GENERATION and self._services.blobs.away:
             await self._services.blobs.ping()  # a picture with nowhere to go is not asked for
         media = await self._media(kind)
@@ -268,7 +273,7 @@ class StreamedAnswer(Response):
             request_id=self._request_id,
             prompt=submission.prompt,
             kind=kind,
-            model=self._model,
+            model=model,
             media=media,
             tenant_id=self._caller.tenant_id,
             priority=self._priority,
@@ -277,7 +282,20 @@ class StreamedAnswer(Response):
         async def sink(event: Event) -> None:
             await self._emit(writer, event, kind)
 
-        await pipeline.run(call, self._attempt, sink, self._caller, max(1, self._left_ms()))
+        terms = Terms(
+            request_id=self._request_id,
+            caller=self._caller,
+            received=self._received,
+            wait_ms=self._submission.deadline_ms or self._services.config.stream_wait_ms,
+            priority=self._priority,
+            trail=self._record.trail,
+        )
+
+        async def admitted(_permit: Permit | None) -> None:
+            if not writer.started:
+                await sink(Admitted(waited_ms=self._record.queue_ms or 0.0))
+
+        await prompts.run(call, terms, self._record, sink, admitted)
 
     def _left_ms(self) -> int:
         """Until the deadline, which is for admission; negative when it has passed."""
@@ -287,7 +305,7 @@ class StreamedAnswer(Response):
     async def _media(self, kind: Kind) -> tuple[Media, ...]:
         try:
             async with asyncio.timeout(self._left_ms() / 1000):
-                return await self._services.pipeline.media(self._ask)
+                return await self._services.prompts.media(self._ask)
         except TimeoutError:
             raise DeadlineExceeded(
                 "the deadline came before the files were there", limit=kind.limit
@@ -319,8 +337,8 @@ class StreamedAnswer(Response):
         self._outputs.append(stored)
         return stored
 
-    async def _record(self, end: _End) -> None:
-        attempt, submission = self._attempt, self._submission
+    async def _store_record(self, end: _End) -> None:
+        record, submission = self._record, self._submission
         job = NewJob(
             request_id=self._request_id,
             created_at=self._received_at,
@@ -328,16 +346,14 @@ class StreamedAnswer(Response):
             classification=self._classification,
             attachments=submission.attachments,
             image_uri=submission.image_uri,
-            model=self._model,
+            model=record.model,
             priority=self._priority,
             tenant_id=self._caller.tenant_id,
             subject=submission.subject,
-            trail=attempt.trail,
         )
-        result = attempt_result(attempt, self._model or "", tuple(self._outputs), end.failure)
-        await self._services.store.record_stream(
-            StreamRecord(job, end.status, datetime.now(UTC), result, end.failure)
-        )
+        record.files = tuple(self._outputs)
+        record.end(end.status, end.failure)
+        await self._services.store.record_stream(job, record)
 
     async def _tell(
         self, end: _End, writer: EventWriter, scope: Scope, receive: Receive, send: Send
@@ -378,7 +394,7 @@ class StreamedAnswer(Response):
             log.debug(Log.STORE_AWAY, request_id=str(self._request_id), detail=repr(late))
 
     async def _finish(self, writer: EventWriter) -> None:
-        attempt, answer = self._attempt, self._attempt.answer
+        record, answer = self._record, self._record.answer
         if (usage := usage_view(answer.usage)) is not None:
             await writer.usage(usage.of_event())
         await writer.done(
@@ -388,7 +404,7 @@ class StreamedAnswer(Response):
                 "type": self._classification.kind,
                 "classified_by": self._classification.by.value,
                 "finish_reason": answer.finish_reason,
-                "queue_ms": round(attempt.queue_ms, 1),
-                "upstream_ms": round(attempt.upstream_ms, 1),
+                "queue_ms": round(record.queue_ms or 0.0, 1),
+                "upstream_ms": round(record.upstream_ms or 0.0, 1),
             }
         )

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
 from tidegate.errors import NotFound
+from tidegate.record import Failure
 from tidegate.store.blobs import Blobs
 from tidegate.store.records import (
     USAGE_COLUMNS,
     Earlier,
-    Failure,
     FileRecord,
     NewJob,
     RequestRecord,

@@ -42,6 +42,7 @@ from tidegate.jobs.native import targets_of
 from tidegate.jobs.outages import Held, Key, Look, Turn
 from tidegate.jobs.retry import is_of_upstream, retry_wait_ms
 from tidegate.limiter import Permit
+from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.native import (
     LONGEST_BYTES,
@@ -51,15 +52,13 @@ from tidegate.spine.native import (
     detached_call,
     endpoint_named,
 )
-from tidegate.spine.record import CallFailed, Life
-from tidegate.store.audit import RelayRecord, observed_of
+from tidegate.spine.run import CallFailed
 from tidegate.store.batches import OUTPUT, PRIORITY, Batch, BatchFile, BatchLine, ambiguous_of
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.notifications import BATCHES
-from tidegate.store.records import Failure, Json
+from tidegate.store.records import Json
 from tidegate.store.states import Status
 from tidegate.store.store import Store
-from tidegate.telemetry.events import RETRIED
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail
 
@@ -85,22 +84,21 @@ _LATER = (
 
 
 @dataclass(slots=True)
-class _UnderWay:
+class _ActiveLine:
     """A line of a task, which waits for its turn, is called, then writes how it ended."""
 
     line: BatchLine
-    life: Life
-    trail: Trail | None
+    record: CallRecord
     is_over: bool = False
     turn: Turn | None = None
 
     @property
     def waits(self) -> bool:
-        return self.life.waits and not self.is_over
+        return self.record.waits and not self.is_over
 
     @property
     def is_called(self) -> bool:
-        return not self.life.waits and not self.is_over
+        return not self.record.waits and not self.is_over
 
 
 class LineCaller:
@@ -112,7 +110,7 @@ class LineCaller:
         self._config = config
         self._store = store
         self._relay = relay
-        self._tasks: dict[asyncio.Task[None], _UnderWay] = {}
+        self._tasks: dict[asyncio.Task[None], _ActiveLine] = {}
         self._freed = asyncio.Event()
 
     async def feed(self) -> None:
@@ -202,7 +200,7 @@ class LineCaller:
             await asyncio.wait(set(self._tasks), timeout=_LAST_RECORDS_S)
 
     async def _give_up(
-        self, whether: Callable[[_UnderWay], bool], waits_ms: Mapping[UUID, int] | None = None
+        self, whether: Callable[[_ActiveLine], bool], waits_ms: Mapping[UUID, int] | None = None
     ) -> None:
         chosen = {task: one.line for task, one in self._tasks.items() if whether(one)}
         for task in chosen:
@@ -216,7 +214,8 @@ class LineCaller:
             log.debug(Log.STORE_AWAY, detail=away.message)
 
     def _begin(self, line: BatchLine) -> None:
-        one = _UnderWay(line, Life(), self._relay.tracing.trail(line.id, None))
+        trail = self._relay.spine.tracing.trail(line.id, None)
+        one = _ActiveLine(line, _record_of(line, trail))
         task = asyncio.create_task(self._guarded(one))
         self._tasks[task] = one
         task.add_done_callback(self._ended)
@@ -225,17 +224,17 @@ class LineCaller:
         self._tasks.pop(task, None)
         self._freed.set()
 
-    async def _guarded(self, one: _UnderWay) -> None:
+    async def _guarded(self, one: _ActiveLine) -> None:
         """The top of a line's task: it must not stay claimed."""
         try:
             await self._call(one)
         except Exception:
             log.exception(Log.INTERNAL_ERROR, request_id=str(one.line.id))
             error = TidegateError("an internal error; it has been logged")
-            await self._finish(one.line, Life(), error, None)
+            await self._finish(one.line, _record_of(one.line, None), error, None)
 
-    async def _call(self, one: _UnderWay) -> None:
-        line, life = one.line, one.life
+    async def _call(self, one: _ActiveLine) -> None:
+        line, record = one.line, one.record
         error: TidegateError | None = None
         words: CallFailed | None = None
         try:
@@ -251,23 +250,22 @@ class LineCaller:
             error = own
         if one.turn is not None or is_of_upstream(error):
             turn = one.turn or Turn(self._targets_of(line))
-            called = life.target.upstream.name if life.target else None
-            self._outages.ended(turn, called, error)
-        if error is not None and (wait_ms := self._wait_ms(line, life, error)) is not None:
-            waits_ms, counted = {line.id: wait_ms}, life.tries - life.of_upstream
+            self._outages.ended(turn, record.upstream, error)
+        if error is not None and (wait_ms := self._wait_ms(line, record, error)) is not None:
+            waits_ms, counted = {line.id: wait_ms}, record.attempts - record.faults
             await self._until_done(
                 lambda: self._store.batch_lines.give_back(
                     [line], waits_ms=waits_ms, counted=counted
                 )
             )
-            self._relay.budgets.forget(line.id)
-            if life.tries:
-                again = observed_of(_record_of(line, life, Failure.of(error), None))
-                self._store.observers.note(replace(again, status=RETRIED))
+            self._relay.spine.budgets.forget(line.id)
+            if record.attempts:
+                record.end(RETRIED, Failure.of(error))
+                self._store.listeners.note(record)
             return
-        await self._finish(line, life, error, words)
+        await self._finish(line, record, error, words)
 
-    async def _collect(self, one: _UnderWay) -> None:
+    async def _collect(self, one: _ActiveLine) -> None:
         line = one.line
 
         async def admitted(_permit: Permit | None) -> None:
@@ -284,10 +282,10 @@ class LineCaller:
                 caller=await self._caller_of(line),
                 priority=PRIORITY,
                 deadline_ms=left_ms,
-                trail=one.trail,
+                trail=one.record.trail,
                 most_tries=self._config.max_attempts - line.attempts,
             )
-            await collected(self._relay, call, one.life, admitted)
+            await collected(self._relay, call, one.record, admitted)
         except asyncio.CancelledError:
             self._outages.left(one.turn)
             raise
@@ -299,28 +297,34 @@ class LineCaller:
         caller = Caller(line.tenant_id, line.key_id, line.models)
         if line.key_id is None:
             return caller
-        return replace(caller, budgets=await self._relay.budgets.budgets_of(line.tenant_id))
+        return replace(caller, budgets=await self._relay.spine.budgets.budgets_of(line.tenant_id))
 
-    def _wait_ms(self, line: BatchLine, life: Life, error: TidegateError) -> float | None:
+    def _wait_ms(self, line: BatchLine, record: CallRecord, error: TidegateError) -> float | None:
         """Until the line is called again; None where it has failed."""
         if isinstance(error, _LATER):
             return _AGAIN_MS
         if is_of_upstream(error):
             return self._held.wait_ms(self._targets_of(line))
-        attempts = line.attempts + life.tries - life.of_upstream
+        attempts = line.attempts + record.attempts - record.faults
         return retry_wait_ms(error, max(1, attempts), self._config.max_attempts)
 
     async def _finish(
-        self, line: BatchLine, life: Life, error: TidegateError | None, words: CallFailed | None
+        self,
+        line: BatchLine,
+        record: CallRecord,
+        error: TidegateError | None,
+        words: CallFailed | None,
     ) -> None:
         status_code: int | None = None
         answer: str | None = None
         if error is None:
-            status_code, answer = life.http_status, life.said.decode("utf-8", "replace")
+            status_code, answer = record.http_status, record.result
         elif words is not None and words.status and words.body:
             status_code, answer = words.status, words.body.decode("utf-8", "replace")
         failure = None if error is None else Failure.of(error)
-        call = await self._store.relayed.prepare(_record_of(line, life, failure, status_code))
+        record.http_status = status_code or 0
+        record.end(Status.SUCCEEDED if failure is None else Status.FAILED, failure)
+        call = await self._store.relayed.prepare(record)
         await self._until_done(
             lambda: self._store.batch_lines.end(
                 line, call, status_code=status_code, answer=answer, failure=failure
@@ -336,42 +340,21 @@ class LineCaller:
                 await asyncio.sleep(_AWAY_S)
 
 
-def _record_of(
-    line: BatchLine, life: Life, failure: Failure | None, status_code: int | None
-) -> RelayRecord:
-    now, target = datetime.now(UTC), life.target
+def _record_of(line: BatchLine, trail: Trail | None) -> CallRecord:
     endpoint = endpoint_of("POST", line.endpoint, dialect_of(line.endpoint, frozenset(), b""))
-    return RelayRecord(
-        request_id=line.id,
-        tenant_id=line.tenant_id,
-        pool=target.upstream.pool if target else "",
+    return CallRecord(
+        "batch",
+        line.tenant_id,
+        datetime.now(UTC),
+        line.id,
         endpoint=line.endpoint,
-        status=Status.SUCCEEDED if failure is None else Status.FAILED,
-        http_status=status_code or 0,
-        received_at=now,
-        finished_at=life.finished_at or now,
-        request=line.body.encode(),
-        response=life.said,
-        kind=life.kind.value if life.kind else None,
-        model=target.model if target else life.model,
-        priority=PRIORITY,
-        tries=line.attempts + life.tries,
-        admitted_at=life.admitted_at,
-        queue_ms=life.queue_ms,
-        upstream_ms=life.upstream_ms,
-        first_byte_ms=life.first_byte_ms,
-        charge=life.charge,
-        finish_reason=life.told.finish_reason,
-        response_id=life.told.response_id,
-        model_version=life.told.model_version,
-        failure=failure,
-        key_id=line.key_id,
-        source="batch",
-        upstream=target.upstream.name if target else None,
         dialect=endpoint.dialect.value if endpoint else "",
         operation=endpoint.name if endpoint else "",
-        throttled=life.throttled,
-        trail=life.trail,
+        request=line.body.encode(),
+        priority=PRIORITY,
+        key_id=line.key_id,
+        trail=trail,
+        earlier_attempts=line.attempts,
     )
 
 

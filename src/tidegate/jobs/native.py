@@ -14,16 +14,17 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.jobs.outages import Key
-from tidegate.limiter import Permit
+from tidegate.record import CallRecord, Failure
 from tidegate.settings import Config
-from tidegate.spine.native import Begun, Relay, collected, detached_call, endpoint_named
+from tidegate.spine.native import Relay, collected, detached_call, endpoint_named
 from tidegate.spine.prompt import Ask
-from tidegate.spine.record import Attempt, CallFailed, Life
+from tidegate.spine.run import CallFailed, OnAdmitted
 from tidegate.store.jobs import CANCELLED
-from tidegate.store.records import AttemptResult, ClaimedJob, FailedTry, Failure
+from tidegate.store.records import ClaimedJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
+from tidegate.telemetry.tracing import Trail
 
 log = get_logger()
 _OTHER_ENDS = {
@@ -51,23 +52,20 @@ async def payer_of(job: ClaimedJob, config: Config, store: Store) -> Caller:
     return caller
 
 
-def status_of(result: AttemptResult) -> Status:
-    if result.failure is None:
-        return Status.SUCCEEDED
-    code = result.failure.code
-    return _OTHER_ENDS.get(code, Status.FAILED)
+def status_of(failure: Failure | None) -> Status:
+    return Status.SUCCEEDED if failure is None else _OTHER_ENDS.get(failure.code, Status.FAILED)
 
 
 def log_end(
-    job: ClaimedJob, attempt: Attempt, failure: Failure | None, wait_ms: int | None
+    job: ClaimedJob, record: CallRecord, failure: Failure | None, wait_ms: int | None
 ) -> None:
     fields = {
         "request_id": str(job.request_id),
         "tenant": job.tenant_id,
-        **({"trace_id": attempt.trail.trace} if attempt.trail else {}),
+        **({"trace_id": record.trail.trace} if record.trail else {}),
         "type": job.classification.kind,
-        "queue_ms": round(attempt.queue_ms, 1),
-        "upstream_ms": round(attempt.upstream_ms, 1),
+        "queue_ms": round(record.queue_ms or 0.0, 1),
+        "upstream_ms": round(record.upstream_ms or 0.0, 1),
         **({"code": failure.code} if failure else {}),
     }
     if wait_ms is None:
@@ -91,42 +89,36 @@ def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
     """The upstreams and models that a call can go to; none where another version took it in."""
     try:
         endpoint = endpoint_named(path)
-        found = relay.targets.of(endpoint.dialect, endpoint.model or model)
+        found = relay.spine.targets.of(endpoint.dialect, endpoint.model or model)
     except (InvalidRequest, NotFound):
         return ()
     return tuple((target.upstream.name, target.model) for target in found)
 
 
+def record_of(job: ClaimedJob, trail: Trail | None = None) -> CallRecord:
+    """The record of a job's next call."""
+    record = CallRecord("job", job.tenant_id, job.created_at, job.request_id)
+    record.pool, record.kind, record.model = job.pool, job.classification.kind, job.model
+    record.priority, record.trail = job.priority, trail
+    # A call that follows another one has not waited since the job was submitted.
+    record.waits_since = datetime.now(UTC) if job.was_called else job.created_at
+    return record
+
+
 async def run_wrapped(
     relay: Relay,
     job: ClaimedJob,
-    attempt: Attempt,
-    admitted: Begun,
+    record: CallRecord,
+    admitted: OnAdmitted,
     *,
     body: bytes,
     caller: Caller,
     max_attempts: int,
 ) -> None:
-    """Make the call that a job wraps, with its `body`, on the budget of its `caller`; `attempt` is
-    filled as the pipeline would fill it."""
+    """Make the call that a job wraps, with its `body`, on the budget of its `caller`. Raises
+    UpstreamError, and what `Relay.run` raises else."""
     assert job.endpoint is not None
-    life, left_ms = Life(), time_left_ms(job)
-    attempt.failed_try, attempt.counted_tries = None, 0
-
-    async def begun(permit: Permit | None) -> None:
-        now = datetime.now(UTC)
-        if life.failed is not None:  # another upstream stands in
-            attempt.failed_try = FailedTry(
-                finished_at=life.finished_at or now,
-                upstream_ms=life.upstream_ms,
-                failure=Failure.of(life.failed),
-                is_counted=not life.failed.of_upstream,
-            )
-            attempt.counted_tries += attempt.failed_try.is_counted
-        attempt.admitted_at, attempt.fence = now, (0, 0) if permit is None else permit.fence
-        attempt.queue_ms = max(0.0, (now - attempt.waiting_since).total_seconds() * 1000)
-        await admitted(permit)
-
+    left_ms = time_left_ms(job)
     call = detached_call(
         request_id=job.request_id,
         path=job.endpoint,
@@ -134,23 +126,11 @@ async def run_wrapped(
         caller=caller,
         priority=job.priority,
         deadline_ms=None if left_ms is None else max(1, left_ms),
-        trail=attempt.trail,
+        trail=record.trail,
         most_tries=max_attempts - job.attempts,
     )
+    record.dialect, record.operation = call.endpoint.dialect.value, call.endpoint.name
     try:
-        await collected(relay, call, life, begun)
+        await collected(relay, call, record, admitted)
     except CallFailed as failed:
         raise failed.error from None
-    finally:
-        attempt.finished_at, attempt.upstream_ms = life.finished_at, life.upstream_ms
-        attempt.dialect, attempt.operation = call.endpoint.dialect, call.endpoint.name
-        attempt.upstream = life.target.upstream.name if life.target else None
-        attempt.answer.first_byte_ms = life.first_byte_ms
-        attempt.charge = life.charge
-        if life.pieces:
-            answer = attempt.answer
-            answer.text = [life.said.decode("utf-8", "replace")]
-            answer.usage = life.told.usage
-            answer.finish_reason = life.told.finish_reason
-            answer.response_id = life.told.response_id
-            answer.model_version = life.told.model_version

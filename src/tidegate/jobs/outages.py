@@ -31,8 +31,9 @@ from tidegate.errors import (
     UpstreamUnauthorized,
     UpstreamUnavailable,
 )
+from tidegate.record import Failure
 from tidegate.spine.routing import Gate
-from tidegate.store.records import ClaimedJob, Failure
+from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
 
 FAULTS = 3

@@ -11,6 +11,7 @@ is returned to the queue, never dropped; a cancellation counts only while the ca
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,7 @@ from tidegate.call import DEFAULT_POOL, Call, Kind, Media, new_id
 from tidegate.errors import (
     ClaimLost,
     DeadlineExceeded,
+    InvalidRequest,
     NotFound,
     StoreUnavailable,
     TidegateError,
@@ -34,6 +36,7 @@ from tidegate.jobs.native import (
     internal,
     log_end,
     payer_of,
+    record_of,
     run_wrapped,
     status_of,
     targets_of,
@@ -41,15 +44,16 @@ from tidegate.jobs.native import (
 )
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
 from tidegate.jobs.retry import NOT_THE_JOBS_FAULT, is_of_upstream, retry_wait_ms, spent_wait_ms
-from tidegate.limiter import Permit
+from tidegate.limiter import Limiter, Permit
+from tidegate.record import RETRIED, CallRecord, Failure, OutputFile
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
-from tidegate.spine.prompt import Pipeline
-from tidegate.spine.record import Attempt, attempt_result
+from tidegate.spine.prompt import Prompts
+from tidegate.spine.run import MOST_TRIES, NO_DEADLINE_MS, Terms
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import UNSURE
-from tidegate.store.records import AttemptResult, ClaimedJob, Failure, OutputFile
+from tidegate.store.records import ClaimedJob, FailedTry
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
@@ -321,6 +325,38 @@ _CANCELS_EVERY_MS = 1_000
 log = get_logger()
 
 
+class _JobRun:
+    """One call of a job, over all its tries. `turn`: taken while an upstream is out. `is_marked`:
+    its call is on record, as one that may be made. `counted_tries`: those before the last, of other
+    upstreams, that use up an attempt of the job."""
+
+    def __init__(self, worker: Worker, job: ClaimedJob, kind: Kind, record: CallRecord) -> None:
+        self._worker = worker
+        self.job, self.kind, self.record = job, kind, record
+        self.turn: Turn | None = None
+        self.is_marked = False
+        self.counted_tries = 0
+
+    async def admitted(self, permit: Permit | None) -> None:
+        """Mark the call before it is made. Raises ClaimLost, StoreUnavailable, and
+        UpstreamUnavailable where another call tries whether the upstream is back."""
+        record = self.record
+        if self.turn is None:
+            self.turn = self._worker.turn_of(self.job)
+        failed = None
+        if (error := record.failed) is not None:  # it moves to another upstream
+            record.failed = None
+            failed = FailedTry(
+                finished_at=record.ended_at,
+                upstream_ms=record.upstream_ms or 0.0,
+                failure=Failure.of(error),
+                is_counted=not error.of_upstream,
+            )
+            self.counted_tries += failed.is_counted
+        await self._worker.mark(self.job, record, failed)
+        self.is_marked = True
+
+
 class Worker:
     """One process's share of the queue of a pool."""
 
@@ -330,21 +366,22 @@ class Worker:
         config: Config,
         store: Store,
         blobs: Blobs,
-        pipeline: Pipeline,
+        limiter: Limiter,
+        prompts: Prompts,
         relay: Relay,
         pool: str = DEFAULT_POOL,
     ) -> None:
-        self._relay = relay
+        self._relay, self._spine = relay, relay.spine
         self._pool = pool
-        self._outages = outages = Outages({pool, *relay.targets.upstreams})
-        self._put_off = PutOff(store, Held(outages, relay.health), self._targets_of)
+        self._outages = outages = Outages(self._spine.targets.upstreams)
+        self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
         batches = BatchRunner(config, store, blobs, relay, self._put_off.held)
         self._batches = batches.run if pool == DEFAULT_POOL else asyncio.Event.wait
         self._config = config
         self._store = store
         self._blobs = blobs
         self._bodies = CallBodies(blobs, config.max_held_bytes)
-        self._pipeline = pipeline
+        self._limiter, self._prompts = limiter, prompts
         self._stages = Stages(self._tasks)
         feeder = partial(Feeder, store, self._put_off, pool)
         self._feeders = [
@@ -354,7 +391,7 @@ class Worker:
 
     def _window(self, kind: Kind) -> int:
         # Twice the limit in force keeps it full even if every other worker is gone.
-        return min(_LARGEST_WINDOW, 2 * self._pipeline.at_once(kind) + 2)
+        return min(_LARGEST_WINDOW, 2 * self._limiter.policy.bound(kind.limit) + 2)
 
     def _targets_of(self, job: ClaimedJob) -> tuple[Key, ...]:
         """What may be called for a job: upstreams, each with its model."""
@@ -362,7 +399,11 @@ class Worker:
             return targets_of(self._relay, job.endpoint, job.model or "")
         kind = job.classification.kind
         model = self._config.classifier_model if kind is None else self._config.model_for(kind)
-        return ((self._pool, job.model or model),)
+        try:
+            targets = self._prompts.targets(job.model or model)
+        except InvalidRequest:
+            return ()
+        return tuple((target.upstream.name, target.model) for target in targets)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish what runs within the grace, hand back the rest."""
@@ -456,7 +497,7 @@ class Worker:
                 await self._fenced(lambda: self._put_off.hand_back([job], waits_ms))
                 return
             try:
-                decided = await self._pipeline.decide(ask_of(job), within_ms=time_left_ms(job))
+                decided = await self._prompts.decide(ask_of(job), within_ms=time_left_ms(job))
             finally:
                 self._outages.left(turn)
 
@@ -477,76 +518,91 @@ class Worker:
             await work()
         except Exception:
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
-            await self._end_unadmitted(job, internal())
+            await self._end_unadmitted(job, record_of(job), internal())
         finally:
             self._stages.leave(job)
 
     async def _run_and_record(self, job: ClaimedJob) -> None:
         kind = job.classification.kind
         assert kind is not None
-        since = datetime.now(UTC) if job.was_called else job.created_at  # a retry has waited before
-        trail = self._relay.tracing.trail(job.request_id, parent_of(job.traceparent))
-        attempt = Attempt(waiting_since=since, trail=trail)
-        model = job.model or self._config.model_for(kind)
-        turn: Turn | None = None
-
-        async def admitted(permit: Permit | None) -> None:
-            nonlocal turn
-            if turn is None and self._outages.is_any:
-                turn = self._outages.enter(self._targets_of(job))
-            self._stages.enter(job, Stage.CALLING)
-            fence = (0, 0) if permit is None else permit.fence
-            running = partial(
-                self._store.queue.running, job, model=model, failed=attempt.failed_try
-            )
-            await running(fence=fence, queue_ms=attempt.queue_ms)
-            attempt.is_marked, attempt.failed_try = True, None
-
-        async def run(left_ms: int | None) -> None:
-            caller = await payer_of(job, self._config, self._store)
-            if job.endpoint is not None:
-                async with self._bodies.of(job, kind) as body:
-                    wrapped = partial(run_wrapped, self._relay, job, attempt, admitted, body=body)
-                    await wrapped(caller=caller, max_attempts=self._config.max_attempts)
-                return
-            if kind is Kind.IMAGE_GENERATION and self._blobs.away:
-                await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
-            media = await self._pipeline.media(ask_of(job))
-            call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
-            await self._pipeline.run(call, attempt, None, caller, left_ms, admitted)
-
+        record = record_of(
+            job, self._spine.tracing.trail(job.request_id, parent_of(job.traceparent))
+        )
+        record.model = job.model or self._config.model_for(kind)
+        run = _JobRun(self, job, kind, record)
         failure: TidegateError | None = None
         try:
-            await self._run_when_recorded(job, kind, attempt, run)
+            await self._run_when_recorded(job, kind, run)
         except ClaimLost:
-            self._outages.left(turn)
+            self._outages.left(run.turn)
             return
         except TidegateError as error:
             failure = error
         except asyncio.CancelledError:
             if not self._stages.is_called_off(job):
-                self._outages.left(turn)
+                self._outages.left(run.turn)
                 raise
             end_cancelling()
             failure = CANCELLED
         except Exception:  # nobody foresaw it; what the attempt has brought is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
             failure = internal()
-        if turn is not None or is_of_upstream(failure):
-            turn = turn or Turn(self._targets_of(job))
-            self._outages.ended(turn, attempt.upstream, failure)
-        if attempt.is_marked:
+        if run.turn is not None or is_of_upstream(failure):
+            turn = run.turn or Turn(self._targets_of(job))
+            self._outages.ended(turn, record.upstream, failure)
+        if run.is_marked:
             self._stages.enter(job, Stage.RECORDING)
         else:
-            attempt.admitted_at = None  # nothing was called
-        await self._record(job, attempt, model, failure)
+            record.admitted_at = None  # nothing was called
+        await self._record(job, record, failure, run.counted_tries)
+
+    async def _call(self, run: _JobRun, left_ms: int | None) -> None:
+        job, kind, record = run.job, run.kind, run.record
+        caller = await payer_of(job, self._config, self._store)
+        if job.endpoint is not None:
+            async with self._bodies.of(job, kind) as body:
+                wrapped = partial(run_wrapped, self._relay, job, record, run.admitted, body=body)
+                await wrapped(caller=caller, max_attempts=self._config.max_attempts)
+            return
+        if kind is Kind.IMAGE_GENERATION and self._blobs.away:
+            await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
+        media = await self._prompts.media(ask_of(job))
+        model = job.model or self._config.model_for(kind)
+        call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
+        terms = Terms(
+            request_id=job.request_id,
+            caller=caller,
+            received=time.monotonic(),
+            wait_ms=NO_DEADLINE_MS if left_ms is None else left_ms,
+            priority=job.priority,
+            trail=record.trail,
+            repeats=False,
+            most_tries=max(1, min(self._config.max_attempts - job.attempts, MOST_TRIES)),
+            waits_out=True,
+        )
+        await self._prompts.run(call, terms, record, None, run.admitted)
+
+    def turn_of(self, job: ClaimedJob) -> Turn | None:
+        """The turn of a job's call while an upstream is out. Raises UpstreamUnavailable."""
+        return self._outages.enter(self._targets_of(job)) if self._outages.is_any else None
+
+    async def mark(self, job: ClaimedJob, record: CallRecord, failed: FailedTry | None) -> None:
+        """Record that a job's call is about to be made. Raises ClaimLost and StoreUnavailable."""
+        self._stages.enter(job, Stage.CALLING)
+        assert record.fence is not None
+        await self._store.queue.running(
+            job,
+            model=record.model or "",
+            fence=record.fence,
+            queue_ms=record.queue_ms or 0.0,
+            failed=failed,
+        )
 
     async def _run_when_recorded(
         self,
         job: ClaimedJob,
         kind: Kind,
-        attempt: Attempt,
-        run: Callable[[int | None], Awaitable[None]],
+        run: _JobRun,
     ) -> None:
         """Run the call; while PostgreSQL is away the permit goes back and is asked for again."""
         while True:
@@ -554,27 +610,28 @@ class Worker:
             if left_ms is not None and left_ms <= 0:
                 raise DeadlineExceeded("its deadline came while it waited", limit=kind.limit)
             try:
-                await run(left_ms)
+                await self._call(run, left_ms)
                 return
             except StoreUnavailable:
                 self._stages.leave(job)
-                attempt.admitted_at = None
+                run.record.begin_again()
+                run.record.admitted_at = None
                 await self._until_store_is_back()
 
     async def _record(
-        self, job: ClaimedJob, attempt: Attempt, model: str, error: TidegateError | None
+        self, job: ClaimedJob, record: CallRecord, error: TidegateError | None, counted: int
     ) -> None:
+        """`counted`: tries before the last that use up an attempt of the job."""
         try:
-            pictures = await kept(self._blobs, attempt.answer.pictures)
+            record.files = await kept(self._blobs, record.answer.pictures)
         except StoreUnavailable as away:
-            error, pictures = error or away, ()
+            error = error or away
         failure = Failure.of(error) if error else None
-        result = attempt_result(attempt, model, pictures, failure)
         wait_ms, hand_back = spent_wait_ms(error), self._store.queue.release
         if is_of_upstream(error):
             hand_back, wait_ms = self._put_off.hand_back, self._put_off.wait_ms(job)
         is_counted = wait_ms is None
-        if result is None:
+        if not record.was_admitted:
             assert error is not None
             if wait_ms is not None:
                 waits_ms = {job.request_id: wait_ms}
@@ -584,31 +641,39 @@ class Worker:
                 await asyncio.sleep(_STORE_POLL_S)
                 await self._fenced(lambda: self._store.queue.release([job]))
                 return
-            await self._end_unadmitted(job, error)
+            await self._end_unadmitted(job, record, error)
         else:
             if error is not None and is_counted:
-                made = job.attempts + attempt.counted_tries + 1
+                made = job.attempts + counted + 1
                 wait_ms = retry_wait_ms(error, made, self._config.max_attempts)
-            await self._end(job, result, wait_ms, is_counted)
+            await self._end(job, record, failure, wait_ms, is_counted)
             if wait_ms is not None and is_of_upstream(error):
                 self._put_off.note(job, wait_ms)
-        log_end(job, attempt, failure, wait_ms)
+        log_end(job, record, failure, wait_ms)
 
-    async def _end_unadmitted(self, job: ClaimedJob, error: TidegateError) -> None:
-        status = Status.EXPIRED if isinstance(error, DeadlineExceeded) else Status.FAILED
-        await self._fenced(
-            lambda: self._store.queue.fail_unadmitted(job, status, Failure.of(error))
-        )
+    async def _end_unadmitted(
+        self, job: ClaimedJob, record: CallRecord, error: TidegateError
+    ) -> None:
+        expired = isinstance(error, DeadlineExceeded)
+        record.end(Status.EXPIRED if expired else Status.FAILED, Failure.of(error))
+        await self._fenced(lambda: self._store.queue.fail_unadmitted(job, record))
 
     async def _end(
-        self, job: ClaimedJob, result: AttemptResult, wait_ms: int | None, is_counted: bool
+        self,
+        job: ClaimedJob,
+        record: CallRecord,
+        failure: Failure | None,
+        wait_ms: int | None,
+        is_counted: bool,
     ) -> None:
         """Record the end of an attempt: the job's, or with `wait_ms` until the next attempt."""
         if wait_ms is not None:
             not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms)
-            await self._fenced(lambda: self._store.queue.retry(job, result, not_before, is_counted))
+            record.end(RETRIED, failure)
+            await self._fenced(lambda: self._store.queue.retry(job, record, not_before, is_counted))
         else:
-            await self._fenced(lambda: self._store.queue.finish(job, status_of(result), result))
+            record.end(status_of(failure), failure)
+            await self._fenced(lambda: self._store.queue.finish(job, record))
 
     async def _fenced(self, write: Callable[[], Awaitable[None]]) -> None:
         """Make a fenced write, waiting for PostgreSQL if need be; a lost claim ends it quietly."""

@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 
 from tidegate.limiter import Observer, State
 from tidegate.metrics._compat import add_counts
-from tidegate.telemetry.events import JUDGE, RETRIED, Observed
+from tidegate.record import JUDGE, RETRIED, CallRecord
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # as prometheus-client reads it
 NAMED = "TIDEGATE_CHILD"  # the name of a process among those of its supervisor
@@ -427,7 +427,7 @@ _Sort = tuple[str, str, str, str, str, str, str, str]
 
 
 class Calls:
-    """A listener of `Observers`."""
+    """A listener of `CallListeners`."""
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
@@ -435,12 +435,12 @@ class Calls:
         self._models = Known(MOST_MODELS)
         self._cells: dict[_Sort, _Cells] = {}
 
-    def take(self, batch: Sequence[Observed]) -> None:
+    def take(self, batch: Sequence[CallRecord]) -> None:
         """Count them."""
         for one in batch:
             self._count(one)
 
-    def _count(self, one: Observed) -> None:
+    def _count(self, one: CallRecord) -> None:
         # Only what a provider answered for is sure to be no invention of a client.
         worked = one.status == "succeeded"
         model = self._models.of(one.model, learns=worked) if one.model else ""
@@ -461,19 +461,20 @@ class Calls:
             self._tally.add(Metric.FAILURES, (one.source, one.pool, failed))
         if one.attempts:
             self._count_attempts(one, cells, failed)
-        if one.cost_micros:
-            cells.cost.amount += one.cost_micros / _MICROS
-            cells.tenant_cost.amount += one.cost_micros / _MICROS
-        if one.input_tokens:
-            cells.use("input", one.input_tokens)
-        if one.output_tokens:
-            cells.use("output", one.output_tokens)
-        if one.cached_tokens:
-            cells.use("cached", one.cached_tokens)
-        if one.thoughts_tokens:
-            cells.use("thoughts", one.thoughts_tokens)
+        charge, usage = one.charge, one.charge.usage
+        if charge.cost_micros:
+            cells.cost.amount += charge.cost_micros / _MICROS
+            cells.tenant_cost.amount += charge.cost_micros / _MICROS
+        if usage.input_tokens:
+            cells.use("input", usage.input_tokens)
+        if usage.output_tokens:
+            cells.use("output", usage.output_tokens)
+        if usage.cached_tokens:
+            cells.use("cached", usage.cached_tokens)
+        if usage.thoughts_tokens:
+            cells.use("thoughts", usage.thoughts_tokens)
 
-    def _count_attempts(self, one: Observed, cells: _Cells, failed: str) -> None:
+    def _count_attempts(self, one: CallRecord, cells: _Cells, failed: str) -> None:
         where = (one.source, one.pool)
         cells.attempts.amount += one.attempts
         again = one.attempts - 1 + (one.status == RETRIED)
@@ -491,11 +492,12 @@ class Calls:
             self._tally.observe(Metric.GEN_AI_DURATION, labels, one.upstream_ms / 1000)
             return
         cells.duration.add(one.upstream_ms / 1000)
-        if one.first_byte_ms is not None:
-            cells.first_byte.add(one.first_byte_ms / 1000)
+        first_byte_ms = one.answer.first_byte_ms
+        if first_byte_ms is not None:
+            cells.first_byte.add(first_byte_ms / 1000)
             if one.streamed:
                 first_chunk = self._tally.spread(Metric.GEN_AI_FIRST_CHUNK, cells.asked)
-                first_chunk.add(one.first_byte_ms / 1000)
+                first_chunk.add(first_byte_ms / 1000)
 
 
 class _Cells:

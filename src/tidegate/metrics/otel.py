@@ -46,7 +46,7 @@ from tidegate.metrics.instruments import (
     TOKEN_BUCKETS,
     Known,
 )
-from tidegate.telemetry.events import REFUSED, RETRIED, Observed
+from tidegate.record import REFUSED, RETRIED, CallRecord
 from tidegate.telemetry.logging import GenAI, Log, get_logger
 from tidegate.telemetry.tracing import Parent, Trail, Try
 
@@ -145,8 +145,8 @@ class Collector:
         decided = self._provider.sampler.should_sample(context, trace_id, GenAI.CALL)
         return decided.decision is Decision.RECORD_AND_SAMPLE
 
-    def take(self, batch: Sequence[Observed]) -> None:
-        """A listener of `Observers`."""
+    def take(self, batch: Sequence[CallRecord]) -> None:
+        """A listener of `CallListeners`."""
         for one in batch:
             if one.status != REFUSED:
                 self._measure(one)
@@ -160,7 +160,7 @@ class Collector:
         self._meters.shutdown(_CLOSE_WITHIN_MS)
         self._processor.shutdown()  # type: ignore[no-untyped-call]
 
-    def _measure(self, one: Observed) -> None:
+    def _measure(self, one: CallRecord) -> None:
         if one.upstream_ms is None:
             return
         about: dict[str, Any] = {
@@ -170,13 +170,14 @@ class Collector:
         }
         failed = {} if one.status == "succeeded" else {GenAI.ERROR: one.code or one.status}
         self._duration.record(one.upstream_ms / 1000, about | failed)
-        if one.streamed and one.first_byte_ms is not None and not failed:
-            self._first_chunk.record(one.first_byte_ms / 1000, about)
-        for sort, tokens in (("input", one.input_tokens), ("output", one.output_tokens)):
+        if one.streamed and one.answer.first_byte_ms is not None and not failed:
+            self._first_chunk.record(one.answer.first_byte_ms / 1000, about)
+        usage = one.charge.usage
+        for sort, tokens in (("input", usage.input_tokens), ("output", usage.output_tokens)):
             if tokens:
                 self._tokens.record(tokens, about | {GenAI.TOKEN_TYPE: sort})
 
-    def _spans_of(self, one: Observed, trail: Trail) -> list[ReadableSpan]:
+    def _spans_of(self, one: CallRecord, trail: Trail) -> list[ReadableSpan]:
         """The tries of an end, and the call itself once it is over."""
         logical = SpanContext(trail.trace_id, trail.span_id, is_remote=False, trace_flags=_SAMPLED)
         spans = [self._try(one, logical, number, tried) for number, tried in enumerate(trail.tries)]
@@ -187,7 +188,7 @@ class Collector:
                 self._span(GenAI.QUEUE, SpanKind.INTERNAL, logical, None, since_ns, until_ns)
             )
         if one.status != RETRIED:
-            ends = [round(one.finished_at.timestamp() * 1e9)]
+            ends = [round(one.ended_at.timestamp() * 1e9)]
             ended_ns = max(ends + [tried.ended_ns for tried in trail.tries])
             began_ns = ended_ns
             if one.received_at is not None:
@@ -196,7 +197,7 @@ class Collector:
         return spans
 
     def _call(
-        self, one: Observed, trail: Trail, own: SpanContext, began_ns: int, ended_ns: int
+        self, one: CallRecord, trail: Trail, own: SpanContext, began_ns: int, ended_ns: int
     ) -> ReadableSpan:
         parent = None
         if trail.parent is not None:
@@ -208,7 +209,7 @@ class Collector:
         name = f"{one.operation} {one.model}" if one.model else one.operation
         return self._span(name, SpanKind.CLIENT, parent, own, began_ns, ended_ns, told, code)
 
-    def _try(self, one: Observed, logical: SpanContext, number: int, tried: Try) -> ReadableSpan:
+    def _try(self, one: CallRecord, logical: SpanContext, number: int, tried: Try) -> ReadableSpan:
         own = SpanContext(logical.trace_id, tried.span_id, is_remote=False, trace_flags=_SAMPLED)
         told = _about(one) | {
             GenAI.REQUEST_MODEL: tried.model,
@@ -258,7 +259,7 @@ class Collector:
         )
 
 
-def _about(one: Observed) -> dict[str, Any]:
+def _about(one: CallRecord) -> dict[str, Any]:
     told: dict[str, Any] = {
         GenAI.OPERATION: one.operation,
         GenAI.PROVIDER: PROVIDERS.get(one.dialect, one.dialect),
@@ -272,20 +273,22 @@ def _about(one: Observed) -> dict[str, Any]:
     return told
 
 
-def _answered(one: Observed) -> dict[str, Any]:
+def _answered(one: CallRecord) -> dict[str, Any]:
+    answer, usage = one.answer, one.charge.usage
+    written = None if usage.details is None else usage.details.cache_write_tokens
     values: dict[str, Any] = {
         GenAI.REQUEST_ID: None if one.request_id is None else str(one.request_id),
-        GenAI.RESPONSE_ID: one.response_id,
-        GenAI.RESPONSE_MODEL: one.model_version,
-        GenAI.FINISH_REASONS: (one.finish_reason,) if one.finish_reason else None,
-        GenAI.INPUT: one.input_tokens,
-        GenAI.OUTPUT: one.output_tokens,
-        GenAI.CACHED: one.cached_tokens,
-        GenAI.CACHE_WRITES: one.cache_write_tokens,
-        GenAI.THOUGHTS: one.thoughts_tokens,
+        GenAI.RESPONSE_ID: answer.response_id,
+        GenAI.RESPONSE_MODEL: answer.model_version,
+        GenAI.FINISH_REASONS: (answer.finish_reason,) if answer.finish_reason else None,
+        GenAI.INPUT: usage.input_tokens,
+        GenAI.OUTPUT: usage.output_tokens,
+        GenAI.CACHED: usage.cached_tokens,
+        GenAI.CACHE_WRITES: written,
+        GenAI.THOUGHTS: usage.thoughts_tokens,
         GenAI.QUEUE_MS: one.queue_ms,
         GenAI.TRIES: one.attempts or None,
     }
-    if one.streamed and one.first_byte_ms is not None:
-        values[GenAI.RESPONSE_FIRST_CHUNK] = one.first_byte_ms / 1000
+    if one.streamed and answer.first_byte_ms is not None:
+        values[GenAI.RESPONSE_FIRST_CHUNK] = answer.first_byte_ms / 1000
     return {name: value for name, value in values.items() if value is not None}

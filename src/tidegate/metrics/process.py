@@ -39,11 +39,10 @@ from tidegate.metrics.instruments import (
     Metric,
     Spec,
 )
-from tidegate.spine.record import CallUnderWay, UnderWay
+from tidegate.record import ActiveCall, ActiveCalls, CallRecord
 from tidegate.spine.routing import Announcement, Gate, State
 from tidegate.store.statistics import MOST_QUEUES, Depths, QueueDepth, QueueDepths
 from tidegate.store.store import Store
-from tidegate.telemetry.events import Observed
 from tidegate.telemetry.logging import Log, get_logger, recent_problems
 
 EVERY_S = 0.25
@@ -171,7 +170,7 @@ MOST_TASKS = 30
 
 
 class ProcessState:
-    """One per process. A listener of `Observers` too, for the calls that failed last."""
+    """One per process. A listener of `CallListeners` too, for the calls that failed last."""
 
     def __init__(self, instance_id: str, watch: Watch) -> None:
         self._instance_id = instance_id
@@ -179,13 +178,13 @@ class ProcessState:
         self._began = time.monotonic()
         self._failures: deque[dict[str, Any]] = deque(maxlen=MOST_FAILURES)
 
-    def take(self, batch: Sequence[Observed]) -> None:
+    def take(self, batch: Sequence[CallRecord]) -> None:
         """Remember those that failed."""
         for one in batch:
             if one.status == "succeeded":
                 continue
             told = {
-                "at": one.finished_at.isoformat(),
+                "at": one.ended_at.isoformat(),
                 "request_id": None if one.request_id is None else str(one.request_id),
                 **{name: getattr(one, name) for name in ("source", "status", "code", "pool")},
                 "tenant": one.tenant_id,
@@ -390,7 +389,7 @@ class Note:
 
     process: str
     under_way: int = 0
-    calls: tuple[CallUnderWay, ...] = ()
+    calls: tuple[ActiveCall, ...] = ()
     upstreams: Mapping[str, UpstreamFound] = field(default_factory=dict)
 
 
@@ -414,10 +413,10 @@ class Board:
         self,
         limiter: Limiter,
         instance_id: str,
-        under_way: UnderWay,
+        active_calls: ActiveCalls,
         health: Mapping[str, Gate],
     ) -> None:
-        self.under_way = under_way
+        self.active_calls = active_calls
         self.process = instance_id
         self._limiter = limiter
         self._health = health
@@ -442,8 +441,8 @@ class Board:
         """What this process has to tell, as of now."""
         return Note(
             self.process,
-            len(self.under_way),
-            tuple(self.under_way.oldest(MOST_CALLS)),
+            len(self.active_calls),
+            tuple(self.active_calls.oldest(MOST_CALLS)),
             {
                 name: UpstreamFound(one.state, one.key_dead, one.faults, one.why)
                 for name, one in self._health.items()
@@ -485,13 +484,13 @@ def unpacked(raw: bytes) -> Note:
     return Note(told["process"], told["under_way"], calls, upstreams)
 
 
-def _call(told: dict[str, Any]) -> CallUnderWay:
-    known = _known(CallUnderWay, told)
+def _call(told: dict[str, Any]) -> ActiveCall:
+    known = _known(ActiveCall, told)
     for name in ("received_at", "admitted_at"):
         if known.get(name) is not None:
             known[name] = datetime.fromisoformat(known[name])
     known["limits"] = tuple(known.get("limits", ()))
-    return CallUnderWay(**known)
+    return ActiveCall(**known)
 
 
 def _known(kind: type, told: dict[str, Any]) -> dict[str, Any]:

@@ -1,69 +1,63 @@
-"""Prompts of streams and jobs: classify, prepare, admit, call, settle.
+"""Prompts of `/stream` and of jobs: classified, then called by Google's SDK through the spine.
 
-Invariant: a permit is held exactly while its upstream call is open. `run` is a coroutine that
-pushes events into a sink; when it returns, fails or is cancelled, the upstream call is closed and
-the permit is on its way back.
+A prompt goes to an upstream of Gemini's dialect, as native calls of that dialect do.
+
+Invariant: `run` is a coroutine that pushes events into a sink; when it returns, fails or is
+cancelled, the upstream call is closed and its permit is on its way back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
-from math import inf
+from uuid import UUID
 from weakref import WeakValueDictionary
 
-from tidegate.admission.demand import Demand, Demands, Prices, answer_charge, foreseen, never_sent
-from tidegate.admission.estimator import Learned
+from tidegate.admission.demand import Demand, answer_charge, foreseen, never_sent
 from tidegate.call import (
     DEFAULT_TENANT,
-    NO_BUDGETS,
     NO_CHARGE,
-    Admitted,
-    Answer,
     Attachment,
     Call,
     Caller,
-    Charge,
     Classification,
     ClassifiedBy,
+    Delta,
+    Event,
     Kind,
     Media,
-    Outcome,
+    Picture,
     Sink,
 )
 from tidegate.classify import by_keywords, by_rules
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
-    BudgetReserved,
     DeadlineExceeded,
-    DemandImpossible,
     EmptyAnswer,
     NotFound,
     PromptBlocked,
     TidegateError,
     UpstreamError,
-    UpstreamThrottled,
 )
-from tidegate.limiter import Acquisition, Limiter, Permit
+from tidegate.limiter import Permit
+from tidegate.record import JUDGE, CallListeners, CallRecord, Failure
 from tidegate.settings import ClassifierMode, Config
-from tidegate.spine.record import Attempt
-from tidegate.spine.routing import Gate, NotWorthWaiting, Patience, Suspect
-from tidegate.store.audit import of_question
+from tidegate.spine.routing import Suspect, Target
+from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Spine, Terms
 from tidegate.store.blobs import Blobs
-from tidegate.store.quotas import BudgetGate
-from tidegate.telemetry.events import Observers
 from tidegate.telemetry.logging import Log, get_logger
-from tidegate.telemetry.tracing import address_of
+from tidegate.telemetry.tracing import Trail, address_of
 from tidegate.upstream.fetch import ImageFetcher
 from tidegate.upstream.gemini import MAX_JUDGE_TOKENS, MAX_JUDGED_CHARS, GeminiProcessor
 
 _JUDGEMENTS_CACHED = 10_000
 _LIMITERS_WORD_MS = 20
-_HARD_MARGIN_MS = 5_000  # closing and recording, after the call's own total time
+
+_NO_REQUEST = UUID(int=0)
 
 log = get_logger()
 
@@ -83,48 +77,33 @@ class Ask:
         return tuple(attachment.mime_type for attachment in self.attachments)
 
 
-class Pipeline:
-    """Everything between an accepted request and its recorded end."""
+class Prompts:
+    """Classifies prompts and makes their calls. One per process."""
 
     def __init__(
         self,
         *,
         config: Config,
-        limiter: Limiter,
-        processor: GeminiProcessor | None,
+        spine: Spine,
+        processors: Mapping[str, GeminiProcessor],
         blobs: Blobs,
         fetcher: ImageFetcher,
-        observers: Observers,
-        budgets: BudgetGate,
-        check_model: Callable[[str], None],
-        prices: Prices | None = None,
-        gate: Gate | None = None,
+        listeners: CallListeners,
     ) -> None:
-        """`processor`: None where there is no account of Gemini. `check_model` raises
-        InvalidRequest for a model that is not its. `gate`: the one that native calls to the same
-        upstream pass."""
-        self._check_model = check_model
-        self._budgets = budgets
+        """`processors`: of each upstream of Gemini's dialect, by its name."""
         self._config = config
-        self._limiter = limiter
-        self._processor = processor
+        self._spine = spine
+        self._processors = processors
         self._blobs = blobs
         self._fetcher = fetcher
-        self._observers = observers
-        self._demands = Demands(prices=prices)
-        self._upstream = limiter.pool
-        self._hard_ms = config.total_timeout_ms + _HARD_MARGIN_MS
-        self._gate = gate or Gate(limiter.pool, limiter)
+        self._listeners = listeners
         self._judgements: dict[bytes, Classification] = {}
         self._judging: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
-    def at_once(self, kind: Kind) -> int:
-        """How many calls of a kind may run at once, over all processes, as is in force now."""
-        return self._limiter.policy.bound(kind.limit)
-
-    def estimates(self) -> tuple[Learned, ...]:
-        """How good this process's estimates of LLM tokens are."""
-        return self._demands.estimator.error()
+    def targets(self, model: str) -> list[Target]:
+        """The upstreams for a prompt. Raises InvalidRequest where none takes prompts for it."""
+        self._spine.targets.check_prompt(model)
+        return self._spine.targets.of(Dialect.GEMINI, model)
 
     def first_look(self, ask: Ask) -> Classification:
         """The kind as far as it is known without asking anybody; `kind` is None while unsure."""
@@ -177,69 +156,51 @@ class Pipeline:
         self._judgements[key] = judged
 
     async def _judge(self, ask: Ask, asking: asyncio.Event, until: float) -> Classification:
-        """Ask the LLM under its own limit; `asking` is set once it is let in.
+        """Ask the LLM under its own limit; `asking` is set once it is admitted.
 
-        `until` is the loop's time at which the caller gives up.
+        `until` is the loop's time at which the caller gives up. The question is counted, and
+        charged to nobody.
         """
-        self._check_model(self._config.classifier_model)
+        model = self._config.classifier_model
+        targets = self.targets(model)
         types = [*ask.mime_types, *(["image/*"] if ask.image_uri else [])]
         left_ms = (until - asyncio.get_running_loop().time()) * 1000
-        model = self._config.classifier_model
-        demand = self._demands.of_question(
-            ask.prompt[:MAX_JUDGED_CHARS],
-            model,
-            self._limiter.policy,
-            tenant=ask.tenant_id,
-            max_output_tokens=MAX_JUDGE_TOKENS,
+        now = datetime.now(UTC)
+        record = CallRecord(JUDGE, ask.tenant_id, now, kind="classifier")
+        terms = Terms(
+            # Nobody's request: it is not on record.
+            request_id=_NO_REQUEST,
+            caller=Caller(ask.tenant_id),
+            received=time.monotonic(),
+            # A little earlier than the caller: the limiter knows why it was not admitted.
+            wait_ms=max(1, round(left_ms) - _LIMITERS_WORD_MS),
+            repeats=False,
         )
-        # A little earlier than the caller: the limiter knows why nobody was let in.
-        deadline_ms = max(1, round(left_ms) - _LIMITERS_WORD_MS)
-        hard_ms = self._config.classifier_timeout_ms + _HARD_MARGIN_MS
-        demand = self._gate.bind(demand, model)
-        self._gate.check(demand, deadline_ms)
-        async with self._admission(demand, deadline_ms, hard_ms) as permit:
+        question = QuestionExchange(terms, self._processors, ask, types, record)
+        status, error = "failed", None
+
+        async def admitted(_permit: Permit | None) -> None:
             asking.set()
-            kind, reason = await self._put(ask, types, model, permit, demand)
+
+        try:
+            await self._spine.run(question, record, targets, admitted)
+            status = "succeeded"
+        except CallFailed as failed:
+            error = failed.error
+            raise error from None
+        except asyncio.CancelledError:
+            status = "cancelled"
+            raise
+        finally:
+            if record.attempts:
+                record.end(status, None if error is None else Failure.of(error))
+                self._listeners.note(record)
+        kind, reason = question.judgement
         if types and kind is Kind.TEXT_ONLY:
             kind = Kind.MULTI_MODAL  # the LLM is asked about pictures; files decide the rest
         if not types and kind is Kind.MULTI_MODAL:
             kind = Kind.TEXT_ONLY
         return Classification(kind, ClassifiedBy.LLM, reason)
-
-    async def _put(
-        self, ask: Ask, types: list[str], model: str, permit: Permit, demand: Demand
-    ) -> tuple[Kind, str]:
-        """The question itself, under its permit. It is told to those who count calls; charged to
-        nobody."""
-        assert self._processor is not None
-        started, answer = time.monotonic(), Answer()
-        outcome, status, error = Outcome.IGNORED, "failed", None
-        try:
-            judged = await self._processor.judge(ask.prompt, types, model=model, answer=answer)
-            outcome, status = Outcome.SUCCESS, "succeeded"
-            return judged
-        except UpstreamError as failed:
-            error, outcome = failed, Outcome.DROPPED
-            if isinstance(failed, UpstreamThrottled):
-                await self._gate.throttled(failed, model, demand)
-            raise
-        except asyncio.CancelledError:
-            status = "cancelled"
-            raise
-        finally:
-            charge = self._charge(model, demand, answer, error, whole=outcome is Outcome.SUCCESS)
-            self._settle(permit, outcome, demand, answer, charge)
-            upstream_ms = (time.monotonic() - started) * 1000
-            self._observers.note(
-                of_question(
-                    *(ask.tenant_id, self._upstream, model, status),
-                    error=error,
-                    answer=answer,
-                    charge=charge,
-                    queue_ms=permit.waited_ms,
-                    upstream_ms=upstream_ms,
-                )
-            )
 
     def _judgement_key(self, ask: Ask) -> bytes:
         parts = (self._config.classifier_model, *ask.mime_types, str(bool(ask.image_uri)))
@@ -264,130 +225,166 @@ class Pipeline:
     async def run(
         self,
         call: Call,
-        attempt: Attempt,
+        terms: Terms,
+        record: CallRecord,
         sink: Sink | None,
-        caller: Caller,
-        deadline_ms: int | None,
-        on_admitted: Callable[[Permit], Awaitable[None]] | None = None,
+        on_admitted: OnAdmitted | None = None,
     ) -> None:
-        """Admit the call, make it, and fill `attempt`; events go to `sink`, where one is there.
+        """Make the call and fill `record`; events go to `sink`, where one is there.
 
-        `deadline_ms` bounds the wait for admission. `on_admitted` runs under the permit before
-        the call; what it raises ends the run with no call made. `caller`: whose budget it spends.
-        Raises InvalidRequest for a model that is not for it, AdmissionError, QuotaExceeded,
-        LeaseLost and UpstreamError. Cancellation leaves
-        neither a waiter nor an open upstream call.
+        `on_admitted` is called before each try, under its permit. Raises InvalidRequest for a model
+        that no upstream of Gemini's dialect serves, UpstreamError, and the rest of `Spine.run`.
+        Cancellation leaves neither a waiter nor an open upstream call.
         """
-        self._check_model(call.model)
-        gate, asked_at, hard_ms = self._gate, time.monotonic(), self._hard_ms
-        while True:
-            policy, left_ms, wait_ms = self._limiter.policy, deadline_ms, inf
-            if deadline_ms is not None:
-                left_ms = deadline_ms - round((time.monotonic() - asked_at) * 1000)
-                wait_ms = inf if on_admitted else left_ms  # a job waits: a pause may be ended
-            demand = gate.bind(self._demands.of(call, policy), call.model)
-            attempt.limits = demand.limits
-            gate.check(demand, wait_ms)
-            try:
-                admission = self._admission(demand, left_ms, hard_ms)
-                payer = None if caller.budgets is NO_BUDGETS else caller
-                waiting = (admission, gate, demand, call.model, wait_ms, self._budgets, payer)
-                async with Patience(*waiting) as permit:
-                    permit.settle(Outcome.IGNORED, tokens=0, images=0)  # until there is a call
-                    async with self._held(call, demand, attempt, caller):
-                        attempt.admitted_at = datetime.now(UTC)
-                        waited = attempt.admitted_at - attempt.waiting_since
-                        attempt.queue_ms = max(0.0, waited.total_seconds() * 1000)
-                        attempt.fence = permit.fence
-                        if on_admitted is not None:
-                            await on_admitted(permit)
-                        if sink is not None:
-                            await sink(Admitted(waited_ms=attempt.queue_ms))
-                        await permit.confirm()
-                        await self._call(call, attempt, sink, permit, demand)
-                return
-            except NotWorthWaiting:
-                continue  # something that binds it was paused meanwhile
-            except BudgetReserved:
-                if left_ms is not None and left_ms <= 0:
-                    raise
-                await self._budgets.room(caller, (left_ms or 1_000) / 1000)
-            except DeadlineExceeded as over:
-                raise (None if on_admitted else gate.out()) or over from None
-            except DemandImpossible:
-                # A limit was taken away while it waited: it asks for what binds it now.
-                if self._limiter.policy is policy:
-                    raise
-
-    def _held(
-        self, call: Call, demand: Demand, attempt: Attempt, caller: Caller
-    ) -> AbstractAsyncContextManager[None]:
-        """What the call will cost, reserved of its caller's budget until it is charged."""
-        rates, estimate = self._demands.prices.of(call.model), demand.estimate
-        price = (0, 0) if estimate is None else foreseen(rates, estimate, demand.images)
-        return self._budgets.held(caller, call.request_id, price, lambda: attempt.charge)
-
-    async def _call(
-        self, call: Call, attempt: Attempt, sink: Sink | None, permit: Permit, demand: Demand
-    ) -> None:
-        assert self._processor is not None
-        started, gate = time.monotonic(), self._gate
-        tried = gate.is_try(demand)
-        attempt.upstream = self._upstream
-        outcome, error = Outcome.IGNORED, None
-        if (trail := attempt.trail) is not None:
-            address = address_of(self._config.gemini_base_url)
-            call = replace(call, traceparent=trail.begin(self._upstream, call.model, address))
+        exchange = PromptExchange(terms, self._processors, call, record, sink)
         try:
-            await self._processor.run(call, attempt.answer, sink)
-            outcome = Outcome.SUCCESS
-            if tried or gate.has_doubts:
-                await gate.worked(call.model, tried=tried)
-        except UpstreamError as failed:
-            error = failed
-            outcome = Outcome.DROPPED if failed.retryable else Outcome.IGNORED
-            if isinstance(failed, UpstreamThrottled):
-                await gate.throttled(failed, call.model, demand)
-            await gate.failed(failed, call.model, suspect=_suspect_of(call), tried=tried)
-            raise
-        finally:
-            attempt.upstream_ms = (time.monotonic() - started) * 1000
-            attempt.finished_at = datetime.now(UTC)
-            if trail is not None:
-                trail.end(error, worked=outcome is Outcome.SUCCESS)
-            whole = outcome is Outcome.SUCCESS or isinstance(error, PromptBlocked | EmptyAnswer)
-            attempt.charge = self._charge(call.model, demand, attempt.answer, error, whole=whole)
-            self._settle(permit, outcome, demand, attempt.answer, attempt.charge)
+            await self._spine.run(exchange, record, self.targets(call.model), on_admitted)
+        except CallFailed as failed:
+            raise failed.error from None
 
-    def _admission(self, demand: Demand, deadline_ms: int | None, hard_ms: int) -> Acquisition:
-        return self._limiter.acquire_for(demand.to_admit(deadline_ms, hard_ms))
 
-    def _charge(
+class PromptExchange:
+    """A `CallExchange` by a prompt. Events go to `sink`, where one is there."""
+
+    bills = True
+
+    def __init__(
         self,
-        model: str,
-        demand: Demand,
-        answer: Answer,
-        error: UpstreamError | None,
-        *,
-        whole: bool,
-    ) -> Charge:
-        if error is not None and ((error.status or 0) >= 400 or never_sent(error)):
-            return NO_CHARGE
-        rates = self._demands.prices.of(model)
-        return answer_charge(rates, answer, demand.estimate, whole=whole)
-
-    def _settle(
-        self, permit: Permit, outcome: Outcome, demand: Demand, answer: Answer, charge: Charge
+        terms: Terms,
+        processors: Mapping[str, GeminiProcessor],
+        call: Call,
+        record: CallRecord,
+        sink: Sink | None,
     ) -> None:
-        """Tell the limiter what a call used, as far as is known, and learn from it."""
-        whole = outcome is Outcome.SUCCESS
-        images = len(answer.pictures) if whole else None
-        used = demand.used(answer.usage, charge.usage, whole=whole)
-        permit.settle(outcome, tokens=used, images=images)
-        self._demands.learn(demand, answer.usage, charge.usage, whole=whole)
+        self.terms = terms
+        self.started = False
+        self._processors = processors
+        self._call = call
+        self._record = record
+        self._sink = sink
+
+    def demand(self, target: Target, lane: Lane) -> Demand:
+        call = self._at(target)
+        return lane.gate.bind(lane.demands.of(call, lane.limiter.policy), target.model)
+
+    def price(self, target: Target, lane: Lane, demand: Demand) -> tuple[int, int]:
+        if demand.estimate is None:
+            return 0, 0
+        return foreseen(lane.demands.prices.of(target.model), demand.estimate, demand.images)
+
+    def suspect(self) -> Suspect:
+        call = self._call
+        tenant = None if call.tenant_id == DEFAULT_TENANT else call.tenant_id
+        return Suspect(tenant, hash((call.model, call.prompt, len(call.media))))
+
+    async def make(self, target: Target, lane: Lane, demand: Demand, *, is_try: bool) -> None:
+        processor = self._processors[target.upstream.name]
+        call = replace(self._at(target), traceparent=_began(self.terms.trail, target))
+        is_news = is_try or lane.gate.has_doubts
+        sink, self._record.sent = self._sink, True
+
+        async def pass_on(event: Event) -> None:
+            nonlocal is_news
+            if is_news:
+                is_news = False
+                await lane.gate.worked(target.model, tried=is_try)
+            assert sink is not None
+            self.started = self.started or isinstance(event, Delta | Picture)
+            await sink(event)
+
+        try:
+            await processor.run(call, self._record.answer, None if sink is None else pass_on)
+        except UpstreamError as error:
+            raise CallFailed(error, target) from None
+        if is_news:
+            await lane.gate.worked(target.model, tried=is_try)
+
+    def settle(
+        self, target: Target, lane: Lane, demand: Demand, *, whole: bool, failed: CallFailed | None
+    ) -> int | None:
+        return _settled(self._record, target, lane, demand, whole, failed)
+
+    def _at(self, target: Target) -> Call:
+        same = target.model == self._call.model
+        return self._call if same else replace(self._call, model=target.model)
 
 
-def _suspect_of(call: Call) -> Suspect:
-    """Who a fault is laid to that the request may have brought about."""
-    tenant = None if call.tenant_id == DEFAULT_TENANT else call.tenant_id
-    return Suspect(tenant, hash((call.model, call.prompt, len(call.media))))
+class QuestionExchange:
+    """A `CallExchange` by a question of the classifier; `judgement` is its answer."""
+
+    bills = False
+    started = False
+
+    def __init__(
+        self,
+        terms: Terms,
+        processors: Mapping[str, GeminiProcessor],
+        ask: Ask,
+        types: list[str],
+        record: CallRecord,
+    ) -> None:
+        self.terms = terms
+        self._processors = processors
+        self._ask = ask
+        self._types = types
+        self._record = record
+        self.judgement: tuple[Kind, str]
+
+    def demand(self, target: Target, lane: Lane) -> Demand:
+        demand = lane.demands.of_question(
+            self._ask.prompt[:MAX_JUDGED_CHARS],
+            target.model,
+            lane.limiter.policy,
+            tenant=self._ask.tenant_id,
+            max_output_tokens=MAX_JUDGE_TOKENS,
+        )
+        return lane.gate.bind(demand, target.model)
+
+    def price(self, target: Target, lane: Lane, demand: Demand) -> tuple[int, int]:
+        return 0, 0
+
+    def suspect(self) -> Suspect:
+        return Suspect(None, hash(self._ask.prompt))
+
+    async def make(self, target: Target, lane: Lane, demand: Demand, *, is_try: bool) -> None:
+        processor, answer = self._processors[target.upstream.name], self._record.answer
+        self._record.sent = True
+        try:
+            self.judgement = await processor.judge(
+                self._ask.prompt, self._types, model=target.model, answer=answer
+            )
+        except UpstreamError as error:
+            raise CallFailed(error, target) from None
+        if is_try or lane.gate.has_doubts:
+            await lane.gate.worked(target.model, tried=is_try)
+
+    def settle(
+        self, target: Target, lane: Lane, demand: Demand, *, whole: bool, failed: CallFailed | None
+    ) -> int | None:
+        return _settled(self._record, target, lane, demand, whole, failed)
+
+
+def _began(trail: Trail | None, target: Target) -> str | None:
+    """The traceparent of a try."""
+    if trail is None:
+        return None
+    address = address_of(target.upstream.base_urls[Dialect.GEMINI])
+    return trail.begin(target.upstream.name, target.model, address)
+
+
+def _settled(
+    record: CallRecord,
+    target: Target,
+    lane: Lane,
+    demand: Demand,
+    whole: bool,
+    failed: CallFailed | None,
+) -> int | None:
+    answer, error = record.answer, None if failed is None else failed.error
+    if error is not None and ((error.status or 0) >= 400 or never_sent(error)):
+        record.charge = NO_CHARGE
+    else:
+        is_told = whole or isinstance(error, PromptBlocked | EmptyAnswer)
+        rates = lane.demands.prices.of(target.model)
+        record.charge = answer_charge(rates, answer, demand.estimate, whole=is_told)
+    return len(answer.pictures) if whole else None

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tidegate.admission.demand import Demand, model_limit, pause_after
-from tidegate.call import DEFAULT_POOL, Caller
+from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.headers import RateStatus, rate_statuses
 from tidegate.dialects.spec import Dialect
@@ -604,32 +604,30 @@ class Targets:
         return found
 
     def check_prompt(self, model: str) -> None:
-        """Raise InvalidRequest where a prompt (of `/submit` or `/stream`) for `model` would be for
-        another upstream than the account of Gemini, which alone answers prompts."""
+        """Raise InvalidRequest where no upstream of Gemini's dialect serves `model`: a prompt (of
+        `/submit` or `/stream`) is called in that dialect alone."""
         if model in self._for_prompts:
             return
         plain = model.removeprefix("models/")
-        own = self.upstreams.get(DEFAULT_POOL)
-        routed = self._routed(plain)
+        speaking, routed = self.speaking(Dialect.GEMINI), self._routed(plain)
         found = self._best(plain, self.upstreams.values()) if routed is None else routed
-        if any(one.upstream is own and one.model == plain for one in found):
+        if any(one.upstream in speaking for one in found):
             if len(self._for_prompts) < _MODELS_KEPT:
                 self._for_prompts.add(model)
             return
         instead = [one.upstream for one in found] or list(self.upstreams.values())
         calls = dict.fromkeys(DIALECTS[_first_dialect(one)].example for one in instead)
         call = f"call {' or '.join(calls)}, or submit that call as `endpoint` and `body`"
-        if own is None:
-            said = f"a prompt needs the account of GEMINI_API_KEY, and that is not set: {call}"
+        if not speaking:
+            said = "a prompt needs an upstream of Gemini's dialect, such as the account of "
+            said += f"GEMINI_API_KEY, and there is none: {call}"
             raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
         if not found:
             said = f"no upstream serves the model {model!r}"
-        elif found[0].upstream is own:
-            said = f"{model!r} is a name for native calls; a prompt names {found[0].model!r}"
         else:
             said = f"the model {model!r} is served by the upstream {found[0].upstream.name!r}"
             said += f", which a prompt can't reach: {call}"
-        raise InvalidRequest("model", said, allowed=_served([own]))
+        raise InvalidRequest("model", said, allowed=_served(speaking))
 
     def pools_for(self, model: str) -> list[str]:
         """The pools whose limits a model meets, by its name at the provider."""

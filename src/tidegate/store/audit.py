@@ -26,8 +26,9 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import NO_CHARGE, Answer, Charge, Usage, UsageState, new_id
-from tidegate.errors import ClaimLost, StoreUnavailable, UpstreamError, UpstreamThrottled
+from tidegate.call import Charge, UsageState, new_id
+from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.record import CallListeners, CallRecord, Failure, Source
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
@@ -35,21 +36,16 @@ from tidegate.store.idempotency import KEY_OPS, settle_keys
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import add_webhooks
 from tidegate.store.records import (
-    AttemptResult,
     ClaimedJob,
-    Failure,
     Json,
     NewJob,
-    StreamRecord,
     audit_row,
     cleaned,
     dumps,
 )
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
-from tidegate.telemetry.events import JUDGE, Observed, Observers, Source
 from tidegate.telemetry.logging import Log, get_logger
-from tidegate.telemetry.tracing import Trail
 
 INLINE_BYTES = 8192
 ENCODING = "zlib"
@@ -84,16 +80,17 @@ def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
     return request_body(job.prompt, job.image_uri, job.model, files)
 
 
-def body_of_result(result: AttemptResult) -> dict[str, Any]:
+def body_of_answer(record: CallRecord) -> dict[str, Any]:
     files = [
         {
             "file_id": picture.file_id,
             "mime_type": picture.mime_type,
             "size_bytes": picture.size_bytes,
         }
-        for picture in result.pictures
+        for picture in record.files
     ]
-    return {"text": result.text, "files": files, "finish_reason": result.finish_reason}
+    answer = record.answer
+    return {"text": record.result, "files": files, "finish_reason": answer.finish_reason}
 
 
 def inline_row(role: str, body: dict[str, Any]) -> Json:
@@ -480,7 +477,7 @@ class Recorder:
         spending: Spending,
         instance_id: str,
         when_full: Literal["block", "drop"],
-        observers: Observers,
+        listeners: CallListeners,
     ) -> None:
         self._connections = connections
         self._blobs = blobs
@@ -489,7 +486,7 @@ class Recorder:
         self._spill = spill
         self._instance_id = instance_id
         self._when_full = when_full
-        self._observers = observers
+        self._listeners = listeners
         self._writer: GroupWriter[Json, None] = GroupWriter(self._commit, _size_of)
         self._tasks: set[asyncio.Task[bool]] = set()
         self._streams = 0
@@ -521,20 +518,20 @@ class Recorder:
         await asyncio.gather(*left, return_exceptions=True)
         self._spill.close()
 
-    async def record(self, entry: Awaitable[Json], observed: Observed) -> bool:
-        """Write `entry`, or keep it on the disk while PostgreSQL is away; True if written. Those
-        who count calls are then told of it, as `observed`.
+    async def record(self, entry: Awaitable[Json], ended: CallRecord) -> bool:
+        """Write `entry`, or keep it on the disk while PostgreSQL is away; True if written.
+        Listeners of calls then receive `ended`.
 
         Raises ClaimLost, or StoreUnavailable when the spill is full too. A cancelled caller's
         entry is written or kept all the same.
         """
         task = self._start(entry)
-        task.add_done_callback(lambda done: self._observe(done, observed))
+        task.add_done_callback(lambda done: self._notify(done, ended))
         return await asyncio.shield(task)
 
-    def _observe(self, done: asyncio.Task[bool], observed: Observed) -> None:
+    def _notify(self, done: asyncio.Task[bool], ended: CallRecord) -> None:
         if not done.cancelled() and done.exception() is None:
-            self._observers.note(observed)
+            self._listeners.note(ended)
 
     def keep(self, entry: Json) -> asyncio.Task[bool]:
         """As `record`, for what is neither counted nor awaited."""
@@ -817,29 +814,29 @@ async def audit_unanswered(
     )
 
 
-async def of_end(job: ClaimedJob, status: Status, result: AttemptResult, blobs: Blobs) -> Json:
-    attempt = rows.result_row(result)
+async def of_end(job: ClaimedJob, record: CallRecord, blobs: Blobs) -> Json:
+    attempt = rows.result_row(record)
     row = {
         **attempt,
         "id": job.request_id,
         "claim": job.claim,
-        "status": status,
-        "failure": rows.failure_row(result.failure),
+        "status": record.status,
+        "failure": rows.failure_row(record.failure),
     }
     return {
         "op": "end",
         "row": row,
         "attempt": attempt,
-        "files": rows.output_rows(job.request_id, job.tenant_id, result.pictures),
+        "files": rows.output_rows(job.request_id, job.tenant_id, record.files),
         "bodies": [
             await row_of("request", body_of_job(job), blobs),
-            await row_of("response", body_of_result(result), blobs),
+            await row_of("response", body_of_answer(record), blobs),
         ],
     }
 
 
 async def of_retry(
-    job: ClaimedJob, result: AttemptResult, not_before: datetime, *, is_counted: bool
+    job: ClaimedJob, record: CallRecord, not_before: datetime, *, is_counted: bool
 ) -> Json:
     row = {
         "id": job.request_id,
@@ -847,45 +844,43 @@ async def of_retry(
         "status": Status.QUEUED,
         "not_before": not_before,
         "uncounted": 0 if is_counted else 1,
-        "upstream_ms": result.upstream_ms,
-        "first_byte_ms": result.first_byte_ms,
-        "failure": rows.failure_row(result.failure),
+        "upstream_ms": record.upstream_ms or 0.0,
+        "first_byte_ms": record.answer.first_byte_ms,
+        "failure": rows.failure_row(record.failure),
     }
-    attempt = rows.result_row(result)
+    attempt = rows.result_row(record)
     return {"op": "retry", "row": row, "attempt": attempt, "files": [], "bodies": []}
 
 
-async def of_unadmitted(job: ClaimedJob, status: Status, failure: Failure, blobs: Blobs) -> Json:
+async def of_unadmitted(job: ClaimedJob, record: CallRecord, blobs: Blobs) -> Json:
     row = {
         "id": job.request_id,
         "claim": job.claim,
-        "status": status,
-        "finished_at": datetime.now(UTC),
-        "failure": rows.failure_row(failure),
+        "status": record.status,
+        "finished_at": record.finished_at,
+        "failure": rows.failure_row(record.failure),
     }
     body = await row_of("request", body_of_job(job), blobs)
     return {"op": "end", "row": row, "attempt": None, "files": [], "bodies": [body]}
 
 
-async def of_stream(record: StreamRecord, blobs: Blobs) -> Json:
-    job, result = record.job, record.result
-    failure = record.failure or (result.failure if result else None)
-    attempt = None if result is None else rows.result_row(result)
+async def of_stream(job: NewJob, record: CallRecord, blobs: Blobs) -> Json:
+    attempt = rows.result_row(record) if record.was_admitted else None
     row = {
         **(attempt or {}),
         "used_model": None if attempt is None else attempt["model"],
         **rows.job_row(job),
         "status": record.status,
         "finished_at": record.finished_at,
-        "attempts": 0 if result is None else 1,
-        "failure": rows.failure_row(failure),
+        "attempts": record.attempts,
+        "failure": rows.failure_row(record.failure),
         "claim": 0,
     }
     files = rows.input_rows(job)
     own_bodies = [await row_of("request", body_of_job(job), blobs)]
-    if result is not None:
-        files += rows.output_rows(job.request_id, job.tenant_id, result.pictures)
-        own_bodies.append(await row_of("response", body_of_result(result), blobs))
+    if attempt is not None:
+        files += rows.output_rows(job.request_id, job.tenant_id, record.files)
+        own_bodies.append(await row_of("response", body_of_answer(record), blobs))
     return {"op": "stream", "row": row, "attempt": attempt, "files": files, "bodies": own_bodies}
 
 
@@ -920,56 +915,11 @@ _BODY_COLUMNS = (
 _Packed = tuple[str, str, int, bytes | None, str | None]
 
 
-@dataclass(slots=True)
-class RelayRecord:
-    """One native call as it ended. `request` and `response` are the bytes as they travelled."""
-
-    request_id: UUID
-    tenant_id: str
-    pool: str
-    endpoint: str
-    status: Status
-    http_status: int
-    received_at: datetime
-    finished_at: datetime
-    request: bytes
-    response: bytes
-    kind: str | None = None
-    model: str | None = None
-    priority: int = 0
-    tries: int = 0
-    admitted_at: datetime | None = None
-    queue_ms: float = 0.0
-    upstream_ms: float = 0.0
-    first_byte_ms: float | None = None
-    charge: Charge = NO_CHARGE
-    finish_reason: str | None = None
-    response_id: str | None = None
-    model_version: str | None = None
-    failure: Failure | None = None
-    streamed: bool = False
-    key_id: str | None = None
-    subject: str | None = None
-    request_type: str | None = None  # content types, as they were told
-    response_type: str | None = None
-    omitted_bytes: int = 0  # of the answer's middle
-    source: Source = SOURCE  # or `batch`, for a line of one
-    upstream: str | None = None  # what follows is for those who count calls, and not on record
-    dialect: str = ""
-    operation: str = ""
-    throttled: int = 0
-    trail: Trail | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        return 1_000 + len(self.request) + len(self.response)
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A record as it is written: its row, and its bodies."""
 
-    record: RelayRecord
+    record: CallRecord
     audit: tuple[Any, ...]
     bodies: list[_Packed]
 
@@ -987,16 +937,16 @@ class RelayLog:
         instance_id: str,
         when_full: Literal["block", "drop"],
         spending: Spending,
-        observers: Observers,
+        listeners: CallListeners,
     ) -> None:
         self._connections = connections
         self._recorder = recorder
         self._spending = spending
-        self._observers = observers
+        self._listeners = listeners
         self._blobs = blobs
         self._instance_id = instance_id
         self._when_full = when_full
-        self._waiting: deque[RelayRecord] = deque()
+        self._waiting: deque[CallRecord] = deque()
         self._waiting_bytes = 0
         self._more = asyncio.Event()
         self._room = asyncio.Event()
@@ -1048,14 +998,14 @@ class RelayLog:
         except TimeoutError:
             raise StoreUnavailable("the record cannot keep up") from None
 
-    def put(self, record: RelayRecord) -> None:
+    def put(self, record: CallRecord) -> None:
         """Take in the record of a call that has ended; with `drop`, not while it is full."""
         if self._when_full == "drop" and self.is_full:
             if not self._dropped:
                 log.warning(Log.AUDIT_DROPPED, dropping=True)
             self._dropped += 1
             self._dropped_ever += 1
-            self._observers.note(observed_of(record))
+            self._listeners.note(record)
             return
         if self._dropped:
             log.warning(Log.AUDIT_DROPPED, dropping=False, dropped=self._dropped)
@@ -1072,7 +1022,7 @@ class RelayLog:
             while self._waiting:
                 count = min(len(self._waiting), _BATCH_ROWS)
                 batch = [self._waiting.popleft() for _ in range(count)]
-                self._observers.tell([observed_of(record) for record in batch])
+                self._listeners.notify(batch)
                 try:
                     await self._write(batch)
                 except Exception:  # the top of a task: logged, and it goes on
@@ -1081,7 +1031,7 @@ class RelayLog:
                     self._waiting_bytes -= sum(record.size_bytes for record in batch)
                     self._room.set()
 
-    async def prepare(self, record: RelayRecord) -> Prepared:
+    async def prepare(self, record: CallRecord) -> Prepared:
         """The record as `add` takes it; a large body is in the blob store from now on."""
         return Prepared(record, self._audit_values(record), await self._packed(record))
 
@@ -1107,13 +1057,13 @@ class RelayLog:
         )
         return gone
 
-    def noted(self, records: Iterable[RelayRecord]) -> None:
+    def noted(self, records: Iterable[CallRecord]) -> None:
         """Tell those who count calls, and their costs, of records that `add` has written."""
         written = list(records)
-        self._spending.written(record.request_id for record in written)
-        self._observers.tell([observed_of(record) for record in written])
+        self._spending.written(record.id for record in written)
+        self._listeners.notify(written)
 
-    async def _write(self, batch: list[RelayRecord]) -> None:
+    async def _write(self, batch: list[CallRecord]) -> None:
         given = []
         for number, record in enumerate(batch, 1):
             given.append(await self.prepare(record))
@@ -1121,7 +1071,7 @@ class RelayLog:
                 await asyncio.sleep(0)  # a whole batch would hold up everybody for milliseconds
         try:
             gone = await self._connections.run(lambda connection: self.add(connection, given))
-            self._spending.written(record.request_id for record in batch)
+            self._spending.written(record.id for record in batch)
             if gone:
                 keys = [body[-1] for place in gone for body in given[place].bodies if body[-1]]
                 with suppress(StoreUnavailable):
@@ -1131,25 +1081,26 @@ class RelayLog:
             for one in given:
                 await self._recorder.enqueue(_entry(one.record, one.audit, one.bodies))
 
-    def _audit_values(self, record: RelayRecord) -> tuple[Any, ...]:
+    def _audit_values(self, record: CallRecord) -> tuple[Any, ...]:
         failure = rows.failure_row(record.failure)
-        charge = record.charge
+        charge, answer = record.charge, record.answer
         usage = [rows.count_of(amount) for amount in _of_usage(charge.usage)]
         return (
             *(record.request_id, record.received_at, record.request_id, record.tenant_id),
-            *(record.pool, record.source, record.status.value, record.kind, "body", ""),
-            *(record.priority, _text(record.model), _text(record.model_version)),
-            *(_text(record.response_id), record.tries, 0),
+            *(record.pool, record.source, record.status, record.kind, "body", ""),
+            *(record.priority, _text(record.model or None), _text(answer.model_version)),
+            *(_text(answer.response_id), record.earlier_attempts + record.attempts, 0),
             *(self._instance_id, record.received_at, record.admitted_at, record.finished_at),
-            *(record.queue_ms, record.upstream_ms, *usage, _text(record.finish_reason)),
+            *(record.queue_ms or 0.0, record.upstream_ms or 0.0),
+            *(*usage, _text(answer.finish_reason)),
             None if failure is None else orjson.dumps(failure).decode(),
             *(record.endpoint, record.http_status, record.streamed, record.key_id),
             *(_text(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
-            *(charge.images, record.first_byte_ms),
+            *(charge.images, answer.first_byte_ms),
             None if charge.usage.details is None else rows.details_text(charge.usage),
         )
 
-    async def _packed(self, record: RelayRecord) -> list[_Packed]:
+    async def _packed(self, record: CallRecord) -> list[_Packed]:
         both: list[_Packed] = []
         for role, raw in (("request", record.request), ("response", record.response)):
             size = len(raw)
@@ -1172,47 +1123,8 @@ class RelayLog:
         return role, encoding, size, data, None
 
 
-def observed_of(record: RelayRecord) -> Observed:
-    """The same for those who count calls."""
-    failure, charge, tried = record.failure, record.charge, record.tries > 0
-    usage = charge.usage
-    # By their order: names would double what so many fields cost.
-    return Observed(
-        record.source,
-        record.status.value,
-        record.tenant_id,
-        record.finished_at,
-        record.pool,
-        record.kind,
-        record.model,
-        record.upstream,
-        record.dialect,
-        record.operation,
-        record.streamed,
-        record.http_status,
-        None if failure is None else failure.code,
-        record.queue_ms if tried else None,
-        record.upstream_ms if tried else None,
-        record.first_byte_ms,
-        record.tries,
-        record.throttled,
-        usage.input_tokens,
-        usage.output_tokens,
-        usage.cached_tokens,
-        usage.thoughts_tokens,
-        charge.cost_micros,
-        record.request_id,
-        record.received_at,
-        record.response_id,
-        record.finish_reason,
-        record.trail,
-        None if usage.details is None else usage.details.cache_write_tokens,
-        record.model_version,
-    )
-
-
 def _body_values(
-    record: RelayRecord,
+    record: CallRecord,
     role: str,
     encoding: str,
     size_bytes: int,
@@ -1227,7 +1139,7 @@ def _body_values(
     return (*place, *owner, encoding, size_bytes, data, blob_key, _text(said), omitted_bytes)
 
 
-def _entry(record: RelayRecord, values: tuple[Any, ...], both: list[_Packed]) -> Json:
+def _entry(record: CallRecord, values: tuple[Any, ...], both: list[_Packed]) -> Json:
     """The same for the recorder, as JSON."""
     row = dict(zip(_AUDIT_COLUMNS, values, strict=True))
     if row["failure"] is not None:
@@ -1247,142 +1159,11 @@ def _text(text: str | None) -> str | None:
     return None if text is None else rows.clean(text)
 
 
-_THROTTLED = 429
-
-
-def of_job(
-    job: ClaimedJob, status: str, result: AttemptResult, failure: Failure | None
-) -> Observed:
-    """An attempt of a job that was made; `status` is `retried` where there will be another."""
-    return Observed(
-        source="job",
-        status=status,
-        tenant_id=job.tenant_id,
-        finished_at=result.finished_at,
-        pool=job.pool,
-        kind=job.classification.kind,
-        code=None if failure is None else failure.code,
-        request_id=job.request_id,
-        received_at=job.created_at,
-        trail=result.trail,
-        **_of_result(result, failure),
-    )
-
-
-def event_of_stream(record: StreamRecord) -> Observed:
-    job, result = record.job, record.result
-    failure = record.failure or (result.failure if result else None)
-    return Observed(
-        source="stream",
-        status=record.status.value,
-        tenant_id=job.tenant_id,
-        finished_at=record.finished_at,
-        pool=job.pool,
-        kind=job.classification.kind,
-        streamed=True,
-        code=None if failure is None else failure.code,
-        request_id=job.request_id,
-        received_at=job.created_at,
-        trail=job.trail,
-        **({"model": job.model} if result is None else _of_result(result, failure)),
-    )
-
-
-def _of_result(result: AttemptResult, failure: Failure | None) -> dict[str, Any]:
-    throttled = failure is not None and failure.upstream_status == _THROTTLED
-    return {
-        "model": result.model,
-        "upstream": result.upstream,
-        "dialect": result.dialect,
-        "operation": result.operation,
-        "queue_ms": result.queue_ms,
-        "upstream_ms": result.upstream_ms,
-        "first_byte_ms": result.first_byte_ms,
-        "attempts": 1,
-        "response_id": result.response_id,
-        "finish_reason": result.finish_reason,
-        "throttled": int(throttled),
-        "model_version": result.model_version,
-        **charged(result.charge),
-    }
-
-
-def charged(charge: Charge) -> dict[str, int | None]:
-    """The LLM tokens and the money of a call."""
-    usage: Usage = charge.usage
-    return {
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "thoughts_tokens": usage.thoughts_tokens,
-        "cost_micros": charge.cost_micros,
-        "cache_write_tokens": usage.details.cache_write_tokens if usage.details else None,
-    }
-
-
-def event_of_unadmitted(job: ClaimedJob, status: str, failure: Failure) -> Observed:
-    """A job that ended in a worker without a call."""
-    return Observed(
-        source="job",
-        status=status,
-        tenant_id=job.tenant_id,
-        finished_at=datetime.now(UTC),
-        pool=job.pool,
-        kind=job.classification.kind,
-        model=job.model,
-        code=failure.code,
-    )
-
-
-def of_question(
-    tenant_id: str,
-    upstream: str,
-    model: str,
-    status: str,
-    *,
-    error: UpstreamError | None,
-    answer: Answer,
-    charge: Charge,
-    queue_ms: float,
-    upstream_ms: float,
-) -> Observed:
-    """What the classifier has asked a model, for a request of that tenant. `upstream` is its own
-    pool."""
-    usage = charge.usage
-    return Observed(
-        source=JUDGE,
-        status=status,
-        tenant_id=tenant_id,
-        finished_at=datetime.now(UTC),
-        pool=upstream,
-        kind="classifier",
-        model=model,
-        upstream=upstream,
-        code=None if error is None else error.code,
-        queue_ms=queue_ms,
-        upstream_ms=upstream_ms,
-        attempts=1,
-        throttled=int(isinstance(error, UpstreamThrottled)),
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        cached_tokens=usage.cached_tokens,
-        thoughts_tokens=usage.thoughts_tokens,
-        cost_micros=charge.cost_micros,
-        response_id=answer.response_id,
-        finish_reason=answer.finish_reason,
-    )
-
-
-def of_row(row: Mapping[str, Any], failure: Json) -> Observed:
-    """A job that ended in the database, from its row as it stands."""
-    return Observed(
-        source="job",
-        status=row["status"],
-        tenant_id=row["tenant_id"],
-        finished_at=row["finished_at"],
-        pool=row["pool"],
-        kind=row["kind"],
-        model=row["used_model"] or row["model"],
-        code=failure["code"],
-        queue_ms=row["queue_ms"],
-    )
+def of_row(row: Mapping[str, Any], failure: Json) -> CallRecord:
+    """The record of a job that ended in the database, from its row as it now stands."""
+    record = CallRecord("job", row["tenant_id"], row["created_at"])
+    record.pool, record.kind, record.queue_ms = row["pool"], row["kind"], row["queue_ms"]
+    record.model = row["used_model"] or row["model"]
+    record.finished_at = row["finished_at"]
+    record.end(row["status"], Failure(failure["code"], failure["message"]))
+    return record

@@ -20,13 +20,14 @@ import orjson
 
 from tidegate.call import DEFAULT_POOL, UNKNOWN_CHARGE, Caller
 from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
+from tidegate.record import CallRecord, Failure
 from tidegate.store import records as rows
-from tidegate.store.audit import Prepared, RelayLog, RelayRecord
+from tidegate.store.audit import Prepared, RelayLog
 from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
 from tidegate.store.notifications import BATCHES, Notifications
 from tidegate.store.queue import Lookback
-from tidegate.store.records import Failure, Idempotency, Json
+from tidegate.store.records import Idempotency, Json
 from tidegate.store.states import MAX_LAPSES, Status
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -46,28 +47,27 @@ def ambiguous_of(row: Mapping[str, Any], ended: str) -> Failure:
     return Failure(code=f"batch_{ended}", message=_CALLED.format(ended))
 
 
-def record_of(row: Mapping[str, Any], *, status: Status, failure: Failure) -> RelayRecord:
+def record_of(row: Mapping[str, Any], *, status: Status, failure: Failure) -> CallRecord:
     """The record of a line that was called, as its row in PostgreSQL tells it."""
-    now = datetime.now(UTC)
-    return RelayRecord(
-        request_id=rows.uuid_of(row["id"]),
-        tenant_id=row["tenant_id"],
-        pool="",
+    attempts = row["attempts"]
+    record = CallRecord(
+        "batch",
+        row["tenant_id"],
+        datetime.now(UTC),
+        rows.uuid_of(row["id"]),
         endpoint=row["endpoint"],
-        status=status,
-        http_status=0,
-        received_at=now,
-        finished_at=now,
+        dialect="",
+        operation="",
         request=row["body"].encode(),
-        response=b"",
-        model=_model_in(row["body"]),
         priority=PRIORITY,
-        tries=row["attempts"],
-        charge=UNKNOWN_CHARGE,
-        failure=failure,
         key_id=row["key_id"],
-        source="batch",
+        model=_model_in(row["body"]),
+        attempts=min(1, attempts),
+        earlier_attempts=max(0, attempts - 1),
+        charge=UNKNOWN_CHARGE,
     )
+    record.end(status, failure)
+    return record
 
 
 def _model_in(body: str) -> str | None:
@@ -330,7 +330,7 @@ class Batches:
             raise ClaimLost(f"another worker has batch_{batch.batch_id.hex} now")
         self._relayed.noted(call.record for call in calls)
 
-    async def _unanswered(self, batch: Batch) -> list[RelayRecord]:
+    async def _unanswered(self, batch: Batch) -> list[CallRecord]:
         if batch.ends_as not in _CUT_SHORT:
             return []
         status, ended = _CUT_SHORT[batch.ends_as], batch.ends_as

@@ -31,15 +31,15 @@ from tidegate.errors import (
     RequestCancelled,
     StoreUnavailable,
 )
+from tidegate.record import CallListeners, Failure
 from tidegate.store import records as rows
 from tidegate.store.audit import audit_unanswered, of_row
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.notifications import UNSURE, Notifications
-from tidegate.store.records import Earlier, Failure, FileRecord, NewJob
+from tidegate.store.records import Earlier, FileRecord, NewJob
 from tidegate.store.requests import RequestDetail
 from tidegate.store.states import Status
-from tidegate.telemetry.events import Observers
 
 TIMEOUT_MS = 2_000
 CANCELLED = RequestCancelled("its owner cancelled it")
@@ -57,13 +57,13 @@ class Jobs:
         self,
         connections: Connections,
         notifications: Notifications,
-        observers: Observers,
+        listeners: CallListeners,
         *,
         instance_id: str,
     ) -> None:
         self._connections = connections
         self._notifications = notifications
-        self._observers = observers
+        self._listeners = listeners
         self._instance_id = instance_id
         self._writer: GroupWriter[NewJob, Earlier | None] = GroupWriter(
             self._insert, lambda job: 1_000 + len(job.prompt)
@@ -120,7 +120,7 @@ class Jobs:
         row = await self._connections.run(cancel, timeout_ms=TIMEOUT_MS)
         if row is None:
             raise NotFound(f"no request {request_id}")
-        self._observers.tell([of_row(job, CANCELLED_FAILURE) for job in ended])
+        self._listeners.notify([of_row(job, CANCELLED_FAILURE) for job in ended])
         before = Status(row["status"])
         if before.is_end and before is not Status.CANCELLED:
             raise AlreadyEnded(f"the request has ended: {before}")

@@ -26,6 +26,7 @@ import orjson
 
 from tidegate.call import Classification, Kind, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import audit
 from tidegate.store import records as rows
 from tidegate.store.audit import Recorder
@@ -33,9 +34,8 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, GroupWriter, Steadiness, count_in, sql, until_quick
 from tidegate.store.jobs import CANCELLED_FAILURE
 from tidegate.store.notifications import UNSURE, Notifications
-from tidegate.store.records import AttemptResult, ClaimedJob, FailedTry, Failure, Json
+from tidegate.store.records import ClaimedJob, FailedTry, Json
 from tidegate.store.states import MAX_LAPSES, Status
-from tidegate.telemetry.events import RETRIED, Observed, Observers
 from tidegate.telemetry.logging import Log, get_logger
 
 _ALL = 2**62  # after every transaction
@@ -523,14 +523,14 @@ class JobQueue:
         self,
         connections: Connections,
         notifications: Notifications,
-        observers: Observers,
+        listeners: CallListeners,
         recorder: Recorder,
         blobs: Blobs,
         *,
         instance_id: str,
         lease_ms: int,
     ) -> None:
-        self._observers = observers
+        self._listeners = listeners
         self._connections = connections
         self._notifications = notifications
         self._recorder = recorder
@@ -652,26 +652,23 @@ class JobQueue:
             self.settled(job)
             raise
 
-    async def finish(self, job: ClaimedJob, status: Status, result: AttemptResult) -> None:
+    async def finish(self, job: ClaimedJob, record: CallRecord) -> None:
         """Record a job's end, on disk while PostgreSQL is unavailable. Raises ClaimLost,
         StoreUnavailable when the spill is full. A cancelled caller's end is recorded all the
         same."""
-        observed = audit.of_job(job, status.value, result, result.failure)
-        await self._end(job, audit.of_end(job, status, result, self._blobs), observed)
+        await self._end(job, audit.of_end(job, record, self._blobs), record)
 
     async def retry(
-        self, job: ClaimedJob, result: AttemptResult, not_before: datetime, is_counted: bool = True
+        self, job: ClaimedJob, record: CallRecord, not_before: datetime, is_counted: bool = True
     ) -> None:
         """Record a failed attempt and queue the job again, not before then; otherwise as
         `finish`."""
-        observed = audit.of_job(job, RETRIED, result, result.failure)
-        entry = audit.of_retry(job, result, not_before, is_counted=is_counted)
-        await self._end(job, entry, observed)
+        entry = audit.of_retry(job, record, not_before, is_counted=is_counted)
+        await self._end(job, entry, record)
 
-    async def fail_unadmitted(self, job: ClaimedJob, status: Status, failure: Failure) -> None:
+    async def fail_unadmitted(self, job: ClaimedJob, record: CallRecord) -> None:
         """End a job that was never sent upstream; otherwise as `finish`."""
-        entry = audit.of_unadmitted(job, status, failure, self._blobs)
-        await self._end(job, entry, audit.event_of_unadmitted(job, status.value, failure))
+        await self._end(job, audit.of_unadmitted(job, record, self._blobs), record)
 
     async def release(
         self,
@@ -741,7 +738,7 @@ class JobQueue:
             get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
             for row in retaken:
                 if row["status"] == Status.DEAD:
-                    self._observers.note(audit.of_row(row, failure))
+                    self._listeners.note(audit.of_row(row, failure))
                     get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
             self._notifications.changed(ids)
             self._notifications.work(row["pool"] for row in retaken)
@@ -767,12 +764,12 @@ class JobQueue:
             return ended
 
         ended = await self._connections.run(end)
-        self._observers.tell([audit.of_row(row, failure) for row in ended])
+        self._listeners.notify([audit.of_row(row, failure) for row in ended])
         self._notifications.changed(rows.uuid_of(row["id"]) for row in ended)
         return len(ended)
 
-    async def _end(self, job: ClaimedJob, entry: Awaitable[Json], observed: Observed) -> None:
-        if await self._recorder.record(entry, observed):
+    async def _end(self, job: ClaimedJob, entry: Awaitable[Json], record: CallRecord) -> None:
+        if await self._recorder.record(entry, record):
             self.settled(job)
 
     def _lost(self, job: ClaimedJob) -> NoReturn:

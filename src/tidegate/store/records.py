@@ -9,7 +9,7 @@ spoil a batch; unknown usage is null, never zero.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import cache
 from typing import Any, Literal, TypeVar, cast
@@ -20,7 +20,6 @@ import orjson
 from tidegate.call import (
     DEFAULT_POOL,
     DEFAULT_TENANT,
-    UNKNOWN_CHARGE,
     UNKNOWN_USAGE,
     Attachment,
     Charge,
@@ -32,30 +31,9 @@ from tidegate.call import (
     UsageState,
     new_id,
 )
-from tidegate.errors import TidegateError
+from tidegate.record import CallRecord, Failure, OutputFile
 from tidegate.store.states import Status
 from tidegate.telemetry.tracing import Trail
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An error as it is recorded and shown. `message` is safe to show to a client."""
-
-    code: str
-    message: str
-    retryable: bool = False
-    retry_after_ms: int | None = None
-    upstream_status: int | None = None
-
-    @classmethod
-    def of(cls, error: TidegateError) -> Failure:
-        return cls(
-            code=error.code,
-            message=error.message,
-            retryable=error.retryable,
-            retry_after_ms=error.retry_after_ms,
-            upstream_status=getattr(error, "status", None),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,55 +116,6 @@ class FailedTry:
     upstream_ms: float
     failure: Failure
     is_counted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class OutputFile:
-    """A generated picture whose bytes are already in the blob store."""
-
-    file_id: UUID
-    mime_type: str
-    size_bytes: int
-    blob_key: str
-    name: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptResult:
-    """How one attempt upstream ended. `fence` is the permit's (epoch, sequence); first_byte_ms:
-    from sending the call to the first bytes of its answer. What was asked of whom (upstream,
-    dialect, operation) is for those who count: it is not on record."""
-
-    model: str
-    fence: tuple[int, int]
-    admitted_at: datetime
-    finished_at: datetime
-    queue_ms: float
-    upstream_ms: float
-    text: str = ""
-    pictures: tuple[OutputFile, ...] = ()
-    usage: Usage = field(default_factory=Usage)
-    finish_reason: str | None = None
-    model_version: str | None = None
-    response_id: str | None = None
-    failure: Failure | None = None
-    charge: Charge = UNKNOWN_CHARGE
-    first_byte_ms: float | None = None
-    upstream: str | None = None
-    dialect: str = "gemini"
-    operation: str = "generate_content"
-    trail: Trail | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StreamRecord:
-    """A finished `/stream` request, recorded once, whole. `result` is None if never admitted."""
-
-    job: NewJob
-    status: Status
-    finished_at: datetime
-    result: AttemptResult | None
-    failure: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,27 +302,29 @@ def failure_row(failure: Failure | None) -> Json | None:
     return None if failure is None else cleaned(asdict(failure))
 
 
-def result_row(result: AttemptResult) -> Json:
+def result_row(record: CallRecord) -> Json:
     """The columns that an attempt's end gives to its request, its attempt and its audit row."""
+    answer, charge = record.answer, record.charge
+    assert record.fence is not None
     row = {
-        "model": result.model,
-        "admitted_at": result.admitted_at,
-        "finished_at": result.finished_at,
-        "queue_ms": result.queue_ms,
-        "upstream_ms": result.upstream_ms,
-        "first_byte_ms": result.first_byte_ms,
-        "result": result.text,
-        "finish_reason": result.finish_reason,
-        "model_version": result.model_version,
-        "response_id": result.response_id,
-        "fence_epoch": result.fence[0],
-        "fence_sequence": result.fence[1],
-        **usage_columns(result.usage),
-        **charge_columns(result.charge),
+        "model": record.model or "",
+        "admitted_at": record.admitted_at,
+        "finished_at": record.finished_at,
+        "queue_ms": record.queue_ms or 0.0,
+        "upstream_ms": record.upstream_ms or 0.0,
+        "first_byte_ms": answer.first_byte_ms,
+        "result": record.result,
+        "finish_reason": answer.finish_reason,
+        "model_version": answer.model_version,
+        "response_id": answer.response_id,
+        "fence_epoch": record.fence[0],
+        "fence_sequence": record.fence[1],
+        **usage_columns(answer.usage),
+        **charge_columns(charge),
     }
-    if result.charge.state in (UsageState.PARTIAL, UsageState.ESTIMATED):
-        row["charged"] = usage_columns(result.charge.usage)
-    if (details := details_row(result.charge.usage)) is not None:
+    if charge.state in (UsageState.PARTIAL, UsageState.ESTIMATED):
+        row["charged"] = usage_columns(charge.usage)
+    if (details := details_row(charge.usage)) is not None:
         row["usage_details"] = details
     return {key: cleaned(value) for key, value in row.items()}
 

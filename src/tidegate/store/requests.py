@@ -22,19 +22,13 @@ import asyncpg
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage, UsageDetails
 from tidegate.errors import NotFound
+from tidegate.record import Failure
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, ReadTurns, sql
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import webhook_of
-from tidegate.store.records import (
-    Failure,
-    FileRecord,
-    RequestRecord,
-    clean,
-    details_of,
-    record_of,
-)
+from tidegate.store.records import FileRecord, RequestRecord, clean, details_of, record_of
 from tidegate.store.states import Status
 
 MOST_LOOKED_AT = 20_000

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tidegate.errors import StoreUnavailable
+from tidegate.record import CallListeners, CallRecord
 from tidegate.store import audit
 from tidegate.store.audit import Recorder, RelayLog, Spending, UsageTotals
 from tidegate.store.batches import Batches, BatchLines
@@ -23,13 +24,12 @@ from tidegate.store.outbox import WebhookOutbox
 from tidegate.store.policies import Policies
 from tidegate.store.queue import JobQueue
 from tidegate.store.quotas import BudgetGate
-from tidegate.store.records import StreamRecord
+from tidegate.store.records import NewJob
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import Spill
 from tidegate.store.statistics import History, QueueDepths
 from tidegate.store.tenants import Tenants
-from tidegate.telemetry.events import Observers
 
 READ_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_MS = 6_000
@@ -52,22 +52,22 @@ class Store:
         spill_max_bytes: int,
         audit_full: Literal["block", "drop"],
         claim_lease_ms: int,
-        observers: Observers | None = None,
+        listeners: CallListeners | None = None,
     ) -> None:
         self.instance_id = instance_id
         self.blobs = blobs
-        self.observers = observers or Observers()
+        self.listeners = listeners or CallListeners()
         self.connections = connections = Connections(url)
         self.spill = Spill(spill_dir, spill_max_bytes)
         self.spending, self.usage = Spending(), UsageTotals(connections)
         self.notifications = Notifications(connections)
         self.recorder, self.relayed = self._open_audit(audit_full)
-        self.jobs = Jobs(connections, self.notifications, self.observers, instance_id=instance_id)
+        self.jobs = Jobs(connections, self.notifications, self.listeners, instance_id=instance_id)
         self.queue_caps = QueueCaps(connections)
         self.queue = JobQueue(
             connections,
             self.notifications,
-            self.observers,
+            self.listeners,
             self.recorder,
             blobs,
             instance_id=instance_id,
@@ -105,7 +105,7 @@ class Store:
             spending=self.spending,
             instance_id=self.instance_id,
             when_full=audit_full,
-            observers=self.observers,
+            listeners=self.listeners,
         )
         relayed = RelayLog(
             self.connections,
@@ -114,7 +114,7 @@ class Store:
             instance_id=self.instance_id,
             when_full=audit_full,
             spending=self.spending,
-            observers=self.observers,
+            listeners=self.listeners,
         )
         return recorder, relayed
 
@@ -149,8 +149,8 @@ class Store:
         self._schema_fitted = revision is not None and revision >= HEAD
         return self._schema_fitted
 
-    async def record_stream(self, record: StreamRecord) -> None:
+    async def record_stream(self, job: NewJob, record: CallRecord) -> None:
         """Accept a finished stream's record, which is written soon; waits when the buffer is full
         and `audit_full` is `block`. A cancelled caller has recorded it whole or not at all."""
-        self.observers.note(audit.event_of_stream(record))
-        await self.recorder.enqueue(await audit.of_stream(record, self.blobs))
+        self.listeners.note(record)
+        await self.recorder.enqueue(await audit.of_stream(job, record, self.blobs))

@@ -332,6 +332,7 @@ async def _usable(client: AsyncClient, file: File, name: str) -> File:
 
 MAX_ANSWER_BYTES = 64_000_000
 API_VERSION = "v1beta"
+_NO_KEY = "none"  # the SDK insists on one, where a server needs none
 FORGET_WITHIN_MS = 10_000
 CLOSE_WITHIN_S = 2.0
 
@@ -532,7 +533,7 @@ class GeminiProcessor:
         connections = SdkClient(self._timeouts, self._max_answer_bytes)
         client = genai.Client(
             vertexai=False,
-            api_key=self._api_key,
+            api_key=self._api_key or _NO_KEY,
             http_options=types.HttpOptions(
                 base_url=self._base_url,
                 api_version=API_VERSION,

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from tidegate.call import Charge, Usage
 from tidegate.dashboard.feed import RANGES, Trend
 from tidegate.dashboard.rollup import MOST_SPANS, Rollup
 from tidegate.errors import StoreUnavailable
+from tidegate.record import REFUSED, RETRIED, CallRecord, Failure
 from tidegate.store.database import Connections
 from tidegate.store.statistics import KEPT_S, MOST_NAMES, OTHERS, History
-from tidegate.telemetry.events import REFUSED, RETRIED, Observed
 
 BEGIN = 1_800_000_000.0
 POOL = "gemini"
@@ -42,9 +43,16 @@ async def connections(database_url: str) -> AsyncIterator[Connections]:
     await opened.aclose()
 
 
-def ended(at: float, status: str = "succeeded", **named: Any) -> Observed:
+def ended(at: float, status: str = "succeeded", **named: Any) -> CallRecord:
     usual: dict[str, Any] = {"tenant_id": "acme", "pool": POOL, "model": "m", "upstream": "gemini"}
-    return Observed("relay", status, finished_at=datetime.fromtimestamp(at, UTC), **usual | named)
+    code = named.pop("code", None)
+    usage = Usage(named.pop("input_tokens", None), named.pop("output_tokens", None))
+    charge = Charge(usage=usage, cost_micros=named.pop("cost_micros", None))
+    moment = datetime.fromtimestamp(at, UTC)
+    values: dict[str, Any] = {"received_at": moment, "finished_at": moment, "charge": charge}
+    record = CallRecord("relay", **values | usual | named)
+    record.end(status, None if code is None else Failure(code, ""))
+    return record
 
 
 async def test_what_two_processes_counted_is_one_trend(

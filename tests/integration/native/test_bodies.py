@@ -13,8 +13,8 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
+from tidegate import record as call
 from tidegate.call import Scope
-from tidegate.spine import record as call
 from tidegate.store import requests as recorded
 
 MODEL = "gemini-2.5-flash"

@@ -253,7 +253,7 @@ async def test_what_an_upstream_compressed_unasked_goes_on_and_is_read(
 async def test_a_refusal_that_is_compressed_is_read_and_hides_the_key(
     gateway: Gateway, hostile: Hostile
 ) -> None:
-    key = gateway.services.relay.targets.upstreams["gemini"].key
+    key = gateway.services.spine.targets.upstreams["gemini"].key
     said = orjson.dumps({"error": {"message": f"no credit for {key}", "code": "invalid"}})
     packed = gzip.compress(said)
     head = (b"HTTP/1.1 400 No", b"content-encoding: gzip", b"content-length: %d" % len(packed))

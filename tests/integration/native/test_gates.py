@@ -56,7 +56,7 @@ async def pair(open_gateway: Opener, hostile: Hostile) -> list[Gateway]:
 
 
 def states(pair: list[Gateway]) -> list[str]:
-    return [gateway.services.relay.health["gemini"].state for gateway in pair]
+    return [gateway.services.spine.health["gemini"].state for gateway in pair]
 
 
 @pytest.mark.usefixtures("one_try")
@@ -121,7 +121,7 @@ async def test_a_try_of_a_process_that_dies_is_not_the_last(open_gateway: Opener
         await wait_until(waiting, what="it waits for the other's try")
         await limiter.revoke("dying")  # what its lease's end does
         assert (await waits)[0] == 200
-        assert gateway.services.relay.health["gemini"].state == "ok"
+        assert gateway.services.spine.health["gemini"].state == "ok"
         await holding
 
 
@@ -141,7 +141,7 @@ async def test_a_dead_key_is_tried_once_a_minute_and_by_another_key_immediately(
         worker=False, gemini_base_url=hostile.url, gemini_api_key="AIzaAnotherKeyOfTheAccount"
     )
     assert (await ask(other))[0] == 200
-    health = gateway.services.relay.health["gemini"]
+    health = gateway.services.spine.health["gemini"]
     await wait_until(lambda: health.state == "ok", what="the other key worked")
     assert not health.key_dead
 
@@ -191,7 +191,7 @@ async def test_a_429_without_a_time_slows_down_more_and_more(
         *(ask(gateway, str(number), deadline_ms=3_000) for number in range(20))
     )
     assert {status for status, _, _ in answers} == {429}
-    assert gateway.services.relay.health["gemini"].state == "ok", "a throttling is no fault"
+    assert gateway.services.spine.health["gemini"].state == "ok", "a throttling is no fault"
     # 5 at once, then those that come back one by one after 0.5, 1 and 2 s.
     assert len(hostile.seen) <= 35
     hostile.answer = OK
@@ -199,7 +199,7 @@ async def test_a_429_without_a_time_slows_down_more_and_more(
 
 
 async def test_calls_that_are_refused_in_one_moment_slow_down_once(open_gateway: Opener) -> None:
-    gate = (await open_gateway(worker=False)).services.relay.health["gemini"]
+    gate = (await open_gateway(worker=False)).services.spine.health["gemini"]
     refused, demand = UpstreamThrottled("Slow down"), CallDemand((), "default", "normal", 0)
     pauses_ms = await asyncio.gather(*(gate.throttled(refused, MODEL, demand) for _ in range(8)))
     assert 0 < min(pauses_ms) <= max(pauses_ms) == FIRST_PAUSE_MS
@@ -212,7 +212,7 @@ async def test_that_our_patience_ends_is_no_fault_of_the_upstream(
     open_gateway: Opener, phase: str, state: str
 ) -> None:
     """But that it cannot be reached is one."""
-    gate = (await open_gateway(worker=False)).services.relay.health["gemini"]
+    gate = (await open_gateway(worker=False)).services.spine.health["gemini"]
     for number in range(2 * FAULTS):
         late = UpstreamTimeout("too long", phase=phase)
         await gate.failed(late, MODEL, suspect=Suspect(f"t-{number}", number), tried=False)
@@ -222,7 +222,7 @@ async def test_that_our_patience_ends_is_no_fault_of_the_upstream(
 @pytest.mark.parametrize("of_account", [False, True])
 async def test_an_answer_begins_the_pauses_again(open_gateway: Opener, of_account: bool) -> None:
     """Those of the account as well: refusals without a time paused it for 8 s each in the end."""
-    gate = (await open_gateway(worker=False)).services.relay.health["gemini"]
+    gate = (await open_gateway(worker=False)).services.spine.health["gemini"]
     refused = UpstreamThrottled("Slow down", of_account=of_account)
     demand = CallDemand((), "default", "normal", 0)
     assert await gate.throttled(refused, MODEL, demand) == FIRST_PAUSE_MS
@@ -287,7 +287,7 @@ async def test_faults_of_an_upstream_that_is_out_are_laid_to_it_for_a_day(
 
 async def test_a_refusal_names_the_limit_that_is_paused_the_longest(open_gateway: Opener) -> None:
     services = (await open_gateway(worker=False)).services
-    gate, limiter = services.relay.health["gemini"], services.limiter
+    gate, limiter = services.spine.health["gemini"], services.limiter
     await limiter.close_gate(gate.limit, for_ms=1_000, most_ms=8_000, tried=False)
     await gate.open()  # calls come back over some seconds
     await limiter.penalise(f"model:{MODEL}", for_ms=600_000, ramp_ms=1, by="gemini")

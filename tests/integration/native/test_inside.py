@@ -124,7 +124,7 @@ async def test_an_error_in_mid_stream_passes_as_it_came_and_is_on_record(
     assert (row["status"], row["http_status"]) == ("failed", 200)
     assert row["failure"]["code"] == "upstream_unavailable"
     assert len(hostile.seen) == 1
-    assert gateway.services.relay.health["gemini"].faults == 1
+    assert gateway.services.spine.health["gemini"].faults == 1
     assert gateway.held == 0
 
 

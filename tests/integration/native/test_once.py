@@ -12,8 +12,8 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
+from tidegate import record as call_record
 from tidegate.http import idempotency as once
-from tidegate.spine import record as relay_call
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Say hello"}]}
 REPLAYED, LOST = "idempotency-replayed", "idempotency-lost"
@@ -71,7 +71,7 @@ async def test_another_request_under_the_key_is_refused(gateway: Gateway) -> Non
 async def test_what_failed_may_be_asked_again(gateway: Gateway) -> None:
     await gateway.upstream.set_fault("unauthorized", count=1)
     assert (await ask(gateway, "k-5"))[0] == 502
-    await gateway.services.relay.health["gemini"].open()
+    await gateway.services.spine.health["gemini"].open()
     assert (await ask(gateway, "k-5"))[0] == 200
 
 
@@ -189,7 +189,7 @@ async def test_who_asks_beside_a_call_under_way_is_told_when_to_come_back(gatewa
 async def test_an_answer_too_long_to_be_kept_is_not_given_in_parts(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (relay_call, once):
+    for module in (call_record, once):
         monkeypatch.setattr(module, "KEPT_BYTES", 100)
     first = await ask(gateway, "k-9")
     again = await ask(gateway, "k-9")

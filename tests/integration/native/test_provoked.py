@@ -58,7 +58,7 @@ async def test_one_poisonous_request_puts_nothing_out(
     hostile.answer = POISON[name]
     for _ in range(FAULTS + 2):
         assert (await ask(gateway))[0] >= 400
-    assert gateway.services.relay.health["gemini"].state == "ok"
+    assert gateway.services.spine.health["gemini"].state == "ok"
     hostile.answer = OK
     assert (await ask(gateway, "of another"))[0] == 200
 
@@ -69,7 +69,7 @@ async def test_an_upstream_that_fails_whatever_it_is_asked_is_out(
     hostile.answer = POISON["500"]
     for number in range(FAULTS):
         assert (await ask(gateway, str(number)))[0] == 500
-    assert gateway.services.relay.health["gemini"].state == "out"
+    assert gateway.services.spine.health["gemini"].state == "out"
 
 
 async def test_a_403_that_names_no_key_holds_up_others_for_seconds_at_most(
@@ -78,7 +78,7 @@ async def test_a_403_that_names_no_key_holds_up_others_for_seconds_at_most(
     hostile.answer = POISON["403 on a thing"]
     for number in range(FAULTS):
         assert (await ask(gateway, str(number)))[0] == 403
-    gate = gateway.services.relay.health["gemini"]
+    gate = gateway.services.spine.health["gemini"]
     left = gate.closed()
     assert left is not None
     assert left[0] <= LONGEST_MS
@@ -93,7 +93,7 @@ async def test_one_that_says_it_is_overloaded_is_out_whoever_asks(
     hostile.answer = error(503, "The model is overloaded")
     for _ in range(FAULTS):
         assert (await ask(gateway))[0] == 503
-    assert gateway.services.relay.health["gemini"].state == "out"
+    assert gateway.services.spine.health["gemini"].state == "out"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ async def test_the_provider_s_words_to_one_are_not_told_to_all(
     assert orjson.loads(body)["error"]["message"].endswith(f"the last fault: {short}")
     async with gateway.http.get(f"{gateway.url}/health/dependencies") as response:
         assert (await response.json())["upstreams"]["gemini"]["detail"] == short
-    why = gateway.services.relay.health["gemini"].why  # for who runs this
+    why = gateway.services.spine.health["gemini"].why  # for who runs this
     assert "Jane" in why or "Incorrect API key provided: ***" in why
     assert "abcd" not in why
 
@@ -146,7 +146,7 @@ async def test_a_kept_connection_that_was_closed_costs_neither_a_try_nor_health(
 
     assert (await ask(gateway))[0] == 200  # and its connection is kept
     hostile.answer = once
-    before = gateway.services.relay._budget.saved
+    before = gateway.services.spine.retries.saved
     url = f"{gateway.url}/v1beta/models/{MODEL}:generateContent"
     body = {"contents": [{"parts": [{"text": "hello"}]}]}
     async with gateway.http.post(url, json=body) as response:
@@ -154,5 +154,5 @@ async def test_a_kept_connection_that_was_closed_costs_neither_a_try_nor_health(
         request_id = response.headers["x-tidegate-request-id"]
     assert len(hostile.seen) == 3, "it was sent twice"
     assert (await gateway.audit(request_id))["attempts"] == 1
-    assert gateway.services.relay._budget.saved >= before
-    assert gateway.services.relay.health["gemini"].faults == 0
+    assert gateway.services.spine.retries.saved >= before
+    assert gateway.services.spine.health["gemini"].faults == 0

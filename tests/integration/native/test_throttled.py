@@ -115,7 +115,7 @@ async def test_who_is_parked_is_not_waited_for_while_another_is_only_busy(
 
     await wait_until(holds, 20, "the second's only place")
     waits = asyncio.create_task(ask(gateway))
-    limiter = gateway.services.relay._pools["second"]
+    limiter = gateway.services.limiters["second"]
     await wait_until(lambda: limiter.local_state().waiting["pool:total"] == 1, 20, "the queue")
     holding.cancel()
     status, headers, _ = await waits
@@ -123,7 +123,7 @@ async def test_who_is_parked_is_not_waited_for_while_another_is_only_busy(
 
 
 async def _waits(gateway: Gateway, pool: str, limit: str) -> None:
-    limiter = gateway.services.relay._pools[pool]
+    limiter = gateway.services.limiters[pool]
     await wait_until(lambda: limiter.local_state().waiting.get(limit) == 1, what=f"{pool}'s queue")
 
 

@@ -81,7 +81,7 @@ async def test_an_upstream_has_the_time_that_it_is_given(
     await gateway.upstream.set_behaviour(first_byte_ms=1_000)
     status, _, body = await ask(gateway, "only-second")
     assert (status, b"longer than 150 ms" in body) == (504, True)
-    assert gateway.services.relay.health["second"].faults == 0
+    assert gateway.services.spine.health["second"].faults == 0
     assert (await ask(gateway))[0] == 200, "the others have theirs"
 
 
@@ -203,7 +203,7 @@ async def test_one_that_is_out_is_left_out_and_comes_back(
         return (await ask(gateway))[1]["x-tidegate-upstream"] == "gemini"
 
     await wait_until(back, 20, "the first upstream again")
-    assert gateway.services.relay.health["gemini"].state == "ok"
+    assert gateway.services.spine.health["gemini"].state == "ok"
 
 
 async def test_a_refused_key_is_not_told_to_clients_as_theirs(
@@ -213,7 +213,7 @@ async def test_a_refused_key_is_not_told_to_clients_as_theirs(
     status, headers, body = await ask(gateway)
     assert status == 502
     assert b"this gateway's own key" in body
-    assert gateway.services.relay.health["gemini"].key_dead
+    assert gateway.services.spine.health["gemini"].key_dead
     assert (await gateway.audit(headers["x-tidegate-request-id"]))["failure"]["code"] == (
         "upstream_unauthorized"
     )
@@ -228,7 +228,7 @@ async def test_a_file_that_is_not_there_takes_no_upstream_out(open_gateway: Open
     async with gateway.http.get(f"{gateway.url}/v1beta/files/none") as response:
         body = await response.json()
         assert (response.status, body["error"]["status"]) == (403, "PERMISSION_DENIED")
-    assert gateway.services.relay.health["gemini"].state == "ok"
+    assert gateway.services.spine.health["gemini"].state == "ok"
     assert (await ask(gateway))[0] == 200
 
 
@@ -262,7 +262,7 @@ async def test_retries_are_a_part_of_the_traffic(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = await open_gateway(worker=False, rate_limits={"text_only": 50})
-    gateway.services.relay._budget.saved = 0.0
+    gateway.services.spine.retries.saved = 0.0
     await gateway.upstream.set_fault("unavailable")
     monkeypatch.setattr("tidegate.spine.routing.FAULTS", 1_000_000)  # it is never out
     await asyncio.gather(*(ask(gateway) for _ in range(50)))
@@ -299,3 +299,25 @@ async def test_one_that_gives_no_list_spoils_nobody_elses(
     await gateway.upstream.set_fault("unavailable", kind="other")
     gateway.services.relay._models._lists.clear()
     assert (await gateway.get("/v1beta/models"))[0] == 503
+
+
+async def test_prompts_use_every_upstream_of_geminis_dialect(
+    open_gateway: Opener, policy: WriteFile, second: Emulator
+) -> None:
+    """As native calls do: by routes and aliases, under that pool's limits, and in failover."""
+    gateway = await open_gateway(tidegate_policy=policy(end=CHAIN))
+    await warm(gateway)
+    await gateway.upstream.set_fault("unavailable")
+    job = await gateway.submit(text="Explain the tide")
+    streamed = await gateway.stream(text="Explain the ebb")
+    assert streamed.names[-1] == "done"
+    ended = await gateway.end_of(job)
+    assert ended["status"] == "succeeded"
+    assert [one["outcome"] for one in await gateway.attempts(job)] == ["failed", "succeeded"]
+    audit = await gateway.audit(streamed.request_id)
+    assert (audit["status"], audit["attempts"]) == ("succeeded", 2)
+    await gateway.upstream.reset()
+    named = await gateway.stream(text="Explain the flood", model="only-second")
+    assert named.names[-1] == "done"
+    models = Counter(call.model for call in await second.control.calls())
+    assert models == {gateway.config.text_model: 2, "only-second": 1}

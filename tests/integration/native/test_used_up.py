@@ -133,7 +133,7 @@ async def test_another_upstream_is_waited_for_instead_until_its_quota_is_used_up
 
     await wait_until(holds, 20, "the second's only place")
     waits = asyncio.create_task(ask(gateway))
-    limiter = gateway.services.relay._pools["second"]
+    limiter = gateway.services.limiters["second"]
     await wait_until(lambda: limiter.local_state().waiting["pool:total"] == 1, 20, "the queue")
     holding.cancel()
     status, headers, _ = await waits

@@ -14,8 +14,8 @@ from tests.gateway import Gateway, Opener
 from tests.integration.observability.test_metrics import of, scraped
 from tests.waiting import wait_until
 from tidegate.dashboard.rollup import count
+from tidegate.record import CallListeners, CallRecord
 from tidegate.store.statistics import CallCounts
-from tidegate.telemetry.events import Observed, Observers
 
 MODEL = "gemini-2.5-flash"
 FIRST_BYTE_MS = 150
@@ -25,16 +25,22 @@ PRICES = """
 """
 
 
+def ended() -> CallRecord:
+    record = CallRecord("relay", "default", datetime.now(UTC))
+    record.end("succeeded")
+    return record
+
+
 class Seen:
     """All that was told by the processes of a gateway."""
 
     def __init__(self) -> None:
-        self.ends: list[Observed] = []
+        self.ends: list[CallRecord] = []
 
-    def take(self, batch: Sequence[Observed]) -> None:
+    def take(self, batch: Sequence[CallRecord]) -> None:
         self.ends.extend(batch)
 
-    async def told(self, count: int) -> list[Observed]:
+    async def told(self, count: int) -> list[CallRecord]:
         """Wait for that many."""
         await wait_until(lambda: len(self.ends) >= count, 20, f"{count} ends")
         return self.ends
@@ -43,13 +49,13 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Listens in every process of this event loop, the workers too."""
-    found, made = Seen(), Observers.__init__
+    found, made = Seen(), CallListeners.__init__
 
-    def listening(observers: Observers) -> None:
-        made(observers)
-        observers.listen(found.take)
+    def listening(listeners: CallListeners) -> None:
+        made(listeners)
+        listeners.listen(found.take)
 
-    monkeypatch.setattr(Observers, "__init__", listening)
+    monkeypatch.setattr(CallListeners, "__init__", listening)
     return found
 
 
@@ -95,13 +101,15 @@ async def test_each_way_to_call_is_told_with_its_first_byte_and_its_cost(
             *("succeeded", "gemini", "gemini"),
             MODEL,
         )
-        assert one.first_byte_ms is not None
+        assert one.answer.first_byte_ms is not None
         assert one.upstream_ms is not None
-        assert FIRST_BYTE_MS <= one.first_byte_ms <= one.upstream_ms
+        assert FIRST_BYTE_MS <= one.answer.first_byte_ms <= one.upstream_ms
         assert one.attempts == 1
-        assert one.input_tokens is not None
-        assert one.output_tokens is not None
-        assert one.cost_micros == round(one.input_tokens * 0.30 + one.output_tokens * 2.50)
+        assert one.charge.usage.input_tokens is not None
+        assert one.charge.usage.output_tokens is not None
+        assert one.charge.cost_micros == round(
+            one.charge.usage.input_tokens * 0.30 + one.charge.usage.output_tokens * 2.50
+        )
     row = await gateway.audit(wrapped)
     assert (row["usage_state"], row["cost_micros"] > 0) == ("told", True)
 
@@ -146,15 +154,15 @@ async def test_what_is_refused_cancelled_expired_or_tried_again_is_told_too(
 
 
 async def test_a_listener_that_fails_fails_nobody_else(capsys: pytest.CaptureFixture[str]) -> None:
-    def failing(_batch: Sequence[Observed]) -> None:
+    def failing(_batch: Sequence[CallRecord]) -> None:
         raise ValueError("of a listener")
 
-    seen, observers = Seen(), Observers()
-    observers.listen(failing)
-    observers.listen(seen.take)
-    observers.note(Observed("relay", "succeeded", "default", datetime.now(UTC)))
-    observers.flush()
-    observers.flush()
+    seen, listeners = Seen(), CallListeners()
+    listeners.listen(failing)
+    listeners.listen(seen.take)
+    listeners.note(ended())
+    listeners.flush()
+    listeners.flush()
     assert len(seen.ends) == 1
     assert "of a listener" in capsys.readouterr().out
 
@@ -190,13 +198,13 @@ async def test_a_question_of_the_classifier_is_a_call_of_its_own_and_no_request(
         for one in await gateway.upstream.calls()
         if one.kind == "classifier" and one.outcome == "finished" and one.fault is None
     ]
-    used = (judged.input_tokens, judged.output_tokens)
+    used = (judged.charge.usage.input_tokens, judged.charge.usage.output_tokens)
     assert used == (call.input_tokens, call.output_tokens)
-    assert judged.cost_micros == round(call.input_tokens * 0.30 + call.output_tokens * 2.50)
+    assert judged.charge.cost_micros == round(call.input_tokens * 0.30 + call.output_tokens * 2.50)
     await _is_counted_for_no_tenant(gateway, seen.ends)
 
 
-async def _is_counted_for_no_tenant(gateway: Gateway, ends: Sequence[Observed]) -> None:
+async def _is_counted_for_no_tenant(gateway: Gateway, ends: Sequence[CallRecord]) -> None:
     answered = [one for one in ends if one.source == "stream"]
     values = await scraped(gateway)
     assert of(values, "tidegate_calls_total", source="judge", kind="classifier") == 3
@@ -206,9 +214,11 @@ async def _is_counted_for_no_tenant(gateway: Gateway, ends: Sequence[Observed]) 
         ("tidegate_tokens_total", ends),
         ("tidegate_tenant_tokens_total", answered),
     ):
-        assert of(values, name, type="input") == sum(one.input_tokens or 0 for one in which)
+        assert of(values, name, type="input") == sum(
+            one.charge.usage.input_tokens or 0 for one in which
+        )
     for name, which in (("tidegate_cost_total", ends), ("tidegate_tenant_cost_total", answered)):
-        spent = sum(one.cost_micros or 0 for one in which) / 1e6
+        spent = sum(one.charge.cost_micros or 0 for one in which) / 1e6
         assert of(values, name) == pytest.approx(spent)
     tally = CallCounts()
     for one in ends:
@@ -216,10 +226,12 @@ async def _is_counted_for_no_tenant(gateway: Gateway, ends: Sequence[Observed]) 
     assert (tally.counts["calls"], tally.counts["succeeded"], tally.counts["judged"]) == (3, 3, 3)
     assert "failed" not in tally.counts
     judged = [one for one in ends if one.source == "judge"]
-    assert tally.counts["judged_cost_micros"] == sum(one.cost_micros or 0 for one in judged) > 0
-    assert tally.counts["cost_micros"] == sum(one.cost_micros or 0 for one in ends)
+    assert (
+        tally.counts["judged_cost_micros"] == sum(one.charge.cost_micros or 0 for one in judged) > 0
+    )
+    assert tally.counts["cost_micros"] == sum(one.charge.cost_micros or 0 for one in ends)
     tenants, models = tally.apart["tenant"].values(), tally.apart["model"].values()
     assert sum(row[0] for row in tenants) == 3
     assert sum(row[0] for row in models) == 6
-    assert sum(row[4] for row in tenants) == sum(one.cost_micros or 0 for one in answered)
+    assert sum(row[4] for row in tenants) == sum(one.charge.cost_micros or 0 for one in answered)
     assert sum(row[4] for row in models) == tally.counts["cost_micros"]

@@ -12,9 +12,10 @@ from tests.gateway import Gateway, Opener
 from tests.integration.observability.collector import attributes_of, collecting
 from tests.integration.observability.test_metrics import MODEL, chat
 from tests.waiting import wait_until
+from tidegate.call import Answer, Charge, Usage, UsageDetails
 from tidegate.embedded.servers import free_port
 from tidegate.metrics.otel import _answered
-from tidegate.telemetry.events import Observed
+from tidegate.record import CallRecord
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
@@ -104,7 +105,9 @@ async def test_one_trace_leads_from_client_through_queue_and_worker_to_the_upstr
 
 def test_a_span_says_which_model_answered_and_what_was_written_to_a_cache() -> None:
     at = datetime(2026, 5, 1, tzinfo=UTC)
-    ended = Observed("relay", "succeeded", "acme", at, cache_write_tokens=5, model_version="m-2")
+    usage = Usage(details=UsageDetails(cache_write_tokens=5))
+    answer, charge = Answer(model_version="m-2"), Charge(usage=usage)
+    ended = CallRecord("relay", "acme", at, answer=answer, charge=charge)
     said = {"gen_ai.response.model": "m-2", "gen_ai.usage.cache_creation.input_tokens": 5}
     assert _answered(ended) == said
 

@@ -172,7 +172,7 @@ async def test_every_route_gives_its_permit_back(gateway: Gateway, way: Way) -> 
         await way(gateway, route)
         await wait_until(lambda: used(gateway) == (0, 0), 20, f"{route.name}: nothing held")
         await gateway.upstream.clear_faults()
-        await gateway.services.relay.health["gemini"].open()
+        await gateway.services.spine.health["gemini"].open()
         for name in KINDS:  # a throttling that was ordered is over
             await gateway.services.limiter.resume(f"kind:{name}")
     stats = await gateway.upstream.stats()

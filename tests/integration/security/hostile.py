@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.gateway import Gateway
-from tidegate.spine import native as work
+from tidegate.spine import run as spine
 
 MODEL = "gemini-2.5-flash"
 PATH = f"/v1beta/models/{MODEL}:generateContent"
@@ -63,8 +63,8 @@ async def hostile() -> AsyncIterator[Hostile]:
 @pytest.fixture
 def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call is tried again: the pause before that would outlast any deadline."""
-    monkeypatch.setattr(work, "_FIRST_PAUSE_S", 1e6)
-    monkeypatch.setattr(work, "_LONGEST_PAUSE_S", 1e6)
+    monkeypatch.setattr(spine, "_FIRST_PAUSE_S", 1e6)
+    monkeypatch.setattr(spine, "_LONGEST_PAUSE_S", 1e6)
 
 
 async def raw(gateway: Gateway, data: bytes, within_s: float = 10) -> bytes:

@@ -56,7 +56,7 @@ async def _was_tried(gateway: Gateway, written: StringIO, request_id: str) -> bo
     if await gateway.database.fetchval(waits, request_id):
         return True
     # An earlier one may have come back and found the key refused, for a minute.
-    await gateway.services.relay.health["gemini"].open()
+    await gateway.services.spine.health["gemini"].open()
     return False
 
 
@@ -105,7 +105,7 @@ async def test_no_key_is_in_any_line_whatever_fails(
             await gateway.upstream.set_fault(fault, kind="other")
         for route in routes[number % 2 :: 2]:
             await ask(gateway, route, ways[number % len(ways)])
-            await gateway.services.relay.health["gemini"].open()
+            await gateway.services.spine.health["gemini"].open()
             await gateway.services.limiter.resume("kind:text_only")
         async with gateway.http.post(
             f"{gateway.url}/submit?key={key}", json={"data": PROMPT, "type": "text_only"}
@@ -160,7 +160,7 @@ async def test_no_key_is_in_the_record(open_gateway: Opener) -> None:
         row = await gateway.audit(request_id)
         assert key.rpartition("_")[2] not in str(row)
         assert OURS not in str(row)
-        await gateway.services.relay.health["gemini"].open()
+        await gateway.services.spine.health["gemini"].open()
 
 
 async def test_no_escape_sequence_of_a_stranger_reaches_a_line(

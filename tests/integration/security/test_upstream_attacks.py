@@ -30,7 +30,7 @@ async def gateway(open_gateway: Opener, hostile: Hostile) -> Gateway:
 async def answered(gateway: Gateway, hostile: Hostile, answer: bytes) -> bytes:
     """What a client gets when the upstream says `answer`; nothing is left behind by it."""
     hostile.answer = answer
-    await gateway.services.relay.health["gemini"].open()
+    await gateway.services.spine.health["gemini"].open()
     got = await raw(gateway, POST)
     await wait_until(lambda: gateway.held == gateway.waiting == 0, 20, "the permit")
     await gateway.services.limiter.resume("kind:text_only")
@@ -123,7 +123,7 @@ async def test_early_hints_do_not_pass_and_without_end_run_into_the_timeout(
             await asyncio.sleep(0)
 
     hostile.answer = for_ever
-    await gateway.services.relay.health["gemini"].open()
+    await gateway.services.spine.health["gemini"].open()
     began = time.monotonic()
     assert status_of(await raw(gateway, POST)) == 504
     assert time.monotonic() - began < promised_s(5)

@@ -110,7 +110,7 @@ async def test_a_429_holds_up_everybody_for_as_long_as_the_provider_says(
 ) -> None:
     gateway = await open_gateway(tidegate_policy=policy(f'"rpm:{MODEL}" = 600'), worker=False)
     await gateway.upstream.set_fault("throttled", count=1, retry_after_s=1.5)
-    refused = await gateway.stream(text="Explain one")
+    refused = await gateway.stream(text="Explain one", deadline_ms=1_000)
     assert refused.problem["code"] == "upstream_throttled"
     paused = await view(gateway, f"rpm:{MODEL}")
     assert 0 < paused.paused_ms <= 1_500

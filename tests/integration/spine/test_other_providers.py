@@ -47,7 +47,7 @@ async def test_a_gateway_without_an_account_of_gemini(
     open_gateway: Opener, policy: Path, openai: Emulator
 ) -> None:
     gateway = await open_gateway(tidegate_policy=policy, **NO_GEMINI)
-    assert list(gateway.services.relay.health) == ["openai"]
+    assert list(gateway.services.spine.health) == ["openai"]
     assert (await gateway.get("/dashboard/session"))[1]["pools"] == ["openai", "gemini"]
     _, usual = await gateway.get("/admin/limits")
     assert usual["pool"] == "openai"
@@ -109,6 +109,8 @@ async def test_a_server_of_ones_own_needs_an_address_and_no_key(
 
     async def answer(request: web.Request) -> web.Response:
         seen.append((request.path, {name.lower() for name in request.headers}))
+        if (await request.json())["model"] == "away":
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
         choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}}
         usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
         body = {"id": "c", "object": "chat.completion", "choices": [choice], "usage": usage}
@@ -128,8 +130,11 @@ async def test_a_server_of_ones_own_needs_an_address_and_no_key(
         url, client = f"{gateway.url}/v1/chat/completions", {"Authorization": "Bearer of-a-client"}
         async with gateway.http.post(url, json=CHAT, headers=client) as response:
             assert (response.status, response.headers["x-tidegate-upstream"]) == (200, "gpu")
+        async with gateway.http.post(url, json=CHAT | {"model": "away"}) as response:
+            refused = await response.json()
+            assert (response.status, refused) == (404, {"error": {"message": "no such model"}})
     finally:
         await runner.cleanup()
-    ((path, headers),) = seen
+    (path, headers), _ = seen
     assert path == "/v1/chat/completions"
     assert not headers & {"authorization", "x-api-key", "api-key"}

@@ -82,7 +82,7 @@ async def test_faults_that_others_meet_too_use_up_no_attempts(
     await hand_in(gateway)
     await begin(sdk[0], content(LINES))
     gateway.start_worker()
-    await wait_until(lambda: gateway.services.relay.health["gemini"].state != "ok")
+    await wait_until(lambda: gateway.services.spine.health["gemini"].state != "ok")
     early = len(await gateway.calls())
     for _ in range(3):
         await next_call(gateway)
@@ -99,7 +99,7 @@ async def test_answers_without_content_put_no_upstream_out(
     for number in range(FAULTS + 1):
         refused = await gateway.stream(text=f"Explain tide {number}", type="text_only")
         assert refused.problem["code"] in ("prompt_blocked", "empty_answer")
-    assert gateway.services.relay.health["gemini"].state == "ok"
+    assert gateway.services.spine.health["gemini"].state == "ok"
 
 
 @pytest.mark.parametrize("fault", ["day_quota", "unavailable"])
@@ -133,7 +133,7 @@ async def test_a_refused_key_fails_nothing(open_gateway: Opener) -> None:
     assert statuses <= {"queued", "running"}
     assert len(await gateway.calls()) <= 2 * LIMIT
     await gateway.upstream.clear_faults()
-    await gateway.services.relay.health["gemini"].open()  # as a person does who has paid, say
+    await gateway.services.spine.health["gemini"].open()  # as a person does who has paid, say
     ends = [await gateway.end_of(request_id, 30) for request_id in ids]
     assert {one["status"] for one in ends} == {"succeeded"}, "half a minute before the next probe"
 

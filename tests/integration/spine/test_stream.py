@@ -11,7 +11,8 @@ import pytest
 
 from tests.gateway import PNG, Gateway, Opener, read_stream
 from tests.waiting import promised_s, wait_until
-from tidegate.store.records import StreamRecord
+from tidegate.record import CallRecord
+from tidegate.store.records import NewJob
 from tidegate.store.store import Store
 
 
@@ -150,10 +151,10 @@ async def test_a_stream_is_done_after_a_second_though_its_record_is_late(
     written = asyncio.Event()
     record_stream = Store.record_stream
 
-    async def late(store: Store, record: StreamRecord) -> None:
+    async def late(store: Store, job: NewJob, record: CallRecord) -> None:
         async def write() -> None:
             await written.wait()
-            await record_stream(store, record)
+            await record_stream(store, job, record)
 
         writing.append(asyncio.create_task(write()))
 

@@ -9,9 +9,12 @@ from typing import Any
 import aiohttp
 
 from tests.gateway import Gateway, Opener, read_stream, small_receive_buffer
+from tests.integration.security.hostile import one_try
 from tests.outages import all_is_well
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.servers import ValkeyServer
+
+__all__ = ["one_try"]
 
 GONE_WITHIN_S = promised_s(0.1)
 # Between our seeing that all is closed and the test's asking about it, on a busy machine.
@@ -101,7 +104,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, int]] = {
 
 
 async def test_a_fault_upstream_is_the_last_event_and_in_the_record(
-    open_gateway: Opener,
+    open_gateway: Opener, one_try: None
 ) -> None:
     gateway = await open_gateway(worker=False, idle_timeout_ms=300)
     for fault in FAULTS:
@@ -111,9 +114,28 @@ async def test_a_fault_upstream_is_the_last_event_and_in_the_record(
         await all_is_well(gateway)
 
 
+async def test_a_stream_is_tried_again_while_nothing_of_an_answer_was_sent(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_fault("unavailable", count=1)
+    streamed = await gateway.stream(text="Explain the tide")
+    assert streamed.names[-1] == "done"
+    audit = await gateway.audit(streamed.request_id)
+    assert (audit["status"], audit["attempts"]) == ("succeeded", 2)
+    assert len(await gateway.calls()) == 2
+    await gateway.upstream.set_fault("cut_mid_stream", count=1)
+    streamed = await gateway.stream(text="Explain the ebb")
+    assert streamed.names[-1] == "error"
+    assert (await gateway.audit(streamed.request_id))["attempts"] == 1
+    await _all_closed(gateway, time.monotonic())
+
+
 async def _assert_told_and_recorded(gateway: Gateway, fault: str) -> None:
     _, code, status = FAULTS[fault]
-    streamed = await gateway.stream(text="Explain the tide")
+    # The pause of a 429 outlasts the deadline.
+    more: dict[str, Any] = {"deadline_ms": 2_000} if fault == "throttled" else {}
+    streamed = await gateway.stream(text="Explain the tide", **more)
     assert (streamed.status, streamed.ended) == (200, True), fault
     assert streamed.names[-1] == "error", fault
     assert streamed.names.count("error") == 1
@@ -129,7 +151,7 @@ async def _assert_told_and_recorded(gateway: Gateway, fault: str) -> None:
     audit = await gateway.audit(streamed.request_id)
     assert audit["failure"]["code"] == code
     assert audit["response"]["text"] == streamed.text
-    assert len(await gateway.calls()) == FAULTS[fault][0].get("count", 1), "never tried again"
+    assert len(await gateway.calls()) == FAULTS[fault][0].get("count", 1)
     await _all_closed(gateway, time.monotonic())
 
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from tidegate.call import Attachment, Classification, ClassifiedBy, Kind, Usage, new_id
-from tidegate.store.records import AttemptResult, NewJob, OutputFile
+from tidegate.call import (
+    UNKNOWN_CHARGE,
+    Answer,
+    Attachment,
+    Classification,
+    ClassifiedBy,
+    Kind,
+    Usage,
+    new_id,
+)
+from tidegate.record import CallRecord, Failure, OutputFile, Source
+from tidegate.store.records import NewJob
+from tidegate.store.states import Status
 
 
 def now() -> datetime:
@@ -31,21 +42,47 @@ def upload(name: str = "page.pdf") -> Attachment:
     return Attachment(new_id(), name, "application/pdf", 1234, f"2025-01-01/{new_id()}")
 
 
-def result(text: str = "Because of Rayleigh.", **overrides: Any) -> AttemptResult:
+_OF_ANSWER = ("usage", "finish_reason", "model_version", "response_id", "first_byte_ms")
+
+
+def result(
+    text: str = "Because of Rayleigh.",
+    status: str = Status.SUCCEEDED,
+    failure: Failure | None = None,
+    **overrides: Any,
+) -> CallRecord:
+    """The record of a call that was admitted, and has ended."""
+    answer = {
+        "usage": Usage(input_tokens=5, output_tokens=9, total_tokens=14),
+        "finish_reason": "STOP",
+        "model_version": "gemini-test-001",
+        "response_id": "r1",
+        **{name: overrides.pop(name) for name in _OF_ANSWER if name in overrides},
+    }
     values: dict[str, Any] = {
+        "source": "job",
+        "tenant_id": "default",
+        "received_at": now(),
         "model": "gemini-test",
         "fence": (1, 7),
         "admitted_at": now(),
         "finished_at": now(),
         "queue_ms": 12.5,
         "upstream_ms": 340.0,
-        "text": text,
-        "usage": Usage(input_tokens=5, output_tokens=9, total_tokens=14),
-        "finish_reason": "STOP",
-        "model_version": "gemini-test-001",
-        "response_id": "r1",
+        "attempts": 1,
+        "answer": Answer([text], **answer),
+        "charge": UNKNOWN_CHARGE,
     }
-    return AttemptResult(**{**values, **overrides})
+    record = CallRecord(**{**values, **overrides})
+    record.end(status, failure)
+    return record
+
+
+def unadmitted(status: str, failure: Failure | None = None, source: Source = "job") -> CallRecord:
+    """The record of a call that was never made."""
+    record = CallRecord(source, "default", now())
+    record.end(status, failure)
+    return record
 
 
 def picture() -> OutputFile:

@@ -10,11 +10,12 @@ import asyncpg
 import pytest
 
 from tests.integration.store.conftest import MakeStore
-from tests.integration.store.jobs import new_job, now, result
+from tests.integration.store.jobs import new_job, now, result, unadmitted
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import AlreadyEnded, ClaimLost, NotFound
-from tidegate.store.records import ClaimedJob, Failure
+from tidegate.record import Failure
+from tidegate.store.records import ClaimedJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
@@ -58,8 +59,8 @@ async def test_whoever_had_claimed_a_cancelled_job_can_write_no_more(store: Stor
     assert await store.jobs.cancel(job.request_id, "default") is Status.QUEUED
     for attempt in (
         store.queue.running(job, model="m", fence=(1, 1), queue_ms=0),
-        store.queue.finish(job, Status.SUCCEEDED, result("stale")),
-        store.queue.fail_unadmitted(job, Status.FAILED, Failure("internal", "x")),
+        store.queue.finish(job, result("stale")),
+        store.queue.fail_unadmitted(job, unadmitted(Status.FAILED, Failure("internal", "x"))),
     ):
         with pytest.raises(ClaimLost):
             await attempt
@@ -72,7 +73,7 @@ async def test_unknown_others_and_ended_requests_are_not_cancelled(store: Store)
     for request_id, tenant_id in ((new_id(), "default"), (job.request_id, "other")):
         with pytest.raises(NotFound):
             await store.jobs.cancel(request_id, tenant_id)
-    await store.queue.finish(job, Status.SUCCEEDED, result())
+    await store.queue.finish(job, result())
     with pytest.raises(AlreadyEnded):
         await store.jobs.cancel(job.request_id, "default")
     assert await status_of(store, job.request_id) is Status.SUCCEEDED
@@ -93,7 +94,7 @@ async def test_the_worker_of_a_running_job_hears_of_it_and_no_other_does(
     assert await store.jobs.to_cancel([]) == {job.request_id}
     assert await other.jobs.to_cancel([]) == set()
     await store.queue.finish(
-        job, Status.CANCELLED, result("so far", failure=Failure("cancelled", "x"))
+        job, result("so far", Status.CANCELLED, failure=Failure("cancelled", "x"))
     )
     record = await store.requests.get(job.request_id, "default")
     assert (record.status, record.text) == (Status.CANCELLED, "so far")

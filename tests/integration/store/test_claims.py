@@ -52,7 +52,7 @@ async def test_a_long_queue_of_one_tenant_does_not_delay_anothers_first_job(
         (claimed,) = await claim(store, 1)
         tenants.append(claimed.tenant_id)
         await store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
-        await store.queue.finish(claimed, Status.SUCCEEDED, result())
+        await store.queue.finish(claimed, result())
     assert set(tenants[:4]) == {"greedy", "a-modest", "modest", "zz-modest"}
     assert tenants[4:] == ["greedy"] * 4
 
@@ -120,7 +120,7 @@ async def test_a_dead_workers_jobs_return_and_the_killer_is_dead_after_three_lap
             )
             assert 0 < later_s <= 30
         with pytest.raises(ClaimLost):
-            await victim.queue.finish(claimed, Status.SUCCEEDED, result("too late"))
+            await victim.queue.finish(claimed, result("too late"))
     assert record.failure is not None
     assert record.failure.code == "worker_died"
     outcomes = await peek.fetch("SELECT outcome FROM attempts")

@@ -11,10 +11,20 @@ import asyncpg
 import orjson
 import pytest
 
-from tests.integration.store.jobs import TEXT, UNSURE, new_job, now, picture, result, upload
+from tests.integration.store.jobs import (
+    TEXT,
+    UNSURE,
+    new_job,
+    now,
+    picture,
+    result,
+    unadmitted,
+    upload,
+)
 from tidegate.call import DEFAULT_POOL, Classification, ClassifiedBy, Kind, Usage, new_id
 from tidegate.errors import ClaimLost, NotFound
-from tidegate.store.records import ClaimedJob, Failure, NewJob
+from tidegate.record import Failure
+from tidegate.store.records import ClaimedJob, NewJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
@@ -78,11 +88,11 @@ async def test_a_job_goes_from_queue_to_result_with_everything_recorded(
     assert (running.status, running.attempts, running.queue_ms) == (Status.RUNNING, 1, 3.5)
     assert running.place is None
     output = picture()
-    done = result(pictures=(output,))
-    await store.queue.finish(claimed, Status.SUCCEEDED, done)
+    done = result(files=(output,))
+    await store.queue.finish(claimed, done)
     record = await store.requests.get(job.request_id, "default")
-    assert (record.status, record.text) == (Status.SUCCEEDED, done.text)
-    assert record.usage == done.usage
+    assert (record.status, record.text) == (Status.SUCCEEDED, done.result)
+    assert record.usage == done.answer.usage
     assert (record.admitted_at, record.finished_at) == (done.admitted_at, done.finished_at)
     assert (record.queue_ms, record.upstream_ms) == (12.5, 340.0)
     assert record.model == "gemini-test"
@@ -100,7 +110,7 @@ async def test_the_audit_has_request_response_usage_and_timings(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     claimed = await run_one(store, new_job("A prompt to keep"))
-    await store.queue.finish(claimed, Status.SUCCEEDED, result("An answer to keep"))
+    await store.queue.finish(claimed, result("An answer to keep"))
     (audit,) = await peek.fetch("SELECT * FROM audit")
     assert audit["request_id"] == claimed.request_id
     assert (audit["source"], audit["status"], audit["kind"]) == ("job", "succeeded", "text_only")
@@ -118,7 +128,7 @@ async def test_a_large_body_goes_to_the_blobs(store: Store, peek: asyncpg.Connec
     # Random enough that compression leaves more than 8 KB.
     prompt = "".join(str(new_id()) for _ in range(2000))
     claimed = await run_one(store, new_job(prompt))
-    await store.queue.finish(claimed, Status.SUCCEEDED, result("short"))
+    await store.queue.finish(claimed, result("short"))
     row = await peek.fetchrow("SELECT * FROM bodies WHERE role = 'request'")
     assert row["data"] is None
     packed = await store.blobs.get(row["blob_key"])
@@ -138,7 +148,7 @@ async def test_a_retry_waits_for_its_time_and_counts_its_attempts(
     again = await claim_one(store)
     assert (again.request_id, again.attempts) == (claimed.request_id, 1)
     await store.queue.running(again, model="gemini-test", fence=(1, 8), queue_ms=1.0)
-    await store.queue.finish(again, Status.SUCCEEDED, result())
+    await store.queue.finish(again, result())
     record = await store.requests.get(claimed.request_id, "default")
     assert (record.attempts, record.failure) == (2, None)
     outcomes = await peek.fetch("SELECT number, outcome FROM attempts ORDER BY number")
@@ -155,8 +165,8 @@ async def test_only_the_holder_of_the_claim_may_write(
     for attempt in (
         store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0),
         store.queue.classified(claimed, TEXT),
-        store.queue.finish(claimed, Status.SUCCEEDED, result("stale")),
-        store.queue.fail_unadmitted(claimed, Status.FAILED, failure),
+        store.queue.finish(claimed, result("stale")),
+        store.queue.fail_unadmitted(claimed, unadmitted(Status.FAILED, failure)),
     ):
         with pytest.raises(ClaimLost):
             await attempt
@@ -210,7 +220,7 @@ async def test_a_job_that_was_never_admitted_can_fail_without_an_attempt(
     await store.jobs.submit(new_job())
     claimed = await claim_one(store)
     failure = Failure("impossible", "no limit allows it")
-    await store.queue.fail_unadmitted(claimed, Status.FAILED, failure)
+    await store.queue.fail_unadmitted(claimed, unadmitted(Status.FAILED, failure))
     record = await store.requests.get(claimed.request_id, "default")
     assert (record.status, record.failure, record.attempts) == (Status.FAILED, failure, 0)
     assert await peek.fetchval("SELECT count(*) FROM attempts") == 0
@@ -246,7 +256,7 @@ async def test_text_that_postgresql_cannot_hold_harms_neither_itself_nor_others(
     for _ in range(2):
         claimed = await claim_one(store)
         await store.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
-        await store.queue.finish(claimed, Status.SUCCEEDED, result("answer \x00 \ud83d"))
+        await store.queue.finish(claimed, result("answer \x00 \ud83d"))
     record = await store.requests.get(odd.request_id, "default")
     assert record.text == "answer \ufffd ?"
 
@@ -274,7 +284,7 @@ async def test_repeating_a_write_whose_reply_was_lost_changes_nothing(
     for fence in ((1, 7), (1, 8)):
         await store.queue.running(claimed, model="m", fence=fence, queue_ms=0)
     for _ in range(2):
-        await store.queue.finish(claimed, Status.SUCCEEDED, result())
+        await store.queue.finish(claimed, result())
     record = await store.requests.get(job.request_id, "default")
     assert (record.attempts, len(record.files)) == (1, 1)
     attempts = await peek.fetch("SELECT fence_sequence FROM attempts")

@@ -9,10 +9,9 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from tests.integration.store.jobs import UNSURE, new_job, now
+from tests.integration.store.jobs import UNSURE, new_job, now, unadmitted
 from tidegate.call import Kind, new_id
 from tidegate.store import requests as listing
-from tidegate.store.records import StreamRecord
 from tidegate.store.requests import START, Filter, ListCursor
 from tidegate.store.states import Status
 from tidegate.store.store import Store
@@ -77,7 +76,7 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
         await store.jobs.submit(job)
     await store.jobs.cancel(late.request_id, "default")
     stream = new_job(created_at=start + timedelta(seconds=3))
-    await store.record_stream(StreamRecord(stream, Status.SUCCEEDED, now(), None))
+    await store.record_stream(stream, unadmitted(Status.SUCCEEDED, source="stream"))
     await store.recorder.aclose(2_000)
     assert await peek.fetchval("SELECT count(*) FROM requests") == 4
     one, two = start + timedelta(seconds=1), start + timedelta(seconds=2)

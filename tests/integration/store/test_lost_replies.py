@@ -12,7 +12,6 @@ from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.errors import StoreUnavailable
 from tidegate.store.database import sql
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 JOBS = 40
@@ -69,7 +68,7 @@ async def test_an_end_whose_commit_reply_was_lost_is_recorded_once(
         (claimed,) = await worker.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
         await worker.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         proxy.lose_commit_of(sql("end_requests"))
-        await worker.queue.finish(claimed, Status.SUCCEEDED, result())
+        await worker.queue.finish(claimed, result())
         assert proxy.lost == 1
     assert await peek.fetchval("SELECT count(*) FROM audit") == 1
     assert await peek.fetchval("SELECT status FROM requests") == "succeeded"

@@ -21,7 +21,7 @@ from tests.waiting import promised_s, wait_until, work_for
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import StoreUnavailable
-from tidegate.store.records import ClaimedJob, StreamRecord
+from tidegate.store.records import ClaimedJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
@@ -74,11 +74,9 @@ async def test_an_outage_refuses_submits_quickly_and_keeps_ends_until_it_is_over
         began = time.monotonic()
         with pytest.raises(StoreUnavailable):
             await store.requests.get(jobs[0].request_id, "default")
-        await asyncio.gather(
-            *(store.queue.finish(job, Status.SUCCEEDED, result(f"{job.claim}")) for job in jobs)
-        )
-        stream = StreamRecord(new_job("a stream"), Status.SUCCEEDED, jobs[0].created_at, result())
-        await store.record_stream(stream)
+        await asyncio.gather(*(store.queue.finish(job, result(f"{job.claim}")) for job in jobs))
+        stream = new_job("a stream")
+        await store.record_stream(stream, result(source="stream"))
         assert time.monotonic() - began < promised_s(1.0)
         await wait_until(lambda: time.monotonic() - began > 0.6)
     for job in jobs:
@@ -129,7 +127,7 @@ async def test_claims_are_not_retaken_when_postgresql_returns(
         await work_for(0.02)
     await wait_until(lambda: all_may_judge(stores))
     for store, job in zip(stores, jobs, strict=True):
-        await store.queue.finish(job, Status.SUCCEEDED, result())
+        await store.queue.finish(job, result())
         assert (await store.requests.get(job.request_id, "default")).status is Status.SUCCEEDED
     for beat in beats:
         beat.cancel()
@@ -184,7 +182,7 @@ async def test_connections_cut_at_random_moments_lose_and_double_nothing(
                 break
             except StoreUnavailable:
                 continue
-        await store.queue.finish(job, Status.SUCCEEDED, result())
+        await store.queue.finish(job, result())
         finished.append(str(job.request_id))
 
     async def cut() -> None:
@@ -244,7 +242,7 @@ async def test_a_frozen_server_does_not_outlast_a_ping_or_a_closing(
         with pytest.raises(StoreUnavailable):
             await store.connections.ping(300)
         assert time.monotonic() - began < promised_s(1.0)
-        finishing = asyncio.create_task(store.queue.finish(job, Status.SUCCEEDED, result("late")))
+        finishing = asyncio.create_task(store.queue.finish(job, result("late")))
         await wait_until(lambda: store.recorder._tasks)
         began = time.monotonic()
         await store.aclose()
@@ -266,12 +264,12 @@ async def test_a_full_spill_refuses_what_it_cannot_keep(
     store = await make_store(own_url, spill_max_bytes=3_000)
     jobs = [await running_job(store) for _ in range(3)]
     async with outage(own_server, "stop"):
-        await store.queue.finish(jobs[0], Status.SUCCEEDED, result())
+        await store.queue.finish(jobs[0], result())
         with pytest.raises(StoreUnavailable, match="spill is full"):
-            await store.queue.finish(jobs[1], Status.SUCCEEDED, result("x" * 3_000))
+            await store.queue.finish(jobs[1], result("x" * 3_000))
     done = await wait_status(store, jobs[0])
     assert done is Status.SUCCEEDED
-    await store.queue.finish(jobs[1], Status.SUCCEEDED, result())
+    await store.queue.finish(jobs[1], result())
 
 
 async def wait_status(store: Store, job: ClaimedJob) -> Status:
@@ -328,7 +326,7 @@ async def main(url, folder):
     print("running", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     for job in jobs:
-        await store.queue.finish(job, Status.SUCCEEDED, result("kept on disk"))
+        await store.queue.finish(job, result("kept on disk"))
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main(sys.argv[1], Path(sys.argv[2])))

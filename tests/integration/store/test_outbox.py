@@ -15,9 +15,10 @@ from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import ClaimLost, NotFound
+from tidegate.record import Failure
 from tidegate.store.database import sql
 from tidegate.store.outbox import add_webhooks
-from tidegate.store.records import ClaimedJob, Failure
+from tidegate.store.records import ClaimedJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
@@ -34,7 +35,7 @@ async def run_one(store: Store, url: str | None = URL) -> ClaimedJob:
 
 async def ended(store: Store) -> UUID:
     job = await run_one(store)
-    await store.queue.finish(job, Status.SUCCEEDED, result())
+    await store.queue.finish(job, result())
     return job.request_id
 
 
@@ -46,11 +47,11 @@ async def test_only_the_one_end_that_is_recorded_has_a_webhook(
     assert await store.outbox.claim(10, LEASE_MS) == []
     (again,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
     with pytest.raises(ClaimLost):
-        await store.queue.finish(job, Status.SUCCEEDED, result("stale"))
+        await store.queue.finish(job, result("stale"))
     for _ in range(2):  # the second as after a lost reply
-        await store.queue.finish(again, Status.SUCCEEDED, result())
+        await store.queue.finish(again, result())
     other = await run_one(store, None)
-    await store.queue.finish(other, Status.SUCCEEDED, result())
+    await store.queue.finish(other, result())
     (delivery,) = await store.outbox.claim(10, LEASE_MS)
     assert (delivery.request_id, delivery.event) == (job.request_id, "request.succeeded")
     assert (delivery.url, delivery.tries) == (URL, 1)
@@ -69,10 +70,10 @@ async def test_an_end_and_its_webhook_are_recorded_together_or_not_at_all(
 
     monkeypatch.setattr("tidegate.store.audit.add_webhooks", killed)
     with pytest.raises(RuntimeError):
-        await store.queue.finish(job, Status.SUCCEEDED, result())
+        await store.queue.finish(job, result())
     assert (await store.requests.get(job.request_id, "default")).status is Status.RUNNING
     assert await peek.fetchval("SELECT count(*) FROM webhooks") == 0
-    await store.queue.finish(job, Status.SUCCEEDED, result())
+    await store.queue.finish(job, result())
     assert await peek.fetchval("SELECT count(*) FROM webhooks") == 1
 
 

@@ -11,10 +11,9 @@ from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Attachment, Kind, new_id
 from tidegate.errors import NotFound
+from tidegate.record import OutputFile
 from tidegate.store import database as partitions
 from tidegate.store.blobs import new_key
-from tidegate.store.records import OutputFile
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 
@@ -45,7 +44,7 @@ async def test_pruning_takes_the_old_ended_requests_and_never_a_queued_or_runnin
         pictures: tuple[OutputFile, ...] = ()
         if name == "old":
             pictures = (OutputFile(new_id(), "image/png", 1, keys["picture"]),)
-        await store.queue.finish(claimed, Status.SUCCEEDED, result(pictures=pictures))
+        await store.queue.finish(claimed, result(files=pictures))
         ended[name] = claimed.request_id
     upload = Attachment(new_id(), "a.pdf", "application/pdf", 1, keys["queued"])
     ancient = now() - timedelta(days=400)

@@ -23,7 +23,6 @@ from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.store.database import sql
 from tidegate.store.records import ClaimedJob, NewJob
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 Way = Callable[[Store, asyncpg.Connection, ClaimedJob], Awaitable[object]]
@@ -240,7 +239,7 @@ async def test_random_moves_of_three_workers_strand_no_job(
             elif move < 0.9:
                 await retry(holder, peek, job)
             else:
-                await holder.queue.finish(job, Status.SUCCEEDED, result())
+                await holder.queue.finish(job, result())
                 ended.append(job.request_id)
     while jobs := await claim(dice.choice(stores)):
         held += [(stores[0], job) for job in jobs]

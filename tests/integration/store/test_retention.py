@@ -12,7 +12,6 @@ from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import NotFound
 from tidegate.store import database as partitions
 from tidegate.store.blobs import new_key
-from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 TENANTS = {"brief": 5, "usual": None, "long": 60}
@@ -86,7 +85,7 @@ async def test_ended_requests_go_by_their_tenants_days(
             await store.jobs.submit(new_job(f"{age}", tenant_id=tenant))
     for job in await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=50):
         await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
-        await store.queue.finish(job, Status.SUCCEEDED, result())
+        await store.queue.finish(job, result())
     await peek.execute(
         "UPDATE requests SET created_at = now() - make_interval(days => prompt::integer),"
         " finished_at = now() - make_interval(days => prompt::integer)"

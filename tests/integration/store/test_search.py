@@ -9,13 +9,12 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from tests.integration.store.jobs import new_job, now, upload
+from tests.integration.store.jobs import new_job, now, unadmitted, upload
 from tests.waiting import wait_until
 from tidegate.call import Kind, new_id
+from tidegate.record import CallRecord, Failure
 from tidegate.store import requests as search
-from tidegate.store.audit import RelayRecord
 from tidegate.store.database import sql
-from tidegate.store.records import Failure, StreamRecord
 from tidegate.store.requests import END, SearchFilter
 from tidegate.store.states import Status
 from tidegate.store.store import Store
@@ -55,23 +54,25 @@ async def ids(store: Store, wanted: SearchFilter = ALL, limit: int = 200) -> lis
     return found
 
 
-def call(tenant_id: str, **changes: object) -> RelayRecord:
+def call(tenant_id: str, **changes: object) -> CallRecord:
     values = {
+        "source": "relay",
         "request_id": new_id(),
         "tenant_id": tenant_id,
         "pool": "gemini",
         "endpoint": "/v1/chat/completions",
-        "status": Status.SUCCEEDED,
+        "status": "succeeded",
         "http_status": 200,
         "received_at": now(),
         "finished_at": now(),
         "request": b"{}",
-        "response": b"{}",
+        "pieces": [b"{}"],
+        "answer_bytes": 2,
     }
-    return RelayRecord(**{**values, **changes})  # type: ignore[arg-type]
+    return CallRecord(**{**values, **changes})  # type: ignore[arg-type]
 
 
-async def put(store: Store, peek: asyncpg.Connection, *records: RelayRecord) -> None:
+async def put(store: Store, peek: asyncpg.Connection, *records: CallRecord) -> None:
     for record in records:
         store.relayed.put(record)
 
@@ -91,7 +92,7 @@ async def test_all_tenants_and_sources_are_in_one_list_and_each_request_once(
     native = call("b")
     await put(store, peek, native)
     stream = new_job(tenant_id="c", request_id=new_id())
-    await store.record_stream(StreamRecord(stream, Status.SUCCEEDED, now(), None))
+    await store.record_stream(stream, unadmitted(Status.SUCCEEDED, source="stream"))
     await store.recorder.aclose(2_000)
     line = call("d", source="batch", status=Status.FAILED, failure=Failure("upstream", "no"))
     await put(store, peek, line)

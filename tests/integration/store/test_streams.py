@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 import asyncpg
 import pytest
 
 from tests.integration.store.conftest import MakeStore
-from tests.integration.store.jobs import new_job, now, picture, result, upload
+from tests.integration.store.jobs import new_job, picture, result, unadmitted, upload
 from tests.waiting import promised_s, wait_until
 from tidegate.call import Usage
 from tidegate.embedded.servers import PostgresServer
+from tidegate.record import CallRecord, Failure
 from tidegate.store import audit as recorder
-from tidegate.store.records import Failure, StreamRecord
+from tidegate.store.records import NewJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
 
-def stream(**overrides: Any) -> StreamRecord:
-    values: dict[str, Any] = {
-        "job": new_job("What is modern family?", attachments=(upload(),)),
-        "status": Status.SUCCEEDED,
-        "finished_at": now(),
-        "result": result(pictures=(picture(),)),
-    }
-    return StreamRecord(**{**values, **overrides})
+def stream(record: CallRecord | None = None) -> tuple[NewJob, CallRecord]:
+    job = new_job("What is modern family?", attachments=(upload(),))
+    return job, record or result(source="stream", files=(picture(),))
 
 
 async def count(connection: asyncpg.Connection, table: str) -> int:
@@ -36,15 +31,15 @@ async def count(connection: asyncpg.Connection, table: str) -> int:
 
 
 async def test_a_stream_is_recorded_whole(store: Store, peek: asyncpg.Connection) -> None:
-    record = stream()
-    await store.record_stream(record)
+    job, record = stream()
+    await store.record_stream(job, record)
     await wait_until(lambda: peek.fetchval("SELECT count(*) FROM audit"))
-    found = await store.requests.get(record.job.request_id, "default")
+    found = await store.requests.get(job.request_id, "default")
     assert (found.source, found.status, found.attempts) == ("stream", Status.SUCCEEDED, 1)
     assert [file.role for file in found.files] == ["input", "output"]
     assert found.model == "gemini-test"
     (attempt,) = await peek.fetch("SELECT * FROM attempts")
-    assert (attempt["outcome"], attempt["request_id"]) == ("succeeded", record.job.request_id)
+    assert (attempt["outcome"], attempt["request_id"]) == ("succeeded", job.request_id)
     assert (attempt["fence_epoch"], attempt["total_tokens"]) == (1, 14)
     (audit,) = await peek.fetch("SELECT * FROM audit")
     assert (audit["source"], audit["output_tokens"]) == ("stream", 9)
@@ -55,10 +50,10 @@ async def test_a_stream_that_was_never_admitted_is_recorded_with_its_refusal(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     failure = Failure("deadline_exceeded", "still waiting after 30 s")
-    record = stream(status=Status.EXPIRED, result=None, failure=failure)
-    await store.record_stream(record)
+    job, record = stream(unadmitted(Status.EXPIRED, failure, source="stream"))
+    await store.record_stream(job, record)
     await wait_until(lambda: peek.fetchval("SELECT count(*) FROM audit"))
-    found = await store.requests.get(record.job.request_id, "default")
+    found = await store.requests.get(job.request_id, "default")
     assert (found.status, found.failure, found.attempts) == (Status.EXPIRED, failure, 0)
     assert found.usage == Usage()
     assert await count(peek, "attempts") == 0
@@ -67,16 +62,16 @@ async def test_a_stream_that_was_never_admitted_is_recorded_with_its_refusal(
 async def test_a_stream_recorded_twice_is_there_once(
     store: Store, peek: asyncpg.Connection
 ) -> None:
-    record = stream()
+    job, record = stream()
     for _ in range(2):
-        await store.record_stream(record)
+        await store.record_stream(job, record)
         await wait_until(lambda: not store.recorder._tasks)
     assert await count(peek, "audit") == 1
     assert await count(peek, "attempts") == 1
 
 
 async def test_many_streams_share_few_transactions(store: Store, peek: asyncpg.Connection) -> None:
-    await asyncio.gather(*(store.record_stream(stream()) for _ in range(200)))
+    await asyncio.gather(*(store.record_stream(*stream()) for _ in range(200)))
     await wait_until(lambda: not store.recorder._tasks)
     assert await count(peek, "audit") == 200
     assert await peek.fetchval("SELECT count(DISTINCT xmin::text) FROM audit") <= 40
@@ -86,7 +81,7 @@ async def test_closing_writes_what_is_buffered(
     make_store: MakeStore, database_url: str, peek: asyncpg.Connection
 ) -> None:
     store = await make_store(database_url)
-    await asyncio.gather(*(store.record_stream(stream()) for _ in range(50)))
+    await asyncio.gather(*(store.record_stream(*stream()) for _ in range(50)))
     await store.aclose()
     assert await count(peek, "audit") == 50
 
@@ -105,9 +100,9 @@ async def test_a_full_buffer_blocks_or_drops_as_it_was_told(
     own_server.stop()
     try:
         for _ in range(5):
-            await store.record_stream(stream())
+            await store.record_stream(*stream())
         began = time.monotonic()
-        sixth = asyncio.create_task(store.record_stream(stream()))
+        sixth = asyncio.create_task(store.record_stream(*stream()))
         if when_full == "drop":
             await sixth
             assert store.recorder._dropped == 1

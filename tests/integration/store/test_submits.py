@@ -11,10 +11,11 @@ import asyncpg
 import pytest
 
 from tests.integration.store.conftest import MakeStore
-from tests.integration.store.jobs import new_job, now, upload
+from tests.integration.store.jobs import new_job, now, unadmitted, upload
 from tidegate.call import DEFAULT_POOL, Kind, new_id
 from tidegate.errors import IdempotencyConflict
-from tidegate.store.records import Earlier, Failure, Idempotency, NewJob
+from tidegate.record import Failure
+from tidegate.store.records import Earlier, Idempotency, NewJob
 from tidegate.store.states import Status
 from tidegate.store.store import Store
 
@@ -97,7 +98,7 @@ async def test_a_hundred_at_once_over_two_processes_are_one_job(
 async def test_a_key_lives_as_long_as_its_request(store: Store, peek: asyncpg.Connection) -> None:
     await store.jobs.submit(keyed("k"))
     (job,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
-    await store.queue.fail_unadmitted(job, Status.FAILED, Failure("internal", "x"))
+    await store.queue.fail_unadmitted(job, unadmitted(Status.FAILED, Failure("internal", "x")))
     again = await store.jobs.submit(keyed("k"))
     assert again is not None
     assert again.status is Status.FAILED

@@ -14,10 +14,19 @@ import orjson
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, result
 from tests.waiting import wait_until, work_for
-from tidegate.call import NO_CHARGE, UNKNOWN_CHARGE, Charge, Usage, UsageDetails, UsageState, new_id
-from tidegate.store.audit import RelayRecord, _entry
-from tidegate.store.records import StreamRecord, details_of
-from tidegate.store.states import Status
+from tidegate.call import (
+    NO_CHARGE,
+    UNKNOWN_CHARGE,
+    Answer,
+    Charge,
+    Usage,
+    UsageDetails,
+    UsageState,
+    new_id,
+)
+from tidegate.record import CallRecord
+from tidegate.store.audit import _entry
+from tidegate.store.records import details_of
 from tidegate.store.store import Store
 
 SUMMED = (
@@ -53,22 +62,25 @@ SUMS = f"""
 """
 
 
-def record(number: int, **overrides: Any) -> RelayRecord:
+def record(number: int, **overrides: Any) -> CallRecord:
     values: dict[str, Any] = {
+        "source": "relay",
         "request_id": new_id(),
         "tenant_id": f"t{number % 3}",
         "pool": "gemini",
         "endpoint": "/v1/chat/completions",
-        "status": Status.SUCCEEDED,
+        "status": "succeeded",
         "http_status": 200,
         "received_at": now(),
         "finished_at": now() - timedelta(days=number % 2),
         "request": b"{}",
-        "response": b"{}",
+        "pieces": [b"{}"],
+        "answer_bytes": 2,
         "model": None if number % 11 == 0 else f"m{number % 2}",
         "charge": CHARGES[number % len(CHARGES)],
     }
-    return RelayRecord(**{**values, **overrides})
+    version = overrides.pop("model_version", None)
+    return CallRecord(**{**values, **overrides}, answer=Answer(model_version=version))
 
 
 async def test_what_a_version_without_details_has_spilled_is_written(
@@ -129,7 +141,7 @@ async def test_totals_are_exact_though_connections_are_cut_in_the_middle(
                 store.relayed.put(record(number + one))
             done = result(charge=CHARGES[number % len(CHARGES)])
             job = new_job(f"{number}", tenant_id=f"t{number % 3}")
-            await store.record_stream(StreamRecord(job, Status.SUCCEEDED, now(), done))
+            await store.record_stream(job, done)
             await work_for(0.01)
 
     cutting = asyncio.create_task(cut())
@@ -146,7 +158,7 @@ async def test_jobs_count_when_they_end_and_once(store: Store, peek: asyncpg.Con
     (job,) = await store.queue.claim(pool="gemini", kind=new_job().classification.kind, limit=1)
     await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
     for _ in range(2):  # a repeat, as after a reply that was lost
-        await store.queue.finish(job, Status.SUCCEEDED, result(charge=CHARGES[0]))
+        await store.queue.finish(job, result(charge=CHARGES[0]))
     assert await totals_are_the_sums(peek) == 1
     (total,) = await store.usage.totals(("model",), now().date(), now().date())
     assert (total.model, total.cost_micros) == ("gemini-test", 100)

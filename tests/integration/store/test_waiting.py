@@ -51,7 +51,7 @@ async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
         if change == "running":
             await worker.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         else:
-            await worker.queue.finish(claimed, Status.SUCCEEDED, result())
+            await worker.queue.finish(claimed, result())
         began = time.monotonic()
         version = (await waiting).version
         delays.append(time.monotonic() - began)

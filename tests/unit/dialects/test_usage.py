@@ -8,8 +8,8 @@ import pytest
 
 from tidegate.call import Usage, UsageDetails
 from tidegate.dialects import DIALECTS
-from tidegate.dialects.answers import TAIL_BYTES
 from tidegate.dialects.spec import Dialect
+from tidegate.record import TAIL_BYTES
 
 CHAT = {
     "id": "chatcmpl-1",

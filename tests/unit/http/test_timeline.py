@@ -12,7 +12,8 @@ from tidegate import errors
 from tidegate.call import Classification, ClassifiedBy, Kind, Usage
 from tidegate.http.admin.requests import StepView, timeline
 from tidegate.http.problems import advice
-from tidegate.store.records import Failure, RequestRecord
+from tidegate.record import Failure
+from tidegate.store.records import RequestRecord
 from tidegate.store.requests import AttemptRecord, DeliveryRecord, RequestDetail
 from tidegate.store.states import Status
 

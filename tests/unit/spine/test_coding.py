@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from tidegate.spine.record import MOST_BYTES, coding_of, decoded
+from tidegate.record import MOST_DECODED_BYTES, coding_of, decoded
 
 TEXT = b'{"usage": {"prompt_tokens": 5}}' * 100
 
@@ -40,7 +40,7 @@ def test_it_is_read_and_so_is_as_much_as_came_of_it(coding: bytes, data: bytes) 
         (b"br", TEXT),
         (b"gzip", TEXT),
         (b"gzip", b""),
-        (b"gzip", gzip.compress(bytes(MOST_BYTES + 1))),
+        (b"gzip", gzip.compress(bytes(MOST_DECODED_BYTES + 1))),
         (b"gzip", bytes(5_000_000)),
     ],
     ids=["another coding", "no gzip", "nothing", "too much", "zeros"],

@@ -10,7 +10,7 @@ from tidegate.call import ANYBODY, Caller
 from tidegate.dialects import endpoint_of
 from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import Forbidden, InvalidRequest
-from tidegate.spine.native import check_body, check_names
+from tidegate.spine.models import check_body, check_names
 
 CALLER = Caller("acme", models=("gpt-5-mini", "m"))
 DEAR = "gpt-image-1"

@@ -16,9 +16,9 @@ from tidegate.call import ANYBODY
 from tidegate.dialects import dialect_of, endpoint_of
 from tidegate.dialects.requests import LARGE_BYTES, skimmed
 from tidegate.policy.deployment import Upstream
-from tidegate.spine.native import body_for
-from tidegate.spine.record import NativeCall
+from tidegate.spine.native import NativeCall, body_for
 from tidegate.spine.routing import Target
+from tidegate.spine.run import Terms
 
 UPSTREAM = Upstream("u", {"openai": "http://u", "gemini": "http://u"}, "key")
 JSON = st.recursive(
@@ -34,18 +34,8 @@ JSON = st.recursive(
 def sent(raw: bytes, model: str, path: str = "/v1/chat/completions") -> bytes:
     endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
     assert endpoint is not None
-    call = NativeCall(
-        request_id=UUID(int=0),
-        endpoint=endpoint,
-        method="POST",
-        query="",
-        headers=[],
-        body=raw,
-        caller=ANYBODY,
-        received=time.monotonic(),
-        received_at=datetime.now(UTC),
-        wait_ms=1,
-    )
+    terms = Terms(UUID(int=0), ANYBODY, time.monotonic())
+    call = NativeCall(terms, endpoint, "POST", "", [], raw, datetime.now(UTC))
     found = body_for(call, skimmed(raw).body, Target(UPSTREAM, model), ask_usage=False)
     assert found is not None
     return found

@@ -69,15 +69,11 @@ def test_a_call_that_names_no_model_goes_to_who_speaks_that_dialect_first() -> N
     [
         ("gpt-x", "by the upstream 'openai', which a prompt can't reach: call POST /v1/chat/compl"),
         ("fast", "'fast' is served by the upstream 'openai'"),
-        ("smart", "'smart' is served by the upstream 'openai'"),
-        ("mine", "'mine' is a name for native calls; a prompt names 'gemini-pro'"),
     ],
 )
 def test_a_prompt_for_a_model_of_another_upstream_is_refused(model: str, said: str) -> None:
-    smart = Route("smart", (("openai", "gpt-x"), ("gemini", "gemini-pro")))
-    found = targets(smart, Route("mine", (("gemini", "gemini-pro"),)))
     with pytest.raises(InvalidRequest) as refused:
-        found.check_prompt(model)
+        targets().check_prompt(model)
     assert said in refused.value.message
     assert refused.value.allowed == "gemini: *"
     assert refused.value.field == "model"
@@ -89,8 +85,16 @@ def test_a_prompt_for_a_model_of_geminis_account_passes() -> None:
         found.check_prompt(model)
 
 
+def test_a_prompt_may_name_a_route_to_an_upstream_of_geminis_dialect() -> None:
+    smart = Route("smart", (("openai", "gpt-x"), ("gemini", "gemini-pro")))
+    found = targets(smart, Route("mine", (("gemini", "gemini-pro"),)))
+    for model in ("smart", "mine"):
+        found.check_prompt(model)
+        assert names(found, model, Dialect.GEMINI) == [("gemini", "gemini-pro")]
+
+
 def test_without_geminis_account_a_prompt_is_told_what_there_is() -> None:
-    with pytest.raises(InvalidRequest, match="GEMINI_API_KEY, and that is not set: call") as no:
+    with pytest.raises(InvalidRequest, match="GEMINI_API_KEY, and there is none: call") as no:
         Targets(Deployment((OPENAI,))).check_prompt("gemini-2.5-flash")
     assert no.value.allowed == "openai: gpt-*"
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import orjson
 
-from tidegate.call import Usage
+from tidegate.call import Answer, Usage
+from tidegate.record import CallRecord, Failure
 from tidegate.store import database as queries
 from tidegate.store import records as rows
 from tidegate.store.audit import inline_row, unpack
 from tidegate.store.database import Steadiness
-from tidegate.store.records import AttemptResult, Failure
 
 FOLDER = Path(queries.__file__).parent
 
@@ -39,7 +39,20 @@ def test_text_is_made_such_that_postgresql_can_hold_it() -> None:
 def test_unknown_and_absurd_usage_stays_null_and_never_becomes_zero() -> None:
     now = datetime.now(UTC)
     usage = Usage(input_tokens=0, output_tokens=None, thoughts_tokens=-1, total_tokens=2**70)
-    row = rows.result_row(AttemptResult("m", (1, 1), now, now, 0.0, float("nan"), usage=usage))
+    row = rows.result_row(
+        CallRecord(
+            "job",
+            "t",
+            now,
+            model="m",
+            fence=(1, 1),
+            admitted_at=now,
+            finished_at=now,
+            queue_ms=0.0,
+            upstream_ms=float("nan"),
+            answer=Answer(usage=usage),
+        )
+    )
     assert [row[column] for column in rows.USAGE_COLUMNS] == [0, None, None, None, None]
     assert orjson.loads(rows.dumps([row]))[0]["upstream_ms"] is None
 

@@ -282,7 +282,7 @@ async def why_it_waits(
 
 @router.get("/estimates", summary="How good the estimates of LLM tokens of this process are")
 async def estimates(request: Request) -> list[Learned]:
-    return list(services_of(request).pipeline.estimates())
+    return list(services_of(request).spine.estimates())
 
 
 async def _changed(request: Request, signed: Signed, change: Edit) -> InForceNow:

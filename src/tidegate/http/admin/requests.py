@@ -45,8 +45,9 @@ from tidegate.http.views import (
     view_of,
 )
 from tidegate.policy.inspection import Reason, why
+from tidegate.record import Failure
 from tidegate.store.jobs import copy_of
-from tidegate.store.records import Failure, details_of
+from tidegate.store.records import details_of
 from tidegate.store.requests import (
     END,
     MOST_REQUEUED,

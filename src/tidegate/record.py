@@ -1,0 +1,384 @@
+"""Record of a call: filled while the call runs, then stored, counted and traced as it is.
+
+    front creates it ─► spine fills it ─► store writes it ─► listeners count it
+
+Native calls, streams, jobs, batch lines and the classifier's questions have the same record. It is
+nobody's copy: the front that creates it, the spine and the store share one object, which nobody
+changes once `CallListeners` have it.
+
+Invariants: a listener can neither fail nor delay a call, because ends are delivered in batches,
+by a timer or by what writes the record behind; an error of a listener is logged and goes no
+further. An answer that an upstream compressed unasked is read in a decoded copy of at most
+`MOST_DECODED_BYTES`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Literal
+from uuid import UUID
+
+from tidegate.call import NO_CHARGE, Answer, Charge
+from tidegate.errors import TidegateError, UpstreamError
+from tidegate.telemetry.logging import Log, get_logger
+from tidegate.telemetry.tracing import Trail
+
+Source = Literal["relay", "stream", "job", "batch", "judge"]
+JUDGE: Source = "judge"
+REFUSED, RETRIED = "refused", "retried"
+
+KEPT_BYTES = 16_000_000
+TAIL_BYTES = 65_536
+MOST_DECODED_BYTES = 16_000_000
+_MOST_CODED_BYTES = 4_000_000
+_MOST_CHARS = 200
+_NOTIFY_AFTER_S = 0.1
+_MOST_WAITING = 500
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as it is recorded and shown. `message` is safe to show to a client."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    retry_after_ms: int | None = None
+    upstream_status: int | None = None
+
+    @classmethod
+    def of(cls, error: TidegateError) -> Failure:
+        return cls(
+            code=error.code,
+            message=error.message,
+            retryable=error.retryable,
+            retry_after_ms=error.retry_after_ms,
+            upstream_status=getattr(error, "status", None),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A generated picture whose bytes are already in the blob store."""
+
+    file_id: UUID
+    mime_type: str
+    size_bytes: int
+    blob_key: str
+    name: str = ""
+
+
+# Compared by identity: it is one call, not a value.
+@dataclass(slots=True, eq=False)
+class CallRecord:
+    """One call, from its receipt to its end; with several tries upstream, of the last one.
+
+    What is None is not known, or was not reached. Identity: `source` is what made the call (`judge`
+    is the classifier, whose question is no request of the tenant's and charged to nobody);
+    `endpoint` is the path that was requested; `operation` never has a name in it.
+
+    Admission: `waits` while no try is under way; `waits_for` is the pool and the limits of the
+    queue that it waits in, or waited in. `waits_since`: a job or stream waits from then on, others
+    from their request of a permit to the limiter; `queue_ms` ends with admission. `fence` is the
+    permit's (epoch, sequence).
+
+    Tries: `attempts` counts those made upstream, of which `throttled` were answered with 429 and
+    `faults` failed by the upstream's own fault; `failed` is the error of the last that failed;
+    `earlier_attempts` were made before this record began, for the same line of a batch.
+    `sent`: its request began to go out. `upstream_ms` is the length of the last.
+
+    Answer: `http_status` is what the client received, 0 while nothing. `pieces` are the bytes of a
+    native answer as they came, up to `KEPT_BYTES` and the end of what is longer; `answer_bytes`
+    counts all. `coding`: in which coding, where the upstream compressed them unasked. `files` are
+    the pictures of a prompt's answer, as stored.
+
+    End: `status` is a `Status`, `retried` for an attempt after which a job or a line of a batch
+    returns to its queue, `refused` for what was turned away before there was anything to record.
+    """
+
+    source: Source
+    tenant_id: str
+    received_at: datetime
+    request_id: UUID | None = None
+    endpoint: str = ""
+    dialect: str = "gemini"
+    operation: str = "generate_content"
+    request: bytes = b""
+    priority: int = 0
+    key_id: str | None = None
+    subject: str | None = None
+    trail: Trail | None = None
+    request_type: str | None = None  # content types, as they were sent
+    response_type: str | None = None
+
+    kind: str | None = None
+    model: str | None = None
+    streamed: bool = False
+    upstream: str | None = None
+    pool: str = ""
+
+    waits: bool = True
+    waits_since: datetime | None = None
+    waits_for: tuple[str, tuple[str, ...]] = ("", ())
+    fence: tuple[int, int] | None = None
+    admitted_at: datetime | None = None
+    queue_ms: float | None = None
+
+    attempts: int = 0
+    earlier_attempts: int = 0
+    throttled: int = 0
+    faults: int = 0
+    failed: UpstreamError | None = None
+    sent: bool = False
+    upstream_ms: float | None = None
+
+    http_status: int = 0
+    answer: Answer = field(default_factory=Answer)
+    pieces: list[bytes] = field(default_factory=list)
+    answer_bytes: int = 0
+    coding: bytes = b""
+    charge: Charge = NO_CHARGE
+    files: tuple[OutputFile, ...] = ()
+
+    status: str = ""
+    failure: Failure | None = None
+    finished_at: datetime | None = None
+    _decoded: tuple[int, bytes] = (0, b"")
+
+    @property
+    def id(self) -> UUID:
+        """The request's, of a call that is on record."""
+        assert self.request_id is not None
+        return self.request_id
+
+    @property
+    def ended_at(self) -> datetime:
+        """The time of its end, of a call that has ended."""
+        assert self.finished_at is not None
+        return self.finished_at
+
+    def end(self, status: str, failure: Failure | None = None) -> None:
+        """Set how it ended; the time too, where the last try has not set it."""
+        self.status, self.failure = str(status), failure
+        self.finished_at = self.finished_at or datetime.now(UTC)
+
+    @property
+    def was_admitted(self) -> bool:
+        """Whether it had a permit, in its last admission at least."""
+        return self.admitted_at is not None and self.fence is not None
+
+    @property
+    def code(self) -> str | None:
+        """Of the failure."""
+        return None if self.failure is None else self.failure.code
+
+    def keep(self, piece: bytes) -> None:
+        """Take in a piece of a native answer."""
+        if self.answer_bytes < KEPT_BYTES:
+            self.pieces.append(piece)
+        else:  # only the end, where the usage is reported
+            self.pieces[-1] = (self.pieces[-1] + piece)[-TAIL_BYTES:]
+        self.answer_bytes += len(piece)
+
+    @property
+    def body(self) -> bytes:
+        """What was kept of a native answer, as it came."""
+        if len(self.pieces) != 1:
+            self.pieces = [b"".join(self.pieces)]
+        return self.pieces[0]
+
+    @property
+    def text(self) -> bytes:
+        """The same as it is read: decoded where its upstream compressed it, and empty where that
+        can't be done."""
+        if not self.coding or not self.pieces:
+            return self.body if self.pieces else b""
+        if self._decoded[0] != self.answer_bytes:
+            self._decoded = self.answer_bytes, decoded(self.body, self.coding)
+        return self._decoded[1]
+
+    @property
+    def result(self) -> str:
+        """The answer as a job's result: of a native answer its body."""
+        return self.text.decode("utf-8", "replace") if self.pieces else self.answer.whole_text
+
+    @property
+    def text_bytes(self) -> int:
+        """The length of all of it, with what was not kept."""
+        return len(self.text) if self.coding else self.answer_bytes
+
+    @property
+    def response(self) -> bytes:
+        """The body that is stored."""
+        return self.text or (self.body if self.pieces else b"")
+
+    @property
+    def omitted_bytes(self) -> int:
+        """How much of its middle was not kept."""
+        if self.answer_bytes <= KEPT_BYTES:
+            return 0
+        return self.answer_bytes - sum(map(len, self.pieces))
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it holds."""
+        return 1_000 + len(self.request) + len(self.response)
+
+    def begin_again(self) -> None:
+        """Another try follows: what the last one brought is not the answer."""
+        self.waits, self.sent = True, False
+        self.pieces, self.answer_bytes, self.coding = [], 0, b""
+        self.answer.clear()
+        self.charge = NO_CHARGE
+
+
+_GZIP, _ZLIB, _RAW = 31, 15, -15
+# `deflate` is zlib's format by RFC 9110, and at some servers without its head.
+_WINDOWS = {b"gzip": (_GZIP,), b"x-gzip": (_GZIP,), b"deflate": (_ZLIB, _RAW)}
+
+
+def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The Content-Encoding of an answer; empty where it is sent as it is."""
+    for name, value in headers:
+        if name.lower() == b"content-encoding":
+            coding = value.strip().lower()
+            return b"" if coding == b"identity" else coding
+    return b""
+
+
+def decoded(data: bytes, coding: bytes) -> bytes:
+    """The content of an answer, as far as it goes where it was cut; empty for another coding than
+    gzip and deflate, and for what is too long."""
+    if len(data) > _MOST_CODED_BYTES:
+        return b""
+    for window in _WINDOWS.get(coding, ()):
+        reader = zlib.decompressobj(window)
+        try:
+            text = reader.decompress(data, MOST_DECODED_BYTES)
+        except zlib.error:
+            continue
+        return b"" if reader.unconsumed_tail else text
+    return b""
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveCall:
+    """The state of a call in progress, as processes report it to one another. admitted_at: None
+    while it waits, for its first try or for another one. pool and limits: what it waits for or
+    holds, as far as it has come."""
+
+    request_id: str
+    tenant: str
+    source: Literal["relay", "stream"]
+    received_at: datetime
+    admitted_at: datetime | None = None
+    endpoint: str | None = None
+    kind: str | None = None
+    model: str | None = None
+    upstream: str | None = None
+    pool: str = ""
+    limits: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, record: CallRecord) -> ActiveCall:
+        pool, limits = record.waits_for
+        waits = record.waits
+        return cls(
+            request_id=str(record.request_id),
+            tenant=record.tenant_id,
+            source="stream" if record.source == "stream" else "relay",
+            received_at=record.received_at,
+            admitted_at=None if waits else record.admitted_at,
+            endpoint=_shortened(record.endpoint) or None,
+            kind=record.kind,
+            model=_shortened(record.model),
+            upstream=None if waits else record.upstream,
+            pool=pool if waits else record.pool,
+            limits=limits,
+        )
+
+
+class ActiveCalls:
+    """The calls in progress in this process, in the order of their receipt. One per process."""
+
+    def __init__(self) -> None:
+        self._calls: dict[CallRecord, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __repr__(self) -> str:
+        return f"<ActiveCalls {len(self._calls)}>"
+
+    def enter(self, record: CallRecord) -> None:
+        self._calls[record] = None
+
+    def leave(self, record: CallRecord) -> None:
+        self._calls.pop(record, None)
+
+    def oldest(self, most: int) -> list[ActiveCall]:
+        """At most so many, the oldest first."""
+        return [ActiveCall.of(record) for record in islice(self._calls, most)]
+
+
+def _shortened(text: str | None) -> str | None:
+    """A text from a client, which may be as long as its body."""
+    return None if text is None else text[:_MOST_CHARS]
+
+
+Listener = Callable[[Sequence[CallRecord]], None]
+
+
+class CallListeners:
+    """What counts and traces calls once they have ended. One per process.
+
+    A listener is called in the event loop with batches of records: it must be quick, must not wait,
+    and changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
+        self._waiting: list[CallRecord] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<CallListeners {len(self._listeners)} waiting={len(self._waiting)}>"
+
+    def listen(self, listener: Listener) -> None:
+        """Call `listener` with every batch from now on."""
+        self._listeners.append(listener)
+
+    def notify(self, batch: Sequence[CallRecord]) -> None:
+        """Deliver a batch immediately: for what is off the path of calls already."""
+        if not batch:
+            return
+        for listener in self._listeners:
+            try:
+                listener(batch)
+            except Exception:  # logged: counting must not fail what it counts
+                log.exception(Log.INTERNAL_ERROR, where="a listener of calls")
+
+    def note(self, record: CallRecord) -> None:
+        """Deliver an end within a tenth of a second, together with others."""
+        if not self._listeners:
+            return
+        self._waiting.append(record)
+        if len(self._waiting) >= _MOST_WAITING:
+            self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_NOTIFY_AFTER_S, self.flush)
+
+    def flush(self) -> None:
+        """Deliver what is waiting; at the end of a process too."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        waiting, self._waiting = self._waiting, []
+        self.notify(waiting)

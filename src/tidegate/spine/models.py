@@ -1,0 +1,250 @@
+"""Models: those that a caller may request, also within a body, and the list of models.
+
+Invariant: a caller can use only the models that it may use, also for tools and fallbacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from tidegate.call import Caller
+from tidegate.dialects import DIALECTS
+from tidegate.dialects.headers import to_send, with_key
+from tidegate.dialects.spec import Dialect, Endpoint, Headers, ModelList
+from tidegate.errors import Forbidden, InvalidRequest, UpstreamError, UpstreamGarbled
+from tidegate.policy.deployment import Upstream
+from tidegate.spine.routing import Target
+from tidegate.spine.run import CallFailed, refusal_of
+from tidegate.upstream.http import RelayWire
+
+_MOST_VALUES = 100_000
+# Fields that name models; so does any that ends in `_model`.
+_NAMES = frozenset(
+    (
+        *("model", "models", "modelname", "model_name", "fallbacks", "fallback_models"),
+        *("allowed_models", "fallbackmodels", "allowedmodels"),
+    )
+)
+# What a model reads or writes, where `model` is a word like any other; schemas name fields so.
+_CONTENT = frozenset(
+    (
+        *("messages", "input", "contents", "content", "parts", "prompt", "metadata", "system"),
+        *("instructions", "systeminstruction", "system_instruction", "user", "stop", "logit_bias"),
+        *("schema", "json_schema", "input_schema", "parametersjsonschema", "properties"),
+        *("responseschema", "response_schema", "responsejsonschema", "input_examples"),
+        *("functiondeclarations", "function_declarations", "labels"),
+    )
+)
+_OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
+_MAYBE_NAME = re.compile(rb"model|fallbacks", re.IGNORECASE)
+_ESCAPE = re.compile(rb"\\u00[46]")  # of a letter
+_TOOLS = re.compile(r"(?:.*\.)?tools")
+
+
+def check_model(caller: Caller, model: str, field: str = "model") -> None:
+    """Raises Forbidden for a model that is not among those of the caller's tenant."""
+    if not caller.may_ask(model):
+        allowed = ", ".join(caller.models or ()) or "no model"
+        asked = f"the model {model[:200]}" if model else "without naming a model"
+        raise Forbidden(
+            f"tenant {caller.tenant_id} may not ask {asked}; allowed: {allowed}",
+            field=field,
+            allowed=allowed,
+        )
+
+
+def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> None:
+    """Raises Forbidden for a model within a body that the caller may not ask, and InvalidRequest
+    where a body of Gemini's dialect names another model than its path."""
+    if endpoint.model is not None:
+        for field, named in _named_again(body):
+            if named.rpartition("/")[2] != endpoint.model:
+                raise InvalidRequest(
+                    field,
+                    f"{field} names another model than the path",
+                    allowed=f"models/{endpoint.model}",
+                )
+    if caller.models is not None:
+        for field, model in _models_in(body):
+            check_model(caller, model, field)
+
+
+def check_names(caller: Caller, raw: bytes) -> None:
+    """Raises InvalidRequest where an object of a body names models twice in one field: parsers do
+    not agree on which of them is meant, so that another one could be asked than was checked."""
+    if caller.models is None or (not _ESCAPE.search(raw) and len(_MAYBE_NAME.findall(raw)) < 2):
+        return
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        named = [name for name, _ in pairs if _names_models(name.casefold())]
+        for name in named:
+            if named.count(name) > 1:
+                said = f"{name} is named more than once in an object"
+                raise InvalidRequest(name, said, allowed=f"one {name}")
+
+    try:
+        json.loads(raw, object_pairs_hook=check, parse_int=len, parse_float=len)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("body", "the body is nested too deeply") from None
+
+
+def _names_models(folded: str) -> bool:
+    return folded in _NAMES or folded.endswith("_model")
+
+
+def _named_again(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Where bodies of Gemini's dialect name the model of the path once more."""
+    if type(named := body.get("model")) is str:
+        yield "model", named
+    for name in ("generateContentRequest", "generate_content_request"):
+        request = body.get(name)
+        if type(request) is dict and type(named := request.get("model")) is str:
+            yield f"{name}.model", named
+    requests = body.get("requests")
+    for request in requests if type(requests) is list else ():
+        if type(request) is dict and type(named := request.get("model")) is str:
+            yield "requests.model", named
+
+
+def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every model that a body names, with its field; without recursion, since how deep a body is
+    is its client's choice. Raises InvalidRequest for one that is too large for that."""
+    left: list[tuple[str, Any]] = [("", body)]
+    for _ in range(_MOST_VALUES):
+        if not left:
+            return
+        path, value = left.pop()
+        if type(value) is list:
+            left += [(path, one) for one in value]
+        elif isinstance(value, Mapping) and not _is_of_client(path, value):
+            for name, inner in value.items():
+                folded = name.casefold()
+                if folded in _CONTENT:
+                    continue
+                field = f"{path}.{name}" if path else name
+                if _names_models(folded):
+                    for one in inner if type(inner) is list else (inner,):
+                        if type(one) is str:
+                            yield field, one
+                        else:
+                            left.append((field, one))
+                elif type(inner) in (dict, list):
+                    left.append((field, inner))
+    raise InvalidRequest("body", "the body holds too many values beside its content")
+
+
+def _is_of_client(path: str, value: Mapping[str, Any]) -> bool:
+    """Whether this is a tool that the client runs. Elsewhere, such as beside `model` itself, a
+    `type` says nothing of the sort."""
+    return value.get("type") in _OF_CLIENTS and _TOOLS.fullmatch(path) is not None
+
+
+_KEPT_S = 60.0
+_LONGEST_BYTES = 4_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    at: float
+    models: list[dict[str, Any]]
+
+
+class Models:
+    """One per process; each upstream's list is kept for a minute."""
+
+    def __init__(self, wire: RelayWire) -> None:
+        self._wire = wire
+        self._lists: dict[tuple[str, Dialect], _Listed] = {}
+
+    async def listed(
+        self,
+        dialect: Dialect,
+        caller: Caller,
+        headers: Headers,
+        upstreams: list[Upstream],
+        routes: Mapping[str, Target],
+    ) -> bytes:
+        """The body of the answer; `routes` are the names that routes give, and whom each leads to.
+        Raises CallFailed where no upstream gave a list."""
+        shape = DIALECTS[dialect].models
+        found = await asyncio.gather(
+            *(self._of(dialect, headers, one) for one in upstreams), return_exceptions=True
+        )
+        models: dict[str, dict[str, Any]] = {}
+        failure: BaseException | None = None
+        for upstream, result in zip(upstreams, found, strict=True):
+            if isinstance(result, BaseException):
+                failure = result
+                continue
+            for model in _shown(shape, upstream, result):
+                models.setdefault(str(model[shape.id_key]), model)
+        if failure is not None and len(models) == 0:
+            raise failure
+        for name, target in routes.items():
+            known = models.get(f"{shape.prefix}{target.model}", {})
+            models[f"{shape.prefix}{name}"] = _as(shape, name, known)
+        allowed = [one for name, one in models.items() if caller.may_ask(name)]
+        return orjson.dumps(shape.whole(allowed))
+
+    async def _of(
+        self, dialect: Dialect, headers: Headers, upstream: Upstream
+    ) -> list[dict[str, Any]]:
+        known = self._lists.get((upstream.name, dialect))
+        if known is None or time.monotonic() - known.at > _KEPT_S:
+            models = await self._read(dialect, headers, upstream)
+            known = self._lists[upstream.name, dialect] = _Listed(time.monotonic(), models)
+        return known.models
+
+    async def _read(
+        self, dialect: Dialect, headers: Headers, upstream: Upstream
+    ) -> list[dict[str, Any]]:
+        target, spec = Target(upstream, ""), DIALECTS[dialect]
+        shape = spec.models
+        url = f"{upstream.base_urls[dialect]}{shape.path}"
+        given = [pair for pair in headers if pair[0] == b"anthropic-version"]
+        own = with_key([*given, *to_send([])], spec, upstream.key)
+        try:
+            exchange = await self._wire.open("GET", self._wire.place(url), own, None)
+            try:
+                if exchange.status >= 300:
+                    raise await refusal_of(exchange, target, dialect)
+                body = orjson.loads(await exchange.read(_LONGEST_BYTES))
+                models = [one for one in body[shape.key] if isinstance(one[shape.id_key], str)]
+            finally:
+                exchange.close()
+        except UpstreamError as error:
+            raise CallFailed(error, target) from None
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise CallFailed(UpstreamGarbled("the list of models is not one"), target) from None
+        return models
+
+
+def is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Target]) -> bool:
+    """Whether the only upstream's own list says it all."""
+    only = upstreams[0]
+    alone = len(upstreams) == 1 and not routes
+    return alone and caller.models is None and only.models == ("*",) and not only.aliases
+
+
+def _shown(
+    shape: ModelList, upstream: Upstream, models: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Those that may be requested by their own name, and the aliases."""
+    found = [one for one in models if upstream.fit(one[shape.id_key].removeprefix(shape.prefix))]
+    by_name = {one[shape.id_key].removeprefix(shape.prefix): one for one in models}
+    for alias, name in upstream.aliases.items():
+        found.append(_as(shape, alias, by_name.get(name, {})))
+    return found
+
+
+def _as(shape: ModelList, name: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model by another name."""
+    return {**model, shape.id_key: f"{shape.prefix}{name}"}

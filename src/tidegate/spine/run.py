@@ -1,0 +1,528 @@
+"""Spine: the one way of every call upstream, whoever makes it and in whatever form.
+
+    targets ──► admission ──► budget ──► exchange ──► settle, charge ──► release
+       ▲                                    │
+       └── another try, at the same or the next upstream, while the client has nothing of an answer
+
+Native calls, `/stream`, jobs, batch lines and the classifier differ in their `CallExchange` alone:
+bytes of a provider's dialect (`spine/native.py`) or a prompt by Google's SDK (`spine/prompt.py`).
+The spine fills the call's `CallRecord`; whoever made the call ends it and stores it.
+
+Invariants: a permit is held exactly while its upstream call is open; another try or upstream is
+taken only before anything was sent to the client, within the deadline and the retry budget; what
+an upstream's failure says of it is noted before the permit is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import inf
+from random import random
+from typing import Any, Protocol
+from uuid import UUID
+
+from tidegate.admission.demand import Demand, Demands, Prices
+from tidegate.admission.estimator import Learned
+from tidegate.call import DEFAULT_POOL, NO_BUDGETS, Caller, Outcome
+from tidegate.dialects import refusals
+from tidegate.dialects.headers import Remaining, to_return
+from tidegate.dialects.spec import Dialect, Headers
+from tidegate.errors import (
+    BudgetReserved,
+    DeadlineExceeded,
+    DemandImpossible,
+    LimitPaused,
+    LimitUsedUp,
+    NotFound,
+    TidegateError,
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamThrottled,
+    UpstreamUnauthorized,
+)
+from tidegate.limiter import Limiter, Permit, PoolPolicy
+from tidegate.policy.deployment import Upstream
+from tidegate.record import CallRecord, coding_of, decoded
+from tidegate.settings import Config
+from tidegate.spine.routing import (
+    Gate,
+    Gates,
+    NotWorthWaiting,
+    Patience,
+    RetryBudget,
+    Suspect,
+    Target,
+    Targets,
+)
+from tidegate.store.quotas import BudgetGate
+from tidegate.telemetry.tracing import Tracing, Trail
+from tidegate.upstream.http import Exchange, Timeouts
+
+MOST_TRIES = 4
+_REFUSAL_BYTES = 1_000_000
+_SHORTEST_SECRET_BYTES = 8  # a shorter key, such as `none`, opens nothing
+_HARD_MARGIN_MS = 5_000  # closing and recording, after the call's own total time
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 8.0
+NO_DEADLINE_MS = 30 * 86_400_000
+
+OnAdmitted = Callable[[Permit | None], Awaitable[None]]
+
+
+class CallFailed(Exception):
+    """An upstream's refusal or fault, with its own words where it had any.
+
+    status 0: it gave no answer. paused_ms: for how long it paused a limit of the call. told: the
+    client has received it already, inside of an answer that is at its end.
+    """
+
+    def __init__(
+        self,
+        error: UpstreamError,
+        target: Target,
+        *,
+        status: int = 0,
+        headers: Headers | None = None,
+        body: bytes = b"",
+        told: bool = False,
+    ) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.target = target
+        self.status = status
+        self.headers = headers or []
+        self.body = body
+        self.paused_ms = 0
+        self.told = told
+
+
+async def refusal_of(exchange: Exchange, target: Target, dialect: str) -> CallFailed:
+    """An answer that is not a success, read to its end. Raises UpstreamError where that fails."""
+    body = await exchange.read(_REFUSAL_BYTES)
+    status = exchange.status
+    if status < 400:
+        raise UpstreamGarbled(f"the provider answered {status}, which is not followed")
+    headers = exchange.headers
+    coding = coding_of(headers)
+    text = decoded(body, coding) if coding else body
+    if coding and masked(text, target) != text:  # goes on decoded, and without the key
+        body, headers = text, [pair for pair in headers if pair[0].lower() != b"content-encoding"]
+    said = refusals.error_of_refusal_in(text)
+    named = {
+        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
+    }
+    secret = target.upstream.key
+    error = refusals.upstream_error(status, said, named, secret=secret, dialect=dialect)
+    return CallFailed(
+        error,
+        target,
+        status=status,
+        headers=to_return(headers, secret, same_length=False),
+        body=masked(body, target),
+    )
+
+
+def masked(body: bytes, target: Target) -> bytes:
+    """A body without the upstream's key."""
+    key = target.upstream.key.encode()
+    return body.replace(key, b"***") if len(key) >= _SHORTEST_SECRET_BYTES else body
+
+
+@dataclass(slots=True)
+class Terms:
+    """On what terms a call is made.
+
+    received: on the monotonic clock; wait_ms: from then to admission. repeats: whether an upstream
+    that failed is called again by itself; where not, a queue does that. most_tries: of all
+    upstreams together. waits_out: whether a pause that outlasts the deadline is waited for, since
+    it may be ended.
+    """
+
+    request_id: UUID
+    caller: Caller
+    received: float
+    wait_ms: int = NO_DEADLINE_MS
+    priority: int = 0
+    trail: Trail | None = None
+    repeats: bool = True
+    most_tries: int = MOST_TRIES
+    waits_out: bool = False
+
+    def left_ms(self) -> int:
+        """Until its deadline for admission; negative when it has passed."""
+        return round(self.wait_ms - (time.monotonic() - self.received) * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """What this process has of one upstream. hard_ms: when a call of it has hung."""
+
+    gate: Gate
+    limiter: Limiter
+    demands: Demands
+    remaining: Remaining
+    hard_ms: int
+
+
+class CallExchange(Protocol):
+    """How a call is made at an upstream; the spine says at which, when, and how often."""
+
+    terms: Terms
+
+    @property
+    def started(self) -> bool:
+        """Whether something of an answer has gone to the client: no other try may follow."""
+
+    @property
+    def bills(self) -> bool:
+        """Whether it spends its caller's budget."""
+
+    def demand(self, target: Target, lane: Lane) -> Demand:
+        """What the call takes of which limits there."""
+
+    def price(self, target: Target, lane: Lane, demand: Demand) -> tuple[int, int]:
+        """What it will cost, about: millionths of money, and LLM tokens."""
+
+    async def make(self, target: Target, lane: Lane, demand: Demand, *, is_try: bool) -> None:
+        """Make the call and pass its answer on. `is_try`: it tries whether the upstream is back.
+
+        Raises CallFailed, and what the client's side raises. Cancellation closes the upstream call.
+        """
+
+    def settle(
+        self, target: Target, lane: Lane, demand: Demand, *, whole: bool, failed: CallFailed | None
+    ) -> int | None:
+        """Read what the answer says of itself into the record, and set its charge; return the
+        pictures that it counts for, None where that is not known. `whole`: it came to its end."""
+
+    def suspect(self) -> Suspect:
+        """Who may have provoked a fault of the upstream."""
+
+
+class Spine:
+    """The calls of one process, over the limiters of all pools."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        targets: Targets,
+        pools: Mapping[str, Limiter],
+        tracing: Tracing,
+        budgets: BudgetGate,
+    ) -> None:
+        self.targets = targets
+        self.tracing = tracing
+        self.budgets = budgets
+        self.retries = RetryBudget()
+        self.timeouts = {
+            name: timeouts_of(config, upstream) for name, upstream in targets.upstreams.items()
+        }
+        remaining = {pool: Remaining(limiter) for pool, limiter in pools.items()}
+        self._lanes = {
+            name: Lane(
+                Gate(name, pools[upstream.pool], upstream.key),
+                pools[upstream.pool],
+                Demands(kinds_optional=name != DEFAULT_POOL, prices=Prices(upstream)),
+                remaining[upstream.pool],
+                self.timeouts[name].total_ms + _HARD_MARGIN_MS,
+            )
+            for name, upstream in targets.upstreams.items()
+            if upstream.pool in pools
+        }
+        self.health = Gates({name: lane.gate for name, lane in self._lanes.items()})
+
+    async def run(
+        self,
+        exchange: CallExchange,
+        record: CallRecord,
+        targets: list[Target],
+        on_admitted: OnAdmitted | None = None,
+    ) -> None:
+        """Make the call at one of the targets, the first that has room, and fill `record`.
+
+        `on_admitted` is called before each try, under its permit; what it raises ends the call, and
+        nothing was sent. Raises CallFailed for what the last upstream said, AdmissionError,
+        BudgetExceeded, LeaseLost and StoreUnavailable. Cancellation leaves neither a waiter nor an
+        open upstream call.
+        """
+        self.retries.earn()
+        await _Run(self, exchange, record, on_admitted).until_answered(targets)
+
+    def lane(self, target: Target) -> Lane:
+        return self._lanes[target.upstream.name]
+
+    def first_of(self, dialect: Dialect) -> Target:
+        """For what concerns no model. Raises NotFound where no upstream speaks the dialect."""
+        speaking = self.targets.speaking(dialect)
+        if not speaking:
+            raise NotFound(f"no upstream speaks the {dialect} dialect")
+        return Target(speaking[0], "")
+
+    def usable(self, targets: list[Target]) -> list[Target]:
+        """Those that may be called now; where all are out, all, the first to be back first."""
+        if len(targets) == 1:
+            return targets
+        found = [one for one in targets if self.lane(one).gate.state != "out"]
+        return found or sorted(targets, key=lambda one: self.lane(one).gate.ready_in_ms())
+
+    def estimates(self) -> tuple[Learned, ...]:
+        """How good this process's estimates of LLM tokens are, at the account of GEMINI_API_KEY."""
+        lane = self._lanes.get(DEFAULT_POOL)
+        return () if lane is None else lane.demands.estimator.error()
+
+
+_Never = dict[int, DemandImpossible | DeadlineExceeded]
+
+
+class _Run:
+    """One call, until it is answered."""
+
+    def __init__(
+        self,
+        spine: Spine,
+        exchange: CallExchange,
+        record: CallRecord,
+        on_admitted: OnAdmitted | None,
+    ) -> None:
+        self._spine = spine
+        self._exchange = exchange
+        self._terms = exchange.terms
+        self._record = record
+        self._on_admitted = on_admitted
+        caller = exchange.terms.caller
+        self._payer = caller if exchange.bills and caller.budgets is not NO_BUDGETS else None
+
+    async def until_answered(self, targets: list[Target]) -> None:
+        spine, terms = self._spine, self._terms
+        left = spine.usable(targets)
+        while True:
+            policies = self._policies(left)
+            try:
+                await self._by_one_of(left)
+                return
+            except DemandImpossible:
+                # A limit was taken away while it waited: it requests what binds it now.
+                now = self._policies(left)
+                if all(one is other for one, other in zip(policies, now, strict=True)):
+                    raise
+            except BudgetReserved:
+                if terms.left_ms() <= 0:
+                    raise
+                await spine.budgets.room(terms.caller, terms.left_ms() / 1000)
+            except CallFailed as failed:
+                if not self._worth_another(failed):
+                    raise
+                left = [one for one in left if one is not failed.target]
+                if not left:
+                    if not terms.repeats or not failed.error.retryable:
+                        raise
+                    if not await self._pause(failed):
+                        raise
+                    left = spine.usable(targets)
+                self._record.begin_again()
+
+    def _policies(self, targets: list[Target]) -> list[PoolPolicy]:
+        return [self._spine.lane(target).limiter.policy for target in targets]
+
+    def _worth_another(self, failed: CallFailed) -> bool:
+        if self._exchange.started or self._record.attempts >= self._terms.most_tries:
+            return False
+        again = failed.error.retryable or isinstance(failed.error, UpstreamUnauthorized)
+        return again and self._terms.left_ms() > 0 and self._spine.retries.spend()
+
+    async def _pause(self, failed: CallFailed) -> bool:
+        """Before the same upstream is called again; False where the deadline would come first.
+
+        Where it has paused a limit, the call waits in the limit's queue.
+        """
+        left_ms = self._terms.left_ms()
+        if failed.paused_ms:
+            return failed.paused_ms < left_ms
+        after_ms = failed.error.retry_after_ms
+        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (self._record.attempts - 1))
+        pause_s = (after_ms or 0) / 1000 + longest_s * (0.5 + random() / 2)
+        if pause_s * 1000 >= left_ms:
+            return False
+        await asyncio.sleep(pause_s)
+        return True
+
+    async def _by_one_of(self, targets: list[Target]) -> None:
+        """By the first that has room immediately; where none has, by the first in order that is not
+        paused for longer than the call may wait."""
+        demands = self._demands(targets)
+        never: _Never = {}
+        if len(targets) > 1:
+            for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
+                try:
+                    async with self._attempt(target, demand) as permit:
+                        if self._spine.lane(target).gate.binds_more(demand, target.model):
+                            if permit is not None:
+                                permit.settle(Outcome.IGNORED, tokens=0, images=0)
+                        elif permit is not None or not demand.limits:
+                            await self._admitted(permit, target, demand)
+                            return
+                except DemandImpossible as impossible:
+                    never[place] = impossible
+        while True:
+            place = 0
+            if never or self._spine.lane(targets[0]).limiter.has_pauses:
+                demands = self._demands(targets)
+                place = self._to_wait_for(targets, demands, never)
+            target, demand = targets[place], demands[place]
+            self._record.waits_for = target.upstream.pool, demand.limits
+            try:
+                async with self._admission(target, demand) as permit:
+                    await self._admitted(permit, target, demand)
+                    return
+            except NotWorthWaiting:
+                continue  # in another queue, if there is one that is
+            except (LimitUsedUp, LimitPaused) as early:
+                if not self._record.waits or self._terms.left_ms() <= 0:
+                    raise
+                never[place] = early
+            except DeadlineExceeded as late:
+                out = None if self._terms.waits_out else self._spine.lane(target).gate.out()
+                raise out or late from None
+
+    def _demands(self, targets: list[Target]) -> list[Demand]:
+        return [self._exchange.demand(target, self._spine.lane(target)) for target in targets]
+
+    def _to_wait_for(self, targets: list[Target], demands: list[Demand], never: _Never) -> int:
+        """The place of the first whose queue is worth waiting in. Raises DeadlineExceeded where all
+        have room after the deadline only, DemandImpossible where none could ever admit it."""
+        left_ms = self._wait_ms()
+        late: list[TidegateError] = [x for x in never.values() if x.retry_after_ms]
+        for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
+            if place in never:
+                continue
+            why = self._spine.lane(target).gate.late(demand, left_ms)
+            if why is None:
+                return place
+            late.append(why)
+        raise min(late or never.values(), key=lambda one: one.retry_after_ms or 0)
+
+    def _wait_ms(self) -> float:
+        return inf if self._terms.waits_out else max(0, self._terms.left_ms())
+
+    def _attempt(
+        self, target: Target, demand: Demand
+    ) -> AbstractAsyncContextManager[Permit | None]:
+        if not demand.limits:
+            return nullcontext()
+        lane = self._spine.lane(target)
+        return lane.limiter.try_acquire_for(demand.to_admit(None, lane.hard_ms, once=True))
+
+    def _admission(
+        self, target: Target, demand: Demand
+    ) -> AbstractAsyncContextManager[Permit | None]:
+        if not demand.limits:
+            return nullcontext()
+        left_ms = self._terms.left_ms()
+        if left_ms <= 0:
+            raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
+        lane = self._spine.lane(target)
+        return Patience(
+            lane.limiter.acquire_for(demand.to_admit(left_ms, lane.hard_ms)),
+            lane.gate,
+            demand,
+            target.model,
+            self._wait_ms(),
+            self._spine.budgets,
+            self._payer,
+        )
+
+    def _admitted(
+        self, permit: Permit | None, target: Target, demand: Demand
+    ) -> Coroutine[Any, Any, None]:
+        """The call under its permit, and under its tenant's budget where there is one."""
+        under = self._under if self._payer is None else self._under_budget
+        return under(permit, target, demand)
+
+    async def _under_budget(self, permit: Permit | None, target: Target, demand: Demand) -> None:
+        terms, budgets = self._terms, self._spine.budgets
+        if permit is not None:
+            permit.settle(Outcome.IGNORED, tokens=0, images=0)  # if the budget refuses it
+        price = self._exchange.price(target, self._spine.lane(target), demand)
+        await budgets.reserve(terms.caller, terms.request_id, *price)
+        try:
+            await self._under(permit, target, demand)
+        finally:
+            budgets.settle(terms.caller, terms.request_id, self._record.charge)
+
+    async def _under(self, permit: Permit | None, target: Target, demand: Demand) -> None:
+        """The call itself, under its permit."""
+        record, lane, trail = self._record, self._spine.lane(target), self._terms.trail
+        is_try = lane.gate.is_try(demand)
+        self._note_admission(permit, target)
+        if self._on_admitted is not None:
+            await self._on_admitted(permit)
+        if permit is not None:
+            await permit.confirm()  # last: a slow `on_admitted` must not make the call a late one
+        record.attempts += 1
+        started = time.perf_counter()
+        outcome, failure = Outcome.IGNORED, None
+        try:
+            await self._exchange.make(target, lane, demand, is_try=is_try)
+            outcome = Outcome.SUCCESS
+        except CallFailed as failed:
+            failure = failed
+            outcome = Outcome.DROPPED if failed.error.retryable else Outcome.IGNORED
+            await self._note_failure(failed, lane, demand, is_try)
+            raise
+        finally:
+            record.upstream_ms = (time.perf_counter() - started) * 1000
+            record.finished_at = datetime.now(UTC)
+            whole = outcome is Outcome.SUCCESS
+            if trail is not None:
+                why, status = (None, 0) if failure is None else (failure.error, failure.status)
+                trail.end(why, worked=whole, status=status)
+            images = self._exchange.settle(target, lane, demand, whole=whole, failed=failure)
+            if permit is not None:
+                told, charged = record.answer.usage, record.charge.usage
+                used = demand.used(told, charged, whole=whole)
+                permit.settle(outcome, tokens=used, images=images)
+                lane.demands.learn(demand, told, charged, whole=whole)
+
+    def _note_admission(self, permit: Permit | None, target: Target) -> None:
+        record, upstream = self._record, target.upstream
+        pool = self._spine.lane(target).limiter.pool
+        record.waits = False
+        record.upstream, record.pool, record.model = upstream.name, pool, target.model or None
+        now = record.admitted_at = datetime.now(UTC)
+        record.fence = (0, 0) if permit is None else permit.fence
+        if not record.attempts:
+            if record.waits_since is not None:
+                record.queue_ms = max(0.0, (now - record.waits_since).total_seconds() * 1000)
+            else:
+                record.queue_ms = 0.0 if permit is None else permit.waited_ms
+        if permit is not None:
+            permit.settle(Outcome.IGNORED, tokens=0, images=0)  # until there has been a call
+
+    async def _note_failure(
+        self, failed: CallFailed, lane: Lane, demand: Demand, is_try: bool
+    ) -> None:
+        """Pause what a 429 speaks of, and count what is the upstream's fault."""
+        record, error, model = self._record, failed.error, failed.target.model
+        record.failed = error
+        if isinstance(error, UpstreamThrottled):
+            record.throttled += 1
+            failed.paused_ms = await lane.gate.throttled(error, model, demand)
+        suspect = self._exchange.suspect()
+        await lane.gate.failed(error, model, suspect=suspect, tried=is_try)
+        record.faults += error.of_upstream
+
+
+def timeouts_of(config: Config, upstream: Upstream) -> Timeouts:
+    """How long an upstream may take: as it is set for itself, else as for all."""
+    return Timeouts(
+        connect_ms=config.connect_timeout_ms,
+        first_byte_ms=upstream.timeouts.get("first_byte_timeout_ms", config.first_byte_timeout_ms),
+        idle_ms=upstream.timeouts.get("idle_timeout_ms", config.idle_timeout_ms),
+        total_ms=upstream.timeouts.get("total_timeout_ms", config.total_timeout_ms),
+    )
