@@ -41,7 +41,8 @@ async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> Non
         waits.set()
         await asyncio.Event().wait()
 
-    store = SimpleNamespace(batch_lines=lines, work_mark=lambda _: 0, wait_work=wait_work)
+    notifications = SimpleNamespace(work_mark=lambda _: 0, wait_work=wait_work)
+    store = SimpleNamespace(batch_lines=lines, notifications=notifications)
     caller = LineCaller(*cast(Any, (None, store, None, Held(outages, {}))))
     feeding = asyncio.create_task(caller.feed())
     try:

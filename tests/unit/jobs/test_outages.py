@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
 
@@ -253,7 +254,7 @@ class Queue:
             del self._put_off[job.request_id]
             heapq.heappush(self.ready, job)
 
-    async def hand_back(self, jobs: list[Job], waits_ms: dict[UUID, int], _: object = None) -> None:
+    async def release(self, jobs: list[Job], waits_ms: dict[UUID, int], _: object = None) -> None:
         for job in jobs:
             later = Job(job.request_id, job.claim + 1)
             self._put_off[job.request_id] = later
@@ -294,7 +295,9 @@ async def outlast(
     began = clock.now
     back_at = began + OUT_FROM_S + outage_s
     queue, look = Queue(clock, jobs), Look(clock)
-    put_off = PutOff(cast(Any, queue), Held(outages, {}), lambda _: TEXT, clock)
+    put_off = PutOff(
+        cast(Any, SimpleNamespace(queue=queue)), Held(outages, {}), lambda _: TEXT, clock
+    )
     running: list[tuple[float, Job, Turn | None]] = []
     probes: list[float] = []
     done = 0
