@@ -33,7 +33,7 @@ from tidegate.policy.rollout import PolicyKeeper, open_pool
 from tidegate.record import ActiveCalls, CallListeners
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
-from tidegate.spine.prompt import Prompts
+from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.routing import Targets
 from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
@@ -329,7 +329,7 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
 
 
 @asynccontextmanager
-async def _open_prompts(config: Config, spine: Spine, store: Store) -> AsyncIterator[Prompts]:
+async def _open_prompts(config: Config, spine: Spine, store: Store) -> AsyncIterator[PromptCalls]:
     """Google's SDK at work, for each upstream of Gemini's dialect."""
     async with AsyncExitStack() as stack:
         processors = {}
@@ -341,7 +341,7 @@ async def _open_prompts(config: Config, spine: Spine, store: Store) -> AsyncIter
             )
             await processor.start()
             stack.push_async_callback(processor.aclose)
-        yield Prompts(
+        yield PromptCalls(
             config=config,
             spine=spine,
             processors=processors,

@@ -36,7 +36,6 @@ from tidegate.dialects.spec import (
     listed_models,
 )
 from tidegate.errors import TidegateError
-from tidegate.record import TAIL_BYTES
 
 _CALLS = {
     path: Endpoint(Dialect.ANTHROPIC, operation, path)

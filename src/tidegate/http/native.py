@@ -48,7 +48,7 @@ from tidegate.http.services import (
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import DIRECT_EXTENSION, Direct
 from tidegate.record import REFUSED, CallRecord, Failure
-from tidegate.spine.native import MAX_BYTES, NativeCall, Out, check_files
+from tidegate.spine.native import MAX_BYTES, NativeCall, check_files
 from tidegate.spine.run import CallFailed, Terms
 from tidegate.store.idempotency import KeyState
 from tidegate.store.records import Idempotency
@@ -200,11 +200,20 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
         front.say_done()
 
 
-class _Front(Out):
+class _Front:
     """One request, until it is answered and recorded."""
 
     __slots__ = (
-        *("_services", "_scope", "_receive", "_send", "_dialect", "_request_id", "_received"),
+        *(
+            "started",
+            "_services",
+            "_scope",
+            "_receive",
+            "_send",
+            "_dialect",
+            "_request_id",
+            "_received",
+        ),
         *("_received_at", "_record", "_ends_whole", "_task", "_head_sent", "_id_text"),
         *("_is_replay", "_headers", "_caller", "_direct", "_incoming", "_once"),
     )
@@ -212,7 +221,7 @@ class _Front(Out):
     def __init__(
         self, services: Services, scope: Scope, receive: Receive, send: Send, dialect: Dialect
     ) -> None:
-        super().__init__()
+        self.started = False  # the head of an answer has gone out
         self._services = services
         self._scope = scope
         self._receive = receive
@@ -451,7 +460,8 @@ class _Front(Out):
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         if self._direct is None or self._head_sent:
-            await super().whole(status, headers, body)
+            await self.start(status, headers)
+            await self.body(body, False)
             return
         self.started, self._headers, self._head_sent = True, headers, True
         self._record.http_status = status

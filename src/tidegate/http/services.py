@@ -44,7 +44,7 @@ from tidegate.policy.rollout import PolicyKeeper
 from tidegate.record import REFUSED, ActiveCalls, CallListeners, CallRecord, Failure, Source
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
-from tidegate.spine.prompt import Prompts
+from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
 from tidegate.store.quotas import BudgetGate
@@ -190,7 +190,7 @@ class Services:
     blobs: Blobs
     limiter: Limiter
     spine: Spine
-    prompts: Prompts
+    prompts: PromptCalls
     keeper: PolicyKeeper
     relay: Relay
     keepers: Mapping[str, PolicyKeeper]

@@ -48,7 +48,7 @@ from tidegate.limiter import Limiter, Permit
 from tidegate.record import RETRIED, CallRecord, Failure, OutputFile
 from tidegate.settings import Config
 from tidegate.spine.native import Relay
-from tidegate.spine.prompt import Prompts
+from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.run import MOST_TRIES, NO_DEADLINE_MS, Terms
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
@@ -367,7 +367,7 @@ class Worker:
         store: Store,
         blobs: Blobs,
         limiter: Limiter,
-        prompts: Prompts,
+        prompts: PromptCalls,
         relay: Relay,
         pool: str = DEFAULT_POOL,
     ) -> None:

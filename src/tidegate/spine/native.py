@@ -14,11 +14,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import UUID
 
@@ -76,26 +75,19 @@ class NativeCall:
     subject: str | None = None
 
 
-class Out(ABC):
+class Out(Protocol):
     """The way back to the client. `started` is true once the head of an answer has gone out."""
 
-    __slots__ = ("started",)
+    started: bool
 
-    def __init__(self) -> None:
-        self.started = False
-
-    @abstractmethod
     async def start(self, status: int, headers: Headers) -> None:
         """Send the head of an answer; names are in lower case."""
 
-    @abstractmethod
     async def body(self, piece: bytes, more: bool) -> None:
         """Send a piece of it, the last one without `more` after it."""
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Send all of it."""
-        await self.start(status, headers)
-        await self.body(body, False)
 
 
 class Relay:
@@ -767,13 +759,18 @@ async def collected(
         raise UpstreamGarbled(f"the answer is compressed ({record.coding[:20].decode('latin-1')})")
 
 
-class _Kept(Out):
+class _Kept:
     """Passes nothing on: the answer is kept in the call's `CallRecord`."""
+
+    started = False
 
     async def start(self, status: int, headers: Headers) -> None:
         pass
 
     async def body(self, piece: bytes, more: bool) -> None:
+        pass
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         pass
 
 

@@ -77,7 +77,7 @@ class Ask:
         return tuple(attachment.mime_type for attachment in self.attachments)
 
 
-class Prompts:
+class PromptCalls:
     """Classifies prompts and makes their calls. One per process."""
 
     def __init__(

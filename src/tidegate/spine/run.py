@@ -1,4 +1,4 @@
-"""Spine: the one way of every call upstream, whoever makes it and in whatever form.
+"""Spine: the one way of every call upstream, in whatever form it is made.
 
     targets ──► admission ──► budget ──► exchange ──► settle, charge ──► release
        ▲                                    │
@@ -6,7 +6,7 @@
 
 Native calls, `/stream`, jobs, batch lines and the classifier differ in their `CallExchange` alone:
 bytes of a provider's dialect (`spine/native.py`) or a prompt by Google's SDK (`spine/prompt.py`).
-The spine fills the call's `CallRecord`; whoever made the call ends it and stores it.
+The spine fills the call's `CallRecord`; the front that made the call ends and stores it.
 
 Invariants: a permit is held exactly while its upstream call is open; another try or upstream is
 taken only before anything was sent to the client, within the deadline and the retry budget; what

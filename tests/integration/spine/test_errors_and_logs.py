@@ -12,7 +12,7 @@ from tests.loglines import Lines, lines
 from tests.outages import all_is_well
 from tests.waiting import wait_until
 from tidegate.http.views import UsageView
-from tidegate.spine.prompt import Prompts
+from tidegate.spine.prompt import PromptCalls
 from tidegate.store.blobs import Blobs
 from tidegate.store.jobs import Jobs
 from tidegate.store.requests import Requests
@@ -39,7 +39,7 @@ async def test_an_error_that_nobody_foresaw_is_a_plain_500_and_one_line(
     monkeypatch.setattr(Jobs, "submit", _boom)
     monkeypatch.setattr(Requests, "get", _boom)
     monkeypatch.setattr(Requests, "file", _boom)
-    monkeypatch.setattr(Prompts, "decide", _boom)
+    monkeypatch.setattr(PromptCalls, "decide", _boom)
     a_file = "/019abf3e-7c1e-7b52-9f0e-0e1f5a3c2d4b"
     posted = path in ("/submit", "/stream")
     async with gateway.http.request(

@@ -10,7 +10,7 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
-from tidegate.spine.prompt import Prompts
+from tidegate.spine.prompt import PromptCalls
 from tidegate.store.blobs import Blobs
 from tidegate.store.queue import JobQueue
 
@@ -142,14 +142,14 @@ async def test_an_upload_whose_bytes_are_gone_fails_its_job_clearly(open_gateway
 async def test_an_error_that_nobody_foresaw_fails_its_job_and_no_other(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    media = Prompts.media
+    media = PromptCalls.media
 
-    async def broken(self: Prompts, ask: Any) -> Any:
+    async def broken(self: PromptCalls, ask: Any) -> Any:
         if "poison" in ask.prompt:
             raise ZeroDivisionError("sensitive words")
         return await media(self, ask)
 
-    monkeypatch.setattr(Prompts, "media", broken)
+    monkeypatch.setattr(PromptCalls, "media", broken)
     gateway = await open_gateway(rate_limits={"text_only": 1})
     poisoned = [await gateway.submit(data=f"Explain poison {n}") for n in range(8)]
     good = await gateway.submit(data="Explain the tide")
@@ -167,10 +167,10 @@ async def test_an_error_that_nobody_foresaw_fails_its_job_and_no_other(
 async def test_an_error_that_nobody_foresaw_in_classifying_fails_its_job(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(self: Prompts, ask: Any, **_named: Any) -> Any:
+    async def broken(self: PromptCalls, ask: Any, **_named: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Prompts, "decide", broken)
+    monkeypatch.setattr(PromptCalls, "decide", broken)
     gateway = await open_gateway()
     record = await gateway.end_of(await gateway.submit(data="Nice!"))
     assert (record["status"], record["error"]["code"]) == ("failed", "internal")
@@ -179,13 +179,13 @@ async def test_an_error_that_nobody_foresaw_in_classifying_fails_its_job(
 async def test_an_error_after_the_call_keeps_what_the_attempt_brought(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Prompts.run
+    run = PromptCalls.run
 
-    async def broken(self: Prompts, *given: Any, **named: Any) -> None:
+    async def broken(self: PromptCalls, *given: Any, **named: Any) -> None:
         await run(self, *given, **named)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Prompts, "run", broken)
+    monkeypatch.setattr(PromptCalls, "run", broken)
     gateway = await open_gateway()
     request_id = await gateway.submit(data="Explain the tide")
     record = await gateway.end_of(request_id)
@@ -214,11 +214,11 @@ async def test_a_generated_picture_is_kept_though_the_blob_store_fails_for_a_mom
 async def test_a_job_that_cannot_be_handed_back_at_once_is_handed_back_later(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, release = Prompts.run, JobQueue.release
+    run, release = PromptCalls.run, JobQueue.release
     no_permits = [LimiterUnavailable("Valkey is away", limit="kind:text_only")]
     no_store = [StoreUnavailable("PostgreSQL is away")]
 
-    async def refused(self: Prompts, *given: Any, **named: Any) -> None:
+    async def refused(self: PromptCalls, *given: Any, **named: Any) -> None:
         if no_permits:
             raise no_permits.pop()
         await run(self, *given, **named)
@@ -228,7 +228,7 @@ async def test_a_job_that_cannot_be_handed_back_at_once_is_handed_back_later(
             raise no_store.pop()
         await release(self, jobs)
 
-    monkeypatch.setattr(Prompts, "run", refused)
+    monkeypatch.setattr(PromptCalls, "run", refused)
     monkeypatch.setattr(JobQueue, "release", away)
     gateway = await open_gateway()
     record = await gateway.end_of(await gateway.submit(data="Explain the tide"))
