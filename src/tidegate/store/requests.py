@@ -700,7 +700,7 @@ class StuckWork:
     async def dead(self, most: int) -> list[DeadJob]:
         """The jobs that died last, the newest first."""
         return [
-            record_of(DeadJob, row)
+            record_of(DeadJob, row, type=None if row["type"] is None else Kind(row["type"]))
             for row in await self._connections.rows(
                 "list_dead", most, timeout_ms=_DETAIL_TIMEOUT_MS
             )
