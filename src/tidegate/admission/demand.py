@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, time, timedelta
 from decimal import Decimal
+from functools import lru_cache, partial
 from hashlib import sha256
 from math import ceil
 from typing import Literal
@@ -62,36 +63,20 @@ class Reach:
     def __init__(self, policy: PoolPolicy, *, kinds_optional: bool = False) -> None:
         self.policy = policy
         self.counts_tokens = any(_counts_tokens(policy.limit(one)) for one in policy.limits)
+        self.limits = lru_cache(_MOST_KEPT)(self._limits_of)
+        self.band = lru_cache(2 * MOST_PRIORITY + 1)(partial(band_of, bands=policy.bands))
         self._kinds_optional = kinds_optional
-        self._found: dict[tuple[str, str, str, bool], tuple[str, ...]] = {}
-        self._bands: dict[int, str] = {}
         self._bound: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
         for limit_id in sorted(policy.limits, key=_usual_order):
             whom = whom_it_binds(limit_id)
             if whom is not None:
                 self._bound[whom].append((limit_id, counts_images(policy.limit(limit_id))))
 
-    def limits(self, kind: str, model: str, tenant: str, images: int) -> tuple[str, ...]:
+    def _limits_of(self, kind: str, model: str, tenant: str, makes_images: bool) -> tuple[str, ...]:
         """The ids of all limits that a call falls under, that of its kind first.
 
-        `images`: how many it makes; without any, limits on images are none of its own.
+        Without `makes_images` limits on images are none of its own.
         """
-        call = (kind, model, tenant, images > 0)
-        found = self._found.get(call)
-        if found is None:
-            found = self._look_for(kind, model, tenant, images)
-            if len(self._found) < _MOST_KEPT:
-                self._found[call] = found
-        return found
-
-    def band(self, priority: int) -> str:
-        """See `band_of`."""
-        band = self._bands.get(priority)
-        if band is None:
-            band = self._bands[priority] = band_of(priority, self.policy.bands)
-        return band
-
-    def _look_for(self, kind: str, model: str, tenant: str, images: int) -> tuple[str, ...]:
         first = f"kind:{kind}"
         required = not self._kinds_optional and kind != OTHER_KIND
         found = [first] if required or first in self.policy.limits else []
@@ -100,7 +85,7 @@ class Reach:
                 found += [
                     limit_id
                     for limit_id, of_images in self._bound[whom]
-                    if limit_id != first and (images or not of_images)
+                    if limit_id != first and (makes_images or not of_images)
                 ]
         return tuple(found)
 
@@ -175,19 +160,11 @@ class Prices:
 
     def __init__(self, upstream: Upstream | None = None) -> None:
         self._upstream = upstream if upstream is not None and upstream.prices else None
-        self._known: dict[str, Rates | None] = {}
+        self.of = lru_cache(_MODELS_KEPT)(self._rates_of)
 
-    def of(self, model: str) -> Rates | None:
-        if self._upstream is None:
-            return None
-        try:
-            return self._known[model]
-        except KeyError:
-            price = self._upstream.price(model)
-            rates = None if price is None else Rates.of(price)
-            if len(self._known) < _MODELS_KEPT:
-                self._known[model] = rates
-            return rates
+    def _rates_of(self, model: str) -> Rates | None:
+        price = None if self._upstream is None else self._upstream.price(model)
+        return None if price is None else Rates.of(price)
 
 
 def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:
@@ -540,7 +517,7 @@ class Demands:
     ) -> tuple[str, ...]:
         if self._reach.policy is not policy:
             self._reach = Reach(policy, kinds_optional=self._kinds_optional)
-        return self._reach.limits(kind, model, tenant, images)
+        return self._reach.limits(kind, model, tenant, images > 0)
 
 
 LONGEST_MS = 600_000

@@ -469,10 +469,6 @@ class Track:
         """The share of the last calls that used more than was reserved."""
         return sum(self._short) / len(self._short) if self._short else None
 
-    def shown(self) -> dict[str, float]:
-        """Actual tokens over first guess, by modality."""
-        return {modality.value: ratio.ratio for modality, ratio in self.ratios.items()}
-
     def predict(self, pieces: Pieces, tools: int = 0) -> Prediction:
         """`tools`: those of the call, as `InputPieces` has them."""
         middle, doubt = self._middle(pieces, self.ratios)
@@ -701,7 +697,7 @@ class Estimator:
                 error=track.error,
                 short=track.short,
                 margin=track.margin,
-                ratios=track.shown(),
+                ratios={modality.value: one.ratio for modality, one in track.ratios.items()},
             )
             for tenant, own in reversed(self._tracks.items())
             for (model, part), track in reversed(own.items())

@@ -15,7 +15,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from time import perf_counter
 from typing import Any, cast
 
@@ -494,7 +494,6 @@ class RelayWire:
         self._loop = asyncio.get_running_loop()
         self.time = self._loop.time
         self._timeouts = timeouts
-        self._places: dict[str, RequestPlace] = {}
         self._idle: dict[UpstreamOrigin, list[Connection]] = {}
         self.connections: set[Connection] = set()
         self._names: dict[UpstreamOrigin, tuple[float, list[Any]]] = {}
@@ -513,15 +512,23 @@ class RelayWire:
             connection.drop()
         await asyncio.sleep(0)
 
-    def place(self, text: str) -> RequestPlace:
-        """Of a URL that is whole and quoted already; kept, since taking one apart is dear. Raises
+    @staticmethod
+    @lru_cache(_URLS_KEPT)
+    def place(text: str) -> RequestPlace:
+        """Parse a URL that is whole and quoted already; kept, since that is slow. Raises
         UpstreamRejected."""
-        known = self._places.get(text)
-        if known is None:
-            known = _place(text)
-            if len(self._places) < _URLS_KEPT:
-                self._places[text] = known
-        return known
+        try:
+            url = URL(text, encoded=True)
+            host, port = url.raw_host, url.port
+        except ValueError:
+            host = port = None
+        if host is None or port is None or url.scheme not in ("http", "https"):
+            raise UpstreamRejected("the request could not be sent: its URL is none")
+        target, named = url.raw_path_qs.encode(), (url.host_port_subcomponent or "").encode()
+        if _NOT_IN_LINE.search(target) or _NOT_IN_LINE.search(named):
+            raise UpstreamRejected("the request could not be sent: its URL is not in ASCII")
+        line = b"%b HTTP/1.1\r\nhost: %b\r\n" % (target, named)
+        return RequestPlace(UpstreamOrigin(host, port, url.scheme == "https"), line)
 
     async def open(
         self,
@@ -650,20 +657,3 @@ def _retired(connection: Connection, now: float) -> bool:
 
 def _unconnected(message: str) -> UpstreamUnavailable:
     return UpstreamUnavailable(message, broke="connecting")
-
-
-def _place(text: str) -> RequestPlace:
-    try:
-        url = URL(text, encoded=True)
-        host, port = url.raw_host, url.port
-    except ValueError:
-        host = port = None
-    line = b"%b HTTP/1.1\r\nhost: %b\r\n"
-    if host is None or port is None or url.scheme not in ("http", "https"):
-        raise UpstreamRejected("the request could not be sent: its URL is none")
-    target, named = url.raw_path_qs.encode(), url.host_port_subcomponent or ""
-    if _NOT_IN_LINE.search(target) or _NOT_IN_LINE.search(named.encode()):
-        raise UpstreamRejected("the request could not be sent: its URL is not in ASCII")
-    return RequestPlace(
-        UpstreamOrigin(host, port, url.scheme == "https"), line % (target, named.encode())
-    )
