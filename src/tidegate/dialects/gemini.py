@@ -89,11 +89,10 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
         )
     if method in ("POST", "PUT") and _UPLOAD.fullmatch(path):
         return Endpoint(Dialect.GEMINI, Operation.UPLOAD, path)
-    if method == "DELETE" and path.count("/") == 3 and _FILES.fullmatch(path):
-        return Endpoint(Dialect.GEMINI, Operation.FILES, path)
     if method == "GET" and _MODELS.fullmatch(path):
         return models_endpoint(Dialect.GEMINI, path)
-    if method == "GET" and _FILES.fullmatch(path):
+    is_one_file = method == "DELETE" and path.count("/") == 3
+    if (is_one_file or method == "GET") and _FILES.fullmatch(path):
         return Endpoint(Dialect.GEMINI, Operation.FILES, path)
     return None
 
@@ -132,10 +131,9 @@ def rules_of(model: str) -> Rules:
     return _GEMINI_3_RULES if version and int(version[1]) >= 3 else USUAL_RULES
 
 
-# Modalities by name, and by number where Google writes its enumerations so.
-_AUDIO = frozenset(("AUDIO", 4))
-_IMAGE = frozenset(("IMAGE", 2))
-_VIDEO = frozenset(("VIDEO", 3))
+# Places of audio, image and video, by their name, and by number where Google writes its
+# enumerations so.
+_PLACES = {"AUDIO": 0, 4: 0, "IMAGE": 1, 2: 1, "VIDEO": 2, 3: 2}
 
 Modalities = Iterable[tuple[Any, Any]]
 _MOST_MODALITIES = 64
@@ -178,34 +176,22 @@ def _is_text(rows: Any) -> bool:
 
 def modality_details(taken: Modalities, given: Modalities) -> UsageDetails | None:
     """Of the tokens of input and output by modality."""
-    parts = (*_by_modality(taken), *_by_modality(given))
+    parts = _by_modality(taken) + _by_modality(given)
     return UsageDetails(None, None, None, *parts) if any(parts) else None
 
 
 def _pairs(rows: Any) -> list[tuple[Any, Any]]:
-    if type(rows) is not list:
-        return []
-    return [
-        (one.get("modality"), one.get("tokenCount"))
-        for one in rows[:_MOST_MODALITIES]
-        if type(one) is dict
-    ]
+    counted = objects_in(rows)[:_MOST_MODALITIES]
+    return [(one.get("modality"), one.get("tokenCount")) for one in counted]
 
 
-def _by_modality(pairs: Modalities) -> tuple[int | None, int | None, int | None]:
-    audio = image = video = 0
+def _by_modality(pairs: Modalities) -> list[int | None]:
+    sums = [0, 0, 0]
     for modality, tokens in pairs:
-        if type(tokens) is not int or not 0 < tokens <= MOST_TOKENS:
-            continue
-        if type(modality) not in (str, int):
-            continue
-        if modality in _AUDIO:
-            audio += tokens
-        elif modality in _IMAGE:
-            image += tokens
-        elif modality in _VIDEO:
-            video += tokens
-    return audio or None, image or None, video or None
+        place = _PLACES.get(modality) if type(modality) in (str, int) else None
+        if place is not None and type(tokens) is int and 0 < tokens <= MOST_TOKENS:
+            sums[place] += tokens
+    return [tokens or None for tokens in sums]
 
 
 def _event_usage(event: JsonObject) -> JsonObject:
