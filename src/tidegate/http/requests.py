@@ -36,9 +36,9 @@ from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
 from tidegate.policy.inspection import waiting
 from tidegate.record import ActiveCall
-from tidegate.store.audit import COUNTS, MOST_ROWS, Total
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
 from tidegate.store.states import Status
+from tidegate.store.usage import COUNTS, MOST_ROWS, Total
 
 _CONFIRMED_WITHIN_S = 2.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

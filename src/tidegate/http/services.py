@@ -47,8 +47,8 @@ from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
 from tidegate.spine.run import Spine
 from tidegate.store.blobs import Blobs
-from tidegate.store.quotas import BudgetGate
 from tidegate.store.store import Store
+from tidegate.store.usage import BudgetGate
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 
 FRESH_MS = 500

@@ -47,7 +47,7 @@ from tidegate.errors import (
 )
 from tidegate.limiter import Acquisition, Concurrency, Limiter, Permit, limit_paused
 from tidegate.policy.deployment import Deployment, Upstream
-from tidegate.store.quotas import BudgetGate
+from tidegate.store.usage import BudgetGate
 from tidegate.telemetry.logging import Log, get_logger
 
 MOST_MODELS = 50

@@ -59,7 +59,7 @@ from tidegate.spine.routing import (
     Target,
     Targets,
 )
-from tidegate.store.quotas import BudgetGate
+from tidegate.store.usage import BudgetGate
 from tidegate.telemetry.tracing import Tracing, Trail
 from tidegate.upstream.http import Exchange, Timeouts
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import zlib
 from base64 import b64encode
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
-from datetime import UTC, date, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha256
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple
@@ -26,7 +26,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import Charge, UsageState, new_id
+from tidegate.call import new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure, Source
 from tidegate.store import records as rows
@@ -45,6 +45,7 @@ from tidegate.store.records import (
 )
 from tidegate.store.spill import Spill
 from tidegate.store.states import Status
+from tidegate.store.usage import READ, Spending, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
 
 INLINE_BYTES = 8192
@@ -158,243 +159,6 @@ def unpack(encoding: str, packed: bytes) -> Any:
     if encoding != ENCODING:
         raise ValueError(f"a body in the unknown encoding {encoding!r}")
     return orjson.loads(zlib.decompress(packed))
-
-
-MOST_ROWS = 10_000
-_TIMEOUT_MS = 5_000
-_SUMMED = ("input_tokens", "output_tokens", "cached_tokens", "thoughts_tokens", "images")
-_UNKNOWN = UsageState.UNKNOWN.value
-_DOUBTFUL = frozenset((UsageState.PARTIAL.value, UsageState.ESTIMATED.value, _UNKNOWN))
-# What `summed` reads of a row of the audit.
-READ = (
-    *("tenant_id", "pool", "model", "finished_at", *_SUMMED, "cost_micros", "usage_state"),
-    "usage_details",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """A sum. What is None was not asked apart. unpriced: requests whose LLM tokens are known, but
-    no price for them; they add nothing to the cost. partial, estimated, unknown: how many requests
-    are charged so; the rest is as the provider told it."""
-
-    tenant: str | None
-    model: str | None
-    day: date | None
-    requests: int
-    input_tokens: int
-    output_tokens: int
-    cached_tokens: int
-    thoughts_tokens: int
-    images: int
-    cost_micros: int
-    unpriced: int
-    partial: int
-    estimated: int
-    unknown: int
-    cache_write_tokens: int
-    input_audio_tokens: int
-    input_image_tokens: int
-    input_video_tokens: int
-    output_audio_tokens: int
-    output_image_tokens: int
-    output_video_tokens: int
-    searches: int
-    provider_cost_micros: int
-
-
-COUNTS = tuple(one.name for one in fields(Total) if one.name not in ("tenant", "model", "day"))
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """By one tenant, in a day and in the month that it is in."""
-
-    day_micros: int = 0
-    month_micros: int = 0
-    day_tokens: int = 0
-    month_tokens: int = 0
-
-
-class UsageTotals:
-    """Raises StoreUnavailable."""
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-
-    async def totals(
-        self, by: Iterable[str], since: date, until: date, tenant_id: str | None = None
-    ) -> list[Total]:
-        """Sums of the days from `since` to `until`, both included, apart `by` tenant, model, day;
-        the first `MOST_ROWS` in their order."""
-        apart = set(by)
-        wanted = [name in apart for name in ("tenant", "model", "day")]
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(
-                sql("get_usage"), *wanted, since, until, tenant_id, MOST_ROWS
-            )
-            return found
-
-        rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
-        return [Total(**dict(row)) for row in rows]
-
-    async def spent(self, tenants: Sequence[str], today: date) -> dict[str, Spent]:
-        """What each has spent so far; nothing of those that have not."""
-
-        async def read(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            found: list[asyncpg.Record] = await connection.fetch(
-                sql("get_spent"), list(tenants), today.replace(day=1), today
-            )
-            return found
-
-        rows = await self._connections.run(read, timeout_ms=_TIMEOUT_MS)
-        values = [{name: row[name] for name in Spent.__dataclass_fields__} for row in rows]
-        return {row["tenant_id"]: Spent(**one) for row, one in zip(rows, values, strict=True)}
-
-
-async def add_usage(connection: asyncpg.Connection, audit: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows of the audit that this transaction inserts, `READ` of each. The last thing that it
-    does: the totals of a day are locked by it."""
-    sums = summed(audit)
-    if sums:
-        await connection.execute(sql("add_usage"), dumps(sums))
-
-
-def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
-    """The rows of the totals that rows of the audit come to."""
-    sums: dict[tuple[str, date, str, str], dict[str, int]] = {}
-    for row in audit:
-        key = (row["tenant_id"], day_of(row["finished_at"]), row["model"] or "", row["pool"])
-        total = sums.get(key)
-        if total is None:
-            total = sums[key] = dict.fromkeys(COUNTS, 0)
-        total["requests"] += 1
-        for name in _SUMMED:
-            if amount := row[name]:
-                total[name] += amount
-        cost, state = row["cost_micros"], row["usage_state"]
-        if cost:
-            total["cost_micros"] += cost
-        # Not there in what an earlier version has spilled.
-        if details := row.get("usage_details"):
-            _add_details(total, details)
-        if state in _DOUBTFUL:
-            total[state] += 1
-        if cost is None and state != _UNKNOWN:
-            total["unpriced"] += 1
-    names = ("tenant_id", "day", "model", "pool")
-    return [dict(zip(names, key, strict=True)) | total for key, total in sums.items()]
-
-
-def _add_details(total: dict[str, int], details: str | Json) -> None:
-    found = orjson.loads(details) if isinstance(details, str) else details
-    for name, amount in found.items():
-        if name in total:  # the two parts of what was written to a cache are not summed apart
-            total[name] += amount
-
-
-def day_of(at: datetime | str) -> date:
-    """The day of UTC of a time; a text is as it was spilled."""
-    moment = moment_of(at)
-    return moment.date() if moment.tzinfo is UTC else moment.astimezone(UTC).date()
-
-
-def moment_of(at: datetime | str) -> datetime:
-    return datetime.fromisoformat(at) if isinstance(at, str) else at
-
-
-MOST_OPEN = 100_000
-_One = tuple[str, int, int]  # tenant, micros, tokens
-
-
-class _Sums:
-    """Millionths of money and LLM tokens by tenant."""
-
-    def __init__(self) -> None:
-        self._counters: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-
-    def of(self, tenant_id: str) -> tuple[int, int]:
-        micros, tokens = self._counters
-        return micros[tenant_id], tokens[tenant_id]
-
-    def add(self, one: _One, sign: int) -> None:
-        tenant_id, *amounts = one
-        for counter, amount in zip(self._counters, amounts, strict=True):
-            counter[tenant_id] += sign * amount
-            if not counter[tenant_id]:
-                del counter[tenant_id]
-
-
-class Spending:
-    """One per process. A refresh is `begin`, reading the totals, then `end`."""
-
-    def __init__(self) -> None:
-        self._open: dict[UUID, _One] = {}  # noted, not yet written
-        self._sums = _Sums()
-        self._recent: list[_One] = []  # written since the last refresh began
-        self._settling: list[_One] = []  # written before it began
-        self._reserved: dict[UUID, _One] = {}
-        self._reserved_sums = _Sums()
-
-    def __repr__(self) -> str:
-        return (
-            f"<Spending reserved={len(self._reserved)} open={len(self._open)}"
-            f" written={len(self._recent)}>"
-        )
-
-    def of(self, tenant_id: str) -> tuple[int, int]:
-        """Millionths of money, and LLM tokens."""
-        return self._sums.of(tenant_id)
-
-    def reserved(self, tenant_id: str) -> tuple[int, int]:
-        """The same for its calls under way."""
-        return self._reserved_sums.of(tenant_id)
-
-    def reserve(self, request_id: UUID, tenant_id: str, micros: int, tokens: int) -> None:
-        """A call is about to be made, which will cost about so much."""
-        self._release(request_id)
-        one = self._reserved[request_id] = (tenant_id, micros, tokens)
-        self._reserved_sums.add(one, 1)
-
-    def settle(self, request_id: UUID, tenant_id: str, charge: Charge) -> None:
-        """The call is over: what it is charged counts instead of what was reserved."""
-        self._release(request_id)
-        self.forget(request_id)
-        one = (tenant_id, charge.cost_micros or 0, charge.tokens)
-        if not any(one[1:]) or len(self._open) >= MOST_OPEN:
-            return
-        self._open[request_id] = one
-        self._sums.add(one, 1)
-
-    def forget(self, request_id: UUID) -> None:
-        """What was noted of a request is charged to nobody: another try of it follows."""
-        if (one := self._open.pop(request_id, None)) is not None:
-            self._sums.add(one, -1)
-
-    def written(self, ids: Iterable[UUID | str]) -> None:
-        """These are committed; others than those noted here are passed over."""
-        if not self._open:
-            return
-        for given in ids:
-            one = self._open.pop(given if isinstance(given, UUID) else UUID(given), None)
-            if one is not None:
-                self._recent.append(one)
-
-    def begin(self) -> None:
-        """The totals are about to be read."""
-        self._settling += self._recent
-        self._recent = []
-
-    def end(self) -> None:
-        """They were read: what was written before `begin` is in them."""
-        for one in self._settling:
-            self._sums.add(one, -1)
-        self._settling = []
-
-    def _release(self, request_id: UUID) -> None:
-        if (one := self._reserved.pop(request_id, None)) is not None:
-            self._reserved_sums.add(one, -1)
 
 
 class Mark(NamedTuple):

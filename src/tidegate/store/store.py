@@ -13,7 +13,7 @@ from typing import Literal
 from tidegate.errors import StoreUnavailable
 from tidegate.record import CallListeners, CallRecord
 from tidegate.store import audit
-from tidegate.store.audit import Recorder, RelayLog, Spending, UsageTotals
+from tidegate.store.audit import Recorder, RelayLog
 from tidegate.store.batches import Batches, BatchLines
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import HEAD, Connections, revision_of
@@ -23,13 +23,13 @@ from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import WebhookOutbox
 from tidegate.store.policies import Policies
 from tidegate.store.queue import JobQueue
-from tidegate.store.quotas import BudgetGate
 from tidegate.store.records import NewJob
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import Spill
 from tidegate.store.statistics import History, QueueDepths
 from tidegate.store.tenants import Tenants
+from tidegate.store.usage import BudgetGate, Spending, UsageTotals
 
 READ_TIMEOUT_MS = 2_000
 _CLOSE_TIMEOUT_MS = 6_000

@@ -15,7 +15,7 @@ from tests.integration.native.test_totals import VERSION, fronts
 from tests.integration.tenants.asking import ADMIN_TOKEN, ask, key_of
 from tests.waiting import wait_until
 from tidegate.errors import BudgetExceeded
-from tidegate.store.quotas import _exceeded
+from tidegate.store.usage import _exceeded
 
 BUDGET = 12_000
 A_LOOK_S = 1.6  # a second, a call, and what it takes to write and to read on a busy machine

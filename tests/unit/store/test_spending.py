@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tidegate.call import Charge, Usage, UsageState, new_id
-from tidegate.store.audit import Spending
+from tidegate.store.usage import Spending
 
 ONE = Charge(UsageState.TOLD, Usage(3, 4, 5), None, 700)
 
