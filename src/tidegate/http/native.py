@@ -281,8 +281,8 @@ class _Front:
                 await check_known(keys, call, self._scope["headers"], spent)
             if not endpoint.is_counted:
                 check_files(call)
-            if self._services.store.relayed.is_full:
-                await self._services.store.relayed.room_within(call.terms.left_ms())
+            if self._services.store.audit.is_full:
+                await self._services.store.audit.room(call.terms.left_ms())
             opening = self._opening(call)
         except TidegateError as error:
             await self.refuse_unheard(error, endpoint)
@@ -305,7 +305,7 @@ class _Front:
         if not self._is_replay:
             self._record.response_type = content_type_in(self._headers)
             self._record.end(status, failure)
-            self._services.store.relayed.put(self._record)
+            self._services.store.audit.put(self._record)
             if self._once is not None and status is Status.SUCCEEDED:
                 self._once.ended(self._record, content_type_in(self._headers) or "")
 

@@ -353,7 +353,7 @@ class StreamedAnswer(Response):
         )
         record.files = tuple(self._outputs)
         record.end(end.status, end.failure)
-        await self._services.store.record_stream(job, record)
+        await self._services.store.audit.record_stream(job, record)
 
     async def _tell(
         self, end: _End, writer: EventWriter, scope: Scope, receive: Receive, send: Send

@@ -324,7 +324,7 @@ class LineCaller:
         failure = None if error is None else Failure.of(error)
         record.http_status = status_code or 0
         record.end(Status.SUCCEEDED if failure is None else Status.FAILED, failure)
-        call = await self._store.relayed.prepare(record)
+        call = await self._store.audit.prepare(record)
         await self._until_done(
             lambda: self._store.batch_lines.end(
                 line, call, status_code=status_code, answer=answer, failure=failure

@@ -125,8 +125,8 @@ class Watch:
                 self._announce(upstream, said)
         made.set(Metric.POSTGRES_AWAY, (), float(self.store.connections.away))
         made.set(Metric.SPILL, (), self.store.spill.used_bytes)
-        made.set(Metric.UNWRITTEN, name, self.store.relayed.waiting)
-        dropped = self.store.relayed.dropped
+        made.set(Metric.UNWRITTEN, name, self.store.audit.waiting)
+        dropped = self.store.audit.dropped
         if dropped > self._dropped:
             made.tally.add(Metric.DROPPED, (), dropped - self._dropped)
             self._dropped = dropped
@@ -218,9 +218,9 @@ class ProcessState:
             },
             "record": {
                 "postgresql": "away" if store.connections.away else "up",
-                "waiting": store.relayed.waiting,
+                "waiting": store.audit.waiting,
                 "spilled_bytes": store.spill.used_bytes,
-                "dropped": store.relayed.dropped,
+                "dropped": store.audit.dropped,
             },
             "tasks": _tasks(),
             "failed_calls": list(self._failures),

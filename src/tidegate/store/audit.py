@@ -48,6 +48,8 @@ from tidegate.store.states import Status
 from tidegate.store.usage import READ, Spending, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
 
+log = get_logger()
+
 INLINE_BYTES = 8192
 ENCODING = "zlib"
 WORTH_A_THREAD_BYTES = 50_000
@@ -97,7 +99,7 @@ def body_of_answer(record: CallRecord) -> dict[str, Any]:
 def inline_row(role: str, body: dict[str, Any]) -> Json:
     """The row of a body, whatever its size, without its id and owner."""
     raw = orjson.dumps(cleaned(body))
-    return _row(role, len(raw), data=b64encode(_packed(raw)).decode())
+    return _row(role, len(raw), _packed(raw), None)
 
 
 async def row_of(role: str, body: dict[str, Any], blobs: Blobs) -> Json:
@@ -107,14 +109,7 @@ async def row_of(role: str, body: dict[str, Any], blobs: Blobs) -> Json:
         packed = await asyncio.to_thread(_packed, raw)
     else:
         packed = _packed(raw)
-    if len(packed) > INLINE_BYTES:
-        key = new_key(datetime.now(UTC))
-        # Else kept inline instead, as the invariant says.
-        with suppress(StoreUnavailable, TimeoutError):
-            async with asyncio.timeout(_BLOB_TIMEOUT_S):
-                await blobs.put(key, packed)
-            return _row(role, len(raw), blob_key=key)
-    return _row(role, len(raw), data=b64encode(packed).decode())
+    return _row(role, len(raw), *await _placed(packed, blobs))
 
 
 def _packed(raw: bytes) -> bytes:
@@ -124,12 +119,24 @@ def _packed(raw: bytes) -> bytes:
     return packer.compress(raw) + packer.flush()
 
 
-def _row(role: str, size_bytes: int, data: str | None = None, blob_key: str | None = None) -> Json:
+async def _placed(packed: bytes, blobs: Blobs) -> tuple[bytes | None, str | None]:
+    """The bytes for their row, or the key of the blob that large ones have become; inline too
+    while the blob store is unavailable."""
+    if len(packed) > INLINE_BYTES:
+        key = new_key(datetime.now(UTC))
+        with suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(_BLOB_TIMEOUT_S):
+                await blobs.put(key, packed)
+            return None, key
+    return packed, None
+
+
+def _row(role: str, size_bytes: int, data: bytes | None, blob_key: str | None) -> Json:
     return {
         "role": role,
         "encoding": ENCODING,
         "size_bytes": size_bytes,
-        "data": data,
+        "data": None if data is None else b64encode(data).decode(),
         "blob_key": blob_key,
     }
 
@@ -228,68 +235,290 @@ _RETRY_MS = 200
 _REPLAY_EVERY_MS = 5_000
 
 
-class Recorder:
-    """Takes what `entries` makes."""
+SOURCE: Source = "relay"
+MAX_WAITING = 10_000
+MAX_WAITING_BYTES = 64_000_000
+_BATCH_ROWS = 200
+_AT_ONCE = 8
+_LINGER_S = 0.05
+_SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL compresses none either
+_BLOB_TIMEOUT_S = 5.0
+_USAGE = rows.USAGE_COLUMNS
+_of_usage = attrgetter(*_USAGE)
+_AUDIT_COLUMNS = (
+    *("id", "created_at", "request_id", "tenant_id", "pool", "source", "status", "kind"),
+    *("classified_by", "classified_reason", "priority", "model", "model_version"),
+    *("response_id", "attempts", "lapses", "instance_id", "submitted_at", "admitted_at"),
+    *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
+    *("endpoint", "http_status", "streamed", "key_id", "subject"),
+    *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details"),
+)
+_read_by_usage = itemgetter(*map(_AUDIT_COLUMNS.index, READ))
+_BODY_COLUMNS = (
+    *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
+    *("blob_key", "content_type", "omitted_bytes"),
+)
+
+
+# role, encoding, size_bytes, data, blob_key
+_Packed = tuple[str, str, int, bytes | None, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A record as it is written: its row, and its bodies."""
+
+    record: CallRecord
+    audit: tuple[Any, ...]
+    bodies: list[_Packed]
+
+
+@dataclass(slots=True)
+class _Overflow:
+    """Records left out while a buffer is full; logged when that begins and when it ends."""
+
+    count: int = 0
+    ever: int = 0
+
+    def add(self) -> None:
+        if not self.count:
+            log.warning(Log.AUDIT_DROPPED, dropping=True)
+        self.count += 1
+        self.ever += 1
+
+    def end(self) -> None:
+        if self.count:
+            log.warning(Log.AUDIT_DROPPED, dropping=False, dropped=self.count)
+            self.count = 0
+
+
+class AuditLog:
+    """Writes calls that have ended. One per process: `start` it, `aclose` it at the end.
+
+    Native calls are rows, written by COPY: `put` buffers them, `room` waits for room in the buffer;
+    what has to be written with something else goes through `prepare`, `add` and `noted`. Ends of
+    jobs, streams and answers under keys are entries, which wait on the disk while PostgreSQL is
+    unavailable; so does a row that could not be written.
+    """
 
     def __init__(
         self,
         connections: Connections,
         notifications: Notifications,
         spill: Spill,
-        *,
         blobs: Blobs,
+        *,
         spending: Spending,
+        listeners: CallListeners,
         instance_id: str,
         when_full: Literal["block", "drop"],
-        listeners: CallListeners,
     ) -> None:
         self._connections = connections
-        self._blobs = blobs
-        self._spending = spending
         self._notifications = notifications
         self._spill = spill
+        self._blobs = blobs
+        self._spending = spending
+        self._listeners = listeners
         self._instance_id = instance_id
         self._when_full = when_full
-        self._listeners = listeners
-        self._writer: GroupWriter[Json, None] = GroupWriter(self._commit, _size_of)
+        self._room = asyncio.Event()  # set when either buffer has become shorter
+        self._waiting: deque[CallRecord] = deque()
+        self._waiting_bytes = 0
+        self._more = asyncio.Event()
+        self._rows_left_out = _Overflow()
+        self._row_writer: asyncio.Task[None] | None = None
+        self._entry_writer: GroupWriter[Json, None] = GroupWriter(self._commit, _size_of)
         self._tasks: set[asyncio.Task[bool]] = set()
-        self._streams = 0
-        self._streams_bytes = 0
-        self._room = asyncio.Event()
-        self._dropped = 0
-        self.dropped = 0  # since the start
+        self._pending = 0
+        self._pending_bytes = 0
+        self._entries_left_out = _Overflow()
         self._replay_soon = asyncio.Event()
         self._replayer: asyncio.Task[None] | None = None
         self._closing = False
 
     def start(self) -> None:
+        self._row_writer = asyncio.create_task(self._write_rows())
         self._connections.on_back.append(self._replay_soon.set)
         self._replay_soon.set()
         self._replayer = asyncio.create_task(self._replay())
 
     async def aclose(self, timeout_ms: int) -> None:
-        """Write what is pending within `timeout_ms`; what can't be is on the disk."""
+        """Write what is pending within `timeout_ms`, rows within a third of that; entries that
+        can't be written are on the disk."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_ms / 3000):
+                while self._row_writer is not None and self._waiting_bytes:
+                    self._more.set()
+                    self._room.clear()
+                    await self._room.wait()
+        await _end_tasks([self._row_writer])
         self._closing = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_ms / 1000)
-        left = list(self._tasks)
-        if self._replayer is not None:
-            self._replayer.cancel()
-            left_replay = [self._replayer]
-            await asyncio.gather(*left_replay, return_exceptions=True)
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await _end_tasks([self._replayer, *self._tasks])
         self._spill.close()
 
-    async def record(self, entry: Awaitable[Json], ended: CallRecord) -> bool:
-        """Write `entry`, or keep it on the disk while PostgreSQL is away; True if written.
-        Listeners of calls then receive `ended`.
+    @property
+    def dropped(self) -> int:
+        """How many records this process has left out since its start, for want of room."""
+        return self._rows_left_out.ever + self._entries_left_out.ever
 
-        Raises ClaimLost, or StoreUnavailable when the spill is full too. A cancelled caller's
-        entry is written or kept all the same.
+    @property
+    def waiting(self) -> int:
+        """Rows that are not written yet."""
+        return len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
+
+    async def room(self, wait_ms: float) -> None:
+        """Before a call: with `block`, wait while the record can't keep up, no longer than the call
+        may wait. Raises StoreUnavailable."""
+        try:
+            async with asyncio.timeout(max(0, wait_ms) / 1000):
+                while self._when_full == "block" and self.is_full:
+                    self._room.clear()
+                    await self._room.wait()
+        except TimeoutError:
+            raise StoreUnavailable("the record cannot keep up") from None
+
+    def put(self, record: CallRecord) -> None:
+        """Buffer the record of a native call that has ended; with `drop`, not while it is full."""
+        if self._when_full == "drop" and self.is_full:
+            self._rows_left_out.add()
+            self._listeners.note(record)
+            return
+        if self._rows_left_out.count:
+            self._rows_left_out.end()
+        self._waiting.append(record)
+        self._waiting_bytes += record.size_bytes
+        self._more.set()
+
+    async def _write_rows(self) -> None:
+        while True:
+            await self._more.wait()
+            await asyncio.sleep(_LINGER_S)  # a batch costs as much as a row
+            self._more.clear()
+            while self._waiting:
+                count = min(len(self._waiting), _BATCH_ROWS)
+                batch = [self._waiting.popleft() for _ in range(count)]
+                self._listeners.notify(batch)
+                try:
+                    await self._write(batch)
+                except Exception:  # the top of a task: logged, and it goes on
+                    log.exception(Log.INTERNAL_ERROR, where="relay log")
+                finally:
+                    self._waiting_bytes -= sum(record.size_bytes for record in batch)
+                    self._room.set()
+
+    async def prepare(self, record: CallRecord) -> Prepared:
+        """The record as `add` takes it; a large body is in the blob store from now on."""
+        return Prepared(record, self._audit_values(record), await self._packed(record))
+
+    async def add(self, connection: asyncpg.Connection, given: Sequence[Prepared]) -> set[int]:
+        """Write records in a transaction of the caller's. Returns the places of those that are left
+        out, since their tenant or subject was erased."""
+        marks = [
+            Mark(one.record.tenant_id, one.record.subject, one.record.received_at) for one in given
+        ]
+        gone = await erased_among(connection, marks)
+        kept = [one for place, one in enumerate(given) if place not in gone]
+        await connection.copy_records_to_table(
+            "audit",
+            records=[one.audit for one in kept],
+            columns=_AUDIT_COLUMNS,
+            timeout=None,
+        )
+        bodies = [_body_values(one.record, *body) for one in kept for body in one.bodies]
+        await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
+        # A repeat after a commit whose reply was lost has failed by now, at the same ids.
+        await add_usage(
+            connection, [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in kept]
+        )
+        return gone
+
+    def noted(self, records: Iterable[CallRecord]) -> None:
+        """Settle the spending, and notify listeners, of records that `add` has written."""
+        written = list(records)
+        self._spending.written(record.id for record in written)
+        self._listeners.notify(written)
+
+    async def _write(self, batch: list[CallRecord]) -> None:
+        given = []
+        for number, record in enumerate(batch, 1):
+            given.append(await self.prepare(record))
+            if not number % _AT_ONCE:
+                await asyncio.sleep(0)  # a whole batch would block the event loop for milliseconds
+        try:
+            gone = await self._connections.run(lambda connection: self.add(connection, given))
+            self._spending.written(record.id for record in batch)
+            if gone:
+                keys = [body[-1] for place in gone for body in given[place].bodies if body[-1]]
+                with suppress(StoreUnavailable):
+                    await self._blobs.delete(keys)
+        except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
+            log.debug(Log.STORE_AWAY, detail=repr(no))
+            for one in given:
+                await self._enqueue(_entry(one.record, one.audit, one.bodies))
+
+    def _audit_values(self, record: CallRecord) -> tuple[Any, ...]:
+        failure = rows.failure_row(record.failure)
+        charge, answer = record.charge, record.answer
+        usage = [rows.count_of(amount) for amount in _of_usage(charge.usage)]
+        return (
+            *(record.request_id, record.received_at, record.request_id, record.tenant_id),
+            *(record.pool, record.source, record.status, record.kind, "body", ""),
+            *(record.priority, _text(record.model or None), _text(answer.model_version)),
+            *(_text(answer.response_id), record.earlier_attempts + record.attempts, 0),
+            *(self._instance_id, record.received_at, record.admitted_at, record.finished_at),
+            *(record.queue_ms or 0.0, record.upstream_ms or 0.0),
+            *(*usage, _text(answer.finish_reason)),
+            None if failure is None else orjson.dumps(failure).decode(),
+            *(record.endpoint, record.http_status, record.streamed, record.key_id),
+            *(_text(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
+            *(charge.images, answer.first_byte_ms),
+            None if charge.usage.details is None else rows.details_text(charge.usage),
+        )
+
+    async def _packed(self, record: CallRecord) -> list[_Packed]:
+        both: list[_Packed] = []
+        for role, raw in (("request", record.request), ("response", record.response)):
+            size = len(raw)
+            if size >= _SMALL_BYTES:
+                both.append(await self._pack(role, raw))
+            elif size:
+                both.append((role, "raw", size, raw, None))
+        return both
+
+    async def _pack(self, role: str, raw: bytes) -> _Packed:
+        large = len(raw) > WORTH_A_THREAD_BYTES
+        encoding, data = await asyncio.to_thread(as_kept, raw) if large else as_kept(raw)
+        return role, encoding, len(raw), *await _placed(data, self._blobs)
+
+    async def end_job(self, job: ClaimedJob, record: CallRecord, *, called: bool = True) -> bool:
+        """Record a job's end, or keep it on the disk while PostgreSQL is unavailable; True if
+        written. Listeners of calls are then notified.
+
+        Raises ClaimLost, or StoreUnavailable when the spill is full too. A cancelled caller's end
+        is written or kept all the same.
         """
-        task = self._start(entry)
+        return await self._record(_end_of(job, record, self._blobs, called=called), record)
+
+    async def retry_job(
+        self, job: ClaimedJob, record: CallRecord, not_before: datetime, *, is_counted: bool
+    ) -> bool:
+        """Record a failed attempt of a job that is queued again, otherwise as `end_job`."""
+        return await self._record(_retry_of(job, record, not_before, is_counted), record)
+
+    async def record_stream(self, job: NewJob, record: CallRecord) -> None:
+        """Accept a finished stream, which is written soon; waits when the buffer is full and
+        `audit_full` is `block`. A cancelled caller has recorded it whole or not at all."""
+        self._listeners.note(record)
+        await self._enqueue(await _stream_of(job, record, self._blobs))
+
+    async def _record(self, entry: Json | Awaitable[Json], ended: CallRecord) -> bool:
+        task = self.keep(entry)
         task.add_done_callback(lambda done: self._notify(done, ended))
         return await asyncio.shield(task)
 
@@ -297,45 +526,34 @@ class Recorder:
         if not done.cancelled() and done.exception() is None:
             self._listeners.note(ended)
 
-    def keep(self, entry: Json) -> asyncio.Task[bool]:
-        """As `record`, for what is neither counted nor awaited."""
-        return self._start(entry)
-
-    async def enqueue(self, entry: Json) -> None:
+    async def _enqueue(self, entry: Json) -> None:
         """Accept `entry` into the bounded buffer and return; `when_full` says what a full one does.
 
         A cancelled caller that was still waiting for room has recorded nothing.
         """
         size_bytes = _size_of(entry)
-        while self._streams and (
-            self._streams >= MAX_PENDING_STREAMS
-            or self._streams_bytes + size_bytes > MAX_PENDING_BYTES
+        while self._pending and (
+            self._pending >= MAX_PENDING_STREAMS
+            or self._pending_bytes + size_bytes > MAX_PENDING_BYTES
         ):
             if self._when_full == "drop":
-                self._drop()
+                self._entries_left_out.add()
                 return
             self._room.clear()
             await self._room.wait()
-        if self._dropped:
-            get_logger().warning(Log.AUDIT_DROPPED, dropping=False, dropped=self._dropped)
-            self._dropped = 0
-        self._streams += 1
-        self._streams_bytes += size_bytes
-        task = self._start(entry, patient=True)
-        task.add_done_callback(lambda _task: self._left(size_bytes))
+        self._entries_left_out.end()
+        self._pending += 1
+        self._pending_bytes += size_bytes
+        self.keep(entry, patient=True).add_done_callback(lambda _task: self._left(size_bytes))
 
     def _left(self, size_bytes: int) -> None:
-        self._streams -= 1
-        self._streams_bytes -= size_bytes
+        self._pending -= 1
+        self._pending_bytes -= size_bytes
         self._room.set()
 
-    def _drop(self) -> None:
-        if not self._dropped:
-            get_logger().warning(Log.AUDIT_DROPPED, dropping=True)
-        self._dropped += 1
-        self.dropped += 1
-
-    def _start(self, entry: Json | Awaitable[Json], patient: bool = False) -> asyncio.Task[bool]:
+    def keep(self, entry: Json | Awaitable[Json], *, patient: bool = False) -> asyncio.Task[bool]:
+        """Write an entry, True, or keep it on the disk until it can be written, False. While the
+        spill is full too, a `patient` one waits, others raise StoreUnavailable."""
         task = asyncio.create_task(self._write_or_keep(entry, patient))
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -345,18 +563,18 @@ class Recorder:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, ClaimLost | StoreUnavailable):
-            get_logger().error(Log.INTERNAL_ERROR, where="recorder", error=repr(error))
+            log.error(Log.INTERNAL_ERROR, where="recorder", error=repr(error))
 
     async def _write_or_keep(self, given: Json | Awaitable[Json], patient: bool) -> bool:
         entry = given if isinstance(given, dict) else await given
         while True:
             try:
-                await self._writer.write(entry)
+                await self._entry_writer.write(entry)
                 return True
             except StoreUnavailable:
                 try:
                     await self._spill.keep(entry)
-                    # After a mere blip nobody will tell us that PostgreSQL is back.
+                    # After a short outage nothing else notifies us of its end.
                     loop = asyncio.get_running_loop()
                     loop.call_later(_RETRY_MS / 1000, self._replay_soon.set)
                     return False
@@ -380,22 +598,22 @@ class Recorder:
             except StoreUnavailable:
                 continue  # the connections' return wakes us
             except Exception as failed:  # noqa: BLE001 -- top of a task
-                get_logger().error(Log.INTERNAL_ERROR, where="replay", error=repr(failed))
+                log.error(Log.INTERNAL_ERROR, where="replay", error=repr(failed))
 
     async def _write_again(self, entries: list[Json]) -> None:
         results = await asyncio.gather(
-            *(self._writer.write(entry) for entry in entries), return_exceptions=True
+            *(self._entry_writer.write(entry) for entry in entries), return_exceptions=True
         )
         for entry, result in zip(entries, results, strict=True):
             if isinstance(result, StoreUnavailable):
                 raise result
             if isinstance(result, ClaimLost):
-                get_logger().warning(
+                log.warning(
                     Log.SPILL_REPLAYED, request_id=str(entry["row"]["id"]), refused=repr(result)
                 )
             elif isinstance(result, BaseException):
                 await self._spill.reject(entry, repr(result))
-                get_logger().error(Log.INTERNAL_ERROR, where="replay", error=repr(result))
+                log.error(Log.INTERNAL_ERROR, where="replay", error=repr(result))
 
     async def _commit(self, entries: Sequence[Json]) -> list[Exception | None]:
         async def work(
@@ -404,7 +622,8 @@ class Recorder:
             gone = await erased_entries(connection, entries)
             ids = {id(entry) for entry in gone}
             kept = [entry for entry in entries if id(entry) not in ids]
-            await settle_keys(connection, [entry for entry in kept if entry["op"] in KEY_OPS])
+            if keys := [entry for entry in kept if entry["op"] in KEY_OPS]:
+                await settle_keys(connection, keys)
             rest = [entry for entry in kept if entry["op"] not in KEY_OPS]
             return gone, await _write_entries(connection, rest, self._instance_id)
 
@@ -427,13 +646,72 @@ class Recorder:
         ]
 
     async def _discard(self, entries: Sequence[Json]) -> None:
-        """Delete the blobs of entries that nobody will write: those that were made for them."""
+        """Delete the blobs that were made for entries that will not be written."""
         own = [body for entry in entries for body in entry["bodies"]]
         own += [file for entry in entries for file in entry["files"] if file["role"] == "output"]
         keys = [one["blob_key"] for one in own if one["blob_key"] is not None]
         if keys:
             with suppress(StoreUnavailable):  # then they go with the other orphans
                 await self._blobs.delete(keys)
+
+
+async def _end_of(job: ClaimedJob, record: CallRecord, blobs: Blobs, *, called: bool) -> Json:
+    """Of a job that was `called`, or ended before."""
+    attempt, files = rows.result_row(record) if called else None, []
+    bodies = [await row_of("request", body_of_job(job), blobs)]
+    if called:
+        files = rows.file_rows("output", job.request_id, job.tenant_id, record.files)
+        bodies.append(await row_of("response", body_of_answer(record), blobs))
+    row = {
+        **(attempt or {"finished_at": record.finished_at}),
+        "id": job.request_id,
+        "claim": job.claim,
+        "status": record.status,
+        "failure": rows.failure_row(record.failure),
+    }
+    return rows.entry_of("end", row, attempt, files, bodies)
+
+
+async def _retry_of(
+    job: ClaimedJob, record: CallRecord, not_before: datetime, is_counted: bool
+) -> Json:
+    row = {
+        "id": job.request_id,
+        "claim": job.claim,
+        "status": Status.QUEUED,
+        "not_before": not_before,
+        "uncounted": 0 if is_counted else 1,
+        "upstream_ms": record.upstream_ms or 0.0,
+        "first_byte_ms": record.answer.first_byte_ms,
+        "failure": rows.failure_row(record.failure),
+    }
+    return rows.entry_of("retry", row, rows.result_row(record))
+
+
+async def _stream_of(job: NewJob, record: CallRecord, blobs: Blobs) -> Json:
+    attempt, files = rows.result_row(record) if record.was_admitted else None, rows.input_rows(job)
+    bodies = [await row_of("request", body_of_job(job), blobs)]
+    if attempt is not None:
+        files += rows.file_rows("output", job.request_id, job.tenant_id, record.files)
+        bodies.append(await row_of("response", body_of_answer(record), blobs))
+    row = {
+        **(attempt or {}),
+        "used_model": None if attempt is None else attempt["model"],
+        **rows.job_row(job),
+        "status": record.status,
+        "finished_at": record.finished_at,
+        "attempts": record.attempts,
+        "failure": rows.failure_row(record.failure),
+        "claim": 0,
+    }
+    return rows.entry_of("stream", row, attempt, files, bodies)
+
+
+async def _end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    left = [task for task in tasks if task is not None]
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 def _size_of(entry: Json) -> int:
@@ -578,315 +856,6 @@ async def audit_unanswered(
     )
 
 
-async def of_end(job: ClaimedJob, record: CallRecord, blobs: Blobs) -> Json:
-    attempt = rows.result_row(record)
-    row = {
-        **attempt,
-        "id": job.request_id,
-        "claim": job.claim,
-        "status": record.status,
-        "failure": rows.failure_row(record.failure),
-    }
-    return {
-        "op": "end",
-        "row": row,
-        "attempt": attempt,
-        "files": rows.output_rows(job.request_id, job.tenant_id, record.files),
-        "bodies": [
-            await row_of("request", body_of_job(job), blobs),
-            await row_of("response", body_of_answer(record), blobs),
-        ],
-    }
-
-
-async def of_retry(
-    job: ClaimedJob, record: CallRecord, not_before: datetime, *, is_counted: bool
-) -> Json:
-    row = {
-        "id": job.request_id,
-        "claim": job.claim,
-        "status": Status.QUEUED,
-        "not_before": not_before,
-        "uncounted": 0 if is_counted else 1,
-        "upstream_ms": record.upstream_ms or 0.0,
-        "first_byte_ms": record.answer.first_byte_ms,
-        "failure": rows.failure_row(record.failure),
-    }
-    attempt = rows.result_row(record)
-    return {"op": "retry", "row": row, "attempt": attempt, "files": [], "bodies": []}
-
-
-async def of_unadmitted(job: ClaimedJob, record: CallRecord, blobs: Blobs) -> Json:
-    row = {
-        "id": job.request_id,
-        "claim": job.claim,
-        "status": record.status,
-        "finished_at": record.finished_at,
-        "failure": rows.failure_row(record.failure),
-    }
-    body = await row_of("request", body_of_job(job), blobs)
-    return {"op": "end", "row": row, "attempt": None, "files": [], "bodies": [body]}
-
-
-async def of_stream(job: NewJob, record: CallRecord, blobs: Blobs) -> Json:
-    attempt = rows.result_row(record) if record.was_admitted else None
-    row = {
-        **(attempt or {}),
-        "used_model": None if attempt is None else attempt["model"],
-        **rows.job_row(job),
-        "status": record.status,
-        "finished_at": record.finished_at,
-        "attempts": record.attempts,
-        "failure": rows.failure_row(record.failure),
-        "claim": 0,
-    }
-    files = rows.input_rows(job)
-    own_bodies = [await row_of("request", body_of_job(job), blobs)]
-    if attempt is not None:
-        files += rows.output_rows(job.request_id, job.tenant_id, record.files)
-        own_bodies.append(await row_of("response", body_of_answer(record), blobs))
-    return {"op": "stream", "row": row, "attempt": attempt, "files": files, "bodies": own_bodies}
-
-
-log = get_logger()
-
-SOURCE: Source = "relay"
-MAX_WAITING = 10_000
-MAX_WAITING_BYTES = 64_000_000
-_BATCH_ROWS = 200
-_AT_ONCE = 8
-_LINGER_S = 0.05
-_SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL compresses none either
-_BLOB_TIMEOUT_S = 5.0
-_USAGE = rows.USAGE_COLUMNS
-_of_usage = attrgetter(*_USAGE)
-_AUDIT_COLUMNS = (
-    *("id", "created_at", "request_id", "tenant_id", "pool", "source", "status", "kind"),
-    *("classified_by", "classified_reason", "priority", "model", "model_version"),
-    *("response_id", "attempts", "lapses", "instance_id", "submitted_at", "admitted_at"),
-    *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
-    *("endpoint", "http_status", "streamed", "key_id", "subject"),
-    *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details"),
-)
-_read_by_usage = itemgetter(*map(_AUDIT_COLUMNS.index, READ))
-_BODY_COLUMNS = (
-    *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
-    *("blob_key", "content_type", "omitted_bytes"),
-)
-
-
-# role, encoding, size_bytes, data, blob_key
-_Packed = tuple[str, str, int, bytes | None, str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A record as it is written: its row, and its bodies."""
-
-    record: CallRecord
-    audit: tuple[Any, ...]
-    bodies: list[_Packed]
-
-
-class RelayLog:
-    """One per process. `start`, then `put` or `room`; `aclose` at the end. What has to be written
-    with something else goes through `prepare`, `add` and `noted` instead of `put`."""
-
-    def __init__(
-        self,
-        connections: Connections,
-        recorder: Recorder,
-        blobs: Blobs,
-        *,
-        instance_id: str,
-        when_full: Literal["block", "drop"],
-        spending: Spending,
-        listeners: CallListeners,
-    ) -> None:
-        self._connections = connections
-        self._recorder = recorder
-        self._spending = spending
-        self._listeners = listeners
-        self._blobs = blobs
-        self._instance_id = instance_id
-        self._when_full = when_full
-        self._waiting: deque[CallRecord] = deque()
-        self._waiting_bytes = 0
-        self._more = asyncio.Event()
-        self._room = asyncio.Event()
-        self._dropped = 0
-        self._dropped_ever = 0
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
-
-    async def aclose(self, timeout_ms: int) -> None:
-        """Write what is waiting within `timeout_ms`."""
-        if self._task is None:
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_ms / 1000):
-                while self._waiting_bytes:
-                    self._more.set()
-                    self._room.clear()
-                    await self._room.wait()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    @property
-    def dropped(self) -> int:
-        """How many records this process has left out since its start, for want of room."""
-        return self._dropped_ever + self._recorder.dropped
-
-    @property
-    def waiting(self) -> int:
-        """Records that are not written yet."""
-        return len(self._waiting)
-
-    @property
-    def is_full(self) -> bool:
-        return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
-
-    async def room(self) -> None:
-        """Before a call: with `block`, wait while the record can't keep up."""
-        while self._when_full == "block" and self.is_full:
-            self._room.clear()
-            await self._room.wait()
-
-    async def room_within(self, wait_ms: float) -> None:
-        """The same, no longer than a call may wait. Raises StoreUnavailable."""
-        try:
-            async with asyncio.timeout(max(0, wait_ms) / 1000):
-                await self.room()
-        except TimeoutError:
-            raise StoreUnavailable("the record cannot keep up") from None
-
-    def put(self, record: CallRecord) -> None:
-        """Take in the record of a call that has ended; with `drop`, not while it is full."""
-        if self._when_full == "drop" and self.is_full:
-            if not self._dropped:
-                log.warning(Log.AUDIT_DROPPED, dropping=True)
-            self._dropped += 1
-            self._dropped_ever += 1
-            self._listeners.note(record)
-            return
-        if self._dropped:
-            log.warning(Log.AUDIT_DROPPED, dropping=False, dropped=self._dropped)
-            self._dropped = 0
-        self._waiting.append(record)
-        self._waiting_bytes += record.size_bytes
-        self._more.set()
-
-    async def _run(self) -> None:
-        while True:
-            await self._more.wait()
-            await asyncio.sleep(_LINGER_S)  # a batch costs as much as a row
-            self._more.clear()
-            while self._waiting:
-                count = min(len(self._waiting), _BATCH_ROWS)
-                batch = [self._waiting.popleft() for _ in range(count)]
-                self._listeners.notify(batch)
-                try:
-                    await self._write(batch)
-                except Exception:  # the top of a task: logged, and it goes on
-                    log.exception(Log.INTERNAL_ERROR, where="relay log")
-                finally:
-                    self._waiting_bytes -= sum(record.size_bytes for record in batch)
-                    self._room.set()
-
-    async def prepare(self, record: CallRecord) -> Prepared:
-        """The record as `add` takes it; a large body is in the blob store from now on."""
-        return Prepared(record, self._audit_values(record), await self._packed(record))
-
-    async def add(self, connection: asyncpg.Connection, given: Sequence[Prepared]) -> set[int]:
-        """Write records in a transaction of the caller's. Returns the places of those that are left
-        out, since their tenant or subject was erased."""
-        marks = [
-            Mark(one.record.tenant_id, one.record.subject, one.record.received_at) for one in given
-        ]
-        gone = await erased_among(connection, marks)
-        kept = [one for place, one in enumerate(given) if place not in gone]
-        await connection.copy_records_to_table(
-            "audit",
-            records=[one.audit for one in kept],
-            columns=_AUDIT_COLUMNS,
-            timeout=None,
-        )
-        bodies = [_body_values(one.record, *body) for one in kept for body in one.bodies]
-        await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
-        # A repeat after a commit whose reply was lost has failed by now, at the same ids.
-        await add_usage(
-            connection, [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in kept]
-        )
-        return gone
-
-    def noted(self, records: Iterable[CallRecord]) -> None:
-        """Tell those who count calls, and their costs, of records that `add` has written."""
-        written = list(records)
-        self._spending.written(record.id for record in written)
-        self._listeners.notify(written)
-
-    async def _write(self, batch: list[CallRecord]) -> None:
-        given = []
-        for number, record in enumerate(batch, 1):
-            given.append(await self.prepare(record))
-            if not number % _AT_ONCE:
-                await asyncio.sleep(0)  # a whole batch would hold up everybody for milliseconds
-        try:
-            gone = await self._connections.run(lambda connection: self.add(connection, given))
-            self._spending.written(record.id for record in batch)
-            if gone:
-                keys = [body[-1] for place in gone for body in given[place].bodies if body[-1]]
-                with suppress(StoreUnavailable):
-                    await self._blobs.delete(keys)
-        except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
-            log.debug(Log.STORE_AWAY, detail=repr(no))
-            for one in given:
-                await self._recorder.enqueue(_entry(one.record, one.audit, one.bodies))
-
-    def _audit_values(self, record: CallRecord) -> tuple[Any, ...]:
-        failure = rows.failure_row(record.failure)
-        charge, answer = record.charge, record.answer
-        usage = [rows.count_of(amount) for amount in _of_usage(charge.usage)]
-        return (
-            *(record.request_id, record.received_at, record.request_id, record.tenant_id),
-            *(record.pool, record.source, record.status, record.kind, "body", ""),
-            *(record.priority, _text(record.model or None), _text(answer.model_version)),
-            *(_text(answer.response_id), record.earlier_attempts + record.attempts, 0),
-            *(self._instance_id, record.received_at, record.admitted_at, record.finished_at),
-            *(record.queue_ms or 0.0, record.upstream_ms or 0.0),
-            *(*usage, _text(answer.finish_reason)),
-            None if failure is None else orjson.dumps(failure).decode(),
-            *(record.endpoint, record.http_status, record.streamed, record.key_id),
-            *(_text(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
-            *(charge.images, answer.first_byte_ms),
-            None if charge.usage.details is None else rows.details_text(charge.usage),
-        )
-
-    async def _packed(self, record: CallRecord) -> list[_Packed]:
-        both: list[_Packed] = []
-        for role, raw in (("request", record.request), ("response", record.response)):
-            size = len(raw)
-            if size >= _SMALL_BYTES:
-                both.append(await self._pack(role, raw))
-            elif size:
-                both.append((role, "raw", size, raw, None))
-        return both
-
-    async def _pack(self, role: str, raw: bytes) -> _Packed:
-        size = len(raw)
-        large = size > WORTH_A_THREAD_BYTES
-        encoding, data = await asyncio.to_thread(as_kept, raw) if large else as_kept(raw)
-        if len(data) > INLINE_BYTES:
-            key = new_key(datetime.now(UTC))
-            with suppress(StoreUnavailable, TimeoutError):  # then it stays in its row
-                async with asyncio.timeout(_BLOB_TIMEOUT_S):
-                    await self._blobs.put(key, data)
-                return role, encoding, size, None, key
-        return role, encoding, size, data, None
-
-
 def _body_values(
     record: CallRecord,
     role: str,
@@ -916,7 +885,7 @@ def _entry(record: CallRecord, values: tuple[Any, ...], both: list[_Packed]) -> 
         if body["data"] is not None:
             body["data"] = b64encode(body["data"]).decode()
         bodies.append(body)
-    return {"op": "relay", "row": row, "attempt": None, "files": [], "bodies": bodies}
+    return rows.entry_of("relay", row, bodies=bodies)
 
 
 def _text(text: str | None) -> str | None:

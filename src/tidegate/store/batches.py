@@ -22,7 +22,7 @@ from tidegate.call import DEFAULT_POOL, UNKNOWN_CHARGE, Caller
 from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
 from tidegate.record import CallRecord, Failure
 from tidegate.store import records as rows
-from tidegate.store.audit import Prepared, RelayLog
+from tidegate.store.audit import AuditLog, Prepared
 from tidegate.store.database import Connections, GroupWriter, sql, until_quick
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
 from tidegate.store.notifications import BATCHES, Notifications
@@ -131,10 +131,10 @@ class Batches:
         self,
         connections: Connections,
         notifications: Notifications,
-        relayed: RelayLog,
+        audit: AuditLog,
         instance_id: str,
     ) -> None:
-        self._relayed = relayed
+        self._audit = audit
         self._connections = connections
         self._notifications = notifications
         self._instance_id = instance_id
@@ -310,7 +310,7 @@ class Batches:
         """With it go its lines; of those that were called without an answer the record tells.
         Raises ClaimLost."""
         ids = [None if one is None else one.file_id for one in (output, error)]
-        calls = [await self._relayed.prepare(one) for one in await self._unanswered(batch)]
+        calls = [await self._audit.prepare(one) for one in await self._unanswered(batch)]
 
         async def end(connection: asyncpg.Connection) -> bool:
             ended = await connection.fetchval(sql("end_batch"), batch.batch_id, batch.claim, *ids)
@@ -322,13 +322,13 @@ class Batches:
                 if file is not None:
                     await _add_file(connection, file)
             if calls:
-                await self._relayed.add(connection, calls)
+                await self._audit.add(connection, calls)
             await connection.execute(sql("delete_batch_lines"), batch.batch_id)
             return True
 
         if not await self._connections.run(end, timeout_ms=_BULK_TIMEOUT_MS):
             raise ClaimLost(f"another worker has batch_{batch.batch_id.hex} now")
-        self._relayed.noted(call.record for call in calls)
+        self._audit.noted(call.record for call in calls)
 
     async def _unanswered(self, batch: Batch) -> list[CallRecord]:
         if batch.ends_as not in _CUT_SHORT:
@@ -446,13 +446,13 @@ class BatchLines:
     def __init__(
         self,
         connections: Connections,
-        relayed: RelayLog,
+        audit: AuditLog,
         *,
         instance_id: str,
         lease_ms: int,
         may_judge: Callable[[], bool],
     ) -> None:
-        self._relayed = relayed
+        self._audit = audit
         self._connections = connections
         self._instance_id = instance_id
         self._lease_ms = lease_ms
@@ -568,12 +568,12 @@ class BatchLines:
             failed = [row for row in taken if row["state"] == "failed"]
             await _count(connection, failed)
             records = [record_of(row, status=Status.FAILED, failure=_DIED) for row in failed]
-            calls = [await self._relayed.prepare(record) for record in records]
+            calls = [await self._audit.prepare(record) for record in records]
             if calls:
-                await self._relayed.add(connection, calls)
+                await self._audit.add(connection, calls)
             return calls
 
-        self._relayed.noted(call.record for call in await self._connections.run(retake))
+        self._audit.noted(call.record for call in await self._connections.run(retake))
         self._lapses.end(look, complete=True)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
@@ -594,19 +594,19 @@ class BatchLines:
             await _count(connection, ended)
             keys = {(row["batch_id"].int, row["line"]) for row in ended}
             if is_recorded:
-                await self._relayed.add(connection, [one.call for one in batch if one.key in keys])
+                await self._audit.add(connection, [one.call for one in batch if one.key in keys])
 
         is_recorded = True
         try:
             await self._connections.run(end)
-            self._relayed.noted(one.call.record for one in batch)
+            self._audit.noted(one.call.record for one in batch)
         except (asyncpg.PostgresError, ValueError) as refused:
             if len(batch) > 1:
                 raise  # then each comes by itself
             log.error(Log.INTERNAL_ERROR, where="the record of a line", error=repr(refused))
             is_recorded = False  # by another way, or the line would never end
             await self._connections.run(end)
-            self._relayed.put(batch[0].call.record)
+            self._audit.put(batch[0].call.record)
         return [None] * len(batch)
 
 

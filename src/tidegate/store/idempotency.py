@@ -26,7 +26,7 @@ import asyncpg
 
 from tidegate.errors import StoreUnavailable
 from tidegate.store.database import Connections, Steadiness, sql
-from tidegate.store.records import Idempotency, Json, dumps
+from tidegate.store.records import Idempotency, Json, dumps, entry_of
 from tidegate.telemetry.logging import Log, get_logger
 
 LONGEST_LEASE_MS = 10_000
@@ -174,8 +174,7 @@ class NativeKeys:
 
     def _settle(self, owner: Owner, op: str, row: Json, size_bytes: int) -> None:
         self._pending_bytes += size_bytes
-        entry: Json = {"op": op, "row": row, "attempt": None, "files": [], "bodies": []}
-        self._keep(entry).add_done_callback(partial(self._settled, owner, size_bytes))
+        self._keep(entry_of(op, row)).add_done_callback(partial(self._settled, owner, size_bytes))
 
     def _settled(self, owner: Owner, size_bytes: int, writing: asyncio.Task[bool]) -> None:
         self._pending_bytes -= size_bytes

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_right, insort
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -27,10 +27,8 @@ import orjson
 from tidegate.call import Classification, Kind, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
-from tidegate.store import audit
 from tidegate.store import records as rows
-from tidegate.store.audit import Recorder
-from tidegate.store.blobs import Blobs
+from tidegate.store.audit import AuditLog, audit_unanswered, of_row
 from tidegate.store.database import Connections, GroupWriter, Steadiness, count_in, sql, until_quick
 from tidegate.store.jobs import CANCELLED_FAILURE
 from tidegate.store.notifications import UNSURE, Notifications
@@ -524,8 +522,7 @@ class JobQueue:
         connections: Connections,
         notifications: Notifications,
         listeners: CallListeners,
-        recorder: Recorder,
-        blobs: Blobs,
+        audit: AuditLog,
         *,
         instance_id: str,
         lease_ms: int,
@@ -533,8 +530,7 @@ class JobQueue:
         self._listeners = listeners
         self._connections = connections
         self._notifications = notifications
-        self._recorder = recorder
-        self._blobs = blobs
+        self._audit = audit
         self._instance_id = instance_id
         self._lease_ms = lease_ms
         self._steadiness = Steadiness(lease_ms)
@@ -656,19 +652,21 @@ class JobQueue:
         """Record a job's end, on disk while PostgreSQL is unavailable. Raises ClaimLost,
         StoreUnavailable when the spill is full. A cancelled caller's end is recorded all the
         same."""
-        await self._end(job, audit.of_end(job, record, self._blobs), record)
+        if await self._audit.end_job(job, record):
+            self.settled(job)
 
     async def retry(
         self, job: ClaimedJob, record: CallRecord, not_before: datetime, is_counted: bool = True
     ) -> None:
         """Record a failed attempt and queue the job again, not before then; otherwise as
         `finish`."""
-        entry = audit.of_retry(job, record, not_before, is_counted=is_counted)
-        await self._end(job, entry, record)
+        if await self._audit.retry_job(job, record, not_before, is_counted=is_counted):
+            self.settled(job)
 
     async def fail_unadmitted(self, job: ClaimedJob, record: CallRecord) -> None:
         """End a job that was never sent upstream; otherwise as `finish`."""
-        await self._end(job, audit.of_unadmitted(job, record, self._blobs), record)
+        if await self._audit.end_job(job, record, called=False):
+            self.settled(job)
 
     async def release(
         self,
@@ -728,7 +726,7 @@ class JobQueue:
             )
             await _mark_ambiguous(connection, retaken)
             dead = [row for row in retaken if row["status"] == Status.DEAD]
-            await audit.audit_unanswered(connection, dead, failure, self._instance_id)
+            await audit_unanswered(connection, dead, failure, self._instance_id)
             return retaken
 
         retaken = await self._connections.run(retake)
@@ -738,7 +736,7 @@ class JobQueue:
             get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
             for row in retaken:
                 if row["status"] == Status.DEAD:
-                    self._listeners.note(audit.of_row(row, failure))
+                    self._listeners.note(of_row(row, failure))
                     get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
             self._notifications.changed(ids)
             self._notifications.work(row["pool"] for row in retaken)
@@ -760,17 +758,13 @@ class JobQueue:
             ended: list[asyncpg.Record] = await connection.fetch(
                 sql(name), orjson.dumps(failure).decode(), *values
             )
-            await audit.audit_unanswered(connection, ended, failure, self._instance_id)
+            await audit_unanswered(connection, ended, failure, self._instance_id)
             return ended
 
         ended = await self._connections.run(end)
-        self._listeners.notify([audit.of_row(row, failure) for row in ended])
+        self._listeners.notify([of_row(row, failure) for row in ended])
         self._notifications.changed(rows.uuid_of(row["id"]) for row in ended)
         return len(ended)
-
-    async def _end(self, job: ClaimedJob, entry: Awaitable[Json], record: CallRecord) -> None:
-        if await self._recorder.record(entry, record):
-            self.settled(job)
 
     def _lost(self, job: ClaimedJob) -> NoReturn:
         self.settled(job)

@@ -8,7 +8,7 @@ spoil a batch; unknown usage is null, never zero.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import cache
@@ -265,37 +265,37 @@ def job_row(job: NewJob) -> Json:
 
 
 def input_rows(job: NewJob) -> list[Json]:
+    return file_rows("input", job.request_id, job.tenant_id, job.attachments)
+
+
+def file_rows(
+    role: str, request_id: UUID, tenant_id: str, files: Iterable[Attachment | OutputFile]
+) -> list[Json]:
     return [
         {
             "id": file.file_id,
-            "request_id": job.request_id,
-            "tenant_id": clean(job.tenant_id),
-            "role": "input",
+            "request_id": request_id,
+            "tenant_id": clean(tenant_id),
+            "role": role,
             "position": position,
             "name": clean(file.name),
             "mime_type": clean(file.mime_type),
             "size_bytes": file.size_bytes,
             "blob_key": file.blob_key,
         }
-        for position, file in enumerate(job.attachments)
+        for position, file in enumerate(files)
     ]
 
 
-def output_rows(request_id: object, tenant_id: str, pictures: Iterable[OutputFile]) -> list[Json]:
-    return [
-        {
-            "id": picture.file_id,
-            "request_id": request_id,
-            "tenant_id": clean(tenant_id),
-            "role": "output",
-            "position": position,
-            "name": clean(picture.name),
-            "mime_type": clean(picture.mime_type),
-            "size_bytes": picture.size_bytes,
-            "blob_key": picture.blob_key,
-        }
-        for position, picture in enumerate(pictures)
-    ]
+def entry_of(
+    op: str,
+    row: Json,
+    attempt: Json | None = None,
+    files: Sequence[Json] = (),
+    bodies: Sequence[Json] = (),
+) -> Json:
+    """What the audit writes, or keeps on the disk: the row that `op` is about, and what it has."""
+    return {"op": op, "row": row, "attempt": attempt, "files": [*files], "bodies": [*bodies]}
 
 
 def failure_row(failure: Failure | None) -> Json | None:

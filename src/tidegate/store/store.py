@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from tidegate.errors import StoreUnavailable
-from tidegate.record import CallListeners, CallRecord
-from tidegate.store import audit
-from tidegate.store.audit import Recorder, RelayLog
+from tidegate.record import CallListeners
+from tidegate.store.audit import AuditLog
 from tidegate.store.batches import Batches, BatchLines
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import HEAD, Connections, revision_of
@@ -23,7 +22,6 @@ from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import WebhookOutbox
 from tidegate.store.policies import Policies
 from tidegate.store.queue import JobQueue
-from tidegate.store.records import NewJob
 from tidegate.store.requests import ActiveRequests, Requests, StuckWork
 from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import Spill
@@ -61,68 +59,49 @@ class Store:
         self.spill = Spill(spill_dir, spill_max_bytes)
         self.spending, self.usage = Spending(), UsageTotals(connections)
         self.notifications = Notifications(connections)
-        self.recorder, self.relayed = self._open_audit(audit_full)
+        self.audit = AuditLog(
+            connections,
+            self.notifications,
+            self.spill,
+            blobs,
+            spending=self.spending,
+            listeners=self.listeners,
+            instance_id=instance_id,
+            when_full=audit_full,
+        )
         self.jobs = Jobs(connections, self.notifications, self.listeners, instance_id=instance_id)
         self.queue_caps = QueueCaps(connections)
         self.queue = JobQueue(
             connections,
             self.notifications,
             self.listeners,
-            self.recorder,
-            blobs,
+            self.audit,
             instance_id=instance_id,
             lease_ms=claim_lease_ms,
         )
-        self.batches = Batches(connections, self.notifications, self.relayed, instance_id)
+        self.batches = Batches(connections, self.notifications, self.audit, instance_id)
         self.batch_lines = BatchLines(
             connections,
-            self.relayed,
+            self.audit,
             instance_id=instance_id,
             lease_ms=claim_lease_ms,
             may_judge=lambda: self.queue.may_judge,
         )
-        self.native_keys = NativeKeys(connections, self.recorder.keep, lease_ms=claim_lease_ms)
+        self.native_keys = NativeKeys(connections, self.audit.keep, lease_ms=claim_lease_ms)
         self.requests = Requests(connections, blobs, self.notifications)
-        self.running_calls, self.stuck = (
-            ActiveRequests(connections),
-            StuckWork(connections, self.notifications),
-        )
-        self.history, self.queue_depths = (
-            History(connections, instance_id),
-            QueueDepths(connections),
-        )
+        self.running_calls = ActiveRequests(connections)
+        self.stuck = StuckWork(connections, self.notifications)
+        self.history = History(connections, instance_id)
+        self.queue_depths = QueueDepths(connections)
         self.policies, self.tenants = Policies(connections), Tenants(connections)
         self.budgets = BudgetGate(self.usage, self.spending, self.tenants)
         self.outbox = WebhookOutbox(connections)
         self.retention = Retention(connections, blobs, spill_dir)
 
-    def _open_audit(self, audit_full: Literal["block", "drop"]) -> tuple[Recorder, RelayLog]:
-        recorder = Recorder(
-            self.connections,
-            self.notifications,
-            self.spill,
-            blobs=self.blobs,
-            spending=self.spending,
-            instance_id=self.instance_id,
-            when_full=audit_full,
-            listeners=self.listeners,
-        )
-        relayed = RelayLog(
-            self.connections,
-            recorder,
-            self.blobs,
-            instance_id=self.instance_id,
-            when_full=audit_full,
-            spending=self.spending,
-            listeners=self.listeners,
-        )
-        return recorder, relayed
-
     async def start(self) -> None:
         """Begin to connect in the background: PostgreSQL may come later."""
         self.connections.start()
-        self.recorder.start()
-        self.relayed.start()
+        self.audit.start()
         self._background = asyncio.gather(make_partitions(self.connections), self.budgets.run())
 
     async def aclose(self) -> None:
@@ -131,8 +110,7 @@ class Store:
             self._background.cancel()
             await asyncio.gather(self._background, return_exceptions=True)
         self.notifications.wake_all()
-        await self.relayed.aclose(_CLOSE_TIMEOUT_MS // 3)
-        await self.recorder.aclose(_CLOSE_TIMEOUT_MS)
+        await self.audit.aclose(_CLOSE_TIMEOUT_MS)
         await self.native_keys.aclose()
         await self.notifications.aclose()
         await self.connections.aclose()
@@ -148,9 +126,3 @@ class Store:
             return self._schema_fitted
         self._schema_fitted = revision is not None and revision >= HEAD
         return self._schema_fitted
-
-    async def record_stream(self, job: NewJob, record: CallRecord) -> None:
-        """Accept a finished stream's record, which is written soon; waits when the buffer is full
-        and `audit_full` is `block`. A cancelled caller has recorded it whole or not at all."""
-        self.listeners.note(record)
-        await self.recorder.enqueue(await audit.of_stream(job, record, self.blobs))

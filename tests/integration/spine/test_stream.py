@@ -12,8 +12,8 @@ import pytest
 from tests.gateway import PNG, Gateway, Opener, read_stream
 from tests.waiting import promised_s, wait_until
 from tidegate.record import CallRecord
+from tidegate.store.audit import AuditLog
 from tidegate.store.records import NewJob
-from tidegate.store.store import Store
 
 
 async def test_events_come_in_order_and_hold_what_the_provider_sent(open_gateway: Opener) -> None:
@@ -149,9 +149,9 @@ async def test_a_stream_is_done_after_a_second_though_its_record_is_late(
 ) -> None:
     gateway = await open_gateway(worker=False)
     written = asyncio.Event()
-    record_stream = Store.record_stream
+    record_stream = AuditLog.record_stream
 
-    async def late(store: Store, job: NewJob, record: CallRecord) -> None:
+    async def late(store: AuditLog, job: NewJob, record: CallRecord) -> None:
         async def write() -> None:
             await written.wait()
             await record_stream(store, job, record)
@@ -159,7 +159,7 @@ async def test_a_stream_is_done_after_a_second_though_its_record_is_late(
         writing.append(asyncio.create_task(write()))
 
     writing: list[asyncio.Task[None]] = []
-    monkeypatch.setattr(Store, "record_stream", late)
+    monkeypatch.setattr(AuditLog, "record_stream", late)
     started = time.monotonic()
     streamed = await gateway.stream(text="Generate an image of a fox")
     assert streamed.names[-1] == "done"

@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from tests.integration.store.jobs import UNSURE, new_job, now, unadmitted
+from tests.waiting import wait_until
 from tidegate.call import Kind, new_id
 from tidegate.store import requests as listing
 from tidegate.store.requests import START, Filter, ListCursor
@@ -76,8 +77,8 @@ async def test_filters_are_all_obeyed(store: Store, peek: asyncpg.Connection) ->
         await store.jobs.submit(job)
     await store.jobs.cancel(late.request_id, "default")
     stream = new_job(created_at=start + timedelta(seconds=3))
-    await store.record_stream(stream, unadmitted(Status.SUCCEEDED, source="stream"))
-    await store.recorder.aclose(2_000)
+    await store.audit.record_stream(stream, unadmitted(Status.SUCCEEDED, source="stream"))
+    await wait_until(lambda: not store.audit._tasks, 20, "the record of the streams")
     assert await peek.fetchval("SELECT count(*) FROM requests") == 4
     one, two = start + timedelta(seconds=1), start + timedelta(seconds=2)
     expected = {

@@ -76,7 +76,7 @@ async def test_an_outage_refuses_submits_quickly_and_keeps_ends_until_it_is_over
             await store.requests.get(jobs[0].request_id, "default")
         await asyncio.gather(*(store.queue.finish(job, result(f"{job.claim}")) for job in jobs))
         stream = new_job("a stream")
-        await store.record_stream(stream, result(source="stream"))
+        await store.audit.record_stream(stream, result(source="stream"))
         assert time.monotonic() - began < promised_s(1.0)
         await wait_until(lambda: time.monotonic() - began > 0.6)
     for job in jobs:
@@ -243,7 +243,7 @@ async def test_a_frozen_server_does_not_outlast_a_ping_or_a_closing(
             await store.connections.ping(300)
         assert time.monotonic() - began < promised_s(1.0)
         finishing = asyncio.create_task(store.queue.finish(job, result("late")))
-        await wait_until(lambda: store.recorder._tasks)
+        await wait_until(lambda: store.audit._tasks)
         began = time.monotonic()
         await store.aclose()
         assert time.monotonic() - began < promised_s(12.0)

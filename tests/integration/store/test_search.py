@@ -74,7 +74,7 @@ def call(tenant_id: str, **changes: object) -> CallRecord:
 
 async def put(store: Store, peek: asyncpg.Connection, *records: CallRecord) -> None:
     for record in records:
-        store.relayed.put(record)
+        store.audit.put(record)
 
     async def written() -> bool:
         known = [record.request_id for record in records]
@@ -92,8 +92,8 @@ async def test_all_tenants_and_sources_are_in_one_list_and_each_request_once(
     native = call("b")
     await put(store, peek, native)
     stream = new_job(tenant_id="c", request_id=new_id())
-    await store.record_stream(stream, unadmitted(Status.SUCCEEDED, source="stream"))
-    await store.recorder.aclose(2_000)
+    await store.audit.record_stream(stream, unadmitted(Status.SUCCEEDED, source="stream"))
+    await wait_until(lambda: not store.audit._tasks, 20, "the record of the streams")
     line = call("d", source="batch", status=Status.FAILED, failure=Failure("upstream", "no"))
     await put(store, peek, line)
     await store.jobs.cancel(job.request_id, "a")

@@ -32,7 +32,7 @@ async def count(connection: asyncpg.Connection, table: str) -> int:
 
 async def test_a_stream_is_recorded_whole(store: Store, peek: asyncpg.Connection) -> None:
     job, record = stream()
-    await store.record_stream(job, record)
+    await store.audit.record_stream(job, record)
     await wait_until(lambda: peek.fetchval("SELECT count(*) FROM audit"))
     found = await store.requests.get(job.request_id, "default")
     assert (found.source, found.status, found.attempts) == ("stream", Status.SUCCEEDED, 1)
@@ -51,7 +51,7 @@ async def test_a_stream_that_was_never_admitted_is_recorded_with_its_refusal(
 ) -> None:
     failure = Failure("deadline_exceeded", "still waiting after 30 s")
     job, record = stream(unadmitted(Status.EXPIRED, failure, source="stream"))
-    await store.record_stream(job, record)
+    await store.audit.record_stream(job, record)
     await wait_until(lambda: peek.fetchval("SELECT count(*) FROM audit"))
     found = await store.requests.get(job.request_id, "default")
     assert (found.status, found.failure, found.attempts) == (Status.EXPIRED, failure, 0)
@@ -64,15 +64,15 @@ async def test_a_stream_recorded_twice_is_there_once(
 ) -> None:
     job, record = stream()
     for _ in range(2):
-        await store.record_stream(job, record)
-        await wait_until(lambda: not store.recorder._tasks)
+        await store.audit.record_stream(job, record)
+        await wait_until(lambda: not store.audit._tasks)
     assert await count(peek, "audit") == 1
     assert await count(peek, "attempts") == 1
 
 
 async def test_many_streams_share_few_transactions(store: Store, peek: asyncpg.Connection) -> None:
-    await asyncio.gather(*(store.record_stream(*stream()) for _ in range(200)))
-    await wait_until(lambda: not store.recorder._tasks)
+    await asyncio.gather(*(store.audit.record_stream(*stream()) for _ in range(200)))
+    await wait_until(lambda: not store.audit._tasks)
     assert await count(peek, "audit") == 200
     assert await peek.fetchval("SELECT count(DISTINCT xmin::text) FROM audit") <= 40
 
@@ -81,7 +81,7 @@ async def test_closing_writes_what_is_buffered(
     make_store: MakeStore, database_url: str, peek: asyncpg.Connection
 ) -> None:
     store = await make_store(database_url)
-    await asyncio.gather(*(store.record_stream(*stream()) for _ in range(50)))
+    await asyncio.gather(*(store.audit.record_stream(*stream()) for _ in range(50)))
     await store.aclose()
     assert await count(peek, "audit") == 50
 
@@ -100,12 +100,12 @@ async def test_a_full_buffer_blocks_or_drops_as_it_was_told(
     own_server.stop()
     try:
         for _ in range(5):
-            await store.record_stream(*stream())
+            await store.audit.record_stream(*stream())
         began = time.monotonic()
-        sixth = asyncio.create_task(store.record_stream(*stream()))
+        sixth = asyncio.create_task(store.audit.record_stream(*stream()))
         if when_full == "drop":
             await sixth
-            assert store.recorder._dropped == 1
+            assert store.audit._entries_left_out.count == 1
         else:
             await asyncio.wait({sixth}, timeout=0.3)
             assert not sixth.done()
@@ -113,7 +113,7 @@ async def test_a_full_buffer_blocks_or_drops_as_it_was_told(
     finally:
         await asyncio.to_thread(own_server.start)
     await asyncio.wait_for(sixth, 10)
-    await wait_until(lambda: not store.recorder._tasks)
+    await wait_until(lambda: not store.audit._tasks)
     peek = await asyncpg.connect(own_url)
     assert await count(peek, "audit") == (6 if when_full == "block" else 5)
     await peek.close()

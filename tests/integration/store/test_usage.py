@@ -88,13 +88,13 @@ async def test_what_a_version_without_details_has_spilled_is_written(
 ) -> None:
     """And what this one has spilled keeps them, as the row that COPY could not take does."""
     detailed = Charge(UsageState.TOLD, Usage(5, 9, 2, 1, 17, DETAILS), None, 100)
-    one = await store.relayed.prepare(record(1, charge=detailed, model_version="m-9"))
+    one = await store.audit.prepare(record(1, charge=detailed, model_version="m-9"))
     entry = orjson.loads(orjson.dumps(_entry(one.record, one.audit, one.bodies), default=str))
     old = orjson.loads(orjson.dumps(entry, default=str))
     old["row"] |= {"id": str(new_id())}
     del old["row"]["usage_details"]
     for given in (entry, old):
-        await store.recorder.enqueue(given)
+        await store.audit._enqueue(given)
     await wait_until(lambda: peek.fetchval("SELECT count(*) = 2 FROM audit"), 20)
     rows = await peek.fetch("SELECT usage_details, model_version FROM audit ORDER BY 1 NULLS LAST")
     assert [(details_of(row[0]), row[1]) for row in rows] == [(DETAILS, "m-9"), (None, "m-9")]
@@ -115,7 +115,7 @@ async def totals_are_the_sums(connection: asyncpg.Connection) -> int:
 async def test_a_batch_that_comes_twice_counts_once(store: Store, peek: asyncpg.Connection) -> None:
     same = [record(number) for number in range(20)]
     for one in (*same, *same, record(20)):
-        store.relayed.put(one)
+        store.audit.put(one)
     await wait_until(lambda: peek.fetchval("SELECT count(*) = 21 FROM audit"), 20)
     assert await totals_are_the_sums(peek) == 21
 
@@ -138,10 +138,10 @@ async def test_totals_are_exact_though_connections_are_cut_in_the_middle(
     async def write(store: Store) -> None:
         for number in range(60):
             for one in range(10):
-                store.relayed.put(record(number + one))
+                store.audit.put(record(number + one))
             done = result(charge=CHARGES[number % len(CHARGES)])
             job = new_job(f"{number}", tenant_id=f"t{number % 3}")
-            await store.record_stream(job, done)
+            await store.audit.record_stream(job, done)
             await work_for(0.01)
 
     cutting = asyncio.create_task(cut())
@@ -169,9 +169,9 @@ async def test_nonsense_of_a_provider_loses_nobodys_record(store: Store) -> None
     wild = Charge(UsageState.TOLD, Usage(2**63 - 1, 2**62, total_tokens=2**63 - 1), 1, 2**63 - 1)
     charges = [wild, Charge(UsageState.TOLD, Usage(5, 9), None, 100), wild]
     for charge in charges:
-        store.relayed.put(record(6, charge=charge, model="m"))
+        store.audit.put(record(6, charge=charge, model="m"))
     for _ in range(2):
-        store.relayed.put(record(4, charge=wild, model="m"))
+        store.audit.put(record(4, charge=wild, model="m"))
     rows = await wait_until(lambda: _totals(store), 20, "the record of all five")
     assert {name: rows["t0"][name] for name in ("requests", "input_tokens", "cost_micros")} == {
         "requests": 3,
