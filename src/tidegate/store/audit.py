@@ -469,14 +469,14 @@ class AuditLog:
         return (
             *(record.request_id, record.received_at, record.request_id, record.tenant_id),
             *(record.pool, record.source, record.status, record.kind, "body", ""),
-            *(record.priority, _text(record.model or None), _text(answer.model_version)),
-            *(_text(answer.response_id), record.earlier_attempts + record.attempts, 0),
+            *(record.priority, cleaned(record.model or None), cleaned(answer.model_version)),
+            *(cleaned(answer.response_id), record.earlier_attempts + record.attempts, 0),
             *(self._instance_id, record.received_at, record.admitted_at, record.finished_at),
             *(record.queue_ms or 0.0, record.upstream_ms or 0.0),
-            *(*usage, _text(answer.finish_reason)),
+            *(*usage, cleaned(answer.finish_reason)),
             None if failure is None else orjson.dumps(failure).decode(),
             *(record.endpoint, record.http_status, record.streamed, record.key_id),
-            *(_text(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
+            *(cleaned(record.subject), charge.state.value, rows.count_of(charge.cost_micros)),
             *(charge.images, answer.first_byte_ms),
             None if charge.usage.details is None else rows.details_text(charge.usage),
         )
@@ -869,7 +869,7 @@ def _body_values(
     is_request = role == "request"
     said = record.request_type if is_request else record.response_type
     omitted_bytes = 0 if is_request else record.omitted_bytes
-    return (*place, *owner, encoding, size_bytes, data, blob_key, _text(said), omitted_bytes)
+    return (*place, *owner, encoding, size_bytes, data, blob_key, cleaned(said), omitted_bytes)
 
 
 def _entry(record: CallRecord, values: tuple[Any, ...], both: list[_Packed]) -> Json:
@@ -886,10 +886,6 @@ def _entry(record: CallRecord, values: tuple[Any, ...], both: list[_Packed]) -> 
             body["data"] = b64encode(body["data"]).decode()
         bodies.append(body)
     return rows.entry_of("relay", row, bodies=bodies)
-
-
-def _text(text: str | None) -> str | None:
-    return None if text is None else rows.clean(text)
 
 
 def of_row(row: Mapping[str, Any], failure: Json) -> CallRecord:

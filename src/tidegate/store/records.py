@@ -8,11 +8,10 @@ spoil a batch; unknown usage is null, never zero.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
-from functools import cache
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import UUID
 
 import orjson
@@ -34,6 +33,9 @@ from tidegate.call import (
 from tidegate.record import CallRecord, Failure, OutputFile
 from tidegate.store.states import Status
 from tidegate.telemetry.tracing import Trail
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ class PolicyRecord:
 
 
 Json = dict[str, Any]
-Record = TypeVar("Record")
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 USAGE_COLUMNS = (
@@ -402,16 +404,11 @@ def audit_row(
 def record_of(cls: type[Record], row: Mapping[str, Any], /, **values: Any) -> Record:
     """A dataclass from a row: each field from `values`, else from the column of its name, else its
     default. asyncpg's UUIDs become the standard library's."""
-    for name in _names_of(cast(Hashable, cls)):
+    for name in cls.__dataclass_fields__:
         if name not in values and name in row:
             value = row[name]
             values[name] = uuid_of(value) if isinstance(value, UUID) else value
     return cls(**values)
-
-
-@cache
-def _names_of(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(one.name for one in fields(cls))
 
 
 def uuid_of(value: UUID) -> UUID:

@@ -28,7 +28,7 @@ from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, ReadTurns, sql
 from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import webhook_of
-from tidegate.store.records import FileRecord, RequestRecord, clean, details_of, record_of
+from tidegate.store.records import FileRecord, RequestRecord, details_of, record_of
 from tidegate.store.states import Status
 
 MOST_LOOKED_AT = 20_000
@@ -152,10 +152,6 @@ class FoundPage:
 
     items: tuple[FoundRequest, ...]
     before: UUID | None
-
-
-def _clean(text: str | None) -> str | None:
-    return None if text is None else clean(text)
 
 
 def _id_at(time: datetime, off: timedelta) -> UUID:
@@ -339,7 +335,7 @@ class Requests:
             *(tenant_id, wanted.since or _FIRST, wanted.until or _LAST),
             *(place.created_at, place.request_id),
         )
-        filters = (wanted.status, wanted.kind, _clean(wanted.model), wanted.source)
+        filters = (wanted.status, wanted.kind, rows.cleaned(wanted.model), wanted.source)
 
         async def read(
             connection: asyncpg.Connection,
@@ -363,12 +359,12 @@ class Requests:
             return FoundPage((), None)
         filters = (
             [status.value for status in wanted.statuses] or None,
-            _clean(wanted.tenant_id),
-            _clean(wanted.model),
+            rows.cleaned(wanted.tenant_id),
+            rows.cleaned(wanted.model),
             wanted.kind,
             wanted.source,
-            _clean(wanted.failure_code),
-            _clean(wanted.subject),
+            rows.cleaned(wanted.failure_code),
+            rows.cleaned(wanted.subject),
             wanted.since or _FIRST,
             wanted.until or _LAST,
         )
