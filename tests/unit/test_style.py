@@ -36,7 +36,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "src/tidegate/limiter/model/scheduler.py": "classes that hold one another are to come",
         "src/tidegate/limiter/session.py": "to shrink with what the queue decides",
         "src/tidegate/settings.py": "every setting with its text, to be read as a whole",
-        "src/tidegate/store/audit.py": "to shrink with one record of a call",
     },
     "skipped_tests": {
         "tests/integration/spine/test_ways.py": "Python 3.11 has no sys.monitoring to trace with",
