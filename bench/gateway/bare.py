@@ -16,7 +16,7 @@ import uvloop
 from starlette.types import Receive, Scope, Send
 
 from tidegate.http.uvicorn_protocol import bounded
-from tidegate.upstream.http import RelayWire, Timeouts
+from tidegate.upstream.transport import RelayWire, Timeouts
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -43,7 +43,7 @@ from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Tracing
 from tidegate.upstream.fetch import ImageFetcher
 from tidegate.upstream.gemini import GeminiProcessor
-from tidegate.upstream.http import RelayWire, Timeouts
+from tidegate.upstream.transport import RelayWire, Timeouts
 
 log = get_logger()
 

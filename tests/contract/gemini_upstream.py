@@ -17,7 +17,7 @@ from uuid import uuid4
 from tests.waiting import wait_until
 from tidegate.call import Answer, Call, Event, Kind, Media
 from tidegate.upstream.gemini import GeminiProcessor
-from tidegate.upstream.http import Timeouts
+from tidegate.upstream.transport import Timeouts
 
 KEY = "AIzaSyNotARealKeyButLooksLikeOne0123456"
 PATIENT = Timeouts(connect_ms=5_000, first_byte_ms=10_000, idle_ms=10_000, total_ms=20_000)

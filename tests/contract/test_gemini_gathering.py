@@ -23,7 +23,7 @@ from tidegate.call import Answer, Kind
 from tidegate.emulator.server import run_emulator
 from tidegate.errors import UpstreamError, UpstreamTimeout
 from tidegate.upstream.gemini import GeminiProcessor
-from tidegate.upstream.http import Timeouts
+from tidegate.upstream.transport import Timeouts
 
 STOP = chunk("end", finish="STOP", tokens=3)
 THROTTLED = {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "Please retry in 53.0s."}

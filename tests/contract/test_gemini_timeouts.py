@@ -23,7 +23,7 @@ from tests.waiting import promised_s, wait_until
 from tidegate.call import Answer, Delta, Event
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.errors import UpstreamTimeout, UpstreamUnavailable
-from tidegate.upstream.http import Timeouts
+from tidegate.upstream.transport import Timeouts
 
 
 @pytest.fixture

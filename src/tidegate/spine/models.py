@@ -23,7 +23,7 @@ from tidegate.errors import Forbidden, InvalidRequest, UpstreamError, UpstreamGa
 from tidegate.policy.deployment import Upstream
 from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed, refusal_of
-from tidegate.upstream.http import RelayWire
+from tidegate.upstream.transport import RelayWire
 
 _MOST_VALUES = 100_000
 # Fields that name models; so does any that ends in `_model`.

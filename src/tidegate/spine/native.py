@@ -57,7 +57,7 @@ from tidegate.spine.run import (
     refusal_of,
 )
 from tidegate.telemetry.tracing import HEADER, Trail
-from tidegate.upstream.http import Exchange, RelayWire, Timeouts
+from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
 
 
 @dataclass(slots=True)

@@ -61,7 +61,7 @@ from tidegate.spine.routing import (
 )
 from tidegate.store.usage import BudgetGate
 from tidegate.telemetry.tracing import Tracing, Trail
-from tidegate.upstream.http import Exchange, Timeouts
+from tidegate.upstream.transport import Exchange, Timeouts
 
 MOST_TRIES = 4
 _REFUSAL_BYTES = 1_000_000

@@ -38,7 +38,7 @@ from tidegate.errors import (
     UpstreamUnavailable,
 )
 from tidegate.telemetry.logging import Log, get_logger
-from tidegate.upstream.http import Timeouts
+from tidegate.upstream.transport import Timeouts
 
 if TYPE_CHECKING:
     import httpx2

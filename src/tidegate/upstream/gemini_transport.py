@@ -37,7 +37,7 @@ from tidegate.errors import (
     UpstreamUnavailable,
 )
 from tidegate.telemetry.tracing import HEADER
-from tidegate.upstream.http import Exchange, RelayWire, Timeouts, out_of_time
+from tidegate.upstream.transport import Exchange, RelayWire, Timeouts, out_of_time
 
 _EVENTS = b"text/event-stream"
 # The connection sends these itself.

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from tidegate.upstream.http import Exchange, RelayWire, Timeouts
+from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
 
 GOOD = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

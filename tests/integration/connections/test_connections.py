@@ -28,7 +28,7 @@ from tidegate.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from tidegate.upstream.http import RelayWire
+from tidegate.upstream.transport import RelayWire
 
 
 def first(answer: bytes, then: asyncio.Event, late: bytes) -> Script:

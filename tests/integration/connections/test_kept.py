@@ -16,7 +16,7 @@ from tests.integration.connections.scripted import (
     request,
 )
 from tidegate.errors import UpstreamUnavailable
-from tidegate.upstream.http import RelayWire, Timeouts
+from tidegate.upstream.transport import RelayWire, Timeouts
 
 
 def closes_after(answers: int, then: bytes = b"") -> Script:
@@ -87,7 +87,7 @@ async def test_an_end_that_comes_late_was_no_closed_idle_connection(
 ) -> None:
     upstream.script = closes_after(1)
     assert await answer_of(wire, upstream.url) == b"{}"
-    monkeypatch.setattr("tidegate.upstream.http._CROSSED_S", -1.0)
+    monkeypatch.setattr("tidegate.upstream.transport._CROSSED_S", -1.0)
     with pytest.raises(UpstreamUnavailable):
         await answer_of(wire, upstream.url)
     assert upstream.connections == 1

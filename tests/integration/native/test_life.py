@@ -64,7 +64,7 @@ async def test_a_call_leaves_nothing_for_the_garbage_collector_to_find(gateway: 
             "tidegate.http.",
             "tidegate.spine.native.",
             "tidegate.limiter.",
-            "tidegate.upstream.http",
+            "tidegate.upstream.transport",
         )
         left = [one for one in gc.garbage if type(one).__module__.startswith(rooms)]
         assert len(left) < 8, left  # what is done once a second may leave some
