@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, is_dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
@@ -99,12 +99,7 @@ class EmulatorControl:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _ask(
@@ -140,36 +135,30 @@ _HEADERS = {"x-goog-api-key": "any", "content-type": "application/json"}
 _TOTAL_S = 60
 
 
-class PlainCaller:
-    """`async with PlainCaller(url) as caller: status = await caller.call("a prompt")`."""
+PlainCall = Callable[[str], Awaitable[int | None]]
 
-    def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/") + _PATH
-        self._session: aiohttp.ClientSession
 
-    async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=_TOTAL_S),
-            trust_env=False,
-        )
-        return self
+@asynccontextmanager
+async def plain_caller(url: str) -> AsyncIterator[PlainCall]:
+    """Client of single plain calls: `async with plain_caller(url) as call: await call(prompt)`.
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._session.close()
+    A call returns the status of the answer, which it has read to its end; None where none came.
+    Cancellation closes its connection.
+    """
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=_TOTAL_S),
+        trust_env=False,
+    ) as session:
 
-    async def call(self, prompt: str) -> int | None:
-        """The status of the answer, which has been read to its end; None where none came.
-        Cancellation closes the connection."""
-        body = orjson.dumps({"contents": [{"role": "user", "parts": [{"text": prompt}]}]})
-        try:
-            async with self._session.post(self._url, data=body, headers=_HEADERS) as answer:
-                await answer.read()
-                return answer.status
-        except (aiohttp.ClientError, TimeoutError):
-            return None
+        async def call(prompt: str) -> int | None:
+            body = orjson.dumps({"contents": [{"role": "user", "parts": [{"text": prompt}]}]})
+            try:
+                async with session.post(place, data=body, headers=_HEADERS) as answer:
+                    await answer.read()
+                    return answer.status
+            except (aiohttp.ClientError, TimeoutError):
+                return None
+
+        place = url.rstrip("/") + _PATH
+        yield call

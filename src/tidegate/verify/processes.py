@@ -23,11 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from types import TracebackType
 from typing import Any, Self, get_args
 
 from tidegate.checker import Event, What
-from tidegate.emulator.client import PlainCaller
+from tidegate.emulator.client import PlainCall, plain_caller
 from tidegate.errors import AdmissionError, LeaseLost
 from tidegate.limiter import Limiter
 from tidegate.policy.format import of_plain
@@ -56,12 +55,7 @@ class ProcessFamily:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         # To the end: the keys that are removed next are theirs.
         await finish(self._end_all())
 
@@ -215,9 +209,9 @@ class ProbeOrders:
 class Probe:
     """The tasks of a process that requests permits without end."""
 
-    def __init__(self, limiter: Limiter, caller: PlainCaller, orders: ProbeOrders) -> None:
+    def __init__(self, limiter: Limiter, call: PlainCall, orders: ProbeOrders) -> None:
         self._limiter = limiter
-        self._caller = caller
+        self._call = call
         self._orders = orders
         self._numbers = count(1)
 
@@ -233,7 +227,7 @@ class Probe:
                     begun = True
                     tell("begin", number, tenant, permit.fence[0])
                     try:
-                        status = await self._caller.call(f"{self._orders.mark} {number}")
+                        status = await self._call(f"{self._orders.mark} {number}")
                         if status != 200:
                             tell("over" if status == 429 else "failed", number, tenant)
                             await asyncio.sleep(_REFUSED_S)
@@ -265,8 +259,8 @@ async def run_probe(orders: ProbeOrders) -> None:
         on_conflict="keep",
     )
     with suppress(asyncio.CancelledError):
-        async with PlainCaller(orders.upstream) as caller, limiter:
-            probe = Probe(limiter, caller, orders)
+        async with plain_caller(orders.upstream) as call, limiter:
+            probe = Probe(limiter, call, orders)
             async with asyncio.TaskGroup() as group:
                 for tenant in orders.tenants:
                     for _ in range(orders.tasks):
