@@ -148,7 +148,7 @@ def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Permit-seconds that each tenant had of the time in which all of them waited for more.
+    """Permit-seconds of each tenant in the time in which all of them waited for more.
 
     off: the furthest from ideal, as a part of it: 0.05 is 5 %. worst_off: the same over the worst
     single window.

@@ -98,7 +98,7 @@ class Clause:
 
 
 def ends_of(marks: tuple[Word, ...]) -> tuple[Word, ...]:
-    """A clause of hundreds of known words is no sentence; its ends say enough."""
+    """The ends of a clause of hundreds of known words, which is no sentence."""
     if len(marks) <= CLAUSE_MARKS:
         return marks
     half = CLAUSE_MARKS // 2
@@ -526,7 +526,7 @@ def _sure_image(marked: Marked, readings: list[Intent]) -> bool:
 
 
 def _text(marked: Marked, readings: list[Intent], reason: str, with_image: bool) -> Ruling:
-    """Sure when words are asked for and nothing pictorial is said."""
+    """A text; sure when words are requested and no word is pictorial."""
     asked = bool(readings) and readings[0].lean is Lean.TEXT and readings[0].strong
     short = len(marked.text) <= SURE_TEXT_CHARS
     if asked and _opens_with_question(marked) and all(r.lean is not Lean.IMAGE for r in readings):
@@ -548,14 +548,14 @@ def _text(marked: Marked, readings: list[Intent], reason: str, with_image: bool)
 
 
 def _opens_with_question(marked: Marked) -> bool:
-    """Whether the first word that says anything asks for words."""
+    """Whether the first meaningful word requests words."""
     fillers = (Label.LEAD, Label.COMMON, Label.PREP, Label.OPENER)
     first = next((m for m in marked.marks if not m.has(*fillers) or m.has(Label.ASK)), None)
     return first is not None and first.has(Label.ASK, Label.COVER) and not first.has(Label.DRAW)
 
 
 def by_rules(prompt: str, mime_types: Sequence[str], *, image_uri: bool = False) -> Classification:
-    """Decides only when sure; otherwise `kind` is None and the reason says why."""
+    """Decides only when sure; otherwise `kind` is None, with the reason."""
     kind, sure, reason = _decide(prompt, mime_types, image_uri)
     if not sure:
         return Classification(None, ClassifiedBy.RULES, f"not sure: {reason}")

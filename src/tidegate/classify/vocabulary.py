@@ -68,7 +68,7 @@ class Bounds(NamedTuple):
 
 
 def clip(prompt: str) -> str:
-    """The beginning and the end, where an instruction stands; the middle is material."""
+    """The beginning and the end, which hold the instruction; the middle is material."""
     if len(prompt) <= HEAD_CHARS + TAIL_CHARS:
         return prompt
     return prompt[:HEAD_CHARS] + "\n" + prompt[-TAIL_CHARS:]

@@ -27,7 +27,7 @@ from tidegate.store.tenants import Key
 
 
 class State(StrEnum):
-    """`skipped` could not be looked at, or need not be; another finding says why."""
+    """State of a check. `skipped`: not possible or not needed; another finding gives the reason."""
 
     OK = "ok"
     WARN = "warn"
@@ -72,7 +72,7 @@ _PROCESS = re.compile(r"(?:api|worker)-(?P<host>.+)-\d+-[0-9a-f]{8}")
 
 
 def judge_settings(config: Config) -> Iterator[Finding]:
-    """Those that are sound, and may still be a mistake."""
+    """Findings on settings that are valid, but may be a mistake."""
     yield _demo(config)
     yield _webhooks(config)
     if doubts := doubtful(config):
@@ -291,7 +291,7 @@ _GB = 1_000_000_000
 
 
 def look(config: Config, dotenv: Path = Path(".env")) -> Iterator[Finding]:
-    """All of it; starts and changes nothing."""
+    """All checks of the machine; they start and change nothing."""
     yield from _packages(config)
     yield _descriptors()
     yield _folder(config.data_dir)

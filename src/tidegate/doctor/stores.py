@@ -163,7 +163,7 @@ def _clock(ahead_ms: float) -> Finding:
 
 
 def clock(check: str, ahead_ms: float, why: str) -> Finding:
-    """How far a server's clock is from ours."""
+    """Difference between a server's clock and ours."""
     if abs(ahead_ms) < _CLOCK_MS:
         return ok(check, "agrees with ours within a second")
     side = "ahead of" if ahead_ms > 0 else "behind"

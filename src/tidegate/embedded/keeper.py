@@ -53,7 +53,7 @@ Server = ValkeyServer | PostgresServer | EmulatorServer
 
 
 class Keeper:
-    """Owns the servers of one folder. One thread per server, and one that watches the users."""
+    """Owner of the servers of one folder: one thread per server, and one that watches the users."""
 
     def __init__(self, folder: Folder, idle_s: float) -> None:
         self._folder = folder
@@ -130,7 +130,7 @@ class Keeper:
     def _keep(self, name: ServiceName) -> None:
         """Start one server, restart it when it dies, stop it at the end."""
         failures = 0
-        # Whatever comes next, a server that runs already is ours now, to be stopped at the end.
+        # A server that runs already belongs to this keeper now, which stops it at the end.
         server = self._adopted(name)
         ready = False
         while not self._stopping.is_set():
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--idle-s", type=float, default=5.0)
     parser.add_argument("--began-fd", type=int)
     given = parser.parse_args()
-    # The starter must not be our parent: it could not tell our end from our zombie.
+    # The starter must not be the parent, to which the end of the keeper would look like a zombie.
     if os.fork():
         os._exit(0)
     keeper = Keeper(Folder(given.data_dir), given.idle_s)

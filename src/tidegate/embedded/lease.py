@@ -231,7 +231,7 @@ class ServersLease:
             if keeper is None:
                 self._folder.hurry.unlink(missing_ok=True)
             elif not keeper.alive:
-                # It was killed, and left servers behind: another one must come to end them.
+                # It was killed and left servers behind, which another keeper must end.
                 _summon(self._folder, self._idle_s, deadline)
             time.sleep(_POLL_S)
 

@@ -238,7 +238,7 @@ def exists(pid: int) -> bool:
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process, its words joined by blanks; empty where it is gone."""
+    """The command line of a process, its words joined by blanks; empty where it has ended."""
     if _HAS_PROC:
         try:
             raw = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -356,7 +356,7 @@ def for_socket(folder: Path, known: Path | None) -> Path:
 
 
 def uncleaned(path: Path) -> Path:
-    """Where a server listens whose socket is to become `path`, until it has forgotten its past."""
+    """The socket of a server that has not yet forgotten its past; `path` is its final one."""
     return path.with_name(_UNCLEANED)
 
 
@@ -444,7 +444,7 @@ def _sweep() -> None:
 _SUPERUSER = "tidegate"
 _APPLICATION = "tidegate_app"
 _APPLICATION_SQL = Path(__file__).with_name("application.sql")
-# In the cluster, so that it goes where the cluster goes.
+# In the cluster, so that it moves with the cluster.
 _HAS_APPLICATION = "tidegate_app.created"
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",

@@ -64,7 +64,7 @@ def error(status: int, message: str, headers: Mapping[str, str] | None = None) -
 
 
 def throttled(measure: str, bound: int, retry_after_s: float, per: str = "minute") -> ErrorResponse:
-    """429 that says when to come back. `measure` is `requests` or `input-tokens`."""
+    """429 with the time to retry. `measure` is `requests` or `input-tokens`."""
     message = (
         f"This request would exceed your organization's rate limit of {bound} "
         f"{measure.replace('-', ' ')} per {per}."

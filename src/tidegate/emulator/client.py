@@ -28,7 +28,7 @@ class Stats:
     tokens: Mapping[str, Mapping[str, Billed]]
 
     def billed(self, outcome: Ending | None = None, model: str | None = None) -> Billed:
-        """The sum over all calls that ended so, of that model; None stands for all."""
+        """The sum over all calls with this outcome and model; None matches all."""
         total = Billed()
         for name, by_outcome in self.tokens.items():
             for ending, billed in by_outcome.items():

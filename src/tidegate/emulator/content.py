@@ -86,7 +86,7 @@ class ModelRequest:
 
 @dataclass(slots=True)
 class Conversation:
-    """The turns of a request, as a reader goes through them.
+    """Turns of a request, added in order.
 
     `called` and `answered` are the calls since the last question, and whether results came.
     """
@@ -122,7 +122,7 @@ class Conversation:
     def calls(
         self, tools: Sequence[Tool], choice: Choice | Tool, *, several: bool = True
     ) -> tuple[Tool, ...]:
-        """The functions that the answer calls: those the question names, else one that it must."""
+        """The functions that the answer calls: those the question names, else a required one."""
         if choice == "none" or (self.answered and (choice == "auto" or not self.called)):
             return ()
         left = [tool for tool in tools if not self.answered or tool.name not in self.called]
@@ -193,7 +193,7 @@ def schema_in(prompt: str) -> Json | None:
 
 
 def fenced_schema_in(prompt: str) -> Json | None:
-    """The schema of a prompt that asks for JSON between the marks of a block of code."""
+    """The schema of a prompt that requests JSON in a fenced block of code."""
     return schema_in(prompt) if _FENCE.search(prompt[-_READ_CHARS:]) else None
 
 
@@ -499,7 +499,7 @@ class Composed:
 
 
 def compose(request: ModelRequest, behaviour: Behaviour, fault: Fault | None) -> Composed:
-    """The answer; of the faults, those that make an unusual but well-formed one show in it."""
+    """The answer, changed by a fault that makes an unusual but well-formed one."""
     most = request.max_output_tokens
     thoughts = thoughts_of(request) if most is None else min(thoughts_of(request), most)
     match None if fault is None else fault.fault:

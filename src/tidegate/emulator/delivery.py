@@ -107,7 +107,7 @@ class Served:
         return self.state.behaviour
 
     async def json(self, complaint: str) -> Any:
-        """The body; raises Refused (400) with `complaint`, where `{}` stands for the reason."""
+        """The body; raises Refused (400) with `complaint`, where `{}` is replaced by the reason."""
         try:
             return orjson.loads(await self.request.read())
         except orjson.JSONDecodeError as broken:

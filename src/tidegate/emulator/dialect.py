@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ErrorResponse:
-    """An error as it goes over the wire."""
+    """An error response: status, body and headers."""
 
     status: int
     body: Json | list[Json]
@@ -44,7 +44,7 @@ class LimitReached(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EmulatedApi:
-    """An API's errors. `faults` are those that are an error of one status and message.
+    """Errors of an API. `faults` are those with one status and message.
 
     `throttled` words the faults that are a 429, and returns None for all others.
     """

@@ -109,7 +109,7 @@ def duration(seconds: float) -> str:
 
 
 def throttled(model: str, measure: str, bound: int, retry_after_s: float) -> ErrorResponse:
-    """429 that says when to come back. `measure` is `requests` or `tokens`."""
+    """429 with the time to retry. `measure` is `requests` or `tokens`."""
     name = "tokens per min (TPM)" if measure == "tokens" else "requests per min (RPM)"
     wait = duration(retry_after_s)
     message = (

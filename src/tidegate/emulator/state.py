@@ -238,7 +238,7 @@ class ConnectionWatch:
         return fd
 
     def forget(self, fd: int, call_id: int) -> None:
-        # The number may already belong to a newer connection: then it is not ours to remove.
+        # The number may already belong to a newer connection, which stays watched.
         if self._epoll is None or self._call_of.get(fd) != call_id:
             return
         del self._call_of[fd]
@@ -262,7 +262,7 @@ class ConnectionWatch:
 
 MAX_FILES = 10_000
 KEPT_S = 48 * 3600
-# Google names a file by its own address, wherever it was asked.
+# Google names a file by its own address, wherever it was requested.
 _URIS = "https://generativelanguage.googleapis.com"
 _FORBIDDEN = "You do not have permission to access the File {name} or it may not exist."
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tidegate.admission.demand import Demand
-from tidegate.checker import Event, shares
+from tidegate.checker import Event, What, shares
 from tidegate.limiter import Concurrency, PoolPolicy, Rate, Tokens, as_limit, format_span
 from tidegate.limiter.simulation import PoolModel, Waiter, amount_of
 from tidegate.policy.format import in_words
@@ -341,16 +341,15 @@ def _events(calls: Sequence[LoadCall]) -> list[Event]:
     """Events as an upstream would log them that also sees waiters."""
     found = []
     for number, call in enumerate(calls):
-        tenant = call.arrival.tenant
-
-        def event(at_ms: float, what: str, number: int = number, tenant: str = tenant) -> Event:
-            return Event(round(at_ms * 1e6), what, "", number, tenant)  # type: ignore[arg-type]
-
-        found.append(event(call.asked_ms, "ask"))
-        if call.began_ms is not None:
-            found.append(event(call.began_ms, "begin"))
-        if call.ended_ms is not None:
-            found.append(event(call.ended_ms, "end" if call.began_ms is not None else "leave"))
+        ended: What = "leave" if call.began_ms is None else "end"
+        moments: tuple[tuple[float | None, What], ...] = (
+            (call.asked_ms, "ask"),
+            (call.began_ms, "begin"),
+            (call.ended_ms, ended),
+        )
+        for at_ms, what in moments:
+            if at_ms is not None:
+                found.append(Event(round(at_ms * 1e6), what, "", number, call.arrival.tenant))
     # Events of one moment keep their order: the sort is stable.
     return sorted(found, key=lambda one: one.at_ns)
 

@@ -344,7 +344,7 @@ class Playback:
         return _RUN, _UPTIME_MS + int(self.now_ms)
 
     def held_up_by(self, sid: str, flow: str) -> str | None:
-        """The limit at which a process's waiters of a flow stand."""
+        """The limit that blocks the waiters of a process's flow."""
         session = self.model.sessions.get(sid)
         queue = session.queues.get(flow) if session else None
         return queue.at if queue else None

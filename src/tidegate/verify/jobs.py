@@ -186,7 +186,7 @@ class JobVerification:
         return going and any(instance == name for instance, _ in held)
 
     async def _all_end(self, store: Store) -> None:
-        """Or time is over: then the judgement says so."""
+        """Wait until all jobs have ended, or time is over: then the report shows it."""
 
         async def ended() -> bool:
             states = await self._states(store)
@@ -272,7 +272,7 @@ class JobVerification:
         url = redis.get_secret_value()
         opened = Limiter.from_url(url, pool=self._pool, policy=self._policy, on_conflict="keep")
         async with opened as looking:
-            # Or its own joining, still under way, would come after the removal.
+            # Otherwise its own joining, still under way, would come after the removal.
             try:
                 async with asyncio.timeout(_JOIN_S):
                     await looking.joined()
