@@ -1,7 +1,7 @@
 """Entry point: the command `tidegate`, also as `python -m tidegate`.
 
-Invariant: this file imports nothing but the standard library, so that whoever installed the limiter
-alone is told in one line what the command needs.
+Invariant: this file imports nothing but the standard library, so that a user who installed the
+limiter alone gets one line that says what the command needs.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ async def test_try_it_streams_text_takes_files_and_shows_pictures(
         await expect(answer).to_contain_text("1 file: image/png")
         await page.get_by_role("button", name="Remove dropped.png").click()
 
-        await page.get_by_role("button", name="Hand in as a job").click()
+        await page.get_by_role("button", name="Run as background job").click()
         await page.get_by_label("Prompt").fill("Generate an image of a lighthouse")
         await page.get_by_role("button", name="Send").click()
         await expect(state).to_have_text("Done")

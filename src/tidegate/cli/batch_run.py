@@ -292,7 +292,7 @@ class Tally:
 
     @property
     def left_s(self) -> float | None:
-        """Until all have ended, at the present rate; None where it can't be told."""
+        """Until all have ended, at the present rate; None where it is unknown."""
         rate = self.per_second
         return None if rate <= 0 else (self.total - self.ended) / rate
 

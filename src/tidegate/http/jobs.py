@@ -284,7 +284,7 @@ async def submit(request: Request) -> Response:
     services = services_of(request)
     received = datetime.now(UTC)
     key = key_of(request)
-    # What is known under a key may be told to who has nothing left to spend.
+    # What is known under a key may be returned to a tenant whose budget is spent.
     caller = await (payer_of(request) if key is None else caller_of(request))
     hold = services.hold(caller)
     try:

@@ -419,7 +419,7 @@ class _Front:
 
     async def _comfort(self, every_s: float) -> None:
         """Bytes that clients pass over. From the first one on the answer is a 200: what goes
-        wrong then is told as an event."""
+        wrong then is reported as an event."""
         while True:
             await asyncio.sleep(every_s)
             if self.started or not self._record.streamed:
@@ -491,7 +491,8 @@ class _Front:
         await self.whole(failed.status, headers, failed.body)
 
     async def tell(self, error: TidegateError) -> None:
-        """What can still be told: all, the last event of a stream, or a connection cut short."""
+        """What can still be reported: all, the last event of a stream, or a connection cut
+        short."""
         if not self._head_sent:
             await self.refuse(error)
         elif self._record.streamed and self._ends_whole:

@@ -64,7 +64,7 @@ _BOUNDS = {
 
 
 def in_words(error: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What is wrong, and what is allowed where that can be told; `error` is one of Pydantic's."""
+    """What is wrong, and what is allowed where that is known; `error` is one of Pydantic's."""
     kind, context = error["type"], error.get("ctx", {})
     if kind in _KINDS:
         return _KINDS[kind]
@@ -342,7 +342,7 @@ ADVICE: dict[str, str] = {
     "quota_exceeded": "Its tenant has as much queued or open as it may: raise that, or wait.",
     "budget_reserved": "Its tenant's other calls may spend what is left: ask again when they end.",
     "budget_exceeded": "Its tenant has spent its budget: raise it, or wait for the next period.",
-    "admission": "The limiter did not let it in: see the limits.",
+    "admission": "The limiter did not admit it: see the limits.",
     "deadline_exceeded": "It was not admitted before its deadline: raise the limit that it waited "
     "for, give it a higher priority or a later deadline.",
     "limit_paused": "A limit that it needs is paused for longer than it could wait: see who paused "

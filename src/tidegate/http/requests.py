@@ -112,8 +112,8 @@ async def listed(
     | {
         202: {
             "model": StatusView,
-            "description": "The worker that runs it has been told, and has not said yet that it "
-            "has stopped",
+            "description": "The worker that runs it has been notified, and has "
+            "not confirmed yet that it has stopped",
         }
     },
     summary="Cancel a request that is queued or running",

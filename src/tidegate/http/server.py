@@ -169,7 +169,7 @@ class Gateway(FastAPI):
             await self._answer(scope, receive, send)
 
     def _is_of_page(self, scope: Scope) -> bool:
-        """Whether a page may be told by `Access-Control-*` that it may read the answer."""
+        """Whether a page may learn by `Access-Control-*` that it may read the answer."""
         services: Services = self.state.services
         if not services.config.cors_origins or scope["path"].startswith(_OF_OPERATORS):
             return False

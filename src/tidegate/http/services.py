@@ -173,9 +173,9 @@ class Services:
     `limiters` and `keepers` are those of every pool; `limiter` and `keeper` of the pool `gemini`.
     `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
     `followers` are those that stream the status of a request.
-    `listeners` are told of every call that has ended, with whatever `listeners.listen` was given.
-    `active_calls` has the streams and native calls of this process, which `board` reports to the
-    other processes, and theirs to this one.
+    `listeners` are notified of every call that has ended, with whatever `listeners.listen` was
+    given. `active_calls` has the streams and native calls of this process, which `board` reports to
+    the other processes, and theirs to this one.
     `tally` counts what is answered, `exposition` answers scrapes, and `state` says what this
     process is at.
     """

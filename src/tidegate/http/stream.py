@@ -2,7 +2,7 @@
 
 The response's head goes out after admission, so that a refusal is a real 503 or 504. The call runs
 in a task of its own. Invariant: however a stream ends, its upstream call is closed and its permit
-on its way back first; then it is recorded, once; then the client, if it is there, is told.
+on its way back first; then it is recorded, once; then the client, if it is connected, is answered.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ async def stream(request: Request) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a stream ended. `error` is what a client that is still there is told."""
+    """How a stream ended. `error` is what a connected client receives."""
 
     status: Status
     failure: Failure | None = None
@@ -228,12 +228,12 @@ class StreamedAnswer(Response):
     async def _run(
         self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
     ) -> _End:
-        """Make the call; returns when it is over, closed, and its permit given back."""
+        """Make the call; returns when it is over, closed, and its permit released."""
         work = asyncio.create_task(self._answer(writer))
         stopping = False
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:  # the server's grace is over; the client is to be told
+        except asyncio.CancelledError:  # the server's grace is over; the client is to be notified
             stopping = True
             task.uncancel()
         finally:

@@ -178,7 +178,7 @@ class StatusView(Classified):
     status: Status
     place: int | None = Field(
         default=None,
-        description="Place in the queue, 1 is next; only while queued, where it can be told",
+        description="Place in the queue, 1 is next; only while queued, where it is known",
     )
     model: str | None = None
     priority: int

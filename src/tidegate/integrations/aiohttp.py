@@ -85,7 +85,7 @@ class LimitMiddleware:
         return response
 
     async def _watch(self, exchange: Exchange, response: ClientResponse) -> None:
-        """See to it that the permit is given back when the answer ends."""
+        """See to it that the permit is released when the answer ends."""
         review = Review(
             response.status,
             response.headers,
@@ -100,7 +100,7 @@ class LimitMiddleware:
             _when_let_go(exchange, response)
             return
         async with exchange.using():
-            # Kept by the response: whoever reads it later gets these bytes.
+            # Kept by the response: a later reader gets these bytes.
             review.take(await response.read())
         tokens = review.end()
         await exchange.complete(tokens)

@@ -247,14 +247,14 @@ class Exchange:
         self._close = close
 
     async def _stop(self) -> None:
-        """Lost, overdue or dropped: interrupt whoever uses the connection, then close the answer.
+        """Lost, overdue or dropped: interrupt the user of the connection, then close the answer.
 
         Runs in the task that holds the permit.
         """
         now = asyncio.get_running_loop().time()
         for scope in self._scopes:
             scope.reschedule(now)
-        # Whoever has been interrupted may be closing the answer already.
+        # The interrupted user may be closing the answer already.
         while self._users:
             await self._unused.wait()
         if self._close is not None:
@@ -352,7 +352,7 @@ class SyncExchange:
         self.penalised = penalised
         self._held = limiter.hold(demand, self._close_unused)
         self._permit: SyncPermit | None = None
-        # Taken by whoever sends, reads or closes; a thread of the limiter's only tries.
+        # Taken by the sender, reader or closer; a thread of the limiter's only tries.
         self._in_use = threading.RLock()
         self._open = True
         self._close: Callable[[], None] | None = None

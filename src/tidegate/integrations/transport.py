@@ -46,7 +46,7 @@ ResponseT = TypeVar("ResponseT", bound=AnyResponse)
 
 
 class AsyncBody:
-    """An answer's bytes; the permit is given back at their end, and when it is closed."""
+    """An answer's bytes; the permit is released at their end, and when it is closed."""
 
     def __init__(self, exchange: Exchange, chunks: Any, review: Review) -> None:
         self._exchange = exchange

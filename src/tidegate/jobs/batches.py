@@ -191,7 +191,7 @@ class LineCaller:
             await self._give_up(lambda one: one.waits and one.line.batch_id in over)
 
     async def drain(self) -> None:
-        """Hand back what waits; what is called has the grace to end."""
+        """Return what waits; what is called has the grace to end."""
         await self._give_up(lambda one: one.waits)
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=self._config.shutdown_grace_ms / 1000)

@@ -185,13 +185,13 @@ Tasks = dict[asyncio.Task[None], ClaimedJob]
 class Stage(Enum):
     """How far a job has come in this process; it decides what a stop or a cancel does to it."""
 
-    WAITING = auto()  # handed back at once
+    WAITING = auto()  # returned immediately
     CALLING = auto()  # admitted: has the grace to end
     RECORDING = auto()  # its call is over: must not be repeated, and takes only a moment
 
 
 class Stages:
-    """Of the jobs whose tasks `tasks` gives; one that it was told nothing of is waiting."""
+    """Of the jobs whose tasks `tasks` gives; one that it knows nothing of is waiting."""
 
     def __init__(self, tasks: Callable[[], Tasks]) -> None:
         self.tasks = tasks
@@ -235,7 +235,8 @@ def end_cancelling() -> None:
 
 
 class Room:
-    """For `most_bytes` at once. What is larger by itself is let in alone; all in their order."""
+    """For `most_bytes` at a time. What is larger by itself is admitted alone; all in their
+    order."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -406,7 +407,7 @@ class Worker:
         return tuple((target.upstream.name, target.model) for target in targets)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set; then finish what runs within the grace, hand back the rest."""
+        """Work until `stop` is set; then finish what runs within the grace, return the rest."""
         beat_s = self._config.claim_lease_ms / 3000
         store = self._store
         await self._store_tolerant(store.queue.heartbeat)
@@ -435,7 +436,7 @@ class Worker:
                 await self._store_tolerant(last)
 
     async def _close_feeders(self, running: list[asyncio.Task[None]]) -> None:
-        """Not by cancelling, if it can be helped: jobs just claimed are handed back at once."""
+        """Not by cancelling, if it can be helped: jobs just claimed are returned immediately."""
         for feeder in self._feeders:
             feeder.close()
         await asyncio.wait(running, timeout=_LAST_CLAIM_S)
@@ -443,7 +444,7 @@ class Worker:
             task.cancel()
 
     async def _drain(self) -> None:
-        """Hand back what has not been admitted, then wait for the rest until the grace is over."""
+        """Return what has not been admitted, then wait for the rest until the grace is over."""
         await self._give_up(self._stages.at(Stage.WAITING))
         if running := list(self._tasks()):
             await asyncio.wait(running, timeout=self._config.shutdown_grace_ms / 1000)

@@ -302,7 +302,7 @@ class Limiter:
         DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown; ConfigError for
         an unknown priority or a tenant's name that can't be one; ValueError for a limit of tokens
         without `tokens`. Cancelling the wait takes the ticket out; a permit that was granted in
-        that moment is given back.
+        that moment is released.
         Raises on leaving: LeaseLost, when the session was lost while the body ran; the body is
         cancelled then.
         """
@@ -324,7 +324,7 @@ class Limiter:
         hard_ms: int | None = None,
     ) -> TryAcquisition:
         """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if it can't
-        be had at once, which takes no longer than the server's next answer, or while Valkey
+        be granted immediately, which takes no longer than the server's next answer, or while Valkey
         is away. Otherwise as `acquire`."""
         wanted = None if tokens is None else tokens_of(tokens)
         bound_ms = hard_ms or DEFAULT_HARD_MS
@@ -451,7 +451,7 @@ class Limiter:
         """Leave a word for the other processes of the pool, in the place of the last one; it is
         forgotten after `keep_ms`."""
         request = {"sid": self._session.sid, "note": note, "keep_ms": keep_ms, "most": 0}
-        # Once: it is told again soon, and what waits behind it is more urgent.
+        # Once: it is sent again soon, and what waits behind it is more urgent.
         await self._run("notes", request, tries=1)
 
     async def told(self, most: int) -> dict[str, bytes]:
@@ -489,7 +489,7 @@ class Limiter:
         by: str = "",
         ramp_ms: int = RAMP_MS,
     ) -> bool:
-        """Let nobody in under `limit` for a time, over all processes at once.
+        """Admit no call under `limit` for a time, in all processes immediately.
 
         Afterwards calls come back over `ramp_ms`. A pause that would end later stays: False then.
         """
@@ -559,7 +559,7 @@ class Limiter:
         return {name: max(0, ms) for name, ms, _, _ in remembered.paused(at)}
 
     def paused_ms(self, limits: Sequence[str]) -> int:
-        """For how long still nobody is let in under one of these limits, as this process last
+        """For how long still nobody is admitted under one of these limits, as this process last
         heard, some seconds ago at most; 0 where none is paused. Without I/O."""
         return self._session.remembered.paused_ms(limits, self._session.lease.now_ms())
 
@@ -604,8 +604,8 @@ class Limiter:
             raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
 
     async def set_policy(self, policy: PoolPolicy, *, by: str = "") -> None:
-        """Put a policy with a higher revision in force for the whole pool, at once or as soon as
-        Valkey answers. Nothing is revoked: a limit that was lowered drains."""
+        """Put a policy with a higher revision in force for the whole pool, immediately or as soon
+        as Valkey answers. Nothing is revoked: a limit that was lowered drains."""
         if policy.revision <= self._session.policy.revision:
             raise TidegateError(f"revision {self._session.policy.revision} is in force already")
         self._session.set_policy(policy, by)

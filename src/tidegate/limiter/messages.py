@@ -36,8 +36,8 @@ _UNITS = {"input_tokens": "input tokens", "output_tokens": "output tokens"}
 
 
 class Barred(NamedTuple):
-    """A ticket that could not be let in before its deadline. `room_ms` is when there is room under
-    `limit`, of which so much is `used`; -1 where it is paused."""
+    """A ticket that could not be admitted before its deadline. `room_ms` is when there is room
+    under `limit`, of which so much is `used`; -1 where it is paused."""
 
     ticket: int
     limit: str
@@ -47,7 +47,7 @@ class Barred(NamedTuple):
 
 class Outlook(NamedTuple):
     """What `flow` waits for. `room_ms` is when there is room for its first ticket if nothing is
-    given back, 0 where that is not known; `firm`: for none of its tickets there is any before."""
+    released, 0 where that is not known; `firm`: for none of its tickets there is any before."""
 
     flow: int
     limit: str
@@ -132,7 +132,7 @@ def format_pause(left_ms: float) -> str:
 # overtook this one; a process of another layout has the pool.
 Status = Literal["ok", "tend", "epoch", "gone", "stale", "layout"]
 
-# Added to an outcome: the usage will be told after the release.
+# Added to an outcome: the usage will be reported after the release.
 USAGE_LATER = 10
 OUTCOMES = {"success": 0, "ignored": 1, "dropped": 2}
 
@@ -272,7 +272,7 @@ class SyncRequest:
     member. enqueues: flow, member. wants: flow, cost_ms. A member is
     ticket|hard_ms|cost_ms|amounts. looks: flows under whose limits somebody might be admitted.
     told, pages: what of `Whole` was read before. asks: tickets that may have been admitted. lefts:
-    ms that each enqueue may wait, 0 where not told. firm: limits of which nothing is given back."""
+    ms that each enqueue may wait, 0 where unknown. firm: limits of which nothing is released."""
 
     sid: str
     gen: int
@@ -325,7 +325,7 @@ class Whole(NamedTuple):
 
 
 class Hint(NamedTuple):
-    """Waiters of `flow` up to the stamp `horizon` may be let in by permits that we free; one of
+    """Waiters of `flow` up to the stamp `horizon` may be admitted by permits that we free; one of
     stamp s has the virtual start `tag + (s - head) * step`."""
 
     flow: int
@@ -336,7 +336,7 @@ class Hint(NamedTuple):
 
 
 class SyncReply(NamedTuple):
-    """Reply of `sync` and `tend`. `stamps` belong to the enqueues, 0 for those let in or refused;
+    """Reply of `sync` and `tend`. `stamps` belong to the enqueues, 0 for those admitted or refused;
     `timed_ms` is when something may go that only time frees, 0 for never."""
 
     status: Status
@@ -470,8 +470,8 @@ SHAPES = (
              "limit|bounces|stamp; h:ticket -> seq|hard deadline in ms|cost_ms|charges|flow",
              SESSION_KEEP, True),
     KeyShape("note:", "string", "per session: what its process tells the others, as bytes",
-             "seconds: it is told again and again", True),
-    KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to be told",
+             "seconds: it is sent again and again", True),
+    KeyShape("owed:", "hash", "ticket -> charges|lane, of calls whose usage is still to come",
              SESSION_KEEP, True),
     KeyShape("queue:", "zset", "per session|flow: ticket|hard_ms|cost_ms|amounts by stamp",
              SESSION_KEEP, True),

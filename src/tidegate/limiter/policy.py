@@ -51,7 +51,7 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True)
 class Concurrency:
-    """At most `bound` calls at once. In `shadow` it only counts what it would have held up."""
+    """At most `bound` calls concurrently. In `shadow` it only counts what it would have held up."""
 
     bound: int
     shadow: bool = False

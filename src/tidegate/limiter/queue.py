@@ -86,7 +86,7 @@ class Flow:
         return f"<Flow {self.key} waiting={len(self.waiting)} held={self.held}>"
 
     def refresh(self, policy: PoolPolicy, pool: str = "") -> None:
-        """Read what the policy says. Raises DemandImpossible for a limit that lets nobody in."""
+        """Read what the policy says. Raises DemandImpossible for a limit that admits no call."""
         found = [policy.binding(name) for name in self.limits]
         for name, limit in zip(self.limits, found, strict=True):
             if limit is None:
@@ -179,7 +179,7 @@ class Flow:
         return None
 
     def next_by_hint(self) -> tuple[int, Waiter | None] | None:
-        """The virtual start of the first waiter, and the waiter if a permit of ours may let it in:
+        """The virtual start of the first waiter, and the waiter if a permit of ours may admit it:
         not one that comes too late for that. None where there is no hint, or the place of the
         waiter is not known yet: its tenant keeps its own, and is asked again when it is."""
         hint = self.hint
@@ -215,7 +215,7 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """A permit in use. `admitted_ms` is when the server let it in, at the earliest; `on_fence`
+    """A permit in use. `admitted_ms` is when the server admitted it, at the earliest; `on_fence`
     cancels the body that uses it."""
 
     ticket: int
@@ -236,7 +236,7 @@ class Holding:
 
 @dataclass(slots=True)
 class Release:
-    """A permit given back. `sent` once it has been in a batch, which may have arrived."""
+    """A permit released. `sent` once it has been in a batch, which may have arrived."""
 
     ticket: int
     flow: Flow

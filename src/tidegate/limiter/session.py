@@ -71,7 +71,7 @@ class Observer:
         """One call of the script returned."""
 
 
-# A new session is let in after half a lease at the latest, whether all others know of it or not.
+# A new session is admitted after half a lease at the latest, whether all others know of it or not.
 VOUCH_SHARE = 0.4
 # How many comparisons tell how far ahead the server's clock is: about one and a third leases.
 AHEAD_KEPT = 4
@@ -125,7 +125,7 @@ class Remembered:
         self.pages: dict[str, tuple[str, int]] = {}  # where the lists go on that are not read yet
         self._midnights: dict[str, int] = {}
         self._in_force: PoolPolicy | None = None  # when all was compared last
-        # Who is told when there is one.
+        # Called when there is one.
         self.watchers: set[Callable[[], None]] = set()
         # The sessions that are there, and the version of that list; when it was confirmed.
         self.roster_version = 0
@@ -165,7 +165,7 @@ class Remembered:
         version, sids = whole.roster
         news = version != self.roster_version
         if sids is not None:
-            # While it recovers, those who were there before are still to come.
+            # While it recovers, earlier sessions are still to come.
             self._roster = self._roster | set(sids) if recovering else set(sids)
         self.roster_version = version
         self._confirmed_ms = at_ms
@@ -299,13 +299,13 @@ class Remembered:
 
 
 class LocalShare:
-    """What may be let in without asking. `set` before `allows`."""
+    """What may be admitted without asking. `set` before `allows`."""
 
     def __init__(self) -> None:
         self._policy: PoolPolicy | None = None
         self._sessions = 0
         self._held: Mapping[str, int] = {}
-        # limit -> (ms, amount) of what was let in here
+        # limit -> (ms, amount) of what was admitted here
         self._spent: dict[str, deque[tuple[float, int]]] = {}
 
     def set(self, policy: PoolPolicy, sessions: int, held: Mapping[str, int]) -> None:
@@ -719,7 +719,8 @@ class Session:
             if waiter.once and waiter.ticket in queue.waiting:
                 limit = waiter.flow.held_up_by or waiter.flow.limits[0]
                 self._refuse(
-                    waiter, DeadlineExceeded("no permit at once", limit=limit, retry_after_ms=1000)
+                    waiter,
+                    DeadlineExceeded("no permit is free", limit=limit, retry_after_ms=1000),
                 )
         if reply.whole is not None:
             self._compare(reply, reply.whole, sent_ms, at)

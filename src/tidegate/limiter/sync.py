@@ -76,7 +76,7 @@ class SyncPermit:
 
 
 class Held:
-    """A permit on its way through a thread: `enter` waits for it, `leave` gives it back.
+    """A permit on its way through a thread: `enter` waits for it, `leave` releases it.
 
     close: called in a thread of ours when the permit is lost, or overdue (`hard_ms` after its
         grant), or dropped: end the use if nobody is in it, and call `release` then.
@@ -134,7 +134,7 @@ class Held:
     def drop(self) -> bool:
         """Nobody has the permit any more: have it closed. May be called by the garbage collector.
 
-        False if it has been given back already.
+        False if it has been released already.
         """
         return self._hold is not None and self._limiter.ours() and self._hold.drop()
 
@@ -213,8 +213,8 @@ R = TypeVar("R")
 class SyncLimiter:
     """Permits of one pool for the threads of this process. Enter it, or call `start` and `close`.
 
-    Any number of threads may use it at once. Make one in each process: after a `fork` the child
-    has neither the thread nor the connections, and every use of it there raises RuntimeError.
+    Any number of threads may use it concurrently. Make one in each process: after a `fork` the
+    child has neither the thread nor the connections, and every use of it there raises RuntimeError.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class SyncLimiter:
         try:
             asyncio.run(self._serve())
         except BaseException as error:
-            # A start that failed is told to whoever waits for it; later faults are the thread's.
+            # A start that failed is raised to its waiter; later faults are the thread's.
             if self._started.done():
                 raise
             self._started.set_exception(error)
@@ -357,7 +357,7 @@ class SyncLimiter:
         return SyncAcquisition(self, lambda: self._limiter.acquire(*limits, **options))
 
     def try_acquire(self, *limits: str, **options: Unpack[AttemptOptions]) -> SyncAttempt:
-        """`with limiter.try_acquire("kind:text_only") as permit:`; None if none is free at once."""
+        """`with limiter.try_acquire("kind:text_only") as permit:`; None if none is free now."""
         return SyncAttempt(self, lambda: self._limiter.try_acquire(*limits, **options))
 
     def limited(

@@ -107,8 +107,8 @@ class Place:
 
     held_up_by: the limit that it waits for; None while its process takes no grants. ahead: tickets
     of its tenant before it. wait_ms: an estimate, from what calls of this flow last and from the
-    tenant's share against those who wait beside it; None where nothing is known. paused_ms and
-    paused_by: when that limit is paused.
+    tenant's share against the tenants that wait beside it; None where nothing is known. paused_ms
+    and paused_by: when that limit is paused.
     """
 
     tenant: str

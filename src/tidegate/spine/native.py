@@ -414,7 +414,7 @@ class NativeExchange:
 
 def _cache_write(rates: Rates | None, body: dict[str, Any]) -> CacheWrite | None:
     """To which cache a request asks its input to be written, where that has a price of its own: who
-    leaves before the usage is told has it written all the same."""
+    leaves before the usage is reported has it written all the same."""
     if rates is None or rates.cache_write == rates.cache_write_1h == rates.input:
         return None
     try:
@@ -678,7 +678,7 @@ def _object(value: Any) -> dict[str, Any]:
     return value if type(value) is dict else {}
 
 
-# Of the JSON that holds one: a line of a batch, or what is handed in as a job.
+# Of the JSON that holds one: a line of a batch, or what is submitted as a job.
 LONGEST_BYTES = 20_000_000
 _JSON = (b"content-type", b"application/json")
 _ALLOWED = (

@@ -125,7 +125,7 @@ def _left(status: RateStatus) -> float:
 FAULTS = 5
 MOST_OF_ONE = FAULTS - 1
 FAULTS_OF_ONE = 20
-# Of the traffic may be tried again, and so many at once after a quiet time.
+# Of the traffic may be tried again, and so many in a burst after a quiet time.
 RETRY_SHARE = 0.2
 RETRIES_AT_ONCE = 10.0
 
@@ -133,7 +133,7 @@ RETRIES_AT_ONCE = 10.0
 @dataclass(frozen=True, slots=True)
 class Suspect:
     """A request that may have brought its fault upon itself. tenant: None where clients show no
-    keys, and cannot be told apart. request: the same for the same request."""
+    keys, and are indistinguishable. request: the same for the same request."""
 
     tenant: str | None
     request: int

@@ -614,7 +614,7 @@ async def _count(connection: asyncpg.Connection, ended: Iterable[asyncpg.Record]
     counts: dict[UUID, Counter[str]] = {}
     for row in ended:
         counts.setdefault(row["batch_id"], Counter())[row["state"]] += 1
-    for batch_id in sorted(counts):  # one order in all processes, lest they wait in a circle
+    for batch_id in sorted(counts):  # one order in all processes, so that they do not deadlock
         of_it = counts[batch_id]
         await connection.execute(
             sql("count_batch_lines"), batch_id, of_it["succeeded"], of_it["failed"]

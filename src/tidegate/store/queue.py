@@ -244,7 +244,7 @@ class Lookback:
         now = self._clock()
         due = now - self._whole_at >= max(_WHOLE_EVERY_S, _SHARE * self._whole_took_s)
         if self._done is None or (due and not (hurried and self._whole_took_s > _HURRIED_S)):
-            # Until it has ended well it counts as long: one that fails is not begun again at once.
+            # Until it has ended well it counts as long: one that fails is not retried immediately.
             self._whole_at, self._whole_took_s = now, _UNKNOWN_S
             return Scan(ALL_S, now, True)
         return Scan(now - self._done + MARGIN_S, now, False)

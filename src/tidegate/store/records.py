@@ -52,7 +52,7 @@ class NewJob:
 
     endpoint: the native path that it wraps a call of; `prompt` is then the body, as JSON, or where
     there is an attachment, which is the body, the head of it.
-    traceparent: of whoever asked, for the worker that will run it. trail: of a stream, which is
+    traceparent: of the caller, for the worker that will run it. trail: of a stream, which is
     not on record.
     """
 

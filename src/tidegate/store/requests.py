@@ -576,7 +576,7 @@ class RunningCall:
 
 
 class ActiveRequests:
-    """Where requests are, for those who watch a pool. Every method raises StoreUnavailable."""
+    """Where requests are, for observers of a pool. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections

@@ -126,7 +126,7 @@ class Page:
             + (f" (configured: {wanted[kind]})" if now[kind] != wanted[kind] else "")
             for kind in Kind
         ]
-        self._row("At once", ", ".join(limits), "calls, over all processes")
+        self._row("Concurrently", ", ".join(limits), "calls, over all processes")
         if in_force is None:
             self._more("as configured: Valkey does not answer yet")
         elif now != wanted:

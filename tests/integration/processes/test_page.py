@@ -29,7 +29,7 @@ async def at_once(config: Config, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     ground = Ground(config, None, embedded=False, emulated=False)
     Page(config, 1, 1).ready(ground, "http://localhost:1", policy, in_force)
-    after = capsys.readouterr().out.partition("At once")[2]
+    after = capsys.readouterr().out.partition("Concurrently")[2]
     return " ".join(after.partition("\n\n")[0].split())
 
 
@@ -91,4 +91,4 @@ def test_the_page_names_the_upstreams_and_tries_none_that_is_not_there(
     )
     assert " anthropic    https://api.anthropic.com for claude-*\n" in said
     assert "/submit -H" not in said
-    assert "At once" not in said, "what bounds prompts"
+    assert "Concurrently" not in said, "what bounds prompts"

@@ -94,7 +94,7 @@ export async function fileUrl(path, options = {}) {
  * The server-sent events of a response, as they come: `{ event, data, id }`, data as text.
  *
  * EventSource can't show a key, so the stream is read here. Ends with the stream; comments pass in
- * silence, but `onComment` is told of them. Throws what reading throws.
+ * silence, but `onComment` is called for them. Throws what reading throws.
  */
 export async function* events(response, onComment = () => {}) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -40,7 +40,7 @@ export function fill(element, ...children) {
   return element;
 }
 
-/** Set a text only where it differs, so that nothing is painted, selected or announced anew. */
+/** Set a text only where it differs, so that nothing is painted, selected or announced again. */
 export function say(element, text) {
   const wanted = String(text);
   if (element.textContent !== wanted) element.textContent = wanted;

@@ -23,7 +23,7 @@ export function link(path, query = {}) {
   return `#${path}${text ? `?${text}` : ""}`;
 }
 
-/** Change the query of the address without opening the page anew. */
+/** Change the query of the address without opening the page again. */
 export function note(query) {
   history.replaceState(null, "", link(target().path, query));
 }

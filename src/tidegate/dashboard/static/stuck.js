@@ -6,7 +6,7 @@ import { say } from "./dom.js";
 import { brief } from "./format.js";
 
 const EVERY_MS = 10_000;
-const SETTLED_MS = 1_500; // after an act, until what is told has it
+const SETTLED_MS = 1_500; // after an act, until the feed has it
 const TOLD_MS = 15_000; // the feed tells every 10 s
 let toldAt = -TOLD_MS;
 

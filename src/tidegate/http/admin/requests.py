@@ -613,7 +613,7 @@ async def file(request: Request, request_id: UUID, file_id: UUID) -> Response:
     response_model=StatusView,
     response_model_exclude_none=True,
     responses=problem_responses(404, 408, 409, 413, 415)
-    | {202: {"model": StatusView, "description": "The worker that runs it has been told"}},
+    | {202: {"model": StatusView, "description": "The worker that runs it has been notified"}},
     openapi_extra=described(Signed),
     summary="Cancel a job of any tenant",
 )

@@ -8,7 +8,7 @@
 -- later: giving room parking pump rates timers pauses starving
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0
--- Where the past may be lost nobody is let in, and no trace is left of our having been here: `tend`
+-- Where the past may be lost nobody is admitted, and no trace is left of our having been here: `tend`
 -- is to find it out.
 pool.doubtful = pool.run ~= q.run or wall < pool.clock or wall >= pool.reap_at
 pool.now = pool.clock - wall > pool.lease_ms / 2 and wall or math.max(wall, pool.clock)

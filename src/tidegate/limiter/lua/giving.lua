@@ -70,7 +70,7 @@ function T.begin_again(limit, number)
   T.moves = T.moves + 1
 end
 
--- Doing it twice does nothing the second time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be told later.
+-- Doing it twice does nothing the second time. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be reported later.
 function T.release(ticket, number, outcome, took_ms, actual)
   local queue, value = own.queues[number], own.held[ticket]
   if not value then
@@ -99,7 +99,7 @@ function T.release(ticket, number, outcome, took_ms, actual)
   end
 end
 
--- entry: ticket, actual amounts. The usage of a call whose permit was given back before.
+-- entry: ticket, actual amounts. The usage of a call whose permit was released before.
 function T.settle(entry)
   local owed = call('HGET', T.owed_key(q.sid), entry[1])
   if not owed then return end
@@ -108,7 +108,7 @@ function T.settle(entry)
   T.settle_charges(charges, lane, T.amounts_in(entry[2]))
 end
 
--- entry: ticket, flow, member. A grant that crossed the cancel is given back, unused.
+-- entry: ticket, flow, member. A grant that crossed the cancel is released, unused.
 function T.cancel(entry)
   local ticket = entry[1]
   if T.unqueue(own.queues[entry[2]], entry[3]) then return end

@@ -146,7 +146,7 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
 end
 
 -- A call used `took_ms` of a permit, and its tenant was charged `charged_ms` for it: 0 for one that
--- was let in while nobody waited. Added up by flow, so that a request corrects each tag once.
+-- was admitted while nobody waited. Added up by flow, so that a request corrects each tag once.
 local differs, differing = {}, {}
 function T.used(flow, charged_ms, took_ms)
   if charged_ms == 0 or took_ms == charged_ms then return end

@@ -1,4 +1,4 @@
--- does: says which of its own waiters a session may let in by permits that it frees itself
+-- does: says which of its own waiters a session may admit by permits that it frees itself
 -- keys: park line
 -- args: wants
 -- returns: hints()

@@ -115,7 +115,7 @@ function T.read_policy(policy)
   for i = 1, #fields, 2 do policy.limits[string.sub(fields[i], 3)] = fields[i + 1] end
 end
 
--- Whoever waits may be admitted now, by other bounds or, at any limit, by other bands.
+-- Waiters may be admitted now, by other bounds or, at any limit, by other bands.
 function T.touch_waited_for(names)
   if pool.parked == 0 or #names == 0 then return end
   local fields = {}
@@ -184,7 +184,7 @@ function T.charges_of(sid)
 end
 
 -- The list of sessions ran out before the session's own keys, as when the clock leaps by an hour:
--- what they say was counted anew without them.
+-- what they say was counted again without them.
 function T.forget_leftover()
   for _, queue in ipairs(T.places_of(q.sid)) do
     call('UNLINK', T.queue_key(queue))
@@ -271,7 +271,7 @@ function T.join()
   T.merge_policy(q.join.policy)
   if not pool.indexed then T.index() end
   local lost = q.epoch > 0 and q.epoch < pool.epoch
-  -- Whoever lived in an earlier epoch proves that there was one: the full quiet time is due.
+  -- A session of an earlier epoch proves that there was one: the full quiet time is due.
   if lost then
     pool.recover_until = math.max(pool.recover_until,
       pool.began + math.max(pool.lease_ms, q.lease_ms))
@@ -293,7 +293,7 @@ function T.join()
   return 'ok'
 end
 
--- Looks whether anybody could be let in where some of its queues stand; it names all in turn.
+-- Looks whether anybody could be admitted where some of its queues stand; it names all in turn.
 function T.touch_own()
   for _, number in ipairs(q.looks) do
     local at = own.queues[number].at

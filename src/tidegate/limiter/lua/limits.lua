@@ -22,7 +22,7 @@ T.band_list = { __index = function(list, number)
   return rawget(list, number)
 end }
 
--- A limit that no policy names lets nobody in, unless its scope is one of these: then it has no bound
+-- A limit that no policy names admits no call, unless its scope is one of these: then it has no bound
 -- and is the place of a pause. Its fields are kept only while it is paused, waited for or in use.
 T.UNBOUNDED = 10000000000
 T.FOR_EVER = 9007199254740991
@@ -135,7 +135,7 @@ T.save_limit = function(limit)
   limit.learned, limit.spent_anew = nil, nil
 end
 
--- A touched limit is one under which somebody might be let in now.
+-- A touched limit is one under which somebody might be admitted now.
 function T.touch(limit)
   if limit.name then T.touched[limit.name] = true end
 end

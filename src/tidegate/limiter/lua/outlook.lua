@@ -3,7 +3,7 @@
 -- args: firm
 -- returns: bar(), outlook()
 -- units: ms
--- Nothing of a limit that counts requests is given back when calls end. Of another one a call may have
+-- Nothing of a limit that counts requests is released when calls end. Of another one a call may have
 -- reserved more than it uses.
 function T.is_firm(limit)
   if limit.exact then return true end
@@ -14,7 +14,7 @@ function T.is_firm(limit)
   return limit.sort ~= 'c' and T.firm[limit.name] or false
 end
 
--- Whether the usage of a call that has ended is still to be told.
+-- Whether the usage of a call that has ended is still to be reported.
 function T.is_usage_due()
   if T.usage_due == nil then
     T.usage_due = false
@@ -28,7 +28,7 @@ function T.is_usage_due()
   return T.usage_due
 end
 
--- When there will be room, if nothing is given back; what is used, -1 of a limit that is paused; and
+-- When there will be room, if nothing is released; what is used, -1 of a limit that is paused; and
 -- whether that moment is certain for every call. 0 where a call that ends makes room, or nobody knows.
 function T.earliest(limit, amount)
   local pause, paused_at, at, used = limit.pause, 0, 0, limit.used
@@ -43,7 +43,7 @@ function T.earliest(limit, amount)
   return 0, used, false
 end
 
--- Refuses a ticket that can't be let in within `left_ms`, even if it were alone; true if it did.
+-- Refuses a ticket that can't be admitted within `left_ms`, even if it were alone; true if it did.
 function T.bar(queue, member, left_ms)
   local ticket, text = string.match(member, '^(%d+)|%d+|%d+|(.*)$')
   local list, latest, found, used = T.amounts_in(text), pool.now + left_ms - 1, nil, 0

@@ -25,7 +25,7 @@ function T.is_tried(gate)
   return value and true or false
 end
 
--- After a pause the calls come back one by one, over `ramp_ms`, instead of all at once; `passed` is
+-- After a pause the calls come back one by one, over `ramp_ms`, instead of all together; `passed` is
 -- in the limit's unit. A limit without a bound comes back as one of `RAMP_BOUND` does.
 T.RAMP_BOUND = 64
 function T.pause_lets(limit)

@@ -116,7 +116,7 @@ function T.save_pool()
   if T.spenders[1] then T.rates().note_spenders() end
   for name, tenant in pairs(T.tenants) do
     if tenant.changed then
-      -- With nobody left in a tenant's queues its stamps may begin anew.
+      -- With nobody left in a tenant's queues its stamps may start again.
       changed['n:' .. name] = tenant.waiting > 0
         and T.int(tenant.waiting) .. '|' .. T.int(tenant.stamp)
       tenant.changed = nil

@@ -1,4 +1,4 @@
--- does: lets waiters in, into whatever is free under the touched limits
+-- does: admits waiters into whatever is free under the touched limits
 -- keys: sessions session queue park line
 -- args: none
 -- returns: pump(), publish(), admit(), let_in()
@@ -199,7 +199,7 @@ function T.pump()
     name = next(T.touched)
   end
   if T.budget <= 0 then
-    -- Whoever comes next goes on.
+    -- The next one goes on.
     T.more = 1
     for each in pairs(T.touched) do T.limit_of(each).retry_at = pool.now end
   end

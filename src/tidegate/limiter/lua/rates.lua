@@ -82,7 +82,7 @@ T.rates = function()
     end
   end
 
-  -- When `amount` will fit, nothing being given back.
+  -- When `amount` will fit, without any release.
   local function fits_at(limit, amount)
     if limit.sort == 'q' then return limit.reset_at end
     local over = limit.spent + amount - limit.bound

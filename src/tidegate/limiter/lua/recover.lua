@@ -57,7 +57,7 @@ end
 
 function T.lapsing_lane(member) return string.match(member, '^[^|]*|[^|]*|(.*)$') end
 
--- Nobody waits any more: those who did are gone without having been reaped.
+-- Nobody waits any more: the waiters are gone without having been reaped.
 function T.forget_parked(limit)
   for number, band in ipairs(limit.bands) do
     if band.waits > 0 then
@@ -104,10 +104,10 @@ function T.begin_epoch()
   call('UNLINK', T.prefix .. 'seen', T.prefix .. 'fresh', T.prefix .. 'expected')
   pool.fresh = 0
   T.put('fresh', '0')
-  -- At once: whoever joins in this very call may vouch.
+  -- Immediately: a session that joins in this very call may vouch.
   T.write(T.meta_key, { empty = pool.epoch == 0 and '1', vouched = false })
   local quiet_ms = math.max(pool.lease_ms, q.lease_ms)
-  -- Nobody knows of this pool: those who might have seen it on an earlier run of the server
+  -- Nobody knows of this pool: sessions that might have seen it on an earlier run of the server
   -- have had since its start to come back.
   if not known then quiet_ms = math.max(0, quiet_ms - q.uptime_ms) end
   pool.epoch = math.max(pool.now, pool.epoch + 1, q.epoch + 1)

@@ -1,4 +1,4 @@
--- does: says whether a limit has room, takes of it and gives back
+-- does: says whether a limit has room, takes of it and releases
 -- keys: none
 -- args: none
 -- returns: has_room(), take(), give_back()

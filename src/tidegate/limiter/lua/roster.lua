@@ -4,7 +4,7 @@
 -- returns: enter_roster(), acknowledge(), leave_roster(), vouch(), call_up()
 -- units: ms
 -- After an empty restart the quiet lease may end as soon as all have come back who may hold a permit.
--- Only those who were there can name them. So a new session is let in once all others have said that
+-- Only earlier sessions can name them. So a new session is admitted once all others have said that
 -- they know of it, or when who has not said so for half a lease may not vouch for anybody.
 T.seen_key = T.prefix .. 'seen'
 T.fresh_key = T.prefix .. 'fresh'
@@ -73,7 +73,7 @@ function T.acknowledge()
   T.count_fresh()
 end
 
--- Whoever comes back after an empty restart names those who were there.
+-- A session that returns after an empty restart names the sessions before it.
 function T.vouch()
   local f = call('HMGET', T.meta_key, 'empty', 'vouched')
   if not f[1] or pool.now >= pool.recover_until then return end

@@ -1,4 +1,4 @@
--- does: does what a process says, in the order that frees first, and lets in whom it can
+-- does: does what a process says, in the order that frees first, and admits the waiters that it can
 -- keys: queue
 -- args: transfers releases settles cancels enqueues full lefts
 -- returns: say_all(), settle_down(), granted, stamps, refused, barred, waited, seen_ahead, more
@@ -8,7 +8,7 @@ T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
 -- `waited`: by the number of its flow, each queue of which somebody may want to know what it waits for.
 T.barred, T.waited, T.seen_ahead = {}, {}, {}
 
--- A new session is not let in before all others know of it; see roster.
+-- A new session is not admitted before all others know of it; see roster.
 function T.is_fresh(sid)
   if pool.fresh == 0 or not sid then return false end
   if T.fresh_ones[sid] == nil then
@@ -24,7 +24,7 @@ function T.is_there(i, queue, member)
   return stamp or own.held[tonumber(string.match(member, '^%d+'))]
 end
 
--- The limit at which the first ticket of a queue has to wait; nil if it was let in.
+-- The limit at which the first ticket of a queue has to wait; nil if it was admitted.
 function T.let_in_or_wait(queue, member)
   if pool.now < pool.recover_until or T.is_fresh(own.sid) then
     return T.limit_of(T.names_in(queue.lane)[1])
@@ -97,7 +97,7 @@ function T.say_all()
   T.rehead_filled()
 end
 
--- Lets in whom it can, where anything has changed that somebody may wait for.
+-- Admits the waiters that it can, where anything has changed that somebody may wait for.
 function T.settle_down()
   if next(T.touched) or pool.starving > 0 or T.retry
     or pool.timed_at > 0 and pool.now >= pool.timed_at then

@@ -3,7 +3,7 @@
 -- args: none
 -- returns: serve_starving()
 -- units: none
--- Whether what a queue lacks is given back by calls that end; else nothing need be kept for it.
+-- Whether what a queue lacks is released by calls that end; else nothing need be kept for it.
 function T.can_be_saved_for(queue, list)
   local room, can = true, true
   for i, name in ipairs(T.names_in(queue.lane)) do
@@ -16,7 +16,7 @@ function T.can_be_saved_for(queue, list)
   return room, can
 end
 
--- What is free is kept for those who were sent to and fro too often, in their order.
+-- What is free is kept for waiters that were sent to and fro too often, in their order.
 function T.serve_starving()
   if T.served or pool.now < pool.recover_until then return end
   T.served = true

@@ -3,7 +3,7 @@
 -- args: none
 -- returns: room_again(), touch_due(), end_implicit(), look_again(), note_timers()
 -- units: ms
--- Room again at `at`, unless something is given back before; of several who look, the first counts.
+-- Room again at `at`, unless something is released before; of several who look, the first counts.
 function T.room_again(limit, at)
   limit.retry_at, T.retry = math.min(limit.retry_at or at, at), true
   return false

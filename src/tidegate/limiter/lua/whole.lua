@@ -65,7 +65,7 @@ function T.pauses_page()
   for i = 1, #raw, 2 do fields[#fields + 1] = 'p:' .. raw[i] end
   for i, value in ipairs(#fields > 0 and T.read(T.meta_key, fields) or none) do
     local until_ms, ramp_ms, said = string.match(value or '', '^(%d+)|(%d+)|%d+|(.*)$')
-    -- Who calls names a limit that no policy names only while it is told of its pause.
+    -- Who calls names a limit that no policy names only while its pause is reported.
     if until_ms and (ramp_ms == '0' or until_ms + ramp_ms > pool.now) then
       list[#list + 1] = { string.sub(fields[i], 3), tonumber(until_ms) - pool.now, tonumber(ramp_ms), said }
     end
@@ -77,7 +77,7 @@ end
 -- `told`, as of that change, which is no less than what is left of it now. With the first page, of the
 -- few that did not change for the longest time, which are all in a small pool, as of now; of which
 -- nothing is left is forgotten here. Returns the number of the last change that the session knows by that, and the place
--- of what is still to be told.
+-- of what is still to be reported.
 function T.spent_since_told()
   local list, fields, at, told = {}, {}, {}, pool.changes
   local raw = call('ZRANGEBYSCORE', T.spending_key, '(' .. T.int(q.told), '+inf', 'WITHSCORES',

@@ -49,8 +49,8 @@ MOST_ON_ROSTER = 256
 
 class Roster(Pump):
     """See the module. `version` grows with every change of who is there; `seen` is the version
-    that each session knows; `expected` are those who are to come back; `empty` says that the
-    server knew nothing, `vouched` that somebody has named who was there."""
+    that each session knows; `expected` are the sessions that are to come back; `empty` says that
+    the server knew nothing, `vouched` that somebody has named who was there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Roster(Pump):
                     self.call_up(sid)
 
     def vouch(self, q: SyncRequest) -> None:
-        """Whoever comes back after an empty restart names those who were there."""
+        """A session that returns after an empty restart names the sessions before it."""
         assert q.join is not None
         if not self.empty or not self.quiet():
             return
@@ -153,7 +153,7 @@ class Joining(Roster):
         return self.policy.revision if self.policy else 0
 
     def forget_stamps(self) -> None:
-        """With nobody left in a tenant's queues its stamps may begin anew."""
+        """With nobody left in a tenant's queues its stamps may start again."""
         for tenant in self.left:
             if not self.queues_of[tenant]:
                 self.stamps.pop(tenant, None)
@@ -176,7 +176,7 @@ class Joining(Roster):
         self.forget_roster(empty=self.epoch == 0)
         quiet_ms = max(self.lease_ms, q.lease_ms)
         if not known:
-            # Nobody knows of this pool: those who might have seen it on an earlier run of the
+            # Nobody knows of this pool: sessions that might have seen it on an earlier run of the
             # server have had since its start to come back.
             quiet_ms = max(0, quiet_ms - q.uptime_ms)
         self.epoch = max(self.now, self.epoch + 1, q.epoch + 1)
@@ -201,7 +201,7 @@ class Joining(Roster):
             self.leave_roster(sid)
 
     def join(self, q: SyncRequest) -> Status:
-        """The session begins anew with what it says that it holds."""
+        """The session restarts with what it says that it holds."""
         assert q.join is not None
         before = self.sessions.get(q.sid)
         if before is not None and q.batch <= before.batch:
@@ -211,7 +211,7 @@ class Joining(Roster):
         self._merge(q.join.policy)
         lost = 0 < q.epoch < self.epoch
         if lost:
-            # Whoever lived in an earlier epoch proves that there was one.
+            # A session of an earlier epoch proves that there was one.
             quiet_ms = max(self.lease_ms, q.lease_ms)
             self.recover_until = max(self.recover_until, self.began + quiet_ms)
         session = Session(self.next_seq(), q.batch, self.now + self.lease_ms, q.join.name)
@@ -404,7 +404,7 @@ class Telling(Joining):
 
 
 class PoolModel(Telling):
-    """A pool. Times handed in are the server's, in ms."""
+    """A pool. Times passed in are the server's, in ms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -486,7 +486,7 @@ class PoolModel(Telling):
         return RenewReply(status, self.epoch, self.lease_ms, quiet_ms, self.revision)
 
     def pause(self, name: str, for_ms: int, ramp_ms: int, said: str, *, run: str, wall: int) -> int:
-        """Let nobody in under a limit. A shorter pause never ends a longer one."""
+        """Admit no call under a limit. A shorter pause never ends a longer one."""
         in_doubt = self._begin_act(run, wall)
         limit, until, done = self.limit(name), self.now + for_ms, 0
         pause = self.pause_of(limit)
@@ -575,7 +575,7 @@ class PoolModel(Telling):
     # -- parts of them
 
     def _begin_act(self, run: str, wall: int) -> bool:
-        """Where the past may be lost nobody is let in, and `tend` is to find it out."""
+        """Where the past may be lost nobody is admitted, and `tend` is to find it out."""
         self._begin(None)
         in_doubt = self._in_doubt(run, wall)
         self.now = wall if self.clock - wall > self.lease_ms / 2 else max(wall, self.clock)
@@ -609,7 +609,7 @@ class PoolModel(Telling):
     def _finish(
         self, q: SyncRequest, status: Status, session: Session | None, *, tending: bool = False
     ) -> SyncReply:
-        """Frees first, lets in last."""
+        """Frees first, admits last."""
         stamps: list[int] = []
         refused: list[int] = []
         if status == "ok":

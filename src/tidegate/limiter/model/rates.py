@@ -54,7 +54,7 @@ class Spending:
         return sum(self.buckets.values())
 
     def room_at(self, limit: Limit, amount: int, now: int) -> int:
-        """When `amount` will fit, nothing being given back. Call it after `look`."""
+        """When `amount` will fit, without any release. Call it after `look`."""
         if limit.bound == 0:
             return now + DAY_MS
         if isinstance(limit, Quota):
@@ -98,7 +98,7 @@ class Spending:
         return amount, end
 
     def settle(self, limit: Limit, charge: Charge, actual: int, now: int) -> bool:
-        """Correct a reservation; True if something was given back. Call it after `look`.
+        """Correct a reservation; True if something was released. Call it after `look`.
 
         What was reserved too much goes back to where it was taken from, while that still counts:
         never into a window or a day that has begun since. What was used on top counts from now.

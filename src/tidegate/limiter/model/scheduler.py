@@ -169,11 +169,11 @@ class Lapsing(NamedTuple):
 class BandState:
     """What waits under a limit in one band, and whose turn it is.
 
-    lines: tenant -> its queues here, by id. tags: tenant -> virtual start, also of those who went
-    and are ahead of `virtual`, the band's time. credit: thousandths of a turn that it has saved.
-    Under a rate it is owed what its least share gives from `from_us` to `passed_us`, when a higher
-    band took something last; `from_us` lies ahead where it had more than its share. `held_at` is
-    when it found no room last, `used_at` when it took something.
+    lines: tenant -> its queues here, by id. tags: tenant -> virtual start, also of tenants that
+    went and are ahead of `virtual`, the band's time. credit: thousandths of a turn that it has
+    saved. Under a rate it is owed what its least share gives from `from_us` to `passed_us`, when a
+    higher band took something last; `from_us` lies ahead where it had more than its share.
+    `held_at` is when it found no room last, `used_at` when it took something.
     """
 
     lines: dict[str, dict[str, Queue]] = field(default_factory=dict)
@@ -225,7 +225,7 @@ class LimitState:
     cost_ms: int = 0
 
     def room_again(self, at: int) -> None:
-        """Room at `at`, unless something is given back before; of several who look, the first
+        """Room at `at`, unless something is released before; of several who look, the first
         counts."""
         self.retry_at = at if self.retry_at is None else min(self.retry_at, at)
 
@@ -333,7 +333,7 @@ LEFT_FREE = 20
 
 
 class Places:
-    """The limits and the queues of a pool. Fields under `of one call` are set anew by each."""
+    """The limits and the queues of a pool. Fields under `of one call` are set again by each."""
 
     def __init__(self) -> None:
         self.policy: PoolPolicy | None = None
@@ -664,7 +664,7 @@ class Places:
         return None, False
 
     def blocker_of_new(self, flow: Flow, member: Member) -> LimitState | None:
-        """The limit at which a newcomer has to wait: nobody passes those who wait already."""
+        """The limit at which a newcomer has to wait: nobody passes earlier waiters."""
         for position, limit in enumerate(self.lane(flow)):
             amount = member.amount(position)
             if (amount > 0 and limit.waits) or not self.has_room(limit, flow.band, amount):
@@ -749,7 +749,7 @@ class Permits(Places):
 
     def used(self, key: str, charged_ms: int, took_ms: int) -> None:
         """A call of a flow used `took_ms` of a permit, and its tenant was charged `charged_ms` for
-        it: 0 for one that was let in while nobody waited."""
+        it: 0 for one that was admitted while nobody waited."""
         if charged_ms:
             self._differs[key] = self._differs.get(key, 0) + took_ms - charged_ms
 
@@ -769,7 +769,7 @@ class Permits(Places):
     # -- entries
 
     def say_back(self, q: SyncRequest, session: Session) -> None:
-        """All entries of a request that give back or give up."""
+        """All entries of a request that release or give up."""
         self._reheaded = {}
         for transfer in q.transfers:
             self._transfer(q, session, *transfer)
@@ -785,7 +785,7 @@ class Permits(Places):
         self._charge_handed()
         filling = {q.flows[number - 1] for number, _ in q.enqueues}
         for key, each in list(self._reheaded.items()):
-            # Empty for this moment, it would lose its turn to those who are behind it.
+            # Empty for this moment, it would lose its turn to waiters behind it.
             if key not in filling or each.queue.bounces >= self.starves or self._is_rated(each):
                 self._rehead(each.queue)
                 del self._reheaded[key]
@@ -796,7 +796,8 @@ class Permits(Places):
             self._rehead(each.queue)
 
     def bound_owed(self, sid: str) -> None:
-        """Of more calls than so many whose usage is still to be told the eldest are forgotten."""
+        """Of more calls than so many whose usage is still to be reported the eldest are
+        forgotten."""
         owed = self.owed.get(sid, {})
         for ticket in sorted(owed)[: max(0, len(owed) - self.most_owed)]:
             del owed[ticket]
@@ -930,7 +931,7 @@ class Permits(Places):
     def _cancel(
         self, q: SyncRequest, session: Session, ticket: int, flow_number: int, member: str
     ) -> None:
-        """A grant that crossed it is given back, unused."""
+        """A grant that crossed it is released, unused."""
         key = q.flows[flow_number - 1] if flow_number else ""
         if self._unqueue(session, key, member):
             return
@@ -943,7 +944,7 @@ class Permits(Places):
 
 
 class Earliest(NamedTuple):
-    """When there will be room if nothing is given back, 0 where a call that ends makes it or nobody
+    """When there will be room if nothing is released, 0 where a call that ends makes it or nobody
     knows; what is used, -1 of a limit that is paused; whether `at` is certain for every call."""
 
     at: int
@@ -962,7 +963,7 @@ class Outlooks(Permits):
         self.waited: dict[int, Queue] = {}
 
     def _is_firm(self, limit: LimitState) -> bool:
-        """Nothing is given back where requests are counted; else a call may have reserved more than
+        """Nothing is released where requests are counted; else a call may have reserved more than
         it uses."""
         exact = isinstance(limit.limit, Rate) and limit.limit.exact
         return exact or (limit.is_rate and limit.name in self.firm)
@@ -983,7 +984,7 @@ class Outlooks(Permits):
         return Earliest(0, used, firm=False)
 
     def bar(self, flow: Flow, member: Member, left_ms: int) -> bool:
-        """Refuse a ticket that can't be let in within `left_ms`, even if it were alone; True if
+        """Refuse a ticket that can't be admitted within `left_ms`, even if it were alone; True if
         that is so."""
         latest, found = self.now + left_ms - 1, None
         for position, limit in enumerate(self.lane(flow)):
@@ -1016,7 +1017,7 @@ class Outlooks(Permits):
 ACK_WINDOW = 8
 # Steps of one call of the script.
 AT_ONCE = 500
-# Only waiters whose turn comes so soon anyway are let in by a permit passed on in their process.
+# Only waiters whose turn comes so soon anyway are admitted by a permit passed on in their process.
 AHEAD_MS = 150
 MOST_STARVING = 8
 
@@ -1171,8 +1172,8 @@ class Pump(Outlooks):
         return True
 
     def serve_starving(self) -> None:
-        """What is free is kept for those who were sent to and fro too often, in their order: where
-        what they lack is given back by calls that end."""
+        """What is free is kept for waiters that were sent to and fro too often, in their order:
+        where what they lack is released by calls that end."""
         if self.served or self.quiet() or not self._starving:
             return
         self.served = True
@@ -1307,7 +1308,7 @@ class Pump(Outlooks):
         return True
 
     def hints(self, q: SyncRequest) -> list[Hint]:
-        """Which of its own waiters a session may let in by permits that it frees itself."""
+        """Which of its own waiters a session may admit by permits that it frees itself."""
         allowed = self.policy.hand_off if self.policy else True
         if self.own is None or not allowed or self._starving or self.quiet():
             return []

@@ -180,7 +180,7 @@ WHERE id IN (
 RETURNING id, pool
 
 -- name: get_whereabouts
--- Where request $1 stands, whoever owns it.
+-- Where request $1 stands, whatever its tenant.
 SELECT id, id AS request_id, tenant_id, pool, status, kind, coalesce(used_model, model) AS model,
     claimed_by, attempts, created_at, not_before, admitted_at, finished_at,
     failure ->> 'code' AS failure_code

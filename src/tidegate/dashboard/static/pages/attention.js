@@ -192,7 +192,7 @@ function hookRow(hook, again) {
   const redeliver = () =>
     confirm({
       title: "Deliver it again?",
-      text: `To ${hook.url}, at once, and as often as a new one.`,
+      text: `To ${hook.url}, immediately, and as often as a new one.`,
       action: "Redeliver",
       act: async () => {
         await post(`admin/webhooks/${hook.webhook_id}/redeliver`);

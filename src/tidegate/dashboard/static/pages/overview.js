@@ -108,7 +108,7 @@ function showLive(view, chosen, data) {
   if (pool?.problem) {
     notices.push(["bad", `Valkey does not answer, so these are the last figures known. ${pool.problem}`]);
   } else if (pool?.recovering_ms) {
-    notices.push(["", "Valkey has lost its data: nobody is let in until all processes have told what they hold."]);
+    notices.push(["", "Valkey has lost its data: no request is admitted until all processes have reported their permits."]);
   }
   if (data.postgresql_away) {
     notices.push(["bad", "PostgreSQL does not answer: charts and spend stand still, new jobs are refused."]);

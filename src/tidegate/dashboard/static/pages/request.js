@@ -17,15 +17,15 @@ const ACTIONS = {
   cancel: {
     words: "Cancel",
     title: "Cancel this request?",
-    text: "One that waits is ended at once. Of one that runs the call to the provider is closed, and what has come is kept.",
+    text: "A waiting job ends immediately. Of one that runs the call to the provider is closed, and what has come is kept.",
     danger: true,
     done: "Cancelled",
   },
   retry: {
     words: "Retry",
-    title: "Hand this job in anew?",
+    title: "Submit this job again?",
     text: "The same prompt and files become a job of their own, for the same tenant. It costs what it costs again.",
-    done: "Handed in anew",
+    done: "Submitted again",
   },
   discard: {
     words: "Discard",
@@ -103,7 +103,7 @@ function pageOf(id, signal) {
   const files = new Files(signal);
   let view = null;
 
-  /** Draw a part anew only where what it shows has changed: nothing jumps, what is open stays open. */
+  /** Draw a part again only where what it shows has changed: nothing jumps, what is open stays open. */
   function part(name, data, draw) {
     const one = parts[name];
     const text = JSON.stringify(data);
@@ -176,7 +176,7 @@ function pageOf(id, signal) {
   async function redeliver(webhook) {
     const result = await confirm({
       title: "Deliver this webhook again?",
-      text: `It is sent to ${webhook.url} at once, and as often as a new one where that fails.`,
+      text: `It is sent to ${webhook.url} immediately, and as often as a new one where that fails.`,
       action: "Deliver again",
       act: () => post(`admin/webhooks/${webhook.id}/redeliver`, undefined, { signal }),
     });

@@ -81,7 +81,7 @@ export function filters(query, changed) {
   const tell = () => {
     clearTimeout(typing);
     fit();
-    // What was typed is told once: leaving the field says it again, as "change".
+    // What was typed is reported once: leaving the field says it again, as "change".
     const now = JSON.stringify(values());
     if (now === told) return;
     told = now;

@@ -49,7 +49,7 @@ export function runningCard(signal) {
     const words = told.map(([amount, of]) => `${count(amount)} ${of}`).join(", ");
     say(summary, words ? `Streams and native calls: ${words}` : "No streams or native calls");
     body.parentElement.hidden = items.length === 0;
-    if (items.length === 0) say(note, "Jobs are in the list from the moment they are handed in.");
+    if (items.length === 0) say(note, "Jobs are in the list from the moment they are submitted.");
     else say(note, complete ? "" : "These are not all: each process tells of its oldest ones.");
   }
 

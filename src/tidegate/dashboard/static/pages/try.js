@@ -1,4 +1,4 @@
-// Try it: hand in a text, files or a wish for an image, and see the answer come.
+// Try it: submit a text, files or a wish for an image, and see the answer come.
 
 import { get } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -8,7 +8,7 @@ import { KINDS } from "./request_words.js";
 import { answering } from "./try_answer.js";
 
 const MOST_FILES = 10;
-const WAYS = { stream: "Stream the answer", job: "Hand in as a job" };
+const WAYS = { stream: "Stream the answer", job: "Run as background job" };
 const EXAMPLES = [
   "Explain in three sentences what a tidal gate is for.",
   "Generate an image of a lighthouse at dusk.",
@@ -157,7 +157,7 @@ function options(asksFor) {
     field("model", "Model", { hint: "Empty: the one set for the kind." }),
     field("image_uri", "Picture's address", { type: "url", hint: "Fetched by the gateway." }),
     field("priority", "Priority", { type: "number", hint: "From −100 to 100." }),
-    field("deadline_ms", "Deadline (ms)", { type: "number", hint: "Until it is let in." }),
+    field("deadline_ms", "Deadline (ms)", { type: "number", hint: "Until it is admitted." }),
     asksFor === "keys"
       ? field("key", "API key", { type: "password", hint: "With the scope infer. Empty: the key of this tab." })
       : field("tenant", "Tenant", { hint: "Empty: default." }),

@@ -121,7 +121,7 @@ async function streamed(asked, show, signal) {
   const id = response.headers.get("x-tidegate-request-id");
   const waited = Number(response.headers.get("x-tidegate-queue-ms"));
   const kind = KINDS[response.headers.get("x-tidegate-type")] ?? "";
-  show.say(`Let in after ${length(waited)}; the answer comes.`, "live");
+  show.say(`Started after ${length(waited)}.`, "live");
   let usage = {};
   let first = null;
   const pictures = [];
@@ -153,7 +153,7 @@ async function streamed(asked, show, signal) {
   }
 }
 
-/** Where an operator finds a picture of a request, whoever it belongs to. */
+/** Where an operator finds a picture of a request, whatever its owner. */
 const recorded = (id, picture) =>
   `admin/requests/${id}/files/${picture.url.split("/").pop()}`;
 
@@ -171,7 +171,7 @@ const pause = (ms, signal) =>
     });
   });
 
-/** Until the stream is let in: how the limit stands that holds its tenant up. */
+/** Until the stream is admitted: how the limit stands that holds its tenant up. */
 async function watchQueue(asked, show, began, signal) {
   const tenant = asked.tenant || null; // whose key it is, where one is shown, is not known here
   try {

@@ -1,4 +1,4 @@
-"""Which blobs are bodies: an index, so that a blob nothing refers to can be told by its key."""
+"""Index of the blobs that are bodies, so that an unreferenced blob is known by its key."""
 
 from __future__ import annotations
 

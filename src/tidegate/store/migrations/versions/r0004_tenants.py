@@ -53,7 +53,7 @@ STEPS = (
     )
     """,
     "INSERT INTO access DEFAULT VALUES",
-    # Counted anew when it is not there: nothing is lost with it.
+    # Counted again when it is not there: nothing is lost with it.
     """
     CREATE UNLOGGED TABLE queued (
         tenant_id text NOT NULL,

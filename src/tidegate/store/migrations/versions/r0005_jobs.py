@@ -1,4 +1,4 @@
-"""Jobs that are handed in once, cancelled, listed and told of: columns, indexes and the outbox."""
+"""Jobs that are submitted once, cancelled, listed and notified: columns, indexes and the outbox."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ branch_labels = None
 depends_on = None
 
 STEPS = (
-    # Each process's count of the calls that ended in a span of time, written anew until the span
+    # Each process's count of the calls that ended in a span of time, rewritten until the span
     # is over: a write may be repeated. What is counted by name may grow without another step.
     # waits, lengths: histograms of ms, as store/statistics.py packs them.
     """

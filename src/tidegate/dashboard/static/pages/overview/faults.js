@@ -36,7 +36,7 @@ export function faultsCard() {
       },
     };
   });
-  const none = h("p", { class: "quiet-text" }, "No error was told in this time.");
+  const none = h("p", { class: "quiet-text" }, "No errors.");
   const span = h("span", { class: "quiet-text" });
   return {
     element: h(

@@ -118,7 +118,7 @@ function drawBadges(badges, one, isPaused, isFull) {
     const until =
       one.paused_ms > FOR_EVER_MS ? "until resumed" : `${length(secondsOf(one.paused_ms))} more`;
     said.push(["bad", `Paused, ${until}`, one.paused_by]);
-  } else if (one.bound === 0) said.push(["bad", "Closed", "A limit of 0 lets nobody in"]);
+  } else if (one.bound === 0) said.push(["bad", "Closed", "A limit of 0 admits no calls"]);
   else if (one.room_in_ms > 0 && isFull) {
     said.push(["warn", `Room in ${length(secondsOf(one.room_in_ms))}`, "When the window lets go"]);
   } else if (isFull && !one.shadow) said.push(["warn", "Full", ""]);
@@ -139,11 +139,11 @@ function drawBadges(badges, one, isPaused, isFull) {
 const secondsOf = (ms) => Math.ceil(ms / 1_000) * 1_000;
 
 function changeLimit(pool, one) {
-  const unit = one.sort === "concurrency" ? "calls at once" : (UNITS[one.unit] ?? one.unit);
+  const unit = one.sort === "concurrency" ? "concurrent calls" : (UNITS[one.unit] ?? one.unit);
   const bound = field("bound", `New limit, in ${unit}`, {
     type: "number",
     value: String(one.bound),
-    hint: `Now ${one.words}. 0 lets nobody in. Lowering it drains: no call is cut off.`,
+    hint: `Now ${one.words}. 0 admits no calls. Lowering it drains: no call is cut off.`,
   });
   const reason = field("reason", "Reason (goes on record)", { maxlength: 500 });
   return confirm({
@@ -185,7 +185,7 @@ function pauseLimit(pool, one) {
   const reason = field("reason", "Reason", { maxlength: 500 });
   return confirm({
     title: `Pause ${one.limit}?`,
-    text: "Nobody is let in under it meanwhile. Calls that run go on, those that wait keep their places.",
+    text: "No call is admitted under it meanwhile. Calls that run go on, those that wait keep their places.",
     fields: [forMs, reason],
     action: "Pause",
     danger: true,
@@ -205,7 +205,7 @@ function resumeLimit(pool, one) {
     action: "Resume",
     act: async () => {
       await post(`admin/limits/${one.limit}/resume`, { by: "dashboard" }, { query: { pool } });
-      toast(`${one.limit} lets calls in again, one by one.`);
+      toast(`${one.limit} admits calls again, one by one.`);
     },
   });
 }

@@ -31,7 +31,7 @@ export function tenantsCard(pool) {
   let past = null;
   let order = new Map();
 
-  // The order is kept between two looks at the past, lest rows change places every second.
+  // The order is kept between two looks at the past, so that rows do not change places every second.
   function show(anew = false) {
     const rows = merged(live, past);
     if (anew || rows.some((one) => !order.has(one.tenant))) {
