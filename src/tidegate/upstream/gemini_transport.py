@@ -201,76 +201,41 @@ MOST_GATHERED_BYTES = 1_000_000
 _scope: ContextVar[CallScope | None] = ContextVar("tidegate_gemini_scope", default=None)
 
 
-class SdkExchange:
-    """One request and its response: what is known of it, and how to close it.
+class SdkExchange(httpx2.AsyncByteStream):
+    """One request, and the bytes of its response, with a bound on all.
 
-    It is `whole` once it is closed after the end of its answer: its connection is kept. `held` is
-    the failure that ended its answer, while what came before is still being read. It is `plain`
-    where all of its answer is one event without a field that the SDK does not know.
+    Where it gathers, a stream's events come as one; a failure that cuts them off, a cancellation
+    too, is raised by the read after that one: until then it is `held`. The exchange is `whole` once
+    it is closed after the end of its answer: its connection is kept. It is `plain` where all of its
+    answer is one event without a field that the SDK does not know.
     """
 
-    __slots__ = ("_body", "_client", "exchange", "held", "plain", "tail", "whole")
-
     def __init__(self, client: SdkClient) -> None:
-        self._client = client
-        self._body: _Body | None = None
         self.exchange: Exchange | None = None
         self.tail: deque[bytes] = deque()
         self.whole = False
         self.held: BaseException | None = None
         self.plain = False
-        client.open_exchanges.add(self)
-
-    def answered(self, exchange: Exchange, *, gathers: bool) -> _Answer:
-        self.exchange = exchange
-        is_events = exchange.status == 200 and _header(exchange, b"content-type").startswith(
-            _EVENTS
-        )
-        self._body = _Body(self, exchange, self._client, gathers and is_events)
-        # The SDK copies all headers for each chunk of a stream, and reads none of them.
-        shown = () if is_events else exchange.headers
-        return _Answer(exchange.status, headers=shown, stream=self._body)
-
-    async def aclose(self) -> None:
-        if self._body is not None:
-            await self._body.aclose()
-
-    def closed(self, *, whole: bool = False) -> None:
-        self.whole = whole
-        if whole:
-            self._body = None  # a cycle would wait for the collector
-        self._client.open_exchanges.discard(self)
-
-
-def _header(exchange: Exchange, name: bytes) -> bytes:
-    """The value of a header, `name` and it in lower case; empty without it."""
-    size = len(name)
-    for known, value in exchange.headers:
-        if len(known) == size and known.lower() == name:
-            return value.lower()
-    return b""
-
-
-class _Body(httpx2.AsyncByteStream):
-    """A response's bytes, with a bound on all. Where it `gathers`, a stream's events come as one;
-    and what cuts them off, a cancellation too, comes out of the read after that one.
-    """
-
-    def __init__(
-        self, call: SdkExchange, exchange: Exchange, client: SdkClient, gathers: bool
-    ) -> None:
-        self._gathers = gathers
-        self._call = call
-        self._exchange = exchange
-        self._max_bytes = client.max_answer_bytes
+        self._client = client
+        self._gathers = False
         self._size_bytes = 0
         self._tail_bytes = 0
+        client.open_exchanges.add(self)
+
+    def answered(self, exchange: Exchange, *, gathers: bool) -> _SdkResponse:
+        self.exchange = exchange
+        is_ok = exchange.status == 200
+        is_events = is_ok and _header(exchange, b"content-type").startswith(_EVENTS)
+        self._gathers = gathers and is_events
+        # The SDK copies all headers for each chunk of a stream, and reads none of them.
+        shown = () if is_events else exchange.headers
+        return _SdkResponse(exchange.status, headers=shown, stream=self)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        held, self._call.held = self._call.held, None
+        held, self.held = self.held, None
         if held is not None:
             raise held
         chunk = await (self._all() if self._gathers else self._piece())
@@ -290,23 +255,25 @@ class _Body(httpx2.AsyncByteStream):
             came = whole_events(b"".join(pieces))
             if not came:
                 raise
-            self._call.held = end
+            self.held = end
             return self._as_one(came)
         return self._as_one(b"".join(pieces))
 
     def _as_one(self, stream: bytes) -> bytes:
         event = gathered(stream)
-        self._call.plain = event is not None
+        self.plain = event is not None
         return stream if event is None else event
 
     async def _piece(self) -> bytes:
-        chunk = await self._exchange.next()
+        assert self.exchange is not None
+        chunk = await self.exchange.next()
         if not chunk:
             return chunk
         self._size_bytes += len(chunk)
-        if self._size_bytes > self._max_bytes:
-            raise UpstreamGarbled(f"the provider's answer is larger than {self._max_bytes} bytes")
-        tail = self._call.tail
+        max_bytes = self._client.max_answer_bytes
+        if self._size_bytes > max_bytes:
+            raise UpstreamGarbled(f"the provider's answer is larger than {max_bytes} bytes")
+        tail = self.tail
         tail.append(chunk)
         self._tail_bytes += len(chunk)
         while self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
@@ -314,15 +281,25 @@ class _Body(httpx2.AsyncByteStream):
         return chunk
 
     async def aclose(self) -> None:
-        self._call.closed(whole=self._exchange.close())
+        self.whole = self.exchange is not None and self.exchange.close()
+        self._client.open_exchanges.discard(self)
 
 
-class _Answer(httpx2.Response):
-    """Read straight from its body: httpx2 would put two generators in between."""
+def _header(exchange: Exchange, name: bytes) -> bytes:
+    """The value of a header, `name` and it in lower case; empty without it."""
+    size = len(name)
+    for known, value in exchange.headers:
+        if len(known) == size and known.lower() == name:
+            return value.lower()
+    return b""
 
-    stream: _Body
 
-    def aiter_bytes(self, chunk_size: int | None = None) -> _Body:  # type: ignore[override]
+class _SdkResponse(httpx2.Response):
+    """Read straight from its exchange: httpx2 would put two generators in between."""
+
+    stream: SdkExchange
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> SdkExchange:  # type: ignore[override]
         return self.stream
 
 
@@ -374,7 +351,7 @@ class SdkClient(httpx2.AsyncClient):
             place = wire.place(request.whole_url)
             exchange = await wire.open(request.method, place, fields, request.body)
         except BaseException:
-            call.closed()
+            await call.aclose()
             raise
         response = call.answered(exchange, gathers=scope is not None and scope.gathers)
         response.request = request
