@@ -61,8 +61,8 @@ _QUICK_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 CALL_BUCKETS_S = tuple(0.01 * 2**step for step in range(14))
 TOKEN_BUCKETS = tuple(float(4**step) for step in range(14))
 # window: second, minute, hour, day, month; empty where it was not said, mostly a minute.
-_ANNOUNCED = ("upstream", "model", "unit", "window")
-_GEN_AI = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+_ANNOUNCED = "upstream model unit window"
+_GEN_AI = "gen_ai_operation_name gen_ai_provider_name gen_ai_request_model"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,20 +79,20 @@ class Spec:
     everywhere: bool = False
 
 
-def _counter(name: str, said: str, *labels: str) -> Spec:
-    return Spec(name, "counter", said, labels)
+def _counter(name: str, said: str, labels: str = "") -> Spec:
+    return Spec(name, "counter", said, tuple(labels.split()))
 
 
-def _histogram(name: str, said: str, buckets: tuple[float, ...], *labels: str) -> Spec:
-    return Spec(name, "histogram", said, labels, buckets)
+def _histogram(name: str, said: str, buckets: tuple[float, ...], labels: str) -> Spec:
+    return Spec(name, "histogram", said, tuple(labels.split()), buckets)
 
 
-def _own(name: str, said: str, *labels: str, merge: Merge = "livesum") -> Spec:
-    return Spec(name, "gauge", said, labels, merge=merge)
+def _own(name: str, said: str, labels: str = "", *, merge: Merge = "livesum") -> Spec:
+    return Spec(name, "gauge", said, tuple(labels.split()), merge=merge)
 
 
-def _of_all(name: str, said: str, *labels: str) -> Spec:
-    return Spec(name, "gauge", said, labels, everywhere=True)
+def _of_all(name: str, said: str, labels: str = "") -> Spec:
+    return Spec(name, "gauge", said, tuple(labels.split()), everywhere=True)
 
 
 class Metric:
@@ -103,18 +103,18 @@ class Metric:
         "Calls that have ended. status: succeeded, failed, cancelled, expired, dead, refused, or "
         "retried for an attempt that goes back into its queue. source: relay, stream, job, batch, "
         "or judge for a question of the classifier, which is no request",
-        *("source", "kind", "pool", "model", "status"),
+        "source kind pool model status",
     )
     FAILURES = _counter(
         "tidegate_failures_total",
         "Calls that did not succeed, by the code of the error",
-        *("source", "pool", "code"),
+        "source pool code",
     )
     TENANT_CALLS = _counter(
-        "tidegate_tenant_calls_total", "Calls that have ended, by tenant", "tenant", "status"
+        "tidegate_tenant_calls_total", "Calls that have ended, by tenant", "tenant status"
     )
     TENANT_TOKENS = _counter(
-        "tidegate_tenant_tokens_total", "LLM tokens charged, by tenant", "tenant", "type"
+        "tidegate_tenant_tokens_total", "LLM tokens charged, by tenant", "tenant type"
     )
     TENANT_COST = _counter(
         "tidegate_tenant_cost_total", "Cost in the currency of the prices, by tenant", "tenant"
@@ -128,51 +128,51 @@ class Metric:
         "tidegate_tokens_total",
         "LLM tokens charged, and those of the classifier's questions. cached is a part of input, "
         "thoughts comes beside output",
-        *("pool", "model", "type"),
+        "pool model type",
     )
     COST = _counter(
         "tidegate_cost_total",
         "Cost in the currency of the prices, the classifier's questions included",
-        *("pool", "model"),
+        "pool model",
     )
-    ATTEMPTS = _counter("tidegate_attempts_total", "Calls made upstream", "source", "pool")
+    ATTEMPTS = _counter("tidegate_attempts_total", "Calls made upstream", "source pool")
     THROTTLED = _counter(
-        "tidegate_throttled_total", "Calls upstream that were answered with 429", "source", "pool"
+        "tidegate_throttled_total", "Calls upstream that were answered with 429", "source pool"
     )
     RETRIES = _counter(
-        "tidegate_retries_total", "Calls upstream after the first of a request", "source", "pool"
+        "tidegate_retries_total", "Calls upstream after the first of a request", "source pool"
     )
     QUEUE = _histogram(
         "tidegate_queue_seconds",
         "From receipt to admission, of admitted calls",
         _WAITS_S,
-        *("source", "kind", "pool"),
+        "source kind pool",
     )
     FIRST_BYTE = _histogram(
         "tidegate_first_byte_seconds",
         "From sending a call to the first bytes of its answer, of calls that succeeded",
         CALL_BUCKETS_S,
-        *("source", "pool"),
+        "source pool",
     )
     GEN_AI_DURATION = _histogram(
         "gen_ai_client_operation_duration_seconds",
         "Length of the last call upstream; gen_ai.client.operation.duration of OpenTelemetry",
         CALL_BUCKETS_S,
-        *(*_GEN_AI, "error_type", "pool"),
+        f"{_GEN_AI} error_type pool",
     )
     GEN_AI_TOKENS = _histogram(
         "gen_ai_client_token_usage",
         "LLM tokens of a call; gen_ai.client.token.usage of OpenTelemetry",
         TOKEN_BUCKETS,
-        *(*_GEN_AI, "gen_ai_token_type"),
+        f"{_GEN_AI} gen_ai_token_type",
     )
     GEN_AI_FIRST_CHUNK = _histogram(
         "gen_ai_client_operation_time_to_first_chunk_seconds",
         "To the first chunk of a stream; gen_ai.client.operation.time_to_first_chunk",
         CALL_BUCKETS_S,
-        *_GEN_AI,
+        _GEN_AI,
     )
-    HTTP = _counter("tidegate_http_requests_total", "Answered HTTP requests", "route", "status")
+    HTTP = _counter("tidegate_http_requests_total", "Answered HTTP requests", "route status")
     HTTP_SECONDS = _counter(
         "tidegate_http_request_seconds_total",
         "Time from receipt to the end of the answer, summed up",
@@ -189,46 +189,42 @@ class Metric:
         "Entries (a release, a wish to wait, a cancellation) that those round trips carried",
         "pool",
     )
-    REFUSALS = _counter(
-        "tidegate_limiter_refusals_total", "Waiters told no", "pool", "limit", "code"
-    )
+    REFUSALS = _counter("tidegate_limiter_refusals_total", "Waiters told no", "pool limit code")
     FENCED = _counter(
         "tidegate_limiter_fenced_permits_total",
         "Running calls cancelled because this process had lost its session",
         "pool",
     )
     STATE_CHANGES = _counter(
-        "tidegate_limiter_state_changes_total", "Changes into a state", "pool", "state"
+        "tidegate_limiter_state_changes_total", "Changes into a state", "pool state"
     )
     STATE = _own(
-        "tidegate_limiter_processes", "Processes by the state of their limiter", "pool", "state"
+        "tidegate_limiter_processes", "Processes by the state of their limiter", "pool state"
     )
-    HELD = _own("tidegate_permits_held", "Permits that processes hold now", "pool", "process")
-    WAITERS = _own("tidegate_waiters", "Calls that wait for admission now", "pool", "process")
+    HELD = _own("tidegate_permits_held", "Permits that processes hold now", "pool process")
+    WAITERS = _own("tidegate_waiters", "Calls that wait for admission now", "pool process")
     UPSTREAM_OUT = _own(
         "tidegate_upstream_out", "Processes that leave an upstream out after faults", "upstream"
     )
     KEY_REFUSED = _own(
-        "tidegate_upstream_key_refused",
-        "Processes whose key an upstream has refused",
-        "upstream",
+        "tidegate_upstream_key_refused", "Processes whose key an upstream has refused", "upstream"
     )
     ANNOUNCED_BOUND = _own(
         "tidegate_upstream_announced_limit",
         "What an upstream's last answer said that its own rate limit is",
-        *_ANNOUNCED,
+        _ANNOUNCED,
         merge="livemostrecent",
     )
     ANNOUNCED_LEFT = _own(
         "tidegate_upstream_announced_remaining",
         "What it said remains of it, at that time",
-        *_ANNOUNCED,
+        _ANNOUNCED,
         merge="livemostrecent",
     )
     ANNOUNCED_RESET = _own(
         "tidegate_upstream_announced_reset_timestamp_seconds",
         "When it said that the limit begins again, since 1970",
-        *_ANNOUNCED,
+        _ANNOUNCED,
         merge="livemostrecent",
     )
     POSTGRES_AWAY = _own("tidegate_postgres_away", "Processes for which PostgreSQL is away")
@@ -256,25 +252,25 @@ class Metric:
     BUILD = _of_all("tidegate_build_info", "1, with the version", "version")
     VALKEY_UP = _of_all("tidegate_valkey_up", "1 if Valkey has answered for the pool", "pool")
     POSTGRES_UP = _of_all("tidegate_postgres_up", "1 if PostgreSQL has answered")
-    BOUND = _of_all("tidegate_limit_bound", "The bound in force", "pool", "limit")
+    BOUND = _of_all("tidegate_limit_bound", "The bound in force", "pool limit")
     CURRENT = _of_all(
         "tidegate_limit_current",
         "The bound that an adaptive limit has found; of others the bound",
-        *("pool", "limit"),
+        "pool limit",
     )
     USED = _of_all(
         "tidegate_limit_used",
         "Permits in use, or what of a rate is reserved and spent in its window",
-        *("pool", "limit"),
+        "pool limit",
     )
-    WAITING = _of_all("tidegate_limit_waiting", "Calls that a limit holds up", "pool", "limit")
+    WAITING = _of_all("tidegate_limit_waiting", "Calls that a limit holds up", "pool limit")
     LAPSING = _of_all(
-        "tidegate_limit_lapsing", "Of those in use: of processes that are gone", "pool", "limit"
+        "tidegate_limit_lapsing", "Of those in use: of processes that are gone", "pool limit"
     )
     PAUSED = _of_all(
         "tidegate_limit_paused_seconds",
         "For how long no call is admitted; 0: not paused",
-        *("pool", "limit"),
+        "pool limit",
     )
     SESSIONS = _of_all("tidegate_sessions", "Processes in the pool", "pool")
     BLOCKED = _of_all("tidegate_sessions_blocked", "Of those: paused or out of reach", "pool")
@@ -286,14 +282,14 @@ class Metric:
     EPOCH = _of_all("tidegate_pool_epoch", "Grows when Valkey has lost its data", "pool")
     REVISION = _of_all("tidegate_policy_revision", "The policy in force", "pool")
     TENANT_WAITING = _of_all(
-        "tidegate_tenant_waiting", "Calls that wait for admission, by tenant", "pool", "tenant"
+        "tidegate_tenant_waiting", "Calls that wait for admission, by tenant", "pool tenant"
     )
     QUEUED = _of_all(
         "tidegate_queue_jobs",
         "Jobs ready to be taken up, at most 10,000 of a queue. lane: their kind, or unsure",
-        *("pool", "lane", "tenant"),
+        "pool lane tenant",
     )
-    OLDEST = _of_all("tidegate_queue_oldest_seconds", "Age of the oldest of them", "pool", "lane")
+    OLDEST = _of_all("tidegate_queue_oldest_seconds", "Age of the oldest of them", "pool lane")
     RETRYING = _of_all("tidegate_jobs_retrying", "Jobs that wait for their next try, up to 10,000")
     CLAIMED = _of_all(
         "tidegate_jobs_claimed", "Jobs that wait for admission in workers, up to 10,000"
@@ -308,9 +304,7 @@ class Metric:
     )
     WORKERS = _of_all("tidegate_workers", "Workers heard of within a minute")
     LEFT_OUT = _of_all(
-        "tidegate_metrics_left_out",
-        "Limits, tenants or queues beyond those that are shown",
-        "what",
+        "tidegate_metrics_left_out", "Limits, tenants or queues beyond those that are shown", "what"
     )
 
 
