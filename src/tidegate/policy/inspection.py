@@ -394,17 +394,14 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     # One process may have waiting of it in several bands: the fullest speaks for all.
     queue = max(queues, key=lambda one: one.waiting)
     view = snapshot.limits.get(queue.held_up_by or "")
-    place = Place(queue.tenant, queue.band, queue.limits, queue.held_up_by, queue.waiting - 1, None)
+    before = queue.waiting - 1
+    others = f"up to {before} before it there" if before else "next in line there"
     return Reason(
         what,
-        _sentence_of_queue(place, view, found.claimed_by),
+        f"{_sentence(queue.held_up_by, view)}, in {found.claimed_by}, {others}",
         status,
         found.claimed_by,
-        queue.held_up_by,
-        limit=view,
-        holders=tuple(await _holders(control, snapshot, queue.held_up_by)),
-        adapted_from=None if view is None else adapted_from(view),
-        rate_per_s=None if view is None else _rate(control, view),
+        **await _of_limit(control, snapshot, queue.held_up_by),
     )
 
 
@@ -421,7 +418,8 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
             sentence = "waits for a worker that asks the classifier what it is"
         view = snapshot.limits.get(f"kind:{found.kind}")
         return Reason(what, sentence, status, ahead=ahead, limit=view)
-    rate = _rate(control, view)
+    about = await _of_limit(control, snapshot, view.limit)
+    rate = about["rate_per_s"]
     wait_ms = None
     if ahead is not None and rate:
         wait_ms = round(max(view.room_in_ms, (ahead + 1) * 1000 / rate))
@@ -434,36 +432,31 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
         what,
         sentence,
         status,
-        held_up_by=view.limit,
         ahead=ahead,
         wait_ms=wait_ms,
-        limit=view,
-        holders=tuple(await _holders(control, snapshot, view.limit)),
-        adapted_from=adapted_from(view),
-        rate_per_s=rate,
+        **about,
     )
 
 
-def _rate(control: Control, view: LimitView) -> float | None:
-    return admitted_per_s(view, control.limiter.policy.limit(view.limit))
-
-
-async def _holders(control: Control, snapshot: Snapshot, limit: str | None) -> list[ShownPermit]:
+async def _of_limit(control: Control, snapshot: Snapshot, limit: str | None) -> dict[str, Any]:
+    """The fields of a Reason that are about the limit that is waited for."""
+    view = snapshot.limits.get(limit or "")
     held = tuple(permit for permit in snapshot.permits if limit in permit.limits)
-    return shown_permits(held, await control.calls())
+    in_force = None if view is None else control.limiter.policy.limit(view.limit)
+    return {
+        "held_up_by": limit,
+        "limit": view,
+        "holders": tuple(shown_permits(held, await control.calls())),
+        "adapted_from": None if view is None else adapted_from(view),
+        "rate_per_s": None if view is None else admitted_per_s(view, in_force),
+    }
 
 
 def _sentence_of_place(place: Place, view: LimitView | None) -> str:
-    sentence = _sentence(place.held_up_by, view)
-    sentence += f", {place.ahead} before it"
+    sentence = f"{_sentence(place.held_up_by, view)}, {place.ahead} before it"
     if place.wait_ms is not None:
         sentence += f", about {format_span(place.wait_ms)}"
     return sentence
-
-
-def _sentence_of_queue(place: Place, view: LimitView | None, process: str) -> str:
-    others = f"up to {place.ahead} before it there" if place.ahead else "next in line there"
-    return f"{_sentence(place.held_up_by, view)}, in {process}, {others}"
 
 
 def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
@@ -478,18 +471,17 @@ def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
 def _state(view: LimitView) -> str:
     """A limit, and how much of it is used or who paused it."""
     if view.paused_ms:
-        return _paused(view)
+        by = f" by {view.paused_by}" if view.paused_by else ""
+        return f"{view.limit} is paused{by}, {format_pause(view.paused_ms)}"
+    before = adapted_from(view)
+    return _usage(view) + ("" if before is None else f" (adapted down from {before})")
+
+
+def _usage(view: LimitView) -> str:
     if view.sort == "c":
-        before = adapted_from(view)
-        adapted = "" if before is None else f" (adapted down from {before})"
-        return f"{view.limit}: {view.used} of {view.current} are in use{adapted}"
+        return f"{view.limit}: {view.used} of {view.current} are in use"
     room = f", room in {format_span(view.room_in_ms)}" if view.room_in_ms else ""
     return f"{view.limit}: {view.used} of {view.bound} are spent{room}"
-
-
-def _paused(view: LimitView) -> str:
-    by = f" by {view.paused_by}" if view.paused_by else ""
-    return f"{view.limit} is paused{by}, {format_pause(view.paused_ms)}"
 
 
 def _how_it_ended(found: Whereabouts) -> str:
@@ -546,11 +538,8 @@ def waiting(found: Whereabouts, snapshot: Snapshot | None, now: datetime) -> Wai
 
 def _for(view: LimitView) -> Waiting:
     if view.paused_ms:
-        said = f"waits for {view.limit}, which is paused {format_pause(view.paused_ms)}"
-    elif view.sort == "c":
-        said = f"waits for {view.limit}: {view.used} of {view.current} are in use"
+        state = f"{view.limit}, which is paused {format_pause(view.paused_ms)}"
     else:
-        room = f", room in {format_span(view.room_in_ms)}" if view.room_in_ms else ""
-        said = f"waits for {view.limit}: {view.used} of {view.bound} are spent{room}"
+        state = _usage(view)
     bound = view.current if view.sort == "c" else view.bound
-    return Waiting(said, view.limit, view.used, bound, view.paused_ms or None)
+    return Waiting(f"waits for {state}", view.limit, view.used, bound, view.paused_ms or None)
