@@ -17,7 +17,7 @@ import asyncpg
 
 from tidegate.errors import StoreUnavailable
 from tidegate.store.database import HEAD, Connections, revision_of, sql
-from tidegate.store.records import uuid_of
+from tidegate.store.records import record_of, uuid_of
 
 OLD_S = 300.0
 _CONNECT_S = 5.0
@@ -104,10 +104,7 @@ async def _report(connection: asyncpg.Connection, url: str, old_s: float) -> Dat
         clock_ahead_ms=(facts["clock_s"] - middle) * 1000,
         pooled=pooled,
         shares=pooled and await _shares(connection, url),
-        old=tuple(
-            OldTransaction(row["pid"], row["who"], row["program"], row["state"] or "", row["age_s"])
-            for row in old
-        ),
+        old=tuple(record_of(OldTransaction, row, state=row["state"] or "") for row in old),
         sizes={row["name"]: row["size_bytes"] for row in tables},
         foreign=tuple(row["name"] for row in tables if not row["is_ours"]),
         unusable=unusable,

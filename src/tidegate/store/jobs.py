@@ -341,10 +341,9 @@ class QueueCaps:
         return writer
 
     async def _admit(self, batch: Sequence[_Arrival]) -> Sequence[Exception | None]:
-        async def work(connection: asyncpg.Connection) -> list[QuotaExceeded | None]:
-            return await self._decide(connection, batch)
-
-        return await self._connections.run(work, timeout_ms=TIMEOUT_MS)
+        return await self._connections.run(
+            lambda connection: self._decide(connection, batch), timeout_ms=TIMEOUT_MS
+        )
 
     async def _decide(
         self, connection: asyncpg.Connection, batch: Sequence[_Arrival]

@@ -547,10 +547,6 @@ class JobQueue:
         """Whether this process may take back what others had."""
         return self._steadiness.may_judge
 
-    @property
-    def held(self) -> int:
-        return len(self._held)
-
     def settled(self, job: ClaimedJob) -> None:
         """This process is done with the job's claim."""
         if self._held.get(job.request_id) == job.claim:

@@ -316,8 +316,9 @@ class _Erasure:
                     return report
                 self._gone |= {str(one) for one in requests}
                 await erase(ids, requests)
-        scrubbed = await asyncio.to_thread(scrub, spill_dir, self._matches, dry_run=self._dry_run)
-        report.spilled, report.held = scrubbed.entries, scrubbed.held
+        report.spilled, report.held = await asyncio.to_thread(
+            scrub, spill_dir, self._matches, dry_run=self._dry_run
+        )
         report.done = not self._dry_run
         if report.done:
             get_logger().warning(

@@ -56,10 +56,6 @@ class Spill:
         self._replaying = asyncio.Lock()
 
     @property
-    def folder(self) -> Path:
-        return self._folder
-
-    @property
     def used_bytes(self) -> int:
         return self._used_bytes
 
@@ -167,19 +163,14 @@ class Spill:
         return _adopted(self._folder, mine)[0]
 
 
-@dataclass(slots=True)
-class Scrubbed:
-    """entries: that were taken out. held: files that a running process has."""
-
-    entries: int = 0
-    held: int = 0
-
-
-def scrub(folder: Path, matches: Callable[[Json], bool], *, dry_run: bool = False) -> Scrubbed:
+def scrub(
+    folder: Path, matches: Callable[[Json], bool], *, dry_run: bool = False
+) -> tuple[int, int]:
     """Take the entries that match out of the files whose process is gone, and out of those that
-    were put aside. What a running process holds is left to it."""
-    done = Scrubbed()
-    files, done.held = _adopted(folder, set())
+    were put aside. Returns how many, and how many files are held by a running process, which are
+    left to it."""
+    scrubbed = 0
+    files, held = _adopted(folder, set())
     for file in files:
         try:
             kept, count = [], 0
@@ -187,7 +178,7 @@ def scrub(folder: Path, matches: Callable[[Json], bool], *, dry_run: bool = Fals
                 keep = [entry for entry in chunk if not matches(entry)]
                 kept += [_line_of(entry) for entry in keep]
                 count += len(chunk) - len(keep)
-            done.entries += count
+            scrubbed += count
             if count and not dry_run:
                 _replace(file.path, b"".join(kept))
         finally:
@@ -198,14 +189,14 @@ def scrub(folder: Path, matches: Callable[[Json], bool], *, dry_run: bool = Fals
             fcntl.flock(aside, fcntl.LOCK_EX)
             lines = list(aside)
             left = [line for line in lines if not matches(orjson.loads(line)["entry"])]
-            done.entries += len(lines) - len(left)
+            scrubbed += len(lines) - len(left)
             if len(left) < len(lines) and not dry_run:
                 aside.seek(0)
                 aside.truncate()
                 aside.writelines(left)
                 aside.flush()
                 os.fsync(aside.fileno())
-    return done
+    return scrubbed, held
 
 
 def _replace(path: Path, data: bytes) -> None:

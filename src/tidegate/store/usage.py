@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -180,18 +180,19 @@ class _Sums:
     """Millionths of money and LLM tokens by tenant."""
 
     def __init__(self) -> None:
-        self._counters: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        self._by_tenant: dict[str, tuple[int, int]] = {}
 
     def of(self, tenant_id: str) -> tuple[int, int]:
-        micros, tokens = self._counters
-        return micros[tenant_id], tokens[tenant_id]
+        return self._by_tenant.get(tenant_id, (0, 0))
 
     def add(self, one: _One, sign: int) -> None:
-        tenant_id, *amounts = one
-        for counter, amount in zip(self._counters, amounts, strict=True):
-            counter[tenant_id] += sign * amount
-            if not counter[tenant_id]:
-                del counter[tenant_id]
+        tenant_id, micros, tokens = one
+        before = self.of(tenant_id)
+        now = (before[0] + sign * micros, before[1] + sign * tokens)
+        if any(now):
+            self._by_tenant[tenant_id] = now
+        else:
+            self._by_tenant.pop(tenant_id, None)
 
 
 class Spending:

@@ -222,7 +222,7 @@ async def test_claims_that_a_cancelled_caller_never_saw_are_given_back(store: St
         return await claim(store, 1)
 
     (job,) = await wait_until(back)
-    assert store.queue.held == 1
+    assert len(store.queue._held) == 1
     await store.queue.running(job, model="m", fence=(1, 1), queue_ms=0)
 
 
