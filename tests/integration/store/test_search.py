@@ -167,8 +167,8 @@ async def test_a_line_of_a_batch_is_found_while_a_worker_has_it(
         )
     (found,) = (await store.requests.search(ALL, 9)).items
     assert (found.listed.request_id, found.listed.status) == (held, Status.RUNNING)
-    dossier = await store.requests.detail(held)
-    assert (dossier.record.source, dossier.record.status) == ("batch", Status.RUNNING)
+    detail = await store.requests.detail(held)
+    assert (detail.record.source, detail.record.status) == ("batch", Status.RUNNING)
 
 
 async def test_a_rare_one_is_found_over_several_looks_that_are_each_bounded(

@@ -46,7 +46,7 @@ def attempt(number: int, admitted: float, finished: float | None, **more: Any) -
     return AttemptRecord(**{**values, **more})
 
 
-def dossier(
+def detail(
     status: Status,
     attempts: tuple[AttemptRecord, ...] = (),
     webhooks: tuple[DeliveryRecord, ...] = (),
@@ -92,7 +92,7 @@ def told(steps: tuple[StepView, ...]) -> list[tuple[str, float, float | None]]:
 
 def test_one_that_was_retried_is_told_whole() -> None:
     steps = timeline(
-        dossier(
+        detail(
             Status.SUCCEEDED,
             (
                 attempt(1, 1, 2, outcome="failed", failure=THROTTLED),
@@ -122,9 +122,9 @@ def test_one_that_was_retried_is_told_whole() -> None:
 
 
 def test_what_goes_on_has_no_end_and_says_so() -> None:
-    queued = timeline(dossier(Status.QUEUED), at(5))
+    queued = timeline(detail(Status.QUEUED), at(5))
     assert (told(queued)[-1], queued[-1].goes_on) == (("waiting", 0, None), True)
-    running = timeline(dossier(Status.RUNNING, (attempt(1, 1, None),)), at(5))
+    running = timeline(detail(Status.RUNNING, (attempt(1, 1, None),)), at(5))
     assert (told(running)[-1], running[-1].goes_on) == (("calling", 1, None), True)
     assert running[-1].words == "calls gemini-test"
 
@@ -134,14 +134,14 @@ def test_one_that_is_to_be_tried_again_is_left_alone_until_its_time(
     now: float, last: tuple[str, float, float | None]
 ) -> None:
     tried = attempt(1, 1, 2, outcome="failed", failure=THROTTLED)
-    steps = timeline(dossier(Status.QUEUED, (tried,), not_before=at(7), failure=THROTTLED), at(now))
+    steps = timeline(detail(Status.QUEUED, (tried,), not_before=at(7), failure=THROTTLED), at(now))
     assert told(steps)[-1] == last
     assert steps[-1].goes_on
 
 
 def test_an_attempt_whose_worker_was_lost_is_not_said_to_run() -> None:
     steps = timeline(
-        dossier(
+        detail(
             Status.DEAD,
             (attempt(1, 1, None),),
             finished_at=at(9),
@@ -157,7 +157,7 @@ def test_an_attempt_whose_worker_was_lost_is_not_said_to_run() -> None:
 
 def test_one_that_was_never_admitted_only_waited() -> None:
     steps = timeline(
-        dossier(
+        detail(
             Status.CANCELLED,
             request={"cancel_asked_at": at(1)},
             finished_at=at(2),
@@ -170,7 +170,7 @@ def test_one_that_was_never_admitted_only_waited() -> None:
 
 def test_a_native_call_has_its_tries_counted() -> None:
     steps = timeline(
-        dossier(
+        detail(
             Status.SUCCEEDED,
             request={"endpoint": "/v1/chat/completions"},
             source="relay",
@@ -204,7 +204,7 @@ def test_webhooks_are_part_of_it(state: str, words: str) -> None:
         *(ID, "request.succeeded", "https://example.com", state, 2, at(9), 204),
         *(None if state == "delivered" else "refused", at(3), None),
     )
-    steps = timeline(dossier(Status.SUCCEEDED, webhooks=(one,), finished_at=at(2)), at(10))
+    steps = timeline(detail(Status.SUCCEEDED, webhooks=(one,), finished_at=at(2)), at(10))
     assert (steps[-1].words, steps[-1].webhook_id) == (words, str(ID))
     assert steps[-1].goes_on == (state == "pending")
 

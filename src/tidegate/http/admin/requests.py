@@ -90,28 +90,28 @@ class StepView:
     webhook_id: str | None = None
 
 
-def timeline(dossier: RequestDetail, now: datetime) -> tuple[StepView, ...]:
+def timeline(detail: RequestDetail, now: datetime) -> tuple[StepView, ...]:
     """All steps so far."""
-    record = dossier.record
-    steps = [_submitted(dossier)]
+    record = detail.record
+    steps = [_submitted(detail)]
     if record.classification.kind is not None:
-        steps.append(_classified(dossier))
-    steps += _tries(dossier, now) if dossier.attempts else _of_row(dossier)
-    asked_at = dossier.of("cancel_asked_at")
+        steps.append(_classified(detail))
+    steps += _tries(detail, now) if detail.attempts else _of_row(detail)
+    asked_at = detail.of("cancel_asked_at")
     if asked_at is not None:
         steps.append(StepView("cancelling", "asked to be cancelled", asked_at))
     if record.status.is_end and record.finished_at is not None:
-        steps.append(_ended(dossier, record.finished_at))
-    steps += [_delivery_step(one) for one in dossier.webhooks]
+        steps.append(_ended(detail, record.finished_at))
+    steps += [_delivery_step(one) for one in detail.webhooks]
     return tuple(sorted(steps, key=lambda step: step.at))
 
 
-def _submitted(dossier: RequestDetail) -> StepView:
-    record = dossier.record
+def _submitted(detail: RequestDetail) -> StepView:
+    record = detail.record
     came = {
         "job": "submitted as a job",
         "stream": "asked for as a stream",
-        "relay": f"called {dossier.of('endpoint')}",
+        "relay": f"called {detail.of('endpoint')}",
         "batch": "submitted as a line of a batch",
     }[record.source]
     return StepView("submitted", f"{came} by the tenant {record.tenant_id}", record.created_at)
@@ -126,31 +126,31 @@ _DECIDERS = {
 }
 
 
-def _classified(dossier: RequestDetail) -> StepView:
+def _classified(detail: RequestDetail) -> StepView:
     """When is not on record, but it was before the first admission."""
-    found = dossier.record.classification
+    found = detail.record.classification
     reason = f": {found.reason}" if found.reason else ""
     return StepView(
         "classified",
         f"found to be {found.kind} by {_DECIDERS[found.by]}{reason}",
-        dossier.record.created_at,
+        detail.record.created_at,
     )
 
 
-def _tries(dossier: RequestDetail, now: datetime) -> list[StepView]:
+def _tries(detail: RequestDetail, now: datetime) -> list[StepView]:
     """Waiting, calling and being parked, attempt by attempt, and what it does now."""
     steps: list[StepView] = []
-    record = dossier.record
+    record = detail.record
     free_at: datetime | None = record.created_at
     failure: Failure | None = None
-    for attempt in dossier.attempts:
+    for attempt in detail.attempts:
         admitted_at = attempt.admitted_at
         if admitted_at is not None:
             waited = timedelta(milliseconds=attempt.queue_ms or 0)
             waiting_at = max(admitted_at - waited, record.created_at)
             steps += _parked(free_at, waiting_at, failure, attempt.number)
             steps.append(_waited(waiting_at, admitted_at, attempt.number))
-        is_last = attempt is dossier.attempts[-1]
+        is_last = attempt is detail.attempts[-1]
         steps.append(_called(attempt, goes_on=is_last and record.status is Status.RUNNING))
         free_at, failure = attempt.finished_at, attempt.failure
     if record.status is Status.QUEUED:
@@ -158,10 +158,10 @@ def _tries(dossier: RequestDetail, now: datetime) -> list[StepView]:
     return steps
 
 
-def _of_row(dossier: RequestDetail) -> list[StepView]:
+def _of_row(detail: RequestDetail) -> list[StepView]:
     """The same where no attempt is on record: of what was never admitted, and of native calls,
     whose tries are only counted."""
-    record = dossier.record
+    record = detail.record
     if record.admitted_at is None:
         goes_on = not record.status.is_end
         words = "waits for admission" if goes_on else "waited, and was never admitted"
@@ -181,7 +181,7 @@ def _of_row(dossier: RequestDetail) -> list[StepView]:
             first_byte_ms=record.first_byte_ms,
             outcome=record.status.value if record.status.is_end else None,
             code=None if record.failure is None else record.failure.code,
-            process=dossier.process,
+            process=detail.process,
         ),
     ]
 
@@ -234,8 +234,8 @@ def _now_queued(
     return [StepView("waiting", "waits for admission", free_at or now, goes_on=True)]
 
 
-def _ended(dossier: RequestDetail, at: datetime) -> StepView:
-    record = dossier.record
+def _ended(detail: RequestDetail, at: datetime) -> StepView:
+    record = detail.record
     code = None if record.failure is None else record.failure.code
     words = record.status.value
     if record.status is Status.SUCCEEDED and record.finish_reason:
@@ -416,65 +416,65 @@ def admin_item(found: FoundRequest) -> AdminItem:
 
 
 def request_view(
-    dossier: RequestDetail, waiting: Reason | None, now: datetime, prefix: str
+    detail: RequestDetail, waiting: Reason | None, now: datetime, prefix: str
 ) -> RequestView:
     """`prefix` is the path before `/admin` as the client called it: empty or `/llm`."""
-    failure = dossier.record.failure
+    failure = detail.record.failure
     return RequestView(
-        request=_status(dossier, prefix),
-        timeline=list(timeline(dossier, now)),
-        attempts=[_attempt(one) for one in dossier.attempts],
-        webhooks=[_delivery(one) for one in dossier.webhooks],
-        bodies=[view_of(BodyView, one) for one in dossier.bodies],
+        request=_status(detail, prefix),
+        timeline=list(timeline(detail, now)),
+        attempts=[_attempt(one) for one in detail.attempts],
+        webhooks=[_delivery(one) for one in detail.webhooks],
+        bodies=[view_of(BodyView, one) for one in detail.bodies],
         waiting=waiting,
         advice=None if failure is None else advice(failure.code),
-        actions=actions_of(dossier),
+        actions=actions_of(detail),
         now=now,
     )
 
 
-def actions_of(dossier: RequestDetail) -> list[Action]:
+def actions_of(detail: RequestDetail) -> list[Action]:
     """What an operator may do with it now: of jobs alone, since what else there is has a caller
     who waits for it, or a batch."""
-    status = dossier.record.status
-    if dossier.record.source != "job":
+    status = detail.record.status
+    if detail.record.source != "job":
         return []
     if not status.is_end:
         return ["cancel"]
     return ["requeue", "discard", "retry"] if status is Status.DEAD else ["retry"]
 
 
-def _status(dossier: RequestDetail, prefix: str) -> AdminStatus:
-    record = dossier.record
+def _status(detail: RequestDetail, prefix: str) -> AdminStatus:
+    record = detail.record
     files = f"{prefix}/admin/requests/{record.request_id}"
-    prompt: str | None = dossier.request.get("prompt")
-    told = replace(record.usage, details=details_of(dossier.of("usage_details")))
+    prompt: str | None = detail.request.get("prompt")
+    told = replace(record.usage, details=details_of(detail.of("usage_details")))
     return AdminStatus(
         **status_values(replace(record, usage=told), files),
         tenant=record.tenant_id,
-        pool=dossier.pool,
-        endpoint=dossier.of("endpoint"),
-        streamed=dossier.of("streamed"),
-        http_status=dossier.of("http_status") or None,
-        subject=dossier.of("subject"),
-        key=dossier.of("key_id"),
-        process=dossier.process,
-        trace_id=_trace_id(dossier.request.get("traceparent")),
-        lapses=dossier.of("lapses") or 0,
-        asked_model=dossier.request.get("model"),
-        model_version=dossier.of("model_version"),
+        pool=detail.pool,
+        endpoint=detail.of("endpoint"),
+        streamed=detail.of("streamed"),
+        http_status=detail.of("http_status") or None,
+        subject=detail.of("subject"),
+        key=detail.of("key_id"),
+        process=detail.process,
+        trace_id=_trace_id(detail.request.get("traceparent")),
+        lapses=detail.of("lapses") or 0,
+        asked_model=detail.request.get("model"),
+        model_version=detail.of("model_version"),
         prompt=None if prompt is None else prompt[:MOST_CHARS],
-        prompt_chars=None if prompt is None else _chars(dossier, prompt),
-        image_uri=dossier.request.get("image_uri"),
-        cost_micros=dossier.of("cost_micros"),
-        usage_state=dossier.of("usage_state"),
+        prompt_chars=None if prompt is None else _chars(detail, prompt),
+        image_uri=detail.request.get("image_uri"),
+        cost_micros=detail.of("cost_micros"),
+        usage_state=detail.of("usage_state"),
     )
 
 
-def _chars(dossier: RequestDetail, prompt: str) -> int:
+def _chars(detail: RequestDetail, prompt: str) -> int:
     """Of the whole prompt. Of a large body of a call it is the head; the body is the file."""
-    inputs = [file for file in dossier.record.files if file.role == "input"]
-    wraps = dossier.record.endpoint is not None
+    inputs = [file for file in detail.record.files if file.role == "input"]
+    wraps = detail.record.endpoint is not None
     return inputs[0].size_bytes if wraps and inputs else len(prompt)
 
 
@@ -566,9 +566,9 @@ async def one(request: Request, request_id: UUID) -> RequestView:
     """Its life as a timeline, with each attempt and webhook. `waiting` says why it has not ended;
     it is not there while Valkey is away."""
     services = services_of(request)
-    dossier = await services.store.requests.detail(request_id)
-    waiting = await _waiting(services, dossier)
-    return request_view(dossier, waiting, datetime.now(UTC), prefix_of(request))
+    detail = await services.store.requests.detail(request_id)
+    waiting = await _waiting(services, detail)
+    return request_view(detail, waiting, datetime.now(UTC), prefix_of(request))
 
 
 @router.get(
@@ -620,8 +620,8 @@ async def file(request: Request, request_id: UUID, file_id: UUID) -> Response:
 async def cancel(request: Request, request_id: UUID) -> Response:
     """As its owner may, by `DELETE /requests/{request_id}`."""
     signed = await read_json(request, Signed)
-    dossier = await services_of(request).store.requests.detail(request_id)
-    answer = await ended_by(request, request_id, dossier.record.tenant_id)
+    detail = await services_of(request).store.requests.detail(request_id)
+    answer = await ended_by(request, request_id, detail.record.tenant_id)
     _log(Log.REQUEST_CANCELLED, request_id, signed)
     return answer
 
@@ -644,13 +644,13 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
     return accepted(job, prefix_of(request))
 
 
-async def _waiting(services: Services, dossier: RequestDetail) -> Reason | None:
+async def _waiting(services: Services, detail: RequestDetail) -> Reason | None:
     """Of a job, what `tidegate why` says of it."""
-    record = dossier.record
-    if record.status.is_end or record.source != "job" or dossier.pool not in services.limiters:
+    record = detail.record
+    if record.status.is_end or record.source != "job" or detail.pool not in services.limiters:
         return None
     try:
-        return await why(control_in(services, dossier.pool), str(record.request_id))
+        return await why(control_in(services, detail.pool), str(record.request_id))
     except (LimiterUnavailable, NotFound) as missing:
         log.debug(Log.STORE_AWAY, detail=missing.message)
         return None
