@@ -87,6 +87,7 @@ def load_to_run() -> Config:
 def say_doubtful(config: Config) -> None:
     """One line for each variable whose name is nearly a setting's, and for each configured model
     that prompts can't reach."""
+    from tidegate.dialects.spec import Dialect
     from tidegate.errors import InvalidRequest
     from tidegate.policy.deployment import deployed_upstreams, doubtful
     from tidegate.spine.routing import Targets
@@ -94,7 +95,7 @@ def say_doubtful(config: Config) -> None:
     for one in doubtful(config):
         typer.echo(f"tidegate: {one}", err=True)
     targets = Targets(deployed_upstreams(config))
-    for name in _MODELS if DEFAULT_POOL in targets.upstreams else ():
+    for name in _MODELS if targets.speaking(Dialect.GEMINI) else ():
         try:
             targets.check_prompt(getattr(config, name.lower()))
         except InvalidRequest as refused:

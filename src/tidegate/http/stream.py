@@ -185,7 +185,7 @@ class StreamedAnswer(Response):
 
     async def check_models(self) -> None:
         """Raises Forbidden for a model that the caller may not ask, InvalidRequest for one that
-        is none of Gemini's account."""
+        no upstream of Gemini's dialect serves."""
         try:
             config = self._services.config
             model = self._submission.model

@@ -305,7 +305,7 @@ async def test_prompts_use_every_upstream_of_geminis_dialect(
     open_gateway: Opener, policy: WriteFile, second: Emulator
 ) -> None:
     """As native calls do: by routes and aliases, under that pool's limits, and in failover."""
-    gateway = await open_gateway(tidegate_policy=policy(end=CHAIN))
+    gateway = await open_gateway(tidegate_policy=policy(end=ONLY + CHAIN))
     await warm(gateway)
     await gateway.upstream.set_fault("unavailable")
     job = await gateway.submit(text="Explain the tide")
