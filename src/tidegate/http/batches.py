@@ -388,7 +388,7 @@ async def _create(asking: Asking) -> Response:
     services, batches = asking.services, asking.services.store.batches
     key = key_of(asking.request)
     if key is None:
-        await services.budgets.let_in(asking.caller)
+        await services.budgets.check(asking.caller)
     most_bytes = min(_CREATE_BYTES, services.config.max_body_bytes)
     body = incoming_of(asking.request, services.config, max_bytes=most_bytes, in_memory=True)
     order = _order(parsed(await body.whole()))
@@ -397,7 +397,7 @@ async def _create(asking: Asking) -> Response:
         # Before all that a repeat may be without: a budget, room in the queue, its file.
         if (earlier := await batches.earlier(asking.tenant, once)) is not None:
             return _replayed(earlier)
-        await services.budgets.let_in(asking.caller)
+        await services.budgets.check(asking.caller)
     file = await batches.file(order.file_id, asking.tenant)
     if file.purpose == OUTPUT:
         raise InvalidRequest("input_file_id", "this is what a batch gave", allowed="an input file")

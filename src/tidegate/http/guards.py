@@ -49,7 +49,7 @@ async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
 async def payer_of(request: Request) -> Caller:
     """The caller of what costs something. Raises BudgetExceeded as well."""
     caller = await caller_of(request)
-    await services_of(request).budgets.let_in(caller)
+    await services_of(request).budgets.check(caller)
     return caller
 
 
@@ -192,7 +192,7 @@ def own_urls(scope: Any, secret: str) -> Callable[[str], str]:
     return lambda query: f"{own_url}?{query}&{PASS}={prefix}.{_signature(query, digest, secret)}"
 
 
-async def let_in(gate: Gate, scope: Any, secret: str) -> Caller | None:
+async def admit_upload(gate: Gate, scope: Any, secret: str) -> Caller | None:
     """Whose upload it is, by the pass in its URL; None where the request shows a key of its own, or
     no pass. Raises Unauthenticated, Forbidden, StoreUnavailable."""
     if shown_in(scope["headers"], scope["query_string"]).key is not None:

@@ -93,7 +93,7 @@ _NAME = HEADER.lower().encode()
 log = get_logger()
 
 
-def wanted_of(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempotency | None:
+def idempotency_in(call: NativeCall, headers: list[tuple[bytes, bytes]]) -> Idempotency | None:
     """The key of a request with the digest of what it asks for; None without one. Raises
     InvalidRequest."""
     keys = [value for name, value in headers if name == _NAME]
@@ -115,7 +115,7 @@ async def check_known(
 ) -> None:
     """Raises `spent` unless the key belongs to an earlier call: its answer costs
     nothing. Raises InvalidRequest and StoreUnavailable as well."""
-    wanted = wanted_of(call, headers)
+    wanted = idempotency_in(call, headers)
     if wanted is None or await keys.known(call.terms.caller.tenant_id, wanted.key) is None:
         raise spent
 

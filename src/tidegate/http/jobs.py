@@ -321,7 +321,7 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
             if job.endpoint is None:
                 targets = services.spine.targets
                 check_prompt(targets, job.model, job.classification, services.config)
-            await services.budgets.let_in(caller)
+            await services.budgets.check(caller)
             async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
                 job = await body_apart(job, services.blobs)
                 earlier = await services.store.jobs.submit(job)

@@ -34,8 +34,8 @@ from tidegate.errors import (
     UpstreamUnauthorized,
 )
 from tidegate.http.body import Incoming, Pace, check_announced, check_size
-from tidegate.http.guards import PASS, let_in, own_urls
-from tidegate.http.idempotency import LOST_HEADER, Once, check_known, shows_key, wanted_of
+from tidegate.http.guards import PASS, admit_upload, own_urls
+from tidegate.http.idempotency import LOST_HEADER, Once, check_known, idempotency_in, shows_key
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
 from tidegate.http.services import (
     NATIVE,
@@ -344,7 +344,7 @@ class _Front:
         headers, query = self._scope["headers"], self._scope["query_string"]
         caller = gate.known(headers, query)
         if caller is None and endpoint.operation is Operation.UPLOAD:
-            caller = await let_in(gate, self._scope, self._upload_secret(endpoint))
+            caller = await admit_upload(gate, self._scope, self._upload_secret(endpoint))
         self._caller = await gate.identify(headers, query) if caller is None else caller
 
     def _upload_secret(self, endpoint: Endpoint) -> str:
@@ -362,7 +362,7 @@ class _Front:
         try:
             if call.endpoint.operation is Operation.UPLOAD:
                 await self._upload(call)
-            elif (wanted := wanted_of(call, self._scope["headers"])) is not None:
+            elif (wanted := idempotency_in(call, self._scope["headers"])) is not None:
                 await self._run_once(call, wanted)
             else:
                 await self._services.relay.run(call, self, self._record)
@@ -397,7 +397,7 @@ class _Front:
             await once.replay(taken, self)
             return
         try:
-            await self._services.budgets.let_in(call.terms.caller)
+            await self._services.budgets.check(call.terms.caller)
             await self._services.relay.run(call, self, self._record)
         except BaseException:
             once.failed()

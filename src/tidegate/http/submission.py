@@ -40,7 +40,7 @@ from tidegate.http.body import (
 )
 from tidegate.http.file_types import TypeCheck, safe_name
 from tidegate.settings import Config
-from tidegate.spine.native import LONGEST_BYTES, asked_by, endpoint_named
+from tidegate.spine.native import LONGEST_BYTES, endpoint_named, wrapped_facts
 from tidegate.spine.prompt import Ask
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.records import NewJob
@@ -665,7 +665,7 @@ def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
     if not isinstance(body, dict):
         allowed = "the body of the call"
         raise InvalidRequest(WRAPPED_BODY, "'body' must be an object", allowed=allowed)
-    asked = asked_by(endpoint_named(path), body)
+    asked = wrapped_facts(endpoint_named(path), body)
     return replace(
         read_fields({name: values.get(name) for name in _BESIDE}, config),
         # Only ASCII: whatever a text holds, PostgreSQL can hold it.

@@ -47,10 +47,10 @@ from tidegate.settings import Config
 from tidegate.spine.native import (
     LONGEST_BYTES,
     Relay,
-    asked_by,
     collected,
     detached_call,
     endpoint_named,
+    wrapped_facts,
 )
 from tidegate.spine.run import CallFailed
 from tidegate.store.batches import OUTPUT, PRIORITY, Batch, BatchFile, BatchLine, ambiguous_of
@@ -147,7 +147,7 @@ class LineCaller:
             rest_s = look.found(held=held, free=len(claimed))
             if more := claimed[free:]:
                 del claimed[free:]
-                await self._until_done(partial(self._store.batch_lines.give_back, more))
+                await self._until_done(partial(self._store.batch_lines.release, more))
             for line in claimed:
                 self._begin(line)
             if rest_s:
@@ -164,7 +164,7 @@ class LineCaller:
             held = [line for line in claimed if line.id in waits_ms]
             claimed[:] = [line for line in claimed if line.id not in waits_ms]
             await self._until_done(
-                partial(self._store.batch_lines.give_back, held, waits_ms=waits_ms)
+                partial(self._store.batch_lines.release, held, waits_ms=waits_ms)
             )
         return len(waits_ms)
 
@@ -209,7 +209,7 @@ class LineCaller:
             return
         await asyncio.wait(chosen)
         try:
-            await self._store.batch_lines.give_back(chosen.values(), waits_ms=waits_ms)
+            await self._store.batch_lines.release(chosen.values(), waits_ms=waits_ms)
         except StoreUnavailable as away:  # they return when this process is gone
             log.debug(Log.STORE_AWAY, detail=away.message)
 
@@ -242,7 +242,7 @@ class LineCaller:
         except ClaimLost:
             # Another worker has it, which this changes nothing of; or its batch is being cancelled.
             self._outages.left(one.turn)
-            await self._until_done(lambda: self._store.batch_lines.give_back([line]))
+            await self._until_done(lambda: self._store.batch_lines.release([line]))
             return
         except CallFailed as failed:
             error, words = failed.error, failed
@@ -254,9 +254,7 @@ class LineCaller:
         if error is not None and (wait_ms := self._wait_ms(line, record, error)) is not None:
             waits_ms, counted = {line.id: wait_ms}, record.attempts - record.faults
             await self._until_done(
-                lambda: self._store.batch_lines.give_back(
-                    [line], waits_ms=waits_ms, counted=counted
-                )
+                lambda: self._store.batch_lines.release([line], waits_ms=waits_ms, counted=counted)
             )
             self._relay.spine.budgets.forget(line.id)
             if record.attempts:
@@ -440,7 +438,7 @@ class Check:
             self._wrong("invalid_body", number, "body must be an object", "body")
             return None
         try:
-            asked_by(endpoint_named(self.endpoint), body)
+            wrapped_facts(endpoint_named(self.endpoint), body)
         except InvalidRequest as wrong:
             param = wrong.field if wrong.field.startswith("body") else f"body.{wrong.field}"
             self._wrong("invalid_body", number, wrong.message, param)

@@ -48,7 +48,7 @@ async def payer_of(job: ClaimedJob, config: Config, store: Store) -> Caller:
     if not config.asks_for_keys:
         return Caller(job.tenant_id)
     caller = Caller(job.tenant_id, budgets=await store.budgets.budgets_of(job.tenant_id))
-    await store.budgets.let_in(caller)
+    await store.budgets.check(caller)
     return caller
 
 

@@ -416,13 +416,13 @@ class PutOff:
         """For how long it stays in the queue, since its call failed by the upstream."""
         return self.held.wait_ms(self._targets_of(job))
 
-    async def hand_back(
+    async def release(
         self,
         jobs: Sequence[ClaimedJob],
         waits_ms: Mapping[UUID, int] | None = None,
         failure: Failure | None = None,
     ) -> None:
-        """As `Store.hand_back`; those in `waits_ms` are put off."""
+        """As `JobQueue.release`; those in `waits_ms` are put off."""
         await self._store.queue.release(jobs, waits_ms, failure)
         for job in jobs:
             if (wait_ms := (waits_ms or {}).get(job.request_id)) is not None:

@@ -145,7 +145,7 @@ class Feeder:
         held = [job for job in claimed if job.request_id in waits_ms]
         if held:
             with suppress(StoreUnavailable):  # or their tasks do it, once PostgreSQL is there
-                await self._put_off.hand_back(held, waits_ms)
+                await self._put_off.release(held, waits_ms)
                 claimed[:] = [job for job in claimed if job.request_id not in waits_ms]
         return len(held)
 
@@ -418,7 +418,7 @@ class Worker:
             *(self._forever(feeder.run) for feeder in self._feeders),
             *(self._forever(self._every(beat_s, one)) for one in each_beat),
             *(self._forever(self._every(1.0, one)) for one in (*each_second, *for_held)),
-            self._forever(self._heed_cancels),
+            self._forever(self._watch_cancels),
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         batches = asyncio.ensure_future(self._batches(stop))
@@ -469,18 +469,18 @@ class Worker:
             task.cancel()
         await asyncio.wait(given)
         # A task that ended by itself meanwhile has moved its job on: the fence skips it.
-        await self._store_tolerant(lambda: self._put_off.hand_back([*given.values()], waits_ms))
+        await self._store_tolerant(lambda: self._put_off.release([*given.values()], waits_ms))
 
-    async def _heed_cancels(self) -> None:
+    async def _watch_cancels(self) -> None:
         """Give up, at the latest after a second, what its owners do not want any more."""
         while True:
-            heard = await self._store.notifications.wait_cancels(_CANCELS_EVERY_MS)
+            notified = await self._store.notifications.wait_cancels(_CANCELS_EVERY_MS)
             mine = {job.request_id for job in self._tasks().values()}
             if mine:
-                await self._store_tolerant(partial(self._heed, heard & mine))
+                await self._store_tolerant(partial(self._end_cancelled, notified & mine))
 
-    async def _heed(self, heard: set[UUID]) -> None:
-        asked = await self._store.jobs.to_cancel(heard)
+    async def _end_cancelled(self, notified: set[UUID]) -> None:
+        asked = await self._store.jobs.to_cancel(notified)
         for task, job in self._stages.at(Stage.CALLING).items():
             if job.request_id in asked:
                 self._stages.call_off(task, job)
@@ -495,7 +495,7 @@ class Worker:
                 turn = self._outages.enter(self._targets_of(job))
             except UpstreamUnavailable:
                 waits_ms = {job.request_id: self._put_off.wait_ms(job)}
-                await self._fenced(lambda: self._put_off.hand_back([job], waits_ms))
+                await self._fenced(lambda: self._put_off.release([job], waits_ms))
                 return
             try:
                 decided = await self._prompts.decide(ask_of(job), within_ms=time_left_ms(job))
@@ -628,15 +628,15 @@ class Worker:
         except StoreUnavailable as away:
             error = error or away
         failure = Failure.of(error) if error else None
-        wait_ms, hand_back = spent_wait_ms(error), self._store.queue.release
+        wait_ms, release = spent_wait_ms(error), self._store.queue.release
         if is_of_upstream(error):
-            hand_back, wait_ms = self._put_off.hand_back, self._put_off.wait_ms(job)
+            release, wait_ms = self._put_off.release, self._put_off.wait_ms(job)
         is_counted = wait_ms is None
         if not record.was_admitted:
             assert error is not None
             if wait_ms is not None:
                 waits_ms = {job.request_id: wait_ms}
-                await self._fenced(lambda: hand_back([job], waits_ms, failure))
+                await self._fenced(lambda: release([job], waits_ms, failure))
                 return
             if isinstance(error, NOT_THE_JOBS_FAULT):
                 await asyncio.sleep(_STORE_POLL_S)

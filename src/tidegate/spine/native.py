@@ -702,7 +702,7 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     return endpoint
 
 
-def asked_by(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
+def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
     """What a body asks for. Raises InvalidRequest, for a stream too, and for a model that can't be
     put on record."""
     if body.get("stream"):

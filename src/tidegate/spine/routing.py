@@ -694,7 +694,7 @@ class NotWorthWaiting(Exception):
     must be asked for again."""
 
 
-class Patience:
+class PatientAdmission:
     """An admission that is left as soon as a pause outlasts the call's deadline, or the budget of
     its payer is spent.
 

@@ -53,7 +53,7 @@ from tidegate.spine.routing import (
     Gate,
     Gates,
     NotWorthWaiting,
-    Patience,
+    PatientAdmission,
     RetryBudget,
     Suspect,
     Target,
@@ -427,7 +427,7 @@ class _Run:
         if left_ms <= 0:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         lane = self._spine.lane(target)
-        return Patience(
+        return PatientAdmission(
             lane.limiter.acquire_for(demand.to_admit(left_ms, lane.hard_ms)),
             lane.gate,
             demand,

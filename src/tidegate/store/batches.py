@@ -536,7 +536,7 @@ class BatchLines:
         }
         await self._ends.write(_End(row, call))
 
-    async def give_back(
+    async def release(
         self,
         lines: Iterable[BatchLine],
         *,

@@ -309,7 +309,7 @@ class BudgetGate:
     def __repr__(self) -> str:
         return f"<BudgetGate watched={len(self._watched)}>"
 
-    async def let_in(self, caller: Caller) -> None:
+    async def check(self, caller: Caller) -> None:
         """Raises BudgetExceeded, or StoreUnavailable where what was spent is not known at all."""
         if (spent := await self.spent(caller)) is not None:
             raise spent

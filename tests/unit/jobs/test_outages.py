@@ -304,7 +304,7 @@ async def outlast(
     next_claim = next_back = began
 
     async def put_one_off(job: Job) -> None:
-        await put_off.hand_back(
+        await put_off.release(
             *cast(Any, ([job], {job.request_id: put_off.wait_ms(cast(Any, job))}))
         )
 
@@ -328,7 +328,7 @@ async def outlast(
             outages.unclaimed()
         waits_ms = put_off.waits_ms(cast(Any, taken))
         held = [job for job in taken if job.request_id in waits_ms]
-        await put_off.hand_back(cast(Any, held), waits_ms)
+        await put_off.release(cast(Any, held), waits_ms)
         taken = [job for job in taken if job.request_id not in waits_ms]
         if taken or held:
             next_claim = clock.now + look.found(held=len(held), free=len(taken))
