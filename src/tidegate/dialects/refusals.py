@@ -1,4 +1,4 @@
-"""Errors of upstreams: refusals, errors within a 200 stream and broken exchanges, classified.
+"""Errors of upstreams, classified: refusals, and errors within a stream of status 200.
 
 Each dialect reads its own error bodies first, then those of the others, because providers mix
 them; the HTTP status decides what no dialect knows. The source is what arrived on the wire, never

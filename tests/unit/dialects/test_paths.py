@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.dialects import dialect_of, endpoint_of, native_path
+from tidegate.dialects import DIALECTS, dialect_of, endpoint_of, native_path
 from tidegate.dialects.spec import Dialect, Operation
+from tidegate.policy import deployment
 
 NONE: frozenset[bytes] = frozenset()
 
@@ -126,3 +127,8 @@ def test_a_model_s_id_may_hold_slashes_which_stay_escaped() -> None:
     assert found is not None
     assert found.model == "meta/Llama-3-8B"
     assert found.path_for(found.model) == "/models/meta%2FLlama-3-8B"
+
+
+def test_each_dialect_that_settings_may_name_has_one_spec() -> None:
+    assert {spec.name for spec in DIALECTS.values()} == set(Dialect) == set(deployment.DIALECTS)
+    assert all(DIALECTS[dialect].name is dialect for dialect in Dialect)

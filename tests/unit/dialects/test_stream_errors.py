@@ -106,3 +106,11 @@ def test_an_error_is_seen_however_its_first_bytes_arrive(event: bytes, size: int
 def test_no_bytes_break_the_search(data: bytes) -> None:
     refusals.error_event_in(b'data: {"error"' + data)
     refusals.may_begin_with_error(data)
+
+
+def test_an_error_within_a_stream_is_classified_in_the_words_of_its_dialect_first() -> None:
+    message = "This request would exceed your limit of 200,000 input tokens per minute."
+    event = {"type": "error", "error": {"type": "rate_limit_error", "message": message}}
+    error = refusals.stream_error(event, [], secret="key", dialect="anthropic")
+    assert isinstance(error, UpstreamThrottled)
+    assert (error.status, error.unit) == (429, "input_tokens")
